@@ -1,0 +1,13 @@
+"""OVQ models for Hugging Face transformers. Importing this registers them with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from ovq.hf.cache import OVQCache
+from ovq.hf.configuration_ovq import OVQConfig
+from ovq.hf.modeling_ovq import OVQForCausalLM, OVQModel
+
+AutoConfig.register(OVQConfig.model_type, OVQConfig)
+AutoModel.register(OVQConfig, OVQModel)
+AutoModelForCausalLM.register(OVQConfig, OVQForCausalLM)
+
+__all__ = ["OVQCache", "OVQConfig", "OVQForCausalLM", "OVQModel"]

@@ -1,0 +1,139 @@
+"""Configuration of the OVQ language model: one backbone, the mixer of each layer named in `mixer_types`."""
+
+from __future__ import annotations
+
+import difflib
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from ovq.layers.registry import MIXERS
+
+
+@strict
+class OVQConfig(PreTrainedConfig):
+    r"""Configuration of `OVQModel` and `OVQForCausalLM`.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the SwiGLU layers.
+        num_hidden_layers: number of layers.
+        num_attention_heads: query heads H of every mixer.
+        num_key_value_heads: key/value heads Hkv; divides H. None: as many as query heads.
+        head_dim: size of a head. None: `hidden_size / num_attention_heads`.
+        rms_norm_eps: epsilon of the RMSNorm layers.
+        rope_theta: base of the rotary frequencies.
+        rope_mixers: the mixer types whose layers get rotary embedding.
+        initializer_range: standard deviation of the initial weights.
+        tie_word_embeddings: use the embedding as the output layer too.
+        mixer_types: a mixer a layer, of those in `ovq.layers.MIXERS`. None: `"sliding_attention"` and `"ovq"`
+            in turn.
+        sliding_window: tokens a `"sliding_attention"` layer sees, the current one included.
+        num_slots: N, the most slots a head of an `"ovq"` layer may hold.
+        chunk_size: C, tokens an `"ovq"` layer reads exactly before it merges them.
+        conv_size: taps of the causal depthwise convolution in every mixer; 0 for none.
+        growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`.
+        init: which keys open slots: `"novelty"` or `"random"`.
+        merge: slots a key may be merged into: `"existing"` or `"updated"`.
+        use_cache: whether a forward pass outside of training returns a cache unless told otherwise.
+        pad_token_id: for `generate`.
+        bos_token_id: for `generate`.
+        eos_token_id: for `generate`.
+
+    Raises:
+        ValueError: a value outside its range, an unknown mixer, or a misspelt field.
+
+    Example:
+        >>> config = OVQConfig(num_hidden_layers=4, hidden_size=64, num_attention_heads=2)
+        >>> config.mixer_types
+        ['sliding_attention', 'ovq', 'sliding_attention', 'ovq']
+        >>> config.head_dim
+        32
+    """
+
+    model_type = "ovq"
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rms_norm_eps: float = 1e-6
+    rope_theta: float | int = 10000.0
+    rope_mixers: list[str] | None = None
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    mixer_types: list[str] | None = None
+    sliding_window: int = 128
+    num_slots: int = 1024
+    chunk_size: int = 128
+    conv_size: int = 4
+    growth: str = "plateau"
+    init: str = "novelty"
+    merge: str = "existing"
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        """Fill in what depends on other fields, then check."""
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.mixer_types is None:
+            pattern = ("sliding_attention", "ovq")
+            self.mixer_types = [pattern[i % 2] for i in range(self.num_hidden_layers)]
+        if self.rope_mixers is None:
+            self.rope_mixers = ["sliding_attention"]
+        _refuse_misspelt(kwargs, known=type(self).__dataclass_fields__)
+        self._check()
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def _check(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "num_slots",
+            "chunk_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.sliding_window < 2:
+            raise ValueError(f"sliding_window: expected at least 2, found {self.sliding_window}")
+        if len(self.mixer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"mixer_types: expected a name a layer, num_hidden_layers={self.num_hidden_layers} of them, "
+                f"found {len(self.mixer_types)}"
+            )
+        for field in ("mixer_types", "rope_mixers"):
+            if unknown := sorted(set(getattr(self, field)) - set(MIXERS)):
+                raise ValueError(f"{field}: expected names among {sorted(MIXERS)}, found {unknown}")
+        choices = {
+            "growth": ("plateau", "linear", "immediate"),
+            "init": ("novelty", "random"),
+            "merge": ("existing", "updated"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {list(allowed)}, found {getattr(self, name)!r}")
+
+
+def _refuse_misspelt(kwargs: dict, known: dict) -> None:
+    """Raise on a keyword argument that looks like a field: transformers stores unknown ones without a word.
+
+    Only look-alikes, because a config saved by another version of transformers may carry fields unknown to
+    this one.
+    """
+    for name in kwargs:
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            raise ValueError(f"expected a field of OVQConfig such as {close[0]!r}, found {name!r}")

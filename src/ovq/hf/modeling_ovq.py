@@ -1,0 +1,327 @@
+"""The OVQ language model for transformers: one pre-norm backbone for all mixers.
+
+Everything that depends on the version of transformers is in `cache.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, one_cache
+from ovq.hf.configuration_ovq import OVQConfig
+from ovq.layers import Mixer, OVQAttention, SequenceLayout, ShortConvolution, mixer_class
+from ovq.layers.common import QKNorm
+
+# Keyword arguments of `forward` that transformers passes along and its decorators act on.
+_TRANSFORMERS_KWARGS = frozenset({"output_hidden_states", "output_attentions", "return_dict"})
+
+
+def build_mixer(config: OVQConfig, layer_idx: int) -> Mixer:
+    """The mixer of a layer, as the config says."""
+    name = config.mixer_types[layer_idx]
+    cls = mixer_class(name)
+    return cls(
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        conv_size=config.conv_size,
+        layer_idx=layer_idx,
+        use_rope=name in config.rope_mixers,
+        rope_theta=config.rope_theta,
+        **{field: getattr(config, field) for field in cls.config_fields},
+    )
+
+
+class OVQMLP(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: OVQConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, hidden_size]` to the same."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class OVQBlock(GradientCheckpointingLayer):
+    """One layer: mixer and MLP, each on the normalised stream and added to it."""
+
+    def __init__(self, config: OVQConfig, layer_idx: int):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = build_mixer(config, layer_idx)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = OVQMLP(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: SequenceLayout,
+        past_key_values: OVQCache | None = None,
+    ) -> Tensor:
+        """`[B, T, hidden_size]` to the same."""
+        mixed, _, _ = self.mixer(self.mixer_norm(hidden_states), attention_mask, past_key_values)
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class OVQPreTrainedModel(PreTrainedModel):
+    """Weight initialisation, and what `OVQModel` and `OVQForCausalLM` have in common."""
+
+    config_class = OVQConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("OVQBlock",)
+    _supports_sdpa = True
+    # Refuses assisted decoding: a state cannot take back tokens that the big model rejects.
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": OVQBlock}  # noqa: RUF012 (transformers' registry wants a dict)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (ShortConvolution, QKNorm)):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def mixers(self) -> list[Mixer]:
+        """The mixer of each layer."""
+        return [module for module in self.modules() if isinstance(module, Mixer)]
+
+    def set_num_slots(self, num_slots: int) -> None:
+        """Let every OVQ layer hold `num_slots` slots from here on, cached states included; the config
+        follows.
+
+        Raises:
+            ValueError: fewer than one slot, or a model without OVQ layers.
+
+        Example:
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model = OVQModel(config)
+            >>> model.set_num_slots(4096)
+            >>> model.config.num_slots
+            4096
+        """
+        layers = [mixer for mixer in self.mixers() if isinstance(mixer, OVQAttention)]
+        if not layers:
+            raise ValueError(
+                f"expected a model with 'ovq' layers, found mixer_types {self.config.mixer_types}"
+            )
+        for layer in layers:
+            layer.set_num_slots(num_slots)
+        self.config.num_slots = num_slots
+
+    def state_bytes(self, num_tokens: int) -> int:
+        """Bytes of the cache of one row after `num_tokens` tokens, computed for the dtype of the weights.
+
+        Example:
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model = OVQModel(config).eval()
+            >>> cache = OVQCache(config)
+            >>> _ = model(torch.zeros(1, 300, dtype=torch.long), past_key_values=cache)
+            >>> model.state_bytes(300) == cache.nbytes
+            True
+        """
+        return sum(mixer.state_bytes(num_tokens, self.dtype) for mixer in self.mixers())
+
+
+class OVQModel(OVQPreTrainedModel):
+    """Embedding, layers and final norm.
+
+    Args:
+        config: an `OVQConfig`.
+
+    Example:
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> OVQModel(config)(torch.tensor([[1, 2, 3]])).last_hidden_state.shape
+        torch.Size([1, 3, 16])
+    """
+
+    def __init__(self, config: OVQConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(OVQBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: OVQCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: OVQCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the backbone.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, P + T]` of 0 and 1 over cached and new columns, padding left or right. None:
+                all real.
+            position_ids: `[B, T]`; must rise by one from token to token. No layer needs them, as only
+                differences of positions matter; they are accepted because `generate` passes them, and checked
+                because packed rows announced by them alone would leak into each other.
+            past_key_values: an `OVQCache`, brought up to date in place.
+            inputs_embeds: `[B, T, hidden_size]`, in the place of `input_ids`.
+            use_cache: return a cache. None: `config.use_cache`, but not while training or with packed rows.
+            cache: newer name of `past_key_values`.
+            cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`).
+            kwargs: `output_hidden_states`, `return_dict`.
+
+        Raises:
+            ValueError: input of a wrong shape, or an unknown keyword argument.
+        """
+        _check_kwargs(kwargs, _TRANSFORMERS_KWARGS)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds, found both or neither")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        past = one_cache(past_key_values, cache)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+        if past is None and use_cache:
+            past = OVQCache(self.config)
+        batch_size, num_new, _ = inputs_embeds.shape
+        layout = SequenceLayout.of(
+            attention_mask,
+            batch_size=batch_size,
+            num_past=0 if past is None else past.get_seq_length(),
+            num_new=num_new,
+            cu_seqlens=cu_seqlens,
+        )
+        if position_ids is not None and cu_seqlens is None:
+            _check_positions(position_ids, layout)
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, layout, past_key_values=past)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_KEY: past})
+
+
+class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
+    """The language model: `OVQModel` and an output layer, with loss and `generate`.
+
+    Args:
+        config: an `OVQConfig`.
+
+    Example:
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = OVQForCausalLM(config).eval()
+        >>> prompt = torch.tensor([[1, 2, 3]])
+        >>> model.generate(prompt, max_new_tokens=4, do_sample=False).shape
+        torch.Size([1, 7])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as above)
+
+    def __init__(self, config: OVQConfig):
+        super().__init__(config)
+        self.model = OVQModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: OVQCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cache: OVQCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token at every position.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, P + T]`, as in `OVQModel.forward`.
+            position_ids: `[B, T]`, as in `OVQModel.forward`.
+            past_key_values: an `OVQCache`, brought up to date in place.
+            inputs_embeds: `[B, T, hidden_size]`, in the place of `input_ids`.
+            labels: `[B, T]`, usually `input_ids`; shifted here. -100 is ignored. With `cu_seqlens` the first
+                token of each row is ignored too, as no token before it belongs to its row.
+            use_cache: return a cache, as in `OVQModel.forward`.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
+            cache: newer name of `past_key_values`.
+            cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`).
+            kwargs: `num_items_in_batch` for the loss (from the Trainer), `output_hidden_states`,
+                `return_dict`.
+
+        Raises:
+            ValueError: input of a wrong shape, or an unknown keyword argument.
+        """
+        _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | {"num_items_in_batch"})
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            cache,
+            cu_seqlens,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            if cu_seqlens is not None:
+                labels = labels.index_fill(1, cu_seqlens[:-1].long(), -100)
+            loss = self.loss_function(
+                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{CACHE_KEY: getattr(outputs, CACHE_KEY)},
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        add_generation_cache(self.config, generation_config, model_kwargs)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _check_kwargs(kwargs: dict, allowed: frozenset[str]) -> None:
+    if unknown := sorted(set(kwargs) - allowed):
+        raise ValueError(f"expected keyword arguments among {sorted(allowed)}, found {unknown}")
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "expected output_attentions=False, found True: mixers do not form attention matrices"
+        )
+
+
+def _check_positions(position_ids: Tensor, layout: SequenceLayout) -> None:
+    """Refuse positions that do not rise by one from one real token of a row to the next."""
+    steps = position_ids.diff(dim=-1)
+    if layout.new_mask is not None:
+        steps = steps.masked_fill(~(layout.new_mask[:, 1:] & layout.new_mask[:, :-1]), 1)
+    if bool((steps != 1).any()):
+        raise ValueError(
+            "expected position_ids that rise by one from token to token, found others; "
+            "to pack several rows into one, pass cu_seqlens"
+        )

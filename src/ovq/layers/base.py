@@ -1,0 +1,248 @@
+"""The base class of all mixers: projections, convolution, normalisation and the calling contract.
+
+A mixer differs from another only in `attend`, in the cache it needs and in that cache's size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ovq.layers.cache import MixerCache
+from ovq.layers.common import QKNorm, ShortConvolution, apply_rotary, rotary_tables
+from ovq.layers.layout import SequenceLayout
+
+
+class Mixer(nn.Module, ABC):
+    """A causal sequence mixer with the forward contract of flash-linear-attention's layers.
+
+    Args:
+        hidden_size: width of the model.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
+        head_dim: K (and V). None: `hidden_size / num_heads`.
+        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
+        layer_idx: the layer's place in the cache; None stands for 0.
+        use_rope: rotate queries and keys by position.
+        rope_theta: base of the rotary frequencies.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+
+    #: What this mixer's cache holds; the `kind` of the cache class.
+    cache_kind: str
+    #: Other keyword arguments that `forward` understands, beside `cu_seqlens`.
+    forward_options: frozenset[str] = frozenset()
+    #: Constructor arguments beyond those of this class that a model takes from its config, by the same name.
+    config_fields: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        conv_size: int = 4,
+        layer_idx: int | None = None,
+        use_rope: bool = False,
+        rope_theta: float = 10000.0,
+    ):
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_sizes(hidden_size, num_heads, num_kv_heads, head_dim, conv_size, use_rope)
+        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.conv_size, self.layer_idx = conv_size, layer_idx
+        self.use_rope, self.rope_theta = use_rope, rope_theta
+
+        num_channels = (num_heads + 2 * num_kv_heads) * head_dim
+        # One projection and one convolution for queries, keys and values: fewer, larger products.
+        self.qkv_proj = nn.Linear(hidden_size, num_channels, bias=False)
+        self.qkv_conv = ShortConvolution(num_channels, conv_size) if conv_size else None
+        self.qk_norm = QKNorm(num_heads, head_dim)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+
+    @abstractmethod
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: Any, **options
+    ) -> Tensor:
+        """Mix the tokens of a call with each other and with the cached ones.
+
+        Args:
+            q: `[B, T, H, K]`, L2-normalised (and rotated), in float32 or float64. Not scaled yet.
+            k: `[B, T, Hkv, K]`, the same.
+            v: `[B, T, Hkv, V]`, in the dtype of the activations.
+            layout: the call's padding and packing.
+            cache: this layer's cache, to be read and brought up to date; or None.
+            options: those of `forward_options` that were given.
+
+        Returns:
+            `[B, T, H, V]` in the dtype of `v`. Padding columns may hold any finite value.
+        """
+
+    @abstractmethod
+    def new_cache(self) -> Any:
+        """An empty cache for this layer."""
+
+    @abstractmethod
+    def memory_bytes(self, num_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes kept for one row after `num_tokens` tokens, without the convolution's state."""
+
+    def state_bytes(self, num_tokens: int, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of this layer's cache for one row after `num_tokens` tokens of activations in `dtype`.
+
+        Computed, not measured; equal to the `nbytes` of a real cache.
+        """
+        num_back = max(self.conv_size - 1, 0) if num_tokens else 0
+        conv = num_back * self.qkv_proj.out_features * dtype.itemsize
+        return conv + (self.memory_bytes(num_tokens, dtype) if num_tokens else 0)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | SequenceLayout | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> tuple[Tensor, None, Any]:
+        """Mix a sequence, or its next part.
+
+        Args:
+            hidden_states: `[B, T, hidden_size]`.
+            attention_mask: `[B, P + T]` of 0 and 1 for the P cached and T new columns, real tokens
+                contiguous, padding left or right. None: all real.
+            past_key_values: a `MixerCache` or `ovq.hf.OVQCache` from an earlier call; brought up to date in
+                place.
+            use_cache: start a `MixerCache` if none was given.
+            output_attentions: refused if True, as no mixer forms its attention matrix.
+            kwargs: `cu_seqlens` `[R + 1]` for rows packed into one, and the `forward_options` of the mixer.
+
+        Returns:
+            `[B, T, hidden_size]` (zero at padding), None, and the cache or None.
+
+        Raises:
+            ValueError: input of a wrong shape, or an unknown keyword argument.
+        """
+        allowed = self.forward_options | {"cu_seqlens"}
+        if unknown := sorted(set(kwargs) - allowed):
+            raise ValueError(f"expected keyword arguments among {sorted(allowed)}, found {unknown}")
+        if output_attentions:
+            raise ValueError(
+                "expected output_attentions=False, found True: mixers do not form attention matrices"
+            )
+        self._check_hidden_states(hidden_states)
+        batch_size, num_new, _ = hidden_states.shape
+        if past_key_values is None and use_cache:
+            past_key_values = MixerCache()
+        cache = None if past_key_values is None else self._cache_of_layer(past_key_values)
+        layout = SequenceLayout.of(
+            attention_mask,
+            batch_size=batch_size,
+            num_past=0 if cache is None else cache.get_seq_length(),
+            num_new=num_new,
+            cu_seqlens=kwargs.pop("cu_seqlens", None),
+        )
+        if cache is not None:
+            _check_cache_use(cache, layout)
+
+        q, k, v = self._queries_keys_values(hidden_states, layout, cache)
+        o = self.attend(q, k, v, layout, cache, **kwargs)
+        if layout.new_mask is not None:
+            o = o.masked_fill(~layout.new_mask[..., None, None], 0)
+        return self.o_proj(o.flatten(2)), None, past_key_values
+
+    def _queries_keys_values(
+        self, hidden_states: Tensor, layout: SequenceLayout, cache: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project, convolve, normalise and rotate; brings the convolution's state in the cache up to date."""
+        qkv = self.qkv_proj(hidden_states)
+        if self.qkv_conv is not None:
+            qkv, conv_state = self.qkv_conv(qkv, None if cache is None else cache.conv_state, layout)
+            if cache is not None:
+                cache.conv_state = conv_state
+        heads = qkv.unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        q, k = self.qk_norm(q, k)
+        if self.use_rope:
+            # Positions are column numbers: only differences matter, so padding and packing need no
+            # correction.
+            cos, sin = rotary_tables(
+                layout.num_past, layout.num_new, self.head_dim, theta=self.rope_theta, device=q.device
+            )
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        return q, k, v
+
+    def _cache_of_layer(self, past_key_values: Any) -> Any:
+        """This layer's part of a cache, created if it is not there yet."""
+        layers = getattr(past_key_values, "layers", None)
+        if not isinstance(layers, list):
+            raise ValueError(
+                "expected past_key_values to be a MixerCache or an OVQCache, "
+                f"found {type(past_key_values).__name__}"
+            )
+        idx = self.layer_idx or 0
+        layers.extend([None] * (idx + 1 - len(layers)))
+        if layers[idx] is None:
+            layers[idx] = self.new_cache()
+        if getattr(layers[idx], "kind", None) != self.cache_kind:
+            raise ValueError(
+                f"expected layer {idx} of past_key_values to hold {self.cache_kind}, "
+                f"found {type(layers[idx]).__name__}"
+            )
+        return layers[idx]
+
+    def _check_hidden_states(self, hidden_states: Tensor) -> None:
+        width = self.qkv_proj.in_features
+        if hidden_states.dim() != 3 or hidden_states.shape[-1] != width or hidden_states.shape[1] == 0:
+            raise ValueError(
+                f"expected hidden_states of shape [batch, tokens >= 1, {width}], "
+                f"found {list(hidden_states.shape)}"
+            )
+
+
+def check_sizes(
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int | None,
+    conv_size: int,
+    use_rope: bool,
+) -> None:
+    """Raise a ValueError unless the sizes of a mixer fit each other."""
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            "expected num_kv_heads to divide num_heads, "
+            f"found num_heads={num_heads}, num_kv_heads={num_kv_heads}"
+        )
+    if head_dim is None and hidden_size % num_heads:
+        raise ValueError(
+            f"expected num_heads to divide hidden_size (or a head_dim), "
+            f"found hidden_size={hidden_size}, num_heads={num_heads}"
+        )
+    head_dim = hidden_size // num_heads if head_dim is None else head_dim
+    if hidden_size < 1 or head_dim < 1:
+        raise ValueError(
+            f"expected sizes of at least 1, found hidden_size={hidden_size}, head_dim={head_dim}"
+        )
+    if use_rope and head_dim % 2:
+        raise ValueError(f"expected an even head_dim with rotary embedding, found {head_dim}")
+    if conv_size < 0 or conv_size == 1:
+        raise ValueError(f"expected conv_size 0 (none) or at least 2, found {conv_size}")
+
+
+def _check_cache_use(cache: Any, layout: SequenceLayout) -> None:
+    """Refuse uses of a cache that would give wrong results in silence; note padding for later calls."""
+    if layout.cu_seqlens is not None:
+        raise ValueError("expected no cache together with cu_seqlens: packed rows cannot be continued")
+    if cache.has_padding and layout.mask is None:
+        raise ValueError(
+            "expected an attention_mask over cached and new columns, found none or one without padding: "
+            "some cached columns are padding"
+        )
+    cache.has_padding = layout.mask is not None

@@ -1,0 +1,143 @@
+"""Which columns of a call are real tokens and which row each belongs to: padding masks and packing, checked
+once.
+
+A model checks its mask a single time per forward and hands the resulting `SequenceLayout` to every layer in
+the place of the mask; a layer that stands alone builds its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceLayout:
+    """The columns of one call: `num_past` cached ones followed by `num_new` new ones.
+
+    Build it with `SequenceLayout.of`, which validates.
+
+    Attributes:
+        num_past: cached columns P.
+        num_new: columns T of this call.
+        mask: `[B, P + T]` bool, True for a real token; None when all of them are real.
+        new_mask: `[B, T]` bool, the part of `mask` for the new columns; None when all of those are real.
+        cu_seqlens: `[R + 1]` offsets of the packed rows, or None.
+
+    Example:
+        >>> SequenceLayout.of(torch.tensor([[0, 1, 1]]), batch_size=1, num_past=0, num_new=3).segments(3)
+        tensor([[-1,  0,  0]])
+    """
+
+    num_past: int
+    num_new: int
+    mask: Tensor | None = None
+    new_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+    @staticmethod
+    def of(
+        attention_mask: Tensor | SequenceLayout | None,
+        *,
+        batch_size: int,
+        num_past: int,
+        num_new: int,
+        cu_seqlens: Tensor | None = None,
+    ) -> SequenceLayout:
+        """Check a padding mask or packed-row offsets.
+
+        Args:
+            attention_mask: `[B, P + T]` of 0 and 1, real tokens contiguous, padding left or right; or None;
+                or a layout, which was checked before and is returned as it is.
+            batch_size: B.
+            num_past: P, cached columns.
+            num_new: T, columns of this call.
+            cu_seqlens: `[R + 1]` integer offsets of rows packed into one (`B == 1`), as in FlashAttention.
+
+        Raises:
+            ValueError: a mask of another shape, with other values, or with a hole; offsets that do not
+                partition the columns; both of them; packing together with a cache.
+        """
+        if isinstance(attention_mask, SequenceLayout):
+            return attention_mask
+        if cu_seqlens is not None:
+            if attention_mask is not None:
+                raise ValueError(
+                    "expected attention_mask or cu_seqlens, found both: packed rows have no padding"
+                )
+            _check_cu_seqlens(cu_seqlens, batch_size, num_past, num_new)
+            return SequenceLayout(num_past=num_past, num_new=num_new, cu_seqlens=cu_seqlens)
+        if attention_mask is None:
+            return SequenceLayout(num_past=num_past, num_new=num_new)
+        mask = _check_mask(attention_mask, (batch_size, num_past + num_new), num_past)
+        new_mask = mask[:, num_past:]
+        return SequenceLayout(
+            num_past=num_past,
+            num_new=num_new,
+            # Without padding the cheaper unmasked code runs; batches without padding often come with a mask
+            # of ones.
+            mask=None if bool(mask.all()) else mask,
+            new_mask=None if bool(new_mask.all()) else new_mask,
+        )
+
+    def segments(self, num_keys: int) -> Tensor | None:
+        """Row of each of the last `num_keys` columns, `[B, num_keys]`, -1 for padding; None for one row."""
+        if self.cu_seqlens is not None:
+            return self.row_index()[None, -num_keys:]
+        if self.mask is None:
+            return None
+        return self.mask[:, -num_keys:].long() - 1
+
+    def row_index(self) -> Tensor:
+        """Packed row of each new column, `[T]` int64 (only with `cu_seqlens`)."""
+        lengths = self.cu_seqlens.diff()
+        return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+
+    def offset_in_row(self) -> Tensor:
+        """Place of each new column in its packed row, `[T]` int64 (only with `cu_seqlens`)."""
+        columns = torch.arange(self.num_new, device=self.cu_seqlens.device)
+        return columns - self.cu_seqlens[:-1][self.row_index()]
+
+
+def _check_mask(mask: Tensor, expected: tuple[int, int], num_past: int) -> Tensor:
+    """Return the mask as bool, or say what is wrong with it."""
+    if tuple(mask.shape) != expected:
+        raise ValueError(
+            f"expected an attention_mask of shape [batch, cached + new] = {list(expected)} "
+            f"({num_past} columns are cached), found {list(mask.shape)}"
+        )
+    real = mask.bool()
+    if mask.dtype != torch.bool and not bool((mask == real).all()):
+        raise ValueError(f"expected an attention_mask of 0 and 1, found values {mask.unique().tolist()[:8]}")
+    starts = real.clone()
+    starts[:, 1:] &= ~real[:, :-1]
+    runs = starts.sum(1)
+    if bool((runs > 1).any()):
+        row = int(runs.argmax())
+        raise ValueError(
+            "expected contiguous real tokens in each row of attention_mask, padding left or right of them, "
+            f"found {int(runs[row])} runs of ones in row {row}"
+        )
+    return real
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, batch_size: int, num_past: int, num_new: int) -> None:
+    if batch_size != 1:
+        raise ValueError(
+            f"expected a batch of 1 with cu_seqlens (rows are packed into one), found {batch_size}"
+        )
+    if num_past:
+        raise ValueError(f"expected no cache with cu_seqlens, found {num_past} cached columns")
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"expected integer cu_seqlens of shape [rows + 1], "
+            f"found {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
+        )
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != num_new or any(a >= b for a, b in itertools.pairwise(offsets)):
+        raise ValueError(
+            f"expected cu_seqlens to rise strictly from 0 to {num_new} tokens, found {offsets[:16]}"
+        )

@@ -1,0 +1,29 @@
+"""The mixers a model can be built from, by name."""
+
+from __future__ import annotations
+
+from ovq.layers.base import Mixer
+from ovq.layers.ovq import OVQAttention
+from ovq.layers.softmax import FullAttention, SlidingWindowAttention
+
+#: `mixer_types` name -> class.
+MIXERS: dict[str, type[Mixer]] = {
+    "ovq": OVQAttention,
+    "full_attention": FullAttention,
+    "sliding_attention": SlidingWindowAttention,
+}
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The class of a mixer.
+
+    Raises:
+        ValueError: an unknown name.
+
+    Example:
+        >>> mixer_class("ovq").__name__
+        'OVQAttention'
+    """
+    if name not in MIXERS:
+        raise ValueError(f"expected a mixer among {sorted(MIXERS)}, found {name!r}")
+    return MIXERS[name]

@@ -1,0 +1,220 @@
+"""Exact softmax attention, over everything or over a sliding window, as the baselines OVQ is compared with.
+
+Projections, convolution, normalisation and temperature are those of OVQ, so the layers differ in memory
+alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ovq.layers.base import Mixer
+from ovq.layers.cache import KeyValueCache
+from ovq.layers.layout import SequenceLayout
+
+
+class FullAttention(Mixer):
+    """Causal softmax attention over all earlier tokens: quadratic time, a cache that grows with every token.
+
+    Args:
+        hidden_size: width of the model.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
+        head_dim: K (and V). None: `hidden_size / num_heads`.
+        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
+        layer_idx: the layer's place in the cache; None stands for 0.
+        use_rope: rotate queries and keys by position.
+        rope_theta: base of the rotary frequencies.
+
+    Example:
+        >>> layer = FullAttention(32, num_heads=2)
+        >>> layer(torch.randn(1, 20, 32))[0].shape
+        torch.Size([1, 20, 32])
+    """
+
+    cache_kind = "keys and values"
+    #: Tokens a query sees, itself included; None for all.
+    window: int | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: Any) -> Tensor:
+        """See `Mixer.attend`."""
+        q = (q * self.qk_norm.scale[:, None]).to(v.dtype)
+        # [B, H, T, K] from here on, the layout of scaled_dot_product_attention and of the caches.
+        q, k, v = q.transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        return self.softmax_read(q, k, v, layout).transpose(1, 2)
+
+    def softmax_read(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+        """Attention of scaled `q [B,H,T,K]` over `k, v [B,Hkv,S,K]`, the last T of them the queries' own."""
+        if layout.cu_seqlens is not None:
+            return _read_packed(q, k, v, layout.cu_seqlens)
+        return causal_read(q, k, v, layout.segments(k.shape[2]))
+
+    def new_cache(self) -> KeyValueCache:
+        """An empty cache for this layer."""
+        return KeyValueCache(window=self.window)
+
+    def memory_bytes(self, num_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of the keys and values of one row."""
+        kept = num_tokens if self.window is None else min(num_tokens, self.window - 1)
+        return 2 * self.num_kv_heads * kept * self.head_dim * dtype.itemsize
+
+
+class SlidingWindowAttention(FullAttention):
+    """Causal softmax attention over the last W = `sliding_window` tokens: time and memory O(T W).
+
+    Token t sees tokens `t - W + 1 .. t`, as in transformers.
+
+    Args:
+        hidden_size: width of the model.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
+        head_dim: K (and V). None: `hidden_size / num_heads`.
+        sliding_window: W, tokens a query sees, itself included; at least 2.
+        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
+        layer_idx: the layer's place in the cache; None stands for 0.
+        use_rope: rotate queries and keys by position.
+        rope_theta: base of the rotary frequencies.
+
+    Example:
+        >>> layer = SlidingWindowAttention(32, num_heads=2, sliding_window=8)
+        >>> x = torch.randn(1, 20, 32)
+        >>> _, _, cache = layer(x, use_cache=True)
+        >>> cache.layers[0].keys.shape
+        torch.Size([1, 2, 7, 16])
+    """
+
+    config_fields = ("sliding_window",)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        sliding_window: int = 128,
+        conv_size: int = 4,
+        layer_idx: int | None = None,
+        use_rope: bool = True,
+        rope_theta: float = 10000.0,
+    ):
+        super().__init__(
+            hidden_size,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            conv_size=conv_size,
+            layer_idx=layer_idx,
+            use_rope=use_rope,
+            rope_theta=rope_theta,
+        )
+        if sliding_window < 2:
+            raise ValueError(f"expected a sliding_window of at least 2 tokens, found {sliding_window}")
+        self.window = sliding_window
+
+    def softmax_read(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+        """As in `FullAttention`, within the window."""
+        return windowed_read(q, k, v, layout.segments(k.shape[2]), window=self.window)
+
+
+def causal_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:
+    """Causal softmax attention.
+
+    Args:
+        q: `[B, H, T, K]`, scaled.
+        k: `[B, Hkv, S, K]`, the last T of them the queries' own.
+        v: `[B, Hkv, S, V]`.
+        segments: `[B, S]` row numbers; a token sees its own row only. None: one row.
+
+    Returns:
+        `[B, H, T, V]`.
+    """
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    if segments is None and num_queries == num_keys:
+        return _sdpa(q, k, v, is_causal=True)
+    if segments is None and num_queries == 1:
+        return _sdpa(q, k, v)
+    return _sdpa(q, k, v, mask=_allowed(num_queries, num_keys, None, segments, q.device))
+
+
+def windowed_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, *, window: int) -> Tensor:
+    """Causal softmax attention over a window, block by block: O(T * window) time and memory.
+
+    Arguments and result are those of `causal_read`. Queries are cut into blocks of `window`; a block looks at
+    its own keys and those of the block before, which together hold all that any of its queries may see.
+    """
+    num_queries = q.shape[2]
+    # Keys out of every query's window: a first call leaves none, a cache may.
+    drop = max(k.shape[2] - num_queries - (window - 1), 0)
+    k, v = k[:, :, drop:], v[:, :, drop:]
+    segments = None if segments is None else segments[:, drop:]
+    num_cached = k.shape[2] - num_queries
+
+    first = min(num_queries, window)
+    num_keys = num_cached + first
+    head_segments = None if segments is None else segments[:, :num_keys]
+    mask = _allowed(first, num_keys, window, head_segments, q.device)
+    head = _sdpa(q[:, :, :first], k[:, :, :num_keys], v[:, :, :num_keys], mask=mask)
+    if first == num_queries:
+        return head
+
+    num_rest = num_queries - first
+    num_blocks = -(-num_rest // window)
+    fill = num_blocks * window - num_rest
+    # The blocks go into the batch. [B, H, n * W, K] -> [B * n, H, W, K], keys with the block before: [.., 2W,
+    # K].
+    blocks = _fold(F.pad(q[:, :, first:], (0, 0, 0, fill)), window, window)
+    keys = _fold(F.pad(k[:, :, num_cached:], (0, 0, 0, fill)), 2 * window, window)
+    values = _fold(F.pad(v[:, :, num_cached:], (0, 0, 0, fill)), 2 * window, window)
+    if segments is not None:
+        padded = F.pad(segments[:, num_cached:], (0, fill), value=-1)
+        segments = padded.unfold(1, 2 * window, window).flatten(0, 1)
+    mask = _allowed(window, 2 * window, window, segments, q.device)
+    rest = _sdpa(blocks, keys, values, mask=mask)
+    rest = rest.unflatten(0, (-1, num_blocks)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([head, rest[:, :, :num_rest]], dim=2)
+
+
+def _fold(x: Tensor, size: int, step: int) -> Tensor:
+    """Cut `[B, H, T, K]` into overlapping pieces of the time axis: `[B * pieces, H, size, K]`."""
+    return x.unfold(2, size, step).transpose(1, 2).flatten(0, 1).transpose(-1, -2)
+
+
+def _allowed(
+    num_queries: int, num_keys: int, window: int | None, segments: Tensor | None, device: torch.device
+) -> Tensor:
+    """Which keys each query sees: bool `[T, S]`, or `[B, 1, T, S]` with segments. The last queries see the
+    last keys.
+
+    A padding token sees padding only. It always sees itself, so no row of the softmax is empty (which would
+    be NaN).
+    """
+    key = torch.arange(num_keys, device=device)
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    allowed = key <= query
+    if window is not None:
+        allowed &= key > query - window
+    if segments is not None:
+        own = segments[:, num_keys - num_queries :, None]
+        allowed = (allowed & (own == segments[:, None, :]))[:, None]
+    return allowed
+
+
+def _read_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Causal attention row by packed row: the cost is the sum of squares, not the square of the sum."""
+    offsets = cu_seqlens.tolist()
+    rows = [slice(a, b) for a, b in itertools.pairwise(offsets)]
+    return torch.cat([_sdpa(q[:, :, r], k[:, :, r], v[:, :, r], is_causal=True) for r in rows], dim=2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
+    )
