@@ -1,0 +1,143 @@
+"""The front door's checks: what callers may hand to the op, and errors that say what was found instead."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from ovq.ops.rows import Rows
+from ovq.ops.rules import Rules
+from ovq.ops.state import OVQState, state_dtype
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q, k, v fit together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor, found {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [B, T, heads, dim], found {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected a dtype of {DTYPES}, found {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(
+                f"{name}: expected {q.dtype} on {q.device} as q is, found {x.dtype} on {x.device}"
+            )
+        if min(x.shape[2:]) < 1:
+            raise ValueError(f"{name}: expected at least one head and one dimension, found {tuple(x.shape)}")
+    if k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            "q, k, v: expected [B, T, H, K], [B, T, Hkv, K], [B, T, Hkv, V], found "
+            f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"k: expected head dimension {q.shape[3]} as q has, found {k.shape[3]}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"q: expected a number of heads divisible by the {k.shape[2]} key/value heads, found {q.shape[2]}"
+        )
+
+
+def checked_scale(scale: float | Tensor | None, q: Tensor) -> Tensor:
+    """`scale` as a tensor `[H]` in the dtype of the sums."""
+    num_heads, wide = q.shape[2], state_dtype(q.dtype)
+    if scale is None:
+        scale = q.shape[3] ** 0.5
+    if isinstance(scale, Tensor):
+        if scale.shape != (num_heads,):
+            raise ValueError(f"scale: expected a float or a tensor [{num_heads}], found {tuple(scale.shape)}")
+        if not scale.is_floating_point():
+            raise ValueError(f"scale: expected a floating dtype, found {scale.dtype}")
+        return scale.to(q.device, wide)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise ValueError(f"scale: expected a float or a tensor [{num_heads}], found {scale!r}")
+    return torch.full((num_heads,), float(scale), dtype=wide, device=q.device)
+
+
+def checked_rows(q: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Rows:
+    """Where each row's tokens lie in the flattened `[B * T]` input."""
+    batch, length = q.shape[:2]
+    if attention_mask is not None and cu_seqlens is not None:
+        raise ValueError("attention_mask, cu_seqlens: expected at most one of them, found both")
+    if cu_seqlens is not None:
+        return _packed_rows(batch, length, cu_seqlens)
+    if attention_mask is not None:
+        return _masked_rows(batch, length, attention_mask)
+    return Rows(tuple(range(0, batch * length, length)) if length else (0,) * batch, (length,) * batch)
+
+
+def _packed_rows(batch: int, length: int, cu_seqlens: Tensor) -> Rows:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(f"cu_seqlens: expected an int32 or int64 tensor, found {found}")
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: expected packed rows in a batch of 1, found a batch of {batch}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens: expected shape [rows + 1], found {tuple(cu_seqlens.shape)}")
+    bounds = cu_seqlens.tolist()
+    lengths = tuple(b - a for a, b in itertools.pairwise(bounds))
+    if bounds[0] != 0 or bounds[-1] != length or min(lengths) < 0:
+        raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to {length}, found {bounds}")
+    return Rows(tuple(bounds[:-1]), lengths)
+
+
+def _masked_rows(batch: int, length: int, attention_mask: Tensor) -> Rows:
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length):
+        found = (
+            tuple(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
+        raise ValueError(f"attention_mask: expected a tensor [{batch}, {length}] of 0 and 1, found {found}")
+    mask = attention_mask.to("cpu")
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(f"attention_mask: expected 0 and 1 only, found {mask.unique().tolist()}")
+    mask = mask != 0
+    if length == 0:
+        return Rows((0,) * batch, (0,) * batch)
+    lengths = mask.sum(-1)
+    first = mask.int().argmax(-1)
+    last = length - 1 - mask.flip(-1).int().argmax(-1)
+    has_hole = (lengths > 0) & (last - first + 1 != lengths)
+    if bool(has_hole.any()):
+        row = int(has_hole.nonzero()[0])
+        raise ValueError(
+            f"attention_mask: expected the real tokens of a row to be contiguous, found a hole in row {row}"
+        )
+    starts = torch.arange(batch) * length + first
+    return Rows(tuple(starts.tolist()), tuple(lengths.tolist()))
+
+
+def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, rules: Rules) -> None:
+    """Raise ValueError unless `state` can be continued by these keys and values."""
+    if not isinstance(state, OVQState):
+        raise ValueError(f"initial_state: expected an OVQState, found {type(state).__name__}")
+    found = {
+        "rows": state.batch_size,
+        "num_slots": state.num_slots,
+        "chunk_size": state.chunk_size,
+        "key/value heads": state.count.shape[1],
+        "key dimension": state.key_sum.shape[3],
+        "value dimension": state.value_sum.shape[3],
+        "dtype of sums": state.key_sum.dtype,
+        "dtype of pending tokens": state.pending_keys.dtype,
+        "device": state.key_sum.device,
+    }
+    expected = {
+        "rows": num_rows,
+        "num_slots": rules.num_slots,
+        "chunk_size": rules.chunk_size,
+        "key/value heads": k.shape[2],
+        "key dimension": k.shape[3],
+        "value dimension": v.shape[3],
+        "dtype of sums": state_dtype(k.dtype),
+        "dtype of pending tokens": k.dtype,
+        "device": k.device,
+    }
+    for what, value in expected.items():
+        if found[what] != value:
+            raise ValueError(f"initial_state: {what}: expected {value}, found {found[what]}")

@@ -1,0 +1,139 @@
+"""One token a row, without gradients: a read of the dictionary and the pending tokens, and nothing copied.
+
+The key and value are written into the next free place of the state's pending buffers. The state handed in
+stays what it was, because it never looks at that place; should another continuation of it have written there
+already, the buffers are copied first (`OVQState._written`). Dictionaries are shared between the states of a
+chain of steps and replaced once a chunk, when it is merged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ovq.ops.routing import Router, padded_slots
+from ovq.ops.rules import Rules
+from ovq.ops.schedule import grown_slots
+from ovq.ops.state import OVQState, slot_means, with_capacity
+from ovq.ops.sums import Sums
+
+
+def decode_step(
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, state: OVQState, rules: Rules
+) -> tuple[Tensor, OVQState]:
+    """Outputs `[B, 1, H, V]` for one new token a row, and the state after it.
+
+    Args:
+        q: `[B, 1, H, K]`. k: `[B, 1, Hkv, K]`. v: `[B, 1, Hkv, V]`.
+        scale: `[H]` in the dtype of the sums.
+        state: the state before, left as it was.
+        rules: the layer's settings.
+    """
+    pending = state.num_pending.tolist()
+    keys, values, written = _appended(state, k, v, pending)
+    o = _read(q, scale, state, keys, values, pending)
+    after = dataclasses.replace(
+        state,
+        pending_keys=keys,
+        pending_values=values,
+        num_seen=state.num_seen + 1,
+        _written=written,
+    )
+    complete = [r for r, p in enumerate(pending) if p + 1 == rules.chunk_size]
+    return o, _merged(after, complete, rules) if complete else after
+
+
+def _appended(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """The pending buffers with the new token in them, and the list that says how far they are written."""
+    keys, values, written = state.pending_keys, state.pending_values, state._written
+    if written != pending:
+        keys, values, written = keys.clone(), values.clone(), list(pending)
+    if len(set(pending)) == 1:
+        keys[:, :, pending[0]] = k[:, 0]
+        values[:, :, pending[0]] = v[:, 0]
+    else:
+        row = torch.arange(len(pending), device=keys.device)
+        place = torch.tensor(pending, device=keys.device)
+        keys[row, :, place] = k[:, 0]
+        values[row, :, place] = v[:, 0]
+    # In place: the list is shared by every state that shares these buffers.
+    written[:] = [p + 1 for p in pending]
+    return keys, values, written
+
+
+def _read(
+    q: Tensor, scale: Tensor, state: OVQState, keys: Tensor, values: Tensor, pending: list[int]
+) -> Tensor:
+    """The softmax of one query a head over [pending | dictionary], from the sums: q.D = q.S / c."""
+    batch, _, num_heads, dim = q.shape
+    num_kv_heads, wide = keys.shape[1], state.key_sum.dtype
+    used = max(pending) + 1
+    queries = (q[:, 0].to(wide) * scale[:, None]).view(batch * num_kv_heads, -1, dim)
+
+    def streams(x: Tensor) -> Tensor:
+        return x.to(wide).reshape(batch * num_kv_heads, *x.shape[2:])
+
+    recent_keys, recent_values = streams(keys[:, :, :used]), streams(values[:, :, :used])
+    scores = torch.bmm(queries, recent_keys.transpose(1, 2))
+    if len(set(pending)) > 1:
+        ends = torch.tensor(pending, device=q.device).repeat_interleave(num_kv_heads)
+        future = torch.arange(used, device=q.device) > ends[:, None]
+        scores.masked_fill_(future[:, None], -torch.inf)
+    if not state.count.shape[2]:
+        o = torch.bmm(scores.softmax(-1), recent_values)
+    else:
+        counts = streams(state.count)[:, None]
+        slot_scores = torch.bmm(queries, streams(state.key_sum).transpose(1, 2))
+        slot_scores.div_(counts.clamp(min=1)).add_(counts.log())
+        probs = torch.cat([scores, slot_scores], -1).softmax(-1)
+        # P D_v = (P / c) S_v: dividing the probabilities is cheaper than dividing the sums.
+        slot_probs = probs[..., used:] / counts.clamp(min=1)
+        o = torch.baddbmm(torch.bmm(probs[..., :used], recent_values), slot_probs, streams(state.value_sum))
+    return o.view(batch, 1, num_heads, -1).to(q.dtype)
+
+
+def _merged(state: OVQState, complete: list[int], rules: Rules) -> OVQState:
+    """`state` with the full chunks of the rows `complete` merged into copies of their dictionaries."""
+    rows = state.select(complete)
+    num_kv_heads, chunk_size = state.count.shape[1], rules.chunk_size
+    before = rows.num_open.tolist()
+    after = [
+        grown_slots(n, seen, num_slots=rules.num_slots, chunk_size=chunk_size, growth=rules.growth)
+        for n, seen in zip(before, rows.num_seen.tolist(), strict=True)
+    ]
+    state = with_capacity(state, max(after))
+    rows = with_capacity(rows, max(*after, state.count.shape[2]))
+    wide = rows.key_sum.dtype
+    streams, capacity = len(complete) * num_kv_heads, rows.count.shape[2]
+    keys = rows.pending_keys.to(wide).view(streams, chunk_size, -1)
+    values = rows.pending_values.to(wide).view(streams, chunk_size, -1)
+    means = slot_means(rows.key_sum, rows.count).view(streams, capacity, -1)
+    means = torch.nn.functional.pad(means, (0, 0, 0, padded_slots(capacity) - capacity))
+    router = Router(num_streams=streams, max_slots=capacity, rules=rules, like=means)
+    slots = router(
+        keys,
+        means,
+        [n for n in before for _ in range(num_kv_heads)],
+        [n for n in after for _ in range(num_kv_heads)],
+        heads=list(range(num_kv_heads)) * len(complete),
+        num_seen=[t for t in rows.num_seen.tolist() for _ in range(num_kv_heads)],
+    )
+    sums = Sums(*(x.reshape(streams, *x.shape[2:]) for x in (rows.key_sum, rows.value_sum, rows.count)))
+    sums.add_(slots, keys, values, 1)
+    # New tensors throughout: the old ones belong to the states before this step.
+    index = torch.tensor(complete, device=state.count.device)
+
+    def put(x: Tensor, part: Tensor) -> Tensor:
+        return x.index_copy(0, index, part.view(len(complete), *x.shape[1:]))
+
+    return dataclasses.replace(
+        state,
+        key_sum=put(state.key_sum, sums.key),
+        value_sum=put(state.value_sum, sums.value),
+        count=put(state.count, sums.count),
+        pending_keys=state.pending_keys.clone(),
+        pending_values=state.pending_values.clone(),
+        _written=None,
+    )

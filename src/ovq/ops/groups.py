@@ -1,0 +1,169 @@
+"""How the `torch` backend cuts a call into work: the plan, groups of streams, and their steps.
+
+A *stream* is one key/value head of one row. Streams are independent, so they are worked through in groups
+small enough for their scores to stay in the cache and large enough to keep every core busy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ovq.ops.rows import AlignedRows
+from ovq.ops.rules import Rules
+from ovq.ops.schedule import slots_by_chunk
+
+# Elements of score scratch a group may use. On a CPU 4 MiB of float32, between one head at a time (overhead
+# of calls) and all at once (out of the cache); on a GPU, which wants the largest products, 4 GiB.
+CPU_ELEMENTS = 1 << 20
+GPU_ELEMENTS = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one call does, decided before any arithmetic.
+
+    Attributes:
+        aligned: the chunk-aligned layout of the rows.
+        slots: for each sorted row, its slots before each of its complete chunks and after the last.
+        num_merged: tokens merged into each sorted row's dictionary before the call.
+        num_kv_heads: Hkv.
+        group_size: query heads of a key/value head, G.
+        rules: the layer's settings.
+    """
+
+    aligned: AlignedRows
+    slots: list[list[int]]
+    num_merged: list[int]
+    num_kv_heads: int
+    group_size: int
+    rules: Rules
+
+    @classmethod
+    def make(
+        cls,
+        aligned: AlignedRows,
+        *,
+        opened: list[int],
+        num_merged: list[int],
+        num_kv_heads: int,
+        group_size: int,
+        rules: Rules,
+    ) -> Plan:
+        """The plan for sorted rows that start with `opened` slots and `num_merged` tokens in them."""
+        slots = [
+            slots_by_chunk(
+                n,
+                merged,
+                length // rules.chunk_size,
+                num_slots=rules.num_slots,
+                chunk_size=rules.chunk_size,
+                growth=rules.growth,
+            )
+            for n, merged, length in zip(opened, num_merged, aligned.lengths, strict=True)
+        ]
+        return cls(aligned, slots, num_merged, num_kv_heads, group_size, rules)
+
+    @property
+    def capacity(self) -> int:
+        """Most slots of a row at the end."""
+        return max((sizes[-1] for sizes in self.slots), default=0)
+
+    def groups(self, device: torch.device) -> Iterator[Group]:
+        """The streams of the call in groups."""
+        width = self.aligned.width
+        elements = self.group_size * width * (width + self.capacity)
+        if device.type == "cpu":
+            threads = torch.get_num_threads()
+            streams = max(threads, CPU_ELEMENTS // elements // threads * threads)
+        else:
+            streams = max(1, GPU_ELEMENTS // elements)
+        # Whole rows where they fit; otherwise one row at a time, a block of its heads at a time.
+        num_rows = max(1, streams // self.num_kv_heads)
+        num_heads = min(streams, self.num_kv_heads)
+        for row in range(0, len(self.slots), num_rows):
+            rows = range(row, min(row + num_rows, len(self.slots)))
+            for head in range(0, self.num_kv_heads, num_heads):
+                yield Group(self, rows, range(head, min(head + num_heads, self.num_kv_heads)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A block of streams: some sorted rows, some key/value heads of them, numbered row by row."""
+
+    plan: Plan
+    rows: range
+    heads: range
+
+    @property
+    def num_streams(self) -> int:
+        """Streams of the group."""
+        return len(self.rows) * len(self.heads)
+
+    def streams(self, x: Tensor) -> Tensor:
+        """The group's streams `[S, ...]` of a tensor `[R, Hkv, ...]` in sorted row order: a view."""
+        part = x[self.rows.start : self.rows.stop, self.heads.start : self.heads.stop]
+        # A group has all heads or one row, so that its streams lie side by side and this never copies.
+        return part.view(self.num_streams, *x.shape[2:])
+
+    def steps(self) -> list[Step]:
+        """The chunks of the group, in order."""
+        return [Step(self, i) for i in range(self.plan.aligned.chunks_of(self.rows.start))]
+
+
+class Step:
+    """The i-th chunk of a group's rows.
+
+    Attributes:
+        num_tokens: places of the chunk in use, w.
+        num_streams: streams that have an i-th chunk: a prefix of the group's.
+        num_complete: streams whose i-th chunk is complete: a prefix of those.
+        before: slots of each of the `num_streams` streams before the chunk.
+        after: slots of each of the `num_complete` streams after it.
+        num_slots: the largest of `before`, n.
+    """
+
+    def __init__(self, group: Group, i: int) -> None:
+        plan, aligned = group.plan, group.plan.aligned
+        first, num_heads = group.rows.start, len(group.heads)
+        rows = group.rows[: max(0, aligned.num_active(i) - first)]
+        complete = group.rows[: max(0, aligned.num_complete(i) - first)]
+        self.group = group
+        self.num_tokens = min(aligned.width, aligned.lengths[first] - i * aligned.width)
+        self.num_streams = len(rows) * num_heads
+        self.num_complete = len(complete) * num_heads
+        self.before = [plan.slots[r][i] for r in rows for _ in group.heads]
+        self.after = [plan.slots[r][i + 1] for r in complete for _ in group.heads]
+        self.num_slots = max(self.before)
+        self.heads = [h for _ in complete for h in group.heads]
+        self.num_seen = [
+            plan.num_merged[r] + (i + 1) * plan.rules.chunk_size for r in complete for _ in group.heads
+        ]
+        self._chunks = [aligned.first_chunk[r] + i for r in rows]
+
+    def _part(self, x: Tensor) -> tuple[object, slice, slice]:
+        """The index of the step's tokens in a tensor `[num_chunks, W, Hkv * p, ...]`."""
+        heads, per_head = self.group.heads, x.shape[2] // self.group.plan.num_kv_heads
+        # A list index copies, a slice does not; one row is the common case of long contexts.
+        is_single = len(self._chunks) == 1
+        chunks = slice(self._chunks[0], self._chunks[0] + 1) if is_single else self._chunks
+        return chunks, slice(self.num_tokens), slice(heads.start * per_head, heads.stop * per_head)
+
+    def take(self, x: Tensor) -> Tensor:
+        """The step's tokens of `x` `[num_chunks, W, Hkv * p, D]` as `[S, p * w, D]`, p heads to a stream."""
+        part = x[self._part(x)].transpose(1, 2)
+        return part.reshape(self.num_streams, -1, x.shape[-1])
+
+    def put_complete(self, out: Tensor, x: Tensor) -> None:
+        """Write `x` `[num_complete, w, D]`, of the streams whose chunk is complete alone."""
+        missing = self.num_streams - self.num_complete
+        self.put(out, torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x)
+
+    def put(self, out: Tensor, x: Tensor) -> None:
+        """Write `x` `[S, p * w, D]` to the step's tokens of `out` `[num_chunks, W, Hkv * p, D]`."""
+        part = self._part(out)
+        num_heads = part[2].stop - part[2].start
+        out[part] = x.view(-1, num_heads, self.num_tokens, out.shape[-1]).transpose(1, 2).to(out.dtype)

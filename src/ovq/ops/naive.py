@@ -1,0 +1,192 @@
+"""The reference: OVQ attention in plain loops, one row, one head, one token at a time.
+
+Written to be read beside the algorithm (`docs/math.md`), and the oracle of every other backend. It is slow on
+purpose, works in any floating dtype and is differentiated by ordinary autograd.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ovq.ops.novelty import random_priority
+from ovq.ops.rules import Rules
+from ovq.ops.schedule import grown_slots
+from ovq.ops.state import OVQState, state_dtype
+
+
+@dataclasses.dataclass
+class _Head:
+    """The dictionary of one key/value head: a list of slots, each with its sums and its count."""
+
+    key_sum: list[Tensor]
+    value_sum: list[Tensor]
+    count: list[int]
+
+    def means(self, sums: list[Tensor]) -> Tensor:
+        return torch.stack([s / c for s, c in zip(sums, self.count, strict=True)])
+
+    def open_slot(self, key: Tensor, value: Tensor) -> None:
+        self.key_sum.append(key)
+        self.value_sum.append(value)
+        self.count.append(1)
+
+    def merge_into(self, slot: int, key: Tensor, value: Tensor) -> None:
+        self.key_sum[slot] = self.key_sum[slot] + key
+        self.value_sum[slot] = self.value_sum[slot] + value
+        self.count[slot] += 1
+
+
+def naive_row(
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, state: OVQState, rules: Rules
+) -> tuple[Tensor, OVQState]:
+    """OVQ attention of one row.
+
+    Args:
+        q: `[T, H, K]`. k: `[T, Hkv, K]`. v: `[T, Hkv, V]`.
+        scale: `[H]`.
+        state: the row's state, with a batch size of 1.
+        rules: the layer's settings.
+
+    Returns:
+        The outputs `[T, H, V]` in the dtype of `q`, and the row's state afterwards.
+    """
+    num_kv_heads = k.shape[1]
+    group = q.shape[1] // num_kv_heads
+    outputs: list[Tensor] = []
+    heads: list[_Head] = []
+    pendings: list[tuple[Tensor, Tensor]] = []
+    for h in range(num_kv_heads):
+        queries = slice(h * group, (h + 1) * group)
+        o, head, pending = _naive_head(q[:, queries], k[:, h], v[:, h], scale[queries], state, h, rules)
+        outputs.append(o)
+        heads.append(head)
+        pendings.append(pending)
+    return torch.cat(outputs, dim=1).to(q.dtype), _packed_state(heads, pendings, state, q.shape[0])
+
+
+def _naive_head(
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, state: OVQState, h: int, rules: Rules
+) -> tuple[Tensor, _Head, tuple[Tensor, Tensor]]:
+    """One key/value head and its query heads: q `[T, G, K]`, k `[T, K]`, v `[T, V]`, scale `[G]`."""
+    wide = state_dtype(k.dtype)
+    num_pending = int(state.num_pending[0])
+    num_seen = int(state.num_seen[0]) - num_pending
+    slots = int(state.num_open[0])
+    head = _Head(
+        key_sum=list(state.key_sum[0, h, :slots]),
+        value_sum=list(state.value_sum[0, h, :slots]),
+        count=state.count[0, h, :slots].tolist(),
+    )
+    # The pending tokens come first: they belong to the chunk that the new tokens continue.
+    k = torch.cat([state.pending_keys[0, h, :num_pending], k])
+    v = torch.cat([state.pending_values[0, h, :num_pending], v])
+    outputs: list[Tensor] = []
+    start = 0
+    for start in range(0, len(k), rules.chunk_size):
+        chunk_k = k[start : start + rules.chunk_size].to(wide)
+        chunk_v = v[start : start + rules.chunk_size].to(wide)
+        for j in range(len(chunk_k)):
+            t = start + j - num_pending
+            if t >= 0:
+                outputs.append(_read(q[t].to(wide), scale, head, chunk_k[: j + 1], chunk_v[: j + 1]))
+        if len(chunk_k) == rules.chunk_size:
+            num_seen += rules.chunk_size
+            _learn(chunk_k, chunk_v, head, h, num_seen, rules)
+    complete = len(k) - len(k) % rules.chunk_size
+    o = torch.stack(outputs) if outputs else q.new_zeros(*q.shape[:2], v.shape[-1])
+    return o, head, (k[complete:], v[complete:])
+
+
+def _read(q: Tensor, scale: Tensor, head: _Head, chunk_k: Tensor, chunk_v: Tensor) -> Tensor:
+    """One token's outputs `[G, V]`: a softmax over the slots, biased by log count, and its chunk so far."""
+    keys, values, bias = chunk_k, chunk_v, torch.zeros(len(chunk_k), dtype=q.dtype, device=q.device)
+    if head.count:
+        # A token of the chunk is a slot of count 1, whose log is the 0 above.
+        counts = torch.tensor(head.count, dtype=q.dtype, device=q.device)
+        keys = torch.cat([head.means(head.key_sum), chunk_k])
+        values = torch.cat([head.means(head.value_sum), chunk_v])
+        bias = torch.cat([counts.log(), bias])
+    scores = scale[:, None] * (q @ keys.T) + bias
+    return scores.softmax(-1) @ values
+
+
+@torch.no_grad()
+def _scores(keys: Tensor, means: Tensor) -> Tensor:
+    """Dot products `[C, n]` in float64: what routing compares, exact enough that no backend can disagree."""
+    return (keys.double()[:, None] * means.double()[None]).sum(-1)
+
+
+def _learn(chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int, rules: Rules) -> None:
+    """Grow the dictionary by the most novel keys of a complete chunk and merge the others into it."""
+    wanted = grown_slots(
+        len(head.count),
+        num_seen,
+        num_slots=rules.num_slots,
+        chunk_size=rules.chunk_size,
+        growth=rules.growth,
+    )
+    rest = list(range(rules.chunk_size))
+    if not head.count:  # The first chunk: its first key opens slot 0.
+        head.open_slot(chunk_k[0], chunk_v[0])
+        rest = rest[1:]
+    existing = len(head.count)
+    means = head.means(head.key_sum).detach()
+    scores = _scores(chunk_k, means)
+    opening = _openers(scores, chunk_k, means, rest, wanted - existing, h, num_seen, rules)
+    for j in opening:
+        head.open_slot(chunk_k[j], chunk_v[j])
+    if rules.merge == "updated":
+        scores = _scores(chunk_k, torch.cat([means, *(chunk_k[j].detach()[None] for j in opening)]))
+    for j in rest:
+        if j not in opening:
+            # argmax gives the first of equal maxima, so ties go to the lowest index.
+            head.merge_into(int(scores[j].argmax()), chunk_k[j], chunk_v[j])
+
+
+def _openers(
+    scores: Tensor,
+    keys: Tensor,
+    means: Tensor,
+    candidates: list[int],
+    num: int,
+    h: int,
+    num_seen: int,
+    rules: Rules,
+) -> list[int]:
+    """The `num` candidates that open slots, in order of position: the most novel, or random ones."""
+    if rules.init == "random":
+        priority = random_priority(rules.seed, h, num_seen, rules.chunk_size).tolist()
+    else:
+        norms = keys.double().norm(dim=-1)[:, None] * means.double().norm(dim=-1)[None]
+        # Keys that are not finite have no cosine: they are the last to open a slot.
+        priority = (scores / norms.clamp(min=1e-30)).amax(-1).nan_to_num(nan=2.0).tolist()
+    # sorted() is stable: of equally novel keys the earlier opens a slot.
+    return sorted(sorted(candidates, key=lambda j: priority[j])[:num])
+
+
+def _packed_state(
+    heads: list[_Head], pendings: list[tuple[Tensor, Tensor]], before: OVQState, num_new: int
+) -> OVQState:
+    """The heads of a row as an `OVQState` of batch size 1."""
+
+    def stacked(parts: list[list[Tensor]], like: Tensor) -> Tensor:
+        rows = [torch.stack(part) if part else like.new_zeros(0, like.shape[-1]) for part in parts]
+        return torch.stack(rows)[None]
+
+    def padded(parts: list[Tensor]) -> Tensor:
+        missing = before.chunk_size - len(parts[0])
+        return torch.nn.functional.pad(torch.stack(parts), (0, 0, 0, missing))[None]
+
+    return dataclasses.replace(
+        before,
+        key_sum=stacked([head.key_sum for head in heads], before.key_sum),
+        value_sum=stacked([head.value_sum for head in heads], before.value_sum),
+        count=torch.tensor([[head.count for head in heads]], device=before.count.device).to(torch.int64),
+        pending_keys=padded([keys for keys, _ in pendings]),
+        pending_values=padded([values for _, values in pendings]),
+        num_seen=before.num_seen + num_new,
+        _written=None,
+    )

@@ -1,0 +1,214 @@
+"""Which slot each key of a complete chunk goes to, for many heads at once: fast, and provably exact.
+
+Routing is a hard argmax, so two backends whose matrix products round differently could disagree on a near tie
+and from then on remember different things. Here scores are computed in float32 by one matrix product, and
+every token whose best two candidates lie within the rounding error of that product is decided again in
+float64. The result is that of the float64 reference, whatever the blocking, batch or thread count.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ovq.ops.novelty import random_priority
+from ovq.ops.rules import Rules
+
+# Columns of the score matrix that are reduced together: the best slot is found as the best block, then the
+# best in it, which reads the scores once, vectorised (an argmax over all columns is seven times slower on a
+# CPU).
+BLOCK = 32
+# Pairs of (token, slot) decided again at once; bounds the memory of float64 copies to tens of megabytes.
+_PAIRS = 65536
+
+
+def padded_slots(num: int) -> int:
+    """`num` rounded up to whole blocks."""
+    return -(-num // BLOCK) * BLOCK
+
+
+class Router:
+    """Assigns the keys of complete chunks to slots; holds the scratch memory for it.
+
+    Args:
+        num_streams: most streams (rows times key/value heads) routed at once.
+        max_slots: most slots of a stream.
+        rules: the layer's settings.
+        like: a tensor that gives the routing dtype (float32 or float64) and device.
+    """
+
+    def __init__(self, *, num_streams: int, max_slots: int, rules: Rules, like: Tensor) -> None:
+        self.rules = rules
+        self._scores = like.new_empty(num_streams * rules.chunk_size * padded_slots(max_slots))
+        self._scaled: Tensor | None = None
+
+    def __call__(
+        self,
+        keys: Tensor,
+        means: Tensor,
+        before: list[int],
+        after: list[int],
+        *,
+        heads: list[int],
+        num_seen: list[int],
+    ) -> Tensor:
+        """Slots `[S, C]` of the chunk's keys.
+
+        Args:
+            keys: `[S, C, K]` keys of a complete chunk in the routing dtype.
+            means: `[S, padded, K]` slot means, zero beyond each stream's slots. For a stream without slots
+                the first row is overwritten by its first key, which opens slot 0.
+            before: slots of each stream before the chunk.
+            after: slots of each stream once the chunk is merged.
+            heads: key/value head of each stream, for `init="random"`.
+            num_seen: tokens each stream's row has seen at the end of the chunk, likewise.
+        """
+        is_fresh = [n == 0 for n in before]
+        if any(is_fresh):
+            fresh = torch.tensor(is_fresh, device=keys.device)
+            means[fresh, 0] = keys[fresh, 0]
+        existing = [max(n, 1) for n in before]
+        scores = self._score(keys, means, existing)
+        key_norm = torch.linalg.vector_norm(keys, dim=-1)
+        mean_norm = torch.linalg.vector_norm(means, dim=-1)
+        # Rounding error of a K-term dot product, both sides of a comparison: 2 K (eps / 2) |k| |D|.
+        rounding = keys.shape[-1] * torch.finfo(keys.dtype).eps
+        tolerance = rounding * key_norm * mean_norm.amax(-1, keepdim=True)
+        slots = _certified_argmax(scores, tolerance, keys, means)
+        if any(is_fresh):
+            slots[fresh, 0] = 0
+        opening = [a - n for a, n in zip(after, existing, strict=True)]
+        if any(opening):
+            if self.rules.init == "random":
+                priority = torch.stack(
+                    [
+                        random_priority(self.rules.seed, h, t, self.rules.chunk_size)
+                        for h, t in zip(heads, num_seen, strict=True)
+                    ]
+                ).to(keys.device)
+            else:
+                priority = self._novelty(scores, keys, means, key_norm, mean_norm, opening, is_fresh)
+            if any(is_fresh):
+                priority[fresh, 0] = torch.inf
+            chosen = _lowest(priority, opening)
+            if self.rules.merge == "updated":
+                _merge_updated(slots, chosen, keys, means, existing)
+                if any(is_fresh):
+                    slots[fresh, 0] = 0
+            # The j-th key that opens a slot, by position, opens slot existing + j.
+            first = torch.tensor(existing, device=keys.device)[:, None]
+            slots = torch.where(chosen, first + chosen.cumsum(-1) - 1, slots)
+        return slots
+
+    def _score(self, keys: Tensor, means: Tensor, existing: list[int]) -> Tensor:
+        """Dot products `[S, C, padded]` of keys and slot means, -inf for spare slots."""
+        streams, tokens, _ = keys.shape
+        num = padded_slots(max(existing))
+        scores = self._scores[: streams * tokens * num].view(streams, tokens, num)
+        torch.bmm(keys, means[:, :num].transpose(1, 2), out=scores)
+        smallest = min(existing)
+        if smallest == max(existing):
+            scores[:, :, smallest:] = -torch.inf
+        else:
+            used = torch.tensor(existing, device=keys.device)[:, None]
+            spare = torch.arange(smallest, num, device=keys.device) >= used
+            scores[:, :, smallest:].masked_fill_(spare[:, None], -torch.inf)
+        return scores
+
+    def _novelty(
+        self,
+        scores: Tensor,
+        keys: Tensor,
+        means: Tensor,
+        key_norm: Tensor,
+        mean_norm: Tensor,
+        opening: list[int],
+        is_fresh: list[bool],
+    ) -> Tensor:
+        """Best cosine `[S, C]` of each key with the slot means, exact where the choice turns on it."""
+        num = scores.shape[-1]
+        if self._scaled is None:
+            self._scaled = torch.empty_like(self._scores)
+        scaled = self._scaled[: scores.numel()].view_as(scores)
+        # A key or mean of length zero has cosine 0 with everything.
+        torch.mul(scores, mean_norm[:, None, :num].clamp(min=1e-30).reciprocal(), out=scaled)
+        best = scaled.amax(-1) / key_norm.clamp(min=1e-30)
+        order = best.clone()
+        order[torch.tensor(is_fresh, device=best.device), 0] = torch.inf
+        ranked = order.sort(-1).values
+        last = torch.tensor([max(m - 1, 0) for m in opening], device=best.device)[:, None]
+        boundary = ranked.gather(-1, last)
+        # Cosines are at most 1 long; a few more roundings than a dot product go into one.
+        tolerance = 2 * (keys.shape[-1] + 8) * torch.finfo(keys.dtype).eps
+        near = (order - boundary).abs() <= tolerance
+        is_opening = torch.tensor([m > 0 for m in opening], device=best.device)[:, None]
+        contested = near & (near.sum(-1, keepdim=True) > 1) & is_opening
+        best = best.double()
+        streams, tokens = contested.nonzero(as_tuple=True)
+        step = max(1, _PAIRS // num)
+        for i in range(0, len(streams), step):
+            s, t = streams[i : i + step], tokens[i : i + step]
+            exact = (keys[s, t].double()[:, None] * means[s, :num].double()).sum(-1)
+            norms = keys[s, t].double().norm(dim=-1)[:, None] * means[s, :num].double().norm(dim=-1)
+            cosine = exact / norms.clamp(min=1e-30)
+            best[s, t] = cosine.masked_fill(scores[s, t].isneginf(), -torch.inf).amax(-1)
+        # Keys that are not finite have no cosine: they are the last to open a slot.
+        return best.nan_to_num(nan=2.0)
+
+
+def _certified_argmax(scores: Tensor, tolerance: Tensor, keys: Tensor, means: Tensor) -> Tensor:
+    """Slot `[S, C]` of the largest dot product, ties to the lowest index, as float64 would decide."""
+    streams, tokens, num = scores.shape
+    blocks = scores.view(streams, tokens, num // BLOCK, BLOCK)
+    block_best = blocks.amax(-1)
+    block = block_best.argmax(-1, keepdim=True)
+    inside = blocks.gather(2, block[..., None].expand(-1, -1, 1, BLOCK)).squeeze(2)
+    place = inside.argmax(-1, keepdim=True)
+    best = inside.gather(-1, place)
+    # The best of all the others: the other blocks, and the rest of the winner's own.
+    inside.scatter_(-1, place, -torch.inf)
+    block_best.scatter_(-1, block, -torch.inf)
+    second = torch.maximum(inside.amax(-1), block_best.amax(-1))
+    slots = (block * BLOCK + place).squeeze(-1)
+    contested = best.squeeze(-1) - second <= tolerance
+    if bool(contested.any()):
+        s, t = contested.nonzero(as_tuple=True)
+        floor = (best.squeeze(-1) - tolerance)[s, t]
+        slots[s, t] = _decided_again(scores[s, t] >= floor[:, None], s, keys[s, t], means)
+    return slots
+
+
+def _decided_again(candidates: Tensor, streams: Tensor, keys: Tensor, means: Tensor) -> Tensor:
+    """The best candidate slot `[A]` of each token in float64; candidates `[A, n]`, keys `[A, K]`."""
+    token, slot = candidates.nonzero(as_tuple=True)
+    exact = torch.full(candidates.shape, -torch.inf, dtype=torch.float64, device=keys.device)
+    for i in range(0, len(token), _PAIRS):
+        a, n = token[i : i + _PAIRS], slot[i : i + _PAIRS]
+        exact[a, n] = (keys[a].double() * means[streams[a], n].double()).sum(-1)
+    return exact.argmax(-1)
+
+
+def _lowest(priority: Tensor, opening: list[int]) -> Tensor:
+    """Mask `[S, C]` of the `opening[s]` lowest priorities of each stream, ties to the earliest token."""
+    order = priority.argsort(dim=-1, stable=True)
+    num = torch.tensor(opening, device=priority.device)[:, None]
+    ranked = torch.arange(priority.shape[-1], device=priority.device) < num
+    return torch.zeros_like(ranked.expand_as(order)).scatter(-1, order, ranked.expand_as(order))
+
+
+def _merge_updated(slots: Tensor, chosen: Tensor, keys: Tensor, means: Tensor, existing: list[int]) -> None:
+    """Let the keys that open no slot go to the slots opened by their own chunk as well (in place).
+
+    An ablation, off by default: written for clarity, in float64 throughout.
+    """
+    for s, n in enumerate(existing):
+        opened = keys[s, chosen[s]].double()
+        if len(opened) == 0:
+            continue
+        candidates = keys[s].double()
+        own = (candidates * means[s, slots[s].clamp(max=n - 1)].double()).sum(-1)
+        fresh = (candidates[:, None] * opened[None]).sum(-1)
+        best = fresh.argmax(-1)
+        # Strictly better: on a tie the slot that was there before has the lower index.
+        wins = fresh.gather(-1, best[:, None]).squeeze(-1) > own
+        slots[s] = torch.where(wins, n + best, slots[s])

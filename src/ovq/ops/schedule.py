@@ -1,0 +1,71 @@
+"""How many slots the dictionary holds after t tokens: the growth schedules.
+
+The schedule is a pure function of the number of tokens seen, so a stream cut into calls in any way opens the
+same slots at the same chunks.
+"""
+
+GROWTHS = ("plateau", "linear", "immediate")
+
+
+def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau") -> int:
+    """Slots that the schedule asks for once `num_seen` tokens have been merged.
+
+    Args:
+        num_seen: tokens t seen by the row so far, a multiple of the chunk size.
+        num_slots: the bound N.
+        growth: `"plateau"`, floor(t N / (t + N)), the paper's; `"linear"`, min(N, floor(t / 2)), which
+            crosses the plateau at t = N (the slope is this project's choice); `"immediate"`, min(N, t),
+            every key a slot while there is room.
+
+    Returns:
+        The number of slots, at least 1 and at most `num_slots`.
+
+    Source: arXiv 2602.03922 for the plateau; the other two are its ablation, reconstructed.
+
+    Example:
+        >>> [scheduled_slots(t, num_slots=64) for t in (32, 64, 256, 4096)]
+        [21, 32, 51, 63]
+        >>> scheduled_slots(32, num_slots=64, growth="immediate")
+        32
+    """
+    if growth == "plateau":
+        wanted = num_seen * num_slots // (num_seen + num_slots)
+    elif growth == "linear":
+        wanted = num_seen // 2
+    elif growth == "immediate":
+        wanted = num_seen
+    else:
+        raise ValueError(f"growth: expected one of {GROWTHS}, found {growth!r}")
+    return max(1, min(wanted, num_slots))
+
+
+def grown_slots(current: int, num_seen: int, *, num_slots: int, chunk_size: int, growth: str) -> int:
+    """Slots after the chunk that ends at token `num_seen`, given `current` slots before it.
+
+    The dictionary never shrinks here, and a chunk of C tokens can open at most C slots (which binds only
+    after `OVQState.resize` raised N in mid-stream).
+
+    Example:
+        >>> grown_slots(0, 32, num_slots=64, chunk_size=32, growth="plateau")
+        21
+        >>> grown_slots(21, 64, num_slots=4096, chunk_size=32, growth="immediate")
+        53
+    """
+    wanted = scheduled_slots(num_seen, num_slots=num_slots, growth=growth)
+    return min(max(current, wanted), current + chunk_size)
+
+
+def slots_by_chunk(
+    current: int, num_merged: int, num_chunks: int, *, num_slots: int, chunk_size: int, growth: str
+) -> list[int]:
+    """Slots before each of the next `num_chunks` chunks and after the last: a list of num_chunks + 1 sizes.
+
+    Example:
+        >>> slots_by_chunk(0, 0, 3, num_slots=64, chunk_size=32, growth="plateau")
+        [0, 21, 32, 38]
+    """
+    sizes = [current]
+    for i in range(1, num_chunks + 1):
+        seen = num_merged + i * chunk_size
+        sizes.append(grown_slots(sizes[-1], seen, num_slots=num_slots, chunk_size=chunk_size, growth=growth))
+    return sizes

@@ -1,0 +1,267 @@
+"""`OVQState`: what a stream of tokens leaves behind, in constant memory.
+
+A state is a value: no operation changes one that was handed in, so keeping an old state *is* a snapshot of
+it. Saving and loading live in `serialization.py`, resizing in `resize.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+_ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
+
+
+@dataclasses.dataclass(eq=False)
+class OVQState:
+    """The dictionary of every row and key/value head, and the tokens not merged into it yet.
+
+    Attributes:
+        key_sum: `[B, Hkv, M, K]` sums of the keys assigned to each slot, float32 (float64 for float64
+            inputs).
+        value_sum: `[B, Hkv, M, V]` sums of the values, same dtype.
+        count: `[B, Hkv, M]` tokens assigned to each slot, int64, so that it stays exact at any length.
+            Spare slots have count 0 and sums 0.
+        pending_keys: `[B, Hkv, C, K]` keys of the incomplete last chunk, in the dtype of the inputs.
+            Row b uses its first `num_pending[b]` places; what lies beyond has no meaning.
+        pending_values: `[B, Hkv, C, V]` their values.
+        num_seen: `[B]` tokens seen by each row, int64, always on the CPU: the schedule is host control flow.
+        num_slots: the bound N on the slots of a head.
+        chunk_size: C, tokens of a chunk.
+
+    Example:
+        >>> import torch
+        >>> from ovq.ops import ovq_attention
+        >>> k = torch.nn.functional.normalize(torch.randn(2, 40, 1, 8), dim=-1)
+        >>> _, state = ovq_attention(k, k, k, num_slots=8, chunk_size=16, output_final_state=True)
+        >>> state.num_seen.tolist(), state.num_pending.tolist(), state.count.sum(-1).flatten().tolist()
+        ([40, 40], [8, 8], [32, 32])
+        >>> state.keys.shape
+        torch.Size([2, 1, 6, 8])
+    """
+
+    key_sum: Tensor
+    value_sum: Tensor
+    count: Tensor
+    pending_keys: Tensor
+    pending_values: Tensor
+    num_seen: Tensor
+    num_slots: int
+    chunk_size: int
+    # How many places of the pending buffers hold tokens that *some* state sharing them relies on. A decode
+    # step may write the next place only when this equals its own num_pending; otherwise another continuation
+    # of the same state got there first, and the buffers are copied. Shared along a chain of decode steps.
+    _written: list[int] | None = dataclasses.field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self._written is None:
+            self._written = self.num_pending.tolist()
+
+    @classmethod
+    def empty(
+        cls,
+        *,
+        batch_size: int,
+        num_kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        num_slots: int,
+        chunk_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> OVQState:
+        """The state of rows that have seen nothing; `dtype` is that of the inputs to come.
+
+        Example:
+            >>> OVQState.empty(
+            ...     batch_size=1, num_kv_heads=2, key_dim=4, value_dim=4, num_slots=8, chunk_size=4
+            ... ).nbytes
+            264
+        """
+        sum_dtype = state_dtype(dtype)
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(batch_size, num_kv_heads, *shape, dtype=dtype, device=device)
+
+        return cls(
+            key_sum=zeros(0, key_dim, dtype=sum_dtype),
+            value_sum=zeros(0, value_dim, dtype=sum_dtype),
+            count=zeros(0, dtype=torch.int64),
+            pending_keys=zeros(chunk_size, key_dim, dtype=dtype),
+            pending_values=zeros(chunk_size, value_dim, dtype=dtype),
+            num_seen=torch.zeros(batch_size, dtype=torch.int64),
+            num_slots=num_slots,
+            chunk_size=chunk_size,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Rows B."""
+        return self.count.shape[0]
+
+    @property
+    def num_pending(self) -> Tensor:
+        """`[B]` tokens of each row that wait for their chunk to fill."""
+        return self.num_seen % self.chunk_size
+
+    @property
+    def num_open(self) -> Tensor:
+        """`[B]` slots of each row in use (every slot in use has a count of at least 1)."""
+        return (self.count[:, 0] > 0).sum(-1).cpu()
+
+    @property
+    def keys(self) -> Tensor:
+        """`[B, Hkv, M, K]` mean key of each slot, zero for spare slots."""
+        return slot_means(self.key_sum, self.count)
+
+    @property
+    def values(self) -> Tensor:
+        """`[B, Hkv, M, V]` mean value of each slot, zero for spare slots."""
+        return slot_means(self.value_sum, self.count)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the state."""
+        tensors = [getattr(self, name) for name in _ROW_TENSORS] + [self.num_seen]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> OVQState:
+        changed = {name: function(getattr(self, name)) for name in _ROW_TENSORS}
+        # Tensors that still share memory share the record of who wrote where, too.
+        is_shared = changed["pending_keys"].data_ptr() == self.pending_keys.data_ptr()
+        return dataclasses.replace(self, **changed, _written=self._written if is_shared else None)
+
+    def clone(self) -> OVQState:
+        """A copy that shares no memory with this state."""
+        return dataclasses.replace(self._map(Tensor.clone), num_seen=self.num_seen.clone())
+
+    def detach(self) -> OVQState:
+        """The same values without their graph: where truncated backpropagation cuts."""
+        return self._map(Tensor.detach)
+
+    def to(self, device: torch.device | str | None = None, *, non_blocking: bool = False) -> OVQState:
+        """The state on another device; `num_seen` stays on the CPU. Dtypes are part of the state and stay."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def select(self, rows: Tensor | Sequence[int]) -> OVQState:
+        """The given rows in the given order, repeats allowed (integer indices, or a boolean mask)."""
+        index = torch.as_tensor(rows)
+        if index.dtype == torch.bool:
+            if index.shape != (self.batch_size,):
+                raise ValueError(
+                    f"rows: expected a mask of shape ({self.batch_size},), found {tuple(index.shape)}"
+                )
+            index = index.nonzero().squeeze(-1)
+        if index.numel() == 0:
+            index = index.to(torch.int64)
+        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"rows: expected a 1-D integer index, found {index.dtype} {tuple(index.shape)}")
+        host = index.to("cpu", torch.int64)
+        if host.numel() and not (int(host.min()) >= 0 and int(host.max()) < self.batch_size):
+            raise ValueError(f"rows: expected indices in 0..{self.batch_size - 1}, found {host.tolist()}")
+        picked = {
+            name: (t := getattr(self, name)).index_select(0, host.to(t.device)) for name in _ROW_TENSORS
+        }
+        return dataclasses.replace(self, **picked, num_seen=self.num_seen[host], _written=None)
+
+    def reorder(self, index: Tensor) -> OVQState:
+        """Rows gathered by `index` `[B]`: what a beam search asks for between steps."""
+        return self.select(index)
+
+    def repeat_interleave(self, n: int) -> OVQState:
+        """Each row `n` times in a row: several continuations of one context."""
+        if n < 1:
+            raise ValueError(f"n: expected at least 1, found {n}")
+        return self.select(torch.arange(self.batch_size).repeat_interleave(n))
+
+    @staticmethod
+    def concatenate(states: Sequence[OVQState]) -> OVQState:
+        """The rows of several states in one: how a row joins a running batch.
+
+        The states must agree in everything but the number of rows and the slots allocated so far.
+        """
+        if not states:
+            raise ValueError("states: expected at least one state, found none")
+        first = states[0]
+        for other in states[1:]:
+            for what in ("num_slots", "chunk_size"):
+                if getattr(other, what) != getattr(first, what):
+                    raise ValueError(
+                        f"states: expected {what} {getattr(first, what)} in all, found {getattr(other, what)}"
+                    )
+            for name in _ROW_TENSORS:
+                a, b = getattr(first, name), getattr(other, name)
+                same_dims = a.shape[1] == b.shape[1] and (name == "count" or a.shape[3] == b.shape[3])
+                if not same_dims or a.dtype != b.dtype:
+                    raise ValueError(
+                        f"states: {name}: expected {a.dtype} {tuple(a.shape[1:])} in all, "
+                        f"found {b.dtype} {tuple(b.shape[1:])}"
+                    )
+        rows = max(s.count.shape[2] for s in states)
+        grown = [with_capacity(s, rows) for s in states]
+        joined = {name: torch.cat([getattr(s, name) for s in grown]) for name in _ROW_TENSORS}
+        num_seen = torch.cat([s.num_seen for s in states])
+        return dataclasses.replace(first, **joined, num_seen=num_seen, _written=None)
+
+    def resize(self, num_slots: int) -> OVQState:
+        """The same memory with another bound N from here on: the elastic dictionary.
+
+        Growing only lifts the bound; the schedule then opens slots as chunks complete. Shrinking keeps the
+        `num_slots` most used slots of each head and merges every other into the kept slot whose mean is
+        nearest (largest cosine), so that the counts still add up to the tokens merged.
+
+        Raises:
+            ValueError: if `num_slots` is not an integer of at least 1.
+        """
+        from ovq.ops.resize import resized
+
+        return resized(self, num_slots)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the state to a safetensors file, atomically: the file is whole or the old one stays."""
+        from ovq.ops.serialization import save_state
+
+        save_state(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> OVQState:
+        """Read a state written by `save`.
+
+        Raises:
+            ValueError: if the file is not such a state, is damaged, or holds values no state can hold.
+        """
+        from ovq.ops.serialization import load_state
+
+        return load_state(path, device=device)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and routing for inputs of `dtype`: float64 for float64, float32 for all else.
+
+    Rounding there would change what the model remembers: routing is a hard argmax, and a bfloat16 running
+    mean stops moving after a few hundred tokens.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def slot_means(sums: Tensor, count: Tensor) -> Tensor:
+    """Slot means `[..., M, D]` from sums `[..., M, D]` and counts `[..., M]`; 0 for spare slots."""
+    return sums / count.clamp(min=1).to(sums.dtype).unsqueeze(-1)
+
+
+def with_capacity(state: OVQState, rows: int) -> OVQState:
+    """`state` with at least `rows` slots allocated; the new ones are spare, that is zero."""
+    missing = rows - state.count.shape[2]
+    if missing <= 0:
+        return state
+    pad = torch.nn.functional.pad
+    return dataclasses.replace(
+        state,
+        key_sum=pad(state.key_sum, (0, 0, 0, missing)),
+        value_sum=pad(state.value_sum, (0, 0, 0, missing)),
+        count=pad(state.count, (0, missing)),
+    )
