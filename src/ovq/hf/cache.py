@@ -51,8 +51,8 @@ class _LayerCache(ConvStateMixin):
         """
         if tokens_to_remove != 0:
             raise ValueError(
-                f"expected crop(0), found crop({tokens_to_remove}): tokens merged into a state cannot be taken "
-                "out again; keep a copy of the cache from before them (copy.deepcopy)"
+                f"expected crop(0), found crop({tokens_to_remove}): tokens in a state cannot be taken out "
+                "again; keep a copy of the cache from before them (copy.deepcopy)"
             )
 
 
@@ -176,8 +176,11 @@ def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:
     return found
 
 
-def add_generation_cache(config: OVQConfig, generation_config: GenerationConfig, model_kwargs: dict) -> None:
+def add_generation_cache(config: OVQConfig, generation_config: GenerationConfig, model_kwargs: dict) -> bool:
     """Put a fresh `OVQCache` into the arguments of a `generate` call that wants one and brought none.
+
+    Returns:
+        Whether it did; if not, transformers' own preparation has no cache to make either.
 
     Raises:
         ValueError: a `cache_implementation` that cannot hold an OVQ state.
@@ -188,5 +191,8 @@ def add_generation_cache(config: OVQConfig, generation_config: GenerationConfig,
             f"expected cache_implementation None or 'dynamic', found {implementation!r}: "
             "an OVQ model has a cache of its own, which is small already"
         )
-    if generation_config.use_cache is not False and model_kwargs.get(CACHE_KEY) is None:
-        model_kwargs[CACHE_KEY] = OVQCache(config)
+    given = one_cache(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
+    if given is None and generation_config.use_cache is False:
+        return False
+    model_kwargs[CACHE_KEY] = OVQCache(config) if given is None else given
+    return given is None

@@ -262,7 +262,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             inputs_embeds: `[B, T, hidden_size]`, in the place of `input_ids`.
             labels: `[B, T]`, usually `input_ids`; shifted here. -100 is ignored. With `cu_seqlens` the first
                 token of each row is ignored too, as no token before it belongs to its row.
-            use_cache: return a cache, as in `OVQModel.forward`.
+            use_cache: return a cache. None: as in `OVQModel.forward`, and not with labels.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
             cache: newer name of `past_key_values`.
             cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`).
@@ -274,6 +274,9 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         """
         _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | {"num_items_in_batch"})
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        if labels is not None:
+            # Sequences that come with their targets are not continued; evaluation need not pay for a cache.
+            use_cache = bool(use_cache)
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -290,7 +293,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             if cu_seqlens is not None:
-                labels = labels.index_fill(1, cu_seqlens[:-1].long(), -100)
+                labels = labels.index_fill(1, cu_seqlens[:-1][cu_seqlens.diff() > 0].long(), -100)
             loss = self.loss_function(
                 logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
@@ -302,8 +305,8 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        add_generation_cache(self.config, generation_config, model_kwargs)
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if not add_generation_cache(self.config, generation_config, model_kwargs):
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
 def _check_kwargs(kwargs: dict, allowed: frozenset[str]) -> None:

@@ -173,7 +173,7 @@ class Mixer(nn.Module, ABC):
             # Positions are column numbers: only differences matter, so padding and packing need no
             # correction.
             cos, sin = rotary_tables(
-                layout.num_past, layout.num_new, self.head_dim, theta=self.rope_theta, device=q.device
+                layout.num_past, layout.num_new, self.head_dim, theta=self.rope_theta, like=q
             )
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         return q, k, v
@@ -240,9 +240,9 @@ def _check_cache_use(cache: Any, layout: SequenceLayout) -> None:
     """Refuse uses of a cache that would give wrong results in silence; note padding for later calls."""
     if layout.cu_seqlens is not None:
         raise ValueError("expected no cache together with cu_seqlens: packed rows cannot be continued")
-    if cache.has_padding and layout.mask is None:
+    if cache.has_padding and not layout.has_mask:
         raise ValueError(
-            "expected an attention_mask over cached and new columns, found none or one without padding: "
-            "some cached columns are padding"
+            "expected an attention_mask over cached and new columns, as some of the cached ones are padding; "
+            "found none"
         )
     cache.has_padding = layout.mask is not None

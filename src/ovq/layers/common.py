@@ -68,9 +68,7 @@ class QKNorm(nn.Module):
         return l2_normalize(q), l2_normalize(k)
 
 
-def rotary_tables(
-    start: int, length: int, dim: int, *, theta: float, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+def rotary_tables(start: int, length: int, dim: int, *, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding for positions `start .. start + length - 1`.
 
     Angles are formed and reduced modulo a turn in float64: at position 10^6 a float32 angle is off by 0.06
@@ -81,19 +79,19 @@ def rotary_tables(
         length: number of positions T.
         dim: head size K, even.
         theta: base of the frequencies.
-        device: where the tables go.
+        like: a tensor of the dtype and on the device that the tables shall have.
 
     Returns:
-        Two `[T, K/2]` float32 tables.
+        Two `[T, K/2]` tables.
 
     Example:
-        >>> cos, sin = rotary_tables(0, 2, 2, theta=10000.0)
+        >>> cos, sin = rotary_tables(0, 2, 2, theta=10000.0, like=torch.empty(0))
         >>> cos[:, 0], sin[:, 0]
         (tensor([1.0000, 0.5403]), tensor([0.0000, 0.8415]))
     """
-    position = torch.arange(start, start + length, dtype=torch.float64, device=device)
-    frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-    angle = (position[:, None] * frequency).remainder(2 * torch.pi).float()
+    position = torch.arange(start, start + length, dtype=torch.float64, device=like.device)
+    frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=like.device) / dim)
+    angle = (position[:, None] * frequency).remainder(2 * torch.pi).to(like.dtype)
     return angle.cos(), angle.sin()
 
 
@@ -107,11 +105,11 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Example:
         >>> x = torch.randn(1, 4, 2, 8)
-        >>> y = apply_rotary(x, *rotary_tables(0, 4, 8, theta=10000.0))
+        >>> y = apply_rotary(x, *rotary_tables(0, 4, 8, theta=10000.0, like=x))
         >>> torch.allclose(x.norm(dim=-1), y.norm(dim=-1)), torch.equal(x[:, 0], y[:, 0])
         (True, True)
     """
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    cos, sin = cos[:, None], sin[:, None]
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 

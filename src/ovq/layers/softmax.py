@@ -210,7 +210,7 @@ def _allowed(
 def _read_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention row by packed row: the cost is the sum of squares, not the square of the sum."""
     offsets = cu_seqlens.tolist()
-    rows = [slice(a, b) for a, b in itertools.pairwise(offsets)]
+    rows = [slice(a, b) for a, b in itertools.pairwise(offsets) if a < b]
     return torch.cat([_sdpa(q[:, :, r], k[:, :, r], v[:, :, r], is_causal=True) for r in rows], dim=2)
 
 
