@@ -1,0 +1,83 @@
+"""Padding masks and packed rows: what is accepted, what is refused, and what the layers are told."""
+
+import pytest
+import torch
+
+from ovq.layers import SequenceLayout
+
+
+def layout(mask=None, *, batch_size=1, num_past=0, num_new=4, cu_seqlens=None):
+    return SequenceLayout.of(
+        mask, batch_size=batch_size, num_past=num_past, num_new=num_new, cu_seqlens=cu_seqlens
+    )
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        [[0, 0, 1, 1]],
+        [[1, 1, 0, 0]],
+        [[0, 1, 1, 0]],
+        [[0, 0, 0, 0]],
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_contiguous_masks_are_taken_as_they_are(mask, dtype):
+    mask = torch.tensor(mask)
+    found = layout(mask.to(dtype))
+    assert torch.equal(found.mask, mask.bool())
+    assert torch.equal(found.new_mask, mask.bool())
+    assert torch.equal(found.segments(4), mask - 1)
+
+
+def test_a_mask_of_ones_is_no_mask_but_is_remembered():
+    found = layout(torch.ones(1, 4))
+    assert found.mask is None
+    assert found.new_mask is None
+    assert found.segments(4) is None
+    assert found.has_mask
+    assert not layout().has_mask
+
+
+def test_the_mask_of_new_columns_is_dropped_when_only_cached_ones_are_padding():
+    found = layout(torch.tensor([[0, 1, 1, 1, 1, 1]]), num_past=2)
+    assert found.new_mask is None
+    assert found.segments(5).tolist() == [[0, 0, 0, 0, 0]]
+    assert found.segments(6).tolist() == [[-1, 0, 0, 0, 0, 0]]
+
+
+def test_a_layout_is_not_checked_again():
+    found = layout(torch.tensor([[0, 1, 1, 1]]))
+    assert layout(found, batch_size=7) is found
+
+
+def test_packed_rows():
+    found = layout(num_new=6, cu_seqlens=torch.tensor([0, 2, 2, 6], dtype=torch.int32))
+    assert found.row_index().tolist() == [0, 0, 2, 2, 2, 2]
+    assert found.offset_in_row().tolist() == [0, 1, 0, 1, 2, 3]
+    assert found.segments(6).tolist() == [[0, 0, 2, 2, 2, 2]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mask": torch.ones(1, 3)}, r"shape \[batch, cached \+ new\] = \[1, 4\].*found \[1, 3\]"),
+        ({"mask": torch.ones(1, 4), "num_past": 2}, r"\[1, 6\].*2 columns are cached.*found \[1, 4\]"),
+        ({"mask": torch.ones(1, 1, 4, 4)}, r"found \[1, 1, 4, 4\]"),
+        ({"mask": torch.tensor([[0, 1, 2, 1]])}, r"0 and 1, found values \[0, 1, 2\]"),
+        ({"mask": torch.tensor([[0.0, 0.5, 1.0, 1.0]])}, r"0 and 1, found values"),
+        ({"mask": torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]), "batch_size": 2}, r"2 runs of ones in row 1"),
+        ({"mask": torch.ones(1, 4), "cu_seqlens": torch.tensor([0, 4])}, r"found both"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "batch_size": 2}, r"batch of 1 .* found 2"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "num_past": 3}, r"no cache .* found 3"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, r"rise from 0 to 4 tokens, found \[0, 3\]"),
+        ({"cu_seqlens": torch.tensor([1, 4])}, r"found \[1, 4\]"),
+        ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, r"found \[0, 3, 2, 4\]"),
+        ({"cu_seqlens": torch.tensor([4])}, r"shape \[rows \+ 1\], found .* \[1\]"),
+        ({"cu_seqlens": torch.tensor([[0, 4]])}, r"found .* \[1, 2\]"),
+        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, r"int32 or int64 .* found torch.float32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        layout(**arguments)

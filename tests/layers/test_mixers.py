@@ -1,0 +1,236 @@
+"""What every mixer promises, whatever its memory."""
+
+import itertools
+
+import pytest
+import torch
+
+from ovq.layers import FullAttention, MixerCache, OVQAttention, SlidingWindowAttention
+
+HIDDEN, TOKENS, ROWS = 24, 23, 3
+MAKERS = {
+    "ovq": lambda **kw: OVQAttention(HIDDEN, 4, 2, 6, num_slots=7, chunk_size=4, conv_size=3, **kw),
+    "ovq-rope": lambda **kw: OVQAttention(
+        HIDDEN, 4, 4, 6, num_slots=7, chunk_size=4, conv_size=0, use_rope=True, merge="updated", **kw
+    ),
+    "full": lambda **kw: FullAttention(HIDDEN, 4, 2, 6, conv_size=3, **kw),
+    "full-rope": lambda **kw: FullAttention(HIDDEN, 4, 1, 6, conv_size=0, use_rope=True, **kw),
+    "sliding": lambda **kw: SlidingWindowAttention(HIDDEN, 4, 2, 6, sliding_window=5, conv_size=3, **kw),
+    "sliding-nope": lambda **kw: SlidingWindowAttention(
+        HIDDEN, 4, 4, 6, sliding_window=2, conv_size=0, use_rope=False, **kw
+    ),
+}
+# Float64 throughout: rotation by other columns, or sums in another order, stay far below this.
+TOLERANCE = {"atol": 1e-10, "rtol": 0}
+
+
+@pytest.fixture(params=MAKERS)
+def mixer(request):
+    torch.manual_seed(0)
+    return MAKERS[request.param]().double()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(ROWS, TOKENS, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def mask_of(lengths, side):
+    column = torch.arange(TOKENS)
+    if side == "left":
+        column = column.flip(0)
+    return (column < torch.tensor(lengths)[:, None]).long()
+
+
+@pytest.mark.parametrize("cuts", [[1], [4, 5], [3, 4, 8, 20], list(range(1, TOKENS))])
+def test_a_sequence_in_parts_equals_the_whole(mixer, x, cuts):
+    expected, _, _ = mixer(x)
+    parts, cache = [], None
+    with torch.no_grad():
+        for part in x.tensor_split(cuts, dim=1):
+            o, _, cache = mixer(part, past_key_values=cache, use_cache=True)
+            parts.append(o)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, **TOLERANCE)
+    assert cache.get_seq_length() == TOKENS
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_and_gives_zeros(mixer, x, side):
+    mask = mask_of([TOKENS, 9, 2], side)
+    o, _, _ = mixer(x, mask)
+    assert o[mask == 0].abs().max() == 0
+    for row in range(ROWS):
+        real = mask[row].bool()
+        expected, _, _ = mixer(x[row : row + 1, real])
+        torch.testing.assert_close(o[row : row + 1, real], expected, **TOLERANCE)
+
+
+def test_a_row_of_padding_alone_gives_zeros_and_finite_gradients(mixer, x):
+    x.requires_grad_()
+    mask = mask_of([TOKENS, 0, 4], "left")
+    o, _, _ = mixer(x, mask)
+    assert o[1].abs().max() == 0
+    o.square().sum().backward()
+    assert x.grad.isfinite().all()
+    assert x.grad[1].abs().max() == 0
+    assert x.grad[mask == 0].abs().max() == 0
+    assert all(p.grad.isfinite().all() for p in mixer.parameters())
+
+
+@pytest.mark.parametrize("cuts", [[20], [3, 11, 14], list(range(1, TOKENS))])
+def test_left_padded_rows_can_be_continued(mixer, x, cuts):
+    mask = mask_of([TOKENS, 9, 6], "left")
+    expected, _, _ = mixer(x, mask)
+    parts, cache, end = [], None, 0
+    with torch.no_grad():
+        for part in x.tensor_split(cuts, dim=1):
+            end += part.shape[1]
+            o, _, cache = mixer(part, mask[:, :end], past_key_values=cache, use_cache=True)
+            parts.append(o)
+    torch.testing.assert_close(torch.cat(parts, 1), expected, **TOLERANCE)
+
+
+def test_packed_rows_equal_separate_ones(mixer, x):
+    bounds = [0, 1, 8, 8, TOKENS]
+    o, _, _ = mixer(x[:1], cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    rows = [x[:1, a:b] for a, b in itertools.pairwise(bounds) if a < b]
+    torch.testing.assert_close(o, torch.cat([mixer(row)[0] for row in rows], 1), **TOLERANCE)
+
+
+@pytest.mark.parametrize("changed", [1, 4, 13])
+def test_no_output_depends_on_a_later_token(mixer, x, changed):
+    other = x.clone()
+    other[:, changed] += 1
+    before, after = mixer(x)[0], mixer(other)[0]
+    assert torch.equal(before[:, :changed], after[:, :changed])
+    assert not torch.equal(before[:, changed], after[:, changed])
+
+
+def test_every_parameter_gets_a_gradient(mixer, x):
+    mixer(x)[0].square().sum().backward()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, TOKENS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_state_bytes_is_the_size_of_a_real_cache(mixer, x, num_tokens, dtype):
+    _, _, cache = mixer.to(dtype)(x[:, :num_tokens].to(dtype), use_cache=True)
+    assert cache.nbytes == ROWS * mixer.state_bytes(num_tokens, dtype)
+
+
+def test_state_bytes_before_the_first_token(mixer):
+    assert mixer.state_bytes(0) == MixerCache().nbytes == 0
+
+
+def test_batch_operations_on_a_cache_equal_those_on_the_rows(mixer, x):
+    def continued(cache, rows):
+        return mixer(x[rows, 10:], past_key_values=cache)[0]
+
+    def cached():
+        return mixer(x[:, :10], use_cache=True)[2]
+
+    with torch.no_grad():
+        expected, _, _ = mixer(x)
+        for operation, argument, rows in (
+            ("reorder_cache", torch.tensor([2, 0, 0]), [2, 0, 0]),
+            ("batch_select_indices", torch.tensor([1]), [1]),
+            ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+        ):
+            cache = cached()
+            getattr(cache, operation)(argument)
+            o = continued(cache, rows)
+            torch.testing.assert_close(o, expected[rows, 10:], **TOLERANCE)
+        cache = cached()
+        cache.reset()
+        assert (cache.nbytes, cache.get_seq_length()) == (0, 0)
+        torch.testing.assert_close(mixer(x, past_key_values=cache)[0], expected, **TOLERANCE)
+
+
+def test_layers_share_a_cache_by_their_index(x):
+    torch.manual_seed(0)
+    stack = [make(layer_idx=i).double() for i, make in enumerate(MAKERS.values())]
+
+    def run(part, cache):
+        for layer in stack:
+            o, _, cache = layer(part, past_key_values=cache, use_cache=True)
+            part = part + o
+        return part, cache
+
+    with torch.no_grad():
+        expected, whole = run(x, None)
+        first, cache = run(x[:, :9], None)
+        second, cache = run(x[:, 9:], cache)
+    assert len(cache.layers) == len(stack)
+    torch.testing.assert_close(torch.cat([first, second], 1), expected, **TOLERANCE)
+    assert cache.nbytes == whole.nbytes
+
+
+def test_bfloat16_and_autocast_stay_near_float32(mixer, x):
+    x = x.float()
+    expected = mixer.float()(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = mixer(x)[0]
+    assert under_autocast.dtype == torch.bfloat16
+    o = mixer.bfloat16()(x.bfloat16())[0]
+    assert o.dtype == torch.bfloat16
+    for found in (under_autocast, o):
+        # Rounding may send a few keys to other slots: most outputs are near, not all.
+        near = (found.float() - expected).abs() < 0.02
+        assert near.float().mean() > 0.8
+
+
+def test_unknown_keyword_arguments_are_refused(mixer, x):
+    with pytest.raises(ValueError, match=r"cu_seqlens.*found \['cu_seqlen'\]"):
+        mixer(x[:1], cu_seqlen=torch.tensor([0, TOKENS]))
+    with pytest.raises(ValueError, match="output_attentions=False, found True"):
+        mixer(x, output_attentions=True)
+
+
+@pytest.mark.parametrize("shape", [(ROWS, TOKENS, HIDDEN + 1), (TOKENS, HIDDEN), (ROWS, 0, HIDDEN)])
+def test_hidden_states_of_another_shape_are_refused(mixer, shape):
+    with pytest.raises(ValueError, match=rf"tokens >= 1, {HIDDEN}\], found"):
+        mixer(torch.zeros(shape, dtype=torch.float64))
+
+
+def test_caches_that_would_give_wrong_numbers_are_refused(mixer, x):
+    _, _, cache = mixer(x, mask_of([TOKENS, 9, 2], "left"), use_cache=True)
+    with pytest.raises(ValueError, match="some of the cached ones are padding"):
+        mixer(x[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="cached columns"):
+        mixer(x[:1], cu_seqlens=torch.tensor([0, TOKENS]), past_key_values=cache)
+    with pytest.raises(ValueError, match="packed rows cannot be continued"):
+        mixer(x[:1], cu_seqlens=torch.tensor([0, TOKENS]), use_cache=True)
+    with pytest.raises(ValueError, match="MixerCache or an OVQCache, found dict"):
+        mixer(x, past_key_values={})
+
+
+def test_a_cache_without_padding_left_goes_on_with_a_mask_of_ones(mixer, x):
+    _, _, cache = mixer(x[:, :10], mask_of([TOKENS, TOKENS, 16], "left")[:, :10], use_cache=True)
+    cache.batch_select_indices(torch.tensor([0, 1]))
+    o, _, _ = mixer(x[:2, 10:], torch.ones(2, TOKENS), past_key_values=cache)
+    torch.testing.assert_close(o, mixer(x[:2])[0][:, 10:], **TOLERANCE)
+
+
+def test_a_cache_of_another_mixer_is_refused(x):
+    _, _, cache = MAKERS["full"]().double()(x, use_cache=True)
+    with pytest.raises(ValueError, match="layer 0 of past_key_values to hold a state, found KeyValueCache"):
+        MAKERS["ovq"]().double()(x, past_key_values=cache)
+
+
+@pytest.mark.parametrize("cls", [OVQAttention, FullAttention, SlidingWindowAttention])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 3, "num_kv_heads": 2}, "divide num_heads, found num_heads=3, num_kv_heads=2"),
+        ({"num_heads": 0}, "found num_heads=0"),
+        ({"num_heads": 5}, "divide hidden_size .* found hidden_size=24, num_heads=5"),
+        ({"num_heads": 2, "head_dim": 0}, "head_dim=0"),
+        ({"num_heads": 2, "head_dim": 3, "use_rope": True}, "even head_dim .* found 3"),
+        ({"num_heads": 2, "conv_size": 1}, "conv_size .* found 1"),
+        ({"num_heads": 2, "conv_size": -1}, "conv_size .* found -1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(cls, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cls(HIDDEN, **arguments)

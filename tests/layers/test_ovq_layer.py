@@ -1,0 +1,104 @@
+"""The OVQ layer: what it has in common with full attention, and its elastic dictionary."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ovq.layers import MIXERS, FullAttention, OVQAttention, mixer_class
+
+
+def twins(**options):
+    """An OVQ layer that remembers every token, and full attention with the same weights."""
+    torch.manual_seed(0)
+    ovq = OVQAttention(
+        24, 4, 2, num_slots=64, chunk_size=5, conv_size=3, growth="immediate", **options
+    ).double()
+    full = FullAttention(24, 4, 2, conv_size=3).double()
+    full.load_state_dict(ovq.state_dict())
+    return ovq, full
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_with_a_slot_for_every_token_it_is_full_attention(backend):
+    ovq, full = twins(backend=backend)
+    with torch.no_grad():
+        for layer in (ovq, full):
+            layer.qk_norm.beta.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    x = torch.randn(2, 33, 24, dtype=torch.float64)
+    gradients = []
+    for layer in (ovq, full):
+        layer(x)[0].square().sum().backward()
+        gradients.append({name: p.grad for name, p in layer.named_parameters()})
+    torch.testing.assert_close(ovq(x)[0], full(x)[0])
+    torch.testing.assert_close(*gradients)
+
+
+def test_with_fewer_slots_it_is_not():
+    ovq, full = twins()
+    ovq.set_num_slots(4)
+    x = torch.randn(2, 33, 24, dtype=torch.float64)
+    assert not torch.allclose(ovq(x)[0], full(x)[0], atol=1e-3)
+
+
+def test_the_dictionary_is_elastic_in_mid_stream():
+    torch.manual_seed(0)
+    layer = OVQAttention(16, 2, num_slots=4, chunk_size=4)
+    x = torch.randn(1, 64, 16)
+    with torch.no_grad():
+        _, _, cache = layer(x[:, :32], use_cache=True)
+        small = cache.layers[0].state
+        layer.set_num_slots(64)
+        layer(x[:, 32:], past_key_values=cache)
+        grown = cache.layers[0].state
+        layer.set_num_slots(2)
+        layer(x[:, :1], past_key_values=cache)
+        shrunk = cache.layers[0].state
+    assert (small.num_slots, grown.num_slots, shrunk.num_slots) == (4, 64, 2)
+    assert int(small.num_open) < 4 < int(grown.num_open)
+    assert int(shrunk.num_open) == 2
+    assert int(shrunk.count.sum()) == 2 * 64  # two heads, and no token forgotten
+
+
+def test_a_generator_decides_the_random_slots():
+    torch.manual_seed(0)
+    layer = OVQAttention(16, 2, num_slots=4, chunk_size=8, init="random")
+    x = torch.randn(1, 64, 16)
+    first, again, other = (layer(x, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_slots": 0}, "num_slots of at least 1, found 0"),
+        ({"chunk_size": 0}, "chunk_size of at least 1, found 0"),
+    ],
+)
+def test_impossible_sizes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        OVQAttention(16, 2, **arguments)
+
+
+@pytest.mark.parametrize("option", ["growth", "init", "merge", "backend"])
+def test_unknown_options_are_refused(option):
+    layer = OVQAttention(16, 2, **{option: "best"})
+    with pytest.raises(ValueError, match=rf"{option}: expected one of .* found 'best'"):
+        layer(torch.randn(1, 3, 16))
+
+
+def test_the_registry_names_what_there_is():
+    assert mixer_class("ovq") is OVQAttention
+    with pytest.raises(ValueError, match=r"full_attention.*ovq.*sliding_attention.*found 'mamba3'"):
+        mixer_class("mamba3")
+    assert sorted(MIXERS) == ["full_attention", "ovq", "sliding_attention"]
+
+
+def test_layers_import_without_transformers_triton_or_matplotlib():
+    code = (
+        "import sys, ovq.layers; "
+        "found = {'transformers', 'triton', 'matplotlib'} & set(sys.modules); assert not found, found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
