@@ -1,0 +1,40 @@
+"""Inputs and comparisons for the tests of the op."""
+
+import torch
+from torch.nn.functional import normalize
+
+from ovq.ops import OVQState, ovq_attention
+
+BACKENDS = ("naive", "torch")
+
+
+def inputs(batch, length, heads=2, kv_heads=1, key_dim=6, value_dim=5, *, dtype=torch.float64, seed=0):
+    """Random queries and keys of unit length, and values."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(num_heads, dim):
+        return torch.randn(batch, length, num_heads, dim, dtype=torch.float64, generator=generator)
+
+    q, k = (normalize(draw(n, key_dim), dim=-1) for n in (heads, kv_heads))
+    return q.to(dtype), k.to(dtype), draw(kv_heads, value_dim).to(dtype)
+
+
+def attend(q, k, v, **options):
+    """`ovq_attention` with the final state."""
+    return ovq_attention(q, k, v, output_final_state=True, **options)
+
+
+def assert_same_state(actual: OVQState, expected: OVQState, *, tolerance=1e-9):
+    """Same counts and tokens, exactly; same sums and pending tokens, to `tolerance`."""
+    assert actual.num_seen.tolist() == expected.num_seen.tolist()
+    slots = max(actual.count.shape[2], expected.count.shape[2])
+    pad = torch.nn.functional.pad
+    counts = [pad(s.count, (0, slots - s.count.shape[2])) for s in (actual, expected)]
+    assert torch.equal(*counts)
+    for name in ("key_sum", "value_sum"):
+        a, b = (pad(getattr(s, name), (0, 0, 0, slots - s.count.shape[2])) for s in (actual, expected))
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    for row, used in enumerate(expected.num_pending.tolist()):
+        for name in ("pending_keys", "pending_values"):
+            a, b = (getattr(s, name)[row, :, :used] for s in (actual, expected))
+            assert torch.equal(a, b)

@@ -1,0 +1,144 @@
+"""Bad input is refused at the front door, with what was expected and what was found."""
+
+import pytest
+import torch
+
+from ovq.ops import OVQState, ovq_attention
+from tests.ops.common import attend, inputs
+
+OPTIONS = {"num_slots": 8, "chunk_size": 4}
+
+
+def call(q=None, k=None, v=None, **options):
+    defaults = inputs(2, 10, 4, 2)
+    q, k, v = (
+        given if given is not None else default for given, default in zip((q, k, v), defaults, strict=True)
+    )
+    return ovq_attention(q, k, v, **{**OPTIONS, **options})
+
+
+def zeros(*shape, dtype=torch.float64):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"q": zeros(2, 10, 6)}, r"q: expected 4 dimensions .* found \(2, 10, 6\)"),
+        ({"q": [1.0]}, "q: expected a tensor, found list"),
+        ({"k": zeros(2, 9, 2, 6)}, r"found \(2, 10, 4, 6\), \(2, 9, 2, 6\)"),
+        ({"k": zeros(2, 10, 2, 7)}, "k: expected head dimension 6 .* found 7"),
+        ({"k": zeros(2, 10, 3, 6), "v": zeros(2, 10, 3, 5)}, "divisible by the 3 .* found 4"),
+        ({"v": zeros(2, 10, 1, 5)}, r"\(2, 10, 1, 5\)"),
+        ({"v": zeros(2, 10, 2, 5, dtype=torch.float32)}, "v: expected torch.float64 .* found torch.float32"),
+        ({"q": zeros(2, 10, 4, 6, dtype=torch.int64)}, "q: expected a dtype of .* found torch.int64"),
+        ({"k": zeros(2, 10, 0, 6), "v": zeros(2, 10, 0, 5)}, "k: expected at least one head"),
+        ({"num_slots": 0}, "num_slots: expected an integer of at least 1, found 0"),
+        ({"num_slots": 2.5}, "num_slots: .* found 2.5"),
+        ({"chunk_size": -1}, "chunk_size: expected an integer of at least 1, found -1"),
+        ({"chunk_size": True}, "chunk_size: .* found True"),
+        ({"scale": torch.ones(3)}, r"scale: .* \[4\], found \(3,\)"),
+        ({"scale": torch.ones(4, dtype=torch.int64)}, "scale: expected a floating dtype"),
+        ({"scale": "big"}, "scale: .* found 'big'"),
+        ({"growth": "fast"}, "growth: expected one of .*plateau.* found 'fast'"),
+        ({"init": "zeros"}, "init: expected one of .* found 'zeros'"),
+        ({"merge": "none"}, "merge: expected one of .* found 'none'"),
+        ({"backend": "cuda"}, "backend: expected one of .* found 'cuda'"),
+        ({"attention_mask": torch.ones(2, 9)}, r"attention_mask: .*\[2, 10\].* found \(2, 9\)"),
+        (
+            {"attention_mask": torch.full((2, 10), 0.5)},
+            r"attention_mask: expected 0 and 1 only, found \[0.5\]",
+        ),
+        (
+            {"attention_mask": torch.tensor([[1] * 10, [1, 1, 0, 1, 1, 1, 1, 1, 1, 1]])},
+            "contiguous, found a hole in row 1",
+        ),
+        (
+            {"cu_seqlens": torch.tensor([0, 10])},
+            "cu_seqlens: expected packed rows in a batch of 1, found a batch of 2",
+        ),
+        ({"initial_state": {}}, "initial_state: expected an OVQState, found dict"),
+    ],
+)
+def test_bad_arguments(arguments, expected):
+    with pytest.raises(ValueError, match=expected):
+        call(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ([0, 4, 9], r"rise from 0 to 10, found \[0, 4, 9\]"),
+        ([1, 10], r"found \[1, 10\]"),
+        ([0, 6, 4, 10], r"found \[0, 6, 4, 10\]"),
+        ([0], r"shape \[rows \+ 1\], found \(1,\)"),
+        ([0.0, 10.0], "int32 or int64 tensor, found torch.float32"),
+    ],
+)
+def test_bad_cu_seqlens(bounds, expected):
+    q, k, v = inputs(1, 10)
+    with pytest.raises(ValueError, match=expected):
+        ovq_attention(q, k, v, cu_seqlens=torch.tensor(bounds), **OPTIONS)
+
+
+def test_mask_and_cu_seqlens_together():
+    q, k, v = inputs(1, 10)
+    with pytest.raises(ValueError, match="at most one of them"):
+        ovq_attention(q, k, v, cu_seqlens=torch.tensor([0, 10]), attention_mask=torch.ones(1, 10), **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"num_slots": 16}, "num_slots: expected 16, found 8"),
+        ({"chunk_size": 5}, "chunk_size: expected 5, found 4"),
+    ],
+)
+def test_a_state_of_other_settings(changes, expected):
+    q, k, v = inputs(2, 10)
+    _, state = attend(q, k, v, **OPTIONS)
+    with pytest.raises(ValueError, match=f"initial_state: {expected}"):
+        ovq_attention(q, k, v, initial_state=state, **{**OPTIONS, **changes})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "expected"),
+    [
+        ((3, 10, 2, 1, 6, 5), torch.float64, "rows: expected 3, found 2"),
+        ((2, 10, 2, 2, 6, 5), torch.float64, "key/value heads: expected 2, found 1"),
+        ((2, 10, 2, 1, 8, 5), torch.float64, "key dimension: expected 8, found 6"),
+        ((2, 10, 2, 1, 6, 4), torch.float64, "value dimension: expected 4, found 5"),
+        ((2, 10, 2, 1, 6, 5), torch.float32, "dtype of sums: expected torch.float32, found torch.float64"),
+    ],
+)
+def test_a_state_of_other_shapes(sizes, dtype, expected):
+    _, state = attend(*inputs(2, 10), **OPTIONS)
+    with pytest.raises(ValueError, match=f"initial_state: {expected}"):
+        ovq_attention(*inputs(*sizes, dtype=dtype), initial_state=state, **OPTIONS)
+
+
+def test_misspelt_option_is_not_swallowed():
+    with pytest.raises(TypeError, match="num_slot"):
+        call(num_slot=3)
+
+
+def test_triton_is_refused_rather_than_replaced():
+    with pytest.raises(ValueError, match="found 'triton'"):
+        call(backend="triton")
+
+
+def test_state_methods_refuse_bad_indices():
+    state = OVQState.empty(batch_size=2, num_kv_heads=1, key_dim=4, value_dim=4, num_slots=8, chunk_size=4)
+    with pytest.raises(ValueError, match=r"indices in 0..1, found \[2\]"):
+        state.select([2])
+    with pytest.raises(ValueError, match=r"mask of shape \(2,\), found \(3,\)"):
+        state.select(torch.tensor([True, False, True]))
+    with pytest.raises(ValueError, match="n: expected at least 1, found 0"):
+        state.repeat_interleave(0)
+    with pytest.raises(ValueError, match=r"num_slots: .* found 0"):
+        state.resize(0)
+    with pytest.raises(ValueError, match="at least one state"):
+        OVQState.concatenate([])
+    other = OVQState.empty(batch_size=2, num_kv_heads=1, key_dim=4, value_dim=4, num_slots=9, chunk_size=4)
+    with pytest.raises(ValueError, match="num_slots 8 in all, found 9"):
+        OVQState.concatenate([state, other])

@@ -1,0 +1,266 @@
+"""What every implementation must satisfy, whatever its arithmetic."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from ovq.ops import ovq_attention, scheduled_slots
+from tests.ops.common import BACKENDS, assert_same_state, attend, inputs
+
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+OPTIONS = {"num_slots": 12, "chunk_size": 8}
+
+
+def recount(keys, values, num_slots, chunk_size):
+    """Slots of one head by plain NumPy, written apart from the package: lists of token indices."""
+    slots = []
+    for start in range(0, len(keys) // chunk_size * chunk_size, chunk_size):
+        tokens = list(range(start, start + chunk_size))
+        seen = start + chunk_size
+        wanted = max(len(slots), 1, seen * num_slots // (seen + num_slots))
+        if not slots:
+            slots.append([tokens.pop(0)])
+        means = np.stack([keys[members].mean(0) for members in slots])
+        dots = keys[tokens] @ means.T
+        cosines = dots / np.linalg.norm(means, axis=1)
+        novel = np.argsort(cosines.max(1), kind="stable")[: wanted - len(slots)]
+        nearest = dots.argmax(1)
+        for j, token in enumerate(tokens):
+            if j not in novel:
+                slots[nearest[j]].append(token)
+        slots += [[tokens[j]] for j in sorted(novel)]
+    return slots
+
+
+def test_means_are_those_of_what_was_assigned(backend):
+    q, k, v = inputs(2, 61, 2, 2)
+    _, state = attend(q, k, v, backend=backend, **OPTIONS)
+    for row in range(2):
+        for head in range(2):
+            keys, values = k[row, :, head].numpy(), v[row, :, head].numpy()
+            slots = recount(keys, values, **OPTIONS)
+            assert state.count[row, head].tolist() == [len(members) for members in slots]
+            means = np.stack([keys[members].mean(0) for members in slots])
+            np.testing.assert_allclose(state.keys[row, head].numpy(), means, atol=1e-12)
+            means = np.stack([values[members].mean(0) for members in slots])
+            np.testing.assert_allclose(state.values[row, head].numpy(), means, atol=1e-12)
+
+
+@pytest.mark.parametrize("growth", ["plateau", "linear", "immediate"])
+def test_counts_add_up_and_slots_follow_the_schedule(backend, growth):
+    q, k, v = inputs(1, 61)
+    _, state = attend(q, k, v, growth=growth, backend=backend, **OPTIONS)
+    assert state.count.sum(-1).flatten().tolist() == [56]
+    assert state.num_seen.tolist() == [61]
+    assert state.num_open.tolist() == [scheduled_slots(56, num_slots=12, growth=growth)]
+    assert state.count.shape[2] <= 12
+
+
+def test_immediate_growth_is_exact_attention(backend):
+    q, k, v = inputs(2, 61, 4, 2)
+    o, _ = ovq_attention(q, k, v, num_slots=61, chunk_size=8, growth="immediate", backend=backend)
+    exact = scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, scale=6**0.5, enable_gqa=True
+    )
+    torch.testing.assert_close(o, exact.transpose(1, 2), rtol=1e-10, atol=1e-10)
+
+
+def test_plateau_growth_is_not_exact_attention(backend):
+    """The control of the test above: with slots that merge, the output does differ."""
+    q, k, v = inputs(2, 61, 4, 2)
+    o, _ = ovq_attention(q, k, v, num_slots=61, chunk_size=8, backend=backend)
+    exact = scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, scale=6**0.5, enable_gqa=True
+    )
+    assert (o - exact.transpose(1, 2)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("j", [0, 7, 8, 19, 36])
+def test_causality_bit_for_bit(backend, dtype, j):
+    q, k, v = inputs(1, 37, dtype=dtype)
+    before, _ = ovq_attention(q, k, v, backend=backend, **OPTIONS)
+    changed = [t.clone() for t in (q, k, v)]
+    for t in changed:
+        t[:, j] = -3 * t[:, j]
+    after, _ = ovq_attention(*changed, backend=backend, **OPTIONS)
+    assert torch.equal(before[:, :j], after[:, :j])
+    # The control: the token itself, and (through the dictionary) later chunks do change.
+    assert not torch.equal(before[:, j:], after[:, j:])
+
+
+@pytest.mark.parametrize("pieces", [[30, 7], [1] * 37, [8, 8, 21], [3, 0, 20, 14], [36, 1]], ids=str)
+@pytest.mark.parametrize("merge", ["existing", "updated"])
+@pytest.mark.parametrize("init", ["novelty", "random"])
+def test_any_split_into_calls(backend, pieces, merge, init):
+    q, k, v = inputs(2, 37, 4, 2)
+    options = {**OPTIONS, "merge": merge, "init": init, "backend": backend}
+    options["generator"] = torch.Generator().manual_seed(1)
+    whole, final = attend(q, k, v, **options)
+    outputs, state, start = [], None, 0
+    for piece in pieces:
+        part = slice(start, start + piece)
+        o, state = attend(q[:, part], k[:, part], v[:, part], initial_state=state, **options)
+        outputs.append(o)
+        start += piece
+    torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-9, atol=1e-9)
+    assert_same_state(state, final)
+
+
+def test_a_row_is_the_same_alone_batched_padded_and_packed(backend):
+    lengths = [37, 5, 24, 16]
+    rows = [inputs(1, n, 4, 2, seed=n) for n in lengths]
+    options = {**OPTIONS, "backend": backend}
+    alone = [attend(*row, **options) for row in rows]
+
+    for side in ("left", "right"):
+        longest = max(lengths) + 3
+        q, k, v = (torch.full((4, longest, *t.shape[2:]), 7.0, dtype=t.dtype) for t in rows[0])
+        mask = torch.zeros(4, longest, dtype=torch.int64)
+        for r, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+            part = slice(longest - n, longest) if side == "left" else slice(0, n)
+            mask[r, part] = 1
+            for whole, t in zip((q, k, v), row, strict=True):
+                whole[r, part] = t[0]
+        o, state = attend(q, k, v, attention_mask=mask, **options)
+        assert o[mask == 0].abs().max() == 0
+        for r, (o_alone, state_alone) in enumerate(alone):
+            torch.testing.assert_close(o[r, mask[r] == 1], o_alone[0], rtol=1e-9, atol=1e-9)
+            assert_same_state(state.select([r]), state_alone)
+
+    packed = [torch.cat([row[i] for row in rows], 1) for i in range(3)]
+    bounds = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
+    o, state = attend(*packed, cu_seqlens=bounds, **options)
+    for r, (o_alone, state_alone) in enumerate(alone):
+        torch.testing.assert_close(o[:, bounds[r] : bounds[r + 1]], o_alone, rtol=1e-9, atol=1e-9)
+        assert_same_state(state.select([r]), state_alone)
+
+
+def test_gradients_of_packed_and_padded_rows(backend):
+    lengths = [21, 5, 16]
+    rows = [inputs(1, n, 4, 2, seed=n) for n in lengths]
+    options = {**OPTIONS, "backend": backend}
+    expected = []
+    for row in rows:
+        leaves = [t.clone().requires_grad_() for t in row]
+        o, state = attend(*leaves, **options)
+        expected.append(torch.autograd.grad(o.sin().sum() + state.value_sum.sin().sum(), leaves))
+
+    packed = [torch.cat([row[i] for row in rows], 1).requires_grad_() for i in range(3)]
+    bounds = [0, 21, 26, 42]
+    o, state = attend(*packed, cu_seqlens=torch.tensor(bounds), **options)
+    grads = torch.autograd.grad(o.sin().sum() + state.value_sum.sin().sum(), packed)
+    for r in range(3):
+        for grad, reference in zip(grads, expected[r], strict=True):
+            part = grad[:, bounds[r] : bounds[r + 1]]
+            torch.testing.assert_close(part, reference, rtol=1e-9, atol=1e-9)
+
+    padded = [torch.zeros(3, 23, *t.shape[2:], dtype=t.dtype) for t in rows[0]]
+    mask = torch.zeros(3, 23)
+    for r, n in enumerate(lengths):
+        mask[r, 23 - n :] = 1
+        for i in range(3):
+            padded[i][r, 23 - n :] = rows[r][i][0]
+    padded = [t.requires_grad_() for t in padded]
+    o, state = attend(*padded, attention_mask=mask, **options)
+    grads = torch.autograd.grad(o.sin().sum() + state.value_sum.sin().sum(), padded)
+    for r, n in enumerate(lengths):
+        for grad, reference in zip(grads, expected[r], strict=True):
+            torch.testing.assert_close(grad[r, 23 - n :], reference[0], rtol=1e-9, atol=1e-9)
+            assert grad[r, : 23 - n].abs().sum() == 0
+
+
+def test_a_row_of_padding_gives_zeros_and_leaves_its_state(backend):
+    q, k, v = inputs(2, 20)
+    _, before = attend(q, k, v, backend=backend, **OPTIONS)
+    mask = torch.tensor([[1] * 20, [0] * 20])
+    o, after = attend(q, k, v, attention_mask=mask, initial_state=before, backend=backend, **OPTIONS)
+    assert o[1].abs().max() == 0
+    assert o[0].abs().min() > 0
+    assert_same_state(after.select([1]), before.select([1]), tolerance=0)
+    assert after.num_seen.tolist() == [40, 20]
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 9])
+def test_lengths_around_a_chunk(backend, length):
+    q, k, v = inputs(2, length)
+    o, state = attend(q, k, v, backend=backend, **OPTIONS)
+    assert o.shape == (2, length, 2, 5)
+    assert state.count.sum(-1).flatten().tolist() == [length // 8 * 8] * 2
+    assert state.num_pending.tolist() == [length % 8] * 2
+
+
+def test_one_slot_is_the_mean_of_all(backend):
+    q, k, v = inputs(1, 32, 1, 1)
+    o, state = attend(q, k, v, num_slots=1, chunk_size=8, backend=backend)
+    torch.testing.assert_close(state.keys[0, 0, 0], k[0, :, 0].mean(0))
+    assert torch.isfinite(o).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_bad_values_stay_in_their_row_and_head(backend, bad):
+    q, k, v = inputs(3, 30, 2, 2)
+    expected, _ = ovq_attention(q, k, v, backend=backend, **OPTIONS)
+    k[1, 3, 0] = bad
+    v[1, 4, 0] = bad
+    o, state = attend(q, k, v, backend=backend, **OPTIONS)
+    assert torch.equal(o[0], expected[0])
+    assert torch.equal(o[2], expected[2])
+    assert torch.equal(o[1, :, 1], expected[1, :, 1])
+    assert not torch.isfinite(o[1, -1, 0]).all()
+    assert state.count.sum(-1).unique().tolist() == [24]
+
+
+def test_duplicate_zero_and_huge_keys(backend):
+    q, k, v = inputs(1, 48, 1, 1)
+    k[0, 10:20] = k[0, 3]
+    k[0, 30:34] = 0
+    k[0, 25] *= 1e4
+    o, state = attend(q, k, v, backend=backend, **OPTIONS)
+    o_ref, state_ref = attend(q, k, v, backend="naive", **OPTIONS)
+    assert torch.isfinite(o).all()
+    torch.testing.assert_close(o, o_ref, rtol=1e-9, atol=1e-9)
+    assert_same_state(state, state_ref)
+
+
+def test_the_state_handed_in_is_never_changed(backend):
+    q, k, v = inputs(2, 60)
+    _, state = attend(q[:, :21], k[:, :21], v[:, :21], backend=backend, **OPTIONS)
+    copy = state.clone()
+    for stop in (22, 40):
+        attend(q[:, 21:stop], k[:, 21:stop], v[:, 21:stop], initial_state=state, backend=backend, **OPTIONS)
+    for t in range(21, 30):  # over a chunk boundary
+        _, _ = attend(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], initial_state=state,
+                      backend=backend, **OPTIONS)  # fmt: skip
+    assert_same_state(state, copy, tolerance=0)
+
+
+def test_two_continuations_of_one_state(backend):
+    """Decode steps share buffers: neither branch may see the other's tokens."""
+    q, k, v = inputs(1, 40)
+    options = {**OPTIONS, "backend": backend}
+    _, root = attend(q[:, :10], k[:, :10], v[:, :10], **options)
+    branches = {}
+    for start in (10, 25):
+        state, outputs = root, []
+        for t in range(start, start + 15):
+            o, state = attend(
+                q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], initial_state=state, **options
+            )
+            outputs.append(o)
+        branches[start] = torch.cat(outputs, 1), state
+    for start, (outputs, state) in branches.items():
+        part = slice(start, start + 15)
+        o, expected = attend(q[:, part], k[:, part], v[:, part], initial_state=root, **options)
+        torch.testing.assert_close(outputs, o, rtol=1e-9, atol=1e-9)
+        assert_same_state(state, expected)
+
+
+def test_bit_identical_run_to_run(backend):
+    q, k, v = inputs(2, 50, dtype=torch.float32)
+    first, state = attend(q, k, v, backend=backend, **OPTIONS)
+    again, state_again = attend(q, k, v, backend=backend, **OPTIONS)
+    assert torch.equal(first, again)
+    assert_same_state(state_again, state, tolerance=0)

@@ -1,0 +1,166 @@
+"""The `torch` backend against the reference: outputs, final state and every gradient."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+
+from ovq.ops import backend_used, ovq_attention
+from ovq.ops.rules import INITS, MERGES
+from ovq.ops.schedule import GROWTHS
+from tests.ops.common import assert_same_state, attend, inputs
+
+# batch, length, heads, kv_heads, key_dim, value_dim, num_slots, chunk_size: odd sizes, grouped heads, chunks
+# longer than the input, dictionaries of one slot and larger than the input.
+SHAPES = [
+    (1, 1, 1, 1, 1, 1, 1, 1),
+    (1, 20, 1, 1, 4, 4, 8, 4),
+    (2, 37, 4, 2, 8, 6, 16, 8),
+    (3, 37, 6, 2, 7, 3, 5, 7),
+    (1, 9, 2, 2, 3, 5, 64, 16),
+    (2, 64, 2, 2, 8, 8, 16, 16),
+    (1, 70, 3, 1, 5, 9, 100, 9),
+    (2, 33, 2, 1, 6, 6, 1, 5),
+]
+
+
+def gradients(backend, q, k, v, scale, options):
+    """Output, state, and gradients of a loss that involves all of both."""
+    leaves = [t.clone().requires_grad_() for t in (q, k, v, scale)]
+    o, state = attend(*leaves[:3], scale=leaves[3], backend=backend, **options)
+    assert backend_used() == backend
+    weights = torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o)
+    loss = (o * weights).sum()
+    for part in (state.key_sum, state.value_sum, state.pending_keys, state.pending_values):
+        loss = loss + part.sin().sum()
+    return o, state, torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("growth", "init", "merge"), list(itertools.product(GROWTHS, INITS, MERGES)))
+def test_torch_equals_naive(shape, growth, init, merge):
+    *sizes, num_slots, chunk_size = shape
+    q, k, v = inputs(*sizes)
+    scale = torch.linspace(1, 4, q.shape[2], dtype=q.dtype)
+    options = {
+        "num_slots": num_slots,
+        "chunk_size": chunk_size,
+        "growth": growth,
+        "init": init,
+        "merge": merge,
+        "generator": torch.Generator().manual_seed(3),
+    }
+    o, state, grads = gradients("torch", q, k, v, scale, options)
+    o_ref, state_ref, grads_ref = gradients("naive", q, k, v, scale, options)
+    torch.testing.assert_close(o, o_ref, rtol=1e-9, atol=1e-9)
+    assert_same_state(state, state_ref)
+    for grad, grad_ref in zip(grads, grads_ref, strict=True):
+        torch.testing.assert_close(grad, grad_ref, rtol=1e-9, atol=1e-9)
+
+
+def test_gradient_of_an_initial_state():
+    q, k, v = inputs(2, 41, 4, 2)
+    options = {"num_slots": 12, "chunk_size": 8}
+    results = []
+    for backend in ("naive", "torch"):
+        first = [t[:, :19].clone().requires_grad_() for t in (q, k, v)]
+        _, state = attend(*first, backend=backend, **options)
+        o, state = attend(q[:, 19:], k[:, 19:], v[:, 19:], initial_state=state, backend=backend, **options)
+        loss = o.square().sum() + state.value_sum.sin().sum()
+        results.append(torch.autograd.grad(loss, first[1:]))
+    for grad, grad_ref in zip(*reversed(results), strict=True):
+        assert grad_ref.abs().max() > 1e-3
+        torch.testing.assert_close(grad, grad_ref, rtol=1e-9, atol=1e-9)
+
+
+def test_gradcheck():
+    """Finite differences: steps of 1e-6 leave the assignments of these inputs as they are."""
+    q, k, v = (t.requires_grad_() for t in inputs(2, 14, 2, 1, 4, 3, seed=5))
+    scale = torch.tensor([1.5, 2.5], dtype=torch.float64, requires_grad=True)
+
+    def call(q, k, v, scale):
+        o, state = attend(q, k, v, scale=scale, num_slots=6, chunk_size=4)
+        return o, state.key_sum, state.value_sum, state.pending_keys
+
+    assert torch.autograd.gradcheck(call, (q, k, v, scale))
+
+
+def test_gradcheck_of_an_initial_state():
+    q, k, v = inputs(1, 18, 2, 1, 4, 3, seed=6)
+    options = {"num_slots": 6, "chunk_size": 4}
+    _, state = attend(q[:, :10], k[:, :10], v[:, :10], **options)
+    parts = [state.key_sum, state.value_sum, state.pending_keys, state.pending_values]
+
+    def call(*parts):
+        names = ("key_sum", "value_sum", "pending_keys", "pending_values")
+        for name, part in zip(names, parts, strict=True):
+            setattr(state, name, part)
+        o, after = attend(q[:, 10:], k[:, 10:], v[:, 10:], initial_state=state, **options)
+        return o, after.key_sum, after.value_sum
+
+    assert torch.autograd.gradcheck(call, [p.clone().requires_grad_() for p in parts])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_lower_precision_is_as_good_as_plain_pytorch(dtype):
+    """Error against float64 at most twice that of plain attention in the same dtype."""
+    q, k, v = inputs(2, 96, 4, 2, 16, 16, dtype=dtype)
+    options = {"num_slots": 24, "chunk_size": 16}
+    o, _ = attend(q, k, v, **options)
+    assert o.dtype == dtype
+    exact, _ = attend(*(t.double() for t in (q, k, v)), backend="naive", **options)
+    error = (o.double() - exact).abs().max()
+
+    keys, values = (t.repeat_interleave(2, 2).transpose(1, 2) for t in (k, v))
+    scores = (q.transpose(1, 2) @ keys.transpose(2, 3)) * 4
+    future = torch.ones(96, 96, dtype=torch.bool).triu(1)
+    plain = scores.masked_fill(future, -torch.inf).softmax(-1) @ values
+    reference = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2).double(), keys.double(), values.double(), is_causal=True, scale=4
+    )
+    assert error <= 2 * (plain.double() - reference).abs().max()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float32, 2e-6)], ids=str)
+def test_gradients_in_lower_precision(dtype, bound):
+    q, k, v = inputs(1, 64, 2, 2, 16, 16, dtype=dtype)
+    scale = torch.full((2,), 4.0)
+    options = {"num_slots": 16, "chunk_size": 16}
+    _, _, grads = gradients("torch", q, k, v, scale, options)
+    wide = [t.double() for t in (q, k, v, scale)]
+    _, _, exact = gradients("naive", *wide, options)
+    for grad, reference in zip(grads, exact, strict=True):
+        error = (grad.double() - reference).norm() / reference.norm()
+        assert error < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_assignments_are_equal_between_backends_in_every_dtype(dtype):
+    q, k, v = inputs(2, 300, 2, 2, 8, 8, dtype=dtype)
+    options = {"num_slots": 32, "chunk_size": 20}
+    states = [attend(q, k, v, backend=backend, **options)[1] for backend in ("naive", "torch")]
+    assert torch.equal(states[0].count, states[1].count)
+    # Same tokens added in the same order: not merely close.
+    assert torch.equal(states[0].key_sum, states[1].key_sum)
+
+
+def test_signature_is_the_contract():
+    parameters = inspect.signature(ovq_attention).parameters
+    names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert names == ["q", "k", "v"]
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[3:])
+
+
+def test_autocast_and_matmul_precision_do_not_reach_routing():
+    q, k, v = inputs(1, 200, 2, 2, 8, 8, dtype=torch.float32)
+    options = {"num_slots": 32, "chunk_size": 20}
+    expected, _ = attend(q, k, v, **options)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            o, _ = attend(q, k, v, **options)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(o, expected)

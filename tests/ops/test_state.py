@@ -1,0 +1,246 @@
+"""`OVQState`: rows that come and go, snapshots, another size, and files."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ovq.ops import OVQState
+from tests.ops.common import assert_same_state, attend, inputs
+
+OPTIONS = {"num_slots": 12, "chunk_size": 8}
+
+
+def prefilled(batch, length, seed=0, **options):
+    return attend(*inputs(batch, length, 4, 2, seed=seed), **{**OPTIONS, **options})[1]
+
+
+def token(t, rows=None):
+    """One token a row of a fixed stream of four rows."""
+    q, k, v = (x[:, t : t + 1] for x in inputs(4, 60, 4, 2, seed=9))
+    return (q, k, v) if rows is None else (q[rows], k[rows], v[rows])
+
+
+def test_continuous_batching():
+    """Rows of different lengths decode together; one leaves, one joins, one is doubled, order changes."""
+    lengths = [3, 8, 15, 21]
+    alone = [prefilled(1, n, seed=n) for n in lengths]
+    batch = OVQState.concatenate(alone)
+    rows = [0, 1, 2, 3]
+
+    def step(t):
+        nonlocal batch
+        o, batch = attend(*token(t, rows), initial_state=batch, **OPTIONS)
+        for place, row in enumerate(rows):
+            expected, state = attend(*token(t, [row]), initial_state=states[place], **OPTIONS)
+            torch.testing.assert_close(o[place], expected[0], rtol=1e-9, atol=1e-9)
+            states[place] = state
+            assert_same_state(batch.select([place]), state)
+
+    states = list(alone)
+    for t in range(10):
+        step(t)
+    batch, rows, states = batch.select([3, 0, 2]), [3, 0, 2], [states[3], states[0], states[2]]
+    for t in range(10, 20):
+        step(t)
+    newcomer = prefilled(1, 30, seed=5)
+    batch, rows, states = OVQState.concatenate([batch, newcomer]), [*rows, 1], [*states, newcomer]
+    batch, rows, states = (
+        batch.reorder(torch.tensor([1, 1, 3, 0])),
+        [0, 0, 1, 3],
+        [states[i] for i in (1, 1, 3, 0)],
+    )
+    for t in range(20, 40):
+        step(t)
+
+
+def test_repeat_interleave_and_boolean_select():
+    state = prefilled(2, 21)
+    doubled = state.repeat_interleave(2)
+    for place, row in enumerate([0, 0, 1, 1]):
+        assert_same_state(doubled.select([place]), state.select([row]), tolerance=0)
+    assert_same_state(state.select(torch.tensor([False, True])), state.select([1]), tolerance=0)
+
+
+def test_a_kept_state_is_a_snapshot():
+    """Rollback: continue, reject, return to the snapshot, and get what never having gone on gives."""
+    snapshot = prefilled(4, 14)
+    expected, expected_state = attend(*token(30), initial_state=snapshot.clone(), **OPTIONS)
+    state = snapshot
+    for t in range(12):  # over the chunk boundary, which replaces the dictionary
+        _, state = attend(*token(t), initial_state=state, **OPTIONS)
+    o, after = attend(*token(30), initial_state=snapshot, **OPTIONS)
+    assert torch.equal(o, expected)
+    assert_same_state(after, expected_state, tolerance=0)
+
+
+@pytest.mark.parametrize("derive", [lambda s: s.detach(), lambda s: s.to("cpu"), lambda s: s.resize(20)])
+def test_derived_states_that_share_memory_do_not_overwrite_each_other(derive):
+    state = prefilled(4, 10)
+    derived = derive(state)
+    options = {**OPTIONS, "num_slots": derived.num_slots}
+    expected, _ = attend(
+        *token(1), initial_state=attend(*token(0), initial_state=derived.clone(), **options)[1], **options
+    )
+    _, one = attend(*token(0), initial_state=derived, **options)
+    attend(*token(7), initial_state=state, **OPTIONS)
+    o, _ = attend(*token(1), initial_state=one, **options)
+    assert torch.equal(o, expected)
+
+
+def test_clone_shares_nothing():
+    state = prefilled(1, 21)
+    copy = state.clone()
+    copy.key_sum.zero_()
+    copy.pending_keys.zero_()
+    copy.num_seen.zero_()
+    assert state.key_sum.abs().sum() > 0
+    assert state.pending_keys.abs().sum() > 0
+    assert state.num_seen.tolist() == [21]
+
+
+def test_growing_lets_the_schedule_open_more():
+    q, k, v = inputs(1, 400, 4, 2)
+    _, state = attend(q[:, :200], k[:, :200], v[:, :200], **OPTIONS)
+    larger = state.resize(48)
+    assert torch.equal(larger.key_sum, state.key_sum)
+    o, after = attend(q[:, 200:], k[:, 200:], v[:, 200:], initial_state=larger, num_slots=48, chunk_size=8)
+    # One chunk opens at most one slot a token, so the first chunk after growing opens 8.
+    assert int(state.num_open) == 11
+    assert int(after.num_open) == 400 * 48 // 448
+    assert after.count.sum(-1).unique().tolist() == [400]
+    o_ref, after_ref = attend(
+        q[:, 200:], k[:, 200:], v[:, 200:], initial_state=larger, num_slots=48, chunk_size=8, backend="naive"
+    )
+    torch.testing.assert_close(o, o_ref, rtol=1e-9, atol=1e-9)
+    assert_same_state(after, after_ref)
+
+
+def test_shrinking_keeps_the_most_used_and_every_token():
+    state = prefilled(2, 203)
+    smaller = state.resize(4)
+    assert smaller.count.shape == (2, 2, 4)
+    assert smaller.num_slots == 4
+    for name in ("key_sum", "value_sum", "count"):
+        torch.testing.assert_close(getattr(smaller, name).sum(2), getattr(state, name).sum(2))
+    for row in range(2):
+        for head in range(2):
+            counts, means = state.count[row, head], state.keys[row, head]
+            kept = sorted(sorted(range(len(counts)), key=lambda n: (-counts[n], n))[:4])
+            sums = {n: state.value_sum[row, head, n].clone() for n in kept}
+            for n in range(len(counts)):
+                if n not in kept:
+                    cosine = [torch.cosine_similarity(means[n], means[m], dim=0) for m in kept]
+                    sums[kept[max(range(4), key=lambda i: cosine[i])]] += state.value_sum[row, head, n]
+            torch.testing.assert_close(smaller.value_sum[row, head], torch.stack([sums[n] for n in kept]))
+
+
+def test_save_and_load(tmp_path):
+    state = prefilled(3, 21)
+    _, state = attend(*(t[:3] for t in token(0)), initial_state=state, **OPTIONS)
+    state.save(tmp_path / "state.safetensors")
+    loaded = OVQState.load(tmp_path / "state.safetensors")
+    assert_same_state(loaded, state, tolerance=0)
+    assert (loaded.num_slots, loaded.chunk_size) == (12, 8)
+    rows = [0, 1, 2]
+    expected, _ = attend(*token(1, rows), initial_state=state, **OPTIONS)
+    o, _ = attend(*token(1, rows), initial_state=loaded, **OPTIONS)
+    assert torch.equal(o, expected)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_file_never_holds_tokens_of_another_continuation(tmp_path):
+    root = prefilled(4, 10)
+    attend(*token(0), initial_state=root, **OPTIONS)  # writes place 2 of the shared buffer
+    root.save(tmp_path / "s")
+    assert OVQState.load(tmp_path / "s").pending_keys[:, :, 2:].abs().max() == 0
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "state.safetensors"
+    prefilled(2, 21).save(path)
+    return path
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, 0.5, -1])
+def test_truncated_file(saved, keep):
+    data = saved.read_bytes()
+    saved.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match=r"state\.safetensors: expected a saved OVQ state"):
+        OVQState.load(saved)
+
+
+def test_foreign_and_missing_files(tmp_path):
+    (tmp_path / "text").write_text("not a state")
+    with pytest.raises(ValueError, match="damaged or foreign"):
+        OVQState.load(tmp_path / "text")
+    save_file({"weight": torch.zeros(3)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="expected format 'ovq-state', found None"):
+        OVQState.load(tmp_path / "weights")
+    with pytest.raises(ValueError, match="no such file"):
+        OVQState.load(tmp_path / "nowhere")
+
+
+HEADER = {"format": "ovq-state", "version": "1", "num_slots": "12", "chunk_size": "8"}
+
+
+@pytest.mark.parametrize(
+    ("change", "header", "expected"),
+    [
+        (
+            lambda t: t["key_sum"].view(-1)[3].fill_(torch.nan),
+            {},
+            "finite values in key_sum, found NaN or Inf",
+        ),
+        (lambda t: t["pending_values"].view(-1)[0].fill_(torch.inf), {}, "finite values in pending_values"),
+        (lambda t: t["count"].view(-1)[0].fill_(-1), {}, "counts >= 0, found -1"),
+        (lambda t: t["count"].view(-1)[0].add_(1), {}, "counts that add up to the tokens merged"),
+        (lambda t: t.update(count=t["count"].float()), {}, "count in .*int64, found torch.float32"),
+        (
+            lambda t: t.update(key_sum=t["key_sum"].float()),
+            {},
+            "key_sum in torch.float64, found torch.float32",
+        ),
+        (lambda t: t.update(value_sum=t["value_sum"][:, :, :3].contiguous()), {}, "value_sum of shape"),
+        (lambda t: t.update(num_seen=t["num_seen"][:1]), {}, r"num_seen of shape \[2\], found \(1,\)"),
+        (lambda t: t.pop("num_seen"), {}, "expected tensors"),
+        (lambda t: t.update(extra=torch.zeros(1)), {}, "expected tensors"),
+        (lambda t: None, {"version": "2"}, "expected version '1', found '2'"),
+        (lambda t: None, {"num_slots": "3"}, "at most 3 slots, found 6"),
+        (lambda t: None, {"num_slots": "many"}, "num_slots to be an integer of at least 1, found 'many'"),
+        (lambda t: None, {"chunk_size": "0"}, "chunk_size to be an integer of at least 1, found '0'"),
+        (lambda t: None, {"chunk_size": "9"}, r"pending_keys of shape \[2, 2, 9, D\]"),
+    ],
+)
+def test_load_refuses_what_cannot_be_a_state(saved, change, header, expected):
+    tensors = load_file(saved)
+    change(tensors)
+    save_file(tensors, saved, metadata={**HEADER, **header})
+    with pytest.raises(ValueError, match=expected):
+        OVQState.load(saved)
+
+
+def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        prefilled(2, 40).save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_nbytes_counts_every_tensor():
+    state = prefilled(2, 21)
+    slots, pending = 2 * 2 * 6, 2 * 2 * 8
+    assert state.nbytes == 8 * (slots * (6 + 5) + slots + pending * (6 + 5) + 2)
+
+
+def test_state_bytes_stop_growing_with_length():
+    sizes = [prefilled(1, n).nbytes for n in (400, 800, 1600, 3200)]
+    assert sizes[-1] <= 1.1 * sizes[0]
