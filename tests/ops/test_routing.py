@@ -12,12 +12,12 @@ from tests.ops.common import attend, inputs
 RULES = Rules(num_slots=64, chunk_size=128, growth="plateau", init="novelty", merge="existing", seed=0)
 
 
-def route(keys, means, num_slots):
+def route(keys, means, num_slots, num_opening=0):
     streams = len(keys)
     padded = torch.nn.functional.pad(means, (0, 0, 0, routing.padded_slots(num_slots) - num_slots))
     router = routing.Router(num_streams=streams, max_slots=num_slots, rules=RULES, like=keys)
-    full = [num_slots] * streams
-    return router(keys, padded, full, full, heads=[0] * streams, num_seen=[0] * streams)
+    before, after = [num_slots] * streams, [num_slots + num_opening] * streams
+    return router(keys, padded, before, after, heads=[0] * streams, num_seen=[0] * streams)
 
 
 def near_ties(streams=3, num_slots=45, dim=16):
@@ -38,6 +38,25 @@ def test_near_ties_are_decided_as_in_float64():
     assert torch.equal(route(keys, means, 45), exact.argmax(-1))
     # The control: float32 alone gets some of these wrong, so the test above tests something.
     assert not torch.equal((keys @ means.transpose(1, 2)).argmax(-1), exact.argmax(-1))
+
+
+def test_near_ties_of_novelty_are_decided_as_in_float64():
+    """Keys on a cone around a slot mean: all equally novel, up to a few float32 roundings."""
+    generator = torch.Generator().manual_seed(2)
+    means = torch.eye(16)[None, :2] * 0.9
+    around = torch.randn(1, 128, 16, generator=generator)
+    around[..., :2] = 0
+    keys = normalize(torch.tensor([0.8, *[0.0] * 15]) + 0.6 * normalize(around, dim=-1), dim=-1)
+    rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    keys, means = keys @ rotation, means @ rotation
+    dots = (keys.double()[:, :, None] * means.double()[:, None]).sum(-1)
+    norms = keys.double().norm(dim=-1)[..., None] * means.double().norm(dim=-1)[:, None]
+    expected = (dots / norms).amax(-1)[0].argsort(stable=True)[:50].sort().values
+    opened = (route(keys, means, 2, num_opening=50)[0] >= 2).nonzero().flatten()
+    assert torch.equal(opened, expected)
+    # The control: float32 alone opens slots with other keys.
+    cosines = normalize(keys, dim=-1) @ normalize(means, dim=-1).transpose(1, 2)
+    assert not torch.equal(cosines.amax(-1)[0].argsort(stable=True)[:50].sort().values, expected)
 
 
 def test_exact_ties_go_to_the_lowest_index():
