@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -35,13 +36,15 @@ class _LayerCache(ConvStateMixin):
 
     def offload(self) -> None:
         """Move everything to the CPU."""
-        super().offload()
-        self._map_conv(lambda t: t.to("cpu", non_blocking=True))
+        self._move_to("cpu")
 
     def prefetch(self) -> None:
         """Move everything back to the device it came from."""
-        super().prefetch()
-        self._map_conv(lambda t: t.to(self.device, non_blocking=True))
+        if self.is_initialized:
+            self._move_to(self.device)
+
+    def _move_to(self, device: torch.device | str) -> None:
+        self._map_conv(lambda t: t.to(device, non_blocking=True))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to forget tokens; `crop(0)` does nothing.
@@ -63,6 +66,12 @@ class _AttentionLayerCache(_LayerCache):
 
     def memory_nbytes(self) -> int:
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+
+    def _move_to(self, device: torch.device | str) -> None:
+        super()._move_to(device)
+        if self.keys is not None:
+            self.keys = self.keys.to(device, non_blocking=True)
+            self.values = self.values.to(device, non_blocking=True)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -117,15 +126,9 @@ class SlotCacheLayer(_LayerCache, SlotCache, CacheLayerMixin):
         super().reset()
         self.is_initialized = False
 
-    def offload(self) -> None:
-        """Move everything to the CPU."""
-        super().offload()
-        self._map_state(lambda s: s.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Move everything back to the device it came from."""
-        super().prefetch()
-        self._map_state(lambda s: s.to(self.device, non_blocking=True))
+    def _move_to(self, device: torch.device | str) -> None:
+        super()._move_to(device)
+        self._map_state(lambda s: s.to(device, non_blocking=True))
 
 
 class OVQCache(Cache):

@@ -1,12 +1,11 @@
 """Configuration of the OVQ language model: one backbone, the mixer of each layer named in `mixer_types`."""
 
-from __future__ import annotations
-
 import difflib
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from ovq.layers.base import check_sizes
 from ovq.layers.registry import MIXERS
 
 
@@ -89,27 +88,25 @@ class OVQConfig(PreTrainedConfig):
             self.mixer_types = [pattern[i % 2] for i in range(self.num_hidden_layers)]
         if self.rope_mixers is None:
             self.rope_mixers = ["sliding_attention"]
-        _refuse_misspelt(kwargs, known=type(self).__dataclass_fields__)
+        _refuse_misspelt(kwargs, OVQConfig)
         self._check()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "num_slots",
-            "chunk_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        if self.sliding_window < 2:
-            raise ValueError(f"sliding_window: expected at least 2, found {self.sliding_window}")
+        smallest = {
+            "vocab_size": 1,
+            "hidden_size": 1,
+            "intermediate_size": 1,
+            "num_hidden_layers": 1,
+            "sliding_window": 2,
+            "num_slots": 1,
+            "chunk_size": 1,
+        }
+        for name, bound in smallest.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name}: expected at least {bound}, found {getattr(self, name)}")
         if len(self.mixer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"mixer_types: expected a name a layer, num_hidden_layers={self.num_hidden_layers} of them, "
@@ -118,6 +115,14 @@ class OVQConfig(PreTrainedConfig):
         for field in ("mixer_types", "rope_mixers"):
             if unknown := sorted(set(getattr(self, field)) - set(MIXERS)):
                 raise ValueError(f"{field}: expected names among {sorted(MIXERS)}, found {unknown}")
+        check_sizes(
+            self.hidden_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+            self.conv_size,
+            use_rope=any(name in self.rope_mixers for name in self.mixer_types),
+        )
         choices = {
             "growth": ("plateau", "linear", "immediate"),
             "init": ("novelty", "random"),
@@ -128,12 +133,15 @@ class OVQConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: expected one of {list(allowed)}, found {getattr(self, name)!r}")
 
 
-def _refuse_misspelt(kwargs: dict, known: dict) -> None:
+def _refuse_misspelt(kwargs: dict, config_class: type) -> None:
     """Raise on a keyword argument that looks like a field: transformers stores unknown ones without a word.
 
     Only look-alikes, because a config saved by another version of transformers may carry fields unknown to
     this one.
     """
+    own_fields = config_class.__annotations__
     for name in kwargs:
-        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+        if hasattr(config_class, name):
+            continue
+        if close := difflib.get_close_matches(name, own_fields, n=1, cutoff=0.85):
             raise ValueError(f"expected a field of OVQConfig such as {close[0]!r}, found {name!r}")

@@ -198,6 +198,9 @@ class OVQModel(OVQPreTrainedModel):
             use_cache = self.config.use_cache and not self.training and cu_seqlens is None
         if past is None and use_cache:
             past = OVQCache(self.config)
+        if past is not None and self.gradient_checkpointing and self.training:
+            # The layers would be run again in the backward pass, with a cache that has moved on.
+            raise ValueError("expected no cache while training with gradient checkpointing, found one")
         batch_size, num_new, _ = inputs_embeds.shape
         layout = SequenceLayout.of(
             attention_mask,

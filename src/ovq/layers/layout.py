@@ -73,17 +73,7 @@ class SequenceLayout:
             return SequenceLayout(num_past=num_past, num_new=num_new, cu_seqlens=cu_seqlens)
         if attention_mask is None:
             return SequenceLayout(num_past=num_past, num_new=num_new)
-        mask = _check_mask(attention_mask, (batch_size, num_past + num_new), num_past)
-        new_mask = mask[:, num_past:]
-        return SequenceLayout(
-            num_past=num_past,
-            num_new=num_new,
-            # Without padding the cheaper unmasked code runs; batches without padding often come with a mask
-            # of ones.
-            mask=None if bool(mask.all()) else mask,
-            new_mask=None if bool(new_mask.all()) else new_mask,
-            has_mask=True,
-        )
+        return _masked_layout(attention_mask, batch_size, num_past, num_new)
 
     def segments(self, num_keys: int) -> Tensor | None:
         """Row of each of the last `num_keys` columns, `[B, num_keys]`, -1 for padding; None for one row."""
@@ -104,11 +94,14 @@ class SequenceLayout:
         return columns - self.cu_seqlens[:-1][self.row_index()]
 
 
-def _check_mask(mask: Tensor, expected: tuple[int, int], num_past: int) -> Tensor:
-    """Return the mask as bool, or say what is wrong with it."""
-    if tuple(mask.shape) != expected:
+# Not compiled: it branches on values of the mask at every turn.
+@torch.compiler.disable
+def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -> SequenceLayout:
+    """The layout of a mask, or a ValueError that says what is wrong with it."""
+    expected = [batch_size, num_past + num_new]
+    if list(mask.shape) != expected:
         raise ValueError(
-            f"expected an attention_mask of shape [batch, cached + new] = {list(expected)} "
+            f"expected an attention_mask of shape [batch, cached + new] = {expected} "
             f"({num_past} columns are cached), found {list(mask.shape)}"
         )
     real = mask.bool()
@@ -123,7 +116,16 @@ def _check_mask(mask: Tensor, expected: tuple[int, int], num_past: int) -> Tenso
             "expected contiguous real tokens in each row of attention_mask, padding left or right of them, "
             f"found {int(runs[row])} runs of ones in row {row}"
         )
-    return real
+    real_new = real[:, num_past:]
+    return SequenceLayout(
+        num_past=num_past,
+        num_new=num_new,
+        # Without padding the cheaper unmasked code runs; batches without padding often come with a mask of
+        # ones.
+        mask=None if bool(real.all()) else real,
+        new_mask=None if bool(real_new.all()) else real_new,
+        has_mask=True,
+    )
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, batch_size: int, num_past: int, num_new: int) -> None:

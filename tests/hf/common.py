@@ -1,0 +1,47 @@
+"""A model small enough for every test here, with a layer of each mixer."""
+
+import torch
+
+from ovq.hf import OVQConfig, OVQForCausalLM
+
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "mixer_types": ["sliding_attention", "ovq", "full_attention", "ovq"],
+    "sliding_window": 5,
+    "num_slots": 9,
+    # Short chunks and a large spread of weights: decoding crosses many chunk ends, and logits do not tie.
+    "chunk_size": 4,
+    "conv_size": 3,
+    "initializer_range": 0.3,
+}
+
+
+def make_config(**changes):
+    return OVQConfig(**{**SIZES, **changes})
+
+
+def make_model(seed=0, **changes):
+    """A float64 model in evaluation mode: rounding cannot flip a greedy choice."""
+    torch.manual_seed(seed)
+    return OVQForCausalLM(make_config(**changes)).double().eval()
+
+
+def random_ids(rows, length, seed=1):
+    return torch.randint(
+        1, SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def left_padded(prompts):
+    """Prompts of unequal length as one batch: ids `[B, T]` with 0 for padding, and the mask."""
+    width = max(len(p) for p in prompts)
+    ids = torch.stack([torch.cat([p.new_zeros(width - len(p)), p]) for p in prompts])
+    lengths = torch.tensor([len(p) for p in prompts])
+    mask = (torch.arange(width) >= width - lengths[:, None]).long()
+    return ids, mask

@@ -1,0 +1,101 @@
+"""The configuration: what it fills in, what it refuses, and that every field is read by the model."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+from ovq.hf import OVQConfig, OVQForCausalLM
+from tests.hf.common import SIZES, make_config, random_ids
+
+
+def test_defaults_alternate_sliding_window_and_ovq_with_rope_on_the_window_only():
+    config = OVQConfig(num_hidden_layers=3)
+    assert config.mixer_types == ["sliding_attention", "ovq", "sliding_attention"]
+    assert config.rope_mixers == ["sliding_attention"]
+    assert config.num_key_value_heads == config.num_attention_heads
+    assert config.head_dim == config.hidden_size // config.num_attention_heads
+
+
+def test_round_trip_through_json(tmp_path):
+    config = make_config(growth="linear", rope_mixers=["ovq"], pad_token_id=0, eos_token_id=[1, 2])
+    config.save_pretrained(tmp_path)
+    loaded = OVQConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert all(getattr(loaded, name) == value for name, value in SIZES.items())
+
+
+def test_fields_of_another_transformers_version_do_not_hinder_loading(tmp_path):
+    make_config().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"field_of_the_future": 1}))
+    assert OVQConfig.from_pretrained(tmp_path).num_slots == SIZES["num_slots"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixer_types": ["ovq"]}, "num_hidden_layers=4 of them, found 1"),
+        (
+            {"mixer_types": ["ovq", "ovq", "ovq", "mamba2"]},
+            r"mixer_types: expected names among \[.*full_attention.*ovq.*\], found \['mamba2'\]",
+        ),
+        ({"rope_mixers": ["rnn"]}, r"rope_mixers: expected names among .* found \['rnn'\]"),
+        ({"num_slots": 0}, "num_slots: expected at least 1, found 0"),
+        ({"chunk_size": 0}, "chunk_size: expected at least 1, found 0"),
+        ({"vocab_size": 0}, "vocab_size: expected at least 1, found 0"),
+        ({"sliding_window": 1}, "sliding_window: expected at least 2, found 1"),
+        ({"growth": "fast"}, "growth: expected one of .* found 'fast'"),
+        ({"init": "zeros"}, "init: expected one of .* found 'zeros'"),
+        ({"merge": "all"}, "merge: expected one of .* found 'all'"),
+        ({"num_key_value_heads": 3}, "divide num_heads, found num_heads=4, num_kv_heads=3"),
+        ({"head_dim": None, "hidden_size": 25}, "hidden_size=25, num_heads=4"),
+        ({"head_dim": 5}, "even head_dim .* found 5"),
+        ({"conv_size": 1}, "conv_size .* found 1"),
+        ({"num_slot": 3}, "such as 'num_slots', found 'num_slot'"),
+        ({"mixer_type": ["ovq"]}, "such as 'mixer_types', found 'mixer_type'"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"num_slots": "9"}, {"hidden_size": 1.5}, {"use_cache": 2}])
+def test_values_of_another_type_are_refused(changes):
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"{next(iter(changes))}.*expected"):
+        make_config(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 32},
+        {"intermediate_size": 40},
+        {"num_hidden_layers": 2, "mixer_types": ["ovq", "ovq"]},
+        {"num_attention_heads": 2},
+        {"num_key_value_heads": 1},
+        {"head_dim": 8},
+        {"rms_norm_eps": 1e-2},
+        {"rope_theta": 10},
+        {"rope_mixers": ["ovq"]},
+        {"initializer_range": 0.1},
+        {"tie_word_embeddings": True},
+        {"mixer_types": ["ovq"] * 4},
+        {"sliding_window": 3},
+        {"num_slots": 3},
+        {"chunk_size": 3},
+        {"conv_size": 2},
+        {"growth": "linear"},
+        {"init": "random"},
+        {"merge": "updated"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_field_changes_the_model(changes):
+    logits = []
+    for config in (make_config(), make_config(**changes)):
+        torch.manual_seed(0)
+        logits.append(OVQForCausalLM(config).eval()(random_ids(2, 40)).logits)
+    assert not torch.allclose(*logits, atol=1e-4)

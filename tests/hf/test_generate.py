@@ -1,0 +1,145 @@
+"""`generate`: every way of decoding gives what the model without a cache gives."""
+
+import copy
+
+import pytest
+import torch
+
+from ovq.hf import OVQCache
+from ovq.hf.cache import CACHE_KEY
+from tests.hf.common import left_padded, make_model, random_ids
+
+NEW = 14
+GREEDY = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Prompts of unequal length, whose chunks of 4 tokens end at different steps of the decoding."""
+    ids, mask = left_padded([random_ids(1, n, seed=n)[0] for n in (11, 6, 1)])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def by_hand(model, prompt, num_new):
+    """Greedy decoding of one prompt by running the whole text anew for every token."""
+    text = prompt[None]
+    for _ in range(num_new):
+        text = torch.cat([text, model(text, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return text[0]
+
+
+def test_greedy_decoding_of_padded_prompts_equals_that_of_each_alone(model, batch):
+    out = model.generate(**batch, **GREEDY)
+    width = batch["input_ids"].shape[1]
+    for row, mask in enumerate(batch["attention_mask"].bool()):
+        expected = by_hand(model, batch["input_ids"][row, mask], NEW)
+        assert torch.equal(out[row, width - int(mask.sum()) :], expected)
+    assert len({tuple(row[width:].tolist()) for row in out}) == 3, "a model that repeats itself shows nothing"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "temperature": 0.7, "num_return_sequences": 2},
+        {"do_sample": True, "num_beams": 2},
+        {"repetition_penalty": 1.5},
+        {"eos_token_id": [1, 2, 3]},
+    ],
+    ids=str,
+)
+def test_with_and_without_cache_alike(model, batch, options):
+    outs = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        outs.append(model.generate(**batch, **{**GREEDY, **options}, use_cache=use_cache))
+    assert torch.equal(*outs)
+    assert outs[0].shape[1] > batch["input_ids"].shape[1] + 4
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 50])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_prefill_in_chunks(model, batch, chunk, num_beams):
+    expected = model.generate(**batch, **GREEDY, num_beams=num_beams)
+    out = model.generate(**batch, **GREEDY, num_beams=num_beams, prefill_chunk_size=chunk)
+    assert torch.equal(out, expected)
+
+
+def test_continuing_from_a_returned_cache(model, batch):
+    first = model.generate(**batch, **GREEDY, return_dict_in_generate=True)
+    returned = getattr(first, CACHE_KEY)
+    assert isinstance(returned, OVQCache)
+    text = torch.cat([first.sequences, random_ids(3, 5, seed=9)], 1)
+    mask = torch.cat([batch["attention_mask"], torch.ones(3, NEW + 5, dtype=torch.long)], 1)
+    kept = copy.deepcopy(returned)
+    expected = model.generate(text, attention_mask=mask, **GREEDY)
+    for cache in (returned, kept):
+        out = model.generate(text, attention_mask=mask, **{CACHE_KEY: cache}, **GREEDY)
+        assert torch.equal(out, expected)
+
+
+def test_continuing_from_a_prefix_shared_by_many(model):
+    prefix, questions = random_ids(1, 10), random_ids(3, 4, seed=5)
+    cache = OVQCache(model.config)
+    model(prefix, past_key_values=cache)
+    cache.batch_repeat_interleave(3)
+    text = torch.cat([prefix.expand(3, -1), questions], 1)
+    mask = torch.ones_like(text)
+    out = model.generate(text, attention_mask=mask, **{CACHE_KEY: cache}, **GREEDY)
+    assert torch.equal(out, model.generate(text, attention_mask=mask, **GREEDY))
+
+
+def test_scores_with_cache_are_those_without(model, batch):
+    outs = [
+        model.generate(
+            **batch, **GREEDY, use_cache=use_cache, return_dict_in_generate=True, output_logits=True
+        )
+        for use_cache in (True, False)
+    ]
+    torch.testing.assert_close(outs[0].logits, outs[1].logits)
+
+
+def test_generation_from_embeddings(model):
+    ids = random_ids(2, 7)
+    embeds = model.get_input_embeddings()(ids)
+    mask = torch.ones_like(ids)
+    out = model.generate(inputs_embeds=embeds, attention_mask=mask, **GREEDY)
+    assert torch.equal(out, model.generate(ids, attention_mask=mask, **GREEDY)[:, 7:])
+
+
+def test_generation_with_more_slots_than_in_training():
+    model, ids = make_model(), random_ids(2, 30)
+    mask = torch.ones_like(ids)
+    model.set_num_slots(64)
+    out = model.generate(ids, attention_mask=mask, **GREEDY)
+    assert torch.equal(out, model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY))
+
+
+@pytest.mark.parametrize("mixer", ["ovq", "full_attention", "sliding_attention"])
+def test_models_of_one_mixer_generate_too(batch, mixer):
+    model = make_model(mixer_types=[mixer] * 4, rope_mixers=[mixer])
+    outs = [model.generate(**batch, **GREEDY, use_cache=use_cache) for use_cache in (True, False)]
+    assert torch.equal(*outs)
+
+
+def test_decoding_that_would_have_to_take_tokens_back_is_refused(model, batch):
+    one = {name: tensor[:1] for name, tensor in batch.items()}
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(**one, **GREEDY, assistant_model=make_model(seed=1))
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(**one, **GREEDY, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("implementation", ["static", "offloaded", "quantized"])
+def test_other_cache_implementations_are_refused(model, batch, implementation):
+    with pytest.raises(ValueError, match=f"None or 'dynamic', found '{implementation}'"):
+        model.generate(**batch, **GREEDY, cache_implementation=implementation)
+    expected = model.generate(**batch, **GREEDY)
+    assert torch.equal(model.generate(**batch, **GREEDY, cache_implementation="dynamic"), expected)

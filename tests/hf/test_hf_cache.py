@@ -1,0 +1,130 @@
+"""`OVQCache`: transformers' operations on a cache, each against the rows it should stand for."""
+
+import copy
+
+import pytest
+import torch
+
+from ovq.hf import OVQCache
+from tests.hf.common import left_padded, make_config, make_model, random_ids
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+IDS = random_ids(3, 19)
+CUT = 10
+
+
+def cached(model):
+    cache = OVQCache(model.config)
+    with torch.no_grad():
+        model(IDS[:, :CUT], past_key_values=cache)
+    return cache
+
+
+def continued(model, cache, rows):
+    with torch.no_grad():
+        return model(IDS[rows, CUT:], past_key_values=cache).logits
+
+
+def tensors(cache):
+    """Every tensor of a cache that lives on the model's device."""
+    for layer in cache.layers:
+        yield layer.conv_state
+        if layer.kind == "a state":
+            yield from (layer.state.key_sum, layer.state.value_sum, layer.state.count)
+            yield from (layer.state.pending_keys, layer.state.pending_values)
+        else:
+            yield from (layer.keys, layer.values)
+
+
+@pytest.mark.parametrize(
+    ("operation", "argument", "rows"),
+    [
+        ("reorder_cache", torch.tensor([2, 2, 0]), [2, 2, 0]),
+        ("batch_select_indices", torch.tensor([2, 0]), [2, 0]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
+    ],
+)
+def test_batch_operations(model, operation, argument, rows):
+    cache = cached(model)
+    getattr(cache, operation)(argument)
+    expected = model(IDS[rows]).logits[:, CUT:]
+    torch.testing.assert_close(continued(model, cache, rows), expected)
+
+
+def test_reset_forgets_everything_and_the_cache_goes_on(model):
+    ids, mask = left_padded([random_ids(1, n)[0] for n in (9, 4)])
+    cache = OVQCache(model.config)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    cache.reset()
+    assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
+    torch.testing.assert_close(model(IDS, past_key_values=cache).logits, model(IDS).logits)
+
+
+def test_a_copy_is_a_snapshot(model):
+    cache = cached(model)
+    before = copy.deepcopy(cache)
+    first = continued(model, cache, [0, 1, 2])
+    assert before.get_seq_length() == CUT
+    assert cache.get_seq_length() == IDS.shape[1]
+    assert torch.equal(continued(model, before, [0, 1, 2]), first)
+
+
+def test_lengths_are_those_of_the_tokens_seen(model):
+    cache = cached(model)
+    for i in range(len(cache)):
+        assert cache.get_seq_length(i) == CUT
+        assert sum(cache.get_mask_sizes(3, i)) == CUT + 3
+    assert not cache.is_compileable
+    assert not cache.is_croppable
+
+
+def test_crop_is_refused_but_for_nothing(model):
+    cache = cached(model)
+    cache.crop(0)
+    expected = model(IDS).logits[:, CUT:]
+    for tokens in (-1, 5):
+        with pytest.raises(ValueError, match=rf"expected crop\(0\), found crop\({tokens}\)"):
+            cache.crop(tokens)
+    # Refused as a whole: no layer has lost anything.
+    torch.testing.assert_close(continued(model, cache, [0, 1, 2]), expected)
+
+
+def test_offload_and_prefetch_move_every_tensor(model):
+    cache = cached(model)
+    expected = model(IDS).logits[:, CUT:]
+    for i in range(len(cache)):
+        cache.offload(i, only_non_sliding=False)
+        cache.layers[i].prefetch()
+    torch.testing.assert_close(continued(model, cache, [0, 1, 2]), expected)
+    # No second device here: "meta" stands for one, since tensors can be moved there, if not back.
+    for layer in cache.layers:
+        layer.device = torch.device("meta")
+        layer.prefetch()
+    assert {t.device.type for t in tensors(cache)} == {"meta"}
+
+
+def test_a_sliding_window_layer_does_not_keep_the_prompt_alive(model):
+    layer = cached(model).layers[0]
+    assert layer.keys.shape[2] == model.config.sliding_window - 1
+    assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
+
+
+def test_an_ovq_layer_keeps_no_keys_and_values():
+    layer = OVQCache(make_config()).layers[1]
+    with pytest.raises(NotImplementedError, match="use set_state"):
+        layer.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
+
+
+def test_before_the_first_token_operations_do_nothing(model):
+    cache = OVQCache(model.config)
+    cache.reorder_cache(torch.tensor([0]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0]))
+    cache.reset()
+    assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
+    torch.testing.assert_close(model(IDS, past_key_values=cache).logits, model(IDS).logits)

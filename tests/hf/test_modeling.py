@@ -1,0 +1,258 @@
+"""The language model's forward pass, loss, gradients, and its life on disk."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
+
+from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM, OVQModel
+from ovq.hf.cache import CACHE_KEY
+from ovq.layers import OVQAttention, ShortConvolution
+from tests.hf.common import SIZES, left_padded, make_config, make_model, random_ids
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def grads_of(model, **inputs):
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_padded_rows_equal_rows_alone(model):
+    prompts = [random_ids(1, n, seed=n)[0] for n in (17, 6, 1)]
+    ids, mask = left_padded(prompts)
+    for ids_, mask_ in ((ids, mask), (ids.flip(1), mask.flip(1))):
+        logits = model(ids_, attention_mask=mask_).logits
+        for row, keep in enumerate(mask_.bool()):
+            alone = model(ids_[row : row + 1, keep]).logits[0]
+            torch.testing.assert_close(logits[row, keep], alone)
+
+
+def test_packed_rows_equal_rows_alone(model):
+    ids = random_ids(1, 24)
+    logits = model(ids, cu_seqlens=torch.tensor([0, 7, 8, 24])).logits
+    rows = [model(ids[:, a:b]).logits for a, b in ((0, 7), (7, 8), (8, 24))]
+    torch.testing.assert_close(logits, torch.cat(rows, 1))
+
+
+def test_embeddings_in_the_place_of_ids(model):
+    ids = random_ids(2, 9)
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+    for wrong in ({}, {"input_ids": ids, "inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model(**wrong)
+
+
+def test_logits_to_keep(model):
+    ids = random_ids(2, 9)
+    logits = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, logits[:, -3:])
+    index = torch.tensor([0, 5])
+    torch.testing.assert_close(model(ids, logits_to_keep=index).logits, logits[:, index])
+
+
+def test_the_loss_is_that_of_the_next_token(model):
+    ids = random_ids(2, 9)
+    labels = ids.clone()
+    labels[0, :4] = -100
+    logits = model(ids).logits[:, :-1].float().flatten(0, 1)
+    targets = labels[:, 1:].flatten()
+    expected = F.cross_entropy(logits, targets)
+    torch.testing.assert_close(model(ids, labels=labels).loss, expected)
+    total = F.cross_entropy(logits, targets, reduction="sum")
+    loss = model(ids, labels=labels, num_items_in_batch=torch.tensor(50)).loss
+    torch.testing.assert_close(loss, total / 50)
+
+
+def test_the_loss_of_packed_rows_does_not_predict_across_rows(model):
+    ids = random_ids(1, 16)
+    bounds = torch.tensor([0, 5, 5, 16])
+    packed = model(ids, labels=ids, cu_seqlens=bounds).loss
+    rows = [ids[:, :5], ids[:, 5:]]
+    summed = [model(row, labels=row, num_items_in_batch=torch.tensor(14)).loss for row in rows]
+    torch.testing.assert_close(packed, sum(summed))
+
+
+def test_hidden_states_and_tuples(model):
+    ids = random_ids(2, 9)
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == SIZES["num_hidden_layers"] + 1
+    torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
+    first, *_ = model(ids, return_dict=False)
+    assert torch.equal(first, out.logits)
+
+
+def test_a_cache_is_returned_when_it_can_be_of_use():
+    model, ids = make_model(), random_ids(1, 6)
+
+    def returns_cache(**kwargs):
+        return getattr(model(ids, **kwargs), CACHE_KEY) is not None
+
+    assert returns_cache()
+    assert not returns_cache(use_cache=False)
+    assert not returns_cache(labels=ids)
+    assert returns_cache(labels=ids, use_cache=True)
+    assert not returns_cache(cu_seqlens=torch.tensor([0, 6]))
+    model.train()
+    assert not returns_cache()
+    assert returns_cache(use_cache=True)
+    model.eval().config.use_cache = False
+    assert not returns_cache()
+
+
+def test_both_names_of_the_cache_work(model):
+    ids = random_ids(2, 9)
+    expected = model(ids).logits[:, 5:]
+    for name in ("past_key_values", "cache"):
+        cache = OVQCache(model.config)
+        model(ids[:, :5], **{name: cache})
+        torch.testing.assert_close(model(ids[:, 5:], **{name: cache}).logits, expected)
+
+
+def test_caches_that_cannot_be_are_refused(model):
+    ids = random_ids(1, 4)
+    with pytest.raises(ValueError, match=r"expected an OVQCache .* found DynamicCache"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="found two caches"):
+        model(ids, past_key_values=OVQCache(model.config), cache=OVQCache(model.config))
+    with pytest.raises(ValueError, match="packed rows cannot be continued"):
+        model(ids, cu_seqlens=torch.tensor([0, 4]), use_cache=True)
+    other = OVQCache(make_config(mixer_types=["ovq"] * 4))
+    with pytest.raises(ValueError, match="layer 0 of past_key_values to hold keys and values, found Slot"):
+        model(ids, past_key_values=other)
+
+
+def test_keyword_arguments_nobody_reads_are_refused(model):
+    ids = random_ids(1, 4)
+    for target in (model, model.model):
+        with pytest.raises(ValueError, match=r"found \['atention_mask'\]"):
+            target(ids, atention_mask=torch.ones(1, 4))
+        with pytest.raises(ValueError, match="output_attentions=False, found True"):
+            target(ids, output_attentions=True)
+
+
+def test_positions_may_be_given_if_they_say_nothing_new(model):
+    ids, mask = left_padded([random_ids(1, n)[0] for n in (8, 5)])
+    expected = model(ids, attention_mask=mask).logits
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert torch.equal(logits, expected)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with pytest.raises(ValueError, match="pass cu_seqlens"):
+        model(ids[:1], position_ids=packed)
+    model(ids[:1], position_ids=packed, cu_seqlens=torch.tensor([0, 4, 8]))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, ids = make_model().train(), random_ids(2, 14)
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    expected = grads_of(model, input_ids=ids, attention_mask=mask, labels=ids)
+    assert all(g.abs().max() > 0 for g in expected.values())
+    calls = []
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    # The name changed in transformers 5.24.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+    found = grads_of(model, input_ids=ids, attention_mask=mask, labels=ids)
+    hook.remove()
+    torch.testing.assert_close(found, expected)
+    assert len(calls) == 2  # forward, and again in the backward pass
+    with pytest.raises(ValueError, match="no cache while training with gradient checkpointing"):
+        model(ids, use_cache=True)
+
+
+# Dynamo triggers deprecation warnings of torch's own modules as it imports them.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_compiled_model_gives_the_same_loss_and_gradients():
+    model = make_model(num_hidden_layers=2, mixer_types=["sliding_attention", "ovq"]).train()
+    ids = random_ids(2, 14)
+    inputs = {"input_ids": ids, "labels": ids}
+    expected = grads_of(model, **inputs)
+    # Traced and differentiated ahead of time, but run by PyTorch: no compiler needed, and seconds saved.
+    compiled = torch.compile(model, backend="aot_eager")
+    model.zero_grad()
+    compiled(**inputs).loss.backward()
+    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
+    torch._dynamo.reset()
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = OVQForCausalLM(make_config(hidden_size=96, initializer_range=0.05))
+    for name, p in model.named_parameters():
+        if name.endswith("norm.weight") or name.endswith("beta"):
+            assert torch.equal(p, torch.ones_like(p)), name
+        elif "conv" in name:
+            # Uniform in +-1/sqrt(taps), whose standard deviation is 1/3 for three taps.
+            assert p.std().item() == pytest.approx(1 / 3, rel=0.1), name
+        else:
+            assert p.std().item() == pytest.approx(0.05, rel=0.1), name
+
+
+def test_weight_decay_leaves_norms_and_temperatures_alone():
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    # The rule of transformers' Trainer.
+    forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decayed = get_parameter_names(make_model(), [torch.nn.LayerNorm], forbidden)
+    assert decayed
+    assert not [name for name in decayed if "norm" in name or "beta" in name]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load_by_the_auto_classes(tmp_path, tied):
+    model, ids = make_model(tie_word_embeddings=tied), random_ids(2, 12)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.01)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), OVQConfig)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is OVQForCausalLM
+    assert loaded.dtype == torch.float64
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    base = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(base) is OVQModel
+    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half(ids).logits.dtype == torch.bfloat16
+
+
+def test_set_num_slots_reaches_every_layer_and_is_saved(tmp_path):
+    model, ids = make_model(), random_ids(1, 60)
+    before = model(ids).logits
+    model.set_num_slots(40)
+    assert [m.num_slots for m in model.mixers() if isinstance(m, OVQAttention)] == [40, 40]
+    after = model(ids).logits
+    assert not torch.allclose(before, after)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, after)
+    with pytest.raises(ValueError, match="num_slots of at least 1, found 0"):
+        model.set_num_slots(0)
+    with pytest.raises(ValueError, match="expected a model with 'ovq' layers"):
+        make_model(mixer_types=["full_attention"] * 4).set_num_slots(4)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_bytes_is_the_size_of_a_real_cache(num_tokens, dtype):
+    model = make_model().to(dtype)
+    cache = OVQCache(model.config)
+    model(random_ids(2, num_tokens), past_key_values=cache)
+    assert cache.nbytes == 2 * model.state_bytes(num_tokens)
+
+
+def test_one_convolution_class_for_every_mixer():
+    convolutions = [m for m in make_model().modules() if isinstance(m, ShortConvolution)]
+    assert len(convolutions) == SIZES["num_hidden_layers"]
+    without = make_model(conv_size=0)
+    assert not [m for m in without.modules() if isinstance(m, ShortConvolution)]
