@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.groups import Group, Plan, Step
-from ovq.ops.routing import Router, padded_slots
+from ovq.ops.reader import Reader
+from ovq.ops.routing import Router
 from ovq.ops.sums import Sums
 
 
@@ -99,82 +100,12 @@ class _Call:
     slots: Tensor | None = None
 
 
-class _Reader:
-    """The softmax of a group's queries over [chunk | dictionary], with the scratch memory it needs.
-
-    After `attend`, for S streams, G * w queries and w + n candidates: `queries` `[S, G w, K]` (scaled),
-    `keys` `[S, w + n, K]`, `values` `[S, w + n, V]`, `chunk_keys` and `chunk_values` `[S, w, D]` in the
-    dtype of the sums, `means` `[S, padded M, K]` likewise, and `count` `[S, n, 1]`, at least 1.
-    """
-
-    def __init__(self, group: Group, q: Tensor, v: Tensor, wide: torch.dtype) -> None:
-        width, capacity = group.plan.aligned.width, group.plan.capacity
-        rows = width + padded_slots(capacity)
-        # [chunk | dictionary | spare]: what a step attends to is one contiguous block, whatever its sizes.
-        self._keys = q.new_zeros(group.num_streams, rows, q.shape[-1])
-        self._values = q.new_zeros(group.num_streams, rows, v.shape[-1])
-        self._wide = wide
-        self._width = width
-        self._all_means = (
-            self._keys[:, width:] if q.dtype == wide else torch.zeros_like(self._keys[:, width:], dtype=wide)
-        )
-        size = group.num_streams * group.plan.group_size * width * (width + capacity)
-        self._scores = q.new_empty(size)
-        self._probs = q.new_empty(size)
-        future = torch.ones(width, width, dtype=torch.bool, device=q.device).triu(1)
-        self._causal = q.new_zeros(width, width).masked_fill_(future, -torch.inf)
-
-    def attend(self, step: Step, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, sums: Sums) -> Tensor:
-        """Probabilities `[S, G w, w + n]` of the step, scratch that the next call overwrites."""
-        self._load(step, k, v, sums)
-        group, w = step.group, step.num_tokens
-        size = group.plan.group_size
-        scale = scale[group.heads.start * size : group.heads.stop * size]
-        queries = step.take(q).view(-1, len(group.heads) * size, w, q.shape[-1])
-        self.queries = (queries.to(self._wide) * scale[:, None, None]).to(q.dtype)
-        self.queries = self.queries.view(step.num_streams, size * w, q.shape[-1])
-        scores, probs = self.scratch(step)
-        by_token = scores.view(step.num_streams, size, w, -1)
-        by_token[..., :w] = self._causal[:w, :w]
-        # log 0 = -inf takes spare slots out.
-        counts = sums.count[: step.num_streams, : step.num_slots].to(self._wide)
-        by_token[..., w:] = counts.log()[:, None, None]
-        scores.baddbmm_(self.queries, self.keys.transpose(1, 2))
-        return torch.softmax(scores, -1, out=probs)
-
-    def scratch(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Two buffers `[S, G w, w + n]`: one is free once `attend` has returned the other."""
-        rows = step.group.plan.group_size * step.num_tokens
-        shape = (step.num_streams, rows, step.num_tokens + step.num_slots)
-        size = shape[0] * shape[1] * shape[2]
-        return self._scores[:size].view(shape), self._probs[:size].view(shape)
-
-    def _load(self, step: Step, k: Tensor, v: Tensor, sums: Sums) -> None:
-        """Put the step's tokens and the current means side by side."""
-        s, n, width = step.num_streams, step.num_slots, self._width
-        first = width - step.num_tokens
-        chunk_keys, chunk_values = step.take(k), step.take(v)
-        self._keys[:s, first:width] = chunk_keys
-        self._values[:s, first:width] = chunk_values
-        self.chunk_keys, self.chunk_values = chunk_keys.to(self._wide), chunk_values.to(self._wide)
-        self.means = self._all_means[:s]
-        self.count = sums.count[:s, :n].clamp(min=1).to(self._wide).unsqueeze(-1)
-        torch.div(sums.key[:s, :n], self.count, out=self.means[:, :n])
-        if self._keys.dtype == self._wide:
-            torch.div(sums.value[:s, :n], self.count, out=self._values[:s, width : width + n])
-        else:
-            self._keys[:s, width : width + n] = self.means[:, :n]
-            self._values[:s, width : width + n] = sums.value[:s, :n] / self.count
-        self.keys = self._keys[:s, first : width + n]
-        self.values = self._values[:s, first : width + n]
-
-
 def _forward_group(
     group: Group, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, sums: Sums, o: Tensor, slots: Tensor
 ) -> None:
     """All chunks of a group, in order; fills `o` and `slots` and updates `sums` in place."""
     sums = sums.of(group)
-    reader = _Reader(group, q, v, sums.key.dtype)
+    reader = Reader(group, q, v, sums.key.dtype)
     router = Router(
         num_streams=group.num_streams,
         max_slots=group.plan.capacity,
@@ -182,8 +113,10 @@ def _forward_group(
         like=sums.key,
     )
     for step in group.steps():
-        probs = reader.attend(step, q, k, v, scale, sums)
-        step.put(o, torch.bmm(probs, reader.values))
+        reader.load(step, k, v, sums)
+        for block in step.blocks:
+            probs = reader.attend(step, block, q, scale)
+            step.put(o, torch.bmm(probs, reader.values(step, block)), block)
         s = step.num_complete
         if s:
             chosen = router(
@@ -201,61 +134,66 @@ def _forward_group(
 def _backward_group(group: Group, call: _Call, final: Sums, deposits: Sums, grads: _Call) -> None:
     """All chunks of a group, in reverse; fills the gradients of tokens and updates `deposits` in place."""
     sums, deposits = final.of(group).clone(), deposits.of(group)
-    reader = _Reader(group, call.q, call.v, sums.key.dtype)
+    reader = Reader(group, call.q, call.v, sums.key.dtype)
     for step in reversed(group.steps()):
+        # The gradient of the step's tokens, as candidates of its queries and as parts of the sums.
+        grad_k = sums.key.new_zeros(step.num_streams, step.num_tokens, call.k.shape[-1])
+        grad_v = sums.key.new_zeros(step.num_streams, step.num_tokens, call.v.shape[-1])
         s = step.num_complete
-        grad_k = grad_v = None
         if s:
             # 1. The tokens of the chunk get the gradient of the sums they were added to.
             chosen = step.take(call.slots)[:s].squeeze(-1).long()
             index = sums.index(chosen)
-            grad_k = deposits.key.view(-1, deposits.key.shape[-1])[index].view(s, -1, call.k.shape[-1])
-            grad_v = deposits.value.view(-1, deposits.value.shape[-1])[index].view(s, -1, call.v.shape[-1])
+            grad_k[:s] = deposits.key.view(-1, grad_k.shape[-1])[index].view_as(grad_k[:s])
+            grad_v[:s] = deposits.value.view(-1, grad_v.shape[-1])[index].view_as(grad_v[:s])
             # 2. Rewind: the dictionary as the chunk's queries saw it. Slots that the chunk opened are gone.
             keys, values = step.take(call.k)[:s], step.take(call.v)[:s]
             sums.add_(chosen, keys.to(sums.key.dtype), values.to(sums.key.dtype), -1)
-            opened = sums.count[:s] == 0
+            is_gone = (sums.count[:s] == 0).unsqueeze(-1)
             for x in (sums.key, sums.value, deposits.key, deposits.value):
-                x[:s].masked_fill_(opened[..., None], 0)
+                x[:s].masked_fill_(is_gone, 0)
         # 3. Backward of the read from that dictionary.
-        _backward_read(step, reader, call, sums, deposits, grads, grad_k, grad_v)
+        reader.load(step, call.k, call.v, sums)
+        for block in step.blocks:
+            _backward_block(step, block, reader, call, deposits, grads, grad_k, grad_v)
+        step.put(grads.k, grad_k, step.tokens)
+        step.put(grads.v, grad_v, step.tokens)
 
 
-def _backward_read(
+def _backward_block(
     step: Step,
-    reader: _Reader,
+    block: slice,
+    reader: Reader,
     call: _Call,
-    sums: Sums,
     deposits: Sums,
     grads: _Call,
-    merged_k: Tensor | None,
-    merged_v: Tensor | None,
+    grad_k: Tensor,
+    grad_v: Tensor,
 ) -> None:
-    """Gradients of one step's softmax; `merged_k`, `merged_v`: what its tokens got from being merged."""
-    wide, w, n, s = sums.key.dtype, step.num_tokens, step.num_slots, step.num_streams
-    size, heads = step.group.plan.group_size, step.group.heads
-    probs = reader.attend(step, call.q, call.k, call.v, call.scale, sums)
-    grad_scores, _ = reader.scratch(step)
-    grad_o = step.take(call.grad_o)
-    grad_values = torch.bmm(probs.transpose(1, 2), grad_o).to(wide)
+    """Gradients of one block's softmax; those of its candidates are added to what holds them."""
+    wide = deposits.key.dtype
+    probs = reader.attend(step, block, call.q, call.scale)
+    grad_scores, _ = reader.scratch(step, block)
+    grad_o = step.part(call.grad_o, block).reshape(step.num_streams, -1, call.v.shape[-1])
+    o = step.part(call.o, block).reshape_as(grad_o)
+    grad_values = torch.bmm(probs.transpose(1, 2), grad_o)
     # dS = P (dP - sum(P dP)), and sum(P dP) = sum(o do).
-    inner = (step.take(call.o).to(wide) * grad_o.to(wide)).sum(-1, keepdim=True)
-    torch.bmm(grad_o, reader.values.transpose(1, 2), out=grad_scores)
+    inner = (o.to(wide) * grad_o.to(wide)).sum(-1, keepdim=True)
+    torch.bmm(grad_o, reader.values(step, block).transpose(1, 2), out=grad_scores)
     grad_scores.sub_(inner.to(grad_scores.dtype)).mul_(probs)
-    grad_keys = torch.bmm(grad_scores.transpose(1, 2), reader.queries).to(wide)
-    grad_queries = torch.bmm(grad_scores, reader.keys).to(wide)
-    grad_k, grad_v = grad_keys[:, :w], grad_values[:, :w]
-    if merged_k is not None:
-        done = len(merged_k)
-        grad_k[:done] += merged_k
-        grad_v[:done] += merged_v
-    step.put(grads.k, grad_k)
-    step.put(grads.v, grad_v)
-    deposits.key[:s, :n].addcdiv_(grad_keys[:, w:], reader.count)
-    deposits.value[:s, :n].addcdiv_(grad_values[:, w:], reader.count)
+    grad_keys = torch.bmm(grad_scores.transpose(1, 2), reader.queries)
+    grad_queries = torch.bmm(grad_scores, reader.keys(step, block)).to(wide)
+    for tokens in step.blocks:
+        if tokens.start < block.stop:
+            rows = slice(block.stop - tokens.stop, block.stop - tokens.start)
+            grad_k[:, tokens] += grad_keys[:, rows]
+            grad_v[:, tokens] += grad_values[:, rows]
+    s, n = step.num_streams, step.num_slots
+    deposits.key[:s, :n].addcdiv_(grad_keys[:, block.stop :].to(wide), reader.count)
+    deposits.value[:s, :n].addcdiv_(grad_values[:, block.stop :].to(wide), reader.count)
     # The queries of the product are scale * q.
-    by_head = grad_queries.view(-1, len(heads) * size, w, call.q.shape[-1])
-    part = slice(heads.start * size, heads.stop * size)
-    queries = step.take(call.q).view_as(by_head)
-    grads.scale[part] += (by_head * queries.to(wide)).sum((0, 2, 3))
-    step.put(grads.q, (by_head * call.scale[part, None, None]).view(s, size * w, -1))
+    queries = step.part(call.q, block)
+    by_head = grad_queries.view(queries.shape)
+    grads.scale[step.query_heads] += (by_head * queries.to(wide)).sum((0, 2, 3))
+    grad_queries = by_head * call.scale[step.query_heads, None, None]
+    step.put(grads.q, grad_queries.view(s, -1, call.q.shape[-1]), block)

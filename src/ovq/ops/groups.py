@@ -16,10 +16,13 @@ from ovq.ops.rows import AlignedRows
 from ovq.ops.rules import Rules
 from ovq.ops.schedule import slots_by_chunk
 
-# Elements of score scratch a group may use. On a CPU 4 MiB of float32, between one head at a time (overhead
+# Elements of score scratch a group may use. On a CPU 16 MiB of float32, between one head at a time (overhead
 # of calls) and all at once (out of the cache); on a GPU, which wants the largest products, 4 GiB.
-CPU_ELEMENTS = 1 << 20
+CPU_ELEMENTS = 1 << 22
 GPU_ELEMENTS = 1 << 30
+# Queries read together. They attend to no token after their own block, which spares nearly half the products
+# within a chunk of two blocks; smaller blocks cost more in calls than they spare.
+READ_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Plan:
     def groups(self, device: torch.device) -> Iterator[Group]:
         """The streams of the call in groups."""
         width = self.aligned.width
-        elements = self.group_size * width * (width + self.capacity)
+        elements = self.group_size * min(width, READ_BLOCK) * (width + self.capacity)
         if device.type == "cpu":
             threads = torch.get_num_threads()
             streams = max(threads, CPU_ELEMENTS // elements // threads * threads)
@@ -124,6 +127,11 @@ class Step:
         before: slots of each of the `num_streams` streams before the chunk.
         after: slots of each of the `num_complete` streams after it.
         num_slots: the largest of `before`, n.
+        query_heads: the query heads of the group.
+        heads: key/value head of each of the `num_complete` streams.
+        num_seen: tokens that the row of each of those has seen at the end of the chunk.
+        tokens: the places of the chunk in use.
+        blocks: those in blocks of queries that are read together.
     """
 
     def __init__(self, group: Group, i: int) -> None:
@@ -138,32 +146,49 @@ class Step:
         self.before = [plan.slots[r][i] for r in rows for _ in group.heads]
         self.after = [plan.slots[r][i + 1] for r in complete for _ in group.heads]
         self.num_slots = max(self.before)
+        size = plan.group_size
+        self.query_heads = slice(group.heads.start * size, group.heads.stop * size)
         self.heads = [h for _ in complete for h in group.heads]
         self.num_seen = [
             plan.num_merged[r] + (i + 1) * plan.rules.chunk_size for r in complete for _ in group.heads
         ]
-        self._chunks = [aligned.first_chunk[r] + i for r in rows]
+        self.tokens = slice(0, self.num_tokens)
+        self._chunks = _progression([aligned.first_chunk[r] + i for r in rows])
+        self.blocks = [
+            slice(t, min(t + READ_BLOCK, self.num_tokens)) for t in range(0, self.num_tokens, READ_BLOCK)
+        ]
 
-    def _part(self, x: Tensor) -> tuple[object, slice, slice]:
-        """The index of the step's tokens in a tensor `[num_chunks, W, Hkv * p, ...]`."""
+    def part(self, x: Tensor, tokens: slice) -> Tensor:
+        """Tokens of the step in `x` `[num_chunks, W, Hkv * p, D]`, as `[R, p * heads, w, D]`, R rows.
+
+        A view that can be written to, unless the rows lie irregularly.
+        """
         heads, per_head = self.group.heads, x.shape[2] // self.group.plan.num_kv_heads
-        # A list index copies, a slice does not; one row is the common case of long contexts.
-        is_single = len(self._chunks) == 1
-        chunks = slice(self._chunks[0], self._chunks[0] + 1) if is_single else self._chunks
-        return chunks, slice(self.num_tokens), slice(heads.start * per_head, heads.stop * per_head)
+        part = x[self._chunks, tokens, heads.start * per_head : heads.stop * per_head]
+        return part.transpose(1, 2)
 
     def take(self, x: Tensor) -> Tensor:
         """The step's tokens of `x` `[num_chunks, W, Hkv * p, D]` as `[S, p * w, D]`, p heads to a stream."""
-        part = x[self._part(x)].transpose(1, 2)
+        part = self.part(x, self.tokens)
         return part.reshape(self.num_streams, -1, x.shape[-1])
+
+    def put(self, out: Tensor, x: Tensor, tokens: slice) -> None:
+        """Write `x` `[S, p * w, D]` to tokens of the step in `out` `[num_chunks, W, Hkv * p, D]`."""
+        heads, per_head = self.group.heads, out.shape[2] // self.group.plan.num_kv_heads
+        x = x.view(-1, len(heads) * per_head, tokens.stop - tokens.start, out.shape[-1])
+        out[self._chunks, tokens, heads.start * per_head : heads.stop * per_head] = x.transpose(1, 2).to(
+            out.dtype
+        )
 
     def put_complete(self, out: Tensor, x: Tensor) -> None:
         """Write `x` `[num_complete, w, D]`, of the streams whose chunk is complete alone."""
         missing = self.num_streams - self.num_complete
-        self.put(out, torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x)
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+        self.put(out, x, self.tokens)
 
-    def put(self, out: Tensor, x: Tensor) -> None:
-        """Write `x` `[S, p * w, D]` to the step's tokens of `out` `[num_chunks, W, Hkv * p, D]`."""
-        part = self._part(out)
-        num_heads = part[2].stop - part[2].start
-        out[part] = x.view(-1, num_heads, self.num_tokens, out.shape[-1]).transpose(1, 2).to(out.dtype)
+
+def _progression(chunks: list[int]) -> slice | list[int]:
+    """Indices as a slice if evenly spaced, as in a dense batch: a slice makes views, a list copies."""
+    stride = chunks[1] - chunks[0] if len(chunks) > 1 else 1
+    is_even = stride > 0 and chunks == list(range(chunks[0], chunks[-1] + 1, stride))
+    return slice(chunks[0], chunks[-1] + 1, stride) if is_even else chunks

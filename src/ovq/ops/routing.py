@@ -20,6 +20,8 @@ from ovq.ops.rules import Rules
 BLOCK = 32
 # Pairs of (token, slot) decided again at once; bounds the memory of float64 copies to tens of megabytes.
 _PAIRS = 65536
+# What lengths are clamped to before a division, here and in the reference.
+_TINY = 1e-30
 
 
 def padded_slots(num: int) -> int:
@@ -80,17 +82,9 @@ class Router:
         opening = [a - n for a, n in zip(after, existing, strict=True)]
         if any(opening):
             if self.rules.init == "random":
-                priority = torch.stack(
-                    [
-                        random_priority(self.rules.seed, h, t, self.rules.chunk_size)
-                        for h, t in zip(heads, num_seen, strict=True)
-                    ]
-                ).to(keys.device)
+                chosen = self._random_openers(heads, num_seen, opening, is_fresh)
             else:
-                priority = self._novelty(scores, keys, means, key_norm, mean_norm, opening, is_fresh)
-            if any(is_fresh):
-                priority[fresh, 0] = torch.inf
-            chosen = _lowest(priority, opening)
+                chosen = self._novel_openers(scores, keys, means, key_norm, mean_norm, opening, is_fresh)
             if self.rules.merge == "updated":
                 _merge_updated(slots, chosen, keys, means, existing)
                 if any(is_fresh):
@@ -115,7 +109,17 @@ class Router:
             scores[:, :, smallest:].masked_fill_(spare[:, None], -torch.inf)
         return scores
 
-    def _novelty(
+    def _random_openers(
+        self, heads: list[int], num_seen: list[int], opening: list[int], is_fresh: list[bool]
+    ) -> Tensor:
+        """Mask `[S, C]` of a random choice of `opening[s]` keys of each stream."""
+        seed, size = self.rules.seed, self.rules.chunk_size
+        pairs = zip(heads, num_seen, strict=True)
+        priority = torch.stack([random_priority(seed, h, t, size) for h, t in pairs])
+        priority[:, 0].masked_fill_(torch.tensor(is_fresh), torch.inf)
+        return _first(priority.argsort(dim=-1), opening).to(self._scores.device)
+
+    def _novel_openers(
         self,
         scores: Tensor,
         keys: Tensor,
@@ -125,35 +129,44 @@ class Router:
         opening: list[int],
         is_fresh: list[bool],
     ) -> Tensor:
-        """Best cosine `[S, C]` of each key with the slot means, exact where the choice turns on it."""
+        """Mask `[S, C]` of the `opening[s]` keys of each stream whose best cosine with a slot is lowest."""
         num = scores.shape[-1]
         if self._scaled is None:
             self._scaled = torch.empty_like(self._scores)
         scaled = self._scaled[: scores.numel()].view_as(scores)
         # A key or mean of length zero has cosine 0 with everything.
-        torch.mul(scores, mean_norm[:, None, :num].clamp(min=1e-30).reciprocal(), out=scaled)
-        best = scaled.amax(-1) / key_norm.clamp(min=1e-30)
-        order = best.clone()
-        order[torch.tensor(is_fresh, device=best.device), 0] = torch.inf
-        ranked = order.sort(-1).values
-        last = torch.tensor([max(m - 1, 0) for m in opening], device=best.device)[:, None]
-        boundary = ranked.gather(-1, last)
+        torch.mul(scores, mean_norm[:, None, :num].clamp(min=_TINY).reciprocal(), out=scaled)
+        best = scaled.amax(-1) / key_norm.clamp(min=_TINY)
+        # Keys that are not finite have no cosine: they are the last to open a slot.
+        best.nan_to_num_(nan=2.0)
+        best[:, 0].masked_fill_(torch.tensor(is_fresh, device=best.device), torch.inf)
+        order = best.argsort(dim=-1, stable=True)
+        # Contested: the last key that opens a slot and the first that does not are too close to tell apart.
         # Cosines are at most 1 long; a few more roundings than a dot product go into one.
         tolerance = 2 * (keys.shape[-1] + 8) * torch.finfo(keys.dtype).eps
-        near = (order - boundary).abs() <= tolerance
-        is_opening = torch.tensor([m > 0 for m in opening], device=best.device)[:, None]
-        contested = near & (near.sum(-1, keepdim=True) > 1) & is_opening
-        best = best.double()
-        streams, tokens = contested.nonzero(as_tuple=True)
-        step = max(1, _PAIRS // num)
-        for i in range(0, len(streams), step):
-            s, t = streams[i : i + step], tokens[i : i + step]
-            exact = (keys[s, t].double()[:, None] * means[s, :num].double()).sum(-1)
-            norms = keys[s, t].double().norm(dim=-1)[:, None] * means[s, :num].double().norm(dim=-1)
-            cosine = exact / norms.clamp(min=1e-30)
-            best[s, t] = cosine.masked_fill(scores[s, t].isneginf(), -torch.inf).amax(-1)
-        # Keys that are not finite have no cosine: they are the last to open a slot.
-        return best.nan_to_num(nan=2.0)
+        num_opening = torch.tensor(opening, device=best.device)[:, None]
+        boundary = best.gather(-1, order.gather(-1, (num_opening - 1).clamp(min=0)))
+        following = best.gather(-1, order.gather(-1, num_opening.clamp(max=best.shape[-1] - 1)))
+        is_contested = (following - boundary <= tolerance) & (num_opening > 0)
+        if bool(is_contested.any()):
+            near = is_contested & ((best - boundary).abs() <= 2 * tolerance)
+            best = best.double()
+            streams, tokens = near.nonzero(as_tuple=True)
+            step = max(1, _PAIRS // num)
+            for i in range(0, len(streams), step):
+                s, t = streams[i : i + step], tokens[i : i + step]
+                cosine = _exact_cosines(keys[s, t], means[s, :num])
+                best[s, t] = cosine.masked_fill(scores[s, t].isneginf(), -torch.inf).amax(-1)
+            order = best.argsort(dim=-1, stable=True)
+        return _first(order, opening)
+
+
+def _exact_cosines(keys: Tensor, means: Tensor) -> Tensor:
+    """Cosines `[A, n]` in float64 of keys `[A, K]` with slot means `[A, n, K]`."""
+    keys, means = keys.double(), means.double()
+    dots = (keys[:, None] * means).sum(-1)
+    norms = keys.norm(dim=-1)[:, None] * means.norm(dim=-1)
+    return dots / norms.clamp(min=_TINY)
 
 
 def _certified_argmax(scores: Tensor, tolerance: Tensor, keys: Tensor, means: Tensor) -> Tensor:
@@ -188,12 +201,12 @@ def _decided_again(candidates: Tensor, streams: Tensor, keys: Tensor, means: Ten
     return exact.argmax(-1)
 
 
-def _lowest(priority: Tensor, opening: list[int]) -> Tensor:
-    """Mask `[S, C]` of the `opening[s]` lowest priorities of each stream, ties to the earliest token."""
-    order = priority.argsort(dim=-1, stable=True)
-    num = torch.tensor(opening, device=priority.device)[:, None]
-    ranked = torch.arange(priority.shape[-1], device=priority.device) < num
-    return torch.zeros_like(ranked.expand_as(order)).scatter(-1, order, ranked.expand_as(order))
+def _first(order: Tensor, num: list[int]) -> Tensor:
+    """Mask `[S, C]` of the first `num[s]` tokens in each stream's order `[S, C]`."""
+    is_first = (
+        torch.arange(order.shape[-1], device=order.device) < torch.tensor(num, device=order.device)[:, None]
+    )
+    return torch.zeros_like(is_first).scatter_(-1, order, is_first)
 
 
 def _merge_updated(slots: Tensor, chosen: Tensor, keys: Tensor, means: Tensor, existing: list[int]) -> None:

@@ -60,7 +60,8 @@ class AlignedRows:
             self.num_chunks += -(-n // self.width)
         self.num_tokens = num_tokens
         new = [n - p for n, p in zip(self.lengths, self.pending, strict=True)]
-        # Rows that fill the input exactly (so none pending): the layout is a view, or one padding away from it.
+        # Rows that fill the input exactly (so none pending): the layout is a view, or one padding away from
+        # it.
         length = self.lengths[0] if self.lengths else 0
         self.is_dense = (
             all(n == length for n in self.lengths)

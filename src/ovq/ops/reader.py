@@ -1,0 +1,94 @@
+"""The read of the `torch` backend: a softmax over [chunk | dictionary] for many heads at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ovq.ops.groups import READ_BLOCK, Group, Step
+from ovq.ops.routing import padded_slots
+from ovq.ops.sums import Sums
+
+
+class Reader:
+    """Reads the steps of a group, block of queries by block, in scratch memory allocated once.
+
+    Keys and values lie in buffers of rows [last block ... first block | dictionary | spare]: what a block
+    attends to, itself, the blocks before it and the dictionary, is one contiguous range, ready for one
+    matrix product.
+
+    Attributes:
+        chunk_keys: `[S, w, K]` keys of the loaded step in the dtype of the sums, in order of position.
+        chunk_values: `[S, w, V]` its values.
+        means: `[S, padded M, K]` key means in the dtype of the sums, zero beyond the slots in use.
+        count: `[S, n, 1]` counts in that dtype, at least 1.
+        queries: `[S, G * b, K]` the queries, times scale, of the block attended last.
+    """
+
+    def __init__(self, group: Group, q: Tensor, v: Tensor, wide: torch.dtype) -> None:
+        plan = group.plan
+        self._width, self._wide = plan.aligned.width, wide
+        rows = self._width + padded_slots(plan.capacity)
+        self._keys = q.new_zeros(group.num_streams, rows, q.shape[-1])
+        self._values = q.new_zeros(group.num_streams, rows, v.shape[-1])
+        means = self._keys[:, self._width :]
+        self._means = means if q.dtype == wide else torch.zeros_like(means, dtype=wide)
+        block = min(self._width, READ_BLOCK)
+        queries = group.num_streams * plan.group_size * block
+        self._queries = q.new_empty(queries * q.shape[-1])
+        self._scores = q.new_empty(queries * (self._width + plan.capacity))
+        self._probs = torch.empty_like(self._scores)
+        future = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
+        self._causal = q.new_zeros(block, block).masked_fill_(future, -torch.inf)
+
+    def load(self, step: Step, k: Tensor, v: Tensor, sums: Sums) -> None:
+        """Put the step's keys and values and the current means side by side."""
+        s, n, width = step.num_streams, step.num_slots, self._width
+        chunk_keys, chunk_values = step.take(k), step.take(v)
+        for block in step.blocks:
+            rows = slice(width - block.stop, width - block.start)
+            self._keys[:s, rows] = chunk_keys[:, block]
+            self._values[:s, rows] = chunk_values[:, block]
+        self.chunk_keys, self.chunk_values = chunk_keys.to(self._wide), chunk_values.to(self._wide)
+        count = sums.count[:s, :n].to(self._wide)
+        # log 0 = -inf takes spare slots out.
+        self._bias = count.log()[:, None, None]
+        self.count = count.clamp_(min=1).unsqueeze(-1)
+        self.means = self._means[:s]
+        torch.div(sums.key[:s, :n], self.count, out=self.means[:, :n])
+        values = self._values[:s, width : width + n]
+        if self._values.dtype == self._wide:
+            torch.div(sums.value[:s, :n], self.count, out=values)
+        else:
+            self._keys[:s, width : width + n] = self.means[:, :n]
+            values.copy_(sums.value[:s, :n] / self.count)
+
+    def attend(self, step: Step, block: slice, q: Tensor, scale: Tensor) -> Tensor:
+        """Probabilities `[S, G * b, R]` of a block over its R candidates: scratch, until the next call."""
+        size = block.stop - block.start
+        part = step.part(q, block)
+        queries = self._queries[: part.numel()].view(part.shape)
+        torch.mul(part, scale[step.query_heads][:, None, None], out=queries)
+        self.queries = queries.view(step.num_streams, -1, q.shape[-1])
+        scores, probs = self.scratch(step, block)
+        by_token = scores.view(step.num_streams, -1, size, scores.shape[-1])
+        by_token[..., :size] = self._causal[:size, :size]
+        by_token[..., size : block.stop] = 0
+        by_token[..., block.stop :] = self._bias
+        scores.baddbmm_(self.queries, self.keys(step, block).transpose(1, 2))
+        return torch.softmax(scores, -1, out=probs)
+
+    def keys(self, step: Step, block: slice) -> Tensor:
+        """Keys `[S, R, K]` that a block attends to."""
+        return self._keys[: step.num_streams, self._width - block.stop : self._width + step.num_slots]
+
+    def values(self, step: Step, block: slice) -> Tensor:
+        """Values `[S, R, V]` that a block attends to."""
+        return self._values[: step.num_streams, self._width - block.stop : self._width + step.num_slots]
+
+    def scratch(self, step: Step, block: slice) -> tuple[Tensor, Tensor]:
+        """Two buffers `[S, G * b, R]`; the first is free once `attend` has returned the second."""
+        queries = step.group.plan.group_size * (block.stop - block.start)
+        shape = (step.num_streams, queries, block.stop + step.num_slots)
+        size = shape[0] * shape[1] * shape[2]
+        return self._scores[:size].view(shape), self._probs[:size].view(shape)
