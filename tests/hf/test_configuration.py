@@ -33,6 +33,11 @@ def test_fields_of_another_transformers_version_do_not_hinder_loading(tmp_path):
     assert OVQConfig.from_pretrained(tmp_path).num_slots == SIZES["num_slots"]
 
 
+def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
+    names = ["sep_token_id", "mask_token_id", "num_labels", "hidden_act", "max_position_embeddings"]
+    assert make_config(**dict.fromkeys(names, 3)).sep_token_id == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

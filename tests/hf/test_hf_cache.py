@@ -79,8 +79,8 @@ def test_lengths_are_those_of_the_tokens_seen(model):
     for i in range(len(cache)):
         assert cache.get_seq_length(i) == CUT
         assert sum(cache.get_mask_sizes(3, i)) == CUT + 3
-    assert not cache.is_compileable
-    assert not cache.is_croppable
+        assert not cache.layers[i].is_compileable
+        assert not cache.layers[i].is_croppable
 
 
 def test_crop_is_refused_but_for_nothing(model):

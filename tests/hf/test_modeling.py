@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM, OVQModel
@@ -193,6 +194,18 @@ def test_initial_weights():
             assert p.std().item() == pytest.approx(1 / 3, rel=0.1), name
         else:
             assert p.std().item() == pytest.approx(0.05, rel=0.1), name
+
+
+def test_parameters_missing_from_a_checkpoint_are_initialised_as_in_a_new_model(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    kept = {n: t for n, t in load_file(file).items() if "conv" not in n and "beta" not in n}
+    save_file(kept, file, metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for mixer in loaded.mixers():
+        assert torch.equal(mixer.qk_norm.beta, torch.ones(4).double())
+        assert 0.5 / 3**0.5 < mixer.qkv_conv.weight.abs().max() <= 1 / 3**0.5
 
 
 def test_weight_decay_leaves_norms_and_temperatures_alone():

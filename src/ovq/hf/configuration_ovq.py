@@ -1,6 +1,7 @@
 """Configuration of the OVQ language model: one backbone, the mixer of each layer named in `mixer_types`."""
 
 import difflib
+from collections.abc import Iterable
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -88,7 +89,7 @@ class OVQConfig(PreTrainedConfig):
             self.mixer_types = [pattern[i % 2] for i in range(self.num_hidden_layers)]
         if self.rope_mixers is None:
             self.rope_mixers = ["sliding_attention"]
-        _refuse_misspelt(kwargs, OVQConfig)
+        _refuse_misspelt(kwargs, own_fields=OVQConfig.__annotations__)
         self._check()
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -133,15 +134,12 @@ class OVQConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: expected one of {list(allowed)}, found {getattr(self, name)!r}")
 
 
-def _refuse_misspelt(kwargs: dict, config_class: type) -> None:
+def _refuse_misspelt(kwargs: dict, *, own_fields: Iterable[str]) -> None:
     """Raise on a keyword argument that looks like a field: transformers stores unknown ones without a word.
 
     Only look-alikes, because a config saved by another version of transformers may carry fields unknown to
     this one.
     """
-    own_fields = config_class.__annotations__
     for name in kwargs:
-        if hasattr(config_class, name):
-            continue
         if close := difflib.get_close_matches(name, own_fields, n=1, cutoff=0.85):
             raise ValueError(f"expected a field of OVQConfig such as {close[0]!r}, found {name!r}")

@@ -174,7 +174,7 @@ def windowed_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, *, w
     keys = _fold(F.pad(k[:, :, num_cached:], (0, 0, 0, fill)), 2 * window, window)
     values = _fold(F.pad(v[:, :, num_cached:], (0, 0, 0, fill)), 2 * window, window)
     if segments is not None:
-        padded = F.pad(segments[:, num_cached:], (0, fill), value=-1)
+        padded = F.pad(segments[:, num_cached:], (0, fill))
         segments = padded.unfold(1, 2 * window, window).flatten(0, 1)
     mask = _allowed(window, 2 * window, window, segments, q.device)
     rest = _sdpa(blocks, keys, values, mask=mask)
