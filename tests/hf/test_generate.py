@@ -122,9 +122,21 @@ def test_generation_with_more_slots_than_in_training():
     assert torch.equal(out, model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY))
 
 
-@pytest.mark.parametrize("mixer", ["ovq", "full_attention", "sliding_attention"])
-def test_models_of_one_mixer_generate_too(batch, mixer):
-    model = make_model(mixer_types=[mixer] * 4, rope_mixers=[mixer])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            {"mixer_types": [m] * 4, "rope_mixers": [m]}
+            for m in ("ovq", "full_attention", "sliding_attention")
+        ),
+        {"growth": "linear", "init": "random"},
+        {"growth": "immediate", "merge": "updated"},
+        {"conv_size": 0, "chunk_size": 1},
+    ],
+    ids=str,
+)
+def test_other_models_generate_too(batch, changes):
+    model = make_model(**changes)
     outs = [model.generate(**batch, **GREEDY, use_cache=use_cache) for use_cache in (True, False)]
     assert torch.equal(*outs)
 

@@ -34,7 +34,7 @@ def tensors(cache):
     """Every tensor of a cache that lives on the model's device."""
     for layer in cache.layers:
         yield layer.conv_state
-        if layer.kind == "a state":
+        if layer.kind == "an OVQState":
             yield from (layer.state.key_sum, layer.state.value_sum, layer.state.count)
             yield from (layer.state.pending_keys, layer.state.pending_values)
         else:

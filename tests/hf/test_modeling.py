@@ -123,8 +123,13 @@ def test_caches_that_cannot_be_are_refused(model):
         model(ids, past_key_values=OVQCache(model.config), cache=OVQCache(model.config))
     with pytest.raises(ValueError, match="packed rows cannot be continued"):
         model(ids, cu_seqlens=torch.tensor([0, 4]), use_cache=True)
+    other = OVQCache(make_config(sliding_window=3))
+    with pytest.raises(ValueError, match=r"a window of 5, found the keys and values of a window of 3"):
+        model(ids, past_key_values=other)
     other = OVQCache(make_config(mixer_types=["ovq"] * 4))
-    with pytest.raises(ValueError, match="layer 0 of past_key_values to hold keys and values, found Slot"):
+    with pytest.raises(
+        ValueError, match=r"layer 0 .* the keys and values of a window of 5, found an OVQState"
+    ):
         model(ids, past_key_values=other)
 
 

@@ -214,8 +214,10 @@ def test_a_cache_without_padding_left_goes_on_with_a_mask_of_ones(mixer, x):
 
 def test_a_cache_of_another_mixer_is_refused(x):
     _, _, cache = MAKERS["full"]().double()(x, use_cache=True)
-    with pytest.raises(ValueError, match="layer 0 of past_key_values to hold a state, found KeyValueCache"):
+    with pytest.raises(ValueError, match=r"layer 0 .* to hold an OVQState, found all keys and values"):
         MAKERS["ovq"]().double()(x, past_key_values=cache)
+    with pytest.raises(ValueError, match="hold the keys and values of a window of 5, found all keys and"):
+        MAKERS["sliding"]().double()(x, past_key_values=cache)
 
 
 @pytest.mark.parametrize("cls", [OVQAttention, FullAttention, SlidingWindowAttention])

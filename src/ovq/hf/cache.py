@@ -15,7 +15,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ovq.hf.configuration_ovq import OVQConfig
-from ovq.layers.cache import ConvStateMixin, SlotCache
+from ovq.layers.cache import ConvStateMixin, SlotCache, key_value_kind
 
 #: Name of the cache among the arguments of `forward` that `generate` uses, and in model outputs.
 CACHE_KEY = (
@@ -62,7 +62,10 @@ class _LayerCache(ConvStateMixin):
 class _AttentionLayerCache(_LayerCache):
     """Stock keys and values with the state of a convolution beside them."""
 
-    kind = "keys and values"
+    @property
+    def kind(self) -> str:
+        """What it holds."""
+        return key_value_kind(getattr(self, "sliding_window", None))
 
     def memory_nbytes(self) -> int:
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes

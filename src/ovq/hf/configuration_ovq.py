@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 
 from ovq.layers.base import check_sizes
 from ovq.layers.registry import MIXERS
+from ovq.ops.rules import INITS, MERGES
+from ovq.ops.schedule import GROWTHS
 
 
 @strict
@@ -124,12 +126,7 @@ class OVQConfig(PreTrainedConfig):
             self.conv_size,
             use_rope=any(name in self.rope_mixers for name in self.mixer_types),
         )
-        choices = {
-            "growth": ("plateau", "linear", "immediate"),
-            "init": ("novelty", "random"),
-            "merge": ("existing", "updated"),
-        }
-        for name, allowed in choices.items():
+        for name, allowed in (("growth", GROWTHS), ("init", INITS), ("merge", MERGES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {list(allowed)}, found {getattr(self, name)!r}")
 

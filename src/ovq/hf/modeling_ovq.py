@@ -100,8 +100,9 @@ class OVQPreTrainedModel(PreTrainedModel):
         return [module for module in self.modules() if isinstance(module, Mixer)]
 
     def set_num_slots(self, num_slots: int) -> None:
-        """Let every OVQ layer hold `num_slots` slots from here on, cached states included; the config
-        follows.
+        """Let every OVQ layer hold `num_slots` slots from here on, and note it in the config.
+
+        A cache from before goes on: its states are resized as they are next used.
 
         Raises:
             ValueError: fewer than one slot, or a model without OVQ layers.

@@ -33,8 +33,6 @@ class Mixer(nn.Module, ABC):
         ValueError: sizes that do not fit each other.
     """
 
-    #: What this mixer's cache holds; the `kind` of the cache class.
-    cache_kind: str
     #: Other keyword arguments that `forward` understands, beside `cu_seqlens`.
     forward_options: frozenset[str] = frozenset()
     #: Constructor arguments beyond those of this class that a model takes from its config, by the same name.
@@ -85,6 +83,11 @@ class Mixer(nn.Module, ABC):
             `[B, T, H, V]` in the dtype of `v`. Padding columns may hold any finite value.
         """
 
+    @property
+    @abstractmethod
+    def cache_kind(self) -> str:
+        """What this mixer's cache holds, in the words of the cache's own `kind`."""
+
     @abstractmethod
     def new_cache(self) -> Any:
         """An empty cache for this layer."""
@@ -98,9 +101,11 @@ class Mixer(nn.Module, ABC):
 
         Computed, not measured; equal to the `nbytes` of a real cache.
         """
-        num_back = max(self.conv_size - 1, 0) if num_tokens else 0
+        if num_tokens == 0:
+            return 0
+        num_back = self.conv_size - 1 if self.conv_size else 0
         conv = num_back * self.qkv_proj.out_features * dtype.itemsize
-        return conv + (self.memory_bytes(num_tokens, dtype) if num_tokens else 0)
+        return conv + self.memory_bytes(num_tokens, dtype)
 
     def forward(
         self,
@@ -170,8 +175,7 @@ class Mixer(nn.Module, ABC):
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         q, k = self.qk_norm(q, k)
         if self.use_rope:
-            # Positions are column numbers: only differences matter, so padding and packing need no
-            # correction.
+            # Positions are column numbers: only differences matter, so padding and packing change nothing.
             cos, sin = rotary_tables(
                 layout.num_past, layout.num_new, self.head_dim, theta=self.rope_theta, like=q
             )
@@ -190,10 +194,10 @@ class Mixer(nn.Module, ABC):
         layers.extend([None] * (idx + 1 - len(layers)))
         if layers[idx] is None:
             layers[idx] = self.new_cache()
-        if getattr(layers[idx], "kind", None) != self.cache_kind:
+        found = getattr(layers[idx], "kind", type(layers[idx]).__name__)
+        if found != self.cache_kind:
             raise ValueError(
-                f"expected layer {idx} of past_key_values to hold {self.cache_kind}, "
-                f"found {type(layers[idx]).__name__}"
+                f"expected layer {idx} of past_key_values to hold {self.cache_kind}, found {found}"
             )
         return layers[idx]
 

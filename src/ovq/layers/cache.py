@@ -105,7 +105,7 @@ class SlotCache(ConvStateMixin, _Slots):
         (0, 0)
     """
 
-    kind = "a state"
+    kind = "an OVQState"
 
 
 class _KeysAndValues:
@@ -118,7 +118,7 @@ class _KeysAndValues:
         self.num_columns = 0
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append `[B, Hkv, T, K]` and `[B, Hkv, T, V]`; return what the new tokens may look at."""
+        """Append `[B, Hkv, T, K]` and `[B, Hkv, T, V]`; return all that the new tokens may look at."""
         self.num_columns += keys.shape[2]
         if self.keys is not None:
             keys = torch.cat([self.keys, keys], dim=2)
@@ -155,6 +155,11 @@ class _KeysAndValues:
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
 
 
+def key_value_kind(window: int | None) -> str:
+    """What a cache of keys and values holds, in words: a mixer takes no cache that keeps too little."""
+    return "all keys and values" if window is None else f"the keys and values of a window of {window}"
+
+
 class KeyValueCache(ConvStateMixin, _KeysAndValues):
     """Cache of one attention layer: keys, values and the state of its convolution.
 
@@ -168,7 +173,10 @@ class KeyValueCache(ConvStateMixin, _KeysAndValues):
         (10, 3, 10)
     """
 
-    kind = "keys and values"
+    @property
+    def kind(self) -> str:
+        """What it holds."""
+        return key_value_kind(self.window)
 
 
 class MixerCache:

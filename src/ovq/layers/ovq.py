@@ -41,7 +41,6 @@ class OVQAttention(Mixer):
         (torch.Size([1, 20, 32]), [20])
     """
 
-    cache_kind = "a state"
     forward_options = frozenset({"generator"})
     config_fields = ("num_slots", "chunk_size", "growth", "init", "merge")
 
@@ -121,6 +120,11 @@ class OVQAttention(Mixer):
         if cache is not None:
             cache.set_state(state, layout.num_new)
         return o
+
+    @property
+    def cache_kind(self) -> str:
+        """An `OVQState`."""
+        return SlotCache.kind
 
     def new_cache(self) -> SlotCache:
         """An empty cache for this layer."""

@@ -1,7 +1,6 @@
 """Exact softmax attention, over everything or over a sliding window, as the baselines OVQ is compared with.
 
-Projections, convolution, normalisation and temperature are those of OVQ, so the layers differ in memory
-alone.
+Projections, convolution, normalisation and temperature are those of OVQ: the layers differ in memory alone.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.layers.base import Mixer
-from ovq.layers.cache import KeyValueCache
+from ovq.layers.cache import KeyValueCache, key_value_kind
 from ovq.layers.layout import SequenceLayout
 
 
@@ -37,7 +36,6 @@ class FullAttention(Mixer):
         torch.Size([1, 20, 32])
     """
 
-    cache_kind = "keys and values"
     #: Tokens a query sees, itself included; None for all.
     window: int | None = None
 
@@ -55,6 +53,11 @@ class FullAttention(Mixer):
         if layout.cu_seqlens is not None:
             return _read_packed(q, k, v, layout.cu_seqlens)
         return causal_read(q, k, v, layout.segments(k.shape[2]))
+
+    @property
+    def cache_kind(self) -> str:
+        """Keys and values, all of them or those of the window."""
+        return key_value_kind(self.window)
 
     def new_cache(self) -> KeyValueCache:
         """An empty cache for this layer."""
@@ -168,8 +171,7 @@ def windowed_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, *, w
     num_rest = num_queries - first
     num_blocks = -(-num_rest // window)
     fill = num_blocks * window - num_rest
-    # The blocks go into the batch. [B, H, n * W, K] -> [B * n, H, W, K], keys with the block before: [.., 2W,
-    # K].
+    # The n blocks go into the batch: [B n, H, W, K], and keys with the block before them, [B n, Hkv, 2 W, K].
     blocks = _fold(F.pad(q[:, :, first:], (0, 0, 0, fill)), window, window)
     keys = _fold(F.pad(k[:, :, num_cached:], (0, 0, 0, fill)), 2 * window, window)
     values = _fold(F.pad(v[:, :, num_cached:], (0, 0, 0, fill)), 2 * window, window)
@@ -190,11 +192,10 @@ def _fold(x: Tensor, size: int, step: int) -> Tensor:
 def _allowed(
     num_queries: int, num_keys: int, window: int | None, segments: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Which keys each query sees: bool `[T, S]`, or `[B, 1, T, S]` with segments. The last queries see the
-    last keys.
+    """Which keys each query sees: bool `[T, S]`, or `[B, 1, T, S]` with segments.
 
-    A padding token sees padding only. It always sees itself, so no row of the softmax is empty (which would
-    be NaN).
+    The last T of the S keys are the queries' own. A padding token sees padding only; it always sees itself,
+    so no row of the softmax is empty (which would be NaN).
     """
     key = torch.arange(num_keys, device=device)
     query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
