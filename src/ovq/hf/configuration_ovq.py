@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -55,7 +56,7 @@ class OVQConfig(PreTrainedConfig):
     """
 
     model_type = "ovq"
-    keys_to_ignore_at_inference = ("past_key_values", "cache")
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 512

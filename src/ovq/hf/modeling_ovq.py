@@ -5,6 +5,8 @@ Everything that depends on the version of transformers is in `cache.py`.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,11 +84,11 @@ class OVQPreTrainedModel(PreTrainedModel):
     config_class = OVQConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("OVQBlock",)
+    _no_split_modules: ClassVar[list[str]] = ["OVQBlock"]
     _supports_sdpa = True
     # Refuses assisted decoding: a state cannot take back tokens that the big model rejects.
     _is_stateful = True
-    _can_record_outputs = {"hidden_states": OVQBlock}  # noqa: RUF012 (transformers' registry wants a dict)
+    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": OVQBlock}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -233,7 +235,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         torch.Size([1, 7])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (as above)
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: OVQConfig):
         super().__init__(config)

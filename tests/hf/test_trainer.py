@@ -1,0 +1,61 @@
+"""The model in transformers' Trainer: what it hands to `forward`, and what it makes of the outputs."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from ovq.hf import OVQForCausalLM
+from tests.hf.common import make_config, random_ids
+
+# The name changed in transformers 5.24.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if hasattr(TrainingArguments, name)
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2},
+        {CHECKPOINTING: True, "bf16": True},
+    ],
+    ids=str,
+)
+def test_training_and_evaluation_in_the_trainer(tmp_path, options):
+    torch.manual_seed(0)
+    model = OVQForCausalLM(make_config(initializer_range=0.02))
+    ids = random_ids(8, 12).repeat(4, 1)
+    rows = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in ids]
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=12,
+        learning_rate=1e-2,
+        per_device_train_batch_size=8,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        **options,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:5])
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    predictions = trainer.predict(rows[:5])
+    assert predictions.metrics["test_loss"] < before - 0.5
+    # Logits alone: a cache among the outputs would be gathered with them.
+    assert predictions.predictions.shape == (5, 12, model.config.vocab_size)
+
+
+def test_gradient_accumulation_gives_the_gradient_of_the_whole_batch():
+    model, ids = OVQForCausalLM(make_config()).double(), random_ids(4, 12)
+    labels = ids.clone()
+    labels[0, :9] = -100
+    num_items = (labels[:, 1:] != -100).sum()
+    whole = model(ids, labels=labels).loss
+    parts = [
+        model(ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=num_items).loss for i in range(4)
+    ]
+    torch.testing.assert_close(sum(parts), whole)
