@@ -120,10 +120,12 @@ class Workload:
         inputs = self.inputs(device=device)
         with torch.no_grad():
             _, state = ovq_attention(*inputs, **self.options, output_final_state=True)
-        token = [x[:, -1:] for x in inputs]
+        t = 0
 
         def call() -> object:
-            nonlocal state
+            nonlocal state, t
+            token = [x[:, t : t + 1] for x in inputs]
+            t = (t + 1) % self.length
             with torch.no_grad():
                 o, state = ovq_attention(*token, **self.options, initial_state=state, output_final_state=True)
             return o

@@ -150,23 +150,15 @@ class Router:
         is_contested = (following - boundary <= tolerance) & (num_opening > 0)
         if bool(is_contested.any()):
             near = is_contested & ((best - boundary).abs() <= 2 * tolerance)
-            best = best.double()
             streams, tokens = near.nonzero(as_tuple=True)
-            step = max(1, _PAIRS // num)
-            for i in range(0, len(streams), step):
-                s, t = streams[i : i + step], tokens[i : i + step]
-                cosine = _exact_cosines(keys[s, t], means[s, :num])
-                best[s, t] = cosine.masked_fill(scores[s, t].isneginf(), -torch.inf).amax(-1)
+            cosines = scaled[streams, tokens] / key_norm[streams, tokens, None].clamp(min=_TINY)
+            # The best slot in float64 is among those that float32 cannot tell from its best.
+            candidates = cosines >= (best[streams, tokens] - tolerance)[:, None]
+            exact = _exact_products(candidates, streams, keys[streams, tokens], means, is_cosine=True)
+            best = best.double()
+            best[streams, tokens] = exact.amax(-1)
             order = best.argsort(dim=-1, stable=True)
         return _first(order, opening)
-
-
-def _exact_cosines(keys: Tensor, means: Tensor) -> Tensor:
-    """Cosines `[A, n]` in float64 of keys `[A, K]` with slot means `[A, n, K]`."""
-    keys, means = keys.double(), means.double()
-    dots = (keys[:, None] * means).sum(-1)
-    norms = keys.norm(dim=-1)[:, None] * means.norm(dim=-1)
-    return dots / norms.clamp(min=_TINY)
 
 
 def _certified_argmax(scores: Tensor, tolerance: Tensor, keys: Tensor, means: Tensor) -> Tensor:
@@ -187,18 +179,34 @@ def _certified_argmax(scores: Tensor, tolerance: Tensor, keys: Tensor, means: Te
     if bool(contested.any()):
         s, t = contested.nonzero(as_tuple=True)
         floor = (best.squeeze(-1) - tolerance)[s, t]
-        slots[s, t] = _decided_again(scores[s, t] >= floor[:, None], s, keys[s, t], means)
+        exact = _exact_products(scores[s, t] >= floor[:, None], s, keys[s, t], means, is_cosine=False)
+        # argmax returns the first of equal maxima, which is the lowest index.
+        slots[s, t] = exact.argmax(-1)
     return slots
 
 
-def _decided_again(candidates: Tensor, streams: Tensor, keys: Tensor, means: Tensor) -> Tensor:
-    """The best candidate slot `[A]` of each token in float64; candidates `[A, n]`, keys `[A, K]`."""
+def _exact_products(
+    candidates: Tensor, streams: Tensor, keys: Tensor, means: Tensor, *, is_cosine: bool
+) -> Tensor:
+    """Dot products or cosines `[A, n]` in float64 of tokens with their candidate slots, -inf elsewhere.
+
+    Args:
+        candidates: `[A, n]` mask.
+        streams: `[A]` stream of each token.
+        keys: `[A, K]`.
+        means: `[S, padded, K]`.
+        is_cosine: divide by the lengths.
+    """
     token, slot = candidates.nonzero(as_tuple=True)
     exact = torch.full(candidates.shape, -torch.inf, dtype=torch.float64, device=keys.device)
     for i in range(0, len(token), _PAIRS):
         a, n = token[i : i + _PAIRS], slot[i : i + _PAIRS]
-        exact[a, n] = (keys[a].double() * means[streams[a], n].double()).sum(-1)
-    return exact.argmax(-1)
+        pair_keys, pair_means = keys[a].double(), means[streams[a], n].double()
+        products = (pair_keys * pair_means).sum(-1)
+        if is_cosine:
+            products /= (pair_keys.norm(dim=-1) * pair_means.norm(dim=-1)).clamp(min=_TINY)
+        exact[a, n] = products
+    return exact
 
 
 def _first(order: Tensor, num: list[int]) -> Tensor:
