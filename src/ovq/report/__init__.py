@@ -1,0 +1,1 @@
+"""Showing results: progress, tables, figures, and files written in one piece."""

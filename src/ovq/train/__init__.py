@@ -1,0 +1,1 @@
+"""Training runs: configurations, recipes and the loop."""

@@ -1,0 +1,61 @@
+"""`ovq eval`: accuracy of a trained model by length and size of the dictionary."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ovq.cli.common import check_model_folder, load_model, out_console, parse_ints
+
+
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Folder of a trained model.", show_default=False)],
+    lengths: Annotated[str, typer.Option(help="Tokens an example, one test for each.")] = "256,1024,4096",
+    num_slots: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of the dictionary to test, on the same weights; the trained one if not given."
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Examples a length.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the test data.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Test a model on the task it was trained on.
+
+    Example: [bold]ovq eval --model runs/ovq --lengths 256,1024,4096 --num-slots 64,256,1024[/bold]
+    """
+    at_lengths = parse_ints(lengths, flag="--lengths")
+    with_slots = [] if num_slots is None else parse_ints(num_slots, flag="--num-slots")
+    check_model_folder(model)
+    from ovq.train.config import RunConfig
+
+    task = RunConfig.load(model).task
+    for length in at_lengths:
+        task.at_length(length)
+
+    from ovq.eval.accuracy import evaluate as evaluate_model
+    from ovq.report.progress import Reporter
+    from ovq.report.tables import result_table, slice_table
+
+    with Reporter() as reporter:
+        rows = evaluate_model(
+            load_model(model),
+            task,
+            lengths=at_lengths,
+            num_slots=with_slots,
+            num_examples=examples,
+            seed=seed,
+            reporter=reporter,
+        )
+    if json_:
+        typer.echo(
+            json.dumps({"model": str(model), "rows": [dataclasses.asdict(row) for row in rows]}, indent=2)
+        )
+        return
+    out_console.print(result_table(rows, title=f"{task.name}: share of right answers"))
+    out_console.print(slice_table(rows, title=f"{task.name} at {max(at_lengths)} tokens, by distance"))

@@ -1,0 +1,90 @@
+"""`ovq memory`: the state of a model at any length, beside the KV cache of full attention."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ovq.cli.common import check_model_folder, out_console, parse_ints
+
+
+def memory(
+    config: Annotated[str, typer.Option(help="Folder of a saved model, or a recipe.", show_default=False)],
+    lengths: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1024,4096,16384,65536,262144",
+    num_slots: Annotated[
+        int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show how many bytes one sequence takes, and what it would take with full attention.
+
+    The other model is the same but for its long-range layers, which are full attention; nothing is run.
+
+    Example: [bold]ovq memory --config recall-ovq --lengths 4096,65536 --num-slots 1024[/bold]
+    """
+    at_lengths = parse_ints(lengths, flag="--lengths")
+    rows = _state_bytes(_load_config(config), at_lengths, num_slots)
+    if json_:
+        typer.echo(json.dumps({"config": config, "rows": rows}, indent=2))
+        return
+
+    from rich.table import Table
+
+    from ovq.report.rows import format_bytes
+
+    table = Table(title=f"State of one sequence: {config}")
+    for column in ("tokens", "this model", "with full attention", "ratio"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        ours, full = row["state_bytes"], row["full_attention_bytes"]
+        table.add_row(f"{row['length']}", format_bytes(ours), format_bytes(full), f"{full / ours:.1f}")
+    out_console.print(table)
+
+
+def _load_config(name: str) -> Any:
+    """The `OVQConfig` in a folder or of a recipe."""
+    if Path(name).is_dir():
+        check_model_folder(Path(name))
+        from transformers import AutoConfig
+
+        import ovq.hf  # noqa: F401  (registers the models)
+
+        return AutoConfig.from_pretrained(name, local_files_only=True)
+    from ovq.train.recipes import get_recipe
+
+    recipe = get_recipe(name)
+    from ovq.train.loop import model_config
+
+    return model_config(recipe)
+
+
+def _state_bytes(config: Any, lengths: list[int], num_slots: int | None) -> list[dict[str, int]]:
+    """Bytes of the model and of its twin with full attention, a row for each length."""
+    import copy
+
+    import torch
+
+    from ovq.hf import OVQForCausalLM
+
+    twin = copy.deepcopy(config)
+    twin.mixer_types = [
+        name if name == "sliding_attention" else "full_attention" for name in config.mixer_types
+    ]
+    if "full_attention" not in twin.mixer_types:
+        twin.mixer_types = ["full_attention"] * len(config.mixer_types)
+    # Only the shapes matter, so no weight is allocated.
+    with torch.device("meta"):
+        model, full = OVQForCausalLM(config), OVQForCausalLM(twin)
+    if num_slots is not None:
+        model.set_num_slots(num_slots)
+    return [
+        {
+            "length": length,
+            "state_bytes": model.state_bytes(length),
+            "full_attention_bytes": full.state_bytes(length),
+        }
+        for length in lengths
+    ]

@@ -1,0 +1,57 @@
+"""`ovq train`: train a model by a recipe, or go on with a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ovq.cli.common import out_console
+
+
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="recall-ovq, recall-full or recall-sliding.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str],
+        typer.Option(
+            "--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be given often."
+        ),
+    ] = [],  # noqa: B006  (typer reads it and never changes it)
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; runs/RECIPE if not given.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
+    ] = False,
+) -> None:
+    """Train a model and save it with its configuration.
+
+    Example: [bold]ovq train recall-ovq --set train.steps=300 --set model.num_slots=128 --out runs/ovq[/bold]
+
+    With [bold]--set train.save_every=100[/bold] the run keeps checkpoints, and
+    [bold]ovq train --resume --out runs/ovq[/bold] goes on after an interruption. Several processes:
+    [bold]torchrun --nproc-per-node 2 -m ovq train ...[/bold]
+    """
+    if resume and (recipe is not None or set_ or out is None):
+        raise ValueError("--resume: expected only --out beside it (a run goes on as it was configured)")
+    if not resume and recipe is None:
+        raise ValueError("expected a recipe, or --resume, found neither; see ovq train --help")
+
+    # Configurations are light: a misspelt field is told before PyTorch is imported.
+    from ovq.train.recipes import get_recipe
+
+    config = None if resume else get_recipe(recipe).override(set_)
+    out = out or Path("runs") / recipe
+
+    from ovq.report.progress import Reporter
+    from ovq.train import loop
+
+    with Reporter() as reporter:
+        if config is None:
+            loop.resume(out, reporter=reporter, label=f"train {out}")
+        else:
+            loop.train(config, out, reporter=reporter, label=f"train {recipe}")
+    out_console.print(f"Saved the model and its configuration in {out}. Test it: ovq eval --model {out}")

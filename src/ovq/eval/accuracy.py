@@ -1,0 +1,132 @@
+"""Accuracy of a model on a task, at any length and with any number of slots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.report.progress import Reporter
+from ovq.report.rows import ResultRow
+from ovq.tasks import IGNORE_INDEX, Task, TaskBatch
+
+_TOKENS_PER_BATCH = 16384
+"""Micro-batches are as large as this many tokens allow: enough to keep a few cores busy."""
+
+
+def long_range_mixer(config: OVQConfig) -> str:
+    """The mixer that gives a model its name: the last that is not a window, or the window if there is no
+    other.
+
+    Example:
+        >>> long_range_mixer(OVQConfig(num_hidden_layers=2, mixer_types=["sliding_attention", "ovq"]))
+        'ovq'
+    """
+    others = [name for name in config.mixer_types if name != "sliding_attention"]
+    return others[-1] if others else config.mixer_types[-1]
+
+
+@torch.no_grad()
+def evaluate(
+    model: OVQForCausalLM,
+    task: Task,
+    *,
+    lengths: Sequence[int],
+    num_slots: Sequence[int] = (),
+    num_examples: int = 64,
+    seed: int = 0,
+    reporter: Reporter,
+    label: str = "test",
+) -> list[ResultRow]:
+    """Ask a model the test questions of a task, at several lengths and with several sizes of the dictionary.
+
+    Args:
+        model: Run where it is, in its dtype; its number of slots is put back afterwards.
+        task: The kind of data; its own length does not matter.
+        lengths: Tokens an example, one test for each.
+        num_slots: Sizes of the dictionary to test; none for the one the model has.
+        num_examples: Examples a length.
+        seed: Seed of the test data.
+        reporter: Where to show progress.
+        label: What to call this test there.
+
+    Returns:
+        A row for each number of slots and length, in that order.
+
+    Raises:
+        ValueError: If the task cannot be built at a length, a number is below 1, the task has tokens the
+            model does not know, or slots are asked for of a model without a dictionary.
+    """
+    if num_examples < 1 or not lengths:
+        raise ValueError(
+            f"expected at least one length and one example, found {len(lengths)} and {num_examples}"
+        )
+    if task.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"expected a task of at most {model.config.vocab_size} token ids, as the model knows, "
+            f"found {task.vocab_size}"
+        )
+    tasks = [task.at_length(length) for length in lengths]
+    trained_slots = model.config.num_slots if "ovq" in model.config.mixer_types else None
+    work = reporter.start(label, total=len(tasks) * (len(num_slots) or 1) * num_examples)
+    rows: list[ResultRow] = []
+    was_training = model.training
+    model.eval()
+    try:
+        for slots in num_slots or (trained_slots,):
+            if num_slots:
+                model.set_num_slots(slots)
+            for at_length in tasks:
+                done = len(rows) * num_examples
+                rows.append(_evaluate_at(model, at_length, slots, num_examples, seed, work=work, done=done))
+    finally:
+        model.train(was_training)
+        if num_slots and trained_slots is not None:
+            model.set_num_slots(trained_slots)
+    return rows
+
+
+def _evaluate_at(
+    model: OVQForCausalLM, task: Task, num_slots: int | None, num_examples: int, seed: int, *, work, done: int
+) -> ResultRow:
+    """One row: all test examples of one length, with the dictionary as it is."""
+    batch_size = max(1, _TOKENS_PER_BATCH // task.length)
+    right, asked = 0, 0
+    right_by_slice: dict[str, int] = {}
+    asked_by_slice: dict[str, int] = {}
+    for first in range(0, num_examples, batch_size):
+        indices = range(first, min(first + batch_size, num_examples))
+        batch = task.build(seed, indices=indices, split="test")
+        is_right = _answers_are_right(model, batch)
+        right += int(is_right.sum())
+        asked += int((batch.labels != IGNORE_INDEX).sum())
+        for name, mask in batch.slices.items():
+            right_by_slice[name] = right_by_slice.get(name, 0) + int((is_right & mask).sum())
+            asked_by_slice[name] = asked_by_slice.get(name, 0) + int(mask.sum())
+        slots = "" if num_slots is None else f"{num_slots} slots, "
+        work.update(done + indices[-1] + 1, note=f"{slots}length {task.length}, accuracy {right / asked:.3f}")
+    return ResultRow(
+        mixer=long_range_mixer(model.config),
+        num_slots=num_slots,
+        length=task.length,
+        accuracy=right / asked,
+        state_bytes=model.state_bytes(task.length),
+        num_questions=asked,
+        slices={name: right_by_slice[name] / asked_by_slice[name] for name in asked_by_slice},
+    )
+
+
+def _answers_are_right(model: OVQForCausalLM, batch: TaskBatch):
+    """`[B, T]` bool numpy array: asked, and the most likely token given what stands before is the label."""
+    labels = torch.from_numpy(batch.labels)
+    is_asked = labels != IGNORE_INDEX
+    hidden = model.base_model(
+        torch.from_numpy(batch.inputs).to(model.device), use_cache=False
+    ).last_hidden_state
+    # The answer at t is predicted at t - 1. Logits are formed for asked tokens alone: for all of them they
+    # would be by far the largest tensor.
+    answers = model.get_output_embeddings()(hidden[:, :-1][is_asked[:, 1:].to(model.device)]).argmax(-1).cpu()
+    is_right = torch.zeros_like(is_asked)
+    is_right[is_asked] = answers == labels[is_asked]
+    return is_right.numpy()

@@ -1,0 +1,81 @@
+"""Progress on stderr: bars on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Reporter:
+    """Shows how far pieces of work have come; use it as a context manager.
+
+    Standard output is left to results, so that they can be piped. Where stderr is not a terminal a bar would
+    fill a log with control characters, so a line is printed at the start and the end of each piece of work
+    and every ten seconds between.
+
+    Args:
+        console: Where to report; standard error if not given.
+
+    Example:
+        >>> with Reporter(Console(quiet=True)) as reporter:
+        ...     work = reporter.start("counting", total=2)
+        ...     work.update(1, note="one")
+        ...     work.update(2, note="two")
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> Reporter:
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop drawing, which gives the terminal its cursor back."""
+        self._progress.stop()
+
+    def start(self, label: str, *, total: int) -> Work:
+        """Begin a piece of work of `total` units."""
+        return Work(self._progress, label, total)
+
+
+class Work:
+    """One piece of work of a `Reporter`; made by `Reporter.start`."""
+
+    def __init__(self, progress: Progress, label: str, total: int) -> None:
+        self._progress = progress
+        self._label = label
+        self._total = total
+        self._task: TaskID = progress.add_task(label, total=total, note="")
+        self._started = self._last_line = time.monotonic()
+        self._print_line(0, "")
+
+    def update(self, done: int, *, note: str = "") -> None:
+        """Say that `done` units are finished, with a note on how it goes."""
+        self._progress.update(self._task, completed=done, note=note)
+        if done >= self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._print_line(done, note)
+
+    def _print_line(self, done: int, note: str) -> None:
+        if self._progress.disable:
+            self._last_line = time.monotonic()
+            elapsed = f"{self._last_line - self._started:.0f} s"
+            text = ", ".join(part for part in (note, elapsed) if part)
+            self._progress.console.print(f"{self._label}: {done}/{self._total} ({text})", highlight=False)

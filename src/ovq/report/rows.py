@@ -1,0 +1,63 @@
+"""One measured result, and what it is called in tables, figures and sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+MIXER_NAMES = {
+    "ovq": "OVQ",
+    "full_attention": "full attention",
+    "sliding_attention": "window alone",
+}
+"""Names of mixers for people; others keep the name they have in `mixer_types`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResultRow:
+    """The accuracy of one model at one length.
+
+    Attributes:
+        mixer: The long-range mixer, as `mixer_types` names it.
+        num_slots: Slots of its dictionary during the test; `None` if it has none.
+        length: Tokens an example.
+        accuracy: Share of the asked tokens that were answered rightly.
+        state_bytes: Bytes the model carries from token to token for one sequence of this length.
+        num_questions: Asked tokens.
+        slices: Accuracy on the slices of the task, by name.
+    """
+
+    mixer: str
+    num_slots: int | None
+    length: int
+    accuracy: float
+    state_bytes: int
+    num_questions: int
+    slices: dict[str, float]
+
+    @property
+    def label(self) -> str:
+        """The model's name for people.
+
+        Example:
+            >>> fields = dict(length=256, accuracy=1.0, state_bytes=0, num_questions=1, slices={})
+            >>> ResultRow(mixer="ovq", num_slots=64, **fields).label
+            'OVQ, 64 slots'
+            >>> ResultRow(mixer="sliding_attention", num_slots=None, **fields).label
+            'window alone'
+        """
+        name = MIXER_NAMES.get(self.mixer, self.mixer)
+        return name if self.num_slots is None else f"{name}, {self.num_slots} slots"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A number of bytes for people, in binary units.
+
+    Example:
+        >>> format_bytes(900), format_bytes(2048), format_bytes(3.5 * 2**20)
+        ('900 B', '2.0 KiB', '3.5 MiB')
+    """
+    if num_bytes < 1024:
+        return f"{num_bytes:.0f} B"
+    power = min(3, int(math.log2(num_bytes)) // 10)
+    return f"{num_bytes / 1024**power:.1f} {('KiB', 'MiB', 'GiB')[power - 1]}"

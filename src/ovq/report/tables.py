@@ -1,0 +1,51 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from ovq.report.rows import ResultRow, format_bytes
+
+
+def result_table(rows: Sequence[ResultRow], *, title: str) -> Table:
+    """Accuracy by model and length, with the state at the longest length beside it.
+
+    Args:
+        rows: Results; models come in the order they are met.
+        title: What stands above the table.
+
+    Example:
+        >>> row = ResultRow(mixer="ovq", num_slots=64, length=256, accuracy=0.5, state_bytes=2048,
+        ...                 num_questions=2, slices={})
+        >>> table = result_table([row], title="recall")
+        >>> [column.header for column in table.columns]
+        ['model', '256 tokens', 'state at 256']
+    """
+    lengths = sorted({row.length for row in rows})
+    table = Table(title=title)
+    table.add_column("model")
+    for length in lengths:
+        table.add_column(f"{length} tokens", justify="right")
+    table.add_column(f"state at {lengths[-1]}", justify="right")
+    for label in dict.fromkeys(row.label for row in rows):
+        by_length = {row.length: row for row in rows if row.label == label}
+        cells = [f"{by_length[length].accuracy:.3f}" if length in by_length else "" for length in lengths]
+        longest = by_length.get(lengths[-1])
+        table.add_row(label, *cells, "" if longest is None else format_bytes(longest.state_bytes))
+    return table
+
+
+def slice_table(rows: Sequence[ResultRow], *, title: str) -> Table:
+    """Accuracy by model and slice at the longest length."""
+    longest = max(row.length for row in rows)
+    rows = [row for row in rows if row.length == longest]
+    # The slices of all models are the same, as they come from the same examples.
+    table = Table(title=title)
+    table.add_column("slice")
+    for row in rows:
+        table.add_column(row.label, justify="right")
+    for name in rows[0].slices:
+        table.add_row(name, *(f"{row.slices[name]:.3f}" for row in rows))
+    return table

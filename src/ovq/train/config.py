@@ -1,0 +1,316 @@
+"""The configuration of a training run: frozen dataclasses, checked when they are built, stored as JSON.
+
+A field is called by its path on the command line, e.g. `--set train.steps=300`, and errors call it the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from ovq.report.files import write_atomic
+from ovq.tasks import TASKS, Task
+
+CONFIG_FILE = "run_config.json"
+"""The name of the file that holds the configuration, in the folder of the run."""
+
+
+def _check_at_least(config: Any, section: str, minimum: int, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is below the minimum."""
+    for name in names:
+        if getattr(config, name) < minimum:
+            raise ValueError(f"{section}.{name}: expected at least {minimum}, found {getattr(config, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """The model to train; the fields are those of `OVQConfig` that a run has reason to change.
+
+    Attributes:
+        mixer_types: The mixer of each layer, first layer first; their number is the number of layers.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the SwiGLU.
+        num_attention_heads: Query heads a layer.
+        num_key_value_heads: Key/value heads a layer; `None` for as many as query heads.
+        head_dim: Size of a head; `None` for `hidden_size / num_attention_heads`.
+        conv_size: Tokens the short convolution on queries, keys and values sees; 0 for none.
+        sliding_window: Tokens a sliding-window layer sees.
+        num_slots: Slots of the dictionary of an OVQ layer, N.
+        chunk_size: Tokens a chunk of an OVQ layer, C.
+        growth: How the dictionary grows, see `ovq.ops.ovq_attention`.
+        init: Which keys open new slots, see `ovq.ops.ovq_attention`.
+        merge: Which slots a key may be merged into, see `ovq.ops.ovq_attention`.
+        initializer_range: Standard deviation of the initial weights of the linear layers.
+        embedding_std: That of the embedding. At 1 a step of AdamW hardly turns an embedding, so that tokens
+            stay as different as they were drawn and matching them is learned once, by the projections, for
+            all tokens.
+
+    Raises:
+        ValueError: If a size is out of range. Names of mixers and options are checked by `OVQConfig`.
+    """
+
+    mixer_types: tuple[str, ...] = ("sliding_attention", "ovq")
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    num_attention_heads: int = 2
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    conv_size: int = 3
+    sliding_window: int = 32
+    num_slots: int = 64
+    chunk_size: int = 64
+    growth: str = "plateau"
+    init: str = "novelty"
+    merge: str = "existing"
+    initializer_range: float = 0.1
+    embedding_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        if not self.mixer_types:
+            raise ValueError("model.mixer_types: expected at least one mixer, found none")
+        _check_at_least(self, "model", 1, "hidden_size", "intermediate_size", "num_attention_heads")
+        _check_at_least(self, "model", 1, "sliding_window", "num_slots", "chunk_size")
+        _check_at_least(self, "model", 0, "conv_size", "initializer_range", "embedding_std")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.hidden_size: expected a multiple of model.num_attention_heads "
+                f"({self.num_attention_heads}), or model.head_dim, found {self.hidden_size}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainArgs:
+    """How to train.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Examples an optimizer step, over all processes and micro-batches.
+        micro_batches: Parts a step is cut into to save memory (gradient accumulation).
+        lengths: The length curriculum: example lengths in the order they are trained on.
+        length_shares: The share of the steps each length gets; positive, and they sum to 1.
+        learning_rate: Peak learning rate of AdamW.
+        min_learning_rate_share: Where the cosine decay ends, as a share of the peak.
+        warmup_steps: Steps of linear warm-up.
+        weight_decay: Decoupled weight decay, on matrices only.
+        adam_beta2: Decay of AdamW's second moment.
+        max_grad_norm: Norm that gradients are clipped to.
+        precision: `"float32"`, or `"bfloat16"` for mixed precision.
+        seed: Seed of the weights and of the data.
+        log_every: Steps between two logged losses.
+        save_every: Steps between two checkpoints; 0 for none but the final model.
+
+    Raises:
+        ValueError: If a field is out of range; the message names the field and says what was expected and
+            found.
+    """
+
+    steps: int = 600
+    batch_size: int = 16
+    micro_batches: int = 1
+    lengths: tuple[int, ...] = (64, 128, 256)
+    length_shares: tuple[float, ...] = (0.2, 0.2, 0.6)
+    learning_rate: float = 4e-3
+    min_learning_rate_share: float = 0.0
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.99
+    max_grad_norm: float = 1.0
+    precision: str = "float32"
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        _check_at_least(self, "train", 1, "steps", "batch_size", "micro_batches", "log_every")
+        _check_at_least(self, "train", 0, "seed", "save_every", "warmup_steps", "weight_decay")
+        if not self.lengths:
+            raise ValueError("train.lengths: expected at least one length, found none")
+        if len(self.length_shares) != len(self.lengths):
+            raise ValueError(
+                f"train.length_shares: expected a share for each of the {len(self.lengths)} train.lengths, "
+                f"found {len(self.length_shares)}"
+            )
+        if min(self.length_shares) <= 0 or abs(sum(self.length_shares) - 1) > 1e-6:
+            raise ValueError(
+                f"train.length_shares: expected positive numbers that sum to 1, found {self.length_shares}"
+            )
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"train.batch_size: expected a multiple of train.micro_batches ({self.micro_batches}), "
+                f"found {self.batch_size}"
+            )
+        for name in ("learning_rate", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"train.{name}: expected a positive number, found {getattr(self, name)}")
+        for name, highest in (("min_learning_rate_share", 1.0), ("adam_beta2", 1.0)):
+            if not 0 <= getattr(self, name) < highest:
+                raise ValueError(f"train.{name}: expected a number in [0, 1), found {getattr(self, name)}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"train.precision: expected float32 or bfloat16, found {self.precision!r}")
+
+    def length_at(self, step: int) -> int:
+        """The example length that step (counted from 0) trains on.
+
+        Example:
+            >>> args = TrainArgs(steps=10, lengths=(64, 128), length_shares=(0.3, 0.7))
+            >>> [args.length_at(step) for step in (0, 2, 3, 9)]
+            [64, 64, 128, 128]
+        """
+        done = 0.0
+        for length, share in zip(self.lengths, self.length_shares, strict=True):
+            done += share
+            # Rounded, so that shares that only nearly sum to a whole step cannot move it.
+            if step < round(done * self.steps):
+                return length
+        return self.lengths[-1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that a training run depends on, besides the code.
+
+    Attributes:
+        task: The data.
+        model: The model.
+        train: The training.
+
+    Raises:
+        ValueError: If the task cannot be built at one of the training lengths.
+
+    Example:
+        >>> from ovq.tasks import RecallTask
+        >>> config = RunConfig(task=RecallTask(), model=ModelArgs(), train=TrainArgs())
+        >>> config.override(["train.lengths=32,64", "train.length_shares=0.5,0.5"]).train.lengths
+        (32, 64)
+        >>> RunConfig.from_json(config.to_json()) == config
+        True
+    """
+
+    task: Task
+    model: ModelArgs
+    train: TrainArgs
+
+    def __post_init__(self) -> None:
+        """Build the task at every length, which checks that it can be."""
+        for length in self.train.lengths:
+            try:
+                self.task.at_length(length)
+            except ValueError as error:
+                raise ValueError(
+                    f"train.lengths: the task cannot be built at length {length}: {error}"
+                ) from error
+
+    def override(self, assignments: list[str]) -> RunConfig:
+        """A copy with some fields set from strings such as `"train.steps=300"`.
+
+        Lists are written with commas (`train.lengths=64,128`), the absence of a value as `none`.
+
+        Raises:
+            ValueError: If a string is not an assignment, names no field, or its value is not of the field's
+                type.
+        """
+        changes: dict[str, dict[str, Any]] = {"task": {}, "model": {}, "train": {}}
+        for assignment in assignments:
+            path, equals, text = assignment.partition("=")
+            section, _, name = path.strip().partition(".")
+            if not equals or not name:
+                raise ValueError(f"--set: expected SECTION.FIELD=VALUE, found {assignment!r}")
+            if section not in changes:
+                raise ValueError(
+                    f"--set {path}: expected a section of {', '.join(changes)}, found {section!r}"
+                )
+            types_of_fields = _field_types(type(getattr(self, section)))
+            if name not in types_of_fields:
+                raise ValueError(
+                    f"--set {path}: expected one of the fields {', '.join(sorted(types_of_fields))}, "
+                    f"found {name!r}"
+                )
+            changes[section][name] = _parse(text.strip(), types_of_fields[name], path)
+        return dataclasses.replace(
+            self,
+            **{
+                section: dataclasses.replace(getattr(self, section), **fields)
+                for section, fields in changes.items()
+            },
+        )
+
+    def to_json(self) -> str:
+        """The configuration as JSON, every field written out."""
+        sections = {"task": {"name": self.task.name} | dataclasses.asdict(self.task)}
+        sections |= {"model": dataclasses.asdict(self.model), "train": dataclasses.asdict(self.train)}
+        return json.dumps(sections, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: If the text is not JSON, or a section, a field or a value is missing or unknown.
+        """
+        try:
+            sections = json.loads(text)
+            task_fields = dict(sections["task"])
+            return cls(
+                task=_from_dict(TASKS[task_fields.pop("name")], task_fields),
+                model=_from_dict(ModelArgs, sections["model"]),
+                train=_from_dict(TrainArgs, sections["train"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"expected the configuration of a run, found something else: {error}") from error
+
+    def save(self, folder: Path) -> None:
+        """Write the configuration into the folder of the run, which is created if need be."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / CONFIG_FILE, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> RunConfig:
+        """Read the configuration that `save` wrote, from the folder of a run or of a checkpoint in it.
+
+        Raises:
+            ValueError: If there is none, or it cannot be read.
+        """
+        for place in (folder, folder.parent):
+            path = place / CONFIG_FILE
+            if path.is_file():
+                try:
+                    return cls.from_json(path.read_text())
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{folder}: expected the folder of a training run, found no {CONFIG_FILE} in it")
+
+
+def _field_types(section: type) -> dict[str, Any]:
+    """The types of a section's fields by name."""
+    hints = typing.get_type_hints(section)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
+
+
+def _from_dict(section: type, fields: dict[str, Any]) -> Any:
+    """Build a section from JSON, where tuples have become lists."""
+    return section(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    )
+
+
+def _parse(text: str, kind: Any, path: str) -> Any:
+    """Read a command line value as the type of its field."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if text.lower() == "none" else _parse(text, arguments[0], path)
+    if origin is tuple:
+        return tuple(_parse(part.strip(), arguments[0], path) for part in text.split(",") if part.strip())
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"--set {path}: expected true or false, found {text!r}")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"--set {path}: expected {kind.__name__}, found {text!r}") from None

@@ -1,0 +1,204 @@
+"""The training loop: transformers' `Trainer`, which brings checkpoints, resuming, bfloat16 and several
+processes.
+
+Run it as `ovq train recall-ovq --out runs/ovq`, or as `torchrun --nproc-per-node 2 -m ovq train ...`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.report.progress import Reporter, Work
+from ovq.train.config import CONFIG_FILE, RunConfig
+from ovq.train.data import CurriculumDataset
+
+
+def model_config(config: RunConfig) -> OVQConfig:
+    """The configuration of a run's model, in transformers' form.
+
+    Raises:
+        ValueError: If `OVQConfig` refuses a setting.
+
+    Example:
+        >>> from ovq.train.recipes import get_recipe
+        >>> model_config(get_recipe("recall-ovq")).mixer_types
+        ['sliding_attention', 'ovq']
+    """
+    fields = dataclasses.asdict(config.model)
+    del fields["embedding_std"]
+    fields["mixer_types"] = list(config.model.mixer_types)
+    return OVQConfig(
+        vocab_size=config.task.vocab_size, num_hidden_layers=len(config.model.mixer_types), **fields
+    )
+
+
+def build_model(config: RunConfig) -> OVQForCausalLM:
+    """The untrained model of a run; the run's seed decides its weights.
+
+    Raises:
+        ValueError: If `OVQConfig` refuses a setting.
+    """
+    set_seed(config.train.seed)
+    model = OVQForCausalLM(model_config(config))
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.model.embedding_std)
+    return model
+
+
+def train(config: RunConfig, out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCausalLM:
+    """Train a model from the start and save it, its configuration and its checkpoints in a folder.
+
+    Args:
+        config: The run; saved as `run_config.json` before training starts.
+        out: The folder of the run; created if need be.
+        reporter: Where to show progress.
+        label: What to call this run there.
+
+    Returns:
+        The trained model, in evaluation mode.
+
+    Raises:
+        ValueError: If the folder already holds a run, or the batch cannot be shared by the processes.
+        OSError: If the folder cannot be written.
+    """
+    if (out / CONFIG_FILE).exists():
+        raise ValueError(f"--out: expected a folder without a run (or --resume), found {out / CONFIG_FILE}")
+    # Also the check that the folder can be written, before any work is done.
+    config.save(out)
+    return _run(config, out, reporter=reporter, label=label, checkpoint=None)
+
+
+def resume(out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCausalLM:
+    """Go on with the run in a folder from its last checkpoint, to the losses an uninterrupted run would have
+    had.
+
+    Args:
+        out: The folder of the run.
+        reporter: Where to show progress.
+        label: What to call this run there.
+
+    Returns:
+        The trained model, in evaluation mode.
+
+    Raises:
+        ValueError: If the folder holds no run, or no complete checkpoint.
+        OSError: If the folder cannot be written.
+    """
+    config = RunConfig.load(out)
+    checkpoint = last_checkpoint(out)
+    if checkpoint is None:
+        raise ValueError(f"--resume: expected a checkpoint (see train.save_every) in {out}, found none")
+    return _run(config, out, reporter=reporter, label=label, checkpoint=checkpoint)
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest complete checkpoint in the folder of a run.
+
+    `Trainer` writes a checkpoint's state last, so one without it is what an interrupted save has left.
+    """
+    by_step = {}
+    for folder in out.glob("checkpoint-*"):
+        try:
+            by_step[json.loads((folder / "trainer_state.json").read_text())["global_step"]] = folder
+        except (OSError, json.JSONDecodeError):
+            continue
+    return by_step[max(by_step)] if by_step else None
+
+
+def _run(
+    config: RunConfig, out: Path, *, reporter: Reporter, label: str, checkpoint: Path | None
+) -> OVQForCausalLM:
+    """Train, from a checkpoint if there is one, and save the result."""
+    # Saving a small model is over before a bar of its own is seen.
+    disable_progress_bar()
+    model = build_model(config)
+    trainer = Trainer(
+        model=model,
+        args=_training_arguments(config, out),
+        train_dataset=CurriculumDataset(config),
+        data_collator=_as_it_is,
+    )
+    # It prints dictionaries; the reporter shows the same.
+    trainer.remove_callback(PrinterCallback)
+    if trainer.is_world_process_zero():
+        trainer.add_callback(_ReportCallback(config, reporter.start(label, total=config.train.steps)))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model()
+    trainer.save_state()
+    return model.eval()
+
+
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    """The collator of a data set that builds whole batches."""
+    return batch
+
+
+def _training_arguments(config: RunConfig, out: Path) -> TrainingArguments:
+    """What `Trainer` has to know, from our configuration."""
+    args = config.train
+    num_parts = args.micro_batches * int(os.environ.get("WORLD_SIZE", "1"))
+    if args.batch_size % num_parts:
+        raise ValueError(
+            f"train.batch_size: expected a multiple of {num_parts} (train.micro_batches times the number of "
+            f"processes), found {args.batch_size}"
+        )
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size // num_parts,
+        gradient_accumulation_steps=args.micro_batches,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": args.min_learning_rate_share},
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        adam_beta2=args.adam_beta2,
+        max_grad_norm=args.max_grad_norm,
+        bf16=args.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        seed=args.seed,
+        logging_steps=args.log_every,
+        save_strategy="steps" if args.save_every else "no",
+        save_steps=args.save_every or args.steps,
+        save_total_limit=2,
+        # The order of the curriculum, and what lets a resumed run skip by index.
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+    )
+    # One process drives one device: otherwise every GPU in sight would get a batch of its own by
+    # DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+class _ReportCallback(TrainerCallback):
+    """Shows the steps, the loss and the current length."""
+
+    def __init__(self, config: RunConfig, work: Work) -> None:
+        self._config = config
+        self._work = work
+        self._loss = ""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        """Remember the newest loss."""
+        if logs and "loss" in logs:
+            self._loss = f"loss {float(logs['loss']):.3f}, "
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show where the run is."""
+        length = self._config.train.length_at(state.global_step - 1)
+        self._work.update(state.global_step, note=f"{self._loss}length {length}")

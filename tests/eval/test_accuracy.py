@@ -1,0 +1,133 @@
+"""Evaluation: accuracy counted by hand, any batch size, and a dictionary that is put back."""
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from ovq.eval import accuracy
+from ovq.eval.accuracy import evaluate, long_range_mixer
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.report.progress import Reporter
+from ovq.tasks import IGNORE_INDEX, RecallTask
+
+TASK = RecallTask(vocab_size=20, key_length=2, pair_share=0.5, query_share=0.6)
+
+
+def build_model(*mixer_types):
+    torch.manual_seed(0)
+    config = OVQConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=len(mixer_types),
+        num_attention_heads=2,
+        mixer_types=list(mixer_types),
+        sliding_window=4,
+        num_slots=4,
+        chunk_size=4,
+        # Large weights, so that an untrained model has opinions.
+        initializer_range=1.0,
+    )
+    return OVQForCausalLM(config).eval()
+
+
+def run(model, **arguments):
+    with Reporter(Console(quiet=True)) as reporter:
+        return evaluate(model, TASK, reporter=reporter, **arguments)
+
+
+def test_accuracy_is_the_share_of_right_tokens_among_those_asked():
+    model = build_model("sliding_attention", "ovq")
+    [row] = run(model, lengths=[60], num_examples=40, seed=5)
+    batch = TASK.at_length(60).build(5, indices=range(40), split="test")
+    with torch.no_grad():
+        predicted = model(torch.from_numpy(batch.inputs)).logits.argmax(-1).numpy()
+    asked = batch.labels[:, 1:] != IGNORE_INDEX
+    right = (predicted[:, :-1] == batch.labels[:, 1:]) & asked
+    assert row.num_questions == asked.sum() == 40 * TASK.at_length(60).num_queries
+    assert right.sum() > 0
+    assert row.accuracy == right.sum() / asked.sum()
+    assert set(row.slices) == set(batch.slices)
+    for name, mask in batch.slices.items():
+        assert row.slices[name] == right[mask[:, 1:]].mean()
+    assert (row.mixer, row.num_slots, row.length) == ("ovq", 4, 60)
+    assert row.state_bytes == model.state_bytes(60)
+
+
+def test_a_model_that_knows_the_answers_scores_one(monkeypatch):
+    monkeypatch.setattr(accuracy, "_answers_are_right", lambda _, batch: batch.labels != IGNORE_INDEX)
+    [row] = run(build_model("ovq"), lengths=[60], num_examples=3)
+    assert row.accuracy == 1.0
+    assert set(row.slices.values()) == {1.0}
+
+
+def test_the_size_of_micro_batches_does_not_show(monkeypatch):
+    model = build_model("sliding_attention", "ovq")
+    whole = run(model, lengths=[40, 60], num_examples=7)
+    monkeypatch.setattr(accuracy, "_TOKENS_PER_BATCH", 100)
+    assert run(model, lengths=[40, 60], num_examples=7) == whole
+
+
+def test_the_dictionary_is_varied_on_the_same_weights_and_put_back():
+    model = build_model("sliding_attention", "ovq")
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    rows = run(model, lengths=[40, 200], num_slots=[2, 64], num_examples=20)
+    assert [(row.num_slots, row.length) for row in rows] == [(2, 40), (2, 200), (64, 40), (64, 200)]
+    assert rows[1].state_bytes < rows[3].state_bytes
+    assert rows[1].accuracy != rows[3].accuracy
+    assert model.config.num_slots == 4
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name])
+    # An error in the middle leaves the model as it was, too.
+    with pytest.raises(ValueError, match=r"at least 1, found 0|at least 1.*0"):
+        run(model, lengths=[40], num_slots=[2, 0])
+    assert model.config.num_slots == 4
+
+
+def test_the_mode_of_the_model_is_put_back():
+    model = build_model("full_attention").train()
+    [row] = run(model, lengths=[40], num_examples=1)
+    assert model.training
+    assert (row.mixer, row.num_slots) == ("full_attention", None)
+
+
+def test_test_questions_are_not_those_of_training():
+    train = TASK.build(0, indices=range(50), split="train").inputs
+    test = TASK.build(0, indices=range(50), split="test").inputs
+    assert not (train[:, None] == test[None]).all(-1).any()
+    assert np.unique(test, axis=0).shape[0] == 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lengths": []}, "expected at least one length and one example, found 0 and 64"),
+        ({"lengths": [40], "num_examples": 0}, "found 1 and 0"),
+        ({"lengths": [3]}, "length: expected at least"),
+        ({"lengths": [40], "num_slots": [8]}, "expected a model with 'ovq' layers"),
+    ],
+)
+def test_what_cannot_be_tested_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        run(build_model("full_attention"), **arguments)
+
+
+def test_a_task_with_unknown_tokens_is_refused():
+    with (
+        Reporter(Console(quiet=True)) as reporter,
+        pytest.raises(ValueError, match=r"at most 20 token ids.*found 40"),
+    ):
+        evaluate(build_model("ovq"), RecallTask(vocab_size=40, num_pairs=2), lengths=[16], reporter=reporter)
+
+
+@pytest.mark.parametrize(
+    ("mixer_types", "name"),
+    [
+        (["sliding_attention", "ovq"], "ovq"),
+        (["full_attention", "sliding_attention"], "full_attention"),
+        (["sliding_attention", "sliding_attention"], "sliding_attention"),
+    ],
+)
+def test_a_model_is_named_after_its_long_range_mixer(mixer_types, name):
+    assert long_range_mixer(OVQConfig(num_hidden_layers=2, mixer_types=mixer_types)) == name

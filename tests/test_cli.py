@@ -1,0 +1,283 @@
+"""The command line: each command does its work, and bad input costs one line and exit code 2."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ovq.cli import main
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.train.config import RunConfig
+
+TINY = [
+    "train.steps=4",
+    "train.batch_size=4",
+    "train.lengths=16,24",
+    "train.length_shares=0.5,0.5",
+    "train.warmup_steps=1",
+    "train.log_every=1",
+    "train.save_every=2",
+    "model.hidden_size=16",
+    "model.intermediate_size=16",
+    "model.head_dim=8",
+    "model.num_slots=4",
+    "model.chunk_size=4",
+]
+
+
+def run(capsys, *arguments):
+    """Run a command that is to succeed; its standard output."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(map(str, arguments)))
+    captured = capsys.readouterr()
+    assert exit_info.value.code in (0, None), captured.err
+    return captured.out
+
+
+def fail(capsys, *arguments):
+    """Run a command that is to fail; the one line it says."""
+    with pytest.raises(SystemExit) as exit_info:
+        main(list(map(str, arguments)))
+    captured = capsys.readouterr()
+    assert exit_info.value.code == 2
+    assert captured.out == ""
+    [line] = captured.err.splitlines()
+    assert line.startswith("ovq: error: ")
+    return line.removeprefix("ovq: error: ")
+
+
+def tiny_settings():
+    return [argument for assignment in TINY for argument in ("--set", assignment)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished tiny run."""
+    out = tmp_path_factory.mktemp("run")
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "recall-ovq", *tiny_settings(), "--out", str(out / "ovq")])
+    assert exit_info.value.code in (0, None)
+    return out / "ovq"
+
+
+def test_train_does_what_it_is_told(trained):
+    config = RunConfig.load(trained)
+    assert (config.train.steps, config.train.lengths, config.model.num_slots) == (4, (16, 24), 4)
+    assert OVQForCausalLM.from_pretrained(trained).config.chunk_size == 4
+    assert (trained / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_train_resumes(trained, capsys, tmp_path):
+    RunConfig.load(trained).save(tmp_path)
+    (trained / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+    try:
+        out = run(capsys, "train", "--resume", "--out", tmp_path)
+    finally:
+        (tmp_path / "checkpoint-2").rename(trained / "checkpoint-2")
+    assert "Saved the model" in out
+    ours = OVQForCausalLM.from_pretrained(tmp_path).state_dict()
+    for name, weight in OVQForCausalLM.from_pretrained(trained).state_dict().items():
+        assert torch.equal(ours[name], weight)
+
+
+def test_eval_prints_json(trained, capsys):
+    arguments = ["--model", trained, "--lengths", "24,48", "--num-slots", "4,8", "--examples", 3, "--seed", 1]
+    rows = json.loads(run(capsys, "eval", *arguments, "--json"))["rows"]
+    assert [(row["num_slots"], row["length"]) for row in rows] == [(4, 24), (4, 48), (8, 24), (8, 48)]
+    assert json.loads(run(capsys, "eval", *arguments, "--json"))["rows"] == rows
+    table = run(capsys, "eval", *arguments)
+    for row in rows:
+        assert f"{row['accuracy']:.3f}" in table
+
+
+def test_eval_reads_a_checkpoint_of_a_run(trained, capsys):
+    out = run(
+        capsys, "eval", "--model", trained / "checkpoint-2", "--lengths", "24", "--examples", 2, "--json"
+    )
+    assert len(json.loads(out)["rows"]) == 1
+
+
+def greedy(folder, ids, count):
+    model = OVQForCausalLM.from_pretrained(folder).eval()
+    for _ in range(count):
+        with torch.no_grad():
+            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return ids[-count:]
+
+
+def test_generate_continues_token_ids(trained, capsys, tmp_path, monkeypatch):
+    expected = " ".join(map(str, greedy(trained, [5, 40, 1, 5], 6))) + "\n"
+    arguments = ["generate", "--model", trained, "--max-new-tokens", 6]
+    assert run(capsys, *arguments, "--prompt", "5 40 1 5") == expected
+    (tmp_path / "prompt").write_text("5 40\n1 5\n")
+    assert run(capsys, *arguments, "--prompt-file", tmp_path / "prompt") == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO("5 40 1 5"))
+    assert run(capsys, *arguments, "--prompt-file", "-") == expected
+
+
+def test_generate_searches_and_samples(trained, capsys):
+    arguments = ["generate", "--model", trained, "--prompt", "5 40 1 5", "--max-new-tokens", 8]
+    assert len(run(capsys, *arguments, "--num-beams", 3).split()) == 8
+    sample = [*arguments, "--temperature", 5, "--top-p", 0.9]
+    first, again, other = (run(capsys, *sample, "--seed", seed) for seed in (0, 0, 1))
+    assert first == again != other
+    # So little probability leaves only the most likely token.
+    assert run(capsys, *arguments, "--temperature", 5, "--top-p", 1e-6) == run(capsys, *arguments)
+
+
+def test_generate_with_another_dictionary(trained, capsys):
+    prompt = " ".join(map(str, range(2, 60)))
+    arguments = ["generate", "--model", trained, "--prompt", prompt, "--max-new-tokens", 20]
+    assert run(capsys, *arguments, "--num-slots", 1) != run(capsys, *arguments, "--num-slots", 64)
+
+
+def test_generate_reads_text_where_there_is_a_tokenizer(capsys, tmp_path):
+    words = {word: i for i, word in enumerate(["<unk>", "one", "two", "three", "four"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
+    config = OVQConfig(
+        vocab_size=5, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    torch.manual_seed(0)
+    OVQForCausalLM(config).save_pretrained(tmp_path)
+    names = {i: word for word, i in words.items() if i}
+    expected = [names[i] for i in greedy(tmp_path, [1, 2], 5) if i]
+    out = run(capsys, "generate", "--model", tmp_path, "--prompt", "one two", "--max-new-tokens", 5)
+    assert out.split() == expected
+
+
+def test_memory_counts_what_the_cache_will_hold(trained, capsys):
+    arguments = ["memory", "--config", trained, "--lengths", "10,100"]
+    rows = json.loads(run(capsys, *arguments, "--json"))["rows"]
+    model = OVQForCausalLM.from_pretrained(trained).eval()
+    for row in rows:
+        cache = model(torch.ones(1, row["length"], dtype=torch.long), use_cache=True)
+        cache = cache.get("cache", cache.get("past_key_values"))
+        assert row["state_bytes"] == cache.nbytes
+    assert rows[1]["full_attention_bytes"] > 3 * rows[1]["state_bytes"]
+    bigger = json.loads(run(capsys, *arguments, "--num-slots", 64, "--json"))["rows"]
+    assert bigger[1]["state_bytes"] > rows[1]["state_bytes"]
+    assert bigger[1]["full_attention_bytes"] == rows[1]["full_attention_bytes"]
+    assert "KiB" in run(capsys, *arguments)
+
+
+def test_memory_reads_a_recipe(capsys):
+    def state_bytes(recipe):
+        return json.loads(run(capsys, "memory", "--config", recipe, "--lengths", 5000, "--json"))["rows"][0]
+
+    full = state_bytes("recall-full")
+    assert full["state_bytes"] == full["full_attention_bytes"]
+    assert state_bytes("recall-ovq")["full_attention_bytes"] == full["state_bytes"]
+    # A model of windows alone is compared with one of full attention alone.
+    window = state_bytes("recall-sliding")
+    assert window["full_attention_bytes"] > full["state_bytes"] > window["state_bytes"]
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "generate", "memory"])
+def test_help_shows_an_example(command, capsys):
+    out = run(capsys, command, "--help")
+    assert f"Example: ovq {command}" in out
+
+
+def test_the_version_is_printed(capsys):
+    assert run(capsys, "--version").startswith("ovq 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("tarin", "No such command 'tarin'"),
+        ("train", "expected a recipe, or --resume, found neither"),
+        ("train recall", "recipe: expected one of recall-ovq, recall-full, recall-sliding, found 'recall'"),
+        ("train recall-ovq --set train.step=3", "expected one of the fields"),
+        ("train recall-ovq --set model.mixer_types=ovk --out {tmp}/x", "ovk"),
+        ("train recall-ovq --out {tmp}/file/run", "Not a directory"),
+        ("train recall-ovq --out {trained}", "--out: expected a folder without a run"),
+        ("train --resume", "--resume: expected only --out beside it"),
+        ("train recall-ovq --resume --out {trained}", "--resume: expected only --out beside it"),
+        ("train --resume --out {tmp}", "expected the folder of a training run"),
+        ("train recall-ovq --sett a=b", "No such option"),
+        ("eval", "Missing option '--model'"),
+        ("eval --model {tmp}", "expected the folder of a saved model, found no config.json in it"),
+        ("eval --model {trained} --lengths 24,x", "--lengths: expected positive integers"),
+        ("eval --model {trained} --lengths 0", "--lengths: expected positive integers"),
+        ("eval --model {trained} --lengths 2", "length: expected at least"),
+        ("eval --model {trained} --num-slots 4;5", "--num-slots: expected positive integers"),
+        ("eval --model {trained} --examples 0", "--examples"),
+        ("generate --model {trained}", "expected one of --prompt and --prompt-file"),
+        (
+            "generate --model {trained} --prompt 1 --prompt-file -",
+            "expected one of --prompt and --prompt-file",
+        ),
+        ("generate --model {trained} --prompt-file {tmp}/no", "No such file"),
+        ("generate --model {trained} --prompt one", "expected token ids such as '12 7 33'"),
+        ("generate --model {trained} --prompt 9999", "expected token ids below"),
+        ("generate --model {trained} --prompt-file {tmp}/file", "expected at least one token, found none"),
+        ("generate --model {trained} --prompt 1 --top-p 0", "--top-p: expected a number above 0"),
+        ("generate --model {trained} --prompt 1 --top-p 0.5", "--top-p: expected --temperature above 0"),
+        ("generate --model {trained} --prompt 1 --temperature -1", "--temperature"),
+        ("generate --model {trained} --prompt 1 --num-slots 0", "--num-slots"),
+        ("memory --config nothing", "recipe: expected one of"),
+        ("memory --config {tmp}", "found no config.json in it"),
+        ("memory --config recall-full --num-slots 8", "expected a model with 'ovq' layers"),
+        ("demo --seed -1", "--seed"),
+        ("demo --quick --out {tmp}/file/x", "Not a directory"),
+    ],
+)
+def test_bad_input_costs_one_line(arguments, message, capsys, trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    words = [word.format(tmp=tmp_path, trained=trained) for word in arguments.split()]
+    assert message in fail(capsys, *words)
+
+
+def test_errors_can_be_traced(monkeypatch):
+    monkeypatch.setenv("OVQ_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="recipe: expected"):
+        main(["memory", "--config", "nothing"])
+
+
+def test_an_interruption_has_a_code_of_its_own(monkeypatch, capsys):
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ovq.train.recipes.get_recipe", interrupt)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "recall-ovq"])
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err == "ovq: interrupted\n"
+
+
+def loaded_by(*arguments):
+    """Heavy modules that a command line imports, in a process of its own."""
+    code = (
+        "import sys\n"
+        "from ovq.cli import main\n"
+        "try:\n"
+        f"    main({list(arguments)!r})\n"
+        "except SystemExit:\n"
+        "    heavy = {'torch', 'transformers', 'matplotlib', 'numpy', 'accelerate'}\n"
+        "    print('loaded:', *sorted(heavy & set(sys.modules)))\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return process.stdout.splitlines()[-1].removeprefix("loaded:").split()
+
+
+def test_help_imports_nothing_heavy():
+    assert loaded_by("--help") == []
+    assert loaded_by("train", "--help") == []
+    # The control: the check does see heavy modules.
+    assert "torch" in loaded_by("memory", "--config", "recall-ovq", "--lengths", "10")
+
+
+def test_the_module_runs_as_a_program():
+    process = subprocess.run(
+        [sys.executable, "-m", "ovq", "train"], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 2
+    assert process.stderr.startswith("ovq: error: expected a recipe")

@@ -1,0 +1,131 @@
+"""The configuration of a run: checks, overrides from the command line, and the file beside the run."""
+
+import dataclasses
+import json
+
+import pytest
+
+from ovq.tasks import RecallTask
+from ovq.train.config import CONFIG_FILE, ModelArgs, RunConfig, TrainArgs
+from ovq.train.recipes import RECIPES, get_recipe
+
+
+@pytest.fixture
+def config():
+    return RunConfig(task=RecallTask(), model=ModelArgs(), train=TrainArgs())
+
+
+@pytest.mark.parametrize(
+    ("assignment", "section", "name", "value"),
+    [
+        ("train.steps=7", "train", "steps", 7),
+        ("train.learning_rate=1e-3", "train", "learning_rate", 1e-3),
+        ("train.precision=bfloat16", "train", "precision", "bfloat16"),
+        ("model.mixer_types=ovq, full_attention", "model", "mixer_types", ("ovq", "full_attention")),
+        ("model.num_key_value_heads=1", "model", "num_key_value_heads", 1),
+        ("model.num_key_value_heads=none", "model", "num_key_value_heads", None),
+        ("task.num_pairs=4", "task", "num_pairs", 4),
+    ],
+)
+def test_a_field_is_set_by_its_path_and_nothing_else_changes(config, assignment, section, name, value):
+    changed = config.override([assignment])
+    assert getattr(getattr(changed, section), name) == value
+    restored = dataclasses.replace(
+        getattr(changed, section), **{name: getattr(getattr(config, section), name)}
+    )
+    assert dataclasses.replace(changed, **{section: restored}) == config
+
+
+def test_fields_that_depend_on_each_other_are_set_together(config):
+    changed = config.override(["train.length_shares=0.5,0.5", "train.lengths=16,32"])
+    assert [changed.train.length_at(step) for step in (0, 299, 300, 599)] == [16, 16, 32, 32]
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.steps", r"expected SECTION.FIELD=VALUE, found 'train.steps'"),
+        ("steps=3", r"expected SECTION.FIELD=VALUE, found 'steps=3'"),
+        ("trian.steps=3", r"expected a section of task, model, train, found 'trian'"),
+        ("train.step=3", r"--set train.step: expected one of the fields .*steps.*, found 'step'"),
+        ("train.steps=many", r"--set train.steps: expected int, found 'many'"),
+        ("train.steps=0", r"train.steps: expected at least 1, found 0"),
+        ("train.lengths=64,x", r"--set train.lengths: expected int, found 'x'"),
+        (
+            "train.lengths=64",
+            r"train.length_shares: expected a share for each of the 1 train.lengths, found 3",
+        ),
+        ("train.lengths=", r"train.lengths: expected at least one length, found none"),
+        ("train.lengths=2,64,128", r"train.lengths: the task cannot be built at length 2: length: expected"),
+        ("train.length_shares=0.5,0.5,0.5", r"train.length_shares: expected positive numbers that sum to 1"),
+        ("train.micro_batches=7", r"train.batch_size: expected a multiple of train.micro_batches \(7\)"),
+        ("train.learning_rate=0", r"train.learning_rate: expected a positive number, found 0.0"),
+        ("train.adam_beta2=1", r"train.adam_beta2: expected a number in \[0, 1\), found 1.0"),
+        ("train.precision=float16", r"train.precision: expected float32 or bfloat16, found 'float16'"),
+        ("model.mixer_types=", r"model.mixer_types: expected at least one mixer, found none"),
+        ("model.num_slots=0", r"model.num_slots: expected at least 1, found 0"),
+        ("model.conv_size=-1", r"model.conv_size: expected at least 0, found -1"),
+        ("model.num_attention_heads=3", r"model.hidden_size: expected a multiple of .* \(3\), .*found 64"),
+        ("task.vocab_size=5", r"found"),
+    ],
+)
+def test_bad_overrides_name_the_field_and_what_was_found(config, assignment, message):
+    with pytest.raises(ValueError, match=message):
+        config.override([assignment])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_the_file_beside_the_run(name, tmp_path):
+    config = get_recipe(name)
+    config.save(tmp_path / "run")
+    assert RunConfig.load(tmp_path / "run") == config
+    # A checkpoint of the run belongs to it.
+    (tmp_path / "run" / "checkpoint-5").mkdir()
+    assert RunConfig.load(tmp_path / "run" / "checkpoint-5") == config
+
+
+def test_recall_recipes_differ_only_in_the_long_range_mixer():
+    configs = [get_recipe(name) for name in ("recall-ovq", "recall-full", "recall-sliding")]
+    mixers = [config.model.mixer_types for config in configs]
+    assert mixers == [
+        ("sliding_attention", mixer) for mixer in ("ovq", "full_attention", "sliding_attention")
+    ]
+    assert len({config.override(["model.mixer_types=ovq"]).to_json() for config in configs}) == 1
+
+
+def test_unknown_recipes_are_refused_with_those_there_are():
+    with pytest.raises(ValueError, match=r"recipe: expected one of recall-ovq, .*, found 'recall'"):
+        get_recipe("recall")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda sections: sections.pop("model"),
+        lambda sections: sections["train"].update(speed=3),
+        lambda sections: sections["task"].update(name="tea"),
+        lambda sections: sections["task"].pop("name"),
+        lambda sections: sections["train"].update(steps="many"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_its_path(damage, config, tmp_path):
+    sections = json.loads(config.to_json())
+    damage(sections)
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(sections))
+    with pytest.raises(ValueError, match=CONFIG_FILE):
+        RunConfig.load(tmp_path)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=rf"expected the folder of a training run, found no {CONFIG_FILE}"):
+        RunConfig.load(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text("{")
+    with pytest.raises(ValueError, match=CONFIG_FILE):
+        RunConfig.load(tmp_path)
+
+
+def test_the_curriculum_covers_every_step_in_order():
+    args = TrainArgs(steps=101, lengths=(8, 16, 32), length_shares=(0.1, 0.2, 0.7))
+    lengths = [args.length_at(step) for step in range(args.steps)]
+    assert lengths == sorted(lengths)
+    assert [lengths.count(length) for length in args.lengths] == [10, 20, 71]
