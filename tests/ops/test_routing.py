@@ -80,12 +80,26 @@ def test_ties_of_novelty_go_to_the_earliest_token():
         torch.testing.assert_close(state.values[0, 0, 1:5], v[0, [1, 2, 3, 8], 0])
 
 
-def test_many_duplicates_are_decided_in_bounded_memory(monkeypatch):
-    """Blocks of pairs: the same result when every token and slot ties and only a few pairs fit at once."""
-    keys = torch.ones(2, 128, 4) / 2
-    means = torch.ones(2, 40, 4) / 2
-    monkeypatch.setattr(routing, "_PAIRS", 100)
-    assert route(keys, means, 40).abs().max() == 0
+@pytest.mark.parametrize("pairs", [0, 10**9])
+def test_many_ties_and_few_are_decided_alike(pairs, monkeypatch):
+    """One by one or in one float64 product: near ties, exact ties, and the choice of openers."""
+    monkeypatch.setattr(routing, "_PAIRS", pairs)
+    test_near_ties_are_decided_as_in_float64()
+    test_near_ties_of_novelty_are_decided_as_in_float64()
+    test_exact_ties_go_to_the_lowest_index()
+    test_ties_of_novelty_go_to_the_earliest_token()
+    assert route(torch.ones(2, 128, 4) / 2, torch.ones(2, 40, 4) / 2, 40).abs().max() == 0
+
+
+def test_few_distinct_keys():
+    """A small alphabet: nearly all slots hold the same few keys, and every decision is a tie."""
+    q, k, v = inputs(2, 400, 1, 1, 8, 4, dtype=torch.float32)
+    k = k[:, torch.randint(5, (400,), generator=torch.Generator().manual_seed(0))]
+    for merge in ("existing", "updated"):
+        options = {"num_slots": 40, "chunk_size": 16, "merge": merge}
+        states = [attend(q, k, v, backend=backend, **options)[1] for backend in ("naive", "torch")]
+        assert torch.equal(states[0].count, states[1].count)
+        assert torch.equal(states[0].value_sum, states[1].value_sum)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.novelty import random_priority
-from ovq.ops.rules import Rules
+from ovq.ops.rules import TIE, Rules
 from ovq.ops.schedule import grown_slots
 from ovq.ops.state import OVQState, state_dtype
 
@@ -139,11 +139,20 @@ def _learn(chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int,
     for j in opening:
         head.open_slot(chunk_k[j], chunk_v[j])
     if rules.merge == "updated":
-        scores = _scores(chunk_k, torch.cat([means, *(chunk_k[j].detach()[None] for j in opening)]))
+        means = torch.cat([means, *(chunk_k[j].detach()[None] for j in opening)])
+        scores = _scores(chunk_k, means)
     for j in rest:
         if j not in opening:
-            # argmax gives the first of equal maxima, so ties go to the lowest index.
-            head.merge_into(int(scores[j].argmax()), chunk_k[j], chunk_v[j])
+            head.merge_into(_nearest(scores[j], chunk_k[j], means), chunk_k[j], chunk_v[j])
+
+
+def _nearest(scores: Tensor, key: Tensor, means: Tensor) -> int:
+    """The slot with the largest dot product, ties to the lowest index; 0 for a key that is not finite."""
+    best = scores.max()
+    if not torch.isfinite(best):
+        return 0
+    tie = TIE * key.double().norm() * means.double().norm(dim=-1).max()
+    return int((scores >= best - tie).nonzero()[0])
 
 
 def _openers(
@@ -163,8 +172,13 @@ def _openers(
         norms = keys.double().norm(dim=-1)[:, None] * means.double().norm(dim=-1)[None]
         # Keys that are not finite have no cosine: they are the last to open a slot.
         priority = (scores / norms.clamp(min=1e-30)).amax(-1).nan_to_num(nan=2.0).tolist()
-    # sorted() is stable: of equally novel keys the earlier opens a slot.
-    return sorted(sorted(candidates, key=lambda j: priority[j])[:num])
+    if num == 0:
+        return []
+    last = sorted(priority[j] for j in candidates)[num - 1]
+    clear = [j for j in candidates if priority[j] < last - TIE]
+    tied = [j for j in candidates if abs(priority[j] - last) <= TIE]
+    # Of equally novel keys the earlier open slots.
+    return sorted(clear + tied[: num - len(clear)])
 
 
 def _packed_state(

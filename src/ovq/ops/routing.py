@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from ovq.ops.novelty import random_priority
-from ovq.ops.rules import Rules
+from ovq.ops.rules import TIE, Rules
 
 # Columns of the score matrix that are reduced together: the best slot is found as the best block, then the
-# best in it, which reads the scores once, vectorised (an argmax over all columns is seven times slower on a
-# CPU).
+# best in it, which reads the scores once, vectorised (on a CPU an argmax over all columns takes six times as
+# long).
 BLOCK = 32
-# Pairs of (token, slot) decided again at once; bounds the memory of float64 copies to tens of megabytes.
-_PAIRS = 65536
+# Pairs of (token, slot) that are decided again one by one; more of them, as keys that repeat give, are
+# cheaper as one float64 matrix product.
+_PAIRS = 8192
 # What lengths are clamped to before a division, here and in the reference.
 _TINY = 1e-30
 
@@ -41,8 +42,8 @@ class Router:
 
     def __init__(self, *, num_streams: int, max_slots: int, rules: Rules, like: Tensor) -> None:
         self.rules = rules
-        self._scores = like.new_empty(num_streams * rules.chunk_size * padded_slots(max_slots))
-        self._scaled: Tensor | None = None
+        size = num_streams * rules.chunk_size * padded_slots(max_slots)
+        self._scores, self._cosines = like.new_empty(size), like.new_empty(size)
 
     def __call__(
         self,
@@ -65,171 +66,176 @@ class Router:
             heads: key/value head of each stream, for `init="random"`.
             num_seen: tokens each stream's row has seen at the end of the chunk, likewise.
         """
-        is_fresh = [n == 0 for n in before]
-        if any(is_fresh):
-            fresh = torch.tensor(is_fresh, device=keys.device)
-            means[fresh, 0] = keys[fresh, 0]
+        is_fresh = torch.tensor([n == 0 for n in before], device=keys.device)
+        if 0 in before:
+            means[is_fresh, 0] = keys[is_fresh, 0]
         existing = [max(n, 1) for n in before]
-        scores = self._score(keys, means, existing)
-        key_norm = torch.linalg.vector_norm(keys, dim=-1)
-        mean_norm = torch.linalg.vector_norm(means, dim=-1)
-        # Rounding error of a K-term dot product, both sides of a comparison: 2 K (eps / 2) |k| |D|.
-        rounding = keys.shape[-1] * torch.finfo(keys.dtype).eps
-        tolerance = rounding * key_norm * mean_norm.amax(-1, keepdim=True)
-        slots = _certified_argmax(scores, tolerance, keys, means)
-        if any(is_fresh):
-            slots[fresh, 0] = 0
+        chunk = _Chunk(keys, means, existing, self._scores)
+        slots = chunk.nearest()
         opening = [a - n for a, n in zip(after, existing, strict=True)]
         if any(opening):
             if self.rules.init == "random":
-                chosen = self._random_openers(heads, num_seen, opening, is_fresh)
+                priority = self._random_priority(heads, num_seen).to(keys.device)
+                priority[:, 0].masked_fill_(is_fresh, torch.inf)
             else:
-                chosen = self._novel_openers(scores, keys, means, key_norm, mean_norm, opening, is_fresh)
+                priority = chunk.novelty(opening, is_fresh, self._cosines)
+            is_opener = _lowest(priority, opening)
             if self.rules.merge == "updated":
-                _merge_updated(slots, chosen, keys, means, existing)
-                if any(is_fresh):
-                    slots[fresh, 0] = 0
+                _merge_updated(slots, is_opener, keys, means, existing)
             # The j-th key that opens a slot, by position, opens slot existing + j.
             first = torch.tensor(existing, device=keys.device)[:, None]
-            slots = torch.where(chosen, first + chosen.cumsum(-1) - 1, slots)
+            slots = torch.where(is_opener, first + is_opener.cumsum(-1) - 1, slots)
+        if 0 in before:
+            slots[:, 0].masked_fill_(is_fresh, 0)
         return slots
 
-    def _score(self, keys: Tensor, means: Tensor, existing: list[int]) -> Tensor:
-        """Dot products `[S, C, padded]` of keys and slot means, -inf for spare slots."""
-        streams, tokens, _ = keys.shape
-        num = padded_slots(max(existing))
-        scores = self._scores[: streams * tokens * num].view(streams, tokens, num)
-        torch.bmm(keys, means[:, :num].transpose(1, 2), out=scores)
-        smallest = min(existing)
-        if smallest == max(existing):
-            scores[:, :, smallest:] = -torch.inf
-        else:
-            used = torch.tensor(existing, device=keys.device)[:, None]
-            spare = torch.arange(smallest, num, device=keys.device) >= used
-            scores[:, :, smallest:].masked_fill_(spare[:, None], -torch.inf)
-        return scores
-
-    def _random_openers(
-        self, heads: list[int], num_seen: list[int], opening: list[int], is_fresh: list[bool]
-    ) -> Tensor:
-        """Mask `[S, C]` of a random choice of `opening[s]` keys of each stream."""
+    def _random_priority(self, heads: list[int], num_seen: list[int]) -> Tensor:
         seed, size = self.rules.seed, self.rules.chunk_size
         pairs = zip(heads, num_seen, strict=True)
-        priority = torch.stack([random_priority(seed, h, t, size) for h, t in pairs])
-        priority[:, 0].masked_fill_(torch.tensor(is_fresh), torch.inf)
-        return _first(priority.argsort(dim=-1), opening).to(self._scores.device)
-
-    def _novel_openers(
-        self,
-        scores: Tensor,
-        keys: Tensor,
-        means: Tensor,
-        key_norm: Tensor,
-        mean_norm: Tensor,
-        opening: list[int],
-        is_fresh: list[bool],
-    ) -> Tensor:
-        """Mask `[S, C]` of the `opening[s]` keys of each stream whose best cosine with a slot is lowest."""
-        num = scores.shape[-1]
-        if self._scaled is None:
-            self._scaled = torch.empty_like(self._scores)
-        scaled = self._scaled[: scores.numel()].view_as(scores)
-        # A key or mean of length zero has cosine 0 with everything.
-        torch.mul(scores, mean_norm[:, None, :num].clamp(min=_TINY).reciprocal(), out=scaled)
-        best = scaled.amax(-1) / key_norm.clamp(min=_TINY)
-        # Keys that are not finite have no cosine: they are the last to open a slot.
-        best.nan_to_num_(nan=2.0)
-        best[:, 0].masked_fill_(torch.tensor(is_fresh, device=best.device), torch.inf)
-        order = best.argsort(dim=-1, stable=True)
-        # Contested: the last key that opens a slot and the first that does not are too close to tell apart.
-        # Cosines are at most 1 long; a few more roundings than a dot product go into one.
-        tolerance = 2 * (keys.shape[-1] + 8) * torch.finfo(keys.dtype).eps
-        num_opening = torch.tensor(opening, device=best.device)[:, None]
-        boundary = best.gather(-1, order.gather(-1, (num_opening - 1).clamp(min=0)))
-        following = best.gather(-1, order.gather(-1, num_opening.clamp(max=best.shape[-1] - 1)))
-        is_contested = (following - boundary <= tolerance) & (num_opening > 0)
-        if bool(is_contested.any()):
-            near = is_contested & ((best - boundary).abs() <= 2 * tolerance)
-            streams, tokens = near.nonzero(as_tuple=True)
-            cosines = scaled[streams, tokens] / key_norm[streams, tokens, None].clamp(min=_TINY)
-            # The best slot in float64 is among those that float32 cannot tell from its best.
-            candidates = cosines >= (best[streams, tokens] - tolerance)[:, None]
-            exact = _exact_products(candidates, streams, keys[streams, tokens], means, is_cosine=True)
-            best = best.double()
-            best[streams, tokens] = exact.amax(-1)
-            order = best.argsort(dim=-1, stable=True)
-        return _first(order, opening)
+        return torch.stack([random_priority(seed, h, t, size) for h, t in pairs])
 
 
-def _certified_argmax(scores: Tensor, tolerance: Tensor, keys: Tensor, means: Tensor) -> Tensor:
-    """Slot `[S, C]` of the largest dot product, ties to the lowest index, as float64 would decide."""
-    streams, tokens, num = scores.shape
-    blocks = scores.view(streams, tokens, num // BLOCK, BLOCK)
-    block_best = blocks.amax(-1)
-    block = block_best.argmax(-1, keepdim=True)
-    inside = blocks.gather(2, block[..., None].expand(-1, -1, 1, BLOCK)).squeeze(2)
-    place = inside.argmax(-1, keepdim=True)
-    best = inside.gather(-1, place)
-    # The best of all the others: the other blocks, and the rest of the winner's own.
-    inside.scatter_(-1, place, -torch.inf)
-    block_best.scatter_(-1, block, -torch.inf)
-    second = torch.maximum(inside.amax(-1), block_best.amax(-1))
-    slots = (block * BLOCK + place).squeeze(-1)
-    contested = best.squeeze(-1) - second <= tolerance
-    if bool(contested.any()):
-        s, t = contested.nonzero(as_tuple=True)
-        floor = (best.squeeze(-1) - tolerance)[s, t]
-        exact = _exact_products(scores[s, t] >= floor[:, None], s, keys[s, t], means, is_cosine=False)
-        # argmax returns the first of equal maxima, which is the lowest index.
-        slots[s, t] = exact.argmax(-1)
-    return slots
-
-
-def _exact_products(
-    candidates: Tensor, streams: Tensor, keys: Tensor, means: Tensor, *, is_cosine: bool
-) -> Tensor:
-    """Dot products or cosines `[A, n]` in float64 of tokens with their candidate slots, -inf elsewhere.
+class _Chunk:
+    """A chunk's keys and slot means with their scores, in float32 and, where that is not enough, in float64.
 
     Args:
-        candidates: `[A, n]` mask.
-        streams: `[A]` stream of each token.
-        keys: `[A, K]`.
+        keys: `[S, C, K]`.
         means: `[S, padded, K]`.
-        is_cosine: divide by the lengths.
+        existing: slots of each stream, at least 1.
+        scratch: memory for the scores.
     """
-    token, slot = candidates.nonzero(as_tuple=True)
-    exact = torch.full(candidates.shape, -torch.inf, dtype=torch.float64, device=keys.device)
-    for i in range(0, len(token), _PAIRS):
-        a, n = token[i : i + _PAIRS], slot[i : i + _PAIRS]
-        pair_keys, pair_means = keys[a].double(), means[streams[a], n].double()
-        products = (pair_keys * pair_means).sum(-1)
+
+    def __init__(self, keys: Tensor, means: Tensor, existing: list[int], scratch: Tensor) -> None:
+        streams, tokens, _ = keys.shape
+        num, smallest = padded_slots(max(existing)), min(existing)
+        self.keys, self.means = keys, means[:, :num]
+        self.scores = scratch[: streams * tokens * num].view(streams, tokens, num)
+        torch.bmm(keys, self.means.transpose(1, 2), out=self.scores)
+        if smallest == max(existing):
+            self.scores[:, :, smallest:] = -torch.inf
+        else:
+            used = torch.tensor(existing, device=keys.device)[:, None]
+            is_spare = torch.arange(smallest, num, device=keys.device) >= used
+            self.scores[:, :, smallest:].masked_fill_(is_spare[:, None], -torch.inf)
+        self.key_norm = torch.linalg.vector_norm(keys, dim=-1)
+        self.mean_norm = torch.linalg.vector_norm(self.means, dim=-1)
+        self._eps = torch.finfo(keys.dtype).eps
+        self._dense: Tensor | None = None
+
+    def nearest(self) -> Tensor:
+        """Slot `[S, C]` with the largest dot product, ties to the lowest index; 0 for keys not finite."""
+        streams, tokens, num = self.scores.shape
+        blocks = self.scores.view(streams, tokens, num // BLOCK, BLOCK)
+        block_best = blocks.amax(-1)
+        block = block_best.argmax(-1, keepdim=True)
+        inside = blocks.gather(2, block[..., None].expand(-1, -1, 1, BLOCK)).squeeze(2)
+        place = inside.argmax(-1, keepdim=True)
+        best = inside.gather(-1, place)
+        # The best of all the others: the other blocks, and the rest of the winner's own.
+        inside.scatter_(-1, place, -torch.inf)
+        block_best.scatter_(-1, block, -torch.inf)
+        second = torch.maximum(inside.amax(-1), block_best.amax(-1))
+        slots, best = (block * BLOCK + place).squeeze(-1), best.squeeze(-1)
+        # Rounding of a K-term dot product, on both sides of a comparison: 2 K (eps / 2) |k| |D|.
+        length = self.key_norm * self.mean_norm.amax(-1, keepdim=True)
+        tolerance = (self.keys.shape[-1] * self._eps + 2 * TIE) * length
+        is_contested = best - second <= tolerance
+        if bool(is_contested.any()):
+            s, t = is_contested.nonzero(as_tuple=True)
+            exact = self._exact(s, t, self.scores[s, t] >= (best - tolerance)[s, t, None], is_cosine=False)
+            floor = exact.amax(-1) - TIE * length[s, t].double()
+            # argmax returns the first of equal maxima, which is the lowest index.
+            slots[s, t] = (exact >= floor[:, None]).byte().argmax(-1)
+        return slots.masked_fill_(~best.isfinite(), 0)
+
+    def novelty(self, opening: list[int], is_fresh: Tensor, scratch: Tensor) -> Tensor:
+        """Best cosine `[S, C]` of each key with a slot mean, in float64 where the choice of openers turns on
+        it.
+
+        Args:
+            opening: keys of each stream that are to open slots: those of lowest best cosine.
+            is_fresh: `[S]` streams whose first key has opened slot 0 and is out of the question.
+            scratch: memory for the cosines.
+        """
+        # A key or mean of length zero has cosine 0 with everything.
+        cosines = scratch[: self.scores.numel()].view_as(self.scores)
+        torch.mul(self.scores, self.mean_norm[:, None].clamp(min=_TINY).reciprocal(), out=cosines)
+        best = cosines.amax(-1) / self.key_norm.clamp(min=_TINY)
+        # Keys that are not finite have no cosine: they are the last to open a slot.
+        best.nan_to_num_(nan=2.0)
+        best[:, 0].masked_fill_(is_fresh, torch.inf)
+        # Cosines are at most 1 long; a few more roundings than a dot product go into one.
+        tolerance = 2 * (self.keys.shape[-1] + 8) * self._eps + 2 * TIE
+        # Contested: the last key that opens a slot and the first that does not are too close to tell apart.
+        ranked = best.sort(-1).values
+        num = torch.tensor(opening, device=best.device)[:, None]
+        boundary = ranked.gather(-1, (num - 1).clamp(min=0))
+        following = ranked.gather(-1, num.clamp(max=ranked.shape[-1] - 1))
+        is_contested = (following - boundary <= tolerance) & (num > 0)
+        if bool(is_contested.any()):
+            is_near = is_contested & ((best - boundary).abs() <= 2 * tolerance)
+            s, t = is_near.nonzero(as_tuple=True)
+            # The best slot in float64 is among those that float32 cannot tell from its best.
+            own = cosines[s, t] / self.key_norm[s, t, None].clamp(min=_TINY)
+            exact = self._exact(s, t, own >= (best[s, t] - tolerance)[:, None], is_cosine=True)
+            best = best.double()
+            best[s, t] = exact.amax(-1)
+        return best.double()
+
+    def _exact(self, streams: Tensor, tokens: Tensor, is_candidate: Tensor, *, is_cosine: bool) -> Tensor:
+        """Dot products or cosines `[A, n]` in float64 of A tokens with candidate slots, -inf elsewhere.
+
+        Args:
+            streams: `[A]`.
+            tokens: `[A]`.
+            is_candidate: `[A, n]`.
+            is_cosine: divide by the lengths.
+        """
+        num_pairs = int(is_candidate.sum())
+        if num_pairs > _PAIRS:
+            if self._dense is None:
+                self._dense = torch.bmm(self.keys.double(), self.means.double().transpose(1, 2))
+            exact = self._dense[streams, tokens]
+            if is_cosine:
+                key_norm, mean_norm = (x.double().norm(dim=-1) for x in (self.keys, self.means))
+                exact /= (key_norm[streams, tokens, None] * mean_norm[streams]).clamp_(min=_TINY)
+            return exact.masked_fill_(~is_candidate, -torch.inf)
+        exact = torch.full(is_candidate.shape, -torch.inf, dtype=torch.float64, device=self.keys.device)
+        a, n = is_candidate.nonzero(as_tuple=True)
+        keys, means = self.keys[streams[a], tokens[a]].double(), self.means[streams[a], n].double()
+        products = (keys * means).sum(-1)
         if is_cosine:
-            products /= (pair_keys.norm(dim=-1) * pair_means.norm(dim=-1)).clamp(min=_TINY)
+            products /= (keys.norm(dim=-1) * means.norm(dim=-1)).clamp_(min=_TINY)
         exact[a, n] = products
-    return exact
+        return exact
 
 
-def _first(order: Tensor, num: list[int]) -> Tensor:
-    """Mask `[S, C]` of the first `num[s]` tokens in each stream's order `[S, C]`."""
-    is_first = (
-        torch.arange(order.shape[-1], device=order.device) < torch.tensor(num, device=order.device)[:, None]
-    )
-    return torch.zeros_like(is_first).scatter_(-1, order, is_first)
+def _lowest(priority: Tensor, num: list[int]) -> Tensor:
+    """Mask `[S, C]` of the `num[s]` lowest priorities of each stream; of equal ones, the earliest tokens."""
+    wanted = torch.tensor(num, device=priority.device)[:, None]
+    boundary = priority.sort(-1).values.gather(-1, (wanted - 1).clamp(min=0))
+    is_clear = priority < boundary - TIE
+    is_tied = (priority - boundary).abs() <= TIE
+    is_tied &= is_tied.cumsum(-1) <= wanted - is_clear.sum(-1, keepdim=True)
+    return (is_clear | is_tied) & (wanted > 0)
 
 
-def _merge_updated(slots: Tensor, chosen: Tensor, keys: Tensor, means: Tensor, existing: list[int]) -> None:
+def _merge_updated(
+    slots: Tensor, is_opener: Tensor, keys: Tensor, means: Tensor, existing: list[int]
+) -> None:
     """Let the keys that open no slot go to the slots opened by their own chunk as well (in place).
 
     An ablation, off by default: written for clarity, in float64 throughout.
     """
     for s, n in enumerate(existing):
-        opened = keys[s, chosen[s]].double()
+        opened = keys[s, is_opener[s]].double()
         if len(opened) == 0:
             continue
-        candidates = keys[s].double()
-        own = (candidates * means[s, slots[s].clamp(max=n - 1)].double()).sum(-1)
-        fresh = (candidates[:, None] * opened[None]).sum(-1)
-        best = fresh.argmax(-1)
-        # Strictly better: on a tie the slot that was there before has the lower index.
-        wins = fresh.gather(-1, best[:, None]).squeeze(-1) > own
-        slots[s] = torch.where(wins, n + best, slots[s])
+        own_keys = keys[s].double()
+        own = (own_keys * means[s, slots[s]].double()).sum(-1)
+        fresh = (own_keys[:, None] * opened[None]).sum(-1)
+        longest = torch.cat([means[s, :n].double(), opened]).norm(dim=-1).max()
+        floor = torch.maximum(own, fresh.amax(-1)) - TIE * own_keys.norm(dim=-1) * longest
+        # On a tie the slot that was there before has the lower index.
+        moves = (own < floor) & fresh.amax(-1).isfinite()
+        slots[s] = torch.where(moves, n + (fresh >= floor[:, None]).byte().argmax(-1), slots[s])

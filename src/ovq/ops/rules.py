@@ -4,6 +4,10 @@ import dataclasses
 
 from ovq.ops.schedule import GROWTHS
 
+# Scores closer than this, relative to the lengths of the vectors, are equal: float64 sums taken in another
+# order differ by a hundredth of it. It makes ties of repeated keys ties in every backend.
+TIE = 1e-12
+
 INITS = ("novelty", "random")
 MERGES = ("existing", "updated")
 
