@@ -75,10 +75,15 @@ class Plan:
         """Most slots of a row at the end."""
         return max((sizes[-1] for sizes in self.slots), default=0)
 
+    @property
+    def block_size(self) -> int:
+        """Queries of a chunk that are read together."""
+        return min(self.aligned.width, READ_BLOCK)
+
     def groups(self, device: torch.device) -> Iterator[Group]:
         """The streams of the call in groups."""
         width = self.aligned.width
-        elements = self.group_size * min(width, READ_BLOCK) * (width + self.capacity)
+        elements = self.group_size * self.block_size * (width + self.capacity)
         if device.type == "cpu":
             threads = torch.get_num_threads()
             streams = max(threads, CPU_ELEMENTS // elements // threads * threads)
@@ -155,7 +160,8 @@ class Step:
         self.tokens = slice(0, self.num_tokens)
         self._chunks = _progression([aligned.first_chunk[r] + i for r in rows])
         self.blocks = [
-            slice(t, min(t + READ_BLOCK, self.num_tokens)) for t in range(0, self.num_tokens, READ_BLOCK)
+            slice(t, min(t + plan.block_size, self.num_tokens))
+            for t in range(0, self.num_tokens, plan.block_size)
         ]
 
     def part(self, x: Tensor, tokens: slice) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ovq.ops.groups import READ_BLOCK, Group, Step
+from ovq.ops.groups import Group, Step
 from ovq.ops.routing import padded_slots
 from ovq.ops.sums import Sums
 
@@ -33,7 +33,7 @@ class Reader:
         self._values = q.new_zeros(group.num_streams, rows, v.shape[-1])
         means = self._keys[:, self._width :]
         self._means = means if q.dtype == wide else torch.zeros_like(means, dtype=wide)
-        block = min(self._width, READ_BLOCK)
+        block = plan.block_size
         queries = group.num_streams * plan.group_size * block
         self._queries = q.new_empty(queries * q.shape[-1])
         self._scores = q.new_empty(queries * (self._width + plan.capacity))

@@ -1,0 +1,138 @@
+"""Design choices of the `torch` backend, each beside what lost to it: `python benchmarks/choices.py`.
+
+Times are medians of interleaved calls, as ratios to the choice made, at the reference shape (8 heads of 64,
+chunk 256, 1024 slots): of a single operation, or of a whole prefill where it is about the plan.
+`docs/results.md` has the figures this printed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from ovq.bench.measure import interleaved
+from ovq.bench.workloads import Workload
+from ovq.ops import groups
+
+HEADS, CHUNK, SLOTS, DIM = 8, 256, 1024, 64
+CPU_ELEMENTS, READ_BLOCK = groups.CPU_ELEMENTS, groups.READ_BLOCK
+
+Choices = dict[str, Callable[[], object]]
+
+
+def score_bias() -> Choices:
+    """Add log counts and the causal mask to the scores."""
+    q, keys = torch.randn(HEADS, CHUNK, DIM), torch.randn(HEADS, SLOTS, DIM)
+    scores, bias = torch.empty(HEADS, CHUNK, SLOTS), torch.randn(HEADS, 1, SLOTS)
+
+    def beta() -> None:
+        scores.copy_(bias)
+        scores.baddbmm_(q, keys.transpose(1, 2))
+
+    def after() -> None:
+        torch.bmm(q, keys.transpose(1, 2), out=scores)
+        scores.add_(bias)
+
+    return {"as the product's accumulator": beta, "added after the product": after}
+
+
+def softmax() -> Choices:
+    """Turn scores into probabilities."""
+    scores = torch.randn(HEADS, CHUNK, SLOTS)
+    out = torch.empty_like(scores)
+
+    def by_hand() -> None:
+        torch.exp(scores, out=out)
+        out.div_(out.sum(-1, keepdim=True))
+
+    return {
+        "torch.softmax into a buffer": lambda: torch.softmax(scores, -1, out=out),
+        "torch.softmax, new memory": lambda: torch.softmax(scores, -1),
+        "exp and sum (no maximum)": by_hand,
+    }
+
+
+def best_slot() -> Choices:
+    """Find the slot of the largest score, and the gap to the second."""
+    scores = torch.randn(HEADS, CHUNK, SLOTS)
+
+    def blocked() -> None:
+        blocks = scores.view(HEADS, CHUNK, -1, 32)
+        best = blocks.amax(-1)
+        block = best.argmax(-1, keepdim=True)
+        inside = blocks.gather(2, block[..., None].expand(-1, -1, 1, 32)).squeeze(2)
+        place = inside.argmax(-1, keepdim=True)
+        inside.scatter_(-1, place, -torch.inf)
+        best.scatter_(-1, block, -torch.inf)
+        torch.maximum(inside.amax(-1), best.amax(-1))
+
+    return {
+        "best block, then best in it, with gap": blocked,
+        "argmax alone": lambda: scores.argmax(-1),
+        "topk of 2": lambda: scores.topk(2, -1),
+    }
+
+
+def merge() -> Choices:
+    """Add a chunk's keys to the sums of their slots."""
+    keys = torch.randn(HEADS, CHUNK, DIM)
+    sums, slots = torch.zeros(HEADS, SLOTS, DIM), torch.randint(SLOTS, (HEADS, CHUNK))
+    flat = (slots + SLOTS * torch.arange(HEADS)[:, None]).flatten()
+
+    def one_hot() -> None:
+        torch.baddbmm(sums, torch.nn.functional.one_hot(slots, SLOTS).float().transpose(1, 2), keys)
+
+    return {
+        "index_add_": lambda: sums.view(-1, DIM).index_add_(0, flat, keys.view(-1, DIM)),
+        "product with one-hot assignments": one_hot,
+    }
+
+
+def prefill(constant: str, values: tuple[int, ...], chosen: int) -> Choices:
+    """A whole prefill of 16k tokens with another value of a constant of the plan."""
+    run = Workload(mixer="ovq", length=16384, dtype="float32", num_slots=SLOTS).forward("cpu")
+
+    def with_value(value: int) -> Callable[[], object]:
+        def call() -> object:
+            setattr(groups, constant, value)
+            try:
+                return run()
+            finally:
+                setattr(groups, constant, chosen)
+
+        return call
+
+    return {f"{constant} = {value}": with_value(value) for value in (chosen, *values)}
+
+
+def main() -> None:
+    """Measure every choice and print the ratios."""
+    experiments = [
+        ("bias of the scores", score_bias()),
+        ("softmax", softmax()),
+        ("nearest slot", best_slot()),
+        ("merge", merge()),
+        ("heads worked on at once", prefill("CPU_ELEMENTS", (1 << 18, 1 << 20, 1 << 24), CPU_ELEMENTS)),
+        ("queries read at once", prefill("READ_BLOCK", (64, 256), READ_BLOCK)),
+    ]
+    table = Table(
+        title=f"Choices, the one made first; {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    for column in ("what", "how", "median", "ratio"):
+        table.add_column(column, justify="right" if column in ("median", "ratio") else "left")
+    for what, choices in track(experiments, description="measuring", console=Console(stderr=True)):
+        medians = [statistics.median(t) for t in interleaved(list(choices.values()), max_rounds=50)]
+        for how, median in zip(choices, medians, strict=True):
+            table.add_row(what, how, f"{median * 1e3:.2f} ms", f"{median / medians[0]:.2f}")
+            what = ""
+        table.add_section()
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
