@@ -20,7 +20,7 @@ from ovq.ops.state import OVQState, state_dtype
 
 FORMAT = "ovq-state"
 VERSION = "1"
-_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values", "num_seen")
+STATE_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values", "num_seen")
 
 
 @contextlib.contextmanager
@@ -49,13 +49,26 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_state(state: OVQState, path: str | os.PathLike) -> None:
-    """Write `state` to `path`; see `OVQState.save`."""
-    tensors = {name: getattr(state, name).detach().cpu().contiguous() for name in _TENSORS}
+def state_tensors(state: OVQState) -> dict[str, Tensor]:
+    """The tensors of a state as they are written, on the CPU.
+
+    Example:
+        >>> state = OVQState.empty(
+        ...     batch_size=1, num_kv_heads=1, key_dim=4, value_dim=4, num_slots=8, chunk_size=4
+        ... )
+        >>> sorted(state_tensors(state))
+        ['count', 'key_sum', 'num_seen', 'pending_keys', 'pending_values', 'value_sum']
+    """
+    tensors = {name: getattr(state, name).detach().cpu().contiguous() for name in STATE_TENSORS}
     # Places beyond num_pending may hold tokens of another continuation: they are nobody's business on disk.
     used = torch.arange(state.chunk_size) < state.num_pending[:, None]
     for name in ("pending_keys", "pending_values"):
         tensors[name] = tensors[name].masked_fill(~used[:, None, :, None], 0)
+    return tensors
+
+
+def save_state(state: OVQState, path: str | os.PathLike) -> None:
+    """Write `state` to `path`; see `OVQState.save`."""
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -63,24 +76,45 @@ def save_state(state: OVQState, path: str | os.PathLike) -> None:
         "chunk_size": str(state.chunk_size),
     }
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file(state_tensors(state), temporary, metadata=metadata)
+
+
+def read_file(
+    path: str | os.PathLike, *, what: str, file_format: str, version: str
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file of ours, read only if its header says that it is one.
+
+    Args:
+        path: the file.
+        what: what it should be, for error messages.
+        file_format: the `format` its metadata must name.
+        version: the `version` its metadata must name.
+
+    Raises:
+        ValueError: no such file, one that is damaged, or one of another format or version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: expected {what}, found no such file")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            for name, expected in (("format", file_format), ("version", version)):
+                if metadata.get(name) != expected:
+                    raise ValueError(f"{path}: expected {name} {expected!r}, found {metadata.get(name)!r}")
+            names = file.keys()
+            return metadata, {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected {what}, found a file that is damaged or foreign ({error})"
+        ) from error
 
 
 def load_state(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> OVQState:
     """Read and check the state at `path`; see `OVQState.load`."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: expected a saved OVQ state, found no such file")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            names = set(file.keys())
-            _check_header(path, metadata, names)
-            tensors = {name: file.get_tensor(name) for name in _TENSORS}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: expected a saved OVQ state, found a file that is damaged or foreign ({error})"
-        ) from error
+    metadata, tensors = read_file(path, what="a saved OVQ state", file_format=FORMAT, version=VERSION)
+    if set(tensors) != set(STATE_TENSORS):
+        raise ValueError(f"{path}: expected tensors {sorted(STATE_TENSORS)}, found {sorted(tensors)}")
     num_slots = _positive_int(path, metadata, "num_slots")
     chunk_size = _positive_int(path, metadata, "chunk_size")
     check_tensors(str(path), tensors, num_slots=num_slots, chunk_size=chunk_size)
@@ -88,16 +122,7 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str = "cpu") -
     return OVQState(**moved, num_slots=num_slots, chunk_size=chunk_size)
 
 
-def _check_header(path: Path, metadata: dict[str, str], names: set[str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT!r}, found {metadata.get('format')!r}")
-    if metadata.get("version") != VERSION:
-        raise ValueError(f"{path}: expected version {VERSION!r}, found {metadata.get('version')!r}")
-    if names != set(_TENSORS):
-        raise ValueError(f"{path}: expected tensors {sorted(_TENSORS)}, found {sorted(names)}")
-
-
-def _positive_int(path: Path, metadata: dict[str, str], name: str) -> int:
+def _positive_int(path: str | os.PathLike, metadata: dict[str, str], name: str) -> int:
     text = metadata.get(name, "")
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"{path}: expected {name} to be an integer of at least 1, found {text!r}")
@@ -111,7 +136,7 @@ def check_tensors(where: str, tensors: dict[str, Tensor], *, num_slots: int, chu
         if not is_right:
             raise ValueError(f"{where}: expected {expected}, found {found}")
 
-    key_sum, value_sum, count, pending_keys, pending_values, num_seen = (tensors[n] for n in _TENSORS)
+    key_sum, value_sum, count, pending_keys, pending_values, num_seen = (tensors[n] for n in STATE_TENSORS)
     expect(count.dim() == 3, "count of shape [B, Hkv, M]", tuple(count.shape))
     batch, heads, rows = count.shape
     expect(rows <= num_slots, f"at most {num_slots} slots", rows)
