@@ -4,10 +4,20 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from ovq.hf.cache import OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
+from ovq.hf.context import Context, build_context, load_context, save_context
 from ovq.hf.modeling_ovq import OVQForCausalLM, OVQModel
 
 AutoConfig.register(OVQConfig.model_type, OVQConfig)
 AutoModel.register(OVQConfig, OVQModel)
 AutoModelForCausalLM.register(OVQConfig, OVQForCausalLM)
 
-__all__ = ["OVQCache", "OVQConfig", "OVQForCausalLM", "OVQModel"]
+__all__ = [
+    "Context",
+    "OVQCache",
+    "OVQConfig",
+    "OVQForCausalLM",
+    "OVQModel",
+    "build_context",
+    "load_context",
+    "save_context",
+]

@@ -6,16 +6,23 @@ uses.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.layers.cache import ConvStateMixin, SlotCache, key_value_kind
+from ovq.layers.common import apply_rotary, rotary_tables
+from ovq.ops import OVQState
+from ovq.ops.serialization import STATE_TENSORS, state_tensors
 
 #: Name of the cache among the arguments of `forward` that `generate` uses, and in model outputs.
 CACHE_KEY = (
@@ -33,6 +40,8 @@ class _LayerCache(ConvStateMixin):
     # Shapes depend on the number of tokens seen.
     is_compileable = False
     supports_early_init = False
+    #: Base of the rotary frequencies of the keys; None for keys without rotary embedding.
+    rope_theta: float | None = None
 
     def offload(self) -> None:
         """Move everything to the CPU."""
@@ -55,8 +64,32 @@ class _LayerCache(ConvStateMixin):
         if tokens_to_remove != 0:
             raise ValueError(
                 f"expected crop(0), found crop({tokens_to_remove}): tokens in a state cannot be taken out "
-                "again; keep a copy of the cache from before them (copy.deepcopy)"
+                "again; keep a snapshot of the cache from before them (OVQCache.snapshot)"
             )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is to save, by name, on the CPU."""
+        return {} if self.conv_state is None else {"conv_state": self.conv_state.cpu().contiguous()}
+
+    def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
+        """Fill this layer, which is empty, with what `tensors` gave for a layer of `num_columns` columns."""
+        self.conv_state = tensors.get("conv_state")
+
+    def join(self, parts: Sequence[_LayerCache], num_columns: int) -> None:
+        """Fill this layer, which is empty, with the rows of others, padded left to `num_columns` columns."""
+        if parts[0].conv_state is not None:
+            self.conv_state = torch.cat([part.conv_state for part in parts])
+        self.has_padding = any(part.has_padding or part.get_seq_length() < num_columns for part in parts)
+
+    def _moved(self, keys: Tensor, num_columns: int) -> Tensor:
+        """Keys `[..., K]`, or sums of them, as they would be had the row begun `num_columns` further right."""
+        if self.rope_theta is None or num_columns == 0:
+            return keys
+        # A rotation by position p and one by m more is that by p + m, and a rotation of a sum that of its
+        # parts.
+        wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        cos, sin = rotary_tables(num_columns, 1, keys.shape[-1], theta=self.rope_theta, like=wide)
+        return apply_rotary(wide, cos, sin).to(keys.dtype)
 
 
 class _AttentionLayerCache(_LayerCache):
@@ -66,6 +99,11 @@ class _AttentionLayerCache(_LayerCache):
     def kind(self) -> str:
         """What it holds."""
         return key_value_kind(getattr(self, "sliding_window", None))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows B."""
+        return self.keys.shape[0]
 
     def memory_nbytes(self) -> int:
         return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
@@ -82,6 +120,29 @@ class _AttentionLayerCache(_LayerCache):
         self.keys, self.values, self.is_initialized = None, None, False
         super().reset()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Keys, values and the state of the convolution."""
+        kept = {"keys": self.keys, "values": self.values}
+        return super().tensors() | {name: t.cpu().contiguous() for name, t in kept.items()}
+
+    def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
+        """Fill this layer, which is empty."""
+        super().restore(tensors, num_columns, config)
+        self.update(tensors["keys"], tensors["values"])
+
+    def join(self, parts: Sequence[_AttentionLayerCache], num_columns: int) -> None:
+        """Fill this layer, which is empty, with the rows of others, padded left to `num_columns` columns."""
+        super().join(parts, num_columns)
+        num_kept = max(part.keys.shape[2] for part in parts)
+        keys, values = (
+            torch.cat([F.pad(t, (0, 0, num_kept - t.shape[2], 0)) for t in tensors])
+            for tensors in (
+                [part._moved(part.keys, num_columns - part.get_seq_length()) for part in parts],
+                [part.values for part in parts],
+            )
+        )
+        self.update(keys, values)
+
 
 class FullAttentionCacheLayer(_AttentionLayerCache, DynamicLayer):
     """Cache of a `"full_attention"` layer."""
@@ -97,11 +158,27 @@ class SlidingWindowCacheLayer(_AttentionLayerCache, DynamicSlidingWindowLayer):
         self.keys, self.values = self.keys.clone(), self.values.clone()
         return seen
 
+    def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
+        """Fill this layer, which is empty."""
+        super().restore(tensors, num_columns, config)
+        # The columns that have left the window count, too.
+        self.cumulative_length = num_columns
+
+    def join(self, parts: Sequence[_AttentionLayerCache], num_columns: int) -> None:
+        """Fill this layer, which is empty, with the rows of others, padded left to `num_columns` columns."""
+        super().join(parts, num_columns)
+        self.cumulative_length = num_columns
+
 
 class SlotCacheLayer(_LayerCache, SlotCache, CacheLayerMixin):
     """Cache of an `"ovq"` layer: its `OVQState` and the state of its convolution."""
 
     is_sliding = False
+
+    @property
+    def num_rows(self) -> int:
+        """Rows B."""
+        return self.state.batch_size
 
     def set_state(self, state: Any, num_new: int) -> None:
         """Keep the state after `num_new` more columns."""
@@ -133,6 +210,30 @@ class SlotCacheLayer(_LayerCache, SlotCache, CacheLayerMixin):
         super()._move_to(device)
         self._map_state(lambda s: s.to(device, non_blocking=True))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the state, and the state of the convolution."""
+        return super().tensors() | state_tensors(self.state)
+
+    def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
+        """Fill this layer, which is empty."""
+        super().restore(tensors, num_columns, config)
+        parts = {name: tensors[name] for name in STATE_TENSORS}
+        state = OVQState(**parts, num_slots=config.num_slots, chunk_size=config.chunk_size)
+        self.set_state(state, num_columns)
+
+    def join(self, parts: Sequence[SlotCacheLayer], num_columns: int) -> None:
+        """Fill this layer, which is empty, with the rows of others."""
+        super().join(parts, num_columns)
+        states = []
+        for part in parts:
+            num_missing = num_columns - part.get_seq_length()
+            keys = {
+                name: self._moved(getattr(part.state, name), num_missing)
+                for name in ("key_sum", "pending_keys")
+            }
+            states.append(dataclasses.replace(part.state, **keys))
+        self.set_state(OVQState.concatenate(states), num_columns)
+
 
 class OVQCache(Cache):
     """Cache of an OVQ model: one layer cache a layer, of the kind its mixer needs.
@@ -155,13 +256,74 @@ class OVQCache(Cache):
         """Bytes of the tensors kept for all layers and rows."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows B; 0 before the first token."""
+        return self.layers[0].num_rows if self.get_seq_length() else 0
+
+    def snapshot(self) -> OVQCache:
+        """A cache of its own that starts where this one is: a branch, or the way back from rejected tokens.
+
+        It costs next to nothing: the two share tensors, and no tensor is changed that another cache can see.
+
+        Example:
+            >>> from ovq.hf import OVQConfig, OVQModel
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model, cache = OVQModel(config).eval(), OVQCache(config)
+            >>> _ = model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+            >>> before = cache.snapshot()
+            >>> _ = model(torch.tensor([[4]]), past_key_values=cache)
+            >>> cache.get_seq_length(), before.get_seq_length()
+            (4, 3)
+        """
+        branch = copy.copy(self)
+        branch.layers = [copy.copy(layer) for layer in self.layers]
+        return branch
+
+    @staticmethod
+    def concatenate(caches: Sequence[OVQCache], config: OVQConfig) -> OVQCache:
+        """The rows of several caches in one: how a row joins a running batch. The caches stay as they are.
+
+        Rows with fewer columns than the longest get columns of padding on their left: later calls need an
+        `attention_mask` of all columns with zeros there.
+
+        Args:
+            caches: of models with this config; each has read at least one column.
+            config: of the model.
+
+        Raises:
+            ValueError: no caches, an empty one among them, or states of different sizes.
+
+        Example:
+            >>> from ovq.hf import OVQConfig, OVQModel
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model, long, short = OVQModel(config).eval(), OVQCache(config), OVQCache(config)
+            >>> _ = model(torch.tensor([[1, 2, 3]]), past_key_values=long)
+            >>> _ = model(torch.tensor([[4]]), past_key_values=short)
+            >>> both = OVQCache.concatenate([long, short], config)
+            >>> mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+            >>> _ = model(torch.tensor([[5], [6]]), mask, past_key_values=both)
+        """
+        lengths = [cache.get_seq_length() for cache in caches]
+        if not lengths or min(lengths) == 0:
+            raise ValueError(f"expected caches that have read at least one column, found lengths {lengths}")
+        joined = OVQCache(config)
+        for layer, parts in zip(
+            joined.layers, zip(*(cache.layers for cache in caches), strict=True), strict=True
+        ):
+            layer.join(parts, max(lengths))
+        return joined
+
 
 def _layer_cache(mixer_type: str, config: OVQConfig) -> _LayerCache:
-    if mixer_type == "full_attention":
-        return FullAttentionCacheLayer()
-    if mixer_type == "sliding_attention":
-        return SlidingWindowCacheLayer(sliding_window=config.sliding_window)
-    return SlotCacheLayer()
+    if mixer_type == "ovq":
+        layer = SlotCacheLayer()
+    elif mixer_type == "full_attention":
+        layer = FullAttentionCacheLayer()
+    else:
+        layer = SlidingWindowCacheLayer(sliding_window=config.sliding_window)
+    layer.rope_theta = config.rope_theta if mixer_type in config.rope_mixers else None
+    return layer
 
 
 def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:
@@ -182,8 +344,12 @@ def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:
     return found
 
 
-def add_generation_cache(config: OVQConfig, generation_config: GenerationConfig, model_kwargs: dict) -> bool:
+def add_generation_cache(
+    config: OVQConfig, generation_config: GenerationConfig, model_kwargs: dict, batch_size: int
+) -> bool:
     """Put a fresh `OVQCache` into the arguments of a `generate` call that wants one and brought none.
+
+    One that was brought gets a row for each beam, if it has a row for each prompt.
 
     Returns:
         Whether it did; if not, transformers' own preparation has no cache to make either.
@@ -201,4 +367,22 @@ def add_generation_cache(config: OVQConfig, generation_config: GenerationConfig,
     if given is None and generation_config.use_cache is False:
         return False
     model_kwargs[CACHE_KEY] = OVQCache(config) if given is None else given
+    if given is not None and given.num_rows == batch_size:
+        # transformers repeats inputs for beams and for several returned sequences, but not a cache.
+        repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        if repeats > 1:
+            given.batch_repeat_interleave(repeats)
     return given is None
+
+
+def unread_inputs(input_ids: Tensor, model_kwargs: dict) -> Tensor:
+    """The columns of `input_ids` that the cache in the arguments of a `generate` call has not read.
+
+    The caller may pass a cache and the mask of all columns, but only the last columns of text. transformers
+    then takes all of these to be new, though the cache may have read the first of them.
+    """
+    cache, mask = model_kwargs.get(CACHE_KEY), model_kwargs.get("attention_mask")
+    if cache is None or mask is None:
+        return input_ids
+    num_unread = mask.shape[1] - cache.get_seq_length()
+    return input_ids[:, -num_unread:] if 0 < num_unread < input_ids.shape[1] else input_ids

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, one_cache
+from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, one_cache, unread_inputs
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.layers import Mixer, OVQAttention, SequenceLayout, ShortConvolution, mixer_class
 from ovq.layers.common import QKNorm
@@ -310,9 +310,22 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             **{CACHE_KEY: getattr(outputs, CACHE_KEY)},
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        if not add_generation_cache(self.config, generation_config, model_kwargs):
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    # `inputs_embeds` is named because `generate` looks for it in the signature.
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args, inputs_embeds: Tensor | None = None, **kwargs
+    ) -> dict:
+        """The arguments of `forward` for the next step of `generate`."""
+        return super().prepare_inputs_for_generation(
+            unread_inputs(input_ids, kwargs), *args, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        if not add_generation_cache(self.config, generation_config, model_kwargs, batch_size):
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
 
 
 def _check_kwargs(kwargs: dict, allowed: frozenset[str]) -> None:

@@ -1,0 +1,351 @@
+"""Persistent contexts: read a document once, keep the memory of all layers, answer any number of prompts.
+
+For a model of OVQ and sliding-window layers that memory is megabytes, whatever the length of the document:
+prefix caching at constant size. On disk a context is one safetensors file that only the model that read the
+document accepts:
+
+    context = build_context(model, document_ids)
+    save_context(context, "book.ctx")
+
+    context = load_context("book.ctx", model)
+    model.generate(**context.inputs([question_ids, other_question_ids]), max_new_tokens=32)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ovq.hf.cache import CACHE_KEY, OVQCache
+from ovq.hf.configuration_ovq import OVQConfig
+from ovq.hf.modeling_ovq import OVQPreTrainedModel
+from ovq.layers import Mixer, OVQAttention
+from ovq.ops.serialization import STATE_TENSORS, atomic_path, check_tensors, read_file
+
+FORMAT = "ovq-context"
+VERSION = "1"
+
+# Every other field of the config decides what is remembered: it is compared, and so will be a field to come.
+_FIELDS_WITHOUT_EFFECT = frozenset(
+    {"initializer_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Context:
+    """The memory of a document, from which a model goes on as often as it is asked to.
+
+    Made by `build_context` or `load_context`. Using it never changes it: every use gets a cache of its own.
+
+    Attributes:
+        model: the model that read the document.
+        num_tokens: tokens of the document.
+        fingerprint: of the model as it was then, see `fingerprint`.
+
+    Example:
+        >>> from ovq.hf import OVQConfig, OVQForCausalLM
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = OVQForCausalLM(config).eval()
+        >>> context = build_context(model, torch.arange(300) % 8)
+        >>> prompts = [[1, 2, 3], [4]]
+        >>> model.generate(**context.inputs(prompts), max_new_tokens=5, do_sample=False).shape
+        torch.Size([2, 8])
+    """
+
+    model: OVQPreTrainedModel = dataclasses.field(repr=False)
+    num_tokens: int
+    fingerprint: Mapping[str, str] = dataclasses.field(repr=False)
+    _cache: OVQCache = dataclasses.field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory."""
+        return self._cache.nbytes
+
+    def cache(self, num_rows: int = 1) -> OVQCache:
+        """A cache that has read the document, in each of `num_rows` rows, and shares nothing with others.
+
+        For `forward(input_ids, past_key_values=...)`, or for `generate` with an `attention_mask` over the
+        tokens of the document and of the prompt; `inputs` makes that mask.
+        """
+        cache = self._cache.snapshot()
+        # Copies, for one row as well: caches that share buffers must not be used by two threads at once.
+        cache.batch_repeat_interleave(num_rows)
+        return cache
+
+    def inputs(self, prompts: Tensor | Sequence[Tensor | Sequence[int]]) -> dict[str, Tensor | OVQCache]:
+        """What to hand to `generate` for prompts that follow the document.
+
+        Args:
+            prompts: token ids of one or more prompts, of any lengths; a tensor `[B, T]` or a sequence of
+                sequences. Prompts of unequal length are read here, all but their last tokens.
+
+        Returns:
+            `input_ids` `[B, T]` (shorter prompts padded left), the `attention_mask` over document and
+            prompts, and the cache. For one call: `generate` brings the cache up to date in place.
+
+        Raises:
+            ValueError: no prompt, an empty one, or token ids the model does not know.
+        """
+        rows = [_token_ids(prompt, self.model, what=f"prompt {i}") for i, prompt in enumerate(prompts)]
+        if not rows:
+            raise ValueError("prompts: expected at least one, found none")
+        width = max(map(len, rows))
+        pad = self.model.config.pad_token_id or 0
+        ids = torch.stack([torch.cat([row.new_full((width - len(row),), pad), row]) for row in rows])
+        mask = torch.ones(len(rows), self.num_tokens + width, dtype=torch.int64, device=ids.device)
+        for row, tokens in zip(mask, rows, strict=True):
+            row[: width - len(tokens)] = 0
+        has_one_length = min(map(len, rows)) == width
+        cache = self.cache(len(rows)) if has_one_length else self._read(rows)
+        return {"input_ids": ids, "attention_mask": mask, CACHE_KEY: cache}
+
+    @torch.no_grad()
+    def _read(self, rows: list[Tensor]) -> OVQCache:
+        """A cache that has read the document and, in each row, a prompt but for its last token.
+
+        Padding between document and prompt would tear a row apart, so that prompts are read length by length
+        and their rows then joined, with the padding before the document.
+        """
+        by_length: dict[int, list[int]] = {}
+        for place, row in enumerate(rows):
+            by_length.setdefault(len(row), []).append(place)
+        caches = []
+        for length, places in by_length.items():
+            caches.append(self.cache(len(places)))
+            if length > 1:
+                ids = torch.stack([rows[place][:-1] for place in places])
+                self.model.base_model(ids, past_key_values=caches[-1])
+        joined = OVQCache.concatenate(caches, self.model.config)
+        order = torch.tensor([place for places in by_length.values() for place in places])
+        joined.batch_select_indices(order.argsort())
+        return joined
+
+
+@torch.no_grad()
+def build_context(
+    model: OVQPreTrainedModel,
+    input_ids: Tensor | Sequence[int],
+    *,
+    prefill_chunk_size: int = 2048,
+    progress: Callable[[int], None] | None = None,
+) -> Context:
+    """Read a document.
+
+    Args:
+        model: an `OVQForCausalLM` or `OVQModel`.
+        input_ids: `[T]` or `[1, T]` token ids of the document.
+        prefill_chunk_size: tokens read at a time, which bounds the memory needed; it changes the result by
+            rounding only.
+        progress: called with the number of tokens read so far, after each piece.
+
+    Raises:
+        ValueError: an empty document, token ids the model does not know, or a piece of no tokens.
+
+    Example:
+        >>> from ovq.hf import OVQConfig, OVQModel
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> build_context(OVQModel(config), [1, 2, 3], prefill_chunk_size=2, progress=print).num_tokens
+        2
+        3
+        3
+    """
+    if prefill_chunk_size < 1:
+        raise ValueError(f"prefill_chunk_size: expected at least 1, found {prefill_chunk_size}")
+    ids = _token_ids(input_ids, model, what="input_ids")
+    cache = OVQCache(model.config)
+    num_read = 0
+    for piece in ids.split(prefill_chunk_size):
+        model.base_model(piece[None], past_key_values=cache)
+        num_read += len(piece)
+        if progress is not None:
+            progress(num_read)
+    return Context(model=model, num_tokens=num_read, fingerprint=fingerprint(model), _cache=cache)
+
+
+def save_context(context: Context, path: str | os.PathLike) -> None:
+    """Write a context to one safetensors file, atomically: the file is whole or the old one stays.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: a context that `load_context` would refuse, such as one that holds NaN.
+
+    Example:
+        >>> import tempfile
+        >>> from ovq.hf import OVQConfig, OVQModel
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = OVQModel(config)
+        >>> path = os.path.join(tempfile.mkdtemp(), "book.ctx")
+        >>> save_context(build_context(model, [1, 2, 3]), path)
+        >>> load_context(path, model).num_tokens
+        3
+    """
+    tensors = {
+        f"layers.{i}.{name}": tensor
+        for i, layer in enumerate(context._cache.layers)
+        for name, tensor in layer.tensors().items()
+    }
+    _check_layers("context", tensors, context.model, context.num_tokens)
+    metadata = {"format": FORMAT, "version": VERSION, "num_tokens": str(context.num_tokens)}
+    metadata |= {**context.fingerprint, "content": _digest(tensors)}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_context(path: str | os.PathLike, model: OVQPreTrainedModel) -> Context:
+    """Read a context back, for the model that made it, onto the model's device.
+
+    Raises:
+        ValueError: no such file, one that is damaged or foreign, or a context of another model or config.
+    """
+    metadata, tensors = read_file(path, what="a saved context", file_format=FORMAT, version=VERSION)
+    num_tokens = metadata.get("num_tokens", "")
+    if not num_tokens.isdecimal() or int(num_tokens) < 1:
+        raise ValueError(f"{path}: expected num_tokens to be an integer of at least 1, found {num_tokens!r}")
+    own = fingerprint(model)
+    _check_fingerprint(str(path), metadata, own)
+    if (found := _digest(tensors)) != metadata.get("content"):
+        raise ValueError(
+            f"{path}: expected tensors of SHA-256 {metadata.get('content')}, found {found}: it is damaged"
+        )
+    _check_layers(str(path), tensors, model, int(num_tokens))
+    cache = OVQCache(model.config)
+    for i, layer in enumerate(cache.layers):
+        own_tensors = {
+            name: t if name == "num_seen" else t.to(model.device) for name, t in _of_layer(tensors, i).items()
+        }
+        layer.restore(own_tensors, int(num_tokens), model.config)
+    return Context(model=model, num_tokens=int(num_tokens), fingerprint=own, _cache=cache)
+
+
+def fingerprint(model: OVQPreTrainedModel) -> dict[str, str]:
+    """All that a memory depends on: fields of the config, dtype, and the SHA-256 of the backbone's weights.
+
+    The output layer is not part of it, as it only reads.
+
+    Example:
+        >>> from ovq.hf import OVQConfig, OVQModel
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> model, other = OVQModel(config), OVQModel(config)
+        >>> one, two = fingerprint(model), fingerprint(other)
+        >>> one["config"] == two["config"], one["weights"] == two["weights"]
+        (True, False)
+    """
+    names = sorted(set(OVQConfig.__annotations__) & {field.name for field in dataclasses.fields(OVQConfig)})
+    fields = {name: getattr(model.config, name) for name in names if name not in _FIELDS_WITHOUT_EFFECT}
+    return {
+        "config": json.dumps(fields, sort_keys=True),
+        "dtype": str(model.dtype),
+        "weights": _digest(model.base_model.state_dict()),
+    }
+
+
+def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Raise ValueError, naming the first difference, unless two fingerprints are equal."""
+    try:
+        other = dict(json.loads(found.get("config", "")))
+    except (ValueError, TypeError):
+        raise ValueError(f"{where}: expected the config of a model, found {found.get('config')!r}") from None
+    own = json.loads(expected["config"])
+    for name in sorted(own.keys() | other.keys()):
+        if own.get(name) != other.get(name):
+            raise ValueError(
+                f"{where}: expected a context made with {name}={own.get(name)!r}, as the model has, "
+                f"found {name}={other.get(name)!r}"
+            )
+    if found.get("dtype") != expected["dtype"]:
+        raise ValueError(
+            f"{where}: expected a context of a model in {expected['dtype']}, found {found.get('dtype')}"
+        )
+    if found.get("weights") != expected["weights"]:
+        raise ValueError(
+            f"{where}: expected a context of this very model (SHA-256 of its weights {expected['weights']}), "
+            f"found one of other weights ({found.get('weights')})"
+        )
+
+
+def _of_layer(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    prefix = f"layers.{index}."
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _check_layers(
+    where: str, tensors: Mapping[str, Tensor], model: OVQPreTrainedModel, num_tokens: int
+) -> None:
+    """Raise ValueError unless the tensors can be the memory of `num_tokens` tokens of this model."""
+    mixers = model.mixers()
+    expected = {f"layers.{i}.{name}" for i, mixer in enumerate(mixers) for name in _names(mixer)}
+    if set(tensors) != expected:
+        odd = sorted(set(tensors) ^ expected)
+        raise ValueError(
+            f"{where}: expected the {len(expected)} tensors of a cache, found others; they differ in {odd}"
+        )
+    for i, mixer in enumerate(mixers):
+        _check_layer(f"{where}: layer {i}", _of_layer(tensors, i), mixer, num_tokens, model.dtype)
+
+
+def _names(mixer: Mixer) -> set[str]:
+    memory = STATE_TENSORS if isinstance(mixer, OVQAttention) else ("keys", "values")
+    return {*memory, *(["conv_state"] if mixer.conv_size else [])}
+
+
+def _check_layer(
+    where: str, tensors: dict[str, Tensor], mixer: Mixer, num_tokens: int, dtype: torch.dtype
+) -> None:
+    """The same for one layer."""
+    shapes = {}
+    if mixer.conv_size:
+        shapes["conv_state"] = [1, mixer.qkv_proj.out_features, mixer.conv_size - 1]
+    if isinstance(mixer, OVQAttention):
+        state = {name: tensors[name] for name in STATE_TENSORS}
+        check_tensors(where, state, num_slots=mixer.num_slots, chunk_size=mixer.chunk_size)
+        if (found := tensors["num_seen"].tolist()) != [num_tokens]:
+            raise ValueError(f"{where}: expected num_seen [{num_tokens}], found {found}")
+        for name in ("pending_keys", "pending_values"):
+            shapes[name] = [1, mixer.num_kv_heads, mixer.chunk_size, mixer.head_dim]
+    else:
+        kept = num_tokens if mixer.window is None else min(num_tokens, mixer.window - 1)
+        for name in ("keys", "values"):
+            shapes[name] = [1, mixer.num_kv_heads, kept, mixer.head_dim]
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if list(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{where}: expected {name} of shape {shape} in {dtype}, "
+                f"found {list(tensor.shape)} in {tensor.dtype}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{where}: expected finite values in {name}, found NaN or Inf")
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(tensor.flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def _token_ids(ids: Tensor | Sequence[int], model: OVQPreTrainedModel, *, what: str) -> Tensor:
+    """Token ids as a tensor `[T]` on the model's device, checked to be ones the model knows."""
+    tensor = torch.as_tensor(ids)
+    if tensor.dim() == 2 and tensor.shape[0] == 1:
+        tensor = tensor[0]
+    if tensor.dim() != 1 or len(tensor) == 0:
+        raise ValueError(f"{what}: expected one row of at least 1 token, found shape {list(tensor.shape)}")
+    lowest, highest = int(tensor.min()), int(tensor.max())
+    if tensor.is_floating_point() or lowest < 0 or highest >= model.config.vocab_size:
+        raise ValueError(
+            f"{what}: expected integer token ids in 0..{model.config.vocab_size - 1}, "
+            f"found {tensor.dtype} in {lowest}..{highest}"
+        )
+    return tensor.to(model.device, torch.int64)

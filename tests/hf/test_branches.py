@@ -1,0 +1,157 @@
+"""Taking steps back, and rows that join and leave a running batch, in a whole model."""
+
+import pytest
+import torch
+
+from ovq.hf import OVQCache
+from tests.hf.common import make_model, random_ids
+
+STREAMS = random_ids(6, 80, seed=11)
+
+
+@pytest.fixture(scope="module", params=["rope on the window", "rope everywhere"])
+def model(request):
+    if request.param == "rope on the window":
+        return make_model()
+    return make_model(rope_mixers=["sliding_attention", "full_attention", "ovq"])
+
+
+@torch.no_grad()
+def read(model, cache, ids, mask=None):
+    return model(ids, mask, past_key_values=cache).logits
+
+
+def start(model, row, length):
+    cache = OVQCache(model.config)
+    read(model, cache, STREAMS[row, None, :length])
+    return cache
+
+
+@pytest.mark.parametrize("num_rejected", [1, 3, 9])
+def test_a_snapshot_takes_rejected_steps_back_bit_for_bit(model, num_rejected):
+    """Speculation: propose tokens, reject them, go on from the snapshot as if they had never been."""
+    cache = start(model, 0, 13)
+    never_rejected = start(model, 0, 13)
+    for t in range(13, 30):
+        before = cache.snapshot()
+        for step in range(num_rejected):
+            read(model, cache, STREAMS[1, None, t + step : t + step + 1])
+        assert cache.get_seq_length() == before.get_seq_length() + num_rejected
+        cache = before
+        logits = read(model, cache, STREAMS[0, None, t : t + 1])
+        assert torch.equal(logits, read(model, never_rejected, STREAMS[0, None, t : t + 1]))
+    assert cache.get_seq_length() == 30
+
+
+def test_a_snapshot_survives_whatever_happens_to_the_cache(model):
+    cache = OVQCache(model.config)
+    read(model, cache, STREAMS[:3, :14])
+    before = cache.snapshot()
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    read(model, cache, STREAMS[[2, 0, 1], 14:15])
+    cache.batch_select_indices(torch.tensor([1]))
+    read(model, cache, STREAMS[0, None, 15:40])
+    cache.reset()
+    again = before.snapshot()
+    expected = model(STREAMS[:3, :24]).logits[:, 14:]
+    assert torch.equal(read(model, before, STREAMS[:3, 14:24]), read(model, again, STREAMS[:3, 14:24]))
+    torch.testing.assert_close(read(model, start_of(model), STREAMS[:3, 14:24]), expected)
+
+
+def start_of(model):
+    cache = OVQCache(model.config)
+    read(model, cache, STREAMS[:3, :14])
+    return cache
+
+
+class Batch:
+    """A running batch: rows of different lengths in one cache, padded left where they are shorter."""
+
+    def __init__(self, model):
+        self.model, self.cache = model, None
+        self.streams, self.lengths = [], []
+
+    def join(self, row, length):
+        newcomer = start(self.model, row, length)
+        caches = [newcomer] if self.cache is None else [self.cache, newcomer]
+        self.cache = OVQCache.concatenate(caches, self.model.config)
+        self.streams.append(row)
+        self.lengths.append(length)
+
+    def keep(self, places):
+        self.cache.batch_select_indices(torch.tensor(places))
+        self.streams = [self.streams[place] for place in places]
+        self.lengths = [self.lengths[place] for place in places]
+
+    def step(self):
+        """Every row reads its next token, and must predict what it predicts alone."""
+        ids = torch.stack([STREAMS[s, n : n + 1] for s, n in zip(self.streams, self.lengths, strict=True)])
+        self.lengths = [n + 1 for n in self.lengths]
+        width = self.cache.get_seq_length() + 1
+        mask = (torch.arange(width) >= width - torch.tensor(self.lengths)[:, None]).long()
+        logits = read(self.model, self.cache, ids, mask)
+        for row, (s, n) in enumerate(zip(self.streams, self.lengths, strict=True)):
+            with torch.no_grad():
+                alone = self.model(STREAMS[s, None, :n], use_cache=False).logits[0, -1]
+            torch.testing.assert_close(logits[row, -1], alone)
+
+
+def test_rows_join_leave_and_move_between_steps(model):
+    batch = Batch(model)
+    batch.join(0, 3)
+    batch.join(1, 14)
+    batch.join(2, 6)
+    for _ in range(5):
+        batch.step()
+    batch.keep([2, 0])
+    for _ in range(5):
+        batch.step()
+    batch.join(3, 30)
+    batch.join(4, 1)
+    for _ in range(5):
+        batch.step()
+    batch.keep([3, 1, 0, 0, 2])
+    for _ in range(6):
+        batch.step()
+    batch.keep([4])
+    for _ in range(3):
+        batch.step()
+    assert batch.lengths == [44]
+
+
+def test_caches_that_are_joined_stay_as_they_are(model):
+    caches = [start(model, 0, 9), start(model, 1, 4)]
+    twins = [start(model, 0, 9), start(model, 1, 4)]
+    joined = OVQCache.concatenate(caches, model.config)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[1, :5] = 0
+    read(model, joined, STREAMS[:2, 9:10], mask)
+    for row, (cache, twin) in enumerate(zip(caches, twins, strict=True)):
+        ids = STREAMS[row, None, 20:30]
+        assert torch.equal(read(model, cache, ids), read(model, twin, ids))
+
+
+def test_a_forgotten_mask_over_joined_rows_is_refused(model):
+    joined = OVQCache.concatenate([start(model, 0, 9), start(model, 1, 4)], model.config)
+    with pytest.raises(ValueError, match="some of the cached ones are padding; found none"):
+        read(model, joined, STREAMS[:2, :1])
+    alike = OVQCache.concatenate([start(model, 0, 9), start(model, 1, 9)], model.config)
+    torch.testing.assert_close(
+        read(model, alike, STREAMS[:2, 9:12]), model(STREAMS[:2, :12], use_cache=False).logits[:, 9:]
+    )
+
+
+def test_what_cannot_be_joined_is_refused(model):
+    with pytest.raises(ValueError, match=r"at least one column, found lengths \[\]"):
+        OVQCache.concatenate([], model.config)
+    with pytest.raises(ValueError, match=r"at least one column, found lengths \[9, 0\]"):
+        OVQCache.concatenate([start(model, 0, 9), OVQCache(model.config)], model.config)
+
+
+def test_num_rows(model):
+    cache = OVQCache(model.config)
+    assert cache.num_rows == 0
+    read(model, cache, STREAMS[:3, :5])
+    assert cache.num_rows == 3
+    cache.batch_repeat_interleave(2)
+    assert cache.num_rows == 6

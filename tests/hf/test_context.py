@@ -1,0 +1,336 @@
+"""Persistent contexts: prompts from one give what re-reading the document gives, and no other file passes."""
+
+import itertools
+import json
+import os
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ovq.hf import OVQForCausalLM, build_context, load_context, save_context
+from ovq.hf.cache import CACHE_KEY
+from ovq.hf.context import _digest
+from tests.hf.common import make_config, make_model, random_ids
+
+DOCUMENT = random_ids(1, 61, seed=3)[0]
+# Unequal lengths, two of them alike, one of a single token; chunks of 4 end at different steps.
+PROMPTS = [random_ids(1, n, seed=seed)[0] for seed, n in enumerate((7, 3, 1, 7))]
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def context(model):
+    return build_context(model, DOCUMENT, prefill_chunk_size=10)
+
+
+@pytest.fixture
+def saved(context, tmp_path):
+    save_context(context, tmp_path / "book.ctx")
+    return tmp_path / "book.ctx"
+
+
+def reread(model, prompt, **options):
+    """Tokens that follow document and prompt when both are read anew."""
+    text = torch.cat([DOCUMENT, prompt])[None]
+    out = model.generate(text, attention_mask=torch.ones_like(text), **GREEDY, **options)
+    return out[:, text.shape[1] :]
+
+
+def test_prompts_of_any_lengths_go_on_as_if_the_document_were_read_again(model, saved):
+    context = load_context(saved, model)
+    inputs = context.inputs(PROMPTS)
+    out = model.generate(**inputs, **GREEDY)
+    assert out.shape == (4, 7 + 12)
+    for row, prompt in zip(out, PROMPTS, strict=True):
+        assert torch.equal(row[7:], reread(model, prompt)[0])
+        assert torch.equal(row[7 - len(prompt) : 7], prompt)
+    assert len({tuple(row[7:].tolist()) for row in out}) == 4, "a model that repeats itself shows nothing"
+
+
+def test_a_context_is_used_any_number_of_times(model, context):
+    for prompt in (*PROMPTS, PROMPTS[0]):
+        out = model.generate(**context.inputs([prompt]), **GREEDY)
+        assert torch.equal(out[:, len(prompt) :], reread(model, prompt))
+    both = torch.stack([PROMPTS[0], PROMPTS[3]])
+    out = model.generate(**context.inputs(both), **GREEDY)
+    assert torch.equal(out[1, 7:], reread(model, PROMPTS[3])[0])
+
+
+def test_branches_of_a_context_advance_in_turns(model, context):
+    caches = [context.cache(), context.cache(), context.cache(2)]
+    texts = [random_ids(1, 9, seed=7), random_ids(1, 9, seed=8), random_ids(2, 9, seed=9)]
+    with torch.no_grad():
+        for t, (cache, text) in itertools.product(range(9), zip(caches, texts, strict=True)):
+            logits = model(text[:, t : t + 1], past_key_values=cache).logits
+            expected = model(torch.cat([DOCUMENT.expand(len(text), -1), text[:, : t + 1]], 1)).logits[:, -1:]
+            torch.testing.assert_close(logits, expected)
+
+
+def test_caches_of_a_context_share_no_buffers(context):
+    """Threads may each decode from a cache of their own."""
+    one, two = context.cache(), context.cache()
+    for a, b in zip(one.layers, two.layers, strict=True):
+        for name in ("keys", "values", "conv_state"):
+            if isinstance(getattr(a, name, None), torch.Tensor):
+                assert getattr(a, name).data_ptr() != getattr(b, name).data_ptr()
+        if hasattr(a, "state"):
+            assert a.state.pending_keys.data_ptr() != b.state.pending_keys.data_ptr()
+            assert a.state._written is not b.state._written
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"repetition_penalty": 1.0, "output_logits": True, "return_dict_in_generate": True},
+    ],
+    ids=str,
+)
+def test_every_way_of_generating(model, context, options):
+    prompt = PROMPTS[0]
+    text = torch.cat([DOCUMENT, prompt])[None]
+    outs = []
+    for inputs in (context.inputs([prompt]), {"input_ids": text, "attention_mask": torch.ones_like(text)}):
+        torch.manual_seed(0)
+        outs.append(model.generate(**inputs, **{**GREEDY, **options}))
+    if options.get("output_logits"):
+        torch.testing.assert_close(outs[0].logits, outs[1].logits)
+        outs = [out.sequences for out in outs]
+    assert torch.equal(outs[0][:, len(prompt) :], outs[1][:, text.shape[1] :])
+
+
+def test_beams_of_prompts_of_unequal_length(model, context):
+    out = model.generate(**context.inputs(PROMPTS), **GREEDY, num_beams=3)
+    for row, prompt in zip(out, PROMPTS, strict=True):
+        assert torch.equal(row[7:], reread(model, prompt, num_beams=3)[0])
+
+
+def test_rotary_embedding_in_every_layer():
+    """Rows of unequal prompts are moved to the right, and their rotated keys and sums of keys with them."""
+    model = make_model(rope_mixers=["full_attention", "sliding_attention", "ovq"])
+    inputs = build_context(model, DOCUMENT).inputs(PROMPTS)
+    with torch.no_grad():
+        cache, last = inputs[CACHE_KEY], inputs["input_ids"][:, -1:]
+        logits = model(last, inputs["attention_mask"], past_key_values=cache).logits
+        for row, prompt in zip(logits, PROMPTS, strict=True):
+            expected = model(torch.cat([DOCUMENT, prompt])[None], use_cache=False).logits
+            torch.testing.assert_close(row, expected[0, -1:])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"conv_size": 0}, {"mixer_types": ["ovq"] * 4}, {"chunk_size": 64}], ids=str
+)
+@pytest.mark.parametrize("length", [1, 3, 61])
+def test_other_models_and_short_documents(tmp_path, changes, length):
+    """With conv_size 0 there is one tensor less; with chunks of 64 there is no slot yet."""
+    model = make_model(**changes)
+    save_context(build_context(model, DOCUMENT[:length]), tmp_path / "c")
+    context = load_context(tmp_path / "c", model)
+    out = model.generate(**context.inputs(PROMPTS), **GREEDY)
+    for row, prompt in zip(out, PROMPTS, strict=True):
+        text = torch.cat([DOCUMENT[:length], prompt])[None]
+        expected = model.generate(text, attention_mask=torch.ones_like(text), **GREEDY)
+        assert torch.equal(row[7:], expected[0, text.shape[1] :])
+
+
+def test_pieces_and_progress_do_not_change_what_is_remembered(model, context):
+    seen = []
+    other = build_context(model, DOCUMENT[None], prefill_chunk_size=25, progress=seen.append)
+    assert seen == [25, 50, 61]
+    for a, b in zip(other.cache().layers, context.cache().layers, strict=True):
+        for name, tensor in a.tensors().items():
+            torch.testing.assert_close(tensor, b.tensors()[name])
+
+
+def test_the_file_does_not_grow_with_the_document(tmp_path):
+    model = make_model(mixer_types=["sliding_attention", "ovq"], num_hidden_layers=2).float()
+    sizes, contexts = [], []
+    for length in (1024, 16384):
+        contexts.append(build_context(model, random_ids(1, length)[0]))
+        save_context(contexts[-1], tmp_path / "c")
+        sizes.append(os.path.getsize(tmp_path / "c"))
+        assert contexts[-1].num_tokens == length
+    assert contexts[0].nbytes == contexts[1].nbytes
+    assert abs(sizes[0] - sizes[1]) < 16  # digits of the length
+
+
+def test_a_context_of_the_backbone_serves_the_language_model(model, tmp_path):
+    save_context(build_context(model.model, DOCUMENT), tmp_path / "c")
+    out = model.generate(**load_context(tmp_path / "c", model).inputs([PROMPTS[0]]), **GREEDY)
+    assert torch.equal(out[:, 7:], reread(model, PROMPTS[0]))
+
+
+def test_bfloat16_and_float32_keep_their_dtype(tmp_path):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = make_model().to(dtype)
+        save_context(build_context(model, DOCUMENT), tmp_path / "c")
+        layer = load_context(tmp_path / "c", model).cache().layers[0]
+        assert layer.keys.dtype == layer.conv_state.dtype == dtype
+        model.generate(**load_context(tmp_path / "c", model).inputs(PROMPTS), **GREEDY)
+    with pytest.raises(ValueError, match=r"model in torch.float32, found torch.bfloat16"):
+        load_context(tmp_path / "c", make_model().float())
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"sliding_window": 6}, "sliding_window=6, as the model has, found sliding_window=5"),
+        ({"num_slots": 10}, "num_slots=10, as the model has, found num_slots=9"),
+        ({"mixer_types": ["ovq"] * 4}, "mixer_types="),
+        ({"merge": "updated"}, "merge='updated', as the model has, found merge='existing'"),
+        ({"rope_theta": 5000.0}, "rope_theta=5000.0"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
+    ],
+)
+def test_a_context_of_another_config_is_refused(saved, changes, expected):
+    with pytest.raises(ValueError, match=rf"book\.ctx: expected a context made with .*{expected}"):
+        load_context(saved, make_model(**changes))
+
+
+def test_a_context_of_other_weights_is_refused(saved, model):
+    with pytest.raises(ValueError, match=r"of this very model .* found one of other weights"):
+        load_context(saved, make_model(seed=1))
+    other = make_model()
+    with torch.no_grad():
+        other.model.layers[2].mlp.down_proj.weight[3, 5] += 1e-9
+    with pytest.raises(ValueError, match=r"found one of other weights"):
+        load_context(saved, other)
+    other = OVQForCausalLM(make_config(pad_token_id=0, use_cache=False)).double()
+    other.load_state_dict(model.state_dict())
+    load_context(saved, other)  # fields without effect may differ
+    other.set_num_slots(20)
+    with pytest.raises(ValueError, match="num_slots=20"):
+        load_context(saved, other)
+
+
+def test_truncated_files(saved, model):
+    data = saved.read_bytes()
+    for kept in (0, 7, 300, len(data) // 2, len(data) - 1):
+        saved.write_bytes(data[:kept])
+        with pytest.raises(
+            ValueError, match=r"book\.ctx: expected a saved context, found a file that is dam"
+        ):
+            load_context(saved, model)
+
+
+def test_a_flipped_bit_anywhere_in_the_tensors_is_noticed(saved, model):
+    data = saved.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    for place in torch.linspace(header, len(data) - 1, 25).long().tolist():
+        saved.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(ValueError, match="it is damaged"):
+            load_context(saved, model)
+
+
+def test_foreign_and_missing_files(tmp_path, model):
+    with pytest.raises(ValueError, match="expected a saved context, found no such file"):
+        load_context(tmp_path / "nowhere", model)
+    (tmp_path / "text").write_text("not a context")
+    with pytest.raises(ValueError, match="damaged or foreign"):
+        load_context(tmp_path / "text", model)
+    save_file({"weight": torch.zeros(3)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="expected format 'ovq-context', found None"):
+        load_context(tmp_path / "weights", model)
+    build_context(model, DOCUMENT).cache().layers[1].state.save(tmp_path / "state")
+    with pytest.raises(ValueError, match="expected format 'ovq-context', found 'ovq-state'"):
+        load_context(tmp_path / "state", model)
+
+
+@pytest.mark.parametrize(
+    ("change", "header", "expected"),
+    [
+        (lambda t: t.pop("layers.0.keys"), {}, r"they differ in \['layers.0.keys'\]"),
+        (lambda t: t.update(extra=torch.zeros(1)), {}, r"they differ in \['extra'\]"),
+        (
+            lambda t: t.update({"layers.0.keys": t["layers.0.keys"][:, :, 1:].contiguous()}),
+            {},
+            "keys of shape",
+        ),
+        (
+            lambda t: t.update({"layers.2.values": t["layers.2.values"].float()}),
+            {},
+            "layer 2: expected values",
+        ),
+        (lambda t: t["layers.0.conv_state"].view(-1)[0].fill_(torch.inf), {}, "finite values in conv_state"),
+        (lambda t: t["layers.2.keys"].view(-1)[0].fill_(torch.nan), {}, "finite values in keys"),
+        (lambda t: t["layers.1.count"].view(-1)[0].add_(1), {}, "layer 1: expected counts that add up"),
+        (lambda t: t["layers.3.key_sum"].view(-1)[0].fill_(torch.nan), {}, "finite values in key_sum"),
+        (lambda t: None, {"num_tokens": "60"}, r"layer 1: expected num_seen \[60\], found \[61\]"),
+        (lambda t: None, {"num_tokens": "-3"}, "num_tokens to be an integer of at least 1, found '-3'"),
+        (lambda t: None, {"version": "2"}, "expected version '1', found '2'"),
+        (lambda t: None, {"config": "[1"}, "expected the config of a model"),
+        (lambda t: None, {"content": "0"}, "it is damaged"),
+    ],
+)
+def test_what_cannot_be_the_memory_of_the_model_is_refused(saved, model, change, header, expected):
+    """Even where the digest is right: the file may come from anywhere."""
+    tensors = load_file(saved)
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    change(tensors)
+    save_file(tensors, saved, metadata={**metadata, "content": _digest(tensors), **header})
+    with pytest.raises(ValueError, match=expected):
+        load_context(saved, model)
+
+
+def test_saving_is_atomic_and_refuses_what_could_not_be_loaded(saved, context, model, monkeypatch):
+    before = saved.read_bytes()
+    broken = make_model()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight[5] = torch.nan
+    with pytest.raises(ValueError, match="context: layer 0: expected finite values in conv_state, found NaN"):
+        save_context(build_context(broken, torch.tensor([3, 5])), saved)
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_context(context, saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([], r"expected one row of at least 1 token, found shape \[0\]"),
+        (torch.zeros(2, 5, dtype=torch.long), r"found shape \[2, 5\]"),
+        ([3, 48], r"token ids in 0..47, found torch.int64 in 3..48"),
+        ([-1, 3], r"found torch.int64 in -1..3"),
+        ([1.5], "expected integer token ids"),
+    ],
+)
+def test_documents_and_prompts_that_are_none_are_refused(model, context, ids, expected):
+    with pytest.raises(ValueError, match=f"input_ids: .*{expected}"):
+        build_context(model, ids)
+    with pytest.raises(ValueError, match=f"prompt 1: .*{expected}"):
+        context.inputs([[1, 2], ids])
+    with pytest.raises(ValueError, match="prompts: expected at least one, found none"):
+        context.inputs([])
+    with pytest.raises(ValueError, match="prefill_chunk_size: expected at least 1, found 0"):
+        build_context(model, [1], prefill_chunk_size=0)
+
+
+def test_the_cache_can_be_used_without_generate(model, context):
+    inputs = context.inputs([PROMPTS[0]])
+    with torch.no_grad():
+        out = model(inputs["input_ids"], inputs["attention_mask"], past_key_values=inputs[CACHE_KEY])
+        expected = model(torch.cat([DOCUMENT, PROMPTS[0]])[None]).logits[:, len(DOCUMENT) :]
+    torch.testing.assert_close(out.logits, expected)
+
+
+def test_the_fingerprint_is_readable(saved):
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["config"])["chunk_size"] == 4
+    assert (metadata["dtype"], metadata["num_tokens"]) == ("torch.float64", "61")
