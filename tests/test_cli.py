@@ -1,5 +1,6 @@
 """The command line: each command does its work, and bad input costs one line and exit code 2."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -7,11 +8,14 @@ import sys
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ovq.cli import main
+from ovq.eval.accuracy import evaluate
 from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.report.progress import Reporter
 from ovq.train.config import RunConfig
 
 TINY = [
@@ -85,11 +89,33 @@ def test_train_resumes(trained, capsys, tmp_path):
         assert torch.equal(ours[name], weight)
 
 
-def test_eval_prints_json(trained, capsys):
-    arguments = ["--model", trained, "--lengths", "24,48", "--num-slots", "4,8", "--examples", 3, "--seed", 1]
+def test_eval_prints_what_the_library_measures(trained, capsys):
+    arguments = [
+        "--model",
+        trained,
+        "--lengths",
+        "24,48",
+        "--num-slots",
+        "4,8",
+        "--examples",
+        30,
+        "--seed",
+        1,
+    ]
     rows = json.loads(run(capsys, "eval", *arguments, "--json"))["rows"]
-    assert [(row["num_slots"], row["length"]) for row in rows] == [(4, 24), (4, 48), (8, 24), (8, 48)]
-    assert json.loads(run(capsys, "eval", *arguments, "--json"))["rows"] == rows
+    with Reporter(Console(quiet=True)) as reporter:
+        expected = evaluate(
+            OVQForCausalLM.from_pretrained(trained),
+            RunConfig.load(trained).task,
+            lengths=[24, 48],
+            num_slots=[4, 8],
+            num_examples=30,
+            seed=1,
+            reporter=reporter,
+        )
+    assert rows == [dataclasses.asdict(row) for row in expected]
+    other_seed = json.loads(run(capsys, "eval", *arguments[:-1], 2, "--json"))["rows"]
+    assert other_seed != rows
     table = run(capsys, "eval", *arguments)
     for row in rows:
         assert f"{row['accuracy']:.3f}" in table
@@ -122,7 +148,11 @@ def test_generate_continues_token_ids(trained, capsys, tmp_path, monkeypatch):
 
 def test_generate_searches_and_samples(trained, capsys):
     arguments = ["generate", "--model", trained, "--prompt", "5 40 1 5", "--max-new-tokens", 8]
-    assert len(run(capsys, *arguments, "--num-beams", 3).split()) == 8
+    model = OVQForCausalLM.from_pretrained(trained).eval()
+    found = model.generate(torch.tensor([[5, 40, 1, 5]]), max_new_tokens=8, num_beams=3, do_sample=False)
+    beams = run(capsys, *arguments, "--num-beams", 3)
+    assert beams.split() == list(map(str, found[0, 4:].tolist()))
+    assert beams != run(capsys, *arguments)
     sample = [*arguments, "--temperature", 5, "--top-p", 0.9]
     first, again, other = (run(capsys, *sample, "--seed", seed) for seed in (0, 0, 1))
     assert first == again != other
@@ -130,10 +160,25 @@ def test_generate_searches_and_samples(trained, capsys):
     assert run(capsys, *arguments, "--temperature", 5, "--top-p", 1e-6) == run(capsys, *arguments)
 
 
-def test_generate_with_another_dictionary(trained, capsys):
+def test_generate_with_another_dictionary(capsys, tmp_path):
+    config = OVQConfig(
+        vocab_size=60,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        mixer_types=["ovq"],
+        num_slots=1,
+        chunk_size=4,
+        # Large weights, so that what is remembered shows in what is said.
+        initializer_range=1.0,
+    )
+    torch.manual_seed(0)
+    OVQForCausalLM(config).save_pretrained(tmp_path)
     prompt = " ".join(map(str, range(2, 60)))
-    arguments = ["generate", "--model", trained, "--prompt", prompt, "--max-new-tokens", 20]
-    assert run(capsys, *arguments, "--num-slots", 1) != run(capsys, *arguments, "--num-slots", 64)
+    arguments = ["generate", "--model", tmp_path, "--prompt", prompt, "--max-new-tokens", 20]
+    one = run(capsys, *arguments, "--num-slots", 1)
+    assert run(capsys, *arguments) == one != run(capsys, *arguments, "--num-slots", 64)
 
 
 def test_generate_reads_text_where_there_is_a_tokenizer(capsys, tmp_path):
@@ -234,6 +279,14 @@ def test_bad_input_costs_one_line(arguments, message, capsys, trained, tmp_path)
     (tmp_path / "file").write_text("")
     words = [word.format(tmp=tmp_path, trained=trained) for word in arguments.split()]
     assert message in fail(capsys, *words)
+
+
+def test_an_error_of_several_lines_is_joined(monkeypatch, capsys):
+    def fail_at_length(_name):
+        raise ValueError("expected this,\n  found that")
+
+    monkeypatch.setattr("ovq.train.recipes.get_recipe", fail_at_length)
+    assert fail(capsys, "train", "recall-ovq") == "expected this, found that"
 
 
 def test_errors_can_be_traced(monkeypatch):

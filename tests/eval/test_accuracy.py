@@ -48,8 +48,11 @@ def test_accuracy_is_the_share_of_right_tokens_among_those_asked():
     assert row.num_questions == asked.sum() == 40 * TASK.at_length(60).num_queries
     assert right.sum() > 0
     assert row.accuracy == right.sum() / asked.sum()
-    assert set(row.slices) == set(batch.slices)
+    # In the order of the task, without those that nothing falls into.
+    assert list(row.slices) == [name for name, mask in batch.slices.items() if mask.any()]
     for name, mask in batch.slices.items():
+        if not mask.any():
+            continue
         assert row.slices[name] == right[mask[:, 1:]].mean()
     assert (row.mixer, row.num_slots, row.length) == ("ovq", 4, 60)
     assert row.state_bytes == model.state_bytes(60)

@@ -94,8 +94,11 @@ def test_slices_tell_the_distance_to_the_pair():
     batch = task.build(0, indices=range(8))
     covered = sum(mask.astype(int) for mask in batch.slices.values())
     np.testing.assert_array_equal(covered, batch.labels != IGNORE_INDEX)
+    assert list(batch.slices) == list(task.build(1).slices)
     for name, mask in batch.slices.items():
         low, high = map(int, name.removeprefix("distance ").split("-"))
+        if not mask.any():
+            continue
         row, position = np.argwhere(mask)[0]
         query = position - (position - task.context_length - 1) % task.pair_length
         tokens = batch.inputs[row]

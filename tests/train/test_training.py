@@ -38,6 +38,10 @@ def test_batches_follow_the_curriculum_whoever_takes_them():
     data = CurriculumDataset(tiny_config())
     whole = [data.__getitems__(range(4 * step, 4 * step + 4)) for step in range(6)]
     assert [tuple(batch["input_ids"].shape) for batch in whole] == [(4, 16)] * 3 + [(4, 32)] * 3
+    task = tiny_config().task.at_length(16)
+    built = task.build(0, indices=range(4), split="train")
+    assert torch.equal(whole[0]["input_ids"], torch.from_numpy(built.inputs))
+    assert torch.equal(whole[0]["labels"], torch.from_numpy(built.labels))
     # Micro-batches, of one process or of several, are the parts of the same steps.
     halves = list(DataLoader(data, batch_size=2, collate_fn=lambda batch: batch))
     assert len(data) == 24
@@ -99,19 +103,52 @@ def test_the_seed_decides_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_resumed_run_is_bit_identical(tmp_path, micro_batches):
+def test_a_resumed_run_is_bit_identical(tmp_path, micro_batches, monkeypatch):
     config = tiny_config(save_every=2, micro_batches=micro_batches)
+    resumed_out = tmp_path / "resumed"
+    built = []
+    build = CurriculumDataset.__getitems__
     with quiet() as reporter:
         whole = loop.train(config, tmp_path / "whole", reporter=reporter)
-        # Step 4 lies within the second length; a later checkpoint was cut off while being saved.
-        resumed_out = tmp_path / "resumed"
+        # Step 4 lies within the second length.
         config.save(resumed_out)
         shutil.copytree(tmp_path / "whole" / "checkpoint-4", resumed_out / "checkpoint-4")
-        (resumed_out / "checkpoint-5").mkdir()
+        monkeypatch.setattr(
+            CurriculumDataset,
+            "__getitems__",
+            lambda data, indices: (built.extend(indices), build(data, indices))[1],
+        )
         resumed = loop.resume(resumed_out, reporter=reporter)
+    # What was trained on before is not even built again.
+    assert built == list(range(16, 24))
     assert losses(resumed_out) == losses(tmp_path / "whole")
     for name, weight in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], weight), name
+
+
+def test_the_last_checkpoint_is_the_newest_complete_one(tmp_path):
+    assert loop.last_checkpoint(tmp_path) is None
+    for step in (2, 9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_st')
+    assert loop.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_the_seed_and_the_configuration_decide_the_first_weights():
+    one, same, other = (loop.build_model(tiny_config(seed=seed)) for seed in (0, 0, 1))
+    embeddings = [model.get_input_embeddings().weight for model in (one, same, other)]
+    assert torch.equal(embeddings[0], embeddings[1])
+    assert not torch.equal(embeddings[0], embeddings[2])
+    assert 0.9 < embeddings[0].std() < 1.1
+    smaller = loop.build_model(
+        tiny_config().override(["model.embedding_std=0.1", "model.initializer_range=0.5"])
+    )
+    assert 0.09 < smaller.get_input_embeddings().weight.std() < 0.11
+    assert 0.45 < smaller.get_output_embeddings().weight.std() < 0.55
 
 
 def test_micro_batches_change_the_memory_and_not_the_result(tmp_path):
@@ -151,11 +188,14 @@ def test_progress_shows_step_length_and_loss(tmp_path):
     assert "length 32" in lines[-1]
 
 
-def test_bfloat16_training_runs(tmp_path):
+def test_bfloat16_training_is_near_float32(tmp_path):
     with quiet() as reporter:
-        model = loop.train(tiny_config(precision="bfloat16"), tmp_path, reporter=reporter)
+        model = loop.train(tiny_config(precision="bfloat16"), tmp_path / "bfloat16", reporter=reporter)
+        loop.train(tiny_config(), tmp_path / "float32", reporter=reporter)
     assert model.dtype == torch.float32
-    assert all(loss == loss for loss in losses(tmp_path))
+    rounded, exact = losses(tmp_path / "bfloat16"), losses(tmp_path / "float32")
+    assert rounded != exact
+    torch.testing.assert_close(rounded, exact, rtol=0.03, atol=0.03)
 
 
 def test_labels_reach_the_loss(tmp_path):

@@ -65,3 +65,40 @@ def load_tokenizer(folder: Path) -> Any | None:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def encode(
+    text: str, tokenizer: Any | None, *, vocab_size: int, flag: str, is_start: bool = True
+) -> list[int]:
+    """The token ids of a text, checked to be ones the model knows.
+
+    Args:
+        text: text, or token ids where there is no tokenizer.
+        tokenizer: that of the model, if it has one.
+        vocab_size: ids must be smaller.
+        flag: where the text came from, for error messages.
+        is_start: whether the text begins here, so that the tokenizer marks it as it marks a beginning.
+
+    Raises:
+        ValueError: If there is no token, or one the model does not know; names the flag.
+
+    Example:
+        >>> encode("12 7\\n33", None, vocab_size=66, flag="--prompt")
+        [12, 7, 33]
+    """
+    if tokenizer is not None:
+        # Not verbose: models here may be given more than the tokenizer thinks a model can read.
+        ids = tokenizer(text, add_special_tokens=is_start, verbose=False)["input_ids"]
+    else:
+        words = text.split()
+        if not all(word.isdecimal() for word in words):
+            raise ValueError(
+                f"{flag}: expected token ids such as '12 7 33' (the model has no tokenizer), "
+                f"found {text[:80]!r}"
+            )
+        ids = [int(word) for word in words]
+    if not ids:
+        raise ValueError(f"{flag}: expected at least one token, found none")
+    if max(ids) >= vocab_size:
+        raise ValueError(f"{flag}: expected token ids below {vocab_size}, found {max(ids)}")
+    return ids

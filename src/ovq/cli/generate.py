@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_model_folder, load_model, load_tokenizer
+from ovq.cli.common import check_model_folder, encode, load_model, load_tokenizer
 
 
 def generate(
@@ -22,6 +22,10 @@ def generate(
     prompt_file: Annotated[
         str | None,
         typer.Option(help="Read the prompt from a file; - for standard input.", show_default=False),
+    ] = None,
+    context: Annotated[
+        Path | None,
+        typer.Option(help="Continue from a file of ovq context build.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 32,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
@@ -38,6 +42,9 @@ def generate(
 
     Example: [bold]ovq generate --model runs/ovq --prompt "12 7 33 1 12" --max-new-tokens 1[/bold]
 
+    After a document read by [bold]ovq context build[/bold]: [bold]ovq generate --model DIR --context book.ctx
+    --prompt "12 7"[/bold]
+
     With sampling: [bold]ovq generate --model DIR --prompt-file - --temperature 0.8 --top-p 0.95 <
     prompt.txt[/bold]
     """
@@ -47,20 +54,30 @@ def generate(
     if top_p < 1 and temperature == 0:
         raise ValueError("--top-p: expected --temperature above 0 beside it, found 0, which does not sample")
     check_model_folder(model)
+    if context is not None and not context.is_file():
+        raise ValueError(f"--context: expected a file of ovq context build, found no file {context}")
 
     import torch
     from transformers import set_seed
 
+    from ovq.hf import load_context
+
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, num_slots=num_slots)
-    ids = _encode(text, tokenizer, vocab_size=loaded.config.vocab_size)
+    vocab_size = loaded.config.vocab_size
+    # What follows a document does not begin a text: no token says so.
+    ids = encode(text, tokenizer, vocab_size=vocab_size, flag="--prompt", is_start=context is None)
+    if context is None:
+        inputs = {"input_ids": torch.tensor([ids], device=loaded.device)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    else:
+        inputs = load_context(context, loaded).inputs([ids])
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     set_seed(seed)
     output = loaded.generate(
-        torch.tensor([ids], device=loaded.device),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=loaded.device),
+        **inputs,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         streamer=_Streamer(tokenizer) if num_beams == 1 else None,
@@ -78,25 +95,6 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if prompt is not None:
         return prompt
     return sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text()
-
-
-def _encode(text: str, tokenizer: Any | None, *, vocab_size: int) -> list[int]:
-    """The token ids of a prompt, checked to be ones the model knows."""
-    if tokenizer is not None:
-        ids = tokenizer(text)["input_ids"]
-    else:
-        words = text.split()
-        if not all(word.isdecimal() for word in words):
-            raise ValueError(
-                f"--prompt: expected token ids such as '12 7 33' (the model has no tokenizer), "
-                f"found {text[:80]!r}"
-            )
-        ids = [int(word) for word in words]
-    if not ids:
-        raise ValueError("--prompt: expected at least one token, found none")
-    if max(ids) >= vocab_size:
-        raise ValueError(f"--prompt: expected token ids below {vocab_size}, found {max(ids)}")
-    return ids
 
 
 def _decode(ids: list[int], tokenizer: Any | None) -> str:

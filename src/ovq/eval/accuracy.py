@@ -113,7 +113,11 @@ def _evaluate_at(
         accuracy=right / asked,
         state_bytes=model.state_bytes(task.length),
         num_questions=asked,
-        slices={name: right_by_slice[name] / asked_by_slice[name] for name in asked_by_slice},
+        slices={
+            name: right_by_slice[name] / asked_here
+            for name, asked_here in asked_by_slice.items()
+            if asked_here
+        },
     )
 
 

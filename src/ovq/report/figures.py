@@ -53,7 +53,7 @@ def _draw_state(axes: Axes, rows: Sequence[ResultRow], train_length: int) -> Non
     """What a model carries along, by length."""
     _draw_lines(axes, rows, lambda row: row.state_bytes)
     axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value).replace(".0 ", " ")))
     axes.set_ylabel("bytes of state, one sequence")
     axes.set_title("Memory carried from token to token")
     _finish(axes, rows, train_length)

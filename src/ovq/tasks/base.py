@@ -32,7 +32,7 @@ class TaskBatch(NamedTuple):
         labels: `[B, T]` int64, aligned with `inputs` (the model shifts them), `IGNORE_INDEX` where nothing is
             asked.
         slices: Name -> `[B, T]` bool. Each mask picks some of the labelled tokens, for a report that tells
-            easy questions from hard ones. Masks with no token are left out.
+            easy questions from hard ones. Names and their order are the same for all examples of a task.
     """
 
     inputs: np.ndarray

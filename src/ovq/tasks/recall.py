@@ -80,7 +80,7 @@ class RecallTask(Task):
         The slices group the asked tokens by how many tokens lie between a query and the pair it asks for:
 
         >>> {name: int(mask.sum()) for name, mask in slices.items()}
-        {'distance 8-15': 2}
+        {'distance 4-7': 0, 'distance 8-15': 2, 'distance 16-31': 0}
     """
 
     name: ClassVar[str] = "recall"
@@ -216,7 +216,8 @@ class RecallTask(Task):
         """Masks `[B, T]` of the labelled tokens by octave of the distances `[B, Q]` from query to pair."""
         octaves = np.repeat(np.frexp(distances)[1] - 1, self.value_length, axis=1)
         slices = {}
-        for octave in np.unique(octaves):
+        # From the last pair, with the separator between, to the first token of the context.
+        for octave in range((self.pair_length + 1).bit_length() - 1, (self.length - 1).bit_length()):
             mask = np.zeros_like(is_labelled)
             mask[is_labelled] = (octaves == octave).reshape(-1)
             slices[f"distance {2**octave}-{2 ** (octave + 1) - 1}"] = mask

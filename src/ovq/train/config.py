@@ -109,11 +109,11 @@ class TrainArgs:
             found.
     """
 
-    steps: int = 600
+    steps: int = 800
     batch_size: int = 16
     micro_batches: int = 1
-    lengths: tuple[int, ...] = (64, 128, 256)
-    length_shares: tuple[float, ...] = (0.2, 0.2, 0.6)
+    lengths: tuple[int, ...] = (32, 64, 256)
+    length_shares: tuple[float, ...] = (0.15, 0.15, 0.7)
     learning_rate: float = 4e-3
     min_learning_rate_share: float = 0.0
     warmup_steps: int = 20

@@ -9,7 +9,7 @@ from ovq.train.config import ModelArgs, RunConfig, TrainArgs
 def _recall(long_range_mixer: str) -> RunConfig:
     """In-context recall with a window and one long-range mixer, which is all that differs."""
     return RunConfig(
-        task=RecallTask(vocab_size=66, key_length=2, value_length=1, pair_share=0.125),
+        task=RecallTask(vocab_size=66, key_length=2, value_length=1, pair_share=0.2),
         # A window far shorter than the examples leaves nearly all questions to the other layer. Heads as wide
         # as the model keep the keys of many pairs apart, which counts at lengths beyond those of training.
         model=ModelArgs(mixer_types=("sliding_attention", long_range_mixer), head_dim=64, sliding_window=16),

@@ -1,0 +1,65 @@
+"""`ovq context build`: read a document once and save what the model remembers of it."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ovq.cli.common import check_model_folder, encode, load_model, load_tokenizer, out_console
+
+app = typer.Typer(help="Read a document once and continue from it any number of times.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    # Without a callback typer would run the only command in the place of the group.
+    pass
+
+
+@app.command("build")
+def build(
+    model: Annotated[Path, typer.Option(help="Folder of a trained model.", show_default=False)],
+    text: Annotated[
+        str,
+        typer.Option(
+            help="File to read, or - for standard input: text if the model has a tokenizer, else token ids.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
+    num_slots: Annotated[
+        int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
+    ] = None,
+    prefill_chunk_size: Annotated[
+        int, typer.Option(min=1, help="Tokens read at a time, which bounds the memory needed.")
+    ] = 2048,
+) -> None:
+    """Read a document and save the memory of all layers: the same size whatever the length.
+
+    Only the model that read it can use it, with the same --num-slots.
+
+    Example: [bold]ovq context build --model runs/ovq --text book.txt --out book.ctx[/bold], and then
+    [bold]ovq generate --model runs/ovq --context book.ctx --prompt "12 7"[/bold]
+    """
+    document = sys.stdin.read() if text == "-" else Path(text).read_text()
+    check_model_folder(model)
+    # Hours of reading should not end at a folder that cannot be written.
+    with tempfile.TemporaryFile(dir=out.parent):
+        pass
+
+    from ovq.hf import build_context, save_context
+    from ovq.report.progress import Reporter
+    from ovq.report.rows import format_bytes
+
+    loaded = load_model(model, num_slots=num_slots)
+    ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, flag="--text")
+    with Reporter() as reporter:
+        work = reporter.start(f"read {text}", total=len(ids))
+        context = build_context(loaded, ids, prefill_chunk_size=prefill_chunk_size, progress=work.update)
+    save_context(context, out)
+    size = format_bytes(out.stat().st_size)
+    out_console.print(f"Saved what the model remembers of {len(ids)} tokens in {out} ({size}).")
