@@ -47,7 +47,9 @@ def build(
     """
     document = sys.stdin.read() if text == "-" else Path(text).read_text()
     check_model_folder(model)
-    # Hours of reading should not end at a folder that cannot be written.
+    # Hours of reading should not end at a place that cannot be written.
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(f"--out: expected a file in a folder that exists, found {out}")
     with tempfile.TemporaryFile(dir=out.parent):
         pass
 

@@ -82,7 +82,7 @@ class _LayerCache(ConvStateMixin):
         self.has_padding = any(part.has_padding or part.get_seq_length() < num_columns for part in parts)
 
     def _moved(self, keys: Tensor, num_columns: int) -> Tensor:
-        """Keys `[..., K]`, or sums of them, as they would be had the row begun `num_columns` further right."""
+        """Keys `[..., K]`, or sums of them, as they would be had the row begun `num_columns` later."""
         if self.rope_theta is None or num_columns == 0:
             return keys
         # A rotation by position p and one by m more is that by p + m, and a rotation of a sum that of its

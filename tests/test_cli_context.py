@@ -1,0 +1,149 @@
+"""`ovq context build` and `ovq generate --context`: a document read once, and prompts answered from it."""
+
+import io
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from ovq.hf import OVQConfig, OVQForCausalLM
+from tests.test_cli import fail, run
+
+DOCUMENT = " ".join(str(i * 17 % 48) for i in range(1, 90))
+
+
+def save_model(folder, seed=0, **changes):
+    sizes = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2}
+    # Large weights, so that what is remembered shows in what is said.
+    fields = {"num_attention_heads": 2, "num_slots": 8, "chunk_size": 4, "initializer_range": 0.5}
+    torch.manual_seed(seed)
+    OVQForCausalLM(OVQConfig(**{**sizes, **fields, "sliding_window": 4, **changes})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text(DOCUMENT)
+    return path
+
+
+def build(capsys, model, text, out, *options):
+    return run(capsys, "context", "build", "--model", model, "--text", text, "--out", out, *options)
+
+
+def test_prompts_from_a_context_get_the_answers_of_the_whole_text(capsys, model, text, tmp_path):
+    out = tmp_path / "book.ctx"
+    said = build(capsys, model, text, out, "--prefill-chunk-size", 13)
+    assert " ".join(said.split()).startswith(f"Saved what the model remembers of 89 tokens in {out}")
+    before = out.read_bytes()
+    answers = set()
+    for prompt in ("5 40 1", "7", "5 40 1"):
+        for options in ([], ["--num-beams", 3], ["--temperature", 2, "--seed", 4]):
+            command = ["generate", "--model", model, "--max-new-tokens", 9, *options]
+            answer = run(capsys, *command, "--context", out, "--prompt", prompt)
+            assert answer == run(capsys, *command, "--prompt", f"{DOCUMENT} {prompt}")
+            answers.add(answer)
+    assert len(answers) >= 4
+    assert out.read_bytes() == before
+
+
+def test_building_again_replaces_the_file(capsys, model, text, tmp_path, monkeypatch):
+    out = tmp_path / "book.ctx"
+    out.write_text("of yesterday")
+    build(capsys, model, text, out)
+    first = load_file(out)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(DOCUMENT))
+    build(capsys, model, "-", out)
+    for name, tensor in load_file(out).items():
+        assert torch.equal(first[name], tensor)
+    assert [path.name for path in tmp_path.iterdir()] == ["book.ctx"]
+
+
+def test_another_dictionary_is_part_of_the_context(capsys, model, text, tmp_path):
+    out = tmp_path / "book.ctx"
+    build(capsys, model, text, out, "--num-slots", 64)
+    command = ["generate", "--model", model, "--prompt", "7 8", "--context", out]
+    assert "num_slots=8, as the model has, found num_slots=64" in fail(capsys, *command)
+    wide = [*command[:5], "--num-slots", 64]
+    expected = run(capsys, *wide[:4], f"{DOCUMENT} 7 8", "--num-slots", 64)
+    assert run(capsys, *wide, "--context", out) == expected
+
+
+def test_a_prompt_after_a_document_is_not_marked_as_a_beginning(capsys, tmp_path):
+    words = {word: i for i, word in enumerate(["<s>", "one", "two", "three", "four"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    folder = save_model(tmp_path / "model", vocab_size=5)
+    # Shorter than the document: how much a model can read is not the tokenizer's business.
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", model_max_length=4).save_pretrained(
+        folder
+    )
+    (tmp_path / "text").write_text("two four one two four three")
+    assert "of 7 tokens" in build(capsys, folder, tmp_path / "text", tmp_path / "c")
+    command = ["generate", "--model", folder, "--max-new-tokens", 8]
+    expected = run(capsys, *command, "--prompt", "two four one two four three one two")
+    assert run(capsys, *command, "--context", tmp_path / "c", "--prompt", "one two") == expected
+
+
+def test_help_shows_an_example(capsys):
+    assert "Example: ovq context build --model runs/ovq" in run(capsys, "context", "build", "--help")
+    assert "--context book.ctx" in " ".join(run(capsys, "generate", "--help").split())
+    assert "build" in run(capsys, "context", "--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("context bild", "No such command 'bild'"),
+        ("context build --model {model} --out {tmp}/c", "Missing option '--text'"),
+        ("context build --model {tmp} --text {text} --out {tmp}/c", "found no config.json in it"),
+        ("context build --model {model} --text {tmp}/no --out {tmp}/c", "No such file"),
+        (
+            "context build --model {model} --text {text} --out {tmp}/no/c",
+            "--out: expected a file in a folder",
+        ),
+        ("context build --model {model} --text {text} --out {tmp}", "--out: expected a file in a folder"),
+        (
+            "context build --model {model} --text {tmp}/words --out {tmp}/c",
+            "--text: expected token ids such as",
+        ),
+        (
+            "context build --model {model} --text {tmp}/empty --out {tmp}/c",
+            "--text: expected at least one token",
+        ),
+        (
+            "context build --model {model} --text {tmp}/high --out {tmp}/c",
+            "--text: expected token ids below 48",
+        ),
+        (
+            "context build --model {model} --text {text} --out {tmp}/c --prefill-chunk-size 0",
+            "--prefill-chunk",
+        ),
+        (
+            "generate --model {model} --prompt 1 --context {tmp}/no",
+            "--context: expected a file of ovq context",
+        ),
+        ("generate --model {model} --prompt 1 --context {tmp}/words", "damaged or foreign"),
+        ("generate --model {other} --prompt 1 --context {ctx}", "found one of other weights"),
+        ("generate --model {wider} --prompt 1 --context {ctx}", "sliding_window=6, as the model has"),
+    ],
+)
+def test_bad_input_costs_one_line(arguments, message, capsys, model, text, tmp_path):
+    for name, content in (("words", "one two"), ("empty", ""), ("high", "1 48")):
+        (tmp_path / name).write_text(content)
+    names = {"model": model, "text": text, "tmp": tmp_path, "ctx": tmp_path / "book.ctx"}
+    if "{ctx}" in arguments:
+        build(capsys, model, text, tmp_path / "book.ctx")
+        names["other"] = save_model(tmp_path / "other", seed=1)
+        names["wider"] = save_model(tmp_path / "wider", sliding_window=6)
+    assert message in fail(capsys, *(word.format(**names) for word in arguments.split()))
