@@ -1,0 +1,177 @@
+"""A long run of decode steps, checked against a recount in float64: `python benchmarks/soak.py`.
+
+Two rows take one token a step. At every chunk end a recount notes which slot each token went to and adds it
+up in float64. At the end counts must be equal, means must be within the bound that `docs/guarantees.md` works
+out for float32 sums, and memory must not have grown since the dictionary was full. Exit code 1 if not.
+
+The op does not tell where a token went. It shows in the values, though: their last channels say which place
+of its chunk a token had, as ones and zeros, and sums of those are exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+
+from ovq.ops import OVQState, ovq_attention
+from ovq.report.progress import Reporter
+
+ROWS, DIM, CHUNK, SLOTS = 2, 8, 16, 32
+DRIFT_BOUND = 2.0**-22
+"""The error of a mean of c tokens may be this times sqrt(c) times the root mean square of the tokens."""
+MEMORY_BOUND = 4 * 2**20
+"""Bytes that the resident memory may differ by: what the allocators hold back varies by as much."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a soak found.
+
+    Attributes:
+        num_steps: decode steps.
+        seconds: that they took, recount included.
+        resident_bytes: resident memory at the end.
+        growth_bytes: by how much it had grown since a tenth of the run.
+        are_counts_exact: whether counts, tokens seen and tokens merged are those of the recount.
+        drift: largest error of a mean, in units of `DRIFT_BOUND * sqrt(count) * rms`; at most 1 to pass.
+        largest_error: the same as a plain number.
+        largest_count: tokens in the fullest slot.
+    """
+
+    num_steps: int
+    seconds: float
+    resident_bytes: int
+    growth_bytes: int
+    are_counts_exact: bool
+    drift: float
+    largest_error: float
+    largest_count: int
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether all of it held."""
+        return self.are_counts_exact and self.drift <= 1 and self.growth_bytes <= MEMORY_BOUND
+
+
+class Recount:
+    """Sums and counts in float64, from the tokens and the slots they are seen to go to."""
+
+    def __init__(self) -> None:
+        self.sums = np.zeros((ROWS, SLOTS, 2 * DIM))
+        self.squares = np.zeros((ROWS, SLOTS, 2 * DIM))
+        self.count = np.zeros((ROWS, SLOTS), dtype=np.int64)
+        self._places = np.zeros((ROWS, SLOTS, CHUNK))
+
+    def add(self, tokens: np.ndarray, state: OVQState) -> None:
+        """Take the tokens of a chunk, `[CHUNK, ROWS, 2 DIM]`, that `state` has just merged."""
+        places = np.zeros_like(self._places)
+        places[:, : state.count.shape[2]] = state.value_sum[:, 0, :, DIM:].numpy()
+        # [ROWS, SLOTS, CHUNK]: 1 where the token of a place went to a slot.
+        went = places - self._places
+        if not np.array_equal(went.sum(1), np.ones((ROWS, CHUNK))):
+            raise AssertionError("a token of the chunk went to no slot, or to more than one")
+        self._places = places
+        self.sums += np.einsum("bsc,cbd->bsd", went, tokens)
+        self.squares += np.einsum("bsc,cbd->bsd", went, tokens**2)
+        self.count += went.sum(2).astype(np.int64)
+
+    def compare(self, state: OVQState) -> tuple[bool, float, float]:
+        """Whether counts agree; the largest error of a mean, in units of its bound and as it is."""
+        used = state.count.shape[2]
+        count = self.count[:, :used]
+        merged = int(state.num_seen[0]) // CHUNK * CHUNK
+        is_exact = np.array_equal(state.count[:, 0].numpy(), count) and bool((count.sum(1) == merged).all())
+        means = torch.cat([state.keys, state.values[..., :DIM]], -1)[:, 0].double().numpy()
+        safe = np.maximum(count, 1)[..., None]
+        error = np.abs(means - self.sums[:, :used] / safe)
+        rms = np.sqrt(self.squares[:, :used] / safe)
+        bound = DRIFT_BOUND * np.sqrt(safe) * rms + np.finfo(np.float32).tiny
+        return is_exact, float((error / bound).max()), float(error.max())
+
+
+def draw_tokens(generator: torch.Generator) -> Tensor:
+    """Keys around 16 themes and values with a mean that is not 0, `[CHUNK, ROWS, 2 DIM]`.
+
+    Sums grow linearly then, which is the hard case for float32.
+    """
+    theme = torch.randint(2 * DIM, (CHUNK, ROWS), generator=generator)
+    # Both ways along each axis.
+    centres = torch.nn.functional.one_hot(theme % DIM, DIM) * (1 - 2 * (theme // DIM))[..., None]
+    keys = centres + 0.3 * torch.randn(CHUNK, ROWS, DIM, generator=generator)
+    values = 1 + torch.randn(CHUNK, ROWS, DIM, generator=generator)
+    return torch.cat([torch.nn.functional.normalize(keys, dim=-1), values], -1)
+
+
+def soak(num_steps: int, reporter: Reporter, *, seed: int = 0) -> Result:
+    """Run `num_steps` decode steps, rounded up to whole chunks, and check what is left."""
+    num_chunks = -(-num_steps // CHUNK)
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.eye(CHUNK)[:, None].expand(-1, ROWS, -1)
+    recount, state = Recount(), None
+    early = num_chunks // 10
+    resident = 0
+    work = reporter.start("decode steps", total=num_chunks * CHUNK)
+    started = time.perf_counter()
+    for chunk in range(num_chunks):
+        tokens = draw_tokens(generator)
+        values = torch.cat([tokens[..., DIM:], places], -1)
+        for t in range(CHUNK):
+            key = tokens[t, :, None, None, :DIM]
+            _, state = ovq_attention(
+                key,
+                key,
+                values[t, :, None, None],
+                num_slots=SLOTS,
+                chunk_size=CHUNK,
+                initial_state=state,
+                output_final_state=True,
+            )
+        recount.add(tokens.double().numpy(), state)
+        if chunk == early:
+            resident = resident_bytes()
+        if chunk % 64 == 0 or chunk + 1 == num_chunks:
+            work.update((chunk + 1) * CHUNK, note=f"{resident_bytes() / 2**20:.1f} MiB resident")
+    is_exact, drift, error = recount.compare(state)
+    return Result(
+        num_steps=num_chunks * CHUNK,
+        seconds=time.perf_counter() - started,
+        resident_bytes=resident_bytes(),
+        growth_bytes=resident_bytes() - resident,
+        are_counts_exact=is_exact and state.num_seen.tolist() == [num_chunks * CHUNK] * ROWS,
+        drift=drift,
+        largest_error=error,
+        largest_count=int(recount.count.max()),
+    )
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("expected a line VmRSS in /proc/self/status, found none")
+
+
+def main(
+    steps: Annotated[int, typer.Option(min=CHUNK, help="Decode steps.")] = 1_000_000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the tokens.")] = 0,
+) -> None:
+    """Run the soak on one thread and print what it found as JSON."""
+    torch.set_num_threads(1)
+    with torch.no_grad(), Reporter() as reporter:
+        result = soak(steps, reporter, seed=seed)
+    print(json.dumps({**dataclasses.asdict(result), "is_passed": result.is_passed}, indent=2))
+    sys.exit(0 if result.is_passed else 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
