@@ -12,6 +12,7 @@ from ovq.hf import OVQForCausalLM
 from ovq.report.progress import Reporter
 from ovq.tasks import IGNORE_INDEX, RecallTask
 from ovq.train import loop
+from ovq.train.checkpoints import newest_checkpoint, seal
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
 from ovq.train.data import CurriculumDataset
 
@@ -79,7 +80,7 @@ def test_the_configuration_is_there_before_training_starts(tmp_path, monkeypatch
         assert RunConfig.load(tmp_path / "run") == config
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Trainer, "train", fail)
+    monkeypatch.setattr(loop.SealingTrainer, "train", fail)
     with quiet() as reporter, pytest.raises(KeyboardInterrupt):
         loop.train(config, tmp_path / "run", reporter=reporter)
 
@@ -126,16 +127,21 @@ def test_a_resumed_run_is_bit_identical(tmp_path, micro_batches, monkeypatch):
         assert torch.equal(resumed.state_dict()[name], weight), name
 
 
-def test_the_last_checkpoint_is_the_newest_complete_one(tmp_path):
-    assert loop.last_checkpoint(tmp_path) is None
+def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
+    said = []
+    assert newest_checkpoint(tmp_path, said.append) is None
     for step in (2, 9, 10):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        seal(folder)
     (tmp_path / "checkpoint-11").mkdir()
-    (tmp_path / "checkpoint-12").mkdir()
-    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"global_st')
-    assert loop.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-of-mine").mkdir()
+    assert newest_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-10"
+    assert said == [
+        f"{tmp_path}/checkpoint-11: not a whole checkpoint, left out "
+        "(it was never finished: it has no seal.json)"
+    ]
 
 
 def test_the_seed_and_the_configuration_decide_the_first_weights():

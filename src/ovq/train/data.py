@@ -23,7 +23,7 @@ class CurriculumDataset(Dataset):
         >>> from ovq.train.recipes import get_recipe
         >>> data = CurriculumDataset(get_recipe("recall-ovq"))
         >>> {name: tuple(tensor.shape) for name, tensor in data.__getitems__([0, 1, 2]).items()}
-        {'input_ids': (3, 64), 'labels': (3, 64)}
+        {'input_ids': (3, 32), 'labels': (3, 32)}
     """
 
     def __init__(self, config: RunConfig) -> None:

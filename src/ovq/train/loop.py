@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.report.progress import Reporter, Work
+from ovq.train.checkpoints import SealingTrainer, newest_checkpoint, writing
 from ovq.train.config import CONFIG_FILE, RunConfig
 from ovq.train.data import CurriculumDataset
 
@@ -78,8 +78,8 @@ def train(config: RunConfig, out: Path, *, reporter: Reporter, label: str = "tra
 
 
 def resume(out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCausalLM:
-    """Go on with the run in a folder from its last checkpoint, to the losses an uninterrupted run would have
-    had.
+    """Go on with the run in a folder from its newest whole checkpoint, to the losses an uninterrupted run
+    would have had; says which newer checkpoints are left out.
 
     Args:
         out: The folder of the run.
@@ -90,28 +90,14 @@ def resume(out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCaus
         The trained model, in evaluation mode.
 
     Raises:
-        ValueError: If the folder holds no run, or no complete checkpoint.
+        ValueError: If the folder holds no run, or no whole checkpoint.
         OSError: If the folder cannot be written.
     """
     config = RunConfig.load(out)
-    checkpoint = last_checkpoint(out)
+    checkpoint = newest_checkpoint(out, reporter.console.print)
     if checkpoint is None:
         raise ValueError(f"--resume: expected a checkpoint (see train.save_every) in {out}, found none")
     return _run(config, out, reporter=reporter, label=label, checkpoint=checkpoint)
-
-
-def last_checkpoint(out: Path) -> Path | None:
-    """The newest complete checkpoint in the folder of a run.
-
-    `Trainer` writes a checkpoint's state last, so one without it is what an interrupted save has left.
-    """
-    by_step = {}
-    for folder in out.glob("checkpoint-*"):
-        try:
-            by_step[json.loads((folder / "trainer_state.json").read_text())["global_step"]] = folder
-        except (OSError, json.JSONDecodeError):
-            continue
-    return by_step[max(by_step)] if by_step else None
 
 
 def _run(
@@ -121,7 +107,7 @@ def _run(
     # Saving a small model is over before a bar of its own is seen.
     disable_progress_bar()
     model = build_model(config)
-    trainer = Trainer(
+    trainer = SealingTrainer(
         model=model,
         args=_training_arguments(config, out),
         train_dataset=CurriculumDataset(config),
@@ -132,8 +118,9 @@ def _run(
     if trainer.is_world_process_zero():
         trainer.add_callback(_ReportCallback(config, reporter.start(label, total=config.train.steps)))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model()
-    trainer.save_state()
+    with writing(out):
+        trainer.save_model()
+        trainer.save_state()
     return model.eval()
 
 
@@ -169,7 +156,6 @@ def _training_arguments(config: RunConfig, out: Path) -> TrainingArguments:
         logging_steps=args.log_every,
         save_strategy="steps" if args.save_every else "no",
         save_steps=args.save_every or args.steps,
-        save_total_limit=2,
         # The order of the curriculum, and what lets a resumed run skip by index.
         train_sampling_strategy="sequential",
         remove_unused_columns=False,

@@ -1,0 +1,160 @@
+"""Checkpoints that can be trusted: whole, or never picked up.
+
+A checkpoint is a folder of files that are written one after the other. When all of them are on the disk, a
+list of their sizes and SHA-256 digests is written beside them: the seal. A folder without a seal is what an
+interrupted save has left; one that does not match its seal is damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import Trainer
+
+from ovq.report.files import write_atomic
+
+SEAL_FILE = "seal.json"
+"""The name of the list of a checkpoint's files."""
+
+_NUM_KEPT = 2
+
+
+def seal(folder: Path) -> None:
+    """Declare the checkpoint in a folder complete.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "weights").write_text("0.5")
+        >>> fault(folder)
+        'it was never finished: it has no seal.json'
+        >>> seal(folder)
+        >>> fault(folder) is None
+        True
+        >>> _ = (folder / "weights").write_text("0")
+        >>> fault(folder)
+        'weights: expected 3 bytes, found 1'
+    """
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SEAL_FILE)
+    for path in paths:
+        # On the disk before the seal says so, or a power cut leaves a seal on empty files.
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths}
+    write_atomic(folder / SEAL_FILE, json.dumps(entries, indent=2) + "\n")
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with the checkpoint in a folder, in words; None if it is whole."""
+    try:
+        entries = dict(json.loads((folder / SEAL_FILE).read_text()))
+        for name, entry in entries.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name}: expected a file, found none"
+            if (size := path.stat().st_size) != entry["bytes"]:
+                return f"{name}: expected {entry['bytes']} bytes, found {size}"
+            if _digest(path) != entry["sha256"]:
+                return f"{name}: expected the SHA-256 of its seal, found another"
+    except FileNotFoundError:
+        return f"it was never finished: it has no {SEAL_FILE}"
+    except (ValueError, TypeError, KeyError) as error:
+        return f"{SEAL_FILE}: expected a list of files, found something else ({error})"
+    return None
+
+
+def newest_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint in the folder of a run, or None; says which newer ones are left out.
+
+    Args:
+        out: the folder of the run.
+        say: called with a sentence for each checkpoint that is left out.
+    """
+    for folder in reversed(_by_step(out)):
+        found = fault(folder)
+        if found is None:
+            return folder
+        say(f"{folder}: not a whole checkpoint, left out ({found})")
+    return None
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn all that a failed write of a model or checkpoint may raise into an OSError that says where.
+
+    safetensors and PyTorch have errors of their own for a full disk.
+
+    Example:
+        >>> with writing(Path("run")):
+        ...     raise RuntimeError("PytorchStreamWriter failed writing file")
+        Traceback (most recent call last):
+        OSError: run: cannot be written (PytorchStreamWriter failed writing file)
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{folder}: cannot be written ({error})") from error
+
+
+class SealingTrainer(Trainer):
+    """The `Trainer` of transformers, with checkpoints that are sealed when they are whole.
+
+    It keeps the newest two sealed checkpoints of a run. One that cannot be written is removed again, which
+    gives a full disk the room back.
+    """
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        out = Path(self.args.output_dir)
+        folder = out / f"checkpoint-{self.state.global_step}"
+        # A folder of this name may be left from before the run was resumed; its seal is void from here on.
+        (folder / SEAL_FILE).unlink(missing_ok=True)
+        try:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+                # Every process writes the state of its random numbers.
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    seal(folder)
+        except OSError:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if self.args.should_save:
+            _remove_old(out)
+
+
+def _remove_old(out: Path) -> None:
+    """Keep the newest sealed checkpoints; remove older ones and those that were never finished.
+
+    `Trainer` would do it before the newest one is sealed, and count unfinished ones.
+    """
+    sealed = [folder for folder in _by_step(out) if (folder / SEAL_FILE).is_file()]
+    for folder in _by_step(out):
+        if folder not in sealed[-_NUM_KEPT:]:
+            shutil.rmtree(folder)
+
+
+def _by_step(out: Path) -> list[Path]:
+    """The folders of checkpoints, earliest step first."""
+    steps = {
+        path: path.name.removeprefix("checkpoint-") for path in out.glob("checkpoint-*") if path.is_dir()
+    }
+    return sorted(
+        (path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path])
+    )
+
+
+def _digest(path: Path) -> str:
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            total.update(piece)
+    return total.hexdigest()

@@ -1,0 +1,208 @@
+"""Training survives what happens to processes and disks: kill -9, damaged checkpoints, a full disk.
+
+The processes here are real ones, started as a user starts them, and really killed.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from ovq.hf import OVQForCausalLM
+from ovq.report.progress import Reporter
+from ovq.train import loop
+from ovq.train.checkpoints import SEAL_FILE, fault
+from ovq.train.recipes import get_recipe
+
+STEPS = 90
+SETTINGS = [
+    f"train.steps={STEPS}",
+    "train.batch_size=4",
+    "train.lengths=16,24",
+    "train.length_shares=0.5,0.5",
+    "train.warmup_steps=1",
+    "train.log_every=1",
+    "train.save_every=3",
+    "model.hidden_size=16",
+    "model.intermediate_size=16",
+    "model.head_dim=8",
+    "model.num_slots=4",
+    "model.chunk_size=4",
+]
+CONFIG = get_recipe("recall-ovq").override(SETTINGS)
+
+
+def start(*arguments, **options):
+    """`ovq train` in a process of its own, on as many threads as the tests have."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "ovq", "train", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def losses(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def resume(out):
+    """Go on to the end within this process; what was said on the way."""
+    console = Console(record=True, force_terminal=False, width=1000, stderr=True)
+    with Reporter(console) as reporter:
+        loop.resume(out, reporter=reporter)
+    return console.export_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with Reporter(Console(quiet=True)) as reporter:
+        loop.train(CONFIG, out, reporter=reporter)
+    assert len(losses(out)) == STEPS
+    return out
+
+
+def checkpoints(out):
+    return {int(path.name.removeprefix("checkpoint-")) for path in out.glob("checkpoint-*")}
+
+
+@pytest.fixture
+def interrupted(whole, tmp_path):
+    """A run that ended when the last two checkpoints had been written."""
+    out = tmp_path / "run"
+    assert checkpoints(whole) == {STEPS - 3, STEPS}
+    for name in (f"checkpoint-{STEPS - 3}", f"checkpoint-{STEPS}"):
+        shutil.copytree(whole / name, out / name)
+    CONFIG.save(out)
+    return out
+
+
+def kill_at_random(process, out):
+    """Kill -9 at a moment within the first seconds after the run has got further; where it was then."""
+    before = checkpoints(out)
+    while not {
+        step for step in checkpoints(out) - before if (out / f"checkpoint-{step}" / SEAL_FILE).is_file()
+    }:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+    delay = random.SystemRandom().uniform(0, 0.7)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    return f"killed {delay:.3f} s after the first checkpoint, with {sorted(checkpoints(out))} in the folder"
+
+
+def test_kill_9_at_a_random_step_and_resume_gives_the_losses_of_an_uninterrupted_run(whole, tmp_path):
+    out = tmp_path / "run"
+    sets = [argument for setting in SETTINGS for argument in ("--set", setting)]
+    story = [kill_at_random(start("recall-ovq", *sets, "--out", out), out)]
+    story.append(kill_at_random(start("--resume", "--out", out), out))
+    resume(out)
+    assert losses(out) == losses(whole), story
+    ours, expected = (OVQForCausalLM.from_pretrained(path).state_dict() for path in (out, whole))
+    assert all(ours[name].equal(weight) for name, weight in expected.items()), story
+    assert checkpoints(out) == {STEPS - 3, STEPS}, "unfinished checkpoints are cleared away"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("model.safetensors", truncate, "model.safetensors: expected 26096 bytes, found 13048"),
+        ("optimizer.pt", lambda path: path.unlink(), "optimizer.pt: expected a file, found none"),
+        ("rng_state.pth", flip, "rng_state.pth: expected the SHA-256 of its seal, found another"),
+        ("trainer_state.json", lambda path: path.write_text(""), "trainer_state.json: expected"),
+        (SEAL_FILE, lambda path: path.unlink(), "it was never finished: it has no seal.json"),
+        (SEAL_FILE, truncate, "seal.json: expected a list of files, found something else"),
+        (SEAL_FILE, lambda path: path.write_text('{"a": 1}'), "seal.json: expected|a: expected a file"),
+    ],
+)
+def test_a_damaged_checkpoint_is_left_out_and_named(whole, interrupted, name, damage, reason):
+    damage(interrupted / f"checkpoint-{STEPS}" / name)
+    said = resume(interrupted).splitlines()
+    [line] = [line for line in said if "left out" in line]
+    assert line.startswith(f"{interrupted}/checkpoint-{STEPS}: not a whole checkpoint, left out (")
+    assert any(part in line for part in reason.split("|"))
+    assert losses(interrupted) == losses(whole)
+    assert fault(interrupted / f"checkpoint-{STEPS}") is None
+
+
+def test_checkpoints_without_fault_are_taken_without_a_word(whole, interrupted):
+    shutil.rmtree(interrupted / f"checkpoint-{STEPS}")
+    assert "left out" not in resume(interrupted)
+    assert losses(interrupted) == losses(whole)
+
+
+def test_with_no_whole_checkpoint_there_is_nothing_to_resume(interrupted):
+    for step in (STEPS - 3, STEPS):
+        truncate(interrupted / f"checkpoint-{step}" / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"--resume: expected a checkpoint .*, found none"):
+        resume(interrupted)
+
+
+def test_a_full_disk_costs_one_line_and_no_checkpoint(whole, interrupted):
+    """The limit on the size of a file stands for the disk: a write beyond it fails in the middle."""
+    shutil.rmtree(interrupted / f"checkpoint-{STEPS}")
+    # More than the model takes and less than the optimizer.
+    limit = 50_000
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    process = start("--resume", "--out", interrupted, preexec_fn=limited)
+    _, errors = process.communicate()
+    assert process.returncode == 2, errors
+    assert "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"ovq: error: {interrupted}/checkpoint-{STEPS}: cannot be written (")
+    assert checkpoints(interrupted) == {STEPS - 3}, "what could not be finished is removed"
+    assert fault(interrupted / f"checkpoint-{STEPS - 3}") is None
+    resume(interrupted)
+    assert losses(interrupted) == losses(whole)
+
+
+def test_a_place_that_cannot_be_written_is_an_error_that_names_it(interrupted):
+    shutil.rmtree(interrupted / f"checkpoint-{STEPS}")
+    (interrupted / f"checkpoint-{STEPS}").write_text("a file where a folder should be")
+    with pytest.raises(OSError, match=rf"checkpoint-{STEPS}.*: cannot be written|Not a directory"):
+        resume(interrupted)
+    assert fault(interrupted / f"checkpoint-{STEPS - 3}") is None
+
+
+def test_the_oldest_checkpoint_goes_only_when_the_newest_is_whole(interrupted, monkeypatch):
+    """Killed between the last byte and the seal, the run still has a checkpoint to go back to."""
+    shutil.rmtree(interrupted / f"checkpoint-{STEPS}")
+    (interrupted / f"checkpoint-{STEPS - 1}").mkdir()
+
+    def killed(folder):
+        assert (folder / "trainer_state.json").is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ovq.train.checkpoints.seal", killed)
+    with pytest.raises(KeyboardInterrupt):
+        resume(interrupted)
+    assert fault(interrupted / f"checkpoint-{STEPS - 3}") is None
+    assert "it was never finished" in fault(interrupted / f"checkpoint-{STEPS}")
