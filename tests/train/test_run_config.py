@@ -37,7 +37,7 @@ def test_a_field_is_set_by_its_path_and_nothing_else_changes(config, assignment,
 
 
 def test_fields_that_depend_on_each_other_are_set_together(config):
-    changed = config.override(["train.length_shares=0.5,0.5", "train.lengths=16,32"])
+    changed = config.override(["train.steps=600", "train.length_shares=0.5,0.5", "train.lengths=16,32"])
     assert [changed.train.length_at(step) for step in (0, 299, 300, 599)] == [16, 16, 32, 32]
 
 

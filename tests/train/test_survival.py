@@ -65,6 +65,20 @@ def resume(out):
     return console.export_text()
 
 
+@pytest.fixture
+def steps_read(monkeypatch):
+    """The steps whose examples this process has built: a run begun anew would have the same losses."""
+    steps = []
+    build = loop.CurriculumDataset.__getitems__
+
+    def recorded(self, indices):
+        steps.append(indices[0] // CONFIG.train.batch_size)
+        return build(self, indices)
+
+    monkeypatch.setattr(loop.CurriculumDataset, "__getitems__", recorded)
+    return steps
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run that nothing interrupted."""
@@ -106,12 +120,15 @@ def kill_at_random(process, out):
     return f"killed {delay:.3f} s after the first checkpoint, with {sorted(checkpoints(out))} in the folder"
 
 
-def test_kill_9_at_a_random_step_and_resume_gives_the_losses_of_an_uninterrupted_run(whole, tmp_path):
+def test_kill_9_at_a_random_step_and_resume_gives_the_losses_of_an_uninterrupted_run(
+    whole, tmp_path, steps_read
+):
     out = tmp_path / "run"
     sets = [argument for setting in SETTINGS for argument in ("--set", setting)]
     story = [kill_at_random(start("recall-ovq", *sets, "--out", out), out)]
     story.append(kill_at_random(start("--resume", "--out", out), out))
     resume(out)
+    assert steps_read[0] >= 6, story
     assert losses(out) == losses(whole), story
     ours, expected = (OVQForCausalLM.from_pretrained(path).state_dict() for path in (out, whole))
     assert all(ours[name].equal(weight) for name, weight in expected.items()), story
@@ -150,9 +167,10 @@ def test_a_damaged_checkpoint_is_left_out_and_named(whole, interrupted, name, da
     assert fault(interrupted / f"checkpoint-{STEPS}") is None
 
 
-def test_checkpoints_without_fault_are_taken_without_a_word(whole, interrupted):
+def test_checkpoints_without_fault_are_taken_without_a_word(whole, interrupted, steps_read):
     shutil.rmtree(interrupted / f"checkpoint-{STEPS}")
     assert "left out" not in resume(interrupted)
+    assert steps_read == [STEPS - 3, STEPS - 2, STEPS - 1]
     assert losses(interrupted) == losses(whole)
 
 
