@@ -189,8 +189,9 @@ def _backward_block(
             grad_k[:, tokens] += grad_keys[:, rows]
             grad_v[:, tokens] += grad_values[:, rows]
     s, n = step.num_streams, step.num_slots
-    deposits.key[:s, :n].addcdiv_(grad_keys[:, block.stop :].to(wide), reader.count)
-    deposits.value[:s, :n].addcdiv_(grad_values[:, block.stop :].to(wide), reader.count)
+    slots = slice(block.stop, block.stop + n)
+    deposits.key[:s, :n].addcdiv_(grad_keys[:, slots].to(wide), reader.count)
+    deposits.value[:s, :n].addcdiv_(grad_values[:, slots].to(wide), reader.count)
     # The queries of the product are scale * q.
     queries = step.part(call.q, block)
     by_head = grad_queries.view(queries.shape)

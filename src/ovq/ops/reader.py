@@ -28,7 +28,8 @@ class Reader:
     def __init__(self, group: Group, q: Tensor, v: Tensor, wide: torch.dtype) -> None:
         plan = group.plan
         self._width, self._wide = plan.aligned.width, wide
-        rows = self._width + padded_slots(plan.capacity)
+        capacity = padded_slots(plan.capacity)
+        rows = self._width + capacity
         self._keys = q.new_zeros(group.num_streams, rows, q.shape[-1])
         self._values = q.new_zeros(group.num_streams, rows, v.shape[-1])
         means = self._keys[:, self._width :]
@@ -36,7 +37,8 @@ class Reader:
         block = plan.block_size
         queries = group.num_streams * plan.group_size * block
         self._queries = q.new_empty(queries * q.shape[-1])
-        self._scores = q.new_empty(queries * (self._width + plan.capacity))
+        self._scores = q.new_empty(queries * rows)
+        self._bias = q.new_full((group.num_streams, 1, 1, capacity), -torch.inf)
         self._probs = torch.empty_like(self._scores)
         future = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
         self._causal = q.new_zeros(block, block).masked_fill_(future, -torch.inf)
@@ -51,8 +53,10 @@ class Reader:
             self._values[:s, rows] = chunk_values[:, block]
         self.chunk_keys, self.chunk_values = chunk_keys.to(self._wide), chunk_values.to(self._wide)
         count = sums.count[:s, :n].to(self._wide)
-        # log 0 = -inf takes spare slots out.
-        self._bias = count.log()[:, None, None]
+        # log 0 = -inf takes spare slots out. Their keys and values are zero, or finite and out of date.
+        self._bias[:s, 0, 0, :n] = count.log()
+        self._bias[:s, ..., n:] = -torch.inf
+        self._rows = width + padded_slots(n)
         self.count = count.clamp_(min=1).unsqueeze(-1)
         self.means = self._means[:s]
         torch.div(sums.key[:s, :n], self.count, out=self.means[:, :n])
@@ -74,21 +78,21 @@ class Reader:
         by_token = scores.view(step.num_streams, -1, size, scores.shape[-1])
         by_token[..., :size] = self._causal[:size, :size]
         by_token[..., size : block.stop] = 0
-        by_token[..., block.stop :] = self._bias
+        by_token[..., block.stop :] = self._bias[: step.num_streams, ..., : self._rows - self._width]
         scores.baddbmm_(self.queries, self.keys(step, block).transpose(1, 2))
         return torch.softmax(scores, -1, out=probs)
 
     def keys(self, step: Step, block: slice) -> Tensor:
         """Keys `[S, R, K]` that a block attends to."""
-        return self._keys[: step.num_streams, self._width - block.stop : self._width + step.num_slots]
+        return self._keys[: step.num_streams, self._width - block.stop : self._rows]
 
     def values(self, step: Step, block: slice) -> Tensor:
         """Values `[S, R, V]` that a block attends to."""
-        return self._values[: step.num_streams, self._width - block.stop : self._width + step.num_slots]
+        return self._values[: step.num_streams, self._width - block.stop : self._rows]
 
     def scratch(self, step: Step, block: slice) -> tuple[Tensor, Tensor]:
         """Two buffers `[S, G * b, R]`; the first is free once `attend` has returned the second."""
         queries = step.group.plan.group_size * (block.stop - block.start)
-        shape = (step.num_streams, queries, block.stop + step.num_slots)
+        shape = (step.num_streams, queries, block.stop + self._rows - self._width)
         size = shape[0] * shape[1] * shape[2]
         return self._scores[:size].view(shape), self._probs[:size].view(shape)

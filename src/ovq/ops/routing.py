@@ -43,7 +43,7 @@ class Router:
     def __init__(self, *, num_streams: int, max_slots: int, rules: Rules, like: Tensor) -> None:
         self.rules = rules
         size = num_streams * rules.chunk_size * padded_slots(max_slots)
-        self._scores, self._cosines = like.new_empty(size), like.new_empty(size)
+        self._scores = like.new_empty(size)
 
     def __call__(
         self,
@@ -78,7 +78,7 @@ class Router:
                 priority = self._random_priority(heads, num_seen).to(keys.device)
                 priority[:, 0].masked_fill_(is_fresh, torch.inf)
             else:
-                priority = chunk.novelty(opening, is_fresh, self._cosines)
+                priority = chunk.novelty(opening, is_fresh)
             is_opener = _lowest(priority, opening)
             if self.rules.merge == "updated":
                 _merge_updated(slots, is_opener, keys, means, existing)
@@ -148,18 +148,18 @@ class _Chunk:
             slots[s, t] = (exact >= floor[:, None]).byte().argmax(-1)
         return slots.masked_fill_(~best.isfinite(), 0)
 
-    def novelty(self, opening: list[int], is_fresh: Tensor, scratch: Tensor) -> Tensor:
+    def novelty(self, opening: list[int], is_fresh: Tensor) -> Tensor:
         """Best cosine `[S, C]` of each key with a slot mean, in float64 where the choice of openers turns on
         it.
 
         Args:
             opening: keys of each stream that are to open slots: those of lowest best cosine.
             is_fresh: `[S]` streams whose first key has opened slot 0 and is out of the question.
-            scratch: memory for the cosines.
+
+        Turns the scores into cosines, in place: `nearest` comes before it.
         """
         # A key or mean of length zero has cosine 0 with everything.
-        cosines = scratch[: self.scores.numel()].view_as(self.scores)
-        torch.mul(self.scores, self.mean_norm[:, None].clamp(min=_TINY).reciprocal(), out=cosines)
+        cosines = self.scores.mul_(self.mean_norm[:, None].clamp(min=_TINY).reciprocal())
         best = cosines.amax(-1) / self.key_norm.clamp(min=_TINY)
         # Keys that are not finite have no cosine: they are the last to open a slot.
         best.nan_to_num_(nan=2.0)
@@ -167,7 +167,8 @@ class _Chunk:
         # Cosines are at most 1 long; a few more roundings than a dot product go into one.
         tolerance = 2 * (self.keys.shape[-1] + 8) * self._eps + 2 * TIE
         # Contested: the last key that opens a slot and the first that does not are too close to tell apart.
-        ranked = best.sort(-1).values
+        most = min(max(opening) + 1, best.shape[-1])
+        ranked = best.topk(most, largest=False).values
         num = torch.tensor(opening, device=best.device)[:, None]
         boundary = ranked.gather(-1, (num - 1).clamp(min=0))
         following = ranked.gather(-1, num.clamp(max=ranked.shape[-1] - 1))
@@ -213,7 +214,7 @@ class _Chunk:
 def _lowest(priority: Tensor, num: list[int]) -> Tensor:
     """Mask `[S, C]` of the `num[s]` lowest priorities of each stream; of equal ones, the earliest tokens."""
     wanted = torch.tensor(num, device=priority.device)[:, None]
-    boundary = priority.sort(-1).values.gather(-1, (wanted - 1).clamp(min=0))
+    boundary = priority.topk(max(num), largest=False).values.gather(-1, (wanted - 1).clamp(min=0))
     is_clear = priority < boundary - TIE
     is_tied = (priority - boundary).abs() <= TIE
     is_tied &= is_tied.cumsum(-1) <= wanted - is_clear.sum(-1, keepdim=True)
