@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ovq.cli import main
 from ovq.hf import OVQConfig, OVQForCausalLM
 from tests.test_cli import fail, run
 
@@ -78,7 +79,7 @@ def test_another_dictionary_is_part_of_the_context(capsys, model, text, tmp_path
     assert run(capsys, *wide, "--context", out) == expected
 
 
-def test_a_prompt_after_a_document_is_not_marked_as_a_beginning(capsys, tmp_path):
+def test_a_prompt_after_a_document_is_not_marked_as_a_beginning(capfd, tmp_path):
     words = {word: i for i, word in enumerate(["<s>", "one", "two", "three", "four"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -89,10 +90,15 @@ def test_a_prompt_after_a_document_is_not_marked_as_a_beginning(capsys, tmp_path
         folder
     )
     (tmp_path / "text").write_text("two four one two four three")
-    assert "of 7 tokens" in build(capsys, folder, tmp_path / "text", tmp_path / "c")
+    capfd.readouterr()
+    with pytest.raises(SystemExit):
+        main(f"context build --model {folder} --text {tmp_path}/text --out {tmp_path}/c".split())
+    said = capfd.readouterr()
+    assert "of 7 tokens" in said.out
+    assert "longer than" not in said.err
     command = ["generate", "--model", folder, "--max-new-tokens", 8]
-    expected = run(capsys, *command, "--prompt", "two four one two four three one two")
-    assert run(capsys, *command, "--context", tmp_path / "c", "--prompt", "one two") == expected
+    expected = run(capfd, *command, "--prompt", "two four one two four three one two")
+    assert run(capfd, *command, "--context", tmp_path / "c", "--prompt", "one two") == expected
 
 
 def test_help_shows_an_example(capsys):
@@ -135,6 +141,10 @@ def test_help_shows_an_example(capsys):
         ),
         ("generate --model {model} --prompt 1 --context {tmp}/words", "damaged or foreign"),
         ("generate --model {other} --prompt 1 --context {ctx}", "found one of other weights"),
+        (
+            "generate --model {cut} --prompt 1",
+            "expected the weights of a saved model, found a file that is dama",
+        ),
         ("generate --model {wider} --prompt 1 --context {ctx}", "sliding_window=6, as the model has"),
     ],
 )
@@ -146,4 +156,8 @@ def test_bad_input_costs_one_line(arguments, message, capsys, model, text, tmp_p
         build(capsys, model, text, tmp_path / "book.ctx")
         names["other"] = save_model(tmp_path / "other", seed=1)
         names["wider"] = save_model(tmp_path / "wider", sliding_window=6)
+    if "{cut}" in arguments:
+        weights = save_model(tmp_path / "cut") / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        names["cut"] = tmp_path / "cut"
     assert message in fail(capsys, *(word.format(**names) for word in arguments.split()))

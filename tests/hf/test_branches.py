@@ -43,10 +43,21 @@ def test_a_snapshot_takes_rejected_steps_back_bit_for_bit(model, num_rejected):
     assert cache.get_seq_length() == 30
 
 
+def test_branches_that_advance_in_turns_do_not_meet(model):
+    """They share the buffers of pending tokens until the first of them writes where the other would."""
+    caches = [start(model, 0, 13)]
+    caches += [caches[0].snapshot(), caches[0].snapshot()]
+    for t in range(13, 30):
+        for row, cache in enumerate(caches):
+            logits = read(model, cache, STREAMS[row, None, t : t + 1])
+            text = torch.cat([STREAMS[0, None, :13], STREAMS[row, None, 13 : t + 1]], 1)
+            torch.testing.assert_close(logits, model(text, use_cache=False).logits[:, -1:])
+
+
 def test_a_snapshot_survives_whatever_happens_to_the_cache(model):
     cache = OVQCache(model.config)
     read(model, cache, STREAMS[:3, :14])
-    before = cache.snapshot()
+    before, third = cache.snapshot(), cache.snapshot()
     cache.reorder_cache(torch.tensor([2, 0, 1]))
     read(model, cache, STREAMS[[2, 0, 1], 14:15])
     cache.batch_select_indices(torch.tensor([1]))
@@ -55,13 +66,7 @@ def test_a_snapshot_survives_whatever_happens_to_the_cache(model):
     again = before.snapshot()
     expected = model(STREAMS[:3, :24]).logits[:, 14:]
     assert torch.equal(read(model, before, STREAMS[:3, 14:24]), read(model, again, STREAMS[:3, 14:24]))
-    torch.testing.assert_close(read(model, start_of(model), STREAMS[:3, 14:24]), expected)
-
-
-def start_of(model):
-    cache = OVQCache(model.config)
-    read(model, cache, STREAMS[:3, :14])
-    return cache
+    torch.testing.assert_close(read(model, third, STREAMS[:3, 14:24]), expected)
 
 
 class Batch:

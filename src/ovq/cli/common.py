@@ -38,6 +38,7 @@ def load_model(folder: Path, *, num_slots: int | None = None) -> OVQForCausalLM:
     """
     check_model_folder(folder)
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -45,7 +46,12 @@ def load_model(folder: Path, *, num_slots: int | None = None) -> OVQForCausalLM:
 
     # The bar of loading a model this small is over before it is seen, and leaves an empty line.
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder}: expected the weights of a saved model, found a file that is damaged ({error})"
+        ) from error
     if num_slots is not None:
         model.set_num_slots(num_slots)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
