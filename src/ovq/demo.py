@@ -27,9 +27,9 @@ from rich.console import Console
 
 import ovq
 from ovq.eval.accuracy import evaluate
+from ovq.files import write_atomic
 from ovq.hf import OVQForCausalLM
 from ovq.report.figures import save_figures
-from ovq.report.files import write_atomic
 from ovq.report.progress import Reporter
 from ovq.report.rows import MIXER_NAMES, ResultRow, format_bytes
 from ovq.report.tables import result_table

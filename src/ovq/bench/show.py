@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 from rich.table import Table
 
-from ovq.report.files import atomic_path
+from ovq.files import atomic_path
 from ovq.report.rows import format_bytes
 
 TITLES = {

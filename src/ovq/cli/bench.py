@@ -41,7 +41,7 @@ def bench(
         raise ValueError(f"--device: expected cpu or cuda, found {device!r}")
     from ovq.bench.show import save_figures, sentences, tables
     from ovq.bench.suite import Suite, run_suite
-    from ovq.report.files import write_atomic
+    from ovq.files import write_atomic
     from ovq.report.progress import Reporter
 
     suite = Suite(

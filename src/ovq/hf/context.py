@@ -23,11 +23,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ovq.files import atomic_path
 from ovq.hf.cache import CACHE_KEY, OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQPreTrainedModel
 from ovq.layers import Mixer, OVQAttention
-from ovq.ops.serialization import STATE_TENSORS, atomic_path, check_tensors, read_file
+from ovq.ops.serialization import STATE_TENSORS, check_tensors, read_file
 
 FORMAT = "ovq-context"
 VERSION = "1"

@@ -5,10 +5,7 @@ Never pickle: a state file may come from anywhere.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,37 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ovq.files import atomic_path
 from ovq.ops.state import OVQState, state_dtype
 
 FORMAT = "ovq-state"
 VERSION = "1"
 STATE_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values", "num_seen")
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes otherwise.
-
-    Example:
-        >>> import tempfile
-        >>> target = Path(tempfile.mkdtemp()) / "note.txt"
-        >>> with atomic_path(target) as temporary:
-        ...     _ = temporary.write_text("whole or not at all")
-        >>> target.read_text()
-        'whole or not at all'
-    """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        # The bytes must be on the disk before the name points at them, or a power cut leaves an empty file.
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def state_tensors(state: OVQState) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from ovq.report.files import atomic_path
+from ovq.files import atomic_path
 from ovq.report.rows import ResultRow, format_bytes
 
 # Okabe and Ito's colours, which differ for colour-blind readers too; the dictionary sizes share a hue, darker

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import Trainer
 
-from ovq.report.files import write_atomic
+from ovq.files import write_atomic
 
 SEAL_FILE = "seal.json"
 """The name of the list of a checkpoint's files."""

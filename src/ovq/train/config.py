@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from ovq.report.files import write_atomic
+from ovq.files import write_atomic
 from ovq.tasks import TASKS, Task
 
 CONFIG_FILE = "run_config.json"

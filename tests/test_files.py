@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from ovq.report.files import atomic_path, write_atomic
+from ovq.files import atomic_path, write_atomic
 
 
 def test_a_file_is_replaced_by_the_whole_new_one(tmp_path):

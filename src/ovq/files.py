@@ -10,19 +10,17 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, to be written inside the block, that replaces `path` when the block
-    ends well.
-
-    If the block raises, `path` is left as it was and the temporary file is removed.
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes otherwise.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with atomic_path(Path(folder) / "note.txt") as temporary:
-        ...         _ = temporary.write_text("whole")
+        ...         _ = temporary.write_text("whole or not at all")
         ...     (Path(folder) / "note.txt").read_text()
-        'whole'
+        'whole or not at all'
     """
+    path = Path(path)
     # In the same folder, because a rename is atomic only within a file system; with the same ending, because
     # writers such as matplotlib choose the format by it.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -30,6 +28,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        # The bytes must be on the disk before the name points at them, or a power cut leaves an empty file.
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         # mkstemp makes private files; these are for everyone the umask lets in.
         umask = os.umask(0)
         os.umask(umask)
@@ -39,7 +40,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: str | os.PathLike, text: str) -> None:
     """Write a text file in one piece, see `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_text(text)
