@@ -48,7 +48,7 @@ def decode_step(
 def _appended(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> tuple[Tensor, Tensor, list[int]]:
     """The pending buffers with the new token in them, and the list that says how far they are written."""
     keys, values, written = state.pending_keys, state.pending_values, state._written
-    if False:
+    if written != pending:
         keys, values, written = keys.clone(), values.clone(), list(pending)
     if len(set(pending)) == 1:
         keys[:, :, pending[0]] = k[:, 0]
