@@ -1,0 +1,74 @@
+"""What float32 sums keep after millions of tokens: the figures of `docs/guarantees.md`."""
+
+import numpy as np
+import pytest
+import torch
+
+from ovq.ops import OVQState
+from tests.ops.common import BACKENDS, attend
+
+OPTIONS = {"num_slots": 1, "chunk_size": 2}
+
+
+def state_of(count, dtype=torch.float32):
+    """One slot that holds `count` tokens with key (1, 0) and value (1, 1)."""
+    return OVQState(
+        key_sum=torch.tensor([count, 0.0], dtype=dtype).view(1, 1, 1, 2),
+        value_sum=torch.full((1, 1, 1, 2), float(count), dtype=dtype),
+        count=torch.tensor([[[count]]]),
+        pending_keys=torch.zeros(1, 1, 2, 2, dtype=dtype),
+        pending_values=torch.zeros(1, 1, 2, 2, dtype=dtype),
+        num_seen=torch.tensor([count]),
+        **OPTIONS,
+    )
+
+
+def two_more(state, key=(1.0, 0.0), one_by_one=False, **options):
+    k = torch.tensor([key, key], dtype=state.pending_keys.dtype).view(1, 2, 1, 2)
+    v = torch.ones_like(k)
+    for part in (slice(0, 1), slice(1, 2)) if one_by_one else (slice(0, 2),):
+        _, state = attend(k[:, part], k[:, part], v[:, part], initial_state=state, **OPTIONS, **options)
+    return state
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("count", [2**24, 2**25 + 2, 10**8, 10**12])
+def test_counts_are_exact_at_any_length(count, one_by_one, backend):
+    state = two_more(state_of(count), one_by_one=one_by_one, backend=backend)
+    assert state.count.flatten().tolist() == state.num_seen.tolist() == [count + 2]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_additions_vanish_where_it_is_said(backend):
+    """A sum takes in a number up to 2^24 times smaller, and then moves no more; one in float64 does."""
+    below = two_more(state_of(2**24 - 2), backend=backend)
+    assert below.value_sum.flatten().tolist() == [2.0**24] * 2
+    above = two_more(state_of(2**24), backend=backend)
+    assert above.value_sum.flatten().tolist() == [2.0**24] * 2
+    assert above.key_sum.flatten().tolist() == [2.0**24, 0.0]
+    # A number is lost in a sum far larger than itself, not because the slot is old.
+    sideways = two_more(state_of(2**24), key=(0.0, 1.0), backend=backend)
+    assert sideways.key_sum.flatten().tolist() == [2.0**24, 2.0]
+    wide = two_more(state_of(2**24, torch.float64), backend=backend)
+    assert wide.value_sum.flatten().tolist() == [2.0**24 + 2] * 2
+
+
+def running_sum(tokens):
+    return np.add.accumulate(tokens, axis=0, dtype=np.float32)[-1].astype(np.float64)
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(0.1, 0.1), (1.0, 1.0), (0.0, 1.0)])
+def test_the_error_of_a_mean_stays_within_its_bound(mean, spread):
+    count = 2_000_000
+    noise = np.random.default_rng(0).standard_normal((count, 2), dtype=np.float32)
+    tokens = np.float32(mean) + np.float32(spread) * noise
+    error = np.abs(running_sum(tokens) - tokens.sum(0, dtype=np.float64)) / count
+    assert (error <= 2.0**-22 * count**0.5 * np.sqrt(mean**2 + spread**2)).all()
+
+
+def test_one_token_over_and_over_is_the_worst_case():
+    count = 2_000_000
+    token = np.float32(0.9)
+    error = abs(running_sum(np.full((count, 1), token))[0] / count - float(token)) / token
+    assert 2.0**-22 * count**0.5 < error <= 2.0**-24 * count
