@@ -79,6 +79,17 @@ def test_another_dictionary_is_part_of_the_context(capsys, model, text, tmp_path
     assert run(capsys, *wide, "--context", out) == expected
 
 
+def test_slots_opened_at_random_depend_on_the_seed(capsys, text, tmp_path):
+    model = save_model(tmp_path / "model", init="random")
+    command = ["generate", "--model", model, "--max-new-tokens", 9, "--seed", 3]
+    expected = run(capsys, *command, "--prompt", f"{DOCUMENT} 7 8")
+    for seed in (3, 4):
+        build(capsys, model, text, tmp_path / f"{seed}", "--seed", seed)
+    assert run(capsys, *command, "--context", tmp_path / "3", "--prompt", "7 8") == expected
+    sums = [load_file(tmp_path / seed)["layers.1.key_sum"] for seed in ("3", "4")]
+    assert not torch.equal(*sums)
+
+
 def test_a_prompt_after_a_document_is_not_marked_as_a_beginning(capsys, tmp_path, caplog, monkeypatch):
     words = {word: i for i, word in enumerate(["<s>", "one", "two", "three", "four"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<s>"))

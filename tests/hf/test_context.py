@@ -127,11 +127,16 @@ def test_rotary_embedding_in_every_layer():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"conv_size": 0}, {"mixer_types": ["ovq"] * 4}, {"chunk_size": 64}], ids=str
+    "changes",
+    [{"conv_size": 0}, {"mixer_types": ["ovq"] * 4}, {"chunk_size": 64}, {"init": "random"}],
+    ids=str,
 )
 @pytest.mark.parametrize("length", [1, 3, 61])
 def test_other_models_and_short_documents(tmp_path, changes, length):
-    """With conv_size 0 there is one tensor less; with chunks of 64 there is no slot yet."""
+    """With conv_size 0 there is one tensor less; with chunks of 64 there is no slot yet.
+
+    The random choice of slots depends on the seed in force, which is the same throughout.
+    """
     model = make_model(**changes)
     save_context(build_context(model, DOCUMENT[:length]), tmp_path / "c")
     context = load_context(tmp_path / "c", model)

@@ -37,6 +37,7 @@ def build(
     prefill_chunk_size: Annotated[
         int, typer.Option(min=1, help="Tokens read at a time, which bounds the memory needed.")
     ] = 2048,
+    seed: Annotated[int, typer.Option(min=0, help='Seed of the slots, in models with init="random".')] = 0,
 ) -> None:
     """Read a document and save the memory of all layers: the same size whatever the length.
 
@@ -53,12 +54,15 @@ def build(
     with tempfile.TemporaryFile(dir=out.parent):
         pass
 
+    from transformers import set_seed
+
     from ovq.hf import build_context, save_context
     from ovq.report.progress import Reporter
     from ovq.report.rows import format_bytes
 
     loaded = load_model(model, num_slots=num_slots)
     ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, flag="--text")
+    set_seed(seed)
     with Reporter() as reporter:
         work = reporter.start(f"read {text}", total=len(ids))
         context = build_context(loaded, ids, prefill_chunk_size=prefill_chunk_size, progress=work.update)
