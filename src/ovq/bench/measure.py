@@ -26,11 +26,13 @@ def interleaved(
     device: str = "cpu",
     max_rounds: int = 9,
     seconds: float = 4.0,
+    run: int = 1,
 ) -> list[list[float]]:
     """Seconds of each call of each function, taking turns.
 
     One call of each warms up. Then come rounds until the slowest function has taken `seconds` or there were
-    `max_rounds` of them, but at least three (one, for functions that take over ten seconds a call).
+    `max_rounds` of them, but at least three (one, for functions that take over ten seconds a call). A turn is
+    `run` calls: where a call is so short that the caches count, others must not empty them between its calls.
 
     Example:
         >>> times = interleaved([lambda: sum(range(10)), lambda: sum(range(1000))], max_rounds=5)
@@ -42,7 +44,7 @@ def interleaved(
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(rounds):
         for times_of_one, function in zip(times, functions, strict=True):
-            times_of_one.append(_seconds(function, device))
+            times_of_one += [_seconds(function, device) for _ in range(run)]
     return times
 
 

@@ -140,8 +140,9 @@ def _row(what: str, workload: Workload) -> dict:
 def _timed_rows(part: str, workloads: list[Workload], device: str, rate: float) -> list[dict]:
     """Times of one part at one length: all mixers in turns; the first workload is the yardstick, SDPA."""
     functions = [getattr(w, part)(device) for w in workloads]
-    # A merge comes once a chunk: decode takes more rounds than a chunk has tokens, so that it is among them.
-    rounds = {"max_rounds": 2 * workloads[0].chunk_size, "seconds": 60.0} if part == "decode" else {}
+    # A merge comes once a chunk: each turn of decode takes as many tokens as a chunk has, so that it is among
+    # them. A few turns, as exact attention over a long cache takes its time.
+    rounds = {"max_rounds": 3, "run": workloads[0].chunk_size} if part == "decode" else {}
     all_times = interleaved(functions, device=device, **rounds)
     exact = spread(all_times[0])["seconds"]
     rows = []

@@ -68,7 +68,8 @@ def bench(
         highlight=False,
     )
     for table in tables(report):
-        out_console.print(table)
+        # Wide enough for every column where output goes to a file or a pipe.
+        out_console.print(table, width=None if out_console.is_terminal else 150)
     for sentence in sentences(report):
         out_console.print(sentence, highlight=False)
     out_console.print(f"Wrote {', '.join(str(p) for p in (out / 'bench.json', *paths))}", highlight=False)
