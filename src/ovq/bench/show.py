@@ -112,36 +112,39 @@ def save_figures(report: dict, folder: Path) -> list[Path]:
     num_rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.4 * columns, 3.6 * num_rows + 0.6), layout="constrained")
     axes = figure.subplots(num_rows, columns, squeeze=False).flatten()
+    # A line has the same colour in every panel, whichever others are in it.
+    labels = dict.fromkeys(r["label"] for r in report["rows"])
+    colors = {label: _COLORS[i % len(_COLORS)] for i, label in enumerate(labels)}
     for panel, (what, dtype) in zip(axes, panels, strict=False):
         rows = [r for r in report["rows"] if r["what"] == what and r["dtype"] == dtype]
-        _draw(panel, rows, f"{TITLES[what].split(' of ')[0]}, {dtype}")
+        _draw(panel, rows, f"{TITLES[what].split(' of ')[0]}, {dtype}", colors)
     for panel in axes[len(panels) :]:
         panel.set_axis_off()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    lines = {
+        label: line for panel in axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=min(6, len(lines)), frameon=False
+    )
     path = folder / "bench.png"
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)
     return [path]
 
 
-def _draw(axes: Axes, rows: list[dict], title: str) -> None:
+def _draw(axes: Axes, rows: list[dict], title: str, colors: dict[str, str]) -> None:
     is_memory = "peak_bytes" in rows[0]
-    for color, label in zip(_COLORS, dict.fromkeys(r["label"] for r in rows), strict=False):
+    for label in dict.fromkeys(r["label"] for r in rows):
         line = sorted((r for r in rows if r["label"] == label), key=lambda r: r["length"])
-        lengths = [r["length"] for r in line]
         axes.plot(
-            lengths,
+            [r["length"] for r in line],
             [r["peak_bytes" if is_memory else "seconds"] for r in line],
             label=label,
-            color=color,
+            color=colors[label],
             marker="o",
             markersize=4,
             linewidth=2,
         )
-        if not is_memory:
-            low, high = [r["seconds_min"] for r in line], [r["seconds_max"] for r in line]
-            axes.fill_between(lengths, low, high, color=color, alpha=0.2, linewidth=0)
     lengths = sorted({r["length"] for r in rows})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2 if is_memory else 10)
