@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import transformers
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 import ovq
 from ovq.eval.accuracy import evaluate
@@ -37,6 +38,7 @@ from ovq.tasks import RecallTask
 from ovq.train.config import RunConfig
 from ovq.train.loop import train
 from ovq.train.recipes import get_recipe
+from ovq.train.workers import RemoteReporter, run_jobs
 
 RECIPES = ("recall-ovq", "recall-full", "recall-sliding")
 LENGTH_FACTORS = (1, 2, 4, 8, 16)
@@ -68,45 +70,41 @@ def run_demo(
     console = console or Console()
     out.mkdir(parents=True, exist_ok=True)
     configs = [_configure(name, seed, is_quick=is_quick) for name in RECIPES]
-    started = time.monotonic()
-    rows: list[ResultRow] = []
-    timings: dict[str, float] = {}
+    begun = time.monotonic()
     # In `out`, so that a folder that cannot be written shows before minutes of work, and the model moves by a
     # rename.
     with tempfile.TemporaryDirectory(dir=out, prefix=".runs-") as runs, Reporter() as reporter:
-        for config in configs:
-            mixer = config.model.mixer_types[-1]
-            name = MIXER_NAMES[mixer]
-            folder = Path(runs) / mixer
-            begun = time.monotonic()
-            model = train(config, folder, reporter=reporter, label=f"train {name}")
-            timings[f"train {mixer}"] = round(time.monotonic() - begun, 1)
-            begun = time.monotonic()
-            rows += _test(model, config, reporter=reporter, label=f"test {name}", is_quick=is_quick)
-            timings[f"test {mixer}"] = round(time.monotonic() - begun, 1)
-            if mixer == "ovq":
-                ovq_model, ovq_config = model, config
+        jobs = [
+            _Job(config=config, folder=Path(runs) / config.mixer, is_quick=is_quick) for config in configs
+        ]
+        outcomes = run_jobs(_train_and_test, jobs, reporter=reporter)
         _replace_folder(Path(runs) / "ovq", out / "ovq")
-    timings["total"] = round(time.monotonic() - started, 1)
+    rows = [row for outcome in outcomes for row in outcome.rows]
+    seconds = {
+        f"{what} {job.config.mixer}": round(value, 1)
+        for job, outcome in zip(jobs, outcomes, strict=True)
+        for what, value in outcome.seconds.items()
+    }
+    seconds["total"] = round(time.monotonic() - begun, 1)
 
     results = {
         "rows": [dataclasses.asdict(row) for row in rows],
         "is_quick": is_quick,
         "seed": seed,
-        "train_length": max(ovq_config.train.lengths),
+        "train_length": max(configs[0].train.lengths),
         "config": {name: json.loads(config.to_json()) for name, config in zip(RECIPES, configs, strict=True)},
-        "seconds": timings,
+        "seconds": seconds,
         "versions": _versions(),
         "hardware": _hardware(),
     }
     write_atomic(out / "results.json", json.dumps(results, indent=2) + "\n")
     figures = save_figures(rows, out, train_length=results["train_length"])
 
-    console.print(result_table(rows, title="In-context recall: share of right answers by length"))
-    console.print(_one_answer(ovq_model, ovq_config, seed), highlight=False)
+    console.print(result_table(rows, title="In-context recall: share of right answers by length in tokens"))
+    console.print(_one_answer(out / "ovq", seed), highlight=False)
     console.print(
         f"Wrote {out / 'results.json'}, {', '.join(str(path) for path in figures)} "
-        f"and the model {out / 'ovq'} in {timings['total']:.0f} s."
+        f"and the model {out / 'ovq'} in {seconds['total']:.0f} s."
     )
     console.print(conclusion(rows, train_length=results["train_length"], is_quick=is_quick), highlight=False)
     return results
@@ -149,37 +147,57 @@ def _configure(recipe: str, seed: int, *, is_quick: bool) -> RunConfig:
     return get_recipe(recipe).override(changes)
 
 
-def _test(
-    model: OVQForCausalLM, config: RunConfig, *, reporter: Reporter, label: str, is_quick: bool
-) -> list[ResultRow]:
-    """Test a model at every length, and with every size of the dictionary if it has one."""
-    train_length = max(config.train.lengths)
-    has_slots = "ovq" in config.model.mixer_types
-    rows = []
-    for factor in LENGTH_FACTORS:
-        length = train_length * factor
-        rows += evaluate(
-            model,
-            config.task,
-            lengths=[length],
-            num_slots=[config.model.num_slots * factor for factor in SLOT_FACTORS] if has_slots else [],
-            num_examples=1 if is_quick else max(1, _TEST_TOKENS_PER_LENGTH // length),
-            seed=config.train.seed,
-            reporter=reporter,
-            label=f"{label} at {length}",
-        )
-    # By model, as tables and figures read them.
-    return sorted(rows, key=lambda row: (row.num_slots or 0, row.length))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One model to train and test."""
+
+    config: RunConfig
+    folder: Path
+    is_quick: bool
 
 
-def _one_answer(model: OVQForCausalLM, config: RunConfig, seed: int) -> str:
-    """Let the model answer the first question of an unseen example by `generate`, and tell about it."""
-    task = config.task
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Outcome:
+    """What came of it."""
+
+    rows: list[ResultRow]
+    seconds: dict[str, float]
+
+
+def _train_and_test(job: _Job, reporter: RemoteReporter) -> _Outcome:
+    """Train a model, and test it at every length and with every size of the dictionary if it has one."""
+    config = job.config
+    name = MIXER_NAMES[config.mixer]
+    begun = time.monotonic()
+    model = train(config, job.folder, reporter=reporter, label=f"train {name}")
+    trained = time.monotonic()
+    lengths = [max(config.train.lengths) * factor for factor in LENGTH_FACTORS]
+    rows = evaluate(
+        model,
+        config.task,
+        lengths=lengths,
+        num_slots=[config.model.num_slots * factor for factor in SLOT_FACTORS]
+        if config.mixer == "ovq"
+        else [],
+        num_examples=1 if job.is_quick else [_TEST_TOKENS_PER_LENGTH // length for length in lengths],
+        seed=config.train.seed,
+        reporter=reporter,
+        label=f"test {name}",
+    )
+    return _Outcome(rows=rows, seconds={"train": trained - begun, "test": time.monotonic() - trained})
+
+
+def _one_answer(folder: Path, seed: int) -> str:
+    """Let the saved model answer the first question of an unseen example by `generate`, and tell about it."""
+    # The bar of loading a model this small is over before it is seen.
+    disable_progress_bar()
+    model = OVQForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    task = RunConfig.load(folder).task
     assert isinstance(task, RecallTask)
     batch = task.build(seed, indices=[0], split="test")
     key_start = task.context_length + 1
     prompt_length = key_start + task.key_length
-    prompt = torch.from_numpy(batch.inputs[:, :prompt_length]).to(model.device)
+    prompt = torch.from_numpy(batch.inputs[:, :prompt_length])
     output = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=task.value_length, do_sample=False
     )

@@ -72,6 +72,12 @@ def test_the_size_of_micro_batches_does_not_show(monkeypatch):
     assert run(model, lengths=[40, 60], num_examples=7) == whole
 
 
+def test_each_length_may_have_a_number_of_examples_of_its_own():
+    model = build_model("sliding_attention", "ovq")
+    together = run(model, lengths=[40, 60], num_examples=[5, 2])
+    assert together == [*run(model, lengths=[40], num_examples=5), *run(model, lengths=[60], num_examples=2)]
+
+
 def test_the_dictionary_is_varied_on_the_same_weights_and_put_back():
     model = build_model("sliding_attention", "ovq")
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -105,8 +111,9 @@ def test_test_questions_are_not_those_of_training():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lengths": []}, "expected at least one length and one example, found 0 and 64"),
-        ({"lengths": [40], "num_examples": 0}, "found 1 and 0"),
+        ({"lengths": []}, r"expected lengths and at least one example for each, found \[\] and 64"),
+        ({"lengths": [40], "num_examples": 0}, r"found \[40\] and 0"),
+        ({"lengths": [40, 60], "num_examples": [3]}, r"found \[40, 60\] and \[3\]"),
         ({"lengths": [3]}, "length: expected at least"),
         ({"lengths": [40], "num_slots": [8]}, "expected a model with 'ovq' layers"),
     ],

@@ -57,5 +57,5 @@ def evaluate(
             json.dumps({"model": str(model), "rows": [dataclasses.asdict(row) for row in rows]}, indent=2)
         )
         return
-    out_console.print(result_table(rows, title=f"{task.name}: share of right answers"))
+    out_console.print(result_table(rows, title=f"{task.name}: share of right answers by length in tokens"))
     out_console.print(slice_table(rows, title=f"{task.name} at {max(at_lengths)} tokens, by distance"))

@@ -48,6 +48,9 @@ def train(
 
     from ovq.report.progress import Reporter
     from ovq.train import loop
+    from ovq.train.allocator import keep_freed_memory
+
+    keep_freed_memory()
 
     with Reporter() as reporter:
         if config is None:

@@ -34,7 +34,7 @@ def evaluate(
     *,
     lengths: Sequence[int],
     num_slots: Sequence[int] = (),
-    num_examples: int = 64,
+    num_examples: int | Sequence[int] = 64,
     seed: int = 0,
     reporter: Reporter,
     label: str = "test",
@@ -46,7 +46,7 @@ def evaluate(
         task: The kind of data; its own length does not matter.
         lengths: Tokens an example, one test for each.
         num_slots: Sizes of the dictionary to test; none for the one the model has.
-        num_examples: Examples a length.
+        num_examples: Examples a length: one number for all lengths, or one for each.
         seed: Seed of the test data.
         reporter: Where to show progress.
         label: What to call this test there.
@@ -58,9 +58,10 @@ def evaluate(
         ValueError: If the task cannot be built at a length, a number is below 1, the task has tokens the
             model does not know, or slots are asked for of a model without a dictionary.
     """
-    if num_examples < 1 or not lengths:
+    counts = [num_examples] * len(lengths) if isinstance(num_examples, int) else list(num_examples)
+    if not lengths or len(counts) != len(lengths) or min(counts) < 1:
         raise ValueError(
-            f"expected at least one length and one example, found {len(lengths)} and {num_examples}"
+            f"expected lengths and at least one example for each, found {list(lengths)} and {num_examples}"
         )
     if task.vocab_size > model.config.vocab_size:
         raise ValueError(
@@ -69,17 +70,18 @@ def evaluate(
         )
     tasks = [task.at_length(length) for length in lengths]
     trained_slots = model.config.num_slots if "ovq" in model.config.mixer_types else None
-    work = reporter.start(label, total=len(tasks) * (len(num_slots) or 1) * num_examples)
+    work = reporter.start(label, total=(len(num_slots) or 1) * sum(counts))
     rows: list[ResultRow] = []
+    done = 0
     was_training = model.training
     model.eval()
     try:
         for slots in num_slots or (trained_slots,):
             if num_slots:
                 model.set_num_slots(slots)
-            for at_length in tasks:
-                done = len(rows) * num_examples
-                rows.append(_evaluate_at(model, at_length, slots, num_examples, seed, work=work, done=done))
+            for at_length, count in zip(tasks, counts, strict=True):
+                rows.append(_evaluate_at(model, at_length, slots, count, seed, work=work, done=done))
+                done += count
     finally:
         model.train(was_training)
         if num_slots and trained_slots is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from types import TracebackType
 
 from rich.console import Console
@@ -30,6 +31,7 @@ class Reporter:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
+        self._works: dict[Hashable, Work] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -54,6 +56,13 @@ class Reporter:
     def start(self, label: str, *, total: int) -> Work:
         """Begin a piece of work of `total` units."""
         return Work(self._progress, label, total)
+
+    def show(self, *, key: Hashable, label: str, total: int, done: int, note: str) -> None:
+        """Show work that goes on elsewhere: begun when its key is first met, updated from then on."""
+        if key not in self._works:
+            self._works[key] = self.start(label, total=total)
+        if done:
+            self._works[key].update(done, note=note)
 
 
 class Work:

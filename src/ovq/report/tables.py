@@ -10,7 +10,7 @@ from ovq.report.rows import ResultRow, format_bytes
 
 
 def result_table(rows: Sequence[ResultRow], *, title: str) -> Table:
-    """Accuracy by model and length, with the state at the longest length beside it.
+    """Accuracy by model and length in tokens, with the state at the longest length beside it.
 
     Args:
         rows: Results; models come in the order they are met.
@@ -21,13 +21,13 @@ def result_table(rows: Sequence[ResultRow], *, title: str) -> Table:
         ...                 num_questions=2, slices={})
         >>> table = result_table([row], title="recall")
         >>> [column.header for column in table.columns]
-        ['model', '256 tokens', 'state at 256']
+        ['model', '256', 'state at 256']
     """
     lengths = sorted({row.length for row in rows})
     table = Table(title=title)
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for length in lengths:
-        table.add_column(f"{length} tokens", justify="right")
+        table.add_column(f"{length}", justify="right")
     table.add_column(f"state at {lengths[-1]}", justify="right")
     for label in dict.fromkeys(row.label for row in rows):
         by_length = {row.length: row for row in rows if row.label == label}

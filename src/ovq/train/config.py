@@ -206,6 +206,11 @@ class RunConfig:
                     f"train.lengths: the task cannot be built at length {length}: {error}"
                 ) from error
 
+    @property
+    def mixer(self) -> str:
+        """The long-range mixer, which the last layer has."""
+        return self.model.mixer_types[-1]
+
     def override(self, assignments: list[str]) -> RunConfig:
         """A copy with some fields set from strings such as `"train.steps=300"`.
 
