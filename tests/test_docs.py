@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import ovq
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -20,3 +22,14 @@ def test_every_promise_names_a_test_there_is():
 def test_programs_behind_figures_are_there(name):
     assert f"`python {name}`" in (ROOT / "docs" / "guarantees.md").read_text()
     assert (ROOT / name).is_file()
+
+
+def test_the_python_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) >= 4
+    # One after the other in one namespace, as a reader would paste them.
+    exec("\n".join(blocks), {})
+
+
+def test_the_changelog_names_the_version():
+    assert f"## {ovq.__version__} " in (ROOT / "CHANGELOG.md").read_text()

@@ -104,7 +104,9 @@ def run_demo(
     console.print(_one_answer(out / "ovq", seed), highlight=False)
     console.print(
         f"Wrote {out / 'results.json'}, {', '.join(str(path) for path in figures)} "
-        f"and the model {out / 'ovq'} in {seconds['total']:.0f} s."
+        f"and the model {out / 'ovq'} in {seconds['total']:.0f} s.",
+        # A path broken over two lines could not be copied.
+        soft_wrap=True,
     )
     console.print(conclusion(rows, train_length=results["train_length"], is_quick=is_quick), highlight=False)
     return results

@@ -72,4 +72,6 @@ def bench(
         out_console.print(table, width=None if out_console.is_terminal else 150)
     for sentence in sentences(report):
         out_console.print(sentence, highlight=False)
-    out_console.print(f"Wrote {', '.join(str(p) for p in (out / 'bench.json', *paths))}", highlight=False)
+    written = ", ".join(str(path) for path in (out / "bench.json", *paths))
+    # A path broken over two lines could not be copied.
+    out_console.print(f"Wrote {written}", highlight=False, soft_wrap=True)

@@ -68,4 +68,7 @@ def build(
         context = build_context(loaded, ids, prefill_chunk_size=prefill_chunk_size, progress=work.update)
     save_context(context, out)
     size = format_bytes(out.stat().st_size)
-    out_console.print(f"Saved what the model remembers of {len(ids)} tokens in {out} ({size}).")
+    # A path broken over two lines could not be copied.
+    out_console.print(
+        f"Saved what the model remembers of {len(ids)} tokens in {out} ({size}).", soft_wrap=True
+    )

@@ -57,4 +57,7 @@ def train(
             loop.resume(out, reporter=reporter, label=f"train {out}")
         else:
             loop.train(config, out, reporter=reporter, label=f"train {recipe}")
-    out_console.print(f"Saved the model and its configuration in {out}. Test it: ovq eval --model {out}")
+    # Paths and commands broken over two lines could not be copied.
+    out_console.print(
+        f"Saved the model and its configuration in {out}. Test it: ovq eval --model {out}", soft_wrap=True
+    )
