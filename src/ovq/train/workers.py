@@ -14,6 +14,7 @@ import queue
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 import torch
@@ -89,6 +90,7 @@ def run_jobs(
     with ProcessPoolExecutor(num_workers, context, _begin, (messages, num_threads)) as executor:
         try:
             futures = [executor.submit(_call, function, job) for job in jobs]
+            processes = multiprocessing.active_children()
             running, num_reporting, last_looks = set(futures), len(futures), 20
             # A result may overtake the last messages of its job, as they travel by themselves.
             while running or (num_reporting and last_looks):
@@ -96,6 +98,9 @@ def run_jobs(
                 done, running = wait(running, timeout=0)
                 for future in done:
                     future.result()
+                # The executor sees to this as well, but its thread was once found gone and the jobs with it.
+                if running and any(process.exitcode for process in processes):
+                    raise BrokenProcessPool("a worker process terminated abruptly")
                 last_looks -= not running
             return [future.result() for future in futures]
         except BaseException:
