@@ -104,20 +104,28 @@ def interrupted(whole, tmp_path):
     return out
 
 
+def last_sealed(out):
+    return max(
+        (step for step in checkpoints(out) if (out / f"checkpoint-{step}" / SEAL_FILE).is_file()), default=0
+    )
+
+
 def kill_at_random(process, out):
-    """Kill -9 at a moment within the first seconds after the run has got further; where it was then."""
-    before = checkpoints(out)
-    while not {
-        step for step in checkpoints(out) - before if (out / f"checkpoint-{step}" / SEAL_FILE).is_file()
-    }:
+    """Kill -9 at a random moment after a random one of the next checkpoints; says where the run was then.
+
+    The goal is a step rather than a time, or a fast machine would be at the end before the second kill.
+    """
+    chance = random.SystemRandom()
+    goal = last_sealed(out) + 3 * chance.randint(1, 7)
+    while last_sealed(out) < goal:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.002)
-    delay = random.SystemRandom().uniform(0, 0.7)
+    delay = chance.uniform(0, 0.05)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    return f"killed {delay:.3f} s after the first checkpoint, with {sorted(checkpoints(out))} in the folder"
+    return f"killed {delay:.3f} s after checkpoint {goal}, with {sorted(checkpoints(out))} in the folder"
 
 
 def test_kill_9_at_a_random_step_and_resume_gives_the_losses_of_an_uninterrupted_run(
@@ -128,6 +136,7 @@ def test_kill_9_at_a_random_step_and_resume_gives_the_losses_of_an_uninterrupted
     story = [kill_at_random(start("recall-ovq", *sets, "--out", out), out)]
     story.append(kill_at_random(start("--resume", "--out", out), out))
     resume(out)
+    assert steps_read, story
     assert steps_read[0] >= 6, story
     assert losses(out) == losses(whole), story
     ours, expected = (OVQForCausalLM.from_pretrained(path).state_dict() for path in (out, whole))
