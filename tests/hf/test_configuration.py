@@ -19,7 +19,9 @@ def test_defaults_alternate_sliding_window_and_ovq_with_rope_on_the_window_only(
 
 
 def test_round_trip_through_json(tmp_path):
-    config = make_config(growth="linear", rope_mixers=["ovq"], pad_token_id=0, eos_token_id=[1, 2])
+    config = make_config(
+        growth="linear", slot_rate=0.25, rope_mixers=["ovq"], pad_token_id=0, eos_token_id=[1, 2]
+    )
     config.save_pretrained(tmp_path)
     loaded = OVQConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
@@ -53,6 +55,8 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
         ({"sliding_window": 1}, "sliding_window: expected at least 2, found 1"),
         ({"growth": "fast"}, "growth: expected one of .* found 'fast'"),
         ({"init": "zeros"}, "init: expected one of .* found 'zeros'"),
+        ({"slot_bias": "norm"}, r"slot_bias: expected one of .* found 'norm'"),
+        ({"slot_rate": 2.0}, r"slot_rate: expected 'count' or a number in \(0, 1\], found 2.0"),
         ({"merge": "all"}, "merge: expected one of .* found 'all'"),
         ({"num_key_value_heads": 3}, "divide num_heads, found num_heads=4, num_kv_heads=3"),
         ({"head_dim": None, "hidden_size": 25}, "hidden_size=25, num_heads=4"),
@@ -95,6 +99,8 @@ def test_values_of_another_type_are_refused(changes):
         {"growth": "linear"},
         {"init": "random"},
         {"merge": "updated"},
+        {"slot_bias": "count+norm"},
+        {"slot_rate": 0.2},
     ],
     ids=lambda changes: next(iter(changes)),
 )

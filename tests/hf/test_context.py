@@ -192,6 +192,8 @@ def test_bfloat16_and_float32_keep_their_dtype(tmp_path):
         ({"num_slots": 10}, "num_slots=10, as the model has, found num_slots=9"),
         ({"mixer_types": ["ovq"] * 4}, "mixer_types="),
         ({"merge": "updated"}, "merge='updated', as the model has, found merge='existing'"),
+        ({"slot_bias": "count+norm"}, "slot_bias='count\\+norm', as the model has, found slot_bias='count'"),
+        ({"slot_rate": 0.5}, "slot_rate=0.5, as the model has, found slot_rate='count'"),
         ({"rope_theta": 5000.0}, "rope_theta=5000.0"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
     ],

@@ -82,10 +82,10 @@ def test_impossible_sizes_are_refused(arguments, message):
         OVQAttention(16, 2, **arguments)
 
 
-@pytest.mark.parametrize("option", ["growth", "init", "merge", "backend"])
+@pytest.mark.parametrize("option", ["growth", "init", "merge", "slot_bias", "backend"])
 def test_unknown_options_are_refused(option):
     layer = OVQAttention(16, 2, **{option: "best"})
-    with pytest.raises(ValueError, match=rf"{option}: expected one of .* found 'best'"):
+    with pytest.raises(ValueError, match=rf"{option.removeprefix('slot_')}: expected one of .* found 'best'"):
         layer(torch.randn(1, 3, 16))
 
 

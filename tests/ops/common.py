@@ -6,6 +6,8 @@ from torch.nn.functional import normalize
 from ovq.ops import OVQState, ovq_attention
 
 BACKENDS = ("naive", "torch")
+# How slots are scored and how they move: the defaults, each other choice alone, and both.
+VARIANTS = [{}, {"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "rate": 0.7}]
 
 
 def inputs(batch, length, heads=2, kv_heads=1, key_dim=6, value_dim=5, *, dtype=torch.float64, seed=0):

@@ -43,6 +43,11 @@ def zeros(*shape, dtype=torch.float64):
         ({"growth": "fast"}, "growth: expected one of .*plateau.* found 'fast'"),
         ({"init": "zeros"}, "init: expected one of .* found 'zeros'"),
         ({"merge": "none"}, "merge: expected one of .* found 'none'"),
+        ({"bias": "norm"}, r"bias: expected one of .*count\+norm.* found 'norm'"),
+        ({"rate": "mean"}, r"rate: expected 'count' or a number in \(0, 1\], found 'mean'"),
+        ({"rate": 0.0}, "rate: .* found 0.0"),
+        ({"rate": 1.5}, "rate: .* found 1.5"),
+        ({"rate": True}, "rate: .* found True"),
         ({"backend": "cuda"}, "backend: expected one of .* found 'cuda'"),
         ({"attention_mask": torch.ones(2, 9)}, r"attention_mask: .*\[2, 10\].* found \(2, 9\)"),
         (

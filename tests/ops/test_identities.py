@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ovq.ops import ovq_attention, scheduled_slots
-from tests.ops.common import BACKENDS, assert_same_state, attend, inputs
+from tests.ops.common import BACKENDS, VARIANTS, assert_same_state, attend, inputs
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -77,15 +77,16 @@ def test_plateau_growth_is_not_exact_attention(backend):
     assert (o - exact.transpose(1, 2)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("j", [0, 7, 8, 19, 36])
-def test_causality_bit_for_bit(backend, dtype, j):
+def test_causality_bit_for_bit(backend, dtype, j, variant):
     q, k, v = inputs(1, 37, dtype=dtype)
-    before, _ = ovq_attention(q, k, v, backend=backend, **OPTIONS)
+    before, _ = ovq_attention(q, k, v, backend=backend, **OPTIONS, **variant)
     changed = [t.clone() for t in (q, k, v)]
     for t in changed:
         t[:, j] = -3 * t[:, j]
-    after, _ = ovq_attention(*changed, backend=backend, **OPTIONS)
+    after, _ = ovq_attention(*changed, backend=backend, **OPTIONS, **variant)
     assert torch.equal(before[:, :j], after[:, :j])
     # The control: the token itself, and (through the dictionary) later chunks do change.
     assert not torch.equal(before[:, j:], after[:, j:])
@@ -93,10 +94,12 @@ def test_causality_bit_for_bit(backend, dtype, j):
 
 @pytest.mark.parametrize("pieces", [[30, 7], [1] * 37, [8, 8, 21], [3, 0, 20, 14], [36, 1]], ids=str)
 @pytest.mark.parametrize("merge", ["existing", "updated"])
-@pytest.mark.parametrize("init", ["novelty", "random"])
-def test_any_split_into_calls(backend, pieces, merge, init):
+@pytest.mark.parametrize(
+    ("init", "variant"), [("novelty", {}), ("random", {}), *(("novelty", v) for v in VARIANTS[1:])], ids=str
+)
+def test_any_split_into_calls(backend, pieces, merge, init, variant):
     q, k, v = inputs(2, 37, 4, 2)
-    options = {**OPTIONS, "merge": merge, "init": init, "backend": backend}
+    options = {**OPTIONS, "merge": merge, "init": init, **variant, "backend": backend}
     options["generator"] = torch.Generator().manual_seed(1)
     whole, final = attend(q, k, v, **options)
     outputs, state, start = [], None, 0
@@ -109,10 +112,11 @@ def test_any_split_into_calls(backend, pieces, merge, init):
     assert_same_state(state, final)
 
 
-def test_a_row_is_the_same_alone_batched_padded_and_packed(backend):
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_a_row_is_the_same_alone_batched_padded_and_packed(backend, variant):
     lengths = [37, 5, 24, 16]
     rows = [inputs(1, n, 4, 2, seed=n) for n in lengths]
-    options = {**OPTIONS, "backend": backend}
+    options = {**OPTIONS, **variant, "backend": backend}
     alone = [attend(*row, **options) for row in rows]
 
     for side in ("left", "right"):
@@ -138,10 +142,11 @@ def test_a_row_is_the_same_alone_batched_padded_and_packed(backend):
         assert_same_state(state.select([r]), state_alone)
 
 
-def test_gradients_of_packed_and_padded_rows(backend):
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_gradients_of_packed_and_padded_rows(backend, variant):
     lengths = [21, 5, 16]
     rows = [inputs(1, n, 4, 2, seed=n) for n in lengths]
-    options = {**OPTIONS, "backend": backend}
+    options = {**OPTIONS, **variant, "backend": backend}
     expected = []
     for row in rows:
         leaves = [t.clone().requires_grad_() for t in row]
@@ -190,6 +195,27 @@ def test_lengths_around_a_chunk(backend, length):
     assert o.shape == (2, length, 2, 5)
     assert state.count.sum(-1).flatten().tolist() == [length // 8 * 8] * 2
     assert state.num_pending.tolist() == [length % 8] * 2
+
+
+def test_a_constant_rate_forgets_geometrically(backend):
+    """One slot and unequal keys: the mean is the first key, then moved by a quarter of the way to each."""
+    q, k, v = inputs(1, 32, 1, 1)
+    _, state = attend(q, k, v, num_slots=1, chunk_size=8, rate=0.25, backend=backend)
+    weights = 0.25 * 0.75 ** torch.arange(31, -1, -1, dtype=torch.float64)
+    weights[0] = 0.75**31
+    torch.testing.assert_close(state.keys[0, 0, 0], weights @ k[0, :, 0])
+    torch.testing.assert_close(state.values[0, 0, 0], weights @ v[0, :, 0])
+    assert state.count.item() == 32
+
+
+def test_the_norm_term_counts_only_where_norms_differ(backend):
+    """Slots that hold one key each are as long as the keys; means of several are shorter and gain."""
+    q, k, v = inputs(1, 61, 2, 1)
+    options = {"chunk_size": 8, "backend": backend}
+    for num_slots, growth, is_same in ((61, "immediate", True), (12, "plateau", False)):
+        settings = {**options, "num_slots": num_slots, "growth": growth}
+        plain, normed = (ovq_attention(q, k, v, **settings, bias=b)[0] for b in ("count", "count+norm"))
+        assert torch.allclose(plain, normed, atol=1e-10) == is_same
 
 
 def test_one_slot_is_the_mean_of_all(backend):

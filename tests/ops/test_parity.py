@@ -9,7 +9,7 @@ import torch
 from ovq.ops import backend_used, ovq_attention
 from ovq.ops.rules import INITS, MERGES
 from ovq.ops.schedule import GROWTHS
-from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.common import VARIANTS, assert_same_state, attend, inputs
 
 # batch, length, heads, kv_heads, key_dim, value_dim, num_slots, chunk_size: odd sizes, grouped heads, chunks
 # longer than the input, dictionaries of one slot and larger than the input.
@@ -38,8 +38,15 @@ def gradients(backend, q, k, v, scale, options):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("growth", "init", "merge"), list(itertools.product(GROWTHS, INITS, MERGES)))
-def test_torch_equals_naive(shape, growth, init, merge):
+@pytest.mark.parametrize(
+    ("growth", "init", "merge", "variant"),
+    [
+        *((*choices, {}) for choices in itertools.product(GROWTHS, INITS, MERGES)),
+        *(("plateau", "novelty", *choices) for choices in itertools.product(MERGES, VARIANTS[1:])),
+    ],
+    ids=str,
+)
+def test_torch_equals_naive(shape, growth, init, merge, variant):
     *sizes, num_slots, chunk_size = shape
     q, k, v = inputs(*sizes)
     scale = torch.linspace(1, 4, q.shape[2], dtype=q.dtype)
@@ -49,6 +56,7 @@ def test_torch_equals_naive(shape, growth, init, merge):
         "growth": growth,
         "init": init,
         "merge": merge,
+        **variant,
         "generator": torch.Generator().manual_seed(3),
     }
     o, state, grads = gradients("torch", q, k, v, scale, options)
@@ -59,9 +67,10 @@ def test_torch_equals_naive(shape, growth, init, merge):
         torch.testing.assert_close(grad, grad_ref, rtol=1e-9, atol=1e-9)
 
 
-def test_gradient_of_an_initial_state():
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_gradient_of_an_initial_state(variant):
     q, k, v = inputs(2, 41, 4, 2)
-    options = {"num_slots": 12, "chunk_size": 8}
+    options = {"num_slots": 12, "chunk_size": 8, **variant}
     results = []
     for backend in ("naive", "torch"):
         first = [t[:, :19].clone().requires_grad_() for t in (q, k, v)]
@@ -74,21 +83,23 @@ def test_gradient_of_an_initial_state():
         torch.testing.assert_close(grad, grad_ref, rtol=1e-9, atol=1e-9)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_gradcheck(variant):
     """Finite differences: steps of 1e-6 leave the assignments of these inputs as they are."""
-    q, k, v = (t.requires_grad_() for t in inputs(2, 14, 2, 1, 4, 3, seed=5))
+    q, k, v = (t.requires_grad_() for t in inputs(1, 14, 2, 1, 4, 3, seed=5))
     scale = torch.tensor([1.5, 2.5], dtype=torch.float64, requires_grad=True)
 
     def call(q, k, v, scale):
-        o, state = attend(q, k, v, scale=scale, num_slots=6, chunk_size=4)
+        o, state = attend(q, k, v, scale=scale, num_slots=6, chunk_size=4, **variant)
         return o, state.key_sum, state.value_sum, state.pending_keys
 
     assert torch.autograd.gradcheck(call, (q, k, v, scale))
 
 
-def test_gradcheck_of_an_initial_state():
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_gradcheck_of_an_initial_state(variant):
     q, k, v = inputs(1, 18, 2, 1, 4, 3, seed=6)
-    options = {"num_slots": 6, "chunk_size": 4}
+    options = {"num_slots": 6, "chunk_size": 4, **variant}
     _, state = attend(q[:, :10], k[:, :10], v[:, :10], **options)
     parts = [state.key_sum, state.value_sum, state.pending_keys, state.pending_values]
 
@@ -102,11 +113,12 @@ def test_gradcheck_of_an_initial_state():
     assert torch.autograd.gradcheck(call, [p.clone().requires_grad_() for p in parts])
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_lower_precision_is_as_good_as_plain_pytorch(dtype):
+def test_lower_precision_is_as_good_as_plain_pytorch(dtype, variant):
     """Error against float64 at most twice that of plain attention in the same dtype."""
     q, k, v = inputs(2, 96, 4, 2, 16, 16, dtype=dtype)
-    options = {"num_slots": 24, "chunk_size": 16}
+    options = {"num_slots": 24, "chunk_size": 16, **variant}
     o, _ = attend(q, k, v, **options)
     assert o.dtype == dtype
     exact, _ = attend(*(t.double() for t in (q, k, v)), backend="naive", **options)
@@ -122,11 +134,12 @@ def test_lower_precision_is_as_good_as_plain_pytorch(dtype):
     assert error <= 2 * (plain.double() - reference).abs().max()
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float32, 2e-6)], ids=str)
-def test_gradients_in_lower_precision(dtype, bound):
+def test_gradients_in_lower_precision(dtype, bound, variant):
     q, k, v = inputs(1, 64, 2, 2, 16, 16, dtype=dtype)
     scale = torch.full((2,), 4.0)
-    options = {"num_slots": 16, "chunk_size": 16}
+    options = {"num_slots": 16, "chunk_size": 16, **variant}
     _, _, grads = gradients("torch", q, k, v, scale, options)
     wide = [t.double() for t in (q, k, v, scale)]
     _, _, exact = gradients("naive", *wide, options)
@@ -135,10 +148,11 @@ def test_gradients_in_lower_precision(dtype, bound):
         assert error < bound
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_assignments_are_equal_between_backends_in_every_dtype(dtype):
+def test_assignments_are_equal_between_backends_in_every_dtype(dtype, variant):
     q, k, v = inputs(2, 300, 2, 2, 8, 8, dtype=dtype)
-    options = {"num_slots": 32, "chunk_size": 20}
+    options = {"num_slots": 32, "chunk_size": 20, **variant}
     states = [attend(q, k, v, backend=backend, **options)[1] for backend in ("naive", "torch")]
     assert torch.equal(states[0].count, states[1].count)
     # Same tokens added in the same order: not merely close.

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ovq.ops import OVQState
-from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.common import VARIANTS, assert_same_state, attend, inputs
 
 OPTIONS = {"num_slots": 12, "chunk_size": 8}
 
@@ -22,18 +22,19 @@ def token(t, rows=None):
     return (q, k, v) if rows is None else (q[rows], k[rows], v[rows])
 
 
-def test_continuous_batching():
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_continuous_batching(variant):
     """Rows of different lengths decode together; one leaves, one joins, one is doubled, order changes."""
     lengths = [3, 8, 15, 21]
-    alone = [prefilled(1, n, seed=n) for n in lengths]
+    alone = [prefilled(1, n, seed=n, **variant) for n in lengths]
     batch = OVQState.concatenate(alone)
     rows = [0, 1, 2, 3]
 
     def step(t):
         nonlocal batch
-        o, batch = attend(*token(t, rows), initial_state=batch, **OPTIONS)
+        o, batch = attend(*token(t, rows), initial_state=batch, **OPTIONS, **variant)
         for place, row in enumerate(rows):
-            expected, state = attend(*token(t, [row]), initial_state=states[place], **OPTIONS)
+            expected, state = attend(*token(t, [row]), initial_state=states[place], **OPTIONS, **variant)
             torch.testing.assert_close(o[place], expected[0], rtol=1e-9, atol=1e-9)
             states[place] = state
             assert_same_state(batch.select([place]), state)
@@ -44,7 +45,7 @@ def test_continuous_batching():
     batch, rows, states = batch.select([3, 0, 2]), [3, 0, 2], [states[3], states[0], states[2]]
     for t in range(10, 20):
         step(t)
-    newcomer = prefilled(1, 30, seed=5)
+    newcomer = prefilled(1, 30, seed=5, **variant)
     batch, rows, states = OVQState.concatenate([batch, newcomer]), [*rows, 1], [*states, newcomer]
     batch, rows, states = (
         batch.reorder(torch.tensor([1, 1, 3, 0])),

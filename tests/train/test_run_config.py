@@ -24,6 +24,8 @@ def config():
         ("model.mixer_types=ovq, full_attention", "model", "mixer_types", ("ovq", "full_attention")),
         ("model.num_key_value_heads=1", "model", "num_key_value_heads", 1),
         ("model.num_key_value_heads=none", "model", "num_key_value_heads", None),
+        ("model.slot_rate=0.1", "model", "slot_rate", 0.1),
+        ("model.slot_rate=count", "model", "slot_rate", "count"),
         ("task.num_pairs=4", "task", "num_pairs", 4),
     ],
 )

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from ovq.layers.base import check_sizes
 from ovq.layers.registry import MIXERS
-from ovq.ops.rules import INITS, MERGES
+from ovq.ops.rules import BIASES, INITS, MERGES, check_rate
 from ovq.ops.schedule import GROWTHS
 
 
@@ -39,6 +39,8 @@ class OVQConfig(PreTrainedConfig):
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`.
         init: which keys open slots: `"novelty"` or `"random"`.
         merge: slots a key may be merged into: `"existing"` or `"updated"`.
+        slot_bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
+        slot_rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
         use_cache: whether a forward pass outside of training returns a cache unless told otherwise.
         pad_token_id: for `generate`.
         bos_token_id: for `generate`.
@@ -78,6 +80,8 @@ class OVQConfig(PreTrainedConfig):
     growth: str = "plateau"
     init: str = "novelty"
     merge: str = "existing"
+    slot_bias: str = "count"
+    slot_rate: float | int | str = "count"
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -127,9 +131,11 @@ class OVQConfig(PreTrainedConfig):
             self.conv_size,
             use_rope=any(name in self.rope_mixers for name in self.mixer_types),
         )
-        for name, allowed in (("growth", GROWTHS), ("init", INITS), ("merge", MERGES)):
+        choices = {"growth": GROWTHS, "init": INITS, "merge": MERGES, "slot_bias": BIASES}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {list(allowed)}, found {getattr(self, name)!r}")
+        check_rate("slot_rate", self.slot_rate)
 
 
 def _refuse_misspelt(kwargs: dict, *, own_fields: Iterable[str]) -> None:

@@ -27,6 +27,8 @@ class OVQAttention(Mixer):
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`.
         init: which keys open slots: `"novelty"` or `"random"`.
         merge: slots a key may be merged into: `"existing"` or `"updated"`.
+        slot_bias: `bias` of the op, added to the scores of slots: `"count"` or `"count+norm"`.
+        slot_rate: `rate` of the op, how far a slot moves to a key merged into it: `"count"` or in (0, 1].
         backend: of `ovq.ops.ovq_attention`.
         use_rope: rotate queries and keys by position.
         rope_theta: base of the rotary frequencies.
@@ -42,7 +44,7 @@ class OVQAttention(Mixer):
     """
 
     forward_options = frozenset({"generator"})
-    config_fields = ("num_slots", "chunk_size", "growth", "init", "merge")
+    config_fields = ("num_slots", "chunk_size", "growth", "init", "merge", "slot_bias", "slot_rate")
 
     def __init__(
         self,
@@ -58,6 +60,8 @@ class OVQAttention(Mixer):
         growth: str = "plateau",
         init: str = "novelty",
         merge: str = "existing",
+        slot_bias: str = "count",
+        slot_rate: float | str = "count",
         backend: str = "auto",
         use_rope: bool = False,
         rope_theta: float = 10000.0,
@@ -76,6 +80,7 @@ class OVQAttention(Mixer):
             raise ValueError(f"expected chunk_size of at least 1, found {chunk_size}")
         self.chunk_size = chunk_size
         self.growth, self.init, self.merge, self.backend = growth, init, merge, backend
+        self.slot_bias, self.slot_rate = slot_bias, slot_rate
         self.set_num_slots(num_slots)
 
     def set_num_slots(self, num_slots: int) -> None:
@@ -114,6 +119,8 @@ class OVQAttention(Mixer):
             growth=self.growth,
             init=self.init,
             merge=self.merge,
+            bias=self.slot_bias,
+            rate=self.slot_rate,
             generator=generator,
             backend=self.backend,
         )

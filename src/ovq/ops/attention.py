@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ovq.ops import checks
 from ovq.ops.chunk import chunk_attention
+from ovq.ops.constant_rate import constant_rate_attention
 from ovq.ops.decode import decode_step
 from ovq.ops.groups import Plan
 from ovq.ops.naive import naive_row
@@ -51,6 +52,8 @@ def ovq_attention(
     growth: str = "plateau",
     init: str = "novelty",
     merge: str = "existing",
+    bias: str = "count",
+    rate: float | str = "count",
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, OVQState | None]:
@@ -78,6 +81,12 @@ def ovq_attention(
         init: which keys open slots, the least similar to all slots (`"novelty"`) or a `"random"` choice.
         merge: whether other keys go to the slots that existed before their chunk (`"existing"`) or also to
             those that it opened (`"updated"`).
+        bias: what the score of a slot D of count c gets beside scale q.D: log c (`"count"`), or log c -
+            scale |D|^2 / 2 (`"count+norm"`, the term that equal norms would cancel). A token of the chunk is
+            a slot of count 1.
+        rate: how far a slot's means move towards each token merged into it, in order of position: 1 / count
+            (`"count"`, the running mean), or a constant share in (0, 1]. Counts add up either way. A constant
+            rate cannot be rewound: training keeps every chunk's probabilities, so it is for ablations.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (any device) or `"auto"`; `backend_used()` tells
             which ran.
@@ -112,6 +121,8 @@ def ovq_attention(
         growth=growth,
         init=init,
         merge=merge,
+        bias=bias,
+        rate=rate,
         seed=_seed(init, generator),
     )
     run = _backend(backend)
@@ -229,7 +240,8 @@ def _run_torch(
     before = with_capacity(before, plan.capacity)
     chunks_k = aligned.align(k, before.pending_keys)
     chunks_v = aligned.align(v, before.pending_values)
-    o, key_sum, value_sum, count = chunk_attention(
+    attend = chunk_attention if rules.rate == "count" else constant_rate_attention
+    o, key_sum, value_sum, count = attend(
         aligned.align(q, None),
         chunks_k,
         chunks_v,

@@ -183,6 +183,8 @@ def _backward_block(
     grad_scores.sub_(inner.to(grad_scores.dtype)).mul_(probs)
     grad_keys = torch.bmm(grad_scores.transpose(1, 2), reader.queries)
     grad_queries = torch.bmm(grad_scores, reader.keys(step, block)).to(wide)
+    if step.group.plan.rules.bias == "count+norm":
+        _backward_norms(step, block, reader, call, grads, grad_scores, grad_keys)
     for tokens in step.blocks:
         if tokens.start < block.stop:
             rows = slice(block.stop - tokens.stop, block.stop - tokens.start)
@@ -198,3 +200,23 @@ def _backward_block(
     grads.scale[step.query_heads] += (by_head * queries.to(wide)).sum((0, 2, 3))
     grad_queries = by_head * call.scale[step.query_heads, None, None]
     step.put(grads.q, grad_queries.view(s, -1, call.q.shape[-1]), block)
+
+
+def _backward_norms(
+    step: Step,
+    block: slice,
+    reader: Reader,
+    call: _Call,
+    grads: _Call,
+    grad_scores: Tensor,
+    grad_keys: Tensor,
+) -> None:
+    """Gradient of the -scale |D|^2 / 2 in the scores, added to those of the scale and of the keys."""
+    scales, wide = step.scales(call.scale), grads.scale.dtype
+    by_slot = grad_scores.view(*scales.shape, -1, grad_scores.shape[-1]).sum(2, dtype=wide)
+    grad_scales = (by_slot * reader.half_norms(step, block)[:, None]).sum(-1)
+    grads.scale[step.query_heads] -= (
+        grad_scales.view(-1, len(step.group.heads), scales.shape[1]).sum(0).view(-1)
+    )
+    weights = (by_slot * scales[..., None]).sum(1)[..., None]
+    grad_keys -= (weights * reader.keys(step, block)).to(grad_keys.dtype)

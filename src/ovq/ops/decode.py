@@ -13,6 +13,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ovq.ops.constant_rate import moved
 from ovq.ops.routing import Router, padded_slots
 from ovq.ops.rules import Rules
 from ovq.ops.schedule import grown_slots
@@ -33,7 +34,7 @@ def decode_step(
     """
     pending = state.num_pending.tolist()
     keys, values, written = _appended(state, k, v, pending)
-    o = _read(q, scale, state, keys, values, pending)
+    o = _read(q, scale, state, keys, values, pending, rules)
     after = dataclasses.replace(
         state,
         pending_keys=keys,
@@ -64,7 +65,13 @@ def _appended(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> tupl
 
 
 def _read(
-    q: Tensor, scale: Tensor, state: OVQState, keys: Tensor, values: Tensor, pending: list[int]
+    q: Tensor,
+    scale: Tensor,
+    state: OVQState,
+    keys: Tensor,
+    values: Tensor,
+    pending: list[int],
+    rules: Rules,
 ) -> Tensor:
     """The softmax of one query a head over [pending | dictionary], from the sums: q.D = q.S / c."""
     batch, _, num_heads, dim = q.shape
@@ -77,6 +84,10 @@ def _read(
 
     recent_keys, recent_values = streams(keys[:, :, :used]), streams(values[:, :, :used])
     scores = torch.bmm(queries, recent_keys.transpose(1, 2))
+    has_norm = rules.bias == "count+norm"
+    if has_norm:
+        half_scales = scale.view(num_kv_heads, -1, 1).repeat(batch, 1, 1) / 2
+        scores -= half_scales * recent_keys.square().sum(-1)[:, None]
     if len(set(pending)) > 1:
         ends = torch.tensor(pending, device=q.device).repeat_interleave(num_kv_heads)
         future = torch.arange(used, device=q.device) > ends[:, None]
@@ -87,6 +98,8 @@ def _read(
         counts = streams(state.count)[:, None]
         slot_scores = torch.bmm(queries, streams(state.key_sum).transpose(1, 2))
         slot_scores.div_(counts.clamp(min=1)).add_(counts.log())
+        if has_norm:
+            slot_scores -= half_scales * streams(state.keys).square().sum(-1)[:, None]
         probs = torch.cat([scores, slot_scores], -1).softmax(-1)
         # P D_v = (P / c) S_v: dividing the probabilities is cheaper than dividing the sums.
         slot_probs = probs[..., used:] / counts.clamp(min=1)
@@ -121,7 +134,10 @@ def _merged(state: OVQState, complete: list[int], rules: Rules) -> OVQState:
         num_seen=[t for t in rows.num_seen.tolist() for _ in range(num_kv_heads)],
     )
     sums = Sums(*(x.reshape(streams, *x.shape[2:]) for x in (rows.key_sum, rows.value_sum, rows.count)))
-    sums.add_(slots, keys, values, 1)
+    if rules.rate == "count":
+        sums.add_(slots, keys, values, 1)
+    else:
+        sums = moved(sums, slots, router.is_opener, keys, values, rules.rate)
     # New tensors throughout: the old ones belong to the states before this step.
     index = torch.tensor(complete, device=state.count.device)
 

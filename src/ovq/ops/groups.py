@@ -178,6 +178,11 @@ class Step:
         part = self.part(x, self.tokens)
         return part.reshape(self.num_streams, -1, x.shape[-1])
 
+    def scales(self, scale: Tensor) -> Tensor:
+        """`scale` `[H]` by stream, `[S, G]`."""
+        own = scale[self.query_heads].view(len(self.group.heads), -1)
+        return own.repeat(self.num_streams // len(own), 1)
+
     def put(self, out: Tensor, x: Tensor, tokens: slice) -> None:
         """Write `x` `[S, p * w, D]` to tokens of the step in `out` `[num_chunks, W, Hkv * p, D]`."""
         heads, per_head = self.group.heads, out.shape[2] // self.group.plan.num_kv_heads

@@ -14,7 +14,7 @@ from torch import Tensor
 from ovq.ops.novelty import random_priority
 from ovq.ops.rules import TIE, Rules
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import OVQState, state_dtype
+from ovq.ops.state import OVQState, rounded, state_dtype
 
 
 @dataclasses.dataclass
@@ -33,9 +33,13 @@ class _Head:
         self.value_sum.append(value)
         self.count.append(1)
 
-    def merge_into(self, slot: int, key: Tensor, value: Tensor) -> None:
-        self.key_sum[slot] = self.key_sum[slot] + key
-        self.value_sum[slot] = self.value_sum[slot] + value
+    def merge_into(self, slot: int, key: Tensor, value: Tensor, rate: float | str) -> None:
+        for sums, x in ((self.key_sum, key), (self.value_sum, value)):
+            if rate == "count":
+                sums[slot] = sums[slot] + x
+            else:
+                mean = sums[slot].double() / self.count[slot]
+                sums[slot] = (mean + rate * (x - mean)) * (self.count[slot] + 1)
         self.count[slot] += 1
 
 
@@ -91,7 +95,7 @@ def _naive_head(
         for j in range(len(chunk_k)):
             t = start + j - num_pending
             if t >= 0:
-                outputs.append(_read(q[t].to(wide), scale, head, chunk_k[: j + 1], chunk_v[: j + 1]))
+                outputs.append(_read(q[t].to(wide), scale, head, chunk_k[: j + 1], chunk_v[: j + 1], rules))
         if len(chunk_k) == rules.chunk_size:
             num_seen += rules.chunk_size
             _learn(chunk_k, chunk_v, head, h, num_seen, rules)
@@ -100,7 +104,7 @@ def _naive_head(
     return o, head, (k[complete:], v[complete:])
 
 
-def _read(q: Tensor, scale: Tensor, head: _Head, chunk_k: Tensor, chunk_v: Tensor) -> Tensor:
+def _read(q: Tensor, scale: Tensor, head: _Head, chunk_k: Tensor, chunk_v: Tensor, rules: Rules) -> Tensor:
     """One token's outputs `[G, V]`: a softmax over the slots, biased by log count, and its chunk so far."""
     keys, values, bias = chunk_k, chunk_v, torch.zeros(len(chunk_k), dtype=q.dtype, device=q.device)
     if head.count:
@@ -110,6 +114,8 @@ def _read(q: Tensor, scale: Tensor, head: _Head, chunk_k: Tensor, chunk_v: Tenso
         values = torch.cat([head.means(head.value_sum), chunk_v])
         bias = torch.cat([counts.log(), bias])
     scores = scale[:, None] * (q @ keys.T) + bias
+    if rules.bias == "count+norm":
+        scores = scores - scale[:, None] * keys.square().sum(-1) / 2
     return scores.softmax(-1) @ values
 
 
@@ -143,7 +149,11 @@ def _learn(chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int,
         scores = _scores(chunk_k, means)
     for j in rest:
         if j not in opening:
-            head.merge_into(_nearest(scores[j], chunk_k[j], means), chunk_k[j], chunk_v[j])
+            head.merge_into(_nearest(scores[j], chunk_k[j], means), chunk_k[j], chunk_v[j], rules.rate)
+    if rules.rate != "count":
+        # Such steps are taken in float64; what is kept between chunks is as wide as all sums.
+        head.key_sum = [rounded(s.double(), chunk_k.dtype) for s in head.key_sum]
+        head.value_sum = [rounded(s.double(), chunk_v.dtype) for s in head.value_sum]
 
 
 def _nearest(scores: Tensor, key: Tensor, means: Tensor) -> int:

@@ -42,6 +42,7 @@ class Reader:
         self._probs = torch.empty_like(self._scores)
         future = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
         self._causal = q.new_zeros(block, block).masked_fill_(future, -torch.inf)
+        self._has_norm = plan.rules.bias == "count+norm"
 
     def load(self, step: Step, k: Tensor, v: Tensor, sums: Sums) -> None:
         """Put the step's keys and values and the current means side by side."""
@@ -66,6 +67,8 @@ class Reader:
         else:
             self._keys[:s, width : width + n] = self.means[:, :n]
             values.copy_(sums.value[:s, :n] / self.count)
+        if self._has_norm:
+            self._half_norms = self._keys[:s].to(self._wide).square().sum(-1) / 2
 
     def attend(self, step: Step, block: slice, q: Tensor, scale: Tensor) -> Tensor:
         """Probabilities `[S, G * b, R]` of a block over its R candidates: scratch, until the next call."""
@@ -79,6 +82,9 @@ class Reader:
         by_token[..., :size] = self._causal[:size, :size]
         by_token[..., size : block.stop] = 0
         by_token[..., block.stop :] = self._bias[: step.num_streams, ..., : self._rows - self._width]
+        if self._has_norm:
+            half_norms = self.half_norms(step, block)[:, None, None]
+            by_token.sub_(step.scales(scale)[:, :, None, None] * half_norms)
         scores.baddbmm_(self.queries, self.keys(step, block).transpose(1, 2))
         return torch.softmax(scores, -1, out=probs)
 
@@ -89,6 +95,10 @@ class Reader:
     def values(self, step: Step, block: slice) -> Tensor:
         """Values `[S, R, V]` that a block attends to."""
         return self._values[: step.num_streams, self._width - block.stop : self._rows]
+
+    def half_norms(self, step: Step, block: slice) -> Tensor:
+        """|D|^2 / 2 `[S, R]` of the keys that a block attends to, with `bias="count+norm"`."""
+        return self._half_norms[: step.num_streams, self._width - block.stop : self._rows]
 
     def scratch(self, step: Step, block: slice) -> tuple[Tensor, Tensor]:
         """Two buffers `[S, G * b, R]`; the first is free once `attend` has returned the second."""

@@ -38,6 +38,9 @@ class Router:
         max_slots: most slots of a stream.
         rules: the layer's settings.
         like: a tensor that gives the routing dtype (float32 or float64) and device.
+
+    Attributes:
+        is_opener: `[S, C]`, which keys of the chunk routed last opened a slot.
     """
 
     def __init__(self, *, num_streams: int, max_slots: int, rules: Rules, like: Tensor) -> None:
@@ -72,6 +75,7 @@ class Router:
         existing = [max(n, 1) for n in before]
         chunk = _Chunk(keys, means, existing, self._scores)
         slots = chunk.nearest()
+        self.is_opener = is_fresh[:, None] & (torch.arange(slots.shape[1], device=keys.device) == 0)
         opening = [a - n for a, n in zip(after, existing, strict=True)]
         if any(opening):
             if self.rules.init == "random":
@@ -84,6 +88,7 @@ class Router:
                 _merge_updated(slots, is_opener, keys, means, existing)
             # The j-th key that opens a slot, by position, opens slot existing + j.
             first = torch.tensor(existing, device=keys.device)[:, None]
+            self.is_opener |= is_opener
             slots = torch.where(is_opener, first + is_opener.cumsum(-1) - 1, slots)
         if 0 in before:
             slots[:, 0].masked_fill_(is_fresh, 0)

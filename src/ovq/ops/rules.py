@@ -10,6 +10,7 @@ TIE = 1e-12
 
 INITS = ("novelty", "random")
 MERGES = ("existing", "updated")
+BIASES = ("count", "count+norm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Rules:
         init: which keys open slots, `"novelty"` or `"random"`.
         merge: where the others go, `"existing"` or `"updated"` slots.
         seed: seeds `init="random"`.
+        bias: what is added to the scores of slots, `"count"` (log c) or `"count+norm"`.
+        rate: how far a slot mean moves to a key merged into it: `"count"` (1 / count) or a constant share.
     """
 
     num_slots: int
@@ -31,12 +34,23 @@ class Rules:
     init: str
     merge: str
     seed: int
+    bias: str = "count"
+    rate: float | str = "count"
 
     def __post_init__(self) -> None:
-        for name, choices in (("growth", GROWTHS), ("init", INITS), ("merge", MERGES)):
+        options = (("growth", GROWTHS), ("init", INITS), ("merge", MERGES), ("bias", BIASES))
+        for name, choices in options:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, found {getattr(self, name)!r}")
         for name in ("num_slots", "chunk_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, found {value!r}")
+        check_rate("rate", self.rate)
+
+
+def check_rate(name: str, rate: float | str) -> None:
+    """Raise ValueError, naming the argument `name`, unless `rate` is `"count"` or a number in (0, 1]."""
+    is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+    if rate != "count" and not (is_number and 0 < rate <= 1):
+        raise ValueError(f"{name}: expected 'count' or a number in (0, 1], found {rate!r}")

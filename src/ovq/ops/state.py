@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ovq.ops.rules import TIE
+
 _ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
 
 
@@ -246,6 +248,15 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     mean stops moving after a few hundred tokens.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums computed in float64 as they are kept, in `dtype`.
+
+    Weighted sums can lie half-way between two float32 numbers. Backends that add in another order, and differ
+    in the last bit of float64, would then keep different sums; half-way is rounded away from zero in all.
+    """
+    return sums if dtype == sums.dtype else (sums * (1 + TIE)).to(dtype)
 
 
 def slot_means(sums: Tensor, count: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ A field is called by its path on the command line, e.g. `--set train.steps=300`,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -44,6 +45,8 @@ class ModelArgs:
         growth: How the dictionary grows, see `ovq.ops.ovq_attention`.
         init: Which keys open new slots, see `ovq.ops.ovq_attention`.
         merge: Which slots a key may be merged into, see `ovq.ops.ovq_attention`.
+        slot_bias: What is added to the scores of slots, `bias` of `ovq.ops.ovq_attention`.
+        slot_rate: How far a slot moves to a key merged into it, `rate` of `ovq.ops.ovq_attention`.
         initializer_range: Standard deviation of the initial weights of the linear layers.
         embedding_std: That of the embedding. At 1 a step of AdamW hardly turns an embedding, so that tokens
             stay as different as they were drawn and matching them is learned once, by the projections, for
@@ -66,6 +69,8 @@ class ModelArgs:
     growth: str = "plateau"
     init: str = "novelty"
     merge: str = "existing"
+    slot_bias: str = "count"
+    slot_rate: float | str = "count"
     initializer_range: float = 0.1
     embedding_std: float = 1.0
 
@@ -308,7 +313,7 @@ def _parse(text: str, kind: Any, path: str) -> Any:
     """Read a command line value as the type of its field."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return None if text.lower() == "none" else _parse(text, arguments[0], path)
+        return _parse_union(text, arguments, path)
     if origin is tuple:
         return tuple(_parse(part.strip(), arguments[0], path) for part in text.split(",") if part.strip())
     if kind is bool:
@@ -319,3 +324,14 @@ def _parse(text: str, kind: Any, path: str) -> Any:
         return kind(text)
     except ValueError:
         raise ValueError(f"--set {path}: expected {kind.__name__}, found {text!r}") from None
+
+
+def _parse_union(text: str, kinds: tuple[Any, ...], path: str) -> Any:
+    """Read a command line value as the first of several types that it fits."""
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    *others, last = (kind for kind in kinds if kind is not type(None))
+    for kind in others:
+        with contextlib.suppress(ValueError):
+            return _parse(text, kind, path)
+    return _parse(text, last, path)
