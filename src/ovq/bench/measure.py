@@ -6,18 +6,13 @@ Machines are noisy, so figures are compared within one run: the functions to be 
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
-
-import ovq
 
 
 def interleaved(
@@ -106,39 +101,3 @@ def spread(times: Sequence[float]) -> dict[str, float]:
         "seconds_min": min(times),
         "seconds_max": max(times),
     }
-
-
-def environment(device: str) -> dict[str, object]:
-    """Hardware, versions, threads and commit: what a figure needs beside it."""
-    return {
-        "processor": _processor(),
-        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "ovq": ovq.__version__,
-        "commit": _commit(),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the source tree, with `+` if it has changes; None outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-        )
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ovq.bench.measure import environment, interleaved, matrix_rate, peak_bytes, spread
+from ovq.bench.measure import interleaved, matrix_rate, peak_bytes, spread
 from ovq.bench.workloads import Workload
 from ovq.ops import backend_used
+from ovq.report.environment import environment
 
 PARTS = ("forward", "forward_backward", "decode", "memory", "stream")
 STREAM_TOKENS = 1 << 20

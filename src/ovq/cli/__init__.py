@@ -1,4 +1,4 @@
-"""The command line: `ovq demo | train | eval | generate | context | memory | bench`.
+"""The command line: `ovq demo | train | eval | generate | context | memory | bench | reproduce`.
 
 Each command is a module of its own, thin: it reads options and calls the library. Bad input ends in one line
 on standard error and exit code 2. PyTorch and transformers are imported inside the commands, so that help is
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import ovq
-from ovq.cli import bench, context, demo, evaluate, generate, memory, train
+from ovq.cli import bench, context, demo, evaluate, generate, memory, reproduce, train
 
 app = typer.Typer(
     name="ovq",
@@ -31,6 +31,7 @@ app.command("generate")(generate.generate)
 app.add_typer(context.app, name="context")
 app.command("memory")(memory.memory)
 app.command("bench")(bench.bench)
+app.command("reproduce")(reproduce.reproduce)
 
 # Newer typer ships its own copy of click; this is the usage error of whichever it runs on.
 _UsageError = typer.BadParameter.__base__

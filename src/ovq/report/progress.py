@@ -21,6 +21,8 @@ class Reporter:
 
     Args:
         console: Where to report; standard error if not given.
+        is_long: Leave a line in the place of a bar that is full, where there is more work than a screen has
+            lines.
 
     Example:
         >>> with Reporter(Console(quiet=True)) as reporter:
@@ -29,8 +31,9 @@ class Reporter:
         ...     work.update(2, note="two")
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, is_long: bool = False) -> None:
         self.console = console or Console(stderr=True)
+        self._is_long = is_long
         self._works: dict[Hashable, Work] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -55,7 +58,12 @@ class Reporter:
 
     def start(self, label: str, *, total: int) -> Work:
         """Begin a piece of work of `total` units."""
-        return Work(self._progress, label, total)
+        return Work(self._progress, label, total, is_line_at_end=self._is_long)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        # A path broken over two lines could not be copied.
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def show(self, *, key: Hashable, label: str, total: int, done: int, note: str) -> None:
         """Show work that goes on elsewhere: begun when its key is first met, updated from then on."""
@@ -68,23 +76,29 @@ class Reporter:
 class Work:
     """One piece of work of a `Reporter`; made by `Reporter.start`."""
 
-    def __init__(self, progress: Progress, label: str, total: int) -> None:
+    def __init__(self, progress: Progress, label: str, total: int, *, is_line_at_end: bool) -> None:
         self._progress = progress
         self._label = label
         self._total = total
+        self._is_line_at_end = is_line_at_end
         self._task: TaskID = progress.add_task(label, total=total, note="")
         self._started = self._last_line = time.monotonic()
-        self._print_line(0, "")
+        if progress.disable:
+            self._print_line(0, "")
 
     def update(self, done: int, *, note: str = "") -> None:
         """Say that `done` units are finished, with a note on how it goes."""
         self._progress.update(self._task, completed=done, note=note)
-        if done >= self._total or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+        is_full = done >= self._total
+        if self._progress.disable:
+            if is_full or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+                self._print_line(done, note)
+        elif is_full and self._is_line_at_end:
+            self._progress.update(self._task, visible=False)
             self._print_line(done, note)
 
     def _print_line(self, done: int, note: str) -> None:
-        if self._progress.disable:
-            self._last_line = time.monotonic()
-            elapsed = f"{self._last_line - self._started:.0f} s"
-            text = ", ".join(part for part in (note, elapsed) if part)
-            self._progress.console.print(f"{self._label}: {done}/{self._total} ({text})", highlight=False)
+        self._last_line = time.monotonic()
+        elapsed = f"{self._last_line - self._started:.0f} s"
+        text = ", ".join(part for part in (note, elapsed) if part)
+        self._progress.console.print(f"{self._label}: {done}/{self._total} ({text})", highlight=False)

@@ -94,7 +94,7 @@ def resume(out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCaus
         OSError: If the folder cannot be written.
     """
     config = RunConfig.load(out)
-    checkpoint = newest_checkpoint(out, reporter.console.print)
+    checkpoint = newest_checkpoint(out, reporter.say)
     if checkpoint is None:
         raise ValueError(f"--resume: expected a checkpoint (see train.save_every) in {out}, found none")
     return _run(config, out, reporter=reporter, label=label, checkpoint=checkpoint)

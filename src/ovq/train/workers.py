@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -46,6 +47,10 @@ class RemoteReporter:
         """Begin a piece of work of `total` units."""
         return RemoteWork(self._messages, (os.getpid(), next(self._numbers)), label, total)
 
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._messages.put(text)
+
     def end(self) -> None:
         """Say that this job has nothing more to report."""
         self._messages.put(_LAST_MESSAGE)
@@ -65,7 +70,12 @@ class RemoteWork:
 
 
 def run_jobs(
-    function: Callable[[Job, RemoteReporter], Result], jobs: Sequence[Job], *, reporter: Reporter
+    function: Callable[[Job, RemoteReporter], Result],
+    jobs: Sequence[Job],
+    *,
+    reporter: Reporter,
+    num_workers: int | None = None,
+    label: str | None = None,
 ) -> list[Result]:
     """Run a function on every job, as many at a time as PyTorch would use threads.
 
@@ -74,6 +84,9 @@ def run_jobs(
             pickled.
         jobs: What to call it with; they are begun in this order.
         reporter: Where the progress of all of them is shown.
+        num_workers: Jobs at a time, where cores are not what limits them; as many as PyTorch would use
+            threads if not given.
+        label: What to call all of them together, with a bar of its own; without one there is no such bar.
 
     Returns:
         The results, in the order of the jobs.
@@ -82,8 +95,9 @@ def run_jobs(
         Exception: The first that a job raises; the other jobs are ended at once then, as they are by Ctrl-C.
     """
     num_cores = torch.get_num_threads()
-    num_workers = max(1, min(len(jobs), num_cores))
-    num_threads = min(_MOST_THREADS, num_cores // num_workers)
+    num_workers = max(1, min(len(jobs), num_workers or num_cores))
+    num_threads = max(1, min(_MOST_THREADS, num_cores // num_workers))
+    work = None if label is None else reporter.start(label, total=len(jobs))
     # A forked process would inherit the locks of this one's threads.
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
@@ -98,6 +112,8 @@ def run_jobs(
                 done, running = wait(running, timeout=0)
                 for future in done:
                     future.result()
+                if done and work is not None:
+                    work.update(len(jobs) - len(running))
                 # The executor sees to this as well, but its thread was once found gone and the jobs with it.
                 if running and any(process.exitcode for process in processes):
                     raise BrokenProcessPool("a worker process terminated abruptly")
@@ -120,6 +136,8 @@ def _show(messages: Any, reporter: Reporter) -> int:
             return num_ended
         if message is _LAST_MESSAGE:
             num_ended += 1
+        elif isinstance(message, str):
+            reporter.say(message)
         else:
             reporter.show(**message)
 
@@ -132,6 +150,18 @@ def _begin(messages: Any, num_threads: int) -> None:
     keep_freed_memory()
     # Ctrl-C reaches all processes; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, even by kill -9.
+
+    Otherwise the job would go on unseen, beside the same job of whoever starts it anew.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 _reporter: RemoteReporter

@@ -1,0 +1,94 @@
+"""`ovq reproduce`: make the figures of the project anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ovq.cli.common import out_console
+
+
+def reproduce(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="Figures to make; see --list.", show_default=False),
+    ] = None,
+    preset: Annotated[
+        str, typer.Option(help="cpu: about an hour a figure on two cores. gpu: hours on one H100.")
+    ] = "cpu",
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each run.")] = 3,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of results; reproduce-out/PRESET if not given.", show_default=False),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the figures and end.")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="Make every figure.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write OUT/report.html, a page of all that has been made in OUT.")
+    ] = False,
+) -> None:
+    """Train and test what a figure shows, and write its rows (JSON) and its picture (PNG).
+
+    What is finished is never repeated: after an interruption, the same command goes on where it was stopped.
+    Figures that need the same trained model share it.
+
+    Example: [bold]ovq reproduce recall --preset cpu --seeds 3 --report[/bold]
+    """
+    names = names or []
+    if (names and all_) or not (names or all_ or list_ or report):
+        raise ValueError(
+            "expected names of figures, or one of --all, --list and --report; see ovq reproduce --list"
+        )
+    from ovq.reproduce.figures import FIGURES, get_figure
+    from ovq.reproduce.presets import get_preset
+
+    sizes = get_preset(preset)
+    figures = [get_figure(name, sizes) for name in (FIGURES if all_ or list_ else dict.fromkeys(names))]
+    if list_:
+        _print_list(figures, num_seeds=seeds)
+        return
+    if figures:
+        _check_gpu(sizes)
+    out = out or Path("reproduce-out") / sizes.name
+
+    from ovq.report.progress import Reporter
+    from ovq.reproduce.engine import Workshop, claimed
+    from ovq.reproduce.engine import reproduce as make
+    from ovq.reproduce.page import write_report
+
+    if figures:
+        with claimed(out), Reporter(is_long=True) as reporter:
+            shop = Workshop(
+                out=out, preset=sizes.name, num_seeds=seeds, num_workers=sizes.num_workers, reporter=reporter
+            )
+            for figure in figures:
+                make(figure, shop)
+                # Paths broken over two lines could not be copied.
+                reporter.say(
+                    f"Wrote {out / 'rows' / figure.name}.json and {out / 'figures' / figure.name}.png"
+                )
+    if report:
+        out_console.print(f"Wrote {write_report(out)}", soft_wrap=True)
+
+
+def _check_gpu(sizes: Any) -> None:
+    import torch
+
+    if sizes.needs_gpu and not torch.cuda.is_available():
+        raise ValueError(f"--preset {sizes.name}: expected a CUDA device, found none")
+
+
+def _print_list(figures: list[Any], *, num_seeds: int) -> None:
+    from rich.table import Table
+
+    from ovq.reproduce.engine import count_runs
+
+    table = Table(title="Figures")
+    table.add_column("name", no_wrap=True)
+    table.add_column("what it shows")
+    table.add_column("models to train", justify="right")
+    for figure in figures:
+        table.add_row(figure.name, figure.title, f"{count_runs(figure, num_seeds)}")
+    out_console.print(table)

@@ -1,0 +1,6 @@
+"""The paper's claims measured anew, a figure at a time: `ovq reproduce NAME`.
+
+A figure is an object (`plan.py`): lines, each a training run and what it is asked afterwards. `figures.py`
+has those there are, over the sizes in `presets.py`; `runs.py` trains and asks, `engine.py` brings a figure
+about and remembers all that is finished, `draw.py` and `html.py` show it.
+"""

@@ -1,0 +1,196 @@
+"""Drawing a figure from its rows: means over seeds, with bars from the lowest to the highest seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from ovq.files import atomic_path
+from ovq.report.rows import format_bytes
+
+# Ten colours that stay apart for colour-blind readers (Okabe and Ito's, and two between), with markers of
+# their own for where lines lie on each other.
+_COLORS = (
+    *("#E69F00", "#08456E", "#3A8FC4", "#009E73", "#D55E00"),
+    *("#CC79A7", "#8C6BB1", "#6B6B6B", "#A6761D", "#000000"),
+)
+_MARKERS = ("s", "o", "D", "v", "^", "P", "X", "<", ">", "*")
+
+_PANEL_SIZE = (5.0, 3.9)
+_MOST_COLUMNS = 5
+
+
+class Point(NamedTuple):
+    """What the seeds say at one place of a line."""
+
+    x: float | str
+    mean: float
+    low: float
+    high: float
+    num_seeds: int
+
+
+AXIS_NAMES = {
+    "length": "length (tokens)",
+    "num_slots": "slots of the dictionary at test time",
+    "state_bytes": "bytes of state, one sequence",
+    "accuracy": "right answers (share)",
+    "error": "error",
+    "microseconds_per_token": "test time (µs a token)",
+    "learning_rate": "learning rate",
+    "slices": "questions",
+}
+"""Fields of the rows for people; others keep their names."""
+
+_IS_LOGARITHMIC = frozenset({"length", "num_slots", "state_bytes", "microseconds_per_token"})
+
+
+def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Point]]:
+    """What a panel shows: the points of each line by its label, from left to right.
+
+    Args:
+        results: What the JSON file of a figure holds.
+        panel: One of its panels.
+    """
+    values: dict[str, dict[float | str, list[float]]] = {}
+    for row in results["rows"]:
+        if row["group"] != panel["group"] or panel["at_length"] not in (None, row["length"]):
+            continue
+        by_x = values.setdefault(row["line"], {})
+        if panel["x"] == "slices":
+            for name, share in row["slices"].items():
+                by_x.setdefault(name, []).append(share)
+        else:
+            by_x.setdefault(_field(row, panel["x"]), []).append(_field(row, panel["y"]))
+    lines = {}
+    for label, by_x in values.items():
+        places = list(by_x) if panel["x"] == "slices" else sorted(by_x)
+        lines[label] = [
+            Point(x, sum(by_x[x]) / len(by_x[x]), min(by_x[x]), max(by_x[x]), len(by_x[x])) for x in places
+        ]
+    return lines
+
+
+def save_figure(results: dict[str, Any], path: Path) -> None:
+    """Draw the panels of a figure into a PNG file.
+
+    Args:
+        results: What the JSON file of a figure holds.
+        path: Where to put it; its folder must exist.
+    """
+    panels = results["panels"]
+    labels = list(dict.fromkeys(row["line"] for row in results["rows"]))
+    width, height = _PANEL_SIZE
+    num_legend_lines = -(-len(labels) // min(_MOST_COLUMNS, 2 + 2 * len(panels)))
+    canvas = Canvas(
+        figsize=(max(width * len(panels), 6.4), height + 0.45 + 0.25 * num_legend_lines), layout="constrained"
+    )
+    for axes, panel in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw_panel(axes, results, panel, labels)
+    canvas.suptitle(results["title"], fontsize=12)
+    handles: dict[str, Any] = {}
+    for axes in canvas.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    names = sorted(handles, key=lambda label: labels.index(label) if label in labels else len(labels))
+    canvas.legend(
+        [handles[name] for name in names],
+        names,
+        loc="outside lower center",
+        ncols=min(_MOST_COLUMNS, 2 + 2 * len(panels), len(names)),
+        frameon=False,
+        fontsize=9,
+    )
+    with atomic_path(path) as temporary:
+        canvas.savefig(temporary, dpi=150)
+
+
+def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], labels: list[str]) -> None:
+    lines = points(results, panel)
+    places = list(dict.fromkeys(point.x for line in lines.values() for point in line))
+    for label, line in lines.items():
+        number = labels.index(label)
+        axes.errorbar(
+            [places.index(point.x) if panel["x"] == "slices" else point.x for point in line],
+            [point.mean for point in line],
+            # Rounding may put a mean of equal values a hair outside of them.
+            yerr=[
+                [max(0.0, point.mean - point.low) for point in line],
+                [max(0.0, point.high - point.mean) for point in line],
+            ],
+            label=label,
+            color=_COLORS[number % len(_COLORS)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            linestyle="-" if number < len(_COLORS) else "--",
+            linewidth=1.6,
+            markersize=5,
+            # Lines that lie on each other at the top stay visible as rings.
+            markerfacecolor="white",
+            markeredgewidth=1.4,
+            capsize=3,
+            elinewidth=1.2,
+        )
+    axes.set_title(panel["title"], fontsize=10)
+    axes.set_xlabel(AXIS_NAMES.get(panel["x"], panel["x"].removeprefix("task.").replace("_", " ")))
+    axes.set_ylabel(AXIS_NAMES.get(panel["y"], panel["y"]))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if panel["y"] in ("accuracy", "slices"):
+        axes.set_ylim(-0.03, 1.05)
+    if panel["x"] == "slices":
+        axes.set_xticks(range(len(places)), places, rotation=35, ha="right", fontsize=8)
+    else:
+        _scale(axes, "x", panel["x"], sorted(places))
+    if panel["y"] in _IS_LOGARITHMIC:
+        _scale(axes, "y", panel["y"], None)
+    if panel["x"] == "length":
+        train_lengths = {row["train_length"] for row in results["rows"] if row["group"] == panel["group"]}
+        for length in train_lengths:
+            axes.axvline(length, color="#BBBBBB", linestyle=":", zorder=0, label="longest in training")
+
+
+def _scale(axes: Axes, which: str, field: str, places: list[float] | None) -> None:
+    """A scale of powers of two, with ticks at the places that were measured if they are few."""
+    if which == "x" and (not places or places[0] <= 0):
+        return
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=2)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(field)(value)))
+    # Bytes of several models lie anywhere, other fields where they were asked for.
+    if which == "x" and field != "state_bytes":
+        axis.set_ticks(places)
+        axes.tick_params(axis="x", labelsize=8 if len(places) > 6 else 9)
+
+
+def _tick(field: str) -> Callable[[float], str]:
+    """How a value of a field is written at an axis."""
+    if field == "state_bytes":
+        return lambda value: format_bytes(value).replace(".0 ", " ")
+    return short_number
+
+
+def short_number(value: float) -> str:
+    """A number as short as it can be written.
+
+    Example:
+        >>> [short_number(value) for value in (0.25, 512, 1024, 65536, 3000)]
+        ['0.25', '512', '1k', '64k', '3000']
+    """
+    if value >= 1024 and value % 1024 == 0:
+        return f"{value / 1024:g}k"
+    return f"{value:g}" if value < 1000 or not math.isclose(value, round(value)) else f"{value:.0f}"
+
+
+def _field(row: dict[str, Any], path: str) -> Any:
+    """A field of a row, or of a part of it as `"part.field"`."""
+    value: Any = row
+    for name in path.split("."):
+        value = value[name]
+    return value

@@ -1,0 +1,252 @@
+"""Bringing a figure about: choose learning rates, train and ask what is missing, gather the rows, draw."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ovq.files import write_atomic
+from ovq.report.progress import Reporter
+from ovq.reproduce.draw import save_figure
+from ovq.reproduce.plan import Evaluation, Figure, Line, run_name, with_rate, with_seed
+from ovq.reproduce.runs import RunJob, answers, do_job, is_trained, training_record
+from ovq.train.config import RunConfig
+from ovq.train.workers import run_jobs
+
+# What chooses a learning rate and what is reported are of different data seeds.
+_VALIDATION_SEEDS = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """Where and how figures are made.
+
+    Attributes:
+        out: The folder of all results; created if need be.
+        preset: The name of the sizes in use, for the record.
+        num_seeds: Repetitions of each run; their seeds are 0, 1 and so on.
+        num_workers: Runs side by side; `None` for as many as there are cores to use.
+        reporter: Where to show progress.
+    """
+
+    out: Path
+    preset: str
+    num_seeds: int
+    num_workers: int | None = None
+    reporter: Reporter
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the repetitions."""
+        return range(self.num_seeds)
+
+    def job(self, config: RunConfig, evaluations: tuple[Evaluation, ...], label: str) -> RunJob:
+        """A run in this workshop; the seeds of its questions follow its own."""
+        seed = config.train.seed
+        return RunJob(
+            config=config,
+            evaluations=tuple(
+                dataclasses.replace(evaluation, seed=evaluation.seed + seed) for evaluation in evaluations
+            ),
+            root=self.out / "runs",
+            label=f"{label}, seed {seed}, rate {config.train.learning_rate:g}",
+        )
+
+    def do(self, jobs: list[RunJob], label: str) -> None:
+        """Do what is not done of these jobs."""
+        open_jobs = [job for job in jobs if not is_trained(job) or None in answers(job)]
+        if len(open_jobs) < len(jobs):
+            self.reporter.say(
+                f"{label}: {len(jobs) - len(open_jobs)} of {len(jobs)} runs were finished before"
+            )
+        if open_jobs:
+            run_jobs(do_job, open_jobs, reporter=self.reporter, num_workers=self.num_workers, label=label)
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Keep the folder of results to this process.
+
+    Raises:
+        ValueError: If another process is at work in it.
+        OSError: If it cannot be written.
+    """
+    # A lock of the system, which goes with the process however that ends. There is none on Windows.
+    import fcntl
+
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--out: expected a folder that no other `ovq reproduce` is at work in, found {out}"
+            ) from None
+        yield
+
+
+def reproduce(figure: Figure, shop: Workshop) -> dict[str, Any]:
+    """Make a figure: `rows/NAME.json` and `figures/NAME.png`.
+
+    Args:
+        figure: What to make.
+        shop: Where to make it.
+
+    Returns:
+        What the JSON file holds.
+
+    Raises:
+        ValueError: If a run cannot be trained as it is configured, or the folder has results of another
+            preset.
+        OSError: If the folder cannot be written.
+    """
+    _check_preset(shop)
+    sweep, rates = _sweep(figure, shop)
+    # One job a run, with the questions of all lines that share it.
+    jobs: dict[str, RunJob] = {}
+    by_line: list[tuple[Line, RunJob]] = []
+    for line in figure.lines:
+        for seed in shop.seeds:
+            config = with_seed(with_rate(line.config, rates[run_name(line.swept)]), seed)
+            job = shop.job(config, line.evaluations, f"{figure.name}: {line.label}")
+            by_line.append((line, job))
+            known = jobs.get(run_name(config))
+            asked = dict.fromkeys((*(known.evaluations if known else ()), *job.evaluations))
+            jobs[run_name(config)] = dataclasses.replace(known or job, evaluations=tuple(asked))
+    shop.do(list(jobs.values()), f"{figure.name}: runs")
+    results = {
+        "figure": figure.name,
+        "title": figure.title,
+        "note": figure.note,
+        "preset": shop.preset,
+        "command": f"ovq reproduce {figure.name} --preset {shop.preset} --seeds {shop.num_seeds}",
+        "seeds": list(shop.seeds),
+        "panels": [dataclasses.asdict(panel) for panel in figure.panels],
+        "sweep": sweep,
+        "rows": [row for line, job in by_line for row in _rows(line, job)],
+        "environments": _environments(list(jobs.values())),
+    }
+    write_results(results, shop)
+    save_figure(results, shop.out / "figures" / f"{figure.name}.png")
+    return results
+
+
+def write_results(results: dict[str, Any], shop: Workshop) -> None:
+    """Write the rows of a figure, in one piece."""
+    for name in ("rows", "figures"):
+        (shop.out / name).mkdir(exist_ok=True)
+    write_atomic(shop.out / "rows" / f"{results['figure']}.json", json.dumps(results, indent=1) + "\n")
+
+
+def _check_preset(shop: Workshop) -> None:
+    """One folder, one preset: the page of all results would mix them."""
+    for path in (shop.out / "rows").glob("*.json"):
+        if (found := json.loads(path.read_text()).get("preset")) != shop.preset:
+            raise ValueError(
+                f"--out: expected a folder of results of preset {shop.preset}, found {path} of {found}"
+            )
+
+
+def _sweep(figure: Figure, shop: Workshop) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Try each model with each learning rate on the first seed.
+
+    Returns:
+        What came out, for the record, and the rate to go on with by the name of the run as configured.
+    """
+    # Where several lines share a run, the first one names it.
+    swept = {run_name(line.swept): line for line in reversed(figure.lines)}
+    swept = dict(reversed(swept.items()))
+    if figure.validation is None:
+        return [], {name: line.swept.train.learning_rate for name, line in swept.items()}
+    evaluation = dataclasses.replace(figure.validation, seed=_VALIDATION_SEEDS)
+    first_seed = shop.seeds[0]
+    jobs = {
+        name: [
+            shop.job(
+                with_seed(with_rate(line.swept, rate), first_seed),
+                (evaluation,),
+                f"{figure.name}: {line.label}",
+            )
+            for rate in figure.learning_rates
+        ]
+        for name, line in swept.items()
+    }
+    shop.do([job for tried in jobs.values() for job in tried], f"{figure.name}: learning rates")
+    sweep, rates = [], {}
+    for name, line in swept.items():
+        accuracies = {
+            job.config.train.learning_rate: answer["accuracy"]
+            for job in jobs[name]
+            for answer in answers(job)
+        }
+        rates[name] = choose_rate(accuracies, line.swept.train.learning_rate)
+        sweep.append(
+            {
+                "line": line.label,
+                "mixer": line.config.mixer,
+                "seed": first_seed,
+                "length": evaluation.task.length,
+                "accuracies": {f"{rate:g}": accuracy for rate, accuracy in accuracies.items()},
+                "chosen": rates[name],
+            }
+        )
+    return sweep, rates
+
+
+def choose_rate(accuracies: dict[float, float], usual: float) -> float:
+    """The learning rate of the highest accuracy; of equals, the one nearest to the usual.
+
+    Example:
+        >>> choose_rate({0.002: 0.9, 0.004: 1.0, 0.016: 1.0}, usual=0.002)
+        0.004
+    """
+    return max(accuracies, key=lambda rate: (accuracies[rate], -abs(math.log(rate / usual))))
+
+
+def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
+    """A row for each question that a line asks one run."""
+    record = training_record(job)
+    rows = []
+    for answer in answers(job):
+        assert answer is not None
+        task, count = answer["evaluation"]["task"], answer["evaluation"]["num_examples"]
+        rows.append(
+            {
+                "line": line.label,
+                "group": line.group,
+                **{key: value for key, value in answer.items() if key not in ("evaluation", "environment")},
+                "task": task,
+                "num_examples": count,
+                "microseconds_per_token": 1e6 * answer["seconds"] / (count * task["length"]),
+                "seed": job.config.train.seed,
+                "learning_rate": job.config.train.learning_rate,
+                "train_length": max(job.config.train.lengths),
+                "train_seconds": record["seconds"],
+                "num_parameters": record["num_parameters"],
+                "run": job.folder.name,
+            }
+        )
+    return rows
+
+
+def _environments(jobs: list[RunJob]) -> list[dict[str, Any]]:
+    """Each hardware and version that a part of the results comes from, once."""
+    found = []
+    for job in jobs:
+        for record in (training_record(job), *answers(job)):
+            if record["environment"] not in found:
+                found.append(record["environment"])
+    return found
+
+
+def count_runs(figure: Figure, num_seeds: int) -> int:
+    """How many models a figure trains when none is there yet, at most."""
+    num_models = len({run_name(line.config) for line in figure.lines})
+    num_swept = len({run_name(line.swept) for line in figure.lines}) if figure.learning_rates else 0
+    # The first seed of the rate that was chosen is one of those that are trained anyway.
+    return num_models * num_seeds + num_swept * (len(figure.learning_rates) - 1)

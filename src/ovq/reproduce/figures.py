@@ -1,0 +1,273 @@
+"""The figures there are, each built for the sizes of a preset."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from ovq.layers.registry import MIXERS
+from ovq.report.rows import MIXER_NAMES
+from ovq.reproduce.plan import Evaluation, Figure, Line, Panel
+from ovq.reproduce.presets import Preset
+
+# The order of legends and tables.
+_COMPARED = (
+    "full_attention",
+    "ovq",
+    "vq",
+    "linear_attention",
+    "gated_deltanet",
+    "mamba2",
+    "sink_attention",
+    "sliding_attention",
+)
+
+_SHARE_OF_LENGTH = 4
+"""The enlarged dictionary of a test has a slot for so many tokens."""
+
+
+def _enlarged(preset: Preset, task: str, length: int) -> int:
+    """Slots that are a fixed share of the length, but never fewer than in training."""
+    return max(preset.configs[task].model.num_slots, length // _SHARE_OF_LENGTH)
+
+
+def _mixers_by_length(preset: Preset, task: str, *, title: str, note: str, y: str = "accuracy") -> Figure:
+    """Every mixer on one task, against length: how good, how many bytes, how long it took."""
+    usual = preset.configs[task]
+    lengths = sorted({*preset.lengths(task), *preset.far_lengths})
+    tasks = [usual.task.at_length(length) for length in lengths]
+    lines = []
+    for mixer in _mixers():
+        config = preset.config(task, mixer)
+        if mixer != "ovq":
+            lines.append(_line(_name(mixer), config, [preset.test(each) for each in tasks]))
+            continue
+        as_trained = [preset.test(each) for each in tasks]
+        enlarged = [preset.test(each, num_slots=_enlarged(preset, task, each.length)) for each in tasks]
+        lines.append(_line(f"OVQ, {usual.model.num_slots} slots", config, as_trained))
+        lines.append(_line(f"OVQ, a slot for {_SHARE_OF_LENGTH} tokens", config, enlarged))
+    return Figure(
+        name=task,
+        title=title,
+        note=note,
+        lines=tuple(lines),
+        panels=(
+            Panel(title="accuracy", y=y),
+            Panel(title="memory", y="state_bytes"),
+            Panel(title="time", y="microseconds_per_token"),
+        ),
+        learning_rates=preset.learning_rates,
+        validation=preset.test(usual.task.at_length(preset.train_length(task))),
+    )
+
+
+def recall(preset: Preset) -> Figure:
+    """Accuracy of all mixers on basic in-context recall, trained short and tested long."""
+    return _mixers_by_length(
+        preset,
+        "recall",
+        title="Basic in-context recall beyond the training length",
+        note="The number of pairs grows with the length: a fifth of the context's tokens belong to them.",
+    )
+
+
+def state_size(preset: Preset) -> Figure:
+    """Accuracy against bytes of state, at lengths beyond training."""
+    train_length = preset.train_length("recall")
+    lengths = [train_length * factor for factor in (4, 16)]
+    tasks = [preset.configs["recall"].task.at_length(length) for length in lengths]
+    trained = preset.configs["recall"].model.num_slots
+    lines = []
+    for group, task in zip(("near", "far"), tasks, strict=True):
+        for mixer in _mixers():
+            usual = preset.config("recall", mixer)
+            sizes = [usual, *(preset.config("recall", mixer, **size) for size in preset.sizes.get(mixer, ()))]
+            lines += [
+                dataclasses.replace(_line(_name(mixer), config, [preset.test(task)], group), rate_of=usual)
+                for config in sizes
+            ]
+        elastic = [preset.test(task, num_slots=trained * factor) for factor in preset.slot_factors]
+        lines.append(
+            _line(
+                f"OVQ, trained with {trained} slots, more at test time",
+                preset.config("recall"),
+                elastic,
+                group,
+            )
+        )
+    return Figure(
+        name="bytes",
+        title="Basic recall against bytes of state",
+        note="Each point of a line is a model trained with a state of that size, but where the legend says "
+        "otherwise. Learning rates are those that the usual size of each mixer does best with.",
+        lines=tuple(lines),
+        panels=tuple(
+            Panel(
+                title=f"{length} tokens, {length // train_length} times the training length",
+                x="state_bytes",
+                group=group,
+            )
+            for group, length in zip(("near", "far"), lengths, strict=True)
+        ),
+        learning_rates=preset.learning_rates,
+        validation=preset.test(preset.configs["recall"].task.at_length(train_length)),
+    )
+
+
+def dictionary(preset: Preset) -> Figure:
+    """The size of the dictionary varied at test time, on the same weights."""
+    config = preset.config("recall")
+    sizes = [config.model.num_slots * factor for factor in preset.slot_factors]
+    lines = []
+    for length in sorted({*preset.lengths("recall")[::2], *preset.far_lengths}):
+        task = config.task.at_length(length)
+        tests = [preset.test(task, num_slots=num_slots) for num_slots in sizes]
+        lines += [_line(f"{length} tokens", config, tests, group) for group in ("slots", "bytes")]
+    return Figure(
+        name="dictionary",
+        title=f"OVQ trained with {config.model.num_slots} slots: the dictionary at test time",
+        note="All points of a seed come from the same weights.",
+        lines=tuple(lines),
+        panels=(
+            Panel(title="slots", x="num_slots", group="slots"),
+            Panel(title="bytes of state", x="state_bytes", group="bytes"),
+        ),
+    )
+
+
+def _ablation(
+    preset: Preset, name: str, title: str, variants: dict[str, dict[str, Any]], note: str = ""
+) -> Figure:
+    """OVQ on basic recall with fields of the model changed, tested with two sizes of the dictionary.
+
+    Args:
+        preset: The sizes.
+        name: That of the figure.
+        title: That of the figure.
+        variants: What is changed in each, by its label; `mixer` stands for the long-range mixer.
+        note: What a reader has to know beside the title.
+    """
+    usual = preset.config("recall")
+    tasks = [usual.task.at_length(length) for length in preset.lengths("recall")]
+    trained = usual.model.num_slots
+    enlarged = trained * max(preset.length_factors)
+    lines = []
+    for label, fields in variants.items():
+        config = preset.config("recall", **fields)
+        has_slots = config.mixer == "ovq"
+        for group, num_slots in (("trained", None), ("enlarged", enlarged)):
+            tests = [preset.test(task, num_slots=num_slots if has_slots else None) for task in tasks]
+            lines.append(_line(label, config, tests, group))
+    return Figure(
+        name=name,
+        title=title,
+        note=note,
+        lines=tuple(lines),
+        panels=(
+            Panel(title=f"{trained} slots, as in training", group="trained"),
+            Panel(title=f"{enlarged} slots at test time", group="enlarged"),
+        ),
+    )
+
+
+def init(preset: Preset) -> Figure:
+    """Which keys open new slots."""
+    return _ablation(
+        preset,
+        "init",
+        "Which keys open new slots",
+        {"novelty (OVQ)": {}, "at random": {"init": "random"}},
+    )
+
+
+def growth(preset: Preset) -> Figure:
+    """How the dictionary grows."""
+    return _ablation(
+        preset,
+        "growth",
+        "How the dictionary grows with the tokens seen",
+        {"plateau (OVQ)": {}, "linear": {"growth": "linear"}, "immediate": {"growth": "immediate"}},
+        note="Growth that is faster holds more slots at the same length, and more bytes.",
+    )
+
+
+def merge(preset: Preset) -> Figure:
+    """Whether keys may be merged into slots that their own chunk opened."""
+    return _ablation(
+        preset,
+        "merge",
+        "Which slots a key may be merged into",
+        {"those from before its chunk (OVQ)": {}, "those its chunk opened, too": {"merge": "updated"}},
+    )
+
+
+def chunk(preset: Preset) -> Figure:
+    """The size of a chunk."""
+    usual = preset.configs["recall"].model.chunk_size
+    return _ablation(
+        preset,
+        "chunk",
+        "Tokens a chunk, read exactly before they are merged",
+        {
+            f"{size} tokens" + (" (usual)" if size == usual else ""): {"chunk_size": size}
+            for size in preset.chunk_sizes
+        },
+    )
+
+
+def conv(preset: Preset) -> Figure:
+    """The short convolution, for OVQ and for full attention."""
+    size = preset.configs["recall"].model.conv_size
+    return _ablation(
+        preset,
+        "conv",
+        "The short convolution on queries, keys and values",
+        {
+            f"{_name(mixer)}, {label}": {"mixer": mixer, "conv_size": conv_size}
+            for mixer in ("full_attention", "ovq")
+            for label, conv_size in ((f"{size} taps", size), ("none", 0))
+        },
+        note="With or without it in all layers, those of the window included.",
+    )
+
+
+FIGURES: dict[str, Callable[[Preset], Figure]] = {
+    "recall": recall,
+    "bytes": state_size,
+    "dictionary": dictionary,
+    "init": init,
+    "growth": growth,
+    "merge": merge,
+    "chunk": chunk,
+    "conv": conv,
+}
+"""Every figure by its name on the command line, in the order of `--all`."""
+
+
+def get_figure(name: str, preset: Preset) -> Figure:
+    """The figure of this name.
+
+    Raises:
+        ValueError: If there is none; lists those there are.
+
+    Example:
+        >>> from ovq.reproduce.presets import CPU
+        >>> [panel.title for panel in get_figure("recall", CPU).panels]
+        ['accuracy', 'memory', 'time']
+    """
+    if name not in FIGURES:
+        raise ValueError(f"expected figures among {', '.join(FIGURES)}, found {name!r}")
+    return FIGURES[name](preset)
+
+
+def _line(label: str, config: Any, evaluations: list[Evaluation], group: str = "") -> Line:
+    return Line(label=label, config=config, evaluations=tuple(evaluations), group=group)
+
+
+def _mixers() -> list[str]:
+    return [name for name in _COMPARED if name in MIXERS]
+
+
+def _name(mixer: str) -> str:
+    return MIXER_NAMES.get(mixer, mixer)

@@ -1,0 +1,185 @@
+"""What a figure consists of: training runs, questions to each, and panels that show the answers.
+
+Nothing here computes. A run is known by a digest of what its outcome depends on, so that two figures that ask
+for the same run share it, and so does the same figure when it is asked for again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from ovq.tasks import Task
+from ovq.train.config import RunConfig
+
+# These change what is kept of a run, not what comes out of it.
+_WITHOUT_EFFECT = frozenset({"log_every", "save_every"})
+
+_DIGEST_LENGTH = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Questions to a trained model.
+
+    Attributes:
+        task: The kind of examples, at the length to ask at.
+        num_examples: How many examples.
+        num_slots: Slots of the dictionary while they are read; `None` for as many as in training.
+        seed: Seed of the examples. In a figure it stands for an offset to the seed of the run.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    task: Task
+    num_examples: int
+    num_slots: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.num_examples < 1 or (self.num_slots is not None and self.num_slots < 1) or self.seed < 0:
+            raise ValueError(
+                "expected at least one example and one slot, and a seed of at least 0, found "
+                f"{self.num_examples}, {self.num_slots} and {self.seed}"
+            )
+
+    @property
+    def name(self) -> str:
+        """A file name for the answers: readable, and different for different questions.
+
+        Example:
+            >>> from ovq.tasks import RecallTask
+            >>> Evaluation(task=RecallTask(length=512), num_examples=4).name
+            'recall-512-...'
+        """
+        return f"{self.task.name}-{self.task.length}-{_digest(_described(self))}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line of a figure: a model, trained once for each seed, and what it is asked.
+
+    Attributes:
+        label: Its name in the legend.
+        config: The run; the seed is set for each repetition, and the learning rate where it is swept.
+        evaluations: What each trained model is asked.
+        group: Which panels show it: those of the same group.
+        rate_of: Where learning rates are swept, the run whose best rate this one takes; its own if not given.
+
+    Lines of one label are drawn as one: that is how the points of a line come from different models.
+    """
+
+    label: str
+    config: RunConfig
+    evaluations: tuple[Evaluation, ...]
+    group: str = ""
+    rate_of: RunConfig | None = None
+
+    @property
+    def swept(self) -> RunConfig:
+        """The run that decides on the learning rate."""
+        return self.rate_of or self.config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes: a field of the rows against another, for the lines of a group.
+
+    Attributes:
+        title: What stands above.
+        x: A field of the rows, or a field of their task as `"task.NAME"`, or `"slices"` for the parts that
+            the task divides its questions into.
+        y: A field of the rows, or `"slices"` beside `x="slices"`.
+        group: The lines to show.
+        at_length: Show rows of this length alone; `None` for all.
+    """
+
+    title: str
+    x: str = "length"
+    y: str = "accuracy"
+    group: str = ""
+    at_length: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure that is trained for.
+
+    Attributes:
+        name: What the command line calls it.
+        title: What it shows, in a line.
+        lines: The lines of all panels.
+        panels: What is drawn, from left to right.
+        learning_rates: Rates that each model is tried with on the first seed, to go on with the best; none to
+            train with that of the configuration.
+        validation: What decides between them; asked with examples that no row comes from.
+        note: What a reader has to know beside the title.
+    """
+
+    name: str
+    title: str
+    lines: tuple[Line, ...]
+    panels: tuple[Panel, ...]
+    learning_rates: tuple[float, ...] = ()
+    validation: Evaluation | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        """A figure that cannot come out as it is meant is a mistake in this package."""
+        assert bool(self.learning_rates) == (self.validation is not None), "a sweep needs a validation"
+        assert {line.group for line in self.lines} == {panel.group for panel in self.panels}
+
+
+def with_seed(config: RunConfig, seed: int) -> RunConfig:
+    """The same run with another seed of weights and data."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+
+
+def with_rate(config: RunConfig, learning_rate: float) -> RunConfig:
+    """The same run with another peak learning rate."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=learning_rate))
+
+
+def run_name(config: RunConfig) -> str:
+    """The folder name of a run: readable, and different for different runs.
+
+    It depends on the fields that are not at their defaults, so that a field added later, with a default that
+    changes nothing, leaves the runs of today what they are.
+
+    Example:
+        >>> from ovq.train.recipes import get_recipe
+        >>> config = get_recipe("recall-ovq")
+        >>> run_name(config)
+        'recall-ovq-seed0-...'
+        >>> run_name(config.override(["train.log_every=5"])) == run_name(config)
+        True
+        >>> run_name(config.override(["model.num_slots=65"])) == run_name(config)
+        False
+    """
+    described = {name: _described(getattr(config, name)) for name in ("task", "model", "train")}
+    return f"{config.task.name}-{config.mixer}-seed{config.train.seed}-{_digest(described)}"
+
+
+def is_same_run(config: RunConfig, other: RunConfig) -> bool:
+    """Whether two configurations are of one run, every field that has an effect compared."""
+    fields = {name: getattr(other.train, name) for name in _WITHOUT_EFFECT}
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields)) == other
+
+
+def _described(section: Any) -> dict[str, Any]:
+    """The name and the fields of a dataclass that are not at their defaults."""
+    fields = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if field.name not in _WITHOUT_EFFECT and value != field.default:
+            fields[field.name] = _described(value) if dataclasses.is_dataclass(value) else value
+    return {"class": type(section).__name__, "fields": fields}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_LENGTH]

@@ -1,0 +1,73 @@
+"""A preset whose figures take seconds, and a way to run its jobs without other processes."""
+
+import dataclasses
+
+from rich.console import Console
+
+from ovq.report.progress import Reporter
+from ovq.reproduce import engine
+from ovq.reproduce.engine import Workshop
+from ovq.reproduce.presets import Preset
+from ovq.train.recipes import get_recipe
+
+CONFIG = get_recipe("recall-ovq").override(
+    [
+        "train.steps=6",
+        "train.batch_size=4",
+        "train.lengths=16,24",
+        "train.length_shares=0.5,0.5",
+        "train.warmup_steps=1",
+        "train.log_every=1",
+        "train.save_every=2",
+        "model.hidden_size=16",
+        "model.intermediate_size=16",
+        "model.head_dim=8",
+        "model.num_slots=4",
+        "model.chunk_size=4",
+    ]
+)
+
+TINY = Preset(
+    name="tiny",
+    configs={"recall": CONFIG},
+    length_factors=(1, 2),
+    far_lengths=(64,),
+    test_tokens=100,
+    learning_rates=(1e-3, 1e-2),
+    slot_factors=(1, 4),
+    sizes={"ovq": ({"num_slots": 2},)},
+    chunk_sizes=(4, 8),
+    rates=(0.1,),
+)
+
+
+def workshop(out, **fields):
+    return Workshop(
+        **{
+            "out": out,
+            "preset": "tiny",
+            "num_seeds": 2,
+            "num_workers": 2,
+            "reporter": Reporter(Console(quiet=True)),
+            **fields,
+        }
+    )
+
+
+def with_steps(preset, steps):
+    """The same preset with longer training."""
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=steps))
+    return dataclasses.replace(preset, configs={"recall": config})
+
+
+def run_here(monkeypatch):
+    """Let jobs run in this process, one after the other; the list of their labels grows as they begin."""
+    begun = []
+
+    def run_jobs(function, jobs, *, reporter, num_workers, label):
+        for job in jobs:
+            begun.append(job.label)
+            function(job, reporter)
+
+    monkeypatch.setattr(engine, "run_jobs", run_jobs)
+    return begun

@@ -1,0 +1,299 @@
+"""Figures come about, share what is trained, and go on where they were stopped."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ovq.reproduce import engine
+from ovq.reproduce.engine import claimed, reproduce
+from ovq.reproduce.figures import get_figure
+from ovq.reproduce.plan import run_name
+from ovq.reproduce.runs import RunJob, answers, do_job, is_trained
+from ovq.train.checkpoints import fault, newest_checkpoint
+from ovq.train.config import RunConfig
+from tests.reproduce.common import CONFIG, TINY, run_here, with_steps, workshop
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows_of(out, name):
+    """The rows of a figure, without what differs from one time to the next."""
+    rows = json.loads((out / "rows" / f"{name}.json").read_text())["rows"]
+    for row in rows:
+        for field in ("seconds", "microseconds_per_token", "train_seconds"):
+            del row[field]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with the figure that everything else is compared with, and the jobs it took."""
+    out = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        begun = run_here(patch)
+        reproduce(get_figure("recall", TINY), workshop(out))
+    return out, begun
+
+
+def test_rows_are_there_for_every_line_seed_and_question(made):
+    out, _ = made
+    figure = get_figure("recall", TINY)
+    rows = json.loads((out / "rows" / "recall.json").read_text())["rows"]
+    found = [(row["line"], row["seed"], row["length"]) for row in rows]
+    assert found == [
+        (line.label, seed, each.task.length)
+        for line in figure.lines
+        for seed in (0, 1)
+        for each in line.evaluations
+    ]
+    for row in rows:
+        assert (out / "runs" / row["run"] / "model.safetensors").is_file()
+        assert 0 <= row["accuracy"] <= 1
+        assert row["state_bytes"] > 0
+        assert row["seconds"] > 0
+        assert row["num_parameters"] > 1000
+        assert row["train_length"] == 24
+        assert row["task"]["name"] == "recall"
+    slots = {row["length"]: row["num_slots"] for row in rows if row["line"] == "OVQ, a slot for 4 tokens"}
+    assert slots == {24: 6, 48: 12, 64: 16}
+    with Image.open(out / "figures" / "recall.png") as picture:
+        picture.verify()
+
+
+def test_each_mixer_goes_on_with_its_best_rate(made):
+    out, begun = made
+    results = json.loads((out / "rows" / "recall.json").read_text())
+    mixers = list(dict.fromkeys(row["mixer"] for row in results["rows"]))
+    assert [entry["mixer"] for entry in results["sweep"]] == mixers
+    for entry in results["sweep"]:
+        assert set(entry["accuracies"]) == {"0.001", "0.01"}
+        rates = {row["learning_rate"] for row in results["rows"] if row["mixer"] == entry["mixer"]}
+        assert rates == {entry["chosen"]}
+    # Two rates on the first seed, of which the best is not trained again, but asked the questions; then the
+    # second seed.
+    assert len(begun) == len(mixers) * 4
+    # No row comes from examples that a rate was chosen by.
+    validation, tested = set(), set()
+    for path in out.glob("runs/*/evaluations/*.json"):
+        evaluation = json.loads(path.read_text())["evaluation"]
+        (validation if evaluation["seed"] >= 10**6 else tested).add(evaluation["seed"])
+    assert validation == {10**6}
+    assert tested == {0, 1}
+
+
+def test_the_best_rate_is_that_of_the_best_accuracy(monkeypatch, tmp_path):
+    # As if the answers were known: the higher rate is the better one for full attention alone.
+    monkeypatch.setattr(engine.Workshop, "do", lambda self, jobs, label: None)
+    monkeypatch.setattr(
+        engine,
+        "answers",
+        lambda job: [
+            {
+                "accuracy": 0.5
+                + 0.1 * (job.config.train.learning_rate > 0.005) * (job.config.mixer == "full_attention")
+            }
+        ],
+    )
+    sweep, rates = engine._sweep(get_figure("recall", TINY), workshop(tmp_path))
+    assert {entry["mixer"]: entry["chosen"] for entry in sweep}["full_attention"] == 0.01
+    # Of equals the one nearer to 0.004.
+    assert rates[run_name(TINY.config("recall"))] == 0.01
+    usual = dataclasses.replace(TINY, learning_rates=(2e-3, 1e-2))
+    _, rates = engine._sweep(get_figure("recall", usual), workshop(tmp_path))
+    assert rates[run_name(TINY.config("recall"))] == 2e-3
+
+
+def test_what_is_finished_is_never_done_again(made, monkeypatch):
+    out, _ = made
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/**/*") if path.is_file()}
+    rows = rows_of(out, "recall")
+    monkeypatch.setattr(engine, "run_jobs", None)
+    reproduce(get_figure("recall", TINY), workshop(out))
+    assert rows_of(out, "recall") == rows
+    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/**/*") if path.is_file()} == before
+
+
+def test_another_figure_takes_the_runs_that_are_there(made, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(made[0], out)
+    rate = {row["learning_rate"] for row in rows_of(out, "recall") if row["mixer"] == "ovq"}.pop()
+    usual = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, learning_rate=rate))
+    models = {path.parent for path in out.glob("runs/*/model.safetensors")}
+    run_here(monkeypatch)
+    reproduce(get_figure("dictionary", dataclasses.replace(TINY, configs={"recall": usual})), workshop(out))
+    assert {path.parent for path in out.glob("runs/*/model.safetensors")} == models
+    # One model answers at all sizes and lengths.
+    rows = rows_of(out, "dictionary")
+    assert len({row["run"] for row in rows}) == 2
+    assert {row["num_slots"] for row in rows} == {4, 16}
+
+
+def test_damage_is_noticed_and_repaired(made, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(made[0], out)
+    row = rows_of(out, "recall")[0]
+    folder = out / "runs" / row["run"]
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    answer = next((folder / "evaluations").iterdir())
+    begun = run_here(monkeypatch)
+    reproduce(get_figure("recall", TINY), workshop(out))
+    # Of the sweep and of the figure it is one run.
+    assert len(begun) <= 2
+    assert fault(folder) is None
+    assert weights.read_bytes() == whole
+    assert answer.is_file()
+    assert rows_of(out, "recall")[0] == row
+
+
+def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(monkeypatch, tmp_path):
+    shop = workshop(tmp_path)
+    job = shop.job(CONFIG, (), "run")
+
+    class Stop(Exception):
+        pass
+
+    def stop_at(step):
+        def update(self, done, *, note=""):
+            if done == step:
+                raise Stop
+
+        return update
+
+    from ovq.report.progress import Work
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "update", stop_at(5))
+        with pytest.raises(Stop):
+            do_job(job, shop.reporter)
+    assert not is_trained(job)
+    assert newest_checkpoint(job.folder, print).name == "checkpoint-4"
+    steps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "update", lambda self, done, *, note="": steps.append(done))
+        do_job(job, shop.reporter)
+    assert steps == [5, 6]
+    assert is_trained(job)
+    assert not list(job.folder.glob("checkpoint-*"))
+    # The weights are those of a run that was never stopped.
+    other = workshop(tmp_path / "other").job(CONFIG, (), "run")
+    do_job(other, shop.reporter)
+    assert (job.folder / "model.safetensors").read_bytes() == (
+        other.folder / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_folder_of_another_run_is_left_alone(made, tmp_path):
+    out, _ = made
+    row = rows_of(out, "recall")[0]
+    config = RunConfig.load(out / "runs" / row["run"])
+    other = config.override(["model.conv_size=2"])
+    folder = tmp_path / "runs" / run_name(other)
+    shutil.copytree(out / "runs" / row["run"], folder)
+    job = RunJob(config=other, evaluations=(), root=tmp_path / "runs", label="")
+    with pytest.raises(ValueError, match="expected the run of this configuration, found one that an earlier"):
+        is_trained(job)
+
+
+def test_answers_to_other_questions_do_not_count(made):
+    out, _ = made
+    row = rows_of(out, "recall")[0]
+    config = RunConfig.load(out / "runs" / row["run"])
+    [*known] = workshop(out).job(config, get_figure("recall", TINY).lines[0].evaluations, "").evaluations
+    asked = [*known, dataclasses.replace(known[0], num_examples=3)]
+    job = RunJob(config=config, evaluations=tuple(asked), root=out / "runs", label="")
+    *found, missing = answers(job)
+    assert [each["length"] for each in found] == [24, 48, 64]
+    assert missing is None
+
+
+def test_results_of_two_presets_do_not_mix(made, monkeypatch):
+    out, _ = made
+    with pytest.raises(ValueError, match=r"expected a folder of results of preset cpu, found .* of tiny"):
+        reproduce(get_figure("dictionary", TINY), workshop(out, preset="cpu"))
+
+
+def test_one_process_at_a_time(tmp_path):
+    with (
+        claimed(tmp_path),
+        pytest.raises(ValueError, match="no other `ovq reproduce` is at work in"),
+        claimed(tmp_path),
+    ):
+        pass
+    with claimed(tmp_path):
+        pass
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from ovq.reproduce.engine import claimed, reproduce
+from ovq.reproduce.figures import get_figure
+from tests.reproduce.common import TINY, with_steps, workshop
+
+if __name__ == "__main__":
+    out, steps = Path(sys.argv[1]), int(sys.argv[2])
+    with claimed(out):
+        reproduce(get_figure("dictionary", with_steps(TINY, steps)), workshop(out, num_seeds=1))
+"""
+
+
+def start(out, steps):
+    """A process that makes a figure, with workers of its own."""
+    (out.parent / "program.py").write_text(PROGRAM)
+    return subprocess.Popen(
+        [sys.executable, str(out.parent / "program.py"), str(out), str(steps)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
+        cwd=ROOT,
+    )
+
+
+def children(pid):
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_killed_by_kill_9_and_started_again_it_ends_as_if_never_stopped(tmp_path, monkeypatch):
+    steps = 100
+    out = tmp_path / "out"
+    process = start(out, steps)
+    begun = time.monotonic()
+    while not list(out.glob("runs/*/checkpoint-*/seal.json")):
+        assert process.poll() is None
+        assert time.monotonic() - begun < 120
+        time.sleep(0.02)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(out.glob("runs/*/model.safetensors"))
+    # The workers end by themselves: going on unseen, they would write into the folders of the next ones.
+    begun = time.monotonic()
+    while any(Path(f"/proc/{worker}").exists() and "Z" not in stat(worker) for worker in workers):
+        assert time.monotonic() - begun < 30
+        time.sleep(0.05)
+    assert workers
+    assert start(out, steps).wait(timeout=240) == 0
+
+    undisturbed = tmp_path / "undisturbed"
+    run_here(monkeypatch)
+    reproduce(get_figure("dictionary", with_steps(TINY, steps)), workshop(undisturbed, num_seeds=1))
+    assert rows_of(out, "dictionary") == rows_of(undisturbed, "dictionary")
+
+
+def stat(pid):
+    """The state of a process, a letter."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"

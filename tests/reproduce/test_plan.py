@@ -1,0 +1,88 @@
+"""Runs and questions are known by what they depend on, and figures can be built at every preset."""
+
+import dataclasses
+
+import pytest
+
+from ovq.reproduce.engine import count_runs
+from ovq.reproduce.figures import FIGURES, get_figure
+from ovq.reproduce.plan import Evaluation, Line, is_same_run, run_name, with_rate, with_seed
+from ovq.reproduce.presets import PRESETS
+from ovq.train.loop import model_config
+from tests.reproduce.common import CONFIG, TINY
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["task.pair_share=0.3", "model.merge=updated", "train.steps=7", "train.seed=1", "model.num_slots=5"],
+)
+def test_runs_that_differ_have_names_that_differ(change):
+    other = CONFIG.override([change])
+    assert run_name(other) != run_name(CONFIG)
+    assert not is_same_run(other, CONFIG)
+
+
+@pytest.mark.parametrize("change", ["train.log_every=3", "train.save_every=0"])
+def test_what_is_kept_of_a_run_does_not_make_it_another(change):
+    other = CONFIG.override([change])
+    assert run_name(other) == run_name(CONFIG)
+    assert is_same_run(other, CONFIG)
+
+
+def test_a_new_field_at_its_default_leaves_the_names_of_runs():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class ModelArgs(type(CONFIG.model)):
+        color: str = "none"
+
+    later = dataclasses.replace(CONFIG, model=ModelArgs(**dataclasses.asdict(CONFIG.model)))
+    assert run_name(later) == run_name(CONFIG)
+    red = dataclasses.replace(later, model=dataclasses.replace(later.model, color="red"))
+    assert run_name(red) != run_name(CONFIG)
+
+
+def test_questions_that_differ_have_names_that_differ():
+    question = Evaluation(task=CONFIG.task, num_examples=4)
+    others = [
+        dataclasses.replace(question, **{field: value})
+        for field, value in (
+            ("num_examples", 5),
+            ("num_slots", 8),
+            ("seed", 1),
+            ("task", CONFIG.task.at_length(64)),
+        )
+    ]
+    assert len({each.name for each in (question, *others)}) == 5
+    with pytest.raises(ValueError, match="at least one example"):
+        Evaluation(task=CONFIG.task, num_examples=0)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("preset", [*PRESETS.values(), TINY], ids=lambda preset: preset.name)
+def test_every_figure_can_be_built_and_its_models_configured(name, preset):
+    figure = get_figure(name, preset)
+    assert figure.name == name
+    for line in figure.lines:
+        model_config(line.config)
+        assert line.evaluations
+        # The far end of a curve is where the claims are: 16 times the training length at least.
+    assert max(
+        each.task.length for line in figure.lines for each in line.evaluations
+    ) >= 2 * preset.train_length("recall")
+
+
+def test_figures_share_runs():
+    names = {name: {run_name(line.config) for line in get_figure(name, TINY).lines} for name in FIGURES}
+    usual = run_name(TINY.config("recall"))
+    assert all(usual in runs for runs in names.values())
+
+
+def test_models_are_counted_once():
+    figure = get_figure("dictionary", TINY)
+    assert count_runs(figure, 3) == 3
+    # Three mixers with two rates on the first seed, then one more seed each.
+    assert (
+        count_runs(get_figure("recall", TINY), 2)
+        == len({run_name(line.config) for line in get_figure("recall", TINY).lines}) * 3
+    )
+    line = Line(label="a", config=with_rate(with_seed(CONFIG, 3), 0.5), evaluations=())
+    assert (line.swept.train.seed, line.swept.train.learning_rate) == (3, 0.5)
