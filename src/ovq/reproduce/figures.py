@@ -192,6 +192,28 @@ def growth(preset: Preset) -> Figure:
     )
 
 
+def rate(preset: Preset) -> Figure:
+    """How far a slot moves to a key that is merged into it."""
+    constant = {f"{value:g}": {"slot_rate": value} for value in preset.rates}
+    return _ablation(
+        preset,
+        "rate",
+        "How far a slot moves to a key merged into it",
+        {"1/count (OVQ)": {}, **constant},
+        note="With a constant rate old content fades; with 1/count a slot is the mean of all it was given.",
+    )
+
+
+def bias(preset: Preset) -> Figure:
+    """What is added to the scores of slots."""
+    return _ablation(
+        preset,
+        "bias",
+        "What is added to the score of a slot",
+        {"log count (OVQ)": {}, "log count and norm term": {"slot_bias": "count+norm"}},
+    )
+
+
 def merge(preset: Preset) -> Figure:
     """Whether keys may be merged into slots that their own chunk opened."""
     return _ablation(
@@ -238,7 +260,9 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "dictionary": dictionary,
     "init": init,
     "growth": growth,
+    "rate": rate,
     "merge": merge,
+    "bias": bias,
     "chunk": chunk,
     "conv": conv,
 }
