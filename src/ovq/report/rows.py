@@ -9,6 +9,11 @@ MIXER_NAMES = {
     "ovq": "OVQ",
     "full_attention": "full attention",
     "sliding_attention": "window alone",
+    "sink_attention": "window and sinks",
+    "vq": "VQ",
+    "linear_attention": "linear attention",
+    "gated_deltanet": "Gated DeltaNet",
+    "mamba2": "Mamba2",
 }
 """Names of mixers for people; others keep the name they have in `mixer_types`."""
 

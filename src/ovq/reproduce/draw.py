@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ovq.files import atomic_path
 from ovq.report.rows import format_bytes
@@ -24,6 +24,8 @@ _MARKERS = ("s", "o", "D", "v", "^", "P", "X", "<", ">", "*")
 
 _PANEL_SIZE = (5.0, 3.9)
 _MOST_COLUMNS = 5
+# Labels such as "256 KiB" would touch each other.
+_MOST_TICKS = 6
 
 
 class Point(NamedTuple):
@@ -161,6 +163,7 @@ def _scale(axes: Axes, which: str, field: str, places: list[float] | None) -> No
         return
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=2)
+    axis.set_major_locator(LogLocator(base=2, numticks=_MOST_TICKS))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(field)(value)))
     # Bytes of several models lie anywhere, other fields where they were asked for.

@@ -13,6 +13,7 @@ from typing import Any
 from ovq.files import write_atomic
 from ovq.report.rows import format_bytes
 from ovq.reproduce.draw import AXIS_NAMES, Point, points, short_number
+from ovq.reproduce.figures import FIGURES
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 68em; margin: 2em auto; }
@@ -38,7 +39,11 @@ def write_report(out: Path) -> Path:
         ValueError: If there are no rows, or a file of them cannot be read.
         OSError: If the page cannot be written.
     """
-    paths = sorted((out / "rows").glob("*.json"))
+    order = list(FIGURES)
+    paths = sorted(
+        (out / "rows").glob("*.json"),
+        key=lambda path: (order.index(path.stem) if path.stem in order else len(order), path.stem),
+    )
     if not paths:
         raise ValueError(
             f"--report: expected figures that have been made in {out}, found none; see ovq reproduce --list"
