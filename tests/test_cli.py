@@ -239,7 +239,7 @@ def test_the_version_is_printed(capsys):
     [
         ("tarin", "No such command 'tarin'"),
         ("train", "expected a recipe, or --resume, found neither"),
-        ("train recall", "recipe: expected one of recall-ovq, recall-full, recall-sliding, found 'recall'"),
+        ("train recall", "recipe: expected one of recall-ovq, recall-full, recall-sliding, "),
         ("train recall-ovq --set train.step=3", "expected one of the fields"),
         ("train recall-ovq --set model.mixer_types=ovk --out {tmp}/x", "ovk"),
         ("train recall-ovq --out {tmp}/file/run", "Not a directory"),

@@ -9,7 +9,7 @@ from ovq.eval import accuracy
 from ovq.eval.accuracy import evaluate, long_range_mixer
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.report.progress import Reporter
-from ovq.tasks import IGNORE_INDEX, RecallTask
+from ovq.tasks import IGNORE_INDEX, RecallTask, RegressionTask
 
 TASK = RecallTask(vocab_size=20, key_length=2, pair_share=0.5, query_share=0.6)
 
@@ -59,10 +59,29 @@ def test_accuracy_is_the_share_of_right_tokens_among_those_asked():
 
 
 def test_a_model_that_knows_the_answers_scores_one(monkeypatch):
-    monkeypatch.setattr(accuracy, "_answers_are_right", lambda _, batch: batch.labels != IGNORE_INDEX)
+    monkeypatch.setattr(accuracy, "_answer", lambda _, batch: batch.labels[batch.labels != IGNORE_INDEX])
     [row] = run(build_model("ovq"), lengths=[60], num_examples=3)
     assert row.accuracy == 1.0
     assert set(row.slices.values()) == {1.0}
+
+
+def test_errors_are_averaged_in_all_and_by_slice_for_tasks_that_have_them():
+    task = RegressionTask(vocab_size=20, max_slope=1, max_offset=1, max_x=1)
+    model = build_model("ovq")
+    with Reporter(Console(quiet=True)) as reporter:
+        [row] = evaluate(model, task, lengths=[60], num_examples=9, reporter=reporter)
+    batch = task.at_length(60).build(0, indices=range(9), split="test")
+    with torch.no_grad():
+        predicted = model(torch.from_numpy(batch.inputs)).logits.argmax(-1).numpy()[:, :-1]
+    labels = batch.labels[:, 1:]
+    errors = np.where(predicted >= task.first_y_token, abs(predicted - labels), 2 * task.max_y + 1)
+    asked = labels != IGNORE_INDEX
+    assert row.mean_error == pytest.approx(errors[asked].mean())
+    assert list(row.slice_errors) == list(row.slices)
+    for name, error in row.slice_errors.items():
+        assert error == pytest.approx(errors[batch.slices[name][:, 1:]].mean())
+    [recall] = run(model, lengths=[60], num_examples=1)
+    assert (recall.mean_error, recall.slice_errors) == (None, {})
 
 
 def test_the_size_of_micro_batches_does_not_show(monkeypatch):

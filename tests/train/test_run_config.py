@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from ovq.tasks import RecallTask
+from ovq.tasks import TASKS, RecallTask
 from ovq.train.config import CONFIG_FILE, ModelArgs, RunConfig, TrainArgs
-from ovq.train.recipes import RECIPES, get_recipe
+from ovq.train.recipes import RECIPES, get_recipe, recipe_for
 
 
 @pytest.fixture
@@ -86,13 +86,26 @@ def test_recipes_survive_the_file_beside_the_run(name, tmp_path):
     assert RunConfig.load(tmp_path / "run" / "checkpoint-5") == config
 
 
-def test_recall_recipes_differ_only_in_the_long_range_mixer():
-    configs = [get_recipe(name) for name in ("recall-ovq", "recall-full", "recall-sliding")]
-    mixers = [config.model.mixer_types for config in configs]
-    assert mixers == [
-        ("sliding_attention", mixer) for mixer in ("ovq", "full_attention", "sliding_attention")
-    ]
+@pytest.mark.parametrize("task", TASKS)
+def test_the_recipes_of_a_task_differ_only_in_the_long_range_mixer(task):
+    configs = [get_recipe(f"{task}-{short}") for short in ("ovq", "full", "sliding")]
+    for config, mixer in zip(configs, ("ovq", "full_attention", "sliding_attention"), strict=True):
+        assert config.task.name == task
+        assert config == recipe_for(task, mixer)
+        assert config.model.mixer_types[0] == "sliding_attention"
+        assert config.model.mixer_types[1::2] == (mixer,) * (len(config.model.mixer_types) // 2)
     assert len({config.override(["model.mixer_types=ovq"]).to_json() for config in configs}) == 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_of_a_recipe_can_be_built_16_times_as_long(task):
+    config = get_recipe(f"{task}-ovq")
+    config.task.at_length(16 * max(config.train.lengths))
+
+
+def test_there_is_no_recipe_for_an_unknown_task():
+    with pytest.raises(ValueError, match=r"task: expected one of recall, .*, found 'tea'"):
+        recipe_for("tea", "ovq")
 
 
 def test_unknown_recipes_are_refused_with_those_there_are():

@@ -58,4 +58,15 @@ def evaluate(
         )
         return
     out_console.print(result_table(rows, title=f"{task.name}: share of right answers by length in tokens"))
-    out_console.print(slice_table(rows, title=f"{task.name} at {max(at_lengths)} tokens, by distance"))
+    in_brackets = ""
+    if task.error_name is not None:
+        out_console.print(
+            result_table(
+                rows,
+                title=f"{task.name}: {task.error_name} by length in tokens",
+                value=lambda row: row.mean_error,
+            )
+        )
+        in_brackets = f" ({task.error_name})"
+    title = f"{task.name} at {max(at_lengths)} tokens, by slice: share of right answers{in_brackets}"
+    out_console.print(slice_table(rows, title=title))

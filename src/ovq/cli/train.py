@@ -12,7 +12,11 @@ from ovq.cli.common import out_console
 
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help="recall-ovq, recall-full or recall-sliding.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="TASK-MIXER: recall, positional, regression or mqar; ovq, full or sliding.",
+            show_default=False,
+        ),
     ] = None,
     set_: Annotated[
         list[str],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ovq.hf import OVQConfig, OVQForCausalLM
@@ -94,45 +96,62 @@ def _evaluate_at(
 ) -> ResultRow:
     """One row: all test examples of one length, with the dictionary as it is."""
     batch_size = max(1, _TOKENS_PER_BATCH // task.length)
-    right, asked = 0, 0
-    right_by_slice: dict[str, int] = {}
-    asked_by_slice: dict[str, int] = {}
+    tally = _Tally()
     for first in range(0, num_examples, batch_size):
         indices = range(first, min(first + batch_size, num_examples))
-        batch = task.build(seed, indices=indices, split="test")
-        is_right = _answers_are_right(model, batch)
-        right += int(is_right.sum())
-        asked += int((batch.labels != IGNORE_INDEX).sum())
-        for name, mask in batch.slices.items():
-            right_by_slice[name] = right_by_slice.get(name, 0) + int((is_right & mask).sum())
-            asked_by_slice[name] = asked_by_slice.get(name, 0) + int(mask.sum())
+        tally.add(model, task, task.build(seed, indices=indices, split="test"))
         slots = "" if num_slots is None else f"{num_slots} slots, "
-        work.update(done + indices[-1] + 1, note=f"{slots}length {task.length}, accuracy {right / asked:.3f}")
+        accuracy = tally.right / tally.asked
+        work.update(done + indices[-1] + 1, note=f"{slots}length {task.length}, accuracy {accuracy:.3f}")
+    asked_slices = {name: asked for name, asked in tally.asked_by_slice.items() if asked}
+    has_errors = task.error_name is not None
     return ResultRow(
         mixer=long_range_mixer(model.config),
         num_slots=num_slots,
         length=task.length,
-        accuracy=right / asked,
+        accuracy=tally.right / tally.asked,
         state_bytes=model.state_bytes(task.length),
-        num_questions=asked,
-        slices={
-            name: right_by_slice[name] / asked_here
-            for name, asked_here in asked_by_slice.items()
-            if asked_here
-        },
+        num_questions=tally.asked,
+        slices={name: tally.right_by_slice[name] / asked for name, asked in asked_slices.items()},
+        mean_error=tally.error / tally.asked if has_errors else None,
+        slice_errors={name: tally.error_by_slice[name] / asked for name, asked in asked_slices.items()}
+        if has_errors
+        else {},
     )
 
 
-def _answers_are_right(model: OVQForCausalLM, batch: TaskBatch):
-    """`[B, T]` bool numpy array: asked, and the most likely token given what stands before is the label."""
-    labels = torch.from_numpy(batch.labels)
-    is_asked = labels != IGNORE_INDEX
+class _Tally:
+    """Asked tokens, right answers and errors, in all and by slice, summed over batches."""
+
+    def __init__(self) -> None:
+        self.asked, self.right, self.error = 0, 0, 0.0
+        self.asked_by_slice: Counter[str] = Counter()
+        self.right_by_slice: Counter[str] = Counter()
+        self.error_by_slice: Counter[str] = Counter()
+
+    def add(self, model: OVQForCausalLM, task: Task, batch: TaskBatch) -> None:
+        """Ask the questions of a batch."""
+        is_asked = batch.labels != IGNORE_INDEX
+        answers, labels = _answer(model, batch), batch.labels[is_asked]
+        is_right = answers == labels
+        errors = np.zeros(len(labels)) if task.error_name is None else task.errors(answers, labels)
+        self.asked += len(labels)
+        self.right += int(is_right.sum())
+        self.error += float(errors.sum())
+        for name, mask in batch.slices.items():
+            in_slice = mask[is_asked]
+            self.asked_by_slice[name] += int(in_slice.sum())
+            self.right_by_slice[name] += int(is_right[in_slice].sum())
+            self.error_by_slice[name] += float(errors[in_slice].sum())
+
+
+def _answer(model: OVQForCausalLM, batch: TaskBatch) -> np.ndarray:
+    """The most likely token at each asked place given what stands before, in order of rows and places."""
+    is_asked = torch.from_numpy(batch.labels != IGNORE_INDEX)
     hidden = model.base_model(
         torch.from_numpy(batch.inputs).to(model.device), use_cache=False
     ).last_hidden_state
     # The answer at t is predicted at t - 1. Logits are formed for asked tokens alone: for all of them they
     # would be by far the largest tensor.
-    answers = model.get_output_embeddings()(hidden[:, :-1][is_asked[:, 1:].to(model.device)]).argmax(-1).cpu()
-    is_right = torch.zeros_like(is_asked)
-    is_right[is_asked] = answers == labels[is_asked]
-    return is_right.numpy()
+    asked_states = hidden[:, :-1][is_asked[:, 1:].to(model.device)]
+    return model.get_output_embeddings()(asked_states).argmax(-1).cpu().numpy()

@@ -30,6 +30,8 @@ class ResultRow:
         state_bytes: Bytes the model carries from token to token for one sequence of this length.
         num_questions: Asked tokens.
         slices: Accuracy on the slices of the task, by name.
+        mean_error: Mean of the errors of a task that has them (`Task.error_name`); `None` for others.
+        slice_errors: The same on the slices, by name; empty for others.
     """
 
     mixer: str
@@ -39,6 +41,8 @@ class ResultRow:
     state_bytes: int
     num_questions: int
     slices: dict[str, float]
+    mean_error: float | None = None
+    slice_errors: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def label(self) -> str:

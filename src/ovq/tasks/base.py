@@ -46,11 +46,13 @@ class Task(ABC):
 
     Attributes:
         name: What configurations and reports call the task.
+        error_name: What `errors` measures; `None` where an answer is right or wrong and nothing between.
         length: Tokens an example, T.
         vocab_size: Number of token ids; all ids are smaller.
     """
 
     name: ClassVar[str]
+    error_name: ClassVar[str | None] = None
     length: int = 256
     vocab_size: int = 512
 
@@ -66,6 +68,18 @@ class Task(ABC):
         Returns:
             The batch: inputs, labels and slices.
         """
+
+    def errors(self, answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """How wrong answers are, for tasks that have an `error_name`.
+
+        Args:
+            answers: Token ids, of any shape.
+            labels: The right ones, of the same shape.
+
+        Returns:
+            Floats of the same shape, 0 for a right answer.
+        """
+        raise NotImplementedError(f"task {self.name} counts right answers only")
 
     def at_length(self: TaskT, length: int) -> TaskT:
         """The same task with examples of another length.

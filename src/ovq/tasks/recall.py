@@ -122,12 +122,7 @@ class RecallTask(Task):
                 f"num_pairs: expected at most {most_pairs}, what {self.context_length} context tokens hold "
                 f"(length {self.length}, query_share {self.query_share}), found {self.num_stored}"
             )
-        possible_keys = self.num_key_tokens**self.key_length
-        if not self.num_stored <= possible_keys <= _MAX_POSSIBLE_KEYS:
-            raise ValueError(
-                f"vocab_size and key_length: expected between {self.num_stored} (the pairs of an example) "
-                f"and 2**62 different keys, found {self.num_key_tokens}**{self.key_length}"
-            )
+        check_possible_keys(self.num_key_tokens, self.key_length, at_least=self.num_stored)
 
     @property
     def pair_length(self) -> int:
@@ -185,7 +180,13 @@ class RecallTask(Task):
 
         query_positions = query_start + np.arange(self.num_queries) * self.pair_length
         distances = query_positions - starts[rows, asked]
-        return TaskBatch(inputs, labels, self._distance_slices(distances, labels != IGNORE_INDEX))
+        # From the last pair, with the separator between, to the first token of the context.
+        slices = distance_masks(
+            np.repeat(distances, self.value_length, axis=1),
+            labels != IGNORE_INDEX,
+            smallest=self.pair_length + 1,
+        )
+        return TaskBatch(inputs, labels, slices)
 
     def _draw(
         self, seed: int, indices: Sequence[int], split: str
@@ -205,20 +206,57 @@ class RecallTask(Task):
             rounds = [rng.permutation(num_stored) for _ in range(-(-num_queries // num_stored))]
             asked[row] = np.concatenate(rounds)[:num_queries]
 
-        # A key is its id written in base num_key_tokens, so distinct ids are distinct keys.
-        digits = self.num_key_tokens ** np.arange(self.key_length)
-        keys = NUM_SPECIAL + key_ids[..., None] // digits % self.num_key_tokens
+        keys = spell_keys(key_ids, self.num_key_tokens, self.key_length)
         # `places` are the pairs' places among pairs and fillers; every pair before adds its further tokens.
         starts = np.sort(places, axis=1) + np.arange(num_stored) * (self.pair_length - 1)
         return np.concatenate([keys, values], axis=2), starts, asked
 
-    def _distance_slices(self, distances: np.ndarray, is_labelled: np.ndarray) -> dict[str, np.ndarray]:
-        """Masks `[B, T]` of the labelled tokens by octave of the distances `[B, Q]` from query to pair."""
-        octaves = np.repeat(np.frexp(distances)[1] - 1, self.value_length, axis=1)
-        slices = {}
-        # From the last pair, with the separator between, to the first token of the context.
-        for octave in range((self.pair_length + 1).bit_length() - 1, (self.length - 1).bit_length()):
-            mask = np.zeros_like(is_labelled)
-            mask[is_labelled] = (octaves == octave).reshape(-1)
-            slices[f"distance {2**octave}-{2 ** (octave + 1) - 1}"] = mask
-        return slices
+
+def check_possible_keys(num_key_tokens: int, key_length: int, *, at_least: int) -> None:
+    """Refuse sizes of which too few different keys can be made, or more than can be counted.
+
+    Raises:
+        ValueError: If there are fewer than `at_least` keys, or more than 2**62.
+    """
+    if not at_least <= num_key_tokens**key_length <= _MAX_POSSIBLE_KEYS:
+        raise ValueError(
+            f"vocab_size and key_length: expected between {at_least} (the keys of an example) "
+            f"and 2**62 different keys, found {num_key_tokens}**{key_length}"
+        )
+
+
+def spell_keys(key_ids: np.ndarray, num_key_tokens: int, key_length: int) -> np.ndarray:
+    """The tokens `[..., key_length]` of keys `[...]`: different numbers are different keys.
+
+    Example:
+        >>> spell_keys(np.array([0, 1, 7]), 7, 2).tolist()
+        [[2, 2], [3, 2], [2, 3]]
+    """
+    # A key is its id written in base num_key_tokens.
+    return NUM_SPECIAL + key_ids[..., None] // num_key_tokens ** np.arange(key_length) % num_key_tokens
+
+
+def distance_masks(distances: np.ndarray, is_labelled: np.ndarray, *, smallest: int) -> dict[str, np.ndarray]:
+    """Slices of the labelled tokens by octave of a distance.
+
+    Args:
+        distances: `[B, A]` positive, one for each labelled token of a row, in order.
+        is_labelled: `[B, T]` bool, A of them true in each row.
+        smallest: The smallest distance there can be; the largest is T - 1. So the names do not depend on the
+            examples.
+
+    Returns:
+        Name -> `[B, T]` bool.
+
+    Example:
+        >>> masks = distance_masks(np.array([[5, 3]]), np.array([[0, 0, 1, 1, 0, 0]], dtype=bool), smallest=2)
+        >>> {name: mask[0].nonzero()[0].tolist() for name, mask in masks.items()}
+        {'distance 2-3': [3], 'distance 4-7': [2]}
+    """
+    octaves = np.frexp(distances)[1] - 1
+    masks = {}
+    for octave in range(smallest.bit_length() - 1, (is_labelled.shape[1] - 1).bit_length()):
+        mask = np.zeros_like(is_labelled)
+        mask[is_labelled] = (octaves == octave).reshape(-1)
+        masks[f"distance {2**octave}-{2 ** (octave + 1) - 1}"] = mask
+    return masks
