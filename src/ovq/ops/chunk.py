@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ovq.ops import cpu
 from ovq.ops.groups import Group, Plan, Step
 from ovq.ops.reader import Reader
 from ovq.ops.routing import Router
@@ -55,36 +56,67 @@ def chunk_attention(
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
-        sums = Sums(key_sum.clone(), value_sum.clone(), count.clone())
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        sums = Sums(_copied(key_sum), _copied(value_sum), _copied(count))
+        ctx.is_compiled = cpu.can_run(q, k, v, scale)
+        if ctx.is_compiled:
+            o, lse, slots = cpu.chunk_forward(q, k, v, scale, sums.key, sums.value, sums.count, plan)
+            ctx.save_for_backward(q, k, v, scale, o, sums.key, sums.value, sums.count, slots, lse)
+            ctx.mark_non_differentiable(sums.count)
+            return o, sums.key, sums.value, sums.count
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
         # The slot of every token of a complete chunk; int32 holds any dictionary.
         slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
         for group in plan.groups(q.device):
             _forward_group(group, q, k, v, scale, sums, o, slots)
-        ctx.save_for_backward(q, k, v, scale, o, sums.key, sums.value, sums.count, slots)
-        ctx.plan = plan
+        ctx.save_for_backward(q, k, v, scale, o, sums.key, sums.value, sums.count, slots, None)
         ctx.mark_non_differentiable(sums.count)
-        ctx.set_materialize_grads(False)
         return o, sums.key, sums.value, sums.count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_o, grad_key_sum, grad_value_sum, _):
-        q, k, v, scale, o, key_sum, value_sum, count, slots = ctx.saved_tensors
-        call = _Call(q, k, v, scale, o, torch.zeros_like(o) if grad_o is None else grad_o, slots)
-        grads = _Call(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.zeros_like(scale))
+        q, k, v, scale, o, key_sum, value_sum, count, slots, lse = ctx.saved_tensors
+        grad_o = torch.zeros_like(o) if grad_o is None else grad_o
         final = Sums(key_sum, value_sum, count)
         # A: the gradient of the sums, which starts as that of the final state and ends as that of the
         # initial.
         deposits = Sums(
-            torch.zeros_like(key_sum) if grad_key_sum is None else grad_key_sum.clone(),
-            torch.zeros_like(value_sum) if grad_value_sum is None else grad_value_sum.clone(),
+            torch.zeros_like(key_sum) if grad_key_sum is None else _copied(grad_key_sum),
+            torch.zeros_like(value_sum) if grad_value_sum is None else _copied(grad_value_sum),
         )
+        if ctx.is_compiled:
+            final = final.clone()
+            grads = cpu.chunk_backward(
+                q,
+                k,
+                v,
+                o,
+                lse,
+                scale,
+                final.key,
+                final.value,
+                final.count,
+                slots,
+                grad_o,
+                deposits.key,
+                deposits.value,
+                ctx.plan,
+            )
+            return *grads, deposits.key, deposits.value, None, None
+        call = _Call(q, k, v, scale, o, grad_o, slots)
+        grads = _Call(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.zeros_like(scale))
         # Autocast would run these products in a lower precision than the forward did.
         with torch.autocast(q.device.type, enabled=False):
             for group in ctx.plan.groups(q.device):
                 _backward_group(group, call, final, deposits, grads)
         return grads.q, grads.k, grads.v, grads.scale, deposits.key, deposits.value, None, None
+
+
+def _copied(x: Tensor) -> Tensor:
+    """A dense copy, to be worked on in place."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @dataclasses.dataclass

@@ -1,0 +1,188 @@
+/* The backward of one chunk: rewinds the dictionary, then goes through it tile of slots by tile of slots.
+
+   Probabilities are computed again from the log-sum-exp of each query (docs/math.md). A tile of slots stays in the
+   cache while all queries of the chunk pass over it; what queries collect adds up over the tiles. */
+#pragma once
+
+#include "read.h"
+
+/* What the threads of a team share. */
+struct Gradients {
+    float *queries;  /* [G * width, key_ld]: scale * q. */
+    float *grad_o;   /* [G * width, value_ld] */
+    float *lse;      /* [G * width] */
+    float *inner;    /* [G * width]: sum of o grad_o. */
+    float *grad_k;   /* [width, key_ld]: the chunk's tokens, as parts of the sums and as candidates. */
+    float *grad_v;   /* [width, value_ld] */
+    uint8_t *is_done; /* [M]: scratch, zero between uses. */
+    int32_t *slot;   /* [width]: where the chunk's tokens went. */
+};
+
+/* What each thread has for itself. */
+struct Share {
+    float *grad_q;   /* [G * width, key_ld]: its share of the gradient of scale * q. */
+    float *grad_k;   /* [SLOTS, key_ld] */
+    float *grad_v;   /* [SLOTS, value_ld] */
+    float *probs;    /* [QUERIES, SLOTS] */
+    float *grads;    /* [QUERIES, SLOTS]: gradient of the probabilities, then of the scores. */
+};
+
+static Gradients take_gradients(Arena *arena, const Call *call) {
+    const int64_t queries = call->group_size * call->width;
+    Gradients all;
+    all.queries = TAKE(arena, float, queries * key_ld(call));
+    all.grad_o = TAKE(arena, float, queries * value_ld(call));
+    all.lse = TAKE(arena, float, queries);
+    all.inner = TAKE(arena, float, queries);
+    all.grad_k = TAKE(arena, float, call->width * key_ld(call));
+    all.grad_v = TAKE(arena, float, call->width * value_ld(call));
+    all.is_done = TAKE(arena, uint8_t, padded(call->capacity, NR));
+    all.slot = TAKE(arena, int32_t, call->width);
+    return all;
+}
+
+static Share take_share(Arena *arena, const Call *call) {
+    Share share;
+    share.grad_q = TAKE(arena, float, call->group_size * call->width * key_ld(call));
+    share.grad_k = TAKE(arena, float, SLOTS * key_ld(call));
+    share.grad_v = TAKE(arena, float, SLOTS * value_ld(call));
+    share.probs = TAKE(arena, float, QUERIES * SLOTS);
+    share.grads = TAKE(arena, float, QUERIES * SLOTS);
+    return share;
+}
+
+/* The queries of a chunk with the gradients of their outputs, those of a query head together. */
+static void load_queries(const Call *call, const Chunk *chunk, int64_t head, int64_t g, Gradients *all) {
+    const int64_t query_head = head * call->group_size + g, num_heads = call->num_kv_heads * call->group_size;
+    const int64_t start = g * chunk->num, width = value_ld(call);
+    float *queries = all->queries + start * key_ld(call), *grad_o = all->grad_o + start * width;
+    read_tokens(call, &call->q, chunk->index, query_head, 0, chunk->num, call->scale[query_head], queries,
+                key_ld(call));
+    read_tokens(call, &call->grad_o, chunk->index, query_head, 0, chunk->num, 1, grad_o, width);
+    for (int64_t t = 0; t < chunk->num; t++) {
+        float o[width];
+        read_tokens(call, &call->o, chunk->index, query_head, t, 1, 1, o, width);
+        Vector inner = {};
+        for (int64_t j = 0; j < width; j += VL) inner += load(o + j) * load(grad_o + t * width + j);
+        all->inner[start + t] = total(inner);
+        all->lse[start + t] = call->lse[(chunk->index * call->width + t) * num_heads + query_head];
+    }
+}
+
+/* The chunk's tokens get the gradient of the sums they were added to, and are taken out of the sums again. */
+static void rewind_chunk(const Call *call, const Chunk *chunk, int64_t row, int64_t head, const Rows *tokens,
+                         Dictionary *dictionary, Gradients *all) {
+    const Sums sums = sums_of(call, row, head);
+    const int64_t first = (row * call->num_kv_heads + head) * call->capacity;
+    float *key_deposit = call->key_deposit + first * call->k.dim;
+    float *value_deposit = call->value_deposit + first * call->v.dim;
+    for (int64_t t = 0; t < chunk->num; t++) {
+        const int64_t place = chunk->index * call->width + t;
+        const int32_t slot = all->slot[t] = call->slots[place * call->num_kv_heads + head];
+        memcpy(all->grad_k + t * key_ld(call), key_deposit + slot * call->k.dim, sizeof(float) * call->k.dim);
+        memcpy(all->grad_v + t * value_ld(call), value_deposit + slot * call->v.dim, sizeof(float) * call->v.dim);
+        add_token(&sums, call, slot, tokens, t, -1);
+    }
+    for (int64_t t = 0; t < chunk->num; t++) {
+        const int64_t slot = all->slot[t];
+        if (sums.count[slot]) continue;
+        /* A slot that the chunk opened is gone: what rounding left of its sums goes too. */
+        memset(sums.key + slot * call->k.dim, 0, sizeof(float) * call->k.dim);
+        memset(sums.value + slot * call->v.dim, 0, sizeof(float) * call->v.dim);
+        memset(key_deposit + slot * call->k.dim, 0, sizeof(float) * call->k.dim);
+        memset(value_deposit + slot * call->v.dim, 0, sizeof(float) * call->v.dim);
+    }
+    update_slots(dictionary, call, &sums, all->slot, chunk->num, all->is_done);
+}
+
+/* One tile of queries with one tile of slots or tokens: `start` is the queries' place among those of the chunk,
+   `first` their position in it, `rows` begins at the tile and has n of them, the first at position `place`;
+   place < 0 for slots, which every query sees. */
+static void backward_tile(const Call *call, const Rows *rows, int64_t n, int64_t place, int64_t start, int64_t first,
+                          int64_t num, const Gradients *all, Share *share) {
+    const int64_t key_width = key_ld(call), value_width = value_ld(call);
+    const float *queries = all->queries + start * key_width, *grad_o = all->grad_o + start * value_width;
+    float *probs = share->probs, *grads = share->grads, *grad_q = share->grad_q + start * key_width;
+    score(call, rows, n, queries, num, probs, SLOTS);
+    if (place >= 0) mask_future(probs, SLOTS, num, n, first - place);
+    product(num, n, call->v.dim, grad_o, value_width, 1, rows->value_panels, call->v.dim * NR, NR, nullptr, 0, grads, SLOTS);
+    for (int64_t t = 0; t < num; t++) {
+        const Vector lse = splat(all->lse[start + t]), inner = splat(all->inner[start + t]);
+        for (int64_t j = t * SLOTS; j < t * SLOTS + n; j += VL) {
+            const Vector prob = exponential(load(probs + j) - lse);
+            store(probs + j, prob);
+            store(grads + j, prob * (load(grads + j) - inner));
+        }
+    }
+    product(n, value_width, num, probs, 1, SLOTS, grad_o, NR, value_width, share->grad_v, value_width, share->grad_v,
+            value_width);
+    product(n, key_width, num, grads, 1, SLOTS, queries, NR, key_width, share->grad_k, key_width, share->grad_k,
+            key_width);
+    product(num, key_width, n, grads, SLOTS, 1, rows->keys, NR, key_width, grad_q, key_width, grad_q, key_width);
+}
+
+/* The rows from i on, i a multiple of NR. */
+INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
+    return {rows->keys + i * key_ld(call), rows->values + i * value_ld(call), rows->key_panels + i * call->k.dim,
+            rows->value_panels + i * call->v.dim, rows->bias + i};
+}
+
+/* All queries of a chunk with SLOTS slots, or tokens, from `at` on. */
+static void backward_rows(const Call *call, const Rows *rows, int64_t at, int64_t num_rows, int is_tokens,
+                          const Chunk *chunk, const Gradients *all, Share *share) {
+    const Rows tile = rows_from(rows, call, at);
+    const int64_t n = padded(least(SLOTS, num_rows - at), NR);
+    memset(share->grad_k, 0, sizeof(float) * n * key_ld(call));
+    memset(share->grad_v, 0, sizeof(float) * n * value_ld(call));
+    for (int64_t g = 0; g < call->group_size; g++)
+        for (int64_t t = is_tokens ? at : 0; t < chunk->num; t += QUERIES)
+            backward_tile(call, &tile, n, is_tokens ? at : -1, g * chunk->num + t, t,
+                          least(QUERIES, chunk->num - t), all, share);
+}
+
+/* out [num] += factor * x, rows of `dim`. */
+INLINE void deposit(float *out, const float *x, float factor, int64_t dim) {
+    for (int64_t j = 0; j < dim; j++) out[j] += factor * x[j];
+}
+
+/* The share of a tile in the gradient of the sums, or of the chunk's own tokens. */
+static void collect_rows(const Call *call, int64_t row, int64_t head, int64_t at, int64_t num_rows, int is_tokens,
+                         Gradients *all, const Share *share) {
+    const Sums sums = sums_of(call, row, head);
+    const int64_t first = (row * call->num_kv_heads + head) * call->capacity;
+    for (int64_t i = at; i < least(at + SLOTS, num_rows); i++) {
+        const float *grad_k = share->grad_k + (i - at) * key_ld(call);
+        const float *grad_v = share->grad_v + (i - at) * value_ld(call);
+        if (is_tokens) {
+            deposit(all->grad_k + i * key_ld(call), grad_k, 1, call->k.dim);
+            deposit(all->grad_v + i * value_ld(call), grad_v, 1, call->v.dim);
+        } else {
+            const float factor = 1 / (float)sums.count[i];
+            deposit(call->key_deposit + (first + i) * call->k.dim, grad_k, factor, call->k.dim);
+            deposit(call->value_deposit + (first + i) * call->v.dim, grad_v, factor, call->v.dim);
+        }
+    }
+}
+
+/* Gradients of the chunk's tokens, and its share in that of the scale, once all tiles are done. */
+static void write_gradients(const Call *call, const Chunk *chunk, int64_t row, int64_t head, const Gradients *all,
+                            Share *const *shares, int num_shares) {
+    const int64_t dim = call->k.dim, ld = key_ld(call), num_heads = call->num_kv_heads * call->group_size;
+    for (int64_t g = 0; g < call->group_size; g++) {
+        const int64_t query_head = head * call->group_size + g;
+        double sum = 0;
+        for (int64_t t = 0; t < chunk->num; t++) {
+            float *grad_q = shares[0]->grad_q + (g * chunk->num + t) * ld;
+            for (int i = 1; i < num_shares; i++) deposit(grad_q, shares[i]->grad_q + (g * chunk->num + t) * ld, 1, dim);
+            float query[ld];
+            read_tokens(call, &call->q, chunk->index, query_head, t, 1, 1, query, ld);
+            sum += exact_dot(grad_q, query, dim);
+            write_token(call, &call->grad_q, chunk->index, t, query_head, call->scale[query_head], grad_q);
+        }
+        call->grad_scale[row * num_heads + query_head] += sum;
+    }
+    for (int64_t t = 0; t < chunk->num; t++) {
+        write_token(call, &call->grad_k, chunk->index, t, head, 1, all->grad_k + t * ld);
+        write_token(call, &call->grad_v, chunk->index, t, head, 1, all->grad_v + t * value_ld(call));
+    }
+}

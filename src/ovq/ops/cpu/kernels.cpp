@@ -1,0 +1,173 @@
+/* OVQ attention on a CPU: all chunks of all streams in one call, forward and backward.
+
+   Each stream (a key/value head of a row) is worked through by a team of threads, one thread to a team where there
+   are streams enough, so that its dictionary stays in that core's cache. Compiled on first use by kernels.py. */
+#include <omp.h>
+
+#include "backward.h"
+#include "learn.h"
+
+/* How the threads share the streams. */
+struct Teams {
+    int num_teams, size;
+};
+
+static Teams make_teams(const Call *call, int num_threads) {
+    const int64_t streams = call->num_rows * call->num_kv_heads;
+    int64_t teams = num_threads, rest = streams;
+    /* Many streams even out; few are shared evenly, by as many teams as divide both. */
+    if (streams < 4 * teams)
+        while (rest) {
+            const int64_t next = teams % rest;
+            teams = rest;
+            rest = next;
+        }
+    return {(int)teams, (int)(num_threads / teams)};
+}
+
+/* The memory of a team and of its threads. */
+struct Shared {
+    Dictionary dictionary;
+    Rows tokens;
+    Learner learner;
+    Gradients gradients;
+    Barrier *barrier;
+};
+
+struct Own {
+    Reader reader;
+    Share share;
+};
+
+static Shared take_shared(Arena *arena, const Call *call, int is_backward) {
+    Shared shared = {};
+    shared.dictionary = take_dictionary(arena, call, is_backward);
+    shared.tokens = take_rows(arena, call, call->width, is_backward);
+    shared.barrier = TAKE(arena, Barrier, 1);
+    if (is_backward) shared.gradients = take_gradients(arena, call);
+    else shared.learner = take_learner(arena, call);
+    return shared;
+}
+
+static Own take_own(Arena *arena, const Call *call, int is_backward) {
+    Own own = {};
+    if (is_backward) own.share = take_share(arena, call);
+    else own.reader = take_reader(arena, call);
+    return own;
+}
+
+static void forward_stream(const Call *call, int64_t row, int64_t head, const Team *team, Shared *shared, Own *own) {
+    Dictionary *dictionary = &shared->dictionary;
+    const Sums sums = sums_of(call, row, head);
+    if (team->rank == 0) load_dictionary(dictionary, call, &sums);
+    for (int64_t i = 0; i < num_chunks(call, row); i++) {
+        const Chunk chunk = chunk_of(call, row, i);
+        dictionary->num = chunk.before;
+        const double *priority = call->priority;
+        if (priority)
+            priority += ((call->schedule_start[row] + i) * call->num_kv_heads + head) * call->chunk_size;
+        if (team->rank == 0) load_chunk(&shared->tokens, call, chunk.index, head, chunk.num);
+        sync(team);
+        const int64_t blocks = (chunk.num + QUERIES - 1) / QUERIES, reads = blocks * call->group_size;
+        const int64_t routes = chunk.is_complete && chunk.before ? blocks : 0;
+        const double longest = routes ? longest_mean(dictionary) : 0;
+        for (int64_t tile = team->rank; tile < reads + routes; tile += team->size) {
+            const int64_t first = tile % blocks * QUERIES, num = least(QUERIES, chunk.num - first);
+            if (tile < reads)
+                read_tile(call, dictionary, &shared->tokens, &chunk, head * call->group_size + tile / blocks, first,
+                          num, &own->reader);
+            else
+                route_tile(call, dictionary, &shared->tokens, first, num, chunk.after > chunk.before && !priority,
+                           longest, &shared->learner, own->reader.near, own->reader.scores);
+        }
+        sync(team);
+        if (team->rank == 0 && chunk.is_complete)
+            learn(call, dictionary, &shared->tokens, &sums, &chunk, head, priority, &shared->learner,
+                  own->reader.scores);
+    }
+}
+
+static void backward_stream(const Call *call, int64_t row, int64_t head, const Team *team, Shared *shared, Own *own,
+                            Share *const *shares) {
+    Dictionary *dictionary = &shared->dictionary;
+    Gradients *all = &shared->gradients;
+    const Sums sums = sums_of(call, row, head);
+    if (team->rank == 0) load_dictionary(dictionary, call, &sums);
+    for (int64_t i = num_chunks(call, row) - 1; i >= 0; i--) {
+        const Chunk chunk = chunk_of(call, row, i);
+        if (team->rank == 0) {
+            load_chunk(&shared->tokens, call, chunk.index, head, chunk.num);
+            if (chunk.is_complete) {
+                rewind_chunk(call, &chunk, row, head, &shared->tokens, dictionary, all);
+            } else {
+                memset(all->grad_k, 0, sizeof(float) * chunk.num * key_ld(call));
+                memset(all->grad_v, 0, sizeof(float) * chunk.num * value_ld(call));
+            }
+            for (int64_t g = 0; g < call->group_size; g++) load_queries(call, &chunk, head, g, all);
+        }
+        memset(own->share.grad_q, 0, sizeof(float) * call->group_size * chunk.num * key_ld(call));
+        sync(team);
+        const int64_t slot_tiles = (chunk.before + SLOTS - 1) / SLOTS, token_tiles = (chunk.num + SLOTS - 1) / SLOTS;
+        for (int64_t tile = team->rank; tile < slot_tiles + token_tiles; tile += team->size) {
+            const int is_tokens = tile >= slot_tiles;
+            const int64_t at = (is_tokens ? tile - slot_tiles : tile) * SLOTS;
+            const int64_t num = is_tokens ? chunk.num : chunk.before;
+            backward_rows(call, is_tokens ? &shared->tokens : &dictionary->rows, at, num, is_tokens, &chunk, all,
+                          &own->share);
+            collect_rows(call, row, head, at, num, is_tokens, all, &own->share);
+        }
+        sync(team);
+        if (team->rank == 0) write_gradients(call, &chunk, row, head, all, shares, team->size);
+        sync(team);
+    }
+}
+
+/* Everything that a team of `size` takes from the arena. */
+static void take_team(Arena *arena, const Call *call, int size, int is_backward, Shared *shared, Own *own) {
+    *shared = take_shared(arena, call, is_backward);
+    for (int i = 0; i < size; i++) own[i] = take_own(arena, call, is_backward);
+}
+
+static int run(const Call *call, int is_backward) {
+    int is_out_of_memory = 0;
+    char *memory = nullptr;
+    size_t bytes = 0;
+#pragma omp parallel num_threads((int)call->num_threads)
+    {
+        const int num_threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        const Teams teams = make_teams(call, num_threads);
+        const int rank = thread / teams.num_teams;
+        const int64_t team = thread % teams.num_teams, streams = call->num_rows * call->num_kv_heads;
+        Shared shared;
+        Own own[teams.size];
+#pragma omp single
+        {
+            Arena arena = {};
+            take_team(&arena, call, teams.size, is_backward, &shared, own);
+            bytes = arena.used;
+            memory = (char *)aligned_alloc(128, bytes * teams.num_teams);
+            is_out_of_memory = !memory;
+            if (memory) memset(memory, 0, bytes * teams.num_teams);
+        }
+        /* A thread that the teams leave over has nothing to do. */
+        if (memory && rank < teams.size) {
+            Arena arena = {memory + bytes * team, 0};
+            take_team(&arena, call, teams.size, is_backward, &shared, own);
+            Share *shares[teams.size];
+            for (int i = 0; i < teams.size; i++) shares[i] = &own[i].share;
+            const Team members = {rank, teams.size, shared.barrier};
+            for (int64_t s = team; s < streams; s += teams.num_teams) {
+                const int64_t row = s / call->num_kv_heads, head = s % call->num_kv_heads;
+                if (is_backward) backward_stream(call, row, head, &members, &shared, &own[rank], shares);
+                else forward_stream(call, row, head, &members, &shared, &own[rank]);
+                sync(&members);
+            }
+        }
+    }
+    free(memory);
+    return is_out_of_memory;
+}
+
+/* 0, or 1 if there is no memory for it. */
+extern "C" int ovq_forward(const Call *call) { return run(call, 0); }
+extern "C" int ovq_backward(const Call *call) { return run(call, 1); }

@@ -1,0 +1,246 @@
+/* Which slot each key of a complete chunk goes to, and the merge.
+
+   Scores are products in float32; whatever lies within their rounding error of the best is decided again in
+   float64, so that every backend assigns alike (docs/math.md). */
+#pragma once
+
+#include "dictionary.h"
+
+/* Keys that are not finite have no cosine: they are the last to open a slot. */
+#define NO_COSINE 2.0
+
+struct Learner {
+    int32_t *slot;     /* [C]: the slot each key goes to. */
+    double *priority;  /* [C]: best cosine of each key, or what the caller ranks keys by; lowest open slots. */
+    double *ranked;    /* [C]: scratch. */
+    uint8_t *opens;    /* [C] */
+    uint8_t *is_done;  /* [M]: scratch, zero between uses. */
+    int32_t *near;     /* [M]: scratch. */
+};
+
+static Learner take_learner(Arena *arena, const Call *call) {
+    Learner learner;
+    learner.slot = TAKE(arena, int32_t, call->chunk_size);
+    learner.priority = TAKE(arena, double, call->chunk_size);
+    learner.ranked = TAKE(arena, double, call->chunk_size);
+    learner.opens = TAKE(arena, uint8_t, call->chunk_size);
+    learner.is_done = TAKE(arena, uint8_t, padded(call->capacity, NR));
+    learner.near = TAKE(arena, int32_t, padded(call->capacity, NR));
+    return learner;
+}
+
+/* The columns whose score is at least `floor`; their number. */
+static int64_t columns_from(const float *scores, int64_t n, float floor, int32_t *near) {
+    const Vector least_score = splat(floor);
+    int64_t num = 0;
+    for (int64_t j = 0; j < n; j += VL) {
+        const IntVector is_near = load(scores + j) >= least_score;
+        int32_t any = 0;
+        for (int i = 0; i < VL; i++) any |= is_near[i];
+        if (any)
+            for (int i = 0; i < VL; i++)
+                if (is_near[i]) near[num++] = (int32_t)(j + i);
+    }
+    return num;
+}
+
+/* The largest of n scores, n a multiple of VL; NaN if one is. */
+static float highest_score(const float *scores, int64_t n) {
+    Vector best = splat(-INFINITY);
+    IntVector has_nan = {};
+    for (int64_t j = 0; j < n; j += VL) {
+        const Vector x = load(scores + j);
+        best = x > best ? x : best;
+        has_nan |= x != x;
+    }
+    for (int i = 0; i < VL; i++)
+        if (has_nan[i]) return NAN;
+    return highest(best);
+}
+
+static double longest_mean(const Dictionary *dictionary) {
+    double longest = 0;
+    for (int64_t i = 0; i < dictionary->num; i++) longest = fmax(longest, dictionary->norm[i]);
+    return longest;
+}
+
+/* The slot with the largest dot product, ties to the lowest index; 0 for a key that is not finite. */
+static int32_t nearest(const Call *call, const Dictionary *dictionary, const float *key, const float *scores,
+                       int64_t n, double longest, int32_t *near) {
+    const float best = highest_score(scores, n);
+    if (!std::isfinite(best)) return 0;
+    const double length = sqrt(exact_dot(key, key, call->k.dim)) * longest;
+    /* Rounding of a K-term dot product, on both sides of a comparison: 2 K (eps / 2) |k| |D|. */
+    const double tolerance = ((double)call->k.dim * FLT_EPSILON + 2 * call->tie) * length;
+    const int64_t num = columns_from(scores, n, best - (float)tolerance * 1.001f, near);
+    if (num == 1) return near[0];
+    double exact = -INFINITY;
+    for (int64_t i = 0; i < num; i++)
+        exact = fmax(exact, exact_dot(key, dictionary->rows.keys + near[i] * key_ld(call), call->k.dim));
+    for (int64_t i = 0; i < num; i++)
+        if (exact_dot(key, dictionary->rows.keys + near[i] * key_ld(call), call->k.dim) >= exact - call->tie * length)
+            return near[i];
+    return 0;
+}
+
+/* The best cosine of a key with a slot; turns its scores into cosines times the key's length. */
+static double best_cosine(const Call *call, const Dictionary *dictionary, const float *key, float *scores, int64_t n) {
+    for (int64_t j = 0; j < n; j += VL) store(scores + j, load(scores + j) * load(dictionary->inverse + j));
+    const float length = (float)fmax(sqrt(exact_dot(key, key, call->k.dim)), TINY);
+    const float best = highest_score(scores, n) / length;
+    return std::isnan(best) ? NO_COSINE : best;
+}
+
+/* Score the keys first..first+num-1 of a chunk: the nearest slot of each and, if keys are to open slots, its best
+   cosine. `scores` holds QUERIES rows. */
+static void route_tile(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t first, int64_t num,
+                       int has_openers, double longest, Learner *learner, int32_t *near, float *scores) {
+    const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
+    const float *keys = tokens->keys + first * ld;
+    product(num, n, call->k.dim, keys, ld, 1, dictionary->rows.key_panels, call->k.dim * NR, NR, dictionary->is_open,
+            0, scores, n);
+    for (int64_t t = 0; t < num; t++) {
+        const float *key = keys + t * ld;
+        learner->slot[first + t] = nearest(call, dictionary, key, scores + t * n, n, longest, near);
+        if (has_openers) learner->priority[first + t] = best_cosine(call, dictionary, key, scores + t * n, n);
+    }
+}
+
+/* Moves the k-th lowest of x [n] to place k, nothing larger before it and nothing smaller after it. */
+static void select_lowest(double *x, int64_t n, int64_t k) {
+    int64_t low = 0, high = n - 1;
+    while (low < high) {
+        const double pivot = x[low + (high - low) / 2];
+        int64_t i = low, j = high;
+        while (i <= j) {
+            while (x[i] < pivot) i++;
+            while (x[j] > pivot) j--;
+            if (i <= j) {
+                const double y = x[i];
+                x[i++] = x[j];
+                x[j--] = y;
+            }
+        }
+        if (k <= j) high = j;
+        else if (k >= i) low = i;
+        else return;
+    }
+}
+
+/* The `num`-th lowest priority of a chunk. */
+static double boundary(const Call *call, Learner *learner, int64_t num) {
+    memcpy(learner->ranked, learner->priority, sizeof(double) * call->chunk_size);
+    select_lowest(learner->ranked, call->chunk_size, num - 1);
+    return learner->ranked[num - 1];
+}
+
+/* Best cosines in float64 where the choice of the `num` most novel keys turns on it. */
+static void settle_novelty(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t num,
+                           Learner *learner, float *scores) {
+    const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
+    const double last = boundary(call, learner, num);
+    /* Cosines are at most 1 long; a few more roundings than a dot product go into one. */
+    const double tolerance = 2 * (double)(call->k.dim + 8) * FLT_EPSILON + 2 * call->tie;
+    double next = INFINITY;
+    for (int64_t t = num; t < call->chunk_size; t++) next = fmin(next, learner->ranked[t]);
+    if (next - last > tolerance) return;
+    for (int64_t t = 0; t < call->chunk_size; t++) {
+        const int is_near = fabs(learner->priority[t] - last) <= 2 * tolerance;
+        if (!is_near || learner->priority[t] == NO_COSINE) continue;
+        const float *key = tokens->keys + t * ld;
+        product(1, n, call->k.dim, key, ld, 1, dictionary->rows.key_panels, call->k.dim * NR, NR,
+                dictionary->is_open, 0, scores, n);
+        const double best = best_cosine(call, dictionary, key, scores, n);
+        const double length = sqrt(exact_dot(key, key, call->k.dim));
+        const int64_t candidates =
+            columns_from(scores, n, (float)((best - tolerance) * fmax(length, TINY)), learner->near);
+        double exact = -INFINITY;
+        for (int64_t i = 0; i < candidates; i++) {
+            const int32_t slot = learner->near[i];
+            const double dot = exact_dot(key, dictionary->rows.keys + slot * ld, call->k.dim);
+            exact = fmax(exact, dot / fmax(length * dictionary->norm[slot], TINY));
+        }
+        learner->priority[t] = exact;
+    }
+}
+
+/* Mark the `num` keys of lowest priority; of equal ones, the earliest. */
+static void choose_openers(const Call *call, int64_t num, Learner *learner) {
+    const double last = boundary(call, learner, num);
+    int64_t left = num;
+    for (int64_t t = 0; t < call->chunk_size; t++) left -= learner->priority[t] < last - call->tie;
+    for (int64_t t = 0; t < call->chunk_size; t++) {
+        const double x = learner->priority[t];
+        const int is_tied = fabs(x - last) <= call->tie && left > 0;
+        learner->opens[t] = x < last - call->tie || is_tied;
+        left -= is_tied;
+    }
+}
+
+/* merge="updated": let the keys that open no slot go to the slots opened by their own chunk as well. */
+static void merge_updated(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t existing,
+                          double longest, Learner *learner) {
+    const int64_t ld = key_ld(call), dim = call->k.dim, size = call->chunk_size;
+    for (int64_t t = 0; t < size; t++) {
+        const float *key = tokens->keys + t * ld;
+        if (learner->opens[t]) longest = fmax(longest, sqrt(exact_dot(key, key, dim)));
+    }
+    for (int64_t t = 0; t < size; t++) {
+        const float *key = tokens->keys + t * ld;
+        if (learner->opens[t]) continue;
+        double fresh = -INFINITY;
+        for (int64_t u = 0; u < size; u++)
+            if (learner->opens[u]) fresh = fmax(fresh, exact_dot(key, tokens->keys + u * ld, dim));
+        const double own = exact_dot(key, dictionary->rows.keys + learner->slot[t] * ld, dim);
+        const double floor = fmax(own, fresh) - call->tie * sqrt(exact_dot(key, key, dim)) * longest;
+        /* On a tie the slot that was there before has the lower index. */
+        if (!(own < floor) || !std::isfinite(fresh)) continue;
+        int64_t slot = existing;
+        for (int64_t u = 0; u < size; u++) {
+            if (!learner->opens[u]) continue;
+            if (exact_dot(key, tokens->keys + u * ld, dim) >= floor) break;
+            slot++;
+        }
+        learner->slot[t] = (int32_t)slot;
+    }
+}
+
+/* Once a chunk's keys are routed: open slots, merge the other tokens, say where each went.
+   `priority` [C] is the caller's ranking, or NULL for novelty; `scores` holds QUERIES rows. */
+static void learn(const Call *call, Dictionary *dictionary, const Rows *tokens, const Sums *sums, const Chunk *chunk,
+                  int64_t head, const double *priority, Learner *learner, float *scores) {
+    const int64_t size = call->chunk_size;
+    const int is_fresh = !chunk->before;
+    if (is_fresh) {
+        /* The first key opens slot 0, and the others are compared with it. */
+        set_slot(dictionary, call, 0, tokens->keys, tokens->values, 1);
+        dictionary->num = 1;
+        for (int64_t t = 0; t < size; t += QUERIES)
+            route_tile(call, dictionary, tokens, t, least(QUERIES, size - t), 1, dictionary->norm[0], learner,
+                       learner->near, scores);
+    }
+    const int64_t existing = dictionary->num, opening = chunk->after - existing;
+    memset(learner->opens, 0, (size_t)size);
+    if (opening > 0) {
+        if (priority) memcpy(learner->priority, priority, sizeof(double) * size);
+        if (is_fresh) learner->priority[0] = INFINITY;
+        if (!priority) settle_novelty(call, dictionary, tokens, opening, learner, scores);
+        choose_openers(call, opening, learner);
+        if (call->is_merge_updated)
+            merge_updated(call, dictionary, tokens, existing, longest_mean(dictionary), learner);
+        int32_t slot = (int32_t)existing;
+        for (int64_t t = 0; t < size; t++)
+            if (learner->opens[t]) learner->slot[t] = slot++;
+    }
+    if (is_fresh) {
+        learner->slot[0] = 0;
+        learner->opens[0] = 1;
+    }
+    for (int opens = 1; opens >= 0; opens--)
+        for (int64_t t = 0; t < size; t++)
+            if (learner->opens[t] == opens) add_token(sums, call, learner->slot[t], tokens, t, 1);
+    dictionary->num = chunk->after;
+    update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
+    int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;
+    for (int64_t t = 0; t < size; t++) out[t * call->num_kv_heads] = learner->slot[t];
+}

@@ -1,0 +1,96 @@
+/* Vectors as wide as the machine's, in the portable notation of GCC and Clang, and what is done with them. */
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+/* Lanes of a vector, and the tile of a product that is held in registers: MR rows by NV vectors. */
+#if defined(__AVX512F__)
+#define VL 16
+#define MR 8
+#elif defined(__AVX__)
+#define VL 8
+#define MR 6
+#else
+#define VL 4
+#define MR 6
+#endif
+#define NV 2
+#define NR (VL * NV)
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float Vector __attribute__((vector_size(VL * 4)));
+typedef float AnyVector __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int32_t IntVector __attribute__((vector_size(VL * 4)));
+typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+typedef double EightWide __attribute__((vector_size(64)));
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+INLINE Vector load(const float *x) { return *(const AnyVector *)x; }
+INLINE void store(float *x, Vector y) { *(AnyVector *)x = y; }
+INLINE Vector splat(float x) { return x - Vector{}; }
+
+INLINE float highest(Vector x) {
+    float best = x[0];
+    for (int i = 1; i < VL; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+INLINE float total(Vector x) {
+    float sum = 0;
+    for (int i = 0; i < VL; i++) sum += x[i];
+    return sum;
+}
+
+/* exp of x <= 0 to about an ulp; exactly 0 below -87, where float32 has no normal numbers left; NaN of NaN. */
+INLINE Vector exponential(Vector x) {
+    const Vector low = splat(-87.0f);
+    const Vector y = x < low ? low : x;
+    /* x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer; ln 2 is in two parts so that
+       n ln 2 is exact in the first. */
+    const Vector shift = splat(12582912.0f);
+    const Vector shifted = y * 1.44269504f + shift;
+    const Vector n = shifted - shift;
+    const Vector r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vector sum = splat(1.0f / 5040);
+    sum = sum * r + 1.0f / 720;
+    sum = sum * r + 1.0f / 120;
+    sum = sum * r + 1.0f / 24;
+    sum = sum * r + 1.0f / 6;
+    sum = sum * r + 0.5f;
+    sum = sum * r + 1.0f;
+    sum = sum * r + 1.0f;
+    const IntVector power = (__builtin_convertvector(n, IntVector) + 127) << 23;
+    return x < low ? Vector{} : sum * (Vector)power;
+}
+
+/* The dot product of K floats in float64. */
+static double exact_dot(const float *a, const float *b, int64_t k) {
+    EightWide sums = {};
+    int64_t i = 0;
+    for (; i + 8 <= k; i += 8)
+        sums += __builtin_convertvector(*(const Eight *)(a + i), EightWide) *
+                __builtin_convertvector(*(const Eight *)(b + i), EightWide);
+    double sum = 0;
+    for (int j = 0; j < 8; j++) sum += sums[j];
+    for (; i < k; i++) sum += (double)a[i] * (double)b[i];
+    return sum;
+}
+
+INLINE float from_bfloat16(uint16_t x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+/* To the nearest, ties to even; a NaN stays one. */
+INLINE uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
