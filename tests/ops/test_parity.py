@@ -113,6 +113,14 @@ def test_gradcheck_of_an_initial_state(variant):
     assert torch.autograd.gradcheck(call, [p.clone().requires_grad_() for p in parts])
 
 
+@pytest.fixture(params=["compiled", "plain"])
+def kernels(request, monkeypatch):
+    """With the compiled kernels where they apply, and without."""
+    if request.param == "plain":
+        monkeypatch.setattr("ovq.ops.chunk.can_run", lambda *_: False)
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_lower_precision_is_as_good_as_plain_pytorch(dtype, variant):
@@ -134,6 +142,7 @@ def test_lower_precision_is_as_good_as_plain_pytorch(dtype, variant):
     assert error <= 2 * (plain.double() - reference).abs().max()
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float32, 2e-6)], ids=str)
 def test_gradients_in_lower_precision(dtype, bound, variant):
@@ -148,6 +157,7 @@ def test_gradients_in_lower_precision(dtype, bound, variant):
         assert error < bound
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_assignments_are_equal_between_backends_in_every_dtype(dtype, variant):

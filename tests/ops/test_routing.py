@@ -40,8 +40,11 @@ def test_near_ties_are_decided_as_in_float64():
     assert not torch.equal((keys @ means.transpose(1, 2)).argmax(-1), exact.argmax(-1))
 
 
-def test_near_ties_of_novelty_are_decided_as_in_float64():
-    """Keys on a cone around a slot mean: all equally novel, up to a few float32 roundings."""
+def novelty_ties():
+    """Keys on a cone around a slot mean: all equally novel, up to a few float32 roundings.
+
+    With the slot means, and the tokens that are the 50 most novel.
+    """
     generator = torch.Generator().manual_seed(2)
     means = torch.eye(16)[None, :2] * 0.9
     around = torch.randn(1, 128, 16, generator=generator)
@@ -52,11 +55,16 @@ def test_near_ties_of_novelty_are_decided_as_in_float64():
     dots = (keys.double()[:, :, None] * means.double()[:, None]).sum(-1)
     norms = keys.double().norm(dim=-1)[..., None] * means.double().norm(dim=-1)[:, None]
     expected = (dots / norms).amax(-1)[0].argsort(stable=True)[:50].sort().values
-    opened = (route(keys, means, 2, num_opening=50)[0] >= 2).nonzero().flatten()
-    assert torch.equal(opened, expected)
     # The control: float32 alone opens slots with other keys.
     cosines = normalize(keys, dim=-1) @ normalize(means, dim=-1).transpose(1, 2)
     assert not torch.equal(cosines.amax(-1)[0].argsort(stable=True)[:50].sort().values, expected)
+    return keys, means, expected
+
+
+def test_near_ties_of_novelty_are_decided_as_in_float64():
+    keys, means, expected = novelty_ties()
+    opened = (route(keys, means, 2, num_opening=50)[0] >= 2).nonzero().flatten()
+    assert torch.equal(opened, expected)
 
 
 def test_exact_ties_go_to_the_lowest_index():
@@ -91,8 +99,11 @@ def test_many_ties_and_few_are_decided_alike(pairs, monkeypatch):
     assert route(torch.ones(2, 128, 4) / 2, torch.ones(2, 40, 4) / 2, 40).abs().max() == 0
 
 
-def test_few_distinct_keys():
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_few_distinct_keys(is_compiled, monkeypatch):
     """A small alphabet: nearly all slots hold the same few keys, and every decision is a tie."""
+    if not is_compiled:
+        monkeypatch.setattr("ovq.ops.chunk.can_run", lambda *_: False)
     q, k, v = inputs(2, 400, 1, 1, 8, 4, dtype=torch.float32)
     k = k[:, torch.randint(5, (400,), generator=torch.Generator().manual_seed(0))]
     for merge in ("existing", "updated"):

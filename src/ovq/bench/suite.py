@@ -10,7 +10,7 @@ import torch
 
 from ovq.bench.measure import interleaved, matrix_rate, peak_bytes, spread
 from ovq.bench.workloads import Workload
-from ovq.ops import backend_used
+from ovq.ops import backend_used, cpu_kernels
 from ovq.report.environment import environment
 
 PARTS = ("forward", "forward_backward", "decode", "memory", "stream")
@@ -119,7 +119,7 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
         done += 1
     progress(done, "done")
     return {
-        "environment": {**environment(suite.device), "backend": backend_used()},
+        "environment": environment(suite.device) | {"backend": backend_used(), "cpu_kernels": cpu_kernels()},
         "suite": dataclasses.asdict(suite),
         "matrix_rate": rates,
         "rows": rows,

@@ -63,7 +63,8 @@ def bench(
     env = report["environment"]
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in report["matrix_rate"].items())
     out_console.print(
-        f"{env['processor']}, {env['threads']} threads, torch {env['torch']}, backend {env['backend']}, "
+        f"{env['processor']}, {env['threads']} threads, torch {env['torch']}, backend {env['backend']} "
+        f"(CPU kernels {env['cpu_kernels']}), "
         f"matrix products {rates}",
         highlight=False,
     )

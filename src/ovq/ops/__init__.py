@@ -1,10 +1,12 @@
 """The OVQ attention op: `ovq_attention`, its state, and its backends.
 
-`attention.py` is the front door, `naive.py` the reference to read, `chunk.py` and `decode.py` the fast paths.
+`attention.py` is the front door, `naive.py` the reference to read, `chunk.py`, `cpu/` and `decode.py` the
+fast paths.
 """
 
 from ovq.ops.attention import backend_used, ovq_attention
+from ovq.ops.cpu import cpu_kernels
 from ovq.ops.schedule import scheduled_slots, slots_by_chunk
 from ovq.ops.state import OVQState
 
-__all__ = ["OVQState", "backend_used", "ovq_attention", "scheduled_slots", "slots_by_chunk"]
+__all__ = ["OVQState", "backend_used", "cpu_kernels", "ovq_attention", "scheduled_slots", "slots_by_chunk"]

@@ -4,10 +4,11 @@ For each chunk of a group of streams the forward (1) reads: one softmax over [ch
 the chunk's keys, (3) adds them to the sums of their slots.
 
 The backward keeps nothing per chunk but the slot of each token. It walks the chunks in reverse and *rewinds*
-the
-dictionary: with assignments fixed the sums are linear in the keys and values, so subtracting a chunk gives
-the dictionary that its queries read, and the gradient of the sums just accumulates (`docs/math.md`).
+the dictionary: with assignments fixed the sums are linear in the keys and values, so subtracting a chunk
+gives the dictionary that its queries read, and the gradient of the sums just accumulates (`docs/math.md`).
 Probabilities are computed again, which costs less than reading back anything that would save it.
+
+On a CPU with a C++ compiler the same is done by the kernels of `ovq.ops.cpu`, several times as fast.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ovq.ops import cpu
+from ovq.ops.cpu import CompiledAttention, can_run
 from ovq.ops.groups import Group, Plan, Step
 from ovq.ops.reader import Reader
 from ovq.ops.routing import Router
@@ -50,73 +51,43 @@ def chunk_attention(
     Returns:
         Outputs `[num_chunks, W, H, V]`, and the sums and counts at the end.
     """
-    return _ChunkAttention.apply(q, k, v, scale, key_sum, value_sum, count, plan)
+    attention = CompiledAttention if can_run(q, k, v, scale, plan) else _ChunkAttention
+    return attention.apply(q, k, v, scale, key_sum, value_sum, count, plan)
 
 
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
-        ctx.plan = plan
-        ctx.set_materialize_grads(False)
-        sums = Sums(_copied(key_sum), _copied(value_sum), _copied(count))
-        ctx.is_compiled = cpu.can_run(q, k, v, scale)
-        if ctx.is_compiled:
-            o, lse, slots = cpu.chunk_forward(q, k, v, scale, sums.key, sums.value, sums.count, plan)
-            ctx.save_for_backward(q, k, v, scale, o, sums.key, sums.value, sums.count, slots, lse)
-            ctx.mark_non_differentiable(sums.count)
-            return o, sums.key, sums.value, sums.count
+        sums = Sums(key_sum.clone(), value_sum.clone(), count.clone())
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
         # The slot of every token of a complete chunk; int32 holds any dictionary.
         slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
         for group in plan.groups(q.device):
             _forward_group(group, q, k, v, scale, sums, o, slots)
-        ctx.save_for_backward(q, k, v, scale, o, sums.key, sums.value, sums.count, slots, None)
+        ctx.save_for_backward(q, k, v, scale, o, sums.key, sums.value, sums.count, slots)
+        ctx.plan = plan
         ctx.mark_non_differentiable(sums.count)
+        ctx.set_materialize_grads(False)
         return o, sums.key, sums.value, sums.count
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_o, grad_key_sum, grad_value_sum, _):
-        q, k, v, scale, o, key_sum, value_sum, count, slots, lse = ctx.saved_tensors
-        grad_o = torch.zeros_like(o) if grad_o is None else grad_o
+        q, k, v, scale, o, key_sum, value_sum, count, slots = ctx.saved_tensors
+        call = _Call(q, k, v, scale, o, torch.zeros_like(o) if grad_o is None else grad_o, slots)
+        grads = _Call(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.zeros_like(scale))
         final = Sums(key_sum, value_sum, count)
         # A: the gradient of the sums, which starts as that of the final state and ends as that of the
         # initial.
         deposits = Sums(
-            torch.zeros_like(key_sum) if grad_key_sum is None else _copied(grad_key_sum),
-            torch.zeros_like(value_sum) if grad_value_sum is None else _copied(grad_value_sum),
+            torch.zeros_like(key_sum) if grad_key_sum is None else grad_key_sum.clone(),
+            torch.zeros_like(value_sum) if grad_value_sum is None else grad_value_sum.clone(),
         )
-        if ctx.is_compiled:
-            final = final.clone()
-            grads = cpu.chunk_backward(
-                q,
-                k,
-                v,
-                o,
-                lse,
-                scale,
-                final.key,
-                final.value,
-                final.count,
-                slots,
-                grad_o,
-                deposits.key,
-                deposits.value,
-                ctx.plan,
-            )
-            return *grads, deposits.key, deposits.value, None, None
-        call = _Call(q, k, v, scale, o, grad_o, slots)
-        grads = _Call(torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.zeros_like(scale))
         # Autocast would run these products in a lower precision than the forward did.
         with torch.autocast(q.device.type, enabled=False):
             for group in ctx.plan.groups(q.device):
                 _backward_group(group, call, final, deposits, grads)
         return grads.q, grads.k, grads.v, grads.scale, deposits.key, deposits.value, None, None
-
-
-def _copied(x: Tensor) -> Tensor:
-    """A dense copy, to be worked on in place."""
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 @dataclasses.dataclass

@@ -1,5 +1,5 @@
-"""OVQ attention on a CPU in compiled code: the inner loop of the `torch` backend where a C++ compiler is at hand."""
+"""The inner loop of the `torch` backend in compiled code, for a CPU with a C++ compiler at hand."""
 
-from ovq.ops.cpu.kernels import can_run, chunk_backward, chunk_forward, cpu_kernels
+from ovq.ops.cpu.kernels import CompiledAttention, can_run, cpu_kernels
 
-__all__ = ["can_run", "chunk_backward", "chunk_forward", "cpu_kernels"]
+__all__ = ["CompiledAttention", "can_run", "cpu_kernels"]

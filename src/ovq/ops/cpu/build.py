@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -42,9 +43,12 @@ def load() -> ctypes.CDLL:
     compiler = _compiler()
     name = f"kernels-{_fingerprint(compiler)}.so"
     path = _cache_folder() / name
-    if not path.is_file():
-        _logger.info("compiling the CPU kernels to %s", path)
-        _compile(compiler, path)
+    if path.is_file():
+        # A file that cannot be loaded, such as one that a full disk cut short, is made anew.
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+    _logger.info("compiling the CPU kernels to %s", path)
+    _compile(compiler, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

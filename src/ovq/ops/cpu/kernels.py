@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors: what `chunk.py` does group by group, for all streams in one call."""
+"""The kernels as an autograd function: what `chunk.py` does group by group, for all streams in one call."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ovq.ops.cpu import build
 from ovq.ops.groups import Plan
@@ -30,10 +31,10 @@ def cpu_kernels() -> str:
     return "compiled for this processor"
 
 
-def can_run(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> bool:
-    """Whether the kernels take these tensors: float32 or bfloat16 on a CPU, and a compiler was found."""
+def can_run(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, plan: Plan) -> bool:
+    """Whether the kernels do this: float32 or bfloat16 on a CPU, options they know, a compiler found."""
     fits = q.device.type == "cpu" and q.dtype in _DTYPES and q.dtype == k.dtype == v.dtype
-    return fits and scale.dtype == torch.float32 and _is_available()
+    return fits and scale.dtype == torch.float32 and plan.rules.bias == "count" and _is_available()
 
 
 def _is_available() -> bool:
@@ -44,71 +45,48 @@ def _is_available() -> bool:
     return True
 
 
-def chunk_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    key_sum: Tensor,
-    value_sum: Tensor,
-    count: Tensor,
-    plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Read and learn all chunks; the sums `[R, Hkv, M, ...]` and counts are brought up to date in place.
+class CompiledAttention(torch.autograd.Function):
+    """`chunk_attention` by the kernels, with the same arguments, results and rewinding backward."""
 
-    Args:
-        q: `[num_chunks, W, H, K]`. k: `[num_chunks, W, Hkv, K]`. v: `[num_chunks, W, Hkv, V]`.
-        scale: `[H]`.
-        key_sum: `[R, Hkv, M, K]`, contiguous like the next two.
-        value_sum: `[R, Hkv, M, V]`.
-        count: `[R, Hkv, M]`.
-        plan: the work to do.
+    @staticmethod
+    def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
+        """Read and learn all chunks."""
+        q, k, v = (_dense(x) for x in (q, k, v))
+        sums = [_copied(x) for x in (key_sum, value_sum, count)]
+        o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+        # Of each query the log-sum-exp, and of each token of a complete chunk its slot.
+        lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
+        call = _call(q, k, v, o, lse, scale, *sums, slots, plan)
+        if plan.rules.init == "random":
+            call.point(priority=_priorities(plan))
+        call.run("ovq_forward")
+        ctx.save_for_backward(q, k, v, scale, o, *sums, lse, slots)
+        ctx.plan = plan
+        ctx.mark_non_differentiable(sums[2])
+        ctx.set_materialize_grads(False)
+        return o, *sums
 
-    Returns:
-        Outputs `[num_chunks, W, H, V]`, the log-sum-exp of each query `[num_chunks, W, H]`, and the slot of
-        each token of a complete chunk `[num_chunks, W, Hkv]`, int32.
-    """
-    q, k, v = (_dense(x) for x in (q, k, v))
-    o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
-    lse = torch.empty(q.shape[:3])
-    slots = torch.zeros(k.shape[:3], dtype=torch.int32)
-    call = _call(q, k, v, o, lse, scale, key_sum, value_sum, count, slots, plan)
-    if plan.rules.init == "random":
-        call.point(priority=_priorities(plan))
-    call.run("ovq_forward")
-    return o, lse, slots
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_o, grad_key_sum, grad_value_sum, _):
+        """Rewind the sums; the gradient of the final ones becomes that of the initial."""
+        q, k, v, scale, o, key_sum, value_sum, count, lse, slots = ctx.saved_tensors
+        grad_o = torch.zeros_like(o) if grad_o is None else _dense(grad_o)
+        key_deposit = torch.zeros_like(key_sum) if grad_key_sum is None else _copied(grad_key_sum)
+        value_deposit = torch.zeros_like(value_sum) if grad_value_sum is None else _copied(grad_value_sum)
+        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        grad_scale = torch.zeros(len(ctx.plan.slots), q.shape[2], dtype=torch.float64)
+        sums = [_copied(x) for x in (key_sum, value_sum, count)]
+        call = _call(q, k, v, o, lse, scale, *sums, slots, ctx.plan)
+        call.set_tokens(grad_o=grad_o, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
+        call.point(key_deposit=key_deposit, value_deposit=value_deposit, grad_scale=grad_scale)
+        call.run("ovq_backward")
+        return *grads, grad_scale.sum(0).to(scale.dtype), key_deposit, value_deposit, None, None
 
 
-def chunk_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    scale: Tensor,
-    key_sum: Tensor,
-    value_sum: Tensor,
-    count: Tensor,
-    slots: Tensor,
-    grad_o: Tensor,
-    key_deposit: Tensor,
-    value_deposit: Tensor,
-    plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and scale.
-
-    The sums and counts at the end of the forward are rewound in place to those at its start, and the deposits
-    `[R, Hkv, M, ...]`, the gradient of the former, become that of the latter. Other arguments are those, or
-    the results, of `chunk_forward`.
-    """
-    q, k, v, grad_o = (_dense(x) for x in (q, k, v, grad_o))
-    call = _call(q, k, v, o, lse, scale, key_sum, value_sum, count, slots, plan)
-    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
-    grad_scale = torch.zeros(len(plan.slots), q.shape[2], dtype=torch.float64)
-    call.set_tokens(grad_o=grad_o, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
-    call.point(key_deposit=key_deposit, value_deposit=value_deposit, grad_scale=grad_scale)
-    call.run("ovq_backward")
-    return *grads, grad_scale.sum(0).to(scale.dtype)
+def _copied(x: Tensor) -> Tensor:
+    """A dense copy, to be worked on in place."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -1,0 +1,239 @@
+"""The compiled kernels: against the reference, in teams of threads, and where they cannot be had."""
+
+import itertools
+
+import pytest
+import torch
+
+from ovq.ops import OVQState, cpu_kernels
+from ovq.ops.cpu import build, kernels
+from ovq.ops.rules import INITS, MERGES
+from ovq.ops.schedule import GROWTHS
+from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.test_parity import SHAPES, gradients
+from tests.ops.test_routing import near_ties, novelty_ties
+
+needs_compiler = pytest.mark.skipif("compiled" not in cpu_kernels(), reason=cpu_kernels())
+# Heads wider than a vector, dictionaries and chunks wider than a tile of the products.
+WIDE = [(1, 400, 3, 1, 70, 33, 150, 140), (2, 300, 2, 2, 64, 64, 64, 32)]
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Names of the kernels that have run."""
+    names = []
+    run = kernels._Call.run
+    monkeypatch.setattr(kernels._Call, "run", lambda call, name: (names.append(name), run(call, name)))
+    return names
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [*SHAPES, *WIDE], ids=str)
+@pytest.mark.parametrize(
+    ("growth", "init", "merge"),
+    [*itertools.product(GROWTHS[:1], INITS, MERGES), *itertools.product(GROWTHS[1:], INITS[:1], MERGES[:1])],
+)
+def test_kernels_equal_naive(shape, growth, init, merge, runs):
+    *sizes, num_slots, chunk_size = shape
+    q, k, v = inputs(*sizes, dtype=torch.float32)
+    scale = torch.linspace(1, 4, q.shape[2])
+    options = {
+        "num_slots": num_slots,
+        "chunk_size": chunk_size,
+        "growth": growth,
+        "init": init,
+        "merge": merge,
+        "generator": torch.Generator().manual_seed(3),
+    }
+    o, state, grads = gradients("torch", q, k, v, scale, options)
+    assert runs == ["ovq_forward", "ovq_backward"]
+    o_ref, state_ref, grads_ref = gradients("naive", q, k, v, scale, options)
+    # Same tokens added in the same order: equal to the last bit.
+    assert_same_state(state, state_ref, tolerance=0)
+    torch.testing.assert_close(o, o_ref, rtol=2e-5, atol=2e-5)
+    for grad, grad_ref in zip(grads, grads_ref, strict=True):
+        bound = 2e-5 * max(1, float(grad_ref.abs().max()))
+        torch.testing.assert_close(grad, grad_ref, rtol=2e-5, atol=bound)
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize(("batch", "kv_heads"), [(1, 1), (3, 1), (2, 2), (1, 7)])
+def test_any_number_of_threads_shares_any_number_of_streams(threads, batch, kv_heads):
+    """Streams are divided among teams of threads: the same outputs and gradients, whatever the division."""
+    q, k, v = inputs(batch, 150, 2 * kv_heads, kv_heads, 16, 16, dtype=torch.float32)
+    scale = torch.full((2 * kv_heads,), 4.0)
+    options = {"num_slots": 40, "chunk_size": 64}
+    before = torch.get_num_threads()
+    expected = gradients("torch", q, k, v, scale, options)
+    torch.set_num_threads(threads)
+    try:
+        o, state, grads = gradients("torch", q, k, v, scale, options)
+    finally:
+        torch.set_num_threads(before)
+    assert_same_state(state, expected[1], tolerance=0)
+    torch.testing.assert_close(o, expected[0])
+    for grad, grad_ref in zip(grads, expected[2], strict=True):
+        torch.testing.assert_close(grad, grad_ref, rtol=1e-4, atol=1e-4)
+
+
+def state_of(means, num_slots, chunk_size):
+    """A state whose slots `[streams, n, K]` hold one token each."""
+    streams, n, dim = means.shape
+    state = OVQState.empty(
+        batch_size=streams,
+        num_kv_heads=1,
+        key_dim=dim,
+        value_dim=1,
+        num_slots=num_slots,
+        chunk_size=chunk_size,
+        dtype=torch.float32,
+        device=means.device,
+    )
+    state.key_sum, state.value_sum = means[:, None].clone(), torch.zeros(streams, 1, n, 1)
+    state.count = torch.ones(streams, 1, n, dtype=torch.int64)
+    # One chunk has been merged, as far as the op is concerned.
+    state.num_seen = torch.full((streams,), chunk_size, dtype=torch.int64)
+    return state
+
+
+def learned(keys, means, num_slots):
+    """The state once a chunk of `keys` `[streams, C, K]` has been learned."""
+    keys = keys[:, :, None]
+    values = torch.arange(1.0, keys.shape[1] + 1)[None, :, None, None].expand(len(keys), -1, 1, 1)
+    options = {"num_slots": num_slots, "chunk_size": keys.shape[1], "growth": "immediate"}
+    return attend(keys, keys, values, initial_state=state_of(means, num_slots, keys.shape[1]), **options)[1]
+
+
+@needs_compiler
+def test_near_ties_are_decided_as_in_float64(runs):
+    keys, means = near_ties()
+    exact = (keys.double()[:, :, None] * means.double()[:, None]).sum(-1).argmax(-1)
+    assert not torch.equal((keys @ means.transpose(1, 2)).argmax(-1), exact)
+    state = learned(keys, means, means.shape[1])
+    for row, slots in enumerate(exact):
+        assert torch.equal(state.count[row, 0] - 1, slots.bincount(minlength=means.shape[1]))
+    assert runs == ["ovq_forward"]
+
+
+@needs_compiler
+def test_near_ties_of_novelty_are_decided_as_in_float64():
+    keys, means, expected = novelty_ties()
+    state = learned(keys, means, 2 + len(expected))
+    # Each token's value is its position, from 1 on.
+    assert torch.equal(state.value_sum[0, 0, 2:, 0].long() - 1, expected)
+
+
+@needs_compiler
+def test_keys_that_are_not_finite_harm_their_own_stream_alone():
+    q, k, v = inputs(2, 64, 1, 1, 8, 4, dtype=torch.float32)
+    for t, x in ((5, torch.nan), (20, torch.inf), (21, -torch.inf), (40, torch.nan)):
+        k[0, t, 0, 3] = x
+    states = [attend(q, k, v, num_slots=16, chunk_size=16, backend=b) for b in ("naive", "torch")]
+    (o_ref, state_ref), (o, state) = states
+    assert torch.equal(state.count, state_ref.count)
+    assert torch.equal(state.value_sum, state_ref.value_sum)
+    torch.testing.assert_close(o[1], o_ref[1])
+    # What attends to nothing of it is as good as ever.
+    torch.testing.assert_close(o[0, :5], o_ref[0, :5])
+    assert o[0, 5].isnan().all()
+
+
+@needs_compiler
+def test_tensors_may_lie_in_memory_as_they_like():
+    q, k, v = inputs(2, 50, 4, 2, 8, 8, dtype=torch.float32)
+    expected, _ = attend(q, k, v, num_slots=8, chunk_size=8)
+    apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    by_vector = [torch.stack([x, -x], -1)[..., 0] for x in (q, k, v)]
+    for tensors in (apart, by_vector):
+        assert not tensors[0].is_contiguous()
+        assert torch.equal(attend(*tensors, num_slots=8, chunk_size=8)[0], expected)
+    weights = torch.randn(8).expand(2, 50, 4, 8)
+    grads = []
+    for grad_o in (weights, weights.contiguous()):
+        leaf = q.clone().requires_grad_()
+        attend(leaf, k, v, num_slots=8, chunk_size=8)[0].backward(grad_o)
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+@needs_compiler
+def test_scores_of_any_size():
+    """Exponentials far below what float32 holds are zero, and those of great scores do not overflow."""
+    q, k, v = inputs(1, 90, 1, 1, 8, 4, dtype=torch.float32)
+    for scale in (1e-3, 30.0, 1e4):
+        o, _ = attend(q, k, v, scale=scale, num_slots=20, chunk_size=16)
+        exact, _ = attend(*(x.double() for x in (q, k, v)), scale=scale, num_slots=20, chunk_size=16)
+        torch.testing.assert_close(o.double(), exact, rtol=1e-3, atol=1e-6 * max(1, scale))
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A machine on which nothing has been compiled yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("OVQ_CPU_KERNELS", raising=False)
+    build.load.cache_clear()
+    yield monkeypatch
+    build.load.cache_clear()
+
+
+def result():
+    q, k, v = inputs(1, 60, 2, 1, 8, 8, dtype=torch.float32)
+    return attend(q, k, v, num_slots=8, chunk_size=8)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("OVQ_CPU_KERNELS", "0", "switched off by OVQ_CPU_KERNELS=0"),
+        ("CXX", "no-such-compiler", "no-such-compiler cannot be run"),
+        ("CXX", "false", "false failed: exit status 1"),
+        ("PATH", "", r"no C\+\+ compiler found"),
+    ],
+)
+def test_without_a_compiler_plain_pytorch_does_it(fresh, variable, value, reason, runs):
+    expected, state = result()
+    runs.clear()
+    fresh.setenv(variable, value)
+    if variable == "PATH":
+        fresh.delenv("CXX", raising=False)
+    build.load.cache_clear()
+    assert cpu_kernels().startswith("not available: ")
+    with pytest.raises(build.Unavailable, match=reason):
+        build.load()
+    o, plain_state = result()
+    assert runs == []
+    torch.testing.assert_close(o, expected)
+    assert_same_state(plain_state, state, tolerance=0)
+
+
+@needs_compiler
+def test_compiled_once_and_kept(fresh, tmp_path):
+    result()
+    [path] = (tmp_path / "cache" / "ovq").iterdir()
+    written = path.stat().st_mtime_ns
+    build.load.cache_clear()
+    result()
+    assert path.stat().st_mtime_ns == written
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_used_is_no_hindrance(fresh, tmp_path):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    assert cpu_kernels() == "compiled for this processor"
+
+
+@needs_compiler
+def test_a_damaged_file_in_the_cache_is_made_anew(fresh, tmp_path):
+    path = tmp_path / "cache" / "ovq" / f"kernels-{build._fingerprint(build._compiler())}.so"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"cut short")
+    assert cpu_kernels() == "compiled for this processor"
+    assert path.stat().st_size > 10_000
+
+
+@needs_compiler
+def test_what_cannot_be_loaded_is_named(fresh, tmp_path):
+    fresh.setattr(build, "_compile", lambda compiler, path: path.write_bytes(b"not a library"))
+    assert "cannot be loaded" in cpu_kernels()
+    assert result()[0].isfinite().all()
