@@ -57,10 +57,11 @@ def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float
     """FLOP/s of the matrix products that attention is made of: the roof of the roofline share.
 
     The best of a score product (`num_heads` times 256 x 64 x 1024), a read product (256 x 1024 x 64) and one
-    large square product.
+    large square product, larger on a GPU.
     """
     rates = []
-    for batch, m, k, n in ((num_heads, 256, 64, 1024), (num_heads, 256, 1024, 64), (1, 2048, 2048, 2048)):
+    side = 2048 if device == "cpu" else 8192
+    for batch, m, k, n in ((num_heads, 256, 64, 1024), (num_heads, 256, 1024, 64), (1, side, side, side)):
         a, b = (
             torch.randn(batch, *size, device=device).to(getattr(torch, dtype)) for size in ((m, k), (k, n))
         )

@@ -40,15 +40,16 @@ def _table(title: str, rows: list[dict]) -> Table:
         table.add_column(format_length(length), justify="right")
     for label in dict.fromkeys(r["label"] for r in rows):
         by_length = {r["length"]: r for r in rows if r["label"] == label}
-        table.add_row(label, *(_cell(by_length[t]) for t in lengths))
+        table.add_row(label, *(_cell(by_length[t]) if t in by_length else "-" for t in lengths))
     return table
 
 
 def _cell(row: dict) -> str:
     if "peak_bytes" in row:
         return format_bytes(row["peak_bytes"])
-    parts = [format_seconds(row["seconds"])]
-    if row["mixer"] != "sdpa":
+    # A mark where the trace shows other kernels than were to be measured.
+    parts = [format_seconds(row["seconds"]) + ("" if row.get("is_intended", True) else "!")]
+    if row["mixer"] != "sdpa" and "speedup" in row:
         parts.append(f"{row['speedup']:.2f}x")
     if "roofline_share" in row:
         parts.append(f"{row['roofline_share']:.0%}")
@@ -95,6 +96,16 @@ def sentences(report: dict) -> list[str]:
                 f"Streaming {length} tokens, {row['label']}: memory grew by {share:.1%} "
                 f"after the first 64k; the state is {format_bytes(row['state_bytes'])}."
             )
+        if not row.get("is_intended", True):
+            said.append(
+                f"! {row['what']} {row['dtype']} {format_length(row['length'])}, {row['label']}: not the "
+                f"intended kernels, but {', '.join(row['kernels'])}."
+            )
+    for found in report.get("left_out", ()):
+        said.append(
+            f"Left out: {found['what']} {found['dtype']} {format_length(found['length'])}, {found['label']} "
+            f"({found['reason']})."
+        )
     return said
 
 

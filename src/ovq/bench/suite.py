@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ovq.bench import gpu, gpu_suite
 from ovq.bench.measure import interleaved, matrix_rate, peak_bytes, spread
 from ovq.bench.workloads import Workload
 from ovq.ops import backend_used, cpu_kernels
@@ -64,10 +65,8 @@ class Suite:
         if self.device != "cpu":
             if not torch.cuda.is_available():
                 raise ValueError(f"--device: expected cpu (PyTorch sees no GPU here), found {self.device}")
-            if {"memory", "stream"} & set(self.parts):
-                raise ValueError(
-                    "--what: expected no memory and no stream with --device cuda (CPU only so far)"
-                )
+            if "stream" in self.parts:
+                raise ValueError("--what: expected no stream with --device cuda, found stream")
 
     @property
     def total(self) -> int:
@@ -76,7 +75,7 @@ class Suite:
         return len(timed) * len(self.dtypes) * len(self.lengths) + ("stream" in self.parts)
 
     def workloads(self, length: int, dtype: str) -> list[Workload]:
-        """Exact attention, the window, and OVQ at every size, at one length."""
+        """Exact attention, the window (on a GPU: all rivals), and OVQ at every size, at one length."""
         shape = {
             "length": length,
             "dtype": dtype,
@@ -84,6 +83,8 @@ class Suite:
             "num_heads": self.num_heads,
             "head_dim": self.head_dim,
         }
+        if self.device != "cpu":
+            return gpu_suite.workloads(shape, self.num_slots)
         ovq = [Workload(mixer="ovq", num_slots=n, **shape) for n in self.num_slots]
         return [Workload(mixer="sdpa", **shape), Workload(mixer="window", **shape), *ovq]
 
@@ -98,11 +99,15 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
     Returns:
         `{"environment", "suite", "matrix_rate", "rows", "crossover"}`: the report, as JSON types. A row has
         `what`, `mixer`, `label`, `num_slots`, `length`, `dtype` and, by what was measured, seconds (median,
-        smallest, largest), tokens a second, times faster than SDPA, the share of the roofline, or bytes.
+        smallest, largest), tokens a second, times faster than SDPA, share of the roofline, or bytes. On a
+        GPU also `copy_rate`, `left_out` (what could not run, and why), and in each row the kernels seen in
+        the trace and whether they are the intended ones.
     """
     rates = {
         dtype: matrix_rate(dtype, device=suite.device, num_heads=suite.num_heads) for dtype in suite.dtypes
     }
+    is_cpu = suite.device == "cpu"
+    copies = {} if is_cpu else {"copy_rate": gpu.copy_rate(suite.device), "left_out": []}
     rows: list[dict] = []
     done = 0
     for part, dtype, length in itertools.product(suite.parts, suite.dtypes, suite.lengths):
@@ -110,8 +115,13 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
             continue
         progress(done, f"{part} {dtype} {length}")
         workloads = suite.workloads(length, dtype)
-        measure = _memory_rows if part == "memory" else _timed_rows
-        rows += measure(part, workloads, suite.device, rates[dtype])
+        if is_cpu:
+            measure = _memory_rows if part == "memory" else _timed_rows
+            rows += measure(part, workloads, suite.device, rates[dtype])
+        else:
+            found, left_out = gpu_suite.measure(part, workloads, rates[dtype], copies["copy_rate"])
+            rows += [{**_row(part, row.pop("workload")), **row} for row in found]
+            copies["left_out"] += left_out
         done += 1
     if "stream" in suite.parts:
         progress(done, f"stream {STREAM_TOKENS}")
@@ -122,6 +132,7 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
         "environment": environment(suite.device) | {"backend": backend_used(), "cpu_kernels": cpu_kernels()},
         "suite": dataclasses.asdict(suite),
         "matrix_rate": rates,
+        **copies,
         "rows": rows,
         "crossover": crossovers(rows),
     }

@@ -13,8 +13,12 @@ from ovq.cli.common import out_console, parse_ints
 
 def bench(
     what: Annotated[
-        str, typer.Option(help="Parts to measure.")
-    ] = "forward,forward_backward,decode,memory,stream",
+        str | None,
+        typer.Option(
+            help="Parts to measure of forward, forward_backward, decode, memory, stream (CPU alone). "
+            "Default: all of them."
+        ),
+    ] = None,
     lengths: Annotated[
         str, typer.Option(help="Numbers of tokens.")
     ] = "1024,2048,4096,8192,16384,32768,65536",
@@ -32,6 +36,10 @@ def bench(
     Cells show the median time, times faster than SDPA, and the share of the matrix rate measured in the same
     run. The default takes about a quarter of an hour on two cores, nearly all of it exact attention at 64k.
 
+    With --device cuda each backend of SDPA is measured by itself, beside a window of FlexAttention and, where
+    flash-linear-attention is installed, Gated DeltaNet and Mamba2; times faster are over the best SDPA, and
+    the trace is looked at for the kernels that were to run.
+
     Example: [bold]ovq bench --what forward --lengths 4096,16384 --num-slots 1024[/bold]
     """
     # Everything that can be wrong is looked at before anything is measured.
@@ -40,12 +48,13 @@ def bench(
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, found {device!r}")
     from ovq.bench.show import save_figures, sentences, tables
-    from ovq.bench.suite import Suite, run_suite
+    from ovq.bench.suite import PARTS, Suite, run_suite
     from ovq.files import write_atomic
     from ovq.report.progress import Reporter
 
+    parts = [name for name in PARTS if device == "cpu" or name != "stream"]
     suite = Suite(
-        parts=[name.strip() for name in what.split(",")],
+        parts=parts if what is None else [name.strip() for name in what.split(",")],
         lengths=at_lengths,
         dtypes=[name.strip() for name in dtypes.split(",")],
         num_slots=sizes,
@@ -62,10 +71,12 @@ def bench(
     paths = save_figures(report, out)
     env = report["environment"]
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in report["matrix_rate"].items())
+    where = env["device"]
+    if device == "cpu":
+        where = f"{env['processor']}, {env['threads']} threads, CPU kernels {env['cpu_kernels']}"
+    copies = f", copies {report['copy_rate'] / 1e9:.0f} GB/s" if "copy_rate" in report else ""
     out_console.print(
-        f"{env['processor']}, {env['threads']} threads, torch {env['torch']}, backend {env['backend']} "
-        f"(CPU kernels {env['cpu_kernels']}), "
-        f"matrix products {rates}",
+        f"{where}, torch {env['torch']}, backend {env['backend']}, matrix products {rates}{copies}",
         highlight=False,
     )
     for table in tables(report):

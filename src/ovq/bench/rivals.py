@@ -1,0 +1,183 @@
+"""What `ovq bench --device cuda` measures OVQ against, each pinned to one implementation and named after it.
+
+PyTorch's exact attention once for each of its backends, FlexAttention over a sliding window, and, where
+flash-linear-attention is installed, Gated DeltaNet and Mamba2 (whose state-space recurrence is linear
+attention with a decay a head, fla's `simple_gla`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import logsigmoid, scaled_dot_product_attention
+
+Read = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rival:
+    """Another mixer.
+
+    Attributes:
+        label: what tables call it.
+        kernels: a regular expression that a kernel it runs must match: proof that it is what was measured.
+        cost: what its products are counted like: `"exact"`, `"window"`, or those of a state, `"state"`.
+        products: products with its `[K, V]` state a token, of those with one.
+        is_token_first: whether it takes `[B, T, H, D]` rather than `[B, H, T, D]`.
+        read: makes the function of q, k and v that is measured, given the scale and the window.
+        decode: the same for one token after a context, of which it gets a cache or a state; None: not
+            measured.
+    """
+
+    label: str
+    kernels: str
+    cost: str
+    products: int = 0
+    is_token_first: bool = False
+    read: Callable[[float, int], Read]
+    decode: Callable[[Tensor, Tensor, Tensor, float], Callable[[], Tensor]] | None = None
+
+
+def _pinned(backend: SDPBackend) -> Callable[[float, int], Read]:
+    def make(scale: float, window: int) -> Read:
+        def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+        return read
+
+    return make
+
+
+def _pinned_decode(backend: SDPBackend) -> Callable[..., Callable[[], Tensor]]:
+    def make(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]:
+        token = q[:, :, -1:]
+
+        def call() -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(token, k, v, scale=scale)
+
+        return call
+
+    return make
+
+
+def _flex_window(scale: float, window: int) -> Read:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention)
+    masks: dict[int, object] = {}
+
+    def is_seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i - j < window)
+
+    def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        length = q.shape[2]
+        # Made once: a model makes it once for all layers.
+        if length not in masks:
+            masks[length] = create_block_mask(is_seen, None, None, length, length, device=q.device)
+        return compiled(q, k, v, block_mask=masks[length], scale=scale)
+
+    return read
+
+
+def _decay(x: Tensor) -> Tensor:
+    """Log decays `[B, T, H]`, as a layer would compute them from its input: close to 0."""
+    return logsigmoid(x[..., 0].float() + 4)
+
+
+def _gated_deltanet(scale: float, window: int) -> Read:
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        beta = v[..., 0].sigmoid()
+        return chunk_gated_delta_rule(q, k, v, g=_decay(v), beta=beta, scale=scale)[0]
+
+    return read
+
+
+def _gated_deltanet_decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]:
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+
+    q, k, v, state = _last(q, k, v)
+    decay, beta = _decay(v), v[..., 0].sigmoid()
+
+    def call() -> Tensor:
+        o, _ = fused_recurrent_gated_delta_rule(
+            q, k, v, g=decay, beta=beta, scale=scale, initial_state=state, output_final_state=True
+        )
+        return o
+
+    return call
+
+
+def _mamba2(scale: float, window: int) -> Read:
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return chunk_simple_gla(q, k, v, g=_decay(v), scale=scale)[0]
+
+    return read
+
+
+def _mamba2_decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]:
+    from fla.ops.simple_gla import fused_recurrent_simple_gla
+
+    q, k, v, state = _last(q, k, v)
+    decay = _decay(v)
+
+    def call() -> Tensor:
+        o, _ = fused_recurrent_simple_gla(
+            q, k, v, g=decay, scale=scale, initial_state=state, output_final_state=True
+        )
+        return o
+
+    return call
+
+
+def _last(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last token of each, and a state `[B, H, K, V]`."""
+    state = torch.randn(q.shape[0], q.shape[2], q.shape[3], v.shape[3], device=q.device)
+    return q[:, -1:], k[:, -1:], v[:, -1:], state
+
+
+def _sdpa(label: str, backend: SDPBackend, kernels: str) -> Rival:
+    return Rival(
+        label=f"exact, {label}",
+        kernels=kernels,
+        cost="exact",
+        read=_pinned(backend),
+        decode=_pinned_decode(backend),
+    )
+
+
+RIVALS = {
+    "sdpa_flash": _sdpa("flash", SDPBackend.FLASH_ATTENTION, r"flash"),
+    "sdpa_cudnn": _sdpa("cuDNN", SDPBackend.CUDNN_ATTENTION, r"cudnn"),
+    "sdpa_efficient": _sdpa("efficient", SDPBackend.EFFICIENT_ATTENTION, r"fmha|efficient"),
+    "flex_window": Rival(
+        label="window, FlexAttention", kernels=r"flex_attention|triton_tem", cost="window", read=_flex_window
+    ),
+    "gated_deltanet": Rival(
+        label="Gated DeltaNet, fla",
+        kernels=r"delta_rule|chunk_fwd|recurrent",
+        cost="state",
+        products=3,
+        is_token_first=True,
+        read=_gated_deltanet,
+        decode=_gated_deltanet_decode,
+    ),
+    "mamba2": Rival(
+        label="Mamba2, fla",
+        kernels=r"gla|chunk_fwd|recurrent",
+        cost="state",
+        products=2,
+        is_token_first=True,
+        read=_mamba2,
+        decode=_mamba2_decode,
+    ),
+}
