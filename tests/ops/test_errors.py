@@ -1,9 +1,12 @@
 """Bad input is refused at the front door, with what was expected and what was found."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from ovq.ops import OVQState, ovq_attention
+from ovq.ops import OVQState, attention, backend_used, ovq_attention, triton
+from ovq.ops.rules import Rules
 from tests.ops.common import attend, inputs
 
 OPTIONS = {"num_slots": 8, "chunk_size": 4}
@@ -127,9 +130,50 @@ def test_misspelt_option_is_not_swallowed():
         call(num_slot=3)
 
 
-def test_triton_is_refused_rather_than_replaced():
-    with pytest.raises(ValueError, match="found 'triton'"):
-        call(backend="triton")
+def test_triton_is_refused_rather_than_replaced(monkeypatch):
+    q, k, v = inputs(1, 8, dtype=torch.float32)
+    monkeypatch.setattr(triton, "HAS_TRITON", False)
+    with pytest.raises(ValueError, match=r"backend: 'triton': expected the package triton .*found none"):
+        ovq_attention(q, k, v, backend="triton", **OPTIONS)
+    monkeypatch.setattr(triton, "HAS_TRITON", True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"backend: 'triton': expected tensors on a CUDA device .*on cpu"):
+        ovq_attention(q, k, v, backend="triton", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "expected"),
+    [
+        (torch.float64, {}, "expected a dtype of .*found torch.float64"),
+        (torch.float32, {"init": "random"}, "expected init 'novelty', found 'random'"),
+        (torch.float32, {"merge": "updated"}, "expected merge 'existing', found 'updated'"),
+        (torch.float32, {"bias": "count+norm"}, r"expected bias 'count', found 'count\+norm'"),
+        (torch.float32, {"rate": 0.5}, "expected rate 'count', found 0.5"),
+        (torch.float32, {"chunk_size": 5000}, "expected chunk_size of at most 4096, found 5000"),
+    ],
+)
+def test_what_the_kernels_do_not_do_is_refused_or_left_to_torch(dtype, options, expected, monkeypatch):
+    q, k, v = inputs(1, 8, dtype=dtype)
+    monkeypatch.setattr(triton, "HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match=f"backend: 'triton': {expected}"):
+        ovq_attention(q, k, v, backend="triton", **{**OPTIONS, **options})
+    ovq_attention(q, k, v, **{**OPTIONS, **options})
+    assert backend_used() == "torch"
+
+
+def test_auto_takes_the_kernels_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr(triton, "HAS_TRITON", True)
+    q, _, v = inputs(1, 8, dtype=torch.bfloat16)
+    on_gpu = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=q.dtype, shape=q.shape)
+    options = {"growth": "plateau", "merge": "existing", "seed": 0, **OPTIONS}
+    for x, init, expected in (
+        (on_gpu, "novelty", "triton"),
+        (on_gpu, "random", "torch"),
+        (q, "novelty", "torch"),
+    ):
+        attention._resolved("auto", x, v, Rules(init=init, **options))
+        assert backend_used() == expected
 
 
 def test_state_methods_refuse_bad_indices():

@@ -18,6 +18,7 @@ from ovq.ops.naive import naive_row
 from ovq.ops.rows import AlignedRows, Rows
 from ovq.ops.rules import Rules
 from ovq.ops.state import OVQState, with_capacity
+from ovq.ops.triton import refusal
 
 BACKENDS = ("auto", "naive", "torch", "triton")
 
@@ -25,7 +26,7 @@ _used: str | None = None
 
 
 def backend_used() -> str | None:
-    """The backend that ran the last `ovq_attention` call of this process: `"naive"` or `"torch"`.
+    """The backend that ran the last `ovq_attention` call of this process: `"naive"`, `"torch"` or `"triton"`.
 
     Example:
         >>> x = torch.randn(1, 4, 1, 8)
@@ -36,7 +37,6 @@ def backend_used() -> str | None:
     return _used
 
 
-@torch.compiler.disable
 def ovq_attention(
     q: Tensor,
     k: Tensor,
@@ -88,8 +88,9 @@ def ovq_attention(
             (`"count"`, the running mean), or a constant share in (0, 1]. Counts add up either way. A constant
             rate cannot be rewound: training keeps every chunk's probabilities, so it is for ablations.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
-        backend: `"naive"` (reference loops), `"torch"` (any device) or `"auto"`; `backend_used()` tells
-            which ran.
+        backend: `"naive"` (reference loops), `"torch"` (any device), `"triton"` (kernels for GPUs; default
+            `init` and `merge`, no float64) or `"auto"`: `"triton"` where it can run on a GPU, else `"torch"`;
+            `backend_used()` tells which ran.
 
     Returns:
         Outputs `[B, T, H, V]` in the dtype of `q`, and the final `OVQState` (None unless asked for).
@@ -125,8 +126,37 @@ def ovq_attention(
         rate=rate,
         seed=_seed(init, generator),
     )
-    run = _backend(backend)
+    backend = _resolved(backend, q, v, rules)
     scale = checks.checked_scale(scale, q)
+    if (
+        torch.compiler.is_compiling()
+        and backend == "triton"
+        and initial_state is None
+        and not output_final_state
+    ):
+        from ovq.ops.triton.traced import attention
+
+        return attention(q, k, v, scale, attention_mask, cu_seqlens, rules), None
+    return _attention(
+        q, k, v, scale, initial_state, output_final_state, attention_mask, cu_seqlens, rules, backend
+    )
+
+
+# Not compiled: what a call does depends on lengths and on the state, in plain Python.
+@torch.compiler.disable
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    initial_state: OVQState | None,
+    output_final_state: bool,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rules: Rules,
+    backend: str,
+) -> tuple[Tensor, OVQState | None]:
+    """`ovq_attention`, its arguments but those of rows and state checked."""
     rows = checks.checked_rows(q, attention_mask, cu_seqlens)
     if initial_state is None:
         state = OVQState.empty(
@@ -134,14 +164,15 @@ def ovq_attention(
             num_kv_heads=k.shape[2],
             key_dim=k.shape[3],
             value_dim=v.shape[3],
-            num_slots=num_slots,
-            chunk_size=chunk_size,
+            num_slots=rules.num_slots,
+            chunk_size=rules.chunk_size,
             dtype=q.dtype,
             device=q.device,
         )
     else:
         checks.check_state(initial_state, len(rows), k, v, rules)
         state = initial_state
+    run = {"naive": _run_naive, "torch": _run_torch, "triton": _run_triton}[backend]
     with _full_precision(q.device):
         o, state = run(q, k, v, scale, state, rows, rules, output_final_state)
     return o, state if output_final_state else None
@@ -153,17 +184,17 @@ def _seed(init: str, generator: torch.Generator | None) -> int:
     return torch.initial_seed() if generator is None else generator.initial_seed()
 
 
-def _backend(backend: str):
-    """The function that runs `backend`."""
+def _resolved(backend: str, q: Tensor, v: Tensor, rules: Rules) -> str:
+    """The backend that runs the call; `backend_used` tells it from here on."""
     global _used
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, found {backend!r}")
-    if backend == "triton":
-        raise ValueError(
-            "backend: expected 'auto', 'naive' or 'torch' (no Triton kernels yet), found 'triton'"
-        )
-    _used = "naive" if backend == "naive" else "torch"
-    return _run_naive if backend == "naive" else _run_torch
+    if backend == "triton" and (reason := refusal(q, v, rules)):
+        raise ValueError(f"backend: 'triton': {reason}")
+    if backend == "auto":
+        backend = "triton" if q.is_cuda and refusal(q, v, rules) is None else "torch"
+    _used = backend
+    return backend
 
 
 @contextlib.contextmanager
@@ -205,6 +236,35 @@ def _run_naive(
     return o, OVQState.concatenate(states) if output_final_state and states else state
 
 
+def _is_decoding(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, state: OVQState, rows: Rows) -> bool:
+    """Whether this is one token a row, without gradients."""
+    needs_grad = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (q, k, v, scale, state.key_sum, state.value_sum, state.pending_keys)
+    )
+    return (
+        q.shape[1] == 1 and len(rows) == q.shape[0] and min(rows.lengths, default=0) == 1 and not needs_grad
+    )
+
+
+def _run_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    state: OVQState,
+    rows: Rows,
+    rules: Rules,
+    output_final_state: bool,
+) -> tuple[Tensor, OVQState | None]:
+    """The kernels, imported only here: neither Triton nor a GPU is needed for anything else."""
+    from ovq.ops.triton.attend import chunked
+    from ovq.ops.triton.decode import decode_step
+
+    if _is_decoding(q, k, v, scale, state, rows):
+        return decode_step(q, k, v, scale, state, rules)
+    return chunked(q, k, v, scale, state, rows, rules, output_final_state)
+
+
 def _run_torch(
     q: Tensor,
     k: Tensor,
@@ -216,11 +276,7 @@ def _run_torch(
     output_final_state: bool,
 ) -> tuple[Tensor, OVQState | None]:
     """One token a row without gradients goes to the decode path, all else to the chunked one."""
-    needs_grad = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (q, k, v, scale, state.key_sum, state.value_sum, state.pending_keys)
-    )
-    is_one_each = q.shape[1] == 1 and len(rows) == q.shape[0] and min(rows.lengths, default=0) == 1
-    if is_one_each and not needs_grad:
+    if _is_decoding(q, k, v, scale, state, rows):
         return decode_step(q, k, v, scale, state, rules)
     total = q.shape[0] * q.shape[1]
     num_pending = state.num_pending.tolist()

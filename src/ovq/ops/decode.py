@@ -46,11 +46,19 @@ def decode_step(
     return o, _merged(after, complete, rules) if complete else after
 
 
-def _appended(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-    """The pending buffers with the new token in them, and the list that says how far they are written."""
+def reserved(state: OVQState, pending: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """Pending buffers whose place `pending[r]` is free in each row, and the list that says it is taken."""
     keys, values, written = state.pending_keys, state.pending_values, state._written
     if written != pending:
         keys, values, written = keys.clone(), values.clone(), list(pending)
+    # In place: the list is shared by every state that shares these buffers.
+    written[:] = [p + 1 for p in pending]
+    return keys, values, written
+
+
+def _appended(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """The pending buffers with the new token in them, and the list that says how far they are written."""
+    keys, values, written = reserved(state, pending)
     if len(set(pending)) == 1:
         keys[:, :, pending[0]] = k[:, 0]
         values[:, :, pending[0]] = v[:, 0]
@@ -59,8 +67,6 @@ def _appended(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> tupl
         place = torch.tensor(pending, device=keys.device)
         keys[row, :, place] = k[:, 0]
         values[row, :, place] = v[:, 0]
-    # In place: the list is shared by every state that shares these buffers.
-    written[:] = [p + 1 for p in pending]
     return keys, values, written
 
 
@@ -138,17 +144,28 @@ def _merged(state: OVQState, complete: list[int], rules: Rules) -> OVQState:
         sums.add_(slots, keys, values, 1)
     else:
         sums = moved(sums, slots, router.is_opener, keys, values, rules.rate)
-    # New tensors throughout: the old ones belong to the states before this step.
-    index = torch.tensor(complete, device=state.count.device)
+    return replaced(state, complete, sums.key, sums.value, sums.count)
+
+
+def replaced(state: OVQState, rows: list[int], key_sum: Tensor, value_sum: Tensor, count: Tensor) -> OVQState:
+    """`state` with the dictionaries of some rows replaced, and pending buffers of its own.
+
+    Args:
+        state: the state, with room for their slots.
+        rows: which rows.
+        key_sum: their sums, `[len(rows) ..., M, K]`. value_sum, count: likewise.
+    """
+    index = torch.tensor(rows, device=state.count.device)
 
     def put(x: Tensor, part: Tensor) -> Tensor:
-        return x.index_copy(0, index, part.view(len(complete), *x.shape[1:]))
+        # New tensors throughout: the old ones belong to the states before this step.
+        return x.index_copy(0, index, part.view(len(rows), *x.shape[1:]))
 
     return dataclasses.replace(
         state,
-        key_sum=put(state.key_sum, sums.key),
-        value_sum=put(state.value_sum, sums.value),
-        count=put(state.count, sums.count),
+        key_sum=put(state.key_sum, key_sum),
+        value_sum=put(state.value_sum, value_sum),
+        count=put(state.count, count),
         pending_keys=state.pending_keys.clone(),
         pending_values=state.pending_values.clone(),
         _written=None,

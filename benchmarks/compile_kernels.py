@@ -1,0 +1,132 @@
+"""Compile the Triton kernels for a GPU that need not be there, and tell what they take of it.
+
+    python benchmarks/compile_kernels.py --arch 90 --head-dims 64,128 --dtypes bfloat16
+
+Triton brings its own assembler, so that this runs on any Linux machine: it finds what the interpreter lets
+pass (variables that change type in a loop) and shows registers, bytes of stack (what did not fit into
+registers) and shared memory. Nothing runs on a GPU.
+"""
+
+import argparse
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# The kernels are made for the compiler, not the interpreter, when they are imported.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from ovq.ops import OVQState
+from ovq.ops.triton import decode, library
+
+
+class _NoDriver:
+    """What the compiler asks of the driver of a GPU."""
+
+    def __init__(self, arch: int) -> None:
+        self._arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_all(arch: int, dtype: str, head_dim: int, chunk_size: int = 256) -> list[dict]:
+    """What each kernel of a forward, a backward and a decoded token takes: rows of a table."""
+    driver.set_active(_NoDriver(arch))
+    found: dict[int, dict] = {}
+    original = JITFunction.run
+
+    @functools.wraps(original)
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = original(self, *args, grid=grid, warmup=True, **options)
+        if id(kernel) not in found:
+            found[id(kernel)] = {"kernel": self.fn.__name__, **_resources(kernel)}
+        return kernel
+
+    JITFunction.run = compile_only
+    try:
+        _call(getattr(torch, dtype), head_dim, chunk_size)
+    finally:
+        JITFunction.run = original
+    return list(found.values())
+
+
+def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
+    """A forward, a backward and a decoded token, of which only the launches count."""
+    length, slots = 4 * chunk_size, 2 * chunk_size
+    q, k, v = (torch.zeros(1, length, heads, dim, dtype=dtype) for heads in (2, 1, 1))
+    state = OVQState.empty(
+        batch_size=1,
+        num_kv_heads=1,
+        key_dim=dim,
+        value_dim=dim,
+        num_slots=slots,
+        chunk_size=chunk_size,
+        dtype=dtype,
+    )
+    pending = (state.pending_keys, state.pending_values)
+    bounds = torch.tensor([[0], [length]])
+    o, *sums, _, _ = library.attention(
+        q.requires_grad_(), k, v, torch.ones(2), state.key_sum, state.value_sum, state.count, *pending,
+        state.num_seen, bounds, slots, chunk_size, "plateau", slots, length,
+    )  # fmt: skip
+    o.sum().backward()
+    token = (x[:, :1].detach() for x in (q, k, v))
+    places = torch.zeros(0, dtype=torch.int32)
+    decode.read_pending_and_slots(*token, torch.ones(2), *(x.detach() for x in sums), *pending, places, 0)
+
+
+def _resources(kernel) -> dict:
+    """Registers a thread, bytes of stack a thread, shared memory and warps of a compiled kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+    }
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--arch", type=int, default=90, help="80 for A100, 89 for L4 and RTX 40, 90 for H100")
+    parser.add_argument("--head-dims", default="64,128")
+    parser.add_argument("--dtypes", default="bfloat16")
+    parser.add_argument("--chunk-size", type=int, default=256)
+    arguments = parser.parse_args()
+    print(f"triton {triton.__version__}, sm_{arguments.arch}, chunks of {arguments.chunk_size}")
+    print(f"{'kernel':14} {'dtype':9} {'dim':>4} {'warps':>5} {'registers':>9} {'stack':>6} {'shared':>7}")
+    for dtype in arguments.dtypes.split(","):
+        for dim in map(int, arguments.head_dims.split(",")):
+            for row in compile_all(arguments.arch, dtype, dim, arguments.chunk_size):
+                print(
+                    f"{row['kernel']:14} {dtype:9} {dim:4} {row['warps']:5} {row['registers']:9} "
+                    f"{row['stack']:6} {row['shared']:7}"
+                )
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The kernels compile for a GPU, which the interpreter cannot tell; no GPU is needed for that."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
+PROGRAM = Path(__file__).parents[3] / "benchmarks" / "compile_kernels.py"
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_an_h100():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        PROGRAM,
+        "--head-dims",
+        "64",
+        "--dtypes",
+        "bfloat16,float32",
+        "--chunk-size",
+        "64",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels = {line.split()[0] for line in done.stdout.splitlines()[2:]}
+    assert kernels == {
+        "advance",
+        "nearest",
+        "open_slots",
+        "read",
+        "rewind",
+        "grad_queries",
+        "grad_slots",
+        "deposit",
+        "grad_tokens",
+        "read_token",
+    }

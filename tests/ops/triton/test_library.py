@@ -1,0 +1,67 @@
+"""The operators of `torch.library`: what PyTorch asks of them, whole graphs, export."""
+
+import pytest
+import torch
+
+from ovq.ops import OVQState, backend_used, ovq_attention
+from tests.ops.common import inputs
+
+pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
+# The compiler warns of its own doings.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+OPTIONS = {"num_slots": 4, "chunk_size": 4, "backend": "triton"}
+
+
+def empty_state():
+    state = OVQState.empty(batch_size=1, num_kv_heads=1, key_dim=4, value_dim=3, num_slots=4, chunk_size=4)
+    return [
+        getattr(state, name) for name in ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
+    ]
+
+
+def test_operators_are_what_pytorch_expects():
+    from ovq.ops.triton import decode, library
+
+    q, k, v = inputs(1, 5, 1, 1, 4, 3, dtype=torch.float32)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, torch.ones(1))]
+    seen, bounds = torch.zeros(1, dtype=torch.int64), torch.tensor([[0], [5]])
+    torch.library.opcheck(library.attention, (*leaves, *empty_state(), seen, bounds, 4, 4, "plateau", 4, 8))
+    torch.library.opcheck(library.row_bounds, (q, None, torch.tensor([0, 4, 5])))
+    token = [x[:, :1] for x in (q, k, v)]
+    places = torch.zeros(0, dtype=torch.int32)
+    torch.library.opcheck(decode.read_pending_and_slots, (*token, torch.ones(1), *empty_state(), places, 0))
+
+
+@pytest.mark.parametrize("rows", ["dense", "padded", "packed"])
+def test_a_compiled_call_is_one_whole_graph(rows):
+    q, k, v = inputs(1, 9, 2, 1, 4, 3, dtype=torch.float32)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
+    given = {"padded": {"attention_mask": mask}, "packed": {"cu_seqlens": torch.tensor([0, 4, 9])}}.get(
+        rows, {}
+    )
+    scale = torch.tensor([1.0, 2.0])
+
+    def call(q, k, v, scale):
+        o, _ = ovq_attention(2 * q, k, v, scale=scale, **OPTIONS, **given)
+        return o.sin()
+
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, scale)]
+        o = function(*leaves)
+        assert backend_used() == "triton"
+        results.append((o, *torch.autograd.grad(o.sum(), leaves)))
+    for compiled, eager in zip(*results, strict=True):
+        assert torch.equal(compiled, eager)
+
+
+def test_a_graph_serves_other_lengths_and_is_exported():
+    class Read(torch.nn.Module):
+        def forward(self, q, k, v):
+            return ovq_attention(q, k, v, **OPTIONS)[0]
+
+    short, long = (inputs(1, n, 1, 1, 4, 3, dtype=torch.float32) for n in (6, 11))
+    length = torch.export.Dim("length", min=4, max=64)
+    program = torch.export.export(Read(), short, dynamic_shapes=[{1: length}] * 3)
+    for qkv in (short, long):
+        assert torch.equal(program.module()(*qkv), Read()(*qkv))
