@@ -8,30 +8,36 @@ from ovq.report.progress import Reporter
 from ovq.reproduce import engine
 from ovq.reproduce.engine import Workshop
 from ovq.reproduce.presets import Preset
-from ovq.train.recipes import get_recipe
+from ovq.train.recipes import recipe_for
 
-CONFIG = get_recipe("recall-ovq").override(
-    [
-        "train.steps=6",
-        "train.batch_size=4",
-        "train.lengths=16,24",
-        "train.length_shares=0.5,0.5",
-        "train.warmup_steps=1",
-        "train.log_every=1",
-        "train.save_every=2",
-        "model.hidden_size=16",
-        "model.intermediate_size=16",
-        "model.head_dim=8",
-        "model.num_slots=4",
-        "model.chunk_size=4",
-    ]
-)
+_CHANGES = [
+    "train.steps=6",
+    "train.batch_size=4",
+    "train.lengths=16,24",
+    "train.length_shares=0.5,0.5",
+    "train.warmup_steps=1",
+    "train.log_every=1",
+    "train.save_every=2",
+    "model.hidden_size=16",
+    "model.intermediate_size=16",
+    "model.head_dim=8",
+    "model.num_slots=4",
+    "model.chunk_size=4",
+]
+CONFIG = recipe_for("recall", "ovq").override(_CHANGES)
 
 TINY = Preset(
     name="tiny",
-    configs={"recall": CONFIG},
+    configs={
+        "recall": CONFIG,
+        "positional": recipe_for("positional", "ovq").override(_CHANGES),
+        "regression": recipe_for("regression", "ovq").override(
+            [*_CHANGES, "task.points_per_function=4", "task.max_functions=4"]
+        ),
+        "mqar": recipe_for("mqar", "ovq").override([*_CHANGES, "task.vocab_size=64"]),
+    },
     length_factors=(1, 2),
-    far_lengths=(64,),
+    far_lengths={"recall": (64,)},
     test_tokens=100,
     learning_rates=(1e-3, 1e-2),
     slot_factors=(1, 4),

@@ -61,17 +61,20 @@ def test_questions_that_differ_have_names_that_differ():
 def test_every_figure_can_be_built_and_its_models_configured(name, preset):
     figure = get_figure(name, preset)
     assert figure.name == name
+    longest_trained = 0
     for line in figure.lines:
         model_config(line.config)
         assert line.evaluations
-        # The far end of a curve is where the claims are: 16 times the training length at least.
-    assert max(
-        each.task.length for line in figure.lines for each in line.evaluations
-    ) >= 2 * preset.train_length("recall")
+        longest_trained = max(longest_trained, *line.config.train.lengths)
+    # What the figures are about lies beyond the training length.
+    longest = max(each.task.length for line in figure.lines for each in line.evaluations)
+    assert longest >= longest_trained * max(preset.length_factors)
 
 
 def test_figures_share_runs():
     names = {name: {run_name(line.config) for line in get_figure(name, TINY).lines} for name in FIGURES}
+    for task in ("positional", "regression", "mqar"):
+        assert run_name(TINY.config(task)) in names.pop(task)
     usual = run_name(TINY.config("recall"))
     assert all(usual in runs for runs in names.values())
 

@@ -43,14 +43,16 @@ AXIS_NAMES = {
     "num_slots": "slots of the dictionary at test time",
     "state_bytes": "bytes of state, one sequence",
     "accuracy": "right answers (share)",
-    "error": "error",
+    "mean_error": "mean absolute error",
+    "slice_errors": "mean absolute error",
+    "task.num_functions": "functions",
     "microseconds_per_token": "test time (µs a token)",
     "learning_rate": "learning rate",
     "slices": "questions",
 }
 """Fields of the rows for people; others keep their names."""
 
-_IS_LOGARITHMIC = frozenset({"length", "num_slots", "state_bytes", "microseconds_per_token"})
+_IS_LOGARITHMIC = frozenset({"state_bytes", "microseconds_per_token"})
 
 
 def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Point]]:
@@ -66,8 +68,8 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
             continue
         by_x = values.setdefault(row["line"], {})
         if panel["x"] == "slices":
-            for name, share in row["slices"].items():
-                by_x.setdefault(name, []).append(share)
+            for name, value in row[panel["y"]].items():
+                by_x.setdefault(name, []).append(value)
         else:
             by_x.setdefault(_field(row, panel["x"]), []).append(_field(row, panel["y"]))
     lines = {}
@@ -89,12 +91,22 @@ def save_figure(results: dict[str, Any], path: Path) -> None:
     panels = results["panels"]
     labels = list(dict.fromkeys(row["line"] for row in results["rows"]))
     width, height = _PANEL_SIZE
-    num_legend_lines = -(-len(labels) // min(_MOST_COLUMNS, 2 + 2 * len(panels)))
+    # Four panels in a row would be too small to read.
+    num_columns = len(panels) if len(panels) < 4 else 2
+    num_rows = -(-len(panels) // num_columns)
+    num_legend_columns = min(_MOST_COLUMNS, 2 + 2 * num_columns)
     canvas = Canvas(
-        figsize=(max(width * len(panels), 6.4), height + 0.45 + 0.25 * num_legend_lines), layout="constrained"
+        figsize=(
+            max(width * num_columns, 6.4),
+            height * num_rows + 0.45 + 0.25 * -(-len(labels) // num_legend_columns),
+        ),
+        layout="constrained",
     )
-    for axes, panel in zip(canvas.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    places = canvas.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for axes, panel in zip(places, panels, strict=False):
         _draw_panel(axes, results, panel, labels)
+    for axes in places[len(panels) :]:
+        axes.remove()
     canvas.suptitle(results["title"], fontsize=12)
     handles: dict[str, Any] = {}
     for axes in canvas.axes:
@@ -105,7 +117,7 @@ def save_figure(results: dict[str, Any], path: Path) -> None:
         [handles[name] for name in names],
         names,
         loc="outside lower center",
-        ncols=min(_MOST_COLUMNS, 2 + 2 * len(panels), len(names)),
+        ncols=min(num_legend_columns, len(names)),
         frameon=False,
         fontsize=9,
     )
@@ -145,6 +157,8 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], labe
     axes.spines[["top", "right"]].set_visible(False)
     if panel["y"] in ("accuracy", "slices"):
         axes.set_ylim(-0.03, 1.05)
+    elif panel["y"] in ("mean_error", "slice_errors"):
+        axes.set_ylim(bottom=0)
     if panel["x"] == "slices":
         axes.set_xticks(range(len(places)), places, rotation=35, ha="right", fontsize=8)
     else:

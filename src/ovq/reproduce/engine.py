@@ -15,6 +15,7 @@ from ovq.report.progress import Reporter
 from ovq.reproduce.draw import save_figure
 from ovq.reproduce.plan import Evaluation, Figure, Line, run_name, with_rate, with_seed
 from ovq.reproduce.runs import RunJob, answers, do_job, is_trained, training_record
+from ovq.tasks import Task
 from ovq.train.config import RunConfig
 from ovq.train.workers import run_jobs
 
@@ -212,7 +213,7 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
     """A row for each question that a line asks one run."""
     record = training_record(job)
     rows = []
-    for answer in answers(job):
+    for evaluation, answer in zip(job.evaluations, answers(job), strict=True):
         assert answer is not None
         task, count = answer["evaluation"]["task"], answer["evaluation"]["num_examples"]
         rows.append(
@@ -220,7 +221,7 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
                 "line": line.label,
                 "group": line.group,
                 **{key: value for key, value in answer.items() if key not in ("evaluation", "environment")},
-                "task": task,
+                "task": task | _counts(evaluation.task),
                 "num_examples": count,
                 "microseconds_per_token": 1e6 * answer["seconds"] / (count * task["length"]),
                 "seed": job.config.train.seed,
@@ -232,6 +233,12 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _counts(task: Task) -> dict[str, int]:
+    """What a task has at its length: pairs, queries, functions."""
+    names = (name for name in dir(type(task)) if name.startswith("num_"))
+    return {name: getattr(task, name) for name in names if isinstance(getattr(task, name), int)}
 
 
 def _environments(jobs: list[RunJob]) -> list[dict[str, Any]]:

@@ -32,11 +32,12 @@ def _enlarged(preset: Preset, task: str, length: int) -> int:
     return max(preset.configs[task].model.num_slots, length // _SHARE_OF_LENGTH)
 
 
-def _mixers_by_length(preset: Preset, task: str, *, title: str, note: str, y: str = "accuracy") -> Figure:
+def _mixers_by_length(
+    preset: Preset, task: str, *, title: str, note: str, answers: tuple[Panel, ...]
+) -> Figure:
     """Every mixer on one task, against length: how good, how many bytes, how long it took."""
     usual = preset.configs[task]
-    lengths = sorted({*preset.lengths(task), *preset.far_lengths})
-    tasks = [usual.task.at_length(length) for length in lengths]
+    tasks = [usual.task.at_length(length) for length in preset.lengths(task)]
     lines = []
     for mixer in _mixers():
         config = preset.config(task, mixer)
@@ -53,7 +54,7 @@ def _mixers_by_length(preset: Preset, task: str, *, title: str, note: str, y: st
         note=note,
         lines=tuple(lines),
         panels=(
-            Panel(title="accuracy", y=y),
+            *answers,
             Panel(title="memory", y="state_bytes"),
             Panel(title="time", y="microseconds_per_token"),
         ),
@@ -69,6 +70,59 @@ def recall(preset: Preset) -> Figure:
         "recall",
         title="Basic in-context recall beyond the training length",
         note="The number of pairs grows with the length: a fifth of the context's tokens belong to them.",
+        answers=(Panel(title="accuracy"),),
+    )
+
+
+def positional(preset: Preset) -> Figure:
+    """Accuracy of all mixers on positional in-context recall."""
+    count = preset.configs["positional"].task.num_occurrences
+    return _mixers_by_length(
+        preset,
+        "positional",
+        title="Positional in-context recall beyond the training length",
+        note=f"Each key is stored {count} times with different values, which are asked for in order. The "
+        "number of keys grows with the length.",
+        answers=(Panel(title="accuracy"),),
+    )
+
+
+def regression(preset: Preset) -> Figure:
+    """Error of all mixers on linear regression in context, by number of functions and of points seen."""
+    usual = preset.configs["regression"].task
+    # The shortest length with as many functions as there can be.
+    length = next(
+        each
+        for each in preset.lengths("regression")
+        if usual.at_length(each).num_functions == usual.max_functions
+    )
+    return _mixers_by_length(
+        preset,
+        "regression",
+        title="Linear regression in context: the mean absolute error of y",
+        note="Points of many functions y = a x + b in random order. With the length grows the number of "
+        f"functions, up to {usual.max_functions}. The second panel divides the questions at {length} tokens "
+        "by how many points of the same function came before.",
+        answers=(
+            Panel(title="error by functions", x="task.num_functions", y="mean_error"),
+            Panel(
+                title=f"error by points seen, {usual.max_functions} functions",
+                x="slices",
+                y="slice_errors",
+                at_length=length,
+            ),
+        ),
+    )
+
+
+def mqar(preset: Preset) -> Figure:
+    """Accuracy of all mixers on Zoology's multi-query associative recall."""
+    return _mixers_by_length(
+        preset,
+        "mqar",
+        title="Multi-query associative recall (Zoology)",
+        note="A quarter as many pairs as tokens, up to 256, from a vocabulary of 8,192.",
+        answers=(Panel(title="accuracy"),),
     )
 
 
@@ -120,7 +174,7 @@ def dictionary(preset: Preset) -> Figure:
     config = preset.config("recall")
     sizes = [config.model.num_slots * factor for factor in preset.slot_factors]
     lines = []
-    for length in sorted({*preset.lengths("recall")[::2], *preset.far_lengths}):
+    for length in sorted({*preset.near_lengths("recall")[::2], *preset.far_lengths.get("recall", ())}):
         task = config.task.at_length(length)
         tests = [preset.test(task, num_slots=num_slots) for num_slots in sizes]
         lines += [_line(f"{length} tokens", config, tests, group) for group in ("slots", "bytes")]
@@ -149,7 +203,7 @@ def _ablation(
         note: What a reader has to know beside the title.
     """
     usual = preset.config("recall")
-    tasks = [usual.task.at_length(length) for length in preset.lengths("recall")]
+    tasks = [usual.task.at_length(length) for length in preset.near_lengths("recall")]
     trained = usual.model.num_slots
     enlarged = trained * max(preset.length_factors)
     lines = []
@@ -256,6 +310,9 @@ def conv(preset: Preset) -> Figure:
 
 FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "recall": recall,
+    "positional": positional,
+    "regression": regression,
+    "mqar": mqar,
     "bytes": state_size,
     "dictionary": dictionary,
     "init": init,

@@ -176,9 +176,9 @@ def _value(value: float | str, field: str) -> str:
         return value
     if field == "state_bytes":
         return format_bytes(value)
-    if field in ("length", "num_slots"):
+    if field in ("length", "num_slots", "task.num_functions"):
         return short_number(value)
-    if field in ("accuracy", "slices", "error"):
+    if field in ("accuracy", "slices", "mean_error", "slice_errors"):
         return f"{value:.3f}"
     return f"{value:.3g}"
 

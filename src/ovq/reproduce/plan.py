@@ -91,9 +91,10 @@ class Panel:
 
     Attributes:
         title: What stands above.
-        x: A field of the rows, or a field of their task as `"task.NAME"`, or `"slices"` for the parts that
+        x: A field of the rows, or a number of their task as `"task.NAME"`, or `"slices"` for the parts that
             the task divides its questions into.
-        y: A field of the rows, or `"slices"` beside `x="slices"`.
+        y: A field of the rows; beside `x="slices"` one that has a value for each part: `"slices"` for the
+            accuracy, `"slice_errors"` for the error.
         group: The lines to show.
         at_length: Show rows of this length alone; `None` for all.
     """

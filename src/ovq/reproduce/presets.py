@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ovq.reproduce.plan import Evaluation
-from ovq.tasks import RecallTask, Task
+from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask, Task
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
-from ovq.train.recipes import get_recipe
+from ovq.train.recipes import recipe_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Preset:
         configs: The usual OVQ run of each task, by the name of the task. A figure puts another mixer in the
             place of OVQ, or changes a field.
         length_factors: Where to test, in lengths of the longest training example.
-        far_lengths: Where to test beyond, in tokens.
+        far_lengths: Where to test beyond, in tokens, by the name of the task.
         test_tokens: Tokens to test on, at each length; at least one example is.
         learning_rates: What each mixer is tried with where mixers are compared.
         slot_factors: Sizes of the dictionary to test, in sizes of the trained one.
@@ -36,7 +36,7 @@ class Preset:
     name: str
     configs: Mapping[str, RunConfig]
     length_factors: tuple[int, ...]
-    far_lengths: tuple[int, ...]
+    far_lengths: Mapping[str, tuple[int, ...]]
     test_tokens: int
     learning_rates: tuple[float, ...]
     slot_factors: tuple[int, ...]
@@ -63,9 +63,18 @@ class Preset:
         """The longest example that runs of a task train on, in tokens."""
         return max(self.configs[task].train.lengths)
 
-    def lengths(self, task: str) -> list[int]:
-        """The lengths that are tested as a matter of course."""
+    def near_lengths(self, task: str) -> list[int]:
+        """The lengths that are tested as a matter of course, in tokens."""
         return [self.train_length(task) * factor for factor in self.length_factors]
+
+    def lengths(self, task: str) -> list[int]:
+        """All lengths that a task is tested at, in tokens.
+
+        Example:
+            >>> CPU.lengths("recall")
+            [256, 512, 1024, 2048, 4096, 16384, 65536]
+        """
+        return sorted({*self.near_lengths(task), *self.far_lengths.get(task, ())})
 
     def test(self, task: Task, *, num_slots: int | None = None) -> Evaluation:
         """A test on examples of a task, as many as `test_tokens` allow.
@@ -79,50 +88,65 @@ class Preset:
         )
 
 
-_RECALL = get_recipe("recall-ovq")
+def _cpu_config(task: str, **task_fields: Any) -> RunConfig:
+    """The recipe of a task, with checkpoints to go on from."""
+    recipe = recipe_for(task, "ovq")
+    return dataclasses.replace(
+        recipe,
+        task=dataclasses.replace(recipe.task, **task_fields),
+        train=dataclasses.replace(recipe.train, save_every=100),
+    )
+
 
 CPU = Preset(
     name="cpu",
     configs={
-        # More keys than the demonstration has: examples of 64k tokens hold 2,184 pairs.
-        "recall": dataclasses.replace(
-            _RECALL,
-            task=dataclasses.replace(_RECALL.task, vocab_size=130),
-            train=dataclasses.replace(_RECALL.train, save_every=100),
-        ),
+        # More keys than the recipe has: examples of 64k tokens hold 2,184 different ones.
+        "recall": _cpu_config("recall", vocab_size=130),
+        "positional": _cpu_config("positional", vocab_size=130),
+        "regression": _cpu_config("regression"),
+        "mqar": _cpu_config("mqar"),
     },
     length_factors=(1, 2, 4, 8, 16),
-    far_lengths=(16384, 65536),
+    far_lengths={"recall": (16384, 65536), "positional": (16384, 65536)},
     test_tokens=65536,
     learning_rates=(2e-3, 4e-3, 8e-3),
     slot_factors=(1, 4, 16, 64, 256),
     sizes={
-        "ovq": ({"num_slots": 16}, {"num_slots": 256}),
-        "sliding_attention": ({"sliding_window": 64}, {"sliding_window": 256}),
+        "ovq": ({"num_slots": 16}, {"num_slots": 256}, {"num_slots": 1024}),
+        "vq": ({"num_slots": 256}, {"num_slots": 1024}),
+        # Their states are as large as heads are wide, and so are their projections.
+        "linear_attention": ({"head_dim": 128}, {"head_dim": 256}),
+        "gated_deltanet": ({"head_dim": 128}, {"head_dim": 256}),
+        "mamba2": ({"mamba_state_size": 256}, {"mamba_state_size": 1024}),
+        # As many bytes as OVQ with so many slots.
+        "sink_attention": ({"num_slots": 256}, {"num_slots": 1024}),
+        "sliding_attention": ({"sliding_window": 128}, {"sliding_window": 512}),
     },
     chunk_sizes=(16, 32, 64, 128),
     rates=(0.03, 0.1, 0.3),
 )
-"""Models of 2 layers, width 64, trained at up to 256 tokens: each figure takes about an hour on two cores."""
+"""Models of width 64, trained at up to 128 to 256 tokens: each figure takes about an hour on two cores."""
 
 
-def _gpu_config(task: Task, *, num_layers: int, steps: int, lengths: tuple[int, ...]) -> RunConfig:
-    """A run of width 512, in bfloat16, with batches of 128k tokens at the longest length."""
+def _gpu_config(task: Task, *, steps: int, lengths: tuple[int, ...], **model_fields: Any) -> RunConfig:
+    """A run of 4 layers of width 512, in bfloat16."""
+    model = {
+        "mixer_types": ("sliding_attention", "ovq") * 2,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_attention_heads": 8,
+        "head_dim": 64,
+        "conv_size": 4,
+        "sliding_window": 128,
+        "num_slots": 1024,
+        "chunk_size": 128,
+        # As 0.1 at width 64: products of the same size.
+        "initializer_range": 0.035,
+    }
     return RunConfig(
         task=task,
-        model=ModelArgs(
-            mixer_types=("sliding_attention", "ovq") * (num_layers // 2),
-            hidden_size=512,
-            intermediate_size=1408,
-            num_attention_heads=8,
-            head_dim=64,
-            conv_size=4,
-            sliding_window=128,
-            num_slots=1024,
-            chunk_size=128,
-            # As 0.1 at width 64: products of the same size.
-            initializer_range=0.035,
-        ),
+        model=ModelArgs(**model | model_fields),
         train=TrainArgs(
             steps=steps,
             batch_size=32,
@@ -142,27 +166,42 @@ GPU = Preset(
     name="gpu",
     configs={
         "recall": _gpu_config(
-            RecallTask(vocab_size=514, key_length=2, value_length=1, pair_share=0.2),
-            num_layers=4,
-            steps=6000,
+            RecallTask(vocab_size=514, key_length=2, pair_share=0.2), steps=6000, lengths=(256, 1024, 4096)
+        ),
+        "positional": _gpu_config(
+            PositionalRecallTask(vocab_size=514, key_length=2, num_occurrences=4, pair_share=0.4),
+            steps=10000,
             lengths=(256, 1024, 4096),
         ),
+        "regression": _gpu_config(
+            # Up to 128 functions, of 16 points each at 6,144 tokens and of more beyond.
+            RegressionTask(vocab_size=1 + 15 + 65 + 128, max_slope=4, max_x=7, points_per_function=16),
+            steps=10000,
+            lengths=(384, 1536, 6144),
+        ),
+        # With short chunks, or OVQ would read all of it exactly.
+        "mqar": _gpu_config(MQARTask(), steps=6000, lengths=(64, 128, 256), num_slots=128, chunk_size=16),
     },
     length_factors=(1, 2, 4, 8, 16),
-    far_lengths=(),
+    far_lengths={"regression": (65536,)},
     test_tokens=2**20,
     learning_rates=(5e-4, 1e-3, 2e-3),
     slot_factors=(1, 2, 4, 8, 16),
     sizes={
         "ovq": ({"num_slots": 256}, {"num_slots": 4096}),
-        "sliding_attention": ({"sliding_window": 512}, {"sliding_window": 2048}),
+        "vq": ({"num_slots": 4096},),
+        "linear_attention": ({"head_dim": 128}, {"head_dim": 256}),
+        "gated_deltanet": ({"head_dim": 128}, {"head_dim": 256}),
+        "mamba2": ({"mamba_state_size": 1024},),
+        "sink_attention": ({"num_slots": 4096},),
+        "sliding_attention": ({"sliding_window": 1024}, {"sliding_window": 4096}),
     },
     chunk_sizes=(32, 64, 128, 256),
     rates=(0.01, 0.03, 0.1, 0.3),
     num_workers=1,
     needs_gpu=True,
 )
-"""Models of 4 layers, width 512, trained at up to 4,096 tokens and tested to 65,536, for one H100."""
+"""Models of 4 layers, width 512, trained at up to 4k to 6k tokens and tested to 64k, for one H100."""
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (CPU, GPU)}
 """Every preset by its name."""
