@@ -17,7 +17,8 @@ from ovq.reproduce import engine
 from ovq.reproduce.draw import points
 from ovq.reproduce.engine import claimed, reproduce
 from ovq.reproduce.figures import get_figure
-from ovq.reproduce.plan import run_name
+from ovq.reproduce.page import write_report
+from ovq.reproduce.plan import Panel, Study, run_name
 from ovq.reproduce.runs import RunJob, answers, do_job, is_trained
 from ovq.train.checkpoints import fault, newest_checkpoint
 from ovq.train.config import RunConfig
@@ -233,6 +234,36 @@ def test_one_process_at_a_time(tmp_path):
         pass
     with claimed(tmp_path):
         pass
+
+
+def measure(seed):
+    return [{"line": "a", "group": "", "seed": seed, "length": n, "error": n + seed} for n in (1, 2)]
+
+
+def measure_without_a_package(seed):
+    raise ImportError("expected scikit-learn, found none")
+
+
+def test_studies_are_measured_a_seed_at_a_time_and_never_twice(monkeypatch, tmp_path):
+    begun = run_here(monkeypatch)
+    study = Study(
+        name="study",
+        title="A study",
+        measure=measure,
+        draw=lambda rows, path: path.write_text(str(len(rows))),
+        panels=(Panel(title="errors", y="error"),),
+    )
+    reproduce(study, workshop(tmp_path, num_seeds=1))
+    results = reproduce(study, workshop(tmp_path, num_seeds=2))
+    assert begun == ["study: seed 0", "study: seed 1"]
+    assert [(row["seed"], row["length"]) for row in results["rows"]] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert (tmp_path / "figures" / "study.png").read_text() == "4"
+    text = write_report(tmp_path).read_text()
+    assert "<td>1.500<small>1.000 to 2.000</small></td>" in text
+    assert "trained models" not in text
+    missing = dataclasses.replace(study, name="other", measure=measure_without_a_package)
+    with pytest.raises(ValueError, match="other: expected scikit-learn"):
+        reproduce(missing, workshop(tmp_path))
 
 
 PROGRAM = """

@@ -43,6 +43,7 @@ AXIS_NAMES = {
     "num_slots": "slots of the dictionary at test time",
     "state_bytes": "bytes of state, one sequence",
     "accuracy": "right answers (share)",
+    "error": "error relative to exact attention",
     "mean_error": "mean absolute error",
     "slice_errors": "mean absolute error",
     "task.num_functions": "functions",

@@ -6,15 +6,15 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ovq.files import write_atomic
 from ovq.report.progress import Reporter
 from ovq.reproduce.draw import save_figure
-from ovq.reproduce.plan import Evaluation, Figure, Line, run_name, with_rate, with_seed
-from ovq.reproduce.runs import RunJob, answers, do_job, is_trained, training_record
+from ovq.reproduce.plan import Evaluation, Figure, Line, Study, run_name, with_rate, with_seed
+from ovq.reproduce.runs import RunJob, StudyJob, answers, do_job, do_study, is_trained, training_record
 from ovq.tasks import Task
 from ovq.train.config import RunConfig
 from ovq.train.workers import run_jobs
@@ -91,7 +91,7 @@ def claimed(out: Path) -> Iterator[None]:
         yield
 
 
-def reproduce(figure: Figure, shop: Workshop) -> dict[str, Any]:
+def reproduce(figure: Figure | Study, shop: Workshop) -> dict[str, Any]:
     """Make a figure: `rows/NAME.json` and `figures/NAME.png`.
 
     Args:
@@ -107,6 +107,51 @@ def reproduce(figure: Figure, shop: Workshop) -> dict[str, Any]:
         OSError: If the folder cannot be written.
     """
     _check_preset(shop)
+    results = _study_results(figure, shop) if isinstance(figure, Study) else _run_results(figure, shop)
+    results = {
+        "figure": figure.name,
+        "title": figure.title,
+        "note": figure.note,
+        "preset": shop.preset,
+        "command": f"ovq reproduce {figure.name} --preset {shop.preset} --seeds {shop.num_seeds}",
+        "seeds": list(shop.seeds),
+        "panels": [dataclasses.asdict(panel) for panel in figure.panels],
+        **results,
+    }
+    for name in ("rows", "figures"):
+        (shop.out / name).mkdir(parents=True, exist_ok=True)
+    write_atomic(shop.out / "rows" / f"{figure.name}.json", json.dumps(results, indent=1) + "\n")
+    picture = shop.out / "figures" / f"{figure.name}.png"
+    if isinstance(figure, Study):
+        figure.draw(results["rows"], picture)
+    else:
+        save_figure(results, picture)
+    return results
+
+
+def _study_results(study: Study, shop: Workshop) -> dict[str, Any]:
+    """Measure the seeds of a study that are missing; rows and where they come from."""
+    jobs = [
+        StudyJob(name=study.name, measure=study.measure, seed=seed, root=shop.out / "studies")
+        for seed in shop.seeds
+    ]
+    if missing := [job for job in jobs if not job.path.is_file()]:
+        run_jobs(
+            do_study,
+            missing,
+            reporter=shop.reporter,
+            num_workers=shop.num_workers,
+            label=f"{study.name}: seeds",
+        )
+    measured = [json.loads(job.path.read_text()) for job in jobs]
+    return {
+        "rows": [row for each in measured for row in each["rows"]],
+        "environments": _distinct(each["environment"] for each in measured),
+    }
+
+
+def _run_results(figure: Figure, shop: Workshop) -> dict[str, Any]:
+    """Train and ask what is missing; rows, learning rates tried, and where they come from."""
     sweep, rates = _sweep(figure, shop)
     # One job a run, with the questions of all lines that share it.
     jobs: dict[str, RunJob] = {}
@@ -120,28 +165,13 @@ def reproduce(figure: Figure, shop: Workshop) -> dict[str, Any]:
             asked = dict.fromkeys((*(known.evaluations if known else ()), *job.evaluations))
             jobs[run_name(config)] = dataclasses.replace(known or job, evaluations=tuple(asked))
     shop.do(list(jobs.values()), f"{figure.name}: runs")
-    results = {
-        "figure": figure.name,
-        "title": figure.title,
-        "note": figure.note,
-        "preset": shop.preset,
-        "command": f"ovq reproduce {figure.name} --preset {shop.preset} --seeds {shop.num_seeds}",
-        "seeds": list(shop.seeds),
-        "panels": [dataclasses.asdict(panel) for panel in figure.panels],
+    return {
         "sweep": sweep,
         "rows": [row for line, job in by_line for row in _rows(line, job)],
-        "environments": _environments(list(jobs.values())),
+        "environments": _distinct(
+            record["environment"] for job in jobs.values() for record in (training_record(job), *answers(job))
+        ),
     }
-    write_results(results, shop)
-    save_figure(results, shop.out / "figures" / f"{figure.name}.png")
-    return results
-
-
-def write_results(results: dict[str, Any], shop: Workshop) -> None:
-    """Write the rows of a figure, in one piece."""
-    for name in ("rows", "figures"):
-        (shop.out / name).mkdir(exist_ok=True)
-    write_atomic(shop.out / "rows" / f"{results['figure']}.json", json.dumps(results, indent=1) + "\n")
 
 
 def _check_preset(shop: Workshop) -> None:
@@ -241,18 +271,19 @@ def _counts(task: Task) -> dict[str, int]:
     return {name: getattr(task, name) for name in names if isinstance(getattr(task, name), int)}
 
 
-def _environments(jobs: list[RunJob]) -> list[dict[str, Any]]:
+def _distinct(environments: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each hardware and version that a part of the results comes from, once."""
     found = []
-    for job in jobs:
-        for record in (training_record(job), *answers(job)):
-            if record["environment"] not in found:
-                found.append(record["environment"])
+    for environment in environments:
+        if environment not in found:
+            found.append(environment)
     return found
 
 
-def count_runs(figure: Figure, num_seeds: int) -> int:
+def count_runs(figure: Figure | Study, num_seeds: int) -> int:
     """How many models a figure trains when none is there yet, at most."""
+    if isinstance(figure, Study):
+        return 0
     num_models = len({run_name(line.config) for line in figure.lines})
     num_swept = len({run_name(line.swept) for line in figure.lines}) if figure.learning_rates else 0
     # The first seed of the rate that was chosen is one of those that are trained anyway.

@@ -90,7 +90,9 @@ def _section(results: dict[str, Any], picture: Path) -> str:
     parts += [_panel_table(results, panel) for panel in results["panels"]]
     if results.get("sweep"):
         parts.append(_sweep_table(results["sweep"]))
-    parts += [_model_table(results["rows"]), _environments(results["environments"])]
+    # A study trains nothing.
+    parts += [_model_table(results["rows"])] if "sweep" in results else []
+    parts.append(_environments(results["environments"]))
     return "".join(parts)
 
 
@@ -178,7 +180,7 @@ def _value(value: float | str, field: str) -> str:
         return format_bytes(value)
     if field in ("length", "num_slots", "task.num_functions"):
         return short_number(value)
-    if field in ("accuracy", "slices", "mean_error", "slice_errors"):
+    if field in ("accuracy", "slices", "mean_error", "slice_errors", "error"):
         return f"{value:.3f}"
     return f"{value:.3g}"
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ovq.tasks import Task
@@ -133,6 +135,28 @@ class Figure:
         """A figure that cannot come out as it is meant is a mistake in this package."""
         assert bool(self.learning_rates) == (self.validation is not None), "a sweep needs a validation"
         assert {line.group for line in self.lines} == {panel.group for panel in self.panels}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """A figure that nothing is trained for.
+
+    Attributes:
+        name: What the command line calls it.
+        title: What it shows, in a line.
+        measure: The rows of a seed; each says its `line`, `group` and `seed` beside what was measured. Other
+            processes call it, so it has to be the function of a module.
+        draw: Draws the rows of all seeds into a PNG file.
+        panels: What the page has tables of.
+        note: What a reader has to know beside the title.
+    """
+
+    name: str
+    title: str
+    measure: Callable[[int], list[dict[str, Any]]]
+    draw: Callable[[list[dict[str, Any]], Path], None]
+    panels: tuple[Panel, ...]
+    note: str = ""
 
 
 def with_seed(config: RunConfig, seed: int) -> RunConfig:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,50 @@ def _ask(job: RunJob, evaluations: list[Evaluation], reporter: RemoteReporter) -
             "environment": environment(device),
         }
         write_atomic(_answer_path(job, evaluation), json.dumps(answer, indent=2) + "\n")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyJob:
+    """A seed of a study.
+
+    Attributes:
+        name: That of the study.
+        measure: See `Study`.
+        seed: The seed.
+        root: The folder that measured seeds are in.
+    """
+
+    name: str
+    measure: Callable[[int], list[dict[str, Any]]]
+    seed: int
+    root: Path
+
+    @property
+    def path(self) -> Path:
+        """Where the rows are kept."""
+        return self.root / f"{self.name}-seed{self.seed}.json"
+
+    @property
+    def label(self) -> str:
+        """What to call it in progress reports."""
+        return f"{self.name}: seed {self.seed}"
+
+
+def do_study(job: StudyJob, reporter: RemoteReporter) -> None:
+    """Measure a seed of a study, and write its rows in one piece.
+
+    Raises:
+        ValueError: If a package is missing that only this study needs.
+        OSError: If the folder cannot be written.
+    """
+    job.root.mkdir(parents=True, exist_ok=True)
+    work = reporter.start(job.label, total=1)
+    try:
+        rows = job.measure(job.seed)
+    except ImportError as error:
+        raise ValueError(f"{job.name}: {error}") from error
+    write_atomic(job.path, json.dumps({"rows": rows, "environment": environment("cpu")}, indent=1) + "\n")
+    work.update(1)
 
 
 class _PartReporter:
