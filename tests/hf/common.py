@@ -1,4 +1,4 @@
-"""A model small enough for every test here, with a layer of each mixer."""
+"""Models small enough for every test here: one of OVQ and softmax attention, one of the other mixers."""
 
 import torch
 
@@ -19,6 +19,14 @@ SIZES = {
     "chunk_size": 4,
     "conv_size": 3,
     "initializer_range": 0.3,
+}
+
+#: Changes to `SIZES` that make a model of the mixers OVQ is compared with, all but softmax attention.
+BASELINES = {
+    "mixer_types": ["sink_attention", "vq", "linear_attention", "gated_deltanet", "mamba2"],
+    "num_hidden_layers": 5,
+    "num_sinks": 2,
+    "sink_window": 4,
 }
 
 

@@ -4,15 +4,17 @@ import pytest
 import torch
 
 from ovq.hf import OVQCache
-from tests.hf.common import make_model, random_ids
+from tests.hf.common import BASELINES, make_model, random_ids
 
 STREAMS = random_ids(6, 80, seed=11)
 
 
-@pytest.fixture(scope="module", params=["rope on the window", "rope everywhere"])
+@pytest.fixture(scope="module", params=["rope on the window", "rope everywhere", "baselines"])
 def model(request):
     if request.param == "rope on the window":
         return make_model()
+    if request.param == "baselines":
+        return make_model(**BASELINES)
     return make_model(rope_mixers=["sliding_attention", "full_attention", "ovq"])
 
 

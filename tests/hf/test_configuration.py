@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 
 from ovq.hf import OVQConfig, OVQForCausalLM
-from tests.hf.common import SIZES, make_config, random_ids
+from tests.hf.common import BASELINES, SIZES, make_config, random_ids
 
 
 def test_defaults_alternate_sliding_window_and_ovq_with_rope_on_the_window_only():
@@ -45,14 +45,20 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
     [
         ({"mixer_types": ["ovq"]}, "num_hidden_layers=4 of them, found 1"),
         (
-            {"mixer_types": ["ovq", "ovq", "ovq", "mamba2"]},
-            r"mixer_types: expected names among \[.*full_attention.*ovq.*\], found \['mamba2'\]",
+            {"mixer_types": ["ovq", "ovq", "ovq", "mamba3"]},
+            r"mixer_types: expected names among \[.*full_attention.*ovq.*\], found \['mamba3'\]",
         ),
         ({"rope_mixers": ["rnn"]}, r"rope_mixers: expected names among .* found \['rnn'\]"),
         ({"num_slots": 0}, "num_slots: expected at least 1, found 0"),
         ({"chunk_size": 0}, "chunk_size: expected at least 1, found 0"),
         ({"vocab_size": 0}, "vocab_size: expected at least 1, found 0"),
         ({"sliding_window": 1}, "sliding_window: expected at least 2, found 1"),
+        ({"num_sinks": 0}, "num_sinks: expected at least 1, found 0"),
+        ({"sink_window": 1}, "sink_window: expected at least 2, found 1"),
+        ({"rope_mixers": ["linear_attention"]}, r"that have rotary embedding, found \['linear_attention'\]"),
+        ({"mamba_state_size": 0}, "mamba_state_size: expected at least 1, found 0"),
+        ({"vq_decay": 1.0}, r"vq_decay: expected a number in \[0, 1\), found 1.0"),
+        ({"commitment_weight": -1}, "commitment_weight: expected at least 0, found -1"),
         ({"growth": "fast"}, "growth: expected one of .* found 'fast'"),
         ({"init": "zeros"}, "init: expected one of .* found 'zeros'"),
         ({"slot_bias": "norm"}, r"slot_bias: expected one of .* found 'norm'"),
@@ -101,12 +107,17 @@ def test_values_of_another_type_are_refused(changes):
         {"merge": "updated"},
         {"slot_bias": "count+norm"},
         {"slot_rate": 0.2},
+        {"num_sinks": 3},
+        {"sink_window": 3},
+        {"mamba_state_size": 3},
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_every_field_changes_the_model(changes):
+    name = next(iter(changes))
+    sizes = BASELINES if name in ("num_sinks", "sink_window", "mamba_state_size") else {}
     logits = []
-    for config in (make_config(), make_config(**changes)):
+    for config in (make_config(**sizes), make_config(**sizes | changes)):
         torch.manual_seed(0)
         logits.append(OVQForCausalLM(config).eval()(random_ids(2, 40)).logits)
     assert not torch.allclose(*logits, atol=1e-4)

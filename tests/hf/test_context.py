@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from ovq.hf import OVQForCausalLM, build_context, load_context, save_context
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.context import _digest
-from tests.hf.common import make_config, make_model, random_ids
+from tests.hf.common import BASELINES, make_config, make_model, random_ids
 
 DOCUMENT = random_ids(1, 61, seed=3)[0]
 # Unequal lengths, two of them alike, one of a single token; chunks of 4 end at different steps.
@@ -128,7 +128,7 @@ def test_rotary_embedding_in_every_layer():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"conv_size": 0}, {"mixer_types": ["ovq"] * 4}, {"chunk_size": 64}, {"init": "random"}],
+    [{"conv_size": 0}, {"mixer_types": ["ovq"] * 4}, {"chunk_size": 64}, {"init": "random"}, BASELINES],
     ids=str,
 )
 @pytest.mark.parametrize("length", [1, 3, 61])

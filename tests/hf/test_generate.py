@@ -7,15 +7,15 @@ import torch
 
 from ovq.hf import OVQCache
 from ovq.hf.cache import CACHE_KEY
-from tests.hf.common import left_padded, make_model, random_ids
+from tests.hf.common import BASELINES, left_padded, make_model, random_ids
 
 NEW = 14
 GREEDY = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
+@pytest.fixture(scope="module", params=[{}, BASELINES], ids=["ovq", "baselines"])
+def model(request):
+    return make_model(**request.param)
 
 
 @pytest.fixture(scope="module")

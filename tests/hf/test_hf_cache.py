@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from ovq.hf import OVQCache
-from tests.hf.common import left_padded, make_config, make_model, random_ids
+from ovq.hf.cache import StateCacheLayer
+from tests.hf.common import BASELINES, left_padded, make_config, make_model, random_ids
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
+@pytest.fixture(scope="module", params=[{}, BASELINES], ids=["ovq", "baselines"])
+def model(request):
+    return make_model(**request.param)
 
 
 IDS = random_ids(3, 19)
@@ -37,6 +38,8 @@ def tensors(cache):
         if layer.kind == "an OVQState":
             yield from (layer.state.key_sum, layer.state.value_sum, layer.state.count)
             yield from (layer.state.pending_keys, layer.state.pending_values)
+        elif isinstance(layer, StateCacheLayer):
+            yield from layer.state.values()
         else:
             yield from (layer.keys, layer.values)
 
@@ -108,14 +111,21 @@ def test_offload_and_prefetch_move_every_tensor(model):
     assert {t.device.type for t in tensors(cache)} == {"meta"}
 
 
-def test_a_sliding_window_layer_does_not_keep_the_prompt_alive(model):
-    layer = cached(model).layers[0]
-    assert layer.keys.shape[2] == model.config.sliding_window - 1
+def test_a_window_does_not_keep_the_prompt_alive():
+    layer = cached(make_model()).layers[0]
+    assert layer.keys.shape[2] == make_config().sliding_window - 1
     assert layer.keys.untyped_storage().nbytes() == layer.keys.nbytes
 
 
-def test_an_ovq_layer_keeps_no_keys_and_values():
-    layer = OVQCache(make_config()).layers[1]
+def test_a_state_of_constant_size_does_not_keep_the_prompt_alive():
+    for layer in cached(make_model(**BASELINES)).layers:
+        for name, tensor in layer.state.items():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
+@pytest.mark.parametrize("changes", [{"mixer_types": ["ovq"] * 4}, BASELINES], ids=["ovq", "baselines"])
+def test_a_layer_with_a_state_keeps_no_keys_and_values(changes):
+    layer = OVQCache(make_config(**changes)).layers[1]
     with pytest.raises(NotImplementedError, match="use set_state"):
         layer.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
 

@@ -1,5 +1,7 @@
 """The language model's forward pass, loss, gradients, and its life on disk."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,12 +11,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM, OVQModel
 from ovq.hf.cache import CACHE_KEY
 from ovq.layers import OVQAttention, ShortConvolution
-from tests.hf.common import SIZES, left_padded, make_config, make_model, random_ids
+from tests.hf.common import BASELINES, SIZES, left_padded, make_config, make_model, random_ids
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
+@pytest.fixture(scope="module", params=[{}, BASELINES], ids=["ovq", "baselines"])
+def model(request):
+    return make_model(**request.param)
 
 
 def grads_of(model, **inputs):
@@ -82,7 +84,7 @@ def test_the_loss_of_packed_rows_does_not_predict_across_rows(model):
 def test_hidden_states_and_tuples(model):
     ids = random_ids(2, 9)
     out = model(ids, output_hidden_states=True)
-    assert len(out.hidden_states) == SIZES["num_hidden_layers"] + 1
+    assert len(out.hidden_states) == model.config.num_hidden_layers + 1
     torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
     first, *_ = model(ids, return_dict=False)
     assert torch.equal(first, out.logits)
@@ -115,8 +117,8 @@ def test_both_names_of_the_cache_work(model):
         torch.testing.assert_close(model(ids[:, 5:], **{name: cache}).logits, expected)
 
 
-def test_caches_that_cannot_be_are_refused(model):
-    ids = random_ids(1, 4)
+def test_caches_that_cannot_be_are_refused():
+    model, ids = make_model(), random_ids(1, 4)
     with pytest.raises(ValueError, match=r"expected an OVQCache .* found DynamicCache"):
         model(ids, past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="found two caches"):
@@ -154,11 +156,13 @@ def test_positions_may_be_given_if_they_say_nothing_new(model):
     model(ids[:1], position_ids=packed, cu_seqlens=torch.tensor([0, 4, 8]))
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model, ids = make_model().train(), random_ids(2, 14)
+@pytest.mark.parametrize("changes", [{}, BASELINES], ids=["ovq", "baselines"])
+def test_gradient_checkpointing_gives_the_same_gradients(changes):
+    model, ids = make_model(**changes).train(), random_ids(2, 14)
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
-    expected = grads_of(model, input_ids=ids, attention_mask=mask, labels=ids)
+    # Of a copy, as a step in training may leave its mark on a model.
+    expected = grads_of(copy.deepcopy(model), input_ids=ids, attention_mask=mask, labels=ids)
     assert all(g.abs().max() > 0 for g in expected.values())
     calls = []
     hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -218,14 +222,16 @@ def test_weight_decay_leaves_norms_and_temperatures_alone():
 
     # The rule of transformers' Trainer.
     forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-    decayed = get_parameter_names(make_model(), [torch.nn.LayerNorm], forbidden)
-    assert decayed
-    assert not [name for name in decayed if "norm" in name or "beta" in name]
+    for changes in ({}, BASELINES):
+        decayed = get_parameter_names(make_model(**changes), [torch.nn.LayerNorm], forbidden)
+        assert decayed
+        assert not [name for name in decayed if "norm" in name or "beta" in name]
 
 
+@pytest.mark.parametrize("changes", [{}, BASELINES], ids=["ovq", "baselines"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_save_and_load_by_the_auto_classes(tmp_path, tied):
-    model, ids = make_model(tie_word_embeddings=tied), random_ids(2, 12)
+def test_save_and_load_by_the_auto_classes(tmp_path, tied, changes):
+    model, ids = make_model(tie_word_embeddings=tied, **changes), random_ids(2, 12)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.01)
@@ -260,17 +266,19 @@ def test_set_num_slots_reaches_every_layer_and_is_saved(tmp_path):
         make_model(mixer_types=["full_attention"] * 4).set_num_slots(4)
 
 
+@pytest.mark.parametrize("changes", [{}, BASELINES], ids=["ovq", "baselines"])
 @pytest.mark.parametrize("num_tokens", [1, 4, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_bytes_is_the_size_of_a_real_cache(num_tokens, dtype):
-    model = make_model().to(dtype)
+def test_state_bytes_is_the_size_of_a_real_cache(changes, num_tokens, dtype):
+    model = make_model(**changes).to(dtype)
     cache = OVQCache(model.config)
     model(random_ids(2, num_tokens), past_key_values=cache)
     assert cache.nbytes == 2 * model.state_bytes(num_tokens)
 
 
-def test_one_convolution_class_for_every_mixer():
-    convolutions = [m for m in make_model().modules() if isinstance(m, ShortConvolution)]
-    assert len(convolutions) == SIZES["num_hidden_layers"]
-    without = make_model(conv_size=0)
+@pytest.mark.parametrize("changes", [SIZES, BASELINES], ids=["ovq", "baselines"])
+def test_one_convolution_class_for_every_mixer(changes):
+    convolutions = [m for m in make_model(**changes).modules() if isinstance(m, ShortConvolution)]
+    assert len(convolutions) == len(changes["mixer_types"])
+    without = make_model(**changes | {"conv_size": 0})
     assert not [m for m in without.modules() if isinstance(m, ShortConvolution)]

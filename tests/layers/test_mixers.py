@@ -5,7 +5,19 @@ import itertools
 import pytest
 import torch
 
-from ovq.layers import FullAttention, MixerCache, OVQAttention, SlidingWindowAttention
+from ovq.layers import (
+    MIXERS,
+    ConstantStateMixer,
+    FullAttention,
+    GatedDeltaNet,
+    LinearAttention,
+    Mamba2,
+    MixerCache,
+    OVQAttention,
+    SinkAttention,
+    SlidingWindowAttention,
+    VQAttention,
+)
 
 HIDDEN, TOKENS, ROWS = 24, 23, 3
 MAKERS = {
@@ -22,6 +34,12 @@ MAKERS = {
     "sliding-nope": lambda **kw: SlidingWindowAttention(
         HIDDEN, 4, 4, 6, sliding_window=2, conv_size=0, use_rope=False, **kw
     ),
+    "sinks": lambda **kw: SinkAttention(HIDDEN, 4, 2, 6, num_sinks=2, sink_window=5, conv_size=3, **kw),
+    "sinks-long": lambda **kw: SinkAttention(HIDDEN, 4, 4, 6, num_sinks=3, sink_window=30, conv_size=0, **kw),
+    "vq": lambda **kw: VQAttention(HIDDEN, 4, 2, 6, num_slots=7, chunk_size=4, conv_size=3, **kw),
+    "linear": lambda **kw: LinearAttention(HIDDEN, 4, 2, 6, conv_size=3, **kw),
+    "deltanet": lambda **kw: GatedDeltaNet(HIDDEN, 4, 2, 6, conv_size=3, **kw),
+    "mamba": lambda **kw: Mamba2(HIDDEN, 4, 2, 6, conv_size=3, **kw),
 }
 # Float64 throughout: rotation by other columns, or sums in another order, stay far below this.
 TOLERANCE = {"atol": 1e-10, "rtol": 0}
@@ -30,7 +48,8 @@ TOLERANCE = {"atol": 1e-10, "rtol": 0}
 @pytest.fixture(params=MAKERS)
 def mixer(request):
     torch.manual_seed(0)
-    return MAKERS[request.param]().double()
+    # The slots of VQ-attention would move with every call in training.
+    return MAKERS[request.param]().double().eval()
 
 
 @pytest.fixture
@@ -152,7 +171,7 @@ def test_batch_operations_on_a_cache_equal_those_on_the_rows(mixer, x):
 
 def test_layers_share_a_cache_by_their_index(x):
     torch.manual_seed(0)
-    stack = [make(layer_idx=i).double() for i, make in enumerate(MAKERS.values())]
+    stack = [make(layer_idx=i).double().eval() for i, make in enumerate(MAKERS.values())]
 
     def run(part, cache):
         for layer in stack:
@@ -223,7 +242,7 @@ def test_a_cache_of_another_mixer_is_refused(x):
         MAKERS["sliding"]().double()(x, past_key_values=cache)
 
 
-@pytest.mark.parametrize("cls", [OVQAttention, FullAttention, SlidingWindowAttention])
+@pytest.mark.parametrize("cls", MIXERS.values())
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -231,7 +250,7 @@ def test_a_cache_of_another_mixer_is_refused(x):
         ({"num_heads": 0}, "found num_heads=0"),
         ({"num_heads": 5}, "divide hidden_size .* found hidden_size=24, num_heads=5"),
         ({"num_heads": 2, "head_dim": 0}, "head_dim=0"),
-        ({"num_heads": 2, "head_dim": 3, "use_rope": True}, "even head_dim .* found 3"),
+        ({"num_heads": 2, "head_dim": 3, "use_rope": True}, "even head_dim .* found 3|no rotary embedding"),
         ({"num_heads": 2, "conv_size": 1}, "conv_size .* found 1"),
         ({"num_heads": 2, "conv_size": -1}, "conv_size .* found -1"),
     ],
@@ -239,3 +258,33 @@ def test_a_cache_of_another_mixer_is_refused(x):
 def test_sizes_that_do_not_fit_are_refused(cls, arguments, message):
     with pytest.raises(ValueError, match=message):
         cls(HIDDEN, **arguments)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in MIXERS.items() if not cls.supports_rope])
+def test_rotary_embedding_is_refused_where_there_is_none(name):
+    with pytest.raises(ValueError, match="use_rope=False, found True"):
+        MIXERS[name](HIDDEN, 4, use_rope=True)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_size": 64, "num_heads": 2, "head_dim": 64, "conv_size": 3},
+        {"hidden_size": 512, "num_heads": 8, "num_kv_heads": 2, "conv_size": 4},
+        {"hidden_size": 256, "num_heads": 4, "num_kv_heads": 4, "conv_size": 0},
+    ],
+)
+def test_every_mixer_has_the_parameters_of_ovq_within_five_percent(name, sizes):
+    ours, theirs = (sum(p.numel() for p in cls(**sizes).parameters()) for cls in (MIXERS[name], OVQAttention))
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
+@pytest.mark.parametrize("name", [n for n, cls in MIXERS.items() if issubclass(cls, ConstantStateMixer)])
+def test_a_state_of_another_size_is_refused(name):
+    x = torch.randn(3, 5, HIDDEN)
+    layer = MIXERS[name](HIDDEN, 4, head_dim=6, conv_size=0)
+    for other, rows in ((MIXERS[name](HIDDEN, 4, head_dim=12, conv_size=0), 3), (layer, 1)):
+        _, _, cache = other(x[:rows], use_cache=True)
+        with pytest.raises(ValueError, match=rf"expected .* of shape \[3, .*found \[{rows}, "):
+            layer(x, past_key_values=cache)

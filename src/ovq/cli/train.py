@@ -14,7 +14,7 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="TASK-MIXER: recall, positional, regression or mqar; ovq, full or sliding.",
+            help="TASK-MIXER: recall, positional, regression or mqar; ovq, full, vq, ...",
             show_default=False,
         ),
     ] = None,

@@ -19,7 +19,8 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ovq.hf.configuration_ovq import OVQConfig
-from ovq.layers.cache import ConvStateMixin, SlotCache, key_value_kind
+from ovq.layers import ConstantStateMixer, SlotCache, StateCache, mixer_class
+from ovq.layers.cache import ConvStateMixin, key_value_kind
 from ovq.layers.common import apply_rotary, rotary_tables
 from ovq.ops import OVQState
 from ovq.ops.serialization import STATE_TENSORS, state_tensors
@@ -170,28 +171,33 @@ class SlidingWindowCacheLayer(_AttentionLayerCache, DynamicSlidingWindowLayer):
         self.cumulative_length = num_columns
 
 
-class SlotCacheLayer(_LayerCache, SlotCache, CacheLayerMixin):
-    """Cache of an `"ovq"` layer: its `OVQState` and the state of its convolution."""
+class _StateLayer(_LayerCache):
+    """What caches that hold a state have in common, whatever it is: the mixer sets it, and nothing is kept
+    that a mask could be about."""
 
     is_sliding = False
-
-    @property
-    def num_rows(self) -> int:
-        """Rows B."""
-        return self.state.batch_size
 
     def set_state(self, state: Any, num_new: int) -> None:
         """Keep the state after `num_new` more columns."""
         super().set_state(state, num_new)
-        self.device = state.count.device
+        self.device = self._any_tensor().device
         self.is_initialized = True
 
+    @property
+    def num_rows(self) -> int:
+        """Rows B."""
+        return self._any_tensor().shape[0]
+
+    def _any_tensor(self) -> Tensor:
+        """One of the tensors on the model's device."""
+        raise NotImplementedError
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: the state comes from the op."""
+        """Nothing to prepare: the state comes from the mixer."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Not for this layer, which keeps no keys: the mixer sets the state."""
-        raise NotImplementedError("an OVQ layer keeps a state, not keys and values: use set_state")
+        raise NotImplementedError("this layer keeps a state, not keys and values: use set_state")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the columns a mask has to cover."""
@@ -209,6 +215,13 @@ class SlotCacheLayer(_LayerCache, SlotCache, CacheLayerMixin):
     def _move_to(self, device: torch.device | str) -> None:
         super()._move_to(device)
         self._map_state(lambda s: s.to(device, non_blocking=True))
+
+
+class SlotCacheLayer(_StateLayer, SlotCache, CacheLayerMixin):
+    """Cache of an `"ovq"` layer: its `OVQState` and the state of its convolution."""
+
+    def _any_tensor(self) -> Tensor:
+        return self.state.count
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of the state, and the state of the convolution."""
@@ -233,6 +246,28 @@ class SlotCacheLayer(_LayerCache, SlotCache, CacheLayerMixin):
             }
             states.append(dataclasses.replace(part.state, **keys))
         self.set_state(OVQState.concatenate(states), num_columns)
+
+
+class StateCacheLayer(_StateLayer, StateCache, CacheLayerMixin):
+    """Cache of a layer with a state of constant size: its tensors and the state of its convolution."""
+
+    def _any_tensor(self) -> Tensor:
+        return next(iter(self.state.values()))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of the state, and the state of the convolution."""
+        return super().tensors() | {name: t.cpu().contiguous() for name, t in self.state.items()}
+
+    def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
+        """Fill this layer, which is empty."""
+        super().restore(tensors, num_columns, config)
+        self.set_state({name: t for name, t in tensors.items() if name != "conv_state"}, num_columns)
+
+    def join(self, parts: Sequence[StateCacheLayer], num_columns: int) -> None:
+        """Fill this layer, which is empty, with the rows of others: no state here knows of columns."""
+        super().join(parts, num_columns)
+        names = parts[0].state
+        self.set_state({name: torch.cat([part.state[name] for part in parts]) for name in names}, num_columns)
 
 
 class OVQCache(Cache):
@@ -316,8 +351,11 @@ class OVQCache(Cache):
 
 
 def _layer_cache(mixer_type: str, config: OVQConfig) -> _LayerCache:
+    mixer = mixer_class(mixer_type)
     if mixer_type == "ovq":
         layer = SlotCacheLayer()
+    elif issubclass(mixer, ConstantStateMixer):
+        layer = StateCacheLayer(mixer.state_kind)
     elif mixer_type == "full_attention":
         layer = FullAttentionCacheLayer()
     else:

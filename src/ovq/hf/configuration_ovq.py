@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from ovq.layers.base import check_sizes
 from ovq.layers.registry import MIXERS
+from ovq.layers.vq import check_vq
 from ovq.ops.rules import BIASES, INITS, MERGES, check_rate
 from ovq.ops.schedule import GROWTHS
 
@@ -27,14 +28,22 @@ class OVQConfig(PreTrainedConfig):
         head_dim: size of a head. None: `hidden_size / num_attention_heads`.
         rms_norm_eps: epsilon of the RMSNorm layers.
         rope_theta: base of the rotary frequencies.
-        rope_mixers: the mixer types whose layers get rotary embedding.
+        rope_mixers: the mixer types whose layers get rotary embedding, of `"sliding_attention"`,
+            `"full_attention"` and `"ovq"`. None: `"sliding_attention"` alone.
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: use the embedding as the output layer too.
         mixer_types: a mixer a layer, of those in `ovq.layers.MIXERS`. None: `"sliding_attention"` and `"ovq"`
             in turn.
         sliding_window: tokens a `"sliding_attention"` layer sees, the current one included.
-        num_slots: N, the most slots a head of an `"ovq"` layer may hold.
-        chunk_size: C, tokens an `"ovq"` layer reads exactly before it merges them.
+        num_sinks: S, first tokens of a row that a `"sink_attention"` layer keeps in sight.
+        sink_window: tokens a `"sink_attention"` layer sees beside them, the current one included. None: as
+            many as have the bytes of the state of an `"ovq"` layer with this `num_slots` and `chunk_size`.
+        mamba_state_size: numbers of state a channel of a `"mamba2"` layer. None: so many that the layer has
+            as many parameters as an `"ovq"` layer.
+        num_slots: N, the most slots a head of an `"ovq"` layer may hold; the slots of a `"vq"` layer.
+        chunk_size: C, tokens an `"ovq"` layer reads exactly before it merges them; the chunks of `"vq"`.
+        vq_decay: of the moving averages that the slots of a `"vq"` layer are, a training step.
+        commitment_weight: factor on the loss that draws the keys of a `"vq"` layer to their slots.
         conv_size: taps of the causal depthwise convolution in every mixer; 0 for none.
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`.
         init: which keys open slots: `"novelty"` or `"random"`.
@@ -74,6 +83,11 @@ class OVQConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     mixer_types: list[str] | None = None
     sliding_window: int = 128
+    num_sinks: int = 4
+    sink_window: int | None = None
+    mamba_state_size: int | None = None
+    vq_decay: float | int = 0.99
+    commitment_weight: float | int = 0.1
     num_slots: int = 1024
     chunk_size: int = 128
     conv_size: int = 4
@@ -109,11 +123,14 @@ class OVQConfig(PreTrainedConfig):
             "intermediate_size": 1,
             "num_hidden_layers": 1,
             "sliding_window": 2,
+            "num_sinks": 1,
+            "sink_window": 2,
+            "mamba_state_size": 1,
             "num_slots": 1,
             "chunk_size": 1,
         }
         for name, bound in smallest.items():
-            if getattr(self, name) < bound:
+            if getattr(self, name) is not None and getattr(self, name) < bound:
                 raise ValueError(f"{name}: expected at least {bound}, found {getattr(self, name)}")
         if len(self.mixer_types) != self.num_hidden_layers:
             raise ValueError(
@@ -123,6 +140,8 @@ class OVQConfig(PreTrainedConfig):
         for field in ("mixer_types", "rope_mixers"):
             if unknown := sorted(set(getattr(self, field)) - set(MIXERS)):
                 raise ValueError(f"{field}: expected names among {sorted(MIXERS)}, found {unknown}")
+        if fixed := sorted(name for name in self.rope_mixers if not MIXERS[name].supports_rope):
+            raise ValueError(f"rope_mixers: expected mixers that have rotary embedding, found {fixed}")
         check_sizes(
             self.hidden_size,
             self.num_attention_heads,
@@ -131,6 +150,7 @@ class OVQConfig(PreTrainedConfig):
             self.conv_size,
             use_rope=any(name in self.rope_mixers for name in self.mixer_types),
         )
+        check_vq(self.num_slots, self.chunk_size, self.vq_decay, self.commitment_weight)
         choices = {"growth": GROWTHS, "init": INITS, "merge": MERGES, "slot_bias": BIASES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

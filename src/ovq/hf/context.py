@@ -27,7 +27,7 @@ from ovq.files import atomic_path
 from ovq.hf.cache import CACHE_KEY, OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQPreTrainedModel
-from ovq.layers import Mixer, OVQAttention
+from ovq.layers import ConstantStateMixer, Mixer, OVQAttention
 from ovq.ops.serialization import STATE_TENSORS, check_tensors, read_file
 
 FORMAT = "ovq-context"
@@ -293,7 +293,10 @@ def _check_layers(
 
 
 def _names(mixer: Mixer) -> set[str]:
-    memory = STATE_TENSORS if isinstance(mixer, OVQAttention) else ("keys", "values")
+    if isinstance(mixer, ConstantStateMixer):
+        memory = mixer.state_spec(torch.float32)
+    else:
+        memory = STATE_TENSORS if isinstance(mixer, OVQAttention) else ("keys", "values")
     return {*memory, *(["conv_state"] if mixer.conv_size else [])}
 
 
@@ -301,29 +304,32 @@ def _check_layer(
     where: str, tensors: dict[str, Tensor], mixer: Mixer, num_tokens: int, dtype: torch.dtype
 ) -> None:
     """The same for one layer."""
-    shapes = {}
+    expected = {}
     if mixer.conv_size:
-        shapes["conv_state"] = [1, mixer.qkv_proj.out_features, mixer.conv_size - 1]
+        expected["conv_state"] = ([1, mixer.qkv_proj.out_features, mixer.conv_size - 1], dtype)
     if isinstance(mixer, OVQAttention):
         state = {name: tensors[name] for name in STATE_TENSORS}
         check_tensors(where, state, num_slots=mixer.num_slots, chunk_size=mixer.chunk_size)
-        if (found := tensors["num_seen"].tolist()) != [num_tokens]:
-            raise ValueError(f"{where}: expected num_seen [{num_tokens}], found {found}")
         for name in ("pending_keys", "pending_values"):
-            shapes[name] = [1, mixer.num_kv_heads, mixer.chunk_size, mixer.head_dim]
+            expected[name] = ([1, mixer.num_kv_heads, mixer.chunk_size, mixer.head_dim], dtype)
+    elif isinstance(mixer, ConstantStateMixer):
+        for name, (shape, kind) in mixer.state_spec(dtype).items():
+            expected[name] = ([1, *shape], kind)
     else:
         kept = num_tokens if mixer.window is None else min(num_tokens, mixer.window - 1)
         for name in ("keys", "values"):
-            shapes[name] = [1, mixer.num_kv_heads, kept, mixer.head_dim]
-    for name, shape in shapes.items():
+            expected[name] = ([1, mixer.num_kv_heads, kept, mixer.head_dim], dtype)
+    for name, (shape, kind) in expected.items():
         tensor = tensors[name]
-        if list(tensor.shape) != shape or tensor.dtype != dtype:
+        if list(tensor.shape) != shape or tensor.dtype != kind:
             raise ValueError(
-                f"{where}: expected {name} of shape {shape} in {dtype}, "
+                f"{where}: expected {name} of shape {shape} in {kind}, "
                 f"found {list(tensor.shape)} in {tensor.dtype}"
             )
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{where}: expected finite values in {name}, found NaN or Inf")
+    if "num_seen" in tensors and (found := tensors["num_seen"].tolist()) != [num_tokens]:
+        raise ValueError(f"{where}: expected num_seen [{num_tokens}], found {found}")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

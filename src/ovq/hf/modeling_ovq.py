@@ -18,8 +18,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, one_cache, unread_inputs
 from ovq.hf.configuration_ovq import OVQConfig
-from ovq.layers import Mixer, OVQAttention, SequenceLayout, ShortConvolution, mixer_class
+from ovq.layers import Mamba2, Mixer, OVQAttention, SequenceLayout, ShortConvolution, mixer_class
+from ovq.layers.chunked import DecayRates
 from ovq.layers.common import QKNorm
+from ovq.layers.vq import StaticDictionary
 
 # Keyword arguments of `forward` that transformers passes along and its decorators act on.
 _TRANSFORMERS_KWARGS = frozenset({"output_hidden_states", "output_attentions", "return_dict"})
@@ -71,9 +73,13 @@ class OVQBlock(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: SequenceLayout,
         past_key_values: OVQCache | None = None,
+        auxiliary_losses: list[Tensor] | None = None,
     ) -> Tensor:
-        """`[B, T, hidden_size]` to the same."""
-        mixed, _, _ = self.mixer(self.mixer_norm(hidden_states), attention_mask, past_key_values)
+        """`[B, T, hidden_size]` to the same; the mixer's own loss, if it has one, goes to the list."""
+        options = {}
+        if "auxiliary_losses" in self.mixer.forward_options:
+            options["auxiliary_losses"] = auxiliary_losses
+        mixed, _, _ = self.mixer(self.mixer_norm(hidden_states), attention_mask, past_key_values, **options)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
 
@@ -92,7 +98,7 @@ class OVQPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (ShortConvolution, QKNorm)):
+        if isinstance(module, (ShortConvolution, QKNorm, DecayRates, Mamba2, StaticDictionary)):
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -107,7 +113,8 @@ class OVQPreTrainedModel(PreTrainedModel):
         A cache from before goes on: its states are resized as they are next used.
 
         Raises:
-            ValueError: fewer than one slot, or a model without OVQ layers.
+            ValueError: fewer than one slot, a model without OVQ layers, or one with layers of another kind
+                whose size depends on `num_slots`.
 
         Example:
             >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
@@ -120,6 +127,11 @@ class OVQPreTrainedModel(PreTrainedModel):
         if not layers:
             raise ValueError(
                 f"expected a model with 'ovq' layers, found mixer_types {self.config.mixer_types}"
+            )
+        others = (mixer for mixer in self.mixers() if not isinstance(mixer, OVQAttention))
+        if fixed := sorted({type(mixer).__name__ for mixer in others if "num_slots" in mixer.config_fields}):
+            raise ValueError(
+                f"expected OVQ layers alone to depend on num_slots, found {fixed}, whose size cannot change"
             )
         for layer in layers:
             layer.set_num_slots(num_slots)
@@ -170,6 +182,7 @@ class OVQModel(OVQPreTrainedModel):
         use_cache: bool | None = None,
         cache: OVQCache | None = None,
         cu_seqlens: Tensor | None = None,
+        auxiliary_losses: list[Tensor] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Run the backbone.
@@ -186,6 +199,7 @@ class OVQModel(OVQPreTrainedModel):
             use_cache: return a cache. None: `config.use_cache`, but not while training or with packed rows.
             cache: newer name of `past_key_values`.
             cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`).
+            auxiliary_losses: a list to add the layers' own losses to, scalars (`"vq"` has one, weighted).
             kwargs: `output_hidden_states`, `return_dict`.
 
         Raises:
@@ -217,7 +231,9 @@ class OVQModel(OVQPreTrainedModel):
 
         hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(hidden_states, layout, past_key_values=past)
+            hidden_states = layer(
+                hidden_states, layout, past_key_values=past, auxiliary_losses=auxiliary_losses
+            )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_KEY: past})
 
 
@@ -267,7 +283,8 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             past_key_values: an `OVQCache`, brought up to date in place.
             inputs_embeds: `[B, T, hidden_size]`, in the place of `input_ids`.
             labels: `[B, T]`, usually `input_ids`; shifted here. -100 is ignored. With `cu_seqlens` the first
-                token of each row is ignored too, as no token before it belongs to its row.
+                token of each row is ignored too, as no token before it belongs to its row. While training
+                the loss has the layers' own losses in it.
             use_cache: return a cache. None: as in `OVQModel.forward`, and not with labels.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
             cache: newer name of `past_key_values`.
@@ -283,6 +300,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         if labels is not None:
             # Sequences that come with their targets are not continued; evaluation need not pay for a cache.
             use_cache = bool(use_cache)
+        own_losses = [] if labels is not None and self.training else None
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -292,6 +310,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             use_cache,
             cache,
             cu_seqlens,
+            own_losses,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -303,6 +322,11 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
+            if own_losses:
+                # The other losses of a step's micro-batches are added up by their share of its targets.
+                num_targets = (labels[:, 1:] != -100).sum()
+                share = 1 if num_items_in_batch is None else num_targets / num_items_in_batch
+                loss = loss + share * sum(own_losses)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

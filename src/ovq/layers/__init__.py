@@ -1,23 +1,37 @@
 """Sequence mixers as PyTorch layers. Imports neither transformers nor Triton."""
 
-from ovq.layers.base import Mixer
-from ovq.layers.cache import KeyValueCache, MixerCache, SlotCache
+from ovq.layers.base import AttentionMixer, Mixer
+from ovq.layers.cache import KeyValueCache, MixerCache, SlotCache, StateCache
 from ovq.layers.common import ShortConvolution
+from ovq.layers.constant import ConstantStateMixer
+from ovq.layers.deltanet import GatedDeltaNet
 from ovq.layers.layout import SequenceLayout
+from ovq.layers.linear import LinearAttention
+from ovq.layers.mamba import Mamba2
 from ovq.layers.ovq import OVQAttention
 from ovq.layers.registry import MIXERS, mixer_class
+from ovq.layers.sinks import SinkAttention
 from ovq.layers.softmax import FullAttention, SlidingWindowAttention
+from ovq.layers.vq import VQAttention
 
 __all__ = [
     "MIXERS",
+    "AttentionMixer",
+    "ConstantStateMixer",
     "FullAttention",
+    "GatedDeltaNet",
     "KeyValueCache",
+    "LinearAttention",
+    "Mamba2",
     "Mixer",
     "MixerCache",
     "OVQAttention",
     "SequenceLayout",
     "ShortConvolution",
+    "SinkAttention",
     "SlidingWindowAttention",
     "SlotCache",
+    "StateCache",
+    "VQAttention",
     "mixer_class",
 ]

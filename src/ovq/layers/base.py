@@ -1,7 +1,4 @@
-"""The base class of all mixers: projections, convolution, normalisation and the calling contract.
-
-A mixer differs from another only in `attend`, in the cache it needs and in that cache's size.
-"""
+"""The base classes of all mixers: the calling contract, projections, convolution and normalisation."""
 
 from __future__ import annotations
 
@@ -19,68 +16,54 @@ from ovq.layers.layout import SequenceLayout
 class Mixer(nn.Module, ABC):
     """A causal sequence mixer with the forward contract of flash-linear-attention's layers.
 
+    It projects the tokens to channels, convolves those, mixes them over time, and projects back.
+
     Args:
         hidden_size: width of the model.
-        num_heads: query heads H.
-        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
-        head_dim: K (and V). None: `hidden_size / num_heads`.
-        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
+        num_channels: channels that are convolved and mixed.
+        num_outputs: width of what `mix` returns.
+        conv_size: taps of the causal depthwise convolution on the channels; 0 for none.
         layer_idx: the layer's place in the cache; None stands for 0.
-        use_rope: rotate queries and keys by position.
-        rope_theta: base of the rotary frequencies.
-
-    Raises:
-        ValueError: sizes that do not fit each other.
     """
 
     #: Other keyword arguments that `forward` understands, beside `cu_seqlens`.
     forward_options: frozenset[str] = frozenset()
-    #: Constructor arguments beyond those of this class that a model takes from its config, by the same name.
+    #: Constructor arguments beyond those of every mixer that a model takes from its config, by the same name.
     config_fields: tuple[str, ...] = ()
+    #: Whether queries and keys can be rotated by position.
+    supports_rope: bool = True
 
     def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
-        conv_size: int = 4,
-        layer_idx: int | None = None,
-        use_rope: bool = False,
-        rope_theta: float = 10000.0,
+        self, hidden_size: int, *, num_channels: int, num_outputs: int, conv_size: int, layer_idx: int | None
     ):
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_sizes(hidden_size, num_heads, num_kv_heads, head_dim, conv_size, use_rope)
-        head_dim = hidden_size // num_heads if head_dim is None else head_dim
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.conv_size, self.layer_idx = conv_size, layer_idx
-        self.use_rope, self.rope_theta = use_rope, rope_theta
-
-        num_channels = (num_heads + 2 * num_kv_heads) * head_dim
         # One projection and one convolution for queries, keys and values: fewer, larger products.
         self.qkv_proj = nn.Linear(hidden_size, num_channels, bias=False)
         self.qkv_conv = ShortConvolution(num_channels, conv_size) if conv_size else None
-        self.qk_norm = QKNorm(num_heads, head_dim)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.o_proj = nn.Linear(num_outputs, hidden_size, bias=False)
+
+    @classmethod
+    def check_rope(cls, use_rope: bool) -> None:
+        """Raise a ValueError if rotary embedding is asked for where there is none."""
+        if use_rope and not cls.supports_rope:
+            raise ValueError(f"expected use_rope=False, found True: {cls.__name__} has no rotary embedding")
 
     @abstractmethod
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: Any, **options
+    def mix(
+        self, channels: Tensor, hidden_states: Tensor, layout: SequenceLayout, cache: Any, **options
     ) -> Tensor:
         """Mix the tokens of a call with each other and with the cached ones.
 
         Args:
-            q: `[B, T, H, K]`, L2-normalised (and rotated), in float32 or float64. Not scaled yet.
-            k: `[B, T, Hkv, K]`, the same.
-            v: `[B, T, Hkv, V]`, in the dtype of the activations.
+            channels: `[B, T, num_channels]`, projected and convolved.
+            hidden_states: `[B, T, hidden_size]`, what they were projected from.
             layout: the call's padding and packing.
             cache: this layer's cache, to be read and brought up to date; or None.
             options: those of `forward_options` that were given.
 
         Returns:
-            `[B, T, H, V]` in the dtype of `v`. Padding columns may hold any finite value.
+            `[B, T, num_outputs]` in the dtype of `channels`. Padding columns may hold any finite value.
         """
 
     @property
@@ -156,31 +139,17 @@ class Mixer(nn.Module, ABC):
         if cache is not None:
             _check_cache_use(cache, layout)
 
-        q, k, v = self._queries_keys_values(hidden_states, layout, cache)
-        o = self.attend(q, k, v, layout, cache, **kwargs)
-        if layout.new_mask is not None:
-            o = o.masked_fill(~layout.new_mask[..., None, None], 0)
-        return self.o_proj(o.flatten(2)), None, past_key_values
-
-    def _queries_keys_values(
-        self, hidden_states: Tensor, layout: SequenceLayout, cache: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project, convolve, normalise and rotate; brings the convolution's state in the cache up to date."""
-        qkv = self.qkv_proj(hidden_states)
+        channels = self.qkv_proj(hidden_states)
         if self.qkv_conv is not None:
-            qkv, conv_state = self.qkv_conv(qkv, None if cache is None else cache.conv_state, layout)
+            channels, conv_state = self.qkv_conv(
+                channels, None if cache is None else cache.conv_state, layout
+            )
             if cache is not None:
                 cache.conv_state = conv_state
-        heads = qkv.unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
-        q, k = self.qk_norm(q, k)
-        if self.use_rope:
-            # Positions are column numbers: only differences matter, so padding and packing change nothing.
-            cos, sin = rotary_tables(
-                layout.num_past, layout.num_new, self.head_dim, theta=self.rope_theta, like=q
-            )
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        return q, k, v
+        o = self.mix(channels, hidden_states, layout, cache, **kwargs)
+        if layout.new_mask is not None:
+            o = o.masked_fill(~layout.new_mask[..., None], 0)
+        return self.o_proj(o), None, past_key_values
 
     def _cache_of_layer(self, past_key_values: Any) -> Any:
         """This layer's part of a cache, created if it is not there yet."""
@@ -208,6 +177,100 @@ class Mixer(nn.Module, ABC):
                 f"expected hidden_states of shape [batch, tokens >= 1, {width}], "
                 f"found {list(hidden_states.shape)}"
             )
+
+
+class AttentionMixer(Mixer):
+    """A mixer of queries, keys and values, normalised and with a temperature a head, as OVQ has them.
+
+    Such a mixer differs from another only in `attend`, in the cache it needs and in that cache's size.
+
+    Args:
+        hidden_size: width of the model.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
+        head_dim: K (and V). None: `hidden_size / num_heads`.
+        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
+        layer_idx: the layer's place in the cache; None stands for 0.
+        use_rope: rotate queries and keys by position.
+        rope_theta: base of the rotary frequencies.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        conv_size: int = 4,
+        layer_idx: int | None = None,
+        use_rope: bool = False,
+        rope_theta: float = 10000.0,
+    ):
+        self.check_rope(use_rope)
+        num_kv_heads, head_dim = checked_heads(
+            hidden_size, num_heads, num_kv_heads, head_dim, conv_size, use_rope
+        )
+        super().__init__(
+            hidden_size,
+            num_channels=(num_heads + 2 * num_kv_heads) * head_dim,
+            num_outputs=num_heads * head_dim,
+            conv_size=conv_size,
+            layer_idx=layer_idx,
+        )
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.use_rope, self.rope_theta = use_rope, rope_theta
+        self.qk_norm = QKNorm(num_heads, head_dim)
+
+    @abstractmethod
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: Any, **options
+    ) -> Tensor:
+        """Mix the tokens of a call with each other and with the cached ones.
+
+        Args:
+            q: `[B, T, H, K]`, L2-normalised (and rotated), in float32 or float64. Not scaled yet.
+            k: `[B, T, Hkv, K]`, the same.
+            v: `[B, T, Hkv, V]`, in the dtype of the activations.
+            layout: the call's padding and packing.
+            cache: this layer's cache, to be read and brought up to date; or None.
+            options: those of `forward_options` that were given.
+
+        Returns:
+            `[B, T, H, V]` in the dtype of `v`. Padding columns may hold any finite value.
+        """
+
+    def mix(
+        self, channels: Tensor, hidden_states: Tensor, layout: SequenceLayout, cache: Any, **options
+    ) -> Tensor:
+        """See `Mixer.mix`: `attend` with normalised (and rotated) queries and keys."""
+        heads = channels.unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        q, k = self.qk_norm(q, k)
+        if self.use_rope:
+            # Positions are column numbers: only differences matter, so padding and packing change nothing.
+            cos, sin = rotary_tables(
+                layout.num_past, layout.num_new, self.head_dim, theta=self.rope_theta, like=q
+            )
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        return self.attend(q, k, v, layout, cache, **options).flatten(2)
+
+
+def checked_heads(
+    hidden_size: int,
+    num_heads: int,
+    num_kv_heads: int | None,
+    head_dim: int | None,
+    conv_size: int,
+    use_rope: bool,
+) -> tuple[int, int]:
+    """Key/value heads and head size with their defaults filled in, or a ValueError (see `check_sizes`)."""
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    check_sizes(hidden_size, num_heads, num_kv_heads, head_dim, conv_size, use_rope)
+    return num_kv_heads, hidden_size // num_heads if head_dim is None else head_dim
 
 
 def check_sizes(

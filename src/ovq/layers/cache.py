@@ -108,6 +108,58 @@ class SlotCache(ConvStateMixin, _Slots):
     kind = "an OVQState"
 
 
+class _Tensors:
+    """The memory of a mixer that keeps a few tensors, of one size whatever the length; rows come first."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.state: dict[str, Tensor] | None = None
+        self.num_columns = 0
+
+    def set_state(self, state: dict[str, Tensor], num_new: int) -> None:
+        """Keep the tensors, each `[B, ...]`, after `num_new` more columns."""
+        self.state = state
+        self.num_columns += num_new
+
+    def get_seq_length(self) -> int:
+        """Columns seen, padding included."""
+        return self.num_columns
+
+    def reset(self) -> None:
+        self.state, self.num_columns = None, 0
+
+    def _map_state(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.state is not None:
+            self.state = {name: function(tensor) for name, tensor in self.state.items()}
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map_state(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map_state(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map_state(lambda t: t[indices.to(t.device)])
+
+    def memory_nbytes(self) -> int:
+        return 0 if self.state is None else sum(tensor.nbytes for tensor in self.state.values())
+
+
+class StateCache(ConvStateMixin, _Tensors):
+    """Cache of a mixer with a state of constant size: its tensors and the state of its convolution.
+
+    Args:
+        kind: what it holds, in words.
+
+    Example:
+        >>> cache = StateCache("the state of linear attention")
+        >>> cache.set_state({"kv_sum": torch.zeros(2, 4, 8, 9)}, num_new=5)
+        >>> cache.get_seq_length(), cache.nbytes
+        (5, 2304)
+    """
+
+
 class _KeysAndValues:
     """The memory of an attention layer: all keys and values, or the last `window - 1` of them."""
 
@@ -194,14 +246,14 @@ class MixerCache:
     """
 
     def __init__(self) -> None:
-        self.layers: list[SlotCache | KeyValueCache | None] = []
+        self.layers: list[SlotCache | StateCache | KeyValueCache | None] = []
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns cached for a layer."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         return 0 if layer is None else layer.get_seq_length()
 
-    def _each(self) -> list[SlotCache | KeyValueCache]:
+    def _each(self) -> list[SlotCache | StateCache | KeyValueCache]:
         return [layer for layer in self.layers if layer is not None]
 
     def reset(self) -> None:

@@ -83,6 +83,24 @@ class SequenceLayout:
             return None
         return self.mask[:, -num_keys:].long() - 1
 
+    def rows(self) -> LeftAlignedRows:
+        """The new tokens row by row, each from its first real one on, for mixers that work on whole rows."""
+        if self.cu_seqlens is not None:
+            lengths = self.cu_seqlens.diff()
+            column = torch.arange(int(lengths.max()), device=lengths.device)
+            mask = column < lengths[:, None]
+            source = (self.cu_seqlens[:-1, None] + column).clamp(max=self.num_new - 1)
+            target = self.row_index() * len(column) + self.offset_in_row()
+            return LeftAlignedRows(mask, source, target[None])
+        if self.new_mask is None:
+            return LeftAlignedRows()
+        batch_size, column = len(self.new_mask), torch.arange(self.num_new, device=self.new_mask.device)
+        lengths, first = self.new_mask.sum(1), self.new_mask.int().argmax(1)
+        row = torch.arange(batch_size, device=column.device)[:, None] * self.num_new
+        source = row + (first[:, None] + column).clamp(max=self.num_new - 1)
+        target = row + (column - first[:, None]).clamp(min=0)
+        return LeftAlignedRows(column < lengths[:, None], source, target)
+
     def row_index(self) -> Tensor:
         """Packed row of each new column, `[T]` int64 (only with `cu_seqlens`)."""
         lengths = self.cu_seqlens.diff()
@@ -92,6 +110,46 @@ class SequenceLayout:
         """Place of each new column in its packed row, `[T]` int64 (only with `cu_seqlens`)."""
         columns = torch.arange(self.num_new, device=self.cu_seqlens.device)
         return columns - self.cu_seqlens[:-1][self.row_index()]
+
+
+@dataclass(frozen=True)
+class LeftAlignedRows:
+    """How to lay rows out so that each begins in column 0, padding only right of them, and back again.
+
+    Without padding and packing both ways are the identity, and `mask` is None.
+
+    Attributes:
+        mask: `[R, L]` bool, True for a real token; None when all of them are real.
+        source: `[R, L]` where each token of the aligned rows comes from, in `[B * T]`.
+        target: `[B, T]` where each column of the call went, in `[R * L]`; anywhere for padding.
+
+    Example:
+        >>> layout = SequenceLayout.of(torch.tensor([[0, 1, 1]]), batch_size=1, num_past=0, num_new=3)
+        >>> rows = layout.rows()
+        >>> rows.take(torch.tensor([[7, 8, 9]])), rows.put(rows.take(torch.tensor([[7, 8, 9]])))
+        (tensor([[8, 9, 0]]), tensor([[8, 8, 9]]))
+    """
+
+    mask: Tensor | None = None
+    source: Tensor | None = None
+    target: Tensor | None = None
+
+    def take(self, x: Tensor) -> Tensor:
+        """`[B, T, ...]` to the aligned `[R, L, ...]`, zero where there is no token."""
+        if self.mask is None:
+            return x
+        rows = x.flatten(0, 1)[self.source]
+        return rows.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (x.dim() - 2)), 0)
+
+    def put(self, rows: Tensor) -> Tensor:
+        """`[R, L, ...]` back to `[B, T, ...]`; padding columns hold some token of their row."""
+        return rows if self.mask is None else rows.flatten(0, 1)[self.target]
+
+    def lengths(self, rows: Tensor) -> Tensor:
+        """Real tokens of each row, `[R]` int64; `rows` is an aligned tensor `[R, L, ...]`."""
+        if self.mask is not None:
+            return self.mask.sum(1)
+        return torch.full(rows.shape[:1], rows.shape[1], device=rows.device)
 
 
 # Not compiled: it branches on values of the mask at every turn.

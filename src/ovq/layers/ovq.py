@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ovq.layers.base import Mixer
+from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import SlotCache
 from ovq.layers.layout import SequenceLayout
 from ovq.ops import ovq_attention
 from ovq.ops.schedule import slots_by_chunk
 
 
-class OVQAttention(Mixer):
+class OVQAttention(AttentionMixer):
     """Attention over a dictionary of at most `num_slots` slots learned online, and the current chunk exactly.
 
     Args:
@@ -101,7 +101,7 @@ class OVQAttention(Mixer):
         cache: SlotCache | None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """See `Mixer.attend`; `generator` seeds `init="random"`."""
+        """See `AttentionMixer.attend`; `generator` seeds `init="random"`."""
         state = None if cache is None else cache.state
         if state is not None and state.num_slots != self.num_slots:
             state = state.resize(self.num_slots)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from ovq.layers.base import Mixer
+from ovq.layers.deltanet import GatedDeltaNet
+from ovq.layers.linear import LinearAttention
+from ovq.layers.mamba import Mamba2
 from ovq.layers.ovq import OVQAttention
+from ovq.layers.sinks import SinkAttention
 from ovq.layers.softmax import FullAttention, SlidingWindowAttention
+from ovq.layers.vq import VQAttention
 
 #: `mixer_types` name -> class.
 MIXERS: dict[str, type[Mixer]] = {
     "ovq": OVQAttention,
     "full_attention": FullAttention,
     "sliding_attention": SlidingWindowAttention,
+    "sink_attention": SinkAttention,
+    "vq": VQAttention,
+    "linear_attention": LinearAttention,
+    "gated_deltanet": GatedDeltaNet,
+    "mamba2": Mamba2,
 }
 
 

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovq.layers.base import Mixer
+from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import KeyValueCache, key_value_kind
 from ovq.layers.layout import SequenceLayout
 
 
-class FullAttention(Mixer):
+class FullAttention(AttentionMixer):
     """Causal softmax attention over all earlier tokens: quadratic time, a cache that grows with every token.
 
     Args:
@@ -40,7 +40,7 @@ class FullAttention(Mixer):
     window: int | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: Any) -> Tensor:
-        """See `Mixer.attend`."""
+        """See `AttentionMixer.attend`."""
         q = (q * self.qk_norm.scale[:, None]).to(v.dtype)
         # [B, H, T, K] from here on, the layout of scaled_dot_product_attention and of the caches.
         q, k, v = q.transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)
@@ -141,10 +141,10 @@ def causal_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Ten
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
     if segments is None and num_queries == num_keys:
-        return _sdpa(q, k, v, is_causal=True)
+        return softmax_attention(q, k, v, is_causal=True)
     if segments is None and num_queries == 1:
-        return _sdpa(q, k, v)
-    return _sdpa(q, k, v, mask=_allowed(num_queries, num_keys, None, segments, q.device))
+        return softmax_attention(q, k, v)
+    return softmax_attention(q, k, v, mask=_allowed(num_queries, num_keys, None, segments, q.device))
 
 
 def windowed_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, *, window: int) -> Tensor:
@@ -164,7 +164,7 @@ def windowed_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, *, w
     num_keys = num_cached + first
     head_segments = None if segments is None else segments[:, :num_keys]
     mask = _allowed(first, num_keys, window, head_segments, q.device)
-    head = _sdpa(q[:, :, :first], k[:, :, :num_keys], v[:, :, :num_keys], mask=mask)
+    head = softmax_attention(q[:, :, :first], k[:, :, :num_keys], v[:, :, :num_keys], mask=mask)
     if first == num_queries:
         return head
 
@@ -179,7 +179,7 @@ def windowed_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, *, w
         padded = F.pad(segments[:, num_cached:], (0, fill))
         segments = padded.unfold(1, 2 * window, window).flatten(0, 1)
     mask = _allowed(window, 2 * window, window, segments, q.device)
-    rest = _sdpa(blocks, keys, values, mask=mask)
+    rest = softmax_attention(blocks, keys, values, mask=mask)
     rest = rest.unflatten(0, (-1, num_blocks)).transpose(1, 2).flatten(2, 3)
     return torch.cat([head, rest[:, :, :num_rest]], dim=2)
 
@@ -212,10 +212,15 @@ def _read_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention row by packed row: the cost is the sum of squares, not the square of the sum."""
     offsets = cu_seqlens.tolist()
     rows = [slice(a, b) for a, b in itertools.pairwise(offsets) if a < b]
-    return torch.cat([_sdpa(q[:, :, r], k[:, :, r], v[:, :, r], is_causal=True) for r in rows], dim=2)
+    return torch.cat(
+        [softmax_attention(q[:, :, r], k[:, :, r], v[:, :, r], is_causal=True) for r in rows], dim=2
+    )
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """PyTorch's attention for queries that are scaled already, with grouped heads if there are any."""
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
     )

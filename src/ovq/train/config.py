@@ -40,8 +40,13 @@ class ModelArgs:
         head_dim: Size of a head; `None` for `hidden_size / num_attention_heads`.
         conv_size: Tokens the short convolution on queries, keys and values sees; 0 for none.
         sliding_window: Tokens a sliding-window layer sees.
+        num_sinks: First tokens a layer with attention sinks keeps in sight.
+        sink_window: Tokens such a layer sees beside them; `None` for the bytes of an OVQ layer.
+        mamba_state_size: Numbers of state a channel of Mamba2; `None` for as many parameters as OVQ has.
         num_slots: Slots of the dictionary of an OVQ layer, N.
         chunk_size: Tokens a chunk of an OVQ layer, C.
+        vq_decay: Decay of the moving averages that the slots of VQ-attention are.
+        commitment_weight: Factor on the loss that draws the keys of VQ-attention to their slots.
         growth: How the dictionary grows, see `ovq.ops.ovq_attention`.
         init: Which keys open new slots, see `ovq.ops.ovq_attention`.
         merge: Which slots a key may be merged into, see `ovq.ops.ovq_attention`.
@@ -64,6 +69,11 @@ class ModelArgs:
     head_dim: int | None = None
     conv_size: int = 3
     sliding_window: int = 32
+    num_sinks: int = 4
+    sink_window: int | None = None
+    mamba_state_size: int | None = None
+    vq_decay: float = 0.99
+    commitment_weight: float = 0.1
     num_slots: int = 64
     chunk_size: int = 64
     growth: str = "plateau"
@@ -79,7 +89,7 @@ class ModelArgs:
         if not self.mixer_types:
             raise ValueError("model.mixer_types: expected at least one mixer, found none")
         _check_at_least(self, "model", 1, "hidden_size", "intermediate_size", "num_attention_heads")
-        _check_at_least(self, "model", 1, "sliding_window", "num_slots", "chunk_size")
+        _check_at_least(self, "model", 1, "sliding_window", "num_sinks", "num_slots", "chunk_size")
         _check_at_least(self, "model", 0, "conv_size", "initializer_range", "embedding_std")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(

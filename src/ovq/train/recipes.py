@@ -62,7 +62,16 @@ _BUILDERS: dict[str, Callable[[str], RunConfig]] = {
     MQARTask.name: _mqar,
 }
 
-_MIXERS = {"ovq": "ovq", "full": "full_attention", "sliding": "sliding_attention"}
+_MIXERS = {
+    "ovq": "ovq",
+    "full": "full_attention",
+    "sliding": "sliding_attention",
+    "sinks": "sink_attention",
+    "vq": "vq",
+    "linear": "linear_attention",
+    "gdn": "gated_deltanet",
+    "mamba2": "mamba2",
+}
 """How names of recipes call the long-range mixers."""
 
 

@@ -1,0 +1,171 @@
+"""Gated DeltaNet (Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464): a state that forgets and corrects."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovq.layers.base import checked_heads
+from ovq.layers.chunked import DecayRates, decay_between, from_chunks, to_chunks
+from ovq.layers.common import l2_normalize
+from ovq.layers.constant import ConstantStateMixer, StateSpec, sum_dtype, without_autocast
+from ovq.layers.layout import SequenceLayout
+
+# Tokens of a triangular system. A tiling choice; on a CPU faster than the 64 that are usual on a GPU.
+CHUNK = 32
+
+
+class GatedDeltaNet(ConstantStateMixer):
+    """A state matrix a head that decays, and is corrected towards `S^T k = v` by every token.
+
+    `S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, with decay `a_t` and
+    rate `b_t` in (0, 1) computed from the token. Queries and keys have `num_kv_heads` heads, values
+    `num_heads`; the output is normalised a head and gated. Values have `2 (K - 1) / 3` components, so that
+    the layer, gate included, has as many parameters as an attention layer of these heads.
+
+    Args:
+        hidden_size: width of the model.
+        num_heads: heads H of values and states.
+        num_kv_heads: heads Hkv of queries and keys; divides H. None: as many as of values.
+        head_dim: K. None: `hidden_size / num_heads`.
+        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none. SiLU follows.
+        layer_idx: the layer's place in the cache; None stands for 0.
+        use_rope: refused if True.
+        rope_theta: not used.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+
+    Example:
+        >>> layer = GatedDeltaNet(32, num_heads=2)
+        >>> _, _, cache = layer(torch.randn(1, 20, 32), use_cache=True)
+        >>> cache.layers[0].state["delta"].shape
+        torch.Size([1, 2, 16, 10])
+    """
+
+    state_kind = "the matrices of Gated DeltaNet"
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        conv_size: int = 4,
+        layer_idx: int | None = None,
+        use_rope: bool = False,
+        rope_theta: float = 10000.0,
+    ):
+        self.check_rope(use_rope)
+        num_kv_heads, head_dim = checked_heads(
+            hidden_size, num_heads, num_kv_heads, head_dim, conv_size, use_rope
+        )
+        value_dim = max(1, round(2 * (head_dim - 1) / 3))
+        super().__init__(
+            hidden_size,
+            num_channels=2 * num_kv_heads * head_dim + num_heads * value_dim,
+            num_outputs=num_heads * value_dim,
+            conv_size=conv_size,
+            layer_idx=layer_idx,
+        )
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim, self.value_dim = head_dim, value_dim
+        # Gate of the output, decay and rate.
+        self.gate_proj = nn.Linear(hidden_size, num_heads * (value_dim + 2), bias=False)
+        self.rates = DecayRates(num_heads)
+        self.out_norm = nn.RMSNorm(value_dim, eps=1e-6)
+
+    def state_spec(self, dtype: torch.dtype) -> StateSpec:
+        """The matrix of each head."""
+        return {"delta": ((self.num_heads, self.head_dim, self.value_dim), sum_dtype(dtype))}
+
+    def mix(
+        self, channels: Tensor, hidden_states: Tensor, layout: SequenceLayout, cache: Any, **options
+    ) -> Tensor:
+        """See `Mixer.mix`."""
+        rows = layout.rows()
+        num_key_channels = self.num_kv_heads * self.head_dim
+        q, k, v = F.silu(channels).split(
+            [num_key_channels, num_key_channels, self.num_heads * self.value_dim], dim=-1
+        )
+        q, k = (l2_normalize(x.unflatten(-1, (-1, self.head_dim))) for x in (q, k))
+        gate, decay, rate = self.gate_proj(hidden_states).split(
+            [self.num_heads * self.value_dim, self.num_heads, self.num_heads], dim=-1
+        )
+        _, log_decay = self.rates(decay)
+        inputs = (q, k, v.unflatten(-1, (self.num_heads, -1)), log_decay, rate.to(log_decay.dtype).sigmoid())
+        # Where there is no token, zeros: the state neither decays nor is written to.
+        q, k, v, log_decay, rate = (rows.take(x) for x in inputs)
+        before = self.state_before(cache, len(q), channels)
+        with without_autocast(q):
+            o, delta = _best_gated_delta_rule(q)(q, k, v.to(q.dtype), log_decay, rate, before["delta"])
+        if cache is not None:
+            cache.set_state({"delta": delta}, layout.num_new)
+        o = self.out_norm(rows.put(o).to(self.out_norm.weight.dtype))
+        return o.flatten(2).to(channels.dtype) * F.silu(gate)
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rate: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gated delta rule in chunks, whose corrections within a chunk are one triangular system.
+
+    Args:
+        q: `[B, T, Hk, K]`, normalised; scaled here by `1 / sqrt(K)`. Hk divides H.
+        k: `[B, T, Hk, K]`, normalised.
+        v: `[B, T, H, V]`.
+        log_decay: `[B, T, H]`, at most 0.
+        rate: `[B, T, H]`, in [0, 1].
+        state: `[B, H, K, V]`.
+
+    Returns:
+        `[B, T, H, V]`, and the state after the last token.
+    """
+    num_tokens, num_heads = v.shape[1:3]
+    q, k = (x.repeat_interleave(num_heads // x.shape[2], dim=2) for x in (q * q.shape[-1] ** -0.5, k))
+    chunk = min(CHUNK, num_tokens)
+    q, k, v, log_decay, rate = (to_chunks(x, chunk) for x in (q, k, v, log_decay, rate))
+    total = log_decay.cumsum(-1)
+    between, since_start = decay_between(total), total.exp()[..., None]
+    to_end = (total[..., -1:] - total).exp()[..., None]
+
+    # What each token writes depends on what those before it in the chunk wrote: (I + A) w = rate (v - ...).
+    key_products = k @ k.transpose(-1, -2)
+    system = key_products * between * rate[..., None]
+    scaled = torch.cat([v, k * since_start], dim=-1) * rate[..., None]
+    solved = torch.linalg.solve_triangular(system, scaled, upper=False, unitriangular=True)
+    from_values, from_state = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+
+    keys_at_end, decay_of_chunk = (k * to_end).transpose(-1, -2), since_start[..., -1:, :]
+    states, written = [], []
+    for i in range(v.shape[2]):
+        states.append(state)
+        written.append(from_values[:, :, i] - from_state[:, :, i] @ state)
+        state = state * decay_of_chunk[:, :, i] + keys_at_end[:, :, i] @ written[-1]
+    o = (q * since_start) @ torch.stack(states, 2)
+    o = o + (q @ k.transpose(-1, -2) * between) @ torch.stack(written, 2)
+    return from_chunks(o, num_tokens), state
+
+
+def _best_gated_delta_rule(q: Tensor) -> Any:
+    """flash-linear-attention's kernels on a GPU where the package is there, the chunks here elsewhere."""
+    if q.is_cuda and q.dtype != torch.float64 and importlib.util.find_spec("fla") is not None:
+        return _gated_delta_rule_of_fla
+    return gated_delta_rule
+
+
+def _gated_delta_rule_of_fla(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rate: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `gated_delta_rule`, by the kernels of flash-linear-attention."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
+    return chunk_gated_delta_rule(
+        q, k, v, g=log_decay, beta=rate, initial_state=state, output_final_state=True
+    )

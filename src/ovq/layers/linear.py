@@ -1,0 +1,100 @@
+"""Causal linear attention (Katharopoulos et al. 2020, arXiv 2006.16236), in chunks, with a constant state."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ovq.layers.base import AttentionMixer
+from ovq.layers.cache import StateCache
+from ovq.layers.constant import ConstantStateMixer, StateSpec, sum_dtype, without_autocast
+from ovq.layers.layout import SequenceLayout
+
+# Tokens whose products are formed pair by pair; larger chunks mean fewer sums, but a larger square. A tiling
+# choice: it changes the result by rounding only.
+CHUNK = 64
+
+
+class LinearAttention(ConstantStateMixer, AttentionMixer):
+    """Attention with the kernel `phi(q).phi(k)` in the place of `exp(scale q.k)`, for which sums suffice.
+
+    `o_t = sum_{j<=t} phi(q_t).phi(k_j) v_j / sum_{j<=t} phi(q_t).phi(k_j)`, with
+    `phi(x) = softmax(scale x)` over the K components of the normalised query or key: positive features, sharp
+    where the learned temperature is high. The state is the sum of `phi(k) [v, 1]`, K (V + 1) numbers a head.
+
+    Args:
+        hidden_size: width of the model.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
+        head_dim: K (and V). None: `hidden_size / num_heads`.
+        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
+        layer_idx: the layer's place in the cache; None stands for 0.
+        use_rope: refused if True.
+        rope_theta: not used.
+
+    Example:
+        >>> layer = LinearAttention(32, num_heads=2)
+        >>> _, _, cache = layer(torch.randn(1, 20, 32), use_cache=True)
+        >>> cache.layers[0].state["kv_sum"].shape
+        torch.Size([1, 2, 16, 17])
+    """
+
+    state_kind = "the sums of linear attention"
+
+    def state_spec(self, dtype: torch.dtype) -> StateSpec:
+        """The sum of `phi(k) [v, 1]` of each key/value head."""
+        return {"kv_sum": ((self.num_kv_heads, self.head_dim, self.head_dim + 1), sum_dtype(dtype))}
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: StateCache | None
+    ) -> Tensor:
+        """See `AttentionMixer.attend`."""
+        rows = layout.rows()
+        scale = self.qk_norm.scale[:, None]
+        # A key/value head has the temperature of its query heads on average.
+        q, k = (x.softmax(-1) for x in (q * scale, k * scale.view(self.num_kv_heads, -1, 1).mean(1)))
+        q, k, wide_v = rows.take(q), rows.take(k), rows.take(v).to(k.dtype)
+        before = self.state_before(cache, len(q), v)
+        with without_autocast(q):
+            o, kv_sum = linear_attention(q, k, wide_v, before["kv_sum"])
+        if cache is not None:
+            # A copy: it is a view of the sums before every chunk, which it would keep alive.
+            cache.set_state({"kv_sum": kv_sum.clone()}, layout.num_new)
+        return rows.put(o).to(v.dtype)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, kv_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised causal linear attention over features, chunk by chunk.
+
+    Args:
+        q: `[B, T, H, K]` features of the queries, not negative.
+        k: `[B, T, Hkv, K]` those of the keys; zero for tokens that are not there.
+        v: `[B, T, Hkv, V]`.
+        kv_sum: `[B, Hkv, K, V + 1]`, the sum of `k [v, 1]` over earlier tokens.
+
+    Returns:
+        `[B, T, H, V]`, and the sum with these tokens in it.
+    """
+    num_tokens, num_heads = q.shape[1:3]
+    num_kv_heads = k.shape[2]
+    chunk = min(CHUNK, num_tokens)
+    fill = -num_tokens % chunk
+    v = torch.cat([v, v.new_ones(()).expand(*v.shape[:3], 1)], dim=-1)
+
+    def chunks(x: Tensor) -> Tensor:
+        """`[B, T, h, D]` to `[B, Hkv, n, h/Hkv * chunk, D]`."""
+        x = F.pad(x, (0, 0, 0, 0, 0, fill)).unflatten(1, (-1, chunk)).unflatten(3, (num_kv_heads, -1))
+        return x.permute(0, 3, 1, 4, 2, 5).flatten(3, 4)
+
+    q, k, v = chunks(q), chunks(k), chunks(v)
+    sums = k.transpose(-1, -2) @ v
+    # Sums before each chunk, and after the last.
+    sums = torch.cat([kv_sum.to(sums.dtype)[:, :, None], sums], dim=2).cumsum(2)
+    is_earlier = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+    weights = (q @ k.transpose(-1, -2)).masked_fill(~is_earlier.repeat(num_heads // num_kv_heads, 1), 0)
+    o = weights @ v + q @ sums[:, :, :-1]
+    # Only a row without tokens has a weight of zero.
+    o = o[..., :-1] / o[..., -1:].clamp(min=torch.finfo(o.dtype).tiny)
+    o = o.unflatten(3, (-1, chunk)).permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)
+    return o[:, :num_tokens], sums[:, :, -1]

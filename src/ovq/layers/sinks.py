@@ -1,0 +1,224 @@
+"""A sliding window with attention sinks (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ovq.layers.base import AttentionMixer
+from ovq.layers.cache import StateCache
+from ovq.layers.constant import ConstantStateMixer, StateSpec
+from ovq.layers.layout import SequenceLayout
+from ovq.layers.ovq import OVQAttention
+from ovq.layers.softmax import softmax_attention
+
+
+class SinkAttention(ConstantStateMixer, AttentionMixer):
+    """Causal softmax attention over the first S tokens of a row and the last W: O(T (W + S)) time.
+
+    Token t of a row sees tokens `0 .. S - 1` and `t - W + 1 .. t`. Without positions, as other long-range
+    mixers here, so that there is none to assign anew within the cache as StreamingLLM does.
+
+    Args:
+        hidden_size: width of the model.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
+        head_dim: K (and V). None: `hidden_size / num_heads`.
+        num_sinks: S, first tokens that stay visible; at least 1.
+        sink_window: W, last tokens a query sees, itself included; at least 2. None: so many that the state
+            has the bytes of that of an OVQ layer of `num_slots` and `chunk_size` (`window_of_equal_bytes`).
+        num_slots: of that OVQ layer.
+        chunk_size: of that OVQ layer.
+        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
+        layer_idx: the layer's place in the cache; None stands for 0.
+        use_rope: refused if True.
+        rope_theta: not used.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+
+    Example:
+        >>> layer = SinkAttention(32, num_heads=2, num_sinks=4, sink_window=8)
+        >>> _, _, cache = layer(torch.randn(1, 20, 32), use_cache=True)
+        >>> cache.layers[0].state["keys"].shape, cache.layers[0].state["sink_keys"].shape
+        (torch.Size([1, 2, 7, 16]), torch.Size([1, 2, 4, 16]))
+    """
+
+    state_kind = "the keys and values of sinks and a window"
+    config_fields = ("num_sinks", "sink_window", "num_slots", "chunk_size")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        num_sinks: int = 4,
+        sink_window: int | None = None,
+        num_slots: int = 1024,
+        chunk_size: int = 128,
+        conv_size: int = 4,
+        layer_idx: int | None = None,
+        use_rope: bool = False,
+        rope_theta: float = 10000.0,
+    ):
+        super().__init__(
+            hidden_size,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            conv_size=conv_size,
+            layer_idx=layer_idx,
+            use_rope=use_rope,
+            rope_theta=rope_theta,
+        )
+        if num_sinks < 1:
+            raise ValueError(f"expected num_sinks of at least 1, found {num_sinks}")
+        if sink_window is None:
+            sink_window = window_of_equal_bytes(
+                num_slots,
+                chunk_size,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                num_sinks=num_sinks,
+            )
+        if sink_window < 2:
+            raise ValueError(f"expected a sink_window of at least 2 tokens, found {sink_window}")
+        self.num_sinks, self.window = num_sinks, sink_window
+
+    def state_spec(self, dtype: torch.dtype) -> StateSpec:
+        """Keys and values of the sinks and of the last W - 1 tokens, and how many a row has seen."""
+        sinks = (self.num_kv_heads, self.num_sinks, self.head_dim)
+        window = (self.num_kv_heads, self.window - 1, self.head_dim)
+        tensors = {"sink_keys": sinks, "sink_values": sinks, "keys": window, "values": window}
+        return {name: (shape, dtype) for name, shape in tensors.items()} | {"num_seen": ((), torch.int64)}
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: StateCache | None
+    ) -> Tensor:
+        """See `AttentionMixer.attend`."""
+        rows = layout.rows()
+        q = (q * self.qk_norm.scale[:, None]).to(v.dtype)
+        q, k, v = (rows.take(x).transpose(1, 2) for x in (q, k.to(v.dtype), v))
+        lengths = rows.lengths(q.transpose(1, 2))
+        state = self.state_before(cache, len(q), v)
+        before = state["num_seen"]
+        new = {"num_seen": before + lengths}
+        for name, x in (("keys", k), ("values", v)):
+            new[f"sink_{name}"] = _with_first(state[f"sink_{name}"], x, before, lengths)
+        if cache is None or cache.state is None:
+            past_k, past_v = k[:, :, :0], v[:, :, :0]
+        else:
+            past_k, past_v = state["keys"], state["values"]
+        k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+        o = sink_read(q, k, v, new["sink_keys"], new["sink_values"], before, window=self.window)
+        if cache is not None:
+            for name, x in (("keys", k), ("values", v)):
+                new[name] = _last(x, x.shape[2] - q.shape[2] + lengths, self.window - 1)
+            cache.set_state(new, layout.num_new)
+        return rows.put(o.transpose(1, 2))
+
+
+def window_of_equal_bytes(
+    num_slots: int,
+    chunk_size: int,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    num_sinks: int,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """The smallest `sink_window` whose state has at least the bytes of an OVQ layer's full dictionary.
+
+    Args:
+        num_slots: N of the OVQ layer.
+        chunk_size: C of the OVQ layer.
+        num_kv_heads: Hkv of both.
+        head_dim: K and V of both.
+        num_sinks: S.
+        dtype: of the activations; sums of OVQ are float32 whatever it is.
+
+    Example:
+        >>> window_of_equal_bytes(64, 64, num_kv_heads=2, head_dim=64, num_sinks=4)
+        126
+    """
+    with torch.device("meta"):
+        ovq = OVQAttention(
+            1, num_kv_heads, head_dim=head_dim, num_slots=num_slots, chunk_size=chunk_size, growth="immediate"
+        )
+    num_bytes = ovq.memory_bytes(-(-num_slots // chunk_size) * chunk_size, dtype) - torch.int64.itemsize
+    num_tokens = -(-num_bytes // (2 * num_kv_heads * head_dim * dtype.itemsize))
+    return max(2, num_tokens - num_sinks + 1)
+
+
+def sink_read(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink_keys: Tensor,
+    sink_values: Tensor,
+    num_seen: Tensor,
+    *,
+    window: int,
+) -> Tensor:
+    """Softmax attention of each token to the sinks and to its window, in blocks of queries.
+
+    Args:
+        q: `[B, H, T, K]`, scaled; row b's first query is its token `num_seen[b]`.
+        k: `[B, Hkv, P + T, K]`: P keys of tokens before the queries (more than there are if a row is short),
+            and their own.
+        v: `[B, Hkv, P + T, V]`.
+        sink_keys: `[B, Hkv, S, K]`, the first tokens of each row; those not read yet are not looked at.
+        sink_values: `[B, Hkv, S, V]`.
+        num_seen: `[B]` tokens of each row before the queries.
+        window: W, at least 2.
+
+    Returns:
+        `[B, H, T, V]`.
+    """
+    batch_size, _, num_queries, _ = q.shape
+    size = min(num_queries, window)
+    num_blocks = -(-num_queries // size)
+    fill = num_blocks * size - num_queries
+    if num_blocks > 1:
+        # As much before each block as its first query sees.
+        k, v = (F.pad(x, (0, 0, window - 1 - (x.shape[2] - num_queries), fill)) for x in (k, v))
+    num_past = k.shape[2] - num_queries - fill
+    num_keys = num_past + size
+
+    def fold(x: Tensor, length: int) -> Tensor:
+        """Overlapping pieces of `[B, h, *, D]`, as rows: `[B n, h, length, D]`."""
+        return x.unfold(2, length, size).transpose(1, 2).flatten(0, 1).transpose(-1, -2)
+
+    q = fold(F.pad(q, (0, 0, 0, fill)), size)
+    k, v = (
+        torch.cat([sinks.repeat_interleave(num_blocks, dim=0), fold(x, num_keys)], dim=2)
+        for sinks, x in ((sink_keys, k), (sink_values, v))
+    )
+    # Places of tokens in their row: [B n, size, 1] of the queries, [B n, 1, keys] of the keys.
+    first = (num_seen[:, None] + torch.arange(num_blocks, device=q.device) * size).flatten()[:, None, None]
+    query = first + torch.arange(size, device=q.device)[:, None]
+    key = first - num_past + torch.arange(num_keys, device=q.device)
+    sink = torch.arange(sink_keys.shape[2], device=q.device)
+    in_window = (key >= 0) & (key <= query) & (key > query - window)
+    # A sink that is still in the window is not counted twice.
+    is_seen = torch.cat([(sink <= query - window), in_window], dim=-1)
+    o = softmax_attention(q, k, v, mask=is_seen[:, None])
+    return o.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(2, 3)[:, :, :num_queries]
+
+
+def _with_first(sinks: Tensor, x: Tensor, num_seen: Tensor, lengths: Tensor) -> Tensor:
+    """`sinks` `[B, Hkv, S, D]` with the new tokens `x` `[B, Hkv, T, D]` that are among a row's first S."""
+    place = torch.arange(sinks.shape[2], device=x.device) - num_seen[:, None]
+    is_new = (place >= 0) & (place < lengths[:, None])
+    index = place.clamp(0, x.shape[2] - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return torch.where(is_new[:, None, :, None], x.gather(2, index), sinks)
+
+
+def _last(x: Tensor, end: Tensor, num_kept: int) -> Tensor:
+    """The `num_kept` tokens of `x` `[B, Hkv, L, D]` before `end` `[B]`; zeros where there are fewer."""
+    x = F.pad(x, (0, 0, num_kept, 0))
+    index = end[:, None] + torch.arange(num_kept, device=x.device)
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

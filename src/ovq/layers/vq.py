@@ -1,0 +1,301 @@
+"""VQ-attention (Transformer-VQ, Lingle 2023, arXiv 2309.16354): keys replaced by learned slots."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovq.layers.base import AttentionMixer
+from ovq.layers.cache import StateCache
+from ovq.layers.constant import ConstantStateMixer, StateSpec, sum_dtype, without_autocast
+from ovq.layers.layout import SequenceLayout
+
+# A slot is dead when it is used less than this share of the average, and begins again with that one.
+DEAD_SHARE, RESTART_SHARE = 0.03, 0.1
+
+
+class StaticDictionary(nn.Module):
+    """N slots a head, each the moving average of the keys nearest to it; fixed outside of training.
+
+    The slots are buffers: no optimizer sees them, and they do not count as parameters. A training step reads
+    the slots as the step before left them, and leaves behind what the next will read. So the layer may run
+    twice in a step, as gradient checkpointing has it.
+
+    A slot that hardly any key goes to is dead [ours]: it begins again as a key of the batch, drawn with
+    probability proportional to its squared distance from its own slot, from PyTorch's global generator.
+
+    Args:
+        num_heads: key/value heads Hkv.
+        num_slots: N.
+        head_dim: K.
+        decay: of the moving averages, a step.
+
+    Example:
+        >>> dictionary = StaticDictionary(2, num_slots=8, head_dim=4, decay=0.99)
+        >>> dictionary.nearest(torch.randn(3, 2, 5, 4), dictionary.means).shape
+        torch.Size([3, 2, 5])
+    """
+
+    def __init__(self, num_heads: int, *, num_slots: int, head_dim: int, decay: float):
+        super().__init__()
+        self.decay = decay
+        for prefix in ("", "next_"):
+            self.register_buffer(f"{prefix}key_sum", torch.empty(num_heads, num_slots, head_dim))
+            self.register_buffer(f"{prefix}count", torch.empty(num_heads, num_slots))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw slots of a length of about 1, whose counts are so small that the first step outweighs them."""
+        weight = 1e-3
+        nn.init.normal_(self.key_sum, std=weight * self.key_sum.shape[-1] ** -0.5)
+        nn.init.constant_(self.count, weight)
+        nn.init.zeros_(self.next_key_sum)
+        nn.init.zeros_(self.next_count)
+
+    @property
+    def means(self) -> Tensor:
+        """The slots, `[Hkv, N, K]`, in float32 (float64 for float64)."""
+        wide = sum_dtype(self.key_sum.dtype)
+        return self.key_sum.to(wide) / self.count.to(wide)[..., None]
+
+    @staticmethod
+    @torch.no_grad()
+    def nearest(k: Tensor, means: Tensor) -> Tensor:
+        """The slot nearest to each key, `[R, Hkv, T]` int64; `k` `[R, Hkv, T, K]`, `means` `[Hkv, N, K]`."""
+        return (k @ means.transpose(-1, -2) - means.square().sum(-1)[:, None] / 2).argmax(-1)
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def advance(self) -> None:
+        """Begin a training step: take over what the last one has learned."""
+        # Inside of a backward pass this is the same step once more. New tensors, as graphs may hold the old.
+        if torch._C._current_graph_task_id() == -1 and bool((self.next_count > 0).any()):
+            self.key_sum, self.count = self.next_key_sum, self.next_count
+
+    @torch.no_grad()
+    @torch.compiler.disable
+    def learn(self, k: Tensor, slots: Tensor, mask: Tensor | None) -> None:
+        """Note what the next step will read.
+
+        Args:
+            k: `[R, Hkv, T, K]` keys of this step.
+            slots: `[R, Hkv, T]` the slots they went to.
+            mask: `[R, T]` which of them are tokens; None for all.
+        """
+        means = self.means
+        num_heads, num_slots, _ = means.shape
+        k, slots = k.transpose(0, 1).flatten(1, 2), slots.transpose(0, 1).flatten(1)
+        if mask is not None:
+            k, slots = k[:, mask.flatten()], slots[:, mask.flatten()]
+        place = slots.unsqueeze(-1).expand_as(k)
+        seen_sum = torch.zeros_like(means).scatter_add_(1, place, k)
+        seen_count = torch.zeros_like(means[..., 0]).scatter_add_(1, slots, torch.ones_like(k[..., 0]))
+        key_sum = torch.lerp(seen_sum, self.key_sum.to(k.dtype), self.decay)
+        count = torch.lerp(seen_count, self.count.to(k.dtype), self.decay)
+
+        average = count.mean(-1, keepdim=True)
+        is_dead = count < DEAD_SHARE * average
+        if bool(is_dead.any()) and k.shape[1]:
+            distance = (k - means.gather(1, place)).square().sum(-1) + 1e-9
+            drawn = torch.multinomial(distance, num_slots, replacement=True)
+            keys = k[torch.arange(num_heads, device=k.device)[:, None], drawn]
+            restart = (RESTART_SHARE * average).expand_as(count)
+            count = torch.where(is_dead, restart, count)
+            key_sum = torch.where(is_dead[..., None], keys * restart[..., None], key_sum)
+        self.next_key_sum = key_sum.to(self.key_sum.dtype)
+        self.next_count = count.to(self.count.dtype)
+
+
+class VQAttention(ConstantStateMixer, AttentionMixer):
+    """Softmax attention with every key replaced by the nearest of N slots that do not change with the text.
+
+    `o_t = sum_{j<=t} softmax_j(scale q_t.D[z_j]) v_j`, `z_j` the slot nearest to key j: exactly that, in
+    O(T (N + C)) time, because tokens of one slot share one weight: `count[n]` times the mean of their values.
+    Tokens of the current and the previous chunk are read one by one, which gives the same output, and lets
+    the gradient pass straight through to their keys; keys of older chunks get none, as in the paper. The
+    paper's relative positions, which act within these chunks alone, its gate and its activation of the
+    values are left out: this backbone has them in no mixer, and only the memory shall differ.
+
+    Args:
+        hidden_size: width of the model.
+        num_heads: query heads H.
+        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
+        head_dim: K (and V). None: `hidden_size / num_heads`.
+        num_slots: N, slots of a key/value head.
+        chunk_size: C, tokens of a chunk; it decides which keys get a gradient, not the output.
+        vq_decay: of the moving averages that the slots are, a training step.
+        commitment_weight: factor on the loss that draws keys to their slots,
+            `mean over tokens and heads of |k - D[z]|^2`.
+        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
+        layer_idx: the layer's place in the cache; None stands for 0.
+        use_rope: refused if True.
+        rope_theta: not used.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+
+    Example:
+        >>> layer, losses = VQAttention(32, num_heads=2, num_slots=16, chunk_size=8), []
+        >>> o, _, cache = layer(torch.randn(1, 20, 32), use_cache=True, auxiliary_losses=losses)
+        >>> cache.layers[0].state["count"].sum(-1).tolist(), len(losses)
+        ([[20, 20]], 1)
+    """
+
+    forward_options = frozenset({"auxiliary_losses"})
+    config_fields = ("num_slots", "chunk_size", "vq_decay", "commitment_weight")
+    state_kind = "counts and sums of values of static slots"
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        num_slots: int = 1024,
+        chunk_size: int = 128,
+        vq_decay: float = 0.99,
+        commitment_weight: float = 0.1,
+        conv_size: int = 4,
+        layer_idx: int | None = None,
+        use_rope: bool = False,
+        rope_theta: float = 10000.0,
+    ):
+        super().__init__(
+            hidden_size,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            conv_size=conv_size,
+            layer_idx=layer_idx,
+            use_rope=use_rope,
+            rope_theta=rope_theta,
+        )
+        check_vq(num_slots, chunk_size, vq_decay, commitment_weight)
+        self.num_slots, self.chunk_size, self.commitment_weight = num_slots, chunk_size, commitment_weight
+        self.dictionary = StaticDictionary(
+            self.num_kv_heads, num_slots=num_slots, head_dim=self.head_dim, decay=vq_decay
+        )
+
+    def state_spec(self, dtype: torch.dtype) -> StateSpec:
+        """Tokens of each slot, and the sum of their values."""
+        shape = (self.num_kv_heads, self.num_slots)
+        return {
+            "count": (shape, torch.int64),
+            "value_sum": ((*shape, self.head_dim), sum_dtype(dtype)),
+        }
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: SequenceLayout,
+        cache: StateCache | None,
+        auxiliary_losses: list[Tensor] | None = None,
+    ) -> Tensor:
+        """See `AttentionMixer.attend`; a commitment loss is added to the list `auxiliary_losses`."""
+        rows = layout.rows()
+        if self.training:
+            self.dictionary.advance()
+        means = self.dictionary.means.to(k.dtype)
+        q = q * self.qk_norm.scale[:, None]
+        q, k, wide_v = (rows.take(x).transpose(1, 2) for x in (q, k, v.to(q.dtype)))
+        before = self.state_before(cache, len(q), v)
+        with without_autocast(q):
+            slots = self.dictionary.nearest(k, means)
+            if self.training:
+                self.dictionary.learn(k, slots, rows.mask)
+            nearest = means[torch.arange(self.num_kv_heads, device=k.device)[:, None], slots]
+            if auxiliary_losses is not None:
+                auxiliary_losses.append(self.commitment_weight * _mean_distance(k, nearest, rows.mask))
+            straight = k + (nearest - k).detach()
+            is_token = None if rows.mask is None else rows.mask[:, None, :, None]
+            o, count, value_sum = vq_read(
+                q, straight, wide_v, slots, means, **before, is_token=is_token, chunk_size=self.chunk_size
+            )
+        if cache is not None:
+            cache.set_state({"count": count, "value_sum": value_sum}, layout.num_new)
+        return rows.put(o.transpose(1, 2)).to(v.dtype)
+
+
+def vq_read(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    means: Tensor,
+    *,
+    count: Tensor,
+    value_sum: Tensor,
+    is_token: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over slots for all but the last two chunks, whose tokens are read one by one.
+
+    Args:
+        q: `[R, H, T, K]`, scaled.
+        k: `[R, Hkv, T, K]`, equal to the slots of the tokens, with a gradient of their own.
+        v: `[R, Hkv, T, V]`.
+        slots: `[R, Hkv, T]` int64.
+        means: `[Hkv, N, K]`.
+        count: `[R, Hkv, N]` earlier tokens of each slot.
+        value_sum: `[R, Hkv, N, V]` the sum of their values.
+        is_token: `[R, 1, T, 1]` bool; others are not counted. None: all are.
+        chunk_size: C.
+
+    Returns:
+        `[R, H, T, V]`, and `count` and `value_sum` with these tokens in them.
+    """
+    num_tokens, num_kv_heads = q.shape[2], k.shape[1]
+    q = q.unflatten(1, (num_kv_heads, -1))
+    belongs = F.one_hot(slots, means.shape[1])
+    belongs = belongs if is_token is None else belongs * is_token
+    outputs, begin = [], 0
+    for start in range(0, num_tokens, chunk_size):
+        own = slice(start, min(start + chunk_size, num_tokens))
+        recent = slice(begin, own.stop)
+        queries = q[:, :, :, own]
+        to_slots = queries.flatten(2, 3) @ means.transpose(-1, -2) + count.to(q.dtype).log()[:, :, None]
+        place = torch.arange(begin, own.stop, device=q.device)
+        is_later = (place > place[start - begin :, None]).repeat(queries.shape[2], 1)
+        to_tokens = queries.flatten(2, 3) @ k[:, :, recent].transpose(-1, -2)
+        weights = torch.cat([to_slots, to_tokens.masked_fill(is_later, -torch.inf)], dim=-1).softmax(-1)
+        from_slots, from_tokens = weights.split([means.shape[1], to_tokens.shape[-1]], dim=-1)
+        value_means = value_sum / count.clamp(min=1).to(value_sum.dtype)[..., None]
+        o = from_slots @ value_means + from_tokens @ v[:, :, recent]
+        outputs.append(o.unflatten(2, (queries.shape[2], -1)))
+        if start:
+            count, value_sum = _merged(count, value_sum, belongs, v, slice(begin, start))
+        begin = start
+    count, value_sum = _merged(count, value_sum, belongs, v, slice(begin, num_tokens))
+    return torch.cat(outputs, dim=3).flatten(1, 2), count, value_sum
+
+
+def _merged(
+    count: Tensor, value_sum: Tensor, belongs: Tensor, v: Tensor, chunk: slice
+) -> tuple[Tensor, Tensor]:
+    """Counts and sums with the tokens of a chunk in them."""
+    belongs = belongs[:, :, chunk]
+    added = belongs.transpose(-1, -2).to(v.dtype) @ v[:, :, chunk]
+    return count + belongs.sum(2), value_sum + added
+
+
+def _mean_distance(k: Tensor, nearest: Tensor, mask: Tensor | None) -> Tensor:
+    """The squared distance of keys from their slots, on average over tokens and heads."""
+    distance = (k - nearest.detach()).square().sum(-1)
+    if mask is None:
+        return distance.mean()
+    return (distance * mask[:, None]).sum() / (mask.sum() * k.shape[1]).clamp(min=1)
+
+
+def check_vq(num_slots: int, chunk_size: int, vq_decay: float, commitment_weight: float) -> None:
+    """Raise a ValueError for settings of VQ-attention out of their range."""
+    for name, value in (("num_slots", num_slots), ("chunk_size", chunk_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, found {value}")
+    if not 0 <= vq_decay < 1:
+        raise ValueError(f"vq_decay: expected a number in [0, 1), found {vq_decay}")
+    if commitment_weight < 0:
+        raise ValueError(f"commitment_weight: expected at least 0, found {commitment_weight}")

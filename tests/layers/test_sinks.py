@@ -1,0 +1,75 @@
+"""Attention with sinks against masked attention over everything, and its window of equal bytes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ovq.layers import OVQAttention, SinkAttention
+from ovq.layers.sinks import sink_read, window_of_equal_bytes
+
+
+def dense(q, k, v, num_sinks, window):
+    """PyTorch's attention with an explicit mask of all pairs."""
+    query, key = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    is_seen = (key <= query) & ((key > query - window) | (key < num_sinks))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=is_seen, scale=1.0, enable_gqa=True)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 5, 23])
+@pytest.mark.parametrize(("num_sinks", "window"), [(1, 2), (3, 5), (6, 4), (2, 40)])
+def test_reading_equals_masked_attention_and_its_gradients(num_tokens, num_sinks, window):
+    generator = torch.Generator().manual_seed(num_tokens)
+    q, k, v = (
+        torch.randn(2, heads, num_tokens, 4, dtype=torch.float64, generator=generator).requires_grad_()
+        for heads in (4, 2, 2)
+    )
+    fill = (0, 0, 0, max(0, num_sinks - num_tokens))
+    sinks = [F.pad(x[:, :, :num_sinks], fill) for x in (k, v)]
+    found = sink_read(q, k, v, *sinks, torch.zeros(2, dtype=torch.long), window=window)
+    expected = dense(q, k, v, num_sinks, window)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn(found.shape, dtype=torch.float64, generator=generator)
+    grads = [torch.autograd.grad(o, (q, k, v), upstream, retain_graph=True) for o in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_token_sees_the_first_tokens_and_its_window():
+    torch.manual_seed(0)
+    layer = SinkAttention(8, 1, num_sinks=2, sink_window=3, conv_size=0)
+    x = torch.randn(1, 12, 8, requires_grad=True)
+    layer(x)[0][0, 8].sum().backward()
+    assert x.grad[0].abs().sum(-1).nonzero().flatten().tolist() == [0, 1, 6, 7, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_slots", "chunk_size"), [(64, 64), (1024, 128), (7, 4), (1, 1)])
+def test_the_window_has_just_the_bytes_of_the_dictionary(num_slots, chunk_size, dtype):
+    sizes = {"num_kv_heads": 2, "head_dim": 16}
+    window = window_of_equal_bytes(num_slots, chunk_size, **sizes, num_sinks=4, dtype=dtype)
+    # The other schedules come within a slot of the bound, and never reach it.
+    ovq = OVQAttention(32, 4, num_slots=num_slots, chunk_size=chunk_size, growth="immediate", **sizes)
+
+    def num_bytes(sink_window):
+        layer = SinkAttention(32, 4, **sizes, num_sinks=4, sink_window=sink_window)
+        return layer.memory_bytes(4096, dtype)
+
+    full = ovq.memory_bytes(4096, dtype)
+    assert num_bytes(window) >= full
+    assert window == 2 or num_bytes(window - 1) < full
+
+
+def test_without_a_window_it_is_that_of_equal_bytes():
+    layer = SinkAttention(32, 4, 2, 16, num_slots=64, chunk_size=32)
+    assert layer.window == window_of_equal_bytes(64, 32, num_kv_heads=2, head_dim=16, num_sinks=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_sinks": 0}, "num_sinks of at least 1, found 0"),
+        ({"sink_window": 1}, "at least 2 tokens, found 1"),
+    ],
+)
+def test_impossible_sizes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SinkAttention(8, 1, **arguments)

@@ -1,0 +1,183 @@
+"""VQ-attention against attention over quantised keys in quadratic time, and how its slots are learned."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ovq.hf import OVQForCausalLM
+from ovq.layers import VQAttention
+from ovq.layers.vq import StaticDictionary, vq_read
+from tests.hf.common import make_config, random_ids
+
+N, C = 6, 4
+
+
+def quadratic(q, k, v, slots, means):
+    """The paper's equations for all pairs: quantised keys, a gradient to keys of two chunks alone."""
+    kv_heads, num_tokens = k.shape[1:3]
+    quantised = torch.stack([means[h][slots[:, h]] for h in range(kv_heads)], 1)
+    straight = k + (quantised - k).detach()
+    q = q.unflatten(1, (kv_heads, -1))
+    token = torch.arange(num_tokens)
+    is_recent = token[:, None] // C - token // C <= 1
+    scores = torch.where(
+        is_recent,
+        torch.einsum("bhgtk,bhsk->bhgts", q, straight),
+        torch.einsum("bhgtk,bhsk->bhgts", q, quantised.detach()),
+    )
+    weights = scores.masked_fill(token > token[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhgts,bhsv->bhgtv", weights, v).flatten(1, 2)
+
+
+@pytest.mark.parametrize("num_tokens", [1, C, C + 1, 5 * C + 3])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_reading_equals_attention_over_quantised_keys_and_its_gradients(num_tokens, kv_heads):
+    generator = torch.Generator().manual_seed(num_tokens)
+
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    q, k, v = (random(2, heads, num_tokens, 3).requires_grad_() for heads in (2, kv_heads, kv_heads))
+    means = random(kv_heads, N, 3)
+    slots = StaticDictionary.nearest(k, means)
+    distances = (k[:, :, :, None] - means[:, None]).square().sum(-1)
+    assert torch.equal(slots, distances.argmin(-1))
+    nearest = torch.stack([means[h][slots[:, h]] for h in range(kv_heads)], 1)
+    empty = {
+        "count": torch.zeros(2, kv_heads, N, dtype=torch.long),
+        "value_sum": random(2, kv_heads, N, 3) * 0,
+    }
+    straight = k + (nearest - k).detach()
+    found, count, value_sum = vq_read(q, straight, v, slots, means, **empty, is_token=None, chunk_size=C)
+    expected = quadratic(q, k, v, slots, means)
+    torch.testing.assert_close(found, expected)
+    assert count.sum() == 2 * kv_heads * num_tokens
+    torch.testing.assert_close(value_sum.sum(2), v.sum(2))
+    upstream = random(*found.shape)
+    grads = [torch.autograd.grad(o, (q, k, v), upstream, retain_graph=True) for o in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+def test_slots_are_moving_averages_of_their_keys():
+    torch.manual_seed(0)
+    dictionary = StaticDictionary(1, num_slots=2, head_dim=2, decay=0.5)
+    dictionary.key_sum.copy_(torch.tensor([[[3.0, 0.0], [0.0, 2.0]]]))
+    dictionary.count.copy_(torch.tensor([[3.0, 2.0]]))
+    k = torch.tensor([[[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.0, 0.0]]]])
+    slots = dictionary.nearest(k, dictionary.means)
+    assert slots.tolist() == [[[0, 0, 1, 0]]]
+    dictionary.learn(k, slots, torch.tensor([[True, True, True, False]]))
+    # Nothing moves within the step; then, half of what was and half of what was seen, padding left out.
+    assert dictionary.means.tolist() == [[[1, 0], [0, 1]]]
+    dictionary.advance()
+    torch.testing.assert_close(dictionary.count, torch.tensor([[2.5, 1.5]]))
+    torch.testing.assert_close(dictionary.means, torch.tensor([[[4.8 / 5, 0.6 / 5], [0.0, 1.0]]]))
+
+
+def test_dead_slots_begin_again_as_keys_far_from_theirs():
+    torch.manual_seed(0)
+    dictionary = StaticDictionary(1, num_slots=4, head_dim=2, decay=0.9)
+    with torch.no_grad():
+        dictionary.count.copy_(torch.tensor([[10.0, 1e-3, 10.0, 1e-3]]))
+        dictionary.key_sum.copy_(dictionary.count[..., None] * torch.tensor([1.0, 0.0]))
+    # All at the first slot but one, which is the only key that is not there already.
+    k = torch.tensor([1.0, 0.0]).repeat(1, 1, 50, 1)
+    k[0, 0, 7] = torch.tensor([-1.0, 0.5])
+    dictionary.learn(k, torch.zeros(1, 1, 50, dtype=torch.long), None)
+    dictionary.advance()
+    means = dictionary.means[0]
+    torch.testing.assert_close(means[[1, 3]], torch.tensor([[-1.0, 0.5]]).repeat(2, 1))
+    torch.testing.assert_close(means[2], torch.tensor([1.0, 0.0]))
+
+
+def test_evaluation_leaves_the_slots_alone_and_training_moves_them():
+    torch.manual_seed(0)
+    layer, x = VQAttention(8, 1, num_slots=4, chunk_size=4, conv_size=0), torch.randn(2, 20, 8)
+    before = copy.deepcopy(layer.state_dict())
+    layer.eval()(x)
+    torch.testing.assert_close(layer.state_dict(), before, atol=0, rtol=0)
+    distances = []
+    for _ in range(30):
+        losses = []
+        layer.train()(x, auxiliary_losses=losses)
+        distances.append(float(losses[0].detach()))
+    assert distances[-1] < distances[0] / 2
+
+
+def make_model(**changes):
+    torch.manual_seed(0)
+    config = make_config(mixer_types=["vq", "vq"], num_hidden_layers=2, **changes)
+    return OVQForCausalLM(config).double().train()
+
+
+def test_the_loss_of_a_model_in_training_has_the_commitment_in_it():
+    ids = random_ids(2, 30)
+    losses = [make_model(commitment_weight=weight)(ids, labels=ids).loss for weight in (0, 1, 3)]
+    assert losses[1] > losses[0]
+    torch.testing.assert_close(losses[2] - losses[0], 3 * (losses[1] - losses[0]))
+    found = [make_model(commitment_weight=weight).eval()(ids, labels=ids).loss for weight in (0, 3)]
+    assert torch.equal(*found)
+    mean = make_model(commitment_weight=1)
+    own = []
+    mean.model(ids, auxiliary_losses=own)
+    torch.testing.assert_close(sum(own), losses[1] - losses[0])
+
+
+def test_micro_batches_weigh_the_commitment_by_their_share():
+    ids = random_ids(2, 30)
+    whole = make_model(commitment_weight=1)(ids, labels=ids).loss
+    half = make_model(commitment_weight=1)(ids, labels=ids, num_items_in_batch=torch.tensor(4 * 29)).loss
+    torch.testing.assert_close(2 * half, whole)
+
+
+def test_gradient_checkpointing_learns_the_slots_once():
+    ids = random_ids(2, 30)
+    models = [make_model(), make_model()]
+    enable = getattr(models[1], "activation_checkpointing_enable", None)
+    (enable or models[1].gradient_checkpointing_enable)()
+    for _ in range(3):
+        losses = []
+        for model in models:
+            torch.manual_seed(1)
+            losses.append(model(ids, labels=ids).loss)
+            losses[-1].backward()
+        torch.testing.assert_close(*losses)
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
+    grads = [{name: p.grad for name, p in model.named_parameters()} for model in models]
+    torch.testing.assert_close(*grads)
+
+
+def test_slots_of_others_do_not_grow_with_those_of_ovq():
+    model = OVQForCausalLM(make_config(mixer_types=["vq", "ovq"], num_hidden_layers=2))
+    with pytest.raises(ValueError, match=r"OVQ layers alone to depend on num_slots, found \['VQAttention'\]"):
+        model.set_num_slots(20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_slots": 0}, "num_slots: expected at least 1, found 0"),
+        ({"chunk_size": 0}, "chunk_size: expected at least 1, found 0"),
+        ({"vq_decay": 1.0}, r"vq_decay: expected a number in \[0, 1\), found 1.0"),
+        ({"commitment_weight": -0.1}, "commitment_weight: expected at least 0, found -0.1"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        VQAttention(8, 1, **arguments)
+
+
+def test_straight_through_keys_are_the_slots():
+    """The layer as a whole: softmax attention over keys that were moved to their slots."""
+    torch.manual_seed(0)
+    layer = VQAttention(16, 2, num_slots=5, chunk_size=4, conv_size=0).double().eval()
+    x = torch.randn(2, 19, 16, dtype=torch.float64)
+    q, k, v = layer.qkv_proj(x).unflatten(-1, (6, 8)).transpose(1, 2).chunk(3, dim=1)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    means = layer.dictionary.means
+    slots = (k[:, :, :, None] - means[:, None]).square().sum(-1).argmin(-1)
+    k = torch.stack([means[h][slots[:, h]] for h in range(2)], 1)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=8**0.5)
+    torch.testing.assert_close(layer(x)[0], layer.o_proj(o.transpose(1, 2).flatten(2)))
