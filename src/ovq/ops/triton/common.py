@@ -79,12 +79,17 @@ def slot_block(k: Tensor, v: Tensor) -> int:
     return 64 if widest <= 256 else 32
 
 
+def score_block(k: Tensor) -> int:
+    """Keys that are scored against a block of slots at once: few where float32 products take registers."""
+    return {torch.bfloat16: 64, torch.float32: 32}.get(k.dtype, 16)
+
+
 def read_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
     """Queries and candidates of a tile of the read, and its warps and stages."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.dtype == torch.float32:
-        # No tensor cores: smaller tiles, as both operands of a product lie in registers.
-        return {"BM": 64 if widest <= 64 else 32, "BN": 32, "num_warps": 4, "num_stages": 2}
+        # No tensor cores: both operands of a product lie in registers, and larger tiles spill kilobytes.
+        return {"BM": 32 if widest <= 128 else 16, "BN": 32, "num_warps": 8, "num_stages": 1}
     if widest <= 64:
         return {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3}
     if widest <= 128:
@@ -96,7 +101,7 @@ def grad_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
     """The same for the backward, which holds twice as many tiles."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.dtype == torch.float32:
-        return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1}
+        return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
     if widest <= 128:
         return {"BM": 64, "BN": 64, "num_warps": 4 if widest <= 64 else 8, "num_stages": 2}
     return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1}

@@ -26,7 +26,7 @@ from ovq.ops.triton.rewind import deposit, rewind
 from ovq.ops.triton.route import nearest, open_slots
 from ovq.ops.triton.work import Work
 
-# Keys that are compared with a block of slots at once.
+# Keys of a chunk that a program looks at together, whatever the size of their heads.
 TOKEN_BLOCK = 64
 # How far a score is from the exact one, in units of K eps |k| |D| / 2, for both sides of a comparison: once
 # and some room for a float32 product, more for three products added up by tensor cores, which round down.
@@ -122,7 +122,7 @@ class Recurrence:
             work.first[i - 1] if i else 0, work.first[i], base, num_next,
             width, self._chunk_size, heads, dim, self.v.shape[-1], work.capacity, self._num_blocks,
             HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None, IS_SPLIT=self._is_split,
-            BT=TOKEN_BLOCK, BV=common.padded(self.v.shape[-1]), **sizes, num_warps=8,
+            BT=common.score_block(k), BV=common.padded(self.v.shape[-1]), **sizes, num_warps=8,
         )  # fmt: skip
         if not (has_next and work.num_complete[i]):
             return
