@@ -113,6 +113,19 @@ def test_few_distinct_keys(is_compiled, monkeypatch):
         assert torch.equal(states[0].value_sum, states[1].value_sum)
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_keys_that_are_not_finite_open_slots_last_and_in_order(is_compiled, monkeypatch):
+    """Even where there are more slots to open than finite keys."""
+    if not is_compiled:
+        monkeypatch.setattr("ovq.ops.chunk.can_run", lambda *_: False)
+    q, k, v = inputs(1, 24, 1, 1, 8, 4, dtype=torch.float32)
+    k[:, 9:15] = torch.nan
+    options = {"num_slots": 14, "chunk_size": 8, "growth": "immediate"}
+    states = [attend(q, k, v, backend=backend, **options)[1] for backend in ("naive", "torch")]
+    assert torch.equal(states[0].count, states[1].count)
+    assert torch.equal(states[0].value_sum, states[1].value_sum)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_assignments_do_not_depend_on_batch_or_threads(threads):
     q, k, v = inputs(5, 700, 2, 2, 16, 4, dtype=torch.float32)

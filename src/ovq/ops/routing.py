@@ -21,6 +21,8 @@ BLOCK = 32
 # Pairs of (token, slot) that are decided again one by one; more of them, as keys that repeat give, are
 # cheaper as one float64 matrix product.
 _PAIRS = 8192
+# Keys that are not finite have no cosine: they are the last to open a slot.
+_NO_COSINE = 2.0
 # What lengths are clamped to before a division, here and in the reference.
 _TINY = 1e-30
 
@@ -166,8 +168,7 @@ class _Chunk:
         # A key or mean of length zero has cosine 0 with everything.
         cosines = self.scores.mul_(self.mean_norm[:, None].clamp(min=_TINY).reciprocal())
         best = cosines.amax(-1) / self.key_norm.clamp(min=_TINY)
-        # Keys that are not finite have no cosine: they are the last to open a slot.
-        best.nan_to_num_(nan=2.0)
+        best.nan_to_num_(nan=_NO_COSINE)
         best[:, 0].masked_fill_(is_fresh, torch.inf)
         # Cosines are at most 1 long; a few more roundings than a dot product go into one.
         tolerance = 2 * (self.keys.shape[-1] + 8) * self._eps + 2 * TIE
@@ -179,7 +180,7 @@ class _Chunk:
         following = ranked.gather(-1, num.clamp(max=ranked.shape[-1] - 1))
         is_contested = (following - boundary <= tolerance) & (num > 0)
         if bool(is_contested.any()):
-            is_near = is_contested & ((best - boundary).abs() <= 2 * tolerance)
+            is_near = is_contested & ((best - boundary).abs() <= 2 * tolerance) & (best != _NO_COSINE)
             s, t = is_near.nonzero(as_tuple=True)
             # The best slot in float64 is among those that float32 cannot tell from its best.
             own = cosines[s, t] / self.key_norm[s, t, None].clamp(min=_TINY)
