@@ -169,15 +169,17 @@ def test_impossible_settings_are_refused(arguments, message):
         VQAttention(8, 1, **arguments)
 
 
-def test_straight_through_keys_are_the_slots():
-    """The layer as a whole: softmax attention over keys that were moved to their slots."""
+def test_the_layer_is_attention_over_quantised_keys_with_a_gradient_straight_through():
     torch.manual_seed(0)
-    layer = VQAttention(16, 2, num_slots=5, chunk_size=4, conv_size=0).double().eval()
+    layer = VQAttention(16, 2, num_slots=N, chunk_size=C, conv_size=0).double().eval()
     x = torch.randn(2, 19, 16, dtype=torch.float64)
     q, k, v = layer.qkv_proj(x).unflatten(-1, (6, 8)).transpose(1, 2).chunk(3, dim=1)
-    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    q, k = F.normalize(q, dim=-1) * layer.qk_norm.scale[:, None, None], F.normalize(k, dim=-1)
     means = layer.dictionary.means
     slots = (k[:, :, :, None] - means[:, None]).square().sum(-1).argmin(-1)
-    k = torch.stack([means[h][slots[:, h]] for h in range(2)], 1)
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=8**0.5)
-    torch.testing.assert_close(layer(x)[0], layer.o_proj(o.transpose(1, 2).flatten(2)))
+    expected = layer.o_proj(quadratic(q, k, v, slots, means).transpose(1, 2).flatten(2))
+    found = layer(x)[0]
+    torch.testing.assert_close(found, expected)
+    parameters = list(layer.parameters())
+    grads = [torch.autograd.grad(o.square().sum(), parameters) for o in (found, expected)]
+    torch.testing.assert_close(*grads)
