@@ -54,6 +54,18 @@ def test_points_lie_on_lines_and_are_asked_once_enough_were_seen(fields):
             assert len(fits) == 1 or len({x for x, _ in points}) == 1
 
 
+def test_arguments_come_in_an_order_of_their_own_for_each_function_and_example():
+    task = RegressionTask(length=168, vocab_size=100, points_per_function=7)
+    orders = set()
+    batch = task.build(0, indices=range(4))
+    for tokens in batch.inputs:
+        arguments = {}
+        for _, name, x, _ in read_points(task, tokens):
+            arguments.setdefault(name, []).append(int(x))
+        orders |= {tuple(order) for order in arguments.values()}
+    assert len(orders) > 30
+
+
 def test_functions_of_an_example_are_interleaved():
     task = RegressionTask(length=384, vocab_size=100)
     names = task.build(0).inputs[0, 0::3]

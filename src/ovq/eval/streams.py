@@ -1,0 +1,181 @@
+"""Key/value streams for measuring memories without a model: random, clustered, and made from real text."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_NUM_CLUSTERS = 1024
+_CLUSTER_SPREAD = 0.5
+"""Size of the noise in a cluster: its length on keys, that of a centre being 1; its deviation on values."""
+_WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")
+_CONTEXT_WEIGHTS = (1.0, 0.5)
+"""Weights of a word and of the one before it in a key, so that a key knows a little of its context."""
+
+
+class Stream(NamedTuple):
+    """Keys and values in order, and where queries are taken from.
+
+    Attributes:
+        keys: `[T, K]` float32, of length 1.
+        values: `[T, V]` float32.
+        queries: `[T, K]` float32, of length 1; those from row t on are what is asked after t tokens.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+
+
+def random_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> tuple[Stream, Stream]:
+    """Keys and queries uniform on the sphere, normal values: nothing to find, the hardest case for slots.
+
+    Args:
+        seed: Seed of all draws.
+        num_sample: Tokens of the sample.
+        num_tokens: Tokens of the stream, T.
+        head_dim: K, and V.
+
+    Returns:
+        A sample, to fit beforehand what a memory does not learn from the stream, and the stream.
+
+    Example:
+        >>> sample, stream = random_stream(0, 10, 100, 8)
+        >>> stream.keys.norm(dim=-1).allclose(torch.ones(100))
+        True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    keys, values, queries = torch.randn(3, num_sample + num_tokens, head_dim, generator=generator)
+    return _split(Stream(F.normalize(keys, dim=-1), values, F.normalize(queries, dim=-1)), num_sample)
+
+
+def clustered_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> tuple[Stream, Stream]:
+    """Keys around 1024 centres, the i-th used in proportion to 1 / i; values of a cluster are alike too.
+
+    Queries come from the same clusters, and so does the sample: the best case for what is fixed beforehand.
+    Arguments and returns are those of `random_stream`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return _split(_clustered(num_sample + num_tokens, head_dim, generator), num_sample)
+
+
+def new_clusters_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> tuple[Stream, Stream]:
+    """As `clustered_stream`, but the centres of the stream are not those of the sample.
+
+    So what was fixed beforehand does not know them, as with names that mean nothing outside their context.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return _clustered(num_sample, head_dim, generator), _clustered(num_tokens, head_dim, generator)
+
+
+def text_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> tuple[Stream, Stream]:
+    """Real text: what an attention head sees that looks up what followed words like the present ones.
+
+    The text is the source of Python's standard library, cut into words and signs, from a file that the seed
+    picks; its beginning is the sample. Embeddings come from the singular vectors of how often each word
+    follows each other word, counted on as many words of the files behind. A key is the embedding of a word
+    and half that of the word before; the value is the embedding of the next word; queries are the keys of the
+    text that follows.
+
+    Arguments and returns are those of `random_stream`.
+
+    Raises:
+        ValueError: If this Python has no source of its standard library, or too little for the length.
+    """
+    num_keys, num_before = num_sample + num_tokens, len(_CONTEXT_WEIGHTS) - 1
+    # A word before the first key, and one behind the last.
+    num_read = num_before + num_keys + 1
+    words = _standard_library(seed, num_read + num_keys)
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    ids = [vocabulary[word] for word in words]
+    embedded = _word_embeddings(ids[num_read:], len(vocabulary), head_dim, seed)[ids[:num_read]]
+    keys = sum(
+        weight * embedded[num_before - back :][:num_keys] for back, weight in enumerate(_CONTEXT_WEIGHTS)
+    )
+    keys = F.normalize(keys, dim=-1)
+    # What is asked after t tokens is what key t asks: it stands behind them.
+    return _split(Stream(keys, embedded[num_before + 1 :], keys), num_sample)
+
+
+STREAMS: dict[str, Callable[[int, int, int, int], tuple[Stream, Stream]]] = {
+    "random": random_stream,
+    "clustered": clustered_stream,
+    "new clusters": new_clusters_stream,
+    "text": text_stream,
+}
+"""Every stream by its name in results."""
+
+
+def _split(stream: Stream, num_sample: int) -> tuple[Stream, Stream]:
+    """The first tokens as a sample, and the rest."""
+    return Stream(*(tensor[:num_sample] for tensor in stream)), Stream(
+        *(tensor[num_sample:] for tensor in stream)
+    )
+
+
+def _clustered(num_tokens: int, head_dim: int, generator: torch.Generator) -> Stream:
+    """Keys, values and queries of clusters that are drawn anew."""
+    centres = F.normalize(torch.randn(_NUM_CLUSTERS, head_dim, generator=generator), dim=-1)
+    cluster_values = torch.randn(_NUM_CLUSTERS, head_dim, generator=generator)
+    weights = 1 / torch.arange(1, _NUM_CLUSTERS + 1)
+    of_keys, of_queries = torch.multinomial(
+        weights, 2 * num_tokens, replacement=True, generator=generator
+    ).chunk(2)
+    noise = _CLUSTER_SPREAD * torch.randn(3, num_tokens, head_dim, generator=generator)
+    # On keys and queries noise of that length, on values of that size in each component.
+    noise[:2] /= head_dim**0.5
+    return Stream(
+        F.normalize(centres[of_keys] + noise[0], dim=-1),
+        cluster_values[of_keys] + noise[2],
+        F.normalize(centres[of_queries] + noise[1], dim=-1),
+    )
+
+
+def _standard_library(seed: int, num_words: int) -> list[str]:
+    """So many words of the standard library's source, from a file that the seed picks on, going around."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(folder.glob("*.py"))
+    rng = np.random.default_rng(seed)
+    words: list[str] = []
+    for place in rng.permutation(len(paths)):
+        words += _WORD_OR_SIGN.findall(paths[place].read_text(encoding="utf-8", errors="replace"))
+        if len(words) >= num_words:
+            return words[:num_words]
+    raise ValueError(
+        f"expected at least {num_words} words in the *.py files of {folder}, found {len(words)}; "
+        "the text stream needs the source of Python's standard library"
+    )
+
+
+def _word_embeddings(ids: list[int], num_words: int, head_dim: int, seed: int) -> Tensor:
+    """`[num_words, head_dim]` of length 1, from counts of what follows what; random for uncounted words."""
+    generator = torch.Generator().manual_seed(seed)
+    follows = torch.tensor([ids[:-1], ids[1:]])
+    both = torch.cat([follows, follows.flip(0)], dim=1)
+    # Words that come after fill the columns on the left, words that come before those on the right.
+    both[1, follows.shape[1] :] += num_words
+    counts = torch.sparse_coo_tensor(
+        both, torch.ones(both.shape[1]), (num_words, 2 * num_words), check_invariants=True
+    ).coalesce()
+    logs = torch.sparse_coo_tensor(
+        counts.indices(), counts.values().log1p(), counts.shape, check_invariants=True
+    )
+    # A randomised range finder with two power iterations: good to a few per cent, and no more is needed.
+    sample = torch.sparse.mm(logs, torch.randn(2 * num_words, 2 * head_dim, generator=generator))
+    for _ in range(2):
+        basis, _ = torch.linalg.qr(sample)
+        sample = torch.sparse.mm(logs, torch.sparse.mm(logs.t(), basis))
+    basis, _ = torch.linalg.qr(sample)
+    left, singular, _ = torch.linalg.svd(torch.sparse.mm(logs.t(), basis).T, full_matrices=False)
+    embeddings = basis @ left[:, :head_dim] * singular[:head_dim].sqrt()
+    is_new = embeddings.norm(dim=-1) < 1e-6
+    embeddings[is_new] = torch.randn(int(is_new.sum()), head_dim, generator=generator)
+    return F.normalize(embeddings, dim=-1)
