@@ -56,6 +56,8 @@ class ModelArgs:
         embedding_std: That of the embedding. At 1 a step of AdamW hardly turns an embedding, so that tokens
             stay as different as they were drawn and matching them is learned once, by the projections, for
             all tokens.
+        tie_word_embeddings: Use the embedding as the output layer too, so that saying a token that was seen
+            need not be learned anew for each of many tokens.
 
     Raises:
         ValueError: If a size is out of range. Names of mixers and options are checked by `OVQConfig`.
@@ -83,6 +85,7 @@ class ModelArgs:
     slot_rate: float | str = "count"
     initializer_range: float = 0.1
     embedding_std: float = 1.0
+    tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
         """Check the sizes."""
