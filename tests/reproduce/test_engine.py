@@ -1,6 +1,7 @@
 """Figures come about, share what is trained, and go on where they were stopped."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ovq.reproduce import engine
+from ovq.eval.fidelity import fidelity_rows
+from ovq.eval.streams import STREAMS
+from ovq.reproduce import engine, figures
 from ovq.reproduce.draw import points
 from ovq.reproduce.engine import claimed, reproduce
 from ovq.reproduce.figures import get_figure
@@ -264,6 +267,20 @@ def test_studies_are_measured_a_seed_at_a_time_and_never_twice(monkeypatch, tmp_
     missing = dataclasses.replace(study, name="other", measure=measure_without_a_package)
     with pytest.raises(ValueError, match="other: expected scikit-learn"):
         reproduce(missing, workshop(tmp_path))
+
+
+def test_fidelity_is_a_study_of_every_stream(monkeypatch, tmp_path):
+    run_here(monkeypatch)
+    small = functools.partial(fidelity_rows, lengths=[64, 128], num_slots=16, head_dim=8)
+    monkeypatch.setattr(figures, "fidelity_rows", small)
+    results = reproduce(get_figure("fidelity", TINY), workshop(tmp_path, num_seeds=1))
+    for panel in results["panels"]:
+        lines = points(results, panel)
+        assert {"OVQ", "linear attention"} <= set(lines)
+        assert [point.x for point in lines["OVQ"]] == [64, 128]
+    assert [panel["group"] for panel in results["panels"]] == list(STREAMS)
+    with Image.open(tmp_path / "figures" / "fidelity.png") as picture:
+        picture.verify()
 
 
 PROGRAM = """

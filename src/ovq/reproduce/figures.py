@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from ovq.eval.fidelity import fidelity_rows
+from ovq.eval.streams import STREAMS
 from ovq.layers.registry import MIXERS
+from ovq.report.fidelity import fidelity_figure
 from ovq.report.rows import MIXER_NAMES
-from ovq.reproduce.plan import Evaluation, Figure, Line, Panel
+from ovq.reproduce.plan import Evaluation, Figure, Line, Panel, Study
 from ovq.reproduce.presets import Preset
 
 # The order of legends and tables.
@@ -61,6 +64,23 @@ def _mixers_by_length(
         learning_rates=preset.learning_rates,
         validation=preset.test(usual.task.at_length(preset.train_length(task))),
     )
+
+
+def fidelity(preset: Preset) -> Study:
+    """The error of memories of equal bytes against exact attention, without training."""
+    return Study(
+        name="fidelity",
+        title="Memories of equal bytes against exact attention, without training",
+        measure=measure_fidelity,
+        draw=fidelity_figure,
+        panels=tuple(Panel(title=name, y="error", group=name) for name in STREAMS),
+        note="The same at every preset. Bars of the picture are standard deviations over the seeds.",
+    )
+
+
+def measure_fidelity(seed: int) -> list[dict[str, Any]]:
+    """The rows of `fidelity` for a seed, see `ovq.eval.fidelity.fidelity_rows`."""
+    return [{"line": row["memory"], "group": row["stream"], **row} for row in fidelity_rows([seed])]
 
 
 def recall(preset: Preset) -> Figure:
@@ -308,7 +328,8 @@ def conv(preset: Preset) -> Figure:
     )
 
 
-FIGURES: dict[str, Callable[[Preset], Figure]] = {
+FIGURES: dict[str, Callable[[Preset], Figure | Study]] = {
+    "fidelity": fidelity,
     "recall": recall,
     "positional": positional,
     "regression": regression,
@@ -326,7 +347,7 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
 """Every figure by its name on the command line, in the order of `--all`."""
 
 
-def get_figure(name: str, preset: Preset) -> Figure:
+def get_figure(name: str, preset: Preset) -> Figure | Study:
     """The figure of this name.
 
     Raises:

@@ -103,7 +103,7 @@ CPU = Preset(
     configs={
         # More keys than the recipe has: examples of 64k tokens hold 2,184 different ones.
         "recall": _cpu_config("recall", vocab_size=130),
-        "positional": _cpu_config("positional", vocab_size=130),
+        "positional": _cpu_config("positional"),
         "regression": _cpu_config("regression"),
         "mqar": _cpu_config("mqar"),
     },
