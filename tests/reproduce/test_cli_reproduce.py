@@ -27,7 +27,7 @@ def test_the_list_names_every_figure(capsys):
     [
         ([], "expected names of figures, or one of --all, --list and --report"),
         (["recall", "--all"], "expected names of figures, or one of"),
-        (["nope"], "expected figures among recall,"),
+        (["nope"], "expected figures among fidelity, recall,"),
         (["recall", "--preset", "tpu"], "--preset: expected one of cpu, gpu, found 'tpu'"),
         (["recall", "--preset", "gpu"], "--preset gpu: expected a CUDA device, found none"),
         (["recall", "--seeds", "0"], "--seeds"),

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from ovq.layers import MIXERS
 from ovq.reproduce.engine import count_runs
 from ovq.reproduce.figures import FIGURES, get_figure
 from ovq.reproduce.plan import Evaluation, Line, is_same_run, run_name, with_rate, with_seed
@@ -72,6 +73,11 @@ def test_every_figure_can_be_built_and_its_models_configured(name, preset):
     # What the figures are about lies beyond the training length.
     longest = max(each.task.length for line in figure.lines for each in line.evaluations)
     assert longest >= longest_trained * max(preset.length_factors)
+
+
+@pytest.mark.parametrize("name", ["recall", "positional", "regression", "mqar", "bytes"])
+def test_every_mixer_is_compared(name):
+    assert {line.config.mixer for line in get_figure(name, TINY).lines} == set(MIXERS)
 
 
 def test_figures_share_runs():

@@ -8,7 +8,6 @@ from typing import Any
 
 from ovq.eval.fidelity import fidelity_rows
 from ovq.eval.streams import STREAMS
-from ovq.layers.registry import MIXERS
 from ovq.report.fidelity import fidelity_figure
 from ovq.report.rows import MIXER_NAMES
 from ovq.reproduce.plan import Evaluation, Figure, Line, Panel, Study
@@ -42,7 +41,7 @@ def _mixers_by_length(
     usual = preset.configs[task]
     tasks = [usual.task.at_length(length) for length in preset.lengths(task)]
     lines = []
-    for mixer in _mixers():
+    for mixer in _COMPARED:
         config = preset.config(task, mixer)
         if mixer != "ovq":
             lines.append(_line(_name(mixer), config, [preset.test(each) for each in tasks]))
@@ -154,7 +153,7 @@ def state_size(preset: Preset) -> Figure:
     trained = preset.configs["recall"].model.num_slots
     lines = []
     for group, task in zip(("near", "far"), tasks, strict=True):
-        for mixer in _mixers():
+        for mixer in _COMPARED:
             usual = preset.config("recall", mixer)
             sizes = [usual, *(preset.config("recall", mixer, **size) for size in preset.sizes.get(mixer, ()))]
             lines += [
@@ -365,10 +364,6 @@ def get_figure(name: str, preset: Preset) -> Figure | Study:
 
 def _line(label: str, config: Any, evaluations: list[Evaluation], group: str = "") -> Line:
     return Line(label=label, config=config, evaluations=tuple(evaluations), group=group)
-
-
-def _mixers() -> list[str]:
-    return [name for name in _COMPARED if name in MIXERS]
 
 
 def _name(mixer: str) -> str:
