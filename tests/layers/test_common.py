@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ovq.layers import SequenceLayout, ShortConvolution
 from ovq.layers.common import QKNorm, apply_rotary, l2_normalize, rotary_tables
+from ovq.ops.cpu import can_convolve, cpu_kernels
 
 
 def conv_layout(mask=None, *, num_new, cu_seqlens=None):
@@ -127,3 +128,49 @@ def test_convolution_keeps_the_dtype_of_the_activations():
     conv = ShortConvolution(6, conv_size=3)
     y, state = conv(torch.randn(1, 4, 6, dtype=torch.bfloat16))
     assert y.dtype == state.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize(("num_channels", "conv_size"), [(1, 2), (37, 3), (300, 4), (600, 8)])
+@pytest.mark.parametrize("num_tokens", [1, 2, 40])
+@pytest.mark.parametrize("has_past", [False, True])
+def test_the_compiled_convolution_equals_that_of_products(
+    num_threads, num_channels, conv_size, num_tokens, has_past
+):
+    torch.manual_seed(0)
+    conv = ShortConvolution(num_channels, conv_size=conv_size)
+    x = torch.randn(3, num_tokens, num_channels, requires_grad=True)
+    past = torch.randn(3, num_channels, conv_size - 1, requires_grad=True) if has_past else None
+    inputs = [x, conv.weight, *([past] if has_past else [])]
+    grad = torch.randn(3, num_tokens, num_channels)
+
+    def run(dtype):
+        copies = [each.detach().to(dtype).requires_grad_() for each in inputs]
+        layer = ShortConvolution(num_channels, conv_size=conv_size).to(dtype)
+        layer.weight = torch.nn.Parameter(copies[1].detach())
+        y, state = layer(copies[0], copies[2] if has_past else None)
+        sources = [copies[0], layer.weight, *copies[2:]]
+        return [y, state, *torch.autograd.grad(y, sources, grad.to(dtype))]
+
+    assert can_convolve(x, conv.weight) == (cpu_kernels() == "compiled for this processor")
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        found = run(torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    # In float64 the products of PyTorch do it.
+    for mine, exact in zip(found, run(torch.float64), strict=True):
+        torch.testing.assert_close(mine.double(), exact, atol=2e-5, rtol=2e-5)
+
+
+def test_the_convolution_takes_inputs_that_are_not_contiguous():
+    torch.manual_seed(0)
+    conv = ShortConvolution(6, conv_size=3)
+    x, grad = torch.randn(6, 9, 2), torch.randn(6, 9, 2).permute(2, 1, 0)
+    strided, dense = x.permute(2, 1, 0).requires_grad_(), x.permute(2, 1, 0).contiguous().requires_grad_()
+    y, expected = conv(strided)[0], conv(dense)[0]
+    assert torch.equal(y, expected)
+    assert torch.equal(
+        torch.autograd.grad(y, strided, grad)[0], torch.autograd.grad(expected, dense, grad)[0]
+    )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.layers.layout import SequenceLayout
+from ovq.ops.cpu import CompiledConvolution, can_convolve
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -158,36 +159,61 @@ class ShortConvolution(nn.Module):
             `[B, T, D]`, zero at padding columns, and the new state: the last `conv_size - 1` real inputs of
             each row.
         """
-        num_tokens, num_back = x.shape[1], self.conv_size - 1
         new_mask = None if layout is None else layout.new_mask
         if new_mask is not None:
             x = x.masked_fill(~new_mask[..., None], 0)
-        if state is None:
-            x = F.pad(x, (0, 0, num_back, 0))
-        else:
-            x = torch.cat([state.transpose(1, 2).to(x.dtype), x], dim=1)
-
         offset = None if layout is None or layout.cu_seqlens is None else layout.offset_in_row()
+        past = None if state is None else state.transpose(1, 2).to(x.dtype)
         # Parameters may be float32 under autocast; the product would then silently widen the activations.
-        taps = self.weight.to(x.dtype).unbind(1)
-        y = x[:, num_back:] * taps[-1]
-        for back in range(1, self.conv_size):
-            earlier = x[:, num_back - back : num_back - back + num_tokens]
-            if offset is not None:
-                earlier = earlier * (offset >= back).to(x.dtype)[:, None]
-            y = torch.addcmul(y, earlier, taps[-1 - back])
+        weight = self.weight.to(x.dtype)
+        if offset is None and can_convolve(x, weight):
+            y = CompiledConvolution.apply(x, past, weight)
+        else:
+            y = _convolve(x, past, weight, offset)
         if new_mask is not None:
             y = y.masked_fill(~new_mask[..., None], 0)
-        return y, self._last_inputs(x, new_mask)
+        return y, self._last_inputs(x, past, new_mask)
 
-    def _last_inputs(self, x: Tensor, new_mask: Tensor | None) -> Tensor:
-        """Last `conv_size - 1` real inputs of each row, `[B, D, conv_size - 1]`; `x` has as many in front."""
+    def _last_inputs(self, x: Tensor, past: Tensor | None, new_mask: Tensor | None) -> Tensor:
+        """Last `conv_size - 1` real inputs of each row, `[B, D, conv_size - 1]`; `past` are those before."""
         num_back = self.conv_size - 1
         if new_mask is None:
-            # A copy: a view would keep the whole sequence alive for as long as the state.
-            return x[:, x.shape[1] - num_back :].transpose(1, 2).contiguous()
+            # All that is needed of a long call; and a copy, as a view would keep the whole sequence alive for
+            # as long as the state.
+            x = _with_past(x[:, -num_back:], past, num_back)
+            return x[:, -num_back:].transpose(1, 2).contiguous()
+        x = _with_past(x, past, num_back)
         # Column after the last real token; 0 for a row of padding alone, which keeps the state it came with.
         columns = torch.arange(1, new_mask.shape[1] + 1, device=x.device)
         end = (new_mask * columns).amax(1)
         index = end[:, None] + torch.arange(num_back, device=x.device)
         return x.gather(1, index[..., None].expand(-1, -1, x.shape[2])).transpose(1, 2).contiguous()
+
+
+def _with_past(x: Tensor, past: Tensor | None, num_back: int) -> Tensor:
+    """`x [B, T, D]` behind the `num_back` tokens before it, zeros if there are none."""
+    return F.pad(x, (0, 0, num_back, 0)) if past is None else torch.cat([past, x], dim=1)
+
+
+def _convolve(x: Tensor, past: Tensor | None, weight: Tensor, offset: Tensor | None) -> Tensor:
+    """Causal depthwise convolution in products of PyTorch.
+
+    Args:
+        x: `[B, T, D]`.
+        past: `[B, C - 1, D]`, the tokens before; None for zeros.
+        weight: `[D, C]`.
+        offset: `[T]`, how many tokens of its packed row come before each; None without packing.
+
+    Returns:
+        `[B, T, D]`.
+    """
+    num_tokens, num_back = x.shape[1], weight.shape[1] - 1
+    x = _with_past(x, past, num_back)
+    taps = weight.unbind(1)
+    y = x[:, num_back:] * taps[-1]
+    for back in range(1, num_back + 1):
+        earlier = x[:, num_back - back : num_back - back + num_tokens]
+        if offset is not None:
+            earlier = earlier * (offset >= back).to(x.dtype)[:, None]
+        y = torch.addcmul(y, earlier, taps[-1 - back])
+    return y

@@ -1,10 +1,11 @@
-/* OVQ attention on a CPU: all chunks of all streams in one call, forward and backward.
+/* OVQ attention on a CPU: all chunks of all streams in one call, forward and backward. The short convolution, too.
 
    Each stream (a key/value head of a row) is worked through by a team of threads, one thread to a team where there
    are streams enough, so that its dictionary stays in that core's cache. Compiled on first use by kernels.py. */
 #include <omp.h>
 
 #include "backward.h"
+#include "convolution.h"
 #include "learn.h"
 
 /* How the threads share the streams. */
@@ -171,3 +172,5 @@ static int run(const Call *call, int is_backward) {
 /* 0, or 1 if there is no memory for it. */
 extern "C" int ovq_forward(const Call *call) { return run(call, 0); }
 extern "C" int ovq_backward(const Call *call) { return run(call, 1); }
+extern "C" void ovq_convolution_forward(const Convolution *call) { convolve_all(call, 0); }
+extern "C" void ovq_convolution_backward(const Convolution *call) { convolve_all(call, 1); }

@@ -34,10 +34,11 @@ def cpu_kernels() -> str:
 def can_run(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, plan: Plan) -> bool:
     """Whether the kernels do this: float32 or bfloat16 on a CPU, options they know, a compiler found."""
     fits = q.device.type == "cpu" and q.dtype in _DTYPES and q.dtype == k.dtype == v.dtype
-    return fits and scale.dtype == torch.float32 and plan.rules.bias == "count" and _is_available()
+    return fits and scale.dtype == torch.float32 and plan.rules.bias == "count" and is_available()
 
 
-def _is_available() -> bool:
+def is_available() -> bool:
+    """Whether there are compiled kernels on this machine."""
     try:
         build.load()
     except build.Unavailable:
