@@ -1,5 +1,6 @@
 """Normalisation, rotary embedding and the short convolution, each against an independent computation."""
 
+import copy
 import itertools
 import math
 
@@ -162,6 +163,23 @@ def test_the_compiled_convolution_equals_that_of_products(
     # In float64 the products of PyTorch do it.
     for mine, exact in zip(found, run(torch.float64), strict=True):
         torch.testing.assert_close(mine.double(), exact, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("bounds", [[0, 11], [0, 1, 2, 3, 11], [0, 2, 3, 3, 8, 11]])
+def test_the_compiled_convolution_of_packed_rows_equals_that_of_products(bounds):
+    torch.manual_seed(0)
+    conv, x = ShortConvolution(6, conv_size=4), torch.randn(1, 11, 6)
+    layout = conv_layout(num_new=11, cu_seqlens=torch.tensor(bounds))
+    grad = torch.randn(1, 11, 6)
+
+    def run(dtype):
+        layer = copy.deepcopy(conv).to(dtype)
+        source = x.to(dtype).requires_grad_()
+        y, _ = layer(source, None, layout)
+        return [y, *torch.autograd.grad(y, [source, layer.weight], grad.to(dtype))]
+
+    for mine, exact in zip(run(torch.float32), run(torch.float64), strict=True):
+        torch.testing.assert_close(mine.double(), exact, atol=1e-5, rtol=1e-5)
 
 
 def test_the_convolution_takes_inputs_that_are_not_contiguous():

@@ -166,8 +166,8 @@ class ShortConvolution(nn.Module):
         past = None if state is None else state.transpose(1, 2).to(x.dtype)
         # Parameters may be float32 under autocast; the product would then silently widen the activations.
         weight = self.weight.to(x.dtype)
-        if offset is None and can_convolve(x, weight):
-            y = CompiledConvolution.apply(x, past, weight)
+        if can_convolve(x, weight):
+            y = CompiledConvolution.apply(x, past, weight, offset)
         else:
             y = _convolve(x, past, weight, offset)
         if new_mask is not None:

@@ -5,10 +5,12 @@
 #include <cstring>
 
 /* Mirrored by `_Convolution` in convolution.py. Tensors are dense; `taps` are [num_taps, channels], the last one that
-   of the token itself; `past` are [rows, num_taps - 1, channels], the tokens before the first, or NULL for zeros. */
+   of the token itself; `past` are [rows, num_taps - 1, channels], the tokens before the first, or NULL for zeros;
+   `offset` says how many tokens of its own sequence come before each token of a row, or is NULL for all of them. */
 struct Convolution {
     int64_t num_rows, num_tokens, num_channels, num_taps, num_threads;
     const float *x, *past, *taps;
+    const int64_t *offset;
     float *y;
     const float *grad_y;
     float *grad_x, *grad_past; /* `grad_past` is NULL where `past` is. */
@@ -17,6 +19,11 @@ struct Convolution {
 
 /* Channels that a thread works on at a time: a few rows of them stay in its first-level cache. */
 #define CHANNELS 256
+
+/* Whether a token sees the one `back` before it. */
+static int is_seen(const Convolution *call, int64_t token, int64_t back) {
+    return !call->offset || back <= call->offset[token];
+}
 
 /* The vector at `token` of a row, which may lie in the past; NULL for a zero one. */
 static const float *token_at(const Convolution *call, int64_t row, int64_t token) {
@@ -32,7 +39,7 @@ static void convolve(const Convolution *call, int64_t row, int64_t first, int64_
         float *y = call->y + (row * call->num_tokens + t) * call->num_channels + first;
         memset(y, 0, sizeof(float) * num);
         for (int64_t back = last_tap; back >= 0; back--) {
-            const float *x = token_at(call, row, t - back);
+            const float *x = is_seen(call, t, back) ? token_at(call, row, t - back) : nullptr;
             if (!x) continue;
             const float *tap = call->taps + (last_tap - back) * call->num_channels + first;
             for (int64_t d = 0; d < num; d++) y[d] += tap[d] * x[first + d];
@@ -51,6 +58,7 @@ static void convolve_backward(const Convolution *call, int64_t row, int64_t firs
         const float *x = token_at(call, row, t) + first;
         /* Every later token that has this one in sight. */
         for (int64_t back = t < 0 ? -t : 0; back <= last_tap && t + back < call->num_tokens; back++) {
+            if (!is_seen(call, t + back, back)) continue;
             const float *grad_y = call->grad_y + (row * call->num_tokens + t + back) * width + first;
             const float *tap = call->taps + (last_tap - back) * width + first;
             float *grad_tap = call->grad_taps + (row * call->num_taps + last_tap - back) * width + first;

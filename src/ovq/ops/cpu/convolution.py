@@ -22,24 +22,24 @@ class CompiledConvolution(torch.autograd.Function):
     """Causal depthwise convolution of x `[B, T, D]` to the same shape.
 
     Past `[B, C - 1, D]` are the tokens before the first, None for zeros. The last tap of weight `[D, C]` is
-    that of the token itself.
+    that of the token itself. Offset `[T]` int64 says how many tokens of its own packed row come before each.
     """
 
     @staticmethod
-    def forward(ctx, x, past, weight):
+    def forward(ctx, x, past, weight, offset):
         """One pass over the tokens."""
         x, taps = x.contiguous(), weight.t().contiguous()
         past = None if past is None else past.contiguous()
         y = torch.empty_like(x)
-        _run("ovq_convolution_forward", x=x, past=past, taps=taps, y=y)
-        ctx.save_for_backward(x, past, taps)
+        _run("ovq_convolution_forward", x=x, past=past, taps=taps, offset=offset, y=y)
+        ctx.save_for_backward(x, past, taps, offset)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
         """One pass over the tokens, for all gradients."""
-        x, past, taps = ctx.saved_tensors
+        x, past, taps, offset = ctx.saved_tensors
         grad_x, grad_past = torch.empty_like(x), None if past is None else torch.empty_like(past)
         grad_taps = torch.zeros(x.shape[0], *taps.shape)
         _run(
@@ -47,12 +47,13 @@ class CompiledConvolution(torch.autograd.Function):
             x=x,
             past=past,
             taps=taps,
+            offset=offset,
             grad_y=grad_y.contiguous(),
             grad_x=grad_x,
             grad_past=grad_past,
             grad_taps=grad_taps,
         )
-        return grad_x, grad_past, grad_taps.sum(0).t()
+        return grad_x, grad_past, grad_taps.sum(0).t(), None
 
 
 class _Convolution(ctypes.Structure):
@@ -61,7 +62,7 @@ class _Convolution(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_rows", "num_tokens", "num_channels", "num_taps")),
         ("num_threads", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("x", "past", "taps", "y", "grad_y")),
+        *((name, ctypes.c_void_p) for name in ("x", "past", "taps", "offset", "y", "grad_y")),
         *((name, ctypes.c_void_p) for name in ("grad_x", "grad_past", "grad_taps")),
     ]
 
