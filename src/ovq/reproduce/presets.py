@@ -105,8 +105,22 @@ CPU = Preset(
             "train.learning_rate=0.008",
             "train.weight_decay=0.5",
         ),
-        "positional": _cpu_config("positional"),
-        "regression": _cpu_config("regression"),
+        "positional": _cpu_config(
+            "positional",
+            "model.chunk_size=32",
+            "train.steps=800",
+            "train.learning_rate=0.008",
+            "train.weight_decay=0.5",
+        ),
+        # Points of a function have equal keys: two of them in one chunk belong into one slot, the first time
+        # too, or the second goes to the slot of another function.
+        "regression": _cpu_config(
+            "regression",
+            "model.chunk_size=16",
+            "model.merge=updated",
+            "train.learning_rate=0.008",
+            "train.weight_decay=0.2",
+        ),
         "mqar": _cpu_config("mqar"),
     },
     length_factors=(1, 2, 4, 8, 16),
