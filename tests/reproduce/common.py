@@ -7,6 +7,7 @@ from rich.console import Console
 from ovq.report.progress import Reporter
 from ovq.reproduce import engine
 from ovq.reproduce.engine import Workshop
+from ovq.reproduce.plan import Trial
 from ovq.reproduce.presets import Preset
 from ovq.train.recipes import recipe_for
 
@@ -39,7 +40,7 @@ TINY = Preset(
     length_factors=(1, 2),
     far_lengths={"recall": (64,)},
     test_tokens=100,
-    learning_rates=(1e-3, 1e-2),
+    trials=(Trial(learning_rate=1e-3), Trial(learning_rate=1e-2, weight_decay=0.5)),
     slot_factors=(1, 4),
     sizes={"ovq": ({"num_slots": 2},)},
     chunk_sizes=(4, 8),

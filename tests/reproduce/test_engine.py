@@ -21,7 +21,7 @@ from ovq.reproduce.draw import points
 from ovq.reproduce.engine import claimed, reproduce
 from ovq.reproduce.figures import get_figure
 from ovq.reproduce.page import write_report
-from ovq.reproduce.plan import Panel, Study, run_name
+from ovq.reproduce.plan import Panel, Study, Trial, run_name, with_trial
 from ovq.reproduce.runs import RunJob, answers, do_job, is_trained
 from ovq.train.checkpoints import fault, newest_checkpoint
 from ovq.train.config import RunConfig
@@ -77,25 +77,26 @@ def test_rows_are_there_for_every_line_seed_and_question(made):
         assert row["num_parameters"] > 1000
         assert row["train_length"] == 24
         assert row["task"]["name"] == "recall"
-    slots = {row["length"]: row["num_slots"] for row in rows if row["line"] == "OVQ, a slot for 4 tokens"}
-    assert slots == {24: 6, 48: 12, 64: 16}
+    slots = {row["length"]: row["num_slots"] for row in rows if row["line"] == "OVQ, a slot for 3.2 tokens"}
+    assert slots == {24: 7, 48: 15, 64: 20}
     with Image.open(out / "figures" / "recall.png") as picture:
         picture.verify()
 
 
-def test_each_mixer_goes_on_with_its_best_rate(made):
+def test_each_mixer_goes_on_with_its_best_trial(made):
     out, begun = made
     results = json.loads((out / "rows" / "recall.json").read_text())
     mixers = list(dict.fromkeys(row["mixer"] for row in results["rows"]))
     assert [entry["mixer"] for entry in results["sweep"]] == mixers
     for entry in results["sweep"]:
-        assert set(entry["accuracies"]) == {"0.001", "0.01"}
-        rates = {row["learning_rate"] for row in results["rows"] if row["mixer"] == entry["mixer"]}
-        assert rates == {entry["chosen"]}
-    # Two rates on the first seed, of which the best is not trained again, but asked the questions; then the
+        assert set(entry["accuracies"]) == {"0.001", "0.01, decay 0.5"}
+        rows = [row for row in results["rows"] if row["mixer"] == entry["mixer"]]
+        trials = {Trial(learning_rate=row["learning_rate"], weight_decay=row["weight_decay"]) for row in rows}
+        assert {trial.label for trial in trials} == {entry["chosen"]}
+    # Two trials on the first seed, of which the best is not trained again, but asked the questions; then the
     # second seed.
     assert len(begun) == len(mixers) * 4
-    # No row comes from examples that a rate was chosen by.
+    # No row comes from examples that a trial was chosen by.
     validation, tested = set(), set()
     for path in out.glob("runs/*/evaluations/*.json"):
         evaluation = json.loads(path.read_text())["evaluation"]
@@ -104,7 +105,7 @@ def test_each_mixer_goes_on_with_its_best_rate(made):
     assert tested == {0, 1}
 
 
-def test_the_best_rate_is_that_of_the_best_accuracy(monkeypatch, tmp_path):
+def test_the_best_trial_is_that_of_the_best_accuracy(monkeypatch, tmp_path):
     # As if the answers were known: the higher rate is the better one for full attention alone.
     monkeypatch.setattr(engine.Workshop, "do", lambda self, jobs, label: None)
     monkeypatch.setattr(
@@ -117,13 +118,13 @@ def test_the_best_rate_is_that_of_the_best_accuracy(monkeypatch, tmp_path):
             }
         ],
     )
-    sweep, rates = engine._sweep(FIGURE, workshop(tmp_path))
-    assert {entry["mixer"]: entry["chosen"] for entry in sweep}["full_attention"] == 0.01
+    sweep, chosen = engine._sweep(FIGURE, workshop(tmp_path))
+    assert {entry["mixer"]: entry["chosen"] for entry in sweep}["full_attention"] == "0.01, decay 0.5"
     # Of equals the one nearer to 0.004.
-    assert rates[run_name(TINY.config("recall"))] == 0.01
-    usual = dataclasses.replace(TINY, learning_rates=(2e-3, 1e-2))
-    _, rates = engine._sweep(two_mixers(usual), workshop(tmp_path))
-    assert rates[run_name(TINY.config("recall"))] == 2e-3
+    assert chosen[run_name(TINY.config("recall"))] == TINY.trials[1]
+    usual = dataclasses.replace(TINY, trials=(Trial(learning_rate=2e-3), TINY.trials[1]))
+    _, chosen = engine._sweep(two_mixers(usual), workshop(tmp_path))
+    assert chosen[run_name(TINY.config("recall"))] == usual.trials[0]
 
 
 def test_what_is_finished_is_never_done_again(made, monkeypatch):
@@ -139,8 +140,9 @@ def test_what_is_finished_is_never_done_again(made, monkeypatch):
 def test_another_figure_takes_the_runs_that_are_there(made, monkeypatch, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(made[0], out)
-    rate = {row["learning_rate"] for row in rows_of(out, "recall") if row["mixer"] == "ovq"}.pop()
-    usual = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, learning_rate=rate))
+    row = next(row for row in rows_of(out, "recall") if row["mixer"] == "ovq")
+    trial = Trial(learning_rate=row["learning_rate"], weight_decay=row["weight_decay"])
+    usual = with_trial(CONFIG, trial)
     models = {path.parent for path in out.glob("runs/*/model.safetensors")}
     run_here(monkeypatch)
     reproduce(get_figure("dictionary", dataclasses.replace(TINY, configs={"recall": usual})), workshop(out))

@@ -26,6 +26,7 @@ def row(line, seed, length, accuracy, **fields):
         "task": {"num_functions": length // 8},
         "train_length": 256,
         "learning_rate": 0.004,
+        "weight_decay": 0.5,
         "num_parameters": 12345,
         "train_seconds": 10.0 if seed else None,
         "run": f"run-{line}-{seed}",
@@ -51,8 +52,8 @@ RESULTS = {
             "mixer": "ovq",
             "seed": 0,
             "length": 256,
-            "accuracies": {"0.002": 0.5, "0.004": 0.75},
-            "chosen": 0.004,
+            "accuracies": {"0.002": 0.5, "0.004, decay 0.5": 0.75},
+            "chosen": "0.004, decay 0.5",
         }
     ],
     "rows": [
@@ -127,9 +128,9 @@ def test_the_page_tells_numbers_commands_seeds_and_where(page):
         "Seeds 0, 1.",
         "<td>0.850<small>0.800 to 0.900</small></td>",
         "<td>40.0 KiB</td><td>0.950",
-        "<td>OVQ</td><td>0.5000</td><td>0.7500</td><td>0.004</td>",
+        "<td>OVQ</td><td>0.5000</td><td>0.7500</td><td>0.004, decay 0.5</td>",
         "processor a processor, torch 2.x, commit abc1234",
-        "<td>run-OVQ-0</td><td>OVQ</td><td>0.004</td><td>12345</td><td>interrupted</td>",
+        "<td>run-OVQ-0</td><td>OVQ</td><td>0.004, decay 0.5</td><td>12345</td><td>interrupted</td>",
     ):
         assert said in text, said
 

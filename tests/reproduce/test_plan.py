@@ -7,7 +7,7 @@ import pytest
 from ovq.layers import MIXERS
 from ovq.reproduce.engine import count_runs
 from ovq.reproduce.figures import FIGURES, get_figure
-from ovq.reproduce.plan import Evaluation, Line, is_same_run, run_name, with_rate, with_seed
+from ovq.reproduce.plan import Evaluation, Line, Trial, is_same_run, run_name, with_seed, with_trial
 from ovq.reproduce.presets import PRESETS
 from ovq.train.loop import model_config
 from tests.reproduce.common import CONFIG, TINY
@@ -91,10 +91,11 @@ def test_figures_share_runs():
 def test_models_are_counted_once():
     figure = get_figure("dictionary", TINY)
     assert count_runs(figure, 3) == 3
-    # Three mixers with two rates on the first seed, then one more seed each.
+    # Three mixers with two trials on the first seed, then one more seed each.
     assert (
         count_runs(get_figure("recall", TINY), 2)
         == len({run_name(line.config) for line in get_figure("recall", TINY).lines}) * 3
     )
-    line = Line(label="a", config=with_rate(with_seed(CONFIG, 3), 0.5), evaluations=())
-    assert (line.swept.train.seed, line.swept.train.learning_rate) == (3, 0.5)
+    trial = Trial(learning_rate=0.5, weight_decay=0.25)
+    line = Line(label="a", config=with_trial(with_seed(CONFIG, 3), trial), evaluations=())
+    assert (line.swept.train.seed, Trial.of(line.swept)) == (3, trial)

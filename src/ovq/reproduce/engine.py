@@ -1,4 +1,4 @@
-"""Bringing a figure about: choose learning rates, train and ask what is missing, gather the rows, draw."""
+"""Bringing a figure about: choose settings, train and ask what is missing, gather the rows, draw."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from ovq.files import write_atomic
 from ovq.report.progress import Reporter
 from ovq.reproduce.draw import save_figure
-from ovq.reproduce.plan import Evaluation, Figure, Line, Study, run_name, with_rate, with_seed
+from ovq.reproduce.plan import Evaluation, Figure, Line, Study, Trial, run_name, with_seed, with_trial
 from ovq.reproduce.runs import RunJob, StudyJob, answers, do_job, do_study, is_trained, training_record
 from ovq.tasks import Task
 from ovq.train.config import RunConfig
 from ovq.train.workers import run_jobs
 
-# What chooses a learning rate and what is reported are of different data seeds.
+# What chooses the settings of an optimizer and what is reported are of different data seeds.
 _VALIDATION_SEEDS = 1_000_000
 
 
@@ -55,7 +55,7 @@ class Workshop:
                 dataclasses.replace(evaluation, seed=evaluation.seed + seed) for evaluation in evaluations
             ),
             root=self.out / "runs",
-            label=f"{label}, seed {seed}, rate {config.train.learning_rate:g}",
+            label=f"{label}, seed {seed}, rate {Trial.of(config).label}",
         )
 
     def do(self, jobs: list[RunJob], label: str) -> None:
@@ -151,14 +151,14 @@ def _study_results(study: Study, shop: Workshop) -> dict[str, Any]:
 
 
 def _run_results(figure: Figure, shop: Workshop) -> dict[str, Any]:
-    """Train and ask what is missing; rows, learning rates tried, and where they come from."""
-    sweep, rates = _sweep(figure, shop)
+    """Train and ask what is missing; rows, settings tried, and where they come from."""
+    sweep, chosen = _sweep(figure, shop)
     # One job a run, with the questions of all lines that share it.
     jobs: dict[str, RunJob] = {}
     by_line: list[tuple[Line, RunJob]] = []
     for line in figure.lines:
         for seed in shop.seeds:
-            config = with_seed(with_rate(line.config, rates[run_name(line.swept)]), seed)
+            config = with_seed(with_trial(line.config, chosen[run_name(line.swept)]), seed)
             job = shop.job(config, line.evaluations, f"{figure.name}: {line.label}")
             by_line.append((line, job))
             known = jobs.get(run_name(config))
@@ -183,60 +183,63 @@ def _check_preset(shop: Workshop) -> None:
             )
 
 
-def _sweep(figure: Figure, shop: Workshop) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Try each model with each learning rate on the first seed.
+def _sweep(figure: Figure, shop: Workshop) -> tuple[list[dict[str, Any]], dict[str, Trial]]:
+    """Try each model with each trial on the first seed.
 
     Returns:
-        What came out, for the record, and the rate to go on with by the name of the run as configured.
+        What came out, for the record, and the trial to go on with by the name of the run as configured.
     """
     # Where several lines share a run, the first one names it.
     swept = {run_name(line.swept): line for line in reversed(figure.lines)}
     swept = dict(reversed(swept.items()))
     if figure.validation is None:
-        return [], {name: line.swept.train.learning_rate for name, line in swept.items()}
+        return [], {name: Trial.of(line.swept) for name, line in swept.items()}
     evaluation = dataclasses.replace(figure.validation, seed=_VALIDATION_SEEDS)
     first_seed = shop.seeds[0]
     jobs = {
         name: [
             shop.job(
-                with_seed(with_rate(line.swept, rate), first_seed),
+                with_seed(with_trial(line.swept, trial), first_seed),
                 (evaluation,),
                 f"{figure.name}: {line.label}",
             )
-            for rate in figure.learning_rates
+            for trial in figure.trials
         ]
         for name, line in swept.items()
     }
-    shop.do([job for tried in jobs.values() for job in tried], f"{figure.name}: learning rates")
-    sweep, rates = [], {}
+    shop.do([job for tried in jobs.values() for job in tried], f"{figure.name}: trials")
+    sweep, chosen = [], {}
     for name, line in swept.items():
         accuracies = {
-            job.config.train.learning_rate: answer["accuracy"]
-            for job in jobs[name]
-            for answer in answers(job)
+            Trial.of(job.config): answer["accuracy"] for job in jobs[name] for answer in answers(job)
         }
-        rates[name] = choose_rate(accuracies, line.swept.train.learning_rate)
+        chosen[name] = choose_trial(accuracies, Trial.of(line.swept))
         sweep.append(
             {
                 "line": line.label,
                 "mixer": line.config.mixer,
                 "seed": first_seed,
                 "length": evaluation.task.length,
-                "accuracies": {f"{rate:g}": accuracy for rate, accuracy in accuracies.items()},
-                "chosen": rates[name],
+                "accuracies": {trial.label: accuracy for trial, accuracy in accuracies.items()},
+                "chosen": chosen[name].label,
             }
         )
-    return sweep, rates
+    return sweep, chosen
 
 
-def choose_rate(accuracies: dict[float, float], usual: float) -> float:
-    """The learning rate of the highest accuracy; of equals, the one nearest to the usual.
+def choose_trial(accuracies: dict[Trial, float], usual: Trial) -> Trial:
+    """The trial of the highest accuracy; of equals, the one whose learning rate is nearest to the usual.
 
     Example:
-        >>> choose_rate({0.002: 0.9, 0.004: 1.0, 0.016: 1.0}, usual=0.002)
+        >>> trials = [Trial(learning_rate=rate) for rate in (0.002, 0.004, 0.016)]
+        >>> choose_trial(dict(zip(trials, (0.9, 1.0, 1.0))), usual=trials[0]).learning_rate
         0.004
     """
-    return max(accuracies, key=lambda rate: (accuracies[rate], -abs(math.log(rate / usual))))
+
+    def rank(trial: Trial) -> tuple[float, float]:
+        return accuracies[trial], -abs(math.log(trial.learning_rate / usual.learning_rate))
+
+    return max(accuracies, key=rank)
 
 
 def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
@@ -256,6 +259,7 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
                 "microseconds_per_token": 1e6 * answer["seconds"] / (count * task["length"]),
                 "seed": job.config.train.seed,
                 "learning_rate": job.config.train.learning_rate,
+                "weight_decay": job.config.train.weight_decay,
                 "train_length": max(job.config.train.lengths),
                 "train_seconds": record["seconds"],
                 "num_parameters": record["num_parameters"],
@@ -285,6 +289,6 @@ def count_runs(figure: Figure | Study, num_seeds: int) -> int:
     if isinstance(figure, Study):
         return 0
     num_models = len({run_name(line.config) for line in figure.lines})
-    num_swept = len({run_name(line.swept) for line in figure.lines}) if figure.learning_rates else 0
-    # The first seed of the rate that was chosen is one of those that are trained anyway.
-    return num_models * num_seeds + num_swept * (len(figure.learning_rates) - 1)
+    num_swept = len({run_name(line.swept) for line in figure.lines}) if figure.trials else 0
+    # The first seed of the trial that was chosen is one of those that are trained anyway.
+    return num_models * num_seeds + num_swept * (len(figure.trials) - 1)

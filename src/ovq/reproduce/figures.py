@@ -61,7 +61,7 @@ def _mixers_by_length(
             Panel(title="memory", y="state_bytes"),
             Panel(title="time", y="microseconds_per_token"),
         ),
-        learning_rates=preset.learning_rates,
+        trials=preset.trials,
         validation=preset.test(usual.task.at_length(preset.train_length(task))),
     )
 
@@ -158,7 +158,7 @@ def state_size(preset: Preset) -> Figure:
             usual = preset.config("recall", mixer)
             sizes = [usual, *(preset.config("recall", mixer, **size) for size in preset.sizes.get(mixer, ()))]
             lines += [
-                dataclasses.replace(_line(_name(mixer), config, [preset.test(task)], group), rate_of=usual)
+                dataclasses.replace(_line(_name(mixer), config, [preset.test(task)], group), trial_of=usual)
                 for config in sizes
             ]
         elastic = [preset.test(task, num_slots=trained * factor) for factor in preset.slot_factors]
@@ -174,7 +174,7 @@ def state_size(preset: Preset) -> Figure:
         name="bytes",
         title="Basic recall against bytes of state",
         note="Each point of a line is a model trained with a state of that size, but where the legend says "
-        "otherwise. Learning rates are those that the usual size of each mixer does best with.",
+        "otherwise. Settings of the optimizer are those that the usual size of each mixer does best with.",
         lines=tuple(lines),
         panels=tuple(
             Panel(
@@ -184,7 +184,7 @@ def state_size(preset: Preset) -> Figure:
             )
             for group, length in zip(("near", "far"), lengths, strict=True)
         ),
-        learning_rates=preset.learning_rates,
+        trials=preset.trials,
         validation=preset.test(preset.configs["recall"].task.at_length(train_length)),
     )
 

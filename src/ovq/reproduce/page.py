@@ -14,6 +14,7 @@ from ovq.files import write_atomic
 from ovq.report.rows import format_bytes
 from ovq.reproduce.draw import AXIS_NAMES, Point, points, short_number
 from ovq.reproduce.figures import FIGURES
+from ovq.reproduce.plan import Trial
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 68em; margin: 2em auto; }
@@ -121,20 +122,23 @@ def _panel_table(results: dict[str, Any], panel: dict[str, Any]) -> str:
 
 
 def _sweep_table(sweep: Sequence[dict[str, Any]]) -> str:
-    rates = list(dict.fromkeys(rate for entry in sweep for rate in entry["accuracies"]))
+    trials = list(dict.fromkeys(trial for entry in sweep for trial in entry["accuracies"]))
     body = [
         [
             entry["line"],
-            *(f"{entry['accuracies'][rate]:.4f}" if rate in entry["accuracies"] else "" for rate in rates),
-            f"{entry['chosen']:g}",
+            *(
+                f"{found:.4f}" if (found := entry["accuracies"].get(trial)) is not None else ""
+                for trial in trials
+            ),
+            entry["chosen"],
         ]
         for entry in sweep
     ]
     caption = (
-        f"Learning rates: accuracy at {sweep[0]['length']} tokens of other data than the tests', "
-        f"seed {sweep[0]['seed']}"
+        f"Learning rates (and weight decay): accuracy at {sweep[0]['length']} tokens of other data than the "
+        f"tests', seed {sweep[0]['seed']}"
     )
-    return _table(["", *rates, "chosen"], body, caption)
+    return _table(["", *trials, "chosen"], body, caption)
 
 
 def _model_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -147,7 +151,7 @@ def _model_table(rows: Sequence[dict[str, Any]]) -> str:
             [
                 run,
                 row["line"],
-                f"{row['learning_rate']:g}",
+                Trial(learning_rate=row["learning_rate"], weight_decay=row["weight_decay"]).label,
                 f"{row['num_parameters']}",
                 "interrupted" if seconds is None else f"{seconds:.0f}",
             ]

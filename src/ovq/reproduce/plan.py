@@ -62,15 +62,44 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Settings of the optimizer that a model is tried with.
+
+    Attributes:
+        learning_rate: The peak.
+        weight_decay: As in `TrainArgs`.
+
+    Example:
+        >>> Trial(learning_rate=0.004).label, Trial(learning_rate=0.008, weight_decay=0.5).label
+        ('0.004', '0.008, decay 0.5')
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.0
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Trial:
+        """The settings of a run."""
+        return cls(learning_rate=config.train.learning_rate, weight_decay=config.train.weight_decay)
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        decay = f", decay {self.weight_decay:g}" if self.weight_decay else ""
+        return f"{self.learning_rate:g}{decay}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
     """A line of a figure: a model, trained once for each seed, and what it is asked.
 
     Attributes:
         label: Its name in the legend.
-        config: The run; the seed is set for each repetition, and the learning rate where it is swept.
+        config: The run; the seed is set for each repetition, and what a trial says where there are several.
         evaluations: What each trained model is asked.
         group: Which panels show it: those of the same group.
-        rate_of: Where learning rates are swept, the run whose best rate this one takes; its own if not given.
+        trial_of: Where models are tried with several settings, the run whose best this one takes; its own if
+            not given.
 
     Lines of one label are drawn as one: that is how the points of a line come from different models.
     """
@@ -79,12 +108,12 @@ class Line:
     config: RunConfig
     evaluations: tuple[Evaluation, ...]
     group: str = ""
-    rate_of: RunConfig | None = None
+    trial_of: RunConfig | None = None
 
     @property
     def swept(self) -> RunConfig:
-        """The run that decides on the learning rate."""
-        return self.rate_of or self.config
+        """The run that decides on the settings of the optimizer."""
+        return self.trial_of or self.config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,8 +146,8 @@ class Figure:
         title: What it shows, in a line.
         lines: The lines of all panels.
         panels: What is drawn, from left to right.
-        learning_rates: Rates that each model is tried with on the first seed, to go on with the best; none to
-            train with that of the configuration.
+        trials: Settings that each model is tried with on the first seed, to go on with the best; none to
+            train with those of the configuration.
         validation: What decides between them; asked with examples that no row comes from.
         note: What a reader has to know beside the title.
     """
@@ -127,13 +156,13 @@ class Figure:
     title: str
     lines: tuple[Line, ...]
     panels: tuple[Panel, ...]
-    learning_rates: tuple[float, ...] = ()
+    trials: tuple[Trial, ...] = ()
     validation: Evaluation | None = None
     note: str = ""
 
     def __post_init__(self) -> None:
         """A figure that cannot come out as it is meant is a mistake in this package."""
-        assert bool(self.learning_rates) == (self.validation is not None), "a sweep needs a validation"
+        assert bool(self.trials) == (self.validation is not None), "a sweep needs a validation"
         assert {line.group for line in self.lines} == {panel.group for panel in self.panels}
 
 
@@ -164,9 +193,9 @@ def with_seed(config: RunConfig, seed: int) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
 
 
-def with_rate(config: RunConfig, learning_rate: float) -> RunConfig:
-    """The same run with another peak learning rate."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, learning_rate=learning_rate))
+def with_trial(config: RunConfig, trial: Trial) -> RunConfig:
+    """The same run with other settings of the optimizer."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **dataclasses.asdict(trial)))
 
 
 def run_name(config: RunConfig) -> str:

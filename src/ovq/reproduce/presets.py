@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ovq.reproduce.plan import Evaluation
+from ovq.reproduce.plan import Evaluation, Trial
 from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask, Task
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
 from ovq.train.recipes import recipe_for
@@ -23,7 +23,7 @@ class Preset:
         length_factors: Where to test, in lengths of the longest training example.
         far_lengths: Where to test beyond, in tokens, by the name of the task.
         test_tokens: Tokens to test on, at each length; at least one example is.
-        learning_rates: What each mixer is tried with where mixers are compared.
+        trials: What each mixer is tried with where mixers are compared.
         slot_factors: Sizes of the dictionary to test, in sizes of the trained one.
         sizes: What makes the state of a mixer smaller or larger than usual, by its name: fields of the model
             and their values.
@@ -38,7 +38,7 @@ class Preset:
     length_factors: tuple[int, ...]
     far_lengths: Mapping[str, tuple[int, ...]]
     test_tokens: int
-    learning_rates: tuple[float, ...]
+    trials: tuple[Trial, ...]
     slot_factors: tuple[int, ...]
     sizes: Mapping[str, tuple[Mapping[str, Any], ...]]
     chunk_sizes: tuple[int, ...]
@@ -126,7 +126,8 @@ CPU = Preset(
     length_factors=(1, 2, 4, 8, 16),
     far_lengths={"recall": (16384, 65536), "positional": (16384, 65536)},
     test_tokens=65536,
-    learning_rates=(3e-3, 8e-3),
+    # Decay is what lets OVQ and full attention hold beyond the training length, and keeps VQ from learning.
+    trials=(Trial(learning_rate=4e-3), Trial(learning_rate=8e-3, weight_decay=0.5)),
     slot_factors=(1, 4, 16, 64, 256),
     sizes={
         "ovq": ({"num_slots": 16}, {"num_slots": 256}, {"num_slots": 1024}),
@@ -201,7 +202,7 @@ GPU = Preset(
     length_factors=(1, 2, 4, 8, 16),
     far_lengths={"regression": (65536,)},
     test_tokens=2**20,
-    learning_rates=(5e-4, 1e-3, 2e-3),
+    trials=tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (5e-4, 1e-3, 2e-3)),
     slot_factors=(1, 2, 4, 8, 16),
     sizes={
         "ovq": ({"num_slots": 256}, {"num_slots": 4096}),
