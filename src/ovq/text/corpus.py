@@ -71,7 +71,7 @@ class Corpus:
         return len(self._groups)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The tokens of one, `[T]` of an unsigned type; read-only, and read from the disk where it is used."""
+        """The tokens of one, `[T]` of an unsigned type: read-only, read from the disk where they are used."""
         group = self._groups[index]
         if len(group) == 1:
             return self._stored.document(group[0])
