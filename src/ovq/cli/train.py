@@ -14,7 +14,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="TASK-MIXER: recall, positional, regression or mqar; ovq, full, vq, ...",
+            help="TASK-MIXER: recall, positional, regression, mqar, lm or lm-70m, lm-150m, lm-480m for GPUs; "
+            "ovq, full, sliding, sinks, vq, linear, gdn or mamba2.",
             show_default=False,
         ),
     ] = None,
@@ -34,6 +35,9 @@ def train(
     """Train a model and save it with its configuration.
 
     Example: [bold]ovq train recall-ovq --set train.steps=300 --set model.num_slots=128 --out runs/ovq[/bold]
+
+    On text, a file, a folder, an installed corpus or a data set of the hub: [bold]ovq train lm-ovq --set
+    task.dataset=books/[/bold]
 
     With [bold]--set train.save_every=100[/bold] the run keeps checkpoints, and
     [bold]ovq train --resume --out runs/ovq[/bold] goes on after an interruption. Several processes:

@@ -1,13 +1,81 @@
-"""The examples of a training run as a PyTorch data set, with the length curriculum in it."""
+"""The examples of a training run as a PyTorch data set: what kind the task needs, and the synthetic one, with
+the length curriculum in it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
+from ovq.report.progress import Reporter
+from ovq.tasks import TextTask
+from ovq.text import get_tokenizer, load_corpus, source_tokenizer
+from ovq.train.carry import CarryTrainer
+from ovq.train.checkpoints import SealingTrainer
 from ovq.train.config import RunConfig
+from ovq.train.text import CarriedTextDataset, PackedTextDataset
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What a run trains on.
+
+    Attributes:
+        examples: Builds whole batches by index.
+        tokenizer: Of real text, to be saved beside the model; None where tokens stand for nothing else.
+        is_carrying: Whether the state is carried from one example to the next.
+    """
+
+    examples: Dataset
+    tokenizer: Any | None = None
+    is_carrying: bool = False
+
+    @property
+    def trainer(self) -> type[SealingTrainer]:
+        """The `Trainer` that reads such examples."""
+        return CarryTrainer if self.is_carrying else SealingTrainer
+
+
+def training_data(config: RunConfig, checkpoint: Path | None, reporter: Reporter) -> TrainingData:
+    """What a run trains on, read or built.
+
+    Args:
+        config: The run.
+        checkpoint: Where the run goes on, whose tokenizer is the one to go on with; None for a new run.
+        reporter: Where to show how much of a corpus has been read, if it is not in the cache.
+
+    Raises:
+        ValueError: If text cannot be had, or there is not enough of it.
+    """
+    task = config.task
+    if not isinstance(task, TextTask):
+        return TrainingData(examples=CurriculumDataset(config))
+    tokenizer = source_tokenizer(task) if checkpoint is None else get_tokenizer(str(checkpoint))
+    corpus = load_corpus(task, "train", tokenizer=tokenizer, progress=_now_and_then(task.dataset, reporter))
+    examples = CarriedTextDataset if task.carry_state else PackedTextDataset
+    return TrainingData(
+        examples=examples(config, corpus), tokenizer=tokenizer, is_carrying=task.carry_state
+    )
+
+
+def _now_and_then(name: str, reporter: Reporter) -> Callable[[int], None]:
+    """Says how many documents have been read every few seconds; how many there are is not known before."""
+    last_line = time.monotonic()
+
+    def progress(num_documents: int) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            reporter.say(f"read {name}: {num_documents} documents")
+
+    return progress
 
 
 class CurriculumDataset(Dataset):
