@@ -113,7 +113,9 @@ def load_lanes(path: Path, config: OVQConfig, device: torch.device | str) -> dic
             lane, layer, name = re.fullmatch(r"(\d+)\.(\d+)\.(.+)", key).groups()
             tensor = file.get_tensor(key)
             # A state counts its tokens on the CPU.
-            parts.setdefault((lane, int(layer)), {})[name] = tensor if name == "num_seen" else tensor.to(device)
+            parts.setdefault((lane, int(layer)), {})[name] = (
+                tensor if name == "num_seen" else tensor.to(device)
+            )
         for lane, num_read in lengths.items():
             cache = lanes[int(lane)] = OVQCache(config)
             for i, layer in enumerate(cache.layers):

@@ -15,8 +15,6 @@ from torch.utils.data import Dataset
 from ovq.report.progress import Reporter
 from ovq.tasks import TextTask
 from ovq.text import get_tokenizer, load_corpus, source_tokenizer
-from ovq.train.carry import CarryTrainer
-from ovq.train.checkpoints import SealingTrainer
 from ovq.train.config import RunConfig
 from ovq.train.text import CarriedTextDataset, PackedTextDataset
 
@@ -37,11 +35,6 @@ class TrainingData:
     tokenizer: Any | None = None
     is_carrying: bool = False
 
-    @property
-    def trainer(self) -> type[SealingTrainer]:
-        """The `Trainer` that reads such examples."""
-        return CarryTrainer if self.is_carrying else SealingTrainer
-
 
 def training_data(config: RunConfig, checkpoint: Path | None, reporter: Reporter) -> TrainingData:
     """What a run trains on, read or built.
@@ -60,9 +53,7 @@ def training_data(config: RunConfig, checkpoint: Path | None, reporter: Reporter
     tokenizer = source_tokenizer(task) if checkpoint is None else get_tokenizer(str(checkpoint))
     corpus = load_corpus(task, "train", tokenizer=tokenizer, progress=_now_and_then(task.dataset, reporter))
     examples = CarriedTextDataset if task.carry_state else PackedTextDataset
-    return TrainingData(
-        examples=examples(config, corpus), tokenizer=tokenizer, is_carrying=task.carry_state
-    )
+    return TrainingData(examples=examples(config, corpus), tokenizer=tokenizer, is_carrying=task.carry_state)
 
 
 def _now_and_then(name: str, reporter: Reporter) -> Callable[[int], None]:

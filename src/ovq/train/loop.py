@@ -18,7 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.report.progress import Reporter, Work
-from ovq.train.checkpoints import newest_checkpoint, writing
+from ovq.train.carry import CarryTrainer
+from ovq.train.checkpoints import SealingTrainer, newest_checkpoint, writing
 from ovq.train.config import CONFIG_FILE, RunConfig
 from ovq.train.data import training_data
 
@@ -110,7 +111,7 @@ def _run(
     model = build_model(config)
     if data.tokenizer is not None:
         model.config.eos_token_id = model.generation_config.eos_token_id = data.tokenizer.eos_token_id
-    trainer = data.trainer(
+    trainer = (CarryTrainer if data.is_carrying else SealingTrainer)(
         model=model,
         args=_training_arguments(config, out, is_carrying=data.is_carrying),
         train_dataset=data.examples,

@@ -76,13 +76,13 @@ def _lm(long_range_mixer: str) -> RunConfig:
             embedding_std=0.05,
         ),
         train=TrainArgs(
-            steps=600,
-            batch_size=8,
-            lengths=(512, 2048),
-            length_shares=(0.5, 0.5),
+            steps=1000,
+            batch_size=4,
+            lengths=(2048,),
+            length_shares=(1.0,),
             learning_rate=3e-3,
             min_learning_rate_share=0.1,
-            warmup_steps=40,
+            warmup_steps=50,
             weight_decay=0.1,
         ),
     )

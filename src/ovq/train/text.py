@@ -39,9 +39,9 @@ class PackedTextDataset(Dataset):
         >>> from ovq.text import TextSource, load_corpus
         >>> from ovq.train.recipes import get_recipe
         >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
-        >>> data = PackedTextDataset(get_recipe("lm-ovq").override(["train.lengths=512"]), corpus)
+        >>> data = PackedTextDataset(get_recipe("lm-ovq"), corpus)
         >>> {name: tuple(tensor.shape) for name, tensor in data.__getitems__([0, 1, 2]).items()}
-        {'input_ids': (1, 1536), 'labels': (1, 1536), 'shift_labels': (1, 1536), 'cu_seqlens': (...,)}
+        {'input_ids': (1, 6144), 'labels': (1, 6144), 'shift_labels': (1, 6144), 'cu_seqlens': (...,)}
     """
 
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
