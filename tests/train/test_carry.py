@@ -166,7 +166,7 @@ def test_training_learns_and_leaves_a_model_that_reads_text(folder, tmp_path, is
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     model = OVQForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.vocab_size == 262
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == len(tokenizer) - 1
+    assert model.config.eos_token_id == tokenizer.eos_token_id == len(tokenizer) - 1
     prompt = tokenizer("k 12345 12345", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=2, do_sample=False)
     assert tokenizer.decode(answer[0]) == "k 12345 12345 12345 12345"

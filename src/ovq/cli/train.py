@@ -55,8 +55,10 @@ def train(
     out = out or Path("runs") / recipe
 
     from ovq.report.progress import Reporter
+    from ovq.tasks import TextTask
     from ovq.train import loop
     from ovq.train.allocator import keep_freed_memory
+    from ovq.train.config import RunConfig
 
     keep_freed_memory()
 
@@ -65,7 +67,10 @@ def train(
             loop.resume(out, reporter=reporter, label=f"train {out}")
         else:
             loop.train(config, out, reporter=reporter, label=f"train {recipe}")
+    is_text = RunConfig.load(out).task.name == TextTask.name
     # Paths and commands broken over two lines could not be copied.
     out_console.print(
-        f"Saved the model and its configuration in {out}. Test it: ovq eval --model {out}", soft_wrap=True
+        f"Saved the model and its configuration in {out}. "
+        f"Test it: ovq eval {'lm ' if is_text else ''}--model {out}",
+        soft_wrap=True,
     )
