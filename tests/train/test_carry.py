@@ -1,10 +1,8 @@
 """A state carried from window to window is that of the whole document; its gradient ends with the window."""
 
-import shutil
-
 import pytest
 import torch
-from tests.train.text_common import losses, quiet, tiny_config, write_texts
+from tests.train.text_common import losses, quiet, stopped_at, tiny_config, write_texts
 from transformers import AutoTokenizer
 
 from ovq.hf import OVQCache, OVQForCausalLM
@@ -143,14 +141,26 @@ def test_a_resumed_run_is_bit_identical(folder, tmp_path, mixer, is_carrying):
     resumed_out = tmp_path / "resumed"
     with quiet() as reporter:
         whole = loop.train(config, tmp_path / "whole", reporter=reporter)
-        config.save(resumed_out)
         # Lanes are then within documents.
-        shutil.copytree(tmp_path / "whole" / "checkpoint-4", resumed_out / "checkpoint-4")
+        stopped_at(config, 4, tmp_path / "whole", resumed_out)
         resumed = loop.resume(resumed_out, reporter=reporter)
     assert (resumed_out / "checkpoint-4" / "carried-0.safetensors").is_file() == is_carrying
     assert losses(resumed_out) == losses(tmp_path / "whole")
     for name, weight in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], weight), name
+
+
+def test_a_run_goes_on_with_the_corpus_it_began_with_or_not_at_all(folder, tmp_path):
+    config = tiny_config(folder, save_every=2)
+    with quiet() as reporter:
+        loop.train(config, tmp_path / "whole", reporter=reporter)
+        stopped = stopped_at(config, 4, tmp_path / "whole", tmp_path / "stopped")
+        (folder / "a.txt").write_text("another text")
+        with pytest.raises(ValueError, match=r"corpus.json: expected the corpus this run began with"):
+            loop.resume(stopped, reporter=reporter)
+        (stopped / "corpus.json").unlink()
+        with pytest.raises(ValueError, match=r"corpus.json: expected what the run was .*, found none"):
+            loop.resume(stopped, reporter=reporter)
 
 
 @pytest.mark.parametrize("is_carrying", [False, True])

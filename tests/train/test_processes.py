@@ -1,22 +1,14 @@
 """Two processes go on with a run on text where one has stopped, and one where two have."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
 
 import pytest
+from tests.train.text_common import losses, quiet, stopped_at, tiny_config, write_texts
 
 from ovq.train import checkpoints, loop
-from tests.train.text_common import losses, quiet, tiny_config, write_texts
-
-
-def stopped_at(config, step, source, out):
-    """The folder of a run that was interrupted after its checkpoint of this step."""
-    config.save(out)
-    shutil.copytree(source / f"checkpoint-{step}", out / f"checkpoint-{step}")
-    return out
 
 
 def resume_in_two_processes(out):

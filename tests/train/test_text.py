@@ -153,7 +153,7 @@ def test_a_corpus_shorter_than_a_window_is_refused(folder, corpus):
 def test_a_run_trains_on_the_training_documents_alone(folder):
     config = tiny_config(folder).override(["task.held_out=0.5"])
     with quiet() as reporter:
-        data = training_data(config, None, reporter)
+        data = training_data(config, folder, None, reporter)
     kept = load_corpus(TextSource(dataset=str(folder), held_out=0.5), "train")
     held_out = load_corpus(TextSource(dataset=str(folder), held_out=0.5), "test")
     shown = np.concatenate([data.examples.__getitems__([i])["input_ids"][0] for i in range(24)])

@@ -1,6 +1,7 @@
 """A corpus and a run on it that the tests of training on text share."""
 
 import json
+import shutil
 import string
 
 from rich.console import Console
@@ -8,6 +9,7 @@ from rich.console import Console
 from ovq.report.progress import Reporter
 from ovq.tasks import TextTask
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
+from ovq.train.data import CORPUS_FILE
 
 END = 256
 TEXTS = {
@@ -49,3 +51,11 @@ def quiet():
 def losses(folder):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def stopped_at(config, step, source, out):
+    """The folder of a run as it would be, had it been interrupted after its checkpoint of this step."""
+    config.save(out)
+    shutil.copy(source / CORPUS_FILE, out)
+    shutil.copytree(source / f"checkpoint-{step}", out / f"checkpoint-{step}")
+    return out

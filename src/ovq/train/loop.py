@@ -107,7 +107,7 @@ def _run(
     """Train, from a checkpoint if there is one, and save the result."""
     # Saving a small model is over before a bar of its own is seen.
     disable_progress_bar()
-    data = training_data(config, checkpoint, reporter)
+    data = training_data(config, out, checkpoint, reporter)
     model = build_model(config)
     if data.tokenizer is not None:
         model.config.eos_token_id = model.generation_config.eos_token_id = data.tokenizer.eos_token_id
