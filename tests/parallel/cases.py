@@ -63,7 +63,7 @@ CASES = {
     "two, anywhere": Case(num_ranks=2, lengths=(37,), bounds=(0, 22, 37)),
     "recomputed": Case(num_ranks=4, lengths=(37, 37, 37), bounds=ANYWHERE, recompute=True),
     "recurrent": Case(num_ranks=4, lengths=(37, 37), bounds=ANYWHERE, changes=RECURRENT),
-    "float32": Case(num_ranks=4, dtype=torch.float32),
+    "float32, tied": Case(num_ranks=4, dtype=torch.float32, changes={"tie_word_embeddings": True}),
     "unpipelined": Case(num_ranks=4, lengths=(37,) * 5, max_in_flight=1),
     "pipelined": Case(num_ranks=4, lengths=(37,) * 5),
     "added": Case(num_ranks=2, lengths=(16,), grads_before=0.25),

@@ -7,7 +7,7 @@ from ovq.hf import OVQModel
 from ovq.parallel import ContextParallel, even_bounds
 from tests.hf.common import make_model
 from tests.parallel.cases import CASES, OVQ_AND_WINDOW, expected, expected_states, run
-from tests.parallel.processes import run_ranks
+from tests.processes import run_ranks
 
 
 @pytest.fixture(scope="module")

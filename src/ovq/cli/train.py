@@ -37,7 +37,8 @@ def train(
 
     With [bold]--set train.save_every=100[/bold] the run keeps checkpoints, and
     [bold]ovq train --resume --out runs/ovq[/bold] goes on after an interruption. Several processes:
-    [bold]torchrun --nproc-per-node 2 -m ovq train ...[/bold]
+    [bold]torchrun --nproc-per-node 2 -m ovq train ...[/bold], each with a part of the model by
+    [bold]--set train.sharding=fsdp[/bold]
     """
     if resume and (recipe is not None or set_ or out is None):
         raise ValueError("--resume: expected only --out beside it (a run goes on as it was configured)")
@@ -53,6 +54,7 @@ def train(
     from ovq.report.progress import Reporter
     from ovq.train import loop
     from ovq.train.allocator import keep_freed_memory
+    from ovq.train.sharding import is_first_process
 
     keep_freed_memory()
 
@@ -61,7 +63,8 @@ def train(
             loop.resume(out, reporter=reporter, label=f"train {out}")
         else:
             loop.train(config, out, reporter=reporter, label=f"train {recipe}")
-    # Paths and commands broken over two lines could not be copied.
-    out_console.print(
-        f"Saved the model and its configuration in {out}. Test it: ovq eval --model {out}", soft_wrap=True
-    )
+    if is_first_process():
+        # Paths and commands broken over two lines could not be copied.
+        out_console.print(
+            f"Saved the model and its configuration in {out}. Test it: ovq eval --model {out}", soft_wrap=True
+        )

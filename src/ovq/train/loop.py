@@ -21,6 +21,12 @@ from ovq.report.progress import Reporter, Work
 from ovq.train.checkpoints import SealingTrainer, newest_checkpoint, writing
 from ovq.train.config import CONFIG_FILE, RunConfig
 from ovq.train.data import CurriculumDataset
+from ovq.train.sharding import (
+    prepare_sharding,
+    gather_weights,
+    is_first_process,
+    sharding_arguments,
+)
 
 
 def model_config(config: RunConfig) -> OVQConfig:
@@ -64,16 +70,20 @@ def train(config: RunConfig, out: Path, *, reporter: Reporter, label: str = "tra
         label: What to call this run there.
 
     Returns:
-        The trained model, in evaluation mode.
+        The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
 
     Raises:
         ValueError: If the folder already holds a run, or the batch cannot be shared by the processes.
         OSError: If the folder cannot be written.
     """
-    if (out / CONFIG_FILE).exists():
-        raise ValueError(f"--out: expected a folder without a run (or --resume), found {out / CONFIG_FILE}")
-    # Also the check that the folder can be written, before any work is done.
-    config.save(out)
+    # The first of several processes speaks for all, or another would find the file that it has written.
+    if is_first_process():
+        if (out / CONFIG_FILE).exists():
+            raise ValueError(
+                f"--out: expected a folder without a run (or --resume), found {out / CONFIG_FILE}"
+            )
+        # Also the check that the folder can be written, before any work is done.
+        config.save(out)
     return _run(config, out, reporter=reporter, label=label, checkpoint=None)
 
 
@@ -87,14 +97,14 @@ def resume(out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCaus
         label: What to call this run there.
 
     Returns:
-        The trained model, in evaluation mode.
+        The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
 
     Raises:
         ValueError: If the folder holds no run, or no whole checkpoint.
         OSError: If the folder cannot be written.
     """
     config = RunConfig.load(out)
-    checkpoint = newest_checkpoint(out, reporter.say)
+    checkpoint = newest_checkpoint(out, reporter.say if is_first_process() else lambda _: None)
     if checkpoint is None:
         raise ValueError(f"--resume: expected a checkpoint (see train.save_every) in {out}, found none")
     return _run(config, out, reporter=reporter, label=label, checkpoint=checkpoint)
@@ -107,9 +117,11 @@ def _run(
     # Saving a small model is over before a bar of its own is seen.
     disable_progress_bar()
     model = build_model(config)
+    arguments = _training_arguments(config, out)
+    prepare_sharding(arguments)
     trainer = SealingTrainer(
         model=model,
-        args=_training_arguments(config, out),
+        args=arguments,
         train_dataset=CurriculumDataset(config),
         data_collator=_as_it_is,
     )
@@ -118,6 +130,7 @@ def _run(
     if trainer.is_world_process_zero():
         trainer.add_callback(_ReportCallback(config, reporter.start(label, total=config.train.steps)))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    gather_weights(trainer)
     with writing(out):
         trainer.save_model()
         trainer.save_state()
@@ -161,7 +174,10 @@ def _training_arguments(config: RunConfig, out: Path) -> TrainingArguments:
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        # There are none: looking for them takes a walk over the graph at every step.
+        ddp_find_unused_parameters=False,
         report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+        **sharding_arguments(args),
     )
     # One process drives one device: otherwise every GPU in sight would get a batch of its own by
     # DataParallel.

@@ -33,6 +33,10 @@ def run_ranks(function, num_ranks, folder, *arguments):
 
 def _begin(function, rank, num_ranks, folder, arguments):
     torch.set_num_threads(1)
+    # As torchrun sets them.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    # Asked for by accelerate, and not used: the group is there already.
+    os.environ |= {"LOCAL_WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     if sys.platform == "linux":
         # Names of hosts cannot be looked up everywhere.
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
