@@ -1,11 +1,15 @@
 """A document split over ranks against one process: losses, gradients, states, and what is sent."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from ovq.hf import OVQModel
 from ovq.parallel import ContextParallel, even_bounds
-from tests.hf.common import make_model
+from ovq.parallel.cost import handover_bytes
+from tests.hf.common import SIZES, make_model
 from tests.parallel.cases import CASES, OVQ_AND_WINDOW, expected, expected_states, run
 from tests.processes import run_ranks
 
@@ -62,7 +66,19 @@ def test_a_pipeline_gives_what_one_micro_batch_after_the_other_gives(results):
 def test_what_is_sent_does_not_depend_on_the_length(results):
     longer, shorter = results["longer"], results["shorter"]
     assert [r["num_bytes"] for r in longer] == [r["num_bytes"] for r in shorter]
-    assert min(r["num_bytes"] for r in shorter) > 1000
+    for name in ("shorter", "recurrent"):
+        case = CASES[name]
+        bounds = case.bounds or even_bounds(case.lengths[0], case.num_ranks, multiple=SIZES["chunk_size"])
+        # Forward from each boundary but the last, and back from each but the first.
+        at_bounds = [
+            handover_bytes(case.model().mixers(), num_tokens=bound, num_rows=2, dtype=case.dtype)
+            for bound in bounds[1:-1]
+        ]
+        forward = [at[0] for at in at_bounds] + [0]
+        backward = [0] + [at[1] for at in at_bounds]
+        sent = [r["num_bytes"] / len(case.lengths) for r in results[name]]
+        assert sent == [f + b for f, b in zip(forward, backward, strict=True)]
+        assert min(sent) > 1000
 
 
 def test_what_cannot_be_split_is_refused():
@@ -103,3 +119,14 @@ def test_input_that_does_not_fit_is_refused(alone):
     next(getattr(alone.model, name) for name in names if hasattr(alone.model, name))()
     with pytest.raises(ValueError, match=r"without gradient checkpointing \(use recompute=True\)"):
         alone.forward_backward([batch])
+
+
+def test_the_program_of_the_documentation_runs(monkeypatch):
+    text = (Path(__file__).parent.parent.parent / "docs" / "scaling.md").read_text()
+    [program] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    names = {}
+    exec(program, names)
+    torch.distributed.destroy_process_group()
+    assert 4 < names["loss"] < 8

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from rich.console import Console
+from tests.processes import run_ranks
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -22,7 +23,6 @@ from ovq.report.progress import Reporter
 from ovq.train import loop
 from ovq.train.checkpoints import SEAL_FILE, fault
 from ovq.train.recipes import get_recipe
-from tests.processes import run_ranks
 
 STEPS = 6
 SETTINGS = [

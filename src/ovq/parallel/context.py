@@ -27,7 +27,7 @@ from ovq.layers import SequenceLayout
 from ovq.layers.constant import StateSpec
 from ovq.parallel.schedule import steps_of_rank
 from ovq.parallel.segment import Segment
-from ovq.parallel.transfer import Neighbours
+from ovq.parallel.transfer import Neighbours, floating
 
 IGNORED = -100
 """The label of a position that is not predicted, as in transformers."""
@@ -209,10 +209,10 @@ class _PartRun:
         specs = [list(self._specs(n)) for n in (self._start, self._start + self._ids.shape[1])]
         for segment, before, after in zip(*(reversed(x) for x in (self._segments, *specs)), strict=True):
             has_next = not self._neighbours.is_last
-            grads = self._neighbours.receive_gradient(_floating(after)) if has_next else {}
+            grads = self._neighbours.receive_gradient(floating(after)) if has_next else {}
             grad, grads = segment.backward(grad, grads)
             if not self._neighbours.is_first:
-                self._neighbours.send_gradient(grads, _floating(before))
+                self._neighbours.send_gradient(grads, floating(before))
         self._embedded.backward(grad)
 
     def _specs(self, num_tokens: int) -> Iterator[StateSpec]:
@@ -252,8 +252,3 @@ def _num_targets(batch: Mapping[str, Tensor]) -> int:
             f"found {list(ids.shape)} and {list(labels.shape)}"
         )
     return int((labels[:, 1:] != IGNORED).sum())
-
-
-def _floating(spec: StateSpec) -> StateSpec:
-    """Those tensors that have a gradient."""
-    return {name: entry for name, entry in spec.items() if entry[1].is_floating_point}

@@ -26,6 +26,16 @@ def num_bytes(spec: StateSpec) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
 
 
+def floating(spec: StateSpec) -> StateSpec:
+    """Those of the tensors that have a gradient.
+
+    Example:
+        >>> list(floating({"count": ((2, 3), torch.int64), "keys": ((5,), torch.bfloat16)}))
+        ['keys']
+    """
+    return {name: entry for name, entry in spec.items() if entry[1].is_floating_point}
+
+
 def pack(tensors: Mapping[str, Tensor], spec: StateSpec, device: torch.device | str = "cpu") -> Tensor:
     """The bytes of the tensors that `spec` names, in its order: `[num_bytes]` uint8 on that device."""
     for name, (shape, dtype) in spec.items():

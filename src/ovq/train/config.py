@@ -207,7 +207,8 @@ class RunConfig:
         train: The training.
 
     Raises:
-        ValueError: If the task cannot be built at one of the training lengths, or the model cannot be sharded.
+        ValueError: If the task cannot be built at one of the training lengths, or sharding does not
+            suit the model.
 
     Example:
         >>> from ovq.tasks import RecallTask
@@ -226,8 +227,8 @@ class RunConfig:
         """Build the task at every length, which checks that it can be; check what sections ask of another."""
         if self.train.sharding != "none" and "vq" in self.model.mixer_types:
             raise ValueError(
-                f"train.sharding: expected none with the mixer 'vq', whose dictionary is learned by each process "
-                f"for itself, found {self.train.sharding!r}"
+                "train.sharding: expected none with the mixer 'vq', whose dictionary each process learns for "
+                f"itself, found {self.train.sharding!r}"
             )
         for length in self.train.lengths:
             try:

@@ -22,9 +22,9 @@ from ovq.train.checkpoints import SealingTrainer, newest_checkpoint, writing
 from ovq.train.config import CONFIG_FILE, RunConfig
 from ovq.train.data import CurriculumDataset
 from ovq.train.sharding import (
-    prepare_sharding,
     gather_weights,
     is_first_process,
+    prepare_sharding,
     sharding_arguments,
 )
 
@@ -117,11 +117,9 @@ def _run(
     # Saving a small model is over before a bar of its own is seen.
     disable_progress_bar()
     model = build_model(config)
-    arguments = _training_arguments(config, out)
-    prepare_sharding(arguments)
     trainer = SealingTrainer(
         model=model,
-        args=arguments,
+        args=_training_arguments(config, out),
         train_dataset=CurriculumDataset(config),
         data_collator=_as_it_is,
     )
@@ -182,6 +180,7 @@ def _training_arguments(config: RunConfig, out: Path) -> TrainingArguments:
     # One process drives one device: otherwise every GPU in sight would get a batch of its own by
     # DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    prepare_sharding(arguments)
     return arguments
 
 
