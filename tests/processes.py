@@ -7,9 +7,30 @@ server itself has done nothing but import, so that no lock is inherited.
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 
 import torch
+
+
+def made_once(tmp_path_factory, name, make):
+    """The folder that `make(folder)` has filled, by this worker of pytest or another: costly things once."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder, done = root / name, root / f"{name}-done"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        while not done.exists():
+            time.sleep(0.1)
+    else:
+        try:
+            make(folder)
+        finally:
+            # After a failure too: the other workers must not wait, and will find what is missing.
+            done.touch()
+    return folder
 
 
 def run_ranks(function, num_ranks, folder, *arguments):

@@ -1,6 +1,7 @@
 """A document split over ranks against one process: losses, gradients, states, and what is sent."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,13 @@ from ovq.parallel import ContextParallel, even_bounds
 from ovq.parallel.cost import handover_bytes
 from tests.hf.common import SIZES, make_model
 from tests.parallel.cases import CASES, OVQ_AND_WINDOW, expected, expected_states, run
-from tests.processes import run_ranks
+from tests.processes import made_once, run_ranks
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each rank has found, by case: four processes, started once for all cases."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(run, 4, folder)
+    folder = made_once(tmp_path_factory, "ranks", partial(run_ranks, run, 4))
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(case.num_ranks)]
         for name, case in CASES.items()

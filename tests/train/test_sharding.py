@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from rich.console import Console
-from tests.processes import run_ranks
+from tests.processes import made_once, run_ranks
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -88,7 +88,10 @@ def interrupted(whole, out):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The folders of all runs: of one process and of two, whole ones and ones that another number ended."""
-    root = tmp_path_factory.mktemp("runs")
+    return made_once(tmp_path_factory, "runs-of-processes", make_runs)
+
+
+def make_runs(root):
     for name in ("a", "b", "c"):
         (root / name).mkdir()
     run_ranks(train_all, 1, root / "a", {"fsdp 1": [FSDP]})
@@ -104,7 +107,6 @@ def runs(tmp_path_factory):
     interrupted(root / "fsdp 2", root / "fsdp 2, then 1")
     interrupted(root / "ddp 2", root / "ddp 2, then 1")
     run_ranks(train_all, 1, root / "c", {"fsdp 2, then 1": None, "ddp 2, then 1": None})
-    return root
 
 
 @pytest.mark.parametrize("name", ["fsdp 1, then 2", "fsdp 2, then 1", "ddp 2, then 1"])
