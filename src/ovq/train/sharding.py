@@ -10,9 +10,11 @@ import inspect
 import os
 from typing import Any
 
+import accelerate
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from packaging.version import Version
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainingArguments
 
@@ -24,6 +26,8 @@ _CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in inspect.signature(TrainingArguments).parameters
 )
+# With 1.12 a run that went on with another number of processes had other losses.
+_OLDEST_ACCELERATE = Version("1.13")
 
 
 def is_first_process() -> bool:
@@ -35,7 +39,8 @@ def sharding_arguments(args: TrainArgs) -> dict[str, Any]:
     """The arguments of `TrainingArguments` for `train.sharding` and `train.use_gradient_checkpointing`.
 
     Raises:
-        ValueError: If the model is to be sharded in a program that no launcher has started.
+        ValueError: If the model is to be sharded in a program that no launcher has started, or accelerate is
+            too old.
 
     Example:
         >>> sharding_arguments(TrainArgs())
@@ -47,6 +52,11 @@ def sharding_arguments(args: TrainArgs) -> dict[str, Any]:
         raise ValueError(
             f"train.sharding: expected a run started by torchrun or accelerate launch for {args.sharding!r}, "
             "found a single process (torchrun --nproc-per-node 1 starts one that can)"
+        )
+    if Version(accelerate.__version__) < _OLDEST_ACCELERATE:
+        raise ValueError(
+            f"train.sharding: expected accelerate {_OLDEST_ACCELERATE} or newer (pip install -U accelerate), "
+            f"found {accelerate.__version__}"
         )
     config = {
         "version": 2,
@@ -63,16 +73,16 @@ def sharding_arguments(args: TrainArgs) -> dict[str, Any]:
 def prepare_sharding(arguments: TrainingArguments) -> None:
     """Settle what `TrainingArguments` has no field for; to be called before the Trainer is made.
 
-    Mixed precision sums gradients and gives the loss in float32. And processes without a GPU may shard a
-    model, too: accelerate takes FSDP to be for accelerators alone, and on a CPU leaves the whole model in
-    every process without a word, though PyTorch's `fully_shard` works there. So its state is made here, and
-    told what it would be told on a GPU.
+    Mixed precision sums gradients in float32 and leaves the loss as it is; accelerate's own would round both
+    to bfloat16. And processes without a GPU may shard a model, too: accelerate takes FSDP to be for
+    accelerators alone, and on a CPU leaves the whole model in every process without a word, though PyTorch's
+    `fully_shard` works there. So its state is made here, and told what it would be told on a GPU.
     """
     if not arguments.fsdp:
         return
     if arguments.bf16:
         arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
         )
     if arguments.device.type == "cpu":
         plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
