@@ -36,8 +36,10 @@ SETTINGS = [
     "model.hidden_size=16",
     "model.intermediate_size=16",
     "model.head_dim=8",
-    "model.num_slots=4",
     "model.chunk_size=4",
+    # A slot for every token: no decision hangs on the rounding, in which numbers of processes differ.
+    "model.num_slots=32",
+    "model.growth=immediate",
 ]
 FSDP = "train.sharding=fsdp"
 TIED = "model.tie_word_embeddings=true"
