@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from tests.processes import made_once, run_ranks
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -73,6 +74,8 @@ def train_all(rank, folder, runs):
                 model = loop.train(config(*settings), out, reporter=reporter)
         is_sharded = FSDP in (settings or [FSDP] * ("fsdp" in name))
         assert isinstance(model, FSDPModule) == is_sharded
+        has_wrappers = any(isinstance(module, CheckpointWrapper) for module in model.modules())
+        assert has_wrappers == (CHECKPOINTING in (settings or []))
         if is_sharded:
             weight = model.get_input_embeddings().weight
             assert isinstance(weight, DTensor)
