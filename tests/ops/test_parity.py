@@ -1,5 +1,6 @@
 """The `torch` backend against the reference: outputs, final state and every gradient."""
 
+import dataclasses
 import inspect
 import itertools
 
@@ -81,6 +82,22 @@ def test_gradient_of_an_initial_state(variant):
     for grad, grad_ref in zip(*reversed(results), strict=True):
         assert grad_ref.abs().max() > 1e-3
         torch.testing.assert_close(grad, grad_ref, rtol=1e-9, atol=1e-9)
+
+
+def test_gradient_of_each_part_of_an_initial_state_for_one_more_token():
+    """A single token is decoded without a graph, but not if anything of the state needs a gradient."""
+    q, k, v = inputs(1, 20, 2, 1)
+    options = {"num_slots": 6, "chunk_size": 8}
+    _, state = attend(q[:, :19], k[:, :19], v[:, :19], **options)
+    for name in ("key_sum", "value_sum", "pending_keys", "pending_values"):
+        grads = []
+        for backend in ("naive", "torch"):
+            part = getattr(state, name).clone().requires_grad_()
+            before = dataclasses.replace(state, **{name: part})
+            o, _ = attend(q[:, 19:], k[:, 19:], v[:, 19:], initial_state=before, backend=backend, **options)
+            grads += torch.autograd.grad(o.square().sum(), part)
+        assert grads[0].abs().max() > 1e-3, name
+        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

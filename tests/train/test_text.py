@@ -169,6 +169,13 @@ def test_a_run_trains_on_the_training_documents_alone(folder):
     [
         (["task.carry_state=true"], r"task.carry_state: expected one of train.lengths, .*found \(16, 24\)"),
         (
+            [
+                *("task.carry_state=true", "train.lengths=16", "train.length_shares=1"),
+                "train.use_gradient_checkpointing=true",
+            ],
+            r"task.carry_state: expected train.use_gradient_checkpointing=false, .*found true",
+        ),
+        (
             ["task.carry_state=true", "train.lengths=16", "train.length_shares=1", "train.micro_batches=2"],
             r"task.carry_state: expected train.micro_batches=1, .*found 2",
         ),

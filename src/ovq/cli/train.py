@@ -41,7 +41,8 @@ def train(
 
     With [bold]--set train.save_every=100[/bold] the run keeps checkpoints, and
     [bold]ovq train --resume --out runs/ovq[/bold] goes on after an interruption. Several processes:
-    [bold]torchrun --nproc-per-node 2 -m ovq train ...[/bold]
+    [bold]torchrun --nproc-per-node 2 -m ovq train ...[/bold], each with a part of the model by
+    [bold]--set train.sharding=fsdp[/bold]
     """
     if resume and (recipe is not None or set_ or out is None):
         raise ValueError("--resume: expected only --out beside it (a run goes on as it was configured)")
@@ -59,6 +60,7 @@ def train(
     from ovq.train import loop
     from ovq.train.allocator import keep_freed_memory
     from ovq.train.config import RunConfig
+    from ovq.train.sharding import is_first_process
 
     keep_freed_memory()
 
@@ -67,10 +69,11 @@ def train(
             loop.resume(out, reporter=reporter, label=f"train {out}")
         else:
             loop.train(config, out, reporter=reporter, label=f"train {recipe}")
-    is_text = RunConfig.load(out).task.name == TextTask.name
-    # Paths and commands broken over two lines could not be copied.
-    out_console.print(
-        f"Saved the model and its configuration in {out}. "
-        f"Test it: ovq eval {'lm ' if is_text else ''}--model {out}",
-        soft_wrap=True,
-    )
+    if is_first_process():
+        is_text = RunConfig.load(out).task.name == TextTask.name
+        # Paths and commands broken over two lines could not be copied.
+        out_console.print(
+            f"Saved the model and its configuration in {out}. "
+            f"Test it: ovq eval {'lm ' if is_text else ''}--model {out}",
+            soft_wrap=True,
+        )

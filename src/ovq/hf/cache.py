@@ -19,11 +19,13 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ovq.hf.configuration_ovq import OVQConfig
-from ovq.layers import ConstantStateMixer, SlotCache, StateCache, mixer_class
+from ovq.layers import ConstantStateMixer, Mixer, OVQAttention, SlotCache, StateCache, mixer_class
 from ovq.layers.cache import ConvStateMixin, key_value_kind
 from ovq.layers.common import apply_rotary, rotary_tables
+from ovq.layers.constant import StateSpec
 from ovq.ops import OVQState
 from ovq.ops.serialization import STATE_TENSORS, state_tensors
+from ovq.ops.state import state_dtype
 
 #: Name of the cache among the arguments of `forward` that `generate` uses, and in model outputs.
 CACHE_KEY = (
@@ -72,12 +74,16 @@ class _LayerCache(ConvStateMixin):
                 "again; keep a snapshot of the cache from before them (OVQCache.snapshot)"
             )
 
+    def parts(self) -> dict[str, Tensor]:
+        """What it holds, by name: on its device and with its graph. `layer_spec` tells the shapes."""
+        return {} if self.conv_state is None else {"conv_state": self.conv_state}
+
     def tensors(self) -> dict[str, Tensor]:
         """What there is to save, by name, on the CPU."""
-        return {} if self.conv_state is None else {"conv_state": self.conv_state.cpu().contiguous()}
+        return {name: part.detach().cpu().contiguous() for name, part in self.parts().items()}
 
     def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
-        """Fill this layer, which is empty, with what `tensors` gave for a layer of `num_columns` columns."""
+        """Fill this layer, which is empty, with `tensors` or `parts` of a layer of `num_columns` columns."""
         self.conv_state = tensors.get("conv_state")
 
     def join(self, parts: Sequence[_LayerCache], num_columns: int) -> None:
@@ -131,10 +137,9 @@ class _AttentionLayerCache(_LayerCache):
         self.keys, self.values, self.is_initialized = None, None, False
         super().reset()
 
-    def tensors(self) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Tensor]:
         """Keys, values and the state of the convolution."""
-        kept = {"keys": self.keys, "values": self.values}
-        return super().tensors() | {name: t.cpu().contiguous() for name, t in kept.items()}
+        return super().parts() | {"keys": self.keys, "values": self.values}
 
     def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
         """Fill this layer, which is empty."""
@@ -238,14 +243,19 @@ class SlotCacheLayer(_StateLayer, SlotCache, CacheLayerMixin):
     def _any_tensor(self) -> Tensor:
         return self.state.count
 
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors of the state, and the state of the convolution."""
+        return super().parts() | {name: getattr(self.state, name) for name in STATE_TENSORS}
+
     def tensors(self) -> dict[str, Tensor]:
-        """Those of the state, and the state of the convolution."""
+        """The same to be saved: without what other continuations left in the pending buffers."""
         return super().tensors() | state_tensors(self.state)
 
     def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
         """Fill this layer, which is empty."""
         super().restore(tensors, num_columns, config)
-        parts = {name: tensors[name] for name in STATE_TENSORS}
+        # Wherever it comes from, a state keeps the number of its tokens on the CPU.
+        parts = {name: tensors[name] for name in STATE_TENSORS} | {"num_seen": tensors["num_seen"].cpu()}
         state = OVQState(**parts, num_slots=config.num_slots, chunk_size=config.chunk_size)
         self.set_state(state, num_columns)
 
@@ -269,9 +279,9 @@ class StateCacheLayer(_StateLayer, StateCache, CacheLayerMixin):
     def _any_tensor(self) -> Tensor:
         return next(iter(self.state.values()))
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of the state, and the state of the convolution."""
-        return super().tensors() | {name: t.cpu().contiguous() for name, t in self.state.items()}
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors of the state, and the state of the convolution."""
+        return super().parts() | self.state
 
     def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
         """Fill this layer, which is empty."""
@@ -382,6 +392,38 @@ def _layer_cache(mixer_type: str, config: OVQConfig) -> _LayerCache:
         layer = SlidingWindowCacheLayer(sliding_window=config.sliding_window)
     layer.rope_theta = config.rope_theta if mixer_type in config.rope_mixers else None
     return layer
+
+
+def layer_spec(mixer: Mixer, *, num_rows: int, num_tokens: int, dtype: torch.dtype) -> StateSpec:
+    """The tensors that the cache of a layer holds, each with its shape and dtype; `parts` gives their values.
+
+    Args:
+        mixer: of the layer.
+        num_rows: rows B.
+        num_tokens: tokens that each row has read, at least 1, without padding.
+        dtype: of the activations.
+
+    Example:
+        >>> from ovq.layers import SlidingWindowAttention
+        >>> mixer = SlidingWindowAttention(16, num_heads=2, sliding_window=8, conv_size=0)
+        >>> layer_spec(mixer, num_rows=1, num_tokens=100, dtype=torch.float32)["keys"]
+        ((1, 2, 7, 8), torch.float32)
+    """
+    spec: StateSpec = {}
+    if mixer.conv_size:
+        spec["conv_state"] = ((num_rows, mixer.qkv_proj.out_features, mixer.conv_size - 1), dtype)
+    if isinstance(mixer, ConstantStateMixer):
+        own = mixer.state_spec(dtype)
+        return spec | {name: ((num_rows, *shape), kind) for name, (shape, kind) in own.items()}
+    if isinstance(mixer, OVQAttention):
+        heads, num_open = (num_rows, mixer.num_kv_heads), mixer.num_open(num_tokens)
+        sums = ((*heads, num_open, mixer.head_dim), state_dtype(dtype))
+        pending = ((*heads, mixer.chunk_size, mixer.head_dim), dtype)
+        shapes = (sums, sums, ((*heads, num_open), torch.int64), pending, pending, ((num_rows,), torch.int64))
+        return spec | dict(zip(STATE_TENSORS, shapes, strict=True))
+    num_kept = num_tokens if mixer.window is None else min(num_tokens, mixer.window - 1)
+    kept = ((num_rows, mixer.num_kv_heads, num_kept, mixer.head_dim), dtype)
+    return spec | {"keys": kept, "values": kept}
 
 
 def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:

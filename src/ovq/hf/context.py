@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ovq.files import atomic_path
-from ovq.hf.cache import CACHE_KEY, OVQCache
+from ovq.hf.cache import CACHE_KEY, OVQCache, layer_spec
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQPreTrainedModel
-from ovq.layers import ConstantStateMixer, Mixer, OVQAttention
+from ovq.layers import Mixer, OVQAttention
 from ovq.ops.serialization import STATE_TENSORS, check_tensors, read_file
 
 FORMAT = "ovq-context"
@@ -282,7 +282,11 @@ def _check_layers(
 ) -> None:
     """Raise ValueError unless the tensors can be the memory of `num_tokens` tokens of this model."""
     mixers = model.mixers()
-    expected = {f"layers.{i}.{name}" for i, mixer in enumerate(mixers) for name in _names(mixer)}
+    expected = {
+        f"layers.{i}.{name}"
+        for i, mixer in enumerate(mixers)
+        for name in layer_spec(mixer, num_rows=1, num_tokens=num_tokens, dtype=model.dtype)
+    }
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
         raise ValueError(
@@ -292,38 +296,22 @@ def _check_layers(
         _check_layer(f"{where}: layer {i}", _of_layer(tensors, i), mixer, num_tokens, model.dtype)
 
 
-def _names(mixer: Mixer) -> set[str]:
-    if isinstance(mixer, ConstantStateMixer):
-        memory = mixer.state_spec(torch.float32)
-    else:
-        memory = STATE_TENSORS if isinstance(mixer, OVQAttention) else ("keys", "values")
-    return {*memory, *(["conv_state"] if mixer.conv_size else [])}
-
-
 def _check_layer(
     where: str, tensors: dict[str, Tensor], mixer: Mixer, num_tokens: int, dtype: torch.dtype
 ) -> None:
     """The same for one layer."""
-    expected = {}
-    if mixer.conv_size:
-        expected["conv_state"] = ([1, mixer.qkv_proj.out_features, mixer.conv_size - 1], dtype)
+    expected = layer_spec(mixer, num_rows=1, num_tokens=num_tokens, dtype=dtype)
     if isinstance(mixer, OVQAttention):
         state = {name: tensors[name] for name in STATE_TENSORS}
         check_tensors(where, state, num_slots=mixer.num_slots, chunk_size=mixer.chunk_size)
-        for name in ("pending_keys", "pending_values"):
-            expected[name] = ([1, mixer.num_kv_heads, mixer.chunk_size, mixer.head_dim], dtype)
-    elif isinstance(mixer, ConstantStateMixer):
-        for name, (shape, kind) in mixer.state_spec(dtype).items():
-            expected[name] = ([1, *shape], kind)
-    else:
-        kept = num_tokens if mixer.window is None else min(num_tokens, mixer.window - 1)
-        for name in ("keys", "values"):
-            expected[name] = ([1, mixer.num_kv_heads, kept, mixer.head_dim], dtype)
+        # A dictionary that was resized on the way may have opened other slots than the schedule alone says.
+        for name in ("key_sum", "value_sum", "count"):
+            del expected[name]
     for name, (shape, kind) in expected.items():
         tensor = tensors[name]
-        if list(tensor.shape) != shape or tensor.dtype != kind:
+        if tensor.shape != shape or tensor.dtype != kind:
             raise ValueError(
-                f"{where}: expected {name} of shape {shape} in {kind}, "
+                f"{where}: expected {name} of shape {list(shape)} in {kind}, "
                 f"found {list(tensor.shape)} in {tensor.dtype}"
             )
         if not bool(torch.isfinite(tensor).all()):

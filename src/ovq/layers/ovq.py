@@ -137,9 +137,9 @@ class OVQAttention(AttentionMixer):
         """An empty cache for this layer."""
         return SlotCache()
 
-    def memory_bytes(self, num_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of the `OVQState` of one row: sums, counts, pending buffers and the token counter."""
-        num_open = slots_by_chunk(
+    def num_open(self, num_tokens: int) -> int:
+        """Slots a head has in use after `num_tokens` tokens of a row."""
+        return slots_by_chunk(
             0,
             0,
             num_tokens // self.chunk_size,
@@ -147,8 +147,11 @@ class OVQAttention(AttentionMixer):
             chunk_size=self.chunk_size,
             growth=self.growth,
         )[-1]
+
+    def memory_bytes(self, num_tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of the `OVQState` of one row: sums, counts, pending buffers and the token counter."""
         sum_bytes = torch.promote_types(dtype, torch.float32).itemsize
         count_bytes = seen_bytes = torch.int64.itemsize
-        slots = num_open * (2 * self.head_dim * sum_bytes + count_bytes)
+        slots = self.num_open(num_tokens) * (2 * self.head_dim * sum_bytes + count_bytes)
         pending = self.chunk_size * 2 * self.head_dim * dtype.itemsize
         return self.num_kv_heads * (slots + pending) + seen_bytes

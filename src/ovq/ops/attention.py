@@ -238,9 +238,8 @@ def _run_naive(
 
 def _is_decoding(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, state: OVQState, rows: Rows) -> bool:
     """Whether this is one token a row, without gradients."""
-    needs_grad = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (q, k, v, scale, state.key_sum, state.value_sum, state.pending_keys)
-    )
+    memory = (state.key_sum, state.value_sum, state.pending_keys, state.pending_values)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, scale, *memory))
     return (
         q.shape[1] == 1 and len(rows) == q.shape[0] and min(rows.lengths, default=0) == 1 and not needs_grad
     )

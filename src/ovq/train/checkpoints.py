@@ -43,12 +43,16 @@ def seal(folder: Path) -> None:
         >>> fault(folder)
         'weights: expected 3 bytes, found 1'
     """
-    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name != SEAL_FILE)
+    # Sharded checkpoints have folders within.
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL_FILE)
     for path in paths:
         # On the disk before the seal says so, or a power cut leaves a seal on empty files.
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
-    entries = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths}
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in paths
+    }
     write_atomic(folder / SEAL_FILE, json.dumps(entries, indent=2) + "\n")
 
 

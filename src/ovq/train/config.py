@@ -118,6 +118,10 @@ class TrainArgs:
         adam_beta2: Decay of AdamW's second moment.
         max_grad_norm: Norm that gradients are clipped to.
         precision: `"float32"`, or `"bfloat16"` for mixed precision.
+        sharding: What several processes share: `"none"` for the work alone, each having the whole model, or
+            `"fsdp"` for weights, gradients and the state of the optimizer as well.
+        use_gradient_checkpointing: Keep only what goes from layer to layer, and compute the rest again in the
+            backward pass.
         seed: Seed of the weights and of the data.
         log_every: Steps between two logged losses.
         save_every: Steps between two checkpoints; 0 for none but the final model.
@@ -139,6 +143,8 @@ class TrainArgs:
     adam_beta2: float = 0.99
     max_grad_norm: float = 1.0
     precision: str = "float32"
+    sharding: str = "none"
+    use_gradient_checkpointing: bool = False
     seed: int = 0
     log_every: int = 20
     save_every: int = 0
@@ -171,6 +177,8 @@ class TrainArgs:
                 raise ValueError(f"train.{name}: expected a number in [0, 1), found {getattr(self, name)}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"train.precision: expected float32 or bfloat16, found {self.precision!r}")
+        if self.sharding not in ("none", "fsdp"):
+            raise ValueError(f"train.sharding: expected none or fsdp, found {self.sharding!r}")
 
     def length_at(self, step: int) -> int:
         """The example length that step (counted from 0) trains on.
@@ -215,7 +223,12 @@ class RunConfig:
     train: TrainArgs
 
     def __post_init__(self) -> None:
-        """Build the task at every length, which checks that it can be."""
+        """Build the task at every length, which checks that it can be; check what sections ask of another."""
+        if self.train.sharding != "none" and "vq" in self.model.mixer_types:
+            raise ValueError(
+                "train.sharding: expected none with the mixer 'vq', whose dictionary each process learns for "
+                f"itself, found {self.train.sharding!r}"
+            )
         for length in self.train.lengths:
             try:
                 self.task.at_length(length)
@@ -237,6 +250,11 @@ class RunConfig:
             raise ValueError(
                 "task.carry_state: expected train.micro_batches=1, as each window is read by itself, "
                 f"found {self.train.micro_batches}"
+            )
+        if self.train.use_gradient_checkpointing:
+            raise ValueError(
+                "task.carry_state: expected train.use_gradient_checkpointing=false, as a layer that "
+                "runs again would bring its state up to date again, found true"
             )
 
     @property

@@ -22,6 +22,12 @@ from ovq.train.carry import CarryTrainer
 from ovq.train.checkpoints import SealingTrainer, newest_checkpoint, writing
 from ovq.train.config import CONFIG_FILE, RunConfig
 from ovq.train.data import training_data
+from ovq.train.sharding import (
+    gather_weights,
+    is_first_process,
+    prepare_sharding,
+    sharding_arguments,
+)
 
 
 def model_config(config: RunConfig) -> OVQConfig:
@@ -65,21 +71,25 @@ def train(config: RunConfig, out: Path, *, reporter: Reporter, label: str = "tra
         label: What to call this run there.
 
     Returns:
-        The trained model, in evaluation mode.
+        The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
 
     Raises:
         ValueError: If the folder already holds a run, or the batch cannot be shared by the processes.
         OSError: If the folder cannot be written.
     """
-    if (out / CONFIG_FILE).exists():
-        raise ValueError(f"--out: expected a folder without a run (or --resume), found {out / CONFIG_FILE}")
-    # Also the check that the folder can be written, before any work is done.
-    config.save(out)
+    # The first of several processes speaks for all, or another would find the file that it has written.
+    if is_first_process():
+        if (out / CONFIG_FILE).exists():
+            raise ValueError(
+                f"--out: expected a folder without a run (or --resume), found {out / CONFIG_FILE}"
+            )
+        # Also the check that the folder can be written, before any work is done.
+        config.save(out)
     try:
         return _run(config, out, reporter=reporter, label=label, checkpoint=None)
     except ValueError:
         # A run that was refused, say for a corpus that is not there, can be tried again in the same folder.
-        if not any(out.glob("checkpoint-*")):
+        if is_first_process() and not any(out.glob("checkpoint-*")):
             (out / CONFIG_FILE).unlink(missing_ok=True)
         raise
 
@@ -94,14 +104,14 @@ def resume(out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCaus
         label: What to call this run there.
 
     Returns:
-        The trained model, in evaluation mode.
+        The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
 
     Raises:
         ValueError: If the folder holds no run, or no whole checkpoint.
         OSError: If the folder cannot be written.
     """
     config = RunConfig.load(out)
-    checkpoint = newest_checkpoint(out, reporter.say)
+    checkpoint = newest_checkpoint(out, reporter.say if is_first_process() else lambda _: None)
     if checkpoint is None:
         raise ValueError(f"--resume: expected a checkpoint (see train.save_every) in {out}, found none")
     return _run(config, out, reporter=reporter, label=label, checkpoint=checkpoint)
@@ -132,6 +142,7 @@ def _run(
     if data.is_carrying and checkpoint is not None:
         trainer.load_carried(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    gather_weights(trainer)
     with writing(out):
         trainer.save_model()
         trainer.save_state()
@@ -179,11 +190,15 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        # There are none: looking for them takes a walk over the graph at every step.
+        ddp_find_unused_parameters=False,
         report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+        **sharding_arguments(args),
     )
     # One process drives one device: otherwise every GPU in sight would get a batch of its own by
     # DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    prepare_sharding(arguments)
     return arguments
 
 

@@ -1,0 +1,68 @@
+"""The tables of `docs/scaling.md`: what context parallelism moves and waits, beside ring attention.
+
+`python benchmarks/context_parallel_cost.py`; nothing is measured and no model is made.
+"""
+
+from __future__ import annotations
+
+from ovq.hf import OVQConfig
+from ovq.parallel.cost import bubble, cost
+
+NUM_TOKENS = 2**20
+MIB, GIB = 2**20, 2**30
+
+
+def model(num_slots: int) -> OVQConfig:
+    """480 million parameters: 22 layers of width 1280, sliding windows of 256 and OVQ in turn."""
+    return OVQConfig(
+        vocab_size=32768,
+        hidden_size=1280,
+        intermediate_size=3456,
+        num_hidden_layers=22,
+        num_attention_heads=20,
+        sliding_window=256,
+        num_slots=num_slots,
+        chunk_size=128,
+        conv_size=4,
+        tie_word_embeddings=True,
+    )
+
+
+def bytes_table() -> str:
+    """What each rank sends for one document, in Markdown."""
+    lines = [
+        "| ranks | slots | state sent on, MiB | gradient sent back, MiB | ring attention: forward, GiB "
+        "| backward, GiB | times as much |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for num_ranks in (2, 4, 8, 16, 64):
+        for num_slots in (1024, 2048, 4096):
+            found = cost(model(num_slots), num_tokens=NUM_TOKENS, num_ranks=num_ranks)
+            ours = found.state_bytes + found.gradient_bytes
+            ring = found.ring_bytes + found.ring_gradient_bytes
+            lines.append(
+                f"| {num_ranks} | {num_slots} | {found.state_bytes / MIB:.0f} | "
+                f"{found.gradient_bytes / MIB:.0f} | {found.ring_bytes / GIB:.1f} | "
+                f"{found.ring_gradient_bytes / GIB:.1f} | {ring / ours:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def bubble_table() -> str:
+    """The share of a step in which ranks wait, in Markdown."""
+    lines = [
+        "| ranks | 1 document | 2 | 4 | 16 | 1 document, handed on by the model | 4 | 16 |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for num_ranks in (2, 4, 8, 16, 64):
+        shares = [
+            bubble(num_ranks=num_ranks, num_micro_batches=m, num_layers=layers)
+            for layers, batches in ((22, (1, 2, 4, 16)), (1, (1, 4, 16)))
+            for m in batches
+        ]
+        lines.append(f"| {num_ranks} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(bytes_table(), bubble_table(), sep="\n\n")

@@ -1,0 +1,5 @@
+"""A document split over processes, each of which hands its state of constant size to the next."""
+
+from ovq.parallel.context import ContextParallel, even_bounds
+
+__all__ = ["ContextParallel", "even_bounds"]

@@ -1,0 +1,254 @@
+"""Context parallelism: a document split over the ranks of a process group.
+
+Rank r reads the r-th part. What it needs of the parts before is the state of each layer, whose size does not
+depend on their length: `OVQState` and the last inputs of the convolution for an OVQ layer, the last keys and
+values for a sliding window, the state of a recurrent mixer. The gradient of the loss with respect to that
+state is what goes back. Forward and backward equal those of one process.
+
+    torch.distributed.init_process_group()
+    parallel = ContextParallel(model)  # each rank has the whole model
+    loss = parallel.forward_backward([{"input_ids": ids, "labels": ids}])  # gradients are on every rank
+    optimizer.step()
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from ovq.hf.cache import layer_spec
+from ovq.hf.modeling_ovq import OVQForCausalLM
+from ovq.layers import SequenceLayout
+from ovq.layers.constant import StateSpec
+from ovq.parallel.schedule import steps_of_rank
+from ovq.parallel.segment import Segment
+from ovq.parallel.transfer import Neighbours, floating
+
+IGNORED = -100
+"""The label of a position that is not predicted, as in transformers."""
+
+_WITHOUT = {
+    "full_attention": "its cache grows with every token, and so would every message between ranks",
+    "vq": "its dictionary is a moving average over all tokens of a training step, wherever they are",
+}
+"""Mixers that cannot be split so, and why."""
+
+
+class ContextParallel:
+    """Trains a model on documents that are split over the ranks of a process group.
+
+    Every rank holds the whole model, with equal weights, and is handed whole micro-batches of token ids, of
+    which it reads its part; so it knows its targets, the first token of the next part among them, and how
+    many there are in all.
+
+    Args:
+        model: the model, not wrapped in another.
+        group: the ranks in the order of the document; None for all of them. Every rank of the group must
+            build its `ContextParallel` at the same time.
+        recompute: run each layer again in the backward pass rather than keep its activations (the model's
+            own gradient checkpointing cannot, as it knows of no state).
+        max_in_flight: micro-batches whose activations a rank may keep at a time, see `steps_of_rank`.
+
+    Raises:
+        ValueError: no process group, another model, or a mixer without a state of constant size.
+    """
+
+    def __init__(
+        self,
+        model: OVQForCausalLM,
+        group: dist.ProcessGroup | None = None,
+        *,
+        recompute: bool = False,
+        max_in_flight: int | None = None,
+    ) -> None:
+        if not isinstance(model, OVQForCausalLM):
+            raise ValueError(f"model: expected an OVQForCausalLM itself, found {type(model).__name__}")
+        for name in model.config.mixer_types:
+            if name in _WITHOUT:
+                raise ValueError(
+                    f"mixer_types: expected mixers that hand on a state of constant size, found {name!r}: "
+                    f"{_WITHOUT[name]}"
+                )
+        if max_in_flight is not None and max_in_flight < 1:
+            raise ValueError(f"max_in_flight: expected at least 1 micro-batch, found {max_in_flight}")
+        if not dist.is_initialized():
+            raise ValueError(
+                "expected torch.distributed.init_process_group to have been called (start the program with "
+                "torchrun), found no process group"
+            )
+        self.model = model
+        self.recompute, self.max_in_flight = recompute, max_in_flight
+        self.neighbours = Neighbours(group, model.device)
+
+    def forward_backward(
+        self, micro_batches: Sequence[Mapping[str, Tensor]], *, bounds: Sequence[int] | None = None
+    ) -> float:
+        """The loss of an optimizer step, and its gradients.
+
+        Args:
+            micro_batches: each `input_ids` `[B, T]` and `labels` `[B, T]` (usually the same; -100 is
+                ignored), whole and the same on every rank. B and T may differ between them.
+            bounds: `[R + 1]` the first token of each rank's part, and T; any that leave each rank a token.
+                None: `even_bounds`.
+
+        Returns:
+            The mean loss over the targets of all micro-batches, the same on every rank. Its gradients have
+            been added to `.grad` of the parameters, summed over the ranks.
+
+        Raises:
+            ValueError: input of a wrong shape, bounds that do not part it, no targets at all, or a model
+                with gradient checkpointing on (see `recompute`).
+        """
+        if self.model.model.gradient_checkpointing:
+            raise ValueError(
+                "expected a model without gradient checkpointing (use recompute=True), found one with"
+            )
+        num_targets = sum(_num_targets(batch) for batch in micro_batches)
+        if num_targets == 0:
+            raise ValueError("micro_batches: expected at least one target, found none")
+        parts = [self._part(batch, bounds) for batch in micro_batches]
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        grads_before = [p.grad for p in parameters]
+        self.model.zero_grad(set_to_none=True)
+        steps = steps_of_rank(
+            self.neighbours.rank,
+            num_ranks=self.neighbours.num_ranks,
+            num_micro_batches=len(parts),
+            max_in_flight=self.max_in_flight,
+        )
+        runs: dict[int, _PartRun] = {}
+        loss = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        for step in steps:
+            if step.is_forward:
+                runs[step.micro_batch] = run = _PartRun(self, *parts[step.micro_batch])
+                loss += run.forward(num_targets)
+            else:
+                runs.pop(step.micro_batch).backward()
+        self.neighbours.finish()
+        self._sum(parameters, loss)
+        for parameter, before in zip(parameters, grads_before, strict=True):
+            if before is not None:
+                parameter.grad += before
+        return float(loss)
+
+    def _sum(self, parameters: Sequence[torch.nn.Parameter], loss: Tensor) -> None:
+        """Sum the loss and the gradients of parameters over all ranks."""
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        pending = [
+            dist.all_reduce(tensor, group=self.neighbours.group, async_op=True)
+            for tensor in [loss, *(p.grad for p in parameters)]
+        ]
+        for work in pending:
+            work.wait()
+
+    def _part(self, batch: Mapping[str, Tensor], bounds: Sequence[int] | None) -> tuple[Tensor, Tensor, int]:
+        """The token ids of this rank's part, the targets of its positions, and where it begins."""
+        ids, num_tokens = batch["input_ids"], batch["input_ids"].shape[1]
+        num_ranks, rank = self.neighbours.num_ranks, self.neighbours.rank
+        if bounds is None:
+            bounds = even_bounds(num_tokens, num_ranks, multiple=self.model.config.chunk_size)
+        rises = all(a < b for a, b in itertools.pairwise(bounds))
+        if len(bounds) != num_ranks + 1 or bounds[0] != 0 or bounds[-1] != num_tokens or not rises:
+            raise ValueError(
+                f"bounds: expected {num_ranks + 1} that rise from 0 to {num_tokens} tokens, "
+                f"found {list(bounds)}"
+            )
+        start, stop = bounds[rank], bounds[rank + 1]
+        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
+        part = (t[:, start:stop].to(self.model.device).contiguous() for t in (ids, targets))
+        return (*part, start)
+
+
+class _PartRun:
+    """One rank's part of one micro-batch, layer by layer."""
+
+    def __init__(self, parallel: ContextParallel, ids: Tensor, targets: Tensor, start: int) -> None:
+        self._neighbours = parallel.neighbours
+        self._model, self._recompute = parallel.model, parallel.recompute
+        self._ids, self._targets, self._start = ids, targets, start
+        self._segments: list[Segment] = []
+
+    def forward(self, num_targets: int) -> Tensor:
+        """This part's share of the loss. The backward of the output layer is done here, as its logits are
+        large."""
+        stop = self._start + self._ids.shape[1]
+        layout = SequenceLayout(num_past=self._start, num_new=self._ids.shape[1])
+        self._embedded = hidden = self._model.model.embed_tokens(self._ids)
+        before, after = self._specs(self._start), self._specs(stop)
+        for i, block in enumerate(self._model.model.layers):
+            state = {} if self._neighbours.is_first else self._neighbours.receive_state(next(before))
+            segment = Segment(block, i, self._model.config, hidden, state, layout, recompute=self._recompute)
+            hidden, state = segment.forward()
+            self._segments.append(segment)
+            if not self._neighbours.is_last:
+                self._neighbours.send_state(state, next(after))
+        top = hidden.detach().requires_grad_()
+        logits = self._model.lm_head(self._model.model.norm(top))
+        loss = self._model.loss_function(
+            logits,
+            None,
+            self._model.config.vocab_size,
+            num_items_in_batch=num_targets,
+            shift_labels=self._targets,
+        )
+        with torch.autocast(top.device.type, enabled=False):
+            loss.backward()
+        self._grad = top.grad
+        return loss.detach()
+
+    def backward(self) -> None:
+        """The backward of all layers."""
+        grad = self._grad
+        specs = [list(self._specs(n)) for n in (self._start, self._start + self._ids.shape[1])]
+        for segment, before, after in zip(*(reversed(x) for x in (self._segments, *specs)), strict=True):
+            has_next = not self._neighbours.is_last
+            grads = self._neighbours.receive_gradient(floating(after)) if has_next else {}
+            grad, grads = segment.backward(grad, grads)
+            if not self._neighbours.is_first:
+                self._neighbours.send_gradient(grads, floating(before))
+        self._embedded.backward(grad)
+
+    def _specs(self, num_tokens: int) -> Iterator[StateSpec]:
+        """What a message holds for each layer after so many tokens; the number of them needs no message."""
+        dtype, kind = self._model.dtype, self._model.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        for block in self._model.model.layers:
+            yield layer_spec(block.mixer, num_rows=len(self._ids), num_tokens=num_tokens, dtype=dtype)
+
+
+def even_bounds(num_tokens: int, num_ranks: int, *, multiple: int = 1) -> list[int]:
+    """Where the part of each rank begins, and the end: parts as equal as can be.
+
+    Args:
+        num_tokens: T, at least `num_ranks`.
+        num_ranks: R.
+        multiple: begin parts at multiples of this where there are enough of them. At the end of a chunk no
+            token is pending, which the next rank would read again.
+
+    Example:
+        >>> even_bounds(1000, 3, multiple=64), even_bounds(10, 3, multiple=64)
+        ([0, 320, 640, 1000], [0, 3, 6, 10])
+    """
+    if num_tokens < num_ranks:
+        raise ValueError(f"expected at least a token a rank, {num_ranks}, found {num_tokens}")
+    size = multiple if num_tokens >= num_ranks * multiple else 1
+    return [rank * num_tokens // num_ranks // size * size for rank in range(num_ranks)] + [num_tokens]
+
+
+def _num_targets(batch: Mapping[str, Tensor]) -> int:
+    """Positions of a micro-batch that are predicted."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    if ids.dim() != 2 or labels.shape != ids.shape:
+        raise ValueError(
+            "expected input_ids [B, T] and labels of the same shape, "
+            f"found {list(ids.shape)} and {list(labels.shape)}"
+        )
+    return int((labels[:, 1:] != IGNORED).sum())

@@ -1,0 +1,132 @@
+"""What context parallelism moves between ranks and how long they wait, beside ring attention.
+
+Computed from the shapes of a model, which is not run and takes no memory. `docs/scaling.md` has the formulae
+and the figures for a million tokens, `benchmarks/context_parallel_cost.py` prints them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from ovq.hf.cache import layer_spec
+from ovq.hf.configuration_ovq import OVQConfig
+from ovq.hf.modeling_ovq import OVQForCausalLM
+from ovq.layers import Mixer
+from ovq.parallel.context import even_bounds
+from ovq.parallel.schedule import simulate, steps_of_rank
+from ovq.parallel.transfer import floating, num_bytes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one optimizer step with M micro-batches of one document each, split over R ranks.
+
+    Attributes:
+        num_parameters: of the model.
+        state_bytes: sent by a rank to the next, forward, for one document; the largest of all ranks.
+        gradient_bytes: sent back for it.
+        ring_bytes: sent by a rank forward by ring attention in the place of the long-range layers.
+        ring_gradient_bytes: sent by it backward.
+        bubble: share of the step's time that ranks wait, all layers alike and messages taking no time.
+        bubble_by_model: the same if a rank began only when the one before is through all layers.
+    """
+
+    num_parameters: int
+    state_bytes: int
+    gradient_bytes: int
+    ring_bytes: int
+    ring_gradient_bytes: int
+    bubble: float
+    bubble_by_model: float
+
+
+def handover_bytes(
+    mixers: list[Mixer], *, num_tokens: int, num_rows: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> tuple[int, int]:
+    """Bytes of the states of all layers after `num_tokens` tokens, and of their gradients.
+
+    Args:
+        mixers: of the layers.
+        num_tokens: tokens before the boundary between two ranks.
+        num_rows: documents side by side.
+        dtype: of the activations.
+
+    Example:
+        >>> config = OVQConfig(num_hidden_layers=2, hidden_size=128, num_attention_heads=2, num_slots=64)
+        >>> with torch.device("meta"):
+        ...     mixers = OVQForCausalLM(config).mixers()
+        >>> handover_bytes(mixers, num_tokens=10**6) == handover_bytes(mixers, num_tokens=10**7)
+        True
+    """
+    specs = [layer_spec(mixer, num_rows=num_rows, num_tokens=num_tokens, dtype=dtype) for mixer in mixers]
+    return sum(map(num_bytes, specs)), sum(num_bytes(floating(spec)) for spec in specs)
+
+
+def cost(
+    config: OVQConfig,
+    *,
+    num_tokens: int,
+    num_ranks: int,
+    num_micro_batches: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Cost:
+    """What a step costs beside the work itself.
+
+    Ring attention: each rank passes the keys and values of its part on, and those that it is passed, R - 1
+    times a layer; in the backward once more, with their gradients beside them. That of the long-range layers
+    alone is counted: a sliding window needs the same messages either way.
+
+    Args:
+        config: of the model.
+        num_tokens: T of a document.
+        num_ranks: R, at least 2.
+        num_micro_batches: M.
+        dtype: of the activations; gradients of keys and values travel in it, too.
+
+    Raises:
+        ValueError: fewer than two ranks, or a model that cannot be split (see `ContextParallel`).
+
+    Example:
+        >>> config = OVQConfig(num_hidden_layers=24, hidden_size=128, num_attention_heads=2, num_slots=64)
+        >>> found = cost(config, num_tokens=2**20, num_ranks=8)
+        >>> found.ring_bytes > 100 * found.state_bytes, round(found.bubble, 3), found.bubble_by_model
+        (True, 0.226, 0.875)
+    """
+    if num_ranks < 2:
+        raise ValueError(f"num_ranks: expected at least 2, found {num_ranks}")
+    bounds = even_bounds(num_tokens, num_ranks, multiple=config.chunk_size)
+    with torch.device("meta"):
+        model = OVQForCausalLM(config)
+    # No state shrinks, so the last rank but one sends the most.
+    state_bytes, gradient_bytes = handover_bytes(model.mixers(), num_tokens=bounds[-2], dtype=dtype)
+    num_long = sum(name != "sliding_attention" for name in config.mixer_types)
+    per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    ring = num_long * (num_ranks - 1) * math.ceil(num_tokens / num_ranks) * per_token
+    sizes = {"num_ranks": num_ranks, "num_micro_batches": num_micro_batches}
+    return Cost(
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        state_bytes=state_bytes,
+        gradient_bytes=gradient_bytes,
+        ring_bytes=ring,
+        ring_gradient_bytes=2 * ring,
+        bubble=bubble(**sizes, num_layers=config.num_hidden_layers),
+        bubble_by_model=bubble(**sizes, num_layers=1),
+    )
+
+
+def bubble(*, num_ranks: int, num_micro_batches: int, num_layers: int) -> float:
+    """The share of a step's time that a rank waits: (R - 1) / (M L + R - 1), found by running the schedule.
+
+    Example:
+        >>> bubble(num_ranks=8, num_micro_batches=1, num_layers=22) == 1 - 22 / (22 + 7)
+        True
+    """
+    schedules = [
+        steps_of_rank(rank, num_ranks=num_ranks, num_micro_batches=num_micro_batches)
+        for rank in range(num_ranks)
+    ]
+    work = num_micro_batches * num_layers * (1.0 + 2.0)
+    return 1 - work / simulate(schedules, num_layers=num_layers, forward=1.0, backward=2.0)

@@ -1,0 +1,106 @@
+"""The order in which a rank works on micro-batches, and how long all ranks together take.
+
+Rank r reads the r-th part of a document. Layer by layer it needs the state that rank r - 1 has after *its*
+part, and for the backward the gradient of the state it handed to rank r + 1. So the ranks form a pipeline
+whose unit is one layer of one micro-batch: forward from the first rank to the last, backward the other way.
+
+Messages of one direction are sent in the order in which they are received, and a send waits for nobody. A
+rank hence waits only for a unit that comes earlier in its neighbour's own order, which `simulate` checks by
+running it: nothing can wait in a circle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One micro-batch through all layers, forward or backward.
+
+    Attributes:
+        micro_batch: which, counted from 0.
+        is_forward: forward, or backward.
+    """
+
+    micro_batch: int
+    is_forward: bool
+
+    def __str__(self) -> str:
+        return f"{'F' if self.is_forward else 'B'}{self.micro_batch}"
+
+
+def steps_of_rank(
+    rank: int, *, num_ranks: int, num_micro_batches: int, max_in_flight: int | None = None
+) -> list[Step]:
+    """One forward, one backward (1F1B): what a rank does, in order.
+
+    A rank that is d ranks before the last begins with d forwards, and then does a backward after each further
+    forward. So it keeps the activations of at most d + 1 micro-batches, and the last rank never waits.
+
+    Args:
+        rank: r.
+        num_ranks: ranks R.
+        num_micro_batches: micro-batches M.
+        max_in_flight: micro-batches that a rank may keep at a time, at least 1. Less memory, and waiting.
+
+    Example:
+        >>> [" ".join(map(str, steps_of_rank(r, num_ranks=2, num_micro_batches=3))) for r in range(2)]
+        ['F0 F1 B0 F2 B1 B2', 'F0 B0 F1 B1 F2 B2']
+    """
+    num_ahead = min(num_ranks - 1 - rank, num_micro_batches)
+    if max_in_flight is not None:
+        num_ahead = min(num_ahead, max_in_flight - 1)
+    steps = [Step(micro_batch=m, is_forward=True) for m in range(num_ahead)]
+    for m in range(num_micro_batches):
+        if m + num_ahead < num_micro_batches:
+            steps.append(Step(micro_batch=m + num_ahead, is_forward=True))
+        steps.append(Step(micro_batch=m, is_forward=False))
+    return steps
+
+
+def simulate(
+    schedules: Sequence[Sequence[Step]], *, num_layers: int, forward: float = 1.0, backward: float = 2.0
+) -> float:
+    """Time until all ranks are done, if messages take none.
+
+    Args:
+        schedules: the steps of each rank.
+        num_layers: layers L of a step.
+        forward: time of one layer forward.
+        backward: time of one layer backward.
+
+    Raises:
+        ValueError: the ranks would wait for each other for ever; names the steps they are at.
+
+    Example:
+        >>> schedules = [steps_of_rank(rank, num_ranks=4, num_micro_batches=2) for rank in range(4)]
+        >>> simulate(schedules, num_layers=6)  # (2 * 6 + 3) * (1 + 2)
+        45.0
+    """
+    # When each unit was done: by rank, step and layers of it.
+    done: dict[tuple[int, Step, int], float] = {}
+    clocks, places = [0.0] * len(schedules), [0] * len(schedules)
+    while any(place < len(steps) for place, steps in zip(places, schedules, strict=True)):
+        has_moved = False
+        for rank, steps in enumerate(schedules):
+            while places[rank] < len(steps):
+                step = steps[places[rank]]
+                neighbour = rank - 1 if step.is_forward else rank + 1
+                if 0 <= neighbour < len(schedules) and (neighbour, step, num_layers) not in done:
+                    break
+                for layer in range(1, num_layers + 1):
+                    ready = done.get((neighbour, step, layer), 0.0)
+                    clocks[rank] = max(clocks[rank], ready) + (forward if step.is_forward else backward)
+                    done[rank, step, layer] = clocks[rank]
+                places[rank] += 1
+                has_moved = True
+        if not has_moved:
+            waiting = {
+                rank: str(steps[place])
+                for rank, (steps, place) in enumerate(zip(schedules, places, strict=True))
+                if place < len(steps)
+            }
+            raise ValueError(f"expected an order that ends, found ranks that wait for ever: {waiting}")
+    return max(clocks)

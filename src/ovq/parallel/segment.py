@@ -1,0 +1,82 @@
+"""One layer of one part: a piece of the graph with both ends open, so that its backward can be called when
+the gradient of the state it has handed on arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ovq.hf.cache import OVQCache
+from ovq.hf.configuration_ovq import OVQConfig
+from ovq.layers import SequenceLayout
+
+
+class Segment:
+    """A layer that goes on from the state of the rank before.
+
+    Args:
+        block: the layer.
+        layer_idx: its place in the model.
+        config: of the model.
+        hidden: `[B, T, hidden_size]`, what the layer below gave.
+        state: what the rank before has handed on, named as in `layer_spec`; empty at the beginning.
+        layout: the columns of this part and of those before.
+        recompute: keep no activations, and run the layer again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        layer_idx: int,
+        config: OVQConfig,
+        hidden: Tensor,
+        state: Mapping[str, Tensor],
+        layout: SequenceLayout,
+        *,
+        recompute: bool,
+    ) -> None:
+        self._block, self._layer_idx, self._config, self._layout = block, layer_idx, config, layout
+        self._hidden = hidden.detach().requires_grad_()
+        self._state = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in state.items()}
+        self._recompute = recompute
+        self._outputs: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def forward(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """`[B, T, hidden_size]`, and the state to hand on."""
+        if self._recompute:
+            with torch.no_grad():
+                return self._run()
+        self._outputs = self._run()
+        return self._outputs
+
+    def backward(self, grad: Tensor, grads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add to the gradients of the layer's parameters.
+
+        Args:
+            grad: of what `forward` gave, `[B, T, hidden_size]`.
+            grads: of the state it gave, by name; empty if nobody took it.
+
+        Returns:
+            The gradients of `hidden` and of each floating tensor of `state`.
+        """
+        hidden, state = self._run() if self._recompute else self._outputs
+        self._outputs = None
+        # A dictionary without slots has no graph.
+        tensors = {name: state[name] for name in grads if state[name].requires_grad}
+        with torch.autocast(grad.device.type, enabled=False):
+            torch.autograd.backward([hidden, *tensors.values()], [grad, *(grads[name] for name in tensors)])
+        before = {name: t for name, t in self._state.items() if t.requires_grad}
+        return self._hidden.grad, {
+            name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in before.items()
+        }
+
+    def _run(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """The layer, from the state before to the state after it."""
+        cache = OVQCache(self._config)
+        if self._state:
+            cache.layers[self._layer_idx].restore(self._state, self._layout.num_past, self._config)
+        hidden = self._block(self._hidden, self._layout, past_key_values=cache)
+        return hidden, cache.layers[self._layer_idx].parts()

@@ -1,0 +1,138 @@
+"""Messages between neighbouring ranks: the state of a layer forward, the gradient of that state back.
+
+The receiver knows every shape beforehand (`ovq.hf.cache.layer_spec`), so that a message is the bytes of the
+tensors and nothing else, and its length depends on the model, not on the document.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ovq.layers.constant import StateSpec
+
+
+def num_bytes(spec: StateSpec) -> int:
+    """Bytes of a message.
+
+    Example:
+        >>> num_bytes({"count": ((2, 3), torch.int64), "keys": ((5,), torch.bfloat16)})
+        58
+    """
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
+
+
+def floating(spec: StateSpec) -> StateSpec:
+    """Those of the tensors that have a gradient.
+
+    Example:
+        >>> list(floating({"count": ((2, 3), torch.int64), "keys": ((5,), torch.bfloat16)}))
+        ['keys']
+    """
+    return {name: entry for name, entry in spec.items() if entry[1].is_floating_point}
+
+
+def pack(tensors: Mapping[str, Tensor], spec: StateSpec, device: torch.device | str = "cpu") -> Tensor:
+    """The bytes of the tensors that `spec` names, in its order: `[num_bytes]` uint8 on that device."""
+    for name, (shape, dtype) in spec.items():
+        found = (tuple(tensors[name].shape), tensors[name].dtype)
+        assert found == (shape, dtype), f"{name}: expected {shape} in {dtype}, found {found}"
+    flat = (tensors[name].detach().to(device).contiguous().flatten() for name in spec)
+    return torch.cat([t.view(torch.uint8) for t in flat])
+
+
+def unpack(message: Tensor, spec: StateSpec) -> dict[str, Tensor]:
+    """The inverse of `pack`.
+
+    Example:
+        >>> spec = {"count": ((1,), torch.int64), "keys": ((2, 2), torch.bfloat16)}
+        >>> tensors = {"count": torch.tensor([3]), "keys": torch.ones(2, 2, dtype=torch.bfloat16)}
+        >>> unpack(pack(tensors, spec), spec)["count"]
+        tensor([3])
+    """
+    tensors, start = {}, 0
+    for name, (shape, dtype) in spec.items():
+        stop = start + math.prod(shape) * dtype.itemsize
+        # A copy, as the bytes of a number must not begin just anywhere.
+        tensors[name] = message[start:stop].clone().view(dtype).view(shape)
+        start = stop
+    return tensors
+
+
+class Neighbours:
+    """The ranks before and after this one.
+
+    States and gradients go through process groups of their own. Some backends do what a pair of ranks ask of
+    one group one after the other: a state that waits to be received would hold up a gradient that has to
+    come before.
+
+    Args:
+        group: the ranks, in the order of the document; None for all.
+        device: where messages are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self._ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+        self.rank = self._ranks.index(dist.get_rank())
+        self.group = group
+        self._device = device
+        self._forth, self._back = (
+            dist.new_group(self._ranks, use_local_synchronization=True) for _ in range(2)
+        )
+        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self.num_bytes_sent = 0
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks R."""
+        return len(self._ranks)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no rank is before this one."""
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no rank is after this one."""
+        return self.rank == self.num_ranks - 1
+
+    def send_state(self, tensors: Mapping[str, Tensor], spec: StateSpec) -> None:
+        """Send to the next rank, without waiting for it."""
+        self._send(tensors, spec, self._ranks[self.rank + 1], self._forth)
+
+    def receive_state(self, spec: StateSpec) -> dict[str, Tensor]:
+        """Wait for the state that the rank before sends."""
+        return self._receive(spec, self._ranks[self.rank - 1], self._forth)
+
+    def send_gradient(self, tensors: Mapping[str, Tensor], spec: StateSpec) -> None:
+        """Send to the rank before, without waiting for it."""
+        self._send(tensors, spec, self._ranks[self.rank - 1], self._back)
+
+    def receive_gradient(self, spec: StateSpec) -> dict[str, Tensor]:
+        """Wait for the gradient that the next rank sends."""
+        return self._receive(spec, self._ranks[self.rank + 1], self._back)
+
+    def finish(self) -> None:
+        """Wait until all that was sent has been received."""
+        for work, _ in self._sent:
+            work.wait()
+        self._sent.clear()
+
+    def _send(
+        self, tensors: Mapping[str, Tensor], spec: StateSpec, to: int, group: dist.ProcessGroup
+    ) -> None:
+        message = pack(tensors, spec, self._device)
+        # The bytes must stay until they are gone.
+        self._sent = [(work, sent) for work, sent in self._sent if not work.is_completed()]
+        self._sent.append((dist.isend(message, to, group), message))
+        self.num_bytes_sent += len(message)
+
+    def _receive(self, spec: StateSpec, source: int, group: dist.ProcessGroup) -> dict[str, Tensor]:
+        message = torch.empty(num_bytes(spec), dtype=torch.uint8, device=self._device)
+        dist.recv(message, source, group)
+        return unpack(message, spec)

@@ -1,0 +1,132 @@
+"""A document split over ranks against one process: losses, gradients, states, and what is sent."""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from ovq.hf import OVQModel
+from ovq.parallel import ContextParallel, even_bounds
+from ovq.parallel.cost import handover_bytes
+from tests.hf.common import SIZES, make_model
+from tests.parallel.cases import CASES, OVQ_AND_WINDOW, expected, expected_states, run
+from tests.processes import made_once, run_ranks
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each rank has found, by case: four processes, started once for all cases."""
+    folder = made_once(tmp_path_factory, "ranks", partial(run_ranks, run, 4))
+    return {
+        name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(case.num_ranks)]
+        for name, case in CASES.items()
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_backward_equal_one_process(results, name):
+    case = CASES[name]
+    loss, grads = expected(case)
+    # The loss is computed in float32, by transformers.
+    tolerance = {"rtol": 1e-5, "atol": 1e-6}
+    if case.has_autocast:
+        tolerance = {"rtol": 0.05, "atol": 0.02}
+    for result in results[name]:
+        torch.testing.assert_close(result["loss"], loss, rtol=1e-6 if not case.has_autocast else 2e-3, atol=0)
+        assert result["grads"].keys() == grads.keys()
+        for parameter, grad in grads.items():
+            assert grad.abs().max() > 1e-4, parameter
+            torch.testing.assert_close(result["grads"][parameter], grad, **tolerance)
+
+
+@pytest.mark.parametrize("name", ["anywhere", "recomputed", "recurrent", "no convolution, options"])
+def test_what_is_handed_on_is_the_state_of_one_process(results, name):
+    case = CASES[name]
+    for result, stop in zip(results[name][:-1], case.bounds[1:-1], strict=True):
+        wanted = expected_states(case, stop)
+        assert (
+            len(result["states"]) == len(wanted) == len(case.lengths) * case.model().config.num_hidden_layers
+        )
+        for state, state_wanted in zip(result["states"], wanted, strict=True):
+            assert state.keys() == state_wanted.keys()
+            for part, tensor in state.items():
+                # Whole numbers, and so the slot each token went to, are equal; the others but for rounding.
+                torch.testing.assert_close(tensor, state_wanted[part], rtol=1e-9, atol=1e-9)
+    assert results[name][-1]["states"] == []
+
+
+def test_a_pipeline_gives_what_one_micro_batch_after_the_other_gives(results):
+    for pipelined, unpipelined in zip(results["pipelined"], results["unpipelined"], strict=True):
+        assert pipelined["loss"] == unpipelined["loss"]
+        torch.testing.assert_close(pipelined["grads"], unpipelined["grads"], rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_sent_does_not_depend_on_the_length(results):
+    longer, shorter = results["longer"], results["shorter"]
+    assert [r["num_bytes"] for r in longer] == [r["num_bytes"] for r in shorter]
+    for name in ("shorter", "recurrent"):
+        case = CASES[name]
+        bounds = case.bounds or even_bounds(case.lengths[0], case.num_ranks, multiple=SIZES["chunk_size"])
+        # Forward from each boundary but the last, and back from each but the first.
+        at_bounds = [
+            handover_bytes(case.model().mixers(), num_tokens=bound, num_rows=2, dtype=case.dtype)
+            for bound in bounds[1:-1]
+        ]
+        forward = [at[0] for at in at_bounds] + [0]
+        backward = [0] + [at[1] for at in at_bounds]
+        sent = [r["num_bytes"] / len(case.lengths) for r in results[name]]
+        assert sent == [f + b for f, b in zip(forward, backward, strict=True)]
+        assert min(sent) > 1000
+
+
+def test_what_cannot_be_split_is_refused():
+    for mixer, reason in (("full_attention", "grows with every token"), ("vq", "moving average")):
+        model = make_model(**OVQ_AND_WINDOW | {"mixer_types": ["sliding_attention", "ovq", mixer, "ovq"]})
+        with pytest.raises(ValueError, match=f"mixer_types: expected .* found '{mixer}': .*{reason}"):
+            ContextParallel(model)
+    with pytest.raises(ValueError, match="found no process group"):
+        ContextParallel(make_model(**OVQ_AND_WINDOW))
+    with pytest.raises(ValueError, match="max_in_flight: expected at least 1 micro-batch, found 0"):
+        ContextParallel(make_model(**OVQ_AND_WINDOW), max_in_flight=0)
+    with pytest.raises(ValueError, match="model: expected an OVQForCausalLM itself, found OVQModel"):
+        ContextParallel(OVQModel(make_model().config))
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield ContextParallel(make_model(**OVQ_AND_WINDOW))
+    torch.distributed.destroy_process_group()
+
+
+def test_input_that_does_not_fit_is_refused(alone):
+    ids = torch.ones(2, 12, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids}
+    for bounds in ([0, 6, 12], [1, 12], [0, 13]):
+        with pytest.raises(ValueError, match="bounds: expected 2 that rise from 0 to 12 tokens"):
+            alone.forward_backward([batch], bounds=bounds)
+    with pytest.raises(ValueError, match="expected at least one target, found none"):
+        alone.forward_backward([{"input_ids": ids, "labels": ids * -100}])
+    with pytest.raises(ValueError, match=r"labels of the same shape, found \[2, 12\] and \[2, 11\]"):
+        alone.forward_backward([{"input_ids": ids, "labels": ids[:, 1:]}])
+    with pytest.raises(ValueError, match="at least a token a rank, 5, found 4"):
+        even_bounds(4, 5)
+    # The name changed in transformers 5.24.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(alone.model, name) for name in names if hasattr(alone.model, name))()
+    with pytest.raises(ValueError, match=r"without gradient checkpointing \(use recompute=True\)"):
+        alone.forward_backward([batch])
+
+
+def test_the_program_of_the_documentation_runs(monkeypatch):
+    text = (Path(__file__).parent.parent.parent / "docs" / "scaling.md").read_text()
+    [program] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    names = {}
+    exec(program, names)
+    torch.distributed.destroy_process_group()
+    assert 4 < names["loss"] < 8
