@@ -1,0 +1,277 @@
+"""Documents as arrays of tokens: encoded once, kept in the user's cache, read from there as they are needed.
+
+A corpus is kept whole, whatever its splits and volumes are, as a folder that appears in one piece:
+
+    ~/.cache/ovq/text/DIGEST/tokens.bin    the tokens of all documents, one after the other
+    ~/.cache/ovq/text/DIGEST/index.json    their type; names, numbers of tokens and of bytes of the documents
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ovq.text.documents import Document, split_of
+from ovq.text.source import ALL, TextSource, check_split
+from ovq.text.tokenizers import encode_bytes, is_byte_tokenizer, source_tokenizer, tokenizer_content
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FORMAT = "1"
+_TOKENS_FILE, _INDEX_FILE = "tokens.bin", "index.json"
+_SEPARATOR = "\n\n"
+"""What stands between the documents of a volume."""
+_DOCUMENTS_PER_CALL = 32
+"""Documents that a tokenizer is given at once, which it shares between threads."""
+
+
+class Corpus:
+    """The documents of a split, or volumes of them: a sequence of token arrays.
+
+    Attributes:
+        names: Of each document; of a volume, those of its first and last document.
+        num_tokens: `[D]` int64, tokens of each, the end of the text not counted.
+        num_bytes: `[D]` int64, bytes of each in UTF-8.
+        end_of_text: The token that ends a text; documents come without it.
+
+    Example:
+        >>> source = TextSource(dataset="stdlib", subset="json", held_out=0)
+        >>> corpus = load_corpus(source, "train")
+        >>> corpus.names[1], bytes(corpus[1][:16]), corpus.end_of_text
+        ('stdlib/json/decoder.py', b'\"\"\"Implementatio', 256)
+        >>> len(corpus[1]) == int(corpus.num_tokens[1]) == int(corpus.num_bytes[1])
+        True
+    """
+
+    def __init__(
+        self, stored: _Stored, groups: list[list[int]], *, separator: np.ndarray, end_of_text: int
+    ) -> None:
+        self._stored = stored
+        self._groups = groups
+        self._separator = separator.astype(stored.tokens.dtype)
+        self.end_of_text = end_of_text
+        self.names = [_volume_name([stored.names[i] for i in group]) for group in groups]
+        between = np.array([len(group) - 1 for group in groups], dtype=np.int64)
+        self.num_tokens = _sums(stored.num_tokens, groups) + between * len(separator)
+        self.num_bytes = _sums(stored.num_bytes, groups) + between * len(_SEPARATOR)
+
+    def __len__(self) -> int:
+        """Documents, or volumes."""
+        return len(self._groups)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The tokens of one, `[T]` of an unsigned type; read-only, and read from the disk where it is used."""
+        group = self._groups[index]
+        if len(group) == 1:
+            return self._stored.document(group[0])
+        parts = [self._stored.document(group[0])]
+        for i in group[1:]:
+            parts += [self._separator, self._stored.document(i)]
+        return np.concatenate(parts)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """All of them, in order."""
+        return (self[i] for i in range(len(self)))
+
+
+def load_corpus(
+    source: TextSource,
+    split: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Corpus:
+    """The documents of a split as tokens, from the cache if they have been read before.
+
+    Volumes are joined from documents of one split that follow each other in it, so that no part of a test
+    document is ever trained on, whatever `join_to` is.
+
+    Args:
+        source: The corpus.
+        split: `"train"`, `"validation"`, `"test"` or `"all"`.
+        tokenizer: In the place of that of the source, such as the one saved beside a model.
+        progress: Called with the number of documents read so far, if they have to be read.
+
+    Raises:
+        ValueError: If the corpus cannot be read, two documents share a name, or the split is empty.
+    """
+    check_split(split)
+    tokenizer = source_tokenizer(source) if tokenizer is None else tokenizer
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: expected one with a token for the end of a text, found none")
+    encode = _encoder(tokenizer)
+    stored = _stored(source, tokenizer, encode, progress)
+    chosen = [
+        i
+        for i, name in enumerate(stored.names)
+        if split == ALL or split_of(name, held_out=source.held_out) == split
+    ]
+    if not chosen:
+        raise ValueError(
+            f"dataset: expected documents for {split} in {source.dataset!r}, found none among its "
+            f"{len(stored.names)} (held_out={source.held_out})"
+        )
+    groups = _volumes(chosen, stored.num_bytes, source.join_to)
+    (separator,) = encode([_SEPARATOR])
+    return Corpus(stored, groups, separator=separator, end_of_text=tokenizer.eos_token_id)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _Stored:
+    """A corpus in the cache: all documents, in order."""
+
+    tokens: np.ndarray
+    names: list[str]
+    num_tokens: np.ndarray
+    num_bytes: np.ndarray
+    ends: np.ndarray
+
+    @classmethod
+    def load(cls, folder: Path) -> _Stored:
+        """Map the tokens of a folder into memory and read the rest."""
+        index = json.loads((folder / _INDEX_FILE).read_text())
+        num_tokens = np.array(index["num_tokens"], dtype=np.int64)
+        return cls(
+            tokens=np.memmap(folder / _TOKENS_FILE, dtype=index["dtype"], mode="r"),
+            names=index["names"],
+            num_tokens=num_tokens,
+            num_bytes=np.array(index["num_bytes"], dtype=np.int64),
+            ends=num_tokens.cumsum(),
+        )
+
+    def document(self, i: int) -> np.ndarray:
+        """The tokens of a document."""
+        return self.tokens[self.ends[i] - self.num_tokens[i] : self.ends[i]]
+
+
+def _stored(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Callable[[list[str]], list[np.ndarray]],
+    progress: Callable[[int], None] | None,
+) -> _Stored:
+    """The corpus from the cache; put there first if need be, by one process while others wait."""
+    from filelock import FileLock
+
+    from ovq.text.readers import find_readers
+
+    readers = find_readers(
+        source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
+    )
+    depends_on = [_FORMAT, source.dataset, source.text_field, str(source.max_documents)]
+    depends_on += [tokenizer_content(tokenizer), *(reader.version() for reader in readers)]
+    digest = hashlib.sha256("\0".join(depends_on).encode()).hexdigest()[:24]
+    folder = _cache_folder() / digest
+    if not folder.is_dir():
+        with FileLock(folder.with_suffix(".lock")):
+            if not folder.is_dir():
+                documents = (d for reader in readers for d in reader.documents() if d.text)
+                _store(folder, itertools.islice(documents, source.max_documents), encode, tokenizer, progress)
+    return _Stored.load(folder)
+
+
+def _store(
+    folder: Path,
+    documents: Iterable[Document],
+    encode: Callable[[list[str]], list[np.ndarray]],
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Encode documents into a folder that is there when all of it is."""
+    # The end of a text is not among them, so that bytes are kept as bytes.
+    num_ids = len(tokenizer) - (tokenizer.eos_token_id == len(tokenizer) - 1)
+    dtype = np.min_scalar_type(num_ids - 1)
+    names, num_tokens, num_bytes = [], [], []
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+    try:
+        with open(temporary / _TOKENS_FILE, "wb") as file:
+            remaining = iter(documents)
+            while batch := list(itertools.islice(remaining, _DOCUMENTS_PER_CALL)):
+                for document, tokens in zip(batch, encode([d.text for d in batch]), strict=True):
+                    file.write(tokens.astype(dtype).tobytes())
+                    names.append(document.name)
+                    num_tokens.append(len(tokens))
+                    num_bytes.append(len(document.text.encode("utf-8", errors="replace")))
+                if progress is not None:
+                    progress(len(names))
+            file.flush()
+            os.fsync(file.fileno())
+        _check_names(names)
+        index = {"dtype": dtype.name, "names": names, "num_tokens": num_tokens, "num_bytes": num_bytes}
+        (temporary / _INDEX_FILE).write_text(json.dumps(index))
+        # mkdtemp makes private folders.
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_names(names: list[str]) -> None:
+    """A corpus in which one name is that of two documents has no split that can be trusted."""
+    if not names:
+        raise ValueError("dataset: expected at least one document that is not empty, found none")
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"dataset: expected documents with names of their own, found {twice!r} twice")
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[np.ndarray]]:
+    """What turns texts into tokens."""
+    if is_byte_tokenizer(tokenizer):
+        return lambda texts: [encode_bytes(text) for text in texts]
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        # Not verbose: documents may be longer than the tokenizer thinks a model can read.
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.array(ids, dtype=np.uint32) for ids in encoded]
+
+    return encode
+
+
+def _volumes(chosen: list[int], num_bytes: np.ndarray, join_to: int) -> list[list[int]]:
+    """Documents that follow each other in groups of at least `join_to` bytes; the last may add to its
+    neighbour.
+
+    Example:
+        >>> _volumes([0, 1, 2, 4], np.array([3, 3, 9, 9, 1]), 5)
+        [[0, 1], [2, 4]]
+    """
+    groups: list[list[int]] = []
+    size = 0
+    for i in chosen:
+        if size >= join_to or not groups:
+            groups.append([])
+            size = 0
+        groups[-1].append(i)
+        size += int(num_bytes[i])
+    if len(groups) > 1 and size < join_to:
+        short = groups.pop()
+        groups[-1] += short
+    return groups
+
+
+def _volume_name(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
+
+
+def _sums(values: np.ndarray, groups: list[list[int]]) -> np.ndarray:
+    return np.array([values[group].sum() for group in groups], dtype=np.int64)
+
+
+def _cache_folder() -> Path:
+    """Where corpora are kept as tokens; created if need be."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "ovq" / "text"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

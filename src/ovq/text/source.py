@@ -1,0 +1,75 @@
+"""What a corpus is and how it is read into tokens: the fields that a run's configuration holds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ovq.text.documents import SPLITS
+
+ALL = "all"
+"""In the place of a split: every document."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """A corpus, its held-out part and its tokenizer.
+
+    Attributes:
+        dataset: A file, a folder, an installed corpus or a data set of the hub, see `read_documents`.
+        text_field: The field of a row that holds the text.
+        subset: Of a hub data set, its configuration; of `stdlib`, one module or package.
+        hub_split: Of a hub data set, its split.
+        max_documents: Read no more than the first so many documents; all if not given.
+        held_out: Share of the documents that are not trained on, half of them for validation, half for test.
+        join_to: Join consecutive documents of a split to volumes of at least so many bytes; 0 for none.
+        tokenizer: `"bytes"`; `"bpe:4096"` for one of so many tokens, trained on the training documents; the
+            folder of a saved one; or one of the hub by its name.
+
+    Raises:
+        ValueError: If a field is out of range.
+
+    Example:
+        >>> TextSource(dataset="sotu", join_to=65536).tokenizer
+        'bytes'
+    """
+
+    dataset: str
+    text_field: str = "text"
+    subset: str | None = None
+    hub_split: str = "train"
+    max_documents: int | None = None
+    held_out: float = 0.1
+    join_to: int = 0
+    tokenizer: str = "bytes"
+
+    def __post_init__(self) -> None:
+        """Check the fields that can be checked without reading anything."""
+        for name in ("dataset", "text_field", "hub_split", "tokenizer"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected a name, found none")
+        if self.max_documents is not None and self.max_documents < 1:
+            raise ValueError(f"max_documents: expected at least 1, found {self.max_documents}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out: expected a share in [0, 1), found {self.held_out}")
+        if self.join_to < 0:
+            raise ValueError(f"join_to: expected at least 0, found {self.join_to}")
+        self.num_trained_tokens  # noqa: B018  (raises if it is not a number)
+
+    @property
+    def num_trained_tokens(self) -> int | None:
+        """Tokens of the tokenizer if it is one to train (`"bpe:4096"`), else None."""
+        if not self.tokenizer.startswith("bpe:"):
+            return None
+        number = self.tokenizer.removeprefix("bpe:")
+        if not number.isdecimal() or int(number) < 257:
+            raise ValueError(
+                "tokenizer: expected bpe:N with N of at least 257, the bytes and the end of a text, "
+                f"found {self.tokenizer!r}"
+            )
+        return int(number)
+
+
+def check_split(split: str) -> None:
+    """Raise ValueError unless it is a split or all of them."""
+    if split not in (*SPLITS, ALL):
+        raise ValueError(f"split: expected one of {', '.join((*SPLITS, ALL))}, found {split!r}")

@@ -1,0 +1,178 @@
+"""Tokenizers, all of them Hugging Face's, so that they are saved beside a model and used by every command.
+
+In those made here tokens 0..255 are the bytes and the last token is the end of a text.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ovq.text.documents import Document, read_documents, split_of
+from ovq.text.source import TextSource
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+"""The token that ends a text, in the tokenizers made here."""
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens 0..255 are the bytes of UTF-8 and whose token 256 ends a text.
+
+    Example:
+        >>> tokenizer = byte_tokenizer()
+        >>> tokenizer("né")["input_ids"], tokenizer.decode([110, 195, 169]), tokenizer.eos_token_id
+        ([110, 195, 169], 'né', 256)
+    """
+    from tokenizers import Tokenizer, models
+
+    return _wrapped(Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[])))
+
+
+def encode_bytes(text: str) -> np.ndarray:
+    """The tokens that `byte_tokenizer` gives a text, `[T]` uint8, in a moment.
+
+    Example:
+        >>> encode_bytes("né").tolist()
+        [110, 195, 169]
+    """
+    # Half of a surrogate pair, which JSON can hold, has no bytes.
+    return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
+
+
+def train_tokenizer(documents: Iterable[Document], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+    """A tokenizer of byte pairs, made for these documents.
+
+    Args:
+        documents: What to count pairs in.
+        vocab_size: Tokens, the bytes and the end of a text among them. Few documents may give fewer.
+
+    Raises:
+        ValueError: If not even the bytes fit.
+
+    Example:
+        >>> text = Document(name="a", text="again and again and again")
+        >>> tokenizer = train_tokenizer([text], vocab_size=260)
+        >>> len(tokenizer("again and again")["input_ids"]), tokenizer.eos_token_id
+        (9, 259)
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size: expected at least 257, found {vocab_size}")
+    vocabulary = _byte_vocabulary()
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=list(vocabulary), show_progress=False
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    trained = json.loads(tokenizer.to_str())["model"]
+    # The trainer numbers the bytes as their characters are sorted; its pairs follow.
+    merges = [tuple(pair) for pair in trained["merges"]]
+    return _wrapped(
+        Tokenizer(models.BPE(vocab=trained["vocab"] | vocabulary, merges=merges)), is_by_word=True
+    )
+
+
+def get_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer by name.
+
+    Args:
+        name: `"bytes"`, the folder of a saved one, or one of the hub.
+
+    Raises:
+        ValueError: If there is none, or it has no token for the end of a text.
+
+    Example:
+        >>> len(get_tokenizer("bytes"))
+        257
+    """
+    if name == "bytes":
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            "tokenizer: expected bytes, bpe:N, the folder of a saved tokenizer, or one that the hub has and "
+            f"this machine can reach, found {name!r} ({str(error).splitlines()[0]})"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer: expected one with a token for the end of a text, found {name!r}")
+    return tokenizer
+
+
+def source_tokenizer(source: TextSource) -> PreTrainedTokenizerBase:
+    """The tokenizer that a corpus is to be read with; one of `"bpe:N"` is trained here.
+
+    Raises:
+        ValueError: If it cannot be had.
+    """
+    if source.num_trained_tokens is None:
+        return get_tokenizer(source.tokenizer)
+    documents = read_documents(
+        source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
+    )
+    first = itertools.islice(documents, source.max_documents)
+    training = (d for d in first if split_of(d.name, held_out=source.held_out) == "train")
+    return train_tokenizer(training, source.num_trained_tokens)
+
+
+def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it does what `encode_bytes` does.
+
+    Example:
+        >>> is_byte_tokenizer(byte_tokenizer())
+        True
+    """
+    return len(tokenizer) == 257 and tokenizer_content(tokenizer) == _byte_content()
+
+
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that decides what a tokenizer does, as text."""
+    if tokenizer.is_fast:
+        return tokenizer.backend_tokenizer.to_str()
+    return f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
+
+
+@functools.cache
+def _byte_content() -> str:
+    return tokenizer_content(byte_tokenizer())
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """What the byte-level parts of `tokenizers` write for each byte.
+
+    A byte that is a printable character of Latin-1 is written as that character, the others are written as
+    the characters from 256 on, in their order.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)}
+    others = itertools.count(256)
+    return {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+
+
+def _wrapped(tokenizer: Tokenizer, *, is_by_word: bool = False) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes or of pairs of them, as transformers uses it."""
+    from tokenizers import decoders, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    # Without pairs there is nothing that words could keep apart.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_by_word)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+        # A text that happens to spell the token out does not end there.
+        split_special_tokens=True,
+    )

