@@ -66,9 +66,7 @@ class Sampling:
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p: expected a number from 0 to 1, found {self.min_p}")
         if self.repetition_penalty <= 0:
-            raise ValueError(
-                f"repetition_penalty: expected a number above 0, found {self.repetition_penalty}"
-            )
+            raise ValueError(f"repetition_penalty: expected more than 0, found {self.repetition_penalty}")
         for name, neutral in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
             if self.temperature == 0 and getattr(self, name) != neutral:
                 raise ValueError(
