@@ -127,10 +127,13 @@ def test_dictionaries_of_several_sizes_on_the_same_weights(ovq):
 
 
 def test_the_dictionary_is_put_back_after_an_error(ovq):
-    with pytest.raises(RuntimeError, match="stop"):
+    def measured():
         for _ in each_dictionary(ovq, [64]):
             assert ovq.config.num_slots == 64
             raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        measured()
     # The generator ends with the frame of the loop.
     assert ovq.config.num_slots == 5
 
@@ -164,8 +167,8 @@ def test_bytes_of_tokens_that_are_words():
         ({"lengths": [101]}, "length: expected at most 100, the tokens of the longest document, found 101"),
         ({"lengths": [1]}, "expected windows of at least 2 tokens"),
         ({"lengths": [10], "num_windows": 0}, "expected windows of at least 2 tokens, and at least 1"),
-        ({"lengths": [10], "block_size": 0}, "block_size of at least 1"),
-        ({"lengths": [10], "piece_size": 0}, "piece_size: expected at least 1"),
+        ({"lengths": [10], "block_size": 0}, "at least 1, found"),
+        ({"lengths": [10], "piece_size": 0}, "at least 1, found"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(ovq, options, message):
@@ -241,7 +244,7 @@ def test_figures_show_every_model_at_the_longest_length(tmp_path, monkeypatch):
     assert [path.name for path in paths] == ["loss.png", "chunk.png"]
     shown = [{line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines} for figure in drawn]
     labels = ["OVQ, 64 slots", "big, 64 slots", "Mamba2"]
-    assert shown[0] == dict.fromkeys(labels, [4.0, 3.0, 2.5, 1.5])
+    assert shown[0] == {label: [4.0, 3.0, 2.5, 1.5] for label in labels}
     assert list(drawn[0].axes[0].lines[0].get_xdata()) == [512, 1536, 2560, 3584]
     assert [shown[1][label] for label in labels[:2]] == [[0.5, 0.0, 0.0, -0.5]] * 2
     assert "Mamba2" not in shown[1]

@@ -137,9 +137,10 @@ def evaluate_language(
         ValueError: If no document is as long as a length, a number is below 1, or a document has tokens the
             model does not know.
     """
-    if not lengths or block_size < 1:
+    if not lengths or min(block_size, piece_size) < 1:
         raise ValueError(
-            f"expected lengths and a block_size of at least 1, found {list(lengths)} and {block_size}"
+            "expected lengths, and a block_size and a piece_size of at least 1, "
+            f"found {list(lengths)}, {block_size} and {piece_size}"
         )
     documents = list(documents)
     by_length = {length: take_windows(documents, length, num_windows) for length in lengths}
@@ -166,6 +167,9 @@ def evaluate_language(
                 num_bytes = None
                 if bytes_of_tokens is not None:
                     num_bytes = sum(int(bytes_of_tokens[window[1:]].sum()) for window in by_length[length])
+                summary = _summary(
+                    losses, num_bytes, block_size=block_size, chunk_size=model.config.chunk_size
+                )
                 rows.append(
                     LanguageRow(
                         name=name,
@@ -174,9 +178,7 @@ def evaluate_language(
                         length=length,
                         state_bytes=model.state_bytes(length),
                         tokens_per_second=(length - 1) * len(losses) / seconds,
-                        **_summary(
-                            losses, num_bytes, block_size=block_size, chunk_size=model.config.chunk_size
-                        ),
+                        **summary,
                     )
                 )
     finally:

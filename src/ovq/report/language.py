@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -114,7 +115,7 @@ def _draw_positions(axes: Axes, rows: Sequence[LanguageRow]) -> None:
     """Loss against position, each block at its middle."""
     for place, row in enumerate(rows):
         edges = [min(i * row.block_size, row.length) for i in range(len(row.block_losses) + 1)]
-        middles = [(a + b) / 2 for a, b in zip(edges, edges[1:], strict=False)]
+        middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
         axes.plot(middles, row.block_losses, label=row.label, marker=".", markersize=4, **_style(place))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(round(value))))
