@@ -9,6 +9,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -146,8 +147,8 @@ def evaluate_language(
     by_length = {length: take_windows(documents, length, num_windows) for length in lengths}
     sizes = len(num_slots) if num_slots and "ovq" in model.config.mixer_types else 1
     total = sizes * sum(length * len(windows) for length, windows in by_length.items())
-    label = f"read {model_label(long_range_mixer(model.config), None, name)}"
-    work, done = reporter.start(label, total=total), 0
+    mixer = long_range_mixer(model.config)
+    work, done = reporter.start(f"read {model_label(mixer, None, name)}", total=total), 0
     was_training = model.training
     model.eval()
     rows: list[LanguageRow] = []
@@ -167,28 +168,19 @@ def evaluate_language(
                 num_bytes = None
                 if bytes_of_tokens is not None:
                     num_bytes = sum(int(bytes_of_tokens[window[1:]].sum()) for window in by_length[length])
-                summary = _summary(
-                    losses, num_bytes, block_size=block_size, chunk_size=model.config.chunk_size
-                )
-                rows.append(
-                    LanguageRow(
-                        name=name,
-                        mixer=long_range_mixer(model.config),
-                        num_slots=slots,
-                        length=length,
-                        state_bytes=model.state_bytes(length),
-                        tokens_per_second=(length - 1) * len(losses) / seconds,
-                        **summary,
-                    )
-                )
+                row = {"name": name, "mixer": mixer, "num_slots": slots, "length": length}
+                row |= {"state_bytes": model.state_bytes(length)}
+                row |= {"tokens_per_second": (length - 1) * len(losses) / seconds}
+                row |= _summary(losses, num_bytes, block_size, model.config.chunk_size)
+                rows.append(LanguageRow(**row))
     finally:
         model.train(was_training)
     return rows
 
 
 def _summary(
-    losses: list[np.ndarray], num_bytes: int | None, *, block_size: int, chunk_size: int
-) -> dict[str, object]:
+    losses: list[np.ndarray], num_bytes: int | None, block_size: int, chunk_size: int
+) -> dict[str, Any]:
     """The fields of a row that losses `[T - 1]` of windows decide."""
     wide = np.stack(losses).astype(np.float64)
     edges = np.arange(0, wide.shape[1], block_size)
