@@ -28,30 +28,31 @@ _LINES = ("-", "--", ":", "-.")
 
 
 def language_table(rows: Sequence[LanguageRow], *, title: str) -> Table:
-    """A line for each model and length: loss, bits a byte, what the ends of chunks show, speed, state."""
+    """A line for each model and length: loss, bits a byte, speed, state."""
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
-    for column in ("length", "windows", "loss", "bits/byte", "2nd - 1st half of chunk", "tokens/s", "state"):
+    for column in ("length", "windows", "loss", "bits/byte", "tokens/s", "state"):
         table.add_column(column, justify="right")
     for row in rows:
         bits = "" if row.bits_per_byte is None else f"{row.bits_per_byte:.4f}"
-        rise = "" if row.sawtooth is None else f"{row.sawtooth:+.4f}"
-        error = "" if row.sawtooth_error is None else f" ± {row.sawtooth_error:.4f}"
-        cells = (f"{row.length}", f"{row.num_windows}", f"{row.loss:.4f}", bits, f"{rise}{error}")
+        cells = (f"{row.length}", f"{row.num_windows}", f"{row.loss:.4f}", bits)
         table.add_row(row.label, *cells, f"{row.tokens_per_second:,.0f}", format_bytes(row.state_bytes))
     return table
 
 
 def position_table(rows: Sequence[LanguageRow], *, title: str) -> Table:
-    """Loss in octaves of positions at the longest length: how far a model makes use of what it has read."""
+    """Loss in octaves of positions at the longest length, and how much higher it is late in a chunk."""
     rows = _longest(rows)
     octaves = octave_losses(rows[0])
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
     for first, last, _ in octaves:
         table.add_column(f"{_short(first)}-{_short(last)}", justify="right")
+    table.add_column("2nd - 1st half of chunk", justify="right")
     for row in rows:
-        table.add_row(row.label, *(f"{loss:.4f}" for _, _, loss in octave_losses(row)))
+        rise = "" if row.sawtooth is None else f"{row.sawtooth:+.4f}"
+        error = "" if row.sawtooth_error is None else f" ± {row.sawtooth_error:.4f}"
+        table.add_row(row.label, *(f"{loss:.4f}" for _, _, loss in octave_losses(row)), f"{rise}{error}")
     return table
 
 
