@@ -67,11 +67,8 @@ def documents(model):
         said = BYTES.decode([next(stream) for _ in range(6)])
         if "\ufffd" in said or said != said.strip():
             continue
-        choices = [" red", " green light", " b"]
-        label = int(random.integers(3))
-        rows.append(
-            {"text": text, "answer": said if len(rows) % 2 else "no", "choices": choices, "label": label}
-        )
+        row = {"text": text, "answer": said if len(rows) % 2 else "no"}
+        rows.append(row | {"choices": [" red", " green light", " b"], "label": int(random.integers(3))})
     return rows
 
 
@@ -132,13 +129,12 @@ def test_scores_are_those_by_hand(model, documents, results):
     assert answers(results[4], "local_likelihood") == [
         [pytest.approx(by_hand(model, row["text"], row["answer"]), abs=1e-3)] for row in documents
     ]
-    chosen = [
-        int(np.argmax([by_hand(model, row["text"], choice)[0] for choice in row["choices"]]))
-        for row in documents
-    ]
-    right = np.mean([choice == row["label"] for choice, row in zip(chosen, documents, strict=True)])
+    right = []
+    for row in documents:
+        likelihoods = [by_hand(model, row["text"], choice)[0] for choice in row["choices"]]
+        right.append(int(np.argmax(likelihoods)) == row["label"])
     found = scores(results[4])
-    assert found["local_choice"] == pytest.approx(right)
+    assert found["local_choice"] == pytest.approx(np.mean(right))
     # Every second answer is the model's own.
     assert found["local_generation"] == found["local_likelihood"] == 0.5
 
@@ -164,7 +160,7 @@ def test_the_command_line(model, folder, results, capsys, tmp_path):
     model.save_pretrained(tmp_path / "model")
     BYTES.save_pretrained(tmp_path / "model")
     arguments = ["eval", "harness", "--model", tmp_path / "model", "--include-path", folder]
-    arguments += ["--tasks", "local_choice,local_likelihood", "--max-length", 256, "--limit", 6]
+    arguments += ["--tasks", "local_choice, local_likelihood", "--max-length", 256, "--limit", 6]
     found = json.loads(run(capsys, *arguments, "--json", "--out", tmp_path))
     for task in ("local_choice", "local_likelihood"):
         assert found[task]["acc,none"] == pytest.approx(scores(results[1])[task])
@@ -173,6 +169,8 @@ def test_the_command_line(model, folder, results, capsys, tmp_path):
     few = run(capsys, *arguments[:-1], 1)
     assert "local_choice" in few
     assert "acc" in few
-    assert "that the harness knows, found piqqa" in fail(
-        capsys, "eval", "harness", "--model", tmp_path / "model", "--tasks", "piqqa"
-    )
+    wrong = fail(capsys, *arguments, "--ruler-lengths", "x")
+    assert wrong.startswith("--ruler-lengths: expected positive integers")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    (tmp_path / "model" / "tokenizer_config.json").unlink()
+    assert "expected a tokenizer beside the model, found none" in fail(capsys, *arguments)
