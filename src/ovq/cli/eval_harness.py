@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,17 +58,19 @@ def harness(
     metadata: dict[str, Any] = {"tokenizer": str(model)}
     if lengths is not None:
         metadata["max_seq_lengths"] = lengths
-    results = evaluate_tasks(
-        load_model(model, num_slots=num_slots),
-        text_tokenizer(model),
-        names,
-        batch_size=batch_size,
-        max_length=max_length,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        include_path=include_path,
-        metadata=metadata,
-    )
+    # Some tasks print how they come along; standard output is for results.
+    with redirect_stdout(sys.stderr):
+        results = evaluate_tasks(
+            load_model(model, num_slots=num_slots),
+            text_tokenizer(model),
+            names,
+            batch_size=batch_size,
+            max_length=max_length,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            include_path=include_path,
+            metadata=metadata,
+        )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         # The harness puts functions and numpy's numbers among its results.

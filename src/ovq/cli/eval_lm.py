@@ -18,6 +18,8 @@ from ovq.cli.common import (
     text_tokenizer,
 )
 
+_DOCUMENTS_PER_LINE = 1000
+
 
 def language(
     model: Annotated[
@@ -90,12 +92,19 @@ def language(
     )
     rows = []
     with Reporter() as reporter:
+        # How many there will be is not known, so that this is no bar.
+        said = [0]
+
+        def count(num_read: int) -> None:
+            if num_read >= said[0] + _DOCUMENTS_PER_LINE:
+                said[0] = num_read
+                reporter.say(f"{dataset}: {num_read} documents read")
+
         for folder, name in zip(model, model_names(model), strict=True):
             tokenizer = text_tokenizer(folder)
-            reporter.say(f"reading {dataset} ({split}) as {folder} reads it")
             rows += evaluate_language(
                 load_model(folder),
-                load_corpus(source, split, tokenizer=tokenizer),
+                load_corpus(source, split, tokenizer=tokenizer, progress=count),
                 lengths=at_lengths,
                 num_slots=with_slots,
                 num_windows=windows,
