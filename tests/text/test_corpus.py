@@ -81,6 +81,10 @@ def test_a_corpus_is_read_once(folder, cache, monkeypatch):
     load_corpus(source_of(folder), "train", progress=read.append)
     assert read == [32, 40]
     monkeypatch.setattr(corpus, "_store", lambda *_: pytest.fail("encoded again"))
+    one, same = (load_corpus(source_of(folder), "train") for _ in range(2))
+    others = [load_corpus(source_of(folder, join_to=n), split) for n, split in ((50, "train"), (0, "test"))]
+    assert one.digest == same.digest
+    assert len({corpus.digest for corpus in (one, *others)}) == 3
     # Splits and volumes are views of the same tokens, and a saved tokenizer of bytes is one of bytes.
     load_corpus(source_of(folder, held_out=0.1, join_to=50), "all", tokenizer=byte_tokenizer())
     (kept,) = (path for path in cache.iterdir() if path.is_dir())
@@ -102,6 +106,7 @@ def test_a_corpus_that_has_changed_is_read_again(folder, change):
     assert dict(zip(after.names, texts(after), strict=True)) == {
         path.name: path.read_text() for path in folder.iterdir()
     }
+    assert after.digest != before.digest
     # What is in use stays what it was.
     assert texts(before) == list(TEXTS.values())
 

@@ -1,5 +1,7 @@
 """Tokenizers of bytes and of byte pairs: what they give, what comes back, and what is saved of them."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from ovq.text import (
     get_tokenizer,
     source_tokenizer,
     split_of,
+    tokenizers,
     train_tokenizer,
 )
 from ovq.text.tokenizers import is_byte_tokenizer
@@ -79,14 +82,29 @@ def test_pairs_are_learned_and_anything_can_be_said():
     assert tokenizer.get_vocab() == train_tokenizer(AGAIN, 270).get_vocab()
 
 
-def test_a_tokenizer_is_trained_on_the_training_documents_alone(tmp_path):
+def test_a_tokenizer_is_trained_once_and_on_the_training_documents_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "texts"
+    folder.mkdir()
     for name in map("{}.txt".format, range(6)):
         is_trained_on = split_of(name, held_out=0.5) == "train"
-        (tmp_path / name).write_text("again and again" if is_trained_on else "zebra zebra zebra zebra")
-    source = TextSource(dataset=str(tmp_path), tokenizer="bpe:300", held_out=0.5)
+        (folder / name).write_text("again and again" if is_trained_on else "zebra zebra zebra zebra")
+    source = TextSource(dataset=str(folder), tokenizer="bpe:300", held_out=0.5)
     tokens = source_tokenizer(source).get_vocab()
     assert "again" in tokens
     assert not any("ze" in token for token in tokens)
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenizers, "train_tokenizer", lambda *_: pytest.fail("trained again"))
+        assert source_tokenizer(source).get_vocab() == tokens
+    # Another share of held-out documents is another tokenizer.
+    everything = source_tokenizer(dataclasses.replace(source, held_out=0.0)).get_vocab()
+    assert any("ze" in token for token in everything)
+
+
+def test_a_tokenizer_is_trained_on_so_much_text_and_no_more(monkeypatch):
+    monkeypatch.setattr(tokenizers, "_TRAINING_BYTES", 10)
+    texts = [Document(name=str(i), text="abcdef") for i in range(5)]
+    assert [d.name for d in tokenizers._first_bytes(texts)] == ["0", "1"]
 
 
 def test_unknown_tokenizers_are_refused(tmp_path):

@@ -4,10 +4,13 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
+from ovq.hf import OVQForCausalLM
 from ovq.layers import MIXERS
 from ovq.tasks import TASKS, RecallTask
 from ovq.train.config import CONFIG_FILE, ModelArgs, RunConfig, TrainArgs
+from ovq.train.loop import model_config
 from ovq.train.recipes import RECIPES, get_recipe, recipe_for
 
 
@@ -104,6 +107,27 @@ def test_the_recipes_of_a_task_differ_only_in_the_long_range_mixer(task):
 def test_a_task_of_a_recipe_can_be_built_16_times_as_long(task):
     config = get_recipe(f"{task}-ovq")
     config.task.at_length(16 * max(config.train.lengths))
+
+
+@pytest.mark.parametrize(
+    ("task", "millions"), [("lm", 1.88), ("lm-70m", 70), ("lm-150m", 150), ("lm-480m", 480)]
+)
+def test_language_models_have_the_sizes_they_are_named_by(task, millions):
+    configs = {config.mixer: config for config in (recipe_for(task, mixer) for mixer in MIXERS)}
+    assert set(configs.values()) <= set(RECIPES.values())
+    assert len({config.override(["model.mixer_types=ovq"]).to_json() for config in configs.values()}) == 1
+    for mixer, config in configs.items():
+        assert config.model.mixer_types[::2] == ("sliding_attention",) * (len(config.model.mixer_types) // 2)
+        assert set(config.model.mixer_types[1::2]) == {mixer}
+        with torch.device("meta"):
+            model = OVQForCausalLM(model_config(config))
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.03)
+
+
+def test_every_language_model_can_be_trained_with_its_state_carried():
+    for name in ("lm-ovq", "lm-70m-gdn", "lm-480m-full"):
+        assignments = ["task.carry_state=true", "train.micro_batches=1"]
+        assert get_recipe(name).override(assignments).task.carry_state
 
 
 def test_there_is_no_recipe_for_an_unknown_task():

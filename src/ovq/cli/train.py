@@ -14,7 +14,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="TASK-MIXER: recall, positional, regression or mqar; ovq, full, vq, ...",
+            help="TASK-MIXER: recall, positional, regression, mqar, lm or lm-70m, lm-150m, lm-480m for GPUs; "
+            "ovq, full, sliding, sinks, vq, linear, gdn or mamba2.",
             show_default=False,
         ),
     ] = None,
@@ -35,6 +36,9 @@ def train(
 
     Example: [bold]ovq train recall-ovq --set train.steps=300 --set model.num_slots=128 --out runs/ovq[/bold]
 
+    On text, a file, a folder, an installed corpus or a data set of the hub: [bold]ovq train lm-ovq --set
+    task.dataset=books/[/bold]
+
     With [bold]--set train.save_every=100[/bold] the run keeps checkpoints, and
     [bold]ovq train --resume --out runs/ovq[/bold] goes on after an interruption. Several processes:
     [bold]torchrun --nproc-per-node 2 -m ovq train ...[/bold]
@@ -51,8 +55,10 @@ def train(
     out = out or Path("runs") / recipe
 
     from ovq.report.progress import Reporter
+    from ovq.tasks import TextTask
     from ovq.train import loop
     from ovq.train.allocator import keep_freed_memory
+    from ovq.train.config import RunConfig
 
     keep_freed_memory()
 
@@ -61,7 +67,10 @@ def train(
             loop.resume(out, reporter=reporter, label=f"train {out}")
         else:
             loop.train(config, out, reporter=reporter, label=f"train {recipe}")
+    is_text = RunConfig.load(out).task.name == TextTask.name
     # Paths and commands broken over two lines could not be copied.
     out_console.print(
-        f"Saved the model and its configuration in {out}. Test it: ovq eval --model {out}", soft_wrap=True
+        f"Saved the model and its configuration in {out}. "
+        f"Test it: ovq eval {'lm ' if is_text else ''}--model {out}",
+        soft_wrap=True,
     )

@@ -56,6 +56,10 @@ class _LayerCache(ConvStateMixin):
     def _move_to(self, device: torch.device | str) -> None:
         self._map_conv(lambda t: t.to(device, non_blocking=True))
 
+    def detach_(self) -> None:
+        """Cut what is held out of the graph that made it."""
+        self._map_conv(Tensor.detach)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to forget tokens; `crop(0)` does nothing.
 
@@ -114,6 +118,12 @@ class _AttentionLayerCache(_LayerCache):
         if self.keys is not None:
             self.keys = self.keys.to(device, non_blocking=True)
             self.values = self.values.to(device, non_blocking=True)
+
+    def detach_(self) -> None:
+        """Cut what is held out of the graph that made it."""
+        super().detach_()
+        if self.keys is not None:
+            self.keys, self.values = self.keys.detach(), self.values.detach()
 
     def reset(self) -> None:
         """Forget everything."""
@@ -216,6 +226,11 @@ class _StateLayer(_LayerCache):
         super()._move_to(device)
         self._map_state(lambda s: s.to(device, non_blocking=True))
 
+    def detach_(self) -> None:
+        """Cut what is held out of the graph that made it."""
+        super().detach_()
+        self._map_state(lambda s: s.detach())
+
 
 class SlotCacheLayer(_StateLayer, SlotCache, CacheLayerMixin):
     """Cache of an `"ovq"` layer: its `OVQState` and the state of its convolution."""
@@ -314,6 +329,11 @@ class OVQCache(Cache):
         branch = copy.copy(self)
         branch.layers = [copy.copy(layer) for layer in self.layers]
         return branch
+
+    def detach_(self) -> None:
+        """Cut what is held out of the graph that made it: no gradient flows to the tokens read so far."""
+        for layer in self.layers:
+            layer.detach_()
 
     @staticmethod
     def concatenate(caches: Sequence[OVQCache], config: OVQConfig) -> OVQCache:

@@ -272,6 +272,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache: OVQCache | None = None,
         cu_seqlens: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position.
@@ -289,6 +290,8 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
             cache: newer name of `past_key_values`.
             cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`).
+            shift_labels: `[B, T]`, in the place of `labels`: what each position is to predict. The target of
+                the last one may then lie outside of this call. -100 is ignored.
             kwargs: `num_items_in_batch` for the loss (from the Trainer), `output_hidden_states`,
                 `return_dict`.
 
@@ -297,10 +300,11 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         """
         _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | {"num_items_in_batch"})
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        if labels is not None:
+        has_targets = labels is not None or shift_labels is not None
+        if has_targets:
             # Sequences that come with their targets are not continued; evaluation need not pay for a cache.
             use_cache = bool(use_cache)
-        own_losses = [] if labels is not None and self.training else None
+        own_losses = [] if has_targets and self.training else None
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -316,15 +320,20 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
-            if cu_seqlens is not None:
+        if has_targets:
+            if shift_labels is None and cu_seqlens is not None:
                 labels = labels.index_fill(1, cu_seqlens[:-1][cu_seqlens.diff() > 0].long(), -100)
             loss = self.loss_function(
-                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                logits,
+                labels,
+                self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
             )
             if own_losses:
                 # The other losses of a step's micro-batches are added up by their share of its targets.
-                num_targets = (labels[:, 1:] != -100).sum()
+                targets = labels[:, 1:] if shift_labels is None else shift_labels
+                num_targets = (targets != -100).sum()
                 share = 1 if num_items_in_batch is None else num_targets / num_items_in_batch
                 loss = loss + share * sum(own_losses)
         return CausalLMOutputWithPast(

@@ -1,15 +1,16 @@
-"""Synthetic tasks: each builds its examples from a seed, so nothing has to be downloaded."""
+"""Tasks: synthetic ones, which build their examples from a seed, and language modelling on real text."""
 
 from ovq.tasks.base import IGNORE_INDEX, SPLITS, Task, TaskBatch, example_generator
 from ovq.tasks.mqar import MQARTask
 from ovq.tasks.positional import PositionalRecallTask
 from ovq.tasks.recall import RecallTask
 from ovq.tasks.regression import RegressionTask
+from ovq.tasks.text import TextTask
 
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (RecallTask, PositionalRecallTask, RegressionTask, MQARTask)
 }
-"""Every task by its name in configurations."""
+"""Every synthetic task by its name in configurations."""
 
 __all__ = [
     "IGNORE_INDEX",
@@ -21,5 +22,6 @@ __all__ = [
     "RegressionTask",
     "Task",
     "TaskBatch",
+    "TextTask",
     "example_generator",
 ]

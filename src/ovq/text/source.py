@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ovq.text.documents import SPLITS
+
+if TYPE_CHECKING:
+    from ovq.text.readers import Reader
 
 ALL = "all"
 """In the place of a split: every document."""
@@ -73,3 +78,21 @@ def check_split(split: str) -> None:
     """Raise ValueError unless it is a split or all of them."""
     if split not in (*SPLITS, ALL):
         raise ValueError(f"split: expected one of {', '.join((*SPLITS, ALL))}, found {split!r}")
+
+
+def source_readers(source: TextSource) -> list[Reader]:
+    """The readers of a corpus.
+
+    Raises:
+        ValueError: If there is no such corpus.
+    """
+    from ovq.text.readers import find_readers
+
+    return find_readers(
+        source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
+    )
+
+
+def source_content(source: TextSource, readers: Sequence[Reader]) -> list[str]:
+    """All that decides which documents a corpus has, as texts."""
+    return [source.dataset, source.text_field, str(source.max_documents), *(r.version() for r in readers)]

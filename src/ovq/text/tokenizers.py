@@ -8,13 +8,15 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ovq.text.documents import Document, read_documents, split_of
-from ovq.text.source import TextSource
+from ovq.text.cache import cached_folder
+from ovq.text.documents import Document, split_of
+from ovq.text.source import TextSource, source_content, source_readers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 """The token that ends a text, in the tokenizers made here."""
+
+_TRAINING_BYTES = 2**28
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -113,19 +117,35 @@ def get_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def source_tokenizer(source: TextSource) -> PreTrainedTokenizerBase:
-    """The tokenizer that a corpus is to be read with; one of `"bpe:N"` is trained here.
+    """The tokenizer that a corpus is to be read with; `"bpe:N"` is trained here, and kept in the cache.
+
+    It is trained on the training documents, the first 256 MiB of them: more text hardly changes which pairs
+    are frequent.
 
     Raises:
         ValueError: If it cannot be had.
     """
     if source.num_trained_tokens is None:
         return get_tokenizer(source.tokenizer)
-    documents = read_documents(
-        source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
-    )
-    first = itertools.islice(documents, source.max_documents)
-    training = (d for d in first if split_of(d.name, held_out=source.held_out) == "train")
-    return train_tokenizer(training, source.num_trained_tokens)
+    readers = source_readers(source)
+    depends_on = [*source_content(source, readers), source.tokenizer, repr(source.held_out)]
+
+    def fill(folder: Path) -> None:
+        documents = itertools.islice((d for r in readers for d in r.documents()), source.max_documents)
+        training = (d for d in documents if split_of(d.name, held_out=source.held_out) == "train")
+        train_tokenizer(_first_bytes(training), source.num_trained_tokens).save_pretrained(folder)
+
+    return get_tokenizer(str(cached_folder(depends_on, fill)))
+
+
+def _first_bytes(documents: Iterable[Document]) -> Iterator[Document]:
+    """Documents until they are enough to train a tokenizer on."""
+    size = 0
+    for document in documents:
+        yield document
+        size += len(document.text.encode("utf-8", errors="replace"))
+        if size >= _TRAINING_BYTES:
+            return
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:

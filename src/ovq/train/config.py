@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ovq.files import write_atomic
-from ovq.tasks import TASKS, Task
+from ovq.tasks import TASKS, Task, TextTask
 
 CONFIG_FILE = "run_config.json"
 """The name of the file that holds the configuration, in the folder of the run."""
@@ -199,7 +199,7 @@ class RunConfig:
         train: The training.
 
     Raises:
-        ValueError: If the task cannot be built at one of the training lengths.
+        ValueError: If the task cannot be built at one of the training lengths, or sections do not fit.
 
     Example:
         >>> from ovq.tasks import RecallTask
@@ -210,7 +210,7 @@ class RunConfig:
         True
     """
 
-    task: Task
+    task: Task | TextTask
     model: ModelArgs
     train: TrainArgs
 
@@ -223,6 +223,21 @@ class RunConfig:
                 raise ValueError(
                     f"train.lengths: the task cannot be built at length {length}: {error}"
                 ) from error
+        if isinstance(self.task, TextTask) and self.task.carry_state:
+            self._check_carry()
+
+    def _check_carry(self) -> None:
+        """Windows that follow each other have one length, and are read one at a time."""
+        if len(self.train.lengths) > 1:
+            raise ValueError(
+                "task.carry_state: expected one of train.lengths, as documents are cut once, "
+                f"found {self.train.lengths}"
+            )
+        if self.train.micro_batches > 1:
+            raise ValueError(
+                "task.carry_state: expected train.micro_batches=1, as each window is read by itself, "
+                f"found {self.train.micro_batches}"
+            )
 
     @property
     def mixer(self) -> str:
@@ -279,8 +294,9 @@ class RunConfig:
         try:
             sections = json.loads(text)
             task_fields = dict(sections["task"])
+            task = (TASKS | {TextTask.name: TextTask})[task_fields.pop("name")]
             return cls(
-                task=_from_dict(TASKS[task_fields.pop("name")], task_fields),
+                task=_from_dict(task, task_fields),
                 model=_from_dict(ModelArgs, sections["model"]),
                 train=_from_dict(TrainArgs, sections["train"]),
             )

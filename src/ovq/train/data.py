@@ -1,13 +1,96 @@
-"""The examples of a training run as a PyTorch data set, with the length curriculum in it."""
+"""The examples of a training run as a PyTorch data set: what kind the task needs, and the synthetic one, with
+the length curriculum in it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
+from ovq.files import write_atomic
+from ovq.report.progress import Reporter
+from ovq.tasks import TextTask
+from ovq.text import Corpus, get_tokenizer, load_corpus, source_tokenizer
 from ovq.train.config import RunConfig
+from ovq.train.text import CarriedTextDataset, PackedTextDataset
+
+CORPUS_FILE = "corpus.json"
+"""The name of the file that tells what a run was trained on, in its folder."""
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What a run trains on.
+
+    Attributes:
+        examples: Builds whole batches by index.
+        tokenizer: Of real text, to be saved beside the model; None where tokens stand for nothing else.
+        is_carrying: Whether the state is carried from one example to the next.
+    """
+
+    examples: Dataset
+    tokenizer: Any | None = None
+    is_carrying: bool = False
+
+
+def training_data(config: RunConfig, out: Path, checkpoint: Path | None, reporter: Reporter) -> TrainingData:
+    """What a run trains on, read or built.
+
+    Args:
+        config: The run.
+        out: Its folder, in which a new run notes what its corpus is.
+        checkpoint: Where the run goes on, whose tokenizer is the one to go on with; None for a new run.
+        reporter: Where to show how much of a corpus has been read, if it is not in the cache.
+
+    Raises:
+        ValueError: If text cannot be had, there is not enough of it, or it is not what the run began with.
+    """
+    task = config.task
+    if not isinstance(task, TextTask):
+        return TrainingData(examples=CurriculumDataset(config))
+    tokenizer = source_tokenizer(task) if checkpoint is None else get_tokenizer(str(checkpoint))
+    corpus = load_corpus(task, "train", tokenizer=tokenizer, progress=_now_and_then(task.dataset, reporter))
+    kind = CarriedTextDataset if task.carry_state else PackedTextDataset
+    examples = kind(config, corpus)
+    if checkpoint is None:
+        write_atomic(out / CORPUS_FILE, json.dumps({"dataset": task.dataset, "digest": corpus.digest}) + "\n")
+    else:
+        _check_corpus(out / CORPUS_FILE, corpus)
+    return TrainingData(examples=examples, tokenizer=tokenizer, is_carrying=task.carry_state)
+
+
+def _check_corpus(path: Path, corpus: Corpus) -> None:
+    """Raise ValueError unless a run goes on with the corpus it began with: windows are known by number."""
+    try:
+        found = dict(json.loads(path.read_text()))["digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected what the run was trained on, found none ({error})") from error
+    if corpus.digest != found:
+        raise ValueError(
+            f"{path}: expected the corpus this run began with (digest {found}), "
+            f"found one that has changed since ({corpus.digest})"
+        )
+
+
+def _now_and_then(name: str, reporter: Reporter) -> Callable[[int], None]:
+    """Says how many documents have been read every few seconds; how many there are is not known before."""
+    last_line = time.monotonic()
+
+    def progress(num_documents: int) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            reporter.say(f"read {name}: {num_documents} documents")
+
+    return progress
 
 
 class CurriculumDataset(Dataset):

@@ -18,9 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.report.progress import Reporter, Work
+from ovq.train.carry import CarryTrainer
 from ovq.train.checkpoints import SealingTrainer, newest_checkpoint, writing
 from ovq.train.config import CONFIG_FILE, RunConfig
-from ovq.train.data import CurriculumDataset
+from ovq.train.data import training_data
 
 
 def model_config(config: RunConfig) -> OVQConfig:
@@ -106,17 +107,23 @@ def _run(
     """Train, from a checkpoint if there is one, and save the result."""
     # Saving a small model is over before a bar of its own is seen.
     disable_progress_bar()
+    data = training_data(config, out, checkpoint, reporter)
     model = build_model(config)
-    trainer = SealingTrainer(
+    if data.tokenizer is not None:
+        model.config.eos_token_id = model.generation_config.eos_token_id = data.tokenizer.eos_token_id
+    trainer = (CarryTrainer if data.is_carrying else SealingTrainer)(
         model=model,
-        args=_training_arguments(config, out),
-        train_dataset=CurriculumDataset(config),
+        args=_training_arguments(config, out, is_carrying=data.is_carrying),
+        train_dataset=data.examples,
         data_collator=_as_it_is,
+        processing_class=data.tokenizer,
     )
     # It prints dictionaries; the reporter shows the same.
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         trainer.add_callback(_ReportCallback(config, reporter.start(label, total=config.train.steps)))
+    if data.is_carrying and checkpoint is not None:
+        trainer.load_carried(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     with writing(out):
         trainer.save_model()
@@ -129,10 +136,14 @@ def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
-def _training_arguments(config: RunConfig, out: Path) -> TrainingArguments:
+def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> TrainingArguments:
     """What `Trainer` has to know, from our configuration."""
     args = config.train
-    num_parts = args.micro_batches * int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if is_carrying and args.batch_size % num_processes == 0:
+        # Every window by itself, whose memory is then all that a step needs.
+        args = dataclasses.replace(args, micro_batches=args.batch_size // num_processes)
+    num_parts = args.micro_batches * num_processes
     if args.batch_size % num_parts:
         raise ValueError(
             f"train.batch_size: expected a multiple of {num_parts} (train.micro_batches times the number of "

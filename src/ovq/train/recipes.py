@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
-from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask
+from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask, TextTask
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
 
 
@@ -57,11 +58,124 @@ def _mqar(long_range_mixer: str) -> RunConfig:
     )
 
 
+def _lm(long_range_mixer: str) -> RunConfig:
+    """Language modelling on a plain CPU: 2 million parameters that read bytes."""
+    return RunConfig(
+        task=TextTask(),
+        model=ModelArgs(
+            mixer_types=("sliding_attention", long_range_mixer) * 2,
+            hidden_size=192,
+            intermediate_size=512,
+            num_attention_heads=3,
+            conv_size=4,
+            # Short, so that more than a sentence back is for the other layers to remember.
+            sliding_window=128,
+            num_slots=512,
+            chunk_size=128,
+            initializer_range=0.05,
+            embedding_std=0.05,
+        ),
+        train=TrainArgs(
+            steps=1000,
+            batch_size=4,
+            lengths=(2048,),
+            length_shares=(1.0,),
+            learning_rate=3e-3,
+            min_learning_rate_share=0.1,
+            warmup_steps=50,
+            weight_decay=0.1,
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Size:
+    """A language model for GPUs.
+
+    Attributes:
+        width: Of the residual stream; heads are 64 wide.
+        inner: Width of the SwiGLU.
+        num_pairs: Pairs of a sliding-window and a long-range layer.
+        batch_size: Windows a step.
+        micro_batches: Parts of a step.
+        steps: Optimizer steps.
+        learning_rate: Its peak.
+    """
+
+    width: int
+    inner: int
+    num_pairs: int
+    batch_size: int
+    micro_batches: int
+    steps: int
+    learning_rate: float
+
+
+_SIZES = {
+    "70m": _Size(
+        width=512, inner=1408, num_pairs=8, batch_size=64, micro_batches=4, steps=10_000, learning_rate=1e-3
+    ),
+    "150m": _Size(
+        width=768, inner=2048, num_pairs=9, batch_size=64, micro_batches=8, steps=15_000, learning_rate=8e-4
+    ),
+    "480m": _Size(
+        width=1280,
+        inner=3456,
+        num_pairs=11,
+        batch_size=128,
+        micro_batches=16,
+        steps=20_000,
+        learning_rate=5e-4,
+    ),
+}
+"""Language models of the sizes the paper trains, by the millions of their parameters."""
+
+
+def _lm_for_gpus(size: _Size) -> Callable[[str], RunConfig]:
+    """Language modelling on books, for GPUs: 4,096 subword tokens a window."""
+
+    def build(long_range_mixer: str) -> RunConfig:
+        return RunConfig(
+            task=TextTask(dataset="deepmind/pg19", tokenizer="bpe:32768"),
+            model=ModelArgs(
+                mixer_types=("sliding_attention", long_range_mixer) * size.num_pairs,
+                hidden_size=size.width,
+                intermediate_size=size.inner,
+                num_attention_heads=size.width // 64,
+                conv_size=4,
+                sliding_window=256,
+                num_slots=2048,
+                chunk_size=128,
+                initializer_range=0.02,
+                embedding_std=0.02,
+                tie_word_embeddings=True,
+            ),
+            train=TrainArgs(
+                steps=size.steps,
+                batch_size=size.batch_size,
+                micro_batches=size.micro_batches,
+                lengths=(4096,),
+                length_shares=(1.0,),
+                learning_rate=size.learning_rate,
+                min_learning_rate_share=0.1,
+                warmup_steps=500,
+                weight_decay=0.1,
+                adam_beta2=0.95,
+                precision="bfloat16",
+                save_every=500,
+            ),
+        )
+
+    return build
+
+
 _BUILDERS: dict[str, Callable[[str], RunConfig]] = {
     RecallTask.name: _recall,
     PositionalRecallTask.name: _positional,
     RegressionTask.name: _regression,
     MQARTask.name: _mqar,
+    TextTask.name: _lm,
+    **{f"{TextTask.name}-{name}": _lm_for_gpus(size) for name, size in _SIZES.items()},
 }
 
 _MIXERS = {
@@ -81,7 +195,7 @@ def recipe_for(task: str, long_range_mixer: str) -> RunConfig:
     """The recipe of a task, for any mixer in its long-range layers; nothing else differs between mixers.
 
     Args:
-        task: A name in `ovq.tasks.TASKS`.
+        task: A name in `ovq.tasks.TASKS`; `"lm"`, or `"lm-70m"`, `"lm-150m"` and `"lm-480m"` for GPUs.
         long_range_mixer: A name in `ovq.layers.MIXERS`.
 
     Raises:

@@ -1,0 +1,55 @@
+"""Folders in the user's cache, made once by one process while others wait; they appear in one piece."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+_FORMAT = "2"
+
+
+def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Path:
+    """The folder for what depends on these texts and on nothing else.
+
+    Args:
+        depends_on: What the content is made from, in order.
+        fill: Called with an empty folder if there is none yet; what it raises leaves none.
+
+    Example:
+        >>> folder = cached_folder(["an example"], lambda path: (path / "a").write_text("made once"))
+        >>> (cached_folder(["an example"], lambda path: 1 / 0) / "a").read_text()
+        'made once'
+    """
+    # What transformers and torch lock their caches with.
+    from filelock import FileLock
+
+    digest = hashlib.sha256("\0".join([_FORMAT, *depends_on]).encode()).hexdigest()[:24]
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ovq" / "text"
+    base.mkdir(parents=True, exist_ok=True)
+    folder = base / digest
+    if folder.is_dir():
+        return folder
+    with FileLock(folder.with_suffix(".lock")):
+        # Another process may have made it meanwhile.
+        if not folder.is_dir():
+            _make(folder, fill)
+    return folder
+
+
+def _make(folder: Path, fill: Callable[[Path], None]) -> None:
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+    try:
+        fill(temporary)
+        for path in temporary.iterdir():
+            # On the disk before the folder has its name, or a power cut leaves empty files.
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        # mkdtemp makes private folders.
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,199 @@
+"""Windows of text as PyTorch data sets: packed in any order, or in the order of their documents.
+
+A document of n tokens is n + 1 positions: the first reads the token that ends a text and predicts the first
+token, the last reads the last token and predicts the end. Positions are what windows are cut from, so that
+every position of a window has a target, wherever it is cut.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ovq.text import Corpus
+from ovq.train.config import RunConfig
+
+
+class PackedTextDataset(Dataset):
+    """Every window of a run, in the order of training: window i belongs to step `i // batch_size`.
+
+    In each epoch the documents are put one after the other in a new order, cut into windows of the length of
+    the step, and the windows shown in an order of their own. A window is all of one document, or the end of
+    one, some short ones and the beginning of another: then each of them is a row of its own in `cu_seqlens`,
+    and none sees another. The seed and the index alone say what a window is, as in `CurriculumDataset`.
+
+    Args:
+        config: The run.
+        corpus: Its training documents.
+
+    Raises:
+        ValueError: If all documents together are shorter than a window.
+
+    Example:
+        >>> from ovq.text import TextSource, load_corpus
+        >>> from ovq.train.recipes import get_recipe
+        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
+        >>> data = PackedTextDataset(get_recipe("lm-ovq"), corpus)
+        >>> {name: tuple(tensor.shape) for name, tensor in data.__getitems__([0, 1, 2]).items()}
+        {'input_ids': (1, 6144), 'labels': (1, 6144), 'shift_labels': (1, 6144), 'cu_seqlens': (...,)}
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+        self._train = config.train
+        self._corpus = corpus
+        self._num_positions = corpus.num_tokens + 1
+        num_positions = int(self._num_positions.sum())
+        if num_positions < max(config.train.lengths):
+            raise ValueError(
+                f"train.lengths: expected at most {num_positions}, all tokens of the training documents, "
+                f"found {max(config.train.lengths)}"
+            )
+        self._epochs: dict[int, _Epoch] = {}
+
+    def __len__(self) -> int:
+        """Windows of the whole run."""
+        return self._train.steps * self._train.batch_size
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Build these windows as one packed row: `input_ids`, targets and `cu_seqlens`; nothing is left."""
+        pieces = [piece for index in indices for piece in self._window(index)]
+        inputs, targets = zip(*(read_positions(self._corpus, *piece) for piece in pieces), strict=True)
+        ends = np.cumsum([0, *map(len, inputs)], dtype=np.int32)
+        return _batch(inputs, targets) | {"cu_seqlens": torch.from_numpy(ends)}
+
+    def _window(self, index: int) -> list[tuple[int, int, int]]:
+        """The pieces of a window: document, and the range of its positions."""
+        length = self._train.length_at(index // self._train.batch_size)
+        number, place = divmod(index, int(self._num_positions.sum()) // length)
+        epoch = self._epochs.get(length)
+        if epoch is None or epoch.number != number:
+            # One epoch a length is enough: a run goes through them in order.
+            epoch = self._epochs[length] = _Epoch(self._num_positions, length, self._train.seed, number)
+        return epoch.window(place)
+
+
+class _Epoch:
+    """Where each window of an epoch lies.
+
+    Args:
+        num_positions: `[D]` of each document.
+        length: Of a window.
+        seed: Of the run.
+        number: Of the epoch.
+    """
+
+    def __init__(self, num_positions: np.ndarray, length: int, seed: int, number: int) -> None:
+        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(length, number)))
+        self.number = number
+        self._length = length
+        self._documents = random.permutation(len(num_positions))
+        self._ends = num_positions[self._documents].cumsum()
+        num_windows, num_left = divmod(int(self._ends[-1]), length)
+        # What is left over is not always the end of the last document.
+        self._first = int(random.integers(num_left + 1))
+        self._order = random.permutation(num_windows)
+
+    def window(self, place: int) -> list[tuple[int, int, int]]:
+        """The pieces of the window that is shown at this place."""
+        start = self._first + int(self._order[place]) * self._length
+        stop = start + self._length
+        pieces = []
+        i = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            end = int(self._ends[i])
+            begin = 0 if i == 0 else int(self._ends[i - 1])
+            pieces.append((int(self._documents[i]), start - begin, min(stop, end) - begin))
+            start, i = end, i + 1
+        return pieces
+
+
+class CarriedTextDataset(Dataset):
+    """The windows of whole documents in their order, for training that carries the state between them.
+
+    An optimizer step has `batch_size` windows, and each of these places is a lane: one document after the
+    other, each from its first window to its last, which is as short as what is left of the document. Window i
+    belongs to lane `i % batch_size`. The next document, in the order of an epoch, goes to the lane that has
+    the least to read. Lanes depend on the seed alone, not on the processes that share them.
+
+    Args:
+        config: The run, with windows of one length.
+        corpus: Its training documents.
+
+    Example:
+        >>> from ovq.text import TextSource, load_corpus
+        >>> from ovq.train.recipes import get_recipe
+        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
+        >>> data = CarriedTextDataset(get_recipe("lm-ovq").override(["train.batch_size=2"]), corpus)
+        >>> batch = data.__getitems__([2])
+        >>> tuple(batch["input_ids"].shape), batch["lane"], batch["num_read"], batch["is_last"]
+        ((1, 2048), 0, 2048, False)
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+        self._train = config.train
+        (self._length,) = config.train.lengths
+        self._corpus = corpus
+        self._num_positions = corpus.num_tokens + 1
+        self._lanes = self._schedule(-(-self._num_positions // self._length))
+
+    def _schedule(self, num_windows: np.ndarray) -> list[tuple[list[int], list[int]]]:
+        """For each lane its documents, and the step at which each begins."""
+        lanes = [([], []) for _ in range(self._train.batch_size)]
+        free_at = [(0, lane) for lane in range(self._train.batch_size)]
+        number = 0
+        while free_at[0][0] < self._train.steps:
+            key = np.random.SeedSequence(self._train.seed, spawn_key=(number,))
+            for document in np.random.default_rng(key).permutation(len(num_windows)).tolist():
+                step, lane = free_at[0]
+                lanes[lane][0].append(document)
+                lanes[lane][1].append(step)
+                heapq.heapreplace(free_at, (step + int(num_windows[document]), lane))
+            number += 1
+        return lanes
+
+    def __len__(self) -> int:
+        """Windows of the whole run."""
+        return self._train.steps * self._train.batch_size
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Build a window: `input_ids` and targets `[1, T]`, its `lane`, how many positions of the document
+        were read before (`num_read`), and whether the document ends in it (`is_last`)."""
+        (index,) = indices
+        step, lane = divmod(index, self._train.batch_size)
+        documents, first_steps = self._lanes[lane]
+        i = bisect.bisect_right(first_steps, step) - 1
+        start = (step - first_steps[i]) * self._length
+        end = int(self._num_positions[documents[i]])
+        stop = min(start + self._length, end)
+        inputs, targets = read_positions(self._corpus, documents[i], start, stop)
+        place = {"lane": lane, "num_read": start, "is_last": stop == end}
+        return _batch([inputs], [targets]) | place
+
+
+def read_positions(corpus: Corpus, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a range of positions of a document reads and predicts, `[stop - start]` int64 each.
+
+    Example:
+        >>> from ovq.text import TextSource, load_corpus
+        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
+        >>> inputs, targets = read_positions(corpus, 1, 0, 4)
+        >>> inputs.tolist(), targets.tolist()
+        ([256, 34, 34, 34], [34, 34, 34, 73])
+    """
+    tokens = corpus[document]
+    end = [corpus.end_of_text]
+    parts = [end if start == 0 else [], tokens[max(start - 1, 0) : stop], end if stop > len(tokens) else []]
+    read = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+    return read[:-1], read[1:]
+
+
+def _batch(inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+    """Pieces as one row. The targets come twice: the Trainer wants `labels`, the model the other name."""
+    input_ids, shift_labels = (torch.from_numpy(np.concatenate(parts))[None] for parts in (inputs, targets))
+    return {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}

@@ -1,0 +1,67 @@
+"""A language model from a folder of text to the text it writes, all of it on the command line."""
+
+import pytest
+
+from ovq.hf import load_context
+from ovq.train.config import RunConfig
+from tests.test_cli import fail, run
+from tests.train.text_common import write_texts
+
+SETTINGS = (
+    "train.steps=2 train.batch_size=2 train.lengths=32 train.warmup_steps=1 model.hidden_size=16 "
+    "model.intermediate_size=16 model.num_attention_heads=2 model.num_slots=4 model.chunk_size=8 "
+    "model.sliding_window=8 task.held_out=0"
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    return write_texts(tmp_path, monkeypatch)
+
+
+def train_words(folder, out):
+    settings = [f"task.dataset={folder}", *SETTINGS.split()]
+    return [
+        "train",
+        "lm-ovq",
+        *(word for setting in settings for word in ("--set", setting)),
+        "--out",
+        str(out),
+    ]
+
+
+def test_a_model_of_text_reads_and_writes_text(folder, tmp_path, capsys):
+    out = run(capsys, *train_words(folder, tmp_path / "run"))
+    assert f"ovq eval lm --model {tmp_path / 'run'}" in out
+    assert RunConfig.load(tmp_path / "run").task.dataset == str(folder)
+    written = run(capsys, "generate", "--model", tmp_path / "run", "--prompt", "né", "--max-new-tokens", 5)
+    assert len(written) > 1
+    book = tmp_path / "book.txt"
+    book.write_text("né" * 50)
+    words = ["context", "build", "--model", tmp_path / "run", "--text", book, "--out", tmp_path / "book.ctx"]
+    assert "what the model remembers of 150 tokens" in run(capsys, *words)
+    from ovq.cli.common import load_model
+
+    assert load_context(tmp_path / "book.ctx", load_model(tmp_path / "run")).num_tokens == 150
+
+
+def test_the_memory_of_a_recipe_on_text_is_known_without_its_corpus(capsys):
+    assert "2.3 MiB" in run(capsys, "memory", "--config", "lm-ovq", "--lengths", 65536)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("task.dataset={tmp}/nowhere", "dataset: expected a file or folder, found nothing at "),
+        ("task.dataset={tmp}", "expected .txt, .jsonl, .parquet files, found none"),
+        ("task.tokenizer=bpe:7", "tokenizer: expected bpe:N with N of at least 257"),
+        ("task.tokenizer={tmp}", "tokenizer: expected bytes, bpe:N, the folder of a saved tokenizer"),
+        ("task.held_out=0.9999", "expected documents for train"),
+        ("train.lengths=1000000", "train.lengths: expected at most"),
+        ("task.carry_state=true", "task.carry_state: expected train.micro_batches=1"),
+    ],
+)
+def test_bad_input_costs_one_line(folder, tmp_path, capsys, setting, message):
+    (tmp_path / "empty").mkdir()
+    words = [*train_words(folder, tmp_path / "run"), "--set", setting.format(tmp=tmp_path / "empty")]
+    assert message in fail(capsys, *words, "--set", "train.micro_batches=2")
