@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ovq.eval.reading import token_bytes
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.report.progress import Reporter
 from ovq.text import byte_tokenizer
+from ovq.train.recipes import get_recipe
 from tests.test_cli import fail, run
 
 BYTES = byte_tokenizer()
@@ -80,7 +82,7 @@ def test_lm_prints_what_the_library_measures(folder, capsys, tmp_path):
     results = json.loads(run(capsys, *arguments, "--json", "--out", tmp_path))
     ids = np.array(list(TEXT.encode()))
     options = {"lengths": [100, 900], "num_windows": 2, "block_size": 64, "num_slots": [2, 40]}
-    options["bytes_of_tokens"] = token_bytes(BYTES)
+    options |= {"bytes_of_tokens": token_bytes(BYTES), "first_token": 256}
     expected = [
         row
         for name in ("a/ovq", "mamba2")
@@ -117,6 +119,20 @@ def test_models_of_one_mixer_are_called_by_their_folders(folder, capsys):
 
     assert names("a/ovq", "mamba2") == ["", ""]
     assert names("a/ovq", "b/ovq") == [str(folder / "a/ovq"), str(folder / "b/ovq")]
+
+
+def test_lm_reads_what_a_model_was_trained_on(folder, capsys, tmp_path):
+    save_model(tmp_path / "run", "ovq")
+    settings = [f"task.dataset={folder / 'text.txt'}", "task.held_out=0", "task.carry_state=true"]
+    config = get_recipe("lm-ovq").override([*settings, "train.lengths=64", "train.length_shares=1"])
+    config.save(tmp_path / "run")
+    arguments = ["eval", "lm", "--model", tmp_path / "run", "--lengths", "200", "--windows", 1, "--json"]
+    given = ["--dataset", folder / "text.txt", "--split", "all"]
+    found = [json.loads(run(capsys, *arguments, *options)) for options in (["--split", "train"], given)]
+    assert without_speed(found[0]["rows"]) == without_speed(found[1]["rows"])
+    assert (found[0]["source"]["held_out"], found[1]["source"]["held_out"]) == (0, 0.1)
+    other = json.loads(run(capsys, *arguments, "--split", "all", "--held-out", 0.5))
+    assert other["source"]["held_out"] == 0.5
 
 
 def test_needle_prints_what_the_library_measures(folder, capsys, tmp_path):
@@ -168,7 +184,9 @@ def test_help_shows_examples(capsys):
     ("arguments", "message"),
     [
         ("eval lm --dataset x", "Missing option '--model'"),
-        ("eval lm --model {m}", "Missing option '--dataset'"),
+        ("eval lm --model {m}", "expected the folder of a training run, found no run_config.json"),
+        ("eval lm --model {recall}", "--dataset: expected one, as"),
+        ("eval --model {lm}", "expected a run on a synthetic task, found one on text: ovq eval lm"),
         (
             "eval --model {m} lm --model {m} --dataset x",
             "eval lm: expected options after lm, found model before it",
@@ -176,7 +194,7 @@ def test_help_shows_examples(capsys):
         ("eval lm --model {tmp} --dataset x", "found no config.json in it"),
         ("eval lm --model {m} --dataset {tmp}/no.txt", "dataset: expected"),
         ("eval lm --model {m} --dataset {text} --split tset", "split: expected one of train"),
-        ("eval lm --model {m} --dataset {text} --split all --lengths 9999", "length: expected at most 2809"),
+        ("eval lm --model {m} --dataset {text} --split all --lengths 9999", "length: expected at most 2810"),
         (
             "eval lm --model {mute} --dataset {text} --split all",
             "expected a tokenizer beside the model, found",
@@ -201,4 +219,8 @@ def test_help_shows_examples(capsys):
 )
 def test_bad_input_costs_one_line(arguments, message, folder, capsys, tmp_path):
     names = {"m": folder / "a/ovq", "mute": folder / "mute", "text": folder / "text.txt", "tmp": tmp_path}
+    for name in ("recall", "lm"):
+        get_recipe(f"{name}-ovq").save(tmp_path / name)
+        shutil.copy(folder / "a/ovq/config.json", tmp_path / name)
+        names[name] = tmp_path / name
     assert message in fail(capsys, *(word.format(**names) for word in arguments.split()))

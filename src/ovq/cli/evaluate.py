@@ -53,9 +53,12 @@ def evaluate(
     at_lengths = parse_ints(lengths, flag="--lengths")
     with_slots = [] if num_slots is None else parse_ints(num_slots, flag="--num-slots")
     check_model_folder(model)
+    from ovq.tasks import TextTask
     from ovq.train.config import RunConfig
 
     task = RunConfig.load(model).task
+    if task.name == TextTask.name:
+        raise ValueError(f"{model}: expected a run on a synthetic task, found one on text: ovq eval lm")
     for length in at_lengths:
         task.at_length(length)
 

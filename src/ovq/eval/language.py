@@ -6,6 +6,7 @@ Run it as `ovq eval lm --model DIR --dataset NAME --lengths 4096,65536`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from statistics import fmean
@@ -72,13 +73,16 @@ class LanguageRow:
         return tuple(fmean(block) for block in zip(*self.window_losses, strict=True))
 
 
-def take_windows(documents: Sequence[np.ndarray], length: int, most: int) -> list[np.ndarray]:
+def take_windows(
+    documents: Sequence[np.ndarray], length: int, most: int, *, first_token: int | None = None
+) -> list[np.ndarray]:
     """Windows of documents, none of which overlap: the beginnings first, then what follows them.
 
     Args:
         documents: `[T]` token ids of each.
         length: tokens a window.
         most: windows to take at most.
+        first_token: what stands before each document, if anything does; it counts as one of its tokens.
 
     Raises:
         ValueError: no document is so long.
@@ -86,21 +90,26 @@ def take_windows(documents: Sequence[np.ndarray], length: int, most: int) -> lis
     Example:
         >>> [window.tolist() for window in take_windows([np.arange(5), np.arange(10, 13)], 2, 3)]
         [[0, 1], [10, 11], [2, 3]]
+        >>> [window.tolist() for window in take_windows([np.arange(5)], 2, 3, first_token=256)]
+        [[256, 0], [1, 2], [3, 4]]
     """
     if length < 2 or most < 1:
         raise ValueError(f"expected windows of at least 2 tokens, and at least 1, found {length} and {most}")
-    longest = max((len(document) for document in documents), default=0)
-    windows = [
-        document[first : first + length]
-        for first in range(0, longest - length + 1, length)
-        for document in documents
-        if len(document) >= first + length
-    ]
-    if not windows:
+    before = np.array([] if first_token is None else [first_token], dtype=np.int64)
+    longest = max((len(before) + len(document) for document in documents), default=0)
+    if longest < length:
         raise ValueError(
             f"length: expected at most {longest}, the tokens of the longest document, found {length}"
         )
-    return windows[:most]
+    windows = (
+        np.concatenate([before, document[: length - len(before)]])
+        if first == 0
+        else document[first - len(before) : first - len(before) + length]
+        for first in range(0, longest - length + 1, length)
+        for document in documents
+        if len(before) + len(document) >= first + length
+    )
+    return list(itertools.islice(windows, most))
 
 
 def evaluate_language(
@@ -113,6 +122,7 @@ def evaluate_language(
     block_size: int = 1024,
     piece_size: int = PIECE_SIZE,
     bytes_of_tokens: np.ndarray | None = None,
+    first_token: int | None = None,
     reporter: Reporter,
     name: str = "",
 ) -> list[LanguageRow]:
@@ -128,6 +138,7 @@ def evaluate_language(
         block_size: Positions a block.
         piece_size: Tokens read at a time, which bounds the memory needed.
         bytes_of_tokens: `[V]` bytes of text each token stands for, see `token_bytes`.
+        first_token: What the model was shown before each document in training, if anything.
         reporter: Where to show progress.
         name: What to call the model in the rows.
 
@@ -144,7 +155,9 @@ def evaluate_language(
             f"found {list(lengths)}, {block_size} and {piece_size}"
         )
     documents = list(documents)
-    by_length = {length: take_windows(documents, length, num_windows) for length in lengths}
+    by_length = {
+        length: take_windows(documents, length, num_windows, first_token=first_token) for length in lengths
+    }
     sizes = len(num_slots) if num_slots and "ovq" in model.config.mixer_types else 1
     total = sizes * sum(length * len(windows) for length, windows in by_length.items())
     mixer = long_range_mixer(model.config)
