@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,8 +115,36 @@ def encode(
     return ids
 
 
-def print_results(*tables: Table, paths: Sequence[Path]) -> None:
-    """Print tables, and which files were written."""
+def show_results(
+    about: dict[str, Any],
+    rows: Sequence[Any],
+    *,
+    tables: Sequence[Table],
+    draw: Callable[[Sequence[Any], Path], list[Path]],
+    out: Path | None,
+    is_json: bool,
+) -> None:
+    """Print results as tables or as JSON, and write JSON and figures if there is a place for them.
+
+    Args:
+        about: What the JSON says beside the rows.
+        rows: Dataclasses.
+        tables: What people see of them.
+        draw: Draws figures of the rows into a folder; returns their paths.
+        out: The JSON file, in the folder of the figures; its folder is created if need be.
+        is_json: Print the JSON in the place of the tables.
+    """
+    results = json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=2)
+    paths = []
+    if out is not None:
+        from ovq.files import write_atomic
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, results + "\n")
+        paths = [out, *draw(rows, out.parent)]
+    if is_json:
+        print(results)
+        return
     # Wide enough for every column where output goes to a file or a pipe.
     console = out_console if out_console.is_terminal else Console(width=140)
     for table in tables:

