@@ -95,6 +95,8 @@ def test_a_corpus_is_read_once(folder, cache, monkeypatch):
     "change",
     [
         lambda folder: (folder / "00.txt").write_text("something else"),
+        # As long as it was.
+        lambda folder: (folder / "00.txt").write_text(TEXTS["00.txt"].upper().replace("0", "1")),
         lambda folder: (folder / "40.txt").write_text("one more"),
         lambda folder: (folder / "00.txt").rename(folder / "0.txt"),
     ],
