@@ -197,6 +197,36 @@ def test_generate_reads_text_where_there_is_a_tokenizer(capsys, tmp_path):
     assert out.split() == expected
 
 
+def test_generate_goes_on_until_a_text_ends(trained, capsys, tmp_path):
+    tokens = greedy(trained, [5, 40, 1, 5], 40)
+    end = tokens[9]
+    model = OVQForCausalLM.from_pretrained(trained)
+    model.generation_config.eos_token_id = end
+    model.save_pretrained(tmp_path)
+    arguments = ["generate", "--model", tmp_path, "--prompt", "5 40 1 5", "--max-new-tokens"]
+    ended = list(map(str, tokens[: tokens.index(end) + 1]))
+    assert run(capsys, *arguments, 0).split() == ended
+    assert run(capsys, *arguments, 40).split() == ended
+    assert run(capsys, *arguments, 40, "--ignore-eos").split() == list(map(str, tokens))
+    beams = run(capsys, *arguments, 40, "--ignore-eos", "--num-beams", 2)
+    assert len(beams.split()) == 40
+
+
+def test_generate_ends_its_line_after_an_interruption(trained, capsys, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        yield 5
+        yield 7
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ovq.hf.streaming.stream_tokens", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["generate", "--model", str(trained), "--prompt", "5", "--max-new-tokens", "0"])
+    assert exit_info.value.code == 130
+    captured = capsys.readouterr()
+    assert captured.out == "5 7\n"
+    assert captured.err == "ovq: interrupted\n"
+
+
 def test_memory_counts_what_the_cache_will_hold(trained, capsys):
     arguments = ["memory", "--config", trained, "--lengths", "10,100"]
     rows = json.loads(run(capsys, *arguments, "--json"))["rows"]
@@ -265,8 +295,15 @@ def test_the_version_is_printed(capsys):
         ("generate --model {trained} --prompt 9999", "expected token ids below"),
         ("generate --model {trained} --prompt-file {tmp}/file", "expected at least one token, found none"),
         ("generate --model {trained} --prompt 1 --top-p 0", "--top-p: expected a number above 0"),
-        ("generate --model {trained} --prompt 1 --top-p 0.5", "--top-p: expected --temperature above 0"),
+        ("generate --model {trained} --prompt 1 --top-p 0.5", "--top-p: expected a temperature above 0"),
         ("generate --model {trained} --prompt 1 --temperature -1", "--temperature"),
+        ("generate --model {trained} --prompt 1 --top-k 3", "--top-k: expected a temperature above 0"),
+        (
+            "generate --model {trained} --prompt 1 --repetition-penalty 0",
+            "--repetition-penalty: expected more",
+        ),
+        ("generate --model {trained} --prompt 1 --min-p 2 --temperature 1", "--min-p: expected a number"),
+        ("generate --model {trained} --prompt 1 --num-beams 2 --max-new-tokens 0", "--num-beams: expected"),
         ("generate --model {trained} --prompt 1 --num-slots 0", "--num-slots"),
         ("memory --config nothing", "recipe: expected one of"),
         ("memory --config {tmp}", "found no config.json in it"),

@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
-app.command("eval")(evaluate.evaluate)
+app.add_typer(evaluate.app, name="eval")
 app.command("generate")(generate.generate)
 app.add_typer(context.app, name="context")
 app.command("memory")(memory.memory)

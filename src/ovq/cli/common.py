@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ovq.hf import OVQForCausalLM
 
 out_console = Console()
@@ -108,3 +113,70 @@ def encode(
     if max(ids) >= vocab_size:
         raise ValueError(f"{flag}: expected token ids below {vocab_size}, found {max(ids)}")
     return ids
+
+
+def show_results(
+    about: dict[str, Any],
+    rows: Sequence[Any],
+    *,
+    tables: Sequence[Table],
+    draw: Callable[[Sequence[Any], Path], list[Path]],
+    out: Path | None,
+    is_json: bool,
+) -> None:
+    """Print results as tables or as JSON, and write JSON and figures if there is a place for them.
+
+    Args:
+        about: What the JSON says beside the rows.
+        rows: Dataclasses.
+        tables: What people see of them.
+        draw: Draws figures of the rows into a folder; returns their paths.
+        out: The JSON file, in the folder of the figures; its folder is created if need be.
+        is_json: Print the JSON in the place of the tables.
+    """
+    results = json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=2)
+    paths = []
+    if out is not None:
+        from ovq.files import write_atomic
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, results + "\n")
+        paths = [out, *draw(rows, out.parent)]
+    if is_json:
+        print(results)
+        return
+    # Wide enough for every column where output goes to a file or a pipe.
+    console = out_console if out_console.is_terminal else Console(width=140)
+    for table in tables:
+        console.print(table)
+    if paths:
+        # A path broken over two lines could not be copied.
+        console.print(f"Wrote {', '.join(map(str, paths))}", soft_wrap=True, highlight=False)
+
+
+def text_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved with a model that reads text.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise ValueError(f"{folder}: expected a tokenizer beside the model, found none: it reads no text")
+    return tokenizer
+
+
+def model_names(folders: Sequence[Path]) -> list[str]:
+    """What to call models in one table: empty where mixers tell them apart, else the shortest of their
+    folders' names that does.
+    """
+    from transformers import AutoConfig
+
+    import ovq.hf  # noqa: F401  (registers the models)
+    from ovq.eval.accuracy import long_range_mixer
+
+    configs = [AutoConfig.from_pretrained(folder, local_files_only=True) for folder in folders]
+    if len({long_range_mixer(config) for config in configs}) == len(folders):
+        return [""] * len(folders)
+    names = [folder.name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

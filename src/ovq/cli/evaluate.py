@@ -1,4 +1,4 @@
-"""`ovq eval`: accuracy of a trained model by length and size of the dictionary."""
+"""`ovq eval`: accuracy of a trained model by length and size of the dictionary; tests of language models."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ from typing import Annotated
 
 import typer
 
+from ovq.cli import eval_harness, eval_lm, eval_needle
 from ovq.cli.common import check_model_folder, load_model, out_console, parse_ints
 
+app = typer.Typer(invoke_without_command=True, subcommand_metavar="[lm|needle|harness]")
+app.command("lm")(eval_lm.language)
+app.command("needle")(eval_needle.needle)
+app.command("harness")(eval_harness.harness)
 
+
+@app.callback()
 def evaluate(
-    model: Annotated[Path, typer.Option(help="Folder of a trained model.", show_default=False)],
+    context: typer.Context,
+    model: Annotated[Path | None, typer.Option(help="Folder of a trained model.", show_default=False)] = None,
     lengths: Annotated[str, typer.Option(help="Tokens an example, one test for each.")] = "256,1024,4096",
     num_slots: Annotated[
         str | None,
@@ -25,16 +33,32 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the test data.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Test a model on the task it was trained on.
+    """Test a model on the synthetic task it was trained on.
 
     Example: [bold]ovq eval --model runs/ovq --lengths 256,1024,4096 --num-slots 64,256,1024[/bold]
+
+    Language models have tests of their own, which come before their options: [bold]ovq eval lm[/bold],
+    [bold]ovq eval needle[/bold] and [bold]ovq eval harness[/bold].
     """
+    if context.invoked_subcommand is not None:
+        given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+        if given:
+            name = context.invoked_subcommand
+            raise ValueError(
+                f"eval {name}: expected options after {name}, found {', '.join(given)} before it"
+            )
+        return
+    if model is None:
+        raise ValueError("Missing option '--model'")
     at_lengths = parse_ints(lengths, flag="--lengths")
     with_slots = [] if num_slots is None else parse_ints(num_slots, flag="--num-slots")
     check_model_folder(model)
+    from ovq.tasks import TextTask
     from ovq.train.config import RunConfig
 
     task = RunConfig.load(model).task
+    if task.name == TextTask.name:
+        raise ValueError(f"{model}: expected a run on a synthetic task, found one on text: ovq eval lm")
     for length in at_lengths:
         task.at_length(length)
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ovq.cli.common import check_model_folder, encode, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from ovq.hf import Context, OVQForCausalLM
+    from ovq.hf.streaming import Sampling
 
 
 def generate(
@@ -27,18 +33,35 @@ def generate(
         Path | None,
         typer.Option(help="Continue from a file of ovq context build.", show_default=False),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens to generate at most; 0 for no end but that of the text.")
+    ] = 32,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on where a text ends, with another one.")
+    ] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many likeliest tokens; 0 for all.")] = 0,
     top_p: Annotated[
         float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
     ] = 1.0,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams of beam search.")] = 1,
+    min_p: Annotated[
+        float, typer.Option(help="Sample from tokens this share as likely as the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 makes tokens that were there less likely.")
+    ] = 1.0,
+    num_beams: Annotated[
+        int, typer.Option(min=1, help="Beams of beam search, which prints when it is done.")
+    ] = 1,
     num_slots: Annotated[
         int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Generate from a prompt and print tokens as they come (with beams: when the search is done).
+    """Generate from a prompt and print tokens as they come.
+
+    However long it runs, memory stays that of the model's state: with [bold]--max-new-tokens 0[/bold] a model
+    without full attention goes on until its text ends, or until Ctrl-C.
 
     Example: [bold]ovq generate --model runs/ovq --prompt "12 7 33 1 12" --max-new-tokens 1[/bold]
 
@@ -49,43 +72,39 @@ def generate(
     prompt.txt[/bold]
     """
     text = _read_prompt(prompt, prompt_file)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"--top-p: expected a number above 0 and at most 1, found {top_p}")
-    if top_p < 1 and temperature == 0:
-        raise ValueError("--top-p: expected --temperature above 0 beside it, found 0, which does not sample")
     check_model_folder(model)
     if context is not None and not context.is_file():
         raise ValueError(f"--context: expected a file of ovq context build, found no file {context}")
+    if num_beams > 1 and max_new_tokens == 0:
+        raise ValueError("--num-beams: expected --max-new-tokens above 0 beside it, as the search must end")
 
-    import torch
     from transformers import set_seed
 
     from ovq.hf import load_context
+    from ovq.hf.streaming import stream_text
 
+    sampling = _sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, num_slots=num_slots)
-    vocab_size = loaded.config.vocab_size
     # What follows a document does not begin a text: no token says so.
-    ids = encode(text, tokenizer, vocab_size=vocab_size, flag="--prompt", is_start=context is None)
-    if context is None:
-        inputs = {"input_ids": torch.tensor([ids], device=loaded.device)}
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    else:
-        inputs = load_context(context, loaded).inputs([ids])
-    sampling: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    set_seed(seed)
-    output = loaded.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        streamer=_Streamer(tokenizer) if num_beams == 1 else None,
-        **sampling,
+    ids = encode(
+        text, tokenizer, vocab_size=loaded.config.vocab_size, flag="--prompt", is_start=context is None
     )
+    document = None if context is None else load_context(context, loaded)
+    set_seed(seed)
+    options = {"eos_token_id": None if ignore_eos else loaded.generation_config.eos_token_id}
     if num_beams > 1:
-        new_ids = output[0, len(ids) :].tolist()
-        typer.echo(_decode(new_ids, tokenizer))
+        options |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **sampling.options}
+        tokens = _search(loaded, ids, document, **options)
+    else:
+        tokens = islice(_stream(loaded, ids, document, sampling, seed, **options), max_new_tokens or None)
+    _print(_words(tokens) if tokenizer is None else stream_text(tokens, tokenizer, prompt=ids))
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
@@ -97,38 +116,59 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     return sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text()
 
 
-def _decode(ids: list[int], tokenizer: Any | None) -> str:
-    return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
+def _sampling(**fields: Any) -> Sampling:
+    """How tokens are chosen; errors name the flags."""
+    from ovq.hf.streaming import Sampling
+
+    try:
+        return Sampling(**fields)
+    except ValueError as error:
+        field, _, what = str(error).partition(":")
+        raise ValueError(f"--{field.replace('_', '-')}:{what}") from None
 
 
-class _Streamer:
-    """Prints what `generate` hands over, token by token, without the prompt."""
+def _stream(
+    model: OVQForCausalLM,
+    ids: list[int],
+    document: Context | None,
+    sampling: Sampling,
+    seed: int,
+    **options: Any,
+) -> Iterator[int]:
+    """The tokens that follow a prompt, one by one."""
+    import torch
 
-    def __init__(self, tokenizer: Any | None) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._printed = ""
-        self._is_prompt = True
+    from ovq.hf.streaming import stream_tokens
 
-    def put(self, value: Any) -> None:
-        """Take new token ids; the first call brings the prompt."""
-        if self._is_prompt:
-            self._is_prompt = False
-            return
-        self._ids += value.reshape(-1).tolist()
-        text = _decode(self._ids, self._tokenizer)
-        # A character may be spread over several tokens and shows as a replacement mark until the last has
-        # come.
-        if not text.endswith("\ufffd"):
-            self._print(text)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    cache = None if document is None else document.cache()
+    return stream_tokens(model, ids, cache=cache, sampling=sampling, generator=generator, **options)
 
-    def end(self) -> None:
-        """Finish the line."""
-        self._print(_decode(self._ids, self._tokenizer))
-        typer.echo()
 
-    def _print(self, text: str) -> None:
-        # The whole text is decoded anew each time, as a tokenizer may join a token with the one before it.
-        typer.echo(text[len(self._printed) :], nl=False)
+def _search(model: OVQForCausalLM, ids: list[int], document: Context | None, **options: Any) -> list[int]:
+    """The tokens that beam search finds after a prompt."""
+    import torch
+
+    if document is None:
+        inputs = {"input_ids": torch.tensor([ids], device=model.device)}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    else:
+        inputs = document.inputs([ids])
+    return model.generate(**inputs, **options)[0, len(ids) :].tolist()
+
+
+def _words(tokens: Iterable[int]) -> Iterator[str]:
+    """Token ids with spaces between them."""
+    for place, token in enumerate(tokens):
+        yield f" {token}" if place else f"{token}"
+
+
+def _print(pieces: Iterable[str]) -> None:
+    """Print each piece as it comes, and end the line, after Ctrl-C too."""
+    try:
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    finally:
+        sys.stdout.write("\n")
         sys.stdout.flush()
-        self._printed = text

@@ -55,8 +55,23 @@ class ResultRow:
             >>> ResultRow(mixer="sliding_attention", num_slots=None, **fields).label
             'window alone'
         """
-        name = MIXER_NAMES.get(self.mixer, self.mixer)
-        return name if self.num_slots is None else f"{name}, {self.num_slots} slots"
+        return model_label(self.mixer, self.num_slots)
+
+
+def model_label(mixer: str, num_slots: int | None, name: str = "") -> str:
+    """What a model is called in tables, figures and sentences.
+
+    Args:
+        mixer: The long-range mixer, as `mixer_types` names it.
+        num_slots: Slots of its dictionary; `None` if it has none.
+        name: What to call it in the place of its mixer's name.
+
+    Example:
+        >>> model_label("gated_deltanet", None), model_label("ovq", 64, "big")
+        ('Gated DeltaNet', 'big, 64 slots')
+    """
+    name = name or MIXER_NAMES.get(mixer, mixer)
+    return name if num_slots is None else f"{name}, {num_slots} slots"
 
 
 def format_bytes(num_bytes: float) -> str:

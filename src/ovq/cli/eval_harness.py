@@ -1,0 +1,84 @@
+"""`ovq eval harness`: tasks of EleutherAI's lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ovq.cli.common import check_model_folder, load_model, out_console, parse_ints, text_tokenizer
+
+
+def harness(
+    model: Annotated[Path, typer.Option(help="Folder of a trained model.", show_default=False)],
+    tasks: Annotated[str, typer.Option(help="Names of tasks with commas between them.", show_default=False)],
+    num_slots: Annotated[
+        int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Tokens shown at most; longer texts lose their beginning.")
+    ] = 8192,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first examples of each task.", show_default=False)
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with tasks of one's own.", show_default=False)
+    ] = None,
+    ruler_lengths: Annotated[
+        str | None, typer.Option(help="Lengths of the tasks of RULER, in tokens.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for harness.json, samples included.", show_default=False)
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Run tasks of the lm-evaluation-harness (pip install 'ovq\\[harness]').
+
+    Its own tasks read their data from the hub. All options of the harness: [bold]python -m ovq.eval.harness
+    run --model hf --model_args pretrained=DIR --tasks ...[/bold]
+
+    Example: [bold]ovq eval harness --model runs/ovq --tasks piqa,hellaswag,arc_easy --batch-size 8[/bold]
+    """
+    lengths = None if ruler_lengths is None else parse_ints(ruler_lengths, flag="--ruler-lengths")
+    check_model_folder(model)
+    names = [name.strip() for name in tasks.split(",")]
+
+    from ovq.eval.harness import evaluate_tasks
+    from ovq.files import write_atomic
+
+    # Tasks that build their data load the tokenizer themselves.
+    metadata: dict[str, Any] = {"tokenizer": str(model)}
+    if lengths is not None:
+        metadata["max_seq_lengths"] = lengths
+    # Some tasks print how they come along; standard output is for results.
+    with redirect_stdout(sys.stderr):
+        results = evaluate_tasks(
+            load_model(model, num_slots=num_slots),
+            text_tokenizer(model),
+            names,
+            batch_size=batch_size,
+            max_length=max_length,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            include_path=include_path,
+            metadata=metadata,
+        )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        # The harness puts functions and numpy's numbers among its results.
+        write_atomic(out / "harness.json", json.dumps(results, indent=2, default=str) + "\n")
+    if json_:
+        typer.echo(json.dumps(results["results"], indent=2, default=float))
+        return
+
+    from lm_eval.utils import make_table
+
+    out_console.print(make_table(results), highlight=False, soft_wrap=True)

@@ -1,0 +1,148 @@
+"""`ovq eval needle`: do language models find a needle in a haystack?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ovq.cli.common import (
+    check_model_folder,
+    load_model,
+    model_names,
+    parse_ints,
+    show_results,
+    text_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from ovq.eval.needle import NeedleRow
+
+# Essays begin at different places of the texts, which need to be no more than some times as long as an essay.
+_FEWEST_CHARACTERS = 2**22
+_CHARACTERS_PER_TOKEN = 64
+
+
+def needle(
+    model: Annotated[
+        list[Path],
+        typer.Option(help="Folder of a trained model; may be given often.", show_default=False),
+    ],
+    lengths: Annotated[str, typer.Option(help="Tokens of text, question and answer, at most.")] = "1024,4096",
+    depths: Annotated[str, typer.Option(help="Per cent of the text before the needle.")] = "0,25,50,75,100",
+    haystack: Annotated[str, typer.Option(help="noise (five sentences, over and over) or essay.")] = "noise",
+    value: Annotated[str, typer.Option(help="word, number or uuid.")] = "number",
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="What essays are made of, as in ovq eval lm.",
+            show_default=False,
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Documents of essays: train, validation, test or all.")] = "test",
+    num_slots: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of the dictionary to test, on the same weights; the trained one if not given."
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Questions a length and depth.")] = 5,
+    distractors: Annotated[int, typer.Option(min=1, help="Other values to tell the right one from.")] = 7,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
+    piece_size: Annotated[
+        int, typer.Option(min=1, help="Tokens read at a time, which bounds the memory needed.")
+    ] = 2048,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for needle.json and heat maps needle_*.png.", show_default=False),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Hide a sentence in a long text and ask for it, by length and depth.
+
+    Each cell shows three shares: values that greedy generation says; tokens of values that are the most
+    likely ones; values more likely than all of --distractors others.
+
+    Example: [bold]ovq eval needle --model runs/ovq --lengths 1024,4096 --depths 0,50,100 --haystack essay
+    --dataset sotu --value uuid --out results[/bold]
+    """
+    at_lengths = parse_ints(lengths, flag="--lengths")
+    at_depths = _parse_depths(depths)
+    with_slots = [] if num_slots is None else parse_ints(num_slots, flag="--num-slots")
+    if (dataset is not None) != (haystack == "essay"):
+        raise ValueError("--dataset: expected with --haystack essay and only there")
+    for folder in model:
+        check_model_folder(folder)
+
+    from ovq.report.needle import needle_table, save_needle_figures
+
+    texts = [] if dataset is None else _texts(dataset, split, _CHARACTERS_PER_TOKEN * max(at_lengths))
+    rows = _measure(
+        model,
+        {"haystack": haystack, "value": value, "num_distractors": distractors, "texts": texts},
+        lengths=at_lengths,
+        depths=at_depths,
+        num_slots=with_slots,
+        num_examples=examples,
+        seed=seed,
+        piece_size=piece_size,
+    )
+    title = f"A {value} in {haystack}: said, share of its tokens, chosen of {distractors + 1}"
+    show_results(
+        {"models": list(map(str, model)), "dataset": dataset, "split": split, "seed": seed},
+        rows,
+        tables=(needle_table(rows, title=title),),
+        draw=save_needle_figures,
+        out=None if out is None else out / "needle.json",
+        is_json=json_,
+    )
+
+
+def _measure(folders: list[Path], questions: dict[str, Any], **options: Any) -> list[NeedleRow]:
+    """The rows of all models, each of which reads the questions with its own tokenizer."""
+    from ovq.eval.haystack import NeedleBuilder
+    from ovq.eval.needle import evaluate_needle
+    from ovq.report.progress import Reporter
+
+    rows = []
+    with Reporter() as reporter:
+        for folder, name in zip(folders, model_names(folders), strict=True):
+            builder = NeedleBuilder(text_tokenizer(folder), **questions)
+            rows += evaluate_needle(load_model(folder), builder, reporter=reporter, name=name, **options)
+    return rows
+
+
+def _parse_depths(text: str) -> list[float]:
+    """Read per cents as shares.
+
+    Example:
+        >>> _parse_depths("0, 12.5,100")
+        [0.0, 0.125, 1.0]
+    """
+    try:
+        depths = [float(part) / 100 for part in text.split(",")]
+    except ValueError:
+        depths = [-1.0]
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise ValueError(f"--depths: expected numbers from 0 to 100 with commas between them, found {text!r}")
+    return depths
+
+
+def _texts(dataset: str, split: str, num_characters: int) -> list[str]:
+    """Documents of a split, from the first on, until there are enough."""
+    from ovq.text import read_documents, split_of
+    from ovq.text.source import check_split
+
+    check_split(split)
+    documents = (d.text for d in read_documents(dataset) if split in ("all", split_of(d.name)))
+    texts: list[str] = []
+    total = 0
+    for text in documents:
+        texts.append(text)
+        total += len(text)
+        if total >= max(num_characters, _FEWEST_CHARACTERS):
+            break
+    if not texts:
+        raise ValueError(f"--dataset: expected documents for {split} in {dataset!r}, found none")
+    return texts

@@ -1,0 +1,224 @@
+"""Needles in haystacks, in the style of RULER: one sentence hidden in a long text, and a question about it.
+
+The sentence gives a key a value (a word, a number or a uuid). The text around it is five sentences over and
+over ("noise"), or what somebody wrote ("essay"). The question ends with the needle's own words up to the
+value [ours; RULER's ends with other words], so that a model that only continues text can answer it. The kinds
+of text, needles and values are those of RULER (arXiv 2404.06654, section 3), the wording is ours but for the
+noise, which goes back to arXiv 2305.16300.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import textwrap
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+HAYSTACKS = ("noise", "essay")
+"""Kinds of text around the needle."""
+
+VALUES = ("word", "number", "uuid")
+"""Kinds of value in it."""
+
+_NOISE = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
+_ADJECTIVES = (
+    *(
+        "amber",
+        "brave",
+        "brisk",
+        "calm",
+        "clever",
+        "cosmic",
+        "crimson",
+        "curious",
+        "daring",
+        "dusty",
+        "eager",
+    ),
+    *("eager", "fancy", "frosty", "gentle", "golden", "hidden", "humble", "icy", "jolly", "lively", "lucky"),
+    *("mellow", "misty", "noble", "orange", "patient", "quiet", "rapid", "rusty", "silent", "tidy", "vivid"),
+)
+_NOUNS = (
+    *("anchor", "badger", "basket", "beacon", "bridge", "candle", "canyon", "castle", "comet", "falcon"),
+    *("feather", "forest", "garden", "hammer", "harbor", "island", "kettle", "ladder", "lantern", "meadow"),
+    *("mirror", "orchard", "otter", "pebble", "pepper", "pillow", "rabbit", "ribbon", "saddle", "tunnel"),
+    *("violin", "willow"),
+)
+
+_INTRODUCTION = "A special magic {kind} is hidden within the following text. Keep it in mind.\n"
+_NEEDLE = "One of the special magic {kind}s for {key} is:"
+_QUESTION = "\nWhat is the special magic {kind} for {key} in the text above?"
+
+# Sentences of essays that are longer are cut between words, so that a depth can be met.
+_LONGEST_SENTENCE = 300
+_CANDIDATES_PER_DISTRACTOR = 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Needle:
+    """One question.
+
+    Attributes:
+        prompt: `[T]` token ids of text and question.
+        answer: `[A]` token ids of the value, which should follow.
+        value: The same as text.
+        distractors: Token ids of values that were drawn like it and are nowhere in the text, of as many
+            tokens where possible.
+    """
+
+    prompt: np.ndarray
+    answer: np.ndarray
+    value: str
+    distractors: tuple[np.ndarray, ...]
+
+
+class NeedleBuilder:
+    """Builds questions of any length and depth for one tokenizer.
+
+    Args:
+        tokenizer: of transformers, that of the model; these four are attributes, too.
+        haystack: `"noise"` or `"essay"`.
+        value: `"word"`, `"number"` or `"uuid"`.
+        num_distractors: other values a question comes with.
+        texts: what essays are made of; each question begins at a sentence of its own, and the texts begin
+            again where they end.
+
+    Raises:
+        ValueError: an unknown kind, essays without a text, or a negative number.
+
+    Example:
+        >>> from ovq.text import byte_tokenizer
+        >>> tokenizer = byte_tokenizer()
+        >>> needle = NeedleBuilder(tokenizer, value="number").build(320, depth=0.5, seed=0, index=0)
+        >>> print(re.sub("[.?] ", ".\\n", tokenizer.decode(needle.prompt)), tokenizer.decode(needle.answer))
+        A special magic number is hidden within the following text.
+        Keep it in mind.
+         The grass is green.
+        One of the special magic numbers for patient-violin is: 1049347.
+        The sky is blue.
+        What is the special magic number for patient-violin in the text above.
+        One of the special magic numbers for patient-violin is:  1049347
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        haystack: str = "noise",
+        value: str = "number",
+        num_distractors: int = 7,
+        texts: Iterable[str] = (),
+    ) -> None:
+        for name, found, allowed in (("haystack", haystack, HAYSTACKS), ("value", value, VALUES)):
+            if found not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}, found {found!r}")
+        if num_distractors < 1:
+            raise ValueError(f"num_distractors: expected at least 1, found {num_distractors}")
+        self.tokenizer = tokenizer
+        self.haystack = haystack
+        self.value = value
+        self.num_distractors = num_distractors
+        self._sentences = _NOISE if haystack == "noise" else [s for text in texts for s in sentences(text)]
+        # Noise begins with its first sentence, as everywhere.
+        self._is_shifted = haystack == "essay"
+        if not self._sentences:
+            raise ValueError("texts: expected texts to make essays of, found no sentence")
+
+    def build(self, length: int, *, depth: float, seed: int, index: int) -> Needle:
+        """The question with this number: key, value and text depend on the seed and the number alone.
+
+        Args:
+            length: tokens of prompt and answer at most; sentences are left out to come below it.
+            depth: where the needle is, from 0 (at the beginning) to 1 (right before the question).
+            seed: another seed gives other questions.
+            index: which question.
+
+        Raises:
+            ValueError: a length that holds no sentence beside the needle, or a depth out of range.
+        """
+        if not 0 <= depth <= 1:
+            raise ValueError(f"depth: expected a number from 0 to 1, found {depth}")
+        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
+        key, value = _word(random), self._draw(random)
+        while value == key:
+            value = self._draw(random)
+        start = int(random.integers(len(self._sentences))) if self._is_shifted else 0
+        words = {"kind": self.value, "key": key}
+        needle = _NEEDLE.format(**words)
+        introduction = self._encode(_INTRODUCTION.format(**words), is_start=True)
+        hidden = self._encode(f" {needle} {value}.")
+        question = self._encode(f"{_QUESTION.format(**words)} {needle}")
+        answer = self._encode(f" {value}")
+        room = length - sum(map(len, (introduction, hidden, question, answer)))
+        hay = list(self._fill(start, room))
+        if not hay:
+            raise ValueError(
+                f"length: expected at least one sentence more than {length - room} tokens hold, "
+                f"found {length}"
+            )
+        ends = np.cumsum([len(sentence) for sentence in hay])
+        place = int(np.argmin(np.abs(np.array([0, *ends]) - depth * ends[-1])))
+        parts = [introduction, *hay[:place], hidden, *hay[place:], question]
+        return Needle(
+            prompt=np.concatenate(parts),
+            answer=answer,
+            value=value,
+            distractors=self._distractors(random, value, len(answer)),
+        )
+
+    def _fill(self, start: int, room: int) -> Iterator[np.ndarray]:
+        """Sentences from a place on, as many as there is room for."""
+        for i in itertools.count(start):
+            sentence = self._encode(f" {self._sentences[i % len(self._sentences)]}")
+            room -= len(sentence)
+            if room < 0:
+                return
+            yield sentence
+
+    def _distractors(
+        self, random: np.random.Generator, value: str, num_tokens: int
+    ) -> tuple[np.ndarray, ...]:
+        """Other values, of as many tokens as the right one as far as that many are found."""
+        drawn = (self._draw(random) for _ in range(self.num_distractors * _CANDIDATES_PER_DISTRACTOR))
+        others = [self._encode(f" {other}") for other in dict.fromkeys(drawn) if other != value]
+        others.sort(key=lambda ids: abs(len(ids) - num_tokens))
+        return tuple(others[: self.num_distractors])
+
+    def _draw(self, random: np.random.Generator) -> str:
+        """A value."""
+        if self.value == "word":
+            return _word(random)
+        if self.value == "number":
+            return str(random.integers(10**6, 10**7))
+        return str(uuid.UUID(bytes=random.bytes(16), version=4))
+
+    def _encode(self, text: str, *, is_start: bool = False) -> np.ndarray:
+        ids = self.tokenizer(text, add_special_tokens=is_start, verbose=False)["input_ids"]
+        return np.array(ids, dtype=np.int64)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, on one line each; long ones are cut between words.
+
+    Example:
+        >>> sentences("It was late. Very\\n late!  So it was.")
+        ['It was late.', 'Very late!', 'So it was.']
+    """
+    lines = re.split(r"(?<=[.!?])\s+|\n\s*\n", text)
+    return [part for line in lines for part in textwrap.wrap(" ".join(line.split()), _LONGEST_SENTENCE)]
+
+
+def _word(random: np.random.Generator) -> str:
+    """A key, or a value that is a word."""
+    return f"{random.choice(_ADJECTIVES)}-{random.choice(_NOUNS)}"

@@ -1,0 +1,218 @@
+"""How well a language model predicts long documents: by position, by place in a chunk, in bits per byte.
+
+Run it as `ovq eval lm --model DIR --dataset NAME --lengths 4096,65536`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from ovq.eval.accuracy import long_range_mixer
+from ovq.eval.reading import PIECE_SIZE, each_dictionary, token_losses
+from ovq.hf import OVQForCausalLM
+from ovq.report.progress import Reporter
+from ovq.report.rows import model_label
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageRow:
+    """The loss of one model on windows of one length.
+
+    A position is that of the last token read: the loss at p is that of token p + 1.
+
+    Attributes:
+        name: What the model is called; empty where its mixer says enough.
+        mixer: The long-range mixer, as `mixer_types` names it.
+        num_slots: Slots of its dictionary during the test; `None` if it has none.
+        length: Tokens a window.
+        num_windows: Windows, the same for all models that are given the same documents.
+        loss: Mean over all positions of all windows, in nats a token.
+        bits_per_byte: The same in bits for each byte of text; `None` where the bytes are not known.
+        tokens_per_second: Tokens read, with their losses formed, by the clock.
+        state_bytes: Bytes the model carries from token to token for one sequence of this length.
+        block_size: Positions a block.
+        window_losses: For each window, the mean loss of each block of positions, first block first.
+        chunk_size: Tokens a chunk of the OVQ layers, C; that of the config for models without them.
+        phase_losses: Mean loss by position modulo C; empty where the windows hold no whole chunk to look at.
+        sawtooth: Mean loss in the second half of a chunk less that in the first half: 0 where the ends of
+            chunks do not show. `None` without whole chunks, or chunks of one token.
+        sawtooth_error: Standard error of it, over chunks; `None` for fewer than two of them.
+    """
+
+    name: str = ""
+    mixer: str
+    num_slots: int | None
+    length: int
+    num_windows: int
+    loss: float
+    bits_per_byte: float | None
+    tokens_per_second: float
+    state_bytes: int
+    block_size: int
+    window_losses: tuple[tuple[float, ...], ...]
+    chunk_size: int
+    phase_losses: tuple[float, ...]
+    sawtooth: float | None
+    sawtooth_error: float | None
+
+    @property
+    def label(self) -> str:
+        """The model's name for people."""
+        return model_label(self.mixer, self.num_slots, self.name)
+
+    @property
+    def block_losses(self) -> tuple[float, ...]:
+        """Mean loss of each block of positions, over all windows."""
+        return tuple(fmean(block) for block in zip(*self.window_losses, strict=True))
+
+
+def take_windows(
+    documents: Sequence[np.ndarray], length: int, most: int, *, first_token: int | None = None
+) -> list[np.ndarray]:
+    """Windows of documents, none of which overlap: the beginnings first, then what follows them.
+
+    Args:
+        documents: `[T]` token ids of each.
+        length: tokens a window.
+        most: windows to take at most.
+        first_token: what stands before each document, if anything does; it counts as one of its tokens.
+
+    Raises:
+        ValueError: no document is so long.
+
+    Example:
+        >>> [window.tolist() for window in take_windows([np.arange(5), np.arange(10, 13)], 2, 3)]
+        [[0, 1], [10, 11], [2, 3]]
+        >>> [window.tolist() for window in take_windows([np.arange(5)], 2, 3, first_token=256)]
+        [[256, 0], [1, 2], [3, 4]]
+    """
+    if length < 2 or most < 1:
+        raise ValueError(f"expected windows of at least 2 tokens, and at least 1, found {length} and {most}")
+    before = np.array([] if first_token is None else [first_token], dtype=np.int64)
+    longest = max((len(before) + len(document) for document in documents), default=0)
+    if longest < length:
+        raise ValueError(
+            f"length: expected at most {longest}, the tokens of the longest document, found {length}"
+        )
+    windows = (
+        np.concatenate([before, document[: length - len(before)]])
+        if first == 0
+        else document[first - len(before) : first - len(before) + length]
+        for first in range(0, longest - length + 1, length)
+        for document in documents
+        if len(before) + len(document) >= first + length
+    )
+    return list(itertools.islice(windows, most))
+
+
+def evaluate_language(
+    model: OVQForCausalLM,
+    documents: Sequence[np.ndarray],
+    *,
+    lengths: Sequence[int],
+    num_slots: Sequence[int] = (),
+    num_windows: int = 8,
+    block_size: int = 1024,
+    piece_size: int = PIECE_SIZE,
+    bytes_of_tokens: np.ndarray | None = None,
+    first_token: int | None = None,
+    reporter: Reporter,
+    name: str = "",
+) -> list[LanguageRow]:
+    """Read windows of documents, of several lengths and with several sizes of the dictionary.
+
+    Args:
+        model: Run where it is, in its dtype; its number of slots is put back afterwards.
+        documents: `[T]` token ids of each.
+        lengths: Tokens a window, one test for each.
+        num_slots: Sizes of the dictionary to test; none for the one the model has. A model without OVQ layers
+            is tested once.
+        num_windows: Windows a length, at most.
+        block_size: Positions a block.
+        piece_size: Tokens read at a time, which bounds the memory needed.
+        bytes_of_tokens: `[V]` bytes of text each token stands for, see `token_bytes`.
+        first_token: What the model was shown before each document in training, if anything.
+        reporter: Where to show progress.
+        name: What to call the model in the rows.
+
+    Returns:
+        A row for each number of slots and length, in that order.
+
+    Raises:
+        ValueError: If no document is as long as a length, a number is below 1, or a document has tokens the
+            model does not know.
+    """
+    if not lengths or min(block_size, piece_size) < 1:
+        raise ValueError(
+            "expected lengths, and a block_size and a piece_size of at least 1, "
+            f"found {list(lengths)}, {block_size} and {piece_size}"
+        )
+    documents = list(documents)
+    by_length = {
+        length: take_windows(documents, length, num_windows, first_token=first_token) for length in lengths
+    }
+    sizes = len(num_slots) if num_slots and "ovq" in model.config.mixer_types else 1
+    total = sizes * sum(length * len(windows) for length, windows in by_length.items())
+    mixer = long_range_mixer(model.config)
+    work, done = reporter.start(f"read {model_label(mixer, None, name)}", total=total), 0
+    was_training = model.training
+    model.eval()
+    rows: list[LanguageRow] = []
+    try:
+        for slots in each_dictionary(model, num_slots):
+            # What is built on first use is no part of the speed.
+            token_losses(model, by_length[min(lengths)][0][: piece_size + 1], piece_size=piece_size)
+            for length in lengths:
+                losses, seconds = [], 0.0
+                for window in by_length[length]:
+                    begun = time.perf_counter()
+                    losses.append(token_losses(model, window, piece_size=piece_size))
+                    seconds += time.perf_counter() - begun
+                    done += length
+                    note = "" if slots is None else f"{slots} slots, "
+                    work.update(done, note=f"{note}length {length}, loss {losses[-1].mean():.3f}")
+                num_bytes = None
+                if bytes_of_tokens is not None:
+                    num_bytes = sum(int(bytes_of_tokens[window[1:]].sum()) for window in by_length[length])
+                row = {"name": name, "mixer": mixer, "num_slots": slots, "length": length}
+                row |= {"state_bytes": model.state_bytes(length)}
+                row |= {"tokens_per_second": (length - 1) * len(losses) / seconds}
+                row |= _summary(losses, num_bytes, block_size, model.config.chunk_size)
+                rows.append(LanguageRow(**row))
+    finally:
+        model.train(was_training)
+    return rows
+
+
+def _summary(
+    losses: list[np.ndarray], num_bytes: int | None, block_size: int, chunk_size: int
+) -> dict[str, Any]:
+    """The fields of a row that losses `[T - 1]` of windows decide."""
+    wide = np.stack(losses).astype(np.float64)
+    edges = np.arange(0, wide.shape[1], block_size)
+    sizes = np.diff([*edges, wide.shape[1]])
+    blocks = np.add.reduceat(wide, edges, axis=1) / sizes
+    # The first tokens of a window cost far more than those that follow, which would pass for a sawtooth.
+    first = -(-min(block_size, wide.shape[1] // 2) // chunk_size) * chunk_size
+    num_chunks = max(0, wide.shape[1] - first) // chunk_size
+    chunks = wide[:, first : first + num_chunks * chunk_size].reshape(-1, chunk_size)
+    half = chunk_size // 2
+    rises = chunks[:, chunk_size - half :].mean(1) - chunks[:, :half].mean(1) if half and len(chunks) else ()
+    return {
+        "num_windows": len(wide),
+        "loss": float(wide.mean()),
+        "bits_per_byte": float(wide.sum() / np.log(2) / num_bytes) if num_bytes else None,
+        "block_size": block_size,
+        "window_losses": tuple(tuple(map(float, row)) for row in blocks),
+        "chunk_size": chunk_size,
+        "phase_losses": tuple(map(float, chunks.mean(0))) if len(chunks) else (),
+        "sawtooth": float(np.mean(rises)) if len(rises) else None,
+        "sawtooth_error": float(np.std(rises, ddof=1) / len(rises) ** 0.5) if len(rises) > 1 else None,
+    }

@@ -1,0 +1,208 @@
+"""Needle in a haystack: does a model find one sentence in a long text, by length and depth?
+
+Run it as `ovq eval needle --model DIR --lengths 1024,4096 --haystack noise --value number`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ovq.eval.accuracy import long_range_mixer
+from ovq.eval.haystack import Needle, NeedleBuilder
+from ovq.eval.reading import PIECE_SIZE, each_dictionary, read_pieces, target_losses
+from ovq.hf import OVQCache, OVQForCausalLM
+from ovq.hf.cache import CACHE_KEY
+from ovq.report.progress import Reporter
+from ovq.report.rows import model_label
+
+_EXTRA_TOKENS = 16
+"""What a model may say beside the value before it counts as not found."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedleRow:
+    """How one model did at one length and depth.
+
+    Attributes:
+        name: What the model is called; empty where its mixer says enough.
+        mixer: The long-range mixer, as `mixer_types` names it.
+        num_slots: Slots of its dictionary during the test; `None` if it has none.
+        haystack: Kind of text, `"noise"` or `"essay"`.
+        value: Kind of value, `"word"`, `"number"` or `"uuid"`.
+        length: Tokens of prompt and answer, at most.
+        depth: Where the needle was, from 0 (the beginning) to 1 (right before the question).
+        num_examples: Questions.
+        num_distractors: Other values beside the right one.
+        generated: Share of questions after which greedy generation says the value.
+        token_accuracy: Share of the tokens of values that are the most likely ones after those before them.
+        choice: Share of questions whose value is more likely than each of the distractors;
+            `1 / (1 + num_distractors)` by guessing.
+        state_bytes: Bytes the model carries from token to token for one sequence of this length.
+    """
+
+    name: str = ""
+    mixer: str
+    num_slots: int | None
+    haystack: str
+    value: str
+    length: int
+    depth: float
+    num_examples: int
+    num_distractors: int
+    generated: float
+    token_accuracy: float
+    choice: float
+    state_bytes: int
+
+    @property
+    def label(self) -> str:
+        """The model's name for people."""
+        return model_label(self.mixer, self.num_slots, self.name)
+
+
+class Score(NamedTuple):
+    """How a model did on one question."""
+
+    is_generated: bool
+    token_accuracy: float
+    is_chosen: bool
+
+
+def evaluate_needle(
+    model: OVQForCausalLM,
+    builder: NeedleBuilder,
+    *,
+    lengths: Sequence[int],
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    num_slots: Sequence[int] = (),
+    num_examples: int = 5,
+    seed: int = 0,
+    piece_size: int = PIECE_SIZE,
+    reporter: Reporter,
+    name: str = "",
+) -> list[NeedleRow]:
+    """Ask a model for needles at several lengths and depths and with several sizes of the dictionary.
+
+    Args:
+        model: Run where it is, in its dtype; its number of slots is put back afterwards.
+        builder: Of the questions, with the model's tokenizer.
+        lengths: Tokens of prompt and answer, at most.
+        depths: Where the needle is, from 0 to 1.
+        num_slots: Sizes of the dictionary to test; none for the one the model has. A model without OVQ layers
+            is tested once.
+        num_examples: Questions a length and depth; the same ones at every length and depth.
+        seed: Seed of the questions.
+        piece_size: Tokens read at a time, which bounds the memory needed.
+        reporter: Where to show progress.
+        name: What to call the model in the rows.
+
+    Returns:
+        A row for each number of slots, length and depth, in that order.
+
+    Raises:
+        ValueError: If a number is out of range, a length holds no question, or the tokenizer has tokens the
+            model does not know.
+    """
+    if not lengths or not depths or num_examples < 1:
+        raise ValueError(
+            "expected lengths, depths and at least one example, "
+            f"found {list(lengths)}, {list(depths)} and {num_examples}"
+        )
+    # What cannot be built is told before anything is read.
+    for index in range(num_examples):
+        for depth in {min(depths), max(depths)}:
+            builder.build(min(lengths), depth=depth, seed=seed, index=index)
+    mixer = long_range_mixer(model.config)
+    sizes = len(num_slots) if num_slots and "ovq" in model.config.mixer_types else 1
+    total = sizes * sum(lengths) * len(depths) * num_examples
+    work, done = reporter.start(f"needles {model_label(mixer, None, name)}", total=total), 0
+    was_training = model.training
+    model.eval()
+    rows = []
+    try:
+        for slots in each_dictionary(model, num_slots):
+            for length, depth in itertools.product(lengths, depths):
+                scores = []
+                for index in range(num_examples):
+                    needle = builder.build(length, depth=depth, seed=seed, index=index)
+                    scores.append(ask(model, builder.tokenizer, needle, piece_size=piece_size))
+                    done += length
+                    work.update(done, note=f"length {length}, depth {depth:.0%}")
+                rows.append(
+                    NeedleRow(
+                        name=name,
+                        mixer=mixer,
+                        num_slots=slots,
+                        haystack=builder.haystack,
+                        value=builder.value,
+                        length=length,
+                        depth=depth,
+                        num_examples=num_examples,
+                        num_distractors=builder.num_distractors,
+                        generated=fmean(score.is_generated for score in scores),
+                        token_accuracy=fmean(score.token_accuracy for score in scores),
+                        choice=fmean(score.is_chosen for score in scores),
+                        state_bytes=model.state_bytes(length),
+                    )
+                )
+    finally:
+        model.train(was_training)
+    return rows
+
+
+@torch.no_grad()
+def ask(model: OVQForCausalLM, tokenizer: Any, needle: Needle, *, piece_size: int = PIECE_SIZE) -> Score:
+    """Put one question: the text is read once, and all that is asked goes on from there.
+
+    Args:
+        model: run where it is; `eval()` it first.
+        tokenizer: the model's.
+        needle: the question.
+        piece_size: tokens read at a time.
+
+    Raises:
+        ValueError: token ids the model does not know.
+    """
+    highest = max(int(ids.max()) for ids in (needle.prompt, needle.answer))
+    if highest >= model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer: expected token ids below {model.config.vocab_size}, as the model knows, "
+            f"found {highest}"
+        )
+    prompt = torch.from_numpy(needle.prompt).to(model.device)
+    cache = OVQCache(model.config)
+    for _ in read_pieces(model, prompt[:-1], cache, piece_size=piece_size):
+        # Only the cache is wanted.
+        pass
+    output = model.generate(
+        input_ids=prompt[None, -1:],
+        attention_mask=torch.ones_like(prompt[None]),
+        max_new_tokens=len(needle.answer) + _EXTRA_TOKENS,
+        do_sample=False,
+        pad_token_id=model.config.pad_token_id or 0,
+        **{CACHE_KEY: cache.snapshot()},
+    )
+    said = tokenizer.decode(output[0, 1:].tolist(), skip_special_tokens=True)
+    losses, is_first = _forced(model, prompt[-1:], needle.answer, cache)
+    others = [_forced(model, prompt[-1:], other, cache)[0].sum() for other in needle.distractors]
+    return Score(
+        is_generated=needle.value.lower() in said.lower(),
+        token_accuracy=float(is_first.float().mean()),
+        is_chosen=bool(losses.sum() < torch.stack(others).min()),
+    )
+
+
+def _forced(
+    model: OVQForCausalLM, last: torch.Tensor, answer: np.ndarray, cache: OVQCache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of an answer's tokens after a prompt, and which of them are the most likely ones."""
+    ids = torch.from_numpy(answer).to(last.device)
+    [hidden] = read_pieces(model, torch.cat([last, ids[:-1]]), cache.snapshot(), piece_size=len(ids))
+    return target_losses(model, hidden, ids)

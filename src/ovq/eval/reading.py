@@ -1,0 +1,174 @@
+"""Reading documents of any length in pieces, with the model's cache between them, and what they cost.
+
+Only the cache goes from piece to piece and logits are formed for a few tokens at a time, so that a model with
+a state of constant size reads any length in the memory of one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ovq.hf import OVQCache, OVQForCausalLM
+
+PIECE_SIZE = 2048
+"""Tokens read at a time."""
+
+_MOST_LOGITS = 2**24
+"""Numbers formed at once, 64 MiB of float32: with a large vocabulary a piece of logits would be the largest
+tensor by far."""
+
+
+def each_dictionary(model: OVQForCausalLM, num_slots: Sequence[int]) -> Iterator[int | None]:
+    """Set one size of the dictionary after the other, and the trained one again in the end.
+
+    Args:
+        model: one without OVQ layers is left as it is, once.
+        num_slots: the sizes; none for the one the model has.
+
+    Yields:
+        The slots the model has now; None for a model without OVQ layers.
+
+    Example:
+        >>> from ovq.hf import OVQConfig
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = OVQForCausalLM(config)
+        >>> [(slots, model.config.num_slots) for slots in each_dictionary(model, [16, 64])]
+        [(16, 16), (64, 64)]
+        >>> model.config.num_slots
+        1024
+    """
+    if "ovq" not in model.config.mixer_types:
+        yield None
+        return
+    trained = model.config.num_slots
+    try:
+        for slots in num_slots or (trained,):
+            if slots != model.config.num_slots:
+                model.set_num_slots(slots)
+            yield slots
+    finally:
+        if model.config.num_slots != trained:
+            model.set_num_slots(trained)
+
+
+@torch.no_grad()
+def read_pieces(
+    model: OVQForCausalLM, ids: Tensor, cache: OVQCache, *, piece_size: int = PIECE_SIZE
+) -> Iterator[Tensor]:
+    """The last hidden states of a document, piece by piece.
+
+    Args:
+        model: run where it is.
+        ids: `[T]` token ids on its device.
+        cache: of what stands before them; brought up to date in place.
+        piece_size: tokens read at a time.
+
+    Yields:
+        `[t, hidden_size]` for each piece of t tokens.
+
+    Raises:
+        ValueError: pieces of no tokens.
+    """
+    if piece_size < 1:
+        raise ValueError(f"piece_size: expected at least 1, found {piece_size}")
+    for piece in ids.split(piece_size):
+        yield model.base_model(piece[None], past_key_values=cache).last_hidden_state[0]
+
+
+@torch.no_grad()
+def target_losses(model: OVQForCausalLM, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What the tokens that follow hidden states cost.
+
+    Args:
+        model: whose output layer to use.
+        hidden: `[t, hidden_size]`.
+        targets: `[t]` the tokens that follow.
+
+    Returns:
+        `[t]` float32 losses in nats, and `[t]` bool whether the token was the most likely one.
+    """
+    output = model.get_output_embeddings()
+    at_once = max(1, _MOST_LOGITS // model.config.vocab_size)
+    losses, is_first = [], []
+    for states, labels in zip(hidden.split(at_once), targets.split(at_once), strict=True):
+        logits = output(states).float()
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        is_first.append(logits.argmax(-1) == labels)
+    return torch.cat(losses), torch.cat(is_first)
+
+
+def token_losses(model: OVQForCausalLM, ids: np.ndarray, *, piece_size: int = PIECE_SIZE) -> np.ndarray:
+    """The loss of every token of a document but the first, read with all tokens before it.
+
+    Args:
+        model: run where it is; `eval()` it first.
+        ids: `[T]` token ids.
+        piece_size: tokens read at a time; changes the result by rounding only.
+
+    Returns:
+        `[T - 1]` float32 losses in nats: at p that of token p + 1, after reading 0..p.
+
+    Raises:
+        ValueError: fewer than two tokens, or ids the model does not know.
+
+    Example:
+        >>> from ovq.hf import OVQConfig
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> model, ids = OVQForCausalLM(config).eval(), np.arange(50) % 8
+        >>> whole = model(torch.from_numpy(ids)[None], labels=torch.from_numpy(ids)[None]).loss
+        >>> bool(np.isclose(token_losses(model, ids, piece_size=7).mean(), whole.item(), atol=1e-5))
+        True
+    """
+    if len(ids) < 2 or ids.min() < 0 or ids.max() >= model.config.vocab_size:
+        raise ValueError(
+            f"ids: expected at least 2 token ids below {model.config.vocab_size}, as the model knows, "
+            f"found {len(ids)} in {ids.min(initial=0)}..{ids.max(initial=0)}"
+        )
+    tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(model.device)
+    cache = OVQCache(model.config)
+    pieces = []
+    for hidden in read_pieces(model, tokens[:-1], cache, piece_size=piece_size):
+        done = sum(map(len, pieces))
+        losses, _ = target_losses(model, hidden, tokens[done + 1 : done + 1 + len(hidden)])
+        # On the CPU, and the device is waited for: a clock around this function measures the reading.
+        pieces.append(losses.cpu().numpy())
+    return np.concatenate(pieces)
+
+
+def token_bytes(tokenizer: Any) -> np.ndarray:
+    """How many bytes of text each token stands for.
+
+    Exact for tokenizers of bytes and of pairs of them. For others it is the text that a token adds when it
+    follows a word.
+
+    Args:
+        tokenizer: of transformers.
+
+    Returns:
+        `[V]` int64; 0 for special tokens.
+
+    Example:
+        >>> from ovq.text import byte_tokenizer
+        >>> token_bytes(byte_tokenizer())[[65, 195, 256]]
+        array([1, 1, 0])
+    """
+    from tokenizers.decoders import ByteLevel
+
+    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = set(tokenizer.all_special_ids)
+    plain = [i for i in range(len(names)) if i not in special]
+    lengths = np.zeros(len(names), dtype=np.int64)
+    if tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
+        # These write a byte as one character.
+        lengths[plain] = [len(names[i]) for i in plain]
+        return lengths
+    word = tokenizer("a", add_special_tokens=False)["input_ids"]
+    before = len(tokenizer.decode(word).encode())
+    lengths[plain] = [len(tokenizer.decode([*word, i]).encode()) - before for i in plain]
+    return lengths

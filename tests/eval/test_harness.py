@@ -1,0 +1,176 @@
+"""The lm-evaluation-harness takes OVQ models as they are: local tasks, without the network."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tests.test_cli import fail, run
+
+from ovq.eval.harness import evaluate_tasks
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf.streaming import stream_tokens
+from ovq.text import byte_tokenizer
+
+BYTES = byte_tokenizer()
+TASKS = ["local_likelihood", "local_generation", "local_choice"]
+COMMON = """
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder}/data.jsonl
+  cache_dir: {folder}/cache
+test_split: test
+doc_to_text: "{{{{text}}}}"
+metric_list:
+  - metric: {metric}
+    aggregation: mean
+    higher_is_better: true
+"""
+YAML = {
+    "local_likelihood": ("acc", 'output_type: loglikelihood\ndoc_to_target: "{{answer}}"'),
+    "local_generation": (
+        "exact_match",
+        'output_type: generate_until\ndoc_to_target: "{{answer}}"\n'
+        "generation_kwargs: {until: [], max_gen_toks: 6, do_sample: false}",
+    ),
+    "local_choice": ("acc", "output_type: multiple_choice\ndoc_to_target: label\ndoc_to_choice: choices"),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = OVQConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_slots=6,
+        chunk_size=4,
+        sliding_window=4,
+        initializer_range=0.5,
+    )
+    return OVQForCausalLM(config).double().eval()
+
+
+@pytest.fixture(scope="module")
+def documents(model):
+    """Questions of unequal length; about half of the answers are what the model would say."""
+    random = np.random.default_rng(0)
+    rows = []
+    # More than one batch of 4, and the last one is not full.
+    while len(rows) < 6:
+        text = bytes(random.integers(97, 123, random.integers(3, 30)).tolist()).decode()
+        stream = stream_tokens(model, list(text.encode()))
+        said = BYTES.decode([next(stream) for _ in range(6)])
+        if "\ufffd" in said or said != said.strip():
+            continue
+        row = {"text": text, "answer": said if len(rows) % 2 else "no"}
+        rows.append(row | {"choices": [" red", " green light", " b"], "label": int(random.integers(3))})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def folder(documents, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    for name, (metric, lines) in YAML.items():
+        common = COMMON.format(folder=folder, metric=metric)
+        # The answers follow without a space, as the model says them.
+        (folder / f"{name}.yaml").write_text(f'task: {name}\ntarget_delimiter: ""\n{lines}{common}')
+    return folder
+
+
+def measure(model, folder, tasks=TASKS, **options):
+    options = {"include_path": folder, "include_defaults": False, "max_length": 256, **options}
+    return evaluate_tasks(model, BYTES, tasks, **options)
+
+
+@pytest.fixture(scope="module")
+def results(model, folder):
+    return {batch_size: measure(model, folder, batch_size=batch_size) for batch_size in (1, 4)}
+
+
+def scores(results):
+    names = {"local_likelihood": "acc", "local_generation": "exact_match", "local_choice": "acc"}
+    return {task: results["results"][task][f"{name},none"] for task, name in names.items()}
+
+
+def answers(results, task):
+    """What came of every request, by document."""
+    samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
+    return [[response[0] for response in sample["resps"]] for sample in samples]
+
+
+def test_batch_sizes_give_the_same_scores(results):
+    assert scores(results[1]) == scores(results[4])
+    assert answers(results[1], "local_generation") == answers(results[4], "local_generation")
+    for task in ("local_likelihood", "local_choice"):
+        for one, other in zip(answers(results[1], task), answers(results[4], task), strict=True):
+            for (likelihood, is_greedy), (other_likelihood, other_is_greedy) in zip(one, other, strict=True):
+                assert likelihood == pytest.approx(other_likelihood, abs=1e-3)
+                assert is_greedy == other_is_greedy
+
+
+def by_hand(model, text, continuation):
+    ids = torch.tensor([*text.encode(), *continuation.encode()])
+    with torch.no_grad():
+        logits = model(ids[None], use_cache=False).logits[0].float()
+    likelihoods = logits.log_softmax(-1)[len(text) - 1 : -1]
+    targets = ids[len(text) :]
+    return float(likelihoods.gather(1, targets[:, None]).sum()), bool(
+        (likelihoods.argmax(-1) == targets).all()
+    )
+
+
+def test_scores_are_those_by_hand(model, documents, results):
+    assert answers(results[4], "local_likelihood") == [
+        [pytest.approx(by_hand(model, row["text"], row["answer"]), abs=1e-3)] for row in documents
+    ]
+    right = []
+    for row in documents:
+        likelihoods = [by_hand(model, row["text"], choice)[0] for choice in row["choices"]]
+        right.append(int(np.argmax(likelihoods)) == row["label"])
+    found = scores(results[4])
+    assert found["local_choice"] == pytest.approx(np.mean(right))
+    # Every second answer is the model's own.
+    assert found["local_generation"] == found["local_likelihood"] == 0.5
+
+
+def test_limit_and_what_is_not_there(model, folder):
+    results = measure(model, folder, ["local_choice"], limit=2)
+    assert len(results["samples"]["local_choice"]) == 2
+    with pytest.raises(
+        ValueError, match="tasks: expected names of tasks that the harness knows, found nothing"
+    ):
+        measure(model, folder, ["local_choice", "nothing"])
+    with pytest.raises(ValueError, match="tasks: expected names of tasks that the harness knows, found none"):
+        measure(model, folder, [])
+
+
+def test_without_the_package(model, folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    with pytest.raises(ValueError, match=r"pip install 'ovq\[harness\]'"):
+        measure(model, folder)
+
+
+def test_the_command_line(model, folder, results, capsys, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    BYTES.save_pretrained(tmp_path / "model")
+    arguments = ["eval", "harness", "--model", tmp_path / "model", "--include-path", folder]
+    arguments += ["--tasks", "local_choice, local_likelihood", "--max-length", 256, "--limit", 6]
+    found = json.loads(run(capsys, *arguments, "--json", "--out", tmp_path))
+    for task in ("local_choice", "local_likelihood"):
+        assert found[task]["acc,none"] == pytest.approx(scores(results[1])[task])
+    saved = json.loads((tmp_path / "harness.json").read_text())
+    assert len(saved["samples"]["local_choice"]) == 6
+    few = run(capsys, *arguments[:-1], 1)
+    assert "local_choice" in few
+    assert "acc" in few
+    wrong = fail(capsys, *arguments, "--ruler-lengths", "x")
+    assert wrong.startswith("--ruler-lengths: expected positive integers")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    (tmp_path / "model" / "tokenizer_config.json").unlink()
+    assert "expected a tokenizer beside the model, found none" in fail(capsys, *arguments)

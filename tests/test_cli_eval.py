@@ -1,0 +1,226 @@
+"""`ovq eval lm` and `ovq eval needle`: what the library measures, in tables, figures and JSON."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from ovq.eval.haystack import NeedleBuilder
+from ovq.eval.language import evaluate_language
+from ovq.eval.needle import evaluate_needle
+from ovq.eval.reading import token_bytes
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.report.progress import Reporter
+from ovq.text import byte_tokenizer
+from ovq.train.recipes import get_recipe
+from tests.test_cli import fail, run
+
+BYTES = byte_tokenizer()
+TEXT = " ".join(f"This is sentence {i} of a text that is made up." for i in range(60))
+
+
+def save_model(folder, mixer, **changes):
+    config = OVQConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        mixer_types=["sliding_attention", mixer],
+        num_slots=4,
+        chunk_size=16,
+        sliding_window=8,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    OVQForCausalLM(config).save_pretrained(folder)
+    BYTES.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models `a/ovq`, `b/ovq` and `mamba2`, one without a tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, mixer in (("a/ovq", "ovq"), ("b/ovq", "ovq"), ("mamba2", "mamba2"), ("mute", "ovq")):
+        save_model(folder / name, mixer)
+    for path in (folder / "mute").glob("tokenizer*"):
+        path.unlink()
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def load(folder):
+    return OVQForCausalLM.from_pretrained(folder).eval()
+
+
+def quiet(evaluate, *arguments, **options):
+    with Reporter(Console(quiet=True)) as reporter:
+        return [dataclasses.asdict(row) for row in evaluate(*arguments, reporter=reporter, **options)]
+
+
+def without_speed(rows):
+    return [
+        {name: value for name, value in row.items() if name != "tokens_per_second"}
+        for row in json.loads(json.dumps(rows))
+    ]
+
+
+def test_lm_prints_what_the_library_measures(folder, capsys, tmp_path):
+    arguments = ["eval", "lm", "--model", folder / "a/ovq", "--model", folder / "mamba2"]
+    arguments += ["--dataset", folder / "text.txt", "--split", "all", "--lengths", "100,900", "--windows", 2]
+    arguments += ["--num-slots", "2,40", "--block-size", 64, "--piece-size", 200]
+    results = json.loads(run(capsys, *arguments, "--json", "--out", tmp_path))
+    ids = np.array(list(TEXT.encode()))
+    options = {"lengths": [100, 900], "num_windows": 2, "block_size": 64, "num_slots": [2, 40]}
+    options |= {"bytes_of_tokens": token_bytes(BYTES), "first_token": 256}
+    expected = [
+        row
+        for name in ("a/ovq", "mamba2")
+        for row in quiet(evaluate_language, load(folder / name), [ids], piece_size=200, **options)
+    ]
+    assert without_speed(results["rows"]) == without_speed(expected)
+    assert json.loads((tmp_path / "lm.json").read_text()) == results
+    assert {path.name for path in tmp_path.iterdir()} == {"lm.json", "loss.png", "chunk.png"}
+    table = run(capsys, *arguments)
+    for row in expected:
+        assert f"{row['loss']:.4f}" in table
+        assert f"{row['bits_per_byte']:.4f}" in table
+    assert "OVQ, 40 slots" in table
+    assert "Mamba2" in table
+
+
+def test_models_of_one_mixer_are_called_by_their_folders(folder, capsys):
+    arguments = [
+        "eval",
+        "lm",
+        "--dataset",
+        folder / "text.txt",
+        "--split",
+        "all",
+        "--lengths",
+        "50",
+        "--json",
+    ]
+    arguments += ["--windows", 1]
+
+    def names(*models):
+        options = [argument for name in models for argument in ("--model", folder / name)]
+        return [row["name"] for row in json.loads(run(capsys, *arguments, *options))["rows"]]
+
+    assert names("a/ovq", "mamba2") == ["", ""]
+    assert names("a/ovq", "b/ovq") == [str(folder / "a/ovq"), str(folder / "b/ovq")]
+
+
+def test_lm_reads_what_a_model_was_trained_on(folder, capsys, tmp_path):
+    save_model(tmp_path / "run", "ovq")
+    settings = [f"task.dataset={folder / 'text.txt'}", "task.held_out=0", "task.carry_state=true"]
+    config = get_recipe("lm-ovq").override([*settings, "train.lengths=64", "train.length_shares=1"])
+    config.save(tmp_path / "run")
+    arguments = ["eval", "lm", "--model", tmp_path / "run", "--lengths", "200", "--windows", 1, "--json"]
+    given = ["--dataset", folder / "text.txt", "--split", "all"]
+    found = [json.loads(run(capsys, *arguments, *options)) for options in (["--split", "train"], given)]
+    assert without_speed(found[0]["rows"]) == without_speed(found[1]["rows"])
+    assert (found[0]["source"]["held_out"], found[1]["source"]["held_out"]) == (0, 0.1)
+    other = json.loads(run(capsys, *arguments, "--split", "all", "--held-out", 0.5))
+    assert other["source"]["held_out"] == 0.5
+
+
+def test_needle_prints_what_the_library_measures(folder, capsys, tmp_path):
+    arguments = ["eval", "needle", "--model", folder / "a/ovq", "--lengths", "330", "--depths", "0,100"]
+    arguments += ["--num-slots", "40", "--examples", 1, "--distractors", 2, "--seed", 3, "--value", "word"]
+    essays = ["--haystack", "essay", "--dataset", folder / "text.txt", "--split", "all"]
+    for options, texts, out in (([], [], "noise"), (essays, [TEXT], "essay")):
+        results = json.loads(run(capsys, *arguments, *options, "--json", "--out", tmp_path / out))
+        builder = NeedleBuilder(BYTES, haystack=out, value="word", num_distractors=2, texts=texts)
+        expected = quiet(
+            evaluate_needle,
+            load(folder / "a/ovq"),
+            builder,
+            lengths=[330],
+            depths=[0, 1],
+            num_slots=[40],
+            num_examples=1,
+            seed=3,
+        )
+        assert results["rows"] == expected
+        assert json.loads((tmp_path / out / "needle.json").read_text()) == results
+        assert len(list((tmp_path / out).glob("needle_*.png"))) == 3
+    table = run(capsys, *arguments)
+    assert "OVQ, 40 slots" in table
+    assert "100%" in table
+
+
+def test_essays_are_of_the_documents_asked_for(tmp_path, capsys):
+    from ovq.cli.eval_needle import _texts
+    from ovq.text import split_of
+
+    for i in range(40):
+        (tmp_path / f"{i}.txt").write_text(f"Text {i}.")
+    names = [f"{i}.txt" for i in range(40)]
+    splits = {f"Text {name[:-4]}.": split_of(name) for name in names}
+    for split in ("train", "test"):
+        assert set(_texts(str(tmp_path), split, 1)) == {text for text in splits if splits[text] == split}
+    assert len(_texts(str(tmp_path), "all", 1)) == 40
+
+
+def test_help_shows_examples(capsys):
+    for command in ("lm", "needle", "harness"):
+        out = " ".join(run(capsys, "eval", command, "--help").split())
+        assert f"Example: ovq eval {command} --model runs/ovq" in out
+    assert "ovq[harness]" in run(capsys, "eval", "harness", "--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("eval lm --dataset x", "Missing option '--model'"),
+        ("eval lm --model {m}", "expected the folder of a training run, found no run_config.json"),
+        ("eval lm --model {recall}", "--dataset: expected one, as"),
+        ("eval --model {lm}", "expected a run on a synthetic task, found one on text: ovq eval lm"),
+        (
+            "eval --model {m} lm --model {m} --dataset x",
+            "eval lm: expected options after lm, found model before it",
+        ),
+        ("eval lm --model {tmp} --dataset x", "found no config.json in it"),
+        ("eval lm --model {m} --dataset {tmp}/no.txt", "dataset: expected"),
+        ("eval lm --model {m} --dataset {text} --split tset", "split: expected one of train"),
+        ("eval lm --model {m} --dataset {text} --split all --lengths 9999", "length: expected at most 2810"),
+        (
+            "eval lm --model {mute} --dataset {text} --split all",
+            "expected a tokenizer beside the model, found",
+        ),
+        ("eval lm --model {m} --dataset {text} --num-slots 0", "--num-slots: expected positive integers"),
+        ("eval needle --model {m} --depths 0,101", "--depths: expected numbers from 0 to 100"),
+        ("eval needle --model {m} --depths a", "--depths: expected numbers from 0 to 100"),
+        ("eval needle --model {m} --haystack hay", "haystack: expected one of noise, essay, found 'hay'"),
+        ("eval needle --model {m} --value name", "value: expected one of word, number, uuid, found 'name'"),
+        (
+            "eval needle --model {m} --haystack essay",
+            "--dataset: expected with --haystack essay and only ther",
+        ),
+        (
+            "eval needle --model {m} --dataset {text}",
+            "--dataset: expected with --haystack essay and only there",
+        ),
+        ("eval needle --model {m} --lengths 100", "length: expected at least one sentence more than"),
+        ("eval needle --model {mute}", "expected a tokenizer beside the model, found none"),
+        ("eval harness --model {m}", "Missing option '--tasks'"),
+    ],
+)
+def test_bad_input_costs_one_line(arguments, message, folder, capsys, tmp_path):
+    names = {"m": folder / "a/ovq", "mute": folder / "mute", "text": folder / "text.txt", "tmp": tmp_path}
+    for name in ("recall", "lm"):
+        get_recipe(f"{name}-ovq").save(tmp_path / name)
+        shutil.copy(folder / "a/ovq/config.json", tmp_path / name)
+        names[name] = tmp_path / name
+    assert message in fail(capsys, *(word.format(**names) for word in arguments.split()))
