@@ -216,7 +216,7 @@ class _PartRun:
         self._embedded.backward(grad)
 
     def _specs(self, num_tokens: int) -> Iterator[StateSpec]:
-        """What a message holds for each layer after so many tokens; the number of them needs no message."""
+        """What the state of each layer holds after so many tokens: known to both sides beforehand."""
         dtype, kind = self._model.dtype, self._model.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
