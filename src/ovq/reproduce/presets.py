@@ -27,6 +27,7 @@ class Preset:
         slot_factors: Sizes of the dictionary to test, in sizes of the trained one.
         sizes: What makes the state of a mixer smaller or larger than usual, by its name: fields of the model
             and their values.
+        mixer_fields: What a mixer needs to be otherwise than for OVQ, by its name: fields of the model.
         chunk_sizes: Chunks to compare.
         rates: Constant rates of the slots to compare with 1/count.
         num_workers: Runs side by side; `None` for as many as there are cores to use.
@@ -43,6 +44,7 @@ class Preset:
     sizes: Mapping[str, tuple[Mapping[str, Any], ...]]
     chunk_sizes: tuple[int, ...]
     rates: tuple[float, ...]
+    mixer_fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     num_workers: int | None = None
     needs_gpu: bool = False
 
@@ -55,9 +57,8 @@ class Preset:
         """
         usual = self.configs[task]
         mixers = tuple(mixer if name == "ovq" else name for name in usual.model.mixer_types)
-        return dataclasses.replace(
-            usual, model=dataclasses.replace(usual.model, mixer_types=mixers, **model_fields)
-        )
+        fields = {"mixer_types": mixers, **self.mixer_fields.get(mixer, {}), **model_fields}
+        return dataclasses.replace(usual, model=dataclasses.replace(usual.model, **fields))
 
     def train_length(self, task: str) -> int:
         """The longest example that runs of a task train on, in tokens."""
@@ -140,6 +141,8 @@ CPU = Preset(
         "sink_attention": ({"num_slots": 256}, {"num_slots": 1024}),
         "sliding_attention": ({"sliding_window": 128}, {"sliding_window": 512}),
     },
+    # Its keys learn from the queries of their own chunk and the next alone.
+    mixer_fields={"vq": {"chunk_size": 64}},
     chunk_sizes=(16, 32, 64, 128),
     rates=(0.03, 0.1, 0.3),
 )
