@@ -194,3 +194,13 @@ def test_a_vocabulary_is_known_before_its_tokenizer(tmp_path):
     config = tiny_config(tmp_path)
     assert loop.model_config(config).vocab_size == 257
     assert loop.model_config(config.override(["task.tokenizer=bpe:300"])).vocab_size == 300
+
+
+def test_a_run_that_was_refused_can_be_tried_again(folder, tmp_path):
+    out = tmp_path / "run"
+    missing = tiny_config(tmp_path / "books", steps=1)
+    with quiet() as reporter:
+        with pytest.raises(ValueError, match="expected a file or folder, found nothing"):
+            loop.train(missing, out, reporter=reporter)
+        loop.train(tiny_config(folder, steps=1), out, reporter=reporter)
+    assert RunConfig.load(out).task.dataset == str(folder)

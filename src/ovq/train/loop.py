@@ -75,7 +75,13 @@ def train(config: RunConfig, out: Path, *, reporter: Reporter, label: str = "tra
         raise ValueError(f"--out: expected a folder without a run (or --resume), found {out / CONFIG_FILE}")
     # Also the check that the folder can be written, before any work is done.
     config.save(out)
-    return _run(config, out, reporter=reporter, label=label, checkpoint=None)
+    try:
+        return _run(config, out, reporter=reporter, label=label, checkpoint=None)
+    except ValueError:
+        # A run that was refused, say for a corpus that is not there, can be tried again in the same folder.
+        if not any(out.glob("checkpoint-*")):
+            (out / CONFIG_FILE).unlink(missing_ok=True)
+        raise
 
 
 def resume(out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCausalLM:
@@ -110,6 +116,7 @@ def _run(
     data = training_data(config, out, checkpoint, reporter)
     model = build_model(config)
     if data.tokenizer is not None:
+        # Generation ends where a text does. The Trainer would see to it too, with a warning.
         model.config.eos_token_id = model.generation_config.eos_token_id = data.tokenizer.eos_token_id
     trainer = (CarryTrainer if data.is_carrying else SealingTrainer)(
         model=model,
