@@ -72,7 +72,7 @@ def evaluate_tasks(
     def missing(manager: TaskManager) -> list[str]:
         return sorted(set(tasks) - set(manager.match_tasks(list(tasks))))
 
-    # To list the thousands of tasks of the harness takes half a minute.
+    # To list the thousands of tasks of the harness takes some ten seconds.
     manager = known(with_defaults=False)
     if missing(manager) and include_defaults:
         manager = known(with_defaults=True)
