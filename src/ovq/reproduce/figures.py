@@ -29,6 +29,9 @@ _TOKENS_PER_SLOT = 3.2
 """The enlarged dictionary of a test. By the plateau schedule it has a slot for 4.2 tokens at the end: just
 under a quarter of the bytes of full attention where activations are float32, as sums are."""
 
+_VALIDATION_FACTOR = 4
+"""Trials are judged at so many times the training length: at that length itself several are perfect."""
+
 
 def _enlarged(preset: Preset, task: str, length: int) -> int:
     """Slots that are a fixed share of the length, but never fewer than in training."""
@@ -62,7 +65,7 @@ def _mixers_by_length(
             Panel(title="time", y="microseconds_per_token"),
         ),
         trials=preset.trials,
-        validation=preset.test(usual.task.at_length(preset.train_length(task))),
+        validation=preset.test(usual.task.at_length(_VALIDATION_FACTOR * preset.train_length(task))),
     )
 
 
@@ -185,7 +188,7 @@ def state_size(preset: Preset) -> Figure:
             for group, length in zip(("near", "far"), lengths, strict=True)
         ),
         trials=preset.trials,
-        validation=preset.test(preset.configs["recall"].task.at_length(train_length)),
+        validation=preset.test(preset.configs["recall"].task.at_length(_VALIDATION_FACTOR * train_length)),
     )
 
 
