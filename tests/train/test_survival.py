@@ -20,6 +20,7 @@ from ovq.hf import OVQForCausalLM
 from ovq.report.progress import Reporter
 from ovq.train import loop
 from ovq.train.checkpoints import SEAL_FILE, fault
+from ovq.train.data import CurriculumDataset
 from ovq.train.recipes import get_recipe
 
 STEPS = 90
@@ -69,13 +70,13 @@ def resume(out):
 def steps_read(monkeypatch):
     """The steps whose examples this process has built: a run begun anew would have the same losses."""
     steps = []
-    build = loop.CurriculumDataset.__getitems__
+    build = CurriculumDataset.__getitems__
 
     def recorded(self, indices):
         steps.append(indices[0] // CONFIG.train.batch_size)
         return build(self, indices)
 
-    monkeypatch.setattr(loop.CurriculumDataset, "__getitems__", recorded)
+    monkeypatch.setattr(CurriculumDataset, "__getitems__", recorded)
     return steps
 
 
@@ -224,7 +225,7 @@ def test_the_oldest_checkpoint_goes_only_when_the_newest_is_whole(interrupted, m
     shutil.rmtree(interrupted / f"checkpoint-{STEPS}")
     (interrupted / f"checkpoint-{STEPS - 1}").mkdir()
 
-    def killed(folder):
+    def killed(folder, *, with_subfolders):
         assert (folder / "trainer_state.json").is_file()
         raise KeyboardInterrupt
 

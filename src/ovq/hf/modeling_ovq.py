@@ -272,7 +272,6 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache: OVQCache | None = None,
         cu_seqlens: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position.
@@ -290,16 +289,17 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
             cache: newer name of `past_key_values`.
             cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`).
-            shift_labels: `[B, T]`, in the place of `labels`: what each position is to predict. The target of
-                the last one may then lie outside of this call. -100 is ignored.
-            kwargs: `num_items_in_batch` for the loss (from the Trainer), `output_hidden_states`,
-                `return_dict`.
+            kwargs: `shift_labels` `[B, T]` in the place of `labels`: what each position is to predict, so
+                that the target of the last one may lie outside of this call; -100 is ignored.
+                `num_items_in_batch` for the loss (from the Trainer), `output_hidden_states`, `return_dict`.
 
         Raises:
             ValueError: input of a wrong shape, or an unknown keyword argument.
         """
-        _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | {"num_items_in_batch"})
+        _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | {"num_items_in_batch", "shift_labels"})
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        # Not named above: the Trainer takes arguments with "label" in their names for ones that always come.
+        shift_labels = kwargs.pop("shift_labels", None)
         has_targets = labels is not None or shift_labels is not None
         if has_targets:
             # Sequences that come with their targets are not continued; evaluation need not pay for a cache.

@@ -27,8 +27,13 @@ SEAL_FILE = "seal.json"
 _NUM_KEPT = 2
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, *, with_subfolders: bool = False) -> None:
     """Declare the checkpoint in a folder complete.
+
+    Args:
+        folder: The folder.
+        with_subfolders: Whether folders within are parts of it, as in sharded checkpoints; what else lies
+            there may come and go.
 
     Example:
         >>> import tempfile
@@ -43,8 +48,8 @@ def seal(folder: Path) -> None:
         >>> fault(folder)
         'weights: expected 3 bytes, found 1'
     """
-    # Sharded checkpoints have folders within.
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL_FILE)
+    found = folder.rglob("*") if with_subfolders else folder.iterdir()
+    paths = sorted(path for path in found if path.is_file() and path.name != SEAL_FILE)
     for path in paths:
         # On the disk before the seal says so, or a power cut leaves a seal on empty files.
         with open(path, "rb+") as file:
@@ -126,7 +131,7 @@ class SealingTrainer(Trainer):
                 # Every process writes the state of its random numbers.
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    seal(folder)
+                    seal(folder, with_subfolders=True)
         except OSError:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
