@@ -17,6 +17,7 @@ from rich.table import Table
 
 from ovq.bench.measure import interleaved
 from ovq.bench.workloads import Workload
+from ovq.layers import ShortConvolution, common
 from ovq.ops import groups
 
 HEADS, CHUNK, SLOTS, DIM = 8, 256, 1024, 64
@@ -93,6 +94,24 @@ def merge() -> Choices:
     }
 
 
+def convolution() -> Choices:
+    """The short convolution of a training step of a small model, forward and backward."""
+    conv = ShortConvolution(384, conv_size=3)
+    x, grad = torch.randn(16, 256, 384, requires_grad=True), torch.randn(16, 256, 384)
+
+    def run(can_convolve: Callable[..., bool]) -> Callable[[], object]:
+        def call() -> object:
+            usual, common.can_convolve = common.can_convolve, can_convolve
+            try:
+                return torch.autograd.grad(conv(x)[0], [x, conv.weight], grad)
+            finally:
+                common.can_convolve = usual
+
+        return call
+
+    return {"compiled kernel": run(common.can_convolve), "products of PyTorch": run(lambda *_: False)}
+
+
 def prefill(constant: str, values: tuple[int, ...], chosen: int) -> Choices:
     """A whole prefill of 16k tokens with another value of a constant of the plan."""
     run = Workload(mixer="ovq", length=16384, dtype="float32", num_slots=SLOTS).forward("cpu")
@@ -117,6 +136,7 @@ def main() -> None:
         ("softmax", softmax()),
         ("nearest slot", best_slot()),
         ("merge", merge()),
+        ("short convolution, both ways", convolution()),
         ("heads worked on at once", prefill("CPU_ELEMENTS", (1 << 18, 1 << 20, 1 << 24), CPU_ELEMENTS)),
         ("queries read at once", prefill("READ_BLOCK", (64, 256), READ_BLOCK)),
     ]
