@@ -8,7 +8,7 @@ from ovq.report.progress import Reporter
 from ovq.reproduce import engine
 from ovq.reproduce.engine import Workshop
 from ovq.reproduce.plan import Trial
-from ovq.reproduce.presets import Preset
+from ovq.reproduce.presets import Preset, TextTests
 from ovq.train.recipes import recipe_for
 
 _CHANGES = [
@@ -36,6 +36,9 @@ TINY = Preset(
             [*_CHANGES, "task.points_per_function=4", "task.max_functions=4"]
         ),
         "mqar": recipe_for("mqar", "ovq").override([*_CHANGES, "task.vocab_size=64"]),
+        "lm": recipe_for("lm", "ovq").override(
+            [*_CHANGES, "model.num_attention_heads=1", "train.lengths=32", "train.length_shares=1"]
+        ),
     },
     length_factors=(1, 2),
     far_lengths={"recall": (64,)},
@@ -45,6 +48,14 @@ TINY = Preset(
     sizes={"ovq": ({"num_slots": 2},)},
     chunk_sizes=(4, 8),
     rates=(0.1,),
+    text=TextTests(
+        length=4096,
+        num_windows=2,
+        slot_factors=(1, 4),
+        needle_lengths=(512, 1024),
+        needle_depths=(0.0, 1.0),
+        num_needles=2,
+    ),
 )
 
 

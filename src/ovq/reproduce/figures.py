@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ovq.eval.fidelity import fidelity_rows
 from ovq.eval.streams import STREAMS
 from ovq.report.fidelity import fidelity_figure
 from ovq.report.rows import MIXER_NAMES
-from ovq.reproduce.plan import Evaluation, Figure, Line, Panel, Study
+from ovq.reproduce.plan import Figure, Line, Panel, Study
 from ovq.reproduce.presets import Preset
+from ovq.reproduce.questions import Question
+from ovq.reproduce.text_figures import language, needle
+from ovq.train.config import RunConfig
 
 # The order of legends and tables.
 _COMPARED = (
@@ -346,6 +349,8 @@ FIGURES: dict[str, Callable[[Preset], Figure | Study]] = {
     "bias": bias,
     "chunk": chunk,
     "conv": conv,
+    "lm": language,
+    "needle": needle,
 }
 """Every figure by its name on the command line, in the order of `--all`."""
 
@@ -366,7 +371,7 @@ def get_figure(name: str, preset: Preset) -> Figure | Study:
     return FIGURES[name](preset)
 
 
-def _line(label: str, config: Any, evaluations: list[Evaluation], group: str = "") -> Line:
+def _line(label: str, config: RunConfig, evaluations: Sequence[Question], group: str = "") -> Line:
     return Line(label=label, config=config, evaluations=tuple(evaluations), group=group)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ovq.files import write_atomic
 from ovq.report.rows import format_bytes
-from ovq.reproduce.draw import AXIS_NAMES, Point, points, short_number
+from ovq.reproduce.draw import AXIS_NAMES, Point, points, short_number, y_name
 from ovq.reproduce.figures import FIGURES
 from ovq.reproduce.plan import Trial
 
@@ -101,7 +101,7 @@ def _panel_table(results: dict[str, Any], panel: dict[str, Any]) -> str:
     """The numbers of a panel: a row for each line, a column for each place."""
     lines = points(results, panel)
     places = list(dict.fromkeys(point.x for line in lines.values() for point in line))
-    caption = f"{panel['title']}: {_axis(panel['y'])} by {_axis(panel['x'])}"
+    caption = f"{panel['title']}: {y_name(panel)} by {_axis(panel['x'])}"
     if panel["x"] == "state_bytes":
         # Each model has places of its own: two rows a line would be mostly empty columns.
         body = [
@@ -182,9 +182,11 @@ def _value(value: float | str, field: str) -> str:
         return value
     if field == "state_bytes":
         return format_bytes(value)
-    if field in ("length", "num_slots", "task.num_functions"):
+    if field in ("length", "num_slots", "task.num_functions", "positions"):
         return short_number(value)
-    if field in ("accuracy", "slices", "mean_error", "slice_errors", "error"):
+    if field == "position_losses":
+        return f"{value:.4f}"
+    if field in ("accuracy", "slices", "mean_error", "slice_errors", "error", "choice"):
         return f"{value:.3f}"
     return f"{value:.3g}"
 

@@ -7,58 +7,13 @@ for the same run share it, and so does the same figure when it is asked for agai
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ovq.tasks import Task
+from ovq.reproduce.digests import WITHOUT_EFFECT, described, digest
+from ovq.reproduce.questions import Question
 from ovq.train.config import RunConfig
-
-# These change what is kept of a run, not what comes out of it.
-_WITHOUT_EFFECT = frozenset({"log_every", "save_every"})
-
-_DIGEST_LENGTH = 10
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Questions to a trained model.
-
-    Attributes:
-        task: The kind of examples, at the length to ask at.
-        num_examples: How many examples.
-        num_slots: Slots of the dictionary while they are read; `None` for as many as in training.
-        seed: Seed of the examples. In a figure it stands for an offset to the seed of the run.
-
-    Raises:
-        ValueError: If a number is out of range.
-    """
-
-    task: Task
-    num_examples: int
-    num_slots: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the numbers."""
-        if self.num_examples < 1 or (self.num_slots is not None and self.num_slots < 1) or self.seed < 0:
-            raise ValueError(
-                "expected at least one example and one slot, and a seed of at least 0, found "
-                f"{self.num_examples}, {self.num_slots} and {self.seed}"
-            )
-
-    @property
-    def name(self) -> str:
-        """A file name for the answers: readable, and different for different questions.
-
-        Example:
-            >>> from ovq.tasks import RecallTask
-            >>> Evaluation(task=RecallTask(length=512), num_examples=4).name
-            'recall-512-...'
-        """
-        return f"{self.task.name}-{self.task.length}-{_digest(_described(self))}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +61,7 @@ class Line:
 
     label: str
     config: RunConfig
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[Question, ...]
     group: str = ""
     trial_of: RunConfig | None = None
 
@@ -122,12 +77,14 @@ class Panel:
 
     Attributes:
         title: What stands above.
-        x: A field of the rows, or a number of their task as `"task.NAME"`, or `"slices"` for the parts that
-            the task divides its questions into.
+        x: A field of the rows, or a number of their task as `"task.NAME"`; `"slices"` for the parts that the
+            task divides its questions into, `"positions"` for the parts of a text.
         y: A field of the rows; beside `x="slices"` one that has a value for each part: `"slices"` for the
-            accuracy, `"slice_errors"` for the error.
+            accuracy, `"slice_errors"` for the error; beside `x="positions"` it is `"position_losses"`.
         group: The lines to show.
         at_length: Show rows of this length alone; `None` for all.
+        relative_to: Show by how many per cent values are above those of the line of this label, seed by
+            seed; `None` for the values themselves.
     """
 
     title: str
@@ -135,6 +92,7 @@ class Panel:
     y: str = "accuracy"
     group: str = ""
     at_length: int | None = None
+    relative_to: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,6 +108,7 @@ class Figure:
             train with those of the configuration.
         validation: What decides between them; asked with examples that no row comes from.
         note: What a reader has to know beside the title.
+        draw: Draws what the JSON file of the figure holds into a PNG file; `None` for the panels.
     """
 
     name: str
@@ -157,8 +116,9 @@ class Figure:
     lines: tuple[Line, ...]
     panels: tuple[Panel, ...]
     trials: tuple[Trial, ...] = ()
-    validation: Evaluation | None = None
+    validation: Question | None = None
     note: str = ""
+    draw: Callable[[dict[str, Any], Path], None] | None = None
 
     def __post_init__(self) -> None:
         """A figure that cannot come out as it is meant is a mistake in this package."""
@@ -214,26 +174,11 @@ def run_name(config: RunConfig) -> str:
         >>> run_name(config.override(["model.num_slots=65"])) == run_name(config)
         False
     """
-    described = {name: _described(getattr(config, name)) for name in ("task", "model", "train")}
-    return f"{config.task.name}-{config.mixer}-seed{config.train.seed}-{_digest(described)}"
+    sections = {name: described(getattr(config, name)) for name in ("task", "model", "train")}
+    return f"{config.task.name}-{config.mixer}-seed{config.train.seed}-{digest(sections)}"
 
 
 def is_same_run(config: RunConfig, other: RunConfig) -> bool:
     """Whether two configurations are of one run, every field that has an effect compared."""
-    fields = {name: getattr(other.train, name) for name in _WITHOUT_EFFECT}
+    fields = {name: getattr(other.train, name) for name in WITHOUT_EFFECT}
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields)) == other
-
-
-def _described(section: Any) -> dict[str, Any]:
-    """The name and the fields of a dataclass that are not at their defaults."""
-    fields = {}
-    for field in dataclasses.fields(section):
-        value = getattr(section, field.name)
-        if field.name not in _WITHOUT_EFFECT and value != field.default:
-            fields[field.name] = _described(value) if dataclasses.is_dataclass(value) else value
-    return {"class": type(section).__name__, "fields": fields}
-
-
-def _digest(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST_LENGTH]

@@ -6,10 +6,34 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ovq.reproduce.plan import Evaluation, Trial
+from ovq.reproduce.plan import Trial
+from ovq.reproduce.questions import Evaluation
 from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask, Task
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
-from ovq.train.recipes import recipe_for
+from ovq.train.recipes import get_recipe, recipe_for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextTests:
+    """What language models are tested on.
+
+    Attributes:
+        length: Tokens a window of held-out text; documents are joined to volumes of as many bytes.
+        num_windows: Windows, the same for all models.
+        slot_factors: Sizes of the dictionary, in sizes of the trained one.
+        needle_lengths: Tokens of texts that a needle is hidden in.
+        needle_depths: Where it is hidden, from 0 to 1.
+        num_needles: Needles a length and depth.
+        needle_value: Kind of the hidden value.
+    """
+
+    length: int
+    num_windows: int
+    slot_factors: tuple[int, ...]
+    needle_lengths: tuple[int, ...]
+    needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    num_needles: int = 5
+    needle_value: str = "number"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,6 +54,7 @@ class Preset:
         mixer_fields: What a mixer needs to be otherwise than for OVQ, by its name: fields of the model.
         chunk_sizes: Chunks to compare.
         rates: Constant rates of the slots to compare with 1/count.
+        text: What language models are tested on.
         num_workers: Runs side by side; `None` for as many as there are cores to use.
         needs_gpu: Whether a CPU would take weeks.
     """
@@ -44,6 +69,7 @@ class Preset:
     sizes: Mapping[str, tuple[Mapping[str, Any], ...]]
     chunk_sizes: tuple[int, ...]
     rates: tuple[float, ...]
+    text: TextTests
     mixer_fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     num_workers: int | None = None
     needs_gpu: bool = False
@@ -123,6 +149,8 @@ CPU = Preset(
             "train.weight_decay=0.2",
         ),
         "mqar": _cpu_config("mqar"),
+        # Half the windows a step of the recipe's, for twice the steps of as many tokens.
+        "lm": _cpu_config("lm", "train.batch_size=2", "train.steps=600"),
     },
     length_factors=(1, 2, 4, 8, 16),
     far_lengths={"recall": (16384, 65536), "positional": (16384, 65536)},
@@ -145,6 +173,9 @@ CPU = Preset(
     mixer_fields={"vq": {"chunk_size": 64}},
     chunk_sizes=(16, 32, 64, 128),
     rates=(0.03, 0.1, 0.3),
+    text=TextTests(
+        length=65536, num_windows=6, slot_factors=(1, 8), needle_lengths=(1024, 4096, 16384), num_needles=4
+    ),
 )
 """Models of width 64, trained at up to 128 to 256 tokens: each figure takes about an hour on two cores."""
 
@@ -201,6 +232,7 @@ GPU = Preset(
         ),
         # With short chunks, or OVQ would read all of it exactly.
         "mqar": _gpu_config(MQARTask(), steps=6000, lengths=(64, 128, 256), num_slots=128, chunk_size=16),
+        "lm": get_recipe("lm-150m-ovq"),
     },
     length_factors=(1, 2, 4, 8, 16),
     far_lengths={"regression": (65536,)},
@@ -218,6 +250,9 @@ GPU = Preset(
     },
     chunk_sizes=(32, 64, 128, 256),
     rates=(0.01, 0.03, 0.1, 0.3),
+    text=TextTests(
+        length=65536, num_windows=32, slot_factors=(1, 4), needle_lengths=(4096, 16384, 65536), num_needles=20
+    ),
     num_workers=1,
     needs_gpu=True,
 )

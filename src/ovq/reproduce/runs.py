@@ -19,11 +19,12 @@ import torch
 from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from ovq.eval.accuracy import evaluate
 from ovq.files import write_atomic
 from ovq.hf import OVQForCausalLM
 from ovq.report.environment import environment
-from ovq.reproduce.plan import Evaluation, is_same_run, run_name
+from ovq.reproduce.asking import ask, num_parts
+from ovq.reproduce.plan import is_same_run, run_name
+from ovq.reproduce.questions import Question
 from ovq.train import loop
 from ovq.train.checkpoints import fault, newest_checkpoint, seal
 from ovq.train.config import CONFIG_FILE, RunConfig
@@ -45,7 +46,7 @@ class RunJob:
     """
 
     config: RunConfig
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[Question, ...]
     root: Path
     label: str
 
@@ -127,12 +128,12 @@ def _train(job: RunJob, reporter: RemoteReporter) -> None:
         shutil.rmtree(checkpoint)
 
 
-def _ask(job: RunJob, evaluations: list[Evaluation], reporter: RemoteReporter) -> None:
+def _ask(job: RunJob, evaluations: list[Question], reporter: RemoteReporter) -> None:
     """Ask the trained model, and write each answer as it is there."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = OVQForCausalLM.from_pretrained(job.folder, local_files_only=True).to(device).eval()
     (job.folder / "evaluations").mkdir(exist_ok=True)
-    work = reporter.start(f"test {job.label}", total=sum(each.num_examples for each in evaluations))
+    work = reporter.start(f"test {job.label}", total=sum(map(num_parts, evaluations)))
     done = 0
     for evaluation in evaluations:
         # For models that open slots at random.
@@ -140,19 +141,11 @@ def _ask(job: RunJob, evaluations: list[Evaluation], reporter: RemoteReporter) -
         begun = time.monotonic()
         use_bfloat16 = job.config.train.precision == "bfloat16"
         with torch.autocast(device, torch.bfloat16, enabled=use_bfloat16):
-            [row] = evaluate(
-                model,
-                evaluation.task,
-                lengths=[evaluation.task.length],
-                num_slots=[] if evaluation.num_slots is None else [evaluation.num_slots],
-                num_examples=evaluation.num_examples,
-                seed=evaluation.seed,
-                reporter=_PartReporter(work, done),
-            )
-        done += evaluation.num_examples
+            answer = ask(evaluation, model, job.folder, _PartReporter(work, done))
+        done += num_parts(evaluation)
         answer = {
-            "evaluation": _as_json(evaluation),
-            **dataclasses.asdict(row),
+            "evaluation": evaluation.as_json(),
+            **answer,
             "seconds": round(time.monotonic() - begun, 3),
             "environment": environment(device),
         }
@@ -219,20 +212,13 @@ class _PartReporter:
         self._work.update(self._done_before + done, note=note)
 
 
-def _answer_path(job: RunJob, evaluation: Evaluation) -> Path:
+def _answer_path(job: RunJob, evaluation: Question) -> Path:
     return job.folder / "evaluations" / f"{evaluation.name}.json"
 
 
-def _read_answer(path: Path, evaluation: Evaluation) -> dict[str, Any] | None:
+def _read_answer(path: Path, evaluation: Question) -> dict[str, Any] | None:
     """The answer in a file, None if there is none to this very question."""
     if not path.is_file():
         return None
     answer = json.loads(path.read_text())
-    return answer if answer["evaluation"] == _as_json(evaluation) else None
-
-
-def _as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Every field of a question, as JSON gives it back."""
-    fields = dataclasses.asdict(evaluation)
-    fields["task"] = {"name": evaluation.task.name} | fields["task"]
-    return json.loads(json.dumps(fields))
+    return answer if answer["evaluation"] == evaluation.as_json() else None

@@ -1,0 +1,118 @@
+"""Putting a question to a trained model, by the measure in `ovq.eval` that it is for."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from ovq.eval.accuracy import evaluate
+from ovq.eval.haystack import NeedleBuilder, essay_texts
+from ovq.eval.language import evaluate_language
+from ovq.eval.needle import evaluate_needle
+from ovq.eval.reading import token_bytes
+from ovq.hf import OVQForCausalLM
+from ovq.report.language import octave_losses
+from ovq.report.progress import Reporter
+from ovq.reproduce.questions import Evaluation, LanguageEvaluation, NeedleEvaluation, Question
+from ovq.text import load_corpus
+
+_LANGUAGE_FIELDS = (
+    *("mixer", "num_slots", "length", "loss", "bits_per_byte", "state_bytes"),
+    *("sawtooth", "sawtooth_error"),
+)
+
+# A model keeps its texts while it is asked at one length and depth after the other.
+_texts = functools.lru_cache(maxsize=4)(essay_texts)
+
+
+def num_parts(question: Question) -> int:
+    """In how many steps the answer to a question comes, for progress reports."""
+    return question.num_examples * (1 if isinstance(question, Evaluation) else question.num_tokens)
+
+
+@functools.singledispatch
+def ask(question: Question, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    """Put a question to a model.
+
+    Args:
+        question: What to ask.
+        model: Run where it is, in its dtype.
+        folder: Where it was loaded from, with its tokenizer if it reads text.
+        reporter: Where to show progress, in `num_parts` steps.
+
+    Returns:
+        The answer, as JSON can hold it.
+
+    Raises:
+        ValueError: If the model cannot be asked.
+    """
+    raise TypeError(f"expected a question that can be asked, found {type(question).__name__}")
+
+
+@ask.register
+def _(question: Evaluation, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    [row] = evaluate(
+        model,
+        question.task,
+        lengths=[question.num_tokens],
+        num_slots=_sizes(question),
+        num_examples=question.num_examples,
+        seed=question.seed,
+        reporter=reporter,
+    )
+    return dataclasses.asdict(row)
+
+
+@ask.register
+def _(
+    question: LanguageEvaluation, model: OVQForCausalLM, folder: Path, reporter: Reporter
+) -> dict[str, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    corpus = load_corpus(question.source, "test", tokenizer=tokenizer)
+    [row] = evaluate_language(
+        model,
+        corpus,
+        lengths=[question.length],
+        num_slots=_sizes(question),
+        num_windows=question.num_examples,
+        block_size=question.block_size,
+        bytes_of_tokens=token_bytes(tokenizer),
+        first_token=corpus.end_of_text,
+        reporter=reporter,
+    )
+    if row.num_windows < question.num_examples:
+        raise ValueError(
+            f"{question.source.dataset}: expected {question.num_examples} windows of {question.length} "
+            f"tokens, found {row.num_windows}"
+        )
+    # Without the losses of each window by itself, which are many.
+    return {
+        **{name: getattr(row, name) for name in _LANGUAGE_FIELDS},
+        "position_losses": {str(last): loss for _, last, loss in octave_losses(row)},
+    }
+
+
+@ask.register
+def _(question: NeedleEvaluation, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    texts = _texts(question.source.dataset, "test", question.length, held_out=question.source.held_out)
+    [row] = evaluate_needle(
+        model,
+        NeedleBuilder(tokenizer, haystack="essay", value=question.value, texts=texts),
+        lengths=[question.length],
+        depths=[question.depth],
+        num_slots=_sizes(question),
+        num_examples=question.num_examples,
+        seed=question.seed,
+        reporter=reporter,
+    )
+    return {name: value for name, value in dataclasses.asdict(row).items() if name != "name"}
+
+
+def _sizes(question: Question) -> list[int]:
+    """The size of the dictionary as the measures take it."""
+    return [] if question.num_slots is None else [question.num_slots]

@@ -1,0 +1,105 @@
+"""The figures of language models: the loss by position, and needles in text."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ovq.report.rows import MIXER_NAMES
+from ovq.reproduce.draw import save_heat_maps
+from ovq.reproduce.plan import Figure, Line, Panel
+from ovq.reproduce.presets import Preset
+from ovq.reproduce.questions import LanguageEvaluation, NeedleEvaluation
+from ovq.train.config import RunConfig
+
+# Those that the paper compares on text.
+_COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_attention")
+
+
+def language(preset: Preset) -> Figure:
+    """The loss of language models by position, far beyond the training length."""
+    config = preset.configs["lm"]
+    source = dataclasses.replace(config.task, join_to=preset.text.length)
+    question = LanguageEvaluation(
+        source=source, length=preset.text.length, num_examples=preset.text.num_windows
+    )
+    exact = MIXER_NAMES["full_attention"]
+    lines = [
+        Line(
+            label=label,
+            config=model,
+            evaluations=(dataclasses.replace(question, num_slots=num_slots),),
+            group=group,
+        )
+        for group in ("loss", "gap")
+        for label, model, num_slots in _models(preset)
+    ]
+    return Figure(
+        name="lm",
+        title=f"Loss of language models on held-out text ({config.task.dataset}), by position",
+        note=f"Each point is the mean over the octave of positions that ends there, in windows of "
+        f"{preset.text.length} tokens that all models of a seed read alike.",
+        lines=tuple(lines),
+        panels=(
+            Panel(title="loss", x="positions", y="position_losses", group="loss"),
+            Panel(
+                title=f"per cent above {exact}",
+                x="positions",
+                y="position_losses",
+                group="gap",
+                relative_to=exact,
+            ),
+        ),
+    )
+
+
+def needle(preset: Preset) -> Figure:
+    """Whether the same language models tell a value that is hidden in a text from others."""
+    text, source = preset.text, preset.configs["lm"].task
+    lines = []
+    for depth in text.needle_depths:
+        questions = [
+            NeedleEvaluation(
+                source=source,
+                length=length,
+                depth=depth,
+                value=text.needle_value,
+                num_examples=text.num_needles,
+            )
+            for length in text.needle_lengths
+        ]
+        lines += [
+            Line(
+                label=label,
+                config=model,
+                evaluations=tuple(dataclasses.replace(each, num_slots=num_slots) for each in questions),
+                group=f"{depth:.0%}",
+            )
+            for label, model, num_slots in _models(preset)
+        ]
+    return Figure(
+        name="needle",
+        title=f"A {text.needle_value} hidden in held-out text ({source.dataset}), told from 7 others",
+        note="Share of questions whose value is more likely than each of 7 others; 0.125 by guessing.",
+        lines=tuple(lines),
+        panels=tuple(
+            Panel(title=f"depth {depth:.0%}", y="choice", group=f"{depth:.0%}")
+            for depth in text.needle_depths
+        ),
+        draw=save_heat_maps,
+    )
+
+
+def _models(preset: Preset) -> list[tuple[str, RunConfig, int | None]]:
+    """What each compared model is called, its run, and how many slots it is tested with."""
+    trained = preset.configs["lm"].model.num_slots
+    models: list[tuple[str, RunConfig, int | None]] = []
+    for mixer in _COMPARED:
+        config = preset.config("lm", mixer)
+        if mixer != "ovq":
+            models.append((MIXER_NAMES[mixer], config, None))
+            continue
+        models += [
+            (f"{MIXER_NAMES[mixer]}, {trained * factor} slots", config, trained * factor)
+            for factor in preset.text.slot_factors
+        ]
+    return models

@@ -1,0 +1,117 @@
+"""Language models are trained once, and asked for the loss by position and for needles."""
+
+import dataclasses
+import itertools
+
+import pytest
+from PIL import Image
+
+from ovq.reproduce.draw import points
+from ovq.reproduce.engine import reproduce
+from ovq.reproduce.figures import get_figure
+from ovq.reproduce.page import write_report
+from tests.reproduce.common import TINY, run_here, workshop
+
+LENGTH = TINY.text.length
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    """The tiny preset on a corpus of a few files."""
+    folder = tmp_path_factory.mktemp("books")
+    for number in range(24):
+        words = (f"{number * word % 97} is {word}." for word in range(1000))
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    config = TINY.configs["lm"].override([f"task.dataset={folder}", "task.held_out=0.5"])
+    return dataclasses.replace(TINY, configs={"lm": config})
+
+
+@pytest.fixture(scope="module")
+def made(preset, tmp_path_factory):
+    """Both figures, the jobs they took, and where they are."""
+    out = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
+        begun = run_here(patch)
+        results = {name: reproduce(get_figure(name, preset), workshop(out)) for name in ("lm", "needle")}
+    return results, begun, out
+
+
+def test_both_figures_share_their_models(made):
+    results, begun, out = made
+    # Five mixers with two seeds, trained for the first figure and asked again for the second.
+    assert len(begun) == 20
+    runs = [{row["run"] for row in results[name]["rows"]} for name in results]
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == len(list(out.glob("runs/*"))) == 10
+
+
+def test_losses_are_shown_by_octaves_of_positions_and_beside_full_attention(made):
+    results = made[0]["lm"]
+    loss, gap = results["panels"]
+    assert loss["relative_to"] is None
+    lines = points(results, loss)
+    assert list(lines) == [
+        *("full attention", "OVQ, 4 slots", "OVQ, 16 slots"),
+        *("Gated DeltaNet", "Mamba2", "window alone"),
+    ]
+    for line in lines.values():
+        assert [point.x for point in line] == [1024, 2048, 4096]
+        assert all(1 < point.low <= point.mean <= point.high for point in line)
+        assert all(point.num_seeds == 2 for point in line)
+    rows = {
+        (row["line"], row["seed"]): row["position_losses"]["4096"]
+        for row in results["rows"]
+        if row["group"] == "loss"
+    }
+    relative = points(results, gap)
+    assert all(point.mean == 0 for point in relative["full attention"])
+    # Seed by seed, not mean by mean.
+    expected = [100 * (rows["Mamba2", seed] / rows["full attention", seed] - 1) for seed in (0, 1)]
+    assert relative["Mamba2"][-1].mean == pytest.approx(sum(expected) / 2)
+    assert (relative["Mamba2"][-1].low, relative["Mamba2"][-1].high) == pytest.approx(
+        (min(expected), max(expected))
+    )
+
+
+def test_the_mean_of_the_octaves_is_the_loss(made):
+    for row in made[0]["lm"]["rows"]:
+        ends = [0, *map(int, row["position_losses"])]
+        # The last position has nothing to predict.
+        sizes = [last - first for first, last in itertools.pairwise([*ends[:-1], LENGTH - 1])]
+        total = sum(size * loss for size, loss in zip(sizes, row["position_losses"].values(), strict=True))
+        assert total / (LENGTH - 1) == pytest.approx(row["loss"])
+        assert row["num_examples"] == 2
+        assert row["source"]["join_to"] == LENGTH
+
+
+def test_needles_are_shown_by_length_and_depth(made):
+    results, _, out = made
+    results = results["needle"]
+    assert [panel["group"] for panel in results["panels"]] == ["0%", "100%"]
+    for panel in results["panels"]:
+        for line in points(results, panel).values():
+            assert [point.x for point in line] == [512, 1024]
+            assert all(0 <= point.mean <= 1 for point in line)
+    assert {(row["depth"], row["value"], row["haystack"]) for row in results["rows"]} == {
+        (depth, "number", "essay") for depth in (0.0, 1.0)
+    }
+    with Image.open(out / "figures" / "needle.png") as picture:
+        picture.verify()
+
+
+def test_the_page_has_both(made):
+    text = write_report(made[2]).read_text()
+    for caption in (
+        "per cent above full attention: % above full attention by position (tokens)",
+        "depth 100%",
+    ):
+        assert caption in text
+
+
+def test_fewer_windows_than_asked_for_are_an_error(preset, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run_here(monkeypatch)
+    more = dataclasses.replace(preset, text=dataclasses.replace(preset.text, num_windows=1000))
+    with pytest.raises(ValueError, match=r"expected 1000 windows of 4096 tokens, found \d+"):
+        reproduce(get_figure("lm", more), workshop(tmp_path / "out", num_seeds=1))
