@@ -1,11 +1,14 @@
 """Two processes go on with a run on text where one has stopped, and one where two have."""
 
+import dataclasses
 import os
+import shutil
 import socket
 import subprocess
 import sys
 
 import pytest
+from tests.processes import run_ranks
 from tests.train.text_common import losses, quiet, stopped_at, tiny_config, write_texts
 
 from ovq.train import checkpoints, loop
@@ -45,3 +48,31 @@ def test_any_number_of_processes_trains_as_one(tmp_path, monkeypatch):
     expected = losses(alone)
     assert losses(shared) == pytest.approx(expected, abs=1e-4)
     assert losses(resumed) == pytest.approx(expected, abs=1e-4)
+
+
+def train_sharded(rank, folder, runs):
+    """In a process of a group: train a run, or go on with one that is there."""
+    for out, config in runs.items():
+        with quiet() as reporter:
+            if config is None:
+                loop.resume(out, reporter=reporter)
+            else:
+                loop.train(config, out, reporter=reporter)
+
+
+def test_a_sharded_model_carries_its_states(tmp_path, monkeypatch):
+    folder = write_texts(tmp_path, monkeypatch)
+    config = tiny_config(folder, task={"carry_state": True}, save_every=2)
+    sharded = dataclasses.replace(config, train=dataclasses.replace(config.train, sharding="fsdp"))
+    alone, shared, resumed = (tmp_path / name for name in ("alone", "shared", "resumed"))
+    with quiet() as reporter:
+        loop.train(config, alone, reporter=reporter)
+    groups = [tmp_path / name for name in ("first", "second")]
+    for group in groups:
+        group.mkdir()
+    run_ranks(train_sharded, 2, groups[0], {shared: sharded})
+    shutil.copytree(shared, resumed, ignore=shutil.ignore_patterns("checkpoint-6"))
+    run_ranks(train_sharded, 2, groups[1], {resumed: None})
+    expected = losses(alone)
+    assert losses(shared) == pytest.approx(expected, abs=1e-4)
+    assert losses(resumed) == losses(shared)

@@ -131,6 +131,9 @@ class SealingTrainer(Trainer):
                 # Every process writes the state of its random numbers.
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
+                    if self.is_fsdp_enabled and self.processing_class is not None:
+                        # The Trainer saves it with whole models alone.
+                        self.processing_class.save_pretrained(folder)
                     seal(folder, with_subfolders=True)
         except OSError:
             if self.args.should_save:
