@@ -160,19 +160,6 @@ def test_needle_prints_what_the_library_measures(folder, capsys, tmp_path):
     assert "100%" in table
 
 
-def test_essays_are_of_the_documents_asked_for(tmp_path, capsys):
-    from ovq.cli.eval_needle import _texts
-    from ovq.text import split_of
-
-    for i in range(40):
-        (tmp_path / f"{i}.txt").write_text(f"Text {i}.")
-    names = [f"{i}.txt" for i in range(40)]
-    splits = {f"Text {name[:-4]}.": split_of(name) for name in names}
-    for split in ("train", "test"):
-        assert set(_texts(str(tmp_path), split, 1)) == {text for text in splits if splits[text] == split}
-    assert len(_texts(str(tmp_path), "all", 1)) == 40
-
-
 def test_help_shows_examples(capsys):
     for command in ("lm", "needle", "harness"):
         out = " ".join(run(capsys, "eval", command, "--help").split())

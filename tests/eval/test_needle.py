@@ -12,12 +12,12 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from ovq.eval.haystack import Needle, NeedleBuilder, sentences
+from ovq.eval.haystack import Needle, NeedleBuilder, essay_texts, sentences
 from ovq.eval.needle import NeedleRow, ask, evaluate_needle
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.report.needle import SCORES, needle_table, save_needle_figures
 from ovq.report.progress import Reporter
-from ovq.text import Document, byte_tokenizer, train_tokenizer
+from ovq.text import Document, byte_tokenizer, split_of, train_tokenizer
 
 BYTES = byte_tokenizer()
 NUMBERED = " ".join(f"This is sentence {i} of the essay." for i in range(200))
@@ -310,3 +310,25 @@ def test_heat_maps_are_pictures(tmp_path):
 
 def test_rows_are_json():
     assert json.loads(json.dumps(dataclasses.asdict(row())))["choice"] == 1
+
+
+def test_essays_are_of_the_documents_asked_for(tmp_path):
+    names = [f"{i}.txt" for i in range(40)]
+    for name in names:
+        (tmp_path / name).write_text(f"Text {name}.")
+    for held_out in (0.1, 0.5):
+        splits = {f"Text {name}.": split_of(name, held_out=held_out) for name in names}
+        for split in ("train", "test"):
+            found = essay_texts(str(tmp_path), split, 1, held_out=held_out)
+            assert set(found) == {text for text in splits if splits[text] == split}
+    assert len(essay_texts(str(tmp_path), "all", 1)) == 40
+    with pytest.raises(ValueError, match=r"dataset: expected documents for test in .*, found none"):
+        essay_texts(str(tmp_path), "test", 1, held_out=0.0)
+
+
+def test_essays_stop_at_enough(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_text("word " * 2**18)
+    # At least 4 MiB of characters, and more for longer essays.
+    assert len(essay_texts(str(tmp_path), "all", 1)) == 4
+    assert len(essay_texts(str(tmp_path), "all", 100_000)) == 5

@@ -74,10 +74,7 @@ def needle(
     from ovq.eval.haystack import essay_texts
     from ovq.report.needle import needle_table, save_needle_figures
 
-    try:
-        texts = [] if dataset is None else essay_texts(dataset, split, max(at_lengths))
-    except ValueError as error:
-        raise ValueError(f"--dataset: {error}") from error
+    texts = [] if dataset is None else essay_texts(dataset, split, max(at_lengths))
     rows = _measure(
         model,
         {"haystack": haystack, "value": value, "num_distractors": distractors, "texts": texts},

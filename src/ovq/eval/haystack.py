@@ -236,7 +236,7 @@ def essay_texts(dataset: str, split: str, length: int, *, held_out: float = 0.1)
             if missing <= 0:
                 break
     if not texts:
-        raise ValueError(f"expected documents for {split} in {dataset!r}, found none")
+        raise ValueError(f"dataset: expected documents for {split} in {dataset!r}, found none")
     return texts
 
 
