@@ -17,7 +17,7 @@ from ovq.eval.needle import NeedleRow, ask, evaluate_needle
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.report.needle import SCORES, needle_table, save_needle_figures
 from ovq.report.progress import Reporter
-from ovq.text import Document, byte_tokenizer, split_of, train_tokenizer
+from ovq.text import Document, TextSource, byte_tokenizer, split_of, train_tokenizer
 
 BYTES = byte_tokenizer()
 NUMBERED = " ".join(f"This is sentence {i} of the essay." for i in range(200))
@@ -319,16 +319,19 @@ def test_essays_are_of_the_documents_asked_for(tmp_path):
     for held_out in (0.1, 0.5):
         splits = {f"Text {name}.": split_of(name, held_out=held_out) for name in names}
         for split in ("train", "test"):
-            found = essay_texts(str(tmp_path), split, 1, held_out=held_out)
+            found = essay_texts(TextSource(dataset=str(tmp_path), held_out=held_out), split, 1)
             assert set(found) == {text for text in splits if splits[text] == split}
-    assert len(essay_texts(str(tmp_path), "all", 1)) == 40
+    source = TextSource(dataset=str(tmp_path), held_out=0.0)
+    assert len(essay_texts(source, "all", 1)) == 40
+    assert len(essay_texts(dataclasses.replace(source, max_documents=7), "all", 1)) == 7
     with pytest.raises(ValueError, match=r"dataset: expected documents for test in .*, found none"):
-        essay_texts(str(tmp_path), "test", 1, held_out=0.0)
+        essay_texts(source, "test", 1)
 
 
 def test_essays_stop_at_enough(tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.txt").write_text("word " * 2**18)
+    source = TextSource(dataset=str(tmp_path))
     # At least 4 MiB of characters, and more for longer essays.
-    assert len(essay_texts(str(tmp_path), "all", 1)) == 4
-    assert len(essay_texts(str(tmp_path), "all", 100_000)) == 5
+    assert len(essay_texts(source, "all", 1)) == 4
+    assert len(essay_texts(source, "all", 100_000)) == 5

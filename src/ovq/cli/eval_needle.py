@@ -73,8 +73,9 @@ def needle(
 
     from ovq.eval.haystack import essay_texts
     from ovq.report.needle import needle_table, save_needle_figures
+    from ovq.text import TextSource
 
-    texts = [] if dataset is None else essay_texts(dataset, split, max(at_lengths))
+    texts = [] if dataset is None else essay_texts(TextSource(dataset=dataset), split, max(at_lengths))
     rows = _measure(
         model,
         {"haystack": haystack, "value": value, "num_distractors": distractors, "texts": texts},

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ovq.text import read_documents, split_of
+from ovq.text import TextSource, read_documents, split_of
 from ovq.text.source import check_split
 
 HAYSTACKS = ("noise", "essay")
@@ -214,14 +214,13 @@ class NeedleBuilder:
         return np.array(ids, dtype=np.int64)
 
 
-def essay_texts(dataset: str, split: str, length: int, *, held_out: float = 0.1) -> list[str]:
+def essay_texts(source: TextSource, split: str, length: int) -> list[str]:
     """Documents to make essays of, from the first of a split on, until there are enough.
 
     Args:
-        dataset: A file, a folder, an installed corpus or a data set of the hub, see `ovq.text.TextSource`.
+        source: The corpus; its documents are taken as they are, neither joined nor encoded.
         split: `"train"`, `"validation"`, `"test"` or `"all"`.
         length: Tokens of the longest essay to come.
-        held_out: Share of the documents that are not trained on.
 
     Raises:
         ValueError: If there are no such documents.
@@ -229,14 +228,17 @@ def essay_texts(dataset: str, split: str, length: int, *, held_out: float = 0.1)
     check_split(split)
     texts: list[str] = []
     missing = max(_CHARACTERS_PER_TOKEN * length, _FEWEST_CHARACTERS)
-    for document in read_documents(dataset):
-        if split in ("all", split_of(document.name, held_out=held_out)):
+    documents = read_documents(
+        source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
+    )
+    for document in itertools.islice(documents, source.max_documents):
+        if split in ("all", split_of(document.name, held_out=source.held_out)):
             texts.append(document.text)
             missing -= len(document.text)
             if missing <= 0:
                 break
     if not texts:
-        raise ValueError(f"dataset: expected documents for {split} in {dataset!r}, found none")
+        raise ValueError(f"dataset: expected documents for {split} in {source.dataset!r}, found none")
     return texts
 
 

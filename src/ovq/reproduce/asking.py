@@ -99,7 +99,7 @@ def _(
 @ask.register
 def _(question: NeedleEvaluation, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    texts = _texts(question.source.dataset, "test", question.length, held_out=question.source.held_out)
+    texts = _texts(question.source, "test", question.length)
     [row] = evaluate_needle(
         model,
         NeedleBuilder(tokenizer, haystack="essay", value=question.value, texts=texts),

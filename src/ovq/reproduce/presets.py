@@ -149,7 +149,7 @@ CPU = Preset(
             "train.weight_decay=0.2",
         ),
         "mqar": _cpu_config("mqar"),
-        # Smaller steps than those of the recipe, and fewer: what two cores do in half an hour a mixer.
+        # Smaller steps than those of the recipe, and fewer: all mixers and seeds in about an hour.
         "lm": _cpu_config("lm", "train.batch_size=2", "train.steps=400"),
     },
     length_factors=(1, 2, 4, 8, 16),

@@ -93,18 +93,32 @@ class Evaluation(Question):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageEvaluation(Question):
-    """Windows of held-out documents: how well is each next token predicted?
+class _TextQuestion(Question):
+    """Something about held-out documents.
 
     Attributes:
-        source: The documents; those for tests are read.
-        length: Tokens a window.
-        block_size: Positions of the first part that the loss is given for; each later one is as long as all
-            before it.
+        source: The corpus; its documents for tests are read.
+        length: Tokens an example, at most.
     """
 
     source: TextSource
     length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens an example, at most."""
+        return self.length
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageEvaluation(_TextQuestion):
+    """Windows of held-out documents: how well is each next token predicted?
+
+    Attributes:
+        block_size: Positions of the first part that the loss is given for; each later one is as long as all
+            before it.
+    """
+
     block_size: int = 1024
 
     @property
@@ -112,25 +126,16 @@ class LanguageEvaluation(Question):
         """Language modelling."""
         return "loss"
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens a window."""
-        return self.length
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NeedleEvaluation(Question):
+class NeedleEvaluation(_TextQuestion):
     """Values hidden in held-out documents at one depth: are they found?
 
     Attributes:
-        source: What the text around is made of; documents for tests are read.
-        length: Tokens of text, question and value, at most.
         depth: Where the value is, from 0 (the beginning) to 1 (right before the question).
         value: Kind of value: `"word"`, `"number"` or `"uuid"`.
     """
 
-    source: TextSource
-    length: int
     depth: float
     value: str = "number"
 
@@ -138,8 +143,3 @@ class NeedleEvaluation(Question):
     def topic(self) -> str:
         """A needle."""
         return "needle"
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens an example, at most."""
-        return self.length
