@@ -100,6 +100,20 @@ def test_needles_are_shown_by_length_and_depth(made):
         picture.verify()
 
 
+@pytest.mark.parametrize("name", ["lm", "needle"])
+def test_each_line_is_asked_with_its_own_slots(made, name):
+    rows = made[0][name]["rows"]
+    slots = {row["line"]: row["num_slots"] for row in rows}
+    assert {line: number for line, number in slots.items() if number} == {
+        "OVQ, 4 slots": 4,
+        "OVQ, 16 slots": 16,
+    }
+    states = {(row["line"], row["length"]): row["state_bytes"] for row in rows}
+    for (line, length), num_bytes in states.items():
+        if line == "OVQ, 4 slots":
+            assert num_bytes < states["OVQ, 16 slots", length]
+
+
 def test_the_page_has_both(made):
     text = write_report(made[2]).read_text()
     for caption in (
