@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import pytest
 from PIL import Image
@@ -39,11 +40,11 @@ def made(preset, tmp_path_factory):
 
 def test_both_figures_share_their_models(made):
     results, begun, out = made
-    # Five mixers with two seeds, trained for the first figure and asked again for the second.
-    assert len(begun) == 20
+    # Seven models with two seeds, trained for the first figure and asked again for the second.
+    assert len(begun) == 28
     runs = [{row["run"] for row in results[name]["rows"]} for name in results]
     assert runs[0] == runs[1]
-    assert len(runs[0]) == len(list(out.glob("runs/*"))) == 10
+    assert len(runs[0]) == len(list(out.glob("runs/*"))) == 14
 
 
 def test_losses_are_shown_by_octaves_of_positions_and_beside_full_attention(made):
@@ -54,6 +55,7 @@ def test_losses_are_shown_by_octaves_of_positions_and_beside_full_attention(made
     assert list(lines) == [
         *("full attention", "OVQ, 4 slots", "OVQ, 16 slots"),
         *("Gated DeltaNet", "Mamba2", "window alone"),
+        *("Mamba2 and full attention", "Mamba2 and OVQ, 4 slots"),
     ]
     for line in lines.values():
         assert [point.x for point in line] == [1024, 2048, 4096]
@@ -107,7 +109,22 @@ def test_each_line_is_asked_with_its_own_slots(made, name):
     assert {line: number for line, number in slots.items() if number} == {
         "OVQ, 4 slots": 4,
         "OVQ, 16 slots": 16,
+        "Mamba2 and OVQ, 4 slots": 4,
     }
+
+
+def test_two_models_have_another_mixer_in_the_place_of_the_windows(made):
+    out, rows = made[2], made[0]["lm"]["rows"]
+    mixers = {
+        row["line"]: json.loads((out / "runs" / row["run"] / "run_config.json").read_text())["model"][
+            "mixer_types"
+        ]
+        for row in rows
+    }
+    windows = {line for line, names in mixers.items() if names[0] == "sliding_attention"}
+    assert set(mixers) - windows == {"Mamba2 and full attention", "Mamba2 and OVQ, 4 slots"}
+    assert set(mixers["Mamba2 and OVQ, 4 slots"]) == {"mamba2", "ovq"}
+    assert set(mixers["Mamba2 and full attention"]) == {"mamba2", "full_attention"}
     states = {(row["line"], row["length"]): row["state_bytes"] for row in rows}
     for (line, length), num_bytes in states.items():
         if line == "OVQ, 4 slots":

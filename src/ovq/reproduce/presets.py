@@ -157,14 +157,16 @@ CPU = Preset(
     test_tokens=65536,
     # Decay is what lets OVQ and full attention hold beyond the training length, and keeps VQ from learning.
     trials=(Trial(learning_rate=4e-3), Trial(learning_rate=8e-3, weight_decay=0.5)),
-    slot_factors=(1, 4, 16, 64, 256),
+    slot_factors=(1, 4, 8, 16, 64, 256),
+    # The largest of each has more bytes than OVQ's 512 slots at 4,096 tokens (527,000), and than a slot for
+    # 3.2 tokens at 1,024 (307,000). With more still, most of them would take hours to train.
     sizes={
-        "ovq": ({"num_slots": 16}, {"num_slots": 256}, {"num_slots": 1024}),
-        "vq": ({"num_slots": 256}, {"num_slots": 1024}),
+        "ovq": ({"num_slots": 256}, {"num_slots": 1024}),
+        "vq": ({"num_slots": 1024},),
         # Their states are as large as heads are wide, and so are their projections.
-        "linear_attention": ({"head_dim": 128}, {"head_dim": 256}),
-        "gated_deltanet": ({"head_dim": 128}, {"head_dim": 256}),
-        "mamba2": ({"mamba_state_size": 256}, {"mamba_state_size": 1024}),
+        "linear_attention": ({"head_dim": 256, "chunk_size": 64},),
+        "gated_deltanet": ({"head_dim": 288},),
+        "mamba2": ({"mamba_state_size": 1024, "chunk_size": 128},),
         # As many bytes as OVQ with so many slots.
         "sink_attention": ({"num_slots": 256}, {"num_slots": 1024}),
         "sliding_attention": ({"sliding_window": 128}, {"sliding_window": 512}),

@@ -14,6 +14,9 @@ from ovq.train.config import RunConfig
 # Those that the paper compares on text.
 _COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_attention")
 
+_LOCAL = "mamba2"
+"""What two more models have in the place of the windows: it is good at what is near."""
+
 
 def language(preset: Preset) -> Figure:
     """The loss of language models by position, far beyond the training length."""
@@ -102,4 +105,14 @@ def _models(preset: Preset) -> list[tuple[str, RunConfig, int | None]]:
             (f"{MIXER_NAMES[mixer]}, {trained * factor} slots", config, trained * factor)
             for factor in preset.text.slot_factors
         ]
+    for mixer, num_slots in (("full_attention", None), ("ovq", trained)):
+        name = MIXER_NAMES[mixer] if num_slots is None else f"{MIXER_NAMES[mixer]}, {num_slots} slots"
+        config = _beside(_LOCAL, preset.config("lm", mixer))
+        models.append((f"{MIXER_NAMES[_LOCAL]} and {name}", config, num_slots))
     return models
+
+
+def _beside(mixer: str, config: RunConfig) -> RunConfig:
+    """A run with another mixer in the place of the windows."""
+    mixers = tuple(mixer if name == "sliding_attention" else name for name in config.model.mixer_types)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, mixer_types=mixers))
