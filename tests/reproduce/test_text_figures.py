@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 
 import pytest
 from PIL import Image
@@ -40,11 +39,11 @@ def made(preset, tmp_path_factory):
 
 def test_both_figures_share_their_models(made):
     results, begun, out = made
-    # Seven models with two seeds, trained for the first figure and asked again for the second.
-    assert len(begun) == 28
+    # Five mixers with two seeds, trained for the first figure and asked again for the second.
+    assert len(begun) == 20
     runs = [{row["run"] for row in results[name]["rows"]} for name in results]
     assert runs[0] == runs[1]
-    assert len(runs[0]) == len(list(out.glob("runs/*"))) == 14
+    assert len(runs[0]) == len(list(out.glob("runs/*"))) == 10
 
 
 def test_losses_are_shown_by_octaves_of_positions_and_beside_full_attention(made):
@@ -55,7 +54,6 @@ def test_losses_are_shown_by_octaves_of_positions_and_beside_full_attention(made
     assert list(lines) == [
         *("full attention", "OVQ, 4 slots", "OVQ, 16 slots"),
         *("Gated DeltaNet", "Mamba2", "window alone"),
-        *("Mamba2 and full attention", "Mamba2 and OVQ, 4 slots"),
     ]
     for line in lines.values():
         assert [point.x for point in line] == [1024, 2048, 4096]
@@ -109,22 +107,7 @@ def test_each_line_is_asked_with_its_own_slots(made, name):
     assert {line: number for line, number in slots.items() if number} == {
         "OVQ, 4 slots": 4,
         "OVQ, 16 slots": 16,
-        "Mamba2 and OVQ, 4 slots": 4,
     }
-
-
-def test_two_models_have_another_mixer_in_the_place_of_the_windows(made):
-    out, rows = made[2], made[0]["lm"]["rows"]
-    mixers = {
-        row["line"]: json.loads((out / "runs" / row["run"] / "run_config.json").read_text())["model"][
-            "mixer_types"
-        ]
-        for row in rows
-    }
-    windows = {line for line, names in mixers.items() if names[0] == "sliding_attention"}
-    assert set(mixers) - windows == {"Mamba2 and full attention", "Mamba2 and OVQ, 4 slots"}
-    assert set(mixers["Mamba2 and OVQ, 4 slots"]) == {"mamba2", "ovq"}
-    assert set(mixers["Mamba2 and full attention"]) == {"mamba2", "full_attention"}
     states = {(row["line"], row["length"]): row["state_bytes"] for row in rows}
     for (line, length), num_bytes in states.items():
         if line == "OVQ, 4 slots":
@@ -146,3 +129,30 @@ def test_fewer_windows_than_asked_for_are_an_error(preset, monkeypatch, tmp_path
     more = dataclasses.replace(preset, text=dataclasses.replace(preset.text, num_windows=1000))
     with pytest.raises(ValueError, match=r"expected 1000 windows of 4096 tokens, found \d+"):
         reproduce(get_figure("lm", more), workshop(tmp_path / "out", num_seeds=1))
+
+
+def test_hybrids_have_another_mixer_in_the_place_of_the_windows(preset):
+    figure = get_figure("hybrids", preset)
+    mixers = {line.label: line.config.model.mixer_types for line in figure.lines}
+    assert {label: names[0] for label, names in mixers.items()} == {
+        "Mamba2 and full attention": "mamba2",
+        "Mamba2 and OVQ, 4 slots": "mamba2",
+        "windows and full attention": "sliding_attention",
+        "windows and OVQ, 4 slots": "sliding_attention",
+        "windows and Gated DeltaNet": "sliding_attention",
+        "windows and Mamba2": "sliding_attention",
+        "windows alone": "sliding_attention",
+    }
+    assert set(mixers["Mamba2 and OVQ, 4 slots"]) == {"mamba2", "ovq"}
+    assert set(mixers["Mamba2 and full attention"]) == {"mamba2", "full_attention"}
+    assert figure.panels[1].relative_to == "Mamba2 and full attention"
+    # All but those two models are those of the other figure, asked the same.
+    asked = {
+        name: {
+            (line.config, question)
+            for line in get_figure(name, preset).lines
+            for question in line.evaluations
+        }
+        for name in ("lm", "hybrids")
+    }
+    assert len(asked["hybrids"] - asked["lm"]) == 2

@@ -13,7 +13,7 @@ from ovq.report.rows import MIXER_NAMES
 from ovq.reproduce.plan import Figure, Line, Panel, Study
 from ovq.reproduce.presets import Preset
 from ovq.reproduce.questions import Question
-from ovq.reproduce.text_figures import language, needle
+from ovq.reproduce.text_figures import hybrids, language, needle
 from ovq.train.config import RunConfig
 
 # The order of legends and tables.
@@ -350,6 +350,7 @@ FIGURES: dict[str, Callable[[Preset], Figure | Study]] = {
     "chunk": chunk,
     "conv": conv,
     "lm": language,
+    "hybrids": hybrids,
     "needle": needle,
 }
 """Every figure by its name on the command line, in the order of `--all`."""

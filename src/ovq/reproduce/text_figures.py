@@ -15,17 +15,53 @@ from ovq.train.config import RunConfig
 _COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_attention")
 
 _LOCAL = "mamba2"
-"""What two more models have in the place of the windows: it is good at what is near."""
+"""What `hybrids` has in the place of the windows: it is good at what is near."""
+
+_Models = list[tuple[str, RunConfig, int | None]]
+"""What each compared model is called, its run, and how many slots it is tested with."""
 
 
 def language(preset: Preset) -> Figure:
     """The loss of language models by position, far beyond the training length."""
-    config = preset.configs["lm"]
-    source = dataclasses.replace(config.task, join_to=preset.text.length)
+    return _by_position(
+        preset,
+        "lm",
+        f"Loss of language models on held-out text ({preset.configs['lm'].task.dataset}), by position",
+        _models(preset),
+        relative_to=MIXER_NAMES["full_attention"],
+    )
+
+
+def hybrids(preset: Preset) -> Figure:
+    """The loss by position where a mixer that is good at what is near stands in the place of the windows."""
+    trained = preset.configs["lm"].model.num_slots
+    local, windows = MIXER_NAMES[_LOCAL], "windows and"
+    full, ovq = preset.config("lm", "full_attention"), preset.config("lm")
+    exact = f"{local} and full attention"
+    models: _Models = [
+        (exact, _beside(_LOCAL, full), None),
+        (f"{local} and OVQ, {trained} slots", _beside(_LOCAL, ovq), trained),
+        (f"{windows} full attention", full, None),
+        (f"{windows} OVQ, {trained} slots", ovq, trained),
+        (f"{windows} {MIXER_NAMES['gated_deltanet']}", preset.config("lm", "gated_deltanet"), None),
+        (f"{windows} {local}", preset.config("lm", _LOCAL), None),
+        ("windows alone", preset.config("lm", "sliding_attention"), None),
+    ]
+    return _by_position(
+        preset,
+        "hybrids",
+        f"What OVQ stands beside: loss on held-out text ({preset.configs['lm'].task.dataset}), by position",
+        models,
+        relative_to=exact,
+    )
+
+
+def _by_position(preset: Preset, name: str, title: str, models: _Models, *, relative_to: str) -> Figure:
+    """The loss of models by position, and by how much it is above that of one of them."""
+    source = dataclasses.replace(preset.configs["lm"].task, join_to=preset.text.length)
     question = LanguageEvaluation(
         source=source, length=preset.text.length, num_examples=preset.text.num_windows
     )
-    exact = MIXER_NAMES["full_attention"]
     lines = [
         Line(
             label=label,
@@ -34,22 +70,22 @@ def language(preset: Preset) -> Figure:
             group=group,
         )
         for group in ("loss", "gap")
-        for label, model, num_slots in _models(preset)
+        for label, model, num_slots in models
     ]
     return Figure(
-        name="lm",
-        title=f"Loss of language models on held-out text ({config.task.dataset}), by position",
+        name=name,
+        title=title,
         note=f"Each point is the mean over the octave of positions that ends there, in windows of "
         f"{preset.text.length} tokens that all models of a seed read alike.",
         lines=tuple(lines),
         panels=(
             Panel(title="loss", x="positions", y="position_losses", group="loss"),
             Panel(
-                title=f"per cent above {exact}",
+                title=f"per cent above {relative_to}",
                 x="positions",
                 y="position_losses",
                 group="gap",
-                relative_to=exact,
+                relative_to=relative_to,
             ),
         ),
     )
@@ -92,10 +128,10 @@ def needle(preset: Preset) -> Figure:
     )
 
 
-def _models(preset: Preset) -> list[tuple[str, RunConfig, int | None]]:
-    """What each compared model is called, its run, and how many slots it is tested with."""
+def _models(preset: Preset) -> _Models:
+    """The mixers compared, each beside windows."""
     trained = preset.configs["lm"].model.num_slots
-    models: list[tuple[str, RunConfig, int | None]] = []
+    models: _Models = []
     for mixer in _COMPARED:
         config = preset.config("lm", mixer)
         if mixer != "ovq":
@@ -105,10 +141,6 @@ def _models(preset: Preset) -> list[tuple[str, RunConfig, int | None]]:
             (f"{MIXER_NAMES[mixer]}, {trained * factor} slots", config, trained * factor)
             for factor in preset.text.slot_factors
         ]
-    for mixer, num_slots in (("full_attention", None), ("ovq", trained)):
-        name = MIXER_NAMES[mixer] if num_slots is None else f"{MIXER_NAMES[mixer]}, {num_slots} slots"
-        config = _beside(_LOCAL, preset.config("lm", mixer))
-        models.append((f"{MIXER_NAMES[_LOCAL]} and {name}", config, num_slots))
     return models
 
 
