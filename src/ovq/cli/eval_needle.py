@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovq.cli import corpus
 from ovq.cli.common import (
     check_model_folder,
     load_model,
@@ -29,14 +30,13 @@ def needle(
     depths: Annotated[str, typer.Option(help="Per cent of the text before the needle.")] = "0,25,50,75,100",
     haystack: Annotated[str, typer.Option(help="noise (five sentences, over and over) or essay.")] = "noise",
     value: Annotated[str, typer.Option(help="word, number or uuid.")] = "number",
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="What essays are made of, as in ovq eval lm.",
-            show_default=False,
-        ),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Documents of essays: train, validation, test or all.")] = "test",
+    dataset: corpus.Dataset = None,
+    split: corpus.Split = "test",
+    held_out: corpus.HeldOut = None,
+    subset: corpus.Subset = None,
+    hub_split: corpus.HubSplit = None,
+    text_field: corpus.TextField = None,
+    max_documents: corpus.MaxDocuments = None,
     num_slots: Annotated[
         str | None,
         typer.Option(
@@ -60,22 +60,29 @@ def needle(
     Each cell shows three shares: values that greedy generation says; tokens of values that are the most
     likely ones; values more likely than all of --distractors others.
 
+    Essays are made of the documents that the first model was not trained on, or of another --dataset.
+
     Example: [bold]ovq eval needle --model runs/ovq --lengths 1024,4096 --depths 0,50,100 --haystack essay
     --dataset sotu --value uuid --out results[/bold]
     """
     at_lengths = parse_ints(lengths, flag="--lengths")
     at_depths = _parse_depths(depths)
     with_slots = [] if num_slots is None else parse_ints(num_slots, flag="--num-slots")
-    if (dataset is not None) != (haystack == "essay"):
-        raise ValueError("--dataset: expected with --haystack essay and only there")
+    chosen = {"held_out": held_out, "subset": subset, "hub_split": hub_split}
+    chosen |= {"text_field": text_field, "max_documents": max_documents}
+    if haystack != "essay":
+        for name, option in {"dataset": dataset, **chosen}.items():
+            if option is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag}: expected only with --haystack essay, found {option!r}")
     for folder in model:
         check_model_folder(folder)
 
     from ovq.eval.haystack import essay_texts
     from ovq.report.needle import needle_table, save_needle_figures
-    from ovq.text import TextSource
 
-    texts = [] if dataset is None else essay_texts(TextSource(dataset=dataset), split, max(at_lengths))
+    source = corpus.corpus_to_read(model[0], dataset, **chosen) if haystack == "essay" else None
+    texts = [] if source is None else essay_texts(source, split, max(at_lengths))
     rows = _measure(
         model,
         {"haystack": haystack, "value": value, "num_distractors": distractors, "texts": texts},
@@ -88,7 +95,12 @@ def needle(
     )
     title = f"A {value} in {haystack}: said, share of its tokens, chosen of {distractors + 1}"
     show_results(
-        {"models": list(map(str, model)), "dataset": dataset, "split": split, "seed": seed},
+        {
+            "models": list(map(str, model)),
+            "source": None if source is None else corpus.described_corpus(source),
+            "split": split,
+            "seed": seed,
+        },
         rows,
         tables=(needle_table(rows, title=title),),
         draw=save_needle_figures,
