@@ -4,6 +4,7 @@ import base64
 import json
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -97,6 +98,20 @@ def test_the_figure_draws_every_line_with_its_bars(tmp_path, monkeypatch):
         "full attention",
         "longest in training",
     ]
+
+
+def test_long_names_stay_within_the_figure(tmp_path):
+    rows = [
+        row(f"a model whose name is long, number {number}", 0, length, 0.5)
+        for number in range(7)
+        for length in (256, 1024)
+    ]
+    save_figure(RESULTS | {"panels": [PANEL, PANEL], "rows": rows}, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    # What is cut off touches the edge.
+    assert (pixels[:, [0, -1]] == 255).all()
+    assert (pixels[[0, -1]] == 255).all()
 
 
 @pytest.fixture

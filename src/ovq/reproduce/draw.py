@@ -133,16 +133,26 @@ def save_figure(results: dict[str, Any], path: Path) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     names = sorted(handles, key=lambda label: labels.index(label) if label in labels else len(labels))
-    canvas.legend(
-        [handles[name] for name in names],
-        names,
-        loc="outside lower center",
-        ncols=min(num_legend_columns, len(names)),
-        frameon=False,
-        fontsize=9,
-    )
+    _add_legend(canvas, {name: handles[name] for name in names}, num_legend_columns)
     with atomic_path(path) as temporary:
         canvas.savefig(temporary, dpi=150)
+
+
+def _add_legend(canvas: Canvas, handles: dict[str, Any], most_columns: int) -> None:
+    """Put a legend below the panels, in as many columns as the width has room for."""
+    for num_columns in range(min(most_columns, len(handles)), 0, -1):
+        legend = canvas.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=num_columns,
+            frameon=False,
+            fontsize=9,
+        )
+        canvas.draw_without_rendering()
+        if legend.get_window_extent().width <= canvas.bbox.width or num_columns == 1:
+            return
+        legend.remove()
 
 
 def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], labels: list[str]) -> None:
