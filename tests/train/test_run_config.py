@@ -124,6 +124,21 @@ def test_language_models_have_the_sizes_they_are_named_by(task, millions):
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.03)
 
 
+@pytest.mark.parametrize("task", ["lm", "lm-70m", "lm-150m", "lm-480m"])
+def test_ovq_beside_mamba2_has_no_windows_and_as_many_parameters(task):
+    sizes = []
+    for name in ("ovq", "ovq-mamba2"):
+        with torch.device("meta"):
+            model = OVQForCausalLM(model_config(get_recipe(f"{task}-{name}")))
+        sizes.append(sum(p.numel() for p in model.parameters()))
+    config = get_recipe(f"{task}-ovq-mamba2")
+    assert config.model.mixer_types == ("mamba2", "ovq") * (len(config.model.mixer_types) // 2)
+    assert config.override(["model.mixer_types=ovq"]) == get_recipe(f"{task}-ovq").override(
+        ["model.mixer_types=ovq"]
+    )
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+
+
 def test_every_language_model_can_be_trained_with_its_state_carried():
     for name in ("lm-ovq", "lm-70m-gdn", "lm-480m-full"):
         assignments = ["task.carry_state=true", "train.micro_batches=1"]

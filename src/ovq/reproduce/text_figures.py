@@ -10,6 +10,7 @@ from ovq.reproduce.plan import Figure, Line, Panel
 from ovq.reproduce.presets import Preset
 from ovq.reproduce.questions import LanguageEvaluation, NeedleEvaluation
 from ovq.train.config import RunConfig
+from ovq.train.recipes import beside
 
 # Those that the paper compares on text.
 _COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_attention")
@@ -39,8 +40,8 @@ def hybrids(preset: Preset) -> Figure:
     full, ovq = preset.config("lm", "full_attention"), preset.config("lm")
     exact = f"{local} and full attention"
     models: _Models = [
-        (exact, _beside(_LOCAL, full), None),
-        (f"{local} and OVQ, {trained} slots", _beside(_LOCAL, ovq), trained),
+        (exact, beside(_LOCAL, full), None),
+        (f"{local} and OVQ, {trained} slots", beside(_LOCAL, ovq), trained),
         (f"{windows} full attention", full, None),
         (f"{windows} OVQ, {trained} slots", ovq, trained),
         (f"{windows} {MIXER_NAMES['gated_deltanet']}", preset.config("lm", "gated_deltanet"), None),
@@ -142,9 +143,3 @@ def _models(preset: Preset) -> _Models:
             for factor in preset.text.slot_factors
         ]
     return models
-
-
-def _beside(mixer: str, config: RunConfig) -> RunConfig:
-    """A run with another mixer in the place of the windows."""
-    mixers = tuple(mixer if name == "sliding_attention" else name for name in config.model.mixer_types)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, mixer_types=mixers))

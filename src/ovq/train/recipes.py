@@ -210,8 +210,27 @@ def recipe_for(task: str, long_range_mixer: str) -> RunConfig:
     return _BUILDERS[task](long_range_mixer)
 
 
+def beside(mixer: str, config: RunConfig) -> RunConfig:
+    """The same run with a mixer in the place of its windows.
+
+    Args:
+        mixer: A name in `ovq.layers.MIXERS`, of one that is good at what is near.
+        config: A run whose layers are windows and long-range mixers.
+
+    Example:
+        >>> beside("mamba2", recipe_for("lm", "ovq")).model.mixer_types
+        ('mamba2', 'ovq', 'mamba2', 'ovq')
+    """
+    mixers = tuple(mixer if name == "sliding_attention" else name for name in config.model.mixer_types)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, mixer_types=mixers))
+
+
 RECIPES: dict[str, RunConfig] = {
     f"{task}-{short}": recipe_for(task, mixer) for task in _BUILDERS for short, mixer in _MIXERS.items()
+} | {
+    f"{task}-ovq-mamba2": beside("mamba2", recipe_for(task, "ovq"))
+    for task in _BUILDERS
+    if task.startswith(TextTask.name)
 }
 """Every recipe by its name on the command line."""
 
