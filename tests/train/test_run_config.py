@@ -109,6 +109,19 @@ def test_a_task_of_a_recipe_can_be_built_16_times_as_long(task):
     config.task.at_length(16 * max(config.train.lengths))
 
 
+@pytest.mark.parametrize("task", ["recall", "positional", "mqar"])
+def test_most_questions_of_the_shortest_examples_lie_beyond_the_window(task):
+    # Otherwise windows answer them alone, and the other layers learn nothing from where a curriculum begins.
+    config = recipe_for(task, "ovq")
+    _, labels, slices = config.task.at_length(config.train.lengths[0]).build(0, indices=range(64))
+    beyond = sum(
+        int(mask.sum())
+        for name, mask in slices.items()
+        if name.startswith("distance") and int(name.split()[1].split("-")[0]) >= config.model.sliding_window
+    )
+    assert beyond > 0.5 * int((labels != -100).sum())
+
+
 @pytest.mark.parametrize(
     ("task", "millions"), [("lm", 1.88), ("lm-70m", 70), ("lm-150m", 150), ("lm-480m", 480)]
 )

@@ -232,8 +232,16 @@ GPU = Preset(
             steps=10000,
             lengths=(384, 1536, 6144),
         ),
-        # With short chunks, or OVQ would read all of it exactly.
-        "mqar": _gpu_config(MQARTask(), steps=6000, lengths=(64, 128, 256), num_slots=128, chunk_size=16),
+        # With short chunks, or OVQ would read all of it exactly; the rest as in the recipe.
+        "mqar": _gpu_config(
+            MQARTask(),
+            steps=6000,
+            lengths=(32, 64, 256),
+            num_slots=128,
+            chunk_size=16,
+            sliding_window=4,
+            tie_word_embeddings=True,
+        ),
         "lm": get_recipe("lm-150m-ovq"),
     },
     length_factors=(1, 2, 4, 8, 16),

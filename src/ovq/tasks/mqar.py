@@ -35,7 +35,7 @@ class MQARTask(Task):
     shifts them); each example has a random stream of its own, where Zoology draws a data set as a whole;
     Zoology trains on a mixture of lengths and numbers of pairs in random order (64 tokens with 4 pairs, 128
     with 8, 256 with 16, 32 and 64), a recipe here on lengths in rising order, each with the most pairs it
-    holds, which are also the sizes Zoology tests (64 tokens with 16 pairs to 1024 with 256).
+    holds (16 with 4 pairs to 128 with 32); Zoology tests 64 tokens with 16 pairs to 1024 with 256, as here.
 
     Attributes:
         length: Tokens an example, T; Zoology tests up to 1024.
