@@ -9,13 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from ovq.eval.haystack import NeedleBuilder, essay_texts
 from ovq.eval.language import evaluate_language
 from ovq.eval.needle import evaluate_needle
 from ovq.eval.reading import token_bytes
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.report.progress import Reporter
 from ovq.text import byte_tokenizer
+from ovq.text.haystack import NeedleBuilder, essay_texts
 from ovq.train.recipes import get_recipe
 from tests.test_cli import fail, run
 
@@ -172,7 +172,7 @@ def test_essays_are_of_what_a_model_was_not_trained_on(folder, capsys, monkeypat
         read.append((source, essay_texts(source, split, length)))
         return read[-1][1]
 
-    monkeypatch.setattr("ovq.eval.haystack.essay_texts", spy)
+    monkeypatch.setattr("ovq.text.haystack.essay_texts", spy)
     arguments = ["eval", "needle", "--model", tmp_path / "run", "--haystack", "essay", "--json"]
     arguments += ["--lengths", "330", "--depths", "50", "--examples", 1, "--distractors", 1]
     results = json.loads(run(capsys, *arguments))

@@ -12,12 +12,12 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from ovq.eval.haystack import Needle, NeedleBuilder, essay_texts, sentences
 from ovq.eval.needle import NeedleRow, ask, evaluate_needle
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.report.needle import SCORES, needle_table, save_needle_figures
 from ovq.report.progress import Reporter
 from ovq.text import Document, TextSource, byte_tokenizer, split_of, train_tokenizer
+from ovq.text.haystack import Needle, NeedleBuilder, essay_texts, sentences
 
 BYTES = byte_tokenizer()
 NUMBERED = " ".join(f"This is sentence {i} of the essay." for i in range(200))

@@ -39,6 +39,15 @@ TINY = Preset(
         "lm": recipe_for("lm", "ovq").override(
             [*_CHANGES, "model.num_attention_heads=1", "train.lengths=32", "train.length_shares=1"]
         ),
+        "needle": recipe_for("lm", "ovq").override(
+            [
+                *_CHANGES,
+                "model.num_attention_heads=1",
+                "task.needle_share=1",
+                "train.lengths=288",
+                "train.length_shares=1",
+            ]
+        ),
     },
     length_factors=(1, 2),
     far_lengths={"recall": (64,)},
@@ -52,7 +61,7 @@ TINY = Preset(
         length=4096,
         num_windows=2,
         slot_factors=(1, 4),
-        needle_lengths=(512, 1024),
+        needle_lengths=(512, 2304),
         needle_depths=(0.0, 1.0),
         num_needles=2,
     ),

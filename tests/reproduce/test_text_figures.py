@@ -10,6 +10,7 @@ from ovq.reproduce.draw import points
 from ovq.reproduce.engine import reproduce
 from ovq.reproduce.figures import get_figure
 from ovq.reproduce.page import write_report
+from ovq.train.config import RunConfig
 from tests.reproduce.common import TINY, run_here, workshop
 
 LENGTH = TINY.text.length
@@ -22,8 +23,10 @@ def preset(tmp_path_factory):
     for number in range(24):
         words = (f"{number * word % 97} is {word}." for word in range(1000))
         (folder / f"{number}.txt").write_text(" ".join(words))
-    config = TINY.configs["lm"].override([f"task.dataset={folder}", "task.held_out=0.5"])
-    return dataclasses.replace(TINY, configs={"lm": config})
+    changes = [f"task.dataset={folder}", "task.held_out=0.5"]
+    return dataclasses.replace(
+        TINY, configs={name: TINY.configs[name].override(changes) for name in ("lm", "needle")}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +40,15 @@ def made(preset, tmp_path_factory):
     return results, begun, out
 
 
-def test_both_figures_share_their_models(made):
+def test_models_that_look_for_needles_have_learned_to(made):
     results, begun, out = made
-    # Five mixers with two seeds, trained for the first figure and asked again for the second.
-    assert len(begun) == 20
-    runs = [{row["run"] for row in results[name]["rows"]} for name in results]
-    assert runs[0] == runs[1]
-    assert len(runs[0]) == len(list(out.glob("runs/*"))) == 10
+    # Five mixers with two seeds for each figure; OVQ has two lines in either, of the same models.
+    runs = {name: {row["run"] for row in results[name]["rows"]} for name in results}
+    assert len(runs["lm"]) == len(runs["needle"]) == 10
+    assert len(begun) == len(list(out.glob("runs/*"))) == 20
+    for name, share in (("lm", 0.0), ("needle", 1.0)):
+        configs = [RunConfig.load(out / "runs" / run) for run in runs[name]]
+        assert {config.task.needle_share for config in configs} == {share}
 
 
 def test_losses_are_shown_by_octaves_of_positions_and_beside_full_attention(made):
@@ -91,7 +96,7 @@ def test_needles_are_shown_by_length_and_depth(made):
     assert [panel["group"] for panel in results["panels"]] == ["0%", "100%"]
     for panel in results["panels"]:
         for line in points(results, panel).values():
-            assert [point.x for point in line] == [512, 1024]
+            assert [point.x for point in line] == [512, 2304]
             assert all(0 <= point.mean <= 1 for point in line)
     assert {(row["depth"], row["value"], row["haystack"]) for row in results["rows"]} == {
         (depth, "number", "essay") for depth in (0.0, 1.0)
@@ -100,18 +105,16 @@ def test_needles_are_shown_by_length_and_depth(made):
         picture.verify()
 
 
-@pytest.mark.parametrize("name", ["lm", "needle"])
-def test_each_line_is_asked_with_its_own_slots(made, name):
+@pytest.mark.parametrize(("name", "label"), [("lm", "OVQ"), ("needle", "Mamba2 and OVQ")])
+def test_each_line_is_asked_with_its_own_slots(made, name, label):
     rows = made[0][name]["rows"]
     slots = {row["line"]: row["num_slots"] for row in rows}
-    assert {line: number for line, number in slots.items() if number} == {
-        "OVQ, 4 slots": 4,
-        "OVQ, 16 slots": 16,
-    }
+    few, many = (f"{label}, {number} slots" for number in (4, 16))
+    assert {line: number for line, number in slots.items() if number} == {few: 4, many: 16}
     states = {(row["line"], row["length"]): row["state_bytes"] for row in rows}
     for (line, length), num_bytes in states.items():
-        if line == "OVQ, 4 slots":
-            assert num_bytes < states["OVQ, 16 slots", length]
+        if line == few:
+            assert num_bytes < states[many, length]
 
 
 def test_the_page_has_both(made):

@@ -78,8 +78,8 @@ def needle(
     for folder in model:
         check_model_folder(folder)
 
-    from ovq.eval.haystack import essay_texts
     from ovq.report.needle import needle_table, save_needle_figures
+    from ovq.text.haystack import essay_texts
 
     source = corpus.corpus_to_read(model[0], dataset, **chosen) if haystack == "essay" else None
     texts = [] if source is None else essay_texts(source, split, max(at_lengths))
@@ -111,9 +111,9 @@ def needle(
 
 def _measure(folders: list[Path], questions: dict[str, Any], **options: Any) -> list[NeedleRow]:
     """The rows of all models, each of which reads the questions with its own tokenizer."""
-    from ovq.eval.haystack import NeedleBuilder
     from ovq.eval.needle import evaluate_needle
     from ovq.report.progress import Reporter
+    from ovq.text.haystack import NeedleBuilder
 
     rows = []
     with Reporter() as reporter:

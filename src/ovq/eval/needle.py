@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from ovq.eval.accuracy import long_range_mixer
-from ovq.eval.haystack import Needle, NeedleBuilder
 from ovq.eval.reading import PIECE_SIZE, each_dictionary, read_pieces, target_losses
 from ovq.hf import OVQCache, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
 from ovq.report.progress import Reporter
 from ovq.report.rows import model_label
+from ovq.text.haystack import Needle, NeedleBuilder
 
 _EXTRA_TOKENS = 16
 """What a model may say beside the value before it counts as not found."""

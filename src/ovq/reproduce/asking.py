@@ -10,7 +10,6 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ovq.eval.accuracy import evaluate
-from ovq.eval.haystack import NeedleBuilder, essay_texts
 from ovq.eval.language import evaluate_language
 from ovq.eval.needle import evaluate_needle
 from ovq.eval.reading import token_bytes
@@ -19,6 +18,7 @@ from ovq.report.language import octave_losses
 from ovq.report.progress import Reporter
 from ovq.reproduce.questions import Evaluation, LanguageEvaluation, NeedleEvaluation, Question
 from ovq.text import load_corpus
+from ovq.text.haystack import NeedleBuilder, essay_texts
 
 _LANGUAGE_FIELDS = (
     *("mixer", "num_slots", "length", "loss", "bits_per_byte", "state_bytes"),

@@ -42,8 +42,8 @@ class Preset:
 
     Attributes:
         name: What the command line calls it.
-        configs: The usual OVQ run of each task, by the name of the task. A figure puts another mixer in the
-            place of OVQ, or changes a field.
+        configs: The usual OVQ run of each task by its name, and that of language models which learn to find
+            needles. A figure puts another mixer in the place of OVQ, or changes a field.
         length_factors: Where to test, in lengths of the longest training example.
         far_lengths: Where to test beyond, in tokens, by the name of the task.
         test_tokens: Tokens to test on, at each length; at least one example is.
@@ -151,6 +151,11 @@ CPU = Preset(
         "mqar": _cpu_config("mqar"),
         # Smaller steps than those of the recipe, and fewer: all mixers and seeds in about an hour.
         "lm": _cpu_config("lm", "train.batch_size=2", "train.steps=400"),
+        # Nothing but needles, or looking back would take thousands of steps to learn; for the same reason the
+        # embedding is as wide as in the synthetic tasks.
+        "needle": _cpu_config(
+            "lm", "task.needle_share=1", "model.embedding_std=1", "train.batch_size=2", "train.steps=800"
+        ),
     },
     length_factors=(1, 2, 4, 8, 16),
     far_lengths={"recall": (16384, 65536), "positional": (16384, 65536)},
@@ -243,6 +248,7 @@ GPU = Preset(
             tie_word_embeddings=True,
         ),
         "lm": get_recipe("lm-150m-ovq"),
+        "needle": get_recipe("lm-150m-ovq").override(["task.needle_share=0.1"]),
     },
     length_factors=(1, 2, 4, 8, 16),
     far_lengths={"regression": (65536,)},

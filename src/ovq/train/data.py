@@ -18,6 +18,7 @@ from ovq.report.progress import Reporter
 from ovq.tasks import TextTask
 from ovq.text import Corpus, get_tokenizer, load_corpus, source_tokenizer
 from ovq.train.config import RunConfig
+from ovq.train.needles import NeedleWindows
 from ovq.train.text import CarriedTextDataset, PackedTextDataset
 
 CORPUS_FILE = "corpus.json"
@@ -58,13 +59,22 @@ def training_data(config: RunConfig, out: Path, checkpoint: Path | None, reporte
         return TrainingData(examples=CurriculumDataset(config))
     tokenizer = source_tokenizer(task) if checkpoint is None else get_tokenizer(str(checkpoint))
     corpus = load_corpus(task, "train", tokenizer=tokenizer, progress=_now_and_then(task.dataset, reporter))
-    kind = CarriedTextDataset if task.carry_state else PackedTextDataset
-    examples = kind(config, corpus)
+    examples = _text_examples(config, corpus, tokenizer)
     if checkpoint is None:
         write_atomic(out / CORPUS_FILE, json.dumps({"dataset": task.dataset, "digest": corpus.digest}) + "\n")
     else:
         _check_corpus(out / CORPUS_FILE, corpus)
     return TrainingData(examples=examples, tokenizer=tokenizer, is_carrying=task.carry_state)
+
+
+def _text_examples(config: RunConfig, corpus: Corpus, tokenizer: Any) -> Dataset:
+    """Windows of a corpus, in the order that the run asks for."""
+    if config.task.carry_state:
+        return CarriedTextDataset(config, corpus)
+    has_needles = config.task.needle_share > 0
+    return PackedTextDataset(
+        config, corpus, NeedleWindows(config, corpus, tokenizer) if has_needles else None
+    )
 
 
 def _check_corpus(path: Path, corpus: Corpus) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from ovq.text import Corpus
 from ovq.train.config import RunConfig
+from ovq.train.needles import NeedleWindows
 
 
 class PackedTextDataset(Dataset):
@@ -26,11 +27,13 @@ class PackedTextDataset(Dataset):
     In each epoch the documents are put one after the other in a new order, cut into windows of the length of
     the step, and the windows shown in an order of their own. A window is all of one document, or the end of
     one, some short ones and the beginning of another: then each of them is a row of its own in `cu_seqlens`,
-    and none sees another. The seed and the index alone say what a window is, as in `CurriculumDataset`.
+    and none sees another. The seed and the index alone say what a window is, as in `CurriculumDataset`. Where
+    there are needles to learn from, texts with them are shown in the place of some windows.
 
     Args:
         config: The run.
         corpus: Its training documents.
+        needles: The windows of the run that have needles; `None` for none.
 
     Raises:
         ValueError: If all documents together are shorter than a window.
@@ -44,9 +47,10 @@ class PackedTextDataset(Dataset):
         {'input_ids': (1, 6144), 'labels': (1, 6144), 'shift_labels': (1, 6144), 'cu_seqlens': (...,)}
     """
 
-    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+    def __init__(self, config: RunConfig, corpus: Corpus, needles: NeedleWindows | None = None) -> None:
         self._train = config.train
         self._corpus = corpus
+        self._needles = needles
         self._num_positions = corpus.num_tokens + 1
         num_positions = int(self._num_positions.sum())
         if num_positions < max(config.train.lengths):
@@ -62,10 +66,16 @@ class PackedTextDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         """Build these windows as one packed row: `input_ids`, targets and `cu_seqlens`; nothing is left."""
-        pieces = [piece for index in indices for piece in self._window(index)]
-        inputs, targets = zip(*(read_positions(self._corpus, *piece) for piece in pieces), strict=True)
+        inputs, targets = zip(*(row for index in indices for row in self._rows(index)), strict=True)
         ends = np.cumsum([0, *map(len, inputs)], dtype=np.int32)
         return _batch(inputs, targets) | {"cu_seqlens": torch.from_numpy(ends)}
+
+    def _rows(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the rows of a window read and predict."""
+        texts = [] if self._needles is None else self._needles.texts(index)
+        if texts:
+            return [positions(text, self._corpus.end_of_text) for text in texts]
+        return [read_positions(self._corpus, *piece) for piece in self._window(index)]
 
     def _window(self, index: int) -> list[tuple[int, int, int]]:
         """The pieces of a window: document, and the range of its positions."""
@@ -186,8 +196,21 @@ def read_positions(corpus: Corpus, document: int, start: int, stop: int) -> tupl
         >>> inputs.tolist(), targets.tolist()
         ([256, 34, 34, 34], [34, 34, 34, 73])
     """
-    tokens = corpus[document]
-    end = [corpus.end_of_text]
+    return positions(corpus[document], corpus.end_of_text, start, stop)
+
+
+def positions(
+    tokens: np.ndarray, end_of_text: int, start: int = 0, stop: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a range of positions of a text reads and predicts, all of them by default.
+
+    Example:
+        >>> inputs, targets = positions(np.array([7, 8]), 256)
+        >>> inputs.tolist(), targets.tolist()
+        ([256, 7, 8], [7, 8, 256])
+    """
+    stop = len(tokens) + 1 if stop is None else stop
+    end = [end_of_text]
     parts = [end if start == 0 else [], tokens[max(start - 1, 0) : stop], end if stop > len(tokens) else []]
     read = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
     return read[:-1], read[1:]

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ovq.text import TextSource, read_documents, split_of
-from ovq.text.source import check_split
+from ovq.text.documents import read_documents, split_of
+from ovq.text.source import TextSource, check_split
 
 HAYSTACKS = ("noise", "essay")
 """Kinds of text around the needle."""
@@ -36,19 +36,7 @@ _NOISE = (
     "There and back again.",
 )
 _ADJECTIVES = (
-    *(
-        "amber",
-        "brave",
-        "brisk",
-        "calm",
-        "clever",
-        "cosmic",
-        "crimson",
-        "curious",
-        "daring",
-        "dusty",
-        "eager",
-    ),
+    *("amber", "brave", "brisk", "calm", "clever", "cosmic", "crimson", "curious", "daring", "dry", "dusty"),
     *("eager", "fancy", "frosty", "gentle", "golden", "hidden", "humble", "icy", "jolly", "lively", "lucky"),
     *("mellow", "misty", "noble", "orange", "patient", "quiet", "rapid", "rusty", "silent", "tidy", "vivid"),
 )
@@ -66,6 +54,8 @@ _QUESTION = "\nWhat is the special magic {kind} for {key} in the text above?"
 # Sentences of essays that are longer are cut between words, so that a depth can be met.
 _LONGEST_SENTENCE = 300
 _CANDIDATES_PER_DISTRACTOR = 16
+# A quarter of the words that there are for keys and values.
+_MOST_NEEDLES = 256
 # Essays begin at different places of the texts, which need to be no more than some times as long as an essay.
 _FEWEST_CHARACTERS = 2**22
 _CHARACTERS_PER_TOKEN = 64
@@ -156,9 +146,7 @@ class NeedleBuilder:
         if not 0 <= depth <= 1:
             raise ValueError(f"depth: expected a number from 0 to 1, found {depth}")
         random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
-        key, value = _word(random), self._draw(random)
-        while value == key:
-            value = self._draw(random)
+        [(key, value)] = self._pairs(random, 1)
         start = int(random.integers(len(self._sentences))) if self._is_shifted else 0
         words = {"kind": self.value, "key": key}
         needle = _NEEDLE.format(**words)
@@ -182,6 +170,60 @@ class NeedleBuilder:
             value=value,
             distractors=self._distractors(random, value, len(answer)),
         )
+
+    def repeat(self, length: int, *, num_needles: int, random: np.random.Generator) -> np.ndarray:
+        """A text to learn from: needles at any depths, and each once more at the end, in another order.
+
+        Args:
+            length: Tokens at most; sentences are left out to come below it, all of them if need be.
+            num_needles: Needles, of different keys and values; fewer where more do not fit, 256 at most.
+            random: Where everything is drawn from.
+
+        Returns:
+            `[T]` token ids.
+
+        Raises:
+            ValueError: If not even one needle fits.
+
+        Example:
+            >>> from ovq.text import byte_tokenizer
+            >>> builder = NeedleBuilder(byte_tokenizer(), value="word")
+            >>> ids = builder.repeat(320, num_needles=2, random=np.random.default_rng(0))
+            >>> print(builder.tokenizer.decode(ids).replace(". ", ".\\n "))
+             One of the special magic words for rapid-mirror is: dusty-badger.
+             The grass is green.
+             The sky is blue.
+             One of the special magic words for hidden-comet is: brisk-anchor.
+             The sun is yellow.
+            One of the special magic words for hidden-comet is: brisk-anchor.
+            One of the special magic words for rapid-mirror is: dusty-badger.
+        """
+        pairs = self._pairs(random, min(num_needles, _MOST_NEEDLES))
+        needles = [f"{_NEEDLE.format(kind=self.value, key=key)} {value}." for key, value in pairs]
+        hidden = [self._encode(f" {needle}") for needle in needles]
+        again = [self._encode(f"\n{needle}") for needle in needles]
+        while (room := length - sum(map(len, (*hidden, *again)))) < 0:
+            if len(hidden) == 1:
+                raise ValueError(
+                    f"length: expected at least {length - room} tokens for a needle, found {length}"
+                )
+            hidden, again = hidden[:-1], again[:-1]
+        start = int(random.integers(len(self._sentences))) if self._is_shifted else 0
+        parts = list(self._fill(start, room))
+        for needle, place in zip(hidden, random.integers(len(parts) + 1, size=len(hidden)), strict=True):
+            parts.insert(place, needle)
+        return np.concatenate([*parts, *(again[i] for i in random.permutation(len(again)))])
+
+    def _pairs(self, random: np.random.Generator, count: int) -> list[tuple[str, str]]:
+        """Different keys and different values, no value being a key."""
+        words: list[str] = []
+        for draw in (_word, self._draw):
+            for _ in range(count):
+                word = draw(random)
+                while word in words:
+                    word = draw(random)
+                words.append(word)
+        return list(zip(words[:count], words[count:], strict=True))
 
     def _fill(self, start: int, room: int) -> Iterator[np.ndarray]:
         """Sentences from a place on, as many as there is room for."""

@@ -1,0 +1,81 @@
+"""Windows of texts in which sentences are hidden and said again at the end: what a small language model
+learns to look back from. `task.needle_share` of the windows of a run are such."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ovq.tasks.text import SHORTEST_NEEDLE_TEXT
+from ovq.text import Corpus
+from ovq.text.haystack import NeedleBuilder
+from ovq.train.config import RunConfig
+
+_TOKENS_PER_NEEDLE = 144
+
+# Looking back is learned where there is little to look at, and then holds in longer texts.
+_SHARE_OF_SHORT_ONES = 0.6
+
+_MOST_CHARACTERS = 2**22
+"""Of the documents that needles are hidden in."""
+
+
+class NeedleWindows:
+    """The windows with needles of a run.
+
+    In the first six tenths of its steps all their texts are as short as can be. After that each window holds
+    texts of a length between that and its own, drawn evenly by its logarithm. They have a needle for each 144
+    tokens.
+
+    Args:
+        config: The run.
+        corpus: Its training documents, in which needles are hidden.
+        tokenizer: That of the corpus.
+
+    Example:
+        >>> from ovq.text import TextSource, byte_tokenizer, load_corpus
+        >>> from ovq.train.recipes import get_recipe
+        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
+        >>> config, tokenizer = get_recipe("lm-ovq").override(["task.needle_share=0.5"]), byte_tokenizer()
+        >>> windows = NeedleWindows(config, corpus, tokenizer)
+        >>> [len(windows.texts(index)) for index in range(8)]
+        [0, 0, 0, 7, 0, 7, 7, 7]
+        >>> print(tokenizer.decode(windows.texts(3)[0]).replace(". ", ".\\n "))
+         One of the special magic numbers for clever-harbor is: 3090241.
+         One of the special magic numbers for dusty-kettle is: 6736258.
+        One of the special magic numbers for clever-harbor is: 3090241.
+        One of the special magic numbers for dusty-kettle is: 6736258.
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus, tokenizer: Any) -> None:
+        self._share = config.task.needle_share
+        self._train = config.train
+        self._builder = NeedleBuilder(tokenizer, haystack="essay", texts=_texts(corpus, tokenizer))
+
+    def texts(self, index: int) -> list[np.ndarray]:
+        """The texts of the window with this number, `[T]` token ids each; none if it is one of the corpus."""
+        random = np.random.default_rng(np.random.SeedSequence(self._train.seed, spawn_key=(index,)))
+        if random.random() >= self._share:
+            return []
+        step = index // self._train.batch_size
+        window, length = self._train.length_at(step), SHORTEST_NEEDLE_TEXT
+        if step >= _SHARE_OF_SHORT_ONES * self._train.steps:
+            length = int(SHORTEST_NEEDLE_TEXT * (window / SHORTEST_NEEDLE_TEXT) ** random.random())
+        # The token that ends a text is one position of it.
+        return [
+            self._builder.repeat(length - 1, num_needles=length // _TOKENS_PER_NEEDLE, random=random)
+            for _ in range(window // length)
+        ]
+
+
+def _texts(corpus: Corpus, tokenizer: Any) -> list[str]:
+    """The first documents of a corpus, as text again."""
+    texts: list[str] = []
+    missing = _MOST_CHARACTERS
+    for tokens in corpus:
+        texts.append(tokenizer.decode(tokens.tolist()))
+        missing -= len(texts[-1])
+        if missing <= 0:
+            break
+    return texts

@@ -1,0 +1,144 @@
+"""Windows with needles: what is in them, when they are shown, and that a run trains on them."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import torch
+from tests.train.text_common import END, quiet, tiny_config
+
+from ovq.tasks import TextTask
+from ovq.tasks.text import SHORTEST_NEEDLE_TEXT
+from ovq.text import TextSource, byte_tokenizer, load_corpus
+from ovq.text.haystack import NeedleBuilder
+from ovq.train import loop
+from ovq.train.needles import NeedleWindows
+from ovq.train.text import PackedTextDataset
+
+BYTES = byte_tokenizer()
+NEEDLE = r"One of the special magic (?:number|word)s for (\S+) is: ([^.]+)\."
+WINDOW = 1200
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text(" ".join(f"This is sentence {i}." for i in range(400)))
+    return folder
+
+
+@pytest.fixture
+def corpus(folder):
+    return load_corpus(TextSource(dataset=str(folder), held_out=0), "train")
+
+
+def config_of(folder, share=1.0, **train):
+    fields = {"lengths": (WINDOW,), "steps": 10, "batch_size": 2} | train
+    return tiny_config(folder, task={"needle_share": share}, **fields)
+
+
+def windows_of(folder, corpus, share=1.0, **train):
+    return NeedleWindows(config_of(folder, share, **train), corpus, BYTES)
+
+
+@pytest.mark.parametrize("value", ["number", "word"])
+def test_every_needle_is_said_twice_and_the_second_time_at_the_end(value):
+    builder = NeedleBuilder(BYTES, haystack="essay", value=value, texts=["Some words. And others. " * 50])
+    orders = set()
+    for seed in range(20):
+        ids = builder.repeat(1500, num_needles=4, random=np.random.default_rng(seed))
+        assert 1500 - len(" And others.") < len(ids) <= 1500
+        hay, *again = BYTES.decode(ids).split("\n")
+        first, second = (re.findall(NEEDLE, text) for text in (hay, "\n".join(again)))
+        assert len(again) == len(first) == len(set(first)) == 4
+        assert all(re.fullmatch(NEEDLE, line) for line in again)
+        assert sorted(first) == sorted(second)
+        keys, values = zip(*first, strict=True)
+        assert len({*keys, *values}) == 8
+        orders.add(tuple(first.index(pair) for pair in second))
+    assert len(orders) > 5
+
+
+def test_needles_that_do_not_fit_are_left_out_but_not_the_last():
+    builder = NeedleBuilder(BYTES)
+    ids = builder.repeat(300, num_needles=50, random=np.random.default_rng(0))
+    assert len(ids) <= 300
+    assert len(re.findall(NEEDLE, BYTES.decode(ids))) == 4
+    with pytest.raises(ValueError, match=r"length: expected at least 1\d\d tokens for a needle, found 100"):
+        builder.repeat(100, num_needles=2, random=np.random.default_rng(0))
+
+
+def test_more_needles_than_there_are_words_do_not_take_for_ever():
+    ids = NeedleBuilder(BYTES, value="word").repeat(10**6, num_needles=10**4, random=np.random.default_rng(0))
+    assert len(re.findall(NEEDLE, BYTES.decode(ids))) == 2 * 256
+
+
+def test_texts_are_short_at_first_and_of_any_length_later(folder, corpus):
+    windows = windows_of(folder, corpus, steps=100)
+    early = [windows.texts(index) for index in range(2 * 60)]
+    late = [windows.texts(index) for index in range(2 * 60, 2 * 100)]
+    assert {len(texts) for texts in early} == {WINDOW // SHORTEST_NEEDLE_TEXT}
+    assert {len(texts) for texts in late} == {1, 2, 3, 4}
+    assert all(len(text) < SHORTEST_NEEDLE_TEXT for texts in early for text in texts)
+    for texts in late:
+        assert sum(len(text) + 1 for text in texts) <= WINDOW
+    assert max(len(texts[0]) for texts in late) > 0.9 * WINDOW
+    texts = [BYTES.decode(text) for texts in [*early, *late] for text in texts]
+    assert len(set(texts)) == len(texts)
+    assert any("This is sentence" in text for text in texts)
+
+
+def test_they_take_the_place_of_their_share_of_the_windows(folder, corpus):
+    shares = [
+        np.mean([bool(windows_of(folder, corpus, share).texts(index)) for index in range(200)])
+        for share in (0.3, 1.0)
+    ]
+    assert 0.2 < shares[0] < 0.4
+    assert shares[1] == 1
+    config = config_of(folder, 0.5)
+    windows = NeedleWindows(config, corpus, BYTES)
+    mixed, plain = PackedTextDataset(config, corpus, windows), PackedTextDataset(config, corpus)
+    kinds = set()
+    for index in range(20):
+        batch, texts = mixed.__getitems__([index]), windows.texts(index)
+        kinds.add(bool(texts))
+        if not texts:
+            expected = plain.__getitems__([index])
+            assert all(torch.equal(batch[name], expected[name]) for name in expected)
+            continue
+        rows = list(itertools.pairwise(batch["cu_seqlens"].tolist()))
+        assert len(rows) == len(texts)
+        for (start, stop), text in zip(rows, texts, strict=True):
+            assert batch["input_ids"][0, start:stop].tolist() == [END, *text.tolist()]
+            assert batch["shift_labels"][0, start:stop].tolist() == [*text.tolist(), END]
+    assert kinds == {True, False}
+
+
+def test_a_run_trains_on_them(folder, tmp_path, monkeypatch):
+    seen = []
+    texts = NeedleWindows.texts
+    monkeypatch.setattr(NeedleWindows, "texts", lambda self, index: seen.append(index) or texts(self, index))
+    loop.train(config_of(folder, steps=2), tmp_path / "run", reporter=quiet())
+    assert seen[:4] == [0, 1, 2, 3]
+    seen.clear()
+    loop.train(config_of(folder, share=0.0, steps=2), tmp_path / "other", reporter=quiet())
+    assert seen == []
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TextTask(needle_share=1.5), r"needle_share: expected a share in \[0, 1\], found 1.5"),
+        (lambda: TextTask(needle_share=0.5, carry_state=True), "needle_share: expected 0 with carry_state"),
+        (
+            lambda: tiny_config("x", task={"needle_share": 0.5}, lengths=(287,)),
+            "train.lengths: the task cannot be built at length 287: length: expected at least 288, found 287",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
