@@ -154,7 +154,7 @@ CPU = Preset(
         # Nothing but needles, or looking back would take thousands of steps to learn; for the same reason the
         # embedding is as wide as in the synthetic tasks.
         "needle": _cpu_config(
-            "lm", "task.needle_share=1", "model.embedding_std=1", "train.batch_size=2", "train.steps=800"
+            "lm", "task.needle_share=1", "model.embedding_std=1", "train.batch_size=2", "train.steps=1000"
         ),
     },
     length_factors=(1, 2, 4, 8, 16),
