@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.train.text_common import END, quiet, tiny_config
 
-from ovq.tasks import TextTask
+from ovq.tasks import IGNORE_INDEX, TextTask
 from ovq.tasks.text import SHORTEST_NEEDLE_TEXT
 from ovq.text import TextSource, byte_tokenizer, load_corpus
 from ovq.text.haystack import NeedleBuilder
@@ -49,13 +49,15 @@ def test_every_needle_is_said_twice_and_the_second_time_at_the_end(value):
     builder = NeedleBuilder(BYTES, haystack="essay", value=value, texts=["Some words. And others. " * 50])
     orders = set()
     for seed in range(20):
-        ids = builder.repeat(1500, num_needles=4, random=np.random.default_rng(seed))
+        ids, is_answer = builder.repeat(1500, num_needles=4, random=np.random.default_rng(seed))
         assert 1500 - len(" And others.") < len(ids) <= 1500
         hay, *again = BYTES.decode(ids).split("\n")
         first, second = (re.findall(NEEDLE, text) for text in (hay, "\n".join(again)))
         assert len(again) == len(first) == len(set(first)) == 4
         assert all(re.fullmatch(NEEDLE, line) for line in again)
         assert sorted(first) == sorted(second)
+        assert BYTES.decode(ids[is_answer]) == "".join(f" {value}" for _, value in second)
+        assert not is_answer[: len(hay)].any()
         keys, values = zip(*first, strict=True)
         assert len({*keys, *values}) == 8
         orders.add(tuple(first.index(pair) for pair in second))
@@ -64,7 +66,7 @@ def test_every_needle_is_said_twice_and_the_second_time_at_the_end(value):
 
 def test_needles_that_do_not_fit_are_left_out_but_not_the_last():
     builder = NeedleBuilder(BYTES)
-    ids = builder.repeat(300, num_needles=50, random=np.random.default_rng(0))
+    ids, _ = builder.repeat(300, num_needles=50, random=np.random.default_rng(0))
     assert len(ids) <= 300
     assert len(re.findall(NEEDLE, BYTES.decode(ids))) == 4
     with pytest.raises(ValueError, match=r"length: expected at least 1\d\d tokens for a needle, found 100"):
@@ -72,7 +74,9 @@ def test_needles_that_do_not_fit_are_left_out_but_not_the_last():
 
 
 def test_more_needles_than_there_are_words_do_not_take_for_ever():
-    ids = NeedleBuilder(BYTES, value="word").repeat(10**6, num_needles=10**4, random=np.random.default_rng(0))
+    ids, _ = NeedleBuilder(BYTES, value="word").repeat(
+        10**6, num_needles=10**4, random=np.random.default_rng(0)
+    )
     assert len(re.findall(NEEDLE, BYTES.decode(ids))) == 2 * 256
 
 
@@ -82,11 +86,11 @@ def test_texts_are_short_at_first_and_of_any_length_later(folder, corpus):
     late = [windows.texts(index) for index in range(2 * 60, 2 * 100)]
     assert {len(texts) for texts in early} == {WINDOW // SHORTEST_NEEDLE_TEXT}
     assert {len(texts) for texts in late} == {1, 2, 3, 4}
-    assert all(len(text) < SHORTEST_NEEDLE_TEXT for texts in early for text in texts)
+    assert all(len(ids) < SHORTEST_NEEDLE_TEXT for texts in early for ids, _ in texts)
     for texts in late:
-        assert sum(len(text) + 1 for text in texts) <= WINDOW
-    assert max(len(texts[0]) for texts in late) > 0.9 * WINDOW
-    texts = [BYTES.decode(text) for texts in [*early, *late] for text in texts]
+        assert sum(len(ids) + 1 for ids, _ in texts) <= WINDOW
+    assert max(len(texts[0][0]) for texts in late) > 0.9 * WINDOW
+    texts = [BYTES.decode(ids) for texts in [*early, *late] for ids, _ in texts]
     assert len(set(texts)) == len(texts)
     assert any("This is sentence" in text for text in texts)
 
@@ -111,9 +115,10 @@ def test_they_take_the_place_of_their_share_of_the_windows(folder, corpus):
             continue
         rows = list(itertools.pairwise(batch["cu_seqlens"].tolist()))
         assert len(rows) == len(texts)
-        for (start, stop), text in zip(rows, texts, strict=True):
-            assert batch["input_ids"][0, start:stop].tolist() == [END, *text.tolist()]
-            assert batch["shift_labels"][0, start:stop].tolist() == [*text.tolist(), END]
+        for (start, stop), (ids, is_answer) in zip(rows, texts, strict=True):
+            assert batch["input_ids"][0, start:stop].tolist() == [END, *ids.tolist()]
+            predicted = [i if answers else IGNORE_INDEX for i, answers in zip(ids, is_answer, strict=True)]
+            assert batch["shift_labels"][0, start:stop].tolist() == [*predicted, IGNORE_INDEX]
     assert kinds == {True, False}
 
 

@@ -151,10 +151,16 @@ CPU = Preset(
         "mqar": _cpu_config("mqar"),
         # Smaller steps than those of the recipe, and fewer: all mixers and seeds in about an hour.
         "lm": _cpu_config("lm", "train.batch_size=2", "train.steps=400"),
-        # Nothing but needles, or looking back would take thousands of steps to learn; for the same reason the
-        # embedding is as wide as in the synthetic tasks.
+        # Windows and weights as in the synthetic tasks, or looking back takes thousands of steps to learn.
         "needle": _cpu_config(
-            "lm", "task.needle_share=1", "model.embedding_std=1", "train.batch_size=2", "train.steps=1000"
+            "lm",
+            "task.needle_share=1",
+            "model.sliding_window=16",
+            "model.initializer_range=0.1",
+            "model.embedding_std=1",
+            "train.batch_size=2",
+            "train.steps=500",
+            "train.learning_rate=0.004",
         ),
     },
     length_factors=(1, 2, 4, 8, 16),
@@ -248,7 +254,7 @@ GPU = Preset(
             tie_word_embeddings=True,
         ),
         "lm": get_recipe("lm-150m-ovq"),
-        "needle": get_recipe("lm-150m-ovq").override(["task.needle_share=0.1"]),
+        "needle": get_recipe("lm-150m-ovq").override(["task.needle_share=1"]),
     },
     length_factors=(1, 2, 4, 8, 16),
     far_lengths={"regression": (65536,)},

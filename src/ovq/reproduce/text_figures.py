@@ -28,7 +28,7 @@ def language(preset: Preset) -> Figure:
         preset,
         "lm",
         f"Loss of language models on held-out text ({preset.configs['lm'].task.dataset}), by position",
-        _models(preset),
+        _models(preset, "lm"),
         relative_to=MIXER_NAMES["full_attention"],
     )
 
@@ -36,20 +36,24 @@ def language(preset: Preset) -> Figure:
 def hybrids(preset: Preset) -> Figure:
     """The loss by position where a mixer that is good at what is near stands in the place of the windows."""
     trained = preset.configs["lm"].model.num_slots
-    exact, ovq, *others = _hybrids(preset, "lm", factors=(1,))
+    local, windows = MIXER_NAMES[_LOCAL], "windows and"
+    full, ovq = preset.config("lm", "full_attention"), preset.config("lm")
+    exact = f"{local} and full attention"
     models: _Models = [
-        exact,
-        ovq,
-        ("windows and full attention", preset.config("lm", "full_attention"), None),
-        (f"windows and OVQ, {trained} slots", preset.config("lm"), trained),
-        *others,
+        (exact, beside(_LOCAL, full), None),
+        (f"{local} and OVQ, {trained} slots", beside(_LOCAL, ovq), trained),
+        (f"{windows} full attention", full, None),
+        (f"{windows} OVQ, {trained} slots", ovq, trained),
+        (f"{windows} {MIXER_NAMES['gated_deltanet']}", preset.config("lm", "gated_deltanet"), None),
+        (f"{windows} {local}", preset.config("lm", _LOCAL), None),
+        ("windows alone", preset.config("lm", "sliding_attention"), None),
     ]
     return _by_position(
         preset,
         "hybrids",
         f"What OVQ stands beside: loss on held-out text ({preset.configs['lm'].task.dataset}), by position",
         models,
-        relative_to=exact[0],
+        relative_to=exact,
     )
 
 
@@ -110,7 +114,7 @@ def needle(preset: Preset) -> Figure:
                 evaluations=tuple(dataclasses.replace(each, num_slots=num_slots) for each in questions),
                 group=f"{depth:.0%}",
             )
-            for label, model, num_slots in _hybrids(preset, "needle", factors=text.slot_factors)
+            for label, model, num_slots in _models(preset, "needle")
         ]
     longest = preset.train_length("needle")
     return Figure(
@@ -127,29 +131,12 @@ def needle(preset: Preset) -> Figure:
     )
 
 
-def _hybrids(preset: Preset, config: str, *, factors: tuple[int, ...]) -> _Models:
-    """Full attention and OVQ beside a mixer that is good at what is near, and other mixers beside windows."""
-    local = MIXER_NAMES[_LOCAL]
-    ovq = preset.config(config)
-    trained = ovq.model.num_slots
-    return [
-        (f"{local} and full attention", beside(_LOCAL, preset.config(config, "full_attention")), None),
-        *(
-            (f"{local} and OVQ, {trained * factor} slots", beside(_LOCAL, ovq), trained * factor)
-            for factor in factors
-        ),
-        (f"windows and {MIXER_NAMES['gated_deltanet']}", preset.config(config, "gated_deltanet"), None),
-        (f"windows and {local}", preset.config(config, _LOCAL), None),
-        ("windows alone", preset.config(config, "sliding_attention"), None),
-    ]
-
-
-def _models(preset: Preset) -> _Models:
+def _models(preset: Preset, name: str) -> _Models:
     """The mixers compared, each beside windows."""
-    trained = preset.configs["lm"].model.num_slots
+    trained = preset.configs[name].model.num_slots
     models: _Models = []
     for mixer in _COMPARED:
-        config = preset.config("lm", mixer)
+        config = preset.config(name, mixer)
         if mixer != "ovq":
             models.append((MIXER_NAMES[mixer], config, None))
             continue

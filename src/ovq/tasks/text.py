@@ -20,7 +20,7 @@ class TextTask(TextSource):
         carry_state: Read documents in order, window after window, each from the state that the one before it
             has left, without its gradient: a context as long as the document in the memory of a window.
         needle_share: Share of the windows in whose place texts are shown that have needles in them and say
-            them again at the end, see `ovq.train.needles`.
+            them again at the end, where values are all that is predicted, see `ovq.train.needles`.
 
     Raises:
         ValueError: If a field is out of range.

@@ -171,7 +171,9 @@ class NeedleBuilder:
             distractors=self._distractors(random, value, len(answer)),
         )
 
-    def repeat(self, length: int, *, num_needles: int, random: np.random.Generator) -> np.ndarray:
+    def repeat(
+        self, length: int, *, num_needles: int, random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         """A text to learn from: needles at any depths, and each once more at the end, in another order.
 
         Args:
@@ -180,7 +182,7 @@ class NeedleBuilder:
             random: Where everything is drawn from.
 
         Returns:
-            `[T]` token ids.
+            `[T]` token ids, and `[T]` which of them are of values that are said the second time.
 
         Raises:
             ValueError: If not even one needle fits.
@@ -188,7 +190,7 @@ class NeedleBuilder:
         Example:
             >>> from ovq.text import byte_tokenizer
             >>> builder = NeedleBuilder(byte_tokenizer(), value="word")
-            >>> ids = builder.repeat(320, num_needles=2, random=np.random.default_rng(0))
+            >>> ids, is_answer = builder.repeat(320, num_needles=2, random=np.random.default_rng(0))
             >>> print(builder.tokenizer.decode(ids).replace(". ", ".\\n "))
              One of the special magic words for rapid-mirror is: dusty-badger.
              The grass is green.
@@ -197,12 +199,15 @@ class NeedleBuilder:
              The sun is yellow.
             One of the special magic words for hidden-comet is: brisk-anchor.
             One of the special magic words for rapid-mirror is: dusty-badger.
+            >>> builder.tokenizer.decode(ids[is_answer])
+            ' brisk-anchor dusty-badger'
         """
         pairs = self._pairs(random, min(num_needles, _MOST_NEEDLES))
-        needles = [f"{_NEEDLE.format(kind=self.value, key=key)} {value}." for key, value in pairs]
-        hidden = [self._encode(f" {needle}") for needle in needles]
-        again = [self._encode(f"\n{needle}") for needle in needles]
-        while (room := length - sum(map(len, (*hidden, *again)))) < 0:
+        needles = [(_NEEDLE.format(kind=self.value, key=key), f" {value}") for key, value in pairs]
+        hidden = [self._encode(f" {words}{value}.") for words, value in needles]
+        # Cut before and after the value, as a question and its answer are.
+        again = [[self._encode(part) for part in (f"\n{words}", value, ".")] for words, value in needles]
+        while (room := length - sum(map(len, itertools.chain(hidden, *again)))) < 0:
             if len(hidden) == 1:
                 raise ValueError(
                     f"length: expected at least {length - room} tokens for a needle, found {length}"
@@ -212,7 +217,12 @@ class NeedleBuilder:
         parts = list(self._fill(start, room))
         for needle, place in zip(hidden, random.integers(len(parts) + 1, size=len(hidden)), strict=True):
             parts.insert(place, needle)
-        return np.concatenate([*parts, *(again[i] for i in random.permutation(len(again)))])
+        size = sum(map(len, parts))
+        is_answer = [np.zeros(size, dtype=bool)]
+        for i in random.permutation(len(again)):
+            parts += again[i]
+            is_answer += [np.full(len(part), part is again[i][1]) for part in again[i]]
+        return np.concatenate(parts), np.concatenate(is_answer)
 
     def _pairs(self, random: np.random.Generator, count: int) -> list[tuple[str, str]]:
         """Different keys and different values, no value being a key."""

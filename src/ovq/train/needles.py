@@ -26,7 +26,8 @@ class NeedleWindows:
 
     In the first six tenths of its steps all their texts are as short as can be. After that each window holds
     texts of a length between that and its own, drawn evenly by its logarithm. They have a needle for each 144
-    tokens.
+    tokens. Only values that are said the second time are predicted: where all tokens were, looking back
+    took a small model twice as long to learn.
 
     Args:
         config: The run.
@@ -41,11 +42,14 @@ class NeedleWindows:
         >>> windows = NeedleWindows(config, corpus, tokenizer)
         >>> [len(windows.texts(index)) for index in range(8)]
         [0, 0, 0, 7, 0, 7, 7, 7]
-        >>> print(tokenizer.decode(windows.texts(3)[0]).replace(". ", ".\\n "))
+        >>> ids, is_answer = windows.texts(3)[0]
+        >>> print(tokenizer.decode(ids).replace(". ", ".\\n "))
          One of the special magic numbers for clever-harbor is: 3090241.
          One of the special magic numbers for dusty-kettle is: 6736258.
         One of the special magic numbers for clever-harbor is: 3090241.
         One of the special magic numbers for dusty-kettle is: 6736258.
+        >>> tokenizer.decode(ids[is_answer])
+        ' 3090241 6736258'
     """
 
     def __init__(self, config: RunConfig, corpus: Corpus, tokenizer: Any) -> None:
@@ -53,8 +57,12 @@ class NeedleWindows:
         self._train = config.train
         self._builder = NeedleBuilder(tokenizer, haystack="essay", texts=_texts(corpus, tokenizer))
 
-    def texts(self, index: int) -> list[np.ndarray]:
-        """The texts of the window with this number, `[T]` token ids each; none if it is one of the corpus."""
+    def texts(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The texts of the window with this number; none if it is one of the corpus.
+
+        Returns:
+            For each `[T]` token ids, and `[T]` which of them are to be predicted.
+        """
         random = np.random.default_rng(np.random.SeedSequence(self._train.seed, spawn_key=(index,)))
         if random.random() >= self._share:
             return []

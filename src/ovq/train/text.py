@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ovq.tasks import IGNORE_INDEX
 from ovq.text import Corpus
 from ovq.train.config import RunConfig
 from ovq.train.needles import NeedleWindows
@@ -74,7 +75,7 @@ class PackedTextDataset(Dataset):
         """What the rows of a window read and predict."""
         texts = [] if self._needles is None else self._needles.texts(index)
         if texts:
-            return [positions(text, self._corpus.end_of_text) for text in texts]
+            return [_answers(*text, self._corpus.end_of_text) for text in texts]
         return [read_positions(self._corpus, *piece) for piece in self._window(index)]
 
     def _window(self, index: int) -> list[tuple[int, int, int]]:
@@ -184,6 +185,12 @@ class CarriedTextDataset(Dataset):
         inputs, targets = read_positions(self._corpus, documents[i], start, stop)
         place = {"lane": lane, "num_read": start, "is_last": stop == end}
         return _batch([inputs], [targets]) | place
+
+
+def _answers(tokens: np.ndarray, is_answer: np.ndarray, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a text reads, and what it predicts where that is part of an answer."""
+    inputs, targets = positions(tokens, end_of_text)
+    return inputs, np.where(np.append(is_answer, False), targets, IGNORE_INDEX)
 
 
 def read_positions(corpus: Corpus, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
