@@ -71,10 +71,8 @@ def _text_examples(config: RunConfig, corpus: Corpus, tokenizer: Any) -> Dataset
     """Windows of a corpus, in the order that the run asks for."""
     if config.task.carry_state:
         return CarriedTextDataset(config, corpus)
-    has_needles = config.task.needle_share > 0
-    return PackedTextDataset(
-        config, corpus, NeedleWindows(config, corpus, tokenizer) if has_needles else None
-    )
+    needles = NeedleWindows(config, corpus, tokenizer) if config.task.needle_share else None
+    return PackedTextDataset(config, corpus, needles)
 
 
 def _check_corpus(path: Path, corpus: Corpus) -> None:
