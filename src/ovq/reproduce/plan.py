@@ -108,6 +108,7 @@ class Figure:
             train with those of the configuration.
         validation: What decides between them; asked with examples that no row comes from.
         note: What a reader has to know beside the title.
+        asked_as: What it is called on the command line with its options; its name if not given.
         draw: Draws what the JSON file of the figure holds into a PNG file; `None` for the panels.
     """
 
@@ -118,6 +119,7 @@ class Figure:
     trials: tuple[Trial, ...] = ()
     validation: Question | None = None
     note: str = ""
+    asked_as: str = ""
     draw: Callable[[dict[str, Any], Path], None] | None = None
 
     def __post_init__(self) -> None:

