@@ -96,6 +96,23 @@ def test_training_learns(tmp_path):
     assert measured[-1] < 0.8
 
 
+def test_logits_are_computed_where_there_are_targets_alone(tmp_path, monkeypatch):
+    num_rows = []
+    build = loop.build_model
+
+    def watched(config):
+        model = build(config)
+        model.lm_head.register_forward_hook(lambda module, args, logits: num_rows.append(len(logits)))
+        return model
+
+    monkeypatch.setattr(loop, "build_model", watched)
+    config = tiny_config()
+    loop.train(config, tmp_path, reporter=quiet())
+    data = CurriculumDataset(config)
+    batches = [data.__getitems__(range(4 * step, 4 * step + 4)) for step in range(6)]
+    assert num_rows == [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches]
+
+
 def test_the_seed_decides_the_run(tmp_path):
     with quiet() as reporter:
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):

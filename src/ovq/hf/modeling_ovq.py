@@ -272,6 +272,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cache: OVQCache | None = None,
         cu_seqlens: Tensor | None = None,
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position.
@@ -289,18 +290,28 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
             cache: newer name of `past_key_values`.
             cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`).
+            skip_logits: return the loss without logits (`None`), which are then computed at the positions
+                that have a target alone: what training needs, at a share of the time and memory where few
+                have one.
             kwargs: `shift_labels` `[B, T]` in the place of `labels`: what each position is to predict, so
                 that the target of the last one may lie outside of this call; -100 is ignored.
                 `num_items_in_batch` for the loss (from the Trainer), `output_hidden_states`, `return_dict`.
 
         Raises:
-            ValueError: input of a wrong shape, or an unknown keyword argument.
+            ValueError: input of a wrong shape, an unknown keyword argument, or logits to skip where there is
+                no loss or some are asked for.
         """
         _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | {"num_items_in_batch", "shift_labels"})
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         # Not named above: the Trainer takes arguments with "label" in their names for ones that always come.
         shift_labels = kwargs.pop("shift_labels", None)
-        has_targets = labels is not None or shift_labels is not None
+        targets = _targets(labels, cu_seqlens) if shift_labels is None else shift_labels
+        has_targets = targets is not None
+        if skip_logits and not (has_targets and _keeps_all(logits_to_keep)):
+            raise ValueError(
+                "skip_logits: expected labels and no logits_to_keep, found "
+                + ("logits_to_keep" if has_targets else "no labels")
+            )
         if has_targets:
             # Sequences that come with their targets are not continued; evaluation need not pay for a cache.
             use_cache = bool(use_cache)
@@ -317,28 +328,30 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             own_losses,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        if skip_logits:
+            kept = targets != -100
+            targets = targets[kept]
+            logits = self.lm_head(outputs.last_hidden_state[kept])
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if has_targets:
-            if shift_labels is None and cu_seqlens is not None:
-                labels = labels.index_fill(1, cu_seqlens[:-1][cu_seqlens.diff() > 0].long(), -100)
             loss = self.loss_function(
                 logits,
-                labels,
+                None,
                 self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
+                shift_labels=targets,
             )
             if own_losses:
                 # The other losses of a step's micro-batches are added up by their share of its targets.
-                targets = labels[:, 1:] if shift_labels is None else shift_labels
                 num_targets = (targets != -100).sum()
                 share = 1 if num_items_in_batch is None else num_targets / num_items_in_batch
                 loss = loss + share * sum(own_losses)
         return CausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=None if skip_logits else logits,
             hidden_states=outputs.hidden_states,
             **{CACHE_KEY: getattr(outputs, CACHE_KEY)},
         )
@@ -368,6 +381,19 @@ def _check_kwargs(kwargs: dict, allowed: frozenset[str]) -> None:
         raise ValueError(
             "expected output_attentions=False, found True: mixers do not form attention matrices"
         )
+
+
+def _targets(labels: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """What each position is to predict, `[B, T]`: the next label of its row; -100 where there is none."""
+    if labels is None:
+        return None
+    if cu_seqlens is not None:
+        labels = labels.index_fill(1, cu_seqlens[:-1][cu_seqlens.diff() > 0].long(), -100)
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
+def _keeps_all(logits_to_keep: int | Tensor) -> bool:
+    return isinstance(logits_to_keep, int) and logits_to_keep == 0
 
 
 def _check_positions(position_ids: Tensor, layout: SequenceLayout) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import Trainer
 
 from ovq.files import write_atomic
@@ -119,6 +120,16 @@ class SealingTrainer(Trainer):
     It keeps the newest two sealed checkpoints of a run. One that cannot be written is removed again, which
     gives a full disk the room back.
     """
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a batch, without the logits of positions that have no target."""
+        return super().compute_loss(model, inputs | {"skip_logits": True}, return_outputs, num_items_in_batch)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         out = Path(self.args.output_dir)

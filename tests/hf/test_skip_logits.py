@@ -1,0 +1,75 @@
+"""A loss without logits is the loss with them, and costs what the positions with targets do."""
+
+import pytest
+import torch
+
+from ovq.hf import OVQConfig, OVQForCausalLM
+
+CONFIG = OVQConfig(
+    vocab_size=11,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    mixer_types=["sliding_attention", "vq"],
+    num_slots=4,
+    chunk_size=4,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_items_in_batch": 40}, {"cu_seqlens": torch.tensor([0, 7, 20])}]
+)
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+def test_the_loss_and_its_gradient_are_those_with_logits(name, options):
+    torch.manual_seed(0)
+    ids = torch.randint(11, (1 if "cu_seqlens" in options else 2, 20))
+    targets = torch.where(torch.rand(ids.shape) < 0.3, ids, -100)
+    state = OVQForCausalLM(CONFIG).state_dict()
+    found = []
+    for skip_logits in (False, True):
+        # VQ-attention moves its slots at every step of training.
+        model = OVQForCausalLM(CONFIG).train()
+        model.load_state_dict(state)
+        num_rows = []
+        model.lm_head.register_forward_hook(
+            lambda module, args, out, seen=num_rows: seen.append(out[..., 0].numel())
+        )
+        outputs = model(ids, **{name: targets}, skip_logits=skip_logits, **options)
+        outputs.loss.backward()
+        found.append([outputs.loss, *(parameter.grad for parameter in model.parameters())])
+        assert (outputs.logits is None) == skip_logits
+        asked = (targets if name == "shift_labels" else targets[:, 1:]) != -100
+        if name == "labels" and "cu_seqlens" in options:
+            # The first token of the second row belongs to no token before it.
+            asked[0, 6] = False
+        assert num_rows == [asked.sum() if skip_logits else ids.numel()]
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_without_a_target_the_loss_of_a_micro_batch_is_zero():
+    model = OVQForCausalLM(CONFIG).train()
+    ids = torch.randint(11, (2, 8))
+    loss = model(ids, labels=torch.full_like(ids, -100), skip_logits=True, num_items_in_batch=5).loss
+    loss.backward()
+    assert loss == 0
+    assert model.lm_head.weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, "no labels"),
+        ({"labels": torch.zeros(1, 4, dtype=torch.long), "logits_to_keep": 1}, "logits_to_keep"),
+        (
+            {"labels": torch.zeros(1, 4, dtype=torch.long), "logits_to_keep": torch.tensor([0])},
+            "logits_to_keep",
+        ),
+    ],
+)
+def test_logits_that_are_needed_are_not_skipped(options, found):
+    model = OVQForCausalLM(CONFIG)
+    with pytest.raises(
+        ValueError, match=f"skip_logits: expected labels and no logits_to_keep, found {found}"
+    ):
+        model(torch.zeros(1, 4, dtype=torch.long), skip_logits=True, **options)
