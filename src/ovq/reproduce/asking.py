@@ -17,7 +17,7 @@ from ovq.hf import OVQForCausalLM
 from ovq.report.language import octave_losses
 from ovq.report.progress import Reporter
 from ovq.reproduce.questions import Evaluation, LanguageEvaluation, NeedleEvaluation, Question
-from ovq.text import Corpus, TextSource, load_corpus
+from ovq.text import Corpus, load_corpus
 from ovq.text.haystack import NeedleBuilder, essay_texts
 
 _LANGUAGE_FIELDS = (
@@ -34,27 +34,34 @@ def num_parts(question: Question) -> int:
     return question.num_examples * (1 if isinstance(question, Evaluation) else question.num_tokens)
 
 
-def load_windows(
-    source: TextSource, length: int, num_windows: int, *, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Corpus:
-    """The documents of a corpus that are held out for tests.
-
-    Args:
-        source: The corpus.
-        length: Tokens of the windows that are to be cut from them.
-        num_windows: How many windows there have to be.
-        tokenizer: In the place of that of the source.
+def check_text(question: Question) -> None:
+    """See to it that there is text enough for a question, as far as that can be known without a model.
 
     Raises:
-        ValueError: If the corpus cannot be read, or there are fewer.
+        ValueError: If its corpus cannot be read, or too little of it is held out for tests.
     """
+    match question:
+        case LanguageEvaluation():
+            _windows(question)
+        case NeedleEvaluation():
+            _texts(question.source, "test", question.length)
+
+
+def _windows(question: LanguageEvaluation, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
+    """The documents that the windows of a question are cut from.
+
+    Raises:
+        ValueError: If they have fewer.
+    """
+    source, length = question.source, question.length
     corpus = load_corpus(source, "test", tokenizer=tokenizer)
     # The end of a text stands before each document, and windows do not overlap.
     found = int(((corpus.num_tokens + 1) // length).sum())
-    if found < num_windows:
+    if found < question.num_examples:
         raise ValueError(
-            f"{source.dataset}: expected {num_windows} windows of {length} tokens in the documents held out "
-            f"for tests, found {found}; hold out more than {source.held_out:g} of the corpus (held_out)"
+            f"{source.dataset}: expected {question.num_examples} windows of {length} tokens in the documents "
+            f"held out for tests, found {found}; hold out more than {source.held_out:g} of the corpus "
+            "(held_out)"
         )
     return corpus
 
@@ -97,7 +104,7 @@ def _(
     question: LanguageEvaluation, model: OVQForCausalLM, folder: Path, reporter: Reporter
 ) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    corpus = load_windows(question.source, question.length, question.num_examples, tokenizer=tokenizer)
+    corpus = _windows(question, tokenizer)
     [row] = evaluate_language(
         model,
         corpus,

@@ -12,10 +12,10 @@ from typing import Any
 
 from ovq.files import write_atomic
 from ovq.report.progress import Reporter
-from ovq.reproduce.asking import load_windows
+from ovq.reproduce.asking import check_text
 from ovq.reproduce.draw import save_figure
 from ovq.reproduce.plan import Figure, Line, Study, Trial, run_name, with_seed, with_trial
-from ovq.reproduce.questions import Evaluation, LanguageEvaluation, Question
+from ovq.reproduce.questions import Evaluation, Question
 from ovq.reproduce.runs import RunJob, StudyJob, answers, do_job, do_study, is_trained, training_record
 from ovq.tasks import Task
 from ovq.train.config import RunConfig
@@ -183,14 +183,14 @@ def _run_results(figure: Figure, shop: Workshop) -> dict[str, Any]:
 
 def _check_texts(jobs: Iterable[RunJob]) -> None:
     """Find out before the hours of training whether there is text enough to test on."""
-    asked = (
-        question
+    missing = {
+        dataclasses.replace(question, seed=0, num_slots=None)
         for job in jobs
         for question, answer in zip(job.evaluations, answers(job), strict=True)
-        if answer is None and isinstance(question, LanguageEvaluation)
-    )
-    for text in {(each.source, each.length, each.num_examples) for each in asked}:
-        load_windows(*text)
+        if answer is None
+    }
+    for question in missing:
+        check_text(question)
 
 
 def _check_preset(shop: Workshop) -> None:
