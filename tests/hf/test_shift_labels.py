@@ -35,6 +35,16 @@ def test_shifted_targets_have_the_loss_of_labels(mixer, options, is_packed):
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.parametrize("name", ["labels", "shift_labels"])
+@pytest.mark.parametrize("shape", [(1, 4), (3,), (2, 3)])
+def test_targets_have_the_shape_of_the_input(name, shape):
+    model = OVQForCausalLM(
+        OVQConfig(vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    )
+    with pytest.raises(ValueError, match=rf"^{name}: expected shape \[1, 3\]"):
+        model(torch.tensor([[1, 2, 3]]), **{name: torch.zeros(shape, dtype=torch.long)})
+
+
 def test_the_last_position_can_have_a_target():
     config = OVQConfig(vocab_size=11, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
     model = OVQForCausalLM(config).eval()

@@ -305,7 +305,13 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         # Not named above: the Trainer takes arguments with "label" in their names for ones that always come.
         shift_labels = kwargs.pop("shift_labels", None)
-        targets = _targets(labels, cu_seqlens) if shift_labels is None else shift_labels
+        for name, given in (("shift_labels", shift_labels), ("labels", labels)):
+            _check_shape(name, given, input_ids if inputs_embeds is None else inputs_embeds)
+        targets = shift_labels
+        if shift_labels is None and labels is not None:
+            if cu_seqlens is not None:
+                labels = labels.index_fill(1, cu_seqlens[:-1][cu_seqlens.diff() > 0].long(), -100)
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         has_targets = targets is not None
         if skip_logits and not (has_targets and _keeps_all(logits_to_keep)):
             raise ValueError(
@@ -339,7 +345,8 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         if has_targets:
             loss = self.loss_function(
                 logits,
-                None,
+                # For losses of the user's own, which shift them themselves.
+                None if skip_logits else labels,
                 self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=targets,
@@ -383,13 +390,11 @@ def _check_kwargs(kwargs: dict, allowed: frozenset[str]) -> None:
         )
 
 
-def _targets(labels: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
-    """What each position is to predict, `[B, T]`: the next label of its row; -100 where there is none."""
-    if labels is None:
-        return None
-    if cu_seqlens is not None:
-        labels = labels.index_fill(1, cu_seqlens[:-1][cu_seqlens.diff() > 0].long(), -100)
-    return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+def _check_shape(name: str, targets: Tensor | None, inputs: Tensor | None) -> None:
+    if targets is not None and inputs is not None and targets.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"{name}: expected shape {list(inputs.shape[:2])}, that of the input, found {list(targets.shape)}"
+        )
 
 
 def _keeps_all(logits_to_keep: int | Tensor) -> bool:
