@@ -120,6 +120,11 @@ def test_the_best_trial_is_that_of_the_best_accuracy(monkeypatch, tmp_path):
     )
     sweep, chosen = engine._sweep(FIGURE, workshop(tmp_path))
     assert {entry["mixer"]: entry["chosen"] for entry in sweep}["full_attention"] == "0.01, decay 0.5"
+    # OVQ is tried with the dictionary it has in tests that are as long: a slot for 3.2 of 96 tokens.
+    assert {entry["mixer"]: (entry["length"], entry["num_slots"]) for entry in sweep} == {
+        "full_attention": (96, None),
+        "ovq": (96, 30),
+    }
     # Of equals the one nearer to 0.004.
     assert chosen[run_name(TINY.config("recall"))] == TINY.trials[1]
     usual = dataclasses.replace(TINY, trials=(Trial(learning_rate=2e-3), TINY.trials[1]))

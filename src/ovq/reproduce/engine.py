@@ -211,15 +211,17 @@ def _sweep(figure: Figure, shop: Workshop) -> tuple[list[dict[str, Any]], dict[s
     # Where several lines share a run, the first one names it.
     swept = {run_name(line.swept): line for line in reversed(figure.lines)}
     swept = dict(reversed(swept.items()))
-    if figure.validation is None:
+    if not figure.trials:
         return [], {name: Trial.of(line.swept) for name, line in swept.items()}
-    evaluation = dataclasses.replace(figure.validation, seed=_VALIDATION_SEEDS)
     first_seed = shop.seeds[0]
+    evaluations = {
+        name: dataclasses.replace(line.validation, seed=_VALIDATION_SEEDS) for name, line in swept.items()
+    }
     jobs = {
         name: [
             shop.job(
                 with_seed(with_trial(line.swept, trial), first_seed),
-                (evaluation,),
+                (evaluations[name],),
                 f"{figure.name}: {line.label}",
             )
             for trial in figure.trials
@@ -238,7 +240,8 @@ def _sweep(figure: Figure, shop: Workshop) -> tuple[list[dict[str, Any]], dict[s
                 "line": line.label,
                 "mixer": line.config.mixer,
                 "seed": first_seed,
-                "length": evaluation.num_tokens,
+                "length": evaluations[name].num_tokens,
+                "num_slots": evaluations[name].num_slots,
                 "accuracies": {trial.label: accuracy for trial, accuracy in accuracies.items()},
                 "chosen": chosen[name].label,
             }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +40,13 @@ def _enlarged(preset: Preset, task: str, length: int) -> int:
     return max(preset.configs[task].model.num_slots, int(length / _TOKENS_PER_SLOT))
 
 
+def _validation(preset: Preset, task: str, mixer: str) -> Question:
+    """What decides between trials of a mixer; OVQ is tried with the dictionary that tests enlarge."""
+    length = _VALIDATION_FACTOR * preset.train_length(task)
+    num_slots = _enlarged(preset, task, length) if mixer == "ovq" else None
+    return preset.test(preset.configs[task].task.at_length(length), num_slots=num_slots)
+
+
 def _mixers_by_length(
     preset: Preset, task: str, *, title: str, note: str, answers: tuple[Panel, ...]
 ) -> Figure:
@@ -49,14 +55,23 @@ def _mixers_by_length(
     tasks = [usual.task.at_length(length) for length in preset.lengths(task)]
     lines = []
     for mixer in _COMPARED:
-        config = preset.config(task, mixer)
-        if mixer != "ovq":
-            lines.append(_line(_name(mixer), config, [preset.test(each) for each in tasks]))
-            continue
-        as_trained = [preset.test(each) for each in tasks]
-        enlarged = [preset.test(each, num_slots=_enlarged(preset, task, each.length)) for each in tasks]
-        lines.append(_line(f"OVQ, {usual.model.num_slots} slots", config, as_trained))
-        lines.append(_line(f"OVQ, a slot for {_TOKENS_PER_SLOT} tokens", config, enlarged))
+        tests = {_name(mixer): [preset.test(each) for each in tasks]}
+        if mixer == "ovq":
+            tests = {
+                f"OVQ, {usual.model.num_slots} slots": tests[_name(mixer)],
+                f"OVQ, a slot for {_TOKENS_PER_SLOT} tokens": [
+                    preset.test(each, num_slots=_enlarged(preset, task, each.length)) for each in tasks
+                ],
+            }
+        lines += [
+            Line(
+                label=label,
+                config=preset.config(task, mixer),
+                evaluations=tuple(evaluations),
+                validation=_validation(preset, task, mixer),
+            )
+            for label, evaluations in tests.items()
+        ]
     return Figure(
         name=task,
         title=title,
@@ -68,7 +83,6 @@ def _mixers_by_length(
             Panel(title="time", y="microseconds_per_token"),
         ),
         trials=preset.trials,
-        validation=preset.test(usual.task.at_length(_VALIDATION_FACTOR * preset.train_length(task))),
     )
 
 
@@ -164,16 +178,25 @@ def state_size(preset: Preset) -> Figure:
             usual = preset.config("recall", mixer)
             sizes = [usual, *(preset.config("recall", mixer, **size) for size in preset.sizes.get(mixer, ()))]
             lines += [
-                dataclasses.replace(_line(_name(mixer), config, [preset.test(task)], group), trial_of=usual)
+                Line(
+                    label=_name(mixer),
+                    config=config,
+                    evaluations=(preset.test(task),),
+                    group=group,
+                    trial_of=usual,
+                    validation=_validation(preset, "recall", mixer),
+                )
                 for config in sizes
             ]
-        elastic = [preset.test(task, num_slots=trained * factor) for factor in preset.slot_factors]
         lines.append(
-            _line(
-                f"OVQ, trained with {trained} slots, more at test time",
-                preset.config("recall"),
-                elastic,
-                group,
+            Line(
+                label=f"OVQ, trained with {trained} slots, more at test time",
+                config=preset.config("recall"),
+                evaluations=tuple(
+                    preset.test(task, num_slots=trained * factor) for factor in preset.slot_factors
+                ),
+                group=group,
+                validation=_validation(preset, "recall", "ovq"),
             )
         )
     return Figure(
@@ -191,7 +214,6 @@ def state_size(preset: Preset) -> Figure:
             for group, length in zip(("near", "far"), lengths, strict=True)
         ),
         trials=preset.trials,
-        validation=preset.test(preset.configs["recall"].task.at_length(_VALIDATION_FACTOR * train_length)),
     )
 
 

@@ -128,7 +128,7 @@ def _sweep_table(sweep: Sequence[dict[str, Any]]) -> str:
     trials = list(dict.fromkeys(trial for entry in sweep for trial in entry["accuracies"]))
     body = [
         [
-            entry["line"],
+            entry["line"] + (f", tried with {slots}" if (slots := entry.get("num_slots")) else ""),
             *(
                 f"{found:.4f}" if (found := entry["accuracies"].get(trial)) is not None else ""
                 for trial in trials

@@ -55,6 +55,7 @@ class Line:
         group: Which panels show it: those of the same group.
         trial_of: Where models are tried with several settings, the run whose best this one takes; its own if
             not given.
+        validation: What decides between those settings; asked with examples that no row comes from.
 
     Lines of one label are drawn as one: that is how the points of a line come from different models.
     """
@@ -64,6 +65,7 @@ class Line:
     evaluations: tuple[Question, ...]
     group: str = ""
     trial_of: RunConfig | None = None
+    validation: Question | None = None
 
     @property
     def swept(self) -> RunConfig:
@@ -106,7 +108,6 @@ class Figure:
         panels: What is drawn, from left to right.
         trials: Settings that each model is tried with on the first seed, to go on with the best; none to
             train with those of the configuration.
-        validation: What decides between them; asked with examples that no row comes from.
         note: What a reader has to know beside the title.
         asked_as: What it is called on the command line with its options; its name if not given.
         draw: Draws what the JSON file of the figure holds into a PNG file; `None` for the panels.
@@ -117,14 +118,15 @@ class Figure:
     lines: tuple[Line, ...]
     panels: tuple[Panel, ...]
     trials: tuple[Trial, ...] = ()
-    validation: Question | None = None
     note: str = ""
     asked_as: str = ""
     draw: Callable[[dict[str, Any], Path], None] | None = None
 
     def __post_init__(self) -> None:
         """A figure that cannot come out as it is meant is a mistake in this package."""
-        assert bool(self.trials) == (self.validation is not None), "a sweep needs a validation"
+        assert all(bool(self.trials) == (line.validation is not None) for line in self.lines), (
+            "a sweep needs validations"
+        )
         assert {line.group for line in self.lines} == {panel.group for panel in self.panels}
 
 
