@@ -60,8 +60,8 @@ class AlignedRows:
             self.num_chunks += -(-n // self.width)
         self.num_tokens = num_tokens
         new = [n - p for n, p in zip(self.lengths, self.pending, strict=True)]
-        # Rows that fill the input exactly and begin with it: the layout is a view, or one padding away from it.
-        # Pending tokens are not in the input; as many columns of padding would pass for them.
+        # Rows that fill the input exactly: the layout is a view, or one padding away from it. Pending tokens
+        # are not in the input; as many columns of padding would pass for them.
         length = self.lengths[0] if self.lengths else 0
         self.is_dense = (
             not any(self.pending)
