@@ -1,4 +1,4 @@
-"""What must be settled before anything imports Triton: who runs the kernels of `ovq.ops.triton`."""
+"""What must be settled before anything imports Triton: who runs the kernels of `ovq.ops.backends.triton`."""
 
 import importlib.util
 import os

@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ovq.ops import OVQState
-from ovq.ops.triton import decode, library
+from ovq.ops.backends.triton import decode, library
 
 
 class _NoDriver:

@@ -13,7 +13,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from ovq.gmr import ASSIGNMENTS, GaussianMixtureRegressor
 from ovq.ops import ovq_attention
-from ovq.ops.rules import BIASES
+from ovq.ops.options import BIASES
 from ovq.ops.schedule import GROWTHS
 from tests.ops.common import attend, inputs
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ovq.ops.rules import BIASES
+from ovq.ops.options import BIASES
 from ovq.ops.schedule import GROWTHS, grown_slots
 
 try:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ovq.layers import SequenceLayout, ShortConvolution
 from ovq.layers.common import QKNorm, apply_rotary, l2_normalize, rotary_tables
-from ovq.ops.cpu import can_convolve, cpu_kernels
+from ovq.ops.backends.cpu import can_convolve, cpu_kernels
 
 
 def conv_layout(mask=None, *, num_new, cu_seqlens=None):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ovq.ops import OVQState, cpu_kernels
-from ovq.ops.cpu import build, kernels
-from ovq.ops.rules import INITS, MERGES
+from ovq.ops.backends.cpu import build, kernels
+from ovq.ops.options import INITS, MERGES
 from ovq.ops.schedule import GROWTHS
 from tests.ops.common import assert_same_state, attend, inputs
 from tests.ops.test_parity import SHAPES, gradients

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ovq.ops import OVQState, attention, backend_used, ovq_attention, triton
-from ovq.ops.rules import Rules
+from ovq.ops.options import Options
 from tests.ops.common import attend, inputs
 
 OPTIONS = {"num_slots": 8, "chunk_size": 4}
@@ -172,7 +172,7 @@ def test_auto_takes_the_kernels_on_a_gpu_alone(monkeypatch):
         (on_gpu, "random", "torch"),
         (q, "novelty", "torch"),
     ):
-        attention._resolved("auto", x, v, Rules(init=init, **options))
+        attention._resolved("auto", x, v, Options(init=init, **options))
         assert backend_used() == expected
 
 

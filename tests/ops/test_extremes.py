@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from ovq.ops.rules import INITS, MERGES
+from ovq.ops.options import INITS, MERGES
 from tests.ops.common import assert_same_state, attend, inputs
 
 needs_triton = pytest.mark.skipif(
@@ -52,7 +52,7 @@ every_length = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["products", "compiled"])
 def test_keys_of_any_length_go_where_the_reference_sends_them(lengths, merge, init, is_compiled, monkeypatch):
     if not is_compiled:
-        monkeypatch.setattr("ovq.ops.chunk.can_run", lambda *_: False)
+        monkeypatch.setattr("ovq.ops.backends.torch.chunk.can_run", lambda *_: False)
     generator = torch.Generator().manual_seed(0)
     options = {"num_slots": 8, "chunk_size": 8, "init": init, "merge": merge, "generator": generator}
     # With "updated" the backends add the tokens of a slot in different orders.

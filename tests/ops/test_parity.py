@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ovq.ops import backend_used, ovq_attention
-from ovq.ops.rules import INITS, MERGES
+from ovq.ops.options import INITS, MERGES
 from ovq.ops.schedule import GROWTHS
 from tests.ops.common import VARIANTS, assert_same_state, attend, inputs
 
@@ -134,7 +134,7 @@ def test_gradcheck_of_an_initial_state(variant):
 def kernels(request, monkeypatch):
     """With the compiled kernels where they apply, and without."""
     if request.param == "plain":
-        monkeypatch.setattr("ovq.ops.chunk.can_run", lambda *_: False)
+        monkeypatch.setattr("ovq.ops.backends.torch.chunk.can_run", lambda *_: False)
 
 
 @pytest.mark.usefixtures("kernels")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from ovq.ops import OVQState, scheduled_slots
-from ovq.ops.rules import BIASES
+from ovq.ops.options import BIASES
 from tests.ops.common import assert_same_state, attend, inputs
 
 pytestmark = pytest.mark.filterwarnings("error")

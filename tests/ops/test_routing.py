@@ -5,17 +5,17 @@ import torch
 from torch.nn.functional import normalize
 
 from ovq.ops import routing, scheduled_slots, slots_by_chunk
-from ovq.ops.novelty import random_priority
-from ovq.ops.rules import Rules
+from ovq.ops.options import Options
+from ovq.ops.random_init import random_priority
 from tests.ops.common import attend, inputs
 
-RULES = Rules(num_slots=64, chunk_size=128, growth="plateau", init="novelty", merge="existing", seed=0)
+RULES = Options(num_slots=64, chunk_size=128, growth="plateau", init="novelty", merge="existing", seed=0)
 
 
 def route(keys, means, num_slots, num_opening=0):
     streams = len(keys)
     padded = torch.nn.functional.pad(means, (0, 0, 0, routing.padded_slots(num_slots) - num_slots))
-    router = routing.Router(num_streams=streams, max_slots=num_slots, rules=RULES, like=keys)
+    router = routing.Router(num_streams=streams, max_slots=num_slots, options=RULES, like=keys)
     before, after = [num_slots] * streams, [num_slots + num_opening] * streams
     return router(keys, padded, before, after, heads=[0] * streams, num_seen=[0] * streams)
 
@@ -103,7 +103,7 @@ def test_many_ties_and_few_are_decided_alike(pairs, monkeypatch):
 def test_few_distinct_keys(is_compiled, monkeypatch):
     """A small alphabet: nearly all slots hold the same few keys, and every decision is a tie."""
     if not is_compiled:
-        monkeypatch.setattr("ovq.ops.chunk.can_run", lambda *_: False)
+        monkeypatch.setattr("ovq.ops.backends.torch.chunk.can_run", lambda *_: False)
     q, k, v = inputs(2, 400, 1, 1, 8, 4, dtype=torch.float32)
     k = k[:, torch.randint(5, (400,), generator=torch.Generator().manual_seed(0))]
     for merge in ("existing", "updated"):
@@ -117,7 +117,7 @@ def test_few_distinct_keys(is_compiled, monkeypatch):
 def test_keys_that_are_not_finite_open_slots_last_and_in_order(is_compiled, monkeypatch):
     """Even where there are more slots to open than finite keys."""
     if not is_compiled:
-        monkeypatch.setattr("ovq.ops.chunk.can_run", lambda *_: False)
+        monkeypatch.setattr("ovq.ops.backends.torch.chunk.can_run", lambda *_: False)
     q, k, v = inputs(1, 24, 1, 1, 8, 4, dtype=torch.float32)
     k[:, 9:15] = torch.nan
     options = {"num_slots": 14, "chunk_size": 8, "growth": "immediate"}

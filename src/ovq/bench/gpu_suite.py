@@ -9,7 +9,7 @@ from ovq.bench.measure import spread
 from ovq.bench.rivals import RIVALS
 from ovq.bench.workloads import Workload
 
-# Kernels of `ovq.ops.triton`, as the trace names them.
+# Kernels of `ovq.ops.backends.triton`, as the trace names them.
 _OVQ_KERNELS = r"^(advance|nearest|read|read_token|grad_queries|grad_slots)$"
 # What a mixer may fail with where it cannot run: not installed, a dtype or size it does not take, no memory.
 _REFUSALS = (ImportError, RuntimeError, ValueError, NotImplementedError)

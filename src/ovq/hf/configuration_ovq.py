@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from ovq.layers.base import check_sizes
 from ovq.layers.registry import MIXERS
 from ovq.layers.vq import check_vq
-from ovq.ops.rules import BIASES, INITS, MERGES, check_rate
+from ovq.ops.options import BIASES, INITS, MERGES, check_rate
 from ovq.ops.schedule import GROWTHS
 
 

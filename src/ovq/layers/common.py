@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.layers.layout import SequenceLayout
-from ovq.ops.cpu import CompiledConvolution, can_convolve
+from ovq.ops.backends.cpu import CompiledConvolution, can_convolve
 
 
 def l2_normalize(x: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
 """The OVQ attention op: `ovq_attention`, its state, and its backends.
 
-`attention.py` is the front door, `naive.py` the reference to read, `chunk.py`, `cpu/` and `decode.py` the
-fast paths.
+`attention.py` is the front door, `naive.py` the reference to read, `backends/` who runs a call.
 """
 
 from ovq.ops.attention import backend_used, ovq_attention
-from ovq.ops.cpu import cpu_kernels
+from ovq.ops.backends.cpu import cpu_kernels
 from ovq.ops.schedule import scheduled_slots, slots_by_chunk
 from ovq.ops.state import OVQState
 

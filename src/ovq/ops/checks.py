@@ -7,8 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
-from ovq.ops.rows import Rows
-from ovq.ops.rules import Rules
+from ovq.ops.call import Call, Rows
+from ovq.ops.options import Options
 from ovq.ops.state import OVQState, state_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -56,6 +56,36 @@ def checked_scale(scale: float | Tensor | None, q: Tensor) -> Tensor:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise ValueError(f"scale: expected a float or a tensor [{num_heads}], found {scale!r}")
     return torch.full((num_heads,), float(scale), dtype=wide, device=q.device)
+
+
+def checked_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    initial_state: OVQState | None,
+    wants_state: bool,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: Options,
+) -> Call:
+    """A call whose tensors, scale and options were checked before; checks its rows and its state."""
+    rows = checked_rows(q, attention_mask, cu_seqlens)
+    if initial_state is not None:
+        check_state(initial_state, len(rows), k, v, options)
+        state = initial_state
+    else:
+        state = OVQState.empty(
+            batch_size=len(rows),
+            num_kv_heads=k.shape[2],
+            key_dim=k.shape[3],
+            value_dim=v.shape[3],
+            num_slots=options.num_slots,
+            chunk_size=options.chunk_size,
+            dtype=q.dtype,
+            device=q.device,
+        )
+    return Call(q=q, k=k, v=v, scale=scale, state=state, rows=rows, options=options, wants_state=wants_state)
 
 
 def checked_rows(q: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Rows:
@@ -112,7 +142,7 @@ def _masked_rows(batch: int, length: int, attention_mask: Tensor) -> Rows:
     return Rows(tuple(starts.tolist()), tuple(lengths.tolist()))
 
 
-def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, rules: Rules) -> None:
+def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: Options) -> None:
     """Raise ValueError unless `state` can be continued by these keys and values."""
     if not isinstance(state, OVQState):
         raise ValueError(f"initial_state: expected an OVQState, found {type(state).__name__}")
@@ -129,8 +159,8 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, rules: Rul
     }
     expected = {
         "rows": num_rows,
-        "num_slots": rules.num_slots,
-        "chunk_size": rules.chunk_size,
+        "num_slots": options.num_slots,
+        "chunk_size": options.chunk_size,
         "key/value heads": k.shape[2],
         "key dimension": k.shape[3],
         "value dimension": v.shape[3],

@@ -11,8 +11,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ovq.ops.novelty import random_priority
-from ovq.ops.rules import NO_COSINE, TIE, TINY, Rules
+from ovq.ops.call import Call
+from ovq.ops.options import NO_COSINE, TIE, TINY, Options
+from ovq.ops.random_init import random_priority
 from ovq.ops.schedule import grown_slots
 from ovq.ops.state import OVQState, rounded, state_dtype
 
@@ -43,8 +44,31 @@ class _Head:
         self.count[slot] += 1
 
 
+def refusal(call: Call) -> str | None:
+    """None: it runs every call."""
+    return None
+
+
+def run(call: Call) -> tuple[Tensor, OVQState | None]:
+    """Row by row; padding gives zeros."""
+    flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (call.q, call.k, call.v))
+    pieces, states, end = [], [], 0
+    for r, (start, length) in enumerate(zip(call.rows.starts, call.rows.lengths, strict=True)):
+        part = slice(start, start + length)
+        before = call.state.select([r])
+        o, after = naive_row(flat_q[part], flat_k[part], flat_v[part], call.scale, before, call.options)
+        pieces += [o.new_zeros(max(0, start - end), *o.shape[1:]), o]
+        end = max(end, start + length)
+        states.append(after)
+    pieces.append(call.q.new_zeros(call.num_tokens - end, call.q.shape[2], call.v.shape[3]))
+    o = torch.cat(pieces).view(*call.q.shape[:3], call.v.shape[3])
+    if not call.wants_state:
+        return o, None
+    return o, OVQState.concatenate(states) if states else call.state
+
+
 def naive_row(
-    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, state: OVQState, rules: Rules
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, state: OVQState, options: Options
 ) -> tuple[Tensor, OVQState]:
     """OVQ attention of one row.
 
@@ -52,7 +76,7 @@ def naive_row(
         q: `[T, H, K]`. k: `[T, Hkv, K]`. v: `[T, Hkv, V]`.
         scale: `[H]`.
         state: the row's state, with a batch size of 1.
-        rules: the layer's settings.
+        options: the layer's settings.
 
     Returns:
         The outputs `[T, H, V]` in the dtype of `q`, and the row's state afterwards.
@@ -64,7 +88,7 @@ def naive_row(
     pendings: list[tuple[Tensor, Tensor]] = []
     for h in range(num_kv_heads):
         queries = slice(h * group, (h + 1) * group)
-        o, head, pending = _naive_head(q[:, queries], k[:, h], v[:, h], scale[queries], state, h, rules)
+        o, head, pending = _naive_head(q[:, queries], k[:, h], v[:, h], scale[queries], state, h, options)
         outputs.append(o)
         heads.append(head)
         pendings.append(pending)
@@ -72,7 +96,7 @@ def naive_row(
 
 
 def _naive_head(
-    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, state: OVQState, h: int, rules: Rules
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, state: OVQState, h: int, options: Options
 ) -> tuple[Tensor, _Head, tuple[Tensor, Tensor]]:
     """One key/value head and its query heads: q `[T, G, K]`, k `[T, K]`, v `[T, V]`, scale `[G]`."""
     wide = state_dtype(k.dtype)
@@ -89,22 +113,24 @@ def _naive_head(
     v = torch.cat([state.pending_values[0, h, :num_pending], v])
     outputs: list[Tensor] = []
     start = 0
-    for start in range(0, len(k), rules.chunk_size):
-        chunk_k = k[start : start + rules.chunk_size].to(wide)
-        chunk_v = v[start : start + rules.chunk_size].to(wide)
+    for start in range(0, len(k), options.chunk_size):
+        chunk_k = k[start : start + options.chunk_size].to(wide)
+        chunk_v = v[start : start + options.chunk_size].to(wide)
         for j in range(len(chunk_k)):
             t = start + j - num_pending
             if t >= 0:
-                outputs.append(_read(q[t].to(wide), scale, head, chunk_k[: j + 1], chunk_v[: j + 1], rules))
-        if len(chunk_k) == rules.chunk_size:
-            num_seen += rules.chunk_size
-            _learn(chunk_k, chunk_v, head, h, num_seen, rules)
-    complete = len(k) - len(k) % rules.chunk_size
+                outputs.append(_read(q[t].to(wide), scale, head, chunk_k[: j + 1], chunk_v[: j + 1], options))
+        if len(chunk_k) == options.chunk_size:
+            num_seen += options.chunk_size
+            _learn(chunk_k, chunk_v, head, h, num_seen, options)
+    complete = len(k) - len(k) % options.chunk_size
     o = torch.stack(outputs) if outputs else q.new_zeros(*q.shape[:2], v.shape[-1])
     return o, head, (k[complete:], v[complete:])
 
 
-def _read(q: Tensor, scale: Tensor, head: _Head, chunk_k: Tensor, chunk_v: Tensor, rules: Rules) -> Tensor:
+def _read(
+    q: Tensor, scale: Tensor, head: _Head, chunk_k: Tensor, chunk_v: Tensor, options: Options
+) -> Tensor:
     """One token's outputs `[G, V]`: a softmax over the slots, biased by log count, and its chunk so far."""
     keys, values, bias = chunk_k, chunk_v, torch.zeros(len(chunk_k), dtype=q.dtype, device=q.device)
     if head.count:
@@ -114,7 +140,7 @@ def _read(q: Tensor, scale: Tensor, head: _Head, chunk_k: Tensor, chunk_v: Tenso
         values = torch.cat([head.means(head.value_sum), chunk_v])
         bias = torch.cat([counts.log(), bias])
     scores = scale[:, None] * (q @ keys.T) + bias
-    if rules.bias == "count+norm":
+    if options.bias == "count+norm":
         scores = scores - scale[:, None] * keys.square().sum(-1) / 2
     return scores.softmax(-1) @ values
 
@@ -125,32 +151,32 @@ def _scores(keys: Tensor, means: Tensor) -> Tensor:
     return (keys.double()[:, None] * means.double()[None]).sum(-1)
 
 
-def _learn(chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int, rules: Rules) -> None:
+def _learn(chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int, options: Options) -> None:
     """Grow the dictionary by the most novel keys of a complete chunk and merge the others into it."""
     wanted = grown_slots(
         len(head.count),
         num_seen,
-        num_slots=rules.num_slots,
-        chunk_size=rules.chunk_size,
-        growth=rules.growth,
+        num_slots=options.num_slots,
+        chunk_size=options.chunk_size,
+        growth=options.growth,
     )
-    rest = list(range(rules.chunk_size))
+    rest = list(range(options.chunk_size))
     if not head.count:  # The first chunk: its first key opens slot 0.
         head.open_slot(chunk_k[0], chunk_v[0])
         rest = rest[1:]
     existing = len(head.count)
     means = head.means(head.key_sum).detach()
     scores = _scores(chunk_k, means)
-    opening = _openers(scores, chunk_k, means, rest, wanted - existing, h, num_seen, rules)
+    opening = _openers(scores, chunk_k, means, rest, wanted - existing, h, num_seen, options)
     for j in opening:
         head.open_slot(chunk_k[j], chunk_v[j])
-    if rules.merge == "updated":
+    if options.merge == "updated":
         means = torch.cat([means, *(chunk_k[j].detach()[None] for j in opening)])
         scores = _scores(chunk_k, means)
     for j in rest:
         if j not in opening:
-            head.merge_into(_nearest(scores[j], chunk_k[j], means), chunk_k[j], chunk_v[j], rules.rate)
-    if rules.rate != "count":
+            head.merge_into(_nearest(scores[j], chunk_k[j], means), chunk_k[j], chunk_v[j], options.rate)
+    if options.rate != "count":
         # Such steps are taken in float64; what is kept between chunks is as wide as all sums.
         head.key_sum = [rounded(s.double(), chunk_k.dtype) for s in head.key_sum]
         head.value_sum = [rounded(s.double(), chunk_v.dtype) for s in head.value_sum]
@@ -173,11 +199,11 @@ def _openers(
     num: int,
     h: int,
     num_seen: int,
-    rules: Rules,
+    options: Options,
 ) -> list[int]:
     """The `num` candidates that open slots, in order of position: the most novel, or random ones."""
-    if rules.init == "random":
-        priority = random_priority(rules.seed, h, num_seen, rules.chunk_size).tolist()
+    if options.init == "random":
+        priority = random_priority(options.seed, h, num_seen, options.chunk_size).tolist()
     else:
         key_norms, mean_norms = (x.double().norm(dim=-1).clamp(min=TINY) for x in (keys, means))
         cosines = (scores / key_norms[:, None] / mean_norms).amax(-1)

@@ -1,7 +1,7 @@
 """`OVQState`: what a stream of tokens leaves behind, in constant memory.
 
 A state is a value: no operation changes one that was handed in, so keeping an old state *is* a snapshot of
-it. Saving and loading live in `serialization.py`, resizing in `resize.py`.
+it. Saving and loading live in `serialization.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ovq.ops.rules import TIE
+from ovq.ops.options import TIE
 
 _ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
 
@@ -219,9 +219,7 @@ class OVQState:
         Raises:
             ValueError: if `num_slots` is not an integer of at least 1.
         """
-        from ovq.ops.resize import resized
-
-        return resized(self, num_slots)
+        return _resized(self, num_slots)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to a safetensors file, atomically: the file is whole or the old one stays."""
@@ -275,4 +273,80 @@ def with_capacity(state: OVQState, rows: int) -> OVQState:
         key_sum=pad(state.key_sum, (0, 0, 0, missing)),
         value_sum=pad(state.value_sum, (0, 0, 0, missing)),
         count=pad(state.count, (0, missing)),
+    )
+
+
+def reserved(state: OVQState, pending: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """Pending buffers whose place `pending[r]` is free in each row, and the list that says it is taken."""
+    keys, values, written = state.pending_keys, state.pending_values, state._written
+    if written != pending:
+        keys, values, written = keys.clone(), values.clone(), list(pending)
+    # In place: the list is shared by every state that shares these buffers.
+    written[:] = [p + 1 for p in pending]
+    return keys, values, written
+
+
+def replaced(state: OVQState, rows: list[int], key_sum: Tensor, value_sum: Tensor, count: Tensor) -> OVQState:
+    """`state` with the dictionaries of some rows replaced, and pending buffers of its own.
+
+    Args:
+        state: the state, with room for their slots.
+        rows: which rows.
+        key_sum: their sums, `[len(rows) ..., M, K]`. value_sum, count: likewise.
+    """
+    index = torch.tensor(rows, device=state.count.device)
+
+    def put(x: Tensor, part: Tensor) -> Tensor:
+        # New tensors throughout: the old ones belong to the states before this step.
+        return x.index_copy(0, index, part.view(len(rows), *x.shape[1:]))
+
+    return dataclasses.replace(
+        state,
+        key_sum=put(state.key_sum, key_sum),
+        value_sum=put(state.value_sum, value_sum),
+        count=put(state.count, count),
+        pending_keys=state.pending_keys.clone(),
+        pending_values=state.pending_values.clone(),
+        _written=None,
+    )
+
+
+def _resized(state: OVQState, num_slots: int) -> OVQState:
+    """`state` bounded by `num_slots` from here on; see `OVQState.resize`."""
+    if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
+        raise ValueError(f"num_slots: expected an integer of at least 1, found {num_slots!r}")
+    if state.count.shape[2] <= num_slots:
+        return dataclasses.replace(state, num_slots=num_slots)
+    heads = [
+        _shrunk_head(state.key_sum[b, h], state.value_sum[b, h], state.count[b, h], num_slots)
+        for b in range(state.batch_size)
+        for h in range(state.count.shape[1])
+    ]
+    shape = (*state.count.shape[:2], num_slots, -1)
+    key_sum, value_sum, count = (torch.stack(parts) for parts in zip(*heads, strict=True))
+    return dataclasses.replace(
+        state,
+        key_sum=key_sum.view(shape),
+        value_sum=value_sum.view(shape),
+        count=count.view(shape[:3]),
+        num_slots=num_slots,
+    )
+
+
+def _shrunk_head(
+    key_sum: Tensor, value_sum: Tensor, count: Tensor, num_slots: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One head's dictionary with its `num_slots` most used slots kept and the others merged into those."""
+    # Stable, so that of equally used slots the older (lower index) is kept; kept slots stay in their order.
+    by_use = count.argsort(descending=True, stable=True)
+    kept = by_use[:num_slots].sort().values
+    dropped = by_use[num_slots:].sort().values
+    dropped = dropped[count[dropped] > 0]
+    means = torch.nn.functional.normalize(slot_means(key_sum.double(), count), dim=-1)
+    # argmax returns the first of equal maxima: ties go to the lowest index, as everywhere.
+    target = (means[dropped] @ means[kept].T).argmax(-1)
+    return (
+        key_sum[kept].index_add(0, target, key_sum[dropped]),
+        value_sum[kept].index_add(0, target, value_sum[dropped]),
+        count[kept].index_add(0, target, count[dropped]),
     )

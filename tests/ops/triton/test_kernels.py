@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ovq.ops import backend_used
-from ovq.ops.triton import work
+from ovq.ops.backends.triton import work
 from tests.ops.common import assert_same_state, attend, inputs
 from tests.ops.test_parity import gradients
 

@@ -20,7 +20,7 @@ def empty_state():
 
 
 def test_operators_are_what_pytorch_expects():
-    from ovq.ops.triton import decode, library
+    from ovq.ops.backends.triton import decode, library
 
     q, k, v = inputs(1, 5, 1, 1, 4, 3, dtype=torch.float32)
     leaves = [x.clone().requires_grad_() for x in (q, k, v, torch.ones(1))]

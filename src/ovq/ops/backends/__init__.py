@@ -1,0 +1,63 @@
+"""The backends: each a module with two functions, and the one place that decides which of them runs a call.
+
+A backend computes what `ovq.ops.naive` defines. Which one runs is a matter of speed alone: assignments are
+equal between them, outputs to rounding.
+
+- `naive`: the reference, in plain loops.
+- `torch`: large matrix products, on any device; `torch/chunk.py` is where to start reading.
+- `cpu`: the same, compiled for this processor.
+- `triton`: kernels for GPUs.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ovq.ops import naive
+from ovq.ops.backends import cpu, torch, triton
+from ovq.ops.call import Call
+from ovq.ops.state import OVQState
+
+
+class Backend(Protocol):
+    """What a backend is: a module (or object) with these."""
+
+    def refusal(self, call: Call) -> str | None:
+        """Why the backend cannot run a call, as "expected ..., found ..."; None if it can."""
+
+    def run(self, call: Call) -> tuple[Tensor, OVQState | None]:
+        """Outputs `[B, T, H, V]` in the dtype of q, and the state afterwards if the call wants it."""
+
+
+BACKENDS: dict[str, Backend] = {"naive": naive, "torch": torch, "cpu": cpu, "triton": triton}
+NAMES = ("auto", *BACKENDS)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless `name` is that of a backend, or `"auto"`."""
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {NAMES}, found {name!r}")
+
+
+def chosen(name: str, call: Call) -> str:
+    """The name of the backend that runs a call: the one asked for, or the fastest that can.
+
+    Raises:
+        ValueError: if the one asked for cannot run the call; says why.
+    """
+    check_name(name)
+    if name != "auto":
+        if reason := BACKENDS[name].refusal(call):
+            raise ValueError(f"backend: {name!r}: {reason}")
+        return name
+    return next(name for name in _preferred(call) if BACKENDS[name].refusal(call) is None)
+
+
+def _preferred(call: Call) -> list[str]:
+    """What `"auto"` tries, in order."""
+    if call.q.is_cuda:
+        return ["triton", "torch"]
+    # One token at a time is read from the state as it lies; the compiled kernels would copy the dictionary.
+    return ["torch"] if call.is_decoding else ["cpu", "torch"]

@@ -1,0 +1,42 @@
+"""The `cpu` backend: what `torch` does chunk by chunk, compiled for this processor where there is a compiler.
+
+`kernels.py` hands a call to `kernels.cpp`; `build.py` compiles it on first use. The short convolution of the
+layers is compiled along with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ovq.ops.backends.chunks import in_chunks
+from ovq.ops.backends.cpu import build
+from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve
+from ovq.ops.backends.cpu.kernels import CompiledAttention, cpu_kernels
+from ovq.ops.call import Call
+from ovq.ops.state import OVQState
+
+__all__ = ["CompiledConvolution", "can_convolve", "cpu_kernels", "refusal", "run"]
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def refusal(call: Call) -> str | None:
+    """Why the kernels cannot run a call; None if they can."""
+    if call.q.device.type != "cpu":
+        return f"expected tensors on a CPU, found them on {call.q.device}"
+    if call.q.dtype not in DTYPES:
+        return f"expected a dtype of {DTYPES}, found {call.q.dtype}"
+    for name in ("bias", "rate"):
+        if (found := getattr(call.options, name)) != "count":
+            return f"expected {name} 'count', found {found!r}"
+    try:
+        build.load()
+    except build.Unavailable as error:
+        return f"expected compiled kernels, found none: {error}"
+    return None
+
+
+def run(call: Call) -> tuple[Tensor, OVQState | None]:
+    """All chunks of all rows in one call of the kernels."""
+    return in_chunks(call, CompiledAttention.apply)

@@ -1,0 +1,111 @@
+/* What a call hands over (mirrored by `_Arguments` in kernels.py), the threads it runs on, and its memory. */
+#pragma once
+
+#include <sched.h>
+
+#include <cstdlib>
+
+#include "product.h"
+
+/* Queries, or keys, of a tile; slots of a tile of the backward. */
+#define QUERIES 32
+#define SLOTS 128
+
+/* Tensors of tokens are [num_chunks, width, heads, dim], dim dense. */
+struct Tokens {
+    void *data;
+    int64_t stride[3];
+    int64_t dim;
+};
+
+struct Call {
+    int64_t num_rows, num_kv_heads, group_size, chunk_size, width, capacity, num_threads;
+    int64_t is_bfloat16, is_merge_updated;
+    double tie;
+    Tokens q, k, v, o;
+    float *lse;         /* [num_chunks, width, H]: log of the sum of the exponentials of each query. */
+    const float *scale; /* [H] */
+    float *key_sum, *value_sum;       /* [R, Hkv, M, K], [R, Hkv, M, V] */
+    int64_t *count;                   /* [R, Hkv, M] */
+    int32_t *slots;                   /* [num_chunks, width, Hkv] */
+    const int64_t *first_chunk, *length; /* [R]: each row's first chunk and its tokens. */
+    const int64_t *schedule_start;    /* [R]: where the row's part of the schedule begins. */
+    const int32_t *schedule;          /* Its slots before each complete chunk and after the last. */
+    const double *priority;           /* `schedule` by [Hkv, C]: keys of lowest priority open slots; or NULL. */
+    /* The backward's. */
+    Tokens grad_o, grad_q, grad_k, grad_v;
+    float *key_deposit, *value_deposit; /* The gradient of the sums, as they are. */
+    double *grad_scale;                 /* [R, H] */
+};
+
+/* A barrier of a few threads that are all running. */
+struct Barrier {
+    int waiting, round;
+};
+
+static void wait_for_all(Barrier *barrier, int size) {
+    if (size == 1) return;
+    const int round = __atomic_load_n(&barrier->round, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&barrier->waiting, 1, __ATOMIC_ACQ_REL) == size) {
+        barrier->waiting = 0;
+        __atomic_store_n(&barrier->round, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int64_t spins = 0; __atomic_load_n(&barrier->round, __ATOMIC_ACQUIRE) == round; spins++)
+        if (spins > 4096) sched_yield();
+}
+
+/* Threads that work on a stream together, as one of them sees it. */
+struct Team {
+    int rank, size;
+    Barrier *barrier;
+};
+
+INLINE void sync(const Team *team) { wait_for_all(team->barrier, team->size); }
+
+/* Memory handed out in aligned pieces; `base` is NULL to find out how much is needed. */
+struct Arena {
+    char *base;
+    size_t used;
+};
+
+static void *take_bytes(Arena *arena, size_t bytes) {
+    void *piece = arena->base ? arena->base + arena->used : nullptr;
+    arena->used += (bytes + 127) / 128 * 128;
+    return piece;
+}
+
+#define TAKE(arena, type, num) ((type *)take_bytes(arena, sizeof(type) * (size_t)(num)))
+
+INLINE int64_t offset(const Tokens *x, int64_t chunk, int64_t token, int64_t head) {
+    return chunk * x->stride[0] + token * x->stride[1] + head * x->stride[2];
+}
+
+/* `factor` times the tokens first..first+num-1 of a head, as rows of `ld` floats, zero beyond the vector. */
+static void read_tokens(const Call *call, const Tokens *x, int64_t chunk, int64_t head, int64_t first, int64_t num,
+                        float factor, float *out, int64_t ld) {
+    for (int64_t t = 0; t < num; t++, out += ld) {
+        const int64_t at = offset(x, chunk, first + t, head);
+        if (call->is_bfloat16) {
+            const uint16_t *from = (const uint16_t *)x->data + at;
+            for (int64_t i = 0; i < x->dim; i++) out[i] = factor * from_bfloat16(from[i]);
+        } else {
+            const float *from = (const float *)x->data + at;
+            for (int64_t i = 0; i < x->dim; i++) out[i] = factor * from[i];
+        }
+        for (int64_t i = x->dim; i < ld; i++) out[i] = 0;
+    }
+}
+
+/* `factor` times one vector, into its place. */
+static void write_token(const Call *call, const Tokens *x, int64_t chunk, int64_t token, int64_t head, float factor,
+                        const float *from) {
+    const int64_t at = offset(x, chunk, token, head);
+    if (call->is_bfloat16) {
+        uint16_t *out = (uint16_t *)x->data + at;
+        for (int64_t i = 0; i < x->dim; i++) out[i] = to_bfloat16(factor * from[i]);
+    } else {
+        float *out = (float *)x->data + at;
+        for (int64_t i = 0; i < x->dim; i++) out[i] = factor * from[i];
+    }
+}

@@ -1,0 +1,81 @@
+"""The short convolution in compiled code: one pass over the tokens each way, where products take many."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ovq.ops.backends.cpu import build
+from ovq.ops.backends.cpu.kernels import is_available
+
+
+def can_convolve(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernel does this: float32 on a CPU, a compiler found, nothing traced."""
+    is_plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return is_plain and not torch.compiler.is_compiling() and is_available()
+
+
+class CompiledConvolution(torch.autograd.Function):
+    """Causal depthwise convolution of x `[B, T, D]` to the same shape.
+
+    Past `[B, C - 1, D]` are the tokens before the first, None for zeros. The last tap of weight `[D, C]` is
+    that of the token itself. Offset `[T]` int64 says how many tokens of its own packed row come before each.
+    """
+
+    @staticmethod
+    def forward(ctx, x, past, weight, offset):
+        """One pass over the tokens."""
+        x, taps = x.contiguous(), weight.t().contiguous()
+        past = None if past is None else past.contiguous()
+        y = torch.empty_like(x)
+        _run("ovq_convolution_forward", x=x, past=past, taps=taps, offset=offset, y=y)
+        ctx.save_for_backward(x, past, taps, offset)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        """One pass over the tokens, for all gradients."""
+        x, past, taps, offset = ctx.saved_tensors
+        grad_x, grad_past = torch.empty_like(x), None if past is None else torch.empty_like(past)
+        grad_taps = torch.zeros(x.shape[0], *taps.shape)
+        _run(
+            "ovq_convolution_backward",
+            x=x,
+            past=past,
+            taps=taps,
+            offset=offset,
+            grad_y=grad_y.contiguous(),
+            grad_x=grad_x,
+            grad_past=grad_past,
+            grad_taps=grad_taps,
+        )
+        return grad_x, grad_past, grad_taps.sum(0).t(), None
+
+
+class _Convolution(ctypes.Structure):
+    """`Convolution` of convolution.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_tokens", "num_channels", "num_taps")),
+        ("num_threads", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("x", "past", "taps", "offset", "y", "grad_y")),
+        *((name, ctypes.c_void_p) for name in ("grad_x", "grad_past", "grad_taps")),
+    ]
+
+
+def _run(name: str, *, x: Tensor, taps: Tensor, **others: Tensor | None) -> None:
+    tensors = {"x": x, "taps": taps, **others}
+    num_rows, num_tokens, num_channels = x.shape
+    call = _Convolution(
+        num_rows=num_rows,
+        num_tokens=num_tokens,
+        num_channels=num_channels,
+        num_taps=len(taps),
+        num_threads=torch.get_num_threads(),
+        **{field: tensor.data_ptr() for field, tensor in tensors.items() if tensor is not None},
+    )
+    getattr(build.load(), name)(ctypes.byref(call))

@@ -1,0 +1,165 @@
+/* One stream's dictionary, and one chunk of its tokens, laid out for products. */
+#pragma once
+
+#include "call.h"
+
+/* Rows that queries attend to: the slots of a dictionary, or the tokens of a chunk. */
+struct Rows {
+    float *keys;          /* [M, key_ld] */
+    float *values;        /* [M, value_ld] */
+    float *key_panels;    /* Keys as columns, [M / NR, K, NR]. */
+    float *value_panels;  /* Values likewise, [M / NR, V, NR]: the backward's, else NULL. */
+    float *bias;          /* [M]: log count, -inf for what is not there. */
+    int32_t *is_finite;   /* [1]: of a chunk's tokens, whether all values were; zero stands for those that were not. */
+};
+
+struct Dictionary {
+    Rows rows;
+    float *is_open;  /* [M]: 0 for a slot in use, -inf else. */
+    double *norm;    /* [M]: length of the mean key. */
+    float *inverse;  /* [M]: 1 / length; 1 for a slot that is not in use. */
+    int64_t num;     /* Slots in use, as each thread of a team counts them. */
+};
+
+/* Lengths are clamped to this before a division, here and in the reference. */
+#define TINY 1e-30
+
+/* Too short or too long for float32 products, or not finite; zero is neither (`ORDINARY` of options.py). */
+INLINE int is_extreme(double length) { return !(length == 0 || (length >= 1e-15 && length <= 1e15)); }
+
+INLINE int64_t key_ld(const Call *call) { return padded(call->k.dim, VL); }
+INLINE int64_t value_ld(const Call *call) { return padded(call->v.dim, VL); }
+
+static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backward) {
+    Rows rows;
+    num = padded(num, NR);
+    rows.keys = TAKE(arena, float, num * key_ld(call));
+    rows.values = TAKE(arena, float, num * value_ld(call));
+    rows.key_panels = TAKE(arena, float, num * call->k.dim);
+    rows.value_panels = is_backward ? TAKE(arena, float, num * call->v.dim) : nullptr;
+    rows.bias = TAKE(arena, float, num);
+    rows.is_finite = TAKE(arena, int32_t, 1);
+    return rows;
+}
+
+static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backward) {
+    Dictionary dictionary;
+    const int64_t num = padded(call->capacity, NR);
+    dictionary.rows = take_rows(arena, call, num, is_backward);
+    dictionary.is_open = TAKE(arena, float, num);
+    dictionary.norm = TAKE(arena, double, num);
+    dictionary.inverse = TAKE(arena, float, num);
+    return dictionary;
+}
+
+/* Row i from its key and value, which it may already hold. */
+static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
+    put_column(rows->key_panels, call->k.dim, i, rows->keys + i * key_ld(call));
+    if (rows->value_panels) put_column(rows->value_panels, call->v.dim, i, rows->values + i * value_ld(call));
+    rows->bias[i] = bias;
+}
+
+/* A row that nothing attends to; finite, as zero probabilities are multiplied with it. */
+static void clear_row(Rows *rows, const Call *call, int64_t i) {
+    memset(rows->keys + i * key_ld(call), 0, sizeof(float) * key_ld(call));
+    memset(rows->values + i * value_ld(call), 0, sizeof(float) * value_ld(call));
+    set_row(rows, call, i, -INFINITY);
+}
+
+/* Slot i from its sums. */
+static void set_slot(Dictionary *dictionary, const Call *call, int64_t i, const float *key_sum, const float *value_sum,
+                     int64_t count) {
+    if (!count) {
+        clear_row(&dictionary->rows, call, i);
+        dictionary->is_open[i] = -INFINITY;
+        dictionary->norm[i] = 0;
+        dictionary->inverse[i] = 1;
+        return;
+    }
+    float *key = dictionary->rows.keys + i * key_ld(call), *value = dictionary->rows.values + i * value_ld(call);
+    const float divisor = (float)count;
+    for (int64_t j = 0; j < key_ld(call); j++) key[j] = j < call->k.dim ? key_sum[j] / divisor : 0;
+    for (int64_t j = 0; j < value_ld(call); j++) value[j] = j < call->v.dim ? value_sum[j] / divisor : 0;
+    set_row(&dictionary->rows, call, i, logf(divisor));
+    dictionary->is_open[i] = 0;
+    dictionary->norm[i] = sqrt(exact_dot(key, key, call->k.dim));
+    dictionary->inverse[i] = (float)(1 / fmax(dictionary->norm[i], TINY));
+}
+
+/* The sums of a stream, where the call keeps them. */
+struct Sums {
+    float *key, *value;
+    int64_t *count;
+};
+
+INLINE Sums sums_of(const Call *call, int64_t row, int64_t head) {
+    const int64_t first = (row * call->num_kv_heads + head) * call->capacity;
+    return {call->key_sum + first * call->k.dim, call->value_sum + first * call->v.dim, call->count + first};
+}
+
+static void update_slot(Dictionary *dictionary, const Call *call, int64_t i, const Sums *sums) {
+    set_slot(dictionary, call, i, sums->key + i * call->k.dim, sums->value + i * call->v.dim, sums->count[i]);
+}
+
+static void load_dictionary(Dictionary *dictionary, const Call *call, const Sums *sums) {
+    for (int64_t i = 0; i < call->capacity; i++) update_slot(dictionary, call, i, sums);
+    for (int64_t i = call->capacity; i < padded(call->capacity, NR); i++)
+        set_slot(dictionary, call, i, nullptr, nullptr, 0);
+}
+
+/* Add token t of a chunk to the sums of slot i, or take it back. */
+static void add_token(const Sums *sums, const Call *call, int64_t i, const Rows *tokens, int64_t t, int sign) {
+    const float *key = tokens->keys + t * key_ld(call), *value = tokens->values + t * value_ld(call);
+    float *key_sum = sums->key + i * call->k.dim, *value_sum = sums->value + i * call->v.dim;
+    for (int64_t j = 0; j < call->k.dim; j++) key_sum[j] += sign * key[j];
+    for (int64_t j = 0; j < call->v.dim; j++) value_sum[j] += sign * value[j];
+    sums->count[i] += sign;
+}
+
+/* Bring the slots of a chunk's tokens up to date with their sums, each once. */
+static void update_slots(Dictionary *dictionary, const Call *call, const Sums *sums, const int32_t *slots, int64_t num,
+                         uint8_t *is_done) {
+    for (int64_t t = 0; t < num; t++) {
+        if (!is_done[slots[t]]) update_slot(dictionary, call, slots[t], sums);
+        is_done[slots[t]] = 1;
+    }
+    for (int64_t t = 0; t < num; t++) is_done[slots[t]] = 0;
+}
+
+static void load_values(Rows *tokens, const Call *call, int64_t chunk, int64_t head, int64_t num) {
+    read_tokens(call, &call->v, chunk, head, 0, num, 1, tokens->values, value_ld(call));
+}
+
+/* The `num` tokens of a chunk. Zero times NaN is NaN, and would reach the queries before it: values that are not finite
+   are left out of products. */
+static void load_chunk(Rows *tokens, const Call *call, int64_t chunk, int64_t head, int64_t num) {
+    const int64_t numbers = num * value_ld(call);
+    read_tokens(call, &call->k, chunk, head, 0, num, 1, tokens->keys, key_ld(call));
+    load_values(tokens, call, chunk, head, num);
+    *tokens->is_finite = are_finite(tokens->values, numbers);
+    for (int64_t i = 0; !*tokens->is_finite && i < numbers; i++)
+        if (!std::isfinite(tokens->values[i])) tokens->values[i] = 0;
+    for (int64_t t = 0; t < num; t++) set_row(tokens, call, t, 0);
+    for (int64_t t = num; t < padded(num, NR); t++) clear_row(tokens, call, t);
+}
+
+/* How a row's i-th chunk lies, and what its dictionary holds before and after it. */
+struct Chunk {
+    int64_t index, num, before, after;
+    int is_complete;
+};
+
+INLINE int64_t num_chunks(const Call *call, int64_t row) {
+    return (call->length[row] + call->width - 1) / call->width;
+}
+
+INLINE Chunk chunk_of(const Call *call, int64_t row, int64_t i) {
+    const int32_t *schedule = call->schedule + call->schedule_start[row];
+    Chunk chunk;
+    chunk.index = call->first_chunk[row] + i;
+    chunk.num = least(call->width, call->length[row] - i * call->width);
+    chunk.is_complete = call->length[row] >= (i + 1) * call->chunk_size;
+    chunk.before = schedule[i];
+    chunk.after = chunk.is_complete ? schedule[i + 1] : chunk.before;
+    return chunk;
+}

@@ -1,0 +1,185 @@
+"""The kernels as an autograd function: what `chunk.py` does group by group, for all streams in one call."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ovq.ops.backends.cpu import build
+from ovq.ops.backends.dictionary import dense_copy
+from ovq.ops.backends.plan import Plan
+from ovq.ops.options import TIE
+from ovq.ops.random_init import random_priority
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def cpu_kernels() -> str:
+    """Whether the `torch` backend runs compiled kernels on this CPU, and if not, why.
+
+    Example:
+        >>> cpu_kernels().startswith(("compiled", "not available"))
+        True
+    """
+    try:
+        build.load()
+    except build.Unavailable as error:
+        return f"not available: {error}"
+    return "compiled for this processor"
+
+
+def can_run(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, plan: Plan) -> bool:
+    """Whether the kernels do this: float32 or bfloat16 on a CPU, options they know, a compiler found."""
+    fits = q.device.type == "cpu" and q.dtype in _DTYPES and q.dtype == k.dtype == v.dtype
+    return fits and scale.dtype == torch.float32 and plan.options.bias == "count" and is_available()
+
+
+def is_available() -> bool:
+    """Whether there are compiled kernels on this machine."""
+    try:
+        build.load()
+    except build.Unavailable:
+        return False
+    return True
+
+
+class CompiledAttention(torch.autograd.Function):
+    """`chunk_attention` by the kernels, with the same arguments, results and rewinding backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
+        """Read and learn all chunks."""
+        q, k, v = (_dense(x) for x in (q, k, v))
+        sums = [dense_copy(x) for x in (key_sum, value_sum, count)]
+        o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+        # Of each query the log-sum-exp, and of each token of a complete chunk its slot.
+        lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
+        call = _call(q, k, v, o, lse, scale, *sums, slots, plan)
+        if plan.options.init == "random":
+            call.point(priority=_priorities(plan))
+        call.run("ovq_forward")
+        ctx.save_for_backward(q, k, v, scale, o, *sums, lse, slots)
+        ctx.plan = plan
+        ctx.mark_non_differentiable(sums[2])
+        ctx.set_materialize_grads(False)
+        return o, *sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_o, grad_key_sum, grad_value_sum, _):
+        """Rewind the sums; the gradient of the final ones becomes that of the initial."""
+        q, k, v, scale, o, key_sum, value_sum, count, lse, slots = ctx.saved_tensors
+        grad_o = torch.zeros_like(o) if grad_o is None else _dense(grad_o)
+        key_deposit = torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum)
+        value_deposit = torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum)
+        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        grad_scale = torch.zeros(len(ctx.plan.slots), q.shape[2], dtype=torch.float64)
+        sums = [dense_copy(x) for x in (key_sum, value_sum, count)]
+        call = _call(q, k, v, o, lse, scale, *sums, slots, ctx.plan)
+        call.set_tokens(grad_o=grad_o, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
+        call.point(key_deposit=key_deposit, value_deposit=value_deposit, grad_scale=grad_scale)
+        call.run("ovq_backward")
+        return *grads, grad_scale.sum(0).to(scale.dtype), key_deposit, value_deposit, None, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x` with vectors that lie in one piece each."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _priorities(plan: Plan) -> Tensor:
+    """`[chunks, Hkv, C]`: the random ranks of each chunk's keys, an unused chunk after each row's last."""
+    size, rows = plan.options.chunk_size, []
+    for merged, sizes in zip(plan.num_merged, plan.slots, strict=True):
+        for i in range(len(sizes)):
+            seen = merged + (i + 1) * size
+            rows += [random_priority(plan.options.seed, h, seen, size) for h in range(plan.num_kv_heads)]
+    return torch.stack(rows)
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 3), ("dim", ctypes.c_int64)]
+
+
+class _Arguments(ctypes.Structure):
+    """`Call` of call.h, field by field; keeps what it points to alive."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
+        *((name, ctypes.c_int64) for name in ("width", "capacity", "num_threads")),
+        *((name, ctypes.c_int64) for name in ("is_bfloat16", "is_merge_updated")),
+        ("tie", ctypes.c_double),
+        *((name, _Tokens) for name in ("q", "k", "v", "o")),
+        *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count", "slots")),
+        *((name, ctypes.c_void_p) for name in ("first_chunk", "length", "schedule_start", "schedule")),
+        ("priority", ctypes.c_void_p),
+        *((name, _Tokens) for name in ("grad_o", "grad_q", "grad_k", "grad_v")),
+        *((name, ctypes.c_void_p) for name in ("key_deposit", "value_deposit", "grad_scale")),
+    ]
+
+    def set_tokens(self, **tensors: Tensor) -> None:
+        for name, x in tensors.items():
+            strides = (ctypes.c_int64 * 3)(*x.stride()[:3])
+            setattr(self, name, _Tokens(self._keep(x), strides, x.shape[-1]))
+
+    def point(self, **tensors: Tensor) -> None:
+        for name, x in tensors.items():
+            assert x.is_contiguous(), name
+            setattr(self, name, self._keep(x))
+
+    def run(self, name: str) -> None:
+        if getattr(build.load(), name)(ctypes.byref(self)):
+            raise MemoryError(f"{name}: no memory for the kernel's scratch")
+
+    def _keep(self, x: Tensor) -> int:
+        if not hasattr(self, "kept"):
+            self.kept = []
+        self.kept.append(x)
+        return x.data_ptr()
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: Tensor,
+    key_sum: Tensor,
+    value_sum: Tensor,
+    count: Tensor,
+    slots: Tensor,
+    plan: Plan,
+) -> _Arguments:
+    options, aligned = plan.options, plan.aligned
+    call = _Arguments(
+        num_rows=len(plan.slots),
+        num_kv_heads=plan.num_kv_heads,
+        group_size=plan.group_size,
+        chunk_size=options.chunk_size,
+        width=aligned.width,
+        capacity=key_sum.shape[2],
+        num_threads=torch.get_num_threads(),
+        is_bfloat16=q.dtype == torch.bfloat16,
+        is_merge_updated=options.merge == "updated",
+        tie=TIE,
+    )
+    starts = [0, *itertools.accumulate(len(sizes) for sizes in plan.slots)]
+    call.set_tokens(q=q, k=k, v=v, o=o)
+    call.point(
+        lse=lse,
+        scale=scale.contiguous(),
+        key_sum=key_sum,
+        value_sum=value_sum,
+        count=count,
+        slots=slots,
+        first_chunk=torch.tensor(aligned.first_chunk, dtype=torch.int64),
+        length=torch.tensor(aligned.lengths, dtype=torch.int64),
+        schedule_start=torch.tensor(starts[:-1], dtype=torch.int64),
+        schedule=torch.tensor(list(itertools.chain(*plan.slots)), dtype=torch.int32),
+    )
+    return call

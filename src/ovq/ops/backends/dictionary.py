@@ -1,0 +1,40 @@
+"""`Dictionary`: sums and counts as the backends work on them, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+def dense_copy(x: Tensor) -> Tensor:
+    """A contiguous copy: what is worked on in place, row by row of a flat view."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@dataclasses.dataclass
+class Dictionary:
+    """Sums `[..., M, K]`, `[..., M, V]` and counts `[..., M]`, or the gradient of the sums."""
+
+    key_sum: Tensor
+    value_sum: Tensor
+    count: Tensor | None = None
+
+    def clone(self) -> Dictionary:
+        """A copy that can be worked on in place, contiguous whatever this is."""
+        parts = (self.key_sum, self.value_sum, self.count)
+        return Dictionary(*(None if x is None else dense_copy(x) for x in parts))
+
+    def index(self, slots: Tensor) -> Tensor:
+        """Rows of the flattened sums that `slots` `[S, C]` of the first S streams stand for."""
+        first = torch.arange(len(slots), device=slots.device) * self.key_sum.shape[1]
+        return (slots + first[:, None]).flatten()
+
+    def add_(self, slots: Tensor, keys: Tensor, values: Tensor, sign: int) -> None:
+        """Add (sign 1) or take back (sign -1) tokens `[S, C, D]` in order of position."""
+        index = self.index(slots)
+        for sums, x in ((self.key_sum, keys), (self.value_sum, values)):
+            flat = sums.view(-1, sums.shape[-1])
+            flat.index_add_(0, index, x.reshape(-1, x.shape[-1]), alpha=sign)
+        self.count.view(-1).index_add_(0, index, torch.ones_like(index), alpha=sign)

@@ -1,0 +1,60 @@
+"""`Plan`: what one call does, decided before any arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ovq.ops.backends.alignment import AlignedRows
+from ovq.ops.options import Options
+from ovq.ops.schedule import slots_by_chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one call does, decided before any arithmetic.
+
+    Attributes:
+        aligned: the chunk-aligned layout of the rows.
+        slots: for each sorted row, its slots before each of its complete chunks and after the last.
+        num_merged: tokens merged into each sorted row's dictionary before the call.
+        num_kv_heads: Hkv.
+        group_size: query heads of a key/value head, G.
+        options: the layer's settings.
+    """
+
+    aligned: AlignedRows
+    slots: list[list[int]]
+    num_merged: list[int]
+    num_kv_heads: int
+    group_size: int
+    options: Options
+
+    @classmethod
+    def make(
+        cls,
+        aligned: AlignedRows,
+        *,
+        opened: list[int],
+        num_merged: list[int],
+        num_kv_heads: int,
+        group_size: int,
+        options: Options,
+    ) -> Plan:
+        """The plan for sorted rows that start with `opened` slots and `num_merged` tokens in them."""
+        slots = [
+            slots_by_chunk(
+                n,
+                merged,
+                length // options.chunk_size,
+                num_slots=options.num_slots,
+                chunk_size=options.chunk_size,
+                growth=options.growth,
+            )
+            for n, merged, length in zip(opened, num_merged, aligned.lengths, strict=True)
+        ]
+        return cls(aligned, slots, num_merged, num_kv_heads, group_size, options)
+
+    @property
+    def capacity(self) -> int:
+        """Most slots of a row at the end."""
+        return max((sizes[-1] for sizes in self.slots), default=0)

@@ -1,0 +1,28 @@
+"""The `torch` backend: large matrix products on any device, with a backward in O(T) memory.
+
+`chunk.py` is where to start reading: chunk by chunk, `read.py` reads, `route.py` decides where keys go. One
+token per row goes through `decode.py`; `constant_rate.py` is an ablation.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ovq.ops.backends.chunks import in_chunks
+from ovq.ops.backends.torch.chunk import chunk_attention
+from ovq.ops.backends.torch.constant_rate import constant_rate_attention
+from ovq.ops.backends.torch.decode import decode_step
+from ovq.ops.call import Call
+from ovq.ops.state import OVQState
+
+
+def refusal(call: Call) -> str | None:
+    """None: it runs every call."""
+    return None
+
+
+def run(call: Call) -> tuple[Tensor, OVQState | None]:
+    """One token per row without gradients is decoded, all else goes chunk by chunk."""
+    if call.is_decoding:
+        return decode_step(call)
+    return in_chunks(call, chunk_attention if call.options.rate == "count" else constant_rate_attention)

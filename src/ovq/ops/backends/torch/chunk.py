@@ -1,0 +1,227 @@
+"""The `torch` backend: chunk by chunk in large matrix products, with a backward in O(T) memory.
+
+For each chunk of a group of streams the forward (1) reads: one softmax over [chunk | dictionary], (2) routes
+the chunk's keys, (3) adds them to the sums of their slots.
+
+The backward keeps nothing per chunk but the slot of each token. It walks the chunks in reverse and *rewinds*
+the dictionary: with assignments fixed the sums are linear in the keys and values, so subtracting a chunk
+gives the dictionary that its queries read, and the gradient of the sums just accumulates (`docs/math.md`).
+Probabilities are computed again, which costs less than reading back anything that would save it.
+
+The `cpu` backend does the same in compiled code, several times as fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ovq.ops.backends.dictionary import Dictionary, dense_copy
+from ovq.ops.backends.plan import Plan
+from ovq.ops.backends.torch.read import Reader
+from ovq.ops.backends.torch.route import Router
+from ovq.ops.backends.torch.streams import Group, Step, groups_of
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    key_sum: Tensor,
+    value_sum: Tensor,
+    count: Tensor,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """OVQ attention over chunk-aligned rows.
+
+    Args:
+        q: `[num_chunks, W, H, K]` queries, chunk-aligned (`AlignedRows.align`).
+        k: `[num_chunks, W, Hkv, K]` keys.
+        v: `[num_chunks, W, Hkv, V]` values.
+        scale: `[H]` in the dtype of the sums.
+        key_sum: `[R, Hkv, M, K]` sums at the start, M = `plan.capacity`, rows in sorted order.
+        value_sum: `[R, Hkv, M, V]`.
+        count: `[R, Hkv, M]`.
+        plan: the work to do.
+
+    Returns:
+        Outputs `[num_chunks, W, H, V]`, and the sums and counts at the end.
+    """
+    return _ChunkAttention.apply(q, k, v, scale, key_sum, value_sum, count, plan)
+
+
+class _ChunkAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
+        sums = Dictionary(key_sum, value_sum, count).clone()
+        o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+        # The slot of every token of a complete chunk; int32 holds any dictionary.
+        slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
+        for group in groups_of(plan, q.device):
+            _forward_group(group, q, k, v, scale, sums, o, slots)
+        ctx.save_for_backward(q, k, v, scale, o, sums.key_sum, sums.value_sum, sums.count, slots)
+        ctx.plan = plan
+        ctx.mark_non_differentiable(sums.count)
+        ctx.set_materialize_grads(False)
+        return o, sums.key_sum, sums.value_sum, sums.count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_o, grad_key_sum, grad_value_sum, _):
+        q, k, v, scale, o, key_sum, value_sum, count, slots = ctx.saved_tensors
+        call = _Tensors(q, k, v, scale, o, torch.zeros_like(o) if grad_o is None else grad_o, slots)
+        grads = _Tensors(
+            torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.zeros_like(scale)
+        )
+        final = Dictionary(key_sum, value_sum, count)
+        # A: the gradient of the sums, which starts as that of the final state and ends as that of the
+        # initial.
+        deposits = Dictionary(
+            torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum),
+            torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum),
+        )
+        # Autocast would run these products in a lower precision than the forward did.
+        with torch.autocast(q.device.type, enabled=False):
+            for group in groups_of(ctx.plan, q.device):
+                _backward_group(group, call, final, deposits, grads)
+        return grads.q, grads.k, grads.v, grads.scale, deposits.key_sum, deposits.value_sum, None, None
+
+
+@dataclasses.dataclass
+class _Tensors:
+    """The tensors of a call, or their gradients."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: Tensor
+    o: Tensor | None = None
+    grad_o: Tensor | None = None
+    slots: Tensor | None = None
+
+
+def _forward_group(
+    group: Group, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, sums: Dictionary, o: Tensor, slots: Tensor
+) -> None:
+    """All chunks of a group, in order; fills `o` and `slots` and updates `sums` in place."""
+    sums = group.dictionary(sums)
+    reader = Reader(group, q, v, sums.key_sum.dtype)
+    router = Router(
+        num_streams=group.num_streams,
+        max_slots=group.plan.capacity,
+        options=group.plan.options,
+        like=sums.key_sum,
+    )
+    for step in group.steps():
+        reader.load(step, k, v, sums)
+        for block in step.blocks:
+            step.put(o, reader.read(step, block, q, scale), block)
+        s = step.num_complete
+        if s:
+            chosen = router(
+                reader.chunk_keys[:s],
+                reader.means[:s],
+                step.before[:s],
+                step.after,
+                heads=step.heads,
+                num_seen=step.num_seen,
+            )
+            sums.add_(chosen, reader.chunk_keys[:s], reader.chunk_values[:s], 1)
+            step.put_complete(slots, chosen[..., None])
+
+
+def _backward_group(
+    group: Group, call: _Tensors, final: Dictionary, deposits: Dictionary, grads: _Tensors
+) -> None:
+    """All chunks of a group, in reverse; fills the gradients of tokens and updates `deposits` in place."""
+    sums, deposits = group.dictionary(final).clone(), group.dictionary(deposits)
+    reader = Reader(group, call.q, call.v, sums.key_sum.dtype)
+    for step in reversed(group.steps()):
+        # The gradient of the step's tokens, as candidates of its queries and as parts of the sums.
+        grad_k = sums.key_sum.new_zeros(step.num_streams, step.num_tokens, call.k.shape[-1])
+        grad_v = sums.key_sum.new_zeros(step.num_streams, step.num_tokens, call.v.shape[-1])
+        s = step.num_complete
+        if s:
+            # 1. The tokens of the chunk get the gradient of the sums they were added to.
+            chosen = step.take(call.slots)[:s].squeeze(-1).long()
+            index = sums.index(chosen)
+            grad_k[:s] = deposits.key_sum.view(-1, grad_k.shape[-1])[index].view_as(grad_k[:s])
+            grad_v[:s] = deposits.value_sum.view(-1, grad_v.shape[-1])[index].view_as(grad_v[:s])
+            # 2. Rewind: the dictionary as the chunk's queries saw it. Slots that the chunk opened are gone.
+            keys, values = step.take(call.k)[:s], step.take(call.v)[:s]
+            sums.add_(chosen, keys.to(sums.key_sum.dtype), values.to(sums.key_sum.dtype), -1)
+            is_gone = (sums.count[:s] == 0).unsqueeze(-1)
+            for x in (sums.key_sum, sums.value_sum, deposits.key_sum, deposits.value_sum):
+                x[:s].masked_fill_(is_gone, 0)
+        # 3. Backward of the read from that dictionary.
+        reader.load(step, call.k, call.v, sums)
+        for block in step.blocks:
+            _backward_block(step, block, reader, call, deposits, grads, grad_k, grad_v)
+        step.put(grads.k, grad_k, step.tokens)
+        step.put(grads.v, grad_v, step.tokens)
+
+
+def _backward_block(
+    step: Step,
+    block: slice,
+    reader: Reader,
+    call: _Tensors,
+    deposits: Dictionary,
+    grads: _Tensors,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    """Gradients of one block's softmax; those of its candidates are added to what holds them."""
+    wide = deposits.key_sum.dtype
+    probs = reader.attend(step, block, call.q, call.scale)
+    grad_scores, _ = reader.scratch(step, block)
+    grad_o = step.part(call.grad_o, block).reshape(step.num_streams, -1, call.v.shape[-1])
+    o = step.part(call.o, block).reshape_as(grad_o)
+    grad_values = torch.bmm(probs.transpose(1, 2), grad_o)
+    # dS = P (dP - sum(P dP)), and sum(P dP) = sum(o do).
+    inner = (o.to(wide) * grad_o.to(wide)).sum(-1, keepdim=True)
+    torch.bmm(grad_o, reader.values(step, block).transpose(1, 2), out=grad_scores)
+    grad_scores.sub_(inner.to(grad_scores.dtype)).mul_(probs)
+    grad_keys = torch.bmm(grad_scores.transpose(1, 2), reader.queries)
+    grad_queries = torch.bmm(grad_scores, reader.keys(step, block)).to(wide)
+    if step.group.plan.options.bias == "count+norm":
+        _backward_norms(step, block, reader, call, grads, grad_scores, grad_keys)
+    for tokens in step.blocks:
+        if tokens.start < block.stop:
+            rows = slice(block.stop - tokens.stop, block.stop - tokens.start)
+            grad_k[:, tokens] += grad_keys[:, rows]
+            grad_v[:, tokens] += grad_values[:, rows]
+    s, n = step.num_streams, step.num_slots
+    slots = slice(block.stop, block.stop + n)
+    deposits.key_sum[:s, :n].addcdiv_(grad_keys[:, slots].to(wide), reader.count)
+    deposits.value_sum[:s, :n].addcdiv_(grad_values[:, slots].to(wide), reader.count)
+    # The queries of the product are scale * q.
+    queries = step.part(call.q, block)
+    by_head = grad_queries.view(queries.shape)
+    grads.scale[step.query_heads] += (by_head * queries.to(wide)).sum((0, 2, 3))
+    grad_queries = by_head * call.scale[step.query_heads, None, None]
+    step.put(grads.q, grad_queries.view(s, -1, call.q.shape[-1]), block)
+
+
+def _backward_norms(
+    step: Step,
+    block: slice,
+    reader: Reader,
+    call: _Tensors,
+    grads: _Tensors,
+    grad_scores: Tensor,
+    grad_keys: Tensor,
+) -> None:
+    """Gradient of the -scale |D|^2 / 2 in the scores, added to those of the scale and of the keys."""
+    scales, wide = step.scales(call.scale), grads.scale.dtype
+    by_slot = grad_scores.view(*scales.shape, -1, grad_scores.shape[-1]).sum(2, dtype=wide)
+    grad_scales = (by_slot * reader.half_norms(step, block)[:, None]).sum(-1)
+    grads.scale[step.query_heads] -= (
+        grad_scales.view(-1, len(step.group.heads), scales.shape[1]).sum(0).view(-1)
+    )
+    weights = (by_slot * scales[..., None]).sum(1)[..., None]
+    grad_keys -= (weights * reader.keys(step, block)).to(grad_keys.dtype)

@@ -1,0 +1,131 @@
+"""The ablation `rate=r`: slot means that move by a constant share r towards each token merged into them.
+
+Such means forget, so a chunk cannot be taken back from them as the backward of `chunk.py` takes it back from
+sums. This is the same loop over chunks without that: whole chunks at a time, differentiated by ordinary
+autograd, which keeps the probabilities of every chunk. The state stays sums and counts, sum = mean * count.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.plan import Plan
+from ovq.ops.backends.torch.read import without_spoilt
+from ovq.ops.backends.torch.route import Router, padded_slots
+from ovq.ops.backends.torch.streams import Group, Step
+from ovq.ops.state import rounded, slot_means
+
+
+def constant_rate_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    key_sum: Tensor,
+    value_sum: Tensor,
+    count: Tensor,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`chunk_attention` for a constant rate: the same arguments and results."""
+    # Dictionary cannot be written in place here, so that groups would gain nothing: all streams go together.
+    group = Group(plan, range(len(plan.slots)), range(plan.num_kv_heads))
+    sums = group.dictionary(Dictionary(*(x.contiguous() for x in (key_sum, value_sum, count))))
+    router = Router(
+        num_streams=group.num_streams, max_slots=plan.capacity, options=plan.options, like=key_sum
+    )
+    outputs, places = [], []
+    for i, step in enumerate(group.steps()):
+        keys, values = (step.take(x).to(key_sum.dtype) for x in (k, v))
+        means, o = _read(step, q, scale, keys, values, sums)
+        o = o.view(-1, q.shape[2], step.num_tokens, v.shape[-1]).transpose(1, 2)
+        missing = q.shape[1] - step.num_tokens
+        outputs.append(torch.nn.functional.pad(o, (0, 0, 0, 0, 0, missing)))
+        places += [plan.aligned.first_chunk[r] + i for r in range(len(o))]
+        if step.num_complete:
+            sums = _learned(step, sums, means.detach(), keys, values, router)
+    order = torch.tensor(places, device=q.device).argsort()
+    o = torch.cat(outputs).index_select(0, order).to(q.dtype)
+    return o, *(
+        x.view(y.shape)
+        for x, y in ((sums.key_sum, key_sum), (sums.value_sum, value_sum), (sums.count, count))
+    )
+
+
+def _read(
+    step: Step, q: Tensor, scale: Tensor, keys: Tensor, values: Tensor, sums: Dictionary
+) -> tuple[Tensor, Tensor]:
+    """Means `[S, n, K]` and outputs `[S, G, w, V]` of a step: one softmax over [dictionary | chunk]."""
+    s, n, w = step.num_streams, step.num_slots, step.num_tokens
+    count = sums.count[:s, :n]
+    means, mean_values = (slot_means(x[:s, :n], count) for x in (sums.key_sum, sums.value_sum))
+    candidates = torch.cat([means, keys], 1)
+    # log 0 = -inf takes spare slots out; a token of the chunk is a slot of count 1.
+    bias = torch.cat([count.to(keys.dtype).log(), keys.new_zeros(s, w)], 1)[:, None, None]
+    scales = step.scales(scale)[..., None, None]
+    queries = step.take(q).to(keys.dtype).view(*scales.shape[:2], w, -1)
+    scores = scales * (queries @ candidates.transpose(1, 2)[:, None]) + bias
+    if step.group.plan.options.bias == "count+norm":
+        scores = scores - scales * candidates.square().sum(-1)[:, None, None] / 2
+    future = torch.ones(w, w, dtype=torch.bool, device=q.device).triu(1)
+    scores = scores.masked_fill(torch.nn.functional.pad(future, (n, 0)), -torch.inf)
+    values, spoilt = without_spoilt(values)
+    o = scores.softmax(-1) @ torch.cat([mean_values, values], 1)[:, None]
+    return means, o if spoilt is None else o + spoilt[:, None]
+
+
+def _learned(
+    step: Step, sums: Dictionary, means: Tensor, keys: Tensor, values: Tensor, router: Router
+) -> Dictionary:
+    """The dictionaries of all streams once the step's complete chunks are merged."""
+    s, n = step.num_complete, step.num_slots
+    padded = means.new_zeros(s, padded_slots(max(n, 1)), means.shape[-1])
+    padded[:, :n] = means[:s]
+    slots = router(
+        keys[:s].detach(), padded, step.before[:s], step.after, heads=step.heads, num_seen=step.num_seen
+    )
+    part = Dictionary(sums.key_sum[:s], sums.value_sum[:s], sums.count[:s])
+    part = moved(part, slots, router.is_opener, keys[:s], values[:s], router.options.rate)
+    return Dictionary(
+        *(torch.cat([getattr(part, x), getattr(sums, x)[s:]]) for x in ("key_sum", "value_sum", "count"))
+    )
+
+
+def moved(
+    sums: Dictionary, slots: Tensor, is_opener: Tensor, keys: Tensor, values: Tensor, rate: float
+) -> Dictionary:
+    """Dictionaries after the tokens of a chunk moved the means of their slots, D <- D + rate (x - D) each.
+
+    A slot's m tokens in order of position leave D (1 - rate)^m + sum_j rate (1 - rate)^(m - j) x_j, which is
+    evaluated at once, in float64. A token that opened its slot comes first and counts in full.
+
+    Args:
+        sums: dictionaries `[S, M, ...]`, left as they are.
+        slots: `[S, C]` slot of each token.
+        is_opener: `[S, C]` tokens that opened their slot.
+        keys: `[S, C, K]`. values: `[S, C, V]`.
+        rate: in (0, 1].
+    """
+    index = sums.index(slots)
+    is_step = ~is_opener
+    # Steps that the slot of a token takes after that token.
+    is_later = torch.ones(slots.shape[1], slots.shape[1], dtype=torch.bool, device=slots.device).triu(1)
+    is_later = (is_later | is_opener[..., None]) & is_step[:, None] & (slots[..., None] == slots[:, None])
+    weight = torch.pow(1.0 - rate, is_later.sum(-1).double())
+    weight = torch.where(is_step, rate * weight, weight)
+    before = sums.count.flatten()
+    after = before.index_add(0, index, torch.ones_like(index))
+    num_steps = torch.zeros_like(before).index_add(0, index, is_step.flatten().to(before.dtype))
+    # As factors of sums, not means, so that slots without a token keep their bits.
+    kept = torch.pow(1.0 - rate, num_steps.double()) * after / before.clamp(min=1)
+
+    def stepped(old: Tensor, x: Tensor) -> Tensor:
+        flat = old.reshape(-1, old.shape[-1]).double()
+        weighted = (weight[..., None] * x.double()).reshape(-1, x.shape[-1])
+        new = torch.zeros_like(flat).index_add(0, index, weighted)
+        return rounded(flat * kept[:, None] + new * after[:, None], old.dtype).reshape(old.shape)
+
+    return Dictionary(
+        stepped(sums.key_sum, keys), stepped(sums.value_sum, values), after.view(sums.count.shape)
+    )

@@ -1,0 +1,132 @@
+"""One token a row, without gradients: a read of the dictionary and the pending tokens, and nothing copied.
+
+The key and value are written into the next free place of the state's pending buffers. The state handed in
+stays what it was, because it never looks at that place; should another continuation of it have written there
+already, the buffers are copied first (`OVQState._written`). Dictionaries are shared between the states of a
+chain of steps and replaced once a chunk, when it is merged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.torch.constant_rate import moved
+from ovq.ops.backends.torch.route import Router, padded_slots
+from ovq.ops.call import Call
+from ovq.ops.options import Options
+from ovq.ops.schedule import grown_slots
+from ovq.ops.state import OVQState, replaced, reserved, slot_means, with_capacity
+
+
+def decode_step(call: Call) -> tuple[Tensor, OVQState]:
+    """Outputs `[B, 1, H, V]` for one new token per row, and the state after it."""
+    state, options = call.state, call.options
+    pending = state.num_pending.tolist()
+    keys, values, written = _appended(state, call.k, call.v, pending)
+    o = _read(call.q, call.scale, state, keys, values, pending, options)
+    after = dataclasses.replace(
+        state,
+        pending_keys=keys,
+        pending_values=values,
+        num_seen=state.num_seen + 1,
+        _written=written,
+    )
+    complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
+    return o, _merged(after, complete, options) if complete else after
+
+
+def _appended(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+    """The pending buffers with the new token in them, and the list that says how far they are written."""
+    keys, values, written = reserved(state, pending)
+    if len(set(pending)) == 1:
+        keys[:, :, pending[0]] = k[:, 0]
+        values[:, :, pending[0]] = v[:, 0]
+    else:
+        row = torch.arange(len(pending), device=keys.device)
+        place = torch.tensor(pending, device=keys.device)
+        keys[row, :, place] = k[:, 0]
+        values[row, :, place] = v[:, 0]
+    return keys, values, written
+
+
+def _read(
+    q: Tensor,
+    scale: Tensor,
+    state: OVQState,
+    keys: Tensor,
+    values: Tensor,
+    pending: list[int],
+    options: Options,
+) -> Tensor:
+    """The softmax of one query a head over [pending | dictionary], from the sums: q.D = q.S / c."""
+    batch, _, num_heads, dim = q.shape
+    num_kv_heads, wide = keys.shape[1], state.key_sum.dtype
+    used = max(pending) + 1
+    queries = (q[:, 0].to(wide) * scale[:, None]).reshape(batch * num_kv_heads, -1, dim)
+
+    def streams(x: Tensor) -> Tensor:
+        return x.to(wide).reshape(batch * num_kv_heads, *x.shape[2:])
+
+    recent_keys, recent_values = streams(keys[:, :, :used]), streams(values[:, :, :used])
+    scores = torch.bmm(queries, recent_keys.transpose(1, 2))
+    has_norm = options.bias == "count+norm"
+    if has_norm:
+        half_scales = scale.view(num_kv_heads, -1, 1).repeat(batch, 1, 1) / 2
+        scores -= half_scales * recent_keys.square().sum(-1)[:, None]
+    if len(set(pending)) > 1:
+        ends = torch.tensor(pending, device=q.device).repeat_interleave(num_kv_heads)
+        future = torch.arange(used, device=q.device) > ends[:, None]
+        scores.masked_fill_(future[:, None], -torch.inf)
+        # Another continuation may have written there, and zero times NaN is NaN.
+        recent_values = recent_values.masked_fill(future[..., None], 0)
+    if not state.count.shape[2]:
+        o = torch.bmm(scores.softmax(-1), recent_values)
+    else:
+        counts = streams(state.count)[:, None]
+        slot_scores = torch.bmm(queries, streams(state.key_sum).transpose(1, 2))
+        slot_scores.div_(counts.clamp(min=1)).add_(counts.log())
+        if has_norm:
+            slot_scores -= half_scales * streams(state.keys).square().sum(-1)[:, None]
+        probs = torch.cat([scores, slot_scores], -1).softmax(-1)
+        # P D_v = (P / c) S_v: dividing the probabilities is cheaper than dividing the sums.
+        slot_probs = probs[..., used:] / counts.clamp(min=1)
+        o = torch.baddbmm(torch.bmm(probs[..., :used], recent_values), slot_probs, streams(state.value_sum))
+    return o.view(batch, 1, num_heads, -1).to(q.dtype)
+
+
+def _merged(state: OVQState, complete: list[int], options: Options) -> OVQState:
+    """`state` with the full chunks of the rows `complete` merged into copies of their dictionaries."""
+    rows = state.select(complete)
+    num_kv_heads, chunk_size = state.count.shape[1], options.chunk_size
+    before = rows.num_open.tolist()
+    after = [
+        grown_slots(n, seen, num_slots=options.num_slots, chunk_size=chunk_size, growth=options.growth)
+        for n, seen in zip(before, rows.num_seen.tolist(), strict=True)
+    ]
+    state = with_capacity(state, max(after))
+    rows = with_capacity(rows, max(*after, state.count.shape[2]))
+    wide = rows.key_sum.dtype
+    streams, capacity = len(complete) * num_kv_heads, rows.count.shape[2]
+    keys = rows.pending_keys.to(wide).view(streams, chunk_size, -1)
+    values = rows.pending_values.to(wide).view(streams, chunk_size, -1)
+    means = slot_means(rows.key_sum, rows.count).view(streams, capacity, -1)
+    means = torch.nn.functional.pad(means, (0, 0, 0, padded_slots(capacity) - capacity))
+    router = Router(num_streams=streams, max_slots=capacity, options=options, like=means)
+    slots = router(
+        keys,
+        means,
+        [n for n in before for _ in range(num_kv_heads)],
+        [n for n in after for _ in range(num_kv_heads)],
+        heads=list(range(num_kv_heads)) * len(complete),
+        num_seen=[t for t in rows.num_seen.tolist() for _ in range(num_kv_heads)],
+    )
+    sums = Dictionary(*(x.reshape(streams, *x.shape[2:]) for x in (rows.key_sum, rows.value_sum, rows.count)))
+    if options.rate == "count":
+        sums.add_(slots, keys, values, 1)
+    else:
+        sums = moved(sums, slots, router.is_opener, keys, values, options.rate)
+    return replaced(state, complete, sums.key_sum, sums.value_sum, sums.count)

@@ -1,0 +1,294 @@
+"""Which slot each key of a complete chunk goes to, for many heads at once: fast, and provably exact.
+
+Routing is a hard argmax, so two backends whose matrix products round differently could disagree on a near tie
+and from then on remember different things. Here scores are computed in float32 by one matrix product, and
+every token whose best two candidates lie within the rounding error of that product is decided again in
+float64. The result is that of the float64 reference, whatever the blocking, batch or thread count.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ovq.ops.options import NO_COSINE, ORDINARY, TIE, TINY, Options
+from ovq.ops.random_init import random_priority
+
+# Columns of the score matrix that are reduced together: the best slot is found as the best block, then the
+# best in it, which reads the scores once, vectorised (on a CPU an argmax over all columns takes six times as
+# long).
+BLOCK = 32
+# Pairs of (token, slot) that are decided again one by one; more of them, as keys that repeat give, are
+# cheaper as one float64 matrix product.
+_PAIRS = 8192
+
+
+def padded_slots(num: int) -> int:
+    """`num` rounded up to whole blocks."""
+    return -(-num // BLOCK) * BLOCK
+
+
+class Router:
+    """Assigns the keys of complete chunks to slots; holds the scratch memory for it.
+
+    Args:
+        num_streams: most streams (rows times key/value heads) routed at once.
+        max_slots: most slots of a stream.
+        options: the layer's settings.
+        like: a tensor that gives the routing dtype (float32 or float64) and device.
+
+    Attributes:
+        is_opener: `[S, C]`, which keys of the chunk routed last opened a slot.
+    """
+
+    def __init__(self, *, num_streams: int, max_slots: int, options: Options, like: Tensor) -> None:
+        self.options = options
+        size = num_streams * options.chunk_size * padded_slots(max_slots)
+        self._scores = like.new_empty(size)
+
+    def __call__(
+        self,
+        keys: Tensor,
+        means: Tensor,
+        before: list[int],
+        after: list[int],
+        *,
+        heads: list[int],
+        num_seen: list[int],
+    ) -> Tensor:
+        """Slots `[S, C]` of the chunk's keys.
+
+        Args:
+            keys: `[S, C, K]` keys of a complete chunk in the routing dtype.
+            means: `[S, padded, K]` slot means, zero beyond each stream's slots. For a stream without slots
+                the first row is overwritten by its first key, which opens slot 0.
+            before: slots of each stream before the chunk.
+            after: slots of each stream once the chunk is merged.
+            heads: key/value head of each stream, for `init="random"`.
+            num_seen: tokens each stream's row has seen at the end of the chunk, likewise.
+        """
+        is_fresh = torch.tensor([n == 0 for n in before], device=keys.device)
+        if 0 in before:
+            means[is_fresh, 0] = keys[is_fresh, 0]
+        existing = [max(n, 1) for n in before]
+        chunk = _Chunk(keys, means, existing, self._scores)
+        if not chunk.is_ordinary:
+            chunk = _WideChunk(keys, means, existing)
+        slots = chunk.nearest()
+        self.is_opener = is_fresh[:, None] & (torch.arange(slots.shape[1], device=keys.device) == 0)
+        opening = [a - n for a, n in zip(after, existing, strict=True)]
+        if any(opening):
+            if self.options.init == "random":
+                priority = self._random_priority(heads, num_seen).to(keys.device)
+                priority[:, 0].masked_fill_(is_fresh, torch.inf)
+            else:
+                priority = chunk.novelty(opening, is_fresh)
+            is_opener = _lowest(priority, opening)
+            if self.options.merge == "updated":
+                _merge_updated(slots, is_opener, keys, means, existing)
+            # The j-th key that opens a slot, by position, opens slot existing + j.
+            first = torch.tensor(existing, device=keys.device)[:, None]
+            self.is_opener |= is_opener
+            slots = torch.where(is_opener, first + is_opener.cumsum(-1) - 1, slots)
+        if 0 in before:
+            slots[:, 0].masked_fill_(is_fresh, 0)
+        return slots
+
+    def _random_priority(self, heads: list[int], num_seen: list[int]) -> Tensor:
+        seed, size = self.options.seed, self.options.chunk_size
+        pairs = zip(heads, num_seen, strict=True)
+        return torch.stack([random_priority(seed, h, t, size) for h, t in pairs])
+
+
+class _Chunk:
+    """A chunk's keys and slot means with their scores, in float32 and, where that is not enough, in float64.
+
+    Args:
+        keys: `[S, C, K]`.
+        means: `[S, padded, K]`.
+        existing: slots of each stream, at least 1.
+        scratch: memory for the scores.
+    """
+
+    def __init__(self, keys: Tensor, means: Tensor, existing: list[int], scratch: Tensor) -> None:
+        streams, tokens, _ = keys.shape
+        num, smallest = padded_slots(max(existing)), min(existing)
+        self.keys, self.means = keys, means[:, :num]
+        self.scores = scratch[: streams * tokens * num].view(streams, tokens, num)
+        torch.bmm(keys, self.means.transpose(1, 2), out=self.scores)
+        if smallest == max(existing):
+            self.scores[:, :, smallest:] = -torch.inf
+        else:
+            used = torch.tensor(existing, device=keys.device)[:, None]
+            is_spare = torch.arange(smallest, num, device=keys.device) >= used
+            self.scores[:, :, smallest:].masked_fill_(is_spare[:, None], -torch.inf)
+        self.key_norm = torch.linalg.vector_norm(keys, dim=-1)
+        self.mean_norm = torch.linalg.vector_norm(self.means, dim=-1)
+        self._eps = torch.finfo(keys.dtype).eps
+        self._dense: Tensor | None = None
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether all keys and means are of lengths that float32 can decide by."""
+        return _are_ordinary(self.keys, self.key_norm) and _are_ordinary(self.means, self.mean_norm)
+
+    def nearest(self) -> Tensor:
+        """Slot `[S, C]` with the largest dot product, ties to the lowest index; 0 for keys not finite."""
+        streams, tokens, num = self.scores.shape
+        blocks = self.scores.view(streams, tokens, num // BLOCK, BLOCK)
+        block_best = blocks.amax(-1)
+        block = block_best.argmax(-1, keepdim=True)
+        inside = blocks.gather(2, block[..., None].expand(-1, -1, 1, BLOCK)).squeeze(2)
+        place = inside.argmax(-1, keepdim=True)
+        best = inside.gather(-1, place)
+        # The best of all the others: the other blocks, and the rest of the winner's own.
+        inside.scatter_(-1, place, -torch.inf)
+        block_best.scatter_(-1, block, -torch.inf)
+        second = torch.maximum(inside.amax(-1), block_best.amax(-1))
+        slots, best = (block * BLOCK + place).squeeze(-1), best.squeeze(-1)
+        # Rounding of a K-term dot product, on both sides of a comparison: 2 K (eps / 2) |k| |D|.
+        length = self.key_norm * self.mean_norm.amax(-1, keepdim=True)
+        tolerance = (self.keys.shape[-1] * self._eps + 2 * TIE) * length
+        is_contested = best - second <= tolerance
+        if bool(is_contested.any()):
+            s, t = is_contested.nonzero(as_tuple=True)
+            exact = self._exact(s, t, self.scores[s, t] >= (best - tolerance)[s, t, None], is_cosine=False)
+            floor = exact.amax(-1) - TIE * length[s, t].double()
+            # argmax returns the first of equal maxima, which is the lowest index.
+            slots[s, t] = (exact >= floor[:, None]).byte().argmax(-1)
+        return slots.masked_fill_(~best.isfinite(), 0)
+
+    def novelty(self, opening: list[int], is_fresh: Tensor) -> Tensor:
+        """Best cosine `[S, C]` of each key with a slot mean, in float64 where the choice of openers turns on
+        it.
+
+        Args:
+            opening: keys of each stream that are to open slots: those of lowest best cosine.
+            is_fresh: `[S]` streams whose first key has opened slot 0 and is out of the question.
+
+        Turns the scores into cosines, in place: `nearest` comes before it.
+        """
+        # A key or mean of length zero has cosine 0 with everything.
+        cosines = self.scores.mul_(self.mean_norm[:, None].clamp(min=TINY).reciprocal())
+        best = cosines.amax(-1) / self.key_norm.clamp(min=TINY)
+        best.nan_to_num_(nan=NO_COSINE)
+        best[:, 0].masked_fill_(is_fresh, torch.inf)
+        # Cosines are at most 1 long; a few more roundings than a dot product go into one.
+        tolerance = 2 * (self.keys.shape[-1] + 8) * self._eps + 2 * TIE
+        # Contested: the last key that opens a slot and the first that does not are too close to tell apart.
+        most = min(max(opening) + 1, best.shape[-1])
+        ranked = best.topk(most, largest=False).values
+        num = torch.tensor(opening, device=best.device)[:, None]
+        boundary = ranked.gather(-1, (num - 1).clamp(min=0))
+        following = ranked.gather(-1, num.clamp(max=ranked.shape[-1] - 1))
+        is_contested = (following - boundary <= tolerance) & (num > 0)
+        if bool(is_contested.any()):
+            is_near = is_contested & ((best - boundary).abs() <= 2 * tolerance) & (best != NO_COSINE)
+            s, t = is_near.nonzero(as_tuple=True)
+            # The best slot in float64 is among those that float32 cannot tell from its best.
+            own = cosines[s, t] / self.key_norm[s, t, None].clamp(min=TINY)
+            exact = self._exact(s, t, own >= (best[s, t] - tolerance)[:, None], is_cosine=True)
+            best = best.double()
+            best[s, t] = exact.amax(-1)
+        return best.double()
+
+    def _exact(self, streams: Tensor, tokens: Tensor, is_candidate: Tensor, *, is_cosine: bool) -> Tensor:
+        """Dot products or cosines `[A, n]` in float64 of A tokens with candidate slots, -inf elsewhere.
+
+        Args:
+            streams: `[A]`.
+            tokens: `[A]`.
+            is_candidate: `[A, n]`.
+            is_cosine: divide by the lengths.
+        """
+        num_pairs = int(is_candidate.sum())
+        if num_pairs > _PAIRS:
+            if self._dense is None:
+                self._dense = torch.bmm(self.keys.double(), self.means.double().transpose(1, 2))
+            exact = self._dense[streams, tokens]
+            if is_cosine:
+                key_norm, mean_norm = (x.double().norm(dim=-1) for x in (self.keys, self.means))
+                exact /= key_norm[streams, tokens, None].clamp(min=TINY) * mean_norm[streams].clamp(min=TINY)
+            return exact.masked_fill_(~is_candidate, -torch.inf)
+        exact = torch.full(is_candidate.shape, -torch.inf, dtype=torch.float64, device=self.keys.device)
+        a, n = is_candidate.nonzero(as_tuple=True)
+        keys, means = self.keys[streams[a], tokens[a]].double(), self.means[streams[a], n].double()
+        products = (keys * means).sum(-1)
+        if is_cosine:
+            products /= keys.norm(dim=-1).clamp(min=TINY) * means.norm(dim=-1).clamp(min=TINY)
+        exact[a, n] = products
+        return exact
+
+
+def _are_ordinary(x: Tensor, norm: Tensor) -> bool:
+    """Whether vectors `x` `[S, N, K]` of lengths `norm` `[S, N]` are zero or of ordinary lengths."""
+    shortest, longest = ORDINARY
+    is_zero = norm == 0
+    is_ordinary = (norm >= shortest) & (norm <= longest)
+    # A length of zero may be one whose squares vanish.
+    return bool((is_ordinary | is_zero).all()) and not bool(x[is_zero].any())
+
+
+class _WideChunk:
+    """What `_Chunk` decides, in float64 throughout: for lengths that are not ordinary, or not finite.
+
+    Args:
+        keys: `[S, C, K]`.
+        means: `[S, padded, K]`.
+        existing: slots of each stream, at least 1.
+    """
+
+    def __init__(self, keys: Tensor, means: Tensor, existing: list[int]) -> None:
+        keys, means = keys.double(), means[:, : max(existing)].double()
+        num = torch.tensor(existing, device=keys.device)[:, None, None]
+        is_spare = torch.arange(means.shape[1], device=keys.device) >= num
+        self.scores = torch.bmm(keys, means.transpose(1, 2)).masked_fill_(is_spare, -torch.inf)
+        self.key_norm, self.mean_norm = keys.norm(dim=-1), means.norm(dim=-1)
+
+    def nearest(self) -> Tensor:
+        """As of `_Chunk`."""
+        best = self.scores.amax(-1)
+        floor = best - TIE * self.key_norm * self.mean_norm.amax(-1, keepdim=True)
+        slots = (self.scores >= floor[..., None]).byte().argmax(-1)
+        return slots.masked_fill_(~best.isfinite(), 0)
+
+    def novelty(self, opening: list[int], is_fresh: Tensor) -> Tensor:
+        """As of `_Chunk`."""
+        cosines = (
+            self.scores / self.key_norm[..., None].clamp(min=TINY) / self.mean_norm[:, None].clamp(min=TINY)
+        )
+        best = cosines.amax(-1)
+        best.masked_fill_(~best.isfinite(), NO_COSINE)
+        best[:, 0].masked_fill_(is_fresh, torch.inf)
+        return best
+
+
+def _lowest(priority: Tensor, num: list[int]) -> Tensor:
+    """Mask `[S, C]` of the `num[s]` lowest priorities of each stream; of equal ones, the earliest tokens."""
+    wanted = torch.tensor(num, device=priority.device)[:, None]
+    boundary = priority.topk(max(num), largest=False).values.gather(-1, (wanted - 1).clamp(min=0))
+    is_clear = priority < boundary - TIE
+    is_tied = (priority - boundary).abs() <= TIE
+    is_tied &= is_tied.cumsum(-1) <= wanted - is_clear.sum(-1, keepdim=True)
+    return (is_clear | is_tied) & (wanted > 0)
+
+
+def _merge_updated(
+    slots: Tensor, is_opener: Tensor, keys: Tensor, means: Tensor, existing: list[int]
+) -> None:
+    """Let the keys that open no slot go to the slots opened by their own chunk as well (in place).
+
+    An ablation, off by default: written for clarity, in float64 throughout.
+    """
+    for s, n in enumerate(existing):
+        opened = keys[s, is_opener[s]].double()
+        if len(opened) == 0:
+            continue
+        own_keys = keys[s].double()
+        own = (own_keys * means[s, slots[s]].double()).sum(-1)
+        fresh = (own_keys[:, None] * opened[None]).sum(-1)
+        longest = torch.cat([means[s, :n].double(), opened]).norm(dim=-1).max()
+        floor = torch.maximum(own, fresh.amax(-1)) - TIE * own_keys.norm(dim=-1) * longest
+        # On a tie the slot that was there before has the lower index.
+        moves = (own < floor) & fresh.amax(-1).isfinite()
+        slots[s] = torch.where(moves, n + (fresh >= floor[:, None]).byte().argmax(-1), slots[s])

@@ -1,0 +1,83 @@
+"""The `triton` backend: kernels for GPUs, imported only when a call asks for them.
+
+This file imports neither Triton nor the kernels: it says whether a call can be run by them, and if not, why.
+`launch.py` is where to start reading; `docs/triton.md` says how the work is cut and what bounds it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from ovq.ops.call import Call
+from ovq.ops.options import Options
+from ovq.ops.state import OVQState
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Sizes of a head that the blocks of the kernels fit in registers and shared memory.
+MAX_HEAD_DIM = 256
+# Keys of a chunk are ranked by one program.
+MAX_CHUNK_SIZE = 4096
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refusal(call: Call) -> str | None:
+    """Why the kernels cannot run a call, as "expected ..., found ..."; None if they can."""
+    return refusal_of(call.q, call.v, call.options)
+
+
+def run(call: Call) -> tuple[Tensor, OVQState | None]:
+    """One token per row without gradients in one launch, all else chunk by chunk."""
+    # Imported only here: neither Triton nor a GPU is needed for anything else.
+    from ovq.ops.backends.triton.attend import chunked
+    from ovq.ops.backends.triton.decode import decode_step
+
+    return decode_step(call) if call.is_decoding else chunked(call)
+
+
+def refusal_of(q: Tensor, v: Tensor, options: Options) -> str | None:
+    """`refusal` by what is known of a call before its rows are.
+
+    Args:
+        q: `[B, T, H, K]` queries.
+        v: `[B, T, Hkv, V]` values.
+        options: the layer's settings.
+
+    Example:
+        >>> from ovq.ops.options import Options
+        >>> x = torch.zeros(1, 4, 1, 512)
+        >>> options = Options(
+        ...     num_slots=8, chunk_size=4, growth="plateau", init="novelty", merge="existing", seed=0
+        ... )
+        >>> refusal_of(x, x, options) is None
+        False
+    """
+    if not HAS_TRITON:
+        return "expected the package triton to be installed (pip install 'ovq[triton]'), found none"
+    if not q.is_cuda and not _is_interpreting():
+        return (
+            "expected tensors on a CUDA device (or TRITON_INTERPRET=1 in the environment of the process, to "
+            f"try the kernels without one), found them on {q.device}"
+        )
+    if q.dtype not in _DTYPES:
+        return f"expected a dtype of {_DTYPES}, found {q.dtype}"
+    for name, dim in (("key", q.shape[-1]), ("value", v.shape[-1])):
+        if dim > MAX_HEAD_DIM:
+            return f"expected a {name} dimension of at most {MAX_HEAD_DIM}, found {dim}"
+    if options.chunk_size > MAX_CHUNK_SIZE:
+        return f"expected chunk_size of at most {MAX_CHUNK_SIZE}, found {options.chunk_size}"
+    # The ablations run through the other backends.
+    for name, expected in (("init", "novelty"), ("merge", "existing"), ("bias", "count"), ("rate", "count")):
+        found = getattr(options, name)
+        if found != expected:
+            return f"expected {name} {expected!r}, found {found!r}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _is_interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

@@ -1,0 +1,195 @@
+"""Backward of the read, from probabilities computed again: of queries, of slots, of a chunk's own tokens.
+
+All three run over all chunks of a segment at once. Sums are taken within one program each, in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from ovq.ops.backends.triton.common import (
+    BEFORE,
+    CHUNK,
+    COLUMNS,
+    IS_COMPLETE,
+    LOG2E,
+    TOKENS,
+    dot,
+    put_rows,
+    rows,
+)
+
+
+@triton.jit
+def _grad_scores(probs, grad_o, values, delta):
+    """Gradient of the scores `[BM, BN]`: P (dP - sum(o do))."""
+    zeros = tl.zeros([grad_o.shape[0], values.shape[0]], tl.float32)
+    return probs * (dot(grad_o, tl.trans(values), zeros) - delta[:, None])
+
+
+@triton.jit(do_not_specialize=["first"])
+def grad_queries(
+    q, k, v, scale, table, snap_keys, snap_values, snap_bias, o, grad_o, lse, delta, grad_q, grad_scale,
+    first, W, H, G, K, V, M, QB,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of queries of one head; grid (chunks of the segment times blocks, query heads).
+
+    Args:
+        delta: `[num_chunks, H, W]` receives sum(o do) of each query.
+        grad_q: `[num_chunks, W, H, K]`.
+        grad_scale: `[num_chunks, QB, H]` receives each block's part of the gradient of the scale.
+    """
+    index = tl.program_id(0) // QB
+    block = tl.program_id(0) % QB
+    head = tl.program_id(1)
+    start = block * BM
+    entry = table + (first + index) * COLUMNS
+    tokens = tl.load(entry + TOKENS)
+    if start < tokens:
+        chunk = tl.load(entry + CHUNK).to(tl.int64)
+        num = tl.load(entry + BEFORE)
+        H_kv = H // G
+        shown = (index.to(tl.int64) * H_kv + head // G) * M
+        t = start + tl.arange(0, BM)
+        is_query = t < tokens
+        factor = tl.load(scale + head)
+        place = (chunk * W + t) * H + head
+        queries = rows(q, place, is_query, K, BK)
+        grads = rows(grad_o, place, is_query, V, BV)
+        own_delta = tl.sum(rows(o, place, is_query, V, BV).to(tl.float32) * grads.to(tl.float32), 1)
+        tl.store(delta + (chunk * H + head) * W + t, own_delta, mask=is_query)
+        # A query beyond the end has no probabilities.
+        total = tl.load(lse + (chunk * H + head) * W + t, mask=is_query, other=float("inf"))
+        acc = tl.zeros([BM, BK], tl.float32)
+        for slots in range(0, num, BN):
+            slot = slots + tl.arange(0, BN)
+            is_used = slot < num
+            keys = rows(snap_keys, shown + slot, is_used, K, BK)
+            values = rows(snap_values, shown + slot, is_used, V, BV)
+            bias = tl.load(snap_bias + shown + slot, mask=is_used, other=-float("inf"))
+            scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * (factor * LOG2E)
+            probs = tl.exp2(scores + bias[None, :] - total[:, None])
+            acc = dot(_grad_scores(probs, grads, values, own_delta), keys, acc)
+        for tokens_from in range(0, tl.minimum(start + BM, tokens), BN):
+            own = tokens_from + tl.arange(0, BN)
+            source = (chunk * W + own) * H_kv + head // G
+            keys = rows(k, source, own < tokens, K, BK)
+            values = rows(v, source, own < tokens, V, BV)
+            scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * (factor * LOG2E)
+            scores = tl.where(own[None, :] <= t[:, None], scores, -float("inf"))
+            probs = tl.exp2(scores - total[:, None])
+            acc = dot(_grad_scores(probs, grads, values, own_delta), keys, acc)
+        part = tl.sum(tl.sum(acc * queries.to(tl.float32), 1), 0)
+        tl.store(grad_scale + (chunk * QB + block) * H + head, part)
+        put_rows(grad_q, place, acc * factor, is_query, K, BK)
+
+
+@triton.jit
+def _from_queries(
+    keys, values, bias, grad_keys, grad_values, source, q, grad_o, scale, lse, delta, chunk, head, start,
+    tokens, W, H, K, V, IS_CAUSAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Add what a block of queries gives to the gradients of candidates `keys` `[BN, K]`, `values`.
+
+    Args:
+        source: `[BN]` positions of the candidates in the chunk, if they are tokens of it (IS_CAUSAL).
+        bias: `[BN]` log2 counts; -inf takes a candidate out.
+    """
+    t = start + tl.arange(0, BM)
+    is_query = t < tokens
+    place = (chunk * W + t) * H + head
+    queries = rows(q, place, is_query, K, BK)
+    grads = rows(grad_o, place, is_query, V, BV)
+    line = (chunk * H + head) * W + t
+    total = tl.load(lse + line, mask=is_query, other=float("inf"))
+    factor = tl.load(scale + head)
+    zeros = tl.zeros([keys.shape[0], BM], tl.float32)
+    scores = dot(keys, tl.trans(queries), zeros) * (factor * LOG2E) + bias[:, None]
+    if IS_CAUSAL:
+        scores = tl.where(source[:, None] <= t[None, :], scores, -float("inf"))
+    probs = tl.exp2(scores - total[None, :])
+    grad_values = dot(probs, grads, grad_values)
+    inner = dot(values, tl.trans(grads), zeros) - tl.load(delta + line, mask=is_query, other=0.0)[None, :]
+    grad_keys = dot(probs * inner * factor, queries, grad_keys)
+    return grad_keys, grad_values
+
+
+@triton.jit(do_not_specialize=["first"])
+def grad_slots(
+    q, scale, table, snap_keys, snap_values, snap_bias, grad_o, lse, delta, grad_keys, grad_values,
+    first, W, H, G, K, V, M, SB,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """What a chunk's queries give to the sums of a block of slots; grid (chunks times blocks, kv heads).
+
+    Args:
+        grad_keys: `[entries, H / G, M, K]` float32 receives the gradient of the key sums: that of the means,
+            divided by the counts. grad_values: likewise.
+    """
+    index = tl.program_id(0) // SB
+    block = tl.program_id(0) % SB
+    head = tl.program_id(1)
+    entry = table + (first + index) * COLUMNS
+    num = tl.load(entry + BEFORE)
+    if block * BN < num:
+        chunk = tl.load(entry + CHUNK).to(tl.int64)
+        tokens = tl.load(entry + TOKENS)
+        slot = block * BN + tl.arange(0, BN)
+        is_used = slot < num
+        shown = (index.to(tl.int64) * (H // G) + head) * M + slot
+        keys = rows(snap_keys, shown, is_used, K, BK)
+        values = rows(snap_values, shown, is_used, V, BV)
+        bias = tl.load(snap_bias + shown, mask=is_used, other=-float("inf"))
+        own_keys = tl.zeros([BN, BK], tl.float32)
+        own_values = tl.zeros([BN, BV], tl.float32)
+        for g in range(0, G):
+            for start in range(0, tokens, BM):
+                own_keys, own_values = _from_queries(
+                    keys, values, bias, own_keys, own_values, slot, q, grad_o, scale, lse, delta, chunk,
+                    head * G + g, start, tokens, W, H, K, V, False, BM, BK, BV,
+                )  # fmt: skip
+        # The bias is the log2 of the count.
+        inverse = tl.exp2(-tl.where(is_used, bias, 0.0))[:, None]
+        put_rows(grad_keys, shown, own_keys * inverse, is_used, K, BK)
+        put_rows(grad_values, shown, own_values * inverse, is_used, V, BV)
+
+
+@triton.jit(do_not_specialize=["first"])
+def grad_tokens(
+    q, k, v, scale, table, grad_o, lse, delta, deposit_keys, deposit_values, grad_k, grad_v,
+    first, W, H, G, K, V, TB,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of a chunk's keys and values; grid (chunks times blocks, key/value heads).
+
+    Args:
+        deposit_keys: `[entries, H / G, W, K]` float32 what each token of a complete chunk gets from the sum
+            it was added to. deposit_values: likewise.
+        grad_k: `[num_chunks, W, H / G, K]`. grad_v: likewise.
+    """
+    index = tl.program_id(0) // TB
+    begin = tl.program_id(0) % TB * BN
+    head = tl.program_id(1)
+    entry = table + (first + index) * COLUMNS
+    tokens = tl.load(entry + TOKENS)
+    if begin < tokens:
+        chunk = tl.load(entry + CHUNK).to(tl.int64)
+        own = begin + tl.arange(0, BN)
+        is_token = own < tokens
+        H_kv = H // G
+        place = (chunk * W + own) * H_kv + head
+        keys = rows(k, place, is_token, K, BK)
+        values = rows(v, place, is_token, V, BV)
+        was_added = own < tokens * tl.load(entry + IS_COMPLETE)
+        source = (index.to(tl.int64) * H_kv + head) * W + own
+        own_keys = rows(deposit_keys, source, was_added, K, BK)
+        own_values = rows(deposit_values, source, was_added, V, BV)
+        bias = tl.where(is_token, 0.0, -float("inf"))
+        for g in range(0, G):
+            for start in range(begin // BM * BM, tokens, BM):
+                own_keys, own_values = _from_queries(
+                    keys, values, bias, own_keys, own_values, own, q, grad_o, scale, lse, delta, chunk,
+                    head * G + g, start, tokens, W, H, K, V, True, BM, BK, BV,
+                )  # fmt: skip
+        put_rows(grad_k, place, own_keys, is_token, K, BK)
+        put_rows(grad_v, place, own_values, is_token, V, BV)

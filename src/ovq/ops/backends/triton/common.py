@@ -1,0 +1,116 @@
+"""What the kernels share: constants, a dot product that the interpreter gets right, sizes of blocks."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from ovq.ops import options
+
+# Kernels read globals only as constants of Triton's own type.
+TIE = tl.constexpr(options.TIE)
+LOG2E = tl.constexpr(1.4426950408889634)
+EPS = tl.constexpr(torch.finfo(torch.float32).eps)
+TINY = tl.constexpr(options.TINY)
+SHORTEST = tl.constexpr(options.ORDINARY[0])
+LONGEST = tl.constexpr(options.ORDINARY[1])
+NO_COSINE = tl.constexpr(options.NO_COSINE)
+# Columns of the table of chunks (`work.py`).
+CHUNK = tl.constexpr(0)
+BEFORE = tl.constexpr(1)
+AFTER = tl.constexpr(2)
+TOKENS = tl.constexpr(3)
+IS_COMPLETE = tl.constexpr(4)
+COLUMNS = tl.constexpr(5)
+
+# A product and a sum rounded once: nothing here depends on it, and Triton wants it said.
+FUSED = {"enable_fp_fusion": True}
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+IS_INTERPRETED = tl.constexpr(isinstance(_probe, InterpretedFunction))
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b in the dtype of `b`, summed in float32; products of float32 are float32, never TF32."""
+    if IS_INTERPRETED:
+        # The interpreter multiplies the bits of bfloat16 as if they were integers.
+        acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        acc = tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def rows(x, index, mask, D, BD: tl.constexpr):
+    """Rows `index` `[N]` of `x` `[:, D]` as `[N, BD]`, zero where `mask` is false and beyond D."""
+    d = tl.arange(0, BD)
+    return tl.load(x + index[:, None] * D + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def put_rows(x, index, tile, mask, D, BD: tl.constexpr):
+    """Write `tile` `[N, BD]` to rows `index` `[N]` of `x` `[:, D]` where `mask` is true."""
+    d = tl.arange(0, BD)
+    place = x + index[:, None] * D + d[None, :]
+    tl.store(place, tile.to(x.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def are_extreme(x, lengths):
+    """Which rows of `x` `[N, D]`, not zero, are too short or too long for products in float32."""
+    is_ordinary = (lengths >= SHORTEST) & (lengths <= LONGEST)
+    return (is_ordinary | (tl.max(tl.abs(x), 1) == 0)) == 0
+
+
+@triton.jit
+def means(sums, counts):
+    """Slot means from sums `[N, D]` and counts `[N]`, rounded as PyTorch's division is."""
+    return tl.div_rn(sums, tl.maximum(counts, 1).to(tl.float32)[:, None] + tl.zeros_like(sums))
+
+
+def padded(dim: int) -> int:
+    """A head size as the kernels hold it: a power of two of at least 16, what a matrix product needs."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def slot_block(k: Tensor, v: Tensor) -> int:
+    """Slots that one program of the recurrence owns: their sums stay in registers."""
+    widest = padded(k.shape[-1]) + padded(v.shape[-1])
+    return 64 if widest <= 256 else 32
+
+
+def score_block(k: Tensor) -> int:
+    """Keys that are scored against a block of slots at once: few where float32 products take registers."""
+    return {torch.bfloat16: 64, torch.float32: 32}.get(k.dtype, 16)
+
+
+def read_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
+    """Queries and candidates of a tile of the read, and its warps and stages."""
+    widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    if q.dtype == torch.float32:
+        # No tensor cores: both operands of a product lie in registers, and larger tiles spill kilobytes.
+        return {"BM": 32 if widest <= 128 else 16, "BN": 32, "num_warps": 8, "num_stages": 1}
+    if widest <= 64:
+        return {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3}
+    if widest <= 128:
+        return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 3}
+    return {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
+
+
+def grad_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
+    """The same for the backward, which holds twice as many tiles."""
+    widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
+    if q.dtype == torch.float32:
+        return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
+    if widest <= 128:
+        return {"BM": 64, "BN": 64, "num_warps": 4 if widest <= 64 else 8, "num_stages": 2}
+    return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 1}

@@ -1,0 +1,262 @@
+"""One token a row, without gradients, in one launch; a chunk that it completes is merged by the recurrence.
+
+The slots of a stream are split over several programs, and the tokens of its chunk go to one more. Each leaves
+the sums of its part of the softmax; the program that finishes last adds them up, in order, so that which one
+that is makes no difference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ovq.ops.backends.alignment import AlignedRows
+from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.plan import Plan
+from ovq.ops.backends.triton import common
+from ovq.ops.backends.triton.common import LOG2E, put_rows, rows
+from ovq.ops.backends.triton.launch import Recurrence
+from ovq.ops.backends.triton.work import Work
+from ovq.ops.call import Call, Rows
+from ovq.ops.options import Options
+from ovq.ops.state import OVQState, replaced, reserved, with_capacity
+
+# Programs a multiprocessor should get, so that enough loads are under way to fill the memory's bandwidth.
+_PROGRAMS_EACH = 4
+# Elements of the products of a tile of slots with the queries of a group, which lie in registers.
+_TILE = 8192
+
+
+@triton.jit
+def _absorb(scores, values, top, total, acc):
+    """Online softmax, to base 2, of `scores` `[GP, BN]` and `values` `[BN, BV]`; all may be -inf."""
+    highest = tl.maximum(top, tl.max(scores, 1))
+    # Nothing seen yet: any number will do.
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    probs = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(probs, 1)
+    acc = acc * shrink[:, None] + tl.sum(probs[:, :, None] * values[None, :, :], 1)
+    return highest, total, acc
+
+
+@triton.jit(do_not_specialize=["pending"])
+def read_token(
+    q, k, v, scale, key_sum, value_sum, count, pending_keys, pending_values, places, tops, totals, accs,
+    arrived, o, pending, H, G, K, V, M, C, PER, SPLITS,
+    IS_EVEN: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The read of one token; grid (streams, SPLITS), the last split for the tokens of the chunk.
+
+    Args:
+        q: `[R, H * G, K]`. k: `[R, H, K]`. v: `[R, H, V]`. scale: `[H * G]`.
+        key_sum: `[R, H, M, K]`. value_sum, count: likewise.
+        pending_keys: `[R, H, C, K]`; receives the new key. pending_values: likewise.
+        places: `[R]` int32 pending tokens of each row before this one, if they differ (not IS_EVEN).
+        tops, totals: `[streams, SPLITS, GP]` scratch. accs: `[streams, SPLITS, GP, V]`.
+        arrived: `[streams]` int32 zeros; zeros again on return.
+        o: `[R, H * G, V]`.
+        pending: pending tokens of every row (IS_EVEN).
+        PER: slots of a split.
+    """
+    stream = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    head = stream % H
+    g = tl.arange(0, GP)
+    is_head = g < G
+    factor = tl.load(scale + head * G + g, mask=is_head, other=0.0) * LOG2E
+    queries = rows(q, stream * G + g, is_head, K, BK).to(tl.float32) * factor[:, None]
+    top = tl.full([GP], -float("inf"), tl.float32)
+    total = tl.zeros([GP], tl.float32)
+    acc = tl.zeros([GP, BV], tl.float32)
+    if split < SPLITS - 1:
+        for start in range(split * PER, tl.minimum(split * PER + PER, M), BN):
+            slot = start + tl.arange(0, BN)
+            counts = tl.load(count + stream * M + slot, mask=slot < M, other=0)
+            is_used = counts > 0
+            number = tl.maximum(counts, 1).to(tl.float32)
+            keys = rows(key_sum, stream * M + slot, is_used, K, BK)
+            values = rows(value_sum, stream * M + slot, is_used, V, BV) / number[:, None]
+            scores = (
+                tl.sum(queries[:, None, :] * keys[None, :, :], 2) / number[None, :] + tl.log2(number)[None, :]
+            )
+            scores = tl.where(is_used[None, :], scores, -float("inf"))
+            top, total, acc = _absorb(scores, values, top, total, acc)
+    else:
+        if IS_EVEN:
+            num = pending
+        else:
+            num = tl.load(places + stream // H)
+        one = tl.arange(0, 1)
+        key, value = rows(k, stream + one, one == 0, K, BK), rows(v, stream + one, one == 0, V, BV)
+        put_rows(pending_keys, stream * C + num + one, key, one == 0, K, BK)
+        put_rows(pending_values, stream * C + num + one, value, one == 0, V, BV)
+        newest = tl.sum(queries * key.to(tl.float32), 1)[:, None]
+        top, total, acc = _absorb(newest, value.to(tl.float32), top, total, acc)
+        for start in range(0, num, BN):
+            t = start + tl.arange(0, BN)
+            keys = rows(pending_keys, stream * C + t, t < num, K, BK).to(tl.float32)
+            values = rows(pending_values, stream * C + t, t < num, V, BV).to(tl.float32)
+            scores = tl.sum(queries[:, None, :] * keys[None, :, :], 2)
+            scores = tl.where((t < num)[None, :], scores, -float("inf"))
+            top, total, acc = _absorb(scores, values, top, total, acc)
+    part = (stream * SPLITS + split) * GP + g
+    tl.store(tops + part, top)
+    tl.store(totals + part, total)
+    put_rows(accs, part, acc, is_head, V, BV)
+    # All threads have stored before one of them says so.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + stream, 1, sem="acq_rel") == SPLITS - 1:
+        top = tl.full([GP], -float("inf"), tl.float32)
+        total = tl.zeros([GP], tl.float32)
+        acc = tl.zeros([GP, BV], tl.float32)
+        for other in range(0, SPLITS):
+            part = (stream * SPLITS + other) * GP + g
+            own = tl.load(tops + part, cache_modifier=".cg")
+            highest = tl.maximum(top, own)
+            base = tl.where(highest == -float("inf"), 0.0, highest)
+            shrink, weight = tl.exp2(top - base), tl.exp2(own - base)
+            total = total * shrink + tl.load(totals + part, cache_modifier=".cg") * weight
+            d = tl.arange(0, BV)
+            place = accs + part[:, None] * V + d[None, :]
+            mask = is_head[:, None] & (d < V)[None, :]
+            own_acc = tl.load(place, mask=mask, other=0.0, cache_modifier=".cg")
+            acc = acc * shrink[:, None] + own_acc * weight[:, None]
+            top = highest
+        put_rows(o, stream * G + g, acc / total[:, None], is_head, V, BV)
+        tl.store(arrived + stream, 0)
+
+
+def decode_step(call: Call) -> tuple[Tensor, OVQState]:
+    """Outputs `[B, 1, H, V]` for one new token per row, and the state after it."""
+    state, options, q = call.state, call.options, call.q
+    pending = state.num_pending.tolist()
+    keys, values, written = reserved(state, pending)
+    keys, values = keys.contiguous(), values.contiguous()
+    is_even = len(set(pending)) == 1
+    places = torch.tensor([] if is_even else pending, dtype=torch.int32).to(q.device)
+    sums = (state.key_sum, state.value_sum, state.count)
+    complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
+    # Triton launches on the current device, whichever the tensors are on.
+    with torch.cuda.device_of(q):
+        o = read_pending_and_slots(q, call.k, call.v, call.scale, *sums, keys, values, places, pending[0])
+        after = dataclasses.replace(
+            state, pending_keys=keys, pending_values=values, num_seen=state.num_seen + 1, _written=written
+        )
+        return o, _merged(after, complete, options) if complete else after
+
+
+@torch.library.custom_op("ovq::decode", mutates_args=("pending_keys", "pending_values"))
+def read_pending_and_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    key_sum: Tensor,
+    value_sum: Tensor,
+    count: Tensor,
+    pending_keys: Tensor,
+    pending_values: Tensor,
+    places: Tensor,
+    pending: int,
+) -> Tensor:
+    """The read of one token a row, which is written into the pending buffers.
+
+    Args:
+        q: `[B, 1, H, K]`. k: `[B, 1, Hkv, K]`. v: `[B, 1, Hkv, V]`. scale: `[H]` float32.
+        key_sum: `[B, Hkv, M, K]` of the state. value_sum, count: likewise.
+        pending_keys: `[B, Hkv, C, K]`. pending_values: `[B, Hkv, C, V]`.
+        places: `[B]` int32 where the token of each row goes, or `[0]` if all go to `pending`.
+        pending: where they go then.
+
+    Returns:
+        Outputs `[B, 1, H, V]`.
+    """
+    # They are written to in place.
+    assert pending_keys.is_contiguous()
+    assert pending_values.is_contiguous()
+    batch, _, num_heads, dim = q.shape
+    num_kv_heads, value_dim, slots = k.shape[2], v.shape[3], key_sum.shape[2]
+    streams, group = batch * num_kv_heads, num_heads // num_kv_heads
+    group_block = triton.next_power_of_2(group)
+    widest = max(common.padded(dim), common.padded(value_dim))
+    block = max(1, min(64, _TILE // (group_block * widest)))
+    splits = max(1, min(triton.cdiv(slots, block), _programs(q.device) // streams)) if slots else 0
+    per = triton.cdiv(triton.cdiv(slots, block), max(1, splits)) * block
+    splits += 1
+    tops = torch.empty(2, streams * splits * group_block, dtype=torch.float32, device=q.device)
+    accs = tops.new_empty(streams * splits * group_block * value_dim)
+    o = torch.empty(batch, 1, num_heads, value_dim, dtype=q.dtype, device=q.device)
+    read_token[(streams, splits)](
+        *(x.contiguous() for x in (q, k, v, scale, key_sum, value_sum, count)),
+        pending_keys, pending_values, places, tops[0], tops[1], accs,
+        _arrived(q.device, _stream(q.device), streams), o, pending,
+        num_kv_heads, group, dim, value_dim, slots, pending_keys.shape[2], per, splits,
+        IS_EVEN=not len(places), GP=group_block, BN=block, BK=common.padded(dim),
+        BV=common.padded(value_dim), **common.FUSED,
+    )  # fmt: skip
+    return o
+
+
+@read_pending_and_slots.register_fake
+def _(q, k, v, scale, key_sum, value_sum, count, pending_keys, pending_values, places, pending):
+    return q.new_empty(q.shape[0], 1, q.shape[2], v.shape[3])
+
+
+@functools.cache
+def _programs(device: torch.device) -> int:
+    """Programs that fill a device."""
+    if device.type != "cuda":
+        return _PROGRAMS_EACH
+    return _PROGRAMS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _arrived(device: torch.device, stream: int, num: int) -> Tensor:
+    """Counters that are zero between launches: a set for each stream of a device, as launches overlap."""
+    counters = _counters.get((device, stream))
+    if counters is None or len(counters) < num:
+        counters = torch.zeros(triton.next_power_of_2(num), dtype=torch.int32, device=device)
+        _counters[device, stream] = counters
+    return counters
+
+
+def _merged(state: OVQState, complete: list[int], options: Options) -> OVQState:
+    """`state` with the full chunks of the rows `complete` merged into copies of their dictionaries."""
+    part = state.select(complete)
+    num, chunk_size = len(complete), options.chunk_size
+    starts = tuple(range(0, num * chunk_size, chunk_size))
+    plan = Plan.make(
+        AlignedRows(
+            Rows(starts, (chunk_size,) * num),
+            pending=[0] * num,
+            chunk_size=chunk_size,
+            num_tokens=num * chunk_size,
+        ),
+        opened=part.num_open.tolist(),
+        num_merged=(part.num_seen - chunk_size).tolist(),
+        num_kv_heads=part.count.shape[1],
+        group_size=1,
+        options=options,
+    )
+    state = with_capacity(state, plan.capacity)
+    part = with_capacity(part, state.count.shape[2])
+    into = Dictionary(part.key_sum, part.value_sum, part.count)
+    k, v = (x.transpose(1, 2).contiguous() for x in (part.pending_keys, part.pending_values))
+    slots = torch.zeros(*part.pending_keys.shape[:3], dtype=torch.int32, device=k.device)
+    work = Work(plan, part.count.shape[2], k.device)
+    recurrence = Recurrence(k, v, slots, into, work, chunk_size)
+    recurrence.step(0)
+    recurrence.step(1)
+    return replaced(state, complete, into.key_sum, into.value_sum, into.count)

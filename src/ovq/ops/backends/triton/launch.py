@@ -1,0 +1,317 @@
+"""Forward and backward over chunk-aligned rows: which kernels run, in which order.
+
+Forward, for each step i of the recurrence: `advance` merges chunk i - 1 into the slots and scores the keys
+of chunk i against them; `nearest` and `open_slots` decide where those keys go. The dictionary that the
+queries of chunk i read is kept for a segment of several chunks, which `read` works through all at once.
+
+Backward, for each segment from the last: `rewind` walks the sums back and keeps the same dictionaries again;
+`grad_queries` and `grad_slots` go through all chunks at once; `deposit` accumulates the gradient of the sums
+from the last chunk to the first, and `grad_tokens` adds what the tokens get from there to what they get as
+candidates. No step waits for another chunk's: with assignments known, slots are independent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+from torch import Tensor
+
+from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.triton import common
+from ovq.ops.backends.triton.backward import grad_queries, grad_slots, grad_tokens
+from ovq.ops.backends.triton.read import read
+from ovq.ops.backends.triton.recurrence import advance
+from ovq.ops.backends.triton.rewind import deposit, rewind
+from ovq.ops.backends.triton.route import nearest, open_slots
+from ovq.ops.backends.triton.work import Work
+
+# Keys of a chunk that a program looks at together, whatever the size of their heads.
+TOKEN_BLOCK = 64
+# How far a score is from the exact one, in units of K eps |k| |D| / 2, for both sides of a comparison: once
+# and some room for a float32 product, more for three products added up by tensor cores, which round down.
+ROUNDING = 2
+ROUNDING_SPLIT = 8
+
+
+@dataclasses.dataclass
+class Snapshots:
+    """The means `[chunks, Hkv, M, ...]` that the queries of a segment's chunks read, and log2 counts."""
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+
+    @classmethod
+    def empty(cls, num: int, work: Work, k: Tensor, v: Tensor) -> Snapshots:
+        """Room for `num` chunks, in the dtype of the inputs, as the read multiplies them."""
+        shape = (num, work.num_kv_heads, work.capacity)
+        return cls(
+            k.new_empty(*shape, k.shape[-1]),
+            v.new_empty(*shape, v.shape[-1]),
+            torch.empty(shape, dtype=torch.float32, device=k.device),
+        )
+
+
+def snapshot_bytes(k: Tensor, v: Tensor) -> int:
+    """Bytes of a slot in `Snapshots`."""
+    return (k.shape[-1] + v.shape[-1]) * k.element_size() + 4
+
+
+class Recurrence:
+    """Routes and merges the chunks of a call, one step at a time.
+
+    Args:
+        k: `[num_chunks, W, Hkv, K]` keys, contiguous. v: values.
+        slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
+        into: the dictionaries, updated in place.
+        work: what there is to do.
+        chunk_size: C.
+    """
+
+    def __init__(
+        self, k: Tensor, v: Tensor, slots: Tensor, into: Dictionary, work: Work, chunk_size: int
+    ) -> None:
+        self.k, self.v, self.slots, self.into, self.work = k, v, slots, into, work
+        self._chunk_size = chunk_size
+        self._block = common.slot_block(k, v)
+        self._num_blocks = max(1, triton.cdiv(work.capacity, self._block))
+        self._is_split = k.dtype == torch.bfloat16
+        streams = work.num_active[0] * work.num_kv_heads
+        found = (streams, self._num_blocks, chunk_size)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=k.device)
+
+        self._best, self._second, self._cosine = empty(*found), empty(*found), empty(*found)
+        self._winner = empty(*found, dtype=torch.int32)
+        self._longest = empty(*found[:2])
+        self._novelty = empty(streams, chunk_size)
+
+    def step(self, i: int, shown: Snapshots | None = None, base: int = 0) -> None:
+        """Merge chunk i - 1, show the dictionary to chunk i and route it; either may be missing.
+
+        Args:
+            i: the step; that after the last merges the last chunks.
+            shown: receives the dictionaries; None where nothing is read.
+            base: entry that `shown` begins with.
+        """
+        work, k, into = self.work, self.k, self.into
+        has_next = i < work.num_steps
+        num_next = work.num_active[i] if has_next else 0
+        num_rows = max(work.num_complete[i - 1] if i else 0, num_next)
+        if not (num_rows and work.capacity):
+            return
+        heads, width, dim = work.num_kv_heads, k.shape[1], k.shape[-1]
+        sizes = {"BN": self._block, "BK": common.padded(dim), **common.FUSED}
+        rounding = ROUNDING_SPLIT if self._is_split else ROUNDING
+        parts = (into.key_sum, into.value_sum, into.count)
+        snaps = (shown.keys, shown.values, shown.bias) if shown else parts
+        found = (self._best, self._second, self._winner, self._cosine, self._longest)
+        advance[(num_rows * heads, self._num_blocks)](
+            k, self.v, self.slots, *parts, work.table, *snaps, *found,
+            work.first[i - 1] if i else 0, work.first[i], base, num_next,
+            width, self._chunk_size, heads, dim, self.v.shape[-1], work.capacity, self._num_blocks,
+            HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None, IS_SPLIT=self._is_split,
+            BT=common.score_block(k), BV=common.padded(self.v.shape[-1]), **sizes, num_warps=8,
+        )  # fmt: skip
+        if not (has_next and work.num_complete[i]):
+            return
+        streams = work.num_complete[i] * heads
+        shape = (width, self._chunk_size, heads, dim, work.capacity, self._num_blocks)
+        nearest[(streams, triton.cdiv(self._chunk_size, TOKEN_BLOCK))](
+            k, into.key_sum, into.count, work.table, *found, self.slots, self._novelty, work.first[i],
+            *shape, ROUNDING=rounding, BT=TOKEN_BLOCK, **sizes,
+        )  # fmt: skip
+        if work.num_opening[i] > 0:
+            open_slots[(streams,)](
+                k, into.key_sum, into.count, work.table, self._cosine, self.slots, self._novelty,
+                work.first[i], *shape, ROUNDING=rounding, BC=triton.next_power_of_2(self._chunk_size),
+                **sizes,
+            )  # fmt: skip
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    lse: Tensor,
+    slots: Tensor,
+    into: Dictionary,
+    work: Work,
+    chunk_size: int,
+) -> Tensor:
+    """OVQ attention over chunk-aligned rows; `into` becomes the dictionary at the end.
+
+    Args:
+        q: `[num_chunks, W, H, K]` queries, contiguous.
+        k: `[num_chunks, W, Hkv, K]` keys. v: `[num_chunks, W, Hkv, V]` values.
+        scale: `[H]` float32.
+        lse: `[num_chunks, H, W]` float32, receives the log2 of the sum of the powers of 2 of each query.
+        slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
+        into: sums and counts at the start.
+        work: what there is to do.
+        chunk_size: C.
+
+    Returns:
+        Outputs `[num_chunks, W, H, V]`.
+    """
+    _, width, num_heads, dim = q.shape
+    o = q.new_empty(*q.shape[:3], v.shape[-1])
+    recurrence = Recurrence(k, v, slots, into, work, chunk_size)
+    segments = work.segments(snapshot_bytes(k, v))
+    shown = Snapshots.empty(max(work.entries(s) for s in segments), work, k, v)
+    blocks = common.read_blocks(q, v)
+    query_blocks = triton.cdiv(width, blocks["BM"])
+    for segment in segments:
+        first = work.first[segment.start]
+        for i in segment:
+            recurrence.step(i, shown, first)
+        read[(work.entries(segment) * query_blocks, num_heads)](
+            q, k, v, scale, work.table, shown.keys, shown.values, shown.bias, o, lse, first,
+            width, num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity, query_blocks,
+            BK=common.padded(dim), BV=common.padded(v.shape[-1]), **blocks, **common.FUSED,
+        )  # fmt: skip
+    recurrence.step(work.num_steps)
+    return o
+
+
+@dataclasses.dataclass
+class Saved:
+    """What the forward keeps for the backward: its inputs, outputs, and nothing per chunk but slots."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: Tensor
+    o: Tensor
+    lse: Tensor
+    slots: Tensor
+
+
+def backward(
+    saved: Saved, grad_o: Tensor, final: Dictionary, grads: Dictionary, work: Work, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the scale; `final` and `grads` become those of the start.
+
+    Args:
+        saved: of `forward`, contiguous tensors.
+        grad_o: `[num_chunks, W, H, V]`.
+        final: the dictionary at the end; it is rewound to that of the start.
+        grads: the gradient of its sums, float32, likewise (its count is not looked at).
+        work: what the forward did.
+        chunk_size: C.
+    """
+    k, v = saved.k, saved.v
+    walk = _Walk(saved, grad_o, final, grads, work, chunk_size)
+    for segment in reversed(work.segments(snapshot_bytes(k, v) + 4 * (k.shape[-1] + v.shape[-1]))):
+        walk.back(segment)
+    return walk.grad_q, walk.grad_k, walk.grad_v, walk.grad_scale.sum((0, 1))
+
+
+class _Walk:
+    """The walk through the segments, from the last to the first."""
+
+    def __init__(self, saved, grad_o, final, grads, work, chunk_size) -> None:
+        self.saved, self.grad_o, self.work, self.chunk_size = saved, grad_o, work, chunk_size
+        self.final, self.grads = final, grads
+        self._counts = final.count, torch.empty_like(final.count)
+        self.grad_q, self.grad_k, self.grad_v = (torch.empty_like(x) for x in (saved.q, saved.k, saved.v))
+        self._delta = torch.empty_like(saved.lse)
+        self._blocks = common.grad_blocks(saved.q, saved.v)
+        num_chunks, width, num_heads, _ = saved.q.shape
+        self._query_blocks = triton.cdiv(width, self._blocks["BM"])
+        # Blocks without queries leave theirs as it is.
+        shape = (num_chunks, self._query_blocks, num_heads)
+        self.grad_scale = torch.zeros(shape, dtype=torch.float32, device=grad_o.device)
+
+    def back(self, segment: range) -> None:
+        """All gradients of the tokens of a segment."""
+        work, k, v = self.work, self.saved.k, self.saved.v
+        num = work.entries(segment)
+        shown = Snapshots.empty(num, work, k, v)
+        wide = {"dtype": torch.float32, "device": k.device}
+        slots = (num, work.num_kv_heads, work.capacity)
+        tokens = (num, work.num_kv_heads, k.shape[1])
+        from_slots = [torch.empty(*slots, x.shape[-1], **wide) for x in (k, v)]
+        deposits = [torch.empty(*tokens, x.shape[-1], **wide) for x in (k, v)]
+        if work.capacity:
+            self._rewind(segment, shown)
+        self._grad_queries(segment, shown)
+        if work.capacity:
+            self._grad_slots(segment, shown, from_slots)
+            self._deposit(segment, from_slots, deposits)
+        self._grad_tokens(segment, deposits)
+
+    def _by_slots(self, segment: range) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
+        """Grid, arguments and block sizes of the kernels that walk through a segment slot by slot."""
+        work, block = self.work, common.slot_block(self.saved.k, self.saved.v)
+        grid = (work.num_active[0] * work.num_kv_heads, triton.cdiv(work.capacity, block))
+        ends = (segment.start, segment.stop, work.first[segment.start])
+        sizes = (self.saved.k.shape[1], self.chunk_size, work.num_kv_heads)
+        return grid, (*ends, *sizes), {"BN": block, "TB": TOKEN_BLOCK, "num_warps": 8, **common.FUSED}
+
+    def _rewind(self, segment: range, shown: Snapshots) -> None:
+        work, final = self.work, self.final
+        grid, arguments, blocks = self._by_slots(segment)
+        after, before = self._counts
+        parts = ((self.saved.k, final.key_sum, shown.keys), (self.saved.v, final.value_sum, shown.values))
+        for i, (x, sums, snaps) in enumerate(parts):
+            rewind[grid](
+                x, self.saved.slots, sums, after, before, work.table, work.first_of_step, work.rows_of_step,
+                snaps, shown.bias, *arguments, x.shape[-1], work.capacity,
+                HAS_BIAS=i == 0, BD=common.padded(x.shape[-1]), **blocks,
+            )  # fmt: skip
+        self._counts = before, after
+
+    def _deposit(self, segment: range, from_slots: list[Tensor], deposits: list[Tensor]) -> None:
+        work = self.work
+        grid, arguments, blocks = self._by_slots(segment)
+        for total, added, given in zip(
+            (self.grads.key_sum, self.grads.value_sum), from_slots, deposits, strict=True
+        ):
+            deposit[grid](
+                self.saved.slots, total, work.table, work.first_of_step, work.rows_of_step, added, given,
+                *arguments, total.shape[-1], work.capacity, BD=common.padded(total.shape[-1]), **blocks,
+            )  # fmt: skip
+
+    def _sizes(self) -> tuple[tuple[int, ...], dict[str, int]]:
+        """W, H, G, K, V, and block sizes of the three kernels of the read's backward."""
+        q, v = self.saved.q, self.saved.v
+        _, width, num_heads, dim = q.shape
+        sizes = (width, num_heads, num_heads // self.work.num_kv_heads, dim, v.shape[-1])
+        return sizes, {
+            **self._blocks,
+            **common.FUSED,
+            "BK": common.padded(dim),
+            "BV": common.padded(v.shape[-1]),
+        }
+
+    def _grad_queries(self, segment: range, shown: Snapshots) -> None:
+        saved, work = self.saved, self.work
+        sizes, blocks = self._sizes()
+        grad_queries[(work.entries(segment) * self._query_blocks, sizes[1])](
+            saved.q, saved.k, saved.v, saved.scale, work.table, shown.keys, shown.values, shown.bias, saved.o,
+            self.grad_o, saved.lse, self._delta, self.grad_q, self.grad_scale, work.first[segment.start],
+            *sizes, work.capacity, self._query_blocks, **blocks,
+        )  # fmt: skip
+
+    def _grad_slots(self, segment: range, shown: Snapshots, from_slots: list[Tensor]) -> None:
+        saved, work = self.saved, self.work
+        sizes, blocks = self._sizes()
+        num_blocks = triton.cdiv(work.capacity, blocks["BN"])
+        grad_slots[(work.entries(segment) * num_blocks, work.num_kv_heads)](
+            saved.q, saved.scale, work.table, shown.keys, shown.values, shown.bias, self.grad_o, saved.lse,
+            self._delta, *from_slots, work.first[segment.start], *sizes, work.capacity, num_blocks, **blocks,
+        )  # fmt: skip
+
+    def _grad_tokens(self, segment: range, deposits: list[Tensor]) -> None:
+        saved, work = self.saved, self.work
+        sizes, blocks = self._sizes()
+        num_blocks = triton.cdiv(sizes[0], blocks["BN"])
+        grad_tokens[(work.entries(segment) * num_blocks, work.num_kv_heads)](
+            saved.q, saved.k, saved.v, saved.scale, work.table, self.grad_o, saved.lse, self._delta,
+            *deposits, self.grad_k, self.grad_v, work.first[segment.start], *sizes, num_blocks, **blocks,
+        )  # fmt: skip

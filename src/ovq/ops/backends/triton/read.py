@@ -1,0 +1,76 @@
+"""The read: one softmax over [dictionary | own chunk] a query, for all chunks of a segment at once."""
+
+import triton
+import triton.language as tl
+
+from ovq.ops.backends.triton.common import BEFORE, CHUNK, COLUMNS, LOG2E, TOKENS, dot, put_rows, rows
+
+
+@triton.jit
+def _absorb(scores, values, top, total, acc):
+    """Online softmax, to base 2: take in the `scores` `[BM, BN]` of some candidates and their `values`."""
+    highest = tl.maximum(top, tl.max(scores, 1))
+    probs = tl.exp2(scores - highest[:, None])
+    shrink = tl.exp2(top - highest)
+    total = total * shrink + tl.sum(probs, 1)
+    acc = dot(probs, values, acc * shrink[:, None])
+    return highest, total, acc
+
+
+@triton.jit(do_not_specialize=["first"])
+def read(
+    q, k, v, scale, table, snap_keys, snap_values, snap_bias, o, lse, first, W, H, G, K, V, M, QB,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Outputs of a block of queries of one head; grid (chunks of the segment times blocks, query heads).
+
+    Args:
+        q: `[num_chunks, W, H, K]`. k: `[num_chunks, W, H / G, K]`. v: likewise. scale: `[H]`.
+        snap_keys: `[entries, H / G, M, K]` means before each chunk. snap_values, snap_bias: likewise.
+        o: `[num_chunks, W, H, V]` receives the outputs.
+        lse: `[num_chunks, H, W]` receives the log2 of the sum of the powers of 2.
+        first: first entry of the segment.
+    """
+    index = tl.program_id(0) // QB
+    start = tl.program_id(0) % QB * BM
+    head = tl.program_id(1)
+    entry = table + (first + index) * COLUMNS
+    tokens = tl.load(entry + TOKENS)
+    if start < tokens:
+        chunk = tl.load(entry + CHUNK).to(tl.int64)
+        num = tl.load(entry + BEFORE)
+        H_kv = H // G
+        shown = (index.to(tl.int64) * H_kv + head // G) * M
+        t = start + tl.arange(0, BM)
+        is_query = t < tokens
+        factor = tl.load(scale + head) * LOG2E
+        place = (chunk * W + t) * H + head
+        queries = rows(q, place, is_query, K, BK)
+        top = tl.full([BM], -float("inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, BV], tl.float32)
+        for slots in range(0, num, BN):
+            slot = slots + tl.arange(0, BN)
+            is_used = slot < num
+            keys = rows(snap_keys, shown + slot, is_used, K, BK)
+            bias = tl.load(snap_bias + shown + slot, mask=is_used, other=-float("inf"))
+            scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * factor + bias[None, :]
+            values = rows(snap_values, shown + slot, is_used, V, BV)
+            top, total, acc = _absorb(scores, values, top, total, acc)
+        for tokens_from in range(0, tl.minimum(start + BM, tokens), BN):
+            own = tokens_from + tl.arange(0, BN)
+            source = (chunk * W + own) * H_kv + head // G
+            keys = rows(k, source, own < tokens, K, BK)
+            scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * factor
+            scores = tl.where(own[None, :] <= t[:, None], scores, -float("inf"))
+            values = rows(v, source, own < tokens, V, BV)
+            # Zero times NaN is NaN: a value that is not finite goes into the outputs from its token on only.
+            is_spoilt = (tl.abs(values.to(tl.float32)) < float("inf")) == 0
+            if tl.max(tl.max(is_spoilt.to(tl.int32), 1), 0) > 0:
+                sees = (own[None, :] <= t[:, None]).to(tl.float32)
+                seen = dot(sees, is_spoilt.to(tl.float32), tl.zeros([BM, BV], tl.float32))
+                values = tl.where(is_spoilt, 0.0, values).to(v.dtype.element_ty)
+                acc = tl.where(seen > 0, float("nan"), acc)
+            top, total, acc = _absorb(scores, values, top, total, acc)
+        put_rows(o, place, acc / total[:, None], is_query, V, BV)
+        tl.store(lse + (chunk * H + head) * W + t, top + tl.log2(total), mask=is_query)

@@ -1,0 +1,173 @@
+"""The recurrence, a block of slots at a time: merge a chunk, show the dictionary to the read, score the next.
+
+A program owns a block of slots of one stream (a key/value head of a row). It adds the tokens of the chunk
+before, writes the means that the queries of the next chunk will read, and scores the keys of that chunk
+against them. What depends on all slots of a stream, which slot is the best, `route.py` decides from there.
+"""
+
+import triton
+import triton.language as tl
+
+from ovq.ops.backends.triton.common import (
+    AFTER,
+    BEFORE,
+    CHUNK,
+    COLUMNS,
+    IS_COMPLETE,
+    TINY,
+    TOKENS,
+    are_extreme,
+    dot,
+    means,
+    put_rows,
+    rows,
+)
+
+
+@triton.jit
+def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.constexpr, TB: tl.constexpr,
+               BD: tl.constexpr):  # fmt: skip
+    """Add (SIGN 1) or take back (SIGN -1) a chunk's tokens in order of position, slot by slot.
+
+    Every slot of the block follows the chain of its own tokens, so that its sums get them one after the other
+    as in every other backend: equal to the last bit.
+
+    Args:
+        sums: `[BN, BD]`. counts: `[BN]`. slot: `[BN]` indices of the block's slots.
+        x: rows `[:, D]`; token t of the chunk is row `place + t * stride`.
+        slots: pointer to the slots of the chunk's C tokens.
+    """
+    for first in range(0, C, TB):
+        t = first + tl.arange(0, TB)
+        own = tl.load(slots + t, mask=t < C, other=-1)
+        is_mine = own[None, :] == slot[:, None]
+        token = tl.min(tl.where(is_mine, t[None, :], C), 1)
+        while tl.min(token, 0) < C:
+            has_token = token < C
+            added = rows(x, place + token.to(tl.int64) * stride, has_token, D, BD).to(tl.float32)
+            # Adding a zero would turn -0.0 into 0.0, which is the same number.
+            sums += SIGN * added
+            counts += SIGN * has_token.to(counts.dtype)
+            token = tl.min(tl.where(is_mine & (t[None, :] > token[:, None]), t[None, :], C), 1)
+    return sums, counts
+
+
+@triton.jit
+def _top_bits(x):
+    """float32 cut to the bits of a bfloat16: what it loses is exact in float32, too."""
+    return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scores(mean, keys, IS_SPLIT: tl.constexpr):
+    """Dot products `[BN, BT]` of means `[BN, K]` (float32) with keys `[BT, K]`, to float32 rounding.
+
+    IS_SPLIT: keys are bfloat16. Three bfloat16 numbers add up to a float32 exactly, so three products on the
+    tensor cores give what one in float32 would.
+    """
+    scores = tl.zeros([mean.shape[0], keys.shape[0]], tl.float32)
+    if IS_SPLIT:
+        high = _top_bits(mean)
+        middle = _top_bits(mean - high)
+        low = mean - high - middle
+        scores = dot(low, tl.trans(keys), scores)
+        scores = dot(middle, tl.trans(keys), scores)
+        scores = dot(high, tl.trans(keys), scores)
+    else:
+        scores = dot(mean, tl.trans(keys.to(tl.float32)), scores)
+    return scores
+
+
+@triton.jit(do_not_specialize=["previous", "current", "base", "num_next"])
+def advance(
+    k, v, slots, key_sum, value_sum, count, table,
+    snap_keys, snap_values, snap_bias, best, second, winner, cosine, longest,
+    previous, current, base, num_next,
+    W, C, H, K, V, M, NB,
+    HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr, IS_SPLIT: tl.constexpr,
+    BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """One step of the recurrence; grid (streams, blocks of slots).
+
+    Args:
+        k: `[num_chunks, W, H, K]` keys. v: values.
+        slots: `[num_chunks, H, W]` int32 slot of each token.
+        key_sum: `[R, H, M, K]`, updated in place. value_sum, count: likewise.
+        table: of `work.py`.
+        snap_keys: `[entries, H, M, K]` the segment's dictionaries. snap_values, snap_bias: likewise; the
+            bias is the log of the count, to base 2.
+        best: `[streams, NB, C]` largest score of each token in each block. second, winner, cosine: likewise
+            the second largest, the slot, and the largest score over the length of the mean.
+        longest: `[streams, NB]` length of the longest mean; inf where one is too long or short for float32.
+        previous: entry of the first row's chunk to merge. current: of the chunk to score.
+        base: first entry of the segment.
+        num_next: rows that have a chunk to score.
+    """
+    stream = tl.program_id(0)
+    block = tl.program_id(1)
+    row = stream // H
+    head = stream % H
+    slot = block * BN + tl.arange(0, BN)
+    place = stream.to(tl.int64) * M + slot
+    num_open = 0
+    if HAS_PREVIOUS:
+        num_open = tl.load(table + (previous + row) * COLUMNS + AFTER)
+    else:
+        # A stream without slots compares its keys with the first of them.
+        num_open = tl.maximum(tl.load(table + (current + row) * COLUMNS + BEFORE), 1)
+    if block * BN < num_open:
+        is_in = slot < M
+        counts = tl.load(count + place, mask=is_in, other=0)
+        key_sums = rows(key_sum, place, is_in, K, BK)
+        value_sums = rows(value_sum, place, is_in, V, BV)
+        if HAS_PREVIOUS:
+            chunk = tl.load(table + (previous + row) * COLUMNS + CHUNK).to(tl.int64)
+            chosen = slots + (chunk * H + head) * W
+            first = chunk * W * H + head
+            before = counts
+            key_sums, _ = add_tokens(key_sums, counts, slot, k, chosen, first, H, C, K, 1, BT, BK)
+            value_sums, counts = add_tokens(value_sums, counts, slot, v, chosen, first, H, C, V, 1, BT, BV)
+            is_changed = is_in & (counts != before)
+            put_rows(key_sum, place, key_sums, is_changed, K, BK)
+            put_rows(value_sum, place, value_sums, is_changed, V, BV)
+            tl.store(count + place, counts, mask=is_changed)
+        if HAS_NEXT:
+            if row < num_next:
+                entry = current + row
+                chunk = tl.load(table + entry * COLUMNS + CHUNK).to(tl.int64)
+                num = tl.load(table + entry * COLUMNS + BEFORE)
+                tokens = tl.load(table + entry * COLUMNS + TOKENS)
+                mean = means(key_sums, counts)
+                is_used = slot < num
+                if HAS_READ:
+                    shown = ((entry - base).to(tl.int64) * H + head) * M + slot
+                    put_rows(snap_keys, shown, mean, is_used, K, BK)
+                    put_rows(snap_values, shown, means(value_sums, counts), is_used, V, BV)
+                    tl.store(snap_bias + shown, tl.log2(tl.maximum(counts, 1).to(tl.float32)), mask=is_used)
+                if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
+                    if num == 0:
+                        own = rows(k, chunk * W * H + head + slot * 0, slot == 0, K, BK).to(tl.float32)
+                        mean = own
+                        is_used = slot == 0
+                    length = tl.sqrt(tl.sum(mean * mean, 1))
+                    # No finite number: what `nearest` decides by it then, it decides in float64.
+                    known = tl.where(is_used & are_extreme(mean, length), float("inf"), length)
+                    tl.store(longest + stream * NB + block, tl.max(known, 0))
+                    inverse = 1.0 / tl.maximum(length, TINY)
+                    found = (stream.to(tl.int64) * NB + block) * C
+                    for start in range(0, tokens, BT):
+                        t = start + tl.arange(0, BT)
+                        is_token = t < tokens
+                        keys = rows(k, (chunk * W + t) * H + head, is_token, K, BK)
+                        scores = _scores(mean, keys, IS_SPLIT)
+                        # A score that is not a number would hide behind every other.
+                        scores = tl.where(scores == scores, scores, float("inf"))
+                        scores = tl.where(is_used[:, None], scores, -float("inf"))
+                        top = tl.max(scores, 0)
+                        arg = tl.min(tl.where(scores == top[None, :], slot[:, None], M), 0)
+                        rest = tl.where(slot[:, None] == arg[None, :], -float("inf"), scores)
+                        cosines = tl.where(is_used[:, None], scores * inverse[:, None], -float("inf"))
+                        tl.store(best + found + t, top, mask=is_token)
+                        tl.store(winner + found + t, arg, mask=is_token)
+                        tl.store(second + found + t, tl.max(rest, 0), mask=is_token)
+                        tl.store(cosine + found + t, tl.max(cosines, 0), mask=is_token)

@@ -1,0 +1,216 @@
+"""Which slot each key goes to and which keys open slots, as float64 decides it.
+
+The scores of `recurrence.py` are right to float32 rounding. Where that leaves a doubt, which of two slots is
+nearer or which of two keys is more novel, the candidates are computed again in float64 here. Scores that are
+equal to `options.TIE` go to the lowest slot, or to the earliest token: the decisions of every backend. Keys and
+means of lengths at which float32 products vanish or overflow (`options.ORDINARY`) are compared in float64 at
+once.
+"""
+
+import triton
+import triton.language as tl
+
+from ovq.ops.backends.triton.common import (
+    AFTER,
+    BEFORE,
+    CHUNK,
+    COLUMNS,
+    EPS,
+    IS_COMPLETE,
+    NO_COSINE,
+    TIE,
+    TINY,
+    are_extreme,
+    means,
+    rows,
+)
+
+
+@triton.jit
+def _exact(key, key_sum, count, stream, block, num_open, is_fresh, first_key, M, K, BN: tl.constexpr,
+           BK: tl.constexpr):  # fmt: skip
+    """Dot products and lengths `[BN]` in float64 of a block's means with a key `[BK]`."""
+    slot = block * BN + tl.arange(0, BN)
+    is_used = slot < num_open
+    place = stream.to(tl.int64) * M + slot
+    counts = tl.load(count + place, mask=is_used & (slot < M), other=0)
+    mean = means(rows(key_sum, place, is_used & (slot < M), K, BK), counts)
+    if is_fresh:
+        mean = tl.where((slot == 0)[:, None], first_key[None, :], 0.0)
+    mean = mean.to(tl.float64)
+    product = tl.sum(mean * key[None, :], 1)
+    length = tl.sqrt(tl.sum(mean * mean, 1))
+    return tl.where(is_used, product, -float("inf")), length
+
+
+@triton.jit
+def _key(k, chunk, t, head, W, H, K, BK: tl.constexpr):
+    """One key `[BK]` in float32."""
+    d = tl.arange(0, BK)
+    place = ((chunk * W + t) * H + head) * K + d
+    return tl.load(k + place, mask=d < K, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["current"])
+def nearest(
+    k, key_sum, count, table, best, second, winner, cosine, longest, slots, novelty, current, W, C, H, K, M,
+    NB, ROUNDING: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The nearest slot of every key of a complete chunk; grid (streams, blocks of tokens).
+
+    Args:
+        best, second, winner, cosine, longest: what `advance` found in each block of slots.
+        slots: `[num_chunks, H, W]` receives the slots.
+        novelty: `[streams, C]` receives the best cosine of each key, in float32.
+        ROUNDING: bounds the rounding of a score, in K eps |k| |D| / 2.
+    """
+    stream = tl.program_id(0)
+    row = stream // H
+    head = stream % H
+    entry = table + (current + row) * COLUMNS
+    if tl.load(entry + IS_COMPLETE) != 0:
+        chunk = tl.load(entry + CHUNK).to(tl.int64)
+        before = tl.load(entry + BEFORE)
+        num_open = tl.maximum(before, 1)
+        is_fresh = before == 0
+        first_key = _key(k, chunk, 0, head, W, H, K, BK)
+        num_blocks = tl.cdiv(num_open, BN)
+        t = tl.program_id(1) * BT + tl.arange(0, BT)
+        is_token = t < C
+        top = tl.full([BT], -float("inf"), tl.float32)
+        next_top = tl.full([BT], -float("inf"), tl.float32)
+        nearest_cosine = tl.full([BT], -float("inf"), tl.float32)
+        chosen = tl.zeros([BT], tl.int32)
+        longest_mean = 0.0
+        found = stream.to(tl.int64) * NB * C
+        for block in range(0, num_blocks):
+            place = found + block * C + t
+            own = tl.load(best + place, mask=is_token, other=-float("inf"))
+            own_next = tl.load(second + place, mask=is_token, other=-float("inf"))
+            next_top = tl.maximum(tl.maximum(next_top, own_next), tl.minimum(top, own))
+            chosen = tl.where(own > top, tl.load(winner + place, mask=is_token, other=0), chosen)
+            top = tl.maximum(top, own)
+            own_cosine = tl.load(cosine + place, mask=is_token, other=-float("inf"))
+            nearest_cosine = tl.maximum(nearest_cosine, own_cosine)
+            longest_mean = tl.maximum(longest_mean, tl.load(longest + stream * NB + block))
+        keys = rows(k, (chunk * W + t) * H + head, is_token, K, BK).to(tl.float32)
+        length = tl.sqrt(tl.sum(keys * keys, 1))
+        tolerance = (ROUNDING * K * EPS + 2 * TIE) * length * longest_mean
+        is_finite = tl.abs(top) < float("inf")
+        # One mean of another kind is enough; zero keys are alike to all of them.
+        is_wide = is_token & are_extreme(keys, tl.where(longest_mean < float("inf"), length, float("inf")))
+        is_contested = is_wide | (is_token & is_finite & (next_top >= top - tolerance))
+        wide_cosine = tl.zeros([BT], tl.float32)
+        j = tl.min(tl.where(is_contested, t, C), 0)
+        while j < C:
+            is_mine = t == j
+            is_all = tl.max((is_mine & is_wide).to(tl.int32), 0) > 0
+            floor = tl.sum(tl.where(is_mine & (is_wide == 0), top - tolerance, 0.0), 0)
+            floor = tl.where(is_all, -float("inf"), floor)
+            key = _key(k, chunk, j, head, W, H, K, BK).to(tl.float64)
+            own_length = tl.sqrt(tl.sum(key * key, 0))
+            highest = tl.max(tl.full([BN], -float("inf"), tl.float64), 0)
+            best_cosine = highest
+            longest_seen = own_length * 0.0
+            for block in range(0, num_blocks):
+                if tl.load(best + found + block * C + j) >= floor:
+                    product, lengths = _exact(
+                        key, key_sum, count, stream, block, num_open, is_fresh, first_key, M, K, BN, BK
+                    )
+                    # What is not a number would hide behind every other.
+                    product = tl.where(product == product, product, float("inf"))
+                    lengths = tl.where(lengths == lengths, lengths, float("inf"))
+                    cosines = product / tl.maximum(own_length, TINY) / tl.maximum(lengths, TINY)
+                    cosines = tl.where(cosines == cosines, cosines, float("inf"))
+                    highest = tl.maximum(highest, tl.max(product, 0))
+                    best_cosine = tl.maximum(best_cosine, tl.max(cosines, 0))
+                    longest_seen = tl.maximum(longest_seen, tl.max(lengths, 0))
+                    if is_all:
+                        # `open_slots` must not leave the block out by a cosine of float32.
+                        tl.store(cosine + found + block * C + j, float("inf"))
+            longest_seen = tl.where(is_all, longest_seen, longest_mean.to(tl.float64))
+            floor_exact = highest - TIE * own_length * longest_seen
+            lowest = M
+            for block in range(0, num_blocks):
+                if tl.load(best + found + block * C + j) >= floor:
+                    product, _ = _exact(
+                        key, key_sum, count, stream, block, num_open, is_fresh, first_key, M, K, BN, BK
+                    )
+                    slot = block * BN + tl.arange(0, BN)
+                    lowest = tl.minimum(lowest, tl.min(tl.where(product >= floor_exact, slot, M), 0))
+            lowest = tl.where(tl.abs(highest) < float("inf"), lowest, 0)
+            chosen = tl.where(is_mine, lowest, chosen)
+            wide_cosine = tl.where(is_mine, best_cosine.to(tl.float32), wide_cosine)
+            is_contested = is_contested & (t != j)
+            j = tl.min(tl.where(is_contested, t, C), 0)
+        # Keys that are not finite go to slot 0.
+        chosen = tl.where(is_finite | is_wide, chosen, 0)
+        tl.store(slots + (chunk * H + head) * W + t, chosen, mask=is_token)
+        scaled = tl.where(is_wide, wide_cosine, nearest_cosine / tl.maximum(length, TINY))
+        # They have no cosine, and are the last to open a slot.
+        scaled = tl.where(tl.abs(scaled) < float("inf"), scaled, NO_COSINE)
+        tl.store(novelty + stream.to(tl.int64) * C + t, scaled, mask=is_token)
+
+
+@triton.jit(do_not_specialize=["current"])
+def open_slots(
+    k, key_sum, count, table, cosine, slots, novelty, current, W, C, H, K, M, NB,
+    ROUNDING: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The keys of a complete chunk that open slots: those of lowest best cosine; grid (streams,).
+
+    Args:
+        cosine: `[streams, NB, C]` what `advance` found in each block of slots.
+        slots: `[num_chunks, H, W]`; the keys that open slots get theirs.
+        novelty: `[streams, C]` of `nearest`.
+        BC: C, rounded up to a power of two.
+    """
+    stream = tl.program_id(0)
+    row = stream // H
+    head = stream % H
+    entry = table + (current + row) * COLUMNS
+    before = tl.load(entry + BEFORE)
+    existing = tl.maximum(before, 1)
+    num = tl.load(entry + AFTER) - existing
+    if num > 0:
+        chunk = tl.load(entry + CHUNK).to(tl.int64)
+        is_fresh = before == 0
+        t = tl.arange(0, BC)
+        rough = tl.load(novelty + stream.to(tl.int64) * C + t, mask=t < C, other=8.0)
+        # The first key of a stream has opened slot 0.
+        rough = tl.where(is_fresh & (t == 0), 4.0, rough)
+        ranked = tl.sort(rough)
+        boundary = tl.sum(tl.where(t == num - 1, ranked, 0.0), 0)
+        following = tl.sum(tl.where(t == num, ranked, 0.0), 0)
+        # Cosines are at most 1 long; a few more roundings than a dot product go into one.
+        tolerance = 2 * (K + 8) * ROUNDING * EPS + 2 * TIE
+        novel = rough.to(tl.float64)
+        if (num < C) & (following - boundary <= tolerance):
+            first_key = _key(k, chunk, 0, head, W, H, K, BK)
+            num_blocks = tl.cdiv(existing, BN)
+            is_near = (t < C) & (rough < 1.5) & (tl.abs(rough - boundary) <= 2 * tolerance)
+            j = tl.min(tl.where(is_near, t, BC), 0)
+            while j < BC:
+                key = _key(k, chunk, j, head, W, H, K, BK).to(tl.float64)
+                length = tl.maximum(tl.sqrt(tl.sum(key * key, 0)), TINY)
+                floor = tl.sum(tl.where(t == j, rough, 0.0), 0) - tolerance
+                highest = tl.max(tl.full([BN], -float("inf"), tl.float64), 0)
+                for block in range(0, num_blocks):
+                    place = (stream.to(tl.int64) * NB + block) * C + j
+                    if tl.load(cosine + place) / length >= floor:
+                        product, lengths = _exact(
+                            key, key_sum, count, stream, block, existing, is_fresh, first_key, M, K, BN, BK
+                        )
+                        exact = product / length / tl.maximum(lengths, TINY)
+                        highest = tl.maximum(highest, tl.max(exact, 0))
+                novel = tl.where(t == j, highest, novel)
+                is_near = is_near & (t != j)
+                j = tl.min(tl.where(is_near, t, BC), 0)
+        last = tl.sum(tl.where(t == num - 1, tl.sort(novel), 0.0), 0)
+        is_clear = novel < last - TIE
+        is_tied = tl.abs(novel - last) <= TIE
+        # Of equally novel keys the earlier open slots, numbered in order of position.
+        room = num - tl.sum(is_clear.to(tl.int32), 0)
+        is_opening = is_clear | (is_tied & (tl.cumsum(is_tied.to(tl.int32), 0) <= room))
+        opened = existing + tl.cumsum(is_opening.to(tl.int32), 0) - 1
+        tl.store(slots + (chunk * H + head) * W + t, opened, mask=is_opening & (t < C))

@@ -1,0 +1,90 @@
+"""What a call launches: the table of chunks that the kernels look their work up in, and the segments."""
+
+from __future__ import annotations
+
+import torch
+
+from ovq.ops.backends.plan import Plan
+
+# Bytes that the dictionaries of a segment (one for each of its chunks) may take.
+SEGMENT_BYTES = 256 << 20
+
+
+class Work:
+    """The chunks of a call in the order of the recurrence: the i-th chunks of all rows, then the next ones.
+
+    Rows are sorted by length, so that those which have an i-th chunk, and those whose i-th chunk is complete,
+    are each the first few: chunk i of row r is entry `first[i] + r`.
+
+    Attributes:
+        table: `[num_chunks, 5]` int32: index of the chunk in the aligned layout, slots before and after it,
+            its tokens, whether it is complete.
+        first: entry of the first row's i-th chunk, for each step i, and the number of entries at the end;
+            `first_of_step` is the same on the device.
+        num_active: rows that have an i-th chunk, for each i; `rows_of_step` likewise.
+        num_complete: rows whose i-th chunk is complete.
+        num_opening: most slots that a row opens with its i-th chunk, beyond the first slot of all.
+        capacity: slots that the sums have room for.
+        num_kv_heads: Hkv.
+
+    Example:
+        >>> from ovq.ops.backends.alignment import AlignedRows
+        >>> from ovq.ops.call import Rows
+        >>> from ovq.ops.options import Options
+        >>> aligned = AlignedRows(Rows((0, 10), (10, 5)), pending=[0, 0], chunk_size=4, num_tokens=15)
+        >>> options = Options(
+        ...     num_slots=8, chunk_size=4, growth="plateau", init="novelty", merge="existing", seed=0
+        ... )
+        >>> plan = Plan.make(
+        ...     aligned, opened=[0, 0], num_merged=[0, 0], num_kv_heads=1, group_size=1, options=options
+        ... )
+        >>> work = Work(plan, plan.capacity, torch.device("cpu"))
+        >>> work.first, work.num_complete
+        ([0, 2, 4, 5], [2, 1, 0])
+        >>> work.table.tolist()[2:4]
+        [[1, 2, 4, 4, 1], [4, 2, 2, 1, 0]]
+    """
+
+    def __init__(self, plan: Plan, capacity: int, device: torch.device) -> None:
+        aligned = plan.aligned
+        num_steps = aligned.chunks_of(0)
+        self.num_active = [aligned.num_active(i) for i in range(num_steps)]
+        self.num_complete = [aligned.num_complete(i) for i in range(num_steps)]
+        self.num_opening: list[int] = []
+        self.first = [0]
+        entries: list[list[int]] = []
+        for i, active in enumerate(self.num_active):
+            opening = 0
+            for r in range(active):
+                sizes, is_complete = plan.slots[r], r < self.num_complete[i]
+                after = sizes[i + 1] if is_complete else sizes[i]
+                opening = max(opening, after - max(1, sizes[i]))
+                tokens = min(aligned.width, aligned.lengths[r] - i * aligned.width)
+                entries.append([aligned.first_chunk[r] + i, sizes[i], after, tokens, int(is_complete)])
+            self.num_opening.append(opening)
+            self.first.append(len(entries))
+        self.table = torch.tensor(entries, dtype=torch.int32).to(device)
+        steps = torch.tensor([self.first, [*self.num_active, 0]], dtype=torch.int32).to(device)
+        self.first_of_step, self.rows_of_step = steps.unbind()
+        self.capacity = capacity
+        self.num_kv_heads = plan.num_kv_heads
+        self.num_steps = num_steps
+
+    def segments(self, bytes_a_slot: int) -> list[range]:
+        """Steps in runs whose dictionaries together stay within `SEGMENT_BYTES`, one step at least.
+
+        Args:
+            bytes_a_slot: bytes to hold for each slot of each chunk and key/value head.
+        """
+        most = max(1, SEGMENT_BYTES // max(1, bytes_a_slot * self.num_kv_heads * self.capacity))
+        found: list[range] = []
+        start = 0
+        for i in range(self.num_steps):
+            if self.first[i + 1] - self.first[start] > most and i > start:
+                found.append(range(start, i))
+                start = i
+        return [*found, range(start, self.num_steps)]
+
+    def entries(self, steps: range) -> int:
+        """Chunks of a segment."""
+        return self.first[steps.stop] - self.first[steps.start]

@@ -1,0 +1,74 @@
+"""`Call`: one call of `ovq_attention`, its arguments checked, as every backend gets it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ovq.ops.options import Options
+from ovq.ops.state import OVQState
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """The real tokens of each row in the flattened `[B * T]`: `lengths[r]` of them from `starts[r]` on."""
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Call:
+    """A call of the op.
+
+    Attributes:
+        q: `[B, T, H, K]`. k: `[B, T, Hkv, K]`. v: `[B, T, Hkv, V]`.
+        scale: `[H]` in the dtype of the sums.
+        state: the state to continue from, which must stay as it is; an empty one at the start.
+        rows: where the tokens of each row lie.
+        options: what defines the layer.
+        wants_state: whether the state afterwards was asked for.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: Tensor
+    state: OVQState
+    rows: Rows
+    options: Options
+    wants_state: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Places of the flattened input, B * T."""
+        return self.q.shape[0] * self.q.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Hkv."""
+        return self.k.shape[2]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads of a key/value head."""
+        return self.q.shape[2] // self.k.shape[2]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether this is one token per row, without gradients."""
+        if (
+            self.q.shape[1] != 1
+            or len(self.rows) != self.q.shape[0]
+            or min(self.rows.lengths, default=0) != 1
+        ):
+            return False
+        state = self.state
+        memory = (state.key_sum, state.value_sum, state.pending_keys, state.pending_values)
+        tensors = (self.q, self.k, self.v, self.scale, *memory)
+        return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
