@@ -5,7 +5,9 @@ Everything that depends on the version of transformers is in `cache.py`.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,15 +75,35 @@ class OVQBlock(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: SequenceLayout,
         past_key_values: OVQCache | None = None,
-        auxiliary_losses: list[Tensor] | None = None,
-    ) -> Tensor:
-        """`[B, T, hidden_size]` to the same; the mixer's own loss, if it has one, goes to the list."""
-        options = {}
-        if "auxiliary_losses" in self.mixer.forward_options:
-            options["auxiliary_losses"] = auxiliary_losses
+        step: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[B, T, hidden_size]` to the same, and in training the mixer's own loss, if it has one.
+
+        The loss is an output, as nothing else comes through reentrant checkpointing and offloading hooks.
+        """
+        options, own_loss = {}, None
+        if step is not None:
+            options["step"] = step
+        has_loss = self.training and "auxiliary_losses" in self.mixer.forward_options
+        if has_loss:
+            # Not a list: accelerate's hooks hand on copies of those.
+            options["auxiliary_losses"] = losses = deque()
         mixed, _, _ = self.mixer(self.mixer_norm(hidden_states), attention_mask, past_key_values, **options)
+        if has_loss:
+            (own_loss,) = losses
         hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states)), own_loss
+
+
+@dataclass
+class OVQModelOutput(BaseModelOutputWithPast):
+    """What `OVQModel` returns: beside the usual, in training, the sum of the layers' own losses.
+
+    Attributes:
+        auxiliary_loss: a scalar, weighted (`"vq"` has one); None where there is none.
+    """
+
+    auxiliary_loss: Tensor | None = None
 
 
 class OVQPreTrainedModel(PreTrainedModel):
@@ -102,6 +124,13 @@ class OVQPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         else:
             super()._init_weights(module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go. With weights that accelerate has offloaded that is not where they are."""
+        hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
+        execution_device = getattr(hook, "execution_device", None)
+        return super().device if execution_device is None else torch.device(execution_device)
 
     def mixers(self) -> list[Mixer]:
         """The mixer of each layer."""
@@ -182,9 +211,8 @@ class OVQModel(OVQPreTrainedModel):
         use_cache: bool | None = None,
         cache: OVQCache | None = None,
         cu_seqlens: Tensor | None = None,
-        auxiliary_losses: list[Tensor] | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> OVQModelOutput:
         """Run the backbone.
 
         Args:
@@ -199,7 +227,6 @@ class OVQModel(OVQPreTrainedModel):
             use_cache: return a cache. None: `config.use_cache`, but not while training or with packed rows.
             cache: newer name of `past_key_values`.
             cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`).
-            auxiliary_losses: a list to add the layers' own losses to, scalars (`"vq"` has one, weighted).
             kwargs: `output_hidden_states`, `return_dict`.
 
         Raises:
@@ -229,12 +256,18 @@ class OVQModel(OVQPreTrainedModel):
         if position_ids is not None and cu_seqlens is None:
             _check_positions(position_ids, layout)
 
-        hidden_states = inputs_embeds
+        hidden_states, own_losses = inputs_embeds, []
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, layout, past_key_values=past, auxiliary_losses=auxiliary_losses
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_KEY: past})
+            # Outside of the layer, which gradient checkpointing runs twice.
+            step = layer.mixer.begin_step()
+            hidden_states, own_loss = layer(hidden_states, layout, past_key_values=past, step=step)
+            if own_loss is not None:
+                own_losses.append(own_loss)
+        return OVQModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            auxiliary_loss=sum(own_losses) if own_losses else None,
+            **{CACHE_KEY: past},
+        )
 
 
 class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
@@ -321,7 +354,6 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         if has_targets:
             # Sequences that come with their targets are not continued; evaluation need not pay for a cache.
             use_cache = bool(use_cache)
-        own_losses = [] if has_targets and self.training else None
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -331,7 +363,6 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             use_cache,
             cache,
             cu_seqlens,
-            own_losses,
             **kwargs,
         )
         if skip_logits:
@@ -351,11 +382,11 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=targets,
             )
-            if own_losses:
+            if outputs.auxiliary_loss is not None:
                 # The other losses of a step's micro-batches are added up by their share of its targets.
                 num_targets = (targets != -100).sum()
                 share = 1 if num_items_in_batch is None else num_targets / num_items_in_batch
-                loss = loss + share * sum(own_losses)
+                loss = loss + share * outputs.auxiliary_loss
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else logits,
