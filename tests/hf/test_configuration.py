@@ -139,7 +139,6 @@ def test_a_saved_field_of_a_wrong_type_is_a_value_error_that_names_it(tmp_path, 
     OVQConfig().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(saved | fields))
-    with pytest.raises(
-        ValueError, match=f"expected fields of the types of OVQConfig.*\n.*{next(iter(fields))}"
-    ):
+    [name] = fields
+    with pytest.raises(ValueError, match=f"expected fields of the types of OVQConfig.*'{name}'"):
         OVQConfig.from_pretrained(tmp_path)
