@@ -246,8 +246,18 @@ def fingerprint(model: OVQPreTrainedModel) -> dict[str, str]:
     return {
         "config": json.dumps(fields, sort_keys=True),
         "dtype": str(model.dtype),
-        "weights": _digest(model.base_model.state_dict()),
+        "weights": _digest(_weights(model.base_model)),
     }
+
+
+def _weights(model: OVQPreTrainedModel) -> Mapping[str, Tensor]:
+    """All weights by name, those that accelerate has offloaded included."""
+    found = model.state_dict()
+    if any(tensor.is_meta for tensor in found.values()):
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        return get_state_dict_offloaded_model(model)
+    return found
 
 
 def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
