@@ -10,4 +10,4 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Without the extra ovq[triton] the kernels cannot be read at all.
-collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["src/ovq/ops/triton/*"]
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["src/ovq/ops/backends/triton/*"]

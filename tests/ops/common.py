@@ -3,11 +3,18 @@
 import torch
 from torch.nn.functional import normalize
 
-from ovq.ops import OVQState, ovq_attention
+from ovq.ops import OVQState, cpu_kernels, ovq_attention
 
 BACKENDS = ("naive", "torch")
+# The compiled kernels, where a compiler is found: float32 and bfloat16, running means and log counts alone.
+CPU = ("cpu",) if cpu_kernels().startswith("compiled") else ()
 # How slots are scored and how they move: the defaults, each other choice alone, and both.
 VARIANTS = [{}, {"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "rate": 0.7}]
+
+
+def takes(backend, dtype, variant):
+    """Whether a backend runs calls of this dtype and these of `VARIANTS`."""
+    return backend != "cpu" or (dtype in (torch.float32, torch.bfloat16) and not variant)
 
 
 def inputs(batch, length, heads=2, kv_heads=1, key_dim=6, value_dim=5, *, dtype=torch.float64, seed=0):

@@ -7,10 +7,9 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.common import CPU, assert_same_state, attend, inputs
 
-# float64 goes through products of PyTorch, float32 through the compiled kernels where there are any.
-WAYS = [("naive", torch.float64), ("torch", torch.float64), ("torch", torch.float32)]
+WAYS = [("naive", torch.float64), ("torch", torch.float64), *((x, torch.float32) for x in ("auto", *CPU))]
 if importlib.util.find_spec("triton"):
     WAYS.append(("triton", torch.float32))
 ways = pytest.mark.parametrize(("backend", "dtype"), WAYS, ids=lambda x: str(x).removeprefix("torch."))

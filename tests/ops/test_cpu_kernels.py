@@ -1,15 +1,16 @@
-"""The compiled kernels: against the reference, in teams of threads, and where they cannot be had."""
+"""The compiled kernels: against the reference, and in teams of threads."""
 
 import itertools
 
 import pytest
 import torch
 
-from ovq.ops import OVQState, cpu_kernels
-from ovq.ops.backends.cpu import build, kernels
+from ovq.ops import OVQState, backend_used, cpu_kernels
+from ovq.ops.backends.cpu import kernels
 from ovq.ops.options import INITS, MERGES
 from ovq.ops.schedule import GROWTHS
 from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.test_identities import causal
 from tests.ops.test_parity import SHAPES, gradients
 from tests.ops.test_routing import near_ties, novelty_ties
 
@@ -22,8 +23,8 @@ WIDE = [(1, 400, 3, 1, 70, 33, 150, 140), (2, 300, 2, 2, 64, 64, 64, 32)]
 def runs(monkeypatch):
     """Names of the kernels that have run."""
     names = []
-    run = kernels._Call.run
-    monkeypatch.setattr(kernels._Call, "run", lambda call, name: (names.append(name), run(call, name)))
+    run = kernels._Arguments.run
+    monkeypatch.setattr(kernels._Arguments, "run", lambda call, name: (names.append(name), run(call, name)))
     return names
 
 
@@ -45,7 +46,7 @@ def test_kernels_equal_naive(shape, growth, init, merge, runs):
         "merge": merge,
         "generator": torch.Generator().manual_seed(3),
     }
-    o, state, grads = gradients("torch", q, k, v, scale, options)
+    o, state, grads = gradients("cpu", q, k, v, scale, options)
     assert runs == ["ovq_forward", "ovq_backward"]
     o_ref, state_ref, grads_ref = gradients("naive", q, k, v, scale, options)
     # Same tokens added in the same order: equal to the last bit.
@@ -65,10 +66,10 @@ def test_any_number_of_threads_shares_any_number_of_streams(threads, batch, kv_h
     scale = torch.full((2 * kv_heads,), 4.0)
     options = {"num_slots": 40, "chunk_size": 64}
     before = torch.get_num_threads()
-    expected = gradients("torch", q, k, v, scale, options)
+    expected = gradients("cpu", q, k, v, scale, options)
     torch.set_num_threads(threads)
     try:
-        o, state, grads = gradients("torch", q, k, v, scale, options)
+        o, state, grads = gradients("cpu", q, k, v, scale, options)
     finally:
         torch.set_num_threads(before)
     assert_same_state(state, expected[1], tolerance=0)
@@ -102,7 +103,8 @@ def learned(keys, means, num_slots):
     keys = keys[:, :, None]
     values = torch.arange(1.0, keys.shape[1] + 1)[None, :, None, None].expand(len(keys), -1, 1, 1)
     options = {"num_slots": num_slots, "chunk_size": keys.shape[1], "growth": "immediate"}
-    return attend(keys, keys, values, initial_state=state_of(means, num_slots, keys.shape[1]), **options)[1]
+    before = state_of(means, num_slots, keys.shape[1])
+    return attend(keys, keys, values, initial_state=before, backend="cpu", **options)[1]
 
 
 @needs_compiler
@@ -129,7 +131,7 @@ def test_keys_that_are_not_finite_harm_their_own_stream_alone():
     q, k, v = inputs(2, 64, 1, 1, 8, 4, dtype=torch.float32)
     for t, x in ((5, torch.nan), (20, torch.inf), (21, -torch.inf), (40, torch.nan)):
         k[0, t, 0, 3] = x
-    states = [attend(q, k, v, num_slots=16, chunk_size=16, backend=b) for b in ("naive", "torch")]
+    states = [attend(q, k, v, num_slots=16, chunk_size=16, backend=b) for b in ("naive", "cpu")]
     (o_ref, state_ref), (o, state) = states
     assert torch.equal(state.count, state_ref.count)
     assert torch.equal(state.value_sum, state_ref.value_sum)
@@ -167,73 +169,49 @@ def test_scores_of_any_size():
         torch.testing.assert_close(o.double(), exact, rtol=1e-3, atol=1e-6 * max(1, scale))
 
 
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A machine on which nothing has been compiled yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("OVQ_CPU_KERNELS", raising=False)
-    build.load.cache_clear()
-    yield monkeypatch
-    build.load.cache_clear()
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("j", [0, 7, 8, 19, 36])
+def test_causality_bit_for_bit(dtype, j):
+    causal("cpu", dtype, j, {})
 
 
-def result():
-    q, k, v = inputs(1, 60, 2, 1, 8, 8, dtype=torch.float32)
-    return attend(q, k, v, num_slots=8, chunk_size=8)
+@needs_compiler
+def test_bit_identical_run_to_run():
+    q, k, v = inputs(2, 50, dtype=torch.float32)
+    options = {"num_slots": 9, "chunk_size": 8, "backend": "cpu"}
+    (first, state), (again, state_again) = (attend(q, k, v, **options) for _ in range(2))
+    assert torch.equal(first, again)
+    assert_same_state(state_again, state, tolerance=0)
 
 
+@needs_compiler
 @pytest.mark.parametrize(
-    ("variable", "value", "reason"),
+    ("dtype", "options", "expected"),
     [
-        ("OVQ_CPU_KERNELS", "0", "switched off by OVQ_CPU_KERNELS=0"),
-        ("CXX", "no-such-compiler", "no-such-compiler cannot be run"),
-        ("CXX", "false", "false failed: exit status 1"),
-        ("PATH", "", r"no C\+\+ compiler found"),
+        (torch.float64, {}, "expected a dtype of .*found torch.float64"),
+        (torch.float32, {"bias": "count+norm"}, r"expected bias 'count', found 'count\+norm'"),
+        (torch.float32, {"rate": 0.5}, "expected rate 'count', found 0.5"),
     ],
 )
-def test_without_a_compiler_plain_pytorch_does_it(fresh, variable, value, reason, runs):
-    expected, state = result()
-    runs.clear()
-    fresh.setenv(variable, value)
-    if variable == "PATH":
-        fresh.delenv("CXX", raising=False)
-    build.load.cache_clear()
-    assert cpu_kernels().startswith("not available: ")
-    with pytest.raises(build.Unavailable, match=reason):
-        build.load()
-    o, plain_state = result()
-    assert runs == []
-    torch.testing.assert_close(o, expected)
-    assert_same_state(plain_state, state, tolerance=0)
+def test_what_the_kernels_do_not_do_is_refused_or_left_to_torch(dtype, options, expected):
+    q, k, v = inputs(1, 8, dtype=dtype)
+    options = {"num_slots": 8, "chunk_size": 4, **options}
+    with pytest.raises(ValueError, match=f"backend: 'cpu': {expected}"):
+        attend(q, k, v, backend="cpu", **options)
+    attend(q, k, v, **options)
+    assert backend_used() == "torch"
 
 
 @needs_compiler
-def test_compiled_once_and_kept(fresh, tmp_path):
-    result()
-    [path] = (tmp_path / "cache" / "ovq").iterdir()
-    written = path.stat().st_mtime_ns
-    build.load.cache_clear()
-    result()
-    assert path.stat().st_mtime_ns == written
-
-
-@needs_compiler
-def test_a_cache_that_cannot_be_used_is_no_hindrance(fresh, tmp_path):
-    (tmp_path / "cache").write_text("a file where a folder should be")
-    assert cpu_kernels() == "compiled for this processor"
-
-
-@needs_compiler
-def test_a_damaged_file_in_the_cache_is_made_anew(fresh, tmp_path):
-    path = tmp_path / "cache" / "ovq" / f"kernels-{build._fingerprint(build._compiler())}.so"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"cut short")
-    assert cpu_kernels() == "compiled for this processor"
-    assert path.stat().st_size > 10_000
-
-
-@needs_compiler
-def test_what_cannot_be_loaded_is_named(fresh, tmp_path):
-    fresh.setattr(build, "_compile", lambda compiler, path: path.write_bytes(b"not a library"))
-    assert "cannot be loaded" in cpu_kernels()
-    assert result()[0].isfinite().all()
+def test_auto_takes_them_but_for_one_token_at_a_time():
+    q, k, v = inputs(1, 8, dtype=torch.float32)
+    options = {"num_slots": 8, "chunk_size": 4}
+    _, state = attend(q, k, v, **options)
+    assert backend_used() == "cpu"
+    one = [x[:, :1] for x in (q, k, v)]
+    o, after = attend(*one, initial_state=state, **options)
+    assert backend_used() == "torch"
+    o_cpu, after_cpu = attend(*one, initial_state=state, backend="cpu", **options)
+    torch.testing.assert_close(o_cpu, o)
+    assert_same_state(after_cpu, after, tolerance=0)

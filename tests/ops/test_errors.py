@@ -1,11 +1,13 @@
 """Bad input is refused at the front door, with what was expected and what was found."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from ovq.ops import OVQState, attention, backend_used, ovq_attention, triton
+from ovq.ops import OVQState, backend_used, ovq_attention
+from ovq.ops.backends import BACKENDS, chosen, triton
 from ovq.ops.options import Options
 from tests.ops.common import attend, inputs
 
@@ -159,21 +161,27 @@ def test_what_the_kernels_do_not_do_is_refused_or_left_to_torch(dtype, options, 
     with pytest.raises(ValueError, match=f"backend: 'triton': {expected}"):
         ovq_attention(q, k, v, backend="triton", **{**OPTIONS, **options})
     ovq_attention(q, k, v, **{**OPTIONS, **options})
-    assert backend_used() == "torch"
+    assert backend_used() in ("torch", "cpu")
 
 
 def test_auto_takes_the_kernels_on_a_gpu_alone(monkeypatch):
     monkeypatch.setattr(triton, "HAS_TRITON", True)
     q, _, v = inputs(1, 8, dtype=torch.bfloat16)
-    on_gpu = SimpleNamespace(is_cuda=True, device="cuda:0", dtype=q.dtype, shape=q.shape)
+    on_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"), dtype=q.dtype, shape=q.shape)
     options = {"growth": "plateau", "merge": "existing", "seed": 0, **OPTIONS}
     for x, init, expected in (
-        (on_gpu, "novelty", "triton"),
-        (on_gpu, "random", "torch"),
-        (q, "novelty", "torch"),
+        (on_gpu, "novelty", ["triton"]),
+        (on_gpu, "random", ["torch"]),
+        (q, "novelty", ["cpu", "torch"]),
     ):
-        attention._resolved("auto", x, v, Options(init=init, **options))
-        assert backend_used() == expected
+        call = SimpleNamespace(q=x, v=v, options=Options(init=init, **options), is_decoding=False)
+        assert chosen("auto", call) in expected
+
+
+def test_every_backend_has_the_two_functions_of_its_protocol():
+    for backend in BACKENDS.values():
+        assert list(inspect.signature(backend.refusal).parameters) == ["call"]
+        assert list(inspect.signature(backend.run).parameters) == ["call"]
 
 
 def test_state_methods_refuse_bad_indices():

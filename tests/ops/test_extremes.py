@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ovq.ops.options import INITS, MERGES
-from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.common import CPU, assert_same_state, attend, inputs
 
 needs_triton = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="ovq[triton] is not installed"
@@ -49,14 +49,12 @@ every_length = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @every_length
 @pytest.mark.parametrize("merge", MERGES)
 @pytest.mark.parametrize("init", INITS)
-@pytest.mark.parametrize("is_compiled", [False, True], ids=["products", "compiled"])
-def test_keys_of_any_length_go_where_the_reference_sends_them(lengths, merge, init, is_compiled, monkeypatch):
-    if not is_compiled:
-        monkeypatch.setattr("ovq.ops.backends.torch.chunk.can_run", lambda *_: False)
+@pytest.mark.parametrize("backend", ["torch", *CPU])
+def test_keys_of_any_length_go_where_the_reference_sends_them(lengths, merge, init, backend):
     generator = torch.Generator().manual_seed(0)
     options = {"num_slots": 8, "chunk_size": 8, "init": init, "merge": merge, "generator": generator}
     # With "updated" the backends add the tokens of a slot in different orders.
-    check("torch", lengths, options, tolerance=1e-6 if merge == "updated" else 0)
+    check(backend, lengths, options, tolerance=1e-6 if merge == "updated" else 0)
 
 
 @needs_triton

@@ -8,16 +8,22 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.common import CPU, assert_same_state, attend, inputs
 
-# float64 goes through products of PyTorch, float32 through the compiled kernels where there are any.
-WAYS = [("naive", torch.float64, 3), ("torch", torch.float64, 20), ("torch", torch.float32, 20)]
+# How often memory is laid out anew for each of them.
+WAYS = [("naive", torch.float64, 3), ("torch", torch.float64, 20), ("torch", torch.float32, 5)]
+WAYS += [(x, torch.float32, 20) for x in CPU]
 if importlib.util.find_spec("triton"):
     WAYS.append(("triton", torch.float32, 1))
 ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
 ENTRIES = ["dense", "masked", "packed", "constant rate", "one token", "decode"]
-# The kernels for GPUs refuse a constant rate.
-CASES = [(*way, e) for way in WAYS for e in ENTRIES if (way[0], e) != ("triton", "constant rate")]
+# The kernels refuse a constant rate.
+CASES = [
+    (*way, entry)
+    for way in WAYS
+    for entry in ENTRIES
+    if entry != "constant rate" or way[0] in ("naive", "torch")
+]
 OPTIONS = {"num_slots": 6, "chunk_size": 4}
 
 

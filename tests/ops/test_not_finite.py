@@ -6,14 +6,14 @@ import itertools
 import pytest
 import torch
 
-from tests.ops.common import VARIANTS, attend, inputs
+from tests.ops.common import CPU, VARIANTS, attend, inputs
 
-# float64 goes through products of PyTorch, the others through the compiled kernels where there are any.
 WAYS = [
     ("naive", torch.float64),
     ("torch", torch.float64),
     ("torch", torch.float32),
     ("torch", torch.bfloat16),
+    *itertools.product(CPU, [torch.float32, torch.bfloat16]),
 ]
 # The first token, within a chunk, the last and first of one, and within the last, which is incomplete.
 CASES = list(itertools.product(WAYS, [0, 3, 7, 8, 18], [torch.nan, torch.inf, -torch.inf]))
@@ -61,11 +61,13 @@ def test_nor_with_other_options(variant, where):
     assert not o[1, 11:, 2:, 2].isfinite().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_several_blocks_of_queries_in_a_chunk(dtype):
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", torch.float64), *((x, torch.float32) for x in CPU)], ids=str
+)
+def test_several_blocks_of_queries_in_a_chunk(backend, dtype):
     """A chunk of more tokens than are read together, two of them bad."""
     q, k, v = inputs(1, 300, 2, 1, 6, 5, dtype=dtype)
-    options = {"num_slots": 6, "chunk_size": 290, "backend": "torch"}
+    options = {"num_slots": 6, "chunk_size": 290, "backend": backend}
     expected, _ = attend(q, k, v, **options)
     v[0, 140, 0, 0] = torch.inf
     v[0, 280, 0, 0] = -torch.inf

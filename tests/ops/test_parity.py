@@ -10,7 +10,7 @@ import torch
 from ovq.ops import backend_used, ovq_attention
 from ovq.ops.options import INITS, MERGES
 from ovq.ops.schedule import GROWTHS
-from tests.ops.common import VARIANTS, assert_same_state, attend, inputs
+from tests.ops.common import CPU, VARIANTS, assert_same_state, attend, inputs, takes
 
 # batch, length, heads, kv_heads, key_dim, value_dim, num_slots, chunk_size: odd sizes, grouped heads, chunks
 # longer than the input, dictionaries of one slot and larger than the input.
@@ -130,21 +130,20 @@ def test_gradcheck_of_an_initial_state(variant):
     assert torch.autograd.gradcheck(call, [p.clone().requires_grad_() for p in parts])
 
 
-@pytest.fixture(params=["compiled", "plain"])
-def kernels(request, monkeypatch):
-    """With the compiled kernels where they apply, and without."""
-    if request.param == "plain":
-        monkeypatch.setattr("ovq.ops.backends.torch.chunk.can_run", lambda *_: False)
+def fast(*dtypes):
+    """Each fast backend with each dtype and variant that it takes."""
+    cases = itertools.product(("torch", *CPU), dtypes, VARIANTS)
+    return pytest.mark.parametrize(
+        ("backend", "dtype", "variant"), [case for case in cases if takes(*case)], ids=str
+    )
 
 
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_lower_precision_is_as_good_as_plain_pytorch(dtype, variant):
+@fast(torch.float32, torch.bfloat16, torch.float16)
+def test_lower_precision_is_as_good_as_plain_pytorch(backend, dtype, variant):
     """Error against float64 at most twice that of plain attention in the same dtype."""
     q, k, v = inputs(2, 96, 4, 2, 16, 16, dtype=dtype)
     options = {"num_slots": 24, "chunk_size": 16, **variant}
-    o, _ = attend(q, k, v, **options)
+    o, _ = attend(q, k, v, backend=backend, **options)
     assert o.dtype == dtype
     exact, _ = attend(*(t.double() for t in (q, k, v)), backend="naive", **options)
     error = (o.double() - exact).abs().max()
@@ -159,14 +158,13 @@ def test_lower_precision_is_as_good_as_plain_pytorch(dtype, variant):
     assert error <= 2 * (plain.double() - reference).abs().max()
 
 
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float32, 2e-6)], ids=str)
-def test_gradients_in_lower_precision(dtype, bound, variant):
+@fast(torch.float32, torch.bfloat16)
+def test_gradients_in_lower_precision(backend, dtype, variant):
+    bound = {torch.bfloat16: 0.03, torch.float32: 2e-6}[dtype]
     q, k, v = inputs(1, 64, 2, 2, 16, 16, dtype=dtype)
     scale = torch.full((2,), 4.0)
     options = {"num_slots": 16, "chunk_size": 16, **variant}
-    _, _, grads = gradients("torch", q, k, v, scale, options)
+    _, _, grads = gradients(backend, q, k, v, scale, options)
     wide = [t.double() for t in (q, k, v, scale)]
     _, _, exact = gradients("naive", *wide, options)
     for grad, reference in zip(grads, exact, strict=True):
@@ -174,13 +172,11 @@ def test_gradients_in_lower_precision(dtype, bound, variant):
         assert error < bound
 
 
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_assignments_are_equal_between_backends_in_every_dtype(dtype, variant):
+@fast(torch.float32, torch.bfloat16)
+def test_assignments_are_equal_between_backends_in_every_dtype(backend, dtype, variant):
     q, k, v = inputs(2, 300, 2, 2, 8, 8, dtype=dtype)
     options = {"num_slots": 32, "chunk_size": 20, **variant}
-    states = [attend(q, k, v, backend=backend, **options)[1] for backend in ("naive", "torch")]
+    states = [attend(q, k, v, backend=b, **options)[1] for b in ("naive", backend)]
     assert torch.equal(states[0].count, states[1].count)
     # Same tokens added in the same order: not merely close.
     assert torch.equal(states[0].key_sum, states[1].key_sum)
@@ -193,9 +189,10 @@ def test_signature_is_the_contract():
     assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[3:])
 
 
-def test_autocast_and_matmul_precision_do_not_reach_routing():
+@pytest.mark.parametrize("backend", ["torch", *CPU])
+def test_autocast_and_matmul_precision_do_not_reach_routing(backend):
     q, k, v = inputs(1, 200, 2, 2, 8, 8, dtype=torch.float32)
-    options = {"num_slots": 32, "chunk_size": 20}
+    options = {"num_slots": 32, "chunk_size": 20, "backend": backend}
     expected, _ = attend(q, k, v, **options)
     torch.set_float32_matmul_precision("medium")
     try:

@@ -62,11 +62,13 @@ def assert_close(actual, expected):
 @hypothesis.given(calls())
 def test_backends_agree(call):
     q, k, v, options = call
-    o, state = attend(q, k, v, backend="torch", **options)
     o_ref, state_ref = attend(q, k, v, backend="naive", **options)
-    assert_same_state(state, state_ref, tolerance=1e-9)
-    assert torch.isfinite(o).all()
-    assert_close(o, o_ref)
+    # "auto" takes the compiled kernels where they run the call.
+    for backend in ("torch", "auto"):
+        o, state = attend(q, k, v, backend=backend, **options)
+        assert_same_state(state, state_ref, tolerance=1e-9)
+        assert torch.isfinite(o).all()
+        assert_close(o, o_ref)
 
 
 @SETTINGS

@@ -4,18 +4,19 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from ovq.ops import routing, scheduled_slots, slots_by_chunk
+from ovq.ops import scheduled_slots, slots_by_chunk
+from ovq.ops.backends.torch import route as routing
 from ovq.ops.options import Options
 from ovq.ops.random_init import random_priority
-from tests.ops.common import attend, inputs
+from tests.ops.common import CPU, attend, inputs
 
-RULES = Options(num_slots=64, chunk_size=128, growth="plateau", init="novelty", merge="existing", seed=0)
+OPTIONS = Options(num_slots=64, chunk_size=128, growth="plateau", init="novelty", merge="existing", seed=0)
 
 
 def route(keys, means, num_slots, num_opening=0):
     streams = len(keys)
     padded = torch.nn.functional.pad(means, (0, 0, 0, routing.padded_slots(num_slots) - num_slots))
-    router = routing.Router(num_streams=streams, max_slots=num_slots, options=RULES, like=keys)
+    router = routing.Router(num_streams=streams, max_slots=num_slots, options=OPTIONS, like=keys)
     before, after = [num_slots] * streams, [num_slots + num_opening] * streams
     return router(keys, padded, before, after, heads=[0] * streams, num_seen=[0] * streams)
 
@@ -99,37 +100,34 @@ def test_many_ties_and_few_are_decided_alike(pairs, monkeypatch):
     assert route(torch.ones(2, 128, 4) / 2, torch.ones(2, 40, 4) / 2, 40).abs().max() == 0
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
-def test_few_distinct_keys(is_compiled, monkeypatch):
+@pytest.mark.parametrize("backend", ["torch", *CPU])
+def test_few_distinct_keys(backend):
     """A small alphabet: nearly all slots hold the same few keys, and every decision is a tie."""
-    if not is_compiled:
-        monkeypatch.setattr("ovq.ops.backends.torch.chunk.can_run", lambda *_: False)
     q, k, v = inputs(2, 400, 1, 1, 8, 4, dtype=torch.float32)
     k = k[:, torch.randint(5, (400,), generator=torch.Generator().manual_seed(0))]
     for merge in ("existing", "updated"):
         options = {"num_slots": 40, "chunk_size": 16, "merge": merge}
-        states = [attend(q, k, v, backend=backend, **options)[1] for backend in ("naive", "torch")]
+        states = [attend(q, k, v, backend=b, **options)[1] for b in ("naive", backend)]
         assert torch.equal(states[0].count, states[1].count)
         assert torch.equal(states[0].value_sum, states[1].value_sum)
 
 
-@pytest.mark.parametrize("is_compiled", [False, True])
-def test_keys_that_are_not_finite_open_slots_last_and_in_order(is_compiled, monkeypatch):
+@pytest.mark.parametrize("backend", ["torch", *CPU])
+def test_keys_that_are_not_finite_open_slots_last_and_in_order(backend):
     """Even where there are more slots to open than finite keys."""
-    if not is_compiled:
-        monkeypatch.setattr("ovq.ops.backends.torch.chunk.can_run", lambda *_: False)
     q, k, v = inputs(1, 24, 1, 1, 8, 4, dtype=torch.float32)
     k[:, 9:15] = torch.nan
     options = {"num_slots": 14, "chunk_size": 8, "growth": "immediate"}
-    states = [attend(q, k, v, backend=backend, **options)[1] for backend in ("naive", "torch")]
+    states = [attend(q, k, v, backend=b, **options)[1] for b in ("naive", backend)]
     assert torch.equal(states[0].count, states[1].count)
     assert torch.equal(states[0].value_sum, states[1].value_sum)
 
 
+@pytest.mark.parametrize("backend", ["torch", *CPU])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_assignments_do_not_depend_on_batch_or_threads(threads):
+def test_assignments_do_not_depend_on_batch_or_threads(threads, backend):
     q, k, v = inputs(5, 700, 2, 2, 16, 4, dtype=torch.float32)
-    options = {"num_slots": 64, "chunk_size": 32}
+    options = {"num_slots": 64, "chunk_size": 32, "backend": backend}
     _, whole = attend(q, k, v, **options)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.chunks import in_chunks
-from ovq.ops.backends.cpu import build
+from ovq.ops.backends.cpu.build import MissingKernelsWarning
 from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve
-from ovq.ops.backends.cpu.kernels import CompiledAttention, cpu_kernels
+from ovq.ops.backends.cpu.kernels import CompiledAttention, cpu_kernels, is_available
 from ovq.ops.call import Call
 from ovq.ops.state import OVQState
 
-__all__ = ["CompiledConvolution", "can_convolve", "cpu_kernels", "refusal", "run"]
+__all__ = ["CompiledConvolution", "MissingKernelsWarning", "can_convolve", "cpu_kernels", "refusal", "run"]
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -30,11 +30,7 @@ def refusal(call: Call) -> str | None:
     for name in ("bias", "rate"):
         if (found := getattr(call.options, name)) != "count":
             return f"expected {name} 'count', found {found!r}"
-    try:
-        build.load()
-    except build.Unavailable as error:
-        return f"expected compiled kernels, found none: {error}"
-    return None
+    return None if is_available() else f"expected compiled kernels, found none: {cpu_kernels()}"
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:

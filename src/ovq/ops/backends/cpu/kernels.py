@@ -15,11 +15,12 @@ from ovq.ops.backends.plan import Plan
 from ovq.ops.options import TIE
 from ovq.ops.random_init import random_priority
 
-_DTYPES = (torch.float32, torch.bfloat16)
-
 
 def cpu_kernels() -> str:
-    """Whether the `torch` backend runs compiled kernels on this CPU, and if not, why.
+    """Whether there are compiled kernels for this CPU, the backend `cpu`, and if not, why.
+
+    The first call, as the first call of the op, builds them where they are not built yet. What it finds holds
+    for the life of the process.
 
     Example:
         >>> cpu_kernels().startswith(("compiled", "not available"))
@@ -32,17 +33,14 @@ def cpu_kernels() -> str:
     return "compiled for this processor"
 
 
-def can_run(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, plan: Plan) -> bool:
-    """Whether the kernels do this: float32 or bfloat16 on a CPU, options they know, a compiler found."""
-    fits = q.device.type == "cpu" and q.dtype in _DTYPES and q.dtype == k.dtype == v.dtype
-    return fits and scale.dtype == torch.float32 and plan.options.bias == "count" and is_available()
-
-
 def is_available() -> bool:
-    """Whether there are compiled kernels on this machine."""
+    """Whether there are compiled kernels on this machine; warns once if there should be and are not."""
     try:
         build.load()
-    except build.Unavailable:
+    except build.SwitchedOff:
+        return False
+    except build.Unavailable as error:
+        build.warn_once(error)
         return False
     return True
 

@@ -2,9 +2,9 @@
 
 The scores of `recurrence.py` are right to float32 rounding. Where that leaves a doubt, which of two slots is
 nearer or which of two keys is more novel, the candidates are computed again in float64 here. Scores that are
-equal to `options.TIE` go to the lowest slot, or to the earliest token: the decisions of every backend. Keys and
-means of lengths at which float32 products vanish or overflow (`options.ORDINARY`) are compared in float64 at
-once.
+equal to `options.TIE` go to the lowest slot, or to the earliest token: the decisions of every backend. Keys
+and means of lengths at which float32 products vanish or overflow (`options.ORDINARY`) are compared in float64
+at once.
 """
 
 import triton
