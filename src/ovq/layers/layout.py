@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ovq.ops.uncompiled import uncompiled
+
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceLayout:
@@ -164,7 +166,7 @@ class LeftAlignedRows:
 
 
 # Not compiled: it branches on values of the mask at every turn.
-@torch.compiler.disable
+@uncompiled
 def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -> SequenceLayout:
     """The layout of a mask, or a ValueError that says what is wrong with it."""
     expected = [batch_size, num_past + num_new]

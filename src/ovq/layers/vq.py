@@ -13,6 +13,7 @@ from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import StateCache
 from ovq.layers.constant import ConstantStateMixer, StateSpec, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
+from ovq.ops.uncompiled import uncompiled
 
 # A slot is dead when it is used less than this share of the average, and begins again with that one.
 DEAD_SHARE, RESTART_SHARE = 0.03, 0.1
@@ -118,7 +119,7 @@ class StaticDictionary(nn.Module):
         return (k @ means.transpose(-1, -2) - means.square().sum(-1)[:, None] / 2).argmax(-1)
 
     @torch.no_grad()
-    @torch.compiler.disable
+    @uncompiled
     def begin_step(self) -> DictionaryStep:
         """Begin a training step: take over what the last one has learned.
 
@@ -133,7 +134,7 @@ class StaticDictionary(nn.Module):
         return DictionaryStep(self.key_sum, self.count)
 
     @torch.no_grad()
-    @torch.compiler.disable
+    @uncompiled
     def learn(self, k: Tensor, slots: Tensor, mask: Tensor | None, step: DictionaryStep) -> None:
         """Note what the next step will read; nothing in a backward pass, as the forward has done it.
 

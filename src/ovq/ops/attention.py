@@ -13,6 +13,7 @@ from ovq.ops.backends.triton import refusal_of
 from ovq.ops.checks import check_qkv, checked_call, checked_scale
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState
+from ovq.ops.uncompiled import uncompiled
 
 _used: str | None = None
 
@@ -149,7 +150,7 @@ def _is_traced(backend: str, q: Tensor, v: Tensor, options: Options) -> bool:
 
 
 # Not compiled: what a call does depends on lengths and on the state, in plain Python.
-@torch.compiler.disable
+@uncompiled
 def _attention(
     q: Tensor,
     k: Tensor,

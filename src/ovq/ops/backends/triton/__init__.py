@@ -77,7 +77,6 @@ def refusal_of(q: Tensor, v: Tensor, options: Options) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _is_interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
