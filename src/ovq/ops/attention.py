@@ -228,7 +228,7 @@ def _run_naive(
         part = slice(start, start + length)
         o, after = naive_row(flat_q[part], flat_k[part], flat_v[part], scale, state.select([r]), rules)
         pieces += [o.new_zeros(max(0, start - end), *o.shape[1:]), o]
-        end = start + length if length else end
+        end = max(end, start + length)
         states.append(after)
     total = q.shape[0] * q.shape[1]
     pieces.append(q.new_zeros(total - end, q.shape[2], v.shape[3]))

@@ -23,7 +23,7 @@ from ovq.ops.cpu import CompiledAttention, can_run
 from ovq.ops.groups import Group, Plan, Step
 from ovq.ops.reader import Reader
 from ovq.ops.routing import Router
-from ovq.ops.sums import Sums
+from ovq.ops.sums import Sums, dense_copy
 
 
 def chunk_attention(
@@ -58,7 +58,7 @@ def chunk_attention(
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
-        sums = Sums(key_sum.clone(), value_sum.clone(), count.clone())
+        sums = Sums(key_sum, value_sum, count).clone()
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
         # The slot of every token of a complete chunk; int32 holds any dictionary.
         slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
@@ -80,8 +80,8 @@ class _ChunkAttention(torch.autograd.Function):
         # A: the gradient of the sums, which starts as that of the final state and ends as that of the
         # initial.
         deposits = Sums(
-            torch.zeros_like(key_sum) if grad_key_sum is None else grad_key_sum.clone(),
-            torch.zeros_like(value_sum) if grad_value_sum is None else grad_value_sum.clone(),
+            torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum),
+            torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum),
         )
         # Autocast would run these products in a lower precision than the forward did.
         with torch.autocast(q.device.type, enabled=False):

@@ -29,7 +29,7 @@ def constant_rate_attention(
     """`ovq.ops.chunk.chunk_attention` for a constant rate: the same arguments and results."""
     # Sums cannot be written in place here, so that groups would gain nothing: all streams go together.
     group = Group(plan, range(len(plan.slots)), range(plan.num_kv_heads))
-    sums = Sums(key_sum, value_sum, count).of(group)
+    sums = Sums(*(x.contiguous() for x in (key_sum, value_sum, count))).of(group)
     router = Router(num_streams=group.num_streams, max_slots=plan.capacity, rules=plan.rules, like=key_sum)
     outputs, places = [], []
     for i, step in enumerate(group.steps()):
@@ -111,6 +111,6 @@ def moved(sums: Sums, slots: Tensor, is_opener: Tensor, keys: Tensor, values: Te
         flat = old.reshape(-1, old.shape[-1]).double()
         weighted = (weight[..., None] * x.double()).reshape(-1, x.shape[-1])
         new = torch.zeros_like(flat).index_add(0, index, weighted)
-        return rounded(flat * kept[:, None] + new * after[:, None], old.dtype).view(old.shape)
+        return rounded(flat * kept[:, None] + new * after[:, None], old.dtype).reshape(old.shape)
 
     return Sums(stepped(sums.key, keys), stepped(sums.value, values), after.view(sums.count.shape))

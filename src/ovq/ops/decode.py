@@ -83,7 +83,7 @@ def _read(
     batch, _, num_heads, dim = q.shape
     num_kv_heads, wide = keys.shape[1], state.key_sum.dtype
     used = max(pending) + 1
-    queries = (q[:, 0].to(wide) * scale[:, None]).view(batch * num_kv_heads, -1, dim)
+    queries = (q[:, 0].to(wide) * scale[:, None]).reshape(batch * num_kv_heads, -1, dim)
 
     def streams(x: Tensor) -> Tensor:
         return x.to(wide).reshape(batch * num_kv_heads, *x.shape[2:])

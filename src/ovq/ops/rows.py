@@ -60,11 +60,12 @@ class AlignedRows:
             self.num_chunks += -(-n // self.width)
         self.num_tokens = num_tokens
         new = [n - p for n, p in zip(self.lengths, self.pending, strict=True)]
-        # Rows that fill the input exactly (so none pending): the layout is a view, or one padding away from
-        # it.
+        # Rows that fill the input exactly: the layout is a view, or one padding away from it. Pending tokens
+        # are not in the input; as many columns of padding would pass for them.
         length = self.lengths[0] if self.lengths else 0
         self.is_dense = (
-            all(n == length for n in self.lengths)
+            not any(self.pending)
+            and all(n == length for n in self.lengths)
             and self.starts == [r * length for r in range(len(self.lengths))]
             and len(self.lengths) * length == num_tokens
         )

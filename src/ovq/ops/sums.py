@@ -10,6 +10,11 @@ from torch import Tensor
 from ovq.ops.groups import Group
 
 
+def dense_copy(x: Tensor) -> Tensor:
+    """A contiguous copy: what is worked on in place, row by row of a flat view."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 @dataclasses.dataclass
 class Sums:
     """Dictionary sums `[..., M, K]`, `[..., M, V]` and counts `[..., M]`, or the gradient of the sums."""
@@ -24,8 +29,8 @@ class Sums:
         return Sums(group.streams(self.key), group.streams(self.value), count)
 
     def clone(self) -> Sums:
-        """A copy that can be worked on in place."""
-        return Sums(self.key.clone(), self.value.clone(), self.count.clone())
+        """A copy that can be worked on in place, contiguous whatever this is."""
+        return Sums(*(None if x is None else dense_copy(x) for x in (self.key, self.value, self.count)))
 
     def index(self, slots: Tensor) -> Tensor:
         """Rows of the flattened sums that `slots` `[S, C]` of the first S streams stand for."""

@@ -13,6 +13,7 @@ from ovq.ops.cpu import build
 from ovq.ops.groups import Plan
 from ovq.ops.novelty import random_priority
 from ovq.ops.rules import TIE
+from ovq.ops.sums import dense_copy
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -53,7 +54,7 @@ class CompiledAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
         """Read and learn all chunks."""
         q, k, v = (_dense(x) for x in (q, k, v))
-        sums = [_copied(x) for x in (key_sum, value_sum, count)]
+        sums = [dense_copy(x) for x in (key_sum, value_sum, count)]
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
         # Of each query the log-sum-exp, and of each token of a complete chunk its slot.
         lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
@@ -73,21 +74,16 @@ class CompiledAttention(torch.autograd.Function):
         """Rewind the sums; the gradient of the final ones becomes that of the initial."""
         q, k, v, scale, o, key_sum, value_sum, count, lse, slots = ctx.saved_tensors
         grad_o = torch.zeros_like(o) if grad_o is None else _dense(grad_o)
-        key_deposit = torch.zeros_like(key_sum) if grad_key_sum is None else _copied(grad_key_sum)
-        value_deposit = torch.zeros_like(value_sum) if grad_value_sum is None else _copied(grad_value_sum)
+        key_deposit = torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum)
+        value_deposit = torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum)
         grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
         grad_scale = torch.zeros(len(ctx.plan.slots), q.shape[2], dtype=torch.float64)
-        sums = [_copied(x) for x in (key_sum, value_sum, count)]
+        sums = [dense_copy(x) for x in (key_sum, value_sum, count)]
         call = _call(q, k, v, o, lse, scale, *sums, slots, ctx.plan)
         call.set_tokens(grad_o=grad_o, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
         call.point(key_deposit=key_deposit, value_deposit=value_deposit, grad_scale=grad_scale)
         call.run("ovq_backward")
         return *grads, grad_scale.sum(0).to(scale.dtype), key_deposit, value_deposit, None, None
-
-
-def _copied(x: Tensor) -> Tensor:
-    """A dense copy, to be worked on in place."""
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _dense(x: Tensor) -> Tensor:
