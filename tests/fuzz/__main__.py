@@ -13,7 +13,10 @@ from ovq.report.progress import Reporter
 from tests.fuzz.backends import BACKENDS
 from tests.fuzz.run import KINDS, SHARES, Outcome, report, run
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+
+@app.command()
 def main(
     backend: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join(BACKENDS)}; all by default.")
@@ -70,4 +73,4 @@ def _table(outcomes: list[Outcome], seed: int) -> Table:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import time
 from collections.abc import Iterator
 from random import Random
 from typing import Any, ClassVar
@@ -95,15 +94,16 @@ def sort_of(message: str | None) -> str | None:
     return None if message is None else re.sub(r"[-+]?\d[-+.\d]*(e[-+]?\d+)?|\[.*\]|\(.*\)", "#", message)
 
 
-def shrunk(program: Program, backend: str, *, seconds: float = 10.0) -> Program:
+def shrunk(program: Program, backend: str, *, tries: int = 300) -> Program:
     """The simplest program found that fails on `backend` as `program` does."""
-    wanted, deadline = sort_of(failure(program, backend)), time.monotonic() + seconds
+    wanted = sort_of(failure(program, backend))
     is_simplest = False
     while not is_simplest:
         is_simplest = True
         for candidate in program.smaller():
-            if time.monotonic() > deadline:
+            if not tries:
                 return program
+            tries -= 1
             if sort_of(failure(candidate, backend)) == wanted:
                 program, is_simplest = candidate, False
                 break

@@ -43,8 +43,8 @@ class StateProgram(Program):
 
     Attributes:
         num_rows: of the state it begins with, which has seen nothing.
-        steps: the operations, each (name, state it is of, two numbers, whether that state stays beside the new
-            one). Numbers are taken modulo what there is, so that any do.
+        steps: the operations, each (name, state it is of, two numbers, whether that state stays beside the
+            new one). Numbers are taken modulo what there is, so that any do.
         dtype, num_kv_heads, group, key_dim, value_dim: of the tokens.
         num_slots, chunk_size, growth, init, merge, bias, rate: of the op.
     """

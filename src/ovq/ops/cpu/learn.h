@@ -236,9 +236,7 @@ static void learn(const Call *call, Dictionary *dictionary, const Rows *tokens, 
         learner->slot[0] = 0;
         learner->opens[0] = 1;
     }
-    for (int opens = 1; opens >= 0; opens--)
-        for (int64_t t = 0; t < size; t++)
-            if (learner->opens[t] == opens) add_token(sums, call, learner->slot[t], tokens, t, 1);
+    for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
     dictionary->num = chunk->after;
     update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
     int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;
