@@ -30,7 +30,7 @@ def bound_of(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *, has_norms: bool)
 
 
 def assert_close(actual: Tensor, expected: Tensor, bound: float, what: str) -> None:
-    """Not finite in the same places, and as close as `bound` in all others; anything where that is infinite."""
+    """Not finite in the same places, and as close as `bound` in all others; nothing if that is infinite."""
     assert actual.shape == expected.shape, f"{what}: expected {expected.shape}, found {actual.shape}"
     assert actual.dtype == expected.dtype, f"{what}: expected {expected.dtype}, found {actual.dtype}"
     if math.isinf(bound):

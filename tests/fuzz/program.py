@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from tests.fuzz.backends import Backend
 
 
 class Impossible(Exception):
-    """A program whose fields do not fit each other, as `smaller` may make them; it is passed over."""
+    """A program whose fields do not fit each other, as `smaller` may make them; `draw` makes none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -74,11 +75,11 @@ def _simpler(value: Any, default: Any = None) -> Iterator[Any]:
 
 
 def failure(program: Program, backend: str) -> str | None:
-    """The error that `program` ends with, in a line; None if it ends well or is impossible."""
+    """The error that `program` ends with, in a line; None if it ends well."""
     try:
         program.check(backend)
     except Impossible:
-        return None
+        raise
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
@@ -104,7 +105,8 @@ def shrunk(program: Program, backend: str, *, tries: int = 300) -> Program:
             if not tries:
                 return program
             tries -= 1
-            if sort_of(failure(candidate, backend)) == wanted:
-                program, is_simplest = candidate, False
-                break
+            with contextlib.suppress(Impossible):
+                if sort_of(failure(candidate, backend)) == wanted:
+                    program, is_simplest = candidate, False
+                    break
     return program

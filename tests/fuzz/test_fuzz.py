@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from ovq.hf import OVQCache
 from ovq.ops import OVQState, ovq_attention
+from ovq.ops.cpu import kernels
 from tests.fuzz import op
 from tests.fuzz.__main__ import app
 from tests.fuzz.backends import BACKENDS
@@ -25,6 +26,17 @@ def test_random_programs(kind, backend):
     outcome = run(kind, backend, calls=round(calls * SHARES[kind]), seed=1)
     assert outcome.num_run == round(calls * SHARES[kind])
     assert not outcome.failures, "\n".join(report(found, outcome) for found in outcome.failures.values())
+
+
+@pytest.mark.parametrize("backend", ["torch", "torch-plain"])
+def test_kernels_run_where_they_should(backend, monkeypatch):
+    if reason := BACKENDS[backend].missing():
+        pytest.skip(reason)
+    names = []
+    run_kernel = kernels._Call.run
+    monkeypatch.setattr(kernels._Call, "run", lambda call, name: (names.append(name), run_kernel(call, name)))
+    run("op", backend, calls=60, seed=0)
+    assert set(names) == ({"ovq_forward", "ovq_backward"} if backend == "torch" else set())
 
 
 def without_mask(*tensors, attention_mask=None, backend="auto", **options):
