@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ovq.cli import main
 from ovq.hf import OVQConfig, OVQForCausalLM
+from tests.disks import full_disk
 from tests.test_cli import fail, run
 
 DOCUMENT = " ".join(str(i * 17 % 48) for i in range(1, 90))
@@ -108,6 +110,20 @@ def test_a_prompt_after_a_document_is_not_marked_as_a_beginning(capsys, tmp_path
     command = ["generate", "--model", folder, "--max-new-tokens", 8]
     expected = run(capsys, *command, "--prompt", "two four one two four three one two")
     assert run(capsys, *command, "--context", tmp_path / "c", "--prompt", "one two") == expected
+
+
+def test_a_full_disk_costs_one_line_and_leaves_the_old_file(capsys, model, text, tmp_path):
+    out = tmp_path / "book.ctx"
+    out.write_text("of yesterday")
+    with full_disk(1000), pytest.raises(SystemExit) as exit_info:
+        main(["context", "build", "--model", str(model), "--text", str(text), "--out", str(out)])
+    assert exit_info.value.code == 2
+    # After the progress of reading.
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"ovq: error: {out}: cannot be written (")
+    assert sum("error" in line for line in said) == 1
+    assert out.read_text() == "of yesterday"
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_help_shows_an_example(capsys):

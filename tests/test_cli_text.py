@@ -40,7 +40,7 @@ def test_a_model_of_text_reads_and_writes_text(folder, tmp_path, capsys):
     book.write_text("né" * 50)
     words = ["context", "build", "--model", tmp_path / "run", "--text", book, "--out", tmp_path / "book.ctx"]
     assert "what the model remembers of 150 tokens" in run(capsys, *words)
-    from ovq.cli.common import load_model
+    from ovq.cli.loading import load_model
 
     assert load_context(tmp_path / "book.ctx", load_model(tmp_path / "run")).num_tokens == 150
 

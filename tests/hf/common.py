@@ -40,6 +40,13 @@ def make_model(seed=0, **changes):
     return OVQForCausalLM(make_config(**changes)).double().eval()
 
 
+def enable_checkpointing(model, **options):
+    """Have activations computed again in the backward pass; options are those of torch's `checkpoint`."""
+    # The name changed in transformers 5.24.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+
+
 def random_ids(rows, length, seed=1):
     return torch.randint(
         1, SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed)

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf import OVQConfig, OVQForCausalLM, OVQModel
 from tests.hf.common import BASELINES, SIZES, make_config, random_ids
 
 
@@ -121,3 +122,23 @@ def test_every_field_changes_the_model(changes):
         torch.manual_seed(0)
         logits.append(OVQForCausalLM(config).eval()(random_ids(2, 40)).logits)
     assert not torch.allclose(*logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("load", [OVQConfig, OVQModel, OVQForCausalLM])
+def test_models_of_another_type_are_refused(tmp_path, load):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected the config of a model of type 'ovq', found 'llama'"):
+        load.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_slots": "many"}, {"mixer_types": [1]}, {"conv_size": None}], ids=str
+)
+def test_a_saved_field_of_a_wrong_type_is_a_value_error_that_names_it(tmp_path, fields):
+    OVQConfig().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | fields))
+    [name] = fields
+    with pytest.raises(ValueError, match=f"expected fields of the types of OVQConfig.*'{name}'"):
+        OVQConfig.from_pretrained(tmp_path)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from ovq.hf import OVQForCausalLM, build_context, load_context, save_context
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.context import _digest
+from tests.disks import full_disk
 from tests.hf.common import BASELINES, make_config, make_model, random_ids
 
 DOCUMENT = random_ids(1, 61, seed=3)[0]
@@ -252,6 +253,17 @@ def test_foreign_and_missing_files(tmp_path, model):
         load_context(tmp_path / "state", model)
 
 
+def with_a_hole(tensors):
+    """The counts of a head with those of the first slot moved to the last."""
+    counts = tensors["layers.1.count"][0, 0].clone()
+    counts[-1] += counts[0]
+    counts[0] = 0
+    # In the other head too, so that both have as many slots in use.
+    tensors["layers.1.count"][0, 1] = counts
+    tensors["layers.1.key_sum"][0, :, 0] = tensors["layers.1.value_sum"][0, :, 0] = 0
+    return counts
+
+
 @pytest.mark.parametrize(
     ("change", "header", "expected"),
     [
@@ -271,8 +283,22 @@ def test_foreign_and_missing_files(tmp_path, model):
         (lambda t: t["layers.2.keys"].view(-1)[0].fill_(torch.nan), {}, "finite values in keys"),
         (lambda t: t["layers.1.count"].view(-1)[0].add_(1), {}, "layer 1: expected counts that add up"),
         (lambda t: t["layers.3.key_sum"].view(-1)[0].fill_(torch.nan), {}, "finite values in key_sum"),
+        (
+            lambda t: t.update({"layers.1.pending_keys": t["layers.1.pending_keys"].to(torch.float8_e4m3fn)}),
+            {},
+            "layer 1: expected pending_keys in one of .*, found torch.float8_e4m3fn",
+        ),
+        (
+            lambda t: t.update({"layers.0.keys": t["layers.0.keys"].to(torch.float8_e4m3fn)}),
+            {},
+            "layer 0: expected keys .*, found .* in torch.float8_e4m3fn",
+        ),
+        (lambda t: t["layers.1.count"][0, 0].copy_(with_a_hole(t)), {}, "slots in use before spare ones"),
+        (lambda t: t["layers.1.count"][0, 0, :2].fill_(2**63 - 1), {}, "add up within int64"),
+        (lambda t: None, {"num_tokens": str(10**18)}, r"layer 1: expected num_seen \[10{18}\], found \[61\]"),
+        (lambda t: None, {"num_tokens": "9" * 5000}, "num_tokens to be an integer from 1"),
         (lambda t: None, {"num_tokens": "60"}, r"layer 1: expected num_seen \[60\], found \[61\]"),
-        (lambda t: None, {"num_tokens": "-3"}, "num_tokens to be an integer of at least 1, found '-3'"),
+        (lambda t: None, {"num_tokens": "-3"}, r"num_tokens to be an integer from 1 to 2\^62, found '-3'"),
         (lambda t: None, {"version": "2"}, "expected version '1', found '2'"),
         (lambda t: None, {"config": "[1"}, "expected the config of a model"),
         (lambda t: None, {"content": "0"}, "it is damaged"),
@@ -287,6 +313,30 @@ def test_what_cannot_be_the_memory_of_the_model_is_refused(saved, model, change,
     save_file(tensors, saved, metadata={**metadata, "content": _digest(tensors), **header})
     with pytest.raises(ValueError, match=expected):
         load_context(saved, model)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(-5, "counts >= 0, found -5"), (2**63 - 1, "add up within int64"), (62, "add up to the tokens merged")],
+)
+def test_counts_of_a_fixed_dictionary_are_checked_too(tmp_path, value, expected):
+    model = make_model(**BASELINES)
+    save_context(build_context(model, DOCUMENT), tmp_path / "c")
+    tensors = load_file(tmp_path / "c")
+    with safe_open(tmp_path / "c", framework="pt") as file:
+        metadata = file.metadata()
+    tensors["layers.1.count"][0, 0, :2] = torch.tensor([value, value // 2 + 1])
+    save_file(tensors, tmp_path / "c", metadata={**metadata, "content": _digest(tensors)})
+    with pytest.raises(ValueError, match=f"layer 1: expected .*{expected}"):
+        load_context(tmp_path / "c", model)
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_old_file(saved, context):
+    before = saved.read_bytes()
+    with full_disk(1000), pytest.raises(OSError, match=r"book\.ctx: cannot be written \(.*File too large"):
+        save_context(context, saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
 
 
 def test_saving_is_atomic_and_refuses_what_could_not_be_loaded(saved, context, model, monkeypatch):

@@ -288,3 +288,17 @@ def test_a_state_of_another_size_is_refused(name):
         _, _, cache = other(x[:rows], use_cache=True)
         with pytest.raises(ValueError, match=rf"expected .* of shape \[3, .*found \[{rows}, "):
             layer(x, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_the_names_of_weights_are_those_of_saved_models(name):
+    """Written out, so that nothing is renamed without a thought for the models there are."""
+    decaying = {"gate_proj.weight", "out_norm.weight", "rates.A_log", "rates.dt_bias"}
+    slots = {"key_sum", "count", "next_key_sum", "next_count"}
+    own = {
+        "gated_deltanet": decaying,
+        "mamba2": decaying | {"skip"},
+        "vq": {"qk_norm.beta"} | {f"dictionary.{tensor}" for tensor in slots},
+    }.get(name, {"qk_norm.beta"})
+    expected = {"qkv_proj.weight", "qkv_conv.weight", "o_proj.weight"} | own
+    assert set(MIXERS[name](HIDDEN, 4).state_dict()) == expected

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ovq.layers import MIXERS, FullAttention, OVQAttention, mixer_class
+from ovq.ops.schedule import GROWTHS, slots_by_chunk
 
 
 def twins(**options):
@@ -59,6 +60,19 @@ def test_the_dictionary_is_elastic_in_mid_stream():
     assert int(small.num_open) < 4 < int(grown.num_open)
     assert int(shrunk.num_open) == 2
     assert int(shrunk.count.sum()) == 2 * 64  # two heads, and no token forgotten
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize(("num_slots", "chunk_size"), [(1, 1), (7, 1), (5, 8), (64, 5), (40, 40)])
+def test_slots_in_use_are_those_that_the_chunks_open(growth, num_slots, chunk_size):
+    sizes = {"num_slots": num_slots, "chunk_size": chunk_size, "growth": growth}
+    mixer = OVQAttention(8, 1, **sizes)
+    opened = slots_by_chunk(0, 0, 60, **sizes)
+    assert [mixer.num_open(n) for n in range(60 * chunk_size)] == [
+        opened[n // chunk_size] for n in range(60 * chunk_size)
+    ]
+    # Without going through the chunks.
+    assert mixer.num_open(10**18) in (num_slots - 1, num_slots) or num_slots == 1
 
 
 def test_a_generator_decides_the_random_slots():

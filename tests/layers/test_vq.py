@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ovq.hf import OVQForCausalLM
 from ovq.layers import VQAttention
 from ovq.layers.vq import StaticDictionary, vq_read
-from tests.hf.common import make_config, random_ids
+from tests.hf.common import enable_checkpointing, make_config, random_ids
 
 N, C = 6, 4
 
@@ -68,10 +68,10 @@ def test_slots_are_moving_averages_of_their_keys():
     k = torch.tensor([[[[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.0, 0.0]]]])
     slots = dictionary.nearest(k, dictionary.means)
     assert slots.tolist() == [[[0, 0, 1, 0]]]
-    dictionary.learn(k, slots, torch.tensor([[True, True, True, False]]))
+    dictionary.learn(k, slots, torch.tensor([[True, True, True, False]]), dictionary.begin_step())
     # Nothing moves within the step; then, half of what was and half of what was seen, padding left out.
     assert dictionary.means.tolist() == [[[1, 0], [0, 1]]]
-    dictionary.advance()
+    dictionary.begin_step()
     torch.testing.assert_close(dictionary.count, torch.tensor([[2.5, 1.5]]))
     torch.testing.assert_close(dictionary.means, torch.tensor([[[4.8 / 5, 0.6 / 5], [0.0, 1.0]]]))
 
@@ -85,8 +85,8 @@ def test_dead_slots_begin_again_as_keys_far_from_theirs():
     # All at the first slot but one, which is the only key that is not there already.
     k = torch.tensor([1.0, 0.0]).repeat(1, 1, 50, 1)
     k[0, 0, 7] = torch.tensor([-1.0, 0.5])
-    dictionary.learn(k, torch.zeros(1, 1, 50, dtype=torch.long), None)
-    dictionary.advance()
+    dictionary.learn(k, torch.zeros(1, 1, 50, dtype=torch.long), None, dictionary.begin_step())
+    dictionary.begin_step()
     means = dictionary.means[0]
     torch.testing.assert_close(means[[1, 3]], torch.tensor([[-1.0, 0.5]]).repeat(2, 1))
     torch.testing.assert_close(means[2], torch.tensor([1.0, 0.0]))
@@ -120,9 +120,7 @@ def test_the_loss_of_a_model_in_training_has_the_commitment_in_it():
     found = [make_model(commitment_weight=weight).eval()(ids, labels=ids).loss for weight in (0, 3)]
     assert torch.equal(*found)
     mean = make_model(commitment_weight=1)
-    own = []
-    mean.model(ids, auxiliary_losses=own)
-    torch.testing.assert_close(sum(own), losses[1] - losses[0])
+    torch.testing.assert_close(mean.model(ids).auxiliary_loss, losses[1] - losses[0])
 
 
 def test_micro_batches_weigh_the_commitment_by_their_share():
@@ -132,11 +130,15 @@ def test_micro_batches_weigh_the_commitment_by_their_share():
     torch.testing.assert_close(2 * half, whole)
 
 
-def test_gradient_checkpointing_learns_the_slots_once():
+def grads_of(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_learns_the_slots_once(use_reentrant):
     ids = random_ids(2, 30)
-    models = [make_model(), make_model()]
-    enable = getattr(models[1], "activation_checkpointing_enable", None)
-    (enable or models[1].gradient_checkpointing_enable)()
+    models = [make_model(commitment_weight=1), make_model(commitment_weight=1)]
+    enable_checkpointing(models[1], use_reentrant=use_reentrant)
     for _ in range(3):
         losses = []
         for model in models:
@@ -145,8 +147,43 @@ def test_gradient_checkpointing_learns_the_slots_once():
             losses[-1].backward()
         torch.testing.assert_close(*losses)
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
-    grads = [{name: p.grad for name, p in model.named_parameters()} for model in models]
-    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(*map(grads_of, models))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_steps_that_end_in_one_backward_pass_read_the_slots_they_began_with(use_reentrant):
+    texts = [random_ids(2, 30, seed=seed) for seed in (1, 2, 3)]
+    models = [make_model(vq_decay=0.5), make_model(vq_decay=0.5)]
+    enable_checkpointing(models[1], use_reentrant=use_reentrant)
+    for model in models:
+        torch.manual_seed(1)
+        sum(model(ids, labels=ids).loss for ids in texts).backward()
+    torch.testing.assert_close(*map(grads_of, models))
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
+
+
+def test_slots_stay_where_the_layer_is_frozen_unless_they_are_to_be_learned():
+    ids = random_ids(2, 30)
+
+    def is_moving(model):
+        before = copy.deepcopy(model.state_dict())
+        for _ in range(2):
+            model(ids, labels=ids)
+        names = [name for name in before if not torch.equal(before[name], model.state_dict()[name])]
+        assert all("dictionary" in name for name in names)
+        return bool(names)
+
+    model = make_model()
+    assert is_moving(model)
+    model.requires_grad_(False)
+    assert not is_moving(model)
+    for mixer in model.mixers():
+        mixer.dictionary.requires_grad_(True)
+    assert is_moving(model)
+    model.requires_grad_(True)
+    for mixer in model.mixers():
+        mixer.dictionary.requires_grad_(False)
+    assert not is_moving(model)
 
 
 def test_slots_of_others_do_not_grow_with_those_of_ovq():

@@ -1,4 +1,4 @@
-"""The compiled kernels: against the reference, in teams of threads, and where they cannot be had."""
+"""The compiled kernels: against the reference, and in teams of threads."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ovq.ops import OVQState, cpu_kernels
-from ovq.ops.cpu import build, kernels
+from ovq.ops.cpu import kernels
 from ovq.ops.rules import INITS, MERGES
 from ovq.ops.schedule import GROWTHS
 from tests.ops.common import assert_same_state, attend, inputs
@@ -165,75 +165,3 @@ def test_scores_of_any_size():
         o, _ = attend(q, k, v, scale=scale, num_slots=20, chunk_size=16)
         exact, _ = attend(*(x.double() for x in (q, k, v)), scale=scale, num_slots=20, chunk_size=16)
         torch.testing.assert_close(o.double(), exact, rtol=1e-3, atol=1e-6 * max(1, scale))
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A machine on which nothing has been compiled yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("OVQ_CPU_KERNELS", raising=False)
-    build.load.cache_clear()
-    yield monkeypatch
-    build.load.cache_clear()
-
-
-def result():
-    q, k, v = inputs(1, 60, 2, 1, 8, 8, dtype=torch.float32)
-    return attend(q, k, v, num_slots=8, chunk_size=8)
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "reason"),
-    [
-        ("OVQ_CPU_KERNELS", "0", "switched off by OVQ_CPU_KERNELS=0"),
-        ("CXX", "no-such-compiler", "no-such-compiler cannot be run"),
-        ("CXX", "false", "false failed: exit status 1"),
-        ("PATH", "", r"no C\+\+ compiler found"),
-    ],
-)
-def test_without_a_compiler_plain_pytorch_does_it(fresh, variable, value, reason, runs):
-    expected, state = result()
-    runs.clear()
-    fresh.setenv(variable, value)
-    if variable == "PATH":
-        fresh.delenv("CXX", raising=False)
-    build.load.cache_clear()
-    assert cpu_kernels().startswith("not available: ")
-    with pytest.raises(build.Unavailable, match=reason):
-        build.load()
-    o, plain_state = result()
-    assert runs == []
-    torch.testing.assert_close(o, expected)
-    assert_same_state(plain_state, state, tolerance=0)
-
-
-@needs_compiler
-def test_compiled_once_and_kept(fresh, tmp_path):
-    result()
-    [path] = (tmp_path / "cache" / "ovq").iterdir()
-    written = path.stat().st_mtime_ns
-    build.load.cache_clear()
-    result()
-    assert path.stat().st_mtime_ns == written
-
-
-@needs_compiler
-def test_a_cache_that_cannot_be_used_is_no_hindrance(fresh, tmp_path):
-    (tmp_path / "cache").write_text("a file where a folder should be")
-    assert cpu_kernels() == "compiled for this processor"
-
-
-@needs_compiler
-def test_a_damaged_file_in_the_cache_is_made_anew(fresh, tmp_path):
-    path = tmp_path / "cache" / "ovq" / f"kernels-{build._fingerprint(build._compiler())}.so"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"cut short")
-    assert cpu_kernels() == "compiled for this processor"
-    assert path.stat().st_size > 10_000
-
-
-@needs_compiler
-def test_what_cannot_be_loaded_is_named(fresh, tmp_path):
-    fresh.setattr(build, "_compile", lambda compiler, path: path.write_bytes(b"not a library"))
-    assert "cannot be loaded" in cpu_kernels()
-    assert result()[0].isfinite().all()

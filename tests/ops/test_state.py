@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ovq.ops import OVQState
+from tests.disks import full_disk
 from tests.ops.common import VARIANTS, assert_same_state, attend, inputs
 
 OPTIONS = {"num_slots": 12, "chunk_size": 8}
@@ -187,6 +188,18 @@ def test_foreign_and_missing_files(tmp_path):
 HEADER = {"format": "ovq-state", "version": "1", "num_slots": "12", "chunk_size": "8"}
 
 
+def every_dtype(tensors, dtype):
+    """The floating tensors in another dtype."""
+    return {name: t.to(dtype) for name, t in tensors.items() if t.is_floating_point()}
+
+
+def set_counts(tensors, counts, heads=2, clear=("key_sum", "value_sum")):
+    """Other counts for the first heads, and zeros in the spare slots where a state has them."""
+    tensors["count"][:, :heads] = torch.tensor(counts)
+    for name in clear:
+        tensors[name][tensors["count"] == 0] = 0
+
+
 @pytest.mark.parametrize(
     ("change", "header", "expected"),
     [
@@ -205,13 +218,58 @@ HEADER = {"format": "ovq-state", "version": "1", "num_slots": "12", "chunk_size"
             "key_sum in torch.float64, found torch.float32",
         ),
         (lambda t: t.update(value_sum=t["value_sum"][:, :, :3].contiguous()), {}, "value_sum of shape"),
+        (
+            lambda t: t.update(pending_keys=t["pending_keys"].to(torch.float8_e4m3fn)),
+            {},
+            "pending_keys in one of .*, found torch.float8_e4m3fn",
+        ),
+        (
+            lambda t: t.update(pending_values=t["pending_values"].to(torch.float8_e5m2)),
+            {},
+            "pending_values in torch.float64, found torch.float8_e5m2",
+        ),
+        (lambda t: t.update(every_dtype(t, torch.float8_e4m3fn)), {}, "found torch.float8_e4m3fn"),
+        (lambda t: t.update(every_dtype(t, torch.complex64)), {}, "found torch.complex64"),
+        (
+            lambda t: t.update(num_seen=t["num_seen"].to(torch.uint64)),
+            {},
+            "num_seen in .*, found torch.uint64",
+        ),
+        (lambda t: set_counts(t, [10, 0, 6, 0, 0, 0]), {}, "slots in use before spare ones"),
+        (lambda t: set_counts(t, [0, 10, 6, 0, 0, 0]), {}, "slots in use before spare ones"),
+        (
+            lambda t: set_counts(t, [10, 3, 3, 0, 0, 0], heads=1),
+            {},
+            r"each head of a row, found \[\[3, 6\], ",
+        ),
+        (
+            lambda t: set_counts(t, [2**62, 2**62, 2**62, 2**62, 10, 6]),
+            {},
+            r"add up within int64, found \[\[4611686018427387904, ",
+        ),
+        (lambda t: set_counts(t, [2**63 - 1, 2**63 - 1, 18, 0, 0, 0]), {}, "add up within int64"),
+        (
+            lambda t: t["num_seen"].fill_(2**63 - 1),
+            {},
+            r"num_seen from 0 to 2\^62, found \[9223372036854775807",
+        ),
+        (lambda t: t["num_seen"].fill_(-8), {}, r"num_seen from 0 to 2\^62, found \[-8"),
+        (lambda t: set_counts(t, [8, 8, 0, 0, 0, 0], clear=()), {}, "zeros in key_sum of spare slots"),
+        (
+            lambda t: set_counts(t, [8, 8, 0, 0, 0, 0], clear=("key_sum",)),
+            {},
+            "zeros in value_sum of spare slots",
+        ),
+        (lambda t: t.update({n: x[:, :0] for n, x in t.items() if x.dim() > 1}), {}, "Hkv at least 1"),
+        (lambda t: None, {"num_slots": "9" * 5000}, "num_slots to be an integer from 1"),
+        (lambda t: None, {"chunk_size": str(2**63)}, "chunk_size to be an integer from 1"),
         (lambda t: t.update(num_seen=t["num_seen"][:1]), {}, r"num_seen of shape \[2\], found \(1,\)"),
         (lambda t: t.pop("num_seen"), {}, "expected tensors"),
         (lambda t: t.update(extra=torch.zeros(1)), {}, "expected tensors"),
         (lambda t: None, {"version": "2"}, "expected version '1', found '2'"),
         (lambda t: None, {"num_slots": "3"}, "at most 3 slots, found 6"),
-        (lambda t: None, {"num_slots": "many"}, "num_slots to be an integer of at least 1, found 'many'"),
-        (lambda t: None, {"chunk_size": "0"}, "chunk_size to be an integer of at least 1, found '0'"),
+        (lambda t: None, {"num_slots": "many"}, r"num_slots to be an integer from 1 to 2\^62, found 'many'"),
+        (lambda t: None, {"chunk_size": "0"}, r"chunk_size to be an integer from 1 to 2\^62, found '0'"),
         (lambda t: None, {"chunk_size": "9"}, r"pending_keys of shape \[2, 2, 9, D\]"),
     ],
 )
@@ -234,6 +292,24 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
         prefilled(2, 40).save(saved)
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_old_file(saved):
+    before = saved.read_bytes()
+    with full_disk(1000), pytest.raises(OSError, match=r"state\.safetensors: cannot be written \(.*File too"):
+        prefilled(2, 40).save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.mark.parametrize("options", [{"init": "random"}, {"growth": "immediate"}, {"merge": "updated"}])
+@pytest.mark.parametrize("length", [0, 3, 8, 40])
+def test_what_the_op_leaves_behind_is_never_refused(tmp_path, options, length):
+    """However slots were opened, merged and dropped, in rows of unequal lengths."""
+    states = [prefilled(2, n, seed=n, **options) for n in (length, 21)]
+    for state in (*states, OVQState.concatenate(states), OVQState.concatenate(states).resize(2)):
+        state.save(tmp_path / "state")
+        assert_same_state(OVQState.load(tmp_path / "state"), state, tolerance=0)
 
 
 def test_nbytes_counts_every_tensor():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.disks import full_disk
 from tests.train.text_common import losses, quiet, stopped_at, tiny_config, write_texts
 from transformers import AutoTokenizer
 
@@ -115,6 +116,15 @@ def test_a_lane_that_has_lost_its_state_is_refused(folder, tmp_path):
     trainer.compute_loss(model, window | {"num_read": 0})
     with pytest.raises(ValueError, match="lane 1: expected the state of 16 tokens, found that of 2"):
         trainer.compute_loss(model, window | {"num_read": 16})
+
+
+def test_lanes_on_a_full_disk_are_an_error_of_the_system(tmp_path):
+    config = loop.model_config(tiny_config("anywhere"))
+    cache = OVQCache(config)
+    OVQForCausalLM(config)(torch.arange(9)[None], past_key_values=cache)
+    with full_disk(1000), pytest.raises(OSError, match=r"lanes: cannot be written \("):
+        save_lanes(tmp_path / "lanes", {3: cache})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("mixer", sorted(MIXERS))

@@ -1,4 +1,4 @@
-"""What the commands share: reading options and loading models, with heavy imports inside the functions."""
+"""What the commands share: reading options and showing results, with heavy imports inside the functions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ovq.cli.loading import load_config, load_tokenizer
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ovq.hf import OVQForCausalLM
 
 out_console = Console()
 """Results go to standard output; progress and errors go to standard error."""
@@ -33,49 +34,6 @@ def parse_ints(text: str, *, flag: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{flag}: expected positive integers with commas between them, found {text!r}")
     return [int(part) for part in parts]
-
-
-def load_model(folder: Path, *, num_slots: int | None = None) -> OVQForCausalLM:
-    """Load a trained model onto the GPU if there is one, and set the size of its dictionary.
-
-    Raises:
-        ValueError: If the folder holds no OVQ model, or `num_slots` does not suit it.
-    """
-    check_model_folder(folder)
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-
-    import ovq.hf  # noqa: F401  (registers the models)
-
-    # The bar of loading a model this small is over before it is seen, and leaves an empty line.
-    disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{folder}: expected the weights of a saved model, found a file that is damaged ({error})"
-        ) from error
-    if num_slots is not None:
-        model.set_num_slots(num_slots)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def check_model_folder(folder: Path) -> None:
-    """Raise ValueError unless the folder looks like a saved model, before anything heavy is imported."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: expected the folder of a saved model, found no config.json in it")
-
-
-def load_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer saved with a model, or `None`: models of synthetic tasks read token ids."""
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    if not any((folder / name).is_file() for name in names):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def encode(
@@ -170,12 +128,9 @@ def model_names(folders: Sequence[Path]) -> list[str]:
     """What to call models in one table: empty where mixers tell them apart, else the shortest of their
     folders' names that does.
     """
-    from transformers import AutoConfig
-
-    import ovq.hf  # noqa: F401  (registers the models)
     from ovq.eval.accuracy import long_range_mixer
 
-    configs = [AutoConfig.from_pretrained(folder, local_files_only=True) for folder in folders]
+    configs = [load_config(folder) for folder in folders]
     if len({long_range_mixer(config) for config in configs}) == len(folders):
         return [""] * len(folders)
     names = [folder.name for folder in folders]

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ovq.cli.common import check_model_folder, encode, load_model, load_tokenizer, out_console
+from ovq.cli.common import encode, out_console
+from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
 
 app = typer.Typer(help="Read a document once and continue from it any number of times.", no_args_is_help=True)
 

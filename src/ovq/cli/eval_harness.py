@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_model_folder, load_model, out_console, parse_ints, text_tokenizer
+from ovq.cli.common import out_console, parse_ints, text_tokenizer
+from ovq.cli.loading import check_model_folder, load_model
 
 
 def harness(

@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli import corpus
-from ovq.cli.common import (
-    check_model_folder,
-    load_model,
-    model_names,
-    parse_ints,
-    show_results,
-    text_tokenizer,
-)
+from ovq.cli.common import model_names, parse_ints, show_results, text_tokenizer
+from ovq.cli.loading import check_model_folder, load_model
 
 if TYPE_CHECKING:
     from ovq.eval.language import LanguageRow
@@ -121,10 +115,11 @@ def _measure(folders: list[Path], source: TextSource, split: str, **options: Any
                 reporter.say(f"{source.dataset}: {num_read} documents read")
 
         for folder, name in zip(folders, model_names(folders), strict=True):
-            tokenizer = text_tokenizer(folder)
+            # Before the corpus, which may take long to read.
+            loaded, tokenizer = load_model(folder), text_tokenizer(folder)
             documents = load_corpus(source, split, tokenizer=tokenizer, progress=count)
             rows += evaluate_language(
-                load_model(folder),
+                loaded,
                 documents,
                 bytes_of_tokens=token_bytes(tokenizer),
                 first_token=documents.end_of_text,

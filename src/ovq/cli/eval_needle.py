@@ -8,14 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli import corpus
-from ovq.cli.common import (
-    check_model_folder,
-    load_model,
-    model_names,
-    parse_ints,
-    show_results,
-    text_tokenizer,
-)
+from ovq.cli.common import model_names, parse_ints, show_results, text_tokenizer
+from ovq.cli.loading import check_model_folder, load_model
 
 if TYPE_CHECKING:
     from ovq.eval.needle import NeedleRow

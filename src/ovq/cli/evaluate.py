@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from ovq.cli import eval_harness, eval_lm, eval_needle
-from ovq.cli.common import check_model_folder, load_model, out_console, parse_ints
+from ovq.cli.common import out_console, parse_ints
+from ovq.cli.loading import check_model_folder, load_model
 
 app = typer.Typer(invoke_without_command=True, subcommand_metavar="[lm|needle|harness]")
 app.command("lm")(eval_lm.language)

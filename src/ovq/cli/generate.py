@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_model_folder, encode, load_model, load_tokenizer
+from ovq.cli.common import encode
+from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from ovq.hf import Context, OVQForCausalLM
@@ -90,8 +91,8 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    tokenizer = load_tokenizer(model)
     loaded = load_model(model, num_slots=num_slots)
+    tokenizer = load_tokenizer(model)
     # What follows a document does not begin a text: no token says so.
     ids = encode(
         text, tokenizer, vocab_size=loaded.config.vocab_size, flag="--prompt", is_start=context is None

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_model_folder, out_console, parse_ints
+from ovq.cli.common import out_console, parse_ints
+from ovq.cli.loading import load_config
 
 
 def memory(
@@ -47,12 +48,7 @@ def memory(
 def _load_config(name: str) -> Any:
     """The `OVQConfig` in a folder or of a recipe."""
     if Path(name).is_dir():
-        check_model_folder(Path(name))
-        from transformers import AutoConfig
-
-        import ovq.hf  # noqa: F401  (registers the models)
-
-        return AutoConfig.from_pretrained(name, local_files_only=True)
+        return load_config(Path(name))
     from ovq.train.recipes import get_recipe
 
     recipe = get_recipe(name)

@@ -2,9 +2,10 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from ovq.layers.base import check_sizes
@@ -115,6 +116,25 @@ class OVQConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+        """The config of a dictionary, as `from_pretrained` reads one from a file.
+
+        Raises:
+            ValueError: that of a model of another type, or a field of a wrong type.
+
+        Example:
+            >>> OVQConfig.from_dict({"model_type": "llama"})
+            Traceback (most recent call last):
+            ValueError: expected the config of a model of type 'ovq', found 'llama'
+        """
+        if (found := config_dict.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(f"expected the config of a model of type {cls.model_type!r}, found {found!r}")
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"expected fields of the types of OVQConfig, found others: {error}") from error
 
     def _check(self) -> None:
         smallest = {

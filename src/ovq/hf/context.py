@@ -20,15 +20,20 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from ovq.files import atomic_path
 from ovq.hf.cache import CACHE_KEY, OVQCache, layer_spec
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQPreTrainedModel
 from ovq.layers import Mixer, OVQAttention
-from ovq.ops.serialization import STATE_TENSORS, check_tensors, read_file
+from ovq.ops.serialization import (
+    STATE_TENSORS,
+    check_counts,
+    check_tensors,
+    positive_int,
+    read_file,
+    write_file,
+)
 
 FORMAT = "ovq-context"
 VERSION = "1"
@@ -196,8 +201,7 @@ def save_context(context: Context, path: str | os.PathLike) -> None:
     _check_layers("context", tensors, context.model, context.num_tokens)
     metadata = {"format": FORMAT, "version": VERSION, "num_tokens": str(context.num_tokens)}
     metadata |= {**context.fingerprint, "content": _digest(tensors)}
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_file(path, tensors, metadata=metadata)
 
 
 def load_context(path: str | os.PathLike, model: OVQPreTrainedModel) -> Context:
@@ -207,23 +211,21 @@ def load_context(path: str | os.PathLike, model: OVQPreTrainedModel) -> Context:
         ValueError: no such file, one that is damaged or foreign, or a context of another model or config.
     """
     metadata, tensors = read_file(path, what="a saved context", file_format=FORMAT, version=VERSION)
-    num_tokens = metadata.get("num_tokens", "")
-    if not num_tokens.isdecimal() or int(num_tokens) < 1:
-        raise ValueError(f"{path}: expected num_tokens to be an integer of at least 1, found {num_tokens!r}")
+    num_tokens = positive_int(path, metadata, "num_tokens")
     own = fingerprint(model)
     _check_fingerprint(str(path), metadata, own)
     if (found := _digest(tensors)) != metadata.get("content"):
         raise ValueError(
             f"{path}: expected tensors of SHA-256 {metadata.get('content')}, found {found}: it is damaged"
         )
-    _check_layers(str(path), tensors, model, int(num_tokens))
+    _check_layers(str(path), tensors, model, num_tokens)
     cache = OVQCache(model.config)
     for i, layer in enumerate(cache.layers):
         own_tensors = {
             name: t if name == "num_seen" else t.to(model.device) for name, t in _of_layer(tensors, i).items()
         }
-        layer.restore(own_tensors, int(num_tokens), model.config)
-    return Context(model=model, num_tokens=int(num_tokens), fingerprint=own, _cache=cache)
+        layer.restore(own_tensors, num_tokens, model.config)
+    return Context(model=model, num_tokens=num_tokens, fingerprint=own, _cache=cache)
 
 
 def fingerprint(model: OVQPreTrainedModel) -> dict[str, str]:
@@ -244,8 +246,18 @@ def fingerprint(model: OVQPreTrainedModel) -> dict[str, str]:
     return {
         "config": json.dumps(fields, sort_keys=True),
         "dtype": str(model.dtype),
-        "weights": _digest(model.base_model.state_dict()),
+        "weights": _digest(_weights(model.base_model)),
     }
+
+
+def _weights(model: OVQPreTrainedModel) -> Mapping[str, Tensor]:
+    """All weights by name, those that accelerate has offloaded included."""
+    found = model.state_dict()
+    if any(tensor.is_meta for tensor in found.values()):
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        return get_state_dict_offloaded_model(model)
+    return found
 
 
 def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
@@ -316,6 +328,8 @@ def _check_layer(
             )
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{where}: expected finite values in {name}, found NaN or Inf")
+    if "count" in expected:
+        check_counts(where, tensors["count"], total=num_tokens)
     if "num_seen" in tensors and (found := tensors["num_seen"].tolist()) != [num_tokens]:
         raise ValueError(f"{where}: expected num_seen [{num_tokens}], found {found}")
 

@@ -5,7 +5,9 @@ Everything that depends on the version of transformers is in `cache.py`.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, one_cache, unread_inputs
 from ovq.hf.configuration_ovq import OVQConfig
+from ovq.hf.packing import PACKING_KWARGS, packed_offsets
 from ovq.layers import Mamba2, Mixer, OVQAttention, SequenceLayout, ShortConvolution, mixer_class
 from ovq.layers.chunked import DecayRates
 from ovq.layers.common import QKNorm
@@ -73,15 +76,35 @@ class OVQBlock(GradientCheckpointingLayer):
         hidden_states: Tensor,
         attention_mask: SequenceLayout,
         past_key_values: OVQCache | None = None,
-        auxiliary_losses: list[Tensor] | None = None,
-    ) -> Tensor:
-        """`[B, T, hidden_size]` to the same; the mixer's own loss, if it has one, goes to the list."""
-        options = {}
-        if "auxiliary_losses" in self.mixer.forward_options:
-            options["auxiliary_losses"] = auxiliary_losses
+        step: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`[B, T, hidden_size]` to the same, and in training the mixer's own loss, if it has one.
+
+        The loss is an output, as nothing else comes through reentrant checkpointing and offloading hooks.
+        """
+        options, own_loss = {}, None
+        if step is not None:
+            options["step"] = step
+        has_loss = self.training and "auxiliary_losses" in self.mixer.forward_options
+        if has_loss:
+            # Not a list: accelerate's hooks hand on copies of those.
+            options["auxiliary_losses"] = losses = deque()
         mixed, _, _ = self.mixer(self.mixer_norm(hidden_states), attention_mask, past_key_values, **options)
+        if has_loss:
+            (own_loss,) = losses
         hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states)), own_loss
+
+
+@dataclass
+class OVQModelOutput(BaseModelOutputWithPast):
+    """What `OVQModel` returns: beside the usual, in training, the sum of the layers' own losses.
+
+    Attributes:
+        auxiliary_loss: a scalar, weighted (`"vq"` has one); None where there is none.
+    """
+
+    auxiliary_loss: Tensor | None = None
 
 
 class OVQPreTrainedModel(PreTrainedModel):
@@ -102,6 +125,13 @@ class OVQPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
         else:
             super()._init_weights(module)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go. With weights that accelerate has offloaded that is not where they are."""
+        hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
+        execution_device = getattr(hook, "execution_device", None)
+        return super().device if execution_device is None else torch.device(execution_device)
 
     def mixers(self) -> list[Mixer]:
         """The mixer of each layer."""
@@ -182,35 +212,42 @@ class OVQModel(OVQPreTrainedModel):
         use_cache: bool | None = None,
         cache: OVQCache | None = None,
         cu_seqlens: Tensor | None = None,
-        auxiliary_losses: list[Tensor] | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> OVQModelOutput:
         """Run the backbone.
 
         Args:
             input_ids: `[B, T]`.
             attention_mask: `[B, P + T]` of 0 and 1 over cached and new columns, padding left or right. None:
                 all real.
-            position_ids: `[B, T]`; must rise by one from token to token. No layer needs them, as only
-                differences of positions matter; they are accepted because `generate` passes them, and checked
-                because packed rows announced by them alone would leak into each other.
+            position_ids: `[B, T]`; must rise by one from token to token, or, in one row without mask and
+                cache, begin anew where a packed row does. No layer needs them, as only differences of
+                positions matter.
             past_key_values: an `OVQCache`, brought up to date in place.
             inputs_embeds: `[B, T, hidden_size]`, in the place of `input_ids`.
             use_cache: return a cache. None: `config.use_cache`, but not while training or with packed rows.
             cache: newer name of `past_key_values`.
-            cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`).
-            auxiliary_losses: a list to add the layers' own losses to, scalars (`"vq"` has one, weighted).
-            kwargs: `output_hidden_states`, `return_dict`.
+            cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`). The names of transformers' and
+                trl's collators mean the same: `cu_seq_lens_q`, `seq_idx`, positions that begin anew.
+            kwargs: `output_hidden_states`, `return_dict`, and those of `ovq.hf.packing.PACKING_KWARGS`.
 
         Raises:
             ValueError: input of a wrong shape, or an unknown keyword argument.
         """
-        _check_kwargs(kwargs, _TRANSFORMERS_KWARGS)
+        _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | PACKING_KWARGS)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds, found both or neither")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         past = one_cache(past_key_values, cache)
+        num_past = 0 if past is None else past.get_seq_length()
+        cu_seqlens = packed_offsets(
+            cu_seqlens,
+            position_ids,
+            kwargs,
+            inputs=inputs_embeds,
+            is_continued=attention_mask is not None or num_past > 0,
+        )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and cu_seqlens is None
         if past is None and use_cache:
@@ -222,19 +259,25 @@ class OVQModel(OVQPreTrainedModel):
         layout = SequenceLayout.of(
             attention_mask,
             batch_size=batch_size,
-            num_past=0 if past is None else past.get_seq_length(),
+            num_past=num_past,
             num_new=num_new,
             cu_seqlens=cu_seqlens,
         )
         if position_ids is not None and cu_seqlens is None:
             _check_positions(position_ids, layout)
 
-        hidden_states = inputs_embeds
+        hidden_states, own_losses = inputs_embeds, []
         for layer in self.layers:
-            hidden_states = layer(
-                hidden_states, layout, past_key_values=past, auxiliary_losses=auxiliary_losses
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_KEY: past})
+            # Outside of the layer, which gradient checkpointing runs twice.
+            step = layer.mixer.begin_step()
+            hidden_states, own_loss = layer(hidden_states, layout, past_key_values=past, step=step)
+            if own_loss is not None:
+                own_losses.append(own_loss)
+        return OVQModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            auxiliary_loss=sum(own_losses) if own_losses else None,
+            **{CACHE_KEY: past},
+        )
 
 
 class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
@@ -289,24 +332,36 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             use_cache: return a cache. None: as in `OVQModel.forward`, and not with labels.
             logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
             cache: newer name of `past_key_values`.
-            cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`).
+            cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`), or its other names, as in
+                `OVQModel.forward`.
             skip_logits: return the loss without logits (`None`), which are then computed at the positions
                 that have a target alone: what training needs, at a share of the time and memory where few
                 have one.
-            kwargs: `shift_labels` `[B, T]` in the place of `labels`: what each position is to predict, so
-                that the target of the last one may lie outside of this call; -100 is ignored.
-                `num_items_in_batch` for the loss (from the Trainer), `output_hidden_states`, `return_dict`.
+            kwargs: those of `OVQModel.forward`; `num_items_in_batch` for the loss (from the Trainer);
+                `shift_labels` `[B, T]` in the place of `labels`: what each position is to predict, so that
+                the target of the last one may lie outside of this call; -100 is ignored.
 
         Raises:
             ValueError: input of a wrong shape, an unknown keyword argument, or logits to skip where there is
                 no loss or some are asked for.
         """
-        _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | {"num_items_in_batch", "shift_labels"})
+        _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | PACKING_KWARGS | {"num_items_in_batch", "shift_labels"})
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         # Not named above: the Trainer takes arguments with "label" in their names for ones that always come.
         shift_labels = kwargs.pop("shift_labels", None)
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
         for name, given in (("shift_labels", shift_labels), ("labels", labels)):
-            _check_shape(name, given, input_ids if inputs_embeds is None else inputs_embeds)
+            _check_shape(name, given, inputs)
+        past = one_cache(past_key_values, cache)
+        if inputs is not None:
+            cu_seqlens = packed_offsets(
+                cu_seqlens,
+                position_ids,
+                kwargs,
+                inputs=inputs,
+                is_continued=attention_mask is not None or (past is not None and past.get_seq_length() > 0),
+            )
+        kwargs = {name: value for name, value in kwargs.items() if name not in PACKING_KWARGS}
         targets = shift_labels
         if shift_labels is None and labels is not None:
             if cu_seqlens is not None:
@@ -321,17 +376,15 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         if has_targets:
             # Sequences that come with their targets are not continued; evaluation need not pay for a cache.
             use_cache = bool(use_cache)
-        own_losses = [] if has_targets and self.training else None
         outputs = self.model(
             input_ids,
             attention_mask,
-            position_ids,
-            past_key_values,
+            # Offsets say all that positions do.
+            position_ids if cu_seqlens is None else None,
+            past,
             inputs_embeds,
             use_cache,
-            cache,
-            cu_seqlens,
-            own_losses,
+            cu_seqlens=cu_seqlens,
             **kwargs,
         )
         if skip_logits:
@@ -351,11 +404,11 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=targets,
             )
-            if own_losses:
+            if outputs.auxiliary_loss is not None:
                 # The other losses of a step's micro-batches are added up by their share of its targets.
                 num_targets = (targets != -100).sum()
                 share = 1 if num_items_in_batch is None else num_targets / num_items_in_batch
-                loss = loss + share * sum(own_losses)
+                loss = loss + share * outputs.auxiliary_loss
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if skip_logits else logits,
@@ -371,6 +424,23 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         return super().prepare_inputs_for_generation(
             unread_inputs(input_ids, kwargs), *args, inputs_embeds=inputs_embeds, **kwargs
         )
+
+    def init_continuous_batching(self, *args, **kwargs) -> NoReturn:
+        """Refused, as is what goes by it: `generate_batch`, `cache_implementation="paged"` of `generate`.
+
+        Its loop, in a thread, loses the error of the model's first call and hands back the prompts.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "expected cache_implementation None or 'dynamic', found 'paged' (continuous batching): a state "
+            "has no pages; call generate, or let rows join and leave a cache with OVQCache.concatenate"
+        )
+
+    def generate_batch(self, *args, **kwargs) -> NoReturn:
+        """Refused, as `init_continuous_batching`."""
+        self.init_continuous_batching()
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

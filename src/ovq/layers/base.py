@@ -66,6 +66,14 @@ class Mixer(nn.Module, ABC):
             `[B, T, num_outputs]` in the dtype of `channels`. Padding columns may hold any finite value.
         """
 
+    def begin_step(self) -> Any:
+        """What a training step fixes before the layer runs, for the option `step` of `forward`; or None.
+
+        With it the layer does the same when gradient checkpointing runs it again in the backward pass, be
+        there other steps in between.
+        """
+        return None
+
     @property
     @abstractmethod
     def cache_kind(self) -> str:
@@ -227,7 +235,7 @@ class AttentionMixer(Mixer):
 
     @abstractmethod
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: Any, **options
+        self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, layout: SequenceLayout, cache: Any, **options
     ) -> Tensor:
         """Mix the tokens of a call with each other and with the cached ones.
 
@@ -235,6 +243,7 @@ class AttentionMixer(Mixer):
             q: `[B, T, H, K]`, L2-normalised (and rotated), in float32 or float64. Not scaled yet.
             k: `[B, T, Hkv, K]`, the same.
             v: `[B, T, Hkv, V]`, in the dtype of the activations.
+            scale: `[H]`, the learned factor on the logits of each query head.
             layout: the call's padding and packing.
             cache: this layer's cache, to be read and brought up to date; or None.
             options: those of `forward_options` that were given.
@@ -249,14 +258,14 @@ class AttentionMixer(Mixer):
         """See `Mixer.mix`: `attend` with normalised (and rotated) queries and keys."""
         heads = channels.unflatten(-1, (-1, self.head_dim))
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
-        q, k = self.qk_norm(q, k)
+        q, k, scale = self.qk_norm(q, k)
         if self.use_rope:
             # Positions are column numbers: only differences matter, so padding and packing change nothing.
             cos, sin = rotary_tables(
                 layout.num_past, layout.num_new, self.head_dim, theta=self.rope_theta, like=q
             )
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
-        return self.attend(q, k, v, layout, cache, **options).flatten(2)
+        return self.attend(q, k, v, scale, layout, cache, **options).flatten(2)
 
 
 def checked_heads(

@@ -64,9 +64,12 @@ class QKNorm(nn.Module):
         """Factor on the logits, `[H]`, differentiable."""
         return self.beta * self.head_dim**0.5
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalise `q [B,T,H,K]` and `k [B,T,Hkv,K]`; both come back in float32 (float64 for float64)."""
-        return l2_normalize(q), l2_normalize(k)
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalise `q [B,T,H,K]` and `k [B,T,Hkv,K]`, in float32 (float64 for float64); and the `scale`.
+
+        The scale comes from here because offloaded weights are only there while their module runs.
+        """
+        return l2_normalize(q), l2_normalize(k), self.scale
 
 
 def rotary_tables(start: int, length: int, dim: int, *, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:

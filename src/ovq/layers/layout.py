@@ -7,7 +7,7 @@ the place of the mask; a layer that stands alone builds its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,6 +74,17 @@ class SequenceLayout:
         if attention_mask is None:
             return SequenceLayout(num_past=num_past, num_new=num_new)
         return _masked_layout(attention_mask, batch_size, num_past, num_new)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> SequenceLayout:
+        """The same on another device: accelerate moves it there with the other inputs of a layer."""
+        return replace(
+            self,
+            **{
+                name: tensor.to(device, non_blocking=non_blocking)
+                for name in ("mask", "new_mask", "cu_seqlens")
+                if (tensor := getattr(self, name)) is not None
+            },
+        )
 
     def segments(self, num_keys: int) -> Tensor | None:
         """Row of each of the last `num_keys` columns, `[B, num_keys]`, -1 for padding; None for one row."""

@@ -47,11 +47,17 @@ class LinearAttention(ConstantStateMixer, AttentionMixer):
         return {"kv_sum": ((self.num_kv_heads, self.head_dim, self.head_dim + 1), sum_dtype(dtype))}
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: StateCache | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        layout: SequenceLayout,
+        cache: StateCache | None,
     ) -> Tensor:
         """See `AttentionMixer.attend`."""
         rows = layout.rows()
-        scale = self.qk_norm.scale[:, None]
+        scale = scale[:, None]
         # A key/value head has the temperature of its query heads on average.
         q, k = (x.softmax(-1) for x in (q * scale, k * scale.view(self.num_kv_heads, -1, 1).mean(1)))
         q, k, wide_v = rows.take(q), rows.take(k), rows.take(v).to(k.dtype)

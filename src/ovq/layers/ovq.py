@@ -9,7 +9,7 @@ from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import SlotCache
 from ovq.layers.layout import SequenceLayout
 from ovq.ops import ovq_attention
-from ovq.ops.schedule import slots_by_chunk
+from ovq.ops.schedule import scheduled_slots
 
 
 class OVQAttention(AttentionMixer):
@@ -97,6 +97,7 @@ class OVQAttention(AttentionMixer):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        scale: Tensor,
         layout: SequenceLayout,
         cache: SlotCache | None,
         generator: torch.Generator | None = None,
@@ -111,7 +112,7 @@ class OVQAttention(AttentionMixer):
             v,
             num_slots=self.num_slots,
             chunk_size=self.chunk_size,
-            scale=self.qk_norm.scale,
+            scale=scale,
             initial_state=state,
             output_final_state=cache is not None,
             attention_mask=layout.new_mask,
@@ -139,14 +140,12 @@ class OVQAttention(AttentionMixer):
 
     def num_open(self, num_tokens: int) -> int:
         """Slots a head has in use after `num_tokens` tokens of a row."""
-        return slots_by_chunk(
-            0,
-            0,
-            num_tokens // self.chunk_size,
-            num_slots=self.num_slots,
-            chunk_size=self.chunk_size,
-            growth=self.growth,
-        )[-1]
+        num_merged = num_tokens - num_tokens % self.chunk_size
+        if not num_merged:
+            return 0
+        # From the first token on no schedule asks a chunk for more slots than it has tokens: there is no need
+        # to go through all chunks, and a file may claim any number of them.
+        return scheduled_slots(num_merged, num_slots=self.num_slots, growth=self.growth)
 
     def memory_bytes(self, num_tokens: int, dtype: torch.dtype) -> int:
         """Bytes of the `OVQState` of one row: sums, counts, pending buffers and the token counter."""

@@ -96,11 +96,17 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
         return {name: (shape, dtype) for name, shape in tensors.items()} | {"num_seen": ((), torch.int64)}
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: StateCache | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        layout: SequenceLayout,
+        cache: StateCache | None,
     ) -> Tensor:
         """See `AttentionMixer.attend`."""
         rows = layout.rows()
-        q = (q * self.qk_norm.scale[:, None]).to(v.dtype)
+        q = (q * scale[:, None]).to(v.dtype)
         q, k, v = (rows.take(x).transpose(1, 2) for x in (q, k.to(v.dtype), v))
         lengths = rows.lengths(q.transpose(1, 2))
         state = self.state_before(cache, len(q), v)

@@ -39,9 +39,11 @@ class FullAttention(AttentionMixer):
     #: Tokens a query sees, itself included; None for all.
     window: int | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, cache: Any) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, layout: SequenceLayout, cache: Any
+    ) -> Tensor:
         """See `AttentionMixer.attend`."""
-        q = (q * self.qk_norm.scale[:, None]).to(v.dtype)
+        q = (q * scale[:, None]).to(v.dtype)
         # [B, H, T, K] from here on, the layout of scaled_dot_product_attention and of the caches.
         q, k, v = q.transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableSequence
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,12 +18,34 @@ from ovq.layers.layout import SequenceLayout
 DEAD_SHARE, RESTART_SHARE = 0.03, 0.1
 
 
+@dataclass(frozen=True, eq=False)
+class DictionaryStep:
+    """The slots as one training step reads them.
+
+    Attributes:
+        key_sum: `[Hkv, N, K]`.
+        count: `[Hkv, N]`.
+    """
+
+    key_sum: Tensor
+    count: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        """The slots, `[Hkv, N, K]`, in float32 (float64 for float64)."""
+        wide = sum_dtype(self.key_sum.dtype)
+        return self.key_sum.to(wide) / self.count.to(wide)[..., None]
+
+
 class StaticDictionary(nn.Module):
     """N slots a head, each the moving average of the keys nearest to it; fixed outside of training.
 
     The slots are buffers: no optimizer sees them, and they do not count as parameters. A training step reads
     the slots as the step before left them, and leaves behind what the next will read. So the layer may run
-    twice in a step, as gradient checkpointing has it.
+    again in the backward pass of its step, as gradient checkpointing has it.
+
+    `requires_grad_(False)` keeps the slots as they are, `requires_grad_(True)` has them learned even where
+    the layer around them is frozen.
 
     A slot that hardly any key goes to is dead [ours]: it begins again as a key of the batch, drawn with
     probability proportional to its squared distance from its own slot, from PyTorch's global generator.
@@ -33,9 +58,13 @@ class StaticDictionary(nn.Module):
 
     Example:
         >>> dictionary = StaticDictionary(2, num_slots=8, head_dim=4, decay=0.99)
-        >>> dictionary.nearest(torch.randn(3, 2, 5, 4), dictionary.means).shape
-        torch.Size([3, 2, 5])
+        >>> means, slots = dictionary(torch.randn(3, 2, 5, 4))
+        >>> means.shape, slots.shape
+        (torch.Size([2, 8, 4]), torch.Size([3, 2, 5]))
     """
+
+    #: Whether slots are learned in training; None: with the weights that make the keys.
+    is_learned: bool | None = None
 
     def __init__(self, num_heads: int, *, num_slots: int, head_dim: int, decay: float):
         super().__init__()
@@ -53,11 +82,34 @@ class StaticDictionary(nn.Module):
         nn.init.zeros_(self.next_key_sum)
         nn.init.zeros_(self.next_count)
 
+    def requires_grad_(self, requires_grad: bool = True) -> StaticDictionary:
+        """Set whether the slots are learned; they have no gradient in either case."""
+        self.is_learned = requires_grad
+        return super().requires_grad_(requires_grad)
+
     @property
     def means(self) -> Tensor:
         """The slots, `[Hkv, N, K]`, in float32 (float64 for float64)."""
-        wide = sum_dtype(self.key_sum.dtype)
-        return self.key_sum.to(wide) / self.count.to(wide)[..., None]
+        return DictionaryStep(self.key_sum, self.count).means
+
+    def forward(
+        self, k: Tensor, mask: Tensor | None = None, step: DictionaryStep | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The slots, and which of them is nearest to each key.
+
+        Args:
+            k: `[R, Hkv, T, K]`.
+            mask: `[R, T]` which of the keys are tokens; None for all.
+            step: the training step that learns from these keys; None to learn nothing.
+
+        Returns:
+            `[Hkv, N, K]` in the dtype of `k`, and `[R, Hkv, T]` int64.
+        """
+        means = (self.means if step is None else step.means).to(k.dtype)
+        slots = self.nearest(k, means)
+        if step is not None:
+            self.learn(k, slots, mask, step)
+        return means, slots
 
     @staticmethod
     @torch.no_grad()
@@ -67,23 +119,33 @@ class StaticDictionary(nn.Module):
 
     @torch.no_grad()
     @torch.compiler.disable
-    def advance(self) -> None:
-        """Begin a training step: take over what the last one has learned."""
-        # Inside of a backward pass this is the same step once more. New tensors, as graphs may hold the old.
-        if torch._C._current_graph_task_id() == -1 and bool((self.next_count > 0).any()):
+    def begin_step(self) -> DictionaryStep:
+        """Begin a training step: take over what the last one has learned.
+
+        Raises:
+            ValueError: the slots are offloaded, and what is learned would be lost.
+        """
+        if self.key_sum.is_meta:
+            raise ValueError("expected the slots of a 'vq' layer in memory in training, found them offloaded")
+        # New tensors, as graphs may hold the old.
+        if not _is_in_backward() and bool((self.next_count > 0).any()):
             self.key_sum, self.count = self.next_key_sum, self.next_count
+        return DictionaryStep(self.key_sum, self.count)
 
     @torch.no_grad()
     @torch.compiler.disable
-    def learn(self, k: Tensor, slots: Tensor, mask: Tensor | None) -> None:
-        """Note what the next step will read.
+    def learn(self, k: Tensor, slots: Tensor, mask: Tensor | None, step: DictionaryStep) -> None:
+        """Note what the next step will read; nothing in a backward pass, as the forward has done it.
 
         Args:
             k: `[R, Hkv, T, K]` keys of this step.
             slots: `[R, Hkv, T]` the slots they went to.
             mask: `[R, T]` which of them are tokens; None for all.
+            step: what the keys were compared with.
         """
-        means = self.means
+        if _is_in_backward():
+            return
+        means = step.means
         num_heads, num_slots, _ = means.shape
         k, slots = k.transpose(0, 1).flatten(1, 2), slots.transpose(0, 1).flatten(1)
         if mask is not None:
@@ -91,8 +153,8 @@ class StaticDictionary(nn.Module):
         place = slots.unsqueeze(-1).expand_as(k)
         seen_sum = torch.zeros_like(means).scatter_add_(1, place, k)
         seen_count = torch.zeros_like(means[..., 0]).scatter_add_(1, slots, torch.ones_like(k[..., 0]))
-        key_sum = torch.lerp(seen_sum, self.key_sum.to(k.dtype), self.decay)
-        count = torch.lerp(seen_count, self.count.to(k.dtype), self.decay)
+        key_sum = torch.lerp(seen_sum, step.key_sum.to(k.dtype), self.decay)
+        count = torch.lerp(seen_count, step.count.to(k.dtype), self.decay)
 
         average = count.mean(-1, keepdim=True)
         is_dead = count < DEAD_SHARE * average
@@ -103,8 +165,13 @@ class StaticDictionary(nn.Module):
             restart = (RESTART_SHARE * average).expand_as(count)
             count = torch.where(is_dead, restart, count)
             key_sum = torch.where(is_dead[..., None], keys * restart[..., None], key_sum)
-        self.next_key_sum = key_sum.to(self.key_sum.dtype)
-        self.next_count = count.to(self.count.dtype)
+        self.next_key_sum = key_sum.to(step.key_sum.dtype)
+        self.next_count = count.to(step.count.dtype)
+
+
+def _is_in_backward() -> bool:
+    """Whether autograd is at work: a layer that runs now does so once more, to save activations."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class VQAttention(ConstantStateMixer, AttentionMixer):
@@ -142,7 +209,7 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
         ([[20, 20]], 1)
     """
 
-    forward_options = frozenset({"auxiliary_losses"})
+    forward_options = frozenset({"auxiliary_losses", "step"})
     config_fields = ("num_slots", "chunk_size", "vq_decay", "commitment_weight")
     state_kind = "counts and sums of values of static slots"
 
@@ -178,6 +245,20 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
             self.num_kv_heads, num_slots=num_slots, head_dim=self.head_dim, decay=vq_decay
         )
 
+    def begin_step(self) -> DictionaryStep | None:
+        """The slots that a training step reads and learns from; None where nothing is learned.
+
+        Slots move with the weights that make the keys. Those of a frozen layer stay, so that an adapter
+        (LoRA) and its base model are all that there is to save; unless `dictionary.requires_grad_()` or
+        peft's `modules_to_save=["dictionary"]` says otherwise.
+        """
+        is_learned = self.dictionary.is_learned
+        if is_learned is None:
+            # peft trains a copy within a wrapper.
+            is_wrapped = not isinstance(self.dictionary, StaticDictionary)
+            is_learned = is_wrapped or self.qkv_proj.weight.requires_grad
+        return self.dictionary.begin_step() if self.training and is_learned else None
+
     def state_spec(self, dtype: torch.dtype) -> StateSpec:
         """Tokens of each slot, and the sum of their values."""
         shape = (self.num_kv_heads, self.num_slots)
@@ -191,22 +272,31 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
         q: Tensor,
         k: Tensor,
         v: Tensor,
+        scale: Tensor,
         layout: SequenceLayout,
         cache: StateCache | None,
-        auxiliary_losses: list[Tensor] | None = None,
+        auxiliary_losses: MutableSequence[Tensor] | None = None,
+        step: DictionaryStep | None = None,
     ) -> Tensor:
-        """See `AttentionMixer.attend`; a commitment loss is added to the list `auxiliary_losses`."""
+        """See `AttentionMixer.attend`.
+
+        Args:
+            q: see there.
+            k: see there.
+            v: see there.
+            scale: see there.
+            layout: see there.
+            cache: see there.
+            auxiliary_losses: a list (or deque) that the commitment loss is added to.
+            step: what `begin_step` gave; None: it is called here.
+        """
         rows = layout.rows()
-        if self.training:
-            self.dictionary.advance()
-        means = self.dictionary.means.to(k.dtype)
-        q = q * self.qk_norm.scale[:, None]
+        step = self.begin_step() if step is None else step
+        q = q * scale[:, None]
         q, k, wide_v = (rows.take(x).transpose(1, 2) for x in (q, k, v.to(q.dtype)))
         before = self.state_before(cache, len(q), v)
         with without_autocast(q):
-            slots = self.dictionary.nearest(k, means)
-            if self.training:
-                self.dictionary.learn(k, slots, rows.mask)
+            means, slots = self.dictionary(k, rows.mask, step)
             nearest = means[torch.arange(self.num_kv_heads, device=k.device)[:, None], slots]
             if auxiliary_losses is not None:
                 auxiliary_losses.append(self.commitment_weight * _mean_distance(k, nearest, rows.mask))

@@ -118,8 +118,7 @@ def _forward_group(
     for step in group.steps():
         reader.load(step, k, v, sums)
         for block in step.blocks:
-            probs = reader.attend(step, block, q, scale)
-            step.put(o, torch.bmm(probs, reader.values(step, block)), block)
+            step.put(o, reader.read(step, block, q, scale), block)
         s = step.num_complete
         if s:
             chosen = router(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.groups import Group, Plan, Step
+from ovq.ops.reader import without_spoilt
 from ovq.ops.routing import Router, padded_slots
 from ovq.ops.state import rounded, slot_means
 from ovq.ops.sums import Sums
@@ -65,7 +66,9 @@ def _read(
         scores = scores - scales * candidates.square().sum(-1)[:, None, None] / 2
     future = torch.ones(w, w, dtype=torch.bool, device=q.device).triu(1)
     scores = scores.masked_fill(torch.nn.functional.pad(future, (n, 0)), -torch.inf)
-    return means, scores.softmax(-1) @ torch.cat([mean_values, values], 1)[:, None]
+    values, spoilt = without_spoilt(values)
+    o = scores.softmax(-1) @ torch.cat([mean_values, values], 1)[:, None]
+    return means, o if spoilt is None else o + spoilt[:, None]
 
 
 def _learned(step: Step, sums: Sums, means: Tensor, keys: Tensor, values: Tensor, router: Router) -> Sums:

@@ -98,6 +98,8 @@ def _read(
         ends = torch.tensor(pending, device=q.device).repeat_interleave(num_kv_heads)
         future = torch.arange(used, device=q.device) > ends[:, None]
         scores.masked_fill_(future[:, None], -torch.inf)
+        # Another continuation may have written there, and zero times NaN is NaN.
+        recent_values = recent_values.masked_fill(future[..., None], 0)
     if not state.count.shape[2]:
         o = torch.bmm(scores.softmax(-1), recent_values)
     else:

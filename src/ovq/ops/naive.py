@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.novelty import random_priority
-from ovq.ops.rules import TIE, Rules
+from ovq.ops.rules import NO_COSINE, TIE, TINY, Rules
 from ovq.ops.schedule import grown_slots
 from ovq.ops.state import OVQState, rounded, state_dtype
 
@@ -181,9 +181,9 @@ def _openers(
     if rules.init == "random":
         priority = random_priority(rules.seed, h, num_seen, rules.chunk_size).tolist()
     else:
-        norms = keys.double().norm(dim=-1)[:, None] * means.double().norm(dim=-1)[None]
-        # Keys that are not finite have no cosine: they are the last to open a slot.
-        priority = (scores / norms.clamp(min=1e-30)).amax(-1).nan_to_num(nan=2.0).tolist()
+        key_norms, mean_norms = (x.double().norm(dim=-1).clamp(min=TINY) for x in (keys, means))
+        cosines = (scores / key_norms[:, None] / mean_norms).amax(-1)
+        priority = cosines.masked_fill(~cosines.isfinite(), NO_COSINE).tolist()
     if num == 0:
         return []
     last = sorted(priority[j] for j in candidates)[num - 1]

@@ -10,6 +10,32 @@ from ovq.ops.routing import padded_slots
 from ovq.ops.sums import Sums
 
 
+def without_spoilt(values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Values of a chunk fit for products with probabilities that are zero for tokens to come.
+
+    Zero times NaN is NaN: a value that is not finite would reach the outputs before its token. It is taken
+    out, and added to the outputs from its token on.
+
+    Args:
+        values: `[S, w, V]`.
+
+    Returns:
+        The values with zeros in such places, and what outputs `[S, w, V]` get beside; None if all are finite.
+
+    Example:
+        >>> without_spoilt(torch.tensor([[[1.0], [torch.nan], [2.0]]]))
+        (tensor([[[1.],
+                 [0.],
+                 [2.]]]), tensor([[[0.],
+                 [nan],
+                 [nan]]]))
+    """
+    is_finite = values.isfinite()
+    if bool(is_finite.all()):
+        return values, None
+    return values.masked_fill(~is_finite, 0), values.masked_fill(is_finite, 0).cumsum(1)
+
+
 class Reader:
     """Reads the steps of a group, block of queries by block, in scratch memory allocated once.
 
@@ -40,18 +66,18 @@ class Reader:
         self._scores = q.new_empty(queries * rows)
         self._bias = q.new_full((group.num_streams, 1, 1, capacity), -torch.inf)
         self._probs = torch.empty_like(self._scores)
-        future = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
-        self._causal = q.new_zeros(block, block).masked_fill_(future, -torch.inf)
+        self._future = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
         self._has_norm = plan.rules.bias == "count+norm"
 
     def load(self, step: Step, k: Tensor, v: Tensor, sums: Sums) -> None:
         """Put the step's keys and values and the current means side by side."""
         s, n, width = step.num_streams, step.num_slots, self._width
         chunk_keys, chunk_values = step.take(k), step.take(v)
+        values, self._spoilt = without_spoilt(chunk_values)
         for block in step.blocks:
             rows = slice(width - block.stop, width - block.start)
             self._keys[:s, rows] = chunk_keys[:, block]
-            self._values[:s, rows] = chunk_values[:, block]
+            self._values[:s, rows] = values[:, block]
         self.chunk_keys, self.chunk_values = chunk_keys.to(self._wide), chunk_values.to(self._wide)
         count = sums.count[:s, :n].to(self._wide)
         # log 0 = -inf takes spare slots out. Their keys and values are zero, or finite and out of date.
@@ -79,14 +105,23 @@ class Reader:
         self.queries = queries.view(step.num_streams, -1, q.shape[-1])
         scores, probs = self.scratch(step, block)
         by_token = scores.view(step.num_streams, -1, size, scores.shape[-1])
-        by_token[..., :size] = self._causal[:size, :size]
-        by_token[..., size : block.stop] = 0
+        by_token[..., : block.stop] = 0
         by_token[..., block.stop :] = self._bias[: step.num_streams, ..., : self._rows - self._width]
         if self._has_norm:
             half_norms = self.half_norms(step, block)[:, None, None]
             by_token.sub_(step.scales(scale)[:, :, None, None] * half_norms)
         scores.baddbmm_(self.queries, self.keys(step, block).transpose(1, 2))
+        # After the product, since -inf and NaN, the score of a key that is not finite, add up to NaN.
+        by_token[..., :size].masked_fill_(self._future[:size, :size], -torch.inf)
         return torch.softmax(scores, -1, out=probs)
+
+    def read(self, step: Step, block: slice, q: Tensor, scale: Tensor) -> Tensor:
+        """Outputs `[S, G * b, V]` of a block."""
+        o = torch.bmm(self.attend(step, block, q, scale), self.values(step, block))
+        if self._spoilt is not None:
+            size = block.stop - block.start
+            o.view(step.num_streams, -1, size, o.shape[-1]).add_(self._spoilt[:, None, block])
+        return o
 
     def keys(self, step: Step, block: slice) -> Tensor:
         """Keys `[S, R, K]` that a block attends to."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.novelty import random_priority
-from ovq.ops.rules import TIE, Rules
+from ovq.ops.rules import NO_COSINE, ORDINARY, TIE, TINY, Rules
 
 # Columns of the score matrix that are reduced together: the best slot is found as the best block, then the
 # best in it, which reads the scores once, vectorised (on a CPU an argmax over all columns takes six times as
@@ -21,10 +21,6 @@ BLOCK = 32
 # Pairs of (token, slot) that are decided again one by one; more of them, as keys that repeat give, are
 # cheaper as one float64 matrix product.
 _PAIRS = 8192
-# Keys that are not finite have no cosine: they are the last to open a slot.
-_NO_COSINE = 2.0
-# What lengths are clamped to before a division, here and in the reference.
-_TINY = 1e-30
 
 
 def padded_slots(num: int) -> int:
@@ -76,6 +72,8 @@ class Router:
             means[is_fresh, 0] = keys[is_fresh, 0]
         existing = [max(n, 1) for n in before]
         chunk = _Chunk(keys, means, existing, self._scores)
+        if not chunk.is_ordinary:
+            chunk = _WideChunk(keys, means, existing)
         slots = chunk.nearest()
         self.is_opener = is_fresh[:, None] & (torch.arange(slots.shape[1], device=keys.device) == 0)
         opening = [a - n for a, n in zip(after, existing, strict=True)]
@@ -129,6 +127,11 @@ class _Chunk:
         self._eps = torch.finfo(keys.dtype).eps
         self._dense: Tensor | None = None
 
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether all keys and means are of lengths that float32 can decide by."""
+        return _are_ordinary(self.keys, self.key_norm) and _are_ordinary(self.means, self.mean_norm)
+
     def nearest(self) -> Tensor:
         """Slot `[S, C]` with the largest dot product, ties to the lowest index; 0 for keys not finite."""
         streams, tokens, num = self.scores.shape
@@ -166,9 +169,9 @@ class _Chunk:
         Turns the scores into cosines, in place: `nearest` comes before it.
         """
         # A key or mean of length zero has cosine 0 with everything.
-        cosines = self.scores.mul_(self.mean_norm[:, None].clamp(min=_TINY).reciprocal())
-        best = cosines.amax(-1) / self.key_norm.clamp(min=_TINY)
-        best.nan_to_num_(nan=_NO_COSINE)
+        cosines = self.scores.mul_(self.mean_norm[:, None].clamp(min=TINY).reciprocal())
+        best = cosines.amax(-1) / self.key_norm.clamp(min=TINY)
+        best.nan_to_num_(nan=NO_COSINE)
         best[:, 0].masked_fill_(is_fresh, torch.inf)
         # Cosines are at most 1 long; a few more roundings than a dot product go into one.
         tolerance = 2 * (self.keys.shape[-1] + 8) * self._eps + 2 * TIE
@@ -180,10 +183,10 @@ class _Chunk:
         following = ranked.gather(-1, num.clamp(max=ranked.shape[-1] - 1))
         is_contested = (following - boundary <= tolerance) & (num > 0)
         if bool(is_contested.any()):
-            is_near = is_contested & ((best - boundary).abs() <= 2 * tolerance) & (best != _NO_COSINE)
+            is_near = is_contested & ((best - boundary).abs() <= 2 * tolerance) & (best != NO_COSINE)
             s, t = is_near.nonzero(as_tuple=True)
             # The best slot in float64 is among those that float32 cannot tell from its best.
-            own = cosines[s, t] / self.key_norm[s, t, None].clamp(min=_TINY)
+            own = cosines[s, t] / self.key_norm[s, t, None].clamp(min=TINY)
             exact = self._exact(s, t, own >= (best[s, t] - tolerance)[:, None], is_cosine=True)
             best = best.double()
             best[s, t] = exact.amax(-1)
@@ -205,16 +208,59 @@ class _Chunk:
             exact = self._dense[streams, tokens]
             if is_cosine:
                 key_norm, mean_norm = (x.double().norm(dim=-1) for x in (self.keys, self.means))
-                exact /= (key_norm[streams, tokens, None] * mean_norm[streams]).clamp_(min=_TINY)
+                exact /= key_norm[streams, tokens, None].clamp(min=TINY) * mean_norm[streams].clamp(min=TINY)
             return exact.masked_fill_(~is_candidate, -torch.inf)
         exact = torch.full(is_candidate.shape, -torch.inf, dtype=torch.float64, device=self.keys.device)
         a, n = is_candidate.nonzero(as_tuple=True)
         keys, means = self.keys[streams[a], tokens[a]].double(), self.means[streams[a], n].double()
         products = (keys * means).sum(-1)
         if is_cosine:
-            products /= (keys.norm(dim=-1) * means.norm(dim=-1)).clamp_(min=_TINY)
+            products /= keys.norm(dim=-1).clamp(min=TINY) * means.norm(dim=-1).clamp(min=TINY)
         exact[a, n] = products
         return exact
+
+
+def _are_ordinary(x: Tensor, norm: Tensor) -> bool:
+    """Whether vectors `x` `[S, N, K]` of lengths `norm` `[S, N]` are zero or of ordinary lengths."""
+    shortest, longest = ORDINARY
+    is_zero = norm == 0
+    is_ordinary = (norm >= shortest) & (norm <= longest)
+    # A length of zero may be one whose squares vanish.
+    return bool((is_ordinary | is_zero).all()) and not bool(x[is_zero].any())
+
+
+class _WideChunk:
+    """What `_Chunk` decides, in float64 throughout: for lengths that are not ordinary, or not finite.
+
+    Args:
+        keys: `[S, C, K]`.
+        means: `[S, padded, K]`.
+        existing: slots of each stream, at least 1.
+    """
+
+    def __init__(self, keys: Tensor, means: Tensor, existing: list[int]) -> None:
+        keys, means = keys.double(), means[:, : max(existing)].double()
+        num = torch.tensor(existing, device=keys.device)[:, None, None]
+        is_spare = torch.arange(means.shape[1], device=keys.device) >= num
+        self.scores = torch.bmm(keys, means.transpose(1, 2)).masked_fill_(is_spare, -torch.inf)
+        self.key_norm, self.mean_norm = keys.norm(dim=-1), means.norm(dim=-1)
+
+    def nearest(self) -> Tensor:
+        """As of `_Chunk`."""
+        best = self.scores.amax(-1)
+        floor = best - TIE * self.key_norm * self.mean_norm.amax(-1, keepdim=True)
+        slots = (self.scores >= floor[..., None]).byte().argmax(-1)
+        return slots.masked_fill_(~best.isfinite(), 0)
+
+    def novelty(self, opening: list[int], is_fresh: Tensor) -> Tensor:
+        """As of `_Chunk`."""
+        cosines = (
+            self.scores / self.key_norm[..., None].clamp(min=TINY) / self.mean_norm[:, None].clamp(min=TINY)
+        )
+        best = cosines.amax(-1)
+        best.masked_fill_(~best.isfinite(), NO_COSINE)
+        best[:, 0].masked_fill_(is_fresh, torch.inf)
+        return best
 
 
 def _lowest(priority: Tensor, num: list[int]) -> Tensor:

@@ -7,6 +7,13 @@ from ovq.ops.schedule import GROWTHS
 # Scores closer than this, relative to the lengths of the vectors, are equal: float64 sums taken in another
 # order differ by a hundredth of it. It makes ties of repeated keys ties in every backend.
 TIE = 1e-12
+# What lengths are clamped to before a division: a vector of length 0 has cosine 0 with everything.
+TINY = 1e-30
+# Between these lengths float32 products of two vectors neither vanish nor overflow. Where a key or the mean
+# of a slot is shorter or longer, but not zero, routing takes float64 from the start.
+ORDINARY = (1e-15, 1e15)
+# The rank of a key that is not finite, so has no cosine. Those are at most 1: it is the last to open a slot.
+NO_COSINE = 2.0
 
 INITS = ("novelty", "random")
 MERGES = ("existing", "updated")

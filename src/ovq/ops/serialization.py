@@ -14,10 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ovq.files import atomic_path
+from ovq.ops.checks import DTYPES
 from ovq.ops.state import OVQState, state_dtype
 
 FORMAT = "ovq-state"
 VERSION = "1"
+MAX_TOKENS = 2**62
+"""Tokens of a row, at most: a file that says more would have the int64 counts overflow as the row goes on."""
 STATE_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values", "num_seen")
 
 
@@ -47,8 +50,28 @@ def save_state(state: OVQState, path: str | os.PathLike) -> None:
         "num_slots": str(state.num_slots),
         "chunk_size": str(state.chunk_size),
     }
+    write_file(path, state_tensors(state), metadata=metadata)
+
+
+def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata: dict[str, str]) -> None:
+    """Write a safetensors file; it is whole or the old one stays.
+
+    Raises:
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "file"
+        >>> write_file(path, {"one": torch.ones(1)}, metadata={"format": "an-example", "version": "1"})
+        >>> read_file(path, what="an example", file_format="an-example", version="1")[1]
+        {'one': tensor([1.])}
+    """
     with atomic_path(path) as temporary:
-        save_file(state_tensors(state), temporary, metadata=metadata)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:
+            # What it makes of a full disk; an error of its own, which nobody who saves a file would expect.
+            raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def read_file(
@@ -87,17 +110,27 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str = "cpu") -
     metadata, tensors = read_file(path, what="a saved OVQ state", file_format=FORMAT, version=VERSION)
     if set(tensors) != set(STATE_TENSORS):
         raise ValueError(f"{path}: expected tensors {sorted(STATE_TENSORS)}, found {sorted(tensors)}")
-    num_slots = _positive_int(path, metadata, "num_slots")
-    chunk_size = _positive_int(path, metadata, "chunk_size")
+    num_slots = positive_int(path, metadata, "num_slots")
+    chunk_size = positive_int(path, metadata, "chunk_size")
     check_tensors(str(path), tensors, num_slots=num_slots, chunk_size=chunk_size)
     moved = {name: t if name == "num_seen" else t.to(device) for name, t in tensors.items()}
     return OVQState(**moved, num_slots=num_slots, chunk_size=chunk_size)
 
 
-def _positive_int(path: str | os.PathLike, metadata: dict[str, str], name: str) -> int:
+def positive_int(path: str | os.PathLike, metadata: dict[str, str], name: str) -> int:
+    """A number from the metadata of a file.
+
+    Raises:
+        ValueError: it is missing, no number, or none that can be counted to.
+
+    Example:
+        >>> positive_int("file", {"num_slots": "8"}, "num_slots")
+        8
+    """
     text = metadata.get(name, "")
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{path}: expected {name} to be an integer of at least 1, found {text!r}")
+    # Python refuses to read thousands of digits, in words of its own.
+    if not (text.isdecimal() and len(text) < 20 and 1 <= int(text) <= MAX_TOKENS):
+        raise ValueError(f"{path}: expected {name} to be an integer from 1 to 2^62, found {text[:40]!r}")
     return int(text)
 
 
@@ -109,7 +142,19 @@ def check_tensors(where: str, tensors: dict[str, Tensor], *, num_slots: int, chu
             raise ValueError(f"{where}: expected {expected}, found {found}")
 
     key_sum, value_sum, count, pending_keys, pending_values, num_seen = (tensors[n] for n in STATE_TENSORS)
-    expect(count.dim() == 3, "count of shape [B, Hkv, M]", tuple(count.shape))
+    # Dtypes first: not all that a file can hold can be computed with.
+    expect(pending_keys.dtype in DTYPES, f"pending_keys in one of {DTYPES}", pending_keys.dtype)
+    wide = state_dtype(pending_keys.dtype)
+    for name, dtype in (
+        ("pending_values", pending_keys.dtype),
+        ("key_sum", wide),
+        ("value_sum", wide),
+        ("count", torch.int64),
+        ("num_seen", torch.int64),
+    ):
+        expect(tensors[name].dtype == dtype, f"{name} in {dtype}", tensors[name].dtype)
+    is_shaped = count.dim() == 3 and count.shape[1] > 0
+    expect(is_shaped, "count of shape [B, Hkv, M], Hkv at least 1", tuple(count.shape))
     batch, heads, rows = count.shape
     expect(rows <= num_slots, f"at most {num_slots} slots", rows)
     for name, t, length in (
@@ -120,20 +165,60 @@ def check_tensors(where: str, tensors: dict[str, Tensor], *, num_slots: int, chu
     ):
         expected = f"{name} of shape [{batch}, {heads}, {length}, D]"
         expect(t.dim() == 4 and t.shape[:3] == (batch, heads, length), expected, tuple(t.shape))
-        expect(t.is_floating_point(), f"{name} of a floating dtype", t.dtype)
         expect(bool(torch.isfinite(t).all()), f"finite values in {name}", "NaN or Inf")
     for a, b in (("key_sum", "pending_keys"), ("value_sum", "pending_values")):
         same = tensors[a].shape[3] == tensors[b].shape[3]
         expect(same, f"{a} and {b} of one width", (tensors[a].shape[3], tensors[b].shape[3]))
-    expect(pending_keys.dtype == pending_values.dtype, "one dtype of pending tokens", pending_values.dtype)
-    for name in ("key_sum", "value_sum"):
-        wanted = state_dtype(pending_keys.dtype)
-        expect(tensors[name].dtype == wanted, f"{name} in {wanted}", tensors[name].dtype)
-    expect(count.dtype == torch.int64, "count in int64", count.dtype)
-    expect(num_seen.dtype == torch.int64, "num_seen in int64", num_seen.dtype)
     expect(num_seen.shape == (batch,), f"num_seen of shape [{batch}]", tuple(num_seen.shape))
-    expect(bool((count >= 0).all()), "counts >= 0", int(count.min()) if count.numel() else 0)
-    expect(bool((num_seen >= 0).all()), "num_seen >= 0", num_seen.tolist())
-    merged = (num_seen - num_seen % chunk_size)[:, None].expand(batch, heads)
-    adds_up = bool((count.sum(-1) == merged).all())
-    expect(adds_up, f"counts that add up to the tokens merged, {merged.tolist()}", count.sum(-1).tolist())
+    is_countable = bool(((num_seen >= 0) & (num_seen <= MAX_TOKENS)).all())
+    expect(is_countable, "num_seen from 0 to 2^62", num_seen.tolist())
+    check_counts(where, count, total=num_seen - num_seen % chunk_size)
+    _check_open_slots(where, tensors)
+
+
+def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
+    """Raise ValueError unless counts can be those of `total` tokens.
+
+    Args:
+        where: what they are part of, for error messages.
+        count: `[B, Hkv, M]` int64.
+        total: tokens of each head, or `[B]` of each row's heads.
+
+    Example:
+        >>> check_counts("state", torch.tensor([[[3, 2], [4, 0]]]), total=5)
+        Traceback (most recent call last):
+        ValueError: state: expected counts that add up to the tokens merged, [[5, 5]], found [[5, 4]]
+    """
+    if count.numel() and (least := int(count.min())) < 0:
+        raise ValueError(f"{where}: expected counts >= 0, found {least}")
+    # A running total of numbers below 2^63 turns negative where it leaves int64.
+    if bool((count.cumsum(-1) < 0).any()):
+        raise ValueError(
+            f"{where}: expected counts that add up within int64, found {count.amax(-1).tolist()}"
+        )
+    merged = torch.as_tensor(total).view(-1, 1).expand(count.shape[:2])
+    found = count.sum(-1)
+    if not torch.equal(found, merged):
+        raise ValueError(
+            f"{where}: expected counts that add up to the tokens merged, {merged.tolist()}, "
+            f"found {found.tolist()}"
+        )
+
+
+def _check_open_slots(where: str, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the slots in use are where the op looks for them.
+
+    All heads of a row open as many slots, one after the other, so that one head alone tells how many there
+    are, and nothing beyond them is looked at. A state that is otherwise would be read in part.
+    """
+    is_open = tensors["count"] > 0
+    num_open = is_open.sum(-1)
+    if not bool((num_open == num_open[:, :1]).all()):
+        raise ValueError(
+            f"{where}: expected as many slots in use in each head of a row, found {num_open.tolist()}"
+        )
+    if bool((is_open[..., 1:] & ~is_open[..., :-1]).any()):
+        raise ValueError(f"{where}: expected slots in use before spare ones, found a spare one before")
+    for name in ("key_sum", "value_sum"):
+        if bool((tensors[name].ne(0).any(-1) & ~is_open).any()):
+            raise ValueError(f"{where}: expected zeros in {name} of spare slots, found others")

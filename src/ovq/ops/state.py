@@ -224,7 +224,11 @@ class OVQState:
         return resized(self, num_slots)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the state to a safetensors file, atomically: the file is whole or the old one stays."""
+        """Write the state to a safetensors file, atomically: the file is whole or the old one stays.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
         from ovq.ops.serialization import save_state
 
         save_state(self, path)

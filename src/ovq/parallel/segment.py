@@ -78,5 +78,5 @@ class Segment:
         cache = OVQCache(self._config)
         if self._state:
             cache.layers[self._layer_idx].restore(self._state, self._layout.num_past, self._config)
-        hidden = self._block(self._hidden, self._layout, past_key_values=cache)
+        hidden, _ = self._block(self._hidden, self._layout, past_key_values=cache)
         return hidden, cache.layers[self._layer_idx].parts()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from ovq.files import cache_folder
 
 _FORMAT = "2"
 
@@ -19,6 +20,9 @@ def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Pa
         depends_on: What the content is made from, in order.
         fill: Called with an empty folder if there is none yet; what it raises leaves none.
 
+    Raises:
+        OSError: the cache cannot be written.
+
     Example:
         >>> folder = cached_folder(["an example"], lambda path: (path / "a").write_text("made once"))
         >>> (cached_folder(["an example"], lambda path: 1 / 0) / "a").read_text()
@@ -28,7 +32,7 @@ def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Pa
     from filelock import FileLock
 
     digest = hashlib.sha256("\0".join([_FORMAT, *depends_on]).encode()).hexdigest()[:24]
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ovq" / "text"
+    base = cache_folder() / "text"
     base.mkdir(parents=True, exist_ok=True)
     folder = base / digest
     if folder.is_dir():
@@ -41,15 +45,16 @@ def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Pa
 
 
 def _make(folder: Path, fill: Callable[[Path], None]) -> None:
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+    temporary = folder.with_name(f".unfinished-{folder.name}")
+    # Whoever holds the lock is alone here: what lies there is of a process that was killed.
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
     try:
         fill(temporary)
         for path in temporary.iterdir():
             # On the disk before the folder has its name, or a power cut leaves empty files.
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-        # mkdtemp makes private folders.
-        temporary.chmod(0o755)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ovq.hf import OVQCache, OVQConfig
+from ovq.ops.serialization import write_file
 from ovq.train.checkpoints import SealingTrainer
 
 _FILE = "carried-{}.safetensors"
@@ -79,7 +79,11 @@ class CarryTrainer(SealingTrainer):
 
 
 def save_lanes(path: Path, lanes: dict[int, OVQCache]) -> None:
-    """Write the states of lanes into a file."""
+    """Write the states of lanes into a file.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     tensors = {
         f"{lane}.{i}.{name}": tensor
         for lane, cache in lanes.items()
@@ -87,7 +91,7 @@ def save_lanes(path: Path, lanes: dict[int, OVQCache]) -> None:
         for name, tensor in layer.tensors().items()
     }
     lengths = {str(lane): cache.get_seq_length() for lane, cache in lanes.items()}
-    save_file(tensors, path, metadata={"num_read": json.dumps(lengths)})
+    write_file(path, tensors, metadata={"num_read": json.dumps(lengths)})
 
 
 def load_lanes(path: Path, config: OVQConfig, device: torch.device | str) -> dict[int, OVQCache]:

@@ -318,7 +318,7 @@ class RunConfig:
                 model=_from_dict(ModelArgs, sections["model"]),
                 train=_from_dict(TrainArgs, sections["train"]),
             )
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"expected the configuration of a run, found something else: {error}") from error
 
     def save(self, folder: Path) -> None:

@@ -1,4 +1,7 @@
-"""Compiles the kernels for this machine on first use, keeps them in the user's cache and loads them."""
+"""Compiles the kernels for this machine on first use, keeps them in the user's cache and loads them.
+
+Whatever goes wrong here costs speed and nothing else: the op then runs without kernels, and says so once.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,14 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
+import threading
+import warnings
 from pathlib import Path
+
+from ovq.files import atomic_path, cache_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -25,40 +33,99 @@ _FLAGS = (
 )
 _SWITCH = "OVQ_CPU_KERNELS"
 _TIMEOUT = 300
+# More bytes than the compiler writes on its way.
+_ROOM = 2**22
 
 
 class Unavailable(Exception):
     """Why there are no kernels on this machine."""
 
 
-@functools.cache
+class SwitchedOff(Unavailable):
+    """There are none because the user wants none."""
+
+
+class MissingKernelsWarning(UserWarning):
+    """The op runs without compiled kernels though nobody switched them off."""
+
+
 def load() -> ctypes.CDLL:
-    """The compiled kernels.
+    """The compiled kernels. The first call finds or builds them, and all others get what it got.
 
     Raises:
         Unavailable: if they are switched off or cannot be had; says why.
     """
-    if os.environ.get(_SWITCH, "1") == "0":
-        raise Unavailable(f"switched off by {_SWITCH}=0")
-    compiler = _compiler()
-    name = f"kernels-{_fingerprint(compiler)}.so"
-    path = _cache_folder() / name
-    if path.is_file():
-        # A file that cannot be loaded, such as one that a full disk cut short, is made anew.
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(path))
-    _logger.info("compiling the CPU kernels to %s", path)
-    _compile(compiler, path)
+    # Threads that come here at once wait for one compiler, rather than running one each.
+    with _lock:
+        outcome = _attempt()
+    if isinstance(outcome, Unavailable):
+        raise type(outcome)(*outcome.args)
+    return outcome
+
+
+def warn_once(error: Unavailable) -> None:
+    """Say that there are no kernels and what that costs, the first time in this process."""
+    global _is_warned
+    with _lock:
+        is_first, _is_warned = not _is_warned, True
+    if is_first:
+        warnings.warn(
+            f"no compiled CPU kernels ({error}): products of PyTorch do the same at about a third of the "
+            f"speed; {_SWITCH}=0 asks for that without this warning",
+            MissingKernelsWarning,
+            stacklevel=2,
+        )
+
+
+_lock = threading.Lock()
+_is_warned = False
+
+
+@functools.cache
+def _attempt() -> ctypes.CDLL | Unavailable:
+    """The kernels, or why there are none: returned rather than raised, so that failures are remembered too.
+
+    To try again at each call would cost each call the time of a compiler.
+    """
     try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise Unavailable(f"{path} cannot be loaded: {error}") from error
+        return _found_or_built()
+    except SwitchedOff as error:
+        return SwitchedOff(str(error))
+    # Of disks, processes and the user's data base; none of it is a reason for the op to fail.
+    except (Unavailable, OSError, RuntimeError) as error:
+        return Unavailable(str(error))
+
+
+def _found_or_built() -> ctypes.CDLL:
+    """The kernels from the first place that can keep them, built if they are nowhere."""
+    if os.environ.get(_SWITCH, "1") == "0":
+        raise SwitchedOff(f"switched off by {_SWITCH}=0")
+    compiler = _compiler()
+    stem = f"kernels-{_fingerprint(compiler)}"
+    binary, reasons = None, []
+    for find in (cache_folder, _private_folder):
+        try:
+            folder = find()
+            path = _kept(folder, stem)
+            if path is None:
+                binary = binary or _compiled(compiler, folder)
+                path = _put(binary, folder, stem)
+            else:
+                # Should its disk not allow code to be run, the next place gets a copy.
+                binary = path.read_bytes()
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            reasons.append(str(error))
+    raise Unavailable("; ".join(reasons))
 
 
 def _compiler() -> list[str]:
     """The C++ compiler: that of the environment, or the first there is."""
-    if os.environ.get("CXX"):
-        return shlex.split(os.environ["CXX"])
+    if text := os.environ.get("CXX", "").strip():
+        try:
+            return shlex.split(text)
+        except ValueError as error:
+            raise Unavailable(f"CXX: expected a command, found {text!r} ({error})") from error
     for name in ("c++", "g++", "clang++"):
         if path := shutil.which(name):
             return [path]
@@ -66,59 +133,114 @@ def _compiler() -> list[str]:
 
 
 def _fingerprint(compiler: list[str]) -> str:
-    """What the compiled code depends on: sources, flags, compiler and processor."""
-    parts = [_FLAGS, shlex.join(compiler), platform.machine(), _processor()]
-    parts += [path.name + path.read_text() for path in _SOURCES]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    """What the compiled code depends on: sources, flags, compiler, system and processor."""
+    parts = [_FLAGS, shlex.join(compiler), *platform.libc_ver(), platform.machine(), _processor()]
+    total = hashlib.sha256("\0".join(parts).encode(errors="replace"))
+    for path in _SOURCES:
+        total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()[:16]
 
 
 def _processor() -> str:
     """The processor and what it can do, where the system tells."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         return platform.processor()
     wanted = ("model name", "flags", "Features", "CPU part")
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def _cache_folder() -> Path:
-    """Where compiled kernels are kept; a folder of this process alone if the user's cannot be written."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "ovq"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return _own_folder()
+def _private_folder() -> Path:
+    """This user's folder among the temporary files: where the kernels are if the cache cannot keep them.
+
+    It has one name, so that processes share what the first of them compiled and no folder is left for each.
+    Anyone could have made a folder of that name and have us run what is in it, so only a private one will do.
+    """
+    if not hasattr(os, "geteuid"):
+        raise OSError("no folder for temporary files of one user on this system")
+    folder = Path(tempfile.gettempdir()) / f"ovq-{os.geteuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not is_own or status.st_mode & 0o077:
+        raise OSError(f"{folder}: expected a folder that belongs to this user alone, found another")
+    return folder
 
 
-@functools.cache
-def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="ovq-"))
+def _kept(folder: Path, stem: str) -> Path | None:
+    """The file of the kernels in a folder, if it is whole.
+
+    Its name ends with the digest of its bytes. The loader maps a file that was cut short without a word, and
+    the process then dies of a bus error where it reads what is missing.
+    """
+    for path in sorted(folder.glob(f"{stem}-*.so")):
+        # One that may not be read, or is gone by now, is as good as none.
+        with contextlib.suppress(OSError):
+            if path.name == _file_name(stem, path.read_bytes()):
+                return path
+    return None
 
 
-def _compile(compiler: list[str], path: Path) -> None:
-    """Compile and put the result in place in one step, whoever else does the same meanwhile."""
-    with tempfile.TemporaryDirectory(prefix="ovq-build-") as folder:
-        compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
-        _run([*compiler, *_FLAGS.split(), "-c", str(_MAIN), "-o", str(compiled)])
+def _file_name(stem: str, binary: bytes) -> str:
+    return f"{stem}-{hashlib.sha256(binary).hexdigest()[:32]}.so"
+
+
+def _put(binary: bytes, folder: Path, stem: str) -> Path:
+    """Put the kernels into a folder in one step, whoever else does the same meanwhile."""
+    path = folder / _file_name(stem, binary)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(binary)
+    return path
+
+
+def _compiled(compiler: list[str], folder: Path) -> bytes:
+    """Compile the kernels.
+
+    Args:
+        compiler: the command.
+        folder: where they are to be kept. They are made there as well: a full disk of temporary files is no
+            hindrance, and a place that cannot keep them is found before the time is spent.
+
+    Raises:
+        OSError: the folder cannot be written.
+        Unavailable: the compiler fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as place:
+        _check_room(Path(place), folder)
+        _logger.info("compiling the CPU kernels to %s", folder)
+        compiled, linked = Path(place) / "kernels.o", Path(place) / "kernels.so"
+        _run([*compiler, *_FLAGS.split(), "-c", str(_MAIN), "-o", str(compiled)], place)
         # Not linked with an OpenMP library of their own: they share the threads of the one that torch loaded,
         # as two sets of threads would wait for each other.
-        _run([*compiler, "-shared", str(compiled), "-o", str(linked)])
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        os.close(handle)
-        shutil.copyfile(linked, partial)
-        os.replace(partial, path)
+        _run([*compiler, "-shared", str(compiled), "-o", str(linked)], place)
+        return linked.read_bytes()
 
 
-def _run(command: list[str]) -> None:
+def _check_room(place: Path, folder: Path) -> None:
+    """Raise OSError, naming the folder, if there is no room for what the compiler writes."""
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        with open(place / "room", "wb") as file:
+            file.write(bytes(_ROOM))
+            # Some disks say only now that they are full.
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+    (place / "room").unlink()
+
+
+def _run(command: list[str], place: str) -> None:
+    """Run a command, with its temporary files in a folder."""
+    environment = {**os.environ, "TMPDIR": place}
+    try:
+        result = subprocess.run(command, capture_output=True, timeout=_TIMEOUT, check=False, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} cannot be run: {error}") from error
     if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+        # In any encoding, and not always the error first.
+        lines = result.stderr.decode(errors="replace").strip().splitlines()
+        lines = [line for line in lines if "error" in line] or lines or [f"exit status {result.returncode}"]
         raise Unavailable(f"{command[0]} failed: {lines[0]}")

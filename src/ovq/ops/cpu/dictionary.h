@@ -10,6 +10,7 @@ struct Rows {
     float *key_panels;    /* Keys as columns, [M / NR, K, NR]. */
     float *value_panels;  /* Values likewise, [M / NR, V, NR]: the backward's, else NULL. */
     float *bias;          /* [M]: log count, -inf for what is not there. */
+    int32_t *is_finite;   /* [1]: of a chunk's tokens, whether all values were; zero stands for those that were not. */
 };
 
 struct Dictionary {
@@ -23,6 +24,9 @@ struct Dictionary {
 /* Lengths are clamped to this before a division, here and in the reference. */
 #define TINY 1e-30
 
+/* Too short or too long for float32 products, or not finite; zero is neither (`ORDINARY` of rules.py). */
+INLINE int is_extreme(double length) { return !(length == 0 || (length >= 1e-15 && length <= 1e15)); }
+
 INLINE int64_t key_ld(const Call *call) { return padded(call->k.dim, VL); }
 INLINE int64_t value_ld(const Call *call) { return padded(call->v.dim, VL); }
 
@@ -34,6 +38,7 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     rows.key_panels = TAKE(arena, float, num * call->k.dim);
     rows.value_panels = is_backward ? TAKE(arena, float, num * call->v.dim) : nullptr;
     rows.bias = TAKE(arena, float, num);
+    rows.is_finite = TAKE(arena, int32_t, 1);
     return rows;
 }
 
@@ -121,10 +126,19 @@ static void update_slots(Dictionary *dictionary, const Call *call, const Sums *s
     for (int64_t t = 0; t < num; t++) is_done[slots[t]] = 0;
 }
 
-/* The `num` tokens of a chunk. */
-static void load_chunk(Rows *tokens, const Call *call, int64_t chunk, int64_t head, int64_t num) {
-    read_tokens(call, &call->k, chunk, head, 0, num, 1, tokens->keys, key_ld(call));
+static void load_values(Rows *tokens, const Call *call, int64_t chunk, int64_t head, int64_t num) {
     read_tokens(call, &call->v, chunk, head, 0, num, 1, tokens->values, value_ld(call));
+}
+
+/* The `num` tokens of a chunk. Zero times NaN is NaN, and would reach the queries before it: values that are not finite
+   are left out of products. */
+static void load_chunk(Rows *tokens, const Call *call, int64_t chunk, int64_t head, int64_t num) {
+    const int64_t numbers = num * value_ld(call);
+    read_tokens(call, &call->k, chunk, head, 0, num, 1, tokens->keys, key_ld(call));
+    load_values(tokens, call, chunk, head, num);
+    *tokens->is_finite = are_finite(tokens->values, numbers);
+    for (int64_t i = 0; !*tokens->is_finite && i < numbers; i++)
+        if (!std::isfinite(tokens->values[i])) tokens->values[i] = 0;
     for (int64_t t = 0; t < num; t++) set_row(tokens, call, t, 0);
     for (int64_t t = num; t < padded(num, NR); t++) clear_row(tokens, call, t);
 }

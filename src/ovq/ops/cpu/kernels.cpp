@@ -71,7 +71,7 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
         sync(team);
         const int64_t blocks = (chunk.num + QUERIES - 1) / QUERIES, reads = blocks * call->group_size;
         const int64_t routes = chunk.is_complete && chunk.before ? blocks : 0;
-        const double longest = routes ? longest_mean(dictionary) : 0;
+        const Lengths lengths = routes ? lengths_of(dictionary) : Lengths{};
         for (int64_t tile = team->rank; tile < reads + routes; tile += team->size) {
             const int64_t first = tile % blocks * QUERIES, num = least(QUERIES, chunk.num - first);
             if (tile < reads)
@@ -79,7 +79,7 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
                           num, &own->reader);
             else
                 route_tile(call, dictionary, &shared->tokens, first, num, chunk.after > chunk.before && !priority,
-                           longest, &shared->learner, own->reader.near, own->reader.scores);
+                           &lengths, &shared->learner, own->reader.near, own->reader.scores);
         }
         sync(team);
         if (team->rank == 0 && chunk.is_complete)

@@ -21,6 +21,9 @@ _DTYPES = (torch.float32, torch.bfloat16)
 def cpu_kernels() -> str:
     """Whether the `torch` backend runs compiled kernels on this CPU, and if not, why.
 
+    The first call, as the first call of the op, builds them where they are not built yet. What it finds holds
+    for the life of the process.
+
     Example:
         >>> cpu_kernels().startswith(("compiled", "not available"))
         True
@@ -39,10 +42,13 @@ def can_run(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, plan: Plan) -> bool:
 
 
 def is_available() -> bool:
-    """Whether there are compiled kernels on this machine."""
+    """Whether there are compiled kernels on this machine; warns once if there should be and are not."""
     try:
         build.load()
-    except build.Unavailable:
+    except build.SwitchedOff:
+        return False
+    except build.Unavailable as error:
+        build.warn_once(error)
         return False
     return True
 

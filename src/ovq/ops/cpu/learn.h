@@ -58,18 +58,43 @@ static float highest_score(const float *scores, int64_t n) {
     return highest(best);
 }
 
-static double longest_mean(const Dictionary *dictionary) {
-    double longest = 0;
-    for (int64_t i = 0; i < dictionary->num; i++) longest = fmax(longest, dictionary->norm[i]);
-    return longest;
+/* What is known of the lengths of a dictionary's means. */
+struct Lengths {
+    double longest;
+    int has_extremes;
+};
+
+static Lengths lengths_of(const Dictionary *dictionary) {
+    Lengths lengths = {0, 0};
+    for (int64_t i = 0; i < dictionary->num; i++) {
+        lengths.longest = fmax(lengths.longest, dictionary->norm[i]);
+        lengths.has_extremes |= is_extreme(dictionary->norm[i]);
+    }
+    return lengths;
+}
+
+INLINE double length_of(const Call *call, const float *key) { return sqrt(exact_dot(key, key, call->k.dim)); }
+
+/* `nearest` where float32 scores mean nothing: float64 throughout. */
+static int32_t nearest_of_all(const Call *call, const Dictionary *dictionary, const float *key, double tie) {
+    double best = -INFINITY;
+    for (int64_t i = 0; i < dictionary->num; i++) {
+        const double score = exact_dot(key, dictionary->rows.keys + i * key_ld(call), call->k.dim);
+        if (std::isnan(score)) return 0;
+        best = fmax(best, score);
+    }
+    if (!std::isfinite(best)) return 0;
+    for (int64_t i = 0; i < dictionary->num; i++)
+        if (exact_dot(key, dictionary->rows.keys + i * key_ld(call), call->k.dim) >= best - tie) return (int32_t)i;
+    return 0;
 }
 
 /* The slot with the largest dot product, ties to the lowest index; 0 for a key that is not finite. */
 static int32_t nearest(const Call *call, const Dictionary *dictionary, const float *key, const float *scores,
-                       int64_t n, double longest, int32_t *near) {
+                       int64_t n, const Lengths *lengths, int32_t *near) {
+    const double own = length_of(call, key), length = own * lengths->longest;
+    if (lengths->has_extremes || is_extreme(own)) return nearest_of_all(call, dictionary, key, call->tie * length);
     const float best = highest_score(scores, n);
-    if (!std::isfinite(best)) return 0;
-    const double length = sqrt(exact_dot(key, key, call->k.dim)) * longest;
     /* Rounding of a K-term dot product, on both sides of a comparison: 2 K (eps / 2) |k| |D|. */
     const double tolerance = ((double)call->k.dim * FLT_EPSILON + 2 * call->tie) * length;
     const int64_t num = columns_from(scores, n, best - (float)tolerance * 1.001f, near);
@@ -83,26 +108,42 @@ static int32_t nearest(const Call *call, const Dictionary *dictionary, const flo
     return 0;
 }
 
+/* The best cosine, in float64, of a key with `num` slots: those of `near`, or the first ones. */
+static double exact_cosine(const Call *call, const Dictionary *dictionary, const float *key, const int32_t *near,
+                           int64_t num) {
+    const double length = fmax(length_of(call, key), TINY);
+    double best = -INFINITY;
+    for (int64_t i = 0; i < num; i++) {
+        const int64_t slot = near ? near[i] : i;
+        const double dot = exact_dot(key, dictionary->rows.keys + slot * key_ld(call), call->k.dim);
+        const double cosine = dot / length / fmax(dictionary->norm[slot], TINY);
+        if (!std::isfinite(cosine)) return NO_COSINE;
+        best = fmax(best, cosine);
+    }
+    return best;
+}
+
 /* The best cosine of a key with a slot; turns its scores into cosines times the key's length. */
 static double best_cosine(const Call *call, const Dictionary *dictionary, const float *key, float *scores, int64_t n) {
     for (int64_t j = 0; j < n; j += VL) store(scores + j, load(scores + j) * load(dictionary->inverse + j));
-    const float length = (float)fmax(sqrt(exact_dot(key, key, call->k.dim)), TINY);
-    const float best = highest_score(scores, n) / length;
-    return std::isnan(best) ? NO_COSINE : best;
+    return highest_score(scores, n) / (float)fmax(length_of(call, key), TINY);
 }
 
 /* Score the keys first..first+num-1 of a chunk: the nearest slot of each and, if keys are to open slots, its best
    cosine. `scores` holds QUERIES rows. */
 static void route_tile(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t first, int64_t num,
-                       int has_openers, double longest, Learner *learner, int32_t *near, float *scores) {
+                       int has_openers, const Lengths *lengths, Learner *learner, int32_t *near, float *scores) {
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
     const float *keys = tokens->keys + first * ld;
     product(num, n, call->k.dim, keys, ld, 1, dictionary->rows.key_panels, call->k.dim * NR, NR, dictionary->is_open,
             0, scores, n);
     for (int64_t t = 0; t < num; t++) {
         const float *key = keys + t * ld;
-        learner->slot[first + t] = nearest(call, dictionary, key, scores + t * n, n, longest, near);
-        if (has_openers) learner->priority[first + t] = best_cosine(call, dictionary, key, scores + t * n, n);
+        learner->slot[first + t] = nearest(call, dictionary, key, scores + t * n, n, lengths, near);
+        if (!has_openers) continue;
+        const int is_wide = lengths->has_extremes || is_extreme(length_of(call, key));
+        learner->priority[first + t] = is_wide ? exact_cosine(call, dictionary, key, nullptr, dictionary->num)
+                                               : best_cosine(call, dictionary, key, scores + t * n, n);
     }
 }
 
@@ -136,7 +177,7 @@ static double boundary(const Call *call, Learner *learner, int64_t num) {
 
 /* Best cosines in float64 where the choice of the `num` most novel keys turns on it. */
 static void settle_novelty(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t num,
-                           Learner *learner, float *scores) {
+                           int has_extremes, Learner *learner, float *scores) {
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
     const double last = boundary(call, learner, num);
     /* Cosines are at most 1 long; a few more roundings than a dot product go into one. */
@@ -146,21 +187,16 @@ static void settle_novelty(const Call *call, const Dictionary *dictionary, const
     if (next - last > tolerance) return;
     for (int64_t t = 0; t < call->chunk_size; t++) {
         const int is_near = fabs(learner->priority[t] - last) <= 2 * tolerance;
-        if (!is_near || learner->priority[t] == NO_COSINE) continue;
         const float *key = tokens->keys + t * ld;
+        const double length = length_of(call, key);
+        /* What is extreme was decided so from the start. */
+        if (!is_near || has_extremes || is_extreme(length)) continue;
         product(1, n, call->k.dim, key, ld, 1, dictionary->rows.key_panels, call->k.dim * NR, NR,
                 dictionary->is_open, 0, scores, n);
         const double best = best_cosine(call, dictionary, key, scores, n);
-        const double length = sqrt(exact_dot(key, key, call->k.dim));
         const int64_t candidates =
             columns_from(scores, n, (float)((best - tolerance) * fmax(length, TINY)), learner->near);
-        double exact = -INFINITY;
-        for (int64_t i = 0; i < candidates; i++) {
-            const int32_t slot = learner->near[i];
-            const double dot = exact_dot(key, dictionary->rows.keys + slot * ld, call->k.dim);
-            exact = fmax(exact, dot / fmax(length * dictionary->norm[slot], TINY));
-        }
-        learner->priority[t] = exact;
+        learner->priority[t] = exact_cosine(call, dictionary, key, learner->near, candidates);
     }
 }
 
@@ -207,27 +243,31 @@ static void merge_updated(const Call *call, const Dictionary *dictionary, const 
 
 /* Once a chunk's keys are routed: open slots, merge the other tokens, say where each went.
    `priority` [C] is the caller's ranking, or NULL for novelty; `scores` holds QUERIES rows. */
-static void learn(const Call *call, Dictionary *dictionary, const Rows *tokens, const Sums *sums, const Chunk *chunk,
+static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const Sums *sums, const Chunk *chunk,
                   int64_t head, const double *priority, Learner *learner, float *scores) {
     const int64_t size = call->chunk_size;
     const int is_fresh = !chunk->before;
+    /* The sums get all of them. */
+    if (!*tokens->is_finite) load_values(tokens, call, chunk->index, head, size);
     if (is_fresh) {
         /* The first key opens slot 0, and the others are compared with it. */
         set_slot(dictionary, call, 0, tokens->keys, tokens->values, 1);
         dictionary->num = 1;
+        const Lengths lengths = lengths_of(dictionary);
         for (int64_t t = 0; t < size; t += QUERIES)
-            route_tile(call, dictionary, tokens, t, least(QUERIES, size - t), 1, dictionary->norm[0], learner,
-                       learner->near, scores);
+            route_tile(call, dictionary, tokens, t, least(QUERIES, size - t), 1, &lengths, learner, learner->near,
+                       scores);
     }
     const int64_t existing = dictionary->num, opening = chunk->after - existing;
     memset(learner->opens, 0, (size_t)size);
     if (opening > 0) {
         if (priority) memcpy(learner->priority, priority, sizeof(double) * size);
         if (is_fresh) learner->priority[0] = INFINITY;
-        if (!priority) settle_novelty(call, dictionary, tokens, opening, learner, scores);
+        const Lengths lengths = lengths_of(dictionary);
+        if (!priority) settle_novelty(call, dictionary, tokens, opening, lengths.has_extremes, learner, scores);
         choose_openers(call, opening, learner);
         if (call->is_merge_updated)
-            merge_updated(call, dictionary, tokens, existing, longest_mean(dictionary), learner);
+            merge_updated(call, dictionary, tokens, existing, lengths.longest, learner);
         int32_t slot = (int32_t)existing;
         for (int64_t t = 0; t < size; t++)
             if (learner->opens[t]) learner->slot[t] = slot++;

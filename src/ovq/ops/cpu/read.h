@@ -61,6 +61,19 @@ static void weigh(const Call *call, const Rows *rows, int64_t n, const float *pr
                 out, width);
 }
 
+/* Values that are not finite are not among those of the tokens (`load_chunk`): each query that sees one gets it here. */
+static void add_spoilt(const Call *call, const Chunk *chunk, int64_t head, int64_t first, int64_t num, float *out) {
+    const int64_t width = value_ld(call);
+    float value[width], seen[width];
+    memset(seen, 0, sizeof(seen));
+    for (int64_t t = 0; t < first + num; t++) {
+        read_tokens(call, &call->v, chunk->index, head, t, 1, 1, value, width);
+        for (int64_t j = 0; j < width; j++)
+            if (!std::isfinite(value[j])) seen[j] += value[j];
+        for (int64_t j = 0; t >= first && j < width; j++) out[(t - first) * width + j] += seen[j];
+    }
+}
+
 /* The outputs of the queries first..first+num-1 of a chunk, for one query head. */
 static void read_tile(const Call *call, const Dictionary *dictionary, const Rows *tokens, const Chunk *chunk,
                       int64_t query_head, int64_t first, int64_t num, Reader *reader) {
@@ -82,6 +95,7 @@ static void read_tile(const Call *call, const Dictionary *dictionary, const Rows
     memset(reader->out, 0, sizeof(float) * num * width);
     weigh(call, &dictionary->rows, slots, scores, n, num, reader->out);
     weigh(call, tokens, own, scores + slots, n, num, reader->out);
+    if (!*tokens->is_finite) add_spoilt(call, chunk, query_head / call->group_size, first, num, reader->out);
     for (int64_t t = 0; t < num; t++)
         write_token(call, &call->o, chunk->index, first + t, query_head, 1 / sums[t], reader->out + t * width);
 }

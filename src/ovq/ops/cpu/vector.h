@@ -45,6 +45,14 @@ INLINE float total(Vector x) {
     return sum;
 }
 
+/* Whether n numbers are finite, n a multiple of VL. */
+static int are_finite(const float *x, int64_t n) {
+    /* Zero for every finite number, NaN for others. */
+    Vector sum = {};
+    for (int64_t i = 0; i < n; i += VL) sum += load(x + i) - load(x + i);
+    return total(sum) == 0;
+}
+
 /* exp of x <= 0 to about an ulp; exactly 0 below -87, where float32 has no normal numbers left; NaN of NaN. */
 INLINE Vector exponential(Vector x) {
     const Vector low = splat(-87.0f);

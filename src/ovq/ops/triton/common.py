@@ -14,8 +14,10 @@ from ovq.ops import rules
 TIE = tl.constexpr(rules.TIE)
 LOG2E = tl.constexpr(1.4426950408889634)
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
-# What lengths are clamped to before a division, as in the other backends.
-TINY = tl.constexpr(1e-30)
+TINY = tl.constexpr(rules.TINY)
+SHORTEST = tl.constexpr(rules.ORDINARY[0])
+LONGEST = tl.constexpr(rules.ORDINARY[1])
+NO_COSINE = tl.constexpr(rules.NO_COSINE)
 # Columns of the table of chunks (`work.py`).
 CHUNK = tl.constexpr(0)
 BEFORE = tl.constexpr(1)
@@ -60,6 +62,13 @@ def put_rows(x, index, tile, mask, D, BD: tl.constexpr):
     d = tl.arange(0, BD)
     place = x + index[:, None] * D + d[None, :]
     tl.store(place, tile.to(x.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def are_extreme(x, lengths):
+    """Which rows of `x` `[N, D]`, not zero, are too short or too long for products in float32."""
+    is_ordinary = (lengths >= SHORTEST) & (lengths <= LONGEST)
+    return (is_ordinary | (tl.max(tl.abs(x), 1) == 0)) == 0
 
 
 @triton.jit

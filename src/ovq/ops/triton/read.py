@@ -64,6 +64,13 @@ def read(
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * factor
             scores = tl.where(own[None, :] <= t[:, None], scores, -float("inf"))
             values = rows(v, source, own < tokens, V, BV)
+            # Zero times NaN is NaN: a value that is not finite goes into the outputs from its token on only.
+            is_spoilt = (tl.abs(values.to(tl.float32)) < float("inf")) == 0
+            if tl.max(tl.max(is_spoilt.to(tl.int32), 1), 0) > 0:
+                sees = (own[None, :] <= t[:, None]).to(tl.float32)
+                seen = dot(sees, is_spoilt.to(tl.float32), tl.zeros([BM, BV], tl.float32))
+                values = tl.where(is_spoilt, 0.0, values).to(v.dtype.element_ty)
+                acc = tl.where(seen > 0, float("nan"), acc)
             top, total, acc = _absorb(scores, values, top, total, acc)
         put_rows(o, place, acc / total[:, None], is_query, V, BV)
         tl.store(lse + (chunk * H + head) * W + t, top + tl.log2(total), mask=is_query)

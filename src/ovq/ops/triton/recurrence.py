@@ -14,7 +14,9 @@ from ovq.ops.triton.common import (
     CHUNK,
     COLUMNS,
     IS_COMPLETE,
+    TINY,
     TOKENS,
+    are_extreme,
     dot,
     means,
     put_rows,
@@ -96,7 +98,7 @@ def advance(
             bias is the log of the count, to base 2.
         best: `[streams, NB, C]` largest score of each token in each block. second, winner, cosine: likewise
             the second largest, the slot, and the largest score over the length of the mean.
-        longest: `[streams, NB]` length of the longest mean.
+        longest: `[streams, NB]` length of the longest mean; inf where one is too long or short for float32.
         previous: entry of the first row's chunk to merge. current: of the chunk to score.
         base: first entry of the segment.
         num_next: rows that have a chunk to score.
@@ -148,8 +150,10 @@ def advance(
                         mean = own
                         is_used = slot == 0
                     length = tl.sqrt(tl.sum(mean * mean, 1))
-                    tl.store(longest + stream * NB + block, tl.max(length, 0))
-                    inverse = 1.0 / tl.maximum(length, 1e-30)
+                    # No finite number: what `nearest` decides by it then, it decides in float64.
+                    known = tl.where(is_used & are_extreme(mean, length), float("inf"), length)
+                    tl.store(longest + stream * NB + block, tl.max(known, 0))
+                    inverse = 1.0 / tl.maximum(length, TINY)
                     found = (stream.to(tl.int64) * NB + block) * C
                     for start in range(0, tokens, BT):
                         t = start + tl.arange(0, BT)

@@ -2,13 +2,28 @@
 
 The scores of `recurrence.py` are right to float32 rounding. Where that leaves a doubt, which of two slots is
 nearer or which of two keys is more novel, the candidates are computed again in float64 here. Scores that are
-equal to `rules.TIE` go to the lowest slot, or to the earliest token: the decisions of every backend.
+equal to `rules.TIE` go to the lowest slot, or to the earliest token: the decisions of every backend. Keys and
+means of lengths at which float32 products vanish or overflow (`rules.ORDINARY`) are compared in float64 at
+once.
 """
 
 import triton
 import triton.language as tl
 
-from ovq.ops.triton.common import AFTER, BEFORE, CHUNK, COLUMNS, EPS, IS_COMPLETE, TIE, TINY, means, rows
+from ovq.ops.triton.common import (
+    AFTER,
+    BEFORE,
+    CHUNK,
+    COLUMNS,
+    EPS,
+    IS_COMPLETE,
+    NO_COSINE,
+    TIE,
+    TINY,
+    are_extreme,
+    means,
+    rows,
+)
 
 
 @triton.jit
@@ -55,7 +70,10 @@ def nearest(
     entry = table + (current + row) * COLUMNS
     if tl.load(entry + IS_COMPLETE) != 0:
         chunk = tl.load(entry + CHUNK).to(tl.int64)
-        num_open = tl.maximum(tl.load(entry + BEFORE), 1)
+        before = tl.load(entry + BEFORE)
+        num_open = tl.maximum(before, 1)
+        is_fresh = before == 0
+        first_key = _key(k, chunk, 0, head, W, H, K, BK)
         num_blocks = tl.cdiv(num_open, BN)
         t = tl.program_id(1) * BT + tl.arange(0, BT)
         is_token = t < C
@@ -79,37 +97,58 @@ def nearest(
         length = tl.sqrt(tl.sum(keys * keys, 1))
         tolerance = (ROUNDING * K * EPS + 2 * TIE) * length * longest_mean
         is_finite = tl.abs(top) < float("inf")
-        is_contested = is_token & is_finite & (next_top >= top - tolerance)
+        # One mean of another kind is enough; zero keys are alike to all of them.
+        is_wide = is_token & are_extreme(keys, tl.where(longest_mean < float("inf"), length, float("inf")))
+        is_contested = is_wide | (is_token & is_finite & (next_top >= top - tolerance))
+        wide_cosine = tl.zeros([BT], tl.float32)
         j = tl.min(tl.where(is_contested, t, C), 0)
         while j < C:
             is_mine = t == j
-            floor = tl.sum(tl.where(is_mine, top - tolerance, 0.0), 0)
-            tie = TIE * (tl.sum(tl.where(is_mine, length, 0.0), 0) * longest_mean).to(tl.float64)
+            is_all = tl.max((is_mine & is_wide).to(tl.int32), 0) > 0
+            floor = tl.sum(tl.where(is_mine & (is_wide == 0), top - tolerance, 0.0), 0)
+            floor = tl.where(is_all, -float("inf"), floor)
             key = _key(k, chunk, j, head, W, H, K, BK).to(tl.float64)
+            own_length = tl.sqrt(tl.sum(key * key, 0))
             highest = tl.max(tl.full([BN], -float("inf"), tl.float64), 0)
+            best_cosine = highest
+            longest_seen = own_length * 0.0
             for block in range(0, num_blocks):
                 if tl.load(best + found + block * C + j) >= floor:
-                    product, _ = _exact(
-                        key, key_sum, count, stream, block, num_open, False, 0.0, M, K, BN, BK
+                    product, lengths = _exact(
+                        key, key_sum, count, stream, block, num_open, is_fresh, first_key, M, K, BN, BK
                     )
+                    # What is not a number would hide behind every other.
+                    product = tl.where(product == product, product, float("inf"))
+                    lengths = tl.where(lengths == lengths, lengths, float("inf"))
+                    cosines = product / tl.maximum(own_length, TINY) / tl.maximum(lengths, TINY)
+                    cosines = tl.where(cosines == cosines, cosines, float("inf"))
                     highest = tl.maximum(highest, tl.max(product, 0))
+                    best_cosine = tl.maximum(best_cosine, tl.max(cosines, 0))
+                    longest_seen = tl.maximum(longest_seen, tl.max(lengths, 0))
+                    if is_all:
+                        # `open_slots` must not leave the block out by a cosine of float32.
+                        tl.store(cosine + found + block * C + j, float("inf"))
+            longest_seen = tl.where(is_all, longest_seen, longest_mean.to(tl.float64))
+            floor_exact = highest - TIE * own_length * longest_seen
             lowest = M
             for block in range(0, num_blocks):
                 if tl.load(best + found + block * C + j) >= floor:
                     product, _ = _exact(
-                        key, key_sum, count, stream, block, num_open, False, 0.0, M, K, BN, BK
+                        key, key_sum, count, stream, block, num_open, is_fresh, first_key, M, K, BN, BK
                     )
                     slot = block * BN + tl.arange(0, BN)
-                    lowest = tl.minimum(lowest, tl.min(tl.where(product >= highest - tie, slot, M), 0))
+                    lowest = tl.minimum(lowest, tl.min(tl.where(product >= floor_exact, slot, M), 0))
+            lowest = tl.where(tl.abs(highest) < float("inf"), lowest, 0)
             chosen = tl.where(is_mine, lowest, chosen)
+            wide_cosine = tl.where(is_mine, best_cosine.to(tl.float32), wide_cosine)
             is_contested = is_contested & (t != j)
             j = tl.min(tl.where(is_contested, t, C), 0)
         # Keys that are not finite go to slot 0.
-        chosen = tl.where(is_finite, chosen, 0)
+        chosen = tl.where(is_finite | is_wide, chosen, 0)
         tl.store(slots + (chunk * H + head) * W + t, chosen, mask=is_token)
-        scaled = nearest_cosine / tl.maximum(length, TINY)
+        scaled = tl.where(is_wide, wide_cosine, nearest_cosine / tl.maximum(length, TINY))
         # They have no cosine, and are the last to open a slot.
-        scaled = tl.where(tl.abs(scaled) < float("inf"), scaled, 2.0)
+        scaled = tl.where(tl.abs(scaled) < float("inf"), scaled, NO_COSINE)
         tl.store(novelty + stream.to(tl.int64) * C + t, scaled, mask=is_token)
 
 
@@ -152,11 +191,9 @@ def open_slots(
             is_near = (t < C) & (rough < 1.5) & (tl.abs(rough - boundary) <= 2 * tolerance)
             j = tl.min(tl.where(is_near, t, BC), 0)
             while j < BC:
-                key = _key(k, chunk, j, head, W, H, K, BK)
+                key = _key(k, chunk, j, head, W, H, K, BK).to(tl.float64)
                 length = tl.maximum(tl.sqrt(tl.sum(key * key, 0)), TINY)
                 floor = tl.sum(tl.where(t == j, rough, 0.0), 0) - tolerance
-                key = key.to(tl.float64)
-                exact_length = tl.sqrt(tl.sum(key * key, 0))
                 highest = tl.max(tl.full([BN], -float("inf"), tl.float64), 0)
                 for block in range(0, num_blocks):
                     place = (stream.to(tl.int64) * NB + block) * C + j
@@ -164,7 +201,7 @@ def open_slots(
                         product, lengths = _exact(
                             key, key_sum, count, stream, block, existing, is_fresh, first_key, M, K, BN, BK
                         )
-                        exact = product / tl.maximum(exact_length * lengths, TINY)
+                        exact = product / length / tl.maximum(lengths, TINY)
                         highest = tl.maximum(highest, tl.max(exact, 0))
                 novel = tl.where(t == j, highest, novel)
                 is_near = is_near & (t != j)

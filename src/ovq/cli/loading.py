@@ -1,0 +1,158 @@
+"""Saved models: what is damaged or does not fit together is refused in one line, never made up.
+
+`from_pretrained` keeps the conventions of transformers, which draws the weights that a file lacks and warns.
+Heavy imports are inside the functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ovq.hf import OVQConfig, OVQForCausalLM
+
+_MODEL_TYPE = "ovq"
+# What transformers raises on values it does not expect; its OSError and ValueError say what is wrong.
+_FOREIGN_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise ValueError unless the folder looks like a saved model, before anything heavy is imported."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: expected the folder of a saved model, found no config.json in it")
+    found = _read_object(path).get("model_type")
+    if found != _MODEL_TYPE:
+        raise ValueError(f"{path}: expected the config of a model of type {_MODEL_TYPE!r}, found {found!r}")
+
+
+def load_config(folder: Path) -> OVQConfig:
+    """The config of a saved model.
+
+    Raises:
+        ValueError: If there is none, or it is damaged, foreign, or has impossible values.
+    """
+    check_model_folder(folder)
+    from ovq.hf import OVQConfig
+
+    with _naming(folder / "config.json", "the config of a saved model"):
+        return OVQConfig.from_pretrained(folder, local_files_only=True)
+
+
+def load_model(folder: Path, *, num_slots: int | None = None) -> OVQForCausalLM:
+    """Load a trained model onto the GPU if there is one, and set the size of its dictionary.
+
+    Raises:
+        OSError: If there are no weights.
+        ValueError: If the folder holds no OVQ model, its files are damaged or do not fit each other, or
+            `num_slots` does not suit it.
+    """
+    config = load_config(folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        # transformers goes on without one that it cannot read.
+        _read_object(generation)
+    import torch
+
+    from ovq.hf import OVQForCausalLM
+
+    with _naming(folder, "the weights of a saved model"), _quiet():
+        model, report = OVQForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            output_loading_info=True,
+            # Refused below, by name.
+            ignore_mismatched_sizes=True,
+        )
+    _check_report(folder, report)
+    _check_end(generation, model.generation_config.eos_token_id)
+    if num_slots is not None:
+        model.set_num_slots(num_slots)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer saved with a model, or `None`: models of synthetic tasks read token ids.
+
+    Raises:
+        ValueError: If its files are damaged.
+    """
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    from transformers import AutoTokenizer
+
+    # The library tokenizers raises plain exceptions.
+    with _naming(folder, "the tokenizer of a model", (Exception,)):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, found what is none ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+@contextlib.contextmanager
+def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = _FOREIGN_ERRORS) -> Iterator[None]:
+    """Turn errors of libraries about a file into a ValueError that names it and what was expected of it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected {what}, found a file that is damaged ({error})") from error
+    except foreign as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: expected {what}, found what cannot be read as such ({found})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bar of loading, which is over before it is seen, and the table of what does not fit."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the first, if weights are missing, left over, or of another shape."""
+    faults = [
+        f"{name} of shape {list(found)} where {list(expected)} belongs"
+        for name, found, expected in sorted(report["mismatched_keys"])
+    ]
+    faults += [f"no {name}" for name in sorted(report["missing_keys"])]
+    faults += [f"{name}, which has no place" for name in sorted(report["unexpected_keys"])]
+    if faults:
+        others = f" and {len(faults) - 1} faults more" if len(faults) > 1 else ""
+        raise ValueError(
+            f"{folder}: expected the weights of the model that config.json describes, "
+            f"found {faults[0]}{others}"
+        )
+
+
+def _check_end(path: Path, found: Any) -> None:
+    """Raise ValueError unless the tokens that end a text are token ids."""
+    tokens = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(token, int) for token in tokens):
+        raise ValueError(f"{path}: expected eos_token_id to be a token id or a list of them, found {found!r}")

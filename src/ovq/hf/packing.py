@@ -1,0 +1,88 @@
+"""Rows packed into one: the names that transformers and trl have for what is `cu_seqlens` here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Keyword arguments of `forward` that say how rows are packed. The longest row is for kernels of others.
+PACKING_KWARGS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+
+
+def packed_offsets(
+    cu_seqlens: Tensor | None,
+    position_ids: Tensor | None,
+    kwargs: Mapping[str, Any],
+    *,
+    inputs: Tensor,
+    is_continued: bool,
+) -> Tensor | None:
+    """The offsets of packed rows, by whichever name they come.
+
+    Args:
+        cu_seqlens: `[R + 1]` offsets; or None.
+        position_ids: `[B, T]`; in a call of one row without mask and cache, each return to 0 or to the first
+            position begins a packed row. None, or positions that rise by one, say nothing.
+        kwargs: those of `PACKING_KWARGS` that were given: `cu_seq_lens_q` and `cu_seq_lens_k` are
+            `cu_seqlens`, `seq_idx` `[1, T]` is the row of each token, and lengths are not needed.
+        inputs: `[B, T]` or `[B, T, hidden_size]`, the tokens.
+        is_continued: whether there is a mask or a cache, whose columns positions may refer to.
+
+    Returns:
+        `[R + 1]` on the device of the tokens, or None where nothing is packed.
+
+    Raises:
+        ValueError: names that disagree, or rows packed in a batch of several.
+
+    Example:
+        >>> positions = torch.tensor([[0, 1, 2, 0, 1]])
+        >>> packed_offsets(None, positions, {}, inputs=positions, is_continued=False)
+        tensor([0, 3, 5])
+    """
+    batch_size, num_tokens = inputs.shape[:2]
+    found = {"cu_seqlens": cu_seqlens}
+    found |= {name: kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+    if (seq_idx := kwargs.get("seq_idx")) is not None:
+        _check_rows("seq_idx", seq_idx, batch_size, num_tokens)
+        found["seq_idx"] = _offsets(seq_idx[0].diff() != 0)
+    if position_ids is not None and not is_continued and position_ids.shape == (1, num_tokens):
+        found["position_ids"] = _restarts(position_ids)
+    found = {name: offsets.to(inputs.device) for name, offsets in found.items() if offsets is not None}
+    if not found:
+        return None
+    (first, chosen), *others = found.items()
+    for name, offsets in others:
+        # Rows without tokens are none by some of the names.
+        if not torch.equal(chosen.unique().long(), offsets.unique().long()):
+            raise ValueError(
+                f"expected {name} to pack the same rows as {first}, {chosen.tolist()[:16]}, found rows that "
+                f"begin and end at {offsets.tolist()[:16]}; cu_seqlens alone says it all"
+            )
+    return chosen
+
+
+def _check_rows(name: str, rows: Tensor, batch_size: int, num_tokens: int) -> None:
+    if batch_size != 1 or list(rows.shape) != [1, num_tokens]:
+        raise ValueError(
+            f"{name}: expected shape [1, {num_tokens}] with rows packed into one (as cu_seqlens has them), "
+            f"found {list(rows.shape)} and a batch of {batch_size}"
+        )
+
+
+def _offsets(is_break: Tensor) -> Tensor:
+    """Offsets of rows from whether one begins after each token, `[T - 1]`."""
+    starts = is_break.nonzero()[:, 0] + 1
+    return torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), len(is_break) + 1)])
+
+
+def _restarts(position_ids: Tensor) -> Tensor | None:
+    """Offsets of the rows that positions `[1, T]` begin anew for; None if they do for none, or not only."""
+    positions = position_ids[0]
+    is_break = positions.diff() != 1
+    starts = positions[1:][is_break]
+    if len(starts) == 0 or not bool(((starts == 0) | (starts == positions[0])).all()):
+        return None
+    return _offsets(is_break)

@@ -1,0 +1,321 @@
+"""Compiled kernels that cannot be had: what goes wrong costs speed and one warning, and nothing else."""
+
+import concurrent.futures
+import ctypes
+import os
+import re
+import stat
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from ovq.ops import cpu_kernels
+from ovq.ops.cpu import MissingKernelsWarning, build, kernels
+from tests.disks import full_disk
+from tests.ops.common import assert_same_state, attend, inputs
+
+needs_compiler = pytest.mark.skipif("compiled" not in cpu_kernels(), reason=cpu_kernels())
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Names of the kernels that have run."""
+    names = []
+    run = kernels._Call.run
+    monkeypatch.setattr(kernels._Call, "run", lambda call, name: (names.append(name), run(call, name)))
+    return names
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """A machine on which nothing has been compiled yet, with a cache and temporary files of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.delenv("OVQ_CPU_KERNELS", raising=False)
+    restart(monkeypatch)
+    yield monkeypatch
+    build._attempt.cache_clear()
+
+
+def restart(monkeypatch):
+    """From here on all is as in a new process."""
+    build._attempt.cache_clear()
+    monkeypatch.setattr(build, "_is_warned", False)
+
+
+def result():
+    q, k, v = inputs(1, 60, 2, 1, 8, 8, dtype=torch.float32)
+    return attend(q, k, v, num_slots=8, chunk_size=8)
+
+
+def warned(function):
+    """What the function returns, and what it warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        returned = function()
+    return returned, [str(w.message) for w in caught if w.category is MissingKernelsWarning]
+
+
+def kernel_files(folder):
+    """All that is in a folder, hidden or not; nothing but whole kernels should be."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+class Compiler:
+    """A command that makes the kernels at once, out of ones made before, and writes down its calls."""
+
+    def __init__(self, folder, body):
+        folder.mkdir()
+        self.path, self.log = folder / "c++", folder / "calls"
+        # The last argument is the file to make.
+        self.path.write_text(f'#!/bin/sh\necho "$TMPDIR" >> {self.log}\nfor last; do :; done\n{body}\n')
+        self.path.chmod(0o755)
+
+    @property
+    def calls(self):
+        """The folders for temporary files it was called with."""
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Kernels made before."""
+    return Path(build.load()._name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def usual():
+    """What comes out with the kernels of this machine, if it has any."""
+    return result()
+
+
+@pytest.fixture
+def compiler(made, tmp_path, fresh):
+    (tmp_path / "made").write_bytes(made)
+    compiler = Compiler(tmp_path / "bin", f'cp {tmp_path / "made"} "$last"')
+    fresh.setenv("CXX", str(compiler.path))
+    return compiler
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("OVQ_CPU_KERNELS", "0", "switched off by OVQ_CPU_KERNELS=0"),
+        ("CXX", "no-such-compiler", "no-such-compiler cannot be run"),
+        ("CXX", "false", "false failed: exit status 1"),
+        (
+            "CXX",
+            "c++ 'of mine",
+            r"CXX: expected a command, found \"c\+\+ 'of mine\" \(No closing quotation\)",
+        ),
+        ("PATH", "", r"no C\+\+ compiler found"),
+    ],
+)
+def test_without_a_compiler_plain_pytorch_does_it(usual, fresh, variable, value, reason, runs):
+    expected, state = usual
+    fresh.setenv(variable, value)
+    if variable == "PATH":
+        fresh.delenv("CXX", raising=False)
+    said, early = warned(cpu_kernels)
+    assert said.startswith("not available: ")
+    with pytest.raises(build.Unavailable, match=reason):
+        build.load()
+    (o, plain_state), now = warned(result)
+    _, later = warned(result)
+    assert runs == []
+    torch.testing.assert_close(o, expected)
+    assert_same_state(plain_state, state, tolerance=0)
+    # Who asks gets an answer; a warning is for who does not, once, and not for who wants none.
+    assert early == later == []
+    if variable == "OVQ_CPU_KERNELS":
+        assert now == []
+    else:
+        [message] = now
+        assert re.search(rf"{reason}.*at about a third of the speed", message)
+
+
+def test_a_failure_is_remembered(fresh, tmp_path):
+    failing = Compiler(tmp_path / "bin", "printf 'included\\nerror: \\377 is no text' >&2; exit 1")
+    fresh.setenv("CXX", str(failing.path))
+    for _ in range(3):
+        assert result()[0].isfinite().all()
+    assert "failed: error: \N{REPLACEMENT CHARACTER} is no text" in cpu_kernels()
+    assert len(failing.calls) == 1
+    assert kernel_files(tmp_path / "cache") == kernel_files(tmp_path / "temporary") == []
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("no more threads")])
+def test_no_error_of_the_system_escapes_the_op(fresh, error):
+    def broken(compiler):
+        raise error
+
+    fresh.setattr(build, "_fingerprint", broken)
+    fresh.setattr(build, "_compiler", lambda: ["c++"])
+    (o, _), messages = warned(result)
+    assert o.isfinite().all()
+    assert [str(error) in message for message in messages] == [True]
+
+
+@needs_compiler
+def test_compiled_once_and_kept(fresh, tmp_path):
+    # A disk of temporary files that cannot be used is no hindrance to the compiler.
+    (tmp_path / "file").write_text("no folder")
+    fresh.setenv("TMPDIR", str(tmp_path / "file"))
+    _, messages = warned(result)
+    assert messages == []
+    [path] = kernel_files(tmp_path / "cache")
+    written = path.stat().st_mtime_ns
+    restart(fresh)
+    result()
+    assert path.stat().st_mtime_ns == written
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@needs_compiler
+def test_temporary_files_of_the_compiler_lie_beside_the_kernels(compiler, tmp_path):
+    assert cpu_kernels() == "compiled for this processor"
+    folder = tmp_path / "cache" / "ovq"
+    assert {Path(call).parent for call in compiler.calls} == {folder}
+    assert [path.suffix for path in folder.iterdir()] == [".so"]
+
+
+def unwritable(monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("a file where a folder should be")
+
+
+def homeless(monkeypatch, tmp_path):
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nobody)
+
+
+def not_executable(monkeypatch, tmp_path):
+    """As on a disk mounted without the right to run code: all can be done but to load it."""
+    load = ctypes.CDLL
+
+    def refuse(path):
+        if path.startswith(str(tmp_path / "cache")):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+
+
+@needs_compiler
+@pytest.mark.parametrize("hinder", [unwritable, homeless, not_executable])
+def test_a_cache_that_cannot_be_used_is_no_hindrance(fresh, compiler, tmp_path, hinder):
+    """The kernels then lie among the temporary files, where the next process finds them."""
+    hinder(fresh, tmp_path)
+    for _ in range(3):
+        assert cpu_kernels() == "compiled for this processor"
+        restart(fresh)
+    assert len(compiler.calls) == 2, "once compiled, once linked"
+    [folder] = (tmp_path / "temporary").iterdir()
+    assert folder.name == f"ovq-{os.geteuid()}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [path.suffix for path in folder.iterdir()] == [".so"]
+
+
+def readable(folder, tmp_path):
+    folder.mkdir(mode=0o755)
+
+
+def elsewhere(folder, tmp_path):
+    (tmp_path / "other").mkdir(mode=0o700)
+    folder.symlink_to(tmp_path / "other")
+
+
+def no_folder(folder, tmp_path):
+    folder.write_text("text")
+
+
+def of_another(folder, tmp_path):
+    folder.mkdir(mode=0o700)
+
+
+@needs_compiler
+@pytest.mark.parametrize("make", [readable, elsewhere, no_folder, of_another])
+def test_code_is_taken_from_no_folder_that_others_may_write(fresh, compiler, tmp_path, make):
+    unwritable(fresh, tmp_path)
+    folder = tmp_path / "temporary" / f"ovq-{os.geteuid()}"
+    make(folder, tmp_path)
+    if make is of_another:
+        own = os.geteuid()
+        folder = folder.rename(folder.with_name(f"ovq-{own + 1}"))
+        fresh.setattr(os, "geteuid", lambda: own + 1)
+    elif make is not no_folder:
+        # What would be loaded, were it looked at.
+        stem = f"kernels-{build._fingerprint(build._compiler())}"
+        build._put((tmp_path / "made").read_bytes(), folder, stem)
+    assert f"{folder}: expected a folder that belongs to this user alone" in cpu_kernels()
+    assert compiler.calls == []
+
+
+@needs_compiler
+def test_a_full_disk_costs_the_kernels_and_leaves_nothing(fresh, compiler, tmp_path, runs):
+    with full_disk(20_000):
+        (o, _), messages = warned(result)
+    assert o.isfinite().all()
+    assert runs == compiler.calls == []
+    assert len(messages) == 1
+    assert f"File too large: '{tmp_path / 'cache' / 'ovq'}'" in messages[0]
+    for folder in ("cache", "temporary"):
+        assert kernel_files(tmp_path / folder) == []
+    assert [path.name for path in (tmp_path / "cache" / "ovq").iterdir()] == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("keep", [0, 9, 4096, 8 * 4096, -1])
+def test_a_file_cut_short_is_made_anew(fresh, compiler, tmp_path, made, keep):
+    cpu_kernels()
+    [path] = kernel_files(tmp_path / "cache")
+    # Another file, as this process has the old one in memory.
+    path.unlink()
+    path.write_bytes(made[:keep])
+    restart(fresh)
+    assert cpu_kernels() == "compiled for this processor"
+    assert len(compiler.calls) == 4
+    assert path.read_bytes() == made
+
+
+@needs_compiler
+def test_the_kernels_are_on_the_disk_before_they_have_their_name(compiler, fresh):
+    done = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        fresh.setattr(os, name, lambda *a, name=name, call=call: (done.append(name), call(*a))[1])
+    cpu_kernels()
+    assert done[-2:] == ["fsync", "replace"]
+
+
+@needs_compiler
+def test_what_cannot_be_loaded_is_named_and_not_made_again(fresh, compiler, tmp_path):
+    (tmp_path / "made").write_bytes(b"not a library")
+    for _ in range(3):
+        assert cpu_kernels().startswith(f"not available: {tmp_path / 'cache' / 'ovq'}")
+        restart(fresh)
+    assert result()[0].isfinite().all()
+    assert len(compiler.calls) == 2, "once compiled, once linked"
+
+
+@needs_compiler
+def test_processes_that_start_at_once_do_not_meet(compiler, tmp_path, made):
+    """Threads without the lock that threads have: all they share is the disk, as processes do."""
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        outcomes = list(pool.map(lambda _: build._attempt.__wrapped__(), range(6)))
+    assert all(isinstance(outcome, ctypes.CDLL) for outcome in outcomes), outcomes
+    [path] = kernel_files(tmp_path / "cache")
+    assert path.read_bytes() == made
+
+
+@needs_compiler
+def test_threads_that_start_at_once_compile_once(compiler, fresh):
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert len({id(library) for library in pool.map(lambda _: build.load(), range(6))}) == 1
+    assert len(compiler.calls) == 2, "once compiled, once linked"

@@ -1,0 +1,87 @@
+"""Keys of lengths at which float32 products vanish or overflow: assigned as float64 assigns them."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from ovq.ops.rules import INITS, MERGES
+from tests.ops.common import assert_same_state, attend, inputs
+
+needs_triton = pytest.mark.skipif(
+    not importlib.util.find_spec("triton"), reason="ovq[triton] is not installed"
+)
+LENGTHS = {
+    "short": [1e-20],
+    "long": [1e20],
+    "mixed": [1e-20, 1.0, 1e20],
+    "short beside ordinary": [1.0, 1.0, 1e-20, 1e-25],
+    "zero beside short": [0.0, 1e-20],
+    "both ends of float32": [1e-36, 1e30],
+}
+
+
+def keys_of_lengths(lengths, batch=2, length=40, dim=6):
+    """Keys in nine directions, so that some go together whatever their lengths, which are given."""
+    q, k, v = inputs(batch, length, 2, 2, dim, 4, dtype=torch.float32)
+    which = torch.randint(9, (batch, length), generator=torch.Generator().manual_seed(1))
+    k = (
+        k[0, :9]
+        .unsqueeze(0)
+        .expand(batch, -1, -1, -1)
+        .gather(1, which[..., None, None].expand(-1, -1, *k.shape[2:]))
+    )
+    factors = torch.tensor(lengths)[torch.arange(length) % len(lengths)]
+    return q, k * factors[:, None, None], v
+
+
+def check(backend, lengths, options, *, tolerance=0, **sizes):
+    """All sums are equal: values tell which tokens went where."""
+    q, k, v = keys_of_lengths(lengths, **sizes)
+    (_, state), (_, expected) = (attend(q, k, v, backend=b, **options) for b in (backend, "naive"))
+    assert_same_state(state, expected, tolerance=tolerance)
+    assert len(expected.count.unique()) > 2
+
+
+every_length = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+
+
+@every_length
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["products", "compiled"])
+def test_keys_of_any_length_go_where_the_reference_sends_them(lengths, merge, init, is_compiled, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr("ovq.ops.chunk.can_run", lambda *_: False)
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_slots": 8, "chunk_size": 8, "init": init, "merge": merge, "generator": generator}
+    # With "updated" the backends add the tokens of a slot in different orders.
+    check("torch", lengths, options, tolerance=1e-6 if merge == "updated" else 0)
+
+
+@needs_triton
+# Of the interpreter's NumPy: lengths of float32 overflow here, and are then taken in float64.
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@every_length
+def test_the_kernels_for_gpus_send_them_there_too(lengths):
+    check("triton", lengths, {"num_slots": 6, "chunk_size": 6}, batch=1, length=18)
+
+
+@every_length
+def test_one_token_at_a_time(lengths):
+    q, k, v = keys_of_lengths(lengths, batch=1, length=24)
+    options = {"num_slots": 6, "chunk_size": 6}
+    _, expected = attend(q, k, v, backend="naive", **options)
+    state = None
+    for t in range(24):
+        part = slice(t, t + 1)
+        _, state = attend(q[:, part], k[:, part], v[:, part], initial_state=state, **options)
+    assert_same_state(state, expected, tolerance=0)
+
+
+def test_the_reference_sends_keys_where_they_would_go_at_length_one():
+    """Which slot is nearest, and which key is the most novel, is no matter of the unit of length."""
+    options = {"num_slots": 8, "chunk_size": 8, "backend": "naive"}
+    counts = [attend(*keys_of_lengths(x), **options)[1].count for x in ([1.0], [2.0**-66], [2.0**66])]
+    assert torch.equal(counts[0], counts[1])
+    assert torch.equal(counts[0], counts[2])

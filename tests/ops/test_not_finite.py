@@ -1,0 +1,108 @@
+"""NaN and Inf in a token reach no output before it, and no other row or head, in any backend."""
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+
+from tests.ops.common import VARIANTS, attend, inputs
+
+# float64 goes through products of PyTorch, the others through the compiled kernels where there are any.
+WAYS = [
+    ("naive", torch.float64),
+    ("torch", torch.float64),
+    ("torch", torch.float32),
+    ("torch", torch.bfloat16),
+]
+# The first token, within a chunk, the last and first of one, and within the last, which is incomplete.
+CASES = list(itertools.product(WAYS, [0, 3, 7, 8, 18], [torch.nan, torch.inf, -torch.inf]))
+# The interpreter multiplies by NumPy, which warns of what is the point here. It is slow: few cases.
+quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+TRITON = [("triton", torch.float32)] if importlib.util.find_spec("triton") else []
+CASES += list(itertools.product(TRITON, [3, 18], [torch.nan]))
+OPTIONS = {"num_slots": 6, "chunk_size": 8}
+LENGTH = 21
+
+
+def spoilt(dtype, where, bad, token):
+    """Inputs of two rows and two heads, the same with `bad` in a token of one head, and where that is."""
+    tensors = inputs(2, LENGTH, 4, 2, 6, 5, dtype=dtype)
+    changed = [x.clone() for x in tensors]
+    changed["qkv".index(where)][1, token, 1, 2] = bad
+    return tensors, changed
+
+
+@quiet
+@pytest.mark.parametrize(("way", "token", "bad"), CASES, ids=str)
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_a_bad_token_reaches_no_output_before_it(way, bad, where, token):
+    backend, dtype = way
+    tensors, changed = spoilt(dtype, where, bad, token)
+    expected, _ = attend(*tensors, backend=backend, **OPTIONS)
+    o, state = attend(*changed, backend=backend, **OPTIONS)
+    assert torch.equal(o[0], expected[0])
+    assert torch.equal(o[1, :, :2], expected[1, :, :2])
+    assert torch.equal(o[1, :token], expected[1, :token])
+    # Negative control: it is not taken out, either.
+    after = o[1, token:, 2:] if where == "k" else o[1, token:, 2:, 2]
+    if where == "v" or bad != -torch.inf:
+        assert not after.isfinite().any() if where == "v" else not after.isfinite().all()
+    assert state.count.sum(-1).unique().tolist() == [16]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_nor_with_other_options(variant, where):
+    tensors, changed = spoilt(torch.float64, where, torch.nan, 11)
+    expected, _ = attend(*tensors, backend="torch", **OPTIONS, **variant)
+    o, _ = attend(*changed, backend="torch", **OPTIONS, **variant)
+    assert torch.equal(o[1, :11], expected[1, :11])
+    assert not o[1, 11:, 2:, 2].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_several_blocks_of_queries_in_a_chunk(dtype):
+    """A chunk of more tokens than are read together, two of them bad."""
+    q, k, v = inputs(1, 300, 2, 1, 6, 5, dtype=dtype)
+    options = {"num_slots": 6, "chunk_size": 290, "backend": "torch"}
+    expected, _ = attend(q, k, v, **options)
+    v[0, 140, 0, 0] = torch.inf
+    v[0, 280, 0, 0] = -torch.inf
+    v[0, 285, 0, 4] = torch.nan
+    o, _ = attend(q, k, v, **options)
+    assert torch.equal(o[0, :140], expected[0, :140])
+    torch.testing.assert_close(o[0, :, :, 1:4], expected[0, :, :, 1:4])
+    assert (o[0, 140:280, :, 0] == torch.inf).all()
+    assert o[0, 280:290, :, 0].isnan().all()
+
+
+@quiet
+@pytest.mark.parametrize(("backend", "dtype"), WAYS + TRITON, ids=str)
+def test_padding_may_be_anything(backend, dtype):
+    q, k, v = inputs(2, 13, 2, 1, 4, 4, dtype=dtype)
+    mask = torch.ones(2, 13, dtype=torch.bool)
+    mask[0, :5] = mask[1, 11:] = False
+    expected, state_expected = attend(q, k, v, attention_mask=mask, backend=backend, **OPTIONS)
+    for x in (q, k, v):
+        x[~mask] = torch.nan
+    o, state = attend(q, k, v, attention_mask=mask, backend=backend, **OPTIONS)
+    assert torch.equal(o, expected)
+    assert torch.equal(state.value_sum, state_expected.value_sum)
+
+
+@quiet
+@pytest.mark.parametrize("backend", ["torch", *(backend for backend, _ in TRITON)])
+def test_what_another_continuation_wrote_is_not_read(backend):
+    """Rows with unequal numbers of pending tokens, beside a continuation that has gone bad."""
+    q, k, v = inputs(2, 3, 2, 1, 4, 4, dtype=torch.float32)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    _, state = attend(q, k, v, attention_mask=mask, **OPTIONS)
+    one = [x[:, :1] for x in (q, k, v)]
+    bad = [torch.full_like(x, torch.nan) for x in one]
+    expected, _ = attend(*one, initial_state=state.clone(), backend=backend, **OPTIONS)
+    other = state
+    for _ in range(3):
+        _, other = attend(*bad, initial_state=other, backend=backend, **OPTIONS)
+    o, _ = attend(*one, initial_state=state, backend=backend, **OPTIONS)
+    assert torch.equal(o, expected)
