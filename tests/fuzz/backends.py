@@ -47,7 +47,7 @@ class Backend:
         """Calls inside run this backend, given that they ask for `op`."""
         with contextlib.ExitStack() as stack:
             if not self.has_kernels:
-                missing = build.Unavailable("switched off by the fuzzer")
+                missing = build.SwitchedOff("by the fuzzer")
                 stack.enter_context(mock.patch.object(build, "load", side_effect=missing))
             if self.op == "triton":
                 # Triton's interpreter computes with NumPy, which warns of what is not a number.
