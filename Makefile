@@ -1,11 +1,15 @@
 # Everything from a fresh clone: `make demo` shows the main job, `make test` checks it.
+# `make fuzz` runs many more random programs than the tests do: CALLS of the op on each backend, and of other
+# kinds a share; Triton's interpreter takes most of the time. BACKEND=... runs one backend alone.
 # PYTHON picks the interpreter the environment is built with, OUT the folder `make demo` writes to.
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= demo-out
+CALLS ?= 10000
+SEED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test test-peers fuzz lint format clean
 
 install: $(VENV)/.installed
 
@@ -18,7 +22,20 @@ demo: install
 	$(BIN)/ovq demo --out $(OUT)
 
 test: install lint
-	$(BIN)/python -m pytest -n 2 -m 'not slow' tests src/ovq
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not peers' tests src/ovq
+
+# transformers' own tests, peft, accelerate and trl on our models: minutes of work. The tests are those of the source
+# distribution of the installed version; a checkout of it has more: TRANSFORMERS_TESTS=CHECKOUT/tests.
+test-peers: $(VENV)/.installed-peers
+	tests="$${TRANSFORMERS_TESTS:-$$($(BIN)/python -m tests.peers.sources .peers)}" \
+		&& TRANSFORMERS_TESTS="$$tests" $(BIN)/python -m pytest -n 2 -m peers tests/peers
+
+$(VENV)/.installed-peers: $(VENV)/.installed
+	$(BIN)/pip install --progress-bar on -e '.[peers]'
+	touch $@
+
+fuzz: install
+	$(BIN)/python -m tests.fuzz --calls $(CALLS) --seed $(SEED) $(if $(BACKEND),--backend $(BACKEND))
 
 lint: install
 	$(BIN)/ruff check .
@@ -29,4 +46,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OUT) .peers .pytest_cache .ruff_cache .hypothesis

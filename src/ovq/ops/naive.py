@@ -29,14 +29,14 @@ class _Head:
     def means(self, sums: list[Tensor]) -> Tensor:
         return torch.stack([s / c for s, c in zip(sums, self.count, strict=True)])
 
-    def open_slot(self, key: Tensor, value: Tensor) -> None:
-        self.key_sum.append(key)
-        self.value_sum.append(value)
-        self.count.append(1)
+    def open_slots(self, num: int, key: Tensor, value: Tensor) -> None:
+        self.key_sum += [torch.zeros_like(key)] * num
+        self.value_sum += [torch.zeros_like(value)] * num
+        self.count += [0] * num
 
     def merge_into(self, slot: int, key: Tensor, value: Tensor, rate: float | str) -> None:
         for sums, x in ((self.key_sum, key), (self.value_sum, value)):
-            if rate == "count":
+            if rate == "count" or not self.count[slot]:
                 sums[slot] = sums[slot] + x
             else:
                 mean = sums[slot].double() / self.count[slot]
@@ -162,20 +162,22 @@ def _learn(chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int,
     )
     rest = list(range(options.chunk_size))
     if not head.count:  # The first chunk: its first key opens slot 0.
-        head.open_slot(chunk_k[0], chunk_v[0])
+        head.open_slots(1, chunk_k[0], chunk_v[0])
+        head.merge_into(0, chunk_k[0], chunk_v[0], options.rate)
         rest = rest[1:]
     existing = len(head.count)
     means = head.means(head.key_sum).detach()
     scores = _scores(chunk_k, means)
     opening = _openers(scores, chunk_k, means, rest, wanted - existing, h, num_seen, options)
-    for j in opening:
-        head.open_slot(chunk_k[j], chunk_v[j])
+    head.open_slots(len(opening), chunk_k[0], chunk_v[0])
     if options.merge == "updated":
         means = torch.cat([means, *(chunk_k[j].detach()[None] for j in opening)])
         scores = _scores(chunk_k, means)
-    for j in rest:
-        if j not in opening:
-            head.merge_into(_nearest(scores[j], chunk_k[j], means), chunk_k[j], chunk_v[j], options.rate)
+    opened = {j: existing + i for i, j in enumerate(opening)}
+    slots = {j: opened[j] if j in opened else _nearest(scores[j], chunk_k[j], means) for j in rest}
+    # In order of position; but a constant rate moves a slot from the key that opened it.
+    for j in rest if options.rate == "count" else sorted(rest, key=lambda j: j not in opened):
+        head.merge_into(slots[j], chunk_k[j], chunk_v[j], options.rate)
     if options.rate != "count":
         # Such steps are taken in float64; what is kept between chunks is as wide as all sums.
         head.key_sum = [rounded(s.double(), chunk_k.dtype) for s in head.key_sum]

@@ -213,10 +213,14 @@ static void choose_openers(const Call *call, int64_t num, Learner *learner) {
     }
 }
 
+/* The higher of two scores; NaN if one of them is. */
+INLINE double higher(double a, double b) { return b > a || std::isnan(b) ? b : a; }
+
 /* merge="updated": let the keys that open no slot go to the slots opened by their own chunk as well. */
 static void merge_updated(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t existing,
-                          double longest, Learner *learner) {
+                          const Lengths *lengths, Learner *learner) {
     const int64_t ld = key_ld(call), dim = call->k.dim, size = call->chunk_size;
+    double longest = lengths->longest;
     for (int64_t t = 0; t < size; t++) {
         const float *key = tokens->keys + t * ld;
         if (learner->opens[t]) longest = fmax(longest, sqrt(exact_dot(key, key, dim)));
@@ -224,13 +228,20 @@ static void merge_updated(const Call *call, const Dictionary *dictionary, const 
     for (int64_t t = 0; t < size; t++) {
         const float *key = tokens->keys + t * ld;
         if (learner->opens[t]) continue;
-        double fresh = -INFINITY;
-        for (int64_t u = 0; u < size; u++)
-            if (learner->opens[u]) fresh = fmax(fresh, exact_dot(key, tokens->keys + u * ld, dim));
         const double own = exact_dot(key, dictionary->rows.keys + learner->slot[t] * ld, dim);
-        const double floor = fmax(own, fresh) - call->tie * sqrt(exact_dot(key, key, dim)) * longest;
+        double best = own;
+        for (int64_t u = 0; u < size; u++)
+            if (learner->opens[u]) best = higher(best, exact_dot(key, tokens->keys + u * ld, dim));
+        if (lengths->has_extremes)
+            for (int64_t i = 0; i < existing; i++)
+                best = higher(best, exact_dot(key, dictionary->rows.keys + i * ld, dim));
+        if (!std::isfinite(best)) {
+            learner->slot[t] = 0;
+            continue;
+        }
+        const double floor = best - call->tie * sqrt(exact_dot(key, key, dim)) * longest;
         /* On a tie the slot that was there before has the lower index. */
-        if (!(own < floor) || !std::isfinite(fresh)) continue;
+        if (own >= floor) continue;
         int64_t slot = existing;
         for (int64_t u = 0; u < size; u++) {
             if (!learner->opens[u]) continue;
@@ -267,7 +278,7 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
         if (!priority) settle_novelty(call, dictionary, tokens, opening, lengths.has_extremes, learner, scores);
         choose_openers(call, opening, learner);
         if (call->is_merge_updated)
-            merge_updated(call, dictionary, tokens, existing, lengths.longest, learner);
+            merge_updated(call, dictionary, tokens, existing, &lengths, learner);
         int32_t slot = (int32_t)existing;
         for (int64_t t = 0; t < size; t++)
             if (learner->opens[t]) learner->slot[t] = slot++;
@@ -276,9 +287,7 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
         learner->slot[0] = 0;
         learner->opens[0] = 1;
     }
-    for (int opens = 1; opens >= 0; opens--)
-        for (int64_t t = 0; t < size; t++)
-            if (learner->opens[t] == opens) add_token(sums, call, learner->slot[t], tokens, t, 1);
+    for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
     dictionary->num = chunk->after;
     update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
     int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;

@@ -281,14 +281,11 @@ def _merge_updated(
     An ablation, off by default: written for clarity, in float64 throughout.
     """
     for s, n in enumerate(existing):
-        opened = keys[s, is_opener[s]].double()
-        if len(opened) == 0:
+        if not bool(is_opener[s].any()):
             continue
-        own_keys = keys[s].double()
-        own = (own_keys * means[s, slots[s]].double()).sum(-1)
-        fresh = (own_keys[:, None] * opened[None]).sum(-1)
-        longest = torch.cat([means[s, :n].double(), opened]).norm(dim=-1).max()
-        floor = torch.maximum(own, fresh.amax(-1)) - TIE * own_keys.norm(dim=-1) * longest
-        # On a tie the slot that was there before has the lower index.
-        moves = (own < floor) & fresh.amax(-1).isfinite()
-        slots[s] = torch.where(moves, n + (fresh >= floor[:, None]).byte().argmax(-1), slots[s])
+        own, candidates = keys[s].double(), torch.cat([means[s, :n], keys[s, is_opener[s]]]).double()
+        scores = own @ candidates.T
+        best = scores.amax(-1)
+        floor = best - TIE * own.norm(dim=-1) * candidates.norm(dim=-1).max()
+        # On a tie the slot that was there before has the lower index; slot 0 where nothing can be compared.
+        slots[s] = torch.where(best.isfinite(), (scores >= floor[:, None]).byte().argmax(-1), 0)

@@ -1,0 +1,67 @@
+"""What counts as equal: states by their counts exactly, numbers within a bound that grows with the inputs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ovq.ops import OVQState
+
+#: Error allowed in an exact result of size 1 from scores of size 1.
+TOLERANCES = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 0.02, "float16": 0.0025}
+
+
+def bound_of(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *, has_norms: bool) -> float:
+    """Error allowed in outputs: a score is wrong by its size times the precision, a weight by as much.
+
+    Without a bound where scores may be larger than the largest number of the dtype, 65504 in float16.
+    """
+    longest_q, longest_k, longest_v = (
+        float(x.detach().double().nan_to_num(0, 0, 0).norm(dim=-1).max()) if x.numel() else 0.0
+        for x in (q, k, v)
+    )
+    score = longest_q * longest_k + (longest_k**2 / 2 if has_norms else 0)
+    score *= float(scale.detach().abs().max())
+    if score > torch.finfo(q.dtype).max:
+        return math.inf
+    return TOLERANCES[str(q.dtype).removeprefix("torch.")] * (1 + score) * (1 + longest_v)
+
+
+def assert_close(actual: Tensor, expected: Tensor, bound: float, what: str) -> None:
+    """Not finite in the same places, and as close as `bound` in all others; nothing if that is infinite."""
+    assert actual.shape == expected.shape, f"{what}: expected {expected.shape}, found {actual.shape}"
+    assert actual.dtype == expected.dtype, f"{what}: expected {expected.dtype}, found {actual.dtype}"
+    if math.isinf(bound):
+        return
+    is_finite = expected.isfinite()
+    places = (actual.isfinite() != is_finite).nonzero().tolist()
+    assert not places, f"{what}: expected NaN and Inf where the reference has them, found others at {places}"
+    errors = (actual - expected).detach().double().abs()[is_finite]
+    worst = float(errors.max()) if errors.numel() else 0.0
+    assert worst <= bound, f"{what}: expected an error of {bound:.1e}, found {worst:.1e}"
+
+
+def assert_state(actual: OVQState, expected: OVQState, what: str, *, size: float = 1.0) -> None:
+    """States of one row: counts and tokens seen are equal, sums to the last bits, pending tokens to the last.
+
+    Args:
+        actual: the state; it may have spare slots.
+        expected: what it should be.
+        what: it is, for error messages.
+        size: of the longest tokens, where sums are such that those cancel.
+    """
+    counts = [[[c for c in head if c] for head in state.count[0].tolist()] for state in (actual, expected)]
+    assert counts[0] == counts[1], f"{what}: expected counts {counts[1]}, found {counts[0]}"
+    seen = [state.num_seen.tolist() for state in (actual, expected)]
+    assert seen[0] == seen[1], f"{what}: expected {seen[1]} tokens seen, found {seen[0]}"
+    used = {"sum": len(counts[1][0]), "pending": int(expected.num_pending)}
+    for name in ("key_sum", "value_sum", "pending_keys", "pending_values"):
+        places = used["pending" if "pending" in name else "sum"]
+        a, b = (getattr(state, name)[:, :, :places] for state in (actual, expected))
+        # One way to add up Inf gives NaN, another Inf.
+        a, b = (x.masked_fill(~x.isfinite(), torch.nan) for x in (a, b))
+        tolerance = 0 if "pending" in name else 1e-9
+        is_same = torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+        assert is_same, f"{what}: expected the {name} of the reference, found another"

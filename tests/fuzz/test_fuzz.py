@@ -1,0 +1,108 @@
+"""Two hundred calls of every backend, and proof that the fuzzer finds and shows what is wrong."""
+
+import dataclasses
+
+import pytest
+from typer.testing import CliRunner
+
+from ovq.hf import OVQCache
+from ovq.ops import OVQState, ovq_attention
+from ovq.ops.backends.cpu import kernels
+from tests.fuzz import op
+from tests.fuzz.__main__ import app
+from tests.fuzz.backends import BACKENDS
+from tests.fuzz.run import KINDS, SHARES, drawn, report, run
+
+CALLS = 200
+PAIRS = [(kind, name) for name, backend in BACKENDS.items() for kind in backend.kinds]
+
+
+@pytest.mark.parametrize(("kind", "backend"), PAIRS)
+def test_random_programs(kind, backend):
+    if reason := BACKENDS[backend].missing():
+        pytest.skip(reason)
+    # Triton's interpreter takes half a second a call.
+    calls = CALLS / 10 if BACKENDS[backend].is_slow else CALLS
+    outcome = run(kind, backend, calls=round(calls * SHARES[kind]), seed=1)
+    assert outcome.num_run == round(calls * SHARES[kind])
+    assert not outcome.failures, "\n".join(report(found, outcome) for found in outcome.failures.values())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_kernels_run_where_they_should(backend, monkeypatch):
+    if reason := BACKENDS[backend].missing():
+        pytest.skip(reason)
+    names = []
+    run_kernel = kernels._Arguments.run
+    monkeypatch.setattr(
+        kernels._Arguments, "run", lambda call, name: (names.append(name), run_kernel(call, name))
+    )
+    run("op", backend, calls=60, seed=0)
+    assert set(names) == ({"ovq_forward", "ovq_backward"} if backend == "cpu" else set())
+
+
+def without_mask(*tensors, attention_mask=None, backend="auto", **options):
+    return ovq_attention(*tensors, backend=backend, **options)
+
+
+@pytest.fixture(params=["op", "states", "caches"])
+def fault(request, monkeypatch):
+    """A kind of programs, and a fault that they have to find."""
+    if request.param == "op":
+        monkeypatch.setattr(op, "ovq_attention", without_mask)
+    elif request.param == "states":
+        monkeypatch.setattr(OVQState, "reorder", lambda state, index: state)
+    else:
+        monkeypatch.setattr(OVQCache, "snapshot", lambda cache: cache)
+    return request.param
+
+
+def test_a_fault_is_found_and_the_lines_that_are_printed_show_it(fault):
+    outcome = run(fault, "torch", calls=20, seed=0)
+    assert 0 < outcome.num_failed < outcome.num_run
+    found = next(iter(outcome.failures.values()))
+    lines = report(found, outcome).splitlines()[1:]
+    assert lines[0].startswith("from tests.fuzz.")
+    # Fewer fields and smaller numbers than the program that was drawn.
+    assert len(lines[1]) < len(f"{found.program!r}.check('torch')")
+    with pytest.raises((AssertionError, RuntimeError)):
+        exec("\n".join(lines), {})
+
+
+def test_the_same_lines_end_well_without_the_fault(monkeypatch):
+    monkeypatch.setattr(op, "ovq_attention", without_mask)
+    outcome = run("op", "torch", calls=20, seed=0)
+    lines = report(next(iter(outcome.failures.values())), outcome).splitlines()[1:]
+    monkeypatch.undo()
+    exec("\n".join(lines), {})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_depends_on_its_seed_and_number_alone_and_is_written_down_whole(kind):
+    programs = [drawn(kind, "torch", 3, number) for number in range(40)]
+    assert programs == [drawn(kind, "torch", 3, number) for number in range(40)]
+    assert len({repr(program) for program in programs}) == 40
+    assert programs[5] != drawn(kind, "torch", 4, 5)
+    for program in programs:
+        assert eval(repr(program), {type(program).__name__: type(program)}) == program
+        fields = [field.default for field in dataclasses.fields(program)]
+        assert dataclasses.MISSING not in fields
+
+
+def test_time_is_boxed():
+    assert run("op", "torch", calls=10**9, seed=0, seconds=0.05).num_run < 1000
+
+
+def test_the_command_line(monkeypatch):
+    arguments = ["--backend", "torch", "--kind", "op", "--calls", "30"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert "torch" in result.stdout
+    monkeypatch.setattr(op, "ovq_attention", without_mask)
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1
+    assert "OpCall(" in result.output
+    for wrong in (["--backend", "abacus"], ["--kind", "abacus"]):
+        result = CliRunner().invoke(app, wrong)
+        assert result.exit_code == 2
+        assert "abacus" in result.output
