@@ -170,7 +170,8 @@ def _attention(
     )
     _used = backends.chosen(backend, call)
     with _full_precision(q.device):
-        return backends.BACKENDS[_used].run(call)
+        o, state = backends.BACKENDS[_used].run(call)
+    return o, state if output_final_state else None
 
 
 @contextlib.contextmanager

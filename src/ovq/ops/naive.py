@@ -62,9 +62,7 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
         states.append(after)
     pieces.append(call.q.new_zeros(call.num_tokens - end, call.q.shape[2], call.v.shape[3]))
     o = torch.cat(pieces).view(*call.q.shape[:3], call.v.shape[3])
-    if not call.wants_state:
-        return o, None
-    return o, OVQState.concatenate(states) if states else call.state
+    return o, OVQState.concatenate(states) if call.wants_state and states else call.state
 
 
 def naive_row(

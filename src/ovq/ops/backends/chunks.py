@@ -26,7 +26,7 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
     """
     q, k, v, state = call.q, call.k, call.v, call.state
     if not sum(call.rows.lengths):
-        return q.new_zeros(*q.shape[:3], v.shape[3]), state if call.wants_state else None
+        return q.new_zeros(*q.shape[:3], v.shape[3]), state
     aligned = AlignedRows(
         call.rows,
         pending=state.num_pending.tolist(),
