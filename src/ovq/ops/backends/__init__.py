@@ -28,7 +28,7 @@ class Backend(Protocol):
         """Why the backend cannot run a call, as "expected ..., found ..."; None if it can."""
 
     def run(self, call: Call) -> tuple[Tensor, OVQState | None]:
-        """Outputs `[B, T, H, V]` in the dtype of q, and the state afterwards; None will do if none is wanted."""
+        """Outputs `[B, T, H, V]` in the dtype of q, and the state afterwards, or None if not wanted."""
 
 
 BACKENDS: dict[str, Backend] = {"naive": naive, "torch": torch, "cpu": cpu, "triton": triton}
