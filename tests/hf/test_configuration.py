@@ -121,3 +121,12 @@ def test_every_field_changes_the_model(changes):
         torch.manual_seed(0)
         logits.append(OVQForCausalLM(config).eval()(random_ids(2, 40)).logits)
     assert not torch.allclose(*logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["rms_norm_eps", "rope_theta", "initializer_range", "vq_decay", "commitment_weight", "slot_rate"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0])
+def test_numbers_that_are_none_or_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        make_config(**{name: value})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli.common import check_model_folder, encode, load_model, load_tokenizer
+from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
     from ovq.hf import Context, OVQForCausalLM
@@ -56,7 +57,7 @@ def generate(
     num_slots: Annotated[
         int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Generate from a prompt and print tokens as they come.
 
