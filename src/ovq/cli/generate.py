@@ -168,8 +168,11 @@ def _print(pieces: Iterable[str]) -> None:
     """Print each piece as it comes, and end the line, after Ctrl-C too."""
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    finally:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+            print(piece, end="", flush=True)
+    except OSError:
+        # Nobody reads it, or it cannot be written: the end of the line neither.
+        raise
+    except BaseException:
+        print(flush=True)
+        raise
+    print(flush=True)
