@@ -5,7 +5,7 @@ VENV ?= .venv
 OUT ?= demo-out
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test test-oldest lint format clean
 
 install: $(VENV)/.installed
 
@@ -20,6 +20,12 @@ demo: install
 test: install lint
 	$(BIN)/python -m pytest -n 2 -m 'not slow' tests src/ovq
 
+# The oldest dependencies that pyproject.toml allows; 6 GB, as old versions of torch come for GPUs alone.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --progress-bar on -e '.[dev]' -c tests/oldest.txt
+	$(VENV)-oldest/bin/python -m pytest -n 2 -m 'not slow' tests src/ovq
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,4 +35,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(OUT) .pytest_cache .ruff_cache .hypothesis

@@ -305,10 +305,7 @@ def test_the_version_is_printed(capsys):
         ("generate --model {trained} --prompt 1 --top-p 0", "--top-p: expected a number above 0"),
         ("generate --model {trained} --prompt 1 --top-p 0.5", "--top-p: expected a temperature above 0"),
         ("generate --model {trained} --prompt 1 --temperature -1", "--temperature"),
-        (
-            "generate --model {trained} --prompt 1 --temperature nan",
-            "--temperature: expected a finite number",
-        ),
+        ("generate --model {trained} --prompt 1 --temperature nan", "--temperature"),
         (
             "generate --model {trained} --prompt 1 --temperature inf",
             "--temperature: expected a finite number",
