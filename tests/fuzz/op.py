@@ -373,7 +373,7 @@ def _drawn_rows(rng: Random, layout: str, chunk_size: int, longest: int) -> tupl
 def _drawn_special(
     rng: Random, rows: Sequence[tuple[int, int, int]], rate: float | str
 ) -> tuple[tuple[str, int, int], ...]:
-    # A step of a constant rate from Inf is Inf or NaN by how it is written; in float16 the longest keys are Inf.
+    # A step of a constant rate from Inf is Inf or NaN by how it is written; in float16 long keys are Inf.
     names = [what for what in SPECIAL if rate == "count" or what not in ("inf key", "inf value", "vast key")]
     special = []
     for _ in range(rng.randrange(1, 4)):
