@@ -9,7 +9,7 @@ CALLS ?= 10000
 SEED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-peers fuzz lint format clean
+.PHONY: install demo test test-peers test-oldest fuzz lint format clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,12 @@ $(VENV)/.installed-peers: $(VENV)/.installed
 fuzz: install
 	$(BIN)/python -m tests.fuzz --calls $(CALLS) --seed $(SEED) $(if $(BACKEND),--backend $(BACKEND))
 
+# The oldest dependencies that pyproject.toml allows; 6 GB, as old versions of torch come for GPUs alone.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --progress-bar on -e '.[dev]' -c tests/oldest.txt
+	$(VENV)-oldest/bin/python -m pytest -n 2 -m 'not slow and not peers' tests src/ovq
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +52,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OUT) .peers .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(OUT) .peers .pytest_cache .ruff_cache .hypothesis
