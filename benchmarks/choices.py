@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ovq.bench.measure import interleaved
-from ovq.bench.workloads import Workload
 from ovq.layers import ShortConvolution, common
 from ovq.ops import groups
+from ovq.research.bench.measure import interleaved
+from ovq.research.bench.workloads import Workload
 
 HEADS, CHUNK, SLOTS, DIM = 8, 256, 1024, 64
 CPU_ELEMENTS, READ_BLOCK = groups.CPU_ELEMENTS, groups.READ_BLOCK

@@ -22,8 +22,8 @@ from sklearn.cluster import MiniBatchKMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from ovq.files import atomic_path, write_atomic
 from ovq.gmr import GaussianMixtureRegressor
+from ovq.runtime.files import atomic_path, write_atomic
 
 SLOTS, CHUNK = (16, 64, 256), 32
 TRAIN, HELD_OUT = 2048, 512

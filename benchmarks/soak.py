@@ -23,7 +23,7 @@ import typer
 from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
-from ovq.report.progress import Reporter
+from ovq.runtime.progress import Reporter
 
 ROWS, DIM, CHUNK, SLOTS = 2, 8, 16, 32
 DRIFT_BOUND = 2.0**-22

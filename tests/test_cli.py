@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from ovq.cli import main
 from ovq.eval.accuracy import evaluate
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.report.progress import Reporter
+from ovq.runtime.progress import Reporter
 from ovq.train.config import RunConfig
 
 TINY = [

@@ -13,7 +13,7 @@ from ovq.eval.language import evaluate_language
 from ovq.eval.needle import evaluate_needle
 from ovq.eval.reading import token_bytes
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.report.progress import Reporter
+from ovq.runtime.progress import Reporter
 from ovq.text import byte_tokenizer
 from ovq.text.haystack import NeedleBuilder, essay_texts
 from ovq.train.recipes import get_recipe

@@ -8,7 +8,7 @@ from rich.console import Console
 from ovq.eval import accuracy
 from ovq.eval.accuracy import evaluate, long_range_mixer
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.report.progress import Reporter
+from ovq.runtime.progress import Reporter
 from ovq.tasks import IGNORE_INDEX, RecallTask, RegressionTask
 
 TASK = RecallTask(vocab_size=20, key_length=2, pair_share=0.5, query_share=0.6)

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from ovq.eval.language import LanguageRow, evaluate_language, take_windows
 from ovq.eval.reading import each_dictionary, token_bytes, token_losses
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.report.language import language_table, octave_losses, position_table, save_language_figures
-from ovq.report.progress import Reporter
+from ovq.plots.language import language_table, octave_losses, position_table, save_language_figures
+from ovq.runtime.progress import Reporter
 from ovq.text import Document, byte_tokenizer, train_tokenizer
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from ovq.eval.needle import NeedleRow, ask, evaluate_needle
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.report.needle import SCORES, needle_table, save_needle_figures
-from ovq.report.progress import Reporter
+from ovq.plots.needle import SCORES, needle_table, save_needle_figures
+from ovq.runtime.progress import Reporter
 from ovq.text import Document, TextSource, byte_tokenizer, split_of, train_tokenizer
 from ovq.text.haystack import Needle, NeedleBuilder, essay_texts, sentences
 

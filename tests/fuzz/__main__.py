@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ovq.report.progress import Reporter
+from ovq.runtime.progress import Reporter
 from tests.fuzz.backends import BACKENDS
 from tests.fuzz.run import KINDS, SHARES, Outcome, report, run
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from ovq.cli import main
 from ovq.hf import OVQForCausalLM
 from ovq.hf.modeling_ovq import OVQMLP
-from ovq.report.progress import Reporter
+from ovq.runtime.progress import Reporter
 from ovq.train import loop
 from ovq.train.checkpoints import SEAL_FILE, fault
 from ovq.train.recipes import get_recipe

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from ovq.hf import OVQForCausalLM
-from ovq.report.progress import Reporter
+from ovq.runtime.progress import Reporter
 from ovq.train import loop
 from ovq.train.checkpoints import SEAL_FILE, fault
 from ovq.train.data import CurriculumDataset

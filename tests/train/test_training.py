@@ -9,7 +9,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from ovq.hf import OVQForCausalLM
-from ovq.report.progress import Reporter
+from ovq.runtime.progress import Reporter
 from ovq.tasks import IGNORE_INDEX, RecallTask
 from ovq.train import loop
 from ovq.train.checkpoints import newest_checkpoint, seal

@@ -6,7 +6,7 @@ import string
 
 from rich.console import Console
 
-from ovq.report.progress import Reporter
+from ovq.runtime.progress import Reporter
 from ovq.tasks import TextTask
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
 from ovq.train.data import CORPUS_FILE

@@ -47,10 +47,10 @@ def bench(
     sizes = parse_ints(num_slots, flag="--num-slots")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, found {device!r}")
-    from ovq.bench.show import save_figures, sentences, tables
-    from ovq.bench.suite import PARTS, Suite, run_suite
-    from ovq.files import write_atomic
-    from ovq.report.progress import Reporter
+    from ovq.research.bench.show import save_figures, sentences, tables
+    from ovq.research.bench.suite import PARTS, Suite, run_suite
+    from ovq.runtime.files import write_atomic
+    from ovq.runtime.progress import Reporter
 
     parts = [name for name in PARTS if device == "cpu" or name != "stream"]
     suite = Suite(

@@ -95,7 +95,7 @@ def show_results(
     results = json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=2)
     paths = []
     if out is not None:
-        from ovq.files import write_atomic
+        from ovq.runtime.files import write_atomic
 
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, results + "\n")

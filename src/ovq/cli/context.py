@@ -60,9 +60,9 @@ def build(
 
     from transformers import set_seed
 
+    from ovq.eval.rows import format_bytes
     from ovq.hf import build_context, save_context
-    from ovq.report.progress import Reporter
-    from ovq.report.rows import format_bytes
+    from ovq.runtime.progress import Reporter
 
     loaded = load_model(model, num_slots=num_slots)
     ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, flag="--text")

@@ -30,6 +30,6 @@ def demo(
     Example: [bold]ovq demo --out demo-out[/bold], then [bold]ovq eval --model demo-out/ovq --lengths
         8192[/bold]
     """
-    from ovq.demo import run_demo
+    from ovq.research.demo import run_demo
 
     run_demo(out, seed=seed, is_quick=quick)

@@ -53,7 +53,7 @@ def harness(
     names = [name.strip() for name in tasks.split(",")]
 
     from ovq.eval.harness import evaluate_tasks
-    from ovq.files import write_atomic
+    from ovq.runtime.files import write_atomic
 
     # Tasks that build their data load the tokenizer themselves.
     metadata: dict[str, Any] = {"tokenizer": str(model)}

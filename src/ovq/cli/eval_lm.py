@@ -61,7 +61,7 @@ def language(
     for folder in model:
         check_model_folder(folder)
 
-    from ovq.report.language import language_table, position_table, save_language_figures
+    from ovq.plots.language import language_table, position_table, save_language_figures
 
     source = corpus.corpus_to_read(
         model[0],
@@ -101,7 +101,7 @@ def _measure(folders: list[Path], source: TextSource, split: str, **options: Any
     """The rows of all models, each of which reads the documents with its own tokenizer."""
     from ovq.eval.language import evaluate_language
     from ovq.eval.reading import token_bytes
-    from ovq.report.progress import Reporter
+    from ovq.runtime.progress import Reporter
     from ovq.text import load_corpus
 
     rows = []

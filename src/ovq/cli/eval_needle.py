@@ -72,7 +72,7 @@ def needle(
     for folder in model:
         check_model_folder(folder)
 
-    from ovq.report.needle import needle_table, save_needle_figures
+    from ovq.plots.needle import needle_table, save_needle_figures
     from ovq.text.haystack import essay_texts
 
     source = corpus.corpus_to_read(model[0], dataset, **chosen) if haystack == "essay" else None
@@ -106,7 +106,7 @@ def needle(
 def _measure(folders: list[Path], questions: dict[str, Any], **options: Any) -> list[NeedleRow]:
     """The rows of all models, each of which reads the questions with its own tokenizer."""
     from ovq.eval.needle import evaluate_needle
-    from ovq.report.progress import Reporter
+    from ovq.runtime.progress import Reporter
     from ovq.text.haystack import NeedleBuilder
 
     rows = []

@@ -64,8 +64,8 @@ def evaluate(
         task.at_length(length)
 
     from ovq.eval.accuracy import evaluate as evaluate_model
-    from ovq.report.progress import Reporter
-    from ovq.report.tables import result_table, slice_table
+    from ovq.plots.tables import result_table, slice_table
+    from ovq.runtime.progress import Reporter
 
     with Reporter() as reporter:
         rows = evaluate_model(

@@ -34,7 +34,7 @@ def memory(
 
     from rich.table import Table
 
-    from ovq.report.rows import format_bytes
+    from ovq.eval.rows import format_bytes
 
     table = Table(title=f"State of one sequence: {config}")
     for column in ("tokens", "this model", "with full attention", "ratio"):

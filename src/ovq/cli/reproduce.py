@@ -51,8 +51,8 @@ def reproduce(
         raise ValueError(
             "expected names of figures, or one of --all, --list and --report; see ovq reproduce --list"
         )
-    from ovq.reproduce.figures import FIGURES, get_figure
-    from ovq.reproduce.presets import get_preset
+    from ovq.research.reproduce.figures import FIGURES, get_figure
+    from ovq.research.reproduce.presets import get_preset
 
     sizes = get_preset(preset)
     figures = [
@@ -66,10 +66,10 @@ def reproduce(
         _check_gpu(sizes)
     out = out or Path("reproduce-out") / sizes.name
 
-    from ovq.report.progress import Reporter
-    from ovq.reproduce.engine import Workshop, claimed
-    from ovq.reproduce.engine import reproduce as make
-    from ovq.reproduce.page import write_report
+    from ovq.research.reproduce.engine import Workshop, claimed
+    from ovq.research.reproduce.engine import reproduce as make
+    from ovq.research.reproduce.page import write_report
+    from ovq.runtime.progress import Reporter
 
     if figures:
         with claimed(out), Reporter(is_long=True) as reporter:
@@ -96,7 +96,7 @@ def _check_gpu(sizes: Any) -> None:
 def _print_list(figures: list[Any], *, num_seeds: int) -> None:
     from rich.table import Table
 
-    from ovq.reproduce.engine import count_runs
+    from ovq.research.reproduce.engine import count_runs
 
     table = Table(title="Figures")
     table.add_column("name", no_wrap=True)

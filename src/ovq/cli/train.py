@@ -59,10 +59,10 @@ def train(
     config = None if resume else get_recipe(recipe).override(set_)
     out = out or Path("runs") / recipe
 
-    from ovq.report.progress import Reporter
+    from ovq.runtime.allocator import keep_freed_memory
+    from ovq.runtime.progress import Reporter
     from ovq.tasks import TextTask
     from ovq.train import loop
-    from ovq.train.allocator import keep_freed_memory
     from ovq.train.config import RunConfig
     from ovq.train.sharding import is_first_process
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ovq.eval.rows import ResultRow
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.report.progress import Reporter
-from ovq.report.rows import ResultRow
+from ovq.runtime.progress import Reporter
 from ovq.tasks import IGNORE_INDEX, Task, TaskBatch
 
 _TOKENS_PER_BATCH = 16384

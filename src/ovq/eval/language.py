@@ -16,9 +16,9 @@ import numpy as np
 
 from ovq.eval.accuracy import long_range_mixer
 from ovq.eval.reading import PIECE_SIZE, each_dictionary, token_losses
+from ovq.eval.rows import model_label
 from ovq.hf import OVQForCausalLM
-from ovq.report.progress import Reporter
-from ovq.report.rows import model_label
+from ovq.runtime.progress import Reporter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ import torch
 
 from ovq.eval.accuracy import long_range_mixer
 from ovq.eval.reading import PIECE_SIZE, each_dictionary, read_pieces, target_losses
+from ovq.eval.rows import model_label
 from ovq.hf import OVQCache, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
-from ovq.report.progress import Reporter
-from ovq.report.rows import model_label
+from ovq.runtime.progress import Reporter
 from ovq.text.haystack import Needle, NeedleBuilder
 
 _EXTRA_TOKENS = 16

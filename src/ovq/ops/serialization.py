@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ovq.files import atomic_path
 from ovq.ops.checks import DTYPES
 from ovq.ops.state import OVQState, state_dtype
+from ovq.runtime.files import atomic_path
 
 FORMAT = "ovq-state"
 VERSION = "1"

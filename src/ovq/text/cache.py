@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ovq.files import cache_folder
+from ovq.runtime.files import cache_folder
 
 _FORMAT = "2"
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer
 
-from ovq.files import write_atomic
+from ovq.runtime.files import write_atomic
 
 SEAL_FILE = "seal.json"
 """The name of the list of a checkpoint's files."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ovq.fields import LARGEST_SEED, check_fields, field_types
-from ovq.files import write_atomic
+from ovq.runtime.files import write_atomic
 from ovq.tasks import TASKS, Task, TextTask
 
 CONFIG_FILE = "run_config.json"

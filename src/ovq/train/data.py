@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ovq.files import write_atomic
-from ovq.report.progress import Reporter
+from ovq.runtime.files import write_atomic
+from ovq.runtime.progress import Reporter
 from ovq.tasks import TextTask
 from ovq.text import Corpus, get_tokenizer, load_corpus, source_tokenizer
 from ovq.train.config import RunConfig

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.report.progress import Reporter, Work
+from ovq.runtime.progress import Reporter, Work
 from ovq.train.carry import CarryTrainer
 from ovq.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint, writing
 from ovq.train.config import CONFIG_FILE, RunConfig

@@ -21,7 +21,7 @@ import threading
 import warnings
 from pathlib import Path
 
-from ovq.files import atomic_path, cache_folder
+from ovq.runtime.files import atomic_path, cache_folder
 
 _logger = logging.getLogger(__name__)
 

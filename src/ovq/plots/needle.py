@@ -1,0 +1,88 @@
+"""Table and heat maps of `ovq.eval.needle`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from ovq.plots.heat import draw_heat_maps
+from ovq.runtime.files import atomic_path
+
+if TYPE_CHECKING:
+    from ovq.eval.needle import NeedleRow
+
+SCORES = {
+    "generated": "share of values that greedy generation says",
+    "token_accuracy": "share of value tokens that are the most likely ones",
+    "choice": "share of values more likely than all others",
+}
+"""Fields of a row that say how good a model is, and what they are."""
+
+
+def needle_table(rows: Sequence[NeedleRow], *, title: str) -> Table:
+    """A line for each model and depth, a column for each length, and in each cell the three scores.
+
+    Args:
+        rows: Results; models come in the order they are met.
+        title: What stands above the table.
+    """
+    lengths = sorted({row.length for row in rows})
+    table = Table(title=title)
+    table.add_column("model", no_wrap=True)
+    table.add_column("depth", justify="right")
+    for length in lengths:
+        table.add_column(f"{length}", justify="right")
+    for label in dict.fromkeys(row.label for row in rows):
+        scores = {(row.length, row.depth): row for row in rows if row.label == label}
+        for place, depth in enumerate(sorted({depth for _, depth in scores})):
+            cells = [_cell(scores.get((length, depth))) for length in lengths]
+            table.add_row("" if place else label, f"{depth:.0%}", *cells)
+        table.add_section()
+    return table
+
+
+def save_needle_figures(rows: Sequence[NeedleRow], folder: Path) -> list[Path]:
+    """Draw a heat map of length and depth for each model, on a page for each score.
+
+    Args:
+        rows: Results of all models.
+        folder: Where to put `needle_SCORE.png`; must exist.
+
+    Returns:
+        The paths of the figures, one for each of `SCORES`.
+
+    Raises:
+        ValueError: If there are no rows.
+    """
+    if not rows:
+        raise ValueError("expected rows to draw, found none")
+    lengths = sorted({row.length for row in rows})
+    depths = sorted({row.depth for row in rows})
+    labels = list(dict.fromkeys(row.label for row in rows))
+    paths = []
+    for score, what in SCORES.items():
+        maps = {}
+        for label in labels:
+            values = {(row.depth, row.length): getattr(row, score) for row in rows if row.label == label}
+            maps[label] = [[values.get((depth, n), math.nan) for n in lengths] for depth in depths]
+        figure = draw_heat_maps(
+            maps,
+            columns=[str(length) for length in lengths],
+            rows=[f"{depth:.0%}" for depth in depths],
+            column_name="length (tokens)",
+            row_name="depth of the needle",
+            title=f"{rows[0].value} in {rows[0].haystack}: {what}",
+        )
+        paths.append(folder / f"needle_{score}.png")
+        with atomic_path(paths[-1]) as temporary:
+            figure.savefig(temporary, dpi=150)
+    return paths
+
+
+def _cell(row: NeedleRow | None) -> str:
+    """The scores of a row."""
+    return "" if row is None else " ".join(f"{getattr(row, score):.2f}" for score in SCORES)

@@ -1,1 +1,0 @@
-"""Showing results: progress, tables, figures, and files written in one piece."""

@@ -1,0 +1,169 @@
+"""The report of `ovq bench` for people: tables in the terminal and two figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+from rich.table import Table
+
+from ovq.eval.rows import format_bytes
+from ovq.runtime.files import atomic_path
+
+TITLES = {
+    "forward": "Prefill (forward)",
+    "forward_backward": "Training (forward + backward)",
+    "decode": "Decode (one token after T)",
+    "memory": "Peak memory of forward + backward, inputs and gradients included",
+}
+_COLORS = ("#E69F00", "#7F7F7F", "#8CC5E8", "#3A8FC4", "#08456E", "#CC79A7")
+
+
+def tables(report: dict) -> list[Table]:
+    """A table for each part and dtype: lengths across, mixers down."""
+    made = []
+    for what, title in TITLES.items():
+        for dtype in report["suite"]["dtypes"]:
+            rows = [r for r in report["rows"] if r["what"] == what and r["dtype"] == dtype]
+            if rows:
+                made.append(_table(f"{title}, {dtype}", rows))
+    return made
+
+
+def _table(title: str, rows: list[dict]) -> Table:
+    lengths = sorted({r["length"] for r in rows})
+    table = Table(title=title)
+    table.add_column("")
+    for length in lengths:
+        table.add_column(format_length(length), justify="right")
+    for label in dict.fromkeys(r["label"] for r in rows):
+        by_length = {r["length"]: r for r in rows if r["label"] == label}
+        table.add_row(label, *(_cell(by_length[t]) if t in by_length else "-" for t in lengths))
+    return table
+
+
+def _cell(row: dict) -> str:
+    if "peak_bytes" in row:
+        return format_bytes(row["peak_bytes"])
+    # A mark where the trace shows other kernels than were to be measured.
+    parts = [format_seconds(row["seconds"]) + ("" if row.get("is_intended", True) else "!")]
+    if row["mixer"] != "sdpa" and "speedup" in row:
+        parts.append(f"{row['speedup']:.2f}x")
+    if "roofline_share" in row:
+        parts.append(f"{row['roofline_share']:.0%}")
+    return "  ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds for people.
+
+    Example:
+        >>> format_seconds(0.0000321), format_seconds(0.0321), format_seconds(3.21)
+        ('32 us', '32.1 ms', '3.21 s')
+    """
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def format_length(length: int) -> str:
+    """A number of tokens for people.
+
+    Example:
+        >>> format_length(65536), format_length(1000)
+        ('64k', '1000')
+    """
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+def sentences(report: dict) -> list[str]:
+    """What the numbers say: where OVQ overtakes exact attention, and how flat memory and decode stay."""
+    said = []
+    for found in report["crossover"]:
+        part = f"{TITLES[found['what']]}, {found['dtype']}, {found['label']}"
+        if found["length"] is None:
+            said.append(f"{part}: not faster than exact attention at any length measured.")
+        else:
+            said.append(
+                f"{part}: faster than exact attention from {format_length(found['length'])} tokens on."
+            )
+    for row in report["rows"]:
+        if row["what"] == "stream":
+            share, length = row["growth_bytes"] / row["resident_bytes"], format_length(row["length"])
+            said.append(
+                f"Streaming {length} tokens, {row['label']}: memory grew by {share:.1%} "
+                f"after the first 64k; the state is {format_bytes(row['state_bytes'])}."
+            )
+        if not row.get("is_intended", True):
+            said.append(
+                f"! {row['what']} {row['dtype']} {format_length(row['length'])}, {row['label']}: not the "
+                f"intended kernels, but {', '.join(row['kernels'])}."
+            )
+    for found in report.get("left_out", ()):
+        said.append(
+            f"Left out: {found['what']} {found['dtype']} {format_length(found['length'])}, {found['label']} "
+            f"({found['reason']})."
+        )
+    return said
+
+
+def save_figures(report: dict, folder: Path) -> list[Path]:
+    """Draw time and memory against length into `bench.png`, a panel for each part and dtype."""
+    panels = [
+        (what, dtype)
+        for what in TITLES
+        for dtype in report["suite"]["dtypes"]
+        if any(r["what"] == what and r["dtype"] == dtype for r in report["rows"])
+    ]
+    if not panels:
+        return []
+    columns = min(len(report["suite"]["dtypes"]), len(panels))
+    num_rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.4 * columns, 3.6 * num_rows + 0.6), layout="constrained")
+    axes = figure.subplots(num_rows, columns, squeeze=False).flatten()
+    # A line has the same colour in every panel, whichever others are in it.
+    labels = dict.fromkeys(r["label"] for r in report["rows"])
+    colors = {label: _COLORS[i % len(_COLORS)] for i, label in enumerate(labels)}
+    for panel, (what, dtype) in zip(axes, panels, strict=False):
+        rows = [r for r in report["rows"] if r["what"] == what and r["dtype"] == dtype]
+        _draw(panel, rows, f"{TITLES[what].split(' of ')[0]}, {dtype}", colors)
+    for panel in axes[len(panels) :]:
+        panel.set_axis_off()
+    lines = {
+        label: line for panel in axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=min(6, len(lines)), frameon=False
+    )
+    path = folder / "bench.png"
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    return [path]
+
+
+def _draw(axes: Axes, rows: list[dict], title: str, colors: dict[str, str]) -> None:
+    is_memory = "peak_bytes" in rows[0]
+    for label in dict.fromkeys(r["label"] for r in rows):
+        line = sorted((r for r in rows if r["label"] == label), key=lambda r: r["length"])
+        axes.plot(
+            [r["length"] for r in line],
+            [r["peak_bytes" if is_memory else "seconds"] for r in line],
+            label=label,
+            color=colors[label],
+            marker="o",
+            markersize=4,
+            linewidth=2,
+        )
+    lengths = sorted({r["length"] for r in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2 if is_memory else 10)
+    axes.set_xticks(lengths, [format_length(t) for t in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    formatter = format_bytes if is_memory else format_seconds
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatter(value)))
+    axes.set_xlabel("tokens T")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,237 @@
+"""What `ovq bench` runs: one attention read as OVQ, as PyTorch's exact attention, and over a window."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, scaled_dot_product_attention
+
+from ovq.layers.softmax import windowed_read
+from ovq.ops import OVQState, ovq_attention, slots_by_chunk
+from ovq.research.bench.rivals import RIVALS
+
+MIXERS = ("ovq", "sdpa", "window", *RIVALS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """An attention read to be measured.
+
+    Attributes:
+        mixer: `"ovq"`, `"sdpa"` (`scaled_dot_product_attention`, causal), `"window"` (sliding window) or one
+            of `rivals.RIVALS`.
+        length: tokens T.
+        dtype: of queries, keys and values: `"float32"` or `"bfloat16"`.
+        num_slots: N, for OVQ.
+        chunk_size: C of OVQ, and the width of the window.
+        num_heads: H, query and key/value heads alike.
+        head_dim: K = V.
+    """
+
+    mixer: str
+    length: int
+    dtype: str
+    num_slots: int | None = None
+    chunk_size: int = 256
+    num_heads: int = 8
+    head_dim: int = 64
+
+    def __post_init__(self) -> None:
+        if self.mixer not in MIXERS:
+            raise ValueError(f"mixer: expected one of {MIXERS}, found {self.mixer!r}")
+        if (self.num_slots is None) == (self.mixer == "ovq"):
+            raise ValueError(f"num_slots: expected a number for 'ovq' alone, found {self.num_slots}")
+
+    @property
+    def label(self) -> str:
+        """What tables and figures call it.
+
+        Example:
+            >>> Workload(mixer="ovq", length=4096, dtype="float32", num_slots=1024).label
+            'OVQ, 1024 slots'
+        """
+        if self.mixer == "ovq":
+            return f"OVQ, {self.num_slots} slots"
+        if self.mixer in RIVALS:
+            return RIVALS[self.mixer].label
+        return "exact (SDPA)" if self.mixer == "sdpa" else f"window of {self.chunk_size}"
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Options of `ovq_attention`."""
+        return {"num_slots": self.num_slots, "chunk_size": self.chunk_size}
+
+    def inputs(self, *, device: str = "cpu", requires_grad: bool = False) -> list[Tensor]:
+        """q, k, v in the layout the mixer likes best: `[1, T, H, K]` for OVQ and fla, else `[1, H, T, K]`."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, self.length, self.num_heads, self.head_dim)
+        tensors = []
+        for is_value in (False, False, True):
+            x = torch.randn(shape, generator=generator)
+            x = (x if is_value else normalize(x, dim=-1)).to(device, getattr(torch, self.dtype))
+            x = x if self._is_token_first else x.transpose(1, 2).contiguous()
+            tensors.append(x.requires_grad_(requires_grad))
+        return tensors
+
+    @property
+    def _is_token_first(self) -> bool:
+        return self.mixer == "ovq" or (self.mixer in RIVALS and RIVALS[self.mixer].is_token_first)
+
+    def read(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The function of q, k and v that is measured."""
+        scale = self.head_dim**0.5
+        if self.mixer in RIVALS:
+            return RIVALS[self.mixer].read(scale, self.chunk_size)
+        if self.mixer == "ovq":
+            return lambda q, k, v: ovq_attention(q, k, v, scale=scale, **self.options)[0]
+        if self.mixer == "sdpa":
+            return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        # The windowed read takes queries that are scaled already.
+        return lambda q, k, v: windowed_read(q * scale, k, v, None, window=self.chunk_size)
+
+    def forward(self, device: str) -> Callable[[], object]:
+        """A function that runs the forward once."""
+        inputs, read = self.inputs(device=device), self.read()
+
+        def call() -> object:
+            with torch.no_grad():
+                return read(*inputs)
+
+        return call
+
+    def forward_backward(self, device: str) -> Callable[[], object]:
+        """A function that runs the forward and the backward once."""
+        inputs, read = self.inputs(device=device, requires_grad=True), self.read()
+        grad = torch.randn_like(inputs[0].detach())
+
+        def call() -> object:
+            return torch.autograd.grad(read(*inputs), inputs, grad)
+
+        return call
+
+    def decode(self, device: str) -> Callable[[], object]:
+        """A function that decodes one token after `length` tokens, and goes on from there each time."""
+        if self.mixer == "ovq":
+            return self._decode_ovq(device)
+        if self.mixer in RIVALS:
+            return self._decode_rival(device)
+        kept = self.length if self.mixer == "sdpa" else min(self.length, self.chunk_size)
+        q, k, v = dataclasses.replace(self, length=kept).inputs(device=device)
+        token = q[:, :, -1:]
+
+        def call() -> object:
+            with torch.no_grad():
+                return scaled_dot_product_attention(token, k, v, scale=self.head_dim**0.5)
+
+        return call
+
+    @property
+    def has_decode(self) -> bool:
+        """Whether one token after a context can be measured."""
+        return self.mixer not in RIVALS or RIVALS[self.mixer].decode is not None
+
+    def _decode_rival(self, device: str) -> Callable[[], object]:
+        rival = RIVALS[self.mixer]
+        # The size of a state does not depend on what made it.
+        kept = self.length if rival.cost == "exact" else 1
+        inputs = dataclasses.replace(self, length=kept).inputs(device=device)
+        step = rival.decode(*inputs, self.head_dim**0.5)
+
+        def call() -> object:
+            with torch.no_grad():
+                return step()
+
+        return call
+
+    def _decode_ovq(self, device: str) -> Callable[[], object]:
+        inputs = self.inputs(device=device)
+        with torch.no_grad():
+            _, state = ovq_attention(*inputs, **self.options, output_final_state=True)
+        t = 0
+
+        def call() -> object:
+            nonlocal state, t
+            token = [x[:, t : t + 1] for x in inputs]
+            t = (t + 1) % self.length
+            with torch.no_grad():
+                o, state = ovq_attention(*token, **self.options, initial_state=state, output_final_state=True)
+            return o
+
+        return call
+
+    def stream(self, piece: int) -> OVQState:
+        """The state after `length` tokens in pieces, OVQ alone; memory must not grow with the length."""
+        state = None
+        inputs = dataclasses.replace(self, length=piece).inputs()
+        with torch.no_grad():
+            for _ in range(0, self.length, piece):
+                _, state = ovq_attention(
+                    *inputs, **self.options, initial_state=state, output_final_state=True
+                )
+        return state
+
+    def flops(self, *, backward: bool = False) -> float:
+        """Floating-point operations the algorithm needs, of matrix products alone.
+
+        OVQ: 2 T H (n (2 K + V) + C (K + V) / 2) with n the mean size of the dictionary: read, route, write
+        of the read; exact attention: 2 T H (T / 2) (K + V). A backward needs twice the products of the read
+        (it has no routing); products that an implementation computes again do not count.
+
+        Example:
+            >>> w = Workload(mixer="sdpa", length=1024, dtype="float32", num_heads=1, head_dim=64)
+            >>> w.flops() == 2 * 1024 * 512 * 128
+            True
+        """
+        both = 2 * self.head_dim
+        if self.cost == "state":
+            # Products with a [K, V] state, as the recurrence needs them; in chunks it takes more.
+            per_token = (2 if backward else 1) * RIVALS[self.mixer].products * self.head_dim**2
+            return 2 * self.num_heads * self.length * per_token
+        if self.cost == "exact":
+            seen = self.length / 2
+        elif self.cost == "window":
+            seen = min(self.chunk_size, self.length / 2)
+        else:
+            chunks = -(-self.length // self.chunk_size)
+            sizes = slots_by_chunk(0, 0, chunks, growth="plateau", **self.options)[:chunks]
+            seen = sum(sizes) / chunks
+        if self.cost == "slots":
+            routing = 0 if backward else seen * self.head_dim
+            seen += min(self.chunk_size, self.length) / 2
+        else:
+            routing = 0
+        per_token = (2 if backward else 1) * seen * both + routing
+        return 2 * self.num_heads * self.length * per_token
+
+    @property
+    def cost(self) -> str:
+        """What the mixer looks at: `"exact"`, `"window"`, `"slots"` or a `"state"`."""
+        if self.mixer in RIVALS:
+            return RIVALS[self.mixer].cost
+        return {"ovq": "slots", "sdpa": "exact", "window": "window"}[self.mixer]
+
+    def bytes(self, part: str) -> float:
+        """Bytes that must be read and written at least, whatever the implementation.
+
+        The inputs, the output and their gradients once; a decoded token: its cache, state or dictionary.
+
+        Example:
+            >>> w = Workload(mixer="sdpa", length=1024, dtype="bfloat16", num_heads=1, head_dim=64)
+            >>> w.bytes("forward") == 4 * 1024 * 64 * 2, w.bytes("decode") == 2 * 1024 * 64 * 2
+            (True, True)
+        """
+        size = getattr(torch, self.dtype).itemsize
+        row = self.num_heads * self.head_dim * size
+        if part == "decode":
+            if self.cost == "state":
+                return 2 * self.num_heads * self.head_dim**2 * 4
+            if self.cost == "slots":
+                slots = self.length * self.num_slots // (self.length + self.num_slots)
+                # Sums are float32, counts 8 bytes; on average the chunk is half full.
+                return slots * self.num_heads * (8 * self.head_dim + 8) + self.chunk_size * row
+            return 2 * row * (self.length if self.cost == "exact" else min(self.length, self.chunk_size))
+        # The backward reads q, k, v, o and the gradient of o, and writes three gradients.
+        return self.length * row * (4 if part == "forward" else 12)

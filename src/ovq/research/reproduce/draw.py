@@ -1,0 +1,275 @@
+"""Drawing a figure from its rows: means over seeds, with bars from the lowest to the highest seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from ovq.eval.rows import format_bytes
+from ovq.plots.heat import draw_heat_maps
+from ovq.runtime.files import atomic_path
+
+# Ten colours that stay apart for colour-blind readers (Okabe and Ito's, and two between), with markers of
+# their own for where lines lie on each other.
+_COLORS = (
+    *("#E69F00", "#08456E", "#3A8FC4", "#009E73", "#D55E00"),
+    *("#CC79A7", "#8C6BB1", "#6B6B6B", "#A6761D", "#000000"),
+)
+_MARKERS = ("s", "o", "D", "v", "^", "P", "X", "<", ">", "*")
+
+_PANEL_SIZE = (5.0, 3.9)
+_MOST_COLUMNS = 5
+# Labels such as "256 KiB" would touch each other.
+_MOST_TICKS = 6
+
+
+class Point(NamedTuple):
+    """What the seeds say at one place of a line."""
+
+    x: float | str
+    mean: float
+    low: float
+    high: float
+    num_seeds: int
+
+
+AXIS_NAMES = {
+    "length": "length (tokens)",
+    "num_slots": "slots of the dictionary at test time",
+    "state_bytes": "bytes of state, one sequence",
+    "accuracy": "right answers (share)",
+    "error": "error relative to exact attention",
+    "mean_error": "mean absolute error",
+    "slice_errors": "mean absolute error",
+    "task.num_functions": "functions",
+    "microseconds_per_token": "test time (µs a token)",
+    "learning_rate": "learning rate",
+    "slices": "questions",
+    "positions": "position (tokens)",
+    "position_losses": "loss (nats a token)",
+    "choice": "values told from others (share)",
+    "depth": "depth of the needle",
+}
+"""Fields of the rows for people; others keep their names."""
+
+# What stands for a point within a row, and how to read its name there.
+_IN_PARTS: dict[str, Callable[[str], float | str]] = {"slices": str, "positions": int}
+
+_IS_LOGARITHMIC = frozenset({"state_bytes", "microseconds_per_token"})
+
+
+def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Point]]:
+    """What a panel shows: the points of each line by its label, from left to right.
+
+    Args:
+        results: What the JSON file of a figure holds.
+        panel: One of its panels.
+    """
+    values: dict[str, dict[float | str, dict[int, float]]] = {}
+    for row in results["rows"]:
+        if row["group"] != panel["group"] or panel["at_length"] not in (None, row["length"]):
+            continue
+        by_x = values.setdefault(row["line"], {})
+        if panel["x"] in _IN_PARTS:
+            found = {_IN_PARTS[panel["x"]](place): value for place, value in row[panel["y"]].items()}
+        else:
+            found = {_field(row, panel["x"]): _field(row, panel["y"])}
+        for x, value in found.items():
+            by_x.setdefault(x, {})[row["seed"]] = value
+    if (base := panel.get("relative_to")) is not None:
+        values = {
+            label: {
+                x: {seed: 100 * (value / values[base][x][seed] - 1) for seed, value in by_seed.items()}
+                for x, by_seed in by_x.items()
+            }
+            for label, by_x in values.items()
+        }
+    lines = {}
+    for label, by_x in values.items():
+        places = list(by_x) if panel["x"] == "slices" else sorted(by_x)
+        seeds = [list(by_x[x].values()) for x in places]
+        lines[label] = [
+            Point(x, sum(each) / len(each), min(each), max(each), len(each))
+            for x, each in zip(places, seeds, strict=True)
+        ]
+    return lines
+
+
+def save_figure(results: dict[str, Any], path: Path) -> None:
+    """Draw the panels of a figure into a PNG file.
+
+    Args:
+        results: What the JSON file of a figure holds.
+        path: Where to put it; its folder must exist.
+    """
+    panels = results["panels"]
+    labels = list(dict.fromkeys(row["line"] for row in results["rows"]))
+    width, height = _PANEL_SIZE
+    # Four panels in a row would be too small to read.
+    num_columns = len(panels) if len(panels) < 4 else 2
+    num_rows = -(-len(panels) // num_columns)
+    num_legend_columns = min(_MOST_COLUMNS, 2 + 2 * num_columns)
+    canvas = Canvas(
+        figsize=(
+            max(width * num_columns, 6.4),
+            height * num_rows + 0.45 + 0.25 * -(-len(labels) // num_legend_columns),
+        ),
+        layout="constrained",
+    )
+    places = canvas.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for axes, panel in zip(places, panels, strict=False):
+        _draw_panel(axes, results, panel, labels)
+    for axes in places[len(panels) :]:
+        axes.remove()
+    canvas.suptitle(results["title"], fontsize=12)
+    handles: dict[str, Any] = {}
+    for axes in canvas.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    names = sorted(handles, key=lambda label: labels.index(label) if label in labels else len(labels))
+    _add_legend(canvas, {name: handles[name] for name in names}, num_legend_columns)
+    with atomic_path(path) as temporary:
+        canvas.savefig(temporary, dpi=150)
+
+
+def _add_legend(canvas: Canvas, handles: dict[str, Any], most_columns: int) -> None:
+    """Put a legend below the panels, in as many columns as the width has room for."""
+    for num_columns in range(min(most_columns, len(handles)), 0, -1):
+        legend = canvas.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=num_columns,
+            frameon=False,
+            fontsize=9,
+        )
+        canvas.draw_without_rendering()
+        if legend.get_window_extent().width <= canvas.bbox.width or num_columns == 1:
+            return
+        legend.remove()
+
+
+def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], labels: list[str]) -> None:
+    lines = points(results, panel)
+    places = list(dict.fromkeys(point.x for line in lines.values() for point in line))
+    for label, line in lines.items():
+        number = labels.index(label)
+        axes.errorbar(
+            [places.index(point.x) if panel["x"] == "slices" else point.x for point in line],
+            [point.mean for point in line],
+            # Rounding may put a mean of equal values a hair outside of them.
+            yerr=[
+                [max(0.0, point.mean - point.low) for point in line],
+                [max(0.0, point.high - point.mean) for point in line],
+            ],
+            label=label,
+            color=_COLORS[number % len(_COLORS)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            linestyle="-" if number < len(_COLORS) else "--",
+            linewidth=1.6,
+            markersize=5,
+            # Lines that lie on each other at the top stay visible as rings.
+            markerfacecolor="white",
+            markeredgewidth=1.4,
+            capsize=3,
+            elinewidth=1.2,
+        )
+    axes.set_title(panel["title"], fontsize=10)
+    axes.set_xlabel(AXIS_NAMES.get(panel["x"], panel["x"].removeprefix("task.").replace("_", " ")))
+    axes.set_ylabel(y_name(panel))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if panel["y"] in ("accuracy", "slices", "choice"):
+        axes.set_ylim(-0.03, 1.05)
+    elif panel["y"] in ("mean_error", "slice_errors"):
+        axes.set_ylim(bottom=0)
+    if panel["x"] == "slices":
+        axes.set_xticks(range(len(places)), places, rotation=35, ha="right", fontsize=8)
+    else:
+        _scale(axes, "x", panel["x"], sorted(places))
+    if panel["y"] in _IS_LOGARITHMIC:
+        _scale(axes, "y", panel["y"], None)
+    if panel["x"] in ("length", "positions"):
+        train_lengths = {row["train_length"] for row in results["rows"] if row["group"] == panel["group"]}
+        for length in train_lengths:
+            axes.axvline(length, color="#BBBBBB", linestyle=":", zorder=0, label="longest in training")
+
+
+def y_name(panel: dict[str, Any]) -> str:
+    """What the values of a panel are."""
+    if (base := panel.get("relative_to")) is not None:
+        return f"% above {base}"
+    return AXIS_NAMES.get(panel["y"], panel["y"])
+
+
+def save_heat_maps(results: dict[str, Any], path: Path) -> None:
+    """Draw a map for each line into a PNG file: panels from top to bottom, places from left to right.
+
+    Args:
+        results: What the JSON file of a figure holds; its panels share their places.
+        path: Where to put it; its folder must exist.
+    """
+    panels = results["panels"]
+    found = [points(results, panel) for panel in panels]
+    means = {
+        label: [[point.mean for point in lines[label]] for lines in found]
+        for label in dict.fromkeys(row["line"] for row in results["rows"])
+    }
+    places = [short_number(point.x) for point in next(iter(found[0].values()))]
+    canvas = draw_heat_maps(
+        means,
+        columns=places,
+        rows=[panel["title"] for panel in panels],
+        column_name=AXIS_NAMES[panels[0]["x"]],
+        title=results["title"],
+    )
+    with atomic_path(path) as temporary:
+        canvas.savefig(temporary, dpi=150)
+
+
+def _scale(axes: Axes, which: str, field: str, places: list[float] | None) -> None:
+    """A scale of powers of two, with ticks at the places that were measured if they are few."""
+    if which == "x" and (not places or places[0] <= 0):
+        return
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=2)
+    axis.set_major_locator(LogLocator(base=2, numticks=_MOST_TICKS))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(field)(value)))
+    # Bytes of several models lie anywhere, other fields where they were asked for.
+    if which == "x" and field != "state_bytes":
+        axis.set_ticks(places)
+        axes.tick_params(axis="x", labelsize=8 if len(places) > 6 else 9)
+
+
+def _tick(field: str) -> Callable[[float], str]:
+    """How a value of a field is written at an axis."""
+    if field == "state_bytes":
+        return lambda value: format_bytes(value).replace(".0 ", " ")
+    return short_number
+
+
+def short_number(value: float) -> str:
+    """A number as short as it can be written.
+
+    Example:
+        >>> [short_number(value) for value in (0.25, 512, 1024, 65536, 3000)]
+        ['0.25', '512', '1k', '64k', '3000']
+    """
+    if value >= 1024 and value % 1024 == 0:
+        return f"{value / 1024:g}k"
+    return f"{value:g}" if value < 1000 or not math.isclose(value, round(value)) else f"{value:.0f}"
+
+
+def _field(row: dict[str, Any], path: str) -> Any:
+    """A field of a row, or of a part of it as `"part.field"`."""
+    value: Any = row
+    for name in path.split("."):
+        value = value[name]
+    return value

@@ -1,0 +1,327 @@
+"""Bringing a figure about: choose settings, train and ask what is missing, gather the rows, draw."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ovq.research.reproduce.asking import check_text
+from ovq.research.reproduce.draw import save_figure
+from ovq.research.reproduce.plan import Figure, Line, Study, Trial, run_name, with_seed, with_trial
+from ovq.research.reproduce.questions import Evaluation, Question
+from ovq.research.reproduce.runs import (
+    RunJob,
+    StudyJob,
+    answers,
+    do_job,
+    do_study,
+    is_trained,
+    training_record,
+)
+from ovq.runtime.files import write_atomic
+from ovq.runtime.progress import Reporter
+from ovq.runtime.workers import run_jobs
+from ovq.tasks import Task
+from ovq.train.config import RunConfig
+
+# What chooses the settings of an optimizer and what is reported are of different data seeds.
+_VALIDATION_SEEDS = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """Where and how figures are made.
+
+    Attributes:
+        out: The folder of all results; created if need be.
+        preset: The name of the sizes in use, for the record.
+        num_seeds: Repetitions of each run; their seeds are 0, 1 and so on.
+        num_workers: Runs side by side; `None` for as many as there are cores to use.
+        reporter: Where to show progress.
+    """
+
+    out: Path
+    preset: str
+    num_seeds: int
+    num_workers: int | None = None
+    reporter: Reporter
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the repetitions."""
+        return range(self.num_seeds)
+
+    def job(self, config: RunConfig, evaluations: tuple[Question, ...], label: str) -> RunJob:
+        """A run in this workshop; the seeds of its questions follow its own."""
+        seed = config.train.seed
+        return RunJob(
+            config=config,
+            evaluations=tuple(
+                dataclasses.replace(evaluation, seed=evaluation.seed + seed) for evaluation in evaluations
+            ),
+            root=self.out / "runs",
+            label=f"{label}, seed {seed}, rate {Trial.of(config).label}",
+        )
+
+    def do(self, jobs: list[RunJob], label: str) -> None:
+        """Do what is not done of these jobs."""
+        open_jobs = [job for job in jobs if not is_trained(job) or None in answers(job)]
+        if len(open_jobs) < len(jobs):
+            self.reporter.say(
+                f"{label}: {len(jobs) - len(open_jobs)} of {len(jobs)} runs were finished before"
+            )
+        if open_jobs:
+            run_jobs(do_job, open_jobs, reporter=self.reporter, num_workers=self.num_workers, label=label)
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Keep the folder of results to this process.
+
+    Raises:
+        ValueError: If another process is at work in it.
+        OSError: If it cannot be written.
+    """
+    # A lock of the system, which goes with the process however that ends. There is none on Windows.
+    import fcntl
+
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--out: expected a folder that no other `ovq reproduce` is at work in, found {out}"
+            ) from None
+        yield
+
+
+def reproduce(figure: Figure | Study, shop: Workshop) -> dict[str, Any]:
+    """Make a figure: `rows/NAME.json` and `figures/NAME.png`.
+
+    Args:
+        figure: What to make.
+        shop: Where to make it.
+
+    Returns:
+        What the JSON file holds.
+
+    Raises:
+        ValueError: If a run cannot be trained as it is configured, or the folder has results of another
+            preset.
+        OSError: If the folder cannot be written.
+    """
+    _check_preset(shop)
+    results = _study_results(figure, shop) if isinstance(figure, Study) else _run_results(figure, shop)
+    results = {
+        "figure": figure.name,
+        "title": figure.title,
+        "note": figure.note,
+        "preset": shop.preset,
+        "command": f"ovq reproduce {_asked_as(figure)} --preset {shop.preset} --seeds {shop.num_seeds}",
+        "seeds": list(shop.seeds),
+        "panels": [dataclasses.asdict(panel) for panel in figure.panels],
+        **results,
+    }
+    for name in ("rows", "figures"):
+        (shop.out / name).mkdir(parents=True, exist_ok=True)
+    write_atomic(shop.out / "rows" / f"{figure.name}.json", json.dumps(results, indent=1) + "\n")
+    picture = shop.out / "figures" / f"{figure.name}.png"
+    if isinstance(figure, Study):
+        figure.draw(results["rows"], picture)
+    else:
+        (figure.draw or save_figure)(results, picture)
+    return results
+
+
+def _asked_as(figure: Figure | Study) -> str:
+    return figure.name if isinstance(figure, Study) else figure.asked_as or figure.name
+
+
+def _study_results(study: Study, shop: Workshop) -> dict[str, Any]:
+    """Measure the seeds of a study that are missing; rows and where they come from."""
+    jobs = [
+        StudyJob(name=study.name, measure=study.measure, seed=seed, root=shop.out / "studies")
+        for seed in shop.seeds
+    ]
+    if missing := [job for job in jobs if not job.path.is_file()]:
+        run_jobs(
+            do_study,
+            missing,
+            reporter=shop.reporter,
+            num_workers=shop.num_workers,
+            label=f"{study.name}: seeds",
+        )
+    measured = [json.loads(job.path.read_text()) for job in jobs]
+    return {
+        "rows": [row for each in measured for row in each["rows"]],
+        "environments": _distinct(each["environment"] for each in measured),
+    }
+
+
+def _run_results(figure: Figure, shop: Workshop) -> dict[str, Any]:
+    """Train and ask what is missing; rows, settings tried, and where they come from."""
+    sweep, chosen = _sweep(figure, shop)
+    # One job a run, with the questions of all lines that share it.
+    jobs: dict[str, RunJob] = {}
+    by_line: list[tuple[Line, RunJob]] = []
+    for line in figure.lines:
+        for seed in shop.seeds:
+            config = with_seed(with_trial(line.config, chosen[run_name(line.swept)]), seed)
+            job = shop.job(config, line.evaluations, f"{figure.name}: {line.label}")
+            by_line.append((line, job))
+            known = jobs.get(run_name(config))
+            asked = dict.fromkeys((*(known.evaluations if known else ()), *job.evaluations))
+            jobs[run_name(config)] = dataclasses.replace(known or job, evaluations=tuple(asked))
+    _check_texts(jobs.values())
+    shop.do(list(jobs.values()), f"{figure.name}: runs")
+    return {
+        "sweep": sweep,
+        "rows": [row for line, job in by_line for row in _rows(line, job)],
+        "environments": _distinct(
+            record["environment"] for job in jobs.values() for record in (training_record(job), *answers(job))
+        ),
+    }
+
+
+def _check_texts(jobs: Iterable[RunJob]) -> None:
+    """Find out before the hours of training whether there is text enough to test on."""
+    missing = {
+        dataclasses.replace(question, seed=0, num_slots=None)
+        for job in jobs
+        for question, answer in zip(job.evaluations, answers(job), strict=True)
+        if answer is None
+    }
+    for question in missing:
+        check_text(question)
+
+
+def _check_preset(shop: Workshop) -> None:
+    """One folder, one preset: the page of all results would mix them."""
+    for path in (shop.out / "rows").glob("*.json"):
+        if (found := json.loads(path.read_text()).get("preset")) != shop.preset:
+            raise ValueError(
+                f"--out: expected a folder of results of preset {shop.preset}, found {path} of {found}"
+            )
+
+
+def _sweep(figure: Figure, shop: Workshop) -> tuple[list[dict[str, Any]], dict[str, Trial]]:
+    """Try each model with each trial on the first seed.
+
+    Returns:
+        What came out, for the record, and the trial to go on with by the name of the run as configured.
+    """
+    # Where several lines share a run, the first one names it.
+    swept = {run_name(line.swept): line for line in reversed(figure.lines)}
+    swept = dict(reversed(swept.items()))
+    if not figure.trials:
+        return [], {name: Trial.of(line.swept) for name, line in swept.items()}
+    first_seed = shop.seeds[0]
+    evaluations = {
+        name: dataclasses.replace(line.validation, seed=_VALIDATION_SEEDS) for name, line in swept.items()
+    }
+    jobs = {
+        name: [
+            shop.job(
+                with_seed(with_trial(line.swept, trial), first_seed),
+                (evaluations[name],),
+                f"{figure.name}: {line.label}",
+            )
+            for trial in figure.trials
+        ]
+        for name, line in swept.items()
+    }
+    shop.do([job for tried in jobs.values() for job in tried], f"{figure.name}: trials")
+    sweep, chosen = [], {}
+    for name, line in swept.items():
+        accuracies = {
+            Trial.of(job.config): answer["accuracy"] for job in jobs[name] for answer in answers(job)
+        }
+        chosen[name] = choose_trial(accuracies, Trial.of(line.swept))
+        sweep.append(
+            {
+                "line": line.label,
+                "mixer": line.config.mixer,
+                "seed": first_seed,
+                "length": evaluations[name].num_tokens,
+                "num_slots": evaluations[name].num_slots,
+                "accuracies": {trial.label: accuracy for trial, accuracy in accuracies.items()},
+                "chosen": chosen[name].label,
+            }
+        )
+    return sweep, chosen
+
+
+def choose_trial(accuracies: dict[Trial, float], usual: Trial) -> Trial:
+    """The trial of the highest accuracy; of equals, the one whose learning rate is nearest to the usual.
+
+    Example:
+        >>> trials = [Trial(learning_rate=rate) for rate in (0.002, 0.004, 0.016)]
+        >>> choose_trial(dict(zip(trials, (0.9, 1.0, 1.0))), usual=trials[0]).learning_rate
+        0.004
+    """
+
+    def rank(trial: Trial) -> tuple[float, float]:
+        return accuracies[trial], -abs(math.log(trial.learning_rate / usual.learning_rate))
+
+    return max(accuracies, key=rank)
+
+
+def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
+    """A row for each question that a line asks one run."""
+    record = training_record(job)
+    rows = []
+    for evaluation, answer in zip(job.evaluations, answers(job), strict=True):
+        assert answer is not None
+        asked = {k: v for k, v in answer["evaluation"].items() if k not in ("seed", "num_slots")}
+        if isinstance(evaluation, Evaluation):
+            asked["task"] |= _counts(evaluation.task)
+        rows.append(
+            {
+                "line": line.label,
+                "group": line.group,
+                **{key: value for key, value in answer.items() if key not in ("evaluation", "environment")},
+                **asked,
+                "microseconds_per_token": 1e6
+                * answer["seconds"]
+                / (evaluation.num_examples * evaluation.num_tokens),
+                "seed": job.config.train.seed,
+                "learning_rate": job.config.train.learning_rate,
+                "weight_decay": job.config.train.weight_decay,
+                "train_length": max(job.config.train.lengths),
+                "train_seconds": record["seconds"],
+                "num_parameters": record["num_parameters"],
+                "run": job.folder.name,
+            }
+        )
+    return rows
+
+
+def _counts(task: Task) -> dict[str, int]:
+    """What a task has at its length: pairs, queries, functions."""
+    names = (name for name in dir(type(task)) if name.startswith("num_"))
+    return {name: getattr(task, name) for name in names if isinstance(getattr(task, name), int)}
+
+
+def _distinct(environments: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each hardware and version that a part of the results comes from, once."""
+    found = []
+    for environment in environments:
+        if environment not in found:
+            found.append(environment)
+    return found
+
+
+def count_runs(figure: Figure | Study, num_seeds: int) -> int:
+    """How many models a figure trains when none is there yet, at most."""
+    if isinstance(figure, Study):
+        return 0
+    num_models = len({run_name(line.config) for line in figure.lines})
+    num_swept = len({run_name(line.swept) for line in figure.lines}) if figure.trials else 0
+    # The first seed of the trial that was chosen is one of those that are trained anyway.
+    return num_models * num_seeds + num_swept * (len(figure.trials) - 1)

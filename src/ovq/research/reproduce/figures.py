@@ -1,0 +1,422 @@
+"""The figures there are, each built for the sizes of a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ovq.eval.rows import MIXER_NAMES
+from ovq.plots.fidelity import fidelity_figure
+from ovq.research.fidelity import fidelity_rows
+from ovq.research.fidelity.streams import STREAMS
+from ovq.research.reproduce.plan import Figure, Line, Panel, Study
+from ovq.research.reproduce.presets import Preset
+from ovq.research.reproduce.questions import Question
+from ovq.research.reproduce.text_figures import hybrids, language, needle, of_corpus
+from ovq.train.config import RunConfig
+
+# The order of legends and tables.
+_COMPARED = (
+    "full_attention",
+    "ovq",
+    "vq",
+    "linear_attention",
+    "gated_deltanet",
+    "mamba2",
+    "sink_attention",
+    "sliding_attention",
+)
+
+_TOKENS_PER_SLOT = 3.2
+"""The enlarged dictionary of a test. By the plateau schedule it has a slot for 4.2 tokens at the end: just
+under a quarter of the bytes of full attention where activations are float32, as sums are."""
+
+_VALIDATION_FACTOR = 4
+"""Trials are judged at so many times the training length: at that length itself several are perfect."""
+
+
+def _enlarged(preset: Preset, task: str, length: int) -> int:
+    """Slots that are a fixed share of the length, but never fewer than in training."""
+    return max(preset.configs[task].model.num_slots, int(length / _TOKENS_PER_SLOT))
+
+
+def _validation(preset: Preset, task: str, mixer: str) -> Question:
+    """What decides between trials of a mixer; OVQ is tried with the dictionary that tests enlarge."""
+    length = _VALIDATION_FACTOR * preset.train_length(task)
+    num_slots = _enlarged(preset, task, length) if mixer == "ovq" else None
+    return preset.test(preset.configs[task].task.at_length(length), num_slots=num_slots)
+
+
+def _mixers_by_length(
+    preset: Preset, task: str, *, title: str, note: str, answers: tuple[Panel, ...]
+) -> Figure:
+    """Every mixer on one task, against length: how good, how many bytes, how long it took."""
+    usual = preset.configs[task]
+    tasks = [usual.task.at_length(length) for length in preset.lengths(task)]
+    lines = []
+    for mixer in _COMPARED:
+        tests = {_name(mixer): [preset.test(each) for each in tasks]}
+        if mixer == "ovq":
+            tests = {
+                f"OVQ, {usual.model.num_slots} slots": tests[_name(mixer)],
+                f"OVQ, a slot for {_TOKENS_PER_SLOT} tokens": [
+                    preset.test(each, num_slots=_enlarged(preset, task, each.length)) for each in tasks
+                ],
+            }
+        lines += [
+            Line(
+                label=label,
+                config=preset.config(task, mixer),
+                evaluations=tuple(evaluations),
+                validation=_validation(preset, task, mixer),
+            )
+            for label, evaluations in tests.items()
+        ]
+    return Figure(
+        name=task,
+        title=title,
+        note=note,
+        lines=tuple(lines),
+        panels=(
+            *answers,
+            Panel(title="memory", y="state_bytes"),
+            Panel(title="time", y="microseconds_per_token"),
+        ),
+        trials=preset.trials,
+    )
+
+
+def fidelity(preset: Preset) -> Study:
+    """The error of memories of equal bytes against exact attention, without training."""
+    return Study(
+        name="fidelity",
+        title="Memories of equal bytes against exact attention, without training",
+        measure=measure_fidelity,
+        draw=fidelity_figure,
+        panels=tuple(Panel(title=name, y="error", group=name) for name in STREAMS),
+        note="The same at every preset. Bars of the picture are standard deviations over the seeds.",
+    )
+
+
+def measure_fidelity(seed: int) -> list[dict[str, Any]]:
+    """The rows of `fidelity` for a seed, see `ovq.research.fidelity.fidelity_rows`."""
+    return [{"line": row["memory"], "group": row["stream"], **row} for row in fidelity_rows([seed])]
+
+
+def recall(preset: Preset) -> Figure:
+    """Accuracy of all mixers on basic in-context recall, trained short and tested long."""
+    return _mixers_by_length(
+        preset,
+        "recall",
+        title="Basic in-context recall beyond the training length",
+        note="The number of pairs grows with the length: a fifth of the context's tokens belong to them.",
+        answers=(Panel(title="accuracy"),),
+    )
+
+
+def positional(preset: Preset) -> Figure:
+    """Accuracy of all mixers on positional in-context recall."""
+    count = preset.configs["positional"].task.num_occurrences
+    return _mixers_by_length(
+        preset,
+        "positional",
+        title="Positional in-context recall beyond the training length",
+        note=f"Each key is stored {count} times with different values, which are asked for in order. The "
+        "number of keys grows with the length.",
+        answers=(Panel(title="accuracy"),),
+    )
+
+
+def regression(preset: Preset) -> Figure:
+    """Error of all mixers on linear regression in context, by number of functions and of points seen."""
+    usual = preset.configs["regression"].task
+    # The shortest length with as many functions as there can be.
+    length = next(
+        each
+        for each in preset.lengths("regression")
+        if usual.at_length(each).num_functions == usual.max_functions
+    )
+    return _mixers_by_length(
+        preset,
+        "regression",
+        title="Linear regression in context: the mean absolute error of y",
+        note="Points of many functions y = a x + b in random order. With the length grows the number of "
+        f"functions, up to {usual.max_functions}. The second panel divides the questions at {length} tokens "
+        "by how many points of the same function came before.",
+        answers=(
+            Panel(title="error by functions", x="task.num_functions", y="mean_error"),
+            Panel(
+                title=f"error by points seen, {usual.max_functions} functions",
+                x="slices",
+                y="slice_errors",
+                at_length=length,
+            ),
+        ),
+    )
+
+
+def mqar(preset: Preset) -> Figure:
+    """Accuracy of all mixers on Zoology's multi-query associative recall."""
+    return _mixers_by_length(
+        preset,
+        "mqar",
+        title="Multi-query associative recall (Zoology)",
+        note="A quarter as many pairs as tokens, up to 256, from a vocabulary of 8,192.",
+        answers=(Panel(title="accuracy"),),
+    )
+
+
+def state_size(preset: Preset) -> Figure:
+    """Accuracy against bytes of state, at lengths beyond training."""
+    train_length = preset.train_length("recall")
+    lengths = [train_length * factor for factor in (4, 16)]
+    tasks = [preset.configs["recall"].task.at_length(length) for length in lengths]
+    trained = preset.configs["recall"].model.num_slots
+    lines = []
+    for group, task in zip(("near", "far"), tasks, strict=True):
+        for mixer in _COMPARED:
+            usual = preset.config("recall", mixer)
+            sizes = [usual, *(preset.config("recall", mixer, **size) for size in preset.sizes.get(mixer, ()))]
+            lines += [
+                Line(
+                    label=_name(mixer),
+                    config=config,
+                    evaluations=(preset.test(task),),
+                    group=group,
+                    trial_of=usual,
+                    validation=_validation(preset, "recall", mixer),
+                )
+                for config in sizes
+            ]
+        lines.append(
+            Line(
+                label=f"OVQ, trained with {trained} slots, more at test time",
+                config=preset.config("recall"),
+                evaluations=tuple(
+                    preset.test(task, num_slots=trained * factor) for factor in preset.slot_factors
+                ),
+                group=group,
+                validation=_validation(preset, "recall", "ovq"),
+            )
+        )
+    return Figure(
+        name="bytes",
+        title="Basic recall against bytes of state",
+        note="Each point of a line is a model trained with a state of that size, but where the legend says "
+        "otherwise. Settings of the optimizer are those that the usual size of each mixer does best with.",
+        lines=tuple(lines),
+        panels=tuple(
+            Panel(
+                title=f"{length} tokens, {length // train_length} times the training length",
+                x="state_bytes",
+                group=group,
+            )
+            for group, length in zip(("near", "far"), lengths, strict=True)
+        ),
+        trials=preset.trials,
+    )
+
+
+def dictionary(preset: Preset) -> Figure:
+    """The size of the dictionary varied at test time, on the same weights."""
+    config = preset.config("recall")
+    sizes = [config.model.num_slots * factor for factor in preset.slot_factors]
+    lines = []
+    for length in sorted({*preset.near_lengths("recall")[::2], *preset.far_lengths.get("recall", ())}):
+        task = config.task.at_length(length)
+        tests = [preset.test(task, num_slots=num_slots) for num_slots in sizes]
+        lines += [_line(f"{length} tokens", config, tests, group) for group in ("slots", "bytes")]
+    return Figure(
+        name="dictionary",
+        title=f"OVQ trained with {config.model.num_slots} slots: the dictionary at test time",
+        note="All points of a seed come from the same weights.",
+        lines=tuple(lines),
+        panels=(
+            Panel(title="slots", x="num_slots", group="slots"),
+            Panel(title="bytes of state", x="state_bytes", group="bytes"),
+        ),
+    )
+
+
+def _ablation(
+    preset: Preset, name: str, title: str, variants: dict[str, dict[str, Any]], note: str = ""
+) -> Figure:
+    """OVQ on basic recall with fields of the model changed, tested with two sizes of the dictionary.
+
+    Args:
+        preset: The sizes.
+        name: That of the figure.
+        title: That of the figure.
+        variants: What is changed in each, by its label; `mixer` stands for the long-range mixer.
+        note: What a reader has to know beside the title.
+    """
+    usual = preset.config("recall")
+    tasks = [usual.task.at_length(length) for length in preset.near_lengths("recall")]
+    trained = usual.model.num_slots
+    enlarged = trained * max(preset.length_factors)
+    lines = []
+    for label, fields in variants.items():
+        config = preset.config("recall", **fields)
+        has_slots = config.mixer == "ovq"
+        for group, num_slots in (("trained", None), ("enlarged", enlarged)):
+            tests = [preset.test(task, num_slots=num_slots if has_slots else None) for task in tasks]
+            lines.append(_line(label, config, tests, group))
+    return Figure(
+        name=name,
+        title=title,
+        note=note,
+        lines=tuple(lines),
+        panels=(
+            Panel(title=f"{trained} slots, as in training", group="trained"),
+            Panel(title=f"{enlarged} slots at test time", group="enlarged"),
+        ),
+    )
+
+
+def init(preset: Preset) -> Figure:
+    """Which keys open new slots."""
+    return _ablation(
+        preset,
+        "init",
+        "Which keys open new slots",
+        {"novelty (OVQ)": {}, "at random": {"init": "random"}},
+    )
+
+
+def growth(preset: Preset) -> Figure:
+    """How the dictionary grows."""
+    return _ablation(
+        preset,
+        "growth",
+        "How the dictionary grows with the tokens seen",
+        {"plateau (OVQ)": {}, "linear": {"growth": "linear"}, "immediate": {"growth": "immediate"}},
+        note="Growth that is faster holds more slots at the same length, and more bytes.",
+    )
+
+
+def rate(preset: Preset) -> Figure:
+    """How far a slot moves to a key that is merged into it."""
+    constant = {f"{value:g}": {"slot_rate": value} for value in preset.rates}
+    return _ablation(
+        preset,
+        "rate",
+        "How far a slot moves to a key merged into it",
+        {"1/count (OVQ)": {}, **constant},
+        note="With a constant rate old content fades; with 1/count a slot is the mean of all it was given.",
+    )
+
+
+def bias(preset: Preset) -> Figure:
+    """What is added to the scores of slots."""
+    return _ablation(
+        preset,
+        "bias",
+        "What is added to the score of a slot",
+        {"log count (OVQ)": {}, "log count and norm term": {"slot_bias": "count+norm"}},
+    )
+
+
+def merge(preset: Preset) -> Figure:
+    """Whether keys may be merged into slots that their own chunk opened."""
+    return _ablation(
+        preset,
+        "merge",
+        "Which slots a key may be merged into",
+        {"those from before its chunk (OVQ)": {}, "those its chunk opened, too": {"merge": "updated"}},
+    )
+
+
+def chunk(preset: Preset) -> Figure:
+    """The size of a chunk."""
+    usual = preset.configs["recall"].model.chunk_size
+    return _ablation(
+        preset,
+        "chunk",
+        "Tokens a chunk, read exactly before they are merged",
+        {
+            f"{size} tokens" + (" (usual)" if size == usual else ""): {"chunk_size": size}
+            for size in preset.chunk_sizes
+        },
+    )
+
+
+def conv(preset: Preset) -> Figure:
+    """The short convolution, for OVQ and for full attention."""
+    size = preset.configs["recall"].model.conv_size
+    return _ablation(
+        preset,
+        "conv",
+        "The short convolution on queries, keys and values",
+        {
+            f"{_name(mixer)}, {label}": {"mixer": mixer, "conv_size": conv_size}
+            for mixer in ("full_attention", "ovq")
+            for label, conv_size in ((f"{size} taps", size), ("none", 0))
+        },
+        note="With or without it in all layers, those of the window included.",
+    )
+
+
+FIGURES: dict[str, Callable[[Preset], Figure | Study]] = {
+    "fidelity": fidelity,
+    "recall": recall,
+    "positional": positional,
+    "regression": regression,
+    "mqar": mqar,
+    "bytes": state_size,
+    "dictionary": dictionary,
+    "init": init,
+    "growth": growth,
+    "rate": rate,
+    "merge": merge,
+    "bias": bias,
+    "chunk": chunk,
+    "conv": conv,
+    "lm": language,
+    "hybrids": hybrids,
+    "needle": needle,
+}
+"""Every figure by its name on the command line, in the order of `--all`."""
+
+
+TEXT_FIGURES = ("lm", "hybrids", "needle")
+"""Those that can be made of any corpus."""
+
+
+def get_figure(
+    name: str, preset: Preset, *, dataset: str | None = None, held_out: float | None = None
+) -> Figure | Study:
+    """The figure of this name.
+
+    Args:
+        name: One of `FIGURES`.
+        preset: Its sizes.
+        dataset: For figures of language models, the corpus; `None` for that of the preset. A figure of a
+            chosen corpus has the corpus in its name.
+        held_out: Likewise, the share of the documents that are not trained on.
+
+    Raises:
+        ValueError: If there is none, lists those there are; if it has no corpus to choose; or if the share is
+            not in [0, 1).
+
+    Example:
+        >>> from ovq.research.reproduce.presets import CPU
+        >>> [panel.title for panel in get_figure("recall", CPU).panels]
+        ['accuracy', 'memory', 'time']
+    """
+    if name not in FIGURES:
+        raise ValueError(f"expected figures among {', '.join(FIGURES)}, found {name!r}")
+    if dataset is None and held_out is None:
+        return FIGURES[name](preset)
+    if name not in TEXT_FIGURES:
+        raise ValueError(
+            f"--dataset, --held-out: expected figures among {', '.join(TEXT_FIGURES)}, found {name!r}"
+        )
+    return of_corpus(FIGURES[name], preset, dataset=dataset, held_out=held_out)
+
+
+def _line(label: str, config: RunConfig, evaluations: Sequence[Question], group: str = "") -> Line:
+    return Line(label=label, config=config, evaluations=tuple(evaluations), group=group)
+
+
+def _name(mixer: str) -> str:
+    return MIXER_NAMES.get(mixer, mixer)

@@ -1,0 +1,188 @@
+"""What a figure consists of: training runs, questions to each, and panels that show the answers.
+
+Nothing here computes. A run is known by a digest of what its outcome depends on, so that two figures that ask
+for the same run share it, and so does the same figure when it is asked for again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ovq.research.reproduce.digests import WITHOUT_EFFECT, described, digest
+from ovq.research.reproduce.questions import Question
+from ovq.train.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Settings of the optimizer that a model is tried with.
+
+    Attributes:
+        learning_rate: The peak.
+        weight_decay: As in `TrainArgs`.
+
+    Example:
+        >>> Trial(learning_rate=0.004).label, Trial(learning_rate=0.008, weight_decay=0.5).label
+        ('0.004', '0.008, decay 0.5')
+    """
+
+    learning_rate: float
+    weight_decay: float = 0.0
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Trial:
+        """The settings of a run."""
+        return cls(learning_rate=config.train.learning_rate, weight_decay=config.train.weight_decay)
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        decay = f", decay {self.weight_decay:g}" if self.weight_decay else ""
+        return f"{self.learning_rate:g}{decay}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Line:
+    """A line of a figure: a model, trained once for each seed, and what it is asked.
+
+    Attributes:
+        label: Its name in the legend.
+        config: The run; the seed is set for each repetition, and what a trial says where there are several.
+        evaluations: What each trained model is asked.
+        group: Which panels show it: those of the same group.
+        trial_of: Where models are tried with several settings, the run whose best this one takes; its own if
+            not given.
+        validation: What decides between those settings; asked with examples that no row comes from.
+
+    Lines of one label are drawn as one: that is how the points of a line come from different models.
+    """
+
+    label: str
+    config: RunConfig
+    evaluations: tuple[Question, ...]
+    group: str = ""
+    trial_of: RunConfig | None = None
+    validation: Question | None = None
+
+    @property
+    def swept(self) -> RunConfig:
+        """The run that decides on the settings of the optimizer."""
+        return self.trial_of or self.config
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One pair of axes: a field of the rows against another, for the lines of a group.
+
+    Attributes:
+        title: What stands above.
+        x: A field of the rows, or a number of their task as `"task.NAME"`; `"slices"` for the parts that the
+            task divides its questions into, `"positions"` for the parts of a text.
+        y: A field of the rows; beside `x="slices"` one that has a value for each part: `"slices"` for the
+            accuracy, `"slice_errors"` for the error; beside `x="positions"` it is `"position_losses"`.
+        group: The lines to show.
+        at_length: Show rows of this length alone; `None` for all.
+        relative_to: Show by how many per cent values are above those of the line of this label, seed by
+            seed; `None` for the values themselves.
+    """
+
+    title: str
+    x: str = "length"
+    y: str = "accuracy"
+    group: str = ""
+    at_length: int | None = None
+    relative_to: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure that is trained for.
+
+    Attributes:
+        name: What the command line calls it.
+        title: What it shows, in a line.
+        lines: The lines of all panels.
+        panels: What is drawn, from left to right.
+        trials: Settings that each model is tried with on the first seed, to go on with the best; none to
+            train with those of the configuration.
+        note: What a reader has to know beside the title.
+        asked_as: What it is called on the command line with its options; its name if not given.
+        draw: Draws what the JSON file of the figure holds into a PNG file; `None` for the panels.
+    """
+
+    name: str
+    title: str
+    lines: tuple[Line, ...]
+    panels: tuple[Panel, ...]
+    trials: tuple[Trial, ...] = ()
+    note: str = ""
+    asked_as: str = ""
+    draw: Callable[[dict[str, Any], Path], None] | None = None
+
+    def __post_init__(self) -> None:
+        """A figure that cannot come out as it is meant is a mistake in this package."""
+        assert all(bool(self.trials) == (line.validation is not None) for line in self.lines), (
+            "a sweep needs validations"
+        )
+        assert {line.group for line in self.lines} == {panel.group for panel in self.panels}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """A figure that nothing is trained for.
+
+    Attributes:
+        name: What the command line calls it.
+        title: What it shows, in a line.
+        measure: The rows of a seed; each says its `line`, `group` and `seed` beside what was measured. Other
+            processes call it, so it has to be the function of a module.
+        draw: Draws the rows of all seeds into a PNG file.
+        panels: What the page has tables of.
+        note: What a reader has to know beside the title.
+    """
+
+    name: str
+    title: str
+    measure: Callable[[int], list[dict[str, Any]]]
+    draw: Callable[[list[dict[str, Any]], Path], None]
+    panels: tuple[Panel, ...]
+    note: str = ""
+
+
+def with_seed(config: RunConfig, seed: int) -> RunConfig:
+    """The same run with another seed of weights and data."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+
+
+def with_trial(config: RunConfig, trial: Trial) -> RunConfig:
+    """The same run with other settings of the optimizer."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **dataclasses.asdict(trial)))
+
+
+def run_name(config: RunConfig) -> str:
+    """The folder name of a run: readable, and different for different runs.
+
+    It depends on the fields that are not at their defaults, so that a field added later, with a default that
+    changes nothing, leaves the runs of today what they are.
+
+    Example:
+        >>> from ovq.train.recipes import get_recipe
+        >>> config = get_recipe("recall-ovq")
+        >>> run_name(config)
+        'recall-ovq-seed0-...'
+        >>> run_name(config.override(["train.log_every=5"])) == run_name(config)
+        True
+        >>> run_name(config.override(["model.num_slots=65"])) == run_name(config)
+        False
+    """
+    sections = {name: described(getattr(config, name)) for name in ("task", "model", "train")}
+    return f"{config.task.name}-{config.mixer}-seed{config.train.seed}-{digest(sections)}"
+
+
+def is_same_run(config: RunConfig, other: RunConfig) -> bool:
+    """Whether two configurations are of one run, every field that has an effect compared."""
+    fields = {name: getattr(other.train, name) for name in WITHOUT_EFFECT}
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields)) == other

@@ -1,0 +1,165 @@
+"""The figures of language models: the loss by position, and needles in text."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Callable
+
+from ovq.eval.rows import MIXER_NAMES
+from ovq.research.reproduce.draw import save_heat_maps
+from ovq.research.reproduce.plan import Figure, Line, Panel
+from ovq.research.reproduce.presets import Preset
+from ovq.research.reproduce.questions import LanguageEvaluation, NeedleEvaluation
+from ovq.train.config import RunConfig
+from ovq.train.recipes import beside
+
+# Those that the paper compares on text.
+_COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_attention")
+
+_LOCAL = "mamba2"
+"""What `hybrids` has in the place of the windows: it is good at what is near."""
+
+_Models = list[tuple[str, RunConfig, int | None]]
+"""What each compared model is called, its run, and how many slots it is tested with."""
+
+
+def of_corpus(
+    make: Callable[[Preset], Figure], preset: Preset, *, dataset: str | None, held_out: float | None
+) -> Figure:
+    """A figure of another corpus, or of other held-out documents; its name tells it from the usual one."""
+    figure = make(preset.on_corpus(dataset, held_out))
+    asked_as = figure.name
+    if dataset is not None:
+        asked_as += f" --dataset {shlex.quote(dataset)}"
+    if held_out is not None:
+        asked_as += f" --held-out {held_out:g}"
+    corpus = dataset or preset.configs["lm"].task.dataset
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", corpus).strip("-.") or "corpus"
+    return dataclasses.replace(figure, name=f"{figure.name}-{slug}", asked_as=asked_as)
+
+
+def language(preset: Preset) -> Figure:
+    """The loss of language models by position, far beyond the training length."""
+    return _by_position(
+        preset,
+        "lm",
+        f"Loss of language models on held-out text ({preset.configs['lm'].task.dataset}), by position",
+        _models(preset, "lm"),
+        relative_to=MIXER_NAMES["full_attention"],
+    )
+
+
+def hybrids(preset: Preset) -> Figure:
+    """The loss by position where a mixer that is good at what is near stands in the place of the windows."""
+    trained = preset.configs["lm"].model.num_slots
+    local, windows = MIXER_NAMES[_LOCAL], "windows and"
+    full, ovq = preset.config("lm", "full_attention"), preset.config("lm")
+    exact = f"{local} and full attention"
+    models: _Models = [
+        (exact, beside(_LOCAL, full), None),
+        (f"{local} and OVQ, {trained} slots", beside(_LOCAL, ovq), trained),
+        (f"{windows} full attention", full, None),
+        (f"{windows} OVQ, {trained} slots", ovq, trained),
+        (f"{windows} {MIXER_NAMES['gated_deltanet']}", preset.config("lm", "gated_deltanet"), None),
+        (f"{windows} {local}", preset.config("lm", _LOCAL), None),
+        ("windows alone", preset.config("lm", "sliding_attention"), None),
+    ]
+    return _by_position(
+        preset,
+        "hybrids",
+        f"What OVQ stands beside: loss on held-out text ({preset.configs['lm'].task.dataset}), by position",
+        models,
+        relative_to=exact,
+    )
+
+
+def _by_position(preset: Preset, name: str, title: str, models: _Models, *, relative_to: str) -> Figure:
+    """The loss of models by position, and by how much it is above that of one of them."""
+    source = dataclasses.replace(preset.configs["lm"].task, join_to=preset.text.length)
+    question = LanguageEvaluation(
+        source=source, length=preset.text.length, num_examples=preset.text.num_windows
+    )
+    lines = [
+        Line(
+            label=label,
+            config=model,
+            evaluations=(dataclasses.replace(question, num_slots=num_slots),),
+            group=group,
+        )
+        for group in ("loss", "gap")
+        for label, model, num_slots in models
+    ]
+    return Figure(
+        name=name,
+        title=title,
+        note=f"Each point is the mean over the octave of positions that ends there, in windows of "
+        f"{preset.text.length} tokens that all models of a seed read alike.",
+        lines=tuple(lines),
+        panels=(
+            Panel(title="loss", x="positions", y="position_losses", group="loss"),
+            Panel(
+                title=f"per cent above {relative_to}",
+                x="positions",
+                y="position_losses",
+                group="gap",
+                relative_to=relative_to,
+            ),
+        ),
+    )
+
+
+def needle(preset: Preset) -> Figure:
+    """Whether language models that have learned to look back say a value that is hidden in a text."""
+    text, source = preset.text, preset.configs["needle"].task
+    lines = []
+    for depth in text.needle_depths:
+        questions = [
+            NeedleEvaluation(
+                source=source,
+                length=length,
+                depth=depth,
+                value=text.needle_value,
+                num_examples=text.num_needles,
+            )
+            for length in text.needle_lengths
+        ]
+        lines += [
+            Line(
+                label=label,
+                config=model,
+                evaluations=tuple(dataclasses.replace(each, num_slots=num_slots) for each in questions),
+                group=f"{depth:.0%}",
+            )
+            for label, model, num_slots in _models(preset, "needle")
+        ]
+    longest = preset.train_length("needle")
+    return Figure(
+        name="needle",
+        title=f"A {text.needle_value} hidden in held-out text ({source.dataset})",
+        note=f"Share of questions that a model answers with the value. Models were trained on texts of up to "
+        f"{longest} tokens that have needles in them.",
+        lines=tuple(lines),
+        panels=tuple(
+            Panel(title=f"depth {depth:.0%}", y="generated", group=f"{depth:.0%}")
+            for depth in text.needle_depths
+        ),
+        draw=save_heat_maps,
+    )
+
+
+def _models(preset: Preset, name: str) -> _Models:
+    """The mixers compared, each beside windows."""
+    trained = preset.configs[name].model.num_slots
+    models: _Models = []
+    for mixer in _COMPARED:
+        config = preset.config(name, mixer)
+        if mixer != "ovq":
+            models.append((MIXER_NAMES[mixer], config, None))
+            continue
+        models += [
+            (f"{MIXER_NAMES[mixer]}, {trained * factor} slots", config, trained * factor)
+            for factor in preset.text.slot_factors
+        ]
+    return models

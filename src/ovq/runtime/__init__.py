@@ -1,0 +1,1 @@
+"""What runs are made of, whatever they run: files, progress, worker processes, the environment."""

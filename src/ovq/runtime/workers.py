@@ -1,0 +1,176 @@
+"""Running a few independent jobs side by side, each in a process of its own, with their progress in one
+place.
+
+Two small models trained by one thread each finish sooner than one after the other by two: operations this
+small gain little from a second thread, and wait for it at every step when the machine has other work to do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+import torch
+
+from ovq.runtime.allocator import keep_freed_memory
+from ovq.runtime.progress import Reporter
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+# Models this small only wait for more.
+_MOST_THREADS = 4
+_SECONDS_BETWEEN_LOOKS = 0.1
+_LAST_MESSAGE = None
+
+
+class RemoteReporter:
+    """A `Reporter` for a worker process: what it is told is shown by the process that started it.
+
+    Args:
+        messages: The queue between the two.
+    """
+
+    def __init__(self, messages: Any) -> None:
+        self._messages = messages
+        self._numbers = itertools.count()
+
+    def start(self, label: str, *, total: int) -> RemoteWork:
+        """Begin a piece of work of `total` units."""
+        return RemoteWork(self._messages, (os.getpid(), next(self._numbers)), label, total)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._messages.put(text)
+
+    def end(self) -> None:
+        """Say that this job has nothing more to report."""
+        self._messages.put(_LAST_MESSAGE)
+
+
+class RemoteWork:
+    """One piece of work of a `RemoteReporter`."""
+
+    def __init__(self, messages: Any, key: tuple[int, int], label: str, total: int) -> None:
+        self._messages = messages
+        self._start = {"key": key, "label": label, "total": total}
+        self.update(0)
+
+    def update(self, done: int, *, note: str = "") -> None:
+        """Say that `done` units are finished, with a note on how it goes."""
+        self._messages.put(self._start | {"done": done, "note": note})
+
+
+def run_jobs(
+    function: Callable[[Job, RemoteReporter], Result],
+    jobs: Sequence[Job],
+    *,
+    reporter: Reporter,
+    num_workers: int | None = None,
+    label: str | None = None,
+) -> list[Result]:
+    """Run a function on every job, as many at a time as PyTorch would use threads.
+
+    Args:
+        function: Called as `function(job, reporter)` in a worker process. Function, jobs and results are
+            pickled.
+        jobs: What to call it with; they are begun in this order.
+        reporter: Where the progress of all of them is shown.
+        num_workers: Jobs at a time, where cores are not what limits them; as many as PyTorch would use
+            threads if not given.
+        label: What to call all of them together, with a bar of its own; without one there is no such bar.
+
+    Returns:
+        The results, in the order of the jobs.
+
+    Raises:
+        Exception: The first that a job raises; the other jobs are ended at once then, as they are by Ctrl-C.
+    """
+    num_cores = torch.get_num_threads()
+    num_workers = max(1, min(len(jobs), num_workers or num_cores))
+    num_threads = max(1, min(_MOST_THREADS, num_cores // num_workers))
+    work = None if label is None else reporter.start(label, total=len(jobs))
+    # A forked process would inherit the locks of this one's threads.
+    context = multiprocessing.get_context("spawn")
+    messages = context.Queue()
+    with ProcessPoolExecutor(num_workers, context, _begin, (messages, num_threads)) as executor:
+        try:
+            futures = [executor.submit(_call, function, job) for job in jobs]
+            processes = multiprocessing.active_children()
+            running, num_reporting, last_looks = set(futures), len(futures), 20
+            # A result may overtake the last messages of its job, as they travel by themselves.
+            while running or (num_reporting and last_looks):
+                num_reporting -= _show(messages, reporter)
+                done, running = wait(running, timeout=0)
+                for future in done:
+                    future.result()
+                if done and work is not None:
+                    work.update(len(jobs) - len(running))
+                # The executor sees to this as well, but its thread was once found gone and the jobs with it.
+                if running and any(process.exitcode for process in processes):
+                    raise BrokenProcessPool("a worker process terminated abruptly")
+                last_looks -= not running
+            return [future.result() for future in futures]
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _show(messages: Any, reporter: Reporter) -> int:
+    """Hand on all messages until there are none for a moment; returns how many jobs have sent their last."""
+    num_ended = 0
+    while True:
+        try:
+            message = messages.get(timeout=_SECONDS_BETWEEN_LOOKS)
+        except queue.Empty:
+            return num_ended
+        if message is _LAST_MESSAGE:
+            num_ended += 1
+        elif isinstance(message, str):
+            reporter.say(message)
+        else:
+            reporter.show(**message)
+
+
+def _begin(messages: Any, num_threads: int) -> None:
+    """Prepare a worker process."""
+    global _reporter
+    _reporter = RemoteReporter(messages)
+    torch.set_num_threads(num_threads)
+    keep_freed_memory()
+    # Ctrl-C reaches all processes; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, even by kill -9.
+
+    Otherwise the job would go on unseen, beside the same job of whoever starts it anew.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+_reporter: RemoteReporter
+"""The reporter of this worker process."""
+
+
+def _call(function: Callable[[Job, RemoteReporter], Result], job: Job) -> Result:
+    """Run a job in a worker process."""
+    try:
+        return function(job, _reporter)
+    finally:
+        _reporter.end()

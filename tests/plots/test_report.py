@@ -1,0 +1,149 @@
+"""Tables, figures and progress show the numbers they are given."""
+
+import io
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from rich.console import Console
+
+from ovq.eval.rows import ResultRow
+from ovq.plots import figures
+from ovq.plots.figures import save_figures
+from ovq.plots.tables import result_table, slice_table
+from ovq.runtime.progress import Reporter
+
+
+def row(mixer, num_slots, length, accuracy, state_bytes=1024, slices=None):
+    return ResultRow(
+        mixer=mixer,
+        num_slots=num_slots,
+        length=length,
+        accuracy=accuracy,
+        state_bytes=state_bytes,
+        num_questions=10,
+        slices=slices or {},
+    )
+
+
+ROWS = [
+    row("ovq", 64, 256, 0.91, 3 * 1024),
+    row("ovq", 64, 1024, 0.52, 4 * 1024),
+    row("ovq", 256, 256, 0.93, 5 * 1024),
+    row("ovq", 256, 1024, 0.94, 6 * 1024),
+    row("full_attention", None, 256, 0.95, 2**20),
+    row("full_attention", None, 1024, 0.96, 2**22),
+    row("sliding_attention", None, 256, 0.17, 900),
+    row("sliding_attention", None, 1024, 0.08, 900),
+]
+
+
+def printed(table):
+    console = Console(record=True, width=120, file=io.StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+def test_the_result_table_has_a_row_for_each_model():
+    cells = [
+        [part.strip() for part in line.split("│")[1:-1]]
+        for line in printed(result_table(ROWS, title="t")).splitlines()
+    ]
+    assert [line for line in cells if line] == [
+        ["OVQ, 64 slots", "0.910", "0.520", "4.0 KiB"],
+        ["OVQ, 256 slots", "0.930", "0.940", "6.0 KiB"],
+        ["full attention", "0.950", "0.960", "4.0 MiB"],
+        ["window alone", "0.170", "0.080", "900 B"],
+    ]
+
+
+def test_the_slice_table_is_of_the_longest_length():
+    rows = [
+        row("ovq", 64, 256, 0.5, slices={"near": 0.1}),
+        row("ovq", 64, 1024, 0.5, slices={"near": 0.75, "far": 0.25}),
+        row("ovq", 256, 1024, 0.5, slices={"near": 1.0, "far": 0.5}),
+    ]
+    text = printed(slice_table(rows, title="t"))
+    cells = [[part.strip() for part in line.split("│")[1:-1]] for line in text.splitlines()]
+    assert [line for line in cells if line] == [["near", "0.750", "1.000"], ["far", "0.250", "0.500"]]
+
+
+def test_figures_show_every_row(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, **_: (drawn.append(figure), path.write_text("x"))
+    )
+    paths = save_figures(ROWS, tmp_path, train_length=256)
+    assert [path.name for path in paths] == ["accuracy.png", "state.png"]
+    for figure, value in zip(drawn, (lambda row: row.accuracy, lambda row: row.state_bytes), strict=True):
+        [axes] = figure.axes
+        shown = {
+            (line.get_label(), x, y)
+            for line in axes.get_lines()
+            if not line.get_label().startswith("trained")
+            for x, y in zip(*line.get_data(), strict=True)
+        }
+        assert shown == {(row.label, row.length, value(row)) for row in ROWS}
+        assert axes.get_xscale() == "log"
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["256", "1024"]
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert labels == [*dict.fromkeys(row.label for row in ROWS), "trained up to 256"]
+        colors = {line.get_color() for line in axes.get_lines()}
+        assert len(colors) == 5
+
+
+def test_figures_are_pictures_without_text_on_text(tmp_path):
+    for path in save_figures(ROWS, tmp_path, train_length=256):
+        with Image.open(path) as picture:
+            assert picture.format == "PNG"
+            assert picture.size[0] > 1000
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
+    figures._draw_state(axes, ROWS, 256)
+    figure.draw_without_rendering()
+    texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_legend().get_texts()]
+    texts += [label for label in (*axes.get_xticklabels(), *axes.get_yticklabels()) if label.get_text()]
+    boxes = [text.get_window_extent() for text in texts]
+    inside = figure.bbox
+    for i, box in enumerate(boxes):
+        assert inside.x0 <= box.x0
+        assert box.x1 <= inside.x1
+        assert not any(box.overlaps(other) for other in boxes[:i]), texts[i]
+    assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_one_size_of_the_dictionary_is_enough_for_a_figure(tmp_path):
+    assert len(save_figures([row("ovq", 64, 256, 0.5)], tmp_path, train_length=128)) == 2
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_reaches_the_console(is_terminal):
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=100, record=True)
+    with Reporter(console) as reporter:
+        work = reporter.start("counting", total=3)
+        work.update(1, note="one")
+        work.update(3, note="three")
+    text = console.export_text()
+    assert "counting" in text
+    assert "three" in text
+    if not is_terminal:
+        # The first, the last, and none between, as no ten seconds went by.
+        assert text.splitlines() == ["counting: 0/3 (0 s)", "counting: 3/3 (three, 0 s)"]
+
+
+def test_long_work_is_reported_on_between(monkeypatch):
+    now = iter([0.0, 0.0, 5.0, 11.0, 11.0, 12.0, 12.0])
+    monkeypatch.setattr("ovq.runtime.progress.time.monotonic", lambda: next(now))
+    console = Console(file=io.StringIO(), force_terminal=False, width=100, record=True)
+    with Reporter(console) as reporter:
+        work = reporter.start("counting", total=3)
+        work.update(1)
+        work.update(2)
+        work.update(3)
+    assert console.export_text().splitlines() == [
+        "counting: 0/3 (0 s)",
+        "counting: 2/3 (11 s)",
+        "counting: 3/3 (12 s)",
+    ]

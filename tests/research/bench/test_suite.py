@@ -1,0 +1,92 @@
+"""The measurements measure what they say, and the report is whole; how fast anything is, no test asks."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from ovq.cli import main
+from ovq.research.bench.measure import interleaved, peak_bytes
+from ovq.research.bench.show import save_figures, sentences, tables
+from ovq.research.bench.suite import Suite, run_suite
+from ovq.research.bench.workloads import Workload
+
+SMALL = {"chunk_size": 16, "num_heads": 2, "head_dim": 8}
+
+
+def test_the_workloads_compute_what_they_are_called():
+    exact = Workload(mixer="sdpa", length=64, dtype="float32", **SMALL)
+    window = Workload(mixer="window", length=64, dtype="float32", **SMALL)
+    ovq = Workload(mixer="ovq", length=64, dtype="float32", num_slots=8, **SMALL)
+    outputs = {w.mixer: w.forward("cpu")() for w in (exact, window, ovq)}
+    outputs["ovq"] = outputs["ovq"].transpose(1, 2)
+    # All see the first chunk whole, and differ after it.
+    for mixer in ("window", "ovq"):
+        torch.testing.assert_close(outputs[mixer][:, :, :16], outputs["sdpa"][:, :, :16])
+        assert not torch.allclose(outputs[mixer][:, :, 32:], outputs["sdpa"][:, :, 32:], atol=1e-3)
+    assert [g.shape for g in ovq.forward_backward("cpu")()] == [(1, 64, 2, 8)] * 3
+
+
+def test_flops_of_ovq_are_those_of_the_formula():
+    workload = Workload(mixer="ovq", length=64, dtype="float32", num_slots=16, **SMALL)
+    sizes = [0, 8, 10, 12]  # of a plateau of 16 slots, before each chunk of 16
+    expected = 2 * 2 * 16 * sum(n * 3 * 8 + 16 * 16 / 2 for n in sizes)
+    assert workload.flops() == expected
+
+
+def test_functions_take_turns():
+    calls = []
+    times = interleaved([lambda: calls.append("a"), lambda: calls.append("b")], max_rounds=3, run=2)
+    assert "".join(calls) == "ab" + "aabb" * 3
+    assert [len(t) for t in times] == [6, 6]
+
+
+def test_peak_memory_sees_what_a_call_holds():
+    small, large = (
+        peak_bytes(
+            {
+                "what": "forward_backward",
+                "workload": {"mixer": "ovq", "num_slots": 16, "length": n, "dtype": "float32", **SMALL},
+            }
+        )["peak_bytes"]
+        for n in (256, 65536)
+    )
+    # q, k, v, their gradients, the output and its gradient: eight tensors of 4 MiB.
+    assert 8 * 2**22 <= large - small <= 16 * 2**22
+
+
+def test_a_report_is_whole_and_can_be_shown(tmp_path):
+    suite = Suite(
+        parts=("forward", "decode"), lengths=(32, 64), dtypes=("float32",), num_slots=(4, 8), **SMALL
+    )
+    seen = []
+    report = run_suite(suite, lambda done, note: seen.append(done))
+    assert seen[-1] == suite.total == 4
+    assert len(report["rows"]) == 2 * 2 * 4
+    assert all(row["seconds"] > 0 for row in report["rows"])
+    assert {row["speedup"] for row in report["rows"] if row["mixer"] == "sdpa"} == {1.0}
+    assert json.loads(json.dumps(report))["environment"]["backend"] == "torch"
+    assert len(tables(report)) == 2
+    assert len(sentences(report)) == 4
+    (path,) = save_figures(report, tmp_path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--what", "speed"], "--what: expected some of .* found speed"),
+        (["--dtypes", "int8"], "--dtypes: expected some of .* found int8"),
+        (["--lengths", "many"], "--lengths: expected positive integers .* found 'many'"),
+        (["--device", "tpu"], "--device: expected cpu or cuda, found 'tpu'"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, expected, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *arguments, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(expected, error)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,100 @@
+"""A preset whose figures take seconds, and a way to run its jobs without other processes."""
+
+import dataclasses
+
+from rich.console import Console
+
+from ovq.research.reproduce import engine
+from ovq.research.reproduce.engine import Workshop
+from ovq.research.reproduce.plan import Trial
+from ovq.research.reproduce.presets import Preset, TextTests
+from ovq.runtime.progress import Reporter
+from ovq.train.recipes import recipe_for
+
+_CHANGES = [
+    "train.steps=6",
+    "train.batch_size=4",
+    "train.lengths=16,24",
+    "train.length_shares=0.5,0.5",
+    "train.warmup_steps=1",
+    "train.log_every=1",
+    "train.save_every=2",
+    "model.hidden_size=16",
+    "model.intermediate_size=16",
+    "model.head_dim=8",
+    "model.num_slots=4",
+    "model.chunk_size=4",
+]
+CONFIG = recipe_for("recall", "ovq").override(_CHANGES)
+
+TINY = Preset(
+    name="tiny",
+    configs={
+        "recall": CONFIG,
+        "positional": recipe_for("positional", "ovq").override(_CHANGES),
+        "regression": recipe_for("regression", "ovq").override(
+            [*_CHANGES, "task.points_per_function=4", "task.max_functions=4"]
+        ),
+        "mqar": recipe_for("mqar", "ovq").override([*_CHANGES, "task.vocab_size=64"]),
+        "lm": recipe_for("lm", "ovq").override(
+            [*_CHANGES, "model.num_attention_heads=1", "train.lengths=32", "train.length_shares=1"]
+        ),
+        "needle": recipe_for("lm", "ovq").override(
+            [
+                *_CHANGES,
+                "model.num_attention_heads=1",
+                "task.needle_share=1",
+                "train.lengths=288",
+                "train.length_shares=1",
+            ]
+        ),
+    },
+    length_factors=(1, 2),
+    far_lengths={"recall": (64,)},
+    test_tokens=100,
+    trials=(Trial(learning_rate=1e-3), Trial(learning_rate=1e-2, weight_decay=0.5)),
+    slot_factors=(1, 4),
+    sizes={"ovq": ({"num_slots": 2},)},
+    chunk_sizes=(4, 8),
+    rates=(0.1,),
+    text=TextTests(
+        length=4096,
+        num_windows=2,
+        slot_factors=(1, 4),
+        needle_lengths=(512, 2304),
+        needle_depths=(0.0, 1.0),
+        num_needles=2,
+    ),
+)
+
+
+def workshop(out, **fields):
+    return Workshop(
+        **{
+            "out": out,
+            "preset": "tiny",
+            "num_seeds": 2,
+            "num_workers": 2,
+            "reporter": Reporter(Console(quiet=True)),
+            **fields,
+        }
+    )
+
+
+def with_steps(preset, steps):
+    """The same preset with longer training."""
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, steps=steps))
+    return dataclasses.replace(preset, configs={"recall": config})
+
+
+def run_here(monkeypatch):
+    """Let jobs run in this process, one after the other; the list of their labels grows as they begin."""
+    begun = []
+
+    def run_jobs(function, jobs, *, reporter, num_workers, label):
+        for job in jobs:
+            begun.append(job.label)
+            function(job, reporter)
+
+    monkeypatch.setattr(engine, "run_jobs", run_jobs)
+    return begun

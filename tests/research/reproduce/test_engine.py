@@ -1,0 +1,389 @@
+"""Figures come about, share what is trained, and go on where they were stopped."""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ovq.research.fidelity import fidelity_rows
+from ovq.research.fidelity.streams import STREAMS
+from ovq.research.reproduce import engine, figures
+from ovq.research.reproduce.draw import points
+from ovq.research.reproduce.engine import claimed, reproduce
+from ovq.research.reproduce.figures import get_figure
+from ovq.research.reproduce.page import write_report
+from ovq.research.reproduce.plan import Panel, Study, Trial, run_name, with_trial
+from ovq.research.reproduce.runs import RunJob, answers, do_job, is_trained
+from ovq.train.checkpoints import fault, newest_checkpoint
+from ovq.train.config import RunConfig
+from tests.research.reproduce.common import CONFIG, TINY, run_here, with_steps, workshop
+
+ROOT = Path(__file__).parents[2]
+
+
+def two_mixers(preset):
+    """The figure of recall with two of the mixers, which are enough here."""
+    figure = get_figure("recall", preset)
+    lines = tuple(line for line in figure.lines if line.config.mixer in ("full_attention", "ovq"))
+    return dataclasses.replace(figure, lines=lines)
+
+
+FIGURE = two_mixers(TINY)
+
+
+def rows_of(out, name):
+    """The rows of a figure, without what differs from one time to the next."""
+    rows = json.loads((out / "rows" / f"{name}.json").read_text())["rows"]
+    for row in rows:
+        for field in ("seconds", "microseconds_per_token", "train_seconds"):
+            del row[field]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with the figure that everything else is compared with, and the jobs it took."""
+    out = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        begun = run_here(patch)
+        reproduce(FIGURE, workshop(out))
+    return out, begun
+
+
+def test_rows_are_there_for_every_line_seed_and_question(made):
+    out, _ = made
+    rows = json.loads((out / "rows" / "recall.json").read_text())["rows"]
+    found = [(row["line"], row["seed"], row["length"]) for row in rows]
+    assert found == [
+        (line.label, seed, each.task.length)
+        for line in FIGURE.lines
+        for seed in (0, 1)
+        for each in line.evaluations
+    ]
+    for row in rows:
+        assert (out / "runs" / row["run"] / "model.safetensors").is_file()
+        assert 0 <= row["accuracy"] <= 1
+        assert row["state_bytes"] > 0
+        assert row["seconds"] > 0
+        assert row["num_parameters"] > 1000
+        assert row["train_length"] == 24
+        assert row["task"]["name"] == "recall"
+    slots = {row["length"]: row["num_slots"] for row in rows if row["line"] == "OVQ, a slot for 3.2 tokens"}
+    assert slots == {24: 7, 48: 15, 64: 20}
+    with Image.open(out / "figures" / "recall.png") as picture:
+        picture.verify()
+
+
+def test_each_mixer_goes_on_with_its_best_trial(made):
+    out, begun = made
+    results = json.loads((out / "rows" / "recall.json").read_text())
+    mixers = list(dict.fromkeys(row["mixer"] for row in results["rows"]))
+    assert [entry["mixer"] for entry in results["sweep"]] == mixers
+    for entry in results["sweep"]:
+        assert set(entry["accuracies"]) == {"0.001", "0.01, decay 0.5"}
+        rows = [row for row in results["rows"] if row["mixer"] == entry["mixer"]]
+        trials = {Trial(learning_rate=row["learning_rate"], weight_decay=row["weight_decay"]) for row in rows}
+        assert {trial.label for trial in trials} == {entry["chosen"]}
+    # Two trials on the first seed, of which the best is not trained again, but asked the questions; then the
+    # second seed.
+    assert len(begun) == len(mixers) * 4
+    # No row comes from examples that a trial was chosen by.
+    validation, tested = set(), set()
+    for path in out.glob("runs/*/evaluations/*.json"):
+        evaluation = json.loads(path.read_text())["evaluation"]
+        (validation if evaluation["seed"] >= 10**6 else tested).add(evaluation["seed"])
+    assert validation == {10**6}
+    assert tested == {0, 1}
+
+
+def test_the_best_trial_is_that_of_the_best_accuracy(monkeypatch, tmp_path):
+    # As if the answers were known: the higher rate is the better one for full attention alone.
+    monkeypatch.setattr(engine.Workshop, "do", lambda self, jobs, label: None)
+    monkeypatch.setattr(
+        engine,
+        "answers",
+        lambda job: [
+            {
+                "accuracy": 0.5
+                + 0.1 * (job.config.train.learning_rate > 0.005) * (job.config.mixer == "full_attention")
+            }
+        ],
+    )
+    sweep, chosen = engine._sweep(FIGURE, workshop(tmp_path))
+    assert {entry["mixer"]: entry["chosen"] for entry in sweep}["full_attention"] == "0.01, decay 0.5"
+    # OVQ is tried with the dictionary it has in tests that are as long: a slot for 3.2 of 96 tokens.
+    assert {entry["mixer"]: (entry["length"], entry["num_slots"]) for entry in sweep} == {
+        "full_attention": (96, None),
+        "ovq": (96, 30),
+    }
+    # Of equals the one nearer to 0.004.
+    assert chosen[run_name(TINY.config("recall"))] == TINY.trials[1]
+    usual = dataclasses.replace(TINY, trials=(Trial(learning_rate=2e-3), TINY.trials[1]))
+    _, chosen = engine._sweep(two_mixers(usual), workshop(tmp_path))
+    assert chosen[run_name(TINY.config("recall"))] == usual.trials[0]
+
+
+def test_what_is_finished_is_never_done_again(made, monkeypatch):
+    out, _ = made
+    before = {path: path.stat().st_mtime_ns for path in out.glob("runs/**/*") if path.is_file()}
+    rows = rows_of(out, "recall")
+    monkeypatch.setattr(engine, "run_jobs", None)
+    reproduce(FIGURE, workshop(out))
+    assert rows_of(out, "recall") == rows
+    assert {path: path.stat().st_mtime_ns for path in out.glob("runs/**/*") if path.is_file()} == before
+
+
+def test_another_figure_takes_the_runs_that_are_there(made, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(made[0], out)
+    row = next(row for row in rows_of(out, "recall") if row["mixer"] == "ovq")
+    trial = Trial(learning_rate=row["learning_rate"], weight_decay=row["weight_decay"])
+    usual = with_trial(CONFIG, trial)
+    models = {path.parent for path in out.glob("runs/*/model.safetensors")}
+    run_here(monkeypatch)
+    reproduce(get_figure("dictionary", dataclasses.replace(TINY, configs={"recall": usual})), workshop(out))
+    assert {path.parent for path in out.glob("runs/*/model.safetensors")} == models
+    # One model answers at all sizes and lengths.
+    rows = rows_of(out, "dictionary")
+    assert len({row["run"] for row in rows}) == 2
+    assert {row["num_slots"] for row in rows} == {4, 16}
+
+
+def test_damage_is_noticed_and_repaired(made, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(made[0], out)
+    row = rows_of(out, "recall")[0]
+    folder = out / "runs" / row["run"]
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    answer = next((folder / "evaluations").iterdir())
+    begun = run_here(monkeypatch)
+    reproduce(FIGURE, workshop(out))
+    # Of the sweep and of the figure it is one run.
+    assert len(begun) <= 2
+    assert fault(folder) is None
+    assert weights.read_bytes() == whole
+    assert answer.is_file()
+    assert rows_of(out, "recall")[0] == row
+
+
+def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(monkeypatch, tmp_path):
+    shop = workshop(tmp_path)
+    job = shop.job(CONFIG, (), "run")
+
+    class Stop(Exception):
+        pass
+
+    def stop_at(step):
+        def update(self, done, *, note=""):
+            if done == step:
+                raise Stop
+
+        return update
+
+    from ovq.runtime.progress import Work
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "update", stop_at(5))
+        with pytest.raises(Stop):
+            do_job(job, shop.reporter)
+    assert not is_trained(job)
+    assert newest_checkpoint(job.folder, print).name == "checkpoint-4"
+    steps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "update", lambda self, done, *, note="": steps.append(done))
+        do_job(job, shop.reporter)
+    assert steps == [5, 6]
+    assert is_trained(job)
+    assert not list(job.folder.glob("checkpoint-*"))
+    # The weights are those of a run that was never stopped.
+    other = workshop(tmp_path / "other").job(CONFIG, (), "run")
+    do_job(other, shop.reporter)
+    assert (job.folder / "model.safetensors").read_bytes() == (
+        other.folder / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_folder_of_another_run_is_left_alone(made, tmp_path):
+    out, _ = made
+    row = rows_of(out, "recall")[0]
+    config = RunConfig.load(out / "runs" / row["run"])
+    other = config.override(["model.conv_size=2"])
+    folder = tmp_path / "runs" / run_name(other)
+    shutil.copytree(out / "runs" / row["run"], folder)
+    job = RunJob(config=other, evaluations=(), root=tmp_path / "runs", label="")
+    with pytest.raises(ValueError, match="expected the run of this configuration, found one that an earlier"):
+        is_trained(job)
+
+
+def test_answers_to_other_questions_do_not_count(made, tmp_path):
+    out, _ = made
+    row = rows_of(out, "recall")[0]
+    config = RunConfig.load(out / "runs" / row["run"])
+    [*known] = workshop(out).job(config, FIGURE.lines[0].evaluations, "").evaluations
+    asked = [*known, dataclasses.replace(known[0], num_examples=3)]
+    job = RunJob(config=config, evaluations=tuple(asked), root=out / "runs", label="")
+    *found, missing = answers(job)
+    assert [each["length"] for each in found] == [24, 48, 64]
+    assert missing is None
+    # A default that an earlier version had otherwise does not show in the name of the file.
+    folder = tmp_path / "runs" / job.folder.name
+    shutil.copytree(job.folder, folder)
+    path = folder / "evaluations" / f"{known[0].name}.json"
+    answer = json.loads(path.read_text())
+    answer["evaluation"]["task"]["query_share"] = 0.25
+    path.write_text(json.dumps(answer))
+    assert answers(dataclasses.replace(job, root=tmp_path / "runs"))[0] is None
+
+
+def test_results_of_two_presets_do_not_mix(made, monkeypatch):
+    out, _ = made
+    with pytest.raises(ValueError, match=r"expected a folder of results of preset cpu, found .* of tiny"):
+        reproduce(get_figure("dictionary", TINY), workshop(out, preset="cpu"))
+
+
+def test_one_process_at_a_time(tmp_path):
+    with (
+        claimed(tmp_path),
+        pytest.raises(ValueError, match="no other `ovq reproduce` is at work in"),
+        claimed(tmp_path),
+    ):
+        pass
+    with claimed(tmp_path):
+        pass
+
+
+def measure(seed):
+    return [{"line": "a", "group": "", "seed": seed, "length": n, "error": n + seed} for n in (1, 2)]
+
+
+def measure_without_a_package(seed):
+    raise ImportError("expected scikit-learn, found none")
+
+
+def test_studies_are_measured_a_seed_at_a_time_and_never_twice(monkeypatch, tmp_path):
+    begun = run_here(monkeypatch)
+    study = Study(
+        name="study",
+        title="A study",
+        measure=measure,
+        draw=lambda rows, path: path.write_text(str(len(rows))),
+        panels=(Panel(title="errors", y="error"),),
+    )
+    reproduce(study, workshop(tmp_path, num_seeds=1))
+    results = reproduce(study, workshop(tmp_path, num_seeds=2))
+    assert begun == ["study: seed 0", "study: seed 1"]
+    assert [(row["seed"], row["length"]) for row in results["rows"]] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert (tmp_path / "figures" / "study.png").read_text() == "4"
+    text = write_report(tmp_path).read_text()
+    assert "<td>1.500<small>1.000 to 2.000</small></td>" in text
+    assert "trained models" not in text
+    missing = dataclasses.replace(study, name="other", measure=measure_without_a_package)
+    with pytest.raises(ValueError, match="other: expected scikit-learn"):
+        reproduce(missing, workshop(tmp_path))
+
+
+def test_fidelity_is_a_study_of_every_stream(monkeypatch, tmp_path):
+    run_here(monkeypatch)
+    small = functools.partial(fidelity_rows, lengths=[64, 128], num_slots=16, head_dim=8)
+    monkeypatch.setattr(figures, "fidelity_rows", small)
+    results = reproduce(get_figure("fidelity", TINY), workshop(tmp_path, num_seeds=1))
+    for panel in results["panels"]:
+        lines = points(results, panel)
+        assert {"OVQ", "linear attention"} <= set(lines)
+        assert [point.x for point in lines["OVQ"]] == [64, 128]
+    assert [panel["group"] for panel in results["panels"]] == list(STREAMS)
+    with Image.open(tmp_path / "figures" / "fidelity.png") as picture:
+        picture.verify()
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from ovq.research.reproduce.draw import points
+from ovq.research.reproduce.engine import claimed, reproduce
+from ovq.research.reproduce.figures import get_figure
+from tests.research.reproduce.common import TINY, with_steps, workshop
+
+if __name__ == "__main__":
+    out, steps = Path(sys.argv[1]), int(sys.argv[2])
+    with claimed(out):
+        reproduce(get_figure("dictionary", with_steps(TINY, steps)), workshop(out, num_seeds=1))
+"""
+
+
+def start(out, steps):
+    """A process that makes a figure, with workers of its own."""
+    (out.parent / "program.py").write_text(PROGRAM)
+    return subprocess.Popen(
+        [sys.executable, str(out.parent / "program.py"), str(out), str(steps)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
+        cwd=ROOT,
+    )
+
+
+def children(pid):
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for task in tasks for child in task.read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_killed_by_kill_9_and_started_again_it_ends_as_if_never_stopped(tmp_path, monkeypatch):
+    steps = 100
+    out = tmp_path / "out"
+    process = start(out, steps)
+    begun = time.monotonic()
+    while not list(out.glob("runs/*/checkpoint-*/seal.json")):
+        assert process.poll() is None
+        assert time.monotonic() - begun < 600
+        time.sleep(0.02)
+    workers = children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not list(out.glob("runs/*/model.safetensors"))
+    # The workers end by themselves: going on unseen, they would write into the folders of the next ones.
+    begun = time.monotonic()
+    while any(Path(f"/proc/{worker}").exists() and "Z" not in stat(worker) for worker in workers):
+        assert time.monotonic() - begun < 120
+        time.sleep(0.05)
+    assert workers
+    assert start(out, steps).wait(timeout=900) == 0
+
+    undisturbed = tmp_path / "undisturbed"
+    run_here(monkeypatch)
+    reproduce(get_figure("dictionary", with_steps(TINY, steps)), workshop(undisturbed, num_seeds=1))
+    assert rows_of(out, "dictionary") == rows_of(undisturbed, "dictionary")
+
+
+def stat(pid):
+    """The state of a process, a letter."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def test_regression_is_drawn_by_functions_and_by_points_seen(monkeypatch, tmp_path):
+    run_here(monkeypatch)
+    shop = workshop(tmp_path, num_seeds=1)
+    figure = get_figure("regression", TINY)
+    results = reproduce(dataclasses.replace(figure, lines=figure.lines[:1]), shop)
+    by_functions, by_points = results["panels"][:2]
+    errors = {row["length"]: row["mean_error"] for row in results["rows"]}
+    assert len(errors) == 2
+    [line] = points(results, by_functions).values()
+    assert [(point.x, point.mean) for point in line] == [(2, errors[24]), (4, errors[48])]
+    [line] = points(results, by_points).values()
+    longest = next(row for row in results["rows"] if row["length"] == by_points["at_length"] == 48)
+    assert {point.x: point.mean for point in line} == longest["slice_errors"]
+    assert list(longest["slice_errors"]) == ["seen 2-3"]

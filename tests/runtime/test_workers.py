@@ -1,0 +1,95 @@
+"""Jobs side by side: their results and progress come back, and nobody waits for a job that cannot end."""
+
+import ctypes
+import io
+import os
+import signal
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+import torch
+from rich.console import Console
+
+from ovq.runtime import workers
+from ovq.runtime.allocator import keep_freed_memory
+from ovq.runtime.progress import Reporter
+from ovq.runtime.workers import run_jobs
+
+
+def look_around(job, reporter):
+    """A job that tells about its process; the first waits longest."""
+    time.sleep(0.5 - 0.25 * job)
+    work = reporter.start(f"job {job}", total=2)
+    work.update(1, note="half")
+    work.update(2, note="done")
+    return job, os.getpid(), torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+
+
+def end_badly(job, _reporter):
+    """A job that fails, is killed, or goes on for longer than anyone would wait."""
+    if job == "fail":
+        raise ValueError("expected luck, found none")
+    if job == "be killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(300)
+
+
+def test_results_come_in_the_order_of_the_jobs(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    console = Console(file=io.StringIO(), force_terminal=False, width=100, record=True)
+    with Reporter(console) as reporter:
+        results = run_jobs(look_around, [0, 1, 2], reporter=reporter)
+    assert [job for job, *_ in results] == [0, 1, 2]
+    processes = {process for _, process, *_ in results}
+    assert os.getpid() not in processes
+    assert len(processes) == 2
+    # Two cores for two workers; Ctrl-C is left to the process that started them.
+    assert {(threads, handler) for *_, threads, handler in results} == {(1, signal.SIG_IGN)}
+    lines = console.export_text().splitlines()
+    for job in (0, 1, 2):
+        assert [line for line in lines if line.startswith(f"job {job}:")] == [
+            f"job {job}: 0/2 (0 s)",
+            f"job {job}: 2/2 (done, 0 s)",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("job", "error", "message"),
+    [
+        ("fail", ValueError, "expected luck, found none"),
+        ("be killed", BrokenProcessPool, "terminated abruptly"),
+    ],
+)
+def test_a_job_that_fails_ends_the_others(job, error, message, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    begun = time.monotonic()
+    with Reporter(Console(quiet=True)) as reporter, pytest.raises(error, match=message):
+        run_jobs(end_badly, [job, "sleep"], reporter=reporter)
+    assert time.monotonic() - begun < 120
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_jobs", "expected"),
+    [(1, 3, (1, 1)), (2, 3, (2, 1)), (6, 3, (3, 2)), (64, 3, (3, 4)), (8, 1, (1, 4))],
+)
+def test_cores_are_shared_among_the_workers(num_cores, num_jobs, expected, monkeypatch):
+    seen = []
+
+    def record(num_workers, _context, _begin, arguments):
+        seen.append((num_workers, arguments[1]))
+        raise InterruptedError
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_cores)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", record)
+    with pytest.raises(InterruptedError):
+        run_jobs(look_around, list(range(num_jobs)), reporter=Reporter(Console(quiet=True)))
+    assert seen == [expected]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_the_allocator_takes_its_settings(monkeypatch):
+    assert keep_freed_memory() == hasattr(ctypes.CDLL(None), "mallopt")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert keep_freed_memory() is False

@@ -1,0 +1,80 @@
+"""Imports go one way, and nowhere in a circle."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+# The order, written once: a module imports from its own group or from those before it.
+ORDER = [
+    ["runtime", "fields"],
+    ["ops"],
+    ["layers", "gmr"],
+    ["hf"],
+    ["parallel", "text"],
+    ["tasks"],
+    ["train", "eval"],
+    ["plots"],
+    ["research"],
+    ["cli"],
+    ["__main__"],
+]
+RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in SOURCE.rglob("*.py")
+}
+
+
+def imported(path, *, at_import_only=False):
+    """Modules of ours that a file imports; all, or those it needs to be imported itself."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if at_import_only else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "ovq")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ovq":
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else node.module
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"ovq"}))
+def test_imports_go_one_way(name):
+    package = name.split(".")[1]
+    for other in imported(MODULES[name]):
+        if other != "ovq":
+            assert RANKS[other.split(".")[1]] <= RANKS[package], f"{name} imports {other}"
+
+
+def test_packages_of_one_rank_do_not_meet():
+    for name, path in MODULES.items():
+        package = name.split(".")[1] if name != "ovq" else None
+        for other in imported(path):
+            its = other.split(".")[1] if other != "ovq" else None
+            if package and its and package != its:
+                assert RANKS[package] != RANKS[its], f"{name} imports {other}"
+
+
+def test_no_module_needs_itself_to_be_imported():
+    graph = {
+        name: {other for other in imported(path, at_import_only=True) if other != name}
+        for name, path in MODULES.items()
+    }
+    # Raises CycleError, and names the circle.
+    assert list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_the_circle_of_modules_would_be_found():
+    with pytest.raises(graphlib.CycleError):
+        list(graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).static_order())
+
+
+def test_the_compiler_of_torch_is_not_loaded():
+    """It takes as long as all the rest."""
+    code = "import sys, ovq.ops, ovq.layers; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
