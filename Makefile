@@ -8,6 +8,9 @@ OUT ?= demo-out
 CALLS ?= 10000
 SEED ?= 0
 BIN := $(VENV)/bin
+# uv where it is there, as it is faster; UV= does without.
+UV ?= $(shell command -v uv)
+PIP = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install --progress-bar on)
 
 .PHONY: install demo test test-peers test-oldest fuzz lint format clean
 
@@ -15,10 +18,16 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --progress-bar on -e '.[dev,triton]'
+	$(PIP) -e '.[dev,triton]'
 	touch $@
 
-demo: install
+# What the demonstration needs and nothing else; all that is there already will do.
+$(VENV)/.installed-demo: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[plots]'
+	touch $@
+
+demo: $(VENV)/.installed-demo
 	$(BIN)/ovq demo --out $(OUT)
 
 test: install lint
@@ -31,7 +40,7 @@ test-peers: $(VENV)/.installed-peers
 		&& TRANSFORMERS_TESTS="$$tests" $(BIN)/python -m pytest -n 2 -m peers tests/peers
 
 $(VENV)/.installed-peers: $(VENV)/.installed
-	$(BIN)/pip install --progress-bar on -e '.[peers]'
+	$(PIP) -e '.[peers]'
 	touch $@
 
 fuzz: install

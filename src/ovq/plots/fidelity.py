@@ -7,11 +7,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-
 from ovq.eval.rows import format_bytes
+from ovq.plots.canvas import Axes, Figure, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from ovq.runtime.files import atomic_path
 
 # Okabe and Ito's colours, which differ for colour-blind readers too.

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
-
 from ovq.eval.rows import ResultRow, format_bytes
+from ovq.plots.canvas import Axes, Figure, FuncFormatter, NullLocator
 from ovq.runtime.files import atomic_path
 
 # Okabe and Ito's colours, which differ for colour-blind readers too; the dictionary sizes share a hue, darker

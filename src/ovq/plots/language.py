@@ -8,12 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
 from rich.table import Table
 
 from ovq.eval.rows import format_bytes
+from ovq.plots.canvas import Axes, Figure, FuncFormatter, NullLocator
 from ovq.runtime.files import atomic_path
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 import transformers
@@ -30,6 +29,7 @@ import ovq
 from ovq.eval.accuracy import evaluate
 from ovq.eval.rows import MIXER_NAMES, ResultRow, format_bytes
 from ovq.hf import OVQForCausalLM
+from ovq.plots import canvas
 from ovq.plots.figures import save_figures
 from ovq.plots.tables import result_table
 from ovq.runtime.files import write_atomic
@@ -232,7 +232,7 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "numpy": np.__version__,
-        "matplotlib": matplotlib.__version__,
+        "matplotlib": canvas.VERSION,
     }
 
 

@@ -1,7 +1,6 @@
 """Peak memory of one workload, alone in its process.
 
     python -m ovq.research.bench.peak '{"what": ..., "workload": ...}'
-"""
 
 Prints JSON: how far the resident memory of the process rose above what it was before any input existed.
 """

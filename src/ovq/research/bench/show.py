@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
 from rich.table import Table
 
 from ovq.eval.rows import format_bytes
+from ovq.plots.canvas import Axes, Figure, FuncFormatter, NullLocator
 from ovq.runtime.files import atomic_path
 
 TITLES = {

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
 from ovq.eval.rows import format_bytes
+from ovq.plots.canvas import Axes, FuncFormatter, LogLocator, NullLocator
+from ovq.plots.canvas import Figure as Canvas
 from ovq.plots.heat import draw_heat_maps
 from ovq.runtime.files import atomic_path
 

@@ -1,0 +1,17 @@
+"""What figures are drawn with: matplotlib, which comes with the extra `ovq[plots]`."""
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+except ImportError as error:
+    # A ValueError as well, so that a command says it in one line.
+    class MissingPlots(ImportError, ValueError):
+        """Figures were asked for where matplotlib is not installed."""
+
+    raise MissingPlots("figures: expected matplotlib, found none; pip install 'ovq[plots]'") from error
+
+__all__ = ["VERSION", "Axes", "Figure", "FuncFormatter", "LogLocator", "NullFormatter", "NullLocator"]
+
+VERSION = matplotlib.__version__
