@@ -29,7 +29,7 @@ def add_to_path(folder: str) -> None:
         raise ValueError(
             f"TRANSFORMERS_TESTS: expected a folder with test_modeling_common.py, found {folder!r}"
         )
-    tests.__path__.append(folder)
+    tests.__path__.append(str(Path(folder).absolute()))
     for name, content in MISSING.items():
         package = name.rpartition(".")[0]
         if not (Path(folder).parent / package.replace(".", "/")).is_dir():
