@@ -12,7 +12,14 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize(
     ("name", "fewest"),
-    [("guarantees.md", 40), ("math.md", 20), ("mixers.md", 3), ("scaling.md", 9), ("evaluation.md", 3)],
+    [
+        ("guarantees.md", 40),
+        ("math.md", 20),
+        ("mixers.md", 3),
+        ("scaling.md", 9),
+        ("evaluation.md", 3),
+        ("add_a_backend.md", 1),
+    ],
 )
 def test_every_promise_names_a_test_there_is(name, fewest):
     text = (ROOT / "docs" / name).read_text()
@@ -20,6 +27,20 @@ def test_every_promise_names_a_test_there_is(name, fewest):
     assert len(named) > fewest
     missing = [f"{path}::{name}" for path, name in named if f"def {name}(" not in (ROOT / path).read_text()]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("add_a_*.md"))],
+    ids=lambda path: path.name,
+)
+def test_guides_name_files_there_are(path):
+    files = [
+        f"/{file.relative_to(ROOT)}" for part in ("src", "tests") for file in (ROOT / part).rglob("*.py")
+    ]
+    named = set(re.findall(r"`([\w/]+\.py)(?:::\w+)?`", path.read_text()))
+    assert named
+    assert not [name for name in named if not any(file.endswith(f"/{name}") for file in files)]
 
 
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
