@@ -9,7 +9,7 @@ CALLS ?= 10000
 SEED ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: install demo test fuzz lint format clean
+.PHONY: install demo test test-peers test-oldest fuzz lint format clean
 
 install: $(VENV)/.installed
 
@@ -22,10 +22,26 @@ demo: install
 	$(BIN)/ovq demo --out $(OUT)
 
 test: install lint
-	$(BIN)/python -m pytest -n 2 -m 'not slow' tests src/ovq
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not peers' tests src/ovq
+
+# transformers' own tests, peft, accelerate and trl on our models: minutes of work. The tests are those of the source
+# distribution of the installed version; a checkout of it has more: TRANSFORMERS_TESTS=CHECKOUT/tests.
+test-peers: $(VENV)/.installed-peers
+	tests="$${TRANSFORMERS_TESTS:-$$($(BIN)/python -m tests.peers.sources .peers)}" \
+		&& TRANSFORMERS_TESTS="$$tests" $(BIN)/python -m pytest -n 2 -m peers tests/peers
+
+$(VENV)/.installed-peers: $(VENV)/.installed
+	$(BIN)/pip install --progress-bar on -e '.[peers]'
+	touch $@
 
 fuzz: install
 	$(BIN)/python -m tests.fuzz --calls $(CALLS) --seed $(SEED) $(if $(BACKEND),--backend $(BACKEND))
+
+# The oldest dependencies that pyproject.toml allows; 6 GB, as old versions of torch come for GPUs alone.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --progress-bar on -e '.[dev]' -c tests/oldest.txt
+	$(VENV)-oldest/bin/python -m pytest -n 2 -m 'not slow and not peers' tests src/ovq
 
 lint: install
 	$(BIN)/ruff check .
@@ -36,4 +52,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OUT) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(OUT) .peers .pytest_cache .ruff_cache .hypothesis

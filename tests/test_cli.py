@@ -272,6 +272,14 @@ def test_the_version_is_printed(capsys):
         ("train recall", "recipe: expected one of recall-ovq, recall-full, recall-sliding, "),
         ("train recall-ovq --set train.step=3", "expected one of the fields"),
         ("train recall-ovq --set model.mixer_types=ovk --out {tmp}/x", "ovk"),
+        (
+            "train recall-ovq --set train.learning_rate=nan --out {tmp}/x",
+            "expected a finite number, found nan",
+        ),
+        (
+            "train recall-ovq --set train.learning_rate=inf --out {tmp}/x",
+            "expected a finite number, found inf",
+        ),
         ("train recall-ovq --out {tmp}/file/run", "Not a directory"),
         ("train recall-ovq --out {trained}", "--out: expected a folder without a run"),
         ("train --resume", "--resume: expected only --out beside it"),
@@ -297,10 +305,20 @@ def test_the_version_is_printed(capsys):
         ("generate --model {trained} --prompt 1 --top-p 0", "--top-p: expected a number above 0"),
         ("generate --model {trained} --prompt 1 --top-p 0.5", "--top-p: expected a temperature above 0"),
         ("generate --model {trained} --prompt 1 --temperature -1", "--temperature"),
+        ("generate --model {trained} --prompt 1 --temperature nan", "--temperature"),
+        (
+            "generate --model {trained} --prompt 1 --temperature inf",
+            "--temperature: expected a finite number",
+        ),
+        ("generate --model {trained} --prompt 1 --seed 4294967296", "--seed"),
         ("generate --model {trained} --prompt 1 --top-k 3", "--top-k: expected a temperature above 0"),
         (
             "generate --model {trained} --prompt 1 --repetition-penalty 0",
             "--repetition-penalty: expected more",
+        ),
+        (
+            "generate --model {trained} --prompt 1 --repetition-penalty nan",
+            "--repetition-penalty: expected a",
         ),
         ("generate --model {trained} --prompt 1 --min-p 2 --temperature 1", "--min-p: expected a number"),
         ("generate --model {trained} --prompt 1 --num-beams 2 --max-new-tokens 0", "--num-beams: expected"),
@@ -309,6 +327,7 @@ def test_the_version_is_printed(capsys):
         ("memory --config {tmp}", "found no config.json in it"),
         ("memory --config recall-full --num-slots 8", "expected a model with 'ovq' layers"),
         ("demo --seed -1", "--seed"),
+        ("demo --seed 4294967296", "--seed"),
         ("demo --quick --out {tmp}/file/x", "Not a directory"),
     ],
 )

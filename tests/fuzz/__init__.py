@@ -19,6 +19,7 @@ import os
 
 import torch
 
-# Before anything imports Triton: its own functions are made for its interpreter or for a GPU when they are read.
+# Before anything imports Triton: its own functions are made for its interpreter or for a GPU when they are
+# read.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -142,3 +142,12 @@ def test_a_saved_field_of_a_wrong_type_is_a_value_error_that_names_it(tmp_path, 
     [name] = fields
     with pytest.raises(ValueError, match=f"expected fields of the types of OVQConfig.*'{name}'"):
         OVQConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["rms_norm_eps", "rope_theta", "initializer_range", "vq_decay", "commitment_weight", "slot_rate"]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0])
+def test_numbers_that_are_none_or_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        make_config(**{name: value})

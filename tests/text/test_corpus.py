@@ -131,7 +131,7 @@ def test_no_more_is_read_than_asked_for(folder):
 def test_a_split_without_documents_is_refused(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("all there is")
-    message = r"expected documents for test in .*, found none among its 1 \(held_out=0\)"
+    message = r"expected documents for test in .*, found none among its 1 \(held_out=0.0\)"
     with pytest.raises(ValueError, match=message):
         load_corpus(TextSource(dataset=str(path), held_out=0), "test")
     with pytest.raises(ValueError, match="split: expected one of train, validation, test, all, found 'dev'"):

@@ -173,6 +173,25 @@ def test_a_run_goes_on_with_the_corpus_it_began_with_or_not_at_all(folder, tmp_p
             loop.resume(stopped, reporter=reporter)
 
 
+@pytest.mark.parametrize("has_read", [False, True])
+def test_a_run_stopped_before_its_first_checkpoint_reads_the_same_corpus_again(folder, tmp_path, has_read):
+    config = tiny_config(folder, task={"tokenizer": "bpe:262"})
+    stopped = tmp_path / "stopped"
+    with quiet() as reporter:
+        whole = loop.train(config, tmp_path / "whole", reporter=reporter)
+        config.save(stopped)
+        if has_read:
+            (stopped / "corpus.json").write_text((tmp_path / "whole" / "corpus.json").read_text())
+        again = loop.resume(stopped, reporter=reporter)
+        assert losses(stopped) == losses(tmp_path / "whole")
+        for name, weight in whole.state_dict().items():
+            assert torch.equal(again.state_dict()[name], weight), name
+        (stopped / "trainer_state.json").unlink()
+        (folder / "a.txt").write_text("another text")
+        with pytest.raises(ValueError, match=r"corpus.json: expected the corpus this run began with"):
+            loop.resume(stopped, reporter=reporter)
+
+
 @pytest.mark.parametrize("is_carrying", [False, True])
 def test_training_learns_and_leaves_a_model_that_reads_text(folder, tmp_path, is_carrying):
     config = tiny_config(

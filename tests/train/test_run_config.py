@@ -1,14 +1,17 @@
 """The configuration of a run: checks, overrides from the command line, and the file beside the run."""
 
 import dataclasses
+import itertools
 import json
+import typing
 
 import pytest
 import torch
 
+from ovq.fields import field_types
 from ovq.hf import OVQForCausalLM
 from ovq.layers import MIXERS
-from ovq.tasks import TASKS, RecallTask
+from ovq.tasks import TASKS, RecallTask, TextTask
 from ovq.train.config import CONFIG_FILE, ModelArgs, RunConfig, TrainArgs
 from ovq.train.loop import model_config
 from ovq.train.recipes import RECIPES, get_recipe, recipe_for
@@ -73,11 +76,68 @@ def test_fields_that_depend_on_each_other_are_set_together(config):
         ("model.conv_size=-1", r"model.conv_size: expected at least 0, found -1"),
         ("model.num_attention_heads=3", r"model.hidden_size: expected a multiple of .* \(3\), .*found 64"),
         ("task.vocab_size=5", r"found"),
+        ("train.learning_rate=nan", r"train.learning_rate: expected a finite number, found nan"),
+        ("train.learning_rate=inf", r"train.learning_rate: expected a finite number, found inf"),
+        ("train.length_shares=0.5,0.5,nan", r"train.length_shares: .* each part a finite number, found"),
+        ("train.seed=4294967296", r"train.seed: expected at most 4294967295, found 4294967296"),
+        ("model.commitment_weight=-1", r"model.commitment_weight: expected at least 0, found -1.0"),
+        ("model.vq_decay=1", r"model.vq_decay: expected a number in \[0, 1\), found 1.0"),
+        ("model.slot_rate=0", r"model.slot_rate: expected 'count' or a number in \(0, 1\], found 0.0"),
+        ("model.head_dim=0", r"model.head_dim: expected at least 1, found 0"),
+        ("model.sink_window=0", r"model.sink_window: expected at least 1, found 0"),
     ],
 )
 def test_bad_overrides_name_the_field_and_what_was_found(config, assignment, message):
     with pytest.raises(ValueError, match=message):
         config.override([assignment])
+
+
+NO_NUMBERS = ("nan", "inf", "-inf")
+
+
+def fields_of(section, kinds):
+    """The fields of a dataclass whose type has one of these in it."""
+    return [
+        name
+        for name, kind in field_types(section).items()
+        if {kind, *typing.get_args(kind)}.intersection(kinds)
+    ]
+
+
+SECTIONS = [("model", ModelArgs), ("train", TrainArgs)] + [
+    ("task", task) for task in (*TASKS.values(), TextTask)
+]
+
+
+@pytest.mark.parametrize(("section", "kind"), SECTIONS)
+def test_no_field_takes_what_is_no_finite_number(section, kind, config):
+    config = dataclasses.replace(config, **{section: kind()})
+    names = fields_of(kind, (int, float))
+    assert names
+    for name, value in itertools.product(names, NO_NUMBERS):
+        with pytest.raises(ValueError, match=f"{name}: expected "):
+            config.override([f"{section}.{name}={value}"])
+
+
+@pytest.mark.parametrize(("section", "kind"), SECTIONS)
+def test_no_value_of_another_type_is_read_from_a_file(section, kind, config, tmp_path):
+    """What Python's JSON reads, NaN and Infinity included, is checked like what people write."""
+    config = dataclasses.replace(config, **{section: kind()})
+    wrong = {
+        (int, float): ["NaN", "Infinity", "true", "[[1]]", "{}"],
+        (int,): ["0.5", '"3"'],
+        (bool,): ["1", '"true"', "null"],
+        (str,): ["true", "[1]"],
+    }
+    lists = {"mixer_types", "lengths", "length_shares"}
+    for kinds, values in wrong.items():
+        for name, value in itertools.product(fields_of(kind, kinds), values):
+            sections = json.loads(config.to_json())
+            sections[section][name] = "HERE"
+            text = json.dumps(sections).replace('"HERE"', f"[{value}]" if name in lists else value)
+            (tmp_path / CONFIG_FILE).write_text(text)
+            with pytest.raises(ValueError, match=f"{CONFIG_FILE}: .*{name}: expected "):
+                RunConfig.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -176,6 +236,8 @@ def test_unknown_recipes_are_refused_with_those_there_are():
         lambda sections: sections["task"].update(name="tea"),
         lambda sections: sections["task"].pop("name"),
         lambda sections: sections["train"].update(steps="many"),
+        lambda sections: sections.update(model=[]),
+        lambda sections: sections.update(train=None),
     ],
 )
 def test_a_damaged_file_is_refused_by_its_path(damage, config, tmp_path):

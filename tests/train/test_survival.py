@@ -140,8 +140,7 @@ def test_kill_9_at_a_random_step_and_resume_gives_the_losses_of_an_uninterrupted
     assert steps_read, story
     assert steps_read[0] >= 6, story
     assert losses(out) == losses(whole), story
-    ours, expected = (OVQForCausalLM.from_pretrained(path).state_dict() for path in (out, whole))
-    assert all(ours[name].equal(weight) for name, weight in expected.items()), story
+    assert_same_run(out, whole)
     assert checkpoints(out) == {STEPS - 3, STEPS}, "unfinished checkpoints are cleared away"
 
 
@@ -184,11 +183,91 @@ def test_checkpoints_without_fault_are_taken_without_a_word(whole, interrupted, 
     assert losses(interrupted) == losses(whole)
 
 
-def test_with_no_whole_checkpoint_there_is_nothing_to_resume(interrupted):
+def assert_same_run(out, whole):
+    assert losses(out) == losses(whole)
+    ours, expected = (OVQForCausalLM.from_pretrained(path).state_dict() for path in (out, whole))
+    assert all(ours[name].equal(weight) for name, weight in expected.items())
+
+
+def test_killed_by_kill_9_before_its_first_checkpoint_a_run_starts_again(whole, tmp_path, steps_read):
+    out = tmp_path / "run"
+    sets = [argument for setting in (*SETTINGS, "train.save_every=0") for argument in ("--set", setting)]
+    process = start("recall-ovq", *sets, "--out", out)
+    # Now the first step is taken.
+    assert process.stderr.readline().startswith(f"train recall-ovq: 0/{STEPS}")
+    delay = random.SystemRandom().uniform(0, 0.05)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, f"it ended within {delay:.3f} s: {errors}"
+    assert not checkpoints(out)
+    said = resume(out)
+    assert (
+        f"{out}: stopped before its first checkpoint, the run starts again from its run_config.json" in said
+    )
+    assert steps_read == list(range(STEPS))
+    assert_same_run(out, whole)
+
+
+def test_interrupted_before_its_first_checkpoint_a_run_starts_again(whole, tmp_path, steps_read, monkeypatch):
+    out = tmp_path / "run"
+    build = CurriculumDataset.__getitems__
+
+    def interrupted(self, indices):
+        if len(steps_read) == 2:
+            raise KeyboardInterrupt
+        return build(self, indices)
+
+    with monkeypatch.context() as patch, Reporter(Console(quiet=True)) as reporter:
+        patch.setattr(CurriculumDataset, "__getitems__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(CONFIG, out, reporter=reporter)
+    assert steps_read == [0, 1]
+    assert not checkpoints(out)
+    # In its folder it goes on, and no other run begins.
+    with Reporter(Console(quiet=True)) as reporter, pytest.raises(ValueError, match=r"or --resume"):
+        loop.train(CONFIG, out, reporter=reporter)
+    assert f"{out}: stopped before its first checkpoint" in resume(out)
+    assert steps_read[2:] == list(range(STEPS))
+    assert_same_run(out, whole)
+
+
+def test_a_first_checkpoint_half_written_is_left_out_and_the_run_starts_again(whole, interrupted, steps_read):
+    shutil.rmtree(interrupted / f"checkpoint-{STEPS}")
+    folder = (interrupted / f"checkpoint-{STEPS - 3}").rename(interrupted / "checkpoint-3")
+    (folder / SEAL_FILE).unlink()
+    truncate(folder / "optimizer.pt")
+    (folder / "trainer_state.json").unlink()
+    said = resume(interrupted)
+    assert f"{folder}: not a whole checkpoint, left out (it was never finished: it has no seal.json)" in said
+    assert f"{interrupted}: stopped before its first checkpoint" in said
+    assert steps_read == list(range(STEPS))
+    assert_same_run(interrupted, whole)
+    assert checkpoints(interrupted) == {STEPS - 3, STEPS}
+
+
+def test_damaged_checkpoints_alone_are_not_passed_over(whole, interrupted):
     for step in (STEPS - 3, STEPS):
         truncate(interrupted / f"checkpoint-{step}" / "optimizer.pt")
-    with pytest.raises(ValueError, match=r"--resume: expected a checkpoint .*, found none"):
+    message = rf"--resume: expected a whole checkpoint .* \(checkpoint-{STEPS - 3}, checkpoint-{STEPS}\)"
+    with pytest.raises(ValueError, match=message):
         resume(interrupted)
+    assert checkpoints(interrupted) == {STEPS - 3, STEPS}
+    for step in (STEPS - 3, STEPS):
+        shutil.rmtree(interrupted / f"checkpoint-{step}")
+    resume(interrupted)
+    assert_same_run(interrupted, whole)
+
+
+def test_a_run_that_has_ended_without_checkpoints_does_not_start_again(whole, interrupted):
+    for step in (STEPS - 3, STEPS):
+        shutil.rmtree(interrupted / f"checkpoint-{step}")
+    for name in ("model.safetensors", "trainer_state.json"):
+        shutil.copy(whole / name, interrupted)
+    before = {path: path.read_bytes() for path in interrupted.iterdir()}
+    with pytest.raises(ValueError, match="--resume: expected a run that has not ended, found its model in"):
+        resume(interrupted)
+    assert {path: path.read_bytes() for path in interrupted.iterdir()} == before
 
 
 def test_a_full_disk_costs_one_line_and_no_checkpoint(whole, interrupted):

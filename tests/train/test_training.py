@@ -15,6 +15,7 @@ from ovq.train import loop
 from ovq.train.checkpoints import newest_checkpoint, seal
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
 from ovq.train.data import CurriculumDataset
+from ovq.train.recipes import get_recipe
 
 
 def tiny_config(**train):
@@ -194,11 +195,16 @@ def test_there_must_be_something_to_resume(tmp_path):
     with quiet() as reporter:
         with pytest.raises(ValueError, match="expected the folder of a training run"):
             loop.resume(tmp_path, reporter=reporter)
-        tiny_config().save(tmp_path)
         (tmp_path / "checkpoint-3").mkdir()
-        (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_st')
-        with pytest.raises(ValueError, match=r"--resume: expected a checkpoint .*, found none"):
+        with pytest.raises(ValueError, match="expected the folder of a training run"):
             loop.resume(tmp_path, reporter=reporter)
+
+
+def test_a_model_that_cannot_be_is_refused_before_anything_is_read_or_written(tmp_path):
+    config = get_recipe("lm-ovq").override([f"task.dataset={tmp_path}/none", "model.mixer_types=ovk"])
+    with quiet() as reporter, pytest.raises(ValueError, match=r"mixer_types: expected names .*'ovk'"):
+        loop.train(config, tmp_path / "run", reporter=reporter)
+    assert not (tmp_path / "run").exists()
 
 
 def test_progress_shows_step_length_and_loss(tmp_path):

@@ -7,6 +7,7 @@ instant.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Annotated
@@ -15,6 +16,7 @@ import typer
 
 import ovq
 from ovq.cli import bench, context, demo, evaluate, generate, memory, reproduce, train
+from ovq.cli.outputs import Readers, drop_unwritten, open_closed_streams
 
 app = typer.Typer(
     name="ovq",
@@ -39,6 +41,9 @@ _UsageError = typer.BadParameter.__base__
 # What a shell reports of a program that Ctrl-C has ended.
 _INTERRUPTED = 130
 
+# And of one that was ended by SIGPIPE.
+_OUTPUT_CLOSED = 141
+
 
 def _print_version(is_wanted: bool) -> None:
     if is_wanted:
@@ -57,35 +62,55 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 if all went well, 2 after bad input, 130 after Ctrl-C.
+    """Run the command line and exit: 0 if all went well, 2 after bad input, 130 after Ctrl-C, 141 if whoever
+    reads the output has gone (`ovq ... | head`), as of programs that a signal ends.
 
     Set `OVQ_TRACEBACK=1` to see where an error comes from instead of its one line.
 
     Args:
         arguments: The command line without the program's name; that of the process if not given.
     """
+    open_closed_streams()
+    readers = Readers()
     try:
         code = app(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
     except _UsageError as error:
-        _fail(error.format_message())
-    except BrokenPipeError:
-        # The reader of a pipe (`ovq memory ... | head`) has seen enough. The exit would flush into the pipe
-        # again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (ValueError, OSError) as error:
-        if os.environ.get("OVQ_TRACEBACK"):
-            raise
-        _fail(str(error))
+        code = _fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
+    except SystemExit as error:
+        # typer and rich make one of a broken pipe.
+        if not isinstance(error.__context__, BrokenPipeError):
+            raise
+        code = _code_after(error.__context__, readers)
+    except (ValueError, OSError) as error:
+        code = _code_after(error, readers)
+    finally:
+        readers.close()
+        drop_unwritten()
     # Some versions of typer turn Ctrl-C into the code themselves.
     if code == _INTERRUPTED:
-        print("ovq: interrupted", file=sys.stderr)
+        _tell("interrupted")
     sys.exit(code)
 
 
-def _fail(message: str) -> None:
-    """Print one line on standard error and exit with code 2."""
-    print("ovq: error:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+def _code_after(error: Exception, readers: Readers) -> int:
+    """The exit code after an error, which is told unless it is that nobody reads what is told."""
+    if isinstance(error, BrokenPipeError) and readers.is_one_gone():
+        return _OUTPUT_CLOSED
+    if os.environ.get("OVQ_TRACEBACK"):
+        raise error
+    return _fail(str(error))
+
+
+def _fail(message: str) -> int:
+    """Print one line on standard error; the exit code after it."""
+    _tell(f"error: {' '.join(message.split())}")
+    return 2
+
+
+def _tell(text: str) -> None:
+    """Print a line on standard error, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(f"ovq: {text}", file=sys.stderr)

@@ -11,6 +11,7 @@ import typer
 
 from ovq.cli.common import encode, out_console
 from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
+from ovq.fields import LARGEST_SEED
 
 app = typer.Typer(help="Read a document once and continue from it any number of times.", no_args_is_help=True)
 
@@ -38,7 +39,9 @@ def build(
     prefill_chunk_size: Annotated[
         int, typer.Option(min=1, help="Tokens read at a time, which bounds the memory needed.")
     ] = 2048,
-    seed: Annotated[int, typer.Option(min=0, help='Seed of the slots, in models with init="random".')] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help='Seed of the slots, in models with init="random".')
+    ] = 0,
 ) -> None:
     """Read a document and save the memory of all layers: the same size whatever the length.
 

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from ovq.fields import LARGEST_SEED
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for results, figures and the OVQ model.")] = Path(
         "demo-out"
     ),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and data.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of weights and data.")] = 0,
     quick: Annotated[
         bool,
         typer.Option(

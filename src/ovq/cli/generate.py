@@ -12,6 +12,7 @@ import typer
 
 from ovq.cli.common import encode
 from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
+from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
     from ovq.hf import Context, OVQForCausalLM
@@ -57,7 +58,7 @@ def generate(
     num_slots: Annotated[
         int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Generate from a prompt and print tokens as they come.
 
@@ -168,8 +169,11 @@ def _print(pieces: Iterable[str]) -> None:
     """Print each piece as it comes, and end the line, after Ctrl-C too."""
     try:
         for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    finally:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+            print(piece, end="", flush=True)
+    except OSError:
+        # Nobody reads it, or it cannot be written: the end of the line neither.
+        raise
+    except BaseException:
+        print(flush=True)
+        raise
+    print(flush=True)

@@ -29,7 +29,11 @@ def train(
         Path | None, typer.Option(help="Folder of the run; runs/RECIPE if not given.", show_default=False)
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in --out from its last checkpoint, or its start if it has none.",
+        ),
     ] = False,
 ) -> None:
     """Train a model and save it with its configuration.

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from ovq.fields import is_finite
 from ovq.layers.base import check_sizes
 from ovq.layers.registry import MIXERS
 from ovq.layers.vq import check_vq
@@ -152,6 +153,13 @@ class OVQConfig(PreTrainedConfig):
         for name, bound in smallest.items():
             if getattr(self, name) is not None and getattr(self, name) < bound:
                 raise ValueError(f"{name}: expected at least {bound}, found {getattr(self, name)}")
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not (is_finite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name}: expected a finite number above 0, found {getattr(self, name)}")
+        if not (is_finite(self.initializer_range) and self.initializer_range >= 0):
+            raise ValueError(
+                f"initializer_range: expected a finite number of at least 0, found {self.initializer_range}"
+            )
         if len(self.mixer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"mixer_types: expected a name a layer, num_hidden_layers={self.num_hidden_layers} of them, "

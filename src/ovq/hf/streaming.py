@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ovq.fields import check_fields
 from ovq.hf.cache import OVQCache
 from ovq.hf.modeling_ovq import OVQForCausalLM
 
@@ -58,6 +59,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        check_fields(self)
         for name in ("temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, found {getattr(self, name)}")

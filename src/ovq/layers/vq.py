@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovq.fields import is_finite
 from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import StateCache
 from ovq.layers.constant import ConstantStateMixer, StateSpec, sum_dtype, without_autocast
@@ -387,5 +388,7 @@ def check_vq(num_slots: int, chunk_size: int, vq_decay: float, commitment_weight
             raise ValueError(f"{name}: expected at least 1, found {value}")
     if not 0 <= vq_decay < 1:
         raise ValueError(f"vq_decay: expected a number in [0, 1), found {vq_decay}")
+    if not is_finite(commitment_weight):
+        raise ValueError(f"commitment_weight: expected a finite number, found {commitment_weight}")
     if commitment_weight < 0:
         raise ValueError(f"commitment_weight: expected at least 0, found {commitment_weight}")

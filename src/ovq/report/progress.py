@@ -47,14 +47,17 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         """Start drawing."""
-        self._progress.start()
+        # Up to rich 14 the end of what was never drawn is an empty line.
+        if not self._progress.disable:
+            self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Stop drawing, which gives the terminal its cursor back."""
-        self._progress.stop()
+        if not self._progress.disable:
+            self._progress.stop()
 
     def start(self, label: str, *, total: int) -> Work:
         """Begin a piece of work of `total` units."""

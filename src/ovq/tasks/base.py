@@ -15,6 +15,8 @@ from typing import ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
+from ovq.fields import check_fields
+
 IGNORE_INDEX = -100
 """The label of a token that no loss is taken on (PyTorch's and Hugging Face's convention)."""
 
@@ -49,12 +51,19 @@ class Task(ABC):
         error_name: What `errors` measures; `None` where an answer is right or wrong and nothing between.
         length: Tokens an example, T.
         vocab_size: Number of token ids; all ids are smaller.
+
+    Raises:
+        ValueError: If a field is not of its type, or a number not finite.
     """
 
     name: ClassVar[str]
     error_name: ClassVar[str | None] = None
     length: int = 256
     vocab_size: int = 512
+
+    def __post_init__(self) -> None:
+        """Check the types; tasks check the ranges."""
+        check_fields(self)
 
     @abstractmethod
     def build(self, seed: int, *, indices: Sequence[int] = (0,), split: str = "train") -> TaskBatch:

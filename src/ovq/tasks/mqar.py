@@ -86,6 +86,7 @@ class MQARTask(Task):
 
     def __post_init__(self) -> None:
         """Check every field, in the order in which one depends on another."""
+        super().__post_init__()
         if self.length < 4 or self.length % 2:
             raise ValueError(f"length: expected an even number of at least 4 tokens, found {self.length}")
         if not 0 < self.power <= 1:

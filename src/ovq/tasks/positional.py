@@ -80,6 +80,7 @@ class PositionalRecallTask(Task):
 
     def __post_init__(self) -> None:
         """Check every field, in the order in which one depends on another."""
+        super().__post_init__()
         if self.key_length < 1 or self.num_occurrences < 1:
             raise ValueError(
                 "key_length and num_occurrences: expected at least 1 each, "

@@ -92,6 +92,7 @@ class RecallTask(Task):
 
     def __post_init__(self) -> None:
         """Check every field, in the order in which one depends on another."""
+        super().__post_init__()
         if self.key_length < 1 or self.value_length < 1:
             raise ValueError(
                 "key_length and value_length: expected at least 1 token each, "

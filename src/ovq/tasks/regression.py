@@ -97,6 +97,7 @@ class RegressionTask(Task):
 
     def __post_init__(self) -> None:
         """Check every field, in the order in which one depends on another."""
+        super().__post_init__()
         for field, lowest in (
             ("points_per_function", 1),
             ("max_functions", 1),

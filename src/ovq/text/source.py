@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ovq.fields import check_fields
 from ovq.text.documents import SPLITS
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class TextSource:
 
     def __post_init__(self) -> None:
         """Check the fields that can be checked without reading anything."""
+        check_fields(self)
         for name in ("dataset", "text_field", "hub_split", "tokenizer"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected a name, found none")

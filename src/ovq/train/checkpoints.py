@@ -96,6 +96,11 @@ def newest_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
+def finished_checkpoints(out: Path) -> list[Path]:
+    """The checkpoints in the folder of a run that were sealed, damaged or not, earliest step first."""
+    return [folder for folder in _by_step(out) if (folder / SEAL_FILE).is_file()]
+
+
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turn all that a failed write of a model or checkpoint may raise into an OSError that says where.
@@ -159,7 +164,7 @@ def _remove_old(out: Path) -> None:
 
     `Trainer` would do it before the newest one is sealed, and count unfinished ones.
     """
-    sealed = [folder for folder in _by_step(out) if (folder / SEAL_FILE).is_file()]
+    sealed = finished_checkpoints(out)
     for folder in _by_step(out):
         if folder not in sealed[-_NUM_KEPT:]:
             shutil.rmtree(folder)

@@ -13,6 +13,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from ovq.fields import LARGEST_SEED, check_fields, field_types
 from ovq.files import write_atomic
 from ovq.tasks import TASKS, Task, TextTask
 
@@ -21,9 +22,9 @@ CONFIG_FILE = "run_config.json"
 
 
 def _check_at_least(config: Any, section: str, minimum: int, *names: str) -> None:
-    """Raise ValueError for the first of these fields that is below the minimum."""
+    """Raise ValueError for the first of these fields that is there and below the minimum."""
     for name in names:
-        if getattr(config, name) < minimum:
+        if getattr(config, name) is not None and getattr(config, name) < minimum:
             raise ValueError(f"{section}.{name}: expected at least {minimum}, found {getattr(config, name)}")
 
 
@@ -60,7 +61,8 @@ class ModelArgs:
             need not be learned anew for each of many tokens.
 
     Raises:
-        ValueError: If a size is out of range. Names of mixers and options are checked by `OVQConfig`.
+        ValueError: If a field is not of its type, a number not finite or out of range. Names of mixers and
+            options, and what mixers ask of each other's sizes, are checked by `OVQConfig`.
     """
 
     mixer_types: tuple[str, ...] = ("sliding_attention", "ovq")
@@ -89,11 +91,20 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         """Check the sizes."""
+        check_fields(self, prefix="model.")
         if not self.mixer_types:
             raise ValueError("model.mixer_types: expected at least one mixer, found none")
         _check_at_least(self, "model", 1, "hidden_size", "intermediate_size", "num_attention_heads")
-        _check_at_least(self, "model", 1, "sliding_window", "num_sinks", "num_slots", "chunk_size")
-        _check_at_least(self, "model", 0, "conv_size", "initializer_range", "embedding_std")
+        _check_at_least(self, "model", 1, "num_key_value_heads", "head_dim", "sliding_window", "num_sinks")
+        _check_at_least(self, "model", 1, "sink_window", "mamba_state_size", "num_slots", "chunk_size")
+        _check_at_least(self, "model", 0, "conv_size", "commitment_weight")
+        _check_at_least(self, "model", 0, "initializer_range", "embedding_std")
+        if not 0 <= self.vq_decay < 1:
+            raise ValueError(f"model.vq_decay: expected a number in [0, 1), found {self.vq_decay}")
+        if isinstance(self.slot_rate, float) and not 0 < self.slot_rate <= 1:
+            raise ValueError(
+                f"model.slot_rate: expected 'count' or a number in (0, 1], found {self.slot_rate}"
+            )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model.hidden_size: expected a multiple of model.num_attention_heads "
@@ -127,8 +138,8 @@ class TrainArgs:
         save_every: Steps between two checkpoints; 0 for none but the final model.
 
     Raises:
-        ValueError: If a field is out of range; the message names the field and says what was expected and
-            found.
+        ValueError: If a field is not of its type, not finite or out of range; the message names the field and
+            says what was expected and found.
     """
 
     steps: int = 800
@@ -151,8 +162,11 @@ class TrainArgs:
 
     def __post_init__(self) -> None:
         """Check every field."""
+        check_fields(self, prefix="train.")
         _check_at_least(self, "train", 1, "steps", "batch_size", "micro_batches", "log_every")
         _check_at_least(self, "train", 0, "seed", "save_every", "warmup_steps", "weight_decay")
+        if self.seed > LARGEST_SEED:
+            raise ValueError(f"train.seed: expected at most {LARGEST_SEED}, found {self.seed}")
         if not self.lengths:
             raise ValueError("train.lengths: expected at least one length, found none")
         if len(self.length_shares) != len(self.lengths):
@@ -281,7 +295,7 @@ class RunConfig:
                 raise ValueError(
                     f"--set {path}: expected a section of {', '.join(changes)}, found {section!r}"
                 )
-            types_of_fields = _field_types(type(getattr(self, section)))
+            types_of_fields = field_types(type(getattr(self, section)))
             if name not in types_of_fields:
                 raise ValueError(
                     f"--set {path}: expected one of the fields {', '.join(sorted(types_of_fields))}, "
@@ -300,7 +314,8 @@ class RunConfig:
         """The configuration as JSON, every field written out."""
         sections = {"task": {"name": self.task.name} | dataclasses.asdict(self.task)}
         sections |= {"model": dataclasses.asdict(self.model), "train": dataclasses.asdict(self.train)}
-        return json.dumps(sections, indent=2)
+        # What it reads again: NaN and Inf are no numbers to `from_json`.
+        return json.dumps(sections, indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> RunConfig:
@@ -341,12 +356,6 @@ class RunConfig:
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
         raise ValueError(f"{folder}: expected the folder of a training run, found no {CONFIG_FILE} in it")
-
-
-def _field_types(section: type) -> dict[str, Any]:
-    """The types of a section's fields by name."""
-    hints = typing.get_type_hints(section)
-    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
 
 
 def _from_dict(section: type, fields: dict[str, Any]) -> Any:

@@ -42,14 +42,22 @@ class TrainingData:
     is_carrying: bool = False
 
 
-def training_data(config: RunConfig, out: Path, checkpoint: Path | None, reporter: Reporter) -> TrainingData:
+def training_data(
+    config: RunConfig,
+    out: Path,
+    checkpoint: Path | None,
+    reporter: Reporter,
+    *,
+    is_resumed: bool = False,
+) -> TrainingData:
     """What a run trains on, read or built.
 
     Args:
         config: The run.
         out: Its folder, in which a new run notes what its corpus is.
-        checkpoint: Where the run goes on, whose tokenizer is the one to go on with; None for a new run.
+        checkpoint: Where the run goes on, whose tokenizer is the one to go on with; None at its beginning.
         reporter: Where to show how much of a corpus has been read, if it is not in the cache.
+        is_resumed: Whether the run has been begun before, at its beginning too.
 
     Raises:
         ValueError: If text cannot be had, there is not enough of it, or it is not what the run began with.
@@ -60,7 +68,7 @@ def training_data(config: RunConfig, out: Path, checkpoint: Path | None, reporte
     tokenizer = source_tokenizer(task) if checkpoint is None else get_tokenizer(str(checkpoint))
     corpus = load_corpus(task, "train", tokenizer=tokenizer, progress=_now_and_then(task.dataset, reporter))
     examples = _text_examples(config, corpus, tokenizer)
-    if checkpoint is None:
+    if checkpoint is None and not (is_resumed and (out / CORPUS_FILE).exists()):
         write_atomic(out / CORPUS_FILE, json.dumps({"dataset": task.dataset, "digest": corpus.digest}) + "\n")
     else:
         _check_corpus(out / CORPUS_FILE, corpus)

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.report.progress import Reporter, Work
 from ovq.train.carry import CarryTrainer
-from ovq.train.checkpoints import SealingTrainer, newest_checkpoint, writing
+from ovq.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint, writing
 from ovq.train.config import CONFIG_FILE, RunConfig
 from ovq.train.data import training_data
 from ovq.train.sharding import (
@@ -74,9 +75,12 @@ def train(config: RunConfig, out: Path, *, reporter: Reporter, label: str = "tra
         The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
 
     Raises:
-        ValueError: If the folder already holds a run, or the batch cannot be shared by the processes.
+        ValueError: If there is no such model, the folder holds a run, or the batch cannot be shared by the
+            processes.
         OSError: If the folder cannot be written.
     """
+    # What `OVQConfig` refuses, before a corpus is read for minutes.
+    model_config(config)
     # The first of several processes speaks for all, or another would find the file that it has written.
     if is_first_process():
         if (out / CONFIG_FILE).exists():
@@ -86,7 +90,7 @@ def train(config: RunConfig, out: Path, *, reporter: Reporter, label: str = "tra
         # Also the check that the folder can be written, before any work is done.
         config.save(out)
     try:
-        return _run(config, out, reporter=reporter, label=label, checkpoint=None)
+        return _run(config, out, reporter=reporter, label=label)
     except ValueError:
         # A run that was refused, say for a corpus that is not there, can be tried again in the same folder.
         if is_first_process() and not any(out.glob("checkpoint-*")):
@@ -98,6 +102,9 @@ def resume(out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCaus
     """Go on with the run in a folder from its newest whole checkpoint, to the losses an uninterrupted run
     would have had; says which newer checkpoints are left out.
 
+    A run that was interrupted before its first checkpoint was whole starts again from its configuration, and
+    that is said.
+
     Args:
         out: The folder of the run.
         reporter: Where to show progress.
@@ -107,23 +114,45 @@ def resume(out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCaus
         The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
 
     Raises:
-        ValueError: If the folder holds no run, or no whole checkpoint.
+        ValueError: If the folder holds no run, one that has ended and kept no checkpoint, or checkpoints that
+            were whole once and are all damaged.
         OSError: If the folder cannot be written.
     """
     config = RunConfig.load(out)
-    checkpoint = newest_checkpoint(out, reporter.say if is_first_process() else lambda _: None)
+    say = reporter.say if is_first_process() else lambda _: None
+    checkpoint = newest_checkpoint(out, say)
     if checkpoint is None:
-        raise ValueError(f"--resume: expected a checkpoint (see train.save_every) in {out}, found none")
-    return _run(config, out, reporter=reporter, label=label, checkpoint=checkpoint)
+        _check_can_start_again(out)
+        say(f"{out}: stopped before its first checkpoint, the run starts again from its {CONFIG_FILE}")
+    return _run(config, out, reporter=reporter, label=label, checkpoint=checkpoint, is_resumed=True)
+
+
+def _check_can_start_again(out: Path) -> None:
+    """Raise ValueError if a run without a whole checkpoint has come further than that."""
+    if damaged := finished_checkpoints(out):
+        names = ", ".join(folder.name for folder in damaged)
+        raise ValueError(
+            f"--resume: expected a whole checkpoint in {out}, found damaged ones alone ({names}); "
+            "without them the run starts again from its configuration"
+        )
+    # Written last, when the model has been saved.
+    if (out / TRAINER_STATE_NAME).is_file():
+        raise ValueError(f"--resume: expected a run that has not ended, found its model in {out}")
 
 
 def _run(
-    config: RunConfig, out: Path, *, reporter: Reporter, label: str, checkpoint: Path | None
+    config: RunConfig,
+    out: Path,
+    *,
+    reporter: Reporter,
+    label: str,
+    checkpoint: Path | None = None,
+    is_resumed: bool = False,
 ) -> OVQForCausalLM:
     """Train, from a checkpoint if there is one, and save the result."""
     # Saving a small model is over before a bar of its own is seen.
     disable_progress_bar()
-    data = training_data(config, out, checkpoint, reporter)
+    data = training_data(config, out, checkpoint, reporter, is_resumed=is_resumed)
     model = build_model(config)
     if data.tokenizer is not None:
         # Generation ends where a text does. The Trainer would see to it too, with a warning.

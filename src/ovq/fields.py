@@ -1,0 +1,93 @@
+"""Checks that hold for every field of a configuration: its type, and that a number is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from typing import Any
+
+LARGEST_SEED = 2**32 - 1
+"""Of NumPy's global generator, which transformers seeds too."""
+
+_LARGEST = 2**63 - 1
+"""Of PyTorch's integers."""
+
+
+@functools.cache
+def field_types(section: type) -> dict[str, Any]:
+    """The types of a dataclass's fields by name."""
+    hints = typing.get_type_hints(section)
+    return {field.name: hints[field.name] for field in dataclasses.fields(section)}
+
+
+def check_fields(section: Any, *, prefix: str = "") -> None:
+    """Raise ValueError for the first field of a dataclass that is not of its type; to be called first in its
+    `__post_init__`, so that the checks of ranges see numbers that can be compared.
+
+    NaN and Inf are no numbers, Python's bool is no integer. A whole number will do where a float is asked
+    for, as in JSON, and is made one.
+
+    Args:
+        section: The dataclass, which may be frozen.
+        prefix: What to put before the name of the field in the message.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Sizes:
+        ...     rate: float = 0.5
+        ...
+        ...     def __post_init__(self):
+        ...         check_fields(self, prefix="sizes.")
+        >>> Sizes(rate=1)
+        Sizes(rate=1.0)
+        >>> Sizes(rate=float("nan"))
+        Traceback (most recent call last):
+        ValueError: sizes.rate: expected a finite number, found nan
+    """
+    for name, kind in field_types(type(section)).items():
+        value = getattr(section, name)
+        if not _fits(value, kind):
+            raise ValueError(f"{prefix}{name}: expected {_described(kind)}, found {value!r}")
+        if float in (kind, *typing.get_args(kind)) and isinstance(value, int):
+            object.__setattr__(section, name, float(value))
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is neither NaN nor infinite, nor an integer that no float reaches.
+
+    Example:
+        >>> is_finite(0.5), is_finite(float("nan")), is_finite(10**400)
+        (True, False, False)
+    """
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type as a dataclass declares it."""
+    if typing.get_origin(kind) is types.UnionType:
+        return any(_fits(value, part) for part in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(part, typing.get_args(kind)[0]) for part in value)
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is int:
+        return isinstance(value, int) and abs(value) <= _LARGEST
+    if kind is float:
+        return isinstance(value, (int, float)) and is_finite(value)
+    return isinstance(value, kind)
+
+
+def _described(kind: Any) -> str:
+    """A type in words."""
+    if typing.get_origin(kind) is types.UnionType:
+        return " or ".join(map(_described, typing.get_args(kind)))
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple, each part {_described(typing.get_args(kind)[0])}"
+    words = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text"}
+    return words.get(kind, "none")

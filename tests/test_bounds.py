@@ -1,0 +1,22 @@
+"""The lower bounds of the dependencies are those that the tests are run with, see `make test-oldest`."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# What nobody runs the library with: the linter, and what builds the package.
+TOOLS = {"ruff", "hatchling"}
+# Its builds of that time go with other builds of torch.
+ALONE = {"triton"}
+
+
+def test_the_oldest_dependencies_are_those_that_are_allowed():
+    allowed = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    tested = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "tests/oldest.txt").read_text(), re.MULTILINE))
+    assert len(allowed) > 15
+
+    def release(version):
+        return [int(part) for part in f"{version}.0.0".split(".")[:3]]
+
+    for name in allowed.keys() - TOOLS - ALONE:
+        assert release(tested[name]) == release(allowed[name]), name

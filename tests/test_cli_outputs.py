@@ -1,0 +1,155 @@
+"""Commands whose output nobody reads, or that are interrupted: no traceback, and the code a shell expects."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ovq.cli import main
+from ovq.hf import OVQConfig, OVQForCausalLM
+
+BROKEN, REFUSED = 141, 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of a tiny model."""
+    folder = tmp_path_factory.mktemp("model")
+    config = OVQConfig(
+        vocab_size=60, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    torch.manual_seed(0)
+    OVQForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def run_into(output, errors, numbers, arguments):
+    """Run a command that has a file or a broken pipe (None) in the place of these file descriptors."""
+    if output is None:
+        read, write = os.pipe()
+        os.close(read)
+    else:
+        write = os.open(output, os.O_WRONLY)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    for number in numbers:
+        os.dup2(write, number)
+    main(arguments)
+
+
+def code_and_errors(tmp_path, output, *arguments, numbers=(1,)):
+    """How such a command ends, and what it says on standard error."""
+    # Forked from a process that has imported everything once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ovq.hf", "ovq.train.loop", "ovq.cli"])
+    path = tmp_path / "errors"
+    process = context.Process(target=run_into, args=(output, path, numbers, list(map(str, arguments))))
+    process.start()
+    process.join()
+    return process.exitcode, path.read_text()
+
+
+COMMANDS = {
+    "generate": "generate --model {model} --prompt 5 --max-new-tokens 3",
+    "beams": "generate --model {model} --prompt 5 --max-new-tokens 3 --num-beams 2",
+    "table": "memory --config {model}",
+    "json": "memory --config {model} --json",
+    "list": "reproduce --list",
+    "context": "context build --model {model} --text {tmp}/text --out {tmp}/out",
+    "help": "train --help",
+    "version": "--version",
+}
+
+
+def words(name, model, tmp_path):
+    (tmp_path / "text").write_text("5 6 7")
+    return [word.format(model=model, tmp=tmp_path) for word in COMMANDS[name].split()]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_whose_output_nobody_reads_ends_without_a_traceback(name, model, tmp_path):
+    code, errors = code_and_errors(tmp_path, None, *words(name, model, tmp_path))
+    assert code == BROKEN, errors
+    assert "Traceback" not in errors
+    assert "error" not in errors
+    assert "Exception ignored" not in errors
+
+
+@pytest.mark.parametrize("name", ["table", "context"])
+def test_a_command_whose_errors_nobody_reads_either_ends_alike(name, model, tmp_path):
+    code, _ = code_and_errors(tmp_path, None, *words(name, model, tmp_path), numbers=(1, 2))
+    assert code == BROKEN
+
+
+def test_bad_input_has_its_code_though_nobody_reads_the_line(tmp_path):
+    assert code_and_errors(tmp_path, None, "train", "nothing", numbers=(1, 2))[0] == REFUSED
+
+
+@pytest.mark.parametrize("name", ["generate", "table", "json"])
+def test_output_to_a_full_disk_costs_one_line(name, model, tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("the system has no /dev/full")
+    code, errors = code_and_errors(tmp_path, "/dev/full", *words(name, model, tmp_path))
+    assert (code, errors) == (REFUSED, "ovq: error: [Errno 28] No space left on device\n")
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
+    """Say that of a worker process: whoever reads the output is to know."""
+
+    def broken(_name):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("ovq.train.recipes.get_recipe", broken)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "recall-ovq"])
+    assert exit_info.value.code == REFUSED
+    assert capsys.readouterr().err == "ovq: error: [Errno 32] Broken pipe\n"
+
+
+def ovq(*arguments, shell=""):
+    """A command in a shell, with redirections of it."""
+    command = f'exec "$0" -m ovq "$@" {shell}'
+    return subprocess.Popen(
+        ["/bin/sh", "-c", command, sys.executable, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_generation_into_a_pipe_ends_with_its_reader(model):
+    with ovq("generate", "--model", model, "--prompt", "5", "--max-new-tokens", "0") as process:
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == BROKEN
+
+
+def test_generation_ends_its_line_at_ctrl_c(model):
+    process = ovq("generate", "--model", model, "--prompt", "5", "--max-new-tokens", "0")
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate()
+    assert out.endswith("\n")
+    assert errors == "ovq: interrupted\n"
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "closed", "code"),
+    [
+        ("--version", ">&-", 0),
+        ("train --help", ">&- 2>&-", 0),
+        ("train nothing", "<&- >&- 2>&-", REFUSED),
+        ("generate --model nowhere --prompt-file -", "<&-", REFUSED),
+    ],
+)
+def test_closed_streams_are_no_obstacle(arguments, closed, code):
+    process = ovq(*arguments.split(), shell=closed)
+    _, errors = process.communicate()
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
