@@ -339,8 +339,10 @@ class _Tokens:
 
     def gradients(self, outputs: Sequence[Tensor], states: Sequence[OVQState] | None) -> list[Tensor]:
         """Gradients of a loss of the outputs and states of all rows; none where none are asked for."""
-        if not self._call.has_gradients or not any(o.requires_grad for o in outputs):
+        if not self._call.has_gradients:
             return []
+        if not any(o.requires_grad for o in outputs):  # no token anywhere
+            return [torch.zeros_like(x) for x in self.leaves]
         loss = sum(_weighted(o) for o in outputs)
         for state in states or ():
             loss = loss + _weighted(state.key_sum) + _weighted(state.value_sum)
