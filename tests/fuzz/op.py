@@ -341,14 +341,14 @@ class _Tokens:
         """Gradients of a loss of the outputs and states of all rows; none where none are asked for."""
         if not self._call.has_gradients:
             return []
-        if not any(o.requires_grad for o in outputs):  # no token anywhere
-            return [torch.zeros_like(x) for x in self.leaves]
         loss = sum(_weighted(o) for o in outputs)
         for state in states or ():
             loss = loss + _weighted(state.key_sum) + _weighted(state.value_sum)
             used = int(state.num_pending)
             loss = loss + _weighted(state.pending_keys[:, :, :used])
             loss = loss + _weighted(state.pending_values[:, :, :used])
+        if not loss.requires_grad:  # no token anywhere
+            return [torch.zeros_like(x) for x in self.leaves]
         return torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
 
 
