@@ -11,7 +11,9 @@ ALONE = {"triton"}
 
 
 def test_the_oldest_dependencies_are_those_that_are_allowed():
-    allowed = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    # The neighbours whose suites run on our models are nothing that ours stands on.
+    project = re.sub(r"\npeers = \[.*?\n\]", "", (ROOT / "pyproject.toml").read_text(), flags=re.DOTALL)
+    allowed = dict(re.findall(r'"([\w-]+)>=([\d.]+)', project))
     tested = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "tests/oldest.txt").read_text(), re.MULTILINE))
     assert len(allowed) > 15
 

@@ -14,3 +14,12 @@ fields.
     caches.py    operations on the cache of a model, against each row read anew
     run.py       many programs, counted and timed
 """
+
+import os
+
+import torch
+
+# Before anything imports Triton: its own functions are made for its interpreter or for a GPU when they are
+# read.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -48,18 +48,18 @@ def main(
 
 
 def _run(reporter: Reporter, kind: str, backend: str, calls: int, seed: int, seconds: float) -> Outcome:
-    """One run with a bar; what fails is reported at its end."""
+    """One run with a bar; the first failure of each sort is reported at once."""
     total = max(1, round(calls * SHARES[kind]))
     work = reporter.start(f"{kind} on {backend}", total=total)
+    shown = set()
 
     def show(outcome: Outcome) -> None:
         work.update(outcome.num_run, note=f"{outcome.num_failed} failed")
+        for sort in outcome.failures.keys() - shown:
+            shown.add(sort)
+            reporter.say("\n" + report(outcome.failures[sort], outcome))
 
-    outcome = run(kind, backend, calls=total, seed=seed, seconds=seconds, on_progress=show)
-    for failure in outcome.failures.values():
-        reporter.say("")
-        reporter.say(report(failure, outcome))
-    return outcome
+    return run(kind, backend, calls=total, seed=seed, seconds=seconds, on_progress=show)
 
 
 def _table(outcomes: list[Outcome], seed: int) -> Table:

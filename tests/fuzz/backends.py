@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import warnings
 from collections.abc import Iterator
 from unittest import mock
-
-import torch
-
-# Before anything imports Triton: who runs its kernels is settled when they are read.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import build

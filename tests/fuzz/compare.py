@@ -29,14 +29,28 @@ def bound_of(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *, has_norms: bool)
     return TOLERANCES[str(q.dtype).removeprefix("torch.")] * (1 + score) * (1 + longest_v)
 
 
-def assert_close(actual: Tensor, expected: Tensor, bound: float, what: str) -> None:
-    """Not finite in the same places, and as close as `bound` in all others; nothing if that is infinite."""
+def assert_close(
+    actual: Tensor, expected: Tensor, bound: float, what: str, *, spoilt: Tensor | None = None
+) -> None:
+    """Not finite in the same places, and as close as `bound` in all others; nothing if that is infinite.
+
+    Args:
+        actual: `[n, H, D]` numbers.
+        expected: what they should be.
+        bound: error allowed.
+        what: they are, for error messages.
+        spoilt: `[n, H]` where they may be NaN though the reference is not.
+    """
     assert actual.shape == expected.shape, f"{what}: expected {expected.shape}, found {actual.shape}"
     assert actual.dtype == expected.dtype, f"{what}: expected {expected.dtype}, found {actual.dtype}"
     if math.isinf(bound):
         return
     is_finite = expected.isfinite()
-    places = (actual.isfinite() != is_finite).nonzero().tolist()
+    is_wrong = actual.isfinite() != is_finite
+    if spoilt is not None:
+        is_wrong &= actual.isfinite() | ~spoilt[..., None]
+        is_finite &= actual.isfinite()
+    places = is_wrong.nonzero().tolist()
     assert not places, f"{what}: expected NaN and Inf where the reference has them, found others at {places}"
     errors = (actual - expected).detach().double().abs()[is_finite]
     worst = float(errors.max()) if errors.numel() else 0.0

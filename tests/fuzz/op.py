@@ -144,7 +144,7 @@ class OpCall(Program):
             grads = tokens.gradients(outputs, states)
         bound = tokens.bound()
         for r, (o, (o_ref, state_ref)) in enumerate(zip(outputs, expected, strict=True)):
-            assert_close(o, o_ref, bound, f"outputs of row {r}")
+            assert_close(o, o_ref, bound, f"outputs of row {r}", spoilt=tokens.spoilt(r))
             if states is not None:
                 assert_state(states[r], state_ref, f"state of row {r}", size=tokens.size())
             if initial is not None:
@@ -154,7 +154,7 @@ class OpCall(Program):
         if grads and tokens.are_finite() and bound < 1:
             outputs, states = zip(*expected, strict=True)
             references = tokens.gradients(outputs, states if self.wants_state else None)
-            largest = max(1.0, *(float(g.abs().max()) for g in references if g.numel()))
+            largest = max([1.0, *(float(g.abs().max()) for g in references if g.numel())])
             for i, (grad, reference) in enumerate(zip(grads, references, strict=True)):
                 assert_close(grad, reference, bound * largest, f"gradient {i}")
 
@@ -321,6 +321,12 @@ class _Tokens:
     def are_finite(self) -> bool:
         return all(bool(x.isfinite().all()) for x in self.leaves)
 
+    def spoilt(self, r: int) -> Tensor:
+        """`[n, H]` which new tokens of row r have a key or value before them, or one, that is not finite."""
+        _, k, v = self.rows[r]
+        is_bad = ~(k.isfinite().all(-1) & v.isfinite().all(-1))
+        return (is_bad.cumsum(0) > 0).repeat_interleave(self._call.group, 1)[self._call.rows[r][0] :]
+
     def size(self) -> float:
         """Of the longest tokens, if a constant rate makes them cancel: 1 + (1e20 - 1e20) is 1 or 0."""
         longest = (x.detach().nan_to_num(0, 0, 0).abs().max() for x in self.leaves if x.numel())
@@ -333,7 +339,7 @@ class _Tokens:
 
     def gradients(self, outputs: Sequence[Tensor], states: Sequence[OVQState] | None) -> list[Tensor]:
         """Gradients of a loss of the outputs and states of all rows; none where none are asked for."""
-        if not self._call.has_gradients or not any(o.requires_grad for o in outputs):
+        if not self._call.has_gradients:
             return []
         loss = sum(_weighted(o) for o in outputs)
         for state in states or ():
@@ -341,6 +347,8 @@ class _Tokens:
             used = int(state.num_pending)
             loss = loss + _weighted(state.pending_keys[:, :, :used])
             loss = loss + _weighted(state.pending_values[:, :, :used])
+        if not loss.requires_grad:  # no token anywhere
+            return [torch.zeros_like(x) for x in self.leaves]
         return torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
 
 
@@ -373,7 +381,8 @@ def _drawn_rows(rng: Random, layout: str, chunk_size: int, longest: int) -> tupl
 def _drawn_special(
     rng: Random, rows: Sequence[tuple[int, int, int]], rate: float | str
 ) -> tuple[tuple[str, int, int], ...]:
-    # A step of a constant rate from Inf is Inf or NaN by how it is written; in float16 long keys are Inf.
+    # A step of a constant rate from Inf is Inf or NaN, by how it is written; in float16 the longest keys are
+    # Inf.
     names = [what for what in SPECIAL if rate == "count" or what not in ("inf key", "inf value", "vast key")]
     special = []
     for _ in range(rng.randrange(1, 4)):

@@ -90,6 +90,6 @@ def report(found: Failure, outcome: Outcome) -> str:
     """What was wrong, and the lines that show it, made as simple as they get."""
     simple = shrunk(found.program, outcome.backend)
     return (
-        f"{outcome.kind} {found.number} on {outcome.backend} ({found.count} alike): {found.message}\n"
+        f"{outcome.kind} {found.number} on {outcome.backend}: {found.message}\n"
         f"{simple.lines(outcome.backend)}"
     )
