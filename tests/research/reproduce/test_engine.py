@@ -28,7 +28,7 @@ from ovq.train.checkpoints import fault, newest_checkpoint
 from ovq.train.config import RunConfig
 from tests.research.reproduce.common import CONFIG, TINY, run_here, with_steps, workshop
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def two_mixers(preset):

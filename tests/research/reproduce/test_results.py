@@ -47,17 +47,27 @@ ROWS = [row(seed, length) for seed in (0, 1) for length in (256, 4096)]
 STUDY = [{"line": "OVQ", "group": "text", "seed": 0, "length": 1024, "error": 0.5}]
 
 
-def unlike(rows):
-    """Rows of more kinds than one file should have: none of it may be lost."""
-    rows = copy.deepcopy(rows)
-    rows[0]["learning_rate"] = 0.004
-    rows[1]["num_examples"] = 16.0
-    del rows[2]["accuracy"]
-    del rows[3]["mixer"]
-    return [*rows, *STUDY]
+def changed(number, **fields):
+    """The rows with fields of one changed, `None` for taken away."""
+    rows = copy.deepcopy(ROWS)
+    rows[number] |= fields
+    rows[number] = {
+        name: value for name, value in rows[number].items() if name not in fields or value is not None
+    }
+    return rows
 
 
-@pytest.mark.parametrize("rows", [ROWS, STUDY, unlike(ROWS), []], ids=["runs", "study", "unlike", "none"])
+# Rows that one file should not have: nothing of them may be lost.
+UNLIKE = {
+    "settings that change within a run": changed(1, learning_rate=0.004),
+    "numbers of another type": changed(1, weight_decay=True, num_examples=16.0),
+    "a field of the run missing": changed(3, mixer=None),
+    "a field missing": changed(2, accuracy=None),
+    "runs and a study": [*ROWS, *STUDY],
+}
+
+
+@pytest.mark.parametrize("rows", [ROWS, STUDY, [], *UNLIKE.values()], ids=["runs", "study", "none", *UNLIKE])
 def test_what_is_read_is_what_was_written(tmp_path, rows):
     path = tmp_path / "a.json"
     save_results(path, HEADER | {"rows": rows})
