@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 UV ?= $(shell command -v uv)
 PIP = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install --progress-bar on)
 
-.PHONY: install demo test test-peers test-oldest fuzz lint format clean
+.PHONY: install demo test test-peers test-oldest fuzz lint format tables clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,10 @@ test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --progress-bar on -e '.[dev]' -c tests/oldest.txt
 	$(VENV)-oldest/bin/python -m pytest -n 2 -m 'not slow and not peers' tests src/ovq
+
+# The tables of the documents from the JSON files of results; a test fails where they differ.
+tables: install
+	$(BIN)/ovq reproduce --tables docs/results.md --tables README.md
 
 lint: install
 	$(BIN)/ruff check .

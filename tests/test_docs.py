@@ -1,11 +1,13 @@
 """The documentation names tests that exist."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 import ovq
+from ovq.research.reproduce.tables import with_tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +43,22 @@ def test_guides_name_files_there_are(path):
     named = set(re.findall(r"`([\w/]+\.py)(?:::\w+)?`", path.read_text()))
     assert named
     assert not [name for name in named if not any(file.endswith(f"/{name}") for file in files)]
+
+
+@pytest.mark.parametrize("name", ["docs/results.md", "README.md"])
+def test_tables_say_what_the_results_say(name):
+    # `make tables` makes them anew. What a table says wrongly shows in the difference.
+    assert (ROOT / name).read_text() == with_tables(ROOT / name)
+
+
+def test_every_table_that_is_described_is_shown():
+    shown = set(
+        re.findall(
+            r"<!-- table: \S+ (\S+) -->",
+            "".join((ROOT / name).read_text() for name in ("docs/results.md", "README.md")),
+        )
+    )
+    assert shown == set(json.loads((ROOT / "docs" / "tables.json").read_text()))
 
 
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])

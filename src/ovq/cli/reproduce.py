@@ -38,6 +38,14 @@ def reproduce(
     report: Annotated[
         bool, typer.Option("--report", help="Write OUT/report.html, a page of all that has been made in OUT.")
     ] = False,
+    tables: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Make the marked tables of a Markdown file anew from results; can be given several times.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train and test what a figure shows, and write its rows (JSON) and its picture (PNG).
 
@@ -47,9 +55,10 @@ def reproduce(
     Example: [bold]ovq reproduce recall --preset cpu --seeds 3 --report[/bold]
     """
     names = names or []
-    if (names and all_) or not (names or all_ or list_ or report):
+    if (names and all_) or not (names or all_ or list_ or report or tables):
         raise ValueError(
-            "expected names of figures, or one of --all, --list and --report; see ovq reproduce --list"
+            "expected names of figures, or one of --all, --list, --report and --tables; "
+            "see ovq reproduce --list"
         )
     from ovq.research.reproduce.figures import FIGURES, get_figure
     from ovq.research.reproduce.presets import get_preset
@@ -84,6 +93,16 @@ def reproduce(
                 )
     if report:
         out_console.print(f"Wrote {write_report(out)}", soft_wrap=True)
+    if tables:
+        _update_tables(tables)
+
+
+def _update_tables(paths: list[Path]) -> None:
+    from ovq.research.reproduce.tables import update_tables
+
+    changed = update_tables(paths)
+    for path in paths:
+        out_console.print(f"Wrote {path}" if path in changed else f"{path} is up to date", soft_wrap=True)
 
 
 def _check_gpu(sizes: Any) -> None:

@@ -1,5 +1,8 @@
 """`ovq reproduce` on the command line."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from ovq.cli import main
@@ -25,7 +28,7 @@ def test_the_list_names_every_figure(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected names of figures, or one of --all, --list and --report"),
+        ([], "expected names of figures, or one of --all, --list, --report and --tables"),
         (["recall", "--all"], "expected names of figures, or one of"),
         (["nope"], "expected figures among fidelity, recall,"),
         (["recall", "--preset", "tpu"], "--preset: expected one of cpu, gpu, found 'tpu'"),
@@ -52,6 +55,30 @@ def test_a_folder_in_use_costs_one_line(capsys, tmp_path, tiny):
 
 def test_a_report_without_rows_costs_one_line(capsys, tmp_path):
     assert "expected figures that have been made" in fail(capsys, "reproduce", "--report", "--out", tmp_path)
+
+
+def test_tables_are_made_anew(capsys, tmp_path):
+    results = Path(__file__).parents[3] / "docs" / "results" / "demo.json"
+    table = {
+        "file": str(results),
+        "head": "model",
+        "rows": [{"label": "all", "mixer": "full_attention"}],
+        "columns": [{"head": "256", "value": "accuracy", "length": 256}],
+    }
+    (tmp_path / "tables.json").write_text(json.dumps({"demo": table}))
+    path = tmp_path / "a.md"
+    path.write_text("# Title\n\n<!-- table: tables.json demo -->\nold\n<!-- end -->\n\nText.\n")
+    assert run(capsys, "reproduce", "--tables", path).strip() == f"Wrote {path}"
+    made = path.read_text()
+    assert "| all | 1.000 |\n<!-- end -->\n\nText.\n" in made
+    assert "old" not in made
+    assert run(capsys, "reproduce", "--tables", path).strip() == f"{path} is up to date"
+
+
+def test_a_file_without_tables_costs_one_line(capsys, tmp_path):
+    (tmp_path / "a.md").write_text("# Title\n")
+    assert "a.md: expected tables, each between" in fail(capsys, "reproduce", "--tables", tmp_path / "a.md")
+    assert "b.md" in fail(capsys, "reproduce", "--tables", tmp_path / "b.md")
 
 
 def test_a_figure_and_the_page(capsys, tmp_path, tiny):

@@ -22,12 +22,13 @@ from ovq.research.reproduce.engine import claimed, reproduce
 from ovq.research.reproduce.figures import get_figure
 from ovq.research.reproduce.page import write_report
 from ovq.research.reproduce.plan import Panel, Study, Trial, run_name, with_trial
+from ovq.research.reproduce.results import load_results
 from ovq.research.reproduce.runs import RunJob, answers, do_job, is_trained
 from ovq.train.checkpoints import fault, newest_checkpoint
 from ovq.train.config import RunConfig
 from tests.research.reproduce.common import CONFIG, TINY, run_here, with_steps, workshop
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def two_mixers(preset):
@@ -42,7 +43,7 @@ FIGURE = two_mixers(TINY)
 
 def rows_of(out, name):
     """The rows of a figure, without what differs from one time to the next."""
-    rows = json.loads((out / "rows" / f"{name}.json").read_text())["rows"]
+    rows = load_results(out / "rows" / f"{name}.json")["rows"]
     for row in rows:
         for field in ("seconds", "microseconds_per_token", "train_seconds"):
             del row[field]
@@ -61,7 +62,7 @@ def made(tmp_path_factory):
 
 def test_rows_are_there_for_every_line_seed_and_question(made):
     out, _ = made
-    rows = json.loads((out / "rows" / "recall.json").read_text())["rows"]
+    rows = load_results(out / "rows" / "recall.json")["rows"]
     found = [(row["line"], row["seed"], row["length"]) for row in rows]
     assert found == [
         (line.label, seed, each.task.length)
@@ -85,7 +86,7 @@ def test_rows_are_there_for_every_line_seed_and_question(made):
 
 def test_each_mixer_goes_on_with_its_best_trial(made):
     out, begun = made
-    results = json.loads((out / "rows" / "recall.json").read_text())
+    results = load_results(out / "rows" / "recall.json")
     mixers = list(dict.fromkeys(row["mixer"] for row in results["rows"]))
     assert [entry["mixer"] for entry in results["sweep"]] == mixers
     for entry in results["sweep"]:

@@ -2,5 +2,5 @@
 
 A figure is an object (`plan.py`): lines, each a training run and what it is asked afterwards. `figures.py`
 has those there are, over the sizes in `presets.py`; `runs.py` trains and asks, `engine.py` brings a figure
-about and remembers all that is finished, `draw.py` and `html.py` show it.
+about and remembers all that is finished, `results.py` keeps it, `draw.py`, `page.py` and `tables.py` show it.
 """

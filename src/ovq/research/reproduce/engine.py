@@ -14,6 +14,7 @@ from ovq.research.reproduce.asking import check_text
 from ovq.research.reproduce.draw import save_figure
 from ovq.research.reproduce.plan import Figure, Line, Study, Trial, run_name, with_seed, with_trial
 from ovq.research.reproduce.questions import Evaluation, Question
+from ovq.research.reproduce.results import save_results
 from ovq.research.reproduce.runs import (
     RunJob,
     StudyJob,
@@ -23,7 +24,6 @@ from ovq.research.reproduce.runs import (
     is_trained,
     training_record,
 )
-from ovq.runtime.files import write_atomic
 from ovq.runtime.progress import Reporter
 from ovq.runtime.workers import run_jobs
 from ovq.tasks import Task
@@ -109,7 +109,7 @@ def reproduce(figure: Figure | Study, shop: Workshop) -> dict[str, Any]:
         shop: Where to make it.
 
     Returns:
-        What the JSON file holds.
+        What `load_results` reads from the JSON file.
 
     Raises:
         ValueError: If a run cannot be trained as it is configured, or the folder has results of another
@@ -130,7 +130,7 @@ def reproduce(figure: Figure | Study, shop: Workshop) -> dict[str, Any]:
     }
     for name in ("rows", "figures"):
         (shop.out / name).mkdir(parents=True, exist_ok=True)
-    write_atomic(shop.out / "rows" / f"{figure.name}.json", json.dumps(results, indent=1) + "\n")
+    save_results(shop.out / "rows" / f"{figure.name}.json", results)
     picture = shop.out / "figures" / f"{figure.name}.png"
     if isinstance(figure, Study):
         figure.draw(results["rows"], picture)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,6 +13,7 @@ from ovq.eval.rows import format_bytes
 from ovq.research.reproduce.draw import AXIS_NAMES, Point, points, short_number, y_name
 from ovq.research.reproduce.figures import FIGURES
 from ovq.research.reproduce.plan import Trial
+from ovq.research.reproduce.results import load_results
 from ovq.runtime.files import write_atomic
 
 _STYLE = """
@@ -52,7 +52,7 @@ def write_report(out: Path) -> Path:
         raise ValueError(
             f"--report: expected figures that have been made in {out}, found none; see ovq reproduce --list"
         )
-    everything = [_read(path) for path in paths]
+    everything = [load_results(path) for path in paths]
     sections = [_section(results, out / "figures" / f"{results['figure']}.png") for results in everything]
     contents = "".join(
         f'<li><a href="#{_text(each["figure"])}">{_text(each["title"])}</a></li>' for each in everything
@@ -68,16 +68,6 @@ def write_report(out: Path) -> Path:
     path = out / "report.html"
     write_atomic(path, page)
     return path
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(path.read_text())
-        for name in ("figure", "title", "rows", "panels", "seeds", "command", "environments"):
-            results[name]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected the rows of a figure, found something else ({error})") from error
-    return results
 
 
 def _section(results: dict[str, Any], picture: Path) -> str:

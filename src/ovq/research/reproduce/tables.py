@@ -1,0 +1,303 @@
+"""Tables of Markdown files, made from the JSON files of results that they show.
+
+In the Markdown file stands where a table goes, and which one of those that a JSON file describes:
+
+    <!-- table: tables.json recall -->
+    ...
+    <!-- end -->
+
+What is between is made anew by `ovq reproduce --tables FILE`. A description says which rows of a file of
+results a line of the table is about (`rows`, each a label and what a row must have), and what is told of them
+(`columns`, see `Column`): a cell is the mean over the seeds of what both select. Paths are relative to the
+file that they stand in.
+
+    "recall": {
+     "file": "results/recall.json",
+     "head": "mixer",
+     "rows": [
+      "full attention",
+      {"label": "**OVQ**", "line": "OVQ, 64 slots"}
+     ],
+     "columns": [
+      {"over": "length", "values": [256, 1024], "value": "accuracy", "spread": 0.02},
+      {"head": "bytes at 1k", "value": "state_bytes", "length": 1024, "form": "commas"}
+     ]
+    }
+
+A row that is a string is of the line of that name. An entry that is `over` a field gives a column for each of
+the `values`, under `heads` if the values are not to stand there themselves. What is no option of a column is
+what a row must have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ovq.research.reproduce.results import Row, load_results
+from ovq.runtime.files import write_atomic
+
+_START = re.compile(r"^<!-- table: (\S+) (\S+) -->\n", re.MULTILINE)
+_MARKED = re.compile(_START.pattern + r"(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+_FORMS = ("number", "commas", "MiB", "seeds", "text")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Column:
+    """What a column tells of the rows that a line is about.
+
+    Attributes:
+        head: What stands above.
+        value: A field, or one of a part as `"part.field"`; several are told beside each other.
+        where: What a row must have beside what the line asks for: a value, or a list of those that will do.
+        by: Which of the fields of the line count; `None` for all.
+        file: Another file than that of the table.
+        each: A field and the values of it that are told one after the other in a cell.
+        positions: Beside `value="position_losses"`, the first position and the last of those averaged.
+        relative_to: Tell the value as a share in per cent, seed by seed, of that of the row that has these
+            fields in the place of the line's; `file` names another file to find it in.
+        above: Tell by how many per cent it is above, in the place of the share; nothing for the row itself.
+        form: `"number"`, `"commas"` (1,234), `"MiB"`, `"seeds"` for each seed's number in the place of
+            the mean, `"text"` for settings as they are.
+        digits: Digits behind the point.
+        spread: Tell the lowest and the highest seed as well where they differ by as much.
+        unit: What stands behind a mean.
+    """
+
+    head: str
+    value: str | tuple[str, ...]
+    where: dict[str, Any]
+    by: tuple[str, ...] | None = None
+    file: str | None = None
+    each: tuple[str, tuple[Any, ...]] | None = None
+    positions: tuple[int, int] | None = None
+    relative_to: dict[str, Any] | None = None
+    above: bool = False
+    form: str = "number"
+    digits: int = 3
+    spread: float | None = None
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        """A form there is not is a mistake in a description."""
+        if self.form not in _FORMS:
+            raise ValueError(f"form: expected one of {', '.join(_FORMS)}, found {self.form!r}")
+
+
+_OPTIONS = {field.name for field in dataclasses.fields(Column)} - {"where"}
+
+
+def update_tables(paths: Sequence[Path]) -> list[Path]:
+    """Make the tables of Markdown files anew; each file is written in one piece, after all could be made.
+
+    Args:
+        paths: The files.
+
+    Returns:
+        Those that were not up to date.
+
+    Raises:
+        ValueError: If a file has no tables, or one cannot be made; names the file and the table.
+        OSError: If a file cannot be read or written.
+    """
+    texts = {path: with_tables(path) for path in paths}
+    changed = [path for path, text in texts.items() if path.read_text() != text]
+    for path in changed:
+        write_atomic(path, texts[path])
+    return changed
+
+
+def with_tables(path: Path) -> str:
+    """The text of a Markdown file with its tables as the results have them.
+
+    Raises:
+        ValueError: If it has no tables, or one cannot be made; names the file and the table.
+        OSError: If a file cannot be read.
+    """
+    text = path.read_text()
+    num_marked = len(_MARKED.findall(text))
+    if not num_marked or not num_marked == len(_START.findall(text)) == text.count("<!-- end -->"):
+        raise ValueError(
+            f"{path}: expected tables, each between <!-- table: FILE.json NAME --> and <!-- end -->, found "
+            f"{len(_START.findall(text))} beginnings and {text.count('<!-- end -->')} ends"
+        )
+
+    def made(match: re.Match[str]) -> str:
+        description, name = path.parent / match[1], match[2]
+        try:
+            return f"<!-- table: {match[1]} {name} -->\n{make_table(description, name)}<!-- end -->"
+        except KeyError as error:
+            raise ValueError(
+                f"{path}: table {name} of {description}: expected {error}, found none"
+            ) from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: table {name} of {description}: {error}") from error
+
+    return _MARKED.sub(made, text)
+
+
+def make_table(description: Path, name: str) -> str:
+    """A table in Markdown.
+
+    Args:
+        description: The JSON file that describes it.
+        name: What it is called there.
+
+    Raises:
+        ValueError: If it is not described, or the results do not have what it tells.
+        OSError: If a file cannot be read.
+    """
+    tables = json.loads(description.read_text())
+    if name not in tables:
+        raise ValueError(f"expected one of {', '.join(tables)}, found {name!r}")
+    table = tables[name]
+    rows_of = functools.cache(lambda file: _read(description.parent / (file or table["file"])))
+    columns = [column for entry in table["columns"] for column in _columns(entry)]
+    lines = [_cells((table["head"], *(column.head for column in columns)))]
+    lines.append(
+        _cells(["---", *("---" if column.form in ("text", "seeds") else "---:" for column in columns)])
+    )
+    for entry in table["rows"]:
+        line = {"label": entry, "line": entry} if isinstance(entry, str) else dict(entry)
+        label = line.pop("label")
+        lines.append(_cells((label, *(_cell(column, line, rows_of) for column in columns))))
+    return "\n".join(lines) + "\n"
+
+
+def _columns(entry: dict[str, Any]) -> Iterable[Column]:
+    """The columns that an entry describes: one, or one for each value of the field that it is `over`."""
+    options = {name: value for name, value in entry.items() if name in _OPTIONS}
+    where = {name: value for name, value in entry.items() if name not in _OPTIONS}
+    if "over" not in entry:
+        yield Column(**{**options, "where": where})
+        return
+    field, values = where.pop("over"), where.pop("values")
+    heads = where.pop("heads", [_short(value) for value in values])
+    for head, value in zip(heads, values, strict=True):
+        yield Column(**{**options, "head": head, "where": {**where, field: value}})
+
+
+def _short(value: Any) -> str:
+    """A value for the head of a column, lengths as short as they can be."""
+    return (
+        f"{value // 1024}k" if isinstance(value, int) and value >= 1024 and value % 1024 == 0 else f"{value}"
+    )
+
+
+_RowsOf = Callable[[str | None], list[Row]]
+"""The rows of a file by its name, those of the table's file by none."""
+
+
+def _read(path: Path) -> list[Row]:
+    content = json.loads(path.read_text())
+    if isinstance(content, list):
+        return content
+    return load_results(path)["rows"] if "figure" in content else content["rows"]
+
+
+def _cell(column: Column, line: dict[str, Any], rows_of: _RowsOf) -> str:
+    """What a column tells of the rows of a line."""
+    file = column.file or line.get("file")
+    asked = {name: value for name, value in line.items() if name != "file"}
+    if column.by is not None:
+        asked = {name: asked[name] for name in column.by}
+    asked |= column.where
+    if column.each is None:
+        return _told(column, asked, file, rows_of)
+    field, values = column.each
+    return ", ".join(_told(column, {**asked, field: value}, file, rows_of) for value in values)
+
+
+def _told(column: Column, asked: dict[str, Any], file: str | None, rows_of: _RowsOf) -> str:
+    if not isinstance(column.value, str):
+        return ", ".join(
+            _told(dataclasses.replace(column, value=value), asked, file, rows_of) for value in column.value
+        )
+    values = _by_seed(column, asked, rows_of(file))
+    if column.relative_to is not None:
+        other = dict(column.relative_to)
+        base_file = other.pop("file", file)
+        base = {**{name: asked[name] for name in other.pop("by", asked) if name in asked}, **other}
+        if column.above and base == asked and base_file == file:
+            return ""
+        bases = _by_seed(column, base, rows_of(base_file))
+        if missing := set(values) - set(bases):
+            raise ValueError(f"relative_to: expected rows of {base} for each seed, found none of {missing}")
+        values = {seed: 100 * (value / bases[seed] - column.above) for seed, value in values.items()}
+    return _written(column, list(values.values()))
+
+
+def _by_seed(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> dict[Any, Any]:
+    """The value of each seed.
+
+    Raises:
+        ValueError: If there is none, or there are two that differ.
+    """
+    found: dict[Any, Any] = {}
+    for row in rows:
+        if not all(_fits(_field(row, name), value) for name, value in asked.items()):
+            continue
+        value = _field(row, column.value)
+        if column.positions is not None:
+            value = _mean_over(value, *column.positions)
+        if found.setdefault(row.get("seed"), value) != value:
+            raise ValueError(f"expected one {column.value} a seed of {asked}, found two that differ")
+    if not found:
+        raise ValueError(f"expected rows of {asked}, found none")
+    return found
+
+
+def _fits(found: Any, asked: Any) -> bool:
+    return found in asked if isinstance(asked, list) else found == asked
+
+
+def _field(row: Row, path: Any) -> Any:
+    return functools.reduce(operator.getitem, path.split("."), row)
+
+
+def _mean_over(losses: dict[str, float], first: int, last: int) -> float:
+    """The mean over positions, of means over the octaves that end at the names.
+
+    Example:
+        >>> _mean_over({"1024": 9.0, "2048": 3.0, "4096": 6.0}, 1024, 4096)
+        5.0
+    """
+    ends = sorted(map(int, losses))
+    starts = dict(zip(ends, [0, *ends], strict=False))
+    inside = [end for end in ends if first < end <= last]
+    if not inside or (starts[inside[0]], inside[-1]) != (first, last):
+        raise ValueError(f"positions: expected two of 0, {', '.join(map(str, ends))}, found {first}, {last}")
+    return sum(losses[str(end)] * (end - starts[end]) for end in inside) / (last - first)
+
+
+def _written(column: Column, values: Sequence[Any]) -> str:
+    """The values of the seeds in a cell."""
+    if column.form == "text":
+        return " or ".join(dict.fromkeys(f"{value:g}" for value in values))
+    if column.form == "seeds":
+        return ", ".join(_number(column, value) for value in values)
+    mean, low, high = sum(values) / len(values), min(values), max(values)
+    if column.form == "MiB":
+        return f"{mean / 2**20:.1f} MiB"
+    if column.form == "commas":
+        return f"{mean:,.0f}"
+    told = _number(column, mean) + column.unit
+    bounds = [_number(column, low), _number(column, high)]
+    if column.spread is None or high - low < column.spread or bounds[0] == bounds[1]:
+        return told
+    return f"{told} ({' to '.join(bounds)})"
+
+
+def _number(column: Column, value: float) -> str:
+    # Without the sign of what is rounded to zero.
+    return f"{round(value, column.digits) + 0.0:.{column.digits}f}"
+
+
+def _cells(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
