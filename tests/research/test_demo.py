@@ -41,8 +41,8 @@ def test_results_hold_a_row_for_each_model_and_length(done):
     assert all(0 <= row["accuracy"] <= 1 for row in read["rows"])
     assert (read["seed"], read["is_quick"]) == (3, True)
     for name in ("torch", "transformers", "python", "ovq"):
-        assert read["versions"][name]
-    assert read["hardware"]["cpus"] >= 1
+        assert read["environment"][name]
+    assert read["environment"]["cores"] >= 1
     assert {"train ovq", "test ovq", "train full_attention", "total"} <= set(read["seconds"])
 
 

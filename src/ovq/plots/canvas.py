@@ -1,7 +1,6 @@
 """What figures are drawn with: matplotlib, which comes with the extra `ovq[plots]`."""
 
 try:
-    import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
@@ -12,6 +11,4 @@ except ImportError as error:
 
     raise MissingPlots("figures: expected matplotlib, found none; pip install 'ovq[plots]'") from error
 
-__all__ = ["VERSION", "Axes", "Figure", "FuncFormatter", "LogLocator", "NullFormatter", "NullLocator"]
-
-VERSION = matplotlib.__version__
+__all__ = ["Axes", "Figure", "FuncFormatter", "LogLocator", "NullFormatter", "NullLocator"]

@@ -10,28 +10,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import platform
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
-import ovq
 from ovq.eval.accuracy import evaluate
 from ovq.eval.rows import MIXER_NAMES, ResultRow, format_bytes
 from ovq.hf import OVQForCausalLM
-from ovq.plots import canvas
 from ovq.plots.figures import save_figures
 from ovq.plots.tables import result_table
+from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
 from ovq.runtime.progress import Reporter
 from ovq.runtime.workers import RemoteReporter, run_jobs
@@ -94,8 +89,7 @@ def run_demo(
         "train_length": max(configs[0].train.lengths),
         "config": {name: json.loads(config.to_json()) for name, config in zip(RECIPES, configs, strict=True)},
         "seconds": seconds,
-        "versions": _versions(),
-        "hardware": _hardware(),
+        "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
     }
     write_atomic(out / "results.json", json.dumps(results, indent=2) + "\n")
     figures = save_figures(rows, out, train_length=results["train_length"])
@@ -222,26 +216,3 @@ def _replace_folder(source: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     os.replace(source, target)
-
-
-def _versions() -> dict[str, str]:
-    """The versions that results depend on."""
-    return {
-        "ovq": ovq.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-        "matplotlib": canvas.VERSION,
-    }
-
-
-def _hardware() -> dict[str, Any]:
-    """What the timings depend on."""
-    return {
-        "machine": platform.machine(),
-        "platform": sys.platform,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }

@@ -60,20 +60,25 @@ class TextSource:
             raise ValueError(f"held_out: expected a share in [0, 1), found {self.held_out}")
         if self.join_to < 0:
             raise ValueError(f"join_to: expected at least 0, found {self.join_to}")
-        self.num_trained_tokens  # noqa: B018  (raises if it is not a number)
+        _num_trained_tokens(self.tokenizer)
 
     @property
     def num_trained_tokens(self) -> int | None:
         """Tokens of the tokenizer if it is one to train (`"bpe:4096"`), else None."""
-        if not self.tokenizer.startswith("bpe:"):
-            return None
-        number = self.tokenizer.removeprefix("bpe:")
-        if not number.isdecimal() or int(number) < 257:
-            raise ValueError(
-                "tokenizer: expected bpe:N with N of at least 257, the bytes and the end of a text, "
-                f"found {self.tokenizer!r}"
-            )
-        return int(number)
+        return _num_trained_tokens(self.tokenizer)
+
+
+def _num_trained_tokens(tokenizer: str) -> int | None:
+    """`TextSource.num_trained_tokens`; ValueError if what should be a number is none."""
+    if not tokenizer.startswith("bpe:"):
+        return None
+    number = tokenizer.removeprefix("bpe:")
+    if not number.isdecimal() or int(number) < 257:
+        raise ValueError(
+            "tokenizer: expected bpe:N with N of at least 257, the bytes and the end of a text, "
+            f"found {tokenizer!r}"
+        )
+    return int(number)
 
 
 def check_split(split: str) -> None:
