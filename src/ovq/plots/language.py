@@ -139,7 +139,9 @@ def _plot(
 ) -> None:
     """The line of one of the models."""
     styles = line_styles({each.label: (each.mixer, each.num_slots) for each in rows})
-    options = styles[row.label].options() | {"markevery": max(1, len(places) // _MOST_MARKERS)}
+    options = styles[row.label].options()
+    if len(places) > _MOST_MARKERS:
+        options |= {"markevery": len(places) // _MOST_MARKERS, "linewidth": 1.2}
     axes.plot(places, values, label=row.label, **options)
 
 

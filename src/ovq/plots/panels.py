@@ -82,16 +82,15 @@ def wrapped(title: str) -> str:
     """A title in as few lines as a figure has room for, which are about equally long.
 
     Example:
-        >>> wrapped("a short one")
-        'a short one'
-        >>> wrapped("a title that would otherwise have a last line with nothing but a word of it")
-        'a title that would otherwise have a\nlast line with nothing but a word of it'
+        >>> wrapped("a title that would otherwise have a last line with nothing but a word").splitlines()
+        ['a title that would otherwise have a', 'last line with nothing but a word']
     """
-    fewest = len(textwrap.wrap(title, _LETTERS_A_LINE))
-    widths = range(_LETTERS_A_LINE // 2, _LETTERS_A_LINE + 1)
-    return next(
-        (textwrap.fill(title, width) for width in widths if len(textwrap.wrap(title, width)) == fewest), title
+    folds = (
+        textwrap.wrap(title, width, break_on_hyphens=False)
+        for width in range(_LETTERS_A_LINE, _LETTERS_A_LINE // 2, -1)
     )
+    # The last of those with fewest lines is of the least width; min takes the first of equals.
+    return "\n".join(min(reversed(list(folds)), key=len))
 
 
 def _add_legend(figure: Figure, handles: dict[str, Any], title: str) -> None:

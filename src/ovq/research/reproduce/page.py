@@ -120,7 +120,7 @@ def _summary(results: dict[str, Any], panel: dict[str, Any]) -> Summary:
         last = {label: point for label, line in lines.items() for point in line if point.x == place}
         where = f"{_axis(panel['x'])}: {_value(place, panel['x'])}"
     ovq = {label: point for label, point in last.items() if "OVQ" in label}
-    return Summary(f"{panel['title']}, {y_name(panel)}; {where}", _winner(ovq, panel), _winner(last, panel))
+    return Summary(f"{panel['title']}: {y_name(panel)}; {where}", _winner(ovq, panel), _winner(last, panel))
 
 
 def _winner(found: dict[str, Point], panel: dict[str, Any]) -> str:
