@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from rich.console import Console
 from rich.progress import track
@@ -23,7 +22,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from ovq.gmr import GaussianMixtureRegressor
-from ovq.runtime.files import atomic_path, write_atomic
+from ovq.plots.panels import new_panels, save
+from ovq.plots.style import MIXER_STYLES, PALETTE
+from ovq.runtime.files import write_atomic
 
 SLOTS, CHUNK = (16, 64, 256), 32
 TRAIN, HELD_OUT = 2048, 512
@@ -159,31 +160,27 @@ def _by_seed(rows: list[dict], stream: str, method: str) -> Array:
 
 def draw(rows: list[dict], path: Path) -> None:
     """A panel for each kind of stream: error against slots, mean and range over seeds."""
-    colors = ("#08456E", "#3A8FC4", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#7F7F7F")
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    panels = figure.subplots(1, len(STREAMS), sharey=True)
+    # No method but the first is a mixer's.
+    styles = (MIXER_STYLES["ovq"], *PALETTE[1:])
+    figure, panels = new_panels(len(STREAMS))
+    errors = [row["error"] for row in rows]
+    ylim = (min(errors) / 1.2, max(errors) * 1.2)
     for axes, stream in zip(panels, STREAMS, strict=True):
-        for i, (method, color) in enumerate(zip(methods, colors, strict=True)):
+        for i, (method, style) in enumerate(zip(methods, styles, strict=True)):
             errors = _by_seed(rows, stream, method)
             mean = errors.mean(0)
             # Side by side, so that bars of one number of slots do not cover each other.
             places = np.array(SLOTS) * 1.05 ** (i - len(methods) / 2)
             spread = np.abs(np.stack([errors.min(0), errors.max(0)]) - mean)
-            axes.errorbar(
-                places, mean, spread, label=method, color=color, marker="o", markersize=4, capsize=2
-            )
-        axes.set(xscale="log", yscale="log", title=stream, xlabel="slots")
+            axes.errorbar(places, mean, spread, label=method, capsize=2, **style.options())
+        axes.set(xscale="log", yscale="log", title=stream, xlabel="slots", ylim=ylim)
         axes.set_xticks(SLOTS, [str(n) for n in SLOTS])
         axes.set_yticks(ERROR_TICKS, [str(error) for error in ERROR_TICKS])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("error on held-out keys (share of the variance)")
-    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    figure.supylabel("error on held-out keys (share of the variance)", fontsize=10)
+    save(figure, path)
 
 
 def main() -> None:
@@ -191,10 +188,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the figure and the rows")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--draw", action="store_true", help="draw the rows that are in the folder, and end")
     arguments = parser.parse_args()
+    path = arguments.out / "mixture_regression.json"
+    if arguments.draw:
+        draw(json.loads(path.read_text()), path.with_suffix(".png"))
+        return
     rows = measure(arguments.seeds)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(arguments.out / "mixture_regression.json", json.dumps(rows, indent=1) + "\n")
+    write_atomic(path, json.dumps(rows, indent=1) + "\n")
     draw(rows, arguments.out / "mixture_regression.png")
     for stream in STREAMS:
         table = Table(stream, *(f"{n} slots" for n in SLOTS))

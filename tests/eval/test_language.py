@@ -254,13 +254,7 @@ def test_octaves_of_any_number_of_blocks():
     assert octave_losses(short) == [(0, 1024, 4.0), (1024, 2048, 3.0), (2048, 2500, 2.0)]
 
 
-def test_figures_show_every_model_at_the_longest_length(tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    drawn = []
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, path, **_: (drawn.append(figure), path.write_text("x"))
-    )
+def test_figures_show_every_model_at_the_longest_length(tmp_path, drawn):
     rows = [row(length=1024), row(), row(name="big"), row("mamba2", None, phase_losses=())]
     paths = save_language_figures(rows, tmp_path)
     assert [path.name for path in paths] == ["loss.png", "chunk.png"]

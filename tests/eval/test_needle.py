@@ -9,7 +9,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 
 from ovq.eval.needle import NeedleRow, ask, evaluate_needle
@@ -286,11 +285,7 @@ def test_the_table_has_a_line_for_each_model_and_depth():
     ]
 
 
-def test_heat_maps_show_every_row(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, path, **_: (drawn.append(figure), path.write_text("x"))
-    )
+def test_heat_maps_show_every_row(tmp_path, drawn):
     paths = save_needle_figures(ROWS, tmp_path)
     assert [path.name for path in paths] == [f"needle_{score}.png" for score in SCORES]
     first, second = drawn[0].axes[:2]
@@ -299,6 +294,8 @@ def test_heat_maps_show_every_row(tmp_path, monkeypatch):
     assert sorted(text.get_text() for text in second.texts) == ["0.25"]
     assert [text.get_text() for text in first.get_yticklabels()] == ["0%", "50%"]
     assert [text.get_text() for text in first.get_xticklabels()] == ["1024", "4096"]
+    # The colour bar says what it measures, and the titles need not.
+    assert [figure.axes[-1].get_xlabel() for figure in drawn] == list(SCORES.values())
     with pytest.raises(ValueError, match="expected rows"):
         save_needle_figures([], tmp_path)
 

@@ -3,12 +3,10 @@
 import io
 
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from ovq.eval.rows import ResultRow
-from ovq.plots import figures
 from ovq.plots.figures import save_figures
 from ovq.plots.tables import result_table, slice_table
 from ovq.runtime.progress import Reporter
@@ -68,11 +66,7 @@ def test_the_slice_table_is_of_the_longest_length():
     assert [line for line in cells if line] == [["near", "0.750", "1.000"], ["far", "0.250", "0.500"]]
 
 
-def test_figures_show_every_row(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, path, **_: (drawn.append(figure), path.write_text("x"))
-    )
+def test_figures_show_every_row(tmp_path, drawn):
     paths = save_figures(ROWS, tmp_path, train_length=256)
     assert [path.name for path in paths] == ["accuracy.png", "state.png"]
     for figure, value in zip(drawn, (lambda row: row.accuracy, lambda row: row.state_bytes), strict=True):
@@ -88,30 +82,30 @@ def test_figures_show_every_row(tmp_path, monkeypatch):
         assert [tick.get_text() for tick in axes.get_xticklabels()] == ["256", "1024"]
         assert axes.get_xlabel()
         assert axes.get_ylabel()
-        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        [legend] = figure.legends
+        labels = [text.get_text() for text in legend.get_texts()]
         assert labels == [*dict.fromkeys(row.label for row in ROWS), "trained up to 256"]
         colors = {line.get_color() for line in axes.get_lines()}
         assert len(colors) == 5
 
 
-def test_figures_are_pictures_without_text_on_text(tmp_path):
+def test_figures_are_pictures_without_text_on_text(tmp_path, drawn):
     for path in save_figures(ROWS, tmp_path, train_length=256):
         with Image.open(path) as picture:
             assert picture.format == "PNG"
-            assert picture.size[0] > 1000
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.subplots()
-    figures._draw_state(axes, ROWS, 256)
-    figure.draw_without_rendering()
-    texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_legend().get_texts()]
-    texts += [label for label in (*axes.get_xticklabels(), *axes.get_yticklabels()) if label.get_text()]
-    boxes = [text.get_window_extent() for text in texts]
-    inside = figure.bbox
-    for i, box in enumerate(boxes):
-        assert inside.x0 <= box.x0
-        assert box.x1 <= inside.x1
-        assert not any(box.overlaps(other) for other in boxes[:i]), texts[i]
-    assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
+            assert picture.size[0] == 960
+    for figure in drawn:
+        [axes], [legend] = figure.axes, figure.legends
+        figure.draw_without_rendering()
+        texts = [axes.xaxis.label, axes.yaxis.label, legend.get_title(), *legend.get_texts()]
+        texts += [label for label in (*axes.get_xticklabels(), *axes.get_yticklabels()) if label.get_text()]
+        boxes = [text.get_window_extent() for text in texts]
+        inside = figure.bbox
+        for i, box in enumerate(boxes):
+            assert inside.x0 <= box.x0
+            assert box.x1 <= inside.x1
+            assert not any(box.overlaps(other) for other in boxes[:i]), texts[i]
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
 def test_one_size_of_the_dictionary_is_enough_for_a_figure(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ovq.ops import ovq_attention
-from ovq.plots.fidelity import fidelity_figure
+from ovq.plots.fidelity import MEMORY_STYLES, fidelity_figure
 from ovq.research.fidelity import fidelity_rows
 from ovq.research.fidelity.memories import (
     CHUNK_SIZE,
@@ -203,7 +203,9 @@ def test_the_figure_has_lines_of_every_colour(num_streams, tmp_path):
     with Image.open(tmp_path / "fidelity.png") as picture:
         colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
         assert np.prod(picture.size) > 400_000
-    for color in ("#08456E", "#CC79A7", "#009E73", "#D55E00", "#7F7F7F", "#E69F00"):
-        assert tuple(bytes.fromhex(color[1:])) in colors
+        assert picture.size[0] == 960
+    assert set(MEMORY_STYLES) == {kind.name for kind in MEMORIES}
+    for style in MEMORY_STYLES.values():
+        assert tuple(bytes.fromhex(style.color[1:])) in colors
     with pytest.raises(ValueError, match="expected rows to draw, found none"):
         fidelity_figure([], tmp_path / "none.png")

@@ -35,6 +35,13 @@ def reproduce(
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the figures and end.")] = False,
     all_: Annotated[bool, typer.Option("--all", help="Make every figure.")] = False,
+    draw: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the pictures of a folder of results anew from its JSON files, and end.",
+            show_default=False,
+        ),
+    ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Write OUT/report.html, a page of all that has been made in OUT.")
     ] = False,
@@ -55,9 +62,17 @@ def reproduce(
     Example: [bold]ovq reproduce recall --preset cpu --seeds 3 --report[/bold]
     """
     names = names or []
+    if draw is not None:
+        if names or all_ or list_ or report or tables:
+            raise ValueError("--draw: expected a folder of results and nothing else")
+        from ovq.research.reproduce.redraw import redraw
+
+        for path in redraw(draw):
+            out_console.print(f"Wrote {path}", soft_wrap=True)
+        return
     if (names and all_) or not (names or all_ or list_ or report or tables):
         raise ValueError(
-            "expected names of figures, or one of --all, --list, --report and --tables; "
+            "expected names of figures, or one of --all, --list, --draw, --report, --tables; "
             "see ovq reproduce --list"
         )
     from ovq.research.reproduce.figures import FIGURES, get_figure

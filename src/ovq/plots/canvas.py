@@ -1,9 +1,10 @@
-"""What figures are drawn with: matplotlib, which comes with the extra `ovq[plots]`."""
+"""What figures are drawn with: matplotlib and its Pillow, which come with the extra `ovq[plots]`."""
 
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+    from PIL import Image
 except ImportError as error:
     # A ValueError as well, so that a command says it in one line.
     class MissingPlots(ImportError, ValueError):
@@ -11,4 +12,4 @@ except ImportError as error:
 
     raise MissingPlots("figures: expected matplotlib, found none; pip install 'ovq[plots]'") from error
 
-__all__ = ["Axes", "Figure", "FuncFormatter", "LogLocator", "NullFormatter", "NullLocator"]
+__all__ = ["Axes", "Figure", "FuncFormatter", "Image", "LogLocator", "NullFormatter", "NullLocator"]

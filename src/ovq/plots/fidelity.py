@@ -8,26 +8,27 @@ from statistics import mean, stdev
 from typing import Any
 
 from ovq.eval.rows import format_bytes
-from ovq.plots.canvas import Axes, Figure, FuncFormatter, LogLocator, NullFormatter, NullLocator
-from ovq.runtime.files import atomic_path
+from ovq.plots.canvas import Axes, FuncFormatter, LogLocator, NullFormatter
+from ovq.plots.panels import length_axis, new_panels, save
+from ovq.plots.style import CONTROLS, MIXER_STYLES
 
-# Okabe and Ito's colours, which differ for colour-blind readers too.
-_STYLES = {
-    "OVQ": ("#08456E", "o", "-"),
-    "static VQ": ("#CC79A7", "D", "-"),
-    "linear attention": ("#009E73", "v", "-"),
-    "delta rule": ("#D55E00", "P", "-"),
-    "window + sinks": ("#7F7F7F", "^", "-"),
-    "random merging": ("#E69F00", "s", "-"),
-    "offline k-means": ("#000000", "", "--"),
+# The memory of a mixer looks like the mixer.
+MEMORY_STYLES = {
+    "OVQ": MIXER_STYLES["ovq"],
+    "static VQ": MIXER_STYLES["vq"],
+    "linear attention": MIXER_STYLES["linear_attention"],
+    "delta rule": MIXER_STYLES["gated_deltanet"],
+    "window + sinks": MIXER_STYLES["sink_attention"],
+    **CONTROLS,
 }
+"""The style of each memory of `ovq.research.fidelity`."""
+
 _TITLES = {
     "random": "random keys",
     "clustered": "clusters, known beforehand",
     "new clusters": "clusters, new in the stream",
     "text": "text (words of a library's source)",
 }
-_MOST_COLUMNS = 2
 # Lines are set apart by so much, in octaves, that error bars at one length do not lie on each other.
 _OFFSET = 0.04
 
@@ -45,27 +46,17 @@ def fidelity_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     if not rows:
         raise ValueError("expected rows to draw, found none")
     streams = list(dict.fromkeys(row["stream"] for row in rows))
-    columns = min(_MOST_COLUMNS, len(streams))
-    lines = -(-len(streams) // columns)
-    figure = Figure(figsize=(2.2 + 4.2 * columns, 0.6 + 3.2 * lines), layout="constrained")
     # An axis of its own for each: on random keys exact attention is nearly 0, and errors are far larger.
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes, stream in zip(panels, streams, strict=False):
+    figure, panels = new_panels(len(streams), height=2.9)
+    for axes, stream in zip(panels, streams, strict=True):
         _draw(axes, [row for row in rows if row["stream"] == stream])
         axes.set_title(_TITLES[stream], fontsize=11)
-    for axes in panels[len(streams) :]:
-        axes.remove()
     figure.supylabel("error relative to exact attention", fontsize=11)
-    figure.supxlabel("length of the stream (tokens)", fontsize=11)
+    panels[-1].set_xlabel("length of the stream (tokens)", fontsize=11)
     num_seeds = len({row["seed"] for row in rows})
     budget = format_bytes(max(row["bytes"] for row in rows))
-    figure.suptitle(
-        f"Memories of {budget} against exact attention (mean and standard deviation, {num_seeds} seeds)"
-    )
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    title = f"Memories of {budget} against exact attention (mean and standard deviation, {num_seeds} seeds)"
+    save(figure, path, title=title)
 
 
 def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -78,31 +69,21 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
             [row["error"] for row in rows if row["memory"] == memory and row["length"] == length]
             for length in lengths
         ]
-        color, marker, line = _STYLES[memory]
         axes.errorbar(
             [length * offset for length in lengths],
             [mean(at_length) for at_length in errors],
             yerr=[stdev(at_length) if len(at_length) > 1 else 0.0 for at_length in errors],
             label=memory,
-            color=color,
-            marker=marker,
-            linestyle=line,
-            markersize=5,
-            markerfacecolor="white",
             capsize=2.5,
             elinewidth=1,
-            linewidth=1.8,
+            **MEMORY_STYLES[memory].options(),
         )
     axes.axhline(1, color="#BBBBBB", linestyle=":", zorder=0)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [_short(length) for length in lengths])
-    axes.xaxis.set_minor_locator(NullLocator())
+    length_axis(axes, lengths, [_short(length) for length in lengths])
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _short(length: int) -> str:

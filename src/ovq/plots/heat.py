@@ -1,4 +1,4 @@
-"""Heat maps of shares: one for each model, side by side."""
+"""Heat maps of shares: one for each model, one below the other."""
 
 from __future__ import annotations
 
@@ -7,50 +7,55 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ovq.plots.canvas import Figure
-
-_MOST_COLUMNS = 3
+from ovq.plots.panels import WIDTH, wrapped
+from ovq.plots.style import line_styles
 
 
 def draw_heat_maps(
     maps: Mapping[str, Sequence[Sequence[float]]],
     *,
+    models: Mapping[str, tuple[str, int | None]],
     columns: Sequence[str],
     rows: Sequence[str],
     column_name: str,
+    value_name: str,
     title: str,
     row_name: str = "",
 ) -> Figure:
-    """A map for each model, with the share written into each cell.
+    """A map for each model, framed in the colour of its mixer, with the share written into each cell.
 
     Args:
         maps: By the name of the model the shares, from 0 to 1, of each row and column; NaN where there is
             none.
+        models: By the same name, mixer and slots, as `line_styles` takes them.
         columns: What the columns are.
         rows: What the rows are, from top to bottom.
         column_name: What stands below all maps.
+        value_name: What the shares are of; stands beside the colour bar.
         title: What stands above them.
         row_name: What stands beside them.
     """
-    across = min(_MOST_COLUMNS, len(maps))
-    down = -(-len(maps) // across)
-    width, height = 1.2 + 0.75 * len(columns), 1.0 + 0.45 * len(rows)
-    figure = Figure(figsize=(max(6.4, across * width + 1.2), down * height + 0.9), layout="constrained")
-    panels = figure.subplots(down, across, squeeze=False).flatten()
-    for axes, (label, shares) in zip(panels, maps.items(), strict=False):
+    height = 0.55 + 0.27 * len(rows)
+    figure = Figure(figsize=(WIDTH, height * len(maps) + 1.5), layout="constrained")
+    panels = figure.subplots(len(maps), 1, squeeze=False).flatten()
+    styles = line_styles(models)
+    for axes, (label, shares) in zip(panels, maps.items(), strict=True):
         grid = np.array(shares, dtype=np.float64)
         image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for y, x in zip(*np.nonzero(~np.isnan(grid)), strict=True):
             # Dark on light and light on dark.
             color = "black" if grid[y, x] > 0.6 else "white"
-            axes.text(x, y, f"{grid[y, x]:.2f}", ha="center", va="center", color=color, fontsize=8)
+            axes.text(x, y, f"{grid[y, x]:.2f}", ha="center", va="center", color=color, fontsize=9)
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
-        axes.set_title(label, fontsize=10)
-    for axes in panels[len(maps) :]:
-        axes.remove()
-    figure.colorbar(image, ax=panels[: len(maps)].tolist(), fraction=0.05)
-    figure.supxlabel(column_name, fontsize=10)
+        axes.set_title(label, fontsize=11)
+        axes.spines[:].set(color=styles[label].color, linewidth=2.5)
+    bar = figure.colorbar(
+        image, ax=panels.tolist(), location="bottom", fraction=0.05, aspect=40, pad=0.01 + 0.06 / len(maps)
+    )
+    bar.set_label(value_name, fontsize=10)
+    panels[-1].set_xlabel(column_name, fontsize=10)
     if row_name:
         figure.supylabel(row_name, fontsize=10)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(wrapped(title), fontsize=12)
     return figure

@@ -11,18 +11,15 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from ovq.eval.rows import format_bytes
-from ovq.plots.canvas import Axes, Figure, FuncFormatter, NullLocator
-from ovq.runtime.files import atomic_path
+from ovq.plots.canvas import Axes, FuncFormatter, NullLocator
+from ovq.plots.panels import new_panels, save
+from ovq.plots.style import line_styles
 
 if TYPE_CHECKING:
     from ovq.eval.language import LanguageRow
 
-# Okabe and Ito's colours and two between them, which differ for colour-blind readers too.
-_COLORS = (
-    *("#08456E", "#3A8FC4", "#E69F00", "#009E73", "#D55E00"),
-    *("#CC79A7", "#6B6B6B", "#8C6BB1", "#A6761D", "#000000"),
-)
-_LINES = ("-", "--", ":", "-.")
+# A marker at each of hundreds of points would be a stripe.
+_MOST_MARKERS = 16
 
 
 def language_table(rows: Sequence[LanguageRow], *, title: str) -> Table:
@@ -90,16 +87,11 @@ def save_language_figures(rows: Sequence[LanguageRow], folder: Path) -> list[Pat
     rows = _longest(rows)
     paths = []
     for name, draw in (("loss.png", _draw_positions), ("chunk.png", _draw_chunk)):
-        figure = Figure(figsize=(7.6, 4.4), layout="constrained")
-        axes = figure.subplots()
-        draw(axes, rows)
+        figure, [axes] = new_panels(1, height=3.6)
+        title = draw(axes, rows)
         if not axes.get_legend_handles_labels()[0]:
             continue
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        with atomic_path(folder / name) as temporary:
-            figure.savefig(temporary, dpi=150)
+        save(figure, folder / name, title=title)
         paths.append(folder / name)
     return paths
 
@@ -110,41 +102,47 @@ def _longest(rows: Sequence[LanguageRow]) -> list[LanguageRow]:
     return [row for row in rows if row.length == longest]
 
 
-def _draw_positions(axes: Axes, rows: Sequence[LanguageRow]) -> None:
-    """Loss against position, each block at its middle."""
-    for place, row in enumerate(rows):
+def _draw_positions(axes: Axes, rows: Sequence[LanguageRow]) -> str:
+    """Loss against position, each block at its middle; returns the title."""
+    for row in rows:
         edges = [min(i * row.block_size, row.length) for i in range(len(row.block_losses) + 1)]
         middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
-        axes.plot(middles, row.block_losses, label=row.label, marker=".", markersize=4, **_style(place))
+        _plot(axes, rows, row, middles, row.block_losses)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(round(value))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("position (tokens)")
     axes.set_ylabel("loss (nats a token)")
     size = rows[0].block_size
-    axes.set_title(f"Loss against position, {rows[0].num_windows} windows, blocks of {size}")
+    return f"Loss against position, {rows[0].num_windows} windows, blocks of {size}"
 
 
-def _draw_chunk(axes: Axes, rows: Sequence[LanguageRow]) -> None:
-    """Loss against the place in a chunk, less its mean, so that models of any quality share an axis."""
-    for place, row in enumerate(rows):
+def _draw_chunk(axes: Axes, rows: Sequence[LanguageRow]) -> str:
+    """Loss by place in a chunk, less its mean: models of any quality share an axis; returns the title."""
+    for row in rows:
         if row.phase_losses:
             middle = fmean(row.phase_losses)
-            axes.plot(
-                [loss - middle for loss in row.phase_losses], label=row.label, linewidth=1.2, **_style(place)
-            )
+            places = range(len(row.phase_losses))
+            _plot(axes, rows, row, places, [loss - middle for loss in row.phase_losses])
     axes.axhline(0, color="#BBBBBB", linestyle=":", zorder=0)
     axes.set_xlabel("position in the chunk (tokens)")
     axes.set_ylabel("loss less its mean (nats a token)")
-    axes.set_title("Loss by position in the chunk")
+    return "Loss by position in the chunk"
 
 
-def _style(place: int) -> dict[str, str]:
-    """Colour and line of the model at this place in the legend."""
-    return {
-        "color": _COLORS[place % len(_COLORS)],
-        "linestyle": _LINES[place // len(_COLORS) % len(_LINES)],
-    }
+def _plot(
+    axes: Axes,
+    rows: Sequence[LanguageRow],
+    row: LanguageRow,
+    places: Sequence[float],
+    values: Sequence[float],
+) -> None:
+    """The line of one of the models."""
+    styles = line_styles({each.label: (each.mixer, each.num_slots) for each in rows})
+    options = styles[row.label].options()
+    if len(places) > _MOST_MARKERS:
+        options |= {"markevery": len(places) // _MOST_MARKERS, "linewidth": 1.2}
+    axes.plot(places, values, label=row.label, **options)
 
 
 def _short(length: int) -> str:

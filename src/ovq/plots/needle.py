@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from ovq.plots.heat import draw_heat_maps
-from ovq.runtime.files import atomic_path
+from ovq.plots.panels import save
 
 if TYPE_CHECKING:
     from ovq.eval.needle import NeedleRow
@@ -71,15 +71,16 @@ def save_needle_figures(rows: Sequence[NeedleRow], folder: Path) -> list[Path]:
             maps[label] = [[values.get((depth, n), math.nan) for n in lengths] for depth in depths]
         figure = draw_heat_maps(
             maps,
+            models={row.label: (row.mixer, row.num_slots) for row in rows},
             columns=[str(length) for length in lengths],
             rows=[f"{depth:.0%}" for depth in depths],
             column_name="length (tokens)",
             row_name="depth of the needle",
-            title=f"{rows[0].value} in {rows[0].haystack}: {what}",
+            value_name=what,
+            title=f"{rows[0].value} in {rows[0].haystack}",
         )
         paths.append(folder / f"needle_{score}.png")
-        with atomic_path(paths[-1]) as temporary:
-            figure.savefig(temporary, dpi=150)
+        save(figure, paths[-1])
     return paths
 
 

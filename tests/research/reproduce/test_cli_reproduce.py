@@ -28,7 +28,7 @@ def test_the_list_names_every_figure(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected names of figures, or one of --all, --list, --report and --tables"),
+        ([], "expected names of figures, or one of --all, --list, --draw, --report, --tables"),
         (["recall", "--all"], "expected names of figures, or one of"),
         (["nope"], "expected figures among fidelity, recall,"),
         (["recall", "--preset", "tpu"], "--preset: expected one of cpu, gpu, found 'tpu'"),

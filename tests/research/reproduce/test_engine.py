@@ -287,7 +287,7 @@ def test_studies_are_measured_a_seed_at_a_time_and_never_twice(monkeypatch, tmp_
     assert [(row["seed"], row["length"]) for row in results["rows"]] == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert (tmp_path / "figures" / "study.png").read_text() == "4"
     text = write_report(tmp_path).read_text()
-    assert "<td>1.500<small>1.000 to 2.000</small></td>" in text
+    assert '<td class="best">1.500<small>1.000 to 2.000</small></td>' in text
     assert "trained models" not in text
     missing = dataclasses.replace(study, name="other", measure=measure_without_a_package)
     with pytest.raises(ValueError, match="other: expected scikit-learn"):

@@ -1,6 +1,7 @@
 """Figures and the page say what the rows say."""
 
 import base64
+import itertools
 import json
 import re
 
@@ -58,8 +59,8 @@ RESULTS = {
         }
     ],
     "rows": [
-        row(line, seed, length, accuracy + 0.1 * seed)
-        for line, accuracy in (("OVQ", 0.8), ("full attention", 0.9))
+        row(line, seed, length, accuracy + 0.1 * seed, mixer=mixer)
+        for line, mixer, accuracy in (("OVQ", "ovq", 0.8), ("full attention", "full_attention", 0.9))
         for seed in (0, 1)
         for length in (4096, 256)
     ],
@@ -79,11 +80,7 @@ def test_points_are_means_between_the_lowest_and_the_highest_seed():
     assert [(point.x, round(point.mean, 3)) for point in parts] == [("near", 0.85), ("far", 0.425)]
 
 
-def test_the_figure_draws_every_line_with_its_bars(tmp_path, monkeypatch):
-    drawn = []
-    from matplotlib.figure import Figure
-
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: drawn.append(self))
+def test_the_figure_draws_every_line_with_its_bars(tmp_path, drawn):
     save_figure(RESULTS, tmp_path / "a.png")
     [canvas] = drawn
     assert len(canvas.axes) == 3
@@ -92,7 +89,13 @@ def test_the_figure_draws_every_line_with_its_bars(tmp_path, monkeypatch):
     assert [list(segment[:, 1]) for segment in container.lines[2][0].get_segments()] == [
         pytest.approx([0.8, 0.9])
     ] * 2
+    # One below the other, and the legend above them all.
+    boxes = [axes.get_window_extent() for axes in canvas.axes]
+    assert all(above.y0 > below.y1 for above, below in itertools.pairwise(boxes))
+    assert len({(round(box.x0), round(box.x1)) for box in boxes}) == 1
     [legend] = canvas.legends
+    assert legend.get_window_extent().y0 > boxes[0].y1
+    assert legend.get_title().get_text() == "Recall & more"
     assert [text.get_text() for text in legend.get_texts()] == [
         "OVQ",
         "full attention",
@@ -143,11 +146,57 @@ def test_the_page_tells_numbers_commands_seeds_and_where(page):
         "Seeds 0, 1.",
         "<td>0.850<small>0.800 to 0.900</small></td>",
         "<td>40.0 KiB</td><td>0.950",
-        "<td>OVQ</td><td>0.5000</td><td>0.7500</td><td>0.004, decay 0.5</td>",
+        '<td>OVQ</td><td>0.5000</td><td class="best">0.7500</td><td>0.004, decay 0.5</td>',
         "processor a processor, torch 2.x, commit abc1234",
         "<td>run-OVQ-0</td><td>OVQ</td><td>0.004, decay 0.5</td><td>12345</td><td>interrupted</td>",
     ):
         assert said in text, said
+
+
+def test_the_page_is_whole_and_fits_a_narrow_screen(page):
+    _, text = page
+    assert text.startswith("<!DOCTYPE html>")
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert re.search(r"body \{[^}]*padding: 1rem", text)
+    opened = []
+    # What is opened is closed, in turn.
+    for slash, tag in re.findall(r"<(/?)(\w+)[^>]*>", text):
+        if tag in ("meta", "img", "br"):
+            continue
+        if not slash:
+            opened.append(tag)
+        else:
+            assert opened.pop() == tag
+    assert opened == []
+    # Tables move sideways by themselves; the summary fits.
+    tables = re.findall(r'(<div class="wide">)?<table>', text)
+    assert len(tables) == 1 + 3 + 1 + 1
+    assert tables.count("") == 1
+
+
+def test_the_page_begins_with_a_summary(page):
+    _, text = page
+    summary = text[text.index('<section id="summary">') : text.index("</section>")]
+    assert text.index("<h2") > text.index('<section id="summary">')
+    assert re.findall(r"<td.*</td>", summary) == [
+        '<td><a href="#recall">recall</a>'
+        "<small>accuracy: right answers (share); length (tokens): 4k</small></td>"
+        '<td>OVQ: 0.850</td><td class="best">full attention: 0.950</td>'
+    ]
+    assert '<h2 id="recall">' in text
+
+
+def test_the_best_value_of_a_row_is_marked(page):
+    folder, text = page
+    best = r'<td class="best">0.950<small>0.900 to 1.000</small></td>'
+    assert f"<tr><td>256</td><td>0.850<small>0.800 to 0.900</small></td>{best}</tr>" in text
+    # Equals are marked alike, and of some fields less is better.
+    rows = [row(line, 0, 256, 0.5, state_bytes=size) for line, size in (("a", 9), ("b", 7), ("c", 7))]
+    panels = [{**PANEL, "title": "memory", "y": "state_bytes"}]
+    results = RESULTS | {"rows": rows, "panels": panels, "sweep": []}
+    (folder / "rows" / "recall.json").write_text(json.dumps(results))
+    text = write_report(folder).read_text()
+    assert '<tr><td>256</td><td>9 B</td><td class="best">7 B</td><td class="best">7 B</td></tr>' in text
 
 
 def test_files_that_hold_no_rows_are_named(tmp_path):

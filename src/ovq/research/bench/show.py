@@ -7,8 +7,9 @@ from pathlib import Path
 from rich.table import Table
 
 from ovq.eval.rows import format_bytes
-from ovq.plots.canvas import Axes, Figure, FuncFormatter, NullLocator
-from ovq.runtime.files import atomic_path
+from ovq.plots.canvas import Axes, FuncFormatter
+from ovq.plots.panels import length_axis, new_panels, save
+from ovq.plots.style import Style, line_styles
 
 TITLES = {
     "forward": "Prefill (forward)",
@@ -16,7 +17,11 @@ TITLES = {
     "decode": "Decode (one token after T)",
     "memory": "Peak memory of forward + backward, inputs and gradients included",
 }
-_COLORS = ("#E69F00", "#7F7F7F", "#8CC5E8", "#3A8FC4", "#08456E", "#CC79A7")
+# What is measured reads as these mixers do, and looks like them.
+_MIXERS = {
+    **dict.fromkeys(("sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"), "full_attention"),
+    **dict.fromkeys(("window", "flex_window"), "sliding_attention"),
+}
 
 
 def tables(report: dict) -> list[Table]:
@@ -117,31 +122,19 @@ def save_figures(report: dict, folder: Path) -> list[Path]:
     ]
     if not panels:
         return []
-    columns = min(len(report["suite"]["dtypes"]), len(panels))
-    num_rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.4 * columns, 3.6 * num_rows + 0.6), layout="constrained")
-    axes = figure.subplots(num_rows, columns, squeeze=False).flatten()
-    # A line has the same colour in every panel, whichever others are in it.
-    labels = dict.fromkeys(r["label"] for r in report["rows"])
-    colors = {label: _COLORS[i % len(_COLORS)] for i, label in enumerate(labels)}
-    for panel, (what, dtype) in zip(axes, panels, strict=False):
-        rows = [r for r in report["rows"] if r["what"] == what and r["dtype"] == dtype]
-        _draw(panel, rows, f"{TITLES[what].split(' of ')[0]}, {dtype}", colors)
-    for panel in axes[len(panels) :]:
-        panel.set_axis_off()
-    lines = {
-        label: line for panel in axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(
-        lines.values(), lines.keys(), loc="outside lower center", ncols=min(6, len(lines)), frameon=False
+    styles = line_styles(
+        {r["label"]: (_MIXERS.get(r["mixer"], r["mixer"]), r["num_slots"]) for r in report["rows"]}
     )
+    figure, axes = new_panels(len(panels), height=2.7)
+    for panel, (what, dtype) in zip(axes, panels, strict=True):
+        rows = [r for r in report["rows"] if r["what"] == what and r["dtype"] == dtype]
+        _draw(panel, rows, f"{TITLES[what].split(' of ')[0]}, {dtype}", styles)
     path = folder / "bench.png"
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save(figure, path, title="Time and memory of one attention read")
     return [path]
 
 
-def _draw(axes: Axes, rows: list[dict], title: str, colors: dict[str, str]) -> None:
+def _draw(axes: Axes, rows: list[dict], title: str, styles: dict[str, Style]) -> None:
     is_memory = "peak_bytes" in rows[0]
     for label in dict.fromkeys(r["label"] for r in rows):
         line = sorted((r for r in rows if r["label"] == label), key=lambda r: r["length"])
@@ -149,19 +142,13 @@ def _draw(axes: Axes, rows: list[dict], title: str, colors: dict[str, str]) -> N
             [r["length"] for r in line],
             [r["peak_bytes" if is_memory else "seconds"] for r in line],
             label=label,
-            color=colors[label],
-            marker="o",
-            markersize=4,
-            linewidth=2,
+            **styles[label].options(),
         )
     lengths = sorted({r["length"] for r in rows})
-    axes.set_xscale("log", base=2)
+    length_axis(axes, lengths, [format_length(t) for t in lengths])
     axes.set_yscale("log", base=2 if is_memory else 10)
-    axes.set_xticks(lengths, [format_length(t) for t in lengths])
-    axes.xaxis.set_minor_locator(NullLocator())
     formatter = format_bytes if is_memory else format_seconds
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatter(value)))
     axes.set_xlabel("tokens T")
-    axes.set_title(title, fontsize=10)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylabel("bytes" if is_memory else "time")
+    axes.set_title(title, fontsize=11)

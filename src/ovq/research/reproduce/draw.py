@@ -9,22 +9,13 @@ from typing import Any, NamedTuple
 
 from ovq.eval.rows import format_bytes
 from ovq.plots.canvas import Axes, FuncFormatter, LogLocator, NullLocator
-from ovq.plots.canvas import Figure as Canvas
 from ovq.plots.heat import draw_heat_maps
-from ovq.runtime.files import atomic_path
+from ovq.plots.panels import length_axis, mark_training, new_panels, save
+from ovq.plots.style import Style, line_styles
 
-# Ten colours that stay apart for colour-blind readers (Okabe and Ito's, and two between), with markers of
-# their own for where lines lie on each other.
-_COLORS = (
-    *("#E69F00", "#08456E", "#3A8FC4", "#009E73", "#D55E00"),
-    *("#CC79A7", "#8C6BB1", "#6B6B6B", "#A6761D", "#000000"),
-)
-_MARKERS = ("s", "o", "D", "v", "^", "P", "X", "<", ">", "*")
-
-_PANEL_SIZE = (5.0, 3.9)
-_MOST_COLUMNS = 5
 # Labels such as "256 KiB" would touch each other.
 _MOST_TICKS = 6
+_MOST_NAMES = 5
 
 
 class Point(NamedTuple):
@@ -51,6 +42,7 @@ AXIS_NAMES = {
     "slices": "questions",
     "positions": "position (tokens)",
     "position_losses": "loss (nats a token)",
+    "generated": "values that greedy generation says (share)",
     "choice": "values told from others (share)",
     "depth": "depth of the needle",
 }
@@ -100,64 +92,34 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
 
 
 def save_figure(results: dict[str, Any], path: Path) -> None:
-    """Draw the panels of a figure into a PNG file.
+    """Draw the panels of a figure into a PNG file, one below the other.
 
     Args:
         results: What the JSON file of a figure holds.
         path: Where to put it; its folder must exist.
     """
-    panels = results["panels"]
-    labels = list(dict.fromkeys(row["line"] for row in results["rows"]))
-    width, height = _PANEL_SIZE
-    # Four panels in a row would be too small to read.
-    num_columns = len(panels) if len(panels) < 4 else 2
-    num_rows = -(-len(panels) // num_columns)
-    num_legend_columns = min(_MOST_COLUMNS, 2 + 2 * num_columns)
-    canvas = Canvas(
-        figsize=(
-            max(width * num_columns, 6.4),
-            height * num_rows + 0.45 + 0.25 * -(-len(labels) // num_legend_columns),
-        ),
-        layout="constrained",
-    )
-    places = canvas.subplots(num_rows, num_columns, squeeze=False).flatten()
-    for axes, panel in zip(places, panels, strict=False):
-        _draw_panel(axes, results, panel, labels)
-    for axes in places[len(panels) :]:
-        axes.remove()
-    canvas.suptitle(results["title"], fontsize=12)
-    handles: dict[str, Any] = {}
-    for axes in canvas.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    names = sorted(handles, key=lambda label: labels.index(label) if label in labels else len(labels))
-    _add_legend(canvas, {name: handles[name] for name in names}, num_legend_columns)
-    with atomic_path(path) as temporary:
-        canvas.savefig(temporary, dpi=150)
+    models = models_of(results)
+    styles = line_styles(models)
+    canvas, places = new_panels(len(results["panels"]))
+    for axes, panel in zip(places, results["panels"], strict=True):
+        _draw_panel(axes, results, panel, styles)
+    save(canvas, path, title=results["title"], first=list(models))
 
 
-def _add_legend(canvas: Canvas, handles: dict[str, Any], most_columns: int) -> None:
-    """Put a legend below the panels, in as many columns as the width has room for."""
-    for num_columns in range(min(most_columns, len(handles)), 0, -1):
-        legend = canvas.legend(
-            list(handles.values()),
-            list(handles),
-            loc="outside lower center",
-            ncols=num_columns,
-            frameon=False,
-            fontsize=9,
-        )
-        canvas.draw_without_rendering()
-        if legend.get_window_extent().width <= canvas.bbox.width or num_columns == 1:
-            return
-        legend.remove()
+def models_of(results: dict[str, Any]) -> dict[str, tuple[str, int | None]]:
+    """By the label of each line its mixer, and the most slots it was tested with."""
+    models: dict[str, tuple[str, int | None]] = {}
+    for row in results["rows"]:
+        _, known = models.get(row["line"], (row["mixer"], None))
+        slots = [number for number in (known, row.get("num_slots")) if number is not None]
+        models[row["line"]] = (row["mixer"], max(slots, default=None))
+    return models
 
 
-def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], labels: list[str]) -> None:
+def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], styles: dict[str, Style]) -> None:
     lines = points(results, panel)
     places = list(dict.fromkeys(point.x for line in lines.values() for point in line))
     for label, line in lines.items():
-        number = labels.index(label)
         axes.errorbar(
             [places.index(point.x) if panel["x"] == "slices" else point.x for point in line],
             [point.mean for point in line],
@@ -167,28 +129,22 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], labe
                 [max(0.0, point.high - point.mean) for point in line],
             ],
             label=label,
-            color=_COLORS[number % len(_COLORS)],
-            marker=_MARKERS[number % len(_MARKERS)],
-            linestyle="-" if number < len(_COLORS) else "--",
-            linewidth=1.6,
-            markersize=5,
-            # Lines that lie on each other at the top stay visible as rings.
-            markerfacecolor="white",
-            markeredgewidth=1.4,
             capsize=3,
             elinewidth=1.2,
+            **styles[label].options(),
         )
-    axes.set_title(panel["title"], fontsize=10)
+    axes.set_title(panel["title"], fontsize=11)
     axes.set_xlabel(AXIS_NAMES.get(panel["x"], panel["x"].removeprefix("task.").replace("_", " ")))
     axes.set_ylabel(y_name(panel))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     if panel["y"] in ("accuracy", "slices", "choice"):
         axes.set_ylim(-0.03, 1.05)
     elif panel["y"] in ("mean_error", "slice_errors"):
         axes.set_ylim(bottom=0)
     if panel["x"] == "slices":
-        axes.set_xticks(range(len(places)), places, rotation=35, ha="right", fontsize=8)
+        # More names than these would touch each other.
+        slanted = {"rotation": 35, "ha": "right"} if len(places) > _MOST_NAMES else {}
+        axes.set_xticks(range(len(places)), places, fontsize=9, **slanted)
+        axes.margins(x=0.1)
     else:
         _scale(axes, "x", panel["x"], sorted(places))
     if panel["y"] in _IS_LOGARITHMIC:
@@ -196,7 +152,7 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], labe
     if panel["x"] in ("length", "positions"):
         train_lengths = {row["train_length"] for row in results["rows"] if row["group"] == panel["group"]}
         for length in train_lengths:
-            axes.axvline(length, color="#BBBBBB", linestyle=":", zorder=0, label="longest in training")
+            mark_training(axes, length, "longest in training")
 
 
 def y_name(panel: dict[str, Any]) -> str:
@@ -222,13 +178,14 @@ def save_heat_maps(results: dict[str, Any], path: Path) -> None:
     places = [short_number(point.x) for point in next(iter(found[0].values()))]
     canvas = draw_heat_maps(
         means,
+        models=models_of(results),
         columns=places,
         rows=[panel["title"] for panel in panels],
         column_name=AXIS_NAMES[panels[0]["x"]],
+        value_name=y_name(panels[0]),
         title=results["title"],
     )
-    with atomic_path(path) as temporary:
-        canvas.savefig(temporary, dpi=150)
+    save(canvas, path)
 
 
 def _scale(axes: Axes, which: str, field: str, places: list[float] | None) -> None:
@@ -236,14 +193,14 @@ def _scale(axes: Axes, which: str, field: str, places: list[float] | None) -> No
     if which == "x" and (not places or places[0] <= 0):
         return
     axis = axes.xaxis if which == "x" else axes.yaxis
+    # Bytes of several models lie anywhere, other fields where they were asked for.
+    if which == "x" and field != "state_bytes":
+        length_axis(axes, places, [short_number(place) for place in places])
+        return
     (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=2)
     axis.set_major_locator(LogLocator(base=2, numticks=_MOST_TICKS))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(field)(value)))
-    # Bytes of several models lie anywhere, other fields where they were asked for.
-    if which == "x" and field != "state_bytes":
-        axis.set_ticks(places)
-        axes.tick_params(axis="x", labelsize=8 if len(places) > 6 else 9)
 
 
 def _tick(field: str) -> Callable[[float], str]:

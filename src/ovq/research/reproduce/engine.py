@@ -132,11 +132,16 @@ def reproduce(figure: Figure | Study, shop: Workshop) -> dict[str, Any]:
         (shop.out / name).mkdir(parents=True, exist_ok=True)
     save_results(shop.out / "rows" / f"{figure.name}.json", results)
     picture = shop.out / "figures" / f"{figure.name}.png"
+    draw(figure, results, picture)
+    return results
+
+
+def draw(figure: Figure | Study, results: dict[str, Any], picture: Path) -> None:
+    """Draw what the JSON file of a figure holds into a PNG file."""
     if isinstance(figure, Study):
         figure.draw(results["rows"], picture)
     else:
         (figure.draw or save_figure)(results, picture)
-    return results
 
 
 def _asked_as(figure: Figure | Study) -> str:

@@ -1,0 +1,115 @@
+"""Panels one below the other, as wide as a phone shows legibly, with one legend above that covers nothing."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ovq.plots.canvas import Axes, Figure, Image, NullLocator
+from ovq.runtime.files import atomic_path
+
+WIDTH = 6.4
+"""Inches; a column of text, and with labels of 10 points the width of a phone."""
+_DPI = 150
+_MOST_COLUMNS = 4
+_LETTERS_A_LINE = 62
+
+
+def new_panels(count: int, *, height: float = 3.3) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels, each with light grid lines.
+
+    Args:
+        count: How many.
+        height: Inches of each.
+    """
+    figure = Figure(figsize=(WIDTH, height * count + 0.9), layout="constrained")
+    # Room between one panel's axis and the title of the next.
+    figure.get_layout_engine().set(h_pad=0.08, hspace=0.02)
+    panels = list(figure.subplots(count, 1, squeeze=False).flatten())
+    for axes in panels:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def mark_training(axes: Axes, length: int, label: str) -> None:
+    """A line at the longest length trained on."""
+    axes.axvline(length, color="#BBBBBB", linestyle=":", zorder=0, label=label)
+
+
+def length_axis(axes: Axes, lengths: Sequence[int], labels: Sequence[str]) -> None:
+    """Powers of two along x, with a tick at each length."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, labels, fontsize=9 if len(lengths) > 6 else 10)
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def save(figure: Figure, path: Path, *, title: str = "", first: Sequence[str] = ()) -> None:
+    """Put title and legend above the panels, and write the picture whole or not at all.
+
+    Args:
+        figure: With a legend for the lines of its panels that have labels.
+        path: The PNG file.
+        title: What stands above all.
+        first: Labels in the order of the legend; others follow as they are met.
+    """
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            # Of a line with bars the line alone.
+            handles.setdefault(label, getattr(handle, "lines", (handle,))[0])
+    order = [
+        *(label for label in first if label in handles),
+        *(each for each in handles if each not in first),
+    ]
+    if handles:
+        _add_legend(figure, {label: handles[label] for label in order}, wrapped(title))
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI)
+        _shrink(temporary)
+
+
+def _shrink(path: Path) -> None:
+    """Keep the 256 colours that come nearest: a third of the bytes, and nothing that an eye would miss."""
+    with Image.open(path) as picture:
+        small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    small.save(path, format="PNG", optimize=True)
+
+
+def wrapped(title: str) -> str:
+    """A title in as few lines as a figure has room for, which are about equally long.
+
+    Example:
+        >>> wrapped("a title that would otherwise have a last line with nothing but a word").splitlines()
+        ['a title that would otherwise have a', 'last line with nothing but a word']
+    """
+    folds = (
+        textwrap.wrap(title, width, break_on_hyphens=False)
+        for width in range(_LETTERS_A_LINE, _LETTERS_A_LINE // 2, -1)
+    )
+    # The last of those with fewest lines is of the least width; min takes the first of equals.
+    return "\n".join(min(reversed(list(folds)), key=len))
+
+
+def _add_legend(figure: Figure, handles: dict[str, Any], title: str) -> None:
+    """A legend above the panels, in as many columns as the width has room for."""
+    for num_columns in range(min(_MOST_COLUMNS, len(handles)), 0, -1):
+        # The title of the figure is the legend's: the layout puts a title of its own over the legend.
+        legend = figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside upper center",
+            ncols=num_columns,
+            frameon=False,
+            fontsize=10,
+            title=title or None,
+            title_fontsize=12,
+            handlelength=2.6,
+        )
+        legend.get_title().set_multialignment("center")
+        figure.draw_without_rendering()
+        if legend.get_window_extent().width <= figure.bbox.width or num_columns == 1:
+            return
+        legend.remove()

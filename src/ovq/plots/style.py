@@ -1,0 +1,148 @@
+"""How lines look: a colour and a marker for each mixer, the same in every figure of the project.
+
+The hues are Okabe and Ito's, whose differences colour-blind readers see too, with a grey and a brown for
+the two windows. Lines of one mixer keep its hue and differ in shade, marker and dashes. Where all lines are
+of one mixer, as in an ablation, they have colours that are no mixer's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Style:
+    """How a line looks.
+
+    Attributes:
+        color: Of line and marker, as `#RRGGBB`.
+        marker: As matplotlib names it.
+        line: Solid or dashed, as matplotlib writes it.
+    """
+
+    color: str
+    marker: str
+    line: str = "-"
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `Axes.plot` and `Axes.errorbar`.
+
+        Example:
+            >>> MIXER_STYLES["ovq"].options()["color"]
+            '#0072B2'
+        """
+        return {
+            "color": self.color,
+            "marker": self.marker,
+            "linestyle": self.line,
+            "linewidth": 1.8,
+            # Dashes let a solid line below them show.
+            "zorder": 2 if self.line == "-" else 2.2,
+            "markersize": 6,
+            # Lines that lie on each other stay visible as rings.
+            "markerfacecolor": "white",
+            "markeredgewidth": 1.5,
+        }
+
+
+# Light, usual and dark; black has no darker one.
+_SHADES = {
+    "ovq": ("#6DB6E3", "#0072B2", "#08306B"),
+    "full_attention": ("#F3C35C", "#E69F00", "#8F6300"),
+    "sliding_attention": ("#A8A8A8", "#5F5F5F", "#3A3A3A"),
+    "sink_attention": ("#B57A52", "#6E2C00", "#3B1800"),
+    "vq": ("#6CCBAF", "#009E73", "#005C43"),
+    "linear_attention": ("#F0996B", "#D55E00", "#853B00"),
+    "gated_deltanet": ("#E3B5D0", "#CC79A7", "#8C4A70"),
+    "mamba2": ("#8C8C8C", "#000000", "#444444"),
+}
+_MARKERS = {
+    "ovq": "o",
+    "full_attention": "s",
+    "sliding_attention": "^",
+    "sink_attention": "<",
+    "vq": "v",
+    "linear_attention": ">",
+    "gated_deltanet": "P",
+    "mamba2": "X",
+}
+_DASHES = ("--", "-", "-.")
+_OTHER_MARKERS = ("D", "h", "p", "d", "*", "8", "H")
+
+MIXER_STYLES = {mixer: Style(color=shades[1], marker=_MARKERS[mixer]) for mixer, shades in _SHADES.items()}
+"""The style of each mixer of `ovq.layers.MIXERS`, where a figure has one line of it."""
+
+PALETTE = tuple(
+    Style(color=color, marker=marker)
+    for color, marker in zip(
+        # Tol's muted colours, without those too light for a line.
+        ("#332288", "#CC6677", "#44AA99", "#999933", "#882255", "#88CCEE", "#117733", "#AA4499"),
+        ("o", "D", "v", "s", "^", "P", "X", "h"),
+        strict=True,
+    )
+)
+"""Styles that are no mixer's, for lines of one mixer and for what is not a mixer."""
+
+CONTROLS = {
+    "random merging": Style(color="#882255", marker="D", line="--"),
+    "offline k-means": Style(color="#332288", marker="*", line="--"),
+}
+"""What memories are compared with that is no mixer: dashed."""
+
+
+def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style]:
+    """The style of each line of a figure.
+
+    Args:
+        models: By the label of a line its mixer, as `mixer_types` names it, and the slots of its dictionary,
+            `None` where it has none. More slots are darker.
+
+    Returns:
+        By the label, a style that no other line of the figure has.
+
+    Example:
+        >>> styles = line_styles({"few": ("ovq", 64), "many": ("ovq", 4096), "all": ("full_attention", None)})
+        >>> [(style.color, style.line) for style in styles.values()]
+        [('#6DB6E3', '--'), ('#0072B2', '-'), ('#E69F00', '-')]
+        >>> [style.color for style in line_styles({"a": ("ovq", 64), "b": ("ovq", 64)}).values()]
+        ['#332288', '#CC6677']
+    """
+    if len({mixer for mixer, _ in models.values()}) == 1 and len(set(models.values())) < len(models):
+        return _in_turn(list(models))
+    styles = _in_turn([label for label, (mixer, _) in models.items() if mixer not in _SHADES])
+    for mixer in _SHADES:
+        labels = [label for label, model in models.items() if model[0] == mixer]
+        labels.sort(key=lambda label: models[label][1] or 0)
+        styles |= zip(labels, _variants(mixer, len(labels)), strict=True)
+    return {label: styles[label] for label in models}
+
+
+def _in_turn(labels: list[str]) -> dict[str, Style]:
+    """Styles of the palette; once it is used up they come again with other dashes."""
+    return {
+        label: dataclasses.replace(
+            PALETTE[place % len(PALETTE)], line=("-", "--", "-.", ":")[place // len(PALETTE) % 4]
+        )
+        for place, label in enumerate(labels)
+    }
+
+
+def _variants(mixer: str, count: int) -> list[Style]:
+    """Styles of one hue, from light to dark."""
+    # One line is the usual shade, two the light one and the usual.
+    last = {1: 1, 2: 1}.get(count, 2)
+    first = 1 if count == 1 else 0
+    places = [first + round(i * (last - first) / max(1, count - 1)) for i in range(count)]
+    return [
+        Style(
+            color=_SHADES[mixer][shade],
+            # The first of the usual shade has the mixer's own marker.
+            marker=_MARKERS[mixer]
+            if shade == 1 and shade not in places[:i]
+            else _OTHER_MARKERS[i % len(_OTHER_MARKERS)],
+            line=_DASHES[shade],
+        )
+        for i, shade in enumerate(places)
+    ]

@@ -1,0 +1,74 @@
+"""Drawing pictures anew from JSON files that the commands wrote, by the functions that drew them first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ovq.eval.rows import ResultRow
+from ovq.plots.figures import save_figures as save_demo
+from ovq.research.bench.show import save_figures as save_bench
+from ovq.research.reproduce.engine import draw
+from ovq.research.reproduce.figures import FIGURES, TEXT_FIGURES
+from ovq.research.reproduce.plan import Figure, Study
+from ovq.research.reproduce.presets import get_preset
+from ovq.research.reproduce.results import load_results
+
+
+def redraw(folder: Path) -> list[Path]:
+    """Draw the picture of each JSON file in a folder anew.
+
+    Files of `ovq reproduce` become `NAME.png`, those of `ovq demo` `NAME_accuracy.png` and `NAME_state.png`,
+    all of `ovq bench` together one `bench.png`. Files of anything else are left alone. Pictures lie beside
+    the files, but in `figures/` where those lie in `rows/`, as `ovq reproduce` has it.
+
+    Args:
+        folder: Where the files are.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        ValueError: If there is no file to draw, or one cannot be read.
+        OSError: If a picture cannot be written.
+    """
+    rows = folder / "rows"
+    source, target = (rows, folder / "figures") if rows.is_dir() else (folder, folder)
+    drawn, reports = [], []
+    for path in sorted(source.glob("*.json")):
+        try:
+            found = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: expected JSON, found something else ({error})") from error
+        fields = found if isinstance(found, dict) else {}
+        if "figure" in fields:
+            target.mkdir(exist_ok=True)
+            drawn.append(target / f"{path.stem}.png")
+            results = load_results(path)
+            draw(_figure(results, path), results, drawn[-1])
+        elif "matrix_rate" in fields:
+            reports.append(fields)
+        elif "train_length" in fields:
+            measured = [ResultRow(**row) for row in fields["rows"]]
+            drawn += save_demo(measured, target, train_length=fields["train_length"], prefix=f"{path.stem}_")
+    if reports:
+        drawn += save_bench(_joined(reports), target)
+    if not drawn:
+        raise ValueError(f"--draw: expected JSON files of results in {folder}, found none")
+    return drawn
+
+
+def _figure(results: dict[str, Any], path: Path) -> Figure | Study:
+    """The figure that a file is of; one of a chosen corpus has the corpus in its name."""
+    name, _, corpus = results["figure"].partition("-")
+    if name not in (TEXT_FIGURES if corpus else FIGURES):
+        raise ValueError(f"{path}: expected a figure among {', '.join(FIGURES)}, found {results['figure']!r}")
+    return FIGURES[name](get_preset(results["preset"]))
+
+
+def _joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What several calls of `ovq bench` measured, as if it had been one."""
+    dtypes = dict.fromkeys(dtype for report in reports for dtype in report["suite"]["dtypes"])
+    return {"suite": {"dtypes": list(dtypes)}, "rows": [row for report in reports for row in report["rows"]]}

@@ -1,0 +1,86 @@
+"""Pictures drawn anew are those that the commands draw."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ovq.plots.figures import save_figures as save_demo
+from ovq.research.bench.show import save_figures as save_bench
+from ovq.research.reproduce.draw import save_figure
+from ovq.research.reproduce.redraw import redraw
+from tests.plots.test_report import ROWS
+from tests.research.reproduce.test_page import RESULTS
+from tests.test_cli import fail, run
+
+DOCS = Path(__file__).parents[3] / "docs" / "results"
+BENCH = {
+    "what": "forward",
+    "mixer": "ovq",
+    "label": "OVQ, 4 slots",
+    "num_slots": 4,
+    "length": 64,
+    "seconds": 1.0,
+}
+
+
+def test_each_file_becomes_its_pictures(tmp_path):
+    (tmp_path / "expected").mkdir()
+    (tmp_path / "recall.json").write_text(json.dumps(RESULTS))
+    save_figure(RESULTS, tmp_path / "expected" / "recall.png")
+    demo = {"rows": [vars(row) for row in ROWS], "train_length": 256}
+    (tmp_path / "demo.json").write_text(json.dumps(demo))
+    save_demo(ROWS, tmp_path / "expected", train_length=256, prefix="demo_")
+    rows = [BENCH | {"dtype": dtype} for dtype in ("float32", "bfloat16")]
+    for row in rows:
+        report = {"matrix_rate": {}, "suite": {"dtypes": [row["dtype"]]}, "rows": [row]}
+        (tmp_path / f"bench_{row['dtype']}.json").write_text(json.dumps(report))
+    # By name, as files are read: bfloat16 first.
+    save_bench({"suite": {"dtypes": ["bfloat16", "float32"]}, "rows": rows}, tmp_path / "expected")
+    (tmp_path / "other.json").write_text("[1, 2]")
+    drawn = redraw(tmp_path)
+    names = ["demo_accuracy.png", "demo_state.png", "recall.png", "bench.png"]
+    assert drawn == [tmp_path / name for name in names]
+    for path in drawn:
+        assert path.read_bytes() == (tmp_path / "expected" / path.name).read_bytes()
+
+
+def test_a_folder_of_reproduce_has_its_pictures_beside_its_rows(tmp_path, capsys):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "recall.json").write_text(json.dumps(RESULTS))
+    assert f"Wrote {tmp_path / 'figures' / 'recall.png'}" in run(capsys, "reproduce", "--draw", tmp_path)
+    assert (tmp_path / "figures" / "recall.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "", r"--draw: expected JSON files of results in"),
+        ("a.json", "{", r"a.json: expected JSON, found something else"),
+        ("a.json", '{"figure": "recall"}', r"a.json: expected the rows of a figure, found something else"),
+        (
+            "a.json",
+            json.dumps(RESULTS | {"figure": "nothing"}),
+            r"a.json: expected a figure among fidelity, .*, found 'nothing'",
+        ),
+        ("a.json", json.dumps(RESULTS | {"figure": "recall-iambic"}), "found 'recall-iambic'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        redraw(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_drawing_stands_alone_on_the_command_line(capsys, tmp_path):
+    assert "--draw: expected a folder of results and nothing else" in fail(
+        capsys, "reproduce", "recall", "--draw", tmp_path
+    )
+
+
+def test_committed_pictures_are_small():
+    pictures = list(DOCS.glob("*.png"))
+    assert len(pictures) > 20
+    for path in pictures:
+        assert path.stat().st_size < 200 * 1024, path.name
