@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer
@@ -26,6 +27,12 @@ SEAL_FILE = "seal.json"
 """The name of the list of a checkpoint's files."""
 
 _NUM_KEPT = 2
+
+# Several processes on a CPU load the state of the optimizer to "cpu:0" in transformers 5.17, which torch.load
+# knows as "cpu" alone; 5.24 asks for that.
+torch.serialization.register_package(
+    11, lambda _: None, lambda storage, location: storage if location == "cpu:0" else None
+)
 
 
 def seal(folder: Path, *, with_subfolders: bool = False) -> None:
