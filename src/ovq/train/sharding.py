@@ -26,8 +26,8 @@ _CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in inspect.signature(TrainingArguments).parameters
 )
-# With 1.12 a run that went on with another number of processes had other losses. pip sees to it as well; but
-# where it does not install what we depend on, they would be wrong without a word.
+# With 1.12 a run that went on with another number of processes had other losses. pip sees to it as well; they
+# would be wrong without a word where it was not asked.
 _OLDEST_ACCELERATE = Version("1.13")
 
 
