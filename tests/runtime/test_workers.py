@@ -19,7 +19,11 @@ from ovq.runtime.workers import run_jobs
 
 
 def look_around(job, reporter):
-    """A job that tells about its process; the first waits longest."""
+    """A job that tells about its process, once there are two; the first ends last."""
+    job, folder = job
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < 2:
+        time.sleep(0.01)
     time.sleep(0.5 - 0.25 * job)
     work = reporter.start(f"job {job}", total=2)
     work.update(1, note="half")
@@ -36,11 +40,11 @@ def end_badly(job, _reporter):
     time.sleep(300)
 
 
-def test_results_come_in_the_order_of_the_jobs(monkeypatch):
+def test_results_come_in_the_order_of_the_jobs(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     console = Console(file=io.StringIO(), force_terminal=False, width=100, record=True)
     with Reporter(console) as reporter:
-        results = run_jobs(look_around, [0, 1, 2], reporter=reporter)
+        results = run_jobs(look_around, [(job, tmp_path) for job in (0, 1, 2)], reporter=reporter)
     assert [job for job, *_ in results] == [0, 1, 2]
     processes = {process for _, process, *_ in results}
     assert os.getpid() not in processes
