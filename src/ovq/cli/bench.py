@@ -74,9 +74,10 @@ def bench(
     where = env["device"]
     if device == "cpu":
         where = f"{env['processor']}, {env['threads']} threads, CPU kernels {env['cpu_kernels']}"
+    backends = ", ".join(f"{backend} ({part})" for part, backend in env["backends"].items())
     copies = f", copies {report['copy_rate'] / 1e9:.0f} GB/s" if "copy_rate" in report else ""
     out_console.print(
-        f"{where}, torch {env['torch']}, backend {env['backend']}, matrix products {rates}{copies}",
+        f"{where}, torch {env['torch']}, backends {backends}, matrix products {rates}{copies}",
         highlight=False,
     )
     for table in tables(report):

@@ -109,6 +109,7 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
     is_cpu = suite.device == "cpu"
     copies = {} if is_cpu else {"copy_rate": gpu.copy_rate(suite.device), "left_out": []}
     rows: list[dict] = []
+    backends: dict[str, str | None] = {}
     done = 0
     for part, dtype, length in itertools.product(suite.parts, suite.dtypes, suite.lengths):
         if part == "stream":
@@ -122,6 +123,9 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
             found, left_out = gpu_suite.measure(part, workloads, rates[dtype], copies["copy_rate"])
             rows += [{**_row(part, row.pop("workload")), **row} for row in found]
             copies["left_out"] += left_out
+        if part != "memory":
+            # Memory is weighed in processes of their own, and so is the stream.
+            backends[part] = backend_used()
         done += 1
     if "stream" in suite.parts:
         progress(done, f"stream {STREAM_TOKENS}")
@@ -129,7 +133,7 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
         done += 1
     progress(done, "done")
     return {
-        "environment": environment(suite.device) | {"backend": backend_used(), "cpu_kernels": cpu_kernels()},
+        "environment": environment(suite.device) | {"backends": backends, "cpu_kernels": cpu_kernels()},
         "suite": dataclasses.asdict(suite),
         "matrix_rate": rates,
         **copies,
