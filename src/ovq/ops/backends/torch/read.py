@@ -67,6 +67,7 @@ class Reader:
         self._bias = q.new_full((group.num_streams, 1, 1, capacity), -torch.inf)
         self._probs = torch.empty_like(self._scores)
         self._future = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
+        self._causal = q.new_zeros(block, block).masked_fill_(self._future, -torch.inf)
         self._has_norm = plan.options.bias == "count+norm"
 
     def load(self, step: Step, k: Tensor, v: Tensor, sums: Dictionary) -> None:
@@ -74,6 +75,7 @@ class Reader:
         s, n, width = step.num_streams, step.num_slots, self._width
         chunk_keys, chunk_values = step.take(k), step.take(v)
         values, self._spoilt = without_spoilt(chunk_values)
+        self._is_key_spoilt = not bool(chunk_keys.isfinite().all())
         for block in step.blocks:
             rows = slice(width - block.stop, width - block.start)
             self._keys[:s, rows] = chunk_keys[:, block]
@@ -105,14 +107,16 @@ class Reader:
         self.queries = queries.view(step.num_streams, -1, q.shape[-1])
         scores, probs = self.scratch(step, block)
         by_token = scores.view(step.num_streams, -1, size, scores.shape[-1])
-        by_token[..., : block.stop] = 0
+        by_token[..., :size] = self._causal[:size, :size]
+        by_token[..., size : block.stop] = 0
         by_token[..., block.stop :] = self._bias[: step.num_streams, ..., : self._rows - self._width]
         if self._has_norm:
             half_norms = self.half_norms(step, block)[:, None, None]
             by_token.sub_(step.scales(scale)[:, :, None, None] * half_norms)
         scores.baddbmm_(self.queries, self.keys(step, block).transpose(1, 2))
-        # After the product, since -inf and NaN, the score of a key that is not finite, add up to NaN.
-        by_token[..., :size].masked_fill_(self._future[:size, :size], -torch.inf)
+        if self._is_key_spoilt:
+            # -inf and the score of a key that is not finite may add up to NaN.
+            by_token[..., :size].masked_fill_(self._future[:size, :size], -torch.inf)
         return torch.softmax(scores, -1, out=probs)
 
     def read(self, step: Step, block: slice, q: Tensor, scale: Tensor) -> Tensor:
