@@ -18,7 +18,7 @@ def prefilled(batch, length, seed=0, **options):
 
 
 def token(t, rows=None):
-    """One token a row of a fixed stream of four rows."""
+    """One token per row of a fixed stream of four rows."""
     q, k, v = (x[:, t : t + 1] for x in inputs(4, 60, 4, 2, seed=9))
     return (q, k, v) if rows is None else (q[rows], k[rows], v[rows])
 

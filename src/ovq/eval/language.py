@@ -33,7 +33,7 @@ class LanguageRow:
         num_slots: Slots of its dictionary during the test; `None` if it has none.
         length: Tokens a window.
         num_windows: Windows, the same for all models that are given the same documents.
-        loss: Mean over all positions of all windows, in nats a token.
+        loss: Mean over all positions of all windows, in nats per token.
         bits_per_byte: The same in bits for each byte of text; `None` where the bytes are not known.
         tokens_per_second: Tokens read, with their losses formed, by the clock.
         state_bytes: Bytes the model carries from token to token for one sequence of this length.

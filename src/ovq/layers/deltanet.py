@@ -20,7 +20,7 @@ CHUNK = 32
 
 
 class GatedDeltaNet(ConstantStateMixer):
-    """A state matrix a head that decays, and is corrected towards `S^T k = v` by every token.
+    """A state matrix per head that decays, and is corrected towards `S^T k = v` by every token.
 
     `S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, with decay `a_t` and
     rate `b_t` in (0, 1) computed from the token. Queries and keys have `num_kv_heads` heads, values

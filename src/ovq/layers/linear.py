@@ -21,7 +21,8 @@ class LinearAttention(ConstantStateMixer, AttentionMixer):
 
     `o_t = sum_{j<=t} phi(q_t).phi(k_j) v_j / sum_{j<=t} phi(q_t).phi(k_j)`, with
     `phi(x) = softmax(scale x)` over the K components of the normalised query or key: positive features, sharp
-    where the learned temperature is high. The state is the sum of `phi(k) [v, 1]`, K (V + 1) numbers a head.
+    where the learned temperature is high. The state is the sum of `phi(k) [v, 1]`: K (V + 1) numbers per
+    head.
 
     Args:
         hidden_size: width of the model.

@@ -40,7 +40,7 @@ class DictionaryStep:
 
 
 class StaticDictionary(nn.Module):
-    """N slots a head, each the moving average of the keys nearest to it; fixed outside of training.
+    """N slots per head, each the moving average of the keys nearest to it; fixed outside of training.
 
     The slots are buffers: no optimizer sees them, and they do not count as parameters. A training step reads
     the slots as the step before left them, and leaves behind what the next will read. So the layer may run

@@ -23,7 +23,7 @@ _MOST_MARKERS = 16
 
 
 def language_table(rows: Sequence[LanguageRow], *, title: str) -> Table:
-    """A line for each model and length: loss, bits a byte, speed, state."""
+    """A line for each model and length: loss, bits per byte, speed, state."""
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
     for column in ("length", "windows", "loss", "bits/byte", "tokens/s", "state"):
@@ -112,7 +112,7 @@ def _draw_positions(axes: Axes, rows: Sequence[LanguageRow]) -> str:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(round(value))))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("position (tokens)")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     size = rows[0].block_size
     return f"Loss against position, {rows[0].num_windows} windows, blocks of {size}"
 
@@ -126,7 +126,7 @@ def _draw_chunk(axes: Axes, rows: Sequence[LanguageRow]) -> str:
             _plot(axes, rows, row, places, [loss - middle for loss in row.phase_losses])
     axes.axhline(0, color="#BBBBBB", linestyle=":", zorder=0)
     axes.set_xlabel("position in the chunk (tokens)")
-    axes.set_ylabel("loss less its mean (nats a token)")
+    axes.set_ylabel("loss less its mean (nats per token)")
     return "Loss by position in the chunk"
 
 

@@ -17,7 +17,7 @@ Entry = tuple[str, Path]
 """What a file is called in names of documents, and where it is."""
 
 _PLAIN, _TABLES = ".txt", {".jsonl": "json", ".parquet": "parquet"}
-"""Endings of files with one document, and of those with one a row, with what `datasets` calls these."""
+"""Endings of files with one document, and of those with one per row, with what `datasets` calls these."""
 
 
 class Reader(Protocol):

@@ -36,12 +36,12 @@ class ModelArgs:
         mixer_types: The mixer of each layer, first layer first; their number is the number of layers.
         hidden_size: Width of the residual stream.
         intermediate_size: Width of the SwiGLU.
-        num_attention_heads: Query heads a layer.
-        num_key_value_heads: Key/value heads a layer; `None` for as many as query heads.
+        num_attention_heads: Query heads per layer.
+        num_key_value_heads: Key/value heads per layer; `None` for as many as query heads.
         head_dim: Size of a head; `None` for `hidden_size / num_attention_heads`.
         conv_size: Tokens the short convolution on queries, keys and values sees; 0 for none.
         sliding_window: Tokens a sliding-window layer sees.
-        num_sinks: First tokens a layer with attention sinks keeps in sight.
+        num_sinks: First tokens that a layer with attention sinks keeps in sight.
         sink_window: Tokens such a layer sees beside them; `None` for the bytes of an OVQ layer.
         mamba_state_size: Numbers of state a channel of Mamba2; `None` for as many parameters as OVQ has.
         num_slots: Slots of the dictionary of an OVQ layer, N.

@@ -30,7 +30,7 @@ def measure(
         part: `"forward"`, `"forward_backward"`, `"decode"` or `"memory"`.
         candidates: what to measure.
         matrix_rate: FLOP/s of matrix products in their dtype.
-        copy_rate: bytes a second of a copy.
+        copy_rate: bytes per second of a copy.
 
     Returns:
         For each workload that runs, `{"workload": ..., fields of the row}`; for the others

@@ -26,7 +26,7 @@ def interleaved(
     """Seconds of each call of each function, taking turns.
 
     One call of each warms up. Then come rounds until the slowest function has taken `seconds` or there were
-    `max_rounds` of them, but at least three (one, for functions that take over ten seconds a call). A turn is
+    `max_rounds` of them, but at least three (one, for functions that take over ten seconds). A turn is
     `run` calls: where a call is so short that the caches count, others must not empty them between its calls.
 
     Example:

@@ -26,7 +26,7 @@ class Rival:
         label: what tables call it.
         kernels: a regular expression that a kernel it runs must match: proof that it is what was measured.
         cost: what its products are counted like: `"exact"`, `"window"`, or those of a state, `"state"`.
-        products: products with its `[K, V]` state a token, of those with one.
+        products: products with its `[K, V]` state per token, of those with one.
         is_token_first: whether it takes `[B, T, H, D]` rather than `[B, H, T, D]`.
         read: makes the function of q, k and v that is measured, given the scale and the window.
         decode: the same for one token after a context, of which it gets a cache or a state; None: not

@@ -99,7 +99,7 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
     Returns:
         `{"environment", "suite", "matrix_rate", "rows", "crossover"}`: the report, as JSON types. A row has
         `what`, `mixer`, `label`, `num_slots`, `length`, `dtype` and, by what was measured, seconds (median,
-        smallest, largest), tokens a second, times faster than SDPA, share of the roofline, or bytes. On a
+        smallest, largest), tokens per second, times faster than SDPA, share of the roofline, or bytes. On a
         GPU also `copy_rate`, `left_out` (what could not run, and why), and in each row the kernels seen in
         the trace and whether they are the intended ones.
     """

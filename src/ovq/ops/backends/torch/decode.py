@@ -1,4 +1,4 @@
-"""One token a row, without gradients: a read of the dictionary and the pending tokens, and nothing copied.
+"""One token per row, without gradients: a read of the dictionary and the pending tokens, and nothing copied.
 
 The key and value are written into the next free place of the state's pending buffers. The state handed in
 stays what it was, because it never looks at that place; should another continuation of it have written there

@@ -1,4 +1,4 @@
-"""One token a row, without gradients, in one launch; a chunk that it completes is merged by the recurrence.
+"""One token per row, without gradients, in one launch; a chunk that it completes is merged by the recurrence.
 
 The slots of a stream are split over several programs, and the tokens of its chunk go to one more. Each leaves
 the sums of its part of the softmax; the program that finishes last adds them up, in order, so that which one
@@ -165,7 +165,7 @@ def read_pending_and_slots(
     places: Tensor,
     pending: int,
 ) -> Tensor:
-    """The read of one token a row, which is written into the pending buffers.
+    """The read of one token per row, which is written into the pending buffers.
 
     Args:
         q: `[B, 1, H, K]`. k: `[B, 1, Hkv, K]`. v: `[B, 1, Hkv, V]`. scale: `[H]` float32.
