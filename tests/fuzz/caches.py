@@ -64,7 +64,7 @@ class CacheProgram(Program):
         """A program for `backend`."""
         names = [*STEPS, *["read"] * 6]
         # The compiled kernels run float32.
-        dtype = "float32" if backend.name == "torch" and rng.random() < 0.5 else "float64"
+        dtype = "float32" if backend.name == "cpu" and rng.random() < 0.5 else "float64"
         above = [name for name in MIXERS if dtype == "float64" or name not in ROUTED]
         mixers = [rng.choice(["ovq", rng.choice(list(MIXERS))])]
         mixers += [rng.choice([above[0], rng.choice(above)]) for _ in range(rng.randrange(3))]
