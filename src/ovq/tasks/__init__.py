@@ -1,4 +1,4 @@
-"""Tasks: synthetic ones, which build their examples from a seed, and language modelling on real text."""
+"""Synthetic tasks, which build their examples from a seed, and language modelling on real text."""
 
 from ovq.tasks.base import IGNORE_INDEX, SPLITS, Task, TaskBatch, example_generator
 from ovq.tasks.mqar import MQARTask

@@ -1,8 +1,8 @@
-"""What every synthetic task shares: the batch it builds, its random streams and how it changes length.
+"""What all synthetic tasks share: the batch they build, their random streams, and how they change length.
 
-A task is a frozen dataclass whose fields describe the data, and whose `build` makes any example of it from a
-seed and an index alone. Nothing is stored and nothing depends on the order in which examples are asked for,
-so a training run can skip to any step, several processes can share one data set, and an evaluation can be
+A task is a frozen dataclass whose fields describe the data. Its `build` makes any example from a seed and an
+index alone. Nothing is stored, and nothing depends on the order in which examples are requested. A training
+run can therefore skip to any step, several processes can share one data set, and an evaluation can be
 repeated exactly.
 """
 
@@ -21,7 +21,7 @@ IGNORE_INDEX = -100
 """The label of a token that no loss is taken on (PyTorch's and Hugging Face's convention)."""
 
 SPLITS = ("train", "test")
-"""The two families of random streams. No seed and no index of one yields a stream of the other."""
+"""The two families of random streams: no seed or index of one gives a stream of the other."""
 
 TaskT = TypeVar("TaskT", bound="Task")
 
@@ -31,10 +31,10 @@ class TaskBatch(NamedTuple):
 
     Attributes:
         inputs: `[B, T]` int64, the token ids.
-        labels: `[B, T]` int64, aligned with `inputs` (the model shifts them), `IGNORE_INDEX` where nothing is
-            asked.
-        slices: Name -> `[B, T]` bool. Each mask picks some of the labelled tokens, for a report that tells
-            easy questions from hard ones. Names and their order are the same for all examples of a task.
+        labels: `[B, T]` int64, aligned with `inputs` (the model shifts them), and `IGNORE_INDEX` where there
+            is no question.
+        slices: Name -> `[B, T]` bool. Each mask selects some of the labelled tokens, so that a report can
+            tell easy questions from hard ones. All examples of a task have the same names in the same order.
     """
 
     inputs: np.ndarray
@@ -48,12 +48,12 @@ class Task(ABC):
 
     Attributes:
         name: What configurations and reports call the task.
-        error_name: What `errors` measures; `None` where an answer is right or wrong and nothing between.
-        length: Tokens an example, T.
+        error_name: What `errors` measures; `None` where an answer is either right or wrong.
+        length: Tokens per example, T.
         vocab_size: Number of token ids; all ids are smaller.
 
     Raises:
-        ValueError: If a field is not of its type, or a number not finite.
+        ValueError: If a field is not of its type, or a number is not finite.
     """
 
     name: ClassVar[str]
@@ -62,15 +62,15 @@ class Task(ABC):
     vocab_size: int = 512
 
     def __post_init__(self) -> None:
-        """Check the types; tasks check the ranges."""
+        """Check the types; the tasks themselves check the ranges."""
         check_fields(self)
 
     @abstractmethod
     def build(self, seed: int, *, indices: Sequence[int] = (0,), split: str = "train") -> TaskBatch:
-        """Build the examples with these indices; each depends on `(seed, index, split)` and on nothing else.
+        """Build the examples with these indices; each depends only on `(seed, index, split)`.
 
         Args:
-            seed: Non-negative; another seed is another data set.
+            seed: Non-negative; each seed gives a different data set.
             indices: Which examples of the data set, B of them, each non-negative.
             split: `"train"` or `"test"`.
 
@@ -79,11 +79,11 @@ class Task(ABC):
         """
 
     def errors(self, answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """How wrong answers are, for tasks that have an `error_name`.
+        """How wrong each answer is, for tasks that have an `error_name`.
 
         Args:
             answers: Token ids, of any shape.
-            labels: The right ones, of the same shape.
+            labels: The right token ids, of the same shape.
 
         Returns:
             Floats of the same shape, 0 for a right answer.
@@ -102,8 +102,8 @@ class Task(ABC):
 def example_generator(seed: int, index: int, *, split: str) -> np.random.Generator:
     """The random stream of one example.
 
-    The split is part of the stream's key rather than of the seed, so train and test data are disjoint
-    whatever seeds a user picks.
+    The split is part of the stream's key, not of the seed, so train and test data are disjoint whatever seeds
+    are chosen.
 
     Raises:
         ValueError: If `split` is unknown, or `seed` or `index` is negative.

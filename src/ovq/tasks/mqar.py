@@ -22,30 +22,31 @@ _TOKENS_PER_PAIR = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MQARTask(Task):
-    """Key-value pairs at the start, and each key once more, soon or late, when its value has to be said.
+    """Key-value pairs at the start; later each key comes once more, and the model has to say its value.
 
-    An example begins with `num_pairs` pairs of one token each: different keys, different values. Behind them
-    every key is placed once, at an even distance, the i-th place being chosen with a probability in
-    proportion to i^(power - 1), so that most keys come again soon. The value is asked for at the place after
-    the key, where it does *not* stand: no answer is shown. All other tokens behind the pairs are fillers, by
-    default random tokens, which may be keys and values too. Ids: keys are 1 to vocab_size / 2 - 1, values the
-    upper half.
+    An example begins with `num_pairs` pairs of one token each: different keys and different values. After the
+    pairs every key is placed once, at an even distance. The i-th place has a probability proportional to
+    i^(power - 1), so most keys come again soon. The value is asked for at the token after the key, but it
+    does *not* stand there, so no answer is shown. All other tokens after the pairs are fillers. By default
+    these are random tokens, which may be keys and values too. Ids: keys are 1 to vocab_size / 2 - 1, values
+    are the upper half.
 
-    What differs from Zoology: labels stand one place to the right, as everywhere in this package (the model
-    shifts them); each example has a random stream of its own, where Zoology draws a data set as a whole;
-    Zoology trains on a mixture of lengths and numbers of pairs in random order (64 tokens with 4 pairs, 128
-    with 8, 256 with 16, 32 and 64), a recipe here on lengths in rising order, each with the most pairs it
-    holds (16 with 4 pairs to 128 with 32); Zoology tests 64 tokens with 16 pairs to 1024 with 256, as here.
+    This differs from Zoology in three ways. Labels stand one place further right, as everywhere in this
+    package (the model shifts them). Each example has its own random stream, where Zoology draws a data set as
+    a whole. And Zoology trains on a mixture of lengths and numbers of pairs in random order (64 tokens with 4
+    pairs, 128 with 8, 256 with 16, 32 and 64), while a recipe here trains on lengths in rising order, each
+    with as many pairs as fit (16 tokens with 4 pairs up to 128 with 32). The tests are the same: 64 tokens
+    with 16 pairs up to 1024 with 256.
 
     Attributes:
-        length: Tokens an example, T; Zoology tests up to 1024.
+        length: Tokens per example, T; Zoology tests up to 1024.
         vocab_size: Number of token ids.
-        num_pairs: Pairs an example; `None` for a quarter of its tokens, the most it can hold, up to 256.
-        power: Exponent of the gaps: 1 for places equally likely, near 0 for short gaps.
-        use_random_fillers: Whether fillers are random tokens, or 0 otherwise.
+        num_pairs: Pairs per example; `None` for a quarter of its tokens, the most that fit, up to 256.
+        power: Exponent of the gaps: 1 makes all places equally likely, near 0 makes short gaps likely.
+        use_random_fillers: Whether fillers are random tokens; otherwise they are 0.
 
     Raises:
-        ValueError: If a field is out of range, or pairs do not fit; says what was expected and found.
+        ValueError: If a field is out of range, or the pairs do not fit; says what was expected and found.
 
     Example:
         Three pairs, then each key once more; fillers are zeros here. Keys are tokens 1 to 7, values 8 to 15:
@@ -71,7 +72,7 @@ class MQARTask(Task):
         14 7
         15 0 asked: 14
 
-        The slices group the asked tokens by how many tokens lie between a key and where it stood first:
+        The slices group the asked tokens by the distance from a key back to its first occurrence:
 
         >>> {name: int(mask.sum()) for name, mask in slices.items()}
         {'distance 2-3': 0, 'distance 4-7': 1, 'distance 8-15': 2}
@@ -105,12 +106,12 @@ class MQARTask(Task):
 
     @property
     def num_stored(self) -> int:
-        """Pairs an example holds."""
+        """Pairs in an example."""
         return min(self.length // 4, 256) if self.num_pairs is None else self.num_pairs
 
     @property
     def context_length(self) -> int:
-        """Tokens of the pairs."""
+        """Tokens that the pairs take."""
         return self.num_stored * _TOKENS_PER_PAIR
 
     def build(self, seed: int, *, indices: Sequence[int] = (0,), split: str = "train") -> TaskBatch:

@@ -1,8 +1,8 @@
-"""Positional in-context recall: a key occurs several times, and its values are asked for in their order.
+"""Positional in-context recall: a key occurs several times, and its values are asked for in order.
 
 Recall by content alone finds the values of a key, but not which came first. One long-range layer can mark
-each pair with how often its key came before, and a second can then look for the key and that number: a model
-needs both, and a memory that keeps occurrences of a key apart.
+each pair with how often its key came before; a second layer can then look for the key together with that
+number. A model therefore needs two such layers, and a memory that keeps the occurrences of a key apart.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from ovq.tasks.recall import FILLER, NUM_SPECIAL, SEPARATOR, check_possible_keys
 class PositionalRecallTask(Task):
     """In-context recall of all values of a key, in the order in which they were stored.
 
-    An example is `context, separator, queries`. The context holds `num_keys` keys, each of them
-    `num_occurrences` times and each time with another value of one token; the pairs lie at random places in a
-    random order, and tokens left over are fillers. A query is a key, once, and then its values in order of
-    appearance, which the model has to say. No key is asked a second time before every key was asked once.
-    Ids: 0 is the filler, 1 the separator, then come the key tokens, and the upper half are value tokens. The
-    paper's own layout and sizes are not public; these are [ours].
+    An example is `context, separator, queries`. The context holds `num_keys` keys, each `num_occurrences`
+    times, each time with another value of one token. The pairs lie at random places in a random order, and
+    the remaining tokens are fillers. A query is a key, once, followed by its values in order of appearance,
+    which the model has to say. No key is asked a second time before every key was asked once. Ids: 0 is the
+    filler, 1 the separator, then come the key tokens, and the upper half are value tokens. The paper's own
+    layout and sizes are not public; these are [ours].
 
     Attributes:
-        length: Tokens an example, T.
-        vocab_size: Number of token ids, keys and values having about one half each.
-        key_length: Tokens a key.
-        num_occurrences: Pairs a key occurs in.
-        query_share: Share of the tokens of an example that the queries take, between 0 and 1.
+        length: Tokens per example, T.
+        vocab_size: Number of token ids; about one half each are keys and values.
+        key_length: Tokens per key.
+        num_occurrences: Pairs in which each key occurs.
+        query_share: Share of an example's tokens that the queries take, between 0 and 1.
         pair_share: Share of the context's tokens that belong to pairs, above 0 and at most 1; the rest are
-            fillers. So longer examples have more to remember.
+            fillers. Longer examples therefore have more to remember.
 
     Raises:
         ValueError: If a field is out of range, or pairs, queries and keys do not fit; says what was expected
@@ -65,8 +65,8 @@ class PositionalRecallTask(Task):
         13 15 asked
         14 11 asked
 
-        The slices group the asked tokens by which occurrence of the key they are about, and by how many
-        tokens lie between a query and the pair it asks for:
+        The slices group the asked tokens by which occurrence of the key they ask for, and by how many tokens
+        lie between the query and the pair it asks for:
 
         >>> {name: int(mask.sum()) for name, mask in slices.items()}
         {'occurrence 1': 1, 'occurrence 2': 1, 'distance 2-3': 1, 'distance 4-7': 0, 'distance 8-15': 1}
@@ -110,17 +110,17 @@ class PositionalRecallTask(Task):
 
     @property
     def stored_length(self) -> int:
-        """Tokens of all pairs of a key."""
+        """Tokens of all pairs that a key occurs in."""
         return self.num_occurrences * self.pair_length
 
     @property
     def query_length(self) -> int:
-        """Tokens of a key and all its values."""
+        """Tokens of a query: a key and all its values."""
         return self.key_length + self.num_occurrences
 
     @property
     def num_queries(self) -> int:
-        """Queries an example."""
+        """Queries per example."""
         wanted = max(1, int(self.query_share * self.length) // self.query_length)
         return min(wanted, (self.length - 1 - self.stored_length) // self.query_length)
 
@@ -131,12 +131,12 @@ class PositionalRecallTask(Task):
 
     @property
     def num_keys(self) -> int:
-        """Keys an example holds: as many as `pair_share` says, but at least one."""
+        """Keys per example: as many as `pair_share` allows, but at least one."""
         return max(1, int(self.context_length * self.pair_share) // self.stored_length)
 
     @property
     def num_key_tokens(self) -> int:
-        """Ids that key tokens are drawn from, the first of them being `NUM_SPECIAL`."""
+        """Number of ids that key tokens are drawn from; the first of them is `NUM_SPECIAL`."""
         return (self.vocab_size - NUM_SPECIAL) // 2
 
     @property
@@ -184,8 +184,8 @@ class PositionalRecallTask(Task):
     def _draw(
         self, seed: int, indices: Sequence[int], split: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """All that is random: keys `[B, P, key_length]`, values and starts of their pairs
-        `[B, P, num_occurrences]`, the latter rising, and the keys asked `[B, Q]`."""
+        """Draw all that is random: the keys `[B, P, key_length]`, the values and the starts of their pairs
+        `[B, P, num_occurrences]` (starts in rising order), and the keys to ask for `[B, Q]`."""
         num_keys, num_queries, num_values = (
             self.num_keys,
             self.num_queries,
@@ -207,9 +207,9 @@ class PositionalRecallTask(Task):
             rounds = [rng.permutation(num_keys) for _ in range(-(-num_queries // num_keys))]
             asked[row] = np.concatenate(rounds)[:num_queries]
 
-        # `places` are the pairs' places among pairs and fillers; every pair before adds its further tokens.
+        # `places` counts a pair as one place; each earlier pair moves it on by that pair's further tokens.
         starts = np.sort(places, axis=1) + np.arange(num_pairs) * (self.pair_length - 1)
-        # The pairs of each key together, in the order of their places, as the sort is stable.
+        # Bring the pairs of each key together; the sort is stable, so they stay in the order of their places.
         order = np.argsort(owners, axis=1, kind="stable")
         starts = np.take_along_axis(starts, order, axis=1).reshape(values.shape)
         keys = spell_keys(key_ids, self.num_key_tokens, self.key_length)
@@ -217,10 +217,11 @@ class PositionalRecallTask(Task):
 
 
 def _distinct(rng: np.random.Generator, num_rows: int, size: int, bound: int) -> np.ndarray:
-    """`[num_rows, size]`: in each row different integers below the bound, all choices equally likely."""
+    """`[num_rows, size]`: in each row different integers below the bound, every choice equally likely."""
     drawn = np.empty((num_rows, size), dtype=np.int64)
     for column in range(size):
-        # One of those left; stepping over the smaller ones already taken, in rising order, makes it an id.
+        # Draw the rank among those left; stepping over the smaller ones taken, in rising order, makes it an
+        # id.
         new = rng.integers(bound - column, size=num_rows)
         for taken in np.sort(drawn[:, :column], axis=1).T:
             new += new >= taken

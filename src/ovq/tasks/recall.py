@@ -1,7 +1,7 @@
 """Basic in-context recall: a context of key-value pairs, then questions about some of the keys.
 
-The smallest task that separates a memory from a window: to answer, a model must have stored the value when it
-went by, under a key that means nothing outside this example, and must find it again among all the others.
+This is the smallest task that tells a memory from a window. To answer, a model must have stored the value
+when it read it, under a key that means nothing outside this example, and must find it among all the others.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 from ovq.tasks.base import IGNORE_INDEX, Task, TaskBatch, example_generator
 
 FILLER = 0
-"""The token between pairs where the context is longer than its pairs."""
+"""The token between pairs where the context has room for more than its pairs."""
 SEPARATOR = 1
 """The token between the context and the queries."""
 NUM_SPECIAL = 2
 
-# Distinct keys are drawn as integers, so all possible keys must be countable in an int64.
+# Distinct keys are drawn as integers, so the number of possible keys must fit into an int64.
 _MAX_POSSIBLE_KEYS = 2**62
 
 
@@ -28,21 +28,21 @@ _MAX_POSSIBLE_KEYS = 2**62
 class RecallTask(Task):
     """In-context recall of random values stored under random distinct keys.
 
-    An example is `context, separator, queries`. The context holds `num_pairs` pairs, each `key_length` key
-    tokens and then `value_length` value tokens, at random places in a random order; tokens left over are
-    fillers. A query is the pair once more, and the value is what the model has to say. No key is asked a
-    second time before every key was asked once. Ids: 0 is the filler, 1 the separator, then come the key
+    An example is `context, separator, queries`. The context holds `num_pairs` pairs, each of `key_length` key
+    tokens and then `value_length` value tokens. They lie at random places in a random order, and the
+    remaining tokens are fillers. A query repeats a pair, and the model has to say the value. No key is asked
+    a second time before every key was asked once. Ids: 0 is the filler, 1 the separator, then come the key
     tokens, and the upper half are value tokens.
 
     Attributes:
-        length: Tokens an example, T.
-        vocab_size: Number of token ids, keys and values having about one half each.
-        key_length: Tokens a key.
-        value_length: Tokens a value.
-        query_share: Share of the tokens of an example that the queries take, between 0 and 1.
+        length: Tokens per example, T.
+        vocab_size: Number of token ids; about one half each are keys and values.
+        key_length: Tokens per key.
+        value_length: Tokens per value.
+        query_share: Share of an example's tokens that the queries take, between 0 and 1.
         pair_share: Share of the context's tokens that belong to pairs, above 0 and at most 1; the rest are
-            fillers. So longer examples have more to remember.
-        num_pairs: Pairs in the context, at every length the same, in the place of `pair_share`.
+            fillers. Longer examples therefore have more to remember.
+        num_pairs: Pairs in the context, the same number at every length; takes the place of `pair_share`.
 
     Raises:
         ValueError: If a field is out of range, or pairs, queries and keys do not fit; says what was expected
@@ -51,7 +51,7 @@ class RecallTask(Task):
     Example:
         Three pairs of two-token keys and one-token values, with three fillers at random places among them,
         and two queries. Key tokens are 2 to 8, value tokens 9 to 15. Below, tokens 2-4, 5-7 and 8-10 are the
-        pairs (2 2: 12), (8 5: 9) and (4 8: 14), token 12 is the separator, and the first two are asked for:
+        pairs (2 2: 12), (8 5: 9) and (4 8: 14); token 12 is the separator; the first two pairs are asked for:
 
         >>> task = RecallTask(length=19, vocab_size=16, key_length=2, num_pairs=3, query_share=0.35)
         >>> inputs, labels, slices = task.build(0)
@@ -77,7 +77,7 @@ class RecallTask(Task):
         17 5
         18 9 asked
 
-        The slices group the asked tokens by how many tokens lie between a query and the pair it asks for:
+        The slices group the asked tokens by how many tokens lie between the query and the pair it asks for:
 
         >>> {name: int(mask.sum()) for name, mask in slices.items()}
         {'distance 4-7': 0, 'distance 8-15': 2, 'distance 16-31': 0}
@@ -132,7 +132,7 @@ class RecallTask(Task):
 
     @property
     def num_queries(self) -> int:
-        """Queries an example."""
+        """Queries per example."""
         return min(
             max(1, int(self.query_share * self.length) // self.pair_length),
             (self.length - 1) // self.pair_length - 1,
@@ -145,14 +145,14 @@ class RecallTask(Task):
 
     @property
     def num_stored(self) -> int:
-        """Pairs an example holds: `num_pairs`, or as many as `pair_share` says, but at least one."""
+        """Pairs per example: `num_pairs`, or as many as `pair_share` allows, but at least one."""
         if self.num_pairs is not None:
             return self.num_pairs
         return max(1, int(self.context_length * self.pair_share) // self.pair_length)
 
     @property
     def num_key_tokens(self) -> int:
-        """Ids that key tokens are drawn from, the first of them being `NUM_SPECIAL`."""
+        """Number of ids that key tokens are drawn from; the first of them is `NUM_SPECIAL`."""
         return (self.vocab_size - NUM_SPECIAL) // 2
 
     @property
@@ -181,7 +181,7 @@ class RecallTask(Task):
 
         query_positions = query_start + np.arange(self.num_queries) * self.pair_length
         distances = query_positions - starts[rows, asked]
-        # From the last pair, with the separator between, to the first token of the context.
+        # The shortest distance is that to the last pair, with the separator between.
         slices = distance_masks(
             np.repeat(distances, self.value_length, axis=1),
             labels != IGNORE_INDEX,
@@ -192,7 +192,8 @@ class RecallTask(Task):
     def _draw(
         self, seed: int, indices: Sequence[int], split: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All that is random: pairs `[B, P, pair_length]`, their starts `[B, P]`, those asked `[B, Q]`."""
+        """Draw all that is random: pairs `[B, P, pair_length]`, their starts `[B, P]`, those asked `[B,
+        Q]`."""
         num_stored, num_queries = self.num_stored, self.num_queries
         num_free = self.context_length - num_stored * self.pair_length
         key_ids = np.empty((len(indices), num_stored), dtype=np.int64)
@@ -208,13 +209,13 @@ class RecallTask(Task):
             asked[row] = np.concatenate(rounds)[:num_queries]
 
         keys = spell_keys(key_ids, self.num_key_tokens, self.key_length)
-        # `places` are the pairs' places among pairs and fillers; every pair before adds its further tokens.
+        # `places` counts a pair as one place; each earlier pair moves it on by that pair's further tokens.
         starts = np.sort(places, axis=1) + np.arange(num_stored) * (self.pair_length - 1)
         return np.concatenate([keys, values], axis=2), starts, asked
 
 
 def check_possible_keys(num_key_tokens: int, key_length: int, *, at_least: int) -> None:
-    """Refuse sizes of which too few different keys can be made, or more than can be counted.
+    """Refuse sizes that allow too few different keys, or more keys than can be counted.
 
     Raises:
         ValueError: If there are fewer than `at_least` keys, or more than 2**62.
@@ -227,24 +228,24 @@ def check_possible_keys(num_key_tokens: int, key_length: int, *, at_least: int) 
 
 
 def spell_keys(key_ids: np.ndarray, num_key_tokens: int, key_length: int) -> np.ndarray:
-    """The tokens `[..., key_length]` of keys `[...]`: different numbers are different keys.
+    """Key numbers `[...]` as tokens `[..., key_length]`; different numbers give different keys.
 
     Example:
         >>> spell_keys(np.array([0, 1, 7]), 7, 2).tolist()
         [[2, 2], [3, 2], [2, 3]]
     """
-    # A key is its id written in base num_key_tokens.
+    # A key is its number written in base num_key_tokens.
     return NUM_SPECIAL + key_ids[..., None] // num_key_tokens ** np.arange(key_length) % num_key_tokens
 
 
 def distance_masks(distances: np.ndarray, is_labelled: np.ndarray, *, smallest: int) -> dict[str, np.ndarray]:
-    """Slices of the labelled tokens by octave of a distance.
+    """Slices of the labelled tokens, by octave of a distance.
 
     Args:
         distances: `[B, A]` positive, one for each labelled token of a row, in order.
         is_labelled: `[B, T]` bool, A of them true in each row.
-        smallest: The smallest distance there can be; the largest is T - 1. So the names do not depend on the
-            examples.
+        smallest: The smallest possible distance; the largest is T - 1. The names follow from these two
+            bounds, so they do not depend on the examples.
 
     Returns:
         Name -> `[B, T]` bool.

@@ -1,7 +1,7 @@
-"""Linear-regression in-context learning: many lines at once, each to be found from its examples.
+"""In-context linear regression: many lines at once, each to be found from its points.
 
-Recall gives a value back as it was stored. Here no answer was stored: the model has to gather the examples of
-one function from among those of all others, and to work out from them what the function is.
+In recall, the answer was stored as it is asked for. Here it was not stored: the model has to pick the points
+of one function from among those of all others, and work out from them what the function is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from ovq.tasks.base import IGNORE_INDEX, Task, TaskBatch, example_generator
 
 FILLER = 0
-"""The token before the first example where the length is no multiple of an example's three tokens."""
+"""The token before the first point, where the length is not a multiple of a point's three tokens."""
 _FIRST_NAME = 1
 _TOKENS_PER_POINT = 3
 
@@ -24,33 +24,33 @@ _TOKENS_PER_POINT = 3
 class RegressionTask(Task):
     """Points of many functions y = a x + b in a random order, each point as `name, x, y`.
 
-    Slopes a, offsets b and arguments x are integers between plus and minus `max_slope`, `max_offset` and
-    `max_x`, all equally likely; so y is an integer, and two points of a function say what it is. All numbers
-    are tokens: the range is finite so that answers can be right or wrong, and integers rather than a finite
-    field so that they can also be wrong by a little; both are [ours], as the paper's layout is not public. An
-    argument comes a second time only after all others came, so that within the first `2 max_x + 1` points of
-    a function nothing can be looked up. A y is asked for once `min_seen` points of its function have been
-    seen. Ids: 0 is the filler, then come the names of functions, then the 2 max_x + 1 arguments in rising
-    order, then all values of y in rising order.
+    Slopes a, offsets b and arguments x are integers, all equally likely, between plus and minus `max_slope`,
+    `max_offset` and `max_x`. So y is an integer, and two points determine a function. All numbers are tokens.
+    The range is finite, so that answers can be right or wrong; it is made of integers, not of a finite field,
+    so that answers can also be wrong by a little. Both choices are [ours], as the paper's layout is not
+    public. An argument repeats only after all others have come, so that nothing can be looked up within the
+    first `2 max_x + 1` points of a function. A y is asked for once `min_seen` points of its function have
+    been seen. Ids: 0 is the filler, then come the names of functions, then the 2 max_x + 1 arguments in
+    rising order, then all values of y in rising order.
 
     Attributes:
-        length: Tokens an example, T.
-        vocab_size: Number of token ids; what the numbers do not need are names.
-        points_per_function: Points of a function in an example, on average. So longer examples have more
-            functions, up to `max_functions`; beyond that they have more points of each.
-        max_functions: The most functions in an example.
+        length: Tokens per example, T.
+        vocab_size: Number of token ids; those that the numbers do not need are names.
+        points_per_function: Points per function in an example, on average. Longer examples therefore have
+            more functions, up to `max_functions`, and beyond that more points of each.
+        max_functions: Largest number of functions in an example.
         max_slope: Largest |a|.
         max_offset: Largest |b|.
         max_x: Largest |x|.
-        min_seen: Points of a function that come before the first that is asked for.
+        min_seen: Points of a function that come before its first question.
 
     Raises:
-        ValueError: If a field is out of range, the length holds no question, or there are too few names; says
-            what was expected and found.
+        ValueError: If a field is out of range, the length has no room for a question, or there are too few
+            names; says what was expected and found.
 
     Example:
-        Three points of each of two functions, called 1: y = 1 and 2: y = 1 - x. The arguments
-        -1, 0 and 1 are tokens 7 to 9, and y = -2, ..., 2 are tokens 10 to 14; names are tokens 1 to 6:
+        Three points of each of two functions, named 1 (y = 1) and 2 (y = 1 - x). The arguments -1, 0 and 1
+        are tokens 7 to 9, and y = -2, ..., 2 are tokens 10 to 14; names are tokens 1 to 6:
 
         >>> task = RegressionTask(
         ...     length=19, vocab_size=15, points_per_function=3, max_slope=1, max_offset=1, max_x=1
@@ -78,7 +78,7 @@ class RegressionTask(Task):
         17 9
         18 13 asked
 
-        The slices group the asked tokens by how many points of the same function came before:
+        The slices group the asked tokens by how many points of the same function came before them:
 
         >>> {name: int(mask.sum()) for name, mask in slices.items()}
         {'seen 2-3': 2}
@@ -128,7 +128,7 @@ class RegressionTask(Task):
 
     @property
     def num_points(self) -> int:
-        """Points of all functions in an example."""
+        """Points in an example, of all functions together."""
         return self.length // _TOKENS_PER_POINT
 
     @property
@@ -138,12 +138,12 @@ class RegressionTask(Task):
 
     @property
     def max_y(self) -> int:
-        """Largest |y| there can be."""
+        """Largest possible |y|."""
         return self.max_slope * self.max_x + self.max_offset
 
     @property
     def num_names(self) -> int:
-        """Ids that names are drawn from."""
+        """Number of ids that names are drawn from."""
         return self.vocab_size - _FIRST_NAME - (2 * self.max_x + 1) - (2 * self.max_y + 1)
 
     @property
@@ -157,7 +157,7 @@ class RegressionTask(Task):
         return self.first_x_token + 2 * self.max_x + 1
 
     def errors(self, answers: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """How far each answer is from y; one that is no value at all counts as the width of the range."""
+        """Distance of each answer from y; an answer that is not a value counts as the width of the range."""
         distance = np.abs(answers - labels).astype(float)
         return np.where(answers >= self.first_y_token, distance, 2.0 * self.max_y + 1)
 
@@ -189,7 +189,7 @@ class RegressionTask(Task):
         return TaskBatch(inputs, labels, slices)
 
     def _ranges_of_seen(self) -> list[tuple[int, int]]:
-        """0, 1, 2-3, 4-7, ...: those that hold a number of points a question can come after."""
+        """The ranges 0, 1, 2-3, 4-7, ... that hold a number of points after which there may be a question."""
         ranges = [(0, 0)] + [
             (2**octave, 2 ** (octave + 1) - 1) for octave in range(self.num_points.bit_length())
         ]
@@ -197,19 +197,21 @@ class RegressionTask(Task):
         return [(low, high) for low, high in ranges if self.min_seen <= high and low <= most]
 
     def _draw(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """One example: its points `[num_points, 3]` as tokens, and how many of its function came before."""
+        """One example: its points `[num_points, 3]` as tokens, and how many points of its function each
+        follows."""
         num_functions, num_points, num_arguments = self.num_functions, self.num_points, 2 * self.max_x + 1
         names = _FIRST_NAME + rng.permutation(self.num_names)[:num_functions]
         slopes = rng.integers(-self.max_slope, self.max_slope + 1, num_functions)
         offsets = rng.integers(-self.max_offset, self.max_offset + 1, num_functions)
         owners = rng.permutation(np.arange(num_points) % num_functions)
-        # Points before it of the same function: its place among them, as the sort is stable.
+        # The number of earlier points of the same function is a point's place among them, as the sort is
+        # stable.
         order = np.argsort(owners, kind="stable")
         counts = np.bincount(owners, minlength=num_functions)
         seen = np.empty(num_points, dtype=np.int64)
         seen[order] = np.arange(num_points) - np.repeat(np.cumsum(counts) - counts, counts)
 
-        # Rounds of all arguments, each in an order of its own.
+        # Rounds over all arguments, each round in a new order.
         num_rounds = -(-int(counts.max()) // num_arguments)
         rounds = rng.permuted(
             np.broadcast_to(np.arange(num_arguments), (num_functions, num_rounds, num_arguments)), axis=2

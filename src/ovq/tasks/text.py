@@ -1,4 +1,4 @@
-"""Language modelling on real text, as a section of a run's configuration beside the synthetic tasks."""
+"""Language modelling on real text, as a section of a run's configuration like the synthetic tasks."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import ClassVar
 from ovq.text import TextSource, get_tokenizer
 
 SHORTEST_NEEDLE_TEXT = 288
-"""Tokens of the shortest texts with needles. In bytes, two needles said twice nearly fill them."""
+"""Tokens of the shortest texts with needles: in bytes, two needles and their repetitions nearly fill them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextTask(TextSource):
-    """Predict the next token of a corpus; the fields of `TextSource`, and how documents are shown.
+    """Predict the next token of a corpus; has the fields of `TextSource`, and how documents are shown.
 
     Attributes:
         name: What configurations and reports call the task.
-        carry_state: Read documents in order, window after window, each from the state that the one before it
-            has left, without its gradient: a context as long as the document in the memory of a window.
-        needle_share: Share of the windows in whose place texts are shown that have needles in them and say
-            them again at the end, where values are all that is predicted, see `ovq.train.needles`.
+        carry_state: Read documents in order, window after window, each from the state that the previous
+            window left, without its gradient. The context is then as long as the document, and the memory
+            needed is that of a window.
+        needle_share: Share of the windows that are replaced by texts with needles in them. These texts repeat
+            the needles at the end, and only the values there are predicted; see `ovq.train.needles`.
 
     Raises:
         ValueError: If a field is out of range.
