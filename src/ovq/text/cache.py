@@ -1,4 +1,5 @@
-"""Folders in the user's cache, made once by one process while others wait; they appear in one piece."""
+"""Folders in the user's cache: one process fills a folder while others wait; it appears only when
+complete."""
 
 from __future__ import annotations
 
@@ -14,21 +15,21 @@ _FORMAT = "2"
 
 
 def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Path:
-    """The folder for what depends on these texts and on nothing else.
+    """The cached folder whose content depends only on these texts; filled first if there is none.
 
     Args:
         depends_on: What the content is made from, in order.
-        fill: Called with an empty folder if there is none yet; what it raises leaves none.
+        fill: Called with an empty folder if there is none yet; if it raises, no folder is left.
 
     Raises:
-        OSError: the cache cannot be written.
+        OSError: If the cache cannot be written.
 
     Example:
         >>> folder = cached_folder(["an example"], lambda path: (path / "a").write_text("made once"))
         >>> (cached_folder(["an example"], lambda path: 1 / 0) / "a").read_text()
         'made once'
     """
-    # What transformers and torch lock their caches with.
+    # transformers and torch lock their caches with this package too.
     from filelock import FileLock
 
     digest = hashlib.sha256("\0".join([_FORMAT, *depends_on]).encode()).hexdigest()[:24]
@@ -46,13 +47,13 @@ def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Pa
 
 def _make(folder: Path, fill: Callable[[Path], None]) -> None:
     temporary = folder.with_name(f".unfinished-{folder.name}")
-    # Whoever holds the lock is alone here: what lies there is of a process that was killed.
+    # Only the holder of the lock gets here, so a folder that is there was left by a process that was killed.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         fill(temporary)
         for path in temporary.iterdir():
-            # On the disk before the folder has its name, or a power cut leaves empty files.
+            # Flushed to disk before the folder gets its name; otherwise a power cut could leave empty files.
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, folder)

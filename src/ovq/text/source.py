@@ -1,4 +1,4 @@
-"""What a corpus is and how it is read into tokens: the fields that a run's configuration holds."""
+"""Which corpus is read, and how it becomes tokens: the fields that a run's configuration holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ovq.text.readers import Reader
 
 ALL = "all"
-"""In the place of a split: every document."""
+"""Stands for all documents where a split is expected."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,12 @@ class TextSource:
         text_field: The field of a row that holds the text.
         subset: Of a hub data set, its configuration; of `stdlib`, one module or package.
         hub_split: Of a hub data set, its split.
-        max_documents: Read no more than the first so many documents; all if not given.
+        max_documents: Read only this many documents, the first ones; all if None.
         held_out: Share of the documents that are not trained on, half of them for validation, half for test.
-        join_to: Join consecutive documents of a split to volumes of at least so many bytes; 0 for none.
-        tokenizer: `"bytes"`; `"bpe:4096"` for one of so many tokens, trained on the training documents; the
-            folder of a saved one; or one of the hub by its name.
+        join_to: Join consecutive documents of a split into volumes of at least this many bytes; 0: do not
+            join.
+        tokenizer: `"bytes"`; `"bpe:4096"` for one with that many tokens, trained on the training documents;
+            the folder of a saved one; or the name of one on the hub.
 
     Raises:
         ValueError: If a field is out of range.
@@ -64,12 +65,12 @@ class TextSource:
 
     @property
     def num_trained_tokens(self) -> int | None:
-        """Tokens of the tokenizer if it is one to train (`"bpe:4096"`), else None."""
+        """Number of tokens of a tokenizer that is to be trained (`"bpe:4096"`), else None."""
         return _num_trained_tokens(self.tokenizer)
 
 
 def _num_trained_tokens(tokenizer: str) -> int | None:
-    """`TextSource.num_trained_tokens`; ValueError if what should be a number is none."""
+    """`TextSource.num_trained_tokens`; ValueError if `bpe:` is not followed by a number."""
     if not tokenizer.startswith("bpe:"):
         return None
     number = tokenizer.removeprefix("bpe:")
@@ -82,7 +83,7 @@ def _num_trained_tokens(tokenizer: str) -> int | None:
 
 
 def check_split(split: str) -> None:
-    """Raise ValueError unless it is a split or all of them."""
+    """Raise ValueError unless it is the name of a split, or of all of them."""
     if split not in (*SPLITS, ALL):
         raise ValueError(f"split: expected one of {', '.join((*SPLITS, ALL))}, found {split!r}")
 
@@ -101,5 +102,5 @@ def source_readers(source: TextSource) -> list[Reader]:
 
 
 def source_content(source: TextSource, readers: Sequence[Reader]) -> list[str]:
-    """All that decides which documents a corpus has, as texts."""
+    """All that determines which documents a corpus has, as texts."""
     return [source.dataset, source.text_field, str(source.max_documents), *(r.version() for r in readers)]

@@ -1,6 +1,6 @@
-"""Tokenizers, all of them Hugging Face's, so that they are saved beside a model and used by every command.
+"""Tokenizers. All are Hugging Face's, so they can be saved beside a model, and every command can use them.
 
-In those made here tokens 0..255 are the bytes and the last token is the end of a text.
+In the tokenizers made here, tokens 0..255 are the bytes and the last token is the end of a text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-"""The token that ends a text, in the tokenizers made here."""
+"""The text of the token that ends a text, in the tokenizers made here."""
 
 _TRAINING_BYTES = 2**28
 
@@ -42,7 +42,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode_bytes(text: str) -> np.ndarray:
-    """The tokens that `byte_tokenizer` gives a text, `[T]` uint8, in a moment.
+    """The tokens that `byte_tokenizer` gives a text, `[T]` uint8, but much faster.
 
     Example:
         >>> encode_bytes("né").tolist()
@@ -53,14 +53,14 @@ def encode_bytes(text: str) -> np.ndarray:
 
 
 def train_tokenizer(documents: Iterable[Document], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """A tokenizer of byte pairs, made for these documents.
+    """A tokenizer of byte pairs, trained on these documents.
 
     Args:
-        documents: What to count pairs in.
-        vocab_size: Tokens, the bytes and the end of a text among them. Few documents may give fewer.
+        documents: The texts in which pairs are counted.
+        vocab_size: Number of tokens, including the bytes and the end of a text. Few documents may give fewer.
 
     Raises:
-        ValueError: If not even the bytes fit.
+        ValueError: If the bytes and the end of a text do not fit.
 
     Example:
         >>> text = Document(name="a", text="again and again and again")
@@ -80,7 +80,7 @@ def train_tokenizer(documents: Iterable[Document], vocab_size: int = 4096) -> Pr
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
     trained = json.loads(tokenizer.to_str())["model"]
-    # The trainer numbers the bytes as their characters are sorted; its pairs follow.
+    # The trainer numbers the bytes in the sorted order of their characters; its pairs follow.
     merges = [tuple(pair) for pair in trained["merges"]]
     return _wrapped(
         Tokenizer(models.BPE(vocab=trained["vocab"] | vocabulary, merges=merges)), is_by_word=True
@@ -91,7 +91,7 @@ def get_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer by name.
 
     Args:
-        name: `"bytes"`, the folder of a saved one, or one of the hub.
+        name: `"bytes"`, the folder of a saved tokenizer, or the name of one on the hub.
 
     Raises:
         ValueError: If there is none, or it has no token for the end of a text.
@@ -117,13 +117,13 @@ def get_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def source_tokenizer(source: TextSource) -> PreTrainedTokenizerBase:
-    """The tokenizer that a corpus is to be read with; `"bpe:N"` is trained here, and kept in the cache.
+    """The tokenizer that a corpus is read with; for `"bpe:N"` it is trained here and kept in the cache.
 
-    It is trained on the training documents, the first 256 MiB of them: more text hardly changes which pairs
-    are frequent.
+    It is trained on the first 256 MiB of the training documents; more text hardly changes which pairs are
+    frequent.
 
     Raises:
-        ValueError: If it cannot be had.
+        ValueError: If it is not available.
     """
     if source.num_trained_tokens is None:
         return get_tokenizer(source.tokenizer)
@@ -139,7 +139,7 @@ def source_tokenizer(source: TextSource) -> PreTrainedTokenizerBase:
 
 
 def _first_bytes(documents: Iterable[Document]) -> Iterator[Document]:
-    """Documents until they are enough to train a tokenizer on."""
+    """Documents until there are enough to train a tokenizer on."""
     size = 0
     for document in documents:
         yield document
@@ -149,7 +149,7 @@ def _first_bytes(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it does what `encode_bytes` does.
+    """Whether it does the same as `encode_bytes`.
 
     Example:
         >>> is_byte_tokenizer(byte_tokenizer())
@@ -159,7 +159,7 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that decides what a tokenizer does, as text."""
+    """All that determines what a tokenizer does, as text."""
     if tokenizer.is_fast:
         return tokenizer.backend_tokenizer.to_str()
     return f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
@@ -171,10 +171,10 @@ def _byte_content() -> str:
 
 
 def _byte_vocabulary() -> dict[str, int]:
-    """What the byte-level parts of `tokenizers` write for each byte.
+    """How the byte-level parts of `tokenizers` write each byte.
 
-    A byte that is a printable character of Latin-1 is written as that character, the others are written as
-    the characters from 256 on, in their order.
+    A byte that is a printable character of Latin-1 is written as that character; the others are written as
+    the characters from 256 on, in order.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)}
     others = itertools.count(256)
@@ -182,11 +182,11 @@ def _byte_vocabulary() -> dict[str, int]:
 
 
 def _wrapped(tokenizer: Tokenizer, *, is_by_word: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes or of pairs of them, as transformers uses it."""
+    """A tokenizer of bytes or of byte pairs, in the form that transformers uses."""
     from tokenizers import decoders, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    # Without pairs there is nothing that words could keep apart.
+    # Without pairs, splitting at words has no effect.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=is_by_word)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
