@@ -1,4 +1,4 @@
-"""Checks that hold for every field of a configuration: its type, and that a number is one."""
+"""Checks that hold for every field of a configuration: its type, and that numbers are finite."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import typing
 from typing import Any
 
 LARGEST_SEED = 2**32 - 1
-"""Of NumPy's global generator, which transformers seeds too."""
+"""Largest seed of NumPy's global generator, which transformers seeds too."""
 
 _LARGEST = 2**63 - 1
-"""Of PyTorch's integers."""
+"""Largest of PyTorch's integers."""
 
 
 @functools.cache
@@ -24,15 +24,15 @@ def field_types(section: type) -> dict[str, Any]:
 
 
 def check_fields(section: Any, *, prefix: str = "") -> None:
-    """Raise ValueError for the first field of a dataclass that is not of its type; to be called first in its
-    `__post_init__`, so that the checks of ranges see numbers that can be compared.
+    """Raise ValueError for the first field of a dataclass that is not of its type. To be called first in
+    `__post_init__`, so that later checks of ranges see numbers that can be compared.
 
-    NaN and Inf are no numbers, Python's bool is no integer. A whole number will do where a float is asked
-    for, as in JSON, and is made one.
+    NaN and Inf are refused, and Python's bool is not an integer. A whole number is accepted where a float is
+    expected, as in JSON, and converted to one.
 
     Args:
         section: The dataclass, which may be frozen.
-        prefix: What to put before the name of the field in the message.
+        prefix: Put before the name of the field in the message.
 
     Example:
         >>> @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def check_fields(section: Any, *, prefix: str = "") -> None:
 
 
 def is_finite(value: float) -> bool:
-    """Whether a number is neither NaN nor infinite, nor an integer that no float reaches.
+    """Whether a number is neither NaN nor infinite, nor an integer too large for a float.
 
     Example:
         >>> is_finite(0.5), is_finite(float("nan")), is_finite(10**400)
@@ -69,7 +69,7 @@ def is_finite(value: float) -> bool:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type as a dataclass declares it."""
+    """Whether a value has a type as a dataclass declares it."""
     if typing.get_origin(kind) is types.UnionType:
         return any(_fits(value, part) for part in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:

@@ -1,11 +1,11 @@
 """The theory of OVQ as code: regression by a Gaussian mixture learned online, a scikit-learn estimator.
 
-The pairs (key, value) that a stream has shown are modelled by a mixture with weights c_n / t, means
-(D_k[n], D_v[n]) and covariance I / b. Its conditional mean given a query is what an OVQ layer reads, its hard
-assignment online is what the layer learns (`docs/math.md`, section 3; `tests/test_gmr.py` shows both).
+The pairs (key, value) of a stream are modelled by a mixture with weights c_n / t, means (D_k[n], D_v[n]) and
+covariance I / b. An OVQ layer reads the conditional mean of this mixture given a query, and learns it by hard
+assignment online (`docs/math.md`, section 3; `tests/test_gmr.py` shows both).
 
-Plain NumPy in float64, apart from the op, so that one checks the other. Needs scikit-learn, which nothing
-else here does: `pip install 'ovq[theory]'`.
+This is plain NumPy in float64, written independently of the op, so that each checks the other. It needs
+scikit-learn, which nothing else here does: `pip install 'ovq[theory]'`.
 """
 
 from __future__ import annotations
@@ -33,36 +33,38 @@ Array = NDArray[np.float64]
 class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     """Regression of values on keys by a Gaussian mixture over both, with one spherical covariance I / b.
 
-    `partial_fit` learns as an OVQ layer does, in one pass and constant memory: chunk by chunk, the least
-    familiar keys of a chunk open slots and the others are merged into the nearest. `fit` sees all the data at
-    once and iterates expectation-maximisation over (key, value) to convergence, from k-means++ centres: an
+    `partial_fit` learns as an OVQ layer does, in one pass and constant memory: in each chunk, the least
+    familiar keys open slots and the others are merged into the nearest slot. `fit` sees all the data at once
+    and iterates expectation-maximisation over (key, value) to convergence, from k-means++ centres; this is an
     upper bound for what a dictionary of that size can do. `predict` is the conditional mean E[value | key].
 
     Args:
-        num_slots: N, the most components.
-        chunk_size: C, tokens that `partial_fit` keeps as they are before it merges them.
+        num_slots: N, the largest number of components.
+        chunk_size: C, the number of tokens that `partial_fit` keeps unchanged before it merges them.
         precision: b, the inverse variance; the op's `scale`. None: sqrt(K) for keys of K components.
-        bias: `"count+norm"`, the log of the mixture's density, or `"count"`, without -b |D|^2 / 2, as the op
-            reads by default: equal for means of equal norm, and no density otherwise.
-        assignment: `"hard"`, a token belongs to one slot (k-means; OVQ), or `"soft"`, to each in proportion
+        bias: `"count+norm"`, the log of the mixture's density, or `"count"`, which leaves out -b |D|^2 / 2,
+            as the op's default does. Both read the same for means of equal norm; otherwise `"count"` is no
+            density.
+        assignment: `"hard"`: a token belongs to one slot (k-means; OVQ); `"soft"`: to each slot in proportion
             to its posterior. `partial_fit` assigns by the key alone, to slots that existed before the chunk,
-            hard by the largest dot product as OVQ does; `fit` by key and value, hard by distance.
-        growth: the schedule of the dictionary in `partial_fit`, as in the op.
-        max_iter: most iterations of `fit`.
-        tol: `fit` ends when no mean moved by more than this.
-        random_state: of the k-means++ start of `fit`.
+            and if hard by the largest dot product, as OVQ does. `fit` assigns by key and value, and if hard
+            by distance.
+        growth: The schedule of the dictionary in `partial_fit`, as in the op.
+        max_iter: Most iterations of `fit`.
+        tol: `fit` ends when no mean moves by more than this.
+        random_state: Of the k-means++ start of `fit`.
 
     Attributes:
-        key_sum_: `[n, K]` sums of the keys of each slot, weighted by how far they belong to it.
+        key_sum_: `[n, K]` sums of the keys of each slot, weighted by how much they belong to it.
         value_sum_: `[n, V]` sums of their values.
-        count_: `[n]` weights of the slots; they add up to the tokens merged.
-        pending_keys_: `[p, K]` tokens of the incomplete last chunk, each a component of count 1.
+        count_: `[n]` weights of the slots; they add up to the number of tokens merged.
+        pending_keys_: `[p, K]` keys of the incomplete last chunk, each a component of count 1.
         pending_values_: `[p, V]` their values.
-        num_seen_: tokens seen.
-        n_iter_: iterations of the last `fit`; chunks merged, after `partial_fit` alone.
+        num_seen_: Tokens seen.
+        n_iter_: Iterations of the last `fit`; after `partial_fit` alone, the chunks merged.
 
     Raises:
-        ValueError: on the first use, if an argument is not one of those above.
+        ValueError: On first use, if an argument is not one of those above.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -112,8 +114,8 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def fit(self, X: ArrayLike, y: ArrayLike) -> GaussianMixtureRegressor:
         """Expectation-maximisation over all data: keys `[T, K]` and values `[T, V]` or `[T]`.
 
-        Soft iterations raise the likelihood of the mixture, b given; hard ones lower the squared distances to
-        the nearest means, and are k-means. Components that lose all weight are dropped.
+        Soft iterations raise the likelihood of the mixture for the given b. Hard iterations lower the squared
+        distances to the nearest means, which is k-means. Components that lose all weight are dropped.
         """
         keys, values = self._validated(X, y, is_first=True)
         points = np.hstack([keys, values])
@@ -155,7 +157,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return self
 
     def predict(self, X: ArrayLike) -> Array:
-        """The conditional mean E[value | key] `[T, V]` (`[T]` if values were given so) at keys `[T, K]`."""
+        """The conditional mean E[value | key] `[T, V]` (`[T]` if the values given were) at keys `[T, K]`."""
         means = self.posterior(X) @ self._components()[1]
         return means[:, 0] if self._is_single else means
 
@@ -190,7 +192,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         )
 
     def _validated(self, X: ArrayLike, y: ArrayLike, *, is_first: bool) -> tuple[Array, Array]:
-        """Keys `[T, K]` and values `[T, V]` in float64; the first call decides what shapes are right."""
+        """Keys `[T, K]` and values `[T, V]` in float64; the first call determines which shapes are valid."""
         self._check_arguments()
         X, y = validate_data(
             self,
@@ -222,14 +224,15 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             raise ValueError(f"precision: expected a positive number or None, found {self.precision!r}")
 
     def _scores(self, points: Array, means: Array, count: Array, *, has_norm: bool) -> Array:
-        """log c + b x.D (- b |D|^2 / 2): the log density of each component, up to what all have in common."""
+        """log c + b x.D (- b |D|^2 / 2): the log density of each component, without the terms that all
+        share."""
         products = points @ means.T
         if has_norm:
             products -= np.square(means).sum(-1) / 2
         return self._precision * products + np.log(count)
 
     def _shares_of_pairs(self, points: Array, means: Array, count: Array) -> Array:
-        """How far each point `[T, K + V]` belongs to each component: the E-step of `fit`."""
+        """How much each point `[T, K + V]` belongs to each component: the E-step of `fit`."""
         if self.assignment == "soft":
             return _softmax(self._scores(points, means, count, has_norm=True))
         return np.eye(len(means))[(points @ means.T - np.square(means).sum(-1) / 2).argmax(1)]

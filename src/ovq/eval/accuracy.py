@@ -14,11 +14,11 @@ from ovq.runtime.progress import Reporter
 from ovq.tasks import IGNORE_INDEX, Task, TaskBatch
 
 _TOKENS_PER_BATCH = 16384
-"""Micro-batches are as large as this many tokens allow: enough to keep a few cores busy."""
+"""Tokens per micro-batch, at most: enough to keep a few cores busy."""
 
 
 def long_range_mixer(config: OVQConfig) -> str:
-    """The mixer that gives a model its name: the last that is not a window, or the window if there is no
+    """The mixer that a model is named by: its last mixer that is not a window, or the window if it has no
     other.
 
     Example:
@@ -41,24 +41,24 @@ def evaluate(
     reporter: Reporter,
     label: str = "test",
 ) -> list[ResultRow]:
-    """Ask a model the test questions of a task, at several lengths and with several sizes of the dictionary.
+    """Test a model on a task, at several lengths and with several sizes of the dictionary.
 
     Args:
-        model: Run where it is, in its dtype; its number of slots is put back afterwards.
-        task: The kind of data; its own length does not matter.
-        lengths: Tokens an example, one test for each.
-        num_slots: Sizes of the dictionary to test; none for the one the model has.
-        num_examples: Examples a length: one number for all lengths, or one for each.
+        model: Tested on the device and in the dtype that it has; its number of slots is restored afterwards.
+        task: The kind of data; its own length is ignored.
+        lengths: Tokens per example, one test for each.
+        num_slots: Sizes of the dictionary to test; if empty, the one that the model has.
+        num_examples: Examples per length: one number for all lengths, or one for each.
         seed: Seed of the test data.
-        reporter: Where to show progress.
-        label: What to call this test there.
+        reporter: Shows the progress.
+        label: The name of this test in the progress.
 
     Returns:
-        A row for each number of slots and length, in that order.
+        One row for each number of slots and each length, in that order.
 
     Raises:
-        ValueError: If the task cannot be built at a length, a number is below 1, the task has tokens the
-            model does not know, or slots are asked for of a model without a dictionary.
+        ValueError: If the task cannot be built at a length, a number is below 1, the task has tokens that the
+            model does not know, or `num_slots` is given for a model without a dictionary.
     """
     counts = [num_examples] * len(lengths) if isinstance(num_examples, int) else list(num_examples)
     if not lengths or len(counts) != len(lengths) or min(counts) < 1:
@@ -94,7 +94,7 @@ def evaluate(
 def _evaluate_at(
     model: OVQForCausalLM, task: Task, num_slots: int | None, num_examples: int, seed: int, *, work, done: int
 ) -> ResultRow:
-    """One row: all test examples of one length, with the dictionary as it is."""
+    """One row: all test examples of one length, with the current dictionary."""
     batch_size = max(1, _TOKENS_PER_BATCH // task.length)
     tally = _Tally()
     for first in range(0, num_examples, batch_size):
@@ -121,7 +121,7 @@ def _evaluate_at(
 
 
 class _Tally:
-    """Asked tokens, right answers and errors, in all and by slice, summed over batches."""
+    """Asked tokens, right answers and errors, in total and by slice, summed over batches."""
 
     def __init__(self) -> None:
         self.asked, self.right, self.error = 0, 0, 0.0
@@ -130,7 +130,7 @@ class _Tally:
         self.error_by_slice: Counter[str] = Counter()
 
     def add(self, model: OVQForCausalLM, task: Task, batch: TaskBatch) -> None:
-        """Ask the questions of a batch."""
+        """Answer the questions of a batch, and count."""
         is_asked = batch.labels != IGNORE_INDEX
         answers, labels = _answer(model, batch), batch.labels[is_asked]
         is_right = answers == labels
@@ -146,12 +146,12 @@ class _Tally:
 
 
 def _answer(model: OVQForCausalLM, batch: TaskBatch) -> np.ndarray:
-    """The most likely token at each asked place given what stands before, in order of rows and places."""
+    """The most likely token at each asked place, given what precedes it, in order of rows and places."""
     is_asked = torch.from_numpy(batch.labels != IGNORE_INDEX)
     hidden = model.base_model(
         torch.from_numpy(batch.inputs).to(model.device), use_cache=False
     ).last_hidden_state
-    # The answer at t is predicted at t - 1. Logits are formed for asked tokens alone: for all of them they
+    # The answer at t is predicted at t - 1. Logits are computed for asked tokens only; for all tokens they
     # would be by far the largest tensor.
     asked_states = hidden[:, :-1][is_asked[:, 1:].to(model.device)]
     return model.get_output_embeddings()(asked_states).argmax(-1).cpu().numpy()

@@ -1,10 +1,11 @@
 """EleutherAI's lm-evaluation-harness on OVQ models (`pip install 'ovq[harness]'`).
 
-The harness takes transformers models as they are; nothing here computes a score. With all of its own options:
+The harness runs transformers models without changes; nothing here computes a score. With all of its own
+options:
 
     python -m ovq.eval.harness run --model hf --model_args pretrained=runs/ovq,max_length=8192 --tasks piqa
 
-which is its command line after the Auto classes have learned of OVQ.
+This is the harness's command line, run after OVQ has been registered with the Auto classes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 from ovq.hf import OVQForCausalLM
 
 MAX_LENGTH = 8192
-"""Tokens the harness shows a model at most; longer texts lose their beginning. Models here have no bound of
-their own, and the harness would take 2048."""
+"""Default for the most tokens that the harness shows a model; longer texts lose their beginning. Models here
+have no limit of their own, and without this the harness would take 2048."""
 
 
 def evaluate_tasks(
@@ -36,22 +37,22 @@ def evaluate_tasks(
     """Run tasks of the harness.
 
     Args:
-        model: Run where it is, in its dtype.
-        tokenizer: The model's, of transformers.
+        model: Tested on the device and in the dtype that it has.
+        tokenizer: The model's, one of transformers.
         tasks: Names of tasks.
         batch_size: Requests at a time; scores do not depend on it.
-        max_length: Tokens the model is shown at most.
-        num_fewshot: Examples before each question; what the task says if not given.
-        limit: Only the first so many examples of each task, for a quick look.
-        include_path: Folder with tasks of one's own, as YAML.
-        include_defaults: Look for tasks that are not there among the harness's own.
-        metadata: For tasks that build their data, such as `max_seq_lengths` of RULER.
+        max_length: The most tokens that the model is shown.
+        num_fewshot: Examples before each question; None: what the task says.
+        limit: Use only this many examples of each task, for a quick look.
+        include_path: A folder with your own tasks, as YAML.
+        include_defaults: Look among the harness's own tasks for those that are not in this folder.
+        metadata: For tasks that build their data, for example `max_seq_lengths` of RULER.
 
     Returns:
         What the harness's `simple_evaluate` returns: `results` by task, `samples`, `configs` and more.
 
     Raises:
-        ValueError: If lm-eval is not installed, there is no such task, or no tokenizer.
+        ValueError: If lm-eval is not installed, a task does not exist, or there is no tokenizer.
 
     Example:
         >>> from ovq.hf import OVQConfig
@@ -72,7 +73,7 @@ def evaluate_tasks(
     def missing(manager: TaskManager) -> list[str]:
         return sorted(set(tasks) - set(manager.match_tasks(list(tasks))))
 
-    # To list the thousands of tasks of the harness takes some ten seconds.
+    # Listing the thousands of tasks of the harness takes about ten seconds.
     manager = known(with_defaults=False)
     if missing(manager) and include_defaults:
         manager = known(with_defaults=True)

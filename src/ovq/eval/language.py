@@ -25,25 +25,25 @@ from ovq.runtime.progress import Reporter
 class LanguageRow:
     """The loss of one model on windows of one length.
 
-    A position is that of the last token read: the loss at p is that of token p + 1.
+    A position is that of the last token read: the loss at p is the loss on token p + 1.
 
     Attributes:
-        name: What the model is called; empty where its mixer says enough.
+        name: The model's name; empty if its mixer is name enough.
         mixer: The long-range mixer, as `mixer_types` names it.
         num_slots: Slots of its dictionary during the test; `None` if it has none.
-        length: Tokens a window.
+        length: Tokens per window.
         num_windows: Windows, the same for all models that are given the same documents.
         loss: Mean over all positions of all windows, in nats per token.
-        bits_per_byte: The same in bits for each byte of text; `None` where the bytes are not known.
-        tokens_per_second: Tokens read, with their losses formed, by the clock.
-        state_bytes: Bytes the model carries from token to token for one sequence of this length.
-        block_size: Positions a block.
+        bits_per_byte: The loss in bits per byte of text; `None` where the bytes are not known.
+        tokens_per_second: Tokens read per second of wall-clock time, computing the losses included.
+        state_bytes: Bytes that the model carries from token to token for one sequence of this length.
+        block_size: Positions per block.
         window_losses: For each window, the mean loss of each block of positions, first block first.
-        chunk_size: Tokens a chunk of the OVQ layers, C; that of the config for models without them.
+        chunk_size: Tokens per chunk of the OVQ layers, C; that of the config for models without them.
         phase_losses: Mean loss by position modulo C; empty where the windows hold no whole chunk to look at.
-        sawtooth: Mean loss in the second half of a chunk less that in the first half: 0 where the ends of
-            chunks do not show. `None` without whole chunks, or chunks of one token.
-        sawtooth_error: Standard error of it, over chunks; `None` for fewer than two of them.
+        sawtooth: Mean loss in the second half of a chunk minus that in the first half; 0 if the ends of
+            chunks have no effect. `None` without whole chunks, or with chunks of one token.
+        sawtooth_error: Standard error of `sawtooth` over chunks; `None` for fewer than two of them.
     """
 
     name: str = ""
@@ -64,7 +64,7 @@ class LanguageRow:
 
     @property
     def label(self) -> str:
-        """The model's name for people."""
+        """The model's display name."""
         return model_label(self.mixer, self.num_slots, self.name)
 
     @property
@@ -76,16 +76,16 @@ class LanguageRow:
 def take_windows(
     documents: Sequence[np.ndarray], length: int, most: int, *, first_token: int | None = None
 ) -> list[np.ndarray]:
-    """Windows of documents, none of which overlap: the beginnings first, then what follows them.
+    """Windows of documents that do not overlap: first the beginnings, then the parts that follow.
 
     Args:
         documents: `[T]` token ids of each.
-        length: tokens a window.
-        most: windows to take at most.
-        first_token: what stands before each document, if anything does; it counts as one of its tokens.
+        length: Tokens per window.
+        most: Number of windows to take at most.
+        first_token: A token put before each document, if any; it counts as one of its tokens.
 
     Raises:
-        ValueError: no document is so long.
+        ValueError: If no document is that long.
 
     Example:
         >>> [window.tolist() for window in take_windows([np.arange(5), np.arange(10, 13)], 2, 3)]
@@ -126,28 +126,28 @@ def evaluate_language(
     reporter: Reporter,
     name: str = "",
 ) -> list[LanguageRow]:
-    """Read windows of documents, of several lengths and with several sizes of the dictionary.
+    """Measure the loss on windows of documents, at several lengths and with several sizes of the dictionary.
 
     Args:
-        model: Run where it is, in its dtype; its number of slots is put back afterwards.
+        model: Tested on the device and in the dtype that it has; its number of slots is restored afterwards.
         documents: `[T]` token ids of each.
-        lengths: Tokens a window, one test for each.
-        num_slots: Sizes of the dictionary to test; none for the one the model has. A model without OVQ layers
-            is tested once.
-        num_windows: Windows a length, at most.
-        block_size: Positions a block.
-        piece_size: Tokens read at a time, which bounds the memory needed.
-        bytes_of_tokens: `[V]` bytes of text each token stands for, see `token_bytes`.
+        lengths: Tokens per window, one test for each.
+        num_slots: Sizes of the dictionary to test; if empty, the one that the model has. A model without OVQ
+            layers is tested once.
+        num_windows: The most windows per length.
+        block_size: Positions per block.
+        piece_size: Tokens read at a time, which limits the memory needed.
+        bytes_of_tokens: `[V]` bytes of text that each token stands for, see `token_bytes`.
         first_token: What the model was shown before each document in training, if anything.
-        reporter: Where to show progress.
-        name: What to call the model in the rows.
+        reporter: Shows the progress.
+        name: The model's name in the rows.
 
     Returns:
-        A row for each number of slots and length, in that order.
+        One row for each number of slots and each length, in that order.
 
     Raises:
-        ValueError: If no document is as long as a length, a number is below 1, or a document has tokens the
-            model does not know.
+        ValueError: If no document is as long as a length, a number is below 1, or a document has tokens that
+            the model does not know.
     """
     if not lengths or min(block_size, piece_size) < 1:
         raise ValueError(
@@ -167,7 +167,7 @@ def evaluate_language(
     rows: list[LanguageRow] = []
     try:
         for slots in each_dictionary(model, num_slots):
-            # What is built on first use is no part of the speed.
+            # What is built on first use must not count towards the speed.
             token_losses(model, by_length[min(lengths)][0][: piece_size + 1], piece_size=piece_size)
             for length in lengths:
                 losses, seconds = [], 0.0
@@ -194,12 +194,13 @@ def evaluate_language(
 def _summary(
     losses: list[np.ndarray], num_bytes: int | None, block_size: int, chunk_size: int
 ) -> dict[str, Any]:
-    """The fields of a row that losses `[T - 1]` of windows decide."""
+    """The fields of a row that follow from the losses `[T - 1]` of windows."""
     wide = np.stack(losses).astype(np.float64)
     edges = np.arange(0, wide.shape[1], block_size)
     sizes = np.diff([*edges, wide.shape[1]])
     blocks = np.add.reduceat(wide, edges, axis=1) / sizes
-    # The first tokens of a window cost far more than those that follow, which would pass for a sawtooth.
+    # The first tokens of a window have a far higher loss than those that follow, which would look like a
+    # sawtooth.
     first = -(-min(block_size, wide.shape[1] // 2) // chunk_size) * chunk_size
     num_chunks = max(0, wide.shape[1] - first) // chunk_size
     chunks = wide[:, first : first + num_chunks * chunk_size].reshape(-1, chunk_size)

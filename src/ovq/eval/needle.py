@@ -1,4 +1,4 @@
-"""Needle in a haystack: does a model find one sentence in a long text, by length and depth?
+"""Needle in a haystack: whether a model finds one sentence in a long text, by length and depth.
 
 Run it as `ovq eval needle --model DIR --lengths 1024,4096 --haystack noise --value number`.
 """
@@ -23,28 +23,28 @@ from ovq.runtime.progress import Reporter
 from ovq.text.haystack import Needle, NeedleBuilder
 
 _EXTRA_TOKENS = 16
-"""What a model may say beside the value before it counts as not found."""
+"""Tokens that a model may generate beyond those of the value before it counts as not found."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeedleRow:
-    """How one model did at one length and depth.
+    """The scores of one model at one length and depth.
 
     Attributes:
-        name: What the model is called; empty where its mixer says enough.
+        name: The model's name; empty if its mixer is name enough.
         mixer: The long-range mixer, as `mixer_types` names it.
         num_slots: Slots of its dictionary during the test; `None` if it has none.
         haystack: Kind of text, `"noise"` or `"essay"`.
         value: Kind of value, `"word"`, `"number"` or `"uuid"`.
-        length: Tokens of prompt and answer, at most.
+        length: Largest number of tokens of prompt and answer together.
         depth: Where the needle was, from 0 (the beginning) to 1 (right before the question).
         num_examples: Questions.
         num_distractors: Other values beside the right one.
-        generated: Share of questions after which greedy generation says the value.
-        token_accuracy: Share of the tokens of values that are the most likely ones after those before them.
-        choice: Share of questions whose value is more likely than each of the distractors;
-            `1 / (1 + num_distractors)` by guessing.
-        state_bytes: Bytes the model carries from token to token for one sequence of this length.
+        generated: Share of questions after which greedy generation produces the value.
+        token_accuracy: Share of the values' tokens that the model ranks first, given those before them.
+        choice: Share of questions whose value is more likely than each of the distractors; `1 / (1 +
+            num_distractors)` by guessing.
+        state_bytes: Bytes that the model carries from token to token for one sequence of this length.
     """
 
     name: str = ""
@@ -63,12 +63,12 @@ class NeedleRow:
 
     @property
     def label(self) -> str:
-        """The model's name for people."""
+        """The model's display name."""
         return model_label(self.mixer, self.num_slots, self.name)
 
 
 class Score(NamedTuple):
-    """How a model did on one question."""
+    """The scores of a model on one question."""
 
     is_generated: bool
     token_accuracy: float
@@ -91,31 +91,31 @@ def evaluate_needle(
     """Ask a model for needles at several lengths and depths and with several sizes of the dictionary.
 
     Args:
-        model: Run where it is, in its dtype; its number of slots is put back afterwards.
-        builder: Of the questions, with the model's tokenizer.
-        lengths: Tokens of prompt and answer, at most.
+        model: Tested on the device and in the dtype that it has; its number of slots is restored afterwards.
+        builder: Builds the questions, with the model's tokenizer.
+        lengths: Largest numbers of tokens of prompt and answer together, one test for each.
         depths: Where the needle is, from 0 to 1.
-        num_slots: Sizes of the dictionary to test; none for the one the model has. A model without OVQ layers
-            is tested once.
-        num_examples: Questions a length and depth; the same ones at every length and depth.
+        num_slots: Sizes of the dictionary to test; if empty, the one that the model has. A model without OVQ
+            layers is tested once.
+        num_examples: Questions per length and depth; they are the same at every length and depth.
         seed: Seed of the questions.
-        piece_size: Tokens read at a time, which bounds the memory needed.
-        reporter: Where to show progress.
-        name: What to call the model in the rows.
+        piece_size: Tokens read at a time, which limits the memory needed.
+        reporter: Shows the progress.
+        name: The model's name in the rows.
 
     Returns:
-        A row for each number of slots, length and depth, in that order.
+        One row for each number of slots, each length and each depth, in that order.
 
     Raises:
-        ValueError: If a number is out of range, a length holds no question, or the tokenizer has tokens the
-            model does not know.
+        ValueError: If a number is out of range, a length has no room for a question, or the tokenizer has
+            tokens that the model does not know.
     """
     if not lengths or not depths or num_examples < 1:
         raise ValueError(
             "expected lengths, depths and at least one example, "
             f"found {list(lengths)}, {list(depths)} and {num_examples}"
         )
-    # What cannot be built is told before anything is read.
+    # Questions that cannot be built are reported before anything is read.
     for index in range(num_examples):
         for depth in {min(depths), max(depths)}:
             builder.build(min(lengths), depth=depth, seed=seed, index=index)
@@ -159,16 +159,16 @@ def evaluate_needle(
 
 @torch.no_grad()
 def ask(model: OVQForCausalLM, tokenizer: Any, needle: Needle, *, piece_size: int = PIECE_SIZE) -> Score:
-    """Put one question: the text is read once, and all that is asked goes on from there.
+    """Ask one question: the text is read once, and everything asked continues from that cache.
 
     Args:
-        model: run where it is; `eval()` it first.
-        tokenizer: the model's.
-        needle: the question.
-        piece_size: tokens read at a time.
+        model: Used on the device and in the dtype that it has; call `eval()` on it first.
+        tokenizer: The model's.
+        needle: The question.
+        piece_size: Tokens read at a time.
 
     Raises:
-        ValueError: token ids the model does not know.
+        ValueError: If there are token ids that the model does not know.
     """
     highest = max(int(ids.max()) for ids in (needle.prompt, needle.answer))
     if highest >= model.config.vocab_size:
@@ -179,7 +179,7 @@ def ask(model: OVQForCausalLM, tokenizer: Any, needle: Needle, *, piece_size: in
     prompt = torch.from_numpy(needle.prompt).to(model.device)
     cache = OVQCache(model.config)
     for _ in read_pieces(model, prompt[:-1], cache, piece_size=piece_size):
-        # Only the cache is wanted.
+        # Only the cache is needed.
         pass
     output = model.generate(
         input_ids=prompt[None, -1:],
@@ -202,7 +202,7 @@ def ask(model: OVQForCausalLM, tokenizer: Any, needle: Needle, *, piece_size: in
 def _forced(
     model: OVQForCausalLM, last: torch.Tensor, answer: np.ndarray, cache: OVQCache
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of an answer's tokens after a prompt, and which of them are the most likely ones."""
+    """Losses of an answer's tokens after a prompt, and whether each was the most likely token."""
     ids = torch.from_numpy(answer).to(last.device)
     [hidden] = read_pieces(model, torch.cat([last, ids[:-1]]), cache.snapshot(), piece_size=len(ids))
     return target_losses(model, hidden, ids)

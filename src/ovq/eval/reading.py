@@ -1,7 +1,7 @@
-"""Reading documents of any length in pieces, with the model's cache between them, and what they cost.
+"""Reading documents of any length in pieces, with the model's cache carried between them, and their losses.
 
-Only the cache goes from piece to piece and logits are formed for a few tokens at a time, so that a model with
-a state of constant size reads any length in the memory of one piece.
+Only the cache goes from piece to piece, and logits are computed for a few tokens at a time, so that a model
+with a state of constant size reads any length in the memory of one piece.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch.nn import functional as F
 from ovq.hf import OVQCache, OVQForCausalLM
 
 PIECE_SIZE = 2048
-"""Tokens read at a time."""
+"""Default number of tokens read at a time."""
 
 _MOST_LOGITS = 2**24
-"""Numbers formed at once, 64 MiB of float32: with a large vocabulary a piece of logits would be the largest
-tensor by far."""
+"""Most logits computed at once, 64 MiB of float32: with a large vocabulary, those of a whole piece would be
+by far the largest tensor."""
 
 
 def each_dictionary(model: OVQForCausalLM, num_slots: Sequence[int]) -> Iterator[int | None]:
-    """Set one size of the dictionary after the other, and the trained one again in the end.
+    """Set one size of the dictionary after the other, and at the end restore the original one.
 
     Args:
-        model: one without OVQ layers is left as it is, once.
-        num_slots: the sizes; none for the one the model has.
+        model: A model without OVQ layers is left as it is, once.
+        num_slots: The sizes; if empty, the one that the model has.
 
     Yields:
-        The slots the model has now; None for a model without OVQ layers.
+        The number of slots that the model has now; None for a model without OVQ layers.
 
     Example:
         >>> from ovq.hf import OVQConfig
@@ -64,16 +64,16 @@ def read_pieces(
     """The last hidden states of a document, piece by piece.
 
     Args:
-        model: run where it is.
+        model: Used on the device and in the dtype that it has.
         ids: `[T]` token ids on its device.
-        cache: of what stands before them; brought up to date in place.
-        piece_size: tokens read at a time.
+        cache: Of the tokens before them; updated in place.
+        piece_size: Tokens read at a time.
 
     Yields:
         `[t, hidden_size]` for each piece of t tokens.
 
     Raises:
-        ValueError: pieces of no tokens.
+        ValueError: If `piece_size` is below 1.
     """
     if piece_size < 1:
         raise ValueError(f"piece_size: expected at least 1, found {piece_size}")
@@ -83,10 +83,10 @@ def read_pieces(
 
 @torch.no_grad()
 def target_losses(model: OVQForCausalLM, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What the tokens that follow hidden states cost.
+    """The losses on the tokens that follow hidden states.
 
     Args:
-        model: whose output layer to use.
+        model: The model whose output layer to use.
         hidden: `[t, hidden_size]`.
         targets: `[t]` the tokens that follow.
 
@@ -104,18 +104,18 @@ def target_losses(model: OVQForCausalLM, hidden: Tensor, targets: Tensor) -> tup
 
 
 def token_losses(model: OVQForCausalLM, ids: np.ndarray, *, piece_size: int = PIECE_SIZE) -> np.ndarray:
-    """The loss of every token of a document but the first, read with all tokens before it.
+    """The loss on every token of a document except the first, given all tokens before it.
 
     Args:
-        model: run where it is; `eval()` it first.
+        model: Used on the device and in the dtype that it has; call `eval()` on it first.
         ids: `[T]` token ids.
-        piece_size: tokens read at a time; changes the result by rounding only.
+        piece_size: Tokens read at a time; changes the result by rounding only.
 
     Returns:
-        `[T - 1]` float32 losses in nats: at p that of token p + 1, after reading 0..p.
+        `[T - 1]` float32 losses in nats: entry p is the loss on token p + 1 after reading tokens 0 to p.
 
     Raises:
-        ValueError: fewer than two tokens, or ids the model does not know.
+        ValueError: If there are fewer than two tokens, or ids that the model does not know.
 
     Example:
         >>> from ovq.hf import OVQConfig
@@ -136,19 +136,20 @@ def token_losses(model: OVQForCausalLM, ids: np.ndarray, *, piece_size: int = PI
     for hidden in read_pieces(model, tokens[:-1], cache, piece_size=piece_size):
         done = sum(map(len, pieces))
         losses, _ = target_losses(model, hidden, tokens[done + 1 : done + 1 + len(hidden)])
-        # On the CPU, and the device is waited for: a clock around this function measures the reading.
+        # Moving the losses to the CPU waits for the device, so a clock around this function measures the
+        # reading.
         pieces.append(losses.cpu().numpy())
     return np.concatenate(pieces)
 
 
 def token_bytes(tokenizer: Any) -> np.ndarray:
-    """How many bytes of text each token stands for.
+    """The number of bytes of text that each token stands for.
 
-    Exact for tokenizers of bytes and of pairs of them. For others it is the text that a token adds when it
+    Exact for tokenizers of bytes and of byte pairs. For others, it is the text that a token adds when it
     follows a word.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: One of transformers.
 
     Returns:
         `[V]` int64; 0 for special tokens.
@@ -165,7 +166,7 @@ def token_bytes(tokenizer: Any) -> np.ndarray:
     plain = [i for i in range(len(names)) if i not in special]
     lengths = np.zeros(len(names), dtype=np.int64)
     if tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
-        # These write a byte as one character.
+        # These tokenizers write each byte as one character.
         lengths[plain] = [len(names[i]) for i in plain]
         return lengths
     word = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -15,7 +15,7 @@ MIXER_NAMES = {
     "gated_deltanet": "Gated DeltaNet",
     "mamba2": "Mamba2",
 }
-"""Names of mixers for people; others keep the name they have in `mixer_types`."""
+"""Display names of mixers; the others are shown by their name in `mixer_types`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,13 +25,13 @@ class ResultRow:
     Attributes:
         mixer: The long-range mixer, as `mixer_types` names it.
         num_slots: Slots of its dictionary during the test; `None` if it has none.
-        length: Tokens an example.
-        accuracy: Share of the asked tokens that were answered rightly.
-        state_bytes: Bytes the model carries from token to token for one sequence of this length.
+        length: Tokens per example.
+        accuracy: Share of the asked tokens that were answered right.
+        state_bytes: Bytes that the model carries from token to token for one sequence of this length.
         num_questions: Asked tokens.
         slices: Accuracy on the slices of the task, by name.
-        mean_error: Mean of the errors of a task that has them (`Task.error_name`); `None` for others.
-        slice_errors: The same on the slices, by name; empty for others.
+        mean_error: Mean error, for tasks that have one (`Task.error_name`); `None` for others.
+        slice_errors: Mean error on each slice, by name; empty for others.
     """
 
     mixer: str
@@ -46,7 +46,7 @@ class ResultRow:
 
     @property
     def label(self) -> str:
-        """The model's name for people.
+        """The model's display name.
 
         Example:
             >>> fields = dict(length=256, accuracy=1.0, state_bytes=0, num_questions=1, slices={})
@@ -64,7 +64,7 @@ def model_label(mixer: str, num_slots: int | None, name: str = "") -> str:
     Args:
         mixer: The long-range mixer, as `mixer_types` names it.
         num_slots: Slots of its dictionary; `None` if it has none.
-        name: What to call it in the place of its mixer's name.
+        name: Used instead of the name of its mixer.
 
     Example:
         >>> model_label("gated_deltanet", None), model_label("ovq", 64, "big")
@@ -75,7 +75,7 @@ def model_label(mixer: str, num_slots: int | None, name: str = "") -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """A number of bytes for people, in binary units.
+    """A number of bytes in binary units, for display.
 
     Example:
         >>> format_bytes(900), format_bytes(2048), format_bytes(3.5 * 2**20)
