@@ -1,4 +1,4 @@
-"""What figures are drawn with: matplotlib and its Pillow, which come with the extra `ovq[plots]`."""
+"""What figures are drawn with: matplotlib and Pillow, which come with the extra `ovq[plots]`."""
 
 try:
     from matplotlib.axes import Axes
@@ -6,9 +6,9 @@ try:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
     from PIL import Image
 except ImportError as error:
-    # A ValueError as well, so that a command says it in one line.
+    # Also a ValueError, so that a command reports it in one line.
     class MissingPlots(ImportError, ValueError):
-        """Figures were asked for where matplotlib is not installed."""
+        """Figures were requested, but matplotlib is not installed."""
 
     raise MissingPlots("figures: expected matplotlib, found none; pip install 'ovq[plots]'") from error
 

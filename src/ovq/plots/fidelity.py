@@ -12,7 +12,7 @@ from ovq.plots.canvas import Axes, FuncFormatter, LogLocator, NullFormatter
 from ovq.plots.panels import length_axis, new_panels, save
 from ovq.plots.style import CONTROLS, MIXER_STYLES
 
-# The memory of a mixer looks like the mixer.
+# A memory has the style of the mixer that uses it.
 MEMORY_STYLES = {
     "OVQ": MIXER_STYLES["ovq"],
     "static VQ": MIXER_STYLES["vq"],
@@ -29,12 +29,12 @@ _TITLES = {
     "new clusters": "clusters, new in the stream",
     "text": "text (words of a library's source)",
 }
-# Lines are set apart by so much, in octaves, that error bars at one length do not lie on each other.
+# Lines are shifted by this much, in octaves, so that error bars at one length do not overlap.
 _OFFSET = 0.04
 
 
 def fidelity_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw a panel for each stream, with a line for each memory and the standard deviation over seeds.
+    """Draw one panel for each stream, with a line for each memory and its standard deviation over seeds.
 
     Args:
         rows: What `ovq.research.fidelity.fidelity_rows` returns.
@@ -46,7 +46,7 @@ def fidelity_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     if not rows:
         raise ValueError("expected rows to draw, found none")
     streams = list(dict.fromkeys(row["stream"] for row in rows))
-    # An axis of its own for each: on random keys exact attention is nearly 0, and errors are far larger.
+    # Each panel has its own axis: on random keys exact attention is nearly 0, and errors are far larger.
     figure, panels = new_panels(len(streams), height=2.9)
     for axes, stream in zip(panels, streams, strict=True):
         _draw(axes, [row for row in rows if row["stream"] == stream])
@@ -60,7 +60,7 @@ def fidelity_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One stream."""
+    """Draw one stream."""
     lengths = sorted({row["length"] for row in rows})
     memories = list(dict.fromkeys(row["memory"] for row in rows))
     for place, memory in enumerate(memories):
@@ -87,7 +87,7 @@ def _draw(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _short(length: int) -> str:
-    """A number of tokens, in thousands where it is a multiple of 1024.
+    """A number of tokens, in thousands if it is a multiple of 1024.
 
     Example:
         >>> _short(64), _short(4096)

@@ -19,8 +19,8 @@ def save_figures(
     Args:
         rows: Results of all models.
         folder: Where to put the figures; must exist.
-        train_length: The longest length trained on, marked in the figures.
-        prefix: What the names of the figures begin with.
+        train_length: The longest length of the training, marked in the figures.
+        prefix: Beginning of the figures' file names.
 
     Returns:
         The paths of the figures.
@@ -46,7 +46,7 @@ def _draw_accuracy(axes: Axes, rows: Sequence[ResultRow]) -> None:
 
 
 def _draw_state(axes: Axes, rows: Sequence[ResultRow]) -> None:
-    """What a model carries along, by length."""
+    """The bytes that a model carries from token to token, by length."""
     _draw_lines(axes, rows, lambda row: row.state_bytes)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value).replace(".0 ", " ")))
@@ -54,7 +54,7 @@ def _draw_state(axes: Axes, rows: Sequence[ResultRow]) -> None:
 
 
 def _draw_lines(axes: Axes, rows: Sequence[ResultRow], value: Callable[[ResultRow], float]) -> None:
-    """A line for each model and number of slots."""
+    """One line for each model and number of slots."""
     styles = line_styles({row.label: (row.mixer, row.num_slots) for row in rows})
     for label, style in styles.items():
         line = sorted((row for row in rows if row.label == label), key=lambda row: row.length)
@@ -62,7 +62,7 @@ def _draw_lines(axes: Axes, rows: Sequence[ResultRow], value: Callable[[ResultRo
 
 
 def _finish(axes: Axes, rows: Sequence[ResultRow], train_length: int) -> None:
-    """Axis, and mark of the training length."""
+    """Label the axes, and mark the training length."""
     lengths = sorted({row.length for row in rows})
     length_axis(axes, lengths, [str(length) for length in lengths])
     axes.set_xlabel("length (tokens)")

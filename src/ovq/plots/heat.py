@@ -1,4 +1,4 @@
-"""Heat maps of shares: one for each model, one below the other."""
+"""Heat maps of shares: one map per model, one below the other."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ def draw_heat_maps(
     title: str,
     row_name: str = "",
 ) -> Figure:
-    """A map for each model, framed in the colour of its mixer, with the share written into each cell.
+    """Draw one map for each model, framed in the colour of its mixer, with the share written into each cell.
 
     Args:
-        maps: By the name of the model the shares, from 0 to 1, of each row and column; NaN where there is
-            none.
-        models: By the same name, mixer and slots, as `line_styles` takes them.
-        columns: What the columns are.
-        rows: What the rows are, from top to bottom.
-        column_name: What stands below all maps.
-        value_name: What the shares are of; stands beside the colour bar.
-        title: What stands above them.
-        row_name: What stands beside them.
+        maps: For each model's name, the shares from 0 to 1 of each row and column; NaN where there is none.
+        models: For each model's name, its mixer and slots, as `line_styles` takes them.
+        columns: Labels of the columns.
+        rows: Labels of the rows, from top to bottom.
+        column_name: What the columns are; written below all maps.
+        value_name: What the shares are; written beside the colour bar.
+        title: Written above the maps.
+        row_name: What the rows are; written beside the maps.
     """
     height = 0.55 + 0.27 * len(rows)
     figure = Figure(figsize=(WIDTH, height * len(maps) + 1.5), layout="constrained")
@@ -43,7 +42,7 @@ def draw_heat_maps(
         grid = np.array(shares, dtype=np.float64)
         image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for y, x in zip(*np.nonzero(~np.isnan(grid)), strict=True):
-            # Dark on light and light on dark.
+            # Dark text on light cells, and light text on dark ones.
             color = "black" if grid[y, x] > 0.6 else "white"
             axes.text(x, y, f"{grid[y, x]:.2f}", ha="center", va="center", color=color, fontsize=9)
         axes.set_xticks(range(len(columns)), columns)

@@ -1,4 +1,4 @@
-"""Tables and figures of `ovq.eval.language`: loss against position, and against the place in a chunk."""
+"""Tables and figures of `ovq.eval.language`: loss by position, and by the place in a chunk."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ovq.plots.style import line_styles
 if TYPE_CHECKING:
     from ovq.eval.language import LanguageRow
 
-# A marker at each of hundreds of points would be a stripe.
+# Hundreds of markers on one line would merge into a stripe.
 _MOST_MARKERS = 16
 
 
 def language_table(rows: Sequence[LanguageRow], *, title: str) -> Table:
-    """A line for each model and length: loss, bits per byte, speed, state."""
+    """One line for each model and length: loss, bits per byte, speed, state."""
     table = Table(title=title)
     table.add_column("model", no_wrap=True)
     for column in ("length", "windows", "loss", "bits/byte", "tokens/s", "state"):
@@ -52,10 +52,11 @@ def position_table(rows: Sequence[LanguageRow], *, title: str) -> Table:
 
 
 def octave_losses(row: LanguageRow) -> list[tuple[int, int, float]]:
-    """Mean loss of the first block, and of twice as many positions each time after it.
+    """Mean loss of the first block, then of ranges that each have as many positions as all before.
 
     Returns:
-        First position, the one after the last, and the mean loss between them, weighted by positions.
+        For each range: its first position, the one after its last, and the mean loss between, weighted by
+        positions.
     """
     size, losses, num_positions = row.block_size, row.block_losses, row.length - 1
     octaves = []
@@ -70,14 +71,14 @@ def octave_losses(row: LanguageRow) -> list[tuple[int, int, float]]:
 
 
 def save_language_figures(rows: Sequence[LanguageRow], folder: Path) -> list[Path]:
-    """Draw `loss.png` and `chunk.png` from what each model did at its longest length.
+    """Draw `loss.png` and `chunk.png` from the results of each model at its longest length.
 
     Args:
         rows: Results of all models.
         folder: Where to put the figures; must exist.
 
     Returns:
-        The paths of the figures; only the first where no window holds whole chunks.
+        The paths of the figures; only the first if no window holds whole chunks.
 
     Raises:
         ValueError: If there are no rows.
@@ -103,7 +104,7 @@ def _longest(rows: Sequence[LanguageRow]) -> list[LanguageRow]:
 
 
 def _draw_positions(axes: Axes, rows: Sequence[LanguageRow]) -> str:
-    """Loss against position, each block at its middle; returns the title."""
+    """Draw the loss by position, each block at its middle; returns the title."""
     for row in rows:
         edges = [min(i * row.block_size, row.length) for i in range(len(row.block_losses) + 1)]
         middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
@@ -118,7 +119,8 @@ def _draw_positions(axes: Axes, rows: Sequence[LanguageRow]) -> str:
 
 
 def _draw_chunk(axes: Axes, rows: Sequence[LanguageRow]) -> str:
-    """Loss by place in a chunk, less its mean: models of any quality share an axis; returns the title."""
+    """Draw the loss by place in a chunk, minus its mean, so that all models share an axis; returns the
+    title."""
     for row in rows:
         if row.phase_losses:
             middle = fmean(row.phase_losses)
@@ -137,7 +139,7 @@ def _plot(
     places: Sequence[float],
     values: Sequence[float],
 ) -> None:
-    """The line of one of the models."""
+    """Draw the line of one model."""
     styles = line_styles({each.label: (each.mixer, each.num_slots) for each in rows})
     options = styles[row.label].options()
     if len(places) > _MOST_MARKERS:
@@ -146,7 +148,7 @@ def _plot(
 
 
 def _short(length: int) -> str:
-    """A number of tokens, in thousands where it is a multiple of 1024.
+    """A number of tokens, in thousands if it is a multiple of 1024.
 
     Example:
         >>> _short(1023), _short(4096)

@@ -1,4 +1,4 @@
-"""Table and heat maps of `ovq.eval.needle`."""
+"""The table and heat maps of `ovq.eval.needle`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ SCORES = {
     "token_accuracy": "share of value tokens that are the most likely ones",
     "choice": "share of values more likely than all others",
 }
-"""Fields of a row that say how good a model is, and what they are."""
+"""Fields of a row that are scores, and what they mean."""
 
 
 def needle_table(rows: Sequence[NeedleRow], *, title: str) -> Table:
-    """A line for each model and depth, a column for each length, and in each cell the three scores.
+    """One line for each model and depth, one column for each length, and the three scores in each cell.
 
     Args:
-        rows: Results; models come in the order they are met.
-        title: What stands above the table.
+        rows: Results; models come in the order in which they first occur.
+        title: Written above the table.
     """
     lengths = sorted({row.length for row in rows})
     table = Table(title=title)
@@ -46,7 +46,7 @@ def needle_table(rows: Sequence[NeedleRow], *, title: str) -> Table:
 
 
 def save_needle_figures(rows: Sequence[NeedleRow], folder: Path) -> list[Path]:
-    """Draw a heat map of length and depth for each model, on a page for each score.
+    """Draw one figure per score, with a heat map of length and depth for each model.
 
     Args:
         rows: Results of all models.

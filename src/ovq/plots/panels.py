@@ -1,4 +1,4 @@
-"""Panels one below the other, as wide as a phone shows legibly, with one legend above that covers nothing."""
+"""Panels one below the other, legible at the width of a phone, with one legend above that covers nothing."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ovq.plots.canvas import Axes, Figure, Image, NullLocator
 from ovq.runtime.files import atomic_path
 
 WIDTH = 6.4
-"""Inches; a column of text, and with labels of 10 points the width of a phone."""
+"""Inches: the width of a column of text, and, as labels have 10 points, legible on a phone."""
 _DPI = 150
 _MOST_COLUMNS = 4
 _LETTERS_A_LINE = 62
 
 
 def new_panels(count: int, *, height: float = 3.3) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, each with light grid lines.
+    """A figure with a number of panels, each with light grid lines.
 
     Args:
-        count: How many.
-        height: Inches of each.
+        count: How many panels.
+        height: Inches per panel.
     """
     figure = Figure(figsize=(WIDTH, height * count + 0.9), layout="constrained")
-    # Room between one panel's axis and the title of the next.
+    # Leaves room between one panel's axis and the title of the next.
     figure.get_layout_engine().set(h_pad=0.08, hspace=0.02)
     panels = list(figure.subplots(count, 1, squeeze=False).flatten())
     for axes in panels:
@@ -35,7 +35,7 @@ def new_panels(count: int, *, height: float = 3.3) -> tuple[Figure, list[Axes]]:
 
 
 def mark_training(axes: Axes, length: int, label: str) -> None:
-    """A line at the longest length trained on."""
+    """Draw a line at the longest length of the training."""
     axes.axvline(length, color="#BBBBBB", linestyle=":", zorder=0, label=label)
 
 
@@ -47,18 +47,18 @@ def length_axis(axes: Axes, lengths: Sequence[int], labels: Sequence[str]) -> No
 
 
 def save(figure: Figure, path: Path, *, title: str = "", first: Sequence[str] = ()) -> None:
-    """Put title and legend above the panels, and write the picture whole or not at all.
+    """Put the title and the legend above the panels, and write the picture completely or not at all.
 
     Args:
-        figure: With a legend for the lines of its panels that have labels.
+        figure: The legend shows the labelled lines of its panels.
         path: The PNG file.
-        title: What stands above all.
-        first: Labels in the order of the legend; others follow as they are met.
+        title: Written above all panels.
+        first: Labels that begin the legend, in this order; others follow in the order in which they occur.
     """
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            # Of a line with bars the line alone.
+            # For a line with error bars, show only the line.
             handles.setdefault(label, getattr(handle, "lines", (handle,))[0])
     order = [
         *(label for label in first if label in handles),
@@ -72,14 +72,14 @@ def save(figure: Figure, path: Path, *, title: str = "", first: Sequence[str] = 
 
 
 def _shrink(path: Path) -> None:
-    """Keep the 256 colours that come nearest: a third of the bytes, and nothing that an eye would miss."""
+    """Keep only the nearest 256 colours: a third of the bytes, and no visible difference."""
     with Image.open(path) as picture:
         small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     small.save(path, format="PNG", optimize=True)
 
 
 def wrapped(title: str) -> str:
-    """A title in as few lines as a figure has room for, which are about equally long.
+    """A title in as few lines as fit the figure, all about equally long.
 
     Example:
         >>> wrapped("a title that would otherwise have a last line with nothing but a word").splitlines()
@@ -89,14 +89,14 @@ def wrapped(title: str) -> str:
         textwrap.wrap(title, width, break_on_hyphens=False)
         for width in range(_LETTERS_A_LINE, _LETTERS_A_LINE // 2, -1)
     )
-    # The last of those with fewest lines is of the least width; min takes the first of equals.
+    # Of the wrappings with the fewest lines, take the narrowest; min takes the first of equals.
     return "\n".join(min(reversed(list(folds)), key=len))
 
 
 def _add_legend(figure: Figure, handles: dict[str, Any], title: str) -> None:
-    """A legend above the panels, in as many columns as the width has room for."""
+    """Put a legend above the panels, in as many columns as fit the width."""
     for num_columns in range(min(_MOST_COLUMNS, len(handles)), 0, -1):
-        # The title of the figure is the legend's: the layout puts a title of its own over the legend.
+        # The figure's title becomes the legend's, because the layout would put a title over the legend.
         legend = figure.legend(
             list(handles.values()),
             list(handles),

@@ -1,8 +1,8 @@
-"""How lines look: a colour and a marker for each mixer, the same in every figure of the project.
+"""How lines look: one colour and one marker per mixer, the same in every figure of the project.
 
-The hues are Okabe and Ito's, whose differences colour-blind readers see too, with a grey and a brown for
-the two windows. Lines of one mixer keep its hue and differ in shade, marker and dashes. Where all lines are
-of one mixer, as in an ablation, they have colours that are no mixer's.
+The hues are Okabe and Ito's, which colour-blind readers can tell apart too, with a grey and a brown for the
+two windows. Lines of one mixer keep its hue and differ in shade, marker and dashes. Where all lines have the
+same mixer, as in an ablation, they have colours that belong to no mixer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Style:
     """How a line looks.
 
     Attributes:
-        color: Of line and marker, as `#RRGGBB`.
+        color: Of the line and its markers, as `#RRGGBB`.
         marker: As matplotlib names it.
         line: Solid or dashed, as matplotlib writes it.
     """
@@ -38,16 +38,16 @@ class Style:
             "marker": self.marker,
             "linestyle": self.line,
             "linewidth": 1.8,
-            # Dashes let a solid line below them show.
+            # A solid line below shows through the dashes.
             "zorder": 2 if self.line == "-" else 2.2,
             "markersize": 6,
-            # Lines that lie on each other stay visible as rings.
+            # Where lines lie on each other, hollow markers stay visible as rings.
             "markerfacecolor": "white",
             "markeredgewidth": 1.5,
         }
 
 
-# Light, usual and dark; black has no darker one.
+# Light, normal and dark shade; black has no darker one.
 _SHADES = {
     "ovq": ("#6DB6E3", "#0072B2", "#08306B"),
     "full_attention": ("#F3C35C", "#E69F00", "#8F6300"),
@@ -72,35 +72,35 @@ _DASHES = ("--", "-", "-.")
 _OTHER_MARKERS = ("D", "h", "p", "d", "*", "8", "H")
 
 MIXER_STYLES = {mixer: Style(color=shades[1], marker=_MARKERS[mixer]) for mixer, shades in _SHADES.items()}
-"""The style of each mixer of `ovq.layers.MIXERS`, where a figure has one line of it."""
+"""The style of each mixer of `ovq.layers.MIXERS` in figures with one line per mixer."""
 
 PALETTE = tuple(
     Style(color=color, marker=marker)
     for color, marker in zip(
-        # Tol's muted colours, without those too light for a line.
+        # Tol's muted colours, without those that are too light for a line.
         ("#332288", "#CC6677", "#44AA99", "#999933", "#882255", "#88CCEE", "#117733", "#AA4499"),
         ("o", "D", "v", "s", "^", "P", "X", "h"),
         strict=True,
     )
 )
-"""Styles that are no mixer's, for lines of one mixer and for what is not a mixer."""
+"""Styles that belong to no mixer, for lines of one mixer and for what is not a mixer."""
 
 CONTROLS = {
     "random merging": Style(color="#882255", marker="D", line="--"),
     "offline k-means": Style(color="#332288", marker="*", line="--"),
 }
-"""What memories are compared with that is no mixer: dashed."""
+"""Styles of references that are not mixers: dashed."""
 
 
 def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style]:
     """The style of each line of a figure.
 
     Args:
-        models: By the label of a line its mixer, as `mixer_types` names it, and the slots of its dictionary,
-            `None` where it has none. More slots are darker.
+        models: For the label of each line, its mixer as `mixer_types` names it, and the slots of its
+            dictionary, or `None` if it has none. More slots are darker.
 
     Returns:
-        By the label, a style that no other line of the figure has.
+        For each label, a style that no other line of the figure has.
 
     Example:
         >>> styles = line_styles({"few": ("ovq", 64), "many": ("ovq", 4096), "all": ("full_attention", None)})
@@ -120,7 +120,7 @@ def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style
 
 
 def _in_turn(labels: list[str]) -> dict[str, Style]:
-    """Styles of the palette; once it is used up they come again with other dashes."""
+    """The styles of the palette in order; when they are used up, they are repeated with other dashes."""
     return {
         label: dataclasses.replace(
             PALETTE[place % len(PALETTE)], line=("-", "--", "-.", ":")[place // len(PALETTE) % 4]
@@ -131,14 +131,14 @@ def _in_turn(labels: list[str]) -> dict[str, Style]:
 
 def _variants(mixer: str, count: int) -> list[Style]:
     """Styles of one hue, from light to dark."""
-    # One line is the usual shade, two the light one and the usual.
+    # One line gets the normal shade, two get the light and the normal one.
     last = {1: 1, 2: 1}.get(count, 2)
     first = 1 if count == 1 else 0
     places = [first + round(i * (last - first) / max(1, count - 1)) for i in range(count)]
     return [
         Style(
             color=_SHADES[mixer][shade],
-            # The first of the usual shade has the mixer's own marker.
+            # The first line in the normal shade has the mixer's own marker.
             marker=_MARKERS[mixer]
             if shade == 1 and shade not in places[:i]
             else _OTHER_MARKERS[i % len(_OTHER_MARKERS)],

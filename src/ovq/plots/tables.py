@@ -13,12 +13,12 @@ from ovq.eval.rows import ResultRow, format_bytes
 def result_table(
     rows: Sequence[ResultRow], *, title: str, value: Callable[[ResultRow], float] = attrgetter("accuracy")
 ) -> Table:
-    """Accuracy by model and length in tokens, with the state at the longest length beside it.
+    """Accuracy by model and length in tokens, with the bytes of state at the longest length.
 
     Args:
-        rows: Results; models come in the order they are met.
-        title: What stands above the table.
-        value: What to show in the place of the accuracy.
+        rows: Results; models come in the order in which they first occur.
+        title: Written above the table.
+        value: Which field to show instead of the accuracy.
 
     Example:
         >>> row = ResultRow(mixer="ovq", num_slots=64, length=256, accuracy=0.5, state_bytes=2048,
@@ -45,7 +45,7 @@ def slice_table(rows: Sequence[ResultRow], *, title: str) -> Table:
     """Accuracy by model and slice at the longest length, and the mean error for tasks that have one."""
     longest = max(row.length for row in rows)
     rows = [row for row in rows if row.length == longest]
-    # The slices of all models are the same, as they come from the same examples.
+    # All models have the same slices, because they answer the same examples.
     table = Table(title=title)
     table.add_column("slice")
     for row in rows:
@@ -56,6 +56,6 @@ def slice_table(rows: Sequence[ResultRow], *, title: str) -> Table:
 
 
 def _slice_cell(row: ResultRow, name: str) -> str:
-    """Accuracy, and the error in brackets if there is one."""
+    """The accuracy, and the error in brackets if there is one."""
     error = f" ({row.slice_errors[name]:.3f})" if name in row.slice_errors else ""
     return f"{row.slices[name]:.3f}{error}"
