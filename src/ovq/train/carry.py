@@ -1,7 +1,7 @@
 """Training that carries the state of the model from window to window of a document.
 
-The gradient ends at the beginning of a window, so that a step costs the memory of a window and of the state,
-however long the documents are; what a window reads reaches back to the first token of its document.
+The gradient stops at the beginning of a window, so a step needs the memory of one window and of the state,
+however long the documents are. What a window reads still reaches back to the first token of its document.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ovq.ops.serialization import write_file
 from ovq.train.checkpoints import SealingTrainer
 
 _FILE = "carried-{}.safetensors"
-"""What a process keeps of its lanes in a checkpoint, by its number."""
+"""The file in a checkpoint that holds the lanes of one process, by the number of the process."""
 
 
 class CarryTrainer(SealingTrainer):
-    """The `Trainer` for a `CarriedTextDataset`: each window begins with the state its lane has come to.
+    """The `Trainer` for a `CarriedTextDataset`: each window begins with the state that its lane has reached.
 
-    A checkpoint holds the states of all lanes, one file a process, so that a resumed run goes on to the
-    losses an uninterrupted one would have had, on as many processes as it likes.
+    A checkpoint holds the states of all lanes, one file per process, so that a resumed run has the losses of
+    an uninterrupted one, on any number of processes.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,10 +41,10 @@ class CarryTrainer(SealingTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of a window, read from the state of its lane; the lane then has the state after it.
+        """The loss of a window, read from the state of its lane; the lane then keeps the state after it.
 
         Raises:
-            ValueError: If the lane has not read what comes before the window.
+            ValueError: If the lane has not read what precedes the window.
         """
         window = dict(inputs)
         lane, num_read, is_last = (window.pop(name) for name in ("lane", "num_read", "is_last"))
@@ -54,26 +54,27 @@ class CarryTrainer(SealingTrainer):
             raise ValueError(f"lane {lane}: expected the state of {num_read} tokens, found {found}")
         window |= {"past_key_values": cache, "use_cache": True}
         result = super().compute_loss(model, window, return_outputs, num_items_in_batch)
-        # The next window must not hold the graph of this one in memory, let alone reach into it.
+        # The next window must neither keep the graph of this one in memory nor send gradients into it.
         cache.detach_()
         if not is_last:
             self._carried[lane] = cache
         return result
 
     def _save_rng_state(self, output_dir: str) -> None:
-        # The one part of a checkpoint that every process writes for itself, and before the seal.
+        # This is the only part of a checkpoint that every process writes itself, and it is written before the
+        # seal.
         super()._save_rng_state(output_dir)
         path = Path(output_dir) / _FILE.format(self.args.process_index)
         save_lanes(path, self._carried)
 
     def load_carried(self, checkpoint: Path) -> None:
-        """Go on from the states in a checkpoint; each process takes the lanes that it will read."""
+        """Continue from the states in a checkpoint; each process takes the lanes that it will read."""
         num_processes, rank = self.args.world_size, self.args.process_index
         for path in sorted(checkpoint.glob(_FILE.format("*"))):
             self._carried |= {
                 lane: cache
                 for lane, cache in load_lanes(path, self.model.config, self.args.device).items()
-                # Windows of a batch go to the processes by turns.
+                # The windows of a batch are dealt to the processes in turn.
                 if lane % num_processes == rank
             }
 
@@ -82,7 +83,7 @@ def save_lanes(path: Path, lanes: dict[int, OVQCache]) -> None:
     """Write the states of lanes into a file.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: If the file cannot be written.
     """
     tensors = {
         f"{lane}.{i}.{name}": tensor
@@ -116,7 +117,7 @@ def load_lanes(path: Path, config: OVQConfig, device: torch.device | str) -> dic
         for key in file.keys():  # noqa: SIM118  (the file is no dictionary)
             lane, layer, name = re.fullmatch(r"(\d+)\.(\d+)\.(.+)", key).groups()
             tensor = file.get_tensor(key)
-            # A state counts its tokens on the CPU.
+            # The tokens of a state are counted on the CPU.
             parts.setdefault((lane, int(layer)), {})[name] = (
                 tensor if name == "num_seen" else tensor.to(device)
             )

@@ -1,8 +1,8 @@
-"""Checkpoints that can be trusted: whole, or never picked up.
+"""Checkpoints that can be trusted: they are complete, or they are not used.
 
 A checkpoint is a folder of files that are written one after the other. When all of them are on the disk, a
-list of their sizes and SHA-256 digests is written beside them: the seal. A folder without a seal is what an
-interrupted save has left; one that does not match its seal is damaged.
+list of their sizes and SHA-256 digests is written beside them: the seal. A folder without a seal was left by
+an interrupted save; one that does not match its seal is damaged.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from transformers import Trainer
 from ovq.runtime.files import write_atomic
 
 SEAL_FILE = "seal.json"
-"""The name of the list of a checkpoint's files."""
+"""The name of the file with this list."""
 
 _NUM_KEPT = 2
 
-# Several processes on a CPU load the state of the optimizer to "cpu:0" in transformers 5.17, which torch.load
-# knows as "cpu" alone; 5.24 asks for that.
+# In transformers 5.17, several processes on a CPU load the state of the optimizer to "cpu:0", while
+# torch.load accepts only "cpu"; 5.24 passes that.
 torch.serialization.register_package(
     11, lambda _: None, lambda storage, location: storage if location == "cpu:0" else None
 )
@@ -40,8 +40,8 @@ def seal(folder: Path, *, with_subfolders: bool = False) -> None:
 
     Args:
         folder: The folder.
-        with_subfolders: Whether folders within are parts of it, as in sharded checkpoints; what else lies
-            there may come and go.
+        with_subfolders: Whether folders within are parts of it, as in sharded checkpoints; otherwise what
+            lies in them may change.
 
     Example:
         >>> import tempfile
@@ -59,7 +59,8 @@ def seal(folder: Path, *, with_subfolders: bool = False) -> None:
     found = folder.rglob("*") if with_subfolders else folder.iterdir()
     paths = sorted(path for path in found if path.is_file() and path.name != SEAL_FILE)
     for path in paths:
-        # On the disk before the seal says so, or a power cut leaves a seal on empty files.
+        # Flushed to disk before the seal is written; otherwise a power cut could leave a seal over empty
+        # files.
         with open(path, "rb+") as file:
             os.fsync(file.fileno())
     entries = {
@@ -70,7 +71,7 @@ def seal(folder: Path, *, with_subfolders: bool = False) -> None:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with the checkpoint in a folder, in words; None if it is whole."""
+    """What is wrong with the checkpoint in a folder, in words; None if it is complete and undamaged."""
     try:
         entries = dict(json.loads((folder / SEAL_FILE).read_text()))
         for name, entry in entries.items():
@@ -89,11 +90,11 @@ def fault(folder: Path) -> str | None:
 
 
 def newest_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint in the folder of a run, or None; says which newer ones are left out.
+    """The newest undamaged checkpoint in the folder of a run, or None; reports which newer ones are left out.
 
     Args:
-        out: the folder of the run.
-        say: called with a sentence for each checkpoint that is left out.
+        out: The folder of the run.
+        say: Called with a sentence for each checkpoint that is left out.
     """
     for folder in reversed(_by_step(out)):
         found = fault(folder)
@@ -110,9 +111,9 @@ def finished_checkpoints(out: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn all that a failed write of a model or checkpoint may raise into an OSError that says where.
+    """Turn any error of a failed write of a model or checkpoint into an OSError that names the place.
 
-    safetensors and PyTorch have errors of their own for a full disk.
+    safetensors and PyTorch raise errors of their own when a disk is full.
 
     Example:
         >>> with writing(Path("run")):
@@ -127,10 +128,10 @@ def writing(folder: Path) -> Iterator[None]:
 
 
 class SealingTrainer(Trainer):
-    """The `Trainer` of transformers, with checkpoints that are sealed when they are whole.
+    """The `Trainer` of transformers, with checkpoints that are sealed once they are complete.
 
-    It keeps the newest two sealed checkpoints of a run. One that cannot be written is removed again, which
-    gives a full disk the room back.
+    It keeps the newest two sealed checkpoints of a run. One that cannot be written is removed, which frees
+    its space on a full disk.
     """
 
     def compute_loss(
@@ -146,16 +147,16 @@ class SealingTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         out = Path(self.args.output_dir)
         folder = out / f"checkpoint-{self.state.global_step}"
-        # A folder of this name may be left from before the run was resumed; its seal is void from here on.
+        # A folder of this name may be left from before the run was resumed; its seal is no longer valid.
         (folder / SEAL_FILE).unlink(missing_ok=True)
         try:
             with writing(folder):
                 super()._save_checkpoint(model, trial)
-                # Every process writes the state of its random numbers.
+                # Every process writes the state of its own random numbers.
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     if self.is_fsdp_enabled and self.processing_class is not None:
-                        # The Trainer saves it with whole models alone.
+                        # The Trainer saves the tokenizer with unsharded models only.
                         self.processing_class.save_pretrained(folder)
                     seal(folder, with_subfolders=True)
         except OSError:
@@ -167,9 +168,9 @@ class SealingTrainer(Trainer):
 
 
 def _remove_old(out: Path) -> None:
-    """Keep the newest sealed checkpoints; remove older ones and those that were never finished.
+    """Keep the newest sealed checkpoints; remove older ones and those that were never completed.
 
-    `Trainer` would do it before the newest one is sealed, and count unfinished ones.
+    `Trainer` would remove them before the newest one is sealed, and would count unfinished ones.
     """
     sealed = finished_checkpoints(out)
     for folder in _by_step(out):

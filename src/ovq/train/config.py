@@ -1,6 +1,6 @@
 """The configuration of a training run: frozen dataclasses, checked when they are built, stored as JSON.
 
-A field is called by its path on the command line, e.g. `--set train.steps=300`, and errors call it the same.
+A field is named by its path, on the command line (`--set train.steps=300`) as in errors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CONFIG_FILE = "run_config.json"
 
 
 def _check_at_least(config: Any, section: str, minimum: int, *names: str) -> None:
-    """Raise ValueError for the first of these fields that is there and below the minimum."""
+    """Raise ValueError for the first of these fields that is set and below the minimum."""
     for name in names:
         if getattr(config, name) is not None and getattr(config, name) < minimum:
             raise ValueError(f"{section}.{name}: expected at least {minimum}, found {getattr(config, name)}")
@@ -30,39 +30,39 @@ def _check_at_least(config: Any, section: str, minimum: int, *names: str) -> Non
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """The model to train; the fields are those of `OVQConfig` that a run has reason to change.
+    """The model to train; the fields are those of `OVQConfig` that a run may want to change.
 
     Attributes:
-        mixer_types: The mixer of each layer, first layer first; their number is the number of layers.
+        mixer_types: The mixer of each layer, first layer first; there are as many layers as names.
         hidden_size: Width of the residual stream.
         intermediate_size: Width of the SwiGLU.
         num_attention_heads: Query heads per layer.
         num_key_value_heads: Key/value heads per layer; `None` for as many as query heads.
-        head_dim: Size of a head; `None` for `hidden_size / num_attention_heads`.
-        conv_size: Tokens the short convolution on queries, keys and values sees; 0 for none.
-        sliding_window: Tokens a sliding-window layer sees.
-        num_sinks: First tokens that a layer with attention sinks keeps in sight.
-        sink_window: Tokens such a layer sees beside them; `None` for the bytes of an OVQ layer.
-        mamba_state_size: Numbers of state a channel of Mamba2; `None` for as many parameters as OVQ has.
+        head_dim: Components per head; `None` for `hidden_size / num_attention_heads`.
+        conv_size: Tokens that the short convolution on queries, keys and values sees; 0 for none.
+        sliding_window: Tokens that a sliding-window layer sees.
+        num_sinks: First tokens that stay visible to a layer with attention sinks.
+        sink_window: Tokens that such a layer sees besides; `None` for the bytes of an OVQ layer.
+        mamba_state_size: Numbers of state per channel of Mamba2; `None` for as many parameters as OVQ has.
         num_slots: Slots of the dictionary of an OVQ layer, N.
-        chunk_size: Tokens a chunk of an OVQ layer, C.
-        vq_decay: Decay of the moving averages that the slots of VQ-attention are.
+        chunk_size: Tokens per chunk of an OVQ layer, C.
+        vq_decay: Decay of the moving averages that are the slots of VQ-attention.
         commitment_weight: Factor on the loss that draws the keys of VQ-attention to their slots.
         growth: How the dictionary grows, see `ovq.ops.ovq_attention`.
         init: Which keys open new slots, see `ovq.ops.ovq_attention`.
         merge: Which slots a key may be merged into, see `ovq.ops.ovq_attention`.
         slot_bias: What is added to the scores of slots, `bias` of `ovq.ops.ovq_attention`.
-        slot_rate: How far a slot moves to a key merged into it, `rate` of `ovq.ops.ovq_attention`.
+        slot_rate: How far a slot moves towards a key merged into it, `rate` of `ovq.ops.ovq_attention`.
         initializer_range: Standard deviation of the initial weights of the linear layers.
-        embedding_std: That of the embedding. At 1 a step of AdamW hardly turns an embedding, so that tokens
-            stay as different as they were drawn and matching them is learned once, by the projections, for
-            all tokens.
-        tie_word_embeddings: Use the embedding as the output layer too, so that saying a token that was seen
-            need not be learned anew for each of many tokens.
+        embedding_std: Standard deviation of the initial embedding. At 1, a step of AdamW hardly turns an
+            embedding. Tokens then stay as different as they were drawn, and the projections learn once, for
+            all tokens, how to match them.
+        tie_word_embeddings: Use the embedding as the output layer too, so that a model that has to repeat a
+            token need not learn this separately for each of many tokens.
 
     Raises:
-        ValueError: If a field is not of its type, a number not finite or out of range. Names of mixers and
-            options, and what mixers ask of each other's sizes, are checked by `OVQConfig`.
+        ValueError: If a field is not of its type, or a number is not finite or out of range. `OVQConfig`
+            checks the names of mixers and options, and what mixers require of each other's sizes.
     """
 
     mixer_types: tuple[str, ...] = ("sliding_attention", "ovq")
@@ -114,23 +114,23 @@ class ModelArgs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainArgs:
-    """How to train.
+    """The training.
 
     Attributes:
         steps: Optimizer steps.
-        batch_size: Examples an optimizer step, over all processes and micro-batches.
-        micro_batches: Parts a step is cut into to save memory (gradient accumulation).
-        lengths: The length curriculum: example lengths in the order they are trained on.
-        length_shares: The share of the steps each length gets; positive, and they sum to 1.
+        batch_size: Examples per optimizer step, over all processes and micro-batches.
+        micro_batches: Parts into which a step is cut to save memory (gradient accumulation).
+        lengths: The length curriculum: example lengths in the order in which they are trained on.
+        length_shares: The share of the steps for each length; positive, and they sum to 1.
         learning_rate: Peak learning rate of AdamW.
         min_learning_rate_share: Where the cosine decay ends, as a share of the peak.
         warmup_steps: Steps of linear warm-up.
         weight_decay: Decoupled weight decay, on matrices only.
         adam_beta2: Decay of AdamW's second moment.
-        max_grad_norm: Norm that gradients are clipped to.
+        max_grad_norm: Norm to which gradients are clipped.
         precision: `"float32"`, or `"bfloat16"` for mixed precision.
-        sharding: What several processes share: `"none"` for the work alone, each having the whole model, or
-            `"fsdp"` for weights, gradients and the state of the optimizer as well.
+        sharding: What several processes divide among them: `"none"`, only the work, while each has the whole
+            model; or `"fsdp"`, also weights, gradients and the state of the optimizer.
         use_gradient_checkpointing: Keep only what goes from layer to layer, and compute the rest again in the
             backward pass.
         seed: Seed of the weights and of the data.
@@ -205,7 +205,7 @@ class TrainArgs:
         done = 0.0
         for length, share in zip(self.lengths, self.length_shares, strict=True):
             done += share
-            # Rounded, so that shares that only nearly sum to a whole step cannot move it.
+            # Rounded, so that rounding errors in the sum of the shares cannot shift a boundary.
             if step < round(done * self.steps):
                 return length
         return self.lengths[-1]
@@ -213,7 +213,7 @@ class TrainArgs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All that a training run depends on, besides the code.
+    """Everything that a training run depends on, except the code.
 
     Attributes:
         task: The data.
@@ -221,7 +221,8 @@ class RunConfig:
         train: The training.
 
     Raises:
-        ValueError: If the task cannot be built at one of the training lengths, or sections do not fit.
+        ValueError: If the task cannot be built at one of the training lengths, or the sections contradict
+        each other.
 
     Example:
         >>> from ovq.tasks import RecallTask
@@ -237,7 +238,7 @@ class RunConfig:
     train: TrainArgs
 
     def __post_init__(self) -> None:
-        """Build the task at every length, which checks that it can be; check what sections ask of another."""
+        """Check that the task can be built at every length, and what the sections require of each other."""
         if self.train.sharding != "none" and "vq" in self.model.mixer_types:
             raise ValueError(
                 "train.sharding: expected none with the mixer 'vq', whose dictionary each process learns for "
@@ -254,7 +255,7 @@ class RunConfig:
             self._check_carry()
 
     def _check_carry(self) -> None:
-        """Windows that follow each other have one length, and are read one at a time."""
+        """Windows that follow each other all have one length, and are read one at a time."""
         if len(self.train.lengths) > 1:
             raise ValueError(
                 "task.carry_state: expected one of train.lengths, as documents are cut once, "
@@ -273,13 +274,13 @@ class RunConfig:
 
     @property
     def mixer(self) -> str:
-        """The long-range mixer, which the last layer has."""
+        """The long-range mixer, which is that of the last layer."""
         return self.model.mixer_types[-1]
 
     def override(self, assignments: list[str]) -> RunConfig:
         """A copy with some fields set from strings such as `"train.steps=300"`.
 
-        Lists are written with commas (`train.lengths=64,128`), the absence of a value as `none`.
+        Lists are written with commas (`train.lengths=64,128`), and a missing value as `none`.
 
         Raises:
             ValueError: If a string is not an assignment, names no field, or its value is not of the field's
@@ -314,7 +315,7 @@ class RunConfig:
         """The configuration as JSON, every field written out."""
         sections = {"task": {"name": self.task.name} | dataclasses.asdict(self.task)}
         sections |= {"model": dataclasses.asdict(self.model), "train": dataclasses.asdict(self.train)}
-        # What it reads again: NaN and Inf are no numbers to `from_json`.
+        # Must be readable by `from_json`, which refuses NaN and Inf.
         return json.dumps(sections, indent=2, allow_nan=False)
 
     @classmethod
@@ -337,7 +338,7 @@ class RunConfig:
             raise ValueError(f"expected the configuration of a run, found something else: {error}") from error
 
     def save(self, folder: Path) -> None:
-        """Write the configuration into the folder of the run, which is created if need be."""
+        """Write the configuration into the folder of the run, which is created if necessary."""
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / CONFIG_FILE, self.to_json() + "\n")
 
@@ -359,7 +360,7 @@ class RunConfig:
 
 
 def _from_dict(section: type, fields: dict[str, Any]) -> Any:
-    """Build a section from JSON, where tuples have become lists."""
+    """Build a section from JSON, in which tuples have become lists."""
     return section(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     )

@@ -1,5 +1,5 @@
-"""The examples of a training run as a PyTorch data set: what kind the task needs, and the synthetic one, with
-the length curriculum in it."""
+"""The examples of a training run as a PyTorch data set: text or synthetic, whichever the task needs. The
+synthetic one includes the length curriculum."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from ovq.train.needles import NeedleWindows
 from ovq.train.text import CarriedTextDataset, PackedTextDataset
 
 CORPUS_FILE = "corpus.json"
-"""The name of the file that tells what a run was trained on, in its folder."""
+"""The name of the file, in the folder of a run, that records what it was trained on."""
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What a run trains on.
+    """The data that a run trains on.
 
     Attributes:
         examples: Builds whole batches by index.
-        tokenizer: Of real text, to be saved beside the model; None where tokens stand for nothing else.
+        tokenizer: The tokenizer of real text, to be saved beside the model; None for synthetic tasks.
         is_carrying: Whether the state is carried from one example to the next.
     """
 
@@ -50,17 +50,18 @@ def training_data(
     *,
     is_resumed: bool = False,
 ) -> TrainingData:
-    """What a run trains on, read or built.
+    """The data that a run trains on, read or built.
 
     Args:
         config: The run.
-        out: Its folder, in which a new run notes what its corpus is.
-        checkpoint: Where the run goes on, whose tokenizer is the one to go on with; None at its beginning.
-        reporter: Where to show how much of a corpus has been read, if it is not in the cache.
-        is_resumed: Whether the run has been begun before, at its beginning too.
+        out: Its folder, in which a new run records what its corpus is.
+        checkpoint: The checkpoint that the run continues from, whose tokenizer is used; None at its
+            beginning.
+        reporter: Shows how much of a corpus has been read, if it is not in the cache.
+        is_resumed: Whether the run was started before, even if it begins at step 0 again.
 
     Raises:
-        ValueError: If text cannot be had, there is not enough of it, or it is not what the run began with.
+        ValueError: If there is no text, too little of it, or other text than the run began with.
     """
     task = config.task
     if not isinstance(task, TextTask):
@@ -76,7 +77,7 @@ def training_data(
 
 
 def _text_examples(config: RunConfig, corpus: Corpus, tokenizer: Any) -> Dataset:
-    """Windows of a corpus, in the order that the run asks for."""
+    """Windows of a corpus, in the order that the configuration determines."""
     if config.task.carry_state:
         return CarriedTextDataset(config, corpus)
     needles = NeedleWindows(config, corpus, tokenizer) if config.task.needle_share else None
@@ -84,7 +85,7 @@ def _text_examples(config: RunConfig, corpus: Corpus, tokenizer: Any) -> Dataset
 
 
 def _check_corpus(path: Path, corpus: Corpus) -> None:
-    """Raise ValueError unless a run goes on with the corpus it began with: windows are known by number."""
+    """Raise ValueError unless the corpus is the one the run began with: windows are identified by number."""
     try:
         found = dict(json.loads(path.read_text()))["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -97,7 +98,7 @@ def _check_corpus(path: Path, corpus: Corpus) -> None:
 
 
 def _now_and_then(name: str, reporter: Reporter) -> Callable[[int], None]:
-    """Says how many documents have been read every few seconds; how many there are is not known before."""
+    """Reports every few seconds how many documents have been read; their total number is not known yet."""
     last_line = time.monotonic()
 
     def progress(num_documents: int) -> None:
@@ -112,8 +113,8 @@ def _now_and_then(name: str, reporter: Reporter) -> Callable[[int], None]:
 class CurriculumDataset(Dataset):
     """Every example of a run, in the order of training: example i belongs to step `i // batch_size`.
 
-    The index alone says what an example is and how long it is. Read in sequence it therefore resumes at any
-    step, and several processes that take batches by turns train on what a single one would.
+    An example and its length depend only on its index. Reading in sequence can therefore resume at any step,
+    and several processes that take batches in turn train on what a single process would.
 
     Args:
         config: The run.
@@ -134,7 +135,7 @@ class CurriculumDataset(Dataset):
         return self._config.train.steps * self._config.train.batch_size
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Build these examples at once, as `input_ids` and `labels` of `[B, T]`; nothing is left to do."""
+        """Build these examples together, as `input_ids` and `labels` of `[B, T]`; no collation is needed."""
         train = self._config.train
         lengths = {train.length_at(index // train.batch_size) for index in indices}
         assert len(lengths) == 1, f"a batch holds examples of one length, not of {sorted(lengths)}"

@@ -1,4 +1,4 @@
-"""The training loop: transformers' `Trainer`, which brings checkpoints, resuming, bfloat16 and several
+"""The training loop: transformers' `Trainer`, which provides checkpoints, resuming, bfloat16 and several
 processes.
 
 Run it as `ovq train recall-ovq --out runs/ovq`, or as `torchrun --nproc-per-node 2 -m ovq train ...`.
@@ -51,7 +51,7 @@ def model_config(config: RunConfig) -> OVQConfig:
 
 
 def build_model(config: RunConfig) -> OVQForCausalLM:
-    """The untrained model of a run; the run's seed decides its weights.
+    """The untrained model of a run, with weights determined by the run's seed.
 
     Raises:
         ValueError: If `OVQConfig` refuses a setting.
@@ -63,59 +63,60 @@ def build_model(config: RunConfig) -> OVQForCausalLM:
 
 
 def train(config: RunConfig, out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCausalLM:
-    """Train a model from the start and save it, its configuration and its checkpoints in a folder.
+    """Train a model from scratch; save it, its configuration and its checkpoints in a folder.
 
     Args:
         config: The run; saved as `run_config.json` before training starts.
-        out: The folder of the run; created if need be.
-        reporter: Where to show progress.
-        label: What to call this run there.
+        out: The folder of the run; created if necessary.
+        reporter: Shows the progress.
+        label: The name of this run in the progress.
 
     Returns:
         The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
 
     Raises:
-        ValueError: If there is no such model, the folder holds a run, or the batch cannot be shared by the
-            processes.
+        ValueError: If the model's settings are invalid, the folder already holds a run, or the batch cannot
+            be divided among the processes.
         OSError: If the folder cannot be written.
     """
-    # What `OVQConfig` refuses, before a corpus is read for minutes.
+    # What `OVQConfig` refuses is refused here, before minutes are spent on reading a corpus.
     model_config(config)
-    # The first of several processes speaks for all, or another would find the file that it has written.
+    # The first of several processes decides for all; another would already find the file that it has written.
     if is_first_process():
         if (out / CONFIG_FILE).exists():
             raise ValueError(
                 f"--out: expected a folder without a run (or --resume), found {out / CONFIG_FILE}"
             )
-        # Also the check that the folder can be written, before any work is done.
+        # This also checks that the folder can be written, before any work is done.
         config.save(out)
     try:
         return _run(config, out, reporter=reporter, label=label)
     except ValueError:
-        # A run that was refused, say for a corpus that is not there, can be tried again in the same folder.
+        # A run that was refused, for example because its corpus is missing, can be tried again in the same
+        # folder.
         if is_first_process() and not any(out.glob("checkpoint-*")):
             (out / CONFIG_FILE).unlink(missing_ok=True)
         raise
 
 
 def resume(out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCausalLM:
-    """Go on with the run in a folder from its newest whole checkpoint, to the losses an uninterrupted run
-    would have had; says which newer checkpoints are left out.
+    """Continue the run in a folder from its newest undamaged checkpoint, with the losses that an
+    uninterrupted run would have; reports which newer checkpoints are left out.
 
-    A run that was interrupted before its first checkpoint was whole starts again from its configuration, and
-    that is said.
+    A run that was interrupted before its first checkpoint was complete starts again from its configuration,
+    and says so.
 
     Args:
         out: The folder of the run.
-        reporter: Where to show progress.
-        label: What to call this run there.
+        reporter: Shows the progress.
+        label: The name of this run in the progress.
 
     Returns:
         The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
 
     Raises:
-        ValueError: If the folder holds no run, one that has ended and kept no checkpoint, or checkpoints that
-            were whole once and are all damaged.
+        ValueError: If the folder holds no run, a run that has ended and kept no checkpoint, or only damaged
+            checkpoints that were complete once.
         OSError: If the folder cannot be written.
     """
     config = RunConfig.load(out)
@@ -128,7 +129,7 @@ def resume(out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCaus
 
 
 def _check_can_start_again(out: Path) -> None:
-    """Raise ValueError if a run without a whole checkpoint has come further than that."""
+    """Raise ValueError if a run without an undamaged checkpoint has produced more than its configuration."""
     if damaged := finished_checkpoints(out):
         names = ", ".join(folder.name for folder in damaged)
         raise ValueError(
@@ -150,12 +151,12 @@ def _run(
     is_resumed: bool = False,
 ) -> OVQForCausalLM:
     """Train, from a checkpoint if there is one, and save the result."""
-    # Saving a small model is over before a bar of its own is seen.
+    # Saving a small model takes too short a time for a progress bar.
     disable_progress_bar()
     data = training_data(config, out, checkpoint, reporter, is_resumed=is_resumed)
     model = build_model(config)
     if data.tokenizer is not None:
-        # Generation ends where a text does. The Trainer would see to it too, with a warning.
+        # Generation ends where a text does. The Trainer would set this too, with a warning.
         model.config.eos_token_id = model.generation_config.eos_token_id = data.tokenizer.eos_token_id
     trainer = (CarryTrainer if data.is_carrying else SealingTrainer)(
         model=model,
@@ -164,7 +165,7 @@ def _run(
         data_collator=_as_it_is,
         processing_class=data.tokenizer,
     )
-    # It prints dictionaries; the reporter shows the same.
+    # The Trainer's callback prints dictionaries; the reporter shows the same numbers.
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         trainer.add_callback(_ReportCallback(config, reporter.start(label, total=config.train.steps)))
@@ -179,16 +180,16 @@ def _run(
 
 
 def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
-    """The collator of a data set that builds whole batches."""
+    """The collator for a data set that builds whole batches."""
     return batch
 
 
 def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> TrainingArguments:
-    """What `Trainer` has to know, from our configuration."""
+    """What `Trainer` needs to know, from our configuration."""
     args = config.train
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     if is_carrying and args.batch_size % num_processes == 0:
-        # Every window by itself, whose memory is then all that a step needs.
+        # Each window is a micro-batch, so a step needs the memory of one window only.
         args = dataclasses.replace(args, micro_batches=args.batch_size // num_processes)
     num_parts = args.micro_batches * num_processes
     if args.batch_size % num_parts:
@@ -214,18 +215,17 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
         logging_steps=args.log_every,
         save_strategy="steps" if args.save_every else "no",
         save_steps=args.save_every or args.steps,
-        # The order of the curriculum, and what lets a resumed run skip by index.
+        # Keeps the order of the curriculum, and lets a resumed run skip by index.
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        # There are none: looking for them takes a walk over the graph at every step.
+        # There are no unused parameters; looking for them would walk the graph at every step.
         ddp_find_unused_parameters=False,
         report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
         **sharding_arguments(args),
     )
-    # One process drives one device: otherwise every GPU in sight would get a batch of its own by
-    # DataParallel.
+    # One process drives one device: otherwise every visible GPU would get a batch of its own by DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     prepare_sharding(arguments)
     return arguments

@@ -1,5 +1,5 @@
-"""Windows of texts in which sentences are hidden and said again at the end: what a small language model
-learns to look back from. `task.needle_share` of the windows of a run are such."""
+"""Windows of texts in which sentences are hidden and repeated at the end: from these, a small language model
+learns to look back. `task.needle_share` of the windows of a run are of this kind."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from ovq.train.config import RunConfig
 
 _TOKENS_PER_NEEDLE = 144
 
-# Looking back is learned where there is little to look at, and then holds in longer texts.
+# Looking back is learned on short texts first, where there is little to look through; it then works in longer
+# ones.
 _SHARE_OF_SHORT_ONES = 0.6
 
 _MOST_CHARACTERS = 2**22
-"""Of the documents that needles are hidden in."""
+"""Characters of the documents that needles are hidden in, at most."""
 
 
 class NeedleWindows:
-    """The windows with needles of a run.
+    """The windows of a run that have needles.
 
-    In the first six tenths of its steps all their texts are as short as can be. After that each window holds
-    texts of a length between that and its own, drawn evenly by its logarithm. They have a needle for each 144
-    tokens. Only values that are said the second time are predicted: where all tokens were, looking back
-    took a small model twice as long to learn.
+    In the first six tenths of the steps, all texts have the shortest possible length. After that each window
+    has texts of a length between that and its own, drawn uniformly on a logarithmic scale. A text has one
+    needle per 144 tokens. Only the repeated values are predicted; when all tokens were predicted, a small
+    model took twice as long to learn to look back.
 
     Args:
         config: The run.
         corpus: Its training documents, in which needles are hidden.
-        tokenizer: That of the corpus.
+        tokenizer: The tokenizer of the corpus.
 
     Example:
         >>> from ovq.text import TextSource, byte_tokenizer, load_corpus
@@ -58,10 +59,10 @@ class NeedleWindows:
         self._builder = NeedleBuilder(tokenizer, haystack="essay", texts=_texts(corpus, tokenizer))
 
     def texts(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The texts of the window with this number; none if it is one of the corpus.
+        """The texts of the window with this number; none if it is a window of the corpus.
 
         Returns:
-            For each `[T]` token ids, and `[T]` which of them are to be predicted.
+            For each text, `[T]` token ids, and `[T]` bool, which of them are to be predicted.
         """
         random = np.random.default_rng(np.random.SeedSequence(self._train.seed, spawn_key=(index,)))
         if random.random() >= self._share:
@@ -70,7 +71,7 @@ class NeedleWindows:
         window, length = self._train.length_at(step), SHORTEST_NEEDLE_TEXT
         if step >= _SHARE_OF_SHORT_ONES * self._train.steps:
             length = int(SHORTEST_NEEDLE_TEXT * (window / SHORTEST_NEEDLE_TEXT) ** random.random())
-        # The token that ends a text is one position of it.
+        # The token that ends a text takes one position of it.
         return [
             self._builder.repeat(length - 1, num_needles=length // _TOKENS_PER_NEEDLE, random=random)
             for _ in range(window // length)
@@ -78,7 +79,7 @@ class NeedleWindows:
 
 
 def _texts(corpus: Corpus, tokenizer: Any) -> list[str]:
-    """The first documents of a corpus, as text again."""
+    """The first documents of a corpus, decoded to text."""
     texts: list[str] = []
     missing = _MOST_CHARACTERS
     for tokens in corpus:

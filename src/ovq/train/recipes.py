@@ -1,4 +1,4 @@
-"""Named training runs. Any field of them can be changed on the command line with `--set`."""
+"""Named training runs; `--set` on the command line changes any of their fields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _recall(long_range_mixer: str) -> RunConfig:
     return RunConfig(
         task=RecallTask(vocab_size=66, key_length=2, value_length=1, pair_share=0.2),
         # A window far shorter than the examples leaves nearly all questions to the other layer. Heads as wide
-        # as the model keep the keys of many pairs apart, which counts at lengths beyond those of training.
+        # as the model keep the keys of many pairs apart, which matters at lengths beyond those of training.
         model=ModelArgs(mixer_types=("sliding_attention", long_range_mixer), head_dim=64, sliding_window=16),
         train=TrainArgs(),
     )
@@ -23,18 +23,18 @@ def _recall(long_range_mixer: str) -> RunConfig:
 def _positional(long_range_mixer: str) -> RunConfig:
     """Positional recall: one long-range layer numbers the occurrences of a key, a second finds the value."""
     return RunConfig(
-        # Enough keys for examples of 64k tokens, which hold 1,092 of them.
+        # Enough keys for examples of 64k tokens, which hold 1,092 keys.
         task=PositionalRecallTask(vocab_size=130, key_length=2, pair_share=0.2),
         model=ModelArgs(
             mixer_types=("sliding_attention", long_range_mixer) * 2, head_dim=64, sliding_window=16
         ),
-        # 4 keys at the end: with those of half the length, numbering them holds less far beyond.
+        # Examples end with 4 keys; with half that length, the numbering learned fails sooner beyond it.
         train=TrainArgs(steps=1200, lengths=(64, 128, 256), length_shares=(0.3, 0.2, 0.5)),
     )
 
 
 def _regression(long_range_mixer: str) -> RunConfig:
-    """Linear regression: the long-range layer gathers what the points of a function say about it."""
+    """Linear regression: the long-range layer gathers the points of a function and infers the function."""
     return RunConfig(
         task=RegressionTask(vocab_size=1 + 7 + 21 + 128),
         model=ModelArgs(
@@ -48,16 +48,18 @@ def _regression(long_range_mixer: str) -> RunConfig:
 
 
 def _mqar(long_range_mixer: str) -> RunConfig:
-    """Zoology's multi-query associative recall, with chunks so short that OVQ does not read it exactly."""
+    """Zoology's multi-query associative recall, with chunks so short that OVQ cannot read all of it
+    exactly."""
     return RunConfig(
         task=MQARTask(),
         model=ModelArgs(
             mixer_types=("sliding_attention", long_range_mixer),
             head_dim=64,
-            # With 16 it answers the shortest examples alone, and the other layer learns nothing from them.
+            # A window of 16 answers the shortest examples by itself, and the other layer learns nothing from
+            # them.
             sliding_window=4,
             chunk_size=16,
-            # As in Zoology. Otherwise each of the 4,096 values has to be learned by itself.
+            # As in Zoology. Otherwise each of the 4,096 values has to be learned separately.
             tie_word_embeddings=True,
         ),
         train=TrainArgs(
@@ -81,7 +83,7 @@ def _lm(long_range_mixer: str) -> RunConfig:
             intermediate_size=512,
             num_attention_heads=3,
             conv_size=4,
-            # Short, so that more than a sentence back is for the other layers to remember.
+            # Short, so that the other layers have to remember what is more than a sentence back.
             sliding_window=128,
             num_slots=512,
             chunk_size=128,
@@ -106,13 +108,13 @@ class _Size:
     """A language model for GPUs.
 
     Attributes:
-        width: Of the residual stream; heads are 64 wide.
+        width: Width of the residual stream; heads have 64 components.
         inner: Width of the SwiGLU.
-        num_pairs: Pairs of a sliding-window and a long-range layer.
-        batch_size: Windows a step.
-        micro_batches: Parts of a step.
+        num_pairs: Number of pairs of a sliding-window layer and a long-range layer.
+        batch_size: Windows per step.
+        micro_batches: Parts into which a step is cut.
         steps: Optimizer steps.
-        learning_rate: Its peak.
+        learning_rate: Peak learning rate.
     """
 
     width: int
@@ -141,11 +143,11 @@ _SIZES = {
         learning_rate=5e-4,
     ),
 }
-"""Language models of the sizes the paper trains, by the millions of their parameters."""
+"""Language models of the sizes that the paper trains, by the millions of their parameters."""
 
 
 def _lm_for_gpus(size: _Size) -> Callable[[str], RunConfig]:
-    """Language modelling on books, for GPUs: 4,096 subword tokens a window."""
+    """Language modelling on books, for GPUs: 4,096 subword tokens per window."""
 
     def build(long_range_mixer: str) -> RunConfig:
         return RunConfig(
@@ -201,11 +203,11 @@ _MIXERS = {
     "gdn": "gated_deltanet",
     "mamba2": "mamba2",
 }
-"""How names of recipes call the long-range mixers."""
+"""How the names of recipes abbreviate the long-range mixers."""
 
 
 def recipe_for(task: str, long_range_mixer: str) -> RunConfig:
-    """The recipe of a task, for any mixer in its long-range layers; nothing else differs between mixers.
+    """The recipe of a task with any mixer in its long-range layers; nothing else differs between mixers.
 
     Args:
         task: A name in `ovq.tasks.TASKS`; `"lm"`, or `"lm-70m"`, `"lm-150m"` and `"lm-480m"` for GPUs.
@@ -224,10 +226,10 @@ def recipe_for(task: str, long_range_mixer: str) -> RunConfig:
 
 
 def beside(mixer: str, config: RunConfig) -> RunConfig:
-    """The same run with a mixer in the place of its windows.
+    """The same run with a mixer in place of its windows.
 
     Args:
-        mixer: A name in `ovq.layers.MIXERS`, of one that is good at what is near.
+        mixer: A name in `ovq.layers.MIXERS`, of a mixer that is good at what is near.
         config: A run whose layers are windows and long-range mixers.
 
     Example:

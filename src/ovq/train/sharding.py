@@ -1,7 +1,7 @@
-"""Training by several processes: what transformers' Trainer has to know to shard the model with FSDP2.
+"""Training with several processes: what transformers' Trainer needs to know to shard the model with FSDP2.
 
-Sharding, sharded checkpoints and loading them in another number of processes are PyTorch's (`fully_shard`,
-`torch.distributed.checkpoint`), by way of accelerate.
+Sharding, sharded checkpoints, and loading them with another number of processes are PyTorch's (`fully_shard`,
+`torch.distributed.checkpoint`), used through accelerate.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in inspect.signature(TrainingArguments).parameters
 )
-# With 1.12 a run that went on with another number of processes had other losses. pip sees to it as well; they
-# would be wrong without a word where it was not asked.
+# With 1.12, a run that was continued with another number of processes had different losses. pip checks the
+# version too, but where pip was not used, the losses would be wrong without a warning.
 _OLDEST_ACCELERATE = Version("1.13")
 
 
 def is_first_process() -> bool:
-    """Whether this process writes what a run has once, by the rank that torchrun and accelerate give it."""
+    """Whether this process writes what a run has only once, by the rank that torchrun and accelerate set."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -40,8 +40,8 @@ def sharding_arguments(args: TrainArgs) -> dict[str, Any]:
     """The arguments of `TrainingArguments` for `train.sharding` and `train.use_gradient_checkpointing`.
 
     Raises:
-        ValueError: If the model is to be sharded in a program that no launcher has started, or accelerate is
-            too old.
+        ValueError: If the model is to be sharded in a program that was not started by a launcher, or
+            accelerate is too old.
 
     Example:
         >>> sharding_arguments(TrainArgs())
@@ -63,21 +63,21 @@ def sharding_arguments(args: TrainArgs) -> dict[str, Any]:
         "version": 2,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
         "transformer_layer_cls_to_wrap": ["OVQBlock"],
-        # Each process writes what it holds, and any number of processes can read it.
+        # Each process writes the part it holds, and any number of processes can read it.
         "state_dict_type": "SHARDED_STATE_DICT",
-        # FSDP's own: the Trainer's would gather the weights of each layer once more.
+        # FSDP's own checkpointing: the Trainer's would gather the weights of each layer once more.
         "activation_checkpointing": args.use_gradient_checkpointing,
     }
     return {"fsdp": True, "fsdp_config": config}
 
 
 def prepare_sharding(arguments: TrainingArguments) -> None:
-    """Settle what `TrainingArguments` has no field for; to be called before the Trainer is made.
+    """Set what `TrainingArguments` has no field for; to be called before the Trainer is made.
 
-    Mixed precision sums gradients in float32 and leaves the loss as it is; accelerate's own would round both
-    to bfloat16. And processes without a GPU may shard a model, too: accelerate takes FSDP to be for
-    accelerators alone, and on a CPU leaves the whole model in every process without a word, though PyTorch's
-    `fully_shard` works there. So its state is made here, and told what it would be told on a GPU.
+    Mixed precision sums gradients in float32 and leaves the loss as it is; accelerate's default would round
+    both to bfloat16. Processes without a GPU may shard a model too. accelerate supports FSDP on accelerators
+    only: on a CPU it silently leaves the whole model in every process, although PyTorch's `fully_shard` works
+    there. Its state is therefore created here, with the values it would have on a GPU.
     """
     if not arguments.fsdp:
         return
@@ -88,13 +88,13 @@ def prepare_sharding(arguments: TrainingArguments) -> None:
     if arguments.device.type == "cpu":
         plugin = FullyShardedDataParallelPlugin(**arguments.fsdp_plugin_args)
         precision = "bf16" if arguments.bf16 else "no"
-        # All accelerators of a process share these two states, the Trainer's among them.
+        # All Accelerator objects of a process share these two states, including the Trainer's.
         state = Accelerator(cpu=True, mixed_precision=precision, fsdp_plugin=plugin).state
         state.fsdp_plugin = plugin
         state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
 def gather_weights(trainer: Trainer) -> None:
-    """Let `trainer.save_model` write one whole model, whoever holds its parts."""
+    """Let `trainer.save_model` write one whole model, whichever processes hold its parts."""
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

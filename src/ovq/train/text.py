@@ -1,8 +1,8 @@
-"""Windows of text as PyTorch data sets: packed in any order, or in the order of their documents.
+"""Windows of text as PyTorch data sets: packed in random order, or in the order of their documents.
 
-A document of n tokens is n + 1 positions: the first reads the token that ends a text and predicts the first
-token, the last reads the last token and predicts the end. Positions are what windows are cut from, so that
-every position of a window has a target, wherever it is cut.
+A document of n tokens has n + 1 positions: the first reads the token that ends a text and predicts the first
+token, the last reads the last token and predicts the end. Windows are cut from positions, so every position
+of a window has a target, wherever it is cut.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from ovq.train.needles import NeedleWindows
 class PackedTextDataset(Dataset):
     """Every window of a run, in the order of training: window i belongs to step `i // batch_size`.
 
-    In each epoch the documents are put one after the other in a new order, cut into windows of the length of
-    the step, and the windows shown in an order of their own. A window is all of one document, or the end of
-    one, some short ones and the beginning of another: then each of them is a row of its own in `cu_seqlens`,
-    and none sees another. The seed and the index alone say what a window is, as in `CurriculumDataset`. Where
-    there are needles to learn from, texts with them are shown in the place of some windows.
+    Each epoch concatenates the documents in a new order, cuts the result into windows of the step's length,
+    and shows the windows in random order. A window holds one document, or the end of one, some short ones and
+    the beginning of another; each of these is then a row of its own in `cu_seqlens`, and none sees another. A
+    window depends only on the seed and its index, as in `CurriculumDataset`. With needles, texts that contain
+    them replace some of the windows.
 
     Args:
         config: The run.
@@ -66,7 +66,8 @@ class PackedTextDataset(Dataset):
         return self._train.steps * self._train.batch_size
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Build these windows as one packed row: `input_ids`, targets and `cu_seqlens`; nothing is left."""
+        """Build these windows as one packed row: `input_ids`, targets and `cu_seqlens`; no collation is
+        needed."""
         inputs, targets = zip(*(row for index in indices for row in self._rows(index)), strict=True)
         ends = np.cumsum([0, *map(len, inputs)], dtype=np.int32)
         return _batch(inputs, targets) | {"cu_seqlens": torch.from_numpy(ends)}
@@ -79,12 +80,12 @@ class PackedTextDataset(Dataset):
         return [read_positions(self._corpus, *piece) for piece in self._window(index)]
 
     def _window(self, index: int) -> list[tuple[int, int, int]]:
-        """The pieces of a window: document, and the range of its positions."""
+        """The pieces of a window: for each, its document and its range of positions."""
         length = self._train.length_at(index // self._train.batch_size)
         number, place = divmod(index, int(self._num_positions.sum()) // length)
         epoch = self._epochs.get(length)
         if epoch is None or epoch.number != number:
-            # One epoch a length is enough: a run goes through them in order.
+            # Keeping one epoch per length is enough: a run goes through them in order.
             epoch = self._epochs[length] = _Epoch(self._num_positions, length, self._train.seed, number)
         return epoch.window(place)
 
@@ -94,9 +95,9 @@ class _Epoch:
 
     Args:
         num_positions: `[D]` of each document.
-        length: Of a window.
-        seed: Of the run.
-        number: Of the epoch.
+        length: Length of a window.
+        seed: Seed of the run.
+        number: Number of the epoch.
     """
 
     def __init__(self, num_positions: np.ndarray, length: int, seed: int, number: int) -> None:
@@ -106,7 +107,7 @@ class _Epoch:
         self._documents = random.permutation(len(num_positions))
         self._ends = num_positions[self._documents].cumsum()
         num_windows, num_left = divmod(int(self._ends[-1]), length)
-        # What is left over is not always the end of the last document.
+        # The positions left over are not always those at the end of the last document.
         self._first = int(random.integers(num_left + 1))
         self._order = random.permutation(num_windows)
 
@@ -125,12 +126,12 @@ class _Epoch:
 
 
 class CarriedTextDataset(Dataset):
-    """The windows of whole documents in their order, for training that carries the state between them.
+    """The windows of whole documents in order, for training that carries the state between them.
 
-    An optimizer step has `batch_size` windows, and each of these places is a lane: one document after the
-    other, each from its first window to its last, which is as short as what is left of the document. Window i
-    belongs to lane `i % batch_size`. The next document, in the order of an epoch, goes to the lane that has
-    the least to read. Lanes depend on the seed alone, not on the processes that share them.
+    An optimizer step has `batch_size` windows. Each of these places is a lane, which reads one document after
+    the other, each from its first window to its last; the last window is only as long as what is left. Window
+    i belongs to lane `i % batch_size`. The next document of the epoch goes to the lane that has the least
+    left to read. Lanes depend only on the seed, not on the processes that share them.
 
     Args:
         config: The run, with windows of one length.
@@ -173,8 +174,9 @@ class CarriedTextDataset(Dataset):
         return self._train.steps * self._train.batch_size
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Build a window: `input_ids` and targets `[1, T]`, its `lane`, how many positions of the document
-        were read before (`num_read`), and whether the document ends in it (`is_last`)."""
+        """Build a window: `input_ids` and targets `[1, T]`, its `lane`, the number of positions of the
+        document
+        read before it (`num_read`), and whether the document ends in it (`is_last`)."""
         (index,) = indices
         step, lane = divmod(index, self._train.batch_size)
         documents, first_steps = self._lanes[lane]
@@ -188,7 +190,7 @@ class CarriedTextDataset(Dataset):
 
 
 def _answers(tokens: np.ndarray, is_answer: np.ndarray, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a text reads, and what it predicts where that is part of an answer."""
+    """What a text reads, and what it predicts at positions that belong to an answer."""
     inputs, targets = positions(tokens, end_of_text)
     return inputs, np.where(np.append(is_answer, False), targets, IGNORE_INDEX)
 
@@ -209,7 +211,7 @@ def read_positions(corpus: Corpus, document: int, start: int, stop: int) -> tupl
 def positions(
     tokens: np.ndarray, end_of_text: int, start: int = 0, stop: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a range of positions of a text reads and predicts, all of them by default.
+    """What a range of positions of a text reads and predicts; by default all of them.
 
     Example:
         >>> inputs, targets = positions(np.array([7, 8]), 256)
@@ -224,6 +226,6 @@ def positions(
 
 
 def _batch(inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Pieces as one row. The targets come twice: the Trainer wants `labels`, the model the other name."""
+    """Pieces as one row. The targets have two names: the Trainer needs `labels`, the model the other."""
     input_ids, shift_labels = (torch.from_numpy(np.concatenate(parts))[None] for parts in (inputs, targets))
     return {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}
