@@ -1,8 +1,8 @@
 """The command line: `ovq demo | train | eval | generate | context | memory | bench | reproduce`.
 
-Each command is a module of its own, thin: it reads options and calls the library. Bad input ends in one line
-on standard error and exit code 2. PyTorch and transformers are imported inside the commands, so that help is
-instant.
+Each command is a small module of its own that reads options and calls the library. Bad input ends in one line
+on standard error and exit code 2. PyTorch and transformers are imported inside the commands, so that help
+appears at once.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ app.command("memory")(memory.memory)
 app.command("bench")(bench.bench)
 app.command("reproduce")(reproduce.reproduce)
 
-# Newer typer ships its own copy of click; this is the usage error of whichever it runs on.
+# Newer versions of typer ship their own copy of click; this is the usage error of whichever copy is in use.
 _UsageError = typer.BadParameter.__base__
 
-# What a shell reports of a program that Ctrl-C has ended.
+# The code that a shell reports for a program ended by Ctrl-C.
 _INTERRUPTED = 130
 
-# And of one that was ended by SIGPIPE.
+# The code for a program ended by SIGPIPE.
 _OUTPUT_CLOSED = 141
 
 
@@ -57,18 +57,19 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    # The options are those of the callback above; nothing is left to do.
+    # The callback of the option does all the work.
     del version
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 if all went well, 2 after bad input, 130 after Ctrl-C, 141 if whoever
-    reads the output has gone (`ovq ... | head`), as of programs that a signal ends.
+    """Run the command line and exit: with 0 if all went well, 2 after bad input, 130 after Ctrl-C, and 141 if
+    the reader of the output has gone (`ovq ... | head`). The last two are the codes of programs that a signal
+    ends.
 
-    Set `OVQ_TRACEBACK=1` to see where an error comes from instead of its one line.
+    With `OVQ_TRACEBACK=1`, errors show a traceback instead of their one line.
 
     Args:
-        arguments: The command line without the program's name; that of the process if not given.
+        arguments: The command line without the program's name; None for that of the process.
     """
     open_closed_streams()
     readers = Readers()
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except SystemExit as error:
-        # typer and rich make one of a broken pipe.
+        # typer and rich turn a broken pipe into a SystemExit.
         if not isinstance(error.__context__, BrokenPipeError):
             raise
         code = _code_after(error.__context__, readers)
@@ -89,14 +90,14 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         readers.close()
         drop_unwritten()
-    # Some versions of typer turn Ctrl-C into the code themselves.
+    # Some versions of typer turn Ctrl-C into this code themselves.
     if code == _INTERRUPTED:
         _tell("interrupted")
     sys.exit(code)
 
 
 def _code_after(error: Exception, readers: Readers) -> int:
-    """The exit code after an error, which is told unless it is that nobody reads what is told."""
+    """The exit code after an error. The error is printed, unless it is that nobody reads the output."""
     if isinstance(error, BrokenPipeError) and readers.is_one_gone():
         return _OUTPUT_CLOSED
     if os.environ.get("OVQ_TRACEBACK"):
@@ -105,7 +106,7 @@ def _code_after(error: Exception, readers: Readers) -> int:
 
 
 def _fail(message: str) -> int:
-    """Print one line on standard error; the exit code after it."""
+    """Print one line on standard error; returns the exit code."""
     _tell(f"error: {' '.join(message.split())}")
     return 2
 

@@ -1,4 +1,4 @@
-"""`ovq bench`: how fast OVQ attention is on this machine, beside exact attention."""
+"""`ovq bench`: how fast OVQ attention is on this machine, compared with exact attention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def bench(
     what: Annotated[
         str | None,
         typer.Option(
-            help="Parts to measure of forward, forward_backward, decode, memory, stream (CPU alone). "
+            help="Parts to measure: forward, forward_backward, decode, memory, stream (CPU only). "
             "Default: all of them."
         ),
     ] = None,
@@ -23,26 +23,27 @@ def bench(
         str, typer.Option(help="Numbers of tokens.")
     ] = "1024,2048,4096,8192,16384,32768,65536",
     long: Annotated[bool, typer.Option("--long", help="Measure 131072 tokens too.")] = False,
-    dtypes: Annotated[str, typer.Option(help="Of float32 and bfloat16.")] = "float32,bfloat16",
+    dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both.")] = "float32,bfloat16",
     num_slots: Annotated[str, typer.Option(help="Dictionary sizes of OVQ.")] = "256,1024,4096",
     chunk_size: Annotated[int, typer.Option(min=1, help="Chunk of OVQ, and width of the window.")] = 256,
     num_heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(min=1, help="Size of a head.")] = 64,
+    head_dim: Annotated[int, typer.Option(min=1, help="Components per head.")] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench-out"),
 ) -> None:
-    """Time and weigh OVQ, exact attention (SDPA) and a sliding window on this machine.
+    """Measure the time and memory of OVQ, exact attention (SDPA) and a sliding window on this machine.
 
-    Cells show the median time, times faster than SDPA, and the share of the matrix rate measured in the same
-    run. The default takes about a quarter of an hour on two cores, nearly all of it exact attention at 64k.
+    Cells show the median time, how many times faster than SDPA that is, and the share of the matrix rate
+    measured in the same run. The default takes about a quarter of an hour on two cores, nearly all of it for
+    exact attention at 64k.
 
     With --device cuda each backend of SDPA is measured by itself, beside a window of FlexAttention and, where
-    flash-linear-attention is installed, Gated DeltaNet and Mamba2; times faster are over the best SDPA, and
-    the trace is looked at for the kernels that were to run.
+    flash-linear-attention is installed, Gated DeltaNet and Mamba2. Times faster are then relative to the
+    fastest SDPA, and the trace is searched for the kernels that were meant to run.
 
     Example: [bold]ovq bench --what forward --lengths 4096,16384 --num-slots 1024[/bold]
     """
-    # Everything that can be wrong is looked at before anything is measured.
+    # Everything that can be wrong is checked before anything is measured.
     at_lengths = sorted({*parse_ints(lengths, flag="--lengths"), *([131072] if long else [])})
     sizes = parse_ints(num_slots, flag="--num-slots")
     if device not in ("cpu", "cuda"):
@@ -81,7 +82,7 @@ def bench(
         highlight=False,
     )
     for table in tables(report):
-        # Wide enough for every column where output goes to a file or a pipe.
+        # Wide enough for all columns when the output goes to a file or a pipe.
         out_console.print(table, width=None if out_console.is_terminal else 150)
     for sentence in sentences(report):
         out_console.print(sentence, highlight=False)

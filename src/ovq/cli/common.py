@@ -1,4 +1,4 @@
-"""What the commands share: reading options and showing results, with heavy imports inside the functions."""
+"""What the commands share: reading options and showing results. Heavy imports are inside the functions."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def parse_ints(text: str, *, flag: str) -> list[int]:
 def encode(
     text: str, tokenizer: Any | None, *, vocab_size: int, flag: str, is_start: bool = True
 ) -> list[int]:
-    """The token ids of a text, checked to be ones the model knows.
+    """The token ids of a text, checked against the model's vocabulary.
 
     Args:
-        text: text, or token ids where there is no tokenizer.
-        tokenizer: that of the model, if it has one.
-        vocab_size: ids must be smaller.
-        flag: where the text came from, for error messages.
-        is_start: whether the text begins here, so that the tokenizer marks it as it marks a beginning.
+        text: Text, or token ids if there is no tokenizer.
+        tokenizer: The model's tokenizer, if it has one.
+        vocab_size: Ids must be smaller.
+        flag: The option that the text came from, for error messages.
+        is_start: Whether a text begins here, so that the tokenizer marks its beginning.
 
     Raises:
-        ValueError: If there is no token, or one the model does not know; names the flag.
+        ValueError: If there is no token, or one that the model does not know; names the flag.
 
     Example:
         >>> encode("12 7\\n33", None, vocab_size=66, flag="--prompt")
         [12, 7, 33]
     """
     if tokenizer is not None:
-        # Not verbose: models here may be given more than the tokenizer thinks a model can read.
+        # Not verbose: models here may be given more tokens than the tokenizer thinks a model can read.
         ids = tokenizer(text, add_special_tokens=is_start, verbose=False)["input_ids"]
     else:
         words = text.split()
@@ -82,15 +82,15 @@ def show_results(
     out: Path | None,
     is_json: bool,
 ) -> None:
-    """Print results as tables or as JSON, and write JSON and figures if there is a place for them.
+    """Print results as tables or as JSON; if there is an output folder, write JSON and figures to it.
 
     Args:
-        about: What the JSON says beside the rows.
+        about: What the JSON contains beside the rows.
         rows: Dataclasses.
-        tables: What people see of them.
+        tables: The rows as tables for the terminal.
         draw: Draws figures of the rows into a folder; returns their paths.
-        out: The JSON file, in the folder of the figures; its folder is created if need be.
-        is_json: Print the JSON in the place of the tables.
+        out: The JSON file; the figures go to its folder, which is created if necessary.
+        is_json: Print the JSON instead of the tables.
     """
     results = json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=2)
     paths = []
@@ -103,7 +103,7 @@ def show_results(
     if is_json:
         print(results)
         return
-    # Wide enough for every column where output goes to a file or a pipe.
+    # Wide enough for all columns when the output goes to a file or a pipe.
     console = out_console if out_console.is_terminal else Console(width=140)
     for table in tables:
         console.print(table)
@@ -125,8 +125,8 @@ def text_tokenizer(folder: Path) -> Any:
 
 
 def model_names(folders: Sequence[Path]) -> list[str]:
-    """What to call models in one table: empty where mixers tell them apart, else the shortest of their
-    folders' names that does.
+    """Names for models in one table: empty where their mixers tell them apart, otherwise the names of their
+    folders, or whole paths where names repeat.
     """
     from ovq.eval.accuracy import long_range_mixer
 

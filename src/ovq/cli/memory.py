@@ -1,4 +1,4 @@
-"""`ovq memory`: the state of a model at any length, beside the KV cache of full attention."""
+"""`ovq memory`: bytes of a model's state at any length, beside the KV cache of full attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def memory(
 ) -> None:
     """Show how many bytes one sequence takes, and what it would take with full attention.
 
-    The other model is the same but for its long-range layers, which are full attention; nothing is run.
+    The model it is compared with has full attention in its long-range layers and is otherwise the same;
+    nothing is run.
 
     Example: [bold]ovq memory --config recall-ovq --lengths 4096,65536 --num-slots 1024[/bold]
     """
@@ -58,7 +59,7 @@ def _load_config(name: str) -> Any:
 
 
 def _state_bytes(config: Any, lengths: list[int], num_slots: int | None) -> list[dict[str, int]]:
-    """Bytes of the model and of its twin with full attention, a row for each length."""
+    """Bytes of the model and of its counterpart with full attention, one row for each length."""
     import copy
 
     import torch
@@ -71,7 +72,7 @@ def _state_bytes(config: Any, lengths: list[int], num_slots: int | None) -> list
     ]
     if "full_attention" not in twin.mixer_types:
         twin.mixer_types = ["full_attention"] * len(config.mixer_types)
-    # Only the shapes matter, so no weight is allocated.
+    # Only shapes matter, so no weights are allocated.
     with torch.device("meta"):
         model, full = OVQForCausalLM(config), OVQForCausalLM(twin)
     if num_slots is not None:

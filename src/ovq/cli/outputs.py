@@ -1,4 +1,4 @@
-"""Standard input, output and error as a command finds them: open, closed, or a pipe that nobody reads."""
+"""Standard input, output and error in any state: open, closed, or a pipe that nobody reads."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import sys
 
 
 def open_closed_streams() -> None:
-    """Put the null device in the place of streams that the caller has closed (`ovq ... >&-`).
+    """Replace streams that the caller has closed (`ovq ... >&-`) by the null device.
 
-    Python has None there, and the next file that is opened would get the number of the stream, and with it
-    whatever a library prints.
+    Python has None there. The next file to be opened would get the number of the stream, and with it whatever
+    a library prints.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -20,10 +20,10 @@ def open_closed_streams() -> None:
 
 
 class Readers:
-    """Whether those who read what this process prints are still there.
+    """Whether those who read the output of this process are still there.
 
-    It looks at copies of standard output and error, as rich points output at the null device when it finds a
-    pipe broken.
+    It checks copies of standard output and error, because rich points output at the null device when it finds
+    a broken pipe.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,8 @@ class Readers:
                 self._copies.append(os.dup(number))
 
     def is_one_gone(self) -> bool:
-        """Whether a pipe of ours has no reader left. Other pipes break too, those of worker processes say."""
+        """Whether a pipe of this process has no reader left. Others break too, for example those of
+        workers."""
         if not hasattr(select, "poll"):
             return True
         poll = select.poll()
@@ -42,13 +43,13 @@ class Readers:
         return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
     def close(self) -> None:
-        """Let go of the copies."""
+        """Close the copies."""
         for copy in self._copies:
             os.close(copy)
 
 
 def drop_unwritten() -> None:
-    """Throw away what cannot be written: Python would try once more at its exit, and complain."""
+    """Discard what cannot be written; otherwise Python would try again at its exit, and complain."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

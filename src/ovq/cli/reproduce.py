@@ -1,4 +1,4 @@
-"""`ovq reproduce`: make the figures of the project anew."""
+"""`ovq reproduce`: produce the figures of the project again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def reproduce(
         typer.Argument(metavar="[NAME]...", help="Figures to make; see --list.", show_default=False),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="cpu: about an hour a figure on two cores. gpu: hours on one H100.")
+        str, typer.Option(help="cpu: about an hour per figure on two cores. gpu: hours on one H100.")
     ] = "cpu",
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions of each run.")] = 3,
     dataset: Annotated[
@@ -38,25 +38,25 @@ def reproduce(
     draw: Annotated[
         Path | None,
         typer.Option(
-            help="Draw the pictures of a folder of results anew from its JSON files, and end.",
+            help="Draw the pictures of a folder of results again from its JSON files, and end.",
             show_default=False,
         ),
     ] = None,
     report: Annotated[
-        bool, typer.Option("--report", help="Write OUT/report.html, a page of all that has been made in OUT.")
+        bool, typer.Option("--report", help="Write OUT/report.html, one page with all results in OUT.")
     ] = False,
     tables: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="Make the marked tables of a Markdown file anew from results; can be given several times.",
+            help="Fill in the marked tables of a Markdown file from results; can be given several times.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
     """Train and test what a figure shows, and write its rows (JSON) and its picture (PNG).
 
-    What is finished is never repeated: after an interruption, the same command goes on where it was stopped.
+    Finished work is never repeated: after an interruption, the same command continues where it stopped.
     Figures that need the same trained model share it.
 
     Example: [bold]ovq reproduce recall --preset cpu --seeds 3 --report[/bold]

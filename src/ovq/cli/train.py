@@ -1,4 +1,4 @@
-"""`ovq train`: train a model by a recipe, or go on with a run."""
+"""`ovq train`: train a model by a recipe, or continue a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def train(
     set_: Annotated[
         list[str],
         typer.Option(
-            "--set", metavar="SECTION.FIELD=VALUE", help="Change a field of the recipe; may be given often."
+            "--set",
+            metavar="SECTION.FIELD=VALUE",
+            help="Change a field of the recipe; can be given several times.",
         ),
     ] = [],  # noqa: B006  (typer reads it and never changes it)
     out: Annotated[
@@ -32,7 +34,7 @@ def train(
         bool,
         typer.Option(
             "--resume",
-            help="Go on with the run in --out from its last checkpoint, or its start if it has none.",
+            help="Continue the run in --out from its last checkpoint, or from its start if it has none.",
         ),
     ] = False,
 ) -> None:
@@ -40,20 +42,20 @@ def train(
 
     Example: [bold]ovq train recall-ovq --set train.steps=300 --set model.num_slots=128 --out runs/ovq[/bold]
 
-    On text, a file, a folder, an installed corpus or a data set of the hub: [bold]ovq train lm-ovq --set
+    On text (a file, a folder, an installed corpus or a data set of the hub): [bold]ovq train lm-ovq --set
     task.dataset=books/[/bold]
 
-    With [bold]--set train.save_every=100[/bold] the run keeps checkpoints, and
-    [bold]ovq train --resume --out runs/ovq[/bold] goes on after an interruption. Several processes:
-    [bold]torchrun --nproc-per-node 2 -m ovq train ...[/bold], each with a part of the model by
-    [bold]--set train.sharding=fsdp[/bold]
+    With [bold]--set train.save_every=100[/bold] the run keeps checkpoints, and [bold]ovq train --resume --out
+    runs/ovq[/bold] continues it after an interruption. With several processes: [bold]torchrun
+    --nproc-per-node 2 -m ovq train ...[/bold]; with [bold]--set train.sharding=fsdp[/bold] each holds a part
+    of the model.
     """
     if resume and (recipe is not None or set_ or out is None):
         raise ValueError("--resume: expected only --out beside it (a run goes on as it was configured)")
     if not resume and recipe is None:
         raise ValueError("expected a recipe, or --resume, found neither; see ovq train --help")
 
-    # Configurations are light: a misspelt field is told before PyTorch is imported.
+    # Configurations import little: a misspelt field is reported before PyTorch is imported.
     from ovq.train.recipes import get_recipe
 
     config = None if resume else get_recipe(recipe).override(set_)
