@@ -1,4 +1,4 @@
-"""A document split over processes, each of which hands its state of constant size to the next."""
+"""A document split over processes, each of which passes its state of constant size to the next."""
 
 from ovq.parallel.context import ContextParallel, even_bounds
 

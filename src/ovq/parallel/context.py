@@ -1,9 +1,9 @@
 """Context parallelism: a document split over the ranks of a process group.
 
-Rank r reads the r-th part. What it needs of the parts before is the state of each layer, whose size does not
+Rank r reads the r-th part. All it needs of earlier parts is the state of each layer, whose size does not
 depend on their length: `OVQState` and the last inputs of the convolution for an OVQ layer, the last keys and
-values for a sliding window, the state of a recurrent mixer. The gradient of the loss with respect to that
-state is what goes back. Forward and backward equal those of one process.
+values for a sliding window, the state of a recurrent mixer. In the backward pass, the gradient of the loss
+with respect to that state is sent back. Forward and backward equal those of one process.
 
     torch.distributed.init_process_group()
     parallel = ContextParallel(model)  # each rank has the whole model
@@ -36,26 +36,27 @@ _WITHOUT = {
     "full_attention": "its cache grows with every token, and so would every message between ranks",
     "vq": "its dictionary is a moving average over all tokens of a training step, wherever they are",
 }
-"""Mixers that cannot be split so, and why."""
+"""Mixers that cannot be split in this way, and why."""
 
 
 class ContextParallel:
     """Trains a model on documents that are split over the ranks of a process group.
 
-    Every rank holds the whole model, with equal weights, and is handed whole micro-batches of token ids, of
-    which it reads its part; so it knows its targets, the first token of the next part among them, and how
-    many there are in all.
+    Every rank holds the whole model, with equal weights. It is given whole micro-batches of token ids and
+    reads its part of them. It therefore knows its targets, including the first token of the next part, and
+    the total number of targets.
 
     Args:
-        model: the model, not wrapped in another.
-        group: the ranks in the order of the document; None for all of them. Every rank of the group must
-            build its `ContextParallel` at the same time.
-        recompute: run each layer again in the backward pass rather than keep its activations (the model's
-            own gradient checkpointing cannot, as it knows of no state).
-        max_in_flight: micro-batches whose activations a rank may keep at a time, see `steps_of_rank`.
+        model: The model, not wrapped in another.
+        group: The ranks in the order of the document; None for all of them. All ranks of the group must build
+            their `ContextParallel` at the same time.
+        recompute: Run each layer again in the backward pass instead of keeping its activations. (The model's
+            own gradient checkpointing cannot do this, because it does not know about states.)
+        max_in_flight: Micro-batches whose activations a rank may keep at a time, see `steps_of_rank`.
 
     Raises:
-        ValueError: no process group, another model, or a mixer without a state of constant size.
+        ValueError: If there is no process group, or the model is of another type or has a mixer without a
+        state of constant size.
     """
 
     def __init__(
@@ -88,21 +89,21 @@ class ContextParallel:
     def forward_backward(
         self, micro_batches: Sequence[Mapping[str, Tensor]], *, bounds: Sequence[int] | None = None
     ) -> float:
-        """The loss of an optimizer step, and its gradients.
+        """Compute the loss of an optimizer step, and its gradients.
 
         Args:
-            micro_batches: each `input_ids` `[B, T]` and `labels` `[B, T]` (usually the same; -100 is
-                ignored), whole and the same on every rank. B and T may differ between them.
-            bounds: `[R + 1]` the first token of each rank's part, and T; any that leave each rank a token.
-                None: `even_bounds`.
+            micro_batches: For each, `input_ids` `[B, T]` and `labels` `[B, T]` (usually the same; -100 is
+                ignored), whole and the same on every rank. B and T may differ between micro-batches.
+            bounds: `[R + 1]` the first token of each rank's part, and T; any bounds that leave each rank a
+                token. None: `even_bounds`.
 
         Returns:
             The mean loss over the targets of all micro-batches, the same on every rank. Its gradients have
             been added to `.grad` of the parameters, summed over the ranks.
 
         Raises:
-            ValueError: input of a wrong shape, bounds that do not part it, no targets at all, or a model
-                with gradient checkpointing on (see `recompute`).
+            ValueError: If the input has a wrong shape, the bounds do not divide it, there are no targets at
+                all, or the model has gradient checkpointing on (use `recompute`).
         """
         if self.model.model.gradient_checkpointing:
             raise ValueError(
@@ -176,8 +177,9 @@ class _PartRun:
         self._segments: list[Segment] = []
 
     def forward(self, num_targets: int) -> Tensor:
-        """This part's share of the loss. The backward of the output layer is done here, as its logits are
-        large."""
+        """This part's share of the loss. The backward of the output layer is run here too, so that its
+        logits,
+        which are large, need not be kept."""
         stop = self._start + self._ids.shape[1]
         layout = SequenceLayout(num_past=self._start, num_new=self._ids.shape[1])
         self._embedded = hidden = self._model.model.embed_tokens(self._ids)
@@ -216,7 +218,7 @@ class _PartRun:
         self._embedded.backward(grad)
 
     def _specs(self, num_tokens: int) -> Iterator[StateSpec]:
-        """What the state of each layer holds after so many tokens: known to both sides beforehand."""
+        """What the state of each layer holds after this many tokens: both sides know it beforehand."""
         dtype, kind = self._model.dtype, self._model.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -225,13 +227,13 @@ class _PartRun:
 
 
 def even_bounds(num_tokens: int, num_ranks: int, *, multiple: int = 1) -> list[int]:
-    """Where the part of each rank begins, and the end: parts as equal as can be.
+    """Where the part of each rank begins, and the end: parts as equal as possible.
 
     Args:
         num_tokens: T, at least `num_ranks`.
         num_ranks: R.
-        multiple: begin parts at multiples of this where there are enough of them. At the end of a chunk no
-            token is pending, which the next rank would read again.
+        multiple: Begin parts at multiples of this if there are enough of them. At the end of a chunk no token
+            is pending; pending tokens would have to be read again by the next rank.
 
     Example:
         >>> even_bounds(1000, 3, multiple=64), even_bounds(10, 3, multiple=64)

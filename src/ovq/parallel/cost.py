@@ -1,7 +1,7 @@
-"""What context parallelism moves between ranks and how long they wait, beside ring attention.
+"""What context parallelism sends between ranks and how long they wait, compared with ring attention.
 
-Computed from the shapes of a model, which is not run and takes no memory. `docs/scaling.md` has the formulae
-and the figures for a million tokens, `benchmarks/context_parallel_cost.py` prints them.
+This is computed from the shapes of a model, which is not run and takes no memory. `docs/scaling.md` has the
+formulae and the numbers for a million tokens; `benchmarks/context_parallel_cost.py` prints them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from ovq.parallel.transfer import floating, num_bytes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one optimizer step with M micro-batches of one document each, split over R ranks.
+    """The cost of one optimizer step with M micro-batches of one document each, split over R ranks.
 
     Attributes:
-        num_parameters: of the model.
-        state_bytes: sent by a rank to the next, forward, for one document; the largest of all ranks.
-        gradient_bytes: sent back for it.
-        ring_bytes: sent by a rank forward by ring attention in the place of the long-range layers.
-        ring_gradient_bytes: sent by it backward.
-        bubble: share of the step's time that ranks wait, all layers alike and messages taking no time.
-        bubble_by_model: the same if a rank began only when the one before is through all layers.
+        num_parameters: Parameters of the model.
+        state_bytes: Bytes that a rank sends to the next in the forward, for one document; the largest of all
+            ranks.
+        gradient_bytes: Bytes that are sent back for them.
+        ring_bytes: Bytes that a rank sends in the forward if ring attention replaces the long-range layers.
+        ring_gradient_bytes: Bytes that it then sends in the backward.
+        bubble: Share of the step's time in which a rank waits, if all layers are alike and messages take no
+            time.
+        bubble_by_model: The same if a rank began only when the previous one had finished all layers.
     """
 
     num_parameters: int
@@ -49,10 +51,10 @@ def handover_bytes(
     """Bytes of the states of all layers after `num_tokens` tokens, and of their gradients.
 
     Args:
-        mixers: of the layers.
-        num_tokens: tokens before the boundary between two ranks.
-        num_rows: documents side by side.
-        dtype: of the activations.
+        mixers: The mixers of the layers.
+        num_tokens: Tokens before the boundary between two ranks.
+        num_rows: Documents side by side.
+        dtype: Dtype of the activations.
 
     Example:
         >>> config = OVQConfig(num_hidden_layers=2, hidden_size=128, num_attention_heads=2, num_slots=64)
@@ -73,21 +75,21 @@ def cost(
     num_micro_batches: int = 1,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Cost:
-    """What a step costs beside the work itself.
+    """What a step costs in addition to the work itself.
 
-    Ring attention: each rank passes the keys and values of its part on, and those that it is passed, R - 1
-    times a layer; in the backward once more, with their gradients beside them. That of the long-range layers
-    alone is counted: a sliding window needs the same messages either way.
+    With ring attention, each rank passes on the keys and values of its own part and those that it receives, R
+    - 1 times per layer; in the backward it does so once more, together with their gradients. Only the
+    long-range layers are counted: a sliding window needs the same messages either way.
 
     Args:
-        config: of the model.
-        num_tokens: T of a document.
+        config: Config of the model.
+        num_tokens: Tokens of a document, T.
         num_ranks: R, at least 2.
         num_micro_batches: M.
-        dtype: of the activations; gradients of keys and values travel in it, too.
+        dtype: Dtype of the activations; gradients of keys and values are sent in it too.
 
     Raises:
-        ValueError: fewer than two ranks, or a model that cannot be split (see `ContextParallel`).
+        ValueError: If there are fewer than two ranks, or the model cannot be split (see `ContextParallel`).
 
     Example:
         >>> config = OVQConfig(num_hidden_layers=24, hidden_size=128, num_attention_heads=2, num_slots=64)
@@ -100,7 +102,7 @@ def cost(
     bounds = even_bounds(num_tokens, num_ranks, multiple=config.chunk_size)
     with torch.device("meta"):
         model = OVQForCausalLM(config)
-    # No state shrinks, so the last rank but one sends the most.
+    # States never shrink, so the last rank but one sends the most.
     state_bytes, gradient_bytes = handover_bytes(model.mixers(), num_tokens=bounds[-2], dtype=dtype)
     num_long = sum(name != "sliding_attention" for name in config.mixer_types)
     per_token = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
@@ -118,7 +120,8 @@ def cost(
 
 
 def bubble(*, num_ranks: int, num_micro_batches: int, num_layers: int) -> float:
-    """The share of a step's time that a rank waits: (R - 1) / (M L + R - 1), found by running the schedule.
+    """The share of a step's time in which a rank waits, (R - 1) / (M L + R - 1), found by running the
+    schedule.
 
     Example:
         >>> bubble(num_ranks=8, num_micro_batches=1, num_layers=22) == 1 - 22 / (22 + 7)

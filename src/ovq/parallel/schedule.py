@@ -1,12 +1,13 @@
 """The order in which a rank works on micro-batches, and how long all ranks together take.
 
-Rank r reads the r-th part of a document. Layer by layer it needs the state that rank r - 1 has after *its*
-part, and for the backward the gradient of the state it handed to rank r + 1. So the ranks form a pipeline
-whose unit is one layer of one micro-batch: forward from the first rank to the last, backward the other way.
+Rank r reads the r-th part of a document. In each layer it needs the state that rank r - 1 has after *its*
+part, and in the backward the gradient of the state that it passed to rank r + 1. The ranks thus form a
+pipeline whose unit is one layer of one micro-batch: forward from the first rank to the last, backward the
+other way.
 
-Messages of one direction are sent in the order in which they are received, and a send waits for nobody. A
-rank hence waits only for a unit that comes earlier in its neighbour's own order, which `simulate` checks by
-running it: nothing can wait in a circle.
+Messages of one direction are sent in the order in which they are received, and sending never blocks. A rank
+therefore waits only for a unit that comes earlier in its neighbour's own order, so there can be no deadlock;
+`simulate` checks this by running the schedule.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class Step:
     """One micro-batch through all layers, forward or backward.
 
     Attributes:
-        micro_batch: which, counted from 0.
-        is_forward: forward, or backward.
+        micro_batch: Number of the micro-batch, counted from 0.
+        is_forward: Whether forward or backward.
     """
 
     micro_batch: int
@@ -34,16 +35,17 @@ class Step:
 def steps_of_rank(
     rank: int, *, num_ranks: int, num_micro_batches: int, max_in_flight: int | None = None
 ) -> list[Step]:
-    """One forward, one backward (1F1B): what a rank does, in order.
+    """The steps of a rank in order: one forward, one backward (1F1B).
 
-    A rank that is d ranks before the last begins with d forwards, and then does a backward after each further
-    forward. So it keeps the activations of at most d + 1 micro-batches, and the last rank never waits.
+    A rank that is d ranks before the last begins with d forwards, and then runs a backward after each further
+    forward. It therefore keeps the activations of at most d + 1 micro-batches, and the last rank never waits.
 
     Args:
         rank: r.
-        num_ranks: ranks R.
-        num_micro_batches: micro-batches M.
-        max_in_flight: micro-batches that a rank may keep at a time, at least 1. Less memory, and waiting.
+        num_ranks: Ranks, R.
+        num_micro_batches: Micro-batches, M.
+        max_in_flight: Micro-batches whose activations a rank may keep at a time, at least 1. A smaller number
+            saves memory and makes ranks wait.
 
     Example:
         >>> [" ".join(map(str, steps_of_rank(r, num_ranks=2, num_micro_batches=3))) for r in range(2)]
@@ -63,23 +65,23 @@ def steps_of_rank(
 def simulate(
     schedules: Sequence[Sequence[Step]], *, num_layers: int, forward: float = 1.0, backward: float = 2.0
 ) -> float:
-    """Time until all ranks are done, if messages take none.
+    """Time until all ranks are done, if messages take no time.
 
     Args:
-        schedules: the steps of each rank.
-        num_layers: layers L of a step.
-        forward: time of one layer forward.
-        backward: time of one layer backward.
+        schedules: The steps of each rank.
+        num_layers: Layers of a step, L.
+        forward: Time of one layer forward.
+        backward: Time of one layer backward.
 
     Raises:
-        ValueError: the ranks would wait for each other for ever; names the steps they are at.
+        ValueError: If the ranks would wait for each other for ever; names the steps at which they wait.
 
     Example:
         >>> schedules = [steps_of_rank(rank, num_ranks=4, num_micro_batches=2) for rank in range(4)]
         >>> simulate(schedules, num_layers=6)  # (2 * 6 + 3) * (1 + 2)
         45.0
     """
-    # When each unit was done: by rank, step and layers of it.
+    # When each unit was done, by rank, step and number of layers.
     done: dict[tuple[int, Step, int], float] = {}
     clocks, places = [0.0] * len(schedules), [0] * len(schedules)
     while any(place < len(steps) for place, steps in zip(places, schedules, strict=True)):

@@ -1,5 +1,5 @@
-"""One layer of one part: a piece of the graph with both ends open, so that its backward can be called when
-the gradient of the state it has handed on arrives.
+"""One layer of one part: a piece of the graph that is open at both ends, so that its backward can run when
+the gradient of the state that it passed on arrives.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ovq.layers import SequenceLayout
 
 
 class Segment:
-    """A layer that goes on from the state of the rank before.
+    """A layer that continues from the state of the previous rank.
 
     Args:
-        block: the layer.
-        layer_idx: its place in the model.
-        config: of the model.
-        hidden: `[B, T, hidden_size]`, what the layer below gave.
-        state: what the rank before has handed on, named as in `layer_spec`; empty at the beginning.
-        layout: the columns of this part and of those before.
-        recompute: keep no activations, and run the layer again in the backward pass.
+        block: The layer.
+        layer_idx: Its place in the model.
+        config: Config of the model.
+        hidden: `[B, T, hidden_size]`, the output of the layer below.
+        state: The state from the previous rank, named as in `layer_spec`; empty at the beginning.
+        layout: The columns of this part and of those before.
+        recompute: Keep no activations, and run the layer again in the backward pass.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Segment:
         self._outputs: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def forward(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """`[B, T, hidden_size]`, and the state to hand on."""
+        """The output `[B, T, hidden_size]`, and the state to pass on."""
         if self._recompute:
             with torch.no_grad():
                 return self._run()
@@ -56,8 +56,8 @@ class Segment:
         """Add to the gradients of the layer's parameters.
 
         Args:
-            grad: of what `forward` gave, `[B, T, hidden_size]`.
-            grads: of the state it gave, by name; empty if nobody took it.
+            grad: Gradient of the output of `forward`, `[B, T, hidden_size]`.
+            grads: Gradients of the state it returned, by name; empty if no rank used it.
 
         Returns:
             The gradients of `hidden` and of each floating tensor of `state`.
@@ -74,7 +74,7 @@ class Segment:
         }
 
     def _run(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The layer, from the state before to the state after it."""
+        """Run the layer, from the state before it to the state after it."""
         cache = OVQCache(self._config)
         if self._state:
             cache.layers[self._layer_idx].restore(self._state, self._layout.num_past, self._config)

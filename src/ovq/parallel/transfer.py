@@ -1,7 +1,7 @@
 """Messages between neighbouring ranks: the state of a layer forward, the gradient of that state back.
 
-The receiver knows every shape beforehand (`ovq.hf.cache.layer_spec`), so that a message is the bytes of the
-tensors and nothing else, and its length depends on the model, not on the document.
+The receiver knows every shape beforehand (`ovq.hf.cache.layer_spec`). A message therefore contains only the
+bytes of the tensors, and its length depends on the model, not on the document.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def num_bytes(spec: StateSpec) -> int:
 
 
 def floating(spec: StateSpec) -> StateSpec:
-    """Those of the tensors that have a gradient.
+    """The tensors that have a gradient.
 
     Example:
         >>> list(floating({"count": ((2, 3), torch.int64), "keys": ((5,), torch.bfloat16)}))
@@ -57,7 +57,7 @@ def unpack(message: Tensor, spec: StateSpec) -> dict[str, Tensor]:
     tensors, start = {}, 0
     for name, (shape, dtype) in spec.items():
         stop = start + math.prod(shape) * dtype.itemsize
-        # A copy, as the bytes of a number must not begin just anywhere.
+        # Copied, because a number's bytes must begin at an aligned address.
         tensors[name] = message[start:stop].clone().view(dtype).view(shape)
         start = stop
     return tensors
@@ -66,13 +66,13 @@ def unpack(message: Tensor, spec: StateSpec) -> dict[str, Tensor]:
 class Neighbours:
     """The ranks before and after this one.
 
-    States and gradients go through process groups of their own. Some backends do what a pair of ranks ask of
-    one group one after the other: a state that waits to be received would hold up a gradient that has to
-    come before.
+    States and gradients go through process groups of their own. Some backends carry out the requests of a
+    pair of ranks in one group one after the other; a state that waits to be received would then block a
+    gradient that has to arrive first.
 
     Args:
-        group: the ranks, in the order of the document; None for all.
-        device: where messages are.
+        group: The ranks, in the order of the document; None for all.
+        device: The device that holds the messages.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
@@ -106,11 +106,11 @@ class Neighbours:
         self._send(tensors, spec, self._ranks[self.rank + 1], self._forth)
 
     def receive_state(self, spec: StateSpec) -> dict[str, Tensor]:
-        """Wait for the state that the rank before sends."""
+        """Wait for the state that the previous rank sends."""
         return self._receive(spec, self._ranks[self.rank - 1], self._forth)
 
     def send_gradient(self, tensors: Mapping[str, Tensor], spec: StateSpec) -> None:
-        """Send to the rank before, without waiting for it."""
+        """Send to the previous rank, without waiting for it."""
         self._send(tensors, spec, self._ranks[self.rank - 1], self._back)
 
     def receive_gradient(self, spec: StateSpec) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ class Neighbours:
         self, tensors: Mapping[str, Tensor], spec: StateSpec, to: int, group: dist.ProcessGroup
     ) -> None:
         message = pack(tensors, spec, self._device)
-        # The bytes must stay until they are gone.
+        # The bytes must stay in memory until they have been sent.
         self._sent = [(work, sent) for work, sent in self._sent if not work.is_completed()]
         self._sent.append((dist.isend(message, to, group), message))
         self.num_bytes_sent += len(message)

@@ -1,1 +1,1 @@
-"""What runs are made of, whatever they run: files, progress, worker processes, the environment."""
+"""What all kinds of runs need: files, progress, worker processes, the environment."""

@@ -1,4 +1,4 @@
-"""What a measured figure needs beside it: hardware, versions, threads and commit."""
+"""What must stand beside a measured number: hardware, versions, threads and commit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import ovq
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Where and with what this process computes.
+    """Where and with which software this process computes.
 
     Args:
-        device: `"cpu"` or `"cuda"`, what is computed on.
+        device: `"cpu"` or `"cuda"`, the device that is used.
 
     Returns:
         Processor, device, cores, threads, versions and commit by name, as JSON types.

@@ -1,4 +1,5 @@
-"""Writing files so that a reader sees the old one or the whole new one, never half of it; the cache."""
+"""Writing files so that a reader sees the old file or the complete new one, never a part; the cache
+folder."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` when the block ends well, and vanishes otherwise.
+    """A temporary path that becomes `path` when the block ends without an error, and is removed otherwise.
 
     Raises:
-        OSError: the file cannot be written; names `path`.
+        OSError: If the file cannot be written; names `path`.
 
     Example:
         >>> import tempfile
@@ -26,37 +27,40 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     # In the same folder, because a rename is atomic only within a file system; with the same ending, because
-    # writers such as matplotlib choose the format by it. A long name is cut, or it would be too long here.
+    # writers such as matplotlib choose the format by it. A long name is shortened, or it would be too long
+    # with the additions.
     temporary = path.with_name(f".{path.stem[:32]}-{secrets.token_hex(8)}{path.suffix}")
     try:
         _create(temporary)
         yield temporary
-        # The bytes must be on the disk before the name points at them, or a power cut leaves an empty file.
+        # The bytes must be on the disk before the name points at them; otherwise a power cut could leave an
+        # empty file.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        # A full disk is found out without a name, and nobody knows the temporary one.
+        # The error of a full disk names no file, and the temporary name means nothing to the user.
         if error.errno is None or error.filename not in (None, str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        # A folder that does not exist holds no temporary file either, and a file in its place is no folder.
+        # If the folder does not exist, or a file is in its place, there is no temporary file to remove.
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             temporary.unlink()
 
 
 def _create(path: Path) -> None:
-    """Make an empty file that nobody else has, for everyone the umask lets in.
+    """Create an empty file with a new name, with the permissions that the umask gives.
 
-    The system applies the umask here. tempfile's files are private, and to open them up later takes the
-    umask, which a process can only read by setting it: other threads would create files without one.
+    The system applies the umask here. Files of tempfile are private; making them public afterwards needs the
+    umask, which a process can read only by setting it, and meanwhile other threads would create files without
+    it.
     """
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
 
 
 def write_atomic(path: str | os.PathLike, text: str) -> None:
-    """Write a text file in one piece, see `atomic_path`."""
+    """Write a text file completely or not at all, see `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_text(text)
 
@@ -65,7 +69,7 @@ def cache_folder() -> Path:
     """The user's folder for what OVQ can make again; it need not exist yet.
 
     Raises:
-        OSError: the user has no home folder.
+        OSError: If the user has no home folder.
 
     Example:
         >>> cache_folder().name

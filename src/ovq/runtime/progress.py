@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, a line now and then in a log file."""
+"""Progress on standard error: bars on a terminal, and a line now and then in a log file."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Reporter:
-    """Shows how far pieces of work have come; use it as a context manager.
+    """Shows the progress of pieces of work; use it as a context manager.
 
-    Standard output is left to results, so that they can be piped. Where stderr is not a terminal a bar would
-    fill a log with control characters, so a line is printed at the start and the end of each piece of work
-    and every ten seconds between.
+    Standard output is left to results, so that they can be piped. If standard error is not a terminal, bars
+    would fill a log with control characters; a line is then printed at the start and the end of each piece of
+    work, and every ten seconds in between.
 
     Args:
-        console: Where to report; standard error if not given.
-        is_long: Leave a line in the place of a bar that is full, where there is more work than a screen has
-            lines.
+        console: Where to report; standard error if None.
+        is_long: Replace a full bar by a line, for more pieces of work than a screen has lines.
 
     Example:
         >>> with Reporter(Console(quiet=True)) as reporter:
@@ -47,7 +46,7 @@ class Reporter:
 
     def __enter__(self) -> Reporter:
         """Start drawing."""
-        # Up to rich 14 the end of what was never drawn is an empty line.
+        # Up to rich 14, a progress display that was never drawn ends with an empty line.
         if not self._progress.disable:
             self._progress.start()
         return self
@@ -55,7 +54,7 @@ class Reporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop drawing, which gives the terminal its cursor back."""
+        """Stop drawing, which restores the terminal's cursor."""
         if not self._progress.disable:
             self._progress.stop()
 
@@ -69,7 +68,8 @@ class Reporter:
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def show(self, *, key: Hashable, label: str, total: int, done: int, note: str) -> None:
-        """Show work that goes on elsewhere: begun when its key is first met, updated from then on."""
+        """Show work that is done elsewhere: started at the first call with its key, and updated by later
+        ones."""
         if key not in self._works:
             self._works[key] = self.start(label, total=total)
         if done:
@@ -90,7 +90,7 @@ class Work:
             self._print_line(0, "")
 
     def update(self, done: int, *, note: str = "") -> None:
-        """Say that `done` units are finished, with a note on how it goes."""
+        """Report that `done` units are finished, with a note on the state of the work."""
         self._progress.update(self._task, completed=done, note=note)
         is_full = done >= self._total
         if self._progress.disable:

@@ -1,8 +1,9 @@
-"""Running a few independent jobs side by side, each in a process of its own, with their progress in one
-place.
+"""Running a few independent jobs side by side, each in a process of its own, with one display of their
+progress.
 
-Two small models trained by one thread each finish sooner than one after the other by two: operations this
-small gain little from a second thread, and wait for it at every step when the machine has other work to do.
+Two small models trained side by side, each with one thread, finish sooner than one after the other with two
+threads. Operations this small gain little from a second thread, and wait for it at every step when the
+machine has other work to do.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from ovq.runtime.progress import Reporter
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-# Models this small only wait for more.
+# Models this small gain nothing from more threads than this.
 _MOST_THREADS = 4
 _SECONDS_BETWEEN_LOOKS = 0.1
 _LAST_MESSAGE = None
 
 
 class RemoteReporter:
-    """A `Reporter` for a worker process: what it is told is shown by the process that started it.
+    """A `Reporter` for a worker process: the process that started the worker shows what is reported.
 
     Args:
-        messages: The queue between the two.
+        messages: The queue between the two processes.
     """
 
     def __init__(self, messages: Any) -> None:
@@ -52,7 +53,7 @@ class RemoteReporter:
         self._messages.put(text)
 
     def end(self) -> None:
-        """Say that this job has nothing more to report."""
+        """Report that this job is done reporting."""
         self._messages.put(_LAST_MESSAGE)
 
 
@@ -65,7 +66,7 @@ class RemoteWork:
         self.update(0)
 
     def update(self, done: int, *, note: str = "") -> None:
-        """Say that `done` units are finished, with a note on how it goes."""
+        """Report that `done` units are finished, with a note on the state of the work."""
         self._messages.put(self._start | {"done": done, "note": note})
 
 
@@ -77,28 +78,29 @@ def run_jobs(
     num_workers: int | None = None,
     label: str | None = None,
 ) -> list[Result]:
-    """Run a function on every job, as many at a time as PyTorch would use threads.
+    """Run a function on every job, with as many jobs at a time as PyTorch would use threads.
 
     Args:
-        function: Called as `function(job, reporter)` in a worker process. Function, jobs and results are
-            pickled.
-        jobs: What to call it with; they are begun in this order.
-        reporter: Where the progress of all of them is shown.
-        num_workers: Jobs at a time, where cores are not what limits them; as many as PyTorch would use
-            threads if not given.
-        label: What to call all of them together, with a bar of its own; without one there is no such bar.
+        function: Called as `function(job, reporter)` in a worker process. The function, the jobs and the
+            results are pickled.
+        jobs: The arguments of the calls; jobs are started in this order.
+        reporter: Shows the progress of all of them.
+        num_workers: Jobs at a time, for work that the number of cores does not limit; None: as many as
+            PyTorch would use threads.
+        label: Name of a bar for all jobs together; if None, there is no such bar.
 
     Returns:
         The results, in the order of the jobs.
 
     Raises:
-        Exception: The first that a job raises; the other jobs are ended at once then, as they are by Ctrl-C.
+        Exception: The first that a job raises. The other jobs are then ended at once, as they are after
+            Ctrl-C.
     """
     num_cores = torch.get_num_threads()
     num_workers = max(1, min(len(jobs), num_workers or num_cores))
     num_threads = max(1, min(_MOST_THREADS, num_cores // num_workers))
     work = None if label is None else reporter.start(label, total=len(jobs))
-    # A forked process would inherit the locks of this one's threads.
+    # A forked process would inherit the locks of this process's threads.
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
     with ProcessPoolExecutor(num_workers, context, _begin, (messages, num_threads)) as executor:
@@ -106,7 +108,7 @@ def run_jobs(
             futures = [executor.submit(_call, function, job) for job in jobs]
             processes = multiprocessing.active_children()
             running, num_reporting, last_looks = set(futures), len(futures), 20
-            # A result may overtake the last messages of its job, as they travel by themselves.
+            # A result can arrive before the last messages of its job, which travel separately.
             while running or (num_reporting and last_looks):
                 num_reporting -= _show(messages, reporter)
                 done, running = wait(running, timeout=0)
@@ -114,7 +116,7 @@ def run_jobs(
                     future.result()
                 if done and work is not None:
                     work.update(len(jobs) - len(running))
-                # The executor sees to this as well, but its thread was once found gone and the jobs with it.
+                # The executor checks this too, but its thread was once found dead, and the jobs with it.
                 if running and any(process.exitcode for process in processes):
                     raise BrokenProcessPool("a worker process terminated abruptly")
                 last_looks -= not running
@@ -127,7 +129,7 @@ def run_jobs(
 
 
 def _show(messages: Any, reporter: Reporter) -> int:
-    """Hand on all messages until there are none for a moment; returns how many jobs have sent their last."""
+    """Pass on all messages until none comes for a moment; returns how many jobs have sent their last."""
     num_ended = 0
     while True:
         try:
@@ -148,15 +150,15 @@ def _begin(messages: Any, num_threads: int) -> None:
     _reporter = RemoteReporter(messages)
     torch.set_num_threads(num_threads)
     keep_freed_memory()
-    # Ctrl-C reaches all processes; the first one ends the others.
+    # Ctrl-C reaches all processes; the parent ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, even by kill -9.
+    """End this process when the process that started it is gone, even by kill -9.
 
-    Otherwise the job would go on unseen, beside the same job of whoever starts it anew.
+    Otherwise the job would continue unnoticed, beside the same job of a restarted command.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
