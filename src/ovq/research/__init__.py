@@ -1,4 +1,4 @@
-"""The laboratory: figures of the paper and its rivals, benchmarks, the demonstration.
+"""Experiments: figures of the paper and its rivals, benchmarks, the demonstration.
 
 It may import everything, and only `cli` imports it.
 """

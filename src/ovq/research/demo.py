@@ -1,8 +1,8 @@
 """The demonstration: three models that differ only in their long-range mixer, trained short and tested long.
 
-Run it as `ovq demo --out DIR`. OVQ, full attention and a window alone learn in-context recall by one recipe,
-at lengths up to 256 tokens, and are tested up to 16 times further; OVQ also with a dictionary 4 and 16 times
-as large as in training, on the same weights.
+Run it as `ovq demo --out DIR`. OVQ, full attention and a window alone learn in-context recall with the same
+recipe, at lengths up to 256 tokens. They are tested at up to 16 times that length; OVQ also with a dictionary
+4 and 16 times as large as in training, with the same weights.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ RECIPES = ("recall-ovq", "recall-full", "recall-sliding")
 LENGTH_FACTORS = (1, 2, 4, 8, 16)
 SLOT_FACTORS = (1, 4, 16)
 
-# Enough questions at each length that an accuracy of 0.97 is known to about 0.005.
+# With this many questions at each length, an accuracy of 0.97 is known to about 0.005.
 _TEST_TOKENS_PER_LENGTH = 65536
 
 
 def run_demo(
     out: Path, *, seed: int = 0, is_quick: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Train, test, draw, and say what came out.
+    """Train, test, draw, and report the result.
 
     Args:
         out: Folder for `results.json`, `accuracy.png`, `state.png` and the OVQ model (`ovq/`); created if
-            need be, earlier results in it are replaced.
-        seed: Seed of weights and of training and test data.
-        is_quick: Cut training and tests down to seconds. The models then learn nothing, and the sentence says
-            so.
-        console: Where to print the results; standard output if not given.
+            necessary. Earlier results in it are replaced.
+        seed: Seed of the weights and of the training and test data.
+        is_quick: Cut training and tests down to seconds. The models then learn nothing, and the conclusion
+            says so.
+        console: Where to print the results; standard output if None.
 
     Returns:
-        What `results.json` holds.
+        The content of `results.json`.
 
     Raises:
         OSError: If the folder cannot be written.
@@ -66,8 +66,8 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     configs = [_configure(name, seed, is_quick=is_quick) for name in RECIPES]
     begun = time.monotonic()
-    # In `out`, so that a folder that cannot be written shows before minutes of work, and the model moves by a
-    # rename.
+    # In `out`, so that a folder that cannot be written is noticed before minutes of work, and the model can
+    # be moved by a rename.
     with tempfile.TemporaryDirectory(dir=out, prefix=".runs-") as runs, Reporter() as reporter:
         jobs = [
             _Job(config=config, folder=Path(runs) / config.mixer, is_quick=is_quick) for config in configs
@@ -107,12 +107,12 @@ def run_demo(
 
 
 def conclusion(rows: Sequence[ResultRow], *, train_length: int, is_quick: bool = False) -> str:
-    """What was seen, in a sentence or two made from the numbers.
+    """The result in a sentence or two, made from the numbers.
 
     Args:
-        rows: Results of the three mixers; those at the longest length count.
-        train_length: The longest length trained on.
-        is_quick: Whether training was cut short, which the sentence then says.
+        rows: Results of the three mixers; those at the longest length are used.
+        train_length: The longest length of the training.
+        is_quick: Whether training was cut short; the text then says so.
     """
     longest = max(row.length for row in rows)
     rows = [row for row in rows if row.length == longest]
@@ -136,7 +136,7 @@ def conclusion(rows: Sequence[ResultRow], *, train_length: int, is_quick: bool =
 
 
 def _configure(recipe: str, seed: int, *, is_quick: bool) -> RunConfig:
-    """The recipe with the seed of the demonstration, cut down if it is to be quick."""
+    """The recipe with the seed of the demonstration, shortened if it is to be quick."""
     changes = [f"train.seed={seed}"]
     if is_quick:
         changes += ["train.steps=6", "train.batch_size=4", "train.log_every=1"]
@@ -154,14 +154,14 @@ class _Job:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Outcome:
-    """What came of it."""
+    """The results of a job."""
 
     rows: list[ResultRow]
     seconds: dict[str, float]
 
 
 def _train_and_test(job: _Job, reporter: RemoteReporter) -> _Outcome:
-    """Train a model, and test it at every length and with every size of the dictionary if it has one."""
+    """Train a model, and test it at every length, and with every size of the dictionary if it has one."""
     config = job.config
     name = MIXER_NAMES[config.mixer]
     begun = time.monotonic()
@@ -184,8 +184,8 @@ def _train_and_test(job: _Job, reporter: RemoteReporter) -> _Outcome:
 
 
 def _one_answer(folder: Path, seed: int) -> str:
-    """Let the saved model answer the first question of an unseen example by `generate`, and tell about it."""
-    # The bar of loading a model this small is over before it is seen.
+    """Let the saved model answer the first question of an unseen example with `generate`, and print it."""
+    # Loading a model this small takes too short a time for a progress bar.
     disable_progress_bar()
     model = OVQForCausalLM.from_pretrained(folder, local_files_only=True).eval()
     task = RunConfig.load(folder).task
@@ -212,7 +212,7 @@ def _words(ids: Sequence[int]) -> str:
 
 
 def _replace_folder(source: Path, target: Path) -> None:
-    """Move a folder to its place, over an earlier one."""
+    """Move a folder to its place and replace an earlier one."""
     if target.exists():
         shutil.rmtree(target)
     os.replace(source, target)

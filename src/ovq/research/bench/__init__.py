@@ -1,5 +1,5 @@
-"""`ovq bench`: time, memory and roofline share of OVQ attention beside exact and windowed attention.
+"""`ovq bench`: time, memory and roofline share of OVQ attention, exact attention and windowed attention.
 
-`workloads.py` says what is run, `measure.py` how it is measured, `suite.py` which measurements make a report,
-`show.py` draws the table and the figures.
+`workloads.py` defines what is run, `measure.py` how it is measured, and `suite.py` which measurements make a
+report; `show.py` draws the tables and the figures.
 """

@@ -1,4 +1,4 @@
-"""How `ovq bench --device cuda` measures: events around calls, a cold cache, and a look at the trace."""
+"""How `ovq bench --device cuda` measures: events around calls, a cold cache, and a check of the trace."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-# Calls before the first one that counts: kernels are compiled and tuned in the first.
+# Calls before the first one that counts; the first of them compiles and tunes kernels.
 WARM_UP = 3
 
 
 def flushed_times(
     functions: Sequence[Callable[[], object]], *, max_rounds: int = 30, seconds: float = 3.0, run: int = 1
 ) -> list[list[float]]:
-    """Seconds of each call of each function on the GPU, taking turns, each call with an empty L2 cache.
+    """Seconds of each call of each function on the GPU. The functions take turns, with an empty L2 cache.
 
-    A call is timed from when the GPU is idle and the cache overwritten to the end of its last kernel: where
-    the host cannot launch kernels as fast as the GPU runs them, its time counts, as it does in a model.
+    The time of a call runs from when the GPU is idle and the cache overwritten to the end of its last kernel.
+    Where the host cannot launch kernels as fast as the GPU runs them, the host's time therefore counts, as it
+    does in a model.
 
     Args:
-        functions: what to time; each is warmed up first.
-        max_rounds: most rounds.
-        seconds: time after which no further round of the slowest function starts.
-        run: calls of a turn.
+        functions: What to time; each is warmed up first.
+        max_rounds: Most rounds.
+        seconds: Time after which no further round of the slowest function starts.
+        run: Calls per turn.
     """
     scratch = torch.empty(flush_bytes(), dtype=torch.int8, device="cuda")
     slowest = 0.0
@@ -41,7 +42,7 @@ def flushed_times(
 
 
 def flush_bytes() -> int:
-    """Bytes to write so that nothing of a call's inputs is left in the L2 cache."""
+    """Bytes to write so that the L2 cache keeps nothing of a call's inputs."""
     return max(256 << 20, 4 * torch.cuda.get_device_properties("cuda").L2_cache_size)
 
 
@@ -57,9 +58,9 @@ def _event_seconds(function: Callable[[], object], scratch: torch.Tensor) -> flo
 
 
 def peak_allocated(make: Callable[[], Callable[[], object]]) -> int:
-    """Bytes allocated at most while `make` makes a call's inputs and the call it returns is done.
+    """The most bytes allocated while `make` makes a call's inputs and the function it returns is called.
 
-    A first round goes before, as compiling and tuning take memory of their own.
+    This is done once beforehand, because compiling and tuning need memory of their own.
     """
     make()()
     torch.cuda.synchronize()
@@ -71,7 +72,7 @@ def peak_allocated(make: Callable[[], Callable[[], object]]) -> int:
 
 
 def copy_rate(device: str) -> float:
-    """Bytes a second that one large copy reads and writes: the roof of what is bound by memory."""
+    """Bytes per second that one large copy reads and writes: the roofline of what memory limits."""
     size = 1 << 28 if device == "cpu" else 1 << 31
     source = torch.zeros(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -101,7 +102,7 @@ def kernel_names(function: Callable[[], object]) -> list[str]:
 
 
 def names_by_time(events: Iterable) -> list[str]:
-    """Names of the profiler's averages that ran on the device, longest first."""
+    """Names of the profiler's averages that ran on the device, those that took longest first."""
     on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
     return [e.key for e in sorted(on_device, key=lambda e: -e.self_device_time_total)]
 

@@ -1,4 +1,4 @@
-"""One measurement of `ovq bench --device cuda`: all mixers at one length, their kernels checked."""
+"""One measurement of `ovq bench --device cuda`: all mixers at one length, with a check of their kernels."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ovq.research.bench.measure import spread
 from ovq.research.bench.rivals import RIVALS
 from ovq.research.bench.workloads import Workload
 
-# Kernels of `ovq.ops.backends.triton`, as the trace names them.
+# Kernels of `ovq.ops.backends.triton`, as they are named in the trace.
 _OVQ_KERNELS = r"^(advance|nearest|read|read_token|grad_queries|grad_slots)$"
-# What a mixer may fail with where it cannot run: not installed, a dtype or size it does not take, no memory.
+# Errors of mixers that cannot run: not installed, a dtype or size that is not supported, too little memory.
 _REFUSALS = (ImportError, RuntimeError, ValueError, NotImplementedError)
 
 
 def workloads(shape: dict, num_slots: Sequence[int]) -> list[Workload]:
-    """All rivals, and OVQ at every size; `shape` are the other fields of `Workload`."""
+    """All rivals, and OVQ at every size; `shape` holds the other fields of `Workload`."""
     ovq = [Workload(mixer="ovq", num_slots=n, **shape) for n in num_slots]
     return [*(Workload(mixer=name, **shape) for name in RIVALS), *ovq]
 
@@ -24,17 +24,17 @@ def workloads(shape: dict, num_slots: Sequence[int]) -> list[Workload]:
 def measure(
     part: str, candidates: Sequence[Workload], matrix_rate: float, copy_rate: float
 ) -> tuple[list[dict], list[dict]]:
-    """Rows of one part at one length, without what and mixer, and what could not run here.
+    """The rows of one part at one length, without `what` and `mixer`, and what could not run here.
 
     Args:
         part: `"forward"`, `"forward_backward"`, `"decode"` or `"memory"`.
-        candidates: what to measure.
+        candidates: The workloads to measure.
         matrix_rate: FLOP/s of matrix products in their dtype.
-        copy_rate: bytes per second of a copy.
+        copy_rate: Bytes per second of a copy.
 
     Returns:
-        For each workload that runs, `{"workload": ..., fields of the row}`; for the others
-        `{"label", "what", "length", "dtype", "reason"}`.
+        For each workload that runs, `{"workload": ..., fields of the row}`; for each other, `{"label",
+        "what", "length", "dtype", "reason"}`.
     """
     rows, left_out, ready = [], [], []
     for workload in candidates:
@@ -71,7 +71,7 @@ def _timed(
     matrix_rate: float,
     copy_rate: float,
 ) -> list[dict]:
-    # Over the end of a chunk, where OVQ merges.
+    # Enough steps to pass the end of a chunk, where OVQ merges.
     run = {"max_rounds": 3, "run": ready[0][0].chunk_size} if part == "decode" else {}
     all_times = gpu.flushed_times([function for _, function, _ in ready], **run)
     return timed_rows(part, [(w, names) for w, _, names in ready], all_times, matrix_rate, copy_rate)
@@ -84,7 +84,7 @@ def timed_rows(
     matrix_rate: float,
     copy_rate: float,
 ) -> list[dict]:
-    """Rows from times and names of kernels; the yardstick is the fastest of the exact ones.
+    """Rows from times and names of kernels; speeds are relative to the fastest exact attention.
 
     Example:
         >>> fields = {"length": 1024, "dtype": "bfloat16"}

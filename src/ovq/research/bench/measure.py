@@ -1,6 +1,6 @@
 """How `ovq bench` measures: interleaved rounds and medians in time, fresh processes in memory.
 
-Machines are noisy, so figures are compared within one run: the functions to be compared take turns.
+Machines are noisy, so numbers are compared within one run: the functions that are compared take turns.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ def interleaved(
     seconds: float = 4.0,
     run: int = 1,
 ) -> list[list[float]]:
-    """Seconds of each call of each function, taking turns.
+    """Seconds of each call of each function; the functions take turns.
 
-    One call of each warms up. Then come rounds until the slowest function has taken `seconds` or there were
-    `max_rounds` of them, but at least three (one, for functions that take over ten seconds). A turn is
-    `run` calls: where a call is so short that the caches count, others must not empty them between its calls.
+    Each function is first called once to warm up. Then rounds follow until the slowest function has taken
+    `seconds` or there were `max_rounds` of them, but at least three (one, for functions that take over ten
+    seconds). A turn is `run` calls: where calls are so short that caches matter, the other functions must not
+    empty the caches between them.
 
     Example:
         >>> times = interleaved([lambda: sum(range(10)), lambda: sum(range(1000))], max_rounds=5)
@@ -54,10 +55,10 @@ def _seconds(function: Callable[[], object], device: str) -> float:
 
 
 def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float:
-    """FLOP/s of the matrix products that attention is made of: the roof of the roofline share.
+    """FLOP/s of the matrix products that attention consists of: the roofline of the roofline share.
 
-    The best of a score product (`num_heads` times 256 x 64 x 1024), a read product (256 x 1024 x 64) and one
-    large square product, larger on a GPU.
+    The highest rate of a score product (`num_heads` times 256 x 64 x 1024), a read product (256 x 1024 x 64)
+    and one large square product, which is larger on a GPU.
     """
     rates = []
     side = 2048 if device == "cpu" else 8192
@@ -78,7 +79,7 @@ def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float
 
 
 def peak_bytes(call: dict) -> dict[str, int]:
-    """Bytes that a fresh process grew by to do `call`, the arguments of `ovq.research.bench.peak`."""
+    """Bytes by which a fresh process grew to do `call`, the arguments of `ovq.research.bench.peak`."""
     done = subprocess.run(
         [sys.executable, "-m", "ovq.research.bench.peak", json.dumps(call)],
         capture_output=True,

@@ -2,7 +2,7 @@
 
     python -m ovq.research.bench.peak '{"what": ..., "workload": ...}'
 
-Prints JSON: how far the resident memory of the process rose above what it was before any input existed.
+Prints, as JSON, how far the resident memory of the process rose above its value before any input existed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main(arguments: dict) -> dict[str, int]:
     """Do the work and return the bytes it took."""
     workload = Workload(**arguments["workload"])
     what = arguments["what"]
-    # A tiny call first: thread pools and libraries are loaded once, and are not what is asked.
+    # A tiny call first, so that thread pools and libraries, which are loaded once, are not counted.
     small = dataclasses.replace(workload, length=2 * workload.chunk_size)
     small.forward_backward("cpu")()
     if what == "stream":
@@ -28,7 +28,7 @@ def main(arguments: dict) -> dict[str, int]:
     if what == "forward":
         workload.forward("cpu")()
     elif what == "forward_backward":
-        # The result is kept while the peak is read: gradients count as a training step has them.
+        # The result is kept while the peak is read: a training step holds its gradients too.
         result = workload.forward_backward("cpu")()
         assert len(result) == 3
     else:
@@ -37,7 +37,7 @@ def main(arguments: dict) -> dict[str, int]:
 
 
 def _stream(workload: Workload, piece: int) -> dict[str, int]:
-    """Growth of the peak between the first 64k tokens of a stream and all of it."""
+    """Growth of the peak from the first 64k tokens of a stream to its end."""
     before = _resident()
     dataclasses.replace(workload, length=65536).stream(piece)
     early = _peak()
@@ -52,12 +52,12 @@ def _stream(workload: Workload, piece: int) -> dict[str, int]:
 
 
 def _resident() -> int:
-    """Resident memory now."""
+    """Current resident memory."""
     return _status("VmRSS")
 
 
 def _peak() -> int:
-    """Largest resident memory so far (`getrusage` would count the parent's, from before the exec)."""
+    """Largest resident memory so far. (`getrusage` would count the parent's, from before the exec.)"""
     return _status("VmHWM")
 
 

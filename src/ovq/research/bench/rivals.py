@@ -1,8 +1,8 @@
-"""What `ovq bench --device cuda` measures OVQ against, each pinned to one implementation and named after it.
+"""What `ovq bench --device cuda` compares OVQ with, each pinned to one implementation and named after it.
 
-PyTorch's exact attention once for each of its backends, FlexAttention over a sliding window, and, where
+PyTorch's exact attention with each of its backends, FlexAttention over a sliding window, and, where
 flash-linear-attention is installed, Gated DeltaNet and Mamba2 (whose state-space recurrence is linear
-attention with a decay a head, fla's `simple_gla`).
+attention with one decay per head, fla's `simple_gla`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ class Rival:
     """Another mixer.
 
     Attributes:
-        label: what tables call it.
-        kernels: a regular expression that a kernel it runs must match: proof that it is what was measured.
-        cost: what its products are counted like: `"exact"`, `"window"`, or those of a state, `"state"`.
-        products: products with its `[K, V]` state per token, of those with one.
-        is_token_first: whether it takes `[B, T, H, D]` rather than `[B, H, T, D]`.
-        read: makes the function of q, k and v that is measured, given the scale and the window.
-        decode: the same for one token after a context, of which it gets a cache or a state; None: not
-            measured.
+        label: Its name in tables.
+        kernels: A regular expression that one of its kernels must match, as proof that it was measured.
+        cost: How its products are counted: `"exact"`, `"window"`, or `"state"` for those of a state.
+        products: Products with its `[K, V]` state per token, if it has one.
+        is_token_first: Whether it takes `[B, T, H, D]` rather than `[B, H, T, D]`.
+        read: Makes the function of q, k and v that is measured, given the scale and the window.
+        decode: The same for one token after a context, given a cache or a state of it; None: not measured.
     """
 
     label: str
@@ -77,7 +76,7 @@ def _flex_window(scale: float, window: int) -> Read:
 
     def read(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]
-        # Made once: a model makes it once for all layers.
+        # Made once, as a model makes it once for all layers.
         if length not in masks:
             masks[length] = create_block_mask(is_seen, None, None, length, length, device=q.device)
         return compiled(q, k, v, block_mask=masks[length], scale=scale)

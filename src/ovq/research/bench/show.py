@@ -1,4 +1,4 @@
-"""The report of `ovq bench` for people: tables in the terminal and two figures."""
+"""The report of `ovq bench`: tables in the terminal and two figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TITLES = {
     "decode": "Decode (one token after T)",
     "memory": "Peak memory of forward + backward, inputs and gradients included",
 }
-# What is measured reads as these mixers do, and looks like them.
+# What is measured has the style of the mixer that reads in the same way.
 _MIXERS = {
     **dict.fromkeys(("sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"), "full_attention"),
     **dict.fromkeys(("window", "flex_window"), "sliding_attention"),
@@ -25,7 +25,7 @@ _MIXERS = {
 
 
 def tables(report: dict) -> list[Table]:
-    """A table for each part and dtype: lengths across, mixers down."""
+    """One table for each part and dtype: one column per length, one row per mixer."""
     made = []
     for what, title in TITLES.items():
         for dtype in report["suite"]["dtypes"]:
@@ -50,7 +50,7 @@ def _table(title: str, rows: list[dict]) -> Table:
 def _cell(row: dict) -> str:
     if "peak_bytes" in row:
         return format_bytes(row["peak_bytes"])
-    # A mark where the trace shows other kernels than were to be measured.
+    # A mark if the trace shows other kernels than those that were meant to run.
     parts = [format_seconds(row["seconds"]) + ("" if row.get("is_intended", True) else "!")]
     if row["mixer"] != "sdpa" and "speedup" in row:
         parts.append(f"{row['speedup']:.2f}x")
@@ -60,7 +60,7 @@ def _cell(row: dict) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds for people.
+    """Seconds, for display.
 
     Example:
         >>> format_seconds(0.0000321), format_seconds(0.0321), format_seconds(3.21)
@@ -72,7 +72,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_length(length: int) -> str:
-    """A number of tokens for people.
+    """A number of tokens, for display.
 
     Example:
         >>> format_length(65536), format_length(1000)
@@ -82,7 +82,8 @@ def format_length(length: int) -> str:
 
 
 def sentences(report: dict) -> list[str]:
-    """What the numbers say: where OVQ overtakes exact attention, and how flat memory and decode stay."""
+    """What the numbers say: from where OVQ is faster than exact attention, and how little memory and decode
+    grow."""
     said = []
     for found in report["crossover"]:
         part = f"{TITLES[found['what']]}, {found['dtype']}, {found['label']}"
@@ -113,7 +114,7 @@ def sentences(report: dict) -> list[str]:
 
 
 def save_figures(report: dict, folder: Path) -> list[Path]:
-    """Draw time and memory against length into `bench.png`, a panel for each part and dtype."""
+    """Draw time and memory by length into `bench.png`, with one panel for each part and dtype."""
     panels = [
         (what, dtype)
         for what in TITLES

@@ -24,10 +24,10 @@ class Suite:
     """What to measure.
 
     Attributes:
-        parts: some of `PARTS`.
-        lengths: tokens T, ascending.
-        dtypes: of `"float32"` and `"bfloat16"`.
-        num_slots: dictionary sizes N of OVQ.
+        parts: Some of `PARTS`.
+        lengths: Tokens T, ascending.
+        dtypes: `"float32"`, `"bfloat16"` or both.
+        num_slots: Dictionary sizes N of OVQ.
         chunk_size: C, and the width of the window.
         num_heads: H.
         head_dim: K = V.
@@ -70,7 +70,7 @@ class Suite:
 
     @property
     def total(self) -> int:
-        """Pieces of work, for a progress bar."""
+        """Number of pieces of work, for a progress bar."""
         timed = [p for p in self.parts if p not in ("stream",)]
         return len(timed) * len(self.dtypes) * len(self.lengths) + ("stream" in self.parts)
 
@@ -93,15 +93,15 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
     """Measure everything.
 
     Args:
-        suite: what to measure.
-        progress: called with the number of pieces done and a note.
+        suite: What to measure.
+        progress: Called with the number of finished pieces and a note.
 
     Returns:
         `{"environment", "suite", "matrix_rate", "rows", "crossover"}`: the report, as JSON types. A row has
-        `what`, `mixer`, `label`, `num_slots`, `length`, `dtype` and, by what was measured, seconds (median,
-        smallest, largest), tokens per second, times faster than SDPA, share of the roofline, or bytes. On a
-        GPU also `copy_rate`, `left_out` (what could not run, and why), and in each row the kernels seen in
-        the trace and whether they are the intended ones.
+        `what`, `mixer`, `label`, `num_slots`, `length`, `dtype` and, depending on what was measured, seconds
+        (median, smallest, largest), tokens per second, times faster than SDPA, share of the roofline, or
+        bytes. On a GPU the report also has `copy_rate` and `left_out` (what could not run, and why), and each
+        row the kernels seen in the trace and whether they are the intended ones.
     """
     rates = {
         dtype: matrix_rate(dtype, device=suite.device, num_heads=suite.num_heads) for dtype in suite.dtypes
@@ -124,7 +124,7 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
             rows += [{**_row(part, row.pop("workload")), **row} for row in found]
             copies["left_out"] += left_out
         if part != "memory":
-            # Memory is weighed in processes of their own, and so is the stream.
+            # Memory is measured in separate processes, and so is the stream.
             backends[part] = backend_used()
         done += 1
     if "stream" in suite.parts:
@@ -154,10 +154,10 @@ def _row(what: str, workload: Workload) -> dict:
 
 
 def _timed_rows(part: str, workloads: list[Workload], device: str, rate: float) -> list[dict]:
-    """Times of one part at one length: all mixers in turns; the first workload is the yardstick, SDPA."""
+    """Times of one part at one length; mixers take turns, and the first workload is the reference, SDPA."""
     functions = [getattr(w, part)(device) for w in workloads]
-    # A merge comes once a chunk: each turn of decode takes as many tokens as a chunk has, so that it is among
-    # them. A few turns, as exact attention over a long cache takes its time.
+    # A merge comes once per chunk, so each turn of decode takes as many tokens as a chunk has, to include
+    # one. There are few turns, because exact attention over a long cache takes long.
     rounds = {"max_rounds": 3, "run": workloads[0].chunk_size} if part == "decode" else {}
     all_times = interleaved(functions, device=device, **rounds)
     exact = spread(all_times[0])["seconds"]

@@ -1,4 +1,4 @@
-"""What `ovq bench` runs: one attention read as OVQ, as PyTorch's exact attention, and over a window."""
+"""What `ovq bench` runs: one attention read by OVQ, by PyTorch's exact attention, and over a window."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Workload:
     Attributes:
         mixer: `"ovq"`, `"sdpa"` (`scaled_dot_product_attention`, causal), `"window"` (sliding window) or one
             of `rivals.RIVALS`.
-        length: tokens T.
-        dtype: of queries, keys and values: `"float32"` or `"bfloat16"`.
+        length: Tokens T.
+        dtype: Dtype of queries, keys and values: `"float32"` or `"bfloat16"`.
         num_slots: N, for OVQ.
         chunk_size: C of OVQ, and the width of the window.
-        num_heads: H, query and key/value heads alike.
+        num_heads: H, of queries, keys and values alike.
         head_dim: K = V.
     """
 
@@ -47,7 +47,7 @@ class Workload:
 
     @property
     def label(self) -> str:
-        """What tables and figures call it.
+        """Its name in tables and figures.
 
         Example:
             >>> Workload(mixer="ovq", length=4096, dtype="float32", num_slots=1024).label
@@ -65,7 +65,7 @@ class Workload:
         return {"num_slots": self.num_slots, "chunk_size": self.chunk_size}
 
     def inputs(self, *, device: str = "cpu", requires_grad: bool = False) -> list[Tensor]:
-        """q, k, v in the layout the mixer likes best: `[1, T, H, K]` for OVQ and fla, else `[1, H, T, K]`."""
+        """q, k, v in the layout that suits the mixer: `[1, T, H, K]` for OVQ and fla, else `[1, H, T, K]`."""
         generator = torch.Generator().manual_seed(0)
         shape = (1, self.length, self.num_heads, self.head_dim)
         tensors = []
@@ -89,7 +89,7 @@ class Workload:
             return lambda q, k, v: ovq_attention(q, k, v, scale=scale, **self.options)[0]
         if self.mixer == "sdpa":
             return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        # The windowed read takes queries that are scaled already.
+        # The windowed read takes queries that are already scaled.
         return lambda q, k, v: windowed_read(q * scale, k, v, None, window=self.chunk_size)
 
     def forward(self, device: str) -> Callable[[], object]:
@@ -113,7 +113,7 @@ class Workload:
         return call
 
     def decode(self, device: str) -> Callable[[], object]:
-        """A function that decodes one token after `length` tokens, and goes on from there each time."""
+        """A function that decodes one token after `length` tokens, and continues from there at each call."""
         if self.mixer == "ovq":
             return self._decode_ovq(device)
         if self.mixer in RIVALS:
@@ -130,12 +130,12 @@ class Workload:
 
     @property
     def has_decode(self) -> bool:
-        """Whether one token after a context can be measured."""
+        """Whether decoding one token after a context can be measured."""
         return self.mixer not in RIVALS or RIVALS[self.mixer].decode is not None
 
     def _decode_rival(self, device: str) -> Callable[[], object]:
         rival = RIVALS[self.mixer]
-        # The size of a state does not depend on what made it.
+        # The size of a state does not depend on what was read into it.
         kept = self.length if rival.cost == "exact" else 1
         inputs = dataclasses.replace(self, length=kept).inputs(device=device)
         step = rival.decode(*inputs, self.head_dim**0.5)
@@ -163,7 +163,8 @@ class Workload:
         return call
 
     def stream(self, piece: int) -> OVQState:
-        """The state after `length` tokens in pieces, OVQ alone; memory must not grow with the length."""
+        """The state after reading `length` tokens in pieces, for OVQ only; memory must not grow with the
+        length."""
         state = None
         inputs = dataclasses.replace(self, length=piece).inputs()
         with torch.no_grad():
@@ -174,11 +175,11 @@ class Workload:
         return state
 
     def flops(self, *, backward: bool = False) -> float:
-        """Floating-point operations the algorithm needs, of matrix products alone.
+        """Floating-point operations that the algorithm needs, counting matrix products only.
 
-        OVQ: 2 T H (n (2 K + V) + C (K + V) / 2) with n the mean size of the dictionary: read, route, write
-        of the read; exact attention: 2 T H (T / 2) (K + V). A backward needs twice the products of the read
-        (it has no routing); products that an implementation computes again do not count.
+        OVQ: 2 T H (n (2 K + V) + C (K + V) / 2), with n the mean size of the dictionary, for routing, scores
+        and the read. Exact attention: 2 T H (T / 2) (K + V). A backward needs twice the products of the read
+        (it has no routing); products that an implementation computes again are not counted.
 
         Example:
             >>> w = Workload(mixer="sdpa", length=1024, dtype="float32", num_heads=1, head_dim=64)
@@ -187,7 +188,7 @@ class Workload:
         """
         both = 2 * self.head_dim
         if self.cost == "state":
-            # Products with a [K, V] state, as the recurrence needs them; in chunks it takes more.
+            # Products with a [K, V] state as the recurrence needs them; in chunks there are more.
             per_token = (2 if backward else 1) * RIVALS[self.mixer].products * self.head_dim**2
             return 2 * self.num_heads * self.length * per_token
         if self.cost == "exact":
@@ -208,15 +209,16 @@ class Workload:
 
     @property
     def cost(self) -> str:
-        """What the mixer looks at: `"exact"`, `"window"`, `"slots"` or a `"state"`."""
+        """What the mixer reads: `"exact"`, `"window"`, `"slots"` or a `"state"`."""
         if self.mixer in RIVALS:
             return RIVALS[self.mixer].cost
         return {"ovq": "slots", "sdpa": "exact", "window": "window"}[self.mixer]
 
     def bytes(self, part: str) -> float:
-        """Bytes that must be read and written at least, whatever the implementation.
+        """The fewest bytes that must be read and written, whatever the implementation.
 
-        The inputs, the output and their gradients once; a decoded token: its cache, state or dictionary.
+        These are the inputs, the output and their gradients, once; for a decoded token, its cache, state or
+        dictionary.
 
         Example:
             >>> w = Workload(mixer="sdpa", length=1024, dtype="bfloat16", num_heads=1, head_dim=64)
@@ -230,7 +232,7 @@ class Workload:
                 return 2 * self.num_heads * self.head_dim**2 * 4
             if self.cost == "slots":
                 slots = self.length * self.num_slots // (self.length + self.num_slots)
-                # Sums are float32, counts 8 bytes; on average the chunk is half full.
+                # Sums are float32, counts have 8 bytes; on average the chunk is half full.
                 return slots * self.num_heads * (8 * self.head_dim + 8) + self.chunk_size * row
             return 2 * row * (self.length if self.cost == "exact" else min(self.length, self.chunk_size))
         # The backward reads q, k, v, o and the gradient of o, and writes three gradients.

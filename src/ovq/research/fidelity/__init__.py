@@ -1,4 +1,4 @@
-"""Memories of equal bytes against exact attention, without training: streams, memories, and their errors."""
+"""Memories of equal bytes compared with exact attention, without training: streams, memories, and errors."""
 
 from ovq.research.fidelity.measure import LENGTHS, fidelity_rows
 

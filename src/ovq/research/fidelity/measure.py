@@ -1,8 +1,8 @@
 """Fidelity without training: how far the read of each memory is from exact attention, at equal bytes.
 
-A stream of keys and values is read on and on; at each length the memories answer the same queries, and
-their answers are compared with those of softmax attention over all tokens so far. No model is trained, so
-nothing but the memory is measured.
+The memories read a growing stream of keys and values. At each length they answer the same queries, and their
+answers are compared with those of softmax attention over all tokens so far. No model is trained, so only the
+memory is measured.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ def fidelity_rows(
     beta: float = 1.0,
     on_stream: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Measure every memory on every stream, as the stream grows.
+    """Measure the error of every memory on every stream as the stream grows.
 
     The budget of all memories is what the slots of OVQ take: `num_slots` times a key, a value and a count.
-    Lengths are ends of chunks, where OVQ has no pending tokens. What has to be fixed before a stream begins
+    Lengths are ends of chunks, where OVQ has no pending tokens. What must be fixed before a stream begins
     (the codebook of static VQ, the rate of the delta rule) is fitted on a sample of 16384 other tokens.
-    Offline k-means sees all tokens at once and is an upper bound rather than a memory.
+    Offline k-means sees all tokens at once; it is an upper bound and not a memory.
 
     Args:
-        seeds: A stream, a sample, queries and random choices for each.
+        seeds: For each, there are a stream, a sample, queries and random choices.
         lengths: Tokens after which to ask, each a multiple of 64.
         streams: Names in `ovq.research.fidelity.streams.STREAMS`.
         num_slots: Slots of OVQ, N.
-        head_dim: Size of keys and of values.
+        head_dim: Components of keys and of values.
         beta: The scale of the dot products is beta times the square root of `head_dim`, as in the layers.
         on_stream: Called with what is measured next, for a progress report.
 
     Returns:
         A JSON-ready row for each stream, seed, memory and length: `stream`, `seed`, `memory`, `length`,
-        `bytes` of the memory when full, and `error`, the root of the mean squared distance to exact attention
+        `bytes` of the memory when full, and `error`: the root of the mean squared distance to exact attention
         over 256 queries, divided by the root mean square of exact attention. Answering 0 has an error of 1.
 
     Raises:
-        ValueError: If a stream is unknown, or there are no lengths or some that are no multiple of the chunk.
+        ValueError: If a stream is unknown, there are no lengths, or a length is not a multiple of the chunk.
         ImportError: If scikit-learn is not installed (`pip install 'ovq[theory]'`).
 
     Example:

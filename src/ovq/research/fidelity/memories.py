@@ -1,7 +1,8 @@
 """Memories of a stream of keys and values, each allowed the same number of bytes.
 
-All are of one head and in float32, and written to be compared, not to be fast. What is fixed before a stream
-begins (a codebook, random features, a learning rate) is weights and not state, and costs nothing here.
+All have one head and are in float32, and are written to be compared, not to be fast. What is fixed before a
+stream begins (a codebook, random features, a learning rate) counts as weights, not as state, and costs
+nothing here.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _NUM_TUNING_QUERIES = 256
 
 
 class Memory(ABC):
-    """What is kept of a stream, and read by queries in the place of exact attention.
+    """Keeps something of a stream, from which queries are answered instead of from exact attention.
 
     Args:
-        num_bytes: The most it may hold, whatever the length of the stream.
-        scale: Factor of the dot products of the attention that it stands for.
+        num_bytes: The most bytes it may hold, whatever the length of the stream.
+        scale: Factor of the dot products of the attention that it replaces.
         sample: Another stream of the same kind, to fit what is fixed beforehand.
-        seed: Seed of what is random in it.
+        seed: Seed of its random choices.
     """
 
     name: ClassVar[str]
@@ -52,7 +53,7 @@ class Memory(ABC):
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Take in `[T, K]` and `[T, V]`, T a multiple of `CHUNK_SIZE`."""
+        """Read `[T, K]` keys and `[T, V]` values, T a multiple of `CHUNK_SIZE`."""
 
     @abstractmethod
     def read(self, queries: Tensor) -> Tensor:
@@ -61,13 +62,13 @@ class Memory(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes it holds once it is full."""
+        """Bytes that it holds once it is full."""
 
 
 def softmax_read(
     queries: Tensor, keys: Tensor, values: Tensor, scale: float, count: Tensor | None = None
 ) -> Tensor:
-    """Attention `[Q, V]` of queries over keys and values; one with a count stands for so many tokens.
+    """Attention `[Q, V]` of queries over keys and values; a key with a count stands for that many tokens.
 
     Example:
         >>> keys, values = torch.eye(2), torch.tensor([[0.0], [1.0]])
@@ -92,7 +93,7 @@ class OVQMemory(Memory):
         self.state: OVQState | None = None
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Read on as a layer would; its outputs are not needed."""
+        """Read as a layer would; the outputs are not needed."""
         keys, values = keys[None, :, None], values[None, :, None]
         _, self.state = ovq_attention(
             keys,
@@ -114,12 +115,12 @@ class OVQMemory(Memory):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots; nothing is pending at the ends of chunks."""
+        """Bytes of all slots; at the ends of chunks no tokens are pending."""
         return self.num_slots * self.slot_numbers * _NUMBER_BYTES
 
 
 class RandomMerging(OVQMemory):
-    """As many slots as OVQ has at any time, but chance says which tokens open one and which merge where."""
+    """As many slots as OVQ has at any time, but which tokens open slots and which merge where is random."""
 
     name = "random merging"
 
@@ -154,7 +155,8 @@ class RandomMerging(OVQMemory):
 
 
 class OfflineKMeans(OVQMemory):
-    """k-means over all keys at once, which no memory of constant size can do: what clustering could reach."""
+    """k-means over all keys at once, which no memory of constant size can do: the best that clustering can
+    do."""
 
     name = "offline k-means"
 
@@ -164,11 +166,11 @@ class OfflineKMeans(OVQMemory):
         self.keys, self.values = sample.keys[:0], sample.values[:0]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Keep all."""
+        """Keep all tokens."""
         self.keys, self.values = torch.cat([self.keys, keys]), torch.cat([self.values, values])
 
     def read(self, queries: Tensor) -> Tensor:
-        """Cluster what came so far into as many slots as there may be, and attend to their means."""
+        """Cluster all tokens so far into as many slots as fit the budget, and attend to the means."""
         if len(self.keys) <= self.num_slots:
             return softmax_read(queries, self.keys, self.values, self.scale)
         _, labels = _cluster(
@@ -183,15 +185,15 @@ class OfflineKMeans(OVQMemory):
 
 
 class StaticVQ(Memory):
-    """VQ-attention: a codebook fixed beforehand, by k-means over the sample; values are averaged by code.
+    """VQ-attention: slots fixed beforehand, by k-means over the sample; each slot averages its values.
 
-    Source: Lingle, *Transformer-VQ* (arXiv 2309.16354); there the codebook is learned in training.
+    Source: Lingle, *Transformer-VQ* (arXiv 2309.16354); there the slots are learned in training.
     """
 
     name = "static VQ"
 
     def prepare(self, sample: Stream) -> None:
-        """Fit the codebook."""
+        """Fit the slots."""
         self.num_codes = min(self.num_numbers // (self.value_dim + _COUNT_NUMBERS), len(sample.keys) // 2)
         self.codes, _ = _cluster(
             sample.keys, self.num_codes, int(torch.randint(2**31, (), generator=self.generator))
@@ -200,13 +202,13 @@ class StaticVQ(Memory):
         self.count = torch.zeros(self.num_codes)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add each value to the code nearest to its key."""
+        """Add each value to the slot that is nearest to its key."""
         codes = (keys @ self.codes.T - self.codes.square().sum(-1) / 2).argmax(-1)
         self.value_sum.index_add_(0, codes, values)
         self.count.index_add_(0, codes, torch.ones(len(codes)))
 
     def read(self, queries: Tensor) -> Tensor:
-        """Attention over the codes that were used."""
+        """Attention over the slots that were used."""
         is_used = self.count > 0
         count = self.count[is_used]
         values = self.value_sum[is_used] / count[:, None]
@@ -237,7 +239,7 @@ class LinearAttention(Memory):
         return (self.scale**0.5 * x @ self.directions.T).exp()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add up the products of features and values, and the features."""
+        """Add to the sums of the products of features and values, and of the features."""
         self.state += self._features(keys).T @ torch.cat([values, torch.ones(len(values), 1)], dim=1)
 
     def read(self, queries: Tensor) -> Tensor:
@@ -254,9 +256,9 @@ class LinearAttention(Memory):
 class DeltaRule(Memory):
     """The delta rule S <- S + b phi(k) (v - S^T phi(k))^T on random Fourier features of the keys.
 
-    The rate b is the one of four that is best on the sample. Source of the rule: Schlag et al., *Linear
-    Transformers Are Secretly Fast Weight Programmers* (arXiv 2102.11174); of the features: Rahimi and Recht,
-    *Random Features for Large-Scale Kernel Machines* (2007).
+    The rate b is the one of four with the lowest error on the sample. Source of the rule: Schlag et al.,
+    *Linear Transformers Are Secretly Fast Weight Programmers* (arXiv 2102.11174); of the features: Rahimi and
+    Recht, *Random Features for Large-Scale Kernel Machines* (2007).
     """
 
     name = "delta rule"
@@ -283,7 +285,7 @@ class DeltaRule(Memory):
         return torch.cat([phases.cos(), phases.sin()], dim=1) / len(self.directions) ** 0.5
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Update token by token, a chunk at a time: the updates of a chunk solve a triangular system."""
+        """Update token by token, one chunk at a time: the updates of a chunk solve a triangular system."""
         for features, chunk in zip(
             self._features(keys).split(CHUNK_SIZE), values.split(CHUNK_SIZE), strict=True
         ):
@@ -294,7 +296,7 @@ class DeltaRule(Memory):
             self.state += features.T @ updates
 
     def read(self, queries: Tensor) -> Tensor:
-        """What is stored under the queries."""
+        """Read what is stored under the queries."""
         return self._features(queries) @ self.state
 
     @property
@@ -317,7 +319,7 @@ class WindowAndSinks(Memory):
         self.keys, self.values = sample.keys[:0], sample.values[:0]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Let the oldest but the sinks go."""
+        """Drop the oldest tokens, but keep the sinks."""
         self.keys, self.values = (
             self._newest(torch.cat(pair)) for pair in ((self.keys, keys), (self.values, values))
         )
@@ -328,7 +330,7 @@ class WindowAndSinks(Memory):
         return torch.cat([tokens[:_NUM_SINKS], tokens[len(tokens) - self.num_kept + _NUM_SINKS :]])
 
     def read(self, queries: Tensor) -> Tensor:
-        """Attention over what is kept."""
+        """Attention over the tokens kept."""
         return softmax_read(queries, self.keys, self.values, self.scale)
 
     @property
@@ -346,7 +348,7 @@ MEMORIES: tuple[type[Memory], ...] = (
     RandomMerging,
     OfflineKMeans,
 )
-"""All of them, in the order of legends."""
+"""All memories, in the order of legends."""
 
 
 def _cluster(keys: Tensor, num_clusters: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 _NUM_CLUSTERS = 1024
 _CLUSTER_SPREAD = 0.5
-"""Size of the noise in a cluster: its length on keys, that of a centre being 1; its deviation on values."""
+"""Size of the noise in a cluster: on keys its length, where a centre has length 1; on values its
+deviation."""
 _WORD_OR_SIGN = re.compile(r"\w+|[^\w\s]")
 _CONTEXT_WEIGHTS = (1.0, 0.5)
-"""Weights of a word and of the one before it in a key, so that a key knows a little of its context."""
+"""Weights of a word and of the previous word in a key, so that a key reflects a little of its context."""
 
 
 class Stream(NamedTuple):
@@ -27,7 +28,7 @@ class Stream(NamedTuple):
     Attributes:
         keys: `[T, K]` float32, of length 1.
         values: `[T, V]` float32.
-        queries: `[T, K]` float32, of length 1; those from row t on are what is asked after t tokens.
+        queries: `[T, K]` float32, of length 1; those from row t on are asked after t tokens.
     """
 
     keys: Tensor
@@ -36,7 +37,7 @@ class Stream(NamedTuple):
 
 
 def random_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> tuple[Stream, Stream]:
-    """Keys and queries uniform on the sphere, normal values: nothing to find, the hardest case for slots.
+    """Keys and queries uniform on the sphere, normal values: no structure, the hardest case for slots.
 
     Args:
         seed: Seed of all draws.
@@ -58,7 +59,7 @@ def random_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) ->
 
 
 def clustered_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> tuple[Stream, Stream]:
-    """Keys around 1024 centres, the i-th used in proportion to 1 / i; values of a cluster are alike too.
+    """Keys around 1024 centres, the i-th with a frequency proportional to 1 / i; values cluster too.
 
     Queries come from the same clusters, and so does the sample: the best case for what is fixed beforehand.
     Arguments and returns are those of `random_stream`.
@@ -70,20 +71,20 @@ def clustered_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int)
 def new_clusters_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> tuple[Stream, Stream]:
     """As `clustered_stream`, but the centres of the stream are not those of the sample.
 
-    So what was fixed beforehand does not know them, as with names that mean nothing outside their context.
+    What was fixed beforehand does not know these centres, like names that mean nothing outside their context.
     """
     generator = torch.Generator().manual_seed(seed)
     return _clustered(num_sample, head_dim, generator), _clustered(num_tokens, head_dim, generator)
 
 
 def text_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> tuple[Stream, Stream]:
-    """Real text: what an attention head sees that looks up what followed words like the present ones.
+    """Real text, as seen by an attention head that looks up what followed words like the current ones.
 
-    The text is the source of Python's standard library, cut into words and signs, from a file that the seed
-    picks; its beginning is the sample. Embeddings come from the singular vectors of how often each word
-    follows each other word, counted on as many words of the files behind. A key is the embedding of a word
-    and half that of the word before; the value is the embedding of the next word; queries are the keys of the
-    text that follows.
+    The text is the source of Python's standard library, cut into words and signs, starting at a file that the
+    seed picks; its beginning is the sample. Embeddings are made from the singular vectors of how often each
+    word follows each other word, counted on as many words of the files after it. A key is the embedding of a
+    word plus half that of the previous word; the value is the embedding of the next word; queries are the
+    keys of the text that follows.
 
     Arguments and returns are those of `random_stream`.
 
@@ -91,7 +92,7 @@ def text_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> t
         ValueError: If this Python has no source of its standard library, or too little for the length.
     """
     num_keys, num_before = num_sample + num_tokens, len(_CONTEXT_WEIGHTS) - 1
-    # A word before the first key, and one behind the last.
+    # One word before the first key, and one after the last.
     num_read = num_before + num_keys + 1
     words = _standard_library(seed, num_read + num_keys)
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
@@ -101,7 +102,7 @@ def text_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> t
         weight * embedded[num_before - back :][:num_keys] for back, weight in enumerate(_CONTEXT_WEIGHTS)
     )
     keys = F.normalize(keys, dim=-1)
-    # What is asked after t tokens is what key t asks: it stands behind them.
+    # Key t is what is asked after t tokens, so queries are keys that come after the tokens read.
     return _split(Stream(keys, embedded[num_before + 1 :], keys), num_sample)
 
 
@@ -115,7 +116,7 @@ STREAMS: dict[str, Callable[[int, int, int, int], tuple[Stream, Stream]]] = {
 
 
 def _split(stream: Stream, num_sample: int) -> tuple[Stream, Stream]:
-    """The first tokens as a sample, and the rest."""
+    """The first tokens as a sample, and the rest as the stream."""
     return Stream(*(tensor[:num_sample] for tensor in stream)), Stream(
         *(tensor[num_sample:] for tensor in stream)
     )
@@ -130,7 +131,7 @@ def _clustered(num_tokens: int, head_dim: int, generator: torch.Generator) -> St
         weights, 2 * num_tokens, replacement=True, generator=generator
     ).chunk(2)
     noise = _CLUSTER_SPREAD * torch.randn(3, num_tokens, head_dim, generator=generator)
-    # On keys and queries noise of that length, on values of that size in each component.
+    # On keys and queries, noise of that length; on values, noise of that size in each component.
     noise[:2] /= head_dim**0.5
     return Stream(
         F.normalize(centres[of_keys] + noise[0], dim=-1),
@@ -140,7 +141,8 @@ def _clustered(num_tokens: int, head_dim: int, generator: torch.Generator) -> St
 
 
 def _standard_library(seed: int, num_words: int) -> list[str]:
-    """So many words of the standard library's source, from a file that the seed picks on, going around."""
+    """This many words of the standard library's source, from a file that the seed picks on, wrapping
+    around."""
     folder = Path(sysconfig.get_path("stdlib"))
     paths = sorted(folder.glob("*.py"))
     rng = np.random.default_rng(seed)
@@ -156,11 +158,12 @@ def _standard_library(seed: int, num_words: int) -> list[str]:
 
 
 def _word_embeddings(ids: list[int], num_words: int, head_dim: int, seed: int) -> Tensor:
-    """`[num_words, head_dim]` of length 1, from counts of what follows what; random for uncounted words."""
+    """`[num_words, head_dim]` of length 1, from counts of which word follows which; random if not counted."""
     generator = torch.Generator().manual_seed(seed)
     follows = torch.tensor([ids[:-1], ids[1:]])
     both = torch.cat([follows, follows.flip(0)], dim=1)
-    # Words that come after fill the columns on the left, words that come before those on the right.
+    # Counts of the words that come after fill the left columns, those of words that come before the right
+    # ones.
     both[1, follows.shape[1] :] += num_words
     counts = torch.sparse_coo_tensor(
         both, torch.ones(both.shape[1]), (num_words, 2 * num_words), check_invariants=True
@@ -168,7 +171,7 @@ def _word_embeddings(ids: list[int], num_words: int, head_dim: int, seed: int) -
     logs = torch.sparse_coo_tensor(
         counts.indices(), counts.values().log1p(), counts.shape, check_invariants=True
     )
-    # A randomised range finder with two power iterations: good to a few per cent, and no more is needed.
+    # A randomised range finder with two power iterations: accurate to a few per cent, which is enough.
     sample = torch.sparse.mm(logs, torch.randn(2 * num_words, 2 * head_dim, generator=generator))
     for _ in range(2):
         basis, _ = torch.linalg.qr(sample)
