@@ -1,6 +1,7 @@
 """The OVQ attention op: `ovq_attention`, its state, and its backends.
 
-`attention.py` is the front door, `naive.py` the reference to read, `backends/` who runs a call.
+`attention.py` is where users enter, `naive.py` is the reference to read, and `backends/` holds what runs a
+call.
 """
 
 from ovq.ops.attention import backend_used, ovq_attention

@@ -11,8 +11,8 @@ _MASK = (1 << 63) - 1
 def random_priority(seed: int, head: int, num_seen: int, chunk_size: int) -> Tensor:
     """A random order of the chunk that ends at token `num_seen`, as priorities `[C]`; the lowest open slots.
 
-    It depends on the seed, the head and the position alone, not on a generator's progress: a stream opens the
-    same slots however it is batched or cut into calls.
+    It depends only on the seed, the head and the position, not on how far a generator has advanced: a stream
+    opens the same slots however it is batched or cut into calls.
 
     Example:
         >>> bool((random_priority(0, 1, 64, 32) == random_priority(0, 1, 64, 32)).all())

@@ -1,26 +1,26 @@
 """How many slots the dictionary holds after t tokens: the growth schedules.
 
-The schedule is a pure function of the number of tokens seen, so a stream cut into calls in any way opens the
-same slots at the same chunks.
+The schedule depends only on the number of tokens seen, so a stream opens the same slots at the same chunks
+however it is cut into calls.
 """
 
 GROWTHS = ("plateau", "linear", "immediate")
 
 
 def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau") -> int:
-    """Slots that the schedule asks for once `num_seen` tokens have been merged.
+    """Slots that the schedule prescribes once `num_seen` tokens have been merged.
 
     Args:
-        num_seen: tokens t seen by the row so far, a multiple of the chunk size.
-        num_slots: the bound N.
+        num_seen: tokens t that the row has seen so far, a multiple of the chunk size.
+        num_slots: the largest number of slots, N.
         growth: `"plateau"`, floor(t N / (t + N)), the paper's; `"linear"`, min(N, floor(t / 2)), which
-            crosses the plateau at t = N (the slope is this project's choice); `"immediate"`, min(N, t),
-            every key a slot while there is room.
+            crosses the plateau at t = N (the slope is this project's choice); `"immediate"`, min(N, t), one
+            slot per key while there is room.
 
     Returns:
         The number of slots, at least 1 and at most `num_slots`.
 
-    Source: arXiv 2602.03922 for the plateau; the other two are its ablation, reconstructed.
+    Source: arXiv 2602.03922 for the plateau; the other two are reconstructed from its ablations.
 
     Example:
         >>> [scheduled_slots(t, num_slots=64) for t in (32, 64, 256, 4096)]
@@ -42,8 +42,8 @@ def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau") -
 def grown_slots(current: int, num_seen: int, *, num_slots: int, chunk_size: int, growth: str) -> int:
     """Slots after the chunk that ends at token `num_seen`, given `current` slots before it.
 
-    The dictionary never shrinks here, and a chunk of C tokens can open at most C slots (which binds only
-    after `OVQState.resize` raised N in mid-stream).
+    The dictionary never shrinks here, and a chunk of C tokens can open at most C slots (a limit that matters
+    only after `OVQState.resize` has raised N in mid-stream).
 
     Example:
         >>> grown_slots(0, 32, num_slots=64, chunk_size=32, growth="plateau")

@@ -1,4 +1,4 @@
-"""States on disk: one safetensors file, written atomically and believed only after it was checked.
+"""States on disk: one safetensors file, written atomically, and used only after it was checked.
 
 Never pickle: a state file may come from anywhere.
 """
@@ -20,12 +20,12 @@ from ovq.runtime.files import atomic_path
 FORMAT = "ovq-state"
 VERSION = "1"
 MAX_TOKENS = 2**62
-"""Tokens of a row, at most: a file that says more would have the int64 counts overflow as the row goes on."""
+"""Most tokens of a row: in a file with more, the int64 counts could overflow as the row continues."""
 STATE_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values", "num_seen")
 
 
 def state_tensors(state: OVQState) -> dict[str, Tensor]:
-    """The tensors of a state as they are written, on the CPU.
+    """The tensors of a state in the form in which they are written, on the CPU.
 
     Example:
         >>> state = OVQState.empty(
@@ -35,7 +35,7 @@ def state_tensors(state: OVQState) -> dict[str, Tensor]:
         ['count', 'key_sum', 'num_seen', 'pending_keys', 'pending_values', 'value_sum']
     """
     tensors = {name: getattr(state, name).detach().cpu().contiguous() for name in STATE_TENSORS}
-    # Places beyond num_pending may hold tokens of another continuation: they are nobody's business on disk.
+    # Places beyond num_pending may hold tokens of another continuation, which must not reach the file.
     used = torch.arange(state.chunk_size) < state.num_pending[:, None]
     for name in ("pending_keys", "pending_values"):
         tensors[name] = tensors[name].masked_fill(~used[:, None, :, None], 0)
@@ -54,10 +54,10 @@ def save_state(state: OVQState, path: str | os.PathLike) -> None:
 
 
 def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata: dict[str, str]) -> None:
-    """Write a safetensors file; it is whole or the old one stays.
+    """Write a safetensors file completely, or leave the old one.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: if the file cannot be written.
 
     Example:
         >>> import tempfile
@@ -70,23 +70,24 @@ def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata:
         try:
             save_file(tensors, temporary, metadata=metadata)
         except SafetensorError as error:
-            # What it makes of a full disk; an error of its own, which nobody who saves a file would expect.
+            # safetensors turns a full disk into an error of its own, which callers that save a file would not
+            # expect.
             raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def read_file(
     path: str | os.PathLike, *, what: str, file_format: str, version: str
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file of ours, read only if its header says that it is one.
+    """Metadata and tensors of a safetensors file, read only if its header says that it is one of ours.
 
     Args:
         path: the file.
         what: what it should be, for error messages.
-        file_format: the `format` its metadata must name.
-        version: the `version` its metadata must name.
+        file_format: the `format` that its metadata must name.
+        version: the `version` that its metadata must name.
 
     Raises:
-        ValueError: no such file, one that is damaged, or one of another format or version.
+        ValueError: if there is no such file, it is damaged, or it has another format or version.
     """
     path = Path(path)
     if not path.is_file():
@@ -121,14 +122,14 @@ def positive_int(path: str | os.PathLike, metadata: dict[str, str], name: str) -
     """A number from the metadata of a file.
 
     Raises:
-        ValueError: it is missing, no number, or none that can be counted to.
+        ValueError: if it is missing, not a number, or out of range.
 
     Example:
         >>> positive_int("file", {"num_slots": "8"}, "num_slots")
         8
     """
     text = metadata.get(name, "")
-    # Python refuses to read thousands of digits, in words of its own.
+    # Python refuses to read thousands of digits, with an error of its own.
     if not (text.isdecimal() and len(text) < 20 and 1 <= int(text) <= MAX_TOKENS):
         raise ValueError(f"{path}: expected {name} to be an integer from 1 to 2^62, found {text[:40]!r}")
     return int(text)
@@ -142,7 +143,7 @@ def check_tensors(where: str, tensors: dict[str, Tensor], *, num_slots: int, chu
             raise ValueError(f"{where}: expected {expected}, found {found}")
 
     key_sum, value_sum, count, pending_keys, pending_values, num_seen = (tensors[n] for n in STATE_TENSORS)
-    # Dtypes first: not all that a file can hold can be computed with.
+    # Dtypes first: some dtypes that a file can hold cannot be computed with.
     expect(pending_keys.dtype in DTYPES, f"pending_keys in one of {DTYPES}", pending_keys.dtype)
     wide = state_dtype(pending_keys.dtype)
     for name, dtype in (
@@ -180,7 +181,7 @@ def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
     """Raise ValueError unless counts can be those of `total` tokens.
 
     Args:
-        where: what they are part of, for error messages.
+        where: what the counts are part of, for error messages.
         count: `[B, Hkv, M]` int64.
         total: tokens of each head, or `[B]` of each row's heads.
 
@@ -191,7 +192,7 @@ def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
     """
     if count.numel() and (least := int(count.min())) < 0:
         raise ValueError(f"{where}: expected counts >= 0, found {least}")
-    # A running total of numbers below 2^63 turns negative where it leaves int64.
+    # A running sum of numbers below 2^63 turns negative when it leaves int64.
     if bool((count.cumsum(-1) < 0).any()):
         raise ValueError(
             f"{where}: expected counts that add up within int64, found {count.amax(-1).tolist()}"
@@ -208,8 +209,8 @@ def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:
 def _check_open_slots(where: str, tensors: dict[str, Tensor]) -> None:
     """Raise ValueError unless the slots in use are where the op looks for them.
 
-    All heads of a row open as many slots, one after the other, so that one head alone tells how many there
-    are, and nothing beyond them is looked at. A state that is otherwise would be read in part.
+    All heads of a row have the same number of slots in use, and these come first. The op therefore reads that
+    number from a single head and looks at nothing beyond; any other state would be read in part only.
     """
     is_open = tensors["count"] > 0
     num_open = is_open.sum(-1)

@@ -1,4 +1,4 @@
-"""`uncompiled`: what `torch.compile` leaves to plain Python."""
+"""`uncompiled`: functions that `torch.compile` leaves to plain Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ T = TypeVar("T")
 
 
 def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
-    """`torch.compiler.disable`, which loads the compiler (seconds), put off until something is compiled.
+    """`torch.compiler.disable`, which takes seconds to load the compiler, but only once something is
+    compiled.
 
     Example:
         >>> uncompiled(len)([1, 2, 3])

@@ -1,7 +1,7 @@
-"""The backends: each a module with two functions, and the one place that decides which of them runs a call.
+"""The backends: each a module with two functions. Which of them runs a call is decided only here.
 
-A backend computes what `ovq.ops.naive` defines. Which one runs is a matter of speed alone: assignments are
-equal between them, outputs to rounding.
+A backend computes what `ovq.ops.naive` defines. The choice affects speed only: assignments are equal between
+backends, and outputs are equal up to rounding.
 
 - `naive`: the reference, in plain loops.
 - `torch`: large matrix products, on any device; `torch/chunk.py` is where to start reading.
@@ -22,7 +22,7 @@ from ovq.ops.state import OVQState
 
 
 class Backend(Protocol):
-    """What a backend is: a module (or object) with these."""
+    """What every backend must have; a module or an object."""
 
     def refusal(self, call: Call) -> str | None:
         """Why the backend cannot run a call, as "expected ..., found ..."; None if it can."""
@@ -42,10 +42,10 @@ def check_name(name: str) -> None:
 
 
 def chosen(name: str, call: Call) -> str:
-    """The name of the backend that runs a call: the one asked for, or the fastest that can.
+    """The name of the backend that runs a call: the one requested, or the fastest that can.
 
     Raises:
-        ValueError: if the one asked for cannot run the call; says why.
+        ValueError: if the requested backend cannot run the call; says why.
     """
     check_name(name)
     if name != "auto":
@@ -56,8 +56,8 @@ def chosen(name: str, call: Call) -> str:
 
 
 def _preferred(call: Call) -> list[str]:
-    """What `"auto"` tries, in order."""
+    """The backends that `"auto"` tries, in order."""
     if call.q.is_cuda:
         return ["triton", "torch"]
-    # One token at a time is read from the state as it lies; the compiled kernels would copy the dictionary.
+    # Decoding one token reads the state where it lies; the compiled kernels would copy the dictionary.
     return ["torch"] if call.is_decoding else ["cpu", "torch"]

@@ -1,9 +1,9 @@
-"""The chunk-aligned layout that the fast backends work in.
+"""The chunk-aligned layout that the fast backends share.
 
-A call may hold rows that are padded left or right, packed one after the other, or that continue a state with
-pending tokens. All of it becomes one layout: every row starts at a chunk boundary, its pending tokens first,
-and is padded to whole chunks. Rows are sorted by length, longest first, so that the rows which have an i-th
-chunk, and those whose i-th chunk is complete, are each a prefix of the batch.
+The rows of a call may be padded left or right, packed one after the other, or continue a state with pending
+tokens. All become one layout: every row starts at a chunk boundary with its pending tokens, and is padded to
+whole chunks. Rows are sorted by length, longest first. The rows that have an i-th chunk, and those whose i-th
+chunk is complete, are then each a prefix of the batch.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class AlignedRows:
     Attributes:
         order: row of the call at each sorted place.
         is_sorted: whether the rows came in that order.
-        lengths: tokens of each sorted row, pending ones included.
+        lengths: tokens of each sorted row, including pending ones.
         pending: pending tokens of each sorted row at the start.
-        width: places of a chunk: the chunk size, or less where every row fits in one incomplete chunk.
+        width: places per chunk: the chunk size, or fewer if every row fits in one incomplete chunk.
         first_chunk: index of each sorted row's first chunk; its i-th chunk is `first_chunk[r] + i`.
         num_chunks: chunks of all rows together.
 
@@ -54,8 +54,8 @@ class AlignedRows:
             self.num_chunks += -(-n // self.width)
         self.num_tokens = num_tokens
         new = [n - p for n, p in zip(self.lengths, self.pending, strict=True)]
-        # Rows that fill the input exactly: the layout is a view, or one padding away from it. Pending tokens
-        # are not in the input; as many columns of padding would pass for them.
+        # Where rows fill the input exactly, the layout is a view or needs one padding. This excludes pending
+        # tokens, which are not in the input: as many columns of padding would be mistaken for them.
         length = self.lengths[0] if self.lengths else 0
         self.is_dense = (
             not any(self.pending)
@@ -81,11 +81,11 @@ class AlignedRows:
         return sum(n >= (i + 1) * self.chunk_size for n in self.lengths)
 
     def chunks_of(self, r: int) -> int:
-        """Chunks of sorted row `r`."""
+        """Chunks of the sorted row `r`."""
         return -(-self.lengths[r] // self.width)
 
     def _spread(self, first: Sequence[int], num: Sequence[int], device: torch.device) -> Tensor:
-        """Indices first[r], ..., first[r] + num[r] - 1 of all rows, one after the other."""
+        """Indices first[r], ..., first[r] + num[r] - 1 of all rows, concatenated."""
         counts = torch.tensor(num, dtype=torch.int64)
         ends = counts.cumsum(0)
         offsets = torch.tensor(first, dtype=torch.int64) - (ends - counts)

@@ -1,4 +1,4 @@
-"""`Dictionary`: sums and counts as the backends work on them, in place."""
+"""`Dictionary`: the sums and counts that backends update in place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def dense_copy(x: Tensor) -> Tensor:
-    """A contiguous copy: what is worked on in place, row by row of a flat view."""
+    """A contiguous copy, whose flat view can be updated in place row by row."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -22,17 +22,17 @@ class Dictionary:
     count: Tensor | None = None
 
     def clone(self) -> Dictionary:
-        """A copy that can be worked on in place, contiguous whatever this is."""
+        """A copy that can be updated in place, contiguous even if this one is not."""
         parts = (self.key_sum, self.value_sum, self.count)
         return Dictionary(*(None if x is None else dense_copy(x) for x in parts))
 
     def index(self, slots: Tensor) -> Tensor:
-        """Rows of the flattened sums that `slots` `[S, C]` of the first S streams stand for."""
+        """Rows of the flattened sums for the slots `[S, C]` of the first S streams."""
         first = torch.arange(len(slots), device=slots.device) * self.key_sum.shape[1]
         return (slots + first[:, None]).flatten()
 
     def add_(self, slots: Tensor, keys: Tensor, values: Tensor, sign: int) -> None:
-        """Add (sign 1) or take back (sign -1) tokens `[S, C, D]` in order of position."""
+        """Add (sign 1) or take back (sign -1) tokens `[S, C, D]`, in order of position."""
         index = self.index(slots)
         for sums, x in ((self.key_sum, keys), (self.value_sum, values)):
             flat = sums.view(-1, sums.shape[-1])

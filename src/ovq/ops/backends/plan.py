@@ -1,4 +1,4 @@
-"""`Plan`: what one call does, decided before any arithmetic."""
+"""`Plan`: what a call does, determined before any arithmetic."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ovq.ops.schedule import slots_by_chunk
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one call does, decided before any arithmetic.
+    """What a call does, determined before any arithmetic.
 
     Attributes:
         aligned: the chunk-aligned layout of the rows.
-        slots: for each sorted row, its slots before each of its complete chunks and after the last.
+        slots: for each sorted row, its slots before each of its complete chunks and after the last one.
         num_merged: tokens merged into each sorted row's dictionary before the call.
         num_kv_heads: Hkv.
-        group_size: query heads of a key/value head, G.
+        group_size: query heads per key/value head, G.
         options: the layer's settings.
     """
 
@@ -40,7 +40,8 @@ class Plan:
         group_size: int,
         options: Options,
     ) -> Plan:
-        """The plan for sorted rows that start with `opened` slots and `num_merged` tokens in them."""
+        """The plan for sorted rows that start with `opened` slots and `num_merged` tokens merged into
+        them."""
         slots = [
             slots_by_chunk(
                 n,
@@ -56,5 +57,5 @@ class Plan:
 
     @property
     def capacity(self) -> int:
-        """Most slots of a row at the end."""
+        """The most slots that a row has at the end."""
         return max((sizes[-1] for sizes in self.slots), default=0)

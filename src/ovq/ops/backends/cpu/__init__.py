@@ -1,7 +1,7 @@
-"""The `cpu` backend: what `torch` does chunk by chunk, compiled for this processor where there is a compiler.
+"""The `cpu` backend: what `torch` does chunk by chunk, compiled for this processor if there is a compiler.
 
-`kernels.py` hands a call to `kernels.cpp`; `build.py` compiles it on first use. The short convolution of the
-layers is compiled along with it.
+`kernels.py` passes a call to `kernels.cpp`; `build.py` compiles it on first use, together with the short
+convolution of the layers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Compiles the kernels for this machine on first use, keeps them in the user's cache and loads them.
 
-Whatever goes wrong here costs speed and nothing else: the op then runs without kernels, and says so once.
+If anything goes wrong here, only speed is lost: the op then runs without kernels, and says so once.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ _logger = logging.getLogger(__name__)
 
 _SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
 _MAIN = Path(__file__).parent / "kernels.cpp"
-# Arithmetic stays that of IEEE: what is left out is the bookkeeping of errors and exceptions alone.
+# Arithmetic stays that of IEEE; only the bookkeeping of errors and exceptions is left out.
 _FLAGS = (
     "-O3 -march=native -std=c++17 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti"
 )
 _SWITCH = "OVQ_CPU_KERNELS"
 _TIMEOUT = 300
-# More bytes than the compiler writes on its way.
+# More bytes than the compiler writes while it works.
 _ROOM = 2**22
 
 
 class Unavailable(Exception):
-    """Why there are no kernels on this machine."""
+    """Says why there are no kernels on this machine."""
 
 
 class SwitchedOff(Unavailable):
-    """There are none because the user wants none."""
+    """There are no kernels because the user has switched them off."""
 
 
 class MissingKernelsWarning(UserWarning):
-    """The op runs without compiled kernels though nobody switched them off."""
+    """The op runs without compiled kernels although nobody switched them off."""
 
 
 def load() -> ctypes.CDLL:
-    """The compiled kernels. The first call finds or builds them, and all others get what it got.
+    """The compiled kernels. The first call finds or builds them; all others get the same result.
 
     Raises:
-        Unavailable: if they are switched off or cannot be had; says why.
+        Unavailable: if they are switched off or cannot be built; says why.
     """
-    # Threads that come here at once wait for one compiler, rather than running one each.
+    # Threads that come here at the same time wait for one compiler instead of each running one.
     with _lock:
         outcome = _attempt()
     if isinstance(outcome, Unavailable):
@@ -64,7 +64,7 @@ def load() -> ctypes.CDLL:
 
 
 def warn_once(error: Unavailable) -> None:
-    """Say that there are no kernels and what that costs, the first time in this process."""
+    """Warn that there are no kernels, and what that costs, the first time in this process."""
     global _is_warned
     with _lock:
         is_first, _is_warned = not _is_warned, True
@@ -83,21 +83,21 @@ _is_warned = False
 
 @functools.cache
 def _attempt() -> ctypes.CDLL | Unavailable:
-    """The kernels, or why there are none: returned rather than raised, so that failures are remembered too.
+    """The kernels, or why there are none. The reason is returned, not raised, so that it is remembered too.
 
-    To try again at each call would cost each call the time of a compiler.
+    Trying again at each call would cost each call the time of a compiler.
     """
     try:
         return _found_or_built()
     except SwitchedOff as error:
         return SwitchedOff(str(error))
-    # Of disks, processes and the user's data base; none of it is a reason for the op to fail.
+    # Errors of disks, processes and the database of users; none of them may make the op fail.
     except (Unavailable, OSError, RuntimeError) as error:
         return Unavailable(str(error))
 
 
 def _found_or_built() -> ctypes.CDLL:
-    """The kernels from the first place that can keep them, built if they are nowhere."""
+    """The kernels from the first place that can keep them, built if no place has them."""
     if os.environ.get(_SWITCH, "1") == "0":
         raise SwitchedOff(f"switched off by {_SWITCH}=0")
     compiler = _compiler()
@@ -111,7 +111,7 @@ def _found_or_built() -> ctypes.CDLL:
                 binary = binary or _compiled(compiler, folder)
                 path = _put(binary, folder, stem)
             else:
-                # Should its disk not allow code to be run, the next place gets a copy.
+                # If this place's disk does not allow code to be run, the next place gets a copy.
                 binary = path.read_bytes()
             return ctypes.CDLL(str(path))
         except OSError as error:
@@ -120,7 +120,7 @@ def _found_or_built() -> ctypes.CDLL:
 
 
 def _compiler() -> list[str]:
-    """The C++ compiler: that of the environment, or the first there is."""
+    """The C++ compiler: that of the environment, or the first that is found."""
     if text := os.environ.get("CXX", "").strip():
         try:
             return shlex.split(text)
@@ -133,7 +133,7 @@ def _compiler() -> list[str]:
 
 
 def _fingerprint(compiler: list[str]) -> str:
-    """What the compiled code depends on: sources, flags, compiler, system and processor."""
+    """All that the compiled code depends on: sources, flags, compiler, system and processor."""
     parts = [_FLAGS, shlex.join(compiler), *platform.libc_ver(), platform.machine(), _processor()]
     total = hashlib.sha256("\0".join(parts).encode(errors="replace"))
     for path in _SOURCES:
@@ -142,7 +142,7 @@ def _fingerprint(compiler: list[str]) -> str:
 
 
 def _processor() -> str:
-    """The processor and what it can do, where the system tells."""
+    """The processor and its features, if the system reports them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -152,10 +152,11 @@ def _processor() -> str:
 
 
 def _private_folder() -> Path:
-    """This user's folder among the temporary files: where the kernels are if the cache cannot keep them.
+    """This user's folder among the temporary files, for kernels that the cache cannot keep.
 
-    It has one name, so that processes share what the first of them compiled and no folder is left for each.
-    Anyone could have made a folder of that name and have us run what is in it, so only a private one will do.
+    It always has the same name, so that processes share what the first of them compiled, and not every
+    process leaves a folder behind. Others could have made a folder of that name to have their code run, so
+    only a private one is used.
     """
     if not hasattr(os, "geteuid"):
         raise OSError("no folder for temporary files of one user on this system")
@@ -170,13 +171,13 @@ def _private_folder() -> Path:
 
 
 def _kept(folder: Path, stem: str) -> Path | None:
-    """The file of the kernels in a folder, if it is whole.
+    """The file of the kernels in a folder, if it is complete.
 
-    Its name ends with the digest of its bytes. The loader maps a file that was cut short without a word, and
-    the process then dies of a bus error where it reads what is missing.
+    Its name ends with the digest of its bytes. The loader would silently map a file that was cut short, and
+    the process would die of a bus error where it reads what is missing.
     """
     for path in sorted(folder.glob(f"{stem}-*.so")):
-        # One that may not be read, or is gone by now, is as good as none.
+        # A file that may not be read, or has gone meanwhile, counts as missing.
         with contextlib.suppress(OSError):
             if path.name == _file_name(stem, path.read_bytes()):
                 return path
@@ -188,7 +189,7 @@ def _file_name(stem: str, binary: bytes) -> str:
 
 
 def _put(binary: bytes, folder: Path, stem: str) -> Path:
-    """Put the kernels into a folder in one step, whoever else does the same meanwhile."""
+    """Put the kernels into a folder in one step, even if others do the same meanwhile."""
     path = folder / _file_name(stem, binary)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -201,12 +202,12 @@ def _compiled(compiler: list[str], folder: Path) -> bytes:
 
     Args:
         compiler: the command.
-        folder: where they are to be kept. They are made there as well: a full disk of temporary files is no
-            hindrance, and a place that cannot keep them is found before the time is spent.
+        folder: where they are kept. They are compiled there too, so that a full disk of temporary files does
+            not matter, and a place that cannot keep them is noticed before time is spent.
 
     Raises:
-        OSError: the folder cannot be written.
-        Unavailable: the compiler fails.
+        OSError: if the folder cannot be written.
+        Unavailable: if the compiler fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as place:
@@ -214,8 +215,8 @@ def _compiled(compiler: list[str], folder: Path) -> bytes:
         _logger.info("compiling the CPU kernels to %s", folder)
         compiled, linked = Path(place) / "kernels.o", Path(place) / "kernels.so"
         _run([*compiler, *_FLAGS.split(), "-c", str(_MAIN), "-o", str(compiled)], place)
-        # Not linked with an OpenMP library of their own: they share the threads of the one that torch loaded,
-        # as two sets of threads would wait for each other.
+        # Not linked with an OpenMP library of their own: they share the threads of the one that torch has
+        # loaded, because two sets of threads would wait for each other.
         _run([*compiler, "-shared", str(compiled), "-o", str(linked)], place)
         return linked.read_bytes()
 
@@ -225,7 +226,7 @@ def _check_room(place: Path, folder: Path) -> None:
     try:
         with open(place / "room", "wb") as file:
             file.write(bytes(_ROOM))
-            # Some disks say only now that they are full.
+            # Some disks report only now that they are full.
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
@@ -240,7 +241,7 @@ def _run(command: list[str], place: str) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} cannot be run: {error}") from error
     if result.returncode:
-        # In any encoding, and not always the error first.
+        # The output may have any encoding, and the error need not come first.
         lines = result.stderr.decode(errors="replace").strip().splitlines()
         lines = [line for line in lines if "error" in line] or lines or [f"exit status {result.returncode}"]
         raise Unavailable(f"{command[0]} failed: {lines[0]}")

@@ -1,4 +1,4 @@
-"""The short convolution in compiled code: one pass over the tokens each way, where products take many."""
+"""The short convolution in compiled code: one pass over the tokens each way, where products need many."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ovq.ops.backends.cpu.kernels import is_available
 
 
 def can_convolve(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel does this: float32 on a CPU, a compiler found, nothing traced."""
+    """Whether the kernel can run: float32 on a CPU, a compiler found, nothing traced."""
     is_plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     return is_plain and not torch.compiler.is_compiling() and is_available()
 
@@ -21,8 +21,9 @@ def can_convolve(x: Tensor, weight: Tensor) -> bool:
 class CompiledConvolution(torch.autograd.Function):
     """Causal depthwise convolution of x `[B, T, D]` to the same shape.
 
-    Past `[B, C - 1, D]` are the tokens before the first, None for zeros. The last tap of weight `[D, C]` is
-    that of the token itself. Offset `[T]` int64 says how many tokens of its own packed row come before each.
+    Past `[B, C - 1, D]` holds the tokens before the first, None for zeros. The last tap of weight `[D, C]` is
+    that of the token itself. Offset `[T]` int64 holds how many tokens of its own packed row precede each
+    token.
     """
 
     @staticmethod

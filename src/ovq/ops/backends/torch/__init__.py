@@ -22,7 +22,7 @@ def refusal(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
-    """One token per row without gradients is decoded, all else goes chunk by chunk."""
+    """One token per row without gradients is decoded; everything else goes chunk by chunk."""
     if call.is_decoding:
         return decode_step(call)
     return in_chunks(call, chunk_attention if call.options.rate == "count" else constant_rate_attention)

@@ -1,12 +1,12 @@
 """The `torch` backend: chunk by chunk in large matrix products, with a backward in O(T) memory.
 
-For each chunk of a group of streams the forward (1) reads: one softmax over [chunk | dictionary], (2) routes
-the chunk's keys, (3) adds them to the sums of their slots.
+For each chunk of a group of streams, the forward (1) reads: one softmax over [chunk | dictionary]; (2) routes
+the chunk's keys; (3) adds them to the sums of their slots.
 
-The backward keeps nothing per chunk but the slot of each token. It walks the chunks in reverse and *rewinds*
-the dictionary: with assignments fixed the sums are linear in the keys and values, so subtracting a chunk
-gives the dictionary that its queries read, and the gradient of the sums just accumulates (`docs/math.md`).
-Probabilities are computed again, which costs less than reading back anything that would save it.
+The only thing that the backward keeps per chunk is the slot of each token. It walks the chunks in reverse and
+*rewinds* the dictionary: with the assignments fixed, the sums are linear in the keys and values, so
+subtracting a chunk gives the dictionary that its queries read, and the gradient of the sums only accumulates
+(`docs/math.md`). Probabilities are computed again, which is faster than storing and reading them back.
 
 The `cpu` backend does the same in compiled code, several times as fast.
 """
@@ -59,7 +59,7 @@ class _ChunkAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
         sums = Dictionary(key_sum, value_sum, count).clone()
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
-        # The slot of every token of a complete chunk; int32 holds any dictionary.
+        # The slot of every token of a complete chunk; int32 is enough for any dictionary.
         slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
         for group in groups_of(plan, q.device):
             _forward_group(group, q, k, v, scale, sums, o, slots)
@@ -78,13 +78,13 @@ class _ChunkAttention(torch.autograd.Function):
             torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.zeros_like(scale)
         )
         final = Dictionary(key_sum, value_sum, count)
-        # A: the gradient of the sums, which starts as that of the final state and ends as that of the
-        # initial.
+        # A: the gradient of the sums. It starts as that of the final state and ends as that of the initial
+        # one.
         deposits = Dictionary(
             torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum),
             torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum),
         )
-        # Autocast would run these products in a lower precision than the forward did.
+        # Autocast would run these products with less precision than the forward.
         with torch.autocast(q.device.type, enabled=False):
             for group in groups_of(ctx.plan, q.device):
                 _backward_group(group, call, final, deposits, grads)
@@ -107,7 +107,7 @@ class _Tensors:
 def _forward_group(
     group: Group, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, sums: Dictionary, o: Tensor, slots: Tensor
 ) -> None:
-    """All chunks of a group, in order; fills `o` and `slots` and updates `sums` in place."""
+    """Run all chunks of a group, in order; fills `o` and `slots` and updates `sums` in place."""
     sums = group.dictionary(sums)
     reader = Reader(group, q, v, sums.key_sum.dtype)
     router = Router(
@@ -137,21 +137,23 @@ def _forward_group(
 def _backward_group(
     group: Group, call: _Tensors, final: Dictionary, deposits: Dictionary, grads: _Tensors
 ) -> None:
-    """All chunks of a group, in reverse; fills the gradients of tokens and updates `deposits` in place."""
+    """Run all chunks of a group, in reverse; fills the gradients of tokens and updates `deposits` in
+    place."""
     sums, deposits = group.dictionary(final).clone(), group.dictionary(deposits)
     reader = Reader(group, call.q, call.v, sums.key_sum.dtype)
     for step in reversed(group.steps()):
-        # The gradient of the step's tokens, as candidates of its queries and as parts of the sums.
+        # The gradient of the step's tokens, both as candidates of its queries and as parts of the sums.
         grad_k = sums.key_sum.new_zeros(step.num_streams, step.num_tokens, call.k.shape[-1])
         grad_v = sums.key_sum.new_zeros(step.num_streams, step.num_tokens, call.v.shape[-1])
         s = step.num_complete
         if s:
-            # 1. The tokens of the chunk get the gradient of the sums they were added to.
+            # 1. The tokens of the chunk get the gradient of the sums that they were added to.
             chosen = step.take(call.slots)[:s].squeeze(-1).long()
             index = sums.index(chosen)
             grad_k[:s] = deposits.key_sum.view(-1, grad_k.shape[-1])[index].view_as(grad_k[:s])
             grad_v[:s] = deposits.value_sum.view(-1, grad_v.shape[-1])[index].view_as(grad_v[:s])
-            # 2. Rewind: the dictionary as the chunk's queries saw it. Slots that the chunk opened are gone.
+            # 2. Rewind to the dictionary that the chunk's queries saw, without the slots that the chunk
+            # opened.
             keys, values = step.take(call.k)[:s], step.take(call.v)[:s]
             sums.add_(chosen, keys.to(sums.key_sum.dtype), values.to(sums.key_sum.dtype), -1)
             is_gone = (sums.count[:s] == 0).unsqueeze(-1)
@@ -175,7 +177,7 @@ def _backward_block(
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
-    """Gradients of one block's softmax; those of its candidates are added to what holds them."""
+    """Gradients of one block's softmax; those of its candidates are added to the buffers for them."""
     wide = deposits.key_sum.dtype
     probs = reader.attend(step, block, call.q, call.scale)
     grad_scores, _ = reader.scratch(step, block)

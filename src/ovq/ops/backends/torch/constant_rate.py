@@ -1,8 +1,9 @@
 """The ablation `rate=r`: slot means that move by a constant share r towards each token merged into them.
 
-Such means forget, so a chunk cannot be taken back from them as the backward of `chunk.py` takes it back from
-sums. This is the same loop over chunks without that: whole chunks at a time, differentiated by ordinary
-autograd, which keeps the probabilities of every chunk. The state stays sums and counts, sum = mean * count.
+Such means forget, so the backward cannot take a chunk back from them as that of `chunk.py` takes it back from
+sums. This is the same loop over chunks without rewinding: whole chunks at a time, differentiated by ordinary
+autograd, which keeps the probabilities of every chunk. The state is still sums and counts, sum = mean *
+count.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def constant_rate_attention(
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`chunk_attention` for a constant rate: the same arguments and results."""
-    # Dictionary cannot be written in place here, so that groups would gain nothing: all streams go together.
+    # Nothing can be written in place here, so groups would gain nothing, and all streams go together.
     group = Group(plan, range(len(plan.slots)), range(plan.num_kv_heads))
     sums = group.dictionary(Dictionary(*(x.contiguous() for x in (key_sum, value_sum, count))))
     router = Router(
@@ -61,7 +62,7 @@ def _read(
     count = sums.count[:s, :n]
     means, mean_values = (slot_means(x[:s, :n], count) for x in (sums.key_sum, sums.value_sum))
     candidates = torch.cat([means, keys], 1)
-    # log 0 = -inf takes spare slots out; a token of the chunk is a slot of count 1.
+    # log 0 = -inf excludes spare slots; a token of the chunk is a slot of count 1.
     bias = torch.cat([count.to(keys.dtype).log(), keys.new_zeros(s, w)], 1)[:, None, None]
     scales = step.scales(scale)[..., None, None]
     queries = step.take(q).to(keys.dtype).view(*scales.shape[:2], w, -1)
@@ -95,13 +96,14 @@ def _learned(
 def moved(
     sums: Dictionary, slots: Tensor, is_opener: Tensor, keys: Tensor, values: Tensor, rate: float
 ) -> Dictionary:
-    """Dictionaries after the tokens of a chunk moved the means of their slots, D <- D + rate (x - D) each.
+    """Dictionaries after the tokens of a chunk have moved the means of their slots, D <- D + rate (x - D)
+    each.
 
-    A slot's m tokens in order of position leave D (1 - rate)^m + sum_j rate (1 - rate)^(m - j) x_j, which is
-    evaluated at once, in float64. A token that opened its slot comes first and counts in full.
+    The m tokens of a slot, in order of position, leave D (1 - rate)^m + sum_j rate (1 - rate)^(m - j) x_j.
+    This is evaluated in one step, in float64. A token that opened its slot comes first and counts fully.
 
     Args:
-        sums: dictionaries `[S, M, ...]`, left as they are.
+        sums: dictionaries `[S, M, ...]`, not changed.
         slots: `[S, C]` slot of each token.
         is_opener: `[S, C]` tokens that opened their slot.
         keys: `[S, C, K]`. values: `[S, C, V]`.
@@ -109,7 +111,7 @@ def moved(
     """
     index = sums.index(slots)
     is_step = ~is_opener
-    # Steps that the slot of a token takes after that token.
+    # How many steps the slot of a token takes after that token.
     is_later = torch.ones(slots.shape[1], slots.shape[1], dtype=torch.bool, device=slots.device).triu(1)
     is_later = (is_later | is_opener[..., None]) & is_step[:, None] & (slots[..., None] == slots[:, None])
     weight = torch.pow(1.0 - rate, is_later.sum(-1).double())
@@ -117,7 +119,7 @@ def moved(
     before = sums.count.flatten()
     after = before.index_add(0, index, torch.ones_like(index))
     num_steps = torch.zeros_like(before).index_add(0, index, is_step.flatten().to(before.dtype))
-    # As factors of sums, not means, so that slots without a token keep their bits.
+    # As factors of sums, not of means, so that slots without a token keep their bits.
     kept = torch.pow(1.0 - rate, num_steps.double()) * after / before.clamp(min=1)
 
     def stepped(old: Tensor, x: Tensor) -> Tensor:

@@ -11,16 +11,17 @@ from ovq.ops.backends.torch.streams import Group, Step, block_size
 
 
 def without_spoilt(values: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Values of a chunk fit for products with probabilities that are zero for tokens to come.
+    """Values of a chunk that may be multiplied by probabilities of zero for later tokens.
 
-    Zero times NaN is NaN: a value that is not finite would reach the outputs before its token. It is taken
-    out, and added to the outputs from its token on.
+    Zero times NaN is NaN: a value that is not finite would reach earlier outputs. It is taken out, and added
+    to the outputs from its token on.
 
     Args:
         values: `[S, w, V]`.
 
     Returns:
-        The values with zeros in such places, and what outputs `[S, w, V]` get beside; None if all are finite.
+        The values with zeros in such places, and what must be added to outputs `[S, w, V]`; None if all are
+            finite.
 
     Example:
         >>> without_spoilt(torch.tensor([[[1.0], [torch.nan], [2.0]]]))
@@ -37,10 +38,10 @@ def without_spoilt(values: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class Reader:
-    """Reads the steps of a group, block of queries by block, in scratch memory allocated once.
+    """Reads the steps of a group, one block of queries after the other, in scratch memory allocated once.
 
-    Keys and values lie in buffers of rows [last block ... first block | dictionary | spare]: what a block
-    attends to, itself, the blocks before it and the dictionary, is one contiguous range, ready for one
+    Keys and values lie in buffers of rows [last block ... first block | dictionary | spare]. What a block
+    attends to (itself, the blocks before it and the dictionary) is then one contiguous range, ready for one
     matrix product.
 
     Attributes:
@@ -82,7 +83,7 @@ class Reader:
             self._values[:s, rows] = values[:, block]
         self.chunk_keys, self.chunk_values = chunk_keys.to(self._wide), chunk_values.to(self._wide)
         count = sums.count[:s, :n].to(self._wide)
-        # log 0 = -inf takes spare slots out. Their keys and values are zero, or finite and out of date.
+        # log 0 = -inf excludes spare slots. Their keys and values are zero, or finite and out of date.
         self._bias[:s, 0, 0, :n] = count.log()
         self._bias[:s, ..., n:] = -torch.inf
         self._rows = width + padded_slots(n)
@@ -99,7 +100,8 @@ class Reader:
             self._half_norms = self._keys[:s].to(self._wide).square().sum(-1) / 2
 
     def attend(self, step: Step, block: slice, q: Tensor, scale: Tensor) -> Tensor:
-        """Probabilities `[S, G * b, R]` of a block over its R candidates: scratch, until the next call."""
+        """Probabilities `[S, G * b, R]` of a block over its R candidates, in scratch memory until the next
+        call."""
         size = block.stop - block.start
         part = step.part(q, block)
         queries = self._queries[: part.numel()].view(part.shape)
@@ -115,7 +117,7 @@ class Reader:
             by_token.sub_(step.scales(scale)[:, :, None, None] * half_norms)
         scores.baddbmm_(self.queries, self.keys(step, block).transpose(1, 2))
         if self._is_key_spoilt:
-            # -inf and the score of a key that is not finite may add up to NaN.
+            # The sum of -inf and the score of a key that is not finite may be NaN.
             by_token[..., :size].masked_fill_(self._future[:size, :size], -torch.inf)
         return torch.softmax(scores, -1, out=probs)
 

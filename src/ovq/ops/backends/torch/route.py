@@ -1,9 +1,9 @@
 """Which slot each key of a complete chunk goes to, for many heads at once: fast, and provably exact.
 
-Routing is a hard argmax, so two backends whose matrix products round differently could disagree on a near tie
-and from then on remember different things. Here scores are computed in float32 by one matrix product, and
-every token whose best two candidates lie within the rounding error of that product is decided again in
-float64. The result is that of the float64 reference, whatever the blocking, batch or thread count.
+Routing is a hard argmax. Two backends whose matrix products round differently could disagree on a near tie,
+and from then on remember different things. Here one matrix product computes the scores in float32, and every
+token whose two best candidates lie within the rounding error of that product is decided again in float64. The
+result is that of the float64 reference, whatever the blocking, batch or thread count.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from ovq.ops.options import NO_COSINE, ORDINARY, TIE, TINY, Options
 from ovq.ops.random_init import random_priority
 
-# Columns of the score matrix that are reduced together: the best slot is found as the best block, then the
-# best in it, which reads the scores once, vectorised (on a CPU an argmax over all columns takes six times as
-# long).
+# Columns of the score matrix that are reduced together. The best slot is found as the best block, then the
+# best slot in it, which reads the scores once, vectorised (on a CPU an argmax over all columns takes six
+# times as long).
 BLOCK = 32
-# Pairs of (token, slot) that are decided again one by one; more of them, as keys that repeat give, are
-# cheaper as one float64 matrix product.
+# Most pairs of (token, slot) that are decided again one by one. Where there are more, as with repeated keys,
+# one float64 matrix product is cheaper.
 _PAIRS = 8192
 
 
@@ -29,7 +29,7 @@ def padded_slots(num: int) -> int:
 
 
 class Router:
-    """Assigns the keys of complete chunks to slots; holds the scratch memory for it.
+    """Assigns the keys of complete chunks to slots, and holds the scratch memory for it.
 
     Args:
         num_streams: most streams (rows times key/value heads) routed at once.
@@ -38,7 +38,7 @@ class Router:
         like: a tensor that gives the routing dtype (float32 or float64) and device.
 
     Attributes:
-        is_opener: `[S, C]`, which keys of the chunk routed last opened a slot.
+        is_opener: `[S, C]`, which keys of the chunk routed last have opened a slot.
     """
 
     def __init__(self, *, num_streams: int, max_slots: int, options: Options, like: Tensor) -> None:
@@ -65,7 +65,7 @@ class Router:
             before: slots of each stream before the chunk.
             after: slots of each stream once the chunk is merged.
             heads: key/value head of each stream, for `init="random"`.
-            num_seen: tokens each stream's row has seen at the end of the chunk, likewise.
+            num_seen: tokens that each stream's row has seen at the end of the chunk, for `init="random"`.
         """
         is_fresh = torch.tensor([n == 0 for n in before], device=keys.device)
         if 0 in before:
@@ -101,7 +101,7 @@ class Router:
 
 
 class _Chunk:
-    """A chunk's keys and slot means with their scores, in float32 and, where that is not enough, in float64.
+    """A chunk's keys and slot means, with scores in float32 and, where that is not enough, in float64.
 
     Args:
         keys: `[S, C, K]`.
@@ -129,7 +129,7 @@ class _Chunk:
 
     @property
     def is_ordinary(self) -> bool:
-        """Whether all keys and means are of lengths that float32 can decide by."""
+        """Whether float32 can decide, given the lengths of all keys and means."""
         return _are_ordinary(self.keys, self.key_norm) and _are_ordinary(self.means, self.mean_norm)
 
     def nearest(self) -> Tensor:
@@ -141,7 +141,7 @@ class _Chunk:
         inside = blocks.gather(2, block[..., None].expand(-1, -1, 1, BLOCK)).squeeze(2)
         place = inside.argmax(-1, keepdim=True)
         best = inside.gather(-1, place)
-        # The best of all the others: the other blocks, and the rest of the winner's own.
+        # The best of all other slots: in the other blocks, and in the rest of the winner's block.
         inside.scatter_(-1, place, -torch.inf)
         block_best.scatter_(-1, block, -torch.inf)
         second = torch.maximum(inside.amax(-1), block_best.amax(-1))
@@ -159,21 +159,21 @@ class _Chunk:
         return slots.masked_fill_(~best.isfinite(), 0)
 
     def novelty(self, opening: list[int], is_fresh: Tensor) -> Tensor:
-        """Best cosine `[S, C]` of each key with a slot mean, in float64 where the choice of openers turns on
-        it.
+        """Best cosine `[S, C]` of each key with a slot mean, in float64 where it decides which keys open
+        slots.
 
         Args:
-            opening: keys of each stream that are to open slots: those of lowest best cosine.
-            is_fresh: `[S]` streams whose first key has opened slot 0 and is out of the question.
+            opening: number of keys of each stream that will open slots: those with the lowest best cosine.
+            is_fresh: `[S]` streams whose first key has opened slot 0 and cannot open another.
 
-        Turns the scores into cosines, in place: `nearest` comes before it.
+        Turns the scores into cosines, in place, so `nearest` must come first.
         """
         # A key or mean of length zero has cosine 0 with everything.
         cosines = self.scores.mul_(self.mean_norm[:, None].clamp(min=TINY).reciprocal())
         best = cosines.amax(-1) / self.key_norm.clamp(min=TINY)
         best.nan_to_num_(nan=NO_COSINE)
         best[:, 0].masked_fill_(is_fresh, torch.inf)
-        # Cosines are at most 1 long; a few more roundings than a dot product go into one.
+        # A cosine is at most 1, and takes a few more roundings than a dot product.
         tolerance = 2 * (self.keys.shape[-1] + 8) * self._eps + 2 * TIE
         # Contested: the last key that opens a slot and the first that does not are too close to tell apart.
         most = min(max(opening) + 1, best.shape[-1])
@@ -185,7 +185,7 @@ class _Chunk:
         if bool(is_contested.any()):
             is_near = is_contested & ((best - boundary).abs() <= 2 * tolerance) & (best != NO_COSINE)
             s, t = is_near.nonzero(as_tuple=True)
-            # The best slot in float64 is among those that float32 cannot tell from its best.
+            # The best slot in float64 is among those that float32 cannot tell from its own best.
             own = cosines[s, t] / self.key_norm[s, t, None].clamp(min=TINY)
             exact = self._exact(s, t, own >= (best[s, t] - tolerance)[:, None], is_cosine=True)
             best = best.double()
@@ -199,7 +199,7 @@ class _Chunk:
             streams: `[A]`.
             tokens: `[A]`.
             is_candidate: `[A, n]`.
-            is_cosine: divide by the lengths.
+            is_cosine: whether to divide by the lengths.
         """
         num_pairs = int(is_candidate.sum())
         if num_pairs > _PAIRS:
@@ -225,12 +225,12 @@ def _are_ordinary(x: Tensor, norm: Tensor) -> bool:
     shortest, longest = ORDINARY
     is_zero = norm == 0
     is_ordinary = (norm >= shortest) & (norm <= longest)
-    # A length of zero may be one whose squares vanish.
+    # A length of zero may be that of a vector whose squares vanish.
     return bool((is_ordinary | is_zero).all()) and not bool(x[is_zero].any())
 
 
 class _WideChunk:
-    """What `_Chunk` decides, in float64 throughout: for lengths that are not ordinary, or not finite.
+    """Decides what `_Chunk` decides, in float64 throughout: for lengths that are not ordinary, or not finite.
 
     Args:
         keys: `[S, C, K]`.
@@ -246,14 +246,14 @@ class _WideChunk:
         self.key_norm, self.mean_norm = keys.norm(dim=-1), means.norm(dim=-1)
 
     def nearest(self) -> Tensor:
-        """As of `_Chunk`."""
+        """As in `_Chunk`."""
         best = self.scores.amax(-1)
         floor = best - TIE * self.key_norm * self.mean_norm.amax(-1, keepdim=True)
         slots = (self.scores >= floor[..., None]).byte().argmax(-1)
         return slots.masked_fill_(~best.isfinite(), 0)
 
     def novelty(self, opening: list[int], is_fresh: Tensor) -> Tensor:
-        """As of `_Chunk`."""
+        """As in `_Chunk`."""
         cosines = (
             self.scores / self.key_norm[..., None].clamp(min=TINY) / self.mean_norm[:, None].clamp(min=TINY)
         )
@@ -264,7 +264,8 @@ class _WideChunk:
 
 
 def _lowest(priority: Tensor, num: list[int]) -> Tensor:
-    """Mask `[S, C]` of the `num[s]` lowest priorities of each stream; of equal ones, the earliest tokens."""
+    """Mask `[S, C]` of the `num[s]` lowest priorities of each stream; among equal ones, the earliest
+    tokens."""
     wanted = torch.tensor(num, device=priority.device)[:, None]
     boundary = priority.topk(max(num), largest=False).values.gather(-1, (wanted - 1).clamp(min=0))
     is_clear = priority < boundary - TIE
@@ -276,9 +277,9 @@ def _lowest(priority: Tensor, num: list[int]) -> Tensor:
 def _merge_updated(
     slots: Tensor, is_opener: Tensor, keys: Tensor, means: Tensor, existing: list[int]
 ) -> None:
-    """Let the keys that open no slot go to the slots opened by their own chunk as well (in place).
+    """Let the keys that open no slot also go to slots opened by their own chunk (in place).
 
-    An ablation, off by default: written for clarity, in float64 throughout.
+    This is an ablation, off by default, written for clarity and in float64 throughout.
     """
     for s, n in enumerate(existing):
         if not bool(is_opener[s].any()):
@@ -287,5 +288,5 @@ def _merge_updated(
         scores = own @ candidates.T
         best = scores.amax(-1)
         floor = best - TIE * own.norm(dim=-1) * candidates.norm(dim=-1).max()
-        # On a tie the slot that was there before has the lower index; slot 0 where nothing can be compared.
+        # On a tie the older slot wins, which has the lower index; slot 0 where nothing can be compared.
         slots[s] = torch.where(best.isfinite(), (scores >= floor[:, None]).byte().argmax(-1), 0)

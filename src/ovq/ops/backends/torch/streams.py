@@ -1,7 +1,7 @@
-"""How the `torch` backend cuts a call into work: groups of streams, and their steps.
+"""How the `torch` backend divides a call into work: groups of streams, and their steps.
 
-A *stream* is one key/value head of one row. Streams are independent, so they are worked through in groups
-small enough for their scores to stay in the cache and large enough to keep every core busy.
+A *stream* is one key/value head of one row. Streams are independent. They are processed in groups that are
+small enough for their scores to stay in the cache, and large enough to keep every core busy.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 
-# Elements of score scratch a group may use. On a CPU 16 MiB of float32, between one head at a time (overhead
-# of calls) and all at once (out of the cache); on a GPU, which wants the largest products, 4 GiB.
+# Elements of score scratch that a group may use. On a CPU 16 MiB of float32, a compromise between one head at
+# a time (overhead of calls) and all at once (out of the cache); on a GPU, where the largest products are
+# best, 4 GiB.
 CPU_ELEMENTS = 1 << 22
 GPU_ELEMENTS = 1 << 30
-# Queries read together. They attend to no token after their own block, which spares nearly half the products
-# within a chunk of two blocks; smaller blocks cost more in calls than they spare.
+# Queries read together. They attend to no token after their own block; with two blocks in a chunk this saves
+# nearly half the products within the chunk. Smaller blocks cost more in calls than they save.
 READ_BLOCK = 128
 
 
@@ -37,7 +38,7 @@ def groups_of(plan: Plan, device: torch.device) -> Iterator[Group]:
         streams = max(threads, CPU_ELEMENTS // elements // threads * threads)
     else:
         streams = max(1, GPU_ELEMENTS // elements)
-    # Whole rows where they fit; otherwise one row at a time, a block of its heads at a time.
+    # Whole rows where they fit; otherwise one row at a time, and a block of its heads at a time.
     num_rows = max(1, streams // plan.num_kv_heads)
     num_heads = min(streams, plan.num_kv_heads)
     for row in range(0, len(plan.slots), num_rows):
@@ -48,7 +49,7 @@ def groups_of(plan: Plan, device: torch.device) -> Iterator[Group]:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """A block of streams: some sorted rows, some key/value heads of them, numbered row by row."""
+    """A block of streams: some sorted rows, and some key/value heads of them, numbered row by row."""
 
     plan: Plan
     rows: range
@@ -67,7 +68,7 @@ class Group:
     def streams(self, x: Tensor) -> Tensor:
         """The group's streams `[S, ...]` of a tensor `[R, Hkv, ...]` in sorted row order: a view."""
         part = x[self.rows.start : self.rows.stop, self.heads.start : self.heads.stop]
-        # A group has all heads or one row, so that its streams lie side by side and this never copies.
+        # A group has all heads or only one row, so its streams are adjacent and this never copies.
         return part.view(self.num_streams, *x.shape[2:])
 
     def steps(self) -> list[Step]:
@@ -89,7 +90,7 @@ class Step:
         heads: key/value head of each of the `num_complete` streams.
         num_seen: tokens that the row of each of those has seen at the end of the chunk.
         tokens: the places of the chunk in use.
-        blocks: those in blocks of queries that are read together.
+        blocks: the same places, in blocks of queries that are read together.
     """
 
     def __init__(self, group: Group, i: int) -> None:
@@ -118,19 +119,19 @@ class Step:
     def part(self, x: Tensor, tokens: slice) -> Tensor:
         """Tokens of the step in `x` `[num_chunks, W, Hkv * p, D]`, as `[R, p * heads, w, D]`, R rows.
 
-        A view that can be written to, unless the rows lie irregularly.
+        A view that can be written to, unless the rows are spaced irregularly.
         """
         heads, per_head = self.group.heads, x.shape[2] // self.group.plan.num_kv_heads
         part = x[self._chunks, tokens, heads.start * per_head : heads.stop * per_head]
         return part.transpose(1, 2)
 
     def take(self, x: Tensor) -> Tensor:
-        """The step's tokens of `x` `[num_chunks, W, Hkv * p, D]` as `[S, p * w, D]`, p heads to a stream."""
+        """The step's tokens of `x` `[num_chunks, W, Hkv * p, D]` as `[S, p * w, D]`, p heads per stream."""
         part = self.part(x, self.tokens)
         return part.reshape(self.num_streams, -1, x.shape[-1])
 
     def scales(self, scale: Tensor) -> Tensor:
-        """`scale` `[H]` by stream, `[S, G]`."""
+        """`scale` `[H]` by stream, as `[S, G]`."""
         own = scale[self.query_heads].view(len(self.group.heads), -1)
         return own.repeat(self.num_streams // len(own), 1)
 
@@ -143,14 +144,15 @@ class Step:
         )
 
     def put_complete(self, out: Tensor, x: Tensor) -> None:
-        """Write `x` `[num_complete, w, D]`, of the streams whose chunk is complete alone."""
+        """Write `x` `[num_complete, w, D]`, only for the streams whose chunk is complete."""
         missing = self.num_streams - self.num_complete
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
         self.put(out, x, self.tokens)
 
 
 def _progression(chunks: list[int]) -> slice | list[int]:
-    """Indices as a slice if evenly spaced, as in a dense batch: a slice makes views, a list copies."""
+    """Indices as a slice if they are evenly spaced, as in a dense batch: a slice makes views, a list
+    copies."""
     stride = chunks[1] - chunks[0] if len(chunks) > 1 else 1
     is_even = stride > 0 and chunks == list(range(chunks[0], chunks[-1] + 1, stride))
     return slice(chunks[0], chunks[-1] + 1, stride) if is_even else chunks
