@@ -26,12 +26,12 @@ from ovq.layers.chunked import DecayRates
 from ovq.layers.common import QKNorm
 from ovq.layers.vq import StaticDictionary
 
-# Keyword arguments of `forward` that transformers passes along and its decorators act on.
+# Keyword arguments of `forward` that transformers passes along and its decorators use.
 _TRANSFORMERS_KWARGS = frozenset({"output_hidden_states", "output_attentions", "return_dict"})
 
 
 def build_mixer(config: OVQConfig, layer_idx: int) -> Mixer:
-    """The mixer of a layer, as the config says."""
+    """The mixer of a layer, as the config defines it."""
     name = config.mixer_types[layer_idx]
     cls = mixer_class(name)
     return cls(
@@ -80,14 +80,14 @@ class OVQBlock(GradientCheckpointingLayer):
     ) -> tuple[Tensor, Tensor | None]:
         """`[B, T, hidden_size]` to the same, and in training the mixer's own loss, if it has one.
 
-        The loss is an output, as nothing else comes through reentrant checkpointing and offloading hooks.
+        The loss is an output, because nothing else gets through reentrant checkpointing and offloading hooks.
         """
         options, own_loss = {}, None
         if step is not None:
             options["step"] = step
         has_loss = self.training and "auxiliary_losses" in self.mixer.forward_options
         if has_loss:
-            # Not a list: accelerate's hooks hand on copies of those.
+            # Not a list, because accelerate's hooks pass on copies of lists.
             options["auxiliary_losses"] = losses = deque()
         mixed, _, _ = self.mixer(self.mixer_norm(hidden_states), attention_mask, past_key_values, **options)
         if has_loss:
@@ -98,24 +98,24 @@ class OVQBlock(GradientCheckpointingLayer):
 
 @dataclass
 class OVQModelOutput(BaseModelOutputWithPast):
-    """What `OVQModel` returns: beside the usual, in training, the sum of the layers' own losses.
+    """What `OVQModel` returns: the usual fields and, in training, the sum of the layers' own losses.
 
     Attributes:
-        auxiliary_loss: a scalar, weighted (`"vq"` has one); None where there is none.
+        auxiliary_loss: a scalar, already weighted (`"vq"` has one); None if there is none.
     """
 
     auxiliary_loss: Tensor | None = None
 
 
 class OVQPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, and what `OVQModel` and `OVQForCausalLM` have in common."""
+    """Weight initialisation, and what `OVQModel` and `OVQForCausalLM` share."""
 
     config_class = OVQConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["OVQBlock"]
     _supports_sdpa = True
-    # Refuses assisted decoding: a state cannot take back tokens that the big model rejects.
+    # Refuses assisted decoding: tokens that the large model rejects cannot be removed from a state.
     _is_stateful = True
     _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": OVQBlock}
 
@@ -128,7 +128,7 @@ class OVQPreTrainedModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go. With weights that accelerate has offloaded that is not where they are."""
+        """The device for inputs. It is not that of weights that accelerate has offloaded."""
         hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
         execution_device = getattr(hook, "execution_device", None)
         return super().device if execution_device is None else torch.device(execution_device)
@@ -138,13 +138,13 @@ class OVQPreTrainedModel(PreTrainedModel):
         return [module for module in self.modules() if isinstance(module, Mixer)]
 
     def set_num_slots(self, num_slots: int) -> None:
-        """Let every OVQ layer hold `num_slots` slots from here on, and note it in the config.
+        """Give every OVQ layer `num_slots` slots from now on, and record it in the config.
 
-        A cache from before goes on: its states are resized as they are next used.
+        Earlier caches remain valid: their states are resized when they are next used.
 
         Raises:
-            ValueError: fewer than one slot, a model without OVQ layers, or one with layers of another kind
-                whose size depends on `num_slots`.
+            ValueError: if it is below 1, or the model has no OVQ layers, or has layers of another kind whose
+                size depends on `num_slots`.
 
         Example:
             >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
@@ -219,20 +219,20 @@ class OVQModel(OVQPreTrainedModel):
         Args:
             input_ids: `[B, T]`.
             attention_mask: `[B, P + T]` of 0 and 1 over cached and new columns, padding left or right. None:
-                all real.
-            position_ids: `[B, T]`; must rise by one from token to token, or, in one row without mask and
-                cache, begin anew where a packed row does. No layer needs them, as only differences of
+                all tokens are real.
+            position_ids: `[B, T]`; must rise by one from token to token or, in one row without mask and
+                cache, start over where a packed row begins. No layer needs them, because only differences of
                 positions matter.
-            past_key_values: an `OVQCache`, brought up to date in place.
-            inputs_embeds: `[B, T, hidden_size]`, in the place of `input_ids`.
+            past_key_values: an `OVQCache`, updated in place.
+            inputs_embeds: `[B, T, hidden_size]`, instead of `input_ids`.
             use_cache: return a cache. None: `config.use_cache`, but not while training or with packed rows.
             cache: newer name of `past_key_values`.
-            cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`). The names of transformers' and
-                trl's collators mean the same: `cu_seq_lens_q`, `seq_idx`, positions that begin anew.
+            cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`). The names that the collators of
+                transformers and trl use mean the same: `cu_seq_lens_q`, `seq_idx`, positions that start over.
             kwargs: `output_hidden_states`, `return_dict`, and those of `ovq.hf.packing.PACKING_KWARGS`.
 
         Raises:
-            ValueError: input of a wrong shape, or an unknown keyword argument.
+            ValueError: if an input has a wrong shape, or a keyword argument is unknown.
         """
         _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | PACKING_KWARGS)
         if (input_ids is None) == (inputs_embeds is None):
@@ -253,7 +253,7 @@ class OVQModel(OVQPreTrainedModel):
         if past is None and use_cache:
             past = OVQCache(self.config)
         if past is not None and self.gradient_checkpointing and self.training:
-            # The layers would be run again in the backward pass, with a cache that has moved on.
+            # In the backward pass, the layers would run again with a cache that has moved on.
             raise ValueError("expected no cache while training with gradient checkpointing, found one")
         batch_size, num_new, _ = inputs_embeds.shape
         layout = SequenceLayout.of(
@@ -268,7 +268,7 @@ class OVQModel(OVQPreTrainedModel):
 
         hidden_states, own_losses = inputs_embeds, []
         for layer in self.layers:
-            # Outside of the layer, which gradient checkpointing runs twice.
+            # Outside the layer, because gradient checkpointing runs a layer twice.
             step = layer.mixer.begin_step()
             hidden_states, own_loss = layer(hidden_states, layout, past_key_values=past, step=step)
             if own_loss is not None:
@@ -324,30 +324,32 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             input_ids: `[B, T]`.
             attention_mask: `[B, P + T]`, as in `OVQModel.forward`.
             position_ids: `[B, T]`, as in `OVQModel.forward`.
-            past_key_values: an `OVQCache`, brought up to date in place.
-            inputs_embeds: `[B, T, hidden_size]`, in the place of `input_ids`.
+            past_key_values: an `OVQCache`, updated in place.
+            inputs_embeds: `[B, T, hidden_size]`, instead of `input_ids`.
             labels: `[B, T]`, usually `input_ids`; shifted here. -100 is ignored. With `cu_seqlens` the first
-                token of each row is ignored too, as no token before it belongs to its row. While training
-                the loss has the layers' own losses in it.
+                token of each row is ignored too, because no token before it belongs to its row. In training
+                the loss includes the layers' own losses.
             use_cache: return a cache. None: as in `OVQModel.forward`, and not with labels.
-            logits_to_keep: compute logits for the last so many positions only (0: all), or for these indices.
+            logits_to_keep: compute logits for the last positions only, this many (0: for all), or for these
+                indices.
             cache: newer name of `past_key_values`.
             cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`), or its other names, as in
                 `OVQModel.forward`.
-            skip_logits: return the loss without logits (`None`), which are then computed at the positions
-                that have a target alone: what training needs, at a share of the time and memory where few
-                have one.
+            skip_logits: return the loss without logits (`None`). They are then computed only at positions
+                that have a target, which is all that training needs, and saves time and memory where few
+                positions have one.
             kwargs: those of `OVQModel.forward`; `num_items_in_batch` for the loss (from the Trainer);
-                `shift_labels` `[B, T]` in the place of `labels`: what each position is to predict, so that
-                the target of the last one may lie outside of this call; -100 is ignored.
+                `shift_labels` `[B, T]` instead of `labels`: what each position is to predict, so that the
+                target of the last one may lie outside this call; -100 is ignored.
 
         Raises:
-            ValueError: input of a wrong shape, an unknown keyword argument, or logits to skip where there is
-                no loss or some are asked for.
+            ValueError: if an input has a wrong shape, a keyword argument is unknown, or logits are to be
+                skipped although there is no loss or some of them are requested.
         """
         _check_kwargs(kwargs, _TRANSFORMERS_KWARGS | PACKING_KWARGS | {"num_items_in_batch", "shift_labels"})
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        # Not named above: the Trainer takes arguments with "label" in their names for ones that always come.
+        # Not a named parameter: the Trainer assumes that parameters with "label" in their names are always
+        # given.
         shift_labels = kwargs.pop("shift_labels", None)
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         for name, given in (("shift_labels", shift_labels), ("labels", labels)):
@@ -374,12 +376,12 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
                 + ("logits_to_keep" if has_targets else "no labels")
             )
         if has_targets:
-            # Sequences that come with their targets are not continued; evaluation need not pay for a cache.
+            # Sequences with targets are not continued, so evaluation need not pay for a cache.
             use_cache = bool(use_cache)
         outputs = self.model(
             input_ids,
             attention_mask,
-            # Offsets say all that positions do.
+            # Offsets contain all that positions say.
             position_ids if cu_seqlens is None else None,
             past,
             inputs_embeds,
@@ -398,14 +400,15 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         if has_targets:
             loss = self.loss_function(
                 logits,
-                # For losses of the user's own, which shift them themselves.
+                # For custom losses, which shift the labels themselves.
                 None if skip_logits else labels,
                 self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=targets,
             )
             if outputs.auxiliary_loss is not None:
-                # The other losses of a step's micro-batches are added up by their share of its targets.
+                # The other losses of a step's micro-batches are summed, each weighted by its share of the
+                # step's targets.
                 num_targets = (targets != -100).sum()
                 share = 1 if num_items_in_batch is None else num_targets / num_items_in_batch
                 loss = loss + share * outputs.auxiliary_loss
@@ -416,7 +419,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             **{CACHE_KEY: getattr(outputs, CACHE_KEY)},
         )
 
-    # `inputs_embeds` is named because `generate` looks for it in the signature.
+    # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args, inputs_embeds: Tensor | None = None, **kwargs
     ) -> dict:
@@ -426,9 +429,10 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         )
 
     def init_continuous_batching(self, *args, **kwargs) -> NoReturn:
-        """Refused, as is what goes by it: `generate_batch`, `cache_implementation="paged"` of `generate`.
+        """Refused, and with it `generate_batch` and `cache_implementation="paged"` of `generate`, which use
+        it.
 
-        Its loop, in a thread, loses the error of the model's first call and hands back the prompts.
+        Its loop, which runs in a thread, loses the error of the model's first call and returns the prompts.
 
         Raises:
             ValueError: always.
@@ -439,7 +443,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         )
 
     def generate_batch(self, *args, **kwargs) -> NoReturn:
-        """Refused, as `init_continuous_batching`."""
+        """Refused, like `init_continuous_batching`."""
         self.init_continuous_batching()
 
     def _prepare_cache_for_generation(
@@ -472,7 +476,7 @@ def _keeps_all(logits_to_keep: int | Tensor) -> bool:
 
 
 def _check_positions(position_ids: Tensor, layout: SequenceLayout) -> None:
-    """Refuse positions that do not rise by one from one real token of a row to the next."""
+    """Refuse positions that do not rise by one from each real token of a row to the next."""
     steps = position_ids.diff(dim=-1)
     if layout.new_mask is not None:
         steps = steps.masked_fill(~(layout.new_mask[:, 1:] & layout.new_mask[:, :-1]), 1)

@@ -1,8 +1,7 @@
-"""Generation without an end: tokens one by one, and the text they make, in memory that does not grow.
+"""Endless generation: tokens one by one, and the text they form, in memory that does not grow.
 
 `generate` of transformers keeps every token and a mask over all of them, and copies both at each step. Here
-only the cache goes from token to token, so that a model whose state has a constant size can run for as long
-as it is let.
+only the cache is carried from token to token, so a model whose state has a constant size can run without end.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ovq.fields import check_fields
 from ovq.hf.cache import OVQCache
 from ovq.hf.modeling_ovq import OVQForCausalLM
 
-# A character has at most 4 bytes, and so at most 4 tokens: after twice as many the text cannot be mended.
+# A character has at most 4 bytes, and so at most 4 tokens; after twice as many it can no longer be completed.
 _MOST_PENDING = 8
 _LONGEST_CHARACTER = 4
 
@@ -35,14 +34,14 @@ class Sampling:
     """How the next token is chosen; names and meanings are those of transformers' `generate`.
 
     Attributes:
-        temperature: What logits are divided by; 0 takes the most likely token.
-        top_k: Sample from so many of the most likely tokens; 0 for all.
-        top_p: Sample from the most likely tokens of this total probability.
+        temperature: Logits are divided by it; 0 takes the most likely token.
+        top_k: Sample from this many of the most likely tokens; 0 for all.
+        top_p: Sample from the most likely tokens with this total probability.
         min_p: Sample from tokens at least this share as likely as the most likely one.
-        repetition_penalty: What logits of tokens that were there are divided by (multiplied, if negative).
+        repetition_penalty: Logits of tokens that have occurred are divided by it (multiplied, if negative).
 
     Raises:
-        ValueError: If a number is out of range, or one that only matters in sampling is set without it.
+        ValueError: If a number is out of range, or a sampling option is set without sampling.
 
     Example:
         >>> Sampling(temperature=0.8, top_p=0.95).options
@@ -86,7 +85,7 @@ class Sampling:
         return options
 
     def processors(self) -> LogitsProcessorList:
-        """transformers' own, in the order `generate` applies them."""
+        """transformers' own processors, in the order in which `generate` applies them."""
         found = LogitsProcessorList()
         if self.repetition_penalty != 1:
             found.append(RepetitionPenaltyLogitsProcessor(float(self.repetition_penalty)))
@@ -112,24 +111,24 @@ def stream_tokens(
     generator: torch.Generator | None = None,
     prefill_chunk_size: int = 2048,
 ) -> Iterator[int]:
-    """The tokens that follow a prompt, one by one, without an end but that of the text.
+    """The tokens that follow a prompt, one by one, without end unless the text ends.
 
-    What is kept between two tokens is the cache and, for the repetition penalty, the set of tokens seen.
+    Between two tokens, only the cache is kept and, for the repetition penalty, the set of tokens seen.
 
     Args:
-        model: run where it is, as it is (`eval()` it first).
+        model: used on the device and in the dtype that it has; call `eval()` on it first.
         input_ids: `[T]` ids of the prompt.
-        cache: of what stands before the prompt; brought up to date in place.
-        sampling: how tokens are chosen; the most likely one if not given.
-        eos_token_id: the token, or tokens, after which the text is over; None to go on for ever.
-        generator: of the random numbers, on the model's device; PyTorch's own if not given.
-        prefill_chunk_size: tokens of the prompt read at a time, which bounds the memory needed.
+        cache: of the tokens before the prompt; updated in place.
+        sampling: how tokens are chosen; None takes the most likely one.
+        eos_token_id: the token, or tokens, that end the text; None to go on for ever.
+        generator: source of the random numbers, on the model's device; None for PyTorch's own.
+        prefill_chunk_size: tokens of the prompt read at a time, which limits the memory needed.
 
     Yields:
-        Token ids, those `model.generate` would give.
+        Token ids, the same as `model.generate` would give.
 
     Raises:
-        ValueError: an empty prompt, or pieces of no tokens.
+        ValueError: if the prompt is empty, or `prefill_chunk_size` is below 1.
 
     Example:
         >>> from itertools import islice
@@ -156,7 +155,7 @@ def stream_tokens(
         hidden = model.base_model(piece[None], past_key_values=cache).last_hidden_state
     while True:
         logits = model.get_output_embeddings()(hidden[:, -1]).float()
-        # The penalty asks which tokens there were, not where or how often.
+        # The penalty depends only on which tokens have occurred, not where or how often.
         scores = processors(is_seen.nonzero().T, logits) if processors else logits
         if sampling.temperature > 0:
             token = torch.multinomial(scores.softmax(-1), 1, generator=generator)
@@ -171,19 +170,19 @@ def stream_tokens(
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Any, *, prompt: Sequence[int] = ()) -> Iterator[str]:
-    """The text of a stream of tokens, in pieces that come as soon as they are certain.
+    """The text of a stream of tokens, in pieces that are given as soon as they are certain.
 
-    Each piece is decoded with the few tokens before it alone, as a tokenizer may join a token with the one
-    before it: the work and the memory of a token do not depend on how many there were.
+    Each piece is decoded with only the few tokens before it, since a tokenizer may join a token with the
+    previous one. The work and the memory per token therefore do not depend on how many came before.
 
     Args:
         tokens: ids, as they come.
-        tokenizer: of transformers.
+        tokenizer: one of transformers.
         prompt: ids before the first token; their text is not repeated.
 
     Yields:
-        Text, never empty. A character spread over several tokens comes with the last of them; bytes that are
-        no character come as replacement marks.
+        Text, never empty. A character that takes several tokens comes with the last of them; bytes that are
+        not a character come as replacement characters.
 
     Example:
         >>> from tokenizers import Tokenizer, decoders, models
@@ -215,10 +214,10 @@ def stream_text(tokens: Iterable[int], tokenizer: Any, *, prompt: Sequence[int] 
 
 
 def _unfinished(shown: list[int], pending: list[int], decode: Any) -> int:
-    """How many of the last pending tokens may still become a character, where some cannot any more."""
+    """How many of the last pending tokens may still become a character, when earlier ones no longer can."""
     whole = decode(shown + pending)
     for number in range(_LONGEST_CHARACTER, 0, -1):
-        # Cut within a character, the two parts have more replacement marks than the whole.
+        # If the cut falls within a character, the two parts have more replacement characters than the whole.
         if decode(shown + pending[:-number]) + decode(pending[-number:]) == whole:
             return number
     return 0

@@ -1,4 +1,4 @@
-"""Parts of recurrences with decay that are worked through chunk by chunk: Gated DeltaNet and Mamba2."""
+"""Parts of recurrences with decay that are computed chunk by chunk: Gated DeltaNet and Mamba2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ovq.layers.constant import sum_dtype
 
 
 class DecayRates(nn.Module):
-    """Step sizes and decays a head, as Mamba2 and Gated DeltaNet have them.
+    """Step sizes and decays per head, as in Mamba2 and Gated DeltaNet.
 
     `step = softplus(x + dt_bias)`, `log decay = -exp(A_log) step`.
 
@@ -32,9 +32,9 @@ class DecayRates(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw rates from 1 to 16 and steps from 0.001 to 0.1, both evenly on a logarithmic scale.
+        """Draw rates from 1 to 16 and steps from 0.001 to 0.1, both uniformly on a logarithmic scale.
 
-        The inverse of softplus is nearly the logarithm for steps as small as these.
+        For steps this small, the inverse of softplus is nearly the logarithm.
         """
         nn.init.uniform_(self.A_log, 0.0, math.log(16))
         nn.init.uniform_(self.dt_bias, math.log(0.001), math.log(0.1))
@@ -47,7 +47,7 @@ class DecayRates(nn.Module):
 
 
 def to_chunks(x: Tensor, chunk: int) -> Tensor:
-    """`[B, T, H, ...]` to `[B, H, n, chunk, ...]`, filled up with zeros."""
+    """`[B, T, H, ...]` to `[B, H, n, chunk, ...]`, padded with zeros."""
     fill = -x.shape[1] % chunk
     if fill:
         x = torch.cat([x, x.new_zeros(x.shape[0], fill, *x.shape[2:])], dim=1)
@@ -60,15 +60,15 @@ def from_chunks(x: Tensor, num_tokens: int) -> Tensor:
 
 
 def decay_between(total: Tensor) -> Tensor:
-    """What is left at token i of a chunk of what token j <= i put in, and 0 for later tokens.
+    """The share of what token j <= i of a chunk put in that is left at token i; 0 for later tokens.
 
     Args:
-        total: `[..., C]` sums of the logarithms of decays, up to each token of the chunk.
+        total: `[..., C]` sums of the logarithms of the decays up to each token of the chunk.
 
     Returns:
         `[..., C, C]`, row i, column j: `exp(total_i - total_j)`.
     """
     size = total.shape[-1]
     is_later = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
-    # Before the exponential, which could overflow there.
+    # Masked before the exponential, which could overflow there.
     return (total[..., :, None] - total[..., None, :]).masked_fill(is_later, -torch.inf).exp()

@@ -1,6 +1,6 @@
 """Parts that every mixer shares: query/key normalisation, rotary embedding, short convolution.
 
-They are the same for all mixers so that two models differ in their memory alone.
+They are the same for all mixers, so that two models differ only in their memory.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ def l2_normalize(x: Tensor) -> Tensor:
         tensor([0.6000, 0.8000])
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    # The epsilon only keeps the gradient of a zero vector finite; it is far below the resolution of a real
-    # one.
+    # The epsilon only keeps the gradient of a zero vector finite; it is far too small to change any other
+    # vector.
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-12)
 
 
 class QKNorm(nn.Module):
     """L2 normalisation of queries and keys, with a learned temperature `beta` per query head.
 
-    Logits are `scale * q.k` with `scale = beta * sqrt(head_dim)` and `beta` initially 1 (spec section 2).
+    Logits are `scale * q.k` with `scale = beta * sqrt(head_dim)` and `beta` initially 1 (`docs/math.md`,
+    section 1).
 
     Args:
         num_heads: query heads H.
@@ -47,8 +48,8 @@ class QKNorm(nn.Module):
         [4.0, 4.0]
     """
 
-    # The module's name, `qk_norm`, keeps `beta` out of weight decay in transformers' Trainer, as for any
-    # other norm: decay would pull every head towards a flat softmax.
+    # The module's name, `qk_norm`, keeps `beta` out of weight decay in transformers' Trainer, like any other
+    # norm: decay would make the softmax of every head flatter.
 
     def __init__(self, num_heads: int, head_dim: int):
         super().__init__()
@@ -65,9 +66,10 @@ class QKNorm(nn.Module):
         return self.beta * self.head_dim**0.5
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise `q [B,T,H,K]` and `k [B,T,Hkv,K]`, in float32 (float64 for float64); and the `scale`.
+        """Normalise `q [B,T,H,K]` and `k [B,T,Hkv,K]`, in float32 (float64 for float64); also returns
+        `scale`.
 
-        The scale comes from here because offloaded weights are only there while their module runs.
+        The scale is returned here because offloaded weights exist only while their module runs.
         """
         return l2_normalize(q), l2_normalize(k), self.scale
 
@@ -75,15 +77,15 @@ class QKNorm(nn.Module):
 def rotary_tables(start: int, length: int, dim: int, *, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding for positions `start .. start + length - 1`.
 
-    Angles are formed and reduced modulo a turn in float64: at position 10^6 a float32 angle is off by 0.06
+    Angles are computed and reduced modulo a turn in float64: at position 10^6 a float32 angle is off by 0.06
     rad.
 
     Args:
         start: first position.
         length: number of positions T.
-        dim: head size K, even.
+        dim: components per head K, even.
         theta: base of the frequencies.
-        like: a tensor of the dtype and on the device that the tables shall have.
+        like: a tensor with the dtype and device for the tables.
 
     Returns:
         Two `[T, K/2]` tables.
@@ -121,8 +123,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class ShortConvolution(nn.Module):
     """Causal depthwise convolution over time: each channel mixes its last `conv_size` tokens.
 
-    There is no activation after it: queries and keys are normalised next, and a non-linearity would keep them
-    in one half of the sphere and cost them their signs.
+    No activation follows it. Queries and keys are normalised next, and a non-linearity such as SiLU would
+    take away most of their negative values and so confine them to part of the sphere.
 
     Args:
         num_channels: D.
@@ -181,12 +183,12 @@ class ShortConvolution(nn.Module):
         """Last `conv_size - 1` real inputs of each row, `[B, D, conv_size - 1]`; `past` are those before."""
         num_back = self.conv_size - 1
         if new_mask is None:
-            # All that is needed of a long call; and a copy, as a view would keep the whole sequence alive for
-            # as long as the state.
+            # Only this much of a long call is needed. It is copied, because a view would keep the whole
+            # sequence in memory for as long as the state.
             x = _with_past(x[:, -num_back:], past, num_back)
             return x[:, -num_back:].transpose(1, 2).contiguous()
         x = _with_past(x, past, num_back)
-        # Column after the last real token; 0 for a row of padding alone, which keeps the state it came with.
+        # The column after the last real token; 0 for a row that is all padding, which keeps its state.
         columns = torch.arange(1, new_mask.shape[1] + 1, device=x.device)
         end = (new_mask * columns).amax(1)
         index = end[:, None] + torch.arange(num_back, device=x.device)
@@ -194,18 +196,18 @@ class ShortConvolution(nn.Module):
 
 
 def _with_past(x: Tensor, past: Tensor | None, num_back: int) -> Tensor:
-    """`x [B, T, D]` behind the `num_back` tokens before it, zeros if there are none."""
+    """`x [B, T, D]` after the `num_back` tokens before it, or zeros if there are none."""
     return F.pad(x, (0, 0, num_back, 0)) if past is None else torch.cat([past, x], dim=1)
 
 
 def _convolve(x: Tensor, past: Tensor | None, weight: Tensor, offset: Tensor | None) -> Tensor:
-    """Causal depthwise convolution in products of PyTorch.
+    """Causal depthwise convolution with PyTorch's products.
 
     Args:
         x: `[B, T, D]`.
         past: `[B, C - 1, D]`, the tokens before; None for zeros.
         weight: `[D, C]`.
-        offset: `[T]`, how many tokens of its packed row come before each; None without packing.
+        offset: `[T]`, how many tokens of its packed row precede each token; None without packing.
 
     Returns:
         `[B, T, D]`.

@@ -28,7 +28,7 @@ def mixer_class(name: str) -> type[Mixer]:
     """The class of a mixer.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: if the name is unknown.
 
     Example:
         >>> mixer_class("ovq").__name__

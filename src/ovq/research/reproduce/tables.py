@@ -1,15 +1,15 @@
 """Tables of Markdown files, made from the JSON files of results that they show.
 
-In the Markdown file stands where a table goes, and which one of those that a JSON file describes:
+The Markdown file marks where a table goes, and which of the tables described in a JSON file it is:
 
     <!-- table: tables.json recall -->
     ...
     <!-- end -->
 
-What is between is made anew by `ovq reproduce --tables FILE`. A description says which rows of a file of
-results a line of the table is about (`rows`, each a label and what a row must have), and what is told of them
-(`columns`, see `Column`): a cell is the mean over the seeds of what both select. Paths are relative to the
-file that they stand in.
+`ovq reproduce --tables FILE` fills in what is between the marks. A description says which rows of a file of
+results each line of the table uses (`rows`: a label, and values that a row must have), and what the table
+shows of them (`columns`, see `Column`). A cell is the mean over seeds of what both select. Paths are relative
+to the file that contains them.
 
     "recall": {
      "file": "results/recall.json",
@@ -24,9 +24,9 @@ file that they stand in.
      ]
     }
 
-A row that is a string is of the line of that name. An entry that is `over` a field gives a column for each of
-the `values`, under `heads` if the values are not to stand there themselves. What is no option of a column is
-what a row must have.
+A row that is a string stands for the line of that name. An entry with `over` a field gives one column for
+each of the `values`, with the `heads` above them if the values themselves should not stand there. Keys that
+are not options of a column are values that a row must have.
 """
 
 from __future__ import annotations
@@ -50,24 +50,26 @@ _FORMS = ("number", "commas", "MiB", "seeds", "text")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
-    """What a column tells of the rows that a line is about.
+    """What a column shows of the rows that a line of the table uses.
 
     Attributes:
-        head: What stands above.
-        value: A field, or one of a part as `"part.field"`; several are told beside each other.
-        where: What a row must have beside what the line asks for: a value, or a list of those that will do.
-        by: Which of the fields of the line count; `None` for all.
+        head: The head of the column.
+        value: A field, or a field of a part as `"part.field"`; several are shown side by side.
+        where: What a row must have in addition to what the line requires: a value, or a list of allowed
+            values.
+        by: Which of the line's fields count; `None` for all.
         file: Another file than that of the table.
-        each: A field and the values of it that are told one after the other in a cell.
-        positions: Beside `value="position_losses"`, the first position and the last of those averaged.
-        relative_to: Tell the value as a share in per cent, seed by seed, of that of the row that has these
-            fields in the place of the line's; `file` names another file to find it in.
-        above: Tell by how many per cent it is above, in the place of the share; nothing for the row itself.
-        form: `"number"`, `"commas"` (1,234), `"MiB"`, `"seeds"` for each seed's number in the place of
-            the mean, `"text"` for settings as they are.
-        digits: Digits behind the point.
-        spread: Tell the lowest and the highest seed as well where they differ by as much.
-        unit: What stands behind a mean.
+        each: A field, and those of its values that are shown one after the other in a cell.
+        positions: With `value="position_losses"`, the first and the last position of the mean.
+        relative_to: Show the value as a share in per cent, seed by seed, of that of the row in which these
+            fields replace those of the line; `file` names another file to find it in.
+        above: Show by how many per cent the value is above that row's, instead of the share; empty for the
+            row itself.
+        form: `"number"`, `"commas"` (1,234), `"MiB"`, `"seeds"` for the number of each seed instead of the
+            mean, or `"text"` for settings, unchanged.
+        digits: Digits after the decimal point.
+        spread: Show the lowest and the highest seed too if they differ by this much.
+        unit: Written after a mean.
     """
 
     head: str
@@ -85,7 +87,7 @@ class Column:
     unit: str = ""
 
     def __post_init__(self) -> None:
-        """A form there is not is a mistake in a description."""
+        """Refuse a form that does not exist: it is a mistake in the description."""
         if self.form not in _FORMS:
             raise ValueError(f"form: expected one of {', '.join(_FORMS)}, found {self.form!r}")
 
@@ -94,7 +96,7 @@ _OPTIONS = {field.name for field in dataclasses.fields(Column)} - {"where"}
 
 
 def update_tables(paths: Sequence[Path]) -> list[Path]:
-    """Make the tables of Markdown files anew; each file is written in one piece, after all could be made.
+    """Fill in the tables of Markdown files; files are written whole, and only after all tables could be made.
 
     Args:
         paths: The files.
@@ -114,7 +116,7 @@ def update_tables(paths: Sequence[Path]) -> list[Path]:
 
 
 def with_tables(path: Path) -> str:
-    """The text of a Markdown file with its tables as the results have them.
+    """The text of a Markdown file, with its tables filled in from the results.
 
     Raises:
         ValueError: If it has no tables, or one cannot be made; names the file and the table.
@@ -147,10 +149,10 @@ def make_table(description: Path, name: str) -> str:
 
     Args:
         description: The JSON file that describes it.
-        name: What it is called there.
+        name: Its name in that file.
 
     Raises:
-        ValueError: If it is not described, or the results do not have what it tells.
+        ValueError: If it is not described, or the results lack what it shows.
         OSError: If a file cannot be read.
     """
     tables = json.loads(description.read_text())
@@ -171,7 +173,7 @@ def make_table(description: Path, name: str) -> str:
 
 
 def _columns(entry: dict[str, Any]) -> Iterable[Column]:
-    """The columns that an entry describes: one, or one for each value of the field that it is `over`."""
+    """The columns that an entry describes: one, or one for each value of the field in `over`."""
     options = {name: value for name, value in entry.items() if name in _OPTIONS}
     where = {name: value for name, value in entry.items() if name not in _OPTIONS}
     if "over" not in entry:
@@ -184,14 +186,14 @@ def _columns(entry: dict[str, Any]) -> Iterable[Column]:
 
 
 def _short(value: Any) -> str:
-    """A value for the head of a column, lengths as short as they can be."""
+    """A value for the head of a column; lengths are written as short as possible."""
     return (
         f"{value // 1024}k" if isinstance(value, int) and value >= 1024 and value % 1024 == 0 else f"{value}"
     )
 
 
 _RowsOf = Callable[[str | None], list[Row]]
-"""The rows of a file by its name, those of the table's file by none."""
+"""The rows of the file with a name; for None, of the table's own file."""
 
 
 def _read(path: Path) -> list[Row]:
@@ -202,7 +204,7 @@ def _read(path: Path) -> list[Row]:
 
 
 def _cell(column: Column, line: dict[str, Any], rows_of: _RowsOf) -> str:
-    """What a column tells of the rows of a line."""
+    """What a column shows of the rows of a line."""
     file = column.file or line.get("file")
     asked = {name: value for name, value in line.items() if name != "file"}
     if column.by is not None:
@@ -262,7 +264,7 @@ def _field(row: Row, path: Any) -> Any:
 
 
 def _mean_over(losses: dict[str, float], first: int, last: int) -> float:
-    """The mean over positions, of means over the octaves that end at the names.
+    """The mean over positions, from means over octaves that are named by their ends.
 
     Example:
         >>> _mean_over({"1024": 9.0, "2048": 3.0, "4096": 6.0}, 1024, 4096)
@@ -277,7 +279,7 @@ def _mean_over(losses: dict[str, float], first: int, last: int) -> float:
 
 
 def _written(column: Column, values: Sequence[Any]) -> str:
-    """The values of the seeds in a cell."""
+    """The values of the seeds, as written into a cell."""
     if column.form == "text":
         return " or ".join(dict.fromkeys(f"{value:g}" for value in values))
     if column.form == "seeds":
@@ -295,7 +297,7 @@ def _written(column: Column, values: Sequence[Any]) -> str:
 
 
 def _number(column: Column, value: float) -> str:
-    # Without the sign of what is rounded to zero.
+    # A value that rounds to zero is shown without its sign.
     return f"{round(value, column.digits) + 0.0:.{column.digits}f}"
 
 

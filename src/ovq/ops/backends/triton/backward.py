@@ -1,6 +1,6 @@
-"""Backward of the read, from probabilities computed again: of queries, of slots, of a chunk's own tokens.
+"""Backward of the read, from probabilities computed again: for queries, for slots, for a chunk's own tokens.
 
-All three run over all chunks of a segment at once. Sums are taken within one program each, in a fixed order.
+All three run over all chunks of a segment at once. Each sum is computed within one program, in a fixed order.
 """
 
 import triton
@@ -58,7 +58,7 @@ def grad_queries(
         grads = rows(grad_o, place, is_query, V, BV)
         own_delta = tl.sum(rows(o, place, is_query, V, BV).to(tl.float32) * grads.to(tl.float32), 1)
         tl.store(delta + (chunk * H + head) * W + t, own_delta, mask=is_query)
-        # A query beyond the end has no probabilities.
+        # Queries beyond the end have no probabilities.
         total = tl.load(lse + (chunk * H + head) * W + t, mask=is_query, other=float("inf"))
         acc = tl.zeros([BM, BK], tl.float32)
         for slots in range(0, num, BN):
@@ -89,11 +89,11 @@ def _from_queries(
     keys, values, bias, grad_keys, grad_values, source, q, grad_o, scale, lse, delta, chunk, head, start,
     tokens, W, H, K, V, IS_CAUSAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Add what a block of queries gives to the gradients of candidates `keys` `[BN, K]`, `values`.
+    """Add the contribution of a block of queries to the gradients of candidates `keys` `[BN, K]`, `values`.
 
     Args:
         source: `[BN]` positions of the candidates in the chunk, if they are tokens of it (IS_CAUSAL).
-        bias: `[BN]` log2 counts; -inf takes a candidate out.
+        bias: `[BN]` log2 counts; -inf excludes a candidate.
     """
     t = start + tl.arange(0, BM)
     is_query = t < tokens
@@ -120,7 +120,7 @@ def grad_slots(
     first, W, H, G, K, V, M, SB,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk's queries give to the sums of a block of slots; grid (chunks times blocks, kv heads).
+    """What a chunk's queries add to the gradients of a block of slots; grid (chunks times blocks, kv heads).
 
     Args:
         grad_keys: `[entries, H / G, M, K]` float32 receives the gradient of the key sums: that of the means,
@@ -163,8 +163,8 @@ def grad_tokens(
     """Gradients of a block of a chunk's keys and values; grid (chunks times blocks, key/value heads).
 
     Args:
-        deposit_keys: `[entries, H / G, W, K]` float32 what each token of a complete chunk gets from the sum
-            it was added to. deposit_values: likewise.
+        deposit_keys: `[entries, H / G, W, K]` float32, what each token of a complete chunk gets from the sum
+            that it was added to. deposit_values: likewise.
         grad_k: `[num_chunks, W, H / G, K]`. grad_v: likewise.
     """
     index = tl.program_id(0) // TB

@@ -1,4 +1,4 @@
-"""What the kernels share: constants, a dot product that the interpreter gets right, sizes of blocks."""
+"""What the kernels share: constants, a dot product that is right in the interpreter too, sizes of blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ovq.ops import options
 
-# Kernels read globals only as constants of Triton's own type.
+# Kernels can read globals only if they are constants of Triton's own type.
 TIE = tl.constexpr(options.TIE)
 LOG2E = tl.constexpr(1.4426950408889634)
 EPS = tl.constexpr(torch.finfo(torch.float32).eps)
@@ -26,7 +26,7 @@ TOKENS = tl.constexpr(3)
 IS_COMPLETE = tl.constexpr(4)
 COLUMNS = tl.constexpr(5)
 
-# A product and a sum rounded once: nothing here depends on it, and Triton wants it said.
+# Whether a product and a sum may be rounded once; nothing here depends on it, but Triton requires a choice.
 FUSED = {"enable_fp_fusion": True}
 
 
@@ -66,7 +66,7 @@ def put_rows(x, index, tile, mask, D, BD: tl.constexpr):
 
 @triton.jit
 def are_extreme(x, lengths):
-    """Which rows of `x` `[N, D]`, not zero, are too short or too long for products in float32."""
+    """Which rows of `x` `[N, D]` are not zero, and too short or too long for products in float32."""
     is_ordinary = (lengths >= SHORTEST) & (lengths <= LONGEST)
     return (is_ordinary | (tl.max(tl.abs(x), 1) == 0)) == 0
 
@@ -78,18 +78,18 @@ def means(sums, counts):
 
 
 def padded(dim: int) -> int:
-    """A head size as the kernels hold it: a power of two of at least 16, what a matrix product needs."""
+    """A head size as the kernels hold it: a power of two of at least 16, as matrix products require."""
     return max(16, triton.next_power_of_2(dim))
 
 
 def slot_block(k: Tensor, v: Tensor) -> int:
-    """Slots that one program of the recurrence owns: their sums stay in registers."""
+    """Slots that one program of the recurrence owns; their sums stay in registers."""
     widest = padded(k.shape[-1]) + padded(v.shape[-1])
     return 64 if widest <= 256 else 32
 
 
 def score_block(k: Tensor) -> int:
-    """Keys that are scored against a block of slots at once: few where float32 products take registers."""
+    """Keys that are scored against a block of slots at once; few where float32 products need registers."""
     return {torch.bfloat16: 64, torch.float32: 32}.get(k.dtype, 16)
 
 
@@ -97,7 +97,7 @@ def read_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
     """Queries and candidates of a tile of the read, and its warps and stages."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.dtype == torch.float32:
-        # No tensor cores: both operands of a product lie in registers, and larger tiles spill kilobytes.
+        # No tensor cores: both operands of a product are held in registers, and larger tiles spill kilobytes.
         return {"BM": 32 if widest <= 128 else 16, "BN": 32, "num_warps": 8, "num_stages": 1}
     if widest <= 64:
         return {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3}

@@ -1,4 +1,4 @@
-"""The read: one softmax over [dictionary | own chunk] a query, for all chunks of a segment at once."""
+"""The read: one softmax over [dictionary | own chunk] per query, for all chunks of a segment at once."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from ovq.ops.backends.triton.common import BEFORE, CHUNK, COLUMNS, LOG2E, TOKENS
 
 @triton.jit
 def _absorb(scores, values, top, total, acc):
-    """Online softmax, to base 2: take in the `scores` `[BM, BN]` of some candidates and their `values`."""
+    """Online softmax, to base 2: add the `scores` `[BM, BN]` of some candidates and their `values`."""
     highest = tl.maximum(top, tl.max(scores, 1))
     probs = tl.exp2(scores - highest[:, None])
     shrink = tl.exp2(top - highest)
@@ -64,7 +64,8 @@ def read(
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * factor
             scores = tl.where(own[None, :] <= t[:, None], scores, -float("inf"))
             values = rows(v, source, own < tokens, V, BV)
-            # Zero times NaN is NaN: a value that is not finite goes into the outputs from its token on only.
+            # Zero times NaN is NaN, so a value that is not finite is added only to the outputs from its token
+            # on.
             is_spoilt = (tl.abs(values.to(tl.float32)) < float("inf")) == 0
             if tl.max(tl.max(is_spoilt.to(tl.int32), 1), 0) > 0:
                 sees = (own[None, :] <= t[:, None]).to(tl.float32)

@@ -1,6 +1,6 @@
-"""Walking back through a segment: the dictionaries its chunks read, and the gradients of their sums.
+"""Walking back through a segment: the dictionaries that its chunks read, and the gradients of their sums.
 
-With the slots of all tokens known, slots are independent of each other: a program takes a block of them
+With the slots of all tokens known, slots are independent of each other: a program takes a block of slots
 through all chunks of the segment, and no step waits for another.
 """
 
@@ -47,7 +47,7 @@ def rewind(
                 total, counts = add_tokens(
                     total, counts, slot, x, chosen, chunk * W * H + head, H, C, D, -1, TB, BD
                 )
-                # What rounding left of the slots that the chunk opened.
+                # What is left here is rounding, in slots that the chunk opened.
                 total = tl.where((slot < num)[:, None], total, 0.0)
             shown = ((entry - base).to(tl.int64) * H + head) * M + slot
             put_rows(snaps, shown, means(total, counts), slot < num, D, BD)
@@ -69,7 +69,7 @@ def deposit(
         slots: `[num_chunks, H, W]` int32.
         accumulated: `[R, H, M, D]` float32 gradient of the sums after the segment; before it on return.
         grads: `[entries, H, M, D]` float32 what each chunk's queries add to it.
-        deposits: `[entries, H, W, D]` float32 receives what each token of a complete chunk gets from its sum.
+        deposits: `[entries, H, W, D]` float32, what each token of a complete chunk gets from its sum.
     """
     stream = tl.program_id(0)
     row = stream // H
@@ -94,7 +94,7 @@ def deposit(
                     while tl.min(token, 0) < C:
                         put_rows(deposits, local * W + token, total, token < C, D, BD)
                         token = tl.min(tl.where(is_mine & (t[None, :] > token[:, None]), t[None, :], C), 1)
-            # Slots that the chunk opened end here: no earlier chunk has read them.
+            # Slots that the chunk opened end here, because no earlier chunk has read them.
             is_used = slot < num
             total = tl.where(is_used[:, None], total + rows(grads, local * M + slot, is_used, D, BD), 0.0)
     put_rows(accumulated, place, total, is_in, D, BD)

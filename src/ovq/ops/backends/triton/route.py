@@ -1,10 +1,10 @@
 """Which slot each key goes to and which keys open slots, as float64 decides it.
 
-The scores of `recurrence.py` are right to float32 rounding. Where that leaves a doubt, which of two slots is
-nearer or which of two keys is more novel, the candidates are computed again in float64 here. Scores that are
-equal to `options.TIE` go to the lowest slot, or to the earliest token: the decisions of every backend. Keys
-and means of lengths at which float32 products vanish or overflow (`options.ORDINARY`) are compared in float64
-at once.
+The scores of `recurrence.py` are right up to float32 rounding. Where that leaves in doubt which of two slots
+is nearer, or which of two keys is more novel, the candidates are computed again in float64 here. Scores that
+are equal up to `options.TIE` go to the lowest slot, or to the earliest token, as in every backend. Keys and
+means whose lengths make float32 products vanish or overflow (outside `options.ORDINARY`) are compared in
+float64 from the start.
 """
 
 import triton
@@ -97,7 +97,7 @@ def nearest(
         length = tl.sqrt(tl.sum(keys * keys, 1))
         tolerance = (ROUNDING * K * EPS + 2 * TIE) * length * longest_mean
         is_finite = tl.abs(top) < float("inf")
-        # One mean of another kind is enough; zero keys are alike to all of them.
+        # One such mean is enough; zero keys tie with all of them.
         is_wide = is_token & are_extreme(keys, tl.where(longest_mean < float("inf"), length, float("inf")))
         is_contested = is_wide | (is_token & is_finite & (next_top >= top - tolerance))
         wide_cosine = tl.zeros([BT], tl.float32)
@@ -117,7 +117,7 @@ def nearest(
                     product, lengths = _exact(
                         key, key_sum, count, stream, block, num_open, is_fresh, first_key, M, K, BN, BK
                     )
-                    # What is not a number would hide behind every other.
+                    # Comparisons with what is not a number would be false.
                     product = tl.where(product == product, product, float("inf"))
                     lengths = tl.where(lengths == lengths, lengths, float("inf"))
                     cosines = product / tl.maximum(own_length, TINY) / tl.maximum(lengths, TINY)
@@ -126,7 +126,7 @@ def nearest(
                     best_cosine = tl.maximum(best_cosine, tl.max(cosines, 0))
                     longest_seen = tl.maximum(longest_seen, tl.max(lengths, 0))
                     if is_all:
-                        # `open_slots` must not leave the block out by a cosine of float32.
+                        # A float32 cosine must not make `open_slots` leave the block out.
                         tl.store(cosine + found + block * C + j, float("inf"))
             longest_seen = tl.where(is_all, longest_seen, longest_mean.to(tl.float64))
             floor_exact = highest - TIE * own_length * longest_seen
@@ -160,9 +160,9 @@ def open_slots(
     """The keys of a complete chunk that open slots: those of lowest best cosine; grid (streams,).
 
     Args:
-        cosine: `[streams, NB, C]` what `advance` found in each block of slots.
+        cosine: `[streams, NB, C]` as `advance` found them in each block of slots.
         slots: `[num_chunks, H, W]`; the keys that open slots get theirs.
-        novelty: `[streams, C]` of `nearest`.
+        novelty: `[streams, C]` from `nearest`.
         BC: C, rounded up to a power of two.
     """
     stream = tl.program_id(0)
@@ -182,7 +182,7 @@ def open_slots(
         ranked = tl.sort(rough)
         boundary = tl.sum(tl.where(t == num - 1, ranked, 0.0), 0)
         following = tl.sum(tl.where(t == num, ranked, 0.0), 0)
-        # Cosines are at most 1 long; a few more roundings than a dot product go into one.
+        # A cosine is at most 1, and takes a few more roundings than a dot product.
         tolerance = 2 * (K + 8) * ROUNDING * EPS + 2 * TIE
         novel = rough.to(tl.float64)
         if (num < C) & (following - boundary <= tolerance):

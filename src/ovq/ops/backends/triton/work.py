@@ -1,4 +1,4 @@
-"""What a call launches: the table of chunks that the kernels look their work up in, and the segments."""
+"""What a call launches: the table of chunks in which kernels look up their work, and the segments."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import torch
 
 from ovq.ops.backends.plan import Plan
 
-# Bytes that the dictionaries of a segment (one for each of its chunks) may take.
+# Most bytes for the dictionaries of a segment, one for each of its chunks.
 SEGMENT_BYTES = 256 << 20
 
 
 class Work:
-    """The chunks of a call in the order of the recurrence: the i-th chunks of all rows, then the next ones.
+    """The chunks of a call in the order of the recurrence: the first chunks of all rows, then the second
+    ones.
 
-    Rows are sorted by length, so that those which have an i-th chunk, and those whose i-th chunk is complete,
-    are each the first few: chunk i of row r is entry `first[i] + r`.
+    Rows are sorted by length. Those which have an i-th chunk, and those whose i-th chunk is complete, are
+    then each the first few rows: chunk i of row r is entry `first[i] + r`.
 
     Attributes:
         table: `[num_chunks, 5]` int32: index of the chunk in the aligned layout, slots before and after it,
@@ -23,7 +24,7 @@ class Work:
             `first_of_step` is the same on the device.
         num_active: rows that have an i-th chunk, for each i; `rows_of_step` likewise.
         num_complete: rows whose i-th chunk is complete.
-        num_opening: most slots that a row opens with its i-th chunk, beyond the first slot of all.
+        num_opening: the most slots that a row opens with its i-th chunk, not counting slot 0.
         capacity: slots that the sums have room for.
         num_kv_heads: Hkv.
 
@@ -71,10 +72,10 @@ class Work:
         self.num_steps = num_steps
 
     def segments(self, bytes_a_slot: int) -> list[range]:
-        """Steps in runs whose dictionaries together stay within `SEGMENT_BYTES`, one step at least.
+        """Runs of steps whose dictionaries together stay within `SEGMENT_BYTES`, with at least one step each.
 
         Args:
-            bytes_a_slot: bytes to hold for each slot of each chunk and key/value head.
+            bytes_a_slot: bytes per slot of each chunk and key/value head.
         """
         most = max(1, SEGMENT_BYTES // max(1, bytes_a_slot * self.num_kv_heads * self.capacity))
         found: list[range] = []
