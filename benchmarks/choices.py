@@ -1,8 +1,8 @@
-"""Design choices of the `torch` backend, each beside what lost to it: `python benchmarks/choices.py`.
+"""Design choices of the `torch` backend, compared with their alternatives: `python benchmarks/choices.py`.
 
-Times are medians of interleaved calls, as ratios to the choice made, at the reference shape (8 heads of 64,
-chunk 256, 1024 slots): of a single operation, or of a whole prefill where it is about the plan.
-`docs/results.md` has the figures this printed.
+Times are medians of interleaved calls, relative to the choice that was made, at the reference shape (8 heads
+of 64, chunk 256, 1024 slots). They are times of a single operation or, for choices of the plan, of a whole
+prefill. `docs/results.md` shows what this printed.
 """
 
 from __future__ import annotations

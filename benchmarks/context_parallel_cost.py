@@ -1,6 +1,6 @@
-"""The tables of `docs/scaling.md`: what context parallelism moves and waits, beside ring attention.
+"""The tables of `docs/scaling.md`: what context parallelism sends and waits, compared with ring attention.
 
-`python benchmarks/context_parallel_cost.py`; nothing is measured and no model is made.
+`python benchmarks/context_parallel_cost.py`; nothing is measured, and no model is made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MIB, GIB = 2**20, 2**30
 
 
 def model(num_slots: int) -> OVQConfig:
-    """480 million parameters: 22 layers of width 1280, sliding windows of 256 and OVQ in turn."""
+    """480 million parameters: 22 layers of width 1280, in which sliding windows of 256 and OVQ alternate."""
     return OVQConfig(
         vocab_size=32768,
         hidden_size=1280,
@@ -49,7 +49,7 @@ def bytes_table() -> str:
 
 
 def bubble_table() -> str:
-    """The share of a step in which ranks wait, in Markdown."""
+    """The share of a step in which a rank waits, in Markdown."""
     lines = [
         "| ranks | 1 document | 2 | 4 | 16 | 1 document, handed on by the model | 4 | 16 |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",

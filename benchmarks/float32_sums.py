@@ -1,7 +1,8 @@
-"""What a running float32 sum loses, by tokens added: `python benchmarks/float32_sums.py`.
+"""The error of a running float32 sum, by tokens added: `python benchmarks/float32_sums.py`.
 
-A slot of the dictionary is a float32 sum that tokens are added to one after the other, and an exact count.
-This adds up to 10^8 numbers in the same way and compares with float64. `docs/guarantees.md` has the figures.
+A slot of the dictionary is a float32 sum, to which tokens are added one after the other, and an exact count.
+This program adds up to 10^8 numbers in the same way and compares with float64. `docs/guarantees.md` has the
+results.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def errors(draw: Draw, *, seed: int = 0) -> Iterator[tuple[int, float]]:
     narrow, wide, squares = np.zeros(COLUMNS, np.float32), np.zeros(COLUMNS), np.zeros(COLUMNS)
     for piece in range(1, MARKS[-1] // PIECE + 1):
         tokens = draw(generator)
-        # accumulate adds one after the other, where sum would add pairwise.
+        # accumulate adds one number after the other, where sum would add pairwise.
         narrow = np.add.accumulate(np.concatenate([narrow[None], tokens]), axis=0, dtype=np.float32)[-1]
         wide += tokens.sum(0, dtype=np.float64)
         squares += np.square(tokens, dtype=np.float64).sum(0)
@@ -54,7 +55,7 @@ def errors(draw: Draw, *, seed: int = 0) -> Iterator[tuple[int, float]]:
 
 
 def main() -> None:
-    """Print a row for each kind of stream."""
+    """Print one row for each kind of stream."""
     console = Console(width=110)
     table = Table("tokens of one slot", *(f"{mark:.0e}" for mark in MARKS))
     with Progress(console=Console(stderr=True)) as progress:

@@ -1,7 +1,7 @@
 """How well dictionaries of slots regress values on keys: `python benchmarks/mixture_regression.py --out DIR`.
 
-One pass online, as an OVQ layer learns, beside expectation-maximisation and scikit-learn, which see
-all the data at once and many times. `docs/results.md` has the figure. Minutes on one core.
+Compares one pass online, as an OVQ layer learns, with expectation-maximisation and scikit-learn, which see
+all the data at once and many times. `docs/results.md` has the figure. Takes minutes on one core.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def clustered(rng: np.random.Generator, num: int, *, is_drifting: bool = False) 
 
 
 def drifting(rng: np.random.Generator, num: int) -> Array:
-    """The clustered keys, one centre after the other, so that none comes back."""
+    """The clustered keys, one centre after the other, so that no centre comes back."""
     return clustered(rng, num, is_drifting=True)
 
 
@@ -77,7 +77,7 @@ def _regressors(**options) -> Iterator[Predict]:
 
 
 def _conditional_mean(means: Array, weights: Array, covariances: Array, values: Array) -> Predict:
-    """E[value | key] under a mixture of scikit-learn's over keys, given the mean value of each component."""
+    """E[value | key] under a mixture of scikit-learn over keys, given the mean value of each component."""
     mixture = GaussianMixture(len(means), covariance_type="spherical")
     mixture.means_, mixture.weights_, mixture.covariances_ = means, weights, covariances
     mixture.precisions_cholesky_ = covariances**-0.5
@@ -100,7 +100,7 @@ def _mini_batch_k_means(keys: Array, values: Array, num_slots: int, seed: int) -
 
 
 def _gaussian_mixture(keys: Array, values: Array, num_slots: int, seed: int) -> Iterator[Predict]:
-    """scikit-learn's mixture over (key, value), which finds a variance for each component by itself."""
+    """scikit-learn's mixture over (key, value), which estimates a variance for each component."""
     mixture = GaussianMixture(num_slots, covariance_type="spherical", random_state=seed, max_iter=200)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -127,14 +127,14 @@ def contenders(keys: Array, values: Array, num_slots: int, seed: int) -> dict[st
 
 
 def measure(seeds: int) -> list[dict]:
-    """A row for each stream, seed, number of slots and contender."""
+    """One row for each stream, seed, number of slots and contender."""
     rows = []
     cases = [(name, seed, n) for name in STREAMS for seed in range(seeds) for n in SLOTS]
     for name, seed, num_slots in track(cases, "regression", console=Console(stderr=True)):
         rng = np.random.default_rng(seed)
         keys = STREAMS[name](rng, TRAIN + 2 * HELD_OUT)
         values = _values(keys, rng)
-        # Held-out keys are drawn from all of the stream.
+        # Held-out keys are drawn from the whole stream.
         order = np.sort(rng.permutation(len(keys))[:TRAIN])
         others = rng.permutation(np.setdiff1d(np.arange(len(keys)), order))
         choose, test = others[:HELD_OUT], others[HELD_OUT:]
@@ -159,9 +159,9 @@ def _by_seed(rows: list[dict], stream: str, method: str) -> Array:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """A panel for each kind of stream: error against slots, mean and range over seeds."""
+    """Draw one panel for each kind of stream: error against slots, mean and range over seeds."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    # No method but the first is a mixer's.
+    # Only the first method is that of a mixer.
     styles = (MIXER_STYLES["ovq"], *PALETTE[1:])
     figure, panels = new_panels(len(STREAMS))
     errors = [row["error"] for row in rows]
@@ -170,7 +170,7 @@ def draw(rows: list[dict], path: Path) -> None:
         for i, (method, style) in enumerate(zip(methods, styles, strict=True)):
             errors = _by_seed(rows, stream, method)
             mean = errors.mean(0)
-            # Side by side, so that bars of one number of slots do not cover each other.
+            # Shifted, so that bars at the same number of slots do not cover each other.
             places = np.array(SLOTS) * 1.05 ** (i - len(methods) / 2)
             spread = np.abs(np.stack([errors.min(0), errors.max(0)]) - mean)
             axes.errorbar(places, mean, spread, label=method, capsize=2, **style.options())

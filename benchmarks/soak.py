@@ -1,11 +1,12 @@
 """A long run of decode steps, checked against a recount in float64: `python benchmarks/soak.py`.
 
-Two rows take one token a step. At every chunk end a recount notes which slot each token went to and adds it
-up in float64. At the end counts must be equal, means must be within the bound that `docs/guarantees.md` works
-out for float32 sums, and memory must not have grown since the dictionary was full. Exit code 1 if not.
+Two rows take one token per step. At the end of every chunk, a recount notes which slot each token went to,
+and adds it up in float64. At the end of the run, counts must be equal, means must be within the bound that
+`docs/guarantees.md` derives for float32 sums, and memory must not have grown since the dictionary was full.
+Otherwise the exit code is 1.
 
-The op does not tell where a token went. It shows in the values, though: their last channels say which place
-of its chunk a token had, as ones and zeros, and sums of those are exact.
+The op does not report where a token went, but the values show it: their last channels mark, with ones and
+zeros, which place of its chunk a token had, and sums of those are exact.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ ROWS, DIM, CHUNK, SLOTS = 2, 8, 16, 32
 DRIFT_BOUND = 2.0**-22
 """The error of a mean of c tokens may be this times sqrt(c) times the root mean square of the tokens."""
 MEMORY_BOUND = 4 * 2**20
-"""Bytes that the resident memory may differ by: what the allocators hold back varies by as much."""
+"""Bytes by which the resident memory may differ: what the allocators hold back varies by about as much."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a soak found.
+    """The results of a soak.
 
     Attributes:
         num_steps: decode steps.
-        seconds: that they took, recount included.
+        seconds: time that they took, including the recount.
         resident_bytes: resident memory at the end.
-        growth_bytes: by how much it had grown since a tenth of the run.
+        growth_bytes: how much it has grown since a tenth of the run.
         are_counts_exact: whether counts, tokens seen and tokens merged are those of the recount.
         drift: largest error of a mean, in units of `DRIFT_BOUND * sqrt(count) * rms`; at most 1 to pass.
-        largest_error: the same as a plain number.
+        largest_error: the largest error itself.
         largest_count: tokens in the fullest slot.
     """
 
@@ -58,12 +59,12 @@ class Result:
 
     @property
     def is_passed(self) -> bool:
-        """Whether all of it held."""
+        """Whether everything holds."""
         return self.are_counts_exact and self.drift <= 1 and self.growth_bytes <= MEMORY_BOUND
 
 
 class Recount:
-    """Sums and counts in float64, from the tokens and the slots they are seen to go to."""
+    """Sums and counts in float64, from the tokens and the slots that they went to."""
 
     def __init__(self) -> None:
         self.sums = np.zeros((ROWS, SLOTS, 2 * DIM))
@@ -72,10 +73,10 @@ class Recount:
         self._places = np.zeros((ROWS, SLOTS, CHUNK))
 
     def add(self, tokens: np.ndarray, state: OVQState) -> None:
-        """Take the tokens of a chunk, `[CHUNK, ROWS, 2 DIM]`, that `state` has just merged."""
+        """Count the tokens of a chunk, `[CHUNK, ROWS, 2 DIM]`, that `state` has just merged."""
         places = np.zeros_like(self._places)
         places[:, : state.count.shape[2]] = state.value_sum[:, 0, :, DIM:].numpy()
-        # [ROWS, SLOTS, CHUNK]: 1 where the token of a place went to a slot.
+        # [ROWS, SLOTS, CHUNK]: 1 where the token at a place went to a slot.
         went = places - self._places
         if not np.array_equal(went.sum(1), np.ones((ROWS, CHUNK))):
             raise AssertionError("a token of the chunk went to no slot, or to more than one")
@@ -85,7 +86,7 @@ class Recount:
         self.count += went.sum(2).astype(np.int64)
 
     def compare(self, state: OVQState) -> tuple[bool, float, float]:
-        """Whether counts agree; the largest error of a mean, in units of its bound and as it is."""
+        """Whether counts agree, and the largest error of a mean, both in units of its bound and as it is."""
         used = state.count.shape[2]
         count = self.count[:, :used]
         merged = int(state.num_seen[0]) // CHUNK * CHUNK
@@ -101,10 +102,10 @@ class Recount:
 def draw_tokens(generator: torch.Generator) -> Tensor:
     """Keys around 16 themes and values with a mean that is not 0, `[CHUNK, ROWS, 2 DIM]`.
 
-    Sums grow linearly then, which is the hard case for float32.
+    Sums then grow linearly, which is the hard case for float32.
     """
     theme = torch.randint(2 * DIM, (CHUNK, ROWS), generator=generator)
-    # Both ways along each axis.
+    # Both directions along each axis.
     centres = torch.nn.functional.one_hot(theme % DIM, DIM) * (1 - 2 * (theme // DIM))[..., None]
     keys = centres + 0.3 * torch.randn(CHUNK, ROWS, DIM, generator=generator)
     values = 1 + torch.randn(CHUNK, ROWS, DIM, generator=generator)
@@ -112,7 +113,7 @@ def draw_tokens(generator: torch.Generator) -> Tensor:
 
 
 def soak(num_steps: int, reporter: Reporter, *, seed: int = 0) -> Result:
-    """Run `num_steps` decode steps, rounded up to whole chunks, and check what is left."""
+    """Run `num_steps` decode steps, rounded up to whole chunks, and compare the state with the recount."""
     num_chunks = -(-num_steps // CHUNK)
     generator = torch.Generator().manual_seed(seed)
     places = torch.eye(CHUNK)[:, None].expand(-1, ROWS, -1)
@@ -165,7 +166,7 @@ def main(
     steps: Annotated[int, typer.Option(min=CHUNK, help="Decode steps.")] = 1_000_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the tokens.")] = 0,
 ) -> None:
-    """Run the soak on one thread and print what it found as JSON."""
+    """Run the soak on one thread and print its results as JSON."""
     torch.set_num_threads(1)
     with torch.no_grad(), Reporter() as reporter:
         result = soak(steps, reporter, seed=seed)

@@ -368,7 +368,7 @@ def _drawn_rows(rng: Random, layout: str, chunk_size: int, longest: int) -> tupl
         return min(longest, rng.choice([edge, rng.randrange(longest + 1)]))
 
     num_rows, has_seen = rng.choice([1, 1, 2, 3]), rng.random() < 0.5
-    # A token a row, as in decoding, takes a path of its own.
+    # One token per row, as in decoding, takes a path of its own.
     new = rng.choice([1, length()])
     rows = []
     for _ in range(num_rows):

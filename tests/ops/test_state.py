@@ -108,7 +108,7 @@ def test_growing_lets_the_schedule_open_more():
     larger = state.resize(48)
     assert torch.equal(larger.key_sum, state.key_sum)
     o, after = attend(q[:, 200:], k[:, 200:], v[:, 200:], initial_state=larger, num_slots=48, chunk_size=8)
-    # One chunk opens at most one slot a token, so the first chunk after growing opens 8.
+    # One chunk opens at most one slot per token, so the first chunk after growing opens 8.
     assert int(state.num_open) == 11
     assert int(after.num_open) == 400 * 48 // 448
     assert after.count.sum(-1).unique().tolist() == [400]

@@ -112,7 +112,7 @@ def test_input_that_does_not_fit_is_refused(alone):
         alone.forward_backward([{"input_ids": ids, "labels": ids * -100}])
     with pytest.raises(ValueError, match=r"labels of the same shape, found \[2, 12\] and \[2, 11\]"):
         alone.forward_backward([{"input_ids": ids, "labels": ids[:, 1:]}])
-    with pytest.raises(ValueError, match="at least a token a rank, 5, found 4"):
+    with pytest.raises(ValueError, match="at least one token per rank, 5, found 4"):
         even_bounds(4, 5)
     # The name changed in transformers 5.24.
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")

@@ -240,7 +240,7 @@ def even_bounds(num_tokens: int, num_ranks: int, *, multiple: int = 1) -> list[i
         ([0, 320, 640, 1000], [0, 3, 6, 10])
     """
     if num_tokens < num_ranks:
-        raise ValueError(f"expected at least a token a rank, {num_ranks}, found {num_tokens}")
+        raise ValueError(f"expected at least one token per rank, {num_ranks}, found {num_tokens}")
     size = multiple if num_tokens >= num_ranks * multiple else 1
     return [rank * num_tokens // num_ranks // size * size for rank in range(num_ranks)] + [num_tokens]
 
