@@ -1,6 +1,9 @@
 """`OVQState`: rows that come and go, snapshots, another size, and files."""
 
+import copy
+import dataclasses
 import os
+import weakref
 
 import pytest
 import torch
@@ -77,9 +80,32 @@ def test_a_kept_state_is_a_snapshot():
     assert_same_state(after, expected_state, tolerance=0)
 
 
-@pytest.mark.parametrize("derive", [lambda s: s.detach(), lambda s: s.to("cpu"), lambda s: s.resize(20)])
-def test_derived_states_that_share_memory_do_not_overwrite_each_other(derive):
+def rebuilt(state):
+    """A state of the same tensors, by the keywords of the constructor."""
+    names = ("key_sum", "value_sum", "count", "pending_keys", "pending_values", "num_seen")
+    parts = {name: getattr(state, name) for name in names}
+    return OVQState(**parts, num_slots=state.num_slots, chunk_size=state.chunk_size)
+
+
+DERIVED = {
+    "detach": lambda s: s.detach(),
+    "select": lambda s: s.select([0, 1, 2, 3]),
+    "to": lambda s: s.to("cpu"),
+    "resize": lambda s: s.resize(20),
+    "replace": lambda s: dataclasses.replace(s, num_slots=20),
+    "replace keys": lambda s: dataclasses.replace(s, pending_keys=2 * s.pending_keys),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "keywords": rebuilt,
+}
+
+
+@pytest.mark.parametrize("derive", DERIVED.values(), ids=DERIVED)
+@pytest.mark.parametrize("has_decoded", [False, True])
+def test_derived_states_that_share_memory_do_not_overwrite_each_other(derive, has_decoded):
     state = prefilled(4, 10)
+    if has_decoded:
+        _, state = attend(*token(3), initial_state=state, **OPTIONS)
     derived = derive(state)
     options = {**OPTIONS, "num_slots": derived.num_slots}
     expected, _ = attend(
@@ -91,15 +117,57 @@ def test_derived_states_that_share_memory_do_not_overwrite_each_other(derive):
     assert torch.equal(o, expected)
 
 
+def test_tokens_are_never_written_into_the_tensors_of_a_caller():
+    state = rebuilt(prefilled(4, 10))
+    before = state.pending_keys.clone(), state.pending_values.clone()
+    attend(*token(0), initial_state=state, **OPTIONS)
+    assert torch.equal(state.pending_keys, before[0])
+    assert torch.equal(state.pending_values, before[1])
+
+
+def test_pending_tokens_are_copied_once_per_chunk():
+    states = [prefilled(4, 16)]
+    for t in range(16):
+        states.append(attend(*token(t), initial_state=states[-1], **OPTIONS)[1])
+    # All states are kept, so that no address is used twice.
+    buffers = [state.pending_keys.data_ptr() for state in states]
+    assert len(set(buffers[1:9])) == len(set(buffers[9:])) == 1
+    assert len(set(buffers)) == 3
+
+
+def test_rows_picked_at_every_step_are_not_copied_again():
+    picked = prefilled(4, 10).reorder(torch.tensor([1, 1, 0, 3]))
+    _, after = attend(*token(0), initial_state=picked, **OPTIONS)
+    assert after.pending_keys.data_ptr() == picked.pending_keys.data_ptr()
+
+
+def test_a_state_of_inference_mode_goes_on_outside_of_it():
+    with torch.inference_mode():
+        _, state = attend(*token(0), initial_state=prefilled(4, 10), **OPTIONS)
+    with torch.no_grad():
+        o, _ = attend(*token(1), initial_state=state, **OPTIONS)
+        _, state = attend(*token(0), initial_state=prefilled(4, 10), **OPTIONS)
+        expected, _ = attend(*token(1), initial_state=state, **OPTIONS)
+    assert torch.equal(o, expected)
+
+
 def test_clone_shares_nothing():
     state = prefilled(1, 21)
-    copy = state.clone()
-    copy.key_sum.zero_()
-    copy.pending_keys.zero_()
-    copy.num_seen.zero_()
+    own = state.clone()
+    own.key_sum.zero_()
+    own.pending_keys.zero_()
+    own.num_seen.zero_()
     assert state.key_sum.abs().sum() > 0
     assert state.pending_keys.abs().sum() > 0
     assert state.num_seen.tolist() == [21]
+
+
+def test_a_copy_does_not_keep_the_buffers_of_its_original_alive():
+    _, state = attend(*token(0), initial_state=prefilled(4, 10), **OPTIONS)
+    buffer, own = weakref.ref(state.pending_keys), state.clone()
+    del state
+    assert own.num_pending.tolist() == [3] * 4
+    assert buffer() is None
 
 
 def test_growing_lets_the_schedule_open_more():

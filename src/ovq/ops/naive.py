@@ -238,5 +238,4 @@ def _packed_state(
         pending_keys=padded([keys for keys, _ in pendings]),
         pending_values=padded([values for _, values in pendings]),
         num_seen=before.num_seen + num_new,
-        _written=None,
     )

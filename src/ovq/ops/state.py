@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.options import TIE
+from ovq.ops.pending import PendingBuffers
 
 _ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
 
@@ -54,14 +55,13 @@ class OVQState:
     num_seen: Tensor
     num_slots: int
     chunk_size: int
-    # How many places of the pending buffers hold tokens that *some* state sharing them relies on. A decode
-    # step may write the next place only when this equals its own num_pending; otherwise another continuation
-    # of the same state got there first, and the buffers are copied. Shared along a chain of decode steps.
-    _written: list[int] | None = dataclasses.field(default=None, repr=False)
+    # Where decode steps have put the pending tokens, if they have (`advanced`).
+    _buffers: PendingBuffers | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self._written is None:
-            self._written = self.num_pending.tolist()
+        # `dataclasses.replace` hands on those of the state before, which other tensors must not keep alive.
+        if self._buffers is not None and not self._buffers.are(self.pending_keys, self.pending_values):
+            self._buffers = None
 
     @classmethod
     def empty(
@@ -132,10 +132,7 @@ class OVQState:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> OVQState:
-        changed = {name: function(getattr(self, name)) for name in _ROW_TENSORS}
-        # Tensors that still share memory share the record of who wrote where, too.
-        is_shared = changed["pending_keys"].data_ptr() == self.pending_keys.data_ptr()
-        return dataclasses.replace(self, **changed, _written=self._written if is_shared else None)
+        return dataclasses.replace(self, **{name: function(getattr(self, name)) for name in _ROW_TENSORS})
 
     def clone(self) -> OVQState:
         """A copy that shares no memory with this state."""
@@ -168,7 +165,12 @@ class OVQState:
         picked = {
             name: (t := getattr(self, name)).index_select(0, host.to(t.device)) for name in _ROW_TENSORS
         }
-        return dataclasses.replace(self, **picked, num_seen=self.num_seen[host], _written=None)
+        selected = dataclasses.replace(self, **picked, num_seen=self.num_seen[host])
+        # Copies already: a beam search, which picks rows at every step, need not make others.
+        selected._buffers = PendingBuffers(
+            selected.pending_keys, selected.pending_values, selected.num_pending.tolist()
+        )
+        return selected
 
     def reorder(self, index: Tensor) -> OVQState:
         """Rows gathered by `index` `[B]`: what a beam search asks for between steps."""
@@ -207,7 +209,7 @@ class OVQState:
         grown = [with_capacity(s, rows) for s in states]
         joined = {name: torch.cat([getattr(s, name) for s in grown]) for name in _ROW_TENSORS}
         num_seen = torch.cat([s.num_seen for s in states])
-        return dataclasses.replace(first, **joined, num_seen=num_seen, _written=None)
+        return dataclasses.replace(first, **joined, num_seen=num_seen)
 
     def resize(self, num_slots: int) -> OVQState:
         """The same memory with another bound N from here on: the elastic dictionary.
@@ -280,18 +282,27 @@ def with_capacity(state: OVQState, rows: int) -> OVQState:
     )
 
 
-def reserved(state: OVQState, pending: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-    """Pending buffers whose place `pending[r]` is free in each row, and the list that says it is taken."""
-    keys, values, written = state.pending_keys, state.pending_values, state._written
-    if written != pending:
-        keys, values, written = keys.clone(), values.clone(), list(pending)
-    # In place: the list is shared by every state that shares these buffers.
-    written[:] = [p + 1 for p in pending]
-    return keys, values, written
+def advanced(state: OVQState) -> OVQState:
+    """The state one token per row on; the caller has yet to write those tokens.
+
+    The token of row r goes to place `state.num_pending[r]` of the pending buffers of the result, in place:
+    they are contiguous, and no state but the result and those made from it looks there.
+    """
+    places = state.num_pending.tolist()
+    buffers = state._buffers
+    if buffers is None or not buffers.take(state.pending_keys, state.pending_values, places):
+        buffers = PendingBuffers.copied(state.pending_keys, state.pending_values, [p + 1 for p in places])
+    return dataclasses.replace(
+        state,
+        pending_keys=buffers.keys,
+        pending_values=buffers.values,
+        num_seen=state.num_seen + 1,
+        _buffers=buffers,
+    )
 
 
 def replaced(state: OVQState, rows: list[int], key_sum: Tensor, value_sum: Tensor, count: Tensor) -> OVQState:
-    """`state` with the dictionaries of some rows replaced, and pending buffers of its own.
+    """`state` with the dictionaries of some rows replaced.
 
     Args:
         state: the state, with room for their slots.
@@ -309,9 +320,6 @@ def replaced(state: OVQState, rows: list[int], key_sum: Tensor, value_sum: Tenso
         key_sum=put(state.key_sum, key_sum),
         value_sum=put(state.value_sum, value_sum),
         count=put(state.count, count),
-        pending_keys=state.pending_keys.clone(),
-        pending_values=state.pending_values.clone(),
-        _written=None,
     )
 
 

@@ -68,6 +68,5 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
         pending_keys=aligned.tail(chunks_k),
         pending_values=aligned.tail(chunks_v),
         num_seen=torch.tensor(seen, dtype=torch.int64),
-        _written=None,
     )
     return o, after if aligned.is_sorted else after.select(aligned.inverse())

@@ -1,14 +1,11 @@
 """One token per row, without gradients: a read of the dictionary and the pending tokens, and nothing copied.
 
-The key and value are written into the next free place of the state's pending buffers. The state handed in
-stays what it was, because it never looks at that place; should another continuation of it have written there
-already, the buffers are copied first (`OVQState._written`). Dictionaries are shared between the states of a
-chain of steps and replaced once a chunk, when it is merged.
+The key and value are written into pending buffers that the states of a chain of steps share (`advanced`):
+the state handed in never looks at that place. Dictionaries are shared likewise, and replaced once per chunk,
+when it is merged.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 from torch import Tensor
@@ -19,50 +16,36 @@ from ovq.ops.backends.torch.route import Router, padded_slots
 from ovq.ops.call import Call
 from ovq.ops.options import Options
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import OVQState, replaced, reserved, slot_means, with_capacity
+from ovq.ops.state import OVQState, advanced, replaced, slot_means, with_capacity
 
 
 def decode_step(call: Call) -> tuple[Tensor, OVQState]:
     """Outputs `[B, 1, H, V]` for one new token per row, and the state after it."""
     state, options = call.state, call.options
     pending = state.num_pending.tolist()
-    keys, values, written = _appended(state, call.k, call.v, pending)
-    o = _read(call.q, call.scale, state, keys, values, pending, options)
-    after = dataclasses.replace(
-        state,
-        pending_keys=keys,
-        pending_values=values,
-        num_seen=state.num_seen + 1,
-        _written=written,
-    )
+    after = advanced(state)
+    _write(after, call.k, call.v, pending)
+    o = _read(call.q, call.scale, after, pending, options)
     complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
     return o, _merged(after, complete, options) if complete else after
 
 
-def _appended(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> tuple[Tensor, Tensor, list[int]]:
-    """The pending buffers with the new token in them, and the list that says how far they are written."""
-    keys, values, written = reserved(state, pending)
-    if len(set(pending)) == 1:
-        keys[:, :, pending[0]] = k[:, 0]
-        values[:, :, pending[0]] = v[:, 0]
-    else:
-        row = torch.arange(len(pending), device=keys.device)
-        place = torch.tensor(pending, device=keys.device)
-        keys[row, :, place] = k[:, 0]
-        values[row, :, place] = v[:, 0]
-    return keys, values, written
+def _write(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> None:
+    """Put the new token of each row after its `pending` earlier ones, in place."""
+    for buffer, x in ((state.pending_keys, k), (state.pending_values, v)):
+        if len(set(pending)) == 1:
+            buffer[:, :, pending[0]] = x[:, 0]
+        else:
+            row = torch.arange(len(pending), device=buffer.device)
+            buffer[row, :, torch.tensor(pending, device=buffer.device)] = x[:, 0]
 
 
-def _read(
-    q: Tensor,
-    scale: Tensor,
-    state: OVQState,
-    keys: Tensor,
-    values: Tensor,
-    pending: list[int],
-    options: Options,
-) -> Tensor:
-    """The softmax of one query a head over [pending | dictionary], from the sums: q.D = q.S / c."""
+def _read(q: Tensor, scale: Tensor, state: OVQState, pending: list[int], options: Options) -> Tensor:
+    """The softmax of one query a head over [pending | dictionary], from the sums: q.D = q.S / c.
+
+    `state` has the new token of each row after its `pending` earlier ones.
+    """
+    keys, values = state.pending_keys, state.pending_values
     batch, _, num_heads, dim = q.shape
     num_kv_heads, wide = keys.shape[1], state.key_sum.dtype
     used = max(pending) + 1

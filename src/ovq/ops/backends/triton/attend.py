@@ -54,7 +54,6 @@ def chunked(call: Call) -> tuple[Tensor, OVQState | None]:
         pending_keys=_tail(k, state.pending_keys, pending, rows, chunk_size),
         pending_values=_tail(v, state.pending_values, pending, rows, chunk_size),
         num_seen=torch.tensor(seen, dtype=torch.int64),
-        _written=None,
     )
     return o, after
 

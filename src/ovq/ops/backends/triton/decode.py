@@ -7,7 +7,6 @@ that is makes no difference.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
@@ -24,7 +23,7 @@ from ovq.ops.backends.triton.launch import Recurrence
 from ovq.ops.backends.triton.work import Work
 from ovq.ops.call import Call, Rows
 from ovq.ops.options import Options
-from ovq.ops.state import OVQState, replaced, reserved, with_capacity
+from ovq.ops.state import OVQState, advanced, replaced, with_capacity
 
 # Programs a multiprocessor should get, so that enough loads are under way to fill the memory's bandwidth.
 _PROGRAMS_EACH = 4
@@ -136,18 +135,15 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
     """Outputs `[B, 1, H, V]` for one new token per row, and the state after it."""
     state, options, q = call.state, call.options, call.q
     pending = state.num_pending.tolist()
-    keys, values, written = reserved(state, pending)
-    keys, values = keys.contiguous(), values.contiguous()
+    after = advanced(state)
     is_even = len(set(pending)) == 1
     places = torch.tensor([] if is_even else pending, dtype=torch.int32).to(q.device)
     sums = (state.key_sum, state.value_sum, state.count)
     complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(q):
-        o = read_pending_and_slots(q, call.k, call.v, call.scale, *sums, keys, values, places, pending[0])
-        after = dataclasses.replace(
-            state, pending_keys=keys, pending_values=values, num_seen=state.num_seen + 1, _written=written
-        )
+        buffers = (after.pending_keys, after.pending_values)
+        o = read_pending_and_slots(q, call.k, call.v, call.scale, *sums, *buffers, places, pending[0])
         return o, _merged(after, complete, options) if complete else after
 
 

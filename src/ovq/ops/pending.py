@@ -1,0 +1,51 @@
+"""`PendingBuffers`: pending tokens that decode steps write in place, without any state seeing it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(eq=False)
+class PendingBuffers:
+    """Copies of pending keys and values, shared by a chain of decode steps that each write one place further.
+
+    A state never looks beyond its own tokens, so a step may write the place after them, unless a step from
+    the same state did so before. No tensors but these copies are ever written to: a state of any others, be
+    they a caller's or the op's, is copied by the first step. Whoever makes a state need not think of it.
+
+    Attributes:
+        keys: `[B, Hkv, C, K]`. values: `[B, Hkv, C, V]`.
+        written: places of each row that hold tokens.
+
+    Example:
+        >>> buffers = PendingBuffers.copied(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), [0])
+        >>> own = buffers.keys, buffers.values
+        >>> buffers.take(*own, [0]), buffers.take(*own, [1]), buffers.take(*own, [1])
+        (True, True, False)
+    """
+
+    keys: Tensor
+    values: Tensor
+    written: list[int]
+
+    @classmethod
+    def copied(cls, keys: Tensor, values: Tensor, places: list[int]) -> PendingBuffers:
+        """Contiguous copies whose first `places[r]` places hold the tokens of row r."""
+        dense = torch.contiguous_format
+        return cls(keys.clone(memory_format=dense), values.clone(memory_format=dense), list(places))
+
+    def are(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether `keys` and `values` are these buffers."""
+        return keys is self.keys and values is self.values
+
+    def take(self, keys: Tensor, values: Tensor, places: list[int]) -> bool:
+        """Whether these are the buffers and `places[r]` is free in each row; it is then taken."""
+        if not self.are(keys, values) or places != self.written:
+            return False
+        if keys.is_inference() and not torch.is_inference_mode_enabled():
+            return False  # PyTorch forbids to write it.
+        self.written = [p + 1 for p in places]
+        return True
