@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM, OVQModel
@@ -48,6 +49,35 @@ def test_packed_rows_equal_rows_alone(model):
     logits = model(ids, cu_seqlens=torch.tensor([0, 7, 8, 24])).logits
     rows = [model(ids[:, a:b]).logits for a, b in ((0, 7), (7, 8), (8, 24))]
     torch.testing.assert_close(logits, torch.cat(rows, 1))
+
+
+class HostCopies(TorchFunctionMode):
+    """Counts what would wait for a GPU: tensors of some shape that are looked at by Python."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        is_copy = func is torch.Tensor.tolist or (func is torch.Tensor.to and "cpu" in args)
+        self.count += is_copy and args[0].shape == self.shape
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"attention_mask": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0, 0]])},
+        {"cu_seqlens": torch.tensor([0, 4, 9])},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_masks_and_offsets_are_looked_at_once_for_all_layers(given):
+    (rows,) = given.values()
+    model = make_model(num_hidden_layers=4, mixer_types=["ovq"] * 4, conv_size=0)
+    with HostCopies(rows.shape) as copies:
+        model(random_ids(rows.shape[0] if rows.dim() == 2 else 1, 9), **given)
+    assert copies.count == 1
 
 
 def test_embeddings_in_the_place_of_ids(model):

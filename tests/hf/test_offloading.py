@@ -124,3 +124,4 @@ def test_a_layout_moves_to_a_device():
     assert (moved.num_past, moved.num_new, moved.has_mask) == (1, 2, True)
     packed = SequenceLayout.of(None, batch_size=1, num_past=0, num_new=2, cu_seqlens=torch.tensor([0, 2]))
     assert packed.to("meta").cu_seqlens.is_meta
+    assert packed.to("meta").bounds.bounds.tolist() == [[0], [2]]

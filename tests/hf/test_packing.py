@@ -102,7 +102,7 @@ def test_packing_that_cannot_be_read_is_refused_by_the_name_that_can(model):
         model(ids[:, :4], position_ids=torch.tensor([[0, 1, 3, 4]]))
     with pytest.raises(ValueError, match=r"seq_idx: expected shape \[1, 24\] .*cu_seqlens"):
         model(two, seq_idx=ROW_OF_TOKEN.expand(2, -1))
-    with pytest.raises(ValueError, match="a batch of 1 with cu_seqlens"):
+    with pytest.raises(ValueError, match="cu_seqlens: expected packed rows in a batch of 1"):
         model(two, cu_seq_lens_q=BOUNDS)
     with pytest.raises(ValueError, match="expected attention_mask or cu_seqlens, found both"):
         model(ids, cu_seq_lens_q=BOUNDS, attention_mask=torch.ones_like(ids))

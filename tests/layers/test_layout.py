@@ -46,6 +46,28 @@ def test_the_mask_of_new_columns_is_dropped_when_only_cached_ones_are_padding():
     assert found.segments(6).tolist() == [[-1, 0, 0, 0, 0, 0]]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, None),
+        ({"mask": torch.ones(1, 4)}, None),
+        ({"mask": torch.tensor([[0, 1, 1, 1, 1]]), "num_past": 1}, None),
+        (
+            {"mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]]), "batch_size": 3},
+            [[2, 4, 8], [2, 3, 0]],
+        ),
+        (
+            {"mask": torch.tensor([[0, 1, 1], [1, 1, 0]]), "batch_size": 2, "num_past": 1, "num_new": 2},
+            [[0, 2], [2, 1]],
+        ),
+        ({"cu_seqlens": torch.tensor([0, 3, 3, 4], dtype=torch.int32)}, [[0, 3, 3], [3, 0, 1]]),
+    ],
+)
+def test_the_bounds_of_the_new_tokens_of_each_row(arguments, expected):
+    bounds = layout(**arguments).bounds
+    assert (bounds and bounds.bounds.tolist()) == expected
+
+
 def test_a_layout_is_not_checked_again():
     found = layout(torch.tensor([[0, 1, 1, 1]]))
     assert layout(found, batch_size=7) is found
@@ -64,18 +86,18 @@ def test_packed_rows():
         ({"mask": torch.ones(1, 3)}, r"shape \[batch, cached \+ new\] = \[1, 4\].*found \[1, 3\]"),
         ({"mask": torch.ones(1, 4), "num_past": 2}, r"\[1, 6\].*2 columns are cached.*found \[1, 4\]"),
         ({"mask": torch.ones(1, 1, 4, 4)}, r"found \[1, 1, 4, 4\]"),
-        ({"mask": torch.tensor([[0, 1, 2, 1]])}, r"0 and 1, found values \[0, 1, 2\]"),
-        ({"mask": torch.tensor([[0.0, 0.5, 1.0, 1.0]])}, r"0 and 1, found values"),
-        ({"mask": torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]), "batch_size": 2}, r"2 runs of ones in row 1"),
+        ({"mask": torch.tensor([[0, 1, 2, 1]])}, r"0 and 1 only, found \[0, 1, 2\]"),
+        ({"mask": torch.tensor([[0.0, 0.5, 1.0, 1.0]])}, r"0 and 1 only, found \[0.0, 0.5, 1.0\]"),
+        ({"mask": torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]]), "batch_size": 2}, "found a hole in row 1"),
         ({"mask": torch.ones(1, 4), "cu_seqlens": torch.tensor([0, 4])}, r"found both"),
-        ({"cu_seqlens": torch.tensor([0, 4]), "batch_size": 2}, r"batch of 1 .* found 2"),
+        ({"cu_seqlens": torch.tensor([0, 4]), "batch_size": 2}, "batch of 1, found a batch of 2"),
         ({"cu_seqlens": torch.tensor([0, 4]), "num_past": 3}, r"no cache .* found 3"),
-        ({"cu_seqlens": torch.tensor([0, 3])}, r"rise from 0 to 4 tokens, found \[0, 3\]"),
+        ({"cu_seqlens": torch.tensor([0, 3])}, r"rise from 0 to 4, found \[0, 3\]"),
         ({"cu_seqlens": torch.tensor([1, 4])}, r"found \[1, 4\]"),
         ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, r"found \[0, 3, 2, 4\]"),
-        ({"cu_seqlens": torch.tensor([4])}, r"shape \[rows \+ 1\], found .* \[1\]"),
-        ({"cu_seqlens": torch.tensor([[0, 4]])}, r"found .* \[1, 2\]"),
-        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, r"int32 or int64 .* found torch.float32"),
+        ({"cu_seqlens": torch.tensor([4])}, r"shape \[rows \+ 1\], found \(1,\)"),
+        ({"cu_seqlens": torch.tensor([[0, 4]])}, r"found \(1, 2\)"),
+        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "int32 or int64 tensor, found torch.float32"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ovq.ops.call import RowBounds
+from ovq.ops.checks import checked_mask, masked_bounds, packed_bounds
 from ovq.ops.uncompiled import uncompiled
 
 
@@ -27,6 +29,7 @@ class SequenceLayout:
         mask: `[B, P + T]` bool, True for a real token; None when all of them are real.
         new_mask: `[B, T]` bool, the part of `mask` for the new columns; None when all of those are real.
         cu_seqlens: `[R + 1]` offsets of the packed rows, or None.
+        bounds: where the new tokens of each row lie, for the op; None when all columns are real.
         has_mask: whether the caller gave a mask, be it one without padding.
 
     Example:
@@ -39,6 +42,7 @@ class SequenceLayout:
     mask: Tensor | None = None
     new_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    bounds: RowBounds | None = None
     has_mask: bool = False
 
     @staticmethod
@@ -71,14 +75,16 @@ class SequenceLayout:
                 raise ValueError(
                     "expected attention_mask or cu_seqlens, found both: packed rows have no padding"
                 )
-            _check_cu_seqlens(cu_seqlens, batch_size, num_past, num_new)
-            return SequenceLayout(num_past=num_past, num_new=num_new, cu_seqlens=cu_seqlens)
+            return _packed_layout(cu_seqlens, batch_size, num_past, num_new)
         if attention_mask is None:
             return SequenceLayout(num_past=num_past, num_new=num_new)
         return _masked_layout(attention_mask, batch_size, num_past, num_new)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> SequenceLayout:
-        """The same on another device: accelerate moves it there with the other inputs of a layer."""
+        """The same on another device: accelerate moves it there with the other inputs of a layer.
+
+        The bounds of rows stay on the CPU, which launches the work.
+        """
         return replace(
             self,
             **{
@@ -175,42 +181,27 @@ def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -
             f"expected an attention_mask of shape [batch, cached + new] = {expected} "
             f"({num_past} columns are cached), found {list(mask.shape)}"
         )
+    # Looked at on the CPU, so that a device is waited for once.
+    host = checked_mask(mask)
+    has_padding, has_new_padding = not bool(host.all()), not bool(host[:, num_past:].all())
     real = mask.bool()
-    if mask.dtype != torch.bool and not bool((mask == real).all()):
-        raise ValueError(f"expected an attention_mask of 0 and 1, found values {mask.unique().tolist()[:8]}")
-    starts = real.clone()
-    starts[:, 1:] &= ~real[:, :-1]
-    runs = starts.sum(1)
-    if bool((runs > 1).any()):
-        row = int(runs.argmax())
-        raise ValueError(
-            "expected contiguous real tokens in each row of attention_mask, padding left or right of them, "
-            f"found {int(runs[row])} runs of ones in row {row}"
-        )
-    real_new = real[:, num_past:]
     return SequenceLayout(
         num_past=num_past,
         num_new=num_new,
         # Without padding the cheaper unmasked code runs; batches without padding often come with a mask of
         # ones.
-        mask=None if bool(real.all()) else real,
-        new_mask=None if bool(real_new.all()) else real_new,
+        mask=real if has_padding else None,
+        new_mask=real[:, num_past:] if has_new_padding else None,
+        bounds=RowBounds(masked_bounds(host[:, num_past:])) if has_new_padding else None,
         has_mask=True,
     )
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, batch_size: int, num_past: int, num_new: int) -> None:
-    if batch_size != 1:
-        raise ValueError(
-            f"expected a batch of 1 with cu_seqlens (rows are packed into one), found {batch_size}"
-        )
+# Likewise.
+@uncompiled
+def _packed_layout(cu_seqlens: Tensor, batch_size: int, num_past: int, num_new: int) -> SequenceLayout:
+    """The layout of packed rows, or a ValueError that says what is wrong with them."""
     if num_past:
         raise ValueError(f"expected no cache with cu_seqlens, found {num_past} cached columns")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            "expected cu_seqlens to be an int32 or int64 tensor of shape [rows + 1], "
-            f"found {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}"
-        )
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != num_new or offsets != sorted(offsets):
-        raise ValueError(f"expected cu_seqlens to rise from 0 to {num_new} tokens, found {offsets[:16]}")
+    bounds = RowBounds(packed_bounds(batch_size, num_new, cu_seqlens))
+    return SequenceLayout(num_past=num_past, num_new=num_new, cu_seqlens=cu_seqlens, bounds=bounds)

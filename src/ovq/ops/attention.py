@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ovq.ops import backends
 from ovq.ops.backends.triton import refusal_of
+from ovq.ops.call import RowBounds
 from ovq.ops.checks import check_qkv, checked_call, checked_scale
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState
@@ -42,7 +43,7 @@ def ovq_attention(
     scale: float | Tensor | None = None,
     initial_state: OVQState | None = None,
     output_final_state: bool = False,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | RowBounds | None = None,
     cu_seqlens: Tensor | None = None,
     growth: str = "plateau",
     init: str = "novelty",
@@ -69,7 +70,8 @@ def ovq_attention(
         initial_state: the state of an earlier call to continue from. It is not changed.
         output_final_state: also return the state after the last token.
         attention_mask: `[B, T]` of 0 and 1; the ones of a row are contiguous, the padding is left or right.
-            Padding gives zeros, and leaves no trace in the state.
+            Padding gives zeros, and leaves no trace in the state. The layers of a model pass `RowBounds`
+            instead: rows that were checked once for all of them.
         cu_seqlens: `[rows + 1]` bounds of rows packed into a batch of 1; a state then has that many rows.
         growth: how the dictionary grows with t tokens, `"plateau"` (t N / (t + N)), `"linear"` or
             `"immediate"`.
@@ -158,7 +160,7 @@ def _attention(
     scale: Tensor,
     initial_state: OVQState | None,
     output_final_state: bool,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | RowBounds | None,
     cu_seqlens: Tensor | None,
     options: Options,
     backend: str,

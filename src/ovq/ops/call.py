@@ -18,8 +18,27 @@ class Rows:
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
 
+    @classmethod
+    def of(cls, bounds: Tensor) -> Rows:
+        """The rows of `RowBounds.bounds`."""
+        starts, lengths = bounds.tolist()
+        return cls(tuple(starts), tuple(lengths))
+
     def __len__(self) -> int:
         return len(self.starts)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowBounds:
+    """Rows in the place of the mask or the packing that they were checked with.
+
+    A model makes them once for all of its layers. They are a tensor, so that a compiled graph fits any rows.
+
+    Attributes:
+        bounds: `[2, R]` int64 on the CPU, starts and lengths as in `Rows`.
+    """
+
+    bounds: Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 
-from ovq.ops.call import Call, Rows
+from ovq.ops.call import Call, RowBounds, Rows
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState, state_dtype
 
@@ -65,7 +63,7 @@ def checked_call(
     scale: Tensor,
     initial_state: OVQState | None,
     wants_state: bool,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | RowBounds | None,
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> Call:
@@ -88,19 +86,28 @@ def checked_call(
     return Call(q=q, k=k, v=v, scale=scale, state=state, rows=rows, options=options, wants_state=wants_state)
 
 
-def checked_rows(q: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Rows:
+def checked_rows(q: Tensor, attention_mask: Tensor | RowBounds | None, cu_seqlens: Tensor | None) -> Rows:
     """Where each row's tokens lie in the flattened `[B * T]` input."""
     batch, length = q.shape[:2]
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("attention_mask, cu_seqlens: expected at most one of them, found both")
+    if isinstance(attention_mask, RowBounds):
+        return Rows.of(attention_mask.bounds)
     if cu_seqlens is not None:
-        return _packed_rows(batch, length, cu_seqlens)
+        return Rows.of(packed_bounds(batch, length, cu_seqlens))
     if attention_mask is not None:
-        return _masked_rows(batch, length, attention_mask)
+        is_tensor = isinstance(attention_mask, Tensor)
+        if not is_tensor or attention_mask.shape != (batch, length):
+            found = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
+            raise ValueError(
+                f"attention_mask: expected a tensor [{batch}, {length}] of 0 and 1, found {found}"
+            )
+        return Rows.of(masked_bounds(checked_mask(attention_mask)))
     return Rows(tuple(range(0, batch * length, length)) if length else (0,) * batch, (length,) * batch)
 
 
-def _packed_rows(batch: int, length: int, cu_seqlens: Tensor) -> Rows:
+def packed_bounds(batch: int, length: int, cu_seqlens: Tensor) -> Tensor:
+    """`RowBounds.bounds` of rows packed into one of `length` tokens; ValueError if they cannot be."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(f"cu_seqlens: expected an int32 or int64 tensor, found {found}")
@@ -108,38 +115,37 @@ def _packed_rows(batch: int, length: int, cu_seqlens: Tensor) -> Rows:
         raise ValueError(f"cu_seqlens: expected packed rows in a batch of 1, found a batch of {batch}")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
         raise ValueError(f"cu_seqlens: expected shape [rows + 1], found {tuple(cu_seqlens.shape)}")
-    bounds = cu_seqlens.tolist()
-    lengths = tuple(b - a for a, b in itertools.pairwise(bounds))
-    if bounds[0] != 0 or bounds[-1] != length or min(lengths) < 0:
-        raise ValueError(f"cu_seqlens: expected bounds that rise from 0 to {length}, found {bounds}")
-    return Rows(tuple(bounds[:-1]), lengths)
-
-
-def _masked_rows(batch: int, length: int, attention_mask: Tensor) -> Rows:
-    if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, length):
-        found = (
-            tuple(attention_mask.shape)
-            if isinstance(attention_mask, Tensor)
-            else type(attention_mask).__name__
+    bounds = cu_seqlens.to("cpu", torch.int64)
+    lengths = bounds.diff()
+    if bounds[0] != 0 or bounds[-1] != length or lengths.min() < 0:
+        raise ValueError(
+            f"cu_seqlens: expected bounds that rise from 0 to {length}, found {bounds[:16].tolist()}"
         )
-        raise ValueError(f"attention_mask: expected a tensor [{batch}, {length}] of 0 and 1, found {found}")
+    return torch.stack([bounds[:-1], lengths])
+
+
+def checked_mask(attention_mask: Tensor) -> Tensor:
+    """A mask `[B, T]` as bool on the CPU; ValueError unless the ones of each row are contiguous."""
     mask = attention_mask.to("cpu")
     if bool(((mask != 0) & (mask != 1)).any()):
-        raise ValueError(f"attention_mask: expected 0 and 1 only, found {mask.unique().tolist()}")
+        raise ValueError(f"attention_mask: expected 0 and 1 only, found {mask.unique()[:8].tolist()}")
     mask = mask != 0
-    if length == 0:
-        return Rows((0,) * batch, (0,) * batch)
-    lengths = mask.sum(-1)
-    first = mask.int().argmax(-1)
-    last = length - 1 - mask.flip(-1).int().argmax(-1)
-    has_hole = (lengths > 0) & (last - first + 1 != lengths)
+    is_start = mask.clone()
+    is_start[:, 1:] &= ~mask[:, :-1]
+    has_hole = is_start.sum(-1) > 1
     if bool(has_hole.any()):
         row = int(has_hole.nonzero()[0])
         raise ValueError(
             f"attention_mask: expected the real tokens of a row to be contiguous, found a hole in row {row}"
         )
-    starts = torch.arange(batch) * length + first
-    return Rows(tuple(starts.tolist()), tuple(lengths.tolist()))
+    return mask
+
+
+def masked_bounds(mask: Tensor) -> Tensor:
+    """`RowBounds.bounds` of a mask `[B, T]` from `checked_mask`."""
+    batch, length = mask.shape
+    first = mask.int().argmax(-1) if length else torch.zeros(batch, dtype=torch.int64)
+    return torch.stack([torch.arange(batch) * length + first, mask.sum(-1)])
 
 
 def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: Options) -> None:

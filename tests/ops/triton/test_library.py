@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ovq.ops import OVQState, backend_used, ovq_attention
+from ovq.ops.call import RowBounds
 from tests.ops.common import inputs
 
 pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
@@ -32,13 +33,16 @@ def test_operators_are_what_pytorch_expects():
     torch.library.opcheck(decode.read_pending_and_slots, (*token, torch.ones(1), *empty_state(), places, 0))
 
 
-@pytest.mark.parametrize("rows", ["dense", "padded", "packed"])
+@pytest.mark.parametrize("rows", ["dense", "padded", "packed", "checked"])
 def test_a_compiled_call_is_one_whole_graph(rows):
     q, k, v = inputs(1, 9, 2, 1, 4, 3, dtype=torch.float32)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
-    given = {"padded": {"attention_mask": mask}, "packed": {"cu_seqlens": torch.tensor([0, 4, 9])}}.get(
-        rows, {}
-    )
+    given = {
+        "dense": {},
+        "padded": {"attention_mask": mask},
+        "packed": {"cu_seqlens": torch.tensor([0, 4, 9])},
+        "checked": {"attention_mask": RowBounds(torch.tensor([[0, 4], [4, 5]]))},
+    }[rows]
     scale = torch.tensor([1.0, 2.0])
 
     def call(q, k, v, scale):

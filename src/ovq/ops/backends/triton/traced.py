@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.triton import library
+from ovq.ops.call import RowBounds
 from ovq.ops.options import Options
 
 
@@ -17,12 +18,15 @@ def attention(
     k: Tensor,
     v: Tensor,
     scale: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | RowBounds | None,
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> Tensor:
     """Outputs `[B, T, H, V]`; arguments as of `ovq.ops.ovq_attention`, checked but for those of the rows."""
-    bounds = library.row_bounds(q, attention_mask, cu_seqlens)
+    if isinstance(attention_mask, RowBounds):
+        bounds = attention_mask.bounds
+    else:
+        bounds = library.row_bounds(q, attention_mask, cu_seqlens)
     num_rows, chunk_size = bounds.shape[1], options.chunk_size
     # Room enough whatever the lengths are, and all slots there could be: the graph fits every length.
     places = q.shape[0] * q.shape[1] + num_rows * (chunk_size - 1)
