@@ -82,9 +82,8 @@ def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
     pending = (state.pending_keys, state.pending_values)
     bounds = torch.tensor([[0], [length]])
     o, *sums, _, _ = library.attention(
-        q.requires_grad_(), k, v, torch.ones(2), state.key_sum, state.value_sum, state.count, *pending,
-        state.num_seen, bounds, slots, chunk_size, "plateau", slots, length,
-    )  # fmt: skip
+        q.requires_grad_(), k, v, torch.ones(2), bounds, slots, chunk_size, "plateau"
+    )
     o.sum().backward()
     token = (x[:, :1].detach() for x in (q, k, v))
     places = torch.zeros(0, dtype=torch.int32)

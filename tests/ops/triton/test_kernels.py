@@ -1,9 +1,12 @@
 """The kernels against the reference: outputs, final state and every gradient."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 from ovq.ops import backend_used
+from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.triton import work
 from tests.ops.common import assert_same_state, attend, inputs
 from tests.ops.test_parity import gradients
@@ -76,6 +79,14 @@ def test_two_runs_are_equal_bit_for_bit():
     runs = [gradients("triton", q, k, v, scale, options) for _ in range(2)]
     for a, b in zip(runs[0][2], runs[1][2], strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_call_and_its_backward_are_prepared_once(monkeypatch):
+    make = Mock(wraps=Plan.make)
+    monkeypatch.setattr(Plan, "make", make)
+    q, k, v = inputs(2, 11, 2, 1, 5, 4, dtype=torch.float32)
+    gradients("triton", q, k, v, torch.ones(2), {"num_slots": 8, "chunk_size": 4})
+    assert make.call_count == 1
 
 
 def test_gradients_through_a_state():

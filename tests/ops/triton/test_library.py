@@ -25,8 +25,7 @@ def test_operators_are_what_pytorch_expects():
 
     q, k, v = inputs(1, 5, 1, 1, 4, 3, dtype=torch.float32)
     leaves = [x.clone().requires_grad_() for x in (q, k, v, torch.ones(1))]
-    seen, bounds = torch.zeros(1, dtype=torch.int64), torch.tensor([[0], [5]])
-    torch.library.opcheck(library.attention, (*leaves, *empty_state(), seen, bounds, 4, 4, "plateau", 4, 8))
+    torch.library.opcheck(library.attention, (*leaves, torch.tensor([[0], [5]]), 4, 4, "plateau"))
     torch.library.opcheck(library.row_bounds, (q, None, torch.tensor([0, 4, 5])))
     token = [x[:, :1] for x in (q, k, v)]
     places = torch.zeros(0, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""What `torch` and `cpu` share: a call laid out in chunks, run by their recurrence, put back in order."""
+"""What the fast backends share: a call laid out in chunks, run by their recurrence, put back in order."""
 
 from __future__ import annotations
 

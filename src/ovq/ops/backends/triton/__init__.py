@@ -12,6 +12,7 @@ import os
 import torch
 from torch import Tensor
 
+from ovq.ops.backends.chunks import in_chunks
 from ovq.ops.call import Call
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState
@@ -32,10 +33,10 @@ def refusal(call: Call) -> str | None:
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
     """One token per row without gradients in one launch, all else chunk by chunk."""
     # Imported only here: neither Triton nor a GPU is needed for anything else.
-    from ovq.ops.backends.triton.attend import chunked
+    from ovq.ops.backends.triton.chunk import chunk_attention
     from ovq.ops.backends.triton.decode import decode_step
 
-    return decode_step(call) if call.is_decoding else chunked(call)
+    return decode_step(call) if call.is_decoding else in_chunks(call, chunk_attention)
 
 
 def refusal_of(q: Tensor, v: Tensor, options: Options) -> str | None:

@@ -165,16 +165,18 @@ def forward(
     shown = Snapshots.empty(max(work.entries(s) for s in segments), work, k, v)
     blocks = common.read_blocks(q, v)
     query_blocks = triton.cdiv(width, blocks["BM"])
-    for segment in segments:
-        first = work.first[segment.start]
-        for i in segment:
-            recurrence.step(i, shown, first)
-        read[(work.entries(segment) * query_blocks, num_heads)](
-            q, k, v, scale, work.table, shown.keys, shown.values, shown.bias, o, lse, first,
-            width, num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity, query_blocks,
-            BK=common.padded(dim), BV=common.padded(v.shape[-1]), **blocks, **common.FUSED,
-        )  # fmt: skip
-    recurrence.step(work.num_steps)
+    # Triton launches on the current device, whichever the tensors are on.
+    with torch.cuda.device_of(q):
+        for segment in segments:
+            first = work.first[segment.start]
+            for i in segment:
+                recurrence.step(i, shown, first)
+            read[(work.entries(segment) * query_blocks, num_heads)](
+                q, k, v, scale, work.table, shown.keys, shown.values, shown.bias, o, lse, first, width,
+                num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity, query_blocks,
+                BK=common.padded(dim), BV=common.padded(v.shape[-1]), **blocks, **common.FUSED,
+            )  # fmt: skip
+        recurrence.step(work.num_steps)
     return o
 
 
@@ -206,8 +208,9 @@ def backward(
     """
     k, v = saved.k, saved.v
     walk = _Walk(saved, grad_o, final, grads, work, chunk_size)
-    for segment in reversed(work.segments(snapshot_bytes(k, v) + 4 * (k.shape[-1] + v.shape[-1]))):
-        walk.back(segment)
+    with torch.cuda.device_of(k):
+        for segment in reversed(work.segments(snapshot_bytes(k, v) + 4 * (k.shape[-1] + v.shape[-1]))):
+            walk.back(segment)
     return walk.grad_q, walk.grad_k, walk.grad_v, walk.grad_scale.sum((0, 1))
 
 

@@ -1,0 +1,55 @@
+"""A call of several tokens, or one that needs gradients: its chunks by the kernels, once prepared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ovq.ops.backends.dictionary import Dictionary, dense_copy
+from ovq.ops.backends.plan import Plan
+from ovq.ops.backends.triton.launch import Saved, backward, forward
+from ovq.ops.backends.triton.work import Work
+
+
+def chunk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    key_sum: Tensor,
+    value_sum: Tensor,
+    count: Tensor,
+    plan: Plan,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The `chunk_attention` of the `torch` backend by kernels: the same arguments and results."""
+    return _ChunkAttention.apply(q, k, v, scale, key_sum, value_sum, count, plan)
+
+
+class _ChunkAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
+        q, k, v, scale = (x.contiguous() for x in (q, k, v, scale))
+        sums = Dictionary(key_sum, value_sum, count).clone()
+        num_chunks, width, num_heads, _ = q.shape
+        lse = torch.zeros(num_chunks, num_heads, width, dtype=torch.float32, device=q.device)
+        slots = torch.zeros(num_chunks, k.shape[2], width, dtype=torch.int32, device=q.device)
+        ctx.work, ctx.chunk_size = Work(plan, count.shape[2], q.device), plan.options.chunk_size
+        o = forward(q, k, v, scale, lse, slots, sums, ctx.work, ctx.chunk_size)
+        ctx.save_for_backward(q, k, v, scale, o, lse, slots, sums.key_sum, sums.value_sum, sums.count)
+        ctx.mark_non_differentiable(sums.count)
+        ctx.set_materialize_grads(False)
+        return o, sums.key_sum, sums.value_sum, sums.count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_o, grad_key_sum, grad_value_sum, _):
+        *saved, key_sum, value_sum, count = ctx.saved_tensors
+        saved, final = Saved(*saved), Dictionary(key_sum, value_sum, count)
+        grad_o = torch.zeros_like(saved.o) if grad_o is None else grad_o.contiguous()
+        grads = Dictionary(
+            torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum),
+            torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum),
+        )
+        tokens = backward(saved, grad_o, final.clone(), grads, ctx.work, ctx.chunk_size)
+        return *tokens, grads.key_sum, grads.value_sum, None, None
