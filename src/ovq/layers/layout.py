@@ -106,7 +106,7 @@ class SequenceLayout:
         """The new tokens row by row, each from its first real one on, for mixers that work on whole rows."""
         if self.cu_seqlens is not None:
             lengths = self.cu_seqlens.diff()
-            column = torch.arange(int(lengths.max()), device=lengths.device)
+            column = torch.arange(int(self.bounds.bounds[1].max()), device=lengths.device)
             mask = column < lengths[:, None]
             source = (self.cu_seqlens[:-1, None] + column).clamp(max=self.num_new - 1)
             target = self.row_index() * len(column) + self.offset_in_row()
@@ -123,7 +123,8 @@ class SequenceLayout:
     def row_index(self) -> Tensor:
         """Packed row of each new column, `[T]` int64 (only with `cu_seqlens`)."""
         lengths = self.cu_seqlens.diff()
-        return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        rows = torch.arange(len(lengths), device=lengths.device)
+        return rows.repeat_interleave(lengths, output_size=self.num_new)
 
     def offset_in_row(self) -> Tensor:
         """Place of each new column in its packed row, `[T]` int64 (only with `cu_seqlens`)."""

@@ -156,11 +156,11 @@ def check_tensors(where: str, tensors: dict[str, Tensor], *, num_slots: int, chu
         expect(tensors[name].dtype == dtype, f"{name} in {dtype}", tensors[name].dtype)
     is_shaped = count.dim() == 3 and count.shape[1] > 0
     expect(is_shaped, "count of shape [B, Hkv, M], Hkv at least 1", tuple(count.shape))
-    batch, heads, rows = count.shape
-    expect(rows <= num_slots, f"at most {num_slots} slots", rows)
+    batch, heads, capacity = count.shape
+    expect(capacity <= num_slots, f"at most {num_slots} slots", capacity)
     for name, t, length in (
-        ("key_sum", key_sum, rows),
-        ("value_sum", value_sum, rows),
+        ("key_sum", key_sum, capacity),
+        ("value_sum", value_sum, capacity),
         ("pending_keys", pending_keys, chunk_size),
         ("pending_values", pending_values, chunk_size),
     ):

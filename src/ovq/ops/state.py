@@ -205,8 +205,8 @@ class OVQState:
                         f"states: {name}: expected {a.dtype} {tuple(a.shape[1:])} in all, "
                         f"found {b.dtype} {tuple(b.shape[1:])}"
                     )
-        rows = max(s.count.shape[2] for s in states)
-        grown = [with_capacity(s, rows) for s in states]
+        capacity = max(s.count.shape[2] for s in states)
+        grown = [with_capacity(s, capacity) for s in states]
         joined = {name: torch.cat([getattr(s, name) for s in grown]) for name in _ROW_TENSORS}
         num_seen = torch.cat([s.num_seen for s in states])
         return dataclasses.replace(first, **joined, num_seen=num_seen)
@@ -268,9 +268,9 @@ def slot_means(sums: Tensor, count: Tensor) -> Tensor:
     return sums / count.clamp(min=1).to(sums.dtype).unsqueeze(-1)
 
 
-def with_capacity(state: OVQState, rows: int) -> OVQState:
-    """`state` with at least `rows` slots allocated; the new ones are spare, that is zero."""
-    missing = rows - state.count.shape[2]
+def with_capacity(state: OVQState, capacity: int) -> OVQState:
+    """`state` with at least `capacity` slots allocated; the new ones are spare, that is zero."""
+    missing = capacity - state.count.shape[2]
     if missing <= 0:
         return state
     pad = torch.nn.functional.pad

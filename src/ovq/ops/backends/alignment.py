@@ -148,14 +148,3 @@ class AlignedRows:
         out = flat.new_zeros(len(num) * self.chunk_size, *flat.shape[1:])
         out = out.index_copy(0, place, flat.index_select(0, source))
         return out.reshape(len(num), self.chunk_size, *flat.shape[1:]).transpose(1, 2).contiguous()
-
-    def head(self, chunks: Tensor) -> Tensor:
-        """The pending tokens that each sorted row began with, as pending buffers `[R, H, C, D]`."""
-        flat = chunks.reshape(-1, *chunks.shape[2:])
-        source = self._spread([c * self.width for c in self.first_chunk], self.pending, flat.device)
-        place = self._spread(
-            [r * self.chunk_size for r in range(len(self.pending))], self.pending, flat.device
-        )
-        out = flat.new_zeros(len(self.pending) * self.chunk_size, *flat.shape[1:])
-        out = out.index_copy(0, place, flat.index_select(0, source))
-        return out.reshape(len(self.pending), self.chunk_size, *flat.shape[1:]).transpose(1, 2).contiguous()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -28,7 +30,17 @@ def chunk_attention(
 
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        key_sum: Tensor,
+        value_sum: Tensor,
+        count: Tensor,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, k, v, scale = (x.contiguous() for x in (q, k, v, scale))
         sums = Dictionary(key_sum, value_sum, count).clone()
         num_chunks, width, num_heads, _ = q.shape
@@ -43,9 +55,15 @@ class _ChunkAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_o, grad_key_sum, grad_value_sum, _):
-        *saved, key_sum, value_sum, count = ctx.saved_tensors
-        saved, final = Saved(*saved), Dictionary(key_sum, value_sum, count)
+    def backward(
+        ctx: Any,
+        grad_o: Tensor | None,
+        grad_key_sum: Tensor | None,
+        grad_value_sum: Tensor | None,
+        _: None,
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, key_sum, value_sum, count = ctx.saved_tensors
+        saved, final = Saved(*tensors), Dictionary(key_sum, value_sum, count)
         grad_o = torch.zeros_like(saved.o) if grad_o is None else grad_o.contiguous()
         grads = Dictionary(
             torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum),

@@ -191,7 +191,7 @@ def read_pending_and_slots(
     read_token[(streams, splits)](
         *(x.contiguous() for x in (q, k, v, scale, key_sum, value_sum, count)),
         pending_keys, pending_values, places, tops[0], tops[1], accs,
-        _arrived(q.device, _stream(q.device), streams), o, pending,
+        _arrived(q.device, _cuda_stream(q.device), streams), o, pending,
         num_kv_heads, group, dim, value_dim, slots, pending_keys.shape[2], per, splits,
         IS_EVEN=not len(places), GP=group_block, BN=block, BK=common.padded(dim),
         BV=common.padded(value_dim), **common.FUSED,
@@ -212,19 +212,19 @@ def _programs(device: torch.device) -> int:
     return _PROGRAMS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _stream(device: torch.device) -> int:
+def _cuda_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def _arrived(device: torch.device, stream: int, num: int) -> Tensor:
-    """Counters that are zero between launches: a set for each stream of a device, as launches overlap."""
-    counters = _counters.get((device, stream))
+def _arrived(device: torch.device, cuda_stream: int, num: int) -> Tensor:
+    """Counters that are zero between launches: a set for each CUDA stream, as their launches overlap."""
+    counters = _counters.get((device, cuda_stream))
     if counters is None or len(counters) < num:
         counters = torch.zeros(triton.next_power_of_2(num), dtype=torch.int32, device=device)
-        _counters[device, stream] = counters
+        _counters[device, cuda_stream] = counters
     return counters
 
 

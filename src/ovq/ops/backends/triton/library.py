@@ -7,6 +7,8 @@ backward has to prepare the call again. Outside of graphs a call is prepared onc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,15 +48,14 @@ def attention(
         `_num_places` tokens the log2-sum-exp2 of the queries and the slots of the keys, flat, chunk-aligned.
     """
     streams = (bounds.shape[1], k.shape[2], num_slots)
-    wide = {"dtype": torch.float32, "device": q.device}
     sums = Dictionary(
-        torch.zeros(*streams, k.shape[3], **wide),
-        torch.zeros(*streams, v.shape[3], **wide),
-        torch.zeros(streams, dtype=torch.int64, device=q.device),
+        scale.new_zeros(*streams, k.shape[3]),
+        scale.new_zeros(*streams, v.shape[3]),
+        scale.new_zeros(streams, dtype=torch.int64),
     )
     places = _num_places(q, bounds, chunk_size)
-    lse = torch.zeros(places * q.shape[2], **wide)
-    slots = torch.zeros(places * k.shape[2], dtype=torch.int32, device=q.device)
+    lse = scale.new_zeros(places * q.shape[2])
+    slots = scale.new_zeros(places * k.shape[2], dtype=torch.int32)
     if bool(bounds[1].any()):
         call = _Prepared(q, k, bounds, num_slots, chunk_size, growth)
         chunks = (call.align(x) for x in (q, k, v))
@@ -71,7 +72,16 @@ def _num_places(q: Tensor, bounds: Tensor, chunk_size: int) -> int:
 
 
 @attention.register_fake
-def _(q, k, v, scale, bounds, num_slots, chunk_size, growth):
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    bounds: Tensor,
+    num_slots: int,
+    chunk_size: int,
+    growth: str,
+) -> tuple[Tensor, ...]:
     streams, places = (bounds.shape[1], k.shape[2], num_slots), _num_places(q, bounds, chunk_size)
     return (
         q.new_empty(*q.shape[:3], v.shape[3]),
@@ -103,7 +113,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the scale; the arguments are those of `attention` and what it returned."""
     if not bool(bounds[1].any()):
-        return tuple(torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, scale))
+        return _like(q, k, v, scale)
     call = _Prepared(q, k, bounds, num_slots, chunk_size, growth)
     saved = Saved(
         *(call.align(x) for x in (q, k, v)),
@@ -114,22 +124,27 @@ def attention_backward(
     )
     final = Dictionary(key_sum, value_sum, count).clone()
     grads = Dictionary(torch.zeros_like(key_sum), torch.zeros_like(value_sum))
-    *chunks, grad_scale = backward(saved, call.align(grad_o), final, grads, call.work, chunk_size)
-    return *(call.unalign(x) for x in chunks), grad_scale
+    of_q, of_k, of_v, grad_scale = backward(saved, call.align(grad_o), final, grads, call.work, chunk_size)
+    return call.unalign(of_q), call.unalign(of_k), call.unalign(of_v), grad_scale
+
+
+def _like(q: Tensor, k: Tensor, v: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Contiguous zeros of the shapes of q, k, v and the scale."""
+    return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape), scale.new_zeros(scale.shape)
 
 
 @attention_backward.register_fake
-def _(grad_o, q, k, v, scale, *_):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, scale))
+def _(grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _like(q, k, v, scale)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, num_slots, chunk_size, growth = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.options = (num_slots, chunk_size, growth)
 
 
-def _backward(ctx, grad_o, *_):
+def _backward(ctx: Any, grad_o: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return *attention_backward(grad_o, *ctx.saved_tensors, *ctx.options), *[None] * 4
 
 
@@ -144,7 +159,7 @@ def row_bounds(q: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | No
 
 
 @row_bounds.register_fake
-def _(q, attention_mask, cu_seqlens):
+def _(q: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     num = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return torch.empty(2, num, dtype=torch.int64, device="cpu")
 
