@@ -54,7 +54,7 @@ def reproduce(
         ),
     ] = None,
 ) -> None:
-    """Train and test what a figure shows, and write its rows (JSON) and its picture (PNG).
+    """Train and evaluate what a figure shows, and write its rows (JSON) and its picture (PNG).
 
     Finished work is never repeated: after an interruption, the same command continues where it stopped.
     Figures that need the same trained model share it.

@@ -7,7 +7,7 @@ from rich.console import Console
 from ovq.research.reproduce import engine
 from ovq.research.reproduce.engine import Workshop
 from ovq.research.reproduce.plan import Trial
-from ovq.research.reproduce.presets import Preset, TextTests
+from ovq.research.reproduce.presets import Preset, TextEvaluations
 from ovq.runtime.progress import Reporter
 from ovq.train.recipes import recipe_for
 
@@ -51,13 +51,13 @@ TINY = Preset(
     },
     length_factors=(1, 2),
     far_lengths={"recall": (64,)},
-    test_tokens=100,
+    evaluation_tokens=100,
     trials=(Trial(learning_rate=1e-3), Trial(learning_rate=1e-2, weight_decay=0.5)),
     slot_factors=(1, 4),
     sizes={"ovq": ({"num_slots": 2},)},
     chunk_sizes=(4, 8),
     rates=(0.1,),
-    text=TextTests(
+    text=TextEvaluations(
         length=4096,
         num_windows=2,
         slot_factors=(1, 4),

@@ -20,10 +20,10 @@ from ovq.research.reproduce import engine, figures
 from ovq.research.reproduce.draw import points
 from ovq.research.reproduce.engine import claimed, reproduce
 from ovq.research.reproduce.figures import get_figure
+from ovq.research.reproduce.jobs import RunJob
 from ovq.research.reproduce.page import write_report
-from ovq.research.reproduce.plan import Panel, Study, Trial, run_name, with_trial
+from ovq.research.reproduce.plan import Figure, Panel, Trial, run_name, with_trial
 from ovq.research.reproduce.results import load_results
-from ovq.research.reproduce.runs import RunJob, answers, do_job, is_trained
 from ovq.train.checkpoints import fault, newest_checkpoint
 from ovq.train.config import RunConfig
 from tests.research.reproduce.common import CONFIG, TINY, run_here, with_steps, workshop
@@ -60,7 +60,7 @@ def made(tmp_path_factory):
     return out, begun
 
 
-def test_rows_are_there_for_every_line_seed_and_question(made):
+def test_rows_are_there_for_every_line_seed_and_evaluation(made):
     out, _ = made
     rows = load_results(out / "rows" / "recall.json")["rows"]
     found = [(row["line"], row["seed"], row["length"]) for row in rows]
@@ -94,7 +94,7 @@ def test_each_mixer_goes_on_with_its_best_trial(made):
         rows = [row for row in results["rows"] if row["mixer"] == entry["mixer"]]
         trials = {Trial(learning_rate=row["learning_rate"], weight_decay=row["weight_decay"]) for row in rows}
         assert {trial.label for trial in trials} == {entry["chosen"]}
-    # Two trials on the first seed, of which the best is not trained again, but asked the questions; then the
+    # Two trials on the first seed, of which the best is not trained again, but evaluated; then the
     # second seed.
     assert len(begun) == len(mixers) * 4
     # No row comes from examples that a trial was chosen by.
@@ -107,11 +107,11 @@ def test_each_mixer_goes_on_with_its_best_trial(made):
 
 
 def test_the_best_trial_is_that_of_the_best_accuracy(monkeypatch, tmp_path):
-    # As if the answers were known: the higher rate is the better one for full attention alone.
+    # As if the outcomes were known: the higher rate is the better one for full attention alone.
     monkeypatch.setattr(engine.Workshop, "do", lambda self, jobs, label: None)
     monkeypatch.setattr(
-        engine,
-        "answers",
+        engine.RunJob,
+        "outcomes",
         lambda job: [
             {
                 "accuracy": 0.5
@@ -153,7 +153,7 @@ def test_another_figure_takes_the_runs_that_are_there(made, monkeypatch, tmp_pat
     run_here(monkeypatch)
     reproduce(get_figure("dictionary", dataclasses.replace(TINY, configs={"recall": usual})), workshop(out))
     assert {path.parent for path in out.glob("runs/*/model.safetensors")} == models
-    # One model answers at all sizes and lengths.
+    # One model is evaluated at all sizes and lengths.
     rows = rows_of(out, "dictionary")
     assert len({row["run"] for row in rows}) == 2
     assert {row["num_slots"] for row in rows} == {4, 16}
@@ -167,14 +167,14 @@ def test_damage_is_noticed_and_repaired(made, monkeypatch, tmp_path):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    answer = next((folder / "evaluations").iterdir())
+    outcome = next((folder / "evaluations").iterdir())
     begun = run_here(monkeypatch)
     reproduce(FIGURE, workshop(out))
     # Of the sweep and of the figure it is one run.
     assert len(begun) <= 2
     assert fault(folder) is None
     assert weights.read_bytes() == whole
-    assert answer.is_file()
+    assert outcome.is_file()
     assert rows_of(out, "recall")[0] == row
 
 
@@ -197,19 +197,19 @@ def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(monkeypatch, tm
     with monkeypatch.context() as patch:
         patch.setattr(Work, "update", stop_at(5))
         with pytest.raises(Stop):
-            do_job(job, shop.reporter)
-    assert not is_trained(job)
+            job.do(shop.reporter)
+    assert not job.is_trained()
     assert newest_checkpoint(job.folder, print).name == "checkpoint-4"
     steps = []
     with monkeypatch.context() as patch:
         patch.setattr(Work, "update", lambda self, done, *, note="": steps.append(done))
-        do_job(job, shop.reporter)
+        job.do(shop.reporter)
     assert steps == [5, 6]
-    assert is_trained(job)
+    assert job.is_trained()
     assert not list(job.folder.glob("checkpoint-*"))
     # The weights are those of a run that was never stopped.
     other = workshop(tmp_path / "other").job(CONFIG, (), "run")
-    do_job(other, shop.reporter)
+    other.do(shop.reporter)
     assert (job.folder / "model.safetensors").read_bytes() == (
         other.folder / "model.safetensors"
     ).read_bytes()
@@ -224,27 +224,27 @@ def test_a_folder_of_another_run_is_left_alone(made, tmp_path):
     shutil.copytree(out / "runs" / row["run"], folder)
     job = RunJob(config=other, evaluations=(), root=tmp_path / "runs", label="")
     with pytest.raises(ValueError, match="expected the run of this configuration, found one that an earlier"):
-        is_trained(job)
+        job.is_trained()
 
 
-def test_answers_to_other_questions_do_not_count(made, tmp_path):
+def test_outcomes_of_other_evaluations_do_not_count(made, tmp_path):
     out, _ = made
     row = rows_of(out, "recall")[0]
     config = RunConfig.load(out / "runs" / row["run"])
     [*known] = workshop(out).job(config, FIGURE.lines[0].evaluations, "").evaluations
-    asked = [*known, dataclasses.replace(known[0], num_examples=3)]
-    job = RunJob(config=config, evaluations=tuple(asked), root=out / "runs", label="")
-    *found, missing = answers(job)
+    evaluations = [*known, dataclasses.replace(known[0], num_examples=3)]
+    job = RunJob(config=config, evaluations=tuple(evaluations), root=out / "runs", label="")
+    *found, missing = job.outcomes()
     assert [each["length"] for each in found] == [24, 48, 64]
     assert missing is None
     # A default that an earlier version had otherwise does not show in the name of the file.
     folder = tmp_path / "runs" / job.folder.name
     shutil.copytree(job.folder, folder)
     path = folder / "evaluations" / f"{known[0].name}.json"
-    answer = json.loads(path.read_text())
-    answer["evaluation"]["task"]["query_share"] = 0.25
-    path.write_text(json.dumps(answer))
-    assert answers(dataclasses.replace(job, root=tmp_path / "runs"))[0] is None
+    outcome = json.loads(path.read_text())
+    outcome["evaluation"]["task"]["query_share"] = 0.25
+    path.write_text(json.dumps(outcome))
+    assert dataclasses.replace(job, root=tmp_path / "runs").outcomes()[0] is None
 
 
 def test_results_of_two_presets_do_not_mix(made, monkeypatch):
@@ -272,29 +272,29 @@ def measure_without_a_package(seed):
     raise ImportError("expected scikit-learn, found none")
 
 
-def test_studies_are_measured_a_seed_at_a_time_and_never_twice(monkeypatch, tmp_path):
+def test_what_is_not_trained_is_measured_a_seed_at_a_time_and_never_twice(monkeypatch, tmp_path):
     begun = run_here(monkeypatch)
-    study = Study(
-        name="study",
-        title="A study",
+    figure = Figure(
+        name="errors",
+        title="Errors",
         measure=measure,
-        draw=lambda rows, path: path.write_text(str(len(rows))),
+        draw=lambda results, path: path.write_text(str(len(results["rows"]))),
         panels=(Panel(title="errors", y="error"),),
     )
-    reproduce(study, workshop(tmp_path, num_seeds=1))
-    results = reproduce(study, workshop(tmp_path, num_seeds=2))
-    assert begun == ["study: seed 0", "study: seed 1"]
+    reproduce(figure, workshop(tmp_path, num_seeds=1))
+    results = reproduce(figure, workshop(tmp_path, num_seeds=2))
+    assert begun == ["errors: seed 0", "errors: seed 1"]
     assert [(row["seed"], row["length"]) for row in results["rows"]] == [(0, 1), (0, 2), (1, 1), (1, 2)]
-    assert (tmp_path / "figures" / "study.png").read_text() == "4"
+    assert (tmp_path / "figures" / "errors.png").read_text() == "4"
     text = write_report(tmp_path).read_text()
     assert '<td class="best">1.500<small>1.000 to 2.000</small></td>' in text
     assert "trained models" not in text
-    missing = dataclasses.replace(study, name="other", measure=measure_without_a_package)
+    missing = dataclasses.replace(figure, name="other", measure=measure_without_a_package)
     with pytest.raises(ValueError, match="other: expected scikit-learn"):
         reproduce(missing, workshop(tmp_path))
 
 
-def test_fidelity_is_a_study_of_every_stream(monkeypatch, tmp_path):
+def test_fidelity_is_measured_on_every_stream(monkeypatch, tmp_path):
     run_here(monkeypatch)
     small = functools.partial(fidelity_rows, lengths=[64, 128], num_slots=16, head_dim=8)
     monkeypatch.setattr(figures, "fidelity_rows", small)

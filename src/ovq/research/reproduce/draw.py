@@ -107,7 +107,7 @@ def save_figure(results: dict[str, Any], path: Path) -> None:
 
 
 def models_of(results: dict[str, Any]) -> dict[str, tuple[str, int | None]]:
-    """By the label of each line its mixer, and the most slots it was tested with."""
+    """By the label of each line its mixer, and the most slots it was evaluated with."""
     models: dict[str, tuple[str, int | None]] = {}
     for row in results["rows"]:
         _, known = models.get(row["line"], (row["mixer"], None))

@@ -1,4 +1,4 @@
-"""Bringing a figure about: choose settings, train and ask what is missing, gather the rows, draw."""
+"""Bringing a figure about: choose settings, train and evaluate what is missing, gather the rows, draw."""
 
 from __future__ import annotations
 
@@ -6,27 +6,16 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ovq.research.reproduce.asking import check_text
-from ovq.research.reproduce.draw import save_figure
-from ovq.research.reproduce.plan import Figure, Line, Study, Trial, run_name, with_seed, with_trial
-from ovq.research.reproduce.questions import Evaluation, Question
+from ovq.research.reproduce.evaluations import Evaluation
+from ovq.research.reproduce.jobs import Job, MeasureJob, RunJob, do_job
+from ovq.research.reproduce.plan import Figure, Line, Trial, run_name, with_seed, with_trial
 from ovq.research.reproduce.results import save_results
-from ovq.research.reproduce.runs import (
-    RunJob,
-    StudyJob,
-    answers,
-    do_job,
-    do_study,
-    is_trained,
-    training_record,
-)
 from ovq.runtime.progress import Reporter
 from ovq.runtime.workers import run_jobs
-from ovq.tasks import Task
 from ovq.train.config import RunConfig
 
 # What chooses the settings of an optimizer and what is reported are of different data seeds.
@@ -56,8 +45,8 @@ class Workshop:
         """The seeds of the repetitions."""
         return range(self.num_seeds)
 
-    def job(self, config: RunConfig, evaluations: tuple[Question, ...], label: str) -> RunJob:
-        """A run in this workshop; the seeds of its questions follow its own."""
+    def job(self, config: RunConfig, evaluations: tuple[Evaluation, ...], label: str) -> RunJob:
+        """A run in this workshop; the seeds of its evaluations follow its own."""
         seed = config.train.seed
         return RunJob(
             config=config,
@@ -68,13 +57,11 @@ class Workshop:
             label=f"{label}, seed {seed}, rate {Trial.of(config).label}",
         )
 
-    def do(self, jobs: list[RunJob], label: str) -> None:
+    def do(self, jobs: Sequence[Job], label: str) -> None:
         """Do what is not done of these jobs."""
-        open_jobs = [job for job in jobs if not is_trained(job) or None in answers(job)]
+        open_jobs = [job for job in jobs if not job.is_done()]
         if len(open_jobs) < len(jobs):
-            self.reporter.say(
-                f"{label}: {len(jobs) - len(open_jobs)} of {len(jobs)} runs were finished before"
-            )
+            self.reporter.say(f"{label}: {len(jobs) - len(open_jobs)} of {len(jobs)} were finished before")
         if open_jobs:
             run_jobs(do_job, open_jobs, reporter=self.reporter, num_workers=self.num_workers, label=label)
 
@@ -101,7 +88,7 @@ def claimed(out: Path) -> Iterator[None]:
         yield
 
 
-def reproduce(figure: Figure | Study, shop: Workshop) -> dict[str, Any]:
+def reproduce(figure: Figure, shop: Workshop) -> dict[str, Any]:
     """Make a figure: `rows/NAME.json` and `figures/NAME.png`.
 
     Args:
@@ -117,62 +104,60 @@ def reproduce(figure: Figure | Study, shop: Workshop) -> dict[str, Any]:
         OSError: If the folder cannot be written.
     """
     _check_preset(shop)
-    results = _study_results(figure, shop) if isinstance(figure, Study) else _run_results(figure, shop)
+    sweep, chosen = _sweep(figure, shop)
+    trained, measured = _trained(figure, chosen, shop), _measured(figure, shop)
     results = {
         "figure": figure.name,
         "title": figure.title,
         "note": figure.note,
         "preset": shop.preset,
-        "command": f"ovq reproduce {_asked_as(figure)} --preset {shop.preset} --seeds {shop.num_seeds}",
+        "command": f"ovq reproduce {figure.arguments or figure.name} --preset {shop.preset} "
+        f"--seeds {shop.num_seeds}",
         "seeds": list(shop.seeds),
         "panels": [dataclasses.asdict(panel) for panel in figure.panels],
-        **results,
+        "sweep": sweep,
+        "rows": trained.rows + measured.rows,
+        "environments": _distinct(trained.environments + measured.environments),
     }
     for name in ("rows", "figures"):
         (shop.out / name).mkdir(parents=True, exist_ok=True)
     save_results(shop.out / "rows" / f"{figure.name}.json", results)
-    picture = shop.out / "figures" / f"{figure.name}.png"
-    draw(figure, results, picture)
+    figure.draw(results, shop.out / "figures" / f"{figure.name}.png")
     return results
 
 
-def draw(figure: Figure | Study, results: dict[str, Any], picture: Path) -> None:
-    """Draw what the JSON file of a figure holds into a PNG file."""
-    if isinstance(figure, Study):
-        figure.draw(results["rows"], picture)
-    else:
-        (figure.draw or save_figure)(results, picture)
+class _Found(NamedTuple):
+    """Rows, and the hardware and versions that they come from."""
+
+    rows: list[dict[str, Any]]
+    environments: list[dict[str, Any]]
 
 
-def _asked_as(figure: Figure | Study) -> str:
-    return figure.name if isinstance(figure, Study) else figure.asked_as or figure.name
-
-
-def _study_results(study: Study, shop: Workshop) -> dict[str, Any]:
-    """Measure the seeds of a study that are missing; rows and where they come from."""
+def _measured(figure: Figure, shop: Workshop) -> _Found:
+    """What a figure measures without training; seeds that are missing are measured now."""
+    if figure.measure is None:
+        return _Found([], [])
     jobs = [
-        StudyJob(name=study.name, measure=study.measure, seed=seed, root=shop.out / "studies")
+        MeasureJob(
+            figure=figure.name,
+            measure=figure.measure,
+            seed=seed,
+            # Called so by earlier versions, whose files count.
+            root=shop.out / "studies",
+            label=f"{figure.name}: seed {seed}",
+        )
         for seed in shop.seeds
     ]
-    if missing := [job for job in jobs if not job.path.is_file()]:
-        run_jobs(
-            do_study,
-            missing,
-            reporter=shop.reporter,
-            num_workers=shop.num_workers,
-            label=f"{study.name}: seeds",
-        )
-    measured = [json.loads(job.path.read_text()) for job in jobs]
-    return {
-        "rows": [row for each in measured for row in each["rows"]],
-        "environments": _distinct(each["environment"] for each in measured),
-    }
+    shop.do(jobs, f"{figure.name}: seeds")
+    records = [job.record() for job in jobs]
+    return _Found(
+        [row for record in records for row in record["rows"]], [record["environment"] for record in records]
+    )
 
 
-def _run_results(figure: Figure, shop: Workshop) -> dict[str, Any]:
-    """Train and ask what is missing; rows, settings tried, and where they come from."""
-    sweep, chosen = _sweep(figure, shop)
-    # One job a run, with the questions of all lines that share it.
+def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found:
+    """What came out of the lines of a figure; what is missing is trained and evaluated now."""
+    # One job a run, with the evaluations of all lines that share it.
     jobs: dict[str, RunJob] = {}
     by_line: list[tuple[Line, RunJob]] = []
     for line in figure.lines:
@@ -181,29 +166,30 @@ def _run_results(figure: Figure, shop: Workshop) -> dict[str, Any]:
             job = shop.job(config, line.evaluations, f"{figure.name}: {line.label}")
             by_line.append((line, job))
             known = jobs.get(run_name(config))
-            asked = dict.fromkeys((*(known.evaluations if known else ()), *job.evaluations))
-            jobs[run_name(config)] = dataclasses.replace(known or job, evaluations=tuple(asked))
-    _check_texts(jobs.values())
+            evaluations = dict.fromkeys((*(known.evaluations if known else ()), *job.evaluations))
+            jobs[run_name(config)] = dataclasses.replace(known or job, evaluations=tuple(evaluations))
+    _check_data(jobs.values())
     shop.do(list(jobs.values()), f"{figure.name}: runs")
-    return {
-        "sweep": sweep,
-        "rows": [row for line, job in by_line for row in _rows(line, job)],
-        "environments": _distinct(
-            record["environment"] for job in jobs.values() for record in (training_record(job), *answers(job))
-        ),
-    }
+    return _Found(
+        [row for line, job in by_line for row in _rows(line, job)],
+        [
+            record["environment"]
+            for job in jobs.values()
+            for record in (job.training_record(), *job.outcomes())
+        ],
+    )
 
 
-def _check_texts(jobs: Iterable[RunJob]) -> None:
-    """Find out before the hours of training whether there is text enough to test on."""
+def _check_data(jobs: Iterable[RunJob]) -> None:
+    """Find out before the hours of training whether there is text enough to evaluate on."""
     missing = {
-        dataclasses.replace(question, seed=0, num_slots=None)
+        dataclasses.replace(evaluation, seed=0, num_slots=None)
         for job in jobs
-        for question, answer in zip(job.evaluations, answers(job), strict=True)
-        if answer is None
+        for evaluation, outcome in zip(job.evaluations, job.outcomes(), strict=True)
+        if outcome is None
     }
-    for question in missing:
-        check_text(question)
+    for evaluation in missing:
+        evaluation.check()
 
 
 def _check_preset(shop: Workshop) -> None:
@@ -245,7 +231,7 @@ def _sweep(figure: Figure, shop: Workshop) -> tuple[list[dict[str, Any]], dict[s
     sweep, chosen = [], {}
     for name, line in swept.items():
         accuracies = {
-            Trial.of(job.config): answer["accuracy"] for job in jobs[name] for answer in answers(job)
+            Trial.of(job.config): outcome["accuracy"] for job in jobs[name] for outcome in job.outcomes()
         }
         chosen[name] = choose_trial(accuracies, Trial.of(line.swept))
         sweep.append(
@@ -278,22 +264,19 @@ def choose_trial(accuracies: dict[Trial, float], usual: Trial) -> Trial:
 
 
 def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
-    """A row for each question that a line asks one run."""
-    record = training_record(job)
+    """A row for each evaluation that a line has of one run."""
+    record = job.training_record()
     rows = []
-    for evaluation, answer in zip(job.evaluations, answers(job), strict=True):
-        assert answer is not None
-        asked = {k: v for k, v in answer["evaluation"].items() if k not in ("seed", "num_slots")}
-        if isinstance(evaluation, Evaluation):
-            asked["task"] |= _counts(evaluation.task)
+    for evaluation, outcome in zip(job.evaluations, job.outcomes(), strict=True):
+        assert outcome is not None
         rows.append(
             {
                 "line": line.label,
                 "group": line.group,
-                **{key: value for key, value in answer.items() if key not in ("evaluation", "environment")},
-                **asked,
+                **{key: value for key, value in outcome.items() if key not in ("evaluation", "environment")},
+                **evaluation.row_fields(),
                 "microseconds_per_token": 1e6
-                * answer["seconds"]
+                * outcome["seconds"]
                 / (evaluation.num_examples * evaluation.num_tokens),
                 "seed": job.config.train.seed,
                 "learning_rate": job.config.train.learning_rate,
@@ -307,12 +290,6 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
     return rows
 
 
-def _counts(task: Task) -> dict[str, int]:
-    """What a task has at its length: pairs, queries, functions."""
-    names = (name for name in dir(type(task)) if name.startswith("num_"))
-    return {name: getattr(task, name) for name in names if isinstance(getattr(task, name), int)}
-
-
 def _distinct(environments: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each hardware and version that a part of the results comes from, once."""
     found = []
@@ -322,10 +299,8 @@ def _distinct(environments: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def count_runs(figure: Figure | Study, num_seeds: int) -> int:
+def count_runs(figure: Figure, num_seeds: int) -> int:
     """How many models a figure trains when none is there yet, at most."""
-    if isinstance(figure, Study):
-        return 0
     num_models = len({run_name(line.config) for line in figure.lines})
     num_swept = len({run_name(line.swept) for line in figure.lines}) if figure.trials else 0
     # The first seed of the trial that was chosen is one of those that are trained anyway.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ovq.eval.rows import MIXER_NAMES
 from ovq.plots.fidelity import fidelity_figure
 from ovq.research.fidelity import fidelity_rows
 from ovq.research.fidelity.streams import STREAMS
-from ovq.research.reproduce.plan import Figure, Line, Panel, Study
+from ovq.research.reproduce.evaluations import Evaluation
+from ovq.research.reproduce.plan import Figure, Line, Panel
 from ovq.research.reproduce.presets import Preset
-from ovq.research.reproduce.questions import Question
 from ovq.research.reproduce.text_figures import hybrids, language, needle, of_corpus
 from ovq.train.config import RunConfig
 
@@ -28,8 +29,8 @@ _COMPARED = (
 )
 
 _TOKENS_PER_SLOT = 3.2
-"""The enlarged dictionary of a test. By the plateau schedule it has a slot for 4.2 tokens at the end: just
-under a quarter of the bytes of full attention where activations are float32, as sums are."""
+"""The enlarged dictionary. By the plateau schedule it has a slot for 4.2 tokens at the end: just under a
+quarter of the bytes of full attention where activations are float32, as sums are."""
 
 _VALIDATION_FACTOR = 4
 """Trials are judged at so many times the training length: at that length itself several are perfect."""
@@ -40,37 +41,37 @@ def _enlarged(preset: Preset, task: str, length: int) -> int:
     return max(preset.configs[task].model.num_slots, int(length / _TOKENS_PER_SLOT))
 
 
-def _validation(preset: Preset, task: str, mixer: str) -> Question:
-    """What decides between trials of a mixer; OVQ is tried with the dictionary that tests enlarge."""
+def _validation(preset: Preset, task: str, mixer: str) -> Evaluation:
+    """What decides between trials of a mixer; OVQ is tried with the enlarged dictionary."""
     length = _VALIDATION_FACTOR * preset.train_length(task)
     num_slots = _enlarged(preset, task, length) if mixer == "ovq" else None
-    return preset.test(preset.configs[task].task.at_length(length), num_slots=num_slots)
+    return preset.evaluation(preset.configs[task].task.at_length(length), num_slots=num_slots)
 
 
 def _mixers_by_length(
-    preset: Preset, task: str, *, title: str, note: str, answers: tuple[Panel, ...]
+    preset: Preset, task: str, *, title: str, note: str, quality: tuple[Panel, ...]
 ) -> Figure:
     """Every mixer on one task, against length: how good, how many bytes, how long it took."""
     usual = preset.configs[task]
     tasks = [usual.task.at_length(length) for length in preset.lengths(task)]
     lines = []
     for mixer in _COMPARED:
-        tests = {_name(mixer): [preset.test(each) for each in tasks]}
+        evaluations = {_name(mixer): [preset.evaluation(each) for each in tasks]}
         if mixer == "ovq":
-            tests = {
-                f"OVQ, {usual.model.num_slots} slots": tests[_name(mixer)],
+            evaluations = {
+                f"OVQ, {usual.model.num_slots} slots": evaluations[_name(mixer)],
                 f"OVQ, a slot for {_TOKENS_PER_SLOT} tokens": [
-                    preset.test(each, num_slots=_enlarged(preset, task, each.length)) for each in tasks
+                    preset.evaluation(each, num_slots=_enlarged(preset, task, each.length)) for each in tasks
                 ],
             }
         lines += [
             Line(
                 label=label,
                 config=preset.config(task, mixer),
-                evaluations=tuple(evaluations),
+                evaluations=tuple(each),
                 validation=_validation(preset, task, mixer),
             )
-            for label, evaluations in tests.items()
+            for label, each in evaluations.items()
         ]
     return Figure(
         name=task,
@@ -78,7 +79,7 @@ def _mixers_by_length(
         note=note,
         lines=tuple(lines),
         panels=(
-            *answers,
+            *quality,
             Panel(title="memory", y="state_bytes"),
             Panel(title="time", y="microseconds_per_token"),
         ),
@@ -86,13 +87,13 @@ def _mixers_by_length(
     )
 
 
-def fidelity(preset: Preset) -> Study:
+def fidelity(preset: Preset) -> Figure:
     """The error of memories of equal bytes against exact attention, without training."""
-    return Study(
+    return Figure(
         name="fidelity",
         title="Memories of equal bytes against exact attention, without training",
         measure=measure_fidelity,
-        draw=fidelity_figure,
+        draw=draw_fidelity,
         panels=tuple(Panel(title=name, y="error", group=name) for name in STREAMS),
         note="The same at every preset. Bars of the picture are standard deviations over the seeds.",
     )
@@ -103,14 +104,19 @@ def measure_fidelity(seed: int) -> list[dict[str, Any]]:
     return [{"line": row["memory"], "group": row["stream"], **row} for row in fidelity_rows([seed])]
 
 
+def draw_fidelity(results: dict[str, Any], path: Path) -> None:
+    """The picture of `fidelity`, see `ovq.plots.fidelity.fidelity_figure`."""
+    fidelity_figure(results["rows"], path)
+
+
 def recall(preset: Preset) -> Figure:
-    """Accuracy of all mixers on basic in-context recall, trained short and tested long."""
+    """Accuracy of all mixers on basic in-context recall, trained short and evaluated long."""
     return _mixers_by_length(
         preset,
         "recall",
         title="Basic in-context recall beyond the training length",
         note="The number of pairs grows with the length: a fifth of the context's tokens belong to them.",
-        answers=(Panel(title="accuracy"),),
+        quality=(Panel(title="accuracy"),),
     )
 
 
@@ -123,7 +129,7 @@ def positional(preset: Preset) -> Figure:
         title="Positional in-context recall beyond the training length",
         note=f"Each key is stored {count} times with different values, which are asked for in order. The "
         "number of keys grows with the length.",
-        answers=(Panel(title="accuracy"),),
+        quality=(Panel(title="accuracy"),),
     )
 
 
@@ -143,7 +149,7 @@ def regression(preset: Preset) -> Figure:
         note="Points of many functions y = a x + b in random order. With the length grows the number of "
         f"functions, up to {usual.max_functions}. The second panel divides the questions at {length} tokens "
         "by how many points of the same function came before.",
-        answers=(
+        quality=(
             Panel(title="error by functions", x="task.num_functions", y="mean_error"),
             Panel(
                 title=f"error by points seen, {usual.max_functions} functions",
@@ -162,7 +168,7 @@ def mqar(preset: Preset) -> Figure:
         "mqar",
         title="Multi-query associative recall (Zoology)",
         note="A quarter as many pairs as tokens, up to 256, from a vocabulary of 8,192.",
-        answers=(Panel(title="accuracy"),),
+        quality=(Panel(title="accuracy"),),
     )
 
 
@@ -181,7 +187,7 @@ def state_size(preset: Preset) -> Figure:
                 Line(
                     label=_name(mixer),
                     config=config,
-                    evaluations=(preset.test(task),),
+                    evaluations=(preset.evaluation(task),),
                     group=group,
                     trial_of=usual,
                     validation=_validation(preset, "recall", mixer),
@@ -193,7 +199,7 @@ def state_size(preset: Preset) -> Figure:
                 label=f"OVQ, trained with {trained} slots, more at test time",
                 config=preset.config("recall"),
                 evaluations=tuple(
-                    preset.test(task, num_slots=trained * factor) for factor in preset.slot_factors
+                    preset.evaluation(task, num_slots=trained * factor) for factor in preset.slot_factors
                 ),
                 group=group,
                 validation=_validation(preset, "recall", "ovq"),
@@ -224,8 +230,8 @@ def dictionary(preset: Preset) -> Figure:
     lines = []
     for length in sorted({*preset.near_lengths("recall")[::2], *preset.far_lengths.get("recall", ())}):
         task = config.task.at_length(length)
-        tests = [preset.test(task, num_slots=num_slots) for num_slots in sizes]
-        lines += [_line(f"{length} tokens", config, tests, group) for group in ("slots", "bytes")]
+        evaluations = [preset.evaluation(task, num_slots=num_slots) for num_slots in sizes]
+        lines += [_line(f"{length} tokens", config, evaluations, group) for group in ("slots", "bytes")]
     return Figure(
         name="dictionary",
         title=f"OVQ trained with {config.model.num_slots} slots: the dictionary at test time",
@@ -241,7 +247,7 @@ def dictionary(preset: Preset) -> Figure:
 def _ablation(
     preset: Preset, name: str, title: str, variants: dict[str, dict[str, Any]], note: str = ""
 ) -> Figure:
-    """OVQ on basic recall with fields of the model changed, tested with two sizes of the dictionary.
+    """OVQ on basic recall with fields of the model changed, evaluated with two sizes of the dictionary.
 
     Args:
         preset: The sizes.
@@ -259,8 +265,10 @@ def _ablation(
         config = preset.config("recall", **fields)
         has_slots = config.mixer == "ovq"
         for group, num_slots in (("trained", None), ("enlarged", enlarged)):
-            tests = [preset.test(task, num_slots=num_slots if has_slots else None) for task in tasks]
-            lines.append(_line(label, config, tests, group))
+            evaluations = [
+                preset.evaluation(task, num_slots=num_slots if has_slots else None) for task in tasks
+            ]
+            lines.append(_line(label, config, evaluations, group))
     return Figure(
         name=name,
         title=title,
@@ -356,7 +364,7 @@ def conv(preset: Preset) -> Figure:
     )
 
 
-FIGURES: dict[str, Callable[[Preset], Figure | Study]] = {
+FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "fidelity": fidelity,
     "recall": recall,
     "positional": positional,
@@ -384,7 +392,7 @@ TEXT_FIGURES = ("lm", "hybrids", "needle")
 
 def get_figure(
     name: str, preset: Preset, *, dataset: str | None = None, held_out: float | None = None
-) -> Figure | Study:
+) -> Figure:
     """The figure of this name.
 
     Args:
@@ -414,7 +422,7 @@ def get_figure(
     return of_corpus(FIGURES[name], preset, dataset=dataset, held_out=held_out)
 
 
-def _line(label: str, config: RunConfig, evaluations: Sequence[Question], group: str = "") -> Line:
+def _line(label: str, config: RunConfig, evaluations: Sequence[Evaluation], group: str = "") -> Line:
     return Line(label=label, config=config, evaluations=tuple(evaluations), group=group)
 
 

@@ -104,8 +104,7 @@ def _figure(results: dict[str, Any], pictures: Path) -> dict[str, Any]:
         "picture": base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else "",
         "summary": _summary(results, results["panels"][0]),
         "tables": tables,
-        # A study trains nothing.
-        "models": _model_table(results["rows"]) if "sweep" in results else None,
+        "models": _model_table(results["rows"]),
         "environments": _environments(results["environments"]),
     }
 
@@ -182,15 +181,17 @@ def _sweep_table(sweep: Sequence[dict[str, Any]]) -> Table:
         cells = [Cell(text := shown.get(trial, ""), is_best=text == best) for trial in trials]
         body.append([Cell(name), *cells, Cell(entry["chosen"])])
     caption = (
-        f"Learning rates (and weight decay): accuracy at {sweep[0]['length']} tokens of other data than the "
-        f"tests', seed {sweep[0]['seed']}"
+        f"Learning rates (and weight decay): accuracy at {sweep[0]['length']} tokens, on examples that no "
+        f"row comes from, seed {sweep[0]['seed']}"
     )
     return Table(["", *trials, "chosen"], body, caption)
 
 
-def _model_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What was trained: parameters, seconds, folders."""
-    runs = {row["run"]: row for row in rows}
+def _model_table(rows: Sequence[dict[str, Any]]) -> Table | None:
+    """What was trained: parameters, seconds, folders; None where nothing was."""
+    runs = {row["run"]: row for row in rows if "run" in row}
+    if not runs:
+        return None
     body = []
     for run, row in sorted(runs.items()):
         seconds = row["train_seconds"]

@@ -1,7 +1,7 @@
-"""What a figure consists of: training runs, questions to each, and panels that show the answers.
+"""What a figure consists of: training runs, evaluations of each, and panels that show what came out.
 
-Nothing here computes. A run is known by a digest of what its outcome depends on, so that two figures that ask
-for the same run share it, and so does the same figure when it is asked for again.
+Nothing here computes. A run is known by a digest of what its outcome depends on, so that two figures that
+need the same run share it, and so does the same figure when it is made again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ovq.research.reproduce.digests import WITHOUT_EFFECT, described, digest
-from ovq.research.reproduce.questions import Question
+from ovq.research.reproduce.draw import save_figure
+from ovq.research.reproduce.evaluations import Evaluation
 from ovq.train.config import RunConfig
 
 
@@ -46,26 +47,26 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """A line of a figure: a model, trained once for each seed, and what it is asked.
+    """A line of a figure: a model, trained once for each seed, and its evaluations.
 
     Attributes:
         label: Its name in the legend.
         config: The run; the seed is set for each repetition, and what a trial says where there are several.
-        evaluations: What each trained model is asked.
+        evaluations: What each trained model is evaluated on.
         group: Which panels show it: those of the same group.
         trial_of: Where models are tried with several settings, the run whose best this one takes; its own if
             not given.
-        validation: What decides between those settings; asked with examples that no row comes from.
+        validation: What decides between those settings; its examples are those of no row.
 
     Lines of one label are drawn as one: that is how the points of a line come from different models.
     """
 
     label: str
     config: RunConfig
-    evaluations: tuple[Question, ...]
+    evaluations: tuple[Evaluation, ...]
     group: str = ""
     trial_of: RunConfig | None = None
-    validation: Question | None = None
+    validation: Evaluation | None = None
 
     @property
     def swept(self) -> RunConfig:
@@ -99,57 +100,39 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A figure that is trained for.
+    """A figure: models that are trained and evaluated, or something that is measured without training.
 
     Attributes:
         name: What the command line calls it.
         title: What it shows, in a line.
-        lines: The lines of all panels.
-        panels: What is drawn, from left to right.
+        panels: What is drawn, one below the other, and what the page has tables of.
+        lines: The models of all panels.
         trials: Settings that each model is tried with on the first seed, to go on with the best; none to
             train with those of the configuration.
+        measure: The rows of a seed for which nothing is trained; each says its `line`, `group` and `seed`
+            beside what was measured. Other processes call it, so it has to be the function of a module.
         note: What a reader has to know beside the title.
-        asked_as: What it is called on the command line with its options; its name if not given.
-        draw: Draws what the JSON file of the figure holds into a PNG file; `None` for the panels.
+        arguments: What `ovq reproduce` makes it of; its name if not given.
+        draw: Draws what the JSON file of the figure holds into a PNG file.
     """
 
     name: str
     title: str
-    lines: tuple[Line, ...]
     panels: tuple[Panel, ...]
+    lines: tuple[Line, ...] = ()
     trials: tuple[Trial, ...] = ()
+    measure: Callable[[int], list[dict[str, Any]]] | None = None
     note: str = ""
-    asked_as: str = ""
-    draw: Callable[[dict[str, Any], Path], None] | None = None
+    arguments: str = ""
+    draw: Callable[[dict[str, Any], Path], None] = save_figure
 
     def __post_init__(self) -> None:
         """A figure that cannot come out as it is meant is a mistake in this package."""
+        assert self.lines or self.measure, "a figure needs rows"
         assert all(bool(self.trials) == (line.validation is not None) for line in self.lines), (
             "a sweep needs validations"
         )
-        assert {line.group for line in self.lines} == {panel.group for panel in self.panels}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Study:
-    """A figure that nothing is trained for.
-
-    Attributes:
-        name: What the command line calls it.
-        title: What it shows, in a line.
-        measure: The rows of a seed; each says its `line`, `group` and `seed` beside what was measured. Other
-            processes call it, so it has to be the function of a module.
-        draw: Draws the rows of all seeds into a PNG file.
-        panels: What the page has tables of.
-        note: What a reader has to know beside the title.
-    """
-
-    name: str
-    title: str
-    measure: Callable[[int], list[dict[str, Any]]]
-    draw: Callable[[list[dict[str, Any]], Path], None]
-    panels: tuple[Panel, ...]
-    note: str = ""
+        assert self.measure or {line.group for line in self.lines} == {panel.group for panel in self.panels}
 
 
 def with_seed(config: RunConfig, seed: int) -> RunConfig:

@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ovq.research.reproduce.evaluations import TaskEvaluation
 from ovq.research.reproduce.plan import Trial
-from ovq.research.reproduce.questions import Evaluation
 from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask, Task, TextTask
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
 from ovq.train.recipes import get_recipe, recipe_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextTests:
-    """What language models are tested on.
+class TextEvaluations:
+    """What language models are evaluated on.
 
     Attributes:
         length: Tokens a window of held-out text; documents are joined to volumes of as many bytes.
@@ -38,23 +38,23 @@ class TextTests:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """Sizes of models, training and tests.
+    """Sizes of models, training and evaluations.
 
     Attributes:
         name: What the command line calls it.
         configs: The usual OVQ run of each task by its name, and that of language models which learn to find
             needles. A figure puts another mixer in the place of OVQ, or changes a field.
-        length_factors: Where to test, in lengths of the longest training example.
-        far_lengths: Where to test beyond, in tokens, by the name of the task.
-        test_tokens: Tokens to test on, at each length; at least one example is.
+        length_factors: Where to evaluate, in lengths of the longest training example.
+        far_lengths: Where to evaluate beyond, in tokens, by the name of the task.
+        evaluation_tokens: Tokens to evaluate on, at each length; at least one example is.
         trials: What each mixer is tried with where mixers are compared.
-        slot_factors: Sizes of the dictionary to test, in sizes of the trained one.
+        slot_factors: Sizes of the dictionary to evaluate with, in sizes of the trained one.
         sizes: What makes the state of a mixer smaller or larger than usual, by its name: fields of the model
             and their values.
         mixer_fields: What a mixer needs to be otherwise than for OVQ, by its name: fields of the model.
         chunk_sizes: Chunks to compare.
         rates: Constant rates of the slots to compare with 1/count.
-        text: What language models are tested on.
+        text: What language models are evaluated on.
         num_workers: Runs side by side; `None` for as many as there are cores to use.
         needs_gpu: Whether a CPU would take weeks.
     """
@@ -63,13 +63,13 @@ class Preset:
     configs: Mapping[str, RunConfig]
     length_factors: tuple[int, ...]
     far_lengths: Mapping[str, tuple[int, ...]]
-    test_tokens: int
+    evaluation_tokens: int
     trials: tuple[Trial, ...]
     slot_factors: tuple[int, ...]
     sizes: Mapping[str, tuple[Mapping[str, Any], ...]]
     chunk_sizes: tuple[int, ...]
     rates: tuple[float, ...]
-    text: TextTests
+    text: TextEvaluations
     mixer_fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     num_workers: int | None = None
     needs_gpu: bool = False
@@ -115,11 +115,11 @@ class Preset:
         return max(self.configs[task].train.lengths)
 
     def near_lengths(self, task: str) -> list[int]:
-        """The lengths that are tested as a matter of course, in tokens."""
+        """The lengths that are evaluated as a matter of course, in tokens."""
         return [self.train_length(task) * factor for factor in self.length_factors]
 
     def lengths(self, task: str) -> list[int]:
-        """All lengths that a task is tested at, in tokens.
+        """All lengths that a task is evaluated at, in tokens.
 
         Example:
             >>> CPU.lengths("recall")
@@ -127,15 +127,15 @@ class Preset:
         """
         return sorted({*self.near_lengths(task), *self.far_lengths.get(task, ())})
 
-    def test(self, task: Task, *, num_slots: int | None = None) -> Evaluation:
-        """A test on examples of a task, as many as `test_tokens` allow.
+    def evaluation(self, task: Task, *, num_slots: int | None = None) -> TaskEvaluation:
+        """An evaluation on examples of a task, as many as `evaluation_tokens` allow.
 
         Args:
-            task: The task at the length to test at.
-            num_slots: Slots while testing; `None` for as many as in training.
+            task: The task at the length to evaluate at.
+            num_slots: Slots while evaluating; `None` for as many as in training.
         """
-        return Evaluation(
-            task=task, num_examples=max(1, self.test_tokens // task.length), num_slots=num_slots
+        return TaskEvaluation(
+            task=task, num_examples=max(1, self.evaluation_tokens // task.length), num_slots=num_slots
         )
 
 
@@ -189,7 +189,7 @@ CPU = Preset(
     },
     length_factors=(1, 2, 4, 8, 16),
     far_lengths={"recall": (16384, 65536), "positional": (16384, 65536)},
-    test_tokens=65536,
+    evaluation_tokens=65536,
     # Decay is what lets OVQ and full attention hold beyond the training length, and keeps VQ from learning.
     trials=(Trial(learning_rate=4e-3), Trial(learning_rate=8e-3, weight_decay=0.5)),
     slot_factors=(1, 4, 8, 16, 64, 256),
@@ -210,7 +210,7 @@ CPU = Preset(
     mixer_fields={"vq": {"chunk_size": 64}},
     chunk_sizes=(16, 32, 64, 128),
     rates=(0.03, 0.1, 0.3),
-    text=TextTests(
+    text=TextEvaluations(
         length=65536, num_windows=6, slot_factors=(1, 8), needle_lengths=(1024, 4096, 16384), num_needles=4
     ),
 )
@@ -282,7 +282,7 @@ GPU = Preset(
     },
     length_factors=(1, 2, 4, 8, 16),
     far_lengths={"regression": (65536,)},
-    test_tokens=2**20,
+    evaluation_tokens=2**20,
     trials=tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (5e-4, 1e-3, 2e-3)),
     slot_factors=(1, 2, 4, 8, 16),
     sizes={
@@ -296,13 +296,13 @@ GPU = Preset(
     },
     chunk_sizes=(32, 64, 128, 256),
     rates=(0.01, 0.03, 0.1, 0.3),
-    text=TextTests(
+    text=TextEvaluations(
         length=65536, num_windows=32, slot_factors=(1, 4), needle_lengths=(4096, 16384, 65536), num_needles=20
     ),
     num_workers=1,
     needs_gpu=True,
 )
-"""Models of 4 layers, width 512, trained at up to 4k to 6k tokens and tested to 64k, for one H100."""
+"""Models of 4 layers, width 512, trained at up to 4k to 6k tokens and evaluated to 64k, for one H100."""
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (CPU, GPU)}
 """Every preset by its name."""

@@ -10,9 +10,8 @@ from typing import Any
 from ovq.eval.rows import ResultRow
 from ovq.plots.figures import save_figures as save_demo
 from ovq.research.bench.show import save_figures as save_bench
-from ovq.research.reproduce.engine import draw
 from ovq.research.reproduce.figures import FIGURES, TEXT_FIGURES
-from ovq.research.reproduce.plan import Figure, Study
+from ovq.research.reproduce.plan import Figure
 from ovq.research.reproduce.presets import get_preset
 from ovq.research.reproduce.results import load_results
 
@@ -47,7 +46,7 @@ def redraw(folder: Path) -> list[Path]:
             target.mkdir(exist_ok=True)
             drawn.append(target / f"{path.stem}.png")
             results = load_results(path)
-            draw(_figure(results, path), results, drawn[-1])
+            _figure(results, path).draw(results, drawn[-1])
         elif "matrix_rate" in fields:
             reports.append(fields)
         elif "train_length" in fields:
@@ -60,7 +59,7 @@ def redraw(folder: Path) -> list[Path]:
     return drawn
 
 
-def _figure(results: dict[str, Any], path: Path) -> Figure | Study:
+def _figure(results: dict[str, Any], path: Path) -> Figure:
     """The figure that a file is of; one of a chosen corpus has the corpus in its name."""
     name, _, corpus = results["figure"].partition("-")
     if name not in (TEXT_FIGURES if corpus else FIGURES):

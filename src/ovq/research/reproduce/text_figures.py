@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from ovq.eval.rows import MIXER_NAMES
 from ovq.research.reproduce.draw import save_heat_maps
+from ovq.research.reproduce.evaluations import LossEvaluation, NeedleEvaluation
 from ovq.research.reproduce.plan import Figure, Line, Panel
 from ovq.research.reproduce.presets import Preset
-from ovq.research.reproduce.questions import LanguageEvaluation, NeedleEvaluation
 from ovq.train.config import RunConfig
 from ovq.train.recipes import beside
 
@@ -22,7 +22,7 @@ _LOCAL = "mamba2"
 """What `hybrids` has in the place of the windows: it is good at what is near."""
 
 _Models = list[tuple[str, RunConfig, int | None]]
-"""What each compared model is called, its run, and how many slots it is tested with."""
+"""What each compared model is called, its run, and how many slots it is evaluated with."""
 
 
 def of_corpus(
@@ -30,14 +30,14 @@ def of_corpus(
 ) -> Figure:
     """A figure of another corpus, or of other held-out documents; its name tells it from the usual one."""
     figure = make(preset.on_corpus(dataset, held_out))
-    asked_as = figure.name
+    arguments = figure.name
     if dataset is not None:
-        asked_as += f" --dataset {shlex.quote(dataset)}"
+        arguments += f" --dataset {shlex.quote(dataset)}"
     if held_out is not None:
-        asked_as += f" --held-out {held_out:g}"
+        arguments += f" --held-out {held_out:g}"
     corpus = dataset or preset.configs["lm"].task.dataset
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", corpus).strip("-.") or "corpus"
-    return dataclasses.replace(figure, name=f"{figure.name}-{slug}", asked_as=asked_as)
+    return dataclasses.replace(figure, name=f"{figure.name}-{slug}", arguments=arguments)
 
 
 def language(preset: Preset) -> Figure:
@@ -78,14 +78,14 @@ def hybrids(preset: Preset) -> Figure:
 def _by_position(preset: Preset, name: str, title: str, models: _Models, *, relative_to: str) -> Figure:
     """The loss of models by position, and by how much it is above that of one of them."""
     source = dataclasses.replace(preset.configs["lm"].task, join_to=preset.text.length)
-    question = LanguageEvaluation(
+    evaluation = LossEvaluation(
         source=source, length=preset.text.length, num_examples=preset.text.num_windows
     )
     lines = [
         Line(
             label=label,
             config=model,
-            evaluations=(dataclasses.replace(question, num_slots=num_slots),),
+            evaluations=(dataclasses.replace(evaluation, num_slots=num_slots),),
             group=group,
         )
         for group in ("loss", "gap")
@@ -115,7 +115,7 @@ def needle(preset: Preset) -> Figure:
     text, source = preset.text, preset.configs["needle"].task
     lines = []
     for depth in text.needle_depths:
-        questions = [
+        evaluations = [
             NeedleEvaluation(
                 source=source,
                 length=length,
@@ -129,7 +129,7 @@ def needle(preset: Preset) -> Figure:
             Line(
                 label=label,
                 config=model,
-                evaluations=tuple(dataclasses.replace(each, num_slots=num_slots) for each in questions),
+                evaluations=tuple(dataclasses.replace(each, num_slots=num_slots) for each in evaluations),
                 group=f"{depth:.0%}",
             )
             for label, model, num_slots in _models(preset, "needle")

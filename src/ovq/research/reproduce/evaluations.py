@@ -1,0 +1,308 @@
+"""What trained models are evaluated on: synthetic tasks, the loss on held-out text, needles hidden in it.
+
+Each kind is a class: what it depends on, what its file is called, the measure of `ovq.eval` that it takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ovq.eval.accuracy import evaluate
+from ovq.eval.language import evaluate_language
+from ovq.eval.needle import evaluate_needle
+from ovq.eval.reading import token_bytes
+from ovq.hf import OVQForCausalLM
+from ovq.plots.language import octave_losses
+from ovq.research.reproduce.digests import described, digest
+from ovq.runtime.progress import Reporter
+from ovq.tasks import Task
+from ovq.text import Corpus, TextSource, load_corpus
+from ovq.text.haystack import NeedleBuilder, essay_texts
+
+_LOSS_FIELDS = (
+    *("mixer", "num_slots", "length", "loss", "bits_per_byte", "state_bytes"),
+    *("sawtooth", "sawtooth_error"),
+)
+
+# A model keeps its texts while it is evaluated at one length and depth after the other.
+_essay_texts = functools.lru_cache(maxsize=4)(essay_texts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation(ABC):
+    """What a trained model is evaluated on: several examples of one length.
+
+    Attributes:
+        num_examples: How many examples.
+        num_slots: Slots of the dictionary while they are read; `None` for as many as in training.
+        seed: Seed of the examples. In a figure it stands for an offset to the seed of the run.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    known_as: ClassVar[str]
+    """What tells its kind from others in the names of files, where a new name would not find old outcomes."""
+
+    num_examples: int
+    num_slots: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.num_examples < 1 or (self.num_slots is not None and self.num_slots < 1) or self.seed < 0:
+            raise ValueError(
+                "expected at least one example and one slot, and a seed of at least 0, found "
+                f"{self.num_examples}, {self.num_slots} and {self.seed}"
+            )
+
+    @property
+    @abstractmethod
+    def topic(self) -> str:
+        """What it is about, in a word, for file names."""
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """Tokens an example, at most."""
+
+    @property
+    @abstractmethod
+    def num_steps(self) -> int:
+        """In how many steps it goes on, for progress reports."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """See to it that there is data enough, as far as that can be known without a model.
+
+        Raises:
+            ValueError: If its corpus cannot be read, or too little of it is held out for tests.
+        """
+
+    @abstractmethod
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
+        """Evaluate a model.
+
+        Args:
+            model: Run where it is, in its dtype.
+            folder: Where it was loaded from, with its tokenizer if it reads text.
+            reporter: Where to show progress, in `num_steps` steps.
+
+        Returns:
+            The outcome, as JSON can hold it.
+
+        Raises:
+            ValueError: If the model cannot be evaluated.
+        """
+
+    @property
+    def name(self) -> str:
+        """A file name for outcomes: readable, and different for different evaluations.
+
+        Example:
+            >>> from ovq.tasks import RecallTask
+            >>> TaskEvaluation(task=RecallTask(length=512), num_examples=4).name
+            'recall-512-...'
+        """
+        return f"{self.topic}-{self.num_tokens}-{digest(described(self) | {'class': self.known_as})}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Every field, as JSON gives it back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def row_fields(self) -> dict[str, Any]:
+        """What the rows of a figure tell of it, beside what came out."""
+        return {name: value for name, value in self.as_json().items() if name not in ("seed", "num_slots")}
+
+    @property
+    def _sizes(self) -> list[int]:
+        """The size of the dictionary as the measures take it."""
+        return [] if self.num_slots is None else [self.num_slots]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskEvaluation(Evaluation):
+    """Examples of a synthetic task: how much of it is right?
+
+    Attributes:
+        task: The kind of examples, at the length to evaluate at.
+    """
+
+    known_as: ClassVar[str] = "Evaluation"
+
+    task: Task
+
+    @property
+    def topic(self) -> str:
+        """The name of the task."""
+        return self.task.name
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens an example."""
+        return self.task.length
+
+    @property
+    def num_steps(self) -> int:
+        """A step an example."""
+        return self.num_examples
+
+    def check(self) -> None:
+        """Examples are made as they are needed, as many as one likes."""
+
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
+        """A `ResultRow`."""
+        [row] = evaluate(
+            model,
+            self.task,
+            lengths=[self.num_tokens],
+            num_slots=self._sizes,
+            num_examples=self.num_examples,
+            seed=self.seed,
+            reporter=reporter,
+        )
+        return dataclasses.asdict(row)
+
+    def as_json(self) -> dict[str, Any]:
+        """Every field, and the name of the task."""
+        fields = super().as_json()
+        return fields | {"task": {"name": self.task.name} | fields["task"]}
+
+    def row_fields(self) -> dict[str, Any]:
+        """As for all, and what the task has at its length: pairs, queries, functions."""
+        fields = super().row_fields()
+        names = (name for name in dir(type(self.task)) if name.startswith("num_"))
+        counts = {name: getattr(self.task, name) for name in names}
+        return fields | {"task": fields["task"] | {k: v for k, v in counts.items() if isinstance(v, int)}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TextEvaluation(Evaluation):
+    """Something about held-out documents.
+
+    Attributes:
+        source: The corpus; its documents for tests are read.
+        length: Tokens an example, at most.
+    """
+
+    source: TextSource
+    length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens an example, at most."""
+        return self.length
+
+    @property
+    def num_steps(self) -> int:
+        """A step a token."""
+        return self.num_examples * self.num_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossEvaluation(_TextEvaluation):
+    """Windows of held-out documents: how well is each next token predicted?
+
+    Attributes:
+        block_size: Positions of the first part that the loss is given for; each later one is as long as all
+            before it.
+    """
+
+    known_as: ClassVar[str] = "LanguageEvaluation"
+
+    block_size: int = 1024
+
+    @property
+    def topic(self) -> str:
+        """The loss."""
+        return "loss"
+
+    def check(self) -> None:
+        """There must be windows enough."""
+        self._windows()
+
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
+        """A `LanguageRow`, without the losses of each window by itself, which are many."""
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        corpus = self._windows(tokenizer)
+        [row] = evaluate_language(
+            model,
+            corpus,
+            lengths=[self.length],
+            num_slots=self._sizes,
+            num_windows=self.num_examples,
+            block_size=self.block_size,
+            bytes_of_tokens=token_bytes(tokenizer),
+            first_token=corpus.end_of_text,
+            reporter=reporter,
+        )
+        return {
+            **{name: getattr(row, name) for name in _LOSS_FIELDS},
+            "position_losses": {str(last): loss for _, last, loss in octave_losses(row)},
+        }
+
+    def _windows(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
+        """The documents that windows are cut from.
+
+        Raises:
+            ValueError: If they have fewer.
+        """
+        corpus = load_corpus(self.source, "test", tokenizer=tokenizer)
+        # The end of a text stands before each document, and windows do not overlap.
+        found = int(((corpus.num_tokens + 1) // self.length).sum())
+        if found < self.num_examples:
+            raise ValueError(
+                f"{self.source.dataset}: expected {self.num_examples} windows of {self.length} tokens in the "
+                f"documents held out for tests, found {found}; hold out more than "
+                f"{self.source.held_out:g} of the corpus (held_out)"
+            )
+        return corpus
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedleEvaluation(_TextEvaluation):
+    """Values hidden in held-out documents at one depth: are they found?
+
+    Attributes:
+        depth: Where the value is, from 0 (the beginning) to 1 (right before the question).
+        value: Kind of value: `"word"`, `"number"` or `"uuid"`.
+    """
+
+    known_as: ClassVar[str] = "NeedleEvaluation"
+
+    depth: float
+    value: str = "number"
+
+    @property
+    def topic(self) -> str:
+        """A needle."""
+        return "needle"
+
+    def check(self) -> None:
+        """There must be texts to hide values in."""
+        self._texts()
+
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
+        """A `NeedleRow` without its name."""
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        [row] = evaluate_needle(
+            model,
+            NeedleBuilder(tokenizer, haystack="essay", value=self.value, texts=self._texts()),
+            lengths=[self.length],
+            depths=[self.depth],
+            num_slots=self._sizes,
+            num_examples=self.num_examples,
+            seed=self.seed,
+            reporter=reporter,
+        )
+        return {name: value for name, value in dataclasses.asdict(row).items() if name != "name"}
+
+    def _texts(self) -> list[str]:
+        return _essay_texts(self.source, "test", self.length)

@@ -1,0 +1,248 @@
+"""What worker processes do for a figure: train and evaluate a run, or measure without training.
+
+A job leaves only what is whole. The folder of a run is sealed when the model in it is trained
+(`ovq.train.checkpoints`); until then it holds checkpoints to go on from. Outcomes of evaluations are files of
+their own, `evaluations/NAME.json`, each written in one piece, and so is what is measured for a seed. So
+whatever ends the work, at any moment, it goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from ovq.hf import OVQForCausalLM
+from ovq.research.reproduce.evaluations import Evaluation
+from ovq.research.reproduce.plan import is_same_run, run_name
+from ovq.runtime.environment import environment
+from ovq.runtime.files import write_atomic
+from ovq.runtime.workers import RemoteReporter, RemoteWork
+from ovq.train import loop
+from ovq.train.checkpoints import fault, newest_checkpoint, seal
+from ovq.train.config import CONFIG_FILE, RunConfig
+
+TRAINING_FILE = "training.json"
+"""How the training of a run went: seconds, parameters, where."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(ABC):
+    """A piece of work that nothing but its own files depends on.
+
+    Attributes:
+        root: The folder that files of its kind are in.
+        label: What to call it in progress reports.
+    """
+
+    root: Path
+    label: str
+
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether all of its files are there."""
+
+    @abstractmethod
+    def do(self, reporter: RemoteReporter) -> None:
+        """Do what is not done yet.
+
+        Raises:
+            ValueError: If it cannot be done as it is configured.
+            OSError: If its files cannot be written.
+        """
+
+
+def do_job(job: Job, reporter: RemoteReporter) -> None:
+    """Do a job: what a worker process is started with."""
+    job.do(reporter)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunJob(Job):
+    """A run to train, and evaluations of the trained model.
+
+    Attributes:
+        config: The run.
+        evaluations: What to evaluate the model on.
+    """
+
+    config: RunConfig
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        return self.root / run_name(self.config)
+
+    def is_done(self) -> bool:
+        """Whether the model is trained, and evaluated on everything."""
+        return self.is_trained() and None not in self.outcomes()
+
+    def is_trained(self) -> bool:
+        """Whether the folder holds the trained model, whole.
+
+        Raises:
+            ValueError: If it holds that of another configuration, which is left as it is.
+        """
+        if fault(self.folder) is not None:
+            return False
+        found = RunConfig.load(self.folder)
+        if not is_same_run(found, self.config):
+            raise ValueError(
+                f"{self.folder}: expected the run of this configuration, found one that an earlier version "
+                "has trained by another; move it away, or choose another --out"
+            )
+        return True
+
+    def outcomes(self) -> list[dict[str, Any] | None]:
+        """What came out of each evaluation, None where there is nothing yet."""
+        return [self._outcome(evaluation) for evaluation in self.evaluations]
+
+    def training_record(self) -> dict[str, Any]:
+        """What `TRAINING_FILE` of the trained run holds."""
+        return json.loads((self.folder / TRAINING_FILE).read_text())
+
+    def do(self, reporter: RemoteReporter) -> None:
+        """Train the model if it is not trained, and evaluate it on what is missing."""
+        # The bar of loading a model this small is over before it is seen.
+        disable_progress_bar()
+        if not self.is_trained():
+            self._train(reporter)
+        missing = [
+            evaluation
+            for evaluation, outcome in zip(self.evaluations, self.outcomes(), strict=True)
+            if outcome is None
+        ]
+        if missing:
+            self._evaluate(missing, reporter)
+
+    def _train(self, reporter: RemoteReporter) -> None:
+        """Train the model, from the newest whole checkpoint if there is one, and seal the folder."""
+        begun = time.monotonic()
+        can_resume = (
+            (self.folder / CONFIG_FILE).is_file()
+            and is_same_run(RunConfig.load(self.folder), self.config)
+            and newest_checkpoint(self.folder, reporter.say) is not None
+        )
+        label = f"train {self.label}"
+        if can_resume:
+            model = loop.resume(self.folder, reporter=reporter, label=label)
+        else:
+            # What is there was never finished, or is damaged.
+            shutil.rmtree(self.folder, ignore_errors=True)
+            model = loop.train(self.config, self.folder, reporter=reporter, label=label)
+        record = {
+            # Of a run that was interrupted only the last part is known.
+            "seconds": None if can_resume else round(time.monotonic() - begun, 2),
+            "num_parameters": model.num_parameters(),
+            "environment": environment(model.device.type),
+        }
+        write_atomic(self.folder / TRAINING_FILE, json.dumps(record, indent=2) + "\n")
+        seal(self.folder)
+        for checkpoint in self.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    def _evaluate(self, evaluations: list[Evaluation], reporter: RemoteReporter) -> None:
+        """Evaluate the trained model, and write each outcome as it is there."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = OVQForCausalLM.from_pretrained(self.folder, local_files_only=True).to(device).eval()
+        (self.folder / "evaluations").mkdir(exist_ok=True)
+        total = sum(evaluation.num_steps for evaluation in evaluations)
+        work = reporter.start(f"evaluate {self.label}", total=total)
+        done = 0
+        for evaluation in evaluations:
+            # For models that open slots at random.
+            set_seed(evaluation.seed)
+            begun = time.monotonic()
+            use_bfloat16 = self.config.train.precision == "bfloat16"
+            with torch.autocast(device, torch.bfloat16, enabled=use_bfloat16):
+                found = evaluation.evaluate(model, self.folder, _PartReporter(work, done))
+            done += evaluation.num_steps
+            outcome = {
+                "evaluation": evaluation.as_json(),
+                **found,
+                "seconds": round(time.monotonic() - begun, 3),
+                "environment": environment(device),
+            }
+            write_atomic(self._path(evaluation), json.dumps(outcome, indent=2) + "\n")
+
+    def _path(self, evaluation: Evaluation) -> Path:
+        return self.folder / "evaluations" / f"{evaluation.name}.json"
+
+    def _outcome(self, evaluation: Evaluation) -> dict[str, Any] | None:
+        """What is in the file of an evaluation, None if that is missing or of another one."""
+        path = self._path(evaluation)
+        if not path.is_file():
+            return None
+        outcome = json.loads(path.read_text())
+        return outcome if outcome["evaluation"] == evaluation.as_json() else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasureJob(Job):
+    """What a figure measures without training, for a seed.
+
+    Attributes:
+        figure: The name of the figure.
+        measure: See `Figure`.
+        seed: The seed.
+    """
+
+    figure: str
+    measure: Callable[[int], list[dict[str, Any]]]
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Where the rows are kept."""
+        return self.root / f"{self.figure}-seed{self.seed}.json"
+
+    def is_done(self) -> bool:
+        """Whether the seed is measured."""
+        return self.path.is_file()
+
+    def do(self, reporter: RemoteReporter) -> None:
+        """Measure, and write the rows in one piece.
+
+        Raises:
+            ValueError: If a package is missing that only this figure needs.
+            OSError: If the folder cannot be written.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        work = reporter.start(self.label, total=1)
+        try:
+            rows = self.measure(self.seed)
+        except ImportError as error:
+            raise ValueError(f"{self.figure}: {error}") from error
+        record = {"rows": rows, "environment": environment("cpu")}
+        write_atomic(self.path, json.dumps(record, indent=1) + "\n")
+        work.update(1)
+
+    def record(self) -> dict[str, Any]:
+        """The rows, and the environment they come from."""
+        return json.loads(self.path.read_text())
+
+
+class _PartReporter:
+    """A reporter for one evaluation of several that are shown as one piece of work."""
+
+    def __init__(self, work: RemoteWork, done_before: int) -> None:
+        self._work = work
+        self._done_before = done_before
+
+    def start(self, label: str, *, total: int) -> _PartReporter:
+        """Begin this part; its label and total are known."""
+        return self
+
+    def update(self, done: int, *, note: str = "") -> None:
+        """Say how far this part has come."""
+        self._work.update(self._done_before + done, note=note)
