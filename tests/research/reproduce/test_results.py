@@ -44,7 +44,7 @@ def row(seed, length, **fields):
 
 
 ROWS = [row(seed, length) for seed in (0, 1) for length in (256, 4096)]
-STUDY = [{"line": "OVQ", "group": "text", "seed": 0, "length": 1024, "error": 0.5}]
+MEASURED = [{"line": "OVQ", "group": "text", "seed": 0, "length": n, "error": 1 / n} for n in (8, 16)]
 
 
 def changed(number, **fields):
@@ -63,11 +63,18 @@ UNLIKE = {
     "numbers of another type": changed(1, weight_decay=True, num_examples=16.0),
     "a field of the run missing": changed(3, mixer=None),
     "a field missing": changed(2, accuracy=None),
-    "runs and a study": [*ROWS, *STUDY],
+    "a row twice": [ROWS[0], *ROWS],
+    "lines by turns": [ROWS[0], ROWS[2] | {"line": "VQ"}, *ROWS[1:]],
+    "numbers that are no numbers": changed(0, accuracy=float("inf"), num_slots="64"),
+    "runs and what was measured without": [*ROWS, *MEASURED],
 }
 
 
-@pytest.mark.parametrize("rows", [ROWS, STUDY, [], *UNLIKE.values()], ids=["runs", "study", "none", *UNLIKE])
+@pytest.mark.parametrize(
+    "rows",
+    [ROWS, ROWS[:1], MEASURED, [], *UNLIKE.values()],
+    ids=["runs", "one", "measured", "none", *UNLIKE],
+)
 def test_what_is_read_is_what_was_written(tmp_path, rows):
     path = tmp_path / "a.json"
     save_results(path, HEADER | {"rows": rows})
@@ -80,33 +87,71 @@ def test_what_is_read_is_what_was_written(tmp_path, rows):
     ]
 
 
-def test_what_belongs_to_a_run_or_a_question_is_there_once_and_a_row_is_a_line(tmp_path):
+def test_what_belongs_to_a_line_a_run_or_an_evaluation_is_there_once_and_a_row_is_a_line(tmp_path):
     path = tmp_path / "a.json"
-    save_results(path, HEADER | {"rows": ROWS})
+    # Two panels show the same rows.
+    save_results(path, HEADER | {"rows": ROWS + [each | {"group": "other"} for each in ROWS]})
     text = path.read_text()
-    assert text.count("12345") == 2
-    assert text.count('"num_pairs"') == 2
+    assert text.count("12345") == text.count('"task.num_pairs"') == 1
     assert text.count('"distance 4096"') == text.count('"distance 256"') == 1
-    lines = text.splitlines()
-    assert len([line for line in lines if line.startswith('  ["OVQ, 64 slots", "", "recall-ovq-seed')]) == 4
+    assert text.count("recall-ovq-seed0") == 1
     stored = json.loads(text)
-    assert list(stored["runs"]) == ["recall-ovq-seed0", "recall-ovq-seed1"]
-    assert stored["columns"] == [
-        "line",
-        "group",
-        "run",
-        "question",
-        "length",
-        "accuracy",
-        "slices",
-        "slice_errors",
+    assert stored["shared"]["task.name"] == "recall"
+    assert stored["runs"] == [
+        ["run", "seed", "train_seconds"],
+        ["recall-ovq-seed0", 0, 12.5],
+        ["recall-ovq-seed1", 1, None],
     ]
+    assert stored["evaluations"] == [
+        ["length", "slices.names", "task.length"],
+        [256, ["distance 256", "all"], 256],
+        [4096, ["distance 4096", "all"], 4096],
+    ]
+    assert stored["rows"] == [["run", "evaluation"], [1, 1], [1, 2], [2, 1], [2, 2]]
+    assert stored["lines"] == [
+        ["line", "group", "first", "last"],
+        ["OVQ, 64 slots", "", 1, 4],
+        ["OVQ, 64 slots", "other", 1, 4],
+    ]
+    assert "\n  [2,1],\n" in text
 
 
-def test_files_of_earlier_versions_are_read(tmp_path):
+EARLIER = {
+    "runs": {
+        f"recall-ovq-seed{seed}": {
+            "mixer": "ovq",
+            "seed": seed,
+            "learning_rate": 0.008,
+            "weight_decay": 0.5,
+            "train_length": 256,
+            "train_seconds": None if seed else 12.5,
+            "num_parameters": 12345,
+        }
+        for seed in (0, 1)
+    },
+    "questions": [
+        {
+            "num_examples": 16,
+            "task": {"name": "recall", "length": length, "num_pairs": None},
+            "slices": [f"distance {length}", "all"],
+            "slice_errors": [],
+        }
+        for length in (256, 4096)
+    ],
+    "columns": ["line", "group", "run", "question", "length", "accuracy", "slices", "slice_errors"],
+    "rows": [
+        ["OVQ, 64 slots", "", f"recall-ovq-seed{seed}", number, length, 0.1 + 0.2, [1 / 3, 1.0], []]
+        for seed in (0, 1)
+        for number, length in enumerate((256, 4096))
+    ],
+}
+
+
+@pytest.mark.parametrize("earlier", [{"rows": ROWS}, EARLIER], ids=["written out", "questions"])
+def test_files_of_earlier_versions_are_read(tmp_path, earlier):
     path = tmp_path / "rows" / "recall.json"
     path.parent.mkdir()
-    path.write_text(json.dumps(HEADER | {"rows": ROWS}, indent=1))
+    path.write_text(json.dumps(HEADER | earlier))
     old = load_results(path)
     assert old == HEADER | {"rows": ROWS}
     page = write_report(tmp_path).read_text()
@@ -121,12 +166,13 @@ def test_files_of_earlier_versions_are_read(tmp_path):
     ("change", "message"),
     [
         (lambda stored: stored.pop("title"), r"'title'"),
-        (lambda stored: stored["rows"][0].pop(), "zip"),
-        (lambda stored: stored["runs"].clear(), "recall-ovq-seed0"),
-        (lambda stored: stored["questions"].clear(), "index out of range"),
+        (lambda stored: stored["rows"][1].pop(), "zip"),
+        (lambda stored: stored["runs"].clear(), "unpack"),
+        (lambda stored: stored["evaluations"].pop(), "index out of range"),
+        (lambda stored: stored["lines"][1].append(5), "zip"),
         (lambda stored: stored.update(rows=3), "int"),
     ],
-    ids=["title", "cells", "runs", "questions", "rows"],
+    ids=["title", "cells", "runs", "evaluations", "lines", "rows"],
 )
 def test_a_broken_file_is_named(tmp_path, change, message):
     path = tmp_path / "a.json"

@@ -1,25 +1,38 @@
-"""The file of a figure's results: what belongs to a run or a question once, and one row a line.
+"""The file of a figure's results: what belongs to a line, a run or an evaluation is there once.
 
     {
      "figure": "recall",
      ...
-     "runs": {
-      "recall-ovq-seed0-0123456789": {"mixer": "ovq", "seed": 0, "learning_rate": 0.008, ...},
-      ...
-     },
-     "questions": [
-      {"num_examples": 256, "task": {...}, "slices": ["distance 4-7", ...]},
+     "shared": {"task.name": "recall", "task.vocab_size": 130, "slice_errors.names": [], ...},
+     "runs": [
+      ["run", "mixer", "seed", "learning_rate", ...],
+      ["recall-ovq-seed0-0123456789", "ovq", 0, 0.008, ...],
       ...
      ],
-     "columns": ["line", "group", "run", "question", "num_slots", "length", "accuracy", ...],
+     "evaluations": [
+      ["length", "task.num_queries", "slices.names", ...],
+      [256, 42, ["distance 4-7", ...], ...],
+      ...
+     ],
      "rows": [
-      ["OVQ, 64 slots", "", "recall-ovq-seed0-0123456789", 0, 64, 256, 0.9864211309523809, ...],
+      ["run", "evaluation", "num_slots", "accuracy", "slices.values", ...],
+      [1, 1, 64, 0.9864211309523809, [1.0, ...], ...],
+      ...
+     ],
+     "lines": [
+      ["line", "group", "first", "last"],
+      ["OVQ, 64 slots", "", 1, 15],
       ...
      ]
     }
 
+A table is a list whose first entry names the columns; the others are numbered by their places in it. What is
+the same in all rows is `shared`. Fields of parts have names such as `"task.length"`; what a row has for each
+slice or position is told as their names and their values. A line has the rows from its first to its last, in
+several entries if need be; lines of several panels may have the same rows.
+
 Everyone else sees rows as dicts that hold all of it: `load_results` joins what `save_results` takes apart.
-Files of earlier versions, whose rows are written out in full, are read as well.
+Files of earlier versions are read as well.
 """
 
 from __future__ import annotations
@@ -32,17 +45,25 @@ from typing import Any
 from ovq.runtime.files import write_atomic
 
 Row = dict[str, Any]
+Table = list[list[Any]]
 
-_OF_RUNS = (
-    *("mixer", "seed", "learning_rate", "weight_decay"),
-    *("train_length", "train_seconds", "num_parameters"),
+_OF_LINES = ("line", "group", "stream", "memory")
+_OF_RUNS = frozenset(
+    {
+        *("run", "mixer", "seed", "learning_rate", "weight_decay"),
+        *("train_length", "train_seconds", "num_parameters"),
+    }
 )
-_OF_QUESTIONS = (
-    *("num_examples", "task", "source", "block_size"),
-    *("haystack", "value", "num_distractors"),
+_OF_EVALUATIONS = frozenset(
+    {
+        *("length", "depth", "num_examples", "num_questions", "block_size"),
+        *("haystack", "value", "num_distractors", "task", "source"),
+        # Those of slices and positions.
+        "names",
+    }
 )
-# Values by name, whose names are those of the question.
-_IN_PARTS = ("slices", "slice_errors", "position_losses")
+# A value by name.
+_BY_NAME = ("slices", "slice_errors", "position_losses")
 
 _EXPECTED = ("figure", "title", "rows", "panels", "seeds", "command", "environments")
 
@@ -59,7 +80,7 @@ def save_results(path: Path, results: dict[str, Any]) -> None:
 
     Example:
         >>> import tempfile
-        >>> rows = [{"line": "OVQ", "run": "a", "seed": 0, "length": n, "accuracy": 1.0} for n in (1, 2)]
+        >>> rows = [{"line": "OVQ", "run": "a", "seed": 0, "length": n, "accuracy": n / 4} for n in (1, 2)]
         >>> results = dict.fromkeys(("figure", "title", "panels", "seeds", "command", "environments"), "")
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "recall.json"
@@ -67,13 +88,20 @@ def save_results(path: Path, results: dict[str, Any]) -> None:
         ...     print(path.read_text().partition('"environments": "",')[2])
         ...     load_results(path)["rows"] == rows
         <BLANKLINE>
-         "runs": {
-          "a": {"seed": 0}
-         },
-         "columns": ["line", "run", "length", "accuracy"],
+         "shared": {"run": "a", "seed": 0},
+         "evaluations": [
+          ["length"],
+          [1],
+          [2]
+         ],
          "rows": [
-          ["OVQ", "a", 1, 1.0],
-          ["OVQ", "a", 2, 1.0]
+          ["evaluation","accuracy"],
+          [1,0.25],
+          [2,0.5]
+         ],
+         "lines": [
+          ["line","first","last"],
+          ["OVQ",1,2]
          ]
         }
         <BLANKLINE>
@@ -81,7 +109,8 @@ def save_results(path: Path, results: dict[str, Any]) -> None:
     """
     header = {name: value for name, value in results.items() if name != "rows"}
     parts = [
-        f" {json.dumps(name)}: {_in_lines(value)}" for name, value in (header | _taken_apart(results)).items()
+        f" {json.dumps(name)}: {_in_lines(value)}"
+        for name, value in (header | _taken_apart(results["rows"])).items()
     ]
     write_atomic(path, "{\n" + ",\n".join(parts) + "\n}\n")
 
@@ -103,65 +132,113 @@ def load_results(path: Path) -> dict[str, Any]:
         results = json.loads(path.read_text())
         for name in _EXPECTED:
             results[name]
-        return _joined(results)
+        if "lines" in results:
+            return _joined(results)
+        return _joined_earlier(results) if "columns" in results else results
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{path}: expected the rows of a figure, found something else ({error})") from error
 
 
-def _taken_apart(results: dict[str, Any]) -> dict[str, Any]:
-    """Runs, questions, columns and rows, as far as there are any."""
-    rows: Sequence[Row] = results["rows"]
-    names = list(dict.fromkeys(row["run"] for row in rows if "run" in row))
-    of_runs = [field for field in _OF_RUNS if _belongs_to_runs(field, rows)]
-    runs = {row["run"]: {field: row[field] for field in of_runs} for row in rows if "run" in row}
-    questions: dict[str, int] = {}
-    left = []
-    for row in rows:
-        row, question = _without_question(row)
-        if question:
-            number = questions.setdefault(json.dumps(question), len(questions))
-            row = {**row, "question": number}
-        left.append({field: value for field, value in row.items() if field not in of_runs})
-    columns = list(dict.fromkeys(field for row in left for field in row))
-    # Where a run and a question are told stands before what was measured, and long lists behind it.
-    told = ("line", "group", "run", "question")
-    columns.sort(key=lambda field: (*told, field).index(field) + (field in _IN_PARTS))
-    found = {
-        "runs": {name: runs[name] for name in names},
-        "questions": [json.loads(question) for question in questions],
-        "columns": columns,
+class _Numbered:
+    """A table that has each of its rows once."""
+
+    def __init__(self, columns: Iterable[str]) -> None:
+        self.columns = list(columns)
+        # As text, for which 1, 1.0 and True differ.
+        self._numbers: dict[str, int] = {}
+
+    def number(self, row: Row) -> int:
+        """The place of what the table tells of a row, which is put there if it is new."""
+        text = json.dumps([row[name] for name in self.columns])
+        return self._numbers.setdefault(text, len(self._numbers) + 1)
+
+    def table(self) -> Table:
+        """The names of the columns, and the rows."""
+        return [self.columns, *map(json.loads, self._numbers)]
+
+
+def _taken_apart(rows: Sequence[Row]) -> dict[str, Any]:
+    """What is shared, and tables of the rest; rows that do not have the same fields stay as they are."""
+    flat = [_flattened(row) for row in rows]
+    if not flat or any(row.keys() != flat[0].keys() for row in flat):
+        return {"rows": list(rows)}
+    # What a run is called stands first, and long lists behind all else.
+    fields = sorted(flat[0], key=lambda name: (name != "run", name.endswith(".values"), name))
+    of_lines = [name for name in _OF_LINES if name in fields]
+    is_shared = {name: len({json.dumps(row[name]) for row in flat}) == 1 for name in fields}
+    left = [name for name in fields if name not in of_lines and not is_shared[name]]
+    parts = {}
+    # What was measured without a run was no evaluation either.
+    for part, known in (("run", _OF_RUNS), ("evaluation", _OF_EVALUATIONS)) if "run" in fields else ():
+        if columns := [name for name in left if not known.isdisjoint(name.split("."))]:
+            parts[part] = _Numbered(columns)
+    in_parts = {name for part in parts.values() for name in part.columns}
+    measured = _Numbered([*parts, *(name for name in left if name not in in_parts)])
+    lines: Table = []
+    for row in flat:
+        line = [row[name] for name in of_lines]
+        number = measured.number(row | {part: table.number(row) for part, table in parts.items()})
+        if lines and lines[-1][:-2] == line and lines[-1][-1] == number - 1:
+            lines[-1][-1] = number
+        else:
+            lines.append([*line, number, number])
+    return {
+        "shared": {name: flat[0][name] for name in fields if is_shared[name] and name not in of_lines},
+        **{f"{part}s": table.table() for part, table in parts.items()},
+        "rows": measured.table(),
+        "lines": [[*of_lines, "first", "last"], *lines],
     }
-    return {name: value for name, value in found.items() if value} | {
-        "rows": [[row[field] for field in columns] if len(row) == len(columns) else row for row in left]
-    }
-
-
-def _belongs_to_runs(field: str, rows: Sequence[Row]) -> bool:
-    """Whether a field has one value a run, which it has in all rows."""
-    values: dict[str, str] = {}
-    return all(
-        "run" in row
-        and field in row
-        and values.setdefault(row["run"], json.dumps(row[field])) == json.dumps(row[field])
-        for row in rows
-    )
-
-
-def _without_question(row: Row) -> tuple[Row, Row]:
-    """A row without what belongs to its question, and that; only rows of runs are answers."""
-    if "run" not in row:
-        return row, {}
-    question = {field: row[field] for field in _OF_QUESTIONS if field in row}
-    parts = {field: row[field] for field in _IN_PARTS if field in row}
-    question |= {field: list(values) for field, values in parts.items()}
-    row = {field: value for field, value in row.items() if field not in _OF_QUESTIONS}
-    return row | {field: list(values.values()) for field, values in parts.items()}, question
 
 
 def _joined(results: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `_taken_apart`."""
-    if "columns" not in results:
-        return results
+    parts = {part: _dicts(results[f"{part}s"]) for part in ("run", "evaluation") if f"{part}s" in results}
+    rows = []
+    for row in _dicts(results["rows"]):
+        of_parts = [table[row.pop(part) - 1] for part, table in parts.items()]
+        rows.append(row | {name: value for each in of_parts for name, value in each.items()})
+    joined = []
+    for line in _dicts(results["lines"]):
+        first, last = line.pop("first"), line.pop("last")
+        joined += [_nested(results["shared"] | line | rows[number - 1]) for number in range(first, last + 1)]
+    taken = ("shared", "runs", "evaluations", "lines")
+    return {name: value for name, value in results.items() if name not in taken} | {"rows": joined}
+
+
+def _dicts(table: Table) -> list[Row]:
+    """The rows of a table by the names of its columns."""
+    columns, *rows = table
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _flattened(row: Row) -> Row:
+    """The fields of a row, those of parts as `"part.field"`, values by name as their names and the values."""
+    flat = {}
+    for field, value in row.items():
+        if field in _BY_NAME:
+            value = {"names": list(value), "values": list(value.values())}
+        parts = value if isinstance(value, dict) and value else {}
+        flat |= {f"{field}.{name}": part for name, part in parts.items()} or {field: value}
+    return flat
+
+
+def _nested(flat: Row) -> Row:
+    """The inverse of `_flattened`."""
+    row: Row = {}
+    for name, value in flat.items():
+        field, _, part = name.partition(".")
+        if part:
+            row.setdefault(field, {})[part] = value
+        else:
+            row[field] = value
+    for field in _BY_NAME:
+        if field in row:
+            row[field] = dict(zip(row[field]["names"], row[field]["values"], strict=True))
+    return row
+
+
+def _joined_earlier(results: dict[str, Any]) -> dict[str, Any]:
+    """Rows of files in which runs were dicts by name, and evaluations called questions."""
     rows = []
     for cells in results["rows"]:
         row = cells if isinstance(cells, dict) else dict(zip(results["columns"], cells, strict=True))
@@ -169,24 +246,27 @@ def _joined(results: dict[str, Any]) -> dict[str, Any]:
         named = {
             field: dict(zip(names, row[field], strict=True))
             for field, names in question.items()
-            if field in _IN_PARTS
+            if field in _BY_NAME
         }
         run = results["runs"][row["run"]] if "run" in row else {}
         rows.append({**run, **question, **row, **named})
-    return {
-        name: value for name, value in results.items() if name not in ("runs", "questions", "columns")
-    } | {"rows": rows}
+    taken = ("runs", "questions", "columns")
+    return {name: value for name, value in results.items() if name not in taken} | {"rows": rows}
 
 
 def _in_lines(value: Any) -> str:
     """JSON with a line for each entry of a list or a dict of lists and dicts, so that changes can be read."""
-    entries: Iterable[str]
     match value:
         case list() if any(isinstance(entry, list | dict) for entry in value):
-            opened, closed, entries = "[", "]", map(json.dumps, value)
+            opened, closed, entries = "[", "]", map(_as_line, value)
         case dict() if any(isinstance(entry, list | dict) for entry in value.values()):
             opened, closed = "{", "}"
-            entries = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items())
+            entries = (f"{json.dumps(name)}: {_as_line(entry)}" for name, entry in value.items())
         case _:
             return json.dumps(value)
     return f"{opened}\n  " + ",\n  ".join(entries) + f"\n {closed}"
+
+
+def _as_line(entry: Any) -> str:
+    # Rows are many, and their spaces would be a tenth of the file.
+    return json.dumps(entry, separators=(",", ":") if isinstance(entry, list) else None)
