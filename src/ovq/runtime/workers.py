@@ -11,11 +11,10 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -29,8 +28,7 @@ Result = TypeVar("Result")
 
 # Models this small gain nothing from more threads than this.
 _MOST_THREADS = 4
-_SECONDS_BETWEEN_LOOKS = 0.1
-_LAST_MESSAGE = None
+_SECONDS_BETWEEN_LOOKS = 0.05
 
 
 class RemoteReporter:
@@ -51,10 +49,6 @@ class RemoteReporter:
     def say(self, text: str) -> None:
         """Print a line."""
         self._messages.put(text)
-
-    def end(self) -> None:
-        """Report that this job is done reporting."""
-        self._messages.put(_LAST_MESSAGE)
 
 
 class RemoteWork:
@@ -102,16 +96,16 @@ def run_jobs(
     work = None if label is None else reporter.start(label, total=len(jobs))
     # A forked process would inherit the locks of this process's threads.
     context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
+    # A queue without a thread, so that the messages of a job arrive before its result.
+    messages = context.SimpleQueue()
     with ProcessPoolExecutor(num_workers, context, _begin, (messages, num_threads)) as executor:
         try:
             futures = [executor.submit(_call, function, job) for job in jobs]
             processes = multiprocessing.active_children()
-            running, num_reporting, last_looks = set(futures), len(futures), 20
-            # A result can arrive before the last messages of its job, which travel separately.
-            while running or (num_reporting and last_looks):
-                num_reporting -= _show(messages, reporter)
-                done, running = wait(running, timeout=0)
+            running = set(futures)
+            while running:
+                done, running = wait(running, _SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
+                _show(messages, reporter)
                 for future in done:
                     future.result()
                 if done and work is not None:
@@ -119,7 +113,6 @@ def run_jobs(
                 # The executor checks this too, but its thread was once found dead, and the jobs with it.
                 if running and any(process.exitcode for process in processes):
                     raise BrokenProcessPool("a worker process terminated abruptly")
-                last_looks -= not running
             return [future.result() for future in futures]
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
@@ -128,17 +121,11 @@ def run_jobs(
             raise
 
 
-def _show(messages: Any, reporter: Reporter) -> int:
-    """Pass on all messages until none comes for a moment; returns how many jobs have sent their last."""
-    num_ended = 0
-    while True:
-        try:
-            message = messages.get(timeout=_SECONDS_BETWEEN_LOOKS)
-        except queue.Empty:
-            return num_ended
-        if message is _LAST_MESSAGE:
-            num_ended += 1
-        elif isinstance(message, str):
+def _show(messages: Any, reporter: Reporter) -> None:
+    """Pass on all messages that there are."""
+    while not messages.empty():
+        message = messages.get()
+        if isinstance(message, str):
             reporter.say(message)
         else:
             reporter.show(**message)
@@ -172,7 +159,4 @@ _reporter: RemoteReporter
 
 def _call(function: Callable[[Job, RemoteReporter], Result], job: Job) -> Result:
     """Run a job in a worker process."""
-    try:
-        return function(job, _reporter)
-    finally:
-        _reporter.end()
+    return function(job, _reporter)
