@@ -134,7 +134,7 @@ class _Found(NamedTuple):
 
 
 def _measured(figure: Figure, shop: Workshop) -> _Found:
-    """What a figure measures without training; seeds that are missing are measured now."""
+    """The rows that a figure measures without training; missing seeds are measured now."""
     if figure.measure is None:
         return _Found([], [])
     jobs = [
@@ -142,7 +142,7 @@ def _measured(figure: Figure, shop: Workshop) -> _Found:
             figure=figure.name,
             measure=figure.measure,
             seed=seed,
-            # Called so by earlier versions, whose files count.
+            # The name of the folder in earlier versions, whose files are still used.
             root=shop.out / "studies",
             label=f"{figure.name}: seed {seed}",
         )
@@ -156,7 +156,7 @@ def _measured(figure: Figure, shop: Workshop) -> _Found:
 
 
 def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found:
-    """What came out of the lines of a figure; what is missing is trained and evaluated now."""
+    """The rows of the lines of a figure; missing runs and evaluations are done now."""
     # One job a run, with the evaluations of all lines that share it.
     jobs: dict[str, RunJob] = {}
     by_line: list[tuple[Line, RunJob]] = []
@@ -181,7 +181,7 @@ def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found
 
 
 def _check_data(jobs: Iterable[RunJob]) -> None:
-    """Find out before the hours of training whether there is text enough to evaluate on."""
+    """Check before hours of training that there is enough text to evaluate on."""
     missing = {
         dataclasses.replace(evaluation, seed=0, num_slots=None)
         for job in jobs
@@ -264,7 +264,7 @@ def choose_trial(accuracies: dict[Trial, float], usual: Trial) -> Trial:
 
 
 def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
-    """A row for each evaluation that a line has of one run."""
+    """One row per evaluation of a run that a line has."""
     record = job.training_record()
     rows = []
     for evaluation, outcome in zip(job.evaluations, job.outcomes(), strict=True):

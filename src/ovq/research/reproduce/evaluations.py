@@ -1,6 +1,6 @@
 """What trained models are evaluated on: synthetic tasks, the loss on held-out text, needles hidden in it.
 
-Each kind is a class: what it depends on, what its file is called, the measure of `ovq.eval` that it takes.
+Each kind is a class, with the fields that identify it and the measure of `ovq.eval` that it uses.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Evaluation(ABC):
     """
 
     known_as: ClassVar[str]
-    """What tells its kind from others in the names of files, where a new name would not find old outcomes."""
+    """The kind as file names spell it: that of earlier versions, so that their outcomes are found."""
 
     num_examples: int
     num_slots: int | None = None
@@ -71,16 +71,16 @@ class Evaluation(ABC):
     @property
     @abstractmethod
     def num_tokens(self) -> int:
-        """Tokens an example, at most."""
+        """Tokens per example, at most."""
 
     @property
     @abstractmethod
     def num_steps(self) -> int:
-        """In how many steps it goes on, for progress reports."""
+        """The number of steps that it reports progress in."""
 
     @abstractmethod
     def check(self) -> None:
-        """See to it that there is data enough, as far as that can be known without a model.
+        """Check that there is enough data, as far as that can be known without a model.
 
         Raises:
             ValueError: If its corpus cannot be read, or too little of it is held out for tests.
@@ -104,7 +104,7 @@ class Evaluation(ABC):
 
     @property
     def name(self) -> str:
-        """A file name for outcomes: readable, and different for different evaluations.
+        """The file name of outcomes: readable, and different for different evaluations.
 
         Example:
             >>> from ovq.tasks import RecallTask
@@ -118,7 +118,7 @@ class Evaluation(ABC):
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def row_fields(self) -> dict[str, Any]:
-        """What the rows of a figure tell of it, beside what came out."""
+        """The fields of it that the rows of a figure have, beside those of the outcome."""
         return {name: value for name, value in self.as_json().items() if name not in ("seed", "num_slots")}
 
     @property
@@ -129,7 +129,7 @@ class Evaluation(ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskEvaluation(Evaluation):
-    """Examples of a synthetic task: how much of it is right?
+    """Examples of a synthetic task: how many answers are right?
 
     Attributes:
         task: The kind of examples, at the length to evaluate at.
@@ -146,19 +146,19 @@ class TaskEvaluation(Evaluation):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens an example."""
+        """Tokens per example."""
         return self.task.length
 
     @property
     def num_steps(self) -> int:
-        """A step an example."""
+        """One step per example."""
         return self.num_examples
 
     def check(self) -> None:
-        """Examples are made as they are needed, as many as one likes."""
+        """Nothing can be missing: examples are generated."""
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
-        """A `ResultRow`."""
+        """The fields of a `ResultRow`."""
         [row] = evaluate(
             model,
             self.task,
@@ -176,7 +176,7 @@ class TaskEvaluation(Evaluation):
         return fields | {"task": {"name": self.task.name} | fields["task"]}
 
     def row_fields(self) -> dict[str, Any]:
-        """As for all, and what the task has at its length: pairs, queries, functions."""
+        """Those of all evaluations, and the counts of the task at its length: pairs, queries, functions."""
         fields = super().row_fields()
         names = (name for name in dir(type(self.task)) if name.startswith("num_"))
         counts = {name: getattr(self.task, name) for name in names}
@@ -185,11 +185,11 @@ class TaskEvaluation(Evaluation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _TextEvaluation(Evaluation):
-    """Something about held-out documents.
+    """An evaluation on held-out documents.
 
     Attributes:
         source: The corpus; its documents for tests are read.
-        length: Tokens an example, at most.
+        length: Tokens per example, at most.
     """
 
     source: TextSource
@@ -197,12 +197,12 @@ class _TextEvaluation(Evaluation):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens an example, at most."""
+        """Tokens per example, at most."""
         return self.length
 
     @property
     def num_steps(self) -> int:
-        """A step a token."""
+        """One step per token."""
         return self.num_examples * self.num_tokens
 
 
@@ -225,11 +225,11 @@ class LossEvaluation(_TextEvaluation):
         return "loss"
 
     def check(self) -> None:
-        """There must be windows enough."""
+        """There must be enough windows."""
         self._windows()
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
-        """A `LanguageRow`, without the losses of each window by itself, which are many."""
+        """The fields of a `LanguageRow` but the losses of single windows, which are many."""
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         corpus = self._windows(tokenizer)
         [row] = evaluate_language(
@@ -282,7 +282,7 @@ class NeedleEvaluation(_TextEvaluation):
 
     @property
     def topic(self) -> str:
-        """A needle."""
+        """Needles."""
         return "needle"
 
     def check(self) -> None:
@@ -290,7 +290,7 @@ class NeedleEvaluation(_TextEvaluation):
         self._texts()
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
-        """A `NeedleRow` without its name."""
+        """The fields of a `NeedleRow` but the name."""
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         [row] = evaluate_needle(
             model,

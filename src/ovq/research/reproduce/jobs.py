@@ -1,9 +1,9 @@
 """What worker processes do for a figure: train and evaluate a run, or measure without training.
 
-A job leaves only what is whole. The folder of a run is sealed when the model in it is trained
-(`ovq.train.checkpoints`); until then it holds checkpoints to go on from. Outcomes of evaluations are files of
-their own, `evaluations/NAME.json`, each written in one piece, and so is what is measured for a seed. So
-whatever ends the work, at any moment, it goes on from there.
+Whatever interrupts a job, at any moment, it can continue from there. The folder of a run is sealed once its
+model is trained (`ovq.train.checkpoints`); until then it holds checkpoints to resume from. The outcome of an
+evaluation is a file of its own, `evaluations/NAME.json`, and so are the rows that are measured for a seed; a
+file is written completely or not at all.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TRAINING_FILE = "training.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(ABC):
-    """A piece of work that nothing but its own files depends on.
+    """A piece of work that is independent of all others.
 
     Attributes:
         root: The folder that files of its kind are in.
@@ -49,7 +49,7 @@ class Job(ABC):
 
     @abstractmethod
     def is_done(self) -> bool:
-        """Whether all of its files are there."""
+        """Whether all of its files are complete."""
 
     @abstractmethod
     def do(self, reporter: RemoteReporter) -> None:
@@ -62,7 +62,7 @@ class Job(ABC):
 
 
 def do_job(job: Job, reporter: RemoteReporter) -> None:
-    """Do a job: what a worker process is started with."""
+    """Do a job; the function that worker processes call."""
     job.do(reporter)
 
 
@@ -84,7 +84,7 @@ class RunJob(Job):
         return self.root / run_name(self.config)
 
     def is_done(self) -> bool:
-        """Whether the model is trained, and evaluated on everything."""
+        """Whether the model is trained, and all evaluations are finished."""
         return self.is_trained() and None not in self.outcomes()
 
     def is_trained(self) -> bool:
@@ -104,7 +104,7 @@ class RunJob(Job):
         return True
 
     def outcomes(self) -> list[dict[str, Any] | None]:
-        """What came out of each evaluation, None where there is nothing yet."""
+        """The outcome of each evaluation, None for those that are not finished."""
         return [self._outcome(evaluation) for evaluation in self.evaluations]
 
     def training_record(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class RunJob(Job):
         return json.loads((self.folder / TRAINING_FILE).read_text())
 
     def do(self, reporter: RemoteReporter) -> None:
-        """Train the model if it is not trained, and evaluate it on what is missing."""
+        """Train the model if it is not trained, and do the missing evaluations."""
         # The bar of loading a model this small is over before it is seen.
         disable_progress_bar()
         if not self.is_trained():
@@ -152,7 +152,7 @@ class RunJob(Job):
             shutil.rmtree(checkpoint)
 
     def _evaluate(self, evaluations: list[Evaluation], reporter: RemoteReporter) -> None:
-        """Evaluate the trained model, and write each outcome as it is there."""
+        """Evaluate the trained model, and write each outcome once it is known."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = OVQForCausalLM.from_pretrained(self.folder, local_files_only=True).to(device).eval()
         (self.folder / "evaluations").mkdir(exist_ok=True)
@@ -179,7 +179,7 @@ class RunJob(Job):
         return self.folder / "evaluations" / f"{evaluation.name}.json"
 
     def _outcome(self, evaluation: Evaluation) -> dict[str, Any] | None:
-        """What is in the file of an evaluation, None if that is missing or of another one."""
+        """The outcome in the file of an evaluation, None if the file is missing or of another evaluation."""
         path = self._path(evaluation)
         if not path.is_file():
             return None
@@ -189,7 +189,7 @@ class RunJob(Job):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeasureJob(Job):
-    """What a figure measures without training, for a seed.
+    """What a figure measures without training, for one seed.
 
     Attributes:
         figure: The name of the figure.
@@ -211,7 +211,7 @@ class MeasureJob(Job):
         return self.path.is_file()
 
     def do(self, reporter: RemoteReporter) -> None:
-        """Measure, and write the rows in one piece.
+        """Measure, and write the rows.
 
         Raises:
             ValueError: If a package is missing that only this figure needs.
@@ -228,7 +228,7 @@ class MeasureJob(Job):
         work.update(1)
 
     def record(self) -> dict[str, Any]:
-        """The rows, and the environment they come from."""
+        """The rows, and the environment in which they were measured."""
         return json.loads(self.path.read_text())
 
 

@@ -100,19 +100,19 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
-    """A figure: models that are trained and evaluated, or something that is measured without training.
+    """A figure: models that are trained and evaluated, or a measurement without training.
 
     Attributes:
         name: What the command line calls it.
         title: What it shows, in a line.
-        panels: What is drawn, one below the other, and what the page has tables of.
+        panels: What is drawn, one below the other; the page has a table for each.
         lines: The models of all panels.
         trials: Settings that each model is tried with on the first seed, to go on with the best; none to
             train with those of the configuration.
-        measure: The rows of a seed for which nothing is trained; each says its `line`, `group` and `seed`
-            beside what was measured. Other processes call it, so it has to be the function of a module.
+        measure: Returns the rows of a seed without training, each with its `line`, `group` and `seed`. Worker
+            processes call it, so it has to be the function of a module.
         note: What a reader has to know beside the title.
-        arguments: What `ovq reproduce` makes it of; its name if not given.
+        arguments: The arguments with which `ovq reproduce` makes it; its name if not given.
         draw: Draws what the JSON file of the figure holds into a PNG file.
     """
 

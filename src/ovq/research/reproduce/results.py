@@ -1,4 +1,4 @@
-"""The file of a figure's results: what belongs to a line, a run or an evaluation is there once.
+"""The file of a figure's results, in which each field of a line, a run or an evaluation is written once.
 
     {
      "figure": "recall",
@@ -26,12 +26,12 @@
      ]
     }
 
-A table is a list whose first entry names the columns; the others are numbered by their places in it. What is
-the same in all rows is `shared`. Fields of parts have names such as `"task.length"`; what a row has for each
-slice or position is told as their names and their values. A line has the rows from its first to its last, in
-several entries if need be; lines of several panels may have the same rows.
+A table is a list whose first entry names the columns; the other entries are numbered from 1. A field that has
+the same value in all rows stands in `shared`. A field of a nested dict is named `"task.length"`; a dict of
+values per slice or position becomes a list of names and a list of values. A line has the rows from `first` to
+`last`; it has several entries if its rows do not follow each other. Lines can have rows in common.
 
-Everyone else sees rows as dicts that hold all of it: `load_results` joins what `save_results` takes apart.
+The rest of the code sees rows as dicts with all fields: `load_results` joins what `save_results` splits.
 Files of earlier versions are read as well.
 """
 
@@ -140,7 +140,7 @@ def load_results(path: Path) -> dict[str, Any]:
 
 
 class _Numbered:
-    """A table that has each of its rows once."""
+    """A table without duplicate rows."""
 
     def __init__(self, columns: Iterable[str]) -> None:
         self.columns = list(columns)
@@ -148,7 +148,7 @@ class _Numbered:
         self._numbers: dict[str, int] = {}
 
     def number(self, row: Row) -> int:
-        """The place of what the table tells of a row, which is put there if it is new."""
+        """The number of the entry with the columns of a row, which is added if it is new."""
         text = json.dumps([row[name] for name in self.columns])
         return self._numbers.setdefault(text, len(self._numbers) + 1)
 
@@ -158,17 +158,17 @@ class _Numbered:
 
 
 def _taken_apart(rows: Sequence[Row]) -> dict[str, Any]:
-    """What is shared, and tables of the rest; rows that do not have the same fields stay as they are."""
+    """The shared fields, and tables of the others; rows with different fields are written as they are."""
     flat = [_flattened(row) for row in rows]
     if not flat or any(row.keys() != flat[0].keys() for row in flat):
         return {"rows": list(rows)}
-    # What a run is called stands first, and long lists behind all else.
+    # The name of the run first, long lists last.
     fields = sorted(flat[0], key=lambda name: (name != "run", name.endswith(".values"), name))
     of_lines = [name for name in _OF_LINES if name in fields]
     is_shared = {name: len({json.dumps(row[name]) for row in flat}) == 1 for name in fields}
     left = [name for name in fields if name not in of_lines and not is_shared[name]]
     parts = {}
-    # What was measured without a run was no evaluation either.
+    # Rows that were measured without training have neither.
     for part, known in (("run", _OF_RUNS), ("evaluation", _OF_EVALUATIONS)) if "run" in fields else ():
         if columns := [name for name in left if not known.isdisjoint(name.split("."))]:
             parts[part] = _Numbered(columns)
@@ -212,7 +212,7 @@ def _dicts(table: Table) -> list[Row]:
 
 
 def _flattened(row: Row) -> Row:
-    """The fields of a row, those of parts as `"part.field"`, values by name as their names and the values."""
+    """A row without nested dicts: fields such as `"task.length"`, `"slices.names"`, `"slices.values"`."""
     flat = {}
     for field, value in row.items():
         if field in _BY_NAME:
@@ -238,7 +238,7 @@ def _nested(flat: Row) -> Row:
 
 
 def _joined_earlier(results: dict[str, Any]) -> dict[str, Any]:
-    """Rows of files in which runs were dicts by name, and evaluations called questions."""
+    """The rows of the earlier format with dicts of `runs` and of `questions`."""
     rows = []
     for cells in results["rows"]:
         row = cells if isinstance(cells, dict) else dict(zip(results["columns"], cells, strict=True))
@@ -268,5 +268,5 @@ def _in_lines(value: Any) -> str:
 
 
 def _as_line(entry: Any) -> str:
-    # Rows are many, and their spaces would be a tenth of the file.
+    # Spaces between the cells of rows would be a tenth of the file.
     return json.dumps(entry, separators=(",", ":") if isinstance(entry, list) else None)
