@@ -7,10 +7,14 @@ import functools
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 LARGEST_SEED = 2**32 - 1
 """Largest seed of NumPy's global generator, which transformers seeds too."""
+
+RENAMED = {"slot_bias": "bias", "slot_rate": "rate"}
+"""Fields of configs that have been saved under another name, and what they are called now."""
 
 _LARGEST = 2**63 - 1
 """Largest of PyTorch's integers."""
@@ -53,6 +57,21 @@ def check_fields(section: Any, *, prefix: str = "") -> None:
             raise ValueError(f"{prefix}{name}: expected {_described(kind)}, found {value!r}")
         if float in (kind, *typing.get_args(kind)) and isinstance(value, int):
             object.__setattr__(section, name, float(value))
+
+
+def with_new_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config that was saved once, under the names they have now.
+
+    Raises:
+        ValueError: If a field is there under both its names.
+
+    Example:
+        >>> with_new_names({"num_slots": 64, "slot_rate": 0.1})
+        {'num_slots': 64, 'rate': 0.1}
+    """
+    if both := [old for old, new in RENAMED.items() if old in fields and new in fields]:
+        raise ValueError(f"expected {RENAMED[both[0]]} alone, found {both[0]}, its old name, beside it")
+    return {RENAMED.get(name, name): value for name, value in fields.items()}
 
 
 def is_finite(value: float) -> bool:

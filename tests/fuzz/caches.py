@@ -39,7 +39,7 @@ class CacheProgram(Program):
         dtype: of the model.
         has_rope: whether all mixers that may have rotary embedding have it.
         num_kv_heads, conv_size, num_slots, chunk_size, sliding_window: of the model.
-        init, merge, slot_bias, slot_rate: of its "ovq" layers.
+        init, merge, bias, rate: of its "ovq" layers.
     """
 
     kind = "caches"
@@ -56,8 +56,8 @@ class CacheProgram(Program):
     chunk_size: int = 1
     sliding_window: int = 2
     merge: str = "existing"
-    slot_bias: str = "count"
-    slot_rate: float | str = "count"
+    bias: str = "count"
+    rate: float | str = "count"
 
     @classmethod
     def draw(cls, rng: Random, backend: Backend) -> CacheProgram:
@@ -84,8 +84,8 @@ class CacheProgram(Program):
             chunk_size=rng.choice([1, 2, 3, 4]),
             sliding_window=rng.choice([2, 3, 5]),
             merge=rng.choice(["existing", "existing", "updated"]),
-            slot_bias=rng.choice(["count", "count", "count+norm"]),
-            slot_rate=rng.choice(["count", "count", 0.3]),
+            bias=rng.choice(["count", "count", "count+norm"]),
+            rate=rng.choice(["count", "count", 0.3]),
         )
 
     @torch.no_grad()
@@ -124,8 +124,8 @@ class CacheProgram(Program):
             chunk_size=self.chunk_size,
             conv_size=self.conv_size,
             merge=self.merge,
-            slot_bias=self.slot_bias,
-            slot_rate=self.slot_rate,
+            bias=self.bias,
+            rate=self.rate,
             initializer_range=0.3,
             pad_token_id=0,
         )

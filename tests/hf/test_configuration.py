@@ -1,5 +1,6 @@
 """The configuration: what it fills in, what it refuses, and that every field is read by the model."""
 
+import inspect
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ovq.hf import OVQConfig, OVQForCausalLM, OVQModel
+from ovq.layers import MIXERS
 from tests.hf.common import BASELINES, SIZES, make_config, random_ids
 
 
@@ -19,10 +21,15 @@ def test_defaults_alternate_sliding_window_and_ovq_with_rope_on_the_window_only(
     assert config.head_dim == config.hidden_size // config.num_attention_heads
 
 
+@pytest.mark.parametrize("mixer", MIXERS.values())
+def test_defaults_are_those_of_the_layers(mixer):
+    arguments, fields = inspect.signature(mixer).parameters, vars(OVQConfig())
+    for name in ("conv_size", "rope_theta", *mixer.config_fields):
+        assert arguments[name].default == fields[name], name
+
+
 def test_round_trip_through_json(tmp_path):
-    config = make_config(
-        growth="linear", slot_rate=0.25, rope_mixers=["ovq"], pad_token_id=0, eos_token_id=[1, 2]
-    )
+    config = make_config(growth="linear", rate=0.25, rope_mixers=["ovq"], pad_token_id=0, eos_token_id=[1, 2])
     config.save_pretrained(tmp_path)
     loaded = OVQConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
@@ -62,8 +69,8 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
         ({"commitment_weight": -1}, "commitment_weight: expected at least 0, found -1"),
         ({"growth": "fast"}, "growth: expected one of .* found 'fast'"),
         ({"init": "zeros"}, "init: expected one of .* found 'zeros'"),
-        ({"slot_bias": "norm"}, r"slot_bias: expected one of .* found 'norm'"),
-        ({"slot_rate": 2.0}, r"slot_rate: expected 'count' or a number in \(0, 1\], found 2.0"),
+        ({"bias": "norm"}, r"bias: expected one of .* found 'norm'"),
+        ({"rate": 2.0}, r"rate: expected 'count' or a number in \(0, 1\], found 2.0"),
         ({"merge": "all"}, "merge: expected one of .* found 'all'"),
         ({"num_key_value_heads": 3}, "divide num_heads, found num_heads=4, num_kv_heads=3"),
         ({"head_dim": None, "hidden_size": 25}, "hidden_size=25, num_heads=4"),
@@ -106,8 +113,8 @@ def test_values_of_another_type_are_refused(changes):
         {"growth": "linear"},
         {"init": "random"},
         {"merge": "updated"},
-        {"slot_bias": "count+norm"},
-        {"slot_rate": 0.2},
+        {"bias": "count+norm"},
+        {"rate": 0.2},
         {"num_sinks": 3},
         {"sink_window": 3},
         {"mamba_state_size": 3},
@@ -145,7 +152,7 @@ def test_a_saved_field_of_a_wrong_type_is_a_value_error_that_names_it(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "name", ["rms_norm_eps", "rope_theta", "initializer_range", "vq_decay", "commitment_weight", "slot_rate"]
+    "name", ["rms_norm_eps", "rope_theta", "initializer_range", "vq_decay", "commitment_weight", "rate"]
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0])
 def test_numbers_that_are_none_or_out_of_range_are_refused(name, value):

@@ -132,7 +132,7 @@ def test_generation_with_more_slots_than_in_training():
         ),
         {"growth": "linear", "init": "random"},
         {"growth": "immediate", "merge": "updated"},
-        {"slot_bias": "count+norm", "slot_rate": 0.3},
+        {"bias": "count+norm", "rate": 0.3},
         {"conv_size": 0, "chunk_size": 1},
     ],
     ids=str,

@@ -1,5 +1,6 @@
 """The OVQ layer: what it has in common with full attention, and its elastic dictionary."""
 
+import inspect
 import subprocess
 import sys
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 
 from ovq.layers import MIXERS, FullAttention, OVQAttention, mixer_class
+from ovq.layers.ovq import LEARNING_OPTIONS
+from ovq.ops import ovq_attention
 from ovq.ops.schedule import GROWTHS, slots_by_chunk
 
 
@@ -75,6 +78,18 @@ def test_slots_in_use_are_those_that_the_chunks_open(growth, num_slots, chunk_si
     assert mixer.num_open(10**18) in (num_slots - 1, num_slots) or num_slots == 1
 
 
+def test_options_of_learning_are_those_of_the_op():
+    op, layer = (inspect.signature(callable).parameters for callable in (ovq_attention, OVQAttention))
+    assert {name: layer[name].default for name in LEARNING_OPTIONS} == {
+        name: op[name].default for name in LEARNING_OPTIONS
+    }
+    # Beside these a caller tells the op sizes, tensors and how to run, alone.
+    assert set(op) - set(LEARNING_OPTIONS) == {
+        *("q", "k", "v", "num_slots", "chunk_size", "scale", "initial_state", "output_final_state"),
+        *("attention_mask", "cu_seqlens", "generator", "backend"),
+    }
+
+
 def test_a_generator_decides_the_random_slots():
     torch.manual_seed(0)
     layer = OVQAttention(16, 2, num_slots=4, chunk_size=8, init="random")
@@ -96,10 +111,10 @@ def test_impossible_sizes_are_refused(arguments, message):
         OVQAttention(16, 2, **arguments)
 
 
-@pytest.mark.parametrize("option", ["growth", "init", "merge", "slot_bias", "backend"])
+@pytest.mark.parametrize("option", ["growth", "init", "merge", "bias", "backend"])
 def test_unknown_options_are_refused(option):
     layer = OVQAttention(16, 2, **{option: "best"})
-    with pytest.raises(ValueError, match=rf"{option.removeprefix('slot_')}: expected one of .* found 'best'"):
+    with pytest.raises(ValueError, match=rf"{option}: expected one of .* found 'best'"):
         layer(torch.randn(1, 3, 16))
 
 

@@ -71,13 +71,13 @@ CASES = {
         num_ranks=2,
         lengths=(37,),
         bounds=(0, 23, 37),
-        changes={"conv_size": 0, "growth": "linear", "merge": "updated", "slot_bias": "count+norm"},
+        changes={"conv_size": 0, "growth": "linear", "merge": "updated", "bias": "count+norm"},
     ),
     "rotated, constant rate": Case(
         num_ranks=2,
         lengths=(37,),
         bounds=(0, 23, 37),
-        changes={"rope_mixers": ["sliding_attention", "ovq"], "slot_rate": 0.5},
+        changes={"rope_mixers": ["sliding_attention", "ovq"], "rate": 0.5},
     ),
     # A slot for every token: no decision hangs on the rounding, in which numbers of processes differ.
     "bfloat16": Case(

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ovq.fields import field_types
-from ovq.hf import OVQForCausalLM
+from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.layers import MIXERS
 from ovq.tasks import TASKS, RecallTask, TextTask
-from ovq.train.config import CONFIG_FILE, ModelArgs, RunConfig, TrainArgs
+from ovq.train.config import CONFIG_FILE, SMALL_MODEL, ModelArgs, RunConfig, TrainArgs
 from ovq.train.loop import model_config
 from ovq.train.recipes import RECIPES, get_recipe, recipe_for
 
@@ -31,8 +31,8 @@ def config():
         ("model.mixer_types=ovq, full_attention", "model", "mixer_types", ("ovq", "full_attention")),
         ("model.num_key_value_heads=1", "model", "num_key_value_heads", 1),
         ("model.num_key_value_heads=none", "model", "num_key_value_heads", None),
-        ("model.slot_rate=0.1", "model", "slot_rate", 0.1),
-        ("model.slot_rate=count", "model", "slot_rate", "count"),
+        ("model.rate=0.1", "model", "rate", 0.1),
+        ("model.rate=count", "model", "rate", "count"),
         ("task.num_pairs=4", "task", "num_pairs", 4),
     ],
 )
@@ -43,6 +43,16 @@ def test_a_field_is_set_by_its_path_and_nothing_else_changes(config, assignment,
         getattr(changed, section), **{name: getattr(getattr(config, section), name)}
     )
     assert dataclasses.replace(changed, **{section: restored}) == config
+
+
+def test_defaults_are_those_of_the_model_or_of_the_small_model():
+    of_model, of_run = (
+        {field.name: field.default for field in dataclasses.fields(cls)} for cls in (OVQConfig, ModelArgs)
+    )
+    # The layers of a run are chosen by its recipe.
+    differing = {name for name in of_run.keys() & of_model.keys() if of_run[name] != of_model[name]}
+    assert differing == {"mixer_types", *SMALL_MODEL}
+    assert {name: of_run[name] for name in SMALL_MODEL} == SMALL_MODEL
 
 
 def test_fields_that_depend_on_each_other_are_set_together(config):
@@ -82,7 +92,7 @@ def test_fields_that_depend_on_each_other_are_set_together(config):
         ("train.seed=4294967296", r"train.seed: expected at most 4294967295, found 4294967296"),
         ("model.commitment_weight=-1", r"model.commitment_weight: expected at least 0, found -1.0"),
         ("model.vq_decay=1", r"model.vq_decay: expected a number in \[0, 1\), found 1.0"),
-        ("model.slot_rate=0", r"model.slot_rate: expected 'count' or a number in \(0, 1\], found 0.0"),
+        ("model.rate=0", r"model.rate: expected 'count' or a number in \(0, 1\], found 0.0"),
         ("model.head_dim=0", r"model.head_dim: expected at least 1, found 0"),
         ("model.sink_window=0", r"model.sink_window: expected at least 1, found 0"),
     ],

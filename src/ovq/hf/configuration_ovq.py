@@ -8,7 +8,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ovq.fields import is_finite
+from ovq.fields import RENAMED, is_finite
+from ovq.layers import defaults
 from ovq.layers.base import check_sizes
 from ovq.layers.registry import MIXERS
 from ovq.layers.vq import check_vq
@@ -50,8 +51,8 @@ class OVQConfig(PreTrainedConfig):
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`.
         init: which keys open slots: `"novelty"` or `"random"`.
         merge: slots a key may be merged into: `"existing"` or `"updated"`.
-        slot_bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
-        slot_rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
+        bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
+        rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
         use_cache: whether a forward pass outside of training returns a cache unless told otherwise.
         pad_token_id: for `generate`.
         bos_token_id: for `generate`.
@@ -79,25 +80,25 @@ class OVQConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     rms_norm_eps: float = 1e-6
-    rope_theta: float | int = 10000.0
+    rope_theta: float | int = defaults.ROPE_THETA
     rope_mixers: list[str] | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     mixer_types: list[str] | None = None
-    sliding_window: int = 128
-    num_sinks: int = 4
+    sliding_window: int = defaults.SLIDING_WINDOW
+    num_sinks: int = defaults.NUM_SINKS
     sink_window: int | None = None
     mamba_state_size: int | None = None
-    vq_decay: float | int = 0.99
-    commitment_weight: float | int = 0.1
-    num_slots: int = 1024
-    chunk_size: int = 128
-    conv_size: int = 4
-    growth: str = "plateau"
-    init: str = "novelty"
-    merge: str = "existing"
-    slot_bias: str = "count"
-    slot_rate: float | int | str = "count"
+    vq_decay: float | int = defaults.VQ_DECAY
+    commitment_weight: float | int = defaults.COMMITMENT_WEIGHT
+    num_slots: int = defaults.NUM_SLOTS
+    chunk_size: int = defaults.CHUNK_SIZE
+    conv_size: int = defaults.CONV_SIZE
+    growth: str = defaults.GROWTH
+    init: str = defaults.INIT
+    merge: str = defaults.MERGE
+    bias: str = defaults.BIAS
+    rate: float | int | str = defaults.RATE
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -112,6 +113,9 @@ class OVQConfig(PreTrainedConfig):
             self.mixer_types = [pattern[i % 2] for i in range(self.num_hidden_layers)]
         if self.rope_mixers is None:
             self.rope_mixers = ["sliding_attention"]
+        for old, new in RENAMED.items():
+            if old in kwargs:
+                setattr(self, new, kwargs.pop(old))
         _refuse_misspelt(kwargs, own_fields=OVQConfig.__annotations__)
         self._check()
         if self.head_dim is None:
@@ -179,11 +183,11 @@ class OVQConfig(PreTrainedConfig):
             use_rope=any(name in self.rope_mixers for name in self.mixer_types),
         )
         check_vq(self.num_slots, self.chunk_size, self.vq_decay, self.commitment_weight)
-        choices = {"growth": GROWTHS, "init": INITS, "merge": MERGES, "slot_bias": BIASES}
+        choices = {"growth": GROWTHS, "init": INITS, "merge": MERGES, "bias": BIASES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {list(allowed)}, found {getattr(self, name)!r}")
-        check_rate("slot_rate", self.slot_rate)
+        check_rate("rate", self.rate)
 
 
 def _refuse_misspelt(kwargs: dict, *, own_fields: Iterable[str]) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ovq.fields import with_new_names
 from ovq.hf.cache import CACHE_KEY, OVQCache, layer_spec
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQPreTrainedModel
@@ -262,11 +263,13 @@ def _weights(model: OVQPreTrainedModel) -> Mapping[str, Tensor]:
 
 def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
     """Raise ValueError, naming the first difference, unless two fingerprints are equal."""
-    try:
-        other = dict(json.loads(found.get("config", "")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{where}: expected the config of a model, found {found.get('config')!r}") from None
     own = json.loads(expected["config"])
+    # A file from before there was a field was made as the field's default has it.
+    defaults = {field.name: field.default for field in dataclasses.fields(OVQConfig) if field.name in own}
+    try:
+        other = defaults | with_new_names(json.loads(found.get("config", "")))
+    except (AttributeError, ValueError, TypeError):
+        raise ValueError(f"{where}: expected the config of a model, found {found.get('config')!r}") from None
     for name in sorted(own.keys() | other.keys()):
         if own.get(name) != other.get(name):
             raise ValueError(

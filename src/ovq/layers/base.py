@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ovq.layers import defaults
 from ovq.layers.cache import MixerCache
 from ovq.layers.common import QKNorm, ShortConvolution, apply_rotary, rotary_tables
 from ovq.layers.layout import SequenceLayout
@@ -213,10 +214,10 @@ class AttentionMixer(Mixer):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        conv_size: int = 4,
+        conv_size: int = defaults.CONV_SIZE,
         layer_idx: int | None = None,
         use_rope: bool = False,
-        rope_theta: float = 10000.0,
+        rope_theta: float = defaults.ROPE_THETA,
     ):
         self.check_rope(use_rope)
         num_kv_heads, head_dim = checked_heads(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovq.layers import defaults
 from ovq.layers.base import checked_heads
 from ovq.layers.chunked import DecayRates, decay_between, from_chunks, to_chunks
 from ovq.layers.common import l2_normalize
@@ -56,10 +57,10 @@ class GatedDeltaNet(ConstantStateMixer):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        conv_size: int = 4,
+        conv_size: int = defaults.CONV_SIZE,
         layer_idx: int | None = None,
         use_rope: bool = False,
-        rope_theta: float = 10000.0,
+        rope_theta: float = defaults.ROPE_THETA,
     ):
         self.check_rope(use_rope)
         num_kv_heads, head_dim = checked_heads(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import SlotCache
 from ovq.layers.layout import SequenceLayout
 from ovq.ops import ovq_attention
 from ovq.ops.schedule import scheduled_slots
+
+#: Options of the op that say how the dictionary is learned. The layer and the config call them the same.
+LEARNING_OPTIONS = ("growth", "init", "merge", "bias", "rate")
 
 
 class OVQAttention(AttentionMixer):
@@ -27,8 +31,8 @@ class OVQAttention(AttentionMixer):
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`.
         init: which keys open slots: `"novelty"` or `"random"`.
         merge: slots a key may be merged into: `"existing"` or `"updated"`.
-        slot_bias: `bias` of the op, added to the scores of slots: `"count"` or `"count+norm"`.
-        slot_rate: `rate` of the op, how far a slot moves to a key merged into it: `"count"` or in (0, 1].
+        bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
+        rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
         backend: of `ovq.ops.ovq_attention`.
         use_rope: rotate queries and keys by position.
         rope_theta: base of the rotary frequencies.
@@ -44,7 +48,7 @@ class OVQAttention(AttentionMixer):
     """
 
     forward_options = frozenset({"generator"})
-    config_fields = ("num_slots", "chunk_size", "growth", "init", "merge", "slot_bias", "slot_rate")
+    config_fields = ("num_slots", "chunk_size", *LEARNING_OPTIONS)
 
     def __init__(
         self,
@@ -52,19 +56,19 @@ class OVQAttention(AttentionMixer):
         num_heads: int,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
-        num_slots: int = 1024,
-        chunk_size: int = 128,
-        conv_size: int = 4,
+        num_slots: int = defaults.NUM_SLOTS,
+        chunk_size: int = defaults.CHUNK_SIZE,
+        conv_size: int = defaults.CONV_SIZE,
         layer_idx: int | None = None,
         *,
-        growth: str = "plateau",
-        init: str = "novelty",
-        merge: str = "existing",
-        slot_bias: str = "count",
-        slot_rate: float | str = "count",
+        growth: str = defaults.GROWTH,
+        init: str = defaults.INIT,
+        merge: str = defaults.MERGE,
+        bias: str = defaults.BIAS,
+        rate: float | str = defaults.RATE,
         backend: str = "auto",
         use_rope: bool = False,
-        rope_theta: float = 10000.0,
+        rope_theta: float = defaults.ROPE_THETA,
     ):
         super().__init__(
             hidden_size,
@@ -80,7 +84,7 @@ class OVQAttention(AttentionMixer):
             raise ValueError(f"expected chunk_size of at least 1, found {chunk_size}")
         self.chunk_size = chunk_size
         self.growth, self.init, self.merge, self.backend = growth, init, merge, backend
-        self.slot_bias, self.slot_rate = slot_bias, slot_rate
+        self.bias, self.rate = bias, rate
         self.set_num_slots(num_slots)
 
     def set_num_slots(self, num_slots: int) -> None:
@@ -116,11 +120,7 @@ class OVQAttention(AttentionMixer):
             initial_state=state,
             output_final_state=cache is not None,
             attention_mask=layout.bounds,
-            growth=self.growth,
-            init=self.init,
-            merge=self.merge,
-            bias=self.slot_bias,
-            rate=self.slot_rate,
+            **{option: getattr(self, option) for option in LEARNING_OPTIONS},
             generator=generator,
             backend=self.backend,
         )

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import StateCache
 from ovq.layers.constant import ConstantStateMixer, StateSpec
@@ -55,14 +56,14 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        num_sinks: int = 4,
+        num_sinks: int = defaults.NUM_SINKS,
         sink_window: int | None = None,
-        num_slots: int = 1024,
-        chunk_size: int = 128,
-        conv_size: int = 4,
+        num_slots: int = defaults.NUM_SLOTS,
+        chunk_size: int = defaults.CHUNK_SIZE,
+        conv_size: int = defaults.CONV_SIZE,
         layer_idx: int | None = None,
         use_rope: bool = False,
-        rope_theta: float = 10000.0,
+        rope_theta: float = defaults.ROPE_THETA,
     ):
         super().__init__(
             hidden_size,

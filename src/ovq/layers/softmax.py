@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import KeyValueCache, key_value_kind
 from ovq.layers.layout import SequenceLayout
@@ -104,11 +105,11 @@ class SlidingWindowAttention(FullAttention):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        sliding_window: int = 128,
-        conv_size: int = 4,
+        sliding_window: int = defaults.SLIDING_WINDOW,
+        conv_size: int = defaults.CONV_SIZE,
         layer_idx: int | None = None,
         use_rope: bool = True,
-        rope_theta: float = 10000.0,
+        rope_theta: float = defaults.ROPE_THETA,
     ):
         super().__init__(
             hidden_size,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.fields import is_finite
+from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import StateCache
 from ovq.layers.constant import ConstantStateMixer, StateSpec, sum_dtype, without_autocast
@@ -222,14 +223,14 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        num_slots: int = 1024,
-        chunk_size: int = 128,
-        vq_decay: float = 0.99,
-        commitment_weight: float = 0.1,
-        conv_size: int = 4,
+        num_slots: int = defaults.NUM_SLOTS,
+        chunk_size: int = defaults.CHUNK_SIZE,
+        vq_decay: float = defaults.VQ_DECAY,
+        commitment_weight: float = defaults.COMMITMENT_WEIGHT,
+        conv_size: int = defaults.CONV_SIZE,
         layer_idx: int | None = None,
         use_rope: bool = False,
-        rope_theta: float = 10000.0,
+        rope_theta: float = defaults.ROPE_THETA,
     ):
         super().__init__(
             hidden_size,

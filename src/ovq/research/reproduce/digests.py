@@ -7,10 +7,13 @@ import hashlib
 import json
 from typing import Any
 
+from ovq.fields import RENAMED
+
 # These change what is kept of a run, not what comes out of it.
 WITHOUT_EFFECT = frozenset({"log_every", "save_every"})
 """Fields of a training run that no name depends on."""
 
+_FIRST_NAMES = {new: old for old, new in RENAMED.items()}
 _LENGTH = 10
 
 
@@ -20,7 +23,9 @@ def described(section: Any) -> dict[str, Any]:
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if field.name not in WITHOUT_EFFECT and value != field.default:
-            fields[field.name] = described(value) if dataclasses.is_dataclass(value) else value
+            # By the name it was first saved under, which the folders of runs are called after.
+            name = _FIRST_NAMES.get(field.name, field.name)
+            fields[name] = described(value) if dataclasses.is_dataclass(value) else value
     return {"class": type(section).__name__, "fields": fields}
 
 

@@ -304,7 +304,7 @@ def growth(preset: Preset) -> Figure:
 
 def rate(preset: Preset) -> Figure:
     """How far a slot moves to a key that is merged into it."""
-    constant = {f"{value:g}": {"slot_rate": value} for value in preset.rates}
+    constant = {f"{value:g}": {"rate": value} for value in preset.rates}
     return _ablation(
         preset,
         "rate",
@@ -320,7 +320,7 @@ def bias(preset: Preset) -> Figure:
         preset,
         "bias",
         "What is added to the score of a slot",
-        {"log count (OVQ)": {}, "log count and norm term": {"slot_bias": "count+norm"}},
+        {"log count (OVQ)": {}, "log count and norm term": {"bias": "count+norm"}},
     )
 
 

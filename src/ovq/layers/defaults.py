@@ -1,0 +1,22 @@
+"""Defaults of mixers, written once: layers, `OVQConfig` and training take them from here."""
+
+import inspect
+
+from ovq.ops import ovq_attention
+
+CONV_SIZE = 4
+ROPE_THETA = 10000.0
+SLIDING_WINDOW = 128
+NUM_SINKS = 4
+NUM_SLOTS = 1024
+CHUNK_SIZE = 128
+VQ_DECAY = 0.99
+COMMITMENT_WEIGHT = 0.1
+
+# The op needs to be told the sizes of its dictionary; how it is learned has defaults there.
+_OPTIONS = inspect.signature(ovq_attention).parameters
+GROWTH = _OPTIONS["growth"].default
+INIT = _OPTIONS["init"].default
+MERGE = _OPTIONS["merge"].default
+BIAS = _OPTIONS["bias"].default
+RATE = _OPTIONS["rate"].default

@@ -1,0 +1,80 @@
+"""Files of an earlier version load, and go on to what they went on to then.
+
+`tests/saved` was written at commit 2b5a0f7: a model with every mixer there was, what it has read of 30
+tokens (as a context, and as the lane of a training run), its logits, and the configuration of a run. `bias`
+and `rate` were called `slot_bias` and `slot_rate`; every size that may be left open is.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ovq.hf import OVQForCausalLM, load_context
+from ovq.hf.cache import CACHE_KEY
+from ovq.research.reproduce.plan import run_name
+from ovq.train.carry import load_lanes
+from ovq.train.config import RunConfig
+from ovq.train.recipes import get_recipe
+
+SAVED = Path(__file__).parent / "saved"
+NUM_READ = 30
+EXPECTED = load_file(SAVED / "expected.safetensors")
+IDS, LOGITS = EXPECTED["input_ids"], EXPECTED["logits"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return OVQForCausalLM.from_pretrained(SAVED).eval()
+
+
+def test_a_model_has_all_its_weights_and_predicts_what_it_did(model):
+    assert {name: tuple(t.shape) for name, t in load_file(SAVED / "model.safetensors").items()} == {
+        name: tuple(t.shape) for name, t in model.state_dict().items()
+    }
+    torch.testing.assert_close(model(IDS).logits, LOGITS)
+
+
+def test_fields_that_were_renamed_are_read(model):
+    assert (model.config.bias, model.config.rate) == ("count+norm", 0.25)
+    assert not hasattr(model.config, "slot_rate")
+    config = RunConfig.load(SAVED)
+    assert (config.model.bias, config.model.rate) == ("count+norm", 0.25)
+    assert config == get_recipe("recall-mamba2").override(["model.bias=count+norm", "model.rate=0.25"])
+
+
+def test_a_field_under_both_its_names_is_refused(tmp_path):
+    saved = json.loads((SAVED / "run_config.json").read_text())
+    saved["model"]["rate"] = 0.5
+    (tmp_path / "run_config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="expected rate alone, found slot_rate, its old name, beside it"):
+        RunConfig.load(tmp_path)
+
+
+def test_folders_of_runs_are_called_what_they_were():
+    changed = get_recipe("recall-ovq").override(["model.bias=count+norm", "model.rate=0.1"])
+    names = [run_name(config) for config in (get_recipe("recall-ovq"), get_recipe("recall-mamba2"), changed)]
+    assert names == [
+        "recall-ovq-seed0-2a79e17445",
+        "recall-mamba2-seed0-960a6dbc5b",
+        "recall-ovq-seed0-669af12a82",
+    ]
+
+
+def go_on(model, cache):
+    with torch.no_grad():
+        return model(IDS[:, NUM_READ:], **{CACHE_KEY: cache}).logits
+
+
+def test_a_context_goes_on(model):
+    context = load_context(SAVED / "context.safetensors", model)
+    assert context.num_tokens == NUM_READ
+    torch.testing.assert_close(go_on(model, context.cache()), LOGITS[:, NUM_READ:])
+
+
+def test_a_lane_of_a_training_run_goes_on(model):
+    lanes = load_lanes(SAVED / "carried.safetensors", model.config, "cpu")
+    assert list(lanes) == [3]
+    torch.testing.assert_close(go_on(model, lanes[3]), LOGITS[:, NUM_READ:])
