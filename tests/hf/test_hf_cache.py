@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ovq.hf import OVQCache
-from ovq.hf.cache import StateCacheLayer
 from tests.hf.common import BASELINES, left_padded, make_config, make_model, random_ids
 
 
@@ -35,13 +34,11 @@ def tensors(cache):
     """Every tensor of a cache that lives on the model's device."""
     for layer in cache.layers:
         yield layer.conv_state
-        if layer.kind == "an OVQState":
+        if layer.memory.kind == "an OVQState":
             yield from (layer.state.key_sum, layer.state.value_sum, layer.state.count)
             yield from (layer.state.pending_keys, layer.state.pending_values)
-        elif isinstance(layer, StateCacheLayer):
-            yield from layer.state.values()
         else:
-            yield from (layer.keys, layer.values)
+            yield from layer.state.values()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ovq.layers import (
     SlidingWindowAttention,
     VQAttention,
 )
+from ovq.layers.memory import of_rows
 
 HIDDEN, TOKENS, ROWS = 24, 23, 3
 MAKERS = {
@@ -141,6 +142,19 @@ def test_state_bytes_is_the_size_of_a_real_cache(mixer, x, num_tokens, dtype):
     assert cache.nbytes == ROWS * mixer.state_bytes(num_tokens, dtype)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, TOKENS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_cache_holds_what_is_specified(mixer, x, num_tokens, dtype):
+    _, _, cache = mixer.to(dtype)(x[:, :num_tokens].to(dtype), use_cache=True)
+    found = {name: (tuple(t.shape), t.dtype) for name, t in cache.layers[0].parts().items()}
+    assert found == of_rows(mixer.state_spec(num_tokens, dtype), ROWS)
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_only_the_state_of_full_attention_grows_without_a_bound(name):
+    assert MIXERS[name](HIDDEN, 4).has_bounded_state == (name != "full_attention")
+
+
 def test_state_bytes_before_the_first_token(mixer):
     assert mixer.state_bytes(0) == MixerCache().nbytes == 0
 
@@ -163,6 +177,8 @@ def test_batch_operations_on_a_cache_equal_those_on_the_rows(mixer, x):
             getattr(cache, operation)(argument)
             o = continued(cache, rows)
             torch.testing.assert_close(o, expected[rows, 10:], **TOLERANCE)
+        with pytest.raises(ValueError, match="repeats: expected at least 1, found 0"):
+            cache.batch_repeat_interleave(0)
         cache = cached()
         cache.reset()
         assert (cache.nbytes, cache.get_seq_length()) == (0, 0)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ovq.layers import OVQAttention, SinkAttention
+from ovq.layers.memory import num_bytes
 from ovq.layers.sinks import sink_read, window_of_equal_bytes
 
 
@@ -49,13 +50,16 @@ def test_the_window_has_just_the_bytes_of_the_dictionary(num_slots, chunk_size, 
     # The other schedules come within a slot of the bound, and never reach it.
     ovq = OVQAttention(32, 4, num_slots=num_slots, chunk_size=chunk_size, growth="immediate", **sizes)
 
-    def num_bytes(sink_window):
-        layer = SinkAttention(32, 4, **sizes, num_sinks=4, sink_window=sink_window)
-        return layer.memory_bytes(4096, dtype)
+    def memory_bytes(layer):
+        return num_bytes(layer.memory_spec(4096, dtype))
 
-    full = ovq.memory_bytes(4096, dtype)
-    assert num_bytes(window) >= full
-    assert window == 2 or num_bytes(window - 1) < full
+    def bytes_of(sink_window):
+        layer = SinkAttention(32, 4, **sizes, num_sinks=4, sink_window=sink_window)
+        return memory_bytes(layer)
+
+    full = memory_bytes(ovq)
+    assert bytes_of(window) >= full
+    assert window == 2 or bytes_of(window - 1) < full
 
 
 def test_without_a_window_it_is_that_of_equal_bytes():

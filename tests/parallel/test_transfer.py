@@ -3,8 +3,8 @@
 import torch
 
 from ovq.hf import OVQCache
-from ovq.hf.cache import layer_spec
-from ovq.parallel.transfer import num_bytes, pack, unpack
+from ovq.layers.memory import num_bytes, of_rows
+from ovq.parallel.transfer import pack, unpack
 from tests.hf.common import BASELINES, SIZES, make_model, random_ids
 
 
@@ -16,7 +16,7 @@ def test_every_cache_is_what_is_said_of_it_and_travels_whole():
             with torch.no_grad():
                 model(random_ids(2, num_tokens), past_key_values=cache)
             for mixer, layer in zip(model.mixers(), cache.layers, strict=True):
-                spec = layer_spec(mixer, num_rows=2, num_tokens=num_tokens, dtype=torch.float64)
+                spec = of_rows(mixer.state_spec(num_tokens, torch.float64), 2)
                 parts = layer.parts()
                 assert {name: (tuple(t.shape), t.dtype) for name, t in parts.items()} == spec
                 message = pack(parts, spec)
@@ -32,6 +32,6 @@ def test_a_restored_cache_goes_on_as_the_one_it_was_made_of():
             cache, other = OVQCache(model.config), OVQCache(model.config)
             model(ids[:, :14], past_key_values=cache)
             for layer, restored in zip(cache.layers, other.layers, strict=True):
-                restored.restore(layer.parts(), 14, model.config)
+                restored.restore(layer.parts(), 14)
             expected = model(ids[:, 14:], past_key_values=cache).logits
             torch.testing.assert_close(model(ids[:, 14:], past_key_values=other).logits, expected)

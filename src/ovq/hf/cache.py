@@ -7,25 +7,17 @@ uses.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import Cache, GenerationConfig, GenerationMixin
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from ovq.hf.configuration_ovq import OVQConfig
-from ovq.layers import ConstantStateMixer, Mixer, OVQAttention, SlotCache, StateCache, mixer_class
-from ovq.layers.cache import ConvStateMixin, key_value_kind
-from ovq.layers.common import apply_rotary, rotary_tables
-from ovq.layers.constant import StateSpec
-from ovq.ops import OVQState
-from ovq.ops.serialization import STATE_TENSORS, state_tensors
-from ovq.ops.state import state_dtype
+from ovq.layers import LayerCache, mixer_class
 
 #: Name of the cache among the arguments of `forward` that `generate` uses, and in model outputs.
 CACHE_KEY = (
@@ -35,32 +27,66 @@ CACHE_KEY = (
 )
 
 
-class _LayerCache(ConvStateMixin):
-    """What all layer caches of an OVQ model share: moving the convolution's state, and no way back."""
+class OVQCacheLayer(LayerCache, CacheLayerMixin):
+    """The cache of one layer of an OVQ model, whatever its mixer keeps.
+
+    Args:
+        memory: of the mixer; it handles the state.
+    """
 
     # A convolution's state cannot forget tokens it was given, and a dictionary even less so.
     is_croppable = False
     # Shapes depend on the number of tokens seen.
     is_compileable = False
     supports_early_init = False
-    #: Base of the rotary frequencies of the keys; None for keys without rotary embedding.
-    rope_theta: float | None = None
+    is_sliding = False
+    #: Where the state is when it is in use.
+    device: torch.device | None = None
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there is a state."""
+        return self.state is not None
+
+    # transformers' names for what a layer of attention keeps.
+    @property
+    def keys(self) -> Tensor | None:
+        """`[B, Hkv, S, K]`, where keys are kept."""
+        return self.parts().get("keys")
+
+    @property
+    def values(self) -> Tensor | None:
+        """`[B, Hkv, S, V]`, where values are kept."""
+        return self.parts().get("values")
+
+    def set_state(self, state: Any, num_new: int) -> None:
+        """Keep the state after `num_new` more columns."""
+        super().set_state(state, num_new)
+        self.device = next(iter(self.memory.tensors(state).values())).device
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: the state comes from the mixer."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Not for this layer: the mixer sets the state."""
+        raise NotImplementedError("this layer keeps a state that its mixer makes: use set_state")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the columns a mask has to cover: all."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no bound."""
+        return -1
 
     def offload(self) -> None:
         """Move everything to the CPU."""
-        self._move_to("cpu")
+        self.move_to("cpu")
 
     def prefetch(self) -> None:
         """Move everything back to the device it came from."""
         if self.is_initialized:
-            self._move_to(self.device)
-
-    def _move_to(self, device: torch.device | str) -> None:
-        self._map_conv(lambda t: t.to(device, non_blocking=True))
-
-    def detach_(self) -> None:
-        """Cut what is held out of the graph that made it."""
-        self._map_conv(Tensor.detach)
+            self.move_to(self.device)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to forget tokens; `crop(0)` does nothing.
@@ -74,229 +100,9 @@ class _LayerCache(ConvStateMixin):
                 "again; keep a snapshot of the cache from before them (OVQCache.snapshot)"
             )
 
-    def parts(self) -> dict[str, Tensor]:
-        """What it holds, by name: on its device and with its graph. `layer_spec` tells the shapes."""
-        return {} if self.conv_state is None else {"conv_state": self.conv_state}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What there is to save, by name, on the CPU."""
-        return {name: part.detach().cpu().contiguous() for name, part in self.parts().items()}
-
-    def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
-        """Fill this layer, which is empty, with `tensors` or `parts` of a layer of `num_columns` columns."""
-        self.conv_state = tensors.get("conv_state")
-
-    def join(self, parts: Sequence[_LayerCache], num_columns: int) -> None:
-        """Fill this layer, which is empty, with the rows of others, padded left to `num_columns` columns."""
-        if parts[0].conv_state is not None:
-            self.conv_state = torch.cat([part.conv_state for part in parts])
-        self.has_padding = any(part.has_padding or part.get_seq_length() < num_columns for part in parts)
-
-    def _moved(self, keys: Tensor, num_columns: int) -> Tensor:
-        """Keys `[..., K]`, or sums of them, as they would be had the row begun `num_columns` later."""
-        if self.rope_theta is None or num_columns == 0:
-            return keys
-        # A rotation by position p and one by m more is that by p + m, and a rotation of a sum that of its
-        # parts.
-        wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
-        cos, sin = rotary_tables(num_columns, 1, keys.shape[-1], theta=self.rope_theta, like=wide)
-        return apply_rotary(wide, cos, sin).to(keys.dtype)
-
-
-class _AttentionLayerCache(_LayerCache):
-    """Stock keys and values with the state of a convolution beside them."""
-
-    @property
-    def kind(self) -> str:
-        """What it holds."""
-        return key_value_kind(getattr(self, "sliding_window", None))
-
-    @property
-    def num_rows(self) -> int:
-        """Rows B."""
-        return self.keys.shape[0]
-
-    def memory_nbytes(self) -> int:
-        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
-
-    def _move_to(self, device: torch.device | str) -> None:
-        super()._move_to(device)
-        if self.keys is not None:
-            self.keys = self.keys.to(device, non_blocking=True)
-            self.values = self.values.to(device, non_blocking=True)
-
-    def detach_(self) -> None:
-        """Cut what is held out of the graph that made it."""
-        super().detach_()
-        if self.keys is not None:
-            self.keys, self.values = self.keys.detach(), self.values.detach()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        # Some versions zero the tensors but keep their length, which `update` would then append to.
-        self.keys, self.values, self.is_initialized = None, None, False
-        super().reset()
-
-    def parts(self) -> dict[str, Tensor]:
-        """Keys, values and the state of the convolution."""
-        return super().parts() | {"keys": self.keys, "values": self.values}
-
-    def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
-        """Fill this layer, which is empty."""
-        super().restore(tensors, num_columns, config)
-        self.update(tensors["keys"], tensors["values"])
-
-    def join(self, parts: Sequence[_AttentionLayerCache], num_columns: int) -> None:
-        """Fill this layer, which is empty, with the rows of others, padded left to `num_columns` columns."""
-        super().join(parts, num_columns)
-        num_kept = max(part.keys.shape[2] for part in parts)
-        keys, values = (
-            torch.cat([F.pad(t, (0, 0, num_kept - t.shape[2], 0)) for t in tensors])
-            for tensors in (
-                [part._moved(part.keys, num_columns - part.get_seq_length()) for part in parts],
-                [part.values for part in parts],
-            )
-        )
-        self.update(keys, values)
-
-
-class FullAttentionCacheLayer(_AttentionLayerCache, DynamicLayer):
-    """Cache of a `"full_attention"` layer."""
-
-
-class SlidingWindowCacheLayer(_AttentionLayerCache, DynamicSlidingWindowLayer):
-    """Cache of a `"sliding_attention"` layer: the last `sliding_window - 1` tokens."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Append keys and values; return what the new tokens may look at."""
-        seen = super().update(key_states, value_states, *args, **kwargs)
-        # The stock layer keeps views, which hold the memory of a whole prompt until the next token.
-        self.keys, self.values = self.keys.clone(), self.values.clone()
-        return seen
-
-    def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
-        """Fill this layer, which is empty."""
-        super().restore(tensors, num_columns, config)
-        # The columns that have left the window count, too.
-        self.cumulative_length = num_columns
-
-    def join(self, parts: Sequence[_AttentionLayerCache], num_columns: int) -> None:
-        """Fill this layer, which is empty, with the rows of others, padded left to `num_columns` columns."""
-        super().join(parts, num_columns)
-        self.cumulative_length = num_columns
-
-
-class _StateLayer(_LayerCache):
-    """What caches that hold a state have in common, whatever it is: the mixer sets it, and nothing is kept
-    that a mask could be about."""
-
-    is_sliding = False
-
-    def set_state(self, state: Any, num_new: int) -> None:
-        """Keep the state after `num_new` more columns."""
-        super().set_state(state, num_new)
-        self.device = self._any_tensor().device
-        self.is_initialized = True
-
-    @property
-    def num_rows(self) -> int:
-        """Rows B."""
-        return self._any_tensor().shape[0]
-
-    def _any_tensor(self) -> Tensor:
-        """One of the tensors on the model's device."""
-        raise NotImplementedError
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: the state comes from the mixer."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Not for this layer, which keeps no keys: the mixer sets the state."""
-        raise NotImplementedError("this layer keeps a state, not keys and values: use set_state")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the columns a mask has to cover."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: no bound."""
-        return -1
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self.is_initialized = False
-
-    def _move_to(self, device: torch.device | str) -> None:
-        super()._move_to(device)
-        self._map_state(lambda s: s.to(device, non_blocking=True))
-
-    def detach_(self) -> None:
-        """Cut what is held out of the graph that made it."""
-        super().detach_()
-        self._map_state(lambda s: s.detach())
-
-
-class SlotCacheLayer(_StateLayer, SlotCache, CacheLayerMixin):
-    """Cache of an `"ovq"` layer: its `OVQState` and the state of its convolution."""
-
-    def _any_tensor(self) -> Tensor:
-        return self.state.count
-
-    def parts(self) -> dict[str, Tensor]:
-        """The tensors of the state, and the state of the convolution."""
-        return super().parts() | {name: getattr(self.state, name) for name in STATE_TENSORS}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The same to be saved: without what other continuations left in the pending buffers."""
-        return super().tensors() | state_tensors(self.state)
-
-    def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
-        """Fill this layer, which is empty."""
-        super().restore(tensors, num_columns, config)
-        # Wherever it comes from, a state keeps the number of its tokens on the CPU.
-        parts = {name: tensors[name] for name in STATE_TENSORS} | {"num_seen": tensors["num_seen"].cpu()}
-        state = OVQState(**parts, num_slots=config.num_slots, chunk_size=config.chunk_size)
-        self.set_state(state, num_columns)
-
-    def join(self, parts: Sequence[SlotCacheLayer], num_columns: int) -> None:
-        """Fill this layer, which is empty, with the rows of others."""
-        super().join(parts, num_columns)
-        states = []
-        for part in parts:
-            num_missing = num_columns - part.get_seq_length()
-            keys = {
-                name: self._moved(getattr(part.state, name), num_missing)
-                for name in ("key_sum", "pending_keys")
-            }
-            states.append(dataclasses.replace(part.state, **keys))
-        self.set_state(OVQState.concatenate(states), num_columns)
-
-
-class StateCacheLayer(_StateLayer, StateCache, CacheLayerMixin):
-    """Cache of a layer with a state of constant size: its tensors and the state of its convolution."""
-
-    def _any_tensor(self) -> Tensor:
-        return next(iter(self.state.values()))
-
-    def parts(self) -> dict[str, Tensor]:
-        """The tensors of the state, and the state of the convolution."""
-        return super().parts() | self.state
-
-    def restore(self, tensors: dict[str, Tensor], num_columns: int, config: OVQConfig) -> None:
-        """Fill this layer, which is empty."""
-        super().restore(tensors, num_columns, config)
-        self.set_state({name: t for name, t in tensors.items() if name != "conv_state"}, num_columns)
-
-    def join(self, parts: Sequence[StateCacheLayer], num_columns: int) -> None:
-        """Fill this layer, which is empty, with the rows of others: no state here knows of columns."""
-        super().join(parts, num_columns)
-        names = parts[0].state
-        self.set_state({name: torch.cat([part.state[name] for part in parts]) for name in names}, num_columns)
-
 
 class OVQCache(Cache):
-    """Cache of an OVQ model: one layer cache a layer, of the kind its mixer needs.
+    """Cache of an OVQ model: for each layer what its mixer keeps.
 
     Args:
         config: of the model.
@@ -304,12 +110,18 @@ class OVQCache(Cache):
     Example:
         >>> from ovq.hf import OVQConfig
         >>> cache = OVQCache(OVQConfig(num_hidden_layers=2))
-        >>> [type(layer).__name__ for layer in cache.layers], cache.nbytes
-        (['SlidingWindowCacheLayer', 'SlotCacheLayer'], 0)
+        >>> [layer.memory.kind for layer in cache.layers], cache.nbytes
+        (['the keys and values of a window of 128', 'an OVQState'], 0)
     """
 
     def __init__(self, config: OVQConfig):
-        super().__init__(layers=[_layer_cache(name, config) for name in config.mixer_types])
+        rope_thetas = dict.fromkeys(config.rope_mixers, config.rope_theta)
+        super().__init__(
+            layers=[
+                OVQCacheLayer(mixer_class(name).memory_of(config, rope_theta=rope_thetas.get(name)))
+                for name in config.mixer_types
+            ]
+        )
 
     @property
     def nbytes(self) -> int:
@@ -319,7 +131,7 @@ class OVQCache(Cache):
     @property
     def num_rows(self) -> int:
         """Rows B; 0 before the first token."""
-        return self.layers[0].num_rows if self.get_seq_length() else 0
+        return self.layers[0].num_rows
 
     def snapshot(self) -> OVQCache:
         """A cache of its own that starts where this one is: a branch, or the way back from rejected tokens.
@@ -378,52 +190,6 @@ class OVQCache(Cache):
         ):
             layer.join(parts, max(lengths))
         return joined
-
-
-def _layer_cache(mixer_type: str, config: OVQConfig) -> _LayerCache:
-    mixer = mixer_class(mixer_type)
-    if mixer_type == "ovq":
-        layer = SlotCacheLayer()
-    elif issubclass(mixer, ConstantStateMixer):
-        layer = StateCacheLayer(mixer.state_kind)
-    elif mixer_type == "full_attention":
-        layer = FullAttentionCacheLayer()
-    else:
-        layer = SlidingWindowCacheLayer(sliding_window=config.sliding_window)
-    layer.rope_theta = config.rope_theta if mixer_type in config.rope_mixers else None
-    return layer
-
-
-def layer_spec(mixer: Mixer, *, num_rows: int, num_tokens: int, dtype: torch.dtype) -> StateSpec:
-    """The tensors that the cache of a layer holds, each with its shape and dtype; `parts` gives their values.
-
-    Args:
-        mixer: of the layer.
-        num_rows: rows B.
-        num_tokens: tokens that each row has read, at least 1, without padding.
-        dtype: of the activations.
-
-    Example:
-        >>> from ovq.layers import SlidingWindowAttention
-        >>> mixer = SlidingWindowAttention(16, num_heads=2, sliding_window=8, conv_size=0)
-        >>> layer_spec(mixer, num_rows=1, num_tokens=100, dtype=torch.float32)["keys"]
-        ((1, 2, 7, 8), torch.float32)
-    """
-    spec: StateSpec = {}
-    if mixer.conv_size:
-        spec["conv_state"] = ((num_rows, mixer.qkv_proj.out_features, mixer.conv_size - 1), dtype)
-    if isinstance(mixer, ConstantStateMixer):
-        own = mixer.state_spec(dtype)
-        return spec | {name: ((num_rows, *shape), kind) for name, (shape, kind) in own.items()}
-    if isinstance(mixer, OVQAttention):
-        heads, num_open = (num_rows, mixer.num_kv_heads), mixer.num_open(num_tokens)
-        sums = ((*heads, num_open, mixer.head_dim), state_dtype(dtype))
-        pending = ((*heads, mixer.chunk_size, mixer.head_dim), dtype)
-        shapes = (sums, sums, ((*heads, num_open), torch.int64), pending, pending, ((num_rows,), torch.int64))
-        return spec | dict(zip(STATE_TENSORS, shapes, strict=True))
-    num_kept = num_tokens if mixer.window is None else min(num_tokens, mixer.window - 1)
-    kept = ((num_rows, mixer.num_kv_heads, num_kept, mixer.head_dim), dtype)
-    return spec | {"keys": kept, "values": kept}
 
 
 def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:

@@ -23,18 +23,10 @@ import torch
 from torch import Tensor
 
 from ovq.fields import with_new_names
-from ovq.hf.cache import CACHE_KEY, OVQCache, layer_spec
+from ovq.hf.cache import CACHE_KEY, OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQPreTrainedModel
-from ovq.layers import Mixer, OVQAttention
-from ovq.ops.serialization import (
-    STATE_TENSORS,
-    check_counts,
-    check_tensors,
-    positive_int,
-    read_file,
-    write_file,
-)
+from ovq.ops.serialization import positive_int, read_file, write_file
 
 FORMAT = "ovq-context"
 VERSION = "1"
@@ -222,10 +214,7 @@ def load_context(path: str | os.PathLike, model: OVQPreTrainedModel) -> Context:
     _check_layers(str(path), tensors, model, num_tokens)
     cache = OVQCache(model.config)
     for i, layer in enumerate(cache.layers):
-        own_tensors = {
-            name: t if name == "num_seen" else t.to(model.device) for name, t in _of_layer(tensors, i).items()
-        }
-        layer.restore(own_tensors, num_tokens, model.config)
+        layer.restore(_of_layer(tensors, i), num_tokens, model.device)
     return Context(model=model, num_tokens=num_tokens, fingerprint=own, _cache=cache)
 
 
@@ -300,7 +289,7 @@ def _check_layers(
     expected = {
         f"layers.{i}.{name}"
         for i, mixer in enumerate(mixers)
-        for name in layer_spec(mixer, num_rows=1, num_tokens=num_tokens, dtype=model.dtype)
+        for name in mixer.state_spec(num_tokens, model.dtype)
     }
     if set(tensors) != expected:
         odd = sorted(set(tensors) ^ expected)
@@ -308,33 +297,8 @@ def _check_layers(
             f"{where}: expected the {len(expected)} tensors of a cache, found others; they differ in {odd}"
         )
     for i, mixer in enumerate(mixers):
-        _check_layer(f"{where}: layer {i}", _of_layer(tensors, i), mixer, num_tokens, model.dtype)
-
-
-def _check_layer(
-    where: str, tensors: dict[str, Tensor], mixer: Mixer, num_tokens: int, dtype: torch.dtype
-) -> None:
-    """The same for one layer."""
-    expected = layer_spec(mixer, num_rows=1, num_tokens=num_tokens, dtype=dtype)
-    if isinstance(mixer, OVQAttention):
-        state = {name: tensors[name] for name in STATE_TENSORS}
-        check_tensors(where, state, num_slots=mixer.num_slots, chunk_size=mixer.chunk_size)
-        # A dictionary that was resized on the way may have opened other slots than the schedule alone says.
-        for name in ("key_sum", "value_sum", "count"):
-            del expected[name]
-    for name, (shape, kind) in expected.items():
-        tensor = tensors[name]
-        if tensor.shape != shape or tensor.dtype != kind:
-            raise ValueError(
-                f"{where}: expected {name} of shape {list(shape)} in {kind}, "
-                f"found {list(tensor.shape)} in {tensor.dtype}"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{where}: expected finite values in {name}, found NaN or Inf")
-    if "count" in expected:
-        check_counts(where, tensors["count"], total=num_tokens)
-    if "num_seen" in tensors and (found := tensors["num_seen"].tolist()) != [num_tokens]:
-        raise ValueError(f"{where}: expected num_seen [{num_tokens}], found {found}")
+        own = _of_layer(tensors, i)
+        mixer.check_state(f"{where}: layer {i}", own, num_tokens=num_tokens, dtype=model.dtype)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

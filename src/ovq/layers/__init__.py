@@ -1,7 +1,7 @@
 """Sequence mixers as PyTorch layers. Imports neither transformers nor Triton."""
 
 from ovq.layers.base import AttentionMixer, Mixer
-from ovq.layers.cache import KeyValueCache, MixerCache, SlotCache, StateCache
+from ovq.layers.cache import LayerCache, MixerCache
 from ovq.layers.common import ShortConvolution
 from ovq.layers.constant import ConstantStateMixer
 from ovq.layers.deltanet import GatedDeltaNet
@@ -20,7 +20,7 @@ __all__ = [
     "ConstantStateMixer",
     "FullAttention",
     "GatedDeltaNet",
-    "KeyValueCache",
+    "LayerCache",
     "LinearAttention",
     "Mamba2",
     "Mixer",
@@ -30,8 +30,6 @@ __all__ = [
     "ShortConvolution",
     "SinkAttention",
     "SlidingWindowAttention",
-    "SlotCache",
-    "StateCache",
     "VQAttention",
     "mixer_class",
 ]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ovq.layers import defaults
-from ovq.layers.cache import MixerCache
+from ovq.layers.cache import LayerCache, MixerCache
 from ovq.layers.common import QKNorm, ShortConvolution, apply_rotary, rotary_tables
 from ovq.layers.layout import SequenceLayout
+from ovq.layers.memory import Memory, StateSpec, check_tensors, num_bytes, of_rows
 
 
 class Mixer(nn.Module, ABC):
@@ -52,7 +54,12 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def mix(
-        self, channels: Tensor, hidden_states: Tensor, layout: SequenceLayout, cache: Any, **options
+        self,
+        channels: Tensor,
+        hidden_states: Tensor,
+        layout: SequenceLayout,
+        cache: LayerCache | None,
+        **options,
     ) -> Tensor:
         """Mix the tokens of a call with each other and with the cached ones.
 
@@ -75,29 +82,62 @@ class Mixer(nn.Module, ABC):
         """
         return None
 
+    @classmethod
+    @abstractmethod
+    def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> Memory:
+        """What handles the state of such a layer.
+
+        Args:
+            settings: the layer, or a config: what has `config_fields` as attributes.
+            rope_theta: base of the rotary frequencies of its keys; None for keys without rotary embedding.
+        """
+
     @property
-    @abstractmethod
-    def cache_kind(self) -> str:
-        """What this mixer's cache holds, in the words of the cache's own `kind`."""
+    def memory(self) -> Memory:
+        """What handles the state of this layer."""
+        return self.memory_of(self)
 
     @abstractmethod
-    def new_cache(self) -> Any:
-        """An empty cache for this layer."""
+    def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
+        """The tensors that `mix` keeps of one row after `num_tokens` tokens, at least 1, in `dtype`."""
 
-    @abstractmethod
-    def memory_bytes(self, num_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes kept for one row after `num_tokens` tokens, without the convolution's state."""
+    def state_spec(self, num_tokens: int, dtype: torch.dtype = torch.float32) -> StateSpec:
+        """All tensors that this layer's cache holds of one row: those, and the convolution's last inputs.
+
+        Args:
+            num_tokens: tokens that the row has read, at least 1, without padding.
+            dtype: of the activations.
+        """
+        spec: StateSpec = {}
+        if self.conv_size:
+            spec["conv_state"] = ((self.qkv_proj.out_features, self.conv_size - 1), dtype)
+        return spec | self.memory_spec(num_tokens, dtype)
 
     def state_bytes(self, num_tokens: int, dtype: torch.dtype = torch.float32) -> int:
         """Bytes of this layer's cache for one row after `num_tokens` tokens of activations in `dtype`.
 
         Computed, not measured; equal to the `nbytes` of a real cache.
         """
-        if num_tokens == 0:
-            return 0
-        num_back = self.conv_size - 1 if self.conv_size else 0
-        conv = num_back * self.qkv_proj.out_features * dtype.itemsize
-        return conv + self.memory_bytes(num_tokens, dtype)
+        return num_bytes(self.state_spec(num_tokens, dtype)) if num_tokens else 0
+
+    @property
+    def has_bounded_state(self) -> bool:
+        """Whether the bytes of the state have a bound, however many tokens there are."""
+        many, more = (self.state_bytes(num_tokens) for num_tokens in (2**60, 2**61))
+        return many == more
+
+    def check_state(
+        self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
+    ) -> None:
+        """Raise a ValueError, naming `where`, unless tensors from a file can be a state of this layer.
+
+        Args:
+            where: they come from.
+            tensors: of one row, those that `state_spec` names.
+            num_tokens: tokens that the row has read.
+            dtype: of the activations.
+        """
+        check_tensors(where, tensors, of_rows(self.state_spec(num_tokens, dtype), 1))
 
     def forward(
         self,
@@ -160,7 +200,7 @@ class Mixer(nn.Module, ABC):
             o = o.masked_fill(~layout.new_mask[..., None], 0)
         return self.o_proj(o), None, past_key_values
 
-    def _cache_of_layer(self, past_key_values: Any) -> Any:
+    def _cache_of_layer(self, past_key_values: Any) -> LayerCache:
         """This layer's part of a cache, created if it is not there yet."""
         layers = getattr(past_key_values, "layers", None)
         if not isinstance(layers, list):
@@ -170,13 +210,13 @@ class Mixer(nn.Module, ABC):
             )
         idx = self.layer_idx or 0
         layers.extend([None] * (idx + 1 - len(layers)))
+        memory = self.memory
         if layers[idx] is None:
-            layers[idx] = self.new_cache()
-        found = getattr(layers[idx], "kind", type(layers[idx]).__name__)
-        if found != self.cache_kind:
-            raise ValueError(
-                f"expected layer {idx} of past_key_values to hold {self.cache_kind}, found {found}"
-            )
+            layers[idx] = LayerCache(memory)
+        found = getattr(layers[idx], "memory", None)
+        if found != memory:
+            found = type(layers[idx]).__name__ if found is None else found.kind
+            raise ValueError(f"expected layer {idx} of past_key_values to hold {memory.kind}, found {found}")
         return layers[idx]
 
     def _check_hidden_states(self, hidden_states: Tensor) -> None:
@@ -191,7 +231,7 @@ class Mixer(nn.Module, ABC):
 class AttentionMixer(Mixer):
     """A mixer of queries, keys and values, normalised and with a temperature a head, as OVQ has them.
 
-    Such a mixer differs from another only in `attend`, in the cache it needs and in that cache's size.
+    Such a mixer differs from another only in `attend` and in the state it keeps.
 
     Args:
         hidden_size: width of the model.
@@ -234,9 +274,21 @@ class AttentionMixer(Mixer):
         self.use_rope, self.rope_theta = use_rope, rope_theta
         self.qk_norm = QKNorm(num_heads, head_dim)
 
+    @property
+    def memory(self) -> Memory:
+        """What handles the state of this layer."""
+        return self.memory_of(self, rope_theta=self.rope_theta if self.use_rope else None)
+
     @abstractmethod
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, layout: SequenceLayout, cache: Any, **options
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        layout: SequenceLayout,
+        cache: LayerCache | None,
+        **options,
     ) -> Tensor:
         """Mix the tokens of a call with each other and with the cached ones.
 
@@ -254,7 +306,12 @@ class AttentionMixer(Mixer):
         """
 
     def mix(
-        self, channels: Tensor, hidden_states: Tensor, layout: SequenceLayout, cache: Any, **options
+        self,
+        channels: Tensor,
+        hidden_states: Tensor,
+        layout: SequenceLayout,
+        cache: LayerCache | None,
+        **options,
     ) -> Tensor:
         """See `Mixer.mix`: `attend` with normalised (and rotated) queries and keys."""
         heads = channels.unflatten(-1, (-1, self.head_dim))
@@ -313,7 +370,7 @@ def check_sizes(
         raise ValueError(f"expected conv_size 0 (none) or at least 2, found {conv_size}")
 
 
-def _check_cache_use(cache: Any, layout: SequenceLayout) -> None:
+def _check_cache_use(cache: LayerCache, layout: SequenceLayout) -> None:
     """Refuse uses of a cache that would give wrong results in silence; note padding for later calls."""
     if layout.cu_seqlens is not None:
         raise ValueError("expected no cache together with cu_seqlens: packed rows cannot be continued")

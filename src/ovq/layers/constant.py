@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ovq.layers.base import Mixer
-from ovq.layers.cache import StateCache
-
-#: Names of the tensors of a state, each with its shape (without the rows) and its dtype.
-StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+from ovq.layers.cache import LayerCache
+from ovq.layers.memory import StateSpec, TensorMemory
 
 
 class ConstantStateMixer(Mixer):
     """A mixer whose memory is a few tensors of one size, whatever the length.
 
-    A subclass says which by `state_spec`, and takes and hands back their values by `state_before` and
-    `StateCache.set_state`.
+    A subclass says which by `constant_spec`, and takes and hands back their values by `state_before` and
+    `LayerCache.set_state`.
     """
 
-    #: What the cache holds, in words.
+    #: What the state is, in words.
     state_kind: str
     supports_rope = False
 
     @abstractmethod
-    def state_spec(self, dtype: torch.dtype) -> StateSpec:
-        """The tensors kept for one row, by name, for activations in `dtype`."""
+    def constant_spec(self, dtype: torch.dtype) -> StateSpec:
+        """The tensors kept of one row for activations in `dtype`, however many tokens there were."""
 
-    def state_before(self, cache: StateCache | None, num_rows: int, like: Tensor) -> dict[str, Tensor]:
+    def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
+        """See `Mixer.memory_spec`."""
+        return self.constant_spec(dtype)
+
+    @classmethod
+    def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> TensorMemory:
+        """See `Mixer.memory_of`."""
+        return TensorMemory(kind=cls.state_kind, rope_theta=rope_theta)
+
+    def state_before(self, cache: LayerCache | None, num_rows: int, like: Tensor) -> dict[str, Tensor]:
         """The state that a call starts from: that of the cache, or zeros.
 
         Args:
@@ -41,7 +48,7 @@ class ConstantStateMixer(Mixer):
         Raises:
             ValueError: the cache holds the state of a layer of another size.
         """
-        spec = self.state_spec(like.dtype)
+        spec = self.constant_spec(like.dtype)
         if cache is None or cache.state is None:
             return {
                 name: torch.zeros(num_rows, *shape, dtype=dtype, device=like.device)
@@ -55,19 +62,6 @@ class ConstantStateMixer(Mixer):
                     f"found {list(found.shape)} in {found.dtype}"
                 )
         return cache.state
-
-    @property
-    def cache_kind(self) -> str:
-        """What the cache holds, in words."""
-        return self.state_kind
-
-    def new_cache(self) -> StateCache:
-        """An empty cache for this layer."""
-        return StateCache(self.state_kind)
-
-    def memory_bytes(self, num_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of the state of one row: the same after any number of tokens."""
-        return sum(math.prod(shape) * kind.itemsize for shape, kind in self.state_spec(dtype).values())
 
 
 def without_autocast(x: Tensor) -> torch.autocast:

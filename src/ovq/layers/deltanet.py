@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from ovq.layers import defaults
 from ovq.layers.base import checked_heads
+from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, decay_between, from_chunks, to_chunks
 from ovq.layers.common import l2_normalize
-from ovq.layers.constant import ConstantStateMixer, StateSpec, sum_dtype, without_autocast
+from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
+from ovq.layers.memory import StateSpec
 
 # Tokens of a triangular system. A tiling choice; on a CPU faster than the 64 that are usual on a GPU.
 CHUNK = 32
@@ -81,12 +83,17 @@ class GatedDeltaNet(ConstantStateMixer):
         self.rates = DecayRates(num_heads)
         self.out_norm = nn.RMSNorm(value_dim, eps=1e-6)
 
-    def state_spec(self, dtype: torch.dtype) -> StateSpec:
+    def constant_spec(self, dtype: torch.dtype) -> StateSpec:
         """The matrix of each head."""
         return {"delta": ((self.num_heads, self.head_dim, self.value_dim), sum_dtype(dtype))}
 
     def mix(
-        self, channels: Tensor, hidden_states: Tensor, layout: SequenceLayout, cache: Any, **options
+        self,
+        channels: Tensor,
+        hidden_states: Tensor,
+        layout: SequenceLayout,
+        cache: LayerCache | None,
+        **options,
     ) -> Tensor:
         """See `Mixer.mix`."""
         rows = layout.rows()

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.layers.base import AttentionMixer
-from ovq.layers.cache import StateCache
-from ovq.layers.constant import ConstantStateMixer, StateSpec, sum_dtype, without_autocast
+from ovq.layers.cache import LayerCache
+from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
+from ovq.layers.memory import StateSpec
 
 # Tokens whose products are formed pair by pair; larger chunks mean fewer sums, but a larger square. A tiling
 # choice: it changes the result by rounding only.
@@ -43,7 +44,7 @@ class LinearAttention(ConstantStateMixer, AttentionMixer):
 
     state_kind = "the sums of linear attention"
 
-    def state_spec(self, dtype: torch.dtype) -> StateSpec:
+    def constant_spec(self, dtype: torch.dtype) -> StateSpec:
         """The sum of `phi(k) [v, 1]` of each key/value head."""
         return {"kv_sum": ((self.num_kv_heads, self.head_dim, self.head_dim + 1), sum_dtype(dtype))}
 
@@ -54,7 +55,7 @@ class LinearAttention(ConstantStateMixer, AttentionMixer):
         v: Tensor,
         scale: Tensor,
         layout: SequenceLayout,
-        cache: StateCache | None,
+        cache: LayerCache | None,
     ) -> Tensor:
         """See `AttentionMixer.attend`."""
         rows = layout.rows()

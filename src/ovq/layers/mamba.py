@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.layers import defaults
 from ovq.layers.base import checked_heads
+from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, decay_between, from_chunks, to_chunks
-from ovq.layers.constant import ConstantStateMixer, StateSpec, sum_dtype, without_autocast
+from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
+from ovq.layers.memory import StateSpec
 
 # Tokens whose products are formed pair by pair. A tiling choice.
 CHUNK = 64
@@ -93,12 +93,17 @@ class Mamba2(ConstantStateMixer):
         """Set the skip to 1."""
         nn.init.ones_(self.skip)
 
-    def state_spec(self, dtype: torch.dtype) -> StateSpec:
+    def constant_spec(self, dtype: torch.dtype) -> StateSpec:
         """The state of each head."""
         return {"ssm": ((self.num_heads, self.state_size, self.head_dim), sum_dtype(dtype))}
 
     def mix(
-        self, channels: Tensor, hidden_states: Tensor, layout: SequenceLayout, cache: Any, **options
+        self,
+        channels: Tensor,
+        hidden_states: Tensor,
+        layout: SequenceLayout,
+        cache: LayerCache | None,
+        **options,
     ) -> Tensor:
         """See `Mixer.mix`."""
         rows = layout.rows()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
-from ovq.layers.cache import SlotCache
+from ovq.layers.cache import LayerCache
 from ovq.layers.layout import SequenceLayout
+from ovq.layers.memory import SlotMemory, StateSpec, check_num_seen, check_tensors, of_rows
 from ovq.ops import ovq_attention
 from ovq.ops.schedule import scheduled_slots
+from ovq.ops.serialization import STATE_TENSORS
+from ovq.ops.serialization import check_tensors as check_state_tensors
+from ovq.ops.state import state_dtype
 
 #: Options of the op that say how the dictionary is learned. The layer and the config call them the same.
 LEARNING_OPTIONS = ("growth", "init", "merge", "bias", "rate")
@@ -103,7 +110,7 @@ class OVQAttention(AttentionMixer):
         v: Tensor,
         scale: Tensor,
         layout: SequenceLayout,
-        cache: SlotCache | None,
+        cache: LayerCache | None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """See `AttentionMixer.attend`; `generator` seeds `init="random"`."""
@@ -128,14 +135,10 @@ class OVQAttention(AttentionMixer):
             cache.set_state(state, layout.num_new)
         return o
 
-    @property
-    def cache_kind(self) -> str:
-        """An `OVQState`."""
-        return SlotCache.kind
-
-    def new_cache(self) -> SlotCache:
-        """An empty cache for this layer."""
-        return SlotCache()
+    @classmethod
+    def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> SlotMemory:
+        """See `Mixer.memory_of`."""
+        return SlotMemory(num_slots=settings.num_slots, chunk_size=settings.chunk_size, rope_theta=rope_theta)
 
     def num_open(self, num_tokens: int) -> int:
         """Slots a head has in use after `num_tokens` tokens of a row."""
@@ -146,10 +149,53 @@ class OVQAttention(AttentionMixer):
         # to go through all chunks, and a file may claim any number of them.
         return scheduled_slots(num_merged, num_slots=self.num_slots, growth=self.growth)
 
-    def memory_bytes(self, num_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of the `OVQState` of one row: sums, counts, pending buffers and the token counter."""
-        sum_bytes = torch.promote_types(dtype, torch.float32).itemsize
-        count_bytes = seen_bytes = torch.int64.itemsize
-        slots = self.num_open(num_tokens) * (2 * self.head_dim * sum_bytes + count_bytes)
-        pending = self.chunk_size * 2 * self.head_dim * dtype.itemsize
-        return self.num_kv_heads * (slots + pending) + seen_bytes
+    def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
+        """The tensors of the `OVQState`: sums, counts, pending buffers and the number of tokens."""
+        return slot_spec(
+            self.num_open(num_tokens),
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            chunk_size=self.chunk_size,
+            dtype=dtype,
+        )
+
+    def check_state(
+        self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
+    ) -> None:
+        """See `Mixer.check_state`."""
+        state = {name: tensors[name] for name in STATE_TENSORS}
+        check_state_tensors(where, state, num_slots=self.num_slots, chunk_size=self.chunk_size)
+        spec = self.state_spec(num_tokens, dtype)
+        # A dictionary that was resized on the way may have opened other slots than the schedule alone says.
+        for name in ("key_sum", "value_sum", "count"):
+            del spec[name]
+        check_tensors(where, tensors, of_rows(spec, 1))
+        check_num_seen(where, tensors, num_tokens)
+
+
+def slot_spec(
+    num_open: int, *, num_kv_heads: int, head_dim: int, chunk_size: int, dtype: torch.dtype
+) -> StateSpec:
+    """The tensors of an `OVQState` of one row with so many slots in use in each head.
+
+    Args:
+        num_open: slots in use.
+        num_kv_heads: Hkv.
+        head_dim: K and V.
+        chunk_size: C.
+        dtype: of the activations.
+
+    Example:
+        >>> slot_spec(5, num_kv_heads=2, head_dim=8, chunk_size=4, dtype=torch.bfloat16)["key_sum"]
+        ((2, 5, 8), torch.float32)
+    """
+    sums = ((num_kv_heads, num_open, head_dim), state_dtype(dtype))
+    pending = ((num_kv_heads, chunk_size, head_dim), dtype)
+    return {
+        "key_sum": sums,
+        "value_sum": sums,
+        "count": ((num_kv_heads, num_open), torch.int64),
+        "pending_keys": pending,
+        "pending_values": pending,
+        "num_seen": ((), torch.int64),
+    }

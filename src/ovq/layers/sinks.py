@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
-from ovq.layers.cache import StateCache
-from ovq.layers.constant import ConstantStateMixer, StateSpec
+from ovq.layers.cache import LayerCache
+from ovq.layers.constant import ConstantStateMixer
 from ovq.layers.layout import SequenceLayout
+from ovq.layers.memory import StateSpec, check_num_seen, num_bytes
 from ovq.layers.ovq import OVQAttention
 from ovq.layers.softmax import softmax_attention
 
@@ -89,12 +92,19 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
             raise ValueError(f"expected a sink_window of at least 2 tokens, found {sink_window}")
         self.num_sinks, self.window = num_sinks, sink_window
 
-    def state_spec(self, dtype: torch.dtype) -> StateSpec:
+    def constant_spec(self, dtype: torch.dtype) -> StateSpec:
         """Keys and values of the sinks and of the last W - 1 tokens, and how many a row has seen."""
         sinks = (self.num_kv_heads, self.num_sinks, self.head_dim)
         window = (self.num_kv_heads, self.window - 1, self.head_dim)
         tensors = {"sink_keys": sinks, "sink_values": sinks, "keys": window, "values": window}
         return {name: (shape, dtype) for name, shape in tensors.items()} | {"num_seen": ((), torch.int64)}
+
+    def check_state(
+        self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
+    ) -> None:
+        """See `Mixer.check_state`."""
+        super().check_state(where, tensors, num_tokens=num_tokens, dtype=dtype)
+        check_num_seen(where, tensors, num_tokens)
 
     def attend(
         self,
@@ -103,7 +113,7 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
         v: Tensor,
         scale: Tensor,
         layout: SequenceLayout,
-        cache: StateCache | None,
+        cache: LayerCache | None,
     ) -> Tensor:
         """See `AttentionMixer.attend`."""
         rows = layout.rows()
@@ -155,8 +165,9 @@ def window_of_equal_bytes(
         ovq = OVQAttention(
             1, num_kv_heads, head_dim=head_dim, num_slots=num_slots, chunk_size=chunk_size, growth="immediate"
         )
-    num_bytes = ovq.memory_bytes(-(-num_slots // chunk_size) * chunk_size, dtype) - torch.int64.itemsize
-    num_tokens = -(-num_bytes // (2 * num_kv_heads * head_dim * dtype.itemsize))
+    num_merged = -(-num_slots // chunk_size) * chunk_size
+    state_bytes = num_bytes(ovq.memory_spec(num_merged, dtype)) - torch.int64.itemsize
+    num_tokens = -(-state_bytes // (2 * num_kv_heads * head_dim * dtype.itemsize))
     return max(2, num_tokens - num_sinks + 1)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
-from ovq.layers.cache import KeyValueCache, key_value_kind
+from ovq.layers.cache import LayerCache
 from ovq.layers.layout import SequenceLayout
+from ovq.layers.memory import StateSpec, TensorMemory
 
 
 class FullAttention(AttentionMixer):
@@ -37,18 +38,24 @@ class FullAttention(AttentionMixer):
         torch.Size([1, 20, 32])
     """
 
-    #: Tokens a query sees, itself included; None for all.
-    window: int | None = None
-
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, layout: SequenceLayout, cache: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        layout: SequenceLayout,
+        cache: LayerCache | None,
     ) -> Tensor:
         """See `AttentionMixer.attend`."""
         q = (q * scale[:, None]).to(v.dtype)
         # [B, H, T, K] from here on, the layout of scaled_dot_product_attention and of the caches.
         q, k, v = q.transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.update(k, v)
+            # Copies, of a first call as well: what is kept must not hold on to the projections.
+            past = cache.state or {"keys": k[:, :, :0], "values": v[:, :, :0]}
+            k, v = torch.cat([past["keys"], k], dim=2), torch.cat([past["values"], v], dim=2)
+            cache.set_state({"keys": self.kept(k), "values": self.kept(v)}, layout.num_new)
         return self.softmax_read(q, k, v, layout).transpose(1, 2)
 
     def softmax_read(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
@@ -57,19 +64,23 @@ class FullAttention(AttentionMixer):
             return _read_packed(q, k, v, layout.cu_seqlens)
         return causal_read(q, k, v, layout.segments(k.shape[2]))
 
-    @property
-    def cache_kind(self) -> str:
-        """Keys and values, all of them or those of the window."""
-        return key_value_kind(self.window)
+    def num_kept(self, num_tokens: int) -> int:
+        """Tokens of so many whose keys and values are kept: those that a later query may see."""
+        return num_tokens
 
-    def new_cache(self) -> KeyValueCache:
-        """An empty cache for this layer."""
-        return KeyValueCache(window=self.window)
+    def kept(self, x: Tensor) -> Tensor:
+        """What is kept of the keys or values `[B, Hkv, T, D]` of all tokens that there are."""
+        return x
 
-    def memory_bytes(self, num_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes of the keys and values of one row."""
-        kept = num_tokens if self.window is None else min(num_tokens, self.window - 1)
-        return 2 * self.num_kv_heads * kept * self.head_dim * dtype.itemsize
+    @classmethod
+    def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> TensorMemory:
+        """See `Mixer.memory_of`."""
+        return TensorMemory(kind="all keys and values", rope_theta=rope_theta)
+
+    def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
+        """See `Mixer.memory_spec`."""
+        kept = ((self.num_kv_heads, self.num_kept(num_tokens), self.head_dim), dtype)
+        return {"keys": kept, "values": kept}
 
 
 class SlidingWindowAttention(FullAttention):
@@ -92,7 +103,7 @@ class SlidingWindowAttention(FullAttention):
         >>> layer = SlidingWindowAttention(32, num_heads=2, sliding_window=8)
         >>> x = torch.randn(1, 20, 32)
         >>> _, _, cache = layer(x, use_cache=True)
-        >>> cache.layers[0].keys.shape
+        >>> cache.layers[0].state["keys"].shape
         torch.Size([1, 2, 7, 16])
     """
 
@@ -123,11 +134,27 @@ class SlidingWindowAttention(FullAttention):
         )
         if sliding_window < 2:
             raise ValueError(f"expected a sliding_window of at least 2 tokens, found {sliding_window}")
-        self.window = sliding_window
+        self.sliding_window = sliding_window
+
+    def num_kept(self, num_tokens: int) -> int:
+        """See `FullAttention.num_kept`."""
+        return min(num_tokens, self.sliding_window - 1)
+
+    def kept(self, x: Tensor) -> Tensor:
+        """See `FullAttention.kept`."""
+        # A copy, as a view would keep the whole sequence alive.
+        return x[:, :, x.shape[2] - self.num_kept(x.shape[2]) :].clone()
+
+    @classmethod
+    def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> TensorMemory:
+        """See `Mixer.memory_of`."""
+        return TensorMemory(
+            kind=f"the keys and values of a window of {settings.sliding_window}", rope_theta=rope_theta
+        )
 
     def softmax_read(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         """As in `FullAttention`, within the window."""
-        return windowed_read(q, k, v, layout.segments(k.shape[2]), window=self.window)
+        return windowed_read(q, k, v, layout.segments(k.shape[2]), window=self.sliding_window)
 
 
 def causal_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Tensor:

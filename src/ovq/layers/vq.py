@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+from collections.abc import Mapping, MutableSequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from ovq.fields import is_finite
 from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
-from ovq.layers.cache import StateCache
-from ovq.layers.constant import ConstantStateMixer, StateSpec, sum_dtype, without_autocast
+from ovq.layers.cache import LayerCache
+from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
+from ovq.layers.memory import StateSpec
+from ovq.ops.serialization import check_counts
 from ovq.ops.uncompiled import uncompiled
 
 # A slot is dead when it is used less than this share of the average, and begins again with that one.
@@ -262,13 +264,20 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
             is_learned = is_wrapped or self.qkv_proj.weight.requires_grad
         return self.dictionary.begin_step() if self.training and is_learned else None
 
-    def state_spec(self, dtype: torch.dtype) -> StateSpec:
+    def constant_spec(self, dtype: torch.dtype) -> StateSpec:
         """Tokens of each slot, and the sum of their values."""
         shape = (self.num_kv_heads, self.num_slots)
         return {
             "count": (shape, torch.int64),
             "value_sum": ((*shape, self.head_dim), sum_dtype(dtype)),
         }
+
+    def check_state(
+        self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
+    ) -> None:
+        """See `Mixer.check_state`; every token is in one slot."""
+        super().check_state(where, tensors, num_tokens=num_tokens, dtype=dtype)
+        check_counts(where, tensors["count"], total=num_tokens)
 
     def attend(
         self,
@@ -277,7 +286,7 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
         v: Tensor,
         scale: Tensor,
         layout: SequenceLayout,
-        cache: StateCache | None,
+        cache: LayerCache | None,
         auxiliary_losses: MutableSequence[Tensor] | None = None,
         step: DictionaryStep | None = None,
     ) -> Tensor:

@@ -21,22 +21,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovq.hf.cache import layer_spec
 from ovq.hf.modeling_ovq import OVQForCausalLM
-from ovq.layers import SequenceLayout
-from ovq.layers.constant import StateSpec
+from ovq.layers import Mixer, SequenceLayout, VQAttention
+from ovq.layers.memory import StateSpec, of_rows
 from ovq.parallel.schedule import steps_of_rank
 from ovq.parallel.segment import Segment
 from ovq.parallel.transfer import Neighbours, floating
 
 IGNORED = -100
 """The label of a position that is not predicted, as in transformers."""
-
-_WITHOUT = {
-    "full_attention": "its cache grows with every token, and so would every message between ranks",
-    "vq": "its dictionary is a moving average over all tokens of a training step, wherever they are",
-}
-"""Mixers that cannot be split in this way, and why."""
 
 
 class ContextParallel:
@@ -69,11 +62,11 @@ class ContextParallel:
     ) -> None:
         if not isinstance(model, OVQForCausalLM):
             raise ValueError(f"model: expected an OVQForCausalLM itself, found {type(model).__name__}")
-        for name in model.config.mixer_types:
-            if name in _WITHOUT:
+        for name, mixer in zip(model.config.mixer_types, model.mixers(), strict=True):
+            if (reason := _reason_against(mixer)) is not None:
                 raise ValueError(
                     f"mixer_types: expected mixers that hand on a state of constant size, found {name!r}: "
-                    f"{_WITHOUT[name]}"
+                    f"{reason}"
                 )
         if max_in_flight is not None and max_in_flight < 1:
             raise ValueError(f"max_in_flight: expected at least 1 micro-batch, found {max_in_flight}")
@@ -223,7 +216,16 @@ class _PartRun:
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         for block in self._model.model.layers:
-            yield layer_spec(block.mixer, num_rows=len(self._ids), num_tokens=num_tokens, dtype=dtype)
+            yield of_rows(block.mixer.state_spec(num_tokens, dtype), len(self._ids))
+
+
+def _reason_against(mixer: Mixer) -> str | None:
+    """Why a document cannot be split before a layer, or None."""
+    if not mixer.has_bounded_state:
+        return "its state grows with every token, and so would every message between ranks"
+    if isinstance(mixer, VQAttention):
+        return "its dictionary is a moving average over all tokens of a training step, wherever they are"
+    return None
 
 
 def even_bounds(num_tokens: int, num_ranks: int, *, multiple: int = 1) -> list[int]:

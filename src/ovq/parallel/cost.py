@@ -11,13 +11,13 @@ import math
 
 import torch
 
-from ovq.hf.cache import layer_spec
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQForCausalLM
 from ovq.layers import Mixer
+from ovq.layers.memory import num_bytes, of_rows
 from ovq.parallel.context import even_bounds
 from ovq.parallel.schedule import simulate, steps_of_rank
-from ovq.parallel.transfer import floating, num_bytes
+from ovq.parallel.transfer import floating
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def handover_bytes(
         >>> handover_bytes(mixers, num_tokens=10**6) == handover_bytes(mixers, num_tokens=10**7)
         True
     """
-    specs = [layer_spec(mixer, num_rows=num_rows, num_tokens=num_tokens, dtype=dtype) for mixer in mixers]
+    specs = [of_rows(mixer.state_spec(num_tokens, dtype), num_rows) for mixer in mixers]
     return sum(map(num_bytes, specs)), sum(num_bytes(floating(spec)) for spec in specs)
 
 

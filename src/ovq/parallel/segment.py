@@ -22,7 +22,7 @@ class Segment:
         layer_idx: Its place in the model.
         config: Config of the model.
         hidden: `[B, T, hidden_size]`, the output of the layer below.
-        state: The state from the previous rank, named as in `layer_spec`; empty at the beginning.
+        state: The state from the previous rank, named as in `Mixer.state_spec`; empty at the beginning.
         layout: The columns of this part and of those before.
         recompute: Keep no activations, and run the layer again in the backward pass.
     """
@@ -77,6 +77,6 @@ class Segment:
         """Run the layer, from the state before it to the state after it."""
         cache = OVQCache(self._config)
         if self._state:
-            cache.layers[self._layer_idx].restore(self._state, self._layout.num_past, self._config)
+            cache.layers[self._layer_idx].restore(self._state, self._layout.num_past)
         hidden, _ = self._block(self._hidden, self._layout, past_key_values=cache)
         return hidden, cache.layers[self._layer_idx].parts()

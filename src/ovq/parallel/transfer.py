@@ -1,6 +1,6 @@
 """Messages between neighbouring ranks: the state of a layer forward, the gradient of that state back.
 
-The receiver knows every shape beforehand (`ovq.hf.cache.layer_spec`). A message therefore contains only the
+The receiver knows every shape beforehand (`Mixer.state_spec`). A message therefore contains only the
 bytes of the tensors, and its length depends on the model, not on the document.
 """
 
@@ -13,17 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ovq.layers.constant import StateSpec
-
-
-def num_bytes(spec: StateSpec) -> int:
-    """Bytes of a message.
-
-    Example:
-        >>> num_bytes({"count": ((2, 3), torch.int64), "keys": ((5,), torch.bfloat16)})
-        58
-    """
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
+from ovq.layers.memory import StateSpec, num_bytes
 
 
 def floating(spec: StateSpec) -> StateSpec:

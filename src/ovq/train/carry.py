@@ -116,13 +116,9 @@ def load_lanes(path: Path, config: OVQConfig, device: torch.device | str) -> dic
         parts: dict[tuple[str, int], dict[str, Tensor]] = {}
         for key in file.keys():  # noqa: SIM118  (the file is no dictionary)
             lane, layer, name = re.fullmatch(r"(\d+)\.(\d+)\.(.+)", key).groups()
-            tensor = file.get_tensor(key)
-            # The tokens of a state are counted on the CPU.
-            parts.setdefault((lane, int(layer)), {})[name] = (
-                tensor if name == "num_seen" else tensor.to(device)
-            )
+            parts.setdefault((lane, int(layer)), {})[name] = file.get_tensor(key)
         for lane, num_read in lengths.items():
             cache = lanes[int(lane)] = OVQCache(config)
             for i, layer in enumerate(cache.layers):
-                layer.restore(parts[lane, i], num_read, config)
+                layer.restore(parts[lane, i], num_read, device)
     return lanes

@@ -1,0 +1,218 @@
+"""The state of a mixer: what it is made of, and how it is taken apart, put together and moved.
+
+A *specification* names the tensors that are kept of one row after any number of tokens, with shapes and
+dtypes (`Mixer.state_spec`). The bytes of a state, the checks of files and the messages between ranks follow
+from it. A *memory* handles states of one kind, for the caches that hold them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ovq.layers.common import apply_rotary, rotary_tables
+from ovq.ops import OVQState
+from ovq.ops.serialization import STATE_TENSORS, state_tensors
+
+#: Names of the tensors of a state, each with its shape and its dtype.
+StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def of_rows(spec: StateSpec, num_rows: int) -> StateSpec:
+    """The specification of so many rows, from that of one: rows are the first dimension.
+
+    Example:
+        >>> of_rows({"count": ((3,), torch.int64)}, 2)
+        {'count': ((2, 3), torch.int64)}
+    """
+    return {name: ((num_rows, *shape), dtype) for name, (shape, dtype) in spec.items()}
+
+
+def num_bytes(spec: StateSpec) -> int:
+    """Bytes of the tensors of a specification.
+
+    Example:
+        >>> num_bytes({"count": ((2, 3), torch.int64), "keys": ((5,), torch.bfloat16)})
+        58
+    """
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
+
+
+def check_tensors(where: str, tensors: Mapping[str, Tensor], spec: StateSpec) -> None:
+    """Raise ValueError, naming `where`, unless tensors are as specified and finite.
+
+    Example:
+        >>> check_tensors("file", {"count": torch.ones(2)}, {"count": ((3,), torch.int64)})
+        Traceback (most recent call last):
+        ValueError: file: expected count of shape [3] in torch.int64, found [2] in torch.float32
+    """
+    for name, (shape, dtype) in spec.items():
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{where}: expected {name} of shape {list(shape)} in {dtype}, "
+                f"found {list(tensor.shape)} in {tensor.dtype}"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{where}: expected finite values in {name}, found NaN or Inf")
+
+
+def check_num_seen(where: str, tensors: Mapping[str, Tensor], num_tokens: int) -> None:
+    """Raise ValueError, naming `where`, unless the one row of a state has counted so many tokens."""
+    if (found := tensors["num_seen"].tolist()) != [num_tokens]:
+        raise ValueError(f"{where}: expected num_seen [{num_tokens}], found {found}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory(ABC):
+    """Handles states of one kind. States are values: what changes one gives another.
+
+    Attributes:
+        kind: what such a state is, in words. A mixer goes on from no other kind.
+        rope_theta: base of the rotary frequencies of the keys in it; None for keys without rotary embedding.
+    """
+
+    kind: str
+    rope_theta: float | None = dataclasses.field(default=None, compare=False)
+
+    @abstractmethod
+    def tensors(self, state: Any) -> dict[str, Tensor]:
+        """The tensors of a state by name, rows first, as they are: on their device and with their graph."""
+
+    def saved(self, state: Any) -> dict[str, Tensor]:
+        """The same as they are written to a file, on the CPU."""
+        return {name: t.detach().cpu().contiguous() for name, t in self.tensors(state).items()}
+
+    @abstractmethod
+    def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> Any:
+        """The state of which `tensors` or `saved` gave these; on a device, None for where they are."""
+
+    @abstractmethod
+    def select(self, state: Any, rows: Tensor) -> Any:
+        """The given rows `[R]` in the given order, repeats allowed; shares no memory with `state`."""
+
+    @abstractmethod
+    def to(self, state: Any, device: torch.device | str) -> Any:
+        """The state on another device."""
+
+    @abstractmethod
+    def detach(self, state: Any) -> Any:
+        """The same values without the graph that made them."""
+
+    @abstractmethod
+    def concatenate(self, states: Sequence[Any], num_missing: Sequence[int]) -> Any:
+        """The rows of several states in one, those of each moved to begin `num_missing` columns later."""
+
+    def _moved(self, keys: Tensor, num_columns: int) -> Tensor:
+        """Keys `[..., K]`, or sums of them, as they would be had the row begun `num_columns` later."""
+        if self.rope_theta is None or num_columns == 0:
+            return keys
+        # A rotation by position p and one by m more is that by p + m, and a rotation of a sum that of its
+        # parts.
+        wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        cos, sin = rotary_tables(num_columns, 1, keys.shape[-1], theta=self.rope_theta, like=wide)
+        return apply_rotary(wide, cos, sin).to(keys.dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorMemory(Memory):
+    """States that are dictionaries of tensors by name.
+
+    `"keys"` are turned with their row; where states differ in length, it is in the third dimension.
+
+    Example:
+        >>> memory = TensorMemory(kind="all keys and values")
+        >>> long, short = ({"keys": torch.ones(1, 2, length, 4)} for length in (5, 3))
+        >>> memory.concatenate([long, short], [0, 2])["keys"].shape
+        torch.Size([2, 2, 5, 4])
+    """
+
+    def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Memory.tensors`."""
+        return dict(state)
+
+    def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> dict[str, Tensor]:
+        """See `Memory.restored`."""
+        return {name: t.to(device) for name, t in tensors.items()}
+
+    def select(self, state: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """See `Memory.select`."""
+        return {name: t[rows.to(t.device)] for name, t in state.items()}
+
+    def to(self, state: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+        """See `Memory.to`."""
+        return {name: t.to(device, non_blocking=True) for name, t in state.items()}
+
+    def detach(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Memory.detach`."""
+        return {name: t.detach() for name, t in state.items()}
+
+    def concatenate(
+        self, states: Sequence[dict[str, Tensor]], num_missing: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """See `Memory.concatenate`; shorter states are padded with zeros at their beginning."""
+        joined = {}
+        for name in states[0]:
+            parts = [state[name] for state in states]
+            if name == "keys":
+                parts = [self._moved(t, n) for t, n in zip(parts, num_missing, strict=True)]
+            if len({t.shape[1:] for t in parts}) > 1:
+                longest = max(t.shape[2] for t in parts)
+                parts = [F.pad(t, (0, 0, longest - t.shape[2], 0)) for t in parts]
+            joined[name] = torch.cat(parts)
+        return joined
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlotMemory(Memory):
+    """States that are each an `OVQState`.
+
+    Attributes:
+        num_slots: N, the bound on the slots of a head.
+        chunk_size: C, tokens of a chunk.
+    """
+
+    kind: str = "an OVQState"
+    num_slots: int = dataclasses.field(compare=False)
+    chunk_size: int = dataclasses.field(compare=False)
+
+    def tensors(self, state: OVQState) -> dict[str, Tensor]:
+        """See `Memory.tensors`."""
+        return {name: getattr(state, name) for name in STATE_TENSORS}
+
+    def saved(self, state: OVQState) -> dict[str, Tensor]:
+        """See `Memory.saved`; without what other continuations left in the pending buffers."""
+        return state_tensors(state)
+
+    def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> OVQState:
+        """See `Memory.restored`."""
+        # Wherever it comes from, a state keeps the number of its tokens on the CPU.
+        parts = {name: tensors[name].to("cpu" if name == "num_seen" else device) for name in STATE_TENSORS}
+        return OVQState(**parts, num_slots=self.num_slots, chunk_size=self.chunk_size)
+
+    def select(self, state: OVQState, rows: Tensor) -> OVQState:
+        """See `Memory.select`."""
+        return state.select(rows)
+
+    def to(self, state: OVQState, device: torch.device | str) -> OVQState:
+        """See `Memory.to`."""
+        return state.to(device, non_blocking=True)
+
+    def detach(self, state: OVQState) -> OVQState:
+        """See `Memory.detach`."""
+        return state.detach()
+
+    def concatenate(self, states: Sequence[OVQState], num_missing: Sequence[int]) -> OVQState:
+        """See `Memory.concatenate`."""
+        moved = []
+        for state, missing in zip(states, num_missing, strict=True):
+            keys = {name: self._moved(getattr(state, name), missing) for name in ("key_sum", "pending_keys")}
+            moved.append(dataclasses.replace(state, **keys))
+        return OVQState.concatenate(moved)
