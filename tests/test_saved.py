@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ovq.hf import OVQForCausalLM, load_context
+from ovq.hf import OVQConfig, OVQForCausalLM, load_context
 from ovq.hf.cache import CACHE_KEY
+from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.research.reproduce.plan import run_name
 from ovq.train.carry import load_lanes
 from ovq.train.config import RunConfig
@@ -43,6 +44,22 @@ def test_fields_that_were_renamed_are_read(model):
     config = RunConfig.load(SAVED)
     assert (config.model.bias, config.model.rate) == ("count+norm", 0.25)
     assert config == get_recipe("recall-mamba2").override(["model.bias=count+norm", "model.rate=0.25"])
+
+
+def test_sizes_that_were_open_are_what_they_meant(model):
+    sizes = {name: getattr(model.config, name) for name in EQUAL_SIZES}
+    assert sizes == equal_sizes(model.config)
+    # What is set as a model is loaded decides what is open.
+    config = OVQConfig.from_pretrained(SAVED, num_slots=60)
+    assert (config.num_slots, config.sink_window) == (60, equal_sizes(config)["sink_window"])
+    assert config.sink_window > model.config.sink_window
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_sizes_that_are_saved_now_stay(tmp_path, size):
+    OVQConfig(delta_value_dim=size, mamba_state_size=5).save_pretrained(tmp_path)
+    loaded = OVQConfig.from_pretrained(tmp_path)
+    assert (loaded.delta_value_dim, loaded.mamba_head_dim, loaded.mamba_state_size) == (size, None, 5)
 
 
 def test_a_field_under_both_its_names_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ovq.hf import OVQConfig, OVQForCausalLM, OVQModel
+from ovq.hf.equal_sizes import EQUAL_SIZES
 from ovq.layers import MIXERS
 from tests.hf.common import BASELINES, SIZES, make_config, random_ids
 
@@ -23,9 +24,12 @@ def test_defaults_alternate_sliding_window_and_ovq_with_rope_on_the_window_only(
 
 @pytest.mark.parametrize("mixer", MIXERS.values())
 def test_defaults_are_those_of_the_layers(mixer):
-    arguments, fields = inspect.signature(mixer).parameters, vars(OVQConfig())
-    for name in ("conv_size", "rope_theta", *mixer.config_fields):
-        assert arguments[name].default == fields[name], name
+    constructors = [inspect.signature(cls.__init__).parameters for cls in reversed(mixer.__mro__[:-1])]
+    arguments = {name: argument for each in constructors for name, argument in each.items()}
+    sizes = {"hidden_size", "num_heads", "num_kv_heads", "head_dim"}
+    for name in mixer.config_fields.keys() - sizes:
+        default = OVQConfig.__dataclass_fields__[mixer.config_fields[name]].default
+        assert arguments[name].default == default, name
 
 
 def test_round_trip_through_json(tmp_path):
@@ -65,6 +69,8 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
         ({"sink_window": 1}, "sink_window: expected at least 2, found 1"),
         ({"rope_mixers": ["linear_attention"]}, r"that have rotary embedding, found \['linear_attention'\]"),
         ({"mamba_state_size": 0}, "mamba_state_size: expected at least 1, found 0"),
+        ({"mamba_head_dim": 0}, "mamba_head_dim: expected at least 1, found 0"),
+        ({"delta_value_dim": 0}, "delta_value_dim: expected at least 1, found 0"),
         ({"vq_decay": 1.0}, r"vq_decay: expected a number in \[0, 1\), found 1.0"),
         ({"commitment_weight": -1}, "commitment_weight: expected at least 0, found -1"),
         ({"growth": "fast"}, "growth: expected one of .* found 'fast'"),
@@ -117,13 +123,15 @@ def test_values_of_another_type_are_refused(changes):
         {"rate": 0.2},
         {"num_sinks": 3},
         {"sink_window": 3},
+        {"delta_value_dim": 3},
+        {"mamba_head_dim": 3},
         {"mamba_state_size": 3},
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_every_field_changes_the_model(changes):
     name = next(iter(changes))
-    sizes = BASELINES if name in ("num_sinks", "sink_window", "mamba_state_size") else {}
+    sizes = BASELINES if name in ("num_sinks", *EQUAL_SIZES) else {}
     logits = []
     for config in (make_config(**sizes), make_config(**sizes | changes)):
         torch.manual_seed(0)

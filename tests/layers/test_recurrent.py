@@ -83,7 +83,7 @@ def test_the_scan_in_chunks_equals_it_token_by_token(num_tokens):
 def test_the_layer_equals_mamba2_of_transformers():
     """Same weights, another order of them: z, x, B, C and dt come from one projection there."""
     torch.manual_seed(0)
-    ours = Mamba2(32, 4, head_dim=8, mamba_state_size=6, conv_size=4)
+    ours = Mamba2(32, 4, head_dim=8, state_size=6, conv_size=4)
     theirs = Mamba2Mixer(
         Mamba2Config(
             hidden_size=32,
@@ -113,6 +113,18 @@ def test_the_layer_equals_mamba2_of_transformers():
         theirs.out_proj.weight.copy_(ours.o_proj.weight)
     x = torch.randn(2, 75, 32)
     torch.testing.assert_close(ours(x)[0], theirs(x), atol=1e-5, rtol=1e-4)
+
+
+def test_by_their_defaults_they_are_the_published_layers():
+    """As in the papers' own code: mamba_ssm's Mamba2(256, headdim=64) and fla's GatedDeltaNet(256)."""
+    mamba = Mamba2(256, num_heads=8)
+    assert (mamba.num_heads, mamba.head_dim, mamba.state_size, mamba.conv_size) == (8, 64, 128, 4)
+    delta = GatedDeltaNet(256, num_heads=2)
+    assert (delta.num_kv_heads, delta.head_dim, delta.value_dim, delta.conv_size) == (2, 96, 192, 4)
+    # 6 d^2 in projections, what is left being vectors of the heads and the taps.
+    for layer in (mamba, delta):
+        projections = [m.weight.numel() for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+        assert sum(projections) == pytest.approx(6 * 256**2, rel=0.2)
 
 
 def test_steps_and_rates_start_where_mamba2_has_them():

@@ -1,12 +1,11 @@
-"""Attention with sinks against masked attention over everything, and its window of equal bytes."""
+"""Attention with sinks against masked attention over everything."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ovq.layers import OVQAttention, SinkAttention
-from ovq.layers.memory import num_bytes
-from ovq.layers.sinks import sink_read, window_of_equal_bytes
+from ovq.layers import SinkAttention
+from ovq.layers.sinks import sink_read
 
 
 def dense(q, k, v, num_sinks, window):
@@ -40,31 +39,6 @@ def test_a_token_sees_the_first_tokens_and_its_window():
     x = torch.randn(1, 12, 8, requires_grad=True)
     layer(x)[0][0, 8].sum().backward()
     assert x.grad[0].abs().sum(-1).nonzero().flatten().tolist() == [0, 1, 6, 7, 8]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("num_slots", "chunk_size"), [(64, 64), (1024, 128), (7, 4), (1, 1)])
-def test_the_window_has_just_the_bytes_of_the_dictionary(num_slots, chunk_size, dtype):
-    sizes = {"num_kv_heads": 2, "head_dim": 16}
-    window = window_of_equal_bytes(num_slots, chunk_size, **sizes, num_sinks=4, dtype=dtype)
-    # The other schedules come within a slot of the bound, and never reach it.
-    ovq = OVQAttention(32, 4, num_slots=num_slots, chunk_size=chunk_size, growth="immediate", **sizes)
-
-    def memory_bytes(layer):
-        return num_bytes(layer.memory_spec(4096, dtype))
-
-    def bytes_of(sink_window):
-        layer = SinkAttention(32, 4, **sizes, num_sinks=4, sink_window=sink_window)
-        return memory_bytes(layer)
-
-    full = memory_bytes(ovq)
-    assert bytes_of(window) >= full
-    assert window == 2 or bytes_of(window - 1) < full
-
-
-def test_without_a_window_it_is_that_of_equal_bytes():
-    layer = SinkAttention(32, 4, 2, 16, num_slots=64, chunk_size=32)
-    assert layer.window == window_of_equal_bytes(64, 32, num_kv_heads=2, head_dim=16, num_sinks=4)
 
 
 @pytest.mark.parametrize(

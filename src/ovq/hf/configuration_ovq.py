@@ -1,16 +1,17 @@
 """Configuration of the OVQ language model: one backbone, the mixer of each layer named in `mixer_types`."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ovq.fields import RENAMED, is_finite
+from ovq.fields import RENAMED, is_finite, with_new_names
+from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.layers import defaults
-from ovq.layers.base import check_sizes
+from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
 from ovq.layers.registry import MIXERS
 from ovq.layers.vq import check_vq
 from ovq.ops.options import BIASES, INITS, MERGES, check_rate
@@ -39,10 +40,10 @@ class OVQConfig(PreTrainedConfig):
             in turn.
         sliding_window: tokens a `"sliding_attention"` layer sees, the current one included.
         num_sinks: S, first tokens of a row that a `"sink_attention"` layer keeps in sight.
-        sink_window: tokens a `"sink_attention"` layer sees beside them, the current one included. None: as
-            many as have the bytes of the state of an `"ovq"` layer with this `num_slots` and `chunk_size`.
-        mamba_state_size: numbers of state a channel of a `"mamba2"` layer. None: so many that the layer has
-            as many parameters as an `"ovq"` layer.
+        sink_window: tokens a `"sink_attention"` layer sees beside them, the current one included.
+        delta_value_dim: components of a value in a `"gated_deltanet"` layer. None: `2 head_dim`.
+        mamba_head_dim: channels of a head in a `"mamba2"` layer. None: `2 hidden_size / num_attention_heads`.
+        mamba_state_size: numbers of state per channel of a `"mamba2"` layer.
         num_slots: N, the most slots a head of an `"ovq"` layer may hold; the slots of a `"vq"` layer.
         chunk_size: C, tokens an `"ovq"` layer reads exactly before it merges them; the chunks of `"vq"`.
         vq_decay: of the moving averages that the slots of a `"vq"` layer are, a training step.
@@ -87,8 +88,10 @@ class OVQConfig(PreTrainedConfig):
     mixer_types: list[str] | None = None
     sliding_window: int = defaults.SLIDING_WINDOW
     num_sinks: int = defaults.NUM_SINKS
-    sink_window: int | None = None
-    mamba_state_size: int | None = None
+    sink_window: int = defaults.SINK_WINDOW
+    delta_value_dim: int | None = None
+    mamba_head_dim: int | None = None
+    mamba_state_size: int = defaults.MAMBA_STATE_SIZE
     vq_decay: float | int = defaults.VQ_DECAY
     commitment_weight: float | int = defaults.COMMITMENT_WEIGHT
     num_slots: int = defaults.NUM_SLOTS
@@ -124,7 +127,7 @@ class OVQConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
-        """The config of a dictionary, as `from_pretrained` reads one from a file.
+        """The config of a dictionary, as `from_pretrained` reads one from a file; see `upgraded`.
 
         Raises:
             ValueError: that of a model of another type, or a field of a wrong type.
@@ -137,9 +140,35 @@ class OVQConfig(PreTrainedConfig):
         if (found := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"expected the config of a model of type {cls.model_type!r}, found {found!r}")
         try:
-            return super().from_dict(config_dict, **kwargs)
+            return super().from_dict(cls.upgraded(config_dict, **kwargs), **kwargs)
         except StrictDataclassError as error:
             raise ValueError(f"expected fields of the types of OVQConfig, found others: {error}") from error
+
+    @classmethod
+    def upgraded(cls, fields: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+        """The fields of a config that was saved once, as they would be saved now.
+
+        Fields have the names of today. Before the sizes of mixers were fields they followed from others, so
+        that a layer had the parameters, or the bytes, of an `"ovq"` layer: what was left open then, is filled
+        in so (`equal_sizes`).
+
+        Args:
+            fields: what was saved.
+            changes: fields that are about to be set to other values.
+
+        Raises:
+            ValueError: a field under both its names, or values that cannot be.
+
+        Example:
+            >>> OVQConfig.upgraded({"hidden_size": 64, "slot_rate": 0.1, "mamba_state_size": None})["rate"]
+            0.1
+        """
+        fields = with_new_names(fields)
+        if "delta_value_dim" in fields:
+            return fields
+        given = {name: size for name, size in fields.items() if name not in EQUAL_SIZES or size is not None}
+        changes = {name: value for name, value in changes.items() if name in cls.__annotations__}
+        return equal_sizes(cls(**given | changes)) | given
 
     def _check(self) -> None:
         smallest = {
@@ -150,6 +179,8 @@ class OVQConfig(PreTrainedConfig):
             "sliding_window": 2,
             "num_sinks": 1,
             "sink_window": 2,
+            "delta_value_dim": 1,
+            "mamba_head_dim": 1,
             "mamba_state_size": 1,
             "num_slots": 1,
             "chunk_size": 1,
@@ -174,14 +205,12 @@ class OVQConfig(PreTrainedConfig):
                 raise ValueError(f"{field}: expected names among {sorted(MIXERS)}, found {unknown}")
         if fixed := sorted(name for name in self.rope_mixers if not MIXERS[name].supports_rope):
             raise ValueError(f"rope_mixers: expected mixers that have rotary embedding, found {fixed}")
-        check_sizes(
-            self.hidden_size,
-            self.num_attention_heads,
-            self.num_key_value_heads,
-            self.head_dim,
-            self.conv_size,
-            use_rope=any(name in self.rope_mixers for name in self.mixer_types),
+        head_dim = checked_head_dim(
+            self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
         )
+        check_conv_size(self.conv_size)
+        if any(name in self.rope_mixers for name in self.mixer_types):
+            check_rotary(head_dim)
         check_vq(self.num_slots, self.chunk_size, self.vq_decay, self.commitment_weight)
         choices = {"growth": GROWTHS, "init": INITS, "merge": MERGES, "bias": BIASES}
         for name, allowed in choices.items():

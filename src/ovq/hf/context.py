@@ -20,9 +20,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from ovq.fields import with_new_names
 from ovq.hf.cache import CACHE_KEY, OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQPreTrainedModel
@@ -256,8 +256,8 @@ def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[s
     # A file from before there was a field was made as the field's default has it.
     defaults = {field.name: field.default for field in dataclasses.fields(OVQConfig) if field.name in own}
     try:
-        other = defaults | with_new_names(json.loads(found.get("config", "")))
-    except (AttributeError, ValueError, TypeError):
+        other = defaults | OVQConfig.upgraded(json.loads(found.get("config", "")))
+    except (AttributeError, StrictDataclassError, TypeError, ValueError):
         raise ValueError(f"{where}: expected the config of a model, found {found.get('config')!r}") from None
     for name in sorted(own.keys() | other.keys()):
         if own.get(name) != other.get(name):

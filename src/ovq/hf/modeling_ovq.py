@@ -35,15 +35,9 @@ def build_mixer(config: OVQConfig, layer_idx: int) -> Mixer:
     name = config.mixer_types[layer_idx]
     cls = mixer_class(name)
     return cls(
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-        conv_size=config.conv_size,
         layer_idx=layer_idx,
         use_rope=name in config.rope_mixers,
-        rope_theta=config.rope_theta,
-        **{field: getattr(config, field) for field in cls.config_fields},
+        **{argument: getattr(config, field) for argument, field in cls.config_fields.items()},
     )
 
 

@@ -27,30 +27,40 @@ class Mixer(nn.Module, ABC):
         num_outputs: width of what `mix` returns.
         conv_size: taps of the causal depthwise convolution on the channels; 0 for none.
         layer_idx: the layer's place in the cache; None stands for 0.
+        use_rope: rotate queries and keys by position; refused by mixers that have no rotary embedding.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     #: Other keyword arguments that `forward` understands, beside `cu_seqlens`.
     forward_options: frozenset[str] = frozenset()
-    #: Constructor arguments beyond those of every mixer that a model takes from its config, by the same name.
-    config_fields: tuple[str, ...] = ()
+    #: Constructor arguments that a model takes from its config, and what they are called there.
+    config_fields: Mapping[str, str] = {"hidden_size": "hidden_size", "conv_size": "conv_size"}
     #: Whether queries and keys can be rotated by position.
     supports_rope: bool = True
 
     def __init__(
-        self, hidden_size: int, *, num_channels: int, num_outputs: int, conv_size: int, layer_idx: int | None
+        self,
+        hidden_size: int,
+        *,
+        num_channels: int,
+        num_outputs: int,
+        conv_size: int = defaults.CONV_SIZE,
+        layer_idx: int | None = None,
+        use_rope: bool = False,
     ):
+        if use_rope and not self.supports_rope:
+            raise ValueError(
+                f"expected use_rope=False, found True: {type(self).__name__} has no rotary embedding"
+            )
+        check_conv_size(conv_size)
         super().__init__()
-        self.conv_size, self.layer_idx = conv_size, layer_idx
+        self.conv_size, self.layer_idx, self.use_rope = conv_size, layer_idx, use_rope
         # One projection and one convolution for queries, keys and values: fewer, larger products.
         self.qkv_proj = nn.Linear(hidden_size, num_channels, bias=False)
         self.qkv_conv = ShortConvolution(num_channels, conv_size) if conv_size else None
         self.o_proj = nn.Linear(num_outputs, hidden_size, bias=False)
-
-    @classmethod
-    def check_rope(cls, use_rope: bool) -> None:
-        """Raise a ValueError if rotary embedding is asked for where there is none."""
-        if use_rope and not cls.supports_rope:
-            raise ValueError(f"expected use_rope=False, found True: {cls.__name__} has no rotary embedding")
 
     @abstractmethod
     def mix(
@@ -88,7 +98,7 @@ class Mixer(nn.Module, ABC):
         """What handles the state of such a layer.
 
         Args:
-            settings: the layer, or a config: what has `config_fields` as attributes.
+            settings: the layer, or the config of a model: what it is made by is called the same in both.
             rope_theta: base of the rotary frequencies of its keys; None for keys without rotary embedding.
         """
 
@@ -238,14 +248,19 @@ class AttentionMixer(Mixer):
         num_heads: query heads H.
         num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
         head_dim: K (and V). None: `hidden_size / num_heads`.
-        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
-        layer_idx: the layer's place in the cache; None stands for 0.
-        use_rope: rotate queries and keys by position.
         rope_theta: base of the rotary frequencies.
+        kwargs: `conv_size`, `layer_idx` and `use_rope` of `Mixer`.
 
     Raises:
         ValueError: sizes that do not fit each other.
     """
+
+    config_fields = Mixer.config_fields | {
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "rope_theta": "rope_theta",
+    }
 
     def __init__(
         self,
@@ -254,24 +269,21 @@ class AttentionMixer(Mixer):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        conv_size: int = defaults.CONV_SIZE,
-        layer_idx: int | None = None,
-        use_rope: bool = False,
         rope_theta: float = defaults.ROPE_THETA,
+        **kwargs: Any,
     ):
-        self.check_rope(use_rope)
-        num_kv_heads, head_dim = checked_heads(
-            hidden_size, num_heads, num_kv_heads, head_dim, conv_size, use_rope
-        )
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        head_dim = checked_head_dim(hidden_size, num_heads, num_kv_heads, head_dim)
         super().__init__(
             hidden_size,
             num_channels=(num_heads + 2 * num_kv_heads) * head_dim,
             num_outputs=num_heads * head_dim,
-            conv_size=conv_size,
-            layer_idx=layer_idx,
+            **kwargs,
         )
+        if self.use_rope:
+            check_rotary(head_dim)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.use_rope, self.rope_theta = use_rope, rope_theta
+        self.rope_theta = rope_theta
         self.qk_norm = QKNorm(num_heads, head_dim)
 
     @property
@@ -326,29 +338,8 @@ class AttentionMixer(Mixer):
         return self.attend(q, k, v, scale, layout, cache, **options).flatten(2)
 
 
-def checked_heads(
-    hidden_size: int,
-    num_heads: int,
-    num_kv_heads: int | None,
-    head_dim: int | None,
-    conv_size: int,
-    use_rope: bool,
-) -> tuple[int, int]:
-    """Key/value heads and head size with their defaults filled in, or a ValueError (see `check_sizes`)."""
-    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    check_sizes(hidden_size, num_heads, num_kv_heads, head_dim, conv_size, use_rope)
-    return num_kv_heads, hidden_size // num_heads if head_dim is None else head_dim
-
-
-def check_sizes(
-    hidden_size: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int | None,
-    conv_size: int,
-    use_rope: bool,
-) -> None:
-    """Raise a ValueError unless the sizes of a mixer fit each other."""
+def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:
+    """The size of a head: None is `hidden_size / num_heads`. A ValueError if sizes do not fit each other."""
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             "expected num_kv_heads to divide num_heads, "
@@ -364,10 +355,19 @@ def check_sizes(
         raise ValueError(
             f"expected sizes of at least 1, found hidden_size={hidden_size}, head_dim={head_dim}"
         )
-    if use_rope and head_dim % 2:
-        raise ValueError(f"expected an even head_dim with rotary embedding, found {head_dim}")
+    return head_dim
+
+
+def check_conv_size(conv_size: int) -> None:
+    """Raise a ValueError unless there can be a convolution of so many taps."""
     if conv_size < 0 or conv_size == 1:
         raise ValueError(f"expected conv_size 0 (none) or at least 2, found {conv_size}")
+
+
+def check_rotary(head_dim: int) -> None:
+    """Raise a ValueError unless keys of this size can be rotated."""
+    if head_dim % 2:
+        raise ValueError(f"expected an even head_dim with rotary embedding, found {head_dim}")
 
 
 def _check_cache_use(cache: LayerCache, layout: SequenceLayout) -> None:

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.layers import defaults
-from ovq.layers.base import checked_heads
+from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, decay_between, from_chunks, to_chunks
 from ovq.layers.common import l2_normalize
@@ -27,18 +26,16 @@ class GatedDeltaNet(ConstantStateMixer):
 
     `S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, with decay `a_t` and
     rate `b_t` in (0, 1) computed from the token. Queries and keys have `num_kv_heads` heads, values
-    `num_heads`; the output is normalised a head and gated. Values have `2 (K - 1) / 3` components, so that
-    the layer, gate included, has as many parameters as an attention layer of these heads.
+    `num_heads`; the output is normalised a head and gated. By default queries and keys are three quarters as
+    wide as the model, and values twice as wide as keys, as in the paper.
 
     Args:
         hidden_size: width of the model.
         num_heads: heads H of values and states.
         num_kv_heads: heads Hkv of queries and keys; divides H. None: as many as of values.
-        head_dim: K. None: `hidden_size / num_heads`.
-        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none. SiLU follows.
-        layer_idx: the layer's place in the cache; None stands for 0.
-        use_rope: refused if True.
-        rope_theta: not used.
+        head_dim: K. None: three quarters of `hidden_size / num_heads`.
+        value_dim: V. None: `2 K`.
+        kwargs: `conv_size` and `layer_idx` of `Mixer`.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -47,10 +44,16 @@ class GatedDeltaNet(ConstantStateMixer):
         >>> layer = GatedDeltaNet(32, num_heads=2)
         >>> _, _, cache = layer(torch.randn(1, 20, 32), use_cache=True)
         >>> cache.layers[0].state["delta"].shape
-        torch.Size([1, 2, 16, 10])
+        torch.Size([1, 2, 12, 24])
     """
 
     state_kind = "the matrices of Gated DeltaNet"
+    config_fields = Mixer.config_fields | {
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "value_dim": "delta_value_dim",
+    }
 
     def __init__(
         self,
@@ -59,22 +62,20 @@ class GatedDeltaNet(ConstantStateMixer):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        conv_size: int = defaults.CONV_SIZE,
-        layer_idx: int | None = None,
-        use_rope: bool = False,
-        rope_theta: float = defaults.ROPE_THETA,
+        value_dim: int | None = None,
+        **kwargs: Any,
     ):
-        self.check_rope(use_rope)
-        num_kv_heads, head_dim = checked_heads(
-            hidden_size, num_heads, num_kv_heads, head_dim, conv_size, use_rope
-        )
-        value_dim = max(1, round(2 * (head_dim - 1) / 3))
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        share = checked_head_dim(hidden_size, num_heads, num_kv_heads, head_dim)
+        head_dim = max(1, 3 * share // 4) if head_dim is None else head_dim
+        value_dim = 2 * head_dim if value_dim is None else value_dim
+        if value_dim < 1:
+            raise ValueError(f"expected a value_dim of at least 1, found {value_dim}")
         super().__init__(
             hidden_size,
             num_channels=2 * num_kv_heads * head_dim + num_heads * value_dim,
             num_outputs=num_heads * value_dim,
-            conv_size=conv_size,
-            layer_idx=layer_idx,
+            **kwargs,
         )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim

@@ -25,15 +25,7 @@ class LinearAttention(ConstantStateMixer, AttentionMixer):
     where the learned temperature is high. The state is the sum of `phi(k) [v, 1]`: K (V + 1) numbers per
     head.
 
-    Args:
-        hidden_size: width of the model.
-        num_heads: query heads H.
-        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
-        head_dim: K (and V). None: `hidden_size / num_heads`.
-        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
-        layer_idx: the layer's place in the cache; None stands for 0.
-        use_rope: refused if True.
-        rope_theta: not used.
+    It is made as any `AttentionMixer`.
 
     Example:
         >>> layer = LinearAttention(32, num_heads=2)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.layers import defaults
-from ovq.layers.base import checked_heads
+from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, decay_between, from_chunks, to_chunks
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
@@ -22,20 +24,15 @@ class Mamba2(ConstantStateMixer):
     """Mamba2's mixer: gated, with SiLU after the convolution, one group of B and C, and a skip.
 
     `S_t = a_t S_{t-1} + B_t (dt_t x_t)^T`, `y_t = S_t^T C_t + D x_t`, `o_t = norm(y_t silu(z_t))`, for each
-    of H heads of P channels with a state of N x P numbers. P and N are chosen so that the layer has as many
-    parameters as an attention layer of these heads: three quarters of the weights for x, z and the output, a
-    quarter for B and C.
+    of H heads of P channels with a state of N x P numbers. By default x is twice as wide as the model, as in
+    the paper.
 
     Args:
         hidden_size: width of the model.
         num_heads: heads H.
-        num_kv_heads: of the attention layer that sets the size; divides H. None: as many as query heads.
-        head_dim: of that layer. None: `hidden_size / num_heads`.
-        mamba_state_size: N. None: as many as parameters allow, about `num_kv_heads head_dim / 2`.
-        conv_size: taps of the causal depthwise convolution on x, B and C; 0 for none.
-        layer_idx: the layer's place in the cache; None stands for 0.
-        use_rope: refused if True.
-        rope_theta: not used.
+        head_dim: P. None: `2 hidden_size / num_heads`.
+        state_size: N.
+        kwargs: `conv_size` and `layer_idx` of `Mixer`.
 
     Raises:
         ValueError: sizes that do not fit each other.
@@ -44,45 +41,34 @@ class Mamba2(ConstantStateMixer):
         >>> layer = Mamba2(32, num_heads=2)
         >>> _, _, cache = layer(torch.randn(1, 20, 32), use_cache=True)
         >>> cache.layers[0].state["ssm"].shape
-        torch.Size([1, 2, 15, 16])
+        torch.Size([1, 2, 128, 32])
     """
 
     state_kind = "the state of Mamba2"
-    config_fields = ("mamba_state_size",)
+    config_fields = Mixer.config_fields | {
+        "num_heads": "num_attention_heads",
+        "head_dim": "mamba_head_dim",
+        "state_size": "mamba_state_size",
+    }
 
     def __init__(
         self,
         hidden_size: int,
         num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
         *,
-        mamba_state_size: int | None = None,
-        conv_size: int = defaults.CONV_SIZE,
-        layer_idx: int | None = None,
-        use_rope: bool = False,
-        rope_theta: float = defaults.ROPE_THETA,
+        head_dim: int | None = None,
+        state_size: int = defaults.MAMBA_STATE_SIZE,
+        **kwargs: Any,
     ):
-        self.check_rope(use_rope)
-        num_kv_heads, head_dim = checked_heads(
-            hidden_size, num_heads, num_kv_heads, head_dim, conv_size, use_rope
-        )
-        # Channels of all projections of the attention layer.
-        num_projected = 2 * (num_heads + num_kv_heads) * head_dim
-        channels_per_head = max(1, round(num_projected / (4 * num_heads)))
-        num_inner = num_heads * channels_per_head
-        if mamba_state_size is None:
-            mamba_state_size = max(1, (num_projected - 3 * num_inner - num_heads) // 2)
-        if mamba_state_size < 1:
-            raise ValueError(f"expected a mamba_state_size of at least 1, found {mamba_state_size}")
+        share = checked_head_dim(hidden_size, num_heads, num_heads, head_dim)
+        head_dim = 2 * share if head_dim is None else head_dim
+        if state_size < 1:
+            raise ValueError(f"expected a state_size of at least 1, found {state_size}")
+        num_inner = num_heads * head_dim
         super().__init__(
-            hidden_size,
-            num_channels=num_inner + 2 * mamba_state_size,
-            num_outputs=num_inner,
-            conv_size=conv_size,
-            layer_idx=layer_idx,
+            hidden_size, num_channels=num_inner + 2 * state_size, num_outputs=num_inner, **kwargs
         )
-        self.num_heads, self.head_dim, self.state_size = num_heads, channels_per_head, mamba_state_size
+        self.num_heads, self.head_dim, self.state_size = num_heads, head_dim, state_size
         # Gate z of the output, and step sizes.
         self.gate_proj = nn.Linear(hidden_size, num_inner + num_heads, bias=False)
         self.rates = DecayRates(num_heads)

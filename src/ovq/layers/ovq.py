@@ -26,23 +26,18 @@ LEARNING_OPTIONS = ("growth", "init", "merge", "bias", "rate")
 class OVQAttention(AttentionMixer):
     """Attention over a dictionary of at most `num_slots` slots learned online, and the current chunk exactly.
 
+    Callers may pass the first eight arguments by position, so that those of `AttentionMixer` are named, too.
+
     Args:
-        hidden_size: width of the model.
-        num_heads: query heads H.
-        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
-        head_dim: K (and V). None: `hidden_size / num_heads`.
         num_slots: N, the most slots a key/value head may hold.
         chunk_size: C, tokens that are read exactly before they are merged; part of the model.
-        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
-        layer_idx: the layer's place in the cache; None stands for 0.
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`.
         init: which keys open slots: `"novelty"` or `"random"`.
         merge: slots a key may be merged into: `"existing"` or `"updated"`.
         bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
         rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
         backend: of `ovq.ops.ovq_attention`.
-        use_rope: rotate queries and keys by position.
-        rope_theta: base of the rotary frequencies.
+        kwargs: of `AttentionMixer`, as all others.
 
     Raises:
         ValueError: sizes that do not fit each other, or (on the first call) an option the op does not know.
@@ -55,7 +50,9 @@ class OVQAttention(AttentionMixer):
     """
 
     forward_options = frozenset({"generator"})
-    config_fields = ("num_slots", "chunk_size", *LEARNING_OPTIONS)
+    config_fields = AttentionMixer.config_fields | {
+        name: name for name in ("num_slots", "chunk_size", *LEARNING_OPTIONS)
+    }
 
     def __init__(
         self,
@@ -74,8 +71,7 @@ class OVQAttention(AttentionMixer):
         bias: str = defaults.BIAS,
         rate: float | str = defaults.RATE,
         backend: str = "auto",
-        use_rope: bool = False,
-        rope_theta: float = defaults.ROPE_THETA,
+        **kwargs: Any,
     ):
         super().__init__(
             hidden_size,
@@ -84,8 +80,7 @@ class OVQAttention(AttentionMixer):
             head_dim,
             conv_size=conv_size,
             layer_idx=layer_idx,
-            use_rope=use_rope,
-            rope_theta=rope_theta,
+            **kwargs,
         )
         if chunk_size < 1:
             raise ValueError(f"expected chunk_size of at least 1, found {chunk_size}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,7 @@ from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.constant import ConstantStateMixer
 from ovq.layers.layout import SequenceLayout
-from ovq.layers.memory import StateSpec, check_num_seen, num_bytes
-from ovq.layers.ovq import OVQAttention
+from ovq.layers.memory import StateSpec, check_num_seen
 from ovq.layers.softmax import softmax_attention
 
 
@@ -25,22 +25,13 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
     mixers here, so that there is none to assign anew within the cache as StreamingLLM does.
 
     Args:
-        hidden_size: width of the model.
-        num_heads: query heads H.
-        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
-        head_dim: K (and V). None: `hidden_size / num_heads`.
         num_sinks: S, first tokens that stay visible; at least 1.
-        sink_window: W, last tokens a query sees, itself included; at least 2. None: so many that the state
-            has the bytes of that of an OVQ layer of `num_slots` and `chunk_size` (`window_of_equal_bytes`).
-        num_slots: of that OVQ layer.
-        chunk_size: of that OVQ layer.
-        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
-        layer_idx: the layer's place in the cache; None stands for 0.
-        use_rope: refused if True.
-        rope_theta: not used.
+        sink_window: W, last tokens a query sees, itself included; at least 2.
+        args: of `AttentionMixer`.
+        kwargs: of `AttentionMixer`.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: a value outside its range.
 
     Example:
         >>> layer = SinkAttention(32, num_heads=2, num_sinks=4, sink_window=8)
@@ -50,44 +41,18 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
     """
 
     state_kind = "the keys and values of sinks and a window"
-    config_fields = ("num_sinks", "sink_window", "num_slots", "chunk_size")
+    config_fields = AttentionMixer.config_fields | {"num_sinks": "num_sinks", "sink_window": "sink_window"}
 
     def __init__(
         self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        *args: int | None,
         num_sinks: int = defaults.NUM_SINKS,
-        sink_window: int | None = None,
-        num_slots: int = defaults.NUM_SLOTS,
-        chunk_size: int = defaults.CHUNK_SIZE,
-        conv_size: int = defaults.CONV_SIZE,
-        layer_idx: int | None = None,
-        use_rope: bool = False,
-        rope_theta: float = defaults.ROPE_THETA,
+        sink_window: int = defaults.SINK_WINDOW,
+        **kwargs: Any,
     ):
-        super().__init__(
-            hidden_size,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            conv_size=conv_size,
-            layer_idx=layer_idx,
-            use_rope=use_rope,
-            rope_theta=rope_theta,
-        )
+        super().__init__(*args, **kwargs)
         if num_sinks < 1:
             raise ValueError(f"expected num_sinks of at least 1, found {num_sinks}")
-        if sink_window is None:
-            sink_window = window_of_equal_bytes(
-                num_slots,
-                chunk_size,
-                num_kv_heads=self.num_kv_heads,
-                head_dim=self.head_dim,
-                num_sinks=num_sinks,
-            )
         if sink_window < 2:
             raise ValueError(f"expected a sink_window of at least 2 tokens, found {sink_window}")
         self.num_sinks, self.window = num_sinks, sink_window
@@ -136,39 +101,6 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
                 new[name] = _last(x, x.shape[2] - q.shape[2] + lengths, self.window - 1)
             cache.set_state(new, layout.num_new)
         return rows.put(o.transpose(1, 2))
-
-
-def window_of_equal_bytes(
-    num_slots: int,
-    chunk_size: int,
-    *,
-    num_kv_heads: int,
-    head_dim: int,
-    num_sinks: int,
-    dtype: torch.dtype = torch.float32,
-) -> int:
-    """The smallest `sink_window` whose state has at least the bytes of an OVQ layer's full dictionary.
-
-    Args:
-        num_slots: N of the OVQ layer.
-        chunk_size: C of the OVQ layer.
-        num_kv_heads: Hkv of both.
-        head_dim: K and V of both.
-        num_sinks: S.
-        dtype: of the activations; sums of OVQ are float32 whatever it is.
-
-    Example:
-        >>> window_of_equal_bytes(64, 64, num_kv_heads=2, head_dim=64, num_sinks=4)
-        126
-    """
-    with torch.device("meta"):
-        ovq = OVQAttention(
-            1, num_kv_heads, head_dim=head_dim, num_slots=num_slots, chunk_size=chunk_size, growth="immediate"
-        )
-    num_merged = -(-num_slots // chunk_size) * chunk_size
-    state_bytes = num_bytes(ovq.memory_spec(num_merged, dtype)) - torch.int64.itemsize
-    num_tokens = -(-state_bytes // (2 * num_kv_heads * head_dim * dtype.itemsize))
-    return max(2, num_tokens - num_sinks + 1)
 
 
 def sink_read(

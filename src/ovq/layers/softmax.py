@@ -22,15 +22,7 @@ from ovq.layers.memory import StateSpec, TensorMemory
 class FullAttention(AttentionMixer):
     """Causal softmax attention over all earlier tokens: quadratic time, a cache that grows with every token.
 
-    Args:
-        hidden_size: width of the model.
-        num_heads: query heads H.
-        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
-        head_dim: K (and V). None: `hidden_size / num_heads`.
-        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
-        layer_idx: the layer's place in the cache; None stands for 0.
-        use_rope: rotate queries and keys by position.
-        rope_theta: base of the rotary frequencies.
+    It is made as any `AttentionMixer`.
 
     Example:
         >>> layer = FullAttention(32, num_heads=2)
@@ -89,15 +81,13 @@ class SlidingWindowAttention(FullAttention):
     Token t sees tokens `t - W + 1 .. t`, as in transformers.
 
     Args:
-        hidden_size: width of the model.
-        num_heads: query heads H.
-        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
-        head_dim: K (and V). None: `hidden_size / num_heads`.
         sliding_window: W, tokens a query sees, itself included; at least 2.
-        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
-        layer_idx: the layer's place in the cache; None stands for 0.
-        use_rope: rotate queries and keys by position.
-        rope_theta: base of the rotary frequencies.
+        use_rope: as in `Mixer`, but on if not said otherwise.
+        args: of `AttentionMixer`.
+        kwargs: of `AttentionMixer`.
+
+    Raises:
+        ValueError: a value outside its range.
 
     Example:
         >>> layer = SlidingWindowAttention(32, num_heads=2, sliding_window=8)
@@ -107,31 +97,16 @@ class SlidingWindowAttention(FullAttention):
         torch.Size([1, 2, 7, 16])
     """
 
-    config_fields = ("sliding_window",)
+    config_fields = AttentionMixer.config_fields | {"sliding_window": "sliding_window"}
 
     def __init__(
         self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        *args: int | None,
         sliding_window: int = defaults.SLIDING_WINDOW,
-        conv_size: int = defaults.CONV_SIZE,
-        layer_idx: int | None = None,
         use_rope: bool = True,
-        rope_theta: float = defaults.ROPE_THETA,
+        **kwargs: Any,
     ):
-        super().__init__(
-            hidden_size,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            conv_size=conv_size,
-            layer_idx=layer_idx,
-            use_rope=use_rope,
-            rope_theta=rope_theta,
-        )
+        super().__init__(*args, use_rope=use_rope, **kwargs)
         if sliding_window < 2:
             raise ValueError(f"expected a sliding_window of at least 2 tokens, found {sliding_window}")
         self.sliding_window = sliding_window

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableSequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -190,22 +191,16 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
     values are left out: this backbone has them in no mixer, and only the memory shall differ.
 
     Args:
-        hidden_size: width of the model.
-        num_heads: query heads H.
-        num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
-        head_dim: K (and V). None: `hidden_size / num_heads`.
         num_slots: N, slots of a key/value head.
         chunk_size: C, tokens of a chunk; it decides which keys get a gradient, not the output.
         vq_decay: of the moving averages that the slots are, a training step.
         commitment_weight: factor on the loss that draws keys to their slots,
             `mean over tokens and heads of |k - D[z]|^2`.
-        conv_size: taps of the causal depthwise convolution on q, k and v; 0 for none.
-        layer_idx: the layer's place in the cache; None stands for 0.
-        use_rope: refused if True.
-        rope_theta: not used.
+        args: of `AttentionMixer`.
+        kwargs: of `AttentionMixer`.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: a value outside its range.
 
     Example:
         >>> layer, losses = VQAttention(32, num_heads=2, num_slots=16, chunk_size=8), []
@@ -215,35 +210,21 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
     """
 
     forward_options = frozenset({"auxiliary_losses", "step"})
-    config_fields = ("num_slots", "chunk_size", "vq_decay", "commitment_weight")
+    config_fields = AttentionMixer.config_fields | {
+        name: name for name in ("num_slots", "chunk_size", "vq_decay", "commitment_weight")
+    }
     state_kind = "counts and sums of values of static slots"
 
     def __init__(
         self,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        *,
+        *args: int | None,
         num_slots: int = defaults.NUM_SLOTS,
         chunk_size: int = defaults.CHUNK_SIZE,
         vq_decay: float = defaults.VQ_DECAY,
         commitment_weight: float = defaults.COMMITMENT_WEIGHT,
-        conv_size: int = defaults.CONV_SIZE,
-        layer_idx: int | None = None,
-        use_rope: bool = False,
-        rope_theta: float = defaults.ROPE_THETA,
+        **kwargs: Any,
     ):
-        super().__init__(
-            hidden_size,
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            conv_size=conv_size,
-            layer_idx=layer_idx,
-            use_rope=use_rope,
-            rope_theta=rope_theta,
-        )
+        super().__init__(*args, **kwargs)
         check_vq(num_slots, chunk_size, vq_decay, commitment_weight)
         self.num_slots, self.chunk_size, self.commitment_weight = num_slots, chunk_size, commitment_weight
         self.dictionary = StaticDictionary(

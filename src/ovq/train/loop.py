@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf.equal_sizes import equal_sizes
 from ovq.runtime.progress import Reporter, Work
 from ovq.train.carry import CarryTrainer
 from ovq.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint, writing
@@ -34,6 +35,8 @@ from ovq.train.sharding import (
 def model_config(config: RunConfig) -> OVQConfig:
     """The configuration of a run's model, in transformers' form.
 
+    Sizes of mixers that a run leaves open are those of `equal_sizes`, at which they are compared.
+
     Raises:
         ValueError: If `OVQConfig` refuses a setting.
 
@@ -45,9 +48,9 @@ def model_config(config: RunConfig) -> OVQConfig:
     fields = dataclasses.asdict(config.model)
     del fields["embedding_std"]
     fields["mixer_types"] = list(config.model.mixer_types)
-    return OVQConfig(
-        vocab_size=config.task.vocab_size, num_hidden_layers=len(config.model.mixer_types), **fields
-    )
+    fields |= {"vocab_size": config.task.vocab_size, "num_hidden_layers": len(config.model.mixer_types)}
+    given = {name: value for name, value in fields.items() if value is not None}
+    return OVQConfig(**equal_sizes(OVQConfig(**given)) | given)
 
 
 def build_model(config: RunConfig) -> OVQForCausalLM:

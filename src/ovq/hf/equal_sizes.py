@@ -1,0 +1,81 @@
+"""Sizes at which other mixers have the parameters of an OVQ layer, or a state of its bytes.
+
+Experiments compare mixers at these sizes. A config that was saved before the sizes were fields of
+`OVQConfig` left them open, and meant these.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ovq.layers.memory import num_bytes
+from ovq.layers.ovq import slot_spec
+
+if TYPE_CHECKING:
+    from ovq.hf.configuration_ovq import OVQConfig
+
+#: The fields of `OVQConfig` that `equal_sizes` gives.
+EQUAL_SIZES = ("delta_value_dim", "mamba_head_dim", "mamba_state_size", "sink_window")
+
+
+def equal_sizes(config: OVQConfig) -> dict[str, int]:
+    """The fields `EQUAL_SIZES` at which layers of other mixers equal an `"ovq"` layer of this config.
+
+    `"gated_deltanet"` and `"mamba2"` have as many parameters, within a few percent; their states are what
+    comes of that. Three quarters of the weights of Mamba2 are for x, z and the output, a quarter for B and C.
+    `"sink_attention"` has a state of as many bytes, in float32.
+
+    Example:
+        >>> from ovq.hf import OVQConfig
+        >>> equal_sizes(OVQConfig(num_attention_heads=2, head_dim=64, num_slots=64, chunk_size=64))
+        {'delta_value_dim': 42, 'mamba_head_dim': 64, 'mamba_state_size': 63, 'sink_window': 126}
+    """
+    num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+    # Channels of all projections of the OVQ layer.
+    num_projected = 2 * (num_heads + num_kv_heads) * config.head_dim
+    mamba_head_dim = max(1, round(num_projected / (4 * num_heads)))
+    return {
+        "delta_value_dim": max(1, round(2 * (config.head_dim - 1) / 3)),
+        "mamba_head_dim": mamba_head_dim,
+        "mamba_state_size": max(1, (num_projected - num_heads * (3 * mamba_head_dim + 1)) // 2),
+        "sink_window": window_of_equal_bytes(
+            config.num_slots,
+            config.chunk_size,
+            num_kv_heads=num_kv_heads,
+            head_dim=config.head_dim,
+            num_sinks=config.num_sinks,
+        ),
+    }
+
+
+def window_of_equal_bytes(
+    num_slots: int,
+    chunk_size: int,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    num_sinks: int,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """The smallest `sink_window` whose state has at least the bytes of a full dictionary.
+
+    Args:
+        num_slots: N of the OVQ layer.
+        chunk_size: C of the OVQ layer.
+        num_kv_heads: Hkv of both.
+        head_dim: K and V of both.
+        num_sinks: S.
+        dtype: of the activations; sums of OVQ are float32 whatever it is.
+
+    Example:
+        >>> window_of_equal_bytes(64, 64, num_kv_heads=2, head_dim=64, num_sinks=4)
+        126
+    """
+    sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "chunk_size": chunk_size}
+    slots = slot_spec(num_slots, **sizes, dtype=dtype)
+    # Both states count the tokens they have seen.
+    del slots["num_seen"]
+    num_tokens = -(-num_bytes(slots) // (2 * num_kv_heads * head_dim * dtype.itemsize))
+    return max(2, num_tokens - num_sinks + 1)
