@@ -98,7 +98,7 @@ class Mixer(nn.Module, ABC):
         """What handles the state of such a layer.
 
         Args:
-            settings: the layer, or the config of a model: what it is made by is called the same in both.
+            settings: the layer itself or the config of its model, which call what matters by the same names.
             rope_theta: base of the rotary frequencies of its keys; None for keys without rotary embedding.
         """
 
