@@ -324,18 +324,23 @@ def test_what_cannot_be_the_memory_of_the_model_is_refused(saved, model, change,
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"),
-    [(-5, "counts >= 0, found -5"), (2**63 - 1, "add up within int64"), (62, "add up to the tokens merged")],
+    ("name", "values", "expected"),
+    [
+        ("layers.1.count", [-5, -2], "layer 1: expected counts >= 0, found -5"),
+        ("layers.1.count", [2**63 - 1, 2**62], "layer 1: expected .*add up within int64"),
+        ("layers.1.count", [62, 32], "layer 1: expected .*add up to the tokens merged"),
+        ("layers.0.num_seen", [60], r"layer 0: expected num_seen \[61\], found \[60\]"),
+    ],
 )
-def test_counts_of_a_fixed_dictionary_are_checked_too(tmp_path, value, expected):
+def test_counts_of_other_mixers_are_checked_too(tmp_path, name, values, expected):
     model = make_model(**BASELINES)
     save_context(build_context(model, DOCUMENT), tmp_path / "c")
     tensors = load_file(tmp_path / "c")
     with safe_open(tmp_path / "c", framework="pt") as file:
         metadata = file.metadata()
-    tensors["layers.1.count"][0, 0, :2] = torch.tensor([value, value // 2 + 1])
+    tensors[name].view(-1)[: len(values)] = torch.tensor(values)
     save_file(tensors, tmp_path / "c", metadata={**metadata, "content": _digest(tensors)})
-    with pytest.raises(ValueError, match=f"layer 1: expected .*{expected}"):
+    with pytest.raises(ValueError, match=expected):
         load_context(tmp_path / "c", model)
 
 
