@@ -55,12 +55,12 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
             raise ValueError(f"expected num_sinks of at least 1, found {num_sinks}")
         if sink_window < 2:
             raise ValueError(f"expected a sink_window of at least 2 tokens, found {sink_window}")
-        self.num_sinks, self.window = num_sinks, sink_window
+        self.num_sinks, self.sink_window = num_sinks, sink_window
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:
         """Keys and values of the sinks and of the last W - 1 tokens, and how many a row has seen."""
         sinks = (self.num_kv_heads, self.num_sinks, self.head_dim)
-        window = (self.num_kv_heads, self.window - 1, self.head_dim)
+        window = (self.num_kv_heads, self.sink_window - 1, self.head_dim)
         tensors = {"sink_keys": sinks, "sink_values": sinks, "keys": window, "values": window}
         return {name: (shape, dtype) for name, shape in tensors.items()} | {"num_seen": ((), torch.int64)}
 
@@ -95,10 +95,10 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
         else:
             past_k, past_v = state["keys"], state["values"]
         k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
-        o = sink_read(q, k, v, new["sink_keys"], new["sink_values"], before, window=self.window)
+        o = sink_read(q, k, v, new["sink_keys"], new["sink_values"], before, window=self.sink_window)
         if cache is not None:
             for name, x in (("keys", k), ("values", v)):
-                new[name] = _last(x, x.shape[2] - q.shape[2] + lengths, self.window - 1)
+                new[name] = _last(x, x.shape[2] - q.shape[2] + lengths, self.sink_window - 1)
             cache.set_state(new, layout.num_new)
         return rows.put(o.transpose(1, 2))
 
