@@ -12,7 +12,7 @@ from ovq.ops import backends
 from ovq.ops.backends.triton import refusal_of
 from ovq.ops.call import RowBounds
 from ovq.ops.checks import check_qkv, checked_call, checked_scale
-from ovq.ops.options import Options
+from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
 from ovq.ops.state import OVQState
 from ovq.ops.uncompiled import uncompiled
 
@@ -45,11 +45,12 @@ def ovq_attention(
     output_final_state: bool = False,
     attention_mask: Tensor | RowBounds | None = None,
     cu_seqlens: Tensor | None = None,
-    growth: str = "plateau",
+    growth: str | None = None,
     init: str = "novelty",
     merge: str = "existing",
     bias: str = "count",
     rate: float | str = "count",
+    value_weight: float = VALUE_WEIGHT,
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, OVQState | None]:
@@ -74,16 +75,20 @@ def ovq_attention(
             instead: rows that were checked once for all of them.
         cu_seqlens: `[rows + 1]` bounds of rows packed into a batch of 1; a state then has that many rows.
         growth: how the dictionary grows with t tokens, `"plateau"` (t N / (t + N)), `"linear"` or
-            `"immediate"`.
+            `"immediate"` (every token a slot while there is room). None: `"immediate"` with merge `"ward"`,
+            else `"plateau"`.
         init: which keys open slots, the least similar to all slots (`"novelty"`) or a `"random"` choice.
-        merge: whether other keys go to the slots that existed before their chunk (`"existing"`) or also to
-            those that it opened (`"updated"`).
+        merge: whether other keys go to the slots that existed before their chunk (`"existing"`, the paper's
+            rule) or also to those that it opened (`"updated"`). Or `"ward"`: of all slots and tokens the
+            cheapest pairs are merged, keys and values considered, slots with slots included, until they fit.
         bias: what the score of a slot D of count c gets beside scale q.D: log c (`"count"`), or log c -
             scale |D|^2 / 2 (`"count+norm"`, the term that equal norms would cancel). A token of the chunk is
             a slot of count 1.
         rate: how far a slot's means move towards each token merged into it, in order of position: 1 / count
             (`"count"`, the running mean), or a constant share in (0, 1]. Counts add up either way. A constant
             rate cannot be rewound: training keeps every chunk's probabilities, so it is for ablations.
+        value_weight: w of `merge="ward"`: how much distances between values, relative to their mean squared
+            length, weigh beside those between keys.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
             this processor; float32 and bfloat16), `"triton"` (kernels for GPUs; default `init` and `merge`,
@@ -116,11 +121,12 @@ def ovq_attention(
     options = Options(
         num_slots=num_slots,
         chunk_size=chunk_size,
-        growth=growth,
+        growth=default_growth(merge) if growth is None else growth,
         init=init,
         merge=merge,
         bias=bias,
         rate=rate,
+        value_weight=value_weight,
         seed=_seed(init, generator),
     )
     backends.check_name(backend)

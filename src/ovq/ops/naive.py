@@ -120,7 +120,8 @@ def _naive_head(
                 outputs.append(_read(q[t].to(wide), scale, head, chunk_k[: j + 1], chunk_v[: j + 1], options))
         if len(chunk_k) == options.chunk_size:
             num_seen += options.chunk_size
-            _learn(chunk_k, chunk_v, head, h, num_seen, options)
+            learn = _learn_by_likelihood if options.merge == "ward" else _learn
+            learn(chunk_k, chunk_v, head, h, num_seen, options)
     complete = len(k) - len(k) % options.chunk_size
     o = torch.stack(outputs) if outputs else q.new_zeros(*q.shape[:2], v.shape[-1])
     return o, head, (k[complete:], v[complete:])
@@ -180,6 +181,74 @@ def _learn(chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int,
         # Such steps are taken in float64; what is kept between chunks is as wide as all sums.
         head.key_sum = [rounded(s.double(), chunk_k.dtype) for s in head.key_sum]
         head.value_sum = [rounded(s.double(), chunk_v.dtype) for s in head.value_sum]
+
+
+def _learn_by_likelihood(
+    chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int, options: Options
+) -> None:
+    """merge="ward": of slots and tokens of a complete chunk, merge the cheapest pairs until they fit."""
+    existing, size = len(head.count), len(chunk_k)
+    wanted = grown_slots(
+        existing,
+        num_seen,
+        num_slots=options.num_slots,
+        chunk_size=options.chunk_size,
+        growth=options.growth,
+    )
+    key_sum, value_sum = [*head.key_sum, *chunk_k], [*head.value_sum, *chunk_v]
+    count = head.count + [1] * size
+    clusters = _clusters(key_sum, value_sum, count, existing + size - wanted, options.value_weight)
+    # A cluster is kept by its lowest slot; one of tokens alone gets a slot that has become free, or a new one.
+    kept = {cluster[0] for cluster in clusters}
+    free = [i for i in range(wanted) if i >= existing or i not in kept]
+    head.open_slots(wanted - existing, chunk_k[0], chunk_v[0])
+    for cluster in clusters:
+        slot = cluster[0] if cluster[0] < existing else free.pop(0)
+        head.key_sum[slot] = sum((key_sum[i] for i in cluster[1:]), key_sum[cluster[0]])
+        head.value_sum[slot] = sum((value_sum[i] for i in cluster[1:]), value_sum[cluster[0]])
+        head.count[slot] = sum(count[i] for i in cluster)
+
+
+@torch.no_grad()
+def _clusters(
+    key_sum: list[Tensor], value_sum: list[Tensor], count: list[int], num_merges: int, value_weight: float
+) -> list[list[int]]:
+    """Items merged pair by pair, the cheapest first: the items of each cluster, in order of their lowest."""
+    c = torch.tensor(count, dtype=torch.float64)
+    # Means as they are read, in the dtype of the sums.
+    keys, values = (
+        torch.stack([s / n for s, n in zip(sums, count, strict=True)]).double()
+        for sums in (key_sum, value_sum)
+    )
+    lengths = values.square().sum(-1)
+    is_finite = lengths.isfinite()
+    power = (c * lengths)[is_finite].sum() / c[is_finite].sum().clamp(min=1)
+    x = torch.cat([keys, values * (value_weight / power.sqrt() if power > 0 else 0.0)], -1)
+    squares = x.square().sum(-1)
+    tie = TIE * float(squares[squares.isfinite()].max()) if squares.isfinite().any() else 0.0
+
+    def cost(a: int) -> Tensor:
+        """Of merging item a with each: what the squared distances to means, summed, grow by."""
+        squared = (x - x[a]).square().sum(-1)
+        costs = torch.where(squared.isfinite(), c * c[a] / (c + c[a]) * squared, torch.inf)
+        # What rounding leaves of no distance is none.
+        return costs.masked_fill(costs <= tie, 0)
+
+    costs = torch.stack([cost(a) for a in range(len(count))])
+    clusters = {i: [i] for i in range(len(count))}
+    costs = costs.masked_fill(torch.ones_like(costs, dtype=torch.bool).tril(), torch.nan)
+    for _ in range(num_merges):
+        best = costs[~costs.isnan()].min()
+        # Of equally cheap pairs the first: that of the lowest item, and of its lowest partner.
+        a, b = (costs <= best + tie).nonzero()[0].tolist()
+        x[a] = (c[a] * x[a] + c[b] * x[b]) / (c[a] + c[b])
+        c[a] += c[b]
+        clusters[a] = sorted(clusters[a] + clusters.pop(b))
+        costs[b], costs[:, b] = torch.nan, torch.nan
+        new = cost(a)
+        costs[a] = torch.where(costs[a].isnan(), torch.nan, new)
+        costs[:, a] = torch.where(costs[:, a].isnan(), torch.nan, new)
+    return list(clusters.values())
 
 
 def _nearest(scores: Tensor, key: Tensor, means: Tensor) -> int:

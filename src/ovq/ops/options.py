@@ -1,6 +1,7 @@
 """`Options`: the settings that define what the layer computes, passed to every backend."""
 
 import dataclasses
+import math
 
 from ovq.ops.schedule import GROWTHS
 
@@ -15,8 +16,11 @@ ORDINARY = (1e-15, 1e15)
 # The rank of a key that is not finite, so has no cosine. Those are at most 1: it is the last to open a slot.
 NO_COSINE = 2.0
 
+# w of `merge="ward"`: the best of those measured (docs/results.md) for keys of length 1.
+VALUE_WEIGHT = 0.5
+
 INITS = ("novelty", "random")
-MERGES = ("existing", "updated")
+MERGES = ("existing", "updated", "ward")
 BIASES = ("count", "count+norm")
 
 
@@ -29,10 +33,12 @@ class Options:
         chunk_size: C, tokens of a chunk.
         growth: the schedule, `"plateau"`, `"linear"` or `"immediate"`.
         init: which keys open slots, `"novelty"` or `"random"`.
-        merge: where the others go, `"existing"` or `"updated"` slots.
+        merge: where the others go, `"existing"` or `"updated"` slots; or `"ward"`, the cheapest pairs of
+            slots and tokens merge.
         seed: seeds `init="random"`.
         bias: what is added to the scores of slots, `"count"` (log c) or `"count+norm"`.
         rate: how far a slot mean moves to a key merged into it: `"count"` (1 / count) or a constant share.
+        value_weight: w, what distances between values weigh beside those between keys in `merge="ward"`.
     """
 
     num_slots: int
@@ -43,6 +49,7 @@ class Options:
     seed: int
     bias: str = "count"
     rate: float | str = "count"
+    value_weight: float = VALUE_WEIGHT
 
     def __post_init__(self) -> None:
         options = (("growth", GROWTHS), ("init", INITS), ("merge", MERGES), ("bias", BIASES))
@@ -54,6 +61,25 @@ class Options:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, found {value!r}")
         check_rate("rate", self.rate)
+        check_value_weight("value_weight", self.value_weight)
+        # Nothing is chosen to open a slot, and no mean moves by steps, where pairs are merged.
+        for name, only in (("init", "novelty"), ("rate", "count")):
+            if self.merge == "ward" and getattr(self, name) != only:
+                raise ValueError(
+                    f"{name}: expected {only!r} with merge 'ward', found {getattr(self, name)!r}"
+                )
+
+
+def default_growth(merge: str) -> str:
+    """The growth that a merge rule is meant for: merging pairs, nothing is merged while there is room."""
+    return "immediate" if merge == "ward" else "plateau"
+
+
+def check_value_weight(name: str, weight: float) -> None:
+    """Raise ValueError, naming the argument `name`, unless `weight` is a finite number of at least 0."""
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not (is_number and 0 <= weight < math.inf):
+        raise ValueError(f"{name}: expected a finite number of at least 0, found {weight!r}")
 
 
 def check_rate(name: str, rate: float | str) -> None:

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "read.h"
+#include "ward.h"
 
 /* What the threads of a team share. */
 struct Gradients {
@@ -69,6 +70,25 @@ static void load_queries(const Call *call, const Chunk *chunk, int64_t head, int
     }
 }
 
+/* Slots that the chunk merged into others are themselves again; what the sum is worth, each part is. */
+static void part_slots(const Call *call, const Chunk *chunk, int64_t head, const Sums *sums, float *key_deposit,
+                       float *value_deposit, Dictionary *dictionary) {
+    const int64_t k = call->k.dim, v = call->v.dim;
+    const Merged merged = merged_of(call, chunk->index, head);
+    for (int64_t i = 0; i < call->chunk_size && merged.slot[i] >= 0; i++) {
+        const int64_t b = merged.slot[i], a = merged.into[i];
+        add_sums(call, sums->key + a * k, sums->value + a * v, merged.key + i * k, merged.value + i * v, -1);
+        memcpy(sums->key + b * k, merged.key + i * k, sizeof(float) * k);
+        memcpy(sums->value + b * v, merged.value + i * v, sizeof(float) * v);
+        memcpy(key_deposit + b * k, key_deposit + a * k, sizeof(float) * k);
+        memcpy(value_deposit + b * v, value_deposit + a * v, sizeof(float) * v);
+        sums->count[b] = merged.count[i];
+        sums->count[a] -= merged.count[i];
+        update_slot(dictionary, call, b, sums);
+        update_slot(dictionary, call, a, sums);
+    }
+}
+
 /* The chunk's tokens get the gradient of the sums they were added to, and are taken out of the sums again. */
 static void rewind_chunk(const Call *call, const Chunk *chunk, int64_t row, int64_t head, const Rows *tokens,
                          Dictionary *dictionary, Gradients *all) {
@@ -93,6 +113,7 @@ static void rewind_chunk(const Call *call, const Chunk *chunk, int64_t row, int6
         memset(value_deposit + slot * call->v.dim, 0, sizeof(float) * call->v.dim);
     }
     update_slots(dictionary, call, &sums, all->slot, chunk->num, all->is_done);
+    if (call->is_ward) part_slots(call, chunk, head, &sums, key_deposit, value_deposit, dictionary);
 }
 
 /* One tile of queries with one tile of slots or tokens: `start` is the queries' place among those of the chunk,

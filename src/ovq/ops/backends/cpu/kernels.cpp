@@ -6,7 +6,7 @@
 
 #include "backward.h"
 #include "convolution.h"
-#include "learn.h"
+#include "ward.h"
 
 /* How the threads share the streams. */
 struct Teams {
@@ -31,6 +31,7 @@ struct Shared {
     Dictionary dictionary;
     Rows tokens;
     Learner learner;
+    Ward ward;
     Gradients gradients;
     Barrier *barrier;
 };
@@ -42,11 +43,13 @@ struct Own {
 
 static Shared take_shared(Arena *arena, const Call *call, int is_backward) {
     Shared shared = {};
-    shared.dictionary = take_dictionary(arena, call, is_backward);
-    shared.tokens = take_rows(arena, call, call->width, is_backward);
+    const int has_value_panels = is_backward || call->is_ward;
+    shared.dictionary = take_dictionary(arena, call, has_value_panels);
+    shared.tokens = take_rows(arena, call, call->width, has_value_panels);
     shared.barrier = TAKE(arena, Barrier, 1);
     if (is_backward) shared.gradients = take_gradients(arena, call);
     else shared.learner = take_learner(arena, call);
+    if (!is_backward && call->is_ward) shared.ward = take_ward(arena, call);
     return shared;
 }
 
@@ -61,28 +64,41 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
     Dictionary *dictionary = &shared->dictionary;
     const Sums sums = sums_of(call, row, head);
     if (team->rank == 0) load_dictionary(dictionary, call, &sums);
+    Ward *ward = &shared->ward;
+    if (team->rank == 0) ward->has_bounds = ward->has_squares = 0;
     for (int64_t i = 0; i < num_chunks(call, row); i++) {
         const Chunk chunk = chunk_of(call, row, i);
         dictionary->num = chunk.before;
         const double *priority = call->priority;
         if (priority)
             priority += ((call->schedule_start[row] + i) * call->num_kv_heads + head) * call->chunk_size;
-        if (team->rank == 0) load_chunk(&shared->tokens, call, chunk.index, head, chunk.num);
+        const Items items = {call, dictionary, &shared->tokens, &sums, ward};
+        const int64_t due = call->is_ward && chunk.is_complete ? chunk.before + chunk.num - chunk.after : 0;
+        if (team->rank == 0) {
+            load_chunk(&shared->tokens, call, chunk.index, head, chunk.num);
+            if (due && *shared->tokens.is_finite) prepare_ward(items, due, own->reader.scores);
+        }
         sync(team);
         const int64_t blocks = (chunk.num + QUERIES - 1) / QUERIES, reads = blocks * call->group_size;
-        const int64_t routes = chunk.is_complete && chunk.before ? blocks : 0;
-        const Lengths lengths = routes ? lengths_of(dictionary) : Lengths{};
+        const int is_routing = call->is_ward ? due && *shared->tokens.is_finite : chunk.is_complete && chunk.before;
+        const int64_t routes = is_routing ? blocks : 0;
+        const Lengths lengths = routes && !call->is_ward ? lengths_of(dictionary) : Lengths{};
         for (int64_t tile = team->rank; tile < reads + routes; tile += team->size) {
             const int64_t first = tile % blocks * QUERIES, num = least(QUERIES, chunk.num - first);
             if (tile < reads)
                 read_tile(call, dictionary, &shared->tokens, &chunk, head * call->group_size + tile / blocks, first,
                           num, &own->reader);
+            else if (call->is_ward)
+                token_rows(items, first, num);
             else
                 route_tile(call, dictionary, &shared->tokens, first, num, chunk.after > chunk.before && !priority,
                            &lengths, &shared->learner, own->reader.near, own->reader.scores);
         }
         sync(team);
-        if (team->rank == 0 && chunk.is_complete)
+        if (team->rank == 0 && chunk.is_complete && call->is_ward)
+            learn_by_likelihood(call, dictionary, &shared->tokens, &sums, &chunk, head, ward, &shared->learner,
+                                own->reader.scores);
+        else if (team->rank == 0 && chunk.is_complete)
             learn(call, dictionary, &shared->tokens, &sums, &chunk, head, priority, &shared->learner,
                   own->reader.scores);
     }

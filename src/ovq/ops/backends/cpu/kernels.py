@@ -59,8 +59,12 @@ class CompiledAttention(torch.autograd.Function):
         call = _call(q, k, v, o, lse, scale, *sums, slots, plan)
         if plan.options.init == "random":
             call.point(priority=_priorities(plan))
+        merged = []
+        if plan.options.merge == "ward" and any(ctx.needs_input_grad):
+            merged = _merged(k, v, plan)
+            call.point(**dict(zip(_MERGED, merged, strict=True)))
         call.run("ovq_forward")
-        ctx.save_for_backward(q, k, v, scale, o, *sums, lse, slots)
+        ctx.save_for_backward(q, k, v, scale, o, *sums, lse, slots, *merged)
         ctx.plan = plan
         ctx.mark_non_differentiable(sums[2])
         ctx.set_materialize_grads(False)
@@ -70,7 +74,7 @@ class CompiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_o, grad_key_sum, grad_value_sum, _):
         """Rewind the sums; the gradient of the final ones becomes that of the initial."""
-        q, k, v, scale, o, key_sum, value_sum, count, lse, slots = ctx.saved_tensors
+        q, k, v, scale, o, key_sum, value_sum, count, lse, slots, *merged = ctx.saved_tensors
         grad_o = torch.zeros_like(o) if grad_o is None else _dense(grad_o)
         key_deposit = torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum)
         value_deposit = torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum)
@@ -79,6 +83,7 @@ class CompiledAttention(torch.autograd.Function):
         sums = [dense_copy(x) for x in (key_sum, value_sum, count)]
         call = _call(q, k, v, o, lse, scale, *sums, slots, ctx.plan)
         call.set_tokens(grad_o=grad_o, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
+        call.point(**dict(zip(_MERGED, merged, strict=False)))
         call.point(key_deposit=key_deposit, value_deposit=value_deposit, grad_scale=grad_scale)
         call.run("ovq_backward")
         return *grads, grad_scale.sum(0).to(scale.dtype), key_deposit, value_deposit, None, None
@@ -99,6 +104,23 @@ def _priorities(plan: Plan) -> Tensor:
     return torch.stack(rows)
 
 
+# Slots that chunks merged into others, into which, and their sums: what the backward parts them by.
+_MERGED = ("merged_slot", "merged_into", "merged_key", "merged_value", "merged_count")
+
+
+def _merged(k: Tensor, v: Tensor, plan: Plan) -> list[Tensor]:
+    """Room for `_MERGED` of every chunk. A chunk seldom merges as many slots as it has tokens, and memory that
+    is never written to is never used."""
+    shape = (k.shape[0], k.shape[2], plan.options.chunk_size)
+    return [
+        torch.empty(shape, dtype=torch.int32),
+        torch.empty(shape, dtype=torch.int32),
+        torch.empty(*shape, k.shape[3]),
+        torch.empty(*shape, v.shape[3]),
+        torch.empty(shape, dtype=torch.int64),
+    ]
+
+
 class _Tokens(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 3), ("dim", ctypes.c_int64)]
 
@@ -109,12 +131,13 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
         *((name, ctypes.c_int64) for name in ("width", "capacity", "num_threads")),
-        *((name, ctypes.c_int64) for name in ("is_bfloat16", "is_merge_updated")),
-        ("tie", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("is_bfloat16", "is_merge_updated", "is_ward")),
+        *((name, ctypes.c_double) for name in ("tie", "value_weight")),
         *((name, _Tokens) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count", "slots")),
         *((name, ctypes.c_void_p) for name in ("first_chunk", "length", "schedule_start", "schedule")),
         ("priority", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in _MERGED),
         *((name, _Tokens) for name in ("grad_o", "grad_q", "grad_k", "grad_v")),
         *((name, ctypes.c_void_p) for name in ("key_deposit", "value_deposit", "grad_scale")),
     ]
@@ -164,7 +187,9 @@ def _call(
         num_threads=torch.get_num_threads(),
         is_bfloat16=q.dtype == torch.bfloat16,
         is_merge_updated=options.merge == "updated",
+        is_ward=options.merge == "ward",
         tie=TIE,
+        value_weight=options.value_weight,
     )
     starts = [0, *itertools.accumulate(len(sizes) for sizes in plan.slots)]
     call.set_tokens(q=q, k=k, v=v, o=o)

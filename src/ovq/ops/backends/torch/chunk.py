@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.plan import Plan
+from ovq.ops.backends.torch.merge import MergedSlots, learn_by_likelihood, part_slots
 from ovq.ops.backends.torch.read import Reader
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
@@ -54,6 +55,9 @@ def chunk_attention(
     return _ChunkAttention.apply(q, k, v, scale, key_sum, value_sum, count, plan)
 
 
+_MERGED = dataclasses.fields(MergedSlots)
+
+
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
@@ -61,10 +65,12 @@ class _ChunkAttention(torch.autograd.Function):
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
         # The slot of every token of a complete chunk; int32 is enough for any dictionary.
         slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
-        for group in groups_of(plan, q.device):
-            _forward_group(group, q, k, v, scale, sums, o, slots)
-        ctx.save_for_backward(q, k, v, scale, o, sums.key_sum, sums.value_sum, sums.count, slots)
-        ctx.plan = plan
+        merged = [
+            _forward_group(group, q, k, v, scale, sums, o, slots) for group in groups_of(plan, q.device)
+        ]
+        parts = [getattr(each, f.name) for steps in merged for each in steps for f in _MERGED]
+        ctx.save_for_backward(q, k, v, scale, o, sums.key_sum, sums.value_sum, sums.count, slots, *parts)
+        ctx.plan, ctx.num_merged = plan, [len(steps) for steps in merged]
         ctx.mark_non_differentiable(sums.count)
         ctx.set_materialize_grads(False)
         return o, sums.key_sum, sums.value_sum, sums.count
@@ -72,7 +78,8 @@ class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_o, grad_key_sum, grad_value_sum, _):
-        q, k, v, scale, o, key_sum, value_sum, count, slots = ctx.saved_tensors
+        q, k, v, scale, o, key_sum, value_sum, count, slots, *parts = ctx.saved_tensors
+        parts = iter(parts)
         call = _Tensors(q, k, v, scale, o, torch.zeros_like(o) if grad_o is None else grad_o, slots)
         grads = _Tensors(
             torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.zeros_like(scale)
@@ -86,8 +93,9 @@ class _ChunkAttention(torch.autograd.Function):
         )
         # Autocast would run these products with less precision than the forward.
         with torch.autocast(q.device.type, enabled=False):
-            for group in groups_of(ctx.plan, q.device):
-                _backward_group(group, call, final, deposits, grads)
+            for group, num in zip(groups_of(ctx.plan, q.device), ctx.num_merged, strict=True):
+                merged = [MergedSlots(*(next(parts) for _ in _MERGED)) for _ in range(num)]
+                _backward_group(group, call, final, deposits, grads, merged)
         return grads.q, grads.k, grads.v, grads.scale, deposits.key_sum, deposits.value_sum, None, None
 
 
@@ -106,9 +114,13 @@ class _Tensors:
 
 def _forward_group(
     group: Group, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, sums: Dictionary, o: Tensor, slots: Tensor
-) -> None:
-    """Run all chunks of a group, in order; fills `o` and `slots` and updates `sums` in place."""
+) -> list[MergedSlots]:
+    """Run all chunks of a group, in order; fills `o` and `slots` and updates `sums` in place.
+
+    Returns what each complete chunk merged of slots: nothing but by merge="ward".
+    """
     sums = group.dictionary(sums)
+    merged: list[MergedSlots] = []
     reader = Reader(group, q, v, sums.key_sum.dtype)
     router = Router(
         num_streams=group.num_streams,
@@ -121,7 +133,14 @@ def _forward_group(
         for block in step.blocks:
             step.put(o, reader.read(step, block, q, scale), block)
         s = step.num_complete
-        if s:
+        if s and group.plan.options.merge == "ward":
+            keys, values = reader.chunk_keys[:s], reader.chunk_values[:s]
+            chosen, parts = learn_by_likelihood(
+                sums, keys, values, step.before[:s], step.after, group.plan.options
+            )
+            merged.append(parts)
+            step.put_complete(slots, chosen[..., None])
+        elif s:
             chosen = router(
                 reader.chunk_keys[:s],
                 reader.means[:s],
@@ -132,10 +151,16 @@ def _forward_group(
             )
             sums.add_(chosen, reader.chunk_keys[:s], reader.chunk_values[:s], 1)
             step.put_complete(slots, chosen[..., None])
+    return merged
 
 
 def _backward_group(
-    group: Group, call: _Tensors, final: Dictionary, deposits: Dictionary, grads: _Tensors
+    group: Group,
+    call: _Tensors,
+    final: Dictionary,
+    deposits: Dictionary,
+    grads: _Tensors,
+    merged: list[MergedSlots],
 ) -> None:
     """Run all chunks of a group, in reverse; fills the gradients of tokens and updates `deposits` in
     place."""
@@ -159,6 +184,8 @@ def _backward_group(
             is_gone = (sums.count[:s] == 0).unsqueeze(-1)
             for x in (sums.key_sum, sums.value_sum, deposits.key_sum, deposits.value_sum):
                 x[:s].masked_fill_(is_gone, 0)
+            if merged:
+                part_slots(sums, deposits, merged.pop())
         # 3. Backward of the read from that dictionary.
         reader.load(step, call.k, call.v, sums)
         for block in step.blocks:

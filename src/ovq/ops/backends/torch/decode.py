@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.torch.constant_rate import moved
+from ovq.ops.backends.torch.merge import learn_by_likelihood
 from ovq.ops.backends.torch.route import Router, padded_slots
 from ovq.ops.call import Call
 from ovq.ops.options import Options
@@ -96,6 +97,11 @@ def _merged(state: OVQState, complete: list[int], options: Options) -> OVQState:
     streams, capacity = len(complete) * num_kv_heads, rows.count.shape[2]
     keys = rows.pending_keys.to(wide).view(streams, chunk_size, -1)
     values = rows.pending_values.to(wide).view(streams, chunk_size, -1)
+    sums = Dictionary(*(x.reshape(streams, *x.shape[2:]) for x in (rows.key_sum, rows.value_sum, rows.count)))
+    if options.merge == "ward":
+        sizes = ([n for n in each for _ in range(num_kv_heads)] for each in (before, after))
+        learn_by_likelihood(sums, keys, values, *sizes, options)
+        return replaced(state, complete, sums.key_sum, sums.value_sum, sums.count)
     means = slot_means(rows.key_sum, rows.count).view(streams, capacity, -1)
     means = torch.nn.functional.pad(means, (0, 0, 0, padded_slots(capacity) - capacity))
     router = Router(num_streams=streams, max_slots=capacity, options=options, like=means)
@@ -107,7 +113,6 @@ def _merged(state: OVQState, complete: list[int], options: Options) -> OVQState:
         heads=list(range(num_kv_heads)) * len(complete),
         num_seen=[t for t in rows.num_seen.tolist() for _ in range(num_kv_heads)],
     )
-    sums = Dictionary(*(x.reshape(streams, *x.shape[2:]) for x in (rows.key_sum, rows.value_sum, rows.count)))
     if options.rate == "count":
         sums.add_(slots, keys, values, 1)
     else:

@@ -1,0 +1,690 @@
+/* merge="ward": after a chunk, slots and tokens are merged pair by pair, the cheapest first, until they fit.
+
+   The order is exactly that of the reference. What makes it fast is that few costs are ever computed exactly. An item
+   has a *bound* that none of its costs is below; the item of the lowest bound is looked at, and only if the bound is
+   still an estimate are its costs refined, in float64 and as few as will do. Merging the cheapest pair brings no item
+   nearer to any other (Ward's costs are *reducible*), so bounds outlive merges, and those of slots the chunk itself.
+
+   Items are columns: [slots | tokens | merged], each part padded to whole panels. A merge makes a new column, the k-th
+   one of a chunk column `first_merged + k`. A *row* holds lower bounds of an item's costs with every column. */
+#pragma once
+
+#include "learn.h"
+
+/* Rows beyond those of the tokens: of slots whose costs were needed. */
+#define SPARE_ROWS 64
+/* Pairs of an item that are tried by their estimates before the row is computed anew. */
+#define TRIES 24
+
+struct Ward {
+    int64_t num_columns, first_token, first_merged, num_rows, num_merged;
+    int has_bounds, has_squares; /* Whether what is kept of slots holds for the dictionary as it is. */
+    int is_wide;         /* Whether float32 products mean nothing for this chunk. */
+    double value_factor; /* g^2 = w^2 / s_v: what squared distances of values are multiplied with. */
+    double tie;
+    float keep;          /* 1 - the relative rounding error of an estimate. */
+    float *slot_bound;   /* [M] */
+    double *key_square, *value_square; /* [M]: squared lengths of the means of slots. */
+    float *rows;         /* [num_rows, columns] */
+    int32_t *row, *seen; /* [columns]: the item's row or -1; [num_rows]: merges the row knows of. */
+    int32_t *spare;      /* [num_rows]: rows that nobody uses. */
+    int64_t num_spare;
+    float *bound, *count, *square; /* [columns]; `square` is keep * (|key|^2 + g^2 |value|^2). */
+    int32_t *index, *into, *partner; /* [columns]: lowest member; column it was merged into; nearest, or -1. */
+    double *cost;        /* [columns]: of the pair with the partner. */
+    int32_t *pair;       /* [C, 2]: columns of each merge. */
+    double *mean;        /* [C, K + V]: of merged columns. */
+    Rows merged;         /* [C]: the same in float32, for products. */
+    float *scaled;       /* [C, value_ld]: g^2 times the values of the tokens. */
+    int32_t *tried;      /* [columns] */
+    double *tried_cost;  /* [columns] */
+    int32_t *home;       /* [columns]: slot of each column that is left. */
+};
+
+static Ward take_ward(Arena *arena, const Call *call) {
+    Ward ward = {};
+    const int64_t size = padded(call->chunk_size, NR), slots = padded(call->capacity, NR);
+    ward.num_columns = slots + 2 * size;
+    ward.num_rows = size + SPARE_ROWS;
+    const int64_t n = ward.num_columns;
+    ward.slot_bound = TAKE(arena, float, slots);
+    ward.key_square = TAKE(arena, double, slots);
+    ward.value_square = TAKE(arena, double, slots);
+    ward.rows = TAKE(arena, float, ward.num_rows * n);
+    ward.row = TAKE(arena, int32_t, n);
+    ward.seen = TAKE(arena, int32_t, ward.num_rows);
+    ward.spare = TAKE(arena, int32_t, ward.num_rows);
+    ward.bound = TAKE(arena, float, n);
+    ward.count = TAKE(arena, float, n);
+    ward.square = TAKE(arena, float, n);
+    ward.index = TAKE(arena, int32_t, n);
+    ward.into = TAKE(arena, int32_t, n);
+    ward.partner = TAKE(arena, int32_t, n);
+    ward.cost = TAKE(arena, double, n);
+    ward.pair = TAKE(arena, int32_t, 2 * size);
+    ward.mean = TAKE(arena, double, size * (call->k.dim + call->v.dim));
+    ward.merged = take_rows(arena, call, size, 1);
+    ward.scaled = TAKE(arena, float, size * value_ld(call));
+    ward.tried = TAKE(arena, int32_t, n);
+    ward.tried_cost = TAKE(arena, double, n);
+    ward.home = TAKE(arena, int32_t, n);
+    return ward;
+}
+
+/* The next float below, and above, a double. */
+INLINE float below(double x) {
+    const float y = (float)x;
+    return y > x ? nextafterf(y, -INFINITY) : y;
+}
+
+INLINE float above(double x) {
+    const float y = (float)x;
+    return y < x ? nextafterf(y, INFINITY) : y;
+}
+
+template <typename A, typename B>
+static double squared_distance(const A *a, const B *b, int64_t n) {
+    EightWide sums = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        EightWide x, y;
+        for (int j = 0; j < 8; j++) x[j] = (double)a[i + j];
+        for (int j = 0; j < 8; j++) y[j] = (double)b[i + j];
+        sums += (x - y) * (x - y);
+    }
+    double sum = 0;
+    for (int j = 0; j < 8; j++) sum += sums[j];
+    for (; i < n; i++) sum += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+    return sum;
+}
+
+/* The items of a chunk: where the means of a column are. */
+struct Items {
+    const Call *call;
+    const Dictionary *dictionary;
+    const Rows *tokens;
+    const Sums *sums;
+    Ward *ward;
+
+    const float *key(int64_t i) const {
+        return i < ward->first_token ? dictionary->rows.keys + i * key_ld(call)
+                                     : tokens->keys + (i - ward->first_token) * key_ld(call);
+    }
+    const float *value(int64_t i) const {
+        return i < ward->first_token ? dictionary->rows.values + i * value_ld(call)
+                                     : tokens->values + (i - ward->first_token) * value_ld(call);
+    }
+    const double *mean(int64_t i) const {
+        return ward->mean + (i - ward->first_merged) * (call->k.dim + call->v.dim);
+    }
+    int is_merged(int64_t i) const { return i >= ward->first_merged; }
+};
+
+static double squared_distance_of(const Items &items, int64_t a, int64_t b) {
+    const int64_t k = items.call->k.dim, v = items.call->v.dim;
+    const double factor = items.ward->value_factor;
+    if (!items.is_merged(a) && !items.is_merged(b))
+        return squared_distance(items.key(a), items.key(b), k) +
+               factor * squared_distance(items.value(a), items.value(b), v);
+    if (items.is_merged(a) && items.is_merged(b))
+        return squared_distance(items.mean(a), items.mean(b), k) +
+               factor * squared_distance(items.mean(a) + k, items.mean(b) + k, v);
+    if (items.is_merged(b)) {
+        const int64_t c = a;
+        a = b;
+        b = c;
+    }
+    return squared_distance(items.mean(a), items.key(b), k) +
+           factor * squared_distance(items.mean(a) + k, items.value(b), v);
+}
+
+/* What merging two items costs, in float64; nothing within rounding of zero. */
+static double exact_cost(const Items &items, int64_t a, int64_t b) {
+    const double m = items.ward->count[a], n = items.ward->count[b];
+    const double cost = m * n / (m + n) * squared_distance_of(items, a, b);
+    if (!std::isfinite(cost)) return INFINITY;
+    return cost <= items.ward->tie ? 0 : cost;
+}
+
+/* The column of the lowest of n numbers, the first of equal ones; n a multiple of VL. */
+static int64_t lowest(const float *x, int64_t n) {
+    Vector best = splat(INFINITY);
+    for (int64_t j = 0; j < n; j += VL) {
+        const Vector y = load(x + j);
+        best = y < best ? y : best;
+    }
+    const float floor = -highest(-best);
+    for (int64_t j = 0; j < n; j += VL) {
+        const IntVector is_lowest = load(x + j) <= splat(floor);
+        int32_t any = 0;
+        for (int i = 0; i < VL; i++) any |= is_lowest[i];
+        if (any)
+            for (int i = 0; i < VL; i++)
+                if (is_lowest[i]) return j + i;
+    }
+    return 0;
+}
+
+INLINE float lowest_value(const float *x, int64_t n) {
+    Vector best = splat(INFINITY);
+    for (int64_t j = 0; j < n; j += VL) {
+        const Vector y = load(x + j);
+        best = y < best ? y : best;
+    }
+    return -highest(-best);
+}
+
+/* Turns products x.y of an item with columns first..first+num-1 into lower bounds of their costs. */
+static void estimate(const Ward *ward, float count, float square, int64_t first, int64_t num, float *row) {
+    const Vector own = splat(count), length = splat(square);
+    for (int64_t j = first; j < first + num; j += VL) {
+        const Vector other = load(ward->count + j);
+        const Vector distance = length + load(ward->square + j) - 2.0f * load(row + j);
+        store(row + j, own * other / (own + other) * distance);
+    }
+}
+
+/* The part of a row that products with `columns`, `num` of them from column `first` on, give. */
+static void multiply(const Call *call, const Rows *columns, int64_t num, int64_t count, const float *keys,
+                     const float *values, float *out, int64_t ld) {
+    product(count, num, call->k.dim, keys, key_ld(call), 1, columns->key_panels, call->k.dim * NR, NR, nullptr, 0, out,
+            ld);
+    product(count, num, call->v.dim, values, value_ld(call), 1, columns->value_panels, call->v.dim * NR, NR, out, ld,
+            out, ld);
+}
+
+/* Columns that are not there, or no longer. */
+INLINE void blank(const Ward *ward, float *row) {
+    for (int64_t j = 0; j < ward->num_columns; j++)
+        if (ward->into[j] != j) row[j] = INFINITY;
+}
+
+/* Rows of the tokens first..first+num-1. */
+static void token_rows(const Items &items, int64_t first, int64_t num) {
+    Ward *ward = items.ward;
+    const Call *call = items.call;
+    const int64_t n = ward->num_columns, start = ward->first_token, width = ward->first_merged - start;
+    float *out = ward->rows + first * n;
+    const float *keys = items.tokens->keys + first * key_ld(call), *values = ward->scaled + first * value_ld(call);
+    if (!ward->is_wide) {
+        multiply(call, &items.dictionary->rows, start, num, keys, values, out, n);
+        multiply(call, items.tokens, width, num, keys, values, out + start, n);
+    }
+    for (int64_t t = first; t < first + num; t++, out += n) {
+        if (ward->is_wide) memset(out, 0, sizeof(float) * n);
+        else estimate(ward, 1, ward->square[start + t], 0, ward->first_merged, out);
+        for (int64_t j = ward->first_merged; j < n; j++) out[j] = INFINITY;
+        for (int64_t j = items.dictionary->num; j < start; j++) out[j] = INFINITY;
+        for (int64_t j = start + call->chunk_size; j < ward->first_merged; j++) out[j] = INFINITY;
+        out[start + t] = INFINITY;
+        ward->bound[start + t] = lowest_value(out, n);
+    }
+}
+
+/* A row of an item computed anew. */
+static void fresh_row(const Items &items, int64_t i, float *out) {
+    Ward *ward = items.ward;
+    const Call *call = items.call;
+    const int64_t start = ward->first_token, width = ward->first_merged - start, n = ward->num_columns;
+    if (ward->is_wide) {
+        memset(out, 0, sizeof(float) * n);
+    } else {
+        const int is_merged = items.is_merged(i);
+        const int64_t m = i - ward->first_merged, v = value_ld(call);
+        const float *key = is_merged ? ward->merged.keys + m * key_ld(call) : items.key(i);
+        const float *value = is_merged ? ward->merged.values + m * v : items.value(i);
+        float scaled[v];
+        for (int64_t j = 0; j < v; j++) scaled[j] = (float)ward->value_factor * value[j];
+        multiply(call, &items.dictionary->rows, start, 1, key, scaled, out, n);
+        multiply(call, items.tokens, width, 1, key, scaled, out + start, n);
+        multiply(call, &ward->merged, padded(ward->num_merged, NR), 1, key, scaled, out + ward->first_merged, n);
+        estimate(ward, ward->count[i], ward->square[i], 0, ward->first_merged + padded(ward->num_merged, NR), out);
+    }
+    blank(ward, out);
+    out[i] = INFINITY;
+}
+
+/* Bounds of all slots among themselves, by products of tiles; `scores` holds QUERIES rows of slots. */
+static void slot_bounds(const Items &items, float *scores) {
+    Ward *ward = items.ward;
+    const Call *call = items.call;
+    const int64_t num = items.dictionary->num, n = ward->first_token, v = value_ld(call);
+    for (int64_t first = 0; first < num; first += QUERIES) {
+        const int64_t rows = least(QUERIES, num - first);
+        float scaled[rows * v];
+        for (int64_t j = 0; j < rows * v; j++)
+            scaled[j] = (float)ward->value_factor * items.dictionary->rows.values[first * v + j];
+        if (!ward->is_wide)
+            multiply(call, &items.dictionary->rows, n, rows, items.key(first), scaled, scores, n);
+        for (int64_t i = first; i < first + rows; i++) {
+            float *row = scores + (i - first) * n;
+            if (ward->is_wide) memset(row, 0, sizeof(float) * n);
+            else estimate(ward, ward->count[i], ward->square[i], 0, n, row);
+            for (int64_t j = num; j < n; j++) row[j] = INFINITY;
+            row[i] = INFINITY;
+            ward->slot_bound[i] = lowest_value(row, n);
+        }
+    }
+}
+
+/* Let a row know of the merges since it was last looked at. */
+static float *current_row(Ward *ward, int64_t i) {
+    const int32_t r = ward->row[i];
+    float *row = ward->rows + r * ward->num_columns;
+    for (int64_t m = ward->seen[r]; m < ward->num_merged; m++) {
+        const int32_t a = ward->pair[2 * m], b = ward->pair[2 * m + 1];
+        row[ward->first_merged + m] = row[a] < row[b] ? row[a] : row[b];
+        row[a] = row[b] = INFINITY;
+    }
+    row[i] = INFINITY;
+    ward->seen[r] = (int32_t)ward->num_merged;
+    return row;
+}
+
+INLINE int32_t take_spare(Ward *ward) { return ward->num_spare ? ward->spare[--ward->num_spare] : -1; }
+
+/* Whether the pair (a, b) of items comes before (c, d), each by their lowest members. */
+INLINE int comes_before(const Ward *ward, int64_t a, int64_t b, int64_t c, int64_t d) {
+    const int32_t x = ward->index[a], y = ward->index[b], p = ward->index[c], q = ward->index[d];
+    const int32_t first = x < y ? x : y, other = p < q ? p : q;
+    if (first != other) return first < other;
+    return (x < y ? y : x) < (p < q ? q : p);
+}
+
+INLINE void set_partner(Ward *ward, int64_t i, int64_t partner, double cost, double best) {
+    ward->partner[i] = (int32_t)partner;
+    ward->cost[i] = cost;
+    ward->bound[i] = below(best);
+}
+
+/* Find the nearest of an item exactly. `scratch` is a row. */
+static void refine(const Items &items, int64_t i, float *scratch) {
+    Ward *ward = items.ward;
+    const int64_t n = ward->num_columns;
+    int is_fresh = 0;
+    float *row;
+    if (ward->row[i] >= 0) {
+        row = current_row(ward, i);
+    } else {
+        const int32_t r = take_spare(ward);
+        row = r >= 0 ? ward->rows + r * n : scratch;
+        fresh_row(items, i, row);
+        is_fresh = 1;
+        ward->row[i] = r;
+        if (r >= 0) ward->seen[r] = (int32_t)ward->num_merged;
+    }
+    /* Repeats: the first item at no distance will do. */
+    const float tie = above(ward->tie);
+    const int64_t end = lowest_value(row, n) <= tie ? n : 0;
+    for (int64_t j = 0; j < end; j++) {
+        if (row[j] > tie) continue;
+        const double cost = exact_cost(items, i, j);
+        row[j] = below(cost);
+        if (cost == 0) {
+            set_partner(ward, i, j, 0, 0);
+            return;
+        }
+    }
+    int64_t num = 0;
+    double best = INFINITY;
+    for (;;) {
+        const int64_t j = lowest(row, n);
+        if (row[j] == INFINITY || row[j] > above(best + ward->tie)) break;
+        if (num == TRIES && !is_fresh && !ward->is_wide) {
+            /* The estimates are too loose to go on with. */
+            fresh_row(items, i, row);
+            is_fresh = 1;
+            num = 0;
+            best = INFINITY;
+            continue;
+        }
+        const double cost = exact_cost(items, i, j);
+        row[j] = INFINITY;
+        ward->tried[num] = (int32_t)j;
+        ward->tried_cost[num++] = cost;
+        best = fmin(best, cost);
+    }
+    int64_t nearest = -1;
+    double cost = INFINITY;
+    for (int64_t t = 0; t < num; t++) {
+        const int32_t j = ward->tried[t];
+        row[j] = below(ward->tried_cost[t]);
+        if (!(ward->tried_cost[t] <= best + ward->tie)) continue;
+        if (nearest >= 0 && !comes_before(ward, i, j, i, nearest)) continue;
+        nearest = j;
+        cost = ward->tried_cost[t];
+    }
+    set_partner(ward, i, nearest, cost, best);
+}
+
+INLINE int is_exact(const Ward *ward, int64_t i) {
+    const int32_t p = ward->partner[i];
+    return p >= 0 && ward->into[p] == p;
+}
+
+/* The mean, count and row of a new column that a and b are merged into. */
+static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
+    Ward *ward = items.ward;
+    const Call *call = items.call;
+    const int64_t k = call->k.dim, v = call->v.dim, m = ward->first_merged + ward->num_merged;
+    const int64_t at = ward->num_merged, n = ward->num_columns;
+    const double p = ward->count[a], q = ward->count[b];
+    double *mean = ward->mean + at * (k + v);
+    float *key = ward->merged.keys + at * key_ld(call), *value = ward->merged.values + at * value_ld(call);
+    double key_square = 0, value_square = 0;
+    for (int64_t j = 0; j < k; j++) {
+        const double x = items.is_merged(a) ? items.mean(a)[j] : items.key(a)[j];
+        const double y = items.is_merged(b) ? items.mean(b)[j] : items.key(b)[j];
+        mean[j] = (p * x + q * y) / (p + q);
+        key[j] = (float)mean[j];
+        key_square += mean[j] * mean[j];
+    }
+    for (int64_t j = 0; j < v; j++) {
+        const double x = items.is_merged(a) ? items.mean(a)[k + j] : items.value(a)[j];
+        const double y = items.is_merged(b) ? items.mean(b)[k + j] : items.value(b)[j];
+        mean[k + j] = (p * x + q * y) / (p + q);
+        value[j] = (float)mean[k + j];
+        value_square += mean[k + j] * mean[k + j];
+    }
+    put_column(ward->merged.key_panels, k, at, key);
+    put_column(ward->merged.value_panels, v, at, value);
+    ward->count[m] = (float)(p + q);
+    ward->square[m] = ward->keep * (float)(key_square + ward->value_factor * value_square);
+    ward->index[m] = ward->index[a] < ward->index[b] ? ward->index[a] : ward->index[b];
+    ward->partner[m] = -1;
+    ward->cost[m] = INFINITY;
+    ward->into[m] = (int32_t)m;
+    ward->row[m] = -1;
+    /* Costs with the new item from those with its parts, which are known from below (Lance and Williams). Where one
+       part has no row, its costs are at least its bound, or that of the other item, and the cost of this merge. */
+    const int32_t row_a = ward->row[a], row_b = ward->row[b];
+    ward->bound[m] = below(cost);
+    if (row_a >= 0 || row_b >= 0) {
+        const int is_two = row_a >= 0 && row_b >= 0;
+        const int64_t with = row_a >= 0 ? a : b, other = with == a ? b : a;
+        float *row = current_row(ward, with);
+        const float *more = is_two ? current_row(ward, other) : nullptr;
+        row[other] = INFINITY;
+        const Vector x = splat(ward->count[with]), y = splat(ward->count[other]), h = splat(above(cost));
+        const Vector least_cost = splat(below(cost)), limit = splat(ward->bound[other]);
+        Vector best = splat(INFINITY);
+        for (int64_t j = 0; j < n; j += VL) {
+            const Vector c = load(ward->count + j), first = load(row + j);
+            Vector second;
+            if (is_two) {
+                second = load(more + j);
+            } else {
+                second = load(ward->bound + j);
+                second = second < limit ? second : limit;
+                second = second > least_cost ? second : least_cost;
+            }
+            Vector bound = ((x + c) * first + (y + c) * second - c * h) / (x + y + c);
+            const Vector size = (first < 0.0f ? -first : first) + (second < 0.0f ? -second : second) + h;
+            bound -= 5e-7f * size;
+            /* Infinite ones give NaN. */
+            bound = bound == bound && first < INFINITY ? bound : splat(INFINITY);
+            best = bound < best ? bound : best;
+            store(row + j, bound);
+        }
+        const float lowest_bound = -highest(-best);
+        if (lowest_bound > ward->bound[m]) ward->bound[m] = lowest_bound;
+        ward->row[m] = ward->row[with];
+        ward->row[with] = -1;
+        if (is_two) {
+            ward->spare[ward->num_spare++] = ward->row[other];
+            ward->row[other] = -1;
+        }
+        row[a] = row[b] = row[m] = INFINITY;
+        ward->seen[ward->row[m]] = (int32_t)ward->num_merged + 1;
+    }
+    ward->pair[2 * at] = (int32_t)a;
+    ward->pair[2 * at + 1] = (int32_t)b;
+    /* Repeats of either are repeats of the new item. */
+    if (cost == 0)
+        for (int64_t j = 0; j < n; j++)
+            if (ward->cost[j] == 0 && (ward->partner[j] == a || ward->partner[j] == b)) ward->partner[j] = (int32_t)m;
+    ward->into[a] = ward->into[b] = (int32_t)m;
+    ward->bound[a] = ward->bound[b] = INFINITY;
+    ward->num_merged++;
+}
+
+/* Gather in `tried` the items that a pair of cost `most` or less may be of; 0 if one of them had to be refined. */
+static int settle(const Items &items, float most, int64_t *num, float *scratch) {
+    Ward *ward = items.ward;
+    for (int64_t j = 0; j < ward->num_columns; j += VL) {
+        const IntVector is_near = load(ward->bound + j) <= splat(most);
+        int32_t any = 0;
+        for (int l = 0; l < VL; l++) any |= is_near[l];
+        for (int64_t l = j; any && l < j + VL; l++) {
+            if (!(ward->bound[l] <= most)) continue;
+            if (!is_exact(ward, l)) {
+                refine(items, l, scratch);
+                return 0;
+            }
+            ward->tried[(*num)++] = (int32_t)l;
+        }
+    }
+    return 1;
+}
+
+/* Merge the cheapest pair until `due` have been merged. */
+static void merge_cheapest(const Items &items, int64_t due, float *scratch) {
+    Ward *ward = items.ward;
+    const int64_t n = ward->num_columns;
+    while (due > 0) {
+        const int64_t i = lowest(ward->bound, n);
+        if (ward->bound[i] == INFINITY) {
+            /* Nothing that can be compared is left: the first two items. */
+            int64_t a = -1, b = -1;
+            for (int64_t j = 0; j < n; j++) {
+                if (ward->into[j] != j) continue;
+                if (a < 0 || ward->index[j] < ward->index[a]) b = a, a = j;
+                else if (b < 0 || ward->index[j] < ward->index[b]) b = j;
+            }
+            merge_pair(items, a, b, INFINITY);
+            due--;
+            continue;
+        }
+        if (!is_exact(ward, i)) {
+            refine(items, i, scratch);
+            continue;
+        }
+        /* The cheapest pair, unless others may cost as little; floats do not tell. Of equal ones, the first. */
+        int64_t num = 0, cheapest = -1;
+        double best = ward->cost[i];
+        if (!settle(items, above(best + ward->tie), &num, scratch)) continue;
+        for (int64_t l = 0; l < num; l++) best = fmin(best, ward->cost[ward->tried[l]]);
+        for (int64_t l = 0; l < num; l++) {
+            const int32_t j = ward->tried[l];
+            if (ward->cost[j] > best + ward->tie) continue;
+            if (cheapest < 0 || comes_before(ward, j, ward->partner[j], cheapest, ward->partner[cheapest])) cheapest = j;
+        }
+        int64_t a = cheapest, b = ward->partner[cheapest];
+        if (ward->index[b] < ward->index[a]) {
+            const int64_t c = a;
+            a = b;
+            b = c;
+        }
+        const double cost = ward->cost[cheapest];
+        merge_pair(items, a, b, cost);
+        due--;
+    }
+}
+
+/* What the next chunk needs to know of a slot that changed. */
+static void set_squares(const Items &items, int64_t i) {
+    const float *key = items.key(i), *value = items.value(i);
+    items.ward->key_square[i] = exact_dot(key, key, items.call->k.dim);
+    items.ward->value_square[i] = exact_dot(value, value, items.call->v.dim);
+}
+
+/* Lay out the items of a chunk; `scores` holds QUERIES rows of slots. */
+static void prepare_ward(const Items &items, int64_t due, float *scores) {
+    Ward *ward = items.ward;
+    const Call *call = items.call;
+    const int64_t num = items.dictionary->num, size = call->chunk_size, k = call->k.dim, v = call->v.dim;
+    const Sums *sums = items.sums;
+    ward->first_token = padded(num, NR);
+    ward->first_merged = ward->first_token + padded(size, NR);
+    const int64_t n = ward->num_columns = ward->first_merged + padded(due, NR);
+    ward->num_merged = 0;
+    ward->keep = 1 - (float)(k + v + 16) * FLT_EPSILON;
+    /* The mean squared length of values, of items whose values are finite. */
+    double key_square[size], value_square[size], power = 0, total_count = 0;
+    for (int64_t t = 0; t < size; t++) {
+        const float *key = items.tokens->keys + t * key_ld(call), *value = items.tokens->values + t * value_ld(call);
+        key_square[t] = exact_dot(key, key, k);
+        value_square[t] = exact_dot(value, value, v);
+    }
+    if (!ward->has_squares)
+        for (int64_t i = 0; i < num; i++) set_squares(items, i);
+    ward->has_squares = 1;
+    for (int64_t i = 0; i < num + size; i++) {
+        const double square = i < num ? ward->value_square[i] : value_square[i - num];
+        const double count = i < num ? (double)sums->count[i] : 1;
+        if (!std::isfinite(square)) continue;
+        power += count * square;
+        total_count += count;
+    }
+    power /= fmax(total_count, 1);
+    const double before = ward->value_factor;
+    const double factor = ward->value_factor = power > 0 && std::isfinite(power)
+                                                   ? call->value_weight * call->value_weight / power : 0;
+    double longest = 0;
+    ward->is_wide = !*items.tokens->is_finite;
+    for (int64_t i = 0; i < num + size; i++) {
+        const double keys = i < num ? ward->key_square[i] : key_square[i - num];
+        const double values = i < num ? ward->value_square[i] : value_square[i - num];
+        const double square = keys + factor * values;
+        if (std::isfinite(square)) longest = fmax(longest, square);
+        ward->is_wide |= is_extreme(sqrt(keys)) || is_extreme(sqrt(values)) || is_extreme(sqrt(factor * values));
+    }
+    ward->tie = call->tie * longest;
+    for (int64_t j = 0; j < n; j++) {
+        const int64_t t = j - ward->first_token;
+        const int is_slot = j < num, is_token = t >= 0 && t < size;
+        const double square = is_slot ? ward->key_square[j] + factor * ward->value_square[j]
+                            : is_token ? key_square[t] + factor * value_square[t] : INFINITY;
+        ward->square[j] = ward->keep * (float)square;
+        ward->count[j] = is_slot ? (float)sums->count[j] : 1;
+        ward->bound[j] = INFINITY;
+        ward->cost[j] = INFINITY;
+        ward->index[j] = (int32_t)j;
+        ward->into[j] = is_slot || is_token ? (int32_t)j : -1;
+        ward->row[j] = is_token ? (int32_t)t : -1;
+        ward->partner[j] = -1;
+    }
+    ward->num_spare = SPARE_ROWS;
+    for (int64_t r = 0; r < SPARE_ROWS; r++) ward->spare[r] = (int32_t)(padded(size, NR) + r);
+    memset(ward->seen, 0, sizeof(int32_t) * ward->num_rows);
+    for (int64_t j = 0; j < size * value_ld(call); j++) ward->scaled[j] = (float)factor * items.tokens->values[j];
+    if (!ward->has_bounds || ward->is_wide) {
+        slot_bounds(items, scores);
+    } else if (factor < before) {
+        /* Costs shrink by no more than this factor. */
+        const float share = below(factor / before);
+        for (int64_t i = 0; i < num; i++) ward->slot_bound[i] *= ward->slot_bound[i] < 0 ? 1 : share * (1 - FLT_EPSILON);
+    }
+    ward->has_bounds = !ward->is_wide;
+    memcpy(ward->bound, ward->slot_bound, sizeof(float) * num);
+}
+
+/* Slots that a chunk merged into others, with what was in them: what the backward needs to part them again. */
+struct Merged {
+    int32_t *slot, *into; /* [C]; -1 after the last. */
+    float *key, *value;   /* [C, K], [C, V]: sums. */
+    int64_t *count;       /* [C] */
+};
+
+INLINE Merged merged_of(const Call *call, int64_t chunk, int64_t head) {
+    const int64_t first = (chunk * call->num_kv_heads + head) * call->chunk_size;
+    return {call->merged_slot + first, call->merged_into + first, call->merged_key + first * call->k.dim,
+            call->merged_value + first * call->v.dim, call->merged_count + first};
+}
+
+INLINE void add_sums(const Call *call, float *key_sum, float *value_sum, const float *keys, const float *values,
+                     int sign) {
+    for (int64_t j = 0; j < call->k.dim; j++) key_sum[j] += sign * keys[j];
+    for (int64_t j = 0; j < call->v.dim; j++) value_sum[j] += sign * values[j];
+}
+
+/* Merge slot b into slot a, leaving it empty, and note what it was if the backward will want it. */
+static void merge_slot(const Call *call, const Sums *sums, int64_t b, int64_t a, const Merged *merged, int64_t place) {
+    float *key = sums->key + b * call->k.dim, *value = sums->value + b * call->v.dim;
+    if (call->merged_slot) {
+        merged->slot[place] = (int32_t)b;
+        merged->into[place] = (int32_t)a;
+        memcpy(merged->key + place * call->k.dim, key, sizeof(float) * call->k.dim);
+        memcpy(merged->value + place * call->v.dim, value, sizeof(float) * call->v.dim);
+        merged->count[place] = sums->count[b];
+    }
+    add_sums(call, sums->key + a * call->k.dim, sums->value + a * call->v.dim, key, value, 1);
+    sums->count[a] += sums->count[b];
+    memset(key, 0, sizeof(float) * call->k.dim);
+    memset(value, 0, sizeof(float) * call->v.dim);
+    sums->count[b] = 0;
+}
+
+INLINE int64_t cluster_of(const Ward *ward, int64_t i) {
+    while (ward->into[i] != i) i = ward->into[i];
+    return i;
+}
+
+/* Say which slot each cluster gets: that of its lowest slot, or else a free one, in order of their first tokens. */
+static void find_homes(const Items &items) {
+    Ward *ward = items.ward;
+    const int64_t num = items.dictionary->num, start = ward->first_token;
+    int64_t free = 0;
+    for (int64_t i = 0; i < num; i++) {
+        const int64_t cluster = cluster_of(ward, i);
+        if (ward->index[cluster] == i) ward->home[cluster] = (int32_t)i;
+    }
+    for (int64_t t = 0; t < items.call->chunk_size; t++) {
+        const int64_t cluster = cluster_of(ward, start + t);
+        if (ward->index[cluster] != start + t) continue;
+        while (free < num && ward->index[cluster_of(ward, free)] == free) free++;
+        ward->home[cluster] = (int32_t)free++;
+    }
+}
+
+/* Once the rows of the tokens are there: merge what there is no room for, and say where each token went.
+   `scores` holds QUERIES rows. */
+static void learn_by_likelihood(const Call *call, Dictionary *dictionary, Rows *tokens, const Sums *sums,
+                                const Chunk *chunk, int64_t head, Ward *ward, Learner *learner, float *scores) {
+    const int64_t size = call->chunk_size, num = dictionary->num, due = num + size - chunk->after;
+    const Items items = {call, dictionary, tokens, sums, ward};
+    const Merged merged = call->merged_slot ? merged_of(call, chunk->index, head) : Merged{};
+    int64_t place = 0;
+    if (!*tokens->is_finite) {
+        /* The sums get all values, and so do costs. */
+        load_values(tokens, call, chunk->index, head, size);
+        if (due) prepare_ward(items, due, scores);
+        for (int64_t t = 0; due && t < size; t += QUERIES) token_rows(items, t, least(QUERIES, size - t));
+    }
+    if (!due) {
+        ward->has_bounds = ward->has_squares = 0;
+        for (int64_t t = 0; t < size; t++) learner->slot[t] = (int32_t)(num + t);
+    } else {
+        merge_cheapest(items, due, scores);
+        find_homes(items);
+        for (int64_t i = 0; i < num; i++) {
+            const int32_t home = ward->home[cluster_of(ward, i)];
+            if (ward->index[cluster_of(ward, i)] == i) continue;
+            merge_slot(call, sums, i, home, &merged, place++);
+            learner->near[place - 1] = home;
+        }
+        for (int64_t t = 0; t < size; t++)
+            learner->slot[t] = ward->home[cluster_of(ward, ward->first_token + t)];
+        for (int64_t j = 0; j < ward->first_merged + ward->num_merged; j++)
+            if (ward->into[j] == j) ward->slot_bound[ward->home[j]] = ward->bound[j];
+    }
+    if (call->merged_slot && place < size) merged.slot[place] = -1;
+    for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
+    dictionary->num = chunk->after;
+    update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
+    update_slots(dictionary, call, sums, learner->near, place, learner->is_done);
+    for (int64_t t = 0; due && t < size; t++) set_squares(items, learner->slot[t]);
+    for (int64_t i = 0; i < place; i++) set_squares(items, learner->near[i]);
+    int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;
+    for (int64_t t = 0; t < size; t++) out[t * call->num_kv_heads] = learner->slot[t];
+}
