@@ -198,7 +198,7 @@ def _learn_by_likelihood(
     key_sum, value_sum = [*head.key_sum, *chunk_k], [*head.value_sum, *chunk_v]
     count = head.count + [1] * size
     clusters = _clusters(key_sum, value_sum, count, existing + size - wanted, options.value_weight)
-    # A cluster is kept by its lowest slot; one of tokens alone gets a slot that has become free, or a new one.
+    # A cluster is kept by its lowest slot; one of tokens alone gets a slot that became free, or a new one.
     kept = {cluster[0] for cluster in clusters}
     free = [i for i in range(wanted) if i >= existing or i not in kept]
     head.open_slots(wanted - existing, chunk_k[0], chunk_v[0])

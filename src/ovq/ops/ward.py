@@ -1,10 +1,10 @@
-"""merge="ward" for many heads at once: which items to merge, the cheapest pairs first, in rounds of many pairs.
+"""merge="ward" for many heads at once: which items are merged, the cheapest pairs first, in rounds.
 
-Merging the cheapest pair brings no item nearer to any other than its parts were (Ward's costs are *reducible*).
-So of pairs that are each other's nearest, all that are sure to be among the next merges can be merged at once,
-and the outcome is that of merging them one by one. With `due` merges to go, those are the pairs among the `due`
-items whose nearest is nearest: merges that cheap are fewer than the items that can take part in them. Where
-costs tie the order matters, and pairs are merged one at a time.
+Merging the cheapest pair brings no item nearer to any other than its parts were (Ward's costs are
+*reducible*). So of pairs that are each other's nearest, all that are sure to be among the next merges can be
+merged at once, and the outcome is that of merging them one by one. With `due` merges to go, those are the
+pairs among the `due` items whose nearest is nearest: merges that cheap are fewer than the items that can take
+part in them. Where costs tie the order matters, and pairs are merged one at a time.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class _Merger:
         return cost.masked_fill_(cost <= self._tie[..., None], 0), is_there
 
     def _exact(self, items: Tensor, partner: Tensor) -> Tensor:
-        """Costs `[S, R]` of items with their partners from differences, which lose nothing to cancellation."""
+        """Costs `[S, R]` of items with their partners, from differences: nothing is lost to cancellation."""
         width = self._x.shape[-1]
         x, y = (self._x.gather(1, i[..., None].expand(-1, -1, width)) for i in (items, partner))
         c, d = self._count.gather(1, items), self._count.gather(1, partner)

@@ -109,8 +109,10 @@ _MERGED = ("merged_slot", "merged_into", "merged_key", "merged_value", "merged_c
 
 
 def _merged(k: Tensor, v: Tensor, plan: Plan) -> list[Tensor]:
-    """Room for `_MERGED` of every chunk. A chunk seldom merges as many slots as it has tokens, and memory that
-    is never written to is never used."""
+    """Room for `_MERGED` of every chunk.
+
+    A chunk seldom merges as many slots as it has tokens, but memory that is never written to is never used.
+    """
     shape = (k.shape[0], k.shape[2], plan.options.chunk_size)
     return [
         torch.empty(shape, dtype=torch.int32),
