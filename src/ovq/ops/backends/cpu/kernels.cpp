@@ -82,12 +82,16 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
         const int64_t blocks = (chunk.num + QUERIES - 1) / QUERIES, reads = blocks * call->group_size;
         const int is_routing = call->is_ward ? due && *shared->tokens.is_finite : chunk.is_complete && chunk.before;
         const int64_t routes = is_routing ? blocks : 0;
+        const int64_t wanted = is_routing && call->is_ward ? (ward->num_wanted + QUERIES - 1) / QUERIES : 0;
         const Lengths lengths = routes && !call->is_ward ? lengths_of(dictionary) : Lengths{};
-        for (int64_t tile = team->rank; tile < reads + routes; tile += team->size) {
+        for (int64_t tile = team->rank; tile < reads + routes + wanted; tile += team->size) {
             const int64_t first = tile % blocks * QUERIES, num = least(QUERIES, chunk.num - first);
             if (tile < reads)
                 read_tile(call, dictionary, &shared->tokens, &chunk, head * call->group_size + tile / blocks, first,
                           num, &own->reader);
+            else if (tile >= reads + routes)
+                slot_rows(items, (tile - reads - routes) * QUERIES,
+                          least(QUERIES, ward->num_wanted - (tile - reads - routes) * QUERIES));
             else if (call->is_ward)
                 token_rows(items, first, num);
             else

@@ -11,10 +11,12 @@
 
 #include "learn.h"
 
-/* Rows beyond those of the tokens: of slots whose costs were needed. */
+/* Rows beyond those of the tokens: of slots whose costs are needed, at least. */
 #define SPARE_ROWS 64
 /* Pairs of an item that are tried by their estimates before the row is computed anew. */
 #define TRIES 24
+/* How far above the dearest merge of the last chunk that of this one is expected. */
+#define MARGIN 1.02f
 
 struct Ward {
     int64_t num_columns, first_token, first_merged, num_rows, num_merged;
@@ -23,16 +25,24 @@ struct Ward {
     double value_factor; /* g^2 = w^2 / s_v: what squared distances of values are multiplied with. */
     double tie;
     float keep;          /* 1 - the relative rounding error of an estimate. */
-    float *slot_bound;   /* [M] */
+    float *slot_bound;   /* [M]: the bound of each slot as of the value factor `slot_factor`. */
+    double *slot_factor; /* [M] */
+    float *slot_growth;  /* [M]: what it grows by at least with the value factor. */
     double *key_square, *value_square; /* [M]: squared lengths of the means of slots. */
     float *rows;         /* [num_rows, columns] */
     int32_t *row, *seen; /* [columns]: the item's row or -1; [num_rows]: merges the row knows of. */
     int32_t *spare;      /* [num_rows]: rows that nobody uses. */
     int64_t num_spare;
+    float level;         /* The dearest merge of the last chunk: what is below will be needed in this one. */
+    int32_t *wanted;     /* [num_rows]: slots that get a row at once. */
+    int64_t num_wanted;
+    int32_t *hint;       /* [C]: the column that seems nearest to a token. */
     float *bound, *count, *square; /* [columns]; `square` is keep * (|key|^2 + g^2 |value|^2). */
+    float *value_length; /* [columns]: keep * g^2 |value|^2. */
     int32_t *index, *into, *partner; /* [columns]: lowest member; column it was merged into; nearest, or -1. */
     double *cost;        /* [columns]: of the pair with the partner. */
     int32_t *pair;       /* [C, 2]: columns of each merge. */
+    float *height;       /* [C]: its cost. */
     double *mean;        /* [C, K + V]: of merged columns. */
     Rows merged;         /* [C]: the same in float32, for products. */
     float *scaled;       /* [C, value_ld]: g^2 times the values of the tokens. */
@@ -45,23 +55,29 @@ static Ward take_ward(Arena *arena, const Call *call) {
     Ward ward = {};
     const int64_t size = padded(call->chunk_size, NR), slots = padded(call->capacity, NR);
     ward.num_columns = slots + 2 * size;
-    ward.num_rows = size + SPARE_ROWS;
+    ward.num_rows = 2 * size + SPARE_ROWS;
     const int64_t n = ward.num_columns;
     ward.slot_bound = TAKE(arena, float, slots);
+    ward.slot_factor = TAKE(arena, double, slots);
+    ward.slot_growth = TAKE(arena, float, slots);
     ward.key_square = TAKE(arena, double, slots);
     ward.value_square = TAKE(arena, double, slots);
     ward.rows = TAKE(arena, float, ward.num_rows * n);
     ward.row = TAKE(arena, int32_t, n);
     ward.seen = TAKE(arena, int32_t, ward.num_rows);
     ward.spare = TAKE(arena, int32_t, ward.num_rows);
+    ward.wanted = TAKE(arena, int32_t, ward.num_rows);
+    ward.hint = TAKE(arena, int32_t, size);
     ward.bound = TAKE(arena, float, n);
     ward.count = TAKE(arena, float, n);
     ward.square = TAKE(arena, float, n);
+    ward.value_length = TAKE(arena, float, n);
     ward.index = TAKE(arena, int32_t, n);
     ward.into = TAKE(arena, int32_t, n);
     ward.partner = TAKE(arena, int32_t, n);
     ward.cost = TAKE(arena, double, n);
     ward.pair = TAKE(arena, int32_t, 2 * size);
+    ward.height = TAKE(arena, float, size);
     ward.mean = TAKE(arena, double, size * (call->k.dim + call->v.dim));
     ward.merged = take_rows(arena, call, size, 1);
     ward.scaled = TAKE(arena, float, size * value_ld(call));
@@ -82,16 +98,21 @@ INLINE float above(double x) {
     return y < x ? nextafterf(y, INFINITY) : y;
 }
 
+typedef double EightDoubles __attribute__((vector_size(64), aligned(8), may_alias));
+
+INLINE EightWide eight(const float *x) { return __builtin_convertvector(*(const Eight *)x, EightWide); }
+INLINE EightWide eight(const double *x) { return *(const EightDoubles *)x; }
+
 template <typename A, typename B>
 static double squared_distance(const A *a, const B *b, int64_t n) {
-    EightWide sums = {};
+    EightWide sums = {}, more = {};
     int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        EightWide x, y;
-        for (int j = 0; j < 8; j++) x[j] = (double)a[i + j];
-        for (int j = 0; j < 8; j++) y[j] = (double)b[i + j];
-        sums += (x - y) * (x - y);
+    for (; i + 16 <= n; i += 16) {
+        const EightWide x = eight(a + i) - eight(b + i), y = eight(a + i + 8) - eight(b + i + 8);
+        sums += x * x;
+        more += y * y;
     }
+    sums += more;
     double sum = 0;
     for (int j = 0; j < 8; j++) sum += sums[j];
     for (; i < n; i++) sum += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
@@ -149,20 +170,22 @@ static double exact_cost(const Items &items, int64_t a, int64_t b) {
 /* The column of the lowest of n numbers, the first of equal ones; n a multiple of VL. */
 static int64_t lowest(const float *x, int64_t n) {
     Vector best = splat(INFINITY);
-    for (int64_t j = 0; j < n; j += VL) {
+    IntVector place = {}, at = {};
+    for (int64_t j = 0; j < n; j += VL, at += VL) {
         const Vector y = load(x + j);
-        best = y < best ? y : best;
+        const IntVector is_lower = y < best;
+        best = is_lower ? y : best;
+        place = is_lower ? at : place;
     }
-    const float floor = -highest(-best);
-    for (int64_t j = 0; j < n; j += VL) {
-        const IntVector is_lowest = load(x + j) <= splat(floor);
-        int32_t any = 0;
-        for (int i = 0; i < VL; i++) any |= is_lowest[i];
-        if (any)
-            for (int i = 0; i < VL; i++)
-                if (is_lowest[i]) return j + i;
+    int64_t column = 0;
+    float floor = INFINITY;
+    for (int i = 0; i < VL; i++) {
+        const int64_t j = place[i] + i;
+        if (best[i] > floor || (best[i] == floor && j > column)) continue;
+        floor = best[i];
+        column = j;
     }
-    return 0;
+    return column;
 }
 
 INLINE float lowest_value(const float *x, int64_t n) {
@@ -185,12 +208,35 @@ static void estimate(const Ward *ward, float count, float square, int64_t first,
 }
 
 /* The part of a row that products with `columns`, `num` of them from column `first` on, give. */
+static void multiply_values(const Call *call, const Rows *columns, int64_t num, int64_t count, const float *values,
+                            float *out, int64_t ld) {
+    product(count, num, call->v.dim, values, value_ld(call), 1, columns->value_panels, call->v.dim * NR, NR, nullptr, 0,
+            out, ld);
+}
+
+static void add_products_of_keys(const Call *call, const Rows *columns, int64_t num, int64_t count, const float *keys,
+                                 float *out, int64_t ld) {
+    product(count, num, call->k.dim, keys, key_ld(call), 1, columns->key_panels, call->k.dim * NR, NR, out, ld, out,
+            ld);
+}
+
 static void multiply(const Call *call, const Rows *columns, int64_t num, int64_t count, const float *keys,
                      const float *values, float *out, int64_t ld) {
-    product(count, num, call->k.dim, keys, key_ld(call), 1, columns->key_panels, call->k.dim * NR, NR, nullptr, 0, out,
-            ld);
-    product(count, num, call->v.dim, values, value_ld(call), 1, columns->value_panels, call->v.dim * NR, NR, out, ld,
-            out, ld);
+    multiply_values(call, columns, num, count, values, out, ld);
+    add_products_of_keys(call, columns, num, count, keys, out, ld);
+}
+
+/* The lowest cost, from below, of the values alone, given products of values; columns without a slot have an infinite
+   length. */
+static float lowest_value_cost(const Ward *ward, int64_t i, int64_t num, const float *products) {
+    const Vector own = splat(ward->count[i]), length = splat(ward->value_length[i]);
+    Vector best = splat(INFINITY);
+    for (int64_t j = 0; j < num; j += VL) {
+        const Vector other = load(ward->count + j);
+        const Vector cost = own * other / (own + other) * (length + load(ward->value_length + j) - 2.0f * load(products + j));
+        best = cost < best ? cost : best;
+    }
+    return -highest(-best);
 }
 
 /* Columns that are not there, or no longer. */
@@ -217,8 +263,63 @@ static void token_rows(const Items &items, int64_t first, int64_t num) {
         for (int64_t j = items.dictionary->num; j < start; j++) out[j] = INFINITY;
         for (int64_t j = start + call->chunk_size; j < ward->first_merged; j++) out[j] = INFINITY;
         out[start + t] = INFINITY;
-        ward->bound[start + t] = lowest_value(out, n);
+        const int64_t nearest = lowest(out, n);
+        ward->hint[t] = (int32_t)nearest;
+        ward->bound[start + t] = out[nearest];
     }
+}
+
+/* Rows of the slots first..first+num-1 of those wanted. */
+static void slot_rows(const Items &items, int64_t first, int64_t num) {
+    Ward *ward = items.ward;
+    const Call *call = items.call;
+    const int64_t n = ward->num_columns, start = ward->first_token, k = key_ld(call), v = value_ld(call);
+    float keys[num * k], values[num * v];
+    for (int64_t i = 0; i < num; i++) {
+        const int64_t slot = ward->wanted[first + i];
+        memcpy(keys + i * k, items.key(slot), sizeof(float) * k);
+        for (int64_t j = 0; j < v; j++) values[i * v + j] = (float)ward->value_factor * items.value(slot)[j];
+    }
+    const int64_t base = padded(call->chunk_size, NR) + first;
+    float *out = ward->rows + base * n;
+    const int64_t width = ward->first_merged - start;
+    multiply_values(call, &items.dictionary->rows, start, num, values, out, n);
+    for (int64_t i = 0; i < num; i++) {
+        const int64_t slot = ward->wanted[first + i];
+        out[i * n + slot] = -INFINITY;
+        const float cost = lowest_value_cost(ward, slot, start, out + i * n);
+        ward->slot_growth[slot] = cost > 0 ? (float)(cost / ward->value_factor) * (1 - FLT_EPSILON) : 0;
+        out[i * n + slot] = 0;
+    }
+    add_products_of_keys(call, &items.dictionary->rows, start, num, keys, out, n);
+    multiply(call, items.tokens, width, num, keys, values, out + start, n);
+    for (int64_t i = 0; i < num; i++, out += n) {
+        const int64_t slot = ward->wanted[first + i];
+        estimate(ward, ward->count[slot], ward->square[slot], 0, ward->first_merged, out);
+        blank(ward, out);
+        out[slot] = INFINITY;
+        ward->row[slot] = (int32_t)(base + i);
+        ward->bound[slot] = lowest_value(out, n);
+    }
+}
+
+/* Rows of the slots that tokens are likely to be merged with. */
+static void rows_of_nearest(const Items &items) {
+    Ward *ward = items.ward;
+    const int64_t before = ward->num_wanted;
+    const int64_t most = ward->num_rows - padded(items.call->chunk_size, NR);
+    for (int64_t t = 0; t < items.call->chunk_size && ward->num_wanted < most; t++) {
+        const int32_t slot = ward->hint[t];
+        if (slot >= ward->first_token || ward->bound[ward->first_token + t] > ward->level) continue;
+        if (ward->row[slot] >= 0) continue;
+        ward->row[slot] = 0;
+        ward->wanted[ward->num_wanted++] = slot;
+    }
+    for (int64_t i = before; i < ward->num_wanted; i += QUERIES)
+        slot_rows(items, i, least(QUERIES, ward->num_wanted - i));
+    const int64_t base = padded(items.call->chunk_size, NR);
+    ward->num_spare = 0;
+    for (int64_t r = ward->num_rows - 1; r >= base + ward->num_wanted; r--) ward->spare[ward->num_spare++] = (int32_t)r;
 }
 
 /* A row of an item computed anew. */
@@ -263,6 +364,8 @@ static void slot_bounds(const Items &items, float *scores) {
             for (int64_t j = num; j < n; j++) row[j] = INFINITY;
             row[i] = INFINITY;
             ward->slot_bound[i] = lowest_value(row, n);
+            ward->slot_factor[i] = ward->value_factor;
+            ward->slot_growth[i] = 0;
         }
     }
 }
@@ -271,9 +374,14 @@ static void slot_bounds(const Items &items, float *scores) {
 static float *current_row(Ward *ward, int64_t i) {
     const int32_t r = ward->row[i];
     float *row = ward->rows + r * ward->num_columns;
+    const float own = ward->count[i];
     for (int64_t m = ward->seen[r]; m < ward->num_merged; m++) {
         const int32_t a = ward->pair[2 * m], b = ward->pair[2 * m + 1];
-        row[ward->first_merged + m] = row[a] < row[b] ? row[a] : row[b];
+        const float x = row[a], y = row[b], h = ward->height[m], least_cost = x < y ? x : y;
+        const float p = ward->count[a] + own, q = ward->count[b] + own;
+        const float bound = (p * x + q * y - own * h) / (p + q - own) - 5e-7f * (fabsf(x) + fabsf(y) + h);
+        /* Not a number where one of them is infinite. */
+        row[ward->first_merged + m] = bound > least_cost ? bound : least_cost;
         row[a] = row[b] = INFINITY;
     }
     row[i] = INFINITY;
@@ -439,6 +547,7 @@ static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     }
     ward->pair[2 * at] = (int32_t)a;
     ward->pair[2 * at + 1] = (int32_t)b;
+    ward->height[at] = above(cost);
     /* Repeats of either are repeats of the new item. */
     if (cost == 0)
         for (int64_t j = 0; j < n; j++)
@@ -506,6 +615,7 @@ static void merge_cheapest(const Items &items, int64_t due, float *scratch) {
             b = c;
         }
         const double cost = ward->cost[cheapest];
+        ward->level = above(cost);
         merge_pair(items, a, b, cost);
         due--;
     }
@@ -547,7 +657,6 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         total_count += count;
     }
     power /= fmax(total_count, 1);
-    const double before = ward->value_factor;
     const double factor = ward->value_factor = power > 0 && std::isfinite(power)
                                                    ? call->value_weight * call->value_weight / power : 0;
     double longest = 0;
@@ -566,6 +675,7 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         const double square = is_slot ? ward->key_square[j] + factor * ward->value_square[j]
                             : is_token ? key_square[t] + factor * value_square[t] : INFINITY;
         ward->square[j] = ward->keep * (float)square;
+        ward->value_length[j] = is_slot ? ward->keep * (float)(factor * ward->value_square[j]) : INFINITY;
         ward->count[j] = is_slot ? (float)sums->count[j] : 1;
         ward->bound[j] = INFINITY;
         ward->cost[j] = INFINITY;
@@ -574,19 +684,20 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         ward->row[j] = is_token ? (int32_t)t : -1;
         ward->partner[j] = -1;
     }
-    ward->num_spare = SPARE_ROWS;
-    for (int64_t r = 0; r < SPARE_ROWS; r++) ward->spare[r] = (int32_t)(padded(size, NR) + r);
     memset(ward->seen, 0, sizeof(int32_t) * ward->num_rows);
     for (int64_t j = 0; j < size * value_ld(call); j++) ward->scaled[j] = (float)factor * items.tokens->values[j];
-    if (!ward->has_bounds || ward->is_wide) {
-        slot_bounds(items, scores);
-    } else if (factor < before) {
-        /* Costs shrink by no more than this factor. */
-        const float share = below(factor / before);
-        for (int64_t i = 0; i < num; i++) ward->slot_bound[i] *= ward->slot_bound[i] < 0 ? 1 : share * (1 - FLT_EPSILON);
-    }
+    if (!ward->has_bounds || ward->is_wide) slot_bounds(items, scores);
     ward->has_bounds = !ward->is_wide;
-    memcpy(ward->bound, ward->slot_bound, sizeof(float) * num);
+    for (int64_t i = 0; i < num; i++) {
+        const double since = ward->slot_factor[i];
+        ward->bound[i] = factor >= since ? ward->slot_bound[i] + below((factor - since) * ward->slot_growth[i]) * (1 - FLT_EPSILON)
+                                         : ward->slot_bound[i] * (ward->slot_bound[i] < 0 ? 1 : below(factor / since));
+        if (factor != since) ward->bound[i] -= 2 * FLT_EPSILON * fabsf(ward->bound[i]);
+    }
+    ward->num_wanted = 0;
+    const int64_t most = ward->num_rows - padded(size, NR);
+    for (int64_t i = 0; i < num && ward->num_wanted < most && !ward->is_wide; i++)
+        if (ward->bound[i] <= MARGIN * ward->level) ward->wanted[ward->num_wanted++] = (int32_t)i;
 }
 
 /* Slots that a chunk merged into others, with what was in them: what the backward needs to part them again. */
@@ -665,6 +776,7 @@ static void learn_by_likelihood(const Call *call, Dictionary *dictionary, Rows *
         ward->has_bounds = ward->has_squares = 0;
         for (int64_t t = 0; t < size; t++) learner->slot[t] = (int32_t)(num + t);
     } else {
+        if (!ward->is_wide) rows_of_nearest(items);
         merge_cheapest(items, due, scores);
         find_homes(items);
         for (int64_t i = 0; i < num; i++) {
@@ -675,8 +787,14 @@ static void learn_by_likelihood(const Call *call, Dictionary *dictionary, Rows *
         }
         for (int64_t t = 0; t < size; t++)
             learner->slot[t] = ward->home[cluster_of(ward, ward->first_token + t)];
-        for (int64_t j = 0; j < ward->first_merged + ward->num_merged; j++)
-            if (ward->into[j] == j) ward->slot_bound[ward->home[j]] = ward->bound[j];
+        for (int64_t j = 0; j < ward->first_merged + ward->num_merged; j++) {
+            if (ward->into[j] != j) continue;
+            const int32_t home = ward->home[j];
+            ward->slot_bound[home] = ward->bound[j];
+            ward->slot_factor[home] = ward->value_factor;
+            /* A new item has a bound of its own with all others, so that old growth holds for old pairs. */
+            if (j >= ward->first_token) ward->slot_growth[home] = 0;
+        }
     }
     if (call->merged_slot && place < size) merged.slot[place] = -1;
     for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
