@@ -16,7 +16,7 @@
 /* Pairs of an item that are tried by their estimates before the row is computed anew. */
 #define TRIES 24
 /* How far above the dearest merge of the last chunk that of this one is expected. */
-#define MARGIN 1.02f
+#define MARGIN 1.04f
 
 struct Ward {
     int64_t num_columns, first_token, first_merged, num_rows, num_merged;
@@ -36,7 +36,6 @@ struct Ward {
     float level;         /* The dearest merge of the last chunk: what is below will be needed in this one. */
     int32_t *wanted;     /* [num_rows]: slots that get a row at once. */
     int64_t num_wanted;
-    int32_t *hint;       /* [C]: the column that seems nearest to a token. */
     float *bound, *count, *square; /* [columns]; `square` is keep * (|key|^2 + g^2 |value|^2). */
     float *value_length; /* [columns]: keep * g^2 |value|^2. */
     int32_t *index, *into, *partner; /* [columns]: lowest member; column it was merged into; nearest, or -1. */
@@ -67,7 +66,6 @@ static Ward take_ward(Arena *arena, const Call *call) {
     ward.seen = TAKE(arena, int32_t, ward.num_rows);
     ward.spare = TAKE(arena, int32_t, ward.num_rows);
     ward.wanted = TAKE(arena, int32_t, ward.num_rows);
-    ward.hint = TAKE(arena, int32_t, size);
     ward.bound = TAKE(arena, float, n);
     ward.count = TAKE(arena, float, n);
     ward.square = TAKE(arena, float, n);
@@ -167,24 +165,30 @@ static double exact_cost(const Items &items, int64_t a, int64_t b) {
     return cost <= items.ward->tie ? 0 : cost;
 }
 
-/* The column of the lowest of n numbers, the first of equal ones; n a multiple of VL. */
-static int64_t lowest(const float *x, int64_t n) {
-    Vector best = splat(INFINITY);
+/* The column of the lowest of n numbers, the first of equal ones, and the lowest of the others; n a multiple of VL. */
+static int64_t lowest(const float *x, int64_t n, float *next) {
+    Vector best = splat(INFINITY), second = best;
     IntVector place = {}, at = {};
     for (int64_t j = 0; j < n; j += VL, at += VL) {
         const Vector y = load(x + j);
         const IntVector is_lower = y < best;
+        const Vector higher = is_lower ? best : y;
+        second = higher < second ? higher : second;
         best = is_lower ? y : best;
         place = is_lower ? at : place;
     }
-    int64_t column = 0;
+    int64_t column = 0, lane = 0;
     float floor = INFINITY;
     for (int i = 0; i < VL; i++) {
         const int64_t j = place[i] + i;
         if (best[i] > floor || (best[i] == floor && j > column)) continue;
         floor = best[i];
         column = j;
+        lane = i;
     }
+    best[lane] = INFINITY;
+    best = best < second ? best : second;
+    *next = -highest(-best);
     return column;
 }
 
@@ -263,9 +267,7 @@ static void token_rows(const Items &items, int64_t first, int64_t num) {
         for (int64_t j = items.dictionary->num; j < start; j++) out[j] = INFINITY;
         for (int64_t j = start + call->chunk_size; j < ward->first_merged; j++) out[j] = INFINITY;
         out[start + t] = INFINITY;
-        const int64_t nearest = lowest(out, n);
-        ward->hint[t] = (int32_t)nearest;
-        ward->bound[start + t] = out[nearest];
+        ward->bound[start + t] = lowest_value(out, n);
     }
 }
 
@@ -299,27 +301,9 @@ static void slot_rows(const Items &items, int64_t first, int64_t num) {
         blank(ward, out);
         out[slot] = INFINITY;
         ward->row[slot] = (int32_t)(base + i);
-        ward->bound[slot] = lowest_value(out, n);
+        /* Pairs with tokens are among those of the tokens. */
+        ward->bound[slot] = fmaxf(ward->bound[slot], lowest_value(out, start));
     }
-}
-
-/* Rows of the slots that tokens are likely to be merged with. */
-static void rows_of_nearest(const Items &items) {
-    Ward *ward = items.ward;
-    const int64_t before = ward->num_wanted;
-    const int64_t most = ward->num_rows - padded(items.call->chunk_size, NR);
-    for (int64_t t = 0; t < items.call->chunk_size && ward->num_wanted < most; t++) {
-        const int32_t slot = ward->hint[t];
-        if (slot >= ward->first_token || ward->bound[ward->first_token + t] > ward->level) continue;
-        if (ward->row[slot] >= 0) continue;
-        ward->row[slot] = 0;
-        ward->wanted[ward->num_wanted++] = slot;
-    }
-    for (int64_t i = before; i < ward->num_wanted; i += QUERIES)
-        slot_rows(items, i, least(QUERIES, ward->num_wanted - i));
-    const int64_t base = padded(items.call->chunk_size, NR);
-    ward->num_spare = 0;
-    for (int64_t r = ward->num_rows - 1; r >= base + ward->num_wanted; r--) ward->spare[ward->num_spare++] = (int32_t)r;
 }
 
 /* A row of an item computed anew. */
@@ -423,8 +407,9 @@ static void refine(const Items &items, int64_t i, float *scratch) {
     }
     /* Repeats: the first item at no distance will do. */
     const float tie = above(ward->tie);
-    const int64_t end = lowest_value(row, n) <= tie ? n : 0;
-    for (int64_t j = 0; j < end; j++) {
+    float next;
+    int64_t first = lowest(row, n, &next);
+    for (int64_t j = 0; row[first] <= tie && j < n; j++) {
         if (row[j] > tie) continue;
         const double cost = exact_cost(items, i, j);
         row[j] = below(cost);
@@ -432,11 +417,12 @@ static void refine(const Items &items, int64_t i, float *scratch) {
             set_partner(ward, i, j, 0, 0);
             return;
         }
+        if (j == first) first = lowest(row, n, &next);
     }
     int64_t num = 0;
     double best = INFINITY;
     for (;;) {
-        const int64_t j = lowest(row, n);
+        const int64_t j = lowest(row, n, &next);
         if (row[j] == INFINITY || row[j] > above(best + ward->tie)) break;
         if (num == TRIES && !is_fresh && !ward->is_wide) {
             /* The estimates are too loose to go on with. */
@@ -470,6 +456,25 @@ INLINE int is_exact(const Ward *ward, int64_t i) {
     return p >= 0 && ward->into[p] == p;
 }
 
+/* out [K + V] = share * the mean of item i, on top of what is there or not. */
+static void add_mean(const Items &items, int64_t i, double share, int is_more, double *out) {
+    const int64_t k = items.call->k.dim, v = items.call->v.dim;
+    if (items.is_merged(i)) {
+        const double *mean = items.mean(i);
+        for (int64_t j = 0; j < k + v; j++) out[j] = share * mean[j] + (is_more ? out[j] : 0);
+        return;
+    }
+    const float *key = items.key(i), *value = items.value(i);
+    for (int64_t j = 0; j < k; j++) out[j] = share * key[j] + (is_more ? out[j] : 0);
+    for (int64_t j = 0; j < v; j++) out[k + j] = share * value[j] + (is_more ? out[k + j] : 0);
+}
+
+INLINE double exact_square(const double *x, int64_t n) {
+    double sum = 0;
+    for (int64_t j = 0; j < n; j++) sum += x[j] * x[j];
+    return sum;
+}
+
 /* The mean, count and row of a new column that a and b are merged into. */
 static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     Ward *ward = items.ward;
@@ -479,21 +484,11 @@ static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     const double p = ward->count[a], q = ward->count[b];
     double *mean = ward->mean + at * (k + v);
     float *key = ward->merged.keys + at * key_ld(call), *value = ward->merged.values + at * value_ld(call);
-    double key_square = 0, value_square = 0;
-    for (int64_t j = 0; j < k; j++) {
-        const double x = items.is_merged(a) ? items.mean(a)[j] : items.key(a)[j];
-        const double y = items.is_merged(b) ? items.mean(b)[j] : items.key(b)[j];
-        mean[j] = (p * x + q * y) / (p + q);
-        key[j] = (float)mean[j];
-        key_square += mean[j] * mean[j];
-    }
-    for (int64_t j = 0; j < v; j++) {
-        const double x = items.is_merged(a) ? items.mean(a)[k + j] : items.value(a)[j];
-        const double y = items.is_merged(b) ? items.mean(b)[k + j] : items.value(b)[j];
-        mean[k + j] = (p * x + q * y) / (p + q);
-        value[j] = (float)mean[k + j];
-        value_square += mean[k + j] * mean[k + j];
-    }
+    add_mean(items, a, p / (p + q), 0, mean);
+    add_mean(items, b, q / (p + q), 1, mean);
+    for (int64_t j = 0; j < k; j++) key[j] = (float)mean[j];
+    for (int64_t j = 0; j < v; j++) value[j] = (float)mean[k + j];
+    const double key_square = exact_square(mean, k), value_square = exact_square(mean + k, v);
     put_column(ward->merged.key_panels, k, at, key);
     put_column(ward->merged.value_panels, v, at, value);
     ward->count[m] = (float)(p + q);
@@ -581,7 +576,8 @@ static void merge_cheapest(const Items &items, int64_t due, float *scratch) {
     Ward *ward = items.ward;
     const int64_t n = ward->num_columns;
     while (due > 0) {
-        const int64_t i = lowest(ward->bound, n);
+        float next;
+        const int64_t i = lowest(ward->bound, n, &next);
         if (ward->bound[i] == INFINITY) {
             /* Nothing that can be compared is left: the first two items. */
             int64_t a = -1, b = -1;
@@ -599,10 +595,13 @@ static void merge_cheapest(const Items &items, int64_t due, float *scratch) {
             continue;
         }
         /* The cheapest pair, unless others may cost as little; floats do not tell. Of equal ones, the first. */
-        int64_t num = 0, cheapest = -1;
+        int64_t num = 0, cheapest = i;
         double best = ward->cost[i];
-        if (!settle(items, above(best + ward->tie), &num, scratch)) continue;
-        for (int64_t l = 0; l < num; l++) best = fmin(best, ward->cost[ward->tried[l]]);
+        if (next <= above(best + ward->tie)) {
+            if (!settle(items, above(best + ward->tie), &num, scratch)) continue;
+            for (int64_t l = 0; l < num; l++) best = fmin(best, ward->cost[ward->tried[l]]);
+            cheapest = -1;
+        }
         for (int64_t l = 0; l < num; l++) {
             const int32_t j = ward->tried[l];
             if (ward->cost[j] > best + ward->tie) continue;
@@ -698,6 +697,9 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     const int64_t most = ward->num_rows - padded(size, NR);
     for (int64_t i = 0; i < num && ward->num_wanted < most && !ward->is_wide; i++)
         if (ward->bound[i] <= MARGIN * ward->level) ward->wanted[ward->num_wanted++] = (int32_t)i;
+    ward->num_spare = 0;
+    for (int64_t r = ward->num_rows - 1; r >= padded(size, NR) + ward->num_wanted; r--)
+        ward->spare[ward->num_spare++] = (int32_t)r;
 }
 
 /* Slots that a chunk merged into others, with what was in them: what the backward needs to part them again. */
@@ -776,7 +778,6 @@ static void learn_by_likelihood(const Call *call, Dictionary *dictionary, Rows *
         ward->has_bounds = ward->has_squares = 0;
         for (int64_t t = 0; t < size; t++) learner->slot[t] = (int32_t)(num + t);
     } else {
-        if (!ward->is_wide) rows_of_nearest(items);
         merge_cheapest(items, due, scores);
         find_homes(items);
         for (int64_t i = 0; i < num; i++) {
