@@ -266,7 +266,8 @@ def test_values_of_another_width_are_refused():
 
 
 def test_without_scikit_learn_the_import_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "ovq.gmr")
+    for name in ("ovq.gmr", "ovq.gmr.regressor"):
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn.base", None)
     with pytest.raises(ImportError, match=r"ovq.gmr: expected scikit-learn.*pip install 'ovq\[theory\]'"):
         importlib.import_module("ovq.gmr")

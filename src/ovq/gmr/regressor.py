@@ -2,7 +2,8 @@
 
 The pairs (key, value) of a stream are modelled by a mixture with weights c_n / t, means (D_k[n], D_v[n]) and
 covariance I / b. An OVQ layer reads the conditional mean of this mixture given a query, and learns it by hard
-assignment online (`docs/math.md`, section 3; `tests/test_gmr.py` shows both).
+assignment online (`docs/math.md`, sections 3 and 5; `tests/test_gmr.py` and `tests/test_gmr_ward.py` show
+both).
 
 This is plain NumPy in float64, written independently of the op, so that each checks the other. It needs
 scikit-learn, which nothing else here does: `pip install 'ovq[theory]'`.
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ovq.ops.options import BIASES
+from ovq.gmr.ward import ward_clusters
+from ovq.ops.options import BIASES, VALUE_WEIGHT, check_value_weight, default_growth
 from ovq.ops.schedule import GROWTHS, grown_slots
 
 try:
@@ -26,6 +28,7 @@ except ImportError as error:
     raise ImportError("ovq.gmr: expected scikit-learn, found none; pip install 'ovq[theory]'") from error
 
 ASSIGNMENTS = ("hard", "soft")
+MERGES = ("existing", "ward")
 
 Array = NDArray[np.float64]
 
@@ -34,9 +37,10 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     """Regression of values on keys by a Gaussian mixture over both, with one spherical covariance I / b.
 
     `partial_fit` learns as an OVQ layer does, in one pass and constant memory: in each chunk, the least
-    familiar keys open slots and the others are merged into the nearest slot. `fit` sees all the data at once
-    and iterates expectation-maximisation over (key, value) to convergence, from k-means++ centres; this is an
-    upper bound for what a dictionary of that size can do. `predict` is the conditional mean E[value | key].
+    familiar keys open slots and the others are merged into the nearest slot; or, with `merge="ward"`, the
+    cheapest pairs of slots and tokens are merged until they fit. `fit` sees all the data at once
+    and iterates expectation-maximisation over (key, value) to convergence, from k-means++ centres; this shows
+    what a dictionary of that size can do. `predict` is the conditional mean E[value | key].
 
     Args:
         num_slots: N, the largest number of components.
@@ -49,7 +53,10 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             to its posterior. `partial_fit` assigns by the key alone, to slots that existed before the chunk,
             and if hard by the largest dot product, as OVQ does. `fit` assigns by key and value, and if hard
             by distance.
-        growth: The schedule of the dictionary in `partial_fit`, as in the op.
+        growth: The schedule of the dictionary in `partial_fit`, as in the op. None: the op's default.
+        merge: What `partial_fit` merges: keys into slots that existed before the chunk (`"existing"`), or the
+            cheapest pairs of slots and tokens (`"ward"`), as in the op. The latter assigns hard.
+        value_weight: w of `merge="ward"`, as in the op.
         max_iter: Most iterations of `fit`.
         tol: `fit` ends when no mean moves by more than this.
         random_state: Of the k-means++ start of `fit`.
@@ -86,7 +93,9 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         precision: float | None = None,
         bias: str = "count+norm",
         assignment: str = "hard",
-        growth: str = "plateau",
+        growth: str | None = None,
+        merge: str = "existing",
+        value_weight: float = VALUE_WEIGHT,
         max_iter: int = 100,
         tol: float = 1e-6,
         random_state: Any = None,
@@ -97,6 +106,8 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.bias = bias
         self.assignment = assignment
         self.growth = growth
+        self.merge = merge
+        self.value_weight = value_weight
         self.max_iter = max_iter
         self.tol = tol
         self.random_state = random_state
@@ -216,10 +227,17 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}: expected an integer of at least 1, found {value!r}")
-        choices = {"bias": BIASES, "assignment": ASSIGNMENTS, "growth": GROWTHS}
+        choices = {
+            "bias": BIASES,
+            # A pair merges as a whole.
+            "assignment": ASSIGNMENTS if self.merge != "ward" else ASSIGNMENTS[:1],
+            "growth": (None, *GROWTHS),
+            "merge": MERGES,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, found {getattr(self, name)!r}")
+        check_value_weight("value_weight", self.value_weight)
         if self.precision is not None and not self.precision > 0:
             raise ValueError(f"precision: expected a positive number or None, found {self.precision!r}")
 
@@ -238,7 +256,22 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return np.eye(len(means))[(points @ means.T - np.square(means).sum(-1) / 2).argmax(1)]
 
     def _merge_chunk(self, keys: Array, values: Array, num_seen: int) -> None:
-        """Grow the dictionary by the least familiar keys of a chunk, then merge the others into it."""
+        """Learn a complete chunk, after which `num_seen` tokens have been merged."""
+        wanted = grown_slots(
+            len(self.count_),
+            num_seen,
+            num_slots=self.num_slots,
+            chunk_size=self.chunk_size,
+            growth=self.growth or default_growth(self.merge),
+        )
+        if self.merge == "ward":
+            self._merge_cheapest(keys, values, wanted)
+        else:
+            self._merge_nearest(keys, values, wanted)
+        self.n_iter_ += 1
+
+    def _merge_nearest(self, keys: Array, values: Array, wanted: int) -> None:
+        """Grow to `wanted` slots by the least familiar keys of a chunk; merge the others into the nearest."""
         is_first = not len(self.count_)
         # The first key of a stream opens slot 0, and the rest of its chunk is compared with that.
         means, count = (keys[:1], np.ones(1)) if is_first else (self.keys_, self.count_)
@@ -247,13 +280,6 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         familiarity = (dots / np.maximum(lengths, 1e-30)).max(1)
         if is_first:
             familiarity[0] = -np.inf
-        wanted = grown_slots(
-            len(self.count_),
-            num_seen,
-            num_slots=self.num_slots,
-            chunk_size=self.chunk_size,
-            growth=self.growth,
-        )
         order = familiarity.argsort(kind="stable")
         opening, merging = (np.sort(part) for part in np.split(order, [wanted - len(self.count_)]))
         if self.assignment == "hard":
@@ -267,7 +293,26 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.key_sum_[existing] += shares.T @ keys[merging]
         self.value_sum_[existing] += shares.T @ values[merging]
         self.count_[existing] += shares.sum(0)
-        self.n_iter_ += 1
+
+    def _merge_cheapest(self, keys: Array, values: Array, wanted: int) -> None:
+        """Merge pairs of slots and tokens of a chunk, the cheapest first, until `wanted` are left."""
+        existing = len(self.count_)
+        count = np.concatenate([self.count_, np.ones(len(keys))])
+        mean_values = np.concatenate([self.values_, values])
+        power = count @ np.square(mean_values).sum(1) / count.sum()
+        factor = self.value_weight / power**0.5 if power > 0 else 0.0
+        lowest = ward_clusters(
+            np.hstack([np.concatenate([self.keys_, keys]), factor * mean_values]), count, wanted
+        )
+        # A cluster keeps its lowest slot; one of tokens alone gets a slot that became free, or a new one.
+        slots = np.unique(lowest)
+        is_new = slots >= existing
+        places = slots.copy()
+        places[is_new] = np.setdiff1d(np.arange(wanted), slots[~is_new])
+        shares = np.eye(wanted)[places[np.searchsorted(slots, lowest)]]
+        self.key_sum_ = shares.T @ np.concatenate([self.key_sum_, keys])
+        self.value_sum_ = shares.T @ np.concatenate([self.value_sum_, values])
+        self.count_ = shares.T @ count
 
 
 def _softmax(scores: Array) -> Array:
