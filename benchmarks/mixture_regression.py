@@ -39,7 +39,7 @@ def _unit(x: Array) -> Array:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _values(keys: Array, rng: np.random.Generator) -> Array:
+def smooth_values(keys: Array, rng: np.random.Generator) -> Array:
     """A smooth function of the keys, four components, with a little noise."""
     weights = 2 * rng.normal(size=(keys.shape[1], 4))
     return np.tanh(keys @ weights) + 0.05 * rng.normal(size=(len(keys), 4))
@@ -133,21 +133,23 @@ def measure(seeds: int) -> list[dict]:
     for name, seed, num_slots in track(cases, "regression", console=Console(stderr=True)):
         rng = np.random.default_rng(seed)
         keys = STREAMS[name](rng, TRAIN + 2 * HELD_OUT)
-        values = _values(keys, rng)
+        values = smooth_values(keys, rng)
         # Held-out keys are drawn from the whole stream.
         order = np.sort(rng.permutation(len(keys))[:TRAIN])
         others = rng.permutation(np.setdiff1d(np.arange(len(keys)), order))
         choose, test = others[:HELD_OUT], others[HELD_OUT:]
         for label, regressors in contenders(keys[order], values[order], num_slots, seed).items():
-            best = min(regressors, key=lambda predict: _error(predict(keys[choose]), values[choose]))
-            error = _error(best(keys[test]), values[test])
+            best = min(
+                regressors, key=lambda predict: share_of_variance(predict(keys[choose]), values[choose])
+            )
+            error = share_of_variance(best(keys[test]), values[test])
             rows.append(
                 {"stream": name, "seed": seed, "num_slots": num_slots, "method": label, "error": error}
             )
     return rows
 
 
-def _error(found: Array, expected: Array) -> float:
+def share_of_variance(found: Array, expected: Array) -> float:
     """Squared error as a share of the variance, 1 - R^2."""
     return float(np.square(found - expected).sum() / np.square(expected - expected.mean(0)).sum())
 
