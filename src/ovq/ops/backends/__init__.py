@@ -59,5 +59,4 @@ def _preferred(call: Call) -> list[str]:
     """The backends that `"auto"` tries, in order."""
     if call.q.is_cuda:
         return ["triton", "torch"]
-    # Decoding one token reads the state where it lies; the compiled kernels would copy the dictionary.
-    return ["torch"] if call.is_decoding else ["cpu", "torch"]
+    return ["cpu", "torch"]

@@ -12,7 +12,9 @@ from torch import Tensor
 from ovq.ops.backends.chunks import in_chunks
 from ovq.ops.backends.cpu.build import MissingKernelsWarning
 from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve
+from ovq.ops.backends.cpu.decode import learn_chunk
 from ovq.ops.backends.cpu.kernels import CompiledAttention, cpu_kernels, is_available
+from ovq.ops.backends.torch.decode import decode_step
 from ovq.ops.call import Call
 from ovq.ops.state import OVQState
 
@@ -34,5 +36,8 @@ def refusal(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
-    """All chunks of all rows in one call of the kernels."""
+    """All chunks of all rows in one call of the kernels; one token per row is read where the state lies."""
+    if call.is_decoding:
+        # The kernels would copy the dictionary to read it once.
+        return decode_step(call, learn_chunk)
     return in_chunks(call, CompiledAttention.apply)

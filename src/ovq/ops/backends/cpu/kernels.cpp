@@ -31,7 +31,7 @@ struct Shared {
     Dictionary dictionary;
     Rows tokens;
     Learner learner;
-    Ward ward;
+    Ward layout, *ward; /* As each thread knows it, and as all of them do. */
     Gradients gradients;
     Barrier *barrier;
 };
@@ -49,7 +49,10 @@ static Shared take_shared(Arena *arena, const Call *call, int is_backward) {
     shared.barrier = TAKE(arena, Barrier, 1);
     if (is_backward) shared.gradients = take_gradients(arena, call);
     else shared.learner = take_learner(arena, call);
-    if (!is_backward && call->is_ward) shared.ward = take_ward(arena, call);
+    if (!is_backward && call->is_ward) {
+        shared.ward = TAKE(arena, Ward, 1);
+        shared.layout = take_ward(arena, call);
+    }
     return shared;
 }
 
@@ -64,8 +67,8 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
     Dictionary *dictionary = &shared->dictionary;
     const Sums sums = sums_of(call, row, head);
     if (team->rank == 0) load_dictionary(dictionary, call, &sums);
-    Ward *ward = &shared->ward;
-    if (team->rank == 0) ward->has_bounds = ward->has_squares = 0;
+    Ward *ward = shared->ward;
+    if (team->rank == 0 && ward) *ward = shared->layout;
     for (int64_t i = 0; i < num_chunks(call, row); i++) {
         const Chunk chunk = chunk_of(call, row, i);
         dictionary->num = chunk.before;

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.dictionary import dense_copy
+from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.plan import Plan
 from ovq.ops.options import TIE
 from ovq.ops.random_init import random_priority
@@ -87,6 +87,23 @@ class CompiledAttention(torch.autograd.Function):
         call.point(key_deposit=key_deposit, value_deposit=value_deposit, grad_scale=grad_scale)
         call.run("ovq_backward")
         return *grads, grad_scale.sum(0).to(scale.dtype), key_deposit, value_deposit, None, None
+
+
+def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan) -> None:
+    """Merge whole chunks into dictionaries, in place, with nothing read: a plan without query heads.
+
+    Args:
+        k: `[num_chunks, C, Hkv, K]`. v: `[num_chunks, C, Hkv, V]`.
+        sums: `[R, Hkv, M, ...]`, contiguous.
+        plan: of these rows, with `group_size` 0.
+    """
+    k, v = _dense(k), _dense(v)
+    nothing = torch.empty(0)
+    slots = torch.empty(k.shape[:3], dtype=torch.int32)
+    call = _call(k, k, v, v, nothing, nothing, sums.key_sum, sums.value_sum, sums.count, slots, plan)
+    if plan.options.init == "random":
+        call.point(priority=_priorities(plan))
+    call.run("ovq_forward")
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -329,29 +329,34 @@ static void fresh_row(const Items &items, int64_t i, float *out) {
     out[i] = INFINITY;
 }
 
-/* Bounds of all slots among themselves, by products of tiles; `scores` holds QUERIES rows of slots. */
+/* Bounds of all slots, each with those before it, by products of tiles; `scores` holds QUERIES rows of slots. */
 static void slot_bounds(const Items &items, float *scores) {
     Ward *ward = items.ward;
     const Call *call = items.call;
-    const int64_t num = items.dictionary->num, n = ward->first_token, v = value_ld(call);
+    const int64_t num = items.dictionary->num, v = value_ld(call);
     for (int64_t first = 0; first < num; first += QUERIES) {
-        const int64_t rows = least(QUERIES, num - first);
+        const int64_t rows = least(QUERIES, num - first), n = padded(first + rows, NR);
         float scaled[rows * v];
         for (int64_t j = 0; j < rows * v; j++)
             scaled[j] = (float)ward->value_factor * items.dictionary->rows.values[first * v + j];
-        if (!ward->is_wide)
-            multiply(call, &items.dictionary->rows, n, rows, items.key(first), scaled, scores, n);
+        if (!ward->is_wide) multiply(call, &items.dictionary->rows, n, rows, items.key(first), scaled, scores, n);
         for (int64_t i = first; i < first + rows; i++) {
             float *row = scores + (i - first) * n;
             if (ward->is_wide) memset(row, 0, sizeof(float) * n);
             else estimate(ward, ward->count[i], ward->square[i], 0, n, row);
-            for (int64_t j = num; j < n; j++) row[j] = INFINITY;
-            row[i] = INFINITY;
+            for (int64_t j = i; j < n; j++) row[j] = INFINITY;
             ward->slot_bound[i] = lowest_value(row, n);
             ward->slot_factor[i] = ward->value_factor;
             ward->slot_growth[i] = 0;
         }
     }
+}
+
+/* Where the dearest of `due` merges may lie, for a dictionary that nothing was merged in yet. */
+static float first_level(Ward *ward, int64_t num, int64_t due) {
+    for (int64_t i = 0; i < num; i++) ward->cost[i] = ward->slot_bound[i];
+    if (num) select_lowest(ward->cost, num, least(due, num) - 1);
+    return num ? (float)ward->cost[least(due, num) - 1] : 0;
 }
 
 /* Let a row know of the merges since it was last looked at. */
@@ -622,7 +627,8 @@ static void merge_cheapest(const Items &items, int64_t due, float *scratch) {
 
 /* What the next chunk needs to know of a slot that changed. */
 static void set_squares(const Items &items, int64_t i) {
-    const float *key = items.key(i), *value = items.value(i);
+    const Rows *rows = &items.dictionary->rows;
+    const float *key = rows->keys + i * key_ld(items.call), *value = rows->values + i * value_ld(items.call);
     items.ward->key_square[i] = exact_dot(key, key, items.call->k.dim);
     items.ward->value_square[i] = exact_dot(value, value, items.call->v.dim);
 }
@@ -685,9 +691,13 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     }
     memset(ward->seen, 0, sizeof(int32_t) * ward->num_rows);
     for (int64_t j = 0; j < size * value_ld(call); j++) ward->scaled[j] = (float)factor * items.tokens->values[j];
-    if (!ward->has_bounds || ward->is_wide) slot_bounds(items, scores);
+    if (!ward->has_bounds || ward->is_wide) {
+        slot_bounds(items, scores);
+        ward->level = first_level(ward, num, due);
+    }
     ward->has_bounds = !ward->is_wide;
     for (int64_t i = 0; i < num; i++) {
+        ward->cost[i] = INFINITY;
         const double since = ward->slot_factor[i];
         ward->bound[i] = factor >= since ? ward->slot_bound[i] + below((factor - since) * ward->slot_growth[i]) * (1 - FLT_EPSILON)
                                          : ward->slot_bound[i] * (ward->slot_bound[i] < 0 ? 1 : below(factor / since));

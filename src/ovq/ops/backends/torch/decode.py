@@ -7,6 +7,8 @@ when it is merged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,15 +22,24 @@ from ovq.ops.schedule import grown_slots
 from ovq.ops.state import OVQState, advanced, replaced, slot_means, with_capacity
 
 
-def decode_step(call: Call) -> tuple[Tensor, OVQState]:
-    """Outputs `[B, 1, H, V]` for one new token per row, and the state after it."""
+# Of states, their slots before and after, and the options: the dictionaries with the pending chunks merged.
+Learn = Callable[[OVQState, list[int], list[int], Options], Dictionary]
+
+
+def decode_step(call: Call, learn: Learn | None = None) -> tuple[Tensor, OVQState]:
+    """Outputs `[B, 1, H, V]` for one new token per row, and the state after it.
+
+    Args:
+        call: the call.
+        learn: how chunks are merged, `learn_chunk` or the same in other code.
+    """
     state, options = call.state, call.options
     pending = state.num_pending.tolist()
     after = advanced(state)
     _write(after, call.k, call.v, pending)
     o = _read(call.q, call.scale, after, pending, options)
     complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
-    return o, _merged(after, complete, options) if complete else after
+    return o, _merged(after, complete, options, learn or learn_chunk) if complete else after
 
 
 def _write(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> None:
@@ -82,39 +93,55 @@ def _read(q: Tensor, scale: Tensor, state: OVQState, pending: list[int], options
     return o.view(batch, 1, num_heads, -1).to(q.dtype)
 
 
-def _merged(state: OVQState, complete: list[int], options: Options) -> OVQState:
+def _merged(state: OVQState, complete: list[int], options: Options, learn: Learn) -> OVQState:
     """`state` with the full chunks of the rows `complete` merged into copies of their dictionaries."""
     rows = state.select(complete)
-    num_kv_heads, chunk_size = state.count.shape[1], options.chunk_size
     before = rows.num_open.tolist()
     after = [
-        grown_slots(n, seen, num_slots=options.num_slots, chunk_size=chunk_size, growth=options.growth)
+        grown_slots(
+            n,
+            seen,
+            num_slots=options.num_slots,
+            chunk_size=options.chunk_size,
+            growth=options.growth,
+        )
         for n, seen in zip(before, rows.num_seen.tolist(), strict=True)
     ]
     state = with_capacity(state, max(after))
     rows = with_capacity(rows, max(*after, state.count.shape[2]))
-    wide = rows.key_sum.dtype
-    streams, capacity = len(complete) * num_kv_heads, rows.count.shape[2]
-    keys = rows.pending_keys.to(wide).view(streams, chunk_size, -1)
-    values = rows.pending_values.to(wide).view(streams, chunk_size, -1)
+    sums = learn(rows, before, after, options)
+    return replaced(state, complete, sums.key_sum, sums.value_sum, sums.count)
+
+
+def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Options) -> Dictionary:
+    """The dictionaries `[R * Hkv, M, ...]` of rows whose pending tokens, a whole chunk each, are merged.
+
+    Args:
+        rows: states with room for the slots `after`.
+        before: slots of each row. after: slots that each is to have.
+        options: the layer's settings.
+    """
+    wide, num_kv_heads, capacity = rows.key_sum.dtype, rows.count.shape[1], rows.count.shape[2]
+    streams = len(before) * num_kv_heads
+    keys = rows.pending_keys.to(wide).view(streams, options.chunk_size, -1)
+    values = rows.pending_values.to(wide).view(streams, options.chunk_size, -1)
+    before, after = ([n for n in sizes for _ in range(num_kv_heads)] for sizes in (before, after))
     sums = Dictionary(*(x.reshape(streams, *x.shape[2:]) for x in (rows.key_sum, rows.value_sum, rows.count)))
     if options.merge == "ward":
-        sizes = ([n for n in each for _ in range(num_kv_heads)] for each in (before, after))
-        learn_by_likelihood(sums, keys, values, *sizes, options)
-        return replaced(state, complete, sums.key_sum, sums.value_sum, sums.count)
+        learn_by_likelihood(sums, keys, values, before, after, options)
+        return sums
     means = slot_means(rows.key_sum, rows.count).view(streams, capacity, -1)
     means = torch.nn.functional.pad(means, (0, 0, 0, padded_slots(capacity) - capacity))
     router = Router(num_streams=streams, max_slots=capacity, options=options, like=means)
     slots = router(
         keys,
         means,
-        [n for n in before for _ in range(num_kv_heads)],
-        [n for n in after for _ in range(num_kv_heads)],
-        heads=list(range(num_kv_heads)) * len(complete),
+        before,
+        after,
+        heads=list(range(num_kv_heads)) * len(rows.num_seen),
         num_seen=[t for t in rows.num_seen.tolist() for _ in range(num_kv_heads)],
     )
-    if options.rate == "count":
-        sums.add_(slots, keys, values, 1)
-    else:
-        sums = moved(sums, slots, router.is_opener, keys, values, options.rate)
-    return replaced(state, complete, sums.key_sum, sums.value_sum, sums.count)
+    if options.rate != "count":
+        return moved(sums, slots, router.is_opener, keys, values, options.rate)
+    sums.add_(slots, keys, values, 1)
+    return sums
