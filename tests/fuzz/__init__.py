@@ -8,6 +8,7 @@ fields.
 
     backends.py  who runs the op
     program.py   what programs have in common: how they are written down and made smaller
+    options.py   options of the dictionary
     tensors.py   tokens, and the ways they may lie in memory
     op.py        one call of `ovq_attention`, against `naive` on each row alone, from its first token on
     states.py    operations on `OVQState`, against the tokens of each row read anew

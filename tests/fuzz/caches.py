@@ -68,6 +68,7 @@ class CacheProgram(Program):
         above = [name for name in MIXERS if dtype == "float64" or name not in ROUTED]
         mixers = [rng.choice(["ovq", rng.choice(list(MIXERS))])]
         mixers += [rng.choice([above[0], rng.choice(above)]) for _ in range(rng.randrange(3))]
+        merge = rng.choice(["existing", "existing", "updated", "ward"])
         return cls(
             seed=rng.randrange(10**6),
             prompts=tuple(rng.randrange(1, 10) for _ in range(rng.choice([1, 2, 3]))),
@@ -83,9 +84,9 @@ class CacheProgram(Program):
             num_slots=rng.choice([1, 3, 6, 20]),
             chunk_size=rng.choice([1, 2, 3, 4]),
             sliding_window=rng.choice([2, 3, 5]),
-            merge=rng.choice(["existing", "existing", "updated"]),
+            merge=merge,
             bias=rng.choice(["count", "count", "count+norm"]),
-            rate=rng.choice(["count", "count", 0.3]),
+            rate="count" if merge == "ward" else rng.choice(["count", "count", 0.3]),
         )
 
     @torch.no_grad()

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
-from ovq.ops.options import BIASES, INITS, MERGES
+from ovq.ops.options import VALUE_WEIGHT
 from ovq.ops.schedule import GROWTHS
 from ovq.ops.state import state_dtype
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.compare import assert_close, assert_state, bound_of
+from tests.fuzz.options import drawn_options
 from tests.fuzz.program import Impossible, Program
 from tests.fuzz.tensors import ORDERS, normalized, numbers, stored
-from tests.ops.test_identities import recount
+from tests.ops.recount import recount, recount_by_likelihood
 
 #: Tokens unlike the others: whether it is their key or value (1 or 2 of q, k, v), and what that is times.
 SPECIAL = {
@@ -58,7 +59,7 @@ class OpCall(Program):
         num_kv_heads: key/value heads.
         group: query heads of each.
         key_dim, value_dim: sizes of a head.
-        num_slots, chunk_size, growth, init, merge, bias, rate: of the op.
+        num_slots, chunk_size, growth, init, merge, bias, rate, value_weight: of the op.
         scale: "none", "float" or "tensor".
         orders: of q, k and v in memory, of `ORDERS`.
         num_keys: how many keys there are to choose from; 0 for no bound.
@@ -88,6 +89,7 @@ class OpCall(Program):
     merge: str = "existing"
     bias: str = "count"
     rate: float | str = "count"
+    value_weight: float = VALUE_WEIGHT
     scale: str = "none"
     orders: tuple[str, ...] = ("plain", "plain", "plain")
     num_keys: int = 0
@@ -100,12 +102,7 @@ class OpCall(Program):
         layout = rng.choice(["dense", "mask", "mask", "packed"])
         rows = _drawn_rows(rng, layout, chunk_size, longest=4 if backend.is_slow else 10)
         orders = ORDERS if layout == "dense" and len(set(rows)) == 1 else ORDERS[:-1]
-        options = {
-            "init": rng.choice(INITS),
-            "merge": rng.choice(MERGES),
-            "bias": rng.choice(BIASES),
-            "rate": rng.choice(["count", "count", "count", 0.01, 0.3, 1.0]),
-        }
+        options = drawn_options(rng, ["count", "count", "count", 0.01, 0.3, 1.0])
         return cls(
             seed=rng.randrange(10**6),
             rows=rows,
@@ -161,7 +158,7 @@ class OpCall(Program):
     @functools.cached_property
     def options(self) -> dict:
         """Arguments of the op that are no tensors."""
-        names = ("num_slots", "chunk_size", "growth", "init", "merge", "bias", "rate")
+        names = ("num_slots", "chunk_size", "growth", "init", "merge", "bias", "rate", "value_weight")
         seed = torch.Generator().manual_seed(self.seed)
         return {name: getattr(self, name) for name in names} | {"generator": seed}
 
@@ -252,16 +249,23 @@ class OpCall(Program):
         return torch.stack(rows).to(getattr(torch, self.mask_dtype))
 
     def _recount(self, tokens: _Tokens, states: Sequence[OVQState]) -> None:
-        """Counts of the reference are those of plain NumPy, which knows neither the options nor ties."""
+        """Counts of the reference are those of plain NumPy, which knows no other options, and no ties."""
         choices = (self.growth, self.init, self.merge, self.rate)
-        if choices != ("plateau", "novelty", "existing", "count") or self.special or self.num_keys:
+        is_ward = self.merge == "ward"
+        if not (is_ward or choices == ("plateau", "novelty", "existing", "count")):
             return
-        if self.dtype != "float64" or self.key_dim < 3:
+        if self.special or self.num_keys or self.dtype != "float64" or self.key_dim < 3:
             return
         for (_, k, v), state in zip(tokens.rows, states, strict=True):
             for head in range(self.num_kv_heads):
                 keys, values = k[:, head].detach().numpy(), v[:, head].detach().numpy()
-                slots = recount(keys, values, self.num_slots, self.chunk_size)
+                slots = (
+                    recount_by_likelihood(
+                        keys, values, self.num_slots, self.chunk_size, self.growth, self.value_weight
+                    )
+                    if is_ward
+                    else recount(keys, values, self.num_slots, self.chunk_size)
+                )
                 assert state.count[0, head].tolist() == [len(members) for members in slots], "recount"
 
 

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
-from ovq.ops.options import BIASES, INITS, MERGES
+from ovq.ops.options import VALUE_WEIGHT
 from ovq.ops.schedule import GROWTHS
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.compare import assert_close, assert_state, bound_of
+from tests.fuzz.options import drawn_options
 from tests.fuzz.program import Impossible, Program
 from tests.fuzz.tensors import ORDERS, normalized, numbers, stored
 
@@ -46,7 +47,7 @@ class StateProgram(Program):
         steps: the operations, each (name, state it is of, two numbers, whether that state stays beside the
             new one). Numbers are taken modulo what there is, so that any do.
         dtype, num_kv_heads, group, key_dim, value_dim: of the tokens.
-        num_slots, chunk_size, growth, init, merge, bias, rate: of the op.
+        num_slots, chunk_size, growth, init, merge, bias, rate, value_weight: of the op.
     """
 
     kind = "states"
@@ -65,6 +66,7 @@ class StateProgram(Program):
     merge: str = "existing"
     bias: str = "count"
     rate: float | str = "count"
+    value_weight: float = VALUE_WEIGHT
 
     @classmethod
     def draw(cls, rng: Random, backend: Backend) -> StateProgram:
@@ -75,12 +77,7 @@ class StateProgram(Program):
             (rng.choice(names), *(rng.randrange(24) for _ in range(3)), rng.randrange(2))
             for _ in range(rng.randrange(2, 5 if backend.is_slow else 9))
         ]
-        options = {
-            "init": rng.choice(INITS),
-            "merge": rng.choice(MERGES),
-            "bias": rng.choice(BIASES),
-            "rate": rng.choice(["count", "count", "count", 0.3]),
-        }
+        options = drawn_options(rng, ["count", "count", "count", 0.3])
         return cls(
             seed=rng.randrange(10**6),
             num_rows=rng.choice([1, 2, 3]),
@@ -160,7 +157,7 @@ class _Machine:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, state: OVQState | None, **options: Any):
         """The op with the options of the program."""
-        names = ("chunk_size", "growth", "init", "merge", "bias", "rate")
+        names = ("chunk_size", "growth", "init", "merge", "bias", "rate", "value_weight")
         options |= {name: getattr(self.program, name) for name in names}
         return ovq_attention(
             q,

@@ -1,20 +1,29 @@
 """Inputs and comparisons for the tests of the op."""
 
+import pytest
 import torch
 from torch.nn.functional import normalize
 
 from ovq.ops import OVQState, cpu_kernels, ovq_attention
+from ovq.ops.options import INITS, MERGES
 
 BACKENDS = ("naive", "torch")
 # The compiled kernels, where a compiler is found: float32 and bfloat16, running means and log counts alone.
 CPU = ("cpu",) if cpu_kernels().startswith("compiled") else ()
 # How slots are scored and how they move: the defaults, each other choice alone, and both.
-VARIANTS = [{}, {"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "rate": 0.7}]
+SCORINGS = [{}, {"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "rate": 0.7}]
+# The same, and the rule that merges pairs in the place of routing.
+VARIANTS = [*SCORINGS, {"merge": "ward"}]
+# Which keys open slots, and where the others go: what fits together.
+RULES = [(init, merge) for init in INITS for merge in MERGES if (init, merge) != ("random", "ward")]
+
+either_rule = pytest.mark.parametrize("merge", ["existing", "ward"])
 
 
 def takes(backend, dtype, variant):
     """Whether a backend runs calls of this dtype and these of `VARIANTS`."""
-    return backend != "cpu" or (dtype in (torch.float32, torch.bfloat16) and not variant)
+    is_scored_by_count = variant.get("bias", "count") == variant.get("rate", "count") == "count"
+    return backend != "cpu" or (dtype in (torch.float32, torch.bfloat16) and is_scored_by_count)
 
 
 def inputs(batch, length, heads=2, kv_heads=1, key_dim=6, value_dim=5, *, dtype=torch.float64, seed=0):

@@ -1,15 +1,11 @@
 """The compiled kernels: against the reference, and in teams of threads."""
 
-import itertools
-
 import pytest
 import torch
 
 from ovq.ops import OVQState, backend_used, cpu_kernels
 from ovq.ops.backends.cpu import kernels
-from ovq.ops.options import INITS, MERGES
-from ovq.ops.schedule import GROWTHS
-from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.common import RULES, assert_same_state, attend, either_rule, inputs
 from tests.ops.test_identities import causal
 from tests.ops.test_parity import SHAPES, gradients
 from tests.ops.test_routing import near_ties, novelty_ties
@@ -32,7 +28,11 @@ def runs(monkeypatch):
 @pytest.mark.parametrize("shape", [*SHAPES, *WIDE], ids=str)
 @pytest.mark.parametrize(
     ("growth", "init", "merge"),
-    [*itertools.product(GROWTHS[:1], INITS, MERGES), *itertools.product(GROWTHS[1:], INITS[:1], MERGES[:1])],
+    [
+        *(("plateau", *rules) for rules in RULES),
+        *(("linear", *rules) for rules in RULES[:1]),
+        *(("immediate", "novelty", merge) for merge in ("existing", "ward")),
+    ],
 )
 def test_kernels_equal_naive(shape, growth, init, merge, runs):
     *sizes, num_slots, chunk_size = shape
@@ -59,12 +59,18 @@ def test_kernels_equal_naive(shape, growth, init, merge, runs):
 
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
-@pytest.mark.parametrize(("batch", "kv_heads"), [(1, 1), (3, 1), (2, 2), (1, 7)])
-def test_any_number_of_threads_shares_any_number_of_streams(threads, batch, kv_heads):
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "merge"),
+    [
+        *((*sizes, "existing") for sizes in ((1, 1), (3, 1), (2, 2), (1, 7))),
+        *((*sizes, "ward") for sizes in ((1, 1), (2, 2))),
+    ],
+)
+def test_any_number_of_threads_shares_any_number_of_streams(threads, batch, kv_heads, merge):
     """Streams are divided among teams of threads: the same outputs and gradients, whatever the division."""
     q, k, v = inputs(batch, 150, 2 * kv_heads, kv_heads, 16, 16, dtype=torch.float32)
     scale = torch.full((2 * kv_heads,), 4.0)
-    options = {"num_slots": 40, "chunk_size": 64}
+    options = {"num_slots": 40, "chunk_size": 64, "merge": merge}
     before = torch.get_num_threads()
     expected = gradients("cpu", q, k, v, scale, options)
     torch.set_num_threads(threads)
@@ -127,11 +133,13 @@ def test_near_ties_of_novelty_are_decided_as_in_float64():
 
 
 @needs_compiler
-def test_keys_that_are_not_finite_harm_their_own_stream_alone():
+@either_rule
+def test_keys_that_are_not_finite_harm_their_own_stream_alone(merge):
     q, k, v = inputs(2, 64, 1, 1, 8, 4, dtype=torch.float32)
     for t, x in ((5, torch.nan), (20, torch.inf), (21, -torch.inf), (40, torch.nan)):
         k[0, t, 0, 3] = x
-    states = [attend(q, k, v, num_slots=16, chunk_size=16, backend=b) for b in ("naive", "cpu")]
+    options = {"num_slots": 16, "chunk_size": 16, "merge": merge}
+    states = [attend(q, k, v, backend=b, **options) for b in ("naive", "cpu")]
     (o_ref, state_ref), (o, state) = states
     assert torch.equal(state.count, state_ref.count)
     assert torch.equal(state.value_sum, state_ref.value_sum)
@@ -172,14 +180,16 @@ def test_scores_of_any_size():
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("j", [0, 7, 8, 19, 36])
-def test_causality_bit_for_bit(dtype, j):
-    causal("cpu", dtype, j, {})
+@either_rule
+def test_causality_bit_for_bit(dtype, j, merge):
+    causal("cpu", dtype, j, {"merge": merge})
 
 
 @needs_compiler
-def test_bit_identical_run_to_run():
+@either_rule
+def test_bit_identical_run_to_run(merge):
     q, k, v = inputs(2, 50, dtype=torch.float32)
-    options = {"num_slots": 9, "chunk_size": 8, "backend": "cpu"}
+    options = {"num_slots": 9, "chunk_size": 8, "merge": merge, "backend": "cpu"}
     (first, state), (again, state_again) = (attend(q, k, v, **options) for _ in range(2))
     assert torch.equal(first, again)
     assert_same_state(state_again, state, tolerance=0)
@@ -204,9 +214,10 @@ def test_what_the_kernels_do_not_do_is_refused_or_left_to_torch(dtype, options, 
 
 
 @needs_compiler
-def test_auto_takes_them_but_for_one_token_at_a_time():
+@either_rule
+def test_auto_takes_them_but_for_one_token_at_a_time(merge):
     q, k, v = inputs(1, 8, dtype=torch.float32)
-    options = {"num_slots": 8, "chunk_size": 4}
+    options = {"num_slots": 8, "chunk_size": 4, "merge": merge}
     _, state = attend(q, k, v, **options)
     assert backend_used() == "cpu"
     one = [x[:, :1] for x in (q, k, v)]

@@ -1,6 +1,7 @@
 """Bad input is refused at the front door, with what was expected and what was found."""
 
 import inspect
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +54,13 @@ def zeros(*shape, dtype=torch.float64):
         ({"rate": 0.0}, "rate: .* found 0.0"),
         ({"rate": 1.5}, "rate: .* found 1.5"),
         ({"rate": True}, "rate: .* found True"),
+        ({"merge": "ward", "init": "random"}, "init: expected 'novelty' with merge 'ward', found 'random'"),
+        ({"merge": "ward", "rate": 0.3}, "rate: expected 'count' with merge 'ward', found 0.3"),
+        ({"value_weight": -0.5}, "value_weight: expected a finite number of at least 0, found -0.5"),
+        ({"value_weight": math.inf}, "value_weight: .* found inf"),
+        ({"value_weight": math.nan}, "value_weight: .* found nan"),
+        ({"value_weight": True}, "value_weight: .* found True"),
+        ({"value_weight": "half"}, "value_weight: .* found 'half'"),
         ({"backend": "cuda"}, "backend: expected one of .* found 'cuda'"),
         ({"attention_mask": torch.ones(2, 9)}, r"attention_mask: .*\[2, 10\].* found \(2, 9\)"),
         (
@@ -149,6 +157,7 @@ def test_triton_is_refused_rather_than_replaced(monkeypatch):
         (torch.float64, {}, "expected a dtype of .*found torch.float64"),
         (torch.float32, {"init": "random"}, "expected init 'novelty', found 'random'"),
         (torch.float32, {"merge": "updated"}, "expected merge 'existing', found 'updated'"),
+        (torch.float32, {"merge": "ward"}, "expected merge 'existing', found 'ward'"),
         (torch.float32, {"bias": "count+norm"}, r"expected bias 'count', found 'count\+norm'"),
         (torch.float32, {"rate": 0.5}, "expected rate 'count', found 0.5"),
         (torch.float32, {"chunk_size": 5000}, "expected chunk_size of at most 4096, found 5000"),

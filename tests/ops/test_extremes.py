@@ -5,8 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from ovq.ops.options import INITS, MERGES
-from tests.ops.common import CPU, assert_same_state, attend, inputs
+from tests.ops.common import CPU, RULES, assert_same_state, attend, either_rule, inputs
 
 needs_triton = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="ovq[triton] is not installed"
@@ -47,8 +46,7 @@ every_length = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 
 
 @every_length
-@pytest.mark.parametrize("merge", MERGES)
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize(("init", "merge"), RULES)
 @pytest.mark.parametrize("backend", ["torch", *CPU])
 def test_keys_of_any_length_go_where_the_reference_sends_them(lengths, merge, init, backend):
     generator = torch.Generator().manual_seed(0)
@@ -65,9 +63,10 @@ def test_the_kernels_for_gpus_send_them_there_too(lengths):
 
 
 @every_length
-def test_one_token_at_a_time(lengths):
+@either_rule
+def test_one_token_at_a_time(lengths, merge):
     q, k, v = keys_of_lengths(lengths, batch=1, length=24)
-    options = {"num_slots": 6, "chunk_size": 6}
+    options = {"num_slots": 6, "chunk_size": 6, "merge": merge}
     _, expected = attend(q, k, v, backend="naive", **options)
     state = None
     for t in range(24):

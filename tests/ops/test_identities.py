@@ -1,46 +1,38 @@
 """What every implementation must satisfy, whatever its arithmetic."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ovq.ops import ovq_attention, scheduled_slots
-from tests.ops.common import BACKENDS, VARIANTS, assert_same_state, attend, inputs
+from tests.ops.common import (
+    BACKENDS,
+    RULES,
+    SCORINGS,
+    VARIANTS,
+    assert_same_state,
+    attend,
+    either_rule,
+    inputs,
+)
+from tests.ops.recount import recount, recount_by_likelihood
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 OPTIONS = {"num_slots": 12, "chunk_size": 8}
 
 
-def recount(keys, values, num_slots, chunk_size):
-    """Slots of one head by plain NumPy, written apart from the package: lists of token indices."""
-    slots = []
-    for start in range(0, len(keys) // chunk_size * chunk_size, chunk_size):
-        tokens = list(range(start, start + chunk_size))
-        seen = start + chunk_size
-        wanted = max(len(slots), 1, seen * num_slots // (seen + num_slots))
-        if not slots:
-            slots.append([tokens.pop(0)])
-        means = np.stack([keys[members].mean(0) for members in slots])
-        dots = keys[tokens] @ means.T
-        cosines = dots / np.linalg.norm(means, axis=1)
-        novel = np.argsort(cosines.max(1), kind="stable")[: wanted - len(slots)]
-        nearest = dots.argmax(1)
-        for j, token in enumerate(tokens):
-            if j not in novel:
-                slots[nearest[j]].append(token)
-        slots += [[tokens[j]] for j in sorted(novel)]
-    return slots
-
-
-def test_means_are_those_of_what_was_assigned(backend):
+@pytest.mark.parametrize(("merge", "recounted"), [("existing", recount), ("ward", recount_by_likelihood)])
+def test_means_are_those_of_what_was_assigned(backend, merge, recounted):
     q, k, v = inputs(2, 61, 2, 2)
-    _, state = attend(q, k, v, backend=backend, **OPTIONS)
+    _, state = attend(q, k, v, merge=merge, backend=backend, **OPTIONS)
     for row in range(2):
         for head in range(2):
             keys, values = k[row, :, head].numpy(), v[row, :, head].numpy()
-            slots = recount(keys, values, **OPTIONS)
+            slots = recounted(keys, values, **OPTIONS)
             assert state.count[row, head].tolist() == [len(members) for members in slots]
             means = np.stack([keys[members].mean(0) for members in slots])
             np.testing.assert_allclose(state.keys[row, head].numpy(), means, atol=1e-12)
@@ -48,19 +40,21 @@ def test_means_are_those_of_what_was_assigned(backend):
             np.testing.assert_allclose(state.values[row, head].numpy(), means, atol=1e-12)
 
 
+@either_rule
 @pytest.mark.parametrize("growth", ["plateau", "linear", "immediate"])
-def test_counts_add_up_and_slots_follow_the_schedule(backend, growth):
+def test_counts_add_up_and_slots_follow_the_schedule(backend, growth, merge):
     q, k, v = inputs(1, 61)
-    _, state = attend(q, k, v, growth=growth, backend=backend, **OPTIONS)
+    _, state = attend(q, k, v, growth=growth, merge=merge, backend=backend, **OPTIONS)
     assert state.count.sum(-1).flatten().tolist() == [56]
     assert state.num_seen.tolist() == [61]
     assert state.num_open.tolist() == [scheduled_slots(56, num_slots=12, growth=growth)]
     assert state.count.shape[2] <= 12
 
 
-def test_immediate_growth_is_exact_attention(backend):
+@pytest.mark.parametrize("options", [{"growth": "immediate"}, {"merge": "ward"}], ids=str)
+def test_immediate_growth_is_exact_attention(backend, options):
     q, k, v = inputs(2, 61, 4, 2)
-    o, _ = ovq_attention(q, k, v, num_slots=61, chunk_size=8, growth="immediate", backend=backend)
+    o, _ = ovq_attention(q, k, v, num_slots=61, chunk_size=8, backend=backend, **options)
     exact = scaled_dot_product_attention(
         *(t.transpose(1, 2) for t in (q, k, v)), is_causal=True, scale=6**0.5, enable_gqa=True
     )
@@ -98,9 +92,13 @@ def causal(backend, dtype, j, variant):
 
 
 @pytest.mark.parametrize("pieces", [[30, 7], [1] * 37, [8, 8, 21], [3, 0, 20, 14], [36, 1]], ids=str)
-@pytest.mark.parametrize("merge", ["existing", "updated"])
 @pytest.mark.parametrize(
-    ("init", "variant"), [("novelty", {}), ("random", {}), *(("novelty", v) for v in VARIANTS[1:])], ids=str
+    ("init", "merge", "variant"),
+    [
+        *((*rules, {}) for rules in RULES),
+        *(("novelty", *both) for both in itertools.product(("existing", "updated"), SCORINGS[1:])),
+    ],
+    ids=str,
 )
 def test_any_split_into_calls(backend, pieces, merge, init, variant):
     q, k, v = inputs(2, 37, 4, 2)
@@ -182,11 +180,13 @@ def test_gradients_of_packed_and_padded_rows(backend, variant):
             assert grad[r, : 23 - n].abs().sum() == 0
 
 
-def test_a_row_of_padding_gives_zeros_and_leaves_its_state(backend):
+@either_rule
+def test_a_row_of_padding_gives_zeros_and_leaves_its_state(backend, merge):
     q, k, v = inputs(2, 20)
-    _, before = attend(q, k, v, backend=backend, **OPTIONS)
+    options = {**OPTIONS, "merge": merge, "backend": backend}
+    _, before = attend(q, k, v, **options)
     mask = torch.tensor([[1] * 20, [0] * 20])
-    o, after = attend(q, k, v, attention_mask=mask, initial_state=before, backend=backend, **OPTIONS)
+    o, after = attend(q, k, v, attention_mask=mask, initial_state=before, **options)
     assert o[1].abs().max() == 0
     assert o[0].abs().min() > 0
     assert_same_state(after.select([1]), before.select([1]), tolerance=0)
@@ -223,20 +223,22 @@ def test_the_norm_term_counts_only_where_norms_differ(backend):
         assert torch.allclose(plain, normed, atol=1e-10) == is_same
 
 
-def test_one_slot_is_the_mean_of_all(backend):
+@either_rule
+def test_one_slot_is_the_mean_of_all(backend, merge):
     q, k, v = inputs(1, 32, 1, 1)
-    o, state = attend(q, k, v, num_slots=1, chunk_size=8, backend=backend)
+    o, state = attend(q, k, v, num_slots=1, chunk_size=8, merge=merge, backend=backend)
     torch.testing.assert_close(state.keys[0, 0, 0], k[0, :, 0].mean(0))
     assert torch.isfinite(o).all()
 
 
+@either_rule
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_bad_values_stay_in_their_row_and_head(backend, bad):
+def test_bad_values_stay_in_their_row_and_head(backend, bad, merge):
     q, k, v = inputs(3, 30, 2, 2)
-    expected, _ = ovq_attention(q, k, v, backend=backend, **OPTIONS)
+    expected, _ = ovq_attention(q, k, v, merge=merge, backend=backend, **OPTIONS)
     k[1, 3, 0] = bad
     v[1, 4, 0] = bad
-    o, state = attend(q, k, v, backend=backend, **OPTIONS)
+    o, state = attend(q, k, v, merge=merge, backend=backend, **OPTIONS)
     assert torch.equal(o[0], expected[0])
     assert torch.equal(o[2], expected[2])
     assert torch.equal(o[1, :, 1], expected[1, :, 1])
@@ -244,34 +246,38 @@ def test_bad_values_stay_in_their_row_and_head(backend, bad):
     assert state.count.sum(-1).unique().tolist() == [24]
 
 
-def test_duplicate_zero_and_huge_keys(backend):
+@either_rule
+def test_duplicate_zero_and_huge_keys(backend, merge):
     q, k, v = inputs(1, 48, 1, 1)
     k[0, 10:20] = k[0, 3]
     k[0, 30:34] = 0
     k[0, 25] *= 1e4
-    o, state = attend(q, k, v, backend=backend, **OPTIONS)
-    o_ref, state_ref = attend(q, k, v, backend="naive", **OPTIONS)
+    o, state = attend(q, k, v, merge=merge, backend=backend, **OPTIONS)
+    o_ref, state_ref = attend(q, k, v, merge=merge, backend="naive", **OPTIONS)
     assert torch.isfinite(o).all()
     torch.testing.assert_close(o, o_ref, rtol=1e-9, atol=1e-9)
     assert_same_state(state, state_ref)
 
 
-def test_the_state_handed_in_is_never_changed(backend):
+@either_rule
+def test_the_state_handed_in_is_never_changed(backend, merge):
     q, k, v = inputs(2, 60)
-    _, state = attend(q[:, :21], k[:, :21], v[:, :21], backend=backend, **OPTIONS)
+    options = {**OPTIONS, "merge": merge, "backend": backend}
+    _, state = attend(q[:, :21], k[:, :21], v[:, :21], **options)
     copy = state.clone()
     for stop in (22, 40):
-        attend(q[:, 21:stop], k[:, 21:stop], v[:, 21:stop], initial_state=state, backend=backend, **OPTIONS)
+        attend(q[:, 21:stop], k[:, 21:stop], v[:, 21:stop], initial_state=state, **options)
     for t in range(21, 30):  # over a chunk boundary
-        _, _ = attend(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], initial_state=state,
-                      backend=backend, **OPTIONS)  # fmt: skip
+        part = slice(t, t + 1)
+        attend(q[:, part], k[:, part], v[:, part], initial_state=state, **options)
     assert_same_state(state, copy, tolerance=0)
 
 
-def test_two_continuations_of_one_state(backend):
+@either_rule
+def test_two_continuations_of_one_state(backend, merge):
     """Decode steps share buffers: neither branch may see the other's tokens."""
     q, k, v = inputs(1, 40)
-    options = {**OPTIONS, "backend": backend}
+    options = {**OPTIONS, "merge": merge, "backend": backend}
     _, root = attend(q[:, :10], k[:, :10], v[:, :10], **options)
     states, outputs = {10: root, 25: root}, {10: [], 25: []}
     for step in range(15):
@@ -286,9 +292,10 @@ def test_two_continuations_of_one_state(backend):
         assert_same_state(state, expected)
 
 
-def test_bit_identical_run_to_run(backend):
+@either_rule
+def test_bit_identical_run_to_run(backend, merge):
     q, k, v = inputs(2, 50, dtype=torch.float32)
-    first, state = attend(q, k, v, backend=backend, **OPTIONS)
-    again, state_again = attend(q, k, v, backend=backend, **OPTIONS)
+    first, state = attend(q, k, v, merge=merge, backend=backend, **OPTIONS)
+    again, state_again = attend(q, k, v, merge=merge, backend=backend, **OPTIONS)
     assert torch.equal(first, again)
     assert_same_state(state_again, state, tolerance=0)

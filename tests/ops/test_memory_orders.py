@@ -16,14 +16,10 @@ WAYS += [(x, torch.float32, 20) for x in CPU]
 if importlib.util.find_spec("triton"):
     WAYS.append(("triton", torch.float32, 1))
 ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
-ENTRIES = ["dense", "masked", "packed", "constant rate", "one token", "decode"]
-# The kernels refuse a constant rate.
-CASES = [
-    (*way, entry)
-    for way in WAYS
-    for entry in ENTRIES
-    if entry != "constant rate" or way[0] in ("naive", "torch")
-]
+ENTRIES = ["dense", "masked", "packed", "constant rate", "ward", "one token", "decode"]
+# What kernels refuse.
+REFUSED = {"cpu": ["constant rate"], "triton": ["constant rate", "ward"]}
+CASES = [(*way, entry) for way in WAYS for entry in ENTRIES if entry not in REFUSED.get(way[0], ())]
 OPTIONS = {"num_slots": 6, "chunk_size": 4}
 
 
@@ -66,6 +62,8 @@ def results(backend, tensors, before, entry, lay_out):
         options["cu_seqlens"] = torch.tensor([0, 0, 3, 3, length, 0])[:5:1]
     if entry == "constant rate":
         options["rate"] = 0.3
+    if entry == "ward":
+        options["merge"] = "ward"
     o, after = attend(*leaves[:3], backend=backend, **options)
     if not needs_grad:
         return o, after, []

@@ -16,11 +16,12 @@ WAYS = [
     *itertools.product(CPU, [torch.float32, torch.bfloat16]),
 ]
 # The first token, within a chunk, the last and first of one, and within the last, which is incomplete.
-CASES = list(itertools.product(WAYS, [0, 3, 7, 8, 18], [torch.nan, torch.inf, -torch.inf]))
+CASES = list(itertools.product(WAYS, [0, 3, 7, 8, 18], [torch.nan, torch.inf, -torch.inf], ["existing"]))
+CASES += list(itertools.product(WAYS, [0, 7, 18], [torch.nan, torch.inf], ["ward"]))
 # The interpreter multiplies by NumPy, which warns of what is the point here. It is slow: few cases.
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TRITON = [("triton", torch.float32)] if importlib.util.find_spec("triton") else []
-CASES += list(itertools.product(TRITON, [3, 18], [torch.nan]))
+CASES += list(itertools.product(TRITON, [3, 18], [torch.nan], ["existing"]))
 OPTIONS = {"num_slots": 6, "chunk_size": 8}
 LENGTH = 21
 
@@ -34,13 +35,14 @@ def spoilt(dtype, where, bad, token):
 
 
 @quiet
-@pytest.mark.parametrize(("way", "token", "bad"), CASES, ids=str)
+@pytest.mark.parametrize(("way", "token", "bad", "merge"), CASES, ids=str)
 @pytest.mark.parametrize("where", ["k", "v"])
-def test_a_bad_token_reaches_no_output_before_it(way, bad, where, token):
+def test_a_bad_token_reaches_no_output_before_it(way, bad, where, token, merge):
     backend, dtype = way
     tensors, changed = spoilt(dtype, where, bad, token)
-    expected, _ = attend(*tensors, backend=backend, **OPTIONS)
-    o, state = attend(*changed, backend=backend, **OPTIONS)
+    options = {**OPTIONS, "merge": merge, "backend": backend}
+    expected, _ = attend(*tensors, **options)
+    o, state = attend(*changed, **options)
     assert torch.equal(o[0], expected[0])
     assert torch.equal(o[1, :, :2], expected[1, :, :2])
     assert torch.equal(o[1, :token], expected[1, :token])

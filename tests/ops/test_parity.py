@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ovq.ops import backend_used, ovq_attention
-from ovq.ops.options import INITS, MERGES
+from ovq.ops.options import MERGES
 from ovq.ops.schedule import GROWTHS
-from tests.ops.common import CPU, VARIANTS, assert_same_state, attend, inputs, takes
+from tests.ops.common import CPU, RULES, SCORINGS, VARIANTS, assert_same_state, attend, inputs, takes
 
 # batch, length, heads, kv_heads, key_dim, value_dim, num_slots, chunk_size: odd sizes, grouped heads, chunks
 # longer than the input, dictionaries of one slot and larger than the input.
@@ -42,8 +42,9 @@ def gradients(backend, q, k, v, scale, options):
 @pytest.mark.parametrize(
     ("growth", "init", "merge", "variant"),
     [
-        *((*choices, {}) for choices in itertools.product(GROWTHS, INITS, MERGES)),
-        *(("plateau", "novelty", *choices) for choices in itertools.product(MERGES, VARIANTS[1:])),
+        *((growth, *rules, {}) for growth, rules in itertools.product(GROWTHS, RULES)),
+        *(("plateau", "novelty", *choices) for choices in itertools.product(MERGES[:2], SCORINGS[1:])),
+        ("immediate", "novelty", "ward", {"bias": "count+norm", "value_weight": 2.0}),
     ],
     ids=str,
 )

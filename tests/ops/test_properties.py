@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ovq.ops import OVQState, scheduled_slots
 from ovq.ops.options import BIASES
-from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.common import RULES, assert_same_state, attend, inputs
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -35,14 +35,16 @@ def calls(draw):
         t, source = (draw(st.integers(0, length - 1)) for _ in "ab")
         kind = draw(st.sampled_from(["duplicate", "zero", "huge"]))
         k[:, t] = {"duplicate": k[:, source], "zero": 0 * k[:, t], "huge": 1000 * k[:, t]}[kind]
+    init, merge = draw(st.sampled_from([*RULES, ("novelty", "ward")]))
     options = {
         "num_slots": draw(st.integers(1, 60)),
         "chunk_size": chunk_size,
         "growth": draw(st.sampled_from(["plateau", "linear", "immediate"])),
-        "init": draw(st.sampled_from(["novelty", "random"])),
-        "merge": draw(st.sampled_from(["existing", "updated"])),
+        "init": init,
+        "merge": merge,
         "bias": draw(st.sampled_from(BIASES)),
-        "rate": draw(st.sampled_from(["count", "count", 0.01, 0.3, 1.0])),
+        "rate": "count" if merge == "ward" else draw(st.sampled_from(["count", "count", 0.01, 0.3, 1.0])),
+        "value_weight": draw(st.sampled_from([0, 0.5, 2])),
         "generator": torch.Generator().manual_seed(draw(st.integers(0, 99))),
     }
     return q, k, v, options
