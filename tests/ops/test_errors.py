@@ -203,6 +203,8 @@ def test_state_methods_refuse_bad_indices():
         state.repeat_interleave(0)
     with pytest.raises(ValueError, match=r"num_slots: .* found 0"):
         state.resize(0)
+    with pytest.raises(ValueError, match=r"value_weight: .* found -1"):
+        state.resize(4, value_weight=-1)
     with pytest.raises(ValueError, match="at least one state"):
         OVQState.concatenate([])
     other = OVQState.empty(batch_size=2, num_kv_heads=1, key_dim=4, value_dim=4, num_slots=9, chunk_size=4)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from ovq.ops import OVQState
 from tests.disks import full_disk
-from tests.ops.common import VARIANTS, assert_same_state, attend, inputs
+from tests.ops.common import VARIANTS, assert_same_state, attend, either_rule, inputs
+from tests.ops.recount import agglomerated, recount, recount_by_likelihood
 
 OPTIONS = {"num_slots": 12, "chunk_size": 8}
 
@@ -187,23 +188,48 @@ def test_growing_lets_the_schedule_open_more():
     assert_same_state(after, after_ref)
 
 
-def test_shrinking_keeps_the_most_used_and_every_token():
-    state = prefilled(2, 203)
-    smaller = state.resize(4)
-    assert smaller.count.shape == (2, 2, 4)
-    assert smaller.num_slots == 4
-    for name in ("key_sum", "value_sum", "count"):
-        torch.testing.assert_close(getattr(smaller, name).sum(2), getattr(state, name).sum(2))
-    for row in range(2):
+@either_rule
+@pytest.mark.parametrize("value_weight", [0, 0.5, 2])
+def test_shrinking_merges_the_cheapest_pairs_and_keeps_every_token(value_weight, merge):
+    """As plain NumPy does with the tokens of the slots, in the order of their lowest members."""
+    lengths, num_slots = [203, 19], 9
+    options = {"num_slots": 12, "chunk_size": 8, "growth": "plateau"}
+    rows = [inputs(1, n, 4, 2, seed=n) for n in lengths]
+    states = [attend(*row, merge=merge, **options)[1] for row in rows]
+    smaller = OVQState.concatenate(states).resize(num_slots, value_weight=value_weight)
+    assert smaller.count.shape == (2, 2, num_slots)
+    assert smaller.num_slots == num_slots
+    for row, ((_, k, v), state) in enumerate(zip(rows, states, strict=True)):
         for head in range(2):
-            counts, means = state.count[row, head], state.keys[row, head]
-            kept = sorted(sorted(range(len(counts)), key=lambda n: (-counts[n], n))[:4])
-            sums = {n: state.value_sum[row, head, n].clone() for n in kept}
-            for n in range(len(counts)):
-                if n not in kept:
-                    cosine = [torch.cosine_similarity(means[n], means[m], dim=0) for m in kept]
-                    sums[kept[max(range(4), key=lambda i: cosine[i])]] += state.value_sum[row, head, n]
-            torch.testing.assert_close(smaller.value_sum[row, head], torch.stack([sums[n] for n in kept]))
+            keys, values = k[0, :, head], v[0, :, head]
+            if merge == "ward":
+                slots = recount_by_likelihood(keys.numpy(), values.numpy(), **options)
+            else:
+                slots = recount(keys.numpy(), values.numpy(), 12, 8)
+            slots = [tuple(sorted(members)) for members in slots]
+            assert state.count[0, head].tolist() == [len(members) for members in slots]
+            kept = min(num_slots, len(slots))
+            clusters = agglomerated(slots, keys.numpy(), values.numpy(), kept, value_weight)
+            assert smaller.count[row, head].tolist() == [
+                *(len(members) for members in clusters),
+                *[0] * (num_slots - kept),
+            ]
+            for sums, tokens in ((smaller.key_sum, keys), (smaller.value_sum, values)):
+                expected = torch.stack([tokens[sorted(members)].sum(0) for members in clusters])
+                torch.testing.assert_close(sums[row, head, :kept], expected)
+                assert not sums[row, head, kept:].any()
+
+
+def test_the_gradient_of_a_shrunk_state():
+    """Every slot gets that of the slot it was merged into."""
+    state = prefilled(1, 40)
+    state.value_sum.requires_grad_()
+    smaller = state.resize(3)
+    weights = torch.arange(smaller.value_sum.numel(), dtype=torch.float64).view_as(smaller.value_sum)
+    (grad,) = torch.autograd.grad((smaller.value_sum * weights).sum(), state.value_sum)
+    total = (grad * state.value_sum).sum(2)
+    torch.testing.assert_close(total, (weights * smaller.value_sum).sum(2))
+    assert {tuple(x) for x in grad[0, 0].tolist()} == {tuple(x) for x in weights[0, 0].tolist()}
 
 
 def test_save_and_load(tmp_path):
@@ -370,7 +396,9 @@ def test_a_full_disk_is_an_error_of_the_system_and_leaves_the_old_file(saved):
     assert list(saved.parent.iterdir()) == [saved]
 
 
-@pytest.mark.parametrize("options", [{"init": "random"}, {"growth": "immediate"}, {"merge": "updated"}])
+@pytest.mark.parametrize(
+    "options", [{"init": "random"}, {"growth": "immediate"}, {"merge": "updated"}, {"merge": "ward"}]
+)
 @pytest.mark.parametrize("length", [0, 3, 8, 40])
 def test_what_the_op_leaves_behind_is_never_refused(tmp_path, options, length):
     """However slots were opened, merged and dropped, in rows of unequal lengths."""

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ovq.ops.options import TIE
+from ovq.ops.options import TIE, VALUE_WEIGHT, check_value_weight
 from ovq.ops.pending import PendingBuffers
+from ovq.ops.ward import cluster_roots, pair_points
 
 _ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
 
@@ -211,17 +212,24 @@ class OVQState:
         num_seen = torch.cat([s.num_seen for s in states])
         return dataclasses.replace(first, **joined, num_seen=num_seen)
 
-    def resize(self, num_slots: int) -> OVQState:
+    def resize(self, num_slots: int, *, value_weight: float = VALUE_WEIGHT) -> OVQState:
         """The same memory with another bound N from here on: the elastic dictionary.
 
-        Growing only lifts the bound; the schedule then opens slots as chunks complete. Shrinking keeps the
-        `num_slots` most used slots of each head and merges every other into the kept slot whose mean is
-        nearest (largest cosine), so that the counts still add up to the tokens merged.
+        Growing only lifts the bound; the schedule then opens slots as chunks complete. Shrinking merges the
+        cheapest pairs of slots, as `merge="ward"` does, until `num_slots` of each head are left, whatever
+        rule the dictionary was learned by. They stay in the order of their lowest members, and the counts
+        still add up to the tokens merged.
+
+        Args:
+            num_slots: the new bound.
+            value_weight: what distances between values weigh beside those between keys, as in
+                `ovq_attention`.
 
         Raises:
-            ValueError: if `num_slots` is not an integer of at least 1.
+            ValueError: if `num_slots` is not an integer of at least 1, or `value_weight` not a finite number
+                of at least 0.
         """
-        return _resized(self, num_slots)
+        return _resized(self, num_slots, value_weight)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to a safetensors file, atomically: the file is whole or the old one stays.
@@ -323,42 +331,33 @@ def replaced(state: OVQState, rows: list[int], key_sum: Tensor, value_sum: Tenso
     )
 
 
-def _resized(state: OVQState, num_slots: int) -> OVQState:
+def _resized(state: OVQState, num_slots: int, value_weight: float) -> OVQState:
     """`state` bounded by `num_slots` from here on; see `OVQState.resize`."""
     if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
         raise ValueError(f"num_slots: expected an integer of at least 1, found {num_slots!r}")
+    check_value_weight("value_weight", value_weight)
     if state.count.shape[2] <= num_slots:
         return dataclasses.replace(state, num_slots=num_slots)
-    heads = [
-        _shrunk_head(state.key_sum[b, h], state.value_sum[b, h], state.count[b, h], num_slots)
-        for b in range(state.batch_size)
-        for h in range(state.count.shape[1])
-    ]
-    shape = (*state.count.shape[:2], num_slots, -1)
-    key_sum, value_sum, count = (torch.stack(parts) for parts in zip(*heads, strict=True))
+    rows, heads = state.count.shape[:2]
+    count = state.count.flatten(0, 1)
+    due = [max(0, n - num_slots) for n in state.num_open.tolist() for _ in range(heads)]
+    with torch.no_grad():
+        means = (slot_means(sums.flatten(0, 1), count) for sums in (state.key_sum, state.value_sum))
+        roots = cluster_roots(pair_points(*means, count, value_weight), count, due)
+    is_kept = (roots == torch.arange(count.shape[1], device=count.device)) & (count > 0)
+    # Spare slots go along with the last that is kept: they hold zeros.
+    place = (is_kept.cumsum(-1) - 1).clamp(min=0).gather(1, roots)
+
+    def merged(sums: Tensor) -> Tensor:
+        parts = sums.flatten(0, 1)
+        index = place.view(*place.shape, *[1] * (parts.dim() - 2)).expand_as(parts)
+        total = parts.new_zeros(len(parts), num_slots, *parts.shape[2:])
+        return total.scatter_add(1, index, parts).unflatten(0, (rows, heads))
+
     return dataclasses.replace(
         state,
-        key_sum=key_sum.view(shape),
-        value_sum=value_sum.view(shape),
-        count=count.view(shape[:3]),
+        key_sum=merged(state.key_sum),
+        value_sum=merged(state.value_sum),
+        count=merged(state.count),
         num_slots=num_slots,
-    )
-
-
-def _shrunk_head(
-    key_sum: Tensor, value_sum: Tensor, count: Tensor, num_slots: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One head's dictionary with its `num_slots` most used slots kept and the others merged into those."""
-    # Stable, so that of equally used slots the older (lower index) is kept; kept slots stay in their order.
-    by_use = count.argsort(descending=True, stable=True)
-    kept = by_use[:num_slots].sort().values
-    dropped = by_use[num_slots:].sort().values
-    dropped = dropped[count[dropped] > 0]
-    means = torch.nn.functional.normalize(slot_means(key_sum.double(), count), dim=-1)
-    # argmax returns the first of equal maxima: ties go to the lowest index, as everywhere.
-    target = (means[dropped] @ means[kept].T).argmax(-1)
-    return (
-        key_sum[kept].index_add(0, target, key_sum[dropped]),
-        value_sum[kept].index_add(0, target, value_sum[dropped]),
-        count[kept].index_add(0, target, count[dropped]),
     )
