@@ -12,10 +12,10 @@ from ovq.fields import RENAMED, is_finite, with_new_names
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.layers import defaults
 from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
+from ovq.layers.ovq import LEARNING_OPTIONS
 from ovq.layers.registry import MIXERS
 from ovq.layers.vq import check_vq
-from ovq.ops.options import BIASES, INITS, MERGES, check_rate
-from ovq.ops.schedule import GROWTHS
+from ovq.ops.options import Options, default_growth
 
 
 @strict
@@ -49,11 +49,14 @@ class OVQConfig(PreTrainedConfig):
         vq_decay: of the moving averages that the slots of a `"vq"` layer are, a training step.
         commitment_weight: factor on the loss that draws the keys of a `"vq"` layer to their slots.
         conv_size: taps of the causal depthwise convolution in every mixer; 0 for none.
-        growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`.
+        growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
+            `merge` is meant for.
         init: which keys open slots: `"novelty"` or `"random"`.
-        merge: slots a key may be merged into: `"existing"` or `"updated"`.
+        merge: slots a key may be merged into: `"existing"` or `"updated"`; or `"ward"`, the cheapest pairs of
+            slots and tokens merge.
         bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
         rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
+        value_weight: what distances between values weigh beside those between keys with merge `"ward"`.
         use_cache: whether a forward pass outside of training returns a cache unless told otherwise.
         pad_token_id: for `generate`.
         bos_token_id: for `generate`.
@@ -97,11 +100,12 @@ class OVQConfig(PreTrainedConfig):
     num_slots: int = defaults.NUM_SLOTS
     chunk_size: int = defaults.CHUNK_SIZE
     conv_size: int = defaults.CONV_SIZE
-    growth: str = defaults.GROWTH
+    growth: str | None = defaults.GROWTH
     init: str = defaults.INIT
     merge: str = defaults.MERGE
     bias: str = defaults.BIAS
     rate: float | int | str = defaults.RATE
+    value_weight: float | int = defaults.VALUE_WEIGHT
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -212,11 +216,10 @@ class OVQConfig(PreTrainedConfig):
         if any(name in self.rope_mixers for name in self.mixer_types):
             check_rotary(head_dim)
         check_vq(self.num_slots, self.chunk_size, self.vq_decay, self.commitment_weight)
-        choices = {"growth": GROWTHS, "init": INITS, "merge": MERGES, "bias": BIASES}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {list(allowed)}, found {getattr(self, name)!r}")
-        check_rate("rate", self.rate)
+        options = {name: getattr(self, name) for name in LEARNING_OPTIONS}
+        options["growth"] = self.growth or default_growth(self.merge)
+        # What the op would refuse.
+        Options(num_slots=self.num_slots, chunk_size=self.chunk_size, seed=0, **options)
 
 
 def _refuse_misspelt(kwargs: dict, *, own_fields: Iterable[str]) -> None:

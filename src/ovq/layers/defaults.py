@@ -23,3 +23,4 @@ INIT = _OPTIONS["init"].default
 MERGE = _OPTIONS["merge"].default
 BIAS = _OPTIONS["bias"].default
 RATE = _OPTIONS["rate"].default
+VALUE_WEIGHT = _OPTIONS["value_weight"].default

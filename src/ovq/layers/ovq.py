@@ -14,13 +14,14 @@ from ovq.layers.cache import LayerCache
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import SlotMemory, StateSpec, check_num_seen, check_tensors, of_rows
 from ovq.ops import ovq_attention
+from ovq.ops.options import default_growth
 from ovq.ops.schedule import scheduled_slots
 from ovq.ops.serialization import STATE_TENSORS
 from ovq.ops.serialization import check_tensors as check_state_tensors
 from ovq.ops.state import state_dtype
 
 #: Options of the op that say how the dictionary is learned. The layer and the config call them the same.
-LEARNING_OPTIONS = ("growth", "init", "merge", "bias", "rate")
+LEARNING_OPTIONS = ("growth", "init", "merge", "bias", "rate", "value_weight")
 
 
 class OVQAttention(AttentionMixer):
@@ -31,11 +32,14 @@ class OVQAttention(AttentionMixer):
     Args:
         num_slots: N, the most slots a key/value head may hold.
         chunk_size: C, tokens that are read exactly before they are merged; part of the model.
-        growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`.
+        growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
+            `merge` is meant for.
         init: which keys open slots: `"novelty"` or `"random"`.
-        merge: slots a key may be merged into: `"existing"` or `"updated"`.
+        merge: slots a key may be merged into: `"existing"` or `"updated"`; or `"ward"`, the cheapest pairs of
+            slots and tokens merge.
         bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
         rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
+        value_weight: what distances between values weigh beside those between keys with merge `"ward"`.
         backend: of `ovq.ops.ovq_attention`.
         kwargs: of `AttentionMixer`, as all others.
 
@@ -65,11 +69,12 @@ class OVQAttention(AttentionMixer):
         conv_size: int = defaults.CONV_SIZE,
         layer_idx: int | None = None,
         *,
-        growth: str = defaults.GROWTH,
+        growth: str | None = defaults.GROWTH,
         init: str = defaults.INIT,
         merge: str = defaults.MERGE,
         bias: str = defaults.BIAS,
         rate: float | str = defaults.RATE,
+        value_weight: float = defaults.VALUE_WEIGHT,
         backend: str = "auto",
         **kwargs: Any,
     ):
@@ -86,7 +91,7 @@ class OVQAttention(AttentionMixer):
             raise ValueError(f"expected chunk_size of at least 1, found {chunk_size}")
         self.chunk_size = chunk_size
         self.growth, self.init, self.merge, self.backend = growth, init, merge, backend
-        self.bias, self.rate = bias, rate
+        self.bias, self.rate, self.value_weight = bias, rate, value_weight
         self.set_num_slots(num_slots)
 
     def set_num_slots(self, num_slots: int) -> None:
@@ -111,7 +116,7 @@ class OVQAttention(AttentionMixer):
         """See `AttentionMixer.attend`; `generator` seeds `init="random"`."""
         state = None if cache is None else cache.state
         if state is not None and state.num_slots != self.num_slots:
-            state = state.resize(self.num_slots)
+            state = state.resize(self.num_slots, value_weight=self.value_weight)
         o, state = ovq_attention(
             q.to(v.dtype),
             k.to(v.dtype),
@@ -142,7 +147,8 @@ class OVQAttention(AttentionMixer):
             return 0
         # From the first token on no schedule asks a chunk for more slots than it has tokens: there is no need
         # to go through all chunks, and a file may claim any number of them.
-        return scheduled_slots(num_merged, num_slots=self.num_slots, growth=self.growth)
+        growth = default_growth(self.merge) if self.growth is None else self.growth
+        return scheduled_slots(num_merged, num_slots=self.num_slots, growth=growth)
 
     def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
         """The tensors of the `OVQState`: sums, counts, pending buffers and the number of tokens."""

@@ -68,6 +68,7 @@ class ModelArgs:
         merge: Which slots a key may be merged into, see `ovq.ops.ovq_attention`.
         bias: What is added to the scores of slots, see `ovq.ops.ovq_attention`.
         rate: How far a slot moves towards a key merged into it, see `ovq.ops.ovq_attention`.
+        value_weight: What values weigh beside keys with merge `"ward"`, see `ovq.ops.ovq_attention`.
         initializer_range: Standard deviation of the initial weights of the linear layers.
         embedding_std: Standard deviation of the initial embedding. At 1, a step of AdamW hardly turns an
             embedding. Tokens then stay as different as they were drawn, and the projections learn once, for
@@ -95,11 +96,12 @@ class ModelArgs:
     commitment_weight: float = defaults.COMMITMENT_WEIGHT
     num_slots: int = SMALL_MODEL["num_slots"]
     chunk_size: int = SMALL_MODEL["chunk_size"]
-    growth: str = defaults.GROWTH
+    growth: str | None = defaults.GROWTH
     init: str = defaults.INIT
     merge: str = defaults.MERGE
     bias: str = defaults.BIAS
     rate: float | str = defaults.RATE
+    value_weight: float = defaults.VALUE_WEIGHT
     initializer_range: float = SMALL_MODEL["initializer_range"]
     embedding_std: float = 1.0
     tie_word_embeddings: bool = False
@@ -113,7 +115,7 @@ class ModelArgs:
         _check_at_least(self, "model", 1, "num_key_value_heads", "head_dim", "sliding_window", "num_sinks")
         _check_at_least(self, "model", 1, "sink_window", "mamba_state_size", "num_slots", "chunk_size")
         _check_at_least(self, "model", 0, "conv_size", "commitment_weight")
-        _check_at_least(self, "model", 0, "initializer_range", "embedding_std")
+        _check_at_least(self, "model", 0, "initializer_range", "embedding_std", "value_weight")
         if not 0 <= self.vq_decay < 1:
             raise ValueError(f"model.vq_decay: expected a number in [0, 1), found {self.vq_decay}")
         if isinstance(self.rate, float) and not 0 < self.rate <= 1:
