@@ -215,14 +215,18 @@ def test_what_the_kernels_do_not_do_is_refused_or_left_to_torch(dtype, options, 
 
 @needs_compiler
 @either_rule
-def test_auto_takes_them_but_for_one_token_at_a_time(merge):
+def test_auto_takes_them_for_one_token_at_a_time_as_well(merge):
     q, k, v = inputs(1, 8, dtype=torch.float32)
     options = {"num_slots": 8, "chunk_size": 4, "merge": merge}
-    _, state = attend(q, k, v, **options)
+    # Three steps short of a chunk, so that the last of the steps below merges one.
+    _, state = attend(*(x[:, :5] for x in (q, k, v)), **options)
     assert backend_used() == "cpu"
-    one = [x[:, :1] for x in (q, k, v)]
-    o, after = attend(*one, initial_state=state, **options)
-    assert backend_used() == "torch"
-    o_cpu, after_cpu = attend(*one, initial_state=state, backend="cpu", **options)
-    torch.testing.assert_close(o_cpu, o)
-    assert_same_state(after_cpu, after, tolerance=0)
+    by_torch = state
+    for t in range(5, 8):
+        one = [x[:, t : t + 1] for x in (q, k, v)]
+        o, state = attend(*one, initial_state=state, **options)
+        assert backend_used() == "cpu"
+        o_torch, by_torch = attend(*one, initial_state=by_torch, backend="torch", **options)
+        torch.testing.assert_close(o, o_torch)
+        assert_same_state(state, by_torch, tolerance=0)
+    assert state.num_pending.tolist() == [0]

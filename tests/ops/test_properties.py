@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ovq.ops import OVQState, scheduled_slots
 from ovq.ops.options import BIASES
-from tests.ops.common import RULES, assert_same_state, attend, inputs
+from tests.ops.common import assert_same_state, attend, inputs
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -35,16 +35,14 @@ def calls(draw):
         t, source = (draw(st.integers(0, length - 1)) for _ in "ab")
         kind = draw(st.sampled_from(["duplicate", "zero", "huge"]))
         k[:, t] = {"duplicate": k[:, source], "zero": 0 * k[:, t], "huge": 1000 * k[:, t]}[kind]
-    init, merge = draw(st.sampled_from([*RULES, ("novelty", "ward")]))
     options = {
         "num_slots": draw(st.integers(1, 60)),
         "chunk_size": chunk_size,
         "growth": draw(st.sampled_from(["plateau", "linear", "immediate"])),
-        "init": init,
-        "merge": merge,
+        "init": draw(st.sampled_from(["novelty", "random"])),
+        "merge": draw(st.sampled_from(["existing", "updated"])),
         "bias": draw(st.sampled_from(BIASES)),
-        "rate": "count" if merge == "ward" else draw(st.sampled_from(["count", "count", 0.01, 0.3, 1.0])),
-        "value_weight": draw(st.sampled_from([0, 0.5, 2])),
+        "rate": draw(st.sampled_from(["count", "count", 0.01, 0.3, 1.0])),
         "generator": torch.Generator().manual_seed(draw(st.integers(0, 99))),
     }
     return q, k, v, options
@@ -71,6 +69,20 @@ def test_backends_agree(call):
         assert_same_state(state, state_ref, tolerance=1e-9)
         assert torch.isfinite(o).all()
         assert_close(o, o_ref)
+
+
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(calls(), st.sampled_from([0, 0.5, 2]), st.integers(0, 50))
+def test_pairs_are_merged_alike_by_every_backend_and_in_parts(call, value_weight, cut):
+    q, k, v, options = call
+    options |= {"merge": "ward", "init": "novelty", "rate": "count", "value_weight": value_weight}
+    _, expected = attend(q, k, v, backend="naive", **options)
+    for backend in ("torch", "auto"):
+        state = None
+        for part in (slice(0, cut), slice(cut, None)):
+            tokens = (x[:, part] for x in (q, k, v))
+            _, state = attend(*tokens, initial_state=state, backend=backend, **options)
+        assert_same_state(state, expected, tolerance=1e-9)
 
 
 @SETTINGS

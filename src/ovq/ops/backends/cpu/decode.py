@@ -1,4 +1,4 @@
-"""What the kernels do for one token per row: merge a chunk once it is complete. Reads are those of `torch`."""
+"""What the kernels do for one token per row: merge complete chunks. Reads are those of `torch`."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ struct Ward {
     int is_wide;         /* Whether float32 products mean nothing for this chunk. */
     double value_factor; /* g^2 = w^2 / s_v: what squared distances of values are multiplied with. */
     double tie;
+    double unit;         /* What exact costs are divided by: 1, or what makes extreme ones fit into floats. */
     float keep;          /* 1 - the relative rounding error of an estimate. */
     float *slot_bound;   /* [M]: the bound of each slot as of the value factor `slot_factor`. */
     double *slot_factor; /* [M] */
@@ -160,7 +161,7 @@ static double squared_distance_of(const Items &items, int64_t a, int64_t b) {
 /* What merging two items costs, in float64; nothing within rounding of zero. */
 static double exact_cost(const Items &items, int64_t a, int64_t b) {
     const double m = items.ward->count[a], n = items.ward->count[b];
-    const double cost = m * n / (m + n) * squared_distance_of(items, a, b);
+    const double cost = m * n / (m + n) * squared_distance_of(items, a, b) / items.ward->unit;
     if (!std::isfinite(cost)) return INFINITY;
     return cost <= items.ward->tie ? 0 : cost;
 }
@@ -673,7 +674,8 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         if (std::isfinite(square)) longest = fmax(longest, square);
         ward->is_wide |= is_extreme(sqrt(keys)) || is_extreme(sqrt(values)) || is_extreme(sqrt(factor * values));
     }
-    ward->tie = call->tie * longest;
+    ward->unit = ward->is_wide && longest > 0 ? longest : 1;
+    ward->tie = call->tie * longest / ward->unit;
     for (int64_t j = 0; j < n; j++) {
         const int64_t t = j - ward->first_token;
         const int is_slot = j < num, is_token = t >= 0 && t < size;

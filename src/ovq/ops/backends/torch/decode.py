@@ -21,7 +21,6 @@ from ovq.ops.options import Options
 from ovq.ops.schedule import grown_slots
 from ovq.ops.state import OVQState, advanced, replaced, slot_means, with_capacity
 
-
 # Of states, their slots before and after, and the options: the dictionaries with the pending chunks merged.
 Learn = Callable[[OVQState, list[int], list[int], Options], Dictionary]
 
