@@ -120,6 +120,8 @@ class OVQConfig(PreTrainedConfig):
             self.mixer_types = [pattern[i % 2] for i in range(self.num_hidden_layers)]
         if self.rope_mixers is None:
             self.rope_mixers = ["sliding_attention"]
+        if self.growth is None:
+            self.growth = default_growth(self.merge)
         for old, new in RENAMED.items():
             if old in kwargs:
                 setattr(self, new, kwargs.pop(old))
@@ -217,7 +219,6 @@ class OVQConfig(PreTrainedConfig):
             check_rotary(head_dim)
         check_vq(self.num_slots, self.chunk_size, self.vq_decay, self.commitment_weight)
         options = {name: getattr(self, name) for name in LEARNING_OPTIONS}
-        options["growth"] = self.growth or default_growth(self.merge)
         # What the op would refuse.
         Options(num_slots=self.num_slots, chunk_size=self.chunk_size, seed=0, **options)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from ovq.fields import LARGEST_SEED, check_fields, field_types, with_new_names
 from ovq.layers import defaults
+from ovq.ops.options import default_growth
 from ovq.runtime.files import write_atomic
 from ovq.tasks import TASKS, Task, TextTask
 
@@ -109,6 +110,9 @@ class ModelArgs:
     def __post_init__(self) -> None:
         """Check the sizes."""
         check_fields(self, prefix="model.")
+        if self.growth == default_growth(self.merge):
+            # Said or not, it is the same run; and should the rule be changed, growth follows.
+            object.__setattr__(self, "growth", None)
         if not self.mixer_types:
             raise ValueError("model.mixer_types: expected at least one mixer, found none")
         _check_at_least(self, "model", 1, "hidden_size", "intermediate_size", "num_attention_heads")
