@@ -142,12 +142,6 @@ static void backward_tile(const Call *call, const Rows *rows, int64_t n, int64_t
     product(num, key_width, n, grads, SLOTS, 1, rows->keys, NR, key_width, grad_q, key_width, grad_q, key_width);
 }
 
-/* The rows from i on, i a multiple of NR. */
-INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
-    return {rows->keys + i * key_ld(call), rows->values + i * value_ld(call), rows->key_panels + i * call->k.dim,
-            rows->value_panels + i * call->v.dim, rows->bias + i};
-}
-
 /* All queries of a chunk with SLOTS slots, or tokens, from `at` on. */
 static void backward_rows(const Call *call, const Rows *rows, int64_t at, int64_t num_rows, int is_tokens,
                           const Chunk *chunk, const Gradients *all, Share *share) {

@@ -42,6 +42,12 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     return rows;
 }
 
+/* The rows from i on, i a multiple of NR. */
+INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
+    return {rows->keys + i * key_ld(call), rows->values + i * value_ld(call), rows->key_panels + i * call->k.dim,
+            rows->value_panels + i * call->v.dim, rows->bias + i};
+}
+
 static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backward) {
     Dictionary dictionary;
     const int64_t num = padded(call->capacity, NR);

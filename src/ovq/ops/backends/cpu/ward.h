@@ -13,10 +13,10 @@
 
 /* Rows beyond those of the tokens: of slots whose costs are needed, at least. */
 #define SPARE_ROWS 64
+/* Columns of a block of products. */
+#define BLOCK 128
 /* Pairs of an item that are tried by their estimates before the row is computed anew. */
 #define TRIES 24
-/* How far above the dearest merge of the last chunk that of this one is expected. */
-#define MARGIN 1.04f
 
 struct Ward {
     int64_t num_columns, first_token, first_merged, num_rows, num_merged;
@@ -34,7 +34,7 @@ struct Ward {
     int32_t *row, *seen; /* [columns]: the item's row or -1; [num_rows]: merges the row knows of. */
     int32_t *spare;      /* [num_rows]: rows that nobody uses. */
     int64_t num_spare;
-    float level;         /* The dearest merge of the last chunk: what is below will be needed in this one. */
+    float level, last_level; /* The dearest merge of the last chunk, and of the one before. */
     int32_t *wanted;     /* [num_rows]: slots that get a row at once. */
     int64_t num_wanted;
     float *bound, *count, *square; /* [columns]; `square` is keep * (|key|^2 + g^2 |value|^2). */
@@ -54,7 +54,7 @@ struct Ward {
 static Ward take_ward(Arena *arena, const Call *call) {
     Ward ward = {};
     const int64_t size = padded(call->chunk_size, NR), slots = padded(call->capacity, NR);
-    ward.num_columns = slots + 2 * size;
+    ward.num_columns = slots + 2 * size + VL;
     ward.num_rows = 2 * size + SPARE_ROWS;
     const int64_t n = ward.num_columns;
     ward.slot_bound = TAKE(arena, float, slots);
@@ -238,10 +238,25 @@ static float lowest_value_cost(const Ward *ward, int64_t i, int64_t num, const f
     Vector best = splat(INFINITY);
     for (int64_t j = 0; j < num; j += VL) {
         const Vector other = load(ward->count + j);
-        const Vector cost = own * other / (own + other) * (length + load(ward->value_length + j) - 2.0f * load(products + j));
+        const Vector distance = length + load(ward->value_length + j) - 2.0f * load(products + j);
+        const Vector cost = own * other / (own + other) * distance;
         best = cost < best ? cost : best;
     }
     return -highest(-best);
+}
+
+/* Rows of `count` items of count 1 with columns from `first` on, `num` of them, a block at a time while it lies in the
+   first-level cache. */
+static void estimate_rows(const Items &items, const Rows *columns, int64_t first, int64_t num, int64_t count,
+                          const float *keys, const float *values, const float *squares, float *rows) {
+    const Ward *ward = items.ward;
+    const int64_t n = ward->num_columns;
+    for (int64_t j = 0; j < num; j += BLOCK) {
+        const int64_t width = least(BLOCK, num - j);
+        const Rows block = rows_from(columns, items.call, j);
+        multiply(items.call, &block, width, count, keys, values, rows + first + j, n);
+        for (int64_t i = 0; i < count; i++) estimate(ward, 1, squares[i], first + j, width, rows + i * n);
+    }
 }
 
 /* Columns that are not there, or no longer. */
@@ -258,12 +273,11 @@ static void token_rows(const Items &items, int64_t first, int64_t num) {
     float *out = ward->rows + first * n;
     const float *keys = items.tokens->keys + first * key_ld(call), *values = ward->scaled + first * value_ld(call);
     if (!ward->is_wide) {
-        multiply(call, &items.dictionary->rows, start, num, keys, values, out, n);
-        multiply(call, items.tokens, width, num, keys, values, out + start, n);
+        estimate_rows(items, &items.dictionary->rows, 0, start, num, keys, values, ward->square + start + first, out);
+        estimate_rows(items, items.tokens, start, width, num, keys, values, ward->square + start + first, out);
     }
     for (int64_t t = first; t < first + num; t++, out += n) {
         if (ward->is_wide) memset(out, 0, sizeof(float) * n);
-        else estimate(ward, 1, ward->square[start + t], 0, ward->first_merged, out);
         for (int64_t j = ward->first_merged; j < n; j++) out[j] = INFINITY;
         for (int64_t j = items.dictionary->num; j < start; j++) out[j] = INFINITY;
         for (int64_t j = start + call->chunk_size; j < ward->first_merged; j++) out[j] = INFINITY;
@@ -611,7 +625,8 @@ static void merge_cheapest(const Items &items, int64_t due, float *scratch) {
         for (int64_t l = 0; l < num; l++) {
             const int32_t j = ward->tried[l];
             if (ward->cost[j] > best + ward->tie) continue;
-            if (cheapest < 0 || comes_before(ward, j, ward->partner[j], cheapest, ward->partner[cheapest])) cheapest = j;
+            if (cheapest < 0 || comes_before(ward, j, ward->partner[j], cheapest, ward->partner[cheapest]))
+                cheapest = j;
         }
         int64_t a = cheapest, b = ward->partner[cheapest];
         if (ward->index[b] < ward->index[a]) {
@@ -642,7 +657,8 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     const Sums *sums = items.sums;
     ward->first_token = padded(num, NR);
     ward->first_merged = ward->first_token + padded(size, NR);
-    const int64_t n = ward->num_columns = ward->first_merged + padded(due, NR);
+    /* One vector more than is needed: rows a power of two apart would share few lines of the cache. */
+    const int64_t n = ward->num_columns = ward->first_merged + padded(due, NR) + VL;
     ward->num_merged = 0;
     ward->keep = 1 - (float)(k + v + 16) * FLT_EPSILON;
     /* The mean squared length of values, of items whose values are finite. */
@@ -696,19 +712,25 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     if (!ward->has_bounds || ward->is_wide) {
         slot_bounds(items, scores);
         ward->level = first_level(ward, num, due);
+        ward->last_level = 0;
     }
     ward->has_bounds = !ward->is_wide;
     for (int64_t i = 0; i < num; i++) {
         ward->cost[i] = INFINITY;
         const double since = ward->slot_factor[i];
-        ward->bound[i] = factor >= since ? ward->slot_bound[i] + below((factor - since) * ward->slot_growth[i]) * (1 - FLT_EPSILON)
-                                         : ward->slot_bound[i] * (ward->slot_bound[i] < 0 ? 1 : below(factor / since));
-        if (factor != since) ward->bound[i] -= 2 * FLT_EPSILON * fabsf(ward->bound[i]);
+        const float bound = ward->slot_bound[i], growth = (float)((factor - since) * ward->slot_growth[i]);
+        /* Where the factor fell, costs are at least its share of what they were. */
+        ward->bound[i] = factor >= since ? bound + growth : bound < 0 ? bound : bound * (float)(factor / since);
+        if (factor != since) ward->bound[i] -= 4 * FLT_EPSILON * (fabsf(bound) + fabsf(growth));
     }
     ward->num_wanted = 0;
+    /* As much above the last chunk's dearest merge as that was above the one before. */
+    const float growth = ward->last_level > 0 ? ward->level / ward->last_level : 1;
+    const float expected = ward->level * fminf(fmaxf(growth, 1), 1.1f);
+    ward->last_level = ward->level;
     const int64_t most = ward->num_rows - padded(size, NR);
     for (int64_t i = 0; i < num && ward->num_wanted < most && !ward->is_wide; i++)
-        if (ward->bound[i] <= MARGIN * ward->level) ward->wanted[ward->num_wanted++] = (int32_t)i;
+        if (ward->bound[i] <= expected) ward->wanted[ward->num_wanted++] = (int32_t)i;
     ward->num_spare = 0;
     for (int64_t r = ward->num_rows - 1; r >= padded(size, NR) + ward->num_wanted; r--)
         ward->spare[ward->num_spare++] = (int32_t)r;
