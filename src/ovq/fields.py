@@ -8,7 +8,10 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 LARGEST_SEED = 2**32 - 1
 """Largest seed of NumPy's global generator, which transformers seeds too."""
@@ -21,13 +24,13 @@ _LARGEST = 2**63 - 1
 
 
 @functools.cache
-def field_types(section: type) -> dict[str, Any]:
+def field_types(section: type[DataclassInstance]) -> dict[str, Any]:
     """The types of a dataclass's fields by name."""
     hints = typing.get_type_hints(section)
     return {field.name: hints[field.name] for field in dataclasses.fields(section)}
 
 
-def check_fields(section: Any, *, prefix: str = "") -> None:
+def check_fields(section: DataclassInstance, *, prefix: str = "") -> None:
     """Raise ValueError for the first field of a dataclass that is not of its type. To be called first in
     `__post_init__`, so that later checks of ranges see numbers that can be compared.
 

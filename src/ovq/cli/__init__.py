@@ -36,7 +36,7 @@ app.command("bench")(bench.bench)
 app.command("reproduce")(reproduce.reproduce)
 
 # Newer versions of typer ship their own copy of click; this is the usage error of whichever copy is in use.
-_UsageError = typer.BadParameter.__base__
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]  # has no name
 
 # The code that a shell reports for a program ended by Ctrl-C.
 _INTERRUPTED = 130

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,8 @@ def evaluate(
     eval needle[/bold] and [bold]ovq eval harness[/bold].
     """
     if context.invoked_subcommand is not None:
-        given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
         if given:
             name = context.invoked_subcommand
             raise ValueError(
@@ -60,7 +62,7 @@ def evaluate(
     from ovq.train.config import RunConfig
 
     task = RunConfig.load(model).task
-    if task.name == TextTask.name:
+    if isinstance(task, TextTask):
         raise ValueError(f"{model}: expected a run on a synthetic task, found one on text: ovq eval lm")
     for length in at_lengths:
         task.at_length(length)
@@ -91,7 +93,7 @@ def evaluate(
             result_table(
                 rows,
                 title=f"{task.name}: {task.error_name} by length in tokens",
-                value=lambda row: row.mean_error,
+                value=attrgetter("mean_error"),
             )
         )
         in_brackets = f" ({task.error_name})"

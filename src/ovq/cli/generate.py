@@ -15,7 +15,9 @@ from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
-    from ovq.hf import Context, OVQForCausalLM
+    from torch import Tensor
+
+    from ovq.hf import Context, OVQCache, OVQForCausalLM
     from ovq.hf.streaming import Sampling
 
 
@@ -103,6 +105,7 @@ def generate(
     document = None if context is None else load_context(context, loaded)
     set_seed(seed)
     options = {"eos_token_id": None if ignore_eos else loaded.generation_config.eos_token_id}
+    tokens: Iterable[int]
     if num_beams > 1:
         options |= {"max_new_tokens": max_new_tokens, "num_beams": num_beams, **sampling.options}
         tokens = _search(loaded, ids, document, **options)
@@ -113,11 +116,11 @@ def generate(
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     """The prompt, from the option, the file or standard input."""
-    if (prompt is None) == (prompt_file is None):
-        raise ValueError("expected one of --prompt and --prompt-file, found both or neither")
-    if prompt is not None:
+    if prompt is not None and prompt_file is None:
         return prompt
-    return sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text()
+    if prompt is None and prompt_file is not None:
+        return sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text()
+    raise ValueError("expected one of --prompt and --prompt-file, found both or neither")
 
 
 def _sampling(**fields: Any) -> Sampling:
@@ -153,9 +156,10 @@ def _search(model: OVQForCausalLM, ids: list[int], document: Context | None, **o
     """The tokens that beam search finds after a prompt."""
     import torch
 
+    inputs: dict[str, Tensor | OVQCache]
     if document is None:
-        inputs = {"input_ids": torch.tensor([ids], device=model.device)}
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        prompt = torch.tensor([ids], device=model.device)
+        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     else:
         inputs = document.inputs([ids])
     return model.generate(**inputs, **options)[0, len(ids) :].tolist()

@@ -62,7 +62,8 @@ def load_model(folder: Path, *, num_slots: int | None = None) -> OVQForCausalLM:
     from ovq.hf import OVQForCausalLM
 
     with _naming(folder, "the weights of a saved model"), _quiet():
-        model, report = OVQForCausalLM.from_pretrained(
+        # With `output_loading_info` it returns a pair, which its annotation leaves out.
+        loaded: Any = OVQForCausalLM.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
@@ -70,11 +71,15 @@ def load_model(folder: Path, *, num_slots: int | None = None) -> OVQForCausalLM:
             # Refused below, where the weights are named.
             ignore_mismatched_sizes=True,
         )
+    model: OVQForCausalLM
+    model, report = loaded
     _check_report(folder, report)
     _check_end(generation, model.generation_config.eos_token_id)
     if num_slots is not None:
         model.set_num_slots(num_slots)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # transformers wraps `to` in a way that leaves mypy without its `self`.
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def load_tokenizer(folder: Path) -> Any | None:

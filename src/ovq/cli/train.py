@@ -58,8 +58,10 @@ def train(
     # Configurations import little: a misspelt field is reported before PyTorch is imported.
     from ovq.train.recipes import get_recipe
 
-    config = None if resume else get_recipe(recipe).override(set_)
-    out = out or Path("runs") / recipe
+    config = None if recipe is None else get_recipe(recipe).override(set_)
+    if out is None:
+        assert recipe is not None
+        out = Path("runs") / recipe
 
     from ovq.runtime.allocator import keep_freed_memory
     from ovq.runtime.progress import Reporter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from ovq.eval.rows import ResultRow
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.runtime.progress import Reporter
+from ovq.runtime.progress import AnyWork, WorkReporter
 from ovq.tasks import IGNORE_INDEX, Task, TaskBatch
 
 _TOKENS_PER_BATCH = 16384
@@ -38,7 +38,7 @@ def evaluate(
     num_slots: Sequence[int] = (),
     num_examples: int | Sequence[int] = 64,
     seed: int = 0,
-    reporter: Reporter,
+    reporter: WorkReporter,
     label: str = "test",
 ) -> list[ResultRow]:
     """Test a model on a task, at several lengths and with several sizes of the dictionary.
@@ -79,7 +79,7 @@ def evaluate(
     model.eval()
     try:
         for slots in num_slots or (trained_slots,):
-            if num_slots:
+            if num_slots and slots is not None:
                 model.set_num_slots(slots)
             for at_length, count in zip(tasks, counts, strict=True):
                 rows.append(_evaluate_at(model, at_length, slots, count, seed, work=work, done=done))
@@ -92,7 +92,14 @@ def evaluate(
 
 
 def _evaluate_at(
-    model: OVQForCausalLM, task: Task, num_slots: int | None, num_examples: int, seed: int, *, work, done: int
+    model: OVQForCausalLM,
+    task: Task,
+    num_slots: int | None,
+    num_examples: int,
+    seed: int,
+    *,
+    work: AnyWork,
+    done: int,
 ) -> ResultRow:
     """One row: all test examples of one length, with the current dictionary."""
     batch_size = max(1, _TOKENS_PER_BATCH // task.length)
@@ -127,7 +134,7 @@ class _Tally:
         self.asked, self.right, self.error = 0, 0, 0.0
         self.asked_by_slice: Counter[str] = Counter()
         self.right_by_slice: Counter[str] = Counter()
-        self.error_by_slice: Counter[str] = Counter()
+        self.error_by_slice: defaultdict[str, float] = defaultdict(float)
 
     def add(self, model: OVQForCausalLM, task: Task, batch: TaskBatch) -> None:
         """Answer the questions of a batch, and count."""

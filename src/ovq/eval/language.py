@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +18,7 @@ from ovq.eval.accuracy import long_range_mixer
 from ovq.eval.reading import PIECE_SIZE, each_dictionary, token_losses
 from ovq.eval.rows import model_label
 from ovq.hf import OVQForCausalLM
-from ovq.runtime.progress import Reporter
+from ovq.runtime.progress import WorkReporter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def take_windows(
 
 def evaluate_language(
     model: OVQForCausalLM,
-    documents: Sequence[np.ndarray],
+    documents: Iterable[np.ndarray],
     *,
     lengths: Sequence[int],
     num_slots: Sequence[int] = (),
@@ -123,7 +123,7 @@ def evaluate_language(
     piece_size: int = PIECE_SIZE,
     bytes_of_tokens: np.ndarray | None = None,
     first_token: int | None = None,
-    reporter: Reporter,
+    reporter: WorkReporter,
     name: str = "",
 ) -> list[LanguageRow]:
     """Measure the loss on windows of documents, at several lengths and with several sizes of the dictionary.
@@ -181,11 +181,17 @@ def evaluate_language(
                 num_bytes = None
                 if bytes_of_tokens is not None:
                     num_bytes = sum(int(bytes_of_tokens[window[1:]].sum()) for window in by_length[length])
-                row = {"name": name, "mixer": mixer, "num_slots": slots, "length": length}
-                row |= {"state_bytes": model.state_bytes(length)}
-                row |= {"tokens_per_second": (length - 1) * len(losses) / seconds}
-                row |= _summary(losses, num_bytes, block_size, model.config.chunk_size)
-                rows.append(LanguageRow(**row))
+                rows.append(
+                    LanguageRow(
+                        name=name,
+                        mixer=mixer,
+                        num_slots=slots,
+                        length=length,
+                        state_bytes=model.state_bytes(length),
+                        tokens_per_second=(length - 1) * len(losses) / seconds,
+                        **_summary(losses, num_bytes, block_size, model.config.chunk_size),
+                    )
+                )
     finally:
         model.train(was_training)
     return rows

@@ -19,7 +19,7 @@ from ovq.eval.reading import PIECE_SIZE, each_dictionary, read_pieces, target_lo
 from ovq.eval.rows import model_label
 from ovq.hf import OVQCache, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
-from ovq.runtime.progress import Reporter
+from ovq.runtime.progress import WorkReporter
 from ovq.text.haystack import Needle, NeedleBuilder
 
 _EXTRA_TOKENS = 16
@@ -85,7 +85,7 @@ def evaluate_needle(
     num_examples: int = 5,
     seed: int = 0,
     piece_size: int = PIECE_SIZE,
-    reporter: Reporter,
+    reporter: WorkReporter,
     name: str = "",
 ) -> list[NeedleRow]:
     """Ask a model for needles at several lengths and depths and with several sizes of the dictionary.

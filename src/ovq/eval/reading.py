@@ -132,7 +132,7 @@ def token_losses(model: OVQForCausalLM, ids: np.ndarray, *, piece_size: int = PI
         )
     tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(model.device)
     cache = OVQCache(model.config)
-    pieces = []
+    pieces: list[np.ndarray] = []
     for hidden in read_pieces(model, tokens[:-1], cache, piece_size=piece_size):
         done = sum(map(len, pieces))
         losses, _ = target_losses(model, hidden, tokens[done + 1 : done + 1 + len(hidden)])

@@ -205,7 +205,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def _validated(self, X: ArrayLike, y: ArrayLike, *, is_first: bool) -> tuple[Array, Array]:
         """Keys `[T, K]` and values `[T, V]` in float64; the first call determines which shapes are valid."""
         self._check_arguments()
-        X, y = validate_data(
+        keys, targets = validate_data(
             self,
             X,
             y,
@@ -215,12 +215,12 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             dtype=np.float64,
             ensure_min_samples=1,
         )
-        values = y.astype(np.float64).reshape(len(y), -1)
+        values = targets.astype(np.float64).reshape(len(targets), -1)
         if is_first:
-            self._is_single, self._value_dim = y.ndim == 1, values.shape[1]
+            self._is_single, self._value_dim = targets.ndim == 1, values.shape[1]
         if values.shape[1] != self._value_dim:
             raise ValueError(f"y: expected values of {self._value_dim} components, found {values.shape[1]}")
-        return X, values
+        return keys, values
 
     def _check_arguments(self) -> None:
         for name in ("num_slots", "chunk_size", "max_iter"):

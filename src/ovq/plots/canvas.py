@@ -3,6 +3,7 @@
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
     from PIL import Image
 except ImportError as error:
@@ -12,4 +13,13 @@ except ImportError as error:
 
     raise MissingPlots("figures: expected matplotlib, found none; pip install 'ovq[plots]'") from error
 
-__all__ = ["Axes", "Figure", "FuncFormatter", "Image", "LogLocator", "NullFormatter", "NullLocator"]
+__all__ = [
+    "Axes",
+    "ConstrainedLayoutEngine",
+    "Figure",
+    "FuncFormatter",
+    "Image",
+    "LogLocator",
+    "NullFormatter",
+    "NullLocator",
+]

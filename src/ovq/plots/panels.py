@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ovq.plots.canvas import Axes, Figure, Image, NullLocator
+from ovq.plots.canvas import Axes, ConstrainedLayoutEngine, Figure, Image, NullLocator
 from ovq.runtime.files import atomic_path
 
 WIDTH = 6.4
@@ -24,9 +24,9 @@ def new_panels(count: int, *, height: float = 3.3) -> tuple[Figure, list[Axes]]:
         count: How many panels.
         height: Inches per panel.
     """
-    figure = Figure(figsize=(WIDTH, height * count + 0.9), layout="constrained")
     # Leaves room between one panel's axis and the title of the next.
-    figure.get_layout_engine().set(h_pad=0.08, hspace=0.02)
+    layout = ConstrainedLayoutEngine(h_pad=0.08, hspace=0.02)
+    figure = Figure(figsize=(WIDTH, height * count + 0.9), layout=layout)
     panels = list(figure.subplots(count, 1, squeeze=False).flatten())
     for axes in panels:
         axes.grid(alpha=0.25)
@@ -90,7 +90,8 @@ def wrapped(title: str) -> str:
         for width in range(_LETTERS_A_LINE, _LETTERS_A_LINE // 2, -1)
     )
     # Of the wrappings with the fewest lines, take the narrowest; min takes the first of equals.
-    return "\n".join(min(reversed(list(folds)), key=len))
+    lines = min(reversed(list(folds)), key=len)
+    return "\n".join(lines)
 
 
 def _add_legend(figure: Figure, handles: dict[str, Any], title: str) -> None:

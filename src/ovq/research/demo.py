@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def run_demo(
     }
     seconds["total"] = round(time.monotonic() - begun, 1)
 
-    results = {
+    results: dict[str, Any] = {
         "rows": [dataclasses.asdict(row) for row in rows],
         "is_quick": is_quick,
         "seed": seed,
@@ -116,7 +117,7 @@ def conclusion(rows: Sequence[ResultRow], *, train_length: int, is_quick: bool =
     """
     longest = max(row.length for row in rows)
     rows = [row for row in rows if row.length == longest]
-    by_slots = sorted((row for row in rows if row.mixer == "ovq"), key=lambda row: row.num_slots)
+    by_slots = sorted((row for row in rows if row.mixer == "ovq"), key=attrgetter("num_slots"))
     trained, largest = by_slots[0], by_slots[-1]
     full = next(row for row in rows if row.mixer == "full_attention")
     window = next(row for row in rows if row.mixer == "sliding_attention")
@@ -167,6 +168,7 @@ def _train_and_test(job: _Job, reporter: RemoteReporter) -> _Outcome:
     begun = time.monotonic()
     model = train(config, job.folder, reporter=reporter, label=f"train {name}")
     trained = time.monotonic()
+    assert isinstance(config.task, RecallTask)
     lengths = [max(config.train.lengths) * factor for factor in LENGTH_FACTORS]
     rows = evaluate(
         model,

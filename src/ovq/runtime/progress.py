@@ -5,11 +5,33 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+class AnyWork(Protocol):
+    """One piece of work, wherever it is shown."""
+
+    def update(self, done: int, *, note: str = "") -> None:
+        """Say that `done` units are finished, with a note on how it goes."""
+
+
+class WorkReporter(Protocol):
+    """What an evaluation reports to: it has one piece of work, and nothing to say besides."""
+
+    def start(self, label: str, *, total: int) -> AnyWork:
+        """Begin a piece of work of `total` units."""
+
+
+class AnyReporter(WorkReporter, Protocol):
+    """What training reports to: a `Reporter`, or that of a worker process."""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
 
 
 class Reporter:

@@ -166,7 +166,8 @@ def _whole(name: str, path: Path) -> Iterator[Document]:
 def _bible(name: str, path: Path) -> Iterator[Document]:
     """The books of a file with one verse per row: a heading for each chapter, then one line for each
     verse."""
-    book, lines, chapter = "", [], 0
+    lines: list[str] = []
+    book, chapter = "", 0
     with open(path, encoding="utf-8") as file:
         for verse in map(json.loads, file):
             if verse["book"] != book:

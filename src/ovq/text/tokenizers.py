@@ -125,7 +125,8 @@ def source_tokenizer(source: TextSource) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: If it is not available.
     """
-    if source.num_trained_tokens is None:
+    num_tokens = source.num_trained_tokens
+    if num_tokens is None:
         return get_tokenizer(source.tokenizer)
     readers = source_readers(source)
     depends_on = [*source_content(source, readers), source.tokenizer, repr(source.held_out)]
@@ -133,7 +134,7 @@ def source_tokenizer(source: TextSource) -> PreTrainedTokenizerBase:
     def fill(folder: Path) -> None:
         documents = itertools.islice((d for r in readers for d in r.documents()), source.max_documents)
         training = (d for d in documents if split_of(d.name, held_out=source.held_out) == "train")
-        train_tokenizer(_first_bytes(training), source.num_trained_tokens).save_pretrained(folder)
+        train_tokenizer(_first_bytes(training), num_tokens).save_pretrained(folder)
 
     return get_tokenizer(str(cached_folder(depends_on, fill)))
 

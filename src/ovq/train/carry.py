@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ovq.hf import OVQCache, OVQConfig
+from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM
 from ovq.ops.serialization import write_file
 from ovq.train.checkpoints import SealingTrainer
 
@@ -34,6 +34,11 @@ class CarryTrainer(SealingTrainer):
         super().__init__(*args, **kwargs)
         self._carried: dict[int, OVQCache] = {}
 
+    @property
+    def _config(self) -> OVQConfig:
+        assert isinstance(self.model, OVQForCausalLM)
+        return self.model.config
+
     def compute_loss(
         self,
         model: Any,
@@ -48,7 +53,7 @@ class CarryTrainer(SealingTrainer):
         """
         window = dict(inputs)
         lane, num_read, is_last = (window.pop(name) for name in ("lane", "num_read", "is_last"))
-        cache = self._carried.pop(lane, None) if num_read else OVQCache(self.model.config)
+        cache = self._carried.pop(lane, None) if num_read else OVQCache(self._config)
         if cache is None or cache.get_seq_length() != num_read:
             found = "none" if cache is None else f"that of {cache.get_seq_length()}"
             raise ValueError(f"lane {lane}: expected the state of {num_read} tokens, found {found}")
@@ -73,7 +78,7 @@ class CarryTrainer(SealingTrainer):
         for path in sorted(checkpoint.glob(_FILE.format("*"))):
             self._carried |= {
                 lane: cache
-                for lane, cache in load_lanes(path, self.model.config, self.args.device).items()
+                for lane, cache in load_lanes(path, self._config, self.args.device).items()
                 # The windows of a batch are dealt to the processes in turn.
                 if lane % num_processes == rank
             }
@@ -115,8 +120,10 @@ def load_lanes(path: Path, config: OVQConfig, device: torch.device | str) -> dic
         lengths = json.loads(file.metadata()["num_read"])
         parts: dict[tuple[str, int], dict[str, Tensor]] = {}
         for key in file.keys():  # noqa: SIM118  (the file is no dictionary)
-            lane, layer, name = re.fullmatch(r"(\d+)\.(\d+)\.(.+)", key).groups()
-            parts.setdefault((lane, int(layer)), {})[name] = file.get_tensor(key)
+            match = re.fullmatch(r"(\d+)\.(\d+)\.(.+)", key)
+            assert match is not None, "a key of `save_lanes`"
+            lane, number, name = match.groups()
+            parts.setdefault((lane, int(number)), {})[name] = file.get_tensor(key)
         for lane, num_read in lengths.items():
             cache = lanes[int(lane)] = OVQCache(config)
             for i, layer in enumerate(cache.layers):

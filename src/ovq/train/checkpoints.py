@@ -145,6 +145,7 @@ class SealingTrainer(Trainer):
         return super().compute_loss(model, inputs | {"skip_logits": True}, return_outputs, num_items_in_batch)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        assert self.args.output_dir is not None
         out = Path(self.args.output_dir)
         folder = out / f"checkpoint-{self.state.global_step}"
         # A folder of this name may be left from before the run was resumed; its seal is no longer valid.

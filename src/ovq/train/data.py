@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ovq.runtime.files import write_atomic
-from ovq.runtime.progress import Reporter
-from ovq.tasks import TextTask
+from ovq.runtime.progress import AnyReporter
+from ovq.tasks import Task, TextTask
 from ovq.text import Corpus, get_tokenizer, load_corpus, source_tokenizer
 from ovq.train.config import RunConfig
 from ovq.train.needles import NeedleWindows
@@ -46,7 +46,7 @@ def training_data(
     config: RunConfig,
     out: Path,
     checkpoint: Path | None,
-    reporter: Reporter,
+    reporter: AnyReporter,
     *,
     is_resumed: bool = False,
 ) -> TrainingData:
@@ -78,6 +78,7 @@ def training_data(
 
 def _text_examples(config: RunConfig, corpus: Corpus, tokenizer: Any) -> Dataset:
     """Windows of a corpus, in the order that the configuration determines."""
+    assert isinstance(config.task, TextTask)
     if config.task.carry_state:
         return CarriedTextDataset(config, corpus)
     needles = NeedleWindows(config, corpus, tokenizer) if config.task.needle_share else None
@@ -97,7 +98,7 @@ def _check_corpus(path: Path, corpus: Corpus) -> None:
         )
 
 
-def _now_and_then(name: str, reporter: Reporter) -> Callable[[int], None]:
+def _now_and_then(name: str, reporter: AnyReporter) -> Callable[[int], None]:
     """Reports every few seconds how many documents have been read; their total number is not known yet."""
     last_line = time.monotonic()
 
@@ -127,6 +128,7 @@ class CurriculumDataset(Dataset):
     """
 
     def __init__(self, config: RunConfig) -> None:
+        assert isinstance(config.task, Task)
         self._config = config
         self._tasks = {length: config.task.at_length(length) for length in config.train.lengths}
 

@@ -19,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.equal_sizes import equal_sizes
-from ovq.runtime.progress import Reporter, Work
+from ovq.runtime.progress import AnyReporter, AnyWork
 from ovq.train.carry import CarryTrainer
 from ovq.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint, writing
 from ovq.train.config import CONFIG_FILE, RunConfig
@@ -61,11 +61,13 @@ def build_model(config: RunConfig) -> OVQForCausalLM:
     """
     set_seed(config.train.seed)
     model = OVQForCausalLM(model_config(config))
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=config.model.embedding_std)
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    torch.nn.init.normal_(embedding.weight, std=config.model.embedding_std)
     return model
 
 
-def train(config: RunConfig, out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCausalLM:
+def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForCausalLM:
     """Train a model from scratch; save it, its configuration and its checkpoints in a folder.
 
     Args:
@@ -102,7 +104,7 @@ def train(config: RunConfig, out: Path, *, reporter: Reporter, label: str = "tra
         raise
 
 
-def resume(out: Path, *, reporter: Reporter, label: str = "train") -> OVQForCausalLM:
+def resume(out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForCausalLM:
     """Continue the run in a folder from its newest undamaged checkpoint, with the losses that an
     uninterrupted run would have; reports which newer checkpoints are left out.
 
@@ -148,7 +150,7 @@ def _run(
     config: RunConfig,
     out: Path,
     *,
-    reporter: Reporter,
+    reporter: AnyReporter,
     label: str,
     checkpoint: Path | None = None,
     is_resumed: bool = False,
@@ -172,7 +174,7 @@ def _run(
     trainer.remove_callback(PrinterCallback)
     if trainer.is_world_process_zero():
         trainer.add_callback(_ReportCallback(config, reporter.start(label, total=config.train.steps)))
-    if data.is_carrying and checkpoint is not None:
+    if isinstance(trainer, CarryTrainer) and checkpoint is not None:
         trainer.load_carried(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     gather_weights(trainer)
@@ -182,8 +184,8 @@ def _run(
     return model.eval()
 
 
-def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
-    """The collator for a data set that builds whole batches."""
+def _as_it_is(batch: Any) -> dict[str, Any]:
+    """The collator for a data set that builds whole batches, where others get lists of examples."""
     return batch
 
 
@@ -237,7 +239,7 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
 class _ReportCallback(TrainerCallback):
     """Shows the steps, the loss and the current length."""
 
-    def __init__(self, config: RunConfig, work: Work) -> None:
+    def __init__(self, config: RunConfig, work: AnyWork) -> None:
         self._config = config
         self._work = work
         self._loss = ""

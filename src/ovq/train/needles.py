@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ovq.tasks.text import SHORTEST_NEEDLE_TEXT
+from ovq.tasks.text import SHORTEST_NEEDLE_TEXT, TextTask
 from ovq.text import Corpus
 from ovq.text.haystack import NeedleBuilder
 from ovq.train.config import RunConfig
@@ -54,6 +54,7 @@ class NeedleWindows:
     """
 
     def __init__(self, config: RunConfig, corpus: Corpus, tokenizer: Any) -> None:
+        assert isinstance(config.task, TextTask)
         self._share = config.task.needle_share
         self._train = config.train
         self._builder = NeedleBuilder(tokenizer, haystack="essay", texts=_texts(corpus, tokenizer))

@@ -156,7 +156,7 @@ class CarriedTextDataset(Dataset):
 
     def _schedule(self, num_windows: np.ndarray) -> list[tuple[list[int], list[int]]]:
         """For each lane its documents, and the step at which each begins."""
-        lanes = [([], []) for _ in range(self._train.batch_size)]
+        lanes: list[tuple[list[int], list[int]]] = [([], []) for _ in range(self._train.batch_size)]
         free_at = [(0, lane) for lane in range(self._train.batch_size)]
         number = 0
         while free_at[0][0] < self._train.steps:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from ovq.research.bench import gpu
 from ovq.research.bench.measure import spread
 from ovq.research.bench.rivals import RIVALS
-from ovq.research.bench.workloads import Workload
+from ovq.research.bench.workloads import Shape, Workload
 
 # Kernels of `ovq.ops.backends.triton`, as they are named in the trace.
 _OVQ_KERNELS = r"^(advance|nearest|read|read_token|grad_queries|grad_slots)$"
@@ -15,7 +16,7 @@ _OVQ_KERNELS = r"^(advance|nearest|read|read_token|grad_queries|grad_slots)$"
 _REFUSALS = (ImportError, RuntimeError, ValueError, NotImplementedError)
 
 
-def workloads(shape: dict, num_slots: Sequence[int]) -> list[Workload]:
+def workloads(shape: Shape, num_slots: Sequence[int]) -> list[Workload]:
     """All rivals, and OVQ at every size; `shape` holds the other fields of `Workload`."""
     ovq = [Workload(mixer="ovq", num_slots=n, **shape) for n in num_slots]
     return [*(Workload(mixer=name, **shape) for name in RIVALS), *ovq]
@@ -42,7 +43,7 @@ def measure(
             continue
         try:
             if part == "memory":
-                peak = gpu.peak_allocated(lambda w=workload: w.forward_backward("cuda"))
+                peak = gpu.peak_allocated(functools.partial(workload.forward_backward, "cuda"))
                 rows.append({"workload": workload, "peak_bytes": peak})
             else:
                 function = getattr(workload, part)("cuda")

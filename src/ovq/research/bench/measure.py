@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 
 def interleaved(
@@ -69,7 +70,7 @@ def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float
         out = torch.empty(batch, m, n, dtype=a.dtype, device=device)
         repeats = max(1, int(2e9 / (2 * batch * m * k * n)))
 
-        def call(a=a, b=b, out=out, repeats=repeats) -> None:
+        def call(a: Tensor = a, b: Tensor = b, out: Tensor = out, repeats: int = repeats) -> None:
             for _ in range(repeats):
                 torch.bmm(a, b, out=out)
 

@@ -66,10 +66,10 @@ def _pinned_decode(backend: SDPBackend) -> Callable[..., Callable[[], Tensor]]:
 
 
 def _flex_window(scale: float, window: int) -> Read:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention)
-    masks: dict[int, object] = {}
+    masks: dict[int, BlockMask] = {}
 
     def is_seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (i - j < window)

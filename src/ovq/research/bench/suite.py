@@ -11,7 +11,7 @@ import torch
 from ovq.ops import backend_used, cpu_kernels
 from ovq.research.bench import gpu, gpu_suite
 from ovq.research.bench.measure import interleaved, matrix_rate, peak_bytes, spread
-from ovq.research.bench.workloads import Workload
+from ovq.research.bench.workloads import Shape, Workload
 from ovq.runtime.environment import environment
 
 PARTS = ("forward", "forward_backward", "decode", "memory", "stream")
@@ -76,7 +76,7 @@ class Suite:
 
     def workloads(self, length: int, dtype: str) -> list[Workload]:
         """Exact attention, the window (on a GPU: all rivals), and OVQ at every size, at one length."""
-        shape = {
+        shape: Shape = {
             "length": length,
             "dtype": dtype,
             "chunk_size": self.chunk_size,
@@ -106,9 +106,9 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
     rates = {
         dtype: matrix_rate(dtype, device=suite.device, num_heads=suite.num_heads) for dtype in suite.dtypes
     }
-    is_cpu = suite.device == "cpu"
-    copies = {} if is_cpu else {"copy_rate": gpu.copy_rate(suite.device), "left_out": []}
+    copy_rate = None if suite.device == "cpu" else gpu.copy_rate(suite.device)
     rows: list[dict] = []
+    left_out: list[dict] = []
     backends: dict[str, str | None] = {}
     done = 0
     for part, dtype, length in itertools.product(suite.parts, suite.dtypes, suite.lengths):
@@ -116,13 +116,13 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
             continue
         progress(done, f"{part} {dtype} {length}")
         workloads = suite.workloads(length, dtype)
-        if is_cpu:
+        if copy_rate is None:
             measure = _memory_rows if part == "memory" else _timed_rows
             rows += measure(part, workloads, suite.device, rates[dtype])
         else:
-            found, left_out = gpu_suite.measure(part, workloads, rates[dtype], copies["copy_rate"])
+            found, refused = gpu_suite.measure(part, workloads, rates[dtype], copy_rate)
             rows += [{**_row(part, row.pop("workload")), **row} for row in found]
-            copies["left_out"] += left_out
+            left_out += refused
         if part != "memory":
             # Memory is measured in separate processes, and so is the stream.
             backends[part] = backend_used()
@@ -136,7 +136,7 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
         "environment": environment(suite.device) | {"backends": backends, "cpu_kernels": cpu_kernels()},
         "suite": dataclasses.asdict(suite),
         "matrix_rate": rates,
-        **copies,
+        **({} if copy_rate is None else {"copy_rate": copy_rate, "left_out": left_out}),
         "rows": rows,
         "crossover": crossovers(rows),
     }

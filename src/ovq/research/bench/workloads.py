@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -14,6 +15,23 @@ from ovq.ops import OVQState, ovq_attention, slots_by_chunk
 from ovq.research.bench.rivals import RIVALS
 
 MIXERS = ("ovq", "sdpa", "window", *RIVALS)
+
+
+class Shape(TypedDict):
+    """The fields that all workloads of a comparison share."""
+
+    length: int
+    dtype: str
+    chunk_size: int
+    num_heads: int
+    head_dim: int
+
+
+class DictionarySize(TypedDict):
+    """The options of `ovq_attention` that decide how large the dictionary grows."""
+
+    num_slots: int
+    chunk_size: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,8 +78,9 @@ class Workload:
         return "exact (SDPA)" if self.mixer == "sdpa" else f"window of {self.chunk_size}"
 
     @property
-    def options(self) -> dict[str, int]:
-        """Options of `ovq_attention`."""
+    def options(self) -> DictionarySize:
+        """Options of `ovq_attention`, for OVQ alone."""
+        assert self.num_slots is not None
         return {"num_slots": self.num_slots, "chunk_size": self.chunk_size}
 
     def inputs(self, *, device: str = "cpu", requires_grad: bool = False) -> list[Tensor]:
@@ -102,12 +121,12 @@ class Workload:
 
         return call
 
-    def forward_backward(self, device: str) -> Callable[[], object]:
-        """A function that runs the forward and the backward once."""
+    def forward_backward(self, device: str) -> Callable[[], tuple[Tensor, ...]]:
+        """A function that runs the forward and the backward once, and returns the gradients of q, k and v."""
         inputs, read = self.inputs(device=device, requires_grad=True), self.read()
         grad = torch.randn_like(inputs[0].detach())
 
-        def call() -> object:
+        def call() -> tuple[Tensor, ...]:
             return torch.autograd.grad(read(*inputs), inputs, grad)
 
         return call
@@ -137,8 +156,9 @@ class Workload:
         rival = RIVALS[self.mixer]
         # The size of a state does not depend on what was read into it.
         kept = self.length if rival.cost == "exact" else 1
-        inputs = dataclasses.replace(self, length=kept).inputs(device=device)
-        step = rival.decode(*inputs, self.head_dim**0.5)
+        q, k, v = dataclasses.replace(self, length=kept).inputs(device=device)
+        assert rival.decode is not None, "asked for where has_decode is true"
+        step = rival.decode(q, k, v, self.head_dim**0.5)
 
         def call() -> object:
             with torch.no_grad():
@@ -148,6 +168,7 @@ class Workload:
 
     def _decode_ovq(self, device: str) -> Callable[[], object]:
         inputs = self.inputs(device=device)
+        state: OVQState | None
         with torch.no_grad():
             _, state = ovq_attention(*inputs, **self.options, output_final_state=True)
         t = 0
@@ -165,13 +186,14 @@ class Workload:
     def stream(self, piece: int) -> OVQState:
         """The state after reading `length` tokens in pieces, for OVQ only; memory must not grow with the
         length."""
-        state = None
+        state: OVQState | None = None
         inputs = dataclasses.replace(self, length=piece).inputs()
         with torch.no_grad():
             for _ in range(0, self.length, piece):
                 _, state = ovq_attention(
                     *inputs, **self.options, initial_state=state, output_final_state=True
                 )
+        assert state is not None
         return state
 
     def flops(self, *, backward: bool = False) -> float:
@@ -187,6 +209,8 @@ class Workload:
             True
         """
         both = 2 * self.head_dim
+        seen: float
+        per_token: float
         if self.cost == "state":
             # Products with a [K, V] state as the recurrence needs them; in chunks there are more.
             per_token = (2 if backward else 1) * RIVALS[self.mixer].products * self.head_dim**2
@@ -200,10 +224,10 @@ class Workload:
             sizes = slots_by_chunk(0, 0, chunks, growth="plateau", **self.options)[:chunks]
             seen = sum(sizes) / chunks
         if self.cost == "slots":
-            routing = 0 if backward else seen * self.head_dim
+            routing = 0.0 if backward else seen * self.head_dim
             seen += min(self.chunk_size, self.length) / 2
         else:
-            routing = 0
+            routing = 0.0
         per_token = (2 if backward else 1) * seen * both + routing
         return 2 * self.num_heads * self.length * per_token
 
@@ -231,7 +255,8 @@ class Workload:
             if self.cost == "state":
                 return 2 * self.num_heads * self.head_dim**2 * 4
             if self.cost == "slots":
-                slots = self.length * self.num_slots // (self.length + self.num_slots)
+                num_slots = self.options["num_slots"]
+                slots = self.length * num_slots // (self.length + num_slots)
                 # Sums are float32, counts have 8 bytes; on average the chunk is half full.
                 return slots * self.num_heads * (8 * self.head_dim + 8) + self.chunk_size * row
             return 2 * row * (self.length if self.cost == "exact" else min(self.length, self.chunk_size))

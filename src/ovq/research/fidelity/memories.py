@@ -107,10 +107,10 @@ class OVQMemory(Memory):
 
     def read(self, queries: Tensor) -> Tensor:
         """Attention over the slots."""
-        is_open = self.state.count[0, 0] > 0
-        keys, values, count = (
-            tensor[0, 0, is_open] for tensor in (self.state.keys, self.state.values, self.state.count)
-        )
+        state = self.state
+        assert state is not None, "a memory is read after something was appended to it"
+        is_open = state.count[0, 0] > 0
+        keys, values, count = (tensor[0, 0, is_open] for tensor in (state.keys, state.values, state.count))
         return softmax_read(queries, keys, values, self.scale, count)
 
     @property

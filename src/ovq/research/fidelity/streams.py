@@ -99,7 +99,8 @@ def text_stream(seed: int, num_sample: int, num_tokens: int, head_dim: int) -> t
     ids = [vocabulary[word] for word in words]
     embedded = _word_embeddings(ids[num_read:], len(vocabulary), head_dim, seed)[ids[:num_read]]
     keys = sum(
-        weight * embedded[num_before - back :][:num_keys] for back, weight in enumerate(_CONTEXT_WEIGHTS)
+        (weight * embedded[num_before - back :][:num_keys] for back, weight in enumerate(_CONTEXT_WEIGHTS)),
+        start=torch.zeros(()),
     )
     keys = F.normalize(keys, dim=-1)
     # Key t is what is asked after t tokens, so queries are keys that come after the tokens read.
