@@ -105,6 +105,7 @@ class SequenceLayout:
     def rows(self) -> LeftAlignedRows:
         """The new tokens row by row, each from its first real one on, for mixers that work on whole rows."""
         if self.cu_seqlens is not None:
+            assert self.bounds is not None, "they come with the offsets of packed rows"
             lengths = self.cu_seqlens.diff()
             column = torch.arange(int(self.bounds.bounds[1].max()), device=lengths.device)
             mask = column < lengths[:, None]
@@ -122,12 +123,14 @@ class SequenceLayout:
 
     def row_index(self) -> Tensor:
         """Packed row of each new column, `[T]` int64 (only with `cu_seqlens`)."""
+        assert self.cu_seqlens is not None
         lengths = self.cu_seqlens.diff()
         rows = torch.arange(len(lengths), device=lengths.device)
         return rows.repeat_interleave(lengths, output_size=self.num_new)
 
     def offset_in_row(self) -> Tensor:
         """Place of each new column in its packed row, `[T]` int64 (only with `cu_seqlens`)."""
+        assert self.cu_seqlens is not None
         columns = torch.arange(self.num_new, device=self.cu_seqlens.device)
         return columns - self.cu_seqlens[:-1][self.row_index()]
 

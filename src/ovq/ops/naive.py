@@ -36,7 +36,7 @@ class _Head:
 
     def merge_into(self, slot: int, key: Tensor, value: Tensor, rate: float | str) -> None:
         for sums, x in ((self.key_sum, key), (self.value_sum, value)):
-            if rate == "count" or not self.count[slot]:
+            if isinstance(rate, str) or not self.count[slot]:
                 sums[slot] = sums[slot] + x
             else:
                 mean = sums[slot].double() / self.count[slot]

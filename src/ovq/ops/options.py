@@ -84,6 +84,6 @@ def check_value_weight(name: str, weight: float) -> None:
 
 def check_rate(name: str, rate: float | str) -> None:
     """Raise ValueError, naming the argument `name`, unless `rate` is `"count"` or a number in (0, 1]."""
-    is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-    if rate != "count" and not (is_number and 0 < rate <= 1):
+    is_share = isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= 1
+    if rate != "count" and not is_share:
         raise ValueError(f"{name}: expected 'count' or a number in (0, 1], found {rate!r}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -114,7 +115,7 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str = "cpu") -
     num_slots = positive_int(path, metadata, "num_slots")
     chunk_size = positive_int(path, metadata, "chunk_size")
     check_tensors(str(path), tensors, num_slots=num_slots, chunk_size=chunk_size)
-    moved = {name: t if name == "num_seen" else t.to(device) for name, t in tensors.items()}
+    moved: dict[str, Any] = {name: t if name == "num_seen" else t.to(device) for name, t in tensors.items()}
     return OVQState(**moved, num_slots=num_slots, chunk_size=chunk_size)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,8 @@ class OVQState:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> OVQState:
-        return dataclasses.replace(self, **{name: function(getattr(self, name)) for name in _ROW_TENSORS})
+        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in _ROW_TENSORS}
+        return dataclasses.replace(self, **changed)
 
     def clone(self) -> OVQState:
         """A copy that shares no memory with this state."""
@@ -208,7 +210,7 @@ class OVQState:
                     )
         capacity = max(s.count.shape[2] for s in states)
         grown = [with_capacity(s, capacity) for s in states]
-        joined = {name: torch.cat([getattr(s, name) for s in grown]) for name in _ROW_TENSORS}
+        joined: dict[str, Any] = {name: torch.cat([getattr(s, name) for s in grown]) for name in _ROW_TENSORS}
         num_seen = torch.cat([s.num_seen for s in states])
         return dataclasses.replace(first, **joined, num_seen=num_seen)
 

@@ -15,16 +15,15 @@ def dense_copy(x: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Dictionary:
-    """Sums `[..., M, K]`, `[..., M, V]` and counts `[..., M]`, or the gradient of the sums."""
+    """Sums `[..., M, K]`, `[..., M, V]` and counts `[..., M]`, or the gradient of the sums and the counts."""
 
     key_sum: Tensor
     value_sum: Tensor
-    count: Tensor | None = None
+    count: Tensor
 
     def clone(self) -> Dictionary:
         """A copy that can be updated in place, contiguous even if this one is not."""
-        parts = (self.key_sum, self.value_sum, self.count)
-        return Dictionary(*(None if x is None else dense_copy(x) for x in parts))
+        return Dictionary(*(dense_copy(x) for x in (self.key_sum, self.value_sum, self.count)))
 
     def index(self, slots: Tensor) -> Tensor:
         """Rows of the flattened sums for the slots `[S, C]` of the first S streams."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class CompiledConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, past, weight, offset):
+    def forward(ctx: Any, x: Tensor, past: Tensor | None, weight: Tensor, offset: Tensor | None) -> Tensor:
         """One pass over the tokens."""
         x, taps = x.contiguous(), weight.t().contiguous()
         past = None if past is None else past.contiguous()
@@ -38,7 +39,7 @@ class CompiledConvolution(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """One pass over the tokens, for all gradients."""
         x, past, taps, offset = ctx.saved_tensors
         grad_x, grad_past = torch.empty_like(x), None if past is None else torch.empty_like(past)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,14 +50,24 @@ class CompiledAttention(torch.autograd.Function):
     """`chunk_attention` by the kernels, with the same arguments, results and rewinding backward."""
 
     @staticmethod
-    def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        key_sum: Tensor,
+        value_sum: Tensor,
+        count: Tensor,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Read and learn all chunks."""
         q, k, v = (_dense(x) for x in (q, k, v))
-        sums = [dense_copy(x) for x in (key_sum, value_sum, count)]
+        key_sum, value_sum, count = (dense_copy(x) for x in (key_sum, value_sum, count))
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
         # Of each query the log-sum-exp, and of each token of a complete chunk its slot.
         lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
-        call = _call(q, k, v, o, lse, scale, *sums, slots, plan)
+        call = _call(q, k, v, o, lse, scale, key_sum, value_sum, count, slots, plan)
         if plan.options.init == "random":
             call.point(priority=_priorities(plan))
         merged = []
@@ -64,15 +75,17 @@ class CompiledAttention(torch.autograd.Function):
             merged = _merged(k, v, plan)
             call.point(**dict(zip(_MERGED, merged, strict=True)))
         call.run("ovq_forward")
-        ctx.save_for_backward(q, k, v, scale, o, *sums, lse, slots, *merged)
+        ctx.save_for_backward(q, k, v, scale, o, key_sum, value_sum, count, lse, slots, *merged)
         ctx.plan = plan
-        ctx.mark_non_differentiable(sums[2])
+        ctx.mark_non_differentiable(count)
         ctx.set_materialize_grads(False)
-        return o, *sums
+        return o, key_sum, value_sum, count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_o, grad_key_sum, grad_value_sum, _):
+    def backward(
+        ctx: Any, grad_o: Tensor | None, grad_key_sum: Tensor | None, grad_value_sum: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
         """Rewind the sums; the gradient of the final ones becomes that of the initial."""
         q, k, v, scale, o, key_sum, value_sum, count, lse, slots, *merged = ctx.saved_tensors
         grad_o = torch.zeros_like(o) if grad_o is None else _dense(grad_o)
@@ -80,8 +93,9 @@ class CompiledAttention(torch.autograd.Function):
         value_deposit = torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum)
         grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
         grad_scale = torch.zeros(len(ctx.plan.slots), q.shape[2], dtype=torch.float64)
-        sums = [dense_copy(x) for x in (key_sum, value_sum, count)]
-        call = _call(q, k, v, o, lse, scale, *sums, slots, ctx.plan)
+        # Copies, which the kernels rewind.
+        key_sum, value_sum, count = (dense_copy(x) for x in (key_sum, value_sum, count))
+        call = _call(q, k, v, o, lse, scale, key_sum, value_sum, count, slots, ctx.plan)
         call.set_tokens(grad_o=grad_o, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
         call.point(**dict(zip(_MERGED, merged, strict=False)))
         call.point(key_deposit=key_deposit, value_deposit=value_deposit, grad_scale=grad_scale)

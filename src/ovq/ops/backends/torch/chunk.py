@@ -14,6 +14,7 @@ The `cpu` backend does the same in compiled code, several times as fast.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,17 @@ _MERGED = dataclasses.fields(MergedSlots)
 
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, scale, key_sum, value_sum, count, plan):
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        key_sum: Tensor,
+        value_sum: Tensor,
+        count: Tensor,
+        plan: Plan,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sums = Dictionary(key_sum, value_sum, count).clone()
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
         # The slot of every token of a complete chunk; int32 is enough for any dictionary.
@@ -77,11 +88,13 @@ class _ChunkAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_o, grad_key_sum, grad_value_sum, _):
-        q, k, v, scale, o, key_sum, value_sum, count, slots, *parts = ctx.saved_tensors
-        parts = iter(parts)
-        call = _Tensors(q, k, v, scale, o, torch.zeros_like(o) if grad_o is None else grad_o, slots)
-        grads = _Tensors(
+    def backward(
+        ctx: Any, grad_o: Tensor | None, grad_key_sum: Tensor | None, grad_value_sum: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, scale, o, key_sum, value_sum, count, slots, *saved = ctx.saved_tensors
+        parts = iter(saved)
+        call = _Saved(q, k, v, scale, o, torch.zeros_like(o) if grad_o is None else grad_o, slots)
+        grads = _Inputs(
             torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.zeros_like(scale)
         )
         final = Dictionary(key_sum, value_sum, count)
@@ -90,6 +103,7 @@ class _ChunkAttention(torch.autograd.Function):
         deposits = Dictionary(
             torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum),
             torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum),
+            count,
         )
         # Autocast would run these products with less precision than the forward.
         with torch.autocast(q.device.type, enabled=False):
@@ -100,16 +114,22 @@ class _ChunkAttention(torch.autograd.Function):
 
 
 @dataclasses.dataclass
-class _Tensors:
+class _Inputs:
     """The tensors of a call, or their gradients."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     scale: Tensor
-    o: Tensor | None = None
-    grad_o: Tensor | None = None
-    slots: Tensor | None = None
+
+
+@dataclasses.dataclass
+class _Saved(_Inputs):
+    """What the backward starts from: also the outputs, their gradient, and the slot of each token."""
+
+    o: Tensor
+    grad_o: Tensor
+    slots: Tensor
 
 
 def _forward_group(
@@ -156,10 +176,10 @@ def _forward_group(
 
 def _backward_group(
     group: Group,
-    call: _Tensors,
+    call: _Saved,
     final: Dictionary,
     deposits: Dictionary,
-    grads: _Tensors,
+    grads: _Inputs,
     merged: list[MergedSlots],
 ) -> None:
     """Run all chunks of a group, in reverse; fills the gradients of tokens and updates `deposits` in
@@ -198,9 +218,9 @@ def _backward_block(
     step: Step,
     block: slice,
     reader: Reader,
-    call: _Tensors,
+    call: _Saved,
     deposits: Dictionary,
-    grads: _Tensors,
+    grads: _Inputs,
     grad_k: Tensor,
     grad_v: Tensor,
 ) -> None:
@@ -240,8 +260,8 @@ def _backward_norms(
     step: Step,
     block: slice,
     reader: Reader,
-    call: _Tensors,
-    grads: _Tensors,
+    call: _Saved,
+    grads: _Inputs,
     grad_scores: Tensor,
     grad_keys: Tensor,
 ) -> None:

@@ -48,9 +48,11 @@ def constant_rate_attention(
             sums = _learned(step, sums, means.detach(), keys, values, router)
     order = torch.tensor(places, device=q.device).argsort()
     o = torch.cat(outputs).index_select(0, order).to(q.dtype)
-    return o, *(
-        x.view(y.shape)
-        for x, y in ((sums.key_sum, key_sum), (sums.value_sum, value_sum), (sums.count, count))
+    return (
+        o,
+        sums.key_sum.view(key_sum.shape),
+        sums.value_sum.view(value_sum.shape),
+        sums.count.view(count.shape),
     )
 
 
@@ -80,14 +82,15 @@ def _learned(
     step: Step, sums: Dictionary, means: Tensor, keys: Tensor, values: Tensor, router: Router
 ) -> Dictionary:
     """The dictionaries of all streams once the step's complete chunks are merged."""
-    s, n = step.num_complete, step.num_slots
+    s, n, rate = step.num_complete, step.num_slots, router.options.rate
+    assert not isinstance(rate, str)
     padded = means.new_zeros(s, padded_slots(max(n, 1)), means.shape[-1])
     padded[:, :n] = means[:s]
     slots = router(
         keys[:s].detach(), padded, step.before[:s], step.after, heads=step.heads, num_seen=step.num_seen
     )
     part = Dictionary(sums.key_sum[:s], sums.value_sum[:s], sums.count[:s])
-    part = moved(part, slots, router.is_opener, keys[:s], values[:s], router.options.rate)
+    part = moved(part, slots, router.is_opener, keys[:s], values[:s], rate)
     return Dictionary(
         *(torch.cat([getattr(part, x), getattr(sums, x)[s:]]) for x in ("key_sum", "value_sum", "count"))
     )

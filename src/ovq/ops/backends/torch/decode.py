@@ -140,7 +140,7 @@ def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Op
         heads=list(range(num_kv_heads)) * len(rows.num_seen),
         num_seen=[t for t in rows.num_seen.tolist() for _ in range(num_kv_heads)],
     )
-    if options.rate != "count":
+    if not isinstance(options.rate, str):
         return moved(sums, slots, router.is_opener, keys, values, options.rate)
     sums.add_(slots, keys, values, 1)
     return sums

@@ -71,9 +71,8 @@ class Router:
         if 0 in before:
             means[is_fresh, 0] = keys[is_fresh, 0]
         existing = [max(n, 1) for n in before]
-        chunk = _Chunk(keys, means, existing, self._scores)
-        if not chunk.is_ordinary:
-            chunk = _WideChunk(keys, means, existing)
+        plain = _Chunk(keys, means, existing, self._scores)
+        chunk = plain if plain.is_ordinary else _WideChunk(keys, means, existing)
         slots = chunk.nearest()
         self.is_opener = is_fresh[:, None] & (torch.arange(slots.shape[1], device=keys.device) == 0)
         opening = [a - n for a, n in zip(after, existing, strict=True)]

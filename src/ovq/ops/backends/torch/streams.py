@@ -62,8 +62,7 @@ class Group:
 
     def dictionary(self, of: Dictionary) -> Dictionary:
         """The group's streams of a dictionary, as views."""
-        count = None if of.count is None else self.streams(of.count)
-        return Dictionary(self.streams(of.key_sum), self.streams(of.value_sum), count)
+        return Dictionary(*(self.streams(x) for x in (of.key_sum, of.value_sum, of.count)))
 
     def streams(self, x: Tensor) -> Tensor:
         """The group's streams `[S, ...]` of a tensor `[R, Hkv, ...]` in sorted row order: a view."""

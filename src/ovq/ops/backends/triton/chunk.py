@@ -68,6 +68,7 @@ class _ChunkAttention(torch.autograd.Function):
         grads = Dictionary(
             torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum),
             torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum),
+            count,
         )
         tokens = backward(saved, grad_o, final.clone(), grads, ctx.work, ctx.chunk_size)
         return *tokens, grads.key_sum, grads.value_sum, None, None

@@ -217,7 +217,15 @@ def backward(
 class _Walk:
     """The walk through the segments, from the last to the first."""
 
-    def __init__(self, saved, grad_o, final, grads, work, chunk_size) -> None:
+    def __init__(
+        self,
+        saved: Saved,
+        grad_o: Tensor,
+        final: Dictionary,
+        grads: Dictionary,
+        work: Work,
+        chunk_size: int,
+    ) -> None:
         self.saved, self.grad_o, self.work, self.chunk_size = saved, grad_o, work, chunk_size
         self.final, self.grads = final, grads
         self._counts = final.count, torch.empty_like(final.count)
@@ -235,11 +243,10 @@ class _Walk:
         work, k, v = self.work, self.saved.k, self.saved.v
         num = work.entries(segment)
         shown = Snapshots.empty(num, work, k, v)
-        wide = {"dtype": torch.float32, "device": k.device}
         slots = (num, work.num_kv_heads, work.capacity)
         tokens = (num, work.num_kv_heads, k.shape[1])
-        from_slots = [torch.empty(*slots, x.shape[-1], **wide) for x in (k, v)]
-        deposits = [torch.empty(*tokens, x.shape[-1], **wide) for x in (k, v)]
+        from_slots = [x.new_empty(*slots, x.shape[-1], dtype=torch.float32) for x in (k, v)]
+        deposits = [x.new_empty(*tokens, x.shape[-1], dtype=torch.float32) for x in (k, v)]
         if work.capacity:
             self._rewind(segment, shown)
         self._grad_queries(segment, shown)

@@ -58,9 +58,19 @@ def attention(
     slots = scale.new_zeros(places * k.shape[2], dtype=torch.int32)
     if bool(bounds[1].any()):
         call = _Prepared(q, k, bounds, num_slots, chunk_size, growth)
-        chunks = (call.align(x) for x in (q, k, v))
-        flat = (call.of_chunks(lse, q.shape[2]), call.of_chunks(slots, k.shape[2]))
-        o = call.unalign(forward(*chunks, scale.contiguous(), *flat, sums, call.work, chunk_size))
+        o = call.unalign(
+            forward(
+                call.align(q),
+                call.align(k),
+                call.align(v),
+                scale.contiguous(),
+                call.of_chunks(lse, q.shape[2]),
+                call.of_chunks(slots, k.shape[2]),
+                sums,
+                call.work,
+                chunk_size,
+            )
+        )
     else:
         o = q.new_zeros(*q.shape[:3], v.shape[3])
     return o, sums.key_sum, sums.value_sum, sums.count, lse, slots
@@ -116,14 +126,16 @@ def attention_backward(
         return _like(q, k, v, scale)
     call = _Prepared(q, k, bounds, num_slots, chunk_size, growth)
     saved = Saved(
-        *(call.align(x) for x in (q, k, v)),
+        call.align(q),
+        call.align(k),
+        call.align(v),
         scale.contiguous(),
         call.align(o),
         call.of_chunks(lse, q.shape[2]),
         call.of_chunks(slots, k.shape[2]),
     )
     final = Dictionary(key_sum, value_sum, count).clone()
-    grads = Dictionary(torch.zeros_like(key_sum), torch.zeros_like(value_sum))
+    grads = Dictionary(torch.zeros_like(key_sum), torch.zeros_like(value_sum), count)
     of_q, of_k, of_v, grad_scale = backward(saved, call.align(grad_o), final, grads, call.work, chunk_size)
     return call.unalign(of_q), call.unalign(of_k), call.unalign(of_v), grad_scale
 

@@ -128,7 +128,7 @@ def nearest(
                     if is_all:
                         # A float32 cosine must not make `open_slots` leave the block out.
                         tl.store(cosine + found + block * C + j, float("inf"))
-            longest_seen = tl.where(is_all, longest_seen, longest_mean.to(tl.float64))
+            longest_seen = tl.where(is_all, longest_seen, tl.cast(longest_mean, tl.float64))
             floor_exact = highest - TIE * own_length * longest_seen
             lowest = M
             for block in range(0, num_blocks):
