@@ -39,7 +39,7 @@ def mark_training(axes: Axes, length: int, label: str) -> None:
     axes.axvline(length, color="#BBBBBB", linestyle=":", zorder=0, label=label)
 
 
-def length_axis(axes: Axes, lengths: Sequence[int], labels: Sequence[str]) -> None:
+def length_axis(axes: Axes, lengths: Sequence[float], labels: Sequence[str]) -> None:
     """Powers of two along x, with a tick at each length."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, labels, fontsize=9 if len(lengths) > 6 else 10)

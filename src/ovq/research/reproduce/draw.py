@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,13 +142,13 @@ def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], styl
         axes.set_ylim(bottom=0)
     if panel["x"] == "slices":
         # More names than these would touch each other.
-        slanted = {"rotation": 35, "ha": "right"} if len(places) > _MOST_NAMES else {}
-        axes.set_xticks(range(len(places)), places, fontsize=9, **slanted)
+        slanted: dict[str, Any] = {"rotation": 35, "ha": "right"} if len(places) > _MOST_NAMES else {}
+        axes.set_xticks(range(len(places)), [str(place) for place in places], fontsize=9, **slanted)
         axes.margins(x=0.1)
     else:
-        _scale(axes, "x", panel["x"], sorted(places))
+        _scale(axes, "x", panel["x"], sorted(_numbers(places)))
     if panel["y"] in _IS_LOGARITHMIC:
-        _scale(axes, "y", panel["y"], None)
+        _scale(axes, "y", panel["y"])
     if panel["x"] in ("length", "positions"):
         train_lengths = {row["train_length"] for row in results["rows"] if row["group"] == panel["group"]}
         for length in train_lengths:
@@ -175,11 +175,11 @@ def save_heat_maps(results: dict[str, Any], path: Path) -> None:
         label: [[point.mean for point in lines[label]] for lines in found]
         for label in dict.fromkeys(row["line"] for row in results["rows"])
     }
-    places = [short_number(point.x) for point in next(iter(found[0].values()))]
+    places = _numbers(point.x for point in next(iter(found[0].values())))
     canvas = draw_heat_maps(
         means,
         models=models_of(results),
-        columns=places,
+        columns=[short_number(place) for place in places],
         rows=[panel["title"] for panel in panels],
         column_name=AXIS_NAMES[panels[0]["x"]],
         value_name=y_name(panels[0]),
@@ -188,7 +188,12 @@ def save_heat_maps(results: dict[str, Any], path: Path) -> None:
     save(canvas, path)
 
 
-def _scale(axes: Axes, which: str, field: str, places: list[float] | None) -> None:
+def _numbers(places: Iterable[float | str]) -> list[float]:
+    """Places as numbers, which all are but the names of slices."""
+    return [place for place in places if not isinstance(place, str)]
+
+
+def _scale(axes: Axes, which: str, field: str, places: Sequence[float] = ()) -> None:
     """A scale of powers of two, with ticks at the places that were measured if they are few."""
     if which == "x" and (not places or places[0] <= 0):
         return

@@ -149,7 +149,7 @@ def _measured(figure: Figure, shop: Workshop) -> _Found:
         for seed in shop.seeds
     ]
     shop.do(jobs, f"{figure.name}: seeds")
-    records = [job.record() for job in jobs]
+    records = [_written(job.record()) for job in jobs]
     return _Found(
         [row for record in records for row in record["rows"]], [record["environment"] for record in records]
     )
@@ -173,11 +173,17 @@ def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found
     return _Found(
         [row for line, job in by_line for row in _rows(line, job)],
         [
-            record["environment"]
+            _written(record)["environment"]
             for job in jobs.values()
             for record in (job.training_record(), *job.outcomes())
         ],
     )
+
+
+def _written(record: dict[str, Any] | None) -> dict[str, Any]:
+    """What a job has written that was done."""
+    assert record is not None
+    return record
 
 
 def _check_data(jobs: Iterable[RunJob]) -> None:
@@ -213,9 +219,10 @@ def _sweep(figure: Figure, shop: Workshop) -> tuple[list[dict[str, Any]], dict[s
     if not figure.trials:
         return [], {name: Trial.of(line.swept) for name, line in swept.items()}
     first_seed = shop.seeds[0]
-    evaluations = {
-        name: dataclasses.replace(line.validation, seed=_VALIDATION_SEEDS) for name, line in swept.items()
-    }
+    evaluations: dict[str, Evaluation] = {}
+    for name, line in swept.items():
+        assert line.validation is not None, "a figure with trials has validations"
+        evaluations[name] = dataclasses.replace(line.validation, seed=_VALIDATION_SEEDS)
     jobs = {
         name: [
             shop.job(
@@ -231,7 +238,9 @@ def _sweep(figure: Figure, shop: Workshop) -> tuple[list[dict[str, Any]], dict[s
     sweep, chosen = [], {}
     for name, line in swept.items():
         accuracies = {
-            Trial.of(job.config): outcome["accuracy"] for job in jobs[name] for outcome in job.outcomes()
+            Trial.of(job.config): _written(outcome)["accuracy"]
+            for job in jobs[name]
+            for outcome in job.outcomes()
         }
         chosen[name] = choose_trial(accuracies, Trial.of(line.swept))
         sweep.append(

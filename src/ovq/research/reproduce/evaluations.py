@@ -21,7 +21,7 @@ from ovq.eval.reading import token_bytes
 from ovq.hf import OVQForCausalLM
 from ovq.plots.language import octave_losses
 from ovq.research.reproduce.digests import described, digest
-from ovq.runtime.progress import Reporter
+from ovq.runtime.progress import WorkReporter
 from ovq.tasks import Task
 from ovq.text import Corpus, TextSource, load_corpus
 from ovq.text.haystack import NeedleBuilder, essay_texts
@@ -87,7 +87,7 @@ class Evaluation(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """Evaluate a model.
 
         Args:
@@ -157,7 +157,7 @@ class TaskEvaluation(Evaluation):
     def check(self) -> None:
         """Nothing can be missing: examples are generated."""
 
-    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """The fields of a `ResultRow`."""
         [row] = evaluate(
             model,
@@ -228,7 +228,7 @@ class LossEvaluation(_TextEvaluation):
         """There must be enough windows."""
         self._windows()
 
-    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """The fields of a `LanguageRow` but the losses of single windows, which are many."""
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         corpus = self._windows(tokenizer)
@@ -289,7 +289,7 @@ class NeedleEvaluation(_TextEvaluation):
         """There must be texts to hide values in."""
         self._texts()
 
-    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: Reporter) -> dict[str, Any]:
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """The fields of a `NeedleRow` but the name."""
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         [row] = evaluate_needle(

@@ -14,6 +14,7 @@ from ovq.research.reproduce.evaluations import Evaluation
 from ovq.research.reproduce.plan import Figure, Line, Panel
 from ovq.research.reproduce.presets import Preset
 from ovq.research.reproduce.text_figures import hybrids, language, needle, of_corpus
+from ovq.tasks import PositionalRecallTask, RegressionTask
 from ovq.train.config import RunConfig
 
 # The order of legends and tables.
@@ -45,7 +46,7 @@ def _validation(preset: Preset, task: str, mixer: str) -> Evaluation:
     """What decides between trials of a mixer; OVQ is tried with the enlarged dictionary."""
     length = _VALIDATION_FACTOR * preset.train_length(task)
     num_slots = _enlarged(preset, task, length) if mixer == "ovq" else None
-    return preset.evaluation(preset.configs[task].task.at_length(length), num_slots=num_slots)
+    return preset.evaluation(preset.task(task).at_length(length), num_slots=num_slots)
 
 
 def _mixers_by_length(
@@ -53,7 +54,7 @@ def _mixers_by_length(
 ) -> Figure:
     """Every mixer on one task, against length: how good, how many bytes, how long it took."""
     usual = preset.configs[task]
-    tasks = [usual.task.at_length(length) for length in preset.lengths(task)]
+    tasks = [preset.task(task).at_length(length) for length in preset.lengths(task)]
     lines = []
     for mixer in _COMPARED:
         evaluations = {_name(mixer): [preset.evaluation(each) for each in tasks]}
@@ -122,20 +123,22 @@ def recall(preset: Preset) -> Figure:
 
 def positional(preset: Preset) -> Figure:
     """Accuracy of all mixers on positional in-context recall."""
-    count = preset.configs["positional"].task.num_occurrences
+    task = preset.task("positional")
+    assert isinstance(task, PositionalRecallTask)
     return _mixers_by_length(
         preset,
         "positional",
         title="Positional in-context recall beyond the training length",
-        note=f"Each key is stored {count} times with different values, which are asked for in order. The "
-        "number of keys grows with the length.",
+        note=f"Each key is stored {task.num_occurrences} times with different values, which are asked for in "
+        "order. The number of keys grows with the length.",
         quality=(Panel(title="accuracy"),),
     )
 
 
 def regression(preset: Preset) -> Figure:
     """Error of all mixers on linear regression in context, by number of functions and of points seen."""
-    usual = preset.configs["regression"].task
+    usual = preset.task("regression")
+    assert isinstance(usual, RegressionTask)
     # The shortest length with as many functions as there can be.
     length = next(
         each
@@ -176,7 +179,7 @@ def state_size(preset: Preset) -> Figure:
     """Accuracy against bytes of state, at lengths beyond training."""
     train_length = preset.train_length("recall")
     lengths = [train_length * factor for factor in (4, 16)]
-    tasks = [preset.configs["recall"].task.at_length(length) for length in lengths]
+    tasks = [preset.task("recall").at_length(length) for length in lengths]
     trained = preset.configs["recall"].model.num_slots
     lines = []
     for group, task in zip(("near", "far"), tasks, strict=True):
@@ -229,7 +232,7 @@ def dictionary(preset: Preset) -> Figure:
     sizes = [config.model.num_slots * factor for factor in preset.slot_factors]
     lines = []
     for length in sorted({*preset.near_lengths("recall")[::2], *preset.far_lengths.get("recall", ())}):
-        task = config.task.at_length(length)
+        task = preset.task("recall").at_length(length)
         evaluations = [preset.evaluation(task, num_slots=num_slots) for num_slots in sizes]
         lines += [_line(f"{length} tokens", config, evaluations, group) for group in ("slots", "bytes")]
     return Figure(
@@ -257,7 +260,7 @@ def _ablation(
         note: What a reader has to know beside the title.
     """
     usual = preset.config("recall")
-    tasks = [usual.task.at_length(length) for length in preset.near_lengths("recall")]
+    tasks = [preset.task("recall").at_length(length) for length in preset.near_lengths("recall")]
     trained = usual.model.num_slots
     enlarged = trained * max(preset.length_factors)
     lines = []

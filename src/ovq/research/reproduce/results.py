@@ -213,7 +213,7 @@ def _dicts(table: Table) -> list[Row]:
 
 def _flattened(row: Row) -> Row:
     """A row without nested dicts: fields such as `"task.length"`, `"slices.names"`, `"slices.values"`."""
-    flat = {}
+    flat: Row = {}
     for field, value in row.items():
         if field in _BY_NAME:
             value = {"names": list(value), "values": list(value.values())}
@@ -258,10 +258,11 @@ def _in_lines(value: Any) -> str:
     """JSON with a line for each entry of a list or a dict of lists and dicts, so that changes can be read."""
     match value:
         case list() if any(isinstance(entry, list | dict) for entry in value):
-            opened, closed, entries = "[", "]", map(_as_line, value)
+            opened, closed = "[", "]"
+            entries = [_as_line(entry) for entry in value]
         case dict() if any(isinstance(entry, list | dict) for entry in value.values()):
             opened, closed = "{", "}"
-            entries = (f"{json.dumps(name)}: {_as_line(entry)}" for name, entry in value.items())
+            entries = [f"{json.dumps(name)}: {_as_line(entry)}" for name, entry in value.items()]
         case _:
             return json.dumps(value)
     return f"{opened}\n  " + ",\n  ".join(entries) + f"\n {closed}"

@@ -35,7 +35,7 @@ def of_corpus(
         arguments += f" --dataset {shlex.quote(dataset)}"
     if held_out is not None:
         arguments += f" --held-out {held_out:g}"
-    corpus = dataset or preset.configs["lm"].task.dataset
+    corpus = dataset or preset.text_task("lm").dataset
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", corpus).strip("-.") or "corpus"
     return dataclasses.replace(figure, name=f"{figure.name}-{slug}", arguments=arguments)
 
@@ -45,7 +45,7 @@ def language(preset: Preset) -> Figure:
     return _by_position(
         preset,
         "lm",
-        f"Loss of language models on held-out text ({preset.configs['lm'].task.dataset}), by position",
+        f"Loss of language models on held-out text ({preset.text_task('lm').dataset}), by position",
         _models(preset, "lm"),
         relative_to=MIXER_NAMES["full_attention"],
     )
@@ -69,7 +69,7 @@ def hybrids(preset: Preset) -> Figure:
     return _by_position(
         preset,
         "hybrids",
-        f"What OVQ stands beside: loss on held-out text ({preset.configs['lm'].task.dataset}), by position",
+        f"What OVQ stands beside: loss on held-out text ({preset.text_task('lm').dataset}), by position",
         models,
         relative_to=exact,
     )
@@ -77,7 +77,7 @@ def hybrids(preset: Preset) -> Figure:
 
 def _by_position(preset: Preset, name: str, title: str, models: _Models, *, relative_to: str) -> Figure:
     """The loss of models by position, and by how much it is above that of one of them."""
-    source = dataclasses.replace(preset.configs["lm"].task, join_to=preset.text.length)
+    source = dataclasses.replace(preset.text_task("lm"), join_to=preset.text.length)
     evaluation = LossEvaluation(
         source=source, length=preset.text.length, num_examples=preset.text.num_windows
     )
@@ -112,7 +112,7 @@ def _by_position(preset: Preset, name: str, title: str, models: _Models, *, rela
 
 def needle(preset: Preset) -> Figure:
     """Whether language models that have learned to look back say a value that is hidden in a text."""
-    text, source = preset.text, preset.configs["needle"].task
+    text, source = preset.text, preset.text_task("needle")
     lines = []
     for depth in text.needle_depths:
         evaluations = [
