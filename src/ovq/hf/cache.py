@@ -44,18 +44,18 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
     device: torch.device | None = None
 
     @property
-    def is_initialized(self) -> bool:
+    def is_initialized(self) -> bool:  # type: ignore[override]  # an attribute in transformers
         """Whether there is a state."""
         return self.state is not None
 
     # transformers' names for what a layer of attention keeps.
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # type: ignore[override]  # likewise
         """`[B, Hkv, S, K]`, where keys are kept."""
         return self.parts().get("keys")
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # type: ignore[override]  # likewise
         """`[B, Hkv, S, V]`, where values are kept."""
         return self.parts().get("values")
 
@@ -67,7 +67,9 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: the state comes from the mixer."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Not for this layer: the mixer sets the state."""
         raise NotImplementedError("this layer keeps a state that its mixer makes: use set_state")
 
@@ -85,7 +87,7 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Move everything back to the device it came from."""
-        if self.is_initialized:
+        if self.device is not None:
             self.move_to(self.device)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -113,6 +115,8 @@ class OVQCache(Cache):
         >>> [layer.memory.kind for layer in cache.layers], cache.nbytes
         (['the keys and values of a window of 128', 'an OVQState'], 0)
     """
+
+    layers: list[OVQCacheLayer]  # type: ignore[assignment]  # transformers' may be of other kinds
 
     def __init__(self, config: OVQConfig):
         rope_thetas = dict.fromkeys(config.rope_mixers, config.rope_theta)

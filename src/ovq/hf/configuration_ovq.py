@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Optional, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -16,6 +16,22 @@ from ovq.layers.ovq import LEARNING_OPTIONS
 from ovq.layers.registry import MIXERS
 from ovq.layers.vq import check_vq
 from ovq.ops.options import Options, default_growth
+
+T = TypeVar("T")
+
+if TYPE_CHECKING:
+
+    class Filled(Generic[T]):
+        """A field that may be left out, and is filled in: whoever reads it finds no None."""
+
+        def __get__(self, config: object, owner: type | None = None) -> T:
+            """What the config has."""
+
+        def __set__(self, config: object, value: T | None) -> None:
+            """None, or what it is to have."""
+
+else:
+    Filled = Optional
 
 
 @strict
@@ -81,14 +97,14 @@ class OVQConfig(PreTrainedConfig):
     intermediate_size: int = 1408
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: Filled[int] = None  # type: ignore[assignment]  # see Filled
+    head_dim: Filled[int] = None  # type: ignore[assignment]  # see Filled
     rms_norm_eps: float = 1e-6
     rope_theta: float | int = defaults.ROPE_THETA
-    rope_mixers: list[str] | None = None
+    rope_mixers: Filled[list[str]] = None  # type: ignore[assignment]  # see Filled
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
-    mixer_types: list[str] | None = None
+    mixer_types: Filled[list[str]] = None  # type: ignore[assignment]  # see Filled
     sliding_window: int = defaults.SLIDING_WINDOW
     num_sinks: int = defaults.NUM_SINKS
     sink_window: int = defaults.SINK_WINDOW
@@ -111,7 +127,7 @@ class OVQConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         """Fill in what depends on other fields, then check."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
@@ -132,7 +148,7 @@ class OVQConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config of a dictionary, as `from_pretrained` reads one from a file; see `upgraded`.
 
         Raises:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ovq.hf.cache import CACHE_KEY, OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
@@ -240,7 +240,7 @@ def fingerprint(model: OVQPreTrainedModel) -> dict[str, str]:
     }
 
 
-def _weights(model: OVQPreTrainedModel) -> Mapping[str, Tensor]:
+def _weights(model: nn.Module) -> Mapping[str, Tensor]:
     """All weights by name, those that accelerate has offloaded included."""
     found = model.state_dict()
     if any(tensor.is_meta for tensor in found.values()):
@@ -307,7 +307,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy())
+        total.update(tensor.flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -6,13 +6,14 @@ Everything that depends on the version of transformers is in `cache.py`.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -34,7 +35,9 @@ def build_mixer(config: OVQConfig, layer_idx: int) -> Mixer:
     """The mixer of a layer, as the config defines it."""
     name = config.mixer_types[layer_idx]
     cls = mixer_class(name)
-    return cls(
+    # Beyond what all take, constructors take the fields of the config that they name.
+    make: Callable[..., Mixer] = cls
+    return make(
         layer_idx=layer_idx,
         use_rope=name in config.rope_mixers,
         **{argument: getattr(config, field) for argument, field in cls.config_fields.items()},
@@ -76,13 +79,15 @@ class OVQBlock(GradientCheckpointingLayer):
 
         The loss is an output, because nothing else gets through reentrant checkpointing and offloading hooks.
         """
-        options, own_loss = {}, None
+        options: dict[str, Any] = {}
+        own_loss = None
         if step is not None:
             options["step"] = step
         has_loss = self.training and "auxiliary_losses" in self.mixer.forward_options
         if has_loss:
             # Not a list, because accelerate's hooks pass on copies of lists.
-            options["auxiliary_losses"] = losses = deque()
+            losses: deque[Tensor] = deque()
+            options["auxiliary_losses"] = losses
         mixed, _, _ = self.mixer(self.mixer_norm(hidden_states), attention_mask, past_key_values, **options)
         if has_loss:
             (own_loss,) = losses
@@ -104,14 +109,15 @@ class OVQModelOutput(BaseModelOutputWithPast):
 class OVQPreTrainedModel(PreTrainedModel):
     """Weight initialisation, and what `OVQModel` and `OVQForCausalLM` share."""
 
+    config: OVQConfig
     config_class = OVQConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["OVQBlock"]
+    _no_split_modules = ["OVQBlock"]  # noqa: RUF012  (transformers declares it so)
     _supports_sdpa = True
     # Refuses assisted decoding: tokens that the large model rejects cannot be removed from a state.
     _is_stateful = True
-    _can_record_outputs: ClassVar[dict[str, type]] = {"hidden_states": OVQBlock}
+    _can_record_outputs = {"hidden_states": OVQBlock}  # noqa: RUF012  (likewise)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -206,7 +212,7 @@ class OVQModel(OVQPreTrainedModel):
         use_cache: bool | None = None,
         cache: OVQCache | None = None,
         cu_seqlens: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> OVQModelOutput:
         """Run the backbone.
 
@@ -260,17 +266,20 @@ class OVQModel(OVQPreTrainedModel):
         if position_ids is not None and cu_seqlens is None:
             _check_positions(position_ids, layout)
 
-        hidden_states, own_losses = inputs_embeds, []
-        for layer in self.layers:
+        hidden_states = inputs_embeds
+        auxiliary_loss: Tensor | None = None
+        layer: OVQBlock
+        for layer in self.layers:  # type: ignore[assignment]  # a ModuleList says Module
             # Outside the layer, because gradient checkpointing runs a layer twice.
             step = layer.mixer.begin_step()
             hidden_states, own_loss = layer(hidden_states, layout, past_key_values=past, step=step)
             if own_loss is not None:
-                own_losses.append(own_loss)
+                auxiliary_loss = own_loss if auxiliary_loss is None else auxiliary_loss + own_loss
+        kept: dict[str, Any] = {CACHE_KEY: past}
         return OVQModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            auxiliary_loss=sum(own_losses) if own_losses else None,
-            **{CACHE_KEY: past},
+            auxiliary_loss=auxiliary_loss,
+            **kept,
         )
 
 
@@ -288,7 +297,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         torch.Size([1, 7])
     """
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (likewise)
 
     def __init__(self, config: OVQConfig):
         super().__init__(config)
@@ -310,7 +319,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         cache: OVQCache | None = None,
         cu_seqlens: Tensor | None = None,
         skip_logits: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position.
 
@@ -415,14 +424,14 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
 
     # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args, inputs_embeds: Tensor | None = None, **kwargs
-    ) -> dict:
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """The arguments of `forward` for the next step of `generate`."""
         return super().prepare_inputs_for_generation(
             unread_inputs(input_ids, kwargs), *args, inputs_embeds=inputs_embeds, **kwargs
         )
 
-    def init_continuous_batching(self, *args, **kwargs) -> NoReturn:
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, and with it `generate_batch` and `cache_implementation="paged"` of `generate`, which use
         it.
 
@@ -436,15 +445,21 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             "has no pages; call generate, or let rows join and leave a cache with OVQCache.concatenate"
         )
 
-    def generate_batch(self, *args, **kwargs) -> NoReturn:
+    def generate_batch(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, like `init_continuous_batching`."""
         self.init_continuous_batching()
 
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
+    def _prepare_cache_for_generation(  # type: ignore[override]  # transformers says bool and returns None
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
         if not add_generation_cache(self.config, generation_config, model_kwargs, batch_size):
-            super()._prepare_cache_for_generation(
+            # Its type of models that generate is no base of theirs.
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
 

@@ -43,14 +43,14 @@ def packed_offsets(
         tensor([0, 3, 5])
     """
     batch_size, num_tokens = inputs.shape[:2]
-    found = {"cu_seqlens": cu_seqlens}
-    found |= {name: kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+    given: dict[str, Tensor | None] = {"cu_seqlens": cu_seqlens}
+    given |= {name: kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
     if (seq_idx := kwargs.get("seq_idx")) is not None:
         _check_rows("seq_idx", seq_idx, batch_size, num_tokens)
-        found["seq_idx"] = _offsets(seq_idx[0].diff() != 0)
+        given["seq_idx"] = _offsets(seq_idx[0].diff() != 0)
     if position_ids is not None and not is_continued and position_ids.shape == (1, num_tokens):
-        found["position_ids"] = _restarts(position_ids)
-    found = {name: offsets.to(inputs.device) for name, offsets in found.items() if offsets is not None}
+        given["position_ids"] = _restarts(position_ids)
+    found = {name: offsets.to(inputs.device) for name, offsets in given.items() if offsets is not None}
     if not found:
         return None
     (first, chosen), *others = found.items()

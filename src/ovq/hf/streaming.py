@@ -155,8 +155,9 @@ def stream_tokens(
         hidden = model.base_model(piece[None], past_key_values=cache).last_hidden_state
     while True:
         logits = model.get_output_embeddings()(hidden[:, -1]).float()
-        # The penalty depends only on which tokens have occurred, not where or how often.
-        scores = processors(is_seen.nonzero().T, logits) if processors else logits
+        # The penalty depends only on which tokens have occurred, not where or how often. transformers asks
+        # for a LongTensor, which to mypy no result of an operation is.
+        scores = processors(is_seen.nonzero().T, logits) if processors else logits  # type: ignore[arg-type]
         if sampling.temperature > 0:
             token = torch.multinomial(scores.softmax(-1), 1, generator=generator)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Mixer(nn.Module, ABC):
     #: Other keyword arguments that `forward` understands, beside `cu_seqlens`.
     forward_options: frozenset[str] = frozenset()
     #: Constructor arguments that a model takes from its config, and what they are called there.
-    config_fields: Mapping[str, str] = {"hidden_size": "hidden_size", "conv_size": "conv_size"}
+    config_fields: ClassVar[dict[str, str]] = {"hidden_size": "hidden_size", "conv_size": "conv_size"}
     #: Whether queries and keys can be rotated by position.
     supports_rope: bool = True
 
@@ -69,7 +69,7 @@ class Mixer(nn.Module, ABC):
         hidden_states: Tensor,
         layout: SequenceLayout,
         cache: LayerCache | None,
-        **options,
+        **options: Any,
     ) -> Tensor:
         """Mix the tokens of a call with each other and with the cached ones.
 
@@ -156,7 +156,7 @@ class Mixer(nn.Module, ABC):
         past_key_values: Any = None,
         use_cache: bool = False,
         output_attentions: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, None, Any]:
         """Mix a sequence, or its next part.
 
@@ -300,9 +300,9 @@ class AttentionMixer(Mixer):
         scale: Tensor,
         layout: SequenceLayout,
         cache: LayerCache | None,
-        **options,
     ) -> Tensor:
-        """Mix the tokens of a call with each other and with the cached ones.
+        """Mix the tokens of a call with each other and with the cached ones. A subclass with
+        `forward_options` takes those that were given as well.
 
         Args:
             q: `[B, T, H, K]`, L2-normalised (and rotated), in float32 or float64. Not scaled yet.
@@ -311,7 +311,6 @@ class AttentionMixer(Mixer):
             scale: `[H]`, the learned factor on the logits of each query head.
             layout: the call's padding and packing.
             cache: this layer's cache, to be read and brought up to date; or None.
-            options: those of `forward_options` that were given.
 
         Returns:
             `[B, T, H, V]` in the dtype of `v`. Padding columns may hold any finite value.
@@ -323,7 +322,7 @@ class AttentionMixer(Mixer):
         hidden_states: Tensor,
         layout: SequenceLayout,
         cache: LayerCache | None,
-        **options,
+        **options: Any,
     ) -> Tensor:
         """See `Mixer.mix`: `attend` with normalised (and rotated) queries and keys."""
         heads = channels.unflatten(-1, (-1, self.head_dim))

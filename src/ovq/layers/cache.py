@@ -124,8 +124,9 @@ class LayerCache:
 
     def join(self, caches: Sequence[LayerCache], num_columns: int) -> None:
         """Fill this cache, which is empty, with the rows of others, padded left to `num_columns` columns."""
-        if caches[0].conv_state is not None:
-            self.conv_state = torch.cat([cache.conv_state for cache in caches])
+        conv_states = [cache.conv_state for cache in caches if cache.conv_state is not None]
+        if conv_states:
+            self.conv_state = torch.cat(conv_states)
         num_missing = [num_columns - cache.num_columns for cache in caches]
         self.has_padding = any(cache.has_padding for cache in caches) or max(num_missing) > 0
         self.set_state(self.memory.concatenate([cache.state for cache in caches], num_missing), num_columns)

@@ -94,7 +94,7 @@ class GatedDeltaNet(ConstantStateMixer):
         hidden_states: Tensor,
         layout: SequenceLayout,
         cache: LayerCache | None,
-        **options,
+        **options: Any,
     ) -> Tensor:
         """See `Mixer.mix`."""
         rows = layout.rows()

@@ -89,7 +89,7 @@ class Mamba2(ConstantStateMixer):
         hidden_states: Tensor,
         layout: SequenceLayout,
         cache: LayerCache | None,
-        **options,
+        **options: Any,
     ) -> Tensor:
         """See `Mixer.mix`."""
         rows = layout.rows()

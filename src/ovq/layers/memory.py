@@ -194,7 +194,9 @@ class SlotMemory(Memory):
     def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> OVQState:
         """See `Memory.restored`."""
         # Wherever it comes from, a state keeps the number of its tokens on the CPU.
-        parts = {name: tensors[name].to("cpu" if name == "num_seen" else device) for name in STATE_TENSORS}
+        parts: dict[str, Any] = {
+            name: tensors[name].to("cpu" if name == "num_seen" else device) for name in STATE_TENSORS
+        }
         return OVQState(**parts, num_slots=self.num_slots, chunk_size=self.chunk_size)
 
     def select(self, state: OVQState, rows: Tensor) -> OVQState:
@@ -213,6 +215,8 @@ class SlotMemory(Memory):
         """See `Memory.concatenate`."""
         moved = []
         for state, missing in zip(states, num_missing, strict=True):
-            keys = {name: self._moved(getattr(state, name), missing) for name in ("key_sum", "pending_keys")}
+            keys: dict[str, Any] = {
+                name: self._moved(getattr(state, name), missing) for name in ("key_sum", "pending_keys")
+            }
             moved.append(dataclasses.replace(state, **keys))
         return OVQState.concatenate(moved)

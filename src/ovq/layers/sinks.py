@@ -45,7 +45,7 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
 
     def __init__(
         self,
-        *args: int | None,
+        *args: Any,
         num_sinks: int = defaults.NUM_SINKS,
         sink_window: int = defaults.SINK_WINDOW,
         **kwargs: Any,

@@ -101,7 +101,7 @@ class SlidingWindowAttention(FullAttention):
 
     def __init__(
         self,
-        *args: int | None,
+        *args: Any,
         sliding_window: int = defaults.SLIDING_WINDOW,
         use_rope: bool = True,
         **kwargs: Any,

@@ -71,6 +71,10 @@ class StaticDictionary(nn.Module):
 
     #: Whether slots are learned in training; None: with the weights that make the keys.
     is_learned: bool | None = None
+    key_sum: Tensor
+    count: Tensor
+    next_key_sum: Tensor
+    next_count: Tensor
 
     def __init__(self, num_heads: int, *, num_slots: int, head_dim: int, decay: float):
         super().__init__()
@@ -217,7 +221,7 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
 
     def __init__(
         self,
-        *args: int | None,
+        *args: Any,
         num_slots: int = defaults.NUM_SLOTS,
         chunk_size: int = defaults.CHUNK_SIZE,
         vq_decay: float = defaults.VQ_DECAY,

@@ -127,6 +127,7 @@ class ContextParallel:
         self._sum(parameters, loss)
         for parameter, before in zip(parameters, grads_before, strict=True):
             if before is not None:
+                assert parameter.grad is not None, "made by `_sum` where there was none"
                 parameter.grad += before
         return float(loss)
 
@@ -156,8 +157,8 @@ class ContextParallel:
             )
         start, stop = bounds[rank], bounds[rank + 1]
         targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        part = (t[:, start:stop].to(self.model.device).contiguous() for t in (ids, targets))
-        return (*part, start)
+        ids, targets = (t[:, start:stop].to(self.model.device).contiguous() for t in (ids, targets))
+        return ids, targets, start
 
 
 class _PartRun:
@@ -202,7 +203,8 @@ class _PartRun:
         """The backward of all layers."""
         grad = self._grad
         specs = [list(self._specs(n)) for n in (self._start, self._start + self._ids.shape[1])]
-        for segment, before, after in zip(*(reversed(x) for x in (self._segments, *specs)), strict=True):
+        layers = list(zip(self._segments, *specs, strict=True))
+        for segment, before, after in reversed(layers):
             has_next = not self._neighbours.is_last
             grads = self._neighbours.receive_gradient(floating(after)) if has_next else {}
             grad, grads = segment.backward(grad, grads)

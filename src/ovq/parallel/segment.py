@@ -62,13 +62,16 @@ class Segment:
         Returns:
             The gradients of `hidden` and of each floating tensor of `state`.
         """
-        hidden, state = self._run() if self._recompute else self._outputs
+        outputs = self._run() if self._recompute else self._outputs
+        assert outputs is not None, "forward comes first"
+        hidden, state = outputs
         self._outputs = None
         # A dictionary without slots has no graph.
         tensors = {name: state[name] for name in grads if state[name].requires_grad}
         with torch.autocast(grad.device.type, enabled=False):
             torch.autograd.backward([hidden, *tensors.values()], [grad, *(grads[name] for name in tensors)])
         before = {name: t for name, t in self._state.items() if t.requires_grad}
+        assert self._hidden.grad is not None
         return self._hidden.grad, {
             name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in before.items()
         }

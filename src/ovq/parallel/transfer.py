@@ -119,7 +119,9 @@ class Neighbours:
         message = pack(tensors, spec, self._device)
         # The bytes must stay in memory until they have been sent.
         self._sent = [(work, sent) for work, sent in self._sent if not work.is_completed()]
-        self._sent.append((dist.isend(message, to, group), message))
+        work = dist.isend(message, to, group)
+        assert work is not None, "None is for ranks outside of the group"
+        self._sent.append((work, message))
         self.num_bytes_sent += len(message)
 
     def _receive(self, spec: StateSpec, source: int, group: dist.ProcessGroup) -> dict[str, Tensor]:

@@ -11,13 +11,16 @@ import json
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ovq.fields import LARGEST_SEED, check_fields, field_types, with_new_names
 from ovq.layers import defaults
 from ovq.ops.options import default_growth
 from ovq.runtime.files import write_atomic
 from ovq.tasks import TASKS, Task, TextTask
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 CONFIG_FILE = "run_config.json"
 """The name of the file that holds the configuration, in the folder of the run."""
@@ -315,7 +318,8 @@ class RunConfig:
                 raise ValueError(
                     f"--set {path}: expected a section of {', '.join(changes)}, found {section!r}"
                 )
-            types_of_fields = field_types(type(getattr(self, section)))
+            current: DataclassInstance = getattr(self, section)
+            types_of_fields = field_types(type(current))
             if name not in types_of_fields:
                 raise ValueError(
                     f"--set {path}: expected one of the fields {', '.join(sorted(types_of_fields))}, "
