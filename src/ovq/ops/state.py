@@ -344,8 +344,8 @@ def _resized(state: OVQState, num_slots: int, value_weight: float) -> OVQState:
     count = state.count.flatten(0, 1)
     due = [max(0, n - num_slots) for n in state.num_open.tolist() for _ in range(heads)]
     with torch.no_grad():
-        means = (slot_means(sums.flatten(0, 1), count) for sums in (state.key_sum, state.value_sum))
-        roots = cluster_roots(pair_points(*means, count, value_weight), count, due)
+        keys, values = (slot_means(sums.flatten(0, 1), count) for sums in (state.key_sum, state.value_sum))
+        roots = cluster_roots(pair_points(keys, values, count, value_weight), count, due)
     is_kept = (roots == torch.arange(count.shape[1], device=count.device)) & (count > 0)
     # Spare slots go along with the last that is kept: they hold zeros.
     place = (is_kept.cumsum(-1) - 1).clamp(min=0).gather(1, roots)

@@ -51,14 +51,11 @@ def learn_by_likelihood(
     capacity, most = sums.count.shape[1], max(before)
     count = sums.count[:num_streams, :most]
     items = torch.cat([count, count.new_ones(num_streams, size)], 1)
-    points = pair_points(
-        *(
-            torch.cat([slot_means(part[:num_streams, :most], count), tokens], 1)
-            for part, tokens in ((sums.key_sum, keys), (sums.value_sum, values))
-        ),
-        items,
-        options.value_weight,
+    all_keys, all_values = (
+        torch.cat([slot_means(part[:num_streams, :most], count), tokens], 1)
+        for part, tokens in ((sums.key_sum, keys), (sums.value_sum, values))
     )
+    points = pair_points(all_keys, all_values, items, options.value_weight)
     due = [n + size - m for n, m in zip(before, after, strict=True)]
     roots = cluster_roots(points, items, due)
     slots = _homes(roots, items > 0, most)
