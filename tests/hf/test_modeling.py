@@ -301,6 +301,72 @@ def test_set_num_slots_reaches_every_layer_and_is_saved(tmp_path):
         make_model(mixer_types=["full_attention"] * 4).set_num_slots(4)
 
 
+# What a call of set_merge leaves in the config of a model with growth "linear" and value weight 0.25.
+MERGES = {
+    "ward": ({"merge": "ward"}, {"growth": "immediate", "value_weight": 0.25}),
+    "ward, all given": ({"merge": "ward", "growth": "plateau", "value_weight": 2.0}, {}),
+    "updated": ({"merge": "updated"}, {"growth": "plateau", "value_weight": 0.25}),
+    "existing, immediate": ({"merge": "existing", "growth": "immediate"}, {"value_weight": 0.25}),
+}
+
+
+@pytest.mark.parametrize(("given", "left"), MERGES.values(), ids=MERGES)
+def test_set_merge_is_the_changed_config(tmp_path, given, left):
+    model, ids = make_model(growth="linear", value_weight=0.25), random_ids(1, 60)
+    model.save_pretrained(tmp_path / "before")
+    before = model(ids).logits
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "before", **given | left).eval()
+    model.set_merge(**given)
+    after = model(ids).logits
+    assert torch.equal(after, expected(ids).logits)
+    assert not torch.allclose(after, before)
+    assert model.state_bytes(60) == expected.state_bytes(60)
+    assert model.config.to_dict() | {"_name_or_path": ""} == expected.config.to_dict() | {"_name_or_path": ""}
+    model.save_pretrained(tmp_path / "after")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "after").eval()(ids).logits, after)
+    model.set_merge("existing", growth="linear", value_weight=0.25)
+    assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize(("first", "then"), [("existing", "ward"), ("ward", "existing")])
+def test_a_cached_context_goes_on_under_another_rule(first, then):
+    model, slow = make_model(merge=first), make_model(merge=first)
+    for layer in slow.mixers():
+        layer.backend = "naive"
+    ids, logits, caches = random_ids(2, 90), [], []
+    for each, rule in ((model, then), (slow, then), (model, first)):
+        each.set_merge(first)
+        caches.append(OVQCache(each.config))
+        each(ids[:, :50], past_key_values=caches[-1])
+        each.set_merge(rule)
+        logits.append(each(ids[:, 50:], past_key_values=caches[-1]).logits)
+    torch.testing.assert_close(logits[0], logits[1])
+    assert not torch.allclose(logits[0], logits[2])
+    # The tokens that are not pending, in each row and key/value head.
+    state = caches[0].layers[1].state
+    size = state.chunk_size
+    assert (state.count.sum(-1) == 90 // size * size).all()
+
+
+def test_set_merge_refuses_what_the_config_refuses():
+    model = make_model(init="random")
+    before = model.config.to_dict()
+    for given, message in (
+        ({"merge": "neither"}, "merge: expected one of"),
+        ({"merge": "updated", "growth": "fast"}, "growth: expected one of"),
+        ({"merge": "updated", "value_weight": -1.0}, "value_weight: expected a finite number"),
+        ({"merge": "ward"}, "init: expected 'novelty' with merge 'ward'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_config(init="random", **given)
+        with pytest.raises(ValueError, match=message):
+            model.set_merge(**given)
+    assert model.config.to_dict() == before
+    assert [m.merge for m in model.mixers() if isinstance(m, OVQAttention)] == ["existing", "existing"]
+    with pytest.raises(ValueError, match="expected a model with 'ovq' layers"):
+        make_model(mixer_types=["full_attention"] * 4).set_merge("ward")
+
+
 @pytest.mark.parametrize("changes", [{}, BASELINES], ids=["ovq", "baselines"])
 @pytest.mark.parametrize("num_tokens", [1, 4, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -153,11 +153,7 @@ class OVQPreTrainedModel(PreTrainedModel):
             >>> model.config.num_slots
             4096
         """
-        layers = [mixer for mixer in self.mixers() if isinstance(mixer, OVQAttention)]
-        if not layers:
-            raise ValueError(
-                f"expected a model with 'ovq' layers, found mixer_types {self.config.mixer_types}"
-            )
+        layers = self._ovq_layers()
         others = (mixer for mixer in self.mixers() if not isinstance(mixer, OVQAttention))
         if fixed := sorted({type(mixer).__name__ for mixer in others if "num_slots" in mixer.config_fields}):
             raise ValueError(
@@ -166,6 +162,44 @@ class OVQPreTrainedModel(PreTrainedModel):
         for layer in layers:
             layer.set_num_slots(num_slots)
         self.config.num_slots = num_slots
+
+    def set_merge(self, merge: str, *, growth: str | None = None, value_weight: float | None = None) -> None:
+        """Let every OVQ layer keep its dictionary by another rule from now on, and record it in the config.
+
+        Weights do not depend on the rule: a model that was trained with the paper's, `"existing"`, recalls
+        more with `"ward"` (docs/results.md). Earlier caches remain valid and go on from the slots they have.
+
+        Args:
+            merge: `"existing"`, `"updated"` or `"ward"`.
+            growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one
+                that `merge` is meant for.
+            value_weight: what distances between values weigh beside those between keys with `"ward"`; None
+                for what they weigh now.
+
+        Raises:
+            ValueError: if the model has no OVQ layers, or as `OVQConfig` does for these options. Nothing is
+                changed.
+
+        Example:
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model = OVQModel(config)
+            >>> model.set_merge("ward")
+            >>> model.config.merge, model.config.growth, model.config.value_weight
+            ('ward', 'immediate', 0.5)
+        """
+        for layer in self._ovq_layers():
+            layer.set_merge(merge, growth=growth, value_weight=value_weight)
+            for name, value in layer.learning.items():
+                setattr(self.config, name, value)
+
+    def _ovq_layers(self) -> list[OVQAttention]:
+        """The layers with a dictionary that is learned online; refuses a model that has none."""
+        layers = [mixer for mixer in self.mixers() if isinstance(mixer, OVQAttention)]
+        if not layers:
+            raise ValueError(
+                f"expected a model with 'ovq' layers, found mixer_types {self.config.mixer_types}"
+            )
+        return layers
 
     def state_bytes(self, num_tokens: int) -> int:
         """Bytes of the cache of one row after `num_tokens` tokens, computed for the dtype of the weights.

@@ -14,7 +14,7 @@ from ovq.layers.cache import LayerCache
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import SlotMemory, StateSpec, check_num_seen, check_tensors, of_rows
 from ovq.ops import ovq_attention
-from ovq.ops.options import default_growth
+from ovq.ops.options import Options, default_growth
 from ovq.ops.schedule import scheduled_slots
 from ovq.ops.serialization import STATE_TENSORS
 from ovq.ops.serialization import check_tensors as check_state_tensors
@@ -103,6 +103,29 @@ class OVQAttention(AttentionMixer):
             raise ValueError(f"expected num_slots of at least 1, found {num_slots}")
         self.num_slots = num_slots
 
+    def set_merge(self, merge: str, *, growth: str | None = None, value_weight: float | None = None) -> None:
+        """Keep the dictionary by another rule from here on; cached states go on from the slots they have.
+
+        Args:
+            merge: the rule, as in the constructor.
+            growth: schedule of the dictionary; None for the one that `merge` is meant for.
+            value_weight: what distances between values weigh; None for what they weigh now.
+
+        Raises:
+            ValueError: what the op would refuse, such as `"ward"` with `init="random"`. Nothing is changed.
+        """
+        changes = {"merge": merge, "growth": default_growth(merge) if growth is None else growth}
+        if value_weight is not None:
+            changes["value_weight"] = value_weight
+        Options(num_slots=self.num_slots, chunk_size=self.chunk_size, seed=0, **self.learning | changes)
+        for name, value in changes.items():
+            setattr(self, name, value)
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        """How the dictionary is learned: the `LEARNING_OPTIONS`."""
+        return {option: getattr(self, option) for option in LEARNING_OPTIONS}
+
     def attend(
         self,
         q: Tensor,
@@ -127,7 +150,7 @@ class OVQAttention(AttentionMixer):
             initial_state=state,
             output_final_state=cache is not None,
             attention_mask=layout.bounds,
-            **{option: getattr(self, option) for option in LEARNING_OPTIONS},
+            **self.learning,
             generator=generator,
             backend=self.backend,
         )
