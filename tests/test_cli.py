@@ -97,6 +97,8 @@ def test_eval_prints_what_the_library_measures(trained, capsys):
         "24,48",
         "--num-slots",
         "4,8",
+        "--merge",
+        "ward,existing",
         "--examples",
         30,
         "--seed",
@@ -109,11 +111,16 @@ def test_eval_prints_what_the_library_measures(trained, capsys):
             RunConfig.load(trained).task,
             lengths=[24, 48],
             num_slots=[4, 8],
+            merges=["ward", "existing"],
             num_examples=30,
             seed=1,
             reporter=reporter,
         )
     assert rows == [dataclasses.asdict(row) for row in expected]
+    # The option may also be repeated.
+    one_by_one = ["existing" if each == "ward,existing" else each for each in arguments]
+    repeated = json.loads(run(capsys, "eval", "--merge", "ward", *one_by_one, "--json"))["rows"]
+    assert repeated == rows
     other_seed = json.loads(run(capsys, "eval", *arguments[:-1], 2, "--json"))["rows"]
     assert other_seed != rows
     table = run(capsys, "eval", *arguments)
@@ -292,6 +299,7 @@ def test_the_version_is_printed(capsys):
         ("eval --model {trained} --lengths 0", "--lengths: expected positive integers"),
         ("eval --model {trained} --lengths 2", "length: expected at least"),
         ("eval --model {trained} --num-slots 4;5", "--num-slots: expected positive integers"),
+        ("eval --model {trained} --merge ward,best", "--merge: expected rules among existing, updated, ward"),
         ("eval --model {trained} --examples 0", "--examples"),
         ("generate --model {trained}", "expected one of --prompt and --prompt-file"),
         (

@@ -12,7 +12,7 @@ from ovq.plots.tables import result_table, slice_table
 from ovq.runtime.progress import Reporter
 
 
-def row(mixer, num_slots, length, accuracy, state_bytes=1024, slices=None):
+def row(mixer, num_slots, length, accuracy, state_bytes=1024, slices=None, merge=None):
     return ResultRow(
         mixer=mixer,
         num_slots=num_slots,
@@ -21,14 +21,17 @@ def row(mixer, num_slots, length, accuracy, state_bytes=1024, slices=None):
         state_bytes=state_bytes,
         num_questions=10,
         slices=slices or {},
+        merge=merge,
     )
 
 
 ROWS = [
     row("ovq", 64, 256, 0.91, 3 * 1024),
     row("ovq", 64, 1024, 0.52, 4 * 1024),
-    row("ovq", 256, 256, 0.93, 5 * 1024),
-    row("ovq", 256, 1024, 0.94, 6 * 1024),
+    row("ovq", 256, 256, 0.93, 5 * 1024, merge="existing"),
+    row("ovq", 256, 1024, 0.94, 6 * 1024, merge="existing"),
+    row("ovq", 256, 256, 0.97, 6 * 1024, merge="ward"),
+    row("ovq", 256, 1024, 0.98, 6 * 1024, merge="ward"),
     row("full_attention", None, 256, 0.95, 2**20),
     row("full_attention", None, 1024, 0.96, 2**22),
     row("sliding_attention", None, 256, 0.17, 900),
@@ -50,6 +53,7 @@ def test_the_result_table_has_a_row_for_each_model():
     assert [line for line in cells if line] == [
         ["OVQ, 64 slots", "0.910", "0.520", "4.0 KiB"],
         ["OVQ, 256 slots", "0.930", "0.940", "6.0 KiB"],
+        ["OVQ, Ward, 256 slots", "0.970", "0.980", "6.0 KiB"],
         ["full attention", "0.950", "0.960", "4.0 MiB"],
         ["window alone", "0.170", "0.080", "900 B"],
     ]
@@ -86,7 +90,7 @@ def test_figures_show_every_row(tmp_path, drawn):
         labels = [text.get_text() for text in legend.get_texts()]
         assert labels == [*dict.fromkeys(row.label for row in ROWS), "trained up to 256"]
         colors = {line.get_color() for line in axes.get_lines()}
-        assert len(colors) == 5
+        assert len(colors) == 6
 
 
 def test_figures_are_pictures_without_text_on_text(tmp_path, drawn):

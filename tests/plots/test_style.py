@@ -15,7 +15,7 @@ from ovq.plots.figures import save_figures as save_demo
 from ovq.plots.language import save_language_figures
 from ovq.plots.needle import save_needle_figures
 from ovq.plots.panels import WIDTH
-from ovq.plots.style import CONTROLS, MIXER_STYLES, PALETTE, line_styles
+from ovq.plots.style import CONTROLS, MIXER_STYLES, PALETTE, WARD, line_styles
 from ovq.research.bench.show import save_figures as save_bench
 from ovq.research.bench.workloads import MIXERS as BENCH_MIXERS
 from ovq.research.reproduce.draw import save_figure, save_heat_maps
@@ -30,6 +30,10 @@ SIGHTS = {
         [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
     ),
 }
+
+
+# What has a style of its own: the mixers, and OVQ by Ward's rule.
+STYLED = (*MIXERS, WARD)
 
 
 def lab(color, sight):
@@ -50,17 +54,19 @@ def nearest(colors, sight):
 
 
 def test_every_mixer_has_a_colour_and_a_marker_of_its_own():
-    assert set(MIXER_STYLES) == set(MIXERS)
-    assert len({style.color for style in MIXER_STYLES.values()}) == len(MIXERS)
-    assert len({style.marker for style in MIXER_STYLES.values()}) == len(MIXERS)
+    assert set(MIXER_STYLES) == set(STYLED)
+    assert len({style.color for style in MIXER_STYLES.values()}) == len(STYLED)
+    assert len({style.marker for style in MIXER_STYLES.values()}) == len(STYLED)
 
 
 @pytest.mark.parametrize("sight", SIGHTS)
 def test_readers_of_all_kinds_tell_the_mixers_apart(sight):
     assert nearest([style.color for style in MIXER_STYLES.values()], sight) > 15
     assert nearest([style.color for style in PALETTE[:6]], sight) > 15
-    shades = [style.color for style in line_styles({str(n): ("ovq", n) for n in (1, 2, 3)}).values()]
-    assert nearest(shades, sight) > 20
+    models = [(mixer, n) for mixer in ("ovq", WARD) for n in (1, 2, 3)]
+    shades = [style.color for style in line_styles({str(model): model for model in models}).values()]
+    assert min(nearest(shades[:3], sight), nearest(shades[3:], sight)) > 20
+    assert nearest(shades, sight) > 15
 
 
 def test_what_is_no_mixer_has_no_mixers_colour():
@@ -68,11 +74,11 @@ def test_what_is_no_mixer_has_no_mixers_colour():
     assert not colors & {style.color for style in (*PALETTE, *CONTROLS.values())}
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("mixer", STYLED)
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_lines_of_one_mixer_share_its_hue_and_differ(mixer, count):
     # Another mixer beside them, as all of one would be an ablation.
-    other = next(name for name in MIXERS if name != mixer)
+    other = next(name for name in MIXERS if name not in (mixer, "ovq"))
     models = {f"{n}": (mixer, n) for n in range(count, 0, -1)} | {"other": (other, None)}
     styles = line_styles(models)
     assert list(styles) == list(models)
@@ -90,6 +96,8 @@ def test_lines_of_one_mixer_share_its_hue_and_differ(mixer, count):
 def test_an_ablation_has_the_palette_and_sizes_of_a_dictionary_have_shades():
     ablation = line_styles({f"{n}": ("ovq", 64) for n in range(20)})
     assert list(ablation.values())[: len(PALETTE)] == list(PALETTE)
+    rules = line_styles({"paper's": ("ovq", 64), "updated": ("ovq", 64), "Ward's": (WARD, 64)})
+    assert list(rules.values()) == list(PALETTE[:3])
     assert len(set(ablation.values())) == 20
     sizes = line_styles({f"{n}": ("ovq", n) for n in (64, 256)})
     assert MIXER_STYLES["ovq"] in sizes.values()
@@ -117,6 +125,7 @@ def colors_in(figure: Figure) -> dict[str, str]:
 # One line of each mixer: its labels in the figures of reproduce, demo and eval; of fidelity; of bench.
 NAMES = {
     "ovq": {"OVQ", "OVQ, 64 slots"},
+    WARD: {"OVQ, Ward, 64 slots"},
     "full_attention": {"full attention", "exact (SDPA)"},
     "sliding_attention": {"window alone", "window of 256"},
     "sink_attention": {"window and sinks", "window + sinks"},
@@ -132,10 +141,11 @@ def draw_all(folder):
     """Every figure of the project, of one line for each mixer."""
     fields = {"length": 256, "accuracy": 0.5, "state_bytes": 1024, "num_questions": 1, "slices": {}}
     demo = [ResultRow(mixer=mixer, num_slots=slots, **fields) for mixer, slots in MODELS]
+    demo.append(ResultRow(mixer="ovq", num_slots=64, merge="ward", **fields))
     save_demo(demo, folder, train_length=256)
     rows = [
         {"line": row.label, "group": "", "seed": 0, "train_length": 256}
-        | {"mixer": row.mixer, "num_slots": row.num_slots, "length": 256, "accuracy": 0.5}
+        | {"mixer": row.mixer, "num_slots": row.num_slots, "length": 256, "accuracy": 0.5, "merge": row.merge}
         for row in demo
     ]
     panel = {"title": "p", "x": "length", "y": "accuracy", "group": "", "at_length": None}
@@ -178,7 +188,8 @@ def test_a_mixer_looks_the_same_in_every_figure(tmp_path, drawn):
     assert len(drawn) == 2 + 2 + 3 + 2 + 1 + 1
     for mixer, names in NAMES.items():
         found = [color for figure in drawn for label, color in colors_in(figure).items() if label in names]
-        assert len(found) >= 9
+        # Not every figure shows Ward's rule.
+        assert len(found) >= (4 if mixer == WARD else 9)
         assert {to_hex(color).upper() for color in found} == {MIXER_STYLES[mixer].color}
     assert {figure.get_figwidth() for figure in drawn} == {WIDTH}
 

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ovq.cli import eval_harness, eval_lm, eval_needle
-from ovq.cli.common import out_console, parse_ints
+from ovq.cli.common import out_console, parse_ints, parse_merges
 from ovq.cli.loading import check_model_folder, load_model
 
 app = typer.Typer(invoke_without_command=True, subcommand_metavar="[lm|needle|harness]")
@@ -33,13 +33,22 @@ def evaluate(
             help="Sizes of the dictionary to test, on the same weights; the trained one if not given."
         ),
     ] = None,
+    merge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Rules of keeping the dictionary to test, on the same weights: existing (the paper's), "
+            "updated, ward; the trained one if not given.",
+            show_default=False,
+        ),
+    ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples per length.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the test data.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Test a model on the synthetic task it was trained on.
 
-    Example: [bold]ovq eval --model runs/ovq --lengths 256,1024,4096 --num-slots 64,256,1024[/bold]
+    Example: [bold]ovq eval --model runs/ovq --lengths 256,1024,4096 --num-slots 64,256,1024
+        --merge existing,ward[/bold]
 
     Language models have tests of their own, named before their options: [bold]ovq eval lm[/bold], [bold]ovq
     eval needle[/bold] and [bold]ovq eval harness[/bold].
@@ -57,6 +66,7 @@ def evaluate(
         raise ValueError("Missing option '--model'")
     at_lengths = parse_ints(lengths, flag="--lengths")
     with_slots = [] if num_slots is None else parse_ints(num_slots, flag="--num-slots")
+    with_merges = [] if merge is None else parse_merges(merge, flag="--merge")
     check_model_folder(model)
     from ovq.tasks import TextTask
     from ovq.train.config import RunConfig
@@ -77,6 +87,7 @@ def evaluate(
             task,
             lengths=at_lengths,
             num_slots=with_slots,
+            merges=with_merges,
             num_examples=examples,
             seed=seed,
             reporter=reporter,

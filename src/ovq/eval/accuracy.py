@@ -1,14 +1,15 @@
-"""Accuracy of a model on a task, at any length and with any number of slots."""
+"""Accuracy of a model on a task, at any length, with any number of slots and any rule of keeping them."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from ovq.eval.rows import ResultRow
+from ovq.eval.rows import MERGE_NAMES, ResultRow
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import AnyWork, WorkReporter
 from ovq.tasks import IGNORE_INDEX, Task, TaskBatch
@@ -36,29 +37,34 @@ def evaluate(
     *,
     lengths: Sequence[int],
     num_slots: Sequence[int] = (),
+    merges: Sequence[str] = (),
     num_examples: int | Sequence[int] = 64,
     seed: int = 0,
     reporter: WorkReporter,
     label: str = "test",
 ) -> list[ResultRow]:
-    """Test a model on a task, at several lengths and with several sizes of the dictionary.
+    """Test a model on a task, at several lengths and with several dictionaries.
 
     Args:
-        model: Tested on the device and in the dtype that it has; its number of slots is restored afterwards.
+        model: Tested on the device and in the dtype that it has; its dictionary is restored afterwards.
         task: The kind of data; its own length is ignored.
         lengths: Tokens per example, one test for each.
         num_slots: Sizes of the dictionary to test; if empty, the one that the model has.
+        merges: Rules of keeping the dictionary to test, as `OVQConfig.merge` names them; if empty, the one
+            that the model has. The model's own rule keeps its growth, the others have the growth that they
+            are meant for.
         num_examples: Examples per length: one number for all lengths, or one for each.
         seed: Seed of the test data.
         reporter: Shows the progress.
         label: The name of this test in the progress.
 
     Returns:
-        One row for each number of slots and each length, in that order.
+        One row for each number of slots, each rule and each length, in that order.
 
     Raises:
         ValueError: If the task cannot be built at a length, a number is below 1, the task has tokens that the
-            model does not know, or `num_slots` is given for a model without a dictionary.
+            model does not know, `num_slots` or `merges` is given for a model without a dictionary, or a rule
+            does not exist or does not fit the model.
     """
     counts = [num_examples] * len(lengths) if isinstance(num_examples, int) else list(num_examples)
     if not lengths or len(counts) != len(lengths) or min(counts) < 1:
@@ -71,30 +77,49 @@ def evaluate(
             f"found {task.vocab_size}"
         )
     tasks = [task.at_length(length) for length in lengths]
-    trained_slots = model.config.num_slots if "ovq" in model.config.mixer_types else None
-    work = reporter.start(label, total=(len(num_slots) or 1) * sum(counts))
+    config = model.config
+    has_slots = "ovq" in config.mixer_types
+    own = (config.num_slots, config.merge) if has_slots else (None, None)
+    dictionaries = [(slots, merge) for slots in num_slots or own[:1] for merge in merges or own[1:]]
+    work = reporter.start(label, total=len(dictionaries) * sum(counts))
     rows: list[ResultRow] = []
     done = 0
-    was_training = model.training
-    model.eval()
-    try:
-        for slots in num_slots or (trained_slots,):
+    with _put_back(model):
+        growths = {own[1]: config.growth}
+        for slots, merge in dictionaries:
             if num_slots and slots is not None:
                 model.set_num_slots(slots)
+            if merges:
+                model.set_merge(merge, growth=growths.get(merge))
             for at_length, count in zip(tasks, counts, strict=True):
-                rows.append(_evaluate_at(model, at_length, slots, count, seed, work=work, done=done))
+                row = _evaluate_at(model, at_length, slots, merge, count, seed, work=work, done=done)
+                rows.append(row)
                 done += count
+    return rows
+
+
+@contextmanager
+def _put_back(model: OVQForCausalLM) -> Iterator[None]:
+    """Evaluation mode; afterwards the mode and the dictionary that the model had."""
+    config, was_training = model.config, model.training
+    num_slots = config.num_slots
+    merge = {"merge": config.merge, "growth": config.growth}
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-        if num_slots and trained_slots is not None:
-            model.set_num_slots(trained_slots)
-    return rows
+        if config.num_slots != num_slots:
+            model.set_num_slots(num_slots)
+        if merge != {name: getattr(config, name) for name in merge}:
+            model.set_merge(**merge)
 
 
 def _evaluate_at(
     model: OVQForCausalLM,
     task: Task,
     num_slots: int | None,
+    merge: str | None,
     num_examples: int,
     seed: int,
     *,
@@ -103,18 +128,21 @@ def _evaluate_at(
 ) -> ResultRow:
     """One row: all test examples of one length, with the current dictionary."""
     batch_size = max(1, _TOKENS_PER_BATCH // task.length)
+    rule = f"{MERGE_NAMES[merge]}, " if merge in MERGE_NAMES else ""
+    slots = "" if num_slots is None else f"{num_slots} slots, "
     tally = _Tally()
     for first in range(0, num_examples, batch_size):
         indices = range(first, min(first + batch_size, num_examples))
         tally.add(model, task, task.build(seed, indices=indices, split="test"))
-        slots = "" if num_slots is None else f"{num_slots} slots, "
         accuracy = tally.right / tally.asked
-        work.update(done + indices[-1] + 1, note=f"{slots}length {task.length}, accuracy {accuracy:.3f}")
+        note = f"{rule}{slots}length {task.length}, accuracy {accuracy:.3f}"
+        work.update(done + indices[-1] + 1, note=note)
     asked_slices = {name: asked for name, asked in tally.asked_by_slice.items() if asked}
     has_errors = task.error_name is not None
     return ResultRow(
         mixer=long_range_mixer(model.config),
         num_slots=num_slots,
+        merge=merge,
         length=task.length,
         accuracy=tally.right / tally.asked,
         state_bytes=model.state_bytes(task.length),

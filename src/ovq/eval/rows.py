@@ -17,6 +17,9 @@ MIXER_NAMES = {
 }
 """Display names of mixers; the others are shown by their name in `mixer_types`."""
 
+MERGE_NAMES = {"updated": "updated", "ward": "Ward"}
+"""Display names of the rules that keep a dictionary; the paper's, `"existing"`, goes without saying."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResultRow:
@@ -32,6 +35,8 @@ class ResultRow:
         slices: Accuracy on the slices of the task, by name.
         mean_error: Mean error, for tasks that have one (`Task.error_name`); `None` for others.
         slice_errors: Mean error on each slice, by name; empty for others.
+        merge: The rule that kept the dictionary during the test, as `OVQConfig.merge` names it; `None` if
+            there is none, and in files written before rows had this field.
     """
 
     mixer: str
@@ -43,6 +48,7 @@ class ResultRow:
     slices: dict[str, float]
     mean_error: float | None = None
     slice_errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    merge: str | None = None
 
     @property
     def label(self) -> str:
@@ -52,26 +58,33 @@ class ResultRow:
             >>> fields = dict(length=256, accuracy=1.0, state_bytes=0, num_questions=1, slices={})
             >>> ResultRow(mixer="ovq", num_slots=64, **fields).label
             'OVQ, 64 slots'
+            >>> ResultRow(mixer="ovq", num_slots=64, merge="ward", **fields).label
+            'OVQ, Ward, 64 slots'
             >>> ResultRow(mixer="sliding_attention", num_slots=None, **fields).label
             'window alone'
         """
-        return model_label(self.mixer, self.num_slots)
+        return model_label(self.mixer, self.num_slots, merge=self.merge)
 
 
-def model_label(mixer: str, num_slots: int | None, name: str = "") -> str:
+def model_label(mixer: str, num_slots: int | None, name: str = "", *, merge: str | None = None) -> str:
     """What a model is called in tables, figures and sentences.
 
     Args:
         mixer: The long-range mixer, as `mixer_types` names it.
         num_slots: Slots of its dictionary; `None` if it has none.
         name: Used instead of the name of its mixer.
+        merge: The rule that keeps its dictionary; `None` if it has none.
 
     Example:
         >>> model_label("gated_deltanet", None), model_label("ovq", 64, "big")
         ('Gated DeltaNet', 'big, 64 slots')
     """
-    name = name or MIXER_NAMES.get(mixer, mixer)
-    return name if num_slots is None else f"{name}, {num_slots} slots"
+    parts = [name or MIXER_NAMES.get(mixer, mixer)]
+    if merge in MERGE_NAMES:
+        parts.append(MERGE_NAMES[merge])
+    if num_slots is not None:
+        parts.append(f"{num_slots} slots")
+    return ", ".join(parts)
 
 
 def format_bytes(num_bytes: float) -> str:

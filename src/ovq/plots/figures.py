@@ -8,7 +8,7 @@ from pathlib import Path
 from ovq.eval.rows import ResultRow, format_bytes
 from ovq.plots.canvas import Axes, FuncFormatter
 from ovq.plots.panels import length_axis, mark_training, new_panels, save
-from ovq.plots.style import line_styles
+from ovq.plots.style import line_styles, style_name
 
 
 def save_figures(
@@ -55,7 +55,7 @@ def _draw_state(axes: Axes, rows: Sequence[ResultRow]) -> None:
 
 def _draw_lines(axes: Axes, rows: Sequence[ResultRow], value: Callable[[ResultRow], float]) -> None:
     """One line for each model and number of slots."""
-    styles = line_styles({row.label: (row.mixer, row.num_slots) for row in rows})
+    styles = line_styles({row.label: (style_name(row.mixer, row.merge), row.num_slots) for row in rows})
     for label, style in styles.items():
         line = sorted((row for row in rows if row.label == label), key=lambda row: row.length)
         axes.plot([row.length for row in line], [value(row) for row in line], label=label, **style.options())

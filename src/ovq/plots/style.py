@@ -1,8 +1,9 @@
 """How lines look: one colour and one marker per mixer, the same in every figure of the project.
 
 The hues are Okabe and Ito's, which colour-blind readers can tell apart too, with a grey and a brown for the
-two windows. Lines of one mixer keep its hue and differ in shade, marker and dashes. Where all lines have the
-same mixer, as in an ablation, they have colours that belong to no mixer.
+two windows. Lines of one mixer keep its hue and differ in shade, marker and dashes. OVQ has a second blue,
+with a marker of its own, for dictionaries that are kept by Ward's rule. Where all lines have the same mixer,
+as in an ablation, they have colours that belong to no mixer.
 """
 
 from __future__ import annotations
@@ -47,9 +48,13 @@ class Style:
         }
 
 
+WARD = "ovq, ward"
+"""The name of OVQ with a dictionary that is kept by Ward's rule, where this module asks for a mixer."""
+
 # Light, normal and dark shade; black has no darker one.
 _SHADES = {
     "ovq": ("#6DB6E3", "#0072B2", "#08306B"),
+    WARD: ("#9FA0FF", "#3F3CF0", "#1D1780"),
     "full_attention": ("#F3C35C", "#E69F00", "#8F6300"),
     "sliding_attention": ("#A8A8A8", "#5F5F5F", "#3A3A3A"),
     "sink_attention": ("#B57A52", "#6E2C00", "#3B1800"),
@@ -60,6 +65,7 @@ _SHADES = {
 }
 _MARKERS = {
     "ovq": "o",
+    WARD: "*",
     "full_attention": "s",
     "sliding_attention": "^",
     "sink_attention": "<",
@@ -72,7 +78,7 @@ _DASHES = ("--", "-", "-.")
 _OTHER_MARKERS = ("D", "h", "p", "d", "*", "8", "H")
 
 MIXER_STYLES = {mixer: Style(color=shades[1], marker=_MARKERS[mixer]) for mixer, shades in _SHADES.items()}
-"""The style of each mixer of `ovq.layers.MIXERS` in figures with one line per mixer."""
+"""The style of each mixer of `ovq.layers.MIXERS`, and of `WARD`, in figures with one line per mixer."""
 
 PALETTE = tuple(
     Style(color=color, marker=marker)
@@ -92,11 +98,25 @@ CONTROLS = {
 """Styles of references that are not mixers: dashed."""
 
 
+def style_name(mixer: str, merge: str | None) -> str:
+    """What `line_styles` and `MIXER_STYLES` call a mixer.
+
+    Args:
+        mixer: As `mixer_types` names it.
+        merge: The rule that keeps its dictionary; `None` if it has none, or where that is not known.
+
+    Example:
+        >>> style_name("ovq", "existing"), style_name("ovq", "ward"), style_name("mamba2", None)
+        ('ovq', 'ovq, ward', 'mamba2')
+    """
+    return WARD if (mixer, merge) == ("ovq", "ward") else mixer
+
+
 def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style]:
     """The style of each line of a figure.
 
     Args:
-        models: For the label of each line, its mixer as `mixer_types` names it, and the slots of its
+        models: For the label of each line, its mixer as `style_name` names it, and the slots of its
             dictionary, or `None` if it has none. More slots are darker.
 
     Returns:
@@ -109,7 +129,8 @@ def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style
         >>> [style.color for style in line_styles({"a": ("ovq", 64), "b": ("ovq", 64)}).values()]
         ['#332288', '#CC6677']
     """
-    if len({mixer for mixer, _ in models.values()}) == 1 and len(set(models.values())) < len(models):
+    mixers = {"ovq" if mixer == WARD else mixer for mixer, _ in models.values()}
+    if len(mixers) == 1 and len(set(models.values())) < len(models):
         return _in_turn(list(models))
     styles = _in_turn([label for label, (mixer, _) in models.items() if mixer not in _SHADES])
     for mixer in _SHADES:

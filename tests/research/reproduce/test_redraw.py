@@ -45,6 +45,17 @@ def test_each_file_becomes_its_pictures(tmp_path):
         assert path.read_bytes() == (tmp_path / "expected" / path.name).read_bytes()
 
 
+def test_files_from_before_rows_named_a_rule_are_drawn(tmp_path):
+    fields = [vars(row) | {"merge": None} for row in ROWS if row.merge is None]
+    results = {"rows": fields, "train_length": 256}
+    (tmp_path / "new.json").write_text(json.dumps(results))
+    for row in fields:
+        del row["merge"]
+    (tmp_path / "old.json").write_text(json.dumps(results))
+    new, _, old, _ = redraw(tmp_path)
+    assert new.read_bytes() == old.read_bytes()
+
+
 def test_a_folder_of_reproduce_has_its_pictures_beside_its_rows(tmp_path, capsys):
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "recall.json").write_text(json.dumps(RESULTS))

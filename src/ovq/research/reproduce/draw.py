@@ -11,7 +11,7 @@ from ovq.eval.rows import format_bytes
 from ovq.plots.canvas import Axes, FuncFormatter, LogLocator, NullLocator
 from ovq.plots.heat import draw_heat_maps
 from ovq.plots.panels import length_axis, mark_training, new_panels, save
-from ovq.plots.style import Style, line_styles
+from ovq.plots.style import Style, line_styles, style_name
 
 # Labels such as "256 KiB" would touch each other.
 _MOST_TICKS = 6
@@ -110,9 +110,11 @@ def models_of(results: dict[str, Any]) -> dict[str, tuple[str, int | None]]:
     """By the label of each line its mixer, and the most slots it was evaluated with."""
     models: dict[str, tuple[str, int | None]] = {}
     for row in results["rows"]:
-        _, known = models.get(row["line"], (row["mixer"], None))
+        # Files of earlier versions do not say which rule kept the dictionary.
+        mixer = style_name(row["mixer"], row.get("merge"))
+        _, known = models.get(row["line"], (mixer, None))
         slots = [number for number in (known, row.get("num_slots")) if number is not None]
-        models[row["line"]] = (row["mixer"], max(slots, default=None))
+        models[row["line"]] = (mixer, max(slots, default=None))
     return models
 
 
