@@ -32,11 +32,10 @@ def test_results_hold_a_row_for_each_model_and_length(done):
     read = json.loads((out / "results.json").read_text())
     assert read == json.loads(json.dumps(results))
     lengths = [256, 512, 1024, 2048, 4096]
-    expected = [("ovq", slots, length) for slots in (64, 256, 1024) for length in lengths]
-    expected += [
-        (mixer, None, length) for mixer in ("full_attention", "sliding_attention") for length in lengths
-    ]
-    assert [(row["mixer"], row["num_slots"], row["length"]) for row in read["rows"]] == expected
+    dictionaries = [("ovq", slots, merge) for slots in (64, 256, 1024) for merge in ("existing", "ward")]
+    models = [*dictionaries, ("full_attention", None, None), ("sliding_attention", None, None)]
+    found = [(row["mixer"], row["num_slots"], row["merge"], row["length"]) for row in read["rows"]]
+    assert found == [(*model, length) for model in models for length in lengths]
     assert read["train_length"] * 16 == lengths[-1]
     assert all(0 <= row["accuracy"] <= 1 for row in read["rows"])
     assert (read["seed"], read["is_quick"]) == (3, True)
@@ -62,6 +61,7 @@ def test_state_bytes_are_those_of_a_real_cache(done):
     for row in results["rows"]:
         if row["mixer"] == "ovq" and row["length"] == 1024:
             model.set_num_slots(row["num_slots"])
+            model.set_merge(row["merge"])
             output = model.model(torch.ones(1, 1024, dtype=torch.long), use_cache=True)
             cache = output["cache"] if "cache" in output else output["past_key_values"]
             assert row["state_bytes"] == cache.nbytes
@@ -71,7 +71,7 @@ def test_the_trained_model_loads_and_nothing_else_is_left(done):
     out, _, _ = done
     model = AutoModelForCausalLM.from_pretrained(out / "ovq")
     assert model.config.mixer_types == ["sliding_attention", "ovq"]
-    assert model.config.num_slots == 64
+    assert (model.config.num_slots, model.config.merge) == (64, "existing")
     assert sorted(path.name for path in out.iterdir()) == ["accuracy.png", "ovq", "results.json", "state.png"]
     assert not (out / "ovq" / "old").exists()
     for name in ("accuracy.png", "state.png"):
@@ -82,6 +82,7 @@ def test_the_trained_model_loads_and_nothing_else_is_left(done):
 def test_it_prints_the_table_an_answer_and_a_sentence(done):
     _, results, text = done
     assert "OVQ, 1024 slots" in text
+    assert "OVQ, Ward, 1024 slots" in text
     for row in results["rows"]:
         assert f"{row['accuracy']:.3f}" in text
     assert "The model says " in text
@@ -91,11 +92,13 @@ def test_it_prints_the_table_an_answer_and_a_sentence(done):
 
 
 def rows_for(accuracies, state_bytes):
-    names = [("ovq", 64), ("ovq", 1024), ("full_attention", None), ("sliding_attention", None)]
+    models = [("ovq", 64, "existing"), ("ovq", 64, "ward"), ("ovq", 1024, "existing"), ("ovq", 1024, "ward")]
+    models += [("full_attention", None, None), ("sliding_attention", None, None)]
     return [
         ResultRow(
             mixer=mixer,
             num_slots=num_slots,
+            merge=merge,
             length=length,
             accuracy=accuracy if length == 4096 else 1.0,
             state_bytes=num_bytes,
@@ -103,24 +106,28 @@ def rows_for(accuracies, state_bytes):
             slices={},
         )
         for length in (256, 4096)
-        for (mixer, num_slots), accuracy, num_bytes in zip(names, accuracies, state_bytes, strict=True)
+        for (mixer, num_slots, merge), accuracy, num_bytes in zip(
+            models, accuracies, state_bytes, strict=True
+        )
     ]
 
 
-def test_the_sentence_says_what_the_numbers_say():
-    text = conclusion(rows_for([0.2, 0.991, 0.985, 0.03], [2048, 2**20, 2**22, 1024]), train_length=256)
-    assert text == (
+def test_the_sentences_say_what_the_numbers_say():
+    accuracies, sizes = [0.2, 0.3, 0.991, 0.999, 0.985, 0.03], [2048, 3072, 2**20, 2**21, 2**22, 1024]
+    assert conclusion(rows_for(accuracies, sizes), train_length=256) == (
         "At 4096 tokens, 16 times the training length, OVQ answers 20.0% of the questions with the 64 slots "
-        "it was trained with and 99.1% with 1024 on the same weights; full attention answers 98.5% and a "
-        "window alone 3.0%. The state of OVQ is then 1.0 MiB, 4.0 times smaller than that of full attention "
-        "(4.0 MiB)."
+        "it was trained with and 99.1% with 1024 (state: 2.0 KiB and 1.0 MiB). With the same weights and "
+        "slots, but the dictionary kept by Ward's rule, it answers 30.0% and 99.9% (3.0 KiB and 2.0 MiB). "
+        "Full attention answers 98.5% (4.0 MiB) and a window alone 3.0% (1.0 KiB)."
     )
 
 
-def test_the_sentence_hides_no_bad_result():
-    text = conclusion(rows_for([0.1, 0.1, 0.9, 0.0], [2**20, 2**22, 2**21, 1024]), train_length=256)
-    assert "10.0% with 1024" in text
-    assert "2.0 times larger than that of full attention" in text
+def test_the_sentences_hide_no_bad_result():
+    sizes = [2**20, 2**20, 2**23, 2**23, 2**21, 1024]
+    text = conclusion(rows_for([0.1, 0.05, 0.1, 0.08, 0.9, 0.0], sizes), train_length=256)
+    assert "10.0% with 1024 (state: 1.0 MiB and 8.0 MiB)" in text
+    assert "Ward's rule, it answers 5.0% and 8.0%" in text
+    assert "Full attention answers 90.0% (2.0 MiB)" in text
 
 
 def test_the_full_form_is_the_recipes_with_the_seed(monkeypatch):

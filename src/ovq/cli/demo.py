@@ -25,6 +25,8 @@ def demo(
 ) -> None:
     """Train OVQ, full attention and a window alone on short recall, and test all three on long recall.
 
+    The weights of OVQ are tested with more slots, too, kept by the paper's rule and by Ward's.
+
     Writes results.json, accuracy.png, state.png and the trained model (ovq/) into the folder.
 
     Example: [bold]ovq demo --out demo-out[/bold], then [bold]ovq eval --model demo-out/ovq --lengths

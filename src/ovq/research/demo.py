@@ -1,8 +1,9 @@
 """The demonstration: three models that differ only in their long-range mixer, trained short and tested long.
 
 Run it as `ovq demo --out DIR`. OVQ, full attention and a window alone learn in-context recall with the same
-recipe, at lengths up to 256 tokens. They are tested at up to 16 times that length; OVQ also with a dictionary
-4 and 16 times as large as in training, with the same weights.
+recipe, at lengths up to 256 tokens. They are tested at up to 16 times that length. The weights of OVQ are
+tested with a dictionary as large as in training, 4 and 16 times as large, each kept by the paper's rule, as
+in training, and by Ward's.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from ovq.train.recipes import get_recipe
 RECIPES = ("recall-ovq", "recall-full", "recall-sliding")
 LENGTH_FACTORS = (1, 2, 4, 8, 16)
 SLOT_FACTORS = (1, 4, 16)
+MERGES = ("existing", "ward")
 
 # With this many questions at each length, an accuracy of 0.97 is known to about 0.005.
 _TEST_TOKENS_PER_LENGTH = 65536
@@ -108,7 +110,7 @@ def run_demo(
 
 
 def conclusion(rows: Sequence[ResultRow], *, train_length: int, is_quick: bool = False) -> str:
-    """The result in a sentence or two, made from the numbers.
+    """The result in a few sentences, made from the numbers.
 
     Args:
         rows: Results of the three mixers; those at the longest length are used.
@@ -117,19 +119,23 @@ def conclusion(rows: Sequence[ResultRow], *, train_length: int, is_quick: bool =
     """
     longest = max(row.length for row in rows)
     rows = [row for row in rows if row.length == longest]
-    by_slots = sorted((row for row in rows if row.mixer == "ovq"), key=attrgetter("num_slots"))
-    trained, largest = by_slots[0], by_slots[-1]
+    papers, wards = (
+        sorted((row for row in rows if row.merge == merge), key=attrgetter("num_slots")) for merge in MERGES
+    )
+    trained, *others = papers
     full = next(row for row in rows if row.mixer == "full_attention")
     window = next(row for row in rows if row.mixer == "sliding_attention")
-    ratio = full.state_bytes / largest.state_bytes
-    size = f"{ratio:.1f} times smaller" if ratio >= 1 else f"{1 / ratio:.1f} times larger"
+    by_size = [
+        f"{trained.accuracy:.1%} of the questions with the {trained.num_slots} slots it was trained with",
+        *(f"{row.accuracy:.1%} with {row.num_slots}" for row in others),
+    ]
+    by_ward = [f"{row.accuracy:.1%}" for row in wards]
     text = (
         f"At {longest} tokens, {longest / train_length:g} times the training length, OVQ answers "
-        f"{trained.accuracy:.1%} of the questions with the {trained.num_slots} slots it was trained with and "
-        f"{largest.accuracy:.1%} with {largest.num_slots} on the same weights; full attention answers "
-        f"{full.accuracy:.1%} and a window alone {window.accuracy:.1%}. The state of OVQ is then "
-        f"{format_bytes(largest.state_bytes)}, {size} than that of full attention "
-        f"({format_bytes(full.state_bytes)})."
+        f"{_listed(by_size)} (state: {_bytes_of(papers)}). With the same weights and slots, but the "
+        f"dictionary kept by Ward's rule, it answers {_listed(by_ward)} ({_bytes_of(wards)}). Full attention "
+        f"answers {full.accuracy:.1%} ({_bytes_of([full])}) and a window alone {window.accuracy:.1%} "
+        f"({_bytes_of([window])})."
     )
     if is_quick:
         text = f"This was a quick run, far too short to learn anything; its numbers mean nothing. {text}"
@@ -162,7 +168,7 @@ class _Outcome:
 
 
 def _train_and_test(job: _Job, reporter: RemoteReporter) -> _Outcome:
-    """Train a model, and test it at every length, and with every size of the dictionary if it has one."""
+    """Train a model, and test it at every length, and with every dictionary if it has one."""
     config = job.config
     name = MIXER_NAMES[config.mixer]
     begun = time.monotonic()
@@ -174,15 +180,20 @@ def _train_and_test(job: _Job, reporter: RemoteReporter) -> _Outcome:
         model,
         config.task,
         lengths=lengths,
-        num_slots=[config.model.num_slots * factor for factor in SLOT_FACTORS]
-        if config.mixer == "ovq"
-        else [],
+        **_dictionaries(config),
         num_examples=1 if job.is_quick else [_TEST_TOKENS_PER_LENGTH // length for length in lengths],
         seed=config.train.seed,
         reporter=reporter,
         label=f"test {name}",
     )
     return _Outcome(rows=rows, seconds={"train": trained - begun, "test": time.monotonic() - trained})
+
+
+def _dictionaries(config: RunConfig) -> dict[str, Sequence[Any]]:
+    """What `evaluate` is to try."""
+    if config.mixer != "ovq":
+        return {}
+    return {"num_slots": [config.model.num_slots * factor for factor in SLOT_FACTORS], "merges": MERGES}
 
 
 def _one_answer(folder: Path, seed: int) -> str:
@@ -207,6 +218,21 @@ def _one_answer(folder: Path, seed: int) -> str:
         f"which value belongs to key {_words(key)}? "
         f"The model says {_words(answer)}; right is {_words(expected)}."
     )
+
+
+def _bytes_of(rows: Sequence[ResultRow]) -> str:
+    return _listed([format_bytes(row.state_bytes) for row in rows])
+
+
+def _listed(parts: Sequence[str]) -> str:
+    """Words in a row.
+
+    Example:
+        >>> _listed(["a"]), _listed(["a", "b", "c"])
+        ('a', 'a, b and c')
+    """
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _words(ids: Sequence[int]) -> str:
