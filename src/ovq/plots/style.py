@@ -2,7 +2,7 @@
 
 The hues are Okabe and Ito's, which colour-blind readers can tell apart too, with a grey and a brown for the
 two windows. Lines of one mixer keep its hue and differ in shade, marker and dashes. OVQ has a second blue,
-with a marker of its own, for dictionaries that are kept by Ward's rule. Where all lines have the same mixer,
+with filled markers, for dictionaries that are kept by Ward's rule. Where all lines have the same mixer,
 as in an ablation, they have colours that belong to no mixer.
 """
 
@@ -21,11 +21,14 @@ class Style:
         color: Of the line and its markers, as `#RRGGBB`.
         marker: As matplotlib names it.
         line: Solid or dashed, as matplotlib writes it.
+        is_filled: Whether markers are filled. Where lines lie on each other, hollow ones stay visible as
+            rings.
     """
 
     color: str
     marker: str
     line: str = "-"
+    is_filled: bool = False
 
     def options(self) -> dict[str, Any]:
         """Arguments of `Axes.plot` and `Axes.errorbar`.
@@ -39,11 +42,10 @@ class Style:
             "marker": self.marker,
             "linestyle": self.line,
             "linewidth": 1.8,
-            # A solid line below shows through the dashes.
-            "zorder": 2 if self.line == "-" else 2.2,
+            # A solid line below shows through the dashes, a filled marker through the rings.
+            "zorder": (2 if self.line == "-" else 2.2) - (0.5 if self.is_filled else 0),
             "markersize": 6,
-            # Where lines lie on each other, hollow markers stay visible as rings.
-            "markerfacecolor": "white",
+            "markerfacecolor": self.color if self.is_filled else "white",
             "markeredgewidth": 1.5,
         }
 
@@ -54,7 +56,7 @@ WARD = "ovq, ward"
 # Light, normal and dark shade; black has no darker one.
 _SHADES = {
     "ovq": ("#6DB6E3", "#0072B2", "#08306B"),
-    WARD: ("#9FA0FF", "#3F3CF0", "#1D1780"),
+    WARD: ("#9FA0FF", "#4B3CF0", "#35108F"),
     "full_attention": ("#F3C35C", "#E69F00", "#8F6300"),
     "sliding_attention": ("#A8A8A8", "#5F5F5F", "#3A3A3A"),
     "sink_attention": ("#B57A52", "#6E2C00", "#3B1800"),
@@ -77,7 +79,10 @@ _MARKERS = {
 _DASHES = ("--", "-", "-.")
 _OTHER_MARKERS = ("D", "h", "p", "d", "*", "8", "H")
 
-MIXER_STYLES = {mixer: Style(color=shades[1], marker=_MARKERS[mixer]) for mixer, shades in _SHADES.items()}
+MIXER_STYLES = {
+    mixer: Style(color=shades[1], marker=_MARKERS[mixer], is_filled=mixer == WARD)
+    for mixer, shades in _SHADES.items()
+}
 """The style of each mixer of `ovq.layers.MIXERS`, and of `WARD`, in figures with one line per mixer."""
 
 PALETTE = tuple(
@@ -164,6 +169,7 @@ def _variants(mixer: str, count: int) -> list[Style]:
             if shade == 1 and shade not in places[:i]
             else _OTHER_MARKERS[i % len(_OTHER_MARKERS)],
             line=_DASHES[shade],
+            is_filled=MIXER_STYLES[mixer].is_filled,
         )
         for i, shade in enumerate(places)
     ]

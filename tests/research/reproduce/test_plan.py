@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from ovq.layers import MIXERS
+from ovq.ops.options import MERGES
 from ovq.research.reproduce.engine import count_runs
 from ovq.research.reproduce.evaluations import LossEvaluation, NeedleEvaluation, TaskEvaluation
 from ovq.research.reproduce.figures import FIGURES, get_figure
@@ -107,6 +108,12 @@ def test_every_figure_can_be_built_and_its_models_configured(name, preset):
 @pytest.mark.parametrize("name", ["recall", "positional", "regression", "mqar", "bytes"])
 def test_every_mixer_is_compared(name):
     assert {line.config.mixer for line in get_figure(name, TINY).lines} == set(MIXERS)
+
+
+def test_every_rule_of_merging_is_compared_by_the_growth_it_is_meant_for():
+    models = {line.label: line.config.model for line in get_figure("merge", TINY).lines}
+    assert [(model.merge, model.growth) for model in models.values()] == [(rule, None) for rule in MERGES]
+    assert "cheapest pairs (Ward)" in models
 
 
 def test_figures_share_runs():

@@ -328,12 +328,18 @@ def bias(preset: Preset) -> Figure:
 
 
 def merge(preset: Preset) -> Figure:
-    """Whether keys may be merged into slots that their own chunk opened."""
+    """What is merged: keys into slots from before their chunk or of any age, or the cheapest pairs."""
     return _ablation(
         preset,
         "merge",
         "Which slots a key may be merged into",
-        {"those from before its chunk (OVQ)": {}, "those its chunk opened, too": {"merge": "updated"}},
+        {
+            "those from before its chunk (OVQ)": {},
+            "those its chunk opened, too": {"merge": "updated"},
+            "cheapest pairs (Ward)": {"merge": "ward"},
+        },
+        note="By Ward's rule slots are merged with each other, too. Its growth is immediate: until the "
+        "dictionary is full, it holds more slots than the others.",
     )
 
 
