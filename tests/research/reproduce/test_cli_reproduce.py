@@ -100,7 +100,7 @@ def test_a_figure_and_the_page(capsys, tmp_path, tiny):
     captured = capsys.readouterr()
     assert f"Wrote {tmp_path / 'out' / 'rows' / 'merge'}.json" in captured.err
     assert captured.out.strip() == f"Wrote {tmp_path / 'out' / 'report.html'}"
-    assert len(tiny) == 2
+    assert len(tiny) == 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name[0] != ".") == [
         "figures",
         "report.html",
