@@ -17,18 +17,20 @@ from rich.table import Table
 
 from mixture_regression import CHUNK, HELD_OUT, PRECISIONS, STREAMS, TRAIN, share_of_variance, smooth_values
 from ovq.gmr import GaussianMixtureRegressor
-from ovq.ops.options import VALUE_WEIGHT
 from ovq.runtime.files import write_atomic
 
 SLOTS = 64
+# w, with which values are scaled for all methods alike.
+VALUE_WEIGHT = 0.5
+WARD = {"merge": "ward", "value_weight": VALUE_WEIGHT}
 ONLINE = {"chunk_size": CHUNK}
 METHODS = {
     "paper's rule, one pass": ("partial_fit", ONLINE),
     "the same, growth immediate": ("partial_fit", {**ONLINE, "growth": "immediate"}),
     "Ward, one pass, keys alone (w = 0)": ("partial_fit", {**ONLINE, "merge": "ward", "value_weight": 0.0}),
-    "Ward, one pass": ("partial_fit", {**ONLINE, "merge": "ward"}),
-    "Ward, one pass, chunks of 256": ("partial_fit", {"chunk_size": 256, "merge": "ward"}),
-    "Ward, all tokens in one chunk": ("partial_fit", {"chunk_size": TRAIN, "merge": "ward"}),
+    "Ward, one pass": ("partial_fit", {**ONLINE, **WARD}),
+    "Ward, one pass, chunks of 256": ("partial_fit", {**WARD, "chunk_size": 256}),
+    "Ward, all tokens in one chunk": ("partial_fit", {**WARD, "chunk_size": TRAIN}),
     "EM, hard": ("fit", {}),
     "EM, soft": ("fit", {"assignment": "soft", "max_iter": 30}),
 }

@@ -89,7 +89,7 @@ def evaluate(
         for slots, merge in dictionaries:
             if num_slots and slots is not None:
                 model.set_num_slots(slots)
-            if merges:
+            if merges and merge is not None:
                 model.set_merge(merge, growth=growths.get(merge))
             for at_length, count in zip(tasks, counts, strict=True):
                 row = _evaluate_at(model, at_length, slots, merge, count, seed, work=work, done=done)
@@ -103,7 +103,7 @@ def _put_back(model: OVQForCausalLM) -> Iterator[None]:
     """Evaluation mode; afterwards the mode and the dictionary that the model had."""
     config, was_training = model.config, model.training
     num_slots = config.num_slots
-    merge = {"merge": config.merge, "growth": config.growth}
+    merge, growth = config.merge, config.growth
     model.eval()
     try:
         yield
@@ -111,8 +111,8 @@ def _put_back(model: OVQForCausalLM) -> Iterator[None]:
         model.train(was_training)
         if config.num_slots != num_slots:
             model.set_num_slots(num_slots)
-        if merge != {name: getattr(config, name) for name in merge}:
-            model.set_merge(**merge)
+        if (config.merge, config.growth) != (merge, growth):
+            model.set_merge(merge, growth=growth)
 
 
 def _evaluate_at(
