@@ -114,7 +114,10 @@ class OVQAttention(AttentionMixer):
         Raises:
             ValueError: what the op would refuse, such as `"ward"` with `init="random"`. Nothing is changed.
         """
-        changes: dict[str, Any] = {"merge": merge, "growth": default_growth(merge) if growth is None else growth}
+        changes: dict[str, Any] = {
+            "merge": merge,
+            "growth": default_growth(merge) if growth is None else growth,
+        }
         if value_weight is not None:
             changes["value_weight"] = value_weight
         Options(num_slots=self.num_slots, chunk_size=self.chunk_size, seed=0, **self.learning | changes)
