@@ -30,10 +30,11 @@ CELLS = {
 RULES = {
     "paper's": {"merge": "existing", "growth": "plateau"},
     "Ward, w = 0.5": {"merge": "ward", "growth": "immediate", "value_weight": 0.5},
+    "Ward, w = 0.35": {"merge": "ward", "growth": "immediate", "value_weight": 0.35},
     "Ward, w = 0.25": {"merge": "ward", "growth": "immediate", "value_weight": 0.25},
 }
 # What decides the weight of values, at one size each.
-WEIGHTS = (0.0, 0.125, 0.35, 1.0)
+WEIGHTS = (0.0, 0.125, 1.0)
 WEIGHT_CELL = (256, 4096)
 
 

@@ -27,7 +27,7 @@ def recount(keys, values, num_slots, chunk_size):
     return slots
 
 
-def recount_by_likelihood(keys, values, num_slots, chunk_size, growth="immediate", value_weight=0.25):
+def recount_by_likelihood(keys, values, num_slots, chunk_size, growth="immediate", value_weight=0.35):
     """The same by merge="ward", from its definition: what the sum of squared distances to means grows by."""
     slots = []
     for start in range(0, len(keys) // chunk_size * chunk_size, chunk_size):

@@ -185,7 +185,7 @@ class OVQPreTrainedModel(PreTrainedModel):
             >>> model = OVQModel(config)
             >>> model.set_merge("ward")
             >>> model.config.merge, model.config.growth, model.config.value_weight
-            ('ward', 'immediate', 0.25)
+            ('ward', 'immediate', 0.35)
         """
         for layer in self._ovq_layers():
             layer.set_merge(merge, growth=growth, value_weight=value_weight)
