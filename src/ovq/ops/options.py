@@ -16,8 +16,8 @@ ORDINARY = (1e-15, 1e15)
 # The rank of a key that is not finite, so has no cosine. Those are at most 1: it is the last to open a slot.
 NO_COSINE = 2.0
 
-# w of `merge="ward"`, for keys of length 1. What is best depends on the weights of a model; this is good for all
-# that were measured (docs/results.md).
+# w of `merge="ward"`, for keys of length 1. What is best depends on the weights of a model; this is good for
+# all that were measured (docs/results.md).
 VALUE_WEIGHT = 0.35
 
 INITS = ("novelty", "random")
