@@ -211,7 +211,8 @@ def test_gradients_through_slots_that_were_merged(backend, dtype):
     """Against autograd through the reference, from a full dictionary on, by way of many merges of slots."""
     q, k, v = stream("clustered", dtype)
     q, k, v = torch.cat([q, q.roll(1, 1)], 2), k, v
-    options = {**WARD, "num_slots": 20, "chunk_size": CHUNK_SIZE}
+    # A weight with which slots of this stream are merged: the test says so below.
+    options = {**WARD, "num_slots": 20, "chunk_size": CHUNK_SIZE, "value_weight": 0.5}
     _, state = attend(q[:, :40], k[:, :40], v[:, :40], **options)
     tokens = [x[:, 40:] for x in (q, k, v)]
     after, grads = gradients_from(state, tokens, backend, options)
