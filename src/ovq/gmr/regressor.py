@@ -1,12 +1,12 @@
-"""The theory of OVQ as code: regression by a Gaussian mixture learned online, a scikit-learn estimator.
+"""The theory of OVQ as a scikit-learn estimator: regression by a Gaussian mixture that is learned online.
 
 The pairs (key, value) of a stream are modelled by a mixture with weights c_n / t, means (D_k[n], D_v[n]) and
-covariance I / b. An OVQ layer reads the conditional mean of this mixture given a query, and learns it by hard
-assignment online (`docs/math.md`, sections 3 and 5; `tests/test_gmr.py` and `tests/test_gmr_ward.py` show
-both).
+covariance I / b. An OVQ layer reads the conditional mean of this mixture given a query, and learns the
+mixture online by hard assignment (`docs/math.md`, sections 3 and 5; `tests/test_gmr.py` and
+`tests/test_gmr_ward.py` show both).
 
-This is plain NumPy in float64, written independently of the op, so that each checks the other. It needs
-scikit-learn, which nothing else here does: `pip install 'ovq[theory]'`.
+This is plain NumPy in float64, written independently of the op, so that each checks the other. Only this part
+of the package needs scikit-learn: `pip install 'ovq[theory]'`.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ Array = NDArray[np.float64]
 class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     """Regression of values on keys by a Gaussian mixture over both, with one spherical covariance I / b.
 
-    `partial_fit` learns as an OVQ layer does, in one pass and constant memory: in each chunk, the least
-    familiar keys open slots and the others are merged into the nearest slot; or, with `merge="ward"`, the
-    cheapest pairs of slots and tokens are merged until they fit. `fit` sees all the data at once
-    and iterates expectation-maximisation over (key, value) to convergence, from k-means++ centres; this shows
-    what a dictionary of that size can do. `predict` is the conditional mean E[value | key].
+    `partial_fit` learns as an OVQ layer does, in one pass and constant memory: in each chunk, the most novel
+    keys open slots and the others are merged into the nearest slot; or, with `merge="ward"`, the cheapest
+    pairs of slots and tokens are merged until they fit. `fit` sees all the data at once and iterates
+    expectation-maximisation over (key, value) to convergence, from k-means++ centres; this shows what a
+    dictionary of that size can do. `predict` is the conditional mean E[value | key].
 
     Args:
         num_slots: N, the largest number of components.
         chunk_size: C, the number of tokens that `partial_fit` keeps unchanged before it merges them.
         precision: b, the inverse variance; the op's `scale`. None: sqrt(K) for keys of K components.
         bias: `"count+norm"`, the log of the mixture's density, or `"count"`, which leaves out -b |D|^2 / 2,
-            as the op's default does. Both read the same for means of equal norm; otherwise `"count"` is no
-            density.
+            as the op's default does. Both give the same read for means of equal norm; otherwise `"count"` is
+            not a density.
         assignment: `"hard"`: a token belongs to one slot (k-means; OVQ); `"soft"`: to each slot in proportion
-            to its posterior. `partial_fit` assigns by the key alone, to slots that existed before the chunk,
-            and if hard by the largest dot product, as OVQ does. `fit` assigns by key and value, and if hard
-            by distance.
-        growth: The schedule of the dictionary in `partial_fit`, as in the op. None: the op's default.
-        merge: What `partial_fit` merges: keys into slots that existed before the chunk (`"existing"`), or the
-            cheapest pairs of slots and tokens (`"ward"`), as in the op. The latter assigns hard.
+            to its posterior. `partial_fit` assigns by the key alone, to slots that existed before the chunk;
+            its hard assignment takes the largest dot product, as OVQ does. `fit` assigns by key and value;
+            its hard assignment takes the smallest distance.
+        growth: the schedule of the dictionary in `partial_fit`, as in the op. None: the op's default.
+        merge: what `partial_fit` merges: keys into slots that existed before the chunk (`"existing"`), or the
+            cheapest pairs of slots and tokens (`"ward"`), as in the op. `"ward"` needs hard assignment.
         value_weight: w of `merge="ward"`, as in the op.
-        max_iter: Most iterations of `fit`.
+        max_iter: the largest number of iterations of `fit`.
         tol: `fit` ends when no mean moves by more than this.
-        random_state: Of the k-means++ start of `fit`.
+        random_state: seeds the k-means++ start of `fit`.
 
     Attributes:
         key_sum_: `[n, K]` sums of the keys of each slot, weighted by how much they belong to it.
@@ -67,11 +67,11 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         count_: `[n]` weights of the slots; they add up to the number of tokens merged.
         pending_keys_: `[p, K]` keys of the incomplete last chunk, each a component of count 1.
         pending_values_: `[p, V]` their values.
-        num_seen_: Tokens seen.
-        n_iter_: Iterations of the last `fit`; after `partial_fit` alone, the chunks merged.
+        num_seen_: number of tokens seen.
+        n_iter_: iterations of the last `fit`; after `partial_fit` alone, the number of chunks merged.
 
     Raises:
-        ValueError: On first use, if an argument is not one of those above.
+        ValueError: on first use, if an argument has a value not listed above.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -123,10 +123,10 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return self.value_sum_ / self.count_[:, None]
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> GaussianMixtureRegressor:
-        """Expectation-maximisation over all data: keys `[T, K]` and values `[T, V]` or `[T]`.
+        """Run expectation-maximisation over all data: keys `[T, K]` and values `[T, V]` or `[T]`.
 
-        Soft iterations raise the likelihood of the mixture for the given b. Hard iterations lower the squared
-        distances to the nearest means, which is k-means. Components that lose all weight are dropped.
+        Soft iterations raise the likelihood of the mixture for the given b. Hard iterations are k-means: they
+        lower the squared distances to the nearest means. Components that lose all weight are dropped.
         """
         keys, values = self._validated(X, y, is_first=True)
         points = np.hstack([keys, values])
@@ -168,7 +168,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return self
 
     def predict(self, X: ArrayLike) -> Array:
-        """The conditional mean E[value | key] `[T, V]` (`[T]` if the values given were) at keys `[T, K]`."""
+        """The conditional mean E[value | key] at keys `[T, K]`: `[T, V]`, or `[T]` if values were `[T]`."""
         means = self.posterior(X) @ self._components()[1]
         return means[:, 0] if self._is_single else means
 
@@ -203,7 +203,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         )
 
     def _validated(self, X: ArrayLike, y: ArrayLike, *, is_first: bool) -> tuple[Array, Array]:
-        """Keys `[T, K]` and values `[T, V]` in float64; the first call determines which shapes are valid."""
+        """Keys `[T, K]` and values `[T, V]` in float64; the first call determines the valid shapes."""
         self._check_arguments()
         keys, targets = validate_data(
             self,
@@ -229,7 +229,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 raise ValueError(f"{name}: expected an integer of at least 1, found {value!r}")
         choices = {
             "bias": BIASES,
-            # A pair merges as a whole.
+            # Ward's rule merges whole items, so there is no soft assignment.
             "assignment": ASSIGNMENTS if self.merge != "ward" else ASSIGNMENTS[:1],
             "growth": (None, *GROWTHS),
             "merge": MERGES,
@@ -242,15 +242,14 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             raise ValueError(f"precision: expected a positive number or None, found {self.precision!r}")
 
     def _scores(self, points: Array, means: Array, count: Array, *, has_norm: bool) -> Array:
-        """log c + b x.D (- b |D|^2 / 2): the log density of each component, without the terms that all
-        share."""
+        """log c + b x.D (- b |D|^2 / 2): the log density of each component up to terms common to all."""
         products = points @ means.T
         if has_norm:
             products -= np.square(means).sum(-1) / 2
         return self._precision * products + np.log(count)
 
     def _shares_of_pairs(self, points: Array, means: Array, count: Array) -> Array:
-        """How much each point `[T, K + V]` belongs to each component: the E-step of `fit`."""
+        """The share of each point `[T, K + V]` that belongs to each component: the E-step of `fit`."""
         if self.assignment == "soft":
             return _softmax(self._scores(points, means, count, has_norm=True))
         return np.eye(len(means))[(points @ means.T - np.square(means).sum(-1) / 2).argmax(1)]
@@ -271,9 +270,9 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.n_iter_ += 1
 
     def _merge_nearest(self, keys: Array, values: Array, wanted: int) -> None:
-        """Grow to `wanted` slots by the least familiar keys of a chunk; merge the others into the nearest."""
+        """Grow to `wanted` slots by the most novel keys of a chunk; merge the others into the nearest."""
         is_first = not len(self.count_)
-        # The first key of a stream opens slot 0, and the rest of its chunk is compared with that.
+        # The first key of a stream opens slot 0, with which the rest of its chunk is compared.
         means, count = (keys[:1], np.ones(1)) if is_first else (self.keys_, self.count_)
         dots = keys @ means.T
         lengths = np.linalg.norm(keys, axis=1)[:, None] * np.linalg.norm(means, axis=1)
@@ -295,7 +294,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.count_[existing] += shares.sum(0)
 
     def _merge_cheapest(self, keys: Array, values: Array, wanted: int) -> None:
-        """Merge pairs of slots and tokens of a chunk, the cheapest first, until `wanted` are left."""
+        """Merge pairs of slots and tokens of a chunk, the cheapest first, until `wanted` items are left."""
         existing = len(self.count_)
         count = np.concatenate([self.count_, np.ones(len(keys))])
         mean_values = np.concatenate([self.values_, values])
@@ -304,7 +303,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         lowest = ward_clusters(
             np.hstack([np.concatenate([self.keys_, keys]), factor * mean_values]), count, wanted
         )
-        # A cluster keeps its lowest slot; one of tokens alone gets a slot that became free, or a new one.
+        # A cluster keeps its lowest slot. One of tokens alone takes a slot that became free, or a new slot.
         slots = np.unique(lowest)
         is_new = slots >= existing
         places = slots.copy()

@@ -1,7 +1,7 @@
-"""Ward's clustering under a weight per point, exactly and in the order of the costs, in plain NumPy.
+"""Ward's clustering with a weight per point, exact and in order of cost, in plain NumPy.
 
-The op computes the costs of a merged pair from its mean; here they come from the costs of its two parts, by
-the formula of Lance and Williams (`docs/math.md`, section 5), so that each checks the other.
+The op computes the costs of a merged pair from its mean; this file computes them from the costs of its two
+parts, by the formula of Lance and Williams (`docs/math.md`, section 5), so that each checks the other.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def ward_clusters(points: NDArray[np.float64], count: NDArray[np.float64], num_l
 
     Args:
         points: `[n, D]` the items; an item may be the mean of several points.
-        count: `[n]` how many points each item stands for.
-        num_left: the number of clusters to end with.
+        count: `[n]` the number of points that each item stands for.
+        num_left: the number of clusters that are to be left.
 
     Returns:
-        The lowest item of the cluster of each item, `[n]`.
+        For each item, the lowest item of its cluster, `[n]`.
 
     Example:
         >>> ward_clusters(np.array([[0.0], [5.0], [0.1], [5.3]]), np.ones(4), 2)
@@ -37,7 +37,7 @@ def ward_clusters(points: NDArray[np.float64], count: NDArray[np.float64], num_l
     cost[index, index] = np.inf
     for _ in range(len(points) - num_left):
         best = cost.min()
-        # Costs within rounding of zero are zero; of equally cheap pairs the first is merged.
+        # Costs within rounding of zero count as zero; of equally cheap pairs, the first is merged.
         limit = tie if best <= tie else best + tie
         a, b = divmod(int((cost <= limit).argmax()), len(points))
         merged = (count[a] + count) * cost[a] + (count[b] + count) * cost[b] - count * cost[a, b]

@@ -1,4 +1,4 @@
-"""`ovq_attention`: the front door. Checks its arguments and hands them to a backend."""
+"""`ovq_attention`: the entry point. It checks its arguments and hands them to a backend."""
 
 from __future__ import annotations
 
@@ -56,49 +56,51 @@ def ovq_attention(
 ) -> tuple[Tensor, OVQState | None]:
     """Online vector-quantized attention.
 
-    Each query attends by one softmax to the slots of a dictionary learned online from the chunks before its
-    own (at most `num_slots` mean keys and values, biased by the log of their counts) and exactly to its own
-    chunk up to itself. Time is linear in T, memory constant. q and k are used as they come: the layer
-    L2-normalises them.
+    Each query attends with one softmax to two things: the slots of a dictionary that was learned online from
+    the earlier chunks (at most `num_slots` mean keys and values per head, biased by the log of their counts),
+    and the tokens of its own chunk up to and including itself. Time is linear in T, memory is constant. q and
+    k are used as they are; the layer L2-normalises them.
 
     Args:
         q: `[B, T, H, K]` queries; float32, float64, bfloat16 or float16.
         k: `[B, T, Hkv, K]` keys; Hkv divides H, and query head h reads key/value head h // (H / Hkv).
         v: `[B, T, Hkv, V]` values; V may differ from K.
-        num_slots: N, the bound on the slots of a head.
-        chunk_size: C, tokens of a chunk. Part of the model, not a tiling choice: it changes the output.
+        num_slots: N, the largest number of slots per head.
+        chunk_size: C, tokens per chunk. Part of the model, not a tiling choice: it changes the output.
         scale: factor of the dot products, a float or a (differentiable) tensor `[H]`; None means sqrt(K).
         initial_state: the state of an earlier call to continue from. It is not changed.
         output_final_state: also return the state after the last token.
-        attention_mask: `[B, T]` of 0 and 1; the ones of a row are contiguous, the padding is left or right.
-            Padding gives zeros, and leaves no trace in the state. The layers of a model pass `RowBounds`
-            instead: rows that were checked once for all of them.
+        attention_mask: `[B, T]` of 0 and 1; the ones of a row are contiguous, with padding left or right of
+            them. The output is zero at padding, and padding does not enter the state. The layers of a model
+            pass `RowBounds` instead, which was checked once for all layers.
         cu_seqlens: `[rows + 1]` bounds of rows packed into a batch of 1; a state then has that many rows.
-        growth: how the dictionary grows with t tokens, `"plateau"` (t N / (t + N)), `"linear"` or
-            `"immediate"` (every token a slot while there is room). None: `"immediate"` with merge `"ward"`,
-            else `"plateau"`.
-        init: which keys open slots, the least similar to all slots (`"novelty"`) or a `"random"` choice.
+        growth: how the dictionary grows with the number t of tokens: `"plateau"` (t N / (t + N)), `"linear"`
+            or `"immediate"` (one slot per token while there is room). None: `"immediate"` with merge
+            `"ward"`, else `"plateau"`.
+        init: which keys open slots: those least similar to all slots (`"novelty"`), or a `"random"` choice.
         merge: whether other keys go to the slots that existed before their chunk (`"existing"`, the paper's
-            rule) or also to those that it opened (`"updated"`). Or `"ward"`: of all slots and tokens the
-            cheapest pairs are merged, keys and values considered, slots with slots included, until they fit.
-        bias: what the score of a slot D of count c gets beside scale q.D: log c (`"count"`), or log c -
-            scale |D|^2 / 2 (`"count+norm"`, the term that equal norms would cancel). A token of the chunk is
-            a slot of count 1.
+            rule) or also to those that the chunk opened (`"updated"`). With `"ward"`, the cheapest pairs of
+            slots and tokens are merged until they fit, slots with slots included; costs depend on keys and
+            values.
+        bias: what is added to the score scale q.D of a slot with mean D and count c: log c (`"count"`), or
+            log c - scale |D|^2 / 2 (`"count+norm"`, a term that cancels where all norms are equal). A token
+            of the chunk is a slot of count 1.
         rate: how far a slot's means move towards each token merged into it, in order of position: 1 / count
-            (`"count"`, the running mean), or a constant share in (0, 1]. Counts add up either way. A constant
-            rate cannot be rewound: training keeps every chunk's probabilities, so it is for ablations.
-        value_weight: w of `merge="ward"`: how much distances between values, relative to their mean squared
-            length, weigh beside those between keys.
+            (`"count"`, the running mean), or a constant share in (0, 1]. Counts add up either way. Steps at a
+            constant rate cannot be undone in the backward, so training keeps the probabilities of every
+            chunk: this is meant for ablations.
+        value_weight: w of `merge="ward"`: the weight of distances between values, relative to their mean
+            squared length, beside those between keys.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
             this processor; float32 and bfloat16), `"triton"` (kernels for GPUs; default `init` and `merge`,
-            no float64) or `"auto"`: the fastest that can; `backend_used()` tells which ran.
+            no float64) or `"auto"`: the fastest that can run the call; `backend_used()` tells which ran.
 
     Returns:
         Outputs `[B, T, H, V]` in the dtype of `q`, and the final `OVQState` (None unless asked for).
 
     Raises:
-        ValueError: if an argument does not fit, saying what was expected and what was found.
+        ValueError: if an argument does not fit; the message says what was expected and what was found.
 
     Source: arXiv 2602.03922; `docs/math.md` says which choices are this project's.
 
@@ -148,7 +150,7 @@ def _seed(init: str, generator: torch.Generator | None) -> int:
 
 
 def _is_traced(backend: str, q: Tensor, v: Tensor, options: Options) -> bool:
-    """Whether a call without a state becomes one node of a compiled graph: where Triton's kernels run it."""
+    """Whether a call without a state becomes one node of a compiled graph: only if Triton runs it."""
     global _used
     wants = backend == "triton" or (backend == "auto" and q.is_cuda)
     if not wants or refusal_of(q, v, options):
@@ -157,7 +159,7 @@ def _is_traced(backend: str, q: Tensor, v: Tensor, options: Options) -> bool:
     return True
 
 
-# Not compiled: what a call does depends on lengths and on the state, in plain Python.
+# Not compiled: plain Python decides what a call does, from the lengths of rows and from the state.
 @uncompiled
 def _attention(
     q: Tensor,
@@ -171,7 +173,7 @@ def _attention(
     options: Options,
     backend: str,
 ) -> tuple[Tensor, OVQState | None]:
-    """`ovq_attention`, its arguments but those of rows and state checked."""
+    """`ovq_attention` after all arguments but those of rows and state have been checked."""
     global _used
     call = checked_call(
         q, k, v, scale, initial_state, output_final_state, attention_mask, cu_seqlens, options

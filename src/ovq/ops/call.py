@@ -1,4 +1,4 @@
-"""`Call`: one call of `ovq_attention`, its arguments checked, as every backend gets it."""
+"""`Call`: one call of `ovq_attention` with checked arguments, in the form that every backend receives."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowBounds:
-    """Rows in the place of the mask or the packing that they were checked with.
+    """The rows of a call, already checked; passed in place of the mask or the offsets that they came from.
 
-    A model makes them once for all of its layers. They are a tensor, so that a compiled graph fits any rows.
+    A model makes them once for all of its layers. They are held in a tensor, so that one compiled graph
+    serves rows of any lengths.
 
     Attributes:
         bounds: `[2, R]` int64 on the CPU, starts and lengths as in `Rows`.
@@ -48,10 +49,10 @@ class Call:
     Attributes:
         q: `[B, T, H, K]`. k: `[B, T, Hkv, K]`. v: `[B, T, Hkv, V]`.
         scale: `[H]` in the dtype of the sums.
-        state: the state to continue from, which must stay as it is; an empty one at the start.
+        state: the state to continue from, empty at the start of a stream; backends must not change it.
         rows: where the tokens of each row lie.
-        options: what defines the layer.
-        wants_state: whether the state afterwards was asked for.
+        options: the settings that define the layer.
+        wants_state: whether the caller asked for the state afterwards.
     """
 
     q: Tensor
@@ -65,7 +66,7 @@ class Call:
 
     @property
     def num_tokens(self) -> int:
-        """Places of the flattened input, B * T."""
+        """Positions in the flattened input, B * T, padding included."""
         return self.q.shape[0] * self.q.shape[1]
 
     @property
@@ -75,7 +76,7 @@ class Call:
 
     @property
     def group_size(self) -> int:
-        """Query heads of a key/value head."""
+        """Query heads per key/value head, G."""
         return self.q.shape[2] // self.k.shape[2]
 
     @property

@@ -1,4 +1,4 @@
-"""The front door's checks: what callers may hand to the op, and errors that say what was found instead."""
+"""Checks of the op's arguments; their errors say what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def checked_call(
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> Call:
-    """A call whose tensors, scale and options were checked before; checks its rows and its state."""
+    """The call of tensors, scale and options that were checked before; checks its rows and its state."""
     rows = checked_rows(q, attention_mask, cu_seqlens)
     if initial_state is not None:
         check_state(initial_state, len(rows), k, v, options)
@@ -107,7 +107,7 @@ def checked_rows(q: Tensor, attention_mask: Tensor | RowBounds | None, cu_seqlen
 
 
 def packed_bounds(batch: int, length: int, cu_seqlens: Tensor) -> Tensor:
-    """`RowBounds.bounds` of rows packed into one of `length` tokens; ValueError if they cannot be."""
+    """`RowBounds.bounds` of rows packed into `length` tokens; ValueError if the offsets do not fit."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         found = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise ValueError(f"cu_seqlens: expected an int32 or int64 tensor, found {found}")
@@ -125,7 +125,7 @@ def packed_bounds(batch: int, length: int, cu_seqlens: Tensor) -> Tensor:
 
 
 def checked_mask(attention_mask: Tensor) -> Tensor:
-    """A mask `[B, T]` as bool on the CPU; ValueError unless the ones of each row are contiguous."""
+    """A mask `[B, T]` as bool on the CPU; raises ValueError unless the ones of each row are contiguous."""
     mask = attention_mask.to("cpu")
     if bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(f"attention_mask: expected 0 and 1 only, found {mask.unique()[:8].tolist()}")
@@ -142,7 +142,7 @@ def checked_mask(attention_mask: Tensor) -> Tensor:
 
 
 def masked_bounds(mask: Tensor) -> Tensor:
-    """`RowBounds.bounds` of a mask `[B, T]` from `checked_mask`."""
+    """`RowBounds.bounds` of a mask `[B, T]` that `checked_mask` returned."""
     batch, length = mask.shape
     first = mask.int().argmax(-1) if length else torch.zeros(batch, dtype=torch.int64)
     return torch.stack([torch.arange(batch) * length + first, mask.sum(-1)])

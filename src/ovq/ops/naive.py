@@ -1,7 +1,7 @@
 """The reference: OVQ attention in plain loops, one row, one head, one token at a time.
 
-Written to be read beside the algorithm (`docs/math.md`), and the oracle of every other backend. It is slow on
-purpose, works in any floating dtype and is differentiated by ordinary autograd.
+It is written to be read beside the algorithm (`docs/math.md`), and every other backend is tested against it.
+It puts clarity before speed, works in any floating-point dtype and is differentiated by ordinary autograd.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class _Head:
 
 
 def refusal(call: Call) -> str | None:
-    """None: it runs every call."""
+    """Always None: this backend runs every call."""
     return None
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
-    """Row by row; padding gives zeros."""
+    """Run a call row by row; outputs at padding are zero."""
     flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (call.q, call.k, call.v))
     pieces, states, end = [], [], 0
     for r, (start, length) in enumerate(zip(call.rows.starts, call.rows.lengths, strict=True)):
@@ -174,11 +174,11 @@ def _learn(chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int,
         scores = _scores(chunk_k, means)
     opened = {j: existing + i for i, j in enumerate(opening)}
     slots = {j: opened[j] if j in opened else _nearest(scores[j], chunk_k[j], means) for j in rest}
-    # In order of position; but a constant rate moves a slot from the key that opened it.
+    # In order of position. At a constant rate the keys that open slots come first: slots move from them.
     for j in rest if options.rate == "count" else sorted(rest, key=lambda j: j not in opened):
         head.merge_into(slots[j], chunk_k[j], chunk_v[j], options.rate)
     if options.rate != "count":
-        # Such steps are taken in float64; what is kept between chunks is as wide as all sums.
+        # These steps are taken in float64; between chunks the result is kept in the dtype of all sums.
         head.key_sum = [rounded(s.double(), chunk_k.dtype) for s in head.key_sum]
         head.value_sum = [rounded(s.double(), chunk_v.dtype) for s in head.value_sum]
 
@@ -186,7 +186,7 @@ def _learn(chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int,
 def _learn_by_likelihood(
     chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int, options: Options
 ) -> None:
-    """merge="ward": of slots and tokens of a complete chunk, merge the cheapest pairs until they fit."""
+    """merge="ward": merge the cheapest pairs of slots and tokens of a complete chunk until they fit."""
     existing, size = len(head.count), len(chunk_k)
     wanted = grown_slots(
         existing,
@@ -198,7 +198,7 @@ def _learn_by_likelihood(
     key_sum, value_sum = [*head.key_sum, *chunk_k], [*head.value_sum, *chunk_v]
     count = head.count + [1] * size
     clusters = _clusters(key_sum, value_sum, count, existing + size - wanted, options.value_weight)
-    # A cluster is kept by its lowest slot; one of tokens alone gets a slot that became free, or a new one.
+    # A cluster stays in its lowest slot. One of tokens alone takes a slot that became free, or a new slot.
     kept = {cluster[0] for cluster in clusters}
     free = [i for i in range(wanted) if i >= existing or i not in kept]
     head.open_slots(wanted - existing, chunk_k[0], chunk_v[0])
@@ -213,9 +213,9 @@ def _learn_by_likelihood(
 def _clusters(
     key_sum: list[Tensor], value_sum: list[Tensor], count: list[int], num_merges: int, value_weight: float
 ) -> list[list[int]]:
-    """Items merged pair by pair, the cheapest first: the items of each cluster, in order of their lowest."""
+    """Merge items pair by pair, the cheapest first. Returns the items of each cluster, by lowest item."""
     c = torch.tensor(count, dtype=torch.float64)
-    # Means as they are read, in the dtype of the sums.
+    # Means as the read sees them, in the dtype of the sums.
     keys, values = (
         torch.stack([s / n for s, n in zip(sums, count, strict=True)]).double()
         for sums in (key_sum, value_sum)
@@ -228,10 +228,10 @@ def _clusters(
     tie = TIE * float(squares[squares.isfinite()].max()) if squares.isfinite().any() else 0.0
 
     def cost(a: int) -> Tensor:
-        """Of merging item a with each: what the squared distances to means, summed, grow by."""
+        """Cost of merging item a with each other one: how much the squared distances to means grow in sum."""
         squared = (x - x[a]).square().sum(-1)
         costs = torch.where(squared.isfinite(), c * c[a] / (c + c[a]) * squared, torch.inf)
-        # What rounding leaves of no distance is none.
+        # Costs within rounding of zero count as zero.
         return costs.masked_fill(costs <= tie, 0)
 
     costs = torch.stack([cost(a) for a in range(len(count))])
@@ -239,7 +239,7 @@ def _clusters(
     costs = costs.masked_fill(torch.ones_like(costs, dtype=torch.bool).tril(), torch.nan)
     for _ in range(num_merges):
         best = costs[~costs.isnan()].min()
-        # Of equally cheap pairs the first: that of the lowest item, and of its lowest partner.
+        # Of equally cheap pairs, take the one with the lowest first item, then with the lowest second item.
         a, b = (costs <= best + tie).nonzero()[0].tolist()
         x[a] = (c[a] * x[a] + c[b] * x[b]) / (c[a] + c[b])
         c[a] += c[b]
@@ -282,7 +282,7 @@ def _openers(
     last = sorted(priority[j] for j in candidates)[num - 1]
     clear = [j for j in candidates if priority[j] < last - TIE]
     tied = [j for j in candidates if abs(priority[j] - last) <= TIE]
-    # Of equally novel keys the earlier open slots.
+    # Of equally novel keys, the earlier ones open slots.
     return sorted(clear + tied[: num - len(clear)])
 
 

@@ -5,19 +5,19 @@ import math
 
 from ovq.ops.schedule import GROWTHS
 
-# Scores closer than this, relative to the lengths of the vectors, are equal: float64 sums taken in another
-# order differ by a hundredth of it. It makes ties of repeated keys ties in every backend.
+# Scores that differ by less than this, relative to the lengths of the vectors, count as equal. Adding a
+# float64 sum in another order changes it by a hundredth of this, so repeated keys tie in every backend.
 TIE = 1e-12
-# What lengths are clamped to before a division: a vector of length 0 has cosine 0 with everything.
+# Smallest length that is divided by: a vector of length 0 then has cosine 0 with every other.
 TINY = 1e-30
-# Between these lengths float32 products of two vectors neither vanish nor overflow. Where a key or the mean
-# of a slot is shorter or longer, but not zero, routing takes float64 from the start.
+# Between these lengths, float32 products of two vectors neither vanish nor overflow. Where a key or the mean
+# of a slot is shorter or longer, but not zero, routing uses float64 from the start.
 ORDINARY = (1e-15, 1e15)
-# The rank of a key that is not finite, so has no cosine. Those are at most 1: it is the last to open a slot.
+# Stands for the cosine of a key that is not finite. Cosines are at most 1, so it is the last to open a slot.
 NO_COSINE = 2.0
 
-# w of `merge="ward"`, for keys of length 1. What is best depends on the weights of a model; this is good for
-# all that were measured (docs/results.md).
+# w of `merge="ward"`, for keys of length 1. The best value depends on the weights of a model; this one is
+# good for all models that were measured (docs/results.md).
 VALUE_WEIGHT = 0.35
 
 INITS = ("novelty", "random")
@@ -27,19 +27,20 @@ BIASES = ("count", "count+norm")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The choices that define the layer, beside its tensors: what a backend must not change.
+    """The settings that, together with its tensors, define the layer: no backend may change them.
 
     Attributes:
-        num_slots: the bound N on the slots of a head.
-        chunk_size: C, tokens of a chunk.
+        num_slots: N, the largest number of slots per head.
+        chunk_size: C, tokens per chunk.
         growth: the schedule, `"plateau"`, `"linear"` or `"immediate"`.
         init: which keys open slots, `"novelty"` or `"random"`.
-        merge: where the others go, `"existing"` or `"updated"` slots; or `"ward"`, the cheapest pairs of
-            slots and tokens merge.
+        merge: where the other keys go, `"existing"` or `"updated"` slots; or `"ward"`, which merges the
+            cheapest pairs of slots and tokens.
         seed: seeds `init="random"`.
         bias: what is added to the scores of slots, `"count"` (log c) or `"count+norm"`.
         rate: how far a slot mean moves to a key merged into it: `"count"` (1 / count) or a constant share.
-        value_weight: w, what distances between values weigh beside those between keys in `merge="ward"`.
+        value_weight: w, the weight of distances between values relative to those between keys in
+            `merge="ward"`.
     """
 
     num_slots: int
@@ -63,7 +64,7 @@ class Options:
                 raise ValueError(f"{name}: expected an integer of at least 1, found {value!r}")
         check_rate("rate", self.rate)
         check_value_weight("value_weight", self.value_weight)
-        # Nothing is chosen to open a slot, and no mean moves by steps, where pairs are merged.
+        # Where pairs are merged, no key is chosen to open a slot, and no mean moves by steps.
         for name, only in (("init", "novelty"), ("rate", "count")):
             if self.merge == "ward" and getattr(self, name) != only:
                 raise ValueError(
@@ -72,7 +73,7 @@ class Options:
 
 
 def default_growth(merge: str) -> str:
-    """The growth that a merge rule is meant for: merging pairs, nothing is merged while there is room."""
+    """The growth that a merge rule is meant for: with `"ward"`, nothing is merged while there is room."""
     return "immediate" if merge == "ward" else "plateau"
 
 

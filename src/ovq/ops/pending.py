@@ -1,4 +1,4 @@
-"""`PendingBuffers`: pending tokens that decode steps write in place, without any state seeing it."""
+"""`PendingBuffers`: buffers of pending tokens that decode steps write in place, unseen by earlier states."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclasses.dataclass(eq=False)
 class PendingBuffers:
-    """Copies of pending keys and values, shared by a chain of decode steps that each write one place further.
+    """Copies of pending keys and values, shared by a chain of decode steps that each write the next place.
 
-    A state never looks beyond its own tokens, so a step may write the place after them, unless a step from
-    the same state did so before. No tensors but these copies are ever written to: a state of any others, be
-    they a caller's or the op's, is copied by the first step. Whoever makes a state need not think of it.
+    A state never reads beyond its own tokens, so a step may write the place after them, unless another step
+    from the same state has already done so. Only these copies are ever written to: if a state holds other
+    tensors, its caller's or the op's, the first step copies them. Code that makes a state need not know this.
 
     Attributes:
         keys: `[B, Hkv, C, K]`. values: `[B, Hkv, C, V]`.
@@ -46,6 +46,6 @@ class PendingBuffers:
         if not self.are(keys, values) or places != self.written:
             return False
         if keys.is_inference() and not torch.is_inference_mode_enabled():
-            return False  # PyTorch forbids to write it.
+            return False  # PyTorch does not allow writing to it.
         self.written = [p + 1 for p in places]
         return True

@@ -1,7 +1,7 @@
-"""`OVQState`: what a stream of tokens leaves behind, in constant memory.
+"""`OVQState`: the memory of the tokens read so far, of constant size.
 
-A state is a value: no operation changes one that was handed in, so keeping an old state *is* a snapshot of
-it. Saving and loading live in `serialization.py`.
+A state is a value: no operation changes a state that it is given, so to keep a snapshot, keep the state.
+`serialization.py` saves and loads states.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values
 
 @dataclasses.dataclass(eq=False)
 class OVQState:
-    """The dictionary of every row and key/value head, and the tokens not merged into it yet.
+    """The dictionary of every row and key/value head, and the tokens that are not yet merged into it.
 
     Attributes:
         key_sum: `[B, Hkv, M, K]` sums of the keys assigned to each slot, float32 (float64 for float64
@@ -32,11 +32,11 @@ class OVQState:
         count: `[B, Hkv, M]` tokens assigned to each slot, int64, so that it stays exact at any length.
             Spare slots have count 0 and sums 0.
         pending_keys: `[B, Hkv, C, K]` keys of the incomplete last chunk, in the dtype of the inputs.
-            Row b uses its first `num_pending[b]` places; what lies beyond has no meaning.
+            Row b uses its first `num_pending[b]` places; the contents of the others have no meaning.
         pending_values: `[B, Hkv, C, V]` their values.
         num_seen: `[B]` tokens seen by each row, int64, always on the CPU: the schedule is host control flow.
-        num_slots: the bound N on the slots of a head.
-        chunk_size: C, tokens of a chunk.
+        num_slots: N, the largest number of slots per head.
+        chunk_size: C, tokens per chunk.
 
     Example:
         >>> import torch
@@ -57,11 +57,12 @@ class OVQState:
     num_seen: Tensor
     num_slots: int
     chunk_size: int
-    # Where decode steps have put the pending tokens, if they have (`advanced`).
+    # The buffers in which decode steps keep the pending tokens, if there were such steps (`advanced`).
     _buffers: PendingBuffers | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        # `dataclasses.replace` hands on those of the state before, which other tensors must not keep alive.
+        # `dataclasses.replace` copies the earlier state's buffers too; a state of other tensors must not keep
+        # them alive.
         if self._buffers is not None and not self._buffers.are(self.pending_keys, self.pending_values):
             self._buffers = None
 
@@ -78,7 +79,7 @@ class OVQState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> OVQState:
-        """The state of rows that have seen nothing; `dtype` is that of the inputs to come.
+        """The state of rows that have seen no token; `dtype` is that of the inputs to come.
 
         Example:
             >>> OVQState.empty(
@@ -142,11 +143,11 @@ class OVQState:
         return dataclasses.replace(self._map(Tensor.clone), num_seen=self.num_seen.clone())
 
     def detach(self) -> OVQState:
-        """The same values without their graph: where truncated backpropagation cuts."""
+        """The same values without their autograd graph, for truncated backpropagation."""
         return self._map(Tensor.detach)
 
     def to(self, device: torch.device | str | None = None, *, non_blocking: bool = False) -> OVQState:
-        """The state on another device; `num_seen` stays on the CPU. Dtypes are part of the state and stay."""
+        """The state on another device; `num_seen` stays on the CPU, and dtypes do not change."""
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def select(self, rows: Tensor | Sequence[int]) -> OVQState:
@@ -169,25 +170,25 @@ class OVQState:
             name: (t := getattr(self, name)).index_select(0, host.to(t.device)) for name in _ROW_TENSORS
         }
         selected = dataclasses.replace(self, **picked, num_seen=self.num_seen[host])
-        # Copies already: a beam search, which picks rows at every step, need not make others.
+        # Indexing has copied already, so a beam search, which picks rows at every step, need not copy again.
         selected._buffers = PendingBuffers(
             selected.pending_keys, selected.pending_values, selected.num_pending.tolist()
         )
         return selected
 
     def reorder(self, index: Tensor) -> OVQState:
-        """Rows gathered by `index` `[B]`: what a beam search asks for between steps."""
+        """Rows gathered by `index` `[B]`, as a beam search does between steps."""
         return self.select(index)
 
     def repeat_interleave(self, n: int) -> OVQState:
-        """Each row `n` times in a row: several continuations of one context."""
+        """Each row repeated `n` times consecutively, for several continuations of one context."""
         if n < 1:
             raise ValueError(f"n: expected at least 1, found {n}")
         return self.select(torch.arange(self.batch_size).repeat_interleave(n))
 
     @staticmethod
     def concatenate(states: Sequence[OVQState]) -> OVQState:
-        """The rows of several states in one: how a row joins a running batch.
+        """The rows of several states in one state, for rows that join a running batch.
 
         The states must agree in everything but the number of rows and the slots allocated so far.
         """
@@ -215,16 +216,16 @@ class OVQState:
         return dataclasses.replace(first, **joined, num_seen=num_seen)
 
     def resize(self, num_slots: int, *, value_weight: float = VALUE_WEIGHT) -> OVQState:
-        """The same memory with another bound N from here on: the elastic dictionary.
+        """The same memory with another bound N on its slots from here on: an elastic dictionary.
 
-        Growing only lifts the bound; the schedule then opens slots as chunks complete. Shrinking merges the
-        cheapest pairs of slots, as `merge="ward"` does, until `num_slots` of each head are left, whatever
-        rule the dictionary was learned by. They stay in the order of their lowest members, and the counts
-        still add up to the tokens merged.
+        Growing only raises the bound; the schedule then opens slots as chunks complete. Shrinking merges the
+        cheapest pairs of slots, as `merge="ward"` does, until `num_slots` per head are left, whichever rule
+        the dictionary was learned by. Merged slots stay in the order of the lowest slot in each, and the
+        counts still add up to the number of tokens merged.
 
         Args:
             num_slots: the new bound.
-            value_weight: what distances between values weigh beside those between keys, as in
+            value_weight: the weight of distances between values relative to those between keys, as in
                 `ovq_attention`.
 
         Raises:
@@ -234,7 +235,7 @@ class OVQState:
         return _resized(self, num_slots, value_weight)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the state to a safetensors file, atomically: the file is whole or the old one stays.
+        """Write the state to a safetensors file, atomically: if writing fails, an old file stays as it was.
 
         Raises:
             OSError: if the file cannot be written.
@@ -248,7 +249,7 @@ class OVQState:
         """Read a state written by `save`.
 
         Raises:
-            ValueError: if the file is not such a state, is damaged, or holds values no state can hold.
+            ValueError: if the file is not a saved state, is damaged, or holds values that no state can have.
         """
         from ovq.ops.serialization import load_state
 
@@ -258,17 +259,18 @@ class OVQState:
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and routing for inputs of `dtype`: float64 for float64, float32 for all else.
 
-    Rounding there would change what the model remembers: routing is a hard argmax, and a bfloat16 running
-    mean stops moving after a few hundred tokens.
+    Narrower sums would change what the model remembers: routing is a hard argmax, and a running mean in
+    bfloat16 stops moving after a few hundred tokens.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums computed in float64 as they are kept, in `dtype`.
+    """Sums that were computed in float64, rounded to `dtype`, in which they are kept.
 
-    Weighted sums can lie half-way between two float32 numbers. Backends that add in another order, and differ
-    in the last bit of float64, would then keep different sums; half-way is rounded away from zero in all.
+    Weighted sums can lie half-way between two float32 numbers. Backends that add in different orders differ
+    in the last bit of float64, and would then keep different sums. So all of them round half-way cases away
+    from zero.
     """
     return sums if dtype == sums.dtype else (sums * (1 + TIE)).to(dtype)
 
@@ -279,7 +281,7 @@ def slot_means(sums: Tensor, count: Tensor) -> Tensor:
 
 
 def with_capacity(state: OVQState, capacity: int) -> OVQState:
-    """`state` with at least `capacity` slots allocated; the new ones are spare, that is zero."""
+    """`state` with at least `capacity` slots allocated; the added slots are spare, that is, zero."""
     missing = capacity - state.count.shape[2]
     if missing <= 0:
         return state
@@ -293,10 +295,10 @@ def with_capacity(state: OVQState, capacity: int) -> OVQState:
 
 
 def advanced(state: OVQState) -> OVQState:
-    """The state one token per row on; the caller has yet to write those tokens.
+    """The state after one more token per row; the caller has yet to write those tokens.
 
-    The token of row r goes to place `state.num_pending[r]` of the pending buffers of the result, in place:
-    they are contiguous, and no state but the result and those made from it looks there.
+    The caller writes the token of row r to place `state.num_pending[r]` of the result's pending buffers. They
+    are contiguous, and no state other than the result and those made from it reads that place.
     """
     places = state.num_pending.tolist()
     buffers = state._buffers
@@ -315,9 +317,9 @@ def replaced(state: OVQState, rows: list[int], key_sum: Tensor, value_sum: Tenso
     """`state` with the dictionaries of some rows replaced.
 
     Args:
-        state: the state, with room for their slots.
-        rows: which rows.
-        key_sum: their sums, `[len(rows) ..., M, K]`. value_sum, count: likewise.
+        state: the state, with room for the new slots.
+        rows: the rows whose dictionaries are replaced.
+        key_sum: their new sums, `[len(rows) ..., M, K]`. value_sum, count: likewise.
     """
     index = torch.tensor(rows, device=state.count.device)
 
@@ -334,7 +336,7 @@ def replaced(state: OVQState, rows: list[int], key_sum: Tensor, value_sum: Tenso
 
 
 def _resized(state: OVQState, num_slots: int, value_weight: float) -> OVQState:
-    """`state` bounded by `num_slots` from here on; see `OVQState.resize`."""
+    """`state` with at most `num_slots` slots per head from here on; see `OVQState.resize`."""
     if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
         raise ValueError(f"num_slots: expected an integer of at least 1, found {num_slots!r}")
     check_value_weight("value_weight", value_weight)
@@ -347,7 +349,7 @@ def _resized(state: OVQState, num_slots: int, value_weight: float) -> OVQState:
         keys, values = (slot_means(sums.flatten(0, 1), count) for sums in (state.key_sum, state.value_sum))
         roots = cluster_roots(pair_points(keys, values, count, value_weight), count, due)
     is_kept = (roots == torch.arange(count.shape[1], device=count.device)) & (count > 0)
-    # Spare slots go along with the last that is kept: they hold zeros.
+    # Spare slots hold zeros, so they can be added to the last slot that is kept.
     place = (is_kept.cumsum(-1) - 1).clamp(min=0).gather(1, roots)
 
     def merged(sums: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""merge="ward" for many heads at once: which items are merged, the cheapest pairs first, in rounds.
+"""merge="ward" for many heads at once: decides in rounds which items are merged, the cheapest pairs first.
 
-Merging the cheapest pair brings no item nearer to any other than its parts were (Ward's costs are
-*reducible*). So of pairs that are each other's nearest, all that are sure to be among the next merges can be
-merged at once, and the outcome is that of merging them one by one. With `due` merges to go, those are the
-pairs among the `due` items whose nearest is nearest: merges that cheap are fewer than the items that can take
-part in them. Where costs tie the order matters, and pairs are merged one at a time.
+Ward's costs are *reducible*: when the cheapest pair is merged, the merged item is no nearer to any other item
+than the nearer of its parts was. Take the pairs that are each other's nearest. Those that are certain to be
+among the next merges can therefore be merged at once, with the same result as one by one. With `due` merges
+to go, they are the pairs among the `due` items with the cheapest nearest partners (`docs/math.md`, section 5,
+has the proof). Where costs tie the order matters, and pairs are merged one at a time.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ovq.ops.options import TIE
 
 
 def pair_points(keys: Tensor, values: Tensor, count: Tensor, value_weight: float) -> Tensor:
-    """Items as points `[S, M, K + V]` in float64 between which distances are those of the rule.
+    """Items as points `[S, M, K + V]` in float64; the rule's distances are those between these points.
 
     Args:
         keys: `[S, M, K]` mean keys. values: `[S, M, V]` mean values.
         count: `[S, M]`, 0 for an item that is not there.
-        value_weight: w; values are scaled by w over the root of their mean squared length.
+        value_weight: w; values are scaled by w divided by the root of their mean squared length.
     """
     keys, values, count = keys.double(), values.double(), count.double()
     lengths = values.square().sum(-1)
@@ -33,12 +33,12 @@ def pair_points(keys: Tensor, values: Tensor, count: Tensor, value_weight: float
 
 
 def cluster_roots(points: Tensor, count: Tensor, due: list[int]) -> Tensor:
-    """The lowest item `[S, M]` of the cluster that each item ends in, after `due[s]` merges in each stream.
+    """For each item, the lowest item `[S, M]` of the cluster it ends in, after `due[s]` merges in stream s.
 
     Args:
-        points: `[S, M, D]` of `pair_points`. What it holds is overwritten.
+        points: `[S, M, D]` from `pair_points`; overwritten.
         count: `[S, M]`, 0 for an item that is not there.
-        due: merges of each stream.
+        due: how many merges to make in each stream.
     """
     merger = _Merger(points, count)
     left = torch.tensor(due, device=points.device)
@@ -52,7 +52,7 @@ _ROWS = 256
 
 
 class _Merger:
-    """Items of many streams on their way into clusters.
+    """Merges the items of many streams into clusters.
 
     Args:
         x: `[S, M, D]` float64; overwritten.
@@ -72,22 +72,22 @@ class _Merger:
         self._find_nearest(self._is_left)
 
     def merge_round(self, left: Tensor) -> Tensor:
-        """Merge what can be merged at once, at most `left` `[S]` pairs; how many were, `[S]`."""
+        """Merge the pairs that can be merged at once, at most `left` `[S]`; returns how many were, `[S]`."""
         index, num = self._index, len(self._index)
         first, last = torch.minimum(index, self._partner), torch.maximum(index, self._partner)
         is_mutual = self._partner.gather(1, self._partner) == index
         is_pair = self._is_left & (self._partner != index)
-        # Each pair once.
+        # A pair that is each other's nearest counts once, at its later item.
         is_pair &= ~(is_mutual & (index == first))
         near = self._near.masked_fill(~is_pair, torch.inf)
         ranked = near.sort(-1).values
         lowest = ranked[:, :1]
-        # An item can take part in one of the next merges only if it is among those with the nearest partners.
+        # Only the `left` items with the cheapest nearest partners can take part in the next merges.
         of_items = self._near.masked_fill(~self._is_left, torch.inf).sort(-1).values
         limit = of_items.gather(1, (left - 1).clamp(min=0)[:, None])
         is_close = (ranked[:, 1:] - ranked[:, :-1] <= self._tie) & (ranked[:, 1:] <= limit + self._tie)
         is_tied = is_close.any(-1, keepdim=True) | ~lowest.isfinite()
-        # Repeats cost nothing and are merged before all else, those of the lowest item first.
+        # Repeated items merge at no cost, so before all others, starting with those of the lowest item.
         is_free = is_pair & (near == 0) & (index == last)
         has_free = is_free.any(-1, keepdim=True)
         is_sure = is_pair & is_mutual & (near <= torch.maximum(limit, lowest)) & near.isfinite()
@@ -114,7 +114,7 @@ class _Merger:
         self._parent[s, b] = a
         a = self.roots()[s, a]
         self._is_left[s, b] = False
-        # Sums of the clusters, and means again.
+        # Add up the clusters, then divide to get means again.
         rows, dim = self._x.view(-1, self._x.shape[-1]), self._x.shape[1]
         weight = self._count.view(-1)
         into, of = s * dim + a, s * dim + b
@@ -130,7 +130,7 @@ class _Merger:
         self._find_nearest(self._is_left & (is_stale | is_gone.gather(1, self._partner)))
 
     def _find_nearest(self, is_wanted: Tensor) -> None:
-        """Nearest items and their costs, of the items wanted."""
+        """Find the nearest item, and the cost of merging with it, for each item wanted."""
         num = is_wanted.sum(-1)
         order = (~is_wanted).byte().argsort(dim=-1, stable=True)
         for start in range(0, int(num.max()) if len(num) else 0, _ROWS):
@@ -138,14 +138,14 @@ class _Merger:
             is_real = is_wanted.gather(1, items)
             cost, is_there = self._costs(items)
             best = cost.amin(-1, keepdim=True)
-            # The first of equally near items.
+            # Of equally near items, take the first.
             partner = (is_there & (cost <= best + self._tie[..., None])).byte().argmax(-1)
             near = self._exact(items, partner)
             self._near.scatter_(1, items, torch.where(is_real, near, self._near.gather(1, items)))
             self._partner.scatter_(1, items, torch.where(is_real, partner, self._partner.gather(1, items)))
 
     def _costs(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Costs `[S, R, M]` of merging items `[S, R]` with each, and which of those there are."""
+        """Costs `[S, R, M]` of merging items `[S, R]` with each other item, and which of those exist."""
         x = self._x.gather(1, items[..., None].expand(-1, -1, self._x.shape[-1]))
         own, count = self._count.gather(1, items)[..., None], self._count[:, None]
         distances = torch.bmm(x, self._x.transpose(1, 2)).mul_(-2)
@@ -157,7 +157,7 @@ class _Merger:
         return cost.masked_fill_(cost <= self._tie[..., None], 0), is_there
 
     def _exact(self, items: Tensor, partner: Tensor) -> Tensor:
-        """Costs `[S, R]` of items with their partners, from differences: nothing is lost to cancellation."""
+        """Costs `[S, R]` of items with their partners, from differences, so that no digits cancel."""
         width = self._x.shape[-1]
         x, y = (self._x.gather(1, i[..., None].expand(-1, -1, width)) for i in (items, partner))
         c, d = self._count.gather(1, items), self._count.gather(1, partner)

@@ -1,4 +1,4 @@
-"""What the fast backends share: a call laid out in chunks, run by their recurrence, put back in order."""
+"""What the fast backends share: lay a call out in chunks, run the backend's recurrence, restore the order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call
 from ovq.ops.state import OVQState, with_capacity
 
-# Of rows in chunks: q, k, v, scale, key_sum, value_sum, count, plan -> outputs, sums and counts at the end.
+# For rows in chunks: q, k, v, scale, key_sum, value_sum, count, plan -> outputs, sums and counts at the end.
 Recurrence = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
@@ -22,7 +22,7 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
 
     Args:
         call: the call.
-        recurrence: takes the rows in chunks, sorted by length (`torch/chunk.py` says what exactly).
+        recurrence: processes the rows in chunks, sorted by length (`torch/chunk.py` defines its arguments).
     """
     q, k, v, state = call.q, call.k, call.v, call.state
     if not sum(call.rows.lengths):

@@ -1,4 +1,4 @@
-"""The `cpu` backend: what `torch` does chunk by chunk, compiled for this processor if there is a compiler.
+"""The `cpu` backend: the algorithm of `torch`, compiled for this processor if there is a compiler.
 
 `kernels.py` passes a call to `kernels.cpp`; `build.py` compiles it on first use, together with the short
 convolution of the layers.
@@ -36,8 +36,8 @@ def refusal(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
-    """All chunks of all rows in one call of the kernels; one token per row is read where the state lies."""
+    """Run all chunks of all rows in one call of the kernels; decode steps read the state in place."""
     if call.is_decoding:
-        # The kernels would copy the dictionary to read it once.
+        # The kernels would copy the whole dictionary for a single read.
         return decode_step(call, learn_chunk)
     return in_chunks(call, CompiledAttention.apply)

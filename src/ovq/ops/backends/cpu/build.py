@@ -1,6 +1,6 @@
 """Compiles the kernels for this machine on first use, keeps them in the user's cache and loads them.
 
-If anything goes wrong here, only speed is lost: the op then runs without kernels, and says so once.
+If anything goes wrong here, only speed is lost: the op then runs without kernels, and warns once.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _logger = logging.getLogger(__name__)
 
 _SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
 _MAIN = Path(__file__).parent / "kernels.cpp"
-# Arithmetic stays that of IEEE; only the bookkeeping of errors and exceptions is left out.
+# Arithmetic follows IEEE 754; only errno, traps and C++ exceptions are given up.
 _FLAGS = (
     "-O3 -march=native -std=c++17 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti"
 )
 _SWITCH = "OVQ_CPU_KERNELS"
 _TIMEOUT = 300
-# More bytes than the compiler writes while it works.
+# An upper bound on the bytes that the compiler writes while it works.
 _ROOM = 2**22
 
 
 class Unavailable(Exception):
-    """Says why there are no kernels on this machine."""
+    """There are no kernels on this machine; the message says why."""
 
 
 class SwitchedOff(Unavailable):
@@ -53,9 +53,9 @@ def load() -> ctypes.CDLL:
     """The compiled kernels. The first call finds or builds them; all others get the same result.
 
     Raises:
-        Unavailable: if they are switched off or cannot be built; says why.
+        Unavailable: if they are switched off or cannot be built; the message says why.
     """
-    # Threads that come here at the same time wait for one compiler instead of each running one.
+    # Threads that call this at the same time wait for one compiler instead of each starting one.
     with _lock:
         outcome = _attempt()
     if isinstance(outcome, Unavailable):
@@ -64,7 +64,7 @@ def load() -> ctypes.CDLL:
 
 
 def warn_once(error: Unavailable) -> None:
-    """Warn that there are no kernels, and what that costs, the first time in this process."""
+    """Warn once per process that there are no kernels, and what that costs."""
     global _is_warned
     with _lock:
         is_first, _is_warned = not _is_warned, True
@@ -83,15 +83,15 @@ _is_warned = False
 
 @functools.cache
 def _attempt() -> ctypes.CDLL | Unavailable:
-    """The kernels, or why there are none. The reason is returned, not raised, so that it is remembered too.
+    """The kernels, or why there are none. The reason is returned, not raised, so that it is cached too.
 
-    Trying again at each call would cost each call the time of a compiler.
+    Otherwise every call would run the compiler again.
     """
     try:
         return _found_or_built()
     except SwitchedOff as error:
         return SwitchedOff(str(error))
-    # Errors of disks, processes and the database of users; none of them may make the op fail.
+    # Errors of the disk, of a process or of the user database; none of them may make the op fail.
     except (Unavailable, OSError, RuntimeError) as error:
         return Unavailable(str(error))
 
@@ -111,7 +111,7 @@ def _found_or_built() -> ctypes.CDLL:
                 binary = binary or _compiled(compiler, folder)
                 path = _put(binary, folder, stem)
             else:
-                # If this place's disk does not allow code to be run, the next place gets a copy.
+                # If code on this disk may not be executed, the next place gets a copy.
                 binary = path.read_bytes()
             return ctypes.CDLL(str(path))
         except OSError as error:
@@ -120,7 +120,7 @@ def _found_or_built() -> ctypes.CDLL:
 
 
 def _compiler() -> list[str]:
-    """The C++ compiler: that of the environment, or the first that is found."""
+    """The command of the C++ compiler: the environment's CXX, or the first compiler found."""
     if text := os.environ.get("CXX", "").strip():
         try:
             return shlex.split(text)
@@ -152,11 +152,11 @@ def _processor() -> str:
 
 
 def _private_folder() -> Path:
-    """This user's folder among the temporary files, for kernels that the cache cannot keep.
+    """This user's folder in the directory of temporary files, for kernels that the cache cannot keep.
 
-    It always has the same name, so that processes share what the first of them compiled, and not every
-    process leaves a folder behind. Others could have made a folder of that name to have their code run, so
-    only a private one is used.
+    Its name is always the same, so that processes share what the first of them compiled, and do not each
+    leave a folder behind. Another user could have made a folder of that name to have their code run, so the
+    folder is used only if it is private.
     """
     if not hasattr(os, "geteuid"):
         raise OSError("no folder for temporary files of one user on this system")
@@ -171,13 +171,13 @@ def _private_folder() -> Path:
 
 
 def _kept(folder: Path, stem: str) -> Path | None:
-    """The file of the kernels in a folder, if it is complete.
+    """The kernels' file in a folder, or None if it is missing or incomplete.
 
-    Its name ends with the digest of its bytes. The loader would silently map a file that was cut short, and
-    the process would die of a bus error where it reads what is missing.
+    Its name ends with the digest of its bytes. Without this check the loader would map a truncated file
+    without complaint, and the process would die of a bus error on reading the missing part.
     """
     for path in sorted(folder.glob(f"{stem}-*.so")):
-        # A file that may not be read, or has gone meanwhile, counts as missing.
+        # A file that cannot be read, or was deleted in the meantime, counts as missing.
         with contextlib.suppress(OSError):
             if path.name == _file_name(stem, path.read_bytes()):
                 return path
@@ -189,7 +189,7 @@ def _file_name(stem: str, binary: bytes) -> str:
 
 
 def _put(binary: bytes, folder: Path, stem: str) -> Path:
-    """Put the kernels into a folder in one step, even if others do the same meanwhile."""
+    """Write the kernels to a folder atomically: other processes may do the same at the same time."""
     path = folder / _file_name(stem, binary)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
@@ -202,8 +202,8 @@ def _compiled(compiler: list[str], folder: Path) -> bytes:
 
     Args:
         compiler: the command.
-        folder: where they are kept. They are compiled there too, so that a full disk of temporary files does
-            not matter, and a place that cannot keep them is noticed before time is spent.
+        folder: where they are kept. They are compiled there too, so that a full disk for temporary files does
+            not matter, and a folder that cannot keep them is noticed before time is spent.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -215,18 +215,18 @@ def _compiled(compiler: list[str], folder: Path) -> bytes:
         _logger.info("compiling the CPU kernels to %s", folder)
         compiled, linked = Path(place) / "kernels.o", Path(place) / "kernels.so"
         _run([*compiler, *_FLAGS.split(), "-c", str(_MAIN), "-o", str(compiled)], place)
-        # Not linked with an OpenMP library of their own: they share the threads of the one that torch has
-        # loaded, because two sets of threads would wait for each other.
+        # Not linked with an OpenMP library of their own: the kernels share the threads of the library that
+        # torch has loaded, because two sets of threads would wait for each other.
         _run([*compiler, "-shared", str(compiled), "-o", str(linked)], place)
         return linked.read_bytes()
 
 
 def _check_room(place: Path, folder: Path) -> None:
-    """Raise OSError, naming the folder, if there is no room for what the compiler writes."""
+    """Raise OSError, naming the folder, if there is too little room for what the compiler writes."""
     try:
         with open(place / "room", "wb") as file:
             file.write(bytes(_ROOM))
-            # Some disks report only now that they are full.
+            # Some file systems report only here that they are full.
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
@@ -234,14 +234,14 @@ def _check_room(place: Path, folder: Path) -> None:
 
 
 def _run(command: list[str], place: str) -> None:
-    """Run a command, with its temporary files in a folder."""
+    """Run a command that keeps its temporary files in a given folder."""
     environment = {**os.environ, "TMPDIR": place}
     try:
         result = subprocess.run(command, capture_output=True, timeout=_TIMEOUT, check=False, env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} cannot be run: {error}") from error
     if result.returncode:
-        # The output may have any encoding, and the error need not come first.
+        # The output may be in any encoding, and the error need not come first.
         lines = result.stderr.decode(errors="replace").strip().splitlines()
         lines = [line for line in lines if "error" in line] or lines or [f"exit status {result.returncode}"]
         raise Unavailable(f"{command[0]} failed: {lines[0]}")

@@ -1,4 +1,4 @@
-"""The short convolution in compiled code: one pass over the tokens each way, where products need many."""
+"""The short convolution in compiled code: one pass over the tokens forward, one backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ovq.ops.backends.cpu.kernels import is_available
 
 
 def can_convolve(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel can run: float32 on a CPU, a compiler found, nothing traced."""
+    """Whether the kernel can run: float32 tensors on a CPU, compiled kernels, and no tracing."""
     is_plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     return is_plain and not torch.compiler.is_compiling() and is_available()
 
@@ -22,14 +22,14 @@ def can_convolve(x: Tensor, weight: Tensor) -> bool:
 class CompiledConvolution(torch.autograd.Function):
     """Causal depthwise convolution of x `[B, T, D]` to the same shape.
 
-    Past `[B, C - 1, D]` holds the tokens before the first, None for zeros. The last tap of weight `[D, C]` is
-    that of the token itself. Offset `[T]` int64 holds how many tokens of its own packed row precede each
-    token.
+    Past `[B, C - 1, D]` holds the tokens before the first; None stands for zeros. The last tap of weight
+    `[D, C]` belongs to the token itself. Offset `[T]` int64 says for each token how many tokens of its own
+    packed row precede it.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, past: Tensor | None, weight: Tensor, offset: Tensor | None) -> Tensor:
-        """One pass over the tokens."""
+        """Convolve in one pass over the tokens."""
         x, taps = x.contiguous(), weight.t().contiguous()
         past = None if past is None else past.contiguous()
         y = torch.empty_like(x)
@@ -40,7 +40,7 @@ class CompiledConvolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        """One pass over the tokens, for all gradients."""
+        """Compute all gradients in one pass over the tokens."""
         x, past, taps, offset = ctx.saved_tensors
         grad_x, grad_past = torch.empty_like(x), None if past is None else torch.empty_like(past)
         grad_taps = torch.zeros(x.shape[0], *taps.shape)

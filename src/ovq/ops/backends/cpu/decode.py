@@ -1,4 +1,4 @@
-"""What the kernels do for one token per row: merge complete chunks. Reads are those of `torch`."""
+"""Decode steps, one token per row: the kernels merge complete chunks; `torch` does the reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ovq.ops.state import OVQState
 
 
 def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Options) -> Dictionary:
-    """`learn_chunk` of the `torch` backend, compiled."""
+    """The compiled version of the `torch` backend's `learn_chunk`."""
     size, num = options.chunk_size, len(before)
     one_chunk_each = Rows(tuple(range(0, num * size, size)), (size,) * num)
     aligned = AlignedRows(one_chunk_each, pending=[0] * num, chunk_size=size, num_tokens=num * size)

@@ -1,4 +1,4 @@
-"""The kernels as an autograd function: what `chunk.py` does group by group, for all streams in one call."""
+"""The kernels as an autograd function: the work of `torch/chunk.py`, for all streams in one call."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ovq.ops.random_init import random_priority
 def cpu_kernels() -> str:
     """Whether there are compiled kernels for this CPU, the backend `cpu`, and if not, why.
 
-    The first call, as the first call of the op, builds them where they are not built yet. What it finds holds
-    for the life of the process.
+    The first call builds them if necessary, as the first call of the op does. The answer holds for the life
+    of the process.
 
     Example:
         >>> cpu_kernels().startswith(("compiled", "not available"))
@@ -35,7 +35,7 @@ def cpu_kernels() -> str:
 
 
 def is_available() -> bool:
-    """Whether there are compiled kernels on this machine; warns once if there should be and are not."""
+    """Whether there are compiled kernels on this machine; warns once if they could not be built."""
     try:
         build.load()
     except build.SwitchedOff:
@@ -47,7 +47,7 @@ def is_available() -> bool:
 
 
 class CompiledAttention(torch.autograd.Function):
-    """`chunk_attention` by the kernels, with the same arguments, results and rewinding backward."""
+    """`chunk_attention` run by the kernels; arguments, results and the rewinding backward are the same."""
 
     @staticmethod
     def forward(
@@ -61,11 +61,11 @@ class CompiledAttention(torch.autograd.Function):
         count: Tensor,
         plan: Plan,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read and learn all chunks."""
+        """Read and merge all chunks."""
         q, k, v = (_dense(x) for x in (q, k, v))
         key_sum, value_sum, count = (dense_copy(x) for x in (key_sum, value_sum, count))
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
-        # Of each query the log-sum-exp, and of each token of a complete chunk its slot.
+        # The log-sum-exp of each query, and the slot of each token of a complete chunk.
         lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
         call = _call(q, k, v, o, lse, scale, key_sum, value_sum, count, slots, plan)
         if plan.options.init == "random":
@@ -86,14 +86,14 @@ class CompiledAttention(torch.autograd.Function):
     def backward(
         ctx: Any, grad_o: Tensor | None, grad_key_sum: Tensor | None, grad_value_sum: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        """Rewind the sums; the gradient of the final ones becomes that of the initial."""
+        """Rewind the sums; the gradient of the final sums becomes that of the initial ones."""
         q, k, v, scale, o, key_sum, value_sum, count, lse, slots, *merged = ctx.saved_tensors
         grad_o = torch.zeros_like(o) if grad_o is None else _dense(grad_o)
         key_deposit = torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum)
         value_deposit = torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum)
         grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
         grad_scale = torch.zeros(len(ctx.plan.slots), q.shape[2], dtype=torch.float64)
-        # Copies, which the kernels rewind.
+        # Copies, because the kernels rewind them in place.
         key_sum, value_sum, count = (dense_copy(x) for x in (key_sum, value_sum, count))
         call = _call(q, k, v, o, lse, scale, key_sum, value_sum, count, slots, ctx.plan)
         call.set_tokens(grad_o=grad_o, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
@@ -104,12 +104,12 @@ class CompiledAttention(torch.autograd.Function):
 
 
 def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan) -> None:
-    """Merge whole chunks into dictionaries, in place, with nothing read: a plan without query heads.
+    """Merge complete chunks into dictionaries, in place, without reading: a plan without query heads.
 
     Args:
         k: `[num_chunks, C, Hkv, K]`. v: `[num_chunks, C, Hkv, V]`.
         sums: `[R, Hkv, M, ...]`, contiguous.
-        plan: of these rows, with `group_size` 0.
+        plan: the plan of these rows, with `group_size` 0.
     """
     k, v = _dense(k), _dense(v)
     nothing = torch.empty(0)
@@ -121,12 +121,12 @@ def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan) -> None:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """`x` with vectors that lie in one piece each."""
+    """`x` with each vector contiguous in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _priorities(plan: Plan) -> Tensor:
-    """`[chunks, Hkv, C]`: the random ranks of each chunk's keys, an unused chunk after each row's last."""
+    """`[chunks, Hkv, C]` random ranks of each chunk's keys, with an unused chunk after each row's last."""
     size, rows = plan.options.chunk_size, []
     for merged, sizes in zip(plan.num_merged, plan.slots, strict=True):
         for i in range(len(sizes)):
@@ -135,14 +135,16 @@ def _priorities(plan: Plan) -> Tensor:
     return torch.stack(rows)
 
 
-# Slots that chunks merged into others, into which, and their sums: what the backward parts them by.
+# The slots that chunks merged into others, the slots they went into, and their sums: with these, the backward
+# undoes the merges.
 _MERGED = ("merged_slot", "merged_into", "merged_key", "merged_value", "merged_count")
 
 
 def _merged(k: Tensor, v: Tensor, plan: Plan) -> list[Tensor]:
-    """Room for `_MERGED` of every chunk.
+    """Allocate `_MERGED` for every chunk.
 
-    A chunk seldom merges as many slots as it has tokens, but memory that is never written to is never used.
+    A chunk seldom merges as many slots as it has tokens, but the system provides memory only once it is
+    written to.
     """
     shape = (k.shape[0], k.shape[2], plan.options.chunk_size)
     return [
@@ -159,7 +161,7 @@ class _Tokens(ctypes.Structure):
 
 
 class _Arguments(ctypes.Structure):
-    """`Call` of call.h, field by field; keeps what it points to alive."""
+    """`Call` of call.h, field by field; keeps the tensors that it points to alive."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),

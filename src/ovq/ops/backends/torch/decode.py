@@ -1,8 +1,8 @@
-"""One token per row, without gradients: a read of the dictionary and the pending tokens, and nothing copied.
+"""One token per row, without gradients: reads the dictionary and the pending tokens without copying them.
 
-The key and value are written into pending buffers that the states of a chain of steps share (`advanced`):
-the state handed in never looks at that place. Dictionaries are shared likewise, and replaced once per chunk,
-when it is merged.
+The new key and value are written into pending buffers that the states of a chain of steps share
+(`advanced`); the state handed in never reads that place. These states share dictionaries too, until a
+complete chunk is merged into new ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ovq.ops.options import Options
 from ovq.ops.schedule import grown_slots
 from ovq.ops.state import OVQState, advanced, replaced, slot_means, with_capacity
 
-# Of states, their slots before and after, and the options: the dictionaries with the pending chunks merged.
+# From states, their numbers of slots before and after, and the options: dictionaries with the chunks merged.
 Learn = Callable[[OVQState, list[int], list[int], Options], Dictionary]
 
 
@@ -30,7 +30,7 @@ def decode_step(call: Call, learn: Learn | None = None) -> tuple[Tensor, OVQStat
 
     Args:
         call: the call.
-        learn: how chunks are merged, `learn_chunk` or the same in other code.
+        learn: the function that merges chunks, `learn_chunk` or another implementation of it.
     """
     state, options = call.state, call.options
     pending = state.num_pending.tolist()
@@ -42,7 +42,7 @@ def decode_step(call: Call, learn: Learn | None = None) -> tuple[Tensor, OVQStat
 
 
 def _write(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> None:
-    """Put the new token of each row after its `pending` earlier ones, in place."""
+    """Write the new token of each row after its `pending` earlier ones, in place."""
     for buffer, x in ((state.pending_keys, k), (state.pending_values, v)):
         if len(set(pending)) == 1:
             buffer[:, :, pending[0]] = x[:, 0]
@@ -52,9 +52,9 @@ def _write(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> None:
 
 
 def _read(q: Tensor, scale: Tensor, state: OVQState, pending: list[int], options: Options) -> Tensor:
-    """The softmax of one query a head over [pending | dictionary], from the sums: q.D = q.S / c.
+    """Softmax attention of one query per head over [pending | dictionary], from the sums: q.D = q.S / c.
 
-    `state` has the new token of each row after its `pending` earlier ones.
+    `state` holds the new token of each row after its `pending` earlier ones.
     """
     keys, values = state.pending_keys, state.pending_values
     batch, _, num_heads, dim = q.shape
@@ -75,7 +75,7 @@ def _read(q: Tensor, scale: Tensor, state: OVQState, pending: list[int], options
         ends = torch.tensor(pending, device=q.device).repeat_interleave(num_kv_heads)
         future = torch.arange(used, device=q.device) > ends[:, None]
         scores.masked_fill_(future[:, None], -torch.inf)
-        # Another continuation may have written there, and zero times NaN is NaN.
+        # Another continuation may have written a NaN there, and zero times NaN is NaN.
         recent_values = recent_values.masked_fill(future[..., None], 0)
     if not state.count.shape[2]:
         o = torch.bmm(scores.softmax(-1), recent_values)
@@ -113,11 +113,11 @@ def _merged(state: OVQState, complete: list[int], options: Options, learn: Learn
 
 
 def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Options) -> Dictionary:
-    """The dictionaries `[R * Hkv, M, ...]` of rows whose pending tokens, a whole chunk each, are merged.
+    """The dictionaries `[R * Hkv, M, ...]` of rows after merging their pending tokens, a complete chunk each.
 
     Args:
         rows: states with room for the slots `after`.
-        before: slots of each row. after: slots that each is to have.
+        before: slots in use in each row. after: slots that each row is to have.
         options: the layer's settings.
     """
     wide, num_kv_heads, capacity = rows.key_sum.dtype, rows.count.shape[1], rows.count.shape[2]

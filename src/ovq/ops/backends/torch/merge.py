@@ -1,6 +1,6 @@
-"""merge="ward" in the `torch` backend: a chunk learned, and parted again in the backward.
+"""merge="ward" in the `torch` backend: merges a chunk, and undoes the merges of slots in the backward.
 
-Which items are merged `ovq.ops.ward` decides; here the sums follow.
+`ovq.ops.ward` decides which items are merged; this file updates the sums.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ovq.ops.ward import cluster_roots, pair_points
 
 @dataclasses.dataclass(frozen=True)
 class MergedSlots:
-    """Slots that a chunk merged into others: what the backward needs to part them again.
+    """Slots that a chunk merged into others, as the backward needs them to undo the merges.
 
     Attributes:
-        source: `[P]` which they were, as rows of the flattened dictionaries `[S * M]`.
-        target: `[P]` which they were merged into.
-        key_sum: `[P, K]` what was in them. value_sum: `[P, V]`. count: `[P]`.
+        source: `[P]` the merged slots, as rows of the flattened dictionaries `[S * M]`.
+        target: `[P]` the slots that they were merged into.
+        key_sum: `[P, K]` sums of the merged slots. value_sum: `[P, V]`. count: `[P]`.
     """
 
     source: Tensor
@@ -41,7 +41,7 @@ def learn_by_likelihood(
     Args:
         sums: dictionaries `[S, M, ...]`; streams beyond those of the tokens stay as they are.
         keys: `[S', C, K]` in the dtype of the sums. values: `[S', C, V]`.
-        before: slots of each of the S' streams. after: slots that they are to have.
+        before: slots in use in each of the S' streams. after: slots that they are to have.
         options: the layer's settings.
 
     Returns:
@@ -69,7 +69,7 @@ def learn_by_likelihood(
 
 
 def part_slots(sums: Dictionary, deposits: Dictionary, merged: MergedSlots) -> None:
-    """Take slots out of those that they were merged into (in place); each part is worth what the sum is."""
+    """Take slots out of those they were merged into, in place; each part gets the gradient of the sum."""
     for total, part in ((sums.key_sum, merged.key_sum), (sums.value_sum, merged.value_sum)):
         rows = total.view(-1, total.shape[-1])
         rows.index_add_(0, merged.target, part, alpha=-1)
@@ -83,14 +83,14 @@ def part_slots(sums: Dictionary, deposits: Dictionary, merged: MergedSlots) -> N
 
 
 def _homes(roots: Tensor, is_there: Tensor, num_slots: int) -> Tensor:
-    """The slot `[S, M]` of each item: that of its cluster's lowest slot, or else a free one.
+    """The slot `[S, M]` of each item: the lowest slot of its cluster, or a free slot if it has none.
 
-    Free slots go to clusters of tokens in the order of their first tokens.
+    Clusters of tokens alone take the free slots, in the order of their first tokens.
     """
     index = torch.arange(roots.shape[1], device=roots.device)
     is_kept = (roots == index) & is_there
     is_free = ~is_kept
-    # Beyond the slots there were, every place is free.
+    # Every place beyond the earlier slots is free.
     is_free[:, num_slots:] = True
     free = (~is_free).byte().argsort(dim=-1, stable=True)
     is_new = is_kept & (index >= num_slots)

@@ -1,7 +1,7 @@
 """The `triton` backend: kernels for GPUs, imported only when a call asks for them.
 
-This file imports neither Triton nor the kernels: it says whether a call can be run by them, and if not, why.
-`launch.py` is where to start reading; `docs/triton.md` says how the work is cut and what bounds it.
+This file imports neither Triton nor the kernels: it says whether they can run a call, and if not, why.
+Start reading at `launch.py`; `docs/triton.md` says how the work is divided and what limits its speed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ovq.ops.options import Options
 from ovq.ops.state import OVQState
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Sizes of a head that the blocks of the kernels fit in registers and shared memory.
+# Head sizes whose blocks fit in registers and shared memory.
 MAX_HEAD_DIM = 256
-# Keys of a chunk are ranked by one program.
+# One program ranks all keys of a chunk.
 MAX_CHUNK_SIZE = 4096
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,8 +31,8 @@ def refusal(call: Call) -> str | None:
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
-    """One token per row without gradients in one launch, all else chunk by chunk."""
-    # Imported only here: neither Triton nor a GPU is needed for anything else.
+    """Run a decode step (one token per row, no gradients) in one launch, any other call chunk by chunk."""
+    # Imported only here, so that nothing else needs Triton or a GPU.
     from ovq.ops.backends.triton.chunk import chunk_attention
     from ovq.ops.backends.triton.decode import decode_step
 
@@ -40,7 +40,7 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
 
 
 def refusal_of(q: Tensor, v: Tensor, options: Options) -> str | None:
-    """`refusal` by what is known of a call before its rows are.
+    """`refusal` for a call whose rows are not known yet.
 
     Args:
         q: `[B, T, H, K]` queries.
@@ -70,7 +70,7 @@ def refusal_of(q: Tensor, v: Tensor, options: Options) -> str | None:
             return f"expected a {name} dimension of at most {MAX_HEAD_DIM}, found {dim}"
     if options.chunk_size > MAX_CHUNK_SIZE:
         return f"expected chunk_size of at most {MAX_CHUNK_SIZE}, found {options.chunk_size}"
-    # The ablations run through the other backends.
+    # Other backends run the ablations.
     for name, expected in (("init", "novelty"), ("merge", "existing"), ("bias", "count"), ("rate", "count")):
         found = getattr(options, name)
         if found != expected:

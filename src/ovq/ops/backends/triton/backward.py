@@ -1,6 +1,7 @@
-"""Backward of the read, from probabilities computed again: for queries, for slots, for a chunk's own tokens.
+"""Backward of the read, from recomputed probabilities: one kernel each for queries, slots and chunk tokens.
 
-All three run over all chunks of a segment at once. Each sum is computed within one program, in a fixed order.
+Each kernel runs over all chunks of a segment at once. Each sum is computed within one program, in a fixed
+order.
 """
 
 import triton
@@ -21,7 +22,7 @@ from ovq.ops.backends.triton.common import (
 
 @triton.jit
 def _grad_scores(probs, grad_o, values, delta):
-    """Gradient of the scores `[BM, BN]`: P (dP - sum(o do))."""
+    """Gradient of the scores, `[BM, BN]`: P (dP - sum(o do))."""
     zeros = tl.zeros([grad_o.shape[0], values.shape[0]], tl.float32)
     return probs * (dot(grad_o, tl.trans(values), zeros) - delta[:, None])
 
@@ -58,7 +59,7 @@ def grad_queries(
         grads = rows(grad_o, place, is_query, V, BV)
         own_delta = tl.sum(rows(o, place, is_query, V, BV).to(tl.float32) * grads.to(tl.float32), 1)
         tl.store(delta + (chunk * H + head) * W + t, own_delta, mask=is_query)
-        # Queries beyond the end have no probabilities.
+        # Positions beyond the last query get probability zero.
         total = tl.load(lse + (chunk * H + head) * W + t, mask=is_query, other=float("inf"))
         acc = tl.zeros([BM, BK], tl.float32)
         for slots in range(0, num, BN):
@@ -89,10 +90,10 @@ def _from_queries(
     keys, values, bias, grad_keys, grad_values, source, q, grad_o, scale, lse, delta, chunk, head, start,
     tokens, W, H, K, V, IS_CAUSAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Add the contribution of a block of queries to the gradients of candidates `keys` `[BN, K]`, `values`.
+    """Add a block of queries' contribution to the gradients of the candidates `keys` `[BN, K]` and `values`.
 
     Args:
-        source: `[BN]` positions of the candidates in the chunk, if they are tokens of it (IS_CAUSAL).
+        source: `[BN]` positions of the candidates in the chunk, if they are its tokens (IS_CAUSAL).
         bias: `[BN]` log2 counts; -inf excludes a candidate.
     """
     t = start + tl.arange(0, BM)
@@ -120,11 +121,11 @@ def grad_slots(
     first, W, H, G, K, V, M, SB,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk's queries add to the gradients of a block of slots; grid (chunks times blocks, kv heads).
+    """A chunk's contribution to the gradients of a block of slots; grid (chunks times blocks, kv heads).
 
     Args:
-        grad_keys: `[entries, H / G, M, K]` float32 receives the gradient of the key sums: that of the means,
-            divided by the counts. grad_values: likewise.
+        grad_keys: `[entries, H / G, M, K]` float32, receives the gradient of the key sums, which is that of
+            the means divided by the counts. grad_values: likewise.
     """
     index = tl.program_id(0) // SB
     block = tl.program_id(0) % SB
@@ -163,8 +164,8 @@ def grad_tokens(
     """Gradients of a block of a chunk's keys and values; grid (chunks times blocks, key/value heads).
 
     Args:
-        deposit_keys: `[entries, H / G, W, K]` float32, what each token of a complete chunk gets from the sum
-            that it was added to. deposit_values: likewise.
+        deposit_keys: `[entries, H / G, W, K]` float32, the gradient that each token of a complete chunk gets
+            from the sum that it was added to. deposit_values: likewise.
         grad_k: `[num_chunks, W, H / G, K]`. grad_v: likewise.
     """
     index = tl.program_id(0) // TB

@@ -1,4 +1,4 @@
-"""A call of several tokens, or one that needs gradients: its chunks by the kernels, once prepared."""
+"""Calls with several tokens per row or with gradients: prepares a call and runs the kernels on its chunks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def chunk_attention(
     count: Tensor,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The `chunk_attention` of the `torch` backend by kernels: the same arguments and results."""
+    """`chunk_attention` of the `torch` backend, run by the kernels; arguments and results are the same."""
     return _ChunkAttention.apply(q, k, v, scale, key_sum, value_sum, count, plan)
 
 

@@ -1,4 +1,4 @@
-"""What the kernels share: constants, a dot product that is right in the interpreter too, sizes of blocks."""
+"""What the kernels share: constants, a dot product that is also correct in the interpreter, block sizes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ TOKENS = tl.constexpr(3)
 IS_COMPLETE = tl.constexpr(4)
 COLUMNS = tl.constexpr(5)
 
-# Whether a product and a sum may be rounded once; nothing here depends on it, but Triton requires a choice.
+# Whether a product and a sum may be fused into one rounding: nothing here depends on it, but Triton wants
+# a choice.
 FUSED = {"enable_fp_fusion": True}
 
 
@@ -40,7 +41,7 @@ IS_INTERPRETED = tl.constexpr(isinstance(_probe, InterpretedFunction))
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a b in the dtype of `b`, summed in float32; products of float32 are float32, never TF32."""
+    """acc + a b: factors in the dtype of `b`, sums in float32; float32 products never use TF32."""
     if IS_INTERPRETED:
         # The interpreter multiplies the bits of bfloat16 as if they were integers.
         acc += tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
@@ -51,7 +52,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def rows(x, index, mask, D, BD: tl.constexpr):
-    """Rows `index` `[N]` of `x` `[:, D]` as `[N, BD]`, zero where `mask` is false and beyond D."""
+    """Load rows `index` `[N]` of `x` `[:, D]` as `[N, BD]`, zero where `mask` is false and beyond D."""
     d = tl.arange(0, BD)
     return tl.load(x + index[:, None] * D + d[None, :], mask=mask[:, None] & (d < D)[None, :], other=0.0)
 
@@ -66,38 +67,39 @@ def put_rows(x, index, tile, mask, D, BD: tl.constexpr):
 
 @triton.jit
 def are_extreme(x, lengths):
-    """Which rows of `x` `[N, D]` are not zero, and too short or too long for products in float32."""
+    """Which nonzero rows of `x` `[N, D]` are too short or too long for products in float32."""
     is_ordinary = (lengths >= SHORTEST) & (lengths <= LONGEST)
     return (is_ordinary | (tl.max(tl.abs(x), 1) == 0)) == 0
 
 
 @triton.jit
 def means(sums, counts):
-    """Slot means from sums `[N, D]` and counts `[N]`, rounded as PyTorch's division is."""
+    """Slot means from sums `[N, D]` and counts `[N]`, rounded as PyTorch's division rounds."""
     return tl.div_rn(sums, tl.maximum(counts, 1).to(tl.float32)[:, None] + tl.zeros_like(sums))
 
 
 def padded(dim: int) -> int:
-    """A head size as the kernels hold it: a power of two of at least 16, as matrix products require."""
+    """A head size padded for the kernels: a power of two of at least 16, as matrix products require."""
     return max(16, triton.next_power_of_2(dim))
 
 
 def slot_block(k: Tensor, v: Tensor) -> int:
-    """Slots that one program of the recurrence owns; their sums stay in registers."""
+    """Slots per program of the recurrence; their sums stay in registers."""
     widest = padded(k.shape[-1]) + padded(v.shape[-1])
     return 64 if widest <= 256 else 32
 
 
 def score_block(k: Tensor) -> int:
-    """Keys that are scored against a block of slots at once; few where float32 products need registers."""
+    """Keys scored against a block of slots at once; fewer for float32, whose products need more registers."""
     return {torch.bfloat16: 64, torch.float32: 32}.get(k.dtype, 16)
 
 
 def read_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
-    """Queries and candidates of a tile of the read, and its warps and stages."""
+    """Queries and candidates per tile of the read, and its warps and stages."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.dtype == torch.float32:
-        # No tensor cores: both operands of a product are held in registers, and larger tiles spill kilobytes.
+        # Without tensor cores both operands of a product lie in registers, and larger tiles would spill
+        # kilobytes.
         return {"BM": 32 if widest <= 128 else 16, "BN": 32, "num_warps": 8, "num_stages": 1}
     if widest <= 64:
         return {"BM": 128, "BN": 64, "num_warps": 4, "num_stages": 3}
@@ -107,7 +109,7 @@ def read_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
 
 
 def grad_blocks(q: Tensor, v: Tensor) -> dict[str, int]:
-    """The same for the backward, which holds twice as many tiles."""
+    """The same for the backward, which keeps twice as many tiles."""
     widest = max(padded(q.shape[-1]), padded(v.shape[-1]))
     if q.dtype == torch.float32:
         return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}

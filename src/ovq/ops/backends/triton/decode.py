@@ -1,8 +1,8 @@
-"""One token per row, without gradients, in one launch; a chunk that it completes is merged by the recurrence.
+"""One token per row, without gradients, in one launch; the recurrence merges a chunk that it completes.
 
-The slots of a stream are split over several programs, and the tokens of its chunk go to one more. Each leaves
-the sums of its part of the softmax; the program that finishes last adds them up, in order, so that which one
-that is makes no difference.
+The slots of a stream are split over several programs, and one more program reads the tokens of its chunk.
+Each writes the sums of its part of the softmax. The program that finishes last adds them up in a fixed order,
+so that the result does not depend on which program that is.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from ovq.ops.call import Call, Rows
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState, advanced, replaced, with_capacity
 
-# Programs a multiprocessor should get, so that enough loads are under way to fill the memory's bandwidth.
+# Programs per multiprocessor: enough loads in flight to use the full memory bandwidth.
 _PROGRAMS_EACH = 4
-# Elements of the products of a tile of slots with the queries of a group, which lie in registers.
+# Most elements in the products of a tile of slots with the queries of a group, which lie in registers.
 _TILE = 8192
 
 
 @triton.jit
 def _absorb(scores, values, top, total, acc):
-    """Online softmax, to base 2, of `scores` `[GP, BN]` and `values` `[BN, BV]`; all may be -inf."""
+    """Online softmax to base 2: add `scores` `[GP, BN]` and `values` `[BN, BV]`; all scores may be -inf."""
     highest = tl.maximum(top, tl.max(scores, 1))
-    # Nothing seen yet: any number will do.
+    # If nothing has been seen yet, any finite number will do.
     base = tl.where(highest == -float("inf"), 0.0, highest)
     probs = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(top - base)
@@ -56,12 +56,12 @@ def read_token(
         q: `[R, H * G, K]`. k: `[R, H, K]`. v: `[R, H, V]`. scale: `[H * G]`.
         key_sum: `[R, H, M, K]`. value_sum, count: likewise.
         pending_keys: `[R, H, C, K]`; receives the new key. pending_values: likewise.
-        places: `[R]` int32 pending tokens of each row before this one, if they differ (not IS_EVEN).
+        places: `[R]` int32 pending tokens of each row before this token, if the numbers differ (not IS_EVEN).
         tops, totals: `[streams, SPLITS, GP]` scratch. accs: `[streams, SPLITS, GP, V]`.
-        arrived: `[streams]` int32 zeros; zeros again on return.
+        arrived: `[streams]` int32 zeros; they are zero again on return.
         o: `[R, H * G, V]`.
-        pending: pending tokens of every row (IS_EVEN).
-        PER: slots of a split.
+        pending: pending tokens of each row, if the numbers are equal (IS_EVEN).
+        PER: slots per split.
     """
     stream = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -108,7 +108,7 @@ def read_token(
     tl.store(tops + part, top)
     tl.store(totals + part, total)
     put_rows(accs, part, acc, is_head, V, BV)
-    # All threads have stored before one of them says so.
+    # All threads must have stored their results before one of them counts this program as finished.
     tl.debug_barrier()
     if tl.atomic_add(arrived + stream, 1, sem="acq_rel") == SPLITS - 1:
         top = tl.full([GP], -float("inf"), tl.float32)
@@ -140,7 +140,7 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
     places = torch.tensor([] if is_even else pending, dtype=torch.int32).to(q.device)
     sums = (state.key_sum, state.value_sum, state.count)
     complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
-    # Triton launches on the current device, whichever the tensors are on.
+    # Triton launches on the current device, even if the tensors are on another.
     with torch.cuda.device_of(q):
         buffers = (after.pending_keys, after.pending_values)
         o = read_pending_and_slots(q, call.k, call.v, call.scale, *sums, *buffers, places, pending[0])
@@ -161,19 +161,19 @@ def read_pending_and_slots(
     places: Tensor,
     pending: int,
 ) -> Tensor:
-    """The read of one token per row, which is written into the pending buffers.
+    """The read of one token per row; also writes that token into the pending buffers.
 
     Args:
         q: `[B, 1, H, K]`. k: `[B, 1, Hkv, K]`. v: `[B, 1, Hkv, V]`. scale: `[H]` float32.
-        key_sum: `[B, Hkv, M, K]` of the state. value_sum, count: likewise.
+        key_sum: `[B, Hkv, M, K]`, from the state. value_sum, count: likewise.
         pending_keys: `[B, Hkv, C, K]`. pending_values: `[B, Hkv, C, V]`.
-        places: `[B]` int32 where the token of each row goes, or `[0]` if all go to `pending`.
-        pending: where they go then.
+        places: `[B]` int32, the place that the token of each row is written to; `[0]` if all go to `pending`.
+        pending: the place of all rows in that case.
 
     Returns:
         Outputs `[B, 1, H, V]`.
     """
-    # They are written to in place.
+    # The kernel writes to them in place.
     assert pending_keys.is_contiguous()
     assert pending_values.is_contiguous()
     batch, _, num_heads, dim = q.shape
@@ -206,7 +206,7 @@ def _(q, k, v, scale, key_sum, value_sum, count, pending_keys, pending_values, p
 
 @functools.cache
 def _programs(device: torch.device) -> int:
-    """Programs that fill a device."""
+    """The number of programs that fill a device."""
     if device.type != "cuda":
         return _PROGRAMS_EACH
     return _PROGRAMS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
@@ -220,7 +220,7 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def _arrived(device: torch.device, cuda_stream: int, num: int) -> Tensor:
-    """Counters that are zero between launches: a set for each CUDA stream, as their launches overlap."""
+    """Counters that are zero between launches; one set per CUDA stream, because streams overlap."""
     counters = _counters.get((device, cuda_stream))
     if counters is None or len(counters) < num:
         counters = torch.zeros(triton.next_power_of_2(num), dtype=torch.int32, device=device)

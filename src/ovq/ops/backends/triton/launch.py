@@ -1,13 +1,14 @@
-"""Forward and backward over chunk-aligned rows: which kernels run, in which order.
+"""Forward and backward over chunk-aligned rows: which kernels run, and in which order.
 
 Forward, for each step i of the recurrence: `advance` merges chunk i - 1 into the slots and scores the keys
-of chunk i against them; `nearest` and `open_slots` decide where those keys go. The dictionary that the
-queries of chunk i read is kept for a segment of several chunks, which `read` works through all at once.
+of chunk i against them; `nearest` and `open_slots` decide where those keys go. The dictionaries that the
+queries read are kept for a segment of several chunks, and `read` processes a whole segment at once.
 
-Backward, for each segment from the last: `rewind` walks the sums back and keeps the same dictionaries again;
-`grad_queries` and `grad_slots` go through all chunks at once; `deposit` accumulates the gradient of the sums
-from the last chunk to the first, and `grad_tokens` adds what the tokens get from there to what they get as
-candidates. No step waits for another chunk's: with assignments known, slots are independent.
+Backward, for each segment from the last: `rewind` takes the chunks out of the sums and keeps the same
+dictionaries again; `grad_queries` and `grad_slots` process all chunks at once; `deposit` accumulates the
+gradient of the sums from the last chunk to the first; `grad_tokens` adds the gradient that tokens get from
+those sums to the one they get as candidates. With assignments known, slots are independent of each other, so
+no program waits for another.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from ovq.ops.backends.triton.rewind import deposit, rewind
 from ovq.ops.backends.triton.route import nearest, open_slots
 from ovq.ops.backends.triton.work import Work
 
-# Keys of a chunk that a program looks at together, whatever the size of their heads.
+# Keys of a chunk that one program processes at once, whatever the head size.
 TOKEN_BLOCK = 64
-# How far a score is from the exact one, in units of K eps |k| |D| / 2, for both sides of a comparison: once
-# and some room for a float32 product, more for three products added up by tensor cores, which round down.
+# Bounds on the error of a score, in units of K eps |k| |D| / 2, for both sides of a comparison together: for
+# a float32 product, and for three products added up by tensor cores, which round down.
 ROUNDING = 2
 ROUNDING_SPLIT = 8
 
@@ -45,7 +46,7 @@ class Snapshots:
 
     @classmethod
     def empty(cls, num: int, work: Work, k: Tensor, v: Tensor) -> Snapshots:
-        """Room for `num` chunks, in the dtype of the inputs, as the read multiplies them."""
+        """Allocate room for `num` chunks, in the dtype of the inputs, in which the read multiplies."""
         shape = (num, work.num_kv_heads, work.capacity)
         return cls(
             k.new_empty(*shape, k.shape[-1]),
@@ -55,7 +56,7 @@ class Snapshots:
 
 
 def snapshot_bytes(k: Tensor, v: Tensor) -> int:
-    """Bytes of a slot in `Snapshots`."""
+    """Bytes per slot in `Snapshots`."""
     return (k.shape[-1] + v.shape[-1]) * k.element_size() + 4
 
 
@@ -66,7 +67,7 @@ class Recurrence:
         k: `[num_chunks, W, Hkv, K]` keys, contiguous. v: values.
         slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
         into: the dictionaries, updated in place.
-        work: what there is to do.
+        work: the chunks of the call and their order.
         chunk_size: C.
     """
 
@@ -90,12 +91,12 @@ class Recurrence:
         self._novelty = empty(streams, chunk_size)
 
     def step(self, i: int, shown: Snapshots | None = None, base: int = 0) -> None:
-        """Merge chunk i - 1, show the dictionary to chunk i and route it; either may be missing.
+        """Merge chunk i - 1, keep the dictionary that chunk i reads and route chunk i; either may be missing.
 
         Args:
-            i: the step; that after the last merges the last chunks.
-            shown: receives the dictionaries; None where nothing is read.
-            base: entry that `shown` begins with.
+            i: the step; one more step after the last chunk merges the last chunks.
+            shown: receives the dictionaries; None if nothing is read.
+            base: the first entry of `shown`.
         """
         work, k, into = self.work, self.k, self.into
         has_next = i < work.num_steps
@@ -149,10 +150,10 @@ def forward(
         q: `[num_chunks, W, H, K]` queries, contiguous.
         k: `[num_chunks, W, Hkv, K]` keys. v: `[num_chunks, W, Hkv, V]` values.
         scale: `[H]` float32.
-        lse: `[num_chunks, H, W]` float32, receives the log2 of the sum of the powers of 2 of each query.
+        lse: `[num_chunks, H, W]` float32, receives each query's log2-sum-exp2 of the scores.
         slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
         into: sums and counts at the start.
-        work: what there is to do.
+        work: the chunks of the call and their order.
         chunk_size: C.
 
     Returns:
@@ -182,7 +183,7 @@ def forward(
 
 @dataclasses.dataclass
 class Saved:
-    """What the forward keeps for the backward: its inputs, outputs, and nothing per chunk but slots."""
+    """What the forward keeps for the backward: its inputs, its outputs, and per chunk only the slots."""
 
     q: Tensor
     k: Tensor
@@ -196,14 +197,14 @@ class Saved:
 def backward(
     saved: Saved, grad_o: Tensor, final: Dictionary, grads: Dictionary, work: Work, chunk_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the scale; `final` and `grads` become those of the start.
+    """Gradients of q, k, v and the scale; `final` and `grads` are rewound in place to those of the start.
 
     Args:
-        saved: of `forward`, contiguous tensors.
+        saved: from `forward`; contiguous tensors.
         grad_o: `[num_chunks, W, H, V]`.
         final: the dictionary at the end; it is rewound to that of the start.
-        grads: the gradient of its sums, float32, likewise (its count is not looked at).
-        work: what the forward did.
+        grads: the gradient of its sums, float32, likewise (its count is not used).
+        work: that of the forward.
         chunk_size: C.
     """
     k, v = saved.k, saved.v
@@ -215,7 +216,7 @@ def backward(
 
 
 class _Walk:
-    """The walk through the segments, from the last to the first."""
+    """Runs the backward through the segments, from the last to the first."""
 
     def __init__(
         self,
@@ -234,12 +235,12 @@ class _Walk:
         self._blocks = common.grad_blocks(saved.q, saved.v)
         num_chunks, width, num_heads, _ = saved.q.shape
         self._query_blocks = triton.cdiv(width, self._blocks["BM"])
-        # Blocks without queries leave theirs as it is.
+        # Zeros, because blocks without queries write nothing.
         shape = (num_chunks, self._query_blocks, num_heads)
         self.grad_scale = torch.zeros(shape, dtype=torch.float32, device=grad_o.device)
 
     def back(self, segment: range) -> None:
-        """All gradients of the tokens of a segment."""
+        """Compute all gradients of the tokens of a segment."""
         work, k, v = self.work, self.saved.k, self.saved.v
         num = work.entries(segment)
         shown = Snapshots.empty(num, work, k, v)
@@ -256,7 +257,7 @@ class _Walk:
         self._grad_tokens(segment, deposits)
 
     def _by_slots(self, segment: range) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
-        """Grid, arguments and block sizes of the kernels that walk through a segment slot by slot."""
+        """Grid, arguments and block sizes of the kernels that run through a segment by blocks of slots."""
         work, block = self.work, common.slot_block(self.saved.k, self.saved.v)
         grid = (work.num_active[0] * work.num_kv_heads, triton.cdiv(work.capacity, block))
         ends = (segment.start, segment.stop, work.first[segment.start])

@@ -1,8 +1,8 @@
 """A call without a state as operators of `torch.library`: opaque to `torch.compile` and `torch.export`.
 
-`ovq::attention` is a whole call: what depends on lengths and the schedule is worked out inside, so that a
-compiled graph holds one node and stays the same for all lengths. A graph hands on nothing but tensors: the
-backward has to prepare the call again. Outside of graphs a call is prepared once (`chunk.py`).
+`ovq::attention` is a whole call: all that depends on lengths and the schedule is computed inside, so that a
+compiled graph holds one node for it and fits all lengths. A graph passes on only tensors, so the backward
+prepares the call again. Outside of graphs a call is prepared once (`chunk.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def attention(
     chunk_size: int,
     growth: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Outputs `[B, T, H, V]` of a call that begins and ends without a state, and what its backward needs.
+    """Outputs `[B, T, H, V]` of a call without initial or final state, and what its backward needs.
 
     Args:
         q: `[B, T, H, K]`. k: `[B, T, Hkv, K]`. v: `[B, T, Hkv, V]`.
@@ -44,8 +44,9 @@ def attention(
         growth: the schedule.
 
     Returns:
-        The outputs; then, of rows sorted by length, sums and counts at the end with N slots, and of
-        `_num_places` tokens the log2-sum-exp2 of the queries and the slots of the keys, flat, chunk-aligned.
+        The outputs; then the final sums and counts with N slots, for rows sorted by length; then the
+        log2-sum-exp2 of the queries and the slots of the keys, chunk-aligned and flat, with room for
+        `_num_places` tokens.
     """
     streams = (bounds.shape[1], k.shape[2], num_slots)
     sums = Dictionary(
@@ -77,7 +78,7 @@ def attention(
 
 
 def _num_places(q: Tensor, bounds: Tensor, chunk_size: int) -> int:
-    """Room enough for all tokens in whole chunks, whatever the lengths are: the graph fits all of them."""
+    """Enough places for all tokens in whole chunks, whatever the lengths, so that the graph fits any."""
     return q.shape[0] * q.shape[1] + bounds.shape[1] * (chunk_size - 1)
 
 
@@ -121,7 +122,7 @@ def attention_backward(
     chunk_size: int,
     growth: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the scale; the arguments are those of `attention` and what it returned."""
+    """Gradients of q, k, v and the scale, from the arguments of `attention` and what it returned."""
     if not bool(bounds[1].any()):
         return _like(q, k, v, scale)
     call = _Prepared(q, k, bounds, num_slots, chunk_size, growth)
@@ -165,7 +166,7 @@ attention.register_autograd(_backward, setup_context=_setup_context)
 
 @torch.library.custom_op("ovq::row_bounds", mutates_args=())
 def row_bounds(q: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """`RowBounds.bounds` of a call; ValueError if mask or offsets do not fit."""
+    """`RowBounds.bounds` of a call; raises ValueError if the mask or the offsets do not fit."""
     rows = checked_rows(q, attention_mask, cu_seqlens)
     return torch.tensor([rows.starts, rows.lengths], dtype=torch.int64)
 
@@ -177,7 +178,7 @@ def _(q: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Te
 
 
 class _Prepared:
-    """A call without a state: its work, and its tensors chunk-aligned; arguments as of `attention`."""
+    """A call without a state: its work, and its chunk-aligned tensors; arguments as for `attention`."""
 
     def __init__(
         self, q: Tensor, k: Tensor, bounds: Tensor, num_slots: int, chunk_size: int, growth: str
@@ -213,6 +214,6 @@ class _Prepared:
         return self._aligned.unalign(chunks, *self._shape).contiguous()
 
     def of_chunks(self, flat: Tensor, num_heads: int) -> Tensor:
-        """`[num_chunks, heads, W]`, the beginning of a flat tensor."""
+        """The beginning of a flat tensor as `[num_chunks, heads, W]`."""
         shape = (self._aligned.num_chunks, num_heads, self._aligned.width)
         return flat[: shape[0] * shape[1] * shape[2]].view(shape)

@@ -8,7 +8,7 @@ from ovq.ops.backends.triton.common import BEFORE, CHUNK, COLUMNS, LOG2E, TOKENS
 
 @triton.jit
 def _absorb(scores, values, top, total, acc):
-    """Online softmax, to base 2: add the `scores` `[BM, BN]` of some candidates and their `values`."""
+    """Online softmax to base 2: add the `scores` `[BM, BN]` of some candidates and their `values`."""
     highest = tl.maximum(top, tl.max(scores, 1))
     probs = tl.exp2(scores - highest[:, None])
     shrink = tl.exp2(top - highest)
@@ -28,7 +28,7 @@ def read(
         q: `[num_chunks, W, H, K]`. k: `[num_chunks, W, H / G, K]`. v: likewise. scale: `[H]`.
         snap_keys: `[entries, H / G, M, K]` means before each chunk. snap_values, snap_bias: likewise.
         o: `[num_chunks, W, H, V]` receives the outputs.
-        lse: `[num_chunks, H, W]` receives the log2 of the sum of the powers of 2.
+        lse: `[num_chunks, H, W]` receives each query's log2-sum-exp2 of the scores.
         first: first entry of the segment.
     """
     index = tl.program_id(0) // QB
@@ -64,8 +64,8 @@ def read(
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * factor
             scores = tl.where(own[None, :] <= t[:, None], scores, -float("inf"))
             values = rows(v, source, own < tokens, V, BV)
-            # Zero times NaN is NaN, so a value that is not finite is added only to the outputs from its token
-            # on.
+            # Zero times NaN is NaN, so a value that is not finite is added only to the outputs of its own
+            # token and later ones.
             is_spoilt = (tl.abs(values.to(tl.float32)) < float("inf")) == 0
             if tl.max(tl.max(is_spoilt.to(tl.int32), 1), 0) > 0:
                 sees = (own[None, :] <= t[:, None]).to(tl.float32)

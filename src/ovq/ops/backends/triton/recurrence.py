@@ -3,8 +3,8 @@ chunk.
 
 A program owns a block of slots of one stream (a key/value head of a row). It adds the tokens of the previous
 chunk, writes the means that the queries of the next chunk will read, and scores the keys of that chunk
-against them. Whatever depends on all slots of a stream, such as which slot is the best, is then decided by
-`route.py`.
+against them. `route.py` then decides whatever depends on all slots of a stream, such as which slot is the
+best.
 """
 
 import triton
@@ -31,8 +31,8 @@ def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.const
                BD: tl.constexpr):  # fmt: skip
     """Add (SIGN 1) or take back (SIGN -1) a chunk's tokens in order of position, slot by slot.
 
-    Every slot of the block follows the chain of its own tokens, so that its sums get them one after the
-    other, as in every other backend, and are equal to the last bit.
+    Every slot of the block adds its own tokens one after the other, as in every other backend, so that sums
+    are equal bit for bit.
 
     Args:
         sums: `[BN, BD]`. counts: `[BN]`. slot: `[BN]` indices of the block's slots.
@@ -47,7 +47,7 @@ def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.const
         while tl.min(token, 0) < C:
             has_token = token < C
             added = rows(x, place + token.to(tl.int64) * stride, has_token, D, BD).to(tl.float32)
-            # Adding a zero here may turn -0.0 into 0.0, which is an equal number.
+            # Adding zero may turn -0.0 into 0.0, which compares equal.
             sums += SIGN * added
             counts += SIGN * has_token.to(counts.dtype)
             token = tl.min(tl.where(is_mine & (t[None, :] > token[:, None]), t[None, :], C), 1)
@@ -56,16 +56,16 @@ def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.const
 
 @triton.jit
 def _top_bits(x):
-    """float32 cut to the bits of a bfloat16; the rest that is cut off is exact in float32 too."""
+    """float32 truncated to the bits of a bfloat16; the remainder is an exact float32 number too."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _scores(mean, keys, IS_SPLIT: tl.constexpr):
-    """Dot products `[BN, BT]` of means `[BN, K]` (float32) with keys `[BT, K]`, to float32 rounding.
+    """Dot products `[BN, BT]` of means `[BN, K]` (float32) with keys `[BT, K]`, exact up to float32 rounding.
 
-    IS_SPLIT: keys are bfloat16. Three bfloat16 numbers add up to a float32 exactly, so three products on the
-    tensor cores give what one product in float32 would.
+    IS_SPLIT: keys are bfloat16. A float32 number is exactly the sum of three bfloat16 numbers, so three
+    products on the tensor cores give what one product in float32 would.
     """
     scores = tl.zeros([mean.shape[0], keys.shape[0]], tl.float32)
     if IS_SPLIT:
@@ -95,7 +95,7 @@ def advance(
         k: `[num_chunks, W, H, K]` keys. v: values.
         slots: `[num_chunks, H, W]` int32 slot of each token.
         key_sum: `[R, H, M, K]`, updated in place. value_sum, count: likewise.
-        table: of `work.py`.
+        table: the table of chunks of `work.py`.
         snap_keys: `[entries, H, M, K]` the segment's dictionaries. snap_values, snap_bias: likewise; the bias
             is the log of the count, to base 2.
         best: `[streams, NB, C]` largest score of each token in each block. second, winner, cosine: likewise
@@ -116,7 +116,7 @@ def advance(
     if HAS_PREVIOUS:
         num_open = tl.load(table + (previous + row) * COLUMNS + AFTER)
     else:
-        # In a stream without slots, keys are compared with the first of them.
+        # In a stream without slots, keys are compared with the first key.
         num_open = tl.maximum(tl.load(table + (current + row) * COLUMNS + BEFORE), 1)
     if block * BN < num_open:
         is_in = slot < M
@@ -153,7 +153,7 @@ def advance(
                         mean = own
                         is_used = slot == 0
                     length = tl.sqrt(tl.sum(mean * mean, 1))
-                    # This is not finite, so `nearest` decides in float64 whatever would depend on it.
+                    # If a mean is extreme, inf makes `nearest` decide in float64.
                     known = tl.where(is_used & are_extreme(mean, length), float("inf"), length)
                     tl.store(longest + stream * NB + block, tl.max(known, 0))
                     inverse = 1.0 / tl.maximum(length, TINY)
@@ -163,7 +163,7 @@ def advance(
                         is_token = t < tokens
                         keys = rows(k, (chunk * W + t) * H + head, is_token, K, BK)
                         scores = _scores(mean, keys, IS_SPLIT)
-                        # Comparisons with a score that is not a number would be false.
+                        # NaN becomes inf, because comparisons with NaN are always false.
                         scores = tl.where(scores == scores, scores, float("inf"))
                         scores = tl.where(is_used[:, None], scores, -float("inf"))
                         top = tl.max(scores, 0)

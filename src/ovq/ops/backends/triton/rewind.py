@@ -1,7 +1,7 @@
-"""Walking back through a segment: the dictionaries that its chunks read, and the gradients of their sums.
+"""Going back through a segment: the dictionaries that its chunks read, and the gradients of their sums.
 
-With the slots of all tokens known, slots are independent of each other: a program takes a block of slots
-through all chunks of the segment, and no step waits for another.
+With the slots of all tokens known, slots are independent of each other: one program takes a block of slots
+through all chunks of the segment, and no program waits for another.
 """
 
 import triton
@@ -16,14 +16,15 @@ def rewind(
     x, slots, sums, count, count_before, table, first, num_active, snaps, snap_bias, start, stop, base, W, C,
     H, D, M, HAS_BIAS: tl.constexpr, BN: tl.constexpr, TB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Take a segment's chunks out of the sums of a block of slots, last one first; grid (streams, blocks).
+    """Take a segment's chunks out of the sums of a block of slots, the last first; grid (streams, blocks).
 
     Args:
         x: `[num_chunks, W, H, D]` keys, or values.
         slots: `[num_chunks, H, W]` int32.
         sums: `[R, H, M, D]` after the segment; before it on return.
         count: `[R, H, M]` after the segment. count_before: receives the counts before it.
-        first: `[steps + 1]` int32 entries of the steps. num_active: `[steps]` rows that have such a chunk.
+        first: `[steps + 1]` int32 first entry of each step. num_active: `[steps]` rows with a chunk at the
+            step.
         snaps: `[entries, H, M, D]` receives the means that each chunk read.
         snap_bias: `[entries, H, M]` receives the log2 counts (HAS_BIAS).
         start: first step of the segment. stop: step after its last. base: its first entry.
@@ -47,7 +48,7 @@ def rewind(
                 total, counts = add_tokens(
                     total, counts, slot, x, chosen, chunk * W * H + head, H, C, D, -1, TB, BD
                 )
-                # What is left here is rounding, in slots that the chunk opened.
+                # In slots that the chunk opened, only rounding errors are left.
                 total = tl.where((slot < num)[:, None], total, 0.0)
             shown = ((entry - base).to(tl.int64) * H + head) * M + slot
             put_rows(snaps, shown, means(total, counts), slot < num, D, BD)
@@ -68,8 +69,9 @@ def deposit(
     Args:
         slots: `[num_chunks, H, W]` int32.
         accumulated: `[R, H, M, D]` float32 gradient of the sums after the segment; before it on return.
-        grads: `[entries, H, M, D]` float32 what each chunk's queries add to it.
-        deposits: `[entries, H, W, D]` float32, what each token of a complete chunk gets from its sum.
+        grads: `[entries, H, M, D]` float32, the contribution of each chunk's queries.
+        deposits: `[entries, H, W, D]` float32, the gradient that each token of a complete chunk gets from its
+            sum.
     """
     stream = tl.program_id(0)
     row = stream // H
@@ -94,7 +96,7 @@ def deposit(
                     while tl.min(token, 0) < C:
                         put_rows(deposits, local * W + token, total, token < C, D, BD)
                         token = tl.min(tl.where(is_mine & (t[None, :] > token[:, None]), t[None, :], C), 1)
-            # Slots that the chunk opened end here, because no earlier chunk has read them.
+            # The gradient of slots that the chunk opened ends here: no earlier chunk has read them.
             is_used = slot < num
             total = tl.where(is_used[:, None], total + rows(grads, local * M + slot, is_used, D, BD), 0.0)
     put_rows(accumulated, place, total, is_in, D, BD)

@@ -1,10 +1,10 @@
-"""Which slot each key goes to and which keys open slots, as float64 decides it.
+"""Which slot each key goes to and which keys open slots, decided as float64 would decide.
 
-The scores of `recurrence.py` are right up to float32 rounding. Where that leaves in doubt which of two slots
-is nearer, or which of two keys is more novel, the candidates are computed again in float64 here. Scores that
-are equal up to `options.TIE` go to the lowest slot, or to the earliest token, as in every backend. Keys and
-means whose lengths make float32 products vanish or overflow (outside `options.ORDINARY`) are compared in
-float64 from the start.
+The scores of `recurrence.py` are exact up to float32 rounding. Where that leaves open which of two slots is
+nearer, or which of two keys is more novel, this file computes the candidates' scores again in float64. Of
+scores that are equal up to `options.TIE`, the lowest slot or the earliest token wins, as in every backend.
+Keys and means whose lengths make float32 products vanish or overflow (outside `options.ORDINARY`) are
+compared in float64 from the start.
 """
 
 import triton
@@ -29,7 +29,7 @@ from ovq.ops.backends.triton.common import (
 @triton.jit
 def _exact(key, key_sum, count, stream, block, num_open, is_fresh, first_key, M, K, BN: tl.constexpr,
            BK: tl.constexpr):  # fmt: skip
-    """Dot products and lengths `[BN]` in float64 of a block's means with a key `[BK]`."""
+    """In float64: dot products `[BN]` of a block's means with a key `[BK]`, and the lengths of the means."""
     slot = block * BN + tl.arange(0, BN)
     is_used = slot < num_open
     place = stream.to(tl.int64) * M + slot
@@ -59,7 +59,7 @@ def nearest(
     """The nearest slot of every key of a complete chunk; grid (streams, blocks of tokens).
 
     Args:
-        best, second, winner, cosine, longest: what `advance` found in each block of slots.
+        best, second, winner, cosine, longest: results of `advance` for each block of slots.
         slots: `[num_chunks, H, W]` receives the slots.
         novelty: `[streams, C]` receives the best cosine of each key, in float32.
         ROUNDING: bounds the rounding of a score, in K eps |k| |D| / 2.
@@ -97,7 +97,7 @@ def nearest(
         length = tl.sqrt(tl.sum(keys * keys, 1))
         tolerance = (ROUNDING * K * EPS + 2 * TIE) * length * longest_mean
         is_finite = tl.abs(top) < float("inf")
-        # One such mean is enough; zero keys tie with all of them.
+        # One extreme mean is enough to need float64. Zero keys do not: they tie with every slot.
         is_wide = is_token & are_extreme(keys, tl.where(longest_mean < float("inf"), length, float("inf")))
         is_contested = is_wide | (is_token & is_finite & (next_top >= top - tolerance))
         wide_cosine = tl.zeros([BT], tl.float32)
@@ -117,7 +117,7 @@ def nearest(
                     product, lengths = _exact(
                         key, key_sum, count, stream, block, num_open, is_fresh, first_key, M, K, BN, BK
                     )
-                    # Comparisons with what is not a number would be false.
+                    # NaN becomes inf, because comparisons with NaN are always false.
                     product = tl.where(product == product, product, float("inf"))
                     lengths = tl.where(lengths == lengths, lengths, float("inf"))
                     cosines = product / tl.maximum(own_length, TINY) / tl.maximum(lengths, TINY)
@@ -126,7 +126,7 @@ def nearest(
                     best_cosine = tl.maximum(best_cosine, tl.max(cosines, 0))
                     longest_seen = tl.maximum(longest_seen, tl.max(lengths, 0))
                     if is_all:
-                        # A float32 cosine must not make `open_slots` leave the block out.
+                        # Otherwise a float32 cosine could make `open_slots` skip the block.
                         tl.store(cosine + found + block * C + j, float("inf"))
             longest_seen = tl.where(is_all, longest_seen, tl.cast(longest_mean, tl.float64))
             floor_exact = highest - TIE * own_length * longest_seen
@@ -147,7 +147,7 @@ def nearest(
         chosen = tl.where(is_finite | is_wide, chosen, 0)
         tl.store(slots + (chunk * H + head) * W + t, chosen, mask=is_token)
         scaled = tl.where(is_wide, wide_cosine, nearest_cosine / tl.maximum(length, TINY))
-        # They have no cosine, and are the last to open a slot.
+        # They have no cosine, and are the last to open slots.
         scaled = tl.where(tl.abs(scaled) < float("inf"), scaled, NO_COSINE)
         tl.store(novelty + stream.to(tl.int64) * C + t, scaled, mask=is_token)
 
@@ -160,7 +160,7 @@ def open_slots(
     """The keys of a complete chunk that open slots: those of lowest best cosine; grid (streams,).
 
     Args:
-        cosine: `[streams, NB, C]` as `advance` found them in each block of slots.
+        cosine: `[streams, NB, C]`, from `advance`, for each block of slots.
         slots: `[num_chunks, H, W]`; the keys that open slots get theirs.
         novelty: `[streams, C]` from `nearest`.
         BC: C, rounded up to a power of two.
@@ -177,12 +177,12 @@ def open_slots(
         is_fresh = before == 0
         t = tl.arange(0, BC)
         rough = tl.load(novelty + stream.to(tl.int64) * C + t, mask=t < C, other=8.0)
-        # The first key of a stream has opened slot 0.
+        # The first key of a stream has already opened slot 0.
         rough = tl.where(is_fresh & (t == 0), 4.0, rough)
         ranked = tl.sort(rough)
         boundary = tl.sum(tl.where(t == num - 1, ranked, 0.0), 0)
         following = tl.sum(tl.where(t == num, ranked, 0.0), 0)
-        # A cosine is at most 1, and takes a few more roundings than a dot product.
+        # A cosine is at most 1, and involves a few more roundings than a dot product.
         tolerance = 2 * (K + 8) * ROUNDING * EPS + 2 * TIE
         novel = rough.to(tl.float64)
         if (num < C) & (following - boundary <= tolerance):
@@ -209,7 +209,7 @@ def open_slots(
         last = tl.sum(tl.where(t == num - 1, tl.sort(novel), 0.0), 0)
         is_clear = novel < last - TIE
         is_tied = tl.abs(novel - last) <= TIE
-        # Of equally novel keys the earlier open slots, numbered in order of position.
+        # Of equally novel keys, the earlier ones open slots, which are numbered in order of position.
         room = num - tl.sum(is_clear.to(tl.int32), 0)
         is_opening = is_clear | (is_tied & (tl.cumsum(is_tied.to(tl.int32), 0) <= room))
         opened = existing + tl.cumsum(is_opening.to(tl.int32), 0) - 1

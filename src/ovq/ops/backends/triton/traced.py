@@ -1,6 +1,6 @@
-"""A call as `torch.compile` and `torch.export` see it: nothing that looks at values, one operator.
+"""A call as `torch.compile` and `torch.export` see it: one operator, and no code that depends on values.
 
-Only a call without a state: a state is plain Python in part, and breaks the graph.
+Only for calls without a state: a state is partly plain Python, which breaks the graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def attention(
     cu_seqlens: Tensor | None,
     options: Options,
 ) -> Tensor:
-    """Outputs `[B, T, H, V]`; arguments as of `ovq.ops.ovq_attention`, checked but for those of the rows."""
+    """Outputs `[B, T, H, V]`; arguments as for `ovq.ops.ovq_attention`, checked except for the rows."""
     if isinstance(attention_mask, RowBounds):
         bounds = attention_mask.bounds
     else:

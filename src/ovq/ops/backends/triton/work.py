@@ -1,4 +1,4 @@
-"""What a call launches: the table of chunks in which kernels look up their work, and the segments."""
+"""The work of a call: the table in which kernels look up the chunks, and the segments of chunks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from ovq.ops.backends.plan import Plan
 
-# Most bytes for the dictionaries of a segment, one for each of its chunks.
+# Most bytes for the dictionaries of a segment, of which each chunk has its own.
 SEGMENT_BYTES = 256 << 20
 
 
@@ -14,18 +14,19 @@ class Work:
     """The chunks of a call in the order of the recurrence: the first chunks of all rows, then the second
     ones.
 
-    Rows are sorted by length. Those which have an i-th chunk, and those whose i-th chunk is complete, are
-    then each the first few rows: chunk i of row r is entry `first[i] + r`.
+    Rows are sorted by length, the longest first. So the rows that have an i-th chunk come first, and likewise
+    those whose i-th chunk is complete: chunk i of row r is entry `first[i] + r`.
 
     Attributes:
-        table: `[num_chunks, 5]` int32: index of the chunk in the aligned layout, slots before and after it,
-            its tokens, whether it is complete.
-        first: entry of the first row's i-th chunk, for each step i, and the number of entries at the end;
+        table: `[num_chunks, 5]` int32: index of the chunk in the aligned layout, slots in use before and
+            after it, its number of tokens, whether it is complete.
+        first: for each step i, the entry of the first row's i-th chunk; at the end, the number of entries.
             `first_of_step` is the same on the device.
-        num_active: rows that have an i-th chunk, for each i; `rows_of_step` likewise.
-        num_complete: rows whose i-th chunk is complete.
+        num_active: for each i, the number of rows that have an i-th chunk; `rows_of_step` is the same on the
+            device.
+        num_complete: for each i, the number of rows whose i-th chunk is complete.
         num_opening: the most slots that a row opens with its i-th chunk, not counting slot 0.
-        capacity: slots that the sums have room for.
+        capacity: slots allocated for the sums.
         num_kv_heads: Hkv.
 
     Example:
@@ -72,7 +73,7 @@ class Work:
         self.num_steps = num_steps
 
     def segments(self, bytes_a_slot: int) -> list[range]:
-        """Runs of steps whose dictionaries together stay within `SEGMENT_BYTES`, with at least one step each.
+        """Runs of steps whose dictionaries together fit in `SEGMENT_BYTES`, with at least one step each.
 
         Args:
             bytes_a_slot: bytes per slot of each chunk and key/value head.
@@ -87,5 +88,5 @@ class Work:
         return [*found, range(start, self.num_steps)]
 
     def entries(self, steps: range) -> int:
-        """Chunks of a segment."""
+        """The number of chunks of a segment."""
         return self.first[steps.stop] - self.first[steps.start]
