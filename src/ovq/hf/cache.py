@@ -1,7 +1,7 @@
-"""The cache of an OVQ model in transformers, and all that depends on the version of transformers.
+"""The cache of an OVQ model in transformers, and all code that depends on the version of transformers.
 
-Version 5.24 renamed `past_key_values` to `cache` nearly everywhere; `CACHE_KEY` is the name the installed one
-uses.
+Version 5.24 renamed `past_key_values` to `cache` nearly everywhere; `CACHE_KEY` is the name that the
+installed version uses.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ CACHE_KEY = (
 
 
 class OVQCacheLayer(LayerCache, CacheLayerMixin):
-    """The cache of one layer of an OVQ model, whatever its mixer keeps.
+    """The cache of one layer of an OVQ model, for any mixer.
 
     Args:
-        memory: of the mixer; it handles the state.
+        memory: the mixer's `Memory`, which handles the state.
     """
 
-    # A convolution's state cannot forget tokens it was given, and a dictionary even less so.
+    # Neither a convolution's state nor a dictionary can forget the tokens that it has read.
     is_croppable = False
-    # Shapes depend on the number of tokens seen.
+    # Shapes depend on the number of tokens read.
     is_compileable = False
     supports_early_init = False
     is_sliding = False
-    #: Where the state is when it is in use.
+    #: The device on which the state is used.
     device: torch.device | None = None
 
     @property
@@ -48,37 +48,37 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
         """Whether there is a state."""
         return self.state is not None
 
-    # transformers' names for what a layer of attention keeps.
+    # transformers' names for what an attention layer keeps.
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]  # likewise
-        """`[B, Hkv, S, K]`, where keys are kept."""
+        """`[B, Hkv, S, K]` if the mixer keeps keys, else None."""
         return self.parts().get("keys")
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]  # likewise
-        """`[B, Hkv, S, V]`, where values are kept."""
+        """`[B, Hkv, S, V]` if the mixer keeps values, else None."""
         return self.parts().get("values")
 
     def set_state(self, state: Any, num_new: int) -> None:
-        """Keep the state after `num_new` more columns."""
+        """Store the state after `num_new` more columns."""
         super().set_state(state, num_new)
         self.device = next(iter(self.memory.tensors(state).values())).device
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: the state comes from the mixer."""
+        """Does nothing: the mixer makes the state."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Not for this layer: the mixer sets the state."""
+        """Not supported: the mixer sets the state."""
         raise NotImplementedError("this layer keeps a state that its mixer makes: use set_state")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the columns a mask has to cover: all."""
+        """Length and offset of the columns that a mask has to cover: all columns."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1: no bound."""
+        """Always -1, which means no bound."""
         return -1
 
     def offload(self) -> None:
@@ -104,10 +104,10 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
 
 
 class OVQCache(Cache):
-    """Cache of an OVQ model: for each layer what its mixer keeps.
+    """Cache of an OVQ model: what the mixer of each layer keeps.
 
     Args:
-        config: of the model.
+        config: the config of the model.
 
     Example:
         >>> from ovq.hf import OVQConfig
@@ -138,9 +138,9 @@ class OVQCache(Cache):
         return self.layers[0].num_rows
 
     def snapshot(self) -> OVQCache:
-        """A cache of its own that starts where this one is: a branch, or the way back from rejected tokens.
+        """An independent cache with the same content, for branching or for going back over rejected tokens.
 
-        It costs next to nothing: the two share tensors, and no tensor is changed that another cache can see.
+        It costs almost nothing: the two caches share tensors, and neither changes what the other reads.
 
         Example:
             >>> from ovq.hf import OVQConfig, OVQModel
@@ -157,20 +157,20 @@ class OVQCache(Cache):
         return branch
 
     def detach_(self) -> None:
-        """Cut what is held out of the graph that made it: no gradient flows to the tokens read so far."""
+        """Detach all tensors from their graph, so that no gradient flows to the tokens read so far."""
         for layer in self.layers:
             layer.detach_()
 
     @staticmethod
     def concatenate(caches: Sequence[OVQCache], config: OVQConfig) -> OVQCache:
-        """The rows of several caches in one: how a row joins a running batch. The caches stay as they are.
+        """The rows of several caches in one, for rows that join a running batch. The caches do not change.
 
-        Rows with fewer columns than the longest get columns of padding on their left: later calls need an
-        `attention_mask` of all columns with zeros there.
+        Rows with fewer columns than the longest are padded on the left: later calls need an `attention_mask`
+        over all columns, with zeros at this padding.
 
         Args:
             caches: of models with this config; each has read at least one column.
-            config: of the model.
+            config: the config of the model.
 
         Raises:
             ValueError: no caches, an empty one among them, or states of different sizes.
@@ -197,10 +197,10 @@ class OVQCache(Cache):
 
 
 def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:
-    """The cache a caller passed under either of its names.
+    """The cache that a caller passed under either of its names.
 
     Raises:
-        ValueError: both names used for different objects, or something else than an `OVQCache`.
+        ValueError: different objects under the two names, or something other than an `OVQCache`.
     """
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError(
@@ -217,12 +217,12 @@ def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:
 def add_generation_cache(
     config: OVQConfig, generation_config: GenerationConfig, model_kwargs: dict, batch_size: int
 ) -> bool:
-    """Put a fresh `OVQCache` into the arguments of a `generate` call that wants one and brought none.
+    """Add a new `OVQCache` to the arguments of a `generate` call that uses a cache but was given none.
 
-    One that was brought gets a row for each beam, if it has a row for each prompt.
+    A cache that was given with one row per prompt gets one row per beam or returned sequence.
 
     Returns:
-        Whether it did; if not, transformers' own preparation has no cache to make either.
+        Whether a cache was added. If not, transformers need not make one either.
 
     Raises:
         ValueError: a `cache_implementation` that cannot hold an OVQ state.
@@ -238,7 +238,7 @@ def add_generation_cache(
         return False
     model_kwargs[CACHE_KEY] = OVQCache(config) if given is None else given
     if given is not None and given.num_rows == batch_size:
-        # transformers repeats inputs for beams and for several returned sequences, but not a cache.
+        # transformers repeats inputs, but not a cache, for beams and for several returned sequences.
         repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if repeats > 1:
             given.batch_repeat_interleave(repeats)
@@ -248,8 +248,8 @@ def add_generation_cache(
 def unread_inputs(input_ids: Tensor, model_kwargs: dict) -> Tensor:
     """The columns of `input_ids` that the cache in the arguments of a `generate` call has not read.
 
-    The caller may pass a cache and the mask of all columns, but only the last columns of text. transformers
-    then takes all of these to be new, though the cache may have read the first of them.
+    The caller may pass a cache and the mask of all columns, but only the last columns of token ids.
+    transformers then treats all of these as new, although the cache may have read the first of them.
     """
     cache, mask = model_kwargs.get(CACHE_KEY), model_kwargs.get("attention_mask")
     if cache is None or mask is None:

@@ -1,4 +1,4 @@
-"""Configuration of the OVQ language model: one backbone, the mixer of each layer named in `mixer_types`."""
+"""Configuration of the OVQ language model: one backbone; `mixer_types` names the mixer of each layer."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -22,13 +22,13 @@ T = TypeVar("T")
 if TYPE_CHECKING:
 
     class Filled(Generic[T]):
-        """A field that may be left out, and is filled in: whoever reads it finds no None."""
+        """A field that may be left out and is then filled in, so that reading it never gives None."""
 
         def __get__(self, config: object, owner: type | None = None) -> T:
-            """What the config has."""
+            """The value in the config."""
 
         def __set__(self, config: object, value: T | None) -> None:
-            """None, or what it is to have."""
+            """Set the value; None to have it filled in."""
 
 else:
     Filled = Optional
@@ -48,31 +48,34 @@ class OVQConfig(PreTrainedConfig):
         head_dim: size of a head. None: `hidden_size / num_attention_heads`.
         rms_norm_eps: epsilon of the RMSNorm layers.
         rope_theta: base of the rotary frequencies.
-        rope_mixers: the mixer types whose layers get rotary embedding, of `"sliding_attention"`,
-            `"full_attention"` and `"ovq"`. None: `"sliding_attention"` alone.
+        rope_mixers: the mixer types whose layers get rotary embedding, out of `"sliding_attention"`,
+            `"full_attention"` and `"ovq"`. None: only `"sliding_attention"`.
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: use the embedding as the output layer too.
-        mixer_types: a mixer a layer, of those in `ovq.layers.MIXERS`. None: `"sliding_attention"` and `"ovq"`
-            in turn.
-        sliding_window: tokens a `"sliding_attention"` layer sees, the current one included.
-        num_sinks: S, first tokens of a row that a `"sink_attention"` layer keeps in sight.
-        sink_window: tokens a `"sink_attention"` layer sees beside them, the current one included.
+        mixer_types: one mixer per layer, from `ovq.layers.MIXERS`. None: `"sliding_attention"` and `"ovq"`
+            alternate.
+        sliding_window: tokens that a `"sliding_attention"` layer sees, the current one included.
+        num_sinks: S, the number of first tokens of a row that a `"sink_attention"` layer keeps visible.
+        sink_window: last tokens that a `"sink_attention"` layer sees besides them, the current one included.
         delta_value_dim: components of a value in a `"gated_deltanet"` layer. None: `2 head_dim`.
-        mamba_head_dim: channels of a head in a `"mamba2"` layer. None: `2 hidden_size / num_attention_heads`.
-        mamba_state_size: numbers of state per channel of a `"mamba2"` layer.
-        num_slots: N, the most slots a head of an `"ovq"` layer may hold; the slots of a `"vq"` layer.
-        chunk_size: C, tokens an `"ovq"` layer reads exactly before it merges them; the chunks of `"vq"`.
-        vq_decay: of the moving averages that the slots of a `"vq"` layer are, a training step.
+        mamba_head_dim: channels per head of a `"mamba2"` layer. None: `2 hidden_size / num_attention_heads`.
+        mamba_state_size: size of the state per channel of a `"mamba2"` layer.
+        num_slots: N, the largest number of slots per head of an `"ovq"` layer; the slots per head of a `"vq"`
+            layer.
+        chunk_size: C, tokens per chunk of `"ovq"` layers, which read a chunk exactly before they merge it,
+            and of `"vq"` layers.
+        vq_decay: decay per training step of the moving averages that make the slots of a `"vq"` layer.
         commitment_weight: factor on the loss that draws the keys of a `"vq"` layer to their slots.
         conv_size: taps of the causal depthwise convolution in every mixer; 0 for none.
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
             `merge` is meant for.
         init: which keys open slots: `"novelty"` or `"random"`.
-        merge: slots a key may be merged into: `"existing"` or `"updated"`; or `"ward"`, the cheapest pairs of
-            slots and tokens merge.
+        merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"ward"`, which merges the
+            cheapest pairs of slots and tokens.
         bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
         rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
-        value_weight: what distances between values weigh beside those between keys with merge `"ward"`.
+        value_weight: the weight of distances between values relative to those between keys with merge
+            `"ward"`.
         use_cache: whether a forward pass outside of training returns a cache unless told otherwise.
         pad_token_id: for `generate`.
         bos_token_id: for `generate`.
@@ -128,7 +131,7 @@ class OVQConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in what depends on other fields, then check."""
+        """Fill in the fields that depend on others, then check all."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.mixer_types is None:
@@ -149,10 +152,10 @@ class OVQConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config of a dictionary, as `from_pretrained` reads one from a file; see `upgraded`.
+        """The config from a dictionary such as `from_pretrained` reads from a file; see `upgraded`.
 
         Raises:
-            ValueError: that of a model of another type, or a field of a wrong type.
+            ValueError: the config of another type of model, or a field of a wrong type.
 
         Example:
             >>> OVQConfig.from_dict({"model_type": "llama"})
@@ -168,18 +171,18 @@ class OVQConfig(PreTrainedConfig):
 
     @classmethod
     def upgraded(cls, fields: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-        """The fields of a config that was saved once, as they would be saved now.
+        """The fields of a config that an earlier version saved, as this version would save them.
 
-        Fields have the names of today. Before the sizes of mixers were fields they followed from others, so
-        that a layer had the parameters, or the bytes, of an `"ovq"` layer: what was left open then, is filled
-        in so (`equal_sizes`).
+        Renamed fields get their present names. Before the sizes of mixers were fields, they followed from
+        other fields, so that a layer had as many parameters, or a state of as many bytes, as an `"ovq"`
+        layer. Sizes that are missing are filled in by that rule (`equal_sizes`).
 
         Args:
             fields: what was saved.
-            changes: fields that are about to be set to other values.
+            changes: fields that will be set to other values.
 
         Raises:
-            ValueError: a field under both its names, or values that cannot be.
+            ValueError: a field under both its names, or impossible values.
 
         Example:
             >>> OVQConfig.upgraded({"hidden_size": 64, "slot_rate": 0.1, "mamba_state_size": None})["rate"]
@@ -235,15 +238,15 @@ class OVQConfig(PreTrainedConfig):
             check_rotary(head_dim)
         check_vq(self.num_slots, self.chunk_size, self.vq_decay, self.commitment_weight)
         options = {name: getattr(self, name) for name in LEARNING_OPTIONS}
-        # What the op would refuse.
+        # Refuse what the op would refuse.
         Options(num_slots=self.num_slots, chunk_size=self.chunk_size, seed=0, **options)
 
 
 def _refuse_misspelt(kwargs: dict, *, own_fields: Iterable[str]) -> None:
-    """Raise on a keyword argument that looks like a field: transformers stores unknown ones without a word.
+    """Raise on a keyword argument that resembles a field: transformers silently stores unknown ones.
 
-    Only look-alikes, because a config saved by another version of transformers may carry fields unknown to
-    this one.
+    Other unknown arguments are accepted, because a config saved by another version of transformers may have
+    fields that the installed version does not know.
     """
     for name in kwargs:
         if close := difflib.get_close_matches(name, own_fields, n=1, cutoff=0.85):

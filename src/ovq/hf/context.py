@@ -1,7 +1,7 @@
-"""Persistent contexts: read a document once, keep the memory of all layers, answer any number of prompts.
+"""Persistent contexts: read a document once, keep the state of all layers, and answer any number of prompts.
 
-For a model of OVQ and sliding-window layers that memory is megabytes, whatever the length of the document:
-prefix caching at constant size. On disk a context is one safetensors file that only the model that read the
+For a model of OVQ and sliding-window layers this takes megabytes, whatever the length of the document: prefix
+caching at constant size. On disk a context is one safetensors file, which only the model that read the
 document accepts:
 
     context = build_context(model, document_ids)
@@ -31,7 +31,7 @@ from ovq.ops.serialization import positive_int, read_file, write_file
 FORMAT = "ovq-context"
 VERSION = "1"
 
-# Every other field of the config decides what is remembered: it is compared, and so will be a field to come.
+# All other fields of the config, future ones included, affect what is remembered, and are compared.
 _FIELDS_WITHOUT_EFFECT = frozenset(
     {"initializer_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
 )
@@ -39,14 +39,14 @@ _FIELDS_WITHOUT_EFFECT = frozenset(
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Context:
-    """The memory of a document, from which a model goes on as often as it is asked to.
+    """The memory of a document, from which a model can continue any number of times.
 
-    Made by `build_context` or `load_context`. Using it never changes it: every use gets a cache of its own.
+    Made by `build_context` or `load_context`. Using it does not change it: every use gets its own cache.
 
     Attributes:
         model: the model that read the document.
         num_tokens: tokens of the document.
-        fingerprint: of the model as it was then, see `fingerprint`.
+        fingerprint: the fingerprint of the model as it was then; see the function `fingerprint`.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
@@ -69,29 +69,29 @@ class Context:
         return self._cache.nbytes
 
     def cache(self, num_rows: int = 1) -> OVQCache:
-        """A cache that has read the document, in each of `num_rows` rows, and shares nothing with others.
+        """A cache of `num_rows` rows that have each read the document; it shares nothing with other caches.
 
-        For `forward(input_ids, past_key_values=...)`, or for `generate` with an `attention_mask` over the
-        tokens of the document and of the prompt; `inputs` makes that mask.
+        Pass it to `forward(input_ids, past_key_values=...)`, or to `generate` with an `attention_mask` over
+        the tokens of the document and of the prompt; `inputs` makes that mask.
         """
         cache = self._cache.snapshot()
-        # Copies, for one row as well: caches that share buffers must not be used by two threads at once.
+        # Copies, even for one row: two threads must not use caches that share buffers at the same time.
         cache.batch_repeat_interleave(num_rows)
         return cache
 
     def inputs(self, prompts: Tensor | Sequence[Tensor | Sequence[int]]) -> dict[str, Tensor | OVQCache]:
-        """What to hand to `generate` for prompts that follow the document.
+        """The arguments of `generate` for prompts that follow the document.
 
         Args:
             prompts: token ids of one or more prompts, of any lengths; a tensor `[B, T]` or a sequence of
-                sequences. Prompts of unequal length are read here, all but their last tokens.
+                sequences. If lengths differ, all but the last token of each prompt is read here.
 
         Returns:
             `input_ids` `[B, T]` (shorter prompts padded left), the `attention_mask` over document and
-            prompts, and the cache. For one call: `generate` brings the cache up to date in place.
+            prompts, and the cache. Use them for one call only: `generate` updates the cache in place.
 
         Raises:
-            ValueError: no prompt, an empty one, or token ids the model does not know.
+            ValueError: no prompt, an empty prompt, or token ids that the model does not know.
         """
         rows = [_token_ids(prompt, self.model, what=f"prompt {i}") for i, prompt in enumerate(prompts)]
         if not rows:
@@ -108,10 +108,10 @@ class Context:
 
     @torch.no_grad()
     def _read(self, rows: list[Tensor]) -> OVQCache:
-        """A cache that has read the document and, in each row, a prompt but for its last token.
+        """A cache that has read the document and, in each row, all of a prompt but its last token.
 
-        Padding between document and prompt would tear a row apart, so that prompts are read length by length
-        and their rows then joined, with the padding before the document.
+        The tokens of a row must be contiguous, without padding between document and prompt. So prompts of
+        equal length are read together, and the rows are joined afterwards, with padding before the document.
         """
         by_length: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
@@ -141,12 +141,12 @@ def build_context(
     Args:
         model: an `OVQForCausalLM` or `OVQModel`.
         input_ids: `[T]` or `[1, T]` token ids of the document.
-        prefill_chunk_size: tokens read at a time, which bounds the memory needed; it changes the result by
-            rounding only.
+        prefill_chunk_size: tokens per forward pass, which bounds the memory needed; it changes the result
+            only by rounding.
         progress: called with the number of tokens read so far, after each piece.
 
     Raises:
-        ValueError: an empty document, token ids the model does not know, or a piece of no tokens.
+        ValueError: an empty document, ids that the model does not know, or `prefill_chunk_size` below 1.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQModel
@@ -170,7 +170,7 @@ def build_context(
 
 
 def save_context(context: Context, path: str | os.PathLike) -> None:
-    """Write a context to one safetensors file, atomically: the file is whole or the old one stays.
+    """Write a context to one safetensors file, atomically: if writing fails, an old file stays as it was.
 
     Raises:
         OSError: the file cannot be written.
@@ -198,10 +198,11 @@ def save_context(context: Context, path: str | os.PathLike) -> None:
 
 
 def load_context(path: str | os.PathLike, model: OVQPreTrainedModel) -> Context:
-    """Read a context back, for the model that made it, onto the model's device.
+    """Read a context for the model that made it, onto the model's device.
 
     Raises:
-        ValueError: no such file, one that is damaged or foreign, or a context of another model or config.
+        ValueError: a missing or damaged file, a file of another kind, or a context of another model or
+            config.
     """
     metadata, tensors = read_file(path, what="a saved context", file_format=FORMAT, version=VERSION)
     num_tokens = positive_int(path, metadata, "num_tokens")
@@ -219,9 +220,9 @@ def load_context(path: str | os.PathLike, model: OVQPreTrainedModel) -> Context:
 
 
 def fingerprint(model: OVQPreTrainedModel) -> dict[str, str]:
-    """All that a memory depends on: fields of the config, dtype, and the SHA-256 of the backbone's weights.
+    """Everything that a memory depends on: config fields, dtype, and the SHA-256 of the backbone's weights.
 
-    The output layer is not part of it, as it only reads.
+    The output layer is left out, because it does not affect the memory.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQModel
@@ -241,7 +242,7 @@ def fingerprint(model: OVQPreTrainedModel) -> dict[str, str]:
 
 
 def _weights(model: nn.Module) -> Mapping[str, Tensor]:
-    """All weights by name, those that accelerate has offloaded included."""
+    """All weights by name, including those that accelerate has offloaded."""
     found = model.state_dict()
     if any(tensor.is_meta for tensor in found.values()):
         from accelerate.utils.modeling import get_state_dict_offloaded_model
@@ -251,9 +252,9 @@ def _weights(model: nn.Module) -> Mapping[str, Tensor]:
 
 
 def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """Raise ValueError, naming the first difference, unless two fingerprints are equal."""
+    """Raise ValueError, naming the first difference, unless the two fingerprints are equal."""
     own = json.loads(expected["config"])
-    # A file from before there was a field was made as the field's default has it.
+    # A file that is older than a field was made with what is now the field's default.
     defaults = {field.name: field.default for field in dataclasses.fields(OVQConfig) if field.name in own}
     try:
         other = defaults | OVQConfig.upgraded(json.loads(found.get("config", "")))
@@ -284,7 +285,7 @@ def _of_layer(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
 def _check_layers(
     where: str, tensors: Mapping[str, Tensor], model: OVQPreTrainedModel, num_tokens: int
 ) -> None:
-    """Raise ValueError unless the tensors can be the memory of `num_tokens` tokens of this model."""
+    """Raise ValueError unless the tensors can be this model's memory of `num_tokens` tokens."""
     mixers = model.mixers()
     expected = {
         f"layers.{i}.{name}"
@@ -312,7 +313,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _token_ids(ids: Tensor | Sequence[int], model: OVQPreTrainedModel, *, what: str) -> Tensor:
-    """Token ids as a tensor `[T]` on the model's device, checked to be ones the model knows."""
+    """Token ids as a tensor `[T]` on the model's device; ValueError unless the model knows them."""
     tensor = torch.as_tensor(ids)
     if tensor.dim() == 2 and tensor.shape[0] == 1:
         tensor = tensor[0]

@@ -1,7 +1,7 @@
-"""Sizes at which other mixers have the parameters of an OVQ layer, or a state of its bytes.
+"""Sizes at which other mixers have as many parameters as an OVQ layer, or a state of as many bytes.
 
-Experiments compare mixers at these sizes. A config that was saved before the sizes were fields of
-`OVQConfig` left them open, and meant these.
+Experiments compare mixers at these sizes. Configs that were saved before the sizes were fields of `OVQConfig`
+imply these sizes.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from ovq.layers.ovq import slot_spec
 if TYPE_CHECKING:
     from ovq.hf.configuration_ovq import OVQConfig
 
-#: The fields of `OVQConfig` that `equal_sizes` gives.
+#: The fields of `OVQConfig` that `equal_sizes` returns.
 EQUAL_SIZES = ("delta_value_dim", "mamba_head_dim", "mamba_state_size", "sink_window")
 
 
 def equal_sizes(config: OVQConfig) -> dict[str, int]:
-    """The fields `EQUAL_SIZES` at which layers of other mixers equal an `"ovq"` layer of this config.
+    """Values of the fields `EQUAL_SIZES` that make other mixers as large as an `"ovq"` layer of this config.
 
-    `"gated_deltanet"` and `"mamba2"` have as many parameters, within a few percent; their states are what
-    comes of that. Three quarters of the weights of Mamba2 are for x, z and the output, a quarter for B and C.
-    `"sink_attention"` has a state of as many bytes, in float32.
+    `"gated_deltanet"` and `"mamba2"` get as many parameters, within a few percent; the sizes of their states
+    follow from that. Three quarters of Mamba2's weights make x, z and the output, one quarter makes B and C.
+    `"sink_attention"` gets a state of as many bytes, in float32.
 
     Example:
         >>> from ovq.hf import OVQConfig
@@ -33,7 +33,7 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
         {'delta_value_dim': 42, 'mamba_head_dim': 64, 'mamba_state_size': 63, 'sink_window': 126}
     """
     num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-    # Channels of all projections of the OVQ layer.
+    # Channels of all projections of the OVQ layer together.
     num_projected = 2 * (num_heads + num_kv_heads) * config.head_dim
     mamba_head_dim = max(1, round(num_projected / (4 * num_heads)))
     return {
@@ -59,7 +59,7 @@ def window_of_equal_bytes(
     num_sinks: int,
     dtype: torch.dtype = torch.float32,
 ) -> int:
-    """The smallest `sink_window` whose state has at least the bytes of a full dictionary.
+    """The smallest `sink_window` whose state has at least as many bytes as that of a full dictionary.
 
     Args:
         num_slots: N of the OVQ layer.
@@ -67,7 +67,7 @@ def window_of_equal_bytes(
         num_kv_heads: Hkv of both.
         head_dim: K and V of both.
         num_sinks: S.
-        dtype: of the activations; sums of OVQ are float32 whatever it is.
+        dtype: dtype of the activations; the sums of OVQ are float32 in any case.
 
     Example:
         >>> window_of_equal_bytes(64, 64, num_kv_heads=2, head_dim=64, num_sinks=4)
@@ -75,7 +75,7 @@ def window_of_equal_bytes(
     """
     sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "chunk_size": chunk_size}
     slots = slot_spec(num_slots, **sizes, dtype=dtype)
-    # Both states count the tokens they have seen.
+    # Both states include the number of tokens seen.
     del slots["num_seen"]
     num_tokens = -(-num_bytes(slots) // (2 * num_kv_heads * head_dim * dtype.itemsize))
     return max(2, num_tokens - num_sinks + 1)

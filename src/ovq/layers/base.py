@@ -27,15 +27,15 @@ class Mixer(nn.Module, ABC):
         num_outputs: width of what `mix` returns.
         conv_size: taps of the causal depthwise convolution on the channels; 0 for none.
         layer_idx: the layer's place in the cache; None stands for 0.
-        use_rope: rotate queries and keys by position; refused by mixers that have no rotary embedding.
+        use_rope: rotate queries and keys by position; mixers without rotary embedding refuse it.
 
     Raises:
         ValueError: a value outside its range.
     """
 
-    #: Other keyword arguments that `forward` understands, beside `cu_seqlens`.
+    #: Keyword arguments that `forward` accepts besides `cu_seqlens`.
     forward_options: frozenset[str] = frozenset()
-    #: Constructor arguments that a model takes from its config, and what they are called there.
+    #: Constructor arguments that a model takes from its config, with their names there.
     config_fields: ClassVar[dict[str, str]] = {"hidden_size": "hidden_size", "conv_size": "conv_size"}
     #: Whether queries and keys can be rotated by position.
     supports_rope: bool = True
@@ -57,7 +57,7 @@ class Mixer(nn.Module, ABC):
         check_conv_size(conv_size)
         super().__init__()
         self.conv_size, self.layer_idx, self.use_rope = conv_size, layer_idx, use_rope
-        # One projection and one convolution for queries, keys and values: fewer, larger products.
+        # Queries, keys and values share one projection and one convolution: fewer and larger products.
         self.qkv_proj = nn.Linear(hidden_size, num_channels, bias=False)
         self.qkv_conv = ShortConvolution(num_channels, conv_size) if conv_size else None
         self.o_proj = nn.Linear(num_outputs, hidden_size, bias=False)
@@ -75,47 +75,47 @@ class Mixer(nn.Module, ABC):
 
         Args:
             channels: `[B, T, num_channels]`, projected and convolved.
-            hidden_states: `[B, T, hidden_size]`, what they were projected from.
+            hidden_states: `[B, T, hidden_size]`, from which `channels` were projected.
             layout: the call's padding and packing.
-            cache: this layer's cache, to be read and brought up to date; or None.
-            options: those of `forward_options` that were given.
+            cache: this layer's cache, which is read and updated; or None.
+            options: those of `forward_options` that the caller gave.
 
         Returns:
             `[B, T, num_outputs]` in the dtype of `channels`. Padding columns may hold any finite value.
         """
 
     def begin_step(self) -> Any:
-        """What a training step fixes before the layer runs, for the option `step` of `forward`; or None.
+        """What a training step fixes before the layer runs: the option `step` of `forward`; or None.
 
-        With it the layer does the same when gradient checkpointing runs it again in the backward pass, be
-        there other steps in between.
+        With it, the layer computes the same when gradient checkpointing runs it again in the backward pass,
+        even if other steps came in between.
         """
         return None
 
     @classmethod
     @abstractmethod
     def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> Memory:
-        """What handles the state of such a layer.
+        """The `Memory` that handles the state of such a layer.
 
         Args:
-            settings: the layer itself or the config of its model, which call what matters by the same names.
+            settings: the layer itself or the config of its model; both use the same names for what is needed.
             rope_theta: base of the rotary frequencies of its keys; None for keys without rotary embedding.
         """
 
     @property
     def memory(self) -> Memory:
-        """What handles the state of this layer."""
+        """The `Memory` that handles the state of this layer."""
         return self.memory_of(self)
 
     @abstractmethod
     def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
-        """The tensors that `mix` keeps of one row after `num_tokens` tokens, at least 1, in `dtype`."""
+        """The tensors that `mix` keeps for one row after `num_tokens` (at least 1) tokens in `dtype`."""
 
     def state_spec(self, num_tokens: int, dtype: torch.dtype = torch.float32) -> StateSpec:
-        """All tensors that this layer's cache holds of one row: those, and the convolution's last inputs.
+        """All tensors in this layer's cache for one row: `memory_spec`, and the convolution's last inputs.
 
         Args:
-            num_tokens: tokens that the row has read, at least 1, without padding.
+            num_tokens: tokens that the row has read, at least 1, not counting padding.
             dtype: of the activations.
         """
         spec: StateSpec = {}
@@ -124,7 +124,7 @@ class Mixer(nn.Module, ABC):
         return spec | self.memory_spec(num_tokens, dtype)
 
     def state_bytes(self, num_tokens: int, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of this layer's cache for one row after `num_tokens` tokens of activations in `dtype`.
+        """Bytes of this layer's cache for one row after `num_tokens` tokens, for activations in `dtype`.
 
         Computed, not measured; equal to the `nbytes` of a real cache.
         """
@@ -132,18 +132,18 @@ class Mixer(nn.Module, ABC):
 
     @property
     def has_bounded_state(self) -> bool:
-        """Whether the bytes of the state have a bound, however many tokens there are."""
+        """Whether the size of the state has a bound that holds for any number of tokens."""
         many, more = (self.state_bytes(num_tokens) for num_tokens in (2**60, 2**61))
         return many == more
 
     def check_state(
         self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
     ) -> None:
-        """Raise a ValueError, naming `where`, unless tensors from a file can be a state of this layer.
+        """Raise ValueError, naming `where`, unless tensors from a file can be a state of this layer.
 
         Args:
-            where: they come from.
-            tensors: of one row, those that `state_spec` names.
+            where: the file that they come from.
+            tensors: the tensors that `state_spec` names, of one row.
             num_tokens: tokens that the row has read.
             dtype: of the activations.
         """
@@ -158,16 +158,15 @@ class Mixer(nn.Module, ABC):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, None, Any]:
-        """Mix a sequence, or its next part.
+        """Mix a sequence, or the next part of one.
 
         Args:
             hidden_states: `[B, T, hidden_size]`.
             attention_mask: `[B, P + T]` of 0 and 1 for the P cached and T new columns, real tokens
-                contiguous, padding left or right. None: all real.
-            past_key_values: a `MixerCache` or `ovq.hf.OVQCache` from an earlier call; brought up to date in
-                place.
+                contiguous, padding left or right. None: all tokens are real.
+            past_key_values: a `MixerCache` or `ovq.hf.OVQCache` from an earlier call; updated in place.
             use_cache: start a `MixerCache` if none was given.
-            output_attentions: refused if True, as no mixer forms its attention matrix.
+            output_attentions: must not be True: no mixer forms its attention matrix.
             kwargs: `cu_seqlens` `[R + 1]` for rows packed into one, and the `forward_options` of the mixer.
 
         Returns:
@@ -211,7 +210,7 @@ class Mixer(nn.Module, ABC):
         return self.o_proj(o), None, past_key_values
 
     def _cache_of_layer(self, past_key_values: Any) -> LayerCache:
-        """This layer's part of a cache, created if it is not there yet."""
+        """This layer's part of a cache, created if it does not exist yet."""
         layers = getattr(past_key_values, "layers", None)
         if not isinstance(layers, list):
             raise ValueError(
@@ -239,15 +238,15 @@ class Mixer(nn.Module, ABC):
 
 
 class AttentionMixer(Mixer):
-    """A mixer of queries, keys and values, normalised and with a temperature a head, as OVQ has them.
+    """A mixer with L2-normalised queries and keys and one temperature per head, as in OVQ.
 
-    Such a mixer differs from another only in `attend` and in the state it keeps.
+    Such mixers differ only in `attend` and in the state that they keep.
 
     Args:
         hidden_size: width of the model.
         num_heads: query heads H.
         num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
-        head_dim: K (and V). None: `hidden_size / num_heads`.
+        head_dim: K, which is also V. None: `hidden_size / num_heads`.
         rope_theta: base of the rotary frequencies.
         kwargs: `conv_size`, `layer_idx` and `use_rope` of `Mixer`.
 
@@ -288,7 +287,7 @@ class AttentionMixer(Mixer):
 
     @property
     def memory(self) -> Memory:
-        """What handles the state of this layer."""
+        """The `Memory` that handles the state of this layer."""
         return self.memory_of(self, rope_theta=self.rope_theta if self.use_rope else None)
 
     @abstractmethod
@@ -301,16 +300,17 @@ class AttentionMixer(Mixer):
         layout: SequenceLayout,
         cache: LayerCache | None,
     ) -> Tensor:
-        """Mix the tokens of a call with each other and with the cached ones. A subclass with
-        `forward_options` takes those that were given as well.
+        """Mix the tokens of a call with each other and with the cached ones.
+
+        A subclass with `forward_options` also takes those options that the caller gave.
 
         Args:
             q: `[B, T, H, K]`, L2-normalised (and rotated), in float32 or float64. Not scaled yet.
-            k: `[B, T, Hkv, K]`, the same.
+            k: `[B, T, Hkv, K]`, likewise.
             v: `[B, T, Hkv, V]`, in the dtype of the activations.
             scale: `[H]`, the learned factor on the logits of each query head.
             layout: the call's padding and packing.
-            cache: this layer's cache, to be read and brought up to date; or None.
+            cache: this layer's cache, which is read and updated; or None.
 
         Returns:
             `[B, T, H, V]` in the dtype of `v`. Padding columns may hold any finite value.
@@ -338,7 +338,7 @@ class AttentionMixer(Mixer):
 
 
 def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:
-    """The size of a head: None is `hidden_size / num_heads`. A ValueError if sizes do not fit each other."""
+    """The head size, `hidden_size / num_heads` for None. Raises ValueError if sizes do not fit each other."""
     if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             "expected num_kv_heads to divide num_heads, "
@@ -358,19 +358,19 @@ def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_d
 
 
 def check_conv_size(conv_size: int) -> None:
-    """Raise a ValueError unless there can be a convolution of so many taps."""
+    """Raise ValueError unless `conv_size` is a possible number of taps."""
     if conv_size < 0 or conv_size == 1:
         raise ValueError(f"expected conv_size 0 (none) or at least 2, found {conv_size}")
 
 
 def check_rotary(head_dim: int) -> None:
-    """Raise a ValueError unless keys of this size can be rotated."""
+    """Raise ValueError unless keys of this size can be rotated."""
     if head_dim % 2:
         raise ValueError(f"expected an even head_dim with rotary embedding, found {head_dim}")
 
 
 def _check_cache_use(cache: LayerCache, layout: SequenceLayout) -> None:
-    """Refuse uses of a cache that would give wrong results in silence; note padding for later calls."""
+    """Refuse uses of a cache that would silently give wrong results; note padding for later calls."""
     if layout.cu_seqlens is not None:
         raise ValueError("expected no cache together with cu_seqlens: packed rows cannot be continued")
     if cache.has_padding and not layout.has_mask:

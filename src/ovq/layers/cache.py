@@ -1,4 +1,4 @@
-"""What layers keep between calls, without transformers, whose cache (`ovq.hf.cache`) is built on this one."""
+"""What layers keep between calls. Independent of transformers, whose cache (`ovq.hf.cache`) builds on it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class LayerCache:
     """What one layer keeps between calls: the state of its mixer, and the last inputs of its convolution.
 
     Args:
-        memory: of the mixer; it handles the state.
+        memory: the mixer's `Memory`, which handles the state.
 
     Attributes:
         memory: the same.
-        state: as the mixer set it, rows first; None before the first token.
+        state: the state as the mixer set it, with rows as the first dimension; None before the first token.
         conv_state: `[B, D, conv_size - 1]` last inputs of the convolution, or None.
         num_columns: columns read, padding included.
-        has_padding: whether one of them is padding, so that later calls need the mask of it.
+        has_padding: whether any column read is padding, so that later calls need a mask.
 
     Example:
         >>> from ovq.layers.memory import TensorMemory
@@ -44,12 +44,12 @@ class LayerCache:
         self.has_padding = False
 
     def set_state(self, state: Any, num_new: int) -> None:
-        """Keep the state after `num_new` more columns."""
+        """Store the state after `num_new` more columns."""
         self.state = state
         self.num_columns += num_new
 
     def get_seq_length(self) -> int:
-        """Columns read, padding and those no longer kept included."""
+        """Columns read, including padding and columns that are no longer kept."""
         return self.num_columns
 
     @property
@@ -63,7 +63,7 @@ class LayerCache:
         return sum(tensor.nbytes for tensor in self.parts().values())
 
     def _change(self, of_state: Callable[[Any], Any], of_tensor: Callable[[Tensor], Tensor]) -> None:
-        """Replace the state, and that of the convolution, by what functions make of them."""
+        """Apply one function to the state and one to the convolution's state, and keep the results."""
         if self.state is not None:
             self.state = of_state(self.state)
         if self.conv_state is not None:
@@ -74,11 +74,11 @@ class LayerCache:
         self._change(lambda s: self.memory.select(s, indices), lambda t: t[indices.to(t.device)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows `beam_idx`, `[B]`: the step between two tokens of a beam search."""
+        """Take the rows `beam_idx` `[B]`, as a beam search does between two tokens."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times in a row.
+        """Repeat each row `repeats` times consecutively.
 
         Raises:
             ValueError: `repeats` is less than 1.
@@ -92,15 +92,15 @@ class LayerCache:
         self._change(lambda s: self.memory.to(s, device), lambda t: t.to(device, non_blocking=True))
 
     def detach_(self) -> None:
-        """Cut what is held out of the graph that made it."""
+        """Detach all tensors from the autograd graph that made them."""
         self._change(self.memory.detach, Tensor.detach)
 
     def parts(self) -> dict[str, Tensor]:
-        """What it holds, by name: on its device and with its graph. `Mixer.state_spec` tells the shapes."""
+        """The tensors by name, on their device and with their graph; `Mixer.state_spec` gives the shapes."""
         return self._conv_part() | ({} if self.state is None else self.memory.tensors(self.state))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What there is to save, by name, on the CPU."""
+        """The tensors to save, by name, on the CPU."""
         conv = {name: t.detach().cpu().contiguous() for name, t in self._conv_part().items()}
         return conv | self.memory.saved(self.state)
 
@@ -110,12 +110,12 @@ class LayerCache:
     def restore(
         self, tensors: Mapping[str, Tensor], num_columns: int, device: torch.device | str | None = None
     ) -> None:
-        """Fill this cache, which is empty, with the `tensors` or `parts` of one of `num_columns` columns.
+        """Fill this empty cache with the `tensors` or `parts` of a cache that has read `num_columns` columns.
 
         Args:
             tensors: by name.
             num_columns: columns that were read.
-            device: where to put them; None to leave them where they are.
+            device: where to put them; None leaves them where they are.
         """
         own = dict(tensors)
         conv_state = own.pop("conv_state", None)
@@ -123,7 +123,7 @@ class LayerCache:
         self.set_state(self.memory.restored(own, device), num_columns)
 
     def join(self, caches: Sequence[LayerCache], num_columns: int) -> None:
-        """Fill this cache, which is empty, with the rows of others, padded left to `num_columns` columns."""
+        """Fill this empty cache with the rows of other caches, padded left to `num_columns` columns."""
         conv_states = [cache.conv_state for cache in caches if cache.conv_state is not None]
         if conv_states:
             self.conv_state = torch.cat(conv_states)
@@ -133,7 +133,7 @@ class LayerCache:
 
 
 class MixerCache:
-    """The caches of a stack of mixers; each mixer adds its own on first use.
+    """The caches of a stack of mixers; each mixer adds its cache on first use.
 
     Example:
         >>> from ovq.layers import FullAttention
@@ -150,7 +150,7 @@ class MixerCache:
         self.layers: list[LayerCache | None] = []
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns cached for a layer."""
+        """Columns that a layer has read."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         return 0 if layer is None else layer.get_seq_length()
 
@@ -163,12 +163,12 @@ class MixerCache:
             layer.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the rows `beam_idx`, `[B]`."""
+        """Take the rows `beam_idx` `[B]`."""
         for layer in self._each():
             layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row `repeats` times in a row."""
+        """Repeat each row `repeats` times consecutively."""
         for layer in self._each():
             layer.batch_repeat_interleave(repeats)
 

@@ -1,4 +1,4 @@
-"""What mixers with a state of constant size have in common: a few named tensors, counted and checked."""
+"""Base class of mixers whose state is a few named tensors of constant size."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ovq.layers.memory import StateSpec, TensorMemory
 
 
 class ConstantStateMixer(Mixer):
-    """A mixer whose memory is a few tensors of one size, whatever the length.
+    """A mixer whose state is a few tensors of constant size, whatever the length.
 
-    A subclass says which by `constant_spec`, and takes and hands back their values by `state_before` and
+    A subclass names them in `constant_spec`, gets their values from `state_before` and stores them with
     `LayerCache.set_state`.
     """
 
@@ -26,7 +26,7 @@ class ConstantStateMixer(Mixer):
 
     @abstractmethod
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:
-        """The tensors kept of one row for activations in `dtype`, however many tokens there were."""
+        """The tensors kept for one row after any number of tokens, for activations in `dtype`."""
 
     def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
         """See `Mixer.memory_spec`."""
@@ -38,12 +38,12 @@ class ConstantStateMixer(Mixer):
         return TensorMemory(kind=cls.state_kind, rope_theta=rope_theta)
 
     def state_before(self, cache: LayerCache | None, num_rows: int, like: Tensor) -> dict[str, Tensor]:
-        """The state that a call starts from: that of the cache, or zeros.
+        """The state that a call starts from: the cached one, or zeros.
 
         Args:
             cache: this layer's cache, or None.
             num_rows: rows R of the call.
-            like: a tensor in the dtype and on the device of the activations.
+            like: a tensor with the dtype and the device of the activations.
 
         Raises:
             ValueError: the cache holds the state of a layer of another size.
@@ -65,10 +65,10 @@ class ConstantStateMixer(Mixer):
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
-    """A context in which products keep the dtype of their factors: autocast would round sums to bfloat16."""
+    """A context in which products keep the dtype of their factors; autocast would round sums to bfloat16."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over tokens: float64 for float64 activations, float32 for all else."""
+    """The dtype of sums over tokens: float64 for float64 activations, float32 for all others."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Gated DeltaNet (Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464): a state that forgets and corrects."""
+"""Gated DeltaNet (Yang, Kautz, Hatamizadeh 2024, arXiv 2412.06464): the delta rule with decay."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 
-# Tokens of a triangular system. A tiling choice; on a CPU faster than the 64 that are usual on a GPU.
+# Tokens per triangular system. A tiling choice; on a CPU this is faster than 64, which is usual on a GPU.
 CHUNK = 32
 
 
 class GatedDeltaNet(ConstantStateMixer):
-    """A state matrix per head that decays, and is corrected towards `S^T k = v` by every token.
+    """A state matrix per head that decays, and that every token corrects towards `S^T k = v`.
 
     `S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, with decay `a_t` and
     rate `b_t` in (0, 1) computed from the token. Queries and keys have `num_kv_heads` heads, values
-    `num_heads`; the output is normalised a head and gated. By default queries and keys are three quarters as
-    wide as the model, and values twice as wide as keys, as in the paper.
+    `num_heads`; the output is normalised per head and gated. By default queries and keys are three quarters
+    as wide as the model, and values are twice as wide as keys, as in the paper.
 
     Args:
         hidden_size: width of the model.
         num_heads: heads H of values and states.
-        num_kv_heads: heads Hkv of queries and keys; divides H. None: as many as of values.
+        num_kv_heads: heads Hkv of queries and keys; divides H. None: as many as `num_heads`.
         head_dim: K. None: three quarters of `hidden_size / num_heads`.
         value_dim: V. None: `2 K`.
         kwargs: `conv_size` and `layer_idx` of `Mixer`.
@@ -79,13 +79,13 @@ class GatedDeltaNet(ConstantStateMixer):
         )
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
-        # Gate of the output, decay and rate.
+        # Projects to the output gate, the decay and the rate.
         self.gate_proj = nn.Linear(hidden_size, num_heads * (value_dim + 2), bias=False)
         self.rates = DecayRates(num_heads)
         self.out_norm = nn.RMSNorm(value_dim, eps=1e-6)
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:
-        """The matrix of each head."""
+        """The state matrix of each head."""
         return {"delta": ((self.num_heads, self.head_dim, self.value_dim), sum_dtype(dtype))}
 
     def mix(
@@ -108,7 +108,7 @@ class GatedDeltaNet(ConstantStateMixer):
         )
         _, log_decay = self.rates(decay)
         inputs = (q, k, v.unflatten(-1, (self.num_heads, -1)), log_decay, rate.to(log_decay.dtype).sigmoid())
-        # Where there is no token, zeros: the state neither decays nor is written to.
+        # Zeros where there is no token, so that the state neither decays nor is written to.
         q, k, v, log_decay, rate = (rows.take(x) for x in inputs)
         before = self.state_before(cache, len(q), channels)
         with without_autocast(q):
@@ -122,10 +122,10 @@ class GatedDeltaNet(ConstantStateMixer):
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rate: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule in chunks, whose corrections within a chunk are one triangular system.
+    """The gated delta rule in chunks; the corrections within a chunk solve one triangular system.
 
     Args:
-        q: `[B, T, Hk, K]`, normalised; scaled here by `1 / sqrt(K)`. Hk divides H.
+        q: `[B, T, Hk, K]`, normalised; this function scales it by `1 / sqrt(K)`. Hk divides H.
         k: `[B, T, Hk, K]`, normalised.
         v: `[B, T, H, V]`.
         log_decay: `[B, T, H]`, at most 0.
@@ -143,7 +143,7 @@ def gated_delta_rule(
     between, since_start = decay_between(total), total.exp()[..., None]
     to_end = (total[..., -1:] - total).exp()[..., None]
 
-    # What each token writes depends on what those before it in the chunk wrote: (I + A) w = rate (v - ...).
+    # What a token writes depends on what earlier tokens of the chunk wrote: (I + A) w = rate (v - ...).
     key_products = k @ k.transpose(-1, -2)
     system = key_products * between * rate[..., None]
     scaled = torch.cat([v, k * since_start], dim=-1) * rate[..., None]
@@ -162,7 +162,7 @@ def gated_delta_rule(
 
 
 def _best_gated_delta_rule(q: Tensor) -> Any:
-    """flash-linear-attention's kernels on a GPU where the package is there, the chunks here elsewhere."""
+    """flash-linear-attention's kernels on a GPU if the package is installed, else `gated_delta_rule`."""
     if q.is_cuda and q.dtype != torch.float64 and importlib.util.find_spec("fla") is not None:
         return _gated_delta_rule_of_fla
     return gated_delta_rule
@@ -171,7 +171,7 @@ def _best_gated_delta_rule(q: Tensor) -> Any:
 def _gated_delta_rule_of_fla(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rate: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `gated_delta_rule`, by the kernels of flash-linear-attention."""
+    """`gated_delta_rule` computed by the kernels of flash-linear-attention."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))

@@ -1,8 +1,7 @@
-"""Which columns of a call are real tokens and which row each belongs to: padding masks and packing, checked
-once.
+"""Which columns of a call are real tokens, and which row each belongs to: checked masks and packing.
 
-A model checks its mask a single time per forward and hands the resulting `SequenceLayout` to every layer in
-the place of the mask; a layer that stands alone builds its own.
+A model checks its mask once per forward pass, and passes the resulting `SequenceLayout` to every layer in
+place of the mask. A layer that is used on its own builds its own layout.
 """
 
 from __future__ import annotations
@@ -19,18 +18,18 @@ from ovq.ops.uncompiled import uncompiled
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceLayout:
-    """The columns of one call: `num_past` cached ones followed by `num_new` new ones.
+    """The columns of one call: `num_past` cached columns followed by `num_new` new ones.
 
-    Build it with `SequenceLayout.of`, which validates.
+    Build it with `SequenceLayout.of`, which validates its arguments.
 
     Attributes:
         num_past: cached columns P.
         num_new: columns T of this call.
-        mask: `[B, P + T]` bool, True for a real token; None when all of them are real.
-        new_mask: `[B, T]` bool, the part of `mask` for the new columns; None when all of those are real.
+        mask: `[B, P + T]` bool, True for a real token; None if all are real.
+        new_mask: `[B, T]` bool, the part of `mask` for the new columns; None if all of those are real.
         cu_seqlens: `[R + 1]` offsets of the packed rows, or None.
-        bounds: where the new tokens of each row lie, for the op; None when all columns are real.
-        has_mask: whether the caller gave a mask, be it one without padding.
+        bounds: where the new tokens of each row lie, for the op; None if all columns are real.
+        has_mask: whether the caller gave a mask, even one without padding.
 
     Example:
         >>> SequenceLayout.of(torch.tensor([[0, 1, 1]]), batch_size=1, num_past=0, num_new=3).segments(3)
@@ -58,7 +57,7 @@ class SequenceLayout:
 
         Args:
             attention_mask: `[B, P + T]` of 0 and 1, real tokens contiguous, padding left or right; or None;
-                or a layout, which was checked before and is returned as it is.
+                or a layout, which has been checked already and is returned as it is.
             batch_size: B.
             num_past: P, cached columns.
             num_new: T, columns of this call.
@@ -66,7 +65,7 @@ class SequenceLayout:
 
         Raises:
             ValueError: a mask of another shape, with other values, or with a hole; offsets that do not
-                partition the columns; both of them; packing together with a cache.
+                partition the columns; a mask and offsets at once; packing together with a cache.
         """
         if isinstance(attention_mask, SequenceLayout):
             return attention_mask
@@ -81,9 +80,9 @@ class SequenceLayout:
         return _masked_layout(attention_mask, batch_size, num_past, num_new)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> SequenceLayout:
-        """The same on another device: accelerate moves it there with the other inputs of a layer.
+        """The same layout on another device: accelerate moves it there with the other inputs of a layer.
 
-        The bounds of rows stay on the CPU, which launches the work.
+        The bounds of rows stay on the CPU, where they decide what is launched.
         """
         return replace(
             self,
@@ -103,7 +102,7 @@ class SequenceLayout:
         return self.mask[:, -num_keys:].long() - 1
 
     def rows(self) -> LeftAlignedRows:
-        """The new tokens row by row, each from its first real one on, for mixers that work on whole rows."""
+        """The new tokens of each row, starting with its first real token, for mixers that take whole rows."""
         if self.cu_seqlens is not None:
             assert self.bounds is not None, "they come with the offsets of packed rows"
             lengths = self.cu_seqlens.diff()
@@ -122,14 +121,14 @@ class SequenceLayout:
         return LeftAlignedRows(column < lengths[:, None], source, target)
 
     def row_index(self) -> Tensor:
-        """Packed row of each new column, `[T]` int64 (only with `cu_seqlens`)."""
+        """The packed row of each new column, `[T]` int64 (only with `cu_seqlens`)."""
         assert self.cu_seqlens is not None
         lengths = self.cu_seqlens.diff()
         rows = torch.arange(len(lengths), device=lengths.device)
         return rows.repeat_interleave(lengths, output_size=self.num_new)
 
     def offset_in_row(self) -> Tensor:
-        """Place of each new column in its packed row, `[T]` int64 (only with `cu_seqlens`)."""
+        """The place of each new column in its packed row, `[T]` int64 (only with `cu_seqlens`)."""
         assert self.cu_seqlens is not None
         columns = torch.arange(self.num_new, device=self.cu_seqlens.device)
         return columns - self.cu_seqlens[:-1][self.row_index()]
@@ -137,14 +136,14 @@ class SequenceLayout:
 
 @dataclass(frozen=True)
 class LeftAlignedRows:
-    """How to lay rows out so that each begins in column 0, padding only right of them, and back again.
+    """Moves rows so that each begins in column 0, with padding only on the right, and back again.
 
-    Without padding and packing both ways are the identity, and `mask` is None.
+    Without padding and packing, both directions are the identity and `mask` is None.
 
     Attributes:
-        mask: `[R, L]` bool, True for a real token; None when all of them are real.
+        mask: `[R, L]` bool, True for a real token; None if all are real.
         source: `[R, L]` where each token of the aligned rows comes from, in `[B * T]`.
-        target: `[B, T]` where each column of the call went, in `[R * L]`; anywhere for padding.
+        target: `[B, T]` where each column of the call goes, in `[R * L]`; arbitrary for padding.
 
     Example:
         >>> layout = SequenceLayout.of(torch.tensor([[0, 1, 1]]), batch_size=1, num_past=0, num_new=3)
@@ -175,7 +174,7 @@ class LeftAlignedRows:
         return torch.full(rows.shape[:1], rows.shape[1], device=rows.device)
 
 
-# Not compiled: it branches on values of the mask at every turn.
+# Not compiled: it branches on the values of the mask.
 @uncompiled
 def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -> SequenceLayout:
     """The layout of a mask, or a ValueError that says what is wrong with it."""
@@ -185,15 +184,14 @@ def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -
             f"expected an attention_mask of shape [batch, cached + new] = {expected} "
             f"({num_past} columns are cached), found {list(mask.shape)}"
         )
-    # Looked at on the CPU, so that a device is waited for once.
+    # Checked on the CPU, so that there is only one wait for the device.
     host = checked_mask(mask)
     has_padding, has_new_padding = not bool(host.all()), not bool(host[:, num_past:].all())
     real = mask.bool()
     return SequenceLayout(
         num_past=num_past,
         num_new=num_new,
-        # Without padding the cheaper unmasked code runs; batches without padding often come with a mask of
-        # ones.
+        # Batches without padding often come with a mask of ones; for them the cheaper unmasked code runs.
         mask=real if has_padding else None,
         new_mask=real[:, num_past:] if has_new_padding else None,
         bounds=RowBounds(masked_bounds(host[:, num_past:])) if has_new_padding else None,
@@ -201,7 +199,7 @@ def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -
     )
 
 
-# Likewise.
+# Not compiled: it branches on the values of the offsets.
 @uncompiled
 def _packed_layout(cu_seqlens: Tensor, batch_size: int, num_past: int, num_new: int) -> SequenceLayout:
     """The layout of packed rows, or a ValueError that says what is wrong with them."""

@@ -1,4 +1,4 @@
-"""Causal linear attention (Katharopoulos et al. 2020, arXiv 2006.16236), in chunks, with a constant state."""
+"""Causal linear attention (Katharopoulos et al. 2020, arXiv 2006.16236), in chunks, with constant memory."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 
-# Tokens whose products are formed pair by pair; larger chunks mean fewer sums, but a larger square. A tiling
-# choice: it changes the result by rounding only.
+# Tokens per chunk, within which all pairs are multiplied: larger chunks mean fewer sums but more pairs. A
+# tiling choice: it changes the result by rounding only.
 CHUNK = 64
 
 
 class LinearAttention(ConstantStateMixer, AttentionMixer):
-    """Attention with the kernel `phi(q).phi(k)` in the place of `exp(scale q.k)`, for which sums suffice.
+    """Attention with the kernel `phi(q).phi(k)` in place of `exp(scale q.k)`, so that sums suffice as state.
 
     `o_t = sum_{j<=t} phi(q_t).phi(k_j) v_j / sum_{j<=t} phi(q_t).phi(k_j)`, with
-    `phi(x) = softmax(scale x)` over the K components of the normalised query or key: positive features, sharp
-    where the learned temperature is high. The state is the sum of `phi(k) [v, 1]`: K (V + 1) numbers per
+    `phi(x) = softmax(scale x)` over the K components of the normalised query or key: positive features, which
+    are sharp where the learned scale is large. The state is the sum of `phi(k) [v, 1]`: K (V + 1) numbers per
     head.
 
-    It is made as any `AttentionMixer`.
+    The arguments are those of `AttentionMixer`.
 
     Example:
         >>> layer = LinearAttention(32, num_heads=2)
@@ -52,7 +52,7 @@ class LinearAttention(ConstantStateMixer, AttentionMixer):
         """See `AttentionMixer.attend`."""
         rows = layout.rows()
         scale = scale[:, None]
-        # A key/value head has the temperature of its query heads on average.
+        # The scale of a key/value head is the mean of those of its query heads.
         q, k = (x.softmax(-1) for x in (q * scale, k * scale.view(self.num_kv_heads, -1, 1).mean(1)))
         q, k, wide_v = rows.take(q), rows.take(k), rows.take(v).to(k.dtype)
         before = self.state_before(cache, len(q), v)
@@ -69,12 +69,12 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, kv_sum: Tensor) -> tuple[T
 
     Args:
         q: `[B, T, H, K]` features of the queries, not negative.
-        k: `[B, T, Hkv, K]` those of the keys; zero for tokens that are not there.
+        k: `[B, T, Hkv, K]` features of the keys; zero where there is no token.
         v: `[B, T, Hkv, V]`.
         kv_sum: `[B, Hkv, K, V + 1]`, the sum of `k [v, 1]` over earlier tokens.
 
     Returns:
-        `[B, T, H, V]`, and the sum with these tokens in it.
+        `[B, T, H, V]`, and the sum including these tokens.
     """
     num_tokens, num_heads = q.shape[1:3]
     num_kv_heads = k.shape[2]
@@ -89,12 +89,12 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, kv_sum: Tensor) -> tuple[T
 
     q, k, v = chunks(q), chunks(k), chunks(v)
     sums = k.transpose(-1, -2) @ v
-    # Sums before each chunk, and after the last.
+    # Sums before each chunk and after the last.
     sums = torch.cat([kv_sum.to(sums.dtype)[:, :, None], sums], dim=2).cumsum(2)
     is_earlier = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
     weights = (q @ k.transpose(-1, -2)).masked_fill(~is_earlier.repeat(num_heads // num_kv_heads, 1), 0)
     o = weights @ v + q @ sums[:, :, :-1]
-    # Only a row without tokens has a weight of zero.
+    # The total weight is zero only in a row without tokens.
     o = o[..., :-1] / o[..., -1:].clamp(min=torch.finfo(o.dtype).tiny)
     o = o.unflatten(3, (-1, chunk)).permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)
     return o[:, :num_tokens], sums[:, :, -1]

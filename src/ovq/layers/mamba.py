@@ -1,4 +1,4 @@
-"""Mamba2 (Dao and Gu 2024, arXiv 2405.21060): a state space model with a scalar decay a head, in chunks."""
+"""Mamba2 (Dao and Gu 2024, arXiv 2405.21060): a state space model, one scalar decay per head, in chunks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 
-# Tokens whose products are formed pair by pair. A tiling choice.
+# Tokens per chunk, within which all pairs are multiplied. A tiling choice.
 CHUNK = 64
 
 
 class Mamba2(ConstantStateMixer):
-    """Mamba2's mixer: gated, with SiLU after the convolution, one group of B and C, and a skip.
+    """Mamba2's mixer: gated, with SiLU after the convolution, one group of B and C, and a skip connection.
 
     `S_t = a_t S_{t-1} + B_t (dt_t x_t)^T`, `y_t = S_t^T C_t + D x_t`, `o_t = norm(y_t silu(z_t))`, for each
     of H heads of P channels with a state of N x P numbers. By default x is twice as wide as the model, as in
@@ -69,14 +69,14 @@ class Mamba2(ConstantStateMixer):
             hidden_size, num_channels=num_inner + 2 * state_size, num_outputs=num_inner, **kwargs
         )
         self.num_heads, self.head_dim, self.state_size = num_heads, head_dim, state_size
-        # Gate z of the output, and step sizes.
+        # Projects to the output gate z and the step sizes.
         self.gate_proj = nn.Linear(hidden_size, num_inner + num_heads, bias=False)
         self.rates = DecayRates(num_heads)
         self.skip = nn.Parameter(torch.ones(num_heads))
         self.out_norm = nn.RMSNorm(num_inner, eps=1e-5)
 
     def reset_parameters(self) -> None:
-        """Set the skip to 1."""
+        """Set the weights of the skip connection to 1."""
         nn.init.ones_(self.skip)
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:

@@ -1,8 +1,8 @@
-"""The state of a mixer: what it is made of, and how it is taken apart, put together and moved.
+"""The state of a mixer: which tensors it consists of, and how it is saved, restored, joined and moved.
 
-A *specification* names the tensors that are kept of one row after any number of tokens, with shapes and
-dtypes (`Mixer.state_spec`). The bytes of a state, the checks of files and the messages between ranks follow
-from it. A *memory* handles states of one kind, for the caches that hold them.
+A *specification* names the tensors that are kept for one row after a given number of tokens, with shapes and
+dtypes (`Mixer.state_spec`). The size of a state in bytes, the checks of files and the messages between ranks
+follow from it. A *memory* handles states of one kind, for the caches that hold them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def of_rows(spec: StateSpec, num_rows: int) -> StateSpec:
-    """The specification of so many rows, from that of one: rows are the first dimension.
+    """The specification of `num_rows` rows, from that of one row; rows are the first dimension.
 
     Example:
         >>> of_rows({"count": ((3,), torch.int64)}, 2)
@@ -46,7 +46,7 @@ def num_bytes(spec: StateSpec) -> int:
 
 
 def check_tensors(where: str, tensors: Mapping[str, Tensor], spec: StateSpec) -> None:
-    """Raise ValueError, naming `where`, unless tensors are as specified and finite.
+    """Raise ValueError, naming `where`, unless tensors match the specification and are finite.
 
     Example:
         >>> check_tensors("file", {"count": torch.ones(2)}, {"count": ((3,), torch.int64)})
@@ -65,17 +65,17 @@ def check_tensors(where: str, tensors: Mapping[str, Tensor], spec: StateSpec) ->
 
 
 def check_num_seen(where: str, tensors: Mapping[str, Tensor], num_tokens: int) -> None:
-    """Raise ValueError, naming `where`, unless the one row of a state has counted so many tokens."""
+    """Raise ValueError, naming `where`, unless the state's single row has counted `num_tokens` tokens."""
     if (found := tensors["num_seen"].tolist()) != [num_tokens]:
         raise ValueError(f"{where}: expected num_seen [{num_tokens}], found {found}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory(ABC):
-    """Handles states of one kind. States are values: what changes one gives another.
+    """Handles states of one kind. States are values: operations return new states.
 
     Attributes:
-        kind: what such a state is, in words. A mixer goes on from no other kind.
+        kind: what such a state is, in words. A mixer continues only from a state of its own kind.
         rope_theta: base of the rotary frequencies of the keys in it; None for keys without rotary embedding.
     """
 
@@ -84,15 +84,15 @@ class Memory(ABC):
 
     @abstractmethod
     def tensors(self, state: Any) -> dict[str, Tensor]:
-        """The tensors of a state by name, rows first, as they are: on their device and with their graph."""
+        """The tensors of a state by name, rows first, on their device and with their graph."""
 
     def saved(self, state: Any) -> dict[str, Tensor]:
-        """The same as they are written to a file, on the CPU."""
+        """The same tensors as they are written to a file, on the CPU."""
         return {name: t.detach().cpu().contiguous() for name, t in self.tensors(state).items()}
 
     @abstractmethod
     def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> Any:
-        """The state of which `tensors` or `saved` gave these; on a device, None for where they are."""
+        """The state that `tensors` or `saved` gave these tensors for, on `device` (None: where they are)."""
 
     @abstractmethod
     def select(self, state: Any, rows: Tensor) -> Any:
@@ -104,18 +104,17 @@ class Memory(ABC):
 
     @abstractmethod
     def detach(self, state: Any) -> Any:
-        """The same values without the graph that made them."""
+        """The same values without their autograd graph."""
 
     @abstractmethod
     def concatenate(self, states: Sequence[Any], num_missing: Sequence[int]) -> Any:
-        """The rows of several states in one, those of each moved to begin `num_missing` columns later."""
+        """The rows of several states in one state; those of state i begin `num_missing[i]` columns later."""
 
     def _moved(self, keys: Tensor, num_columns: int) -> Tensor:
-        """Keys `[..., K]`, or sums of them, as they would be had the row begun `num_columns` later."""
+        """Keys `[..., K]`, or sums of keys, as if their row had begun `num_columns` later."""
         if self.rope_theta is None or num_columns == 0:
             return keys
-        # A rotation by position p and one by m more is that by p + m, and a rotation of a sum that of its
-        # parts.
+        # Rotating by p and then by m is rotating by p + m, and rotations are linear, so sums may be rotated.
         wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
         cos, sin = rotary_tables(num_columns, 1, keys.shape[-1], theta=self.rope_theta, like=wide)
         return apply_rotary(wide, cos, sin).to(keys.dtype)
@@ -125,7 +124,8 @@ class Memory(ABC):
 class TensorMemory(Memory):
     """States that are dictionaries of tensors by name.
 
-    `"keys"` are turned with their row; where states differ in length, it is in the third dimension.
+    `"keys"` are rotated when their row moves. Where states differ in length, they do so in the third
+    dimension.
 
     Example:
         >>> memory = TensorMemory(kind="all keys and values")
@@ -157,7 +157,7 @@ class TensorMemory(Memory):
     def concatenate(
         self, states: Sequence[dict[str, Tensor]], num_missing: Sequence[int]
     ) -> dict[str, Tensor]:
-        """See `Memory.concatenate`; shorter states are padded with zeros at their beginning."""
+        """See `Memory.concatenate`; shorter states are padded with zeros at the beginning."""
         joined = {}
         for name in states[0]:
             parts = [state[name] for state in states]
@@ -172,11 +172,11 @@ class TensorMemory(Memory):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SlotMemory(Memory):
-    """States that are each an `OVQState`.
+    """States of the class `OVQState`.
 
     Attributes:
-        num_slots: N, the bound on the slots of a head.
-        chunk_size: C, tokens of a chunk.
+        num_slots: N, the largest number of slots per head.
+        chunk_size: C, tokens per chunk.
     """
 
     kind: str = "an OVQState"
@@ -188,12 +188,12 @@ class SlotMemory(Memory):
         return {name: getattr(state, name) for name in STATE_TENSORS}
 
     def saved(self, state: OVQState) -> dict[str, Tensor]:
-        """See `Memory.saved`; without what other continuations left in the pending buffers."""
+        """See `Memory.saved`; leaves out what other continuations wrote into the pending buffers."""
         return state_tensors(state)
 
     def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> OVQState:
         """See `Memory.restored`."""
-        # Wherever it comes from, a state keeps the number of its tokens on the CPU.
+        # Whatever the device, a state keeps its number of tokens on the CPU.
         parts: dict[str, Any] = {
             name: tensors[name].to("cpu" if name == "num_seen" else device) for name in STATE_TENSORS
         }

@@ -20,31 +20,34 @@ from ovq.ops.serialization import STATE_TENSORS
 from ovq.ops.serialization import check_tensors as check_state_tensors
 from ovq.ops.state import state_dtype
 
-#: Options of the op that say how the dictionary is learned. The layer and the config call them the same.
+#: Options of the op that say how the dictionary is learned. The layer and the config use the same names.
 LEARNING_OPTIONS = ("growth", "init", "merge", "bias", "rate", "value_weight")
 
 
 class OVQAttention(AttentionMixer):
-    """Attention over a dictionary of at most `num_slots` slots learned online, and the current chunk exactly.
+    """Attention over a dictionary of at most `num_slots` slots, learned online, and over the current chunk.
 
-    Callers may pass the first eight arguments by position, so that those of `AttentionMixer` are named, too.
+    The first eight arguments may be passed by position; therefore the signature repeats those of
+    `AttentionMixer`.
 
     Args:
-        num_slots: N, the most slots a key/value head may hold.
+        num_slots: N, the largest number of slots per key/value head.
         chunk_size: C, tokens that are read exactly before they are merged; part of the model.
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
             `merge` is meant for.
         init: which keys open slots: `"novelty"` or `"random"`.
-        merge: slots a key may be merged into: `"existing"` or `"updated"`; or `"ward"`, the cheapest pairs of
-            slots and tokens merge.
+        merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"ward"`, which merges the
+            cheapest pairs of slots and tokens.
         bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
         rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
-        value_weight: what distances between values weigh beside those between keys with merge `"ward"`.
-        backend: of `ovq.ops.ovq_attention`.
-        kwargs: of `AttentionMixer`, as all others.
+        value_weight: the weight of distances between values relative to those between keys with merge
+            `"ward"`.
+        backend: as in `ovq.ops.ovq_attention`.
+        kwargs: those of `AttentionMixer`, like all other arguments.
 
     Raises:
-        ValueError: sizes that do not fit each other, or (on the first call) an option the op does not know.
+        ValueError: sizes that do not fit each other, or (on the first call) an option that the op does not
+            know.
 
     Example:
         >>> layer = OVQAttention(32, num_heads=2, num_slots=16, chunk_size=8)
@@ -95,24 +98,25 @@ class OVQAttention(AttentionMixer):
         self.set_num_slots(num_slots)
 
     def set_num_slots(self, num_slots: int) -> None:
-        """Let the dictionary hold `num_slots` slots from here on; cached states are resized when next used.
+        """Let the dictionary hold `num_slots` slots per head from here on; states are resized on next use.
 
-        More slots at test time than in training is how a trained layer remembers more.
+        With more slots at test time than in training, a trained layer remembers more.
         """
         if num_slots < 1:
             raise ValueError(f"expected num_slots of at least 1, found {num_slots}")
         self.num_slots = num_slots
 
     def set_merge(self, merge: str, *, growth: str | None = None, value_weight: float | None = None) -> None:
-        """Keep the dictionary by another rule from here on; cached states go on from the slots they have.
+        """Learn the dictionary by another rule from here on; cached states continue with the slots they have.
 
         Args:
             merge: the rule, as in the constructor.
             growth: schedule of the dictionary; None for the one that `merge` is meant for.
-            value_weight: what distances between values weigh; None for what they weigh now.
+            value_weight: the weight of distances between values; None leaves it as it is.
 
         Raises:
-            ValueError: what the op would refuse, such as `"ward"` with `init="random"`. Nothing is changed.
+            ValueError: settings that the op would refuse, such as `"ward"` with `init="random"`. Nothing is
+                changed.
         """
         changes: dict[str, Any] = {
             "merge": merge,
@@ -126,7 +130,7 @@ class OVQAttention(AttentionMixer):
 
     @property
     def learning(self) -> dict[str, Any]:
-        """How the dictionary is learned: the `LEARNING_OPTIONS`."""
+        """The values of the `LEARNING_OPTIONS`, which say how the dictionary is learned."""
         return {option: getattr(self, option) for option in LEARNING_OPTIONS}
 
     def attend(
@@ -167,12 +171,12 @@ class OVQAttention(AttentionMixer):
         return SlotMemory(num_slots=settings.num_slots, chunk_size=settings.chunk_size, rope_theta=rope_theta)
 
     def num_open(self, num_tokens: int) -> int:
-        """Slots a head has in use after `num_tokens` tokens of a row."""
+        """Slots in use per head after `num_tokens` tokens of a row."""
         num_merged = num_tokens - num_tokens % self.chunk_size
         if not num_merged:
             return 0
-        # From the first token on no schedule asks a chunk for more slots than it has tokens: there is no need
-        # to go through all chunks, and a file may claim any number of them.
+        # From the first token on, no schedule asks a chunk for more slots than it has tokens, so the last
+        # chunk decides. Going through all chunks would be slow: a file may claim any number of tokens.
         growth = default_growth(self.merge) if self.growth is None else self.growth
         return scheduled_slots(num_merged, num_slots=self.num_slots, growth=growth)
 
@@ -193,7 +197,8 @@ class OVQAttention(AttentionMixer):
         state = {name: tensors[name] for name in STATE_TENSORS}
         check_state_tensors(where, state, num_slots=self.num_slots, chunk_size=self.chunk_size)
         spec = self.state_spec(num_tokens, dtype)
-        # A dictionary that was resized on the way may have opened other slots than the schedule alone says.
+        # A dictionary that was resized in mid-stream may have another number of slots than the schedule
+        # gives.
         for name in ("key_sum", "value_sum", "count"):
             del spec[name]
         check_tensors(where, tensors, of_rows(spec, 1))
@@ -203,10 +208,10 @@ class OVQAttention(AttentionMixer):
 def slot_spec(
     num_open: int, *, num_kv_heads: int, head_dim: int, chunk_size: int, dtype: torch.dtype
 ) -> StateSpec:
-    """The tensors of an `OVQState` of one row with so many slots in use in each head.
+    """The tensors of an `OVQState` of one row with `num_open` slots in use per head.
 
     Args:
-        num_open: slots in use.
+        num_open: slots in use per head.
         num_kv_heads: Hkv.
         head_dim: K and V.
         chunk_size: C.

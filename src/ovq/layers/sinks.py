@@ -21,14 +21,14 @@ from ovq.layers.softmax import softmax_attention
 class SinkAttention(ConstantStateMixer, AttentionMixer):
     """Causal softmax attention over the first S tokens of a row and the last W: O(T (W + S)) time.
 
-    Token t of a row sees tokens `0 .. S - 1` and `t - W + 1 .. t`. Without positions, as other long-range
-    mixers here, so that there is none to assign anew within the cache as StreamingLLM does.
+    Token t of a row sees tokens `0 .. S - 1` and `t - W + 1 .. t`. Like the other long-range mixers here it
+    has no positional encoding, so positions need not be reassigned within the cache as in StreamingLLM.
 
     Args:
-        num_sinks: S, first tokens that stay visible; at least 1.
-        sink_window: W, last tokens a query sees, itself included; at least 2.
-        args: of `AttentionMixer`.
-        kwargs: of `AttentionMixer`.
+        num_sinks: S, the number of first tokens that stay visible; at least 1.
+        sink_window: W, the number of last tokens that a query sees, its own included; at least 2.
+        args: those of `AttentionMixer`.
+        kwargs: those of `AttentionMixer`.
 
     Raises:
         ValueError: a value outside its range.
@@ -58,7 +58,7 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
         self.num_sinks, self.sink_window = num_sinks, sink_window
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:
-        """Keys and values of the sinks and of the last W - 1 tokens, and how many a row has seen."""
+        """Keys and values of the sinks and of the last W - 1 tokens, and the number of tokens seen."""
         sinks = (self.num_kv_heads, self.num_sinks, self.head_dim)
         window = (self.num_kv_heads, self.sink_window - 1, self.head_dim)
         tensors = {"sink_keys": sinks, "sink_values": sinks, "keys": window, "values": window}
@@ -116,12 +116,12 @@ def sink_read(
     """Softmax attention of each token to the sinks and to its window, in blocks of queries.
 
     Args:
-        q: `[B, H, T, K]`, scaled; row b's first query is its token `num_seen[b]`.
-        k: `[B, Hkv, P + T, K]`: P keys of tokens before the queries (more than there are if a row is short),
-            and their own.
-        v: `[B, Hkv, P + T, V]`.
-        sink_keys: `[B, Hkv, S, K]`, the first tokens of each row; those not read yet are not looked at.
-        sink_values: `[B, Hkv, S, V]`.
+        q: `[B, H, T, K]`, scaled; the first query of row b is the row's token `num_seen[b]`.
+        k: `[B, Hkv, P + T, K]`: P keys from before the queries (of which a short row has fewer real ones),
+            then the keys of the queries' own tokens.
+        v: `[B, Hkv, P + T, V]`, likewise.
+        sink_keys: `[B, Hkv, S, K]`, the first tokens of each row; places of tokens not read yet are ignored.
+        sink_values: `[B, Hkv, S, V]`, likewise.
         num_seen: `[B]` tokens of each row before the queries.
         window: W, at least 2.
 
@@ -133,13 +133,13 @@ def sink_read(
     num_blocks = -(-num_queries // size)
     fill = num_blocks * size - num_queries
     if num_blocks > 1:
-        # As much before each block as its first query sees.
+        # Each block is preceded by the keys that its first query sees.
         k, v = (F.pad(x, (0, 0, window - 1 - (x.shape[2] - num_queries), fill)) for x in (k, v))
     num_past = k.shape[2] - num_queries - fill
     num_keys = num_past + size
 
     def fold(x: Tensor, length: int) -> Tensor:
-        """Overlapping pieces of `[B, h, *, D]`, as rows: `[B n, h, length, D]`."""
+        """Cut `[B, h, *, D]` into overlapping pieces, which become rows: `[B n, h, length, D]`."""
         return x.unfold(2, length, size).transpose(1, 2).flatten(0, 1).transpose(-1, -2)
 
     q = fold(F.pad(q, (0, 0, 0, fill)), size)
@@ -147,20 +147,20 @@ def sink_read(
         torch.cat([sinks.repeat_interleave(num_blocks, dim=0), fold(x, num_keys)], dim=2)
         for sinks, x in ((sink_keys, k), (sink_values, v))
     )
-    # Places of tokens in their row: [B n, size, 1] of the queries, [B n, 1, keys] of the keys.
+    # Places of tokens in their row: [B n, size, 1] for the queries, [B n, 1, keys] for the keys.
     first = (num_seen[:, None] + torch.arange(num_blocks, device=q.device) * size).flatten()[:, None, None]
     query = first + torch.arange(size, device=q.device)[:, None]
     key = first - num_past + torch.arange(num_keys, device=q.device)
     sink = torch.arange(sink_keys.shape[2], device=q.device)
     in_window = (key >= 0) & (key <= query) & (key > query - window)
-    # A sink that is still in the window is not counted twice.
+    # A sink that is still in the window must not be counted twice.
     is_seen = torch.cat([(sink <= query - window), in_window], dim=-1)
     o = softmax_attention(q, k, v, mask=is_seen[:, None])
     return o.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(2, 3)[:, :, :num_queries]
 
 
 def _with_first(sinks: Tensor, x: Tensor, num_seen: Tensor, lengths: Tensor) -> Tensor:
-    """`sinks` `[B, Hkv, S, D]` with the new tokens `x` `[B, Hkv, T, D]` that are among a row's first S."""
+    """`sinks` `[B, Hkv, S, D]` with those new tokens `x` `[B, Hkv, T, D]` that are among a row's first S."""
     place = torch.arange(sinks.shape[2], device=x.device) - num_seen[:, None]
     is_new = (place >= 0) & (place < lengths[:, None])
     index = place.clamp(0, x.shape[2] - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
@@ -168,7 +168,7 @@ def _with_first(sinks: Tensor, x: Tensor, num_seen: Tensor, lengths: Tensor) -> 
 
 
 def _last(x: Tensor, end: Tensor, num_kept: int) -> Tensor:
-    """The `num_kept` tokens of `x` `[B, Hkv, L, D]` before `end` `[B]`; zeros where there are fewer."""
+    """The last `num_kept` tokens of `x` `[B, Hkv, L, D]` before `end` `[B]`; zeros where there are fewer."""
     x = F.pad(x, (0, 0, num_kept, 0))
     index = end[:, None] + torch.arange(num_kept, device=x.device)
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

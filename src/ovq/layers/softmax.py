@@ -1,6 +1,6 @@
-"""Exact softmax attention, over everything or over a sliding window, as the baselines OVQ is compared with.
+"""Exact softmax attention, over all earlier tokens or a sliding window: baselines that OVQ is compared with.
 
-Projections, convolution, normalisation and temperature are those of OVQ: the layers differ in memory alone.
+Projections, convolution, normalisation and temperature are those of OVQ: the layers differ only in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ovq.layers.memory import StateSpec, TensorMemory
 class FullAttention(AttentionMixer):
     """Causal softmax attention over all earlier tokens: quadratic time, a cache that grows with every token.
 
-    It is made as any `AttentionMixer`.
+    The arguments are those of `AttentionMixer`.
 
     Example:
         >>> layer = FullAttention(32, num_heads=2)
@@ -41,27 +41,27 @@ class FullAttention(AttentionMixer):
     ) -> Tensor:
         """See `AttentionMixer.attend`."""
         q = (q * scale[:, None]).to(v.dtype)
-        # [B, H, T, K] from here on, the layout of scaled_dot_product_attention and of the caches.
+        # From here on [B, H, T, K], the layout of scaled_dot_product_attention and of the caches.
         q, k, v = q.transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            # Copies, of a first call as well: what is kept must not hold on to the projections.
+            # Copies, on a first call too: views would keep the projections alive.
             past = cache.state or {"keys": k[:, :, :0], "values": v[:, :, :0]}
             k, v = torch.cat([past["keys"], k], dim=2), torch.cat([past["values"], v], dim=2)
             cache.set_state({"keys": self.kept(k), "values": self.kept(v)}, layout.num_new)
         return self.softmax_read(q, k, v, layout).transpose(1, 2)
 
     def softmax_read(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
-        """Attention of scaled `q [B,H,T,K]` over `k, v [B,Hkv,S,K]`, the last T of them the queries' own."""
+        """Attention of scaled `q [B,H,T,K]` over `k, v [B,Hkv,S,K]`, whose last T are the queries' own."""
         if layout.cu_seqlens is not None:
             return _read_packed(q, k, v, layout.cu_seqlens)
         return causal_read(q, k, v, layout.segments(k.shape[2]))
 
     def num_kept(self, num_tokens: int) -> int:
-        """Tokens of so many whose keys and values are kept: those that a later query may see."""
+        """How many of `num_tokens` tokens keep their keys and values: those that a later query may see."""
         return num_tokens
 
     def kept(self, x: Tensor) -> Tensor:
-        """What is kept of the keys or values `[B, Hkv, T, D]` of all tokens that there are."""
+        """The part that is kept of the keys or values `[B, Hkv, T, D]` of all available tokens."""
         return x
 
     @classmethod
@@ -81,10 +81,10 @@ class SlidingWindowAttention(FullAttention):
     Token t sees tokens `t - W + 1 .. t`, as in transformers.
 
     Args:
-        sliding_window: W, tokens a query sees, itself included; at least 2.
-        use_rope: as in `Mixer`, but on if not said otherwise.
-        args: of `AttentionMixer`.
-        kwargs: of `AttentionMixer`.
+        sliding_window: W, the number of tokens that a query sees, its own included; at least 2.
+        use_rope: as in `Mixer`, but on by default.
+        args: those of `AttentionMixer`.
+        kwargs: those of `AttentionMixer`.
 
     Raises:
         ValueError: a value outside its range.
@@ -117,7 +117,7 @@ class SlidingWindowAttention(FullAttention):
 
     def kept(self, x: Tensor) -> Tensor:
         """See `FullAttention.kept`."""
-        # A copy, as a view would keep the whole sequence alive.
+        # A copy, because a view would keep the whole sequence alive.
         return x[:, :, x.shape[2] - self.num_kept(x.shape[2]) :].clone()
 
     @classmethod
@@ -137,9 +137,9 @@ def causal_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Ten
 
     Args:
         q: `[B, H, T, K]`, scaled.
-        k: `[B, Hkv, S, K]`, the last T of them the queries' own.
+        k: `[B, Hkv, S, K]`, whose last T are the queries' own.
         v: `[B, Hkv, S, V]`.
-        segments: `[B, S]` row numbers; a token sees its own row only. None: one row.
+        segments: `[B, S]` row numbers; a token sees only its own row. None: one row.
 
     Returns:
         `[B, H, T, V]`.
@@ -155,11 +155,11 @@ def causal_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None) -> Ten
 def windowed_read(q: Tensor, k: Tensor, v: Tensor, segments: Tensor | None, *, window: int) -> Tensor:
     """Causal softmax attention over a window, block by block: O(T * window) time and memory.
 
-    Arguments and result are those of `causal_read`. Queries are cut into blocks of `window`; a block looks at
-    its own keys and those of the block before, which together hold all that any of its queries may see.
+    Arguments and result are those of `causal_read`. Queries are cut into blocks of `window`; a block reads
+    its own keys and those of the block before, which include all keys that its queries may see.
     """
     num_queries = q.shape[2]
-    # Keys out of every query's window: a first call leaves none, a cache may.
+    # The number of keys outside of every query's window. Only cached keys can be.
     drop = max(k.shape[2] - num_queries - (window - 1), 0)
     k, v = k[:, :, drop:], v[:, :, drop:]
     segments = None if segments is None else segments[:, drop:]
@@ -197,10 +197,10 @@ def _fold(x: Tensor, size: int, step: int) -> Tensor:
 def _allowed(
     num_queries: int, num_keys: int, window: int | None, segments: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Which keys each query sees: bool `[T, S]`, or `[B, 1, T, S]` with segments.
+    """Mask of the keys that each query sees: bool `[T, S]`, or `[B, 1, T, S]` with segments.
 
-    The last T of the S keys are the queries' own. A padding token sees padding only; it always sees itself,
-    so no row of the softmax is empty (which would be NaN).
+    The last T of the S keys are the queries' own. A padding token sees only padding. It always sees itself,
+    so no row of the softmax is empty, which would give NaN.
     """
     key = torch.arange(num_keys, device=device)
     query = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
@@ -214,7 +214,7 @@ def _allowed(
 
 
 def _read_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Causal attention row by packed row: the cost is the sum of squares, not the square of the sum."""
+    """Causal attention per packed row: it costs the sum of squared lengths, not the square of their sum."""
     offsets = cu_seqlens.tolist()
     rows = [slice(a, b) for a, b in itertools.pairwise(offsets) if a < b]
     return torch.cat(
@@ -225,7 +225,7 @@ def _read_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """PyTorch's attention for queries that are scaled already, with grouped heads if there are any."""
+    """PyTorch's attention for queries that are already scaled, with grouped heads if there are any."""
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
     )

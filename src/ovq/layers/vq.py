@@ -1,4 +1,4 @@
-"""VQ-attention (Transformer-VQ, Lingle 2023, arXiv 2309.16354): keys replaced by learned slots."""
+"""VQ-attention (Transformer-VQ, Lingle 2023, arXiv 2309.16354): keys are replaced by learned slots."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ovq.layers.memory import StateSpec
 from ovq.ops.serialization import check_counts
 from ovq.ops.uncompiled import uncompiled
 
-# A slot is dead when it is used less than this share of the average, and begins again with that one.
+# A slot whose count is below the first share of the average count is dead; it restarts with the second share.
 DEAD_SHARE, RESTART_SHARE = 0.03, 0.1
 
 
 @dataclass(frozen=True, eq=False)
 class DictionaryStep:
-    """The slots as one training step reads them.
+    """The slots that one training step reads.
 
     Attributes:
         key_sum: `[Hkv, N, K]`.
@@ -38,29 +38,29 @@ class DictionaryStep:
 
     @property
     def means(self) -> Tensor:
-        """The slots, `[Hkv, N, K]`, in float32 (float64 for float64)."""
+        """The slots `[Hkv, N, K]` in float32 (float64 if they are kept in float64)."""
         wide = sum_dtype(self.key_sum.dtype)
         return self.key_sum.to(wide) / self.count.to(wide)[..., None]
 
 
 class StaticDictionary(nn.Module):
-    """N slots per head, each the moving average of the keys nearest to it; fixed outside of training.
+    """N slots per head, each the moving average of the keys nearest to it; they change only in training.
 
     The slots are buffers: no optimizer sees them, and they do not count as parameters. A training step reads
-    the slots as the step before left them, and leaves behind what the next will read. So the layer may run
-    again in the backward pass of its step, as gradient checkpointing has it.
+    the slots that the step before computed, and computes those that the next step will read. So the layer may
+    run again in the backward pass of its step, as gradient checkpointing requires.
 
-    `requires_grad_(False)` keeps the slots as they are, `requires_grad_(True)` has them learned even where
-    the layer around them is frozen.
+    `requires_grad_(False)` freezes the slots; `requires_grad_(True)` has them learned even if the layer
+    around them is frozen.
 
-    A slot that hardly any key goes to is dead [ours]: it begins again as a key of the batch, drawn with
-    probability proportional to its squared distance from its own slot, from PyTorch's global generator.
+    A slot to which hardly any key goes is dead [ours]: it restarts at a key of the batch, drawn by PyTorch's
+    global generator with probability proportional to the key's squared distance from its own slot.
 
     Args:
         num_heads: key/value heads Hkv.
         num_slots: N.
         head_dim: K.
-        decay: of the moving averages, a step.
+        decay: decay of the moving averages per step.
 
     Example:
         >>> dictionary = StaticDictionary(2, num_slots=8, head_dim=4, decay=0.99)
@@ -69,7 +69,7 @@ class StaticDictionary(nn.Module):
         (torch.Size([2, 8, 4]), torch.Size([3, 2, 5]))
     """
 
-    #: Whether slots are learned in training; None: with the weights that make the keys.
+    #: Whether slots are learned in training; None: if the weights that make the keys are.
     is_learned: bool | None = None
     key_sum: Tensor
     count: Tensor
@@ -85,7 +85,7 @@ class StaticDictionary(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw slots of a length of about 1, whose counts are so small that the first step outweighs them."""
+        """Draw slots of length about 1, with counts so small that the first step outweighs them."""
         weight = 1e-3
         nn.init.normal_(self.key_sum, std=weight * self.key_sum.shape[-1] ** -0.5)
         nn.init.constant_(self.count, weight)
@@ -99,17 +99,17 @@ class StaticDictionary(nn.Module):
 
     @property
     def means(self) -> Tensor:
-        """The slots, `[Hkv, N, K]`, in float32 (float64 for float64)."""
+        """The slots `[Hkv, N, K]` in float32 (float64 if they are kept in float64)."""
         return DictionaryStep(self.key_sum, self.count).means
 
     def forward(
         self, k: Tensor, mask: Tensor | None = None, step: DictionaryStep | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The slots, and which of them is nearest to each key.
+        """The slots, and the index of the slot nearest to each key.
 
         Args:
             k: `[R, Hkv, T, K]`.
-            mask: `[R, T]` which of the keys are tokens; None for all.
+            mask: `[R, T]`, True for keys of real tokens; None if all are.
             step: the training step that learns from these keys; None to learn nothing.
 
         Returns:
@@ -130,14 +130,14 @@ class StaticDictionary(nn.Module):
     @torch.no_grad()
     @uncompiled
     def begin_step(self) -> DictionaryStep:
-        """Begin a training step: take over what the last one has learned.
+        """Begin a training step: adopt what the last step has learned.
 
         Raises:
-            ValueError: the slots are offloaded, and what is learned would be lost.
+            ValueError: the slots are offloaded, so that what is learned would be lost.
         """
         if self.key_sum.is_meta:
             raise ValueError("expected the slots of a 'vq' layer in memory in training, found them offloaded")
-        # New tensors, as graphs may hold the old.
+        # New tensors, because graphs may still hold the old ones.
         if not _is_in_backward() and bool((self.next_count > 0).any()):
             self.key_sum, self.count = self.next_key_sum, self.next_count
         return DictionaryStep(self.key_sum, self.count)
@@ -145,13 +145,13 @@ class StaticDictionary(nn.Module):
     @torch.no_grad()
     @uncompiled
     def learn(self, k: Tensor, slots: Tensor, mask: Tensor | None, step: DictionaryStep) -> None:
-        """Note what the next step will read; nothing in a backward pass, as the forward has done it.
+        """Compute what the next step will read; does nothing in a backward pass, as the forward has done it.
 
         Args:
             k: `[R, Hkv, T, K]` keys of this step.
             slots: `[R, Hkv, T]` the slots they went to.
-            mask: `[R, T]` which of them are tokens; None for all.
-            step: what the keys were compared with.
+            mask: `[R, T]`, True for keys of real tokens; None if all are.
+            step: the slots that the keys were compared with.
         """
         if _is_in_backward():
             return
@@ -180,28 +180,29 @@ class StaticDictionary(nn.Module):
 
 
 def _is_in_backward() -> bool:
-    """Whether autograd is at work: a layer that runs now does so once more, to save activations."""
+    """Whether autograd is in its backward pass: a layer that runs then is recomputed by checkpointing."""
     return torch._C._current_graph_task_id() != -1
 
 
 class VQAttention(ConstantStateMixer, AttentionMixer):
-    """Softmax attention with every key replaced by the nearest of N slots that do not change with the text.
+    """Softmax attention with every key replaced by the nearest of N slots, which do not depend on the text.
 
-    `o_t = sum_{j<=t} softmax_j(scale q_t.D[z_j]) v_j`, `z_j` the slot nearest to key j: exactly that, in
-    O(T (N + C)) time, because tokens of one slot share one weight: `count[n]` times the mean of their values.
-    Tokens of the current and the previous chunk are read one by one, which gives the same output, and lets
-    the gradient pass straight through to their keys; keys of older chunks get none, as in the paper. The
-    paper's relative positions, which act within these chunks alone, its gate and its activation of the
-    values are left out: this backbone has them in no mixer, and only the memory shall differ.
+    `o_t = sum_{j<=t} softmax_j(scale q_t.D[z_j]) v_j`, where `z_j` is the slot nearest to key j. This is
+    computed exactly, in O(T (N + C)) time: tokens of one slot share one weight, so their count and the mean
+    of their values suffice. Tokens of the current and the previous chunk are read one by one. This gives the
+    same output, and lets the gradient pass straight through to their keys; keys of older chunks get no
+    gradient, as in the paper. The paper's relative positions (which act only within these two chunks), its
+    gate and its activation of the values are left out: no mixer of this backbone has them, and only the
+    memory is to differ.
 
     Args:
-        num_slots: N, slots of a key/value head.
-        chunk_size: C, tokens of a chunk; it decides which keys get a gradient, not the output.
-        vq_decay: of the moving averages that the slots are, a training step.
+        num_slots: N, slots per key/value head.
+        chunk_size: C, tokens per chunk; it affects which keys get a gradient, but not the output.
+        vq_decay: decay per training step of the moving averages that make the slots.
         commitment_weight: factor on the loss that draws keys to their slots,
             `mean over tokens and heads of |k - D[z]|^2`.
-        args: of `AttentionMixer`.
-        kwargs: of `AttentionMixer`.
+        args: those of `AttentionMixer`.
+        kwargs: those of `AttentionMixer`.
 
     Raises:
         ValueError: a value outside its range.
@@ -236,21 +237,21 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
         )
 
     def begin_step(self) -> DictionaryStep | None:
-        """The slots that a training step reads and learns from; None where nothing is learned.
+        """The slots that a training step reads and updates; None if nothing is learned.
 
-        Slots move with the weights that make the keys. Those of a frozen layer stay, so that an adapter
-        (LoRA) and its base model are all that there is to save; unless `dictionary.requires_grad_()` or
-        peft's `modules_to_save=["dictionary"]` says otherwise.
+        Slots are learned if the weights that make the keys are. In a frozen layer they stay fixed, so that an
+        adapter (LoRA) and its base model are all that has to be saved. `dictionary.requires_grad_()` or
+        peft's `modules_to_save=["dictionary"]` overrides this.
         """
         is_learned = self.dictionary.is_learned
         if is_learned is None:
-            # peft trains a copy within a wrapper.
+            # peft wraps the dictionary and trains a copy.
             is_wrapped = not isinstance(self.dictionary, StaticDictionary)
             is_learned = is_wrapped or self.qkv_proj.weight.requires_grad
         return self.dictionary.begin_step() if self.training and is_learned else None
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:
-        """Tokens of each slot, and the sum of their values."""
+        """The number of tokens of each slot, and the sum of their values."""
         shape = (self.num_kv_heads, self.num_slots)
         return {
             "count": (shape, torch.int64),
@@ -260,7 +261,7 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
     def check_state(
         self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
     ) -> None:
-        """See `Mixer.check_state`; every token is in one slot."""
+        """See `Mixer.check_state`; counts must add up, as every token is in one slot."""
         super().check_state(where, tensors, num_tokens=num_tokens, dtype=dtype)
         check_counts(where, tensors["count"], total=num_tokens)
 
@@ -285,7 +286,7 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
             layout: see there.
             cache: see there.
             auxiliary_losses: a list (or deque) that the commitment loss is added to.
-            step: what `begin_step` gave; None: it is called here.
+            step: the result of `begin_step`; None: `begin_step` is called here.
         """
         rows = layout.rows()
         step = self.begin_step() if step is None else step
@@ -319,21 +320,21 @@ def vq_read(
     is_token: Tensor | None,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention over slots for all but the last two chunks, whose tokens are read one by one.
+    """Attention over slots for older chunks, and over single tokens for the current and the previous chunk.
 
     Args:
         q: `[R, H, T, K]`, scaled.
-        k: `[R, Hkv, T, K]`, equal to the slots of the tokens, with a gradient of their own.
+        k: `[R, Hkv, T, K]`, equal to the slots of the tokens, but with a gradient to the keys.
         v: `[R, Hkv, T, V]`.
         slots: `[R, Hkv, T]` int64.
         means: `[Hkv, N, K]`.
-        count: `[R, Hkv, N]` earlier tokens of each slot.
-        value_sum: `[R, Hkv, N, V]` the sum of their values.
-        is_token: `[R, 1, T, 1]` bool; others are not counted. None: all are.
+        count: `[R, Hkv, N]` number of earlier tokens in each slot.
+        value_sum: `[R, Hkv, N, V]` sum of their values.
+        is_token: `[R, 1, T, 1]` bool, False for places that are not to be counted. None: all are tokens.
         chunk_size: C.
 
     Returns:
-        `[R, H, T, V]`, and `count` and `value_sum` with these tokens in them.
+        `[R, H, T, V]`, and `count` and `value_sum` including these tokens.
     """
     num_tokens, num_kv_heads = q.shape[2], k.shape[1]
     q = q.unflatten(1, (num_kv_heads, -1))
@@ -363,14 +364,14 @@ def vq_read(
 def _merged(
     count: Tensor, value_sum: Tensor, belongs: Tensor, v: Tensor, chunk: slice
 ) -> tuple[Tensor, Tensor]:
-    """Counts and sums with the tokens of a chunk in them."""
+    """Counts and sums including the tokens of a chunk."""
     belongs = belongs[:, :, chunk]
     added = belongs.transpose(-1, -2).to(v.dtype) @ v[:, :, chunk]
     return count + belongs.sum(2), value_sum + added
 
 
 def _mean_distance(k: Tensor, nearest: Tensor, mask: Tensor | None) -> Tensor:
-    """The squared distance of keys from their slots, on average over tokens and heads."""
+    """The squared distance of keys from their slots, averaged over tokens and heads."""
     distance = (k - nearest.detach()).square().sum(-1)
     if mask is None:
         return distance.mean()
@@ -378,7 +379,7 @@ def _mean_distance(k: Tensor, nearest: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def check_vq(num_slots: int, chunk_size: int, vq_decay: float, commitment_weight: float) -> None:
-    """Raise a ValueError for settings of VQ-attention out of their range."""
+    """Raise ValueError if a setting of VQ-attention is out of range."""
     for name, value in (("num_slots", num_slots), ("chunk_size", chunk_size)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, found {value}")
