@@ -105,6 +105,22 @@ def test_the_reference_is_what_the_definition_says(kind, growth, value_weight):
             torch.testing.assert_close(sums[0, head], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, *CPU])
+def test_slots_count_in_the_length_of_values_by_their_tokens(backend):
+    """Many short values in few slots, then few long ones: if slots counted once, s_v would be far larger."""
+    generator = torch.Generator().manual_seed(0)
+    k = torch.cat(
+        [1 + 0.3 * torch.randn(24, 4, generator=generator), torch.randn(16, 4, generator=generator)]
+    )
+    lengths = torch.cat([torch.full((24, 1), 0.1), torch.full((16, 1), 3.0)])
+    v = lengths * torch.randn(40, 3, generator=generator)
+    k, v = torch.nn.functional.normalize(k, dim=-1)[None, :, None], v[None, :, None]
+    options = {"num_slots": 6, "chunk_size": 8, "value_weight": 0.5}
+    _, state = attend(k, k, v, **WARD, **options, backend=backend)
+    slots = recount_by_likelihood(k[0, :, 0].double().numpy(), v[0, :, 0].double().numpy(), **options)
+    assert state.count[0, 0].tolist() == [len(members) for members in slots]
+
+
 @pytest.mark.parametrize("value_weight", [0, 0.5, 2])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_chunk_is_the_clustering_of_scikit_learn(backend, value_weight):
