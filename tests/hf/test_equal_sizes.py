@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ovq.hf import OVQConfig
+from ovq.hf.block import build_mixer
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes, window_of_equal_bytes
-from ovq.hf.modeling_ovq import build_mixer
 from ovq.layers import MIXERS, OVQAttention, SinkAttention
 from ovq.layers.memory import num_bytes
 from ovq.train.loop import model_config

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ovq.cli import main
 from ovq.hf import OVQForCausalLM
-from ovq.hf.modeling_ovq import OVQMLP
+from ovq.hf.block import OVQMLP
 from ovq.runtime.progress import Reporter
 from ovq.train import loop
 from ovq.train.checkpoints import SEAL_FILE, fault
