@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from ovq.hf.assignments import model_assignments
 from ovq.hf.cache import OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.context import Context, build_context, load_context, save_context
@@ -19,5 +20,6 @@ __all__ = [
     "OVQModel",
     "build_context",
     "load_context",
+    "model_assignments",
     "save_context",
 ]

@@ -127,6 +127,12 @@ class OVQCache(Cache):
             ]
         )
 
+    def __repr__(self) -> str:
+        return (
+            f"OVQCache(layers={len(self.layers)}, rows={self.num_rows}, columns={self.get_seq_length()}, "
+            f"{self.nbytes:,} bytes)"
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors kept for all layers and rows."""

@@ -37,7 +37,7 @@ _FIELDS_WITHOUT_EFFECT = frozenset(
 )
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Context:
     """The memory of a document, from which a model can continue any number of times.
 
@@ -53,15 +53,21 @@ class Context:
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> model = OVQForCausalLM(config).eval()
         >>> context = build_context(model, torch.arange(300) % 8)
+        >>> context
+        Context(num_tokens=300, 63,176 bytes, of OVQForCausalLM)
         >>> prompts = [[1, 2, 3], [4]]
         >>> model.generate(**context.inputs(prompts), max_new_tokens=5, do_sample=False).shape
         torch.Size([2, 8])
     """
 
-    model: OVQPreTrainedModel = dataclasses.field(repr=False)
+    model: OVQPreTrainedModel
     num_tokens: int
-    fingerprint: Mapping[str, str] = dataclasses.field(repr=False)
-    _cache: OVQCache = dataclasses.field(repr=False)
+    fingerprint: Mapping[str, str]
+    _cache: OVQCache
+
+    def __repr__(self) -> str:
+        model = type(self.model).__name__
+        return f"Context(num_tokens={self.num_tokens}, {self.nbytes:,} bytes, of {model})"
 
     @property
     def nbytes(self) -> int:

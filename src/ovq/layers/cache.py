@@ -36,6 +36,9 @@ class LayerCache:
         self.memory = memory
         LayerCache.reset(self)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.memory.kind}, columns={self.num_columns}, {self.nbytes:,} bytes)"
+
     def reset(self) -> None:
         """Forget everything."""
         self.state: Any = None
@@ -148,6 +151,9 @@ class MixerCache:
 
     def __init__(self) -> None:
         self.layers: list[LayerCache | None] = []
+
+    def __repr__(self) -> str:
+        return f"MixerCache(layers={self.layers})"
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that a layer has read."""

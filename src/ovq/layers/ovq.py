@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import SlotMemory, StateSpec, check_num_seen, check_tensors, of_rows
-from ovq.ops import ovq_attention
+from ovq.ops import SlotAssignments, ovq_attention, slot_assignments
 from ovq.ops.options import Options, default_growth
 from ovq.ops.schedule import scheduled_slots
 from ovq.ops.serialization import STATE_TENSORS
@@ -22,6 +24,29 @@ from ovq.ops.state import state_dtype
 
 #: Options of the op that say how the dictionary is learned. The layer and the config use the same names.
 LEARNING_OPTIONS = ("growth", "init", "merge", "bias", "rate", "value_weight")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class RecordedCall:
+    """A call of the op by a layer, see `OVQAttention.recording`.
+
+    Attributes:
+        q: `[B, T, H, K]` queries. k: `[B, T, Hkv, K]` keys. v: `[B, T, Hkv, V]` values.
+        scale: `[H]`.
+        options: the other arguments of `ovq_attention`, among them the state that the call continues from.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: Tensor
+    options: Mapping[str, Any]
+
+    def assignments(self) -> SlotAssignments:
+        """Which slot each token of the call is in."""
+        # Where tokens go does not depend on how slots are scored.
+        routing = {name: value for name, value in self.options.items() if name != "bias"}
+        return slot_assignments(self.k, self.v, **routing)
 
 
 class OVQAttention(AttentionMixer):
@@ -96,6 +121,7 @@ class OVQAttention(AttentionMixer):
         self.growth, self.init, self.merge, self.backend = growth, init, merge, backend
         self.bias, self.rate, self.value_weight = bias, rate, value_weight
         self.set_num_slots(num_slots)
+        self._record: list[RecordedCall] | None = None
 
     def set_num_slots(self, num_slots: int) -> None:
         """Let the dictionary hold `num_slots` slots per head from here on; states are resized on next use.
@@ -105,6 +131,11 @@ class OVQAttention(AttentionMixer):
         if num_slots < 1:
             raise ValueError(f"expected num_slots of at least 1, found {num_slots}")
         self.num_slots = num_slots
+
+    def extra_repr(self) -> str:
+        """The dictionary, as it is printed with the layer."""
+        learning = ", ".join(f"{option}={value!r}" for option, value in self.learning.items())
+        return f"num_slots={self.num_slots}, chunk_size={self.chunk_size}, {learning}"
 
     def set_merge(self, merge: str, *, growth: str | None = None, value_weight: float | None = None) -> None:
         """Learn the dictionary by another rule from here on; cached states continue with the slots they have.
@@ -147,23 +178,41 @@ class OVQAttention(AttentionMixer):
         state = None if cache is None else cache.state
         if state is not None and state.num_slots != self.num_slots:
             state = state.resize(self.num_slots, value_weight=self.value_weight)
-        o, state = ovq_attention(
-            q.to(v.dtype),
-            k.to(v.dtype),
-            v,
-            num_slots=self.num_slots,
-            chunk_size=self.chunk_size,
-            scale=scale,
-            initial_state=state,
-            output_final_state=cache is not None,
-            attention_mask=layout.bounds,
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        options: dict[str, Any] = {
+            "num_slots": self.num_slots,
+            "chunk_size": self.chunk_size,
+            "initial_state": state,
+            "attention_mask": layout.bounds,
+            "generator": generator,
             **self.learning,
-            generator=generator,
-            backend=self.backend,
+        }
+        if self._record is not None:
+            self._record.append(RecordedCall(q=q, k=k, v=v, scale=scale, options=options))
+        o, state = ovq_attention(
+            q, k, v, scale=scale, output_final_state=cache is not None, **options, backend=self.backend
         )
         if cache is not None:
             cache.set_state(state, layout.num_new)
         return o
+
+    @contextmanager
+    def recording(self) -> Iterator[list[RecordedCall]]:
+        """Within this context, each call of the op is added to a list, to see into the memory.
+
+        Example:
+            >>> layer = OVQAttention(32, num_heads=2, num_slots=16, chunk_size=8)
+            >>> with layer.recording() as calls:
+            ...     _ = layer(torch.randn(1, 20, 32))
+            >>> len(calls), calls[0].assignments().slots.shape
+            (1, torch.Size([1, 2, 20]))
+        """
+        calls: list[RecordedCall] = []
+        before, self._record = self._record, calls
+        try:
+            yield calls
+        finally:
+            self._record = before
 
     @classmethod
     def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> SlotMemory:

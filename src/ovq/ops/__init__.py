@@ -4,9 +4,19 @@
 call.
 """
 
+from ovq.ops.assignments import SlotAssignments, slot_assignments
 from ovq.ops.attention import backend_used, ovq_attention
 from ovq.ops.backends.cpu import cpu_kernels
 from ovq.ops.schedule import scheduled_slots, slots_by_chunk
 from ovq.ops.state import OVQState
 
-__all__ = ["OVQState", "backend_used", "cpu_kernels", "ovq_attention", "scheduled_slots", "slots_by_chunk"]
+__all__ = [
+    "OVQState",
+    "SlotAssignments",
+    "backend_used",
+    "cpu_kernels",
+    "ovq_attention",
+    "scheduled_slots",
+    "slot_assignments",
+    "slots_by_chunk",
+]

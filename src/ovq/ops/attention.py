@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -13,6 +10,8 @@ from ovq.ops.backends.triton import refusal_of
 from ovq.ops.call import RowBounds
 from ovq.ops.checks import check_qkv, checked_call, checked_scale
 from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
+from ovq.ops.precision import full_precision
+from ovq.ops.random_init import seed_of
 from ovq.ops.state import OVQState
 from ovq.ops.uncompiled import uncompiled
 
@@ -129,7 +128,7 @@ def ovq_attention(
         bias=bias,
         rate=rate,
         value_weight=value_weight,
-        seed=_seed(init, generator),
+        seed=seed_of(init, generator),
     )
     backends.check_name(backend)
     scale = checked_scale(scale, q)
@@ -141,12 +140,6 @@ def ovq_attention(
     return _attention(
         q, k, v, scale, initial_state, output_final_state, attention_mask, cu_seqlens, options, backend
     )
-
-
-def _seed(init: str, generator: torch.Generator | None) -> int:
-    if init != "random":
-        return 0
-    return torch.initial_seed() if generator is None else generator.initial_seed()
 
 
 def _is_traced(backend: str, q: Tensor, v: Tensor, options: Options) -> bool:
@@ -179,20 +172,6 @@ def _attention(
         q, k, v, scale, initial_state, output_final_state, attention_mask, cu_seqlens, options
     )
     _used = backends.chosen(backend, call)
-    with _full_precision(q.device):
+    with full_precision(q.device):
         o, state = backends.BACKENDS[_used].run(call)
     return o, state if output_final_state else None
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Float32 products in float32: autocast or a reduced matmul precision would change the routing."""
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)

@@ -14,19 +14,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless q, k, v fit together."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name}: expected a tensor, found {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions [B, T, heads, dim], found {tuple(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name}: expected a dtype of {DTYPES}, found {x.dtype}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name}: expected {q.dtype} on {q.device} as q is, found {x.dtype} on {x.device}"
-            )
-        if min(x.shape[2:]) < 1:
-            raise ValueError(f"{name}: expected at least one head and one dimension, found {tuple(x.shape)}")
+    _check_tensors(q=q, k=k, v=v)
     if k.shape[:2] != q.shape[:2] or v.shape[:3] != k.shape[:3]:
         raise ValueError(
             "q, k, v: expected [B, T, H, K], [B, T, Hkv, K], [B, T, Hkv, V], found "
@@ -38,6 +26,33 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(
             f"q: expected a number of heads divisible by the {k.shape[2]} key/value heads, found {q.shape[2]}"
         )
+
+
+def check_kv(k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless k and v fit together."""
+    _check_tensors(k=k, v=v)
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"k, v: expected [B, T, Hkv, K], [B, T, Hkv, V], found {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    """Raise ValueError unless these are tensors `[B, T, heads, dim]` of one dtype and device."""
+    first: tuple[str, Tensor] | None = None
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor, found {type(x).__name__}")
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions [B, T, heads, dim], found {tuple(x.shape)}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected a dtype of {DTYPES}, found {x.dtype}")
+        known, other = first = first or (name, x)
+        if x.dtype != other.dtype or x.device != other.device:
+            expected = f"{other.dtype} on {other.device} as {known} is"
+            raise ValueError(f"{name}: expected {expected}, found {x.dtype} on {x.device}")
+        if min(x.shape[2:]) < 1:
+            raise ValueError(f"{name}: expected at least one head and one dimension, found {tuple(x.shape)}")
 
 
 def checked_scale(scale: float | Tensor | None, q: Tensor) -> Tensor:

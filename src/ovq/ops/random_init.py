@@ -23,3 +23,15 @@ def random_priority(seed: int, head: int, num_seen: int, chunk_size: int) -> Ten
     mixed = ((seed * _MIX + head) * _MIX + num_seen) * _MIX
     generator = torch.Generator().manual_seed((mixed ^ (mixed >> 31)) & _MASK)
     return torch.randperm(chunk_size, generator=generator).to(torch.float64)
+
+
+def seed_of(init: str, generator: torch.Generator | None) -> int:
+    """The seed of a call: that of its generator, or of PyTorch's; 0 where nothing is random.
+
+    Example:
+        >>> seed_of("random", torch.Generator().manual_seed(5)), seed_of("novelty", None)
+        (5, 0)
+    """
+    if init != "random":
+        return 0
+    return torch.initial_seed() if generator is None else generator.initial_seed()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,13 @@ from ovq.ops.options import TIE, VALUE_WEIGHT, check_value_weight
 from ovq.ops.pending import PendingBuffers
 from ovq.ops.ward import cluster_roots, pair_points
 
+if TYPE_CHECKING:
+    from ovq.ops.summary import StateSummary
+
 _ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, repr=False)
 class OVQState:
     """The dictionary of every row and key/value head, and the tokens that are not yet merged into it.
 
@@ -47,6 +50,8 @@ class OVQState:
         ([40, 40], [8, 8], [32, 32])
         >>> state.keys.shape
         torch.Size([2, 1, 6, 8])
+        >>> state
+        OVQState(rows=2, heads=1, num_seen=40, slots=6 of 8, chunk_size=16, torch.float32 on cpu, 2,928 bytes)
     """
 
     key_sum: Tensor
@@ -65,6 +70,31 @@ class OVQState:
         # them alive.
         if self._buffers is not None and not self._buffers.are(self.pending_keys, self.pending_values):
             self._buffers = None
+
+    def __repr__(self) -> str:
+        """What kind of state this is; `summary` says what it holds."""
+        # Every row has seen as many tokens, or from the fewest to the most.
+        seen = sorted({*self.num_seen.tolist()})
+        tokens = f"{seen[0]}..{seen[-1]}" if len(seen) > 1 else "".join(map(str, seen)) or "none"
+        rows, heads, slots = self.count.shape
+        return (
+            f"OVQState(rows={rows}, heads={heads}, num_seen={tokens}, slots={slots} of {self.num_slots}, "
+            f"chunk_size={self.chunk_size}, {self.pending_keys.dtype} on {self.count.device}, "
+            f"{self.nbytes:,} bytes)"
+        )
+
+    def summary(self) -> StateSummary:
+        """What the state holds, in a few numbers: tokens, slots, bytes, and how tokens share the slots.
+
+        Example:
+            >>> OVQState.empty(
+            ...     batch_size=1, num_kv_heads=2, key_dim=4, value_dim=4, num_slots=8, chunk_size=4
+            ... ).summary().num_open
+            (0,)
+        """
+        from ovq.ops.summary import summary_of
+
+        return summary_of(self)
 
     @classmethod
     def empty(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.alignment import AlignedRows
+from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call
 from ovq.ops.state import OVQState, with_capacity
@@ -27,23 +28,8 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
     q, k, v, state = call.q, call.k, call.v, call.state
     if not sum(call.rows.lengths):
         return q.new_zeros(*q.shape[:3], v.shape[3]), state
-    aligned = AlignedRows(
-        call.rows,
-        pending=state.num_pending.tolist(),
-        chunk_size=call.options.chunk_size,
-        num_tokens=call.num_tokens,
-    )
-    before = state if aligned.is_sorted else state.select(aligned.order)
-    num_merged = (before.num_seen - before.num_pending).tolist()
-    plan = Plan.make(
-        aligned,
-        opened=before.num_open.tolist(),
-        num_merged=num_merged,
-        num_kv_heads=call.num_kv_heads,
-        group_size=call.group_size,
-        options=call.options,
-    )
-    before = with_capacity(before, plan.capacity)
+    before, plan = planned(call, group_size=call.group_size)
+    aligned = plan.aligned
     chunks_k = aligned.align(k, before.pending_keys)
     chunks_v = aligned.align(v, before.pending_values)
     o, key_sum, value_sum, count = recurrence(
@@ -59,14 +45,54 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
     o = aligned.unalign(o, q.shape[0], q.shape[1])
     if not call.wants_state:
         return o, None
-    seen = [m + n for m, n in zip(num_merged, aligned.lengths, strict=True)]
+    return o, state_after(before, Dictionary(key_sum, value_sum, count), chunks_k, chunks_v, plan)
+
+
+def planned(call: Call, *, group_size: int) -> tuple[OVQState, Plan]:
+    """The state that a call starts from, rows in sorted order and with room for all slots, and the plan.
+
+    Args:
+        call: the call.
+        group_size: query heads per key/value head.
+    """
+    aligned = AlignedRows(
+        call.rows,
+        pending=call.state.num_pending.tolist(),
+        chunk_size=call.options.chunk_size,
+        num_tokens=call.num_tokens,
+    )
+    before = call.state if aligned.is_sorted else call.state.select(aligned.order)
+    plan = Plan.make(
+        aligned,
+        opened=before.num_open.tolist(),
+        num_merged=(before.num_seen - before.num_pending).tolist(),
+        num_kv_heads=call.num_kv_heads,
+        group_size=group_size,
+        options=call.options,
+    )
+    return with_capacity(before, plan.capacity), plan
+
+
+def state_after(
+    before: OVQState, sums: Dictionary, chunks_k: Tensor, chunks_v: Tensor, plan: Plan
+) -> OVQState:
+    """The state after a call, rows in the order of the call.
+
+    Args:
+        before: the state before it, rows in sorted order.
+        sums: the dictionaries at the end.
+        chunks_k: all keys, chunk-aligned. chunks_v: likewise.
+        plan: the plan of the call.
+    """
+    aligned = plan.aligned
+    seen = [m + n for m, n in zip(plan.num_merged, aligned.lengths, strict=True)]
     after = dataclasses.replace(
         before,
-        key_sum=key_sum,
-        value_sum=value_sum,
-        count=count,
+        key_sum=sums.key_sum,
+        value_sum=sums.value_sum,
+        count=sums.count,
         pending_keys=aligned.tail(chunks_k),
         pending_values=aligned.tail(chunks_v),
         num_seen=torch.tensor(seen, dtype=torch.int64),
     )
-    return o, after if aligned.is_sorted else after.select(aligned.inverse())
+    return after if aligned.is_sorted else after.select(aligned.inverse())

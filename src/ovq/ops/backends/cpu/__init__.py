@@ -13,12 +13,20 @@ from ovq.ops.backends.chunks import in_chunks
 from ovq.ops.backends.cpu.build import MissingKernelsWarning
 from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve
 from ovq.ops.backends.cpu.decode import learn_chunk
-from ovq.ops.backends.cpu.kernels import CompiledAttention, cpu_kernels, is_available
+from ovq.ops.backends.cpu.kernels import CompiledAttention, cpu_kernels, is_available, learn_and_say
 from ovq.ops.backends.torch.decode import decode_step
 from ovq.ops.call import Call
 from ovq.ops.state import OVQState
 
-__all__ = ["CompiledConvolution", "MissingKernelsWarning", "can_convolve", "cpu_kernels", "refusal", "run"]
+__all__ = [
+    "CompiledConvolution",
+    "MissingKernelsWarning",
+    "can_convolve",
+    "cpu_kernels",
+    "learn_and_say",
+    "refusal",
+    "run",
+]
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
+from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
 from ovq.ops.options import TIE
 from ovq.ops.random_init import random_priority
@@ -103,21 +106,43 @@ class CompiledAttention(torch.autograd.Function):
         return *grads, grad_scale.sum(0).to(scale.dtype), key_deposit, value_deposit, None, None
 
 
-def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan) -> None:
+def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan, *, merged: Sequence[Tensor] = ()) -> Tensor:
     """Merge complete chunks into dictionaries, in place, without reading: a plan without query heads.
 
     Args:
         k: `[num_chunks, C, Hkv, K]`. v: `[num_chunks, C, Hkv, V]`.
         sums: `[R, Hkv, M, ...]`, contiguous.
         plan: the plan of these rows, with `group_size` 0.
+        merged: with merge="ward", tensors for the slots that are merged into others, if wanted.
+
+    Returns:
+        The slot of each token, `[num_chunks, C, Hkv]`.
     """
     k, v = _dense(k), _dense(v)
     nothing = torch.empty(0)
-    slots = torch.empty(k.shape[:3], dtype=torch.int32)
+    slots = torch.zeros(k.shape[:3], dtype=torch.int32)
     call = _call(k, k, v, v, nothing, nothing, sums.key_sum, sums.value_sum, sums.count, slots, plan)
     if plan.options.init == "random":
         call.point(priority=_priorities(plan))
+    call.point(**dict(zip(_MERGED, merged, strict=False)))
     call.run("ovq_forward")
+    return slots
+
+
+def learn_and_say(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan) -> Learned:
+    """Merge all complete chunks, in place; see `ovq.ops.backends.learned.Learn`."""
+    plan = dataclasses.replace(plan, group_size=0)
+    if plan.options.merge != "ward":
+        return Learned(learn(k, v, sums, plan), None)
+    merged = _merged(k, v, plan)
+    source, target = merged[:2]
+    # Chunks write no more than what they merged, and -1 after it.
+    source.fill_(-1)
+    slots = learn(k, v, sums, plan, merged=merged)
+    chunk, head, place = (source.ge(0).cumprod(-1) > 0).nonzero(as_tuple=True)
+    moved = torch.arange(sums.count.shape[2], dtype=torch.int32).repeat(*source.shape[:2], 1)
+    moved[chunk, head, source[chunk, head, place].long()] = target[chunk, head, place]
+    return Learned(slots, moved)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The `torch` backend: large matrix products on any device, with a backward in O(T) memory.
 
 `chunk.py` is where to start reading: chunk by chunk, `read.py` reads, `route.py` decides where keys go. One
-token per row goes through `decode.py`; `constant_rate.py` is an ablation.
+token per row goes through `decode.py`; `learn.py` merges without reading; `constant_rate.py` is an ablation.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from ovq.ops.backends.chunks import in_chunks
 from ovq.ops.backends.torch.chunk import chunk_attention
 from ovq.ops.backends.torch.constant_rate import constant_rate_attention
 from ovq.ops.backends.torch.decode import decode_step
+from ovq.ops.backends.torch.learn import learn
 from ovq.ops.call import Call
 from ovq.ops.state import OVQState
+
+__all__ = ["learn", "refusal", "run"]
 
 
 def refusal(call: Call) -> str | None:

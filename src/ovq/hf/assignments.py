@@ -1,0 +1,73 @@
+"""`model_assignments`: which token of a text is in which slot of a model's OVQ layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ovq.hf.modeling_ovq import OVQPreTrainedModel
+from ovq.layers import OVQAttention
+from ovq.layers.ovq import RecordedCall
+from ovq.ops import SlotAssignments
+
+
+@torch.no_grad()
+def model_assignments(
+    model: OVQPreTrainedModel, input_ids: Tensor, **inputs: Any
+) -> dict[int, SlotAssignments]:
+    """Let a model read a text, and tell which slot each token is in.
+
+    A token of a layer is what the layers below and the short convolution make of the text there. With a
+    convolution of 3 taps, the key of token t comes from the tokens t - 2 to t, and so does its value.
+
+    Args:
+        model: an `OVQModel` or `OVQForCausalLM`.
+        input_ids: `[B, T]`.
+        inputs: other arguments of the model's backbone, such as `attention_mask`. A cache is updated, as in
+            any call; the assignments are then those of the new tokens.
+
+    Returns:
+        The assignments of each OVQ layer, by the layer's number.
+
+    Raises:
+        ValueError: if the model has no OVQ layers, or cannot read these inputs.
+
+    Example:
+        >>> from ovq.hf import OVQConfig, OVQModel
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> found = model_assignments(OVQModel(config), torch.arange(300)[None] % 8)
+        >>> config.mixer_types, list(found), found[1].slots.shape
+        (['sliding_attention', 'ovq'], [1], torch.Size([1, 2, 300]))
+        >>> print(found[1].state.summary())
+        300 tokens seen, 44 pending; ...
+    """
+    with recording(model) as calls:
+        model.base_model(input_ids, **{"use_cache": False, **inputs})
+    return {i: of_layer[-1].assignments() for i, of_layer in calls.items()}
+
+
+@contextmanager
+def recording(model: OVQPreTrainedModel) -> Iterator[dict[int, list[RecordedCall]]]:
+    """Within this context, each OVQ layer of a model adds its calls of the op to a list.
+
+    Raises:
+        ValueError: if the model has no OVQ layers.
+
+    Example:
+        >>> from ovq.hf import OVQConfig, OVQModel
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = OVQModel(config)
+        >>> with recording(model) as calls:
+        ...     _ = model(torch.zeros(1, 300, dtype=torch.long))
+        >>> calls[1][0].q.shape
+        torch.Size([1, 300, 2, 8])
+    """
+    layers = {i: mixer for i, mixer in enumerate(model.mixers()) if isinstance(mixer, OVQAttention)}
+    if not layers:
+        raise ValueError(f"expected a model with 'ovq' layers, found mixer_types {model.config.mixer_types}")
+    with ExitStack() as stack:
+        yield {i: stack.enter_context(layer.recording()) for i, layer in layers.items()}

@@ -1,0 +1,295 @@
+"""`slot_assignments`: which token of a call is in which slot, for people who want to see into the memory.
+
+It merges the tokens as `ovq_attention` does, by the same code, but reads nothing. Ward's rule merges slots
+with slots, so a token may move on after its own chunk. What backends report is therefore chunk by chunk
+(`backends/learned.py`), and carried on to the end here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ovq.ops.backends import cpu
+from ovq.ops.backends import torch as torch_backend
+from ovq.ops.backends.chunks import planned, state_after
+from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.learned import Learned
+from ovq.ops.backends.plan import Plan
+from ovq.ops.call import Call, RowBounds
+from ovq.ops.checks import check_kv, checked_call, checked_scale
+from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
+from ovq.ops.precision import full_precision
+from ovq.ops.random_init import seed_of
+from ovq.ops.state import OVQState
+from ovq.ops.uncompiled import uncompiled
+
+BACKENDS = ("auto", "torch", "cpu")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class SlotAssignments:
+    """Where the tokens of a call are in the dictionary.
+
+    Tensors of tokens have the layout of the call, and -1 at padding and at tokens that are pending. R is the
+    number of rows: B, or those packed into a batch of 1. A token's *position* is the number of tokens of its
+    row before it, those of earlier calls included.
+
+    Attributes:
+        slots: `[B, Hkv, T]` int64 slot that each token is in at the end of the call.
+        chunk_slots: `[B, Hkv, T]` slot that it was in right after its own chunk. It differs from `slots` only
+            where merge="ward" has merged that slot into another.
+        earlier_slots: `[R, Hkv, M]` where the slots of the initial state ended, -1 for spare ones.
+        earlier_pending: `[R, Hkv, C]` where the tokens ended that were pending in the initial state.
+        position: `[B, T]` position of each token. row: `[B, T]` row of each token.
+        state: the state after the call, as `ovq_attention` returns it; its `count` counts the tokens of each
+            slot, those of earlier calls included.
+
+    Example:
+        >>> keys = torch.eye(4)[[0, 1, 0, 1, 2, 2, 0, 3, 3]][None, :, None]
+        >>> found = slot_assignments(keys, keys, num_slots=4, chunk_size=4, growth="immediate")
+        >>> found.slots.tolist(), found.state.count.tolist()
+        ([[[0, 1, 2, 3, 0, 0, 0, 0, -1]]], [[[5, 1, 1, 1]]])
+        >>> found = slot_assignments(keys, keys, num_slots=4, chunk_size=4, merge="ward")
+        >>> found.slots.tolist(), found.state.count.tolist()
+        ([[[0, 1, 0, 1, 2, 2, 0, 3, -1]]], [[[3, 2, 2, 1]]])
+        >>> found.chunk_slots.tolist()
+        [[[0, 1, 2, 3, 2, 2, 0, 3, -1]]]
+        >>> found.members(0).tolist(), found.oldest.tolist(), found.mean_position.tolist()
+        ([0, 2, 6], [[[0, 1, 4, 7]]], [[[2.6666666666666665, 2.0, 4.5, 7.0]]])
+    """
+
+    slots: Tensor
+    chunk_slots: Tensor
+    earlier_slots: Tensor
+    earlier_pending: Tensor
+    position: Tensor
+    row: Tensor
+    state: OVQState
+    _history: _History = dataclasses.field(repr=False)
+
+    def after(self, num_tokens: int) -> Tensor:
+        """The slots `[B, Hkv, T]` that tokens were in after the first `num_tokens` tokens of each row.
+
+        Tokens of chunks that were not complete then have -1. These are the slots that a query at that place
+        reads.
+
+        Raises:
+            ValueError: if `num_tokens` is negative.
+
+        Example:
+            >>> x = torch.eye(4)[[0, 0, 1, 1]][None, :, None]
+            >>> found = slot_assignments(x, x, num_slots=4, chunk_size=2, merge="ward")
+            >>> found.after(3).tolist()
+            [[[0, 1, -1, -1]]]
+        """
+        if num_tokens < 0:
+            raise ValueError(f"num_tokens: expected at least 0, found {num_tokens}")
+        return self._history.slots(num_tokens)
+
+    def members(self, slot: int, *, head: int = 0, row: int = 0) -> Tensor:
+        """The positions of the tokens of this call in a slot at the end, in order."""
+        is_member = (self.slots[:, head] == slot) & (self.row == row)
+        return self.position[is_member]
+
+    @property
+    def oldest(self) -> Tensor:
+        """`[R, Hkv, M]` lowest position in each slot among the tokens of this call; -1 where it has none."""
+        index, position = self._flat()
+        longest = torch.iinfo(torch.int64).max
+        lowest = index.new_full((self.state.count.numel(),), longest)
+        lowest = lowest.scatter_reduce(0, index, position, "amin")
+        return lowest.masked_fill(lowest == longest, -1).view(self.state.count.shape)
+
+    @property
+    def mean_position(self) -> Tensor:
+        """`[R, Hkv, M]` mean position in each slot, float64, likewise; NaN where it has no such token."""
+        index, position = self._flat()
+        zeros = torch.zeros(self.state.count.numel(), dtype=torch.float64, device=index.device)
+        total = zeros.index_add(0, index, position.double())
+        number = zeros.index_add(0, index, torch.ones_like(total[:1]).expand(len(index)))
+        return (total / number).view(self.state.count.shape)
+
+    def _flat(self) -> tuple[Tensor, Tensor]:
+        """By token and head, where it is in a slot: that slot as a place in `[R * Hkv * M]`; the position."""
+        _, num_heads, capacity = self.state.count.shape
+        b, h, t = (self.slots >= 0).nonzero(as_tuple=True)
+        stream = self.row[b, t] * num_heads + h
+        return stream * capacity + self.slots[b, h, t], self.position[b, t]
+
+
+def slot_assignments(
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_slots: int,
+    chunk_size: int,
+    initial_state: OVQState | None = None,
+    attention_mask: Tensor | RowBounds | None = None,
+    cu_seqlens: Tensor | None = None,
+    growth: str | None = None,
+    init: str = "novelty",
+    merge: str = "existing",
+    rate: float | str = "count",
+    value_weight: float = VALUE_WEIGHT,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+) -> SlotAssignments:
+    """Which slot each token of a call of `ovq_attention` ends in, for every row and key/value head.
+
+    Queries play no part in it, so it takes none; keys, values and options are those of the call. It carries
+    no gradient.
+
+    Args:
+        k: `[B, T, Hkv, K]` keys. v: `[B, T, Hkv, V]` values.
+        num_slots, chunk_size, growth, init, merge, rate, value_weight, generator: as in `ovq_attention`.
+        initial_state: the state that the call continues from. It is not changed.
+        attention_mask, cu_seqlens: as in `ovq_attention`.
+        backend: `"torch"`, `"cpu"` (compiled for this processor; float32 and bfloat16, rate `"count"`) or
+            `"auto"`, the fastest that can. The assignments of all backends of `ovq_attention` are equal.
+
+    Raises:
+        ValueError: if an argument does not fit; the message says what was expected and what was found.
+
+    Example:
+        >>> k, v = torch.randn(2, 1, 40, 2, 8).unbind()
+        >>> found = slot_assignments(k, v, num_slots=16, chunk_size=8)
+        >>> found.slots.shape, int(found.slots.max()), found.state.count.sum(-1).tolist()
+        (torch.Size([1, 2, 40]), 10, [[40, 40]])
+    """
+    check_kv(k, v)
+    options = Options(
+        num_slots=num_slots,
+        chunk_size=chunk_size,
+        growth=default_growth(merge) if growth is None else growth,
+        init=init,
+        merge=merge,
+        rate=rate,
+        value_weight=value_weight,
+        seed=seed_of(init, generator),
+    )
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, found {backend!r}")
+    return _slot_assignments(k, v, initial_state, attention_mask, cu_seqlens, options, backend)
+
+
+@uncompiled
+@torch.no_grad()
+def _slot_assignments(
+    k: Tensor,
+    v: Tensor,
+    initial_state: OVQState | None,
+    attention_mask: Tensor | RowBounds | None,
+    cu_seqlens: Tensor | None,
+    options: Options,
+    backend: str,
+) -> SlotAssignments:
+    """`slot_assignments` after all arguments but those of rows and state have been checked."""
+    # Keys stand in for the queries, which only give the call its shape.
+    scale = checked_scale(None, k)
+    call = checked_call(k, k, v, scale, initial_state, True, attention_mask, cu_seqlens, options)
+    reason = cpu.refusal(call)
+    if backend == "cpu" and reason:
+        raise ValueError(f"backend: 'cpu': {reason}")
+    learn = torch_backend.learn if backend == "torch" or reason else cpu.learn_and_say
+    before, plan = planned(call, group_size=1)
+    chunks_k = plan.aligned.align(k, before.pending_keys)
+    chunks_v = plan.aligned.align(v, before.pending_values)
+    sums = Dictionary(before.key_sum, before.value_sum, before.count).clone()
+    with full_precision(k.device):
+        learned = learn(chunks_k, chunks_v, sums, plan)
+    history = _History(learned, plan, k.shape[0], k.shape[1], before.count.shape[2])
+    final, origin, pending = history.carried(None)
+    inverse = plan.aligned.inverse()
+    row, position = _places(call)
+    return SlotAssignments(
+        slots=history.of_tokens(final),
+        chunk_slots=history.of_tokens(history.of_chunks()),
+        earlier_slots=origin.masked_fill(before.count == 0, -1)[inverse, :, : call.state.count.shape[2]],
+        earlier_pending=pending[inverse],
+        position=position,
+        row=row,
+        state=state_after(before, sums, chunks_k, chunks_v, plan),
+        _history=history,
+    )
+
+
+def _places(call: Call) -> tuple[Tensor, Tensor]:
+    """Row and position `[B, T]` of each token, -1 at padding."""
+    row = torch.full((call.num_tokens,), -1)
+    position = row.clone()
+    bounds = zip(call.rows.starts, call.rows.lengths, call.state.num_seen.tolist(), strict=True)
+    for r, (start, length, seen) in enumerate(bounds):
+        row[start : start + length] = r
+        position[start : start + length] = torch.arange(seen, seen + length)
+    shape, device = call.k.shape[:2], call.k.device
+    return row.view(shape).to(device), position.view(shape).to(device)
+
+
+class _History:
+    """What a call did chunk by chunk, from which follows where each token was at any time.
+
+    Args:
+        learned: the report of the backend.
+        plan: the plan of the call.
+        batch: B. length: T.
+        capacity: M, slots allocated.
+    """
+
+    def __init__(self, learned: Learned, plan: Plan, batch: int, length: int, capacity: int) -> None:
+        self._learned, self._plan = learned, plan
+        self._batch, self._length, self._capacity = batch, length, capacity
+        aligned, size = plan.aligned, plan.options.chunk_size
+        self._num_complete = [n // size for n in aligned.lengths]
+
+    def slots(self, num_tokens: int) -> Tensor:
+        """`[B, Hkv, T]` slots after `num_tokens` new tokens of each row."""
+        aligned, size = self._plan.aligned, self._plan.options.chunk_size
+        ends = [
+            min(n, (pending + num_tokens) // size)
+            for n, pending in zip(self._num_complete, aligned.pending, strict=True)
+        ]
+        return self.of_tokens(self.carried(ends)[0])
+
+    def of_tokens(self, chunks: Tensor) -> Tensor:
+        """`[B, Hkv, T]` from slots by chunk `[num_chunks, W, Hkv]`."""
+        # Padding gets 0 from `unalign`.
+        x = self._plan.aligned.unalign(chunks[..., None] + 1, self._batch, self._length)
+        return x[..., 0].transpose(1, 2) - 1
+
+    def of_chunks(self) -> Tensor:
+        """`[num_chunks, W, Hkv]` slot of each token right after its own chunk."""
+        found = torch.full_like(self._learned.slots, -1, dtype=torch.int64)
+        for first, n in zip(self._plan.aligned.first_chunk, self._num_complete, strict=True):
+            found[first : first + n] = self._learned.slots[first : first + n]
+        return found
+
+    def carried(self, ends: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Where everything is after the first `ends[r]` chunks of each sorted row; None for all chunks.
+
+        Returns:
+            Slots of tokens by chunk `[num_chunks, W, Hkv]`, of the slots of the initial state `[R, Hkv, M]`,
+            and of the tokens that were pending in it `[R, Hkv, C]`.
+        """
+        aligned = self._plan.aligned
+        slots, moved = self._learned.slots, self._learned.moved
+        ends = self._num_complete if ends is None else ends
+        num_heads, device = slots.shape[2], slots.device
+        found = torch.full_like(slots, -1, dtype=torch.int64)
+        # From the last chunk back: where a slot as it is after this chunk is in the end.
+        to = torch.arange(self._capacity, device=device).repeat(len(ends), num_heads, 1)
+        for i in reversed(range(max(ends, default=0))):
+            rows = [r for r, end in enumerate(ends) if end > i]
+            chunks = [aligned.first_chunk[r] + i for r in rows]
+            of_rows = to[rows]
+            found[chunks] = of_rows.gather(2, slots[chunks].transpose(1, 2).long()).transpose(1, 2)
+            if moved is not None:
+                to[rows] = of_rows.gather(2, moved[chunks].long())
+        pending = to.new_full((len(ends), num_heads, self._plan.options.chunk_size), -1)
+        for r, num in enumerate(aligned.pending):
+            if num:
+                pending[r, :, :num] = found[aligned.first_chunk[r], :num].transpose(0, 1)
+        return found, to, pending
