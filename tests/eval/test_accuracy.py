@@ -59,7 +59,7 @@ def test_accuracy_is_the_share_of_right_tokens_among_those_asked():
 
 
 def test_a_model_that_knows_the_answers_scores_one(monkeypatch):
-    monkeypatch.setattr(accuracy, "_answer", lambda _, batch: batch.labels[batch.labels != IGNORE_INDEX])
+    monkeypatch.setattr(accuracy, "answers_of", lambda _, batch: batch.labels[batch.labels != IGNORE_INDEX])
     [row] = run(build_model("ovq"), lengths=[60], num_examples=3)
     assert row.accuracy == 1.0
     assert set(row.slices.values()) == {1.0}
@@ -87,7 +87,7 @@ def test_errors_are_averaged_in_all_and_by_slice_for_tasks_that_have_them():
 def test_the_size_of_micro_batches_does_not_show(monkeypatch):
     model = build_model("sliding_attention", "ovq")
     whole = run(model, lengths=[40, 60], num_examples=7)
-    monkeypatch.setattr(accuracy, "_TOKENS_PER_BATCH", 100)
+    monkeypatch.setattr(accuracy, "TOKENS_PER_BATCH", 100)
     assert run(model, lengths=[40, 60], num_examples=7) == whole
 
 

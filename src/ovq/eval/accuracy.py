@@ -14,7 +14,7 @@ from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import AnyWork, WorkReporter
 from ovq.tasks import IGNORE_INDEX, Task, TaskBatch
 
-_TOKENS_PER_BATCH = 16384
+TOKENS_PER_BATCH = 16384
 """Tokens per micro-batch, at most: enough to keep a few cores busy."""
 
 
@@ -109,7 +109,7 @@ def _evaluate_at(
     done: int,
 ) -> ResultRow:
     """One row: all test examples of one length, with the current dictionary."""
-    batch_size = max(1, _TOKENS_PER_BATCH // task.length)
+    batch_size = max(1, TOKENS_PER_BATCH // task.length)
     tally = _Tally()
     for first in range(0, num_examples, batch_size):
         indices = range(first, min(first + batch_size, num_examples))
@@ -147,7 +147,7 @@ class _Tally:
     def add(self, model: OVQForCausalLM, task: Task, batch: TaskBatch) -> None:
         """Answer the questions of a batch, and count."""
         is_asked = batch.labels != IGNORE_INDEX
-        answers, labels = _answer(model, batch), batch.labels[is_asked]
+        answers, labels = answers_of(model, batch), batch.labels[is_asked]
         is_right = answers == labels
         errors = np.zeros(len(labels)) if task.error_name is None else task.errors(answers, labels)
         self.asked += len(labels)
@@ -160,7 +160,7 @@ class _Tally:
             self.error_by_slice[name] += float(errors[in_slice].sum())
 
 
-def _answer(model: OVQForCausalLM, batch: TaskBatch) -> np.ndarray:
+def answers_of(model: OVQForCausalLM, batch: TaskBatch) -> np.ndarray:
     """The most likely token at each asked place, given what precedes it, in order of rows and places."""
     is_asked = torch.from_numpy(batch.labels != IGNORE_INDEX)
     hidden = model.base_model(

@@ -189,6 +189,27 @@ class RecallTask(Task):
         )
         return TaskBatch(inputs, labels, slices)
 
+    def pair_places(
+        self, seed: int, *, indices: Sequence[int] = (0,), split: str = "train"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Where pairs begin in the examples of `build`: those of the context, then those of the queries.
+
+        Returns:
+            The first token of each, `[B, num_stored + num_queries]`, and its pair, numbered in the order of
+            the context.
+
+        Example:
+            >>> task = RecallTask(length=19, vocab_size=16, key_length=2, num_pairs=3, query_share=0.35)
+            >>> starts, pairs = task.pair_places(0)
+            >>> starts.tolist(), pairs.tolist()
+            ([[2, 5, 8, 13, 16]], [[0, 1, 2, 0, 1]])
+        """
+        _, starts, asked = self._draw(seed, indices, split)
+        queries = self.context_length + 1 + np.arange(self.num_queries) * self.pair_length
+        first = [starts, np.broadcast_to(queries, asked.shape)]
+        stored = np.broadcast_to(np.arange(self.num_stored), starts.shape)
+        return np.concatenate(first, 1), np.concatenate([stored, asked], 1)
+
     def _draw(
         self, seed: int, indices: Sequence[int], split: str
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

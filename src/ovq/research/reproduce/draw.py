@@ -45,6 +45,12 @@ AXIS_NAMES = {
     "generated": "values that greedy generation says (share)",
     "choice": "values told from others (share)",
     "depth": "depth of the needle",
+    "own_share": "share of the questions",
+    "own_accuracy": "right answers (share)",
+    "shared_accuracy": "right answers (share)",
+    "slot_counts": "share of the slots",
+    "oldest": "share of the slots",
+    "mean_position": "share of the slots",
 }
 """Fields of the rows for people; others keep their names."""
 
@@ -71,6 +77,9 @@ def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Poi
         else:
             found = {_field(row, panel["x"]): _field(row, panel["y"])}
         for x, value in found.items():
+            # What was not seen at all, such as answers to questions that nobody was asked.
+            if value is None:
+                continue
             by_x.setdefault(x, {})[row["seed"]] = value
     if (base := panel.get("relative_to")) is not None:
         values = {

@@ -11,6 +11,7 @@ from ovq.plots.fidelity import fidelity_figure
 from ovq.research.fidelity import fidelity_rows
 from ovq.research.fidelity.streams import STREAMS
 from ovq.research.reproduce.evaluations import Evaluation, TaskEvaluation
+from ovq.research.reproduce.kept import kept
 from ovq.research.reproduce.plan import Figure, Line, Panel
 from ovq.research.reproduce.presets import Preset
 from ovq.research.reproduce.text_figures import hybrids, language, needle, of_corpus
@@ -417,6 +418,7 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "mqar": mqar,
     "bytes": state_size,
     "dictionary": dictionary,
+    "kept": kept,
     "init": init,
     "growth": growth,
     "rate": rate,
