@@ -1,6 +1,7 @@
-"""`ovq context build` and `ovq generate --context`: a document read once, and prompts answered from it."""
+"""`ovq context build` and `info`, `ovq generate --context`: a document read once, and prompts after it."""
 
 import io
+import json
 import logging
 import sys
 
@@ -126,7 +127,42 @@ def test_a_full_disk_costs_one_line_and_leaves_the_old_file(capsys, model, text,
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_file_tells_what_it_is_and_holds(capsys, model, text, tmp_path):
+    out = tmp_path / "book.ctx"
+    build(capsys, model, text, out)
+    said = run(capsys, "context", "info", out)
+    assert "89 tokens" in said
+    assert [line.split("│")[4].strip() for line in said.splitlines() if "OVQState" in line] == ["7 of 8"]
+    found = json.loads(run(capsys, "context", "info", out, "--json"))
+    window, dictionary = found["layers"]
+    assert (found["num_tokens"], found["dtype"]) == (89, "torch.float32")
+    assert (window["mixer"], dictionary["mixer"]) == ("sliding_attention", "ovq")
+    assert window["bytes"] + dictionary["bytes"] == found["bytes"]
+    tensors = load_file(out)
+    count = tensors["layers.1.count"]
+    assert dictionary["num_open"] == count.shape[2] == 7
+    assert (dictionary["num_slots"], dictionary["num_pending"]) == (8, 1)
+    assert dictionary["largest_count"] == int(count.max())
+    assert dictionary["single_share"] == (count == 1).sum() / count.numel()
+    shares = count / 88
+    expected = (-shares * shares.log()).sum(-1).exp().mean()
+    assert dictionary["effective_slots"] == pytest.approx(float(expected))
+
+
+def test_a_file_that_is_none_costs_one_line(capsys, model, text, tmp_path):
+    out = tmp_path / "book.ctx"
+    assert fail(capsys, "context", "info", out) == f"{out}: expected a saved context, found no such file"
+    build(capsys, model, text, out)
+    content = out.read_bytes()
+    out.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert "it is damaged" in fail(capsys, "context", "info", out)
+    assert "expected format 'ovq-context', found 'pt'" in fail(
+        capsys, "context", "info", model / "model.safetensors"
+    )
+
+
 def test_help_shows_an_example(capsys):
+    assert "Example: ovq context info book.ctx" in run(capsys, "context", "info", "--help")
     assert "Example: ovq context build --model runs/ovq" in run(capsys, "context", "build", "--help")
     assert "--context book.ctx" in " ".join(run(capsys, "generate", "--help").split())
     assert "build" in run(capsys, "context", "--help")

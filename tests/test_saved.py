@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ovq.hf import OVQConfig, OVQForCausalLM, load_context
+from ovq.hf import OVQConfig, OVQForCausalLM, context_info, load_context
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.research.reproduce.plan import run_name
@@ -86,6 +86,7 @@ def go_on(model, cache):
 
 
 def test_a_context_goes_on(model):
+    assert context_info(SAVED / "context.safetensors").num_tokens == NUM_READ
     context = load_context(SAVED / "context.safetensors", model)
     assert context.num_tokens == NUM_READ
     torch.testing.assert_close(go_on(model, context.cache()), LOGITS[:, NUM_READ:])

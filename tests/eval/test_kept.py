@@ -143,6 +143,7 @@ def test_slots_and_their_ages_counted_by_hand():
     shares = found.state.count.double() / found.state.count.sum(-1, keepdim=True)
     effective = torch.special.entr(shares).sum(-1).exp().mean()
     assert row.effective_slots == pytest.approx(float(effective))
+    assert row.largest_share == pytest.approx(float(shares.amax(-1).mean()))
     assert row.context_length == TASK.context_length
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ovq.hf import OVQForCausalLM, build_context, load_context, save_context
+from ovq.hf import OVQForCausalLM, build_context, context_info, load_context, save_context
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.context import _digest
 from tests.disks import full_disk
@@ -397,6 +397,51 @@ def test_the_cache_can_be_used_without_generate(model, context):
         out = model(inputs["input_ids"], inputs["attention_mask"], past_key_values=inputs[CACHE_KEY])
         expected = model(torch.cat([DOCUMENT, PROMPTS[0]])[None]).logits[:, len(DOCUMENT) :]
     torch.testing.assert_close(out.logits, expected)
+
+
+@pytest.mark.parametrize("mixer", ["ovq", *BASELINES])
+def test_a_file_is_read_without_its_model(mixer, tmp_path):
+    model = make_model(mixer_types=["sliding_attention", mixer], num_hidden_layers=2).to(torch.bfloat16)
+    context = build_context(model, DOCUMENT)
+    save_context(context, tmp_path / "book.ctx")
+    info = context_info(tmp_path / "book.ctx")
+    assert (info.num_tokens, info.nbytes, info.dtype) == (len(DOCUMENT), context.nbytes, "torch.bfloat16")
+    assert info.config.mixer_types == model.config.mixer_types
+    assert info.weights == context.fingerprint["weights"]
+    for found, layer in zip(info.cache.layers, context.cache().layers, strict=True):
+        expected = layer.tensors()
+        for name, tensor in found.tensors().items():
+            assert torch.equal(tensor, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ({"dtype": "torch.int8"}, "expected a model in one of .*, found 'torch.int8'"),
+        ({"config": "{}"}, "expected the 1[0-9] tensors of a cache, found others"),
+        ({"config": "[1]"}, r"expected the config of a model, found '\[1\]'"),
+        ({"config": '{"hidden_size": -4}'}, "expected the config of a model, found .*-4"),
+        (
+            {"config": '{"num_hidden_layers": 1000000}'},
+            "expected tensors of 1000000 layers, found 1[0-9] tensors",
+        ),
+        ({"num_tokens": "0"}, "expected num_tokens to be an integer from 1"),
+    ],
+)
+def test_a_file_that_cannot_be_the_memory_of_any_model(saved, header, expected):
+    with safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(saved), saved, metadata=metadata | header)
+    with pytest.raises(ValueError, match=expected):
+        context_info(saved)
+
+
+def test_what_is_printed_is_short(context):
+    shown = f"{len(DOCUMENT)}, {context.nbytes:,} bytes"
+    assert repr(context) == f"Context(num_tokens={shown}, of OVQForCausalLM)"
+    cache = context.cache(2)
+    assert repr(cache) == f"OVQCache(layers=4, rows=2, columns=61, {2 * context.nbytes:,} bytes)"
+    assert all(len(repr(layer)) < 120 for layer in cache.layers)
 
 
 def test_the_fingerprint_is_readable(saved):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 import weakref
 
@@ -417,3 +418,38 @@ def test_nbytes_counts_every_tensor():
 def test_state_bytes_stop_growing_with_length():
     sizes = [prefilled(1, n).nbytes for n in (400, 800, 1600, 3200)]
     assert sizes[-1] <= 1.1 * sizes[0]
+
+
+@either_rule
+def test_a_summary_counts_what_is_there(merge):
+    states = [prefilled(1, n, seed=n, merge=merge) for n in (3, 40, 61)]
+    state = OVQState.concatenate(states)
+    summary = state.summary()
+    assert summary.num_seen == (3, 40, 61)
+    assert summary.num_pending == (3, 0, 5)
+    assert summary.num_open == tuple(int(s.num_open) for s in states)
+    assert summary.num_open[0] == 0 < summary.num_open[1] <= summary.num_open[2]
+    counts = [[[c for c in head if c] for head in row] for row in state.count.tolist()]
+    every = [c for row in counts for head in row for c in head]
+    assert summary.largest_count == max(every)
+    assert summary.single_share == every.count(1) / len(every)
+    assert summary.nbytes == state.nbytes
+    for row, found in zip(counts, summary.effective_slots, strict=True):
+        shares = [[c / sum(head) for c in head] for head in row]
+        entropies = [-sum(p * math.log(p) for p in head) for head in shares]
+        expected = sum(math.exp(h) for h, head in zip(entropies, row, strict=True) if head) / len(row)
+        assert found == pytest.approx(expected)
+    assert str(summary).startswith("3 rows; 3 to 61 tokens seen, 0 to 5 pending; 0 to ")
+    none = state.select([]).summary()
+    assert (none.num_seen, none.largest_count, none.single_share) == ((), 0, 0)
+    assert "no tokens seen" in str(none)
+
+
+def test_what_is_printed_is_one_line():
+    state = OVQState.concatenate([prefilled(1, n, seed=n) for n in (3, 61)])
+    slots, nbytes = state.count.shape[2], f"{state.nbytes:,}"
+    assert repr(state) == (
+        f"OVQState(rows=2, heads=2, num_seen=3..61, slots={slots} of 12, chunk_size=8, "
+        f"torch.float64 on cpu, {nbytes} bytes)"
+    )
+    assert "rows=0, heads=2, num_seen=none" in repr(state.select([]))

@@ -1,11 +1,12 @@
-"""`ovq context build`: read a document once and save what the model remembers of it."""
+"""`ovq context build`: read a document once, save what the model remembers; `info`: look at such a file."""
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,13 +14,10 @@ from ovq.cli.common import encode, out_console
 from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
 
+if TYPE_CHECKING:
+    from ovq.ops import OVQState
+
 app = typer.Typer(help="Read a document once and continue from it any number of times.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    # Without a callback, typer would run the only command of the group as if it were the group.
-    pass
 
 
 @app.command("build")
@@ -76,3 +74,73 @@ def build(
     out_console.print(
         f"Saved what the model remembers of {len(ids)} tokens in {out} ({size}).", soft_wrap=True
     )
+
+
+@app.command("info")
+def info(
+    file: Annotated[Path, typer.Argument(help="A file that ovq context build has written.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a saved context is and what it holds, layer by layer; the model is not needed.
+
+    Example: [bold]ovq context info book.ctx[/bold]
+    """
+    from ovq.hf import context_info
+    from ovq.ops import OVQState
+
+    found = context_info(file)
+    layers = [
+        {"layer": i, "mixer": name, "memory": layer.memory.kind, "bytes": layer.nbytes}
+        | (_summary(layer.state) if isinstance(layer.state, OVQState) else {})
+        for i, (name, layer) in enumerate(zip(found.config.mixer_types, found.cache.layers, strict=True))
+    ]
+    if json_:
+        fields = {
+            "file": str(file),
+            "num_tokens": found.num_tokens,
+            "bytes": found.nbytes,
+            "dtype": found.dtype,
+            "weights": found.weights,
+            "layers": layers,
+        }
+        typer.echo(json.dumps(fields, indent=2))
+        return
+
+    from rich.table import Table
+
+    from ovq.eval.rows import format_bytes
+
+    table = Table(title=f"{file}: {found.num_tokens:,} tokens, {format_bytes(found.nbytes)}")
+    table.add_column("layer", justify="right")
+    table.add_column("memory")
+    columns = ("bytes", "slots in use", "most tokens", "single tokens", "worth slots")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for layer in layers:
+        cells = [f"{layer['layer']}", layer["memory"], format_bytes(layer["bytes"])]
+        if "num_open" in layer:
+            cells += [
+                f"{layer['num_open']} of {layer['num_slots']}",
+                f"{layer['largest_count']}",
+                f"{layer['single_share']:.0%}",
+                f"{layer['effective_slots']:.1f}",
+            ]
+        table.add_row(*cells)
+    out_console.print(table)
+    out_console.print(
+        f"Of a model in {found.dtype.removeprefix('torch.')} with weights of SHA-256 {found.weights}.",
+        soft_wrap=True,
+    )
+
+
+def _summary(state: OVQState) -> dict[str, Any]:
+    """The numbers of a state of one row."""
+    summary = state.summary()
+    return {
+        "num_open": summary.num_open[0],
+        "num_slots": summary.num_slots,
+        "num_pending": summary.num_pending[0],
+        "largest_count": summary.largest_count,
+        "single_share": summary.single_share,
+        "effective_slots": summary.effective_slots[0],
+    }

@@ -58,6 +58,7 @@ class KeptRow:
         oldest: Likewise the share of slots whose oldest token is in this part of the context, by its number.
         mean_position: Likewise of slots whose tokens are there on average.
         effective_slots: Likewise exp(entropy) of the shares of tokens in slots, mean over heads.
+        largest_share: Likewise the share of the tokens that are in the fullest slot, mean over heads.
     """
 
     mixer: str
@@ -79,6 +80,7 @@ class KeptRow:
     oldest: dict[str, float]
     mean_position: dict[str, float]
     effective_slots: float
+    largest_share: float
 
 
 @torch.no_grad()
@@ -292,6 +294,7 @@ class _Tally:
         self._counts: list[np.ndarray] = []
         self._ages: list[tuple[np.ndarray, np.ndarray]] = []
         self._effective: list[float] = []
+        self._largest: list[float] = []
 
     def add_questions(self, is_right: np.ndarray, own: np.ndarray, clean: np.ndarray) -> None:
         """Add the questions of a batch, `[B, Q]` each."""
@@ -315,6 +318,7 @@ class _Tally:
             self._ages.append((oldest[is_used] / num_tokens, total[is_used] / count[is_used] / num_tokens))
             shares = count[is_used] / count.sum()
             self._effective.append(float(np.exp(-(shares * np.log(shares)).sum())))
+            self._largest.append(float(shares.max()))
 
     def fields(self) -> dict:
         """The fields of a `KeptRow` that are counted."""
@@ -334,6 +338,7 @@ class _Tally:
             "oldest": _by_part(oldest),
             "mean_position": _by_part(mean_position),
             "effective_slots": float(np.mean(self._effective)),
+            "largest_share": float(np.mean(self._largest)),
         }
 
 

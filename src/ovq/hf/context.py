@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 
 from ovq.hf.cache import CACHE_KEY, OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
-from ovq.hf.modeling_ovq import OVQPreTrainedModel
+from ovq.hf.modeling_ovq import OVQModel, OVQPreTrainedModel
+from ovq.ops.checks import DTYPES
 from ovq.ops.serialization import positive_int, read_file, write_file
 
 FORMAT = "ovq-context"
@@ -214,15 +216,80 @@ def load_context(path: str | os.PathLike, model: OVQPreTrainedModel) -> Context:
     num_tokens = positive_int(path, metadata, "num_tokens")
     own = fingerprint(model)
     _check_fingerprint(str(path), metadata, own)
-    if (found := _digest(tensors)) != metadata.get("content"):
-        raise ValueError(
-            f"{path}: expected tensors of SHA-256 {metadata.get('content')}, found {found}: it is damaged"
-        )
+    _check_content(path, metadata, tensors)
     _check_layers(str(path), tensors, model, num_tokens)
     cache = OVQCache(model.config)
     for i, layer in enumerate(cache.layers):
         layer.restore(_of_layer(tensors, i), num_tokens, model.device)
     return Context(model=model, num_tokens=num_tokens, fingerprint=own, _cache=cache)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ContextInfo:
+    """What a context file says of itself, without the model.
+
+    Attributes:
+        num_tokens: tokens of the document.
+        nbytes: bytes of the memory.
+        dtype: that of the model.
+        weights: SHA-256 of the model's weights.
+        config: the config of the model, as far as the memory depends on it.
+        cache: the memory, by layer.
+    """
+
+    num_tokens: int
+    nbytes: int
+    dtype: str
+    weights: str
+    config: OVQConfig
+    cache: OVQCache
+
+
+def context_info(path: str | os.PathLike) -> ContextInfo:
+    """Read a context without its model, to see what it is and what it holds.
+
+    Raises:
+        ValueError: a missing or damaged file, or a file of another kind.
+
+    Example:
+        >>> import tempfile
+        >>> from ovq.hf import OVQModel
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> path = os.path.join(tempfile.mkdtemp(), "book.ctx")
+        >>> save_context(build_context(OVQModel(config), torch.arange(300) % 8), path)
+        >>> info = context_info(path)
+        >>> info.num_tokens, info.config.mixer_types
+        (300, ['sliding_attention', 'ovq'])
+        >>> info.cache.layers[1].state.summary().num_open
+        (204,)
+    """
+    metadata, tensors = read_file(path, what="a saved context", file_format=FORMAT, version=VERSION)
+    num_tokens = positive_int(path, metadata, "num_tokens")
+    _check_content(path, metadata, tensors)
+    config = _config_of(path, metadata)
+    dtypes = {str(dtype): dtype for dtype in DTYPES}
+    if (dtype := metadata.get("dtype", "")) not in dtypes:
+        raise ValueError(f"{path}: expected a model in one of {', '.join(dtypes)}, found {dtype!r}")
+    # Every layer has a tensor at least; a file may claim any number of layers.
+    if config.num_hidden_layers > len(tensors):
+        raise ValueError(
+            f"{path}: expected tensors of {config.num_hidden_layers} layers, found {len(tensors)} tensors"
+        )
+    # Only shapes matter, so no weights are allocated.
+    with torch.device("meta"):
+        model = OVQModel(config).to(dtypes[dtype])
+    _check_layers(str(path), tensors, model, num_tokens)
+    cache = OVQCache(config)
+    for i, layer in enumerate(cache.layers):
+        layer.restore(_of_layer(tensors, i), num_tokens)
+    return ContextInfo(
+        num_tokens=num_tokens,
+        nbytes=cache.nbytes,
+        dtype=dtype,
+        weights=metadata.get("weights", ""),
+        config=config,
+        cache=cache,
+    )
 
 
 def fingerprint(model: OVQPreTrainedModel) -> dict[str, str]:
@@ -262,10 +329,7 @@ def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[s
     own = json.loads(expected["config"])
     # A file that is older than a field was made with what is now the field's default.
     defaults = {field.name: field.default for field in dataclasses.fields(OVQConfig) if field.name in own}
-    try:
-        other = defaults | OVQConfig.upgraded(json.loads(found.get("config", "")))
-    except (AttributeError, StrictDataclassError, TypeError, ValueError):
-        raise ValueError(f"{where}: expected the config of a model, found {found.get('config')!r}") from None
+    other = defaults | _config_fields(where, found)
     for name in sorted(own.keys() | other.keys()):
         if own.get(name) != other.get(name):
             raise ValueError(
@@ -280,6 +344,34 @@ def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[s
         raise ValueError(
             f"{where}: expected a context of this very model (SHA-256 of its weights {expected['weights']}), "
             f"found one of other weights ({found.get('weights')})"
+        )
+
+
+def _config_fields(where: str | os.PathLike, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of the config in a file, with the names that they have now."""
+    try:
+        return OVQConfig.upgraded(json.loads(metadata.get("config", "")))
+    except (AttributeError, StrictDataclassError, TypeError, ValueError):
+        found = metadata.get("config")
+        raise ValueError(f"{where}: expected the config of a model, found {found!r}") from None
+
+
+def _config_of(path: str | os.PathLike, metadata: Mapping[str, str]) -> OVQConfig:
+    """The config in a file."""
+    fields = _config_fields(path, metadata)
+    try:
+        return OVQConfig(**fields)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected the config of a model, found {fields} ({error})") from error
+
+
+def _check_content(
+    path: str | os.PathLike, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Raise ValueError unless the tensors are those that were written."""
+    if (found := _digest(tensors)) != metadata.get("content"):
+        raise ValueError(
+            f"{path}: expected tensors of SHA-256 {metadata.get('content')}, found {found}: it is damaged"
         )
 
 

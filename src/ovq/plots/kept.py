@@ -62,7 +62,7 @@ def kept_figure(rows: Sequence[Row], path: Path, *, title: str) -> None:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     largest = f"{slots} slots, {length:,} tokens"
     panels[0].set_title("questions whose pair has a slot of its own", fontsize=11)
-    panels[1].set_title("pairs with a slot of their own (solid), without (dashed)", fontsize=11)
+    panels[1].set_title("answers about pairs with a slot of their own (solid), without (dashed)", fontsize=11)
     panels[2].set_title(f"{largest}: how many tokens a slot holds", fontsize=11)
     panels[3].set_title(f"{largest}: oldest token of a slot (solid), mean (dashed)", fontsize=11)
     counts = list(of_largest[0]["slot_counts"])

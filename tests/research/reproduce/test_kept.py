@@ -1,0 +1,81 @@
+"""The figure of what is kept: rows of both rules on the same weights, and a picture and a page of them."""
+
+import dataclasses
+
+import pytest
+from PIL import Image
+
+from ovq.plots.kept import kept_figure
+from ovq.research.reproduce.draw import points
+from ovq.research.reproduce.engine import count_runs, reproduce
+from ovq.research.reproduce.figures import get_figure
+from ovq.research.reproduce.page import write_report
+from ovq.research.reproduce.presets import CPU
+from ovq.research.reproduce.results import load_results
+from tests.research.reproduce.common import TINY, run_here, workshop
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    out = tmp_path_factory.mktemp("kept")
+    with pytest.MonkeyPatch.context() as patch:
+        begun = run_here(patch)
+        reproduce(get_figure("kept", TINY), workshop(out))
+    return out, begun, load_results(out / "rows" / "kept.json")
+
+
+def test_both_rules_are_asked_on_the_same_weights(made):
+    _, begun, results = made
+    # One run a seed.
+    assert len(begun) == 2 == count_runs(get_figure("kept", TINY), 2)
+    found = [(row["merge"], row["num_slots"], row["length"], row["seed"]) for row in results["rows"]]
+    assert sorted(found) == sorted(
+        (merge, slots, length, seed)
+        for merge in ("existing", "ward")
+        for slots in (4, 16)
+        for length in (96, 384)
+        for seed in (0, 1)
+    )
+    for row in results["rows"]:
+        assert row["line"] == f"OVQ, {'Ward, ' if row['merge'] == 'ward' else ''}{row['num_slots']} slots"
+        assert sum(row["slot_counts"].values()) == pytest.approx(1)
+        assert row["task"]["num_queries"] * row["num_examples"] == row["num_questions"]
+
+
+def test_its_picture_and_the_page_can_be_looked_at(made):
+    out, _, _ = made
+    with Image.open(out / "figures" / "kept.png") as picture:
+        picture.verify()
+    page = write_report(out).read_text()
+    assert "questions whose pair has a slot of its own" in page
+
+
+def test_questions_that_nobody_was_asked_have_no_point(made, tmp_path):
+    _, _, results = made
+    panel = next(panel for panel in results["panels"] if panel["y"] == "shared_accuracy")
+    rows = [
+        row | {"shared_accuracy": None if (row["merge"], row["length"]) == ("ward", 96) else 0.5}
+        for row in results["rows"]
+    ]
+    lines = points(results | {"rows": rows}, panel)
+    assert [point.x for point in lines["OVQ, Ward, 16 slots"]] == [384]
+    assert [point.x for point in lines["OVQ, 16 slots"]] == [96, 384]
+    kept_figure(rows, tmp_path / "kept.png", title="some")
+    with pytest.raises(ValueError, match="expected rows to draw, found none"):
+        kept_figure([], tmp_path / "kept.png", title="none")
+
+
+def test_it_takes_the_runs_of_other_figures():
+    """The usual run, which other figures train as well."""
+    [config] = {line.config for line in get_figure("kept", CPU).lines}
+    assert config == get_figure("dictionary", CPU).lines[0].config
+    sizes = {
+        (each.num_slots, each.task.length)
+        for line in get_figure("kept", CPU).lines
+        for each in line.evaluations
+    }
+    assert sizes == {(64, 1024), (64, 4096), (256, 1024), (256, 4096)}
+    one, other = (
+        dataclasses.replace(line.evaluations[0], num_slots=64) for line in get_figure("kept", CPU).lines[::2]
+    )
+    assert one.name != other.name
