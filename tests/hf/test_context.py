@@ -399,9 +399,9 @@ def test_the_cache_can_be_used_without_generate(model, context):
     torch.testing.assert_close(out.logits, expected)
 
 
-@pytest.mark.parametrize("mixer", ["ovq", *BASELINES])
-def test_a_file_is_read_without_its_model(mixer, tmp_path):
-    model = make_model(mixer_types=["sliding_attention", mixer], num_hidden_layers=2).to(torch.bfloat16)
+@pytest.mark.parametrize("changes", [{}, BASELINES], ids=["ovq", "others"])
+def test_a_file_is_read_without_its_model(changes, tmp_path):
+    model = make_model(**changes).to(torch.bfloat16)
     context = build_context(model, DOCUMENT)
     save_context(context, tmp_path / "book.ctx")
     info = context_info(tmp_path / "book.ctx")
@@ -418,12 +418,12 @@ def test_a_file_is_read_without_its_model(mixer, tmp_path):
     ("header", "expected"),
     [
         ({"dtype": "torch.int8"}, "expected a model in one of .*, found 'torch.int8'"),
-        ({"config": "{}"}, "expected the 1[0-9] tensors of a cache, found others"),
+        ({"config": "{}"}, "expected the [0-9]+ tensors of a cache, found others"),
         ({"config": "[1]"}, r"expected the config of a model, found '\[1\]'"),
         ({"config": '{"hidden_size": -4}'}, "expected the config of a model, found .*-4"),
         (
             {"config": '{"num_hidden_layers": 1000000}'},
-            "expected tensors of 1000000 layers, found 1[0-9] tensors",
+            "expected tensors of 1000000 layers, found 20 tensors",
         ),
         ({"num_tokens": "0"}, "expected num_tokens to be an integer from 1"),
     ],

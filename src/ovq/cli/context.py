@@ -108,16 +108,23 @@ def info(
 
     from rich.table import Table
 
-    from ovq.eval.rows import format_bytes
+    from ovq.eval.rows import MIXER_NAMES, format_bytes
 
-    table = Table(title=f"{file}: {found.num_tokens:,} tokens, {format_bytes(found.nbytes)}")
+    # A path broken over two lines could not be copied.
+    size = format_bytes(found.nbytes)
+    out_console.print(f"{file}: what is kept of {found.num_tokens:,} tokens, {size}", soft_wrap=True)
+    table = Table()
     table.add_column("layer", justify="right")
-    table.add_column("memory")
-    columns = ("bytes", "slots in use", "most tokens", "single tokens", "worth slots")
+    table.add_column("mixer", no_wrap=True)
+    columns = ("bytes", "slots in use", "tokens in the fullest", "slots of one token", "effective slots")
     for column in columns:
         table.add_column(column, justify="right")
     for layer in layers:
-        cells = [f"{layer['layer']}", layer["memory"], format_bytes(layer["bytes"])]
+        cells = [
+            f"{layer['layer']}",
+            MIXER_NAMES.get(layer["mixer"], layer["mixer"]),
+            format_bytes(layer["bytes"]),
+        ]
         if "num_open" in layer:
             cells += [
                 f"{layer['num_open']} of {layer['num_slots']}",
