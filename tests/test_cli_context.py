@@ -132,7 +132,7 @@ def test_a_file_tells_what_it_is_and_holds(capsys, model, text, tmp_path):
     build(capsys, model, text, out)
     said = run(capsys, "context", "info", out)
     assert "89 tokens" in said
-    assert [line.split("│")[4].strip() for line in said.splitlines() if "OVQ " in line] == ["7 of 8"]
+    assert [line.split("│")[4].strip() for line in said.splitlines() if "│ ovq " in line] == ["7 of 8"]
     found = json.loads(run(capsys, "context", "info", out, "--json"))
     window, dictionary = found["layers"]
     assert (found["num_tokens"], found["dtype"]) == (89, "torch.float32")

@@ -89,7 +89,7 @@ def info(
     from ovq.ops import OVQState
 
     found = context_info(file)
-    layers = [
+    layers: list[dict[str, Any]] = [
         {"layer": i, "mixer": name, "memory": layer.memory.kind, "bytes": layer.nbytes}
         | (_summary(layer.state) if isinstance(layer.state, OVQState) else {})
         for i, (name, layer) in enumerate(zip(found.config.mixer_types, found.cache.layers, strict=True))
@@ -108,7 +108,7 @@ def info(
 
     from rich.table import Table
 
-    from ovq.eval.rows import MIXER_NAMES, format_bytes
+    from ovq.eval.rows import format_bytes
 
     # A path broken over two lines could not be copied.
     size = format_bytes(found.nbytes)
@@ -116,13 +116,13 @@ def info(
     table = Table()
     table.add_column("layer", justify="right")
     table.add_column("mixer", no_wrap=True)
-    columns = ("bytes", "slots in use", "tokens in the fullest", "slots of one token", "effective slots")
-    for column in columns:
+    # Broken by hand: broken by rich, heads or mixers would lose letters at 80 columns.
+    for column in ("bytes", "slots\nin use", "fullest\nslot", "single\ntokens", "effective\nslots"):
         table.add_column(column, justify="right")
     for layer in layers:
         cells = [
             f"{layer['layer']}",
-            MIXER_NAMES.get(layer["mixer"], layer["mixer"]),
+            layer["mixer"],
             format_bytes(layer["bytes"]),
         ]
         if "num_open" in layer:

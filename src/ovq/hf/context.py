@@ -277,7 +277,8 @@ def context_info(path: str | os.PathLike) -> ContextInfo:
         )
     # Only shapes matter, so no weights are allocated.
     with torch.device("meta"):
-        model = OVQModel(config).to(dtypes[dtype])
+        # transformers wraps `to` in a way that leaves mypy without its `self`.
+        model = OVQModel(config).to(dtypes[dtype])  # type: ignore[arg-type]
     _check_layers(str(path), tensors, model, num_tokens)
     cache = OVQCache(config)
     for i, layer in enumerate(cache.layers):
