@@ -155,7 +155,7 @@ def test_with_room_for_every_token_all_pairs_have_slots_of_their_own():
 
 
 def test_the_token_that_is_read_is_the_one_with_the_most_weight():
-    """Every question attends to the third token of its pair, and to itself."""
+    """Every question attends to itself, and to the third token of its pair."""
     starts, pairs = TASK.pair_places(3, indices=range(2), split="test")
     places = kept._Pairs(TASK, starts, pairs)
     asked = places.questions
@@ -164,10 +164,10 @@ def test_the_token_that_is_read_is_the_one_with_the_most_weight():
     for b in range(2):
         for q in range(len(asked)):
             pair = pairs[b, TASK.num_stored + q]
-            weights[b, q, starts[b, pair] + 2] = 0.75
-            # On itself, which tells nothing.
-            weights[b, q, asked[q]] = 0.25
-    assert kept._most_read(weights, places) == (2, 0.75)
+            weights[b, q, starts[b, pair] + 2] = 0.375
+            # More on itself, which tells nothing of the pair.
+            weights[b, q, asked[q]] = 0.625
+    assert kept._most_read(weights, places) == (2, 0.375)
 
 
 def test_what_does_not_fit_is_refused():

@@ -88,6 +88,10 @@ def test_a_call_that_continues_a_state(way, backend, merge):
     for labels in (found.slots, pending):
         counts.scatter_add_(2, labels.clamp(min=0), (labels >= 0).long())
     assert torch.equal(counts, found.state.count)
+    for num_tokens in (3, 10, 25):
+        shorter = {**options, "attention_mask": mask[:, :num_tokens]}
+        part = slot_assignments(k[:, :num_tokens], v[:, :num_tokens], **shorter, backend=way)
+        assert torch.equal(found.after(num_tokens)[..., :num_tokens], part.slots)
     # 22 tokens came before these, and the second row has no padding.
     assert found.position[1].tolist() == list(range(22, 82))
     assert found.row.unique().tolist() == [-1, 0, 1]
