@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ovq.eval.accuracy import TOKENS_PER_BATCH, answers_of, long_range_mixer, put_back
+from ovq.eval.accuracy import TOKENS_PER_BATCH, answers_of, long_range_mixer
+from ovq.eval.dictionaries import Dictionary, each_dictionary
 from ovq.hf import OVQForCausalLM
 from ovq.hf.assignments import recording
 from ovq.layers.ovq import RecordedCall
@@ -117,47 +119,55 @@ def evaluate_kept(
         )
     work = reporter.start(label, total=num_examples)
     batch_size = max(1, TOKENS_PER_BATCH // task.length)
-    site: tuple[int, int, float] | None = None
-    tally = _Tally()
-    with put_back(model):
-        model.set_num_slots(num_slots)
-        model.set_merge(merge)
-        for first in range(0, num_examples, batch_size):
-            indices = range(first, min(first + batch_size, num_examples))
-            batch = task.build(seed, indices=indices, split="test")
-            pairs = _Pairs(task, *task.pair_places(seed, indices=indices, split="test"))
-            with recording(model) as calls:
-                answers = answers_of(model, batch)
-            is_right = answers == batch.labels[batch.labels != IGNORE_INDEX]
-            if site is None:
-                site = max(
-                    (_read_token(of_layer[-1], pairs, i) for i, of_layer in calls.items()), key=_weight
-                )
-            layer, offset, _ = site
-            found = calls[layer][-1].assignments()
-            tally.add_memory(found.after(task.context_length), task.context_length)
-            # A question with several value tokens is right if all of them are.
-            by_question = is_right.reshape(len(indices), task.num_queries, -1).all(-1)
-            own, clean = pairs.owned(found, offset, model.config.chunk_size)
-            tally.add_questions(by_question, own, clean)
-            work.update(indices[-1] + 1)
+    site: _Site | None = None
+    tally, was_training = _Tally(), model.training
+    model.eval()
+    try:
+        for _ in each_dictionary(model, [Dictionary(num_slots, merge)]):
+            for first in range(0, num_examples, batch_size):
+                indices = range(first, min(first + batch_size, num_examples))
+                site = _ask(model, task, seed, indices, site, tally)
+                work.update(indices[-1] + 1)
+    finally:
+        model.train(was_training)
     assert site is not None
-    layer, offset, weight = site
     return KeptRow(
         mixer=long_range_mixer(model.config),
         num_slots=num_slots,
         merge=merge,
         length=task.length,
         context_length=task.context_length,
-        layer=layer,
-        offset=offset,
-        weight=weight,
+        **site._asdict(),
         **tally.fields(),
     )
 
 
-def _weight(site: tuple[int, int, float]) -> float:
-    return site[2]
+class _Site(NamedTuple):
+    """Where a model reads pairs; see `KeptRow`."""
+
+    layer: int
+    offset: int
+    weight: float
+
+
+def _ask(
+    model: OVQForCausalLM, task: RecallTask, seed: int, indices: range, site: _Site | None, tally: _Tally
+) -> _Site:
+    """Ask a batch of examples, and add what is found to the tally; returns where the model reads pairs."""
+    batch = task.build(seed, indices=indices, split="test")
+    pairs = _Pairs(task, *task.pair_places(seed, indices=indices, split="test"))
+    with recording(model) as calls:
+        answers = answers_of(model, batch)
+    is_right = answers == batch.labels[batch.labels != IGNORE_INDEX]
+    if site is None:
+        sites = [_Site(i, *_most_read(_weights(of_layer[-1], pairs), pairs)) for i, of_layer in calls.items()]
+        site = max(sites, key=lambda found: found.weight)
+    found = calls[site.layer][-1].assignments()
+    tally.add_memory(found.after(task.context_length), task.context_length)
+    # A question with several value tokens is right if all of them are.
+    by_question = is_right.reshape(len(indices), task.num_queries, -1).all(-1)
+    tally.add_questions(by_question, *pairs.owned(found, site.offset, model.config.chunk_size))
+    return site
 
 
 class _Pairs:
@@ -245,11 +255,10 @@ def _is_alone(slots: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return is_alone
 
 
-def _read_token(call: RecordedCall, pairs: _Pairs, layer: int) -> tuple[int, int, float]:
-    """The layer, the token of a pair that its questions attend to most if nothing is merged, its weight.
+def _weights(call: RecordedCall, pairs: _Pairs) -> Tensor:
+    """What questions of the first example attend to if nothing is merged, `[1, Q, T]`, mean over heads.
 
-    Candidates are the tokens of a pair and the one after it. The first example decides: its questions are
-    many, and it is the same one whatever the size of a batch.
+    The first example is enough: its questions are many, and it is the same one whatever the size of a batch.
     """
     asked = torch.from_numpy(pairs.questions).to(call.q.device)
     group = call.q.shape[2] // call.k.shape[2]
@@ -257,8 +266,7 @@ def _read_token(call: RecordedCall, pairs: _Pairs, layer: int) -> tuple[int, int
     keys = call.k[:1].float().repeat_interleave(group, 2)
     scores = torch.einsum("bqhk,bthk->bhqt", queries, keys)
     is_later = torch.arange(keys.shape[1], device=asked.device) > asked[:, None]
-    weights = scores.masked_fill_(is_later, -torch.inf).softmax(-1).mean(1).cpu()
-    return (layer, *_most_read(weights, pairs))
+    return scores.masked_fill_(is_later, -torch.inf).softmax(-1).mean(1).cpu()
 
 
 def _most_read(weights: Tensor, pairs: _Pairs) -> tuple[int, float]:
@@ -320,7 +328,7 @@ class _Tally:
             self._effective.append(float(np.exp(-(shares * np.log(shares)).sum())))
             self._largest.append(float(shares.max()))
 
-    def fields(self) -> dict:
+    def fields(self) -> dict[str, Any]:
         """The fields of a `KeptRow` that are counted."""
         right, own, clean = (np.concatenate(x) for x in (self._right, self._own, self._clean))
         counts = np.concatenate(self._counts)

@@ -23,23 +23,19 @@ _SLOT_FACTORS = (1, 4)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeptEvaluation(TaskEvaluation):
-    """Which pairs of a recall task have a slot of their own, and what is answered.
-
-    Attributes:
-        merge: The rule that keeps the dictionary, with the growth that it is meant for.
-    """
+    """Which pairs of a recall task have a slot of their own, and what is answered."""
 
     known_as: ClassVar[str] = "KeptEvaluation"
-
-    merge: str
 
     def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
         """The fields of a `KeptRow`."""
         assert isinstance(self.task, RecallTask), "other tasks have no pairs"
+        assert self.num_slots is not None, "the figure says how many"
+        assert self.merge is not None, "the figure says which"
         row = evaluate_kept(
             model,
             self.task,
-            num_slots=self.num_slots or model.config.num_slots,
+            num_slots=self.num_slots,
             merge=self.merge,
             num_examples=self.num_examples,
             seed=self.seed,
@@ -57,14 +53,15 @@ def kept(preset: Preset) -> Figure:
     for merge in _RULES:
         for num_slots in (trained * factor for factor in _SLOT_FACTORS):
             usual = [
-                preset.evaluation(preset.task("recall").at_length(n), num_slots=num_slots) for n in lengths
+                preset.evaluation(preset.task("recall").at_length(n), num_slots=num_slots, merge=merge)
+                for n in lengths
             ]
             fields = [{f.name: getattr(each, f.name) for f in dataclasses.fields(each)} for each in usual]
             lines.append(
                 Line(
                     label=model_label("ovq", num_slots, merge=merge),
                     config=config,
-                    evaluations=tuple(KeptEvaluation(**each, merge=merge) for each in fields),
+                    evaluations=tuple(KeptEvaluation(**each) for each in fields),
                 )
             )
     longest = max(lengths)
