@@ -14,6 +14,8 @@ from ovq.plots.style import MIXER_STYLES, Style, style_name
 
 Row = Mapping[str, Any]
 
+# Of a place.
+_SHIFT = 0.08
 _NAMES = {"existing": "OVQ, paper's rule", "ward": "OVQ, Ward"}
 
 
@@ -34,7 +36,10 @@ def kept_figure(rows: Sequence[Row], path: Path, *, title: str) -> None:
     sizes = sorted({(row["num_slots"], row["length"]) for row in rows}, key=lambda s: (s[1] / s[0], s[1]))
     slots, length = max(row["num_slots"] for row in rows), max(row["length"] for row in rows)
     figure, panels = new_panels(4, height=2.7)
-    for merge in dict.fromkeys(row["merge"] for row in rows):
+    merges = list(dict.fromkeys(row["merge"] for row in rows))
+    for place, merge in enumerate(merges):
+        # Apart by a little, so that bars at one place do not lie on each other.
+        shift = _SHIFT * (place - (len(merges) - 1) / 2)
         of_sizes = [
             [row for row in rows if (row["merge"], row["num_slots"], row["length"]) == (merge, *size)]
             for size in sizes
@@ -44,12 +49,12 @@ def kept_figure(rows: Sequence[Row], path: Path, *, title: str) -> None:
         solid = dataclasses.replace(solid, is_filled=True)
         dashed = dataclasses.replace(solid, is_filled=False, line="--")
         label = _NAMES.get(merge, merge)
-        _draw(panels[0], [_values(rows, "own_share") for rows in of_sizes], solid, label)
-        _draw(panels[1], [_values(rows, "own_accuracy") for rows in of_sizes], solid, label)
-        _draw(panels[1], [_values(rows, "shared_accuracy") for rows in of_sizes], dashed)
-        _draw(panels[2], _by_part(of_largest, "slot_counts"), solid, label)
-        _draw(panels[3], _by_part(of_largest, "oldest"), solid, label)
-        _draw(panels[3], _by_part(of_largest, "mean_position"), dashed)
+        _draw(panels[0], [_values(rows, "own_share") for rows in of_sizes], solid, label, shift=shift)
+        _draw(panels[1], [_values(rows, "own_accuracy") for rows in of_sizes], solid, label, shift=shift)
+        _draw(panels[1], [_values(rows, "shared_accuracy") for rows in of_sizes], dashed, shift=shift)
+        _draw(panels[2], _by_part(of_largest, "slot_counts"), solid, label, shift=shift)
+        _draw(panels[3], _by_part(of_largest, "oldest"), solid, label, shift=shift)
+        _draw(panels[3], _by_part(of_largest, "mean_position"), dashed, shift=shift)
     names = [f"{slots} slots\n{length:,} tokens" for slots, length in sizes]
     for axes, what in zip(panels[:2], ("share of the questions", "right answers (share)"), strict=True):
         axes.set_xticks(range(len(sizes)), names, fontsize=9)
@@ -86,12 +91,14 @@ def _by_part(rows: Sequence[Row], field: str) -> list[list[float]]:
     return [[row[field][name] for row in rows] for name in rows[0][field]]
 
 
-def _draw(axes: Axes, seeds: Sequence[Sequence[float]], style: Style, label: str = "") -> None:
+def _draw(
+    axes: Axes, seeds: Sequence[Sequence[float]], style: Style, label: str = "", *, shift: float
+) -> None:
     """Draw a line through the means over seeds, with bars; places without a value are left out."""
     places = [place for place, values in enumerate(seeds) if values]
     means = [fmean(seeds[place]) for place in places]
     axes.errorbar(
-        places,
+        [place + shift for place in places],
         means,
         # Rounding may put a mean of equal values a hair outside of them.
         yerr=[

@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 from PIL import Image
 
+from ovq.eval.kept import COUNT_NAMES
 from ovq.plots.kept import kept_figure
 from ovq.research.reproduce.draw import points
 from ovq.research.reproduce.engine import count_runs, reproduce
 from ovq.research.reproduce.figures import get_figure
+from ovq.research.reproduce.kept import draw_kept
 from ovq.research.reproduce.page import write_report
 from ovq.research.reproduce.presets import CPU
 from ovq.research.reproduce.results import load_results
@@ -43,11 +45,20 @@ def test_both_rules_are_asked_on_the_same_weights(made):
 
 
 def test_its_picture_and_the_page_can_be_looked_at(made):
-    out, _, _ = made
+    out, _, results = made
     with Image.open(out / "figures" / "kept.png") as picture:
         picture.verify()
     page = write_report(out).read_text()
     assert "questions whose pair has a slot of its own" in page
+    # In this order in the file, and so on the page.
+    panel = next(panel for panel in results["panels"] if panel["y"] == "slot_counts")
+    assert [point.x for point in points(results, panel)["OVQ, 4 slots"]] == list(COUNT_NAMES)
+
+
+def test_the_picture_drawn_from_the_file_is_the_same(made, tmp_path):
+    out, _, results = made
+    draw_kept(results, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (out / "figures" / "kept.png").read_bytes()
 
 
 def test_questions_that_nobody_was_asked_have_no_point(made, tmp_path):

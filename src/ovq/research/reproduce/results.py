@@ -62,8 +62,11 @@ _OF_EVALUATIONS = frozenset(
         "names",
     }
 )
-# A value by name.
-_BY_NAME = ("slices", "slice_errors", "position_losses")
+# A value by name; the order of the names is kept.
+_BY_NAME = (
+    *("slices", "slice_errors", "position_losses"),
+    *("heads_share", "slot_counts", "oldest", "mean_position"),
+)
 
 _EXPECTED = ("figure", "title", "rows", "panels", "seeds", "command", "environments")
 
