@@ -135,8 +135,8 @@ def test_dictionaries_kept_by_several_rules_on_the_same_weights(ovq):
         ("ward", "OVQ, Ward, 5 slots"),
     ]
     assert rows[0].loss != rows[1].loss
-    ovq.set_merge("ward")
-    assert measure(ovq, [random_ids(80)], lengths=[80])[0].loss == rows[1].loss
+    other = make_model("sliding_attention", "ovq", merge="ward")
+    assert measure(other, [random_ids(80)], lengths=[80])[0].loss == rows[1].loss
     [full] = measure(make_model("full_attention"), [random_ids(80)], lengths=[80], merges=rules)
     assert full.merge is None
 
