@@ -1,7 +1,9 @@
 """Configuration of the OVQ language model: one backbone; `mixer_types` names the mixer of each layer."""
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Optional, TypeVar
 
 from huggingface_hub.dataclasses import strict
@@ -9,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from ovq.fields import RENAMED, is_finite, with_new_names
+from ovq.hf.auto_map import AUTO_MAP, without_own_entries, write_module
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.layers import defaults
 from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
@@ -164,10 +167,45 @@ class OVQConfig(PreTrainedConfig):
         """
         if (found := config_dict.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(f"expected the config of a model of type {cls.model_type!r}, found {found!r}")
+        if "auto_map" in config_dict:
+            # Written anew when the config is saved again.
+            config_dict = config_dict | {"auto_map": without_own_entries(config_dict["auto_map"])}
+            if not config_dict["auto_map"]:
+                del config_dict["auto_map"]
         try:
             return super().from_dict(cls.upgraded(config_dict, **kwargs), **kwargs)
         except StrictDataclassError as error:
             raise ValueError(f"expected fields of the types of OVQConfig, found others: {error}") from error
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Save the config as transformers does, and beside it the module that its `auto_map` names.
+
+        The Auto classes then load the config, and a model beside it, with `trust_remote_code=True` even where
+        `ovq.hf` has not been imported; see `ovq.hf.auto_map`.
+        """
+        if not os.path.isfile(save_directory):
+            write_module(Path(save_directory))
+        derived = getattr(self, "auto_map", None)
+        self.auto_map = AUTO_MAP | (derived or {})
+        try:
+            super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        finally:
+            # In memory, a config is what it was.
+            if derived is None:
+                del self.auto_map
+            else:
+                self.auto_map = derived
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing for this class, since every saved config names it; see `ovq.hf.auto_map`.
+
+        For a class derived from it, its file is copied beside a saved config, as in transformers.
+        """
+        if cls is not OVQConfig:
+            super().register_for_auto_class(auto_class)
 
     @classmethod
     def upgraded(cls, fields: Mapping[str, Any], **changes: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ovq.hf.block import OVQBlock
 from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, one_cache, unread_inputs
 from ovq.hf.configuration_ovq import OVQConfig
+from ovq.hf.hub import HubModel
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
 from ovq.layers import Mamba2, Mixer, OVQAttention, SequenceLayout, ShortConvolution
 from ovq.layers.chunked import DecayRates
@@ -39,7 +40,7 @@ class OVQModelOutput(BaseModelOutputWithPast):
     auxiliary_loss: Tensor | None = None
 
 
-class OVQPreTrainedModel(PreTrainedModel):
+class OVQPreTrainedModel(HubModel):
     """Weight initialisation, and what `OVQModel` and `OVQForCausalLM` share."""
 
     config: OVQConfig

@@ -1,0 +1,66 @@
+"""How transformers finds these classes in a process that has not imported `ovq.hf`.
+
+The `auto_map` of a saved config names the classes of a module in the same folder. The Auto classes import the
+module if `trust_remote_code=True` is passed, and all it does is import `ovq.hf`. A copy of the model's code
+would need no package, but it would not get later corrections, and a process could hold two classes of one
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ovq.runtime.files import write_atomic
+
+MODULE_FILE = "modeling_ovq.py"
+"""The name of the module in the folder of a saved config or model."""
+
+AUTO_MAP = {
+    "AutoConfig": "modeling_ovq.OVQConfig",
+    "AutoModel": "modeling_ovq.OVQModel",
+    "AutoModelForCausalLM": "modeling_ovq.OVQForCausalLM",
+}
+"""What a saved config says about the classes in this module."""
+
+# transformers looks for missing packages by itself, except in a try statement: its message would say
+# `pip install ovq`, whether or not the index has the package.
+_MODULE = '''"""Lets `trust_remote_code=True` load this model. All code is in the Python package `ovq`."""
+
+try:
+    from ovq.hf import OVQConfig, OVQForCausalLM, OVQModel
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"expected the Python package ovq to be installed, which this model needs, found: {error}"
+    ) from error
+
+__all__ = ["OVQConfig", "OVQForCausalLM", "OVQModel"]
+'''
+
+
+def write_module(folder: Path) -> None:
+    """Write the module that `AUTO_MAP` names into a folder, which is created if necessary.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_module(folder)
+        >>> "from ovq.hf import" in (folder / MODULE_FILE).read_text()
+        True
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / MODULE_FILE, _MODULE)
+
+
+def without_own_entries(auto_map: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a saved `auto_map` that are not those of `AUTO_MAP`: those of a class made from ours.
+
+    Example:
+        >>> without_own_entries(AUTO_MAP | {"AutoModel": "mine.Model"})
+        {'AutoModel': 'mine.Model'}
+        >>> without_own_entries({"AutoConfig": "someone/model--modeling_ovq.OVQConfig"})
+        {}
+    """
+    # Before the two hyphens, transformers names the repository.
+    return {name: ref for name, ref in auto_map.items() if str(ref).split("--")[-1] != AUTO_MAP.get(name)}

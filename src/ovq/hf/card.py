@@ -1,0 +1,189 @@
+"""Model cards: the README.md beside a saved model, which the hub shows as the page of the model.
+
+A card ends with a comment that holds its digest. A card without it, or with another digest, was written or
+edited by a user, and is never replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ovq.runtime.files import write_atomic
+
+if TYPE_CHECKING:
+    from ovq.hf.modeling_ovq import OVQPreTrainedModel
+
+CARD_FILE = "README.md"
+"""The name of the card in the folder of a model."""
+
+_LENGTHS = (1024, 16384, 262144)
+
+_ABOUT = """\
+A language model of the Python package `ovq`. The memory of its OVQ layers is a dictionary of key/value slots
+that is learned as the model reads ([arXiv 2602.03922](https://arxiv.org/abs/2602.03922)). The number of slots
+is fixed, however long the text is."""
+
+_ABOUT_OTHERS = "A language model of the Python package `ovq`, without OVQ layers."
+
+_LOAD = """\
+The package `ovq` must be installed. `trust_remote_code=True` runs `modeling_ovq.py` of this repository, which
+only imports `ovq.hf`; after `import ovq.hf` it is not needed.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+```"""
+
+_MARK = re.compile(r"\n<!-- Made by ovq \((\w+)\); a card that was edited is never replaced\. -->\n\Z")
+
+
+def model_card(
+    model: OVQPreTrainedModel,
+    *,
+    name: str,
+    sections: Mapping[str, str] | None = None,
+    datasets: Sequence[str] = (),
+    has_tokenizer: bool = True,
+) -> ModelCard:
+    """The card of a model: what it is, how to load it, its sizes, and the bytes of its state.
+
+    Args:
+        model: the model.
+        name: of the folder or repository, for the title and the example.
+        sections: further sections by title, as Markdown.
+        datasets: ids of data sets of the hub that it was trained on.
+        has_tokenizer: whether there is a tokenizer beside the model.
+
+    Example:
+        >>> from ovq.hf import OVQConfig, OVQForCausalLM
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> card = model_card(OVQForCausalLM(config), name="tiny")
+        >>> card.data.library_name, card.data.tags
+        ('transformers', ['ovq', 'long-context'])
+        >>> "| slots per head | 1,024 |" in card.text
+        True
+    """
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["ovq", "long-context"],
+        # The hub takes None for a field that is left out.
+        datasets=list(datasets) or None,
+    )
+    reads = "" if has_tokenizer else "\n\nIt has no tokenizer: it reads and writes token ids."
+    parts = {
+        f"# {name}": (_ABOUT if "ovq" in model.config.mixer_types else _ABOUT_OTHERS) + reads,
+        "## Load it": _LOAD.format(name=name),
+        "## Model": _table(("", ""), _described(model)),
+        "## Memory": _memory(model),
+        **{f"## {title}": text for title, text in (sections or {}).items()},
+    }
+    body = "\n\n".join(f"{title}\n\n{text}" for title, text in parts.items())
+    text = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
+    return ModelCard(
+        f"{text}\n<!-- Made by ovq ({_digest(text)}); a card that was edited is never replaced. -->\n"
+    )
+
+
+def save_card(card: ModelCard, folder: Path, *, replaces: Sequence[str] = ()) -> bool:
+    """Write a card into a folder, unless there is one that must stay.
+
+    Args:
+        card: made by `model_card`.
+        folder: of the model.
+        replaces: titles of sections that a card of ours may have and still be replaced, besides those that
+            `model_card` writes by itself. What the new card cannot know is thus not lost.
+
+    Returns:
+        Whether it was written.
+    """
+    path = folder / CARD_FILE
+    if path.exists():
+        found = path.read_text(encoding="utf-8", errors="replace")
+        own = {"Load it", "Model", "Memory", *replaces}
+        if not is_untouched(found) or not set(re.findall(r"^## (.+)$", found, re.MULTILINE)) <= own:
+            return False
+    write_atomic(path, card.content)
+    return True
+
+
+def is_untouched(text: str) -> bool:
+    """Whether a card was made here and has not been edited since.
+
+    Example:
+        >>> is_untouched("# My model")
+        False
+    """
+    mark = _MARK.search(text)
+    return mark is not None and mark[1] == _digest(text[: mark.start()])
+
+
+def _digest(text: str) -> str:
+    # A carriage return is what git may add on Windows.
+    return hashlib.sha256(text.replace("\r\n", "\n").encode()).hexdigest()[:16]
+
+
+def _described(model: OVQPreTrainedModel) -> dict[str, Any]:
+    """What the table of a model says."""
+    config = model.config
+    described = {
+        "parameters": f"{model.num_parameters():,}",
+        "layers": ", ".join(_runs(config.mixer_types)),
+        "width": f"{config.hidden_size:,}, SwiGLU {config.intermediate_size:,}",
+        "heads per layer": f"{config.num_attention_heads}, {config.num_key_value_heads} for keys and values, "
+        f"each of {config.head_dim}",
+        "vocabulary": f"{config.vocab_size:,}",
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    if "ovq" in config.mixer_types:
+        described |= {
+            "slots per head": f"{config.num_slots:,}",
+            "chunk size": f"{config.chunk_size:,}",
+            "rule of the dictionary": f"merge {config.merge}, growth {config.growth}",
+        }
+    if "sliding_attention" in config.mixer_types:
+        described["window"] = f"{config.sliding_window:,}"
+    return described
+
+
+def _runs(names: Sequence[str]) -> list[str]:
+    """The layers in words: `["ovq x 3", "full_attention"]`, or how often a pattern of two repeats."""
+    pair = list(names[:2])
+    if len(names) > 3 and len(set(pair)) == 2 and list(names) == pair * (len(names) // 2):
+        return [f"{len(names) // 2} x ({', '.join(pair)})"]
+    groups = [(name, len(list(group))) for name, group in itertools.groupby(names)]
+    return [name if number == 1 else f"{number} x {name}" for name, number in groups]
+
+
+def _memory(model: OVQPreTrainedModel) -> str:
+    """Bytes of the state after some lengths, and those of the keys and values of all tokens in all layers."""
+    config = model.config
+    per_token = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    rows = {
+        f"{length:,}": (
+            _bytes(model.state_bytes(length)),
+            _bytes(config.num_hidden_layers * per_token * length),
+        )
+        for length in _LENGTHS
+    }
+    title = ("tokens read", "state of one sequence", "keys and values of all tokens in all layers")
+    return _table(title, rows)
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 2**10:,.1f} KiB" if number < 2**20 else f"{number / 2**20:,.1f} MiB"
+
+
+def _table(titles: Sequence[str], rows: Mapping[str, Any]) -> str:
+    """A table in Markdown, whose first column is the keys."""
+    lines = [list(titles), ["---"] * len(titles)]
+    lines += [[key, *([value] if isinstance(value, str) else value)] for key, value in rows.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
