@@ -1,13 +1,15 @@
-"""Checks that hold for every field of a configuration: its type, and that numbers are finite."""
+"""Checks that hold for every field of a configuration: its type, and that numbers are finite. What to say to
+a misspelt name."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,6 +77,19 @@ def with_new_names(fields: Mapping[str, Any]) -> dict[str, Any]:
     if both := [old for old, new in RENAMED.items() if old in fields and new in fields]:
         raise ValueError(f"expected {RENAMED[both[0]]} alone, found {both[0]}, its old name, beside it")
     return {RENAMED.get(name, name): value for name, value in fields.items()}
+
+
+def did_you_mean(found: str, names: Iterable[str]) -> str:
+    """The end of a message about a name that does not exist: the name that was probably meant, if any.
+
+    Example:
+        >>> did_you_mean("recal-ovq", ["recall-ovq", "recall-full"])
+        "; did you mean 'recall-ovq'?"
+        >>> did_you_mean("mine", ["recall-ovq", "recall-full"])
+        ''
+    """
+    close = difflib.get_close_matches(found.lower(), list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def is_finite(value: float) -> bool:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import ovq
 from ovq.cli import bench, context, demo, evaluate, generate, memory, reproduce, train
 from ovq.cli.outputs import Readers, drop_unwritten, open_closed_streams
+from ovq.cli.verbosity import Quiet, Verbose, add_to_commands
+from ovq.runtime.verbosity import is_verbose
 
 app = typer.Typer(
     name="ovq",
@@ -56,9 +58,18 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    # The callback of the option does all the work.
-    del version
+    # The callbacks of the options do all the work.
+    del version, quiet, verbose
+
+
+def _program() -> Any:
+    """The app as typer runs it, with the options that all commands share."""
+    program = typer.main.get_command(app)
+    add_to_commands(program)
+    return program
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -66,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     the reader of the output has gone (`ovq ... | head`). The last two are the codes of programs that a signal
     ends.
 
-    With `OVQ_TRACEBACK=1`, errors show a traceback instead of their one line.
+    With `--verbose` or `OVQ_TRACEBACK=1`, errors show a traceback instead of their one line.
 
     Args:
         arguments: The command line without the program's name; None for that of the process.
@@ -74,10 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
     open_closed_streams()
     readers = Readers()
     try:
-        code = app(args=arguments, standalone_mode=False)
+        code = _program()(args=arguments, standalone_mode=False)
         sys.stdout.flush()
     except _UsageError as error:
-        code = _fail(error.format_message())
+        # Typer has printed the help of a group that was called by itself, which is not a mistake.
+        is_help = type(error).__name__ == "NoArgsIsHelpError"
+        code = 0 if is_help else _fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     except SystemExit as error:
@@ -100,7 +113,7 @@ def _code_after(error: Exception, readers: Readers) -> int:
     """The exit code after an error. The error is printed, unless it is that nobody reads the output."""
     if isinstance(error, BrokenPipeError) and readers.is_one_gone():
         return _OUTPUT_CLOSED
-    if os.environ.get("OVQ_TRACEBACK"):
+    if os.environ.get("OVQ_TRACEBACK") or is_verbose():
         raise error
     return _fail(str(error))
 

@@ -8,6 +8,7 @@ from typing import Annotated, TypedDict
 import typer
 
 from ovq.cli.common import parse_ints
+from ovq.fields import did_you_mean
 
 Sizes = Annotated[
     str | None,
@@ -56,5 +57,8 @@ def _parse_rules(texts: Sequence[str]) -> list[str]:
     rules = list(dict.fromkeys(part.strip() for text in texts for part in text.split(",")))
     for rule in rules:
         if rule not in MERGES:
-            raise ValueError(f"--merge: expected rules among {', '.join(MERGES)}, found {rule!r}")
+            raise ValueError(
+                f"--merge: expected rules among {', '.join(MERGES)}, "
+                f"found {rule!r}{did_you_mean(rule, MERGES)}"
+            )
     return rules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -33,6 +34,10 @@ def generate(
         str | None,
         typer.Option(help="Read the prompt from a file; - for standard input.", show_default=False),
     ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="The prompt is a user's message: use the tokenizer's chat template."),
+    ] = False,
     context: Annotated[
         Path | None,
         typer.Option(help="Continue from a file of ovq context build.", show_default=False),
@@ -63,6 +68,9 @@ def generate(
         int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object at the end: text, token ids, why it ended.")
+    ] = False,
 ) -> None:
     """Generate from a prompt and print tokens as they come.
 
@@ -77,6 +85,10 @@ def generate(
     With sampling: [bold]ovq generate --model DIR --prompt-file - --temperature 0.8 --top-p 0.95 <
     prompt.txt[/bold]
     """
+    if json_ and max_new_tokens == 0 and ignore_eos:
+        raise ValueError(
+            "--json: expected --max-new-tokens above 0, or no --ignore-eos, as the text must end"
+        )
     text = _read_prompt(prompt, prompt_file)
     check_model_folder(model)
     if context is not None and not context.is_file():
@@ -98,9 +110,16 @@ def generate(
     )
     loaded = load_model(model, num_slots=num_slots)
     tokenizer = load_tokenizer(model)
-    # What follows a document does not begin a text, so no token marks a beginning.
+    if chat:
+        text = _as_message(text, tokenizer)
+    # What follows a document does not begin a text, so no token marks a beginning. A chat template marks it
+    # by itself.
     ids = encode(
-        text, tokenizer, vocab_size=loaded.config.vocab_size, flag="--prompt", is_start=context is None
+        text,
+        tokenizer,
+        vocab_size=loaded.config.vocab_size,
+        flag="--prompt",
+        is_start=context is None and not chat,
     )
     document = None if context is None else load_context(context, loaded)
     set_seed(seed)
@@ -111,6 +130,9 @@ def generate(
         tokens = _search(loaded, ids, document, **options)
     else:
         tokens = islice(_stream(loaded, ids, document, sampling, seed, **options), max_new_tokens or None)
+    if json_:
+        typer.echo(_as_json(list(tokens), ids, tokenizer, options["eos_token_id"]))
+        return
     _print(_words(tokens) if tokenizer is None else stream_text(tokens, tokenizer, prompt=ids))
 
 
@@ -121,6 +143,31 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if prompt is None and prompt_file is not None:
         return sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text()
     raise ValueError("expected one of --prompt and --prompt-file, found both or neither")
+
+
+def _as_message(text: str, tokenizer: Any | None) -> str:
+    """What the model's chat template makes of a user's message, up to where the answer begins."""
+    if tokenizer is None or not tokenizer.chat_template:
+        found = "no tokenizer" if tokenizer is None else "a tokenizer without one"
+        raise ValueError(f"--chat: expected a model whose tokenizer has a chat template, found {found}")
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _as_json(tokens: list[int], ids: list[int], tokenizer: Any | None, ends: int | list[int] | None) -> str:
+    """The answer as JSON; names are those of the fields in the answers of servers."""
+    from ovq.hf.streaming import stream_text
+
+    is_end = bool(tokens) and tokens[-1] in (ends if isinstance(ends, list) else [ends])
+    pieces = _words(tokens) if tokenizer is None else stream_text(tokens, tokenizer, prompt=ids)
+    answer = {
+        "text": "".join(pieces),
+        "token_ids": tokens,
+        "finish_reason": "stop" if is_end else "length",
+        "prompt_tokens": len(ids),
+        "completion_tokens": len(tokens),
+    }
+    return json.dumps(answer, indent=2)
 
 
 def _sampling(**fields: Any) -> Sampling:

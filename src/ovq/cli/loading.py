@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,7 @@ def load_model(folder: Path, *, num_slots: int | None = None) -> OVQForCausalLM:
     import torch
 
     from ovq.hf import OVQForCausalLM
+    from ovq.hf.hub import check_loaded
 
     with _naming(folder, "the weights of a saved model"), _quiet():
         # With `output_loading_info` it returns a pair, which its annotation leaves out.
@@ -73,7 +74,7 @@ def load_model(folder: Path, *, num_slots: int | None = None) -> OVQForCausalLM:
         )
     model: OVQForCausalLM
     model, report = loaded
-    _check_report(folder, report)
+    check_loaded(folder, report)
     _check_end(generation, model.generation_config.eos_token_id)
     if num_slots is not None:
         model.set_num_slots(num_slots)
@@ -140,22 +141,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
-
-
-def _check_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the first, if weights are missing, left over, or of another shape."""
-    faults = [
-        f"{name} of shape {list(found)} where {list(expected)} belongs"
-        for name, found, expected in sorted(report["mismatched_keys"])
-    ]
-    faults += [f"no {name}" for name in sorted(report["missing_keys"])]
-    faults += [f"{name}, which has no place" for name in sorted(report["unexpected_keys"])]
-    if faults:
-        others = f" and {len(faults) - 1} faults more" if len(faults) > 1 else ""
-        raise ValueError(
-            f"{folder}: expected the weights of the model that config.json describes, "
-            f"found {faults[0]}{others}"
-        )
 
 
 def _check_end(path: Path, found: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="TASK-MIXER: recall, positional, regression, mqar, lm or lm-70m, lm-150m, lm-480m for GPUs; "
-            "ovq, full, sliding, sinks, vq, linear, gdn or mamba2.",
+            help="A file of your own (.yaml, .json), or TASK-MIXER: recall, positional, regression, mqar, lm "
+            "or lm-70m, lm-150m, lm-480m for GPUs; ovq, full, sliding, sinks, vq, linear, gdn or mamba2.",
             show_default=False,
         ),
     ] = None,
@@ -27,6 +28,14 @@ def train(
             help="Change a field of the recipe; can be given several times.",
         ),
     ] = [],  # noqa: B006  (typer reads it and never changes it)
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Begin with the weights of this saved model, with a new optimizer.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run; runs/RECIPE if not given.", show_default=False)
     ] = None,
@@ -45,23 +54,35 @@ def train(
     On text (a file, a folder, an installed corpus or a data set of the hub): [bold]ovq train lm-ovq --set
     task.dataset=books/[/bold]
 
+    From a file of your own, and from the weights of a model: [bold]ovq train mine.yaml --init-from
+    runs/ovq[/bold]
+
     With [bold]--set train.save_every=100[/bold] the run keeps checkpoints, and [bold]ovq train --resume --out
     runs/ovq[/bold] continues it after an interruption. With several processes: [bold]torchrun
     --nproc-per-node 2 -m ovq train ...[/bold]; with [bold]--set train.sharding=fsdp[/bold] each holds a part
     of the model.
     """
-    if resume and (recipe is not None or set_ or out is None):
+    if resume and (recipe is not None or set_ or out is None or init_from is not None):
         raise ValueError("--resume: expected only --out beside it (a run goes on as it was configured)")
     if not resume and recipe is None:
         raise ValueError("expected a recipe, or --resume, found neither; see ovq train --help")
 
     # Configurations import little: a misspelt field is reported before PyTorch is imported.
+    from ovq.train.recipe_file import ENDINGS, load_recipe
     from ovq.train.recipes import get_recipe
 
-    config = None if recipe is None else get_recipe(recipe).override(set_)
-    if out is None:
-        assert recipe is not None
-        out = Path("runs") / recipe
+    config = None
+    if recipe is not None:
+        if recipe.endswith(ENDINGS):
+            config = load_recipe(Path(recipe)).override(set_)
+        else:
+            config = get_recipe(recipe).override(set_)
+        if init_from is not None:
+            # A run may be resumed from elsewhere.
+            source = str(Path(init_from).resolve()) if Path(init_from).exists() else init_from
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=source))
+        out = out or Path("runs") / Path(recipe).stem
+    assert out is not None
 
     from ovq.runtime.allocator import keep_freed_memory
     from ovq.runtime.progress import Reporter

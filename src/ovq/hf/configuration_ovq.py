@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ovq.fields import RENAMED, is_finite, with_new_names
+from ovq.fields import RENAMED, did_you_mean, is_finite, with_new_names
 from ovq.hf.auto_map import AUTO_MAP, without_own_entries, write_module
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.layers import defaults
@@ -265,7 +265,10 @@ class OVQConfig(PreTrainedConfig):
             )
         for field in ("mixer_types", "rope_mixers"):
             if unknown := sorted(set(getattr(self, field)) - set(MIXERS)):
-                raise ValueError(f"{field}: expected names among {sorted(MIXERS)}, found {unknown}")
+                raise ValueError(
+                    f"{field}: expected names among {sorted(MIXERS)}, found {unknown}"
+                    f"{did_you_mean(str(unknown[0]), MIXERS)}"
+                )
         if fixed := sorted(name for name in self.rope_mixers if not MIXERS[name].supports_rope):
             raise ValueError(f"rope_mixers: expected mixers that have rotary embedding, found {fixed}")
         head_dim = checked_head_dim(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,3 +144,24 @@ class HubModel(PreTrainedModel):
 
     def _typed(self) -> OVQPreTrainedModel:
         return self  # type: ignore[return-value]  # its one subclass
+
+
+def check_loaded(source: str | os.PathLike, report: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a saved model had all weights of the model that was loaded, and no others.
+
+    Args:
+        source: what it was loaded from.
+        report: what `from_pretrained` returns with `output_loading_info=True`.
+    """
+    faults = [
+        f"{name} of shape {list(found)} where {list(expected)} belongs"
+        for name, found, expected in sorted(report["mismatched_keys"])
+    ]
+    faults += [f"no {name}" for name in sorted(report["missing_keys"])]
+    faults += [f"{name}, which has no place" for name in sorted(report["unexpected_keys"])]
+    if faults:
+        others = f" and {len(faults) - 1} faults more" if len(faults) > 1 else ""
+        raise ValueError(
+            f"{source}: expected the weights of the model that config.json describes, "
+            f"found {faults[0]}{others}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ovq.fields import did_you_mean
 from ovq.layers.base import Mixer
 from ovq.layers.deltanet import GatedDeltaNet
 from ovq.layers.linear import LinearAttention
@@ -35,5 +36,7 @@ def mixer_class(name: str) -> type[Mixer]:
         'OVQAttention'
     """
     if name not in MIXERS:
-        raise ValueError(f"expected a mixer among {sorted(MIXERS)}, found {name!r}")
+        raise ValueError(
+            f"expected a mixer among {sorted(MIXERS)}, found {name!r}{did_you_mean(name, MIXERS)}"
+        )
     return MIXERS[name]

@@ -10,6 +10,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from ovq.runtime.verbosity import is_quiet
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -42,7 +44,7 @@ class Reporter:
     work, and every ten seconds in between.
 
     Args:
-        console: Where to report; standard error if None.
+        console: Where to report; if None, standard error, or nowhere after `set_quiet`.
         is_long: Replace a full bar by a line, for more pieces of work than a screen has lines.
 
     Example:
@@ -53,7 +55,7 @@ class Reporter:
     """
 
     def __init__(self, console: Console | None = None, *, is_long: bool = False) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, quiet=is_quiet())
         self._is_long = is_long
         self._works: dict[Hashable, Work] = {}
         self._progress = Progress(

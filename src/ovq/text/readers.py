@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from ovq.fields import did_you_mean
 from ovq.text.documents import Document
 
 Entry = tuple[str, Path]
@@ -99,6 +100,7 @@ class HubReader:
             raise ValueError(
                 f"dataset: expected a file, a folder, one of {', '.join(INSTALLED)}, or a data set that the "
                 f"hub has and this machine can reach, found {self.dataset!r} ({_first_line(error)})"
+                f"{did_you_mean(self.dataset, INSTALLED)}"
             ) from error
 
 

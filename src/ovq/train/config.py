@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ovq.fields import LARGEST_SEED, check_fields, field_types, with_new_names
+from ovq.fields import LARGEST_SEED, check_fields, did_you_mean, field_types, with_new_names
 from ovq.layers import defaults
 from ovq.ops.options import default_growth
 from ovq.runtime.files import write_atomic
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "run_config.json"
 """The name of the file that holds the configuration, in the folder of the run."""
+
+SECTIONS = ("task", "model", "train")
+"""The sections of a configuration."""
 
 SMALL_MODEL: dict[str, Any] = {
     "hidden_size": 64,
@@ -155,6 +158,8 @@ class TrainArgs:
             model; or `"fsdp"`, also weights, gradients and the state of the optimizer.
         use_gradient_checkpointing: Keep only what goes from layer to layer, and compute the rest again in the
             backward pass.
+        init_from: Folder, or name on the hub, of a model whose weights the run begins with; `None` for new
+            weights.
         seed: Seed of the weights and of the data.
         log_every: Steps between two logged losses.
         save_every: Steps between two checkpoints; 0 for none but the final model.
@@ -178,6 +183,7 @@ class TrainArgs:
     precision: str = "float32"
     sharding: str = "none"
     use_gradient_checkpointing: bool = False
+    init_from: str | None = None
     seed: int = 0
     log_every: int = 20
     save_every: int = 0
@@ -308,7 +314,7 @@ class RunConfig:
             ValueError: If a string is not an assignment, names no field, or its value is not of the field's
                 type.
         """
-        changes: dict[str, dict[str, Any]] = {"task": {}, "model": {}, "train": {}}
+        changes: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
         for assignment in assignments:
             path, equals, text = assignment.partition("=")
             section, _, name = path.strip().partition(".")
@@ -317,15 +323,10 @@ class RunConfig:
             if section not in changes:
                 raise ValueError(
                     f"--set {path}: expected a section of {', '.join(changes)}, found {section!r}"
+                    f"{did_you_mean(section, changes)}"
                 )
-            current: DataclassInstance = getattr(self, section)
-            types_of_fields = field_types(type(current))
-            if name not in types_of_fields:
-                raise ValueError(
-                    f"--set {path}: expected one of the fields {', '.join(sorted(types_of_fields))}, "
-                    f"found {name!r}"
-                )
-            changes[section][name] = _parse(text.strip(), types_of_fields[name], path)
+            kind = type_of_field(type(getattr(self, section)), name, f"--set {path}")
+            changes[section][name] = parse_value(text.strip(), kind, f"--set {path}")
         return dataclasses.replace(
             self,
             **{
@@ -389,29 +390,53 @@ def _from_dict(section: type, fields: dict[str, Any]) -> Any:
     )
 
 
-def _parse(text: str, kind: Any, path: str) -> Any:
-    """Read a command line value as the type of its field."""
+def type_of_field(section: type[DataclassInstance], name: str, where: str) -> Any:
+    """The type of a field of a section.
+
+    Args:
+        section: The class of the section.
+        name: Of the field.
+        where: What the error begins with if there is no such field.
+    """
+    types_of_fields = field_types(section)
+    if name not in types_of_fields:
+        raise ValueError(
+            f"{where}: expected one of the fields {', '.join(sorted(types_of_fields))}, "
+            f"found {name!r}{did_you_mean(name, types_of_fields)}"
+        )
+    return types_of_fields[name]
+
+
+def parse_value(text: str, kind: Any, where: str) -> Any:
+    """Read a text as the type of a field; errors begin with `where`.
+
+    Example:
+        >>> parse_value("64, 128", tuple[int, ...], "--set train.lengths")
+        (64, 128)
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return _parse_union(text, arguments, path)
+        return _parse_union(text, arguments, where)
     if origin is tuple:
-        return tuple(_parse(part.strip(), arguments[0], path) for part in text.split(",") if part.strip())
+        return tuple(
+            parse_value(part.strip(), arguments[0], where) for part in text.split(",") if part.strip()
+        )
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"--set {path}: expected true or false, found {text!r}")
+            raise ValueError(f"{where}: expected true or false, found {text!r}")
         return text.lower() == "true"
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"--set {path}: expected {kind.__name__}, found {text!r}") from None
+        raise ValueError(f"{where}: expected {kind.__name__}, found {text!r}") from None
 
 
-def _parse_union(text: str, kinds: tuple[Any, ...], path: str) -> Any:
+def _parse_union(text: str, kinds: tuple[Any, ...], where: str) -> Any:
     """Read a command line value as the first of several types that it fits."""
     if type(None) in kinds and text.lower() == "none":
         return None
     *others, last = (kind for kind in kinds if kind is not type(None))
     for kind in others:
         with contextlib.suppress(ValueError):
-            return _parse(text, kind, path)
-    return _parse(text, last, path)
+            return parse_value(text, kind, where)
+    return parse_value(text, last, where)

@@ -24,6 +24,7 @@ from ovq.train.carry import CarryTrainer
 from ovq.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint, writing
 from ovq.train.config import CONFIG_FILE, RunConfig
 from ovq.train.data import training_data
+from ovq.train.initial import check_initial, load_initial
 from ovq.train.sharding import (
     gather_weights,
     is_first_process,
@@ -68,7 +69,8 @@ def build_model(config: RunConfig) -> OVQForCausalLM:
 
 
 def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForCausalLM:
-    """Train a model from scratch; save it, its configuration and its checkpoints in a folder.
+    """Train a model, from scratch or from the weights of `train.init_from`; save it, its configuration and
+    its checkpoints in a folder.
 
     Args:
         config: The run; saved as `run_config.json` before training starts.
@@ -80,12 +82,16 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
         The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
 
     Raises:
-        ValueError: If the model's settings are invalid, the folder already holds a run, or the batch cannot
-            be divided among the processes.
+        ValueError: If the model's settings are invalid or not those of `train.init_from`, the folder already
+            holds a run, or the batch cannot be divided among the processes.
         OSError: If the folder cannot be written.
     """
     # What `OVQConfig` refuses is refused here, before minutes are spent on reading a corpus.
-    model_config(config)
+    described = model_config(config)
+    if config.train.init_from is not None:
+        for note in check_initial(config.train.init_from, described):
+            if is_first_process():
+                reporter.say(f"train.init_from: {note}")
     # The first of several processes decides for all; another would already find the file that it has written.
     if is_first_process():
         if (out / CONFIG_FILE).exists():
@@ -160,6 +166,8 @@ def _run(
     disable_progress_bar()
     data = training_data(config, out, checkpoint, reporter, is_resumed=is_resumed)
     model = build_model(config)
+    if config.train.init_from is not None and checkpoint is None:
+        load_initial(config.train.init_from, model, data.tokenizer)
     if data.tokenizer is not None:
         # Generation ends where a text does. The Trainer would set this too, with a warning.
         model.config.eos_token_id = model.generation_config.eos_token_id = data.tokenizer.eos_token_id

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from ovq.fields import did_you_mean
 from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask, TextTask
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
 
@@ -221,7 +222,9 @@ def recipe_for(task: str, long_range_mixer: str) -> RunConfig:
         ('sliding_attention', 'sliding_attention')
     """
     if task not in _BUILDERS:
-        raise ValueError(f"task: expected one of {', '.join(_BUILDERS)}, found {task!r}")
+        raise ValueError(
+            f"task: expected one of {', '.join(_BUILDERS)}, found {task!r}{did_you_mean(task, _BUILDERS)}"
+        )
     return _BUILDERS[task](long_range_mixer)
 
 
@@ -261,5 +264,7 @@ def get_recipe(name: str) -> RunConfig:
         ('sliding_attention', 'ovq')
     """
     if name not in RECIPES:
-        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, found {name!r}")
+        raise ValueError(
+            f"recipe: expected one of {', '.join(RECIPES)}, found {name!r}{did_you_mean(name, RECIPES)}"
+        )
     return RECIPES[name]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ovq.eval.rows import MIXER_NAMES
+from ovq.fields import did_you_mean
 from ovq.plots.fidelity import fidelity_figure
 from ovq.research.fidelity import fidelity_rows
 from ovq.research.fidelity.streams import STREAMS
@@ -459,7 +460,9 @@ def get_figure(
         ['accuracy', 'memory', 'time']
     """
     if name not in FIGURES:
-        raise ValueError(f"expected figures among {', '.join(FIGURES)}, found {name!r}")
+        raise ValueError(
+            f"expected figures among {', '.join(FIGURES)}, found {name!r}{did_you_mean(name, FIGURES)}"
+        )
     if dataset is None and held_out is None:
         return FIGURES[name](preset)
     if name not in TEXT_FIGURES:

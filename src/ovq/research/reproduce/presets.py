@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ovq.fields import did_you_mean
 from ovq.research.reproduce.evaluations import TaskEvaluation
 from ovq.research.reproduce.plan import Trial
 from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask, Task, TextTask
@@ -337,5 +338,7 @@ def get_preset(name: str) -> Preset:
         256
     """
     if name not in PRESETS:
-        raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, found {name!r}")
+        raise ValueError(
+            f"--preset: expected one of {', '.join(PRESETS)}, found {name!r}{did_you_mean(name, PRESETS)}"
+        )
     return PRESETS[name]

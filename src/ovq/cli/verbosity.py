@@ -1,0 +1,57 @@
+"""`-q` and `-v`, which every command takes, before its name (`ovq -q train ...`) or among its options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from ovq.runtime.verbosity import set_quiet, set_verbose
+
+
+def _quiet(is_wanted: bool) -> None:
+    if is_wanted:
+        set_quiet()
+
+
+def _verbose(is_wanted: bool) -> None:
+    if is_wanted:
+        set_verbose()
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", callback=_quiet, is_eager=True, expose_value=False, help="Show no progress."
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        callback=_verbose,
+        is_eager=True,
+        expose_value=False,
+        help="Show what libraries log, and where an error comes from.",
+    ),
+]
+
+
+def add_to_commands(program: Any) -> None:
+    """Let all commands of a program take the options `Quiet` and `Verbose` that it takes itself.
+
+    Args:
+        program: What typer makes of an app; typer itself lets commands share no options.
+    """
+    shared = [option for option in program.params if option.name in ("quiet", "verbose")]
+    for command in _commands_of(program):
+        command.params.extend(shared)
+
+
+def _commands_of(group: Any) -> Iterator[Any]:
+    for command in group.commands.values():
+        yield command
+        if hasattr(command, "commands"):
+            yield from _commands_of(command)

@@ -1,0 +1,98 @@
+"""Runs that begin with the weights of a saved model: what must agree, and how the weights are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf.hub import check_loaded
+from ovq.text import get_tokenizer
+from ovq.train.config import ModelArgs
+
+# A model may be trained further with other values of these: its weights have the same shapes and meaning.
+_FREE = {
+    "num_slots",
+    "chunk_size",
+    "growth",
+    "init",
+    "merge",
+    "bias",
+    "rate",
+    "value_weight",
+    "sliding_window",
+    "sink_window",
+    "vq_decay",
+    "commitment_weight",
+}
+# These are about new weights and about generation.
+_WITHOUT_EFFECT = {"initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
+
+
+def check_initial(source: str, config: OVQConfig) -> list[str]:
+    """Check that a run can begin with the weights of a model, before anything else is read.
+
+    Args:
+        source: Folder, or name on the hub, of the model.
+        config: The model of the run.
+
+    Returns:
+        In words, what the run sets otherwise than the model has it.
+
+    Raises:
+        OSError: If there is no such model.
+        ValueError: If it is no OVQ model, or one of another architecture; names the first field that differs,
+            and the option that would make both equal.
+    """
+    found = OVQConfig.from_pretrained(source)
+    settable = {field.name for field in dataclasses.fields(ModelArgs)}
+    free = _FREE - {"num_slots"} if "vq" in config.mixer_types else _FREE
+    notes = []
+    for name in OVQConfig.__annotations__:
+        ours, theirs = getattr(config, name, None), getattr(found, name, None)
+        if name in _WITHOUT_EFFECT or name == "keys_to_ignore_at_inference" or ours == theirs:
+            continue
+        if name in free:
+            notes.append(f"{name} is {ours} in this run, and was {theirs} in {source}")
+            continue
+        text = ",".join(theirs) if isinstance(theirs, list) else theirs
+        hint = f" (--set model.{name}={text})" if name in settable else ""
+        raise ValueError(
+            f"train.init_from: expected a model with {name} {ours}, which this run has, "
+            f"found {theirs} in {source}{hint}"
+        )
+    return notes
+
+
+def load_initial(source: str, model: OVQForCausalLM, tokenizer: Any | None) -> None:
+    """Give the model of a run the weights of a saved one.
+
+    Args:
+        source: Folder, or name on the hub, of the saved model.
+        model: The model of the run, changed in place.
+        tokenizer: That of the run, if it reads text.
+
+    Raises:
+        OSError: If there are no weights.
+        ValueError: If weights are missing or left over, or the tokenizer gives tokens other numbers.
+    """
+    if tokenizer is not None and get_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"train.init_from: expected a model with the tokenizer of this run, found another in {source} "
+            f"(--set task.tokenizer={source})"
+        )
+    # With `output_loading_info` it returns a pair, which its annotation leaves out.
+    loaded: Any = OVQForCausalLM.from_pretrained(
+        source,
+        config=model.config,
+        # The weights that an optimizer changes are in float32, whatever they were saved in.
+        dtype=torch.float32,
+        output_loading_info=True,
+        # Refused below, where the weights are named.
+        ignore_mismatched_sizes=True,
+    )
+    saved, report = loaded
+    check_loaded(source, report)
+    model.load_state_dict(saved.state_dict())
