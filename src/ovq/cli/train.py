@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ovq.cli.common import out_console
+
+if TYPE_CHECKING:
+    from ovq.train.config import RunConfig
 
 
 def train(
@@ -88,6 +91,7 @@ def train(
     from ovq.runtime.progress import Reporter
     from ovq.tasks import TextTask
     from ovq.train import loop
+    from ovq.train.card import save_run_card
     from ovq.train.config import RunConfig
     from ovq.train.sharding import is_first_process
 
@@ -95,14 +99,32 @@ def train(
 
     with Reporter() as reporter:
         if config is None:
-            loop.resume(out, reporter=reporter, label=f"train {out}")
+            model = loop.resume(out, reporter=reporter, label=f"train {out}")
         else:
-            loop.train(config, out, reporter=reporter, label=f"train {recipe}")
+            model = loop.train(config, out, reporter=reporter, label=f"train {recipe}")
     if is_first_process():
-        is_text = RunConfig.load(out).task.name == TextTask.name
+        config = RunConfig.load(out)
+        save_run_card(model, config, out, picture=_draw_losses(config, out))
+        is_text = config.task.name == TextTask.name
         # Paths and commands broken over two lines could not be copied.
         out_console.print(
             f"Saved the model and its configuration in {out}. "
             f"Test it: ovq eval {'lm ' if is_text else ''}--model {out}",
             soft_wrap=True,
         )
+
+
+def _draw_losses(config: RunConfig, out: Path) -> Path | None:
+    """A figure of the losses in the folder of the run; None without matplotlib, or if none was logged."""
+    try:
+        from ovq.plots.training import save_loss_curve
+    except ImportError:
+        return None
+    from ovq.train.history import History
+
+    history = History.load(out)
+    if not history.training:
+        return None
+    path = out / "loss.png"
+    save_loss_curve(history, path, mixer=config.mixer)
+    return path

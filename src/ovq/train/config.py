@@ -162,6 +162,8 @@ class TrainArgs:
             weights.
         seed: Seed of the weights and of the data.
         log_every: Steps between two logged losses.
+        eval_every: Steps between two measurements of the loss on held-out text, the split `validation`; 0 for
+            none. The last step is measured, too.
         save_every: Steps between two checkpoints; 0 for none but the final model.
 
     Raises:
@@ -186,13 +188,14 @@ class TrainArgs:
     init_from: str | None = None
     seed: int = 0
     log_every: int = 20
+    eval_every: int = 0
     save_every: int = 0
 
     def __post_init__(self) -> None:
         """Check every field."""
         check_fields(self, prefix="train.")
         _check_at_least(self, "train", 1, "steps", "batch_size", "micro_batches", "log_every")
-        _check_at_least(self, "train", 0, "seed", "save_every", "warmup_steps", "weight_decay")
+        _check_at_least(self, "train", 0, "seed", "eval_every", "save_every", "warmup_steps", "weight_decay")
         if self.seed > LARGEST_SEED:
             raise ValueError(f"train.seed: expected at most {LARGEST_SEED}, found {self.seed}")
         if not self.lengths:
@@ -279,8 +282,22 @@ class RunConfig:
                 raise ValueError(
                     f"train.lengths: the task cannot be built at length {length}: {error}"
                 ) from error
+        if self.train.eval_every:
+            self._check_held_out()
         if isinstance(self.task, TextTask) and self.task.carry_state:
             self._check_carry()
+
+    def _check_held_out(self) -> None:
+        """There is text to measure a loss on, besides that of the training."""
+        if not isinstance(self.task, TextTask):
+            raise ValueError(
+                f"train.eval_every: expected 0 with the task {self.task.name}, whose examples never repeat "
+                f"(the training loss is one on new examples), found {self.train.eval_every}"
+            )
+        if not self.task.held_out:
+            raise ValueError(
+                "train.eval_every: expected task.held_out above 0 beside it, found 0, which holds out no text"
+            )
 
     def _check_carry(self) -> None:
         """Windows that follow each other all have one length, and are read one at a time."""

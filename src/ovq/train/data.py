@@ -19,12 +19,14 @@ from ovq.tasks import Task, TextTask
 from ovq.text import Corpus, get_tokenizer, load_corpus, source_tokenizer
 from ovq.train.config import RunConfig
 from ovq.train.needles import NeedleWindows
-from ovq.train.text import CarriedTextDataset, PackedTextDataset
+from ovq.train.text import CarriedTextDataset, HeldOutWindows, PackedTextDataset
 
 CORPUS_FILE = "corpus.json"
 """The name of the file, in the folder of a run, that records what it was trained on."""
 
 _SECONDS_BETWEEN_LINES = 10.0
+# Windows of held-out text that are read for one measurement of the loss.
+_NUM_HELD_OUT = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,11 +37,13 @@ class TrainingData:
         examples: Builds whole batches by index.
         tokenizer: The tokenizer of real text, to be saved beside the model; None for synthetic tasks.
         is_carrying: Whether the state is carried from one example to the next.
+        held_out: Windows of text on which the loss is measured during training; None for no measurements.
     """
 
     examples: Dataset
     tokenizer: Any | None = None
     is_carrying: bool = False
+    held_out: Dataset | None = None
 
 
 def training_data(
@@ -73,7 +77,16 @@ def training_data(
         write_atomic(out / CORPUS_FILE, json.dumps({"dataset": task.dataset, "digest": corpus.digest}) + "\n")
     else:
         _check_corpus(out / CORPUS_FILE, corpus)
-    return TrainingData(examples=examples, tokenizer=tokenizer, is_carrying=task.carry_state)
+    held_out = None
+    if config.train.eval_every:
+        held_out = HeldOutWindows(
+            load_corpus(task, "validation", tokenizer=tokenizer),
+            length=max(config.train.lengths),
+            num_windows=_NUM_HELD_OUT,
+        )
+    return TrainingData(
+        examples=examples, tokenizer=tokenizer, is_carrying=task.carry_state, held_out=held_out
+    )
 
 
 def _text_examples(config: RunConfig, corpus: Corpus, tokenizer: Any) -> Dataset:

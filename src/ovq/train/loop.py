@@ -175,6 +175,7 @@ def _run(
         model=model,
         args=_training_arguments(config, out, is_carrying=data.is_carrying),
         train_dataset=data.examples,
+        eval_dataset=data.held_out,
         data_collator=_as_it_is,
         processing_class=data.tokenizer,
     )
@@ -185,6 +186,8 @@ def _run(
     if isinstance(trainer, CarryTrainer) and checkpoint is not None:
         trainer.load_carried(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if data.held_out is not None and config.train.steps % config.train.eval_every:
+        trainer.evaluate()
     gather_weights(trainer)
     with writing(out):
         trainer.save_model()
@@ -226,6 +229,10 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
         use_cpu=not torch.cuda.is_available(),
         seed=args.seed,
         logging_steps=args.log_every,
+        eval_strategy="steps" if args.eval_every else "no",
+        eval_steps=args.eval_every or None,
+        # One window at a time, which needs no more memory than a micro-batch.
+        per_device_eval_batch_size=1,
         save_strategy="steps" if args.save_every else "no",
         save_steps=args.save_every or args.steps,
         # Keeps the order of the curriculum, and lets a resumed run skip by index.
@@ -245,21 +252,23 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
 
 
 class _ReportCallback(TrainerCallback):
-    """Shows the steps, the loss and the current length."""
+    """Shows the steps, the losses and the current length."""
 
     def __init__(self, config: RunConfig, work: AnyWork) -> None:
         self._config = config
         self._work = work
-        self._loss = ""
+        self._loss = self._held_out = ""
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
     ) -> None:
-        """Remember the newest loss."""
+        """Remember the newest losses."""
         if logs and "loss" in logs:
             self._loss = f"loss {float(logs['loss']):.3f}, "
+        if logs and "eval_loss" in logs:
+            self._held_out = f"held out {float(logs['eval_loss']):.3f}, "
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Show where the run is."""
         length = self._config.train.length_at(state.global_step - 1)
-        self._work.update(state.global_step, note=f"{self._loss}length {length}")
+        self._work.update(state.global_step, note=f"{self._loss}{self._held_out}length {length}")

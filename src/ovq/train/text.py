@@ -114,15 +114,51 @@ class _Epoch:
     def window(self, place: int) -> list[tuple[int, int, int]]:
         """The pieces of the window that is shown at this place."""
         start = self._first + int(self._order[place]) * self._length
-        stop = start + self._length
-        pieces = []
-        i = int(np.searchsorted(self._ends, start, side="right"))
-        while start < stop:
-            end = int(self._ends[i])
-            begin = 0 if i == 0 else int(self._ends[i - 1])
-            pieces.append((int(self._documents[i]), start - begin, min(stop, end) - begin))
-            start, i = end, i + 1
-        return pieces
+        pieces = _pieces(self._ends, start, start + self._length)
+        return [(int(self._documents[i]), begin, end) for i, begin, end in pieces]
+
+
+class HeldOutWindows(Dataset):
+    """Windows of documents that are not trained on, each built as in `PackedTextDataset`.
+
+    The documents are concatenated in their order and cut into windows, of which some are taken, evenly
+    spread.
+
+    Args:
+        corpus: The documents.
+        length: Length of a window; fewer if all documents together are shorter.
+        num_windows: How many windows to take, if there are as many.
+
+    Example:
+        >>> from ovq.text import TextSource, load_corpus
+        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
+        >>> data = HeldOutWindows(corpus, length=512, num_windows=4)
+        >>> len(data), data.__getitems__([3])["input_ids"].shape
+        (4, torch.Size([1, 512]))
+    """
+
+    def __init__(self, corpus: Corpus, *, length: int, num_windows: int) -> None:
+        self._corpus = corpus
+        self._ends = (corpus.num_tokens + 1).cumsum()
+        self._length = min(length, int(self._ends[-1]))
+        available = int(self._ends[-1]) // self._length
+        number = min(num_windows, available)
+        self._starts = [i * available // number * self._length for i in range(number)]
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self._starts)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Build these windows as one packed row: `input_ids`, targets and `cu_seqlens`."""
+        pieces = [
+            piece
+            for index in indices
+            for piece in _pieces(self._ends, self._starts[index], self._starts[index] + self._length)
+        ]
+        inputs, targets = zip(*(read_positions(self._corpus, *piece) for piece in pieces), strict=True)
+        ends = np.cumsum([0, *map(len, inputs)], dtype=np.int32)
+        return _batch(inputs, targets) | {"cu_seqlens": torch.from_numpy(ends)}
 
 
 class CarriedTextDataset(Dataset):
@@ -187,6 +223,23 @@ class CarriedTextDataset(Dataset):
         inputs, targets = read_positions(self._corpus, documents[i], start, stop)
         place = {"lane": lane, "num_read": start, "is_last": stop == end}
         return _batch([inputs], [targets]) | place
+
+
+def _pieces(ends: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
+    """The pieces of a range of concatenated documents: for each, its place and its range of positions.
+
+    Example:
+        >>> _pieces(np.array([3, 10, 12]), 1, 11)
+        [(0, 1, 3), (1, 0, 7), (2, 0, 1)]
+    """
+    pieces = []
+    i = int(np.searchsorted(ends, start, side="right"))
+    while start < stop:
+        end = int(ends[i])
+        begin = 0 if i == 0 else int(ends[i - 1])
+        pieces.append((i, start - begin, min(stop, end) - begin))
+        start, i = end, i + 1
+    return pieces
 
 
 def _answers(tokens: np.ndarray, is_answer: np.ndarray, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any
 from ovq.fields import RENAMED
 
 # These change what is kept of a run, not what comes out of it.
-WITHOUT_EFFECT = frozenset({"log_every", "save_every"})
+WITHOUT_EFFECT = frozenset({"log_every", "eval_every", "save_every"})
 """Fields of a training run that no name depends on."""
 
 _FIRST_NAMES = {new: old for old, new in RENAMED.items()}

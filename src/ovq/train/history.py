@@ -1,0 +1,35 @@
+"""The losses of a run, as the Trainer has recorded them in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class History:
+    """Losses by step.
+
+    Attributes:
+        training: The mean training loss of the steps since the entry before, by step.
+        held_out: The loss on held-out text, by step.
+    """
+
+    training: dict[int, float]
+    held_out: dict[int, float]
+
+    @classmethod
+    def load(cls, folder: Path) -> History:
+        """Read the losses of a run that has ended.
+
+        Raises:
+            OSError: If the folder holds none.
+        """
+        entries = json.loads((folder / TRAINER_STATE_NAME).read_text())["log_history"]
+        return cls(
+            training={entry["step"]: entry["loss"] for entry in entries if "loss" in entry},
+            held_out={entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry},
+        )
