@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
         ("mixers.md", 3),
         ("scaling.md", 9),
         ("evaluation.md", 3),
+        ("sharing.md", 4),
+        ("training.md", 0),
         ("add_a_backend.md", 1),
     ],
 )

@@ -5,7 +5,8 @@ options:
 
     python -m ovq.eval.harness run --model hf --model_args pretrained=runs/ovq,max_length=8192 --tasks piqa
 
-This is the harness's command line, run after OVQ has been registered with the Auto classes.
+This is the harness's command line, run after OVQ has been registered with the Auto classes. `lm_eval` itself
+works too, with `trust_remote_code=True` among its `--model_args`.
 """
 
 from __future__ import annotations
