@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from tokenizers import processors
 
 from ovq.cli import main
 from ovq.hf import OVQConfig, OVQForCausalLM
@@ -164,9 +165,18 @@ def test_generate_answers_a_message(capsys, folder, tmp_path):
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(tmp_path)
     found = json.loads(run(capsys, *arguments, "--chat"))
-    arguments[4] = "<user>Hello<assistant>"
-    assert found == json.loads(run(capsys, *arguments))
-    assert found["prompt_tokens"] == len("<user>Hello<assistant>")
+    asked = "<user>Hello<assistant>"
+    assert found == json.loads(run(capsys, *arguments[:4], asked, *arguments[5:]))
+    assert found["prompt_tokens"] == len(asked)
+    # A tokenizer that marks the beginning of a text leaves that to the template.
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    marked = json.loads(run(capsys, *arguments[:4], asked, *arguments[5:]))
+    assert marked["prompt_tokens"] == len(asked) + 1
+    assert json.loads(run(capsys, *arguments, "--chat")) == found
 
 
 def test_a_recipe_in_a_file_is_the_recipe_with_changes(tmp_path):

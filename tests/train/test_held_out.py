@@ -71,8 +71,9 @@ def test_measuring_changes_nothing_and_is_right(folder, tmp_path, mixer, is_carr
     history = History.load(tmp_path / "measured")
     assert list(history.training) == [1, 2, 3, 4, 5, 6]
     assert list(history.training.values()) == losses(tmp_path / "plain")
-    # Every fourth step, and the last.
+    # Every fourth step, and the last, once each.
     assert list(history.held_out) == [4, 6]
+    assert (tmp_path / "measured" / "trainer_state.json").read_text().count('"eval_loss"') == 2
     data = HeldOutWindows(load_corpus(config.task, "validation"), length=16, num_windows=32)
     with torch.no_grad():
         by_hand = [float(model(**data.__getitems__([i])).loss) for i in range(len(data))]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 
 import pytest
 import torch
@@ -74,14 +75,16 @@ def test_the_optimizer_is_new(first, tmp_path):
 
 
 def test_a_resumed_run_goes_on_from_its_checkpoint_not_from_the_model(first, tmp_path):
-    config = make_config(init_from=first, steps=4, save_every=2)
+    shutil.copytree(first, tmp_path / "model")
+    config = make_config(init_from=tmp_path / "model", steps=4, save_every=2)
     whole = train(config, tmp_path / "whole", reporter=quiet())
     config.save(tmp_path / "part")
     (tmp_path / "whole" / "checkpoint-2").rename(tmp_path / "part" / "checkpoint-2")
-    assert equal(resume(tmp_path / "part", reporter=quiet()).state_dict(), whole.state_dict())
-    # Stopped before the first checkpoint, it begins with the weights again.
+    # Stopped before the first checkpoint, a run begins with the weights again.
     config.save(tmp_path / "early")
     assert equal(resume(tmp_path / "early", reporter=quiet()).state_dict(), whole.state_dict())
+    shutil.rmtree(tmp_path / "model")
+    assert equal(resume(tmp_path / "part", reporter=quiet()).state_dict(), whole.state_dict())
 
 
 def test_weights_in_another_dtype_are_trained_in_float32(first, tmp_path):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from ovq.runtime.files import write_atomic
+from ovq.runtime.files import atomic_path
 
 if TYPE_CHECKING:
     from ovq.hf.modeling_ovq import OVQPreTrainedModel
@@ -37,9 +37,9 @@ The package `ovq` must be installed. `trust_remote_code=True` runs `modeling_ovq
 only imports `ovq.hf`; after `import ovq.hf` it is not needed.
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
+model = {auto}.from_pretrained("{name}", trust_remote_code=True)
 ```"""
 
 _MARK = re.compile(r"\n<!-- Made by ovq \((\w+)\); a card that was edited is never replaced\. -->\n\Z")
@@ -71,9 +71,11 @@ def model_card(
         >>> "| slots per head | 1,024 |" in card.text
         True
     """
+    is_generative = model.can_generate()
+    auto = "AutoModelForCausalLM" if is_generative else "AutoModel"
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-generation" if is_generative else "feature-extraction",
         tags=["ovq", "long-context"],
         # The hub takes None for a field that is left out.
         datasets=list(datasets) or None,
@@ -81,7 +83,7 @@ def model_card(
     reads = "" if has_tokenizer else "\n\nIt has no tokenizer: it reads and writes token ids."
     parts = {
         f"# {name}": (_ABOUT if "ovq" in model.config.mixer_types else _ABOUT_OTHERS) + reads,
-        "## Load it": _LOAD.format(name=name),
+        "## Load it": _LOAD.format(name=name, auto=auto),
         "## Model": _table(("", ""), _described(model)),
         "## Memory": _memory(model),
         **{f"## {title}": text for title, text in (sections or {}).items()},
@@ -111,7 +113,8 @@ def save_card(card: ModelCard, folder: Path, *, replaces: Sequence[str] = ()) ->
         own = {"Load it", "Model", "Memory", *replaces}
         if not is_untouched(found) or not set(re.findall(r"^## (.+)$", found, re.MULTILINE)) <= own:
             return False
-    write_atomic(path, card.content)
+    with atomic_path(path) as temporary:
+        temporary.write_text(card.content, encoding="utf-8")
     return True
 
 
@@ -127,8 +130,7 @@ def is_untouched(text: str) -> bool:
 
 
 def _digest(text: str) -> str:
-    # A carriage return is what git may add on Windows.
-    return hashlib.sha256(text.replace("\r\n", "\n").encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _described(model: OVQPreTrainedModel) -> dict[str, Any]:

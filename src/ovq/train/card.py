@@ -63,7 +63,7 @@ def _training(config: RunConfig, history: History) -> str:
             step, loss = list(losses.items())[-1]
             rows[name] = f"{loss:.4f} nats per token at step {step:,}"
     rows["software"] = f"ovq {found['ovq']}, torch {found['torch']}, transformers {found['transformers']}"
-    rows["hardware"] = f"{found['device'] if found['device'] != 'cpu' else found['processor']}"
+    rows["hardware"] = found["processor"] if found["device"] == "cpu" else found["device"]
     return (
         _table(rows)
         + f"\n\n`{CONFIG_FILE}` holds every setting; `ovq train {CONFIG_FILE}` trains the model again."

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
-
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.hub import check_loaded
 from ovq.text import get_tokenizer
@@ -50,9 +48,10 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
     settable = {field.name for field in dataclasses.fields(ModelArgs)}
     free = _FREE - {"num_slots"} if "vq" in config.mixer_types else _FREE
     notes = []
-    for name in OVQConfig.__annotations__:
-        ours, theirs = getattr(config, name, None), getattr(found, name, None)
-        if name in _WITHOUT_EFFECT or name == "keys_to_ignore_at_inference" or ours == theirs:
+    own = {field.name for field in dataclasses.fields(OVQConfig)}
+    for name in (name for name in OVQConfig.__annotations__ if name in own):
+        ours, theirs = getattr(config, name), getattr(found, name)
+        if name in _WITHOUT_EFFECT or ours == theirs:
             continue
         if name in free:
             notes.append(f"{name} is {ours} in this run, and was {theirs} in {source}")
@@ -87,12 +86,11 @@ def load_initial(source: str, model: OVQForCausalLM, tokenizer: Any | None) -> N
     loaded: Any = OVQForCausalLM.from_pretrained(
         source,
         config=model.config,
-        # The weights that an optimizer changes are in float32, whatever they were saved in.
-        dtype=torch.float32,
         output_loading_info=True,
         # Refused below, where the weights are named.
         ignore_mismatched_sizes=True,
     )
     saved, report = loaded
     check_loaded(source, report)
+    # What an optimizer changes stays in float32, whatever was saved.
     model.load_state_dict(saved.state_dict())

@@ -186,8 +186,6 @@ def _run(
     if isinstance(trainer, CarryTrainer) and checkpoint is not None:
         trainer.load_carried(checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if data.held_out is not None and config.train.steps % config.train.eval_every:
-        trainer.evaluate()
     gather_weights(trainer)
     with writing(out):
         trainer.save_model()
