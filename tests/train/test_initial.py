@@ -111,8 +111,8 @@ def test_what_may_differ_is_said(first, tmp_path):
             "hidden_size 32, which this run has, found 16 in {first} (--set model.hidden_size=16)",
         ),
         (
-            {"mixer_types": ("ovq", "ovq")},
-            "mixer_types ['ovq', 'ovq'], which this run has, found ['sliding_attention', 'ovq'] in {first} "
+            {"mixer_types": ("ovq",)},
+            "mixer_types ['ovq'], which this run has, found ['sliding_attention', 'ovq'] in {first} "
             "(--set model.mixer_types=sliding_attention,ovq)",
         ),
         (
@@ -164,6 +164,11 @@ def test_a_model_that_reads_other_tokens_is_refused(tmp_path, monkeypatch):
     train(config, tmp_path / "one", reporter=quiet())
     for path in texts.iterdir():
         path.write_text("quite other words, with other pairs of letters " * 9)
+
+    with pytest.raises(
+        ValueError, match=r"vocab_size 257, .*, found 260 .* \(for text: --set task.tokenizer="
+    ):
+        train(tiny_config(texts, init_from=str(tmp_path / "one")), tmp_path / "two", reporter=quiet())
 
     def begun(**task):
         changed = tiny_config(texts, task={"tokenizer": "bpe:260", **task}, init_from=str(tmp_path / "one"))

@@ -25,8 +25,15 @@ _FREE = {
     "vq_decay",
     "commitment_weight",
 }
-# These are about new weights and about generation.
-_WITHOUT_EFFECT = {"initializer_range", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
+# These are about new weights and about generation, or follow from others (the layers from `mixer_types`).
+_WITHOUT_EFFECT = {
+    "initializer_range",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "num_hidden_layers",
+}
 
 
 def check_initial(source: str, config: OVQConfig) -> list[str]:
@@ -58,6 +65,8 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
             continue
         text = ",".join(theirs) if isinstance(theirs, list) else theirs
         hint = f" (--set model.{name}={text})" if name in settable else ""
+        if name == "vocab_size":
+            hint = f" (for text: --set task.tokenizer={source})"
         raise ValueError(
             f"train.init_from: expected a model with {name} {ours}, which this run has, "
             f"found {theirs} in {source}{hint}"
