@@ -22,6 +22,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_HEAD_DIM = 256
 # One program ranks all keys of a chunk.
 MAX_CHUNK_SIZE = 4096
+_MERGES = ("existing", "ward")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -71,10 +72,12 @@ def refusal_of(q: Tensor, v: Tensor, options: Options) -> str | None:
     if options.chunk_size > MAX_CHUNK_SIZE:
         return f"expected chunk_size of at most {MAX_CHUNK_SIZE}, found {options.chunk_size}"
     # Other backends run the ablations.
-    for name, expected in (("init", "novelty"), ("merge", "existing"), ("bias", "count"), ("rate", "count")):
+    for name, expected in (("init", "novelty"), ("bias", "count"), ("rate", "count")):
         found = getattr(options, name)
         if found != expected:
             return f"expected {name} {expected!r}, found {found!r}"
+    if options.merge not in _MERGES:
+        return f"expected merge to be one of {_MERGES}, found {options.merge!r}"
     return None
 
 

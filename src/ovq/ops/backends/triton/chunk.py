@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.triton.launch import Saved, backward, forward
+from ovq.ops.backends.triton.ward import Gone
 from ovq.ops.backends.triton.work import Work
 
 
@@ -46,9 +47,15 @@ class _ChunkAttention(torch.autograd.Function):
         num_chunks, width, num_heads, _ = q.shape
         lse = torch.zeros(num_chunks, num_heads, width, dtype=torch.float32, device=q.device)
         slots = torch.zeros(num_chunks, k.shape[2], width, dtype=torch.int32, device=q.device)
-        ctx.work, ctx.chunk_size = Work(plan, count.shape[2], q.device), plan.options.chunk_size
-        o = forward(q, k, v, scale, lse, slots, sums, ctx.work, ctx.chunk_size)
-        ctx.save_for_backward(q, k, v, scale, o, lse, slots, sums.key_sum, sums.value_sum, sums.count)
+        ctx.work = Work(plan, count.shape[2], q.device)
+        gone = None
+        if plan.options.merge == "ward" and any(ctx.needs_input_grad):
+            gone = Gone.empty(ctx.work, k, v, is_kept=True)
+        o = forward(q, k, v, scale, lse, slots, sums, ctx.work, gone)
+        ctx.save_for_backward(
+            q, k, v, scale, o, lse, slots, sums.key_sum, sums.value_sum, sums.count,
+            *([] if gone is None else gone.tensors()),
+        )  # fmt: skip
         ctx.mark_non_differentiable(sums.count)
         ctx.set_materialize_grads(False)
         return o, sums.key_sum, sums.value_sum, sums.count
@@ -62,13 +69,14 @@ class _ChunkAttention(torch.autograd.Function):
         grad_value_sum: Tensor | None,
         _: None,
     ) -> tuple[Tensor | None, ...]:
-        *tensors, key_sum, value_sum, count = ctx.saved_tensors
-        saved, final = Saved(*tensors), Dictionary(key_sum, value_sum, count)
+        tensors, rest = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        final, gone = Dictionary(*rest[:3]), Gone(*rest[3:]) if len(rest) > 3 else None
+        saved, (key_sum, value_sum, count) = Saved(*tensors, gone), rest[:3]
         grad_o = torch.zeros_like(saved.o) if grad_o is None else grad_o.contiguous()
         grads = Dictionary(
             torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum),
             torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum),
             count,
         )
-        tokens = backward(saved, grad_o, final.clone(), grads, ctx.work, ctx.chunk_size)
+        tokens = backward(saved, grad_o, final.clone(), grads, ctx.work)
         return *tokens, grads.key_sum, grads.value_sum, None, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -81,6 +83,14 @@ def means(sums, counts):
 def padded(dim: int) -> int:
     """A head size padded for the kernels: a power of two of at least 16, as matrix products require."""
     return max(16, triton.next_power_of_2(dim))
+
+
+@functools.cache
+def programs(device: torch.device, each: int) -> int:
+    """The number of programs that fill a device, `each` of them per multiprocessor."""
+    if device.type != "cuda":
+        return each
+    return each * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def slot_block(k: Tensor, v: Tensor) -> int:

@@ -7,8 +7,6 @@ so that the result does not depend on which program that is.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +17,7 @@ from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.common import LOG2E, put_rows, rows
-from ovq.ops.backends.triton.launch import Recurrence
+from ovq.ops.backends.triton.launch import recurrence_of
 from ovq.ops.backends.triton.work import Work
 from ovq.ops.call import Call, Rows
 from ovq.ops.options import Options
@@ -182,7 +180,7 @@ def read_pending_and_slots(
     group_block = triton.next_power_of_2(group)
     widest = max(common.padded(dim), common.padded(value_dim))
     block = max(1, min(64, _TILE // (group_block * widest)))
-    splits = max(1, min(triton.cdiv(slots, block), _programs(q.device) // streams)) if slots else 0
+    splits = max(1, min(triton.cdiv(slots, block), common.programs(q.device, _PROGRAMS_EACH) // streams)) if slots else 0
     per = triton.cdiv(triton.cdiv(slots, block), max(1, splits)) * block
     splits += 1
     tops = torch.empty(2, streams * splits * group_block, dtype=torch.float32, device=q.device)
@@ -202,14 +200,6 @@ def read_pending_and_slots(
 @read_pending_and_slots.register_fake
 def _(q, k, v, scale, key_sum, value_sum, count, pending_keys, pending_values, places, pending):
     return q.new_empty(q.shape[0], 1, q.shape[2], v.shape[3])
-
-
-@functools.cache
-def _programs(device: torch.device) -> int:
-    """The number of programs that fill a device."""
-    if device.type != "cuda":
-        return _PROGRAMS_EACH
-    return _PROGRAMS_EACH * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _cuda_stream(device: torch.device) -> int:
@@ -252,7 +242,7 @@ def _merged(state: OVQState, complete: list[int], options: Options) -> OVQState:
     k, v = (x.transpose(1, 2).contiguous() for x in (part.pending_keys, part.pending_values))
     slots = torch.zeros(*part.pending_keys.shape[:3], dtype=torch.int32, device=k.device)
     work = Work(plan, part.count.shape[2], k.device)
-    recurrence = Recurrence(k, v, slots, into, work, chunk_size)
+    recurrence = recurrence_of(k, v, slots, into, work)
     recurrence.step(0)
     recurrence.step(1)
     return replaced(state, complete, into.key_sum, into.value_sum, into.count)

@@ -26,6 +26,7 @@ from ovq.ops.backends.triton.read import read
 from ovq.ops.backends.triton.recurrence import advance
 from ovq.ops.backends.triton.rewind import deposit, rewind
 from ovq.ops.backends.triton.route import nearest, open_slots
+from ovq.ops.backends.triton.ward import Gone, WardRecurrence
 from ovq.ops.backends.triton.work import Work
 
 # Keys of a chunk that one program processes at once, whatever the head size.
@@ -90,12 +91,12 @@ class Recurrence:
         self._longest = empty(*found[:2])
         self._novelty = empty(streams, chunk_size)
 
-    def step(self, i: int, shown: Snapshots | None = None, base: int = 0) -> None:
+    def step(self, i: int, shown: tuple[Tensor, Tensor, Tensor] | None = None, base: int = 0) -> None:
         """Merge chunk i - 1, keep the dictionary that chunk i reads and route chunk i; either may be missing.
 
         Args:
             i: the step; one more step after the last chunk merges the last chunks.
-            shown: receives the dictionaries; None if nothing is read.
+            shown: receives the means and log2 counts; None if nothing is read.
             base: the first entry of `shown`.
         """
         work, k, into = self.work, self.k, self.into
@@ -108,10 +109,9 @@ class Recurrence:
         sizes = {"BN": self._block, "BK": common.padded(dim), **common.FUSED}
         rounding = ROUNDING_SPLIT if self._is_split else ROUNDING
         parts = (into.key_sum, into.value_sum, into.count)
-        snaps = (shown.keys, shown.values, shown.bias) if shown else parts
         found = (self._best, self._second, self._winner, self._cosine, self._longest)
         advance[(num_rows * heads, self._num_blocks)](
-            k, self.v, self.slots, *parts, work.table, *snaps, *found,
+            k, self.v, self.slots, *parts, work.table, *(shown or parts), *found,
             work.first[i - 1] if i else 0, work.first[i], base, num_next,
             width, self._chunk_size, heads, dim, self.v.shape[-1], work.capacity, self._num_blocks,
             HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None, IS_SPLIT=self._is_split,
@@ -133,6 +133,20 @@ class Recurrence:
             )  # fmt: skip
 
 
+def recurrence_of(
+    k: Tensor, v: Tensor, slots: Tensor, into: Dictionary, work: Work, gone: Gone | None = None
+) -> Recurrence | WardRecurrence:
+    """The recurrence of a call by its merge rule; arguments as for `Recurrence`.
+
+    Args:
+        gone: room for the slots that all chunks merge into others, if the backward needs them.
+    """
+    if work.options.merge != "ward":
+        return Recurrence(k, v, slots, into, work, work.options.chunk_size)
+    kept = Gone.empty(work, k, v, is_kept=False) if gone is None else gone
+    return WardRecurrence(k, v, slots, into, work, kept, is_kept=gone is not None)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -142,7 +156,7 @@ def forward(
     slots: Tensor,
     into: Dictionary,
     work: Work,
-    chunk_size: int,
+    gone: Gone | None = None,
 ) -> Tensor:
     """OVQ attention over chunk-aligned rows; `into` becomes the dictionary at the end.
 
@@ -154,14 +168,14 @@ def forward(
         slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
         into: sums and counts at the start.
         work: the chunks of the call and their order.
-        chunk_size: C.
+        gone: by merge="ward", receives the slots merged into others, if the backward needs them.
 
     Returns:
         Outputs `[num_chunks, W, H, V]`.
     """
     _, width, num_heads, dim = q.shape
     o = q.new_empty(*q.shape[:3], v.shape[-1])
-    recurrence = Recurrence(k, v, slots, into, work, chunk_size)
+    recurrence = recurrence_of(k, v, slots, into, work, gone)
     segments = work.segments(snapshot_bytes(k, v))
     shown = Snapshots.empty(max(work.entries(s) for s in segments), work, k, v)
     blocks = common.read_blocks(q, v)
@@ -171,7 +185,7 @@ def forward(
         for segment in segments:
             first = work.first[segment.start]
             for i in segment:
-                recurrence.step(i, shown, first)
+                recurrence.step(i, (shown.keys, shown.values, shown.bias), first)
             read[(work.entries(segment) * query_blocks, num_heads)](
                 q, k, v, scale, work.table, shown.keys, shown.values, shown.bias, o, lse, first, width,
                 num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity, query_blocks,
@@ -183,7 +197,10 @@ def forward(
 
 @dataclasses.dataclass
 class Saved:
-    """What the forward keeps for the backward: its inputs, its outputs, and per chunk only the slots."""
+    """What the forward keeps for the backward: its inputs, its outputs, and per chunk only the slots.
+
+    By merge="ward" also the slots that were merged into others.
+    """
 
     q: Tensor
     k: Tensor
@@ -192,10 +209,11 @@ class Saved:
     o: Tensor
     lse: Tensor
     slots: Tensor
+    gone: Gone | None = None
 
 
 def backward(
-    saved: Saved, grad_o: Tensor, final: Dictionary, grads: Dictionary, work: Work, chunk_size: int
+    saved: Saved, grad_o: Tensor, final: Dictionary, grads: Dictionary, work: Work
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the scale; `final` and `grads` are rewound in place to those of the start.
 
@@ -205,13 +223,13 @@ def backward(
         final: the dictionary at the end; it is rewound to that of the start.
         grads: the gradient of its sums, float32, likewise (its count is not used).
         work: that of the forward.
-        chunk_size: C.
     """
     k, v = saved.k, saved.v
-    walk = _Walk(saved, grad_o, final, grads, work, chunk_size)
+    walk = _Walk(saved, grad_o, final, grads, work)
     with torch.cuda.device_of(k):
         for segment in reversed(work.segments(snapshot_bytes(k, v) + 4 * (k.shape[-1] + v.shape[-1]))):
             walk.back(segment)
+        walk.end()
     return walk.grad_q, walk.grad_k, walk.grad_v, walk.grad_scale.sum((0, 1))
 
 
@@ -225,9 +243,8 @@ class _Walk:
         final: Dictionary,
         grads: Dictionary,
         work: Work,
-        chunk_size: int,
     ) -> None:
-        self.saved, self.grad_o, self.work, self.chunk_size = saved, grad_o, work, chunk_size
+        self.saved, self.grad_o, self.work = saved, grad_o, work
         self.final, self.grads = final, grads
         self._counts = final.count, torch.empty_like(final.count)
         self.grad_q, self.grad_k, self.grad_v = (torch.empty_like(x) for x in (saved.q, saved.k, saved.v))
@@ -238,6 +255,14 @@ class _Walk:
         # Zeros, because blocks without queries write nothing.
         shape = (num_chunks, self._query_blocks, num_heads)
         self.grad_scale = torch.zeros(shape, dtype=torch.float32, device=grad_o.device)
+
+        # Gradients on their way from slots to those merged into them, of this step and the one after it.
+        gone = saved.gone
+        streams, size = work.num_active[0] * work.num_kv_heads, work.options.chunk_size
+        self._passed = [
+            x.new_empty((2, streams, 0 if gone is None else size, x.shape[-1]), dtype=torch.float32)
+            for x in (saved.k, saved.v)
+        ]
 
     def back(self, segment: range) -> None:
         """Compute all gradients of the tokens of a segment."""
@@ -256,12 +281,17 @@ class _Walk:
             self._deposit(segment, from_slots, deposits)
         self._grad_tokens(segment, deposits)
 
+    def end(self) -> None:
+        """Give slots that the first chunk merged into others their gradient."""
+        if self.saved.gone is not None and self.work.capacity:
+            self._deposit_steps(range(0, 0), range(0, 0), self._passed, self._passed)
+
     def _by_slots(self, segment: range) -> tuple[tuple[int, int], tuple[int, ...], dict[str, int]]:
         """Grid, arguments and block sizes of the kernels that run through a segment by blocks of slots."""
         work, block = self.work, common.slot_block(self.saved.k, self.saved.v)
         grid = (work.num_active[0] * work.num_kv_heads, triton.cdiv(work.capacity, block))
         ends = (segment.start, segment.stop, work.first[segment.start])
-        sizes = (self.saved.k.shape[1], self.chunk_size, work.num_kv_heads)
+        sizes = (self.saved.k.shape[1], work.options.chunk_size, work.num_kv_heads)
         return grid, (*ends, *sizes), {"BN": block, "TB": TOKEN_BLOCK, "num_warps": 8, **common.FUSED}
 
     def _rewind(self, segment: range, shown: Snapshots) -> None:
@@ -272,20 +302,38 @@ class _Walk:
         for i, (x, sums, snaps) in enumerate(parts):
             rewind[grid](
                 x, self.saved.slots, sums, after, before, work.table, work.first_of_step, work.rows_of_step,
-                snaps, shown.bias, *arguments, x.shape[-1], work.capacity,
-                HAS_BIAS=i == 0, BD=common.padded(x.shape[-1]), **blocks,
+                snaps, shown.bias, *self._gone(i), *arguments, x.shape[-1], work.capacity,
+                HAS_BIAS=i == 0, HAS_GONE=self.saved.gone is not None, BD=common.padded(x.shape[-1]), **blocks,
             )  # fmt: skip
         self._counts = before, after
 
+    def _gone(self, i: int) -> tuple[Tensor, ...]:
+        """Arguments of `rewind` about slots merged into others, for keys (0) or values (1)."""
+        slots, gone = self.saved.slots, self.saved.gone
+        if gone is None:
+            return slots, slots, slots, slots
+        return gone.slot, gone.into, gone.count, (gone.keys, gone.values)[i]
+
     def _deposit(self, segment: range, from_slots: list[Tensor], deposits: list[Tensor]) -> None:
+        if self.saved.gone is None:
+            self._deposit_steps(segment, segment, from_slots, deposits)
+        else:
+            for i in reversed(segment):
+                self._deposit_steps(segment, range(i, i + 1), from_slots, deposits)
+
+    def _deposit_steps(
+        self, segment: range, steps: range, from_slots: list[Tensor], deposits: list[Tensor]
+    ) -> None:
+        """Accumulate the gradients of the sums through some steps of a segment."""
         work = self.work
         grid, arguments, blocks = self._by_slots(segment)
-        for total, added, given in zip(
-            (self.grads.key_sum, self.grads.value_sum), from_slots, deposits, strict=True
-        ):
+        arguments = (steps.start, steps.stop, *arguments[2:])
+        totals = (self.grads.key_sum, self.grads.value_sum)
+        for total, added, given, passed in zip(totals, from_slots, deposits, self._passed, strict=True):
             deposit[grid](
                 self.saved.slots, total, work.table, work.first_of_step, work.rows_of_step, added, given,
-                *arguments, total.shape[-1], work.capacity, BD=common.padded(total.shape[-1]), **blocks,
+                *self._gone(0)[:2], passed, *arguments, total.shape[-1], work.capacity,
+                HAS_GONE=self.saved.gone is not None, BD=common.padded(total.shape[-1]), **blocks,
             )  # fmt: skip
 
     def _sizes(self) -> tuple[tuple[int, ...], dict[str, int]]:

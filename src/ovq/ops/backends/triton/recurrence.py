@@ -28,7 +28,7 @@ from ovq.ops.backends.triton.common import (
 
 @triton.jit
 def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.constexpr, TB: tl.constexpr,
-               BD: tl.constexpr):  # fmt: skip
+               BD: tl.constexpr, weights=None):  # fmt: skip
     """Add (SIGN 1) or take back (SIGN -1) a chunk's tokens in order of position, slot by slot.
 
     Every slot of the block adds its own tokens one after the other, as in every other backend, so that sums
@@ -38,6 +38,7 @@ def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.const
         sums: `[BN, BD]`. counts: `[BN]`. slot: `[BN]` indices of the block's slots.
         x: rows `[:, D]`; token t of the chunk is row `place + t * stride`.
         slots: pointer to the slots of the chunk's C tokens.
+        weights: None, or what each row counts as: row `place + t * stride` is then that of a merged slot.
     """
     for first in range(0, C, TB):
         t = first + tl.arange(0, TB)
@@ -49,7 +50,10 @@ def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.const
             added = rows(x, place + token.to(tl.int64) * stride, has_token, D, BD).to(tl.float32)
             # Adding zero may turn -0.0 into 0.0, which compares equal.
             sums += SIGN * added
-            counts += SIGN * has_token.to(counts.dtype)
+            if weights is None:
+                counts += SIGN * has_token.to(counts.dtype)
+            else:
+                counts += SIGN * tl.load(weights + place + token, mask=has_token, other=0)
             token = tl.min(tl.where(is_mine & (t[None, :] > token[:, None]), t[None, :], C), 1)
     return sums, counts
 

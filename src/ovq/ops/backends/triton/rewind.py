@@ -1,20 +1,24 @@
 """Going back through a segment: the dictionaries that its chunks read, and the gradients of their sums.
 
 With the slots of all tokens known, slots are independent of each other: one program takes a block of slots
-through all chunks of the segment, and no program waits for another.
+through all chunks of the segment, and no program waits for another. By merge="ward" a slot that was merged
+into another gets the gradient of that one, which another program may own: `deposit` then takes one launch per
+chunk.
 """
 
 import triton
 import triton.language as tl
 
 from ovq.ops.backends.triton.common import BEFORE, CHUNK, COLUMNS, IS_COMPLETE, means, put_rows, rows
+from ovq.ops.backends.triton.items import place_of
 from ovq.ops.backends.triton.recurrence import add_tokens
 
 
 @triton.jit(do_not_specialize=["start", "stop", "base"])
 def rewind(
-    x, slots, sums, count, count_before, table, first, num_active, snaps, snap_bias, start, stop, base, W, C,
-    H, D, M, HAS_BIAS: tl.constexpr, BN: tl.constexpr, TB: tl.constexpr, BD: tl.constexpr,
+    x, slots, sums, count, count_before, table, first, num_active, snaps, snap_bias,
+    gone_slot, gone_into, gone_count, gone_rows, start, stop, base, W, C, H, D, M,
+    HAS_BIAS: tl.constexpr, HAS_GONE: tl.constexpr, BN: tl.constexpr, TB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Take a segment's chunks out of the sums of a block of slots, the last first; grid (streams, blocks).
 
@@ -27,6 +31,8 @@ def rewind(
             step.
         snaps: `[entries, H, M, D]` receives the means that each chunk read.
         snap_bias: `[entries, H, M]` receives the log2 counts (HAS_BIAS).
+        gone_slot: `[entries, H, C]` slots merged into others, of all chunks (HAS_GONE). gone_into,
+            gone_count: likewise, as in `ward.Gone`. gone_rows: `[entries, H, C, D]`.
         start: first step of the segment. stop: step after its last. base: its first entry.
     """
     stream = tl.program_id(0)
@@ -48,6 +54,15 @@ def rewind(
                 total, counts = add_tokens(
                     total, counts, slot, x, chosen, chunk * W * H + head, H, C, D, -1, TB, BD
                 )
+                if HAS_GONE:
+                    gone = (entry.to(tl.int64) * H + head) * C
+                    total, counts = add_tokens(
+                        total, counts, slot, gone_rows, gone_into + gone, gone, 1, C, D, -1, TB, BD, gone_count
+                    )
+                    p = place_of(slot, gone_slot + gone, TB, C)
+                    kept = rows(gone_rows, gone + p, p < C, D, BD)
+                    total = tl.where((p < C)[:, None], kept, total)
+                    counts = tl.where(p < C, tl.load(gone_count + gone + p, mask=p < C, other=0), counts)
                 # In slots that the chunk opened, only rounding errors are left.
                 total = tl.where((slot < num)[:, None], total, 0.0)
             shown = ((entry - base).to(tl.int64) * H + head) * M + slot
@@ -59,12 +74,29 @@ def rewind(
     tl.store(count_before + place, counts, mask=is_in)
 
 
+@triton.jit
+def _give(out, place, total, slot, slots, C, D, TB: tl.constexpr, BD: tl.constexpr):
+    """Write the gradient `total` of each slot to all of C rows of `out` that went there, as `slots` says."""
+    for tokens_from in range(0, C, TB):
+        t = tokens_from + tl.arange(0, TB)
+        own = tl.load(slots + t, mask=t < C, other=-1)
+        is_mine = own[None, :] == slot[:, None]
+        token = tl.min(tl.where(is_mine, t[None, :], C), 1)
+        while tl.min(token, 0) < C:
+            put_rows(out, place + token, total, token < C, D, BD)
+            token = tl.min(tl.where(is_mine & (t[None, :] > token[:, None]), t[None, :], C), 1)
+
+
 @triton.jit(do_not_specialize=["start", "stop", "base"])
 def deposit(
-    slots, accumulated, table, first, num_active, grads, deposits, start, stop, base, W, C, H, D, M,
-    BN: tl.constexpr, TB: tl.constexpr, BD: tl.constexpr,
+    slots, accumulated, table, first, num_active, grads, deposits, gone_slot, gone_into, passed,
+    start, stop, base, W, C, H, D, M,
+    HAS_GONE: tl.constexpr, BN: tl.constexpr, TB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Accumulate the gradient of a block's sums, chunk by chunk from the last; grid (streams, blocks).
+
+    Where slots were merged into others (HAS_GONE), a launch takes one step, and first completes the one
+    before: a slot that was merged gets the gradient that the other's program has passed on.
 
     Args:
         slots: `[num_chunks, H, W]` int32.
@@ -72,6 +104,8 @@ def deposit(
         grads: `[entries, H, M, D]` float32, the contribution of each chunk's queries.
         deposits: `[entries, H, W, D]` float32, the gradient that each token of a complete chunk gets from its
             sum.
+        gone_slot, gone_into: as in `rewind`.
+        passed: `[2, streams, C, D]` float32, gradients of slots that were merged, of even and odd steps.
     """
     stream = tl.program_id(0)
     row = stream // H
@@ -80,6 +114,13 @@ def deposit(
     is_in = slot < M
     place = stream.to(tl.int64) * M + slot
     total = rows(accumulated, place, is_in, D, BD)
+    streams = tl.num_programs(0).to(tl.int64)
+    if HAS_GONE:
+        if row < tl.load(num_active + stop):
+            entry = tl.load(first + stop) + row
+            if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
+                p = place_of(slot, gone_slot + (entry.to(tl.int64) * H + head) * C, TB, C)
+                total += rows(passed, (stop % 2 * streams + stream) * C + p, p < C, D, BD)
     for back in range(0, stop - start):
         step = stop - 1 - back
         if row < tl.load(num_active + step):
@@ -88,14 +129,14 @@ def deposit(
             num = tl.load(table + entry * COLUMNS + BEFORE)
             local = (entry - base).to(tl.int64) * H + head
             if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
-                for tokens_from in range(0, C, TB):
-                    t = tokens_from + tl.arange(0, TB)
-                    own = tl.load(slots + (chunk * H + head) * W + t, mask=t < C, other=-1)
-                    is_mine = own[None, :] == slot[:, None]
-                    token = tl.min(tl.where(is_mine, t[None, :], C), 1)
-                    while tl.min(token, 0) < C:
-                        put_rows(deposits, local * W + token, total, token < C, D, BD)
-                        token = tl.min(tl.where(is_mine & (t[None, :] > token[:, None]), t[None, :], C), 1)
+                _give(deposits, local * W, total, slot, slots + (chunk * H + head) * W, C, D, TB, BD)
+                if HAS_GONE:
+                    gone = (entry.to(tl.int64) * H + head) * C
+                    _give(
+                        passed, (step % 2 * streams + stream) * C, total, slot, gone_into + gone, C, D, TB, BD
+                    )
+                    is_gone = place_of(slot, gone_slot + gone, TB, C) < C
+                    total = tl.where(is_gone[:, None], 0.0, total)
             # The gradient of slots that the chunk opened ends here: no earlier chunk has read them.
             is_used = slot < num
             total = tl.where(is_used[:, None], total + rows(grads, local * M + slot, is_used, D, BD), 0.0)

@@ -25,7 +25,9 @@ class Work:
         num_active: for each i, the number of rows that have an i-th chunk; `rows_of_step` is the same on the
             device.
         num_complete: for each i, the number of rows whose i-th chunk is complete.
+        num_due: the most merges that a row's i-th chunk takes by merge="ward".
         num_opening: the most slots that a row opens with its i-th chunk, not counting slot 0.
+        options: the layer's settings.
         capacity: slots allocated for the sums.
         num_kv_heads: Hkv.
 
@@ -52,22 +54,26 @@ class Work:
         num_steps = aligned.chunks_of(0)
         self.num_active = [aligned.num_active(i) for i in range(num_steps)]
         self.num_complete = [aligned.num_complete(i) for i in range(num_steps)]
+        self.num_due: list[int] = []
         self.num_opening: list[int] = []
         self.first = [0]
         entries: list[list[int]] = []
         for i, active in enumerate(self.num_active):
-            opening = 0
+            due = opening = 0
             for r in range(active):
                 sizes, is_complete = plan.slots[r], r < self.num_complete[i]
                 after = sizes[i + 1] if is_complete else sizes[i]
+                due = max(due, is_complete * (sizes[i] + aligned.width - after))
                 opening = max(opening, after - max(1, sizes[i]))
                 tokens = min(aligned.width, aligned.lengths[r] - i * aligned.width)
                 entries.append([aligned.first_chunk[r] + i, sizes[i], after, tokens, int(is_complete)])
+            self.num_due.append(due)
             self.num_opening.append(opening)
             self.first.append(len(entries))
         self.table = torch.tensor(entries, dtype=torch.int32).to(device)
         steps = torch.tensor([self.first, [*self.num_active, 0]], dtype=torch.int32).to(device)
         self.first_of_step, self.rows_of_step = steps.unbind()
+        self.options = plan.options
         self.capacity = capacity
         self.num_kv_heads = plan.num_kv_heads
         self.num_steps = num_steps

@@ -1,0 +1,266 @@
+"""merge="ward": the nearest item of each item, as float64 decides.
+
+`estimate` bounds costs from below: for a tile of pairs it computes products on the tensor cores, and keeps
+the lowest bound that each item has within each *group* of columns. `refine` looks at the groups that may hold
+the nearest item of one item, and computes their costs in float64. Precision of the products therefore decides
+how many groups are looked at, and nothing else.
+"""
+
+import triton
+import triton.language as tl
+
+from ovq.ops.backends.triton.common import EPS, dot, rows
+from ovq.ops.backends.triton.items import (
+    BOUND,
+    CONTROL,
+    COST,
+    COUNT,
+    FACTOR,
+    FRESH,
+    INDEX,
+    INTO,
+    IS_SINGLE,
+    IS_WIDE,
+    KEY_SQUARE,
+    LIMIT,
+    LISTED,
+    MERGED,
+    NUM_LISTED,
+    NUM_SLOTS,
+    PARTNER,
+    SHARED,
+    TIED,
+    VALUE_SQUARE,
+    int_field,
+    num_field,
+)
+
+
+@triton.jit
+def _split(x):
+    """float32 as a bfloat16 number and most of the rest, another one; 2^-17 of x is left."""
+    high = x.to(tl.bfloat16).to(tl.float32)
+    return high, (x - high).to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def _products(a, b):
+    """Dot products `[BM, BN]` of rows of `a` and `b` in float32, by three products in bfloat16."""
+    zeros = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+    a_high, a_low = _split(a)
+    b_high, b_low = _split(b)
+    a_high, a_low = a_high.to(tl.bfloat16), a_low.to(tl.bfloat16)
+    b_high, b_low = tl.trans(b_high.to(tl.bfloat16)), tl.trans(b_low.to(tl.bfloat16))
+    products = dot(a_low, b_high, zeros)
+    products = dot(a_high, b_low, products)
+    return dot(a_high, b_high, products)
+
+
+@triton.jit
+def _of_groups(low, GROUP: tl.constexpr):
+    """The lowest of each row of `low` `[BM, BN]` within each group of columns, `[BM, BN / GROUP]`."""
+    return tl.min(tl.reshape(low, [low.shape[0], low.shape[1] // GROUP, GROUP]), 2)
+
+
+@triton.jit
+def _squares(nums, stream, column, mask, factor, L):
+    """Squared lengths of columns in float32, values scaled."""
+    keys = tl.load(num_field(nums, stream, KEY_SQUARE, L) + column, mask=mask, other=0.0)
+    values = tl.load(num_field(nums, stream, VALUE_SQUARE, L) + column, mask=mask, other=0.0)
+    return (keys + factor * values).to(tl.float32)
+
+
+@triton.jit
+def estimate_tile(
+    stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L,
+    TILE: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Lower bounds of the costs of a tile of pairs, by groups of columns and, as costs are symmetric, of rows."""
+    a = tile * TILE + tl.arange(0, TILE)
+    b = other * TILE + tl.arange(0, TILE)
+    into = int_field(ints, stream, INTO, L)
+    has_a, has_b = tl.load(into + a) == a, tl.load(into + b) == b
+    bounds = tl.zeros([TILE, TILE], tl.float32)
+    if tl.load(int_field(ints, stream, CONTROL, L) + IS_WIDE) == 0:
+        factor = tl.load(num_field(nums, stream, SHARED, L) + FACTOR)
+        # Rounding of the products is at most 3 EPS per term, that of the parts left out 100 EPS.
+        kept = 1 - (4 * (K + V) + 256) * EPS
+        place = stream.to(tl.int64) * L
+        products = _products(rows(item_values, place + a, has_a, V, BV), rows(item_values, place + b, has_b, V, BV))
+        products *= factor.to(tl.float32)
+        products += _products(rows(item_keys, place + a, has_a, K, BK), rows(item_keys, place + b, has_b, K, BK))
+        of_a = kept * _squares(nums, stream, a, has_a, factor, L)
+        of_b = kept * _squares(nums, stream, b, has_b, factor, L)
+        count = num_field(nums, stream, COUNT, L)
+        m = tl.load(count + a, mask=has_a, other=1.0).to(tl.float32)
+        n = tl.load(count + b, mask=has_b, other=1.0).to(tl.float32)
+        share = m[:, None] * n[None, :] / (m[:, None] + n[None, :])
+        bounds = tl.maximum(share * (of_a[:, None] + of_b[None, :] - 2 * products), 0.0)
+    is_pair = has_a[:, None] & has_b[None, :] & (a[:, None] != b[None, :])
+    bounds = tl.where(is_pair, bounds, float("inf"))
+    g = tl.arange(0, TILE // GROUP)
+    num = L // GROUP
+    line = (stream.to(tl.int64) * L + a) * num + other * (TILE // GROUP)
+    tl.store(low + line[:, None] + g[None, :], _of_groups(bounds, GROUP))
+    if tile != other:
+        line = (stream.to(tl.int64) * L + b) * num + tile * (TILE // GROUP)
+        tl.store(low + line[:, None] + g[None, :], _of_groups(tl.trans(bounds), GROUP))
+
+
+@triton.jit
+def wide_rows(narrow, wide, stream, column, mask, L, LAST, D, BD: tl.constexpr):
+    """Means `[N, BD]` of columns in float64; those of the last LAST columns, merged ones, are kept so."""
+    is_merged = column >= L - LAST
+    means = rows(narrow, stream.to(tl.int64) * L + column, mask & (is_merged == 0), D, BD).to(tl.float64)
+    kept = rows(wide, stream.to(tl.int64) * LAST + column - (L - LAST), mask & is_merged, D, BD)
+    return tl.where(is_merged[:, None], kept, means)
+
+
+@triton.jit
+def _costs(
+    group, item, key, value, own, factor, tie, stream, item_keys, item_values, wide_keys, wide_values, ints,
+    nums, K, V, L, LAST, GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """What merging an item with each column of a group costs `[GROUP]`, the columns, and which there are."""
+    column = group * GROUP + tl.arange(0, GROUP)
+    is_there = (tl.load(int_field(ints, stream, INTO, L) + column) == column) & (column != item)
+    count = tl.load(num_field(nums, stream, COUNT, L) + column, mask=is_there, other=1.0)
+    x = wide_rows(item_keys, wide_keys, stream, column, is_there, L, LAST, K, BK) - key
+    y = wide_rows(item_values, wide_values, stream, column, is_there, L, LAST, V, BV) - value
+    cost = count * own / (count + own) * (tl.sum(x * x, 1) + factor * tl.sum(y * y, 1))
+    # What is not a number compares as false.
+    cost = tl.where(is_there & (cost < float("inf")), cost, float("inf"))
+    return tl.where(cost <= tie, 0.0, cost), column, is_there
+
+
+@triton.jit
+def refine_item(
+    stream, item, item_keys, item_values, wide_keys, wide_values, ints, nums, low, K, V, C, L, PS, LAST,
+    GROUP: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Find the nearest column of an item, unless none of its costs is within the limit.
+
+    Of columns that are equally near, up to the tie, it is the one with the lowest member.
+    """
+    shared = num_field(nums, stream, SHARED, L)
+    factor, tie = tl.load(shared + FACTOR), tl.load(shared + TIED)
+    control = int_field(ints, stream, CONTROL, L)
+    g = tl.arange(0, BG)
+    first = g * GROUP
+    is_used = (first < tl.load(control + NUM_SLOTS)) | ((first >= PS) & (first < PS + C))
+    is_used |= (first >= L - LAST) & (first < L - LAST + tl.load(control + MERGED))
+    floors = tl.load(low + (stream.to(tl.int64) * L + item) * (L // GROUP) + g, mask=is_used, other=float("inf"))
+    floor = tl.min(floors, 0)
+    bound = floor.to(tl.float64)
+    partner = item * 0 - 1
+    if bound <= tl.load(shared + LIMIT):
+        own = tl.load(num_field(nums, stream, COUNT, L) + item)
+        one = item + tl.arange(0, 1)
+        key = wide_rows(item_keys, wide_keys, stream, one, one >= 0, L, LAST, K, BK)
+        value = wide_rows(item_values, wide_values, stream, one, one >= 0, L, LAST, V, BV)
+        best = own * 0 + float("inf")
+        second = best
+        # Groups in the order of their bounds, as long as one of them may be as near.
+        while (floor < float("inf")) & (floor <= best + 2 * tie):
+            group = tl.min(tl.where(floors == floor, g, BG), 0)
+            costs, column, _ = _costs(
+                group, item, key, value, own, factor, tie, stream, item_keys, item_values, wide_keys,
+                wide_values, ints, nums, K, V, L, LAST, GROUP, BK, BV,
+            )  # fmt: skip
+            lowest = tl.min(costs, 0)
+            at = tl.min(tl.where(costs == lowest, column, L), 0)
+            rest = tl.min(tl.where(column == at, float("inf"), costs), 0)
+            second = tl.minimum(tl.maximum(best, lowest), tl.minimum(second, rest))
+            partner = tl.where(lowest < best, at, partner)
+            best = tl.minimum(best, lowest)
+            floors = tl.where(g == group, float("inf"), floors)
+            floor = tl.min(floors, 0)
+        is_single = second > best + 2 * tie
+        bound = best
+        near = best
+        if is_single == 0:
+            # Among all that are as near, the lowest.
+            floors = tl.load(
+                low + (stream.to(tl.int64) * L + item) * (L // GROUP) + g, mask=is_used, other=float("inf")
+            )
+            is_waiting = is_used & (floors <= best + tie)
+            index = L
+            group = tl.min(tl.where(is_waiting, g, BG), 0)
+            while group < BG:
+                costs, column, is_there = _costs(
+                    group, item, key, value, own, factor, tie, stream, item_keys, item_values, wide_keys,
+                    wide_values, ints, nums, K, V, L, LAST, GROUP, BK, BV,
+                )  # fmt: skip
+                members = tl.load(int_field(ints, stream, INDEX, L) + column)
+                members = tl.where(is_there & (costs <= best + tie), members, L)
+                own_index = tl.min(members, 0)
+                is_lower = own_index < index
+                partner = tl.where(is_lower, tl.min(tl.where(members == own_index, column, L), 0), partner)
+                near = tl.where(is_lower, tl.min(tl.where(members == own_index, costs, float("inf")), 0), near)
+                index = tl.minimum(index, own_index)
+                is_waiting = is_waiting & (g != group)
+                group = tl.min(tl.where(is_waiting, g, BG), 0)
+        tl.store(num_field(nums, stream, COST, L) + item, near)
+        tl.store(int_field(ints, stream, IS_SINGLE, L) + item, is_single.to(tl.int32))
+    tl.store(int_field(ints, stream, PARTNER, L) + item, partner)
+    tl.store(num_field(nums, stream, BOUND, L) + item, bound)
+
+
+@triton.jit
+def estimate_all(
+    item_keys, item_values, ints, nums, low, K, V, C, L, PS,
+    TILE: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Bounds of all pairs of slots and tokens; grid (streams, tiles of columns, tiles of columns).
+
+    Args:
+        item_keys: `[streams, L, K]` float32 means of the columns. item_values: likewise.
+        ints, nums: the tables of `items.py`.
+        low: `[streams, L, L / GROUP]` float32, receives what no cost of a column within a group is below.
+        PS: column of the first token.
+    """
+    stream, tile, other = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    control = int_field(ints, stream, CONTROL, L)
+    num = tl.load(control + NUM_SLOTS)
+    is_used = (tile * TILE < num) | (tile * TILE >= PS)
+    is_used &= (other * TILE < num) | (other * TILE >= PS)
+    if is_used & (other <= tile) & (tl.load(control + NUM_LISTED) > 0):
+        estimate_tile(stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, TILE, GROUP, BK, BV)
+
+
+@triton.jit
+def estimate_merged(
+    item_keys, item_values, ints, nums, low, K, V, C, L, PS, LAST,
+    TILE: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The same for what was merged in this round, with all columns; grid (streams, tiles, tiles)."""
+    stream, tile, other = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    control = int_field(ints, stream, CONTROL, L)
+    num, merged = tl.load(control + NUM_SLOTS), tl.load(control + MERGED)
+    first = (L - LAST + tl.load(control + FRESH)) // TILE
+    end = tl.cdiv(L - LAST + merged, TILE)
+    tile += first
+    is_used = (tile < end) & (other <= tile) & ((other * TILE < num) | (other * TILE >= PS))
+    is_used &= merged > tl.load(control + FRESH)
+    if is_used & (tl.load(control + NUM_LISTED) > 0):
+        estimate_tile(stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, TILE, GROUP, BK, BV)
+
+
+@triton.jit
+def refine(
+    item_keys, item_values, wide_keys, wide_values, ints, nums, low, K, V, C, L, PS, LAST,
+    GROUP: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The nearest columns of the items listed; grid (streams, any number of programs that share them).
+
+    Args:
+        wide_keys: `[streams, LAST, K]` float64 means of merged columns. wide_values: likewise.
+    """
+    stream = tl.program_id(0)
+    num = tl.load(int_field(ints, stream, CONTROL, L) + NUM_LISTED)
+    listed = int_field(ints, stream, LISTED, L)
+    for n in range(tl.program_id(1), num, tl.num_programs(1)):
+        refine_item(
+            stream, tl.load(listed + n), item_keys, item_values, wide_keys, wide_values, ints, nums, low, K,
+            V, C, L, PS, LAST, GROUP, BG, BK, BV,
+        )  # fmt: skip

@@ -1,0 +1,191 @@
+"""merge="ward": which kernels merge the chunks of a call, and in which order.
+
+For each step: `advance_items` merges chunk i - 1 into the slots, writes the dictionary that chunk i reads, and
+the means as items; `prepare` adds the tokens. `estimate_all` and `refine` bound the costs of all pairs. Rounds
+of `merge_pairs`, `estimate_merged` and `refine` merge most of what is due, and `finish` the rest, so that the
+host waits for nothing. `settle` says where tokens go and which slots leave, and `keep` what was in those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+from torch import Tensor
+
+from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.triton import common
+from ovq.ops.backends.triton.items import INT_FIELDS, NUM_FIELDS, advance_items, keep, prepare, settle
+from ovq.ops.backends.triton.pairs import estimate_all, estimate_merged, refine
+from ovq.ops.backends.triton.rounds import finish, merge_pairs
+from ovq.ops.backends.triton.work import Work
+
+# Rounds in which all programs of the GPU take part; one program per stream makes those that are left.
+ROUNDS = 8
+# Pairs of a tile of products, by side, and columns of a group, of which one bound is kept for each item. The
+# bounds grow with the square of the slots, so that groups of large dictionaries are larger.
+TILE = 64
+GROUPS = ((4096, 16), (1 << 30, 64))
+# Items refined at once, per multiprocessor.
+_REFINED_EACH = 8
+# Slots that one program keeps, and columns merged side by side.
+_KEPT = 16
+
+
+@dataclasses.dataclass
+class Gone:
+    """Slots that chunks merged into others, as the backward needs them to undo the merges.
+
+    Attributes:
+        slot: `[entries, Hkv, C]` int32 slots, -1 after the last; a chunk makes at most C merges.
+        into: `[entries, Hkv, C]` int32 slots that they were merged into.
+        count: `[entries, Hkv, C]` int64 tokens in them.
+        keys: `[entries, Hkv, C, K]` float32 sums of them. values: `[entries, Hkv, C, V]`.
+    """
+
+    slot: Tensor
+    into: Tensor
+    count: Tensor
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def empty(cls, work: Work, k: Tensor, v: Tensor, *, is_kept: bool) -> Gone:
+        """Room for all chunks of a call if they are kept, else for those of a step."""
+        num = work.first[-1] if is_kept else work.num_active[0]
+        shape = (num, work.num_kv_heads, work.options.chunk_size)
+
+        def empty(*dims: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(*shape, *dims, dtype=dtype, device=k.device)
+
+        rows = (empty(x.shape[-1], dtype=torch.float32) for x in (k, v))
+        return cls(empty(dtype=torch.int32), empty(dtype=torch.int32), empty(dtype=torch.int64), *rows)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The attributes, in order."""
+        return self.slot, self.into, self.count, self.keys, self.values
+
+
+class WardRecurrence:
+    """Merges the chunks of a call, one step at a time.
+
+    Args:
+        k: `[num_chunks, W, Hkv, K]` keys, contiguous. v: values.
+        slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
+        into: the dictionaries, updated in place.
+        work: the chunks of the call and their order.
+        gone: receives the slots merged into others.
+        is_kept: whether `gone` has room for all chunks.
+    """
+
+    def __init__(
+        self, k: Tensor, v: Tensor, slots: Tensor, into: Dictionary, work: Work, gone: Gone, *, is_kept: bool
+    ) -> None:
+        self.k, self.v, self.slots, self.into, self.work = k, v, slots, into, work
+        self._gone, self._is_kept = gone, is_kept
+        self._chunk_size = work.options.chunk_size
+        self._first_token = triton.cdiv(work.capacity, TILE) * TILE
+        self._last = triton.cdiv(self._chunk_size, TILE) * TILE
+        self._columns = columns = self._first_token + 2 * self._last
+        self._group = next(group for most, group in GROUPS if columns <= most)
+        self._streams = streams = max(1, work.num_active[0] * work.num_kv_heads)
+        dims = (k.shape[-1], v.shape[-1])
+
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(streams, *shape, dtype=dtype, device=k.device)
+
+        items = [empty(columns, dim, dtype=torch.float32) for dim in dims]
+        wide = [empty(self._last, dim, dtype=torch.float64) for dim in dims]
+        ints = empty(INT_FIELDS.value, columns, dtype=torch.int32)
+        nums = empty(NUM_FIELDS.value, columns, dtype=torch.float64)
+        self._items, self._ints, self._nums = items, ints, nums
+        self._merging = (*items, *wide, ints, nums)
+        self._bounding = (*items, ints, nums)
+        self._low = empty(columns, columns // self._group, dtype=torch.float32)
+        weight = work.options.value_weight
+        self._weight = torch.full((1,), weight * weight, dtype=torch.float64, device=k.device)
+
+    def step(self, i: int, shown: tuple[Tensor, Tensor, Tensor] | None = None, base: int = 0) -> None:
+        """Merge chunk i - 1, keep the dictionary that chunk i reads and decide what chunk i merges.
+
+        Args:
+            i: the step; one more step after the last chunk merges the last chunks.
+            shown: receives the means and log2 counts; None if nothing is read.
+            base: the first entry of `shown`.
+        """
+        work, k, v, into, gone = self.work, self.k, self.v, self.into, self._gone
+        has_next = i < work.num_steps
+        num_next = work.num_active[i] if has_next else 0
+        num_rows = max(work.num_complete[i - 1] if i else 0, num_next)
+        if not (num_rows and work.capacity):
+            return
+        heads, width, dims = work.num_kv_heads, k.shape[1], (k.shape[-1], v.shape[-1])
+        padded = {"BK": common.padded(dims[0]), "BV": common.padded(dims[1]), **common.FUSED}
+        block = common.slot_block(k, v)
+        parts = (into.key_sum, into.value_sum, into.count)
+        previous = work.first[i - 1] if i else 0
+        advance_items[(num_rows * heads, triton.cdiv(work.capacity, block))](
+            k, v, self.slots, *parts, work.table, *(shown or parts),
+            gone.slot, gone.into, gone.count, gone.keys, gone.values, *self._items, self._nums,
+            previous, work.first[i], base, num_next, 0 if self._is_kept else previous,
+            width, self._chunk_size, heads, *dims, work.capacity, self._columns,
+            HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None,
+            BN=block, BT=common.score_block(k), **padded, num_warps=8,
+        )  # fmt: skip
+        if has_next and work.num_complete[i]:
+            self._decide(i)
+
+    def _decide(self, i: int) -> None:
+        """Decide where the tokens of a complete chunk go and which slots leave."""
+        work, gone = self.work, self._gone
+        heads, width, size = work.num_kv_heads, self.k.shape[1], self._chunk_size
+        dims = (self.k.shape[-1], self.v.shape[-1])
+        streams = work.num_complete[i] * heads
+        padded = {"BK": common.padded(dims[0]), "BV": common.padded(dims[1]), **common.FUSED}
+        # A program that ranks all columns of a stream.
+        ranking = {
+            "BL": triton.next_power_of_2(self._columns),
+            "num_warps": 8 if self._columns <= 4096 else 16,
+        }
+        entry = work.first[i]
+        base = 0 if self._is_kept else entry
+        prepare[(streams,)](
+            self.k, self.v, work.table, *self._items, self._ints, self._nums, entry, self._weight,
+            width, size, heads, *dims, self._columns, self._first_token, BC=16, **ranking, **padded,
+        )  # fmt: skip
+        if work.num_due[i]:
+            self._merge(streams, dims, padded, ranking)
+        settle[(streams,)](
+            work.table, self._ints, self.into.count, self.slots, gone.slot, gone.into, gone.count,
+            entry, base, width, size, heads, work.capacity, self._columns, self._first_token,
+            **ranking, **common.FUSED,
+        )  # fmt: skip
+        keep[(streams, triton.cdiv(size, _KEPT))](
+            self.into.key_sum, self.into.value_sum, gone.slot, gone.keys, gone.values, entry, base,
+            size, heads, *dims, work.capacity, BN=_KEPT, **padded,
+        )  # fmt: skip
+
+    def _merge(
+        self, streams: int, dims: tuple[int, int], padded: dict[str, int], ranking: dict[str, int]
+    ) -> None:
+        """Merge pairs until the items of every stream fit."""
+        low, size, columns, last = self._low, self._chunk_size, self._columns, self._last
+        groups = {"GROUP": self._group}
+        sides = {"TILE": TILE, **groups, **padded, "num_warps": 8}
+        found = {**groups, "BG": triton.next_power_of_2(columns // self._group), **padded}
+        tiles = columns // TILE
+        all_tiles = tiles - last // TILE
+        shared = max(1, min(columns, common.programs(low.device, _REFINED_EACH) // streams))
+        estimate_all[(streams, all_tiles, all_tiles)](
+            *self._bounding, low, *dims, size, columns, self._first_token, **sides
+        )
+        arguments = (*self._merging, low, *dims, size, columns, self._first_token, last)
+        refine[(streams, shared)](*arguments, **found)
+        for _ in range(ROUNDS):
+            merge_pairs[(streams,)](*self._merging, *dims, columns, last, BQ=_KEPT, **ranking, **padded)
+            estimate_merged[(streams, last // TILE + 1, tiles)](
+                *self._bounding, low, *dims, size, columns, self._first_token, last, **sides
+            )
+            refine[(streams, shared)](*arguments, **found)
+        finish[(streams,)](*arguments, TILE=TILE, BQ=_KEPT, **{**found, **ranking})
