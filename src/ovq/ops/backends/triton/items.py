@@ -23,6 +23,7 @@ from ovq.ops.backends.triton.common import (
 )
 from ovq.ops.backends.triton.recurrence import add_tokens
 
+# The tables of a stream are `ints` and `nums`; field F of column i is at F * L + i, for L columns.
 # Fields of integers: the column itself, the one it was merged into, or -1; its lowest member; its nearest
 # column, or -1 if that is not known; whether no other is as near; and lists that the kernels work through.
 INTO = tl.constexpr(0)
@@ -57,18 +58,6 @@ NUM_FIELDS = tl.constexpr(6)
 FACTOR = tl.constexpr(0)
 TIED = tl.constexpr(1)
 LIMIT = tl.constexpr(2)
-
-
-@triton.jit
-def int_field(ints, stream, FIELD, L):
-    """Pointer to a field of integers of a stream with L columns."""
-    return ints + (stream.to(tl.int64) * INT_FIELDS + FIELD) * L
-
-
-@triton.jit
-def num_field(nums, stream, FIELD, L):
-    """Pointer to a field of float64 numbers."""
-    return nums + (stream.to(tl.int64) * NUM_FIELDS + FIELD) * L
 
 
 @triton.jit
@@ -155,11 +144,12 @@ def advance_items(
                     put_rows(snap_values, shown, mean_values, is_used, V, BV)
                     tl.store(snap_bias + shown, tl.log2(tl.maximum(counts, 1).to(tl.float32)), mask=is_used)
                 if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
+                    nums += stream.to(tl.int64) * NUM_FIELDS * L
                     put_items(
                         item_keys, item_values, nums, stream, slot, mean_keys, mean_values, is_used, K, V, L,
                         BK, BV,
                     )  # fmt: skip
-                    tl.store(num_field(nums, stream, COUNT, L) + slot, counts.to(tl.float64), mask=is_used)
+                    tl.store(nums + L * COUNT + slot, counts.to(tl.float64), mask=is_used)
 
 
 @triton.jit
@@ -172,8 +162,8 @@ def put_items(
     put_rows(item_keys, place, keys, mask, K, BK)
     put_rows(item_values, place, values, mask, V, BV)
     keys, values = keys.to(tl.float64), values.to(tl.float64)
-    tl.store(num_field(nums, stream, KEY_SQUARE, L) + column, tl.sum(keys * keys, 1), mask=mask)
-    tl.store(num_field(nums, stream, VALUE_SQUARE, L) + column, tl.sum(values * values, 1), mask=mask)
+    tl.store(nums + L * KEY_SQUARE + column, tl.sum(keys * keys, 1), mask=mask)
+    tl.store(nums + L * VALUE_SQUARE + column, tl.sum(values * values, 1), mask=mask)
 
 
 @triton.jit
@@ -199,6 +189,8 @@ def prepare(
     stream = tl.program_id(0)
     row = stream // H
     head = stream % H
+    ints += stream.to(tl.int64) * INT_FIELDS * L
+    nums += stream.to(tl.int64) * NUM_FIELDS * L
     entry = table + (current + row) * COLUMNS
     chunk = tl.load(entry + CHUNK).to(tl.int64)
     num = tl.load(entry + BEFORE)
@@ -213,9 +205,9 @@ def prepare(
     is_slot = i < num
     is_token = (i >= PS) & (i < PS + C)
     is_there = is_slot | is_token
-    counts = tl.load(num_field(nums, stream, COUNT, L) + i, mask=is_slot, other=1.0)
-    key_squares = tl.load(num_field(nums, stream, KEY_SQUARE, L) + i, mask=is_there, other=0.0)
-    value_squares = tl.load(num_field(nums, stream, VALUE_SQUARE, L) + i, mask=is_there, other=0.0)
+    counts = tl.load(nums + L * COUNT + i, mask=is_slot, other=1.0)
+    key_squares = tl.load(nums + L * KEY_SQUARE + i, mask=is_there, other=0.0)
+    value_squares = tl.load(nums + L * VALUE_SQUARE + i, mask=is_there, other=0.0)
     # The mean squared length of values, of items whose values are finite.
     has_length = is_there & (value_squares < float("inf"))
     total = tl.sum(tl.where(has_length, counts, 0.0), 0)
@@ -226,12 +218,12 @@ def prepare(
     is_unusual = _are_unusual(key_squares) | _are_unusual(value_squares) | _are_unusual(factor * value_squares)
     is_wide = tl.max((is_there & is_unusual).to(tl.int32), 0)
     is_wide = tl.maximum(is_wide, ((factor > 0) & ((factor < SHORTEST * SHORTEST) | (factor > LONGEST * LONGEST))).to(tl.int32))
-    shared = num_field(nums, stream, SHARED, L)
+    shared = nums + L * SHARED
     tl.store(shared + FACTOR, factor)
     tl.store(shared + TIED, longest * TIE)
     # Below all bounds: nothing is known yet but them.
     tl.store(shared + LIMIT, -1.0)
-    control = int_field(ints, stream, CONTROL, L)
+    control = ints + L * CONTROL
     due = num + C - tl.load(entry + AFTER)
     tl.store(control + LEFT, due)
     tl.store(control + MERGED, 0)
@@ -239,11 +231,11 @@ def prepare(
     tl.store(control + NUM_LISTED, tl.where(due > 0, num + C, 0))
     tl.store(control + IS_WIDE, is_wide)
     tl.store(control + NUM_SLOTS, num)
-    tl.store(num_field(nums, stream, COUNT, L) + i, counts, mask=is_token)
-    tl.store(int_field(ints, stream, INTO, L) + i, tl.where(is_there, i, -1), mask=i < L)
-    tl.store(int_field(ints, stream, INDEX, L) + i, i, mask=i < L)
-    tl.store(int_field(ints, stream, PARTNER, L) + i, -1 + 0 * i, mask=i < L)
-    tl.store(int_field(ints, stream, LISTED, L) + tl.where(is_slot, i, num + i - PS), i, mask=is_there)
+    tl.store(nums + L * COUNT + i, counts, mask=is_token)
+    tl.store(ints + L * INTO + i, tl.where(is_there, i, -1), mask=i < L)
+    tl.store(ints + L * INDEX + i, i, mask=i < L)
+    tl.store(ints + L * PARTNER + i, -1 + 0 * i, mask=i < L)
+    tl.store(ints + L * LISTED + tl.where(is_slot, i, num + i - PS), i, mask=is_there)
 
 
 @triton.jit
@@ -275,6 +267,7 @@ def settle(
     stream = tl.program_id(0)
     row = stream // H
     head = stream % H
+    ints += stream.to(tl.int64) * INT_FIELDS * L
     entry = table + (current + row) * COLUMNS
     chunk = tl.load(entry + CHUNK).to(tl.int64)
     num, after = tl.load(entry + BEFORE), tl.load(entry + AFTER)
@@ -282,11 +275,11 @@ def settle(
     is_slot = i < num
     is_token = (i >= PS) & (i < PS + C)
     is_there = is_slot | is_token
-    into = int_field(ints, stream, INTO, L)
-    lowest = tl.load(int_field(ints, stream, INDEX, L) + _root(into, i, is_there), mask=is_there, other=-1)
+    into = ints + L * INTO
+    lowest = tl.load(ints + L * INDEX + _root(into, i, is_there), mask=is_there, other=-1)
     # Free slots in order, then the clusters that take them.
-    free = int_field(ints, stream, MEMBER, L)
-    home = int_field(ints, stream, OWNER, L)
+    free = ints + L * MEMBER
+    home = ints + L * OWNER
     is_free = (i < after) & ((i >= num) | (lowest != i))
     tl.store(free + tl.cumsum(is_free.to(tl.int32), 0) - 1, i, mask=is_free)
     tl.debug_barrier()

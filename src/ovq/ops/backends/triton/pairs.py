@@ -18,6 +18,7 @@ from ovq.ops.backends.triton.items import (
     FACTOR,
     FRESH,
     INDEX,
+    INT_FIELDS,
     INTO,
     IS_SINGLE,
     IS_WIDE,
@@ -25,14 +26,13 @@ from ovq.ops.backends.triton.items import (
     LIMIT,
     LISTED,
     MERGED,
+    NUM_FIELDS,
     NUM_LISTED,
     NUM_SLOTS,
     PARTNER,
     SHARED,
     TIED,
     VALUE_SQUARE,
-    int_field,
-    num_field,
 )
 
 
@@ -63,10 +63,10 @@ def _of_groups(low, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _squares(nums, stream, column, mask, factor, L):
+def _squares(nums, column, mask, factor, L):
     """Squared lengths of columns in float32, values scaled."""
-    keys = tl.load(num_field(nums, stream, KEY_SQUARE, L) + column, mask=mask, other=0.0)
-    values = tl.load(num_field(nums, stream, VALUE_SQUARE, L) + column, mask=mask, other=0.0)
+    keys = tl.load(nums + L * KEY_SQUARE + column, mask=mask, other=0.0)
+    values = tl.load(nums + L * VALUE_SQUARE + column, mask=mask, other=0.0)
     return (keys + factor * values).to(tl.float32)
 
 
@@ -78,20 +78,20 @@ def estimate_tile(
     """Lower bounds of the costs of a tile of pairs, by groups of columns and, as costs are symmetric, of rows."""
     a = tile * TILE + tl.arange(0, TILE)
     b = other * TILE + tl.arange(0, TILE)
-    into = int_field(ints, stream, INTO, L)
+    into = ints + L * INTO
     has_a, has_b = tl.load(into + a) == a, tl.load(into + b) == b
     bounds = tl.zeros([TILE, TILE], tl.float32)
-    if tl.load(int_field(ints, stream, CONTROL, L) + IS_WIDE) == 0:
-        factor = tl.load(num_field(nums, stream, SHARED, L) + FACTOR)
+    if tl.load(ints + L * CONTROL + IS_WIDE) == 0:
+        factor = tl.load(nums + L * SHARED + FACTOR)
         # Rounding of the products is at most 3 EPS per term, that of the parts left out 100 EPS.
         kept = 1 - (4 * (K + V) + 256) * EPS
         place = stream.to(tl.int64) * L
         products = _products(rows(item_values, place + a, has_a, V, BV), rows(item_values, place + b, has_b, V, BV))
         products *= factor.to(tl.float32)
         products += _products(rows(item_keys, place + a, has_a, K, BK), rows(item_keys, place + b, has_b, K, BK))
-        of_a = kept * _squares(nums, stream, a, has_a, factor, L)
-        of_b = kept * _squares(nums, stream, b, has_b, factor, L)
-        count = num_field(nums, stream, COUNT, L)
+        of_a = kept * _squares(nums, a, has_a, factor, L)
+        of_b = kept * _squares(nums, b, has_b, factor, L)
+        count = nums + L * COUNT
         m = tl.load(count + a, mask=has_a, other=1.0).to(tl.float32)
         n = tl.load(count + b, mask=has_b, other=1.0).to(tl.float32)
         share = m[:, None] * n[None, :] / (m[:, None] + n[None, :])
@@ -123,8 +123,8 @@ def _costs(
 ):  # fmt: skip
     """What merging an item with each column of a group costs `[GROUP]`, the columns, and which there are."""
     column = group * GROUP + tl.arange(0, GROUP)
-    is_there = (tl.load(int_field(ints, stream, INTO, L) + column) == column) & (column != item)
-    count = tl.load(num_field(nums, stream, COUNT, L) + column, mask=is_there, other=1.0)
+    is_there = (tl.load(ints + L * INTO + column) == column) & (column != item)
+    count = tl.load(nums + L * COUNT + column, mask=is_there, other=1.0)
     x = wide_rows(item_keys, wide_keys, stream, column, is_there, L, LAST, K, BK) - key
     y = wide_rows(item_values, wide_values, stream, column, is_there, L, LAST, V, BV) - value
     cost = count * own / (count + own) * (tl.sum(x * x, 1) + factor * tl.sum(y * y, 1))
@@ -142,9 +142,9 @@ def refine_item(
 
     Of columns that are equally near, up to the tie, it is the one with the lowest member.
     """
-    shared = num_field(nums, stream, SHARED, L)
+    shared = nums + L * SHARED
     factor, tie = tl.load(shared + FACTOR), tl.load(shared + TIED)
-    control = int_field(ints, stream, CONTROL, L)
+    control = ints + L * CONTROL
     g = tl.arange(0, BG)
     first = g * GROUP
     is_used = (first < tl.load(control + NUM_SLOTS)) | ((first >= PS) & (first < PS + C))
@@ -154,7 +154,7 @@ def refine_item(
     bound = floor.to(tl.float64)
     partner = item * 0 - 1
     if bound <= tl.load(shared + LIMIT):
-        own = tl.load(num_field(nums, stream, COUNT, L) + item)
+        own = tl.load(nums + L * COUNT + item)
         one = item + tl.arange(0, 1)
         key = wide_rows(item_keys, wide_keys, stream, one, one >= 0, L, LAST, K, BK)
         value = wide_rows(item_values, wide_values, stream, one, one >= 0, L, LAST, V, BV)
@@ -191,7 +191,7 @@ def refine_item(
                     group, item, key, value, own, factor, tie, stream, item_keys, item_values, wide_keys,
                     wide_values, ints, nums, K, V, L, LAST, GROUP, BK, BV,
                 )  # fmt: skip
-                members = tl.load(int_field(ints, stream, INDEX, L) + column)
+                members = tl.load(ints + L * INDEX + column)
                 members = tl.where(is_there & (costs <= best + tie), members, L)
                 own_index = tl.min(members, 0)
                 is_lower = own_index < index
@@ -200,10 +200,10 @@ def refine_item(
                 index = tl.minimum(index, own_index)
                 is_waiting = is_waiting & (g != group)
                 group = tl.min(tl.where(is_waiting, g, BG), 0)
-        tl.store(num_field(nums, stream, COST, L) + item, near)
-        tl.store(int_field(ints, stream, IS_SINGLE, L) + item, is_single.to(tl.int32))
-    tl.store(int_field(ints, stream, PARTNER, L) + item, partner)
-    tl.store(num_field(nums, stream, BOUND, L) + item, bound)
+        tl.store(nums + L * COST + item, near)
+        tl.store(ints + L * IS_SINGLE + item, is_single.to(tl.int32))
+    tl.store(ints + L * PARTNER + item, partner)
+    tl.store(nums + L * BOUND + item, bound)
 
 
 @triton.jit
@@ -220,7 +220,9 @@ def estimate_all(
         PS: column of the first token.
     """
     stream, tile, other = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    control = int_field(ints, stream, CONTROL, L)
+    ints += stream.to(tl.int64) * INT_FIELDS * L
+    nums += stream.to(tl.int64) * NUM_FIELDS * L
+    control = ints + L * CONTROL
     num = tl.load(control + NUM_SLOTS)
     is_used = (tile * TILE < num) | (tile * TILE >= PS)
     is_used &= (other * TILE < num) | (other * TILE >= PS)
@@ -235,7 +237,9 @@ def estimate_merged(
 ):  # fmt: skip
     """The same for what was merged in this round, with all columns; grid (streams, tiles, tiles)."""
     stream, tile, other = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    control = int_field(ints, stream, CONTROL, L)
+    ints += stream.to(tl.int64) * INT_FIELDS * L
+    nums += stream.to(tl.int64) * NUM_FIELDS * L
+    control = ints + L * CONTROL
     num, merged = tl.load(control + NUM_SLOTS), tl.load(control + MERGED)
     first = (L - LAST + tl.load(control + FRESH)) // TILE
     end = tl.cdiv(L - LAST + merged, TILE)
@@ -257,8 +261,10 @@ def refine(
         wide_keys: `[streams, LAST, K]` float64 means of merged columns. wide_values: likewise.
     """
     stream = tl.program_id(0)
-    num = tl.load(int_field(ints, stream, CONTROL, L) + NUM_LISTED)
-    listed = int_field(ints, stream, LISTED, L)
+    ints += stream.to(tl.int64) * INT_FIELDS * L
+    nums += stream.to(tl.int64) * NUM_FIELDS * L
+    num = tl.load(ints + L * CONTROL + NUM_LISTED)
+    listed = ints + L * LISTED
     for n in range(tl.program_id(1), num, tl.num_programs(1)):
         refine_item(
             stream, tl.load(listed + n), item_keys, item_values, wide_keys, wide_values, ints, nums, low, K,

@@ -16,6 +16,7 @@ from ovq.ops.backends.triton.items import (
     FRESH,
     HEAD,
     INDEX,
+    INT_FIELDS,
     INTO,
     IS_SINGLE,
     LEFT,
@@ -23,6 +24,7 @@ from ovq.ops.backends.triton.items import (
     LISTED,
     MEMBER,
     MERGED,
+    NUM_FIELDS,
     NUM_LISTED,
     NUM_SLOTS,
     ORDINAL,
@@ -30,8 +32,6 @@ from ovq.ops.backends.triton.items import (
     PARTNER,
     SHARED,
     TIED,
-    int_field,
-    num_field,
     put_items,
 )
 from ovq.ops.backends.triton.pairs import estimate_tile, refine_item, wide_rows
@@ -63,22 +63,22 @@ def _merge(
         num_heads: how many columns HEAD lists. num_members: how many MEMBER lists; OWNER has their heads.
         start: how many columns have been merged before.
     """
-    count = num_field(nums, stream, COUNT, L)
+    count = nums + L * COUNT
     for q_from in range(0, num_heads, BQ):
         q = q_from + tl.arange(0, BQ)
         is_head = q < num_heads
-        column = tl.load(int_field(ints, stream, HEAD, L) + q, mask=is_head, other=0)
+        column = tl.load(ints + L * HEAD + q, mask=is_head, other=0)
         total = tl.load(count + column, mask=is_head, other=1.0)
         keys = wide_rows(item_keys, wide_keys, stream, column, is_head, L, LAST, K, BK) * total[:, None]
         values = wide_rows(item_values, wide_values, stream, column, is_head, L, LAST, V, BV) * total[:, None]
         for s_from in range(0, num_members, BQ):
             s = s_from + tl.arange(0, BQ)
-            owner = tl.load(int_field(ints, stream, OWNER, L) + s, mask=s < num_members, other=-1)
+            owner = tl.load(ints + L * OWNER + s, mask=s < num_members, other=-1)
             is_mine = owner[None, :] == q[:, None]
             member = tl.min(tl.where(is_mine, s[None, :], L), 1)
             while tl.min(member, 0) < L:
                 has_member = member < L
-                column = tl.load(int_field(ints, stream, MEMBER, L) + member, mask=has_member, other=0)
+                column = tl.load(ints + L * MEMBER + member, mask=has_member, other=0)
                 own = tl.load(count + column, mask=has_member, other=0.0)
                 more = wide_rows(item_keys, wide_keys, stream, column, has_member, L, LAST, K, BK)
                 keys += more * own[:, None]
@@ -105,11 +105,11 @@ def merge_round(
     BL: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Merge the pairs that are sure to be next, and list the items that are to be refined."""
-    control, shared = int_field(ints, stream, CONTROL, L), num_field(nums, stream, SHARED, L)
+    control, shared = ints + L * CONTROL, nums + L * SHARED
     left, tie = tl.load(control + LEFT), tl.load(shared + TIED)
-    into, index_of = int_field(ints, stream, INTO, L), int_field(ints, stream, INDEX, L)
-    partner_of, single = int_field(ints, stream, PARTNER, L), int_field(ints, stream, IS_SINGLE, L)
-    cost_of, bound_of = num_field(nums, stream, COST, L), num_field(nums, stream, BOUND, L)
+    into, index_of = ints + L * INTO, ints + L * INDEX
+    partner_of, single = ints + L * PARTNER, ints + L * IS_SINGLE
+    cost_of, bound_of = nums + L * COST, nums + L * BOUND
     i = tl.arange(0, BL)
     is_left = (i < L) & (tl.load(into + i, mask=i < L, other=-1) == i)
     bound = tl.load(bound_of + i, mask=is_left, other=float("inf"))
@@ -157,7 +157,7 @@ def merge_round(
     if num_chosen > 0:
         lower = tl.where(index == first, i, partner)
         upper = tl.where(index == first, partner, i)
-        ordinal_of = int_field(ints, stream, ORDINAL, L)
+        ordinal_of = ints + L * ORDINAL
         tl.store(ordinal_of + i, -1 + 0 * i, mask=i < L)
         tl.debug_barrier()
         tl.store(ordinal_of + lower, 0 * i, mask=is_chosen)
@@ -167,12 +167,12 @@ def merge_round(
         num_heads = tl.sum(is_head.to(tl.int32), 0)
         tl.debug_barrier()
         tl.store(ordinal_of + i, ordinal, mask=is_head)
-        tl.store(int_field(ints, stream, HEAD, L) + ordinal, i, mask=is_head)
+        tl.store(ints + L * HEAD + ordinal, i, mask=is_head)
         tl.debug_barrier()
         owner = tl.load(ordinal_of + lower, mask=is_chosen, other=0)
         member = tl.cumsum(is_chosen.to(tl.int32), 0) - 1
-        tl.store(int_field(ints, stream, MEMBER, L) + member, upper, mask=is_chosen)
-        tl.store(int_field(ints, stream, OWNER, L) + member, owner, mask=is_chosen)
+        tl.store(ints + L * MEMBER + member, upper, mask=is_chosen)
+        tl.store(ints + L * OWNER + member, owner, mask=is_chosen)
         tl.debug_barrier()
         _merge(
             stream, num_heads, num_chosen, before, item_keys, item_values, wide_keys, wide_values, ints, nums,
@@ -193,7 +193,7 @@ def merge_round(
     partner = tl.load(partner_of + i, mask=is_left, other=-1)
     is_known = (partner >= 0) & (tl.load(into + partner, mask=partner >= 0, other=-1) == partner)
     is_listed = is_left & (is_known == 0) & (tl.load(bound_of + i, mask=is_left, other=float("inf")) <= reach)
-    tl.store(int_field(ints, stream, LISTED, L) + tl.cumsum(is_listed.to(tl.int32), 0) - 1, i, mask=is_listed)
+    tl.store(ints + L * LISTED + tl.cumsum(is_listed.to(tl.int32), 0) - 1, i, mask=is_listed)
     tl.store(control + NUM_LISTED, tl.sum(is_listed.to(tl.int32), 0))
     tl.store(control + LEFT, left)
     tl.store(control + FRESH, before)
@@ -208,7 +208,9 @@ def merge_pairs(
 ):  # fmt: skip
     """One round of merges; grid (streams,)."""
     stream = tl.program_id(0)
-    if tl.load(int_field(ints, stream, CONTROL, L) + LEFT) > 0:
+    ints += stream.to(tl.int64) * INT_FIELDS * L
+    nums += stream.to(tl.int64) * NUM_FIELDS * L
+    if tl.load(ints + L * CONTROL + LEFT) > 0:
         merge_round(stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST, BL, BQ, BK, BV)
 
 
@@ -220,7 +222,9 @@ def finish(
 ):  # fmt: skip
     """All rounds that are left, in one program per stream; grid (streams,)."""
     stream = tl.program_id(0)
-    control = int_field(ints, stream, CONTROL, L)
+    ints += stream.to(tl.int64) * INT_FIELDS * L
+    nums += stream.to(tl.int64) * NUM_FIELDS * L
+    control = ints + L * CONTROL
     left = tl.load(control + LEFT)
     while left > 0:
         merge_round(stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST, BL, BQ, BK, BV)
@@ -239,7 +243,7 @@ def finish(
             tl.debug_barrier()
         for n in range(0, num_listed):
             refine_item(
-                stream, tl.load(int_field(ints, stream, LISTED, L) + n), item_keys, item_values, wide_keys,
+                stream, tl.load(ints + L * LISTED + n), item_keys, item_values, wide_keys,
                 wide_values, ints, nums, low, K, V, C, L, PS, LAST, GROUP, BG, BK, BV,
             )  # fmt: skip
         tl.debug_barrier()

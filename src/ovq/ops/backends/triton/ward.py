@@ -28,7 +28,7 @@ ROUNDS = 8
 TILE = 64
 GROUPS = ((4096, 16), (1 << 30, 64))
 # Items refined at once, per multiprocessor.
-_REFINED_EACH = 8
+REFINED_EACH = 8
 # Slots that one program keeps, and columns merged side by side.
 _KEPT = 16
 
@@ -176,7 +176,7 @@ class WardRecurrence:
         found = {**groups, "BG": triton.next_power_of_2(columns // self._group), **padded}
         tiles = columns // TILE
         all_tiles = tiles - last // TILE
-        shared = max(1, min(columns, common.programs(low.device, _REFINED_EACH) // streams))
+        shared = max(1, min(columns, common.programs(low.device, REFINED_EACH) // streams))
         estimate_all[(streams, all_tiles, all_tiles)](
             *self._bounding, low, *dims, size, columns, self._first_token, **sides
         )
