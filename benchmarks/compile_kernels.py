@@ -81,13 +81,15 @@ def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
     )
     pending = (state.pending_keys, state.pending_values)
     bounds = torch.tensor([[0], [length]])
-    o, *sums, _, _ = library.attention(
-        q.requires_grad_(), k, v, torch.ones(2), bounds, slots, chunk_size, "plateau"
-    )
-    o.sum().backward()
+    q.requires_grad_()
+    for merge in ("existing", "ward"):
+        o, *rest = library.attention(
+            q, k, v, torch.ones(2), bounds, slots, chunk_size, "plateau", merge, 0.5, True
+        )
+        o.sum().backward()
     token = (x[:, :1].detach() for x in (q, k, v))
     places = torch.zeros(0, dtype=torch.int32)
-    decode.read_pending_and_slots(*token, torch.ones(2), *(x.detach() for x in sums), *pending, places, 0)
+    decode.read_pending_and_slots(*token, torch.ones(2), *(x.detach() for x in rest[:3]), *pending, places, 0)
 
 
 def _resources(kernel) -> dict:

@@ -22,7 +22,7 @@ class Backend:
         op: `backend` of `ovq_attention`.
         dtypes: names of the dtypes to draw from; those named twice are drawn twice as often.
         has_kernels: whether the compiled kernels may run, where a model chooses.
-        has_options: whether it knows the options of the ablations.
+        has_options: whether it knows the options of the ablations, beside merge="ward" that all know.
         kinds: of programs it runs.
         is_slow: whether programs must be tiny.
     """
@@ -47,6 +47,13 @@ class Backend:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore", RuntimeWarning)
             yield
+
+    def known(self, options: dict[str, float | str]) -> dict[str, float | str]:
+        """Those of drawn `options` that it knows; the others stay as they are by default."""
+        if self.has_options:
+            return options
+        names = ("merge", "value_weight") if options["merge"] == "ward" else ()
+        return {name: options[name] for name in names}
 
     def missing(self) -> str | None:
         """Why it cannot run here; None if it can."""

@@ -125,7 +125,7 @@ class OpCall(Program):
             orders=tuple(rng.choice(["plain", rng.choice(orders)]) for _ in "qkv"),
             num_keys=rng.choice([0, 0, 0, 1, 3]),
             special=_drawn_special(rng, rows, options["rate"]) if rng.random() < 0.4 else (),
-            **(options if backend.has_options else {}),
+            **backend.known(options),
         )
 
     def check(self, name: str) -> None:

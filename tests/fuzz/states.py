@@ -90,7 +90,7 @@ class StateProgram(Program):
             num_slots=rng.choice([1, 2, 5, 9, 30]),
             chunk_size=rng.choice([1, 2, 3, 4, 5]),
             growth=rng.choice(GROWTHS),
-            **(options if backend.has_options else {}),
+            **backend.known(options),
         )
 
     def check(self, name: str) -> None:

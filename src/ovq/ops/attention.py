@@ -92,8 +92,9 @@ def ovq_attention(
             squared length, beside those between keys.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
-            this processor; float32 and bfloat16), `"triton"` (kernels for GPUs; default `init` and `merge`,
-            no float64) or `"auto"`: the fastest that can run the call; `backend_used()` tells which ran.
+            this processor; float32 and bfloat16), `"triton"` (kernels for GPUs; no float64, merge
+            `"existing"` or `"ward"`) or `"auto"`: the fastest that can run the call; `backend_used()` tells
+            which ran.
 
     Returns:
         Outputs `[B, T, H, V]` in the dtype of `q`, and the final `OVQState` (None unless asked for).

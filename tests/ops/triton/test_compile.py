@@ -38,4 +38,13 @@ def test_the_kernels_compile_for_an_h100():
         "deposit",
         "grad_tokens",
         "read_token",
+        "advance_items",
+        "prepare",
+        "estimate_all",
+        "estimate_merged",
+        "refine",
+        "merge_pairs",
+        "finish",
+        "settle",
+        "keep",
     }

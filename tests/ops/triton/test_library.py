@@ -25,19 +25,22 @@ def test_operators_are_what_pytorch_expects():
 
     q, k, v = inputs(1, 5, 1, 1, 4, 3, dtype=torch.float32)
     leaves = [x.clone().requires_grad_() for x in (q, k, v, torch.ones(1))]
-    torch.library.opcheck(library.attention, (*leaves, torch.tensor([[0], [5]]), 4, 4, "plateau"))
+    for merge in ("existing", "ward"):
+        options = (4, 2, "plateau", merge, 0.5, True)
+        torch.library.opcheck(library.attention, (*leaves, torch.tensor([[0], [5]]), *options))
     torch.library.opcheck(library.row_bounds, (q, None, torch.tensor([0, 4, 5])))
     token = [x[:, :1] for x in (q, k, v)]
     places = torch.zeros(0, dtype=torch.int32)
     torch.library.opcheck(decode.read_pending_and_slots, (*token, torch.ones(1), *empty_state(), places, 0))
 
 
-@pytest.mark.parametrize("rows", ["dense", "padded", "packed", "checked"])
+@pytest.mark.parametrize("rows", ["dense", "padded", "packed", "checked", "ward"])
 def test_a_compiled_call_is_one_whole_graph(rows):
     q, k, v = inputs(1, 9, 2, 1, 4, 3, dtype=torch.float32)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
     given = {
         "dense": {},
+        "ward": {"merge": "ward"},
         "padded": {"attention_mask": mask},
         "packed": {"cu_seqlens": torch.tensor([0, 4, 9])},
         "checked": {"attention_mask": RowBounds(torch.tensor([[0, 4], [4, 5]]))},

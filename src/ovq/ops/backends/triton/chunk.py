@@ -48,6 +48,7 @@ class _ChunkAttention(torch.autograd.Function):
         lse = torch.zeros(num_chunks, num_heads, width, dtype=torch.float32, device=q.device)
         slots = torch.zeros(num_chunks, k.shape[2], width, dtype=torch.int32, device=q.device)
         ctx.work = Work(plan, count.shape[2], q.device)
+        # Slots merged into others cannot be taken out again without what was in them.
         gone = None
         if plan.options.merge == "ward" and any(ctx.needs_input_grad):
             gone = Gone.empty(ctx.work, k, v, is_kept=True)
@@ -69,9 +70,9 @@ class _ChunkAttention(torch.autograd.Function):
         grad_value_sum: Tensor | None,
         _: None,
     ) -> tuple[Tensor | None, ...]:
-        tensors, rest = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
-        final, gone = Dictionary(*rest[:3]), Gone(*rest[3:]) if len(rest) > 3 else None
-        saved, (key_sum, value_sum, count) = Saved(*tensors, gone), rest[:3]
+        q, k, v, scale, o, lse, slots, key_sum, value_sum, count, *parts = ctx.saved_tensors
+        saved = Saved(q, k, v, scale, o, lse, slots, Gone(*parts) if parts else None)
+        final = Dictionary(key_sum, value_sum, count)
         grad_o = torch.zeros_like(saved.o) if grad_o is None else grad_o.contiguous()
         grads = Dictionary(
             torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum),

@@ -180,7 +180,11 @@ def read_pending_and_slots(
     group_block = triton.next_power_of_2(group)
     widest = max(common.padded(dim), common.padded(value_dim))
     block = max(1, min(64, _TILE // (group_block * widest)))
-    splits = max(1, min(triton.cdiv(slots, block), common.programs(q.device, _PROGRAMS_EACH) // streams)) if slots else 0
+    splits = (
+        max(1, min(triton.cdiv(slots, block), common.programs(q.device, _PROGRAMS_EACH) // streams))
+        if slots
+        else 0
+    )
     per = triton.cdiv(triton.cdiv(slots, block), max(1, splits)) * block
     splits += 1
     tops = torch.empty(2, streams * splits * group_block, dtype=torch.float32, device=q.device)

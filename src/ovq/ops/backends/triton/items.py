@@ -122,12 +122,26 @@ def advance_items(
                     key_sums, counts, slot, gone_keys, gone_into + gone, gone, 1, C, K, 1, BT, BK, gone_count
                 )
                 value_sums, counts = add_tokens(
-                    value_sums, counts, slot, gone_values, gone_into + gone, gone, 1, C, V, 1, BT, BV, gone_count
+                    value_sums,
+                    counts,
+                    slot,
+                    gone_values,
+                    gone_into + gone,
+                    gone,
+                    1,
+                    C,
+                    V,
+                    1,
+                    BT,
+                    BV,
+                    gone_count,
                 )
                 chosen = slots + (chunk * H + head) * W
                 first = chunk * W * H + head
                 key_sums, _ = add_tokens(key_sums, counts, slot, k, chosen, first, H, C, K, 1, BT, BK)
-                value_sums, counts = add_tokens(value_sums, counts, slot, v, chosen, first, H, C, V, 1, BT, BV)
+                value_sums, counts = add_tokens(
+                    value_sums, counts, slot, v, chosen, first, H, C, V, 1, BT, BV
+                )
                 is_changed = is_in & (is_gone | (counts != before))
                 put_rows(key_sum, place, key_sums, is_changed, K, BK)
                 put_rows(value_sum, place, value_sums, is_changed, V, BV)
@@ -168,7 +182,7 @@ def put_items(
 
 @triton.jit
 def _are_unusual(squares):
-    """Which squared lengths are those of vectors that are too short or too long for float32, or not finite."""
+    """Which squared lengths are of vectors too short or too long for float32 products, or not finite."""
     is_ordinary = (squares >= SHORTEST * SHORTEST) & (squares <= LONGEST * LONGEST)
     return (is_ordinary | (squares == 0)) == 0
 
@@ -215,9 +229,13 @@ def prepare(
     factor = tl.where(power > 0, tl.load(weight) / tl.where(power > 0, power, 1.0), 0.0)
     squares = key_squares + factor * value_squares
     longest = tl.max(tl.where(is_there & (squares < float("inf")), squares, 0.0), 0)
-    is_unusual = _are_unusual(key_squares) | _are_unusual(value_squares) | _are_unusual(factor * value_squares)
+    is_unusual = (
+        _are_unusual(key_squares) | _are_unusual(value_squares) | _are_unusual(factor * value_squares)
+    )
     is_wide = tl.max((is_there & is_unusual).to(tl.int32), 0)
-    is_wide = tl.maximum(is_wide, ((factor > 0) & ((factor < SHORTEST * SHORTEST) | (factor > LONGEST * LONGEST))).to(tl.int32))
+    is_wide = tl.maximum(
+        is_wide, ((factor > 0) & ((factor < SHORTEST * SHORTEST) | (factor > LONGEST * LONGEST))).to(tl.int32)
+    )
     shared = nums + L * SHARED
     tl.store(shared + FACTOR, factor)
     tl.store(shared + TIED, longest * TIE)

@@ -303,7 +303,8 @@ class _Walk:
             rewind[grid](
                 x, self.saved.slots, sums, after, before, work.table, work.first_of_step, work.rows_of_step,
                 snaps, shown.bias, *self._gone(i), *arguments, x.shape[-1], work.capacity,
-                HAS_BIAS=i == 0, HAS_GONE=self.saved.gone is not None, BD=common.padded(x.shape[-1]), **blocks,
+                HAS_BIAS=i == 0, HAS_GONE=self.saved.gone is not None,
+                BD=common.padded(x.shape[-1]), **blocks,
             )  # fmt: skip
         self._counts = before, after
 

@@ -16,6 +16,7 @@ from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.triton.launch import Saved, backward, forward
+from ovq.ops.backends.triton.ward import Gone
 from ovq.ops.backends.triton.work import Work
 from ovq.ops.call import Rows
 from ovq.ops.checks import checked_rows
@@ -32,7 +33,10 @@ def attention(
     num_slots: int,
     chunk_size: int,
     growth: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    merge: str,
+    value_weight: float,
+    is_kept: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs `[B, T, H, V]` of a call without initial or final state, and what its backward needs.
 
     Args:
@@ -42,11 +46,14 @@ def attention(
         num_slots: N.
         chunk_size: C.
         growth: the schedule.
+        merge: the merge rule, `"existing"` or `"ward"`.
+        value_weight: w of the latter.
+        is_kept: whether there will be a backward, which by merge="ward" needs the slots that were merged.
 
     Returns:
         The outputs; then the final sums and counts with N slots, for rows sorted by length; then the
         log2-sum-exp2 of the queries and the slots of the keys, chunk-aligned and flat, with room for
-        `_num_places` tokens.
+        `_num_places` tokens; then the attributes of `Gone`, flat as well, empty unless they are kept.
     """
     streams = (bounds.shape[1], k.shape[2], num_slots)
     sums = Dictionary(
@@ -57,8 +64,9 @@ def attention(
     places = _num_places(q, bounds, chunk_size)
     lse = scale.new_zeros(places * q.shape[2])
     slots = scale.new_zeros(places * k.shape[2], dtype=torch.int32)
+    gone = _flat_gone(k, v, scale, places if is_kept and merge == "ward" else 0)
     if bool(bounds[1].any()):
-        call = _Prepared(q, k, bounds, num_slots, chunk_size, growth)
+        call = _Prepared(q, k, bounds, num_slots, chunk_size, growth, merge, value_weight)
         o = call.unalign(
             forward(
                 call.align(q),
@@ -69,11 +77,12 @@ def attention(
                 call.of_chunks(slots, k.shape[2]),
                 sums,
                 call.work,
+                call.gone(gone),
             )
         )
     else:
         o = q.new_zeros(*q.shape[:3], v.shape[3])
-    return o, sums.key_sum, sums.value_sum, sums.count, lse, slots
+    return o, sums.key_sum, sums.value_sum, sums.count, lse, slots, *gone
 
 
 def _num_places(q: Tensor, bounds: Tensor, chunk_size: int) -> int:
@@ -91,6 +100,9 @@ def _(
     num_slots: int,
     chunk_size: int,
     growth: str,
+    merge: str,
+    value_weight: float,
+    is_kept: bool,
 ) -> tuple[Tensor, ...]:
     streams, places = (bounds.shape[1], k.shape[2], num_slots), _num_places(q, bounds, chunk_size)
     return (
@@ -100,6 +112,21 @@ def _(
         scale.new_empty(streams, dtype=torch.int64),
         scale.new_empty(places * q.shape[2]),
         scale.new_empty(places * k.shape[2], dtype=torch.int32),
+        *_flat_gone(k, v, scale, places if is_kept and merge == "ward" else 0),
+    )
+
+
+def _flat_gone(
+    k: Tensor, v: Tensor, scale: Tensor, places: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Room for the attributes of `Gone` with a merge per place and head, flat."""
+    num = places * k.shape[2]
+    return (
+        scale.new_empty(num, dtype=torch.int32),
+        scale.new_empty(num, dtype=torch.int32),
+        scale.new_empty(num, dtype=torch.int64),
+        scale.new_empty(num * k.shape[3]),
+        scale.new_empty(num * v.shape[3]),
     )
 
 
@@ -117,14 +144,22 @@ def attention_backward(
     count: Tensor,
     lse: Tensor,
     slots: Tensor,
+    gone_slot: Tensor,
+    gone_into: Tensor,
+    gone_count: Tensor,
+    gone_keys: Tensor,
+    gone_values: Tensor,
     num_slots: int,
     chunk_size: int,
     growth: str,
+    merge: str,
+    value_weight: float,
+    is_kept: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the scale, from the arguments of `attention` and what it returned."""
     if not bool(bounds[1].any()):
         return _like(q, k, v, scale)
-    call = _Prepared(q, k, bounds, num_slots, chunk_size, growth)
+    call = _Prepared(q, k, bounds, num_slots, chunk_size, growth, merge, value_weight)
     saved = Saved(
         call.align(q),
         call.align(k),
@@ -133,6 +168,7 @@ def attention_backward(
         call.align(o),
         call.of_chunks(lse, q.shape[2]),
         call.of_chunks(slots, k.shape[2]),
+        call.gone((gone_slot, gone_into, gone_count, gone_keys, gone_values)),
     )
     final = Dictionary(key_sum, value_sum, count).clone()
     grads = Dictionary(torch.zeros_like(key_sum), torch.zeros_like(value_sum), count)
@@ -151,13 +187,12 @@ def _(grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *_: Any) -
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, num_slots, chunk_size, growth = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.options = (num_slots, chunk_size, growth)
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.options = inputs[5:]
 
 
 def _backward(ctx: Any, grad_o: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    return *attention_backward(grad_o, *ctx.saved_tensors, *ctx.options), *[None] * 4
+    return *attention_backward(grad_o, *ctx.saved_tensors, *ctx.options), *[None] * 7
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
@@ -180,7 +215,15 @@ class _Prepared:
     """A call without a state: its work, and its chunk-aligned tensors; arguments as for `attention`."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, bounds: Tensor, num_slots: int, chunk_size: int, growth: str
+        self,
+        q: Tensor,
+        k: Tensor,
+        bounds: Tensor,
+        num_slots: int,
+        chunk_size: int,
+        growth: str,
+        merge: str,
+        value_weight: float,
     ) -> None:
         nothing = [0] * bounds.shape[1]
         self._shape = q.shape[:2]
@@ -198,7 +241,8 @@ class _Prepared:
                 chunk_size=chunk_size,
                 growth=growth,
                 init="novelty",
-                merge="existing",
+                merge=merge,
+                value_weight=value_weight,
                 seed=0,
             ),
         )
@@ -216,3 +260,17 @@ class _Prepared:
         """The beginning of a flat tensor as `[num_chunks, heads, W]`."""
         shape = (self._aligned.num_chunks, num_heads, self._aligned.width)
         return flat[: shape[0] * shape[1] * shape[2]].view(shape)
+
+    def gone(self, flat: tuple[Tensor, ...]) -> Gone | None:
+        """The flat attributes of `Gone` as those of the chunks; None if they are not kept."""
+        room = len(flat[0])
+        if not room:
+            return None
+        size = self.work.options.chunk_size
+        # In rows that fit in one incomplete chunk nothing is merged.
+        num = self._aligned.num_chunks if self._aligned.width == size else 0
+        shape = (num, self.work.num_kv_heads, size)
+        places = num * self.work.num_kv_heads * size
+        slot, into, count = (x[:places].view(shape) for x in flat[:3])
+        keys, values = (x.view(room, -1)[:places].view(*shape, len(x) // room) for x in flat[3:])
+        return Gone(slot, into, count, keys, values)

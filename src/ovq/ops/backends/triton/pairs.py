@@ -37,23 +37,24 @@ from ovq.ops.backends.triton.items import (
 
 
 @triton.jit
-def _split(x):
-    """float32 as a bfloat16 number and most of the rest, another one; 2^-17 of x is left."""
-    high = x.to(tl.bfloat16).to(tl.float32)
-    return high, (x - high).to(tl.bfloat16).to(tl.float32)
+def _rounded(x):
+    """float32 rounded to the bits of a bfloat16, which the interpreter's conversion would cut off."""
+    return ((x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _products(a, b):
-    """Dot products `[BM, BN]` of rows of `a` and `b` in float32, by three products in bfloat16."""
-    zeros = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
-    a_high, a_low = _split(a)
-    b_high, b_low = _split(b)
-    a_high, a_low = a_high.to(tl.bfloat16), a_low.to(tl.bfloat16)
-    b_high, b_low = tl.trans(b_high.to(tl.bfloat16)), tl.trans(b_low.to(tl.bfloat16))
-    products = dot(a_low, b_high, zeros)
-    products = dot(a_high, b_low, products)
-    return dot(a_high, b_high, products)
+    """Dot products `[BM, BN]` of rows of `a` and `b`, by three products of bfloat16 parts.
+
+    Each number is the sum of two bfloat16 numbers and a rest of at most 2^-17 of it.
+    """
+    a_high, b_high = _rounded(a), _rounded(b)
+    a_low, b_low = _rounded(a - a_high).to(tl.bfloat16), _rounded(b - b_high).to(tl.bfloat16)
+    a_high, b_high = a_high.to(tl.bfloat16), b_high.to(tl.bfloat16)
+    products = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+    products = dot(a_low, tl.trans(b_high), products)
+    products = dot(a_high, tl.trans(b_low), products)
+    return dot(a_high, tl.trans(b_high), products)
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def estimate_tile(
     stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L,
     TILE: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Lower bounds of the costs of a tile of pairs, by groups of columns and, as costs are symmetric, of rows."""
+    """Lower bounds of the costs of a tile of pairs by groups of columns and, being symmetric, of rows."""
     a = tile * TILE + tl.arange(0, TILE)
     b = other * TILE + tl.arange(0, TILE)
     into = ints + L * INTO
@@ -83,12 +84,16 @@ def estimate_tile(
     bounds = tl.zeros([TILE, TILE], tl.float32)
     if tl.load(ints + L * CONTROL + IS_WIDE) == 0:
         factor = tl.load(nums + L * SHARED + FACTOR)
-        # Rounding of the products is at most 3 EPS per term, that of the parts left out 100 EPS.
+        # As a share of the squared lengths: 3 EPS per term of a product, 100 EPS for what it leaves out.
         kept = 1 - (4 * (K + V) + 256) * EPS
         place = stream.to(tl.int64) * L
-        products = _products(rows(item_values, place + a, has_a, V, BV), rows(item_values, place + b, has_b, V, BV))
+        products = _products(
+            rows(item_values, place + a, has_a, V, BV), rows(item_values, place + b, has_b, V, BV)
+        )
         products *= factor.to(tl.float32)
-        products += _products(rows(item_keys, place + a, has_a, K, BK), rows(item_keys, place + b, has_b, K, BK))
+        products += _products(
+            rows(item_keys, place + a, has_a, K, BK), rows(item_keys, place + b, has_b, K, BK)
+        )
         of_a = kept * _squares(nums, a, has_a, factor, L)
         of_b = kept * _squares(nums, b, has_b, factor, L)
         count = nums + L * COUNT
@@ -149,7 +154,9 @@ def refine_item(
     first = g * GROUP
     is_used = (first < tl.load(control + NUM_SLOTS)) | ((first >= PS) & (first < PS + C))
     is_used |= (first >= L - LAST) & (first < L - LAST + tl.load(control + MERGED))
-    floors = tl.load(low + (stream.to(tl.int64) * L + item) * (L // GROUP) + g, mask=is_used, other=float("inf"))
+    floors = tl.load(
+        low + (stream.to(tl.int64) * L + item) * (L // GROUP) + g, mask=is_used, other=float("inf")
+    )
     floor = tl.min(floors, 0)
     bound = floor.to(tl.float64)
     partner = item * 0 - 1
@@ -196,7 +203,9 @@ def refine_item(
                 own_index = tl.min(members, 0)
                 is_lower = own_index < index
                 partner = tl.where(is_lower, tl.min(tl.where(members == own_index, column, L), 0), partner)
-                near = tl.where(is_lower, tl.min(tl.where(members == own_index, costs, float("inf")), 0), near)
+                near = tl.where(
+                    is_lower, tl.min(tl.where(members == own_index, costs, float("inf")), 0), near
+                )
                 index = tl.minimum(index, own_index)
                 is_waiting = is_waiting & (g != group)
                 group = tl.min(tl.where(is_waiting, g, BG), 0)
@@ -227,7 +236,9 @@ def estimate_all(
     is_used = (tile * TILE < num) | (tile * TILE >= PS)
     is_used &= (other * TILE < num) | (other * TILE >= PS)
     if is_used & (other <= tile) & (tl.load(control + NUM_LISTED) > 0):
-        estimate_tile(stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, TILE, GROUP, BK, BV)
+        estimate_tile(
+            stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, TILE, GROUP, BK, BV
+        )
 
 
 @triton.jit
@@ -247,7 +258,9 @@ def estimate_merged(
     is_used = (tile < end) & (other <= tile) & ((other * TILE < num) | (other * TILE >= PS))
     is_used &= merged > tl.load(control + FRESH)
     if is_used & (tl.load(control + NUM_LISTED) > 0):
-        estimate_tile(stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, TILE, GROUP, BK, BV)
+        estimate_tile(
+            stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, TILE, GROUP, BK, BV
+        )
 
 
 @triton.jit

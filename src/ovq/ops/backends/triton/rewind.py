@@ -57,7 +57,19 @@ def rewind(
                 if HAS_GONE:
                     gone = (entry.to(tl.int64) * H + head) * C
                     total, counts = add_tokens(
-                        total, counts, slot, gone_rows, gone_into + gone, gone, 1, C, D, -1, TB, BD, gone_count
+                        total,
+                        counts,
+                        slot,
+                        gone_rows,
+                        gone_into + gone,
+                        gone,
+                        1,
+                        C,
+                        D,
+                        -1,
+                        TB,
+                        BD,
+                        gone_count,
                     )
                     p = place_of(slot, gone_slot + gone, TB, C)
                     kept = rows(gone_rows, gone + p, p < C, D, BD)

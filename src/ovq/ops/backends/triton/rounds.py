@@ -211,7 +211,9 @@ def merge_pairs(
     ints += stream.to(tl.int64) * INT_FIELDS * L
     nums += stream.to(tl.int64) * NUM_FIELDS * L
     if tl.load(ints + L * CONTROL + LEFT) > 0:
-        merge_round(stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST, BL, BQ, BK, BV)
+        merge_round(
+            stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST, BL, BQ, BK, BV
+        )
 
 
 @triton.jit
@@ -227,7 +229,9 @@ def finish(
     control = ints + L * CONTROL
     left = tl.load(control + LEFT)
     while left > 0:
-        merge_round(stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST, BL, BQ, BK, BV)
+        merge_round(
+            stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST, BL, BQ, BK, BV
+        )
         tl.debug_barrier()
         left = tl.load(control + LEFT)
         num_slots, merged = tl.load(control + NUM_SLOTS), tl.load(control + MERGED)
@@ -237,8 +241,8 @@ def finish(
                 for other in range(0, tile + 1):
                     if (other * TILE < num_slots) | (other * TILE >= PS):
                         estimate_tile(
-                            stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, TILE, GROUP,
-                            BK, BV,
+                            stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, TILE,
+                            GROUP, BK, BV,
                         )  # fmt: skip
             tl.debug_barrier()
         for n in range(0, num_listed):

@@ -5,6 +5,7 @@ Only for calls without a state: a state is partly plain Python, which breaks the
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ovq.ops.backends.triton import library
@@ -26,4 +27,18 @@ def attention(
         bounds = attention_mask.bounds
     else:
         bounds = library.row_bounds(q, attention_mask, cu_seqlens)
-    return library.attention(q, k, v, scale, bounds, options.num_slots, options.chunk_size, options.growth)[0]
+    # Dynamo guards both, so that a graph made for one is not used for the other.
+    is_kept = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scale))
+    return library.attention(
+        q,
+        k,
+        v,
+        scale,
+        bounds,
+        options.num_slots,
+        options.chunk_size,
+        options.growth,
+        options.merge,
+        options.value_weight,
+        is_kept,
+    )[0]

@@ -1,9 +1,9 @@
 """merge="ward": which kernels merge the chunks of a call, and in which order.
 
-For each step: `advance_items` merges chunk i - 1 into the slots, writes the dictionary that chunk i reads, and
-the means as items; `prepare` adds the tokens. `estimate_all` and `refine` bound the costs of all pairs. Rounds
-of `merge_pairs`, `estimate_merged` and `refine` merge most of what is due, and `finish` the rest, so that the
-host waits for nothing. `settle` says where tokens go and which slots leave, and `keep` what was in those.
+For each step: `advance_items` merges chunk i - 1 into the slots, writes the dictionary that chunk i reads,
+and the means as items; `prepare` adds the tokens. `estimate_all` and `refine` bound the costs of all pairs.
+Rounds of `merge_pairs`, `estimate_merged` and `refine` merge most of what is due, and `finish` the rest, so
+that the host waits for nothing. `settle` says where tokens go and which slots leave, `keep` what was in them.
 """
 
 from __future__ import annotations
