@@ -119,14 +119,14 @@ def _(
 def _flat_gone(
     k: Tensor, v: Tensor, scale: Tensor, places: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for the attributes of `Gone` with a merge per place and head, flat."""
+    """Room for the attributes of `Gone` with a merge per place and head, flat; what is not used is zero."""
     num = places * k.shape[2]
     return (
-        scale.new_empty(num, dtype=torch.int32),
-        scale.new_empty(num, dtype=torch.int32),
-        scale.new_empty(num, dtype=torch.int64),
-        scale.new_empty(num * k.shape[3]),
-        scale.new_empty(num * v.shape[3]),
+        scale.new_zeros(num, dtype=torch.int32),
+        scale.new_zeros(num, dtype=torch.int32),
+        scale.new_zeros(num, dtype=torch.int64),
+        scale.new_zeros(num * k.shape[3]),
+        scale.new_zeros(num * v.shape[3]),
     )
 
 
