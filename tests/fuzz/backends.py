@@ -46,6 +46,10 @@ class Backend:
                 # Triton's interpreter computes with NumPy, which warns of what is not a number.
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore", RuntimeWarning)
+                # It takes some 10 ms a program: launch few of those that would only share their work.
+                from ovq.ops.backends.triton import ward
+
+                stack.enter_context(mock.patch.multiple(ward, ROUNDS=1, REFINED_EACH=2))
             yield
 
     def known(self, options: dict[str, float | str]) -> dict[str, float | str]:

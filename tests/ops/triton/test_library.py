@@ -25,8 +25,8 @@ def test_operators_are_what_pytorch_expects():
 
     q, k, v = inputs(1, 5, 1, 1, 4, 3, dtype=torch.float32)
     leaves = [x.clone().requires_grad_() for x in (q, k, v, torch.ones(1))]
-    for merge in ("existing", "ward"):
-        options = (4, 2, "plateau", merge, 0.5, True)
+    for num_slots, merge in ((4, "existing"), (3, "ward")):
+        options = (num_slots, 4, "plateau", merge, 0.5, True)
         torch.library.opcheck(library.attention, (*leaves, torch.tensor([[0], [5]]), *options))
     torch.library.opcheck(library.row_bounds, (q, None, torch.tensor([0, 4, 5])))
     token = [x[:, :1] for x in (q, k, v)]

@@ -18,15 +18,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 WARD = {"merge": "ward", "num_slots": 8, "chunk_size": 6}
 
 
-@pytest.fixture(autouse=True)
-def _few_programs(monkeypatch):
-    """The interpreter takes 10 ms a program: one round by all programs, and `finish` makes the others."""
-    from ovq.ops.backends.triton import ward
-
-    monkeypatch.setattr(ward, "ROUNDS", 1)
-    monkeypatch.setattr(ward, "REFINED_EACH", 2)
-
-
 def check_state(tokens, **options):
     """The sums of the reference to the last bit."""
     (o, state), (o_ref, expected) = (attend(*tokens, **options, backend=b) for b in ("triton", "naive"))

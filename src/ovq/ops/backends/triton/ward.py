@@ -152,7 +152,7 @@ class WardRecurrence:
         base = 0 if self._is_kept else entry
         prepare[(streams,)](
             self.k, self.v, work.table, *self._items, self._ints, self._nums, entry, self._weight,
-            width, size, heads, *dims, self._columns, self._first_token, BC=16, **ranking, **padded,
+            width, size, heads, *dims, self._columns, self._first_token, BC=32, **ranking, **padded,
         )  # fmt: skip
         if work.num_due[i]:
             self._merge(streams, dims, padded, ranking)
