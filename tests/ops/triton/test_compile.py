@@ -41,7 +41,7 @@ def test_the_kernels_compile_for_an_h100():
         "advance_items",
         "prepare",
         "estimate_all",
-        "estimate_merged",
+        "estimate",
         "refine",
         "merge_pairs",
         "finish",

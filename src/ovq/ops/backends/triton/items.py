@@ -37,14 +37,13 @@ HEAD = tl.constexpr(7)
 ORDINAL = tl.constexpr(8)
 CONTROL = tl.constexpr(9)
 INT_FIELDS = tl.constexpr(10)
-# Entries of CONTROL: merges that are due, merged columns, those of them before this round, items listed,
-# whether float32 products mean nothing, and slots before the chunk.
+# Entries of CONTROL: merges that are due, merged columns, items listed, whether products in float32 mean
+# nothing, and slots before the chunk.
 LEFT = tl.constexpr(0)
 MERGED = tl.constexpr(1)
-FRESH = tl.constexpr(2)
-NUM_LISTED = tl.constexpr(3)
-IS_WIDE = tl.constexpr(4)
-NUM_SLOTS = tl.constexpr(5)
+NUM_LISTED = tl.constexpr(2)
+IS_WIDE = tl.constexpr(3)
+NUM_SLOTS = tl.constexpr(4)
 # Fields of float64: tokens of the column; squared lengths of its means; what none of its costs is below; the
 # cost of merging it with its partner.
 COUNT = tl.constexpr(0)
@@ -245,11 +244,11 @@ def prepare(
     due = num + C - tl.load(entry + AFTER)
     tl.store(control + LEFT, due)
     tl.store(control + MERGED, 0)
-    tl.store(control + FRESH, 0)
     tl.store(control + NUM_LISTED, tl.where(due > 0, num + C, 0))
     tl.store(control + IS_WIDE, is_wide)
     tl.store(control + NUM_SLOTS, num)
     tl.store(nums + L * COUNT + i, counts, mask=is_token)
+    tl.store(nums + L * BOUND + i, 0.0 * counts, mask=is_there)
     tl.store(ints + L * INTO + i, tl.where(is_there, i, -1), mask=i < L)
     tl.store(ints + L * INDEX + i, i, mask=i < L)
     tl.store(ints + L * PARTNER + i, -1 + 0 * i, mask=i < L)

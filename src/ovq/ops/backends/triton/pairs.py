@@ -1,9 +1,9 @@
 """merge="ward": the nearest item of each item, as float64 decides.
 
-`estimate` bounds costs from below: for a tile of pairs it computes products on the tensor cores, and keeps
-the lowest bound that each item has within each *group* of columns. `refine` looks at the groups that may hold
-the nearest item of one item, and computes their costs in float64. Precision of the products therefore decides
-how many groups are looked at, and nothing else.
+`estimate` bounds the costs of an item from below: it computes products on the tensor cores, and keeps the
+lowest bound within each *group* of columns. `refine` looks at the groups that may hold the nearest item, and
+computes their costs in float64. The precision of the products therefore decides how many groups are looked
+at, and nothing else.
 """
 
 import triton
@@ -16,7 +16,6 @@ from ovq.ops.backends.triton.items import (
     COST,
     COUNT,
     FACTOR,
-    FRESH,
     INDEX,
     INT_FIELDS,
     INTO,
@@ -72,16 +71,12 @@ def _squares(nums, column, mask, factor, L):
 
 
 @triton.jit
-def estimate_tile(
-    stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L,
-    TILE: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+def _bounds(
+    stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, BK: tl.constexpr, BV: tl.constexpr
 ):  # fmt: skip
-    """Lower bounds of the costs of a tile of pairs by groups of columns and, being symmetric, of rows."""
-    a = tile * TILE + tl.arange(0, TILE)
-    b = other * TILE + tl.arange(0, TILE)
-    into = ints + L * INTO
-    has_a, has_b = tl.load(into + a) == a, tl.load(into + b) == b
-    bounds = tl.zeros([TILE, TILE], tl.float32)
+    """What the costs of columns `a` `[BM]` with columns `b` `[BN]` are not below, `[BM, BN]`."""
+    has_b = tl.load(ints + L * INTO + b) == b
+    bounds = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
     if tl.load(ints + L * CONTROL + IS_WIDE) == 0:
         factor = tl.load(nums + L * SHARED + FACTOR)
         # As a share of the squared lengths: 3 EPS per term of a product, 100 EPS for what it leaves out.
@@ -96,20 +91,44 @@ def estimate_tile(
         )
         of_a = kept * _squares(nums, a, has_a, factor, L)
         of_b = kept * _squares(nums, b, has_b, factor, L)
-        count = nums + L * COUNT
-        m = tl.load(count + a, mask=has_a, other=1.0).to(tl.float32)
-        n = tl.load(count + b, mask=has_b, other=1.0).to(tl.float32)
+        m = tl.load(nums + L * COUNT + a, mask=has_a, other=1.0).to(tl.float32)
+        n = tl.load(nums + L * COUNT + b, mask=has_b, other=1.0).to(tl.float32)
         share = m[:, None] * n[None, :] / (m[:, None] + n[None, :])
         bounds = tl.maximum(share * (of_a[:, None] + of_b[None, :] - 2 * products), 0.0)
     is_pair = has_a[:, None] & has_b[None, :] & (a[:, None] != b[None, :])
-    bounds = tl.where(is_pair, bounds, float("inf"))
+    return tl.where(is_pair, bounds, float("inf"))
+
+
+@triton.jit
+def _put_bounds(low, stream, column, mask, tile, bounds, L, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """Keep the lowest of `bounds` `[BM, TILE]` within each group of columns of a tile."""
+    line = (stream.to(tl.int64) * L + column) * (L // GROUP) + tile * (TILE // GROUP)
     g = tl.arange(0, TILE // GROUP)
-    num = L // GROUP
-    line = (stream.to(tl.int64) * L + a) * num + other * (TILE // GROUP)
-    tl.store(low + line[:, None] + g[None, :], _of_groups(bounds, GROUP))
-    if tile != other:
-        line = (stream.to(tl.int64) * L + b) * num + tile * (TILE // GROUP)
-        tl.store(low + line[:, None] + g[None, :], _of_groups(tl.trans(bounds), GROUP))
+    tl.store(
+        low + line[:, None] + g[None, :], _of_groups(bounds, GROUP), mask=mask[:, None] & (g >= 0)[None, :]
+    )
+
+
+@triton.jit
+def is_used(start, ints, L, PS, LAST):
+    """Whether there is or has been an item in the columns from `start` on; parts begin with a tile."""
+    control = ints + L * CONTROL
+    is_original = (start < tl.load(control + NUM_SLOTS)) | ((start >= PS) & (start < L - LAST))
+    return is_original | ((start >= L - LAST) & (start < L - LAST + tl.load(control + MERGED)))
+
+
+@triton.jit
+def estimate_listed(
+    stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L,
+    ROWS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Bounds of the costs of ROWS of the items listed with a tile of columns, by groups of those."""
+    n = tile * ROWS + tl.arange(0, ROWS)
+    is_listed = n < tl.load(ints + L * CONTROL + NUM_LISTED)
+    a = tl.load(ints + L * LISTED + n, mask=is_listed, other=0)
+    b = other * TILE + tl.arange(0, TILE)
+    bounds = _bounds(stream, a, is_listed, b, item_keys, item_values, ints, nums, K, V, L, BK, BV)
+    _put_bounds(low, stream, a, is_listed, other, bounds, L, TILE, GROUP)
 
 
 @triton.jit
@@ -140,7 +159,7 @@ def _costs(
 
 @triton.jit
 def refine_item(
-    stream, item, item_keys, item_values, wide_keys, wide_values, ints, nums, low, K, V, C, L, PS, LAST,
+    stream, item, item_keys, item_values, wide_keys, wide_values, ints, nums, low, K, V, L, PS, LAST,
     GROUP: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Find the nearest column of an item, unless none of its costs is within the limit.
@@ -149,16 +168,13 @@ def refine_item(
     """
     shared = nums + L * SHARED
     factor, tie = tl.load(shared + FACTOR), tl.load(shared + TIED)
-    control = ints + L * CONTROL
     g = tl.arange(0, BG)
-    first = g * GROUP
-    is_used = (first < tl.load(control + NUM_SLOTS)) | ((first >= PS) & (first < PS + C))
-    is_used |= (first >= L - LAST) & (first < L - LAST + tl.load(control + MERGED))
+    is_there = is_used(g * GROUP, ints, L, PS, LAST) & (g * GROUP < L)
     floors = tl.load(
-        low + (stream.to(tl.int64) * L + item) * (L // GROUP) + g, mask=is_used, other=float("inf")
+        low + (stream.to(tl.int64) * L + item) * (L // GROUP) + g, mask=is_there, other=float("inf")
     )
     floor = tl.min(floors, 0)
-    bound = floor.to(tl.float64)
+    bound = tl.maximum(tl.load(nums + L * BOUND + item), floor.to(tl.float64))
     partner = item * 0 - 1
     if bound <= tl.load(shared + LIMIT):
         own = tl.load(nums + L * COUNT + item)
@@ -188,18 +204,18 @@ def refine_item(
         if is_single == 0:
             # Among all that are as near, the lowest.
             floors = tl.load(
-                low + (stream.to(tl.int64) * L + item) * (L // GROUP) + g, mask=is_used, other=float("inf")
+                low + (stream.to(tl.int64) * L + item) * (L // GROUP) + g, mask=is_there, other=float("inf")
             )
-            is_waiting = is_used & (floors <= best + tie)
+            is_waiting = is_there & (floors <= best + tie)
             index = L
             group = tl.min(tl.where(is_waiting, g, BG), 0)
             while group < BG:
-                costs, column, is_there = _costs(
+                costs, column, is_left = _costs(
                     group, item, key, value, own, factor, tie, stream, item_keys, item_values, wide_keys,
                     wide_values, ints, nums, K, V, L, LAST, GROUP, BK, BV,
                 )  # fmt: skip
                 members = tl.load(ints + L * INDEX + column)
-                members = tl.where(is_there & (costs <= best + tie), members, L)
+                members = tl.where(is_left & (costs <= best + tie), members, L)
                 own_index = tl.min(members, 0)
                 is_lower = own_index < index
                 partner = tl.where(is_lower, tl.min(tl.where(members == own_index, column, L), 0), partner)
@@ -217,7 +233,7 @@ def refine_item(
 
 @triton.jit
 def estimate_all(
-    item_keys, item_values, ints, nums, low, K, V, C, L, PS,
+    item_keys, item_values, ints, nums, low, K, V, L, PS, LAST,
     TILE: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Bounds of all pairs of slots and tokens; grid (streams, tiles of columns, tiles of columns).
@@ -226,46 +242,44 @@ def estimate_all(
         item_keys: `[streams, L, K]` float32 means of the columns. item_values: likewise.
         ints, nums: the tables of `items.py`.
         low: `[streams, L, L / GROUP]` float32, receives what no cost of a column within a group is below.
-        PS: column of the first token.
+        PS: column of the first token. LAST: columns for what is merged.
     """
     stream, tile, other = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     ints += stream.to(tl.int64) * INT_FIELDS * L
     nums += stream.to(tl.int64) * NUM_FIELDS * L
-    control = ints + L * CONTROL
-    num = tl.load(control + NUM_SLOTS)
-    is_used = (tile * TILE < num) | (tile * TILE >= PS)
-    is_used &= (other * TILE < num) | (other * TILE >= PS)
-    if is_used & (other <= tile) & (tl.load(control + NUM_LISTED) > 0):
-        estimate_tile(
-            stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, TILE, GROUP, BK, BV
-        )
+    is_needed = (other <= tile) & (tl.load(ints + L * CONTROL + NUM_LISTED) > 0)
+    if is_needed & is_used(tile * TILE, ints, L, PS, LAST) & is_used(other * TILE, ints, L, PS, LAST):
+        a, b = tile * TILE + tl.arange(0, TILE), other * TILE + tl.arange(0, TILE)
+        has_a = tl.load(ints + L * INTO + a) == a
+        bounds = _bounds(stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, BK, BV)
+        _put_bounds(low, stream, a, a >= 0, other, bounds, L, TILE, GROUP)
+        if tile != other:
+            _put_bounds(low, stream, b, b >= 0, tile, tl.trans(bounds), L, TILE, GROUP)
 
 
 @triton.jit
-def estimate_merged(
-    item_keys, item_values, ints, nums, low, K, V, C, L, PS, LAST,
-    TILE: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+def estimate(
+    item_keys, item_values, ints, nums, low, K, V, L, PS, LAST,
+    ROWS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The same for what was merged in this round, with all columns; grid (streams, tiles, tiles)."""
-    stream, tile, other = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Bounds of the items listed with all columns, once something has been merged; grid (streams, any number
+    of programs that share the items, tiles of columns).
+    """
+    stream, other = tl.program_id(0), tl.program_id(2)
     ints += stream.to(tl.int64) * INT_FIELDS * L
     nums += stream.to(tl.int64) * NUM_FIELDS * L
-    control = ints + L * CONTROL
-    num, merged = tl.load(control + NUM_SLOTS), tl.load(control + MERGED)
-    first = (L - LAST + tl.load(control + FRESH)) // TILE
-    end = tl.cdiv(L - LAST + merged, TILE)
-    tile += first
-    is_used = (tile < end) & (other <= tile) & ((other * TILE < num) | (other * TILE >= PS))
-    is_used &= merged > tl.load(control + FRESH)
-    if is_used & (tl.load(control + NUM_LISTED) > 0):
-        estimate_tile(
-            stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, TILE, GROUP, BK, BV
-        )
+    if (tl.load(ints + L * CONTROL + MERGED) > 0) & is_used(other * TILE, ints, L, PS, LAST):
+        num = tl.cdiv(tl.load(ints + L * CONTROL + NUM_LISTED), ROWS)
+        for tile in range(tl.program_id(1), num, tl.num_programs(1)):
+            estimate_listed(
+                stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, ROWS, TILE, GROUP, BK,
+                BV,
+            )  # fmt: skip
 
 
 @triton.jit
 def refine(
-    item_keys, item_values, wide_keys, wide_values, ints, nums, low, K, V, C, L, PS, LAST,
+    item_keys, item_values, wide_keys, wide_values, ints, nums, low, K, V, L, PS, LAST,
     GROUP: tl.constexpr, BG: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The nearest columns of the items listed; grid (streams, any number of programs that share them).
@@ -281,5 +295,5 @@ def refine(
     for n in range(tl.program_id(1), num, tl.num_programs(1)):
         refine_item(
             stream, tl.load(listed + n), item_keys, item_values, wide_keys, wide_values, ints, nums, low, K,
-            V, C, L, PS, LAST, GROUP, BG, BK, BV,
+            V, L, PS, LAST, GROUP, BG, BK, BV,
         )  # fmt: skip

@@ -13,7 +13,6 @@ from ovq.ops.backends.triton.items import (
     CONTROL,
     COST,
     COUNT,
-    FRESH,
     HEAD,
     INDEX,
     INT_FIELDS,
@@ -26,7 +25,6 @@ from ovq.ops.backends.triton.items import (
     MERGED,
     NUM_FIELDS,
     NUM_LISTED,
-    NUM_SLOTS,
     ORDINAL,
     OWNER,
     PARTNER,
@@ -34,11 +32,12 @@ from ovq.ops.backends.triton.items import (
     TIED,
     put_items,
 )
-from ovq.ops.backends.triton.pairs import estimate_tile, refine_item, wide_rows
+from ovq.ops.backends.triton.pairs import estimate_listed, is_used, refine_item, wide_rows
 
 # Bits of the keys that are ranked: those of a positive float64 number without the lower half, and those of
 # two columns.
 FLOAT_BITS = tl.constexpr(31)
+INFINITE = tl.constexpr(0x7FF00000)
 PAIR_BITS = tl.constexpr(48)
 
 
@@ -102,9 +101,13 @@ def _merge(
 @triton.jit
 def merge_round(
     stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST,
-    BL: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    AHEAD: tl.constexpr, BL: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Merge the pairs that are sure to be next, and list the items that are to be refined."""
+    """Merge the pairs that are sure to be next, and list the items that are to be refined.
+
+    Args:
+        AHEAD: how many items to list beyond those of which one must be next: more take fewer rounds.
+    """
     control, shared = ints + L * CONTROL, nums + L * SHARED
     left, tie = tl.load(control + LEFT), tl.load(shared + TIED)
     into, index_of = ints + L * INTO, ints + L * INDEX
@@ -188,7 +191,12 @@ def merge_round(
         tl.store(bound_of + column, tl.where(cost > tie, cost, 0.0), mask=is_chosen)
         tl.debug_barrier()
     left -= num_chosen
-    reach = tl.where(left > 0, tl.maximum(limit, lowest + tie), -1.0)
+    # All that may be as near as the cheapest pair must be known, and so must `left` items, to go on.
+    # The lower half of the bits is not ranked: up here, down for `limit`.
+    reach = tl.minimum(_ranked(bits, left + 2 + AHEAD, FLOAT_BITS) + 1, INFINITE)
+    reach = (reach << 32).to(tl.float64, bitcast=True)
+    reach = tl.maximum(reach, tl.where(lowest < float("inf"), lowest + tie, 0.0))
+    reach = tl.where(left > 0, reach, -1.0)
     is_left = (i < L) & (tl.load(into + i, mask=i < L, other=-1) == i)
     partner = tl.load(partner_of + i, mask=is_left, other=-1)
     is_known = (partner >= 0) & (tl.load(into + partner, mask=partner >= 0, other=-1) == partner)
@@ -196,7 +204,6 @@ def merge_round(
     tl.store(ints + L * LISTED + tl.cumsum(is_listed.to(tl.int32), 0) - 1, i, mask=is_listed)
     tl.store(control + NUM_LISTED, tl.sum(is_listed.to(tl.int32), 0))
     tl.store(control + LEFT, left)
-    tl.store(control + FRESH, before)
     tl.store(control + MERGED, before + num_heads)
     tl.store(shared + LIMIT, reach)
 
@@ -204,7 +211,7 @@ def merge_round(
 @triton.jit
 def merge_pairs(
     item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST,
-    BL: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    AHEAD: tl.constexpr, BL: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One round of merges; grid (streams,)."""
     stream = tl.program_id(0)
@@ -212,15 +219,16 @@ def merge_pairs(
     nums += stream.to(tl.int64) * NUM_FIELDS * L
     if tl.load(ints + L * CONTROL + LEFT) > 0:
         merge_round(
-            stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST, BL, BQ, BK, BV
-        )
+            stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST, AHEAD, BL, BQ,
+            BK, BV,
+        )  # fmt: skip
 
 
 @triton.jit
 def finish(
-    item_keys, item_values, wide_keys, wide_values, ints, nums, low, K, V, C, L, PS, LAST,
-    TILE: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, BL: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    item_keys, item_values, wide_keys, wide_values, ints, nums, low, K, V, L, PS, LAST,
+    AHEAD: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr,
+    BL: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """All rounds that are left, in one program per stream; grid (streams,)."""
     stream = tl.program_id(0)
@@ -230,24 +238,24 @@ def finish(
     left = tl.load(control + LEFT)
     while left > 0:
         merge_round(
-            stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST, BL, BQ, BK, BV
-        )
+            stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST, AHEAD, BL, BQ,
+            BK, BV,
+        )  # fmt: skip
         tl.debug_barrier()
         left = tl.load(control + LEFT)
-        num_slots, merged = tl.load(control + NUM_SLOTS), tl.load(control + MERGED)
-        fresh, num_listed = tl.load(control + FRESH), tl.load(control + NUM_LISTED)
-        if (left > 0) & (merged > fresh):
-            for tile in range((L - LAST + fresh) // TILE, tl.cdiv(L - LAST + merged, TILE)):
-                for other in range(0, tile + 1):
-                    if (other * TILE < num_slots) | (other * TILE >= PS):
-                        estimate_tile(
-                            stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, TILE,
+        num = tl.load(control + NUM_LISTED)
+        if tl.load(control + MERGED) > 0:
+            for other in range(0, L // TILE):
+                if is_used(other * TILE, ints, L, PS, LAST):
+                    for tile in range(0, tl.cdiv(num, ROWS)):
+                        estimate_listed(
+                            stream, tile, other, item_keys, item_values, ints, nums, low, K, V, L, ROWS, TILE,
                             GROUP, BK, BV,
                         )  # fmt: skip
             tl.debug_barrier()
-        for n in range(0, num_listed):
+        for n in range(0, num):
             refine_item(
-                stream, tl.load(ints + L * LISTED + n), item_keys, item_values, wide_keys,
-                wide_values, ints, nums, low, K, V, C, L, PS, LAST, GROUP, BG, BK, BV,
+                stream, tl.load(ints + L * LISTED + n), item_keys, item_values, wide_keys, wide_values, ints,
+                nums, low, K, V, L, PS, LAST, GROUP, BG, BK, BV,
             )  # fmt: skip
         tl.debug_barrier()

@@ -2,7 +2,7 @@
 
 For each step: `advance_items` merges chunk i - 1 into the slots, writes the dictionary that chunk i reads,
 and the means as items; `prepare` adds the tokens. `estimate_all` and `refine` bound the costs of all pairs.
-Rounds of `merge_pairs`, `estimate_merged` and `refine` merge most of what is due, and `finish` the rest, so
+Rounds of `merge_pairs`, `estimate` and `refine` merge most of what is due, and `finish` the rest, so
 that the host waits for nothing. `settle` says where tokens go and which slots leave, `keep` what was in them.
 """
 
@@ -17,18 +17,23 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.items import INT_FIELDS, NUM_FIELDS, advance_items, keep, prepare, settle
-from ovq.ops.backends.triton.pairs import estimate_all, estimate_merged, refine
+from ovq.ops.backends.triton.pairs import estimate, estimate_all, refine
 from ovq.ops.backends.triton.rounds import finish, merge_pairs
 from ovq.ops.backends.triton.work import Work
 
 # Rounds in which all programs of the GPU take part; one program per stream makes those that are left.
-ROUNDS = 8
+ROUNDS = 12
+# Items that a round refines beyond those that it must.
+AHEAD = 128
 # Pairs of a tile of products, by side, and columns of a group, of which one bound is kept for each item. The
 # bounds grow with the square of the slots, so that groups of large dictionaries are larger.
 TILE = 64
 GROUPS = ((4096, 16), (1 << 30, 64))
-# Items refined at once, per multiprocessor.
+# Items refined at once, per multiprocessor; items of a tile whose bounds are computed anew, and how many such
+# tiles of a stream at once.
 REFINED_EACH = 8
+_ROWS = 32
+_ESTIMATED = 6
 # Slots that one program keeps, and columns merged side by side.
 _KEPT = 16
 
@@ -101,7 +106,6 @@ class WardRecurrence:
         nums = empty(NUM_FIELDS.value, columns, dtype=torch.float64)
         self._items, self._ints, self._nums = items, ints, nums
         self._merging = (*items, *wide, ints, nums)
-        self._bounding = (*items, ints, nums)
         self._low = empty(columns, columns // self._group, dtype=torch.float32)
         weight = work.options.value_weight
         self._weight = torch.full((1,), weight * weight, dtype=torch.float64, device=k.device)
@@ -170,22 +174,20 @@ class WardRecurrence:
         self, streams: int, dims: tuple[int, int], padded: dict[str, int], ranking: dict[str, int]
     ) -> None:
         """Merge pairs until the items of every stream fit."""
-        low, size, columns, last = self._low, self._chunk_size, self._columns, self._last
-        groups = {"GROUP": self._group}
-        sides = {"TILE": TILE, **groups, **padded, "num_warps": 8}
-        found = {**groups, "BG": triton.next_power_of_2(columns // self._group), **padded}
-        tiles = columns // TILE
-        all_tiles = tiles - last // TILE
+        low, columns, last = self._low, self._columns, self._last
+        groups = {"GROUP": self._group, **padded}
+        found = {"BG": triton.next_power_of_2(columns // self._group), **groups}
+        tiles = {"TILE": TILE, **groups, "num_warps": 8}
+        rounds = {"BQ": _KEPT, **ranking, **padded}
+        num_tiles = columns // TILE
+        num_originals = num_tiles - last // TILE
         shared = max(1, min(columns, common.programs(low.device, REFINED_EACH) // streams))
-        estimate_all[(streams, all_tiles, all_tiles)](
-            *self._bounding, low, *dims, size, columns, self._first_token, **sides
-        )
-        arguments = (*self._merging, low, *dims, size, columns, self._first_token, last)
-        refine[(streams, shared)](*arguments, **found)
+        bounding = (*self._items, self._ints, self._nums, low, *dims, columns, self._first_token, last)
+        refining = (*self._merging, low, *dims, columns, self._first_token, last)
+        estimate_all[(streams, num_originals, num_originals)](*bounding, **tiles)
+        refine[(streams, shared)](*refining, **found)
         for _ in range(ROUNDS):
-            merge_pairs[(streams,)](*self._merging, *dims, columns, last, BQ=_KEPT, **ranking, **padded)
-            estimate_merged[(streams, last // TILE + 1, tiles)](
-                *self._bounding, low, *dims, size, columns, self._first_token, last, **sides
-            )
-            refine[(streams, shared)](*arguments, **found)
-        finish[(streams,)](*arguments, TILE=TILE, BQ=_KEPT, **{**found, **ranking})
+            merge_pairs[(streams,)](*self._merging, *dims, columns, last, AHEAD=AHEAD, **rounds)
+            estimate[(streams, min(shared, _ESTIMATED), num_tiles)](*bounding, ROWS=_ROWS, **tiles)
+            refine[(streams, shared)](*refining, **found)
+        finish[(streams,)](*refining, AHEAD=AHEAD // 4, ROWS=_ROWS, TILE=TILE, **{**found, **rounds})
