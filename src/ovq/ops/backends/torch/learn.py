@@ -19,7 +19,7 @@ def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan) -> Learned:
     """Merge all complete chunks, in place; see `Learn`."""
     slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
     by_chunk = None
-    if plan.options.merge == "ward":
+    if plan.options.merges_pairs:
         stay = torch.arange(sums.count.shape[2], dtype=torch.int32, device=k.device)
         by_chunk = stay.repeat(k.shape[0], 1, k.shape[2], 1)
     for group in groups_of(plan, k.device):
