@@ -1,9 +1,10 @@
-"""Ward's rule on weights trained with the paper's: `python benchmarks/ward_at_test.py --out DIR --runs RUNS`.
+"""Rules that merge pairs, on weights trained with the paper's rule.
 
-Trains OVQ by the paper's rule, and full attention, on basic and on positional recall at up to 256 tokens, and
-asks each model at longer lengths, OVQ by both rules with equal slots. Runs that are in RUNS are not trained
-again, and answers that are in DIR not asked again. `docs/results.md` has the tables.
-Two hours on two cores: one process per core halves that if each is given its own `--seeds`.
+`python benchmarks/ward_at_test.py --out DIR --runs RUNS` trains OVQ by that rule, and full attention, on
+basic and on positional recall at up to 256 tokens, and asks each model at longer lengths, OVQ by each rule
+with equal slots. Runs that are in RUNS are not trained again, and answers that are in DIR not asked again.
+The tables are in `docs/results.md`. Two hours on two cores: one process per core halves that if each is
+given its own `--seeds`.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ CELLS = {
 }
 RULES = {
     "paper's": {"merge": "existing", "growth": "plateau"},
-    "Ward, w = 0.5": {"merge": "ward", "growth": "immediate", "value_weight": 0.5},
-    "Ward, w = 0.35": {"merge": "ward", "growth": "immediate", "value_weight": 0.35},
-    "Ward, w = 0.25": {"merge": "ward", "growth": "immediate", "value_weight": 0.25},
+    **{
+        f"{name}, w = {weight:g}": {"merge": merge, "growth": "immediate", "value_weight": weight}
+        for name, merge in (("Ward", "ward"), ("Ward-sqrt", "ward-sqrt"))
+        for weight in (0.5, 0.35, 0.25)
+    },
 }
 # What decides the weight of values, at one size each.
 WEIGHTS = (0.0, 0.125, 1.0)
@@ -76,7 +79,9 @@ def questions(task: str, seed: int) -> list[dict]:
     cells = CELLS[task]
     by_rule = [(cell, name, rule) for cell in cells for name, rule in RULES.items()]
     by_rule += [
-        (WEIGHT_CELL, f"Ward, w = {w:g}", {**RULES["Ward, w = 0.5"], "value_weight": w}) for w in WEIGHTS
+        (WEIGHT_CELL, f"{name}, w = {w:g}", {**RULES[f"{name}, w = 0.5"], "value_weight": w})
+        for name in ("Ward", "Ward-sqrt")
+        for w in WEIGHTS
     ]
     asked = [
         {"mixer": "ovq", "rule": name, "options": rule, "num_slots": slots, "length": length}
