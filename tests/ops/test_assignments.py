@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ovq.ops import slot_assignments
-from tests.ops.common import BACKENDS, CPU, RULES, assert_same_state, attend, inputs
+from tests.ops.common import BACKENDS, CPU, COMPILED_RULES, assert_same_state, attend, inputs
 from tests.ops.recount import recount, recount_by_likelihood
 
 WAYS = ("torch", *CPU)
@@ -44,7 +44,7 @@ def by_gradient(k, v, backend, *, initial_state=None, **options):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, *CPU])
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("init", "merge"), RULES, ids=str)
+@pytest.mark.parametrize(("init", "merge"), COMPILED_RULES, ids=str)
 def test_tokens_are_where_the_gradients_of_a_backend_say(way, backend, init, merge):
     k, v = clustered(2, 90)
     mask = torch.ones(2, 90, dtype=torch.int64)
