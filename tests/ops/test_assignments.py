@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import normalize
 
 from ovq.ops import slot_assignments
-from tests.ops.common import BACKENDS, CPU, COMPILED_RULES, assert_same_state, attend, inputs
+from tests.ops.common import BACKENDS, COMPILED_RULES, CPU, assert_same_state, attend, inputs
 from tests.ops.recount import recount, recount_by_likelihood
 
 WAYS = ("torch", *CPU)
