@@ -26,6 +26,8 @@ struct Ward {
     double tie;
     double unit;         /* What exact costs are divided by: 1, or what makes extreme ones fit into floats. */
     float keep;          /* 1 - the relative rounding error of an estimate. */
+    float now;           /* Counts the times at which slots got rows or changed. */
+    float *slot_time;    /* [M]: when the slot last changed or got a row; its bound covers what is no younger. */
     float *slot_bound;   /* [M]: the bound of each slot as of the value factor `slot_factor`. */
     double *slot_factor; /* [M] */
     float *slot_growth;  /* [M]: what it grows by at least with the value factor. */
@@ -34,6 +36,7 @@ struct Ward {
     int32_t *row, *seen; /* [columns]: the item's row or -1; [num_rows]: merges the row knows of. */
     int32_t *spare;      /* [num_rows]: rows that nobody uses. */
     int64_t num_spare;
+    float expected;      /* Where the dearest merge of this chunk may lie. */
     float level, last_level; /* The dearest merge of the last chunk, and of the one before. */
     int32_t *wanted;     /* [num_rows]: slots that get a row at once. */
     int64_t num_wanted;
@@ -41,6 +44,8 @@ struct Ward {
     float *value_length; /* [columns]: keep * g^2 |value|^2. */
     int32_t *index, *into, *partner; /* [columns]: lowest member; column it was merged into; nearest, or -1. */
     double *cost;        /* [columns]: of the pair with the partner. */
+    int32_t *candidate;  /* [columns]: nearest by the estimates of the item's first row, or -1. */
+    float *rest;         /* [columns]: what all other pairs of the item cost, at least. */
     int32_t *pair;       /* [C, 2]: columns of each merge. */
     float *height;       /* [C]: its cost. */
     double *mean;        /* [C, K + V]: of merged columns. */
@@ -57,6 +62,7 @@ static Ward take_ward(Arena *arena, const Call *call) {
     ward.num_columns = slots + 2 * size + VL;
     ward.num_rows = 2 * size + SPARE_ROWS;
     const int64_t n = ward.num_columns;
+    ward.slot_time = TAKE(arena, float, slots);
     ward.slot_bound = TAKE(arena, float, slots);
     ward.slot_factor = TAKE(arena, double, slots);
     ward.slot_growth = TAKE(arena, float, slots);
@@ -75,6 +81,8 @@ static Ward take_ward(Arena *arena, const Call *call) {
     ward.into = TAKE(arena, int32_t, n);
     ward.partner = TAKE(arena, int32_t, n);
     ward.cost = TAKE(arena, double, n);
+    ward.candidate = TAKE(arena, int32_t, n);
+    ward.rest = TAKE(arena, float, n);
     ward.pair = TAKE(arena, int32_t, 2 * size);
     ward.height = TAKE(arena, float, size);
     ward.mean = TAKE(arena, double, size * (call->k.dim + call->v.dim));
@@ -168,38 +176,33 @@ static double exact_cost(const Items &items, int64_t a, int64_t b) {
 
 /* The column of the lowest of n numbers, the first of equal ones, and the lowest of the others; n a multiple of VL. */
 static int64_t lowest(const float *x, int64_t n, float *next) {
-    Vector best = splat(INFINITY), second = best;
-    IntVector place = {}, at = {};
-    for (int64_t j = 0; j < n; j += VL, at += VL) {
-        const Vector y = load(x + j);
-        const IntVector is_lower = y < best;
-        const Vector higher = is_lower ? best : y;
-        second = higher < second ? higher : second;
-        best = is_lower ? y : best;
-        place = is_lower ? at : place;
-    }
-    int64_t column = 0, lane = 0;
-    float floor = INFINITY;
-    for (int i = 0; i < VL; i++) {
-        const int64_t j = place[i] + i;
-        if (best[i] > floor || (best[i] == floor && j > column)) continue;
-        floor = best[i];
-        column = j;
-        lane = i;
-    }
-    best[lane] = INFINITY;
-    best = best < second ? best : second;
-    *next = -highest(-best);
+    /* Two runs at once, so that one need not wait for the other. */
+    Vector best[2], second[2];
+    IntVector place[2], at = {};
+    for (int r = 0; r < 2; r++) best[r] = second[r] = splat(INFINITY), place[r] = at;
+    for (int64_t j = 0; j < n; j += 2 * VL, at += 2 * VL)
+        for (int r = 0; r < 2; r++) {
+            const Vector y = j + r * VL < n ? load(x + j + r * VL) : splat(INFINITY);
+            const IntVector is_lower = y < best[r];
+            second[r] = lower_of(second[r], is_lower ? best[r] : y);
+            best[r] = is_lower ? y : best[r];
+            place[r] = is_lower ? at + r * VL : place[r];
+        }
+    const float floor = lowest_lane(lower_of(best[0], best[1]));
+    int64_t column = n;
+    for (int r = 0; r < 2; r++)
+        for (int i = 0; i < VL; i++)
+            if (best[r][i] == floor && place[r][i] + i < column) column = place[r][i] + i;
+    const int64_t run = column / VL % 2, lane = column % VL;
+    best[run][lane] = second[run][lane];
+    *next = lowest_lane(lower_of(best[0], best[1]));
     return column;
 }
 
 INLINE float lowest_value(const float *x, int64_t n) {
     Vector best = splat(INFINITY);
-    for (int64_t j = 0; j < n; j += VL) {
-        const Vector y = load(x + j);
-        best = y < best ? y : best;
-    }
-    return -highest(-best);
+    for (int64_t j = 0; j < n; j += VL) best = lower_of(load(x + j), best);
+    return lowest_lane(best);
 }
 
 /* Turns products x.y of an item with columns first..first+num-1 into lower bounds of their costs. */
@@ -265,6 +268,13 @@ INLINE void blank(const Ward *ward, float *row) {
         if (ward->into[j] != j) row[j] = INFINITY;
 }
 
+/* Note the lowest of n estimates of an item. */
+INLINE void set_candidate(Ward *ward, int64_t i, const float *row, int64_t n) {
+    const int64_t j = lowest(row, n, ward->rest + i);
+    ward->candidate[i] = (int32_t)j;
+    if (row[j] > ward->bound[i]) ward->bound[i] = row[j];
+}
+
 /* Rows of the tokens first..first+num-1. */
 static void token_rows(const Items &items, int64_t first, int64_t num) {
     Ward *ward = items.ward;
@@ -282,7 +292,7 @@ static void token_rows(const Items &items, int64_t first, int64_t num) {
         for (int64_t j = items.dictionary->num; j < start; j++) out[j] = INFINITY;
         for (int64_t j = start + call->chunk_size; j < ward->first_merged; j++) out[j] = INFINITY;
         out[start + t] = INFINITY;
-        ward->bound[start + t] = lowest_value(out, n);
+        set_candidate(ward, start + t, out, n);
     }
 }
 
@@ -316,8 +326,11 @@ static void slot_rows(const Items &items, int64_t first, int64_t num) {
         blank(ward, out);
         out[slot] = INFINITY;
         ward->row[slot] = (int32_t)(base + i);
+        ward->slot_time[slot] = ward->now;
         /* Pairs with tokens are among those of the tokens. */
-        ward->bound[slot] = fmaxf(ward->bound[slot], lowest_value(out, start));
+        /* From here on the bound covers pairs with younger slots, too, and may be lower. */
+        ward->bound[slot] = -INFINITY;
+        set_candidate(ward, slot, out, start);
     }
 }
 
@@ -344,7 +357,7 @@ static void fresh_row(const Items &items, int64_t i, float *out) {
     out[i] = INFINITY;
 }
 
-/* Bounds of all slots, each with those before it, by products of tiles; `scores` holds QUERIES rows of slots. */
+/* Bounds of all slots, and in `cost` of each with those before it, by products of tiles; `scores` holds QUERIES rows of slots. */
 static void slot_bounds(const Items &items, float *scores) {
     Ward *ward = items.ward;
     const Call *call = items.call;
@@ -360,16 +373,17 @@ static void slot_bounds(const Items &items, float *scores) {
             if (ward->is_wide) memset(row, 0, sizeof(float) * n);
             else estimate(ward, ward->count[i], ward->square[i], 0, n, row);
             for (int64_t j = i; j < n; j++) row[j] = INFINITY;
-            ward->slot_bound[i] = lowest_value(row, n);
+            ward->cost[i] = ward->slot_bound[i] = lowest_value(row, n);
+            for (int64_t j = 0; j < i; j++) ward->slot_bound[j] = fminf(ward->slot_bound[j], row[j]);
             ward->slot_factor[i] = ward->value_factor;
-            ward->slot_growth[i] = 0;
+            ward->slot_growth[i] = ward->slot_time[i] = 0;
         }
     }
+    ward->now = 0;
 }
 
 /* Where the dearest of `due` merges may lie, for a dictionary that nothing was merged in yet. */
 static float first_level(Ward *ward, int64_t num, int64_t due) {
-    for (int64_t i = 0; i < num; i++) ward->cost[i] = ward->slot_bound[i];
     if (num) select_lowest(ward->cost, num, least(due, num) - 1);
     return num ? (float)ward->cost[least(due, num) - 1] : 0;
 }
@@ -379,14 +393,18 @@ static float *current_row(Ward *ward, int64_t i) {
     const int32_t r = ward->row[i];
     float *row = ward->rows + r * ward->num_columns;
     const float own = ward->count[i];
+    /* What is far off needs no more than that it is no nearer than its parts were. */
+    const float far = 1.5f * ward->expected;
     for (int64_t m = ward->seen[r]; m < ward->num_merged; m++) {
         const int32_t a = ward->pair[2 * m], b = ward->pair[2 * m + 1];
-        const float x = row[a], y = row[b], h = ward->height[m], least_cost = x < y ? x : y;
-        const float p = ward->count[a] + own, q = ward->count[b] + own;
+        const float x = row[a], y = row[b], least_cost = x < y ? x : y;
+        row[a] = row[b] = INFINITY;
+        row[ward->first_merged + m] = least_cost;
+        if (!(least_cost < far)) continue;
+        const float p = ward->count[a] + own, q = ward->count[b] + own, h = ward->height[m];
         const float bound = (p * x + q * y - own * h) / (p + q - own) - 5e-7f * (fabsf(x) + fabsf(y) + h);
         /* Not a number where one of them is infinite. */
-        row[ward->first_merged + m] = bound > least_cost ? bound : least_cost;
-        row[a] = row[b] = INFINITY;
+        if (bound > least_cost) row[ward->first_merged + m] = bound;
     }
     row[i] = INFINITY;
     ward->seen[r] = (int32_t)ward->num_merged;
@@ -409,10 +427,29 @@ INLINE void set_partner(Ward *ward, int64_t i, int64_t partner, double cost, dou
     ward->bound[i] = below(best);
 }
 
+INLINE int is_exact(const Ward *ward, int64_t i) {
+    const int32_t p = ward->partner[i];
+    return p >= 0 && ward->into[p] == p;
+}
+
+/* Whether all pairs of an item but that with its candidate j cost more than `cost`. */
+INLINE int is_nearest(const Ward *ward, int64_t i, int64_t j, double cost) {
+    return ward->candidate[i] == j && above(cost + ward->tie) < ward->rest[i];
+}
+
 /* Find the nearest of an item exactly. `scratch` is a row. */
 static void refine(const Items &items, int64_t i, float *scratch) {
     Ward *ward = items.ward;
-    const int64_t n = ward->num_columns;
+    const int64_t n = ward->num_columns, candidate = ward->candidate[i];
+    if (candidate >= 0 && ward->into[candidate] == candidate) {
+        const double cost = exact_cost(items, i, candidate);
+        if (is_nearest(ward, i, candidate, cost)) {
+            set_partner(ward, i, candidate, cost, cost);
+            if (!is_exact(ward, candidate) && is_nearest(ward, candidate, i, cost))
+                set_partner(ward, candidate, i, cost, cost);
+            return;
+        }
+    }
     int is_fresh = 0;
     float *row;
     if (ward->row[i] >= 0) {
@@ -441,15 +478,14 @@ static void refine(const Items &items, int64_t i, float *scratch) {
     }
     int64_t num = 0;
     double best = INFINITY;
-    for (;;) {
-        const int64_t j = lowest(row, n, &next);
-        if (row[j] == INFINITY || row[j] > above(best + ward->tie)) break;
+    for (int64_t j = first; row[j] != INFINITY && row[j] <= above(best + ward->tie);) {
         if (num == TRIES && !is_fresh && !ward->is_wide) {
             /* The estimates are too loose to go on with. */
             fresh_row(items, i, row);
             is_fresh = 1;
             num = 0;
             best = INFINITY;
+            j = lowest(row, n, &next);
             continue;
         }
         const double cost = exact_cost(items, i, j);
@@ -457,6 +493,8 @@ static void refine(const Items &items, int64_t i, float *scratch) {
         ward->tried[num] = (int32_t)j;
         ward->tried_cost[num++] = cost;
         best = fmin(best, cost);
+        if (next > above(best + ward->tie)) break;
+        j = lowest(row, n, &next);
     }
     int64_t nearest = -1;
     double cost = INFINITY;
@@ -469,11 +507,6 @@ static void refine(const Items &items, int64_t i, float *scratch) {
         cost = ward->tried_cost[t];
     }
     set_partner(ward, i, nearest, cost, best);
-}
-
-INLINE int is_exact(const Ward *ward, int64_t i) {
-    const int32_t p = ward->partner[i];
-    return p >= 0 && ward->into[p] == p;
 }
 
 /* out [K + V] = share * the mean of item i, on top of what is there or not. */
@@ -495,6 +528,44 @@ INLINE double exact_square(const double *x, int64_t n) {
     return sum;
 }
 
+/* Lower bounds of costs with an item merged of two, whose parts, of counts x and y, cost h together and `first` and
+   `second` with others of counts c (Lance and Williams). */
+INLINE Vector merged_bounds(Vector first, Vector second, Vector x, Vector y, Vector c, Vector h) {
+    const Vector bound = ((x + c) * first + (y + c) * second - c * h) / (x + y + c);
+    const Vector size = (first < 0.0f ? -first : first) + (second < 0.0f ? -second : second) + h;
+    const Vector rounded = bound - 5e-7f * size;
+    /* Infinite ones give NaN. */
+    return rounded == rounded && first < INFINITY ? rounded : splat(INFINITY);
+}
+
+/* Turn the row of item `with` into that of the item that it and `other`, of which slots alone are and which has no
+   row, are merged into. Costs of slots are at least the bound of either, and no pair left costs less than `floor`. What has a row
+   knows its cost with a slot, which is looked up where it may matter. */
+static void guess_row(const Ward *ward, int64_t with, int64_t other, float floor, float height, float *row) {
+    const int64_t n = ward->num_columns;
+    const int is_slot = other < ward->first_token;
+    const Vector x = splat(ward->count[with]), y = splat(ward->count[other]), h = splat(height);
+    const Vector own = splat(ward->bound[other]), least_cost = splat(floor);
+    const Vector time = splat(is_slot ? ward->slot_time[other] : INFINITY);
+    for (int64_t j = 0; j < n; j += VL) {
+        const Vector c = load(ward->count + j), first = load(row + j), its = load(ward->bound + j);
+        Vector second = is_slot ? its : higher_of(its, own);
+        if (j < ward->first_token) {
+            const Vector since = load(ward->slot_time + j);
+            second = since > time ? its : since < time ? own : higher_of(its, own);
+        }
+        second = higher_of(second, least_cost);
+        Vector bound = merged_bounds(first, second, x, y, c, h);
+        if (is_slot && j >= ward->first_token && is_any(bound <= splat(ward->expected))) {
+            for (int64_t l = 0; l < VL; l++)
+                if (bound[l] <= ward->expected && ward->row[j + l] >= 0)
+                    second[l] = fmaxf(second[l], ward->rows[ward->row[j + l] * n + other]);
+            bound = merged_bounds(first, second, x, y, c, h);
+        }
+        store(row + j, bound);
+    }
+}
+
 /* The mean, count and row of a new column that a and b are merged into. */
 static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     Ward *ward = items.ward;
@@ -514,50 +585,36 @@ static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     ward->count[m] = (float)(p + q);
     ward->square[m] = ward->keep * (float)(key_square + ward->value_factor * value_square);
     ward->index[m] = ward->index[a] < ward->index[b] ? ward->index[a] : ward->index[b];
-    ward->partner[m] = -1;
+    ward->partner[m] = ward->candidate[m] = -1;
     ward->cost[m] = INFINITY;
     ward->into[m] = (int32_t)m;
     ward->row[m] = -1;
     /* Costs with the new item from those with its parts, which are known from below (Lance and Williams). Where one
        part has no row, its costs are at least its bound, or that of the other item, and the cost of this merge. */
     const int32_t row_a = ward->row[a], row_b = ward->row[b];
+
     ward->bound[m] = below(cost);
     if (row_a >= 0 || row_b >= 0) {
         const int is_two = row_a >= 0 && row_b >= 0;
         const int64_t with = row_a >= 0 ? a : b, other = with == a ? b : a;
         float *row = current_row(ward, with);
-        const float *more = is_two ? current_row(ward, other) : nullptr;
         row[other] = INFINITY;
-        const Vector x = splat(ward->count[with]), y = splat(ward->count[other]), h = splat(above(cost));
-        const Vector least_cost = splat(below(cost)), limit = splat(ward->bound[other]);
-        Vector best = splat(INFINITY);
-        for (int64_t j = 0; j < n; j += VL) {
-            const Vector c = load(ward->count + j), first = load(row + j);
-            Vector second;
-            if (is_two) {
-                second = load(more + j);
-            } else {
-                second = load(ward->bound + j);
-                second = second < limit ? second : limit;
-                second = second > least_cost ? second : least_cost;
-            }
-            Vector bound = ((x + c) * first + (y + c) * second - c * h) / (x + y + c);
-            const Vector size = (first < 0.0f ? -first : first) + (second < 0.0f ? -second : second) + h;
-            bound -= 5e-7f * size;
-            /* Infinite ones give NaN. */
-            bound = bound == bound && first < INFINITY ? bound : splat(INFINITY);
-            best = bound < best ? bound : best;
-            store(row + j, bound);
+        if (is_two) {
+            const float *more = current_row(ward, other);
+            const Vector x = splat(ward->count[with]), y = splat(ward->count[other]), h = splat(above(cost));
+            for (int64_t j = 0; j < n; j += VL)
+                store(row + j, merged_bounds(load(row + j), load(more + j), x, y, load(ward->count + j), h));
+        } else {
+            guess_row(ward, with, other, below(cost), above(cost), row);
         }
-        const float lowest_bound = -highest(-best);
-        if (lowest_bound > ward->bound[m]) ward->bound[m] = lowest_bound;
+        row[a] = row[b] = row[m] = INFINITY;
+        set_candidate(ward, m, row, n);
         ward->row[m] = ward->row[with];
         ward->row[with] = -1;
         if (is_two) {
             ward->spare[ward->num_spare++] = ward->row[other];
             ward->row[other] = -1;
         }
-        row[a] = row[b] = row[m] = INFINITY;
         ward->seen[ward->row[m]] = (int32_t)ward->num_merged + 1;
     }
     ward->pair[2 * at] = (int32_t)a;
@@ -576,10 +633,8 @@ static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
 static int settle(const Items &items, float most, int64_t *num, float *scratch) {
     Ward *ward = items.ward;
     for (int64_t j = 0; j < ward->num_columns; j += VL) {
-        const IntVector is_near = load(ward->bound + j) <= splat(most);
-        int32_t any = 0;
-        for (int l = 0; l < VL; l++) any |= is_near[l];
-        for (int64_t l = j; any && l < j + VL; l++) {
+        if (!is_any(load(ward->bound + j) <= splat(most))) continue;
+        for (int64_t l = j; l < j + VL; l++) {
             if (!(ward->bound[l] <= most)) continue;
             if (!is_exact(ward, l)) {
                 refine(items, l, scratch);
@@ -700,7 +755,8 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         ward->square[j] = ward->keep * (float)square;
         ward->value_length[j] = is_slot ? ward->keep * (float)(factor * ward->value_square[j]) : INFINITY;
         ward->count[j] = is_slot ? (float)sums->count[j] : 1;
-        ward->bound[j] = INFINITY;
+        ward->bound[j] = is_token ? -INFINITY : INFINITY;
+        ward->candidate[j] = -1;
         ward->cost[j] = INFINITY;
         ward->index[j] = (int32_t)j;
         ward->into[j] = is_slot || is_token ? (int32_t)j : -1;
@@ -715,6 +771,7 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         ward->last_level = 0;
     }
     ward->has_bounds = !ward->is_wide;
+    ward->now++;
     for (int64_t i = 0; i < num; i++) {
         ward->cost[i] = INFINITY;
         const double since = ward->slot_factor[i];
@@ -726,11 +783,11 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     ward->num_wanted = 0;
     /* As much above the last chunk's dearest merge as that was above the one before. */
     const float growth = ward->last_level > 0 ? ward->level / ward->last_level : 1;
-    const float expected = ward->level * fminf(fmaxf(growth, 1), 1.1f);
+    ward->expected = ward->level * fminf(fmaxf(growth, 1), 1.1f);
     ward->last_level = ward->level;
     const int64_t most = ward->num_rows - padded(size, NR);
     for (int64_t i = 0; i < num && ward->num_wanted < most && !ward->is_wide; i++)
-        if (ward->bound[i] <= expected) ward->wanted[ward->num_wanted++] = (int32_t)i;
+        if (ward->bound[i] <= ward->expected) ward->wanted[ward->num_wanted++] = (int32_t)i;
     ward->num_spare = 0;
     for (int64_t r = ward->num_rows - 1; r >= padded(size, NR) + ward->num_wanted; r--)
         ward->spare[ward->num_spare++] = (int32_t)r;
@@ -814,6 +871,7 @@ static void learn_by_likelihood(const Call *call, Dictionary *dictionary, Rows *
     } else {
         merge_cheapest(items, due, scores);
         find_homes(items);
+        ward->now++;
         for (int64_t i = 0; i < num; i++) {
             const int32_t home = ward->home[cluster_of(ward, i)];
             if (ward->index[cluster_of(ward, i)] == i) continue;
@@ -828,7 +886,9 @@ static void learn_by_likelihood(const Call *call, Dictionary *dictionary, Rows *
             ward->slot_bound[home] = ward->bound[j];
             ward->slot_factor[home] = ward->value_factor;
             /* A new item has a bound of its own with all others, so that old growth holds for old pairs. */
-            if (j >= ward->first_token) ward->slot_growth[home] = 0;
+            if (j < ward->first_token) continue;
+            ward->slot_growth[home] = 0;
+            ward->slot_time[home] = ward->now;
         }
     }
     if (call->merged_slot && place < size) merged.slot[place] = -1;
