@@ -25,7 +25,9 @@ struct Ward {
     double value_factor; /* g^2 = w^2 / s_v: what squared distances of values are multiplied with. */
     double tie;
     double unit;         /* What exact costs are divided by: 1, or what makes extreme ones fit into floats. */
-    float keep;          /* 1 - the relative rounding error of an estimate. */
+    float keep, rough_keep; /* 1 - the relative rounding error of an estimate, by either kind of product. */
+    int is_rough;        /* Whether rough products will do for this chunk. */
+    uint32_t *words;     /* [C, row_words]: the tokens, values scaled. */
     float now;           /* Counts the times at which slots got rows or changed. */
     float *slot_time;    /* [M]: when the slot last changed or got a row; its bound covers what is no younger. */
     float *slot_bound;   /* [M]: the bound of each slot as of the value factor `slot_factor`. */
@@ -40,8 +42,8 @@ struct Ward {
     float level, last_level; /* The dearest merge of the last chunk, and of the one before. */
     int32_t *wanted;     /* [num_rows]: slots that get a row at once. */
     int64_t num_wanted;
-    float *bound, *count, *square; /* [columns]; `square` is keep * (|key|^2 + g^2 |value|^2). */
-    float *value_length; /* [columns]: keep * g^2 |value|^2. */
+    float *bound, *count, *square; /* [columns]; `square` is |key|^2 + g^2 |value|^2. */
+    float *value_length; /* [columns]: g^2 |value|^2. */
     int32_t *index, *into, *partner; /* [columns]: lowest member; column it was merged into; nearest, or -1. */
     double *cost;        /* [columns]: of the pair with the partner. */
     int32_t *candidate;  /* [columns]: nearest by the estimates of the item's first row, or -1. */
@@ -86,8 +88,9 @@ static Ward take_ward(Arena *arena, const Call *call) {
     ward.pair = TAKE(arena, int32_t, 2 * size);
     ward.height = TAKE(arena, float, size);
     ward.mean = TAKE(arena, double, size * (call->k.dim + call->v.dim));
-    ward.merged = take_rows(arena, call, size, 1);
+    ward.merged = take_rows(arena, call, size, 0);
     ward.scaled = TAKE(arena, float, size * value_ld(call));
+    ward.words = HAS_PAIRS ? TAKE(arena, uint32_t, call->chunk_size * row_words(call)) : nullptr;
     ward.tried = TAKE(arena, int32_t, n);
     ward.tried_cost = TAKE(arena, double, n);
     ward.home = TAKE(arena, int32_t, n);
@@ -206,12 +209,20 @@ INLINE float lowest_value(const float *x, int64_t n) {
 }
 
 /* Turns products x.y of an item with columns first..first+num-1 into lower bounds of their costs. */
-static void estimate(const Ward *ward, float count, float square, int64_t first, int64_t num, float *row) {
+static void estimate(const Ward *ward, float keep, float count, float square, int64_t first, int64_t num, float *row) {
     const Vector own = splat(count), length = splat(square);
     for (int64_t j = first; j < first + num; j += VL) {
         const Vector other = load(ward->count + j);
-        const Vector distance = length + load(ward->square + j) - 2.0f * load(row + j);
+        const Vector distance = keep * (length + load(ward->square + j)) - 2.0f * load(row + j);
         store(row + j, own * other / (own + other) * distance);
+    }
+}
+
+/* Words of `num` items, their values scaled. */
+static void round_rows(const Call *call, int64_t num, const float *keys, const float *values, uint32_t *words) {
+    for (int64_t i = 0; i < num; i++, words += row_words(call)) {
+        round_row(keys + i * key_ld(call), key_ld(call), words);
+        round_row(values + i * value_ld(call), value_ld(call), words + key_words(call));
     }
 }
 
@@ -234,14 +245,41 @@ static void multiply(const Call *call, const Rows *columns, int64_t num, int64_t
     add_products_of_keys(call, columns, num, count, keys, out, ld);
 }
 
+/* The same by rough products: of values, of keys on top of them, and of both. */
+static void multiply_values_roughly(const Call *call, const Rows *columns, int64_t num, int64_t count,
+                                    const uint32_t *words, float *out, int64_t ld) {
+#if HAS_PAIRS
+    const int64_t own = row_words(call), keys = key_words(call);
+    pairs_product(count, num, own - keys, words + keys, own, columns->words + keys * NR, own * NR, nullptr, out, ld);
+#endif
+}
+
+static void add_keys_roughly(const Call *call, const Rows *columns, int64_t num, int64_t count, const uint32_t *words,
+                             float *out, int64_t ld) {
+#if HAS_PAIRS
+    const int64_t own = row_words(call);
+    pairs_product(count, num, key_words(call), words, own, columns->words, own * NR, out, out, ld);
+#endif
+}
+
+static void multiply_roughly(const Call *call, const Rows *columns, int64_t num, int64_t count, const uint32_t *words,
+                             float *out, int64_t ld) {
+#if HAS_PAIRS
+    const int64_t own = row_words(call);
+    pairs_product(count, num, own, words, own, columns->words, own * NR, nullptr, out, ld);
+#endif
+}
+
+INLINE float keep_of(const Ward *ward) { return ward->is_rough ? ward->rough_keep : ward->keep; }
+
 /* The lowest cost, from below, of the values alone, given products of values; columns without a slot have an infinite
    length. */
-static float lowest_value_cost(const Ward *ward, int64_t i, int64_t num, const float *products) {
+static float lowest_value_cost(const Ward *ward, float keep, int64_t i, int64_t num, const float *products) {
     const Vector own = splat(ward->count[i]), length = splat(ward->value_length[i]);
     Vector best = splat(INFINITY);
     for (int64_t j = 0; j < num; j += VL) {
         const Vector other = load(ward->count + j);
-        const Vector distance = length + load(ward->value_length + j) - 2.0f * load(products + j);
+        const Vector distance = keep * (length + load(ward->value_length + j)) - 2.0f * load(products + j);
         const Vector cost = own * other / (own + other) * distance;
         best = cost < best ? cost : best;
     }
@@ -251,14 +289,17 @@ static float lowest_value_cost(const Ward *ward, int64_t i, int64_t num, const f
 /* Rows of `count` items of count 1 with columns from `first` on, `num` of them, a block at a time while it lies in the
    first-level cache. */
 static void estimate_rows(const Items &items, const Rows *columns, int64_t first, int64_t num, int64_t count,
-                          const float *keys, const float *values, const float *squares, float *rows) {
+                          const float *keys, const float *values, const uint32_t *words, const float *squares,
+                          float *rows) {
     const Ward *ward = items.ward;
     const int64_t n = ward->num_columns;
     for (int64_t j = 0; j < num; j += BLOCK) {
         const int64_t width = least(BLOCK, num - j);
         const Rows block = rows_from(columns, items.call, j);
-        multiply(items.call, &block, width, count, keys, values, rows + first + j, n);
-        for (int64_t i = 0; i < count; i++) estimate(ward, 1, squares[i], first + j, width, rows + i * n);
+        float *out = rows + first + j;
+        if (ward->is_rough) multiply_roughly(items.call, &block, width, count, words, out, n);
+        else multiply(items.call, &block, width, count, keys, values, out, n);
+        for (int64_t i = 0; i < count; i++) estimate(ward, keep_of(ward), 1, squares[i], first + j, width, rows + i * n);
     }
 }
 
@@ -283,8 +324,10 @@ static void token_rows(const Items &items, int64_t first, int64_t num) {
     float *out = ward->rows + first * n;
     const float *keys = items.tokens->keys + first * key_ld(call), *values = ward->scaled + first * value_ld(call);
     if (!ward->is_wide) {
-        estimate_rows(items, &items.dictionary->rows, 0, start, num, keys, values, ward->square + start + first, out);
-        estimate_rows(items, items.tokens, start, width, num, keys, values, ward->square + start + first, out);
+        const uint32_t *words = ward->words + first * row_words(call);
+        const float *squares = ward->square + start + first;
+        estimate_rows(items, &items.dictionary->rows, 0, start, num, keys, values, words, squares, out);
+        estimate_rows(items, items.tokens, start, width, num, keys, values, words, squares, out);
     }
     for (int64_t t = first; t < first + num; t++, out += n) {
         if (ward->is_wide) memset(out, 0, sizeof(float) * n);
@@ -310,19 +353,31 @@ static void slot_rows(const Items &items, int64_t first, int64_t num) {
     const int64_t base = padded(call->chunk_size, NR) + first;
     float *out = ward->rows + base * n;
     const int64_t width = ward->first_merged - start;
-    multiply_values(call, &items.dictionary->rows, start, num, values, out, n);
+    const float keep = keep_of(ward);
+    uint32_t words[HAS_PAIRS ? num * row_words(call) : 1];
+    if (ward->is_rough) {
+        round_rows(call, num, keys, values, words);
+        multiply_values_roughly(call, &items.dictionary->rows, start, num, words, out, n);
+    } else {
+        multiply_values(call, &items.dictionary->rows, start, num, values, out, n);
+    }
     for (int64_t i = 0; i < num; i++) {
         const int64_t slot = ward->wanted[first + i];
         out[i * n + slot] = -INFINITY;
-        const float cost = lowest_value_cost(ward, slot, start, out + i * n);
+        const float cost = lowest_value_cost(ward, keep, slot, start, out + i * n);
         ward->slot_growth[slot] = cost > 0 ? (float)(cost / ward->value_factor) * (1 - FLT_EPSILON) : 0;
         out[i * n + slot] = 0;
     }
-    add_products_of_keys(call, &items.dictionary->rows, start, num, keys, out, n);
-    multiply(call, items.tokens, width, num, keys, values, out + start, n);
+    if (ward->is_rough) {
+        add_keys_roughly(call, &items.dictionary->rows, start, num, words, out, n);
+        multiply_roughly(call, items.tokens, width, num, words, out + start, n);
+    } else {
+        add_products_of_keys(call, &items.dictionary->rows, start, num, keys, out, n);
+        multiply(call, items.tokens, width, num, keys, values, out + start, n);
+    }
     for (int64_t i = 0; i < num; i++, out += n) {
         const int64_t slot = ward->wanted[first + i];
-        estimate(ward, ward->count[slot], ward->square[slot], 0, ward->first_merged, out);
+        estimate(ward, keep, ward->count[slot], ward->square[slot], 0, ward->first_merged, out);
         blank(ward, out);
         out[slot] = INFINITY;
         ward->row[slot] = (int32_t)(base + i);
@@ -351,7 +406,7 @@ static void fresh_row(const Items &items, int64_t i, float *out) {
         multiply(call, &items.dictionary->rows, start, 1, key, scaled, out, n);
         multiply(call, items.tokens, width, 1, key, scaled, out + start, n);
         multiply(call, &ward->merged, padded(ward->num_merged, NR), 1, key, scaled, out + ward->first_merged, n);
-        estimate(ward, ward->count[i], ward->square[i], 0, ward->first_merged + padded(ward->num_merged, NR), out);
+        estimate(ward, ward->keep, ward->count[i], ward->square[i], 0, ward->first_merged + padded(ward->num_merged, NR), out);
     }
     blank(ward, out);
     out[i] = INFINITY;
@@ -371,7 +426,7 @@ static void slot_bounds(const Items &items, float *scores) {
         for (int64_t i = first; i < first + rows; i++) {
             float *row = scores + (i - first) * n;
             if (ward->is_wide) memset(row, 0, sizeof(float) * n);
-            else estimate(ward, ward->count[i], ward->square[i], 0, n, row);
+            else estimate(ward, ward->keep, ward->count[i], ward->square[i], 0, n, row);
             for (int64_t j = i; j < n; j++) row[j] = INFINITY;
             ward->cost[i] = ward->slot_bound[i] = lowest_value(row, n);
             for (int64_t j = 0; j < i; j++) ward->slot_bound[j] = fminf(ward->slot_bound[j], row[j]);
@@ -583,7 +638,7 @@ static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     put_column(ward->merged.key_panels, k, at, key);
     put_column(ward->merged.value_panels, v, at, value);
     ward->count[m] = (float)(p + q);
-    ward->square[m] = ward->keep * (float)(key_square + ward->value_factor * value_square);
+    ward->square[m] = (float)(key_square + ward->value_factor * value_square);
     ward->index[m] = ward->index[a] < ward->index[b] ? ward->index[a] : ward->index[b];
     ward->partner[m] = ward->candidate[m] = -1;
     ward->cost[m] = INFINITY;
@@ -716,6 +771,7 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     const int64_t n = ward->num_columns = ward->first_merged + padded(due, NR) + VL;
     ward->num_merged = 0;
     ward->keep = 1 - (float)(k + v + 16) * FLT_EPSILON;
+    ward->rough_keep = ward->keep - ROUGHNESS;
     /* The mean squared length of values, of items whose values are finite. */
     double key_square[size], value_square[size], power = 0, total_count = 0;
     for (int64_t t = 0; t < size; t++) {
@@ -752,8 +808,8 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         const int is_slot = j < num, is_token = t >= 0 && t < size;
         const double square = is_slot ? ward->key_square[j] + factor * ward->value_square[j]
                             : is_token ? key_square[t] + factor * value_square[t] : INFINITY;
-        ward->square[j] = ward->keep * (float)square;
-        ward->value_length[j] = is_slot ? ward->keep * (float)(factor * ward->value_square[j]) : INFINITY;
+        ward->square[j] = (float)square;
+        ward->value_length[j] = is_slot ? (float)(factor * ward->value_square[j]) : INFINITY;
         ward->count[j] = is_slot ? (float)sums->count[j] : 1;
         ward->bound[j] = is_token ? -INFINITY : INFINITY;
         ward->candidate[j] = -1;
@@ -780,11 +836,16 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         ward->bound[i] = factor >= since ? bound + growth : bound < 0 ? bound : bound * (float)(factor / since);
         if (factor != since) ward->bound[i] -= 4 * FLT_EPSILON * (fabsf(bound) + fabsf(growth));
     }
-    ward->num_wanted = 0;
     /* As much above the last chunk's dearest merge as that was above the one before. */
     const float growth = ward->last_level > 0 ? ward->level / ward->last_level : 1;
     ward->expected = ward->level * fminf(fmaxf(growth, 1), 1.1f);
     ward->last_level = ward->level;
+    /* Rough products will do if they are off by less than a tenth of what decides. */
+    double total_square = 0;
+    for (int64_t t = 0; t < size; t++) total_square += key_square[t] + factor * value_square[t];
+    ward->is_rough = HAS_PAIRS && !ward->is_wide && 2 * ROUGHNESS * total_square <= 0.1 * size * ward->expected;
+    if (ward->is_rough) round_rows(call, size, items.tokens->keys, ward->scaled, ward->words);
+    ward->num_wanted = 0;
     const int64_t most = ward->num_rows - padded(size, NR);
     for (int64_t i = 0; i < num && ward->num_wanted < most && !ward->is_wide; i++)
         if (ward->bound[i] <= ward->expected) ward->wanted[ward->num_wanted++] = (int32_t)i;
