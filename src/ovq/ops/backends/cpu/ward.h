@@ -390,7 +390,7 @@ static void slot_rows(const Items &items, int64_t first, int64_t num) {
 }
 
 /* A row of an item computed anew. */
-static void fresh_row(const Items &items, int64_t i, float *out) {
+static void fresh_row(const Items &items, int64_t i, int is_rough, float *out) {
     Ward *ward = items.ward;
     const Call *call = items.call;
     const int64_t start = ward->first_token, width = ward->first_merged - start, n = ward->num_columns;
@@ -403,10 +403,20 @@ static void fresh_row(const Items &items, int64_t i, float *out) {
         const float *value = is_merged ? ward->merged.values + m * v : items.value(i);
         float scaled[v];
         for (int64_t j = 0; j < v; j++) scaled[j] = (float)ward->value_factor * value[j];
-        multiply(call, &items.dictionary->rows, start, 1, key, scaled, out, n);
-        multiply(call, items.tokens, width, 1, key, scaled, out + start, n);
-        multiply(call, &ward->merged, padded(ward->num_merged, NR), 1, key, scaled, out + ward->first_merged, n);
-        estimate(ward, ward->keep, ward->count[i], ward->square[i], 0, ward->first_merged + padded(ward->num_merged, NR), out);
+        const int64_t merged = padded(ward->num_merged, NR);
+        if (is_rough) {
+            uint32_t words[HAS_PAIRS ? row_words(call) : 1];
+            round_rows(call, 1, key, scaled, words);
+            multiply_roughly(call, &items.dictionary->rows, start, 1, words, out, n);
+            multiply_roughly(call, items.tokens, width, 1, words, out + start, n);
+            multiply_roughly(call, &ward->merged, merged, 1, words, out + ward->first_merged, n);
+        } else {
+            multiply(call, &items.dictionary->rows, start, 1, key, scaled, out, n);
+            multiply(call, items.tokens, width, 1, key, scaled, out + start, n);
+            multiply(call, &ward->merged, merged, 1, key, scaled, out + ward->first_merged, n);
+        }
+        estimate(ward, is_rough ? ward->rough_keep : ward->keep, ward->count[i], ward->square[i], 0,
+                 ward->first_merged + merged, out);
     }
     blank(ward, out);
     out[i] = INFINITY;
@@ -505,14 +515,15 @@ static void refine(const Items &items, int64_t i, float *scratch) {
             return;
         }
     }
-    int is_fresh = 0;
+    int is_fresh = 0, is_sharp = 0;
     float *row;
     if (ward->row[i] >= 0) {
         row = current_row(ward, i);
     } else {
         const int32_t r = take_spare(ward);
         row = r >= 0 ? ward->rows + r * n : scratch;
-        fresh_row(items, i, row);
+        is_sharp = !ward->is_rough;
+        fresh_row(items, i, ward->is_rough, row);
         is_fresh = 1;
         ward->row[i] = r;
         if (r >= 0) ward->seen[r] = (int32_t)ward->num_merged;
@@ -534,9 +545,10 @@ static void refine(const Items &items, int64_t i, float *scratch) {
     int64_t num = 0;
     double best = INFINITY;
     for (int64_t j = first; row[j] != INFINITY && row[j] <= above(best + ward->tie);) {
-        if (num == TRIES && !is_fresh && !ward->is_wide) {
+        if (num == TRIES && !is_sharp && !ward->is_wide) {
             /* The estimates are too loose to go on with. */
-            fresh_row(items, i, row);
+            fresh_row(items, i, ward->is_rough && !is_fresh, row);
+            is_sharp = !ward->is_rough || is_fresh;
             is_fresh = 1;
             num = 0;
             best = INFINITY;
@@ -635,8 +647,7 @@ static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     for (int64_t j = 0; j < k; j++) key[j] = (float)mean[j];
     for (int64_t j = 0; j < v; j++) value[j] = (float)mean[k + j];
     const double key_square = exact_square(mean, k), value_square = exact_square(mean + k, v);
-    put_column(ward->merged.key_panels, k, at, key);
-    put_column(ward->merged.value_panels, v, at, value);
+    set_row(&ward->merged, call, at, 0);
     ward->count[m] = (float)(p + q);
     ward->square[m] = (float)(key_square + ward->value_factor * value_square);
     ward->index[m] = ward->index[a] < ward->index[b] ? ward->index[a] : ward->index[b];
