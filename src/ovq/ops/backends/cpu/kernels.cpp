@@ -92,8 +92,8 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
                 read_tile(call, dictionary, &shared->tokens, &chunk, head * call->group_size + tile / blocks, first,
                           num, &own->reader);
             else if (tile >= reads + routes)
-                slot_rows(items, (tile - reads - routes) * QUERIES,
-                          least(QUERIES, ward->num_wanted - (tile - reads - routes) * QUERIES));
+                bound_slots(items, (tile - reads - routes) * QUERIES,
+                            least(QUERIES, ward->num_wanted - (tile - reads - routes) * QUERIES), own->reader.scores);
             else if (call->is_ward)
                 token_rows(items, first, num);
             else

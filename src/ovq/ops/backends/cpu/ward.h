@@ -28,8 +28,8 @@ struct Ward {
     float keep, rough_keep; /* 1 - the relative rounding error of an estimate, by either kind of product. */
     int is_rough;        /* Whether rough products will do for this chunk. */
     uint32_t *words;     /* [C, row_words]: the tokens, values scaled. */
-    float now;           /* Counts the times at which slots got rows or changed. */
-    float *slot_time;    /* [M]: when the slot last changed or got a row; its bound covers what is no younger. */
+    float now;           /* Counts the times at which slots changed or their bounds were computed anew. */
+    float *slot_time;    /* [M]: when that last was so of the slot; its bound covers what is no younger. */
     float *slot_bound;   /* [M]: the bound of each slot as of the value factor `slot_factor`. */
     double *slot_factor; /* [M] */
     float *slot_growth;  /* [M]: what it grows by at least with the value factor. */
@@ -40,7 +40,7 @@ struct Ward {
     int64_t num_spare;
     float expected;      /* Where the dearest merge of this chunk may lie. */
     float level, last_level; /* The dearest merge of the last chunk, and of the one before. */
-    int32_t *wanted;     /* [num_rows]: slots that get a row at once. */
+    int32_t *wanted;     /* [M]: slots whose bounds are computed anew for this chunk. */
     int64_t num_wanted;
     float *bound, *count, *square; /* [columns]; `square` is |key|^2 + g^2 |value|^2. */
     float *value_length; /* [columns]: g^2 |value|^2. */
@@ -74,7 +74,7 @@ static Ward take_ward(Arena *arena, const Call *call) {
     ward.row = TAKE(arena, int32_t, n);
     ward.seen = TAKE(arena, int32_t, ward.num_rows);
     ward.spare = TAKE(arena, int32_t, ward.num_rows);
-    ward.wanted = TAKE(arena, int32_t, ward.num_rows);
+    ward.wanted = TAKE(arena, int32_t, slots);
     ward.bound = TAKE(arena, float, n);
     ward.count = TAKE(arena, float, n);
     ward.square = TAKE(arena, float, n);
@@ -274,7 +274,8 @@ INLINE float keep_of(const Ward *ward) { return ward->is_rough ? ward->rough_kee
 
 /* The lowest cost, from below, of the values alone, given products of values; columns without a slot have an infinite
    length. */
-static float lowest_value_cost(const Ward *ward, float keep, int64_t i, int64_t num, const float *products) {
+static float lowest_value_cost(const Ward *ward, int64_t i, int64_t num, const float *products) {
+    const float keep = keep_of(ward);
     const Vector own = splat(ward->count[i]), length = splat(ward->value_length[i]);
     Vector best = splat(INFINITY);
     for (int64_t j = 0; j < num; j += VL) {
@@ -339,53 +340,44 @@ static void token_rows(const Items &items, int64_t first, int64_t num) {
     }
 }
 
-/* Rows of the slots first..first+num-1 of those wanted. */
-static void slot_rows(const Items &items, int64_t first, int64_t num) {
+/* Bounds of the slots first..first+num-1 of those wanted, and how they grow; `scores` holds QUERIES rows of slots.
+   Pairs with tokens are among those of the tokens. */
+static void bound_slots(const Items &items, int64_t first, int64_t num, float *scores) {
     Ward *ward = items.ward;
     const Call *call = items.call;
-    const int64_t n = ward->num_columns, start = ward->first_token, k = key_ld(call), v = value_ld(call);
+    const Rows *slots = &items.dictionary->rows;
+    const int64_t n = ward->first_token, k = key_ld(call), v = value_ld(call);
     float keys[num * k], values[num * v];
     for (int64_t i = 0; i < num; i++) {
         const int64_t slot = ward->wanted[first + i];
         memcpy(keys + i * k, items.key(slot), sizeof(float) * k);
         for (int64_t j = 0; j < v; j++) values[i * v + j] = (float)ward->value_factor * items.value(slot)[j];
     }
-    const int64_t base = padded(call->chunk_size, NR) + first;
-    float *out = ward->rows + base * n;
-    const int64_t width = ward->first_merged - start;
-    const float keep = keep_of(ward);
     uint32_t words[HAS_PAIRS ? num * row_words(call) : 1];
     if (ward->is_rough) {
         round_rows(call, num, keys, values, words);
-        multiply_values_roughly(call, &items.dictionary->rows, start, num, words, out, n);
+        multiply_values_roughly(call, slots, n, num, words, scores, n);
     } else {
-        multiply_values(call, &items.dictionary->rows, start, num, values, out, n);
+        multiply_values(call, slots, n, num, values, scores, n);
     }
     for (int64_t i = 0; i < num; i++) {
         const int64_t slot = ward->wanted[first + i];
-        out[i * n + slot] = -INFINITY;
-        const float cost = lowest_value_cost(ward, keep, slot, start, out + i * n);
+        scores[i * n + slot] = -INFINITY;
+        const float cost = lowest_value_cost(ward, slot, n, scores + i * n);
         ward->slot_growth[slot] = cost > 0 ? (float)(cost / ward->value_factor) * (1 - FLT_EPSILON) : 0;
-        out[i * n + slot] = 0;
+        scores[i * n + slot] = 0;
     }
-    if (ward->is_rough) {
-        add_keys_roughly(call, &items.dictionary->rows, start, num, words, out, n);
-        multiply_roughly(call, items.tokens, width, num, words, out + start, n);
-    } else {
-        add_products_of_keys(call, &items.dictionary->rows, start, num, keys, out, n);
-        multiply(call, items.tokens, width, num, keys, values, out + start, n);
-    }
-    for (int64_t i = 0; i < num; i++, out += n) {
+    if (ward->is_rough) add_keys_roughly(call, slots, n, num, words, scores, n);
+    else add_products_of_keys(call, slots, n, num, keys, scores, n);
+    for (int64_t i = 0; i < num; i++) {
         const int64_t slot = ward->wanted[first + i];
-        estimate(ward, keep, ward->count[slot], ward->square[slot], 0, ward->first_merged, out);
-        blank(ward, out);
-        out[slot] = INFINITY;
-        ward->row[slot] = (int32_t)(base + i);
+        float *row = scores + i * n;
+        estimate(ward, keep_of(ward), ward->count[slot], ward->square[slot], 0, n, row);
+        row[slot] = INFINITY;
         ward->slot_time[slot] = ward->now;
-        /* Pairs with tokens are among those of the tokens. */
         /* From here on the bound covers pairs with younger slots, too, and may be lower. */
         ward->bound[slot] = -INFINITY;
-        set_candidate(ward, slot, out, start);
+        set_candidate(ward, slot, row, n);
     }
 }
 
@@ -857,11 +849,10 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     ward->is_rough = HAS_PAIRS && !ward->is_wide && 2 * ROUGHNESS * total_square <= 0.1 * size * ward->expected;
     if (ward->is_rough) round_rows(call, size, items.tokens->keys, ward->scaled, ward->words);
     ward->num_wanted = 0;
-    const int64_t most = ward->num_rows - padded(size, NR);
-    for (int64_t i = 0; i < num && ward->num_wanted < most && !ward->is_wide; i++)
+    for (int64_t i = 0; i < num && !ward->is_wide; i++)
         if (ward->bound[i] <= ward->expected) ward->wanted[ward->num_wanted++] = (int32_t)i;
     ward->num_spare = 0;
-    for (int64_t r = ward->num_rows - 1; r >= padded(size, NR) + ward->num_wanted; r--)
+    for (int64_t r = ward->num_rows - 1; r >= padded(size, NR); r--)
         ward->spare[ward->num_spare++] = (int32_t)r;
 }
 
