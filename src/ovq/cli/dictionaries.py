@@ -20,7 +20,7 @@ Rules = Annotated[
     list[str] | None,
     typer.Option(
         help="Rules of keeping the dictionary to test, on the same weights: existing (the paper's), "
-        "updated, ward; the trained one if not given.",
+        "updated, ward, ward-sqrt; the trained one if not given.",
         show_default=False,
     ),
 ]
