@@ -91,8 +91,8 @@ def ovq_attention(
             (`"count"`, the running mean), or a constant share in (0, 1]. Counts add up either way. Steps at a
             constant rate cannot be undone in the backward, so training keeps the probabilities of every
             chunk: this is meant for ablations.
-        value_weight: w of the rules that merge pairs: the weight of distances between values, relative to their mean
-            squared length, beside those between keys.
+        value_weight: w of the rules that merge pairs: the weight of distances between values, relative to
+            their mean squared length, beside those between keys.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
             this processor; float32 and bfloat16), `"triton"` (kernels for GPUs; default `init` and `merge`,
