@@ -12,8 +12,9 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ovq.eval.dictionaries import Dictionary, each_dictionary
 from ovq.eval.language import LanguageRow, evaluate_language, take_windows
-from ovq.eval.reading import each_dictionary, token_bytes, token_losses
+from ovq.eval.reading import token_bytes, token_losses
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.plots.language import language_table, octave_losses, position_table, save_language_figures
 from ovq.runtime.progress import Reporter
@@ -126,16 +127,30 @@ def test_dictionaries_of_several_sizes_on_the_same_weights(ovq):
     assert full.num_slots is None
 
 
+def test_dictionaries_kept_by_several_rules_on_the_same_weights(ovq):
+    rules = ["existing", "ward"]
+    rows = measure(ovq, [random_ids(80)], lengths=[80], merges=rules)
+    assert [(row.merge, row.label) for row in rows] == [
+        ("existing", "OVQ, 5 slots"),
+        ("ward", "OVQ, Ward, 5 slots"),
+    ]
+    assert rows[0].loss != rows[1].loss
+    ovq.set_merge("ward")
+    assert measure(ovq, [random_ids(80)], lengths=[80])[0].loss == rows[1].loss
+    [full] = measure(make_model("full_attention"), [random_ids(80)], lengths=[80], merges=rules)
+    assert full.merge is None
+
+
 def test_the_dictionary_is_put_back_after_an_error(ovq):
     def measured():
-        for _ in each_dictionary(ovq, [64]):
-            assert ovq.config.num_slots == 64
+        for _ in each_dictionary(ovq, [Dictionary(64, "ward")]):
+            assert (ovq.config.num_slots, ovq.config.merge) == (64, "ward")
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
         measured()
     # The generator ends with the frame of the loop.
-    assert ovq.config.num_slots == 5
+    assert (ovq.config.num_slots, ovq.config.merge) == (5, "existing")
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokens():

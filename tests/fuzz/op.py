@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
-from ovq.ops.options import VALUE_WEIGHT
+from ovq.ops.options import COUNT_POWERS, VALUE_WEIGHT
 from ovq.ops.schedule import GROWTHS
 from ovq.ops.state import state_dtype
 from tests.fuzz.backends import BACKENDS, Backend
@@ -251,8 +251,7 @@ class OpCall(Program):
     def _recount(self, tokens: _Tokens, states: Sequence[OVQState]) -> None:
         """Counts of the reference are those of plain NumPy, which knows no other options, and no ties."""
         choices = (self.growth, self.init, self.merge, self.rate)
-        is_ward = self.merge == "ward"
-        if not (is_ward or choices == ("plateau", "novelty", "existing", "count")):
+        if not (self.merge in COUNT_POWERS or choices == ("plateau", "novelty", "existing", "count")):
             return
         if self.special or self.num_keys or self.dtype != "float64" or self.key_dim < 3:
             return
@@ -261,9 +260,15 @@ class OpCall(Program):
                 keys, values = k[:, head].detach().numpy(), v[:, head].detach().numpy()
                 slots = (
                     recount_by_likelihood(
-                        keys, values, self.num_slots, self.chunk_size, self.growth, self.value_weight
+                        keys,
+                        values,
+                        self.num_slots,
+                        self.chunk_size,
+                        self.growth,
+                        self.value_weight,
+                        count_power=COUNT_POWERS[self.merge],
                     )
-                    if is_ward
+                    if self.merge in COUNT_POWERS
                     else recount(keys, values, self.num_slots, self.chunk_size)
                 )
                 assert state.count[0, head].tolist() == [len(members) for members in slots], "recount"

@@ -5,17 +5,20 @@ import torch
 from torch.nn.functional import normalize
 
 from ovq.ops import OVQState, cpu_kernels, ovq_attention
-from ovq.ops.options import INITS, MERGES
+from ovq.ops.options import COUNT_POWERS, INITS, MERGES
 
 BACKENDS = ("naive", "torch")
 # The compiled kernels, where a compiler is found: float32 and bfloat16, running means and log counts alone.
 CPU = ("cpu",) if cpu_kernels().startswith("compiled") else ()
 # How slots are scored and how they move: the defaults, each other choice alone, and both.
 SCORINGS = [{}, {"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "rate": 0.7}]
-# The same, and the rule that merges pairs in the place of routing.
-VARIANTS = [*SCORINGS, {"merge": "ward"}]
+# The same, and the rules that merge pairs in the place of routing.
+VARIANTS = [*SCORINGS, *({"merge": merge} for merge in COUNT_POWERS)]
 # Which keys open slots, and where the others go: what fits together.
-RULES = [(init, merge) for init in INITS for merge in MERGES if (init, merge) != ("random", "ward")]
+RULES = [(init, merge) for init in INITS for merge in MERGES if init != "random" or merge not in COUNT_POWERS]
+# What the compiled kernels do not know.
+NOT_COMPILED = "ward-sqrt"
+COMPILED_RULES = [(init, merge) for init, merge in RULES if merge != NOT_COMPILED]
 
 either_rule = pytest.mark.parametrize("merge", ["existing", "ward"])
 
@@ -23,7 +26,8 @@ either_rule = pytest.mark.parametrize("merge", ["existing", "ward"])
 def takes(backend, dtype, variant):
     """Whether a backend runs calls of this dtype and these of `VARIANTS`."""
     is_scored_by_count = variant.get("bias", "count") == variant.get("rate", "count") == "count"
-    return backend != "cpu" or (dtype in (torch.float32, torch.bfloat16) and is_scored_by_count)
+    is_compiled = is_scored_by_count and variant.get("merge") != NOT_COMPILED
+    return backend != "cpu" or (dtype in (torch.float32, torch.bfloat16) and is_compiled)
 
 
 def inputs(batch, length, heads=2, kv_heads=1, key_dim=6, value_dim=5, *, dtype=torch.float64, seed=0):

@@ -27,8 +27,13 @@ def recount(keys, values, num_slots, chunk_size):
     return slots
 
 
-def recount_by_likelihood(keys, values, num_slots, chunk_size, growth="immediate", value_weight=0.35):
-    """The same by merge="ward", from its definition: what the sum of squared distances to means grows by."""
+def recount_by_likelihood(
+    keys, values, num_slots, chunk_size, growth="immediate", value_weight=0.35, *, count_power=1.0
+):
+    """The same by merge="ward", from its definition: what the sum of squared distances to means grows by.
+
+    With another power of the counts it is the rule "ward-sqrt".
+    """
     slots = []
     for start in range(0, len(keys) // chunk_size * chunk_size, chunk_size):
         seen = start + chunk_size
@@ -39,7 +44,7 @@ def recount_by_likelihood(keys, values, num_slots, chunk_size, growth="immediate
         }[growth]
         wanted = min(max(len(slots), scheduled, 1), len(slots) + chunk_size)
         items = [*map(tuple, slots), *((t,) for t in range(start, seen))]
-        clusters = agglomerated(items, keys, values, wanted, value_weight)
+        clusters = agglomerated(items, keys, values, wanted, value_weight, count_power=count_power)
         # A cluster stays where its lowest slot was; those of tokens alone take what is free, in order.
         slots = [[] for _ in range(wanted)]
         homes = [items.index(next(item for item in items if set(item) <= cluster)) for cluster in clusters]
@@ -50,7 +55,7 @@ def recount_by_likelihood(keys, values, num_slots, chunk_size, growth="immediate
     return slots
 
 
-def agglomerated(items, keys, values, num_clusters, value_weight):
+def agglomerated(items, keys, values, num_clusters, value_weight, *, count_power=1.0):
     """Items, each a tuple of tokens, merged pair by pair: sets of tokens, in order of their lowest items."""
     means = np.stack([values[list(item)].mean(0) for item in items])
     counts = [len(item) for item in items]
@@ -65,7 +70,9 @@ def agglomerated(items, keys, values, num_clusters, value_weight):
     def cost(pair):
         union = tuple(sorted(pair[0] + pair[1]))
         # Rounded, so that what is equal is equal; of equal pairs the first is taken.
-        return round(distortion(union) - distortion(pair[0]) - distortion(pair[1]), 9)
+        harmonic = len(pair[0]) * len(pair[1]) / len(union)
+        growth = distortion(union) - distortion(pair[0]) - distortion(pair[1])
+        return round(growth * harmonic ** (count_power - 1), 9)
 
     clusters = [tuple(sorted(item)) for item in items]
     while len(clusters) > num_clusters:

@@ -5,7 +5,7 @@ import torch
 
 from ovq.ops import OVQState, backend_used, cpu_kernels
 from ovq.ops.backends.cpu import kernels
-from tests.ops.common import RULES, assert_same_state, attend, either_rule, inputs
+from tests.ops.common import COMPILED_RULES, assert_same_state, attend, either_rule, inputs
 from tests.ops.test_identities import causal
 from tests.ops.test_parity import SHAPES, gradients
 from tests.ops.test_routing import near_ties, novelty_ties
@@ -29,8 +29,8 @@ def runs(monkeypatch):
 @pytest.mark.parametrize(
     ("growth", "init", "merge"),
     [
-        *(("plateau", *rules) for rules in RULES),
-        *(("linear", *rules) for rules in RULES[:1]),
+        *(("plateau", *rules) for rules in COMPILED_RULES),
+        *(("linear", *rules) for rules in COMPILED_RULES[:1]),
         *(("immediate", "novelty", merge) for merge in ("existing", "ward")),
     ],
 )

@@ -56,6 +56,7 @@ def zeros(*shape, dtype=torch.float64):
         ({"rate": True}, "rate: .* found True"),
         ({"merge": "ward", "init": "random"}, "init: expected 'novelty' with merge 'ward', found 'random'"),
         ({"merge": "ward", "rate": 0.3}, "rate: expected 'count' with merge 'ward', found 0.3"),
+        ({"merge": "ward-sqrt", "rate": 0.3}, "rate: expected 'count' with merge 'ward-sqrt', found 0.3"),
         ({"value_weight": -0.5}, "value_weight: expected a finite number of at least 0, found -0.5"),
         ({"value_weight": math.inf}, "value_weight: .* found inf"),
         ({"value_weight": math.nan}, "value_weight: .* found nan"),

@@ -1,4 +1,4 @@
-"""merge="ward": which pairs are merged, where they go, and that every backend says the same."""
+"""merge="ward" and "ward-sqrt": which pairs are merged, where they go, the same in every backend."""
 
 import dataclasses
 import functools
@@ -11,6 +11,7 @@ from sklearn.cluster import AgglomerativeClustering
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from ovq.ops import OVQState
+from ovq.ops.options import COUNT_POWERS
 from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, inputs
 from tests.ops.recount import recount_by_likelihood
 
@@ -48,12 +49,13 @@ def stream(kind, dtype, *, length=LENGTH, dim=8):
 
 @functools.cache
 def reference(kind, dtype, **options):
-    return attend(*stream(kind, dtype), **WARD, **options, chunk_size=CHUNK_SIZE, backend="naive")
+    return attend(*stream(kind, dtype), **options, chunk_size=CHUNK_SIZE, backend="naive")
 
 
 def check_equal(backend, dtype, kind, **options):
     """The same sums to the last bit: the same tokens, added in the same order."""
-    o, state = attend(*stream(kind, dtype), **WARD, **options, chunk_size=CHUNK_SIZE, backend=backend)
+    options = WARD | options
+    o, state = attend(*stream(kind, dtype), **options, chunk_size=CHUNK_SIZE, backend=backend)
     o_ref, expected = reference(kind, dtype, **options)
     assert torch.equal(state.count, expected.count)
     for name in ("key_sum", "value_sum"):
@@ -69,6 +71,24 @@ def check_equal(backend, dtype, kind, **options):
 @pytest.mark.parametrize(("backend", "dtype"), FAST, ids=str)
 def test_backends_merge_the_same_pairs(backend, dtype, kind):
     check_equal(backend, dtype, kind, num_slots=20)
+
+
+@pytest.mark.parametrize("num_slots", [20, 48])
+@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize(("backend", "dtype"), [case for case in FAST if case[0] != "cpu"], ids=str)
+def test_backends_merge_the_same_pairs_by_the_square_root_of_counts(backend, dtype, kind, num_slots):
+    check_equal(backend, dtype, kind, num_slots=num_slots, merge="ward-sqrt")
+
+
+def test_streams_are_merged_in_groups_where_tables_would_be_large(monkeypatch):
+    """Streams of rows of unequal lengths, which have different numbers of merges to make, one at a time."""
+    q, k, v = inputs(3, 60, 2, 2)
+    mask = torch.arange(60) >= torch.tensor([[0], [13], [31]])
+    options = {"merge": "ward-sqrt", "num_slots": 9, "chunk_size": 10, "attention_mask": mask}
+    expected = attend(q, k, v, **options, backend="naive")[1]
+    assert_same_state(attend(q, k, v, **options, backend="torch")[1], expected, tolerance=0)
+    monkeypatch.setattr("ovq.ops.one_by_one._TABLE_BYTES", 1)
+    assert_same_state(attend(q, k, v, **options, backend="torch")[1], expected, tolerance=0)
 
 
 @pytest.mark.parametrize("growth", ["plateau", "linear"])
@@ -92,13 +112,15 @@ def test_kernels_merge_as_torch_does_in_larger_dictionaries(backend, kind):
 @pytest.mark.parametrize("value_weight", [0, 0.5, 2])
 @pytest.mark.parametrize("growth", ["plateau", "linear", "immediate"])
 @pytest.mark.parametrize("kind", ["clustered", "one-hot"])
-def test_the_reference_is_what_the_definition_says(kind, growth, value_weight):
+@pytest.mark.parametrize(("merge", "power"), COUNT_POWERS.items())
+def test_the_reference_is_what_the_definition_says(merge, power, kind, growth, value_weight):
     """Every cluster in its slot, recounted from the sum of squared distances itself."""
     _, k, v = stream(kind, torch.float64, length=50)
     options = {"num_slots": 12, "chunk_size": 10, "growth": growth, "value_weight": value_weight}
-    _, state = attend(k, k, v, **WARD, **options, backend="naive")
+    _, state = attend(k, k, v, merge=merge, **options, backend="naive")
     for head in range(2):
-        slots = recount_by_likelihood(k[0, :, head].numpy(), v[0, :, head].numpy(), **options)
+        keys, values = (x[0, :, head].numpy() for x in (k, v))
+        slots = recount_by_likelihood(keys, values, **options, count_power=power)
         assert state.count[0, head].tolist() == [len(members) for members in slots]
         for sums, tokens in ((state.key_sum, k), (state.value_sum, v)):
             expected = torch.stack([tokens[0, members, head].sum(0) for members in slots])
@@ -221,14 +243,19 @@ def gradients_from(state, tokens, backend, options):
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("torch", torch.float64), *((x, torch.float32) for x in CPU)], ids=str
+    ("backend", "dtype", "merge"),
+    [
+        *(("torch", torch.float64, merge) for merge in COUNT_POWERS),
+        *((x, torch.float32, "ward") for x in CPU),
+    ],
+    ids=str,
 )
-def test_gradients_through_slots_that_were_merged(backend, dtype):
+def test_gradients_through_slots_that_were_merged(backend, dtype, merge):
     """Against autograd through the reference, from a full dictionary on, by way of many merges of slots."""
     q, k, v = stream("clustered", dtype)
     q, k, v = torch.cat([q, q.roll(1, 1)], 2), k, v
     # A weight with which slots of this stream are merged: the test says so below.
-    options = {**WARD, "num_slots": 20, "chunk_size": CHUNK_SIZE, "value_weight": 0.5}
+    options = {"merge": merge, "num_slots": 20, "chunk_size": CHUNK_SIZE, "value_weight": 0.5}
     _, state = attend(q[:, :40], k[:, :40], v[:, :40], **options)
     tokens = [x[:, 40:] for x in (q, k, v)]
     after, grads = gradients_from(state, tokens, backend, options)

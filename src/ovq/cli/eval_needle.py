@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli import corpus
+from ovq.cli import corpus, dictionaries
 from ovq.cli.common import model_names, parse_ints, show_results, text_tokenizer
 from ovq.cli.loading import check_model_folder, load_model
 
@@ -35,12 +35,8 @@ def needle(
     hub_split: corpus.HubSplit = None,
     text_field: corpus.TextField = None,
     max_documents: corpus.MaxDocuments = None,
-    num_slots: Annotated[
-        str | None,
-        typer.Option(
-            help="Sizes of the dictionary to test, on the same weights; the trained one if not given."
-        ),
-    ] = None,
+    num_slots: dictionaries.Sizes = None,
+    merge: dictionaries.Rules = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions per length and depth.")] = 5,
     distractors: Annotated[int, typer.Option(min=1, help="Other values to tell the right one from.")] = 7,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
@@ -65,7 +61,7 @@ def needle(
     """
     at_lengths = parse_ints(lengths, flag="--lengths")
     at_depths = _parse_depths(depths)
-    with_slots = [] if num_slots is None else parse_ints(num_slots, flag="--num-slots")
+    tested = dictionaries.parse(num_slots, merge)
     chosen = {"held_out": held_out, "subset": subset, "hub_split": hub_split}
     chosen |= {"text_field": text_field, "max_documents": max_documents}
     if haystack != "essay":
@@ -86,7 +82,7 @@ def needle(
         {"haystack": haystack, "value": value, "num_distractors": distractors, "texts": texts},
         lengths=at_lengths,
         depths=at_depths,
-        num_slots=with_slots,
+        **tested,
         num_examples=examples,
         seed=seed,
         piece_size=piece_size,

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from ovq.cli import eval_harness, eval_lm, eval_needle
-from ovq.cli.common import out_console, parse_ints, parse_merges
+from ovq.cli import dictionaries, eval_harness, eval_lm, eval_needle
+from ovq.cli.common import out_console, parse_ints
 from ovq.cli.loading import check_model_folder, load_model
 
 app = typer.Typer(invoke_without_command=True, subcommand_metavar="[lm|needle|harness]")
@@ -27,20 +27,8 @@ def evaluate(
     lengths: Annotated[
         str, typer.Option(help="Tokens per example, one test for each length.")
     ] = "256,1024,4096",
-    num_slots: Annotated[
-        str | None,
-        typer.Option(
-            help="Sizes of the dictionary to test, on the same weights; the trained one if not given."
-        ),
-    ] = None,
-    merge: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Rules of keeping the dictionary to test, on the same weights: existing (the paper's), "
-            "updated, ward; the trained one if not given.",
-            show_default=False,
-        ),
-    ] = None,
+    num_slots: dictionaries.Sizes = None,
+    merge: dictionaries.Rules = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples per length.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the test data.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -65,8 +53,7 @@ def evaluate(
     if model is None:
         raise ValueError("Missing option '--model'")
     at_lengths = parse_ints(lengths, flag="--lengths")
-    with_slots = [] if num_slots is None else parse_ints(num_slots, flag="--num-slots")
-    with_merges = [] if merge is None else parse_merges(merge, flag="--merge")
+    tested = dictionaries.parse(num_slots, merge)
     check_model_folder(model)
     from ovq.tasks import TextTask
     from ovq.train.config import RunConfig
@@ -86,8 +73,7 @@ def evaluate(
             load_model(model),
             task,
             lengths=at_lengths,
-            num_slots=with_slots,
-            merges=with_merges,
+            **tested,
             num_examples=examples,
             seed=seed,
             reporter=reporter,

@@ -33,6 +33,15 @@ def reproduce(
         Path | None,
         typer.Option(help="Folder of results; reproduce-out/PRESET if not given.", show_default=False),
     ] = None,
+    lines: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LABEL",
+            help="Make these lines of a figure anew, and keep all others from its JSON file in --out; "
+            "* stands for any text; can be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the figures and end.")] = False,
     all_: Annotated[bool, typer.Option("--all", help="Make every figure.")] = False,
     draw: Annotated[
@@ -75,6 +84,8 @@ def reproduce(
             "expected names of figures, or one of --all, --list, --draw, --report, --tables; "
             "see ovq reproduce --list"
         )
+    if lines and len(names) != 1:
+        raise ValueError(f"--lines: expected the name of one figure beside it, found {len(names)}")
     from ovq.research.reproduce.figures import FIGURES, get_figure
     from ovq.research.reproduce.presets import get_preset
 
@@ -101,7 +112,7 @@ def reproduce(
                 out=out, preset=sizes.name, num_seeds=seeds, num_workers=sizes.num_workers, reporter=reporter
             )
             for figure in figures:
-                make(figure, shop)
+                make(figure, shop, lines=lines or ())
                 # Paths broken over two lines could not be copied.
                 reporter.say(
                     f"Wrote {out / 'rows' / figure.name}.json and {out / 'figures' / figure.name}.png"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from ovq.eval.rows import MERGE_NAMES, ResultRow
+from ovq.eval.dictionaries import Dictionary, dictionaries_to_test, each_dictionary
+from ovq.eval.rows import ResultRow
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import AnyWork, WorkReporter
 from ovq.tasks import IGNORE_INDEX, Task, TaskBatch
@@ -77,49 +77,31 @@ def evaluate(
             f"found {task.vocab_size}"
         )
     tasks = [task.at_length(length) for length in lengths]
-    config = model.config
-    has_slots = "ovq" in config.mixer_types
-    own = (config.num_slots, config.merge) if has_slots else (None, None)
-    dictionaries = [(slots, merge) for slots in num_slots or own[:1] for merge in merges or own[1:]]
-    work = reporter.start(label, total=len(dictionaries) * sum(counts))
+    if "ovq" not in model.config.mixer_types and (num_slots or merges):
+        raise ValueError(
+            "num_slots, merges: expected a model with 'ovq' layers, found mixer_types "
+            f"{model.config.mixer_types}"
+        )
+    tested = dictionaries_to_test(model.config, num_slots=num_slots, merges=merges)
+    work = reporter.start(label, total=len(tested) * sum(counts))
     rows: list[ResultRow] = []
     done = 0
-    with _put_back(model):
-        growths = {own[1]: config.growth}
-        for slots, merge in dictionaries:
-            if num_slots and slots is not None:
-                model.set_num_slots(slots)
-            if merges and merge is not None:
-                model.set_merge(merge, growth=growths.get(merge))
-            for at_length, count in zip(tasks, counts, strict=True):
-                row = _evaluate_at(model, at_length, slots, merge, count, seed, work=work, done=done)
-                rows.append(row)
-                done += count
-    return rows
-
-
-@contextmanager
-def _put_back(model: OVQForCausalLM) -> Iterator[None]:
-    """Evaluation mode; afterwards the mode and the dictionary that the model had."""
-    config, was_training = model.config, model.training
-    num_slots = config.num_slots
-    merge, growth = config.merge, config.growth
+    was_training = model.training
     model.eval()
     try:
-        yield
+        for dictionary in each_dictionary(model, tested):
+            for at_length, count in zip(tasks, counts, strict=True):
+                rows.append(_evaluate_at(model, at_length, dictionary, count, seed, work=work, done=done))
+                done += count
     finally:
         model.train(was_training)
-        if config.num_slots != num_slots:
-            model.set_num_slots(num_slots)
-        if (config.merge, config.growth) != (merge, growth):
-            model.set_merge(merge, growth=growth)
+    return rows
 
 
 def _evaluate_at(
     model: OVQForCausalLM,
     task: Task,
-    num_slots: int | None,
-    merge: str | None,
+    dictionary: Dictionary,
     num_examples: int,
     seed: int,
     *,
@@ -128,21 +110,19 @@ def _evaluate_at(
 ) -> ResultRow:
     """One row: all test examples of one length, with the current dictionary."""
     batch_size = max(1, _TOKENS_PER_BATCH // task.length)
-    rule = f"{MERGE_NAMES[merge]}, " if merge in MERGE_NAMES else ""
-    slots = "" if num_slots is None else f"{num_slots} slots, "
     tally = _Tally()
     for first in range(0, num_examples, batch_size):
         indices = range(first, min(first + batch_size, num_examples))
         tally.add(model, task, task.build(seed, indices=indices, split="test"))
         accuracy = tally.right / tally.asked
-        note = f"{rule}{slots}length {task.length}, accuracy {accuracy:.3f}"
+        note = f"{dictionary.note}length {task.length}, accuracy {accuracy:.3f}"
         work.update(done + indices[-1] + 1, note=note)
     asked_slices = {name: asked for name, asked in tally.asked_by_slice.items() if asked}
     has_errors = task.error_name is not None
     return ResultRow(
         mixer=long_range_mixer(model.config),
-        num_slots=num_slots,
-        merge=merge,
+        num_slots=dictionary.num_slots,
+        merge=dictionary.merge,
         length=task.length,
         accuracy=tally.right / tally.asked,
         state_bytes=model.state_bytes(task.length),

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from ovq.eval.accuracy import long_range_mixer
-from ovq.eval.reading import PIECE_SIZE, each_dictionary, token_losses
+from ovq.eval.dictionaries import dictionaries_to_test, each_dictionary
+from ovq.eval.reading import PIECE_SIZE, token_losses
 from ovq.eval.rows import model_label
 from ovq.hf import OVQForCausalLM
 from ovq.runtime.progress import WorkReporter
@@ -44,6 +45,8 @@ class LanguageRow:
         sawtooth: Mean loss in the second half of a chunk minus that in the first half; 0 if the ends of
             chunks have no effect. `None` without whole chunks, or with chunks of one token.
         sawtooth_error: Standard error of `sawtooth` over chunks; `None` for fewer than two of them.
+        merge: The rule that kept the dictionary during the test, as `OVQConfig.merge` names it; `None` if
+            there is none.
     """
 
     name: str = ""
@@ -61,11 +64,12 @@ class LanguageRow:
     phase_losses: tuple[float, ...]
     sawtooth: float | None
     sawtooth_error: float | None
+    merge: str | None = None
 
     @property
     def label(self) -> str:
         """The model's display name."""
-        return model_label(self.mixer, self.num_slots, self.name)
+        return model_label(self.mixer, self.num_slots, self.name, merge=self.merge)
 
     @property
     def block_losses(self) -> tuple[float, ...]:
@@ -118,6 +122,7 @@ def evaluate_language(
     *,
     lengths: Sequence[int],
     num_slots: Sequence[int] = (),
+    merges: Sequence[str] = (),
     num_windows: int = 8,
     block_size: int = 1024,
     piece_size: int = PIECE_SIZE,
@@ -129,11 +134,13 @@ def evaluate_language(
     """Measure the loss on windows of documents, at several lengths and with several sizes of the dictionary.
 
     Args:
-        model: Tested on the device and in the dtype that it has; its number of slots is restored afterwards.
+        model: Tested on the device and in the dtype that it has; its dictionary is restored afterwards.
         documents: `[T]` token ids of each.
         lengths: Tokens per window, one test for each.
         num_slots: Sizes of the dictionary to test; if empty, the one that the model has. A model without OVQ
             layers is tested once.
+        merges: Rules of keeping the dictionary to test, as `OVQConfig.merge` names them; if empty, the one
+            that the model has.
         num_windows: The most windows per length.
         block_size: Positions per block.
         piece_size: Tokens read at a time, which limits the memory needed.
@@ -143,7 +150,7 @@ def evaluate_language(
         name: The model's name in the rows.
 
     Returns:
-        One row for each number of slots and each length, in that order.
+        One row for each number of slots, each rule and each length, in that order.
 
     Raises:
         ValueError: If no document is as long as a length, a number is below 1, or a document has tokens that
@@ -158,15 +165,15 @@ def evaluate_language(
     by_length = {
         length: take_windows(documents, length, num_windows, first_token=first_token) for length in lengths
     }
-    sizes = len(num_slots) if num_slots and "ovq" in model.config.mixer_types else 1
-    total = sizes * sum(length * len(windows) for length, windows in by_length.items())
+    tested = dictionaries_to_test(model.config, num_slots=num_slots, merges=merges)
+    total = len(tested) * sum(length * len(windows) for length, windows in by_length.items())
     mixer = long_range_mixer(model.config)
     work, done = reporter.start(f"read {model_label(mixer, None, name)}", total=total), 0
     was_training = model.training
     model.eval()
     rows: list[LanguageRow] = []
     try:
-        for slots in each_dictionary(model, num_slots):
+        for dictionary in each_dictionary(model, tested):
             # What is built on first use must not count towards the speed.
             token_losses(model, by_length[min(lengths)][0][: piece_size + 1], piece_size=piece_size)
             for length in lengths:
@@ -176,8 +183,7 @@ def evaluate_language(
                     losses.append(token_losses(model, window, piece_size=piece_size))
                     seconds += time.perf_counter() - begun
                     done += length
-                    note = "" if slots is None else f"{slots} slots, "
-                    work.update(done, note=f"{note}length {length}, loss {losses[-1].mean():.3f}")
+                    work.update(done, note=f"{dictionary.note}length {length}, loss {losses[-1].mean():.3f}")
                 num_bytes = None
                 if bytes_of_tokens is not None:
                     num_bytes = sum(int(bytes_of_tokens[window[1:]].sum()) for window in by_length[length])
@@ -185,7 +191,8 @@ def evaluate_language(
                     LanguageRow(
                         name=name,
                         mixer=mixer,
-                        num_slots=slots,
+                        num_slots=dictionary.num_slots,
+                        merge=dictionary.merge,
                         length=length,
                         state_bytes=model.state_bytes(length),
                         tokens_per_second=(length - 1) * len(losses) / seconds,

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from ovq.eval.accuracy import long_range_mixer
-from ovq.eval.reading import PIECE_SIZE, each_dictionary, read_pieces, target_losses
+from ovq.eval.dictionaries import dictionaries_to_test, each_dictionary
+from ovq.eval.reading import PIECE_SIZE, read_pieces, target_losses
 from ovq.eval.rows import model_label
 from ovq.hf import OVQCache, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
@@ -45,6 +46,8 @@ class NeedleRow:
         choice: Share of questions whose value is more likely than each of the distractors; `1 / (1 +
             num_distractors)` by guessing.
         state_bytes: Bytes that the model carries from token to token for one sequence of this length.
+        merge: The rule that kept the dictionary during the test, as `OVQConfig.merge` names it; `None` if
+            there is none.
     """
 
     name: str = ""
@@ -60,11 +63,12 @@ class NeedleRow:
     token_accuracy: float
     choice: float
     state_bytes: int
+    merge: str | None = None
 
     @property
     def label(self) -> str:
         """The model's display name."""
-        return model_label(self.mixer, self.num_slots, self.name)
+        return model_label(self.mixer, self.num_slots, self.name, merge=self.merge)
 
 
 class Score(NamedTuple):
@@ -82,6 +86,7 @@ def evaluate_needle(
     lengths: Sequence[int],
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     num_slots: Sequence[int] = (),
+    merges: Sequence[str] = (),
     num_examples: int = 5,
     seed: int = 0,
     piece_size: int = PIECE_SIZE,
@@ -91,12 +96,14 @@ def evaluate_needle(
     """Ask a model for needles at several lengths and depths and with several sizes of the dictionary.
 
     Args:
-        model: Tested on the device and in the dtype that it has; its number of slots is restored afterwards.
+        model: Tested on the device and in the dtype that it has; its dictionary is restored afterwards.
         builder: Builds the questions, with the model's tokenizer.
         lengths: Largest numbers of tokens of prompt and answer together, one test for each.
         depths: Where the needle is, from 0 to 1.
         num_slots: Sizes of the dictionary to test; if empty, the one that the model has. A model without OVQ
             layers is tested once.
+        merges: Rules of keeping the dictionary to test, as `OVQConfig.merge` names them; if empty, the one
+            that the model has.
         num_examples: Questions per length and depth; they are the same at every length and depth.
         seed: Seed of the questions.
         piece_size: Tokens read at a time, which limits the memory needed.
@@ -104,7 +111,7 @@ def evaluate_needle(
         name: The model's name in the rows.
 
     Returns:
-        One row for each number of slots, each length and each depth, in that order.
+        One row for each number of slots, each rule, each length and each depth, in that order.
 
     Raises:
         ValueError: If a number is out of range, a length has no room for a question, or the tokenizer has
@@ -120,26 +127,27 @@ def evaluate_needle(
         for depth in {min(depths), max(depths)}:
             builder.build(min(lengths), depth=depth, seed=seed, index=index)
     mixer = long_range_mixer(model.config)
-    sizes = len(num_slots) if num_slots and "ovq" in model.config.mixer_types else 1
-    total = sizes * sum(lengths) * len(depths) * num_examples
+    tested = dictionaries_to_test(model.config, num_slots=num_slots, merges=merges)
+    total = len(tested) * sum(lengths) * len(depths) * num_examples
     work, done = reporter.start(f"needles {model_label(mixer, None, name)}", total=total), 0
     was_training = model.training
     model.eval()
     rows = []
     try:
-        for slots in each_dictionary(model, num_slots):
+        for dictionary in each_dictionary(model, tested):
             for length, depth in itertools.product(lengths, depths):
                 scores = []
                 for index in range(num_examples):
                     needle = builder.build(length, depth=depth, seed=seed, index=index)
                     scores.append(ask(model, builder.tokenizer, needle, piece_size=piece_size))
                     done += length
-                    work.update(done, note=f"length {length}, depth {depth:.0%}")
+                    work.update(done, note=f"{dictionary.note}length {length}, depth {depth:.0%}")
                 rows.append(
                     NeedleRow(
                         name=name,
                         mixer=mixer,
-                        num_slots=slots,
+                        num_slots=dictionary.num_slots,
+                        merge=dictionary.merge,
                         haystack=builder.haystack,
                         value=builder.value,
                         length=length,

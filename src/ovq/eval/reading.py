@@ -6,7 +6,7 @@ with a state of constant size reads any length in the memory of one piece.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,39 +22,6 @@ PIECE_SIZE = 2048
 _MOST_LOGITS = 2**24
 """Most logits computed at once, 64 MiB of float32: with a large vocabulary, those of a whole piece would be
 by far the largest tensor."""
-
-
-def each_dictionary(model: OVQForCausalLM, num_slots: Sequence[int]) -> Iterator[int | None]:
-    """Set one size of the dictionary after the other, and at the end restore the original one.
-
-    Args:
-        model: A model without OVQ layers is left as it is, once.
-        num_slots: The sizes; if empty, the one that the model has.
-
-    Yields:
-        The number of slots that the model has now; None for a model without OVQ layers.
-
-    Example:
-        >>> from ovq.hf import OVQConfig
-        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> model = OVQForCausalLM(config)
-        >>> [(slots, model.config.num_slots) for slots in each_dictionary(model, [16, 64])]
-        [(16, 16), (64, 64)]
-        >>> model.config.num_slots
-        1024
-    """
-    if "ovq" not in model.config.mixer_types:
-        yield None
-        return
-    trained = model.config.num_slots
-    try:
-        for slots in num_slots or (trained,):
-            if slots != model.config.num_slots:
-                model.set_num_slots(slots)
-            yield slots
-    finally:
-        if model.config.num_slots != trained:
-            model.set_num_slots(trained)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ MIXER_NAMES = {
 }
 """Display names of mixers; the others are shown by their name in `mixer_types`."""
 
-MERGE_NAMES = {"updated": "updated", "ward": "Ward"}
+MERGE_NAMES = {"updated": "updated", "ward": "Ward", "ward-sqrt": "Ward-sqrt"}
 """Display names of the rules that keep a dictionary; the paper's, `"existing"`, goes without saying."""
 
 

@@ -70,12 +70,12 @@ class OVQConfig(PreTrainedConfig):
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
             `merge` is meant for.
         init: which keys open slots: `"novelty"` or `"random"`.
-        merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"ward"`, which merges the
-            cheapest pairs of slots and tokens.
+        merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"ward"` or `"ward-sqrt"`,
+            which merge the cheapest pairs of slots and tokens.
         bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
         rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
-        value_weight: the weight of distances between values relative to those between keys with merge
-            `"ward"`.
+        value_weight: the weight of distances between values relative to those between keys where pairs are
+            merged.
         use_cache: whether a forward pass outside of training returns a cache unless told otherwise.
         pad_token_id: for `generate`.
         bos_token_id: for `generate`.

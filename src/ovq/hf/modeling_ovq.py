@@ -103,11 +103,11 @@ class OVQPreTrainedModel(PreTrainedModel):
         more with `"ward"` (docs/results.md). Earlier caches remain valid and go on from the slots they have.
 
         Args:
-            merge: `"existing"`, `"updated"` or `"ward"`.
+            merge: `"existing"`, `"updated"`, `"ward"` or `"ward-sqrt"`.
             growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one
                 that `merge` is meant for.
-            value_weight: what distances between values weigh beside those between keys with `"ward"`; None
-                for what they weigh now.
+            value_weight: what distances between values weigh beside those between keys where pairs are
+                merged; None for what they weigh now.
 
         Raises:
             ValueError: if the model has no OVQ layers, or as `OVQConfig` does for these options. Nothing is

@@ -75,13 +75,15 @@ def ovq_attention(
             pass `RowBounds` instead, which was checked once for all layers.
         cu_seqlens: `[rows + 1]` bounds of rows packed into a batch of 1; a state then has that many rows.
         growth: how the dictionary grows with the number t of tokens: `"plateau"` (t N / (t + N)), `"linear"`
-            or `"immediate"` (one slot per token while there is room). None: `"immediate"` with merge
-            `"ward"`, else `"plateau"`.
+            or `"immediate"` (one slot per token while there is room). None: `"immediate"` where pairs are
+            merged (`"ward"`, `"ward-sqrt"`), else `"plateau"`.
         init: which keys open slots: those least similar to all slots (`"novelty"`), or a `"random"` choice.
         merge: whether other keys go to the slots that existed before their chunk (`"existing"`, the paper's
             rule) or also to those that the chunk opened (`"updated"`). With `"ward"`, the cheapest pairs of
-            slots and tokens are merged until they fit, slots with slots included; costs depend on keys and
-            values.
+            slots and tokens are merged until they fit, slots with slots included; costs depend on counts,
+            keys and values. With `"ward-sqrt"`, costs grow with the square root of what counts contribute
+            to `"ward"`: slots of many tokens are merged more readily, which leaves more slots to single
+            ones.
         bias: what is added to the score scale q.D of a slot with mean D and count c: log c (`"count"`), or
             log c - scale |D|^2 / 2 (`"count+norm"`, a term that cancels where all norms are equal). A token
             of the chunk is a slot of count 1.
@@ -89,8 +91,8 @@ def ovq_attention(
             (`"count"`, the running mean), or a constant share in (0, 1]. Counts add up either way. Steps at a
             constant rate cannot be undone in the backward, so training keeps the probabilities of every
             chunk: this is meant for ablations.
-        value_weight: w of `merge="ward"`: the weight of distances between values, relative to their mean
-            squared length, beside those between keys.
+        value_weight: w of the rules that merge pairs: the weight of distances between values, relative to
+            their mean squared length, beside those between keys.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
             this processor; float32 and bfloat16), `"triton"` (kernels for GPUs; default `init` and `merge`,

@@ -120,7 +120,7 @@ def _naive_head(
                 outputs.append(_read(q[t].to(wide), scale, head, chunk_k[: j + 1], chunk_v[: j + 1], options))
         if len(chunk_k) == options.chunk_size:
             num_seen += options.chunk_size
-            learn = _learn_by_likelihood if options.merge == "ward" else _learn
+            learn = _learn_by_likelihood if options.merges_pairs else _learn
             learn(chunk_k, chunk_v, head, h, num_seen, options)
     complete = len(k) - len(k) % options.chunk_size
     o = torch.stack(outputs) if outputs else q.new_zeros(*q.shape[:2], v.shape[-1])
@@ -186,7 +186,7 @@ def _learn(chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int,
 def _learn_by_likelihood(
     chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int, options: Options
 ) -> None:
-    """merge="ward": merge the cheapest pairs of slots and tokens of a complete chunk until they fit."""
+    """Rules that merge pairs: the cheapest pairs of slots and tokens of a complete chunk, until they fit."""
     existing, size = len(head.count), len(chunk_k)
     wanted = grown_slots(
         existing,
@@ -197,7 +197,7 @@ def _learn_by_likelihood(
     )
     key_sum, value_sum = [*head.key_sum, *chunk_k], [*head.value_sum, *chunk_v]
     count = head.count + [1] * size
-    clusters = _clusters(key_sum, value_sum, count, existing + size - wanted, options.value_weight)
+    clusters = _clusters(key_sum, value_sum, count, existing + size - wanted, options)
     # A cluster stays in its lowest slot. One of tokens alone takes a slot that became free, or a new slot.
     kept = {cluster[0] for cluster in clusters}
     free = [i for i in range(wanted) if i >= existing or i not in kept]
@@ -211,7 +211,7 @@ def _learn_by_likelihood(
 
 @torch.no_grad()
 def _clusters(
-    key_sum: list[Tensor], value_sum: list[Tensor], count: list[int], num_merges: int, value_weight: float
+    key_sum: list[Tensor], value_sum: list[Tensor], count: list[int], num_merges: int, options: Options
 ) -> list[list[int]]:
     """Merge items pair by pair, the cheapest first. Returns the items of each cluster, by lowest item."""
     c = torch.tensor(count, dtype=torch.float64)
@@ -223,14 +223,18 @@ def _clusters(
     lengths = values.square().sum(-1)
     is_finite = lengths.isfinite()
     power = (c * lengths)[is_finite].sum() / c[is_finite].sum().clamp(min=1)
-    x = torch.cat([keys, values * (value_weight / power.sqrt() if power > 0 else 0.0)], -1)
+    x = torch.cat([keys, values * (options.value_weight / power.sqrt() if power > 0 else 0.0)], -1)
     squares = x.square().sum(-1)
     tie = TIE * float(squares[squares.isfinite()].max()) if squares.isfinite().any() else 0.0
 
     def cost(a: int) -> Tensor:
-        """Cost of merging item a with each other one: how much the squared distances to means grow in sum."""
+        """Cost of merging item a with each other one: how much the squared distances to means grow in sum.
+
+        So it is by "ward"; by "ward-sqrt" counts matter less.
+        """
         squared = (x - x[a]).square().sum(-1)
-        costs = torch.where(squared.isfinite(), c * c[a] / (c + c[a]) * squared, torch.inf)
+        weight = (c * c[a] / (c + c[a])) ** options.count_power
+        costs = torch.where(squared.isfinite(), weight * squared, torch.inf)
         # Costs within rounding of zero count as zero.
         return costs.masked_fill(costs <= tie, 0)
 

@@ -16,12 +16,15 @@ ORDINARY = (1e-15, 1e15)
 # Stands for the cosine of a key that is not finite. Cosines are at most 1, so it is the last to open a slot.
 NO_COSINE = 2.0
 
-# w of `merge="ward"`, for keys of length 1. The best value depends on the weights of a model; this one is
-# good for all models that were measured (docs/results.md).
+# w of the rules that merge pairs, for keys of length 1. The best value depends on the weights of a model;
+# this one is good for all models that were measured (docs/results.md).
 VALUE_WEIGHT = 0.35
 
 INITS = ("novelty", "random")
-MERGES = ("existing", "updated", "ward")
+# The rules that merge pairs of slots and tokens, with p, the power of c_a c_b / (c_a + c_b) in their costs: 1
+# is the likelihood's; with less, the counts of two items matter less for the cost of merging them.
+COUNT_POWERS = {"ward": 1.0, "ward-sqrt": 0.5}
+MERGES = ("existing", "updated", *COUNT_POWERS)
 BIASES = ("count", "count+norm")
 
 
@@ -34,13 +37,13 @@ class Options:
         chunk_size: C, tokens per chunk.
         growth: the schedule, `"plateau"`, `"linear"` or `"immediate"`.
         init: which keys open slots, `"novelty"` or `"random"`.
-        merge: where the other keys go, `"existing"` or `"updated"` slots; or `"ward"`, which merges the
-            cheapest pairs of slots and tokens.
+        merge: where the other keys go, `"existing"` or `"updated"` slots; or `"ward"` or `"ward-sqrt"`, which
+            merge the cheapest pairs of slots and tokens.
         seed: seeds `init="random"`.
         bias: what is added to the scores of slots, `"count"` (log c) or `"count+norm"`.
         rate: how far a slot mean moves to a key merged into it: `"count"` (1 / count) or a constant share.
         value_weight: w, the weight of distances between values relative to those between keys in
-            `merge="ward"`.
+            `merge="ward"` and `"ward-sqrt"`.
     """
 
     num_slots: int
@@ -66,15 +69,25 @@ class Options:
         check_value_weight("value_weight", self.value_weight)
         # Where pairs are merged, no key is chosen to open a slot, and no mean moves by steps.
         for name, only in (("init", "novelty"), ("rate", "count")):
-            if self.merge == "ward" and getattr(self, name) != only:
+            if self.merges_pairs and getattr(self, name) != only:
                 raise ValueError(
-                    f"{name}: expected {only!r} with merge 'ward', found {getattr(self, name)!r}"
+                    f"{name}: expected {only!r} with merge {self.merge!r}, found {getattr(self, name)!r}"
                 )
+
+    @property
+    def merges_pairs(self) -> bool:
+        """Whether pairs of slots and tokens are merged, instead of keys into slots."""
+        return self.merge in COUNT_POWERS
+
+    @property
+    def count_power(self) -> float:
+        """The power of c_a c_b / (c_a + c_b) in the cost of merging two items, where pairs are merged."""
+        return COUNT_POWERS[self.merge]
 
 
 def default_growth(merge: str) -> str:
-    """The growth that a merge rule is meant for: with `"ward"`, nothing is merged while there is room."""
-    return "immediate" if merge == "ward" else "plateau"
+    """The growth that a merge rule is meant for: where pairs are merged, none is while there is room."""
+    return "immediate" if merge in COUNT_POWERS else "plateau"
 
 
 def check_value_weight(name: str, weight: float) -> None:

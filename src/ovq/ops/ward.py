@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ovq.ops.one_by_one import cluster_roots_one_by_one
 from ovq.ops.options import TIE
 
 
@@ -32,14 +33,17 @@ def pair_points(keys: Tensor, values: Tensor, count: Tensor, value_weight: float
     return torch.cat([keys, values * factor[:, None, None]], -1)
 
 
-def cluster_roots(points: Tensor, count: Tensor, due: list[int]) -> Tensor:
+def cluster_roots(points: Tensor, count: Tensor, due: list[int], *, count_power: float = 1.0) -> Tensor:
     """For each item, the lowest item `[S, M]` of the cluster it ends in, after `due[s]` merges in stream s.
 
     Args:
         points: `[S, M, D]` from `pair_points`; overwritten.
         count: `[S, M]`, 0 for an item that is not there.
         due: how many merges to make in each stream.
+        count_power: how much counts matter for the cost, see `Options`. Only at 1 are costs reducible.
     """
+    if count_power != 1:
+        return cluster_roots_one_by_one(points, count, due, count_power)
     merger = _Merger(points, count)
     left = torch.tensor(due, device=points.device)
     while bool((left > 0).any()):

@@ -13,7 +13,7 @@ from rich.table import Table
 from ovq.eval.rows import format_bytes
 from ovq.plots.canvas import Axes, FuncFormatter, NullLocator
 from ovq.plots.panels import new_panels, save
-from ovq.plots.style import line_styles
+from ovq.plots.style import line_styles, style_name
 
 if TYPE_CHECKING:
     from ovq.eval.language import LanguageRow
@@ -140,7 +140,7 @@ def _plot(
     values: Sequence[float],
 ) -> None:
     """Draw the line of one model."""
-    styles = line_styles({each.label: (each.mixer, each.num_slots) for each in rows})
+    styles = line_styles({each.label: (style_name(each.mixer, each.merge), each.num_slots) for each in rows})
     options = styles[row.label].options()
     if len(places) > _MOST_MARKERS:
         options |= {"markevery": len(places) // _MOST_MARKERS, "linewidth": 1.2}

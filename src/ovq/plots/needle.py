@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ovq.plots.heat import draw_heat_maps
 from ovq.plots.panels import save
+from ovq.plots.style import style_name
 
 if TYPE_CHECKING:
     from ovq.eval.needle import NeedleRow
@@ -71,7 +72,7 @@ def save_needle_figures(rows: Sequence[NeedleRow], folder: Path) -> list[Path]:
             maps[label] = [[values.get((depth, n), math.nan) for n in lengths] for depth in depths]
         figure = draw_heat_maps(
             maps,
-            models={row.label: (row.mixer, row.num_slots) for row in rows},
+            models={row.label: (style_name(row.mixer, row.merge), row.num_slots) for row in rows},
             columns=[str(length) for length in lengths],
             rows=[f"{depth:.0%}" for depth in depths],
             column_name="length (tokens)",

@@ -72,7 +72,7 @@ class ModelArgs:
         merge: Which slots a key may be merged into, see `ovq.ops.ovq_attention`.
         bias: What is added to the scores of slots, see `ovq.ops.ovq_attention`.
         rate: How far a slot moves towards a key merged into it, see `ovq.ops.ovq_attention`.
-        value_weight: What values weigh beside keys with merge `"ward"`, see `ovq.ops.ovq_attention`.
+        value_weight: What values weigh beside keys where pairs are merged, see `ovq.ops.ovq_attention`.
         initializer_range: Standard deviation of the initial weights of the linear layers.
         embedding_std: Standard deviation of the initial embedding. At 1, a step of AdamW hardly turns an
             embedding. Tokens then stay as different as they were drawn, and the projections learn once, for

@@ -23,7 +23,7 @@ from ovq.research.reproduce.figures import get_figure
 from ovq.research.reproduce.jobs import RunJob
 from ovq.research.reproduce.page import write_report
 from ovq.research.reproduce.plan import Figure, Panel, Trial, run_name, with_trial
-from ovq.research.reproduce.results import load_results
+from ovq.research.reproduce.results import load_results, save_results
 from ovq.train.checkpoints import fault, newest_checkpoint
 from ovq.train.config import RunConfig
 from tests.research.reproduce.common import CONFIG, TINY, run_here, with_steps, workshop
@@ -119,7 +119,7 @@ def test_the_best_trial_is_that_of_the_best_accuracy(monkeypatch, tmp_path):
             }
         ],
     )
-    sweep, chosen = engine._sweep(FIGURE, workshop(tmp_path))
+    sweep, chosen = engine._sweep(FIGURE, FIGURE, workshop(tmp_path))
     assert {entry["mixer"]: entry["chosen"] for entry in sweep}["full_attention"] == "0.01, decay 0.5"
     # OVQ is tried with the dictionary it has in tests that are as long: a slot for 3.2 of 96 tokens.
     assert {entry["mixer"]: (entry["length"], entry["num_slots"]) for entry in sweep} == {
@@ -129,7 +129,8 @@ def test_the_best_trial_is_that_of_the_best_accuracy(monkeypatch, tmp_path):
     # Of equals the one nearer to 0.004.
     assert chosen[run_name(TINY.config("recall"))] == TINY.trials[1]
     usual = dataclasses.replace(TINY, trials=(Trial(learning_rate=2e-3), TINY.trials[1]))
-    _, chosen = engine._sweep(two_mixers(usual), workshop(tmp_path))
+    figure = two_mixers(usual)
+    _, chosen = engine._sweep(figure, figure, workshop(tmp_path))
     assert chosen[run_name(TINY.config("recall"))] == usual.trials[0]
 
 
@@ -157,6 +158,68 @@ def test_another_figure_takes_the_runs_that_are_there(made, monkeypatch, tmp_pat
     rows = rows_of(out, "dictionary")
     assert len({row["run"] for row in rows}) == 2
     assert {row["num_slots"] for row in rows} == {4, 16}
+
+
+def test_lines_made_anew_join_those_that_are_there(made, monkeypatch, tmp_path):
+    out, _ = made
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    path = copy / "rows" / "recall.json"
+    results = load_results(path)
+    # As a file of an earlier version would be: without Ward's lines, the rule of any row, and with a mark.
+    earlier = [
+        {**row, "accuracy": -1.0} for row in results["rows"] if not row["line"].startswith("OVQ, Ward")
+    ]
+    for row in earlier:
+        del row["merge"]
+    save_results(path, {**results, "rows": earlier, "environments": ["somewhere else"]})
+    begun = run_here(monkeypatch)
+    joined = reproduce(FIGURE, workshop(copy), lines=["OVQ, Ward, *"])
+    assert begun == []
+    assert joined == load_results(path)
+    is_new = [row["line"].startswith("OVQ, Ward") for row in results["rows"]]
+    assert set(is_new) == {True, False}
+    assert [row["line"] for row in joined["rows"]] == [row["line"] for row in results["rows"]]
+    for row, whole, new in zip(joined["rows"], results["rows"], is_new, strict=True):
+        assert row == whole if new else row == {**whole, "accuracy": -1.0}
+    for field in ("panels", "sweep", "seeds", "command"):
+        assert joined[field] == results[field]
+    assert joined["environments"] == ["somewhere else"]
+    [update] = joined["updates"]
+    assert update["lines"] == ["OVQ, Ward, 4 slots", "OVQ, Ward, a slot for 4.2 tokens"]
+    assert update["command"].endswith(" --lines 'OVQ, Ward, *'")
+    assert update["environments"] == results["environments"]
+    # They go on with the settings that were chosen then, whatever a sweep would choose now.
+    chosen = next(entry for entry in results["sweep"] if entry["mixer"] == "ovq")
+    other = next(trial for trial in TINY.trials if trial.label != chosen["chosen"])
+    sweep = [{**entry, "chosen": other.label} for entry in results["sweep"]]
+    save_results(path, {**results, "sweep": sweep})
+    joined = reproduce(FIGURE, workshop(copy), lines=["OVQ, Ward, 4 slots"])
+    rates = {row["learning_rate"] for row in joined["rows"] if row["line"] == "OVQ, Ward, 4 slots"}
+    assert rates == {other.learning_rate}
+
+
+def test_lines_that_cannot_be_joined_are_refused_before_anything_is_trained(made, monkeypatch, tmp_path):
+    out, _ = made
+    begun = run_here(monkeypatch)
+    with pytest.raises(
+        ValueError, match=r"--lines: expected the results of an earlier recall in .*, found no file"
+    ):
+        reproduce(FIGURE, workshop(tmp_path), lines=["OVQ*"])
+    with pytest.raises(
+        ValueError, match=r"--lines: expected labels of recall, such as 'full attention', .*found 'ovq'"
+    ):
+        reproduce(FIGURE, workshop(out), lines=["ovq"])
+    rows = tmp_path / "rows" / "recall.json"
+    rows.parent.mkdir()
+    results = load_results(out / "rows" / "recall.json")
+    save_results(rows, {**results, "seeds": [0]})
+    with pytest.raises(ValueError, match=r"expected .* to be of seeds \[0, 1\], found \[0\]"):
+        reproduce(FIGURE, workshop(tmp_path), lines=["OVQ*"])
+    only_ovq = [row for row in results["rows"] if row["mixer"] == "ovq"]
+    save_results(rows, {**results, "rows": only_ovq})
+    with pytest.raises(ValueError, match=r"expected all other lines in .*, found none called full attention"):
+        reproduce(FIGURE, workshop(tmp_path), lines=["OVQ*"])
+    assert begun == []
 
 
 def test_damage_is_noticed_and_repaired(made, monkeypatch, tmp_path):

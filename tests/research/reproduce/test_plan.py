@@ -111,9 +111,14 @@ def test_every_mixer_is_compared(name):
 
 
 def test_every_rule_of_merging_is_compared_by_the_growth_it_is_meant_for():
-    models = {line.label: line.config.model for line in get_figure("merge", TINY).lines}
-    assert [(model.merge, model.growth) for model in models.values()] == [(rule, None) for rule in MERGES]
-    assert "cheapest pairs (Ward)" in models
+    lines = {line.label: line for line in get_figure("merge", TINY).lines}
+    trained = {label: line.config.model for label, line in lines.items()}
+    mixed = trained.pop("trained by the first, asked by Ward's")
+    assert [(model.merge, model.growth) for model in trained.values()] == [(rule, None) for rule in MERGES]
+    assert list(trained)[2] == "the cheapest pairs (Ward)"
+    assert mixed == trained["keys into slots from before their chunk (OVQ)"]
+    rules = {label: {each.merge for each in line.evaluations} for label, line in lines.items()}
+    assert list(rules.values()) == [{None}, {None}, {None}, {"ward"}]
 
 
 def test_figures_share_runs():

@@ -82,9 +82,10 @@ def softmax_read(
 
 
 class OVQMemory(Memory):
-    """The dictionary of OVQ, as `ovq_attention` learns it."""
+    """The dictionary of OVQ, as `ovq_attention` learns it, by the paper's rule."""
 
     name = "OVQ"
+    merge: ClassVar[str] = "existing"
 
     def prepare(self, sample: Stream) -> None:
         """Begin without slots."""
@@ -101,6 +102,7 @@ class OVQMemory(Memory):
             values,
             num_slots=self.num_slots,
             chunk_size=CHUNK_SIZE,
+            merge=self.merge,
             initial_state=self.state,
             output_final_state=True,
         )
@@ -117,6 +119,13 @@ class OVQMemory(Memory):
     def nbytes(self) -> int:
         """Bytes of all slots; at the ends of chunks no tokens are pending."""
         return self.num_slots * self.slot_numbers * _NUMBER_BYTES
+
+
+class WardMemory(OVQMemory):
+    """The same number of slots, kept by Ward's rule."""
+
+    name = "OVQ, Ward"
+    merge = "ward"
 
 
 class RandomMerging(OVQMemory):
@@ -341,6 +350,7 @@ class WindowAndSinks(Memory):
 
 MEMORIES: tuple[type[Memory], ...] = (
     OVQMemory,
+    WardMemory,
     StaticVQ,
     LinearAttention,
     DeltaRule,

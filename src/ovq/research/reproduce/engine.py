@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ovq.research.reproduce.evaluations import Evaluation
 from ovq.research.reproduce.jobs import Job, MeasureJob, RunJob, do_job
+from ovq.research.reproduce.partial import chosen_lines, earlier_results, joined_results
 from ovq.research.reproduce.plan import Figure, Line, Trial, run_name, with_seed, with_trial
 from ovq.research.reproduce.results import save_results
 from ovq.runtime.progress import Reporter
@@ -88,40 +90,49 @@ def claimed(out: Path) -> Iterator[None]:
         yield
 
 
-def reproduce(figure: Figure, shop: Workshop) -> dict[str, Any]:
+def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> dict[str, Any]:
     """Make a figure: `rows/NAME.json` and `figures/NAME.png`.
 
     Args:
         figure: What to make.
         shop: Where to make it.
+        lines: What the labels of its lines match that are made anew, with `*` for any text; the rows of all
+            others, and the settings that were chosen for a model before, are those of `rows/NAME.json`. None
+            to make all lines.
 
     Returns:
         What `load_results` reads from the JSON file.
 
     Raises:
-        ValueError: If a run cannot be trained as it is configured, or the folder has results of another
-            preset.
+        ValueError: If a run cannot be trained as it is configured, the folder has results of another preset,
+            or `lines` match none of the figure or leave some out that `rows/NAME.json` lacks.
         OSError: If the folder cannot be written.
     """
     _check_preset(shop)
-    sweep, chosen = _sweep(figure, shop)
-    trained, measured = _trained(figure, chosen, shop), _measured(figure, shop)
+    path = shop.out / "rows" / f"{figure.name}.json"
+    part = chosen_lines(figure, lines)
+    earlier = earlier_results(path, figure, part, shop.seeds) if lines else None
+    sweep, chosen = _sweep(figure, part, shop, known=earlier["sweep"] if earlier else ())
+    trained, measured = _trained(part, chosen, shop), _measured(part, shop)
+    only = "".join(f" --lines {shlex.quote(pattern)}" for pattern in lines)
     results = {
         "figure": figure.name,
         "title": figure.title,
         "note": figure.note,
         "preset": shop.preset,
         "command": f"ovq reproduce {figure.arguments or figure.name} --preset {shop.preset} "
-        f"--seeds {shop.num_seeds}",
+        f"--seeds {shop.num_seeds}{only}",
         "seeds": list(shop.seeds),
         "panels": [dataclasses.asdict(panel) for panel in figure.panels],
         "sweep": sweep,
         "rows": trained.rows + measured.rows,
         "environments": _distinct(trained.environments + measured.environments),
     }
+    if earlier:
+        results = joined_results(figure, part, earlier, results)
     for name in ("rows", "figures"):
         (shop.out / name).mkdir(parents=True, exist_ok=True)
-    save_results(shop.out / "rows" / f"{figure.name}.json", results)
+    save_results(path, results)
     figure.draw(results, shop.out / "figures" / f"{figure.name}.png")
     return results
 
@@ -207,17 +218,30 @@ def _check_preset(shop: Workshop) -> None:
             )
 
 
-def _sweep(figure: Figure, shop: Workshop) -> tuple[list[dict[str, Any]], dict[str, Trial]]:
-    """Try each model with each trial on the first seed.
+def _sweep(
+    figure: Figure, part: Figure, shop: Workshop, *, known: Sequence[dict[str, Any]] = ()
+) -> tuple[list[dict[str, Any]], dict[str, Trial]]:
+    """Try each model of some lines of a figure with each trial on the first seed.
+
+    Args:
+        figure: The whole figure.
+        part: The lines to make.
+        shop: Where to.
+        known: What came out before; models in it are not tried again.
 
     Returns:
         What came out, for the record, and the trial to go on with by the name of the run as configured.
     """
     # Where several lines share a run, the first one names it.
     swept = {run_name(line.swept): line for line in reversed(figure.lines)}
-    swept = dict(reversed(swept.items()))
+    needed = {run_name(line.swept) for line in part.lines}
+    swept = {name: line for name, line in reversed(swept.items()) if name in needed}
     if not figure.trials:
         return [], {name: Trial.of(line.swept) for name, line in swept.items()}
+    labels = {trial.label: trial for trial in figure.trials}
+    known_trials = {entry["line"]: labels[entry["chosen"]] for entry in known if entry["chosen"] in labels}
+    decided = {name: known_trials[line.label] for name, line in swept.items() if line.label in known_trials}
+    swept = {name: line for name, line in swept.items() if name not in decided}
     first_seed = shop.seeds[0]
     evaluations: dict[str, Evaluation] = {}
     for name, line in swept.items():
@@ -235,7 +259,7 @@ def _sweep(figure: Figure, shop: Workshop) -> tuple[list[dict[str, Any]], dict[s
         for name, line in swept.items()
     }
     shop.do([job for tried in jobs.values() for job in tried], f"{figure.name}: trials")
-    sweep, chosen = [], {}
+    sweep, chosen = [], decided
     for name, line in swept.items():
         accuracies = {
             Trial.of(job.config): _written(outcome)["accuracy"]

@@ -27,7 +27,7 @@ from ovq.text import Corpus, TextSource, load_corpus
 from ovq.text.haystack import NeedleBuilder, essay_texts
 
 _LOSS_FIELDS = (
-    *("mixer", "num_slots", "length", "loss", "bits_per_byte", "state_bytes"),
+    *("mixer", "num_slots", "merge", "length", "loss", "bits_per_byte", "state_bytes"),
     *("sawtooth", "sawtooth_error"),
 )
 
@@ -42,6 +42,7 @@ class Evaluation(ABC):
     Attributes:
         num_examples: How many examples.
         num_slots: Slots of the dictionary while they are read; `None` for as many as in training.
+        merge: The rule that keeps it meanwhile, as `OVQConfig.merge` names it; `None` for that of training.
         seed: Seed of the examples. In a figure it stands for an offset to the seed of the run.
 
     Raises:
@@ -53,6 +54,7 @@ class Evaluation(ABC):
 
     num_examples: int
     num_slots: int | None = None
+    merge: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -115,16 +117,22 @@ class Evaluation(ABC):
 
     def as_json(self) -> dict[str, Any]:
         """Every field, as JSON gives it back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        fields = json.loads(json.dumps(dataclasses.asdict(self)))
+        # Outcomes of earlier versions do not name the rule if it was that of training.
+        return fields if self.merge else {name: fields[name] for name in fields if name != "merge"}
 
     def row_fields(self) -> dict[str, Any]:
         """The fields of it that the rows of a figure have, beside those of the outcome."""
-        return {name: value for name, value in self.as_json().items() if name not in ("seed", "num_slots")}
+        of_outcome = ("seed", "num_slots", "merge")
+        return {name: value for name, value in self.as_json().items() if name not in of_outcome}
 
     @property
-    def _sizes(self) -> list[int]:
-        """The size of the dictionary as the measures take it."""
-        return [] if self.num_slots is None else [self.num_slots]
+    def _dictionary(self) -> dict[str, Any]:
+        """The dictionary as the measures take it."""
+        return {
+            "num_slots": [] if self.num_slots is None else [self.num_slots],
+            "merges": [] if self.merge is None else [self.merge],
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +171,7 @@ class TaskEvaluation(Evaluation):
             model,
             self.task,
             lengths=[self.num_tokens],
-            num_slots=self._sizes,
+            **self._dictionary,
             num_examples=self.num_examples,
             seed=self.seed,
             reporter=reporter,
@@ -236,7 +244,7 @@ class LossEvaluation(_TextEvaluation):
             model,
             corpus,
             lengths=[self.length],
-            num_slots=self._sizes,
+            **self._dictionary,
             num_windows=self.num_examples,
             block_size=self.block_size,
             bytes_of_tokens=token_bytes(tokenizer),
@@ -297,7 +305,7 @@ class NeedleEvaluation(_TextEvaluation):
             NeedleBuilder(tokenizer, haystack="essay", value=self.value, texts=self._texts()),
             lengths=[self.length],
             depths=[self.depth],
-            num_slots=self._sizes,
+            **self._dictionary,
             num_examples=self.num_examples,
             seed=self.seed,
             reporter=reporter,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,11 @@ from ovq.eval.rows import MIXER_NAMES
 from ovq.plots.fidelity import fidelity_figure
 from ovq.research.fidelity import fidelity_rows
 from ovq.research.fidelity.streams import STREAMS
-from ovq.research.reproduce.evaluations import Evaluation
+from ovq.research.reproduce.evaluations import Evaluation, TaskEvaluation
 from ovq.research.reproduce.plan import Figure, Line, Panel
 from ovq.research.reproduce.presets import Preset
 from ovq.research.reproduce.text_figures import hybrids, language, needle, of_corpus
-from ovq.tasks import PositionalRecallTask, RegressionTask
+from ovq.tasks import PositionalRecallTask, RegressionTask, Task
 from ovq.train.config import RunConfig
 
 # The order of legends and tables.
@@ -29,17 +29,18 @@ _COMPARED = (
     "sliding_attention",
 )
 
-_TOKENS_PER_SLOT = 3.2
-"""The enlarged dictionary. By the plateau schedule it has a slot for 4.2 tokens at the end: just under a
-quarter of the bytes of full attention where activations are float32, as sums are."""
+_TOKENS_PER_SLOT = {"existing": 3.2, "ward": 4.2}
+"""The enlarged dictionary, by the rule that keeps it. Where the paper's rule has a slot for 3.2 tokens, the
+plateau schedule has opened one for 4.2 at the end, and by Ward's rule all slots are soon open. Either way it
+has just under a quarter of the bytes of full attention where activations are float32, as sums are."""
 
 _VALIDATION_FACTOR = 4
 """Trials are judged at so many times the training length: at that length itself several are perfect."""
 
 
-def _enlarged(preset: Preset, task: str, length: int) -> int:
+def _enlarged(preset: Preset, task: str, length: int, merge: str = "existing") -> int:
     """Slots that are a fixed share of the length, but never fewer than in training."""
-    return max(preset.configs[task].model.num_slots, int(length / _TOKENS_PER_SLOT))
+    return max(preset.configs[task].model.num_slots, int(length / _TOKENS_PER_SLOT[merge]))
 
 
 def _validation(preset: Preset, task: str, mixer: str) -> Evaluation:
@@ -53,18 +54,12 @@ def _mixers_by_length(
     preset: Preset, task: str, *, title: str, note: str, quality: tuple[Panel, ...]
 ) -> Figure:
     """Every mixer on one task, against length: how good, how many bytes, how long it took."""
-    usual = preset.configs[task]
     tasks = [preset.task(task).at_length(length) for length in preset.lengths(task)]
     lines = []
     for mixer in _COMPARED:
         evaluations = {_name(mixer): [preset.evaluation(each) for each in tasks]}
         if mixer == "ovq":
-            evaluations = {
-                f"OVQ, {usual.model.num_slots} slots": evaluations[_name(mixer)],
-                f"OVQ, a slot for {_TOKENS_PER_SLOT} tokens": [
-                    preset.evaluation(each, num_slots=_enlarged(preset, task, each.length)) for each in tasks
-                ],
-            }
+            evaluations = _by_both_rules(preset, task, tasks)
         lines += [
             Line(
                 label=label,
@@ -86,6 +81,25 @@ def _mixers_by_length(
         ),
         trials=preset.trials,
     )
+
+
+def _by_both_rules(preset: Preset, name: str, tasks: Sequence[Task]) -> dict[str, list[TaskEvaluation]]:
+    """OVQ as it was trained and by Ward's rule, each with the slots of training and with more, by label."""
+    trained = preset.configs[name].model.num_slots
+    evaluations = {}
+    for rule, merge in (("OVQ", None), ("OVQ, Ward", "ward")):
+        evaluations[f"{rule}, {trained} slots"] = [preset.evaluation(each, merge=merge) for each in tasks]
+    for rule, merge in (("OVQ", None), ("OVQ, Ward", "ward")):
+        tokens = _TOKENS_PER_SLOT[merge or "existing"]
+        evaluations[f"{rule}, a slot for {tokens} tokens"] = [
+            preset.evaluation(
+                each,
+                num_slots=_enlarged(preset, name, each.length, merge or "existing"),
+                merge=merge,
+            )
+            for each in tasks
+        ]
+    return evaluations
 
 
 def fidelity(preset: Preset) -> Figure:
@@ -197,22 +211,25 @@ def state_size(preset: Preset) -> Figure:
                 )
                 for config in sizes
             ]
-        lines.append(
+        lines += [
             Line(
-                label=f"OVQ, trained with {trained} slots, more at test time",
+                label=f"{rule}, trained with {trained} slots, more at test time",
                 config=preset.config("recall"),
                 evaluations=tuple(
-                    preset.evaluation(task, num_slots=trained * factor) for factor in preset.slot_factors
+                    preset.evaluation(task, num_slots=trained * factor, merge=merge)
+                    for factor in preset.slot_factors
                 ),
                 group=group,
                 validation=_validation(preset, "recall", "ovq"),
             )
-        )
+            for rule, merge in (("OVQ", None), ("OVQ, Ward", "ward"))
+        ]
     return Figure(
         name="bytes",
         title="Basic recall against bytes of state",
         note="Each point of a line is a model trained with a state of that size, but where the legend says "
-        "otherwise. Settings of the optimizer are those that the usual size of each mixer does best with.",
+        "otherwise. Settings of the optimizer are those that the usual size of each mixer does best with. "
+        "By Ward's rule the same weights are asked, which were trained by the paper's.",
         lines=tuple(lines),
         panels=tuple(
             Panel(
@@ -233,22 +250,33 @@ def dictionary(preset: Preset) -> Figure:
     lines = []
     for length in sorted({*preset.near_lengths("recall")[::2], *preset.far_lengths.get("recall", ())}):
         task = preset.task("recall").at_length(length)
-        evaluations = [preset.evaluation(task, num_slots=num_slots) for num_slots in sizes]
-        lines += [_line(f"{length} tokens", config, evaluations, group) for group in ("slots", "bytes")]
+        for rule, merge in (("", None), (", Ward", "ward")):
+            evaluations = [preset.evaluation(task, num_slots=num_slots, merge=merge) for num_slots in sizes]
+            lines += [
+                _line(f"{length} tokens", config, evaluations, f"{group}{rule}")
+                for group in ("slots", "bytes")
+            ]
     return Figure(
         name="dictionary",
         title=f"OVQ trained with {config.model.num_slots} slots: the dictionary at test time",
         note="All points of a seed come from the same weights.",
         lines=tuple(lines),
         panels=(
-            Panel(title="slots", x="num_slots", group="slots"),
-            Panel(title="bytes of state", x="state_bytes", group="bytes"),
+            Panel(title="slots, kept by the paper's rule", x="num_slots", group="slots"),
+            Panel(title="slots, kept by Ward's rule", x="num_slots", group="slots, Ward"),
+            Panel(title="bytes of state, paper's rule", x="state_bytes", group="bytes"),
+            Panel(title="bytes of state, Ward's rule", x="state_bytes", group="bytes, Ward"),
         ),
     )
 
 
 def _ablation(
-    preset: Preset, name: str, title: str, variants: dict[str, dict[str, Any]], note: str = ""
+    preset: Preset,
+    name: str,
+    title: str,
+    variants: dict[str, dict[str, Any]],
+    note: str = "",
+    rules: Mapping[str, str] | None = None,
 ) -> Figure:
     """OVQ on basic recall with fields of the model changed, evaluated with two sizes of the dictionary.
 
@@ -258,6 +286,8 @@ def _ablation(
         title: That of the figure.
         variants: What is changed in each, by its label; `mixer` stands for the long-range mixer.
         note: What a reader has to know beside the title.
+        rules: The rule that keeps the dictionary while a variant is evaluated, by the variant's label; that
+            of its training if not given.
     """
     usual = preset.config("recall")
     tasks = [preset.task("recall").at_length(length) for length in preset.near_lengths("recall")]
@@ -269,7 +299,10 @@ def _ablation(
         has_slots = config.mixer == "ovq"
         for group, num_slots in (("trained", None), ("enlarged", enlarged)):
             evaluations = [
-                preset.evaluation(task, num_slots=num_slots if has_slots else None) for task in tasks
+                preset.evaluation(
+                    task, num_slots=num_slots if has_slots else None, merge=(rules or {}).get(label)
+                )
+                for task in tasks
             ]
             lines.append(_line(label, config, evaluations, group))
     return Figure(
@@ -329,17 +362,20 @@ def bias(preset: Preset) -> Figure:
 
 def merge(preset: Preset) -> Figure:
     """What is merged: keys into slots from before their chunk or of any age, or the cheapest pairs."""
+    mixed = "trained by the first, asked by Ward's"
     return _ablation(
         preset,
         "merge",
-        "Which slots a key may be merged into",
+        "What is merged",
         {
-            "those from before its chunk (OVQ)": {},
-            "those its chunk opened, too": {"merge": "updated"},
-            "cheapest pairs (Ward)": {"merge": "ward"},
+            "keys into slots from before their chunk (OVQ)": {},
+            "keys into those their chunk opened, too": {"merge": "updated"},
+            "the cheapest pairs (Ward)": {"merge": "ward"},
+            mixed: {},
         },
         note="By Ward's rule slots are merged with each other, too. Its growth is immediate: until the "
         "dictionary is full, it holds more slots than the others.",
+        rules={mixed: "ward"},
     )
 
 

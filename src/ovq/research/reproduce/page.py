@@ -99,13 +99,17 @@ def _figure(results: dict[str, Any], pictures: Path) -> dict[str, Any]:
         "name": results["figure"],
         "title": results["title"],
         "command": results["command"],
+        "updates": results.get("updates", []),
         "seeds": results["seeds"],
         "note": results.get("note", ""),
         "picture": base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else "",
         "summary": _summary(results, results["panels"][0]),
         "tables": tables,
         "models": _model_table(results["rows"]),
-        "environments": _environments(results["environments"]),
+        "environments": _environments(
+            results["environments"]
+            + [each for update in results.get("updates", []) for each in update["environments"]]
+        ),
     }
 
 

@@ -139,15 +139,21 @@ class Preset:
         """
         return sorted({*self.near_lengths(task), *self.far_lengths.get(task, ())})
 
-    def evaluation(self, task: Task, *, num_slots: int | None = None) -> TaskEvaluation:
+    def evaluation(
+        self, task: Task, *, num_slots: int | None = None, merge: str | None = None
+    ) -> TaskEvaluation:
         """An evaluation on examples of a task, as many as `evaluation_tokens` allow.
 
         Args:
             task: The task at the length to evaluate at.
             num_slots: Slots while evaluating; `None` for as many as in training.
+            merge: The rule that keeps them meanwhile; `None` for that of training.
         """
         return TaskEvaluation(
-            task=task, num_examples=max(1, self.evaluation_tokens // task.length), num_slots=num_slots
+            task=task,
+            num_examples=max(1, self.evaluation_tokens // task.length),
+            num_slots=num_slots,
+            merge=merge,
         )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from ovq.eval.rows import MIXER_NAMES
 from ovq.research.reproduce.draw import save_heat_maps
@@ -21,8 +22,14 @@ _COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_atten
 _LOCAL = "mamba2"
 """What `hybrids` has in the place of the windows: it is good at what is near."""
 
-_Models = list[tuple[str, RunConfig, int | None]]
-"""What each compared model is called, its run, and how many slots it is evaluated with."""
+
+class _Model(NamedTuple):
+    """What a compared model is called, its run, and the dictionary that it is evaluated with."""
+
+    label: str
+    config: RunConfig
+    num_slots: int | None = None
+    merge: str | None = None
 
 
 def of_corpus(
@@ -57,14 +64,14 @@ def hybrids(preset: Preset) -> Figure:
     local, windows = MIXER_NAMES[_LOCAL], "windows and"
     full, ovq = preset.config("lm", "full_attention"), preset.config("lm")
     exact = f"{local} and full attention"
-    models: _Models = [
-        (exact, beside(_LOCAL, full), None),
-        (f"{local} and OVQ, {trained} slots", beside(_LOCAL, ovq), trained),
-        (f"{windows} full attention", full, None),
-        (f"{windows} OVQ, {trained} slots", ovq, trained),
-        (f"{windows} {MIXER_NAMES['gated_deltanet']}", preset.config("lm", "gated_deltanet"), None),
-        (f"{windows} {local}", preset.config("lm", _LOCAL), None),
-        ("windows alone", preset.config("lm", "sliding_attention"), None),
+    models = [
+        _Model(exact, beside(_LOCAL, full)),
+        _Model(f"{local} and OVQ, {trained} slots", beside(_LOCAL, ovq), trained),
+        _Model(f"{windows} full attention", full),
+        _Model(f"{windows} OVQ, {trained} slots", ovq, trained),
+        _Model(f"{windows} {MIXER_NAMES['gated_deltanet']}", preset.config("lm", "gated_deltanet")),
+        _Model(f"{windows} {local}", preset.config("lm", _LOCAL)),
+        _Model("windows alone", preset.config("lm", "sliding_attention")),
     ]
     return _by_position(
         preset,
@@ -75,7 +82,9 @@ def hybrids(preset: Preset) -> Figure:
     )
 
 
-def _by_position(preset: Preset, name: str, title: str, models: _Models, *, relative_to: str) -> Figure:
+def _by_position(
+    preset: Preset, name: str, title: str, models: Sequence[_Model], *, relative_to: str
+) -> Figure:
     """The loss of models by position, and by how much it is above that of one of them."""
     source = dataclasses.replace(preset.text_task("lm"), join_to=preset.text.length)
     evaluation = LossEvaluation(
@@ -83,13 +92,13 @@ def _by_position(preset: Preset, name: str, title: str, models: _Models, *, rela
     )
     lines = [
         Line(
-            label=label,
-            config=model,
-            evaluations=(dataclasses.replace(evaluation, num_slots=num_slots),),
+            label=model.label,
+            config=model.config,
+            evaluations=(dataclasses.replace(evaluation, num_slots=model.num_slots, merge=model.merge),),
             group=group,
         )
         for group in ("loss", "gap")
-        for label, model, num_slots in models
+        for model in models
     ]
     return Figure(
         name=name,
@@ -127,12 +136,15 @@ def needle(preset: Preset) -> Figure:
         ]
         lines += [
             Line(
-                label=label,
-                config=model,
-                evaluations=tuple(dataclasses.replace(each, num_slots=num_slots) for each in evaluations),
+                label=model.label,
+                config=model.config,
+                evaluations=tuple(
+                    dataclasses.replace(each, num_slots=model.num_slots, merge=model.merge)
+                    for each in evaluations
+                ),
                 group=f"{depth:.0%}",
             )
-            for label, model, num_slots in _models(preset, "needle")
+            for model in _models(preset, "needle")
         ]
     longest = preset.train_length("needle")
     return Figure(
@@ -149,17 +161,18 @@ def needle(preset: Preset) -> Figure:
     )
 
 
-def _models(preset: Preset, name: str) -> _Models:
-    """The mixers compared, each beside windows."""
+def _models(preset: Preset, name: str) -> list[_Model]:
+    """The mixers compared, each beside windows; OVQ by the paper's rule and by Ward's on the same weights."""
     trained = preset.configs[name].model.num_slots
-    models: _Models = []
+    models = []
     for mixer in _COMPARED:
         config = preset.config(name, mixer)
         if mixer != "ovq":
-            models.append((MIXER_NAMES[mixer], config, None))
+            models.append(_Model(MIXER_NAMES[mixer], config))
             continue
         models += [
-            (f"{MIXER_NAMES[mixer]}, {trained * factor} slots", config, trained * factor)
+            _Model(f"{rule}, {trained * factor} slots", config, trained * factor, merge)
+            for rule, merge in (("OVQ", None), ("OVQ, Ward", "ward"))
             for factor in preset.text.slot_factors
         ]
     return models

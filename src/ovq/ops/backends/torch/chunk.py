@@ -137,7 +137,7 @@ def _forward_group(
 ) -> list[MergedSlots]:
     """Run all chunks of a group, in order; fills `o` and `slots` and updates `sums` in place.
 
-    Returns what each complete chunk merged of slots: nothing but by merge="ward".
+    Returns what each complete chunk merged of slots: nothing but by the rules that merge pairs.
     """
     sums = group.dictionary(sums)
     merged: list[MergedSlots] = []
@@ -153,7 +153,7 @@ def _forward_group(
         for block in step.blocks:
             step.put(o, reader.read(step, block, q, scale), block)
         s = step.num_complete
-        if s and group.plan.options.merge == "ward":
+        if s and group.plan.options.merges_pairs:
             keys, values = reader.chunk_keys[:s], reader.chunk_values[:s]
             chosen, parts = learn_by_likelihood(
                 sums, keys, values, step.before[:s], step.after, group.plan.options

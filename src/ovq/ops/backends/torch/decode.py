@@ -126,7 +126,7 @@ def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Op
     values = rows.pending_values.to(wide).view(streams, options.chunk_size, -1)
     before, after = ([n for n in sizes for _ in range(num_kv_heads)] for sizes in (before, after))
     sums = Dictionary(*(x.reshape(streams, *x.shape[2:]) for x in (rows.key_sum, rows.value_sum, rows.count)))
-    if options.merge == "ward":
+    if options.merges_pairs:
         learn_by_likelihood(sums, keys, values, before, after, options)
         return sums
     means = slot_means(rows.key_sum, rows.count).view(streams, capacity, -1)

@@ -1,4 +1,4 @@
-"""merge="ward" in the `torch` backend: merges a chunk, and undoes the merges of slots in the backward.
+"""Rules that merge pairs, in the `torch` backend: a chunk is merged, and the backward undoes merges of slots.
 
 `ovq.ops.ward` decides which items are merged; this file updates the sums.
 """
@@ -57,7 +57,7 @@ def learn_by_likelihood(
     )
     points = pair_points(all_keys, all_values, items, options.value_weight)
     due = [n + size - m for n, m in zip(before, after, strict=True)]
-    roots = cluster_roots(points, items, due)
+    roots = cluster_roots(points, items, due, count_power=options.count_power)
     slots = _homes(roots, items > 0, most)
     source, target = slots[:, :most], torch.arange(most, device=keys.device)
     stream, slot = ((source != target) & (count > 0)).nonzero(as_tuple=True)

@@ -1,0 +1,98 @@
+"""The dictionaries that one model is tested with: other numbers of slots, other rules, the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ovq.eval.rows import MERGE_NAMES
+from ovq.hf import OVQConfig, OVQForCausalLM
+
+
+class Dictionary(NamedTuple):
+    """What the OVQ layers of a model remember with during a test.
+
+    Attributes:
+        num_slots: Slots per layer; `None` for a model without OVQ layers.
+        merge: The rule that keeps them, as `OVQConfig.merge` names it; `None` likewise.
+    """
+
+    num_slots: int | None = None
+    merge: str | None = None
+
+    @property
+    def note(self) -> str:
+        """What a progress report says before other words; empty for a model without OVQ layers.
+
+        Example:
+            >>> Dictionary(64, "ward").note, Dictionary(64, "existing").note, Dictionary().note
+            ('Ward, 64 slots, ', '64 slots, ', '')
+        """
+        rule = f"{MERGE_NAMES[self.merge]}, " if self.merge in MERGE_NAMES else ""
+        return rule if self.num_slots is None else f"{rule}{self.num_slots} slots, "
+
+
+def dictionaries_to_test(
+    config: OVQConfig, *, num_slots: Sequence[int] = (), merges: Sequence[str] = ()
+) -> list[Dictionary]:
+    """Each number of slots with each rule.
+
+    Args:
+        config: That of the model. Without OVQ layers it has one dictionary to test: none.
+        num_slots: The numbers; if empty, the one that the model has.
+        merges: The rules, as `OVQConfig.merge` names them; if empty, the one that the model has.
+
+    Example:
+        >>> dictionaries_to_test(OVQConfig(num_slots=64), merges=["existing", "ward"])
+        [Dictionary(num_slots=64, merge='existing'), Dictionary(num_slots=64, merge='ward')]
+        >>> dictionaries_to_test(OVQConfig(mixer_types=["mamba2"], num_hidden_layers=1), num_slots=[64])
+        [Dictionary(num_slots=None, merge=None)]
+    """
+    if "ovq" not in config.mixer_types:
+        return [Dictionary()]
+    return [
+        Dictionary(slots, merge)
+        for slots in num_slots or (config.num_slots,)
+        for merge in merges or (config.merge,)
+    ]
+
+
+def each_dictionary(model: OVQForCausalLM, tested: Sequence[Dictionary]) -> Iterator[Dictionary]:
+    """Give a model one dictionary after the other, and at the end the one it had.
+
+    Args:
+        model: Its own rule keeps its growth; the others have the growth that they are meant for.
+        tested: See `dictionaries_to_test`.
+
+    Yields:
+        The dictionary that the model has now.
+
+    Raises:
+        ValueError: If a rule does not exist or does not fit the model.
+
+    Example:
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = OVQForCausalLM(config)
+        >>> tested = dictionaries_to_test(config, num_slots=[16, 64], merges=["ward"])
+        >>> [(found.num_slots, model.config.num_slots, model.config.merge)
+        ...     for found in each_dictionary(model, tested)]
+        [(16, 16, 'ward'), (64, 64, 'ward')]
+        >>> model.config.num_slots, model.config.merge
+        (1024, 'existing')
+    """
+    own, growth = Dictionary(model.config.num_slots, model.config.merge), model.config.growth
+
+    def give(dictionary: Dictionary) -> None:
+        slots, merge = dictionary
+        if slots is not None and slots != model.config.num_slots:
+            model.set_num_slots(slots)
+        if merge is not None and merge != model.config.merge:
+            model.set_merge(merge, growth=growth if merge == own.merge else None)
+
+    try:
+        for dictionary in tested:
+            give(dictionary)
+            yield dictionary
+    finally:
+        if "ovq" in model.config.mixer_types:
+            give(own)
