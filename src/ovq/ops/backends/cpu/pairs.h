@@ -66,8 +66,8 @@ INLINE void pairs_rows(int64_t num, Rest... rest) {
     else if constexpr (mr > 1) pairs_rows<mr - 1>(num, rest...);
 }
 
-/* c [m, n] = from + a [m, k words] b, n a multiple of NR; b in panels of NR columns, `panel` words apart; `from` is c or
-   NULL. */
+/* c [m, n] = from + a [m, k words] b, n a multiple of NR; b in panels of NR columns, `panel` words apart; `from` is c
+   or NULL. */
 static void pairs_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t lda, const uint32_t *b,
                           int64_t panel, const float *from, float *c, int64_t ldc) {
     for (int64_t j = 0; j < n; j += NR, b += panel)
