@@ -1,4 +1,4 @@
-/* What a chunk of merge="ward" merged away: noted by the forward, put back by the backward. */
+/* What a chunk merged away, where pairs are merged: noted by the forward, put back by the backward. */
 #pragma once
 
 #include "dictionary.h"

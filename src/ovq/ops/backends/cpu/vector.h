@@ -42,6 +42,15 @@ INLINE float highest(Vector x) {
 INLINE Vector lower_of(Vector x, Vector y) { return x < y ? x : y; }
 INLINE Vector higher_of(Vector x, Vector y) { return x > y ? x : y; }
 
+INLINE float square_root(float x) { return sqrtf(x); }
+
+INLINE Vector square_root(Vector x) {
+    float y[VL];
+    store(y, x);
+    for (int i = 0; i < VL; i++) y[i] = sqrtf(y[i]);
+    return load(y);
+}
+
 /* Halving the vector takes fewer steps, one after the other, than going through it. */
 INLINE float lowest_lane(Vector x) {
     float y[VL];

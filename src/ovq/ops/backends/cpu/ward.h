@@ -1,9 +1,13 @@
-/* merge="ward": after a chunk, slots and tokens are merged pair by pair, the cheapest first, until they fit.
+/* merge="ward" and "ward-sqrt": after a chunk, slots and tokens are merged pair by pair, the cheapest first, until they
+   fit.
 
    The order is exactly that of the reference. What makes it fast is that few costs are ever computed exactly. An item
    has a *bound* that none of its costs is below; the item of the lowest bound is looked at, and only if the bound is
-   still an estimate are its costs refined, in float64 and as few as will do. Merging the cheapest pair brings no item
-   nearer to any other (Ward's costs are *reducible*), so bounds outlive merges, and those of slots the chunk itself.
+   still an estimate are its costs refined, in float64 and as few as will do. By "ward", merging the cheapest pair
+   brings no item nearer to any other (its costs are *reducible*), so bounds outlive merges, and those of slots the
+   chunk itself. By "ward-sqrt" a merged item may be nearer to others than both of its parts were. The bounds of others
+   outlive that as well: a merged item has a bound of its own, of its costs with all that is there, and theirs need not
+   cover it.
 
    Items and exact costs are in ward_items.h, bounds in ward_rows.h, the order of merging in ward_merge.h. */
 #pragma once
@@ -100,6 +104,7 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     const float growth = ward->last_level > 0 ? ward->level / ward->last_level : 1;
     ward->expected = ward->level * fminf(fmaxf(growth, 1), 1.1f);
     ward->last_level = ward->level;
+    ward->level = 0;
     /* Rough products will do if they are off by less than a tenth of what decides. */
     double total_square = 0;
     for (int64_t t = 0; t < size; t++) total_square += key_square[t] + factor * value_square[t];

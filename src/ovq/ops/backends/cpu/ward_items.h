@@ -1,8 +1,9 @@
-/* The items of merge="ward": what is known of each, and what merging two of them costs exactly.
+/* The items of the rules that merge pairs: what is known of each, and what merging two of them costs exactly.
 
    Items are columns: [slots | tokens | merged], each part padded to whole panels. A merge makes a new column, the k-th
-   one of a chunk column `first_merged + k`. A *row* holds lower bounds of an item's costs with every column. An item's
-   *bound* is one of all costs with other items. */
+   one of a chunk column `first_merged + k`. A *row* holds lower bounds of an item's costs with every column. None of
+   an item's costs with those that were there when it was made is below its *bound*: each pair has that of the younger
+   one. */
 #pragma once
 
 #include "learn.h"
@@ -17,6 +18,7 @@
 struct Ward {
     int64_t num_columns, first_token, first_merged, num_rows, num_merged;
     int has_bounds, has_squares; /* Whether what is kept of slots holds for the dictionary as it is. */
+    int is_sqrt;         /* Whether the rule is "ward-sqrt". */
     int is_wide;         /* Whether float32 products mean nothing for this chunk. */
     double value_factor; /* g^2 = w^2 / s_v: what squared distances of values are multiplied with. */
     double tie;
@@ -56,6 +58,7 @@ struct Ward {
 
 static Ward take_ward(Arena *arena, const Call *call) {
     Ward ward = {};
+    ward.is_sqrt = call->is_sqrt;
     const int64_t size = padded(call->chunk_size, NR), slots = padded(call->capacity, NR);
     ward.num_columns = slots + 2 * size + VL;
     ward.num_rows = 2 * size + SPARE_ROWS;
@@ -168,7 +171,8 @@ static double squared_distance_of(const Items &items, int64_t a, int64_t b) {
 /* What merging two items costs, in float64; nothing within rounding of zero. */
 static double exact_cost(const Items &items, int64_t a, int64_t b) {
     const double m = items.ward->count[a], n = items.ward->count[b];
-    const double cost = m * n / (m + n) * squared_distance_of(items, a, b) / items.ward->unit;
+    const double weight = items.call->is_sqrt ? sqrt(m * n / (m + n)) : m * n / (m + n);
+    const double cost = weight * squared_distance_of(items, a, b) / items.ward->unit;
     if (!std::isfinite(cost)) return INFINITY;
     return cost <= items.ward->tie ? 0 : cost;
 }

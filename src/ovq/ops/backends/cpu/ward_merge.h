@@ -3,21 +3,45 @@
 
 #include "ward_rows.h"
 
+/* By "ward-sqrt", what two parts cost with a third item, which is no less than what they cost together, is multiplied
+   with this, at least, once they are merged: sqrt(3) / 2, for three items of equal counts and distances. */
+#define NEARER 0.866f
+
+/* A lower bound of costs with an item merged of two, whose parts, of counts x and y, cost h together and `first` and
+   `second` with others of counts c (Lance and Williams; by "ward-sqrt" from the same for squared distances). */
+template <typename Number>
+INLINE Number merged_bound(Number first, Number second, Number x, Number y, Number c, Number h, int is_sqrt) {
+    const Number all = x + y + c, size = (first < 0.0f ? -first : first) + (second < 0.0f ? -second : second) + h;
+    Number bound;
+    if (is_sqrt)
+        bound = (square_root(x * (x + c)) * first + square_root(y * (y + c)) * second -
+                 square_root(c * (x * y / (x + y))) * h) / square_root((x + y) * all);
+    else
+        bound = ((x + c) * first + (y + c) * second - c * h) / all;
+    return bound - 5e-7f * size;
+}
+
+/* The same for a vector of others, some of them infinitely far, for which that gives NaN. */
+INLINE Vector merged_bounds(Vector first, Vector second, Vector x, Vector y, Vector c, Vector h, int is_sqrt) {
+    const Vector bound = merged_bound(first, second, x, y, c, h, is_sqrt);
+    return bound == bound && first < INFINITY ? bound : splat(INFINITY);
+}
+
 /* Let a row know of the merges since it was last looked at. */
 static float *current_row(Ward *ward, int64_t i) {
     const int32_t r = ward->row[i];
     float *row = ward->rows + r * ward->num_columns;
     const float own = ward->count[i];
-    /* Of what is far off it is enough to know that it is no nearer than its parts were. */
+    /* Of what is far off it is enough to know that it is no nearer than its parts were, or not much. */
     const float far = 1.5f * ward->expected;
     for (int64_t m = ward->seen[r]; m < ward->num_merged; m++) {
         const int32_t a = ward->pair[2 * m], b = ward->pair[2 * m + 1];
-        const float x = row[a], y = row[b], least_cost = x < y ? x : y;
+        const float x = row[a], y = row[b], least_cost = (ward->is_sqrt ? NEARER : 1) * (x < y ? x : y);
         row[a] = row[b] = INFINITY;
         row[ward->first_merged + m] = least_cost;
         if (!(least_cost < far)) continue;
-        const float p = ward->count[a] + own, q = ward->count[b] + own, h = ward->height[m];
-        const float bound = (p * x + q * y - own * h) / (p + q - own) - 5e-7f * (fabsf(x) + fabsf(y) + h);
+        const float bound =
+            merged_bound(x, y, ward->count[a], ward->count[b], own, ward->height[m], ward->is_sqrt);
         /* Not a number where one of them is infinite. */
         if (bound > least_cost) row[ward->first_merged + m] = bound;
     }
@@ -145,20 +169,11 @@ INLINE double exact_square(const double *x, int64_t n) {
     return sum;
 }
 
-/* Lower bounds of costs with an item merged of two, whose parts, of counts x and y, cost h together and `first` and
-   `second` with others of counts c (Lance and Williams). */
-INLINE Vector merged_bounds(Vector first, Vector second, Vector x, Vector y, Vector c, Vector h) {
-    const Vector bound = ((x + c) * first + (y + c) * second - c * h) / (x + y + c);
-    const Vector size = (first < 0.0f ? -first : first) + (second < 0.0f ? -second : second) + h;
-    const Vector rounded = bound - 5e-7f * size;
-    /* Infinite ones give NaN. */
-    return rounded == rounded && first < INFINITY ? rounded : splat(INFINITY);
-}
-
 /* Turn the row of item `with` into that of what it and `other` are merged into, at cost `height`, not less than
    `floor`. `other` has no row; it is a slot, or slots merged. No pair that is left costs less than `floor`. Two slots
-   cost at least the bound of the one that changed last. Items with rows know their costs with a slot, which are looked
-   up where they may matter. */
+   cost at least the bound of the one that changed last. Where it is not known which item of a pair is the younger one,
+   the lower bound of the two will do, and by "ward" the higher one. Items with rows know their costs with a slot, which
+   are looked up where they may matter. */
 static void guess_row(const Ward *ward, int64_t with, int64_t other, float floor, float height, float *row) {
     const int64_t n = ward->num_columns;
     const int is_slot = other < ward->first_token;
@@ -167,18 +182,19 @@ static void guess_row(const Ward *ward, int64_t with, int64_t other, float floor
     const Vector time = splat(is_slot ? ward->slot_time[other] : INFINITY);
     for (int64_t j = 0; j < n; j += VL) {
         const Vector c = load(ward->count + j), first = load(row + j), its = load(ward->bound + j);
-        Vector second = is_slot ? its : higher_of(its, own);
+        const Vector either = ward->is_sqrt ? lower_of(its, own) : higher_of(its, own);
+        Vector second = is_slot ? its : either;
         if (j < ward->first_token) {
             const Vector since = load(ward->slot_time + j);
-            second = since > time ? its : since < time ? own : higher_of(its, own);
+            second = since > time ? its : since < time ? own : either;
         }
         second = higher_of(second, least_cost);
-        Vector bound = merged_bounds(first, second, x, y, c, h);
+        Vector bound = merged_bounds(first, second, x, y, c, h, ward->is_sqrt);
         if (is_slot && j >= ward->first_token && is_any(bound <= splat(ward->expected))) {
             for (int64_t l = 0; l < VL; l++)
                 if (bound[l] <= ward->expected && ward->row[j + l] >= 0)
                     second[l] = fmaxf(second[l], ward->rows[ward->row[j + l] * n + other]);
-            bound = merged_bounds(first, second, x, y, c, h);
+            bound = merged_bounds(first, second, x, y, c, h, ward->is_sqrt);
         }
         store(row + j, bound);
     }
@@ -210,7 +226,7 @@ static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
        part has no row, its costs are at least its bound, or that of the other item, and the cost of this merge. */
     const int32_t row_a = ward->row[a], row_b = ward->row[b];
 
-    ward->bound[m] = below(cost);
+    ward->bound[m] = below(ward->is_sqrt ? NEARER * cost : cost);
     if (row_a >= 0 || row_b >= 0) {
         const int is_two = row_a >= 0 && row_b >= 0;
         const int64_t with = row_a >= 0 ? a : b, other = with == a ? b : a;
@@ -220,7 +236,8 @@ static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
             const float *more = current_row(ward, other);
             const Vector x = splat(ward->count[with]), y = splat(ward->count[other]), h = splat(above(cost));
             for (int64_t j = 0; j < n; j += VL)
-                store(row + j, merged_bounds(load(row + j), load(more + j), x, y, load(ward->count + j), h));
+                store(row + j, merged_bounds(load(row + j), load(more + j), x, y, load(ward->count + j), h,
+                                             ward->is_sqrt));
         } else {
             guess_row(ward, with, other, below(cost), above(cost), row);
         }
@@ -307,7 +324,7 @@ static void merge_cheapest(const Items &items, int64_t due, float *scratch) {
             b = c;
         }
         const double cost = ward->cost[cheapest];
-        ward->level = above(cost);
+        ward->level = fmaxf(ward->level, above(cost));
         merge_pair(items, a, b, cost);
         due--;
     }

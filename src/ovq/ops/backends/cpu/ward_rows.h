@@ -34,13 +34,19 @@ INLINE float lowest_value(const float *x, int64_t n) {
     return lowest_lane(best);
 }
 
+/* What squared distances of two items are multiplied with. */
+INLINE Vector weight_of(Vector count, Vector other, int is_sqrt) {
+    const Vector weight = count * other / (count + other);
+    return is_sqrt ? square_root(weight) : weight;
+}
+
 /* Turns products x.y of an item with columns first..first+num-1 into lower bounds of their costs. */
 static void estimate(const Ward *ward, float keep, float count, float square, int64_t first, int64_t num, float *row) {
     const Vector own = splat(count), length = splat(square);
     for (int64_t j = first; j < first + num; j += VL) {
         const Vector other = load(ward->count + j);
         const Vector distance = keep * (length + load(ward->square + j)) - 2.0f * load(row + j);
-        store(row + j, own * other / (own + other) * distance);
+        store(row + j, weight_of(own, other, ward->is_sqrt) * distance);
     }
 }
 
@@ -109,7 +115,7 @@ static float lowest_value_cost(const Ward *ward, int64_t i, int64_t num, const f
     for (int64_t j = 0; j < num; j += VL) {
         const Vector other = load(ward->count + j);
         const Vector distance = keep * (length + load(ward->value_length + j)) - 2.0f * load(products + j);
-        const Vector cost = own * other / (own + other) * distance;
+        const Vector cost = weight_of(own, other, ward->is_sqrt) * distance;
         best = cost < best ? cost : best;
     }
     return -highest(-best);
