@@ -110,9 +110,9 @@ static float lowest_value_cost(const Ward *ward, int64_t i, int64_t num, const f
         const Vector other = load(ward->count + j);
         const Vector distance = keep * (length + load(ward->value_length + j)) - 2.0f * load(products + j);
         const Vector cost = own * other / (own + other) * distance;
-        best = cost < best ? cost : best;
+        best = lower_of(cost, best);
     }
-    return -highest(-best);
+    return lowest_lane(best);
 }
 
 /* Rows of `count` items of count 1 with columns from `first` on, `num` of them, a block at a time while it lies in the
