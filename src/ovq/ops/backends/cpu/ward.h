@@ -85,7 +85,8 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     }
     memset(ward->seen, 0, sizeof(int32_t) * ward->num_rows);
     for (int64_t j = 0; j < size * value_ld(call); j++) ward->scaled[j] = (float)factor * items.tokens->values[j];
-    if (!ward->has_bounds || ward->is_wide) {
+    const int is_anew = !ward->has_bounds || ward->is_wide;
+    if (is_anew) {
         slot_bounds(items, scores);
         ward->level = first_level(ward, num, due);
         ward->last_level = 0;
@@ -111,7 +112,7 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     ward->is_rough = HAS_PAIRS && !ward->is_wide && 2 * ROUGHNESS * total_square <= 0.1 * size * ward->expected;
     if (ward->is_rough) round_rows(call, size, items.tokens->keys, ward->scaled, ward->words);
     ward->num_wanted = 0;
-    for (int64_t i = 0; i < num && !ward->is_wide; i++)
+    for (int64_t i = 0; i < num && !is_anew; i++)
         if (ward->bound[i] <= ward->expected) ward->wanted[ward->num_wanted++] = (int32_t)i;
     ward->num_spare = 0;
     for (int64_t r = ward->num_rows - 1; r >= padded(size, NR); r--)

@@ -76,6 +76,50 @@ INLINE int is_nearest(const Ward *ward, int64_t i, int64_t j, double cost) {
     return ward->candidate[i] == j && above(cost + ward->tie) < ward->rest[i];
 }
 
+/* Find the nearest of an item exactly by its row; 0 if that takes more than `most` exact costs. */
+static int search_row(const Items &items, int64_t i, float *row, int64_t most) {
+    Ward *ward = items.ward;
+    const int64_t n = ward->num_columns;
+    const float tie = above(ward->tie);
+    float next;
+    int64_t first = lowest(row, n, &next), num = 0;
+    /* Repeats: the first item at no distance will do. */
+    for (int64_t j = 0; row[first] <= tie && j < n; j++) {
+        if (row[j] > tie) continue;
+        if (num++ == most) return 0;
+        const double cost = exact_cost(items, i, j);
+        row[j] = below(cost);
+        if (cost == 0) {
+            set_partner(ward, i, j, 0, 0);
+            return 1;
+        }
+        if (j == first) first = lowest(row, n, &next);
+    }
+    num = 0;
+    double best = INFINITY;
+    for (int64_t j = first; row[j] != INFINITY && row[j] <= above(best + ward->tie); j = lowest(row, n, &next)) {
+        if (num == most) return 0;
+        const double cost = exact_cost(items, i, j);
+        row[j] = INFINITY;
+        ward->tried[num] = (int32_t)j;
+        ward->tried_cost[num++] = cost;
+        best = fmin(best, cost);
+        if (next > above(best + ward->tie)) break;
+    }
+    int64_t nearest = -1;
+    double cost = INFINITY;
+    for (int64_t t = 0; t < num; t++) {
+        const int32_t j = ward->tried[t];
+        row[j] = below(ward->tried_cost[t]);
+        if (!(ward->tried_cost[t] <= best + ward->tie)) continue;
+        if (nearest >= 0 && !comes_before(ward, i, j, i, nearest)) continue;
+        nearest = j;
+        cost = ward->tried_cost[t];
+    }
+    set_partner(ward, i, nearest, cost, best);
+    return 1;
+}
+
 /* Find the nearest of an item exactly. `scratch` is a row. */
 static void refine(const Items &items, int64_t i, float *scratch) {
     Ward *ward = items.ward;
@@ -89,65 +133,23 @@ static void refine(const Items &items, int64_t i, float *scratch) {
             return;
         }
     }
-    int is_fresh = 0, is_sharp = 0;
-    float *row;
+    float *row = scratch;
+    /* Estimates that are too loose to go on with are computed anew: roughly, if that will do, else in float32. */
+    int num_fresh = 0;
     if (ward->row[i] >= 0) {
         row = current_row(ward, i);
     } else {
-        const int32_t r = take_spare(ward);
-        row = r >= 0 ? ward->rows + r * n : scratch;
-        is_sharp = !ward->is_rough;
-        fresh_row(items, i, ward->is_rough, row);
-        is_fresh = 1;
-        ward->row[i] = r;
+        const int32_t r = ward->row[i] = take_spare(ward);
+        if (r >= 0) row = ward->rows + r * n;
         if (r >= 0) ward->seen[r] = (int32_t)ward->num_merged;
+        fresh_row(items, i, ward->is_rough, row);
+        num_fresh = 1;
     }
-    /* Repeats: the first item at no distance will do. */
-    const float tie = above(ward->tie);
-    float next;
-    int64_t first = lowest(row, n, &next);
-    for (int64_t j = 0; row[first] <= tie && j < n; j++) {
-        if (row[j] > tie) continue;
-        const double cost = exact_cost(items, i, j);
-        row[j] = below(cost);
-        if (cost == 0) {
-            set_partner(ward, i, j, 0, 0);
-            return;
-        }
-        if (j == first) first = lowest(row, n, &next);
+    for (;; num_fresh++) {
+        const int is_sharp = ward->is_wide || num_fresh > ward->is_rough;
+        if (search_row(items, i, row, is_sharp ? n : TRIES)) return;
+        fresh_row(items, i, ward->is_rough && !num_fresh, row);
     }
-    int64_t num = 0;
-    double best = INFINITY;
-    for (int64_t j = first; row[j] != INFINITY && row[j] <= above(best + ward->tie);) {
-        if (num == TRIES && !is_sharp && !ward->is_wide) {
-            /* The estimates are too loose to go on with. */
-            fresh_row(items, i, ward->is_rough && !is_fresh, row);
-            is_sharp = !ward->is_rough || is_fresh;
-            is_fresh = 1;
-            num = 0;
-            best = INFINITY;
-            j = lowest(row, n, &next);
-            continue;
-        }
-        const double cost = exact_cost(items, i, j);
-        row[j] = INFINITY;
-        ward->tried[num] = (int32_t)j;
-        ward->tried_cost[num++] = cost;
-        best = fmin(best, cost);
-        if (next > above(best + ward->tie)) break;
-        j = lowest(row, n, &next);
-    }
-    int64_t nearest = -1;
-    double cost = INFINITY;
-    for (int64_t t = 0; t < num; t++) {
-        const int32_t j = ward->tried[t];
-        row[j] = below(ward->tried_cost[t]);
-        if (!(ward->tried_cost[t] <= best + ward->tie)) continue;
-        if (nearest >= 0 && !comes_before(ward, i, j, i, nearest)) continue;
-        nearest = j;
-        cost = ward->tried_cost[t];
-    }
-    set_partner(ward, i, nearest, cost, best);
 }
 
 /* out [K + V] = share * the mean of item i, on top of what is there or not. */

@@ -115,10 +115,9 @@ static float lowest_value_cost(const Ward *ward, int64_t i, int64_t num, const f
     for (int64_t j = 0; j < num; j += VL) {
         const Vector other = load(ward->count + j);
         const Vector distance = keep * (length + load(ward->value_length + j)) - 2.0f * load(products + j);
-        const Vector cost = weight_of(own, other, ward->is_sqrt) * distance;
-        best = cost < best ? cost : best;
+        best = lower_of(weight_of(own, other, ward->is_sqrt) * distance, best);
     }
-    return -highest(-best);
+    return lowest_lane(best);
 }
 
 /* Rows of `count` items of count 1 with columns from `first` on, `num` of them, a block at a time while it lies in the
