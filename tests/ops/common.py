@@ -16,18 +16,14 @@ SCORINGS = [{}, {"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "r
 VARIANTS = [*SCORINGS, *({"merge": merge} for merge in COUNT_POWERS)]
 # Which keys open slots, and where the others go: what fits together.
 RULES = [(init, merge) for init in INITS for merge in MERGES if init != "random" or merge not in COUNT_POWERS]
-# What the compiled kernels do not know.
-NOT_COMPILED = "ward-sqrt"
-COMPILED_RULES = [(init, merge) for init, merge in RULES if merge != NOT_COMPILED]
 
-either_rule = pytest.mark.parametrize("merge", ["existing", "ward"])
+either_rule = pytest.mark.parametrize("merge", ["existing", *COUNT_POWERS])
 
 
 def takes(backend, dtype, variant):
     """Whether a backend runs calls of this dtype and these of `VARIANTS`."""
     is_scored_by_count = variant.get("bias", "count") == variant.get("rate", "count") == "count"
-    is_compiled = is_scored_by_count and variant.get("merge") != NOT_COMPILED
-    return backend != "cpu" or (dtype in (torch.float32, torch.bfloat16) and is_compiled)
+    return backend != "cpu" or (dtype in (torch.float32, torch.bfloat16) and is_scored_by_count)
 
 
 def inputs(batch, length, heads=2, kv_heads=1, key_dim=6, value_dim=5, *, dtype=torch.float64, seed=0):

@@ -5,7 +5,8 @@ import torch
 
 from ovq.ops import OVQState, backend_used, cpu_kernels
 from ovq.ops.backends.cpu import kernels
-from tests.ops.common import COMPILED_RULES, assert_same_state, attend, either_rule, inputs
+from ovq.ops.options import COUNT_POWERS
+from tests.ops.common import RULES, assert_same_state, attend, either_rule, inputs
 from tests.ops.test_identities import causal
 from tests.ops.test_parity import SHAPES, gradients
 from tests.ops.test_routing import near_ties, novelty_ties
@@ -29,9 +30,9 @@ def runs(monkeypatch):
 @pytest.mark.parametrize(
     ("growth", "init", "merge"),
     [
-        *(("plateau", *rules) for rules in COMPILED_RULES),
-        *(("linear", *rules) for rules in COMPILED_RULES[:1]),
-        *(("immediate", "novelty", merge) for merge in ("existing", "ward")),
+        *(("plateau", *rules) for rules in RULES),
+        *(("linear", *rules) for rules in RULES[:1]),
+        *(("immediate", "novelty", merge) for merge in ("existing", *COUNT_POWERS)),
     ],
 )
 def test_kernels_equal_naive(shape, growth, init, merge, runs):
@@ -63,7 +64,7 @@ def test_kernels_equal_naive(shape, growth, init, merge, runs):
     ("batch", "kv_heads", "merge"),
     [
         *((*sizes, "existing") for sizes in ((1, 1), (3, 1), (2, 2), (1, 7))),
-        *((*sizes, "ward") for sizes in ((1, 1), (2, 2))),
+        *((*sizes, merge) for sizes in ((1, 1), (2, 2)) for merge in COUNT_POWERS),
     ],
 )
 def test_any_number_of_threads_shares_any_number_of_streams(threads, batch, kv_heads, merge):

@@ -20,6 +20,7 @@ LENGTH, CHUNK_SIZE = 72, 12
 # Backends and dtypes that they take; the reference knows all dtypes.
 FAST = [("torch", x) for x in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]
 FAST += itertools.product(CPU, (torch.float32, torch.bfloat16))
+either_power = pytest.mark.parametrize("merge", COUNT_POWERS)
 STREAMS = ("random", "clustered", "repeated", "one-hot", "no values", "long and short", "not finite")
 
 
@@ -75,7 +76,7 @@ def test_backends_merge_the_same_pairs(backend, dtype, kind):
 
 @pytest.mark.parametrize("num_slots", [20, 48])
 @pytest.mark.parametrize("kind", STREAMS)
-@pytest.mark.parametrize(("backend", "dtype"), [case for case in FAST if case[0] != "cpu"], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), FAST, ids=str)
 def test_backends_merge_the_same_pairs_by_the_square_root_of_counts(backend, dtype, kind, num_slots):
     check_equal(backend, dtype, kind, num_slots=num_slots, merge="ward-sqrt")
 
@@ -99,12 +100,13 @@ def test_backends_merge_the_same_pairs_with_other_options(backend, kind, value_w
     check_equal(backend, torch.float32, kind, num_slots=20, value_weight=value_weight, growth=growth)
 
 
+@either_power
 @pytest.mark.parametrize("kind", ["clustered", "repeated", "random"])
 @pytest.mark.parametrize("backend", CPU)
-def test_kernels_merge_as_torch_does_in_larger_dictionaries(backend, kind):
+def test_kernels_merge_as_torch_does_in_larger_dictionaries(backend, kind, merge):
     """Many chunks of a full dictionary: what the kernels know of slots is carried from one to the next."""
     tokens = stream(kind, torch.float32, length=1000, dim=16)
-    options = {**WARD, "num_slots": 150, "chunk_size": 50}
+    options = {"merge": merge, "num_slots": 150, "chunk_size": 50}
     states = [attend(*tokens, **options, backend=b)[1] for b in ("torch", backend)]
     assert_same_state(states[1], states[0], tolerance=0)
 
@@ -215,12 +217,13 @@ def test_kernels_attend_exactly_while_nothing_is_merged(backend):
     torch.testing.assert_close(o, exact.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
+@either_power
 @pytest.mark.parametrize("kind", ["clustered", "repeated", "long and short"])
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [30, 0, 13, 29]], ids=["tokens", "pieces"])
 @pytest.mark.parametrize("backend", ["torch", *CPU])
-def test_any_split_leaves_the_same_bits(backend, pieces, kind):
+def test_any_split_leaves_the_same_bits(backend, pieces, kind, merge):
     tokens = stream(kind, torch.float32)
-    options = {**WARD, "num_slots": 20, "chunk_size": CHUNK_SIZE, "backend": backend}
+    options = {"merge": merge, "num_slots": 20, "chunk_size": CHUNK_SIZE, "backend": backend}
     _, whole = attend(*tokens, **options)
     state = None
     for part in torch.arange(LENGTH).split(pieces):
@@ -246,7 +249,7 @@ def gradients_from(state, tokens, backend, options):
     ("backend", "dtype", "merge"),
     [
         *(("torch", torch.float64, merge) for merge in COUNT_POWERS),
-        *((x, torch.float32, "ward") for x in CPU),
+        *((x, torch.float32, merge) for x in CPU for merge in COUNT_POWERS),
     ],
     ids=str,
 )

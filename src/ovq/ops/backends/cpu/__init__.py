@@ -40,8 +40,6 @@ def refusal(call: Call) -> str | None:
     for name in ("bias", "rate"):
         if (found := getattr(call.options, name)) != "count":
             return f"expected {name} 'count', found {found!r}"
-    if call.options.merge == "ward-sqrt":
-        return "expected merge 'existing', 'updated' or 'ward', found 'ward-sqrt'"
     return None if is_available() else f"expected compiled kernels, found none: {cpu_kernels()}"
 
 

@@ -4,8 +4,8 @@
    cache while all queries of the chunk pass over it; what queries collect adds up over the tiles. */
 #pragma once
 
+#include "merged_slots.h"
 #include "read.h"
-#include "ward.h"
 
 /* What the threads of a team share. */
 struct Gradients {

@@ -20,7 +20,8 @@ struct Tokens {
 
 struct Call {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, width, capacity, num_threads;
-    int64_t is_bfloat16, is_merge_updated, is_ward;
+    int64_t is_bfloat16, is_merge_updated;
+    int64_t is_ward, is_sqrt; /* Whether pairs are merged, and whether by "ward-sqrt". */
     double tie, value_weight;
     Tokens q, k, v, o;
     float *lse;         /* [num_chunks, width, H]: log of the sum of the exponentials of each query. */
@@ -32,7 +33,8 @@ struct Call {
     const int64_t *schedule_start;    /* [R]: where the row's part of the schedule begins. */
     const int32_t *schedule;          /* Its slots before each complete chunk and after the last. */
     const double *priority;           /* `schedule` by [Hkv, C]: keys of lowest priority open slots; or NULL. */
-    /* merge="ward": slots merged into others, [num_chunks, Hkv, C] and, of sums, [..., K] and [..., V]; or NULL. */
+    /* Where pairs are merged: slots merged into others, [num_chunks, Hkv, C] and, of sums, [..., K] and [..., V], or
+       NULL. */
     int32_t *merged_slot, *merged_into;
     float *merged_key, *merged_value;
     int64_t *merged_count;

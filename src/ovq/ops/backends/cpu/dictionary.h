@@ -2,6 +2,7 @@
 #pragma once
 
 #include "call.h"
+#include "pairs.h"
 
 /* Rows that queries attend to: the slots of a dictionary, or the tokens of a chunk. */
 struct Rows {
@@ -11,6 +12,7 @@ struct Rows {
     float *value_panels;  /* Values likewise, [M / NR, V, NR]: the backward's, else NULL. */
     float *bias;          /* [M]: log count, -inf for what is not there. */
     int32_t *is_finite;   /* [1]: of a chunk's tokens, whether all values were; zero stands for those that were not. */
+    uint32_t *words;      /* Keys and values as columns, rounded, [M / NR, row_words, NR], or NULL. */
 };
 
 struct Dictionary {
@@ -29,23 +31,29 @@ INLINE int is_extreme(double length) { return !(length == 0 || (length >= 1e-15 
 
 INLINE int64_t key_ld(const Call *call) { return padded(call->k.dim, VL); }
 INLINE int64_t value_ld(const Call *call) { return padded(call->v.dim, VL); }
+INLINE int64_t key_words(const Call *call) { return num_words(call->k.dim); }
+INLINE int64_t value_words(const Call *call) { return num_words(call->v.dim); }
+INLINE int64_t row_words(const Call *call) { return key_words(call) + value_words(call); }
 
 static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backward) {
+    const int has_value_panels = is_backward || call->is_ward;
     Rows rows;
     num = padded(num, NR);
     rows.keys = TAKE(arena, float, num * key_ld(call));
     rows.values = TAKE(arena, float, num * value_ld(call));
     rows.key_panels = TAKE(arena, float, num * call->k.dim);
-    rows.value_panels = is_backward ? TAKE(arena, float, num * call->v.dim) : nullptr;
+    rows.value_panels = has_value_panels ? TAKE(arena, float, num * call->v.dim) : nullptr;
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
+    rows.words = HAS_PAIRS && call->is_ward && !is_backward ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
     return rows;
 }
 
 /* The rows from i on, i a multiple of NR. */
 INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
     return {rows->keys + i * key_ld(call), rows->values + i * value_ld(call), rows->key_panels + i * call->k.dim,
-            rows->value_panels + i * call->v.dim, rows->bias + i};
+            rows->value_panels + i * call->v.dim, rows->bias + i, rows->is_finite,
+            rows->words ? rows->words + i * row_words(call) : nullptr};
 }
 
 static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backward) {
@@ -62,6 +70,12 @@ static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backwar
 static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
     put_column(rows->key_panels, call->k.dim, i, rows->keys + i * key_ld(call));
     if (rows->value_panels) put_column(rows->value_panels, call->v.dim, i, rows->values + i * value_ld(call));
+    if (rows->words) {
+        uint32_t words[row_words(call)];
+        round_row(rows->keys + i * key_ld(call), key_ld(call), words);
+        round_row(rows->values + i * value_ld(call), value_ld(call), words + key_words(call));
+        put_words(rows->words, row_words(call), i, words);
+    }
     rows->bias[i] = bias;
 }
 

@@ -43,9 +43,8 @@ struct Own {
 
 static Shared take_shared(Arena *arena, const Call *call, int is_backward) {
     Shared shared = {};
-    const int has_value_panels = is_backward || call->is_ward;
-    shared.dictionary = take_dictionary(arena, call, has_value_panels);
-    shared.tokens = take_rows(arena, call, call->width, has_value_panels);
+    shared.dictionary = take_dictionary(arena, call, is_backward);
+    shared.tokens = take_rows(arena, call, call->width, is_backward);
     shared.barrier = TAKE(arena, Barrier, 1);
     if (is_backward) shared.gradients = take_gradients(arena, call);
     else shared.learner = take_learner(arena, call);
@@ -93,8 +92,8 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
                 read_tile(call, dictionary, &shared->tokens, &chunk, head * call->group_size + tile / blocks, first,
                           num, &own->reader);
             else if (tile >= reads + routes)
-                slot_rows(items, (tile - reads - routes) * QUERIES,
-                          least(QUERIES, ward->num_wanted - (tile - reads - routes) * QUERIES));
+                bound_slots(items, (tile - reads - routes) * QUERIES,
+                            least(QUERIES, ward->num_wanted - (tile - reads - routes) * QUERIES), own->reader.scores);
             else if (call->is_ward)
                 token_rows(items, first, num);
             else

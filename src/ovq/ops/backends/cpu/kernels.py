@@ -74,7 +74,7 @@ class CompiledAttention(torch.autograd.Function):
         if plan.options.init == "random":
             call.point(priority=_priorities(plan))
         merged = []
-        if plan.options.merge == "ward" and any(ctx.needs_input_grad):
+        if plan.options.merges_pairs and any(ctx.needs_input_grad):
             merged = _merged(k, v, plan)
             call.point(**dict(zip(_MERGED, merged, strict=True)))
         call.run("ovq_forward")
@@ -113,7 +113,7 @@ def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan, *, merged: Sequenc
         k: `[num_chunks, C, Hkv, K]`. v: `[num_chunks, C, Hkv, V]`.
         sums: `[R, Hkv, M, ...]`, contiguous.
         plan: the plan of these rows, with `group_size` 0.
-        merged: with merge="ward", tensors for the slots that are merged into others, if wanted.
+        merged: where pairs are merged, tensors for the slots that are merged into others, if wanted.
 
     Returns:
         The slot of each token, `[num_chunks, C, Hkv]`.
@@ -132,7 +132,7 @@ def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan, *, merged: Sequenc
 def learn_and_say(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan) -> Learned:
     """Merge all complete chunks, in place; see `ovq.ops.backends.learned.Learn`."""
     plan = dataclasses.replace(plan, group_size=0)
-    if plan.options.merge != "ward":
+    if not plan.options.merges_pairs:
         return Learned(learn(k, v, sums, plan), None)
     merged = _merged(k, v, plan)
     source, target = merged[:2]
@@ -191,7 +191,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
         *((name, ctypes.c_int64) for name in ("width", "capacity", "num_threads")),
-        *((name, ctypes.c_int64) for name in ("is_bfloat16", "is_merge_updated", "is_ward")),
+        *((name, ctypes.c_int64) for name in ("is_bfloat16", "is_merge_updated", "is_ward", "is_sqrt")),
         *((name, ctypes.c_double) for name in ("tie", "value_weight")),
         *((name, _Tokens) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count", "slots")),
@@ -247,7 +247,8 @@ def _call(
         num_threads=torch.get_num_threads(),
         is_bfloat16=q.dtype == torch.bfloat16,
         is_merge_updated=options.merge == "updated",
-        is_ward=options.merge == "ward",
+        is_ward=options.merges_pairs,
+        is_sqrt=options.merge == "ward-sqrt",
         tie=TIE,
         value_weight=options.value_weight,
     )

@@ -39,6 +39,35 @@ INLINE float highest(Vector x) {
     return best;
 }
 
+INLINE Vector lower_of(Vector x, Vector y) { return x < y ? x : y; }
+INLINE Vector higher_of(Vector x, Vector y) { return x > y ? x : y; }
+
+INLINE float square_root(float x) { return sqrtf(x); }
+
+INLINE Vector square_root(Vector x) {
+    float y[VL];
+    store(y, x);
+    for (int i = 0; i < VL; i++) y[i] = sqrtf(y[i]);
+    return load(y);
+}
+
+/* Halving the vector takes fewer steps, one after the other, than going through it. */
+INLINE float lowest_lane(Vector x) {
+    float y[VL];
+    store(y, x);
+    for (int half = VL / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) y[i] = y[i + half] < y[i] ? y[i + half] : y[i];
+    return y[0];
+}
+
+INLINE int is_any(IntVector x) {
+    int64_t y[VL / 2];
+    memcpy(y, &x, sizeof(x));
+    for (int half = VL / 4; half; half /= 2)
+        for (int i = 0; i < half; i++) y[i] |= y[i + half];
+    return y[0] != 0;
+}
+
 INLINE float total(Vector x) {
     float sum = 0;
     for (int i = 0; i < VL; i++) sum += x[i];

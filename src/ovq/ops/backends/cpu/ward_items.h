@@ -1,0 +1,178 @@
+/* The items of the rules that merge pairs: what is known of each, and what merging two of them costs exactly.
+
+   Items are columns: [slots | tokens | merged], each part padded to whole panels. A merge makes a new column, the k-th
+   one of a chunk column `first_merged + k`. A *row* holds lower bounds of an item's costs with every column. None of
+   an item's costs with those that were there when it was made is below its *bound*: each pair has that of the younger
+   one. */
+#pragma once
+
+#include "learn.h"
+
+/* Rows beyond those of the tokens: of slots whose costs are needed, at least. */
+#define SPARE_ROWS 64
+/* Columns of a block of products. */
+#define BLOCK 128
+/* Pairs of an item that are tried by their estimates before the row is computed anew. */
+#define TRIES 12
+
+struct Ward {
+    int64_t num_columns, first_token, first_merged, num_rows, num_merged;
+    int has_bounds, has_squares; /* Whether what is kept of slots holds for the dictionary as it is. */
+    int is_sqrt;         /* Whether the rule is "ward-sqrt". */
+    int is_wide;         /* Whether float32 products mean nothing for this chunk. */
+    double value_factor; /* g^2 = w^2 / s_v: what squared distances of values are multiplied with. */
+    double tie;
+    double unit;         /* What exact costs are divided by: 1, or what makes extreme ones fit into floats. */
+    float keep, rough_keep; /* 1 - the relative rounding error of an estimate, by either kind of product. */
+    int is_rough;        /* Whether rough products will do for this chunk. */
+    uint32_t *words;     /* [C, row_words]: the tokens, values scaled. */
+    float now;           /* Counts the times at which slots changed or their bounds were computed anew. */
+    float *slot_time;    /* [M]: when that last was so of the slot; its bound covers what is no younger. */
+    float *slot_bound;   /* [M]: the bound of each slot as of the value factor `slot_factor`. */
+    double *slot_factor; /* [M] */
+    float *slot_growth;  /* [M]: what it grows by at least with the value factor. */
+    double *key_square, *value_square; /* [M]: squared lengths of the means of slots. */
+    float *rows;         /* [num_rows, columns] */
+    int32_t *row, *seen; /* [columns]: the item's row or -1; [num_rows]: merges the row knows of. */
+    int32_t *spare;      /* [num_rows]: rows that nobody uses. */
+    int64_t num_spare;
+    float expected;      /* Where the dearest merge of this chunk may lie. */
+    float level, last_level; /* The dearest merge of the last chunk, and of the one before. */
+    int32_t *wanted;     /* [M]: slots whose bounds are computed anew for this chunk. */
+    int64_t num_wanted;
+    float *bound, *count, *square; /* [columns]; `square` is |key|^2 + g^2 |value|^2. */
+    float *value_length; /* [columns]: g^2 |value|^2. */
+    int32_t *index, *into, *partner; /* [columns]: lowest member; column it was merged into; nearest, or -1. */
+    double *cost;        /* [columns]: of the pair with the partner. */
+    int32_t *candidate;  /* [columns]: nearest by the estimates of the item's first row, or -1. */
+    float *rest;         /* [columns]: what all other pairs of the item cost, at least. */
+    int32_t *pair;       /* [C, 2]: columns of each merge. */
+    float *height;       /* [C]: its cost. */
+    double *mean;        /* [C, K + V]: of merged columns. */
+    Rows merged;         /* [C]: the same in float32, for products. */
+    float *scaled;       /* [C, value_ld]: g^2 times the values of the tokens. */
+    int32_t *tried;      /* [columns] */
+    double *tried_cost;  /* [columns] */
+    int32_t *home;       /* [columns]: slot of each column that is left. */
+};
+
+static Ward take_ward(Arena *arena, const Call *call) {
+    Ward ward = {};
+    ward.is_sqrt = call->is_sqrt;
+    const int64_t size = padded(call->chunk_size, NR), slots = padded(call->capacity, NR);
+    ward.num_columns = slots + 2 * size + VL;
+    ward.num_rows = 2 * size + SPARE_ROWS;
+    const int64_t n = ward.num_columns;
+    ward.slot_time = TAKE(arena, float, slots);
+    ward.slot_bound = TAKE(arena, float, slots);
+    ward.slot_factor = TAKE(arena, double, slots);
+    ward.slot_growth = TAKE(arena, float, slots);
+    ward.key_square = TAKE(arena, double, slots);
+    ward.value_square = TAKE(arena, double, slots);
+    ward.rows = TAKE(arena, float, ward.num_rows * n);
+    ward.row = TAKE(arena, int32_t, n);
+    ward.seen = TAKE(arena, int32_t, ward.num_rows);
+    ward.spare = TAKE(arena, int32_t, ward.num_rows);
+    ward.wanted = TAKE(arena, int32_t, slots);
+    ward.bound = TAKE(arena, float, n);
+    ward.count = TAKE(arena, float, n);
+    ward.square = TAKE(arena, float, n);
+    ward.value_length = TAKE(arena, float, n);
+    ward.index = TAKE(arena, int32_t, n);
+    ward.into = TAKE(arena, int32_t, n);
+    ward.partner = TAKE(arena, int32_t, n);
+    ward.cost = TAKE(arena, double, n);
+    ward.candidate = TAKE(arena, int32_t, n);
+    ward.rest = TAKE(arena, float, n);
+    ward.pair = TAKE(arena, int32_t, 2 * size);
+    ward.height = TAKE(arena, float, size);
+    ward.mean = TAKE(arena, double, size * (call->k.dim + call->v.dim));
+    ward.merged = take_rows(arena, call, size, 0);
+    ward.scaled = TAKE(arena, float, size * value_ld(call));
+    ward.words = HAS_PAIRS ? TAKE(arena, uint32_t, call->chunk_size * row_words(call)) : nullptr;
+    ward.tried = TAKE(arena, int32_t, n);
+    ward.tried_cost = TAKE(arena, double, n);
+    ward.home = TAKE(arena, int32_t, n);
+    return ward;
+}
+
+/* The next float below, and above, a double. */
+INLINE float below(double x) {
+    const float y = (float)x;
+    return y > x ? nextafterf(y, -INFINITY) : y;
+}
+
+INLINE float above(double x) {
+    const float y = (float)x;
+    return y < x ? nextafterf(y, INFINITY) : y;
+}
+
+typedef double EightDoubles __attribute__((vector_size(64), aligned(8), may_alias));
+
+INLINE EightWide eight(const float *x) { return __builtin_convertvector(*(const Eight *)x, EightWide); }
+INLINE EightWide eight(const double *x) { return *(const EightDoubles *)x; }
+
+template <typename A, typename B>
+static double squared_distance(const A *a, const B *b, int64_t n) {
+    EightWide sums = {}, more = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const EightWide x = eight(a + i) - eight(b + i), y = eight(a + i + 8) - eight(b + i + 8);
+        sums += x * x;
+        more += y * y;
+    }
+    sums += more;
+    double sum = 0;
+    for (int j = 0; j < 8; j++) sum += sums[j];
+    for (; i < n; i++) sum += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+    return sum;
+}
+
+/* The items of a chunk: where the means of a column are. */
+struct Items {
+    const Call *call;
+    const Dictionary *dictionary;
+    const Rows *tokens;
+    const Sums *sums;
+    Ward *ward;
+
+    const float *key(int64_t i) const {
+        return i < ward->first_token ? dictionary->rows.keys + i * key_ld(call)
+                                     : tokens->keys + (i - ward->first_token) * key_ld(call);
+    }
+    const float *value(int64_t i) const {
+        return i < ward->first_token ? dictionary->rows.values + i * value_ld(call)
+                                     : tokens->values + (i - ward->first_token) * value_ld(call);
+    }
+    const double *mean(int64_t i) const {
+        return ward->mean + (i - ward->first_merged) * (call->k.dim + call->v.dim);
+    }
+    int is_merged(int64_t i) const { return i >= ward->first_merged; }
+};
+
+static double squared_distance_of(const Items &items, int64_t a, int64_t b) {
+    const int64_t k = items.call->k.dim, v = items.call->v.dim;
+    const double factor = items.ward->value_factor;
+    if (!items.is_merged(a) && !items.is_merged(b))
+        return squared_distance(items.key(a), items.key(b), k) +
+               factor * squared_distance(items.value(a), items.value(b), v);
+    if (items.is_merged(a) && items.is_merged(b))
+        return squared_distance(items.mean(a), items.mean(b), k) +
+               factor * squared_distance(items.mean(a) + k, items.mean(b) + k, v);
+    if (items.is_merged(b)) {
+        const int64_t c = a;
+        a = b;
+        b = c;
+    }
+    return squared_distance(items.mean(a), items.key(b), k) +
+           factor * squared_distance(items.mean(a) + k, items.value(b), v);
+}
+
+/* What merging two items costs, in float64; nothing within rounding of zero. */
+static double exact_cost(const Items &items, int64_t a, int64_t b) {
+    const double m = items.ward->count[a], n = items.ward->count[b];
+    const double weight = items.call->is_sqrt ? sqrt(m * n / (m + n)) : m * n / (m + n);
+    const double cost = weight * squared_distance_of(items, a, b) / items.ward->unit;
+    if (!std::isfinite(cost)) return INFINITY;
+    return cost <= items.ward->tie ? 0 : cost;
+}
