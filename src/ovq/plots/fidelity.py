@@ -15,7 +15,7 @@ from ovq.plots.style import CONTROLS, MIXER_STYLES, WARD
 # A memory has the style of the mixer that uses it.
 MEMORY_STYLES = {
     "OVQ": MIXER_STYLES["ovq"],
-    "OVQ, Ward": MIXER_STYLES[WARD],
+    "OVQ, Ward-sqrt": MIXER_STYLES[WARD],
     "static VQ": MIXER_STYLES["vq"],
     "linear attention": MIXER_STYLES["linear_attention"],
     "delta rule": MIXER_STYLES["gated_deltanet"],

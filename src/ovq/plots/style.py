@@ -2,7 +2,7 @@
 
 The hues are Okabe and Ito's, which colour-blind readers can tell apart too, with a grey and a brown for the
 two windows. Lines of one mixer keep its hue and differ in shade, marker and dashes. OVQ has a second blue,
-with filled markers, for dictionaries that are kept by Ward's rule. Where all lines have the same mixer,
+with filled markers, for dictionaries whose cheapest pairs are merged. Where all lines have the same mixer,
 as in an ablation, they have colours that belong to no mixer.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
+
+from ovq.ops.options import COUNT_POWERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Style:
 
 
 WARD = "ovq, ward"
-"""The name of OVQ with a dictionary that is kept by Ward's rule, where this module asks for a mixer."""
+"""The name of OVQ with a dictionary whose cheapest pairs are merged, where this module asks for a mixer."""
 
 # Light, normal and dark shade; black has no darker one.
 _SHADES = {
@@ -114,7 +116,7 @@ def style_name(mixer: str, merge: str | None) -> str:
         >>> style_name("ovq", "existing"), style_name("ovq", "ward"), style_name("mamba2", None)
         ('ovq', 'ovq, ward', 'mamba2')
     """
-    return WARD if (mixer, merge) == ("ovq", "ward") else mixer
+    return WARD if mixer == "ovq" and merge in COUNT_POWERS else mixer
 
 
 def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style]:

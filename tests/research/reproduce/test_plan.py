@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from ovq.layers import MIXERS
-from ovq.ops.options import MERGES
+from ovq.ops.options import COUNT_POWERS, MERGES
 from ovq.research.reproduce.engine import count_runs
 from ovq.research.reproduce.evaluations import LossEvaluation, NeedleEvaluation, TaskEvaluation
 from ovq.research.reproduce.figures import FIGURES, get_figure
@@ -112,13 +112,12 @@ def test_every_mixer_is_compared(name):
 
 def test_every_rule_of_merging_is_compared_by_the_growth_it_is_meant_for():
     lines = {line.label: line for line in get_figure("merge", TINY).lines}
-    trained = {label: line.config.model for label, line in lines.items()}
-    mixed = trained.pop("trained by the first, asked by Ward's")
-    assert [(model.merge, model.growth) for model in trained.values()] == [(rule, None) for rule in MERGES]
-    assert list(trained)[2] == "the cheapest pairs (Ward)"
-    assert mixed == trained["keys into slots from before their chunk (OVQ)"]
-    rules = {label: {each.merge for each in line.evaluations} for label, line in lines.items()}
-    assert list(rules.values()) == [{None}, {None}, {None}, {"ward"}]
+    asked = {label: {each.merge for each in line.evaluations} for label, line in lines.items()}
+    assert [rule for rules in asked.values() for rule in rules] == [None] * len(MERGES) + list(COUNT_POWERS)
+    models = [line.config.model for line in lines.values()]
+    trained = [*MERGES, *[MERGES[0]] * len(COUNT_POWERS)]
+    assert [(model.merge, model.growth) for model in models] == [(rule, None) for rule in trained]
+    assert list(lines)[2:4] == ["the cheapest pairs (Ward)", "the same, counts matter less (Ward-sqrt)"]
 
 
 def test_figures_share_runs():

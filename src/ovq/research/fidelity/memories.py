@@ -122,10 +122,10 @@ class OVQMemory(Memory):
 
 
 class WardMemory(OVQMemory):
-    """The same number of slots, kept by Ward's rule."""
+    """The same number of slots, the cheapest pairs of which are merged."""
 
-    name = "OVQ, Ward"
-    merge = "ward"
+    name = "OVQ, Ward-sqrt"
+    merge = "ward-sqrt"
 
 
 class RandomMerging(OVQMemory):

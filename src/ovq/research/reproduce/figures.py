@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovq.eval.rows import MIXER_NAMES
+from ovq.eval.rows import MERGE_NAMES, MIXER_NAMES
 from ovq.fields import did_you_mean
+from ovq.ops.options import COUNT_POWERS
 from ovq.plots.fidelity import fidelity_figure
 from ovq.research.fidelity import fidelity_rows
 from ovq.research.fidelity.streams import STREAMS
@@ -31,10 +32,10 @@ _COMPARED = (
     "sliding_attention",
 )
 
-_TOKENS_PER_SLOT = {"existing": 3.2, "ward": 4.2}
+_TOKENS_PER_SLOT = {"existing": 3.2, "ward-sqrt": 4.2}
 """The enlarged dictionary, by the rule that keeps it. Where the paper's rule has a slot for 3.2 tokens, the
-plateau schedule has opened one for 4.2 at the end, and by Ward's rule all slots are soon open. Either way it
-has just under a quarter of the bytes of full attention where activations are float32, as sums are."""
+plateau schedule has opened one for 4.2 at the end; where pairs are merged all slots are soon open. Either way
+it has just under a quarter of the bytes of full attention where activations are float32, as sums are."""
 
 _VALIDATION_FACTOR = 4
 """Trials are judged at so many times the training length: at that length itself several are perfect."""
@@ -86,12 +87,12 @@ def _mixers_by_length(
 
 
 def _by_both_rules(preset: Preset, name: str, tasks: Sequence[Task]) -> dict[str, list[TaskEvaluation]]:
-    """OVQ as it was trained and by Ward's rule, each with the slots of training and with more, by label."""
+    """OVQ as it was trained and by the best rule of ours, with the slots of training and with more."""
     trained = preset.configs[name].model.num_slots
     evaluations = {}
-    for rule, merge in (("OVQ", None), ("OVQ, Ward", "ward")):
+    for rule, merge in (("OVQ", None), ("OVQ, Ward-sqrt", "ward-sqrt")):
         evaluations[f"{rule}, {trained} slots"] = [preset.evaluation(each, merge=merge) for each in tasks]
-    for rule, merge in (("OVQ", None), ("OVQ, Ward", "ward")):
+    for rule, merge in (("OVQ", None), ("OVQ, Ward-sqrt", "ward-sqrt")):
         tokens = _TOKENS_PER_SLOT[merge or "existing"]
         evaluations[f"{rule}, a slot for {tokens} tokens"] = [
             preset.evaluation(
@@ -224,14 +225,14 @@ def state_size(preset: Preset) -> Figure:
                 group=group,
                 validation=_validation(preset, "recall", "ovq"),
             )
-            for rule, merge in (("OVQ", None), ("OVQ, Ward", "ward"))
+            for rule, merge in (("OVQ", None), ("OVQ, Ward-sqrt", "ward-sqrt"))
         ]
     return Figure(
         name="bytes",
         title="Basic recall against bytes of state",
         note="Each point of a line is a model trained with a state of that size, but where the legend says "
         "otherwise. Settings of the optimizer are those that the usual size of each mixer does best with. "
-        "By Ward's rule the same weights are asked, which were trained by the paper's.",
+        "By Ward-sqrt the same weights are asked, which were trained by the paper's rule.",
         lines=tuple(lines),
         panels=tuple(
             Panel(
@@ -252,7 +253,7 @@ def dictionary(preset: Preset) -> Figure:
     lines = []
     for length in sorted({*preset.near_lengths("recall")[::2], *preset.far_lengths.get("recall", ())}):
         task = preset.task("recall").at_length(length)
-        for rule, merge in (("", None), (", Ward", "ward")):
+        for rule, merge in (("", None), (", Ward-sqrt", "ward-sqrt")):
             evaluations = [preset.evaluation(task, num_slots=num_slots, merge=merge) for num_slots in sizes]
             lines += [
                 _line(f"{length} tokens", config, evaluations, f"{group}{rule}")
@@ -265,9 +266,9 @@ def dictionary(preset: Preset) -> Figure:
         lines=tuple(lines),
         panels=(
             Panel(title="slots, kept by the paper's rule", x="num_slots", group="slots"),
-            Panel(title="slots, kept by Ward's rule", x="num_slots", group="slots, Ward"),
+            Panel(title="slots, kept by Ward-sqrt", x="num_slots", group="slots, Ward-sqrt"),
             Panel(title="bytes of state, paper's rule", x="state_bytes", group="bytes"),
-            Panel(title="bytes of state, Ward's rule", x="state_bytes", group="bytes, Ward"),
+            Panel(title="bytes of state, Ward-sqrt", x="state_bytes", group="bytes, Ward-sqrt"),
         ),
     )
 
@@ -364,7 +365,7 @@ def bias(preset: Preset) -> Figure:
 
 def merge(preset: Preset) -> Figure:
     """What is merged: keys into slots from before their chunk or of any age, or the cheapest pairs."""
-    mixed = "trained by the first, asked by Ward's"
+    asked = {f"trained by the first, asked by {MERGE_NAMES[rule]}": rule for rule in COUNT_POWERS}
     return _ablation(
         preset,
         "merge",
@@ -373,11 +374,12 @@ def merge(preset: Preset) -> Figure:
             "keys into slots from before their chunk (OVQ)": {},
             "keys into those their chunk opened, too": {"merge": "updated"},
             "the cheapest pairs (Ward)": {"merge": "ward"},
-            mixed: {},
+            "the same, counts matter less (Ward-sqrt)": {"merge": "ward-sqrt"},
+            **{label: {} for label in asked},
         },
-        note="By Ward's rule slots are merged with each other, too. Its growth is immediate: until the "
-        "dictionary is full, it holds more slots than the others.",
-        rules={mixed: "ward"},
+        note="Where pairs are merged, slots are merged with each other, too. Growth is immediate then: until "
+        "the dictionary is full, it holds more slots.",
+        rules=asked,
     )
 
 

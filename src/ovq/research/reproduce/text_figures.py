@@ -162,7 +162,7 @@ def needle(preset: Preset) -> Figure:
 
 
 def _models(preset: Preset, name: str) -> list[_Model]:
-    """The mixers compared, each beside windows; OVQ by the paper's rule and by Ward's on the same weights."""
+    """The mixers compared, each beside windows; OVQ by the paper's rule and by ours on the same weights."""
     trained = preset.configs[name].model.num_slots
     models = []
     for mixer in _COMPARED:
@@ -172,7 +172,7 @@ def _models(preset: Preset, name: str) -> list[_Model]:
             continue
         models += [
             _Model(f"{rule}, {trained * factor} slots", config, trained * factor, merge)
-            for rule, merge in (("OVQ", None), ("OVQ, Ward", "ward"))
+            for rule, merge in (("OVQ", None), ("OVQ, Ward-sqrt", "ward-sqrt"))
             for factor in preset.text.slot_factors
         ]
     return models
