@@ -1,9 +1,10 @@
 /* The items of the rules that merge pairs: what is known of each, and what merging two of them costs exactly.
 
    Items are columns: [slots | tokens | merged], each part padded to whole panels. A merge makes a new column, the k-th
-   one of a chunk column `first_merged + k`. A *row* holds lower bounds of an item's costs with every column. None of
-   an item's costs with those that were there when it was made is below its *bound*: each pair has that of the younger
-   one. */
+   one of a chunk column `first_merged + k`. A *row* holds lower bounds of an item's costs with every column. An item's
+   *bound* is a lower bound of its costs with all others, except that those of slots leave out pairs with tokens and
+   with slots that changed later, and by "ward-sqrt" those of all items leave out pairs with what was merged later: the
+   bounds of these cover them. */
 #pragma once
 
 #include "learn.h"
@@ -27,7 +28,7 @@ struct Ward {
     int is_rough;        /* Whether rough products will do for this chunk. */
     uint32_t *words;     /* [C, row_words]: the tokens, values scaled. */
     float now;           /* Counts the times at which slots changed or their bounds were computed anew. */
-    float *slot_time;    /* [M]: when that last was so of the slot; its bound covers what is no younger. */
+    float *slot_time;    /* [M]: the last such time of the slot. Its bound covers pairs with slots of no later time. */
     float *slot_bound;   /* [M]: the bound of each slot as of the value factor `slot_factor`. */
     double *slot_factor; /* [M] */
     float *slot_growth;  /* [M]: what it grows by at least with the value factor. */

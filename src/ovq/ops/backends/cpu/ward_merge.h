@@ -224,10 +224,8 @@ static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     ward->cost[m] = INFINITY;
     ward->into[m] = (int32_t)m;
     ward->row[m] = -1;
-    /* Costs with the new item from those with its parts, which are known from below (Lance and Williams). Where one
-       part has no row, its costs are at least its bound, or that of the other item, and the cost of this merge. */
+    /* Costs with the new item from those with its parts, which are known from below (Lance and Williams). */
     const int32_t row_a = ward->row[a], row_b = ward->row[b];
-
     ward->bound[m] = below(ward->is_sqrt ? NEARER * cost : cost);
     if (row_a >= 0 || row_b >= 0) {
         const int is_two = row_a >= 0 && row_b >= 0;
