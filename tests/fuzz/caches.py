@@ -23,7 +23,7 @@ MOST = 4
 VOCAB_SIZE = 40
 #: Mixers that choose slots by a hard argmax. Above another layer in float32, whose outputs are rounded
 #: otherwise where tokens are read in parts, they may choose others (`docs/guarantees.md`).
-ROUTED = ("ovq", "vq")
+ROUTED = ("ovq", "vq", "kvm")
 #: Error allowed in logits.
 TOLERANCES = {"float64": 1e-8, "float32": 2e-3}
 
@@ -124,6 +124,8 @@ class CacheProgram(Program):
             sink_window=self.sliding_window,
             num_slots=self.num_slots,
             chunk_size=self.chunk_size,
+            kvm_chunk_size=min(self.chunk_size, self.num_slots),
+            kvm_sinks=int(min(self.chunk_size, self.num_slots) > 1),
             conv_size=self.conv_size,
             merge=self.merge,
             bias=self.bias,

@@ -78,6 +78,12 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
         ({"bias": "norm"}, r"bias: expected one of .* found 'norm'"),
         ({"rate": 2.0}, r"rate: expected 'count' or a number in \(0, 1\], found 2.0"),
         ({"merge": "all"}, "merge: expected one of .* found 'all'"),
+        (
+            {"mixer_types": ["kvm"] * 4, "kvm_growth": "linear"},
+            "kvm_growth: expected one of .* found 'linear'",
+        ),
+        ({"mixer_types": ["kvm"] * 4, "kvm_chunk_size": 10}, "kvm_chunk_size <= num_slots, found .*=10"),
+        ({"mixer_types": ["kvm"] * 4, "kvm_rope_dim": 6}, "kvm_rope_dim: expected an even .*=6, found 6"),
         ({"num_key_value_heads": 3}, "divide num_heads, found num_heads=4, num_kv_heads=3"),
         ({"head_dim": None, "hidden_size": 25}, "hidden_size=25, num_heads=4"),
         ({"head_dim": 5}, "even head_dim .* found 5"),
@@ -126,12 +132,18 @@ def test_values_of_another_type_are_refused(changes):
         {"delta_value_dim": 3},
         {"mamba_head_dim": 3},
         {"mamba_state_size": 3},
+        {"kvm_chunk_size": 3},
+        {"kvm_window_chunks": 3},
+        {"kvm_growth": "plateau"},
+        {"kvm_sinks": 3},
+        {"kvm_rope_dim": 4},
+        {"kvm_norm_leak": False},
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_every_field_changes_the_model(changes):
     name = next(iter(changes))
-    sizes = BASELINES if name in ("num_sinks", *EQUAL_SIZES) else {}
+    sizes = BASELINES if name in ("num_sinks", *EQUAL_SIZES) or name.startswith("kvm_") else {}
     logits = []
     for config in (make_config(**sizes), make_config(**sizes | changes)):
         torch.manual_seed(0)

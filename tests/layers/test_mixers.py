@@ -10,6 +10,7 @@ from ovq.layers import (
     ConstantStateMixer,
     FullAttention,
     GatedDeltaNet,
+    KVMAttention,
     LinearAttention,
     Mamba2,
     MixerCache,
@@ -38,6 +39,22 @@ MAKERS = {
     "sinks": lambda **kw: SinkAttention(HIDDEN, 4, 2, 6, num_sinks=2, sink_window=5, conv_size=3, **kw),
     "sinks-long": lambda **kw: SinkAttention(HIDDEN, 4, 4, 6, num_sinks=3, sink_window=30, conv_size=0, **kw),
     "vq": lambda **kw: VQAttention(HIDDEN, 4, 2, 6, num_slots=7, chunk_size=4, conv_size=3, **kw),
+    "kvm": lambda **kw: KVMAttention(HIDDEN, 4, 2, 6, num_slots=7, kvm_chunk_size=3, conv_size=3, **kw),
+    "kvm-no-leak": lambda **kw: KVMAttention(
+        HIDDEN,
+        4,
+        2,
+        6,
+        num_slots=9,
+        kvm_chunk_size=2,
+        kvm_window_chunks=3,
+        kvm_growth="plateau",
+        kvm_sinks=0,
+        kvm_rope_dim=4,
+        kvm_norm_leak=False,
+        conv_size=0,
+        **kw,
+    ),
     "linear": lambda **kw: LinearAttention(HIDDEN, 4, 2, 6, conv_size=3, **kw),
     "deltanet": lambda **kw: GatedDeltaNet(HIDDEN, 4, 2, 6, conv_size=3, **kw),
     "mamba": lambda **kw: Mamba2(HIDDEN, 4, head_dim=9, state_size=5, conv_size=3, **kw),
@@ -314,6 +331,8 @@ def test_the_names_of_weights_are_those_of_saved_models(name):
     own = {
         "gated_deltanet": decaying,
         "mamba2": decaying | {"skip"},
+        "kvm": {"gate_proj.weight", "window_temperature", "state_temperature"}
+        | {f"{norm}_norm.{tensor}" for norm in ("q", "k", "state") for tensor in ("weight", "bias")},
         "vq": {"qk_norm.beta"} | {f"dictionary.{tensor}" for tensor in slots},
     }.get(name, {"qk_norm.beta"})
     expected = {"qkv_proj.weight", "qkv_conv.weight", "o_proj.weight"} | own

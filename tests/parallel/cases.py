@@ -48,8 +48,11 @@ class Case:
 
 OVQ_AND_WINDOW = {"mixer_types": ["sliding_attention", "ovq", "sliding_attention", "ovq"]}
 RECURRENT = {
-    "mixer_types": ["sink_attention", "linear_attention", "gated_deltanet", "mamba2", "sliding_attention"],
-    "num_hidden_layers": 5,
+    "mixer_types": [
+        *("sink_attention", "linear_attention", "gated_deltanet", "mamba2", "kvm", "sliding_attention"),
+    ],
+    "num_hidden_layers": 6,
+    "kvm_chunk_size": 4,
     "num_sinks": 6,
     "sink_window": 5,
 }

@@ -1,4 +1,4 @@
-"""The five sets of mixers that the neighbours' suites run on."""
+"""The six sets of mixers that the neighbours' suites run on."""
 
 from ovq.hf import OVQForCausalLM
 from tests.hf.common import make_model
@@ -9,10 +9,13 @@ SETS = {
     "ovq_full": ["ovq", "full_attention"],
     "ovq_mamba2": ["mamba2", "ovq"],
     "vq_sinks": ["sink_attention", "vq"],
+    "kvm_sliding": ["sliding_attention", "kvm"],
     "deltanet_linear": ["gated_deltanet", "linear_attention"],
 }
 
 
 def make(name: str) -> OVQForCausalLM:
     """A model of one set, in float64."""
-    return make_model(mixer_types=SETS[name], num_hidden_layers=2, num_sinks=2, sink_window=4)
+    return make_model(
+        mixer_types=SETS[name], num_hidden_layers=2, num_sinks=2, sink_window=4, kvm_chunk_size=4
+    )

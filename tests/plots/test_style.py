@@ -130,6 +130,7 @@ NAMES = {
     "sliding_attention": {"window alone", "window of 256"},
     "sink_attention": {"window and sinks", "window + sinks"},
     "vq": {"VQ", "static VQ"},
+    "kvm": {"KVM"},
     "linear_attention": {"linear attention"},
     "gated_deltanet": {"Gated DeltaNet", "delta rule", "Gated DeltaNet, fla"},
     "mamba2": {"Mamba2", "Mamba2, fla"},

@@ -11,6 +11,7 @@ MIXER_NAMES = {
     "sliding_attention": "window alone",
     "sink_attention": "window and sinks",
     "vq": "VQ",
+    "kvm": "KVM",
     "linear_attention": "linear attention",
     "gated_deltanet": "Gated DeltaNet",
     "mamba2": "Mamba2",

@@ -15,6 +15,8 @@ from ovq.hf.auto_map import AUTO_MAP, without_own_entries, write_module
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.layers import defaults
 from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
+from ovq.layers.kvm import checked_rope_dim
+from ovq.layers.kvm_state import KVMSchedule
 from ovq.layers.ovq import LEARNING_OPTIONS
 from ovq.layers.registry import MIXERS
 from ovq.layers.vq import check_vq
@@ -63,12 +65,20 @@ class OVQConfig(PreTrainedConfig):
         delta_value_dim: components of a value in a `"gated_deltanet"` layer. None: `2 head_dim`.
         mamba_head_dim: channels per head of a `"mamba2"` layer. None: `2 hidden_size / num_attention_heads`.
         mamba_state_size: size of the state per channel of a `"mamba2"` layer.
-        num_slots: N, the largest number of slots per head of an `"ovq"` layer; the slots per head of a `"vq"`
-            layer.
+        num_slots: N, the largest number of slots per head of an `"ovq"` or a `"kvm"` layer; the slots per
+            head of a `"vq"` layer.
         chunk_size: C, tokens per chunk of `"ovq"` layers, which read a chunk exactly before they merge it,
             and of `"vq"` layers.
         vq_decay: decay per training step of the moving averages that make the slots of a `"vq"` layer.
         commitment_weight: factor on the loss that draws the keys of a `"vq"` layer to their slots.
+        kvm_chunk_size: tokens that leave the window of a `"kvm"` layer together. None: 256, or `num_slots` if
+            that is less.
+        kvm_window_chunks: chunks in that window, the current one included.
+        kvm_growth: schedule of the slots of a `"kvm"` layer: `"immediate"`, `"plateau"` or `"sqrt"`.
+        kvm_sinks: first slots of a `"kvm"` layer that no token is ever added to.
+        kvm_rope_dim: components of a head that a `"kvm"` layer rotates by position. None: half of them.
+        kvm_norm_leak: whether the layer norm of keys in slots of a `"kvm"` layer may fill the components that
+            were set to zero, as in its published code.
         conv_size: taps of the causal depthwise convolution in every mixer; 0 for none.
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
             `merge` is meant for.
@@ -119,6 +129,12 @@ class OVQConfig(PreTrainedConfig):
     mamba_state_size: int = defaults.MAMBA_STATE_SIZE
     vq_decay: float | int = defaults.VQ_DECAY
     commitment_weight: float | int = defaults.COMMITMENT_WEIGHT
+    kvm_chunk_size: int | None = None
+    kvm_window_chunks: int = defaults.KVM_WINDOW_CHUNKS
+    kvm_growth: str = defaults.KVM_GROWTH
+    kvm_sinks: int = defaults.KVM_SINKS
+    kvm_rope_dim: int | None = None
+    kvm_norm_leak: bool = defaults.KVM_NORM_LEAK
     num_slots: int = defaults.NUM_SLOTS
     chunk_size: int = defaults.CHUNK_SIZE
     conv_size: int = defaults.CONV_SIZE
@@ -277,6 +293,9 @@ class OVQConfig(PreTrainedConfig):
         check_conv_size(self.conv_size)
         if any(name in self.rope_mixers for name in self.mixer_types):
             check_rotary(head_dim)
+        if "kvm" in self.mixer_types:
+            KVMSchedule.of(self)
+            checked_rope_dim(head_dim, self.kvm_rope_dim)
         check_vq(self.num_slots, self.chunk_size, self.vq_decay, self.commitment_weight)
         options = {name: getattr(self, name) for name in LEARNING_OPTIONS}
         # Refuse what the op would refuse.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ovq.hf.configuration_ovq import OVQConfig
 
 #: The fields of `OVQConfig` that `equal_sizes` returns.
-EQUAL_SIZES = ("delta_value_dim", "mamba_head_dim", "mamba_state_size", "sink_window")
+EQUAL_SIZES = ("delta_value_dim", "mamba_head_dim", "mamba_state_size", "sink_window", "kvm_chunk_size")
 
 
 def equal_sizes(config: OVQConfig) -> dict[str, int]:
@@ -25,12 +25,14 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
 
     `"gated_deltanet"` and `"mamba2"` get as many parameters, within a few percent; the sizes of their states
     follow from that. Three quarters of Mamba2's weights make x, z and the output, one quarter makes B and C.
-    `"sink_attention"` gets a state of as many bytes, in float32.
+    `"sink_attention"` gets a state of as many bytes, in float32. `"kvm"` gets chunks half as long, so that
+    its window of two chunks has as many tokens as the chunk of the OVQ layer, beside as many slots.
 
     Example:
         >>> from ovq.hf import OVQConfig
         >>> equal_sizes(OVQConfig(num_attention_heads=2, head_dim=64, num_slots=64, chunk_size=64))
-        {'delta_value_dim': 42, 'mamba_head_dim': 64, 'mamba_state_size': 63, 'sink_window': 126}
+        {'delta_value_dim': 42, 'mamba_head_dim': 64, 'mamba_state_size': 63, 'sink_window': 126,
+         'kvm_chunk_size': 32}
     """
     num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
     # Channels of all projections of the OVQ layer together.
@@ -47,6 +49,7 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
             head_dim=config.head_dim,
             num_sinks=config.num_sinks,
         ),
+        "kvm_chunk_size": min(max(1 + config.kvm_sinks, config.chunk_size // 2), config.num_slots),
     }
 
 

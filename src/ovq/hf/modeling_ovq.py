@@ -20,7 +20,7 @@ from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, one_cache, u
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.hub import HubModel
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
-from ovq.layers import Mamba2, Mixer, OVQAttention, SequenceLayout, ShortConvolution
+from ovq.layers import KVMAttention, Mamba2, Mixer, OVQAttention, SequenceLayout, ShortConvolution
 from ovq.layers.chunked import DecayRates
 from ovq.layers.common import QKNorm
 from ovq.layers.vq import StaticDictionary
@@ -55,7 +55,7 @@ class OVQPreTrainedModel(HubModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (ShortConvolution, QKNorm, DecayRates, Mamba2, StaticDictionary)):
+        if isinstance(module, (ShortConvolution, QKNorm, DecayRates, Mamba2, KVMAttention, StaticDictionary)):
             module.reset_parameters()
         else:
             super()._init_weights(module)

@@ -5,6 +5,7 @@ from ovq.layers.cache import LayerCache, MixerCache
 from ovq.layers.common import ShortConvolution
 from ovq.layers.constant import ConstantStateMixer
 from ovq.layers.deltanet import GatedDeltaNet
+from ovq.layers.kvm import KVMAttention
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.linear import LinearAttention
 from ovq.layers.mamba import Mamba2
@@ -20,6 +21,7 @@ __all__ = [
     "ConstantStateMixer",
     "FullAttention",
     "GatedDeltaNet",
+    "KVMAttention",
     "LayerCache",
     "LinearAttention",
     "Mamba2",

@@ -74,6 +74,21 @@ class QKNorm(nn.Module):
         return l2_normalize(q), l2_normalize(k), self.scale
 
 
+class WideLayerNorm(nn.LayerNorm):
+    """Layer norm in float32 (float64 for float64 inputs), whatever the dtypes of its input and its weights.
+
+    Example:
+        >>> WideLayerNorm(4).bfloat16()(torch.ones(2, 4, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps)
+
+
 def rotary_tables(start: int, length: int, dim: int, *, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding for positions `start .. start + length - 1`.
 

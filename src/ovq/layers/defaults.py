@@ -15,6 +15,11 @@ CHUNK_SIZE = 128
 MAMBA_STATE_SIZE = 128
 VQ_DECAY = 0.99
 COMMITMENT_WEIGHT = 0.1
+KVM_CHUNK_SIZE = 256
+KVM_WINDOW_CHUNKS = 2
+KVM_GROWTH = "immediate"
+KVM_SINKS = 1
+KVM_NORM_LEAK = True
 
 # The op needs to be told the sizes of its dictionary; how it is learned has defaults there.
 _OPTIONS = inspect.signature(ovq_attention).parameters

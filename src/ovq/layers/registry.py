@@ -5,6 +5,7 @@ from __future__ import annotations
 from ovq.fields import did_you_mean
 from ovq.layers.base import Mixer
 from ovq.layers.deltanet import GatedDeltaNet
+from ovq.layers.kvm import KVMAttention
 from ovq.layers.linear import LinearAttention
 from ovq.layers.mamba import Mamba2
 from ovq.layers.ovq import OVQAttention
@@ -19,6 +20,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "sliding_attention": SlidingWindowAttention,
     "sink_attention": SinkAttention,
     "vq": VQAttention,
+    "kvm": KVMAttention,
     "linear_attention": LinearAttention,
     "gated_deltanet": GatedDeltaNet,
     "mamba2": Mamba2,

@@ -1,9 +1,9 @@
 """How lines look: one colour and one marker per mixer, the same in every figure of the project.
 
 The hues are Okabe and Ito's, which colour-blind readers can tell apart too, with a grey and a brown for the
-two windows. Lines of one mixer keep its hue and differ in shade, marker and dashes. OVQ has a second blue,
-with filled markers, for dictionaries whose cheapest pairs are merged. Where all lines have the same mixer,
-as in an ablation, they have colours that belong to no mixer.
+two windows, and a magenta for KVM. Lines of one mixer keep its hue and differ in shade, marker and dashes.
+OVQ has a second blue, with filled markers, for dictionaries whose cheapest pairs are merged. Where all lines
+have the same mixer, as in an ablation, they have colours that belong to no mixer.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ _SHADES = {
     "sliding_attention": ("#A8A8A8", "#5F5F5F", "#3A3A3A"),
     "sink_attention": ("#B57A52", "#6E2C00", "#3B1800"),
     "vq": ("#6CCBAF", "#009E73", "#005C43"),
+    "kvm": ("#FFAEFF", "#FF60FF", "#A312A3"),
     "linear_attention": ("#F0996B", "#D55E00", "#853B00"),
     "gated_deltanet": ("#E3B5D0", "#CC79A7", "#8C4A70"),
     "mamba2": ("#8C8C8C", "#000000", "#444444"),
@@ -74,6 +75,7 @@ _MARKERS = {
     "sliding_attention": "^",
     "sink_attention": "<",
     "vq": "v",
+    "kvm": "p",
     "linear_attention": ">",
     "gated_deltanet": "P",
     "mamba2": "X",

@@ -68,6 +68,10 @@ class ModelArgs:
         mamba_state_size: Numbers of state per channel of Mamba2; `None` for as many parameters as OVQ has.
         num_slots: Slots of the dictionary of an OVQ layer, N.
         chunk_size: Tokens per chunk of an OVQ layer, C.
+        kvm_chunk_size: Tokens per chunk of KVM; `None` for half of `chunk_size`, so that its window of two
+            chunks has as many tokens as a chunk of OVQ.
+        kvm_growth: How the slots of KVM grow, see `ovq.layers.KVMAttention`.
+        kvm_norm_leak: Whether slots of KVM are as in its published code, see `ovq.layers.KVMAttention`.
         vq_decay: Decay of the moving averages that are the slots of VQ-attention.
         commitment_weight: Factor on the loss that draws the keys of VQ-attention to their slots.
         growth: How the dictionary grows, see `ovq.ops.ovq_attention`.
@@ -99,6 +103,9 @@ class ModelArgs:
     num_sinks: int = defaults.NUM_SINKS
     sink_window: int | None = None
     mamba_state_size: int | None = None
+    kvm_chunk_size: int | None = None
+    kvm_growth: str = defaults.KVM_GROWTH
+    kvm_norm_leak: bool = defaults.KVM_NORM_LEAK
     vq_decay: float = defaults.VQ_DECAY
     commitment_weight: float = defaults.COMMITMENT_WEIGHT
     num_slots: int = SMALL_MODEL["num_slots"]
@@ -124,6 +131,7 @@ class ModelArgs:
         _check_at_least(self, "model", 1, "hidden_size", "intermediate_size", "num_attention_heads")
         _check_at_least(self, "model", 1, "num_key_value_heads", "head_dim", "sliding_window", "num_sinks")
         _check_at_least(self, "model", 1, "sink_window", "mamba_state_size", "num_slots", "chunk_size")
+        _check_at_least(self, "model", 1, "kvm_chunk_size")
         _check_at_least(self, "model", 0, "conv_size", "commitment_weight")
         _check_at_least(self, "model", 0, "initializer_range", "embedding_std", "value_weight")
         if not 0 <= self.vq_decay < 1:

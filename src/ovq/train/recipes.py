@@ -200,6 +200,7 @@ _MIXERS = {
     "sliding": "sliding_attention",
     "sinks": "sink_attention",
     "vq": "vq",
+    "kvm": "kvm",
     "linear": "linear_attention",
     "gdn": "gated_deltanet",
     "mamba2": "mamba2",
