@@ -27,7 +27,7 @@ BASELINES = {
     "num_hidden_layers": 6,
     "num_sinks": 2,
     "sink_window": 4,
-    "kvm_chunk_size": 4,
+    "kvm_chunk_size": 2,
 }
 
 

@@ -135,7 +135,7 @@ def test_values_of_another_type_are_refused(changes):
         {"kvm_chunk_size": 3},
         {"kvm_window_chunks": 3},
         {"kvm_growth": "plateau"},
-        {"kvm_sinks": 3},
+        {"kvm_sinks": 0},
         {"kvm_rope_dim": 4},
         {"kvm_norm_leak": False},
     ],

@@ -269,6 +269,13 @@ def test_a_state_of_other_sizes_is_refused():
         make()(x[:1], past_key_values=cache)
 
 
+def test_before_there_are_slots_their_weights_have_a_gradient_of_zero():
+    layer = make()
+    layer(random_inputs(4))[0].sum().backward()
+    zero = {name for name, parameter in layer.named_parameters() if not parameter.grad.any()}
+    assert zero == {"gate_proj.weight", "state_temperature", "state_norm.weight", "state_norm.bias"}
+
+
 def test_the_published_sizes_are_the_defaults():
     layer = KVMAttention(256, num_heads=2)
     assert (layer.schedule.chunk_size, layer.kvm_window_chunks, layer.kvm_sinks) == (256, 2, 1)

@@ -166,23 +166,23 @@ class KVMAttention(Mixer):
 
     def _state_before(self, cache: LayerCache | None, k: Tensor) -> dict[str, Tensor]:
         """The state that a call starts from: the cached one, or an empty one."""
-        is_first = cache is None or cache.state is None
-        num_seen = [0] * len(k) if is_first else cache.state["num_seen"].tolist()
+        state: dict[str, Tensor] | None = None if cache is None else cache.state
+        num_seen = [0] * len(k) if state is None else state["num_seen"].tolist()
         specs = [self.memory_spec(num_tokens, k.dtype) for num_tokens in num_seen]
         spec = of_rows({name: max(each[name] for each in specs) for name in specs[0]}, len(k))
-        if is_first:
+        if state is None:
             return {
                 name: torch.zeros(shape, dtype=dtype, device="cpu" if name == "num_seen" else k.device)
                 for name, (shape, dtype) in spec.items()
             }
         for name, (shape, dtype) in spec.items():
-            found = cache.state[name]
+            found = state[name]
             if found.shape != shape or found.dtype != dtype:
                 raise ValueError(
-                    f"expected {name} of shape {list(shape)} in {dtype} in {cache.memory.kind}, "
+                    f"expected {name} of shape {list(shape)} in {dtype} in {self.memory.kind}, "
                     f"found {list(found.shape)} in {found.dtype}"
                 )
-        return cache.state
+        return state
 
     # Not compiled: the numbers of tokens decide what is computed.
     @uncompiled
@@ -235,6 +235,10 @@ class KVMAttention(Mixer):
                 )
                 outputs.append(o)
         o = cut(torch.cat(outputs, dim=2), offsets, [q.shape[2]] * len(offsets))
+        # Before there are slots, weights that only those need get a gradient of zero and not none: processes
+        # that train together wait for the gradient of every weight.
+        for x in (q_slots, tokens["gate"], self._normalized(tokens["keys"][:, :, :0])):
+            o = o + x[:, :, :0].sum().to(o.dtype)
         num_seen = [n + length for n, length in zip(seen, lengths, strict=True)]
         now_kept = [schedule.num_kept(n) for n in num_seen]
         starts = [e - n for e, n in zip(ends, now_kept, strict=True)]
