@@ -84,6 +84,11 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
         ),
         ({"mixer_types": ["kvm"] * 4, "kvm_chunk_size": 10}, "kvm_chunk_size <= num_slots, found .*=10"),
         ({"mixer_types": ["kvm"] * 4, "kvm_rope_dim": 6}, "kvm_rope_dim: expected an even .*=6, found 6"),
+        (
+            {"mixer_types": ["raven"] * 4, "raven_top_k": 7},
+            "raven_top_k <= raven_slots, found .*=7, raven_slots=6",
+        ),
+        ({"raven_head_dim": 0}, "raven_head_dim: expected at least 1, found 0"),
         ({"num_key_value_heads": 3}, "divide num_heads, found num_heads=4, num_kv_heads=3"),
         ({"head_dim": None, "hidden_size": 25}, "hidden_size=25, num_heads=4"),
         ({"head_dim": 5}, "even head_dim .* found 5"),
@@ -132,6 +137,9 @@ def test_values_of_another_type_are_refused(changes):
         {"delta_value_dim": 3},
         {"mamba_head_dim": 3},
         {"mamba_state_size": 3},
+        {"raven_head_dim": 3},
+        {"raven_slots": 5},
+        {"raven_top_k": 2},
         {"kvm_chunk_size": 3},
         {"kvm_window_chunks": 3},
         {"kvm_growth": "plateau"},
@@ -143,7 +151,7 @@ def test_values_of_another_type_are_refused(changes):
 )
 def test_every_field_changes_the_model(changes):
     name = next(iter(changes))
-    sizes = BASELINES if name in ("num_sinks", *EQUAL_SIZES) or name.startswith("kvm_") else {}
+    sizes = BASELINES if name in ("num_sinks", *EQUAL_SIZES) or name.startswith(("kvm_", "raven_")) else {}
     logits = []
     for config in (make_config(**sizes), make_config(**sizes | changes)):
         torch.manual_seed(0)

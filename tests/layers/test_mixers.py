@@ -15,6 +15,7 @@ from ovq.layers import (
     Mamba2,
     MixerCache,
     OVQAttention,
+    RavenAttention,
     SinkAttention,
     SlidingWindowAttention,
     VQAttention,
@@ -55,6 +56,7 @@ MAKERS = {
         conv_size=0,
         **kw,
     ),
+    "raven": lambda **kw: RavenAttention(HIDDEN, 4, 2, 6, raven_slots=9, raven_top_k=3, conv_size=3, **kw),
     "linear": lambda **kw: LinearAttention(HIDDEN, 4, 2, 6, conv_size=3, **kw),
     "deltanet": lambda **kw: GatedDeltaNet(HIDDEN, 4, 2, 6, conv_size=3, **kw),
     "mamba": lambda **kw: Mamba2(HIDDEN, 4, head_dim=9, state_size=5, conv_size=3, **kw),
@@ -333,6 +335,8 @@ def test_the_names_of_weights_are_those_of_saved_models(name):
         "mamba2": decaying | {"skip"},
         "kvm": {"gate_proj.weight", "window_temperature", "state_temperature"}
         | {f"{norm}_norm.{tensor}" for norm in ("q", "k", "state") for tensor in ("weight", "bias")},
+        "raven": {"router_proj.weight", "rates.A_log", "rates.dt_bias"}
+        | {f"{norm}_norm.weight" for norm in ("q", "k", "out")},
         "vq": {"qk_norm.beta"} | {f"dictionary.{tensor}" for tensor in slots},
     }.get(name, {"qk_norm.beta"})
     expected = {"qkv_proj.weight", "qkv_conv.weight", "o_proj.weight"} | own

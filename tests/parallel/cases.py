@@ -49,9 +49,17 @@ class Case:
 OVQ_AND_WINDOW = {"mixer_types": ["sliding_attention", "ovq", "sliding_attention", "ovq"]}
 RECURRENT = {
     "mixer_types": [
-        *("sink_attention", "linear_attention", "gated_deltanet", "mamba2", "kvm", "sliding_attention"),
+        *(
+            "sink_attention",
+            "linear_attention",
+            "gated_deltanet",
+            "mamba2",
+            "kvm",
+            "raven",
+            "sliding_attention",
+        ),
     ],
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 7,
     "kvm_chunk_size": 4,
     "num_sinks": 6,
     "sink_window": 5,

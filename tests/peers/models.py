@@ -9,7 +9,7 @@ SETS = {
     "ovq_full": ["ovq", "full_attention"],
     "ovq_mamba2": ["mamba2", "ovq"],
     "vq_sinks": ["sink_attention", "vq"],
-    "kvm_sliding": ["sliding_attention", "kvm"],
+    "kvm_raven": ["raven", "kvm"],
     "deltanet_linear": ["gated_deltanet", "linear_attention"],
 }
 

@@ -131,6 +131,7 @@ NAMES = {
     "sink_attention": {"window and sinks", "window + sinks"},
     "vq": {"VQ", "static VQ"},
     "kvm": {"KVM"},
+    "raven": {"Raven"},
     "linear_attention": {"linear attention"},
     "gated_deltanet": {"Gated DeltaNet", "delta rule", "Gated DeltaNet, fla"},
     "mamba2": {"Mamba2", "Mamba2, fla"},

@@ -12,6 +12,7 @@ MIXER_NAMES = {
     "sink_attention": "window and sinks",
     "vq": "VQ",
     "kvm": "KVM",
+    "raven": "Raven",
     "linear_attention": "linear attention",
     "gated_deltanet": "Gated DeltaNet",
     "mamba2": "Mamba2",

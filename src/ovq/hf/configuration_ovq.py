@@ -18,6 +18,7 @@ from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
 from ovq.layers.kvm import checked_rope_dim
 from ovq.layers.kvm_state import KVMSchedule
 from ovq.layers.ovq import LEARNING_OPTIONS
+from ovq.layers.raven import checked_slots
 from ovq.layers.registry import MIXERS
 from ovq.layers.vq import check_vq
 from ovq.ops.options import Options, default_growth
@@ -79,6 +80,10 @@ class OVQConfig(PreTrainedConfig):
         kvm_rope_dim: components of a head that a `"kvm"` layer rotates by position. None: half of them.
         kvm_norm_leak: whether the layer norm of keys in slots of a `"kvm"` layer may fill the components that
             were set to zero, as in its published code.
+        raven_slots: M, slots per head of a `"raven"` layer. None: as many as `head_dim`.
+        raven_top_k: slots that a `"raven"` layer writes a token to. None: one in eight.
+        raven_head_dim: size of a head of a `"raven"` layer. None: `head_dim`.
+        raven_noise: whether the router of a `"raven"` layer adds Gumbel noise in training.
         conv_size: taps of the causal depthwise convolution in every mixer; 0 for none.
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
             `merge` is meant for.
@@ -135,6 +140,10 @@ class OVQConfig(PreTrainedConfig):
     kvm_sinks: int = defaults.KVM_SINKS
     kvm_rope_dim: int | None = None
     kvm_norm_leak: bool = defaults.KVM_NORM_LEAK
+    raven_slots: int | None = None
+    raven_top_k: int | None = None
+    raven_head_dim: int | None = None
+    raven_noise: bool = defaults.RAVEN_NOISE
     num_slots: int = defaults.NUM_SLOTS
     chunk_size: int = defaults.CHUNK_SIZE
     conv_size: int = defaults.CONV_SIZE
@@ -261,6 +270,7 @@ class OVQConfig(PreTrainedConfig):
             "delta_value_dim": 1,
             "mamba_head_dim": 1,
             "mamba_state_size": 1,
+            "raven_head_dim": 1,
             "num_slots": 1,
             "chunk_size": 1,
         }
@@ -296,6 +306,8 @@ class OVQConfig(PreTrainedConfig):
         if "kvm" in self.mixer_types:
             KVMSchedule.of(self)
             checked_rope_dim(head_dim, self.kvm_rope_dim)
+        if "raven" in self.mixer_types:
+            checked_slots(head_dim, self.raven_slots, self.raven_top_k)
         check_vq(self.num_slots, self.chunk_size, self.vq_decay, self.commitment_weight)
         options = {name: getattr(self, name) for name in LEARNING_OPTIONS}
         # Refuse what the op would refuse.

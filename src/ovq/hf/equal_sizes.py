@@ -12,19 +12,29 @@ import torch
 
 from ovq.layers.memory import num_bytes
 from ovq.layers.ovq import slot_spec
+from ovq.layers.raven import checked_slots
 
 if TYPE_CHECKING:
     from ovq.hf.configuration_ovq import OVQConfig
 
 #: The fields of `OVQConfig` that `equal_sizes` returns.
-EQUAL_SIZES = ("delta_value_dim", "mamba_head_dim", "mamba_state_size", "sink_window", "kvm_chunk_size")
+EQUAL_SIZES = (
+    "delta_value_dim",
+    "mamba_head_dim",
+    "mamba_state_size",
+    "sink_window",
+    "kvm_chunk_size",
+    "raven_head_dim",
+)
 
 
 def equal_sizes(config: OVQConfig) -> dict[str, int]:
     """Values of the fields `EQUAL_SIZES` that make other mixers as large as an `"ovq"` layer of this config.
 
-    `"gated_deltanet"` and `"mamba2"` get as many parameters, within a few percent; the sizes of their states
-    follow from that. Three quarters of Mamba2's weights make x, z and the output, one quarter makes B and C.
+    `"gated_deltanet"`, `"mamba2"` and `"raven"` get as many parameters, within a few percent; the sizes of
+    their states follow from that, and for `"raven"` from `raven_slots` too. Three quarters of Mamba2's
+    weights make x, z and the output, one quarter makes B and C.
+
     `"sink_attention"` gets a state of as many bytes, in float32. `"kvm"` gets chunks half as long, so that
     its window of two chunks has as many tokens as the chunk of the OVQ layer, beside as many slots.
 
@@ -32,11 +42,12 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
         >>> from ovq.hf import OVQConfig
         >>> equal_sizes(OVQConfig(num_attention_heads=2, head_dim=64, num_slots=64, chunk_size=64))
         {'delta_value_dim': 42, 'mamba_head_dim': 64, 'mamba_state_size': 63, 'sink_window': 126,
-         'kvm_chunk_size': 32}
+         'kvm_chunk_size': 32, 'raven_head_dim': 47}
     """
     num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
     # Channels of all projections of the OVQ layer together.
     num_projected = 2 * (num_heads + num_kv_heads) * config.head_dim
+    num_routed, _ = checked_slots(config.head_dim, config.raven_slots, config.raven_top_k)
     mamba_head_dim = max(1, round(num_projected / (4 * num_heads)))
     return {
         "delta_value_dim": max(1, round(2 * (config.head_dim - 1) / 3)),
@@ -48,6 +59,10 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
             num_kv_heads=num_kv_heads,
             head_dim=config.head_dim,
             num_sinks=config.num_sinks,
+        ),
+        # What its router takes is left to the other projections.
+        "raven_head_dim": max(
+            1, (num_projected - num_heads * (num_routed + 1)) // (2 * (num_heads + num_kv_heads))
         ),
         "kvm_chunk_size": min(max(1 + config.kvm_sinks, config.chunk_size // 2), config.num_slots),
     }

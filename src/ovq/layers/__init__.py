@@ -10,6 +10,7 @@ from ovq.layers.layout import SequenceLayout
 from ovq.layers.linear import LinearAttention
 from ovq.layers.mamba import Mamba2
 from ovq.layers.ovq import OVQAttention
+from ovq.layers.raven import RavenAttention
 from ovq.layers.registry import MIXERS, mixer_class
 from ovq.layers.sinks import SinkAttention
 from ovq.layers.softmax import FullAttention, SlidingWindowAttention
@@ -28,6 +29,7 @@ __all__ = [
     "Mixer",
     "MixerCache",
     "OVQAttention",
+    "RavenAttention",
     "SequenceLayout",
     "ShortConvolution",
     "SinkAttention",

@@ -89,6 +89,20 @@ class WideLayerNorm(nn.LayerNorm):
         return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps)
 
 
+class WideRMSNorm(nn.RMSNorm):
+    """RMS norm in float32 (float64 for float64 inputs), whatever the dtypes of its input and its weights.
+
+    Example:
+        >>> WideRMSNorm(4).bfloat16()(torch.ones(2, 4, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.normalized_shape, self.weight.to(wide), self.eps)
+
+
 def rotary_tables(start: int, length: int, dim: int, *, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding for positions `start .. start + length - 1`.
 

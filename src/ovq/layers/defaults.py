@@ -20,6 +20,7 @@ KVM_WINDOW_CHUNKS = 2
 KVM_GROWTH = "immediate"
 KVM_SINKS = 1
 KVM_NORM_LEAK = True
+RAVEN_NOISE = False
 
 # The op needs to be told the sizes of its dictionary; how it is learned has defaults there.
 _OPTIONS = inspect.signature(ovq_attention).parameters

@@ -9,6 +9,7 @@ from ovq.layers.kvm import KVMAttention
 from ovq.layers.linear import LinearAttention
 from ovq.layers.mamba import Mamba2
 from ovq.layers.ovq import OVQAttention
+from ovq.layers.raven import RavenAttention
 from ovq.layers.sinks import SinkAttention
 from ovq.layers.softmax import FullAttention, SlidingWindowAttention
 from ovq.layers.vq import VQAttention
@@ -21,6 +22,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "sink_attention": SinkAttention,
     "vq": VQAttention,
     "kvm": KVMAttention,
+    "raven": RavenAttention,
     "linear_attention": LinearAttention,
     "gated_deltanet": GatedDeltaNet,
     "mamba2": Mamba2,

@@ -1,9 +1,9 @@
 """How lines look: one colour and one marker per mixer, the same in every figure of the project.
 
 The hues are Okabe and Ito's, which colour-blind readers can tell apart too, with a grey and a brown for the
-two windows, and a magenta for KVM. Lines of one mixer keep its hue and differ in shade, marker and dashes.
-OVQ has a second blue, with filled markers, for dictionaries whose cheapest pairs are merged. Where all lines
-have the same mixer, as in an ablation, they have colours that belong to no mixer.
+two windows, a magenta for KVM and an olive for Raven. Lines of one mixer keep its hue and differ in shade,
+marker and dashes. OVQ has a second blue, with filled markers, for dictionaries whose cheapest pairs are merged.
+Where all lines have the same mixer, as in an ablation, they have colours that belong to no mixer.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ _SHADES = {
     "sink_attention": ("#B57A52", "#6E2C00", "#3B1800"),
     "vq": ("#6CCBAF", "#009E73", "#005C43"),
     "kvm": ("#FFAEFF", "#FF60FF", "#A312A3"),
+    "raven": ("#CFCF95", "#B0B060", "#70702C"),
     "linear_attention": ("#F0996B", "#D55E00", "#853B00"),
     "gated_deltanet": ("#E3B5D0", "#CC79A7", "#8C4A70"),
     "mamba2": ("#8C8C8C", "#000000", "#444444"),
@@ -76,6 +77,7 @@ _MARKERS = {
     "sink_attention": "<",
     "vq": "v",
     "kvm": "p",
+    "raven": "H",
     "linear_attention": ">",
     "gated_deltanet": "P",
     "mamba2": "X",

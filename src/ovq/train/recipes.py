@@ -201,6 +201,7 @@ _MIXERS = {
     "sinks": "sink_attention",
     "vq": "vq",
     "kvm": "kvm",
+    "raven": "raven",
     "linear": "linear_attention",
     "gdn": "gated_deltanet",
     "mamba2": "mamba2",
