@@ -98,9 +98,10 @@ def test_slots_that_nearly_vanish_give_no_inf_or_nan():
     """A decay of exp(-1000) per token: a product of decays would underflow, and its inverse overflow."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 40, 2, 3, requires_grad=True) for _ in range(3))
+    slots = torch.arange(4).expand(1, 40, 2, 4)
     log_decay = torch.full((1, 40, 2, 4), -1000.0).requires_grad_()
-    slots = torch.zeros(1, 2, 4, 3)
-    o, keys, _ = routed_slots(q, k, v, log_decay, slots, slots)
+    zeros = torch.zeros(1, 2, 4, 3)
+    o, keys, _ = routed_slots(q, k, v, slots, log_decay, keys=zeros, values=zeros)
     o.sum().backward()
     assert all(x.grad.isfinite().all() for x in (q, k, v, log_decay))
     # Each token replaces what was there.

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ovq.layers import defaults
 from ovq.layers.base import Mixer, checked_head_dim
@@ -18,8 +17,8 @@ from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 
-# Tokens per chunk, within which the decay between all pairs is formed for every slot. A tiling choice: it
-# changes the result by rounding only.
+# Tokens per chunk, within which the decay between all pairs is formed for the slots of the earlier token. A
+# tiling choice: it changes the result by rounding only.
 CHUNK = 16
 
 
@@ -116,33 +115,31 @@ class RavenAttention(ConstantStateMixer):
             [self.num_heads * self.num_slots, self.num_heads], dim=-1
         )
         _, log_decay = self.rates(decay)
-        weights = self._route(logits.unflatten(-1, (self.num_heads, -1)).to(log_decay.dtype))
+        slots, weights = self._route(logits.unflatten(-1, (self.num_heads, -1)).to(log_decay.dtype))
         # Where there is no token, zeros: no slot decays or is written to.
-        q, k, wide_v, log_decay = (
-            rows.take(x) for x in (q, k, v.to(q.dtype), log_decay[..., None] * weights)
-        )
+        inputs = (q, k, v.to(q.dtype), slots, log_decay[..., None] * weights)
+        q, k, wide_v, slots, log_decay = (rows.take(x) for x in inputs)
         before = self.state_before(cache, len(q), v)
         with without_autocast(q):
             o, keys, values = routed_slots(
-                q, k, wide_v, log_decay, before["slot_keys"], before["slot_values"]
+                q, k, wide_v, slots, log_decay, keys=before["slot_keys"], values=before["slot_values"]
             )
         if cache is not None:
             cache.set_state({"slot_keys": keys, "slot_values": values}, layout.num_new)
         return self.out_norm(F.silu(rows.put(o)).flatten(2)).to(channels.dtype)
 
-    def _route(self, logits: Tensor) -> Tensor:
-        """The weights of the slots `[B, T, H, M]`, zero but for the `raven_top_k` with the largest logits."""
+    def _route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The k slots `[B, T, H, k]` with the largest logits `[B, T, H, M]`, and their weights."""
         if self.training and self.raven_noise:
             logits = logits - torch.empty_like(logits).exponential_().log()
         # Sorted, because the order of `topk` is open where logits tie: the first slots are taken.
-        order = logits.argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]
-        chosen = logits.gather(-1, order).sigmoid()
-        chosen = chosen / (chosen.sum(-1, keepdim=True) + 1e-9)
-        return torch.zeros_like(logits).scatter(-1, order, chosen)
+        slots = logits.argsort(dim=-1, descending=True, stable=True)[..., : self.top_k]
+        chosen = logits.gather(-1, slots).sigmoid()
+        return slots, chosen / (chosen.sum(-1, keepdim=True) + 1e-9)
 
 
 def routed_slots(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, keys: Tensor, values: Tensor
+    q: Tensor, k: Tensor, v: Tensor, slots: Tensor, log_decay: Tensor, *, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slots that decay by `exp(log_decay)` and take in the rest of each token, read by softmax; in chunks.
 
@@ -150,41 +147,47 @@ def routed_slots(
         q: `[B, T, H, K]`.
         k: `[B, T, Hkv, K]`.
         v: `[B, T, Hkv, V]`.
-        log_decay: `[B, T, H, M]`, at most 0; 0 where a token leaves a slot as it is.
+        slots: `[B, T, H, k]` int64, the slots that a token changes.
+        log_decay: `[B, T, H, k]`, at most 0; 0 where a token leaves a slot as it is.
         keys: `[B, H, M, K]`, the slots before.
         values: `[B, H, M, V]`, likewise.
 
     Returns:
         `[B, T, H, V]`, and keys and values of the slots after the last token.
     """
-    num_tokens, num_heads, key_dim = q.shape[1:]
+    num_tokens, num_heads = q.shape[1:3]
     chunk = min(CHUNK, num_tokens)
     k, v = (x.repeat_interleave(num_heads // x.shape[2], dim=2) for x in (k, v))
     # [B, H, n, C, *] from here on.
-    q, k, v, log_decay = (to_chunks(x, chunk) for x in (q, k, v, log_decay))
-    total = log_decay.cumsum(-2)
-    written = -torch.expm1(log_decay)
-    both = torch.cat([k, v], dim=-1)
-    added = ((total[..., -1:, :] - total).exp() * written).transpose(-1, -2) @ both
-    kept = total[..., -1, :].exp()[..., None]
-    slots, before = torch.cat([keys, values], dim=-1), []
-    for i in range(q.shape[2]):
-        before.append(slots)
-        slots = slots * kept[:, :, i] + added[:, :, i]
-    old_keys, old_values = torch.stack(before, dim=2).split([key_dim, v.shape[-1]], dim=-1)
-    # The decay between all pairs of a chunk is large, and cheaper to compute twice than to keep.
-    arguments = (q, k, v, total, written, old_keys, old_values)
-    if torch.is_grad_enabled():
-        o = checkpoint(_read_chunks, *arguments, use_reentrant=False)
-    else:
-        o = _read_chunks(*arguments)
-    keys, values = slots.split([key_dim, v.shape[-1]], dim=-1)
+    q, k, v, slots, log_decay = (to_chunks(x, chunk) for x in (q, k, v, slots, log_decay))
+    of_slots = log_decay.new_zeros(*slots.shape[:-1], keys.shape[2]).scatter_add(-1, slots, log_decay)
+    total = of_slots.cumsum(-2)
+    # What each token leaves in each slot at the end of its chunk.
+    left = (total[..., -1:, :] - total).exp() * -torch.expm1(of_slots)
+    added = left.transpose(-1, -2) @ torch.cat([k, v], dim=-1)
+    kept = total[..., -1, :, None].exp()
+    state, before = torch.cat([keys, values], dim=-1), []
+    # Unbound, because the gradient of an index is a tensor as large as all chunks together.
+    for share, new in zip(kept.unbind(2), added.unbind(2), strict=True):
+        before.append(state)
+        state = state * share + new
+    sizes = [keys.shape[-1], values.shape[-1]]
+    old_keys, old_values = torch.stack(before, dim=2).split(sizes, dim=-1)
+    o = _read_chunks(q, k, v, slots, log_decay, total, old_keys, old_values)
     # Copies, because views would keep each other alive.
-    return from_chunks(o, num_tokens), keys.clone(), values.clone()
+    keys, values = (x.clone() for x in state.split(sizes, dim=-1))
+    return from_chunks(o, num_tokens), keys, values
 
 
 def _read_chunks(
-    q: Tensor, k: Tensor, v: Tensor, total: Tensor, written: Tensor, keys: Tensor, values: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    log_decay: Tensor,
+    total: Tensor,
+    keys: Tensor,
+    values: Tensor,
 ) -> Tensor:
     """What the tokens of each chunk read.
 
@@ -192,23 +195,27 @@ def _read_chunks(
         q: `[B, H, n, C, K]`.
         k: `[B, H, n, C, K]`.
         v: `[B, H, n, C, V]`.
+        slots: `[B, H, n, C, k]`, the slots that each token changes.
+        log_decay: `[B, H, n, C, k]`, how they decay.
         total: `[B, H, n, C, M]`, the sum of the log decays of the chunk up to each token.
-        written: `[B, H, n, C, M]`, the share of each token that its slots take in.
         keys: `[B, H, n, M, K]`, the slots before each chunk.
         values: `[B, H, n, M, V]`, likewise.
 
     Returns:
         `[B, H, n, C, V]`.
     """
-    # [B, H, n, C, C, M]: what is left at token t of what token j wrote to each slot. As t is not before j, no
-    # exponent is above 0.
-    is_earlier = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).tril()
-    between = total[..., :, None, :] - total[..., None, :, :]
-    left = between.masked_fill(~is_earlier[..., None], -torch.inf).exp() * written[..., None, :, :]
-    scores = total.exp() * (q @ keys.transpose(-1, -2))
-    scores = scores + ((q @ k.transpose(-1, -2))[..., None, :] @ left).squeeze(-2)
+    chunk, top_k = slots.shape[-2:]
+    # [B, H, n, C, C k] from here on: for token t, all that the tokens j of the chunk have written.
+    index = slots.flatten(-2)[..., None, :].expand(*slots.shape[:-1], -1)
+    since = total.gather(-1, index) - total.gather(-1, slots).flatten(-2)[..., None, :]
+    is_later = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
+    # As t is not before j, no exponent is above 0.
+    left = since.masked_fill(is_later.repeat_interleave(top_k, dim=-1), -torch.inf).exp()
+    left = left * -torch.expm1(log_decay).flatten(-2)[..., None, :]
+    products = (q @ k.transpose(-1, -2)).repeat_interleave(top_k, dim=-1)
+    scores = (total.exp() * (q @ keys.transpose(-1, -2))).scatter_add(-1, index, left * products)
     weights = scores.softmax(-1)
-    of_tokens = (left @ weights[..., None]).squeeze(-1)
+    of_tokens = (left * weights.gather(-1, index)).unflatten(-1, (chunk, top_k)).sum(-1)
     return (weights * total.exp()) @ values + of_tokens @ v
 
 
