@@ -269,6 +269,22 @@ def test_a_state_of_other_sizes_is_refused():
         make()(x[:1], past_key_values=cache)
 
 
+def test_a_row_taken_out_of_a_batch_keeps_only_what_it_needs_and_goes_on():
+    layer, x = make(), random_inputs(40)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[1, :21] = 0
+    with torch.no_grad():
+        _, _, cache = layer(x[:, :30], mask, use_cache=True)
+        cache.batch_select_indices(torch.tensor([1]))
+        _, _, alone = layer(x[1:, 21:30], use_cache=True)
+        assert cache.nbytes == alone.nbytes == layer.state_bytes(9, torch.float64)
+        for name, tensor in alone.layers[0].state.items():
+            torch.testing.assert_close(cache.layers[0].state[name], tensor)
+        mask = torch.cat([mask[1:], torch.ones(1, 10, dtype=torch.long)], dim=1)
+        o, _, _ = layer(x[1:, 30:], mask, past_key_values=cache)
+        torch.testing.assert_close(o, layer(x[1:, 30:], past_key_values=alone)[0])
+
+
 def test_before_there_are_slots_their_weights_have_a_gradient_of_zero():
     layer = make()
     layer(random_inputs(4))[0].sum().backward()
