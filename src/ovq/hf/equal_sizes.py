@@ -40,9 +40,11 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
 
     Example:
         >>> from ovq.hf import OVQConfig
-        >>> equal_sizes(OVQConfig(num_attention_heads=2, head_dim=64, num_slots=64, chunk_size=64))
-        {'delta_value_dim': 42, 'mamba_head_dim': 64, 'mamba_state_size': 63, 'sink_window': 126,
-         'kvm_chunk_size': 32, 'raven_head_dim': 47}
+        >>> sizes = equal_sizes(OVQConfig(num_attention_heads=2, head_dim=64, num_slots=64, chunk_size=64))
+        >>> sizes["delta_value_dim"], sizes["mamba_head_dim"], sizes["mamba_state_size"]
+        (42, 64, 63)
+        >>> sizes["sink_window"], sizes["kvm_chunk_size"], sizes["raven_head_dim"]
+        (126, 32, 47)
     """
     num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
     # Channels of all projections of the OVQ layer together.
