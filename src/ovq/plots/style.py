@@ -2,8 +2,8 @@
 
 The hues are Okabe and Ito's, which colour-blind readers can tell apart too, with a grey and a brown for the
 two windows, a magenta for KVM and an olive for Raven. Lines of one mixer keep its hue and differ in shade,
-marker and dashes. OVQ has a second blue, with filled markers, for dictionaries whose cheapest pairs are merged.
-Where all lines have the same mixer, as in an ablation, they have colours that belong to no mixer.
+marker and dashes. OVQ has a second blue, with filled markers, for dictionaries whose cheapest pairs are
+merged. Where all lines have the same mixer, as in an ablation, they have colours that belong to no mixer.
 """
 
 from __future__ import annotations
