@@ -103,10 +103,11 @@ def test_backends_merge_the_same_pairs_with_other_options(backend, kind, value_w
 @either_power
 @pytest.mark.parametrize("kind", ["clustered", "repeated", "random"])
 @pytest.mark.parametrize("backend", CPU)
-def test_kernels_merge_as_torch_does_in_larger_dictionaries(backend, kind, merge):
+@pytest.mark.parametrize("other", [{}, {"growth": "plateau", "value_weight": 0.0}], ids=str)
+def test_kernels_merge_as_torch_does_in_larger_dictionaries(backend, kind, merge, other):
     """Many chunks of a full dictionary: what the kernels know of slots is carried from one to the next."""
     tokens = stream(kind, torch.float32, length=1000, dim=16)
-    options = {"merge": merge, "num_slots": 150, "chunk_size": 50}
+    options = {"merge": merge, "num_slots": 150, "chunk_size": 50, **other}
     states = [attend(*tokens, **options, backend=b)[1] for b in ("torch", backend)]
     assert_same_state(states[1], states[0], tolerance=0)
 
