@@ -30,7 +30,7 @@ def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan) -> Learned:
 def _learn_group(
     group: Group, k: Tensor, v: Tensor, sums: Dictionary, slots: Tensor, by_chunk: Tensor | None
 ) -> None:
-    """Merge the chunks of a group, in order; fills `slots` and, with merge="ward", `by_chunk`."""
+    """Merge the chunks of a group, in order; fills `slots` and, where pairs are merged, `by_chunk`."""
     options, capacity, wide = group.plan.options, group.plan.capacity, sums.key_sum.dtype
     router = Router(num_streams=group.num_streams, max_slots=capacity, options=options, like=sums.key_sum)
     for step in group.steps():
