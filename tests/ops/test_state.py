@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ovq.ops import OVQState
+from ovq.ops.options import COUNT_POWERS
 from tests.disks import full_disk
 from tests.ops.common import VARIANTS, assert_same_state, attend, either_rule, inputs
 from tests.ops.recount import agglomerated, recount, recount_by_likelihood
@@ -203,8 +204,9 @@ def test_shrinking_merges_the_cheapest_pairs_and_keeps_every_token(value_weight,
     for row, ((_, k, v), state) in enumerate(zip(rows, states, strict=True)):
         for head in range(2):
             keys, values = k[0, :, head], v[0, :, head]
-            if merge == "ward":
-                slots = recount_by_likelihood(keys.numpy(), values.numpy(), **options)
+            if merge in COUNT_POWERS:
+                power = COUNT_POWERS[merge]
+                slots = recount_by_likelihood(keys.numpy(), values.numpy(), **options, count_power=power)
             else:
                 slots = recount(keys.numpy(), values.numpy(), 12, 8)
             slots = [tuple(sorted(members)) for members in slots]

@@ -60,6 +60,7 @@ def test_losses_are_shown_by_octaves_of_positions_and_beside_full_attention(made
     lines = points(results, loss)
     assert list(lines) == [
         *("full attention", "OVQ, 4 slots", "OVQ, 16 slots"),
+        *("OVQ, Ward-sqrt, 4 slots", "OVQ, Ward-sqrt, 16 slots"),
         *("Gated DeltaNet", "Mamba2", "window alone"),
     ]
     for line in lines.values():
@@ -112,7 +113,11 @@ def test_each_line_is_evaluated_with_its_own_slots(made, name):
     rows = made[0][name]["rows"]
     slots = {row["line"]: row["num_slots"] for row in rows}
     few, many = (f"OVQ, {number} slots" for number in (4, 16))
-    assert {line: number for line, number in slots.items() if number} == {few: 4, many: 16}
+    ours = {f"OVQ, Ward-sqrt, {number} slots": number for number in (4, 16)}
+    assert {line: number for line, number in slots.items() if number} == {few: 4, many: 16, **ours}
+    rules = {row["line"]: row["merge"] for row in rows}
+    assert {rules[line] for line in ours} == {"ward-sqrt"}
+    assert {rules[few], rules[many]} == {"existing"}
     states = {(row["line"], row["length"]): row["state_bytes"] for row in rows}
     for (line, length), num_bytes in states.items():
         if line == few:

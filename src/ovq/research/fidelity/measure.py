@@ -59,7 +59,7 @@ def fidelity_rows(
     Example:
         >>> rows = fidelity_rows([0], lengths=[128, 256], streams=["random"], num_slots=16, head_dim=8)
         >>> len(rows), rows[0]["memory"], rows[0]["length"], rows[0]["bytes"]
-        (14, 'OVQ', 128, 1152)
+        (16, 'OVQ', 128, 1152)
     """
     if not lengths or any(length < 1 or length % CHUNK_SIZE for length in lengths):
         raise ValueError(f"lengths: expected positive multiples of {CHUNK_SIZE}, found {list(lengths)}")
