@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 UV ?= $(shell command -v uv)
 PIP = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install --progress-bar on)
 
-.PHONY: install demo test test-peers test-oldest fuzz lint format tables clean
+.PHONY: install demo test pytest test-peers test-oldest fuzz lint format tables clean
 
 install: $(VENV)/.installed
 
@@ -30,7 +30,11 @@ $(VENV)/.installed-demo: pyproject.toml
 demo: $(VENV)/.installed-demo
 	$(BIN)/ovq demo --out $(OUT)
 
-test: install lint
+# Side by side: what mypy looks at takes one core a while.
+test: install
+	$(MAKE) --no-print-directory -j 2 lint pytest
+
+pytest: install
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not peers' tests src/ovq
 
 # transformers' own tests, peft, accelerate and trl on our models: minutes of work. The tests are those of the source

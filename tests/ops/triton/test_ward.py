@@ -37,7 +37,9 @@ def test_the_same_pairs_are_merged(kind):
         torch.testing.assert_close(o, o_ref, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
+)
 def test_the_same_pairs_are_merged_in_lower_precision(dtype):
     check_state(stream("repeated", dtype, length=18), **WARD)
 
@@ -48,7 +50,7 @@ def test_the_same_pairs_are_merged_with_other_options(growth, value_weight):
     check_state(tokens, **WARD, growth=growth, value_weight=value_weight)
 
 
-@pytest.mark.parametrize("rounds", [0, 9])
+@pytest.mark.parametrize("rounds", [0, pytest.param(9, marks=pytest.mark.slow)])
 def test_it_does_not_matter_which_kernel_makes_the_rounds(rounds, monkeypatch):
     from ovq.ops.backends.triton import ward
 
