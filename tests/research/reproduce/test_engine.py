@@ -78,7 +78,8 @@ def test_rows_are_there_for_every_line_seed_and_evaluation(made):
         assert row["num_parameters"] > 1000
         assert row["train_length"] == 24
         assert row["task"]["name"] == "recall"
-    rules = {(row["line"].startswith("OVQ, Ward-sqrt"), row["merge"]) for row in rows if row["mixer"] == "ovq"}
+    of_ovq = [row for row in rows if row["mixer"] == "ovq"]
+    rules = {(row["line"].startswith("OVQ, Ward-sqrt"), row["merge"]) for row in of_ovq}
     assert rules == {(False, "existing"), (True, "ward-sqrt")}
     slots = {row["length"]: row["num_slots"] for row in rows if row["line"] == "OVQ, a slot for 3.2 tokens"}
     assert slots == {24: 7, 48: 15, 64: 20}
