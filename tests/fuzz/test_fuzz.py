@@ -22,7 +22,7 @@ def test_random_programs(kind, backend):
     if reason := BACKENDS[backend].missing():
         pytest.skip(reason)
     # Triton's interpreter takes half a second a call.
-    calls = CALLS / 10 if BACKENDS[backend].is_slow else CALLS
+    calls = CALLS / 20 if BACKENDS[backend].is_slow else CALLS
     outcome = run(kind, backend, calls=round(calls * SHARES[kind]), seed=1)
     assert outcome.num_run == round(calls * SHARES[kind])
     assert not outcome.failures, "\n".join(report(found, outcome) for found in outcome.failures.values())

@@ -406,7 +406,7 @@ def children(pid):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_killed_by_kill_9_and_started_again_it_ends_as_if_never_stopped(tmp_path, monkeypatch):
-    steps = 100
+    steps = 60
     out = tmp_path / "out"
     process = start(out, steps)
     begun = time.monotonic()
