@@ -226,7 +226,7 @@ def test_a_recipe_in_a_file_is_trained(capsys, tmp_path):
         ("- 1", "expected sections task, model, train, found list"),
         ("train: 3", "train: expected fields and their values, found 3"),
         ("recipe: recall-ovq\ntask: {name: mqar}", "task.name: expected that of the recipe, recall"),
-        ("train: {steps: 3}", "expected a recipe, or a task.name of recall, "),
+        ("train: {steps: 3}", "expected a recipe or a task.name, found neither"),
         ("recipe: recall-ovq\ntrain: {steps: many}", "train.steps: expected int, found 'many'"),
         ("recipe: recall-ovq\ntrain: {steps: 1.5}", "train.steps: expected an integer, found 1.5"),
         ("recipe: recall-ovq\nmodel: {rate: 0.1, slot_rate: 0.1}", "expected rate alone"),

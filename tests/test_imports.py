@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 # The order, written once: a module imports from its own group or from those before it.
 ORDER = [
     ["runtime", "fields"],
+    ["plugins"],
     ["ops"],
     ["layers", "gmr"],
     ["hf"],

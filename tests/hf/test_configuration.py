@@ -58,9 +58,9 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
         ({"mixer_types": ["ovq"]}, "num_hidden_layers=4 of them, found 1"),
         (
             {"mixer_types": ["ovq", "ovq", "ovq", "mamba3"]},
-            r"mixer_types: expected names among \[.*full_attention.*ovq.*\], found \['mamba3'\]",
+            r"mixer_types: expected a mixer among .*full_attention.*ovq.*, found 'mamba3'",
         ),
-        ({"rope_mixers": ["rnn"]}, r"rope_mixers: expected names among .* found \['rnn'\]"),
+        ({"rope_mixers": ["rnn"]}, r"rope_mixers: expected a mixer among .* found 'rnn'"),
         ({"num_slots": 0}, "num_slots: expected at least 1, found 0"),
         ({"chunk_size": 0}, "chunk_size: expected at least 1, found 0"),
         ({"vocab_size": 0}, "vocab_size: expected at least 1, found 0"),

@@ -17,6 +17,7 @@ import typer
 import ovq
 from ovq.cli import bench, context, demo, evaluate, generate, memory, reproduce, train
 from ovq.cli.outputs import Readers, drop_unwritten, open_closed_streams
+from ovq.cli.plugins import Import
 from ovq.cli.verbosity import Quiet, Verbose, add_to_commands
 from ovq.runtime.verbosity import is_verbose
 
@@ -60,9 +61,10 @@ def _options(
     ] = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    imports: Import = [],  # noqa: B006  (typer reads it and never changes it)
 ) -> None:
     # The callbacks of the options do all the work.
-    del version, quiet, verbose
+    del version, quiet, verbose, imports
 
 
 def _program() -> Any:

@@ -11,6 +11,7 @@ import typer
 from ovq.cli.common import out_console
 
 if TYPE_CHECKING:
+    from ovq.tasks import Task
     from ovq.train.config import RunConfig
 
 
@@ -32,6 +33,14 @@ def train(
             help="Change a field of the recipe; can be given several times.",
         ),
     ] = [],  # noqa: B006  (typer reads it and never changes it)
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:CLASS",
+            help="A task of your own in the place of the recipe's: a class that inherits ovq.tasks.Task.",
+            show_default=False,
+        ),
+    ] = None,
     init_from: Annotated[
         str | None,
         typer.Option(
@@ -61,12 +70,16 @@ def train(
     From a file of your own, and from the weights of a model: [bold]ovq train mine.yaml --init-from
     runs/ovq[/bold]
 
+    On a task of your own: [bold]ovq train recall-ovq --task mytasks:Sort[/bold]; later, [bold]ovq eval
+    --import mytasks --model runs/recall-ovq[/bold]
+
     With [bold]--set train.save_every=100[/bold] the run keeps checkpoints, and [bold]ovq train --resume --out
     runs/ovq[/bold] continues it after an interruption. With several processes: [bold]torchrun
     --nproc-per-node 2 -m ovq train ...[/bold]; with [bold]--set train.sharding=fsdp[/bold] each holds a part
     of the model.
     """
-    if resume and (recipe is not None or set_ or out is None or init_from is not None):
+    others = (recipe, task, init_from)
+    if resume and (set_ or out is None or any(other is not None for other in others)):
         raise ValueError("--resume: expected only --out beside it (a run goes on as it was configured)")
     if not resume and recipe is None:
         raise ValueError("expected a recipe, or --resume, found neither; see ovq train --help")
@@ -77,10 +90,10 @@ def train(
 
     config = None
     if recipe is not None:
-        if recipe.endswith(ENDINGS):
-            config = load_recipe(Path(recipe)).override(set_)
-        else:
-            config = get_recipe(recipe).override(set_)
+        config = load_recipe(Path(recipe)) if recipe.endswith(ENDINGS) else get_recipe(recipe)
+        if task is not None:
+            config = dataclasses.replace(config, task=_own_task(task))
+        config = config.override(set_)
         if init_from is not None:
             # A run may be resumed from elsewhere.
             source = str(Path(init_from).resolve()) if Path(init_from).exists() else init_from
@@ -113,6 +126,19 @@ def train(
             f"Test it: ovq eval {'lm ' if is_text else ''}--model {out}",
             soft_wrap=True,
         )
+
+
+def _own_task(path: str) -> Task:
+    """A task of the user's with its defaults, which is registered by its name."""
+    from ovq.plugins import import_class
+    from ovq.tasks import register_task
+
+    try:
+        cls = import_class(path)
+        register_task(cls)
+        return cls()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--task {path}: {error}") from error
 
 
 def _draw_losses(config: RunConfig, out: Path) -> Path | None:

@@ -40,12 +40,12 @@ Verbose = Annotated[
 
 
 def add_to_commands(program: Any) -> None:
-    """Let all commands of a program take the options `Quiet` and `Verbose` that it takes itself.
+    """Let all commands of a program take the options that it takes itself, but `--version`.
 
     Args:
         program: What typer makes of an app; typer itself lets commands share no options.
     """
-    shared = [option for option in program.params if option.name in ("quiet", "verbose")]
+    shared = [option for option in program.params if option.name in ("quiet", "verbose", "imports")]
     for command in _commands_of(program):
         command.params.extend(shared)
 

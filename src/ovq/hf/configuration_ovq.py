@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ovq.fields import RENAMED, did_you_mean, is_finite, with_new_names
+from ovq.fields import RENAMED, is_finite, with_new_names
 from ovq.hf.auto_map import AUTO_MAP, without_own_entries, write_module
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.layers import defaults
@@ -19,7 +19,7 @@ from ovq.layers.kvm import checked_rope_dim
 from ovq.layers.kvm_state import KVMSchedule
 from ovq.layers.ovq import LEARNING_OPTIONS
 from ovq.layers.raven import checked_slots
-from ovq.layers.registry import MIXERS
+from ovq.layers.registry import mixer_class
 from ovq.layers.vq import check_vq
 from ovq.ops.options import Options, default_growth
 
@@ -290,12 +290,12 @@ class OVQConfig(PreTrainedConfig):
                 f"found {len(self.mixer_types)}"
             )
         for field in ("mixer_types", "rope_mixers"):
-            if unknown := sorted(set(getattr(self, field)) - set(MIXERS)):
-                raise ValueError(
-                    f"{field}: expected names among {sorted(MIXERS)}, found {unknown}"
-                    f"{did_you_mean(str(unknown[0]), MIXERS)}"
-                )
-        if fixed := sorted(name for name in self.rope_mixers if not MIXERS[name].supports_rope):
+            for name in getattr(self, field):
+                try:
+                    mixer_class(name)
+                except ValueError as error:
+                    raise ValueError(f"{field}: {error}") from error
+        if fixed := sorted(name for name in self.rope_mixers if not mixer_class(name).supports_rope):
             raise ValueError(f"rope_mixers: expected mixers that have rotary embedding, found {fixed}")
         head_dim = checked_head_dim(
             self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim

@@ -11,7 +11,7 @@ from ovq.layers.linear import LinearAttention
 from ovq.layers.mamba import Mamba2
 from ovq.layers.ovq import OVQAttention
 from ovq.layers.raven import RavenAttention
-from ovq.layers.registry import MIXERS, mixer_class
+from ovq.layers.registry import MIXERS, mixer_class, register_mixer
 from ovq.layers.sinks import SinkAttention
 from ovq.layers.softmax import FullAttention, SlidingWindowAttention
 from ovq.layers.vq import VQAttention
@@ -36,4 +36,5 @@ __all__ = [
     "SlidingWindowAttention",
     "VQAttention",
     "mixer_class",
+    "register_mixer",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ovq.fields import did_you_mean
 from ovq.layers.base import Mixer
 from ovq.layers.deltanet import GatedDeltaNet
 from ovq.layers.kvm import KVMAttention
@@ -13,6 +12,7 @@ from ovq.layers.raven import RavenAttention
 from ovq.layers.sinks import SinkAttention
 from ovq.layers.softmax import FullAttention, SlidingWindowAttention
 from ovq.layers.vq import VQAttention
+from ovq.plugins import find, register
 
 #: `mixer_types` name -> class.
 MIXERS: dict[str, type[Mixer]] = {
@@ -30,17 +30,31 @@ MIXERS: dict[str, type[Mixer]] = {
 
 
 def mixer_class(name: str) -> type[Mixer]:
-    """The class of a mixer.
+    """The class of a mixer: one of ours, a registered one, or one that an installed package offers.
 
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if the name is unknown, or what a package offers under it is no mixer.
 
     Example:
         >>> mixer_class("ovq").__name__
         'OVQAttention'
     """
-    if name not in MIXERS:
-        raise ValueError(
-            f"expected a mixer among {sorted(MIXERS)}, found {name!r}{did_you_mean(name, MIXERS)}"
-        )
-    return MIXERS[name]
+    return find(MIXERS, name, base=Mixer, what="mixer")
+
+
+def register_mixer(name: str, cls: type[Mixer]) -> None:
+    """Make a mixer of your own usable in `mixer_types`, in this process.
+
+    A package does the same for all who install it by an entry point of the group `ovq.mixers`.
+
+    Args:
+        name: its name in `mixer_types`, an identifier.
+        cls: the class.
+
+    Raises:
+        ValueError: if the name is taken or no identifier, or the class is no `Mixer`.
+
+    Example:
+        >>> register_mixer("ovq", OVQAttention)  # again, which changes nothing
+    """
+    register(MIXERS, name, cls, base=Mixer, what="mixer")

@@ -4,13 +4,9 @@ from ovq.tasks.base import IGNORE_INDEX, SPLITS, Task, TaskBatch, example_genera
 from ovq.tasks.mqar import MQARTask
 from ovq.tasks.positional import PositionalRecallTask
 from ovq.tasks.recall import RecallTask
+from ovq.tasks.registry import TASKS, register_task, task_class
 from ovq.tasks.regression import RegressionTask
 from ovq.tasks.text import TextTask
-
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (RecallTask, PositionalRecallTask, RegressionTask, MQARTask)
-}
-"""Every synthetic task by its name in configurations."""
 
 __all__ = [
     "IGNORE_INDEX",
@@ -24,4 +20,6 @@ __all__ = [
     "TaskBatch",
     "TextTask",
     "example_generator",
+    "register_task",
+    "task_class",
 ]

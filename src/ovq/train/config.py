@@ -17,7 +17,7 @@ from ovq.fields import LARGEST_SEED, check_fields, did_you_mean, field_types, wi
 from ovq.layers import defaults
 from ovq.ops.options import default_growth
 from ovq.runtime.files import write_atomic
-from ovq.tasks import TASKS, Task, TextTask
+from ovq.tasks import Task, TextTask, task_class
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -179,6 +179,9 @@ class TrainArgs:
         eval_every: Steps between two measurements of the loss on held-out text, the split `validation`; 0 for
             none. The last step is measured, too.
         save_every: Steps between two checkpoints; 0 for none but the final model.
+        report_to: Where losses go besides `trainer_state.json`: `"auto"` for TensorBoard if it is installed,
+            `"none"`, or what transformers reports to and is installed (`"wandb"`, `"trackio"`, ...), several
+            with commas.
 
     Raises:
         ValueError: If a field is not of its type, not finite or out of range; the message names the field and
@@ -204,6 +207,7 @@ class TrainArgs:
     log_every: int = 20
     eval_every: int = 0
     save_every: int = 0
+    report_to: tuple[str, ...] = ("auto",)
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -236,6 +240,10 @@ class TrainArgs:
                 raise ValueError(f"train.{name}: expected a number in [0, 1), found {getattr(self, name)}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"train.precision: expected float32 or bfloat16, found {self.precision!r}")
+        if not self.report_to or (len(self.report_to) > 1 and {"auto", "none"} & {*self.report_to}):
+            raise ValueError(
+                f"train.report_to: expected auto, none, or names of trackers, found {self.report_to}"
+            )
         if self.sharding not in ("none", "fsdp"):
             raise ValueError(f"train.sharding: expected none or fsdp, found {self.sharding!r}")
 
@@ -383,7 +391,7 @@ class RunConfig:
         try:
             sections = json.loads(text)
             task_fields = dict(sections["task"])
-            task = (TASKS | {TextTask.name: TextTask})[task_fields.pop("name")]
+            task = task_class(task_fields.pop("name"))
             return cls(
                 task=_from_dict(task, task_fields),
                 model=_from_dict(ModelArgs, with_new_names(sections["model"])),

@@ -7,13 +7,13 @@ Run it as `ovq train recall-ovq --out runs/ovq`, or as `torchrun --nproc-per-nod
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils.logging import disable_progress_bar
 
@@ -88,6 +88,7 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
     """
     # What `OVQConfig` refuses is refused here, before minutes are spent on reading a corpus.
     described = model_config(config)
+    _trackers(config.train.report_to)
     if config.train.init_from is not None:
         for note in check_initial(config.train.init_from, described):
             if is_first_process():
@@ -240,13 +241,29 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
         dataloader_pin_memory=False,
         # There are no unused parameters; looking for them would walk the graph at every step.
         ddp_find_unused_parameters=False,
-        report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+        report_to=_trackers(args.report_to),
         **sharding_arguments(args),
     )
     # One process drives one device: otherwise every visible GPU would get a batch of its own by DataParallel.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     prepare_sharding(arguments)
     return arguments
+
+
+def _trackers(names: tuple[str, ...]) -> list[str]:
+    """Where losses go, by the names that transformers has for it."""
+    if names == ("none",):
+        return []
+    available = get_available_reporting_integrations()
+    if names == ("auto",):
+        return [name for name in available if name == "tensorboard"]
+    for name in names:
+        if name not in available:
+            raise ValueError(
+                "train.report_to: expected auto, none or what is installed "
+                f"({', '.join(available) or 'nothing is'}), found {name!r}"
+            )
+    return list(names)
 
 
 class _ReportCallback(TrainerCallback):

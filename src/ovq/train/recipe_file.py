@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ovq.fields import did_you_mean, with_new_names
-from ovq.tasks import TASKS, TextTask
+from ovq.tasks import task_class
 from ovq.train.config import SECTIONS, ModelArgs, RunConfig, TrainArgs, parse_value, type_of_field
 from ovq.train.recipes import get_recipe
 
@@ -91,13 +91,12 @@ def _config(content: Mapping[str, Any]) -> RunConfig:
         # Not by asdict, which would turn what is in a section into dictionaries.
         base = {section: _fields(getattr(recipe, section)) for section in SECTIONS}
     else:
-        tasks = TASKS | {TextTask.name: TextTask}
-        if name not in tasks:
-            raise ValueError(
-                f"expected a recipe, or a task.name of {', '.join(tasks)}, found {name!r}"
-                f"{did_you_mean(str(name), tasks)}"
-            )
-        sections["task"] = tasks[name]
+        if name is None:
+            raise ValueError("expected a recipe or a task.name, found neither")
+        try:
+            sections["task"] = task_class(str(name))
+        except ValueError as error:
+            raise ValueError(f"task.name: {error}") from error
     changes = {"task": task_fields, "model": with_new_names(content.get("model", {}))}
     changes["train"] = content.get("train", {})
     return RunConfig(

@@ -1,0 +1,125 @@
+"""Tasks and mixers of others: registered by a module, or offered by an installed package."""
+
+import re
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from ovq import plugins
+from ovq.cli import main
+from ovq.hf import OVQConfig
+from ovq.layers import MIXERS, LinearAttention, mixer_class, register_mixer
+from ovq.tasks import TASKS, RecallTask, TextTask, register_task, task_class
+from ovq.train.config import RunConfig
+
+# The example of the documentation.
+TRAINING = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+[MODULE] = re.findall(r"```python\n([^`]*register_mixer[^`]*)```", TRAINING)
+TINY = [
+    "train.steps=2",
+    "train.lengths=32",
+    "train.length_shares=1",
+    "train.batch_size=2",
+    "model.hidden_size=16",
+]
+TINY += ["model.mixer_types=sliding_attention,mine", "task.num_pairs=2"]
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path, monkeypatch):
+    """A module in the current folder; what a test registers or imports is gone after it."""
+    (tmp_path / "their_module.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    before = [(known, dict(known)) for known in (MIXERS, TASKS)]
+    yield "their_module"
+    sys.modules.pop("their_module", None)
+    for known, classes in before:
+        known.clear()
+        known.update(classes)
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, arguments)))
+    return ended.value.code or 0
+
+
+def forget():
+    """As a new process begins."""
+    sys.modules.pop("their_module", None)
+    del MIXERS["mine"], TASKS["few_keys"]
+
+
+def test_a_task_and_a_mixer_of_the_user_train_and_are_evaluated(module, tmp_path, capsys):
+    sets = [word for each in TINY for word in ("--set", each)]
+    assert run("train", "recall-ovq", "--task", "their_module:FewKeys", *sets, "--out", "run") == 0
+    config = RunConfig.load(tmp_path / "run")
+    assert (config.task.name, config.task.vocab_size, config.mixer) == ("few_keys", 160, "mine")
+    forget()
+    capsys.readouterr()
+    evaluate = ["eval", "--model", "run", "--lengths", "32", "--examples", "2"]
+    # A name in a file imports nothing.
+    assert run(*evaluate) == 2
+    assert (
+        "expected a task among mqar, positional, recall, regression, found 'few_keys'"
+        in capsys.readouterr().err
+    )
+    assert "their_module" not in sys.modules
+    assert run(*evaluate, "--import", module) == 0
+    assert "few_keys: share of right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "Copying"], "--task Copying: expected module:Class, found 'Copying'"),
+        (["--task", "nowhere:Copying"], "nowhere: expected what can be imported, found No module named"),
+        (
+            ["--task", "their_module:Sorting"],
+            "their_module:Sorting: expected a class Sorting in their_module, found none",
+        ),
+        (["--task", "their_module:Mine"], "expected a class that inherits Task, found <class 'their_mod"),
+        (["--import", "nowhere"], "nowhere: expected what can be imported, found No module named"),
+    ],
+)
+def test_what_cannot_be_imported_costs_one_line(arguments, said, capsys):
+    assert run("train", "recall-ovq", *arguments, "--out", "run") == 2
+    found = capsys.readouterr().err
+    assert said in found
+    assert len(found.splitlines()) == 1
+
+
+def test_what_installed_packages_offer_is_found_by_name(monkeypatch):
+    offered = {
+        "ovq.mixers": [EntryPoint("theirs", "ovq.layers:Mamba2", "ovq.mixers")],
+        "ovq.tasks": [EntryPoint("theirs", "ovq.tasks:MQARTask", "ovq.tasks")],
+    }
+    monkeypatch.setattr(plugins, "entry_points", lambda group: offered[group])
+    assert mixer_class("theirs").__name__ == "Mamba2"
+    assert task_class("theirs").__name__ == "MQARTask"
+    config = OVQConfig(num_hidden_layers=2, mixer_types=["theirs", "ovq"])
+    assert config.mixer_types == ["theirs", "ovq"]
+    offered["ovq.mixers"] = [EntryPoint("broken", "nowhere:Mixer", "ovq.mixers")]
+    with pytest.raises(ValueError, match="nowhere:Mixer: expected what can be imported"):
+        mixer_class("broken")
+
+
+@pytest.mark.parametrize("name", ["ovq", "with space", "", "module:Class"])
+def test_names_that_are_taken_or_none_are_refused(name):
+    with pytest.raises(ValueError, match=f"mixer '{name}': expected a name"):
+        register_mixer(name, LinearAttention)
+    assert MIXERS.get(name) is not LinearAttention
+
+
+def test_what_is_no_task_or_mixer_is_refused():
+    with pytest.raises(ValueError, match="expected a class that inherits Mixer, found <class 'int'>"):
+        register_mixer("number", int)
+    with pytest.raises(ValueError, match="task 'lm': expected a name that is free"):
+        register_task(TextTask)
+    with pytest.raises(ValueError, match=r"expected a class that inherits Task"):
+        register_task("recall")
+    register_task(RecallTask)
+    assert TASKS["recall"] is RecallTask
