@@ -41,7 +41,7 @@ def test_every_promise_names_a_test_there_is(name, fewest):
 def test_guides_name_files_there_are(path):
     files = [
         f"/{file.relative_to(ROOT)}" for part in ("src", "tests") for file in (ROOT / part).rglob("*.py")
-    ]
+    ] + [f"/{file.name}" for file in ROOT.glob("*.py")]
     named = set(re.findall(r"`([\w/]+\.py)(?:::\w+)?`", path.read_text()))
     assert named
     assert not [name for name in named if not any(file.endswith(f"/{name}") for file in files)]

@@ -153,7 +153,7 @@ def test_the_compiled_convolution_equals_that_of_products(
         sources = [copies[0], layer.weight, *copies[2:]]
         return [y, state, *torch.autograd.grad(y, sources, grad.to(dtype))]
 
-    assert can_convolve(x, conv.weight) == (cpu_kernels() == "compiled for this processor")
+    assert can_convolve(x, conv.weight) == cpu_kernels().startswith("compiled")
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:

@@ -5,7 +5,6 @@ import ctypes
 import os
 import re
 import stat
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import MissingKernelsWarning, build, kernels
 from tests.disks import full_disk
 from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.compiling import restart
 
 needs_compiler = pytest.mark.skipif("compiled" not in cpu_kernels(), reason=cpu_kernels())
 
@@ -27,24 +27,6 @@ def runs(monkeypatch):
     run = kernels._Arguments.run
     monkeypatch.setattr(kernels._Arguments, "run", lambda call, name: (names.append(name), run(call, name)))
     return names
-
-
-@pytest.fixture
-def fresh(monkeypatch, tmp_path):
-    """A machine on which nothing has been compiled yet, with a cache and temporary files of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.delenv("OVQ_CPU_KERNELS", raising=False)
-    restart(monkeypatch)
-    yield monkeypatch
-    build._attempt.cache_clear()
-
-
-def restart(monkeypatch):
-    """From here on all is as in a new process."""
-    build._attempt.cache_clear()
-    monkeypatch.setattr(build, "_is_warned", False)
 
 
 def result():
@@ -79,12 +61,6 @@ class Compiler:
     def calls(self):
         """The folders for temporary files it was called with."""
         return self.log.read_text().splitlines() if self.log.exists() else []
-
-
-@pytest.fixture(scope="module")
-def made():
-    """Kernels made before."""
-    return Path(build.load()._name).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +126,11 @@ def test_a_failure_is_remembered(fresh, tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("no more threads")])
 def test_no_error_of_the_system_escapes_the_op(fresh, error):
-    def broken(compiler):
+    def broken(command, flags):
         raise error
 
-    fresh.setattr(build, "_fingerprint", broken)
-    fresh.setattr(build, "_compiler", lambda: ["c++"])
+    fresh.setattr(build.compiler, "fingerprint", broken)
+    fresh.setattr(build.compiler, "find_compiler", lambda: ["c++"])
     (o, _), messages = warned(result)
     assert o.isfinite().all()
     assert [str(error) in message for message in messages] == [True]
@@ -251,7 +227,8 @@ def test_code_is_taken_from_no_folder_that_others_may_write(fresh, compiler, tmp
         fresh.setattr(os, "geteuid", lambda: own + 1)
     elif make is not no_folder:
         # What would be loaded, were it looked at.
-        stem = f"kernels-{build._fingerprint(build._compiler())}"
+        command = build.compiler.find_compiler()
+        stem = f"kernels-{build.compiler.fingerprint(command, build.compiler.NATIVE)}"
         build._put((tmp_path / "made").read_bytes(), folder, stem)
     assert f"{folder}: expected a folder that belongs to this user alone" in cpu_kernels()
     assert compiler.calls == []
@@ -298,7 +275,7 @@ def test_the_kernels_are_on_the_disk_before_they_have_their_name(compiler, fresh
 def test_what_cannot_be_loaded_is_named_and_not_made_again(fresh, compiler, tmp_path):
     (tmp_path / "made").write_bytes(b"not a library")
     for _ in range(3):
-        assert cpu_kernels().startswith(f"not available: {tmp_path / 'cache' / 'ovq'}")
+        assert f"none made here: {tmp_path / 'cache' / 'ovq'}" in cpu_kernels()
         restart(fresh)
     assert result()[0].isfinite().all()
     assert len(compiler.calls) == 2, "once compiled, once linked"
@@ -309,7 +286,7 @@ def test_processes_that_start_at_once_do_not_meet(compiler, tmp_path, made):
     """Threads without the lock that threads have: all they share is the disk, as processes do."""
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         outcomes = list(pool.map(lambda _: build._attempt.__wrapped__(), range(6)))
-    assert all(isinstance(outcome, ctypes.CDLL) for outcome in outcomes), outcomes
+    assert all(isinstance(outcome, build.Kernels) for outcome in outcomes), outcomes
     [path] = kernel_files(tmp_path / "cache")
     assert path.read_bytes() == made
 

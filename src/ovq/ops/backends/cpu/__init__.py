@@ -1,7 +1,7 @@
 """The `cpu` backend: the algorithm of `torch`, compiled for this processor if there is a compiler.
 
-`kernels.py` passes a call to `kernels.cpp`; `build.py` compiles it on first use, together with the short
-convolution of the layers.
+`kernels.py` passes a call to `kernels.cpp`; `build.py` finds it compiled in a wheel, or has `compiler.py`
+compile it on first use, together with the short convolution of the layers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Compiles the kernels for this machine on first use, keeps them in the user's cache and loads them.
+"""Finds the kernels: those that came with the package, those compiled before, or a compiler to make them.
+
+A wheel for this system brings kernels that were compiled in advance for several levels of processors
+(`compiler.py`); the fastest level that this processor can run is taken. Without them, the kernels are
+compiled for exactly this processor on first use and kept in the user's cache.
 
 If anything goes wrong here, only speed is lost: the op then runs without kernels, and warns once.
 """
@@ -11,34 +15,24 @@ import functools
 import hashlib
 import logging
 import os
-import platform
-import shlex
-import shutil
 import stat
-import subprocess
 import tempfile
 import threading
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
+from ovq.ops.backends.cpu import compiler
+from ovq.ops.backends.cpu.compiler import Level, Unavailable
 from ovq.runtime.files import atomic_path, cache_folder
 
 _logger = logging.getLogger(__name__)
 
-_SOURCES = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
-_MAIN = Path(__file__).parent / "kernels.cpp"
-# Arithmetic follows IEEE 754; only errno, traps and C++ exceptions are given up.
-_FLAGS = (
-    "-O3 -march=native -std=c++17 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fno-exceptions -fno-rtti"
-)
+# Where a wheel carries what was compiled in advance. No such folder is in the repository.
+_PREBUILT = compiler.FOLDER / "prebuilt"
 _SWITCH = "OVQ_CPU_KERNELS"
-_TIMEOUT = 300
 # An upper bound on the bytes that the compiler writes while it works.
 _ROOM = 2**22
-
-
-class Unavailable(Exception):
-    """There are no kernels on this machine; the message says why."""
 
 
 class SwitchedOff(Unavailable):
@@ -49,18 +43,29 @@ class MissingKernelsWarning(UserWarning):
     """The op runs without compiled kernels although nobody switched them off."""
 
 
+class Kernels(NamedTuple):
+    """Loaded kernels, and in words where they are from."""
+
+    library: ctypes.CDLL
+    origin: str
+
+
 def load() -> ctypes.CDLL:
     """The compiled kernels. The first call finds or builds them; all others get the same result.
 
     Raises:
         Unavailable: if they are switched off or cannot be built; the message says why.
     """
-    # Threads that call this at the same time wait for one compiler instead of each starting one.
-    with _lock:
-        outcome = _attempt()
-    if isinstance(outcome, Unavailable):
-        raise type(outcome)(*outcome.args)
-    return outcome
+    return _outcome().library
+
+
+def origin() -> str:
+    """Where the kernels of `load` are from: compiled for this processor, or in advance for a level.
+
+    Raises:
+        Unavailable: as `load`.
+    """
+    return _outcome().origin
 
 
 def warn_once(error: Unavailable) -> None:
@@ -81,14 +86,23 @@ _lock = threading.Lock()
 _is_warned = False
 
 
+def _outcome() -> Kernels:
+    # Threads that call this at the same time wait for one compiler instead of each starting one.
+    with _lock:
+        outcome = _attempt()
+    if isinstance(outcome, Unavailable):
+        raise type(outcome)(*outcome.args)
+    return outcome
+
+
 @functools.cache
-def _attempt() -> ctypes.CDLL | Unavailable:
+def _attempt() -> Kernels | Unavailable:
     """The kernels, or why there are none. The reason is returned, not raised, so that it is cached too.
 
     Otherwise every call would run the compiler again.
     """
     try:
-        return _found_or_built()
+        return _asked_for()
     except SwitchedOff as error:
         return SwitchedOff(str(error))
     # Errors of the disk, of a process or of the user database; none of them may make the op fail.
@@ -96,59 +110,62 @@ def _attempt() -> ctypes.CDLL | Unavailable:
         return Unavailable(str(error))
 
 
-def _found_or_built() -> ctypes.CDLL:
-    """The kernels from the first place that can keep them, built if no place has them."""
-    if os.environ.get(_SWITCH, "1") == "0":
+def _asked_for() -> Kernels:
+    """The kernels that the environment asks for: any, those of this very processor, or those of a level."""
+    wish = os.environ.get(_SWITCH, "").strip() or "1"
+    if wish == "0":
         raise SwitchedOff(f"switched off by {_SWITCH}=0")
-    compiler = _compiler()
-    stem = f"kernels-{_fingerprint(compiler)}"
+    if wish == "native":
+        return _found_or_built(compiler.NATIVE, "compiled for this processor")
+    able = compiler.processor_levels()
+    if wish != "1":
+        level = next((level for level in able if level.name == wish), None)
+        if level is None:
+            names = ", ".join(["0", "1", "native", *(level.name for level in able)])
+            raise Unavailable(f"{_SWITCH}: expected one of {names} on this processor, found {wish!r}")
+        return _prebuilt([level]) or _found_or_built(level.flags, f"compiled for {level.name}")
+    if (kernels := _prebuilt(able)) is not None:
+        return kernels
+    try:
+        return _found_or_built(compiler.NATIVE, "compiled for this processor")
+    except (Unavailable, OSError, RuntimeError) as error:
+        raise Unavailable(
+            f"none for this processor in the installed package, and none made here: {error}"
+        ) from error
+
+
+def _prebuilt(levels: list[Level]) -> Kernels | None:
+    """The first of the levels for which the package brings kernels that can be loaded, or None."""
+    for level in levels:
+        path = _PREBUILT / compiler.prebuilt_name(level)
+        # Most installations have none; where they cannot be executed, the user's cache may do.
+        if path.is_file():
+            try:
+                return Kernels(ctypes.CDLL(str(path)), f"compiled in advance for {level.name}")
+            except OSError as error:
+                _logger.info("kernels of the package cannot be loaded: %s", error)
+    return None
+
+
+def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
+    """The kernels from the first place that can keep them, built if no place has them."""
+    command = compiler.find_compiler()
+    stem = f"kernels-{compiler.fingerprint(command, flags)}"
     binary, reasons = None, []
     for find in (cache_folder, _private_folder):
         try:
             folder = find()
             path = _kept(folder, stem)
             if path is None:
-                binary = binary or _compiled(compiler, folder)
+                binary = binary or _compiled(command, flags, folder)
                 path = _put(binary, folder, stem)
             else:
                 # If code on this disk may not be executed, the next place gets a copy.
                 binary = path.read_bytes()
-            return ctypes.CDLL(str(path))
+            return Kernels(ctypes.CDLL(str(path)), how)
         except OSError as error:
             reasons.append(str(error))
     raise Unavailable("; ".join(reasons))
-
-
-def _compiler() -> list[str]:
-    """The command of the C++ compiler: the environment's CXX, or the first compiler found."""
-    if text := os.environ.get("CXX", "").strip():
-        try:
-            return shlex.split(text)
-        except ValueError as error:
-            raise Unavailable(f"CXX: expected a command, found {text!r} ({error})") from error
-    for name in ("c++", "g++", "clang++"):
-        if path := shutil.which(name):
-            return [path]
-    raise Unavailable("no C++ compiler found (c++, g++ or clang++)")
-
-
-def _fingerprint(compiler: list[str]) -> str:
-    """All that the compiled code depends on: sources, flags, compiler, system and processor."""
-    parts = [_FLAGS, shlex.join(compiler), *platform.libc_ver(), platform.machine(), _processor()]
-    total = hashlib.sha256("\0".join(parts).encode(errors="replace"))
-    for path in _SOURCES:
-        total.update(path.name.encode() + path.read_bytes())
-    return total.hexdigest()[:16]
-
-
-def _processor() -> str:
-    """The processor and its features, if the system reports them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
 def _private_folder() -> Path:
@@ -197,13 +214,11 @@ def _put(binary: bytes, folder: Path, stem: str) -> Path:
     return path
 
 
-def _compiled(compiler: list[str], folder: Path) -> bytes:
-    """Compile the kernels.
+def _compiled(command: list[str], flags: tuple[str, ...], folder: Path) -> bytes:
+    """Compile the kernels in the folder that will keep them.
 
-    Args:
-        compiler: the command.
-        folder: where they are kept. They are compiled there too, so that a full disk for temporary files does
-            not matter, and a folder that cannot keep them is noticed before time is spent.
+    So a full disk for temporary files does not matter, and a folder that cannot keep them is noticed before
+    time is spent.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -213,12 +228,7 @@ def _compiled(compiler: list[str], folder: Path) -> bytes:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as place:
         _check_room(Path(place), folder)
         _logger.info("compiling the CPU kernels to %s", folder)
-        compiled, linked = Path(place) / "kernels.o", Path(place) / "kernels.so"
-        _run([*compiler, *_FLAGS.split(), "-c", str(_MAIN), "-o", str(compiled)], place)
-        # Not linked with an OpenMP library of their own: the kernels share the threads of the library that
-        # torch has loaded, because two sets of threads would wait for each other.
-        _run([*compiler, "-shared", str(compiled), "-o", str(linked)], place)
-        return linked.read_bytes()
+        return compiler.compile_kernels(command, flags, Path(place))
 
 
 def _check_room(place: Path, folder: Path) -> None:
@@ -231,17 +241,3 @@ def _check_room(place: Path, folder: Path) -> None:
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from error
     (place / "room").unlink()
-
-
-def _run(command: list[str], place: str) -> None:
-    """Run a command that keeps its temporary files in a given folder."""
-    environment = {**os.environ, "TMPDIR": place}
-    try:
-        result = subprocess.run(command, capture_output=True, timeout=_TIMEOUT, check=False, env=environment)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{command[0]} cannot be run: {error}") from error
-    if result.returncode:
-        # The output may be in any encoding, and the error need not come first.
-        lines = result.stderr.decode(errors="replace").strip().splitlines()
-        lines = [line for line in lines if "error" in line] or lines or [f"exit status {result.returncode}"]
-        raise Unavailable(f"{command[0]} failed: {lines[0]}")

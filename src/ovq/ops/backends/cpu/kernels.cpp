@@ -1,12 +1,15 @@
 /* OVQ attention on a CPU: all chunks of all streams in one call, forward and backward. The short convolution, too.
 
    Each stream (a key/value head of a row) is worked through by a team of threads, one thread to a team where there
-   are streams enough, so that its dictionary stays in that core's cache. Compiled on first use by kernels.py. */
-#include <omp.h>
+   are streams enough, so that its dictionary stays in that core's cache. Compiled by compiler.py. */
 
 #include "backward.h"
 #include "convolution.h"
 #include "ward.h"
+
+/* All that is needed of omp.h, which Apple's compiler does not bring. */
+extern "C" int omp_get_num_threads(void);
+extern "C" int omp_get_thread_num(void);
 
 /* How the threads share the streams. */
 struct Teams {

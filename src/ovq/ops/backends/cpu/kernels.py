@@ -21,20 +21,21 @@ from ovq.ops.random_init import random_priority
 
 
 def cpu_kernels() -> str:
-    """Whether there are compiled kernels for this CPU, the backend `cpu`, and if not, why.
+    """Whether there are compiled kernels for this CPU, the backend `cpu`, and where from; if not, why.
 
-    The first call builds them if necessary, as the first call of the op does. The answer holds for the life
-    of the process.
+    The answer is "compiled for this processor" (here, on first use), "compiled in advance for LEVEL" (they
+    came with the package), "compiled for LEVEL" (`OVQ_CPU_KERNELS` asked for a level) or "not available:
+    REASON". The first call builds them if necessary, as the first call of the op does. The answer holds for
+    the life of the process.
 
     Example:
         >>> cpu_kernels().startswith(("compiled", "not available"))
         True
     """
     try:
-        build.load()
+        return build.origin()
     except build.Unavailable as error:
         return f"not available: {error}"
-    return "compiled for this processor"
 
 
 def is_available() -> bool:

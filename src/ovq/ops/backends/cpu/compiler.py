@@ -1,0 +1,163 @@
+"""How the kernels are compiled: the commands, and the kinds of processors to compile for in advance.
+
+This file needs nothing but the standard library and imports nothing of ovq, because the build of a wheel
+(`hatch_build.py`) reads it where neither ovq nor torch is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path(__file__).parent
+SOURCES = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
+_MAIN = FOLDER / "kernels.cpp"
+# Arithmetic follows IEEE 754; only errno, traps and C++ exceptions are given up. Some vectors are wider than
+# the registers of some processors; only inline functions pass them, so that warnings about that are void.
+_FLAGS = (
+    *("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"),
+    "-Wno-psabi",
+)
+# For the processor that the compiler runs on.
+NATIVE = ("-march=native",)
+# Not linked with an OpenMP library of their own: the kernels share the threads of the library that torch has
+# loaded, because two sets of threads would wait for each other. Apple's tools have to be told both.
+_IS_APPLE = sys.platform == "darwin"
+_OPENMP = ("-Xpreprocessor", "-fopenmp") if _IS_APPLE else ("-fopenmp",)
+_LINK = ("-shared", "-undefined", "dynamic_lookup") if _IS_APPLE else ("-shared",)
+_TIMEOUT = 300
+
+
+class Unavailable(Exception):
+    """There are no kernels on this machine; the message says why."""
+
+
+class Level(NamedTuple):
+    """A kind of processors that one compiled file serves."""
+
+    name: str
+    machines: tuple[str, ...]
+    """Names of `platform.machine()`."""
+    features: frozenset[str]
+    """What the processor must be able to do, in the words of Linux's /proc/cpuinfo."""
+    flags: tuple[str, ...]
+    """For the compiler."""
+
+
+_X86 = ("x86_64",)
+_AVX2 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+# The fastest first.
+LEVELS = (
+    Level("avx512bf16", _X86, _AVX512 | {"avx512_bf16"}, ("-march=x86-64-v4", "-mavx512bf16")),
+    Level("avx512", _X86, _AVX512, ("-march=x86-64-v4",)),
+    Level("avx2", _X86, _AVX2, ("-march=x86-64-v3",)),
+    # Every one of them has the same vectors; it is what compilers assume unasked.
+    Level("arm64", ("arm64", "aarch64"), frozenset(), ()),
+)
+
+
+def machine_levels() -> list[Level]:
+    """The levels of this machine's family of processors, the fastest first; it may be unable to run some."""
+    has_openmp = sys.platform in ("linux", "darwin")
+    return [level for level in LEVELS if has_openmp and platform.machine() in level.machines]
+
+
+def processor_levels() -> list[Level]:
+    """The levels whose code this processor can run, the fastest first."""
+    features = processor_features()
+    return [level for level in machine_levels() if level.features <= features]
+
+
+def processor_features() -> frozenset[str]:
+    """What this processor can do, in the words of Linux; empty where the system does not say."""
+    for line in cpu_lines("flags"):
+        return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def cpu_lines(*wanted: str) -> list[str]:
+    """Those lines of /proc/cpuinfo that begin with a wanted word, each once; none without such a file."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    return list(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+
+
+def prebuilt_name(level: Level) -> str:
+    """The name of the file that is compiled in advance for a level.
+
+    It names the sources as well, because kernels of other sources expect other arguments.
+    """
+    return f"kernels_{level.name}_{digest(*_command(level.flags))}.so"
+
+
+def digest(*parts: str) -> str:
+    """16 hex digits that stand for the sources and for further texts."""
+    total = hashlib.sha256("\0".join(parts).encode(errors="replace"))
+    for path in SOURCES:
+        total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+def fingerprint(compiler: list[str], flags: tuple[str, ...]) -> str:
+    """Digest of all that the compiled code depends on: sources, flags, compiler, system and processor."""
+    processor = "\n".join(cpu_lines("model name", "flags", "Features", "CPU part")) or platform.processor()
+    system = (*platform.libc_ver(), platform.machine(), processor)
+    return digest(*_command(flags), shlex.join(compiler), *system)
+
+
+def find_compiler() -> list[str]:
+    """The command of the C++ compiler: the environment's CXX, or the first compiler found."""
+    if text := os.environ.get("CXX", "").strip():
+        try:
+            return shlex.split(text)
+        except ValueError as error:
+            raise Unavailable(f"CXX: expected a command, found {text!r} ({error})") from error
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return [path]
+    raise Unavailable("no C++ compiler found (c++, g++ or clang++)")
+
+
+def compile_kernels(compiler: list[str], flags: tuple[str, ...], place: Path) -> bytes:
+    """Compile the kernels.
+
+    Args:
+        compiler: the command.
+        flags: what to compile for: `NATIVE`, or the flags of a level.
+        place: an empty folder for what the compiler writes.
+
+    Raises:
+        Unavailable: if the compiler fails.
+    """
+    compiled, linked = place / "kernels.o", place / "kernels.so"
+    _run([*compiler, *_command(flags), "-c", str(_MAIN), "-o", str(compiled)], place)
+    _run([*compiler, *_LINK, str(compiled), "-o", str(linked)], place)
+    return linked.read_bytes()
+
+
+def _command(flags: tuple[str, ...]) -> tuple[str, ...]:
+    return (*_FLAGS, *_OPENMP, *flags)
+
+
+def _run(command: list[str], place: Path) -> None:
+    """Run a command that keeps its temporary files in a given folder."""
+    environment = {**os.environ, "TMPDIR": str(place)}
+    try:
+        result = subprocess.run(command, capture_output=True, timeout=_TIMEOUT, check=False, env=environment)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} cannot be run: {error}") from error
+    if result.returncode:
+        # The output may be in any encoding, and the error need not come first.
+        lines = result.stderr.decode(errors="replace").strip().splitlines()
+        lines = [line for line in lines if "error" in line] or lines or [f"exit status {result.returncode}"]
+        raise Unavailable(f"{command[0]} failed: {lines[0]}")
