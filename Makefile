@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 UV ?= $(shell command -v uv)
 PIP = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install --progress-bar on)
 
-.PHONY: install demo test pytest test-peers test-oldest fuzz lint format tables clean
+.PHONY: install demo test pytest test-peers test-oldest fuzz lint format tables docs clean
 
 install: $(VENV)/.installed
 
@@ -60,6 +60,15 @@ test-oldest:
 tables: install
 	$(BIN)/ovq reproduce --tables docs/results.md --tables README.md
 
+# The site, in site/: a link that leads nowhere, or a tutorial that fails, ends it with an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/.installed-docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[docs]'
+	touch $@
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,4 +79,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(OUT) .peers .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(OUT) site .peers .pytest_cache .ruff_cache .mypy_cache .hypothesis

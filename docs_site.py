@@ -1,0 +1,72 @@
+"""What the site has beyond docs/: pages of the repository's root, the command line's reference, examples as code.
+
+A hook of mkdocs and an extension of griffe, which reads the docstrings; both are named in mkdocs.yml. Links inside
+docs/ are relative and work in the repository as they do on the site; those of the pages of the root are made so here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.structure.files import File, Files
+
+_ROOT = Path(__file__).parent
+# What each page is made of. The README is not among them: index.md is the site's own first page.
+_PAGES = {"contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md", "changelog.md": "CHANGELOG.md"}
+
+
+class Examples(griffe.Extension):
+    """Has the sections `Example:` of docstrings shown as code, which griffe knows by their plural alone."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Called for everything that is read."""
+        if obj.docstring is not None:
+            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.M)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are not in docs/."""
+    for name, source in _PAGES.items():
+        text = re.sub(r"\]\(docs/", "](", (_ROOT / source).read_text(encoding="utf-8"))
+        files.append(File.generated(config, name, content=text))
+    files.append(File.generated(config, "cli.md", content=command_line()))
+    return files
+
+
+def command_line() -> str:
+    """The help of all commands as a page."""
+    # typer, and all that the commands name in their help, are loaded only where the page is built.
+    from ovq.cli import _program
+
+    parts = ["# The command line\n\nEvery command takes `-q`, `-v` and `--help`.\n"]
+    _describe(_program(), "ovq", parts)
+    return "\n".join(parts)
+
+
+def _describe(command: Any, name: str, parts: list[str]) -> None:
+    children = getattr(command, "commands", {})
+    if name != "ovq" and (not children or command.params):
+        parts.append(f"## `{name}`\n\n{_plain(command.help or '')}\n")
+        rows = [_row(option) for option in command.params if not getattr(option, "hidden", False)]
+        if rows:
+            parts.append(
+                "\n".join(["| option | default | what it does |", "| --- | --- | --- |", *rows]) + "\n"
+            )
+    for child, inner in sorted(children.items()):
+        _describe(inner, f"{name} {child}", parts)
+
+
+def _row(option: Any) -> str:
+    names = option.opts if option.param_type_name == "option" else [option.name.upper()]
+    default = option.default
+    shown = f"`{default}`" if isinstance(default, (str, int, float)) and not isinstance(default, bool) else ""
+    help_text = " ".join(_plain(getattr(option, "help", None) or "").split()).replace("|", "\\|")
+    return f"| {', '.join(f'`{found}`' for found in names)} | {shown} | {help_text} |"
+
+
+def _plain(text: str) -> str:
+    """Help without the marks that rich and click read: colours, and \\b before lines to be kept as they are."""
+    return re.sub(r"\[/?[a-z][a-z ]*\]", "", text.replace("\b", ""))

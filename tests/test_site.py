@@ -1,0 +1,94 @@
+"""The pages of the site: all of them are in its menu, all public names in its reference, all tutorials run.
+
+`make docs` builds the site, with the tutorials as they are; here they train for fewer steps.
+"""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+NOTEBOOKS = sorted((DOCS / "tutorials").glob("*.ipynb"))
+# Pages that docs_site.py makes.
+MADE = {"cli.md", "contributing.md", "security.md", "changelog.md"}
+
+
+def menu(item):
+    """The pages of a menu."""
+    if isinstance(item, str):
+        return [item]
+    return [page for part in (item.values() if isinstance(item, dict) else item) for page in menu(part)]
+
+
+def test_every_page_is_in_the_menu_once():
+    named = menu(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    pages = {str(page.relative_to(DOCS)) for kind in ("*.md", "*.ipynb") for page in DOCS.rglob(kind)}
+    assert sorted(named) == sorted(pages | MADE)
+
+
+def text_of(path):
+    """A page's text, or that of the text cells of a notebook."""
+    if path.suffix != ".ipynb":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")), *NOTEBOOKS],
+    ids=lambda path: path.name,
+)
+def test_links_lead_to_files_there_are(page):
+    for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", text_of(page)):
+        target = page.parent / link
+        # Pages that are made for the site are no files of the repository.
+        assert target.is_file(), link
+        # What lies outside docs/ is not on the site.
+        assert page.parent == ROOT or DOCS in target.resolve().parents, link
+
+
+@pytest.mark.parametrize("name", ["ops", "layers", "hf", "tasks", "text", "parallel", "gmr"])
+def test_every_public_name_is_in_the_reference(name):
+    reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+    shown = set(re.findall(rf"^::: ovq\.{name}\.(\w+)$", reference, flags=re.MULTILINE))
+    assert shown >= set(importlib.import_module(f"ovq.{name}").__all__)
+
+
+def test_the_reference_names_what_there_is():
+    names = re.findall(r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.M)
+    assert len(names) > 60
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
+def cells_of(path):
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_kept_without_outputs(path):
+    assert [cell["outputs"] for cell in cells_of(path) if cell["outputs"] or cell["execution_count"]] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_tutorials_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    for number, cell in enumerate(cells_of(path)):
+        code = re.sub(r"STEPS = \d+", "STEPS = 2", "".join(cell["source"]))
+        exec(compile(code, f"{path.name}, code cell {number}", "exec"), names)
+    assert list(tmp_path.iterdir()) == [], "files that a reader would find beside the notebook"
+
+
+def test_the_tour_runs():
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / "tour.md").read_text(), flags=re.DOTALL):
+        exec(block, names)
+    assert names["found"].slots.shape == (1, 8, 4096)
