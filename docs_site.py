@@ -1,17 +1,22 @@
-"""What the site has beyond docs/: pages of the repository's root, the command line's reference, examples as code.
+"""What the site has beyond docs/: pages of the repository's root, the reference of the command line.
 
-A hook of mkdocs and an extension of griffe, which reads the docstrings; both are named in mkdocs.yml. Links inside
-docs/ are relative and work in the repository as they do on the site; those of the pages of the root are made so here.
+A hook of mkdocs and an extension of griffe, which reads the docstrings; both are named in mkdocs.yml. Links
+inside docs/ are relative and work in the repository as they do on the site; those of the pages of the root
+are made so here.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import griffe
 from mkdocs.structure.files import File, Files
+
+# What tqdm says in notebooks without ipywidgets would stand in red among the outputs of the tutorials.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
 
 _ROOT = Path(__file__).parent
 # What each page is made of. The README is not among them: index.md is the site's own first page.
@@ -36,6 +41,11 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Move the numbers of equations next to them; at the right margin they would be out of sight."""
+    return re.sub(r"^( {4}\S.*?) {2,}(\(\d+'?\))$", r"\1    \2", markdown, flags=re.MULTILINE)
+
+
 def command_line() -> str:
     """The help of all commands as a page."""
     # typer, and all that the commands name in their help, are loaded only where the page is built.
@@ -50,11 +60,11 @@ def _describe(command: Any, name: str, parts: list[str]) -> None:
     children = getattr(command, "commands", {})
     if name != "ovq" and (not children or command.params):
         parts.append(f"## `{name}`\n\n{_plain(command.help or '')}\n")
-        rows = [_row(option) for option in command.params if not getattr(option, "hidden", False)]
+        options = [option for option in command.params if option.name not in ("quiet", "verbose", "help")]
+        rows = [_row(option) for option in options if not getattr(option, "hidden", False)]
         if rows:
-            parts.append(
-                "\n".join(["| option | default | what it does |", "| --- | --- | --- |", *rows]) + "\n"
-            )
+            head = ["| option | default | what it does |", "| --- | --- | --- |"]
+            parts.append("\n".join([*head, *rows]) + "\n")
     for child, inner in sorted(children.items()):
         _describe(inner, f"{name} {child}", parts)
 
@@ -68,5 +78,5 @@ def _row(option: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """Help without the marks that rich and click read: colours, and \\b before lines to be kept as they are."""
+    """Help without the marks that rich and click read: colours, and \\b before lines to keep as they are."""
     return re.sub(r"\[/?[a-z][a-z ]*\]", "", text.replace("\b", ""))

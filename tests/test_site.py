@@ -80,6 +80,7 @@ def test_notebooks_are_kept_without_outputs(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_tutorials_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
     names = {"__name__": "__main__"}
     for number, cell in enumerate(cells_of(path)):
         code = re.sub(r"STEPS = \d+", "STEPS = 2", "".join(cell["source"]))
