@@ -24,12 +24,23 @@ _PAGES = {"contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md", "c
 
 
 class Examples(griffe.Extension):
-    """Has the sections `Example:` of docstrings shown as code, which griffe knows by their plural alone."""
+    """Has the sections `Example:` of docstrings shown as code, which griffe knows by their plural alone.
+
+    Also shows the types and defaults of `OVQConfig`.
+    """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called for everything that is read."""
-        if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.M)
+        if obj.docstring is None:
+            return
+        text = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.M)
+        # transformers makes a dataclass of a config, which cannot be seen in the source.
+        if obj.name == "OVQConfig":
+            text = re.sub(r"^( *)Args:$", r"\1Attributes:", text, flags=re.M)
+            for name, field in obj.members.items():
+                if isinstance(field, griffe.Attribute) and field.value is not None:
+                    text = re.sub(rf"^( +{name}): ", rf"\1: `{field.value}`: ", text, flags=re.M)
+        obj.docstring.value = text
 
 
 def on_files(files: Files, config: Any) -> Files:
