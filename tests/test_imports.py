@@ -20,7 +20,7 @@ ORDER = [
     ["tasks"],
     ["train", "eval"],
     ["plots"],
-    ["research"],
+    ["research", "serve"],
     ["cli"],
     ["__main__"],
 ]

@@ -167,6 +167,42 @@ class OVQCache(Cache):
         for layer in self.layers:
             layer.detach_()
 
+    def shorten(self, lengths: Sequence[int]) -> int:
+        """Drop the first columns as far as no later call needs them, so that masks stay short.
+
+        These are columns of padding in every row, and columns that were read and of which no layer keeps an
+        entry of its own. In a model of OVQ and sliding-window layers, a window is left of any length. What
+        the rows remember stays the same; rotated keys are rotated back, which rounds them.
+
+        Args:
+            lengths: tokens that each row has read, not counting padding on the left.
+
+        Returns:
+            Columns that are left, over which later masks begin; at least 1.
+
+        Raises:
+            ValueError: not one length for each row.
+
+        Example:
+            >>> from ovq.hf import OVQConfig, OVQModel
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model, cache = OVQModel(config).eval(), OVQCache(config)
+            >>> _ = model(torch.zeros(1, 1000, dtype=torch.long), past_key_values=cache)
+            >>> cache.shorten([1000]), config.sliding_window
+            (127, 128)
+        """
+        if len(lengths) != self.num_rows or not lengths:
+            raise ValueError(
+                f"lengths: expected one for each of {self.num_rows} rows, found {len(lengths)} of them"
+            )
+        num_columns = self.get_seq_length()
+        by_column = max(layer.num_by_column for layer in self.layers)
+        num_left = max(1, min(num_columns, by_column, max(lengths)))
+        if num_left < num_columns:
+            for layer in self.layers:
+                layer.drop_columns(num_columns - num_left)
+        return num_left
+
     @staticmethod
     def concatenate(caches: Sequence[OVQCache], config: OVQConfig) -> OVQCache:
         """The rows of several caches in one, for rows that join a running batch. The caches do not change.

@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -164,6 +164,40 @@ def build_context(
         3
         3
     """
+    reading = read_in_pieces(model, input_ids, prefill_chunk_size=prefill_chunk_size)
+    while True:
+        try:
+            num_read = next(reading)
+        except StopIteration as end:
+            return end.value
+        if progress is not None:
+            progress(num_read)
+
+
+def read_in_pieces(
+    model: OVQPreTrainedModel,
+    input_ids: Tensor | Sequence[int],
+    *,
+    prefill_chunk_size: int = 2048,
+    known_fingerprint: Mapping[str, str] | None = None,
+) -> Generator[int, None, Context]:
+    """What `build_context` does, piece by piece, for a caller that has other things to do in between.
+
+    Gradients are the caller's to switch off.
+
+    Args:
+        model: as in `build_context`, like all but the last argument.
+        input_ids: likewise.
+        prefill_chunk_size: likewise.
+        known_fingerprint: the fingerprint of the model if the caller has it, as reading all weights takes
+            time.
+
+    Yields:
+        The number of tokens read so far, after each piece.
+
+    Returns:
+        The context, as the value of the generator.
+    """
     if prefill_chunk_size < 1:
         raise ValueError(f"prefill_chunk_size: expected at least 1, found {prefill_chunk_size}")
     ids = _token_ids(input_ids, model, what="input_ids")
@@ -172,9 +206,9 @@ def build_context(
     for piece in ids.split(prefill_chunk_size):
         model.base_model(piece[None], past_key_values=cache)
         num_read += len(piece)
-        if progress is not None:
-            progress(num_read)
-    return Context(model=model, num_tokens=num_read, fingerprint=fingerprint(model), _cache=cache)
+        yield num_read
+    own = fingerprint(model) if known_fingerprint is None else known_fingerprint
+    return Context(model=model, num_tokens=num_read, fingerprint=own, _cache=cache)
 
 
 def save_context(context: Context, path: str | os.PathLike) -> None:

@@ -7,7 +7,7 @@ only the cache is carried from token to token, so a model whose state has a cons
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -193,28 +193,62 @@ def stream_text(tokens: Iterable[int], tokenizer: Any, *, prompt: Sequence[int] 
         >>> list(stream_text([0, 1, 2, 0, 1], PreTrainedTokenizerFast(tokenizer_object=letters)))
         ['é', 't', 'é']
     """
-
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True)
-
-    shown, pending = list(prompt[-_MOST_PENDING:]), []
+    stream = TextStream(tokenizer, prompt=prompt)
     for token in tokens:
-        pending.append(int(token))
-        before, whole = decode(shown), decode(shown + pending)
-        num_kept = 0
-        if whole.endswith("\ufffd") or len(whole) <= len(before):
-            if len(pending) < _MOST_PENDING:
-                continue
-            num_kept = _unfinished(shown, pending, decode)
-            whole = decode(shown + pending[: len(pending) - num_kept])
-        if text := whole[len(before) :]:
+        if text := stream.push(int(token)):
             yield text
-        shown, pending = pending[: len(pending) - num_kept], pending[len(pending) - num_kept :]
-    if pending and (text := decode(shown + pending)[len(decode(shown)) :]):
+    if text := stream.finish():
         yield text
 
 
-def _unfinished(shown: list[int], pending: list[int], decode: Any) -> int:
+class TextStream:
+    """The text of tokens that arrive one by one: `stream_text` for a caller that is given the tokens.
+
+    Args:
+        tokenizer: one of transformers.
+        prompt: ids before the first token; their text is not repeated.
+
+    Example:
+        >>> from tokenizers import Tokenizer, decoders, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> letters = Tokenizer(models.BPE({"Ã": 0, "©": 1, "t": 2}, []))  # bytes, as ByteLevel spells them
+        >>> letters.decoder = decoders.ByteLevel()
+        >>> stream = TextStream(PreTrainedTokenizerFast(tokenizer_object=letters))
+        >>> [stream.push(token) for token in (0, 1, 2)], stream.finish()
+        (['', 'é', 't'], '')
+    """
+
+    def __init__(self, tokenizer: Any, *, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._shown: list[int] = list(prompt[-_MOST_PENDING:])
+        self._pending: list[int] = []
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        """The text that is certain after one more token; empty if it is not yet."""
+        self._pending.append(token)
+        shown, pending = self._shown, self._pending
+        before, whole = self._decode(shown), self._decode(shown + pending)
+        num_kept = 0
+        if whole.endswith("\ufffd") or len(whole) <= len(before):
+            if len(pending) < _MOST_PENDING:
+                return ""
+            num_kept = _unfinished(shown, pending, self._decode)
+            whole = self._decode(shown + pending[: len(pending) - num_kept])
+        self._shown = pending[: len(pending) - num_kept]
+        self._pending = pending[len(pending) - num_kept :]
+        return whole[len(before) :]
+
+    def finish(self) -> str:
+        """The text of the tokens that were held back, at the end of the stream."""
+        shown, pending = self._shown, self._pending
+        self._shown, self._pending = [], []
+        return self._decode(shown + pending)[len(self._decode(shown)) :] if pending else ""
+
+
+def _unfinished(shown: list[int], pending: list[int], decode: Callable[[list[int]], str]) -> int:
     """How many of the last pending tokens may still become a character, when earlier ones no longer can."""
     whole = decode(shown + pending)
     for number in range(_LONGEST_CHARACTER, 0, -1):

@@ -134,6 +134,17 @@ class LayerCache:
         self.has_padding = any(cache.has_padding for cache in caches) or max(num_missing) > 0
         self.set_state(self.memory.concatenate([cache.state for cache in caches], num_missing), num_columns)
 
+    @property
+    def num_by_column(self) -> int:
+        """How many of the last columns the state keeps one by one, and so needs a mask for."""
+        return 0 if self.state is None else self.memory.num_by_column(self.state)
+
+    def drop_columns(self, num_dropped: int) -> None:
+        """Go on as if the first `num_dropped` columns had not been: padding, or read and no longer kept."""
+        num_left = self.num_columns - num_dropped
+        self.state = self.memory.without_columns(self.state, num_dropped, num_left)
+        self.num_columns = num_left
+
 
 class MixerCache:
     """The caches of a stack of mixers; each mixer adds its cache on first use.

@@ -110,8 +110,19 @@ class Memory(ABC):
     def concatenate(self, states: Sequence[Any], num_missing: Sequence[int]) -> Any:
         """The rows of several states in one state; those of state i begin `num_missing[i]` columns later."""
 
+    def num_by_column(self, state: Any) -> int:
+        """How many of the last columns the state keeps one by one, padding included; 0 if it needs no mask.
+
+        Most states keep the tokens of a row by their place in the row, so padding before them is nowhere.
+        """
+        return 0
+
+    @abstractmethod
+    def without_columns(self, state: Any, num_dropped: int, num_left: int) -> Any:
+        """The state as if its first `num_dropped` columns had not been, so that `num_left` are left."""
+
     def _moved(self, keys: Tensor, num_columns: int) -> Tensor:
-        """Keys `[..., K]`, or sums of keys, as if their row had begun `num_columns` later."""
+        """Keys `[..., K]`, or sums of keys, as if their row had begun `num_columns` later (or earlier)."""
         if self.rope_theta is None or num_columns == 0:
             return keys
         # Rotating by p and then by m is rotating by p + m, and rotations are linear, so sums may be rotated.
@@ -127,6 +138,9 @@ class TensorMemory(Memory):
     `"keys"` are rotated when their row moves. Where states differ in length, they do so in the third
     dimension.
 
+    Attributes:
+        is_by_column: whether the third dimension stands for the last columns of the call, padding included.
+
     Example:
         >>> memory = TensorMemory(kind="all keys and values")
         >>> long, short = ({"keys": torch.ones(1, 2, length, 4)} for length in (5, 3))
@@ -134,9 +148,23 @@ class TensorMemory(Memory):
         torch.Size([2, 2, 5, 4])
     """
 
+    is_by_column: bool = False
+
     def tensors(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Memory.tensors`."""
         return dict(state)
+
+    def num_by_column(self, state: dict[str, Tensor]) -> int:
+        """See `Memory.num_by_column`."""
+        return state["keys"].shape[2] if self.is_by_column else 0
+
+    def without_columns(self, state: dict[str, Tensor], num_dropped: int, num_left: int) -> dict[str, Tensor]:
+        """See `Memory.without_columns`."""
+        kept = state
+        if self.is_by_column and state["keys"].shape[2] > num_left:
+            # Copies, because views would keep the columns that are dropped.
+            kept = {name: t[:, :, t.shape[2] - num_left :].clone() for name, t in state.items()}
+        return {name: self._moved(t, -num_dropped) if name == "keys" else t for name, t in kept.items()}
 
     def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> dict[str, Tensor]:
         """See `Memory.restored`."""
@@ -213,10 +241,16 @@ class SlotMemory(Memory):
 
     def concatenate(self, states: Sequence[OVQState], num_missing: Sequence[int]) -> OVQState:
         """See `Memory.concatenate`."""
-        moved = []
-        for state, missing in zip(states, num_missing, strict=True):
-            keys: dict[str, Any] = {
-                name: self._moved(getattr(state, name), missing) for name in ("key_sum", "pending_keys")
-            }
-            moved.append(dataclasses.replace(state, **keys))
-        return OVQState.concatenate(moved)
+        return OVQState.concatenate(
+            [self._begun_later(state, missing) for state, missing in zip(states, num_missing, strict=True)]
+        )
+
+    def without_columns(self, state: OVQState, num_dropped: int, num_left: int) -> OVQState:
+        """See `Memory.without_columns`."""
+        return self._begun_later(state, -num_dropped)
+
+    def _begun_later(self, state: OVQState, num_columns: int) -> OVQState:
+        keys: dict[str, Any] = {
+            name: self._moved(getattr(state, name), num_columns) for name in ("key_sum", "pending_keys")
+        }
+        return dataclasses.replace(state, **keys)

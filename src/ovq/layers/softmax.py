@@ -67,7 +67,7 @@ class FullAttention(AttentionMixer):
     @classmethod
     def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> TensorMemory:
         """See `Mixer.memory_of`."""
-        return TensorMemory(kind="all keys and values", rope_theta=rope_theta)
+        return TensorMemory(kind="all keys and values", rope_theta=rope_theta, is_by_column=True)
 
     def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
         """See `Mixer.memory_spec`."""
@@ -124,7 +124,9 @@ class SlidingWindowAttention(FullAttention):
     def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> TensorMemory:
         """See `Mixer.memory_of`."""
         return TensorMemory(
-            kind=f"the keys and values of a window of {settings.sliding_window}", rope_theta=rope_theta
+            kind=f"the keys and values of a window of {settings.sliding_window}",
+            rope_theta=rope_theta,
+            is_by_column=True,
         )
 
     def softmax_read(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:

@@ -1,0 +1,190 @@
+"""`ovq serve`: answer requests over HTTP, as OpenAI's API does."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
+from ovq.fields import LARGEST_SEED
+
+if TYPE_CHECKING:
+    from ovq.serve.app import Service
+    from ovq.serve.limits import Limits
+
+_KEY_VARIABLE = "OVQ_API_KEY"
+_MIB = 2**20
+
+
+def serve(
+    model: Annotated[Path, typer.Option(help="Folder of a trained model.", show_default=False)],
+    context: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File of ovq context build that requests may name: NAME=FILE, or FILE for its name without "
+            "ending. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="What requests call the model; the folder's name if not given.", show_default=False
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help=f"File with a key that clients must send; {_KEY_VARIABLE} does the same.", show_default=False
+        ),
+    ] = None,
+    max_rows: Annotated[int, typer.Option(min=1, help="Answers generated at the same time.")] = 32,
+    max_queue: Annotated[int, typer.Option(min=1, help="Prompts that may wait for their turn.")] = 256,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Longest prompt.")] = 65_536,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 4096,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest request in MiB, without uploads.")] = 8,
+    max_upload: Annotated[int, typer.Option(min=1, help="Largest uploaded context in MiB.")] = 1024,
+    max_contexts: Annotated[int, typer.Option(min=1, help="Contexts that are kept.")] = 64,
+    timeout: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 600.0,
+    step_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of prompts that are read between two steps of answers.")
+    ] = 512,
+    shutdown_seconds: Annotated[
+        int, typer.Option(min=0, help="Seconds that running answers get when the server is told to end.")
+    ] = 30,
+    num_slots: Annotated[
+        int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help='Seed of the slots, in models with init="random".')
+    ] = 0,
+) -> None:
+    """Serve a model to many clients at once, through OpenAI's API.
+
+    Example: [bold]ovq serve --model runs/lm --context book.ctx[/bold], and then
+    [bold]curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "lm",
+    "prompt": "Who", "context": "book"}'[/bold]
+
+    Ctrl-C or SIGTERM lets running answers end first. See docs/serving.md.
+    """
+    check_model_folder(model)
+    files = [_named(given) for given in context or []]
+    key = _api_key(api_key_file)
+    _check_installed()
+
+    from transformers import set_seed
+
+    from ovq.serve.app import Service, create_app
+    from ovq.serve.limits import Limits
+    from ovq.serve.server import bound, is_loopback, run, url_of
+
+    limits = Limits(
+        max_rows=max_rows,
+        max_queue=max_queue,
+        max_prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens,
+        max_body_bytes=max_body * _MIB,
+        max_upload_bytes=max_upload * _MIB,
+        max_contexts=max(max_contexts, len(files)),
+        request_seconds=timeout,
+        step_tokens=step_tokens,
+    )
+    # A port in use is found out before the model is loaded, which takes longer.
+    listener = bound(host, port)
+    set_seed(seed)
+    service = Service(
+        name=name or model.resolve().name,
+        model=load_model(model, num_slots=num_slots),
+        tokenizer=load_tokenizer(model),
+        limits=limits,
+    )
+    _add_contexts(service, files)
+    # Without a key, pages of other sites in a browser on this machine must be kept out in another way.
+    hosts = ["localhost", "127.0.0.1", "[::1]", host] if key is None and is_loopback(host) else None
+    app = create_app(service, api_key=key, hosts=hosts)
+
+    def say_ready() -> None:
+        _tell(_about(service, url_of(listener), limits, has_key=key is not None))
+        if key is None and not is_loopback(host):
+            _tell(f"ovq serve: warning: everyone who reaches {host} can use it; set {_KEY_VARIABLE}")
+
+    from ovq.runtime.verbosity import is_verbose
+
+    run(
+        app,
+        listener,
+        limits=limits,
+        shutdown_seconds=shutdown_seconds,
+        on_ready=say_ready,
+        log_level="info" if is_verbose() else "warning",
+    )
+
+
+def _named(given: str) -> tuple[str, Path]:
+    """The name and the file of a `--context`."""
+    from ovq.serve.contexts import NAME
+
+    name, separator, file = given.partition("=")
+    path = Path(file) if separator else Path(given)
+    name = name if separator else path.name.removesuffix(path.suffix)
+    if not path.is_file():
+        raise ValueError(f"--context: expected a file of ovq context build, found no file {path}")
+    if NAME.fullmatch(name) is None:
+        raise ValueError(
+            f"--context: expected a name of up to 64 letters, digits, '.', '_' or '-' (NAME=FILE), "
+            f"found {name!r}"
+        )
+    return name, path
+
+
+def _api_key(file: Path | None) -> str | None:
+    """The key that clients must send, if there is one."""
+    key = os.environ.get(_KEY_VARIABLE) if file is None else file.read_text().strip()
+    if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+        source = _KEY_VARIABLE if file is None else f"--api-key-file {file}"
+        raise ValueError(f"{source}: expected a key of ASCII characters without spaces, found another one")
+    return key
+
+
+def _check_installed() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"ovq serve: expected its extra, found no module {error.name}: pip install 'ovq[serve]'"
+        ) from error
+
+
+def _add_contexts(service: Service, files: Sequence[tuple[str, Path]]) -> None:
+    from ovq.hf import load_context
+    from ovq.serve.errors import APIError
+
+    for name, path in files:
+        try:
+            with service.contexts.reserved(name):
+                service.contexts.add(name, load_context(path, service.model))
+        except APIError as error:
+            raise ValueError(f"--context: {error.message}") from error
+
+
+def _about(service: Service, url: str, limits: Limits, *, has_key: bool) -> str:
+    """One line that says what is served, where, and how much of it."""
+    contexts = ", ".join(service.contexts.names) or "none"
+    return (
+        f"ovq serve: {url} | model {service.name} on {service.model.device} | contexts: {contexts} | "
+        f"{limits.max_rows} rows, {limits.max_queue} waiting, {limits.max_prompt_tokens} prompt tokens, "
+        f"{limits.max_tokens} tokens, {limits.request_seconds:g} s, key: {'yes' if has_key else 'none'}"
+    )
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

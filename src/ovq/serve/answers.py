@@ -1,0 +1,206 @@
+"""The answers to a request as they come, until they end, their client goes, or their time is over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Any
+
+from ovq.hf.context import Context
+from ovq.serve.engine import Engine, EngineStopped, QueueFull
+from ovq.serve.errors import APIError, failed, queue_full, shutting_down, took_too_long
+from ovq.serve.jobs import ContextEvent, Event, FailEvent, FinishEvent, Generation, Job, TokenEvent
+from ovq.serve.texts import StopSequences, Texts
+
+_log = logging.getLogger("ovq.serve")
+
+Receive = Callable[[], Awaitable[Any]]
+"""ASGI's way to the next message from the client."""
+
+
+class ClientGone(Exception):
+    """Nobody is there to read an answer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The next part of an answer.
+
+    Attributes:
+        choice: Which of the answers.
+        text: May be empty: a character may need more tokens, and a stop sequence may have begun.
+        event: The token, if the piece comes from one.
+        finish_reason: With the last piece of an answer, `"stop"` or `"length"`.
+    """
+
+    choice: int
+    text: str
+    event: TokenEvent | None = None
+    finish_reason: str | None = None
+
+
+@dataclasses.dataclass
+class Usage:
+    """Numbers of tokens of a request.
+
+    Attributes:
+        prompt_tokens: Of its prompts.
+        context_tokens: Of the document that was read before them, once and for all.
+        completion_tokens: Of its answers, up to where they end; a token that ends a text counts.
+    """
+
+    prompt_tokens: int = 0
+    context_tokens: int = 0
+    completion_tokens: int = 0
+
+    @property
+    def fields(self) -> dict[str, int]:
+        """The object of the API; `context_tokens` is ours."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "context_tokens": self.context_tokens,
+        }
+
+
+class Answers:
+    """Jobs of one request, from submitting them to the last event; use it as an asynchronous context manager.
+
+    Leaving the block gives up what is not complete, so no row is computed for a client that has gone.
+
+    Args:
+        engine: Where they run.
+        receive: Tells when the client goes.
+        deadline: By the clock of the event loop.
+    """
+
+    def __init__(self, engine: Engine, receive: Receive, deadline: float) -> None:
+        self._engine, self._receive, self._deadline = engine, receive, deadline
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[list[Event]] = asyncio.Queue()
+        self._end: Exception | None = None
+        self._jobs: Sequence[Job] = ()
+
+    def deliver(self, events: list[Event]) -> None:
+        """Take events from the engine's thread."""
+        # The loop may have ended before the engine.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, events)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Hand the jobs to the engine.
+
+        Raises:
+            APIError: If it takes no more.
+        """
+        try:
+            self._engine.submit(jobs)
+        except QueueFull as error:
+            raise queue_full(str(error)) from error
+        except EngineStopped as error:
+            raise shutting_down() from error
+        self._jobs = jobs
+
+    async def events(self) -> AsyncGenerator[Event, None]:
+        """The events of all jobs, without end; the caller knows which is the last.
+
+        Raises:
+            APIError: If a job failed, or time is over.
+            ClientGone: If the client has gone.
+        """
+        late = took_too_long(self._engine.limits.request_seconds)
+        timer = self._loop.call_at(self._deadline, self._finish, late)
+        watcher = asyncio.create_task(self._watch())
+        try:
+            while True:
+                for event in await self._queue.get():
+                    # Before what waits in the queue, which nobody is going to read.
+                    if self._end is not None:
+                        raise self._end
+                    if isinstance(event, FailEvent):
+                        raise _as_api_error(event.error)
+                    yield event
+                if self._end is not None:
+                    raise self._end
+        finally:
+            timer.cancel()
+            watcher.cancel()
+            self.cancel()
+
+    def cancel(self, *, choice: int | None = None) -> None:
+        """Give up the jobs, or the one answer with this name."""
+        for job in self._jobs:
+            self._engine.cancel(job, choice=choice)
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._finish(ClientGone())
+
+    def _finish(self, reason: Exception) -> None:
+        """End the events with an exception."""
+        self._end = self._end or reason
+        # Wakes the one who waits for events.
+        self._queue.put_nowait([])
+
+
+async def pieces(
+    answers: Answers, jobs: Sequence[Generation], texts: Texts, stops: Sequence[str], usage: Usage
+) -> AsyncGenerator[Piece, None]:
+    """The text of the answers to jobs that have been submitted, piece by piece.
+
+    Args:
+        answers: What they were submitted to.
+        jobs: The jobs.
+        texts: Makes text of tokens.
+        stops: Sequences that end an answer; they are not part of it.
+        usage: Is counted on.
+
+    Raises:
+        APIError: As `Answers.events`, like `ClientGone`.
+    """
+    streams = {choice: texts.stream(job.tokens) for job in jobs for choice in job.choices}
+    filters = {choice: StopSequences(stops) for choice in streams}
+    async with contextlib.aclosing(answers.events()) as events:
+        async for event in events:
+            if isinstance(event, TokenEvent) and event.choice in streams:
+                usage.completion_tokens += 1
+                text = "" if event.is_end else streams[event.choice].push(event.token)
+                stop = filters[event.choice]
+                text = stop.push(text)
+                reason = "stop" if stop.is_stopped else None
+                yield Piece(choice=event.choice, text=text, event=event, finish_reason=reason)
+                if reason is not None:
+                    answers.cancel(choice=event.choice)
+                    del streams[event.choice]
+            elif isinstance(event, FinishEvent) and event.choice in streams:
+                stop = filters[event.choice]
+                text = stop.push(streams.pop(event.choice).finish()) + stop.finish()
+                reason = "stop" if stop.is_stopped else event.reason
+                yield Piece(choice=event.choice, text=text, finish_reason=reason)
+            if not streams:
+                return
+
+
+async def context_read(answers: Answers) -> Context:
+    """The context of a `Reading` that has been submitted.
+
+    Raises:
+        APIError: As `Answers.events`, like `ClientGone`.
+    """
+    async with contextlib.aclosing(answers.events()) as events:
+        async for event in events:
+            if isinstance(event, ContextEvent):
+                return event.context
+    raise AssertionError("events have no end")
+
+
+def _as_api_error(error: Exception) -> APIError:
+    if isinstance(error, EngineStopped):
+        return shutting_down()
+    _log.error("a request failed", exc_info=error)
+    return failed()

@@ -1,0 +1,323 @@
+"""The routes of a server: OpenAI's for models, completions and chats, and ours for contexts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from ovq.hf.modeling_ovq import OVQForCausalLM
+from ovq.serve.answers import Answers, ClientGone, Usage, context_read, pieces
+from ovq.serve.contexts import Contexts, uploaded
+from ovq.serve.engine import Engine
+from ovq.serve.errors import APIError, bad_request, failed
+from ovq.serve.event_stream import EventStream
+from ovq.serve.guard import UPLOAD, Guard, body_too_large, next_message
+from ovq.serve.jobs import Generation, Reading
+from ovq.serve.limits import Limits
+from ovq.serve.metrics import Metered, Metrics
+from ovq.serve.model import ServedModel
+from ovq.serve.replies import ChatForm, CompletionForm, Form, stream, whole
+from ovq.serve.schemas import ChatRequest, CompletionRequest, ContextRequest, GenerationRequest, parsed
+from ovq.serve.texts import Texts
+
+_GONE = 499
+"""What servers note of a request whose client went away; nobody sees it."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Service:
+    """A model and all that is needed to answer requests to it.
+
+    Args:
+        name: What requests call the model.
+        model: In evaluation mode, on its device.
+        tokenizer: One of transformers; None if the model reads token ids.
+        limits: How much it takes on.
+
+    Attributes:
+        engine: Runs the model.
+        contexts: The documents that it has read.
+        texts: Text to tokens and back.
+        created: When it was made, in seconds since 1970.
+    """
+
+    name: str
+    model: OVQForCausalLM
+    tokenizer: dataclasses.InitVar[Any | None] = None
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    engine: Engine = dataclasses.field(init=False)
+    contexts: Contexts = dataclasses.field(init=False)
+    texts: Texts = dataclasses.field(init=False)
+    created: int = dataclasses.field(init=False)
+
+    def __post_init__(self, tokenizer: Any | None) -> None:
+        """Make the parts."""
+        self.served = ServedModel(self.model)
+        self.engine = Engine(self.served, self.limits)
+        self.contexts = Contexts(max_contexts=self.limits.max_contexts)
+        self.texts = Texts(tokenizer, vocab_size=self.model.config.vocab_size)
+        self.created = int(time.time())
+        self.metrics = Metrics(self.engine, self.contexts)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        found = getattr(self.model.generation_config, "eos_token_id", None)
+        return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+
+def create_app(
+    service: Service, *, api_key: str | None = None, hosts: Sequence[str] | None = None
+) -> FastAPI:
+    """The application, for uvicorn or another ASGI server with one worker. Its lifespan runs the engine.
+
+    Args:
+        service: What answers.
+        api_key: What clients must send as a bearer token; None for no key.
+        hosts: Names that the header `Host` may have; None for all.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.engine.stop)
+
+    # Its pages of documentation load programs from other hosts.
+    app = FastAPI(title="ovq serve", lifespan=lifespan, docs_url=None, redoc_url=None)
+    routes = _Routes(service)
+    for method, path, call in (
+        ("GET", "/health", routes.health),
+        ("GET", "/metrics", routes.metrics),
+        ("GET", "/v1/models", routes.models),
+        ("GET", "/v1/models/{name}", routes.one_model),
+        ("POST", "/v1/completions", routes.completions),
+        ("POST", "/v1/chat/completions", routes.chat),
+        ("GET", "/v1/contexts", routes.contexts),
+        ("POST", "/v1/contexts", routes.make_context),
+        ("GET", "/v1/contexts/{name}", routes.one_context),
+        ("DELETE", "/v1/contexts/{name}", routes.delete_context),
+    ):
+        app.add_api_route(path, call, methods=[method], response_model=None)
+    for kind in (APIError, HTTPException, ClientGone, Exception):
+        app.add_exception_handler(kind, _answer_to_error)
+    app.add_middleware(Guard, limits=service.limits, api_key=api_key, hosts=hosts)
+    # Added last, it is the outermost.
+    app.add_middleware(Metered, metrics=service.metrics)
+    return app
+
+
+async def _answer_to_error(request: HTTPRequest, error: Exception) -> Response:
+    if isinstance(error, ClientGone):
+        return Response(status_code=_GONE)
+    if isinstance(error, HTTPException):
+        error = APIError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    elif not isinstance(error, APIError):
+        error = failed()
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+class _Routes:
+    """One method per route."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self._limits = service, service.limits
+
+    async def health(self) -> Response:
+        is_running = self._service.engine.is_running
+        content = {"status": "ok" if is_running else "stopped"}
+        return JSONResponse(content, status_code=200 if is_running else 503)
+
+    async def metrics(self) -> Response:
+        return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def models(self) -> Response:
+        return JSONResponse({"object": "list", "data": [self._about_model()]})
+
+    async def one_model(self, name: str) -> Response:
+        self._check_model(name)
+        return JSONResponse(self._about_model())
+
+    async def completions(self, request: HTTPRequest) -> Response:
+        asked = parsed(CompletionRequest, await request.body())
+        is_start = asked.context is None
+        prompts: Sequence[Any] = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        if not prompts or isinstance(prompts[0], int):
+            prompts = [prompts]
+        if len(prompts) > self._limits.max_queue:
+            raise bad_request(
+                f"prompt: expected at most {self._limits.max_queue} prompts, found {len(prompts)}",
+                param="prompt",
+            )
+
+        def encode() -> list[list[int]]:
+            texts = self._service.texts
+            return [
+                texts.encode(prompt, param="prompt", is_start=is_start)
+                if isinstance(prompt, str)
+                else texts.checked(prompt, param="prompt")
+                for prompt in prompts
+            ]
+
+        ids = await asyncio.to_thread(encode)
+        max_tokens = 16 if asked.max_tokens is None else asked.max_tokens
+        form = CompletionForm(self._service.texts)
+        return await self._generate(request, asked, ids, max_tokens, form, param="prompt")
+
+    async def chat(self, request: HTTPRequest) -> Response:
+        asked = parsed(ChatRequest, await request.body())
+        messages = [message.for_template for message in asked.messages]
+        ids = await asyncio.to_thread(self._service.texts.chat, messages)
+        given = [n for n in (asked.max_tokens, asked.max_completion_tokens) if n is not None]
+        max_tokens = min(given, default=self._limits.max_tokens)
+        form = ChatForm(self._service.texts)
+        return await self._generate(request, asked, [ids], max_tokens, form, param="messages")
+
+    async def contexts(self) -> Response:
+        contexts = self._service.contexts
+        return JSONResponse({"object": "list", "data": [contexts.about(name) for name in contexts.names]})
+
+    async def one_context(self, name: str) -> Response:
+        return JSONResponse(self._service.contexts.about(name))
+
+    async def delete_context(self, name: str) -> Response:
+        self._service.contexts.remove(name)
+        return JSONResponse({"id": name, "object": "context", "deleted": True})
+
+    async def make_context(self, request: HTTPRequest) -> Response:
+        """Read a document (JSON), or take what `ovq context build` has made of one (bytes)."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == UPLOAD:
+            name = await self._upload(request)
+        else:
+            name = await self._read(request)
+        return JSONResponse(self._service.contexts.about(name), status_code=201)
+
+    async def _upload(self, request: HTTPRequest) -> str:
+        service, name = self._service, request.query_params.get("name", "")
+        largest, deadline = self._limits.max_upload_bytes, self._deadline()
+        with service.contexts.reserved(name), tempfile.TemporaryDirectory(prefix="ovq-upload-") as folder:
+            path, size, is_whole = Path(folder) / "upload", 0, False
+            with path.open("wb") as file:
+                while not is_whole:
+                    message = await next_message(request.receive, deadline)
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    data = message.get("body", b"")
+                    size += len(data)
+                    if size > largest:
+                        raise body_too_large(largest)
+                    await asyncio.to_thread(file.write, data)
+                    is_whole = not message.get("more_body", False)
+            context = await asyncio.to_thread(uploaded, path, service.model, name=name)
+            service.contexts.add(name, context)
+        return name
+
+    async def _read(self, request: HTTPRequest) -> str:
+        service = self._service
+        asked = parsed(ContextRequest, await request.body())
+        with service.contexts.reserved(asked.name):
+            if (asked.text is None) == (asked.token_ids is None):
+                raise bad_request("expected one of text and token_ids, found both or neither", param="text")
+            if asked.text is None:
+                ids = service.texts.checked(asked.token_ids or [], param="token_ids")
+            else:
+                ids = await asyncio.to_thread(service.texts.encode, asked.text, param="text", is_start=True)
+            # All weights are read for it once, which is not for the engine's thread to do.
+            await asyncio.to_thread(lambda: service.served.fingerprint)
+            answers = Answers(service.engine, request.receive, self._deadline())
+            answers.submit([Reading(tokens=ids, deliver=answers.deliver)])
+            service.contexts.add(asked.name, await context_read(answers))
+        return asked.name
+
+    async def _generate(
+        self,
+        request: HTTPRequest,
+        asked: GenerationRequest,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        form: Form,
+        *,
+        param: str,
+    ) -> Response:
+        service = self._service
+        self._check_model(asked.model)
+        self._check_sizes(asked, prompts, max_tokens, param=param)
+        context = None if asked.context is None else service.contexts.get(asked.context)
+        answers = Answers(service.engine, request.receive, self._deadline())
+        jobs = [
+            Generation(
+                tokens=prompt,
+                deliver=answers.deliver,
+                max_tokens=max_tokens,
+                context=context,
+                sampling=asked.sampling,
+                seed=asked.seed,
+                choices=range(place * asked.n, (place + 1) * asked.n),
+                ends=frozenset() if asked.ignore_eos else service.ends,
+                num_logprobs=asked.num_logprobs,
+            )
+            for place, prompt in enumerate(prompts)
+        ]
+        usage = Usage(
+            prompt_tokens=sum(map(len, prompts)), context_tokens=0 if context is None else context.num_tokens
+        )
+        stops = asked.stops
+        choices = range(len(prompts) * asked.n)
+        answers.submit(jobs)
+        found = service.metrics.timed(pieces(answers, jobs, service.texts, stops, usage))
+        if asked.stream:
+            events = stream(
+                found, form, choices, usage, model=service.name, includes_usage=asked.includes_usage
+            )
+            return EventStream(events, answers.cancel)
+        try:
+            return JSONResponse(await whole(found, form, choices, usage, model=service.name))
+        finally:
+            answers.cancel()
+
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._limits.request_seconds
+
+    def _about_model(self) -> dict[str, Any]:
+        service = self._service
+        return {"id": service.name, "object": "model", "created": service.created, "owned_by": "ovq"}
+
+    def _check_model(self, name: str) -> None:
+        if name != self._service.name:
+            raise APIError(
+                404,
+                f"model: expected {self._service.name!r}, which is served here, found {name[:80]!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _check_sizes(
+        self, asked: GenerationRequest, prompts: Sequence[Sequence[int]], max_tokens: int, *, param: str
+    ) -> None:
+        limits = self._limits
+        if (longest := max(map(len, prompts))) > limits.max_prompt_tokens:
+            raise bad_request(
+                f"{param}: expected at most {limits.max_prompt_tokens} tokens, found {longest}",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if max_tokens > limits.max_tokens:
+            raise bad_request(
+                f"max_tokens: expected at most {limits.max_tokens}, found {max_tokens}", param="max_tokens"
+            )
+        if asked.n > limits.max_rows:
+            raise bad_request(f"n: expected at most {limits.max_rows}, found {asked.n}", param="n")

@@ -1,0 +1,150 @@
+"""Documents that the model has read, by name; any number of requests go on from each of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ovq.hf.context import Context, load_context
+from ovq.hf.modeling_ovq import OVQForCausalLM
+from ovq.serve.errors import APIError, bad_request
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""What a context may be called."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A context and when it came, in seconds since 1970."""
+
+    context: Context
+    created: int
+
+
+class Contexts:
+    """The contexts of a server. Only the thread of its event loop uses them.
+
+    Args:
+        max_contexts: How many there may be, with those that are being made.
+
+    Example:
+        >>> contexts = Contexts(max_contexts=2)
+        >>> with contexts.reserved("book"), contexts.reserved("book"):
+        ...     pass
+        Traceback (most recent call last):
+        ovq.serve.errors.APIError: context 'book': expected a new name, found one that is taken
+    """
+
+    def __init__(self, *, max_contexts: int) -> None:
+        self._max_contexts = max_contexts
+        self._entries: dict[str, Entry] = {}
+        self._reserved: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all memories."""
+        return sum(entry.context.nbytes for entry in list(self._entries.values()))
+
+    @property
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        return sorted(self._entries)
+
+    def get(self, name: str) -> Context:
+        """The context of a name.
+
+        Raises:
+            APIError: If there is none.
+        """
+        if name not in self._entries:
+            raise APIError(
+                404,
+                f"context: expected one of {self.names}, found {name!r}",
+                param="context",
+                code="context_not_found",
+            )
+        return self._entries[name].context
+
+    def remove(self, name: str) -> None:
+        """Forget a context; answers that go on from it are not disturbed.
+
+        Raises:
+            APIError: If there is none of this name.
+        """
+        self.get(name)
+        del self._entries[name]
+
+    @contextlib.contextmanager
+    def reserved(self, name: str) -> Iterator[None]:
+        """Keep a name for a context that is being made in the block.
+
+        Raises:
+            APIError: If the name cannot be used, or there are too many contexts.
+        """
+        if NAME.fullmatch(name) is None:
+            raise bad_request(
+                f"name: expected 1 to 64 letters, digits, '.', '_' or '-', found {name[:80]!r}", param="name"
+            )
+        if name in self._entries or name in self._reserved:
+            raise APIError(
+                409,
+                f"context {name!r}: expected a new name, found one that is taken",
+                param="name",
+                code="context_exists",
+            )
+        if len(self._entries) + len(self._reserved) >= self._max_contexts:
+            raise APIError(
+                409,
+                f"expected at most {self._max_contexts} contexts, found one more: delete one first",
+                code="too_many_contexts",
+            )
+        self._reserved.add(name)
+        try:
+            yield
+        finally:
+            self._reserved.discard(name)
+
+    def add(self, name: str, context: Context) -> None:
+        """Keep a context under a name that was reserved."""
+        self._entries[name] = Entry(context=context, created=int(time.time()))
+
+    def about(self, name: str) -> dict[str, Any]:
+        """The object of the API that describes a context.
+
+        Raises:
+            APIError: If there is none of this name.
+        """
+        context = self.get(name)
+        return {
+            "id": name,
+            "object": "context",
+            "created": self._entries[name].created,
+            "num_tokens": context.num_tokens,
+            "bytes": context.nbytes,
+        }
+
+
+def uploaded(path: Path, model: OVQForCausalLM, *, name: str) -> Context:
+    """The context in an uploaded file, which only the model that read the document accepts.
+
+    Args:
+        path: Where the upload was written to, by a name that the client does not know.
+        model: The model that is served.
+        name: What the client calls the context.
+
+    Raises:
+        APIError: If it is no context of this model.
+    """
+    try:
+        return load_context(path, model)
+    except ValueError as error:
+        message = str(error).replace(str(path), f"context {name!r}")
+        raise bad_request(message, code="invalid_context") from error

@@ -1,0 +1,134 @@
+"""The thread that runs the model: it takes jobs from other threads and answers them by events."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+
+from ovq.serve.jobs import Generation, Job
+from ovq.serve.limits import Limits
+from ovq.serve.scheduler import BatchModel, Scheduler
+
+_log = logging.getLogger("ovq.serve")
+
+
+class QueueFull(Exception):
+    """As many jobs wait as may wait."""
+
+
+class EngineStopped(Exception):
+    """The engine takes no more jobs."""
+
+
+class Engine:
+    """Runs the jobs of many clients on one model, in a thread of its own.
+
+    Args:
+        model: What reads; used by this thread alone, once `start` has been called.
+        limits: `max_rows`, `max_queue` and `step_tokens` matter here.
+
+    Example:
+        >>> import queue
+        >>> from ovq.hf import OVQConfig, OVQForCausalLM
+        >>> from ovq.serve.model import ServedModel
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> events = queue.SimpleQueue()
+        >>> with Engine(ServedModel(OVQForCausalLM(config).eval()), Limits()) as engine:
+        ...     engine.submit([Generation(tokens=[1, 2, 3], deliver=events.put, max_tokens=1)])
+        ...     events.get()[-1]
+        FinishEvent(choice=0, reason='length')
+    """
+
+    def __init__(self, model: BatchModel, limits: Limits) -> None:
+        self.limits = limits
+        self._scheduler = Scheduler(model, limits)
+        self._changed = threading.Condition()
+        self._new: list[Job] = []
+        self._is_stopped = False
+        self._thread = threading.Thread(target=self._run, name="ovq-engine", daemon=True)
+
+    def __enter__(self) -> Engine:
+        """Start the thread."""
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop the thread."""
+        self.stop()
+
+    def start(self) -> None:
+        """Begin to run jobs."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End all jobs with an `EngineStopped` error, after the step that is running, and wait for it."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether jobs are run."""
+        return self._thread.is_alive() and not self._is_stopped
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """For its numbers, which other threads may read but not rely on to fit each other."""
+        return self._scheduler
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that have not begun."""
+        return len(self._new) + self._scheduler.num_waiting
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Take on jobs, all or none of them.
+
+        Raises:
+            QueueFull: More jobs would wait than may. A job that can begin at once does not wait.
+            EngineStopped: The engine takes no more jobs.
+        """
+        with self._changed:
+            if not self.is_running:
+                raise EngineStopped("the server is shutting down")
+            num_rows = self._scheduler.num_rows + sum(job.num_rows for job in [*self._new, *jobs])
+            num_waiting = self.num_waiting + len(jobs)
+            if num_rows > self.limits.max_rows and num_waiting > self.limits.max_queue:
+                raise QueueFull(
+                    f"expected at most {self.limits.max_queue} waiting prompts, found {num_waiting}"
+                )
+            self._new.extend(jobs)
+            self._changed.notify()
+
+    def cancel(self, job: Job, *, choice: int | None = None) -> None:
+        """Give up a job, or one of its answers; its rows leave the batch before the next step."""
+        with self._changed:
+            if choice is None:
+                job.is_cancelled = True
+            elif isinstance(job, Generation):
+                job.cancelled_choices.add(choice)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        has_work = False
+        while True:
+            with self._changed:
+                while not (has_work or self._new or self._is_stopped):
+                    self._changed.wait()
+                new, self._new = self._new, []
+                is_stopped = self._is_stopped
+                for job in new:
+                    self._scheduler.add(job)
+            if is_stopped:
+                self._scheduler.fail_all(EngineStopped("the server is shutting down"))
+                return
+            try:
+                has_work = self._scheduler.step()
+            except Exception as error:
+                # A fault of the scheduler itself. The server must answer nevertheless.
+                _log.exception("a step failed")
+                self._scheduler.fail_all(error)
+                has_work = False

@@ -1,0 +1,57 @@
+"""How much one server takes on at a time, so that many clients or large requests cannot exhaust it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ovq.fields import check_fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The limits of a server. What exceeds one is refused with an error that names it.
+
+    Attributes:
+        max_rows: Answers that are generated at the same time, which are the rows of the batch.
+        max_queue: Prompts and documents that wait for their turn.
+        max_prompt_tokens: Tokens of a prompt.
+        max_tokens: Tokens of an answer; also how many an answer to a chat has at most if it does not say.
+        max_body_bytes: Bytes of a request, uploads excepted.
+        max_upload_bytes: Bytes of an uploaded context.
+        max_contexts: Contexts that are kept.
+        request_seconds: Seconds from the arrival of a request until its answer must be complete.
+        step_tokens: Tokens of prompts and documents that are read between two steps of the running answers.
+            More of them shorten the wait for a first token and lengthen the pauses of running answers.
+        max_connections: Open connections.
+
+    Raises:
+        ValueError: If one is not a number above 0.
+
+    Example:
+        >>> Limits(max_rows=8).max_rows
+        8
+        >>> Limits(max_rows=0)
+        Traceback (most recent call last):
+        ValueError: max_rows: expected at least 1, found 0
+    """
+
+    max_rows: int = 32
+    max_queue: int = 256
+    max_prompt_tokens: int = 65_536
+    max_tokens: int = 4096
+    max_body_bytes: int = 2**23
+    max_upload_bytes: int = 2**30
+    max_contexts: int = 64
+    request_seconds: float = 600.0
+    step_tokens: int = 512
+    max_connections: int = 1024
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        check_fields(self)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{field.name}: expected at least 1, found {value}")
+        if self.request_seconds <= 0:
+            raise ValueError(f"request_seconds: expected more than 0, found {self.request_seconds}")

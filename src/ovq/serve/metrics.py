@@ -1,0 +1,135 @@
+"""Numbers of a server in the format of Prometheus."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from ovq.serve.answers import Piece
+from ovq.serve.contexts import Contexts
+from ovq.serve.engine import Engine
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
+
+
+class _Numbers(Collector):
+    """What the engine and the contexts say of themselves at the moment they are asked."""
+
+    def __init__(self, engine: Engine, contexts: Contexts) -> None:
+        self._engine, self._contexts = engine, contexts
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """All metrics that are not counted by requests."""
+        scheduler = self._engine.scheduler
+        counts = scheduler.counts
+        for name, text, count in (
+            ("prompt_tokens", "Tokens of prompts and documents read.", counts.prompt_tokens),
+            ("generated_tokens", "Tokens generated.", counts.generated_tokens),
+            ("steps", "Steps in which running answers grew by a token.", counts.steps),
+            ("answers_finished", "Answers that were completed.", counts.finished),
+            ("jobs_cancelled", "Prompts and documents given up, as nobody waited.", counts.cancelled),
+            ("jobs_failed", "Prompts and documents that an error ended.", counts.failed),
+        ):
+            yield CounterMetricFamily(f"ovq_{name}", text, value=count)
+        for name, text, value in (
+            ("rows_running", "Answers that are being generated or begun.", scheduler.num_rows),
+            ("jobs_waiting", "Prompts and documents that wait for their turn.", self._engine.num_waiting),
+            ("state_bytes", "Bytes of the memories of running answers.", scheduler.state_bytes),
+            ("contexts", "Contexts kept.", len(self._contexts)),
+            ("context_bytes", "Bytes of the memories of contexts.", self._contexts.nbytes),
+        ):
+            yield GaugeMetricFamily(f"ovq_{name}", text, value=value)
+
+
+class Metrics:
+    """The metrics of one server.
+
+    Args:
+        engine: Runs the model.
+        contexts: The documents that it has read.
+    """
+
+    def __init__(self, engine: Engine, contexts: Contexts) -> None:
+        # Of its own: servers and tests in one process must not share numbers.
+        self._registry = CollectorRegistry()
+        self._registry.register(_Numbers(engine, contexts))
+        ProcessCollector(registry=self._registry)
+        self._requests = Counter(
+            "ovq_requests",
+            "Requests by route and status, 499 for clients that went away.",
+            ["route", "status"],
+            registry=self._registry,
+        )
+        self._seconds = Histogram(
+            "ovq_request_seconds",
+            "Time until a request was answered completely.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._first_token = Histogram(
+            "ovq_first_token_seconds",
+            "Time until the first token of an answer.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def request(self, route: str, status: int, seconds: float) -> None:
+        """Count a request that has been answered."""
+        self._requests.labels(route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
+
+    async def timed(self, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+        """Pass pieces on, and note how long the first of them took."""
+        begin, is_first = time.monotonic(), True
+        async with contextlib.aclosing(pieces):
+            async for piece in pieces:
+                if is_first:
+                    self._first_token.observe(time.monotonic() - begin)
+                    is_first = False
+                yield piece
+
+
+class Metered:
+    """An ASGI middleware that counts requests, the refused ones included.
+
+    Args:
+        app: The application.
+        metrics: Where they are counted.
+    """
+
+    def __init__(self, app: Any, *, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begin, status = time.monotonic(), 499
+
+        async def noting(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            # The path as it was declared: names of contexts must not become labels without end.
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.request(route, status, time.monotonic() - begin)

@@ -1,0 +1,109 @@
+"""The next tokens of the rows of a batch, each chosen as its own request says."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ovq.hf.streaming import Sampling
+from ovq.serve.jobs import Generation, TokenLogprobs
+
+
+@dataclasses.dataclass(eq=False)
+class Choice:
+    """One answer of a `Generation`, which is one row of the batch.
+
+    Attributes:
+        job: The request.
+        index: Its name in events.
+        generator: Source of its random numbers; None if it takes the likeliest tokens.
+        num_tokens: Tokens generated so far.
+        last_token: The last of them, which the row reads next.
+    """
+
+    job: Generation
+    index: int
+    generator: torch.Generator | None
+    num_tokens: int = 0
+    last_token: int = 0
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody needs more of it."""
+        return self.job.is_cancelled or self.index in self.job.cancelled_choices
+
+
+def choices_of(job: Generation, device: torch.device) -> list[Choice]:
+    """The answers that a job asks for, each with a source of random numbers of its own.
+
+    Example:
+        >>> job = Generation(tokens=[1], deliver=print, max_tokens=1, choices=(0, 1), seed=7)
+        >>> [choice.index for choice in choices_of(job, torch.device("cpu"))]
+        [0, 1]
+    """
+    if job.sampling.temperature == 0:
+        return [Choice(job, index, None) for index in job.choices]
+    first = secrets.randbits(62) if job.seed is None else job.seed
+    return [
+        Choice(job, index, torch.Generator(device).manual_seed((first + place) % 2**63))
+        for place, index in enumerate(job.choices)
+    ]
+
+
+def next_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
+    """The next token of each row.
+
+    A row gets what `ovq.hf.streaming.stream_tokens` would give it with the same generator: what the other
+    rows of the batch are has no influence.
+
+    Args:
+        logits: `[B, vocab_size]`.
+        choices: The answers that the rows belong to.
+
+    Example:
+        >>> job = Generation(tokens=[1], deliver=print, max_tokens=1)
+        >>> next_tokens(torch.tensor([[0.0, 2.0, 1.0]]), choices_of(job, torch.device("cpu")))
+        [1]
+    """
+    logits = logits.float()
+    tokens = logits.argmax(-1)
+    by_sampling: dict[Sampling, list[int]] = {}
+    for row, choice in enumerate(choices):
+        if choice.generator is not None:
+            by_sampling.setdefault(choice.job.sampling, []).append(row)
+    for sampling, rows in by_sampling.items():
+        scores = logits[rows]
+        # None of the processors used here looks at the tokens before.
+        no_tokens = torch.empty(len(rows), 0, dtype=torch.int64, device=logits.device)
+        scores = sampling.processors()(no_tokens, scores)  # type: ignore[arg-type]  # asks for a LongTensor
+        for row, probabilities in zip(rows, scores.softmax(-1), strict=True):
+            tokens[row] = torch.multinomial(probabilities, 1, generator=choices[row].generator)[0]
+    return tokens.tolist()
+
+
+def token_logprobs(
+    logits: Tensor, choices: Sequence[Choice], tokens: Sequence[int]
+) -> list[TokenLogprobs | None]:
+    """The logarithms of probabilities that the requests of the rows ask for.
+
+    Args:
+        logits: `[B, vocab_size]`.
+        choices: The answers that the rows belong to.
+        tokens: `[B]` tokens that were chosen.
+    """
+    found: list[TokenLogprobs | None] = [None] * len(choices)
+    rows = [row for row, choice in enumerate(choices) if choice.job.num_logprobs is not None]
+    if not rows:
+        return found
+    logprobs = logits[rows].float().log_softmax(-1)
+    for row, values in zip(rows, logprobs, strict=True):
+        top = values.topk(min(choices[row].job.num_logprobs or 0, len(values)))
+        found[row] = TokenLogprobs(
+            logprob=float(values[tokens[row]]),
+            top=list(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+        )
+    return found

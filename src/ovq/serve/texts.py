@@ -1,0 +1,190 @@
+"""Text to tokens and back, and stop sequences in what a model writes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ovq.hf.streaming import TextStream
+from ovq.serve.errors import bad_request
+
+
+class AnyTextStream(Protocol):
+    """The text of tokens that arrive one by one."""
+
+    def push(self, token: int) -> str:
+        """The text that is certain after one more token."""
+
+    def finish(self) -> str:
+        """The text that was held back."""
+
+
+class IdStream:
+    """The stream of a model without tokenizer: ids, with spaces between them.
+
+    Example:
+        >>> stream = IdStream()
+        >>> stream.push(12), stream.push(7), stream.finish()
+        ('12', ' 7', '')
+    """
+
+    def __init__(self) -> None:
+        self._separator = ""
+
+    def push(self, token: int) -> str:
+        """See `AnyTextStream.push`."""
+        text, self._separator = f"{self._separator}{token}", " "
+        return text
+
+    def finish(self) -> str:
+        """See `AnyTextStream.finish`."""
+        return ""
+
+
+class Texts:
+    """The tokenizer of a model, for the threads of a server; without one, text is token ids: `"12 7 33"`.
+
+    Args:
+        tokenizer: One of transformers, or None.
+        vocab_size: Token ids must be smaller.
+
+    Example:
+        >>> Texts(None, vocab_size=50).encode("12 7", param="prompt", is_start=True)
+        [12, 7]
+    """
+
+    def __init__(self, tokenizer: Any | None, *, vocab_size: int) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
+        # The tokenizers of transformers refuse to encode in two threads at a time.
+        self._lock = threading.Lock()
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be turned into a prompt."""
+        return self._tokenizer is not None and bool(self._tokenizer.chat_template)
+
+    def encode(self, text: str, *, param: str, is_start: bool) -> list[int]:
+        """The tokens of a text.
+
+        Args:
+            text: The text.
+            param: The field of the request that it comes from, for errors.
+            is_start: Whether a text begins here, so that the tokenizer marks its beginning.
+
+        Raises:
+            APIError: If there is no token, or one that the model does not know.
+        """
+        if self._tokenizer is None:
+            words = text.split()
+            if not all(word.isascii() and word.isdecimal() and len(word) < 19 for word in words):
+                raise bad_request(
+                    f"{param}: expected token ids such as '12 7 33' (the model has no tokenizer), "
+                    f"found {text[:80]!r}",
+                    param=param,
+                )
+            return self.checked([int(word) for word in words], param=param)
+        with self._lock:
+            # Not verbose: models here may read more tokens than the tokenizer expects.
+            found = self._tokenizer(text, add_special_tokens=is_start, verbose=False)
+        return self.checked(found["input_ids"], param=param)
+
+    def checked(self, ids: Sequence[int], *, param: str) -> list[int]:
+        """Token ids that came as such, or were made from text.
+
+        Raises:
+            APIError: If there is none, or one that the model does not know.
+        """
+        if not ids:
+            raise bad_request(f"{param}: expected at least one token, found none", param=param)
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            raise bad_request(
+                f"{param}: expected token ids from 0 to {self._vocab_size - 1}, "
+                f"found {min(ids)} to {max(ids)}",
+                param=param,
+            )
+        return list(ids)
+
+    def chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """The prompt that the model's chat template makes of messages, up to where the answer begins.
+
+        Raises:
+            APIError: If there is no template, or it refuses these messages.
+        """
+        if self._tokenizer is None or not self.has_chat_template:
+            found = "no tokenizer" if self._tokenizer is None else "a tokenizer without one"
+            raise bad_request(
+                f"messages: expected a model whose tokenizer has a chat template, found {found}: "
+                "use /v1/completions",
+                param="messages",
+                code="no_chat_template",
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:
+            # Templates are programs, which refuse by any exception.
+            raise bad_request(
+                f"messages: expected what the model's chat template takes, found otherwise ({error})",
+                param="messages",
+            ) from error
+        # A template marks the beginning by itself.
+        return self.encode(text, param="messages", is_start=False)
+
+    def stream(self, prompt: Sequence[int]) -> AnyTextStream:
+        """The text of the tokens that follow a prompt."""
+        return IdStream() if self._tokenizer is None else TextStream(self._tokenizer, prompt=prompt)
+
+    def token_text(self, token: int) -> str:
+        """A token as text; parts of a character are replacement characters."""
+        return str(token) if self._tokenizer is None else self._tokenizer.decode([token])
+
+
+class StopSequences:
+    """Lets text through up to the first of some sequences; what may become one of them is held back.
+
+    Args:
+        sequences: The sequences, none of them empty.
+
+    Attributes:
+        is_stopped: Whether one of them has come.
+
+    Example:
+        >>> stops = StopSequences(["end"])
+        >>> stops.push("the e"), stops.push("ve"), stops.push(" is the e"), stops.push("nd of")
+        ('the ', 'eve', ' is the ', '')
+        >>> stops.is_stopped
+        True
+    """
+
+    def __init__(self, sequences: Sequence[str]) -> None:
+        self._sequences = [sequence for sequence in sequences if sequence]
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that may be shown after more has come."""
+        if not self._sequences or self.is_stopped:
+            return "" if self.is_stopped else text
+        whole = self._held + text
+        places = [place for sequence in self._sequences if (place := whole.find(sequence)) >= 0]
+        if places:
+            self.is_stopped, self._held = True, ""
+            return whole[: min(places)]
+        longest = max(map(len, self._sequences)) - 1
+        num_held = next(
+            (
+                n
+                for n in range(min(longest, len(whole)), 0, -1)
+                if any(sequence.startswith(whole[-n:]) for sequence in self._sequences)
+            ),
+            0,
+        )
+        self._held = whole[len(whole) - num_held :]
+        return whole[: len(whole) - num_held]
+
+    def finish(self) -> str:
+        """What was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return held

@@ -1,0 +1,236 @@
+"""Continuous batching without a network: whoever joins and leaves, each answer is what it would be alone."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ovq.hf import build_context
+from ovq.hf.streaming import Sampling
+from ovq.serve.jobs import ContextEvent, FailEvent, FinishEvent, Generation, Reading, TokenEvent
+from ovq.serve.limits import Limits
+from ovq.serve.model import ServedModel
+from ovq.serve.scheduler import Scheduler
+from tests.hf.common import BASELINES, make_model, random_ids
+from tests.serve.common import greedy, sampled
+
+MODELS = {"ovq": make_model(), "baselines": make_model(**BASELINES)}
+PROMPTS = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 5, 9, 23)]
+DOCUMENT = random_ids(1, 61, seed=3)[0].tolist()
+NUM_TOKENS = 14
+
+
+@functools.cache
+def expected_of(place, is_after=False, name="ovq"):
+    """What `generate` gives after one of the prompts, alone."""
+    return greedy(MODELS[name], PROMPTS[place], NUM_TOKENS, before=DOCUMENT if is_after else ())
+
+
+@functools.cache
+def context_of(name="ovq"):
+    return build_context(MODELS[name], DOCUMENT)
+
+
+class Log:
+    """The events of a job."""
+
+    def __init__(self):
+        self.events = []
+
+    def __call__(self, events):
+        self.events += events
+
+    def tokens(self, choice=0):
+        return [e.token for e in self.events if isinstance(e, TokenEvent) and e.choice == choice]
+
+
+def run(scheduler):
+    while scheduler.step():
+        pass
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=4)
+@given(data=st.data())
+def test_answers_do_not_depend_on_who_else_is_served(name, data):
+    limits = Limits(max_rows=data.draw(st.integers(1, 5)), step_tokens=data.draw(st.integers(1, 30)))
+    scheduler = Scheduler(ServedModel(MODELS[name]), limits)
+    asked = []
+    for _ in range(data.draw(st.integers(1, 6))):
+        place, is_after = data.draw(st.integers(0, 3)), data.draw(st.booleans())
+        num_tokens, log = data.draw(st.integers(1, NUM_TOKENS)), Log()
+        job = Generation(
+            tokens=PROMPTS[place],
+            deliver=log,
+            max_tokens=num_tokens,
+            context=context_of(name) if is_after else None,
+        )
+        scheduler.add(job)
+        asked.append((log, expected_of(place, is_after, name)[:num_tokens]))
+        for _ in range(data.draw(st.integers(0, 5))):
+            scheduler.step()
+        if data.draw(st.booleans()):
+            gone = Generation(tokens=PROMPTS[3], deliver=print, max_tokens=NUM_TOKENS)
+            scheduler.add(gone)
+            scheduler.step()
+            gone.is_cancelled = True
+    run(scheduler)
+    for log, expected in asked:
+        assert log.tokens() == expected
+        assert log.events[-1] == FinishEvent(choice=0, reason="length")
+    assert (scheduler.num_rows, scheduler.num_waiting, scheduler.state_bytes) == (0, 0, 0)
+
+
+def test_sampled_answers_depend_on_their_seed_alone():
+    model, options = MODELS["ovq"], {"temperature": 1.3, "top_p": 0.9, "top_k": 20}
+    scheduler, logs = Scheduler(ServedModel(model), Limits()), []
+    for place, (prompt, num_choices) in enumerate(zip(PROMPTS, (1, 3, 2, 1), strict=True)):
+        logs.append(Log())
+        sampling = Sampling(**options) if place < 3 else Sampling(temperature=0.7)
+        scheduler.add(
+            Generation(
+                tokens=prompt,
+                deliver=logs[-1],
+                max_tokens=NUM_TOKENS,
+                sampling=sampling,
+                seed=40 + place,
+                choices=range(num_choices),
+            )
+        )
+        scheduler.step()
+    run(scheduler)
+    assert logs[0].tokens() == sampled(model, PROMPTS[0], NUM_TOKENS, seed=40, **options)
+    for choice in range(3):
+        # Each choice has a seed of its own.
+        expected = sampled(model, PROMPTS[1], NUM_TOKENS, seed=41 + choice, **options)
+        assert logs[1].tokens(choice) == expected
+    assert logs[2].tokens(1) == sampled(model, PROMPTS[2], NUM_TOKENS, seed=43, **options)
+    assert logs[3].tokens() == sampled(model, PROMPTS[3], NUM_TOKENS, seed=43, temperature=0.7)
+    assert len({tuple(logs[1].tokens(choice)) for choice in range(3)}) == 3
+
+
+def test_without_a_seed_answers_differ():
+    log = Log()
+    scheduler = Scheduler(ServedModel(MODELS["ovq"]), Limits())
+    sampling = Sampling(temperature=1.0)
+    scheduler.add(
+        Generation(tokens=[1], deliver=log, max_tokens=NUM_TOKENS, sampling=sampling, choices=(0, 1))
+    )
+    run(scheduler)
+    assert log.tokens(0) != log.tokens(1)
+
+
+def test_an_end_token_ends_an_answer_and_is_told_apart():
+    expected = expected_of(2)
+    end = next(token for token in expected[2:] if expected.index(token) >= 2)
+    scheduler, log = Scheduler(ServedModel(MODELS["ovq"]), Limits()), Log()
+    scheduler.add(
+        Generation(tokens=PROMPTS[2], deliver=log, max_tokens=NUM_TOKENS, ends=frozenset({end, 1000}))
+    )
+    run(scheduler)
+    assert log.tokens() == expected[: expected.index(end) + 1]
+    assert [e.is_end for e in log.events[:-1]] == [False] * (len(log.events) - 2) + [True]
+    assert log.events[-1] == FinishEvent(choice=0, reason="stop")
+
+
+@torch.no_grad()
+def test_logprobs_are_those_of_the_model():
+    model, log = MODELS["ovq"], Log()
+    scheduler = Scheduler(ServedModel(model), Limits())
+    sampling = Sampling(temperature=0.5, top_k=2)
+    scheduler.add(
+        Generation(tokens=PROMPTS[2], deliver=log, max_tokens=6, sampling=sampling, seed=1, num_logprobs=3)
+    )
+    scheduler.add(Generation(tokens=PROMPTS[1], deliver=print, max_tokens=3))
+    run(scheduler)
+    text = torch.tensor([PROMPTS[2] + log.tokens()])
+    # Before temperature and top-k.
+    expected = model(text, use_cache=False).logits[0].float().log_softmax(-1)
+    for step, event in enumerate(log.events[:-1]):
+        row = expected[len(PROMPTS[2]) - 1 + step]
+        assert event.logprobs.logprob == pytest.approx(float(row[event.token]), abs=1e-5)
+        assert [token for token, _ in event.logprobs.top] == row.topk(3).indices.tolist()
+        assert [p for _, p in event.logprobs.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-5)
+
+
+def test_a_long_document_does_not_hold_up_answers():
+    scheduler = Scheduler(ServedModel(MODELS["ovq"]), Limits(step_tokens=4))
+    document, short, running = Log(), Log(), Log()
+    scheduler.add(Generation(tokens=PROMPTS[1], deliver=running, max_tokens=NUM_TOKENS))
+    scheduler.step(), scheduler.step()
+    before = len(running.tokens())
+    scheduler.add(Reading(tokens=DOCUMENT, deliver=document))
+    scheduler.add(Generation(tokens=PROMPTS[0], deliver=short, max_tokens=3))
+    for step in range(5):
+        scheduler.step()
+        assert len(running.tokens()) == before + step + 1
+    assert len(short.tokens()) == 3
+    assert not document.events
+    run(scheduler)
+    (event,) = document.events
+    assert isinstance(event, ContextEvent)
+    assert event.context.num_tokens == len(DOCUMENT)
+    log = Log()
+    scheduler.add(Generation(tokens=PROMPTS[3], deliver=log, max_tokens=NUM_TOKENS, context=event.context))
+    run(scheduler)
+    assert log.tokens() == expected_of(3, True)
+
+
+def test_rows_are_never_more_than_allowed_and_the_first_to_come_is_the_first_served():
+    scheduler = Scheduler(ServedModel(MODELS["ovq"]), Limits(max_rows=3))
+    logs = [Log() for _ in range(4)]
+    for log, num_choices in zip(logs, (2, 2, 1, 3), strict=True):
+        scheduler.add(Generation(tokens=PROMPTS[1], deliver=log, max_tokens=4, choices=range(num_choices)))
+    first_seen = []
+    while scheduler.step():
+        assert scheduler.num_rows <= 3
+        first_seen += [i for i, log in enumerate(logs) if log.events and i not in first_seen]
+    assert first_seen == [0, 1, 2, 3]
+    for log in logs:
+        assert log.tokens() == expected_of(1)[:4]
+
+
+class Faulty(ServedModel):
+    """A model that fails at a token."""
+
+    def start(self, context):
+        rows, fault = super().start(context), self.fault
+        read = type(rows).read
+
+        class Rows(type(rows)):
+            def read(self, tokens):
+                if fault in torch.as_tensor(tokens):
+                    raise RuntimeError("out of memory")
+                return read(self, tokens)
+
+        rows.__class__ = Rows
+        return rows
+
+
+def test_a_prompt_that_fails_fails_alone():
+    served = Faulty(MODELS["ovq"])
+    served.fault = 47
+    scheduler, good, bad = Scheduler(served, Limits()), Log(), Log()
+    scheduler.add(Generation(tokens=PROMPTS[2], deliver=good, max_tokens=5))
+    scheduler.step()
+    scheduler.add(Generation(tokens=[1, 47], deliver=bad, max_tokens=5))
+    run(scheduler)
+    assert [type(event) for event in bad.events] == [FailEvent]
+    assert good.tokens() == expected_of(2)[:5]
+    assert scheduler.num_rows == 0
+
+
+def test_after_a_step_that_fails_others_are_served():
+    served = Faulty(MODELS["ovq"])
+    served.fault = expected_of(2)[0]
+    scheduler, bad, good = Scheduler(served, Limits()), Log(), Log()
+    scheduler.add(Generation(tokens=PROMPTS[2], deliver=bad, max_tokens=5))
+    run(scheduler)
+    assert isinstance(bad.events[-1], FailEvent)
+    assert (scheduler.num_rows, scheduler.counts.failed) == (0, 1)
+    served.fault = 1000
+    scheduler.add(Generation(tokens=PROMPTS[2], deliver=good, max_tokens=5))
+    run(scheduler)
+    assert good.tokens() == expected_of(2)[:5]

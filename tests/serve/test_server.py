@@ -1,0 +1,428 @@
+"""The server as its users meet it: OpenAI's own client, many at once, over real connections."""
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+
+from ovq.hf import build_context, save_context
+from ovq.hf.streaming import stream_text
+from ovq.serve.limits import Limits
+from tests.hf.common import BASELINES, make_model, random_ids
+from tests.serve.common import greedy, greedy_batch, reading_service, running, sampled, text_service, until
+
+PROMPTS = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 5, 9, 23)]
+DOCUMENT = random_ids(1, 61, seed=3)[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    """A server of a model that reads token ids."""
+    with running(reading_service()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def text():
+    """A server of a model that reads text."""
+    with running(text_service()) as server:
+        yield server
+
+
+def client_of(server, **options):
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, **options)
+
+
+def complete(server, prompt, **options):
+    options = {"max_tokens": 12, "temperature": 0, **options}
+    return client_of(server).completions.create(model=server.service.name, prompt=prompt, **options)
+
+
+def answer_tokens(answer):
+    return [[int(word) for word in choice.text.split()] for choice in answer.choices]
+
+
+def is_idle(server):
+    engine = server.service.engine
+    return (engine.scheduler.num_rows, engine.num_waiting, engine.scheduler.state_bytes) == (0, 0, 0)
+
+
+def test_the_models_that_there_are(ids):
+    client = client_of(ids)
+    assert [model.id for model in client.models.list()] == ["ids"]
+    assert client.models.retrieve("ids").object == "model"
+    with pytest.raises(
+        openai.NotFoundError, match="model: expected 'ids', which is served here, found 'gpt'"
+    ):
+        client.models.retrieve("gpt")
+    assert httpx.get(f"{ids.url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("changes", [{}, BASELINES], ids=["ovq", "baselines"])
+def test_32_clients_at_once_get_what_generate_gives(changes, ids):
+    model = ids.service.model if not changes else make_model(**changes)
+    prompts = [random_ids(1, 1 + 3 * n % 17, seed=n)[0].tolist() for n in range(32)]
+    sizes = [1 + 5 * n % 13 for n in range(32)]
+    with running(reading_service(**changes)) as server, concurrent.futures.ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda p, n: complete(server, p, max_tokens=n), prompts, sizes))
+        assert is_idle(server)
+    expected = greedy_batch(model, prompts, max(sizes))
+    for answer, prompt, size, tokens in zip(answers, prompts, sizes, expected, strict=True):
+        assert answer_tokens(answer) == [tokens[:size]]
+        assert answer.choices[0].finish_reason == "length"
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), size)
+
+
+def test_several_prompts_and_several_answers(ids):
+    model, options = ids.service.model, {"temperature": 1.2, "top_p": 0.9}
+    answer = complete(ids, PROMPTS[1:3], n=2, seed=5, max_tokens=6, **options)
+    expected = [sampled(model, p, 6, seed=seed, **options) for p in PROMPTS[1:3] for seed in (5, 6)]
+    assert answer_tokens(answer) == expected
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.usage.prompt_tokens == len(PROMPTS[1]) + len(PROMPTS[2])
+    words = " ".join(map(str, PROMPTS[1]))
+    assert answer_tokens(complete(ids, [words])) == [greedy(model, PROMPTS[1], 12)]
+    extra = {"top_k": 1}
+    assert answer_tokens(complete(ids, words, temperature=1, extra_body=extra)) == [
+        greedy(model, PROMPTS[1], 12)
+    ]
+
+
+def test_a_stream_is_the_whole_in_pieces(text):
+    options = {"prompt": "Say it", "max_tokens": 20, "n": 2, "temperature": 0.8, "seed": 3}
+    whole = complete(text, **options)
+    texts, reasons, usage = ["", ""], [None, None], None
+    for chunk in complete(text, **options, stream=True, stream_options={"include_usage": True}):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+        usage = chunk.usage or usage
+    assert texts == [choice.text for choice in whole.choices]
+    assert reasons == ["length", "length"]
+    assert usage == whole.usage
+    tokens = sampled(text.service.model, list(b"Say it"), 20, seed=4, temperature=0.8)
+    assert texts[1] == "".join(stream_text(tokens, text.service.texts._tokenizer, prompt=list(b"Say it")))
+    assert texts[0] != texts[1]
+
+
+def test_chats(text):
+    client = client_of(text)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "a slot?"}],
+        },
+    ]
+    create = functools.partial(
+        client.chat.completions.create, model="text", messages=messages, max_tokens=9, temperature=0
+    )
+    answer = create(logprobs=True, top_logprobs=2)
+    rendered = "system: Be brief.\nuser: What is a slot?\nassistant:"
+    assert answer.choices[0].message.content == complete(text, rendered, max_tokens=9).choices[0].text
+    assert answer.choices[0].message.role == "assistant"
+    assert answer.usage.prompt_tokens == len(rendered)
+    assert len(answer.choices[0].logprobs.content) == 9
+    assert all(one.logprob == one.top_logprobs[0].logprob for one in answer.choices[0].logprobs.content)
+    with create(stream=True) as chunks:
+        deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == answer.choices[0].message.content
+    assert create(max_tokens=None, max_completion_tokens=3).usage.completion_tokens == 3
+
+
+def test_a_chat_without_a_template_is_refused(ids):
+    with pytest.raises(openai.BadRequestError, match="has a chat template, found no tokenizer: use /v1/comp"):
+        client_of(ids).chat.completions.create(model="ids", messages=[{"role": "user", "content": "1"}])
+
+
+def test_stop_sequences_end_an_answer_and_are_not_shown(ids):
+    tokens = greedy(ids.service.model, PROMPTS[1], 12)
+    stop = f" {tokens[4]} {tokens[5]}"
+    shown = " ".join(map(str, tokens)).partition(stop)[0]
+    assert 0 < len(shown.split()) <= 4
+    for is_stream in (False, True):
+        answer = complete(ids, PROMPTS[1], stop=["nowhere", stop], max_tokens=4000, stream=is_stream)
+        chunks = list(answer) if is_stream else [answer]
+        assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == shown
+        assert chunks[-1].choices[0].finish_reason == "stop"
+    assert answer is not None
+    until(lambda: is_idle(ids))
+
+
+def test_an_end_token_ends_an_answer_unless_it_is_ignored(text):
+    model = text.service.model
+    tokens = greedy(model, list(b"abc"), 30)
+    end = next(token for token in tokens[3:] if tokens.index(token) >= 3)
+    model.generation_config.eos_token_id = [end, 256]
+    try:
+        answer = complete(text, "abc", max_tokens=30)
+        ignoring = complete(text, "abc", max_tokens=30, extra_body={"ignore_eos": True})
+    finally:
+        model.generation_config.eos_token_id = None
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.completion_tokens == tokens.index(end) + 1
+    assert (ignoring.choices[0].finish_reason, ignoring.usage.completion_tokens) == ("length", 30)
+
+
+def test_logprobs_of_completions(ids):
+    found = complete(ids, PROMPTS[1], max_tokens=4, logprobs=2).choices[0]
+    assert found.logprobs.tokens == found.text.split()
+    assert [max(top.values()) for top in found.logprobs.top_logprobs] == found.logprobs.token_logprobs
+    assert all(len(top) == 2 for top in found.logprobs.top_logprobs)
+    with torch.no_grad():
+        expected = ids.service.model(torch.tensor([PROMPTS[1]])).logits[0, -1].log_softmax(-1).max()
+    assert found.logprobs.token_logprobs[0] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_contexts_are_built_uploaded_shared_and_forgotten(ids, tmp_path):
+    model, client = ids.service.model, client_of(ids)
+    save_context(build_context(model, DOCUMENT), tmp_path / "book.ctx")
+    built = client.post("/contexts", body={"name": "built", "token_ids": DOCUMENT}, cast_to=object)
+    words = " ".join(map(str, DOCUMENT))
+    client.post("/contexts", body={"name": "words", "text": words}, cast_to=object)
+    upload = {"params": {"name": "up"}, "headers": {"Content-Type": "application/octet-stream"}}
+    url = f"{ids.url}/v1/contexts"
+    uploaded = httpx.post(url, content=(tmp_path / "book.ctx").read_bytes(), **upload)
+    assert uploaded.status_code == 201
+    assert uploaded.json() == {**built, "id": "up", "created": uploaded.json()["created"]}
+    assert [entry["id"] for entry in httpx.get(url).json()["data"]] == ["built", "up", "words"]
+    assert httpx.get(f"{url}/up").json()["num_tokens"] == len(DOCUMENT)
+
+    asked = [(name, place) for name in ("built", "up", "words") for place in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda a: complete(ids, PROMPTS[a[1]], extra_body={"context": a[0]}), asked))
+    for answer, (_, place) in zip(answers, asked, strict=True):
+        assert answer_tokens(answer) == [greedy(model, PROMPTS[place], 12, before=DOCUMENT)]
+        assert answer.usage.context_tokens == len(DOCUMENT)
+        assert answer.usage.prompt_tokens == len(PROMPTS[place])
+
+    again = httpx.post(url, content=b"", **upload)
+    assert (again.status_code, again.json()["error"]["code"]) == (409, "context_exists")
+    # It goes on, although the name is given up meanwhile.
+    chunks = complete(ids, PROMPTS[0], stream=True, max_tokens=60, extra_body={"context": "up"})
+    next(chunks)
+    for name in ("up", "built", "words"):
+        assert httpx.delete(f"{url}/{name}").json() == {"id": name, "object": "context", "deleted": True}
+    assert sum(len(chunk.choices) for chunk in chunks) > 30
+    with pytest.raises(openai.NotFoundError, match=r"context: expected one of \[\], found 'up'"):
+        complete(ids, PROMPTS[0], extra_body={"context": "up"})
+    assert httpx.delete(f"{url}/up").status_code == 404
+
+
+def test_what_is_no_context_of_the_model_is_refused_and_leaves_nothing(ids, tmp_path):
+    url, headers = f"{ids.url}/v1/contexts", {"Content-Type": "application/octet-stream"}
+    save_context(build_context(make_model(1), DOCUMENT), tmp_path / "other.ctx")
+    other = (tmp_path / "other.ctx").read_bytes()
+    for content, expected in (
+        (other, "found one of other weights"),
+        (other[:-9], "damaged or foreign"),
+        (b"\x80\x04\x95 a pickle", "damaged or foreign"),
+        (b"", "damaged or foreign"),
+    ):
+        answer = httpx.post(url, params={"name": "bad"}, content=content, headers=headers)
+        message = answer.json()["error"]["message"]
+        assert answer.status_code == 400
+        assert message.startswith("context 'bad': expected a ")
+        assert expected in message
+        # Where uploads are kept meanwhile concerns nobody.
+        assert "/" not in message.replace("and/or", "")
+    for name in ("", "../../etc/passwd", "a/b", "/tmp/x", "a" * 65, ".hidden"):
+        assert httpx.post(url, params={"name": name}, content=other, headers=headers).status_code == 400
+        built = httpx.post(url, json={"name": name, "token_ids": [1]})
+        assert (built.status_code, built.json()["error"]["param"]) == (400, "name")
+    for body in ({"name": "x"}, {"name": "x", "text": "1", "token_ids": [1]}, {"name": "x", "token_ids": []}):
+        assert httpx.post(url, json=body).status_code == 400
+    assert httpx.get(url).json()["data"] == []
+    assert httpx.post(url, json={"name": "x", "token_ids": [1]}).status_code == 201
+    assert httpx.delete(f"{url}/x").status_code == 200
+
+
+BAD = [
+    ({"model": "other"}, 404, "model: expected 'ids'"),
+    ({"prompt": None}, 400, "prompt: expected text, a list of token ids, or a list of either, found"),
+    ({"prompt": [1, "2"]}, 400, "prompt: expected text, a list of token ids"),
+    ({"prompt": []}, 400, "prompt: expected at least one token, found none"),
+    ({"prompt": ""}, 400, "prompt: expected at least one token, found none"),
+    ({"prompt": "12 x"}, 400, "prompt: expected token ids such as '12 7 33' (the model has no tokenizer)"),
+    ({"prompt": [1, 48]}, 400, "prompt: expected token ids from 0 to 47, found 1 to 48"),
+    ({"prompt": [-1]}, 400, "prompt: expected token ids from 0 to 47, found -1 to -1"),
+    ({"prompt": [[1]] * 300}, 400, "prompt: expected at most 256 prompts, found 300"),
+    ({"max_tokens": 0}, 400, "max_tokens: expected greater than or equal to 1, found 0"),
+    ({"max_tokens": 5000}, 400, "max_tokens: expected at most 4096, found 5000"),
+    ({"max_tokens": "5"}, 400, "max_tokens: expected a valid integer, found '5'"),
+    ({"n": 33}, 400, "n: expected at most 32, found 33"),
+    ({"temperature": -1}, 400, "temperature: expected greater than or equal to 0, found -1"),
+    ({"temperature": 1e999}, 400, "expected a body of JSON, found otherwise"),
+    ({"top_p": 0}, 400, "top_p: expected greater than 0, found 0"),
+    ({"echo": True}, 400, "echo: expected False, as nothing else is supported, found True"),
+    ({"best_of": 3}, 400, "best_of: expected 1, as nothing else is supported, found 3"),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty: expected 0, as nothing else is supported"),
+    ({"temprature": 1}, 400, "temprature: expected fields of this request, found an unknown one"),
+    ({"logprobs": 21}, 400, "logprobs: expected less than or equal to 20, found 21"),
+    ({"stop": [""]}, 400, "stop: expected at most 16 sequences, none of them empty"),
+    ({"context": "no"}, 404, "context: expected one of [], found 'no'"),
+    ({"context": "../x"}, 400, "context: expected "),
+]
+
+
+@pytest.mark.parametrize(("changes", "status", "expected"), BAD, ids=[str(row[0])[:30] for row in BAD])
+def test_what_cannot_be_answered_is_refused_in_openai_s_form(ids, changes, status, expected):
+    body = json.dumps({"model": "ids", "prompt": [1], "max_tokens": 2, **changes})
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{ids.url}/v1/completions", content=body, headers=headers)
+    assert answer.status_code == status
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert answer.json()["error"]["message"].startswith(expected)
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_fields_that_change_nothing_are_taken(ids):
+    neutral = {"best_of": 1, "echo": False, "presence_penalty": 0, "logit_bias": None, "suffix": None}
+    answer = complete(ids, PROMPTS[1], user="me", extra_body=neutral, max_tokens=2)
+    assert answer_tokens(answer) == [greedy(ids.service.model, PROMPTS[1], 2)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([], "messages: expected at least 1 item"),
+        ([{"role": "tool", "content": "x"}], "messages.0.role: expected 'system', 'developer', 'user' or"),
+        ([{"role": "user", "content": 3}], "messages.0.content: expected text or a list of parts"),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
+                }
+            ],
+            "messages.0.content: expected text or a list of parts of the type 'text', found something else",
+        ),
+    ],
+    ids=["none", "tool", "number", "image"],
+)
+def test_messages_that_cannot_be_read(text, messages, expected):
+    answer = httpx.post(f"{text.url}/v1/chat/completions", json={"model": "text", "messages": messages})
+    assert answer.status_code == 400
+    assert expected in answer.json()["error"]["message"]
+
+
+def test_routes_and_methods_there_are_not(ids):
+    for method, path, status in (("GET", "/v1/nothing", 404), ("DELETE", "/v1/completions", 405)):
+        answer = httpx.request(method, ids.url + path)
+        assert answer.status_code == status
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_clients_that_are_killed_leave_nothing(ids, is_stream):
+    """Eight of them, some answered already and some waiting for their turn."""
+    body = {"model": "ids", "prompt": [1], "max_tokens": 4000, "ignore_eos": True, "n": 8}
+    cancelled = ids.service.engine.scheduler.counts.cancelled
+    num_tasks = ids.num_tasks
+    clients = [httpx.Client(timeout=0.5) for _ in range(8)]
+
+    def ask(client):
+        with (
+            contextlib.suppress(httpx.TimeoutException),
+            client.stream("POST", f"{ids.url}/v1/completions", json=body | {"stream": is_stream}) as answer,
+        ):
+            next(answer.iter_lines())
+            time.sleep(0.2)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, clients))
+    for client in clients:
+        client.close()
+    until(lambda: is_idle(ids))
+    assert ids.service.engine.scheduler.counts.cancelled == cancelled + 8
+    until(lambda: ids.num_tasks <= num_tasks)
+    assert answer_tokens(complete(ids, PROMPTS[1])) == [greedy(ids.service.model, PROMPTS[1], 12)]
+
+
+def test_metrics(ids):
+    complete(ids, PROMPTS[1], max_tokens=3)
+    httpx.get(f"{ids.url}/v1/contexts/none")
+    lines = httpx.get(f"{ids.url}/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    counts = ids.service.engine.scheduler.counts
+    assert float(values["ovq_generated_tokens_total"]) == counts.generated_tokens > 0
+    assert float(values["ovq_rows_running"]) == float(values["ovq_state_bytes"]) == 0
+    assert float(values['ovq_requests_total{route="/v1/completions",status="200"}']) > 0
+    # A name that a client makes up is no label.
+    assert float(values['ovq_requests_total{route="/v1/contexts/{name}",status="404"}']) > 0
+    assert float(values["ovq_first_token_seconds_count"]) > 0
+    assert float(values["process_resident_memory_bytes"]) > 0
+
+
+def test_a_full_queue_and_a_long_wait(monkeypatch):
+    limits = Limits(max_rows=1, max_queue=1, request_seconds=1.5, max_body_bytes=3000)
+    with running(reading_service(limits=limits)) as server:
+        body = {"model": "ids", "prompt": [1], "max_tokens": 4000, "ignore_eos": True, "stream": True}
+        ask = functools.partial(httpx.stream, "POST", f"{server.url}/v1/completions", timeout=20)
+        with ask(json=body) as first:
+            lines = first.iter_lines()
+            next(lines)
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                second = pool.submit(complete, server, [1], max_tokens=4000)
+                until(lambda: server.service.engine.num_waiting == 1)
+                with pytest.raises(openai.RateLimitError, match="at most 1 waiting prompts, found 2") as full:
+                    complete(server, [1])
+                assert full.value.response.headers["x-should-retry"] == "true"
+                assert full.value.code == "queue_full"
+                with pytest.raises(
+                    openai.InternalServerError, match=r"not complete after 1\.5 seconds"
+                ) as late:
+                    second.result()
+            assert late.value.response.status_code == 504
+            assert late.value.response.headers["x-should-retry"] == "false"
+            # A stream has begun with 200, so the error is its last event.
+            assert '"code":"timeout"' in [line for line in lines if line][-1]
+        until(lambda: is_idle(server))
+        assert complete(server, [1], max_tokens=2).usage.completion_tokens == 2
+        with pytest.raises(openai.APIStatusError, match="a body of at most 3000 bytes") as large:
+            complete(server, [1] * 2000)
+        assert large.value.status_code == 413
+        chunked = httpx.post(
+            f"{server.url}/v1/completions",
+            content=(b" " * 1000 for _ in range(5)),
+            headers={"Content-Type": "application/json"},
+        )
+        assert chunked.status_code == 413
+
+
+def test_a_fault_is_answered_and_others_are_served(monkeypatch):
+    with running(reading_service()) as server:
+        rows = server.service.engine.scheduler._model
+        start = rows.start
+
+        def failing(context):
+            raise RuntimeError("a secret of the machine")
+
+        monkeypatch.setattr(rows, "start", failing)
+        with pytest.raises(openai.InternalServerError, match="the server failed, see its log") as failed:
+            complete(server, [1])
+        assert "secret" not in str(failed.value)
+        monkeypatch.setattr(rows, "start", start)
+        assert complete(server, [1], max_tokens=2).usage.completion_tokens == 2
+
+
+def test_a_server_that_ends_answers_what_it_has_begun():
+    with running(reading_service()) as server:
+        model = server.service.model
+        chunks = complete(server, PROMPTS[1], max_tokens=60, stream=True)
+        texts = [next(chunks).choices[0].text]
+        server.should_exit = True
+        texts += [chunk.choices[0].text for chunk in chunks]
+        assert [int(word) for word in "".join(texts).split()] == greedy(model, PROMPTS[1], 60)
+        server.thread.join(20)
+        assert not server.thread.is_alive()
+        assert not server.service.engine.is_running
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/health")
