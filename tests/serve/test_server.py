@@ -198,8 +198,9 @@ def test_contexts_are_built_uploaded_shared_and_forgotten(ids, tmp_path):
     asked = [(name, place) for name in ("built", "up", "words") for place in range(4)]
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda a: complete(ids, PROMPTS[a[1]], extra_body={"context": a[0]}), asked))
+    expected = [greedy(model, prompt, 12, before=DOCUMENT) for prompt in PROMPTS]
     for answer, (_, place) in zip(answers, asked, strict=True):
-        assert answer_tokens(answer) == [greedy(model, PROMPTS[place], 12, before=DOCUMENT)]
+        assert answer_tokens(answer) == [expected[place]]
         assert answer.usage.context_tokens == len(DOCUMENT)
         assert answer.usage.prompt_tokens == len(PROMPTS[place])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
     from ovq.serve.app import Service
-    from ovq.serve.limits import Limits
 
 _KEY_VARIABLE = "OVQ_API_KEY"
 _MIB = 2**20
@@ -79,11 +79,8 @@ def serve(
     key = _api_key(api_key_file)
     _check_installed()
 
-    from transformers import set_seed
-
-    from ovq.serve.app import Service, create_app
     from ovq.serve.limits import Limits
-    from ovq.serve.server import bound, is_loopback, run, url_of
+    from ovq.serve.server import bound
 
     limits = Limits(
         max_rows=max_rows,
@@ -97,30 +94,42 @@ def serve(
         step_tokens=step_tokens,
     )
     # A port in use is found out before the model is loaded, which takes longer.
-    listener = bound(host, port)
-    set_seed(seed)
-    service = Service(
-        name=name or model.resolve().name,
-        model=load_model(model, num_slots=num_slots),
-        tokenizer=load_tokenizer(model),
-        limits=limits,
-    )
-    _add_contexts(service, files)
+    with bound(host, port) as listener:
+        from transformers import set_seed
+
+        from ovq.serve.app import Service
+
+        set_seed(seed)
+        service = Service(
+            name=name or model.resolve().name,
+            model=load_model(model, num_slots=num_slots),
+            tokenizer=load_tokenizer(model),
+            limits=limits,
+        )
+        _add_contexts(service, files)
+        _run(service, listener, host=host, key=key, shutdown_seconds=shutdown_seconds)
+
+
+def _run(
+    service: Service, listener: socket.socket, *, host: str, key: str | None, shutdown_seconds: int
+) -> None:
+    """Serve until a signal comes."""
+    from ovq.runtime.verbosity import is_verbose
+    from ovq.serve.app import create_app
+    from ovq.serve.server import is_loopback, run, url_of
+
     # Without a key, pages of other sites in a browser on this machine must be kept out in another way.
     hosts = ["localhost", "127.0.0.1", "[::1]", host] if key is None and is_loopback(host) else None
-    app = create_app(service, api_key=key, hosts=hosts)
 
     def say_ready() -> None:
-        _tell(_about(service, url_of(listener), limits, has_key=key is not None))
+        _tell(_about(service, url_of(listener), has_key=key is not None))
         if key is None and not is_loopback(host):
             _tell(f"ovq serve: warning: everyone who reaches {host} can use it; set {_KEY_VARIABLE}")
 
-    from ovq.runtime.verbosity import is_verbose
-
     run(
-        app,
+        create_app(service, api_key=key, hosts=hosts),
         listener,
-        limits=limits,
+        limits=service.limits,
         shutdown_seconds=shutdown_seconds,
         on_ready=say_ready,
         log_level="info" if is_verbose() else "warning",
@@ -176,8 +185,9 @@ def _add_contexts(service: Service, files: Sequence[tuple[str, Path]]) -> None:
             raise ValueError(f"--context: {error.message}") from error
 
 
-def _about(service: Service, url: str, limits: Limits, *, has_key: bool) -> str:
+def _about(service: Service, url: str, *, has_key: bool) -> str:
     """One line that says what is served, where, and how much of it."""
+    limits = service.limits
     contexts = ", ".join(service.contexts.names) or "none"
     return (
         f"ovq serve: {url} | model {service.name} on {service.model.device} | contexts: {contexts} | "

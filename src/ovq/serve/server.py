@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import socket
 from collections.abc import Callable
@@ -73,7 +72,7 @@ def run(
 
     Args:
         app: The application.
-        listener: From `bound`; is closed at the end.
+        listener: From `bound`.
         limits: `max_connections` matters here.
         shutdown_seconds: How long to wait for requests that are under way; a second signal ends them at once.
         on_ready: Is called once requests are answered.
@@ -87,5 +86,4 @@ def run(
         limit_concurrency=limits.max_connections,
         timeout_graceful_shutdown=shutdown_seconds,
     )
-    with contextlib.closing(listener):
-        _Server(config, on_ready).run(sockets=[listener])
+    _Server(config, on_ready).run(sockets=[listener])

@@ -153,7 +153,7 @@ class StopSequences:
     Example:
         >>> stops = StopSequences(["end"])
         >>> stops.push("the e"), stops.push("ve"), stops.push(" is the e"), stops.push("nd of")
-        ('the ', 'eve', ' is the ', '')
+        ('the ', 'ev', 'e is the ', '')
         >>> stops.is_stopped
         True
     """

@@ -1,0 +1,143 @@
+"""What is refused before a request is looked at, without a network."""
+
+import asyncio
+
+import httpx
+import pytest
+
+from ovq.serve.app import create_app
+from ovq.serve.limits import Limits
+from ovq.serve.server import bound, is_loopback, url_of
+from tests.serve.common import reading_service
+
+HOSTS = ["localhost", "127.0.0.1", "[::1]"]
+
+
+def ask(app, method, path, host="localhost", **options):
+    async def send():
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(send())
+
+
+@pytest.fixture(scope="module")
+def service():
+    return reading_service(limits=Limits(request_seconds=0.2))
+
+
+@pytest.mark.parametrize(
+    ("header", "status"),
+    [
+        (None, 401),
+        ("Bearer wrong", 401),
+        ("Bearer ", 401),
+        ("Basic secret", 401),
+        ("Bearer secre", 401),
+        ("Bearer s\xe9cret", 401),
+        ("Bearer secret", 200),
+        ("bearer secret", 200),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/contexts", "/metrics", "/openapi.json"])
+def test_a_key_is_asked_for(service, path, header, status):
+    app = create_app(service, api_key="secret")
+    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    answer = ask(app, "GET", path, headers=headers)
+    assert answer.status_code == status
+    if status == 401:
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert "secret" not in answer.text
+
+
+def test_health_needs_no_key_and_tells_whether_requests_are_answered(service):
+    answer = ask(create_app(service, api_key="secret"), "GET", "/health")
+    assert (answer.status_code, answer.json()) == (503, {"status": "stopped"})
+
+
+def test_without_an_engine_requests_are_refused(service):
+    body = {"model": "ids", "prompt": [1]}
+    answer = ask(create_app(service), "POST", "/v1/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("LOCALHOST:1", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example", 421),
+        ("evil.example:8000", 421),
+    ],
+)
+def test_pages_of_other_sites_do_not_reach_a_server_without_a_key(service, host, status):
+    """They can have a name of their own point at this machine, but cannot choose the header."""
+    assert ask(create_app(service, hosts=HOSTS), "GET", "/v1/models", host=host).status_code == status
+    assert ask(create_app(service), "GET", "/v1/models", host=host).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""]
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/contexts"])
+def test_bodies_that_browsers_send_without_asking_are_refused(service, kind, path):
+    answer = ask(create_app(service), "POST", path, content=b"{}", headers={"Content-Type": kind})
+    assert answer.status_code == 415
+    assert answer.json()["error"]["message"] == f"Content-Type: expected application/json, found {kind!r}"
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/octet-stream"])
+def test_a_body_that_never_ends_is_given_up(service, kind):
+    async def endless():
+        yield b"{"
+        await asyncio.sleep(30)
+
+    answer = ask(
+        create_app(service),
+        "POST",
+        "/v1/contexts?name=a",
+        content=endless(),
+        headers={"Content-Type": kind},
+    )
+    assert answer.status_code == 408
+    assert answer.headers.get("connection", "close") == "close"
+
+
+def test_an_upload_that_is_too_large():
+    app = create_app(reading_service(limits=Limits(max_upload_bytes=100)))
+    headers = {"Content-Type": "application/octet-stream"}
+    answer = ask(app, "POST", "/v1/contexts?name=a", content=b" " * 101, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
+
+
+def test_contexts_beyond_the_limit_are_refused():
+    service = reading_service(limits=Limits(max_contexts=1))
+    with service.contexts.reserved("a"):
+        body = {"name": "b", "token_ids": [1]}
+        answer = ask(create_app(service), "POST", "/v1/contexts", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "too_many_contexts")
+
+
+def test_addresses():
+    assert [
+        is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "a.example")
+    ] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+    with bound("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        assert url_of(listener) == f"http://127.0.0.1:{port}/v1"
+        with pytest.raises(ValueError, match=f"can listen on, found 127.0.0.1:{port}"):
+            bound("127.0.0.1", port)
+    with pytest.raises(ValueError, match=r"can listen on, found 192\.0\.2\.1:0"):
+        bound("192.0.2.1", 0)

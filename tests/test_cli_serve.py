@@ -1,0 +1,91 @@
+"""`ovq serve` from the command line."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import httpx
+import openai
+import pytest
+
+from ovq.hf import build_context, save_context
+from tests.hf.common import make_model, random_ids
+from tests.serve.common import greedy
+
+PROMPT, DOCUMENT = random_ids(1, 5, seed=1)[0].tolist(), random_ids(1, 40, seed=2)[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = make_model()
+    model.save_pretrained(folder)
+    save_context(build_context(model, DOCUMENT), folder.parent / "book.ctx")
+    return folder
+
+
+def test_a_process_serves_until_it_is_told_to_end(folder):
+    """Its line says where, its key is asked for, and after SIGTERM it answers what it has begun."""
+    command = [sys.executable, "-m", "ovq", "serve", "--model", str(folder), "--port", "0"]
+    command += ["--context", str(folder.parent / "book.ctx"), "--context", f"again={folder.parent}/book.ctx"]
+    environment = {**os.environ, "OVQ_API_KEY": "secret", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            line = next(line for line in process.stderr if line.startswith("ovq serve: "))
+            url = line.split()[2]
+            assert "| model tiny on cpu | contexts: again, book | 32 rows" in line
+            assert "key: yes" in line
+            assert "secret" not in line
+            assert httpx.get(f"{url}/models").status_code == 401
+            client = openai.OpenAI(base_url=url, api_key="secret")
+            ask = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "extra_body": {"context": "book"}}
+            chunks = client.completions.create(**ask, max_tokens=80, stream=True)
+            texts = [next(chunks).choices[0].text]
+            process.send_signal(signal.SIGTERM)
+            texts += [chunk.choices[0].text for chunk in chunks]
+            expected = greedy(make_model(), PROMPT, 80, before=DOCUMENT)
+            assert [int(word) for word in "".join(texts).split()] == expected
+            process.wait(60)
+        finally:
+            process.kill()
+        assert process.returncode in (0, -signal.SIGTERM)
+        assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--model", "{folder}/no"], "found no config.json in it"),
+        (["--context", "{folder}/no.ctx"], "--context: expected a file of ovq context build, found no file"),
+        (["--context", ".x={folder}/config.json"], "expected a name of up to 64 letters"),
+        (["--context", "a={folder}/config.json"], "config.json: expected a saved context"),
+        (["--context", "a={book}", "--context", "a={book}"], "context 'a': expected a new name"),
+        (["--api-key-file", "{folder}/empty"], "expected a key of ASCII characters without spaces"),
+        (["--timeout", "0"], "request_seconds: expected more than 0, found 0.0"),
+        (["--host", "192.0.2.1"], "can listen on, found 192.0.2.1:0"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_served_is_refused_in_one_line(folder, capsys, options, expected):
+    from ovq.cli import main
+
+    (folder / "empty").write_text("\n")
+    places = {"folder": folder, "book": folder.parent / "book.ctx"}
+    options = [option.format(**places) for option in options]
+    base = [] if "--model" in options else ["--model", str(folder)]
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "--port", "0", *base, *options])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert len(error.splitlines()) == 1
+
+
+def test_without_the_extra_it_says_what_to_install(folder, capsys, monkeypatch):
+    from ovq.cli import main
+
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit):
+        main(["serve", "--model", str(folder)])
+    assert "found no module uvicorn: pip install 'ovq[serve]'" in capsys.readouterr().err
