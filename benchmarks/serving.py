@@ -88,6 +88,10 @@ class Clients:
             async for _ in answer.aiter_lines():
                 return
 
+    async def cpu_seconds(self) -> float:
+        """Seconds that the server's threads have computed."""
+        return (await self.metrics())["process_cpu_seconds_total"]
+
     async def metrics(self) -> dict[str, float]:
         """The server's numbers."""
         async with httpx.AsyncClient(timeout=600) as client:
@@ -116,9 +120,10 @@ async def measure_speed(clients: Clients, arguments: argparse.Namespace) -> list
             for place, prompt in left:
                 answers[place] = await clients.ask(prompt, arguments.num_tokens)
 
-        begin = time.perf_counter()
+        cpu_before, begin = await clients.cpu_seconds(), time.perf_counter()
         await asyncio.gather(*(work() for _ in range(num_clients)))
         seconds = time.perf_counter() - begin
+        cpu_seconds = await clients.cpu_seconds() - cpu_before
         latency = sorted(answer["seconds"] for answer in answers.values())
         for place, answer in answers.items():
             texts.setdefault(place, []).append(answer["text"])
@@ -128,6 +133,8 @@ async def measure_speed(clients: Clients, arguments: argparse.Namespace) -> list
                 "requests": number,
                 "seconds": seconds,
                 "tokens_per_second": number * arguments.num_tokens / seconds,
+                # Of the server's process, which other work on the machine hardly changes.
+                "tokens_per_cpu_second": number * arguments.num_tokens / cpu_seconds,
                 "median_seconds": statistics.median(latency),
                 "p95_seconds": latency[int(0.95 * (len(latency) - 1))],
                 "median_first_token": statistics.median(a["first"] for a in answers.values()),
