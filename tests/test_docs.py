@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
         ("scaling.md", 9),
         ("evaluation.md", 3),
         ("sharing.md", 4),
+        ("serving.md", 15),
         ("training.md", 0),
         ("add_a_backend.md", 1),
     ],

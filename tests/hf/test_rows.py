@@ -15,6 +15,11 @@ MODELS = {
     "rope everywhere": make_model(rope_mixers=["sliding_attention", "full_attention", "ovq"]),
     "baselines": make_model(**BASELINES),
     "window and ovq": make_model(mixer_types=["sliding_attention", "ovq"], num_hidden_layers=2),
+    "window and ovq, rope on both": make_model(
+        mixer_types=["sliding_attention", "ovq"],
+        num_hidden_layers=2,
+        rope_mixers=["sliding_attention", "ovq"],
+    ),
     "ovq": make_model(mixer_types=["ovq"], num_hidden_layers=1, merge="ward"),
 }
 EXPECTED = {}
@@ -94,9 +99,25 @@ def test_a_batch_that_never_ends_stays_small():
     assert max(nbytes for nbytes, _ in sizes[20:]) <= max(nbytes for nbytes, _ in sizes[:20])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_only_a_row_that_left_needed_is_dropped(name):
+    batch = Batch(name)
+    batch.join([(0, 110), (1, 3)])
+    assert batch.rows._cache.get_seq_length() in (110, 4, 3)
+    batch.keep([1])
+    # Full attention keeps what the row has read; no other mixer keeps more than a window.
+    assert batch.rows._cache.get_seq_length() <= 4
+    for _ in range(9):
+        batch.step()
+    batch.join([(2, 30)])
+    for _ in range(3):
+        batch.step()
+
+
+@pytest.mark.parametrize("name", ["window and ovq", "window and ovq, rope on both"])
 @torch.inference_mode()
-def test_a_long_context_needs_no_long_mask():
-    model = MODELS["window and ovq"]
+def test_a_long_context_needs_no_long_mask(name):
+    model = MODELS[name]
     context = build_context(model, random_ids(1, 3000)[0])
     rows = Rows.joined([Rows.start(model, context), Rows.start(model, context)])
     short = Rows.start(model)

@@ -2,21 +2,23 @@
 
 From the model outwards:
 
-    jobs.py        what is asked of the model, and the events in which it answers
-    sampling.py    the next tokens of the rows of a batch
-    scheduler.py   which rows read in the next step: continuous batching
-    engine.py      the thread that runs the model
-    texts.py       text to tokens and back; stop sequences
-    limits.py      how much one server takes on
-    errors.py      refusals in OpenAI's form
-    schemas.py     the fields of requests
-    answers.py     the events of a request as they come, until it ends, its client goes or its time is over
-    replies.py     answers in the form of OpenAI's objects, whole or as a stream
-    contexts.py    documents that the model has read, by name
-    guard.py       keys, hosts and sizes, before a request is looked at
-    metrics.py     numbers for Prometheus
-    app.py         the routes (FastAPI)
-    server.py      sockets and signals (uvicorn)
+    jobs.py          what is asked of the model, and the events in which it answers
+    sampling.py      the next tokens of the rows of a batch
+    scheduler.py     which rows read in the next step: continuous batching
+    model.py         a model of this library, as the scheduler uses it
+    engine.py        the thread that runs the scheduler
+    texts.py         text to tokens and back; stop sequences
+    limits.py        how much one server takes on
+    errors.py        refusals in OpenAI's form
+    contexts.py      documents that the model has read, by name
+    answers.py       the events of a request as they come, until it ends, its client goes or its time is over
+    replies.py       answers in the form of OpenAI's objects, whole or as a stream
+    guard.py         keys, hosts and sizes, before a request is looked at
+    schemas.py       the fields of requests (pydantic)
+    event_stream.py  a response in pieces (starlette)
+    metrics.py       numbers for Prometheus (prometheus-client)
+    app.py           the routes (FastAPI)
+    server.py        sockets and signals (uvicorn)
 
-Only the last four need the extra `ovq[serve]`, and schemas.py.
+The last five need the extra `ovq[serve]`.
 """
