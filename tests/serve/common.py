@@ -13,6 +13,7 @@ from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.streaming import Sampling, stream_tokens
 from ovq.serve.app import Service, create_app
 from ovq.serve.limits import Limits
+from ovq.serve.model import ServedModel
 from ovq.text import byte_tokenizer
 from tests.hf.common import SIZES, left_padded, make_model
 
@@ -22,7 +23,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}as
 def reading_service(seed=0, limits=None, **changes):
     """A model that reads token ids, in float64, so that rounding flips no choice."""
     model = make_model(seed, **changes)
-    return Service(name="ids", model=model, limits=limits or Limits())
+    return Service(name="ids", served=ServedModel(model), limits=limits or Limits())
 
 
 def text_service(limits=None):
@@ -32,7 +33,7 @@ def text_service(limits=None):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     model = OVQForCausalLM(OVQConfig(**sizes)).double().eval()
-    return Service(name="text", model=model, tokenizer=tokenizer, limits=limits or Limits())
+    return Service(name="text", served=ServedModel(model), tokenizer=tokenizer, limits=limits or Limits())
 
 
 def greedy(model, prompt, num_tokens, before=()):

@@ -66,7 +66,7 @@ def test_the_models_that_there_are(ids):
 
 @pytest.mark.parametrize("changes", [{}, BASELINES], ids=["ovq", "baselines"])
 def test_32_clients_at_once_get_what_generate_gives(changes, ids):
-    model = ids.service.model if not changes else make_model(**changes)
+    model = ids.service.served.model if not changes else make_model(**changes)
     prompts = [random_ids(1, 1 + 3 * n % 17, seed=n)[0].tolist() for n in range(32)]
     sizes = [1 + 5 * n % 13 for n in range(32)]
     with running(reading_service(**changes)) as server, concurrent.futures.ThreadPoolExecutor(32) as pool:
@@ -80,7 +80,7 @@ def test_32_clients_at_once_get_what_generate_gives(changes, ids):
 
 
 def test_several_prompts_and_several_answers(ids):
-    model, options = ids.service.model, {"temperature": 1.2, "top_p": 0.9}
+    model, options = ids.service.served.model, {"temperature": 1.2, "top_p": 0.9}
     answer = complete(ids, PROMPTS[1:3], n=2, seed=5, max_tokens=6, **options)
     expected = [sampled(model, p, 6, seed=seed, **options) for p in PROMPTS[1:3] for seed in (5, 6)]
     assert answer_tokens(answer) == expected
@@ -106,7 +106,7 @@ def test_a_stream_is_the_whole_in_pieces(text):
     assert texts == [choice.text for choice in whole.choices]
     assert reasons == ["length", "length"]
     assert usage == whole.usage
-    tokens = sampled(text.service.model, list(b"Say it"), 20, seed=4, temperature=0.8)
+    tokens = sampled(text.service.served.model, list(b"Say it"), 20, seed=4, temperature=0.8)
     assert texts[1] == "".join(stream_text(tokens, text.service.texts._tokenizer, prompt=list(b"Say it")))
     assert texts[0] != texts[1]
 
@@ -143,7 +143,7 @@ def test_a_chat_without_a_template_is_refused(ids):
 
 
 def test_stop_sequences_end_an_answer_and_are_not_shown(ids):
-    tokens = greedy(ids.service.model, PROMPTS[1], 12)
+    tokens = greedy(ids.service.served.model, PROMPTS[1], 12)
     stop = f" {tokens[4]} {tokens[5]}"
     shown = " ".join(map(str, tokens)).partition(stop)[0]
     assert 0 < len(shown.split()) <= 4
@@ -157,7 +157,7 @@ def test_stop_sequences_end_an_answer_and_are_not_shown(ids):
 
 
 def test_an_end_token_ends_an_answer_unless_it_is_ignored(text):
-    model = text.service.model
+    model = text.service.served.model
     tokens = greedy(model, list(b"abc"), 30)
     end = next(token for token in tokens[3:] if tokens.index(token) >= 3)
     model.generation_config.eos_token_id = [end, 256]
@@ -177,12 +177,12 @@ def test_logprobs_of_completions(ids):
     assert [max(top.values()) for top in found.logprobs.top_logprobs] == found.logprobs.token_logprobs
     assert all(len(top) == 2 for top in found.logprobs.top_logprobs)
     with torch.no_grad():
-        expected = ids.service.model(torch.tensor([PROMPTS[1]])).logits[0, -1].log_softmax(-1).max()
+        expected = ids.service.served.model(torch.tensor([PROMPTS[1]])).logits[0, -1].log_softmax(-1).max()
     assert found.logprobs.token_logprobs[0] == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_contexts_are_built_uploaded_shared_and_forgotten(ids, tmp_path):
-    model, client = ids.service.model, client_of(ids)
+    model, client = ids.service.served.model, client_of(ids)
     save_context(build_context(model, DOCUMENT), tmp_path / "book.ctx")
     built = client.post("/contexts", body={"name": "built", "token_ids": DOCUMENT}, cast_to=object)
     words = " ".join(map(str, DOCUMENT))
@@ -287,7 +287,7 @@ def test_what_cannot_be_answered_is_refused_in_openai_s_form(ids, changes, statu
 def test_fields_that_change_nothing_are_taken(ids):
     neutral = {"best_of": 1, "echo": False, "presence_penalty": 0, "logit_bias": None, "suffix": None}
     answer = complete(ids, PROMPTS[1], user="me", extra_body=neutral, max_tokens=2)
-    assert answer_tokens(answer) == [greedy(ids.service.model, PROMPTS[1], 2)]
+    assert answer_tokens(answer) == [greedy(ids.service.served.model, PROMPTS[1], 2)]
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_clients_that_are_killed_leave_nothing(ids, is_stream):
     until(lambda: is_idle(ids))
     assert ids.service.engine.scheduler.counts.cancelled == cancelled + 8
     until(lambda: ids.num_tasks <= num_tasks)
-    assert answer_tokens(complete(ids, PROMPTS[1])) == [greedy(ids.service.model, PROMPTS[1], 12)]
+    assert answer_tokens(complete(ids, PROMPTS[1])) == [greedy(ids.service.served.model, PROMPTS[1], 12)]
 
 
 def test_metrics(ids):
@@ -416,7 +416,7 @@ def test_a_fault_is_answered_and_others_are_served(monkeypatch):
 
 def test_a_server_that_ends_answers_what_it_has_begun():
     with running(reading_service()) as server:
-        model = server.service.model
+        model = server.service.served.model
         chunks = complete(server, PROMPTS[1], max_tokens=60, stream=True)
         texts = [next(chunks).choices[0].text]
         server.should_exit = True

@@ -98,11 +98,12 @@ def serve(
         from transformers import set_seed
 
         from ovq.serve.app import Service
+        from ovq.serve.model import ServedModel
 
         set_seed(seed)
         service = Service(
             name=name or model.resolve().name,
-            model=load_model(model, num_slots=num_slots),
+            served=ServedModel(load_model(model, num_slots=num_slots)),
             tokenizer=load_tokenizer(model),
             limits=limits,
         )
@@ -174,13 +175,12 @@ def _check_installed() -> None:
 
 
 def _add_contexts(service: Service, files: Sequence[tuple[str, Path]]) -> None:
-    from ovq.hf import load_context
     from ovq.serve.errors import APIError
 
     for name, path in files:
         try:
             with service.contexts.reserved(name):
-                service.contexts.add(name, load_context(path, service.model))
+                service.contexts.add(name, service.served.load_context(path))
         except APIError as error:
             raise ValueError(f"--context: {error.message}") from error
 
@@ -190,7 +190,7 @@ def _about(service: Service, url: str, *, has_key: bool) -> str:
     limits = service.limits
     contexts = ", ".join(service.contexts.names) or "none"
     return (
-        f"ovq serve: {url} | model {service.name} on {service.model.device} | contexts: {contexts} | "
+        f"ovq serve: {url} | model {service.name} on {service.served.device} | contexts: {contexts} | "
         f"{limits.max_rows} rows, {limits.max_queue} waiting, {limits.max_prompt_tokens} prompt tokens, "
         f"{limits.max_tokens} tokens, {limits.request_seconds:g} s, key: {'yes' if has_key else 'none'}"
     )

@@ -16,7 +16,6 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from ovq.hf.modeling_ovq import OVQForCausalLM
 from ovq.serve.answers import Answers, ClientGone, Usage, context_read, pieces
 from ovq.serve.contexts import Contexts, uploaded
 from ovq.serve.engine import Engine
@@ -26,7 +25,7 @@ from ovq.serve.guard import UPLOAD, Guard, body_too_large, next_message
 from ovq.serve.jobs import Generation, Reading
 from ovq.serve.limits import Limits
 from ovq.serve.metrics import Metered, Metrics
-from ovq.serve.model import ServedModel
+from ovq.serve.model import AnyServedModel
 from ovq.serve.replies import ChatForm, CompletionForm, Form, stream, whole
 from ovq.serve.schemas import ChatRequest, CompletionRequest, ContextRequest, GenerationRequest, parsed
 from ovq.serve.texts import Texts
@@ -41,7 +40,7 @@ class Service:
 
     Args:
         name: What requests call the model.
-        model: In evaluation mode, on its device.
+        served: The model.
         tokenizer: One of transformers; None if the model reads token ids.
         limits: How much it takes on.
 
@@ -53,7 +52,7 @@ class Service:
     """
 
     name: str
-    model: OVQForCausalLM
+    served: AnyServedModel
     tokenizer: dataclasses.InitVar[Any | None] = None
     limits: Limits = dataclasses.field(default_factory=Limits)
     engine: Engine = dataclasses.field(init=False)
@@ -63,18 +62,11 @@ class Service:
 
     def __post_init__(self, tokenizer: Any | None) -> None:
         """Make the parts."""
-        self.served = ServedModel(self.model)
         self.engine = Engine(self.served, self.limits)
         self.contexts = Contexts(max_contexts=self.limits.max_contexts)
-        self.texts = Texts(tokenizer, vocab_size=self.model.config.vocab_size)
+        self.texts = Texts(tokenizer, vocab_size=self.served.vocab_size)
         self.created = int(time.time())
         self.metrics = Metrics(self.engine, self.contexts)
-
-    @property
-    def ends(self) -> frozenset[int]:
-        """Tokens that end a text."""
-        found = getattr(self.model.generation_config, "eos_token_id", None)
-        return frozenset([] if found is None else [found] if isinstance(found, int) else found)
 
 
 def create_app(
@@ -222,7 +214,7 @@ class _Routes:
                         raise body_too_large(largest)
                     await asyncio.to_thread(file.write, data)
                     is_whole = not message.get("more_body", False)
-            context = await asyncio.to_thread(uploaded, path, service.model, name=name)
+            context = await asyncio.to_thread(uploaded, path, service.served, name=name)
             service.contexts.add(name, context)
         return name
 
@@ -236,8 +228,8 @@ class _Routes:
                 ids = service.texts.checked(asked.token_ids or [], param="token_ids")
             else:
                 ids = await asyncio.to_thread(service.texts.encode, asked.text, param="text", is_start=True)
-            # All weights are read for it once, which is not for the engine's thread to do.
-            await asyncio.to_thread(lambda: service.served.fingerprint)
+            # Not in the engine's thread, where running answers would wait for it.
+            await asyncio.to_thread(service.served.prepare)
             answers = Answers(service.engine, request.receive, self._deadline())
             answers.submit([Reading(tokens=ids, deliver=answers.deliver)])
             service.contexts.add(asked.name, await context_read(answers))
@@ -267,7 +259,7 @@ class _Routes:
                 sampling=asked.sampling,
                 seed=asked.seed,
                 choices=range(place * asked.n, (place + 1) * asked.n),
-                ends=frozenset() if asked.ignore_eos else service.ends,
+                ends=frozenset() if asked.ignore_eos else service.served.ends,
                 num_logprobs=asked.num_logprobs,
             )
             for place, prompt in enumerate(prompts)

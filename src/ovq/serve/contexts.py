@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ovq.hf.context import Context, load_context
-from ovq.hf.modeling_ovq import OVQForCausalLM
+from ovq.hf.context import Context
 from ovq.serve.errors import APIError, bad_request
+from ovq.serve.model import AnyServedModel
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """What a context may be called."""
@@ -132,19 +132,19 @@ class Contexts:
         }
 
 
-def uploaded(path: Path, model: OVQForCausalLM, *, name: str) -> Context:
+def uploaded(path: Path, served: AnyServedModel, *, name: str) -> Context:
     """The context in an uploaded file, which only the model that read the document accepts.
 
     Args:
         path: Where the upload was written to, by a name that the client does not know.
-        model: The model that is served.
+        served: The model that is served.
         name: What the client calls the context.
 
     Raises:
         APIError: If it is no context of this model.
     """
     try:
-        return load_context(path, model)
+        return served.load_context(path)
     except ValueError as error:
         message = str(error).replace(str(path), f"context {name!r}")
         raise bad_request(message, code="invalid_context") from error

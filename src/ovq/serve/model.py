@@ -1,19 +1,41 @@
-"""A model of this library as the scheduler uses it."""
+"""A model of this library as the server uses it, and what a model of another kind must provide."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from ovq.hf.context import Context, fingerprint, read_in_pieces
+from ovq.hf.context import Context, fingerprint, load_context, read_in_pieces
 from ovq.hf.modeling_ovq import OVQForCausalLM
 from ovq.hf.rows import Rows
+from ovq.serve.scheduler import BatchModel
+
+
+class AnyServedModel(BatchModel, Protocol):
+    """What a server needs of a model besides what its scheduler needs."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are smaller."""
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text."""
+
+    def prepare(self) -> None:
+        """Do what must be done once before documents are read, which may take seconds; in any thread."""
+
+    def load_context(self, path: Path) -> Context:
+        """The context in a file, in any thread; ValueError, which names the path, if it is none of this
+        model."""
 
 
 class ServedModel:
-    """An `OVQForCausalLM`, whatever its mixers, as a `BatchModel`.
+    """An `OVQForCausalLM`, whatever its mixers, for a server.
 
     Args:
         model: On its device and in its dtype, in evaluation mode.
@@ -27,10 +49,28 @@ class ServedModel:
         """See `BatchModel.device`."""
         return self.model.device
 
+    @property
+    def vocab_size(self) -> int:
+        """See `AnyServedModel.vocab_size`."""
+        return self.model.config.vocab_size
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """See `AnyServedModel.ends`."""
+        found = getattr(self.model.generation_config, "eos_token_id", None)
+        return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
     @cached_property
-    def fingerprint(self) -> dict[str, str]:
-        """That of the model. The first use takes seconds for a large one, so not in the engine's thread."""
+    def _fingerprint(self) -> dict[str, str]:
         return fingerprint(self.model)
+
+    def prepare(self) -> None:
+        """Read all weights once, for the fingerprint that contexts have."""
+        _ = self._fingerprint
+
+    def load_context(self, path: Path) -> Context:
+        """See `AnyServedModel.load_context`."""
+        return load_context(path, self.model)
 
     def start(self, context: Context | None) -> Rows:
         """See `BatchModel.start`."""
@@ -43,5 +83,5 @@ class ServedModel:
     def read_document(self, tokens: Sequence[int], piece: int) -> Generator[int, None, Context]:
         """See `BatchModel.read_document`."""
         return read_in_pieces(
-            self.model, tokens, prefill_chunk_size=piece, known_fingerprint=self.fingerprint
+            self.model, tokens, prefill_chunk_size=piece, known_fingerprint=self._fingerprint
         )

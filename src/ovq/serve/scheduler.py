@@ -39,7 +39,7 @@ class BatchRows(Protocol):
 
 
 class BatchModel(Protocol):
-    """What the scheduler needs of a model; `ovq.serve.model.ServedModel` for those of this library.
+    """What the scheduler needs of a model; `ovq.serve.model.ServedModel` has it for those of this library.
 
     A model of another kind can be served if rows of its cache can be selected and concatenated.
     """
