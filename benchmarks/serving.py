@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import openai
@@ -216,6 +217,10 @@ def main() -> None:
             try:
                 assert server.stderr is not None
                 line = next(line for line in server.stderr if line.startswith("ovq serve: "))
+                # Errors of the server are shown, and do not fill the pipe.
+                Thread(
+                    target=lambda lines: sys.stderr.writelines(lines), args=[server.stderr], daemon=True
+                ).start()
                 clients = Clients(line.split()[2])
                 run = soak if arguments.requests else measure_speed
                 rows = asyncio.run(run(clients, arguments))

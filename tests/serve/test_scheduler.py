@@ -52,7 +52,7 @@ def run(scheduler):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_answers_do_not_depend_on_who_else_is_served(name, data):
     limits = Limits(max_rows=data.draw(st.integers(1, 5)), step_tokens=data.draw(st.integers(1, 30)))

@@ -83,6 +83,9 @@ def run(
         lifespan="on",
         log_level=log_level,
         server_header=False,
+        # Longer than clients keep idle connections (5 s in httpx), so that clients close them: a request may
+        # otherwise meet a connection that the server is closing.
+        timeout_keep_alive=75,
         limit_concurrency=limits.max_connections,
         timeout_graceful_shutdown=shutdown_seconds,
     )
