@@ -175,7 +175,7 @@ class _Machine:
         state, num_slots, start = None, self.program.num_slots, 0
         if sizes:
             num_slots, start = int(row[sizes[-1]]), sizes[-1] + 1
-            state = self.anew(row[: sizes[-1]])[1].resize(num_slots)
+            state = self.anew(row[: sizes[-1]])[1].resize(num_slots, merge=self.program.merge)
         parts = (x[list(row[start:])][None] for x in self.tokens)
         o, state = self.attend(*parts, state, num_slots=num_slots, backend="naive")
         return o[0], state
@@ -261,7 +261,7 @@ def _join(machine: _Machine, state: OVQState, rows: list[Row], a: int, b: int):
 
 def _resize(machine: _Machine, state: OVQState, rows: list[Row], a: int, b: int):
     num_slots = 1 + a % 12
-    return state.resize(num_slots), [(*row, str(num_slots)) for row in rows]
+    return state.resize(num_slots, merge=machine.program.merge), [(*row, str(num_slots)) for row in rows]
 
 
 def _file(machine: _Machine, state: OVQState, rows: list[Row], a: int, b: int):

@@ -205,6 +205,8 @@ def test_state_methods_refuse_bad_indices():
         state.resize(0)
     with pytest.raises(ValueError, match=r"value_weight: .* found -1"):
         state.resize(4, value_weight=-1)
+    with pytest.raises(ValueError, match=r"merge: expected one of .* found 'wards'"):
+        state.resize(4, merge="wards")
     with pytest.raises(ValueError, match="at least one state"):
         OVQState.concatenate([])
     other = OVQState.empty(batch_size=2, num_kv_heads=1, key_dim=4, value_dim=4, num_slots=9, chunk_size=4)

@@ -145,7 +145,7 @@ def test_any_padding(call, data):
 def test_resizing_keeps_every_token(call, num_slots):
     q, k, v, options = call
     _, state = attend(q, k, v, **options)
-    resized = state.resize(num_slots)
+    resized = state.resize(num_slots, merge=options["merge"])
     assert resized.count.shape[2] <= max(num_slots, 1)
     assert torch.equal(resized.count.sum(-1), state.count.sum(-1))
     assert (resized.count > 0).sum() >= min(num_slots, int(state.num_open[0])) if state.count.sum() else True

@@ -198,7 +198,7 @@ def test_shrinking_merges_the_cheapest_pairs_and_keeps_every_token(value_weight,
     options = {"num_slots": 12, "chunk_size": 8, "growth": "plateau"}
     rows = [inputs(1, n, 4, 2, seed=n) for n in lengths]
     states = [attend(*row, merge=merge, **options)[1] for row in rows]
-    smaller = OVQState.concatenate(states).resize(num_slots, value_weight=value_weight)
+    smaller = OVQState.concatenate(states).resize(num_slots, merge=merge, value_weight=value_weight)
     assert smaller.count.shape == (2, 2, num_slots)
     assert smaller.num_slots == num_slots
     for row, ((_, k, v), state) in enumerate(zip(rows, states, strict=True)):
@@ -212,7 +212,10 @@ def test_shrinking_merges_the_cheapest_pairs_and_keeps_every_token(value_weight,
             slots = [tuple(sorted(members)) for members in slots]
             assert state.count[0, head].tolist() == [len(members) for members in slots]
             kept = min(num_slots, len(slots))
-            clusters = agglomerated(slots, keys.numpy(), values.numpy(), kept, value_weight)
+            power = COUNT_POWERS.get(merge, 1.0)
+            clusters = agglomerated(
+                slots, keys.numpy(), values.numpy(), kept, value_weight, count_power=power
+            )
             assert smaller.count[row, head].tolist() == [
                 *(len(members) for members in clusters),
                 *[0] * (num_slots - kept),

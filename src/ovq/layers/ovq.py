@@ -126,7 +126,8 @@ class OVQAttention(AttentionMixer):
     def set_num_slots(self, num_slots: int) -> None:
         """Let the dictionary hold `num_slots` slots per head from here on; states are resized on next use.
 
-        With more slots at test time than in training, a trained layer remembers more.
+        With more slots at test time than in training, a trained layer remembers more. A state that has too
+        many is made smaller by the rule of the layer, see `OVQState.resize`.
         """
         if num_slots < 1:
             raise ValueError(f"expected num_slots of at least 1, found {num_slots}")
@@ -177,7 +178,7 @@ class OVQAttention(AttentionMixer):
         """See `AttentionMixer.attend`; `generator` seeds `init="random"`."""
         state = None if cache is None else cache.state
         if state is not None and state.num_slots != self.num_slots:
-            state = state.resize(self.num_slots, value_weight=self.value_weight)
+            state = state.resize(self.num_slots, merge=self.merge, value_weight=self.value_weight)
         q, k = q.to(v.dtype), k.to(v.dtype)
         options: dict[str, Any] = {
             "num_slots": self.num_slots,

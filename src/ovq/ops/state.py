@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ovq.ops.options import TIE, VALUE_WEIGHT, check_value_weight
+from ovq.ops.options import COUNT_POWERS, MERGES, TIE, VALUE_WEIGHT, check_value_weight
 from ovq.ops.pending import PendingBuffers
 from ovq.ops.ward import cluster_roots, pair_points
 
@@ -245,24 +245,38 @@ class OVQState:
         num_seen = torch.cat([s.num_seen for s in states])
         return dataclasses.replace(first, **joined, num_seen=num_seen)
 
-    def resize(self, num_slots: int, *, value_weight: float = VALUE_WEIGHT) -> OVQState:
+    def resize(
+        self, num_slots: int, *, merge: str = "existing", value_weight: float = VALUE_WEIGHT
+    ) -> OVQState:
         """The same memory with another bound N on its slots from here on: an elastic dictionary.
 
         Growing only raises the bound; the schedule then opens slots as chunks complete. Shrinking merges the
-        cheapest pairs of slots, as `merge="ward"` does, until `num_slots` per head are left, whichever rule
-        the dictionary was learned by. Merged slots stay in the order of the lowest slot in each, and the
-        counts still add up to the number of tokens merged.
+        cheapest pairs of slots until `num_slots` per head are left. Merged slots stay in the order of the
+        lowest slot in each, and the counts still add up to the number of tokens merged.
 
         Args:
             num_slots: the new bound.
+            merge: the rule that the dictionary is kept by, as in `ovq_attention`; a state does not know it.
+                `"ward"` and `"ward-sqrt"` say what merging a pair costs. The others never merge two slots;
+                for them the costs are Ward's. By `"ward-sqrt"` a table of all pairs of slots is held in
+                memory, 16 bytes for each.
             value_weight: the weight of distances between values relative to those between keys, as in
                 `ovq_attention`.
 
         Raises:
-            ValueError: if `num_slots` is not an integer of at least 1, or `value_weight` not a finite number
-                of at least 0.
+            ValueError: if `num_slots` is not an integer of at least 1, there is no such rule, or
+                `value_weight` is not a finite number of at least 0.
+
+        Example:
+            >>> import torch
+            >>> from ovq.ops import ovq_attention
+            >>> k = torch.nn.functional.normalize(torch.randn(1, 64, 1, 8), dim=-1)
+            >>> options = {"num_slots": 32, "chunk_size": 16, "merge": "ward-sqrt"}
+            >>> _, state = ovq_attention(k, k, k, **options, output_final_state=True)
+            >>> state.resize(8, merge="ward-sqrt")
+            OVQState(rows=1, heads=1, num_seen=64, slots=8 of 8, chunk_size=16, torch.float32 on cpu, ...)
         """
-        return _resized(self, num_slots, value_weight)
+        return _resized(self, num_slots, merge, value_weight)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to a safetensors file, atomically: if writing fails, an old file stays as it was.
@@ -365,10 +379,12 @@ def replaced(state: OVQState, rows: list[int], key_sum: Tensor, value_sum: Tenso
     )
 
 
-def _resized(state: OVQState, num_slots: int, value_weight: float) -> OVQState:
+def _resized(state: OVQState, num_slots: int, merge: str, value_weight: float) -> OVQState:
     """`state` with at most `num_slots` slots per head from here on; see `OVQState.resize`."""
     if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
         raise ValueError(f"num_slots: expected an integer of at least 1, found {num_slots!r}")
+    if merge not in MERGES:
+        raise ValueError(f"merge: expected one of {MERGES}, found {merge!r}")
     check_value_weight("value_weight", value_weight)
     if state.count.shape[2] <= num_slots:
         return dataclasses.replace(state, num_slots=num_slots)
@@ -377,7 +393,8 @@ def _resized(state: OVQState, num_slots: int, value_weight: float) -> OVQState:
     due = [max(0, n - num_slots) for n in state.num_open.tolist() for _ in range(heads)]
     with torch.no_grad():
         keys, values = (slot_means(sums.flatten(0, 1), count) for sums in (state.key_sum, state.value_sum))
-        roots = cluster_roots(pair_points(keys, values, count, value_weight), count, due)
+        points = pair_points(keys, values, count, value_weight)
+        roots = cluster_roots(points, count, due, count_power=COUNT_POWERS.get(merge, 1.0))
     is_kept = (roots == torch.arange(count.shape[1], device=count.device)) & (count > 0)
     # Spare slots hold zeros, so they can be added to the last slot that is kept.
     place = (is_kept.cumsum(-1) - 1).clamp(min=0).gather(1, roots)
