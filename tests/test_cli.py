@@ -84,6 +84,11 @@ def test_train_resumes(trained, capsys, tmp_path):
     finally:
         (tmp_path / "checkpoint-2").rename(trained / "checkpoint-2")
     assert "Saved the model" in out
+    # What is suggested can be pasted, and tests the rule that recalls most, too.
+    command = out.split("Test it: ovq ")[1].split()
+    assert command == ["eval", "--model", str(tmp_path), "--merge", "existing,ward-sqrt"]
+    rules = [row["merge"] for row in json.loads(run(capsys, *command, "--lengths", 24, "--json"))["rows"]]
+    assert rules == ["existing", "ward-sqrt"]
     ours = OVQForCausalLM.from_pretrained(tmp_path).state_dict()
     for name, weight in OVQForCausalLM.from_pretrained(trained).state_dict().items():
         assert torch.equal(ours[name], weight)
@@ -186,6 +191,12 @@ def test_generate_with_another_dictionary(capsys, tmp_path):
     arguments = ["generate", "--model", tmp_path, "--prompt", prompt, "--max-new-tokens", 20]
     one = run(capsys, *arguments, "--num-slots", 1)
     assert run(capsys, *arguments) == one != run(capsys, *arguments, "--num-slots", 64)
+    by_pairs = run(capsys, *arguments, "--num-slots", 4, "--merge", "ward-sqrt")
+    assert by_pairs != run(capsys, *arguments, "--num-slots", 4)
+    model = OVQForCausalLM.from_pretrained(tmp_path, num_slots=4)
+    model.set_merge("ward-sqrt")
+    model.save_pretrained(tmp_path)
+    assert run(capsys, *arguments) == by_pairs
 
 
 def test_generate_reads_text_where_there_is_a_tokenizer(capsys, tmp_path):
@@ -331,6 +342,9 @@ def test_the_version_is_printed(capsys):
         ("generate --model {trained} --prompt 1 --min-p 2 --temperature 1", "--min-p: expected a number"),
         ("generate --model {trained} --prompt 1 --num-beams 2 --max-new-tokens 0", "--num-beams: expected"),
         ("generate --model {trained} --prompt 1 --num-slots 0", "--num-slots"),
+        ("generate --model {trained} --prompt 1 --merge best", "--merge: expected rules among existing"),
+        ("context build --model {trained} --text - --out {tmp}/x --merge best", "--merge: expected rules"),
+        ("eval harness --model {trained} --tasks x --merge best", "--merge: expected rules among existing"),
         ("memory --config nothing", "recipe: expected one of"),
         ("memory --config {tmp}", "found no config.json in it"),
         ("memory --config recall-full --num-slots 8", "expected a model with 'ovq' layers"),

@@ -82,6 +82,18 @@ def test_another_dictionary_is_part_of_the_context(capsys, model, text, tmp_path
     assert run(capsys, *wide, "--context", out) == expected
 
 
+def test_another_rule_is_part_of_the_context(capsys, model, text, tmp_path):
+    out = tmp_path / "book.ctx"
+    build(capsys, model, text, out, "--merge", "ward-sqrt")
+    command = ["generate", "--model", model, "--prompt", "7 8"]
+    # The growth of the rule is the first field that differs.
+    line = fail(capsys, *command, "--context", out)
+    assert "growth='plateau', as the model has, found growth='immediate'" in line
+    rule = ["--merge", "ward-sqrt"]
+    expected = run(capsys, *command[:4], f"{DOCUMENT} 7 8", *rule)
+    assert run(capsys, *command, "--context", out, *rule) == expected
+
+
 def test_slots_opened_at_random_depend_on_the_seed(capsys, text, tmp_path):
     model = save_model(tmp_path / "model", init="random")
     command = ["generate", "--model", model, "--max-new-tokens", 9, "--seed", 3]

@@ -1,5 +1,6 @@
 """Saved models load where nothing of ours is imported, have a card, and refuse to be another model."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -202,6 +203,16 @@ def test_a_card_says_what_the_model_is(folder, byte_model):
     ):
         assert line in text.splitlines()
     assert "trust_remote_code=True" in text
+    assert 'model.set_merge("ward-sqrt")' in text
+
+
+@pytest.mark.parametrize("options", [{"merge": "ward-sqrt"}, {"init": "random"}, {"rate": 0.1}])
+def test_a_card_names_a_better_rule_only_where_there_is_one(options):
+    model = make_model(**options)
+    assert "set_merge" not in model_card(model, name="x").text
+    with contextlib.suppress(ValueError):
+        model.set_merge("ward-sqrt")
+    assert model.config.merge == options.get("merge", "existing")
 
 
 def test_the_card_of_a_model_without_an_output_layer(tmp_path):

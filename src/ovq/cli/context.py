@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovq.cli import dictionaries
 from ovq.cli.common import encode, out_console
 from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
@@ -31,9 +32,8 @@ def build(
         ),
     ],
     out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
-    num_slots: Annotated[
-        int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
-    ] = None,
+    num_slots: dictionaries.Size = None,
+    merge: dictionaries.Rule = None,
     prefill_chunk_size: Annotated[
         int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
     ] = 2048,
@@ -43,11 +43,12 @@ def build(
 ) -> None:
     """Read a document and save the memory of all layers, whose size does not depend on the document's length.
 
-    Only the model that read the document can use the file, with the same --num-slots.
+    Only the model that read the document can use the file, with the same --num-slots and --merge.
 
     Example: [bold]ovq context build --model runs/ovq --text book.txt --out book.ctx[/bold], and then
     [bold]ovq generate --model runs/ovq --context book.ctx --prompt "12 7"[/bold]
     """
+    dictionaries.check_rule(merge)
     document = sys.stdin.read() if text == "-" else Path(text).read_text()
     check_model_folder(model)
     # Hours of reading must not end at a place that cannot be written.
@@ -62,7 +63,7 @@ def build(
     from ovq.hf import build_context, save_context
     from ovq.runtime.progress import Reporter
 
-    loaded = load_model(model, num_slots=num_slots)
+    loaded = load_model(model, num_slots=num_slots, merge=merge)
     ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, flag="--text")
     set_seed(seed)
     with Reporter() as reporter:

@@ -17,11 +17,20 @@ Sizes = Annotated[
         show_default=False,
     ),
 ]
+Size = Annotated[int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)]
 Rules = Annotated[
     list[str] | None,
     typer.Option(
         help="Rules of keeping the dictionary to test, on the same weights: existing (the paper's), "
-        "updated, ward, ward-sqrt; the trained one if not given.",
+        "updated, ward, ward-sqrt (recalls most); the trained one if not given.",
+        show_default=False,
+    ),
+]
+
+Rule = Annotated[
+    str | None,
+    typer.Option(
+        help="Another rule of keeping the dictionary, on the same weights; ward-sqrt recalls most.",
         show_default=False,
     ),
 ]
@@ -52,13 +61,25 @@ def parse(num_slots: str | None, merge: Sequence[str] | None) -> Tested:
 
 def _parse_rules(texts: Sequence[str]) -> list[str]:
     """Read rules such as `["existing,ward"]` or `["existing", "ward"]`; each counts once."""
-    from ovq.ops.options import MERGES
-
     rules = list(dict.fromkeys(part.strip() for text in texts for part in text.split(",")))
     for rule in rules:
-        if rule not in MERGES:
-            raise ValueError(
-                f"--merge: expected rules among {', '.join(MERGES)}, "
-                f"found {rule!r}{did_you_mean(rule, MERGES)}"
-            )
+        check_rule(rule)
     return rules
+
+
+def check_rule(rule: str | None) -> None:
+    """Check the `--merge` of a command that takes one rule, or none.
+
+    Raises:
+        ValueError: If there is no such rule; names the flag.
+
+    Example:
+        >>> check_rule("ward-sqrt"), check_rule(None)
+        (None, None)
+    """
+    from ovq.ops.options import MERGES
+
+    if rule is not None and rule not in MERGES:
+        raise ValueError(
+            f"--merge: expected rules among {', '.join(MERGES)}, found {rule!r}{did_you_mean(rule, MERGES)}"
+        )

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ovq.cli import dictionaries
 from ovq.cli.common import out_console, parse_ints, text_tokenizer
 from ovq.cli.loading import check_model_folder, load_model
 
@@ -17,9 +18,8 @@ from ovq.cli.loading import check_model_folder, load_model
 def harness(
     model: Annotated[Path, typer.Option(help="Folder of a trained model.", show_default=False)],
     tasks: Annotated[str, typer.Option(help="Names of tasks with commas between them.", show_default=False)],
-    num_slots: Annotated[
-        int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
-    ] = None,
+    num_slots: dictionaries.Size = None,
+    merge: dictionaries.Rule = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before each question.", show_default=False)
     ] = None,
@@ -48,6 +48,7 @@ def harness(
 
     Example: [bold]ovq eval harness --model runs/ovq --tasks piqa,hellaswag,arc_easy --batch-size 8[/bold]
     """
+    dictionaries.check_rule(merge)
     lengths = None if ruler_lengths is None else parse_ints(ruler_lengths, flag="--ruler-lengths")
     check_model_folder(model)
     names = [name.strip() for name in tasks.split(",")]
@@ -62,7 +63,7 @@ def harness(
     # Some tasks print their progress; standard output is for results.
     with redirect_stdout(sys.stderr):
         results = evaluate_tasks(
-            load_model(model, num_slots=num_slots),
+            load_model(model, num_slots=num_slots, merge=merge),
             text_tokenizer(model),
             names,
             batch_size=batch_size,

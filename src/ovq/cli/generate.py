@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ovq.cli import dictionaries
 from ovq.cli.common import encode
 from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
@@ -64,9 +65,8 @@ def generate(
     num_beams: Annotated[
         int, typer.Option(min=1, help="Beams of beam search, which prints when it is done.")
     ] = 1,
-    num_slots: Annotated[
-        int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
-    ] = None,
+    num_slots: dictionaries.Size = None,
+    merge: dictionaries.Rule = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
     json_: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end: text, token ids, why it ended.")
@@ -82,6 +82,8 @@ def generate(
     After a document read by [bold]ovq context build[/bold]: [bold]ovq generate --model DIR --context book.ctx
     --prompt "12 7"[/bold]
 
+    By the rule that recalls most: [bold]ovq generate --model DIR --merge ward-sqrt --prompt "12 7"[/bold]
+
     With sampling: [bold]ovq generate --model DIR --prompt-file - --temperature 0.8 --top-p 0.95 <
     prompt.txt[/bold]
     """
@@ -89,6 +91,7 @@ def generate(
         raise ValueError(
             "--json: expected --max-new-tokens above 0, or no --ignore-eos, as the text must end"
         )
+    dictionaries.check_rule(merge)
     text = _read_prompt(prompt, prompt_file)
     check_model_folder(model)
     if context is not None and not context.is_file():
@@ -108,7 +111,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    loaded = load_model(model, num_slots=num_slots)
+    loaded = load_model(model, num_slots=num_slots, merge=merge)
     tokenizer = load_tokenizer(model)
     if chat:
         text = _as_message(text, tokenizer)

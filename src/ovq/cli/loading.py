@@ -44,13 +44,13 @@ def load_config(folder: Path) -> OVQConfig:
         return OVQConfig.from_pretrained(folder, local_files_only=True)
 
 
-def load_model(folder: Path, *, num_slots: int | None = None) -> OVQForCausalLM:
-    """Load a trained model onto the GPU if there is one, and set the size of its dictionary.
+def load_model(folder: Path, *, num_slots: int | None = None, merge: str | None = None) -> OVQForCausalLM:
+    """Load a trained model onto the GPU if there is one, and set the size and the rule of its dictionary.
 
     Raises:
         OSError: If there are no weights.
         ValueError: If the folder holds no OVQ model, its files are damaged or do not fit together, or
-            `num_slots` cannot be set on it.
+            `num_slots` or `merge` cannot be set on it.
     """
     config = load_config(folder)
     generation = folder / "generation_config.json"
@@ -78,6 +78,8 @@ def load_model(folder: Path, *, num_slots: int | None = None) -> OVQForCausalLM:
     _check_end(generation, model.generation_config.eos_token_id)
     if num_slots is not None:
         model.set_num_slots(num_slots)
+    if merge is not None:
+        model.set_merge(merge)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # transformers wraps `to` in a way that leaves mypy without its `self`.
     return model.to(device).eval()  # type: ignore[arg-type]

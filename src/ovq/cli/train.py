@@ -123,7 +123,7 @@ def train(
         # Paths and commands broken over two lines could not be copied.
         out_console.print(
             f"Saved the model and its configuration in {out}. "
-            f"Test it: ovq eval {'lm ' if is_text else ''}--model {out}",
+            f"Test it: ovq eval {'lm ' if is_text else ''}--model {out}{_rules_to_test(config)}",
             soft_wrap=True,
         )
 
@@ -139,6 +139,16 @@ def _own_task(path: str) -> Task:
         return cls()
     except (TypeError, ValueError) as error:
         raise ValueError(f"--task {path}: {error}") from error
+
+
+def _rules_to_test(config: RunConfig) -> str:
+    """The `--merge` of a test of this run: its own rule, and the one by which models recall most."""
+    from ovq.ops.options import BEST_MERGE, can_merge_best
+
+    model = config.model
+    if "ovq" not in model.mixer_types or not can_merge_best(model.merge, init=model.init, rate=model.rate):
+        return ""
+    return f" --merge {model.merge},{BEST_MERGE}"
 
 
 def _draw_losses(config: RunConfig, out: Path) -> Path | None:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ovq.ops.options import BEST_MERGE, can_merge_best
 from ovq.runtime.files import atomic_path
 
 if TYPE_CHECKING:
+    from ovq.hf.configuration_ovq import OVQConfig
     from ovq.hf.modeling_ovq import OVQPreTrainedModel
 
 CARD_FILE = "README.md"
@@ -40,6 +42,15 @@ only imports `ovq.hf`; after `import ovq.hf` it is not needed.
 from transformers import {auto}
 
 model = {auto}.from_pretrained("{name}", trust_remote_code=True)
+```"""
+
+_BEST_RULE = """
+
+Its dictionary is kept by the rule that it was trained by, `"{merge}"`. Models trained so recall more if it is
+kept by another one, with the same weights and slots, wherever that was measured:
+
+```python
+model.set_merge("{best}")
 ```"""
 
 _MARK = re.compile(r"\n<!-- Made by ovq \((\w+)\); a card that was edited is never replaced\. -->\n\Z")
@@ -83,7 +94,7 @@ def model_card(
     reads = "" if has_tokenizer else "\n\nIt has no tokenizer: it reads and writes token ids."
     parts = {
         f"# {name}": (_ABOUT if "ovq" in model.config.mixer_types else _ABOUT_OTHERS) + reads,
-        "## Load it": _LOAD.format(name=name, auto=auto),
+        "## Load it": _LOAD.format(name=name, auto=auto) + _best_rule(model.config),
         "## Model": _table(("", ""), _described(model)),
         "## Memory": _memory(model),
         **{f"## {title}": text for title, text in (sections or {}).items()},
@@ -131,6 +142,15 @@ def is_untouched(text: str) -> bool:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _best_rule(config: OVQConfig) -> str:
+    """How to ask the model by the rule that recalls most, if it is not its own."""
+    if "ovq" not in config.mixer_types or not can_merge_best(
+        config.merge, init=config.init, rate=config.rate
+    ):
+        return ""
+    return _BEST_RULE.format(merge=config.merge, best=BEST_MERGE)
 
 
 def _described(model: OVQPreTrainedModel) -> dict[str, Any]:

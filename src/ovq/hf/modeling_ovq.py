@@ -101,7 +101,8 @@ class OVQPreTrainedModel(HubModel):
         """Let every OVQ layer keep its dictionary by another rule from now on, and record it in the config.
 
         Weights do not depend on the rule: a model that was trained with the paper's, `"existing"`, recalls
-        more with `"ward"` (docs/results.md). Earlier caches remain valid and go on from the slots they have.
+        most with `"ward-sqrt"` (docs/training.md). Earlier caches remain valid and go on from the slots they
+        have.
 
         Args:
             merge: `"existing"`, `"updated"`, `"ward"` or `"ward-sqrt"`.
@@ -117,9 +118,9 @@ class OVQPreTrainedModel(HubModel):
         Example:
             >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
             >>> model = OVQModel(config)
-            >>> model.set_merge("ward")
+            >>> model.set_merge("ward-sqrt")
             >>> model.config.merge, model.config.growth, model.config.value_weight
-            ('ward', 'immediate', 0.35)
+            ('ward-sqrt', 'immediate', 0.35)
         """
         for layer in self._ovq_layers():
             layer.set_merge(merge, growth=growth, value_weight=value_weight)

@@ -25,6 +25,8 @@ INITS = ("novelty", "random")
 # is the likelihood's; with less, the counts of two items matter less for the cost of merging them.
 COUNT_POWERS = {"ward": 1.0, "ward-sqrt": 0.5}
 MERGES = ("existing", "updated", *COUNT_POWERS)
+# The rule by which trained models recall most, whichever one they were trained by (docs/results.md).
+BEST_MERGE = "ward-sqrt"
 BIASES = ("count", "count+norm")
 
 
@@ -83,6 +85,18 @@ class Options:
     def count_power(self) -> float:
         """The power of c_a c_b / (c_a + c_b) in the cost of merging two items, where pairs are merged."""
         return COUNT_POWERS[self.merge]
+
+
+def can_merge_best(merge: str, *, init: str, rate: float | str) -> bool:
+    """Whether a dictionary kept by `merge` and these options can be kept by `BEST_MERGE` in its place.
+
+    Example:
+        >>> can_merge_best("existing", init="novelty", rate="count")
+        True
+        >>> can_merge_best("ward-sqrt", init="novelty", rate="count")
+        False
+    """
+    return merge != BEST_MERGE and init == "novelty" and rate == "count"
 
 
 def default_growth(merge: str) -> str:
