@@ -57,6 +57,8 @@ def read(
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * factor + bias[None, :]
             values = rows(snap_values, shown + slot, is_used, V, BV)
             top, total, acc = _absorb(scores, values, top, total, acc)
+        # In each component of the values the first token that is not finite, W if there is none.
+        first_spoilt = tl.zeros([BV], tl.int32) + W
         for tokens_from in range(0, tl.minimum(start + BM, tokens), BN):
             own = tokens_from + tl.arange(0, BN)
             source = (chunk * W + own) * H_kv + head // G
@@ -64,14 +66,12 @@ def read(
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * factor
             scores = tl.where(own[None, :] <= t[:, None], scores, -float("inf"))
             values = rows(v, source, own < tokens, V, BV)
-            # Zero times NaN is NaN, so a value that is not finite is added only to the outputs of its own
-            # token and later ones.
+            # Zero times NaN is NaN, so a value that is not finite is taken out here; it spoils the outputs of
+            # its own token and later ones below.
             is_spoilt = (tl.abs(values.to(tl.float32)) < float("inf")) == 0
-            if tl.max(tl.max(is_spoilt.to(tl.int32), 1), 0) > 0:
-                sees = (own[None, :] <= t[:, None]).to(tl.float32)
-                seen = dot(sees, is_spoilt.to(tl.float32), tl.zeros([BM, BV], tl.float32))
-                values = tl.where(is_spoilt, 0.0, values).to(v.dtype.element_ty)
-                acc = tl.where(seen > 0, float("nan"), acc)
+            first_spoilt = tl.minimum(first_spoilt, tl.min(tl.where(is_spoilt, own[:, None], W), 0))
+            values = tl.where(is_spoilt, 0.0, values).to(v.dtype.element_ty)
             top, total, acc = _absorb(scores, values, top, total, acc)
+        acc = tl.where(t[:, None] >= first_spoilt[None, :], float("nan"), acc)
         put_rows(o, place, acc / total[:, None], is_query, V, BV)
         tl.store(lse + (chunk * H + head) * W + t, top + tl.log2(total), mask=is_query)
