@@ -1,0 +1,29 @@
+"""Look into the memory: what a model's OVQ layers kept of a text, what was merged, and what each token reads.
+
+`inspect_text` lets a model read a text and recounts its memory chunk by chunk; `write_page` makes of it one
+HTML page that needs nothing beside it, and `ovq.plots.memory` figures for papers.
+"""
+
+from ovq.inspect.layer import LayerMemory, layer_memory, read_weights
+from ovq.inspect.page import page, page_bytes, write_page
+from ovq.inspect.pieces import token_pieces
+from ovq.inspect.sharing import LEVEL_NAMES, levels, sharing
+from ovq.inspect.text import MAX_TOKENS, MOST_TOKENS, NUM_READS, InspectedText, inspect_text
+
+__all__ = [
+    "LEVEL_NAMES",
+    "MAX_TOKENS",
+    "MOST_TOKENS",
+    "NUM_READS",
+    "InspectedText",
+    "LayerMemory",
+    "inspect_text",
+    "layer_memory",
+    "levels",
+    "page",
+    "page_bytes",
+    "read_weights",
+    "sharing",
+    "token_pieces",
+    "write_page",
+]

@@ -1,0 +1,96 @@
+// What is shown, and what changes it.
+
+const now = { layer: LAYERS.find((each) => each.layer === DATA.first.layer), head: DATA.first.head, chunks: 0, token: -1, slot: -1 };
+now.chunks = now.layer.numChunks;
+
+// All that the parts of the page draw from.
+function view() {
+  const kv = kvHead(now.layer, now.head), mode = $("mode").value;
+  // The share of a value that is kept is known for the end of the text alone.
+  const memory = memoryAt(now.layer, kv, mode === "kept" ? now.layer.numChunks : now.chunks);
+  const slot = now.slot >= 0 ? now.slot : now.token >= 0 ? memory.slotOf[now.token] : -1;
+  const marked = new Set(slot >= 0 ? memory.members.get(slot) ?? [] : []);
+  return { ...now, kv, mode, memory, marked };
+}
+
+function choose(token, { scroll = false } = {}) {
+  Object.assign(now, { token, slot: -1 });
+  refresh();
+  if (token >= 0 && scroll) scrollTo(token);
+  say();
+}
+
+function chooseSlot(slot) {
+  now.slot = now.slot === slot ? -1 : slot;
+  refresh();
+  const first = view().memory.members.get(slot)?.[0];
+  if (now.slot >= 0 && first !== undefined) scrollTo(first);
+}
+
+function setTime(chunks) {
+  now.chunks = chunks;
+  refresh();
+}
+
+function setHead(layer, head) {
+  const isEnd = now.chunks === now.layer.numChunks, share = now.chunks / Math.max(1, now.layer.numChunks);
+  Object.assign(now, { layer, head, slot: -1, chunks: isEnd ? layer.numChunks : Math.round(share * layer.numChunks) });
+  refresh();
+}
+
+// For those who hear the page.
+function say() {
+  const { token, memory } = view();
+  if (token < 0) return;
+  const slot = memory.slotOf[token], where = slot < 0 ? "in no slot" : nameOf(slot, memory.members.get(slot).length);
+  $("live").textContent = `Token ${token}, ${flat(DATA.pieces[token])}: ${where}`;
+}
+
+function drawControls() {
+  const { layer, head, mode, memory } = view();
+  const heads = Array.from({ length: layer.numHeads }, (_, i) => {
+    const shared = layer.numHeads > layer.numKvHeads ? ` (dictionary ${kvHead(layer, i)})` : "";
+    return make("option", { value: i, selected: i === head }, `${i}${shared}`);
+  });
+  $("head").replaceChildren(...heads);
+  $("layer").value = layer.layer;
+  $("time").max = layer.numChunks;
+  $("time").value = mode === "kept" ? layer.numChunks : now.chunks;
+  $("time-text").textContent = `${format(memory.numRead)} of ${plural(NUM_TOKENS, "token")}`;
+}
+
+function refresh() {
+  hideTip();
+  drawControls();
+  drawKey();
+  colourText();
+  drawToken();
+  drawGlance();
+  drawHeads();
+  drawRaster();
+  drawSlots();
+}
+
+function start() {
+  const { layer } = now, rule = { existing: "the paper's rule", updated: "keys may join slots of their own chunk" }[DATA.merge] ?? `the rule "${DATA.merge}"`;
+  $("about").textContent = `${flat(DATA.name) || "A text"}, ${plural(NUM_TOKENS, "token")}, read by ${flat(DATA.model) || "a model"}: ${plural(LAYERS.length, "OVQ layer")} of ${DATA.mixers.length} layers, at most ${plural(layer.numSlots, "slot")} per head, chunks of ${plural(layer.chunkSize, "token")}, dictionary kept by ${rule}. Made by ovq ${DATA.version}.`;
+  if (DATA.numGiven > NUM_TOKENS) {
+    $("cut").hidden = false;
+    $("cut").textContent = `Only the first ${format(NUM_TOKENS)} of ${format(DATA.numGiven)} tokens were read. --max-tokens sets how many.`;
+  }
+  $("conv").textContent = DATA.convSize > 1 ? `Here the convolution has ${DATA.convSize} taps: what is kept in the place of a token comes from it and the ${plural(DATA.convSize - 1, "token")} before.` : "";
+  $("layer").append(...LAYERS.map((each) => make("option", { value: each.layer }, String(each.layer))));
+  $("layer").addEventListener("change", () => setHead(LAYERS.find((each) => each.layer === Number($("layer").value)), Math.min(now.head, now.layer.numHeads - 1)));
+  $("head").addEventListener("change", () => setHead(now.layer, Number($("head").value)));
+  $("mode").addEventListener("change", refresh);
+  $("time").addEventListener("input", () => setTime(Number($("time").value)));
+  $("controls").addEventListener("submit", (event) => event.preventDefault());
+  // A few heads are compared at a glance; many would hide the text.
+  $("all-heads").open = LAYERS.reduce((sum, each) => sum + each.numKvHeads, 0) <= 12;
+  fillText();
+  listen();
+  listenToRaster();
+  refresh();
+}
+
+start();

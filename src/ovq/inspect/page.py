@@ -1,0 +1,149 @@
+"""The page of `ovq inspect`: one HTML file with its data, style and program, that needs nothing beside it.
+
+Numbers are packed into base64, because a text of thousands of tokens has a weight for each token, head and
+layer. The page's policy allows its own program and style by their hashes, and no network at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import os
+import re
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+import ovq
+from ovq.inspect.layer import LayerMemory
+from ovq.inspect.sharing import LEVEL_NAMES
+from ovq.inspect.text import InspectedText
+from ovq.runtime.files import write_atomic
+
+MOST_BYTES = 64 * 2**20
+"""The largest page that is written: larger ones keep a browser waiting for long."""
+
+# In the order in which they are run.
+_SCRIPTS = ("data.js", "tools.js", "text.js", "token.js", "raster.js", "slots.js", "main.js")
+
+
+def page_bytes(found: InspectedText) -> int:
+    """About how many bytes the page of a text takes."""
+    return int(sum(_layer_bytes(memory) for memory in found.layers) * 4 / 3) + 20 * found.num_tokens
+
+
+def page(found: InspectedText, *, layer: int | None = None, head: int = 0) -> str:
+    """The page as HTML, in ASCII.
+
+    Args:
+        found: The text and the memory.
+        layer: The layer to show first, by its number in the model; None for the highest OVQ layer.
+        head: The query head to show first.
+
+    Raises:
+        ValueError: If there is no such layer or head, or the page would be larger than `MOST_BYTES`.
+    """
+    memory = found.layer(layer)
+    if not 0 <= head < memory.num_heads:
+        raise ValueError(f"head: expected 0 to {memory.num_heads - 1}, found {head}")
+    if (size := page_bytes(found)) > MOST_BYTES:
+        raise ValueError(
+            f"expected a page of at most {MOST_BYTES / 1e6:.0f} MB, found {size / 1e6:.0f} MB "
+            f"for {found.num_tokens:,} tokens of {sum(m.num_heads for m in found.layers)} heads; "
+            "look at fewer tokens, or keep fewer weights of each query"
+        )
+    style = _file("page.css")
+    script = '"use strict";\n(() => {\n' + "\n".join(map(_file, _SCRIPTS)) + "\n})();\n"
+    parts = {
+        "POLICY": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; "
+        "form-action 'none'",
+        "TITLE": html.escape(f"ovq inspect: {_printable(found.name) or 'a text'}"),
+        "STYLE": style,
+        "DATA": _json(page_data(found, layer=memory.layer, head=head)),
+        "SCRIPT": script,
+    }
+    # In one pass: a text may look like a mark.
+    made = re.sub("@@([A-Z]+)@@", lambda mark: parts[mark[1]], _file("page.html"))
+    # Names may have any characters; the references say the same in ASCII.
+    return made.encode("ascii", "xmlcharrefreplace").decode()
+
+
+def write_page(
+    found: InspectedText, path: str | os.PathLike, *, layer: int | None = None, head: int = 0
+) -> None:
+    """Write the page to a file completely or not at all; arguments and errors as in `page`."""
+    write_atomic(path, page(found, layer=layer, head=head))
+
+
+def page_data(found: InspectedText, *, layer: int, head: int) -> dict[str, Any]:
+    """What the page shows, as `data.js` reads it."""
+    config = found.config
+    return {
+        "version": ovq.__version__,
+        "model": found.model,
+        "name": found.name,
+        "hasIds": found.has_ids,
+        "numGiven": found.num_given,
+        "pieces": list(found.pieces),
+        "merge": config.merge,
+        "convSize": config.conv_size,
+        "mixers": list(config.mixer_types),
+        "levels": list(LEVEL_NAMES),
+        "first": {"layer": layer, "head": head},
+        "layers": [_layer_data(memory) for memory in found.layers],
+    }
+
+
+def _layer_data(memory: LayerMemory) -> dict[str, Any]:
+    """One layer: numbers as base64 of little-endian arrays."""
+    moves = [memory.moves[memory.moves[:, 1] == head][:, [0, 2, 3]] for head in range(memory.num_kv_heads)]
+    return {
+        "layer": memory.layer,
+        "numSlots": memory.num_slots,
+        "chunkSize": memory.chunk_size,
+        "numHeads": memory.num_heads,
+        "numKvHeads": memory.num_kv_heads,
+        "numReads": memory.entries.shape[2],
+        "slots": _packed(memory.slots, "<i2"),
+        "moves": [_packed(of_head, "<i2") for of_head in moves],
+        # Rounded down, so that only what is kept exactly has the highest number.
+        "kept": _packed(np.floor(memory.kept * 255), "u1"),
+        "entries": _packed(memory.entries, "<i2"),
+        "weights": _packed(np.rint(memory.weights * 65535), "<u2"),
+        "shares": _packed(np.rint(memory.shares.clip(0, 1) * 65535), "<u2"),
+    }
+
+
+def _layer_bytes(memory: LayerMemory) -> int:
+    """Bytes of the packed numbers of a layer."""
+    per_query = 4 * memory.entries.shape[2] + 6
+    return memory.num_tokens * (memory.num_heads * per_query + 3 * memory.num_kv_heads) + 6 * len(memory.moves)
+
+
+def _packed(values: np.ndarray, dtype: str) -> str:
+    """Numbers as base64 of an array in C order."""
+    return base64.b64encode(np.ascontiguousarray(values).astype(dtype).tobytes()).decode()
+
+
+def _json(data: Any) -> str:
+    """JSON that can stand between script tags: in ASCII, and with no character that HTML gives a meaning."""
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _printable(name: str) -> str:
+    """A name without characters that no title can show."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in name)
+
+
+def _hash(text: str) -> str:
+    """How a content security policy names a script or style that is allowed."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _file(name: str) -> str:
+    """One of the files that the page is made of; all in ASCII, as a hash is over bytes."""
+    return (resources.files("ovq.inspect") / "files" / name).read_text(encoding="ascii")

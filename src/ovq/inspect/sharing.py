@@ -1,0 +1,69 @@
+"""How many tokens share a slot, in a few levels: what was kept exactly, and what was blurred."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ovq.inspect.layer import LayerMemory
+
+_HIGHEST = (0, 1, 4, 16, 64)
+LEVEL_NAMES = (
+    "exact: not merged yet",
+    "a slot of its own",
+    "shared by 2-4",
+    "shared by 5-16",
+    "shared by 17-64",
+    "shared by 65 or more",
+)
+"""By level, what became of a token; the page and the figures show them in this order, from sharp to blurred."""
+
+
+def levels(counts: np.ndarray) -> np.ndarray:
+    """The level of each token, as in `LEVEL_NAMES`, from how many tokens its slot holds; 0 if it is pending.
+
+    Example:
+        >>> levels(np.array([0, 1, 2, 4, 5, 17, 64, 65]))
+        array([0, 1, 2, 2, 3, 4, 4, 5])
+    """
+    return np.searchsorted(np.array(_HIGHEST), counts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """What became of the tokens of a text in one key/value head, by level.
+
+    Attributes:
+        num_tokens: Tokens of each level, as in `LEVEL_NAMES`.
+        kept: Mean share of their values that is kept, see `LayerMemory.kept`; None where there are none.
+        num_open: Slots in use at the end.
+    """
+
+    num_tokens: tuple[int, ...]
+    kept: tuple[float | None, ...]
+    num_open: int
+
+    @property
+    def exact_share(self) -> float:
+        """Share of the tokens that are pending or have a slot of their own."""
+        return sum(self.num_tokens[:2]) / max(1, sum(self.num_tokens))
+
+    @property
+    def kept_share(self) -> float:
+        """Mean share that is kept of the values of all tokens."""
+        pairs = zip(self.num_tokens, self.kept, strict=True)
+        return sum(n * kept for n, kept in pairs if kept is not None) / max(1, sum(self.num_tokens))
+
+
+def sharing(memory: LayerMemory, kv_head: int) -> Sharing:
+    """What became of the tokens of a text in one key/value head of a layer."""
+    level = levels(memory.counts()[kv_head])
+    kept = memory.kept[kv_head]
+    slots = memory.final_slots[kv_head]
+    of_level = [kept[level == i] for i in range(len(LEVEL_NAMES))]
+    return Sharing(
+        num_tokens=tuple(len(x) for x in of_level),
+        kept=tuple(float(x.mean()) if len(x) else None for x in of_level),
+        num_open=len(np.unique(slots[slots >= 0])),
+    )
