@@ -18,7 +18,7 @@ ORDER = [
     ["hf"],
     ["parallel", "text"],
     ["tasks"],
-    ["train", "eval"],
+    ["train", "eval", "inspect"],
     ["plots"],
     ["research", "serve"],
     ["cli"],

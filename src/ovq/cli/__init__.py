@@ -1,4 +1,4 @@
-"""The command line: `ovq demo | train | eval | generate | context | serve | memory | bench | reproduce`.
+"""The command line: `ovq demo | train | eval | generate | context | inspect | serve | memory | bench | reproduce`.
 
 Each command is a small module of its own that reads options and calls the library. Bad input ends in one line
 on standard error and exit code 2. PyTorch and transformers are imported inside the commands, so that help
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import ovq
-from ovq.cli import bench, context, demo, evaluate, generate, memory, reproduce, serve, train
+from ovq.cli import bench, context, demo, evaluate, generate, inspect, memory, reproduce, serve, train
 from ovq.cli.outputs import Readers, drop_unwritten, open_closed_streams
 from ovq.cli.plugins import Import
 from ovq.cli.verbosity import Quiet, Verbose, add_to_commands
@@ -34,6 +34,7 @@ app.command("train")(train.train)
 app.add_typer(evaluate.app, name="eval")
 app.command("generate")(generate.generate)
 app.add_typer(context.app, name="context")
+app.command("inspect")(inspect.inspect)
 app.command("serve")(serve.serve)
 app.command("memory")(memory.memory)
 app.command("bench")(bench.bench)

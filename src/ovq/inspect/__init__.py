@@ -5,7 +5,7 @@ HTML page that needs nothing beside it, and `ovq.plots.memory` figures for paper
 """
 
 from ovq.inspect.layer import LayerMemory, layer_memory, read_weights
-from ovq.inspect.page import page, page_bytes, write_page
+from ovq.inspect.page import page_bytes, page_html, write_page
 from ovq.inspect.pieces import token_pieces
 from ovq.inspect.sharing import LEVEL_NAMES, levels, sharing
 from ovq.inspect.text import MAX_TOKENS, MOST_TOKENS, NUM_READS, InspectedText, inspect_text
@@ -20,8 +20,8 @@ __all__ = [
     "inspect_text",
     "layer_memory",
     "levels",
-    "page",
     "page_bytes",
+    "page_html",
     "read_weights",
     "sharing",
     "token_pieces",

@@ -37,9 +37,9 @@ class LayerMemory:
         moves: `[X, 4]` int32 rows of chunk, head, slot and the slot that it was merged into at that chunk's
             end. Only rules that merge pairs have any.
         final_slots: `[Hkv, T]` int32 slot of each token at the end of the text, -1 for pending ones.
-        kept: `[Hkv, T]` float32 share of each token's value that its slot still gives at the end: 1 - |v - D|^2
-            / |v - m|^2, where D is the mean of its slot and m the mean of all values of the head. It is 1
-            for a token that is kept exactly, and 0 where the slot is no better than m, or worse.
+        kept: `[Hkv, T]` float32 share of each token's value that its slot still gives at the end: 1 -
+            |v - D|^2 / |v - m|^2, where D is the mean of its slot and m the mean of all values of the head.
+            It is 1 for a token that is kept exactly, and 0 where the slot is no better than m, or worse.
         entries: `[H, T, k]` int32 what each query reads most, the most first: a slot, or -1 - j for token j
             of its own chunk.
         weights: `[H, T, k]` float32 the weights of those; 0 where there are fewer than k.

@@ -35,7 +35,7 @@ def page_bytes(found: InspectedText) -> int:
     return int(sum(_layer_bytes(memory) for memory in found.layers) * 4 / 3) + 20 * found.num_tokens
 
 
-def page(found: InspectedText, *, layer: int | None = None, head: int = 0) -> str:
+def page_html(found: InspectedText, *, layer: int | None = None, head: int = 0) -> str:
     """The page as HTML, in ASCII.
 
     Args:
@@ -58,8 +58,8 @@ def page(found: InspectedText, *, layer: int | None = None, head: int = 0) -> st
     style = _file("page.css")
     script = '"use strict";\n(() => {\n' + "\n".join(map(_file, _SCRIPTS)) + "\n})();\n"
     parts = {
-        "POLICY": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; "
-        "form-action 'none'",
+        "POLICY": f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
+        "base-uri 'none'; form-action 'none'",
         "TITLE": html.escape(f"ovq inspect: {_printable(found.name) or 'a text'}"),
         "STYLE": style,
         "DATA": _json(page_data(found, layer=memory.layer, head=head)),
@@ -74,8 +74,8 @@ def page(found: InspectedText, *, layer: int | None = None, head: int = 0) -> st
 def write_page(
     found: InspectedText, path: str | os.PathLike, *, layer: int | None = None, head: int = 0
 ) -> None:
-    """Write the page to a file completely or not at all; arguments and errors as in `page`."""
-    write_atomic(path, page(found, layer=layer, head=head))
+    """Write the page to a file completely or not at all; arguments and errors as in `page_html`."""
+    write_atomic(path, page_html(found, layer=layer, head=head))
 
 
 def page_data(found: InspectedText, *, layer: int, head: int) -> dict[str, Any]:
@@ -120,7 +120,9 @@ def _layer_data(memory: LayerMemory) -> dict[str, Any]:
 def _layer_bytes(memory: LayerMemory) -> int:
     """Bytes of the packed numbers of a layer."""
     per_query = 4 * memory.entries.shape[2] + 6
-    return memory.num_tokens * (memory.num_heads * per_query + 3 * memory.num_kv_heads) + 6 * len(memory.moves)
+    return memory.num_tokens * (memory.num_heads * per_query + 3 * memory.num_kv_heads) + 6 * len(
+        memory.moves
+    )
 
 
 def _packed(values: np.ndarray, dtype: str) -> str:

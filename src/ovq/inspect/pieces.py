@@ -43,9 +43,7 @@ def _spans(text: str, ids: Sequence[int], tokenizer: Any) -> list[tuple[int, int
     if not getattr(tokenizer, "is_fast", False):
         return None
     for marks_start in (True, False):
-        found = tokenizer(
-            text, return_offsets_mapping=True, add_special_tokens=marks_start, verbose=False
-        )
+        found = tokenizer(text, return_offsets_mapping=True, add_special_tokens=marks_start, verbose=False)
         if list(found["input_ids"][: len(ids)]) == list(ids):
             return found["offset_mapping"][: len(ids)]
     return None

@@ -17,7 +17,7 @@ LEVEL_NAMES = (
     "shared by 17-64",
     "shared by 65 or more",
 )
-"""By level, what became of a token; the page and the figures show them in this order, from sharp to blurred."""
+"""What became of a token, by level: from sharp to blurred, in the order of the page and the figures."""
 
 
 def levels(counts: np.ndarray) -> np.ndarray:

@@ -112,7 +112,7 @@ def inspect_text(
     shown = torch.tensor([list(ids[:max_tokens])], device=model.device)
     with recording(model) as calls:
         model.base_model(shown, use_cache=False)
-    layers = []
+    layers: list[LayerMemory] = []
     for number, of_layer in calls.items():
         done = len(layers) * shown.shape[1]
 

@@ -39,7 +39,7 @@ function drawHeads() {
       const last = head + layer.numHeads / layer.numKvHeads - 1;
       const name = `layer ${layer.layer}, head ${head}${last > head ? `-${last}` : ""}`;
       const isChosen = layer === chosen.layer && kv === chosen.kv;
-      list.push(make("button", { type: "button", className: "head", "aria-pressed": isChosen, onclick: () => setHead(layer, head) }, make("span", {}, name), bar, make("span", { className: "small" }, `${percent(all)} of values kept`)));
+      list.push(make("button", { type: "button", className: "head", "aria-pressed": isChosen, onclick: () => setHead(layer, head) }, make("span", {}, name), bar, make("span", { className: "small" }, `${percent(all)} kept`)));
     }
   }
   $("heads").replaceChildren(...list);

@@ -34,12 +34,13 @@ function colourText() {
 }
 
 const keptClass = (layer, kv, token) => `k${Math.min(4, Math.floor(5 * keptOf(layer, kv, token)))}`;
-const readClass = (weight) => (weight >= 0.3 ? " w4" : weight >= 0.1 ? " w3" : weight >= 0.03 ? " w2" : weight > 0 ? " w1" : "");
+// Relative to the largest weight: where a query reads much at once, all weights are small.
+const readClass = (share) => (share >= 0.5 ? " w4" : share >= 0.25 ? " w3" : share >= 0.1 ? " w2" : share > 0 ? " w1" : "");
 
-// By token, the weight of the exact token or of the slot that it is behind.
+// By token, the weight of the exact token or of the slot that it is behind, as a share of the largest.
 function readWeights() {
-  const { layer, head, token } = view(), found = new Float32Array(NUM_TOKENS);
-  for (const { weight, tokens } of readsOf(layer, head, token).reads) for (const each of tokens) found[each] = weight;
+  const { layer, head, token } = view(), found = new Float32Array(NUM_TOKENS), { reads } = readsOf(layer, head, token);
+  for (const { weight, tokens } of reads) for (const each of tokens) found[each] = weight / reads[0].weight;
   return found;
 }
 
@@ -53,7 +54,7 @@ function drawKey() {
     ],
     level: () => DATA.levels.map((name, i) => entry(`l${i}`, name)),
     kept: () => ["0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %"].map((name, i) => entry(`k${i}`, `${name}${i === 0 ? " of the value kept, at the end of the text" : ""}`)),
-    reads: () => [[1, "listed, weight below 3 %"], [2, "3 % or more"], [3, "10 % or more"], [4, "30 % or more, on the token or its slot"]].map(([i, name]) => entry(`w${i}`, name)),
+    reads: () => [[4, "half of the largest weight or more, on the token or on its slot"], [3, "a quarter"], [2, "a tenth"], [1, "less, but in the list"]].map(([i, name]) => entry(`w${i}`, name)),
   };
   $("key").replaceChildren(make("ul", { className: "key" }, ...items[mode]()));
   if (mode === "reads" && view().token < 0) $("key").append(make("p", { className: "small" }, "Choose a token to see what it reads."));

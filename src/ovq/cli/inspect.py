@@ -1,0 +1,181 @@
+"""`ovq inspect`: look into the memory of a model that reads a text, as one HTML page and as figures."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ovq.cli.common import encode, out_console
+from ovq.cli.loading import check_model_folder, load_config, load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ovq.hf import OVQConfig
+    from ovq.inspect import InspectedText
+
+
+def inspect(
+    model: Annotated[Path, typer.Option(help="Folder of a trained model.", show_default=False)],
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="File to read, or - for standard input: text if the model has a tokenizer, else token ids.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The text itself, in the place of a file.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for figures as PNG, for papers.", show_default=False)
+    ] = None,
+    num_slots: Annotated[
+        int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
+    ] = None,
+    merge: Annotated[
+        str | None,
+        typer.Option(
+            help="Another rule of keeping the dictionary, on the same weights: existing (the paper's), "
+            "updated, ward, ward-sqrt.",
+            show_default=False,
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(min=0, help="Layer to show first, and in figures; the highest OVQ layer if not given."),
+    ] = None,
+    head: Annotated[int, typer.Option(min=0, help="Head to show first, and in figures.")] = 0,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=16_384, help="Tokens to read; the rest of the text is left out.")
+    ] = 4096,
+    reads: Annotated[
+        int, typer.Option(min=1, max=64, help="How many of the weights of each query to keep.")
+    ] = 8,
+) -> None:
+    """Let a model read a text, and show what its dictionaries keep exactly, what they blur, and what each
+    token reads.
+
+    The page is one file and needs no network: open it in a browser. It shows the first --max-tokens tokens.
+
+    Example: [bold]ovq inspect --model runs/ovq --text book.txt --out book.html[/bold]
+
+    The same weights with another dictionary, and figures: [bold]ovq inspect --model runs/ovq --text book.txt
+    --merge ward-sqrt --num-slots 256 --figures figures[/bold]
+    """
+    if (text is None) == (prompt is None):
+        raise ValueError("expected one of --text and --prompt, found both or neither")
+    check_model_folder(model)
+    _check_place("--out", out)
+    rule = None if merge is None else _rule(merge)
+    given = prompt if prompt is not None else sys.stdin.read() if text == "-" else Path(str(text)).read_text()
+    if figures is not None:
+        # Before the reading: an extra that is missing must not cost it.
+        import ovq.plots.memory
+
+    from ovq.eval.rows import format_bytes
+    from ovq.inspect import inspect_text, token_pieces, write_page
+    from ovq.runtime.progress import Reporter
+
+    _check_view(load_config(model), layer, head)
+    loaded, tokenizer = load_model(model, num_slots=num_slots), load_tokenizer(model)
+    if rule is not None:
+        loaded.set_merge(rule)
+    flag = "--prompt" if prompt is not None else "--text"
+    ids = encode(given, tokenizer, vocab_size=loaded.config.vocab_size, flag=flag)
+    name = "prompt" if text is None else "standard input" if text == "-" else Path(text).name
+    with Reporter() as reporter:
+        # Each OVQ layer is recounted by itself.
+        total = loaded.config.mixer_types.count("ovq") * min(len(ids), max_tokens)
+        work = reporter.start(f"read {name}", total=total)
+        found = inspect_text(
+            loaded,
+            ids,
+            token_pieces(given, ids, tokenizer),
+            model_name=model.resolve().name,
+            name=name,
+            has_ids=tokenizer is None,
+            max_tokens=max_tokens,
+            num_reads=reads,
+            work=work,
+        )
+    write_page(found, out, layer=layer, head=head)
+    written = [f"{out} ({format_bytes(out.stat().st_size)})"]
+    if figures is not None:
+        figures.mkdir(parents=True, exist_ok=True)
+        written += map(str, ovq.plots.memory.save_memory_figures(found, figures, layer=layer, head=head))
+    out_console.print(_table(found))
+    if found.num_given > found.num_tokens:
+        out_console.print(
+            f"Read the first {found.num_tokens:,} of {found.num_given:,} tokens (--max-tokens).",
+            highlight=False,
+        )
+    # A path broken over two lines could not be copied.
+    out_console.print(f"Wrote {', '.join(written)}", soft_wrap=True, highlight=False)
+
+
+def _check_place(flag: str, path: Path) -> None:
+    """Raise ValueError or OSError unless a file can be written there."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{flag}: expected a file in a folder that exists, found {path}")
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def _check_view(config: OVQConfig, layer: int | None, head: int) -> None:
+    """Raise ValueError unless a model has OVQ layers, the layer among them, and the head."""
+    layers = [i for i, mixer in enumerate(config.mixer_types) if mixer == "ovq"]
+    if not layers:
+        raise ValueError(f"--model: expected one with 'ovq' layers, found mixer_types {config.mixer_types}")
+    if layer is not None and layer not in layers:
+        raise ValueError(f"--layer: expected an OVQ layer, one of {layers}, found {layer}")
+    if head >= config.num_attention_heads:
+        raise ValueError(f"--head: expected 0 to {config.num_attention_heads - 1}, found {head}")
+
+
+def _rule(name: str) -> str:
+    """A rule of keeping the dictionary by its name."""
+    from ovq.cli import dictionaries
+
+    rules = dictionaries.parse(None, [name])["merges"]
+    if len(rules) != 1:
+        raise ValueError(f"--merge: expected one rule, found {name!r}")
+    return rules[0]
+
+
+def _table(found: InspectedText) -> Table:
+    """What became of the tokens in each head, as a table for the terminal."""
+    from rich.table import Table
+
+    from ovq.inspect import sharing
+
+    table = Table(title=f"What is kept of {found.num_tokens:,} tokens")
+    # Broken by hand: broken by rich, heads would lose letters at 80 columns.
+    for column in (
+        "layer",
+        "head",
+        "slots\nin use",
+        "exact or\nalone",
+        "shared\nby 2-16",
+        "by more",
+        "values\nkept",
+    ):
+        table.add_column(column, justify="right")
+    for memory in found.layers:
+        group = memory.num_heads // memory.num_kv_heads
+        for kv_head in range(memory.num_kv_heads):
+            shown, first = sharing(memory, kv_head), kv_head * group
+            shares = [n / found.num_tokens for n in shown.num_tokens]
+            table.add_row(
+                str(memory.layer),
+                str(first) if group == 1 else f"{first}-{first + group - 1}",
+                f"{shown.num_open:,} of {memory.num_slots:,}",
+                *(f"{share:.0%}" for share in (shown.exact_share, sum(shares[2:4]), sum(shares[4:]))),
+                f"{shown.kept_share:.0%}",
+            )
+    return table

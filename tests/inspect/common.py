@@ -1,0 +1,39 @@
+"""Texts and models to look into."""
+
+import torch
+
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.inspect import inspect_text
+from ovq.layers import OVQAttention
+
+
+def recorded(num_tokens, *, seed=0, **options):
+    """A call of a layer with random weights on a random text, and what the op made of it."""
+    torch.manual_seed(seed)
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "num_slots": 7, "chunk_size": 5}
+    layer = OVQAttention(24, **sizes | options)
+    with layer.recording() as calls, torch.no_grad():
+        layer(torch.randn(1, num_tokens, 24))
+    return calls[0]
+
+
+def looked_into(pieces, *, num_heads=2, num_kv_heads=None, max_tokens=4096, num_reads=8, **changes):
+    """A text of these pieces, read by a tiny model with random weights."""
+    torch.manual_seed(0)
+    config = OVQConfig(
+        vocab_size=48,
+        hidden_size=24,
+        intermediate_size=16,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads or num_heads,
+        **{"num_hidden_layers": 2, "num_slots": 8, "chunk_size": 4, "initializer_range": 0.5} | changes,
+    )
+    return inspect_text(
+        OVQForCausalLM(config).eval(),
+        [17 * i % 48 for i in range(len(pieces))],
+        pieces,
+        model_name="tiny",
+        name="text",
+        max_tokens=max_tokens,
+        num_reads=num_reads,
+    )
