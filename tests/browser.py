@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,9 +29,13 @@ class Browser:
         self._read, write = os.pipe()
         command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
         command += ["--proxy-server=127.0.0.1:9", f"--user-data-dir={self._folder.name}", "about:blank"]
-        shell = ["sh", "-c", f'exec "$@" 3<&{read} 4>&{write}', "sh"]
+        # Not by a shell, as some know no descriptors above 9.
+        program = "import os, sys; r, w = map(int, sys.argv[1:3]); r, w = os.dup(r), os.dup(w); "
+        program += "os.dup2(r, 3); os.dup2(w, 4); os.set_inheritable(3, True); os.set_inheritable(4, True); "
+        program += "os.execv(sys.argv[3], sys.argv[3:])"
+        command = [sys.executable, "-c", program, str(read), str(write), *command]
         self._process = subprocess.Popen(
-            shell + command, pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command, pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         os.close(read)
         os.close(write)

@@ -72,6 +72,8 @@ def inspect(
         raise ValueError("expected one of --text and --prompt, found both or neither")
     check_model_folder(model)
     _check_place("--out", out)
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise ValueError(f"--figures: expected a folder, found a file: {figures}")
     rule = None if merge is None else _rule(merge)
     given = prompt if prompt is not None else sys.stdin.read() if text == "-" else Path(str(text)).read_text()
     if figures is not None:

@@ -1,0 +1,176 @@
+"""The page in a real browser: pointing, choosing, keys, a phone's width, both themes, and no network."""
+
+import re
+
+import pytest
+
+from ovq.inspect import write_page
+from tests.browser import CHROMIUM, Browser
+from tests.inspect.common import looked_into
+from tests.inspect.test_page import NASTY
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium"),
+]
+WORDS = [f"word{i % 9} " for i in range(118)] + NASTY
+
+
+@pytest.fixture(scope="module")
+def found():
+    return looked_into(WORDS, num_heads=4, num_kv_heads=2, merge="ward", chunk_size=8, num_slots=12)
+
+
+@pytest.fixture(scope="module")
+def path(found, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "page.html"
+    write_page(found, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(path):
+    with Browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def opened(browser, path):
+    browser.open(path)
+    yield browser
+    assert browser.problems == []
+
+
+def test_the_text_is_shown_and_nothing_of_it_is_run(opened, found):
+    assert opened.run("document.title") == "ovq inspect: text"
+    assert opened.run("document.querySelectorAll('#text > .t').length") == len(WORDS)
+    assert opened.run("document.querySelectorAll('#text *').length") == len(WORDS)
+    shown = [opened.run(f"document.getElementById('t{118 + i}').textContent") for i in range(len(NASTY))]
+    assert shown[0] == NASTY[0]
+    assert shown[5] == "\u2400\u2401\u241b<U+007F><U+0085>"
+    assert shown[6] == "<U+202E>rtl<U+202C>"
+    assert shown[8] == "<U+D800>"
+    assert shown[9] == "\u21b5\n\u21e5 "
+    assert shown[11] == "\u00b7"
+    assert "130 tokens, read by tiny: 1 OVQ layer of 2 layers" in opened.text("#about")
+
+
+def test_pointing_at_a_token_shows_who_shares_its_slot(opened, found):
+    slots = found.layer(None).final_slots[0]
+    counts = {slot: int((slots == slot).sum()) for slot in slots}
+    token = next(i for i, slot in enumerate(slots) if counts[slot] > 2)
+    opened.point(f"#t{token}")
+    tip = opened.text("#tip")
+    assert f"slot {slots[token]}, shared by {counts[slots[token]]} tokens" in tip
+    others = [i for i in range(len(slots)) if slots[i] == slots[token] and i != token]
+    named = [int(line.split()[0]) for line in tip.splitlines()[1:7] if line.strip()[0].isdigit()]
+    assert named == sorted(others, key=lambda other: abs(other - token))[: len(named)]
+    assert named
+    opened.point("h1")
+    assert opened.run("document.getElementById('tip').hidden")
+
+
+def test_choosing_a_token_shows_what_it_reads(opened, found):
+    memory = found.layer(None)
+    opened.point("#t77", click=True)
+    said = opened.text("#token")
+    assert said.startswith("Token 77")
+    assert "The memory of the 72 tokens before its chunk" in said
+    named = re.findall(r"^(slot (\d+)|exact|itself)$", said.split("reads here")[1], re.MULTILINE)
+    expected = [
+        f"slot {entry}" if entry >= 0 else "itself" if entry == -1 - 77 % 8 else "exact"
+        for entry, weight in zip(memory.entries[0, 77], memory.weights[0, 77], strict=True)
+        if weight >= 1 / 65535
+    ]
+    assert [name for name, _ in named] == expected
+    exact = memory.shares[0, 77, 0]
+    assert f"{round(100 * exact)} % exact tokens of its own chunk" in said
+    slots = memory.final_slots[0]
+    marked = opened.run("[...document.querySelectorAll('.t.member')].map((t) => Number(t.id.slice(1)))")
+    assert marked == [i for i in range(len(slots)) if slots[i] == slots[77]]
+    opened.select("#mode", "reads")
+    assert opened.run("document.querySelectorAll('.t.w4').length") > 0
+
+
+def test_the_memory_at_an_earlier_time(opened, found):
+    opened.select("#time", "3")
+    assert opened.text("#time-text") == "24 of 130 tokens"
+    assert opened.run("document.querySelectorAll('.t.later').length") == 130 - 24
+    counts = opened.run(
+        "[...document.querySelectorAll('#glance-table tbody tr')].map((r) => Number(r.cells[1].innerText))"
+    )
+    assert counts[-1] == sum(counts[:-1]) == 24
+    opened.point("#t77", click=True)
+    assert "it was not merged yet" in opened.text("#token")
+    opened.run(
+        "[...document.querySelectorAll('#token .link')].find((b) => /as it was/.test(b.innerText)).click()"
+    )
+    assert opened.text("#time-text") == "72 of 130 tokens"
+
+
+def test_levels_of_all_tokens_are_counted(opened, found):
+    opened.select("#head", "2")
+    opened.select("#mode", "level")
+    counts = found.layer(None).counts()[1]
+    for level, (low, high) in enumerate(((0, 0), (1, 1), (2, 4), (5, 16), (17, 64))):
+        number = opened.run(f"document.querySelectorAll('.t.l{level}').length")
+        assert number == ((counts >= low) & (counts <= high)).sum()
+    opened.select("#mode", "kept")
+    assert opened.run("document.querySelectorAll('.t.k0, .t.k1, .t.k2, .t.k3, .t.k4').length") == 130
+
+
+def test_all_can_be_done_by_keys(opened):
+    opened.run("document.getElementById('text').focus()")
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        opened.press(key)
+    assert opened.run("document.querySelector('.t.chosen').id") == "t9"
+    assert opened.run("document.getElementById('text').getAttribute('aria-activedescendant')") == "t9"
+    assert opened.run("document.getElementById('live').textContent").startswith("Token 9, word0")
+    opened.press("End")
+    assert opened.run("document.querySelector('.t.chosen').id") == "t129"
+    opened.press("Escape")
+    assert opened.run("document.querySelectorAll('.t.chosen').length") == 0
+    names = opened.run(
+        "[...document.querySelectorAll('select, input, button')].filter((e) => !e.textContent.trim()"
+        " && !e.closest('label') && !e.getAttribute('aria-label')).length"
+    )
+    assert names == 0
+
+
+def test_the_raster_is_drawn_and_chooses_tokens(opened, found):
+    drawn = (
+        "(() => { const c = document.getElementById('raster');"
+        " const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; const seen = new Set();"
+        " for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 250) seen.add(d.slice(i, i + 3).join());"
+        " return [...seen]; })()"
+    )
+    seen = opened.run(drawn)
+    # Opening, joining, and slots merged into another.
+    assert {"192,79,0", "11,87,164"} <= set(seen)
+    assert "merges of a slot into another" in opened.run(
+        "document.getElementById('raster').getAttribute('aria-label')"
+    )
+    # In the first column of marks: a token of the first chunk, which opened a slot of its own.
+    opened.run("document.getElementById('raster').scrollIntoView({block: 'center'})")
+    x, y, height = opened.run(
+        "(() => { const r = document.getElementById('raster').getBoundingClientRect();"
+        " return [r.x, r.y, r.height]; })()"
+    )
+    for kind in ("mousePressed", "mouseReleased"):
+        opened.call(
+            "Input.dispatchMouseEvent", type=kind, x=x + 46, y=y + height - 48, button="left", clickCount=1
+        )
+    chosen = opened.run("document.querySelector('.t.chosen')?.id")
+    assert chosen in {"t0", "t1", "t2"}
+
+
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_a_phone_shows_all_without_moving_sideways(path, is_dark):
+    with Browser(390, 844, is_dark=is_dark) as browser:
+        browser.open(path)
+        browser.point("#t77", click=True)
+        assert browser.text("#token").startswith("Token 77")
+        assert browser.run("document.documentElement.scrollWidth") == 390
+        ground = browser.run("getComputedStyle(document.body).backgroundColor")
+        assert ground == ("rgb(20, 23, 27)" if is_dark else "rgb(255, 255, 255)")
+        assert browser.problems == []

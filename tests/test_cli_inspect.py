@@ -1,0 +1,120 @@
+"""`ovq inspect`: the page and the figures of a text."""
+
+import io
+import json
+import re
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from ovq.hf import OVQConfig, OVQForCausalLM
+from tests.test_cli import fail, run
+
+IDS = " ".join(str(i * 17 % 48) for i in range(1, 90))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 2}
+    fields = {"num_attention_heads": 2, "num_slots": 8, "chunk_size": 4, "sliding_window": 4}
+    OVQForCausalLM(OVQConfig(**sizes, **fields)).save_pretrained(folder)
+    return folder
+
+
+def data_of(path):
+    return json.loads(re.search(r'type="application/json">(.*?)</script>', path.read_text())[1])
+
+
+def test_a_text_becomes_a_page(capsys, model, tmp_path, monkeypatch):
+    (tmp_path / "text").write_text(IDS)
+    out = tmp_path / "page.html"
+    said = run(capsys, "inspect", "--model", model, "--text", tmp_path / "text", "--out", out)
+    assert f"Wrote {out} (" in said
+    assert "What is kept of 89 tokens" in said
+    assert [line.split("│")[3].strip() for line in said.splitlines() if line.count("│") == 8] == [
+        "7 of 8"
+    ] * 2
+    data = data_of(out)
+    assert data["pieces"] == IDS.split()
+    assert (data["hasIds"], data["name"], data["model"]) == (True, "text", model.name)
+    assert data["layers"][0]["numReads"] == 8
+    first = out.read_bytes()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(IDS))
+    run(capsys, "inspect", "--model", model, "--text", "-", "--out", out)
+    assert data_of(out) == data | {"name": "standard input"}
+    assert out.read_bytes() != first
+
+
+def test_another_dictionary_and_view_and_a_text_that_is_cut(capsys, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--merge", "ward", "--num-slots", 12, "--layer", 1, "--head", 1]
+    said = run(
+        capsys, "inspect", "--model", model, "--prompt", IDS, *options, "--max-tokens", 50, "--reads", 3
+    )
+    assert "Read the first 50 of 89 tokens (--max-tokens)." in said
+    assert "12 of 12" in said
+    data = data_of(tmp_path / "inspect.html")
+    assert (data["merge"], data["first"], data["numGiven"]) == ("ward", {"layer": 1, "head": 1}, 89)
+    assert data["pieces"] == IDS.split()[:50]
+    assert (data["layers"][0]["numSlots"], data["layers"][0]["numReads"]) == (12, 3)
+
+
+def test_figures_even_of_less_than_a_chunk(capsys, model, tmp_path):
+    out, figures = tmp_path / "page.html", tmp_path / "figures"
+    run(capsys, "inspect", "--model", model, "--prompt", "1 2", "--out", out, "--figures", figures)
+    assert sorted(path.name for path in figures.iterdir()) == [
+        "counts.png",
+        "heads.png",
+        "reads.png",
+        "slots.png",
+    ]
+    for path in figures.iterdir():
+        with Image.open(path) as picture:
+            assert picture.width == 960
+
+
+def test_help_shows_an_example(capsys):
+    assert "ovq inspect --model runs/ovq --text book.txt" in " ".join(
+        run(capsys, "inspect", "--help").split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--prompt 1 --text x", "expected one of --text and --prompt, found both or neither"),
+        ("", "expected one of --text and --prompt, found both or neither"),
+        ("--text {tmp}/no", "No such file"),
+        ("--prompt one", "--prompt: expected token ids such as"),
+        ("--prompt 48", "--prompt: expected token ids below 48"),
+        ("--prompt 1 --layer 0", "--layer: expected an OVQ layer, one of [1], found 0"),
+        ("--prompt 1 --head 2", "--head: expected 0 to 1, found 2"),
+        ("--prompt 1 --merge word", "--merge: expected rules among existing"),
+        ("--prompt 1 --merge ward,existing", "--merge: expected one rule, found 'ward,existing'"),
+        ("--prompt 1 --out {tmp}", "--out: expected a file in a folder that exists"),
+        ("--prompt 1 --figures {tmp}/file", "--figures: expected a folder, found a file"),
+        ("--prompt 1 --max-tokens 20000", "--max-tokens"),
+    ],
+)  # fmt: skip
+def test_bad_input_costs_one_line(arguments, message, capsys, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert message in fail(capsys, "inspect", "--model", model, *arguments.format(tmp=tmp_path).split())
+    assert not (tmp_path / "inspect.html").exists()
+
+
+def test_a_model_without_dictionaries_is_refused(capsys, tmp_path):
+    config = OVQConfig(
+        vocab_size=8,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        mixer_types=["full_attention"],
+    )
+    OVQForCausalLM(config).save_pretrained(tmp_path)
+    said = fail(capsys, "inspect", "--model", tmp_path, "--prompt", "1")
+    assert said == "--model: expected one with 'ovq' layers, found mixer_types ['full_attention']"
