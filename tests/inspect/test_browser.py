@@ -166,11 +166,11 @@ def test_the_raster_is_drawn_and_chooses_tokens(opened, found):
 
 @pytest.mark.parametrize("is_dark", [False, True])
 def test_a_phone_shows_all_without_moving_sideways(path, is_dark):
-    with Browser(390, 844, is_dark=is_dark) as browser:
+    with Browser(320, 640, is_dark=is_dark) as browser:
         browser.open(path)
         browser.point("#t77", click=True)
         assert browser.text("#token").startswith("Token 77")
-        assert browser.run("document.documentElement.scrollWidth") == 390
+        assert browser.run("document.documentElement.scrollWidth") == 320
         ground = browser.run("getComputedStyle(document.body).backgroundColor")
         assert ground == ("rgb(20, 23, 27)" if is_dark else "rgb(255, 255, 255)")
         assert browser.problems == []
