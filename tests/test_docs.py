@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
         ("mixers.md", 3),
         ("scaling.md", 9),
         ("evaluation.md", 3),
+        ("inspect.md", 3),
         ("sharing.md", 4),
         ("serving.md", 15),
         ("training.md", 0),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from ovq.inspect import page_bytes, page_html, write_page
 from tests.inspect.common import looked_into
 
+DOCS = Path(__file__).parents[2] / "docs" / "inspect.md"
 NASTY = [
     "</script><script>document.title = 'broken'</script>",
     "<!--<script>",
@@ -125,6 +127,13 @@ def test_the_size_of_a_page_is_known_beforehand(monkeypatch):
         ValueError, match=r"expected a page of at most 0 MB, found 0 MB for 1,000 tokens of 8 heads"
     ):
         page_html(found)
+
+
+def test_the_python_of_the_docs_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [block] = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    exec(block, {})
+    assert len(data_of((tmp_path / "page.html").read_text())["pieces"]) == 200
 
 
 def test_views_that_are_not_there_are_refused(tmp_path):

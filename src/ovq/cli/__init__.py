@@ -1,4 +1,5 @@
-"""The command line: `ovq demo | train | eval | generate | context | inspect | serve | memory | bench | reproduce`.
+"""The command line: `ovq demo | train | eval | generate | context | inspect | serve | memory | bench |
+reproduce`.
 
 Each command is a small module of its own that reads options and calls the library. Bad input ends in one line
 on standard error and exit code 2. PyTorch and transformers are imported inside the commands, so that help

@@ -7,7 +7,7 @@ HTML page that needs nothing beside it, and `ovq.plots.memory` figures for paper
 from ovq.inspect.layer import LayerMemory, layer_memory, read_weights
 from ovq.inspect.page import page_bytes, page_html, write_page
 from ovq.inspect.pieces import token_pieces
-from ovq.inspect.sharing import LEVEL_NAMES, levels, sharing
+from ovq.inspect.sharing import LEVEL_NAMES, Sharing, levels, sharing
 from ovq.inspect.text import MAX_TOKENS, MOST_TOKENS, NUM_READS, InspectedText, inspect_text
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "NUM_READS",
     "InspectedText",
     "LayerMemory",
+    "Sharing",
     "inspect_text",
     "layer_memory",
     "levels",
