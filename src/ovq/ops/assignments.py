@@ -24,6 +24,7 @@ from ovq.ops.checks import check_kv, checked_call, checked_scale
 from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
 from ovq.ops.precision import full_precision
 from ovq.ops.random_init import seed_of
+from ovq.ops.schedule import num_merged
 from ovq.ops.state import OVQState
 from ovq.ops.uncompiled import uncompiled
 
@@ -40,10 +41,10 @@ class SlotAssignments:
 
     Attributes:
         slots: `[B, Hkv, T]` int64 slot that each token is in at the end of the call.
-        chunk_slots: `[B, Hkv, T]` slot that it was in right after its own chunk. It differs from `slots` only
-            where merge="ward" has merged that slot into another.
+        chunk_slots: `[B, Hkv, T]` slot that it was in right after its own chunk was merged. It differs from
+            `slots` only where merge="ward" has merged that slot into another.
         earlier_slots: `[R, Hkv, M]` where the slots of the initial state ended, -1 for spare ones.
-        earlier_pending: `[R, Hkv, C]` where the tokens ended that were pending in the initial state.
+        earlier_pending: `[R, Hkv, W + C]` where the tokens ended that were pending in the initial state.
         position: `[B, T]` position of each token. row: `[B, T]` row of each token.
         state: the state after the call, as `ovq_attention` returns it; its `count` counts the tokens of each
             slot, those of earlier calls included.
@@ -74,7 +75,7 @@ class SlotAssignments:
     def after(self, num_tokens: int) -> Tensor:
         """The slots `[B, Hkv, T]` that tokens were in after the first `num_tokens` tokens of each row.
 
-        Tokens of chunks that were not complete then have -1. These are the slots that a query at that place
+        Tokens that were pending then have -1. These are the slots that a query at that place
         reads.
 
         Raises:
@@ -135,6 +136,10 @@ def slot_assignments(
     merge: str = "existing",
     rate: float | str = "count",
     value_weight: float = VALUE_WEIGHT,
+    window: int = 0,
+    num_sinks: int = 0,
+    exact_dims: int = 0,
+    token_weights: Tensor | None = None,
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> SlotAssignments:
@@ -146,6 +151,7 @@ def slot_assignments(
     Args:
         k: `[B, T, Hkv, K]` keys. v: `[B, T, Hkv, V]` values.
         num_slots, chunk_size, growth, init, merge, rate, value_weight, generator: as in `ovq_attention`.
+        window, num_sinks, exact_dims, token_weights: as in `ovq_attention`.
         initial_state: the state that the call continues from. It is not changed.
         attention_mask, cu_seqlens: as in `ovq_attention`.
         backend: `"torch"`, `"cpu"` (compiled for this processor; float32 and bfloat16, rate `"count"`) or
@@ -169,11 +175,14 @@ def slot_assignments(
         merge=merge,
         rate=rate,
         value_weight=value_weight,
+        window=window,
+        num_sinks=num_sinks,
+        exact_dims=exact_dims,
         seed=seed_of(init, generator),
     )
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, found {backend!r}")
-    return _slot_assignments(k, v, initial_state, attention_mask, cu_seqlens, options, backend)
+    return _slot_assignments(k, v, initial_state, attention_mask, cu_seqlens, options, backend, token_weights)
 
 
 @uncompiled
@@ -186,11 +195,14 @@ def _slot_assignments(
     cu_seqlens: Tensor | None,
     options: Options,
     backend: str,
+    token_weights: Tensor | None,
 ) -> SlotAssignments:
     """`slot_assignments` after all arguments but those of rows and state have been checked."""
     # Keys stand in for the queries, which only give the call its shape.
     scale = checked_scale(None, k)
-    call = checked_call(k, k, v, scale, initial_state, True, attention_mask, cu_seqlens, options)
+    call = checked_call(
+        k, k, v, scale, initial_state, True, attention_mask, cu_seqlens, options, token_weights
+    )
     reason = cpu.refusal(call)
     if backend == "cpu" and reason:
         raise ValueError(f"backend: 'cpu': {reason}")
@@ -198,9 +210,13 @@ def _slot_assignments(
     before, plan = planned(call, group_size=1)
     chunks_k = plan.aligned.align(k, before.pending_keys)
     chunks_v = plan.aligned.align(v, before.pending_values)
-    sums = Dictionary(before.key_sum, before.value_sum, before.count).clone()
+    sums = Dictionary(before.key_sum, before.value_sum, before.count, before.weight).clone()
+    weights: tuple[Tensor, ...] = ()
+    if call.token_weights is not None:
+        assert before.pending_weights is not None
+        weights = (plan.aligned.align(call.token_weights[..., None], before.pending_weights[..., None]),)
     with full_precision(k.device):
-        learned = learn(chunks_k, chunks_v, sums, plan)
+        learned = learn(chunks_k, chunks_v, sums, plan, *weights)
     history = _History(learned, plan, k.shape[0], k.shape[1], before.count.shape[2])
     final, origin, pending = history.carried(None)
     inverse = plan.aligned.inverse()
@@ -212,7 +228,7 @@ def _slot_assignments(
         earlier_pending=pending[inverse],
         position=position,
         row=row,
-        state=state_after(before, sums, chunks_k, chunks_v, plan),
+        state=state_after(before, sums, chunks_k, chunks_v, plan, *weights),
         _history=history,
     )
 
@@ -242,15 +258,15 @@ class _History:
     def __init__(self, learned: Learned, plan: Plan, batch: int, length: int, capacity: int) -> None:
         self._learned, self._plan = learned, plan
         self._batch, self._length, self._capacity = batch, length, capacity
-        aligned, size = plan.aligned, plan.options.chunk_size
-        self._num_complete = [n // size for n in aligned.lengths]
+        aligned = plan.aligned
+        self._num_merged = [aligned.num_merged(r) // aligned.chunk_size for r in range(len(aligned.lengths))]
 
     def slots(self, num_tokens: int) -> Tensor:
         """`[B, Hkv, T]` slots after `num_tokens` new tokens of each row."""
         aligned, size = self._plan.aligned, self._plan.options.chunk_size
         ends = [
-            min(n, (pending + num_tokens) // size)
-            for n, pending in zip(self._num_complete, aligned.pending, strict=True)
+            min(n, num_merged(pending + num_tokens, chunk_size=size, window=aligned.window) // size)
+            for n, pending in zip(self._num_merged, aligned.pending, strict=True)
         ]
         return self.of_tokens(self.carried(ends)[0])
 
@@ -263,7 +279,7 @@ class _History:
     def of_chunks(self) -> Tensor:
         """`[num_chunks, W, Hkv]` slot of each token right after its own chunk."""
         found = torch.full_like(self._learned.slots, -1, dtype=torch.int64)
-        for first, n in zip(self._plan.aligned.first_chunk, self._num_complete, strict=True):
+        for first, n in zip(self._plan.aligned.first_chunk, self._num_merged, strict=True):
             found[first : first + n] = self._learned.slots[first : first + n]
         return found
 
@@ -272,11 +288,11 @@ class _History:
 
         Returns:
             Slots of tokens by chunk `[num_chunks, W, Hkv]`, of the slots of the initial state `[R, Hkv, M]`,
-            and of the tokens that were pending in it `[R, Hkv, C]`.
+            and of the tokens that were pending in it `[R, Hkv, W + C]`.
         """
         aligned = self._plan.aligned
         slots, moved = self._learned.slots, self._learned.moved
-        ends = self._num_complete if ends is None else ends
+        ends = self._num_merged if ends is None else ends
         num_heads, device = slots.shape[2], slots.device
         found = torch.full_like(slots, -1, dtype=torch.int64)
         # From the last chunk back: where a slot as it is after this chunk is in the end.
@@ -288,8 +304,12 @@ class _History:
             found[chunks] = of_rows.gather(2, slots[chunks].transpose(1, 2).long()).transpose(1, 2)
             if moved is not None:
                 to[rows] = of_rows.gather(2, moved[chunks].long())
-        pending = to.new_full((len(ends), num_heads, self._plan.options.chunk_size), -1)
+        size = aligned.window + aligned.chunk_size
+        pending = to.new_full((len(ends), num_heads, size), -1)
         for r, num in enumerate(aligned.pending):
-            if num:
-                pending[r, :, :num] = found[aligned.first_chunk[r], :num].transpose(0, 1)
+            # Pending tokens may fill several chunks.
+            for first in range(0, num, aligned.width):
+                part = min(aligned.width, num - first)
+                own = found[aligned.first_chunk[r] + first // aligned.width, :part]
+                pending[r, :, first : first + part] = own.transpose(0, 1)
         return found, to, pending

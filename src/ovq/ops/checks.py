@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ovq.ops.call import Call, RowBounds, Rows
-from ovq.ops.options import Options
-from ovq.ops.state import OVQState, state_dtype
+from ovq.ops.options import Options, check_exact_dims
+from ovq.ops.state import OVQState, state_dtype, weighted
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -55,19 +55,21 @@ def _check_tensors(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: expected at least one head and one dimension, found {tuple(x.shape)}")
 
 
-def checked_scale(scale: float | Tensor | None, q: Tensor) -> Tensor:
-    """`scale` as a tensor `[H]` in the dtype of the sums."""
+def checked_scale(scale: float | Tensor | None, q: Tensor, *, name: str = "scale") -> Tensor:
+    """`scale` as a tensor `[H]` in the dtype of the sums; `name` is what errors call it."""
     num_heads, wide = q.shape[2], state_dtype(q.dtype)
     if scale is None:
         scale = q.shape[3] ** 0.5
     if isinstance(scale, Tensor):
         if scale.shape != (num_heads,):
-            raise ValueError(f"scale: expected a float or a tensor [{num_heads}], found {tuple(scale.shape)}")
+            raise ValueError(
+                f"{name}: expected a float or a tensor [{num_heads}], found {tuple(scale.shape)}"
+            )
         if not scale.is_floating_point():
-            raise ValueError(f"scale: expected a floating dtype, found {scale.dtype}")
+            raise ValueError(f"{name}: expected a floating dtype, found {scale.dtype}")
         return scale.to(q.device, wide)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise ValueError(f"scale: expected a float or a tensor [{num_heads}], found {scale!r}")
+        raise ValueError(f"{name}: expected a float or a tensor [{num_heads}], found {scale!r}")
     return torch.full((num_heads,), float(scale), dtype=wide, device=q.device)
 
 
@@ -81,9 +83,15 @@ def checked_call(
     attention_mask: Tensor | RowBounds | None,
     cu_seqlens: Tensor | None,
     options: Options,
+    token_weights: Tensor | None = None,
+    slot_scale: Tensor | None = None,
 ) -> Call:
-    """The call of tensors, scale and options that were checked before; checks its rows and its state."""
+    """The call of tensors, scales and options that were checked before; checks its rows, weights, state."""
     rows = checked_rows(q, attention_mask, cu_seqlens)
+    check_exact_dims("exact_dims", options.exact_dims, key_dim=k.shape[3])
+    for name, x in (("token_weights", token_weights), ("slot_scale", slot_scale)):
+        if x is not None and options.rate != "count":
+            raise ValueError(f"{name}: expected none with a constant rate, found one")
     if initial_state is not None:
         check_state(initial_state, len(rows), k, v, options)
         state = initial_state
@@ -95,10 +103,46 @@ def checked_call(
             value_dim=v.shape[3],
             num_slots=options.num_slots,
             chunk_size=options.chunk_size,
+            window=options.window,
+            num_sinks=options.num_sinks,
             dtype=q.dtype,
             device=q.device,
         )
-    return Call(q=q, k=k, v=v, scale=scale, state=state, rows=rows, options=options, wants_state=wants_state)
+    if token_weights is not None:
+        token_weights = _checked_weights(token_weights, k, rows)
+        state = weighted(state)
+    elif state.weight is not None:
+        token_weights = torch.ones(k.shape[:3], dtype=state.weight.dtype, device=k.device)
+    return Call(
+        q=q,
+        k=k,
+        v=v,
+        scale=scale,
+        state=state,
+        rows=rows,
+        options=options,
+        wants_state=wants_state,
+        token_weights=token_weights,
+        slot_scale=slot_scale,
+    )
+
+
+def _checked_weights(weights: Tensor, k: Tensor, rows: Rows) -> Tensor:
+    """`token_weights` `[B, T, Hkv]` in the dtype of the sums; what padding holds does not matter."""
+    shape = tuple(k.shape[:3])
+    if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
+        found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"token_weights: expected a tensor {list(shape)} as k has, found {found}")
+    if not weights.is_floating_point():
+        raise ValueError(f"token_weights: expected a floating dtype, found {weights.dtype}")
+    weights = weights.to(k.device, state_dtype(k.dtype))
+    flat = weights.detach().reshape(-1, shape[2])
+    for start, length in zip(rows.starts, rows.lengths, strict=True):
+        part = flat[start : start + length]
+        if not bool((part.isfinite() & (part >= 0)).all()):
+            wrong = part[~(part.isfinite() & (part >= 0))][0]
+            raise ValueError(f"token_weights: expected finite numbers of at least 0, found {float(wrong)}")
+    return weights
 
 
 def checked_rows(q: Tensor, attention_mask: Tensor | RowBounds | None, cu_seqlens: Tensor | None) -> Rows:
@@ -171,6 +215,8 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
         "rows": state.batch_size,
         "num_slots": state.num_slots,
         "chunk_size": state.chunk_size,
+        "window": state.window,
+        "num_sinks": state.num_sinks,
         "key/value heads": state.count.shape[1],
         "key dimension": state.key_sum.shape[3],
         "value dimension": state.value_sum.shape[3],
@@ -182,6 +228,8 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
         "rows": num_rows,
         "num_slots": options.num_slots,
         "chunk_size": options.chunk_size,
+        "window": options.window,
+        "num_sinks": options.num_sinks,
         "key/value heads": k.shape[2],
         "key dimension": k.shape[3],
         "value dimension": v.shape[3],

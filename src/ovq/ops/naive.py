@@ -12,36 +12,67 @@ import torch
 from torch import Tensor
 
 from ovq.ops.call import Call
-from ovq.ops.options import NO_COSINE, TIE, TINY, Options
+from ovq.ops.options import NO_COSINE, NO_WEIGHT, TIE, TINY, Options
 from ovq.ops.random_init import random_priority
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import OVQState, rounded, state_dtype
+from ovq.ops.state import OVQState, divisor, keys_in_slots, log_mass, rounded, state_dtype
 
 
 @dataclasses.dataclass
 class _Head:
-    """The dictionary of one key/value head: a list of slots, each with its sums and its count."""
+    """The dictionary of one key/value head: a list of slots, each with its sums, its count and its weight.
+
+    `weight` is None where no token was given a weight; that of a slot is then its count.
+    """
 
     key_sum: list[Tensor]
     value_sum: list[Tensor]
     count: list[int]
+    weight: list[Tensor] | None
 
-    def means(self, sums: list[Tensor]) -> Tensor:
-        return torch.stack([s / c for s, c in zip(sums, self.count, strict=True)])
+    @property
+    def mass(self) -> Tensor:
+        """The total weight, or the count, of each slot."""
+        if self.weight is None:
+            return torch.tensor(self.count, dtype=self.key_sum[0].dtype, device=self.key_sum[0].device)
+        return torch.stack(self.weight)
+
+    def means(self, sums: list[Tensor], first: int = 0) -> Tensor:
+        """Means of the slots from `first` on; 0 for a slot whose tokens all have the weight 0."""
+        return torch.stack(sums[first:]) / divisor(self.mass[first:], sums[0].dtype)[:, None]
 
     def open_slots(self, num: int, key: Tensor, value: Tensor) -> None:
         self.key_sum += [torch.zeros_like(key)] * num
         self.value_sum += [torch.zeros_like(value)] * num
         self.count += [0] * num
+        if self.weight is not None:
+            self.weight += [torch.zeros_like(key[0])] * num
 
-    def merge_into(self, slot: int, key: Tensor, value: Tensor, rate: float | str) -> None:
+    def merge_into(self, slot: int, key: Tensor, value: Tensor, weight: Tensor, rate: float | str) -> None:
         for sums, x in ((self.key_sum, key), (self.value_sum, value)):
-            if isinstance(rate, str) or not self.count[slot]:
+            if self.weight is not None:
+                sums[slot] = sums[slot] + weight * x
+            elif isinstance(rate, str) or not self.count[slot]:
                 sums[slot] = sums[slot] + x
             else:
                 mean = sums[slot].double() / self.count[slot]
                 sums[slot] = (mean + rate * (x - mean)) * (self.count[slot] + 1)
         self.count[slot] += 1
+        if self.weight is not None:
+            self.weight[slot] = self.weight[slot] + weight
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """A chunk that leaves the window: keys `[C, K]`, values `[C, V]` and weights `[C]` of its tokens.
+
+    `num_seen` tokens of the row are in the dictionary once it is merged.
+    """
+
+    keys: Tensor
+    values: Tensor
+    weights: Tensor
+    num_seen: int
 
 
 def refusal(call: Call) -> str | None:
@@ -51,12 +82,25 @@ def refusal(call: Call) -> str | None:
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
     """Run a call row by row; outputs at padding are zero."""
-    flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[2:]) for x in (call.q, call.k, call.v))
+    weights = call.token_weights
+    if weights is None:
+        weights = torch.ones(call.k.shape[:3], dtype=call.state.key_sum.dtype, device=call.k.device)
+    flat_q, flat_k, flat_v, weights = (x.reshape(-1, *x.shape[2:]) for x in (call.q, call.k, call.v, weights))
+    slot_scale = call.scale if call.slot_scale is None else call.slot_scale
     pieces, states, end = [], [], 0
     for r, (start, length) in enumerate(zip(call.rows.starts, call.rows.lengths, strict=True)):
         part = slice(start, start + length)
         before = call.state.select([r])
-        o, after = naive_row(flat_q[part], flat_k[part], flat_v[part], call.scale, before, call.options)
+        o, after = naive_row(
+            flat_q[part],
+            flat_k[part],
+            flat_v[part],
+            weights[part],
+            call.scale,
+            slot_scale,
+            before,
+            call.options,
+        )
         pieces += [o.new_zeros(max(0, start - end), *o.shape[1:]), o]
         end = max(end, start + length)
         states.append(after)
@@ -66,13 +110,21 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
 
 
 def naive_row(
-    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, state: OVQState, options: Options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    slot_scale: Tensor,
+    state: OVQState,
+    options: Options,
 ) -> tuple[Tensor, OVQState]:
     """OVQ attention of one row.
 
     Args:
         q: `[T, H, K]`. k: `[T, Hkv, K]`. v: `[T, Hkv, V]`.
-        scale: `[H]`.
+        weights: `[T, Hkv]`, which count only if the state has weights.
+        scale: `[H]`. slot_scale: `[H]`.
         state: the row's state, with a batch size of 1.
         options: the layer's settings.
 
@@ -83,10 +135,13 @@ def naive_row(
     group = q.shape[1] // num_kv_heads
     outputs: list[Tensor] = []
     heads: list[_Head] = []
-    pendings: list[tuple[Tensor, Tensor]] = []
+    pendings: list[tuple[Tensor, ...]] = []
     for h in range(num_kv_heads):
         queries = slice(h * group, (h + 1) * group)
-        o, head, pending = _naive_head(q[:, queries], k[:, h], v[:, h], scale[queries], state, h, options)
+        scales = scale[queries], slot_scale[queries]
+        o, head, pending = _naive_head(
+            q[:, queries], k[:, h], v[:, h], weights[:, h], scales, state, h, options
+        )
         outputs.append(o)
         heads.append(head)
         pendings.append(pending)
@@ -94,9 +149,17 @@ def naive_row(
 
 
 def _naive_head(
-    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, state: OVQState, h: int, options: Options
-) -> tuple[Tensor, _Head, tuple[Tensor, Tensor]]:
-    """One key/value head and its query heads: q `[T, G, K]`, k `[T, K]`, v `[T, V]`, scale `[G]`."""
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    scales: tuple[Tensor, Tensor],
+    state: OVQState,
+    h: int,
+    options: Options,
+) -> tuple[Tensor, _Head, tuple[Tensor, ...]]:
+    """One key/value head and its query heads: q `[T, G, K]`, k `[T, K]`, v `[T, V]`, weights `[T]`, scales
+    `[G]`."""
     wide = state_dtype(k.dtype)
     num_pending = int(state.num_pending[0])
     num_seen = int(state.num_seen[0]) - num_pending
@@ -105,43 +168,80 @@ def _naive_head(
         key_sum=list(state.key_sum[0, h, :slots]),
         value_sum=list(state.value_sum[0, h, :slots]),
         count=state.count[0, h, :slots].tolist(),
+        weight=None if state.weight is None else list(state.weight[0, h, :slots]),
     )
-    # The pending tokens come first: they belong to the chunk that the new tokens continue.
+    # The pending tokens come first: they are exact, and belong to the chunks that the new tokens continue.
     k = torch.cat([state.pending_keys[0, h, :num_pending], k])
     v = torch.cat([state.pending_values[0, h, :num_pending], v])
+    if state.pending_weights is not None:
+        weights = torch.cat([state.pending_weights[0, h, :num_pending], weights])
+    else:
+        weights = weights.new_ones(len(k))
     outputs: list[Tensor] = []
-    start = 0
-    for start in range(0, len(k), options.chunk_size):
-        chunk_k = k[start : start + options.chunk_size].to(wide)
-        chunk_v = v[start : start + options.chunk_size].to(wide)
-        for j in range(len(chunk_k)):
-            t = start + j - num_pending
-            if t >= 0:
-                outputs.append(_read(q[t].to(wide), scale, head, chunk_k[: j + 1], chunk_v[: j + 1], options))
-        if len(chunk_k) == options.chunk_size:
-            num_seen += options.chunk_size
+    size, left = options.chunk_size, 0
+    for start in range(0, len(k), size):
+        # Exact are the chunks of the window, and the tokens of the own chunk so far.
+        for j in range(start, min(start + size, len(k))):
+            if j >= num_pending:
+                exact = slice(max(0, start - options.window), j + 1)
+                query = q[j - num_pending].to(wide)
+                outputs.append(_read(query, scales, head, k[exact].to(wide), v[exact].to(wide), options))
+        if start + size <= len(k) and start >= options.window:
+            # The oldest chunk leaves the window and enters the dictionary.
+            oldest = slice(left, left + size)
+            left, num_seen = left + size, num_seen + size
+            keys = keys_in_slots(k[oldest].to(wide), options.exact_dims)
+            chunk = _Chunk(keys, v[oldest].to(wide), weights[oldest], num_seen)
             learn = _learn_by_likelihood if options.merges_pairs else _learn
-            learn(chunk_k, chunk_v, head, h, num_seen, options)
-    complete = len(k) - len(k) % options.chunk_size
+            learn(chunk, head, h, options)
     o = torch.stack(outputs) if outputs else q.new_zeros(*q.shape[:2], v.shape[-1])
-    return o, head, (k[complete:], v[complete:])
+    return o, head, (k[left:], v[left:], weights[left:])
 
 
 def _read(
-    q: Tensor, scale: Tensor, head: _Head, chunk_k: Tensor, chunk_v: Tensor, options: Options
+    q: Tensor,
+    scales: tuple[Tensor, Tensor],
+    head: _Head,
+    exact_k: Tensor,
+    exact_v: Tensor,
+    options: Options,
 ) -> Tensor:
-    """One token's outputs `[G, V]`: a softmax over the slots, biased by log count, and its chunk so far."""
-    keys, values, bias = chunk_k, chunk_v, torch.zeros(len(chunk_k), dtype=q.dtype, device=q.device)
+    """One token's outputs `[G, V]`: a softmax over the slots, biased by log count, and the exact tokens."""
+    keys, values, bias = exact_k, exact_v, torch.zeros(len(exact_k), dtype=q.dtype, device=q.device)
+    num_slots = max(0, len(head.count) - options.num_sinks)
     if head.count:
-        # A token of the chunk is a slot of count 1, whose log is the 0 above.
-        counts = torch.tensor(head.count, dtype=q.dtype, device=q.device)
-        keys = torch.cat([head.means(head.key_sum), chunk_k])
-        values = torch.cat([head.means(head.value_sum), chunk_v])
-        bias = torch.cat([counts.log(), bias])
-    scores = scale[:, None] * (q @ keys.T) + bias
+        # An exact token is a slot of count 1, whose log is the 0 above. So are sinks, which come first.
+        keys = torch.cat([head.means(head.key_sum), exact_k])
+        values = torch.cat([head.means(head.value_sum), exact_v])
+        bias = torch.cat([log_mass(head.mass, q.dtype), bias])
+    is_slot = torch.arange(len(keys), device=q.device) - options.num_sinks
+    is_slot = (is_slot >= 0) & (is_slot < num_slots)
+    scale = torch.where(is_slot, scales[1][:, None], scales[0][:, None])
+    scores = scale * (q @ keys.T) + bias
     if options.bias == "count+norm":
-        scores = scores - scale[:, None] * keys.square().sum(-1) / 2
+        scores = scores - scale * keys.square().sum(-1) / 2
     return scores.softmax(-1) @ values
+
+
+def _keep_sinks(chunk: _Chunk, head: _Head, options: Options) -> list[int]:
+    """The first tokens of a stream get a slot each, with the weight 1. Returns the tokens that are left."""
+    num = 0 if head.count else options.num_sinks
+    for j in range(num):
+        head.open_slots(1, chunk.keys[j], chunk.values[j])
+        head.merge_into(j, chunk.keys[j], chunk.values[j], torch.ones_like(chunk.weights[j]), options.rate)
+    return list(range(num, options.chunk_size))
+
+
+def _wanted(chunk: _Chunk, head: _Head, options: Options) -> int:
+    """How many slots the schedule asks for once the chunk is merged."""
+    return grown_slots(
+        len(head.count),
+        chunk.num_seen,
+        num_slots=options.num_slots,
+        chunk_size=options.chunk_size,
+        growth=options.growth,
+        num_sinks=options.num_sinks,
+    )
 
 
 @torch.no_grad()
@@ -150,79 +250,85 @@ def _scores(keys: Tensor, means: Tensor) -> Tensor:
     return (keys.double()[:, None] * means.double()[None]).sum(-1)
 
 
-def _learn(chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int, options: Options) -> None:
+def _learn(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
     """Grow the dictionary by the most novel keys of a complete chunk and merge the others into it."""
-    wanted = grown_slots(
-        len(head.count),
-        num_seen,
-        num_slots=options.num_slots,
-        chunk_size=options.chunk_size,
-        growth=options.growth,
-    )
-    rest = list(range(options.chunk_size))
-    if not head.count:  # The first chunk: its first key opens slot 0.
+    wanted, sinks = _wanted(chunk, head, options), options.num_sinks
+    chunk_k, chunk_v, weights = chunk.keys, chunk.values, chunk.weights.detach()
+    rest = _keep_sinks(chunk, head, options)
+    if len(head.count) == sinks:  # The first chunk: its first key (of a weight above 0) opens a slot.
+        first = next((j for j in rest if weights[j] > 0), rest[0])
         head.open_slots(1, chunk_k[0], chunk_v[0])
-        head.merge_into(0, chunk_k[0], chunk_v[0], options.rate)
-        rest = rest[1:]
+        head.merge_into(sinks, chunk_k[first], chunk_v[first], chunk.weights[first], options.rate)
+        rest.remove(first)
     existing = len(head.count)
-    means = head.means(head.key_sum).detach()
-    scores = _scores(chunk_k, means)
-    opening = _openers(scores, chunk_k, means, rest, wanted - existing, h, num_seen, options)
+    # Sinks, and slots of no weight, attract no key.
+    means = head.means(head.key_sum, sinks).detach()
+    is_empty = head.mass[sinks:].detach() <= 0
+    scores = _scores(chunk_k, means).masked_fill(is_empty, -torch.inf)
+    opening = _openers(scores, chunk, means, rest, wanted - existing, h, options)
     head.open_slots(len(opening), chunk_k[0], chunk_v[0])
     if options.merge == "updated":
         means = torch.cat([means, *(chunk_k[j].detach()[None] for j in opening)])
-        scores = _scores(chunk_k, means)
+        is_empty = torch.cat([is_empty, *((weights[j] <= 0)[None] for j in opening)])
+        scores = _scores(chunk_k, means).masked_fill(is_empty, -torch.inf)
     opened = {j: existing + i for i, j in enumerate(opening)}
-    slots = {j: opened[j] if j in opened else _nearest(scores[j], chunk_k[j], means) for j in rest}
+    slots = {
+        j: opened[j] if j in opened else sinks + _nearest(scores[j], chunk_k[j], means, is_empty)
+        for j in rest
+    }
     # In order of position. At a constant rate the keys that open slots come first: slots move from them.
     for j in rest if options.rate == "count" else sorted(rest, key=lambda j: j not in opened):
-        head.merge_into(slots[j], chunk_k[j], chunk_v[j], options.rate)
+        head.merge_into(slots[j], chunk_k[j], chunk_v[j], chunk.weights[j], options.rate)
     if options.rate != "count":
         # These steps are taken in float64; between chunks the result is kept in the dtype of all sums.
         head.key_sum = [rounded(s.double(), chunk_k.dtype) for s in head.key_sum]
         head.value_sum = [rounded(s.double(), chunk_v.dtype) for s in head.value_sum]
 
 
-def _learn_by_likelihood(
-    chunk_k: Tensor, chunk_v: Tensor, head: _Head, h: int, num_seen: int, options: Options
-) -> None:
+def _learn_by_likelihood(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
     """Rules that merge pairs: the cheapest pairs of slots and tokens of a complete chunk, until they fit."""
-    existing, size = len(head.count), len(chunk_k)
-    wanted = grown_slots(
-        existing,
-        num_seen,
-        num_slots=options.num_slots,
-        chunk_size=options.chunk_size,
-        growth=options.growth,
-    )
-    key_sum, value_sum = [*head.key_sum, *chunk_k], [*head.value_sum, *chunk_v]
-    count = head.count + [1] * size
-    clusters = _clusters(key_sum, value_sum, count, existing + size - wanted, options)
+    wanted, sinks = _wanted(chunk, head, options), options.num_sinks
+    rest = _keep_sinks(chunk, head, options)
+    existing, size = len(head.count) - sinks, len(rest)
+    # Items are the slots that are no sinks, then the tokens.
+    keys, values, weights = (x[rest] for x in (chunk.keys, chunk.values, chunk.weights))
+    count = head.count[sinks:] + [1] * size
+    key_sum, value_sum = ([*sums[sinks:], *x] for sums, x in ((head.key_sum, keys), (head.value_sum, values)))
+    mass = torch.tensor(count, dtype=keys.dtype, device=keys.device)
+    if head.weight is not None:
+        mass = torch.cat([head.mass[sinks:], weights]) if existing else weights
+        for j in range(size):
+            for sums, x in ((key_sum, keys), (value_sum, values)):
+                sums[existing + j] = weights[j] * x[j]
+
+    def means(sums: list[Tensor], tokens: Tensor) -> Tensor:
+        return torch.cat([head.means(sums, sinks), tokens]) if existing else tokens
+
+    key_means, value_means = means(head.key_sum, keys), means(head.value_sum, values)
+    clusters = _clusters(key_means, value_means, mass, existing + size - (wanted - sinks), options)
     # A cluster stays in its lowest slot. One of tokens alone takes a slot that became free, or a new slot.
     kept = {cluster[0] for cluster in clusters}
-    free = [i for i in range(wanted) if i >= existing or i not in kept]
-    head.open_slots(wanted - existing, chunk_k[0], chunk_v[0])
+    free = [i for i in range(wanted - sinks) if i >= existing or i not in kept]
+    head.open_slots(wanted - sinks - existing, chunk.keys[0], chunk.values[0])
     for cluster in clusters:
-        slot = cluster[0] if cluster[0] < existing else free.pop(0)
+        slot = sinks + (cluster[0] if cluster[0] < existing else free.pop(0))
         head.key_sum[slot] = sum((key_sum[i] for i in cluster[1:]), key_sum[cluster[0]])
         head.value_sum[slot] = sum((value_sum[i] for i in cluster[1:]), value_sum[cluster[0]])
         head.count[slot] = sum(count[i] for i in cluster)
+        if head.weight is not None:
+            head.weight[slot] = sum((mass[i] for i in cluster[1:]), mass[cluster[0]])
 
 
 @torch.no_grad()
 def _clusters(
-    key_sum: list[Tensor], value_sum: list[Tensor], count: list[int], num_merges: int, options: Options
+    keys: Tensor, values: Tensor, mass: Tensor, num_merges: int, options: Options
 ) -> list[list[int]]:
     """Merge items pair by pair, the cheapest first. Returns the items of each cluster, by lowest item."""
-    c = torch.tensor(count, dtype=torch.float64)
     # Means as the read sees them, in the dtype of the sums.
-    keys, values = (
-        torch.stack([s / n for s, n in zip(sums, count, strict=True)]).double()
-        for sums in (key_sum, value_sum)
-    )
+    keys, values, c = keys.double(), values.double(), mass.double().clone()
     lengths = values.square().sum(-1)
     is_finite = lengths.isfinite()
-    power = (c * lengths)[is_finite].sum() / c[is_finite].sum().clamp(min=1)
+    power = (c * lengths)[is_finite].sum() / divisor(c[is_finite].sum(), c.dtype)
     x = torch.cat([keys, values * (options.value_weight / power.sqrt() if power > 0 else 0.0)], -1)
     squares = x.square().sum(-1)
     tie = TIE * float(squares[squares.isfinite()].max()) if squares.isfinite().any() else 0.0
@@ -233,19 +339,20 @@ def _clusters(
         So it is by "ward"; by "ward-sqrt" counts matter less.
         """
         squared = (x - x[a]).square().sum(-1)
-        weight = (c * c[a] / (c + c[a])) ** options.count_power
+        weight = (c * c[a] / divisor(c + c[a], c.dtype)) ** options.count_power
         costs = torch.where(squared.isfinite(), weight * squared, torch.inf)
         # Costs within rounding of zero count as zero.
         return costs.masked_fill(costs <= tie, 0)
 
-    costs = torch.stack([cost(a) for a in range(len(count))])
-    clusters = {i: [i] for i in range(len(count))}
+    costs = torch.stack([cost(a) for a in range(len(c))])
+    clusters = {i: [i] for i in range(len(c))}
     costs = costs.masked_fill(torch.ones_like(costs, dtype=torch.bool).tril(), torch.nan)
     for _ in range(num_merges):
         best = costs[~costs.isnan()].min()
         # Of equally cheap pairs, take the one with the lowest first item, then with the lowest second item.
         a, b = (costs <= best + tie).nonzero()[0].tolist()
-        x[a] = (c[a] * x[a] + c[b] * x[b]) / (c[a] + c[b])
+        if c[a] + c[b] > 0:
+            x[a] = (c[a] * x[a] + c[b] * x[b]) / (c[a] + c[b])
         c[a] += c[b]
         clusters[a] = sorted(clusters[a] + clusters.pop(b))
         costs[b], costs[:, b] = torch.nan, torch.nan
@@ -255,32 +362,33 @@ def _clusters(
     return list(clusters.values())
 
 
-def _nearest(scores: Tensor, key: Tensor, means: Tensor) -> int:
+def _nearest(scores: Tensor, key: Tensor, means: Tensor, is_empty: Tensor) -> int:
     """The slot with the largest dot product, ties to the lowest index; 0 for a key that is not finite."""
     best = scores.max()
     if not torch.isfinite(best):
         return 0
-    tie = TIE * key.double().norm() * means.double().norm(dim=-1).max()
+    tie = TIE * key.double().norm() * means[~is_empty].double().norm(dim=-1).max()
     return int((scores >= best - tie).nonzero()[0])
 
 
 def _openers(
     scores: Tensor,
-    keys: Tensor,
+    chunk: _Chunk,
     means: Tensor,
     candidates: list[int],
     num: int,
     h: int,
-    num_seen: int,
     options: Options,
 ) -> list[int]:
     """The `num` candidates that open slots, in order of position: the most novel, or random ones."""
     if options.init == "random":
-        priority = random_priority(options.seed, h, num_seen, options.chunk_size).tolist()
+        random = random_priority(options.seed, h, chunk.num_seen, options.chunk_size)
+        priority = random.masked_fill((chunk.weights <= 0).cpu(), options.chunk_size).tolist()
     else:
-        key_norms, mean_norms = (x.double().norm(dim=-1).clamp(min=TINY) for x in (keys, means))
+        key_norms, mean_norms = (x.double().norm(dim=-1).clamp(min=TINY) for x in (chunk.keys, means))
         cosines = (scores / key_norms[:, None] / mean_norms).amax(-1)
-        priority = cosines.masked_fill(~cosines.isfinite(), NO_COSINE).tolist()
+        cosines = cosines.masked_fill(~cosines.isfinite(), NO_COSINE)
+        priority = cosines.masked_fill(chunk.weights <= 0, NO_WEIGHT).tolist()
     if num == 0:
         return []
     last = sorted(priority[j] for j in candidates)[num - 1]
@@ -291,24 +399,30 @@ def _openers(
 
 
 def _packed_state(
-    heads: list[_Head], pendings: list[tuple[Tensor, Tensor]], before: OVQState, num_new: int
+    heads: list[_Head], pendings: list[tuple[Tensor, ...]], before: OVQState, num_new: int
 ) -> OVQState:
     """The heads of a row as an `OVQState` of batch size 1."""
 
     def stacked(parts: list[list[Tensor]], like: Tensor) -> Tensor:
-        rows = [torch.stack(part) if part else like.new_zeros(0, like.shape[-1]) for part in parts]
+        rows = [torch.stack(part) if part else like.new_zeros(0, *like.shape[3:]) for part in parts]
         return torch.stack(rows)[None]
 
     def padded(parts: list[Tensor]) -> Tensor:
-        missing = before.chunk_size - len(parts[0])
-        return torch.nn.functional.pad(torch.stack(parts), (0, 0, 0, missing))[None]
+        missing = before.window + before.chunk_size - len(parts[0])
+        return torch.nn.functional.pad(torch.stack(parts), (0, 0) * (parts[0].dim() - 1) + (0, missing))[None]
 
+    keys, values, weights = ([pending[i] for pending in pendings] for i in range(3))
+    weight = before.weight
+    if weight is not None:
+        weight = stacked([head.weight or [] for head in heads], weight)
     return dataclasses.replace(
         before,
         key_sum=stacked([head.key_sum for head in heads], before.key_sum),
         value_sum=stacked([head.value_sum for head in heads], before.value_sum),
         count=torch.tensor([[head.count for head in heads]], device=before.count.device).to(torch.int64),
-        pending_keys=padded([keys for keys, _ in pendings]),
-        pending_values=padded([values for _, values in pendings]),
+        pending_keys=padded(keys),
+        pending_values=padded(values),
         num_seen=before.num_seen + num_new,
+        weight=weight,
+        pending_weights=None if weight is None else padded(weights),
     )

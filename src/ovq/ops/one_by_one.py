@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ovq.ops.options import TIE
+from ovq.ops.options import TIE, TINY
 
 # Bytes of the tables of distances and costs that are held at once: streams are taken in groups.
 _TABLE_BYTES = 2**28
 
 
-def cluster_roots_one_by_one(points: Tensor, count: Tensor, due: list[int], count_power: float) -> Tensor:
+def cluster_roots_one_by_one(
+    points: Tensor, count: Tensor, due: list[int], count_power: float, weight: Tensor | None = None
+) -> Tensor:
     """For each item, the lowest item `[S, M]` of the cluster it ends in, after `due[s]` merges in stream s.
 
     Args:
@@ -24,12 +26,14 @@ def cluster_roots_one_by_one(points: Tensor, count: Tensor, due: list[int], coun
         count: `[S, M]`, 0 for an item that is not there.
         due: how many merges to make in each stream.
         count_power: the exponent of c_a c_b / (c_a + c_b) in the cost.
+        weight: `[S, M]` what stands in the place of counts there; None for the counts.
     """
+    weight = count if weight is None else weight
     num_items = points.shape[1]
     left = torch.tensor(due, device=points.device)
     size = max(1, _TABLE_BYTES // max(1, 16 * num_items**2))
-    groups = (part.split(size) for part in (points, count.double(), left))
-    parents = [_Merger(x, c, count_power).merge(n) for x, c, n in zip(*groups, strict=True)]
+    groups = (part.split(size) for part in (points, weight.double(), count > 0, left))
+    parents = [_Merger(x, c, there, count_power).merge(n) for x, c, there, n in zip(*groups, strict=True)]
     roots = torch.cat(parents) if parents else count.new_zeros(count.shape)
     while not torch.equal(above := roots.gather(1, roots), roots):
         roots = above
@@ -41,13 +45,14 @@ class _Merger:
 
     Args:
         x: `[S, M, D]` float64.
-        count: `[S, M]` float64.
+        count: `[S, M]` float64 counts or weights.
+        is_there: `[S, M]` items that there are.
         count_power: the exponent.
     """
 
-    def __init__(self, x: Tensor, count: Tensor, count_power: float) -> None:
-        self._count, self._power = count.clone(), count_power
-        self._is_left = count > 0
+    def __init__(self, x: Tensor, count: Tensor, is_there: Tensor, count_power: float) -> None:
+        self._count, self._power = count.masked_fill(~is_there, 0), count_power
+        self._is_left = is_there.clone()
         square = x.square().sum(-1)
         is_usable = square.isfinite() & self._is_left
         self._tie = TIE * square.masked_fill(~is_usable, 0).amax(-1, keepdim=True)
@@ -56,7 +61,9 @@ class _Merger:
         # Products may be rounded differently on the two sides of the diagonal.
         self._distance = (distance + distance.transpose(1, 2)).mul_(0.5)
         self._distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        self._cost = self._costs(self._distance, count[..., None], count[:, None], self._tie[..., None])
+        self._cost = self._costs(
+            self._distance, self._count[..., None], self._count[:, None], self._tie[..., None]
+        )
         self._cost.masked_fill_(~(self._is_left[:, None] & self._is_left[..., None]), torch.inf)
         self._near = self._cost.amin(-1)
 
@@ -73,8 +80,8 @@ class _Merger:
 
     def _costs(self, distance: Tensor, count: Tensor, other: Tensor, tie: Tensor) -> Tensor:
         """Costs of merging items that far apart; costs within rounding of zero count as zero."""
-        # Items that are not there have a count of 0.
-        harmonic = (count * other / (count + other).clamp(min=1)).pow_(self._power)
+        # Items that are not there have a count of 0; others may have a weight of 0.
+        harmonic = (count * other / (count + other).clamp(min=TINY)).pow_(self._power)
         cost = harmonic.mul_(distance)
         cost.masked_fill_(~cost.isfinite(), torch.inf)
         return cost.masked_fill_(cost <= tie, 0)
@@ -97,7 +104,7 @@ class _Merger:
         self._is_left[s, b] = False
         is_left = self._is_left[s]
         # The distance of a mean of two points follows from theirs.
-        share = (d / total)[:, None]
+        share = (d / total.clamp(min=TINY))[:, None]
         between = self._distance[s, a, b][:, None]
         distance = torch.lerp(self._distance[s, a], self._distance[s, b], share)
         distance -= share * (1 - share) * between

@@ -17,8 +17,9 @@ class PendingBuffers:
     tensors, its caller's or the op's, the first step copies them. Code that makes a state need not know this.
 
     Attributes:
-        keys: `[B, Hkv, C, K]`. values: `[B, Hkv, C, V]`.
+        keys: `[B, Hkv, W + C, K]`. values: `[B, Hkv, W + C, V]`.
         written: places of each row that hold tokens.
+        weights: `[B, Hkv, W + C]` where tokens have weights, else None.
 
     Example:
         >>> buffers = PendingBuffers.copied(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), [0])
@@ -30,20 +31,27 @@ class PendingBuffers:
     keys: Tensor
     values: Tensor
     written: list[int]
+    weights: Tensor | None = None
 
     @classmethod
-    def copied(cls, keys: Tensor, values: Tensor, places: list[int]) -> PendingBuffers:
+    def copied(
+        cls, keys: Tensor, values: Tensor, places: list[int], weights: Tensor | None = None
+    ) -> PendingBuffers:
         """Contiguous copies whose first `places[r]` places hold the tokens of row r."""
         dense = torch.contiguous_format
-        return cls(keys.clone(memory_format=dense), values.clone(memory_format=dense), list(places))
+        copies = (None if x is None else x.clone(memory_format=dense) for x in (keys, values, weights))
+        own_keys, own_values, own_weights = copies
+        assert own_keys is not None
+        assert own_values is not None
+        return cls(own_keys, own_values, list(places), own_weights)
 
-    def are(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether `keys` and `values` are these buffers."""
-        return keys is self.keys and values is self.values
+    def are(self, keys: Tensor, values: Tensor, weights: Tensor | None = None) -> bool:
+        """Whether these are the buffers."""
+        return keys is self.keys and values is self.values and weights is self.weights
 
-    def take(self, keys: Tensor, values: Tensor, places: list[int]) -> bool:
+    def take(self, keys: Tensor, values: Tensor, places: list[int], weights: Tensor | None = None) -> bool:
         """Whether these are the buffers and `places[r]` is free in each row; it is then taken."""
-        if not self.are(keys, values) or places != self.written:
+        if not self.are(keys, values, weights) or places != self.written:
             return False
         if keys.is_inference() and not torch.is_inference_mode_enabled():
             return False  # PyTorch does not allow writing to it.

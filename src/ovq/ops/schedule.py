@@ -7,7 +7,21 @@ however it is cut into calls.
 GROWTHS = ("plateau", "linear", "immediate")
 
 
-def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau") -> int:
+def num_merged(num_seen: int, *, chunk_size: int, window: int = 0) -> int:
+    """Tokens of a row that are in its dictionary once `num_seen` were read; the others are pending.
+
+    The last complete chunks that fit in the window are still exact, and so is the incomplete chunk.
+
+    Example:
+        >>> [num_merged(t, chunk_size=4) for t in (3, 4, 9)]
+        [0, 4, 8]
+        >>> [num_merged(t, chunk_size=4, window=8) for t in (8, 11, 12, 17)]
+        [0, 0, 4, 8]
+    """
+    return max(0, num_seen // chunk_size - window // chunk_size) * chunk_size
+
+
+def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau", num_sinks: int = 0) -> int:
     """Slots that the schedule prescribes once `num_seen` tokens have been merged.
 
     Args:
@@ -16,9 +30,10 @@ def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau") -
         growth: `"plateau"`, floor(t N / (t + N)), the paper's; `"linear"`, min(N, floor(t / 2)), which
             crosses the plateau at t = N (the slope is this project's choice); `"immediate"`, min(N, t), one
             slot per key while there is room.
+        num_sinks: first tokens that keep a slot of their own; there is at least one other slot beside them.
 
     Returns:
-        The number of slots, at least 1 and at most `num_slots`.
+        The number of slots, sinks included: at least `num_sinks` + 1 and at most `num_slots`.
 
     Source: arXiv 2602.03922 for the plateau; the other two are reconstructed from its ablations.
 
@@ -36,10 +51,12 @@ def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau") -
         wanted = num_seen
     else:
         raise ValueError(f"growth: expected one of {GROWTHS}, found {growth!r}")
-    return max(1, min(wanted, num_slots))
+    return max(num_sinks + 1, min(wanted, num_slots))
 
 
-def grown_slots(current: int, num_seen: int, *, num_slots: int, chunk_size: int, growth: str) -> int:
+def grown_slots(
+    current: int, num_seen: int, *, num_slots: int, chunk_size: int, growth: str, num_sinks: int = 0
+) -> int:
     """Slots after the chunk that ends at token `num_seen`, given `current` slots before it.
 
     The dictionary never shrinks here, and a chunk of C tokens can open at most C slots (a limit that matters
@@ -51,12 +68,19 @@ def grown_slots(current: int, num_seen: int, *, num_slots: int, chunk_size: int,
         >>> grown_slots(21, 64, num_slots=4096, chunk_size=32, growth="immediate")
         53
     """
-    wanted = scheduled_slots(num_seen, num_slots=num_slots, growth=growth)
+    wanted = scheduled_slots(num_seen, num_slots=num_slots, growth=growth, num_sinks=num_sinks)
     return min(max(current, wanted), current + chunk_size)
 
 
 def slots_by_chunk(
-    current: int, num_merged: int, num_chunks: int, *, num_slots: int, chunk_size: int, growth: str
+    current: int,
+    num_merged: int,
+    num_chunks: int,
+    *,
+    num_slots: int,
+    chunk_size: int,
+    growth: str,
+    num_sinks: int = 0,
 ) -> list[int]:
     """Slots before each of the next `num_chunks` chunks and after the last: a list of num_chunks + 1 sizes.
 
@@ -66,6 +90,13 @@ def slots_by_chunk(
     """
     sizes = [current]
     for i in range(1, num_chunks + 1):
-        seen = num_merged + i * chunk_size
-        sizes.append(grown_slots(sizes[-1], seen, num_slots=num_slots, chunk_size=chunk_size, growth=growth))
+        size = grown_slots(
+            sizes[-1],
+            num_merged + i * chunk_size,
+            num_slots=num_slots,
+            chunk_size=chunk_size,
+            growth=growth,
+            num_sinks=num_sinks,
+        )
+        sizes.append(size)
     return sizes

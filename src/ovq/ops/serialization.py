@@ -15,14 +15,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ovq.ops.checks import DTYPES
+from ovq.ops.options import check_num_sinks, check_window
 from ovq.ops.state import OVQState, state_dtype
 from ovq.runtime.files import atomic_path
 
 FORMAT = "ovq-state"
 VERSION = "1"
+# The version of files of states with a window, sinks or weights, which earlier versions would misread.
+WITH_OPTIONS = "2"
 MAX_TOKENS = 2**62
 """Most tokens of a row: in a file with more, the int64 counts could overflow as the row continues."""
 STATE_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values", "num_seen")
+WEIGHT_TENSORS = ("weight", "pending_weights")
+"""The tensors that a state has besides, where tokens have weights."""
+
+
+def names_of(has_weights: bool) -> tuple[str, ...]:
+    """The names of a state's tensors.
+
+    Example:
+        >>> names_of(True)[-2:]
+        ('weight', 'pending_weights')
+    """
+    return STATE_TENSORS + (WEIGHT_TENSORS if has_weights else ())
 
 
 def state_tensors(state: OVQState) -> dict[str, Tensor]:
@@ -35,11 +50,14 @@ def state_tensors(state: OVQState) -> dict[str, Tensor]:
         >>> sorted(state_tensors(state))
         ['count', 'key_sum', 'num_seen', 'pending_keys', 'pending_values', 'value_sum']
     """
-    tensors = {name: getattr(state, name).detach().cpu().contiguous() for name in STATE_TENSORS}
+    names = names_of(state.weight is not None)
+    tensors = {name: getattr(state, name).detach().cpu().contiguous() for name in names}
     # Places beyond num_pending may hold tokens of another continuation, which must not reach the file.
-    used = torch.arange(state.chunk_size) < state.num_pending[:, None]
-    for name in ("pending_keys", "pending_values"):
-        tensors[name] = tensors[name].masked_fill(~used[:, None, :, None], 0)
+    used = torch.arange(state.window + state.chunk_size) < state.num_pending[:, None]
+    for name in names:
+        if name.startswith("pending"):
+            x = tensors[name]
+            tensors[name] = x.masked_fill(~used.view(len(used), 1, -1, *[1] * (x.dim() - 3)), 0)
     return tensors
 
 
@@ -51,6 +69,9 @@ def save_state(state: OVQState, path: str | os.PathLike) -> None:
         "num_slots": str(state.num_slots),
         "chunk_size": str(state.chunk_size),
     }
+    options = {name: str(n) for name in ("window", "num_sinks") if (n := getattr(state, name))}
+    if options or state.weight is not None:
+        metadata |= {"version": WITH_OPTIONS, **options}
     write_file(path, state_tensors(state), metadata=metadata)
 
 
@@ -77,7 +98,7 @@ def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata:
 
 
 def read_file(
-    path: str | os.PathLike, *, what: str, file_format: str, version: str
+    path: str | os.PathLike, *, what: str, file_format: str, version: str, or_version: str | None = None
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file, read only if its header says that it is one of ours.
 
@@ -86,6 +107,7 @@ def read_file(
         what: what it should be, for error messages.
         file_format: the `format` that its metadata must name.
         version: the `version` that its metadata must name.
+        or_version: another one that it may name.
 
     Raises:
         ValueError: if there is no such file, it is damaged, or it has another format or version.
@@ -96,9 +118,11 @@ def read_file(
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            for name, expected in (("format", file_format), ("version", version)):
-                if metadata.get(name) != expected:
-                    raise ValueError(f"{path}: expected {name} {expected!r}, found {metadata.get(name)!r}")
+            versions = [version] if or_version is None else [version, or_version]
+            for name, expected in (("format", [file_format]), ("version", versions)):
+                if metadata.get(name) not in expected:
+                    known = " or ".join(map(repr, expected))
+                    raise ValueError(f"{path}: expected {name} {known}, found {metadata.get(name)!r}")
             names = file.keys()
             return metadata, {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
@@ -109,14 +133,19 @@ def read_file(
 
 def load_state(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> OVQState:
     """Read and check the state at `path`; see `OVQState.load`."""
-    metadata, tensors = read_file(path, what="a saved OVQ state", file_format=FORMAT, version=VERSION)
-    if set(tensors) != set(STATE_TENSORS):
-        raise ValueError(f"{path}: expected tensors {sorted(STATE_TENSORS)}, found {sorted(tensors)}")
-    num_slots = positive_int(path, metadata, "num_slots")
-    chunk_size = positive_int(path, metadata, "chunk_size")
-    check_tensors(str(path), tensors, num_slots=num_slots, chunk_size=chunk_size)
+    metadata, tensors = read_file(
+        path, what="a saved OVQ state", file_format=FORMAT, version=VERSION, or_version=WITH_OPTIONS
+    )
+    names = names_of("weight" in tensors)
+    if set(tensors) != set(names):
+        raise ValueError(f"{path}: expected tensors {sorted(names)}, found {sorted(tensors)}")
+    sizes: dict[str, Any] = {name: positive_int(path, metadata, name) for name in ("num_slots", "chunk_size")}
+    # These are written only where they are not 0.
+    options = ("window", "num_sinks")
+    sizes |= {name: positive_int(path, metadata, name) if name in metadata else 0 for name in options}
+    check_tensors(str(path), tensors, **sizes)
     moved: dict[str, Any] = {name: t if name == "num_seen" else t.to(device) for name, t in tensors.items()}
-    return OVQState(**moved, num_slots=num_slots, chunk_size=chunk_size)
+    return OVQState(**moved, **sizes)
 
 
 def positive_int(path: str | os.PathLike, metadata: dict[str, str], name: str) -> int:
@@ -136,8 +165,21 @@ def positive_int(path: str | os.PathLike, metadata: dict[str, str], name: str) -
     return int(text)
 
 
-def check_tensors(where: str, tensors: dict[str, Tensor], *, num_slots: int, chunk_size: int) -> None:
+def check_tensors(
+    where: str,
+    tensors: dict[str, Tensor],
+    *,
+    num_slots: int,
+    chunk_size: int,
+    window: int = 0,
+    num_sinks: int = 0,
+) -> None:
     """Raise ValueError unless `tensors` can be a state: shapes, dtypes, finite values, counts that add up."""
+    try:
+        check_window("window", window, chunk_size=chunk_size)
+        check_num_sinks("num_sinks", num_sinks, num_slots=num_slots, chunk_size=chunk_size)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
     def expect(is_right: bool, expected: str, found: object) -> None:
         if not is_right:
@@ -162,8 +204,8 @@ def check_tensors(where: str, tensors: dict[str, Tensor], *, num_slots: int, chu
     for name, t, length in (
         ("key_sum", key_sum, capacity),
         ("value_sum", value_sum, capacity),
-        ("pending_keys", pending_keys, chunk_size),
-        ("pending_values", pending_values, chunk_size),
+        ("pending_keys", pending_keys, window + chunk_size),
+        ("pending_values", pending_values, window + chunk_size),
     ):
         expected = f"{name} of shape [{batch}, {heads}, {length}, D]"
         expect(t.dim() == 4 and t.shape[:3] == (batch, heads, length), expected, tuple(t.shape))
@@ -174,8 +216,33 @@ def check_tensors(where: str, tensors: dict[str, Tensor], *, num_slots: int, chu
     expect(num_seen.shape == (batch,), f"num_seen of shape [{batch}]", tuple(num_seen.shape))
     is_countable = bool(((num_seen >= 0) & (num_seen <= MAX_TOKENS)).all())
     expect(is_countable, "num_seen from 0 to 2^62", num_seen.tolist())
-    check_counts(where, count, total=num_seen - num_seen % chunk_size)
+    num_merged = (num_seen // chunk_size - window // chunk_size).clamp(min=0) * chunk_size
+    check_counts(where, count, total=num_merged)
     _check_open_slots(where, tensors)
+    is_sink = (count > 0) & (torch.arange(capacity) < num_sinks)
+    expect(bool((count[is_sink] == 1).all()), "sinks of count 1", count[is_sink].tolist())
+    if "weight" in tensors:
+        _check_weights(where, tensors, window + chunk_size, is_sink)
+
+
+def _check_weights(where: str, tensors: dict[str, Tensor], num_pending: int, is_sink: Tensor) -> None:
+    """Raise ValueError unless the weights of slots `[B, Hkv, M]` and of pending tokens can be those of a
+    state."""
+    shape = tensors["count"].shape
+    expected = {"weight": shape, "pending_weights": (*shape[:2], num_pending)}
+    for name, size in expected.items():
+        x = tensors[name]
+        if tuple(x.shape) != tuple(size) or x.dtype != tensors["key_sum"].dtype:
+            raise ValueError(
+                f"{where}: expected {name} of shape {list(size)} in {tensors['key_sum'].dtype}, "
+                f"found {list(x.shape)} in {x.dtype}"
+            )
+        if not bool((x.isfinite() & (x >= 0)).all()):
+            raise ValueError(f"{where}: expected finite numbers of at least 0 in {name}, found others")
+    weight = tensors["weight"]
+    is_spare = tensors["count"] == 0
+    if bool(weight[is_spare].any()) or bool((weight[is_sink] != 1).any()):
+        raise ValueError(f"{where}: expected a weight of 0 for spare slots and of 1 for sinks, found others")
 
 
 def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:

@@ -14,14 +14,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ovq.ops.options import COUNT_POWERS, MERGES, TIE, VALUE_WEIGHT, check_value_weight
+from ovq.ops.options import TIE, VALUE_WEIGHT
 from ovq.ops.pending import PendingBuffers
-from ovq.ops.ward import cluster_roots, pair_points
 
 if TYPE_CHECKING:
+    from ovq.ops.backends.dictionary import Dictionary
     from ovq.ops.summary import StateSummary
 
-_ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
+_ROW_TENSORS = (
+    "key_sum",
+    "value_sum",
+    "count",
+    "pending_keys",
+    "pending_values",
+    "weight",
+    "pending_weights",
+)
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -34,12 +42,18 @@ class OVQState:
         value_sum: `[B, Hkv, M, V]` sums of the values, same dtype.
         count: `[B, Hkv, M]` tokens assigned to each slot, int64, so that it stays exact at any length.
             Spare slots have count 0 and sums 0.
-        pending_keys: `[B, Hkv, C, K]` keys of the incomplete last chunk, in the dtype of the inputs.
-            Row b uses its first `num_pending[b]` places; the contents of the others have no meaning.
-        pending_values: `[B, Hkv, C, V]` their values.
+        pending_keys: `[B, Hkv, W + C, K]` keys of the window and of the incomplete last chunk, in the dtype
+            of the inputs. Row b uses its first `num_pending[b]` places; the contents of the others have no
+            meaning.
+        pending_values: `[B, Hkv, W + C, V]` their values.
         num_seen: `[B]` tokens seen by each row, int64, always on the CPU: the schedule is host control flow.
         num_slots: N, the largest number of slots per head.
         chunk_size: C, tokens per chunk.
+        window: W, tokens before the last chunk that stay exact, a multiple of C.
+        num_sinks: first tokens of each row that keep a slot of their own: its first slots.
+        weight: `[B, Hkv, M]` total weight of the tokens in each slot, in the dtype of the sums, where tokens
+            were given weights (`token_weights` of `ovq_attention`); None where it is their count.
+        pending_weights: `[B, Hkv, W + C]` weights of the pending tokens, likewise.
 
     Example:
         >>> import torch
@@ -62,13 +76,18 @@ class OVQState:
     num_seen: Tensor
     num_slots: int
     chunk_size: int
+    window: int = 0
+    num_sinks: int = 0
+    weight: Tensor | None = None
+    pending_weights: Tensor | None = None
     # The buffers in which decode steps keep the pending tokens, if there were such steps (`advanced`).
     _buffers: PendingBuffers | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         # `dataclasses.replace` copies the earlier state's buffers too; a state of other tensors must not keep
         # them alive.
-        if self._buffers is not None and not self._buffers.are(self.pending_keys, self.pending_values):
+        own = self.pending_keys, self.pending_values, self.pending_weights
+        if self._buffers is not None and not self._buffers.are(*own):
             self._buffers = None
 
     def __repr__(self) -> str:
@@ -77,9 +96,10 @@ class OVQState:
         seen = sorted({*self.num_seen.tolist()})
         tokens = f"{seen[0]}..{seen[-1]}" if len(seen) > 1 else "".join(map(str, seen)) or "none"
         rows, heads, slots = self.count.shape
+        options = "".join(f"{name}={n}, " for name in ("window", "num_sinks") if (n := getattr(self, name)))
         return (
             f"OVQState(rows={rows}, heads={heads}, num_seen={tokens}, slots={slots} of {self.num_slots}, "
-            f"chunk_size={self.chunk_size}, {self.pending_keys.dtype} on {self.count.device}, "
+            f"chunk_size={self.chunk_size}, {options}{self.pending_keys.dtype} on {self.count.device}, "
             f"{self.nbytes:,} bytes)"
         )
 
@@ -106,6 +126,8 @@ class OVQState:
         value_dim: int,
         num_slots: int,
         chunk_size: int,
+        window: int = 0,
+        num_sinks: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> OVQState:
@@ -126,11 +148,13 @@ class OVQState:
             key_sum=zeros(0, key_dim, dtype=sum_dtype),
             value_sum=zeros(0, value_dim, dtype=sum_dtype),
             count=zeros(0, dtype=torch.int64),
-            pending_keys=zeros(chunk_size, key_dim, dtype=dtype),
-            pending_values=zeros(chunk_size, value_dim, dtype=dtype),
+            pending_keys=zeros(window + chunk_size, key_dim, dtype=dtype),
+            pending_values=zeros(window + chunk_size, value_dim, dtype=dtype),
             num_seen=torch.zeros(batch_size, dtype=torch.int64),
             num_slots=num_slots,
             chunk_size=chunk_size,
+            window=window,
+            num_sinks=num_sinks,
         )
 
     @property
@@ -140,8 +164,15 @@ class OVQState:
 
     @property
     def num_pending(self) -> Tensor:
-        """`[B]` tokens of each row that wait for their chunk to fill."""
-        return self.num_seen % self.chunk_size
+        """`[B]` tokens of each row that are not merged: those of the window and of the incomplete chunk."""
+        num_merged = self.num_seen // self.chunk_size - self.window // self.chunk_size
+        return self.num_seen - num_merged.clamp(min=0) * self.chunk_size
+
+    @property
+    def mass(self) -> Tensor:
+        """`[B, Hkv, M]` what each slot weighs in the softmax: the total weight of its tokens, or their
+        count."""
+        return self.count if self.weight is None else self.weight
 
     @property
     def num_open(self) -> Tensor:
@@ -151,21 +182,26 @@ class OVQState:
     @property
     def keys(self) -> Tensor:
         """`[B, Hkv, M, K]` mean key of each slot, zero for spare slots."""
-        return slot_means(self.key_sum, self.count)
+        return slot_means(self.key_sum, self.mass)
 
     @property
     def values(self) -> Tensor:
         """`[B, Hkv, M, V]` mean value of each slot, zero for spare slots."""
-        return slot_means(self.value_sum, self.count)
+        return slot_means(self.value_sum, self.mass)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the state."""
-        tensors = [getattr(self, name) for name in _ROW_TENSORS] + [self.num_seen]
+        tensors = [getattr(self, name) for name in self._names] + [self.num_seen]
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    @property
+    def _names(self) -> list[str]:
+        """The tensors of rows that this state has."""
+        return [name for name in _ROW_TENSORS if getattr(self, name) is not None]
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> OVQState:
-        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in _ROW_TENSORS}
+        changed: dict[str, Any] = {name: function(getattr(self, name)) for name in self._names}
         return dataclasses.replace(self, **changed)
 
     def clone(self) -> OVQState:
@@ -196,13 +232,16 @@ class OVQState:
         host = index.to("cpu", torch.int64)
         if host.numel() and not (int(host.min()) >= 0 and int(host.max()) < self.batch_size):
             raise ValueError(f"rows: expected indices in 0..{self.batch_size - 1}, found {host.tolist()}")
-        picked = {
-            name: (t := getattr(self, name)).index_select(0, host.to(t.device)) for name in _ROW_TENSORS
+        picked: dict[str, Any] = {
+            name: (t := getattr(self, name)).index_select(0, host.to(t.device)) for name in self._names
         }
         selected = dataclasses.replace(self, **picked, num_seen=self.num_seen[host])
         # Indexing has copied already, so a beam search, which picks rows at every step, need not copy again.
         selected._buffers = PendingBuffers(
-            selected.pending_keys, selected.pending_values, selected.num_pending.tolist()
+            selected.pending_keys,
+            selected.pending_values,
+            selected.num_pending.tolist(),
+            selected.pending_weights,
         )
         return selected
 
@@ -224,16 +263,18 @@ class OVQState:
         """
         if not states:
             raise ValueError("states: expected at least one state, found none")
+        if any(state.weight is not None for state in states):
+            states = [weighted(state) for state in states]
         first = states[0]
         for other in states[1:]:
-            for what in ("num_slots", "chunk_size"):
+            for what in ("num_slots", "chunk_size", "window", "num_sinks"):
                 if getattr(other, what) != getattr(first, what):
                     raise ValueError(
                         f"states: expected {what} {getattr(first, what)} in all, found {getattr(other, what)}"
                     )
-            for name in _ROW_TENSORS:
+            for name in first._names:
                 a, b = getattr(first, name), getattr(other, name)
-                same_dims = a.shape[1] == b.shape[1] and (name == "count" or a.shape[3] == b.shape[3])
+                same_dims = a.shape[1] == b.shape[1] and a.shape[3:] == b.shape[3:]
                 if not same_dims or a.dtype != b.dtype:
                     raise ValueError(
                         f"states: {name}: expected {a.dtype} {tuple(a.shape[1:])} in all, "
@@ -241,7 +282,7 @@ class OVQState:
                     )
         capacity = max(s.count.shape[2] for s in states)
         grown = [with_capacity(s, capacity) for s in states]
-        joined: dict[str, Any] = {name: torch.cat([getattr(s, name) for s in grown]) for name in _ROW_TENSORS}
+        joined: dict[str, Any] = {name: torch.cat([getattr(s, name) for s in grown]) for name in first._names}
         num_seen = torch.cat([s.num_seen for s in states])
         return dataclasses.replace(first, **joined, num_seen=num_seen)
 
@@ -252,7 +293,8 @@ class OVQState:
 
         Growing only raises the bound; the schedule then opens slots as chunks complete. Shrinking merges the
         cheapest pairs of slots until `num_slots` per head are left. Merged slots stay in the order of the
-        lowest slot in each, and the counts still add up to the number of tokens merged.
+        lowest slot in each, and the counts still add up to the number of tokens merged. Sinks are never
+        merged.
 
         Args:
             num_slots: the new bound.
@@ -264,8 +306,8 @@ class OVQState:
                 `ovq_attention`.
 
         Raises:
-            ValueError: if `num_slots` is not an integer of at least 1, there is no such rule, or
-                `value_weight` is not a finite number of at least 0.
+            ValueError: if `num_slots` is not an integer of at least 1 (and above the number of sinks), there is no
+                such rule, or `value_weight` is not a finite number of at least 0.
 
         Example:
             >>> import torch
@@ -276,7 +318,9 @@ class OVQState:
             >>> state.resize(8, merge="ward-sqrt")
             OVQState(rows=1, heads=1, num_seen=64, slots=8 of 8, chunk_size=16, torch.float32 on cpu, ...)
         """
-        return _resized(self, num_slots, merge, value_weight)
+        from ovq.ops.resize import resized
+
+        return resized(self, num_slots, merge=merge, value_weight=value_weight)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to a safetensors file, atomically: if writing fails, an old file stays as it was.
@@ -319,9 +363,44 @@ def rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:
     return sums if dtype == sums.dtype else (sums * (1 + TIE)).to(dtype)
 
 
-def slot_means(sums: Tensor, count: Tensor) -> Tensor:
-    """Slot means `[..., M, D]` from sums `[..., M, D]` and counts `[..., M]`; 0 for spare slots."""
-    return sums / count.clamp(min=1).to(sums.dtype).unsqueeze(-1)
+def slot_means(sums: Tensor, mass: Tensor) -> Tensor:
+    """Slot means `[..., M, D]` of sums `[..., M, D]` and counts or weights `[..., M]`; 0 for spare slots."""
+    return sums / divisor(mass, sums.dtype).unsqueeze(-1)
+
+
+def keys_in_slots(keys: Tensor, exact_dims: int) -> Tensor:
+    """Keys `[..., K]`, or their gradient, as they enter slots: their last `exact_dims` components are zero.
+
+    Example:
+        >>> keys_in_slots(torch.ones(4), 1)
+        tensor([1., 1., 1., 0.])
+    """
+    if not exact_dims:
+        return keys
+    return torch.cat([keys[..., :-exact_dims], torch.zeros_like(keys[..., -exact_dims:])], -1)
+
+
+def divisor(mass: Tensor, dtype: torch.dtype) -> Tensor:
+    """Counts or weights to divide by: 1 where there is none, since the sums there are zero."""
+    if not mass.is_floating_point():
+        return mass.clamp(min=1).to(dtype)
+    return torch.where(mass > 0, mass, 1).to(dtype)
+
+
+def log_mass(mass: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log of counts or weights; -inf, with a gradient of 0, where there is none."""
+    if not mass.is_floating_point():
+        return mass.to(dtype).log()
+    return divisor(mass, dtype).log().masked_fill(mass <= 0, -torch.inf)
+
+
+def weighted(state: OVQState) -> OVQState:
+    """`state` with weights: each token that was read without one has the weight 1."""
+    if state.weight is not None:
+        return state
+    wide = state.key_sum.dtype
+    ones = torch.ones(state.pending_keys.shape[:3], dtype=wide, device=state.count.device)
+    return dataclasses.replace(state, weight=state.count.to(wide), pending_weights=ones)
 
 
 def with_capacity(state: OVQState, capacity: int) -> OVQState:
@@ -335,6 +414,7 @@ def with_capacity(state: OVQState, capacity: int) -> OVQState:
         key_sum=pad(state.key_sum, (0, 0, 0, missing)),
         value_sum=pad(state.value_sum, (0, 0, 0, missing)),
         count=pad(state.count, (0, missing)),
+        weight=None if state.weight is None else pad(state.weight, (0, missing)),
     )
 
 
@@ -345,70 +425,38 @@ def advanced(state: OVQState) -> OVQState:
     are contiguous, and no state other than the result and those made from it reads that place.
     """
     places = state.num_pending.tolist()
-    buffers = state._buffers
-    if buffers is None or not buffers.take(state.pending_keys, state.pending_values, places):
-        buffers = PendingBuffers.copied(state.pending_keys, state.pending_values, [p + 1 for p in places])
+    buffers, own = state._buffers, (state.pending_keys, state.pending_values, state.pending_weights)
+    if buffers is None or not buffers.take(*own[:2], places, own[2]):
+        buffers = PendingBuffers.copied(*own[:2], [p + 1 for p in places], own[2])
     return dataclasses.replace(
         state,
         pending_keys=buffers.keys,
         pending_values=buffers.values,
+        pending_weights=buffers.weights,
         num_seen=state.num_seen + 1,
         _buffers=buffers,
     )
 
 
-def replaced(state: OVQState, rows: list[int], key_sum: Tensor, value_sum: Tensor, count: Tensor) -> OVQState:
-    """`state` with the dictionaries of some rows replaced.
+def replaced(state: OVQState, rows: list[int], sums: Dictionary) -> OVQState:
+    """`state` with the dictionaries of some rows replaced, each of which has merged its oldest chunk.
 
     Args:
         state: the state, with room for the new slots.
         rows: the rows whose dictionaries are replaced.
-        key_sum: their new sums, `[len(rows) ..., M, K]`. value_sum, count: likewise.
+        sums: their new sums, `[len(rows) ..., M, K]`, and so on.
     """
     index = torch.tensor(rows, device=state.count.device)
-
-    def put(x: Tensor, part: Tensor) -> Tensor:
+    names = [name for name in ("key_sum", "value_sum", "count", "weight") if getattr(state, name) is not None]
+    changed: dict[str, Any] = {}
+    for name in names:
         # New tensors throughout: the old ones belong to the states before this step.
-        return x.index_copy(0, index, part.view(len(rows), *x.shape[1:]))
-
-    return dataclasses.replace(
-        state,
-        key_sum=put(state.key_sum, key_sum),
-        value_sum=put(state.value_sum, value_sum),
-        count=put(state.count, count),
-    )
-
-
-def _resized(state: OVQState, num_slots: int, merge: str, value_weight: float) -> OVQState:
-    """`state` with at most `num_slots` slots per head from here on; see `OVQState.resize`."""
-    if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
-        raise ValueError(f"num_slots: expected an integer of at least 1, found {num_slots!r}")
-    if merge not in MERGES:
-        raise ValueError(f"merge: expected one of {MERGES}, found {merge!r}")
-    check_value_weight("value_weight", value_weight)
-    if state.count.shape[2] <= num_slots:
-        return dataclasses.replace(state, num_slots=num_slots)
-    rows, heads = state.count.shape[:2]
-    count = state.count.flatten(0, 1)
-    due = [max(0, n - num_slots) for n in state.num_open.tolist() for _ in range(heads)]
-    with torch.no_grad():
-        keys, values = (slot_means(sums.flatten(0, 1), count) for sums in (state.key_sum, state.value_sum))
-        points = pair_points(keys, values, count, value_weight)
-        roots = cluster_roots(points, count, due, count_power=COUNT_POWERS.get(merge, 1.0))
-    is_kept = (roots == torch.arange(count.shape[1], device=count.device)) & (count > 0)
-    # Spare slots hold zeros, so they can be added to the last slot that is kept.
-    place = (is_kept.cumsum(-1) - 1).clamp(min=0).gather(1, roots)
-
-    def merged(sums: Tensor) -> Tensor:
-        parts = sums.flatten(0, 1)
-        index = place.view(*place.shape, *[1] * (parts.dim() - 2)).expand_as(parts)
-        total = parts.new_zeros(len(parts), num_slots, *parts.shape[2:])
-        return total.scatter_add(1, index, parts).unflatten(0, (rows, heads))
-
-    return dataclasses.replace(
-        state,
-        key_sum=merged(state.key_sum),
-        value_sum=merged(state.value_sum),
-        count=merged(state.count),
-        num_slots=num_slots,
-    )
+        x = getattr(state, name)
+        changed[name] = x.index_copy(0, index, getattr(sums, name).view(len(rows), *x.shape[1:]))
+    if state.window:
+        # The tokens that are still exact move to the front.
+        for name in state._names:
+            if name.startswith("pending"):
+                x = getattr(state, name)
+                changed[name] = x.index_copy(0, index, x[index].roll(-state.chunk_size, 2))
+    return dataclasses.replace(state, **changed)

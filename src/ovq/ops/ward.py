@@ -21,19 +21,27 @@ def pair_points(keys: Tensor, values: Tensor, count: Tensor, value_weight: float
 
     Args:
         keys: `[S, M, K]` mean keys. values: `[S, M, V]` mean values.
-        count: `[S, M]`, 0 for an item that is not there.
+        count: `[S, M]` counts or weights, 0 for an item that is not there.
         value_weight: w; values are scaled by w divided by the root of their mean squared length.
     """
     keys, values, count = keys.double(), values.double(), count.double()
     lengths = values.square().sum(-1)
     weights = count.masked_fill(~lengths.isfinite(), 0)
     total = (weights * lengths.nan_to_num(0, 0, 0)).sum(-1)
-    power = total / weights.sum(-1).clamp(min=1)
+    weight = weights.sum(-1)
+    power = total / torch.where(weight > 0, weight, 1)
     factor = torch.where((power > 0) & power.isfinite(), value_weight / power.sqrt(), 0)
     return torch.cat([keys, values * factor[:, None, None]], -1)
 
 
-def cluster_roots(points: Tensor, count: Tensor, due: list[int], *, count_power: float = 1.0) -> Tensor:
+def cluster_roots(
+    points: Tensor,
+    count: Tensor,
+    due: list[int],
+    *,
+    count_power: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
     """For each item, the lowest item `[S, M]` of the cluster it ends in, after `due[s]` merges in stream s.
 
     Args:
@@ -41,9 +49,11 @@ def cluster_roots(points: Tensor, count: Tensor, due: list[int], *, count_power:
         count: `[S, M]`, 0 for an item that is not there.
         due: how many merges to make in each stream.
         count_power: how much counts matter for the cost, see `Options`. Only at 1 are costs reducible.
+        weight: `[S, M]` what stands in the place of counts in the costs; None for the counts.
     """
-    if count_power != 1:
-        return cluster_roots_one_by_one(points, count, due, count_power)
+    # Items of hardly any weight cost nothing to merge with any other: of so many ties the order decides.
+    if count_power != 1 or weight is not None:
+        return cluster_roots_one_by_one(points, count, due, count_power, weight)
     merger = _Merger(points, count)
     left = torch.tensor(due, device=points.device)
     while bool((left > 0).any()):

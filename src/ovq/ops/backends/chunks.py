@@ -15,7 +15,8 @@ from ovq.ops.call import Call
 from ovq.ops.state import OVQState, with_capacity
 
 # For rows in chunks: q, k, v, scale, key_sum, value_sum, count, plan -> outputs, sums and counts at the end.
-Recurrence = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+# Weights and the scale of slots are passed by name, if there are any; weights of slots come last then.
+Recurrence = Callable[..., tuple[Tensor, ...]]
 
 
 def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | None]:
@@ -32,7 +33,16 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
     aligned = plan.aligned
     chunks_k = aligned.align(k, before.pending_keys)
     chunks_v = aligned.align(v, before.pending_values)
-    o, key_sum, value_sum, count = recurrence(
+    more: dict[str, Tensor] = {}
+    chunks_w = None
+    if call.token_weights is not None:
+        assert before.weight is not None
+        assert before.pending_weights is not None
+        chunks_w = aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
+        more |= {"token_weights": chunks_w, "weight": before.weight}
+    if call.slot_scale is not None:
+        more["slot_scale"] = call.slot_scale
+    o, *sums = recurrence(
         aligned.align(q, None),
         chunks_k,
         chunks_v,
@@ -41,11 +51,12 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
         before.value_sum,
         before.count,
         plan,
+        **more,
     )
     o = aligned.unalign(o, q.shape[0], q.shape[1])
     if not call.wants_state:
         return o, None
-    return o, state_after(before, Dictionary(key_sum, value_sum, count), chunks_k, chunks_v, plan)
+    return o, state_after(before, Dictionary(*sums), chunks_k, chunks_v, plan, chunks_w)
 
 
 def planned(call: Call, *, group_size: int) -> tuple[OVQState, Plan]:
@@ -60,6 +71,7 @@ def planned(call: Call, *, group_size: int) -> tuple[OVQState, Plan]:
         pending=call.state.num_pending.tolist(),
         chunk_size=call.options.chunk_size,
         num_tokens=call.num_tokens,
+        window=call.options.window,
     )
     before = call.state if aligned.is_sorted else call.state.select(aligned.order)
     plan = Plan.make(
@@ -74,7 +86,12 @@ def planned(call: Call, *, group_size: int) -> tuple[OVQState, Plan]:
 
 
 def state_after(
-    before: OVQState, sums: Dictionary, chunks_k: Tensor, chunks_v: Tensor, plan: Plan
+    before: OVQState,
+    sums: Dictionary,
+    chunks_k: Tensor,
+    chunks_v: Tensor,
+    plan: Plan,
+    chunks_w: Tensor | None = None,
 ) -> OVQState:
     """The state after a call, rows in the order of the call.
 
@@ -83,6 +100,7 @@ def state_after(
         sums: the dictionaries at the end.
         chunks_k: all keys, chunk-aligned. chunks_v: likewise.
         plan: the plan of the call.
+        chunks_w: all weights, `[..., 1]`, chunk-aligned; None without.
     """
     aligned = plan.aligned
     seen = [m + n for m, n in zip(plan.num_merged, aligned.lengths, strict=True)]
@@ -94,5 +112,7 @@ def state_after(
         pending_keys=aligned.tail(chunks_k),
         pending_values=aligned.tail(chunks_v),
         num_seen=torch.tensor(seen, dtype=torch.int64),
+        weight=sums.weight,
+        pending_weights=None if chunks_w is None else aligned.tail(chunks_w).squeeze(-1),
     )
     return after if aligned.is_sorted else after.select(aligned.inverse())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,25 +16,48 @@ def dense_copy(x: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Dictionary:
-    """Sums `[..., M, K]`, `[..., M, V]` and counts `[..., M]`, or the gradient of the sums and the counts."""
+    """Sums `[..., M, K]`, `[..., M, V]` and counts `[..., M]`, or the gradient of the sums and the counts.
+
+    Where tokens have weights, also the total weight `[..., M]` of each slot.
+    """
 
     key_sum: Tensor
     value_sum: Tensor
     count: Tensor
+    weight: Tensor | None = None
+
+    @property
+    def mass(self) -> Tensor:
+        """The total weight, or the count, of each slot."""
+        return self.count if self.weight is None else self.weight
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Dictionary:
+        """The dictionary with a function applied to each tensor."""
+        weight = None if self.weight is None else function(self.weight)
+        return Dictionary(function(self.key_sum), function(self.value_sum), function(self.count), weight)
 
     def clone(self) -> Dictionary:
         """A copy that can be updated in place, contiguous even if this one is not."""
-        return Dictionary(*(dense_copy(x) for x in (self.key_sum, self.value_sum, self.count)))
+        return self.map(dense_copy)
 
     def index(self, slots: Tensor) -> Tensor:
         """Rows of the flattened sums for the slots `[S, C]` of the first S streams."""
         first = torch.arange(len(slots), device=slots.device) * self.key_sum.shape[1]
         return (slots + first[:, None]).flatten()
 
-    def add_(self, slots: Tensor, keys: Tensor, values: Tensor, sign: int) -> None:
-        """Add (sign 1) or take back (sign -1) tokens `[S, C, D]`, in order of position."""
+    def add_(
+        self, slots: Tensor, keys: Tensor, values: Tensor, sign: int, weights: Tensor | None = None
+    ) -> None:
+        """Add (sign 1) or take back (sign -1) tokens `[S, C, D]`, in order of position.
+
+        Tokens of weights `[S, C]` are multiplied by these.
+        """
         index = self.index(slots)
         for sums, x in ((self.key_sum, keys), (self.value_sum, values)):
             flat = sums.view(-1, sums.shape[-1])
+            x = x if weights is None else weights[..., None] * x
             flat.index_add_(0, index, x.reshape(-1, x.shape[-1]), alpha=sign)
         self.count.view(-1).index_add_(0, index, torch.ones_like(index), alpha=sign)
+        if weights is not None:
+            assert self.weight is not None
+            self.weight.view(-1).index_add_(0, index, weights.flatten(), alpha=sign)

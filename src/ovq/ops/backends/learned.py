@@ -7,16 +7,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.plan import Plan
-
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
     """Where the tokens of a call went when their chunks were merged, and where chunks moved earlier slots.
 
     Attributes:
-        slots: `[num_chunks, W, Hkv]` slot of each token of a complete chunk; others have no meaning.
+        slots: `[num_chunks, W, Hkv]` slot of each token of a merged chunk; others have no meaning.
         moved: `[num_chunks, Hkv, M]` where the chunk put what each slot held before it: into another slot, or
             where it was. None where rules of merging never move a slot.
     """
@@ -26,5 +23,5 @@ class Learned:
 
 
 # From keys `[num_chunks, W, Hkv, K]`, values, dictionaries `[R, Hkv, M, ...]` that are updated in place, and
-# the plan of the call, with one query head per key/value head.
-Learn = Callable[[Tensor, Tensor, Dictionary, Plan], Learned]
+# the plan of the call, with one query head per key/value head. Weights `[num_chunks, W, Hkv, 1]` come last.
+Learn = Callable[..., Learned]

@@ -15,7 +15,7 @@ from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve
 from ovq.ops.backends.cpu.decode import learn_chunk
 from ovq.ops.backends.cpu.kernels import CompiledAttention, cpu_kernels, is_available, learn_and_say
 from ovq.ops.backends.torch.decode import decode_step
-from ovq.ops.call import Call
+from ovq.ops.call import Call, refusal_of_options, refusal_of_tensors
 from ovq.ops.state import OVQState
 
 __all__ = [
@@ -37,6 +37,8 @@ def refusal(call: Call) -> str | None:
         return f"expected tensors on a CPU, found them on {call.q.device}"
     if call.q.dtype not in DTYPES:
         return f"expected a dtype of {DTYPES}, found {call.q.dtype}"
+    if reason := refusal_of_options(call.options) or refusal_of_tensors(call):
+        return reason
     for name in ("bias", "rate"):
         if (found := getattr(call.options, name)) != "count":
             return f"expected {name} 'count', found {found!r}"

@@ -14,12 +14,21 @@ from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.torch.constant_rate import moved
-from ovq.ops.backends.torch.merge import learn_by_likelihood
+from ovq.ops.backends.torch.merge import Leaving, merge_chunk
 from ovq.ops.backends.torch.route import Router, padded_slots
 from ovq.ops.call import Call
 from ovq.ops.options import Options
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import OVQState, advanced, replaced, slot_means, with_capacity
+from ovq.ops.state import (
+    OVQState,
+    advanced,
+    divisor,
+    keys_in_slots,
+    log_mass,
+    replaced,
+    slot_means,
+    with_capacity,
+)
 
 # From states, their numbers of slots before and after, and the options: dictionaries with the chunks merged.
 Learn = Callable[[OVQState, list[int], list[int], Options], Dictionary]
@@ -35,15 +44,18 @@ def decode_step(call: Call, learn: Learn | None = None) -> tuple[Tensor, OVQStat
     state, options = call.state, call.options
     pending = state.num_pending.tolist()
     after = advanced(state)
-    _write(after, call.k, call.v, pending)
-    o = _read(call.q, call.scale, after, pending, options)
-    complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
+    _write(after, call, pending)
+    o = _read(call, after, pending)
+    complete = [r for r, p in enumerate(pending) if p + 1 == options.window + options.chunk_size]
     return o, _merged(after, complete, options, learn or learn_chunk) if complete else after
 
 
-def _write(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> None:
+def _write(state: OVQState, call: Call, pending: list[int]) -> None:
     """Write the new token of each row after its `pending` earlier ones, in place."""
-    for buffer, x in ((state.pending_keys, k), (state.pending_values, v)):
+    buffers = (state.pending_keys, state.pending_values, state.pending_weights)
+    for buffer, x in zip(buffers, (call.k, call.v, call.token_weights), strict=True):
+        if buffer is None or x is None:
+            continue
         if len(set(pending)) == 1:
             buffer[:, :, pending[0]] = x[:, 0]
         else:
@@ -51,26 +63,33 @@ def _write(state: OVQState, k: Tensor, v: Tensor, pending: list[int]) -> None:
             buffer[row, :, torch.tensor(pending, device=buffer.device)] = x[:, 0]
 
 
-def _read(q: Tensor, scale: Tensor, state: OVQState, pending: list[int], options: Options) -> Tensor:
+def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
     """Softmax attention of one query per head over [pending | dictionary], from the sums: q.D = q.S / c.
 
     `state` holds the new token of each row after its `pending` earlier ones.
     """
+    q, scale, options = call.q, call.scale, call.options
     keys, values = state.pending_keys, state.pending_values
     batch, _, num_heads, dim = q.shape
     num_kv_heads, wide = keys.shape[1], state.key_sum.dtype
     used = max(pending) + 1
-    queries = (q[:, 0].to(wide) * scale[:, None]).reshape(batch * num_kv_heads, -1, dim)
+
+    def scaled(scale: Tensor) -> Tensor:
+        return (q[:, 0].to(wide) * scale[:, None]).reshape(batch * num_kv_heads, -1, dim)
 
     def streams(x: Tensor) -> Tensor:
         return x.to(wide).reshape(batch * num_kv_heads, *x.shape[2:])
 
+    queries = scaled(scale)
     recent_keys, recent_values = streams(keys[:, :, :used]), streams(values[:, :, :used])
     scores = torch.bmm(queries, recent_keys.transpose(1, 2))
     has_norm = options.bias == "count+norm"
+
+    def half(scale: Tensor) -> Tensor:
+        return scale.view(num_kv_heads, -1, 1).repeat(batch, 1, 1) / 2
+
     if has_norm:
-        half_scales = scale.view(num_kv_heads, -1, 1).repeat(batch, 1, 1) / 2
-        scores -= half_scales * recent_keys.square().sum(-1)[:, None]
+        scores -= half(scale) * recent_keys.square().sum(-1)[:, None]
     if len(set(pending)) > 1:
         ends = torch.tensor(pending, device=q.device).repeat_interleave(num_kv_heads)
         future = torch.arange(used, device=q.device) > ends[:, None]
@@ -80,22 +99,35 @@ def _read(q: Tensor, scale: Tensor, state: OVQState, pending: list[int], options
     if not state.count.shape[2]:
         o = torch.bmm(scores.softmax(-1), recent_values)
     else:
-        counts = streams(state.count)[:, None]
-        slot_scores = torch.bmm(queries, streams(state.key_sum).transpose(1, 2))
-        slot_scores.div_(counts.clamp(min=1)).add_(counts.log())
+        mass = streams(state.mass)[:, None]
+        counts, sinks = divisor(mass, wide), options.num_sinks
+        slot_keys = streams(state.key_sum).transpose(1, 2)
+        if call.slot_scale is None:
+            slot_scores = torch.bmm(queries, slot_keys)
+        else:
+            # Sinks are exact.
+            parts = ((queries, slot_keys[..., :sinks]), (scaled(call.slot_scale), slot_keys[..., sinks:]))
+            slot_scores = torch.cat([torch.bmm(q, k) for q, k in parts], -1)
+        slot_scores.div_(counts).add_(log_mass(mass, wide))
         if has_norm:
-            slot_scores -= half_scales * streams(state.keys).square().sum(-1)[:, None]
+            of_slots = half(scale if call.slot_scale is None else call.slot_scale)
+            factor = torch.cat(
+                [half(scale).expand(-1, -1, sinks), of_slots.expand(-1, -1, mass.shape[2] - sinks)], -1
+            )
+            slot_scores -= factor * streams(state.keys).square().sum(-1)[:, None]
         probs = torch.cat([scores, slot_scores], -1).softmax(-1)
         # P D_v = (P / c) S_v: dividing the probabilities is cheaper than dividing the sums.
-        slot_probs = probs[..., used:] / counts.clamp(min=1)
+        slot_probs = probs[..., used:] / counts
         o = torch.baddbmm(torch.bmm(probs[..., :used], recent_values), slot_probs, streams(state.value_sum))
     return o.view(batch, 1, num_heads, -1).to(q.dtype)
 
 
 def _merged(state: OVQState, complete: list[int], options: Options, learn: Learn) -> OVQState:
-    """`state` with the full chunks of the rows `complete` merged into copies of their dictionaries."""
+    """`state` with the oldest chunks of the rows `complete` merged into copies of their dictionaries."""
     rows = state.select(complete)
     before = rows.num_open.tolist()
+    # As many tokens are in the dictionary then; what is pending is the window.
+    merged = [seen - options.window for seen in rows.num_seen.tolist()]
     after = [
         grown_slots(
             n,
@@ -103,17 +135,17 @@ def _merged(state: OVQState, complete: list[int], options: Options, learn: Learn
             num_slots=options.num_slots,
             chunk_size=options.chunk_size,
             growth=options.growth,
+            num_sinks=options.num_sinks,
         )
-        for n, seen in zip(before, rows.num_seen.tolist(), strict=True)
+        for n, seen in zip(before, merged, strict=True)
     ]
     state = with_capacity(state, max(after))
     rows = with_capacity(rows, max(*after, state.count.shape[2]))
-    sums = learn(rows, before, after, options)
-    return replaced(state, complete, sums.key_sum, sums.value_sum, sums.count)
+    return replaced(state, complete, learn(rows, before, after, options))
 
 
 def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Options) -> Dictionary:
-    """The dictionaries `[R * Hkv, M, ...]` of rows after merging their pending tokens, a complete chunk each.
+    """The dictionaries `[R * Hkv, M, ...]` of rows after merging their oldest pending chunk each.
 
     Args:
         rows: states with room for the slots `after`.
@@ -122,25 +154,27 @@ def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Op
     """
     wide, num_kv_heads, capacity = rows.key_sum.dtype, rows.count.shape[1], rows.count.shape[2]
     streams = len(before) * num_kv_heads
-    keys = rows.pending_keys.to(wide).view(streams, options.chunk_size, -1)
-    values = rows.pending_values.to(wide).view(streams, options.chunk_size, -1)
-    before, after = ([n for n in sizes for _ in range(num_kv_heads)] for sizes in (before, after))
-    sums = Dictionary(*(x.reshape(streams, *x.shape[2:]) for x in (rows.key_sum, rows.value_sum, rows.count)))
-    if options.merges_pairs:
-        learn_by_likelihood(sums, keys, values, before, after, options)
-        return sums
-    means = slot_means(rows.key_sum, rows.count).view(streams, capacity, -1)
-    means = torch.nn.functional.pad(means, (0, 0, 0, padded_slots(capacity) - capacity))
-    router = Router(num_streams=streams, max_slots=capacity, options=options, like=means)
-    slots = router(
-        keys,
-        means,
-        before,
-        after,
-        heads=list(range(num_kv_heads)) * len(rows.num_seen),
-        num_seen=[t for t in rows.num_seen.tolist() for _ in range(num_kv_heads)],
+
+    def oldest(x: Tensor) -> Tensor:
+        return x[:, :, : options.chunk_size].to(wide).reshape(streams, options.chunk_size, -1)
+
+    weights = rows.pending_weights
+    chunk = Leaving(
+        keys=keys_in_slots(oldest(rows.pending_keys), options.exact_dims),
+        values=oldest(rows.pending_values),
+        weights=None if weights is None else oldest(weights)[..., 0],
+        before=[n for n in before for _ in range(num_kv_heads)],
+        after=[n for n in after for _ in range(num_kv_heads)],
+        heads=list(range(num_kv_heads)) * len(before),
+        num_seen=[t - options.window for t in rows.num_seen.tolist() for _ in range(num_kv_heads)],
     )
-    if not isinstance(options.rate, str):
-        return moved(sums, slots, router.is_opener, keys, values, options.rate)
-    sums.add_(slots, keys, values, 1)
-    return sums
+    sums = Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight)
+    sums = sums.map(lambda x: x.reshape(streams, *x.shape[2:]))
+    missing = padded_slots(capacity) + options.num_sinks - capacity
+    means = torch.nn.functional.pad(slot_means(sums.key_sum, sums.mass), (0, 0, 0, missing))
+    router = Router(num_streams=streams, max_slots=capacity, options=options, like=means)
+    if isinstance(options.rate, str):
+        merge_chunk(sums, chunk, options, router, means)
+        return sums
+    slots = router(chunk.keys, means, chunk.before, chunk.after, heads=chunk.heads, num_seen=chunk.num_seen)
+    return moved(sums, slots, router.is_opener, chunk.keys, chunk.values, options.rate)

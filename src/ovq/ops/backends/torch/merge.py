@@ -1,6 +1,6 @@
-"""Rules that merge pairs, in the `torch` backend: a chunk is merged, and the backward undoes merges of slots.
+"""Merging a chunk into the dictionary, in the `torch` backend, and what the backward needs to undo it.
 
-`ovq.ops.ward` decides which items are merged; this file updates the sums.
+`route.py` decides which slots keys go to, `ovq.ops.ward` which pairs are merged; this file updates the sums.
 """
 
 from __future__ import annotations
@@ -11,9 +11,42 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.torch.route import Router
 from ovq.ops.options import Options
 from ovq.ops.state import slot_means
 from ovq.ops.ward import cluster_roots, pair_points
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaving:
+    """A chunk that leaves the window of S streams, each a key/value head of a row.
+
+    Attributes:
+        keys: `[S, C, K]` in the dtype of the sums. values: `[S, C, V]`.
+        weights: `[S, C]` where tokens have weights, else None.
+        before: slots in use in each stream. after: slots that each is to have, sinks included.
+        heads: key/value head of each stream.
+        num_seen: tokens in the dictionary of each stream's row once the chunk is merged.
+    """
+
+    keys: Tensor
+    values: Tensor
+    weights: Tensor | None
+    before: list[int]
+    after: list[int]
+    heads: list[int]
+    num_seen: list[int]
+
+    def is_sink(self, num_sinks: int) -> Tensor:
+        """`[S, C]` the first tokens of streams that begin."""
+        is_fresh = torch.tensor([n == 0 for n in self.before], device=self.keys.device)
+        return is_fresh[:, None] & (torch.arange(self.keys.shape[1], device=self.keys.device) < num_sinks)
+
+    def weights_in_sums(self, num_sinks: int) -> Tensor | None:
+        """`weights`, with those of sinks 1."""
+        if self.weights is None or not num_sinks:
+            return self.weights
+        return self.weights.masked_fill(self.is_sink(num_sinks), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,39 +66,125 @@ class MergedSlots:
     count: Tensor
 
 
-def learn_by_likelihood(
-    sums: Dictionary, keys: Tensor, values: Tensor, before: list[int], after: list[int], options: Options
-) -> tuple[Tensor, MergedSlots]:
-    """Merge the cheapest pairs of slots and tokens of a complete chunk until they fit, in place.
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """Slots that a chunk changed, as they were. Kept where tokens have weights.
+
+    Taking a token back from a float32 sum leaves an error of the size of its rounding. Beside a slot of
+    little weight that may be all there is.
+
+    Attributes:
+        source: `[P]` slots that were merged into others, as rows of the flattened dictionaries `[S * M]`.
+        target: `[P]` the slots that they were merged into.
+        index: `[Q]` all slots that were changed.
+        key_sum: `[Q, K]` their sums. value_sum: `[Q, V]`. count: `[Q]`. weight: `[Q]`.
+    """
+
+    source: Tensor
+    target: Tensor
+    index: Tensor
+    key_sum: Tensor
+    value_sum: Tensor
+    count: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, sums: Dictionary, slots: Tensor, source: Tensor, target: Tensor) -> Snapshot:
+        """The slots of `sums` that tokens go to, `[S, C]`, and those that take part in merges."""
+        assert sums.weight is not None
+        index = torch.cat([sums.index(slots), source, target]).unique()
+        parts = (sums.key_sum.flatten(0, 1), sums.value_sum.flatten(0, 1), sums.count.view(-1))
+        return cls(source, target, index, *(x[index] for x in (*parts, sums.weight.view(-1))))
+
+    def restore_(self, sums: Dictionary, deposits: Dictionary) -> None:
+        """Put the slots back, in place; each part of a merged slot gets the gradient of the sum."""
+        assert sums.weight is not None
+        assert deposits.weight is not None
+        for name in ("key_sum", "value_sum"):
+            x = getattr(sums, name)
+            x.view(-1, x.shape[-1])[self.index] = getattr(self, name)
+        sums.count.view(-1)[self.index] = self.count
+        sums.weight.view(-1)[self.index] = self.weight
+        for grad in (deposits.key_sum, deposits.value_sum, deposits.weight[..., None]):
+            rows = grad.view(-1, grad.shape[-1])
+            rows[self.source] = rows[self.target]
+
+
+def merge_chunk(
+    sums: Dictionary, chunk: Leaving, options: Options, router: Router, means: Tensor
+) -> tuple[Tensor, MergedSlots | Snapshot | None]:
+    """Merge a complete chunk, in place.
 
     Args:
-        sums: dictionaries `[S, M, ...]`; streams beyond those of the tokens stay as they are.
-        keys: `[S', C, K]` in the dtype of the sums. values: `[S', C, V]`.
-        before: slots in use in each of the S' streams. after: slots that they are to have.
+        sums: dictionaries `[S', M, ...]`; streams beyond the S of the chunk stay as they are.
+        chunk: the chunk.
         options: the layer's settings.
+        router: decides where keys go, unless pairs are merged.
+        means: `[S, padded M + sinks, K]` means of all slots, zero beyond those in use; may be overwritten.
 
     Returns:
-        The slot of each token, `[S', C]`, and the slots merged into others.
+        The slot of each token, `[S, C]`, and what the backward needs, if it cannot compute it.
     """
-    num_streams, size = keys.shape[:2]
+    sinks, num = options.num_sinks, len(chunk.before)
+    before, after = [max(0, n - sinks) for n in chunk.before], [n - sinks for n in chunk.after]
+    source = target = chunk.keys.new_empty(0, dtype=torch.int64)
+    if options.merges_pairs:
+        slots, source, target = _merged_pairs(sums, chunk, before, after, options)
+    else:
+        most = max(chunk.before)
+        slots = router(
+            chunk.keys,
+            means[:num, sinks:],
+            before,
+            after,
+            heads=chunk.heads,
+            num_seen=chunk.num_seen,
+            weights=chunk.weights,
+            mass=None if sums.weight is None else sums.weight[:num, sinks : max(sinks, most)],
+            num_sinks=sinks,
+        )
+    if sinks:
+        place = torch.arange(chunk.keys.shape[1], device=slots.device)
+        slots = torch.where(chunk.is_sink(sinks), place, slots + sinks)
+    kept: MergedSlots | Snapshot | None = None
+    if sums.weight is not None:
+        kept = Snapshot.of(sums, slots, source, target)
+    if options.merges_pairs:
+        merged = _merge_slots(sums, source, target)
+        kept = kept or merged
+    sums.add_(slots, chunk.keys, chunk.values, 1, chunk.weights_in_sums(sinks))
+    return slots, kept
+
+
+def _merged_pairs(
+    sums: Dictionary, chunk: Leaving, before: list[int], after: list[int], options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the cheapest pairs of slots and tokens are merged; here slots are those that are no sinks.
+
+    Returns:
+        The slot of each token, `[S, C]`; the slots that are merged into others, and into which, as rows of
+        the flattened dictionaries.
+    """
+    num_streams, sinks = len(chunk.keys), options.num_sinks
     capacity, most = sums.count.shape[1], max(before)
-    count = sums.count[:num_streams, :most]
-    items = torch.cat([count, count.new_ones(num_streams, size)], 1)
+    own = slice(sinks, sinks + most)
+    count, mass = sums.count[:num_streams, own], sums.mass[:num_streams, own]
+    is_token = ~chunk.is_sink(sinks)
+    items = torch.cat([count, is_token.to(count.dtype)], 1)
+    weights = None if chunk.weights is None else torch.cat([mass, chunk.weights * is_token], 1)
     all_keys, all_values = (
-        torch.cat([slot_means(part[:num_streams, :most], count), tokens], 1)
-        for part, tokens in ((sums.key_sum, keys), (sums.value_sum, values))
+        torch.cat([slot_means(part[:num_streams, own], mass), tokens], 1)
+        for part, tokens in ((sums.key_sum, chunk.keys), (sums.value_sum, chunk.values))
     )
-    points = pair_points(all_keys, all_values, items, options.value_weight)
-    due = [n + size - m for n, m in zip(before, after, strict=True)]
-    roots = cluster_roots(points, items, due, count_power=options.count_power)
+    points = pair_points(all_keys, all_values, items if weights is None else weights, options.value_weight)
+    num_tokens = is_token.sum(1).tolist()
+    due = [n + t - m for n, t, m in zip(before, num_tokens, after, strict=True)]
+    roots = cluster_roots(points, items, due, count_power=options.count_power, weight=weights)
     slots = _homes(roots, items > 0, most)
-    source, target = slots[:, :most], torch.arange(most, device=keys.device)
+    source, target = slots[:, :most], torch.arange(most, device=slots.device)
     stream, slot = ((source != target) & (count > 0)).nonzero(as_tuple=True)
-    first = stream * capacity
-    merged = _merge_slots(sums, first + slot, first + slots[stream, slot])
-    tokens = slots[:, most:].contiguous()
-    sums.add_(tokens, keys, values, 1)
-    return tokens, merged
+    first = stream * capacity + sinks
+    return slots[:, most:].contiguous(), first + slot, first + slots[stream, slot]
 
 
 def part_slots(sums: Dictionary, deposits: Dictionary, merged: MergedSlots) -> None:
@@ -101,10 +220,11 @@ def _homes(roots: Tensor, is_there: Tensor, num_slots: int) -> Tensor:
 def _merge_slots(sums: Dictionary, source: Tensor, target: Tensor) -> MergedSlots:
     """Move rows of the flattened sums into others, in order."""
     parts = []
-    for total in (sums.key_sum, sums.value_sum, sums.count):
+    totals = [sums.key_sum, sums.value_sum, sums.count]
+    for total in totals if sums.weight is None else [*totals, sums.weight]:
         rows = total.view(-1, total.shape[-1]) if total.dim() == 3 else total.view(-1)
         part = rows[source]
         rows.index_add_(0, target, part)
         rows[source] = 0
         parts.append(part)
-    return MergedSlots(source, target, *parts)
+    return MergedSlots(source, target, *parts[:3])

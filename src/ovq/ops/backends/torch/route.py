@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ovq.ops.options import NO_COSINE, ORDINARY, TIE, TINY, Options
+from ovq.ops.options import NO_COSINE, NO_WEIGHT, ORDINARY, TIE, TINY, Options
 from ovq.ops.random_init import random_priority
 
 # Columns of the score matrix that are reduced together. The best slot is found as the best block, then the
@@ -55,8 +55,11 @@ class Router:
         *,
         heads: list[int],
         num_seen: list[int],
+        weights: Tensor | None = None,
+        mass: Tensor | None = None,
+        num_sinks: int = 0,
     ) -> Tensor:
-        """Slots `[S, C]` of the chunk's keys.
+        """Slots `[S, C]` of the chunk's keys; sinks are no slots here.
 
         Args:
             keys: `[S, C, K]` keys of a complete chunk in the routing dtype.
@@ -66,37 +69,59 @@ class Router:
             after: slots of each stream once the chunk is merged.
             heads: key/value head of each stream, for `init="random"`.
             num_seen: tokens that each stream's row has seen at the end of the chunk, for `init="random"`.
+            weights: `[S, C]` weights of the keys; None for 1. Keys of weight 0 are the last to open a slot.
+            mass: `[S, n]` weights of the slots, where there are weights. Slots of weight 0 attract no key.
+            num_sinks: first tokens of streams without slots that are sinks, and so take no part.
         """
         is_fresh = torch.tensor([n == 0 for n in before], device=keys.device)
+        place = torch.arange(keys.shape[1], device=keys.device)
+        is_sink = is_fresh[:, None] & (place < num_sinks)
+        is_first = is_fresh[:, None] & (place == _first_key(weights, num_sinks, keys.device)[..., None])
+        is_empty = None if mass is None else mass <= 0
         if 0 in before:
-            means[is_fresh, 0] = keys[is_fresh, 0]
+            means[is_fresh, 0] = keys[is_first]
+            if is_empty is not None:
+                assert weights is not None
+                if not is_empty.shape[1]:
+                    is_empty = is_fresh[:, None].clone()
+                is_empty[is_fresh, 0] = weights[is_first] <= 0
         existing = [max(n, 1) for n in before]
-        plain = _Chunk(keys, means, existing, self._scores)
-        chunk = plain if plain.is_ordinary else _WideChunk(keys, means, existing)
+        plain = _Chunk(keys, means, existing, self._scores, is_empty)
+        chunk = plain if plain.is_ordinary else _WideChunk(keys, means, existing, is_empty)
         slots = chunk.nearest()
-        self.is_opener = is_fresh[:, None] & (torch.arange(slots.shape[1], device=keys.device) == 0)
+        self.is_opener = is_first
         opening = [a - n for a, n in zip(after, existing, strict=True)]
         if any(opening):
             if self.options.init == "random":
                 priority = self._random_priority(heads, num_seen).to(keys.device)
-                priority[:, 0].masked_fill_(is_fresh, torch.inf)
+                if weights is not None:
+                    priority.masked_fill_(weights <= 0, self.options.chunk_size)
+                priority.masked_fill_(is_first | is_sink, torch.inf)
             else:
-                priority = chunk.novelty(opening, is_fresh)
+                set_apart = torch.where(is_first | is_sink, torch.inf, 0)
+                if weights is not None:
+                    set_apart.masked_fill_((weights <= 0) & (set_apart == 0), NO_WEIGHT)
+                priority = chunk.novelty(opening, set_apart)
             is_opener = _lowest(priority, opening)
             if self.options.merge == "updated":
-                _merge_updated(slots, is_opener, keys, means, existing)
+                _merge_updated(slots, is_opener, keys, means, existing, is_empty, weights)
             # The j-th key that opens a slot, by position, opens slot existing + j.
             first = torch.tensor(existing, device=keys.device)[:, None]
-            self.is_opener |= is_opener
+            self.is_opener = is_first | is_opener
             slots = torch.where(is_opener, first + is_opener.cumsum(-1) - 1, slots)
-        if 0 in before:
-            slots[:, 0].masked_fill_(is_fresh, 0)
-        return slots
+        return slots.masked_fill_(is_first, 0)
 
     def _random_priority(self, heads: list[int], num_seen: list[int]) -> Tensor:
         seed, size = self.options.seed, self.options.chunk_size
         pairs = zip(heads, num_seen, strict=True)
         return torch.stack([random_priority(seed, h, t, size) for h, t in pairs])
+
+
+def _first_key(weights: Tensor | None, num_sinks: int, device: torch.device) -> Tensor:
+    """The key that opens slot 0 of streams without slots: the first, of a weight above 0 if there is one."""
+    if weights is None:
+        return torch.tensor([num_sinks], device=device)
+    return num_sinks + (weights[:, num_sinks:] > 0).byte().argmax(-1)
 
 
 class _Chunk:
@@ -107,9 +132,12 @@ class _Chunk:
         means: `[S, padded, K]`.
         existing: slots of each stream, at least 1.
         scratch: memory for the scores.
+        is_empty: `[S, n]` slots that attract no key, if there may be any.
     """
 
-    def __init__(self, keys: Tensor, means: Tensor, existing: list[int], scratch: Tensor) -> None:
+    def __init__(
+        self, keys: Tensor, means: Tensor, existing: list[int], scratch: Tensor, is_empty: Tensor | None
+    ) -> None:
         streams, tokens, _ = keys.shape
         num, smallest = padded_slots(max(existing)), min(existing)
         self.keys, self.means = keys, means[:, :num]
@@ -121,6 +149,8 @@ class _Chunk:
             used = torch.tensor(existing, device=keys.device)[:, None]
             is_spare = torch.arange(smallest, num, device=keys.device) >= used
             self.scores[:, :, smallest:].masked_fill_(is_spare[:, None], -torch.inf)
+        if is_empty is not None:
+            self.scores[:, :, : is_empty.shape[1]].masked_fill_(is_empty[:, None], -torch.inf)
         self.key_norm = torch.linalg.vector_norm(keys, dim=-1)
         self.mean_norm = torch.linalg.vector_norm(self.means, dim=-1)
         self._eps = torch.finfo(keys.dtype).eps
@@ -157,21 +187,21 @@ class _Chunk:
             slots[s, t] = (exact >= floor[:, None]).byte().argmax(-1)
         return slots.masked_fill_(~best.isfinite(), 0)
 
-    def novelty(self, opening: list[int], is_fresh: Tensor) -> Tensor:
+    def novelty(self, opening: list[int], set_apart: Tensor) -> Tensor:
         """Best cosine `[S, C]` of each key with a slot mean, in float64 where it decides which keys open
         slots.
 
         Args:
             opening: number of keys of each stream that will open slots: those with the lowest best cosine.
-            is_fresh: `[S]` streams whose first key has opened slot 0 and cannot open another.
+            set_apart: `[S, C]` in the place of cosines, where not 0: inf for keys that cannot open a slot.
 
         Turns the scores into cosines, in place, so `nearest` must come first.
         """
         # A key or mean of length zero has cosine 0 with everything.
         cosines = self.scores.mul_(self.mean_norm[:, None].clamp(min=TINY).reciprocal())
         best = cosines.amax(-1) / self.key_norm.clamp(min=TINY)
-        best.nan_to_num_(nan=NO_COSINE)
-        best[:, 0].masked_fill_(is_fresh, torch.inf)
+        best.masked_fill_(~best.isfinite(), NO_COSINE)
+        best = torch.where(set_apart > 0, set_apart.to(best.dtype), best)
         # A cosine is at most 1, and takes a few more roundings than a dot product.
         tolerance = 2 * (self.keys.shape[-1] + 8) * self._eps + 2 * TIE
         # Contested: the last key that opens a slot and the first that does not are too close to tell apart.
@@ -182,7 +212,7 @@ class _Chunk:
         following = ranked.gather(-1, num.clamp(max=ranked.shape[-1] - 1))
         is_contested = (following - boundary <= tolerance) & (num > 0)
         if bool(is_contested.any()):
-            is_near = is_contested & ((best - boundary).abs() <= 2 * tolerance) & (best != NO_COSINE)
+            is_near = is_contested & ((best - boundary).abs() <= 2 * tolerance) & (best < NO_COSINE)
             s, t = is_near.nonzero(as_tuple=True)
             # The best slot in float64 is among those that float32 cannot tell from its own best.
             own = cosines[s, t] / self.key_norm[s, t, None].clamp(min=TINY)
@@ -235,13 +265,17 @@ class _WideChunk:
         keys: `[S, C, K]`.
         means: `[S, padded, K]`.
         existing: slots of each stream, at least 1.
+        is_empty: `[S, n]` slots that attract no key, if there may be any.
     """
 
-    def __init__(self, keys: Tensor, means: Tensor, existing: list[int]) -> None:
+    def __init__(self, keys: Tensor, means: Tensor, existing: list[int], is_empty: Tensor | None) -> None:
         keys, means = keys.double(), means[:, : max(existing)].double()
         num = torch.tensor(existing, device=keys.device)[:, None, None]
         is_spare = torch.arange(means.shape[1], device=keys.device) >= num
         self.scores = torch.bmm(keys, means.transpose(1, 2)).masked_fill_(is_spare, -torch.inf)
+        if is_empty is not None:
+            is_empty = is_empty[:, : means.shape[1]]
+            self.scores[:, :, : is_empty.shape[1]].masked_fill_(is_empty[:, None], -torch.inf)
         self.key_norm, self.mean_norm = keys.norm(dim=-1), means.norm(dim=-1)
 
     def nearest(self) -> Tensor:
@@ -251,15 +285,14 @@ class _WideChunk:
         slots = (self.scores >= floor[..., None]).byte().argmax(-1)
         return slots.masked_fill_(~best.isfinite(), 0)
 
-    def novelty(self, opening: list[int], is_fresh: Tensor) -> Tensor:
+    def novelty(self, opening: list[int], set_apart: Tensor) -> Tensor:
         """As in `_Chunk`."""
         cosines = (
             self.scores / self.key_norm[..., None].clamp(min=TINY) / self.mean_norm[:, None].clamp(min=TINY)
         )
         best = cosines.amax(-1)
         best.masked_fill_(~best.isfinite(), NO_COSINE)
-        best[:, 0].masked_fill_(is_fresh, torch.inf)
-        return best
+        return torch.where(set_apart > 0, set_apart.to(best.dtype), best)
 
 
 def _lowest(priority: Tensor, num: list[int]) -> Tensor:
@@ -274,7 +307,13 @@ def _lowest(priority: Tensor, num: list[int]) -> Tensor:
 
 
 def _merge_updated(
-    slots: Tensor, is_opener: Tensor, keys: Tensor, means: Tensor, existing: list[int]
+    slots: Tensor,
+    is_opener: Tensor,
+    keys: Tensor,
+    means: Tensor,
+    existing: list[int],
+    is_empty: Tensor | None,
+    weights: Tensor | None,
 ) -> None:
     """Let the keys that open no slot also go to slots opened by their own chunk (in place).
 
@@ -285,6 +324,9 @@ def _merge_updated(
             continue
         own, candidates = keys[s].double(), torch.cat([means[s, :n], keys[s, is_opener[s]]]).double()
         scores = own @ candidates.T
+        if is_empty is not None and weights is not None:
+            empty = torch.cat([is_empty[s, :n], weights[s, is_opener[s]] <= 0])
+            scores.masked_fill_(empty, -torch.inf)
         best = scores.amax(-1)
         floor = best - TIE * own.norm(dim=-1) * candidates.norm(dim=-1).max()
         # On a tie the older slot wins, which has the lower index; slot 0 where nothing can be compared.

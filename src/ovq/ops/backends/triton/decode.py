@@ -249,4 +249,4 @@ def _merged(state: OVQState, complete: list[int], options: Options) -> OVQState:
     recurrence = recurrence_of(k, v, slots, into, work)
     recurrence.step(0)
     recurrence.step(1)
-    return replaced(state, complete, into.key_sum, into.value_sum, into.count)
+    return replaced(state, complete, into)
