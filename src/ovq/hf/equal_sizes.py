@@ -61,6 +61,8 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
             num_kv_heads=num_kv_heads,
             head_dim=config.head_dim,
             num_sinks=config.num_sinks,
+            window=config.window,
+            has_weights=config.merge_gate,
         ),
         # What its router takes is left to the other projections.
         "raven_head_dim": max(
@@ -77,6 +79,8 @@ def window_of_equal_bytes(
     num_kv_heads: int,
     head_dim: int,
     num_sinks: int,
+    window: int = 0,
+    has_weights: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> int:
     """The smallest `sink_window` whose state has at least as many bytes as that of a full dictionary.
@@ -86,7 +90,9 @@ def window_of_equal_bytes(
         chunk_size: C of the OVQ layer.
         num_kv_heads: Hkv of both.
         head_dim: K and V of both.
-        num_sinks: S.
+        num_sinks: S of the layer with sinks.
+        window: W of the OVQ layer.
+        has_weights: whether the OVQ layer has a merge gate.
         dtype: dtype of the activations; the sums of OVQ are float32 in any case.
 
     Example:
@@ -94,7 +100,7 @@ def window_of_equal_bytes(
         126
     """
     sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "chunk_size": chunk_size}
-    slots = slot_spec(num_slots, **sizes, dtype=dtype)
+    slots = slot_spec(num_slots, **sizes, dtype=dtype, window=window, has_weights=has_weights)
     # Both states include the number of tokens seen.
     del slots["num_seen"]
     num_tokens = -(-num_bytes(slots) // (2 * num_kv_heads * head_dim * dtype.itemsize))

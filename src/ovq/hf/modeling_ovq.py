@@ -23,6 +23,7 @@ from ovq.hf.packing import PACKING_KWARGS, packed_offsets
 from ovq.layers import KVMAttention, Mamba2, Mixer, OVQAttention, SequenceLayout, ShortConvolution
 from ovq.layers.chunked import DecayRates
 from ovq.layers.common import QKNorm
+from ovq.layers.gates import MergeGate, SlotScale
 from ovq.layers.vq import StaticDictionary
 
 # Keyword arguments of `forward` that transformers passes along and its decorators use.
@@ -40,6 +41,19 @@ class OVQModelOutput(BaseModelOutputWithPast):
     auxiliary_loss: Tensor | None = None
 
 
+# Modules that draw, or set, their initial weights themselves.
+_OWN_WEIGHTS = (
+    ShortConvolution,
+    QKNorm,
+    DecayRates,
+    Mamba2,
+    KVMAttention,
+    StaticDictionary,
+    MergeGate,
+    SlotScale,
+)
+
+
 class OVQPreTrainedModel(HubModel):
     """Weight initialisation, and what `OVQModel` and `OVQForCausalLM` share."""
 
@@ -55,7 +69,7 @@ class OVQPreTrainedModel(HubModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (ShortConvolution, QKNorm, DecayRates, Mamba2, KVMAttention, StaticDictionary)):
+        if isinstance(module, _OWN_WEIGHTS):
             module.reset_parameters()
         else:
             super()._init_weights(module)

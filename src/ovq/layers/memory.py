@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ovq.layers.common import apply_rotary, rotary_tables
 from ovq.ops import OVQState
-from ovq.ops.serialization import STATE_TENSORS, state_tensors
+from ovq.ops.serialization import names_of, state_tensors
 
 #: Names of the tensors of a state, each with its shape and its dtype.
 StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -205,15 +205,22 @@ class SlotMemory(Memory):
     Attributes:
         num_slots: N, the largest number of slots per head.
         chunk_size: C, tokens per chunk.
+        window: W, tokens before the last chunk that stay exact.
+        num_sinks: first tokens that keep a slot of their own.
+        exact_rope_dim: last components of the keys that are rotated by position, and are zero in slots; 0 if
+            all are rotated or none.
     """
 
     kind: str = "an OVQState"
     num_slots: int = dataclasses.field(compare=False)
     chunk_size: int = dataclasses.field(compare=False)
+    window: int = dataclasses.field(default=0, compare=False)
+    num_sinks: int = dataclasses.field(default=0, compare=False)
+    exact_rope_dim: int = dataclasses.field(default=0, compare=False)
 
     def tensors(self, state: OVQState) -> dict[str, Tensor]:
         """See `Memory.tensors`."""
-        return {name: getattr(state, name) for name in STATE_TENSORS}
+        return {name: getattr(state, name) for name in names_of(state.weight is not None)}
 
     def saved(self, state: OVQState) -> dict[str, Tensor]:
         """See `Memory.saved`; leaves out what other continuations wrote into the pending buffers."""
@@ -223,9 +230,16 @@ class SlotMemory(Memory):
         """See `Memory.restored`."""
         # Whatever the device, a state keeps its number of tokens on the CPU.
         parts: dict[str, Any] = {
-            name: tensors[name].to("cpu" if name == "num_seen" else device) for name in STATE_TENSORS
+            name: tensors[name].to("cpu" if name == "num_seen" else device)
+            for name in names_of("weight" in tensors)
         }
-        return OVQState(**parts, num_slots=self.num_slots, chunk_size=self.chunk_size)
+        return OVQState(
+            **parts,
+            num_slots=self.num_slots,
+            chunk_size=self.chunk_size,
+            window=self.window,
+            num_sinks=self.num_sinks,
+        )
 
     def select(self, state: OVQState, rows: Tensor) -> OVQState:
         """See `Memory.select`."""
@@ -250,7 +264,10 @@ class SlotMemory(Memory):
         return self._begun_later(state, -num_dropped)
 
     def _begun_later(self, state: OVQState, num_columns: int) -> OVQState:
-        keys: dict[str, Any] = {
-            name: self._moved(getattr(state, name), num_columns) for name in ("key_sum", "pending_keys")
-        }
+        first = -self.exact_rope_dim
+        keys: dict[str, Any] = {}
+        for name in ("key_sum", "pending_keys"):
+            x = getattr(state, name)
+            parts = [x[..., :first], self._moved(x[..., first:], num_columns)] if first else []
+            keys[name] = torch.cat(parts, -1) if parts else self._moved(x, num_columns)
         return dataclasses.replace(state, **keys)

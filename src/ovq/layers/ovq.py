@@ -13,13 +13,15 @@ from torch import Tensor
 from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
+from ovq.layers.common import apply_rotary, rotary_tables
+from ovq.layers.gates import MergeGate, SlotScale
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import SlotMemory, StateSpec, check_num_seen, check_tensors, of_rows
 from ovq.ops import SlotAssignments, ovq_attention, slot_assignments
-from ovq.ops.options import Options, default_growth
-from ovq.ops.schedule import scheduled_slots
-from ovq.ops.serialization import STATE_TENSORS
+from ovq.ops.options import Options, check_exact_dims, check_num_sinks, check_window, default_growth
+from ovq.ops.schedule import num_merged, scheduled_slots
 from ovq.ops.serialization import check_tensors as check_state_tensors
+from ovq.ops.serialization import names_of
 from ovq.ops.state import state_dtype
 
 #: Options of the op that say how the dictionary is learned. The layer and the config use the same names.
@@ -67,6 +69,12 @@ class OVQAttention(AttentionMixer):
         rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
         value_weight: the weight of distances between values relative to those between keys where pairs are
             merged.
+        window: tokens before the own chunk that stay exact, a multiple of `chunk_size`.
+        num_sinks: first tokens of a row that keep a slot of their own.
+        exact_rope_dim: components of a head, the last ones, that are rotated by position. They are read in
+            exact tokens alone: slots are read by the other components (as in KVM, arXiv 2605.09877).
+        merge_gate: learn how much each token counts in the dictionary, see `ovq.layers.gates.MergeGate`.
+        slot_temperature: learn a temperature of slots per head, beside that of exact tokens.
         backend: as in `ovq.ops.ovq_attention`.
         kwargs: those of `AttentionMixer`, like all other arguments.
 
@@ -83,8 +91,14 @@ class OVQAttention(AttentionMixer):
 
     forward_options = frozenset({"generator"})
     config_fields = AttentionMixer.config_fields | {
-        name: name for name in ("num_slots", "chunk_size", *LEARNING_OPTIONS)
+        name: name
+        for name in (
+            *("num_slots", "chunk_size", "window", "exact_rope_dim", "merge_gate", "slot_temperature"),
+            *LEARNING_OPTIONS,
+        )
     }
+    # In a config, `num_sinks` is of the mixer `"sink_attention"`.
+    config_fields |= {"num_sinks": "ovq_sinks"}
 
     def __init__(
         self,
@@ -103,6 +117,11 @@ class OVQAttention(AttentionMixer):
         bias: str = defaults.BIAS,
         rate: float | str = defaults.RATE,
         value_weight: float = defaults.VALUE_WEIGHT,
+        window: int = defaults.WINDOW,
+        num_sinks: int = defaults.OVQ_SINKS,
+        exact_rope_dim: int = defaults.EXACT_ROPE_DIM,
+        merge_gate: bool = defaults.MERGE_GATE,
+        slot_temperature: bool = defaults.SLOT_TEMPERATURE,
         backend: str = "auto",
         **kwargs: Any,
     ):
@@ -120,7 +139,15 @@ class OVQAttention(AttentionMixer):
         self.chunk_size = chunk_size
         self.growth, self.init, self.merge, self.backend = growth, init, merge, backend
         self.bias, self.rate, self.value_weight = bias, rate, value_weight
+        check_window("window", window, chunk_size=chunk_size)
+        # The sinks have the name that they have in a config, see `memory_of`.
+        self.window, self.ovq_sinks = window, num_sinks
+        check_exact_rope(self.head_dim, exact_rope_dim, use_rope=self.use_rope)
+        self.exact_rope_dim = exact_rope_dim
         self.set_num_slots(num_slots)
+        self.merge_gate = MergeGate(hidden_size, self.num_kv_heads) if merge_gate else None
+        # With `norm` in its name, its `beta` is left out of weight decay, as that of `qk_norm` is.
+        self.slot_norm = SlotScale(num_heads, self.head_dim) if slot_temperature else None
         self._record: list[RecordedCall] | None = None
 
     def set_num_slots(self, num_slots: int) -> None:
@@ -131,12 +158,20 @@ class OVQAttention(AttentionMixer):
         """
         if num_slots < 1:
             raise ValueError(f"expected num_slots of at least 1, found {num_slots}")
+        check_num_sinks("num_sinks", self.ovq_sinks, num_slots=num_slots, chunk_size=self.chunk_size)
         self.num_slots = num_slots
 
     def extra_repr(self) -> str:
         """The dictionary, as it is printed with the layer."""
         learning = ", ".join(f"{option}={value!r}" for option, value in self.learning.items())
-        return f"num_slots={self.num_slots}, chunk_size={self.chunk_size}, {learning}"
+        sizes = f"num_slots={self.num_slots}, chunk_size={self.chunk_size}"
+        options = {
+            "window": self.window,
+            "num_sinks": self.ovq_sinks,
+            "exact_rope_dim": self.exact_rope_dim,
+        }
+        more = "".join(f", {name}={value}" for name, value in options.items() if value)
+        return f"{sizes}{more}, {learning}"
 
     def set_merge(self, merge: str, *, growth: str | None = None, value_weight: float | None = None) -> None:
         """Learn the dictionary by another rule from here on; cached states continue with the slots they have.
@@ -156,7 +191,7 @@ class OVQAttention(AttentionMixer):
         }
         if value_weight is not None:
             changes["value_weight"] = value_weight
-        Options(num_slots=self.num_slots, chunk_size=self.chunk_size, seed=0, **self.learning | changes)
+        Options(**self._exact, seed=0, **self.learning | changes)
         for name, value in changes.items():
             setattr(self, name, value)
 
@@ -164,6 +199,31 @@ class OVQAttention(AttentionMixer):
     def learning(self) -> dict[str, Any]:
         """The values of the `LEARNING_OPTIONS`, which say how the dictionary is learned."""
         return {option: getattr(self, option) for option in LEARNING_OPTIONS}
+
+    @property
+    def _exact(self) -> dict[str, Any]:
+        """The sizes of the memory, as the op calls them."""
+        sizes = {"num_slots": self.num_slots, "chunk_size": self.chunk_size}
+        return sizes | {"window": self.window, "num_sinks": self.ovq_sinks}
+
+    def _rotated(self, x: Tensor, layout: SequenceLayout) -> Tensor:
+        """Queries or keys `[B, T, H, K]` with their last components rotated by position."""
+        dim = self.exact_rope_dim
+        tables = rotary_tables(layout.num_past, layout.num_new, dim, theta=self.rope_theta, like=x)
+        return torch.cat([x[..., :-dim], apply_rotary(x[..., -dim:], *tables)], -1)
+
+    def mix(
+        self,
+        channels: Tensor,
+        hidden_states: Tensor,
+        layout: SequenceLayout,
+        cache: LayerCache | None,
+        **options: Any,
+    ) -> Tensor:
+        """See `Mixer.mix`."""
+        if self.merge_gate is not None:
+            options["token_weights"] = self.merge_gate(hidden_states)
+        return super().mix(channels, hidden_states, layout, cache, **options)
 
     def attend(
         self,
@@ -174,24 +234,37 @@ class OVQAttention(AttentionMixer):
         layout: SequenceLayout,
         cache: LayerCache | None,
         generator: torch.Generator | None = None,
+        token_weights: Tensor | None = None,
     ) -> Tensor:
-        """See `AttentionMixer.attend`; `generator` seeds `init="random"`."""
+        """See `AttentionMixer.attend`; `generator` seeds `init="random"`, and `token_weights` `[B, T, Hkv]`
+        are those of the merge gate."""
         state = None if cache is None else cache.state
         if state is not None and state.num_slots != self.num_slots:
             state = state.resize(self.num_slots, merge=self.merge, value_weight=self.value_weight)
+        if self.exact_rope_dim:
+            q, k = self._rotated(q, layout), self._rotated(k, layout)
         q, k = q.to(v.dtype), k.to(v.dtype)
         options: dict[str, Any] = {
-            "num_slots": self.num_slots,
-            "chunk_size": self.chunk_size,
             "initial_state": state,
             "attention_mask": layout.bounds,
             "generator": generator,
+            "exact_dims": self.exact_rope_dim,
+            **self._exact,
             **self.learning,
         }
+        if token_weights is not None:
+            options["token_weights"] = token_weights
         if self._record is not None:
             self._record.append(RecordedCall(q=q, k=k, v=v, scale=scale, options=options))
         o, state = ovq_attention(
-            q, k, v, scale=scale, output_final_state=cache is not None, **options, backend=self.backend
+            q,
+            k,
+            v,
+            scale=scale,
+            slot_scale=None if self.slot_norm is None else self.slot_norm(),
+            output_final_state=cache is not None,
+            **options,
+            backend=self.backend,
         )
         if cache is not None:
             cache.set_state(state, layout.num_new)
@@ -218,17 +291,24 @@ class OVQAttention(AttentionMixer):
     @classmethod
     def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> SlotMemory:
         """See `Mixer.memory_of`."""
-        return SlotMemory(num_slots=settings.num_slots, chunk_size=settings.chunk_size, rope_theta=rope_theta)
+        return SlotMemory(
+            num_slots=settings.num_slots,
+            chunk_size=settings.chunk_size,
+            window=settings.window,
+            num_sinks=settings.ovq_sinks,
+            exact_rope_dim=settings.exact_rope_dim,
+            rope_theta=settings.rope_theta if settings.exact_rope_dim else rope_theta,
+        )
 
     def num_open(self, num_tokens: int) -> int:
         """Slots in use per head after `num_tokens` tokens of a row."""
-        num_merged = num_tokens - num_tokens % self.chunk_size
-        if not num_merged:
+        merged = num_merged(num_tokens, chunk_size=self.chunk_size, window=self.window)
+        if not merged:
             return 0
         # From the first token on, no schedule asks a chunk for more slots than it has tokens, so the last
         # chunk decides. Going through all chunks would be slow: a file may claim any number of tokens.
         growth = default_growth(self.merge) if self.growth is None else self.growth
-        return scheduled_slots(num_merged, num_slots=self.num_slots, growth=growth)
+        return scheduled_slots(merged, num_slots=self.num_slots, growth=growth, num_sinks=self.ovq_sinks)
 
     def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
         """The tensors of the `OVQState`: sums, counts, pending buffers and the number of tokens."""
@@ -238,25 +318,51 @@ class OVQAttention(AttentionMixer):
             head_dim=self.head_dim,
             chunk_size=self.chunk_size,
             dtype=dtype,
+            window=self.window,
+            has_weights=self.merge_gate is not None,
         )
 
     def check_state(
         self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
     ) -> None:
         """See `Mixer.check_state`."""
-        state = {name: tensors[name] for name in STATE_TENSORS}
-        check_state_tensors(where, state, num_slots=self.num_slots, chunk_size=self.chunk_size)
+        state = {name: tensors[name] for name in names_of(self.merge_gate is not None)}
+        check_state_tensors(where, state, **self._exact)
         spec = self.state_spec(num_tokens, dtype)
         # A dictionary that was resized in mid-stream may have another number of slots than the schedule
         # gives.
-        for name in ("key_sum", "value_sum", "count"):
-            del spec[name]
+        for name in ("key_sum", "value_sum", "count", "weight"):
+            spec.pop(name, None)
         check_tensors(where, tensors, of_rows(spec, 1))
         check_num_seen(where, tensors, num_tokens)
 
 
+def check_exact_rope(head_dim: int, exact_rope_dim: int, *, use_rope: bool) -> None:
+    """Raise ValueError unless the last `exact_rope_dim` components of a head can be rotated by position.
+
+    Example:
+        >>> check_exact_rope(8, 3, use_rope=False)
+        Traceback (most recent call last):
+        ValueError: exact_rope_dim: expected an even number, found 3
+    """
+    check_exact_dims("exact_rope_dim", exact_rope_dim, key_dim=head_dim)
+    if exact_rope_dim % 2:
+        raise ValueError(f"exact_rope_dim: expected an even number, found {exact_rope_dim}")
+    if exact_rope_dim and use_rope:
+        raise ValueError(
+            f"exact_rope_dim: expected 0 where all components are rotated, found {exact_rope_dim}"
+        )
+
+
 def slot_spec(
-    num_open: int, *, num_kv_heads: int, head_dim: int, chunk_size: int, dtype: torch.dtype
+    num_open: int,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    chunk_size: int,
+    dtype: torch.dtype,
+    window: int = 0,
+    has_weights: bool = False,
 ) -> StateSpec:
     """The tensors of an `OVQState` of one row with `num_open` slots in use per head.
 
@@ -266,14 +372,16 @@ def slot_spec(
         head_dim: K and V.
         chunk_size: C.
         dtype: of the activations.
+        window: W.
+        has_weights: whether tokens have weights.
 
     Example:
         >>> slot_spec(5, num_kv_heads=2, head_dim=8, chunk_size=4, dtype=torch.bfloat16)["key_sum"]
         ((2, 5, 8), torch.float32)
     """
     sums = ((num_kv_heads, num_open, head_dim), state_dtype(dtype))
-    pending = ((num_kv_heads, chunk_size, head_dim), dtype)
-    return {
+    pending = ((num_kv_heads, window + chunk_size, head_dim), dtype)
+    spec = {
         "key_sum": sums,
         "value_sum": sums,
         "count": ((num_kv_heads, num_open), torch.int64),
@@ -281,3 +389,7 @@ def slot_spec(
         "pending_values": pending,
         "num_seen": ((), torch.int64),
     }
+    if has_weights:
+        spec["weight"] = ((num_kv_heads, num_open), state_dtype(dtype))
+        spec["pending_weights"] = ((num_kv_heads, window + chunk_size), state_dtype(dtype))
+    return spec

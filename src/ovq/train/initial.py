@@ -20,6 +20,8 @@ _FREE = {
     "bias",
     "rate",
     "value_weight",
+    "window",
+    "ovq_sinks",
     "sliding_window",
     "sink_window",
     "vq_decay",
