@@ -306,8 +306,8 @@ class OVQState:
                 `ovq_attention`.
 
         Raises:
-            ValueError: if `num_slots` is not an integer of at least 1 (and above the number of sinks), there is no
-                such rule, or `value_weight` is not a finite number of at least 0.
+            ValueError: if `num_slots` is not an integer of at least 1 (and above the number of sinks), there
+                is no such rule, or `value_weight` is not a finite number of at least 0.
 
         Example:
             >>> import torch
