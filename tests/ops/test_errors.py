@@ -183,7 +183,9 @@ def test_auto_takes_the_kernels_on_a_gpu_alone(monkeypatch):
         (on_gpu, "random", ["torch"]),
         (q, "novelty", ["cpu", "torch"]),
     ):
-        call = SimpleNamespace(q=x, v=v, options=Options(init=init, **options), is_decoding=False)
+        state = SimpleNamespace(weight=None)
+        call = SimpleNamespace(q=x, v=v, token_weights=None, slot_scale=None, state=state, is_decoding=False)
+        call.options = Options(init=init, **options)
         assert chosen("auto", call) in expected
 
 

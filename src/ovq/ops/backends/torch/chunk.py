@@ -101,8 +101,10 @@ class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, o, slots, key_sum, value_sum, count, weight = ctx.saved_tensors[:12]
-        parts = iter(ctx.saved_tensors[12:])
+        # Once: under checkpointing each access computes the layer again.
+        saved = ctx.saved_tensors
+        *inputs, o, slots, key_sum, value_sum, count, weight = saved[:12]
+        parts = iter(saved[12:])
         saved = _Saved(*inputs, o=o, grad_o=torch.zeros_like(o) if grad_o is None else grad_o, slots=slots)
         grads = _Inputs(*map(_zeros_like, inputs))
         final = Dictionary(key_sum, value_sum, count, weight)
