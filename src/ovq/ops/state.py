@@ -165,6 +165,8 @@ class OVQState:
     @property
     def num_pending(self) -> Tensor:
         """`[B]` tokens of each row that are not merged: those of the window and of the incomplete chunk."""
+        if not self.window:
+            return self.num_seen % self.chunk_size
         num_merged = self.num_seen // self.chunk_size - self.window // self.chunk_size
         return self.num_seen - num_merged.clamp(min=0) * self.chunk_size
 

@@ -100,7 +100,12 @@ def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
         o = torch.bmm(scores.softmax(-1), recent_values)
     else:
         mass = streams(state.mass)[:, None]
-        counts, sinks = divisor(mass, wide), options.num_sinks
+        if state.weight is None:
+            # As below, in fewer operations: a step of decoding is made of them.
+            counts, log_counts = mass.clamp(min=1), mass.log()
+        else:
+            counts, log_counts = divisor(mass, wide), log_mass(mass, wide)
+        sinks = options.num_sinks
         slot_keys = streams(state.key_sum).transpose(1, 2)
         if call.slot_scale is None:
             slot_scores = torch.bmm(queries, slot_keys)
@@ -108,7 +113,7 @@ def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
             # Sinks are exact.
             parts = ((queries, slot_keys[..., :sinks]), (scaled(call.slot_scale), slot_keys[..., sinks:]))
             slot_scores = torch.cat([torch.bmm(q, k) for q, k in parts], -1)
-        slot_scores.div_(counts).add_(log_mass(mass, wide))
+        slot_scores.div_(counts).add_(log_counts)
         if has_norm:
             of_slots = half(scale if call.slot_scale is None else call.slot_scale)
             factor = torch.cat(
