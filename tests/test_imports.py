@@ -17,6 +17,7 @@ ORDER = [
     ["layers", "gmr"],
     ["hf"],
     ["parallel", "text"],
+    ["convert"],
     ["tasks"],
     ["train", "eval", "inspect"],
     ["plots"],

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ovq.hf import OVQForCausalLM, build_context, context_info, load_context, save_context
 from ovq.hf.cache import CACHE_KEY
-from ovq.hf.context import _digest
+from ovq.hf.context import digest
 from tests.disks import full_disk
 from tests.hf.common import BASELINES, make_config, make_model, random_ids
 
@@ -318,7 +318,7 @@ def test_what_cannot_be_the_memory_of_the_model_is_refused(saved, model, change,
     with safe_open(saved, framework="pt") as file:
         metadata = file.metadata()
     change(tensors)
-    save_file(tensors, saved, metadata={**metadata, "content": _digest(tensors), **header})
+    save_file(tensors, saved, metadata={**metadata, "content": digest(tensors), **header})
     with pytest.raises(ValueError, match=expected):
         load_context(saved, model)
 
@@ -339,7 +339,7 @@ def test_counts_of_other_mixers_are_checked_too(tmp_path, name, values, expected
     with safe_open(tmp_path / "c", framework="pt") as file:
         metadata = file.metadata()
     tensors[name].view(-1)[: len(values)] = torch.tensor(values)
-    save_file(tensors, tmp_path / "c", metadata={**metadata, "content": _digest(tensors)})
+    save_file(tensors, tmp_path / "c", metadata={**metadata, "content": digest(tensors)})
     with pytest.raises(ValueError, match=expected):
         load_context(tmp_path / "c", model)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ovq.hf import OVQCache, OVQForCausalLM
+from ovq.hf.cache import CACHE_KEY
 
 PIECE_SIZE = 2048
 """Default number of tokens read at a time."""
@@ -45,7 +46,7 @@ def read_pieces(
     if piece_size < 1:
         raise ValueError(f"piece_size: expected at least 1, found {piece_size}")
     for piece in ids.split(piece_size):
-        yield model.base_model(piece[None], past_key_values=cache).last_hidden_state[0]
+        yield model.base_model(piece[None], **{CACHE_KEY: cache}).last_hidden_state[0]
 
 
 @torch.no_grad()

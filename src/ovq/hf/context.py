@@ -101,7 +101,7 @@ class Context:
         Raises:
             ValueError: no prompt, an empty prompt, or token ids that the model does not know.
         """
-        rows = [_token_ids(prompt, self.model, what=f"prompt {i}") for i, prompt in enumerate(prompts)]
+        rows = [checked_ids(prompt, self.model, what=f"prompt {i}") for i, prompt in enumerate(prompts)]
         if not rows:
             raise ValueError("prompts: expected at least one, found none")
         width = max(map(len, rows))
@@ -200,7 +200,7 @@ def read_in_pieces(
     """
     if prefill_chunk_size < 1:
         raise ValueError(f"prefill_chunk_size: expected at least 1, found {prefill_chunk_size}")
-    ids = _token_ids(input_ids, model, what="input_ids")
+    ids = checked_ids(input_ids, model, what="input_ids")
     cache = OVQCache(model.config)
     num_read = 0
     for piece in ids.split(prefill_chunk_size):
@@ -235,7 +235,7 @@ def save_context(context: Context, path: str | os.PathLike) -> None:
     }
     _check_layers("context", tensors, context.model, context.num_tokens)
     metadata = {"format": FORMAT, "version": VERSION, "num_tokens": str(context.num_tokens)}
-    metadata |= {**context.fingerprint, "content": _digest(tensors)}
+    metadata |= {**context.fingerprint, "content": digest(tensors)}
     write_file(path, tensors, metadata=metadata)
 
 
@@ -250,7 +250,7 @@ def load_context(path: str | os.PathLike, model: OVQPreTrainedModel) -> Context:
     num_tokens = positive_int(path, metadata, "num_tokens")
     own = fingerprint(model)
     _check_fingerprint(str(path), metadata, own)
-    _check_content(path, metadata, tensors)
+    check_content(path, metadata, tensors)
     _check_layers(str(path), tensors, model, num_tokens)
     cache = OVQCache(model.config)
     for i, layer in enumerate(cache.layers):
@@ -299,7 +299,7 @@ def context_info(path: str | os.PathLike) -> ContextInfo:
     """
     metadata, tensors = read_file(path, what="a saved context", file_format=FORMAT, version=VERSION)
     num_tokens = positive_int(path, metadata, "num_tokens")
-    _check_content(path, metadata, tensors)
+    check_content(path, metadata, tensors)
     config = _config_of(path, metadata)
     dtypes = {str(dtype): dtype for dtype in DTYPES}
     if (dtype := metadata.get("dtype", "")) not in dtypes:
@@ -345,11 +345,11 @@ def fingerprint(model: OVQPreTrainedModel) -> dict[str, str]:
     return {
         "config": json.dumps(fields, sort_keys=True),
         "dtype": str(model.dtype),
-        "weights": _digest(_weights(model.base_model)),
+        "weights": digest(weights_of(model.base_model)),
     }
 
 
-def _weights(model: nn.Module) -> Mapping[str, Tensor]:
+def weights_of(model: nn.Module) -> Mapping[str, Tensor]:
     """All weights by name, including those that accelerate has offloaded."""
     found = model.state_dict()
     if any(tensor.is_meta for tensor in found.values()):
@@ -400,11 +400,11 @@ def _config_of(path: str | os.PathLike, metadata: Mapping[str, str]) -> OVQConfi
         raise ValueError(f"{path}: expected the config of a model, found {fields} ({error})") from error
 
 
-def _check_content(
+def check_content(
     path: str | os.PathLike, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> None:
     """Raise ValueError unless the tensors are those that were written."""
-    if (found := _digest(tensors)) != metadata.get("content"):
+    if (found := digest(tensors)) != metadata.get("content"):
         raise ValueError(
             f"{path}: expected tensors of SHA-256 {metadata.get('content')}, found {found}: it is damaged"
         )
@@ -435,7 +435,7 @@ def _check_layers(
         mixer.check_state(f"{where}: layer {i}", own, num_tokens=num_tokens, dtype=model.dtype)
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and bytes."""
     total = hashlib.sha256()
     for name in sorted(tensors):
@@ -445,7 +445,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _token_ids(ids: Tensor | Sequence[int], model: OVQPreTrainedModel, *, what: str) -> Tensor:
+def checked_ids(ids: Tensor | Sequence[int], model: OVQPreTrainedModel, *, what: str) -> Tensor:
     """Token ids as a tensor `[T]` on the model's device; ValueError unless the model knows them."""
     tensor = torch.as_tensor(ids)
     if tensor.dim() == 2 and tensor.shape[0] == 1:

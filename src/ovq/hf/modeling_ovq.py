@@ -81,6 +81,10 @@ class OVQPreTrainedModel(HubModel):
         execution_device = getattr(hook, "execution_device", None)
         return super().device if execution_device is None else torch.device(execution_device)
 
+    def make_cache(self) -> OVQCache:
+        """An empty cache of this model."""
+        return OVQCache(self.config)
+
     def mixers(self) -> list[Mixer]:
         """The mixer of each layer."""
         return [module for module in self.modules() if isinstance(module, Mixer)]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import (
+    Cache,
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -21,8 +22,7 @@ from transformers import (
 )
 
 from ovq.fields import check_fields
-from ovq.hf.cache import OVQCache
-from ovq.hf.modeling_ovq import OVQForCausalLM
+from ovq.hf.cache import CACHE_KEY
 
 # A character has at most 4 bytes, and so at most 4 tokens; after twice as many it can no longer be completed.
 _MOST_PENDING = 8
@@ -100,12 +100,32 @@ class Sampling:
         return found
 
 
+class StreamableModel(Protocol):
+    """A causal language model that makes its own caches: `OVQForCausalLM`, or a converted model."""
+
+    config: Any
+
+    @property
+    def device(self) -> Any:
+        """Where its inputs go."""
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its output layer."""
+
+    def make_cache(self) -> Cache:
+        """An empty cache."""
+
+    def get_output_embeddings(self) -> Any:
+        """The output layer."""
+
+
 @torch.no_grad()
 def stream_tokens(
-    model: OVQForCausalLM,
+    model: StreamableModel,
     input_ids: Sequence[int],
     *,
-    cache: OVQCache | None = None,
+    cache: Cache | None = None,
     sampling: Sampling | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
@@ -116,7 +136,8 @@ def stream_tokens(
     Between two tokens, only the cache is kept and, for the repetition penalty, the set of tokens seen.
 
     Args:
-        model: used on the device and in the dtype that it has; call `eval()` on it first.
+        model: an `OVQForCausalLM` or a converted model, used on the device and in the dtype that it has; call
+            `eval()` on it first.
         input_ids: `[T]` ids of the prompt.
         cache: of the tokens before the prompt; updated in place.
         sampling: how tokens are chosen; None takes the most likely one.
@@ -132,7 +153,7 @@ def stream_tokens(
 
     Example:
         >>> from itertools import islice
-        >>> from ovq.hf import OVQConfig
+        >>> from ovq.hf import OVQConfig, OVQForCausalLM
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> model = OVQForCausalLM(config).eval()
         >>> tokens = list(islice(stream_tokens(model, [1, 2, 3]), 5))
@@ -145,14 +166,14 @@ def stream_tokens(
     ids = torch.as_tensor(input_ids, dtype=torch.int64, device=model.device)
     if ids.dim() != 1 or len(ids) == 0:
         raise ValueError(f"input_ids: expected a row of at least 1 token, found shape {list(ids.shape)}")
-    cache = OVQCache(model.config) if cache is None else cache
+    cache = model.make_cache() if cache is None else cache
     sampling = sampling or Sampling()
     processors = sampling.processors()
     ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
     is_seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
     is_seen[ids] = True
     for piece in ids.split(prefill_chunk_size):
-        hidden = model.base_model(piece[None], past_key_values=cache).last_hidden_state
+        hidden = model.base_model(piece[None], **{CACHE_KEY: cache}).last_hidden_state
     while True:
         logits = model.get_output_embeddings()(hidden[:, -1]).float()
         # The penalty depends only on which tokens have occurred, not where or how often. transformers asks
@@ -167,7 +188,7 @@ def stream_tokens(
         yield number
         if number in ends:
             return
-        hidden = model.base_model(token, past_key_values=cache).last_hidden_state
+        hidden = model.base_model(token, **{CACHE_KEY: cache}).last_hidden_state
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Any, *, prompt: Sequence[int] = ()) -> Iterator[str]:

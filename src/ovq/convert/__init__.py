@@ -1,0 +1,31 @@
+"""Any pretrained decoder in constant memory: slots, sinks and a window in the place of a cache that grows.
+
+    model = AutoModelForCausalLM.from_pretrained(NAME)
+    model = ovq.convert.attach(model, num_slots=256, window=256, num_sinks=4)
+    model.save_pretrained("converted")
+    model = ovq.convert.load("converted")
+
+`docs/convert.md` says what this costs. `memory.py` is where to start reading.
+"""
+
+from ovq.convert.attach import ConvertedMixin, attach
+from ovq.convert.cache import MemoryCache
+from ovq.convert.config import MemoryConfig
+from ovq.convert.context import build_context, load_context, save_context
+from ovq.convert.probe import Option, Probe, default_options, probe
+from ovq.convert.saving import load
+
+__all__ = [
+    "ConvertedMixin",
+    "MemoryCache",
+    "MemoryConfig",
+    "Option",
+    "Probe",
+    "attach",
+    "build_context",
+    "default_options",
+    "load",
+    "load_context",
+    "probe",
+    "save_context",
+]

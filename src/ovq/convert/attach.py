@@ -1,0 +1,282 @@
+"""`attach`: give a pretrained model of transformers a memory of constant size."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ovq.convert.attention import IMPLEMENTATION, LAYER_CONFIG
+from ovq.convert.cache import MemoryCache
+from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table
+from ovq.hf.cache import CACHE_KEY
+
+# The model is compared before and after on so many tokens. Logits may differ by so much, relative to the
+# largest one.
+_CHECK_TOKENS = 6
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOLERANCE_OF_NARROW = 0.1
+
+
+class ConvertedMixin:
+    """What a converted model can do besides what its own class can.
+
+    Attributes:
+        memory_config: the sizes and settings of its memory.
+    """
+
+    # A memory cannot be rolled back, which assisted decoding would need.
+    _is_stateful = True
+    memory_config: MemoryConfig
+
+    def make_cache(self) -> MemoryCache:
+        """An empty cache, to be passed to `forward` or `generate` as `past_key_values`."""
+        return MemoryCache(self.memory_config)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        *args: Any,
+    ) -> bool:
+        """What `generate` calls to get a cache; returns whether it made one."""
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                "expected cache_implementation None or 'dynamic', found "
+                f"{generation_config.cache_implementation!r}: a converted model has a cache of its own"
+            )
+        given = model_kwargs.pop("past_key_values", None)
+        given = model_kwargs.pop("cache", given)
+        if given is None and generation_config.use_cache is False:
+            return False
+        model_kwargs[CACHE_KEY] = self.make_cache() if given is None else _checked(given)
+        if given is not None and given.num_rows == batch_size:
+            # transformers repeats inputs, but not a cache, for beams and for several returned sequences.
+            repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            if repeats > 1:
+                given.batch_repeat_interleave(repeats)
+        return given is None
+
+
+def attach(
+    model: PreTrainedModel,
+    *,
+    num_slots: int | Sequence[Sequence[int]] = 256,
+    window: int | Sequence[Sequence[int]] = 256,
+    num_sinks: int = 4,
+    chunk_size: int = 64,
+    merge: str = "ward",
+    value_weight: float = 1.0,
+    config: MemoryConfig | None = None,
+) -> Any:
+    """Give a pretrained decoder a memory of constant size, in place of a cache that grows, without training.
+
+    Each key/value head keeps the first `num_sinks` tokens and the last `window` ones exactly. What leaves
+    the window is merged into `num_slots` slots. As long as nothing has been merged, the model computes what
+    it computed before. `forward` and `generate` are called as before; the cache is a `MemoryCache`.
+
+    Args:
+        model: a causal language model of transformers, such as `AutoModelForCausalLM` loads. Its attention
+            must go through transformers' attention functions, without soft caps, sliding windows or learned
+            sinks: Llama, Qwen2, Qwen3, Mistral (without `sliding_window`) and models like them. It is changed
+            in place.
+        num_slots: slots per head: a number, or one for each layer and key/value head.
+        window: last tokens per head, a multiple of `chunk_size`, likewise.
+        num_sinks: first tokens per head.
+        chunk_size: tokens that are merged at a time.
+        merge: the rule by which the slots are learned, `"ward"`, `"ward-sqrt"` or the paper's `"existing"`.
+        value_weight: the weight of distances between values relative to those between keys.
+        config: all of these in one object instead, such as `ovq.convert.load` and `probe` use.
+
+    Returns:
+        The model, whose class is now a subclass of its own with `make_cache` and `memory_config`.
+
+    Raises:
+        ValueError: a number out of range, or a model that cannot be converted; says why.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+        >>> config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> model = attach(model, num_slots=8, window=16, num_sinks=2, chunk_size=8)
+        >>> cache = model.make_cache()
+        >>> _ = model(torch.arange(200)[None] % 32, past_key_values=cache)
+        >>> cache
+        MemoryCache(layers=2, rows=1, columns=200, 3,496 bytes)
+    """
+    if isinstance(model, ConvertedMixin):
+        raise ValueError("model: expected one that is not converted yet, found a converted one")
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model: expected a model of transformers, found {type(model).__name__}")
+    heads = kv_heads(model)
+    if config is None:
+        config = MemoryConfig(
+            num_slots=as_table("num_slots", num_slots, heads),
+            window=as_table("window", window, heads),
+            num_sinks=num_sinks,
+            chunk_size=chunk_size,
+            merge=merge,
+            value_weight=value_weight,
+        )
+    elif list(map(len, config.num_slots)) != heads:
+        raise ValueError(
+            f"config: expected {heads} key/value heads per layer, as the model has, "
+            f"found {list(map(len, config.num_slots))}"
+        )
+    before = _logits(model)
+    implementation, own_class = model.config._attn_implementation, type(model)
+    model.set_attn_implementation(IMPLEMENTATION)
+    set_memory(model, config)
+    model.__class__ = _converted_class(own_class)
+    hook = model.base_model.register_forward_pre_hook(_with_cache, with_kwargs=True)
+    try:
+        _check_equal(model, before)
+    except ValueError:
+        hook.remove()
+        model.__class__ = own_class
+        model.set_attn_implementation(implementation)
+        delattr(model.config, CONFIG_KEY)
+        raise
+    return model
+
+
+def _converted_class(own_class: type[PreTrainedModel]) -> type:
+    """A subclass of a model's class, of the same name, so that it is saved as what it was."""
+
+    @functools.wraps(own_class.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Versions of transformers differ in the name of the cache; here both are good.
+        for name in ("past_key_values", "cache"):
+            if name != CACHE_KEY and name in kwargs:
+                found = kwargs.pop(name)
+                kwargs[CACHE_KEY] = kwargs.get(CACHE_KEY) if found is None else found
+        return own_class.forward(self, *args, **kwargs)
+
+    body = {"__module__": own_class.__module__, "__doc__": own_class.__doc__, "forward": forward}
+    return type(own_class.__name__, (ConvertedMixin, own_class), body)
+
+
+def set_memory(model: Any, config: MemoryConfig) -> None:
+    """Give a model that is being or has been converted a memory of other sizes or settings."""
+    model.memory_config = config
+    setattr(model.config, CONFIG_KEY, config.to_dict())
+    for module in _attention_modules(model):
+        setattr(module, LAYER_CONFIG, config.layer(module.layer_idx))
+    # The hook is called with the base model only.
+    model.base_model._ovq_memory_config = config
+
+
+def _attention_modules(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+
+
+def kv_heads(model: PreTrainedModel) -> list[int]:
+    """Key/value heads of each layer.
+
+    Raises:
+        ValueError: a model of another kind than decoders of one kind of attention.
+    """
+    config, name = model.config, type(model).__name__
+    if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
+        raise ValueError(f"{name}: expected a decoder of text alone, found a model of several parts")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"{name}: expected full attention in every layer, found layer_types {sorted(kinds)}: such models "
+            "cannot be converted"
+        )
+    is_sliding = getattr(config, "use_sliding_window", True)
+    if is_sliding and (found := getattr(config, "sliding_window", None)) is not None:
+        raise ValueError(
+            f"{name}: expected sliding_window None in the config, found {found}: set it to None to let slots "
+            "remember what leaves that window"
+        )
+    if (found := getattr(config, "attn_logit_softcapping", None)) is not None:
+        raise ValueError(
+            f"{name}: expected attn_logit_softcapping None in the config, found {found}: soft caps cannot be "
+            "converted"
+        )
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(heads, int) or not isinstance(layers, int):
+        raise ValueError(
+            f"{name}: expected num_hidden_layers and num_attention_heads in its config, found none"
+        )
+    if not model._supports_attention_backend:
+        raise ValueError(
+            f"{name}: expected a model whose attention goes through transformers' attention functions, found "
+            "one that has its own"
+        )
+    return [heads] * layers
+
+
+def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Before a forward pass of the base model: make the cache that it would make, or check the one given."""
+    names = list(inspect.signature(module.forward).parameters)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    found = given.get("cache")
+    found = given.get("past_key_values") if found is None else found
+    if found is not None:
+        _checked(found)
+        return args, kwargs
+    use_cache = given.get("use_cache")
+    if module.config.use_cache if use_cache is None else use_cache:
+        given.pop("past_key_values", None)
+        given.pop("cache", None)
+        return (), {**given, CACHE_KEY: MemoryCache(module._ovq_memory_config)}
+    return args, kwargs
+
+
+def _checked(cache: Any) -> MemoryCache:
+    if not isinstance(cache, MemoryCache):
+        raise ValueError(
+            f"expected a MemoryCache (model.make_cache()) as cache of a converted model, "
+            f"found {type(cache).__name__}"
+        )
+    return cache
+
+
+@torch.no_grad()
+def _logits(model: Any, cache: MemoryCache | None = None) -> Tensor:
+    """Logits of a few tokens, read in two calls if there is a cache."""
+    ids = torch.arange(_CHECK_TOKENS, device=model.device)[None] % model.config.vocab_size
+    was_training = model.training
+    model.eval()
+    try:
+        if cache is None:
+            return model(ids, use_cache=False).logits
+        parts = ids.split([_CHECK_TOKENS // 2, _CHECK_TOKENS - _CHECK_TOKENS // 2], dim=1)
+        return torch.cat([model(part, **{CACHE_KEY: cache}).logits for part in parts], dim=1)
+    finally:
+        model.train(was_training)
+
+
+def _check_equal(model: Any, before: Tensor) -> None:
+    """Raise ValueError unless the model computes what it did, as long as nothing has been merged."""
+    num_kept = min(
+        model.memory_config.num_sinks + min(map(min, model.memory_config.window)) - 1, _CHECK_TOKENS
+    )
+    name = type(model).__name__
+    tolerance = _TOLERANCE.get(before.dtype, _TOLERANCE_OF_NARROW) * max(1.0, float(before.abs().max()))
+    cache = model.make_cache()
+    for what, found in (("", _logits(model)), (" with a cache", _logits(model, cache))):
+        difference = float((found - before)[:, :num_kept].abs().max())
+        if not difference <= tolerance:
+            raise ValueError(
+                f"{name}: expected the same logits before and after{what}, found a difference of "
+                f"{difference:.2g}: its attention is of a kind that cannot be converted"
+            )
+    read = [layer.get_seq_length() for layer in cache.layers]
+    if read != [_CHECK_TOKENS] * len(read):
+        raise ValueError(
+            f"{name}: expected {_CHECK_TOKENS} tokens in the memory of every layer, found {read}: not all of "
+            "its layers can be converted"
+        )

@@ -1,0 +1,105 @@
+"""The attention function and the mask function that transformers calls in converted models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
+
+from ovq.convert.cache import MemoryLayer, layer_of
+
+#: The name under which the functions are registered.
+IMPLEMENTATION = "ovq_memory"
+
+#: The attribute of a converted model's attention modules that says what the layer keeps.
+LAYER_CONFIG = "_ovq_layer_config"
+
+
+def memory_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention to what a layer remembers and to the new tokens, in the signature that transformers calls.
+
+    Args:
+        module: the attention module.
+        query: `[B, H, T, K]`. key: `[B, Hkv, T, K]`. value: `[B, Hkv, T, V]`.
+        attention_mask: `[B, T]`, which of the new tokens are real; None for all.
+        scaling: factor of the scores; None for `K ** -0.5`.
+        dropout: must be 0. sliding_window, softcap, s_aux: must be None: windows, soft caps and sinks of
+            models are not supported.
+        kwargs: what models pass besides; not used.
+
+    Returns:
+        `[B, T, H, V]`, and None in the place of attention weights.
+
+    Raises:
+        ValueError: what the memory cannot do.
+    """
+    for name, found in (("sliding_window", sliding_window), ("softcap", softcap), ("s_aux", s_aux)):
+        if found is not None:
+            what = found if isinstance(found, (int, float)) else f"a tensor {tuple(found.shape)}"
+            raise ValueError(
+                f"{type(module).__name__}: expected attention without {name}, found {what}: such models "
+                "cannot be converted"
+            )
+    if dropout:
+        raise ValueError(f"dropout: expected 0 in a converted model, found {dropout}")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask: expected a mask [B, T] of real tokens, found {tuple(attention_mask.shape)}"
+        )
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"keys: expected those of the {query.shape[2]} new tokens, found {key.shape[2]}: another cache "
+            "than a MemoryCache (model.make_cache()) has joined them with earlier ones"
+        )
+    layer = layer_of(key)
+    is_kept = layer is not None
+    if layer is None:
+        layer = MemoryLayer(getattr(module, LAYER_CONFIG))
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    o = layer.attend(query * scale, key, value, attention_mask)
+    if is_kept:
+        layer.detach_()
+    return o.transpose(1, 2), None
+
+
+def memory_mask(
+    batch_size: int,
+    q_length: int,
+    *args: Any,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Which of the new tokens are real, `[B, T]`, or None for all, in the signature that transformers calls.
+
+    Raises:
+        ValueError: a mask other than causal with padding, as for packed sequences or a window.
+    """
+    if mask_function is not causal_mask_function:
+        raise ValueError(
+            "expected a causal mask in a converted model, found another (packed sequences, a sliding window "
+            "or an overlay), which it does not support"
+        )
+    if attention_mask is None:
+        return None
+    new = attention_mask[:, -q_length:].bool()
+    return None if bool(new.all()) else new
+
+
+AttentionInterface.register(IMPLEMENTATION, memory_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, memory_mask)

@@ -1,0 +1,257 @@
+"""`MemoryCache`: the cache of a converted model, of constant size, for transformers.
+
+transformers calls `Cache.update` before the attention function. A layer here only hands the new keys and
+values on, marked as its own; the attention function finds the memory by that mark and reads and updates it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from ovq.convert.config import LayerConfig, MemoryConfig
+from ovq.convert.memory import HeadMemory
+
+_MARK = "_ovq_memory_layer"
+
+
+class MemoryLayer(CacheLayerMixin):
+    """The memory of one layer of a converted model.
+
+    Args:
+        config: what the layer keeps.
+
+    Attributes:
+        memories: the memory of each group of heads with equal budgets; None before the first token.
+    """
+
+    is_croppable = False
+    is_compileable = False
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.memories: list[HeadMemory] | None = None
+        self.device: torch.device | None = None
+        self._num_columns = 0
+        self._has_staged = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the empty memory, of the sizes of these keys `[B, Hkv, T, K]` and values."""
+        self.memories = [
+            HeadMemory(budget, *(x[:, : len(budget.heads)] for x in (key_states, value_states)))
+            for budget in self.config.budgets
+        ]
+        self.device = key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand keys and values on to the attention function, marked as those of this layer.
+
+        Raises:
+            ValueError: the keys handed on before have not reached the attention function of this package.
+        """
+        if self._has_staged:
+            raise ValueError(
+                "expected a model that passes its keys from Cache.update to the attention function of its "
+                "config, found one that does not: it cannot be converted"
+            )
+        self._has_staged = True
+        key_states = key_states.view_as(key_states)
+        setattr(key_states, _MARK, self)
+        return key_states, value_states
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Outputs `[B, H, T, V]` of new tokens, which the layer then remembers.
+
+        Args:
+            q: `[B, H, T, K]` queries, scaled. k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`.
+            mask: `[B, T]`, which tokens are real; None for all.
+        """
+        self._has_staged = False
+        if self.memories is None:
+            self.lazy_initialization(k, v)
+        assert self.memories is not None
+        self._num_columns += q.shape[2]
+        lengths = [q.shape[2]] * len(q) if mask is None else mask.sum(-1).tolist()
+        order = None
+        if mask is not None:
+            # Real tokens first; where none is missing, this changes nothing.
+            order = (~mask).byte().argsort(dim=-1, stable=True)
+            q, k, v = (_take(x, order) for x in (q, k, v))
+        per_head = q.shape[1] // self.config.num_kv_heads
+        o = q.new_empty(*q.shape[:3], v.shape[3])
+        learned = {"temperature": self.config.slot_temperature, "bias": self.config.slot_bias}
+        factors = {
+            name: None if x is None else torch.tensor(x, device=q.device) for name, x in learned.items()
+        }
+        if len(self.memories) == 1:
+            o = self.memories[0].attend(q, k, v, lengths, **factors)
+        else:
+            for memory in self.memories:
+                heads = list(memory.budget.heads)
+                own = [h * per_head + i for h in heads for i in range(per_head)]
+                part = {name: None if x is None else x[own] for name, x in factors.items()}
+                o[:, own] = memory.attend(q[:, own], k[:, heads], v[:, heads], lengths, **part)
+        return o if order is None else _take(o, order.argsort(-1))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the columns that a mask has to cover: all columns."""
+        return self._num_columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns read, padding included."""
+        return self._num_columns
+
+    def get_max_length(self) -> int:
+        """Always -1, which means no bound."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def num_rows(self) -> int:
+        """Rows B; 0 before the first token."""
+        return 0 if self.memories is None else len(self.memories[0].filled)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors kept for all rows."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is kept, by name."""
+        return {
+            f"{i}.{name}": tensor
+            for i, memory in enumerate(self.memories or [])
+            for name, tensor in memory.tensors().items()
+        }
+
+    def restore(self, tensors: dict[str, Tensor], num_columns: int) -> None:
+        """Take over what `tensors` has returned; the layer has been initialised for as many rows."""
+        assert self.memories is not None
+        for i, memory in enumerate(self.memories):
+            prefix = f"{i}."
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            memory.restore(own)
+        self._num_columns = num_columns
+
+    def clone(self) -> MemoryLayer:
+        """A copy that shares nothing with this layer."""
+        other = MemoryLayer(self.config)
+        other.__dict__.update(self.__dict__)
+        if self.memories is not None:
+            other.memories = [memory.clone() for memory in self.memories]
+        return other
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.memories, self._num_columns, self._has_staged = None, 0, False
+        self.is_initialized = False
+
+    def _select(self, rows: Tensor) -> None:
+        for memory in self.memories or []:
+            memory.select_(rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows gathered by `beam_idx` `[B]`."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row repeated."""
+        self._select(torch.arange(self.num_rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only the given rows (integer indices, or a mask)."""
+        self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def detach_(self) -> None:
+        """Detach everything from its graph."""
+        for memory in self.memories or []:
+            memory.detach_()
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        for memory in self.memories or []:
+            memory.to_("cpu")
+
+    def prefetch(self) -> None:
+        """Move everything back to the device it came from."""
+        for memory in self.memories or []:
+            memory.to_(self.device or "cpu")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to forget tokens; `crop(0)` does nothing.
+
+        Raises:
+            ValueError: `tokens_to_remove` is not 0.
+        """
+        if tokens_to_remove != 0:
+            raise ValueError(
+                f"expected crop(0), found crop({tokens_to_remove}): merged tokens cannot be taken out again; "
+                "keep a snapshot of the cache from before them (MemoryCache.snapshot)"
+            )
+
+
+class MemoryCache(Cache):
+    """The cache of a converted model: its size does not depend on the number of tokens read.
+
+    Args:
+        config: what the layers keep. Or use `model.make_cache()`.
+
+    Example:
+        >>> config = MemoryConfig.uniform(num_layers=2, num_kv_heads=1, num_slots=8, window=16, chunk_size=8)
+        >>> MemoryCache(config)
+        MemoryCache(layers=2, rows=0, columns=0, 0 bytes)
+    """
+
+    layers: list[MemoryLayer]  # type: ignore[assignment]  # transformers' may be of other kinds
+
+    def __init__(self, config: MemoryConfig) -> None:
+        self.config = config
+        super().__init__(layers=[MemoryLayer(config.layer(i)) for i in range(config.num_layers)])
+
+    def __repr__(self) -> str:
+        return (
+            f"MemoryCache(layers={len(self.layers)}, rows={self.num_rows}, columns={self.get_seq_length()}, "
+            f"{self.nbytes:,} bytes)"
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows B; 0 before the first token."""
+        return self.layers[0].num_rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors kept for all layers and rows."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def snapshot(self) -> MemoryCache:
+        """An independent copy, for branching or for going back over rejected tokens."""
+        other = MemoryCache(self.config)
+        other.layers = [layer.clone() for layer in self.layers]
+        return other
+
+    def detach_(self) -> None:
+        """Detach everything from its graph, so that no gradient flows to the tokens read so far."""
+        for layer in self.layers:
+            layer.detach_()
+
+
+def layer_of(keys: Tensor) -> MemoryLayer | None:
+    """The layer that has handed on these keys; None if no cache has."""
+    return getattr(keys, _MARK, None)
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """Tokens of `x` `[B, H, T, D]` in the order `[B, T]`."""
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

@@ -1,0 +1,236 @@
+"""`MemoryConfig`: how large the memory of each key/value head of a converted model is, and how it is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from ovq.ops.options import MERGES, Options, check_value_weight, default_growth
+
+#: The field of a model's config in which a `MemoryConfig` is saved.
+CONFIG_KEY = "ovq_memory"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """The memory of a converted model, for every layer and key/value head.
+
+    A head keeps `num_sinks + num_slots + window` rows of a key and a value each, whatever it has read.
+
+    Attributes:
+        num_slots: slots per head, `num_slots[layer][head]`; 0 for a head that forgets what leaves its window.
+        window: last tokens that a head keeps exactly, the current one included; a multiple of `chunk_size`.
+            When as many are there, the oldest `chunk_size` of them are merged into the slots.
+        num_sinks: first tokens of a text that every head keeps exactly.
+        chunk_size: tokens that are merged at a time.
+        merge: the rule by which the slots are learned, as in `ovq_attention`.
+        value_weight: the weight of distances between values relative to those between keys, where both have
+            a mean squared length of about 1.
+        slot_temperature: per layer and *query* head, the factor of the scores of slots; None for 1.
+        slot_bias: per layer and query head, what is added to the scores of slots; None for 0.
+
+    Raises:
+        ValueError: if a number is out of range, or the lists do not fit together.
+
+    Example:
+        >>> config = MemoryConfig.uniform(
+        ...     num_layers=2, num_kv_heads=3, num_slots=64, window=128, num_sinks=4, chunk_size=32
+        ... )
+        >>> config.num_slots, config.rows_per_head
+        ([[64, 64, 64], [64, 64, 64]], 196.0)
+        >>> MemoryConfig.from_dict(config.to_dict()) == config
+        True
+    """
+
+    num_slots: list[list[int]]
+    window: list[list[int]]
+    num_sinks: int = 4
+    chunk_size: int = 64
+    merge: str = "ward"
+    value_weight: float = 1.0
+    slot_temperature: list[list[float]] | None = None
+    slot_bias: list[list[float]] | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("chunk_size", self.chunk_size, at_least=1)
+        _check_int("num_sinks", self.num_sinks, at_least=0)
+        if self.merge not in MERGES:
+            raise ValueError(f"merge: expected one of {MERGES}, found {self.merge!r}")
+        check_value_weight("value_weight", self.value_weight)
+        if not self.num_slots or list(map(len, self.num_slots)) != list(map(len, self.window)):
+            raise ValueError(
+                "expected num_slots and window for the same layers and heads, found "
+                f"{list(map(len, self.num_slots))} and {list(map(len, self.window))} heads per layer"
+            )
+        for slots in self.num_slots:
+            for number in slots:
+                _check_int("num_slots", number, at_least=0)
+        for windows in self.window:
+            for number in windows:
+                _check_int("window", number, at_least=1)
+                if number % self.chunk_size:
+                    raise ValueError(
+                        f"window: expected a multiple of chunk_size ({self.chunk_size}), found {number}"
+                    )
+        for name in ("slot_temperature", "slot_bias"):
+            lists = getattr(self, name)
+            if lists is not None and len(lists) != len(self.num_slots):
+                raise ValueError(
+                    f"{name}: expected numbers for {len(self.num_slots)} layers, found {len(lists)}"
+                )
+
+    @classmethod
+    def uniform(
+        cls, *, num_layers: int, num_kv_heads: int, num_slots: int, window: int, **fields: Any
+    ) -> MemoryConfig:
+        """The same numbers of slots and window tokens for every head; `fields` are the other attributes."""
+
+        def each(number: int) -> list[list[int]]:
+            return [[number] * num_kv_heads for _ in range(num_layers)]
+
+        return cls(num_slots=each(num_slots), window=each(window), **fields)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> MemoryConfig:
+        """The config that `to_dict` has written.
+
+        Raises:
+            ValueError: if a field is unknown, missing or out of range.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or not {"num_slots", "window"} <= set(fields) <= names:
+            raise ValueError(
+                f"{CONFIG_KEY}: expected num_slots, window and any of {sorted(names)}, found {fields!r:.200}"
+            )
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"{CONFIG_KEY}: expected lists of numbers ({error})") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them."""
+        return dataclasses.asdict(self)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+        return len(self.num_slots)
+
+    @property
+    def rows_per_head(self) -> float:
+        """Rows of a key and a value that a head keeps, on average over all heads."""
+        rows = [
+            self.num_sinks + n + w
+            for slots, windows in zip(self.num_slots, self.window, strict=True)
+            for n, w in zip(slots, windows, strict=True)
+        ]
+        return sum(rows) / len(rows)
+
+    def layer(self, index: int) -> LayerConfig:
+        """What one layer keeps."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for head, budget in enumerate(zip(self.num_slots[index], self.window[index], strict=True)):
+            groups.setdefault(budget, []).append(head)
+        return LayerConfig(
+            budgets=tuple(
+                Budget(
+                    heads=tuple(heads),
+                    num_slots=slots,
+                    window=window,
+                    num_sinks=self.num_sinks,
+                    chunk_size=self.chunk_size,
+                    merge=self.merge,
+                    value_weight=self.value_weight,
+                )
+                for (slots, window), heads in groups.items()
+            ),
+            num_kv_heads=len(self.num_slots[index]),
+            slot_temperature=None if self.slot_temperature is None else tuple(self.slot_temperature[index]),
+            slot_bias=None if self.slot_bias is None else tuple(self.slot_bias[index]),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What some key/value heads of a layer keep, each of them.
+
+    Attributes:
+        heads: the key/value heads.
+        num_slots: slots. window: last tokens. num_sinks: first tokens.
+        chunk_size: tokens merged at a time. merge: by which rule. value_weight: see `MemoryConfig`.
+    """
+
+    heads: tuple[int, ...]
+    num_slots: int
+    window: int
+    num_sinks: int
+    chunk_size: int
+    merge: str
+    value_weight: float
+
+    @property
+    def num_exact(self) -> int:
+        """Rows for sinks and window."""
+        return self.num_sinks + self.window
+
+    @property
+    def options(self) -> Options:
+        """The settings of the dictionary, which must have slots."""
+        return Options(
+            num_slots=self.num_slots,
+            chunk_size=self.chunk_size,
+            growth=default_growth(self.merge),
+            init="novelty",
+            merge=self.merge,
+            seed=0,
+            value_weight=self.value_weight,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """What a layer keeps.
+
+    Attributes:
+        budgets: its key/value heads, those with equal budgets together.
+        num_kv_heads: key/value heads.
+        slot_temperature: factor of the scores of slots, per query head. slot_bias: what is added to them.
+    """
+
+    budgets: tuple[Budget, ...]
+    num_kv_heads: int
+    slot_temperature: tuple[float, ...] | None = None
+    slot_bias: tuple[float, ...] | None = None
+
+
+def _check_int(name: str, value: Any, *, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{name}: expected an integer of at least {at_least}, found {value!r}")
+
+
+def as_table(name: str, value: int | Sequence[Sequence[int]], heads: Sequence[int]) -> list[list[int]]:
+    """A number for all heads, or numbers `[layer][head]`, as numbers `[layer][head]`.
+
+    Args:
+        name: the argument, for the error.
+        value: the number or numbers.
+        heads: key/value heads of each layer.
+
+    Raises:
+        ValueError: if there are not as many numbers as heads.
+    """
+    if isinstance(value, int):
+        return [[value] * num for num in heads]
+    try:
+        table = [list(layer) for layer in value]
+    except TypeError:
+        raise ValueError(
+            f"{name}: expected an integer, or a list of them per layer, found {value!r}"
+        ) from None
+    if list(map(len, table)) != list(heads):
+        raise ValueError(
+            f"{name}: expected numbers for {list(heads)} key/value heads per layer, "
+            f"found {list(map(len, table))}"
+        )
+    return table

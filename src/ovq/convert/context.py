@@ -1,0 +1,146 @@
+"""Contexts of converted models: a document is read once, and any number of prompts follow it.
+
+The functions are those of `ovq.hf.context`, for models of `attach`:
+
+    context = build_context(model, document_ids)
+    save_context(context, "book.ctx")
+    context = load_context("book.ctx", model)
+    model.generate(**context.inputs([question_ids, other_question_ids]), max_new_tokens=32)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ovq.convert.cache import MemoryCache
+from ovq.hf.cache import CACHE_KEY
+from ovq.hf.context import Context, check_content, checked_ids, digest, weights_of
+from ovq.ops.serialization import positive_int, read_file, write_file
+
+FORMAT = "ovq-converted-context"
+VERSION = "1"
+
+
+class ConvertedContext(Context):
+    """The memory of a document, as a converted model keeps it; see `ovq.hf.Context`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from ovq.convert import attach
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+        >>> model = attach(LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).eval(), num_slots=8)
+        >>> context = build_context(model, torch.arange(300) % 32)
+        >>> context.num_tokens
+        300
+        >>> inputs = context.inputs([[1, 2, 3], [4]])
+        >>> model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0).shape
+        torch.Size([2, 8])
+    """
+
+    _cache: MemoryCache  # type: ignore[assignment]  # the base class has another
+
+    def inputs(self, prompts: Tensor | Sequence[Tensor | Sequence[int]]) -> dict[str, Any]:
+        """The arguments of `generate` for prompts that follow the document; see `ovq.hf.Context.inputs`."""
+        found: dict[str, Any] = super().inputs(prompts)
+        mask = found["attention_mask"]
+        # Padding may be anywhere, so it stays where it is: between the document and a short prompt.
+        return {**found, "attention_mask": mask.roll(self.num_tokens, dims=1)}
+
+    def _read(self, rows: list[Tensor]) -> MemoryCache:  # type: ignore[override]  # likewise
+        return self.cache(len(rows))  # type: ignore[return-value]  # likewise
+
+
+@torch.no_grad()
+def build_context(
+    model: Any,
+    input_ids: Tensor | Sequence[int],
+    *,
+    prefill_chunk_size: int = 2048,
+    progress: Callable[[int], None] | None = None,
+) -> ConvertedContext:
+    """Read a document with a converted model.
+
+    Args:
+        model: a converted model.
+        input_ids: `[T]` or `[1, T]` token ids of the document.
+        prefill_chunk_size: tokens per forward pass, which bounds the memory needed.
+        progress: called with the number of tokens read so far, after each piece.
+
+    Raises:
+        ValueError: an empty document, ids that the model does not know, or `prefill_chunk_size` below 1.
+    """
+    if prefill_chunk_size < 1:
+        raise ValueError(f"prefill_chunk_size: expected at least 1, found {prefill_chunk_size}")
+    ids = checked_ids(input_ids, model, what="input_ids")
+    cache = model.make_cache()
+    num_read = 0
+    for piece in ids.split(prefill_chunk_size):
+        model.base_model(piece[None], **{CACHE_KEY: cache})
+        num_read += len(piece)
+        if progress is not None:
+            progress(num_read)
+    return ConvertedContext(model=model, num_tokens=num_read, fingerprint=fingerprint(model), _cache=cache)
+
+
+def save_context(context: ConvertedContext, path: str | os.PathLike) -> None:
+    """Write a context to one safetensors file, completely or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    tensors = {
+        f"layers.{i}.{name}": tensor.contiguous()
+        for i, layer in enumerate(context._cache.layers)
+        for name, tensor in layer.tensors().items()
+    }
+    metadata = {"format": FORMAT, "version": VERSION, "num_tokens": str(context.num_tokens)}
+    write_file(path, tensors, metadata={**metadata, **context.fingerprint, "content": digest(tensors)})
+
+
+def load_context(path: str | os.PathLike, model: Any) -> ConvertedContext:
+    """Read a context for the model that made it, onto the model's device.
+
+    Raises:
+        ValueError: a missing or damaged file, a file of another kind, or a context of another model or
+            memory.
+    """
+    what = "a context of a converted model"
+    metadata, tensors = read_file(path, what=what, file_format=FORMAT, version=VERSION)
+    num_tokens = positive_int(path, metadata, "num_tokens")
+    own = fingerprint(model)
+    for name, expected in own.items():
+        if metadata.get(name) != expected:
+            raise ValueError(
+                f"{path}: expected a context of this very model and memory ({name} {expected:.100}), "
+                f"found {metadata.get(name, 'none'):.100}"
+            )
+    check_content(path, metadata, tensors)
+    cache = model.make_cache()
+    # An empty memory of one row shows which tensors there must be.
+    model.base_model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE_KEY: cache})
+    for i, layer in enumerate(cache.layers):
+        prefix = f"layers.{i}."
+        layer_tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        wanted, found = (
+            {name: (tuple(t.shape), t.dtype) for name, t in some.items()}
+            for some in (layer.tensors(), layer_tensors)
+        )
+        if found != wanted:
+            raise ValueError(f"{path}: layer {i}: expected tensors {wanted}, found {found}")
+        layer.restore(layer_tensors, num_tokens)
+    return ConvertedContext(model=model, num_tokens=num_tokens, fingerprint=own, _cache=cache)
+
+
+def fingerprint(model: Any) -> dict[str, str]:
+    """What a memory depends on: its config, the model's dtype, and the SHA-256 of the backbone's weights."""
+    return {
+        "config": json.dumps(model.memory_config.to_dict(), sort_keys=True),
+        "dtype": str(model.dtype),
+        "weights": digest(weights_of(model.base_model)),
+    }

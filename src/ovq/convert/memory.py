@@ -1,0 +1,303 @@
+"""`HeadMemory`: the memory of the key/value heads of a layer that have equal budgets.
+
+A head keeps the first `num_sinks` tokens and the last ones exactly, and slots for all between. When the rows
+for exact tokens are full, the oldest `chunk_size` tokens after the sinks are merged into the slots, by the
+rules of `ovq.ops`. One softmax goes over all of them: a slot of c tokens is read with log c added to its
+score, so that nothing changes as long as every slot holds one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ovq.convert.config import Budget
+from ovq.ops.backends.cpu import decode as compiled
+from ovq.ops.backends.cpu.kernels import is_available
+from ovq.ops.backends.torch.decode import learn_chunk
+from ovq.ops.schedule import grown_slots
+from ovq.ops.state import OVQState, state_dtype
+
+# Queries read at a time, which bounds the memory for their scores.
+_QUERIES = 256
+
+_TENSORS = ("recent_keys", "recent_values", "slot_keys", "slot_values", "count", "key_unit")
+
+
+class HeadMemory:
+    """What some key/value heads h of B rows remember. Methods change it in place.
+
+    Args:
+        budget: the sizes.
+        k: `[B, h, *, K]` tensor that gives sizes, dtype and device. v: `[B, h, *, V]`, likewise.
+
+    Attributes:
+        recent_keys: `[B, h, S + W, K]` the first S tokens, then the last, in the dtype of the model; row b
+            uses the first `filled[b]` places. recent_values: `[B, h, S + W, V]`.
+        slot_keys: `[B, h, N, K]` mean key of each slot, float32 (float64 for float64 models).
+        slot_values: `[B, h, N, V]`.
+        count: `[B, h, N]` tokens in each slot.
+        key_unit: `[B, h]` the length of keys, as a power of 2, that counts as 1 where the rule compares
+            distances; 0 until the first merge.
+        filled: places of exact tokens in use, of each row.
+        num_merged: tokens merged into the slots, or dropped if there are none, of each row.
+    """
+
+    def __init__(self, budget: Budget, k: Tensor, v: Tensor) -> None:
+        self.budget = budget
+        batch, heads = k.shape[:2]
+        wide = state_dtype(k.dtype)
+        for name, x in (("keys", k), ("values", v)):
+            setattr(self, f"recent_{name}", x.new_zeros(batch, heads, budget.num_exact, x.shape[3]))
+            slots = x.new_zeros(batch, heads, budget.num_slots, x.shape[3], dtype=wide)
+            setattr(self, f"slot_{name}", slots)
+        self.count = k.new_zeros(batch, heads, budget.num_slots, dtype=torch.int64)
+        self.key_unit = k.new_zeros(batch, heads, dtype=wide)
+        self.filled = [0] * batch
+        self.num_merged = [0] * batch
+
+    recent_keys: Tensor
+    recent_values: Tensor
+    slot_keys: Tensor
+    slot_values: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, and the numbers of tokens `[B]` as tensors."""
+        numbers = {name: torch.tensor(getattr(self, name)) for name in ("filled", "num_merged")}
+        return {name: getattr(self, name) for name in _TENSORS} | numbers
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` has returned, on the device of this memory."""
+        for name in _TENSORS:
+            setattr(self, name, tensors[name].to(self.count.device))
+        self.filled, self.num_merged = (tensors[name].tolist() for name in ("filled", "num_merged"))
+
+    def clone(self) -> HeadMemory:
+        """A copy that shares nothing with this memory."""
+        other = object.__new__(HeadMemory)
+        other.budget = self.budget
+        for name in _TENSORS:
+            setattr(other, name, getattr(self, name).clone())
+        other.filled, other.num_merged = list(self.filled), list(self.num_merged)
+        return other
+
+    def select_(self, rows: Tensor) -> None:
+        """Keep the given rows, in the given order; repeats are allowed."""
+        for name in _TENSORS:
+            tensor = getattr(self, name)
+            setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
+        index = rows.tolist()
+        self.filled, self.num_merged = ([x[i] for i in index] for x in (self.filled, self.num_merged))
+
+    def to_(self, device: torch.device | str) -> None:
+        """Move everything to a device."""
+        for name in _TENSORS:
+            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+
+    def detach_(self) -> None:
+        """Detach the exact tokens from their graph; slots never have one."""
+        self.recent_keys, self.recent_values = self.recent_keys.detach(), self.recent_values.detach()
+
+    def learn(self, k: Tensor, v: Tensor) -> None:
+        """Read tokens `[B, h, T, K]`, `[B, h, T, V]` without queries; rows must have read equally many."""
+        num_read = 0
+        while num_read < k.shape[2]:
+            num = min(k.shape[2] - num_read, self.budget.num_exact - self.filled[0])
+            part = slice(num_read, num_read + num)
+            self._put(k[:, :, part], v[:, :, part])
+            self._advance([num] * len(self.filled))
+            num_read += num
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Sequence[int],
+        *,
+        temperature: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """Outputs `[B, h * G, T, V]` of new tokens, which the memory then holds.
+
+        Args:
+            q: `[B, h * G, T, K]` queries, scaled. k: `[B, h, T, K]`. v: `[B, h, T, V]`.
+            lengths: real tokens of each row, which come first; the outputs of others are 0.
+            temperature: `[h * G]` factor of the scores of slots. bias: `[h * G]` what is added to them.
+        """
+        o = q.new_zeros(*q.shape[:3], v.shape[3])
+        done = [0] * len(lengths)
+        while any(d < n for d, n in zip(done, lengths, strict=True)):
+            # Up to the next merge of each row.
+            now = [
+                min(n - d, self.budget.num_exact - f)
+                for n, d, f in zip(lengths, done, self.filled, strict=True)
+            ]
+            if torch.is_grad_enabled() and k.requires_grad:
+                # What autograd has saved must not change.
+                self.recent_keys, self.recent_values = self.recent_keys.clone(), self.recent_values.clone()
+            if len({*zip(now, done, self.filled, strict=True)}) == 1:
+                part = slice(done[0], done[0] + now[0])
+                self._put(k[:, :, part], v[:, :, part])
+                o[:, :, part] = self._read(q[:, :, part], temperature, bias)
+            else:
+                self._attend_ragged(o, q, k, v, now, done, temperature, bias)
+            done = [d + n for d, n in zip(done, now, strict=True)]
+            self._advance(now)
+        return o
+
+    def _put(self, k: Tensor, v: Tensor) -> None:
+        """Write new tokens `[B, h, n, D]` after those of rows that hold equally many."""
+        places = slice(self.filled[0], self.filled[0] + k.shape[2])
+        self.recent_keys[:, :, places] = k
+        self.recent_values[:, :, places] = v
+
+    def _advance(self, now: list[int]) -> None:
+        """Count the tokens that were written, and merge where the places are full."""
+        self.filled = [f + n for f, n in zip(self.filled, now, strict=True)]
+        full = [b for b, f in enumerate(self.filled) if f == self.budget.num_exact]
+        if full:
+            self._merge(full)
+
+    def _attend_ragged(
+        self,
+        o: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        now: list[int],
+        done: list[int],
+        temperature: Tensor | None,
+        bias: Tensor | None,
+    ) -> None:
+        """`now[b]` tokens of each row, from `done[b]` on, where rows differ in these or in what they hold."""
+        triples = [(b, done[b] + i, i) for b, n in enumerate(now) for i in range(n)]
+        rows, source, step = torch.tensor(triples, device=q.device).T
+        places = torch.tensor(self.filled, device=q.device)[rows] + step
+        self.recent_keys[rows, :, places] = k[rows, :, source]
+        self.recent_values[rows, :, places] = v[rows, :, source]
+        queries = q.new_zeros(*q.shape[:2], max(now), q.shape[3])
+        queries[rows, :, step] = q[rows, :, source]
+        o[rows, :, source] = self._read(queries, temperature, bias)[rows, :, step]
+
+    def _read(self, q: Tensor, temperature: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Outputs `[B, h * G, n, V]` for queries whose first is the token after `filled` exact ones."""
+        return torch.cat(
+            [
+                self._read_block(x, i * _QUERIES, temperature, bias)
+                for i, x in enumerate(q.split(_QUERIES, dim=2))
+            ],
+            dim=2,
+        )
+
+    def _read_block(self, q: Tensor, start: int, temperature: Tensor | None, bias: Tensor | None) -> Tensor:
+        batch, num_queries = len(q), q.shape[2]
+        heads, wide = self.count.shape[1], self.slot_keys.dtype
+        used = min(max(self.filled) + start + num_queries, self.budget.num_exact)
+        queries = q.to(wide).reshape(batch, heads, -1, q.shape[3])
+        # [B, h, G, n, places]
+        scores = (queries @ self.recent_keys[:, :, :used].to(wide).transpose(2, 3)).unflatten(
+            2, (-1, num_queries)
+        )
+        last = torch.tensor(self.filled, device=q.device)[:, None] + torch.arange(
+            start, start + num_queries, device=q.device
+        )
+        is_future = torch.arange(used, device=q.device) > last[..., None]
+        scores = scores.masked_fill(is_future[:, None, None], -torch.inf)
+        num_open = max(map(self._num_open, self.num_merged))
+        values = self.recent_values[:, :, :used].to(wide)
+        if num_open:
+            slot_scores = (queries @ self.slot_keys[:, :, :num_open].transpose(2, 3)).view(
+                *scores.shape[:4], -1
+            )
+            if temperature is not None:
+                slot_scores = slot_scores * temperature.to(wide).view(heads, -1, 1, 1)
+            slot_scores = slot_scores + self.count[:, :, None, None, :num_open].to(wide).log()
+            if bias is not None:
+                slot_scores = slot_scores + bias.to(wide).view(heads, -1, 1, 1)
+            scores = torch.cat([scores, slot_scores], -1)
+        probs = scores.softmax(-1).flatten(2, 3)
+        o = probs[..., :used] @ values
+        if num_open:
+            o = o + probs[..., used:] @ self.slot_values[:, :, :num_open]
+        return o.view(batch, q.shape[1], num_queries, -1).to(q.dtype)
+
+    def _num_open(self, num_merged: int) -> int:
+        """Slots in use once so many tokens are merged."""
+        budget = self.budget
+        if not budget.num_slots or not num_merged:
+            return 0
+        options = budget.options
+        return grown_slots(
+            0,
+            num_merged,
+            num_slots=options.num_slots,
+            chunk_size=num_merged,
+            growth=options.growth,
+        )
+
+    @torch.no_grad()
+    def _merge(self, rows: list[int]) -> None:
+        """Merge the oldest tokens of rows whose places are full, and move the others up."""
+        budget = self.budget
+        index = torch.tensor(rows, device=self.count.device)
+        first, size = budget.num_sinks, budget.chunk_size
+        keys, values = self.recent_keys.detach()[index], self.recent_values.detach()[index]
+        if budget.num_slots:
+            self._merge_into_slots(rows, index, keys[:, :, first:], values[:, :, first:])
+        kept = slice(first, budget.num_exact - size)
+        moved = []
+        for recent, x in ((self.recent_keys, keys), (self.recent_values, values)):
+            recent = recent.detach() if not recent.requires_grad else recent.clone()
+            recent[index, :, kept] = x[:, :, first + size :]
+            moved.append(recent)
+        self.recent_keys, self.recent_values = moved
+        for b in rows:
+            self.filled[b] -= size
+            self.num_merged[b] += size
+
+    def _merge_into_slots(self, rows: list[int], index: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Merge the first tokens of full windows `[R, h, W, D]` into the dictionaries of their rows."""
+        budget, wide = self.budget, self.slot_keys.dtype
+        options, size = budget.options, budget.chunk_size
+        unit = self.key_unit[index]
+        length = keys.to(wide).square().sum(-1).mean(-1).sqrt()
+        # Multiplying by a power of 2 does not round.
+        found = torch.exp2(length.clamp(min=torch.finfo(wide).tiny).log2().round())
+        unit = torch.where(unit == 0, found, unit)
+        self.key_unit[index] = unit
+        scale = unit[..., None, None]
+        count = self.count[index]
+        counts = count[..., None].to(wide)
+        old_keys, old_values = self.slot_keys[index], self.slot_values[index]
+        sums = old_keys / scale * counts, old_values * counts
+        before = [self._num_open(self.num_merged[b]) for b in rows]
+        after = [self._num_open(self.num_merged[b] + size) for b in rows]
+        state = OVQState(
+            # Copies, because learning may happen in place.
+            key_sum=sums[0].clone(),
+            value_sum=sums[1].clone(),
+            count=count.clone(),
+            pending_keys=(keys[:, :, :size].to(wide) / scale),
+            pending_values=values[:, :, :size].to(wide).contiguous(),
+            num_seen=torch.tensor([self.num_merged[b] + size for b in rows]),
+            num_slots=budget.num_slots,
+            chunk_size=size,
+        )
+        is_compiled = index.device.type == "cpu" and wide == torch.float32 and is_available()
+        learned = (compiled.learn_chunk if is_compiled else learn_chunk)(state, before, after, options)
+        new_count = learned.count.view_as(count)
+        counts = new_count.clamp(min=1)[..., None].to(wide)
+        for name, old, old_sum, new_sum, factor in (
+            ("slot_keys", old_keys, sums[0], learned.key_sum, scale),
+            ("slot_values", old_values, sums[1], learned.value_sum, 1),
+        ):
+            new_sum = new_sum.view_as(old_sum)
+            # A mean that no token was added to stays as it is, bit by bit.
+            has_changed = ((new_sum != old_sum).any(-1) | (new_count != count))[..., None]
+            means = torch.where(has_changed, new_sum / counts * factor, old)
+            # New tensors, because autograd may have saved the old ones.
+            setattr(self, name, getattr(self, name).index_copy(0, index, means))
+        self.count = self.count.index_copy(0, index, new_count)

@@ -1,0 +1,270 @@
+"""`probe`: find out on a text what every head loses with less memory, and share out a number of rows by that.
+
+One pass with full attention and one backward pass give the queries, keys and values of all heads, and the
+gradient g of the loss with respect to each head's output o. With a memory the output is o + d, and the loss
+rises by about (g . d)^2 / 2 per token. This takes the Fisher information for the curvature of the loss, so g
+is that of the loss on tokens drawn from the model itself [ours]. Every head is tried with every option by
+itself, outside of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from ovq.convert.attach import kv_heads
+from ovq.convert.budgets import allocate
+from ovq.convert.config import Budget, MemoryConfig
+from ovq.convert.memory import HeadMemory
+from ovq.ops.state import state_dtype
+
+_IMPLEMENTATION = "ovq_probe"
+# Logits are computed for so many tokens at a time.
+_TOKENS_AT_ONCE = 256
+# Only the answers to queries in this last part of a text count: before, little is merged.
+_LAST_PART = 1 / 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+    """A memory that a head may get: slots, and last tokens kept exactly."""
+
+    num_slots: int
+    window: int
+
+    def rows(self, num_sinks: int) -> int:
+        """Rows that it takes."""
+        return num_sinks + self.num_slots + self.window
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Probe:
+    """What heads lose.
+
+    Attributes:
+        options: the memories tried.
+        losses: `[layers, heads, options]` rise of the loss per token, in nats, for each head by itself.
+        num_sinks: first tokens kept exactly in all of them.
+        settings: `chunk_size`, `merge`, `value_weight` of all of them.
+    """
+
+    options: tuple[Option, ...]
+    losses: Tensor
+    num_sinks: int
+    settings: dict[str, Any]
+
+    def config(self, rows: float, *, scale: float = 1.0) -> MemoryConfig:
+        """The memory of a model with `rows` rows per head on average, shared out by what heads lose.
+
+        Args:
+            rows: the mean of `num_sinks + num_slots + window` over all heads.
+            scale: a factor of all slots and windows, for texts that much longer than the probe's.
+
+        Raises:
+            ValueError: if there is no option as small.
+        """
+        layers, heads, _ = self.losses.shape
+        size = self.settings["chunk_size"]
+        options = [
+            Option(
+                num_slots=round(o.num_slots * scale),
+                window=max(size, round(o.window * scale / size) * size),
+            )
+            for o in self.options
+        ]
+        costs = [o.rows(self.num_sinks) for o in options]
+        chosen = allocate(self.losses.flatten(0, 1), costs, rows * layers * heads)
+
+        def table(name: str) -> list[list[int]]:
+            found = [getattr(options[i], name) for i in chosen]
+            return [found[i : i + heads] for i in range(0, len(found), heads)]
+
+        return MemoryConfig(
+            num_slots=table("num_slots"), window=table("window"), num_sinks=self.num_sinks, **self.settings
+        )
+
+
+def default_options(rows: int, *, num_sinks: int, chunk_size: int) -> tuple[Option, ...]:
+    """Windows alone, and slots with a short window, from an eighth or a quarter to three times `rows`.
+
+    Example:
+        >>> [o.rows(4) for o in default_options(260, num_sinks=4, chunk_size=32)[:4]]
+        [36, 68, 132, 196]
+    """
+    found = []
+    for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 1.5, 2, 3):
+        number = max(round(share * rows) - num_sinks, chunk_size)
+        found.append(Option(num_slots=0, window=max(1, round(number / chunk_size)) * chunk_size))
+    for share in (1 / 4, 1 / 2, 3 / 4, 1, 1.5, 2, 3):
+        window = chunk_size if share < 1 else 3 * chunk_size
+        number = round(share * rows) - num_sinks - window
+        if number >= chunk_size:
+            found.append(Option(num_slots=number, window=window))
+    return tuple(dict.fromkeys(found))
+
+
+def probe(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    *,
+    options: Sequence[Option],
+    num_sinks: int = 4,
+    chunk_size: int = 32,
+    merge: str = "ward",
+    value_weight: float = 1.0,
+    targets: Sequence[Tensor | None] | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Probe:
+    """Try every option on every head of a model that is not converted yet.
+
+    Memory: the queries, keys, values and gradients of one text, in the model's dtype.
+
+    Args:
+        model: as for `attach`; it is as before afterwards.
+        texts: `[T]` token ids of each text; of the length that the memory is meant for, if possible.
+        options: the memories to try.
+        num_sinks, chunk_size, merge, value_weight: of all of them, as in `attach`.
+        targets: for each text a mask `[T]` of the tokens whose prediction matters, or None for all. Where
+            there is a mask, the loss is that on the text itself and not on tokens drawn from the model.
+        seed: seed of those.
+        progress: called with the number of texts and options done so far.
+
+    Raises:
+        ValueError: a model that cannot be converted, no options, or texts of fewer than 2 tokens.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+        >>> config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1, **sizes)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> options = [Option(num_slots=n, window=w) for n, w in ((0, 8), (8, 8), (0, 64))]
+        >>> found = probe(model, [torch.arange(60) % 32], options=options, chunk_size=8)
+        >>> found.losses.shape, found.config(40).rows_per_head <= 40
+        (torch.Size([2, 1, 3]), True)
+    """
+    heads = kv_heads(model)
+    if not options:
+        raise ValueError("options: expected at least one, found none")
+    for i, text in enumerate(texts):
+        if text.dim() != 1 or len(text) < 2:
+            raise ValueError(f"texts: expected at least 2 tokens [T], found {tuple(text.shape)} in text {i}")
+    settings: dict[str, Any] = {"chunk_size": chunk_size, "merge": merge, "value_weight": value_weight}
+    total = torch.zeros(len(heads), heads[0], len(options), dtype=torch.float64)
+    num_done = 0
+    for i, text in enumerate(texts):
+        mask = None if targets is None else targets[i]
+        captured = _capture(model, text, mask, seed)
+        # Each text counts the same, whatever its length.
+        for j, option in enumerate(options):
+            budget = Budget(
+                heads=tuple(range(heads[0])),
+                num_slots=option.num_slots,
+                window=option.window,
+                num_sinks=num_sinks,
+                **settings,
+            )
+            total[:, :, j] += torch.stack([layer.loss(budget) for layer in captured]) / len(texts)
+            num_done += 1
+            if progress is not None:
+                progress(num_done)
+    return Probe(options=tuple(options), losses=total, num_sinks=num_sinks, settings=settings)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Captured:
+    """A layer on a text: `q` `[1, H, T, K]` (scaled), `k` `[1, Hkv, T, K]`, `v`, the outputs `o` and their
+    gradients `g` `[1, H, T, V]`; queries from `start` on count, for `num_targets` predicted tokens."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    g: Tensor
+    start: int
+    num_targets: int
+
+    @torch.no_grad()
+    def loss(self, budget: Budget) -> Tensor:
+        """Rise of the loss per token `[Hkv]` if the heads had this memory."""
+        memory = HeadMemory(budget, self.k, self.v)
+        start = self.start
+        memory.learn(self.k[:, :, :start], self.v[:, :, :start])
+        length = self.q.shape[2] - start
+        o = memory.attend(self.q[:, :, start:], self.k[:, :, start:], self.v[:, :, start:], [length])
+        change = ((o - self.o[:, :, start:]).float() * self.g[:, :, start:].float()).sum(-1)
+        # Query heads that share keys change together.
+        per_head = change.unflatten(1, (self.k.shape[1], -1)).sum(2)
+        return per_head.double().square().sum((0, 2)).cpu() / 2 / self.num_targets
+
+
+def _capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: int) -> list[_Captured]:
+    """Queries, keys, values, outputs and gradients of all layers on a text."""
+    calls: list[tuple[Tensor, ...]] = []
+
+    def attention(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        scale = q.shape[3] ** -0.5 if scaling is None else scaling
+        # In float32, because outputs with a memory, which are compared with these, are computed in it.
+        wide_q, wide_k, wide_v = (x.to(state_dtype(x.dtype)) for x in (q, k, v))
+        exact = F.scaled_dot_product_attention(
+            wide_q, wide_k, wide_v, is_causal=True, scale=scale, enable_gqa=True
+        )
+        o = exact.to(q.dtype)
+        o.retain_grad()
+        calls.append(((wide_q * scale).detach(), k.detach(), v.detach(), exact.detach(), o))
+        return o.transpose(1, 2), None
+
+    AttentionInterface.register(_IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(_IMPLEMENTATION, lambda *args, **kwargs: None)
+    before, was_training = model.config._attn_implementation, model.training
+    needed_grad = [p.requires_grad for p in model.parameters()]
+    model.eval().requires_grad_(False).set_attn_implementation(_IMPLEMENTATION)
+    ids = text[None].to(model.device)
+    start = round(ids.shape[1] * (1 - _LAST_PART))
+    if mask is None:
+        targets = torch.arange(start, ids.shape[1] - 1, device=model.device)
+    else:
+        targets = mask.to(model.device).nonzero()[:, 0] - 1
+        start = int(targets.min()) if len(targets) else start
+    try:
+        with torch.enable_grad():
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
+            hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+            hidden.backward(_gradient(model, hidden.detach(), ids, targets, mask is None, seed))
+    finally:
+        model.set_attn_implementation(before)
+        model.train(was_training)
+        for parameter, was_needed in zip(model.parameters(), needed_grad, strict=True):
+            parameter.requires_grad_(was_needed)
+    return [
+        _Captured(q=q, k=k, v=v, o=exact, g=o.grad, start=start, num_targets=max(1, len(targets)))
+        for q, k, v, exact, o in calls
+        if o.grad is not None
+    ]
+
+
+def _gradient(
+    model: PreTrainedModel, hidden: Tensor, ids: Tensor, targets: Tensor, is_drawn: bool, seed: int
+) -> Tensor:
+    """Gradient `[1, T, hidden_size]` of the sum of the losses at the places `targets`."""
+    generator = torch.Generator(hidden.device).manual_seed(seed)
+    output = model.get_output_embeddings()
+    gradient = torch.zeros_like(hidden)
+    for places in targets.split(_TOKENS_AT_ONCE):
+        part = hidden[0, places].requires_grad_(True)
+        logits = output(part).float()
+        labels = ids[0, places + 1]
+        if is_drawn:
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        F.cross_entropy(logits, labels, reduction="sum").backward()
+        assert part.grad is not None
+        gradient[0, places] = part.grad
+    return gradient

@@ -1,0 +1,57 @@
+"""Tiny random models of each architecture that is said to work."""
+
+import copy
+import functools
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ovq.convert import attach
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    # Attention of randomly initialised models is nearly uniform; this makes it sharper.
+    "initializer_range": 0.3,
+}
+KINDS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+}
+# Heads with different budgets in one layer, one of them without slots.
+MEMORY = {"num_slots": [[16, 0], [8, 16]], "window": [[16, 24], [16, 16]], "num_sinks": 2, "chunk_size": 8}
+
+
+@functools.cache
+def _original(kind):
+    config, model, fields = KINDS[kind]
+    torch.manual_seed(0)
+    return model(config(**SIZES, **fields)).eval()
+
+
+def original(kind="llama"):
+    return copy.deepcopy(_original(kind))
+
+
+def converted(kind="llama", **memory):
+    return attach(original(kind), **{**MEMORY, **memory})
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(1, 64, shape, generator=torch.Generator().manual_seed(seed))

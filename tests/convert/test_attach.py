@@ -1,0 +1,267 @@
+"""Converted models compute what they did until something is merged, and then need constant memory."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from ovq.convert import attach
+from ovq.hf.cache import CACHE_KEY
+from tests.convert.common import KINDS, MEMORY, SIZES, converted, original, tokens
+
+TINY = {"atol": 2e-5, "rtol": 0}
+GREEDY = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def read(model, ids, sizes, **inputs):
+    """Logits of tokens read in pieces, and the cache."""
+    cache = model.make_cache()
+    with torch.no_grad():
+        pieces = [model(piece, **{CACHE_KEY: cache}, **inputs).logits for piece in ids.split(sizes, dim=1)]
+    return torch.cat(pieces, dim=1), cache
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_nothing_changes_until_something_is_merged(kind):
+    before, after, ids = original(kind), converted(kind), tokens(2, 40)
+    num_kept = MEMORY["num_sinks"] + 16
+    expected, found = before(ids).logits, after(ids).logits
+    torch.testing.assert_close(found[:, :num_kept], expected[:, :num_kept], **TINY)
+    # The comparison can fail: after merges there is a difference.
+    assert (found - expected)[:, -1].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_slots_of_one_token_each_are_exact():
+    ids = tokens(1, 90)
+    model = converted(num_slots=96, window=16)
+    torch.testing.assert_close(model(ids).logits, original()(ids).logits, **TINY)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_split_of_a_text_gives_the_same(kind):
+    model, ids = converted(kind), tokens(2, 80)
+    whole, cache = read(model, ids, 80)
+    parts, other = read(model, ids, [1, 30, 2, 1, 40, 6])
+    torch.testing.assert_close(parts, whole, **TINY)
+    for mine, its in zip(cache.layers, other.layers, strict=True):
+        for name, tensor in mine.tensors().items():
+            torch.testing.assert_close(its.tensors()[name], tensor, msg=name, **TINY)
+
+
+@settings(max_examples=4, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    pads=st.lists(st.integers(0, 20), min_size=2, max_size=2),
+    merge=st.sampled_from(["ward", "ward-sqrt", "existing"]),
+    seed=st.integers(0, 99),
+)
+def test_rows_do_not_depend_on_padding_or_each_other(sizes, pads, merge, seed):
+    model, length = converted(merge=merge), sum(sizes)
+    rows = [tokens(1, length, seed=seed), tokens(1, length, seed=seed + 1)]
+    width = length + max(pads)
+    ids = torch.zeros(2, width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, (row, pad) in enumerate(zip(rows, pads, strict=True)):
+        start = width - length - pad
+        # Padding left of the row, and right of it.
+        ids[i, start : start + length], mask[i, start : start + length] = row[0], 1
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, logits, done = model.make_cache(), [], 0
+    for size in [*sizes, max(pads)]:
+        part = slice(done, done + size)
+        if size:
+            inputs = {"attention_mask": mask[:, : done + size], "position_ids": places[:, part]}
+            with torch.no_grad():
+                logits.append(model(ids[:, part], **inputs, **{CACHE_KEY: cache}).logits)
+        done += size
+    found = torch.cat(logits, 1)
+    for i, row in enumerate(rows):
+        alone = model(row).logits[0]
+        torch.testing.assert_close(found[i, mask[i] == 1], alone, **TINY)
+
+
+def test_the_memory_has_constant_bytes():
+    model = converted()
+    _, cache = read(model, tokens(1, 400), [30, 170, 200])
+    _, short = read(model, tokens(1, 30), 30)
+    assert cache.nbytes == short.nbytes
+    assert cache.layers[0].memories[0].num_merged == [384]
+    counts = [m.count.sum(-1) for layer in cache.layers for m in layer.memories if m.budget.num_slots]
+    assert all((count == 384).all() for count in counts)
+
+
+@torch.no_grad()
+def test_slots_are_the_means_of_what_was_merged():
+    model = converted(num_slots=4, window=16)
+    ids = tokens(1, 66)
+    # With room for all, keys and values are kept as they are; the first layer does not depend on later ones.
+    _, exact = read(converted(num_slots=0, window=72), ids, 66)
+    _, cache = read(model, ids, 66)
+    memory, rows = cache.layers[0].memories[0], exact.layers[0].memories[0]
+    merged = slice(2, 2 + memory.num_merged[0])
+    for mean, row in ((memory.slot_keys, rows.recent_keys), (memory.slot_values, rows.recent_values)):
+        total = (mean * memory.count[..., None]).sum(2)
+        torch.testing.assert_close(total, row[:, :, merged].sum(2), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_what_leaves_a_window_without_slots_is_forgotten():
+    model = converted(num_slots=0, window=16)
+    ids = tokens(1, 100)
+    other = ids.clone()
+    # The second layer may see through the first one.
+    other[0, 2:60] = tokens(58, seed=1)
+    assert torch.allclose(model(ids).logits[0, -1], model(other).logits[0, -1], **TINY)
+    slots = converted(num_slots=16, window=16)
+    assert not torch.allclose(slots(ids).logits[0, -1], slots(other).logits[0, -1], **TINY)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 13}], ids=str)
+def test_generate_gives_the_same_with_and_without_a_cache(options):
+    model, ids = converted(), tokens(2, 50)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    plain = {k: v for k, v in options.items() if k == "num_beams"}
+    found = model.generate(ids, attention_mask=mask, **GREEDY, **options)
+    expected = model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY, **plain)
+    assert torch.equal(found, expected)
+
+
+def test_generation_continues_from_a_cache():
+    model, ids = converted(), tokens(1, 50)
+    _, cache = read(model, ids[:, :40], 40)
+    again = cache.snapshot()
+    expected = model.generate(ids, **GREEDY)
+    for one in (cache, again):
+        found = model.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE_KEY: one}, **GREEDY)
+        assert torch.equal(found, expected)
+    beams = model.generate(ids, num_beams=2, **GREEDY)
+    _, cache = read(model, ids[:, :40], 40)
+    assert torch.equal(model.generate(ids, num_beams=2, **{CACHE_KEY: cache}, **GREEDY), beams)
+
+
+def test_gradients_reach_the_tokens_of_the_window():
+    model = converted()
+    ids = tokens(1, 60)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    grads = [p.grad for p in model.parameters()]
+    assert all(g is not None and g.isfinite().all() for g in grads)
+    # As long as nothing is merged, they are those of the model before.
+    before, after, short = original(), converted(), tokens(1, 17)
+    for m in (before, after):
+        m(short, labels=short).loss.backward()
+    for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, msg=name, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_models_keep_slots_in_float32():
+    model = attach(original().to(torch.bfloat16), **MEMORY)
+    _, cache = read(model, tokens(1, 90), 90)
+    memory = cache.layers[0].memories[0]
+    assert (memory.recent_keys.dtype, memory.slot_keys.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES)), "full attention in every layer"),
+        (lambda: MistralForCausalLM(MistralConfig(**SIZES)), "sliding_window None"),
+        (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2)).eval(), None),
+        (lambda: torch.nn.Linear(1, 1), "a model of transformers"),
+        (converted, "not converted yet"),
+    ],
+    ids=["gemma2", "mistral", "gpt2", "linear", "converted"],
+)
+def test_models_that_do_not_fit_are_refused_and_left_as_they_were(model, message):
+    model = model()
+    if message is None:
+        # Learned positions and another config, but the same seams: it works.
+        assert attach(model, num_slots=8, window=8, chunk_size=8).make_cache().num_rows == 0
+        return
+    kind = type(model)
+    with pytest.raises(ValueError, match=message):
+        attach(model, **MEMORY)
+    assert type(model) is kind
+
+
+def test_a_model_whose_window_is_taken_away_is_converted():
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=16)).eval()
+    with pytest.raises(ValueError, match="set it to None"):
+        attach(model, **MEMORY)
+    model.config.sliding_window = None
+    assert attach(model, **MEMORY)(tokens(1, 60)).logits.shape == (1, 60, 64)
+
+
+def test_attention_of_another_kind_is_found_by_comparing(monkeypatch):
+    model = original()
+    attention = type(model.model.layers[0].self_attn)
+    forward = attention.forward
+
+    def twice(self, *args, **kwargs):
+        # As a model would that adds something of its own to attention.
+        self.scaling = 0.1 if self.config._attn_implementation == "ovq_memory" else 0.9
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", twice)
+    with pytest.raises(ValueError, match="same logits before and after"):
+        attach(model, **MEMORY)
+    assert model.config._attn_implementation == "sdpa"
+    assert not hasattr(model, "make_cache")
+
+
+def test_what_a_memory_cannot_do_is_refused():
+    model, ids = converted(), tokens(1, 10)
+    with pytest.raises(ValueError, match="expected a MemoryCache"):
+        model(ids, **{CACHE_KEY: DynamicCache()})
+    with pytest.raises(ValueError, match="expected a MemoryCache"):
+        model.generate(ids, **{CACHE_KEY: DynamicCache()}, **GREEDY)
+    with pytest.raises(ValueError, match="a mask \\[B, T\\]"):
+        model(ids, attention_mask=torch.ones(1, 1, 10, 10))
+    with pytest.raises(ValueError, match="causal mask"):
+        model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]), use_cache=False)
+    with pytest.raises(ValueError, match="cache_implementation"):
+        model.generate(ids, cache_implementation="static", **GREEDY)
+    cache = model.make_cache()
+    model(ids, **{CACHE_KEY: cache})
+    with pytest.raises(ValueError, match=r"crop\(0\)"):
+        cache.layers[0].crop(1)
+
+
+@pytest.mark.parametrize(
+    ("memory", "message"),
+    [
+        ({"num_slots": -1}, "num_slots: expected an integer of at least 0, found -1"),
+        ({"window": 20}, r"window: expected a multiple of chunk_size \(8\), found 20"),
+        ({"num_slots": [[1, 2]]}, r"num_slots: expected numbers for \[2, 2\] key/value heads"),
+        ({"merge": "best"}, "merge: expected one of"),
+        ({"num_sinks": 1.5}, "num_sinks: expected an integer"),
+        ({"value_weight": -1}, "value_weight"),
+    ],
+)
+def test_sizes_are_checked(memory, message):
+    with pytest.raises(ValueError, match=message):
+        converted(**memory)
+
+
+def test_a_converted_model_can_be_copied():
+    model, ids = converted(), tokens(1, 60)
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(other(ids).logits, model(ids).logits)
+    assert isinstance(other, LlamaForCausalLM)
+    assert isinstance(other.config, LlamaConfig)

@@ -1,0 +1,85 @@
+"""The memory of heads, against the op whose dictionary it keeps and against softmax written out."""
+
+import math
+
+import pytest
+import torch
+
+from ovq.convert.config import Budget
+from ovq.convert.memory import HeadMemory
+from ovq.ops import ovq_attention
+from ovq.ops.options import default_growth
+
+SIZES = {"num_slots": 12, "window": 16, "num_sinks": 3, "chunk_size": 8, "value_weight": 0.7}
+
+
+def memory_and_tokens(*, merge="ward", dtype=torch.float64, num_tokens=90):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, num_tokens, 5, generator=generator, dtype=dtype) for h in (4, 2, 2))
+    return HeadMemory(Budget(heads=(0, 1), merge=merge, **SIZES), k, v), q, 3 * k, v
+
+
+@pytest.mark.parametrize("merge", ["ward", "ward-sqrt", "existing"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_slots_are_those_of_the_op(merge, dtype):
+    memory, _, k, v = memory_and_tokens(merge=merge, dtype=dtype)
+    memory.learn(k, v)
+    [merged] = set(memory.num_merged)
+    assert merged == 72
+    unit = memory.key_unit[0, 0]
+    assert (memory.key_unit == unit).all()
+    assert math.log2(unit) % 1 == 0
+    assert 0.5 < float(unit / k.square().sum(-1).mean().sqrt()) < 2
+    part = slice(3, 3 + merged)
+    keys, values = (x[:, :, part].transpose(1, 2) for x in (k / unit, v))
+    _, state = ovq_attention(
+        keys,
+        keys,
+        values,
+        num_slots=12,
+        chunk_size=8,
+        merge=merge,
+        growth=default_growth(merge),
+        output_final_state=True,
+        **({"value_weight": 0.7} if merge.startswith("ward") else {}),
+    )
+    used = state.count.shape[2]
+    assert torch.equal(memory.count[:, :, :used], state.count)
+    assert not memory.count[:, :, used:].any()
+    tiny = {"atol": 1e-5 if dtype == torch.float32 else 1e-12, "rtol": 0}
+    torch.testing.assert_close(memory.slot_keys[:, :, :used] / unit, state.keys, **tiny)
+    torch.testing.assert_close(memory.slot_values[:, :, :used], state.values, **tiny)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 10, 40, 90])
+def test_the_read_is_one_softmax_over_all_that_is_kept(num_tokens):
+    memory, q, k, v = memory_and_tokens()
+    memory.learn(k[:, :, :num_tokens], v[:, :, :num_tokens])
+    temperature, bias = torch.tensor([1.0, 0.5, 2.0, 1.0]), torch.tensor([0.0, 1.0, -1.0, 0.0])
+    before = memory.clone()
+    new = slice(num_tokens - 1, num_tokens)
+    found = memory.attend(
+        q[:, :, new], k[:, :, new], v[:, :, new], [1, 1], temperature=temperature, bias=bias
+    )
+    for row in range(2):
+        for head in range(4):
+            own = head // 2
+            filled = before.filled[row]
+            keys = torch.cat([before.recent_keys[row, own, :filled], k[row, own, new]])
+            values = torch.cat([before.recent_values[row, own, :filled], v[row, own, new]])
+            query = q[row, head, num_tokens - 1]
+            weights = (keys @ query).exp()
+            counts = before.count[row, own]
+            slots = counts * (before.slot_keys[row, own] @ query * temperature[head] + bias[head]).exp()
+            total = weights.sum() + slots.sum()
+            expected = (weights @ values + slots @ before.slot_values[row, own]) / total
+            torch.testing.assert_close(found[row, head, 0], expected, atol=1e-10, rtol=0)
+
+
+def test_a_copy_shares_nothing():
+    memory, q, k, v = memory_and_tokens()
+    memory.learn(k[:, :, :50], v[:, :, :50])
+    kept = {name: t.clone() for name, t in memory.tensors().items()}
+    copy = memory.clone()
+    copy.attend(q[:, :, 50:], k[:, :, 50:], v[:, :, 50:], [40, 40])
+    assert all(torch.equal(t, kept[name]) for name, t in memory.tensors().items())

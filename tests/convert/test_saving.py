@@ -1,0 +1,48 @@
+"""Saved, a converted model is the original with one more field in its config."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ovq.convert import ConvertedMixin, MemoryConfig, load
+from tests.convert.common import KINDS, converted, original, tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_a_saved_model_is_loaded_with_its_memory(kind, tmp_path):
+    model, ids = converted(kind), tokens(1, 60)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert again.memory_config == model.memory_config
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    # Without this package it is the model that it was.
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not isinstance(plain, ConvertedMixin)
+    torch.testing.assert_close(plain(ids).logits, original(kind)(ids).logits)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(plain).__name__]
+
+
+def test_what_was_learned_is_saved(tmp_path):
+    learned = {"slot_temperature": [[1.5] * 4, [1.0] * 4], "slot_bias": [[0.0] * 4, [-0.5] * 4]}
+    config = MemoryConfig.uniform(
+        num_layers=2, num_kv_heads=2, num_slots=8, window=16, chunk_size=8, **learned
+    )
+    model, ids = converted(config=config), tokens(1, 60)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(load(tmp_path)(ids).logits, model(ids).logits)
+    plain = converted(num_slots=8, window=16, num_sinks=4)
+    assert (plain(ids).logits - model(ids).logits).abs().max() > 1e-3
+
+
+def test_folders_without_a_memory_are_refused(tmp_path):
+    original().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a converted model, found no ovq_memory"):
+        load(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    for memory in (3, {"num_slots": [[1]]}, {"num_slots": 1, "window": 2}, {"window": [[8]], "slots": [[8]]}):
+        (tmp_path / "config.json").write_text(json.dumps(fields | {"ovq_memory": memory}))
+        with pytest.raises(ValueError, match="expected"):
+            load(tmp_path)
