@@ -1,5 +1,5 @@
-"""The command line: `ovq demo | train | eval | generate | context | inspect | serve | memory | bench |
-reproduce`.
+"""The command line: `ovq demo | train | convert | eval | generate | context | inspect | serve | memory |
+bench | reproduce`.
 
 Each command is a small module of its own that reads options and calls the library. Bad input ends in one line
 on standard error and exit code 2. PyTorch and transformers are imported inside the commands, so that help
@@ -16,7 +16,19 @@ from typing import Annotated, Any
 import typer
 
 import ovq
-from ovq.cli import bench, context, demo, evaluate, generate, inspect, memory, reproduce, serve, train
+from ovq.cli import (
+    bench,
+    context,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    inspect,
+    memory,
+    reproduce,
+    serve,
+    train,
+)
 from ovq.cli.outputs import Readers, drop_unwritten, open_closed_streams
 from ovq.cli.plugins import Import
 from ovq.cli.verbosity import Quiet, Verbose, add_to_commands
@@ -32,6 +44,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
+app.command("convert")(convert.convert)
 app.add_typer(evaluate.app, name="eval")
 app.command("generate")(generate.generate)
 app.add_typer(context.app, name="context")

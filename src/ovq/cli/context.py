@@ -12,7 +12,7 @@ import typer
 
 from ovq.cli import dictionaries
 from ovq.cli.common import encode, out_console
-from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
+from ovq.cli.loading import check_generating_folder, is_converted, load_generating_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ app = typer.Typer(help="Read a document once and continue from it any number of 
 
 @app.command("build")
 def build(
-    model: Annotated[Path, typer.Option(help="Folder of a trained model.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.", show_default=False)],
     text: Annotated[
         str,
         typer.Option(
@@ -50,7 +50,7 @@ def build(
     """
     dictionaries.check_rule(merge)
     document = sys.stdin.read() if text == "-" else Path(text).read_text()
-    check_model_folder(model)
+    check_generating_folder(model)
     # Hours of reading must not end at a place that cannot be written.
     if out.is_dir() or not out.parent.is_dir():
         raise ValueError(f"--out: expected a file in a folder that exists, found {out}")
@@ -60,16 +60,22 @@ def build(
     from transformers import set_seed
 
     from ovq.eval.rows import format_bytes
-    from ovq.hf import build_context, save_context
     from ovq.runtime.progress import Reporter
 
-    loaded = load_model(model, num_slots=num_slots, merge=merge)
+    contexts: Any
+    if is_converted(model):
+        import ovq.convert as contexts
+    else:
+        import ovq.hf as contexts
+    loaded = load_generating_model(model, num_slots=num_slots, merge=merge)
     ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, flag="--text")
     set_seed(seed)
     with Reporter() as reporter:
         work = reporter.start(f"read {text}", total=len(ids))
-        context = build_context(loaded, ids, prefill_chunk_size=prefill_chunk_size, progress=work.update)
-    save_context(context, out)
+        context = contexts.build_context(
+            loaded, ids, prefill_chunk_size=prefill_chunk_size, progress=work.update
+        )
+    contexts.save_context(context, out)
     size = format_bytes(out.stat().st_size)
     # A path broken over two lines could not be copied.
     out_console.print(

@@ -13,7 +13,7 @@ import typer
 
 from ovq.cli import dictionaries
 from ovq.cli.common import encode
-from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
+from ovq.cli.loading import check_generating_folder, is_converted, load_generating_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[Path, typer.Option(help="Folder of a trained model.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.", show_default=False)],
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +93,7 @@ def generate(
         )
     dictionaries.check_rule(merge)
     text = _read_prompt(prompt, prompt_file)
-    check_model_folder(model)
+    check_generating_folder(model)
     if context is not None and not context.is_file():
         raise ValueError(f"--context: expected a file of ovq context build, found no file {context}")
     if num_beams > 1 and max_new_tokens == 0:
@@ -101,7 +101,6 @@ def generate(
 
     from transformers import set_seed
 
-    from ovq.hf import load_context
     from ovq.hf.streaming import stream_text
 
     sampling = _sampling(
@@ -111,7 +110,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    loaded = load_model(model, num_slots=num_slots, merge=merge)
+    loaded = load_generating_model(model, num_slots=num_slots, merge=merge)
     tokenizer = load_tokenizer(model)
     if chat:
         text = _as_message(text, tokenizer)
@@ -124,7 +123,7 @@ def generate(
         flag="--prompt",
         is_start=context is None and not chat,
     )
-    document = None if context is None else load_context(context, loaded)
+    document = None if context is None else _document(context, loaded, is_converted=is_converted(model))
     set_seed(seed)
     options = {"eos_token_id": None if ignore_eos else loaded.generation_config.eos_token_id}
     tokens: Iterable[int]
@@ -137,6 +136,16 @@ def generate(
         typer.echo(_as_json(list(tokens), ids, tokenizer, options["eos_token_id"]))
         return
     _print(_words(tokens) if tokenizer is None else stream_text(tokens, tokenizer, prompt=ids))
+
+
+def _document(path: Path, model: Any, *, is_converted: bool) -> Context:
+    """What a model of either kind has read."""
+    load: Any
+    if is_converted:
+        from ovq.convert import load_context as load
+    else:
+        from ovq.hf import load_context as load
+    return load(path, model)
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -85,6 +85,45 @@ def load_model(folder: Path, *, num_slots: int | None = None, merge: str | None 
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
+def is_converted(folder: Path) -> bool:
+    """Whether the folder holds a model that `ovq convert` has written.
+
+    Raises:
+        ValueError: If its config is damaged.
+    """
+    path = folder / "config.json"
+    return path.is_file() and "ovq_memory" in _read_object(path)
+
+
+def check_generating_folder(folder: Path) -> None:
+    """Raise ValueError unless the folder looks like a saved model of either kind, OVQ or converted."""
+    if not is_converted(folder):
+        check_model_folder(folder)
+
+
+def load_generating_model(folder: Path, *, num_slots: int | None = None, merge: str | None = None) -> Any:
+    """Load an OVQ model or a converted one, onto the GPU if there is one.
+
+    Raises:
+        OSError: If there are no weights.
+        ValueError: As for `load_model`; or `num_slots` or `merge` for a converted model.
+    """
+    if not is_converted(folder):
+        return load_model(folder, num_slots=num_slots, merge=merge)
+    for flag, found in (("--num-slots", num_slots), ("--merge", merge)):
+        if found is not None:
+            raise ValueError(f"{flag}: expected none with a converted model, found {found}: convert it anew")
+    import torch
+
+    from ovq.convert import load
+
+    with _naming(folder, "a converted model"), _quiet():
+        model = load(folder, local_files_only=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # transformers wraps `to` in a way that leaves mypy without its `self`.
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
 def load_tokenizer(folder: Path) -> Any | None:
     """The tokenizer saved with a model, or `None`: models of synthetic tasks read token ids.
 

@@ -1,0 +1,66 @@
+"""`ovq convert`, and `ovq generate` and `ovq context` with what it writes."""
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ovq.convert import load
+from ovq.text import byte_tokenizer
+from tests.convert.common import SIZES, original
+from tests.test_cli import fail, run
+
+DOCUMENT = " ".join(str(i * 17 % 64) for i in range(1, 90))
+SMALL = ["--num-slots", 8, "--window", 16, "--num-sinks", 2, "--chunk-size", 8]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    original().save_pretrained(folder / "llama")
+    return folder
+
+
+def convert(capsys, folder, *options, out="converted"):
+    return run(capsys, "convert", "--model", folder / "llama", "--out", folder / out, *SMALL, *options)
+
+
+def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted, tmp_path):
+    said = convert(capsys, converted)
+    assert said.split()[:7] == ["Saved", "a", "model", "that", "keeps", "26", "rows"]
+    model, book = converted / "converted", tmp_path / "book.ctx"
+    (tmp_path / "book.txt").write_text(DOCUMENT)
+    run(capsys, "context", "build", "--model", model, "--text", tmp_path / "book.txt", "--out", book)
+    for options in ([], ["--num-beams", 2]):
+        command = ["generate", "--model", model, "--max-new-tokens", 5, *options]
+        after = run(capsys, *command, "--context", book, "--prompt", "5 40 1")
+        assert after == run(capsys, *command, "--prompt", f"{DOCUMENT} 5 40 1")
+    said = fail(capsys, "generate", "--model", model, "--prompt", "1", "--num-slots", 3)
+    assert "--num-slots: expected none with a converted model" in said
+    assert "expected a folder that does not exist yet" in fail(
+        capsys, "convert", "--model", converted / "llama", "--out", model
+    )
+
+
+def test_a_probe_shares_out_the_rows(capsys, tmp_path):
+    # As many tokens as the tokenizer of bytes has.
+    LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257})).save_pretrained(tmp_path / "llama")
+    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("the quick brown fox jumps over the lazy dog " * 3)
+    convert(capsys, tmp_path, "--probe", f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}", "--probe-tokens", 100)
+    config = load(tmp_path / "converted").memory_config
+    assert 20 < config.rows_per_head <= 26
+    assert len({*map(tuple, config.window), *map(tuple, config.num_slots)}) > 1
+    # Text in, text out.
+    assert run(
+        capsys, "generate", "--model", tmp_path / "converted", "--prompt", "the", "--max-new-tokens", 2
+    )
+
+
+def test_what_cannot_be_converted_ends_in_one_line(capsys, converted, tmp_path):
+    command = ["convert", "--model", converted / "llama", "--out", tmp_path / "out"]
+    assert "window: expected a multiple of chunk_size" in fail(capsys, *command, "--window", 100)
+    assert "merge: expected one of" in fail(capsys, *command, "--merge", "best")
+    (tmp_path / "a.txt").write_text("one")
+    assert "expected a model with a tokenizer" in fail(capsys, *command, "--probe", tmp_path / "a.txt")
+    assert "No such file" in fail(capsys, *command, "--probe", tmp_path / "b.txt")
+    assert not list(tmp_path.glob("*out*"))
