@@ -65,6 +65,17 @@ def test_every_table_that_is_described_is_shown():
     assert shown == set(json.loads((ROOT / "docs" / "tables.json").read_text()))
 
 
+def test_the_guide_to_conversion_says_what_was_measured():
+    rows = json.loads((ROOT / "docs" / "results" / "convert.json").read_text())["rows"]
+    measured = {(f"{row['rows']:,.0f}", f"{row['loss']:.3f}") for row in rows if row["what"] == "loss"}
+    table = re.findall(
+        r"^\| ([\d,]+) \| [^|]+ \| (.+)$", (ROOT / "docs" / "convert.md").read_text(), flags=re.MULTILINE
+    )
+    shown = {(kept, loss) for kept, cells in table for loss in re.findall(r"\d\.\d{3}", cells)}
+    assert shown == measured
+    assert len(shown) == 20
+
+
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
 def test_programs_behind_figures_are_there(name):
     assert f"`python {name}`" in (ROOT / "docs" / "guarantees.md").read_text()

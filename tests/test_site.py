@@ -53,7 +53,9 @@ def test_links_lead_to_files_there_are(page):
         assert page.parent == ROOT or DOCS in target.resolve().parents, link
 
 
-@pytest.mark.parametrize("name", ["ops", "layers", "hf", "tasks", "text", "parallel", "gmr", "inspect"])
+@pytest.mark.parametrize(
+    "name", ["ops", "layers", "hf", "convert", "tasks", "text", "parallel", "gmr", "inspect"]
+)
 def test_every_public_name_is_in_the_reference(name):
     reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
     shown = set(re.findall(rf"^::: ovq\.{name}\.(\w+)$", reference, flags=re.MULTILINE))

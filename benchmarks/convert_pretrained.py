@@ -1,0 +1,219 @@
+"""What a pretrained model loses in constant memory: loss on long texts and needles, by rows per head.
+
+    python benchmarks/convert_pretrained.py --model DIR --prose hamlet.txt --code argparse.py \
+        --probe-prose address.txt --probe-code inspect.py --out docs/results/convert.json
+
+DIR is a model of transformers, such as SmolLM2-135M-Instruct (`ovq convert --gguf-file` makes one of a GGUF).
+Compared are, with equal rows per key/value head: full attention; the first 4 tokens and a window; slots and
+a window, all heads alike; and what a probe of the heads shares out. The probe reads other texts
+(`--probe-prose`, `--probe-code`) than those the loss is measured on.
+
+Every number is written as soon as it is there, and a run that was cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from ovq.convert import MemoryConfig, Option, Probe, attach, probe
+from ovq.eval.reading import read_pieces, target_losses
+from ovq.runtime.environment import environment
+from ovq.runtime.files import write_atomic
+from ovq.text.haystack import NeedleBuilder
+
+SINKS = 4
+# Chunks of the window alone are smaller, so that it is nearly a window that slides token by token. Its rows
+# are rounded up by half a chunk, which is what it holds on average below its size.
+WINDOW_CHUNK = 32
+PIECE = 512
+DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def main() -> None:
+    """Measure what is missing in the file."""
+    arguments = parsed()
+    torch.set_num_threads(arguments.threads)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    texts = {name: getattr(arguments, name).read_text() for name in ("prose", "code")}
+    ids = {name: torch.tensor(tokenizer(text, verbose=False)["input_ids"]) for name, text in texts.items()}
+    results = Results(arguments.out, about=vars(arguments) | {"environment": environment("cpu")})
+    lab = Lab(arguments, tokenizer)
+    for length in arguments.lengths:
+        for method, share in lab.methods():
+            for name, tokens in ids.items():
+                key = {"what": "loss", "text": name, "length": length, "method": method, "share": share}
+                results.add(key, lambda k=key, t=tokens: lab.loss(k, t[: k["length"]]))
+    for length in arguments.needle_lengths:
+        for kind in arguments.needles:
+            for method, share in lab.methods():
+                for index, depth in enumerate(DEPTHS):
+                    key = {"what": "needle", "text": kind, "length": length, "method": method, "share": share}
+                    key |= {"index": index, "depth": depth}
+                    results.add(key, lambda k=key: lab.needle(k))
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    for name in ("--prose", "--code", "--probe-prose", "--probe-code"):
+        parser.add_argument(name, type=Path, required=True, help="a text file")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--probe-file", type=Path, help="where the probe is kept between runs")
+    parser.add_argument("--probe-tokens", type=int, default=2048)
+    parser.add_argument("--shares", type=float, nargs="+", default=[1 / 4, 1 / 12], help="rows / context")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[3072, 6144])
+    parser.add_argument("--needle-lengths", type=int, nargs="*", default=[2500, 4000])
+    parser.add_argument("--needles", nargs="*", default=["noise", "essay"], help="noise (S1), essay (S2)")
+    parser.add_argument("--methods", nargs="+", default=["full", "window", "slots", "probed"])
+    parser.add_argument("--merge", default="ward")
+    parser.add_argument("--value-weight", type=float, default=1.0)
+    parser.add_argument("--chunk-size", type=int, default=64)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+class Results:
+    """The file of results."""
+
+    def __init__(self, path: Path, *, about: dict[str, Any]) -> None:
+        self._path = path
+        self._content = json.loads(path.read_text()) if path.exists() else {"rows": []}
+        self._content["about"] = {
+            k: v if isinstance(v, (int, float, dict)) else str(v) for k, v in about.items()
+        }
+
+    def add(self, key: dict[str, Any], measure: Any) -> None:
+        """Measure and write a row, unless it is there."""
+        if any(key.items() <= row.items() for row in self._content["rows"]):
+            return
+        start = time.process_time()
+        row = key | measure() | {"cpu_seconds": round(time.process_time() - start, 1)}
+        self._content["rows"].append(row)
+        write_atomic(self._path, json.dumps(self._content, indent=1) + "\n")
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+
+
+class Lab:
+    """The model with one memory or another."""
+
+    def __init__(self, arguments: argparse.Namespace, tokenizer: Any) -> None:
+        self.arguments, self.tokenizer = arguments, tokenizer
+        self._loaded: tuple[Any, Any] = (None, None)
+        self._probe: Probe | None = None
+
+    def methods(self) -> list[tuple[str, float]]:
+        """What is compared: methods and shares of the context that are kept as rows."""
+        wanted = self.arguments.methods
+        return [("full", 1.0)] * ("full" in wanted) + [
+            (method, share) for share in self.arguments.shares for method in wanted if method != "full"
+        ]
+
+    def loss(self, key: dict[str, Any], ids: torch.Tensor) -> dict[str, float]:
+        """Mean loss on the last third of a text, in nats per token."""
+        model, cache, about = self._model(key)
+        start = len(ids) * 2 // 3
+        for _ in read_pieces(model, ids[: start - 1], cache, piece_size=PIECE):
+            pass
+        losses = []
+        for place in range(start - 1, len(ids) - 1, PIECE):
+            end = min(place + PIECE, len(ids) - 1)
+            [hidden] = read_pieces(model, ids[place:end], cache, piece_size=PIECE)
+            losses.append(target_losses(model, hidden, ids[place + 1 : end + 1])[0])
+        return {"loss": float(torch.cat(losses).mean()), **about}
+
+    def needle(self, key: dict[str, Any]) -> dict[str, float]:
+        """Whether greedy generation gives the number, and the share of its tokens that come first."""
+        texts = [self.arguments.prose.read_text()] if key["text"] == "essay" else []
+        builder = NeedleBuilder(self.tokenizer, haystack=key["text"], value="number", texts=texts)
+        found = builder.build(key["length"], depth=key["depth"], seed=self.arguments.seed, index=key["index"])
+        model, cache, about = self._model(key)
+        prompt, answer = torch.from_numpy(found.prompt), torch.from_numpy(found.answer)
+        for _ in read_pieces(model, prompt[:-1], cache, piece_size=PIECE):
+            pass
+        inputs = torch.cat([prompt[-1:], answer[:-1]])
+        [hidden] = read_pieces(model, inputs, cache, piece_size=len(inputs))
+        is_first = target_losses(model, hidden, answer)[1]
+        return {"found": float(is_first.all()), "tokens": float(is_first.float().mean()), **about}
+
+    def _model(self, key: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
+        """The model, an empty cache, and the rows per head."""
+        wanted = (key["method"], key["share"], key["length"])
+        if wanted != self._loaded[0]:
+            model = self._original()
+            if key["method"] != "full":
+                attach(model, config=self._config(key["method"], key["share"] * key["length"], key["length"]))
+            self._loaded = wanted, model
+        model = self._loaded[1]
+        if key["method"] == "full":
+            return model, DynamicCache(config=model.config), {"rows": key["length"]}
+        return model, model.make_cache(), {"rows": model.memory_config.rows_per_head}
+
+    def _original(self) -> Any:
+        dtype = getattr(torch, self.arguments.dtype)
+        return AutoModelForCausalLM.from_pretrained(self.arguments.model, dtype=dtype).eval()
+
+    def _config(self, method: str, rows: float, length: int) -> MemoryConfig:
+        size = self.arguments.chunk_size
+        settings = {"merge": self.arguments.merge, "value_weight": self.arguments.value_weight}
+        if method == "probed":
+            return self._probed().config(rows, scale=length / self.arguments.probe_tokens)
+        config = self._original().config
+        heads = {"num_layers": config.num_hidden_layers, "num_kv_heads": config.num_key_value_heads}
+        if method == "window":
+            window = -(-int(rows - SINKS + WINDOW_CHUNK / 2) // WINDOW_CHUNK) * WINDOW_CHUNK
+            own = {"num_slots": 0, "window": window, "chunk_size": WINDOW_CHUNK}
+        else:
+            window = max(size, round(rows / 3 / size) * size)
+            own = {"num_slots": round(rows) - SINKS - window, "window": window, "chunk_size": size}
+        return MemoryConfig.uniform(**heads, **own, num_sinks=SINKS, **settings)
+
+    def _probed(self) -> Probe:
+        """What heads lose, by the texts of the probe and needles in the first of them; kept in a file."""
+        path = self.arguments.probe_file
+        if self._probe is None and path is not None and path.exists():
+            self._probe = torch.load(path, weights_only=False)
+        if self._probe is None:
+            length, size = self.arguments.probe_tokens, self.arguments.chunk_size
+            names = (self.arguments.probe_prose, self.arguments.probe_code)
+            read = [self.tokenizer(p.read_text(), verbose=False)["input_ids"][:length] for p in names]
+            builder = NeedleBuilder(
+                self.tokenizer, haystack="essay", value="number", texts=[names[0].read_text()]
+            )
+            needles, is_answer = builder.repeat(length, num_needles=16, random=np.random.default_rng(7))
+            windows = [size * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 32) if size * n < length]
+            slots = [size * n for n in (1, 2, 3, 6, 12, 32) if size * n < length]
+            options = [Option(num_slots=0, window=w) for w in windows]
+            options += [Option(num_slots=n, window=2 * size) for n in slots]
+            # Few rows, for heads that need little.
+            options += [Option(num_slots=size * n, window=size) for n in (1, 2, 3, 5)]
+            self._probe = probe(
+                self._original(),
+                [*map(torch.tensor, read), torch.from_numpy(needles)],
+                targets=[None, None, torch.from_numpy(is_answer)],
+                options=options,
+                num_sinks=SINKS,
+                chunk_size=size,
+                merge=self.arguments.merge,
+                value_weight=self.arguments.value_weight,
+                progress=lambda done: print(f"probe: {done} of {3 * len(options)}", flush=True),
+            )
+            if path is not None:
+                torch.save(self._probe, path)
+        return self._probe
+
+
+if __name__ == "__main__":
+    main()
