@@ -202,7 +202,7 @@ def test_there_must_be_something_to_resume(tmp_path):
 
 def test_a_model_that_cannot_be_is_refused_before_anything_is_read_or_written(tmp_path):
     config = get_recipe("lm-ovq").override([f"task.dataset={tmp_path}/none", "model.mixer_types=ovk"])
-    with quiet() as reporter, pytest.raises(ValueError, match=r"mixer_types: expected names .*'ovk'"):
+    with quiet() as reporter, pytest.raises(ValueError, match=r"mixer_types: expected a mixer among .*'ovk'"):
         loop.train(config, tmp_path / "run", reporter=reporter)
     assert not (tmp_path / "run").exists()
 

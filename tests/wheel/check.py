@@ -13,18 +13,18 @@ import tempfile
 import warnings
 from pathlib import Path
 
-# Neither a compiler nor kernels compiled earlier may be found.
-os.environ |= {"PATH": str(Path(sys.executable).parent), "XDG_CACHE_HOME": tempfile.mkdtemp()}
-os.environ.pop("CXX", None)
-
-import torch
-
-import ovq
-from ovq.ops import backend_used, cpu_kernels, ovq_attention
-
 
 def main() -> None:
     """Run the op forward and backward, and the command line."""
+    # Here, and not for all who import this file, as pytest does: neither a compiler nor kernels compiled
+    # earlier may be found.
+    os.environ |= {"PATH": str(Path(sys.executable).parent), "XDG_CACHE_HOME": tempfile.mkdtemp()}
+    os.environ.pop("CXX", None)
+    import torch
+
+    import ovq
+    from ovq.ops import backend_used, cpu_kernels, ovq_attention
+
     is_pure = "--pure" in sys.argv[1:]
     q, k, v = (torch.randn(2, 100, 4, 16, requires_grad=True) for _ in range(3))
     with warnings.catch_warnings(record=True) as caught:
