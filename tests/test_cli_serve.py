@@ -44,6 +44,7 @@ def test_a_process_serves_until_it_is_told_to_end(folder):
             texts = [next(chunks).choices[0].text]
             process.send_signal(signal.SIGTERM)
             texts += [chunk.choices[0].text for chunk in chunks]
+            client.close()
             expected = greedy(make_model(), PROMPT, 80, before=DOCUMENT)
             assert [int(word) for word in "".join(texts).split()] == expected
             process.wait(60)

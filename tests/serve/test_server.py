@@ -35,8 +35,21 @@ def text():
         yield server
 
 
+CLIENTS = []
+
+
+@pytest.fixture(autouse=True)
+def closing():
+    """Connections that were left to the garbage collector would warn in whatever test comes later."""
+    yield
+    while CLIENTS:
+        CLIENTS.pop().close()
+
+
 def client_of(server, **options):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, **options)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, **options)
+    CLIENTS.append(client)
+    return client
 
 
 def complete(server, prompt, **options):
