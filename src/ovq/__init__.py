@@ -5,4 +5,4 @@ The package is layered, and imports go one way: `runtime` <- `ops` <- `layers` <
 registers the models with transformers' Auto classes.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
