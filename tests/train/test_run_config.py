@@ -197,7 +197,8 @@ def test_most_questions_of_the_shortest_examples_lie_beyond_the_window(task):
 
 
 @pytest.mark.parametrize(
-    ("task", "millions"), [("lm", 1.88), ("lm-70m", 70), ("lm-150m", 150), ("lm-480m", 480)]
+    ("task", "millions"),
+    [("lm", 1.88), ("lm-70m", 70), ("lm-120m", 123), ("lm-150m", 150), ("lm-350m", 355), ("lm-480m", 480)],
 )
 def test_language_models_have_the_sizes_they_are_named_by(task, millions):
     configs = {config.mixer: config for config in (recipe_for(task, mixer) for mixer in MIXERS)}
@@ -230,6 +231,20 @@ def test_every_language_model_can_be_trained_with_its_state_carried():
     for name in ("lm-ovq", "lm-70m-gdn", "lm-480m-full"):
         assignments = ["task.carry_state=true", "train.micro_batches=1"]
         assert get_recipe(name).override(assignments).task.carry_state
+
+
+@pytest.mark.parametrize(("task", "billions"), [("lm-120m", 3.1), ("lm-350m", 7.9)])
+def test_the_comparison_of_kvm_is_trained_on_as_many_tokens(task, billions):
+    args = recipe_for(task, "kvm").train
+    assert args.steps * args.batch_size * args.lengths[0] == pytest.approx(billions * 1e9, rel=0.02)
+    assert args.learning_rate_decay == "linear"
+
+
+def test_a_linear_decay_ends_at_zero():
+    with pytest.raises(ValueError, match=r"min_learning_rate_share: expected 0 .* found 0\.1"):
+        TrainArgs(learning_rate_decay="linear", min_learning_rate_share=0.1)
+    with pytest.raises(ValueError, match=r"learning_rate_decay: expected cosine or linear, found 'step'"):
+        TrainArgs(learning_rate_decay="step")
 
 
 def test_there_is_no_recipe_for_an_unknown_task():

@@ -36,6 +36,13 @@ def losses(folder):
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+def test_the_learning_rate_falls_in_a_line_to_zero(tmp_path):
+    loop.train(tiny_config(learning_rate_decay="linear", learning_rate=4e-3), tmp_path, reporter=quiet())
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "loss" in entry]
+    assert rates == pytest.approx([0, 2e-3, 4e-3, 3e-3, 2e-3, 1e-3])
+
+
 def test_batches_follow_the_curriculum_whoever_takes_them():
     data = CurriculumDataset(tiny_config())
     whole = [data.__getitems__(range(4 * step, 4 * step + 4)) for step in range(6)]

@@ -174,6 +174,7 @@ class TrainArgs:
         lengths: The length curriculum: example lengths in the order in which they are trained on.
         length_shares: The share of the steps for each length; positive, and they sum to 1.
         learning_rate: Peak learning rate of AdamW.
+        learning_rate_decay: How it falls from the peak: `"cosine"`, or `"linear"`, to 0.
         min_learning_rate_share: Where the cosine decay ends, as a share of the peak.
         warmup_steps: Steps of linear warm-up.
         weight_decay: Decoupled weight decay, on matrices only.
@@ -206,6 +207,7 @@ class TrainArgs:
     lengths: tuple[int, ...] = (32, 64, 256)
     length_shares: tuple[float, ...] = (0.15, 0.15, 0.7)
     learning_rate: float = 4e-3
+    learning_rate_decay: str = "cosine"
     min_learning_rate_share: float = 0.0
     warmup_steps: int = 20
     weight_decay: float = 0.0
@@ -250,6 +252,15 @@ class TrainArgs:
         for name, highest in (("min_learning_rate_share", 1.0), ("adam_beta2", 1.0)):
             if not 0 <= getattr(self, name) < highest:
                 raise ValueError(f"train.{name}: expected a number in [0, 1), found {getattr(self, name)}")
+        if self.learning_rate_decay not in ("cosine", "linear"):
+            raise ValueError(
+                f"train.learning_rate_decay: expected cosine or linear, found {self.learning_rate_decay!r}"
+            )
+        if self.learning_rate_decay == "linear" and self.min_learning_rate_share:
+            raise ValueError(
+                "train.min_learning_rate_share: expected 0 with train.learning_rate_decay=linear, which ends "
+                f"there, found {self.min_learning_rate_share}"
+            )
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"train.precision: expected float32 or bfloat16, found {self.precision!r}")
         if not self.report_to or (len(self.report_to) > 1 and {"auto", "none"} & {*self.report_to}):

@@ -22,7 +22,7 @@ from ovq.hf.equal_sizes import equal_sizes
 from ovq.runtime.progress import AnyReporter, AnyWork
 from ovq.train.carry import CarryTrainer
 from ovq.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint, writing
-from ovq.train.config import CONFIG_FILE, RunConfig
+from ovq.train.config import CONFIG_FILE, RunConfig, TrainArgs
 from ovq.train.data import training_data
 from ovq.train.initial import check_initial, load_initial
 from ovq.train.sharding import (
@@ -218,8 +218,7 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
         per_device_train_batch_size=args.batch_size // num_parts,
         gradient_accumulation_steps=args.micro_batches,
         learning_rate=args.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": args.min_learning_rate_share},
+        **_learning_rate_decay(args),
         warmup_steps=args.warmup_steps,
         weight_decay=args.weight_decay,
         adam_beta2=args.adam_beta2,
@@ -248,6 +247,16 @@ def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> T
     arguments._n_gpu = min(arguments.n_gpu, 1)
     prepare_sharding(arguments)
     return arguments
+
+
+def _learning_rate_decay(args: TrainArgs) -> dict[str, Any]:
+    """How transformers names what `learning_rate_decay` says, after the warm-up."""
+    if args.learning_rate_decay == "linear":
+        return {"lr_scheduler_type": "linear"}
+    return {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": args.min_learning_rate_share},
+    }
 
 
 def _trackers(names: tuple[str, ...]) -> list[str]:

@@ -185,6 +185,96 @@ def _lm_for_gpus(size: _Size) -> Callable[[str], RunConfig]:
     return build
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _KVMSize:
+    """A language model of the size, and with the training, of those that Key-Value Means compares.
+
+    Attributes:
+        width: Width of the residual stream; heads have 128 components.
+        inner: Width of the SwiGLU, for as many weights as their MLP of four times the width.
+        num_pairs: Number of pairs of a sliding-window layer and a long-range layer.
+        micro_batches: Parts into which a step is cut.
+        steps: Optimizer steps.
+        learning_rate: Peak learning rate.
+        weight_decay: Decoupled weight decay.
+    """
+
+    width: int
+    inner: int
+    num_pairs: int
+    micro_batches: int
+    steps: int
+    learning_rate: float
+    weight_decay: float
+
+
+_KVM_SIZES = {
+    "120m": _KVMSize(
+        width=768,
+        inner=2048,
+        num_pairs=6,
+        micro_batches=8,
+        steps=6_000,
+        learning_rate=2e-3,
+        weight_decay=0.2,
+    ),
+    "350m": _KVMSize(
+        width=1024,
+        inner=2736,
+        num_pairs=12,
+        micro_batches=16,
+        steps=15_000,
+        learning_rate=1.26e-3,
+        weight_decay=0.126,
+    ),
+}
+"""Language models of KVM's comparison with OVQ (arXiv 2605.09877), by the millions of their parameters."""
+
+
+def _lm_of_kvm(size: _KVMSize) -> Callable[[str], RunConfig]:
+    """Language modelling as KVM's authors train: 0.5 million tokens per step in windows of 8,192, 3.1 and 7.9
+    billion in all.
+
+    From their published configs: sizes, rates, decay, warm-up, windows and chunks of 256, 1,024 slots of
+    OVQ, sliding windows between its layers. Ours: books and a tokenizer learned from them in place of
+    ProLong-64k and GPT-2's, and the backbone, which has a short convolution where theirs shifts tokens.
+    """
+
+    def build(long_range_mixer: str) -> RunConfig:
+        return RunConfig(
+            task=TextTask(dataset="deepmind/pg19", tokenizer="bpe:50304"),
+            model=ModelArgs(
+                mixer_types=("sliding_attention", long_range_mixer) * size.num_pairs,
+                hidden_size=size.width,
+                intermediate_size=size.inner,
+                num_attention_heads=size.width // 128,
+                conv_size=4,
+                sliding_window=256,
+                num_slots=1024,
+                chunk_size=256,
+                initializer_range=0.02,
+                embedding_std=0.02,
+                tie_word_embeddings=True,
+            ),
+            train=TrainArgs(
+                steps=size.steps,
+                batch_size=64,
+                micro_batches=size.micro_batches,
+                lengths=(8192,),
+                length_shares=(1.0,),
+                learning_rate=size.learning_rate,
+                learning_rate_decay="linear",
+                warmup_steps=200,
+                weight_decay=size.weight_decay,
+                adam_beta2=0.95,
+                precision="bfloat16",
+                save_every=500,
+            ),
+        )
+
+    return build
+
+
 _BUILDERS: dict[str, Callable[[str], RunConfig]] = {
     RecallTask.name: _recall,
     PositionalRecallTask.name: _positional,
@@ -192,6 +282,7 @@ _BUILDERS: dict[str, Callable[[str], RunConfig]] = {
     MQARTask.name: _mqar,
     TextTask.name: _lm,
     **{f"{TextTask.name}-{name}": _lm_for_gpus(size) for name, size in _SIZES.items()},
+    **{f"{TextTask.name}-{name}": _lm_of_kvm(size) for name, size in _KVM_SIZES.items()},
 }
 
 _MIXERS = {
@@ -213,7 +304,8 @@ def recipe_for(task: str, long_range_mixer: str) -> RunConfig:
     """The recipe of a task with any mixer in its long-range layers; nothing else differs between mixers.
 
     Args:
-        task: A name in `ovq.tasks.TASKS`; `"lm"`, or `"lm-70m"`, `"lm-150m"` and `"lm-480m"` for GPUs.
+        task: A name in `ovq.tasks.TASKS`; `"lm"`, or for GPUs `"lm-70m"`, `"lm-150m"` and `"lm-480m"`, and
+            `"lm-120m"` and `"lm-350m"` with the training of KVM's comparison.
         long_range_mixer: A name in `ovq.layers.MIXERS`.
 
     Raises:
