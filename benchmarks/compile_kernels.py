@@ -82,7 +82,7 @@ def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
     pending = (state.pending_keys, state.pending_values)
     bounds = torch.tensor([[0], [length]])
     q.requires_grad_()
-    for merge in ("existing", "ward"):
+    for merge in ("existing", "ward", "ward-sqrt"):
         o, *rest = library.attention(
             q, k, v, torch.ones(2), bounds, slots, chunk_size, "plateau", merge, 0.5, True
         )

@@ -11,6 +11,7 @@ from unittest import mock
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.triton import HAS_TRITON
+from ovq.ops.options import COUNT_POWERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class Backend:
         op: `backend` of `ovq_attention`.
         dtypes: names of the dtypes to draw from; those named twice are drawn twice as often.
         has_kernels: whether the compiled kernels may run, where a model chooses.
-        has_options: whether it knows the options of the ablations, beside merge="ward" that all know.
+        has_options: whether it knows the options of the ablations, beside the rules that merge pairs,
+            which all know.
         kinds: of programs it runs.
         is_slow: whether programs must be tiny.
     """
@@ -56,7 +58,7 @@ class Backend:
         """Those of drawn `options` that it knows; the others stay as they are by default."""
         if self.has_options:
             return options
-        names = ("merge", "value_weight") if options["merge"] == "ward" else ()
+        names = ("merge", "value_weight") if options["merge"] in COUNT_POWERS else ()
         return {name: options[name] for name in names}
 
     def missing(self) -> str | None:

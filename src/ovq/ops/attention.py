@@ -113,8 +113,8 @@ def ovq_attention(
             sinks); as `scale`. None: `scale`.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
-            this processor; float32 and bfloat16), `"triton"` (kernels for GPUs; no float64, merge
-            `"existing"` or `"ward"`) or `"auto"`: the fastest that can run the call; `backend_used()` tells
+            this processor; float32 and bfloat16), `"triton"` (kernels for GPUs; no float64, no merge
+            `"updated"`) or `"auto"`: the fastest that can run the call; `backend_used()` tells
             which ran. Only `"naive"` and `"torch"` know `window`, `num_sinks`, `exact_dims`,
             `token_weights` and `slot_scale`.
 

@@ -45,6 +45,9 @@ def test_the_kernels_compile_for_an_h100():
         "refine",
         "merge_pairs",
         "finish",
+        "bound_pairs",
+        "find_nearest",
+        "merge_one_by_one",
         "settle",
         "keep",
     }

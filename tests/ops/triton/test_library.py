@@ -34,13 +34,17 @@ def test_operators_are_what_pytorch_expects():
     torch.library.opcheck(decode.read_pending_and_slots, (*token, torch.ones(1), *empty_state(), places, 0))
 
 
-@pytest.mark.parametrize("rows", ["dense", "padded", "packed", "checked", "ward"])
+@pytest.mark.parametrize(
+    "rows",
+    ["dense", "padded", "packed", "checked", "ward", pytest.param("ward-sqrt", marks=pytest.mark.slow)],
+)
 def test_a_compiled_call_is_one_whole_graph(rows):
     q, k, v = inputs(1, 9, 2, 1, 4, 3, dtype=torch.float32)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
     given = {
         "dense": {},
         "ward": {"merge": "ward"},
+        "ward-sqrt": {"merge": "ward-sqrt"},
         "padded": {"attention_mask": mask},
         "packed": {"cu_seqlens": torch.tensor([0, 4, 9])},
         "checked": {"attention_mask": RowBounds(torch.tensor([[0, 4], [4, 5]]))},

@@ -1,10 +1,11 @@
-"""merge="ward" in the kernels: the pairs of the reference, its gradients, its decoded tokens."""
+"""merge="ward" and "ward-sqrt" in the kernels: the pairs and gradients of the reference, decoded tokens."""
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from ovq.ops import backend_used
+from ovq.ops.options import COUNT_POWERS
 from tests.ops.common import assert_same_state, attend, inputs
 from tests.ops.test_parity import gradients
 from tests.ops.test_ward import STREAMS, gradients_from, stream
@@ -16,6 +17,7 @@ pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 WARD = {"merge": "ward", "num_slots": 8, "chunk_size": 6}
+SQRT = WARD | {"merge": "ward-sqrt"}
 
 
 def check_state(tokens, **options):
@@ -35,6 +37,41 @@ def test_the_same_pairs_are_merged(kind):
     o, o_ref = check_state(tokens, **WARD)
     if kind not in ("long and short", "not finite"):
         torch.testing.assert_close(o, o_ref, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["repeated", *(pytest.param(kind, marks=pytest.mark.slow) for kind in STREAMS if kind != "repeated")],
+)
+def test_the_same_pairs_are_merged_by_the_square_root_of_counts(kind):
+    tokens = [x[:, :18, 1:] for x in stream(kind, torch.float32, length=33)]
+    o, o_ref = check_state(tokens, **SQRT)
+    if kind not in ("long and short", "not finite"):
+        torch.testing.assert_close(o, o_ref, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_merged_may_come_nearer_than_its_parts():
+    """Of five tokens two pairs are the cheapest, but one takes in a third token before the other's turn."""
+    k = torch.zeros(5, 6)
+    k[:3, :3] = torch.eye(3) / 2**0.5
+    k[3:, 3] = 9
+    k[4, 4] = 1.01
+    squared = (k[:, None] - k).square().sum(-1)
+    assert squared[3, 4] < 1.03 * squared[0, 1] < squared[2, 3]
+    tokens = k[None, :, None], k[None, :, None], torch.ones(1, 5, 1, 1)
+    options = {"merge": "ward-sqrt", "num_slots": 3, "chunk_size": 5, "value_weight": 0}
+    check_state(tokens, **options)
+    _, state = attend(*tokens, **options, backend="naive")
+    assert state.count.flatten().tolist() == [3, 1, 1]
+
+
+@pytest.mark.slow
+def test_streams_whose_tables_are_not_held_at_once(monkeypatch):
+    """Two heads, and bfloat16, with room for one table."""
+    from ovq.ops.backends.triton import ward
+
+    monkeypatch.setattr(ward, "TABLE_BYTES", 1)
+    check_state(stream("clustered", torch.bfloat16, length=18), **SQRT)
 
 
 @pytest.mark.parametrize(
@@ -58,14 +95,15 @@ def test_it_does_not_matter_which_kernel_makes_the_rounds(rounds, monkeypatch):
     check_state(stream("clustered", torch.float32, length=18), **WARD)
 
 
-def test_near_ties_are_decided_as_in_float64():
+@pytest.mark.parametrize("merge", ["ward", pytest.param("ward-sqrt", marks=pytest.mark.slow)])
+def test_near_ties_are_decided_as_in_float64(merge):
     """Pairs of equal distance, up to a few roundings: float32 would merge others first."""
     generator = torch.Generator().manual_seed(0)
     apart = normalize(torch.randn(12, 16, generator=generator), dim=-1)
     step = 0.1 * normalize(torch.randn(12, 16, generator=generator), dim=-1)
     k = torch.stack([apart, apart + step], 1).view(1, 24, 1, 16)
     v = torch.ones(1, 24, 1, 1)
-    check_state((k, k, v), merge="ward", num_slots=18, chunk_size=24, value_weight=0)
+    check_state((k, k, v), merge=merge, num_slots=18, chunk_size=24, value_weight=0)
     # The control: by distances in float32, other pairs are among the cheapest six.
     keys = k[0, :, 0]
     squared = 2 - 2 * (normalize(keys, dim=-1) @ normalize(keys, dim=-1).T)
@@ -75,18 +113,20 @@ def test_near_ties_are_decided_as_in_float64():
 
 
 @pytest.mark.slow
-def test_several_tiles_of_slots_tokens_and_merges():
+@pytest.mark.parametrize("merge", COUNT_POWERS)
+def test_several_tiles_of_slots_tokens_and_merges(merge):
     q, k, v = inputs(1, 146, 1, 1, 20, 18, dtype=torch.float32)
-    o, o_ref = check_state((q, k, v), merge="ward", num_slots=70, chunk_size=73)
+    o, o_ref = check_state((q, k, v), merge=merge, num_slots=70, chunk_size=73)
     torch.testing.assert_close(o, o_ref, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_through_slots_that_were_merged():
+@pytest.mark.parametrize("merge", ["ward", pytest.param("ward-sqrt", marks=pytest.mark.slow)])
+def test_gradients_through_slots_that_were_merged(merge):
     """From a full dictionary on: slots are merged, and taken by new tokens of the same chunk."""
     q, k, v = stream("random", torch.float32, length=26)
     k, v = k[:, :, :1], v[:, :, :1]
     # A stream and a weight with which slots are merged: the test says so below.
-    options = {"merge": "ward", "num_slots": 10, "chunk_size": 4, "value_weight": 1.0}
+    options = {"merge": merge, "num_slots": 10, "chunk_size": 4, "value_weight": 1.0}
     _, state = attend(q[:, :18], k[:, :18], v[:, :18], **options, backend="naive")
     tokens = [x[:, 18:] for x in (q, k, v)]
     after, grads = gradients_from(state, tokens, "triton", options)
@@ -131,11 +171,12 @@ def test_padding_and_rows_that_go_on_from_a_state():
     assert_same_state(results[0][1], results[1][1], tolerance=0)
 
 
-def test_token_after_token():
+@pytest.mark.parametrize("merge", ["ward", pytest.param("ward-sqrt", marks=pytest.mark.slow)])
+def test_token_after_token(merge):
     """Two rows whose chunks end at different tokens, on from a full dictionary."""
     q, k, v = inputs(2, 20, 2, 1, 6, 5, dtype=torch.float32)
     mask = (torch.arange(14) >= torch.tensor([[0], [1]])).long()
-    options = {**WARD, "num_slots": 6, "chunk_size": 4}
+    options = {"merge": merge, "num_slots": 6, "chunk_size": 4}
     _, state = attend(q[:, :14], k[:, :14], v[:, :14], attention_mask=mask, backend="naive", **options)
     kept = state.clone()
     rest = [x[:, 14:18] for x in (q, k, v)]

@@ -22,7 +22,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_HEAD_DIM = 256
 # One program ranks all keys of a chunk.
 MAX_CHUNK_SIZE = 4096
-_MERGES = ("existing", "ward")
+_MERGES = ("existing", "ward", "ward-sqrt")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

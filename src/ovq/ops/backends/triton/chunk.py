@@ -50,7 +50,7 @@ class _ChunkAttention(torch.autograd.Function):
         ctx.work = Work(plan, count.shape[2], q.device)
         # Slots merged into others cannot be taken out again without what was in them.
         gone = None
-        if plan.options.merge == "ward" and any(ctx.needs_input_grad):
+        if plan.options.merges_pairs and any(ctx.needs_input_grad):
             gone = Gone.empty(ctx.work, k, v, is_kept=True)
         o = forward(q, k, v, scale, lse, slots, sums, ctx.work, gone)
         ctx.save_for_backward(

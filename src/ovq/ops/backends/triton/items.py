@@ -25,7 +25,8 @@ from ovq.ops.backends.triton.recurrence import add_tokens
 
 # The tables of a stream are `ints` and `nums`; field F of column i is at F * L + i, for L columns.
 # Fields of integers: the column itself, the one it was merged into, or -1; its lowest member; its nearest
-# column, or -1 if that is not known; whether no other is as near; and lists that the kernels work through.
+# column, or -1 if that is not known; whether no other is as near; lists that the kernels work through; and
+# the merge, from 1, that has made a column, or 0 (`one_by_one.py`).
 INTO = tl.constexpr(0)
 INDEX = tl.constexpr(1)
 PARTNER = tl.constexpr(2)
@@ -36,7 +37,8 @@ OWNER = tl.constexpr(6)
 HEAD = tl.constexpr(7)
 ORDINAL = tl.constexpr(8)
 CONTROL = tl.constexpr(9)
-INT_FIELDS = tl.constexpr(10)
+SINCE = tl.constexpr(10)
+INT_FIELDS = tl.constexpr(11)
 # Entries of CONTROL: merges that are due, merged columns, items listed, whether products in float32 mean
 # nothing, and slots before the chunk.
 LEFT = tl.constexpr(0)
@@ -252,6 +254,7 @@ def prepare(
     tl.store(ints + L * INTO + i, tl.where(is_there, i, -1), mask=i < L)
     tl.store(ints + L * INDEX + i, i, mask=i < L)
     tl.store(ints + L * PARTNER + i, -1 + 0 * i, mask=i < L)
+    tl.store(ints + L * SINCE + i, 0 * i, mask=i < L)
     tl.store(ints + L * LISTED + tl.where(is_slot, i, num + i - PS), i, mask=is_there)
 
 

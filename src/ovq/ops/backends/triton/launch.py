@@ -141,7 +141,7 @@ def recurrence_of(
     Args:
         gone: room for the slots that all chunks merge into others, if the backward needs them.
     """
-    if work.options.merge != "ward":
+    if not work.options.merges_pairs:
         return Recurrence(k, v, slots, into, work, work.options.chunk_size)
     kept = Gone.empty(work, k, v, is_kept=False) if gone is None else gone
     return WardRecurrence(k, v, slots, into, work, kept, is_kept=gone is not None)
@@ -168,7 +168,7 @@ def forward(
         slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
         into: sums and counts at the start.
         work: the chunks of the call and their order.
-        gone: by merge="ward", receives the slots merged into others, if the backward needs them.
+        gone: where pairs are merged, receives the slots merged into others, if the backward needs them.
 
     Returns:
         Outputs `[num_chunks, W, H, V]`.
@@ -199,7 +199,7 @@ def forward(
 class Saved:
     """What the forward keeps for the backward: its inputs, its outputs, and per chunk only the slots.
 
-    By merge="ward" also the slots that were merged into others.
+    Where pairs are merged also the slots that were merged into others.
     """
 
     q: Tensor

@@ -20,7 +20,7 @@ from ovq.ops.backends.triton.ward import Gone
 from ovq.ops.backends.triton.work import Work
 from ovq.ops.call import Rows
 from ovq.ops.checks import checked_rows
-from ovq.ops.options import Options
+from ovq.ops.options import COUNT_POWERS, Options
 
 
 @torch.library.custom_op("ovq::attention", mutates_args=())
@@ -46,9 +46,9 @@ def attention(
         num_slots: N.
         chunk_size: C.
         growth: the schedule.
-        merge: the merge rule, `"existing"` or `"ward"`.
+        merge: the merge rule, `"existing"`, `"ward"` or `"ward-sqrt"`.
         value_weight: w of the latter.
-        is_kept: whether there will be a backward, which by merge="ward" needs the slots that were merged.
+        is_kept: whether there will be a backward, which needs the slots that were merged into others.
 
     Returns:
         The outputs; then the final sums and counts with N slots, for rows sorted by length; then the
@@ -64,7 +64,7 @@ def attention(
     places = _num_places(q, bounds, chunk_size)
     lse = scale.new_zeros(places * q.shape[2])
     slots = scale.new_zeros(places * k.shape[2], dtype=torch.int32)
-    gone = _flat_gone(k, v, scale, places if is_kept and merge == "ward" else 0)
+    gone = _flat_gone(k, v, scale, places if is_kept and merge in COUNT_POWERS else 0)
     if bool(bounds[1].any()):
         call = _Prepared(q, k, bounds, num_slots, chunk_size, growth, merge, value_weight)
         o = call.unalign(
@@ -112,7 +112,7 @@ def _(
         scale.new_empty(streams, dtype=torch.int64),
         scale.new_empty(places * q.shape[2]),
         scale.new_empty(places * k.shape[2], dtype=torch.int32),
-        *_flat_gone(k, v, scale, places if is_kept and merge == "ward" else 0),
+        *_flat_gone(k, v, scale, places if is_kept and merge in COUNT_POWERS else 0),
     )
 
 

@@ -71,10 +71,14 @@ def _squares(nums, column, mask, factor, L):
 
 
 @triton.jit
-def _bounds(
-    stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, BK: tl.constexpr, BV: tl.constexpr
+def bounds_of(
+    stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, IS_SQRT: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """What the costs of columns `a` `[BM]` with columns `b` `[BN]` are not below, `[BM, BN]`."""
+    """What the costs of columns `a` `[BM]` with columns `b` `[BN]` are not below, `[BM, BN]`.
+
+    IS_SQRT: by merge="ward-sqrt".
+    """
     has_b = tl.load(ints + L * INTO + b) == b
     bounds = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
     if tl.load(ints + L * CONTROL + IS_WIDE) == 0:
@@ -94,6 +98,8 @@ def _bounds(
         m = tl.load(nums + L * COUNT + a, mask=has_a, other=1.0).to(tl.float32)
         n = tl.load(nums + L * COUNT + b, mask=has_b, other=1.0).to(tl.float32)
         share = m[:, None] * n[None, :] / (m[:, None] + n[None, :])
+        if IS_SQRT:
+            share = tl.sqrt(share)
         bounds = tl.maximum(share * (of_a[:, None] + of_b[None, :] - 2 * products), 0.0)
     is_pair = has_a[:, None] & has_b[None, :] & (a[:, None] != b[None, :])
     return tl.where(is_pair, bounds, float("inf"))
@@ -127,7 +133,7 @@ def estimate_listed(
     is_listed = n < tl.load(ints + L * CONTROL + NUM_LISTED)
     a = tl.load(ints + L * LISTED + n, mask=is_listed, other=0)
     b = other * TILE + tl.arange(0, TILE)
-    bounds = _bounds(stream, a, is_listed, b, item_keys, item_values, ints, nums, K, V, L, BK, BV)
+    bounds = bounds_of(stream, a, is_listed, b, item_keys, item_values, ints, nums, K, V, L, False, BK, BV)
     _put_bounds(low, stream, a, is_listed, other, bounds, L, TILE, GROUP)
 
 
@@ -251,7 +257,7 @@ def estimate_all(
     if is_needed & is_used(tile * TILE, ints, L, PS, LAST) & is_used(other * TILE, ints, L, PS, LAST):
         a, b = tile * TILE + tl.arange(0, TILE), other * TILE + tl.arange(0, TILE)
         has_a = tl.load(ints + L * INTO + a) == a
-        bounds = _bounds(stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, BK, BV)
+        bounds = bounds_of(stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, False, BK, BV)
         _put_bounds(low, stream, a, a >= 0, other, bounds, L, TILE, GROUP)
         if tile != other:
             _put_bounds(low, stream, b, b >= 0, tile, tl.trans(bounds), L, TILE, GROUP)

@@ -1,9 +1,12 @@
-"""merge="ward": which kernels merge the chunks of a call, and in which order.
+"""merge="ward" and "ward-sqrt": which kernels merge the chunks of a call, and in which order.
 
 For each step: `advance_items` merges chunk i - 1 into the slots, writes the dictionary that chunk i reads,
 and the means as items; `prepare` adds the tokens. `estimate_all` and `refine` bound the costs of all pairs.
 Rounds of `merge_pairs`, `estimate` and `refine` merge most of what is due, and `finish` the rest, so
 that the host waits for nothing. `settle` says where tokens go and which slots leave, `keep` what was in them.
+
+By "ward-sqrt", `bound_pairs` and `find_nearest` take the place of the first two, and `merge_one_by_one` that
+of all rounds.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.items import INT_FIELDS, NUM_FIELDS, advance_items, keep, prepare, settle
+from ovq.ops.backends.triton.one_by_one import bound_pairs, find_nearest, merge_one_by_one
 from ovq.ops.backends.triton.pairs import estimate, estimate_all, refine
 from ovq.ops.backends.triton.rounds import finish, merge_pairs
 from ovq.ops.backends.triton.work import Work
@@ -34,6 +38,10 @@ GROUPS = ((4096, 16), (1 << 30, 64))
 REFINED_EACH = 8
 _ROWS = 32
 _ESTIMATED = 6
+# By "ward-sqrt": bytes of the tables of all pairs that are held at once, or of one if that is larger; costs
+# computed for an item before the first merge.
+TABLE_BYTES = 2 << 30
+_COSTS_EACH = 4
 # Slots that one program keeps, and columns merged side by side.
 _KEPT = 16
 
@@ -92,9 +100,11 @@ class WardRecurrence:
         self._chunk_size = work.options.chunk_size
         self._first_token = triton.cdiv(work.capacity, TILE) * TILE
         self._last = triton.cdiv(self._chunk_size, TILE) * TILE
-        self._columns = columns = self._first_token + 2 * self._last
+        self._is_sqrt = work.options.merge == "ward-sqrt"
+        # By "ward-sqrt" merged items have no columns of their own.
+        self._columns = columns = self._first_token + (1 if self._is_sqrt else 2) * self._last
         self._group = next(group for most, group in GROUPS if columns <= most)
-        self._streams = streams = max(1, work.num_active[0] * work.num_kv_heads)
+        streams = max(1, work.num_active[0] * work.num_kv_heads)
         dims = (k.shape[-1], v.shape[-1])
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -106,7 +116,13 @@ class WardRecurrence:
         nums = empty(NUM_FIELDS.value, columns, dtype=torch.float64)
         self._items, self._ints, self._nums = items, ints, nums
         self._merging = (*items, *wide, ints, nums)
-        self._low = empty(columns, columns // self._group, dtype=torch.float32)
+        # Bounds of costs: of all pairs of some streams, or of the groups of all.
+        self._at_once = min(streams, max(1, TABLE_BYTES // (4 * columns * columns)))
+        if self._is_sqrt:
+            shape = (self._at_once, columns, columns)
+            self._low = torch.empty(shape, dtype=torch.float32, device=k.device)
+        else:
+            self._low = empty(columns, columns // self._group, dtype=torch.float32)
         weight = work.options.value_weight
         self._weight = torch.full((1,), weight * weight, dtype=torch.float64, device=k.device)
 
@@ -158,7 +174,9 @@ class WardRecurrence:
             self.k, self.v, work.table, *self._items, self._ints, self._nums, entry, self._weight,
             width, size, heads, *dims, self._columns, self._first_token, BC=32, **ranking, **padded,
         )  # fmt: skip
-        if work.num_due[i]:
+        if work.num_due[i] and self._is_sqrt:
+            self._merge_one_by_one(streams, dims, padded, ranking)
+        elif work.num_due[i]:
             self._merge(streams, dims, padded, ranking)
         settle[(streams,)](
             work.table, self._ints, self.into.count, self.slots, gone.slot, gone.into, gone.count,
@@ -191,3 +209,21 @@ class WardRecurrence:
             estimate[(streams, min(shared, _ESTIMATED), num_tiles)](*bounding, ROWS=_ROWS, **tiles)
             refine[(streams, shared)](*refining, **found)
         finish[(streams,)](*refining, AHEAD=AHEAD // 4, ROWS=_ROWS, TILE=TILE, **{**found, **rounds})
+
+    def _merge_one_by_one(
+        self, streams: int, dims: tuple[int, int], padded: dict[str, int], ranking: dict[str, int]
+    ) -> None:
+        """The same by "ward-sqrt", for as many streams at once as have tables."""
+        columns, num_tiles = self._columns, self._columns // TILE
+        tables = (self._ints, self._nums, self._low)
+        looking = {**ranking, "num_warps": ranking["num_warps"] // 2}
+        shared = max(1, min(columns, common.programs(self._low.device, REFINED_EACH) // self._at_once))
+        for base in range(0, streams, self._at_once):
+            num = min(self._at_once, streams - base)
+            bound_pairs[(num, num_tiles, num_tiles)](
+                *self._items, *tables, base, *dims, columns, self._first_token, TILE=TILE, **padded,
+                num_warps=8,
+            )  # fmt: skip
+            merging = (*self._merging, self._low, base, *dims, columns, self._last)
+            find_nearest[(num, shared)](*merging, MOST=_COSTS_EACH, **looking, **padded)
+            merge_one_by_one[(num,)](*merging, **ranking, **padded)

@@ -25,7 +25,7 @@ class Work:
         num_active: for each i, the number of rows that have an i-th chunk; `rows_of_step` is the same on the
             device.
         num_complete: for each i, the number of rows whose i-th chunk is complete.
-        num_due: the most merges that a row's i-th chunk takes by merge="ward".
+        num_due: the most merges that a row's i-th chunk takes where pairs are merged.
         num_opening: the most slots that a row opens with its i-th chunk, not counting slot 0.
         options: the layer's settings.
         capacity: slots allocated for the sums.
