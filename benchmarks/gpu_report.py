@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -132,11 +133,17 @@ def _calls(merge: str, length: int) -> dict[str, Callable[[], object]]:
 
 
 def rules() -> Iterator[Row]:
-    """Each rule of merging by itself."""
+    """Each rule of merging by itself, and the paper's with fewer products."""
+    # Imported only where there is Triton.
+    from ovq.ops.backends.triton import launch
+
     for length, merge in itertools.product((4096, 16384), RULES):
         for what, call in _calls(merge, length).items():
             times = gpu.flushed_times([call], max_rounds=10, seconds=2.0)[0]
             yield {"merge": merge, "length": length, "what": what, **spread(times)}
+    with mock.patch.object(launch, "SPLIT_PARTS", 2):
+        times = gpu.flushed_times([_calls("existing", 16384)["forward"]], max_rounds=10, seconds=2.0)[0]
+    yield {"merge": "existing", "length": 16384, "what": "forward, two products", **spread(times)}
 
 
 def profile() -> Iterator[Row]:

@@ -53,6 +53,12 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def rounded(x):
+    """float32 rounded to the bits of a bfloat16, which the interpreter's conversion would cut off."""
+    return ((x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def rows(x, index, mask, D, BD: tl.constexpr):
     """Load rows `index` `[N]` of `x` `[:, D]` as `[N, BD]`, zero where `mask` is false and beyond D."""
     d = tl.arange(0, BD)

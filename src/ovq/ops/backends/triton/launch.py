@@ -35,6 +35,9 @@ TOKEN_BLOCK = 64
 # a float32 product, and for three products added up by tensor cores, which round down.
 ROUNDING = 2
 ROUNDING_SPLIT = 8
+# Parts of a mean that bfloat16 keys are multiplied with, 3 or 2: with 2, a third fewer products, and bounds
+# that are larger by what is left out. Which is faster has to be measured on a GPU.
+SPLIT_PARTS = 3
 
 
 @dataclasses.dataclass
@@ -79,7 +82,7 @@ class Recurrence:
         self._chunk_size = chunk_size
         self._block = common.slot_block(k, v)
         self._num_blocks = max(1, triton.cdiv(work.capacity, self._block))
-        self._is_split = k.dtype == torch.bfloat16
+        self._parts = SPLIT_PARTS if k.dtype == torch.bfloat16 else 1
         streams = work.num_active[0] * work.num_kv_heads
         found = (streams, self._num_blocks, chunk_size)
 
@@ -107,14 +110,17 @@ class Recurrence:
             return
         heads, width, dim = work.num_kv_heads, k.shape[1], k.shape[-1]
         sizes = {"BN": self._block, "BK": common.padded(dim), **common.FUSED}
-        rounding = ROUNDING_SPLIT if self._is_split else ROUNDING
+        rounding = ROUNDING if self._parts == 1 else ROUNDING_SPLIT
+        if self._parts == 2:
+            # 2^-16 |k| |D| for each side of a comparison.
+            rounding += triton.cdiv(256, dim)
         parts = (into.key_sum, into.value_sum, into.count)
         found = (self._best, self._second, self._winner, self._cosine, self._longest)
         advance[(num_rows * heads, self._num_blocks)](
             k, self.v, self.slots, *parts, work.table, *(shown or parts), *found,
             work.first[i - 1] if i else 0, work.first[i], base, num_next,
             width, self._chunk_size, heads, dim, self.v.shape[-1], work.capacity, self._num_blocks,
-            HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None, IS_SPLIT=self._is_split,
+            HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None, PARTS=self._parts,
             BT=common.score_block(k), BV=common.padded(self.v.shape[-1]), **sizes, num_warps=8,
         )  # fmt: skip
         if not (has_next and work.num_complete[i]):

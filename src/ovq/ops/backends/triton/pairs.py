@@ -9,7 +9,7 @@ at, and nothing else.
 import triton
 import triton.language as tl
 
-from ovq.ops.backends.triton.common import EPS, dot, rows
+from ovq.ops.backends.triton.common import EPS, dot, rounded, rows
 from ovq.ops.backends.triton.items import (
     BOUND,
     CONTROL,
@@ -36,19 +36,13 @@ from ovq.ops.backends.triton.items import (
 
 
 @triton.jit
-def _rounded(x):
-    """float32 rounded to the bits of a bfloat16, which the interpreter's conversion would cut off."""
-    return ((x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _products(a, b):
     """Dot products `[BM, BN]` of rows of `a` and `b`, by three products of bfloat16 parts.
 
     Each number is the sum of two bfloat16 numbers and a rest of at most 2^-17 of it.
     """
-    a_high, b_high = _rounded(a), _rounded(b)
-    a_low, b_low = _rounded(a - a_high).to(tl.bfloat16), _rounded(b - b_high).to(tl.bfloat16)
+    a_high, b_high = rounded(a), rounded(b)
+    a_low, b_low = rounded(a - a_high).to(tl.bfloat16), rounded(b - b_high).to(tl.bfloat16)
     a_high, b_high = a_high.to(tl.bfloat16), b_high.to(tl.bfloat16)
     products = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
     products = dot(a_low, tl.trans(b_high), products)

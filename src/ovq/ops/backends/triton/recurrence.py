@@ -22,6 +22,7 @@ from ovq.ops.backends.triton.common import (
     dot,
     means,
     put_rows,
+    rounded,
     rows,
 )
 
@@ -65,19 +66,24 @@ def _top_bits(x):
 
 
 @triton.jit
-def _scores(mean, keys, IS_SPLIT: tl.constexpr):
+def _scores(mean, keys, PARTS: tl.constexpr):
     """Dot products `[BN, BT]` of means `[BN, K]` (float32) with keys `[BT, K]`, exact up to float32 rounding.
 
-    IS_SPLIT: keys are bfloat16. A float32 number is exactly the sum of three bfloat16 numbers, so three
-    products on the tensor cores give what one product in float32 would.
+    PARTS: 1, or more for keys that are bfloat16. A float32 number is exactly the sum of three bfloat16
+    numbers, so three products on the tensor cores give what one product in float32 would. Two parts leave
+    2^-16 of a number.
     """
     scores = tl.zeros([mean.shape[0], keys.shape[0]], tl.float32)
-    if IS_SPLIT:
+    if PARTS == 3:
         high = _top_bits(mean)
         middle = _top_bits(mean - high)
         low = mean - high - middle
         scores = dot(low, tl.trans(keys), scores)
         scores = dot(middle, tl.trans(keys), scores)
+        scores = dot(high, tl.trans(keys), scores)
+    elif PARTS == 2:
+        high = rounded(mean)
+        scores = dot(rounded(mean - high), tl.trans(keys), scores)
         scores = dot(high, tl.trans(keys), scores)
     else:
         scores = dot(mean, tl.trans(keys.to(tl.float32)), scores)
@@ -90,7 +96,7 @@ def advance(
     snap_keys, snap_values, snap_bias, best, second, winner, cosine, longest,
     previous, current, base, num_next,
     W, C, H, K, V, M, NB,
-    HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr, IS_SPLIT: tl.constexpr,
+    HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr, PARTS: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """One step of the recurrence; grid (streams, blocks of slots).
@@ -166,7 +172,7 @@ def advance(
                         t = start + tl.arange(0, BT)
                         is_token = t < tokens
                         keys = rows(k, (chunk * W + t) * H + head, is_token, K, BK)
-                        scores = _scores(mean, keys, IS_SPLIT)
+                        scores = _scores(mean, keys, PARTS)
                         # NaN becomes inf, because comparisons with NaN are always false.
                         scores = tl.where(scores == scores, scores, float("inf"))
                         scores = tl.where(is_used[:, None], scores, -float("inf"))
