@@ -66,7 +66,8 @@ def bound_pairs(
         bounds = bounds_of(stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, True, BK, BV)
         line = local.to(tl.int64) * L
         tl.store(table + (line + a)[:, None] * L + b[None, :], bounds)
-        tl.store(table + (line + b)[:, None] * L + a[None, :], tl.trans(bounds))
+        if tile != other:
+            tl.store(table + (line + b)[:, None] * L + a[None, :], tl.trans(bounds))
 
 
 @triton.jit
