@@ -9,7 +9,10 @@ import httpx
 import openai
 import pytest
 
+from ovq import convert
 from ovq.hf import build_context, save_context
+from ovq.serve.model import ServedConverted
+from tests.convert.common import converted, original, tokens
 from tests.hf.common import make_model, random_ids
 from tests.serve.common import greedy
 
@@ -81,6 +84,36 @@ def test_what_cannot_be_served_is_refused_in_one_line(folder, capsys, options, e
     error = capsys.readouterr().err
     assert expected in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_converted_model_is_served_with_its_contexts(tmp_path, capsys, monkeypatch):
+    from ovq.cli import main
+
+    model = converted()
+    model.save_pretrained(tmp_path / "small")
+    convert.save_context(convert.build_context(model, tokens(40)), tmp_path / "book.ctx")
+    services = []
+    monkeypatch.setattr("ovq.cli.serve._run", lambda service, *_, **__: services.append(service))
+    command = ["serve", "--port", "0", "--model", str(tmp_path / "small")]
+
+    def serve(*options):
+        with pytest.raises(SystemExit) as end:
+            main([*command, *options])
+        return end.value.code or 0, capsys.readouterr().err
+
+    assert serve("--context", str(tmp_path / "book.ctx"))[0] == 0
+    (service,) = services
+    assert isinstance(service.served, ServedConverted)
+    assert (service.name, service.served.vocab_size, service.served.ends) == ("small", 64, frozenset({2}))
+    assert service.contexts.get("book").num_tokens == 40
+    code, error = serve("--num-slots", "8")
+    assert code == 2
+    assert "--num-slots: expected none with a converted model, found 8" in error
+    original().save_pretrained(tmp_path / "plain")
+    command[-1] = str(tmp_path / "plain")
+    code, error = serve()
+    assert code == 2
+    assert "found 'llama'; other models must be converted first (ovq convert)" in error
 
 
 def test_without_the_extra_it_says_what_to_install(folder, capsys, monkeypatch):

@@ -13,8 +13,9 @@ from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.streaming import Sampling, stream_tokens
 from ovq.serve.app import Service, create_app
 from ovq.serve.limits import Limits
-from ovq.serve.model import ServedModel
+from ovq.serve.model import ServedModel, served
 from ovq.text import byte_tokenizer
+from tests.convert.common import converted
 from tests.hf.common import SIZES, left_padded, make_model
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -24,6 +25,18 @@ def reading_service(seed=0, limits=None, **changes):
     """A model that reads token ids, in float64, so that rounding flips no choice."""
     model = make_model(seed, **changes)
     return Service(name="ids", served=ServedModel(model), limits=limits or Limits())
+
+
+def converted_model():
+    """A converted model in float64, whose answers do not end."""
+    model = converted().double()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def converted_service(limits=None):
+    """The same, to be served."""
+    return Service(name="converted", served=served(converted_model()), limits=limits or Limits())
 
 
 def text_service(limits=None):

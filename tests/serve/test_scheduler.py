@@ -7,16 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ovq import convert
 from ovq.hf import build_context
 from ovq.hf.streaming import Sampling
 from ovq.serve.jobs import ContextEvent, FailEvent, FinishEvent, Generation, Reading, TokenEvent
 from ovq.serve.limits import Limits
-from ovq.serve.model import ServedModel
+from ovq.serve.model import ServedModel, served
 from ovq.serve.scheduler import Scheduler
 from tests.hf.common import BASELINES, make_model, random_ids
-from tests.serve.common import greedy, sampled
+from tests.serve.common import converted_model, greedy, sampled
 
-MODELS = {"ovq": make_model(), "baselines": make_model(**BASELINES)}
+MODELS = {"ovq": make_model(), "baselines": make_model(**BASELINES), "converted": converted_model()}
 PROMPTS = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 5, 9, 23)]
 DOCUMENT = random_ids(1, 61, seed=3)[0].tolist()
 NUM_TOKENS = 14
@@ -30,7 +31,8 @@ def expected_of(place, is_after=False, name="ovq"):
 
 @functools.cache
 def context_of(name="ovq"):
-    return build_context(MODELS[name], DOCUMENT)
+    build = convert.build_context if name == "converted" else build_context
+    return build(MODELS[name], DOCUMENT)
 
 
 class Log:
@@ -56,7 +58,7 @@ def run(scheduler):
 @given(data=st.data())
 def test_answers_do_not_depend_on_who_else_is_served(name, data):
     limits = Limits(max_rows=data.draw(st.integers(1, 5)), step_tokens=data.draw(st.integers(1, 30)))
-    scheduler = Scheduler(ServedModel(MODELS[name]), limits)
+    scheduler = Scheduler(served(MODELS[name]), limits)
     asked = []
     for _ in range(data.draw(st.integers(1, 6))):
         place, is_after = data.draw(st.integers(0, 3)), data.draw(st.booleans())

@@ -11,11 +11,21 @@ import openai
 import pytest
 import torch
 
+from ovq import convert
 from ovq.hf import build_context, save_context
 from ovq.hf.streaming import stream_text
 from ovq.serve.limits import Limits
 from tests.hf.common import BASELINES, make_model, random_ids
-from tests.serve.common import greedy, greedy_batch, reading_service, running, sampled, text_service, until
+from tests.serve.common import (
+    converted_service,
+    greedy,
+    greedy_batch,
+    reading_service,
+    running,
+    sampled,
+    text_service,
+    until,
+)
 
 PROMPTS = [random_ids(1, n, seed=n)[0].tolist() for n in (1, 5, 9, 23)]
 DOCUMENT = random_ids(1, 61, seed=3)[0].tolist()
@@ -105,6 +115,36 @@ def test_several_prompts_and_several_answers(ids):
     assert answer_tokens(complete(ids, words, temperature=1, extra_body=extra)) == [
         greedy(model, PROMPTS[1], 12)
     ]
+
+
+def test_a_converted_model_is_served_like_any_other(tmp_path):
+    service = converted_service()
+    model = service.served.model
+    path = tmp_path / "book.ctx"
+    convert.save_context(convert.build_context(model, DOCUMENT), path)
+    # Each in a thread of its own, after three contexts or none; windows of 16 and 24 are left far behind.
+    asked = [(name, place) for name in (None, "file", "up", "built") for place in range(4)]
+    with running(service) as server, concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
+        service.contexts.add("file", service.served.load_context(path))
+        url, upload = f"{server.url}/v1/contexts", {"headers": {"Content-Type": "application/octet-stream"}}
+        for content, status in ((path.read_bytes(), 201), (path.read_bytes()[:-1], 400)):
+            found = httpx.post(f"{url}?name=up{status}", content=content, **upload)
+            assert found.status_code == status
+        built = httpx.post(url, json={"name": "built", "token_ids": DOCUMENT}).json()
+        assert (built["num_tokens"], built["bytes"]) == (len(DOCUMENT), service.contexts.get("file").nbytes)
+
+        def ask(name, place):
+            context = {"context": "up201" if name == "up" else name} if name else {}
+            chunks = complete(
+                server, PROMPTS[place], max_tokens=6 + 9 * place, stream=True, extra_body=context
+            )
+            return "".join(choice.text for chunk in chunks for choice in chunk.choices).split()
+
+        answers = list(pool.map(lambda a: ask(*a), asked))
+        assert is_idle(server)
+    for (name, place), answer in zip(asked, answers, strict=True):
+        expected = greedy(model, PROMPTS[place], 6 + 9 * place, before=DOCUMENT if name else ())
+        assert list(map(int, answer)) == expected, (name, place)
 
 
 def test_a_stream_is_the_whole_in_pieces(text):

@@ -21,14 +21,26 @@ _MODEL_TYPE = "ovq"
 _FOREIGN_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raise ValueError unless the folder looks like a saved model, before anything heavy is imported."""
+def check_model_folder(folder: Path, *, hint: str = "") -> None:
+    """Raise ValueError unless the folder looks like a saved model, before anything heavy is imported.
+
+    Args:
+        folder: The folder.
+        hint: What to do with another model, for the message.
+    """
+    found = _model_type(folder)
+    if found != _MODEL_TYPE:
+        raise ValueError(
+            f"{folder / 'config.json'}: expected the config of a model of type {_MODEL_TYPE!r}, "
+            f"found {found!r}{hint}"
+        )
+
+
+def _model_type(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: expected the folder of a saved model, found no config.json in it")
-    found = _read_object(path).get("model_type")
-    if found != _MODEL_TYPE:
-        raise ValueError(f"{path}: expected the config of a model of type {_MODEL_TYPE!r}, found {found!r}")
+    return _read_object(path).get("model_type")
 
 
 def load_config(folder: Path) -> OVQConfig:
@@ -98,7 +110,7 @@ def is_converted(folder: Path) -> bool:
 def check_generating_folder(folder: Path) -> None:
     """Raise ValueError unless the folder looks like a saved model of either kind, OVQ or converted."""
     if not is_converted(folder):
-        check_model_folder(folder)
+        check_model_folder(folder, hint="; other models must be converted first (ovq convert)")
 
 
 def load_generating_model(folder: Path, *, num_slots: int | None = None, merge: str | None = None) -> Any:

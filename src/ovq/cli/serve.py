@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ovq.cli.loading import check_model_folder, load_model, load_tokenizer
+from ovq.cli.loading import check_generating_folder, load_generating_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _MIB = 2**20
 
 
 def serve(
-    model: Annotated[Path, typer.Option(help="Folder of a trained model.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.", show_default=False)],
     context: Annotated[
         list[str] | None,
         typer.Option(
@@ -74,7 +74,7 @@ def serve(
 
     Ctrl-C or SIGTERM lets running answers end first. See docs/serving.md.
     """
-    check_model_folder(model)
+    check_generating_folder(model)
     files = [_named(given) for given in context or []]
     key = _api_key(api_key_file)
     _check_installed()
@@ -98,12 +98,12 @@ def serve(
         from transformers import set_seed
 
         from ovq.serve.app import Service
-        from ovq.serve.model import ServedModel
+        from ovq.serve.model import served
 
         set_seed(seed)
         service = Service(
             name=name or model.resolve().name,
-            served=ServedModel(load_model(model, num_slots=num_slots)),
+            served=served(load_generating_model(model, num_slots=num_slots)),
             tokenizer=load_tokenizer(model),
             limits=limits,
         )

@@ -6,6 +6,7 @@ values on, marked as its own; the attention function finds the memory by that ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -152,6 +153,17 @@ class MemoryLayer(CacheLayerMixin):
             other.memories = [memory.clone() for memory in self.memories]
         return other
 
+    @staticmethod
+    def joined(parts: Sequence[MemoryLayer]) -> MemoryLayer:
+        """The rows of several layers of one config, each of which has read something."""
+        other = parts[0].clone()
+        other.memories = [
+            HeadMemory.joined(memories)
+            for memories in zip(*(part.memories or [] for part in parts), strict=True)
+        ]
+        other._num_columns = max(part._num_columns for part in parts)
+        return other
+
     def reset(self) -> None:
         """Forget everything."""
         self.memories, self._num_columns, self._has_staged = None, 0, False
@@ -240,6 +252,46 @@ class MemoryCache(Cache):
         other = MemoryCache(self.config)
         other.layers = [layer.clone() for layer in self.layers]
         return other
+
+    @staticmethod
+    def concatenate(caches: Sequence[MemoryCache]) -> MemoryCache:
+        """The rows of several caches in one, for rows that join a running batch. The caches do not change.
+
+        A row remembers what it did, wherever the others are. What counts the columns of a row are its
+        positions: give later calls `position_ids`, or an `attention_mask` over as many columns as the longest
+        cache has, with zeros before shorter rows. `ovq.convert.rows` does the former.
+
+        Args:
+            caches: of one model; each has read at least one token.
+
+        Raises:
+            ValueError: no caches, an empty one among them, or memories of different sizes or settings.
+
+        Example:
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from ovq.convert import attach
+            >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+            >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).eval()
+            >>> model = attach(model, num_slots=8, window=16, chunk_size=8)
+            >>> long, short = model.make_cache(), model.make_cache()
+            >>> _ = model(torch.arange(30)[None], past_key_values=long)
+            >>> _ = model(torch.tensor([[4]]), past_key_values=short)
+            >>> both = MemoryCache.concatenate([long, short])
+            >>> places = torch.tensor([[30], [1]])
+            >>> _ = model(torch.tensor([[5], [6]]), position_ids=places, past_key_values=both)
+            >>> both.num_rows
+            2
+        """
+        rows = [cache.num_rows for cache in caches]
+        if not rows or min(rows) == 0:
+            raise ValueError(f"expected caches that have read at least one token, found {rows} rows in them")
+        if any(cache.config != caches[0].config for cache in caches):
+            raise ValueError("expected caches of one model, found memories of different sizes or settings")
+        joined = MemoryCache(caches[0].config)
+        joined.layers = [
+            MemoryLayer.joined(parts) for parts in zip(*(cache.layers for cache in caches), strict=True)
+        ]
+        return joined
 
     def detach_(self) -> None:
         """Detach everything from its graph, so that no gradient flows to the tokens read so far."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ class ConvertedContext(Context):
 
     _cache: MemoryCache  # type: ignore[assignment]  # the base class has another
 
+    def cache(self, num_rows: int = 1) -> MemoryCache:  # type: ignore[override]  # likewise
+        """A cache of rows that have each read the document; see `ovq.hf.Context.cache`."""
+        found: Any = super().cache(num_rows)
+        return found
+
     def inputs(self, prompts: Tensor | Sequence[Tensor | Sequence[int]]) -> dict[str, Any]:
         """The arguments of `generate` for prompts that follow the document; see `ovq.hf.Context.inputs`."""
         found: dict[str, Any] = super().inputs(prompts)
@@ -53,7 +58,7 @@ class ConvertedContext(Context):
         return {**found, "attention_mask": mask.roll(self.num_tokens, dims=1)}
 
     def _read(self, rows: list[Tensor]) -> MemoryCache:  # type: ignore[override]  # likewise
-        return self.cache(len(rows))  # type: ignore[return-value]  # likewise
+        return self.cache(len(rows))
 
 
 @torch.no_grad()
@@ -75,6 +80,24 @@ def build_context(
     Raises:
         ValueError: an empty document, ids that the model does not know, or `prefill_chunk_size` below 1.
     """
+    reading = read_in_pieces(model, input_ids, prefill_chunk_size=prefill_chunk_size)
+    while True:
+        try:
+            num_read = next(reading)
+        except StopIteration as end:
+            return end.value
+        if progress is not None:
+            progress(num_read)
+
+
+def read_in_pieces(
+    model: Any,
+    input_ids: Tensor | Sequence[int],
+    *,
+    prefill_chunk_size: int = 2048,
+    known_fingerprint: Mapping[str, str] | None = None,
+) -> Generator[int, None, ConvertedContext]:
+    """What `build_context` does, piece by piece; see `ovq.hf.context.read_in_pieces`."""
     if prefill_chunk_size < 1:
         raise ValueError(f"prefill_chunk_size: expected at least 1, found {prefill_chunk_size}")
     ids = checked_ids(input_ids, model, what="input_ids")
@@ -83,9 +106,9 @@ def build_context(
     for piece in ids.split(prefill_chunk_size):
         model.base_model(piece[None], **{CACHE_KEY: cache})
         num_read += len(piece)
-        if progress is not None:
-            progress(num_read)
-    return ConvertedContext(model=model, num_tokens=num_read, fingerprint=fingerprint(model), _cache=cache)
+        yield num_read
+    own = fingerprint(model) if known_fingerprint is None else known_fingerprint
+    return ConvertedContext(model=model, num_tokens=num_read, fingerprint=own, _cache=cache)
 
 
 def save_context(context: ConvertedContext, path: str | os.PathLike) -> None:
@@ -103,6 +126,7 @@ def save_context(context: ConvertedContext, path: str | os.PathLike) -> None:
     write_file(path, tensors, metadata={**metadata, **context.fingerprint, "content": digest(tensors)})
 
 
+@torch.no_grad()
 def load_context(path: str | os.PathLike, model: Any) -> ConvertedContext:
     """Read a context for the model that made it, onto the model's device.
 

@@ -8,6 +8,7 @@ score, so that nothing changes as long as every slot holds one token.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -81,6 +82,16 @@ class HeadMemory:
         for name in _TENSORS:
             setattr(other, name, getattr(self, name).clone())
         other.filled, other.num_merged = list(self.filled), list(self.num_merged)
+        return other
+
+    @staticmethod
+    def joined(parts: Sequence[HeadMemory]) -> HeadMemory:
+        """The rows of several memories of one budget, in their order; the parts do not change."""
+        other = copy.copy(parts[0])
+        for name in _TENSORS:
+            setattr(other, name, torch.cat([getattr(part, name) for part in parts]))
+        for name in ("filled", "num_merged"):
+            setattr(other, name, [number for part in parts for number in getattr(part, name)])
         return other
 
     def select_(self, rows: Tensor) -> None:

@@ -5,7 +5,7 @@ From the model outwards:
     jobs.py          what is asked of the model, and the events in which it answers
     sampling.py      the next tokens of the rows of a batch
     scheduler.py     which rows read in the next step: continuous batching
-    model.py         a model of this library, as the scheduler uses it
+    model.py         a model of this library or a converted one, as the scheduler uses it
     engine.py        the thread that runs the scheduler
     texts.py         text to tokens and back; stop sequences
     limits.py        how much one server takes on

@@ -1,14 +1,17 @@
-"""A model of this library as the server uses it, and what a model of another kind must provide."""
+"""Models as the server uses them: those of this library, converted ones, and what any other must provide."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from ovq.convert import ConvertedMixin
+from ovq.convert import context as converted
+from ovq.convert.rows import ConvertedRows
 from ovq.hf.context import Context, fingerprint, load_context, read_in_pieces
 from ovq.hf.modeling_ovq import OVQForCausalLM
 from ovq.hf.rows import Rows
@@ -85,3 +88,42 @@ class ServedModel:
         return read_in_pieces(
             self.model, tokens, prefill_chunk_size=piece, known_fingerprint=self._fingerprint
         )
+
+
+class ServedConverted(ServedModel):
+    """A converted model, such as `ovq.convert.load` gives, for a server.
+
+    Args:
+        model: On its device and in its dtype, in evaluation mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        return converted.fingerprint(self.model)
+
+    def load_context(self, path: Path) -> Context:
+        """See `AnyServedModel.load_context`."""
+        return converted.load_context(path, self.model)
+
+    def start(self, context: Context | None) -> ConvertedRows:  # type: ignore[override]  # rows of its own
+        """See `BatchModel.start`."""
+        assert context is None or isinstance(context, converted.ConvertedContext)
+        return ConvertedRows.start(self.model, context)
+
+    def joined(self, parts: Sequence[ConvertedRows]) -> ConvertedRows:  # type: ignore[override]  # likewise
+        """See `BatchModel.joined`."""
+        return ConvertedRows.joined(parts)
+
+    def read_document(self, tokens: Sequence[int], piece: int) -> Generator[int, None, Context]:
+        """See `BatchModel.read_document`."""
+        return converted.read_in_pieces(
+            self.model, tokens, prefill_chunk_size=piece, known_fingerprint=self._fingerprint
+        )
+
+
+def served(model: Any) -> ServedModel:
+    """An OVQ model or a converted one, for a server."""
+    return ServedConverted(model) if isinstance(model, ConvertedMixin) else ServedModel(model)

@@ -1,0 +1,102 @@
+"""Rows of a converted model that join and leave: each reads what it would read alone, in constant memory."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ovq.convert import MemoryCache, build_context
+from ovq.convert.rows import ConvertedRows
+from ovq.hf.cache import CACHE_KEY
+from tests.convert.common import converted, tokens
+
+MODELS = {kind: converted(kind).double() for kind in ("llama", "qwen3")}
+STREAMS = tokens(4, 110, seed=5)
+
+
+@functools.cache
+def expected(name):
+    """The logits of every prefix of every stream, `[4, 110, V]`."""
+    with torch.no_grad():
+        return MODELS[name](STREAMS, use_cache=False).logits
+
+
+def check(name, logits, streams, lengths):
+    for row, stream, length in zip(logits, streams, lengths, strict=True):
+        torch.testing.assert_close(row, expected(name)[stream, length - 1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=3)
+@given(data=st.data())
+@torch.inference_mode()
+def test_rows_read_what_each_reads_alone(name, data):
+    model, rows, streams = MODELS[name], None, []
+    for _ in range(3):
+        newcomers = data.draw(
+            st.lists(st.tuples(st.integers(0, 3), st.integers(1, 45)), min_size=1, max_size=2)
+        )
+        parts = [] if rows is None else [rows]
+        for stream, length in newcomers:
+            parts.append(ConvertedRows.start(model))
+            check(name, parts[-1].read(STREAMS[stream, None, :length]), [stream], [length])
+            streams.append(stream)
+        rows = ConvertedRows.joined(parts)
+        for num_new in data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)):
+            ids = [STREAMS[s, n : n + num_new].tolist() for s, n in zip(streams, rows.lengths, strict=True)]
+            check(name, rows.read(ids), streams, rows.lengths)
+        places = data.draw(st.lists(st.integers(0, len(streams) - 1), min_size=1, max_size=2))
+        rows.keep(places)
+        streams = [streams[place] for place in places]
+    one = ConvertedRows.start(model)
+    one.read([[1]])
+    assert rows.nbytes == len(rows) * one.nbytes
+
+
+@torch.inference_mode()
+def test_a_row_goes_on_from_a_context_beside_rows_without_one():
+    model = MODELS["llama"]
+    context = build_context(model, STREAMS[0, :70])
+    short = ConvertedRows.start(model)
+    short.read(STREAMS[1:2, :3])
+    rows = ConvertedRows.joined([short, ConvertedRows.start(model, context)])
+    for _ in range(2):
+        # Using a context does not change it.
+        alone = ConvertedRows.start(model, context)
+        check("llama", alone.read(STREAMS[:1, 70:75]), [0], [75])
+    check("llama", rows.read([STREAMS[1, 3:20].tolist(), STREAMS[0, 70:87].tolist()]), [1, 0], [20, 87])
+
+
+@torch.no_grad()
+def test_joined_caches_can_be_read_with_a_mask():
+    model, caches = MODELS["llama"], []
+    for stream, length in ((0, 60), (1, 7)):
+        caches.append(model.make_cache())
+        model(STREAMS[stream, None, :length], **{CACHE_KEY: caches[-1]})
+    joined = MemoryCache.concatenate(caches)
+    mask = torch.ones(2, 70, dtype=torch.int64)
+    mask[1, :53] = 0
+    ids = torch.stack([STREAMS[0, 60:70], STREAMS[1, 7:17]])
+    places = torch.tensor([[60], [7]]) + torch.arange(10)
+    logits = model(ids, attention_mask=mask, position_ids=places, **{CACHE_KEY: joined}).logits
+    check("llama", logits[:, -1], [0, 1], [70, 17])
+    # The parts go on by themselves.
+    assert [cache.get_seq_length() for cache in caches] == [60, 7]
+    logits = model(STREAMS[:1, 60:80], **{CACHE_KEY: caches[0]}).logits
+    check("llama", logits[:, -1], [0], [80])
+
+
+def test_caches_that_do_not_fit_are_refused():
+    model = MODELS["llama"]
+    with pytest.raises(ValueError, match=r"read at least one token, found \[\] rows"):
+        MemoryCache.concatenate([])
+    with pytest.raises(ValueError, match=r"read at least one token, found \[0\] rows"):
+        MemoryCache.concatenate([model.make_cache()])
+    caches = []
+    for other in (model, converted(num_sinks=4).double()):
+        caches.append(other.make_cache())
+        other(STREAMS[:1, :3], **{CACHE_KEY: caches[-1]})
+    with pytest.raises(ValueError, match="memories of different sizes or settings"):
+        MemoryCache.concatenate(caches)
