@@ -71,10 +71,27 @@ def change_config(folder, **fields):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+TESTS_OF_ANY_MODEL = ["eval lm", "eval needle", "eval harness"]
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in TESTS_OF_ANY_MODEL])
 def test_models_of_another_type(capsys, llama, command):
     assert "config.json: expected the config of a model of type 'ovq', found 'llama'" in fail(
-        capsys, *command, llama
+        capsys, *COMMANDS[command], llama
+    )
+
+
+@pytest.mark.parametrize("command", TESTS_OF_ANY_MODEL)
+def test_models_of_no_type_that_can_be_tested(capsys, folder, llama, tmp_path, command):
+    change_config(folder, model_type="vit")
+    line = fail(capsys, *COMMANDS[command], folder)
+    assert "config.json: expected the config of a causal language model, found 'vit'" in line
+    change_config(folder, model_type=None)
+    assert "of type 'ovq', found None" in fail(capsys, *COMMANDS[command], folder)
+    other = shutil.copytree(llama, tmp_path / "other")
+    change_config(other, intermediate_size=17)
+    assert "mlp.down_proj.weight of shape [16, 16] where [16, 17] belongs and 2 faults more" in fail(
+        capsys, *COMMANDS[command], other
     )
 
 

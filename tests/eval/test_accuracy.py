@@ -6,7 +6,8 @@ import torch
 from rich.console import Console
 
 from ovq.eval import accuracy
-from ovq.eval.accuracy import evaluate, long_range_mixer
+from ovq.eval.accuracy import evaluate
+from ovq.eval.models import long_range_mixer
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import Reporter
 from ovq.tasks import IGNORE_INDEX, RecallTask, RegressionTask

@@ -1,12 +1,16 @@
 """The lm-evaluation-harness takes OVQ models as they are: local tasks, without the network."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+from tests.convert.common import SIZES
 from tests.test_cli import fail, run
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from ovq.convert import attach
 from ovq.eval.harness import evaluate_tasks
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.streaming import stream_tokens
@@ -137,6 +141,22 @@ def test_scores_are_those_by_hand(model, documents, results):
     assert found["local_choice"] == pytest.approx(np.mean(right))
     # Every second answer is the model's own.
     assert found["local_generation"] == found["local_likelihood"] == 0.5
+
+
+def test_a_converted_model_is_scored_with_its_memory(documents, folder):
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257}, eos_token_id=256)).double().eval()
+    converted = attach(copy.deepcopy(plain), num_slots=4, window=8, num_sinks=1, chunk_size=4)
+    found = {size: measure(converted, folder, batch_size=size) for size in (1, 4)}
+    for size in (1, 4):
+        assert answers(found[size], "local_likelihood") == [
+            [pytest.approx(by_hand(converted, row["text"], row["answer"]), abs=1e-3)] for row in documents
+        ]
+    assert answers(found[1], "local_generation") == answers(found[4], "local_generation")
+    # With full attention, the likelihoods are others.
+    full = [by_hand(plain, row["text"], row["answer"])[0] for row in documents]
+    own = [by_hand(converted, row["text"], row["answer"])[0] for row in documents]
+    assert max(abs(a - b) for a, b in zip(full, own, strict=True)) > 0.1
 
 
 def test_limit_and_what_is_not_there(model, folder):

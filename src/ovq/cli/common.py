@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ovq.cli.loading import load_config, load_tokenizer
+from ovq.cli.loading import load_any_config, load_tokenizer
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -128,9 +128,9 @@ def model_names(folders: Sequence[Path]) -> list[str]:
     """Names for models in one table: empty where their mixers tell them apart, otherwise the names of their
     folders, or whole paths where names repeat.
     """
-    from ovq.eval.accuracy import long_range_mixer
+    from ovq.eval.models import long_range_mixer
 
-    configs = [load_config(folder) for folder in folders]
+    configs = [load_any_config(folder) for folder in folders]
     if len({long_range_mixer(config) for config in configs}) == len(folders):
         return [""] * len(folders)
     names = [folder.name for folder in folders]

@@ -12,11 +12,13 @@ import typer
 
 from ovq.cli import dictionaries
 from ovq.cli.common import out_console, parse_ints, text_tokenizer
-from ovq.cli.loading import check_model_folder, load_model
+from ovq.cli.loading import check_any_folder, load_any_model
 
 
 def harness(
-    model: Annotated[Path, typer.Option(help="Folder of a trained model.", show_default=False)],
+    model: Annotated[
+        Path, typer.Option(help="Folder of a trained, converted or pretrained model.", show_default=False)
+    ],
     tasks: Annotated[str, typer.Option(help="Names of tasks with commas between them.", show_default=False)],
     num_slots: dictionaries.Size = None,
     merge: dictionaries.Rule = None,
@@ -50,7 +52,7 @@ def harness(
     """
     dictionaries.check_rule(merge)
     lengths = None if ruler_lengths is None else parse_ints(ruler_lengths, flag="--ruler-lengths")
-    check_model_folder(model)
+    check_any_folder(model)
     names = [name.strip() for name in tasks.split(",")]
 
     from ovq.eval.harness import evaluate_tasks
@@ -63,7 +65,7 @@ def harness(
     # Some tasks print their progress; standard output is for results.
     with redirect_stdout(sys.stderr):
         results = evaluate_tasks(
-            load_model(model, num_slots=num_slots, merge=merge),
+            load_any_model(model, num_slots=num_slots, merge=merge),
             text_tokenizer(model),
             names,
             batch_size=batch_size,

@@ -9,7 +9,7 @@ import typer
 
 from ovq.cli import corpus, dictionaries
 from ovq.cli.common import model_names, parse_ints, show_results, text_tokenizer
-from ovq.cli.loading import check_model_folder, load_model
+from ovq.cli.loading import check_any_folder, is_own, load_any_model
 
 if TYPE_CHECKING:
     from ovq.eval.language import LanguageRow
@@ -21,7 +21,10 @@ _DOCUMENTS_PER_LINE = 1000
 def language(
     model: Annotated[
         list[Path],
-        typer.Option(help="Folder of a trained model; can be given several times.", show_default=False),
+        typer.Option(
+            help="Folder of a trained, converted or pretrained model; can be given several times.",
+            show_default=False,
+        ),
     ],
     dataset: corpus.Dataset = None,
     split: corpus.Split = "test",
@@ -55,7 +58,7 @@ def language(
     at_lengths = parse_ints(lengths, flag="--lengths")
     tested = dictionaries.parse(num_slots, merge)
     for folder in model:
-        check_model_folder(folder)
+        check_any_folder(folder)
 
     from ovq.plots.language import language_table, position_table, save_language_figures
 
@@ -96,7 +99,7 @@ def language(
 def _measure(folders: list[Path], source: TextSource, split: str, **options: Any) -> list[LanguageRow]:
     """The rows of all models; each reads the documents with its own tokenizer."""
     from ovq.eval.language import evaluate_language
-    from ovq.eval.reading import token_bytes
+    from ovq.eval.reading import start_token, token_bytes
     from ovq.runtime.progress import Reporter
     from ovq.text import load_corpus
 
@@ -112,13 +115,14 @@ def _measure(folders: list[Path], source: TextSource, split: str, **options: Any
 
         for folder, name in zip(folders, model_names(folders), strict=True):
             # Loaded before the corpus, which may take long to read.
-            loaded, tokenizer = load_model(folder), text_tokenizer(folder)
+            loaded, tokenizer = load_any_model(folder), text_tokenizer(folder)
             documents = load_corpus(source, split, tokenizer=tokenizer, progress=count)
             rows += evaluate_language(
                 loaded,
                 documents,
                 bytes_of_tokens=token_bytes(tokenizer),
-                first_token=documents.end_of_text,
+                # As in training, for models of this library; as its tokenizer does, for others.
+                first_token=documents.end_of_text if is_own(folder) else start_token(tokenizer),
                 reporter=reporter,
                 name=name,
                 **options,

@@ -9,7 +9,7 @@ import typer
 
 from ovq.cli import corpus, dictionaries
 from ovq.cli.common import model_names, parse_ints, show_results, text_tokenizer
-from ovq.cli.loading import check_model_folder, load_model
+from ovq.cli.loading import check_any_folder, load_any_model
 
 if TYPE_CHECKING:
     from ovq.eval.needle import NeedleRow
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def needle(
     model: Annotated[
         list[Path],
-        typer.Option(help="Folder of a trained model; can be given several times.", show_default=False),
+        typer.Option(
+            help="Folder of a trained, converted or pretrained model; can be given several times.",
+            show_default=False,
+        ),
     ],
     lengths: Annotated[
         str, typer.Option(help="Most tokens of text, question and answer together.")
@@ -70,7 +73,7 @@ def needle(
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag}: expected only with --haystack essay, found {option!r}")
     for folder in model:
-        check_model_folder(folder)
+        check_any_folder(folder)
 
     from ovq.plots.needle import needle_table, save_needle_figures
     from ovq.text.haystack import essay_texts
@@ -113,7 +116,7 @@ def _measure(folders: list[Path], questions: dict[str, Any], **options: Any) -> 
     with Reporter() as reporter:
         for folder, name in zip(folders, model_names(folders), strict=True):
             builder = NeedleBuilder(text_tokenizer(folder), **questions)
-            rows += evaluate_needle(load_model(folder), builder, reporter=reporter, name=name, **options)
+            rows += evaluate_needle(load_any_model(folder), builder, reporter=reporter, name=name, **options)
     return rows
 
 

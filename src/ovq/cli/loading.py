@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from ovq.hf import OVQConfig, OVQForCausalLM
 
 _MODEL_TYPE = "ovq"
@@ -105,6 +107,72 @@ def is_converted(folder: Path) -> bool:
     """
     path = folder / "config.json"
     return path.is_file() and "ovq_memory" in _read_object(path)
+
+
+def is_own(folder: Path) -> bool:
+    """Whether the folder holds a model of this library, by its config."""
+    return _model_type(folder) == _MODEL_TYPE
+
+
+def check_any_folder(folder: Path) -> None:
+    """Raise ValueError unless the folder looks like a saved model: OVQ, converted or pretrained."""
+    if not isinstance(_model_type(folder), str):
+        check_model_folder(folder)
+
+
+def load_any_config(folder: Path) -> PreTrainedConfig:
+    """The config of a saved model of any kind.
+
+    Raises:
+        ValueError: As for `load_config`, or if it is of no causal language model.
+    """
+    if is_own(folder):
+        return load_config(folder)
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if (found := _model_type(folder)) not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(
+            f"{folder / 'config.json'}: expected the config of a causal language model, found {found!r}"
+        )
+    with _naming(folder / "config.json", "the config of a saved model"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def load_any_model(folder: Path, *, num_slots: int | None = None, merge: str | None = None) -> Any:
+    """Load an OVQ model, a converted one, or a causal language model of transformers as it is, onto the GPU
+    if there is one.
+
+    Raises:
+        OSError: If there are no weights.
+        ValueError: As for `load_generating_model`, or if it is of no such kind.
+    """
+    if is_own(folder) or is_converted(folder):
+        return load_generating_model(folder, num_slots=num_slots, merge=merge)
+    for flag, found in (("--num-slots", num_slots), ("--merge", merge)):
+        if found is not None:
+            raise ValueError(f"{flag}: expected none with a pretrained model, found {found}")
+    config = load_any_config(folder)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ovq.hf.hub import check_loaded
+
+    with _naming(folder, "the weights of a saved model"), _quiet():
+        # With `output_loading_info` it returns a pair, which its annotation leaves out.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            output_loading_info=True,
+            # Refused below, where the weights are named.
+            ignore_mismatched_sizes=True,
+        )
+    model, report = loaded
+    # Files of others may hold more than the model of transformers has.
+    check_loaded(folder, {**report, "unexpected_keys": []})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()
 
 
 def check_generating_folder(folder: Path) -> None:

@@ -9,25 +9,14 @@ import numpy as np
 import torch
 
 from ovq.eval.dictionaries import Dictionary, dictionaries_to_test, each_dictionary
+from ovq.eval.models import long_range_mixer
 from ovq.eval.rows import ResultRow
-from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf import OVQForCausalLM
 from ovq.runtime.progress import AnyWork, WorkReporter
 from ovq.tasks import IGNORE_INDEX, Task, TaskBatch
 
 TOKENS_PER_BATCH = 16384
 """Tokens per micro-batch, at most: enough to keep a few cores busy."""
-
-
-def long_range_mixer(config: OVQConfig) -> str:
-    """The mixer that a model is named by: its last mixer that is not a window, or the window if it has no
-    other.
-
-    Example:
-        >>> long_range_mixer(OVQConfig(num_hidden_layers=2, mixer_types=["sliding_attention", "ovq"]))
-        'ovq'
-    """
-    others = [name for name in config.mixer_types if name != "sliding_attention"]
-    return others[-1] if others else config.mixer_types[-1]
 
 
 @torch.no_grad()

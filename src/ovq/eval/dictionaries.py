@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedConfig
 
 from ovq.eval.rows import MERGE_NAMES
-from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf import OVQConfig
 
 
 class Dictionary(NamedTuple):
@@ -33,12 +35,12 @@ class Dictionary(NamedTuple):
 
 
 def dictionaries_to_test(
-    config: OVQConfig, *, num_slots: Sequence[int] = (), merges: Sequence[str] = ()
+    config: PreTrainedConfig, *, num_slots: Sequence[int] = (), merges: Sequence[str] = ()
 ) -> list[Dictionary]:
     """Each number of slots with each rule.
 
     Args:
-        config: That of the model. Without OVQ layers it has one dictionary to test: none.
+        config: That of the model. Without OVQ layers, or of another kind, it has one to test: none.
         num_slots: The numbers; if empty, the one that the model has.
         merges: The rules, as `OVQConfig.merge` names them; if empty, the one that the model has.
 
@@ -48,7 +50,7 @@ def dictionaries_to_test(
         >>> dictionaries_to_test(OVQConfig(mixer_types=["mamba2"], num_hidden_layers=1), num_slots=[64])
         [Dictionary(num_slots=None, merge=None)]
     """
-    if "ovq" not in config.mixer_types:
+    if not isinstance(config, OVQConfig) or "ovq" not in config.mixer_types:
         return [Dictionary()]
     return [
         Dictionary(slots, merge)
@@ -57,7 +59,7 @@ def dictionaries_to_test(
     ]
 
 
-def each_dictionary(model: OVQForCausalLM, tested: Sequence[Dictionary]) -> Iterator[Dictionary]:
+def each_dictionary(model: Any, tested: Sequence[Dictionary]) -> Iterator[Dictionary]:
     """Give a model one dictionary after the other, and at the end the one it had.
 
     Args:
@@ -71,6 +73,7 @@ def each_dictionary(model: OVQForCausalLM, tested: Sequence[Dictionary]) -> Iter
         ValueError: If a rule does not exist or does not fit the model.
 
     Example:
+        >>> from ovq.hf import OVQForCausalLM
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> model = OVQForCausalLM(config)
         >>> tested = dictionaries_to_test(config, num_slots=[16, 64], merges=["ward"])
@@ -80,6 +83,9 @@ def each_dictionary(model: OVQForCausalLM, tested: Sequence[Dictionary]) -> Iter
         >>> model.config.num_slots, model.config.merge
         (1024, 'existing')
     """
+    if not isinstance(model.config, OVQConfig) or "ovq" not in model.config.mixer_types:
+        yield from tested
+        return
     own, growth = Dictionary(model.config.num_slots, model.config.merge), model.config.growth
 
     def give(dictionary: Dictionary) -> None:
@@ -94,5 +100,4 @@ def each_dictionary(model: OVQForCausalLM, tested: Sequence[Dictionary]) -> Iter
             give(dictionary)
             yield dictionary
     finally:
-        if "ovq" in model.config.mixer_types:
-            give(own)
+        give(own)

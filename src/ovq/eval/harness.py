@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness on OVQ models (`pip install 'ovq[harness]'`).
+"""EleutherAI's lm-evaluation-harness on OVQ models and converted ones (`pip install 'ovq[harness]'`).
 
 The harness runs transformers models without changes; nothing here computes a score. With all of its own
 options:
@@ -6,7 +6,8 @@ options:
     python -m ovq.eval.harness run --model hf --model_args pretrained=runs/ovq,max_length=8192 --tasks piqa
 
 This is the harness's command line, run after OVQ has been registered with the Auto classes. `lm_eval` itself
-works too, with `trust_remote_code=True` among its `--model_args`.
+works too, with `trust_remote_code=True` among its `--model_args`. Both would load a converted model with full
+attention: `ovq eval harness` and `evaluate_tasks` keep its memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ovq.hf import OVQForCausalLM
+from transformers import PreTrainedModel
+
+# It registers OVQ with the Auto classes.
+import ovq.hf  # noqa: F401
 
 MAX_LENGTH = 8192
 """Default for the most tokens that the harness shows a model; longer texts lose their beginning. Models here
@@ -23,7 +27,7 @@ have no limit of their own, and without this the harness would take 2048."""
 
 
 def evaluate_tasks(
-    model: OVQForCausalLM,
+    model: PreTrainedModel,
     tokenizer: Any,
     tasks: Sequence[str],
     *,
@@ -38,7 +42,8 @@ def evaluate_tasks(
     """Run tasks of the harness.
 
     Args:
-        model: Tested on the device and in the dtype that it has.
+        model: Of this library, converted, or any causal language model of transformers; tested on the device
+            and in the dtype that it has.
         tokenizer: The model's, one of transformers.
         tasks: Names of tasks.
         batch_size: Requests at a time; scores do not depend on it.
@@ -56,7 +61,7 @@ def evaluate_tasks(
         ValueError: If lm-eval is not installed, a task does not exist, or there is no tokenizer.
 
     Example:
-        >>> from ovq.hf import OVQConfig
+        >>> from ovq.hf import OVQConfig, OVQForCausalLM
         >>> evaluate_tasks(OVQForCausalLM(OVQConfig(vocab_size=8)), None, ["piqa"])
         Traceback (most recent call last):
         ValueError: tokenizer: expected one of transformers, found none

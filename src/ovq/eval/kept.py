@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ovq.eval.accuracy import TOKENS_PER_BATCH, answers_of, long_range_mixer
+from ovq.eval.accuracy import TOKENS_PER_BATCH, answers_of
 from ovq.eval.dictionaries import Dictionary, each_dictionary
+from ovq.eval.models import long_range_mixer
 from ovq.hf import OVQForCausalLM
 from ovq.hf.assignments import recording
 from ovq.layers.ovq import RecordedCall

@@ -13,12 +13,12 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
-from ovq.eval.accuracy import long_range_mixer
 from ovq.eval.dictionaries import dictionaries_to_test, each_dictionary
+from ovq.eval.models import check_logits, chunk_size_of, long_range_mixer, state_bytes
 from ovq.eval.reading import PIECE_SIZE, token_losses
 from ovq.eval.rows import model_label
-from ovq.hf import OVQForCausalLM
 from ovq.runtime.progress import WorkReporter
 
 
@@ -30,7 +30,7 @@ class LanguageRow:
 
     Attributes:
         name: The model's name; empty if its mixer is name enough.
-        mixer: The long-range mixer, as `mixer_types` names it.
+        mixer: The long-range mixer, as `mixer_types` names it; `"converted"` or `"pretrained"`.
         num_slots: Slots of its dictionary during the test; `None` if it has none.
         length: Tokens per window.
         num_windows: Windows, the same for all models that are given the same documents.
@@ -117,7 +117,7 @@ def take_windows(
 
 
 def evaluate_language(
-    model: OVQForCausalLM,
+    model: PreTrainedModel,
     documents: Iterable[np.ndarray],
     *,
     lengths: Sequence[int],
@@ -134,7 +134,8 @@ def evaluate_language(
     """Measure the loss on windows of documents, at several lengths and with several sizes of the dictionary.
 
     Args:
-        model: Tested on the device and in the dtype that it has; its dictionary is restored afterwards.
+        model: Of this library, converted, or a causal language model of transformers; tested on the device
+            and in the dtype that it has; its dictionary is restored afterwards.
         documents: `[T]` token ids of each.
         lengths: Tokens per window, one test for each.
         num_slots: Sizes of the dictionary to test; if empty, the one that the model has. A model without OVQ
@@ -153,8 +154,8 @@ def evaluate_language(
         One row for each number of slots, each rule and each length, in that order.
 
     Raises:
-        ValueError: If no document is as long as a length, a number is below 1, or a document has tokens that
-            the model does not know.
+        ValueError: If no document is as long as a length, a number is below 1, a document has tokens that
+            the model does not know, or its logits are not those of its output layer.
     """
     if not lengths or min(block_size, piece_size) < 1:
         raise ValueError(
@@ -171,6 +172,7 @@ def evaluate_language(
     work, done = reporter.start(f"read {model_label(mixer, None, name)}", total=total), 0
     was_training = model.training
     model.eval()
+    check_logits(model)
     rows: list[LanguageRow] = []
     try:
         for dictionary in each_dictionary(model, tested):
@@ -194,9 +196,9 @@ def evaluate_language(
                         num_slots=dictionary.num_slots,
                         merge=dictionary.merge,
                         length=length,
-                        state_bytes=model.state_bytes(length),
+                        state_bytes=state_bytes(model, length),
                         tokens_per_second=(length - 1) * len(losses) / seconds,
-                        **_summary(losses, num_bytes, block_size, model.config.chunk_size),
+                        **_summary(losses, num_bytes, block_size, chunk_size_of(model)),
                     )
                 )
     finally:

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from ovq.eval.accuracy import long_range_mixer
 from ovq.eval.dictionaries import dictionaries_to_test, each_dictionary
+from ovq.eval.models import branch, check_logits, long_range_mixer, new_cache, state_bytes
 from ovq.eval.reading import PIECE_SIZE, read_pieces, target_losses
 from ovq.eval.rows import model_label
-from ovq.hf import OVQCache, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
 from ovq.runtime.progress import WorkReporter
 from ovq.text.haystack import Needle, NeedleBuilder
@@ -33,7 +33,7 @@ class NeedleRow:
 
     Attributes:
         name: The model's name; empty if its mixer is name enough.
-        mixer: The long-range mixer, as `mixer_types` names it.
+        mixer: The long-range mixer, as `mixer_types` names it; `"converted"` or `"pretrained"`.
         num_slots: Slots of its dictionary during the test; `None` if it has none.
         haystack: Kind of text, `"noise"` or `"essay"`.
         value: Kind of value, `"word"`, `"number"` or `"uuid"`.
@@ -80,7 +80,7 @@ class Score(NamedTuple):
 
 
 def evaluate_needle(
-    model: OVQForCausalLM,
+    model: PreTrainedModel,
     builder: NeedleBuilder,
     *,
     lengths: Sequence[int],
@@ -96,7 +96,8 @@ def evaluate_needle(
     """Ask a model for needles at several lengths and depths and with several sizes of the dictionary.
 
     Args:
-        model: Tested on the device and in the dtype that it has; its dictionary is restored afterwards.
+        model: Of this library, converted, or a causal language model of transformers; tested on the device
+            and in the dtype that it has; its dictionary is restored afterwards.
         builder: Builds the questions, with the model's tokenizer.
         lengths: Largest numbers of tokens of prompt and answer together, one test for each.
         depths: Where the needle is, from 0 to 1.
@@ -132,6 +133,7 @@ def evaluate_needle(
     work, done = reporter.start(f"needles {model_label(mixer, None, name)}", total=total), 0
     was_training = model.training
     model.eval()
+    check_logits(model)
     rows = []
     try:
         for dictionary in each_dictionary(model, tested):
@@ -157,7 +159,7 @@ def evaluate_needle(
                         generated=fmean(score.is_generated for score in scores),
                         token_accuracy=fmean(score.token_accuracy for score in scores),
                         choice=fmean(score.is_chosen for score in scores),
-                        state_bytes=model.state_bytes(length),
+                        state_bytes=state_bytes(model, length),
                     )
                 )
     finally:
@@ -166,7 +168,7 @@ def evaluate_needle(
 
 
 @torch.no_grad()
-def ask(model: OVQForCausalLM, tokenizer: Any, needle: Needle, *, piece_size: int = PIECE_SIZE) -> Score:
+def ask(model: PreTrainedModel, tokenizer: Any, needle: Needle, *, piece_size: int = PIECE_SIZE) -> Score:
     """Ask one question: the text is read once, and everything asked continues from that cache.
 
     Args:
@@ -185,19 +187,20 @@ def ask(model: OVQForCausalLM, tokenizer: Any, needle: Needle, *, piece_size: in
             f"found {highest}"
         )
     prompt = torch.from_numpy(needle.prompt).to(model.device)
-    cache = OVQCache(model.config)
+    cache = new_cache(model)
     for _ in read_pieces(model, prompt[:-1], cache, piece_size=piece_size):
         # Only the cache is needed.
         pass
-    output = model.generate(
-        input_ids=prompt[None, -1:],
+    output = model.generate(  # type: ignore[operator]  # a method of models with an output layer
+        # Of which all but the last token is in the cache.
+        input_ids=prompt[None],
         attention_mask=torch.ones_like(prompt[None]),
         max_new_tokens=len(needle.answer) + _EXTRA_TOKENS,
         do_sample=False,
         pad_token_id=model.config.pad_token_id or 0,
-        **{CACHE_KEY: cache.snapshot()},
+        **{CACHE_KEY: branch(cache)},
     )
-    said = tokenizer.decode(output[0, 1:].tolist(), skip_special_tokens=True)
+    said = tokenizer.decode(output[0, len(prompt) :].tolist(), skip_special_tokens=True)
     losses, is_first = _forced(model, prompt[-1:], needle.answer, cache)
     others = [_forced(model, prompt[-1:], other, cache)[0].sum() for other in needle.distractors]
     return Score(
@@ -208,9 +211,9 @@ def ask(model: OVQForCausalLM, tokenizer: Any, needle: Needle, *, piece_size: in
 
 
 def _forced(
-    model: OVQForCausalLM, last: torch.Tensor, answer: np.ndarray, cache: OVQCache
+    model: PreTrainedModel, last: torch.Tensor, answer: np.ndarray, cache: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses of an answer's tokens after a prompt, and whether each was the most likely token."""
     ids = torch.from_numpy(answer).to(last.device)
-    [hidden] = read_pieces(model, torch.cat([last, ids[:-1]]), cache.snapshot(), piece_size=len(ids))
+    [hidden] = read_pieces(model, torch.cat([last, ids[:-1]]), branch(cache), piece_size=len(ids))
     return target_losses(model, hidden, ids)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
-from ovq.hf import OVQCache, OVQForCausalLM
+from ovq.eval.models import new_cache
 from ovq.hf.cache import CACHE_KEY
 
 PIECE_SIZE = 2048
@@ -27,14 +28,14 @@ by far the largest tensor."""
 
 @torch.no_grad()
 def read_pieces(
-    model: OVQForCausalLM, ids: Tensor, cache: OVQCache, *, piece_size: int = PIECE_SIZE
+    model: PreTrainedModel, ids: Tensor, cache: Any, *, piece_size: int = PIECE_SIZE
 ) -> Iterator[Tensor]:
     """The last hidden states of a document, piece by piece.
 
     Args:
         model: Used on the device and in the dtype that it has.
         ids: `[T]` token ids on its device.
-        cache: Of the tokens before them; updated in place.
+        cache: Of the tokens before them, such as `new_cache` makes; updated in place.
         piece_size: Tokens read at a time.
 
     Yields:
@@ -50,7 +51,7 @@ def read_pieces(
 
 
 @torch.no_grad()
-def target_losses(model: OVQForCausalLM, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def target_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The losses on the tokens that follow hidden states.
 
     Args:
@@ -71,7 +72,7 @@ def target_losses(model: OVQForCausalLM, hidden: Tensor, targets: Tensor) -> tup
     return torch.cat(losses), torch.cat(is_first)
 
 
-def token_losses(model: OVQForCausalLM, ids: np.ndarray, *, piece_size: int = PIECE_SIZE) -> np.ndarray:
+def token_losses(model: PreTrainedModel, ids: np.ndarray, *, piece_size: int = PIECE_SIZE) -> np.ndarray:
     """The loss on every token of a document except the first, given all tokens before it.
 
     Args:
@@ -86,7 +87,7 @@ def token_losses(model: OVQForCausalLM, ids: np.ndarray, *, piece_size: int = PI
         ValueError: If there are fewer than two tokens, or ids that the model does not know.
 
     Example:
-        >>> from ovq.hf import OVQConfig
+        >>> from ovq.hf import OVQConfig, OVQForCausalLM
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> model, ids = OVQForCausalLM(config).eval(), np.arange(50) % 8
         >>> whole = model(torch.from_numpy(ids)[None], labels=torch.from_numpy(ids)[None]).loss
@@ -99,7 +100,7 @@ def token_losses(model: OVQForCausalLM, ids: np.ndarray, *, piece_size: int = PI
             f"found {len(ids)} in {ids.min(initial=0)}..{ids.max(initial=0)}"
         )
     tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(model.device)
-    cache = OVQCache(model.config)
+    cache = new_cache(model)
     pieces: list[np.ndarray] = []
     for hidden in read_pieces(model, tokens[:-1], cache, piece_size=piece_size):
         done = sum(map(len, pieces))
@@ -108,6 +109,21 @@ def token_losses(model: OVQForCausalLM, ids: np.ndarray, *, piece_size: int = PI
         # reading.
         pieces.append(losses.cpu().numpy())
     return np.concatenate(pieces)
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before a text; None if it puts none there.
+
+    Args:
+        tokenizer: One of transformers.
+
+    Example:
+        >>> from ovq.text import byte_tokenizer
+        >>> start_token(byte_tokenizer())
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    marked = tokenizer("a")["input_ids"]
+    return marked[0] if marked[1 : 1 + len(plain)] == plain and marked[: len(plain)] != plain else None
 
 
 def token_bytes(tokenizer: Any) -> np.ndarray:

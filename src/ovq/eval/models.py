@@ -1,0 +1,111 @@
+"""What tests of language models need of a model: of this library, converted, or pretrained."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from ovq.convert import ConvertedMixin, MemoryCache
+from ovq.convert.config import CONFIG_KEY
+from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM
+from ovq.hf.cache import CACHE_KEY
+
+CONVERTED = "converted"
+"""What stands in the place of a mixer for a model that `ovq convert` has written."""
+
+PRETRAINED = "pretrained"
+"""The same for a model of transformers as it is, with the cache of transformers, which grows."""
+
+_CHECK_TOKENS = 4
+_TOLERANCE = 0.05
+
+
+def long_range_mixer(config: PreTrainedConfig) -> str:
+    """The mixer that a model is named by: its last mixer that is not a window, or the window if it has no
+    other; `"converted"` or `"pretrained"` for models that are not of this library.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> long_range_mixer(OVQConfig(num_hidden_layers=2, mixer_types=["sliding_attention", "ovq"]))
+        'ovq'
+        >>> long_range_mixer(LlamaConfig())
+        'pretrained'
+    """
+    if not isinstance(config, OVQConfig):
+        return CONVERTED if hasattr(config, CONFIG_KEY) else PRETRAINED
+    others = [name for name in config.mixer_types if name != "sliding_attention"]
+    return others[-1] if others else config.mixer_types[-1]
+
+
+def new_cache(model: PreTrainedModel) -> Any:
+    """An empty cache of the kind that the model has: an `OVQCache`, `MemoryCache` or `DynamicCache`."""
+    if isinstance(model, ConvertedMixin):
+        return model.make_cache()
+    if isinstance(model.config, OVQConfig):
+        return OVQCache(model.config)
+    return DynamicCache(config=model.config)
+
+
+def branch(cache: Any) -> Any:
+    """An independent cache with the same content."""
+    return cache.snapshot() if isinstance(cache, (OVQCache, MemoryCache)) else copy.deepcopy(cache)
+
+
+@torch.no_grad()
+def state_bytes(model: PreTrainedModel, num_tokens: int) -> int:
+    """Bytes of the cache of one row after `num_tokens` tokens.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=3)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))
+        >>> state_bytes(model, 100) == 100 * 3 * 2 * 16 * 4
+        True
+    """
+    if isinstance(model, OVQForCausalLM):
+        return model.state_bytes(num_tokens)
+    cache = new_cache(model)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    model.base_model(token, **{CACHE_KEY: cache})
+    if isinstance(cache, MemoryCache):
+        return cache.nbytes
+    total = 0
+    for layer in cache.layers:
+        # A window keeps no more than that many tokens.
+        most = getattr(layer, "sliding_window", None) or num_tokens
+        per_token = sum(x.nbytes for x in vars(layer).values() if isinstance(x, torch.Tensor))
+        total += per_token * min(num_tokens, most)
+    return total
+
+
+def chunk_size_of(model: PreTrainedModel) -> int:
+    """Tokens per chunk: those that are merged at a time. Models without chunks have the default of OVQ's
+    config, so that they can be measured in the same way."""
+    if isinstance(model, ConvertedMixin):
+        return model.memory_config.chunk_size
+    return model.config.chunk_size if isinstance(model.config, OVQConfig) else OVQConfig().chunk_size
+
+
+@torch.no_grad()
+def check_logits(model: PreTrainedModel) -> None:
+    """Raise ValueError unless logits are what the output layer makes of the last hidden states.
+
+    The tests compute them so, for a few tokens at a time. Some models scale or bound them afterwards.
+    """
+    name, output = type(model).__name__, model.get_output_embeddings()
+    if (found := getattr(model.config, "final_logit_softcapping", None)) is not None:
+        raise ValueError(f"{name}: expected final_logit_softcapping None in its config, found {found}")
+    if output is None or not isinstance(getattr(model.config, "vocab_size", None), int):
+        raise ValueError(f"{name}: expected a model of text with an output layer, found none")
+    ids = torch.arange(_CHECK_TOKENS, device=model.device)[None] % model.config.vocab_size
+    expected = model(ids, use_cache=False).logits.float()
+    plain = output(model.base_model(ids, use_cache=False).last_hidden_state).float()
+    difference = float((plain - expected).abs().max())
+    if not difference <= _TOLERANCE * max(1.0, float(expected.abs().max())):
+        raise ValueError(
+            f"{name}: expected logits that its output layer gives, found others, by {difference:.2g}: such "
+            "models cannot be tested here"
+        )
