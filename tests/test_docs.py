@@ -76,6 +76,22 @@ def test_the_guide_to_conversion_says_what_was_measured():
     assert len(shown) == 20
 
 
+def test_the_guide_to_conversion_says_what_presses_lost():
+    rows = json.loads((ROOT / "docs" / "results" / "convert_kvpress.json").read_text())["rows"]
+    measured = {
+        (row["method"].replace("full", "full attention"), f"{row['rows']:,} to {row['rows_at_end']:,}", loss)
+        for row in rows
+        for loss in [f"{row['loss']:.3f}"]
+    }
+    table = re.findall(
+        r"^\| ([^|]+) \| ([\d,]+ to [\d,]+) \| (.+)$",
+        (ROOT / "docs" / "convert.md").read_text(),
+        flags=re.MULTILINE,
+    )
+    shown = {(*cells, loss) for *cells, losses in table for loss in re.findall(r"\d\.\d{3}", losses)}
+    assert shown == measured
+
+
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
 def test_programs_behind_figures_are_there(name):
     assert f"`python {name}`" in (ROOT / "docs" / "guarantees.md").read_text()
