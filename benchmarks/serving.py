@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py --out serving.json              # latency at 1, 8 and 32 clients
     python benchmarks/serving.py --requests 3600 --out soak.json # an hour of one request per second, at once
+    python benchmarks/serving.py --converted --out converted.json  # the first, with a converted Llama
 
 A model with random weights is saved and served by a process of its own; this program is the clients, through
 OpenAI's own library. In the second form, 32 clients send short requests, a tenth of them is killed in
@@ -27,7 +28,9 @@ from threading import Thread
 import httpx
 import openai
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from ovq.convert import attach
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
@@ -36,18 +39,24 @@ VOCAB_SIZE = 4096
 
 
 def make_model(folder: Path, arguments: argparse.Namespace) -> None:
-    """A model of OVQ and sliding-window layers that nobody trained: only its speed matters."""
+    """A model of OVQ and sliding-window layers, or a converted one, that nobody trained: only its speed
+    matters."""
     torch.manual_seed(0)
-    config = OVQConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=arguments.hidden_size,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.hidden_size // 64,
-        num_slots=arguments.num_slots,
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": arguments.hidden_size,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.hidden_size // 64,
         # Weights so spread that likeliest tokens do not tie, as in a trained model.
-        initializer_range=0.1,
-    )
-    model = OVQForCausalLM(config)
+        "initializer_range": 0.1,
+    }
+    model: PreTrainedModel
+    if arguments.converted:
+        llama = LlamaForCausalLM(LlamaConfig(intermediate_size=4 * arguments.hidden_size, **sizes))
+        # A short window, so that prompts of this size leave it.
+        model = attach(llama.eval(), num_slots=arguments.num_slots, window=64, num_sinks=4, chunk_size=32)
+    else:
+        model = OVQForCausalLM(OVQConfig(num_slots=arguments.num_slots, **sizes))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters", file=sys.stderr)
     model.save_pretrained(folder)
 
@@ -207,6 +216,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--num-slots", type=int, default=1024)
+    parser.add_argument("--converted", action="store_true", help="serve a converted Llama")
     parser.add_argument("--requests", type=int, default=0, help="send this many short ones instead")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
