@@ -23,8 +23,10 @@ SIZES = {
 
 #: Changes to `SIZES` that make a model of the mixers OVQ is compared with, all but softmax attention.
 BASELINES = {
-    "mixer_types": ["sink_attention", "vq", "linear_attention", "gated_deltanet", "mamba2", "kvm", "raven"],
-    "num_hidden_layers": 7,
+    "mixer_types": [
+        *("sink_attention", "vq", "linear_attention", "gated_deltanet", "mamba2", "kvm", "raven", "kda"),
+    ],
+    "num_hidden_layers": 8,
     "num_sinks": 2,
     "sink_window": 4,
     "kvm_chunk_size": 2,

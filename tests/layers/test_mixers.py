@@ -10,6 +10,7 @@ from ovq.layers import (
     ConstantStateMixer,
     FullAttention,
     GatedDeltaNet,
+    KimiDeltaAttention,
     KVMAttention,
     LinearAttention,
     Mamba2,
@@ -59,6 +60,7 @@ MAKERS = {
     "raven": lambda **kw: RavenAttention(HIDDEN, 4, 2, 6, raven_slots=9, raven_top_k=3, conv_size=3, **kw),
     "linear": lambda **kw: LinearAttention(HIDDEN, 4, 2, 6, conv_size=3, **kw),
     "deltanet": lambda **kw: GatedDeltaNet(HIDDEN, 4, 2, 6, conv_size=3, **kw),
+    "kda": lambda **kw: KimiDeltaAttention(HIDDEN, 4, 2, 6, kda_value_dim=5, conv_size=3, **kw),
     "mamba": lambda **kw: Mamba2(HIDDEN, 4, head_dim=9, state_size=5, conv_size=3, **kw),
 }
 # Float64 throughout: rotation by other columns, or sums in another order, stay far below this.
@@ -332,6 +334,7 @@ def test_the_names_of_weights_are_those_of_saved_models(name):
     slots = {"key_sum", "count", "next_key_sum", "next_count"}
     own = {
         "gated_deltanet": decaying,
+        "kda": decaying | {"decay_up_proj.weight", "gate_up_proj.weight", "gate_up_proj.bias"},
         "mamba2": decaying | {"skip"},
         "kvm": {"gate_proj.weight", "window_temperature", "state_temperature"}
         | {f"{norm}_norm.{tensor}" for norm in ("q", "k", "state") for tensor in ("weight", "bias")},

@@ -140,9 +140,8 @@ def test_the_registry_names_what_there_is():
     with pytest.raises(ValueError, match=r"full_attention.*ovq.*sliding_attention.*found 'mamba3'"):
         mixer_class("mamba3")
     softmax = {"full_attention", "sliding_attention", "sink_attention"}
-    assert (
-        set(MIXERS) == {"ovq", "vq", "kvm", "raven", "linear_attention", "gated_deltanet", "mamba2"} | softmax
-    )
+    recurrent = {"linear_attention", "gated_deltanet", "kda", "mamba2"}
+    assert set(MIXERS) == {"ovq", "vq", "kvm", "raven"} | recurrent | softmax
 
 
 def test_layers_import_without_transformers_triton_or_matplotlib():

@@ -1,4 +1,4 @@
-"""The six sets of mixers that the neighbours' suites run on."""
+"""The seven sets of mixers that the neighbours' suites run on."""
 
 from ovq.hf import OVQForCausalLM
 from tests.hf.common import make_model
@@ -11,6 +11,7 @@ SETS = {
     "vq_sinks": ["sink_attention", "vq"],
     "kvm_raven": ["raven", "kvm"],
     "deltanet_linear": ["gated_deltanet", "linear_attention"],
+    "ovq_kda": ["kda", "ovq"],
 }
 
 

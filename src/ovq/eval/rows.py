@@ -15,6 +15,7 @@ MIXER_NAMES = {
     "raven": "Raven",
     "linear_attention": "linear attention",
     "gated_deltanet": "Gated DeltaNet",
+    "kda": "KDA",
     "mamba2": "Mamba2",
 }
 """Display names of mixers; the others are shown by their name in `mixer_types`."""

@@ -64,6 +64,7 @@ class OVQConfig(PreTrainedConfig):
         num_sinks: S, the number of first tokens of a row that a `"sink_attention"` layer keeps visible.
         sink_window: last tokens that a `"sink_attention"` layer sees besides them, the current one included.
         delta_value_dim: components of a value in a `"gated_deltanet"` layer. None: `2 head_dim`.
+        kda_value_dim: components of a value in a `"kda"` layer. None: `head_dim`.
         mamba_head_dim: channels per head of a `"mamba2"` layer. None: `2 hidden_size / num_attention_heads`.
         mamba_state_size: size of the state per channel of a `"mamba2"` layer.
         num_slots: N, the largest number of slots per head of an `"ovq"` or a `"kvm"` layer; the slots per
@@ -136,6 +137,7 @@ class OVQConfig(PreTrainedConfig):
     num_sinks: int = defaults.NUM_SINKS
     sink_window: int = defaults.SINK_WINDOW
     delta_value_dim: int | None = None
+    kda_value_dim: int | None = None
     mamba_head_dim: int | None = None
     mamba_state_size: int = defaults.MAMBA_STATE_SIZE
     vq_decay: float | int = defaults.VQ_DECAY
@@ -279,6 +281,7 @@ class OVQConfig(PreTrainedConfig):
             "num_sinks": 1,
             "sink_window": 2,
             "delta_value_dim": 1,
+            "kda_value_dim": 1,
             "mamba_head_dim": 1,
             "mamba_state_size": 1,
             "raven_head_dim": 1,

@@ -6,6 +6,7 @@ imply these sizes.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,15 +26,16 @@ EQUAL_SIZES = (
     "sink_window",
     "kvm_chunk_size",
     "raven_head_dim",
+    "kda_value_dim",
 )
 
 
 def equal_sizes(config: OVQConfig) -> dict[str, int]:
     """Values of the fields `EQUAL_SIZES` that make other mixers as large as an `"ovq"` layer of this config.
 
-    `"gated_deltanet"`, `"mamba2"` and `"raven"` get as many parameters, within a few percent; the sizes of
-    their states follow from that, and for `"raven"` from `raven_slots` too. Three quarters of Mamba2's
-    weights make x, z and the output, one quarter makes B and C.
+    `"gated_deltanet"`, `"kda"`, `"mamba2"` and `"raven"` get as many parameters, within a few percent; the
+    sizes of their states follow from that, and for `"raven"` from `raven_slots` too. Three quarters of
+    Mamba2's weights make x, z and the output, one quarter makes B and C.
 
     `"sink_attention"` gets a state of as many bytes, in float32. `"kvm"` gets chunks half as long, so that
     its window of two chunks has as many tokens as the chunk of the OVQ layer, beside as many slots.
@@ -43,8 +45,8 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
         >>> sizes = equal_sizes(OVQConfig(num_attention_heads=2, head_dim=64, num_slots=64, chunk_size=64))
         >>> sizes["delta_value_dim"], sizes["mamba_head_dim"], sizes["mamba_state_size"]
         (42, 64, 63)
-        >>> sizes["sink_window"], sizes["kvm_chunk_size"], sizes["raven_head_dim"]
-        (126, 32, 47)
+        >>> sizes["sink_window"], sizes["kvm_chunk_size"], sizes["raven_head_dim"], sizes["kda_value_dim"]
+        (126, 32, 47, 40)
     """
     num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
     # Channels of all projections of the OVQ layer together.
@@ -68,8 +70,20 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
         "raven_head_dim": max(
             1, (num_projected - num_heads * (num_routed + 1)) // (2 * (num_heads + num_kv_heads))
         ),
+        "kda_value_dim": max(1, round(_kda_value_dim(config))),
         "kvm_chunk_size": min(max(1 + config.kvm_sinks, config.chunk_size // 2), config.num_slots),
     }
+
+
+def _kda_value_dim(config: OVQConfig) -> float:
+    """The V at which a `"kda"` layer has the weights of an OVQ layer: the root of a quadratic equation.
+
+    H V^2 weights and as many biases per component make the gate of rank V, `H K V` the decays.
+    """
+    width, num_heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+    linear = width * (2 * num_heads + 2) + num_heads * (head_dim + 1)
+    weights = width * num_heads * (2 * head_dim - 1)
+    return (math.sqrt(linear**2 + 4 * num_heads * weights) - linear) / (2 * num_heads)
 
 
 def window_of_equal_bytes(

@@ -5,6 +5,7 @@ from ovq.layers.cache import LayerCache, MixerCache
 from ovq.layers.common import ShortConvolution
 from ovq.layers.constant import ConstantStateMixer
 from ovq.layers.deltanet import GatedDeltaNet
+from ovq.layers.kda import KimiDeltaAttention
 from ovq.layers.kvm import KVMAttention
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.linear import LinearAttention
@@ -23,6 +24,7 @@ __all__ = [
     "FullAttention",
     "GatedDeltaNet",
     "KVMAttention",
+    "KimiDeltaAttention",
     "LayerCache",
     "LinearAttention",
     "Mamba2",

@@ -1,7 +1,8 @@
-"""Parts of recurrences with decay that are computed chunk by chunk: Gated DeltaNet and Mamba2."""
+"""Parts of recurrences with decay that are computed chunk by chunk: delta rules, Mamba2 and others."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import torch
@@ -12,12 +13,13 @@ from ovq.layers.constant import sum_dtype
 
 
 class DecayRates(nn.Module):
-    """Step sizes and decays per head, as in Mamba2 and Gated DeltaNet.
+    """Step sizes and decays per head, as in Mamba2 and Gated DeltaNet, or per channel of a head, as in KDA.
 
     `step = softplus(x + dt_bias)`, `log decay = -exp(A_log) step`.
 
     Args:
         num_heads: H.
+        num_channels: K, if every channel of a head has a step of its own; they share `A_log`.
 
     Example:
         >>> step, log_decay = DecayRates(3)(torch.zeros(1, 5, 3))
@@ -25,10 +27,11 @@ class DecayRates(nn.Module):
         True
     """
 
-    def __init__(self, num_heads: int):
+    def __init__(self, num_heads: int, num_channels: int | None = None):
         super().__init__()
+        channels = () if num_channels is None else (num_channels,)
         self.A_log = nn.Parameter(torch.empty(num_heads))
-        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(num_heads, *channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -40,10 +43,14 @@ class DecayRates(nn.Module):
         nn.init.uniform_(self.dt_bias, math.log(0.001), math.log(0.1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`[..., H]` to steps and logarithms of decays, `[..., H]` each, in float32 (float64 for float64)."""
+        """`[..., H]` or `[..., H, K]` to steps and logarithms of decays of this shape.
+
+        Both are in float32 (float64 for float64).
+        """
         wide = sum_dtype(x.dtype)
         step = F.softplus(x.to(wide) + self.dt_bias.to(wide))
-        return step, -self.A_log.to(wide).exp() * step
+        rate = self.A_log.to(wide).exp()
+        return step, -(rate if self.dt_bias.dim() == 1 else rate[:, None]) * step
 
 
 def to_chunks(x: Tensor, chunk: int) -> Tensor:
@@ -72,3 +79,54 @@ def decay_between(total: Tensor) -> Tensor:
     is_later = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
     # Masked before the exponential, which could overflow there.
     return (total[..., :, None] - total[..., None, :]).masked_fill(is_later, -torch.inf).exp()
+
+
+def delta_rule_in_chunks(
+    v: Tensor,
+    rate: Tensor,
+    state: Tensor,
+    *,
+    q_since_start: Tensor,
+    k_since_start: Tensor,
+    k_to_end: Tensor,
+    query_products: Tensor,
+    key_products: Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """A delta rule with decay; the corrections within a chunk solve one triangular system.
+
+    The kind of the decay is in the arguments, which have it applied.
+
+    Args:
+        v: `[B, H, n, C, V]`.
+        rate: `[B, H, n, C]`, in [0, 1].
+        state: `[B, H, K, V]`.
+        q_since_start: `[B, H, n, C, K]`, queries, as what the state before the chunk has decayed until then.
+        k_since_start: `[B, H, n, C, K]`, keys, likewise.
+        k_to_end: `[B, H, n, C, K]`, keys, as they decay from their token to the end of the chunk.
+        query_products: `[B, H, n, C, C]`, queries (rows) times keys (columns), as keys have decayed until the
+            query; 0 for later keys.
+        key_products: `[B, H, n, C, C]`, keys times keys likewise; the diagonal does not matter.
+        kept: `[B, H, n, 1 or K, 1]`, what a chunk leaves of the state before it.
+
+    Returns:
+        `[B, H, n, C, V]`, and the state after the last chunk.
+    """
+    # What a token writes depends on what earlier tokens of the chunk wrote: (I + A) w = rate (v - ...).
+    scaled = torch.cat([v, k_since_start], dim=-1) * rate[..., None]
+    system = key_products * rate[..., None]
+    solved = torch.linalg.solve_triangular(system, scaled, upper=False, unitriangular=True)
+    from_values, from_state = solved.split([v.shape[-1], state.shape[-2]], dim=-1)
+    states, written = [], []
+    # Unbound, because the gradient of an index is a tensor as large as all chunks together.
+    parts = (from_values, from_state, k_to_end.transpose(-1, -2), kept)
+    for value, key, key_at_end, share in zip(*(x.unbind(2) for x in parts), strict=True):
+        states.append(state)
+        written.append(value - key @ state)
+        state = state * share + key_at_end @ written[-1]
+    return q_since_start @ torch.stack(states, 2) + query_products @ torch.stack(written, 2), state
+
+
+def can_use_fla(x: Tensor) -> bool:
+    """Whether the kernels of flash-linear-attention can run here: on a GPU, below float64, and installed."""
+    return x.is_cuda and x.dtype != torch.float64 and importlib.util.find_spec("fla") is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -11,7 +10,14 @@ from torch import Tensor, nn
 
 from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
-from ovq.layers.chunked import DecayRates, decay_between, from_chunks, to_chunks
+from ovq.layers.chunked import (
+    DecayRates,
+    can_use_fla,
+    decay_between,
+    delta_rule_in_chunks,
+    from_chunks,
+    to_chunks,
+)
 from ovq.layers.common import l2_normalize
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
@@ -122,7 +128,7 @@ class GatedDeltaNet(ConstantStateMixer):
 def gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rate: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gated delta rule in chunks; the corrections within a chunk solve one triangular system.
+    """The gated delta rule in chunks.
 
     Args:
         q: `[B, T, Hk, K]`, normalised; this function scales it by `1 / sqrt(K)`. Hk divides H.
@@ -142,30 +148,23 @@ def gated_delta_rule(
     total = log_decay.cumsum(-1)
     between, since_start = decay_between(total), total.exp()[..., None]
     to_end = (total[..., -1:] - total).exp()[..., None]
-
-    # What a token writes depends on what earlier tokens of the chunk wrote: (I + A) w = rate (v - ...).
-    key_products = k @ k.transpose(-1, -2)
-    system = key_products * between * rate[..., None]
-    scaled = torch.cat([v, k * since_start], dim=-1) * rate[..., None]
-    solved = torch.linalg.solve_triangular(system, scaled, upper=False, unitriangular=True)
-    from_values, from_state = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-
-    keys_at_end, decay_of_chunk = (k * to_end).transpose(-1, -2), since_start[..., -1:, :]
-    states, written = [], []
-    for i in range(v.shape[2]):
-        states.append(state)
-        written.append(from_values[:, :, i] - from_state[:, :, i] @ state)
-        state = state * decay_of_chunk[:, :, i] + keys_at_end[:, :, i] @ written[-1]
-    o = (q * since_start) @ torch.stack(states, 2)
-    o = o + (q @ k.transpose(-1, -2) * between) @ torch.stack(written, 2)
+    o, state = delta_rule_in_chunks(
+        v,
+        rate,
+        state,
+        q_since_start=q * since_start,
+        k_since_start=k * since_start,
+        k_to_end=k * to_end,
+        query_products=q @ k.transpose(-1, -2) * between,
+        key_products=k @ k.transpose(-1, -2) * between,
+        kept=since_start[..., -1:, :],
+    )
     return from_chunks(o, num_tokens), state
 
 
 def _best_gated_delta_rule(q: Tensor) -> Any:
     """flash-linear-attention's kernels on a GPU if the package is installed, else `gated_delta_rule`."""
-    if q.is_cuda and q.dtype != torch.float64 and importlib.util.find_spec("fla") is not None:
-        return _gated_delta_rule_of_fla
-    return gated_delta_rule
+    return _gated_delta_rule_of_fla if can_use_fla(q) else gated_delta_rule
 
 
 def _gated_delta_rule_of_fla(

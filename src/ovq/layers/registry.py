@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ovq.layers.base import Mixer
 from ovq.layers.deltanet import GatedDeltaNet
+from ovq.layers.kda import KimiDeltaAttention
 from ovq.layers.kvm import KVMAttention
 from ovq.layers.linear import LinearAttention
 from ovq.layers.mamba import Mamba2
@@ -25,6 +26,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "raven": RavenAttention,
     "linear_attention": LinearAttention,
     "gated_deltanet": GatedDeltaNet,
+    "kda": KimiDeltaAttention,
     "mamba2": Mamba2,
 }
 

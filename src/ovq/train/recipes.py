@@ -295,6 +295,7 @@ _MIXERS = {
     "raven": "raven",
     "linear": "linear_attention",
     "gdn": "gated_deltanet",
+    "kda": "kda",
     "mamba2": "mamba2",
 }
 """How the names of recipes abbreviate the long-range mixers."""

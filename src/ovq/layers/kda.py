@@ -1,0 +1,202 @@
+"""Kimi Delta Attention (Kimi Team 2025, arXiv 2510.26692): the delta rule with a decay per channel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovq.layers.base import Mixer, checked_head_dim
+from ovq.layers.cache import LayerCache
+from ovq.layers.chunked import DecayRates, can_use_fla, delta_rule_in_chunks, from_chunks, to_chunks
+from ovq.layers.common import WideRMSNorm, l2_normalize
+from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
+from ovq.layers.layout import SequenceLayout
+from ovq.layers.memory import StateSpec
+
+# Tokens per triangular system, a power of two. A tiling choice.
+CHUNK = 32
+
+
+class KimiDeltaAttention(ConstantStateMixer):
+    """A state matrix per head whose rows decay apart, and that every token corrects towards `S^T k = v`.
+
+    `S_t = (I - b_t k_t k_t^T) Diag(a_t) S_{t-1} + b_t k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, with decays
+    `a_t` in (0, 1)^K and a rate `b_t` in (0, 1) computed from the token. Gated DeltaNet has one decay per
+    head. Decays and the output gate come from projections of rank V.
+
+    Args:
+        hidden_size: width of the model.
+        num_heads: heads H of values and states.
+        num_kv_heads: heads Hkv of queries and keys; divides H. None: as many as `num_heads`.
+        head_dim: K. None: `hidden_size / num_heads`.
+        kda_value_dim: V. None: K, as published.
+        kwargs: `conv_size` and `layer_idx` of `Mixer`.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+
+    Example:
+        >>> layer = KimiDeltaAttention(32, num_heads=2)
+        >>> _, _, cache = layer(torch.randn(1, 20, 32), use_cache=True)
+        >>> cache.layers[0].state["delta"].shape
+        torch.Size([1, 2, 16, 16])
+    """
+
+    state_kind = "the matrices of Kimi Delta Attention"
+    config_fields = Mixer.config_fields | {
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "kda_value_dim": "kda_value_dim",
+    }
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        *,
+        kda_value_dim: int | None = None,
+        **kwargs: Any,
+    ):
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        head_dim = checked_head_dim(hidden_size, num_heads, num_kv_heads, head_dim)
+        value_dim = head_dim if kda_value_dim is None else kda_value_dim
+        if value_dim < 1:
+            raise ValueError(f"kda_value_dim: expected at least 1, found {value_dim}")
+        super().__init__(
+            hidden_size,
+            num_channels=2 * num_kv_heads * head_dim + num_heads * value_dim,
+            num_outputs=num_heads * value_dim,
+            **kwargs,
+        )
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim, self.value_dim = head_dim, value_dim
+        # Projects to what the decays and the output gate are made of, and to the rate.
+        self.gate_proj = nn.Linear(hidden_size, 2 * value_dim + num_heads, bias=False)
+        self.decay_up_proj = nn.Linear(value_dim, num_heads * head_dim, bias=False)
+        self.gate_up_proj = nn.Linear(value_dim, num_heads * value_dim)
+        self.rates = DecayRates(num_heads, head_dim)
+        self.out_norm = WideRMSNorm(value_dim, eps=1e-5)
+
+    def constant_spec(self, dtype: torch.dtype) -> StateSpec:
+        """The state matrix of each head."""
+        return {"delta": ((self.num_heads, self.head_dim, self.value_dim), sum_dtype(dtype))}
+
+    def mix(
+        self,
+        channels: Tensor,
+        hidden_states: Tensor,
+        layout: SequenceLayout,
+        cache: LayerCache | None,
+        **options: Any,
+    ) -> Tensor:
+        """See `Mixer.mix`."""
+        rows = layout.rows()
+        num_key_channels = self.num_kv_heads * self.head_dim
+        q, k, v = F.silu(channels).split(
+            [num_key_channels, num_key_channels, self.num_heads * self.value_dim], dim=-1
+        )
+        q, k = (l2_normalize(x.unflatten(-1, (-1, self.head_dim))) for x in (q, k))
+        decay, gate, rate = self.gate_proj(hidden_states).split(
+            [self.value_dim, self.value_dim, self.num_heads], dim=-1
+        )
+        _, log_decay = self.rates(self.decay_up_proj(decay).unflatten(-1, (self.num_heads, -1)))
+        inputs = (q, k, v.unflatten(-1, (self.num_heads, -1)), log_decay, rate.to(log_decay.dtype).sigmoid())
+        # Zeros where there is no token, so that the state neither decays nor is written to.
+        q, k, v, log_decay, rate = (rows.take(x) for x in inputs)
+        before = self.state_before(cache, len(q), channels)
+        rule = _kimi_delta_rule_of_fla if can_use_fla(q) else kimi_delta_rule
+        with without_autocast(q):
+            o, delta = rule(q, k, v.to(q.dtype), log_decay, rate, before["delta"])
+        if cache is not None:
+            cache.set_state({"delta": delta}, layout.num_new)
+        o = self.out_norm(rows.put(o)).flatten(2)
+        return (o * self.gate_up_proj(gate).to(o.dtype).sigmoid()).to(channels.dtype)
+
+
+def kimi_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rate: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The delta rule with a decay per channel of the keys, in chunks.
+
+    Args:
+        q: `[B, T, Hk, K]`, normalised; this function scales it by `1 / sqrt(K)`. Hk divides H.
+        k: `[B, T, Hk, K]`, normalised.
+        v: `[B, T, H, V]`.
+        log_decay: `[B, T, H, K]`, at most 0.
+        rate: `[B, T, H]`, in [0, 1].
+        state: `[B, H, K, V]`.
+
+    Returns:
+        `[B, T, H, V]`, and the state after the last token.
+    """
+    num_tokens, num_heads = v.shape[1:3]
+    q, k = (x.repeat_interleave(num_heads // x.shape[2], dim=2) for x in (q * q.shape[-1] ** -0.5, k))
+    chunk = min(CHUNK, 1 << (num_tokens - 1).bit_length())
+    q, k, v, log_decay, rate = (to_chunks(x, chunk) for x in (q, k, v, log_decay, rate))
+    total = log_decay.cumsum(-2)
+    since_start = total.exp()
+    query_products, key_products = decayed_products(torch.stack([q, k]), k, total)
+    o, state = delta_rule_in_chunks(
+        v,
+        rate,
+        state,
+        q_since_start=q * since_start,
+        k_since_start=k * since_start,
+        k_to_end=k * (total[..., -1:, :] - total).exp(),
+        query_products=query_products,
+        key_products=key_products,
+        kept=since_start[..., -1, :, None],
+    )
+    return from_chunks(o, num_tokens), state
+
+
+def decayed_products(x: Tensor, k: Tensor, total: Tensor) -> Tensor:
+    """Products of the tokens of a chunk where each channel decays from the earlier token to the later one.
+
+    Both halves of a chunk are decayed to the border between them, and multiplied as matrices; so are the
+    halves of these halves, and so on. No exponent is above 0, so nothing overflows, however fast channels
+    decay; and nothing of size C x C x K is formed.
+
+    Args:
+        x: `[..., C, K]`, C a power of two.
+        k: `[..., C, K]`.
+        total: `[..., C, K]`, sums of the logarithms of the decays up to each token of the chunk.
+
+    Returns:
+        `[..., C, C]`, row i, column j: `sum_c x_ic k_jc exp(total_ic - total_jc)`; 0 for j > i.
+
+    Example:
+        >>> ones, decay = torch.ones(2, 2), torch.tensor([[1.0, 1.0], [0.5, 0.25]])
+        >>> decayed_products(ones, ones, decay.log())
+        tensor([[2.0000, 0.0000],
+                [0.7500, 2.0000]])
+    """
+    products = (x * k).sum(-1)[..., None, None]
+    size = 1
+    while size < k.shape[-2]:
+        # [..., C / (2 size), size, K]
+        later = x.unflatten(-2, (-1, 2, size))[..., 1, :, :]
+        earlier = k.unflatten(-2, (-1, 2, size))[..., 0, :, :]
+        before, after = total.unflatten(-2, (-1, 2, size)).unbind(-3)
+        border = before[..., -1:, :]
+        below = (later * (after - border).exp()) @ (earlier * (border - before).exp()).transpose(-1, -2)
+        first, second = products.unflatten(-3, (-1, 2)).unbind(-3)
+        upper, lower = torch.cat([first, torch.zeros_like(below)], -1), torch.cat([below, second], -1)
+        products = torch.cat([upper, lower], -2)
+        size *= 2
+    return products.squeeze(-3)
+
+
+def _kimi_delta_rule_of_fla(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, rate: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`kimi_delta_rule` computed by the kernels of flash-linear-attention."""
+    from fla.ops.kda import chunk_kda
+
+    return chunk_kda(q, k, v, g=log_decay, beta=rate, initial_state=state, output_final_state=True)
