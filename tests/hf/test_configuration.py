@@ -71,6 +71,7 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
         ({"mamba_state_size": 0}, "mamba_state_size: expected at least 1, found 0"),
         ({"mamba_head_dim": 0}, "mamba_head_dim: expected at least 1, found 0"),
         ({"kda_value_dim": 0}, "kda_value_dim: expected at least 1, found 0"),
+        ({"mesa_steps": 0}, "mesa_steps: expected at least 1, found 0"),
         ({"delta_value_dim": 0}, "delta_value_dim: expected at least 1, found 0"),
         ({"vq_decay": 1.0}, r"vq_decay: expected a number in \[0, 1\), found 1.0"),
         ({"commitment_weight": -1}, "commitment_weight: expected at least 0, found -1"),
@@ -137,6 +138,7 @@ def test_values_of_another_type_are_refused(changes):
         {"sink_window": 3},
         {"delta_value_dim": 3},
         {"kda_value_dim": 3},
+        {"mesa_steps": 1},
         {"mamba_head_dim": 3},
         {"mamba_state_size": 3},
         {"raven_head_dim": 3},
@@ -153,7 +155,11 @@ def test_values_of_another_type_are_refused(changes):
 )
 def test_every_field_changes_the_model(changes):
     name = next(iter(changes))
-    sizes = BASELINES if name in ("num_sinks", *EQUAL_SIZES) or name.startswith(("kvm_", "raven_")) else {}
+    sizes = (
+        BASELINES
+        if name in ("num_sinks", "mesa_steps", *EQUAL_SIZES) or name.startswith(("kvm_", "raven_"))
+        else {}
+    )
     logits = []
     for config in (make_config(**sizes), make_config(**sizes | changes)):
         torch.manual_seed(0)

@@ -14,6 +14,7 @@ from ovq.layers import (
     KVMAttention,
     LinearAttention,
     Mamba2,
+    MesaNet,
     MixerCache,
     OVQAttention,
     RavenAttention,
@@ -61,6 +62,7 @@ MAKERS = {
     "linear": lambda **kw: LinearAttention(HIDDEN, 4, 2, 6, conv_size=3, **kw),
     "deltanet": lambda **kw: GatedDeltaNet(HIDDEN, 4, 2, 6, conv_size=3, **kw),
     "kda": lambda **kw: KimiDeltaAttention(HIDDEN, 4, 2, 6, kda_value_dim=5, conv_size=3, **kw),
+    "mesanet": lambda **kw: MesaNet(HIDDEN, 4, 2, 6, conv_size=3, **kw),
     "mamba": lambda **kw: Mamba2(HIDDEN, 4, head_dim=9, state_size=5, conv_size=3, **kw),
 }
 # Float64 throughout: rotation by other columns, or sums in another order, stay far below this.
@@ -335,6 +337,7 @@ def test_the_names_of_weights_are_those_of_saved_models(name):
     own = {
         "gated_deltanet": decaying,
         "kda": decaying | {"decay_up_proj.weight", "gate_up_proj.weight", "gate_up_proj.bias"},
+        "mesanet": {"gate_proj.weight", "gate_proj.bias", "ridge_bias", "out_norm.weight"},
         "mamba2": decaying | {"skip"},
         "kvm": {"gate_proj.weight", "window_temperature", "state_temperature"}
         | {f"{norm}_norm.{tensor}" for norm in ("q", "k", "state") for tensor in ("weight", "bias")},

@@ -140,7 +140,7 @@ def test_the_registry_names_what_there_is():
     with pytest.raises(ValueError, match=r"full_attention.*ovq.*sliding_attention.*found 'mamba3'"):
         mixer_class("mamba3")
     softmax = {"full_attention", "sliding_attention", "sink_attention"}
-    recurrent = {"linear_attention", "gated_deltanet", "kda", "mamba2"}
+    recurrent = {"linear_attention", "gated_deltanet", "kda", "mesanet", "mamba2"}
     assert set(MIXERS) == {"ovq", "vq", "kvm", "raven"} | recurrent | softmax
 
 

@@ -11,7 +11,7 @@ SETS = {
     "vq_sinks": ["sink_attention", "vq"],
     "kvm_raven": ["raven", "kvm"],
     "deltanet_linear": ["gated_deltanet", "linear_attention"],
-    "ovq_kda": ["kda", "ovq"],
+    "kda_mesanet": ["kda", "mesanet"],
 }
 
 

@@ -135,6 +135,7 @@ NAMES = {
     "linear_attention": {"linear attention"},
     "gated_deltanet": {"Gated DeltaNet", "delta rule", "Gated DeltaNet, fla"},
     "kda": {"KDA"},
+    "mesanet": {"MesaNet"},
     "mamba2": {"Mamba2", "Mamba2, fla"},
 }
 MODELS = [(mixer, 64 if mixer == "ovq" else None) for mixer in MIXERS]

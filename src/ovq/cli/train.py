@@ -21,7 +21,7 @@ def train(
         typer.Argument(
             help="A file of your own (.yaml, .json), or TASK-MIXER: recall, positional, regression, mqar, lm "
             "or lm-70m, lm-120m, lm-150m, lm-350m, lm-480m for GPUs; ovq, full, sliding, sinks, vq, kvm, "
-            "raven, linear, gdn, kda or mamba2.",
+            "raven, linear, gdn, kda, mesanet or mamba2.",
             show_default=False,
         ),
     ] = None,

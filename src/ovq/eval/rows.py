@@ -16,6 +16,7 @@ MIXER_NAMES = {
     "linear_attention": "linear attention",
     "gated_deltanet": "Gated DeltaNet",
     "kda": "KDA",
+    "mesanet": "MesaNet",
     "mamba2": "Mamba2",
 }
 """Display names of mixers; the others are shown by their name in `mixer_types`."""

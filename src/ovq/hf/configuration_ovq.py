@@ -85,6 +85,7 @@ class OVQConfig(PreTrainedConfig):
         raven_top_k: slots that a `"raven"` layer writes a token to. None: one in eight.
         raven_head_dim: size of a head of a `"raven"` layer. None: `head_dim`.
         raven_noise: whether the router of a `"raven"` layer adds Gumbel noise in training.
+        mesa_steps: steps of conjugate gradients by which a `"mesanet"` layer solves its systems.
         conv_size: taps of the causal depthwise convolution in every mixer; 0 for none.
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
             `merge` is meant for.
@@ -152,6 +153,7 @@ class OVQConfig(PreTrainedConfig):
     raven_top_k: int | None = None
     raven_head_dim: int | None = None
     raven_noise: bool = defaults.RAVEN_NOISE
+    mesa_steps: int = defaults.MESA_STEPS
     num_slots: int = defaults.NUM_SLOTS
     chunk_size: int = defaults.CHUNK_SIZE
     conv_size: int = defaults.CONV_SIZE
@@ -285,6 +287,7 @@ class OVQConfig(PreTrainedConfig):
             "mamba_head_dim": 1,
             "mamba_state_size": 1,
             "raven_head_dim": 1,
+            "mesa_steps": 1,
             "num_slots": 1,
             "chunk_size": 1,
         }

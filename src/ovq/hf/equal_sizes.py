@@ -35,7 +35,7 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
 
     `"gated_deltanet"`, `"kda"`, `"mamba2"` and `"raven"` get as many parameters, within a few percent; the
     sizes of their states follow from that, and for `"raven"` from `raven_slots` too. Three quarters of
-    Mamba2's weights make x, z and the output, one quarter makes B and C.
+    Mamba2's weights make x, z and the output, one quarter makes B and C. `"mesanet"` has as many as it is.
 
     `"sink_attention"` gets a state of as many bytes, in float32. `"kvm"` gets chunks half as long, so that
     its window of two chunks has as many tokens as the chunk of the OVQ layer, beside as many slots.

@@ -20,7 +20,15 @@ from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, one_cache, u
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.hub import HubModel
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
-from ovq.layers import KVMAttention, Mamba2, Mixer, OVQAttention, SequenceLayout, ShortConvolution
+from ovq.layers import (
+    KVMAttention,
+    Mamba2,
+    MesaNet,
+    Mixer,
+    OVQAttention,
+    SequenceLayout,
+    ShortConvolution,
+)
 from ovq.layers.chunked import DecayRates
 from ovq.layers.common import QKNorm
 from ovq.layers.gates import MergeGate, SlotScale
@@ -48,6 +56,7 @@ _OWN_WEIGHTS = (
     DecayRates,
     Mamba2,
     KVMAttention,
+    MesaNet,
     StaticDictionary,
     MergeGate,
     SlotScale,

@@ -10,6 +10,7 @@ from ovq.layers.kvm import KVMAttention
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.linear import LinearAttention
 from ovq.layers.mamba import Mamba2
+from ovq.layers.mesanet import MesaNet
 from ovq.layers.ovq import OVQAttention
 from ovq.layers.raven import RavenAttention
 from ovq.layers.registry import MIXERS, mixer_class, register_mixer
@@ -28,6 +29,7 @@ __all__ = [
     "LayerCache",
     "LinearAttention",
     "Mamba2",
+    "MesaNet",
     "Mixer",
     "MixerCache",
     "OVQAttention",

@@ -1,4 +1,4 @@
-"""Parts of recurrences with decay that are computed chunk by chunk: delta rules, Mamba2 and others."""
+"""Parts of recurrences with decay that are computed chunk by chunk: delta rules, Mamba2, MesaNet, Raven."""
 
 from __future__ import annotations
 

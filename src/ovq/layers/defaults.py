@@ -21,6 +21,7 @@ KVM_GROWTH = "immediate"
 KVM_SINKS = 1
 KVM_NORM_LEAK = True
 RAVEN_NOISE = False
+MESA_STEPS = 30
 
 # The op needs to be told the sizes of its dictionary; how it is learned has defaults there.
 _OPTIONS = inspect.signature(ovq_attention).parameters

@@ -8,6 +8,7 @@ from ovq.layers.kda import KimiDeltaAttention
 from ovq.layers.kvm import KVMAttention
 from ovq.layers.linear import LinearAttention
 from ovq.layers.mamba import Mamba2
+from ovq.layers.mesanet import MesaNet
 from ovq.layers.ovq import OVQAttention
 from ovq.layers.raven import RavenAttention
 from ovq.layers.sinks import SinkAttention
@@ -27,6 +28,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "linear_attention": LinearAttention,
     "gated_deltanet": GatedDeltaNet,
     "kda": KimiDeltaAttention,
+    "mesanet": MesaNet,
     "mamba2": Mamba2,
 }
 

@@ -1,10 +1,10 @@
 """How lines look: one colour and one marker per mixer, the same in every figure of the project.
 
 The hues are Okabe and Ito's, which colour-blind readers can tell apart too, with a grey and a brown for the
-two windows, a magenta for KVM, an olive for Raven and a plum for KDA. Lines of one mixer keep its hue and
-differ in shade, marker and dashes. OVQ has a second blue, with filled markers, for dictionaries whose
-cheapest pairs are merged. Where all lines have the same mixer, as in an ablation, they have colours that
-belong to no mixer.
+two windows, a magenta for KVM, an olive for Raven, a plum for KDA and a moss green for MesaNet. Lines of one
+mixer keep its hue and differ in shade, marker and dashes. OVQ has a second blue, with filled markers, for
+dictionaries whose cheapest pairs are merged. Where all lines have the same mixer, as in an ablation, they
+have colours that belong to no mixer.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ _SHADES = {
     "linear_attention": ("#F0996B", "#D55E00", "#853B00"),
     "gated_deltanet": ("#E3B5D0", "#CC79A7", "#8C4A70"),
     "kda": ("#A86AA8", "#691E69", "#3A0C3A"),
+    "mesanet": ("#8DB37F", "#4B783C", "#2A4720"),
     "mamba2": ("#8C8C8C", "#000000", "#444444"),
 }
 _MARKERS = {
@@ -83,6 +84,7 @@ _MARKERS = {
     "linear_attention": ">",
     "gated_deltanet": "P",
     "kda": "D",
+    "mesanet": "8",
     "mamba2": "X",
 }
 _DASHES = ("--", "-", "-.")

@@ -75,6 +75,7 @@ class ModelArgs:
         raven_slots: Slots per head of Raven; `None` for as many as components per head.
         raven_top_k: Slots that Raven writes a token to; `None` for one in eight.
         raven_noise: Whether the router of Raven adds Gumbel noise in training.
+        mesa_steps: Steps of conjugate gradients by which MesaNet solves its systems.
         vq_decay: Decay of the moving averages that are the slots of VQ-attention.
         commitment_weight: Factor on the loss that draws the keys of VQ-attention to their slots.
         growth: How the dictionary grows, see `ovq.ops.ovq_attention`.
@@ -118,6 +119,7 @@ class ModelArgs:
     raven_slots: int | None = None
     raven_top_k: int | None = None
     raven_noise: bool = defaults.RAVEN_NOISE
+    mesa_steps: int = defaults.MESA_STEPS
     vq_decay: float = defaults.VQ_DECAY
     commitment_weight: float = defaults.COMMITMENT_WEIGHT
     num_slots: int = SMALL_MODEL["num_slots"]
@@ -148,7 +150,7 @@ class ModelArgs:
         _check_at_least(self, "model", 1, "hidden_size", "intermediate_size", "num_attention_heads")
         _check_at_least(self, "model", 1, "num_key_value_heads", "head_dim", "sliding_window", "num_sinks")
         _check_at_least(self, "model", 1, "sink_window", "mamba_state_size", "num_slots", "chunk_size")
-        _check_at_least(self, "model", 1, "kvm_chunk_size", "raven_slots", "raven_top_k")
+        _check_at_least(self, "model", 1, "kvm_chunk_size", "raven_slots", "raven_top_k", "mesa_steps")
         _check_at_least(self, "model", 0, "conv_size", "commitment_weight", "window", "ovq_sinks")
         _check_at_least(self, "model", 0, "exact_rope_dim")
         _check_at_least(self, "model", 0, "initializer_range", "embedding_std", "value_weight")

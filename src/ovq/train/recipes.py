@@ -296,6 +296,7 @@ _MIXERS = {
     "linear": "linear_attention",
     "gdn": "gated_deltanet",
     "kda": "kda",
+    "mesanet": "mesanet",
     "mamba2": "mamba2",
 }
 """How the names of recipes abbreviate the long-range mixers."""

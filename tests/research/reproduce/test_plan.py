@@ -112,6 +112,7 @@ def test_every_mixer_is_compared(name):
         "kvm",
         "raven",
         "kda",
+        "mesanet",
     }
 
 
