@@ -6,6 +6,7 @@ values on, marked as its own; the attention function finds the memory by that ma
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -156,7 +157,7 @@ class MemoryLayer(CacheLayerMixin):
     @staticmethod
     def joined(parts: Sequence[MemoryLayer]) -> MemoryLayer:
         """The rows of several layers of one config, each of which has read something."""
-        other = parts[0].clone()
+        other = copy.copy(parts[0])
         other.memories = [
             HeadMemory.joined(memories)
             for memories in zip(*(part.memories or [] for part in parts), strict=True)

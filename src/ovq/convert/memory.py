@@ -309,6 +309,16 @@ class HeadMemory:
             # A mean that no token was added to stays as it is, bit by bit.
             has_changed = ((new_sum != old_sum).any(-1) | (new_count != count))[..., None]
             means = torch.where(has_changed, new_sum / counts * factor, old)
-            # New tensors, because autograd may have saved the old ones.
-            setattr(self, name, getattr(self, name).index_copy(0, index, means))
-        self.count = self.count.index_copy(0, index, new_count)
+            _put_rows(self, name, index, means)
+        _put_rows(self, "count", index, new_count)
+
+
+def _put_rows(memory: HeadMemory, name: str, index: Tensor, rows: Tensor) -> None:
+    """Replace rows of a tensor."""
+    tensor = getattr(memory, name)
+    if torch.is_inference_mode_enabled():
+        # Where many rows take turns to merge, copying the others would take most of the time.
+        tensor.index_copy_(0, index, rows)
+    else:
+        # A new tensor, because autograd may have saved the old one.
+        setattr(memory, name, tensor.index_copy(0, index, rows))
