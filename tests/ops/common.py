@@ -8,7 +8,7 @@ from ovq.ops import OVQState, cpu_kernels, ovq_attention
 from ovq.ops.options import COUNT_POWERS, INITS, MERGES
 
 BACKENDS = ("naive", "torch")
-# The compiled kernels, where a compiler is found: float32 and bfloat16, running means and log counts alone.
+# The compiled kernels, where a compiler is found: no float64, running means and log counts alone.
 CPU = ("cpu",) if cpu_kernels().startswith("compiled") else ()
 # How slots are scored and how they move: the defaults, each other choice alone, and both.
 SCORINGS = [{}, {"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "rate": 0.7}]
@@ -23,7 +23,7 @@ either_rule = pytest.mark.parametrize("merge", ["existing", *COUNT_POWERS])
 def takes(backend, dtype, variant):
     """Whether a backend runs calls of this dtype and these of `VARIANTS`."""
     is_scored_by_count = variant.get("bias", "count") == variant.get("rate", "count") == "count"
-    return backend != "cpu" or (dtype in (torch.float32, torch.bfloat16) and is_scored_by_count)
+    return backend != "cpu" or (dtype != torch.float64 and is_scored_by_count)
 
 
 def inputs(batch, length, heads=2, kv_heads=1, key_dim=6, value_dim=5, *, dtype=torch.float64, seed=0):

@@ -154,7 +154,7 @@ def slot_assignments(
         window, num_sinks, exact_dims, token_weights: as in `ovq_attention`.
         initial_state: the state that the call continues from. It is not changed.
         attention_mask, cu_seqlens: as in `ovq_attention`.
-        backend: `"torch"`, `"cpu"` (compiled for this processor; float32 and bfloat16, rate `"count"`) or
+        backend: `"torch"`, `"cpu"` (compiled for this processor; no float64, rate `"count"`) or
             `"auto"`, the fastest that can. The assignments of all backends of `ovq_attention` are equal.
 
     Raises:

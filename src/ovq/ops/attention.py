@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -113,8 +115,8 @@ def ovq_attention(
             sinks); as `scale`. None: `scale`.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
-            this processor; float32 and bfloat16), `"triton"` (kernels for GPUs; no float64, no merge
-            `"updated"`) or `"auto"`: the fastest that can run the call; `backend_used()` tells
+            this processor; no float64), `"triton"` (kernels for GPUs; no float64, no merge `"updated"`)
+            or `"auto"`: the fastest that can run the call; `backend_used()` tells
             which ran. Only `"naive"` and `"torch"` know `window`, `num_sinks`, `exact_dims`,
             `token_weights` and `slot_scale`.
 
@@ -141,6 +143,26 @@ def ovq_attention(
         >>> torch.equal(o2[:, :16], o[:, :16])
         True
     """
+    # What a decode step is told by the state that it continues need not be found out anew.
+    is_plain = attention_mask is None and cu_seqlens is None and generator is None
+    is_plain &= token_weights is None and slot_scale is None
+    settings: tuple = (
+        num_slots,
+        chunk_size,
+        growth,
+        init,
+        merge,
+        bias,
+        rate,
+        value_weight,
+        window,
+        num_sinks,
+    )
+    settings = (*settings, exact_dims, backend, None if isinstance(scale, Tensor) else scale)
+    if is_plain and isinstance(initial_state, OVQState) and output_final_state:
+        found = _next_step(q, k, v, scale, initial_state, settings)
+        if found is not None:
+            return found
     check_qkv(q, k, v)
     options = Options(
         num_slots=num_slots,
@@ -166,7 +188,7 @@ def ovq_attention(
         from ovq.ops.backends.triton.traced import attention
 
         return attention(q, k, v, scale, attention_mask, cu_seqlens, options), None
-    return _attention(
+    o, state = _attention(
         q,
         k,
         v,
@@ -180,6 +202,21 @@ def ovq_attention(
         token_weights,
         slot_scale,
     )
+    if is_plain and state is not None and state._next is not None:
+        state._next.settings = settings
+    return o, state
+
+
+def _next_step(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None, state: OVQState, settings: tuple
+) -> tuple[Tensor, OVQState] | None:
+    """The call as a repetition of the decode step before it, if it is one."""
+    global _used
+    step = state._next
+    if step is None or torch.compiler.is_compiling() or not step.fits(q, k, v, state, settings):
+        return None
+    _used = "cpu"
+    return step.run(q, k, v, checked_scale(scale, q) if isinstance(scale, Tensor) else step.scale, state)
 
 
 def _is_traced(backend: str, q: Tensor, v: Tensor, options: Options) -> bool:
@@ -224,6 +261,7 @@ def _attention(
         slot_scale,
     )
     _used = backends.chosen(backend, call)
-    with full_precision(q.device):
+    # The compiled kernels use no product of PyTorch.
+    with contextlib.nullcontext() if _used == "cpu" else full_precision(q.device):
         o, state = backends.BACKENDS[_used].run(call)
     return o, state if output_final_state else None

@@ -93,12 +93,13 @@ class Call:
             or min(self.rows.lengths, default=0) != 1
         ):
             return False
+        if not torch.is_grad_enabled():
+            return True
         state = self.state
         memory = (state.key_sum, state.value_sum, state.pending_keys, state.pending_values)
         more = (state.weight, state.pending_weights, self.token_weights, self.slot_scale)
         tensors = (self.q, self.k, self.v, self.scale, *memory, *more)
-        needs_graph = any(x is not None and x.requires_grad for x in tensors)
-        return not (torch.is_grad_enabled() and needs_graph)
+        return not any(x is not None and x.requires_grad for x in tensors)
 
 
 def refusal_of_options(options: Options) -> str | None:

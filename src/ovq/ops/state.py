@@ -6,6 +6,7 @@ A state is a value: no operation changes a state that it is given, so to keep a 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ovq.ops.next_step import NextStep
 from ovq.ops.options import TIE, VALUE_WEIGHT
 from ovq.ops.pending import PendingBuffers
 
@@ -82,6 +84,8 @@ class OVQState:
     pending_weights: Tensor | None = None
     # The buffers in which decode steps keep the pending tokens, if there were such steps (`advanced`).
     _buffers: PendingBuffers | None = dataclasses.field(default=None, repr=False)
+    # What the next decode step need not find out again.
+    _next: NextStep | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         # `dataclasses.replace` copies the earlier state's buffers too; a state of other tensors must not keep
@@ -426,10 +430,17 @@ def advanced(state: OVQState) -> OVQState:
     The caller writes the token of row r to place `state.num_pending[r]` of the result's pending buffers. They
     are contiguous, and no state other than the result and those made from it reads that place.
     """
-    places = state.num_pending.tolist()
+    # Without a window, `num_pending` in plain numbers.
+    size = state.chunk_size
+    seen = state.num_seen.tolist()
+    places = state.num_pending.tolist() if state.window else [n % size for n in seen]
     buffers, own = state._buffers, (state.pending_keys, state.pending_values, state.pending_weights)
-    if buffers is None or not buffers.take(*own[:2], places, own[2]):
-        buffers = PendingBuffers.copied(*own[:2], [p + 1 for p in places], own[2])
+    if buffers is not None and buffers.take(*own[:2], places, own[2]):
+        # As below, in half the time.
+        after = copy.copy(state)
+        after.num_seen = state.num_seen + 1
+        return after
+    buffers = PendingBuffers.copied(*own[:2], [p + 1 for p in places], own[2])
     return dataclasses.replace(
         state,
         pending_keys=buffers.keys,
@@ -454,7 +465,8 @@ def replaced(state: OVQState, rows: list[int], sums: Dictionary) -> OVQState:
     for name in names:
         # New tensors throughout: the old ones belong to the states before this step.
         x = getattr(state, name)
-        changed[name] = x.index_copy(0, index, getattr(sums, name).view(len(rows), *x.shape[1:]))
+        new = getattr(sums, name).view(len(rows), *x.shape[1:])
+        changed[name] = new if len(rows) == len(x) else x.index_copy(0, index, new)
     if state.window:
         # The tokens that are still exact move to the front.
         for name in state._names:

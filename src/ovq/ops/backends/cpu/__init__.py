@@ -6,15 +6,19 @@ compile it on first use, together with the short convolution of the layers.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ovq.ops.backends.chunks import in_chunks
 from ovq.ops.backends.cpu.build import MissingKernelsWarning
 from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve
-from ovq.ops.backends.cpu.decode import learn_chunk
-from ovq.ops.backends.cpu.kernels import CompiledAttention, cpu_kernels, is_available, learn_and_say
-from ovq.ops.backends.torch.decode import decode_step
+from ovq.ops.backends.cpu.decode import decode_step
+from ovq.ops.backends.cpu.kernels import (
+    DTYPES,
+    CompiledAttention,
+    cpu_kernels,
+    is_available,
+    learn_and_say,
+)
 from ovq.ops.call import Call, refusal_of_options, refusal_of_tensors
 from ovq.ops.state import OVQState
 
@@ -27,8 +31,6 @@ __all__ = [
     "refusal",
     "run",
 ]
-
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 def refusal(call: Call) -> str | None:
@@ -48,6 +50,6 @@ def refusal(call: Call) -> str | None:
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
     """Run all chunks of all rows in one call of the kernels; decode steps read the state in place."""
     if call.is_decoding:
-        # The kernels would copy the whole dictionary for a single read.
-        return decode_step(call, learn_chunk)
+        # The other kernel would copy the whole dictionary for a single read.
+        return decode_step(call)
     return in_chunks(call, CompiledAttention.apply)

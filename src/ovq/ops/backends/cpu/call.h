@@ -5,6 +5,7 @@
 
 #include <cstdlib>
 
+#include "numbers.h"
 #include "product.h"
 
 /* Queries, or keys, of a tile; slots of a tile of the backward. */
@@ -20,7 +21,7 @@ struct Tokens {
 
 struct Call {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, width, capacity, num_threads;
-    int64_t is_bfloat16, is_merge_updated;
+    int64_t dtype, is_merge_updated;
     int64_t is_ward, is_sqrt; /* Whether pairs are merged, and whether by "ward-sqrt". */
     double tie, value_weight;
     Tokens q, k, v, o;
@@ -90,28 +91,12 @@ INLINE int64_t offset(const Tokens *x, int64_t chunk, int64_t token, int64_t hea
 /* `factor` times the tokens first..first+num-1 of a head, as rows of `ld` floats, zero beyond the vector. */
 static void read_tokens(const Call *call, const Tokens *x, int64_t chunk, int64_t head, int64_t first, int64_t num,
                         float factor, float *out, int64_t ld) {
-    for (int64_t t = 0; t < num; t++, out += ld) {
-        const int64_t at = offset(x, chunk, first + t, head);
-        if (call->is_bfloat16) {
-            const uint16_t *from = (const uint16_t *)x->data + at;
-            for (int64_t i = 0; i < x->dim; i++) out[i] = factor * from_bfloat16(from[i]);
-        } else {
-            const float *from = (const float *)x->data + at;
-            for (int64_t i = 0; i < x->dim; i++) out[i] = factor * from[i];
-        }
-        for (int64_t i = x->dim; i < ld; i++) out[i] = 0;
-    }
+    for (int64_t t = 0; t < num; t++, out += ld)
+        read_numbers(call->dtype, x->data, offset(x, chunk, first + t, head), x->dim, factor, out, ld);
 }
 
 /* `factor` times one vector, into its place. */
 static void write_token(const Call *call, const Tokens *x, int64_t chunk, int64_t token, int64_t head, float factor,
                         const float *from) {
-    const int64_t at = offset(x, chunk, token, head);
-    if (call->is_bfloat16) {
-        uint16_t *out = (uint16_t *)x->data + at;
-        for (int64_t i = 0; i < x->dim; i++) out[i] = to_bfloat16(factor * from[i]);
-    } else {
-        float *out = (float *)x->data + at;
-        for (int64_t i = 0; i < x->dim; i++) out[i] = factor * from[i];
-    }
+    write_numbers(call->dtype, x->data, offset(x, chunk, token, head), x->dim, factor, from);
 }

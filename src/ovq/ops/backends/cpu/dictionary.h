@@ -8,11 +8,12 @@
 struct Rows {
     float *keys;          /* [M, key_ld] */
     float *values;        /* [M, value_ld] */
-    float *key_panels;    /* Keys as columns, [M / NR, K, NR]. */
+    float *key_panels;    /* Keys as columns, [M / NR, K, NR], or NULL. */
     float *value_panels;  /* Values likewise, [M / NR, V, NR]: the backward's, else NULL. */
     float *bias;          /* [M]: log count, -inf for what is not there. */
     int32_t *is_finite;   /* [1]: of a chunk's tokens, whether all values were; zero stands for those that were not. */
-    uint32_t *words;      /* Keys and values as columns, rounded, [M / NR, row_words, NR], or NULL. */
+    uint32_t *words;      /* Keys, and values to merge, as columns, rounded, [M / NR, row_words, NR], or NULL. */
+    uint32_t *value_pairs; /* Values, rounded, in pairs of rows, [M / 2, value_ld], where these are read; else NULL. */
 };
 
 struct Dictionary {
@@ -33,19 +34,21 @@ INLINE int64_t key_ld(const Call *call) { return padded(call->k.dim, VL); }
 INLINE int64_t value_ld(const Call *call) { return padded(call->v.dim, VL); }
 INLINE int64_t key_words(const Call *call) { return num_words(call->k.dim); }
 INLINE int64_t value_words(const Call *call) { return num_words(call->v.dim); }
-INLINE int64_t row_words(const Call *call) { return key_words(call) + value_words(call); }
+INLINE int64_t row_words(const Call *call) { return key_words(call) + (call->is_ward ? value_words(call) : 0); }
 
 static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backward) {
     const int has_value_panels = is_backward || call->is_ward;
+    const int is_read_in_pairs = HAS_PAIRS && !is_backward && call->dtype == BFLOAT16;
     Rows rows;
     num = padded(num, NR);
     rows.keys = TAKE(arena, float, num * key_ld(call));
     rows.values = TAKE(arena, float, num * value_ld(call));
-    rows.key_panels = TAKE(arena, float, num * call->k.dim);
+    rows.key_panels = is_read_in_pairs && !call->is_ward ? nullptr : TAKE(arena, float, num * call->k.dim);
     rows.value_panels = has_value_panels ? TAKE(arena, float, num * call->v.dim) : nullptr;
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
-    rows.words = HAS_PAIRS && call->is_ward && !is_backward ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
+    rows.words = HAS_PAIRS && !is_backward ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
+    rows.value_pairs = is_read_in_pairs ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
     return rows;
 }
 
@@ -53,7 +56,8 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
 INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
     return {rows->keys + i * key_ld(call), rows->values + i * value_ld(call), rows->key_panels + i * call->k.dim,
             rows->value_panels + i * call->v.dim, rows->bias + i, rows->is_finite,
-            rows->words ? rows->words + i * row_words(call) : nullptr};
+            rows->words ? rows->words + i * row_words(call) : nullptr,
+            rows->value_pairs ? rows->value_pairs + i / 2 * value_ld(call) : nullptr};
 }
 
 static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backward) {
@@ -68,14 +72,15 @@ static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backwar
 
 /* Row i from its key and value, which it may already hold. */
 static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
-    put_column(rows->key_panels, call->k.dim, i, rows->keys + i * key_ld(call));
+    if (rows->key_panels) put_column(rows->key_panels, call->k.dim, i, rows->keys + i * key_ld(call));
     if (rows->value_panels) put_column(rows->value_panels, call->v.dim, i, rows->values + i * value_ld(call));
     if (rows->words) {
         uint32_t words[row_words(call)];
         round_row(rows->keys + i * key_ld(call), key_ld(call), words);
-        round_row(rows->values + i * value_ld(call), value_ld(call), words + key_words(call));
+        if (call->is_ward) round_row(rows->values + i * value_ld(call), value_ld(call), words + key_words(call));
         put_words(rows->words, row_words(call), i, words);
     }
+    if (rows->value_pairs) put_pair(rows->value_pairs, value_ld(call), i, rows->values + i * value_ld(call));
     rows->bias[i] = bias;
 }
 

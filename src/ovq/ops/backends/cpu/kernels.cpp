@@ -5,6 +5,7 @@
 
 #include "backward.h"
 #include "convolution.h"
+#include "decode.h"
 #include "ward.h"
 
 /* All that is needed of omp.h, which Apple's compiler does not bring. */
@@ -101,7 +102,8 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
                 token_rows(items, first, num);
             else
                 route_tile(call, dictionary, &shared->tokens, first, num, chunk.after > chunk.before && !priority,
-                           &lengths, &shared->learner, own->reader.near, own->reader.scores);
+                           &lengths, &shared->learner, own->reader.near, own->reader.words,
+                           own->reader.scores);
         }
         sync(team);
         if (team->rank == 0 && chunk.is_complete && call->is_ward)
@@ -109,7 +111,7 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
                                 own->reader.scores);
         else if (team->rank == 0 && chunk.is_complete)
             learn(call, dictionary, &shared->tokens, &sums, &chunk, head, priority, &shared->learner,
-                  own->reader.scores);
+                  own->reader.words, own->reader.scores);
     }
 }
 
@@ -199,3 +201,4 @@ extern "C" int ovq_forward(const Call *call) { return run(call, 0); }
 extern "C" int ovq_backward(const Call *call) { return run(call, 1); }
 extern "C" void ovq_convolution_forward(const Convolution *call) { convolve_all(call, 0); }
 extern "C" void ovq_convolution_backward(const Convolution *call) { convolve_all(call, 1); }
+extern "C" void ovq_decode(const Decode *call) { decode_all(call); }

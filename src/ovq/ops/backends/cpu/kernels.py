@@ -19,6 +19,9 @@ from ovq.ops.backends.plan import Plan
 from ovq.ops.options import TIE
 from ovq.ops.random_init import random_priority
 
+# What inputs may be, each by its number in numbers.h.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def cpu_kernels() -> str:
     """Whether there are compiled kernels for this CPU, the backend `cpu`, and where from; if not, why.
@@ -66,7 +69,7 @@ class CompiledAttention(torch.autograd.Function):
         plan: Plan,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Read and merge all chunks."""
-        q, k, v = (_dense(x) for x in (q, k, v))
+        q, k, v = (dense(x) for x in (q, k, v))
         key_sum, value_sum, count = (dense_copy(x) for x in (key_sum, value_sum, count))
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
         # The log-sum-exp of each query, and the slot of each token of a complete chunk.
@@ -92,7 +95,7 @@ class CompiledAttention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Rewind the sums; the gradient of the final sums becomes that of the initial ones."""
         q, k, v, scale, o, key_sum, value_sum, count, lse, slots, *merged = ctx.saved_tensors
-        grad_o = torch.zeros_like(o) if grad_o is None else _dense(grad_o)
+        grad_o = torch.zeros_like(o) if grad_o is None else dense(grad_o)
         key_deposit = torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum)
         value_deposit = torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum)
         grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
@@ -119,7 +122,7 @@ def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan, *, merged: Sequenc
     Returns:
         The slot of each token, `[num_chunks, C, Hkv]`.
     """
-    k, v = _dense(k), _dense(v)
+    k, v = dense(k), dense(v)
     nothing = torch.empty(0)
     slots = torch.zeros(k.shape[:3], dtype=torch.int32)
     call = _call(k, k, v, v, nothing, nothing, sums.key_sum, sums.value_sum, sums.count, slots, plan)
@@ -146,7 +149,7 @@ def learn_and_say(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan) -> Learned
     return Learned(slots, moved)
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """`x` with each vector contiguous in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -192,7 +195,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
         *((name, ctypes.c_int64) for name in ("width", "capacity", "num_threads")),
-        *((name, ctypes.c_int64) for name in ("is_bfloat16", "is_merge_updated", "is_ward", "is_sqrt")),
+        *((name, ctypes.c_int64) for name in ("dtype", "is_merge_updated", "is_ward", "is_sqrt")),
         *((name, ctypes.c_double) for name in ("tie", "value_weight")),
         *((name, _Tokens) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count", "slots")),
@@ -246,7 +249,7 @@ def _call(
         width=aligned.width,
         capacity=key_sum.shape[2],
         num_threads=torch.get_num_threads(),
-        is_bfloat16=q.dtype == torch.bfloat16,
+        dtype=DTYPES.index(q.dtype),
         is_merge_updated=options.merge == "updated",
         is_ward=options.merges_pairs,
         is_sqrt=options.merge == "ward-sqrt",

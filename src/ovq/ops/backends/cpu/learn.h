@@ -4,7 +4,7 @@
    float64, so that every backend assigns alike (docs/math.md). */
 #pragma once
 
-#include "dictionary.h"
+#include "read.h"
 
 /* Keys that are not finite have no cosine: they are the last to open a slot. */
 #define NO_COSINE 2.0
@@ -16,6 +16,7 @@ struct Learner {
     uint8_t *opens;    /* [C] */
     uint8_t *is_done;  /* [M]: scratch, zero between uses. */
     int32_t *near;     /* [M]: scratch. */
+    uint32_t *words;   /* [key_words]: scratch. */
 };
 
 static Learner take_learner(Arena *arena, const Call *call) {
@@ -26,36 +27,54 @@ static Learner take_learner(Arena *arena, const Call *call) {
     learner.opens = TAKE(arena, uint8_t, call->chunk_size);
     learner.is_done = TAKE(arena, uint8_t, padded(call->capacity, NR));
     learner.near = TAKE(arena, int32_t, padded(call->capacity, NR));
+    learner.words = TAKE(arena, uint32_t, key_words(call));
     return learner;
 }
 
-/* The columns whose score is at least `floor`; their number. */
+/* The columns whose score is at least `floor`; their number. n is a multiple of NR. */
 static int64_t columns_from(const float *scores, int64_t n, float floor, int32_t *near) {
     const Vector least_score = splat(floor);
     int64_t num = 0;
-    for (int64_t j = 0; j < n; j += VL) {
-        const IntVector is_near = load(scores + j) >= least_score;
-        int32_t any = 0;
-        for (int i = 0; i < VL; i++) any |= is_near[i];
-        if (any)
-            for (int i = 0; i < VL; i++)
-                if (is_near[i]) near[num++] = (int32_t)(j + i);
+    for (int64_t j = 0; j < n; j += 2 * VL) {
+        uint32_t lanes = lanes_of(load(scores + j) >= least_score);
+        lanes |= lanes_of(load(scores + j + VL) >= least_score) << VL;
+        for (; lanes; lanes &= lanes - 1) near[num++] = (int32_t)(j + __builtin_ctz(lanes));
     }
     return num;
 }
 
-/* The largest of n scores, n a multiple of VL; NaN if one is. */
-static float highest_score(const float *scores, int64_t n) {
-    Vector best = splat(-INFINITY);
-    IntVector has_nan = {};
-    for (int64_t j = 0; j < n; j += VL) {
-        const Vector x = load(scores + j);
-        best = x > best ? x : best;
-        has_nan |= x != x;
+/* The largest of n products of a score and a factor. */
+static float highest_product(const float *scores, const float *factors, int64_t n) {
+    Vector best = splat(-INFINITY), more = best;
+    for (int64_t j = 0; j < n; j += 2 * VL) {
+        best = higher_of(load(scores + j) * load(factors + j), best);
+        more = higher_of(load(scores + j + VL) * load(factors + j + VL), more);
     }
-    for (int i = 0; i < VL; i++)
-        if (has_nan[i]) return NAN;
-    return highest(best);
+    return highest(higher_of(best, more));
+}
+
+/* By how much a score of `score_keys` is off at most, over the product of the lengths. */
+INLINE double score_error(const Call *call) {
+    const double of_sums = (double)call->k.dim * FLT_EPSILON;
+    if (!HAS_PAIRS) return of_sums / 2;
+    /* Two roundings, or one where keys are bfloat16. */
+    return of_sums + (call->dtype == BFLOAT16 ? ROUGHNESS / 2 + FLT_EPSILON : ROUGHNESS);
+}
+
+/* Scores [num, n] of keys [num, key_ld] with all slots, rough where pairs are multiplied: they only say which slots are
+   worth a second look. `words` are scratch for the keys. */
+static void score_keys(const Call *call, const Dictionary *dictionary, const float *keys, int64_t num, uint32_t *words,
+                       float *scores) {
+    const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
+#if HAS_PAIRS
+    const int64_t size = key_words(call);
+    for (int64_t t = 0; t < num; t++) round_row(keys + t * ld, ld, words + t * size);
+    pairs_product(num, n, size, words, size, dictionary->rows.words, row_words(call) * NR, NR, nullptr,
+                  Finish{dictionary->is_open, 1}, scores, n);
+#else
+    product(num, n, call->k.dim, keys, ld, 1, dictionary->rows.key_panels, call->k.dim * NR, NR, dictionary->is_open,
+            0, scores, n);
+#endif
 }
 
 /* What is known of the lengths of a dictionary's means. */
@@ -94,9 +113,9 @@ static int32_t nearest(const Call *call, const Dictionary *dictionary, const flo
                        int64_t n, const Lengths *lengths, int32_t *near) {
     const double own = length_of(call, key), length = own * lengths->longest;
     if (lengths->has_extremes || is_extreme(own)) return nearest_of_all(call, dictionary, key, call->tie * length);
-    const float best = highest_score(scores, n);
-    /* Rounding of a K-term dot product, on both sides of a comparison: 2 K (eps / 2) |k| |D|. */
-    const double tolerance = ((double)call->k.dim * FLT_EPSILON + 2 * call->tie) * length;
+    const float best = highest_of(scores, n);
+    /* Both sides of a comparison are off. */
+    const double tolerance = 2 * (score_error(call) + call->tie) * length;
     const int64_t num = columns_from(scores, n, best - (float)tolerance * 1.001f, near);
     if (num == 1) return near[0];
     double exact = -INFINITY;
@@ -123,20 +142,20 @@ static double exact_cosine(const Call *call, const Dictionary *dictionary, const
     return best;
 }
 
-/* The best cosine of a key with a slot; turns its scores into cosines times the key's length. */
-static double best_cosine(const Call *call, const Dictionary *dictionary, const float *key, float *scores, int64_t n) {
-    for (int64_t j = 0; j < n; j += VL) store(scores + j, load(scores + j) * load(dictionary->inverse + j));
-    return highest_score(scores, n) / (float)fmax(length_of(call, key), TINY);
+/* The best cosine of a key with a slot, from its scores. */
+static double best_cosine(const Call *call, const Dictionary *dictionary, const float *key, const float *scores,
+                          int64_t n) {
+    return highest_product(scores, dictionary->inverse, n) / (float)fmax(length_of(call, key), TINY);
 }
 
 /* Score the keys first..first+num-1 of a chunk: the nearest slot of each and, if keys are to open slots, its best
-   cosine. `scores` holds QUERIES rows. */
+   cosine. `words` and `scores` are scratch of QUERIES rows. */
 static void route_tile(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t first, int64_t num,
-                       int has_openers, const Lengths *lengths, Learner *learner, int32_t *near, float *scores) {
+                       int has_openers, const Lengths *lengths, Learner *learner, int32_t *near, uint32_t *words,
+                       float *scores) {
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
     const float *keys = tokens->keys + first * ld;
-    product(num, n, call->k.dim, keys, ld, 1, dictionary->rows.key_panels, call->k.dim * NR, NR, dictionary->is_open,
-            0, scores, n);
+    score_keys(call, dictionary, keys, num, words, scores);
     for (int64_t t = 0; t < num; t++) {
         const float *key = keys + t * ld;
         learner->slot[first + t] = nearest(call, dictionary, key, scores + t * n, n, lengths, near);
@@ -181,7 +200,7 @@ static void settle_novelty(const Call *call, const Dictionary *dictionary, const
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
     const double last = boundary(call, learner, num);
     /* Cosines are at most 1 long; a few more roundings than a dot product go into one. */
-    const double tolerance = 2 * (double)(call->k.dim + 8) * FLT_EPSILON + 2 * call->tie;
+    const double tolerance = 2 * (score_error(call) + (double)(call->k.dim + 16) * FLT_EPSILON + call->tie);
     double next = INFINITY;
     for (int64_t t = num; t < call->chunk_size; t++) next = fmin(next, learner->ranked[t]);
     if (next - last > tolerance) return;
@@ -191,9 +210,9 @@ static void settle_novelty(const Call *call, const Dictionary *dictionary, const
         const double length = length_of(call, key);
         /* What is extreme was decided so from the start. */
         if (!is_near || has_extremes || is_extreme(length)) continue;
-        product(1, n, call->k.dim, key, ld, 1, dictionary->rows.key_panels, call->k.dim * NR, NR,
-                dictionary->is_open, 0, scores, n);
+        score_keys(call, dictionary, key, 1, learner->words, scores);
         const double best = best_cosine(call, dictionary, key, scores, n);
+        for (int64_t j = 0; j < n; j += VL) store(scores + j, load(scores + j) * load(dictionary->inverse + j));
         const int64_t candidates =
             columns_from(scores, n, (float)((best - tolerance) * fmax(length, TINY)), learner->near);
         learner->priority[t] = exact_cosine(call, dictionary, key, learner->near, candidates);
@@ -253,9 +272,9 @@ static void merge_updated(const Call *call, const Dictionary *dictionary, const 
 }
 
 /* Once a chunk's keys are routed: open slots, merge the other tokens, say where each went.
-   `priority` [C] is the caller's ranking, or NULL for novelty; `scores` holds QUERIES rows. */
+   `priority` [C] is the caller's ranking, or NULL for novelty; `words` and `scores` are scratch of QUERIES rows. */
 static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const Sums *sums, const Chunk *chunk,
-                  int64_t head, const double *priority, Learner *learner, float *scores) {
+                  int64_t head, const double *priority, Learner *learner, uint32_t *words, float *scores) {
     const int64_t size = call->chunk_size;
     const int is_fresh = !chunk->before;
     /* The sums get all of them. */
@@ -267,7 +286,7 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
         const Lengths lengths = lengths_of(dictionary);
         for (int64_t t = 0; t < size; t += QUERIES)
             route_tile(call, dictionary, tokens, t, least(QUERIES, size - t), 1, &lengths, learner, learner->near,
-                       scores);
+                       words, scores);
     }
     const int64_t existing = dictionary->num, opening = chunk->after - existing;
     memset(learner->opens, 0, (size_t)size);

@@ -1,12 +1,13 @@
-/* Rough products, twice as fast as those in float32, on processors that multiply pairs of bfloat16.
+/* Products of bfloat16 numbers, summed in float32, on processors that multiply pairs of them: twice as fast as those in
+   float32. For bfloat16 inputs they are as good; for others they are rough.
 
    A vector is kept as words of two numbers: of each 2 VL numbers, the i-th and the (i + VL)-th share a word. */
 #pragma once
 
+#include "numbers.h"
 #include "product.h"
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
 #define HAS_PAIRS 1
 #else
 #define HAS_PAIRS 0
@@ -14,8 +15,6 @@
 
 /* How far a product of two rough vectors is off at most, over the product of their lengths: two roundings to 8 bits. */
 #define ROUGHNESS 0.003915f
-
-typedef uint32_t Words __attribute__((vector_size(VL * 4)));
 
 INLINE int64_t num_words(int64_t n) { return padded(n, 2 * VL) / 2; }
 
@@ -40,39 +39,68 @@ INLINE void put_words(uint32_t *panels, int64_t n, int64_t j, const uint32_t *wo
     for (int64_t i = 0; i < n; i++) out[i * NR] = words[i];
 }
 
+/* Round row i of a matrix [n] to bfloat16 in pairs of rows, which share words. */
+INLINE void put_pair(uint32_t *pairs, int64_t n, int64_t i, const float *x) {
+    uint32_t *out = pairs + i / 2 * n;
+    for (int64_t j = 0; j < n; j += VL, x += VL, out += VL) {
+        Words both;
+        memcpy(&both, out, sizeof(both));
+        both = i % 2 ? (both & 0xffff) | rounded(load(x)) : (both & 0xffff0000) | rounded(load(x)) >> 16;
+        memcpy(out, &both, sizeof(both));
+    }
+}
+
+/* What becomes of the sums of a product: factor * sum + bias, a row; or nothing, if `bias` is NULL. */
+struct Finish {
+    const float *bias;
+    float factor;
+};
+
 #if HAS_PAIRS
-/* c [mr, NV vectors] = from + a b, as `product_tile`. */
-template <int mr>
-INLINE void pairs_tile(int64_t k, const uint32_t *a, int64_t lda, const uint32_t *b, const float *from, float *c,
-                       int64_t ldc) {
-    __m512 sum[mr][NV];
+/* c [mr, nv vectors] = from + a b, as `product_tile`. */
+template <int mr, int nv>
+INLINE void pairs_tile(int64_t k, const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, const float *from,
+                       int64_t j, Finish finish, float *c, int64_t ldc) {
+    __m512 sum[mr][nv];
     for (int i = 0; i < mr; i++)
-        for (int j = 0; j < NV; j++) sum[i][j] = from ? (__m512)load(from + i * ldc + j * VL) : __m512{};
+        for (int v = 0; v < nv; v++) sum[i][v] = from ? (__m512)load(from + i * ldc + v * VL) : __m512{};
     for (int64_t p = 0; p < k; p++) {
-        __m512bh right[NV];
-        for (int j = 0; j < NV; j++) right[j] = (__m512bh)_mm512_loadu_si512(b + p * NR + j * VL);
+        __m512bh right[nv];
+        for (int v = 0; v < nv; v++) right[v] = (__m512bh)_mm512_loadu_si512(b + p * ldb + v * VL);
         for (int i = 0; i < mr; i++) {
             const __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[i * lda + p]);
-            for (int j = 0; j < NV; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], left, right[j]);
+            for (int v = 0; v < nv; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], left, right[v]);
         }
     }
-    for (int i = 0; i < mr; i++)
-        for (int j = 0; j < NV; j++) store(c + i * ldc + j * VL, (Vector)sum[i][j]);
+    for (int v = 0; v < nv; v++) {
+        const Vector bias = finish.bias ? load(finish.bias + j + v * VL) : Vector{};
+        for (int i = 0; i < mr; i++)
+            store(c + i * ldc + v * VL, finish.bias ? (Vector)sum[i][v] * finish.factor + bias : (Vector)sum[i][v]);
+    }
 }
 
-template <int mr, typename... Rest>
+template <int mr, int nv, typename... Rest>
 INLINE void pairs_rows(int64_t num, Rest... rest) {
-    if (num == mr) pairs_tile<mr>(rest...);
-    else if constexpr (mr > 1) pairs_rows<mr - 1>(num, rest...);
+    if (num == mr) pairs_tile<mr, nv>(rest...);
+    else if constexpr (mr > 1) pairs_rows<mr - 1, nv>(num, rest...);
 }
 
-/* c [m, n] = from + a [m, k words] b, n a multiple of NR; b in panels of NR columns, `panel` words apart; `from` is c
-   or NULL. */
+/* c [m, n] = from + a [m, k words] b [k words, n], n a multiple of VL; b in panels of NR columns, `panel` words apart,
+   each with rows `ldb` words apart; `from` is c or NULL. */
 static void pairs_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t lda, const uint32_t *b,
-                          int64_t panel, const float *from, float *c, int64_t ldc) {
+                          int64_t panel, int64_t ldb, const float *from, Finish finish, float *c, int64_t ldc) {
     for (int64_t j = 0; j < n; j += NR, b += panel)
-        for (int64_t i = 0; i < m; i += MR)
-            pairs_rows<MR>(least(MR, m - i), k, a + i * lda, lda, b, from ? from + i * ldc + j : nullptr,
-                           c + i * ldc + j, ldc);
+        for (int64_t i = 0; i < m; i += MR) {
+            const float *start = from ? from + i * ldc + j : nullptr;
+            float *out = c + i * ldc + j;
+            const int64_t num = least(MR, m - i);
+            if (n - j >= NR) pairs_rows<MR, NV>(num, k, a + i * lda, lda, b, ldb, start, j, finish, out, ldc);
+            else pairs_rows<MR, 1>(num, k, a + i * lda, lda, b, ldb, start, j, finish, out, ldc);
+        }
+}
+
+/* Round 2 VL numbers to words of neighbours. */
+INLINE void put_neighbours(uint32_t *words, Vector low, Vector high) {
+    _mm512_storeu_si512(words, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 }
 #endif

@@ -8,6 +8,7 @@
 
 struct Reader {
     float *queries;  /* [QUERIES, key_ld] */
+    uint32_t *words; /* [QUERIES, key_words]: queries, or keys to route, rounded. */
     float *scores;   /* [QUERIES, slots and tokens] */
     float *out;      /* [QUERIES, value_ld] */
     int32_t *near;   /* [M]: scratch of routing. */
@@ -16,6 +17,7 @@ struct Reader {
 static Reader take_reader(Arena *arena, const Call *call) {
     Reader reader;
     reader.queries = TAKE(arena, float, QUERIES * key_ld(call));
+    reader.words = HAS_PAIRS ? TAKE(arena, uint32_t, QUERIES * key_words(call)) : nullptr;
     reader.scores = TAKE(arena, float, QUERIES * (padded(call->capacity, NR) + padded(call->width, NR)));
     reader.out = TAKE(arena, float, QUERIES * value_ld(call));
     reader.near = TAKE(arena, int32_t, padded(call->capacity, NR));
@@ -35,15 +37,21 @@ INLINE void mask_future(float *scores, int64_t ld, int64_t num, int64_t n, int64
         for (int64_t j = first + t + 1; j < n; j++) scores[t * ld + j] = -INFINITY;
 }
 
+/* The largest of n scores. */
+INLINE float highest_of(const float *scores, int64_t n) {
+    Vector high = splat(-INFINITY), more = high;
+    for (int64_t j = 0; j < n; j += 2 * VL) {
+        high = higher_of(load(scores + j), high);
+        more = higher_of(load(scores + j + VL), more);
+    }
+    return highest(higher_of(high, more));
+}
+
 /* Turns n scores into exponentials relative to their largest, `best`; their sum. */
 static float exponentials(float *scores, int64_t n, float *best) {
-    Vector high = splat(-INFINITY), sum = {};
-    for (int64_t j = 0; j < n; j += VL) {
-        const Vector x = load(scores + j);
-        high = x > high ? x : high;
-    }
-    *best = highest(high);
+    *best = highest_of(scores, n);
     const Vector shift = splat(*best);
+    Vector sum = {};
     for (int64_t j = 0; j < n; j += VL) {
         const Vector x = exponential(load(scores + j) - shift);
         store(scores + j, x);
@@ -60,6 +68,40 @@ static void weigh(const Call *call, const Rows *rows, int64_t n, const float *pr
         product(num, width, least(VALUES, n - j), probs + j, ld, 1, rows->values + j * width, NR, width, out, width,
                 out, width);
 }
+
+#if HAS_PAIRS
+/* `score` of queries as words, `scale` times their products. */
+INLINE void score_pairs(const Call *call, const Rows *rows, int64_t n, const uint32_t *queries, int64_t num,
+                        float scale, float *scores, int64_t ld) {
+    pairs_product(num, n, key_words(call), queries, key_words(call), rows->words, row_words(call) * NR, NR, nullptr,
+                  Finish{rows->bias, scale}, scores, ld);
+}
+
+/* `exponentials` that are rounded to words of neighbours, in the first half of their place. */
+static float exponential_pairs(float *scores, int64_t n, float *best) {
+    *best = highest_of(scores, n);
+    const Vector shift = splat(*best);
+    uint32_t *words = (uint32_t *)scores;
+    Vector sum = {}, more = {};
+    for (int64_t j = 0; j < n; j += 2 * VL, words += VL) {
+        const Vector x = rough_exponential(load(scores + j) - shift);
+        const Vector y = rough_exponential(load(scores + j + VL) - shift);
+        put_neighbours(words, x, y);
+        sum += x;
+        more += y;
+    }
+    return total(sum + more);
+}
+
+/* `weigh` with probabilities as words. */
+static void weigh_pairs(const Call *call, const Rows *rows, int64_t n, const uint32_t *probs, int64_t ld, int64_t num,
+                        float *out) {
+    const int64_t width = value_ld(call);
+    for (int64_t j = 0; j < n / 2; j += VALUES)
+        pairs_product(num, width, least(VALUES, n / 2 - j), probs + j, ld, rows->value_pairs + j * width, NR, width,
+                      out, Finish{}, out, width);
+}
+#endif
 
 /* Values that are not finite are not among those of the tokens (`load_chunk`): each query that sees one gets it here. */
 static void add_spoilt(const Call *call, const Chunk *chunk, int64_t head, int64_t first, int64_t num, float *out) {
@@ -79,22 +121,44 @@ static void read_tile(const Call *call, const Dictionary *dictionary, const Rows
                       int64_t query_head, int64_t first, int64_t num, Reader *reader) {
     const int64_t slots = padded(dictionary->num, NR), own = padded(first + num, NR), n = slots + own;
     const int64_t width = value_ld(call);
-    float *scores = reader->scores;
-    read_tokens(call, &call->q, chunk->index, query_head, first, num, call->scale[query_head], reader->queries,
+    const float scale = call->scale[query_head];
+    float *scores = reader->scores, sums[QUERIES];
+    const int is_in_pairs = HAS_PAIRS && tokens->value_pairs;
+    read_tokens(call, &call->q, chunk->index, query_head, first, num, is_in_pairs ? 1 : scale, reader->queries,
                 key_ld(call));
-    score(call, &dictionary->rows, slots, reader->queries, num, scores, n);
-    score(call, tokens, own, reader->queries, num, scores + slots, n);
+    if (is_in_pairs) {
+#if HAS_PAIRS
+        for (int64_t t = 0; t < num; t++)
+            round_row(reader->queries + t * key_ld(call), key_ld(call), reader->words + t * key_words(call));
+        score_pairs(call, &dictionary->rows, slots, reader->words, num, scale, scores, n);
+        score_pairs(call, tokens, own, reader->words, num, scale, scores + slots, n);
+#endif
+    } else {
+        score(call, &dictionary->rows, slots, reader->queries, num, scores, n);
+        score(call, tokens, own, reader->queries, num, scores + slots, n);
+    }
     mask_future(scores + slots, n, num, own, first);
-    float sums[QUERIES];
     for (int64_t t = 0; t < num; t++) {
         float best;
-        sums[t] = exponentials(scores + t * n, n, &best);
+#if HAS_PAIRS
+        if (is_in_pairs) sums[t] = exponential_pairs(scores + t * n, n, &best);
+        else
+#endif
+            sums[t] = exponentials(scores + t * n, n, &best);
         const int64_t place = chunk->index * call->width + first + t;
         call->lse[place * call->num_kv_heads * call->group_size + query_head] = best + logf(sums[t]);
     }
     memset(reader->out, 0, sizeof(float) * num * width);
-    weigh(call, &dictionary->rows, slots, scores, n, num, reader->out);
-    weigh(call, tokens, own, scores + slots, n, num, reader->out);
+    if (is_in_pairs) {
+#if HAS_PAIRS
+        const uint32_t *probs = (const uint32_t *)scores;
+        weigh_pairs(call, &dictionary->rows, slots, probs, n, num, reader->out);
+        weigh_pairs(call, tokens, own, probs + slots / 2, n, num, reader->out);
+#endif
+    } else {
+        weigh(call, &dictionary->rows, slots, scores, n, num, reader->out);
+        weigh(call, tokens, own, scores + slots, n, num, reader->out);
+    }
     if (!*tokens->is_finite) add_spoilt(call, chunk, query_head / call->group_size, first, num, reader->out);
     for (int64_t t = 0; t < num; t++)
         write_token(call, &call->o, chunk->index, first + t, query_head, 1 / sums[t], reader->out + t * width);

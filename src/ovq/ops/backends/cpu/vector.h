@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 /* Lanes of a vector, and the tile of a product that is held in registers: MR rows by NV vectors. */
 #if defined(__AVX512F__)
 #define VL 16
@@ -33,14 +37,40 @@ INLINE Vector load(const float *x) { return *(const AnyVector *)x; }
 INLINE void store(float *x, Vector y) { *(AnyVector *)x = y; }
 INLINE Vector splat(float x) { return x - Vector{}; }
 
-INLINE float highest(Vector x) {
-    float best = x[0];
-    for (int i = 1; i < VL; i++) best = x[i] > best ? x[i] : best;
-    return best;
+INLINE Vector lower_of(Vector x, Vector y) { return x < y ? x : y; }
+
+/* x > y ? x : y, in one instruction. */
+INLINE Vector higher_of(Vector x, Vector y) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_max_ps((__m512)x, (__m512)y);
+#elif defined(__AVX__)
+    return (Vector)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+    return x > y ? x : y;
+#endif
 }
 
-INLINE Vector lower_of(Vector x, Vector y) { return x < y ? x : y; }
-INLINE Vector higher_of(Vector x, Vector y) { return x > y ? x : y; }
+/* Halving the vector takes fewer steps, one after the other, than going through it. */
+INLINE float highest(Vector x) {
+    float y[VL];
+    store(y, x);
+    for (int half = VL / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) y[i] = y[i + half] > y[i] ? y[i + half] : y[i];
+    return y[0];
+}
+
+/* Bit i says whether lane i holds. */
+INLINE uint32_t lanes_of(IntVector x) {
+#if defined(__AVX512DQ__)
+    return _mm512_movepi32_mask((__m512i)x);
+#elif defined(__AVX__)
+    return (uint32_t)_mm256_movemask_ps((__m256)x);
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < VL; i++) bits |= (uint32_t)(x[i] & 1) << i;
+    return bits;
+#endif
+}
 
 INLINE float square_root(float x) { return sqrtf(x); }
 
@@ -51,7 +81,6 @@ INLINE Vector square_root(Vector x) {
     return load(y);
 }
 
-/* Halving the vector takes fewer steps, one after the other, than going through it. */
 INLINE float lowest_lane(Vector x) {
     float y[VL];
     store(y, x);
@@ -69,9 +98,11 @@ INLINE int is_any(IntVector x) {
 }
 
 INLINE float total(Vector x) {
-    float sum = 0;
-    for (int i = 0; i < VL; i++) sum += x[i];
-    return sum;
+    float y[VL];
+    store(y, x);
+    for (int half = VL / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) y[i] += y[i + half];
+    return y[0];
 }
 
 /* Whether n numbers are finite, n a multiple of VL. */
@@ -82,8 +113,9 @@ static int are_finite(const float *x, int64_t n) {
     return total(sum) == 0;
 }
 
-/* exp of x <= 0 to about an ulp; exactly 0 below -87, where float32 has no normal numbers left; NaN of NaN. */
-INLINE Vector exponential(Vector x) {
+/* exp of x <= 0, by a polynomial of degree `degree`; exactly 0 below -87, where float32 has no normal numbers left; NaN
+   of NaN. */
+template <int degree> INLINE Vector exponential_of(Vector x) {
     const Vector low = splat(-87.0f);
     const Vector y = x < low ? low : x;
     /* x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer; ln 2 is in two parts so that
@@ -93,9 +125,13 @@ INLINE Vector exponential(Vector x) {
     const Vector n = shifted - shift;
     const Vector r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
     Vector sum = splat(1.0f / 5040);
-    sum = sum * r + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
+    if constexpr (degree == 7) {
+        sum = sum * r + 1.0f / 720;
+        sum = sum * r + 1.0f / 120;
+        sum = sum * r + 1.0f / 24;
+    } else {
+        sum = splat(1.0f / 24);
+    }
     sum = sum * r + 1.0f / 6;
     sum = sum * r + 0.5f;
     sum = sum * r + 1.0f;
@@ -103,6 +139,12 @@ INLINE Vector exponential(Vector x) {
     const IntVector power = (__builtin_convertvector(n, IntVector) + 127) << 23;
     return x < low ? Vector{} : sum * (Vector)power;
 }
+
+/* To about an ulp. */
+INLINE Vector exponential(Vector x) { return exponential_of<7>(x); }
+
+/* To 2^-14, enough for bfloat16. */
+INLINE Vector rough_exponential(Vector x) { return exponential_of<4>(x); }
 
 /* The dot product of K floats in float64. */
 static double exact_dot(const float *a, const float *b, int64_t k) {
@@ -115,19 +157,4 @@ static double exact_dot(const float *a, const float *b, int64_t k) {
     for (int j = 0; j < 8; j++) sum += sums[j];
     for (; i < k; i++) sum += (double)a[i] * (double)b[i];
     return sum;
-}
-
-INLINE float from_bfloat16(uint16_t x) {
-    const uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-
-/* To the nearest, ties to even; a NaN stays one. */
-INLINE uint16_t to_bfloat16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }

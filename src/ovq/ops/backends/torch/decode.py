@@ -7,12 +7,13 @@ complete chunk is merged into new ones.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.torch.constant_rate import moved
 from ovq.ops.backends.torch.merge import Leaving, merge_chunk
 from ovq.ops.backends.torch.route import Router, padded_slots
@@ -47,7 +48,7 @@ def decode_step(call: Call, learn: Learn | None = None) -> tuple[Tensor, OVQStat
     _write(after, call, pending)
     o = _read(call, after, pending)
     complete = [r for r, p in enumerate(pending) if p + 1 == options.window + options.chunk_size]
-    return o, _merged(after, complete, options, learn or learn_chunk) if complete else after
+    return o, merged_state(after, complete, options, learn or learn_chunk) if complete else after
 
 
 def _write(state: OVQState, call: Call, pending: list[int]) -> None:
@@ -127,9 +128,11 @@ def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
     return o.view(batch, 1, num_heads, -1).to(q.dtype)
 
 
-def _merged(state: OVQState, complete: list[int], options: Options, learn: Learn) -> OVQState:
+def merged_state(state: OVQState, complete: list[int], options: Options, learn: Learn) -> OVQState:
     """`state` with the oldest chunks of the rows `complete` merged into copies of their dictionaries."""
-    rows = state.select(complete)
+    # Rows mostly complete their chunks together, and then need not be taken apart.
+    is_all = len(complete) == state.batch_size
+    rows = state if is_all else state.select(complete)
     before = rows.num_open.tolist()
     # As many tokens are in the dictionary then; what is pending is the window.
     merged = [seen - options.window for seen in rows.num_seen.tolist()]
@@ -145,7 +148,14 @@ def _merged(state: OVQState, complete: list[int], options: Options, learn: Learn
         for n, seen in zip(before, merged, strict=True)
     ]
     state = with_capacity(state, max(after))
-    rows = with_capacity(rows, max(*after, state.count.shape[2]))
+    if not is_all:
+        rows = with_capacity(rows, max(*after, state.count.shape[2]))
+    else:
+        # Copies, because learning may happen in place.
+        sums = (state.key_sum, state.value_sum, state.count)
+        key_sum, value_sum, count = (dense_copy(x) for x in sums)
+        weight = None if state.weight is None else dense_copy(state.weight)
+        rows = dataclasses.replace(state, key_sum=key_sum, value_sum=value_sum, count=count, weight=weight)
     return replaced(state, complete, learn(rows, before, after, options))
 
 

@@ -1,0 +1,181 @@
+/* One token per row, without gradients: a softmax over [tokens of the chunk | dictionary], read where they lie.
+
+   A slot's mean is its sums over its count c, so that exp(q.D + log c) D_v = exp(q.S / c) S_v: neither the means nor
+   the logs of counts are needed. The time is that of reading the sums from memory once. */
+#pragma once
+
+#include "numbers.h"
+
+/* Mirrored by `_Decode` in decode.py. Tensors are dense but for the strides given. */
+struct Decode {
+    int64_t num_rows, num_kv_heads, group_size, chunk_size, capacity, key_dim, value_dim, num_threads, dtype;
+    const void *q, *k, *v;               /* [R, H, K], [R, Hkv, K], [R, Hkv, V], vectors dense. */
+    void *o;                             /* [R, H, V] */
+    void *pending_keys, *pending_values; /* [R, Hkv, C, ...], which get the new token. */
+    const float *scale;                  /* [H] */
+    const float *key_sum, *value_sum;    /* [R, Hkv, M, ...] */
+    const int64_t *count;                /* [R, Hkv, M] */
+    const int64_t *num_seen;             /* [R]: tokens before this one. */
+    int64_t q_row, q_head, k_row, k_head, v_row, v_head; /* Strides. */
+};
+
+/* Rows that are read at once: they stay in the first-level cache for all queries of a group. */
+#define READ_AT_ONCE 64
+/* Vectors of outputs that are summed in registers. */
+#define WIDE (64 / VL)
+/* Fewer bytes than this are not worth waking other threads for. */
+#define SHARED_BYTES (1 << 18)
+
+template <int... places> INLINE Vector pick(Vector a, Vector b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, places...);
+#else
+    return __builtin_shuffle(a, b, IntVector{places...});
+#endif
+}
+
+/* Of two vectors [items, width], lane i of the first halves of all items, those of the second vector last. */
+template <int width> constexpr int half_at(int i) {
+    constexpr int items = VL / width;
+    const int item = i / (width / 2), lane = i % (width / 2);
+    return item < items ? item * width + lane : VL + (item - items) * width + lane;
+}
+
+/* Adds the halves of each item. */
+template <int width, int... i> INLINE Vector fold(Vector a, Vector b, std::integer_sequence<int, i...>) {
+    return pick<half_at<width>(i)...>(a, b) + pick<half_at<width>(i) + width / 2 ...>(a, b);
+}
+
+/* Products of x [dim] with `num` rows of numbers from `first` on, each as VL / num terms; the last row stands for
+   those from `end` on. */
+template <int num, typename T>
+INLINE Vector products(const float *x, int64_t dim, const T *rows, int64_t first, int64_t end) {
+    if constexpr (num == 1) {
+        const T *row = rows + least(first, end - 1) * dim;
+        Vector sum = {};
+        int64_t i = 0;
+        for (; i + VL <= dim; i += VL) sum += load(x + i) * load_numbers(row + i);
+        float rest = 0;
+        for (; i < dim; i++) rest += x[i] * as_float(row[i]);
+        sum[0] += rest;
+        return sum;
+    } else {
+        return fold<2 * VL / num>(products<num / 2>(x, dim, rows, first, end),
+                                  products<num / 2>(x, dim, rows, first + num / 2, end),
+                                  std::make_integer_sequence<int, VL>());
+    }
+}
+
+/* A query's softmax so far, relative to its largest score. */
+struct Softmax {
+    float best, total;
+    float *out; /* [V] */
+};
+
+/* Scores of the rows first..end-1, -inf for empty slots and beyond; `count` is NULL for tokens. */
+template <typename T>
+INLINE void score_rows(const float *query, int64_t dim, const T *keys, const int64_t *count, int64_t first, int64_t end,
+                       float *scores, float *counts) {
+    for (int64_t j = first; j < end; j += VL, scores += VL, counts += VL) {
+        /* The usual size as a constant is unrolled. */
+        Vector x = dim == 64 ? products<VL>(query, 64, keys, j, end) : products<VL>(query, dim, keys, j, end);
+        float c[VL];
+        for (int64_t i = 0; i < VL; i++) c[i] = j + i < end ? count ? (float)count[j + i] : 1 : 0;
+        const Vector number = load(c);
+        store(scores, number > 0.0f ? x / number : splat(-INFINITY));
+        store(counts, number);
+    }
+}
+
+/* out [num] += weights [n] values [n, dim], `num` vectors, or numbers, wide. */
+template <int num, typename T>
+INLINE void add_vectors(const float *weights, int64_t n, const T *values, int64_t dim, float *out) {
+    Vector sum[num];
+    for (int i = 0; i < num; i++) sum[i] = load(out + i * VL);
+    for (int64_t j = 0; j < n; j++)
+        for (int i = 0; i < num; i++) sum[i] += splat(weights[j]) * load_numbers(values + j * dim + i * VL);
+    for (int i = 0; i < num; i++) store(out + i * VL, sum[i]);
+}
+
+template <typename T> INLINE void add_values(const float *weights, int64_t n, const T *values, int64_t dim, float *out) {
+    int64_t i = 0;
+    for (; i + WIDE * VL <= dim; i += WIDE * VL) add_vectors<WIDE>(weights, n, values + i, dim, out + i);
+    for (; i + VL <= dim; i += VL) add_vectors<1>(weights, n, values + i, dim, out + i);
+    for (; i < dim; i++)
+        for (int64_t j = 0; j < n; j++) out[i] += weights[j] * as_float(values[j * dim + i]);
+}
+
+/* Adds `num` rows to the softmax of each query of a group; `count` is NULL for tokens. */
+template <typename T>
+static void absorb(const Decode *call, const float *queries, const T *keys, const T *values, const int64_t *count,
+                   int64_t num, Softmax *softmax) {
+    float scores[READ_AT_ONCE], counts[READ_AT_ONCE];
+    const int64_t dim = call->value_dim;
+    for (int64_t first = 0; first < num; first += READ_AT_ONCE) {
+        const int64_t end = least(num, first + READ_AT_ONCE), n = padded(end - first, VL);
+        for (int64_t g = 0; g < call->group_size; g++) {
+            Softmax *own = softmax + g;
+            score_rows(queries + g * call->key_dim, call->key_dim, keys, count, first, end, scores, counts);
+            Vector high = splat(own->best), total = {};
+            for (int64_t j = 0; j < n; j += VL) high = higher_of(load(scores + j), high);
+            const float best = highest(high);
+            if (best > own->best) {
+                const float factor = expf(own->best - best);
+                for (int64_t i = 0; i < dim; i++) own->out[i] *= factor;
+                own->total *= factor;
+                own->best = best;
+            }
+            /* Without a score above -inf there is nothing to be relative to. */
+            const Vector shift = splat(best > -INFINITY ? best : 0);
+            for (int64_t j = 0; j < n; j += VL) {
+                const Vector x = exponential(load(scores + j) - shift);
+                store(scores + j, x);
+                total += x * load(counts + j);
+            }
+            own->total += ::total(total);
+            add_values(scores, end - first, values + first * dim, dim, own->out);
+        }
+    }
+}
+
+/* Puts a vector of inputs into its place among the pending ones. */
+INLINE void keep(int64_t size, const void *x, int64_t at, void *pending, int64_t place, int64_t dim) {
+    memcpy((char *)pending + place * dim * size, (const char *)x + at * size, (size_t)(dim * size));
+}
+
+static void decode_stream(const Decode *call, int64_t row, int64_t head) {
+    const int64_t k = call->key_dim, v = call->value_dim, group = call->group_size;
+    const int64_t stream = row * call->num_kv_heads + head, first = stream * call->chunk_size;
+    const int64_t place = call->num_seen[row] % call->chunk_size, size = call->dtype == FLOAT32 ? 4 : 2;
+    keep(size, call->k, row * call->k_row + head * call->k_head, call->pending_keys, first + place, k);
+    keep(size, call->v, row * call->v_row + head * call->v_head, call->pending_values, first + place, v);
+    float queries[group * k], out[group * v];
+    Softmax softmax[group];
+    memset(out, 0, sizeof(out));
+    for (int64_t g = 0; g < group; g++) {
+        const int64_t query_head = head * group + g, at = row * call->q_row + query_head * call->q_head;
+        read_numbers(call->dtype, call->q, at, k, call->scale[query_head], queries + g * k, k);
+        softmax[g] = {-INFINITY, 0, out + g * v};
+    }
+    with_type(call->dtype, call->pending_keys, first * k, [=, x = (const float *)queries, y = &softmax[0]](auto *keys) {
+        absorb(call, x, keys, (decltype(keys))call->pending_values + first * v, nullptr, place + 1, y);
+    });
+    const int64_t slots = stream * call->capacity;
+    absorb(call, queries, call->key_sum + slots * k, call->value_sum + slots * v, call->count + slots, call->capacity,
+           softmax);
+    const int64_t heads = call->num_kv_heads * group;
+    for (int64_t g = 0; g < group; g++)
+        write_numbers(call->dtype, call->o, (row * heads + head * group + g) * v, v, 1 / softmax[g].total, out + g * v);
+}
+
+static void decode_all(const Decode *call) {
+    const int64_t streams = call->num_rows * call->num_kv_heads;
+    const int64_t bytes = streams * (call->capacity + call->chunk_size) * (call->key_dim + call->value_dim) * 4;
+    const int64_t threads = bytes < SHARED_BYTES ? 1 : least(call->num_threads, streams);
+    if (threads == 1) {
+        for (int64_t s = 0; s < streams; s++) decode_stream(call, s / call->num_kv_heads, s % call->num_kv_heads);
+        return;
+    }
+#pragma omp parallel for num_threads((int)threads)
+    for (int64_t s = 0; s < streams; s++) decode_stream(call, s / call->num_kv_heads, s % call->num_kv_heads);
+}

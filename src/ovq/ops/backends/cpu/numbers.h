@@ -1,0 +1,102 @@
+/* The number formats of inputs and outputs; all arithmetic is in float32. */
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "vector.h"
+
+/* Mirrored by `DTYPES` in kernels.py. */
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+struct Float16 {
+    uint16_t bits;
+};
+
+typedef uint32_t Words __attribute__((vector_size(VL * 4)));
+typedef uint16_t Halves __attribute__((vector_size(VL * 2)));
+
+INLINE float float_of(uint32_t bits) {
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+INLINE float as_float(float x) { return x; }
+INLINE float as_float(Bfloat16 x) { return float_of((uint32_t)x.bits << 16); }
+
+/* 2^112 takes the exponent of float16, and its numbers that are not normal, to that of float32. */
+INLINE float as_float(Float16 x) {
+    const uint32_t size = x.bits & 0x7fffu, sign = (uint32_t)(x.bits & 0x8000u) << 16;
+    const uint32_t finite = bits_of(float_of(size << 13) * 0x1p112f);
+    return float_of((size < 0x7c00 ? finite : size << 13 | 0x7f800000) | sign);
+}
+
+INLINE Words words_of(const void *x) {
+    Halves bits;
+    memcpy(&bits, x, sizeof(bits));
+    return __builtin_convertvector(bits, Words);
+}
+
+/* The next VL numbers. */
+INLINE Vector load_numbers(const float *x) { return load(x); }
+INLINE Vector load_numbers(const Bfloat16 *x) { return (Vector)(words_of(x) << 16); }
+
+INLINE Vector load_numbers(const Float16 *x) {
+    const Words bits = words_of(x), size = bits & 0x7fff, sign = (bits & 0x8000) << 16;
+    const Words finite = (Words)((Vector)(size << 13) * 0x1p112f);
+    return (Vector)((size < 0x7c00 ? finite : size << 13 | 0x7f800000) | sign);
+}
+
+/* To the nearest, ties to even; a NaN stays one. */
+INLINE void put(float *out, float x) { *out = x; }
+
+INLINE void put(Bfloat16 *out, float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    out->bits = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+INLINE void put(Float16 *out, float x) {
+    const uint32_t bits = bits_of(x), size = bits & 0x7fffffff;
+    /* Adding 1/2 leaves a float16 number below 2^-14, and zero, in the lowest bits. */
+    const uint32_t small = bits_of(float_of(size) + 0.5f) - 0x3f000000;
+    const uint32_t normal = (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13;
+    const uint32_t large = size > 0x7f800000 ? 0x7e00 : 0x7c00;
+    const uint32_t rounded = size < 0x38800000 ? small : size < 0x47800000 ? normal : large;
+    out->bits = (uint16_t)(rounded | (bits >> 16 & 0x8000));
+}
+
+/* Calls `function` with a pointer to number `at` of `data`, of its type. */
+template <typename Function>
+INLINE void with_type(int64_t dtype, const void *data, int64_t at, Function function) {
+    if (dtype == BFLOAT16) function((const Bfloat16 *)data + at);
+    else if (dtype == FLOAT16) function((const Float16 *)data + at);
+    else function((const float *)data + at);
+}
+
+/* out [ld] = factor * n numbers, zero beyond. */
+static void read_numbers(int64_t dtype, const void *data, int64_t at, int64_t n, float factor, float *out, int64_t ld) {
+    with_type(dtype, data, at, [=](auto *x) {
+        for (int64_t i = 0; i < n; i++) out[i] = factor * as_float(x[i]);
+    });
+    for (int64_t i = n; i < ld; i++) out[i] = 0;
+}
+
+/* `factor` times n numbers, into their place. */
+static void write_numbers(int64_t dtype, void *data, int64_t at, int64_t n, float factor, const float *from) {
+    with_type(dtype, data, at, [=](auto *x) {
+        auto *out = const_cast<std::remove_const_t<std::remove_reference_t<decltype(*x)>> *>(x);
+        for (int64_t i = 0; i < n; i++) put(out + i, factor * from[i]);
+    });
+}
