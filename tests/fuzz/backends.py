@@ -74,7 +74,7 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend(name="naive", op="naive"),
-        # "auto" takes the compiled kernels for all that they run: float32 and bfloat16.
+        # "auto" takes the compiled kernels for all that they run: all but float64.
         Backend(name="cpu", op="auto", dtypes=("float32", "float32", "bfloat16", "float64", "float16")),
         Backend(name="torch", op="torch", has_kernels=False),
         Backend(

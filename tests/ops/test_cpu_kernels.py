@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from ovq.ops import OVQState, backend_used, cpu_kernels
+from ovq.ops import OVQState, backend_used, cpu_kernels, ovq_attention
 from ovq.ops.backends.cpu import kernels
-from ovq.ops.options import COUNT_POWERS
+from ovq.ops.options import COUNT_POWERS, INITS
 from tests.ops.common import RULES, assert_same_state, attend, either_rule, inputs
 from tests.ops.test_identities import causal
 from tests.ops.test_parity import SHAPES, gradients
@@ -231,3 +231,46 @@ def test_auto_takes_them_for_one_token_at_a_time_as_well(merge):
         torch.testing.assert_close(o, o_torch)
         assert_same_state(state, by_torch, tolerance=0)
     assert state.num_pending.tolist() == [0]
+
+
+@needs_compiler
+@pytest.mark.parametrize("grads", [False, True], ids=["forward", "backward"])
+def test_bfloat16_is_as_good_as_exact_attention_in_bfloat16(grads):
+    """Where pairs are multiplied, too: no farther from float64 than twice what PyTorch's attention is."""
+    q, k, v = inputs(1, 512, 2, 2, 64, 64, dtype=torch.bfloat16)
+    options = {"num_slots": 160, "chunk_size": 64}
+
+    def attention(q, k, v):
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(*heads_first, is_causal=True, scale=8.0).transpose(1, 2)
+
+    def op(q, k, v):
+        return ovq_attention(
+            q, k, v, scale=8.0, backend="torch" if q.dtype == torch.float64 else "cpu", **options
+        )[0]
+
+    errors = []
+    for function in (op, attention):
+        results = []
+        for dtype in (torch.bfloat16, torch.float64):
+            leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+            o = function(*leaves)
+            weights = torch.linspace(-1, 1, o.numel(), dtype=torch.float64).view_as(o).to(torch.bfloat16)
+            results.append(torch.autograd.grad(o, leaves, weights.to(dtype)) if grads else (o.detach(),))
+        errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(*results, strict=True)])
+    for error, reference in zip(*errors, strict=True):
+        assert 0 < error < 2 * reference
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("init", INITS)
+def test_keys_close_together_are_told_apart(dtype, init):
+    """Rough products tell none of these keys from another; assignments are those of float64 all the same."""
+    _, k, v = inputs(1, 300, 1, 1, 24, 4, dtype=torch.float64)
+    k = torch.nn.functional.normalize(k[:, :1] + 0.03 * k, dim=-1).to(dtype)
+    options = {"num_slots": 40, "chunk_size": 50, "init": init}
+    options["generator"] = torch.Generator().manual_seed(0)
+    states = [attend(k, k, v.to(dtype), backend=name, **options)[1] for name in ("naive", "cpu")]
+    assert_same_state(*reversed(states), tolerance=0)

@@ -11,6 +11,8 @@
 struct Gradients {
     float *queries;  /* [G * width, key_ld]: scale * q. */
     float *grad_o;   /* [G * width, value_ld] */
+    uint32_t *query_words;  /* [G * width, key_words]: queries without the scale, where pairs are multiplied. */
+    uint32_t *grad_o_words; /* [G * width, value_words] */
     float *lse;      /* [G * width] */
     float *inner;    /* [G * width]: sum of o grad_o. */
     float *grad_k;   /* [width, key_ld]: the chunk's tokens, as parts of the sums and as candidates. */
@@ -26,6 +28,8 @@ struct Share {
     float *grad_v;   /* [SLOTS, value_ld] */
     float *probs;    /* [QUERIES, SLOTS] */
     float *grads;    /* [QUERIES, SLOTS]: gradient of the probabilities, then of the scores. */
+    /* The same, queries and grad_o in pairs of queries, [QUERIES / 2, ...], where pairs are multiplied. */
+    uint32_t *prob_pairs, *grad_pairs, *query_pairs, *grad_o_pairs;
 };
 
 static Gradients take_gradients(Arena *arena, const Call *call) {
@@ -33,6 +37,8 @@ static Gradients take_gradients(Arena *arena, const Call *call) {
     Gradients all;
     all.queries = TAKE(arena, float, queries * key_ld(call));
     all.grad_o = TAKE(arena, float, queries * value_ld(call));
+    all.query_words = HAS_PAIRS ? TAKE(arena, uint32_t, queries * key_words(call)) : nullptr;
+    all.grad_o_words = HAS_PAIRS ? TAKE(arena, uint32_t, queries * value_words(call)) : nullptr;
     all.lse = TAKE(arena, float, queries);
     all.inner = TAKE(arena, float, queries);
     all.grad_k = TAKE(arena, float, call->width * key_ld(call));
@@ -49,6 +55,11 @@ static Share take_share(Arena *arena, const Call *call) {
     share.grad_v = TAKE(arena, float, SLOTS * value_ld(call));
     share.probs = TAKE(arena, float, QUERIES * SLOTS);
     share.grads = TAKE(arena, float, QUERIES * SLOTS);
+    const int64_t pairs = HAS_PAIRS ? QUERIES / 2 : 0;
+    share.prob_pairs = TAKE(arena, uint32_t, pairs * SLOTS);
+    share.grad_pairs = TAKE(arena, uint32_t, pairs * SLOTS);
+    share.query_pairs = TAKE(arena, uint32_t, pairs * key_ld(call));
+    share.grad_o_pairs = TAKE(arena, uint32_t, pairs * value_ld(call));
     return share;
 }
 
@@ -60,7 +71,14 @@ static void load_queries(const Call *call, const Chunk *chunk, int64_t head, int
     read_tokens(call, &call->q, chunk->index, query_head, 0, chunk->num, call->scale[query_head], queries,
                 key_ld(call));
     read_tokens(call, &call->grad_o, chunk->index, query_head, 0, chunk->num, 1, grad_o, width);
+    const int is_in_pairs = HAS_PAIRS && call->dtype == BFLOAT16;
     for (int64_t t = 0; t < chunk->num; t++) {
+        if (is_in_pairs) {
+            float query[key_ld(call)];
+            read_tokens(call, &call->q, chunk->index, query_head, t, 1, 1, query, key_ld(call));
+            round_row(query, key_ld(call), all->query_words + (start + t) * key_words(call));
+            round_row(grad_o + t * width, width, all->grad_o_words + (start + t) * value_words(call));
+        }
         float o[width];
         read_tokens(call, &call->o, chunk->index, query_head, t, 1, 1, o, width);
         Vector inner = {};
@@ -142,17 +160,81 @@ static void backward_tile(const Call *call, const Rows *rows, int64_t n, int64_t
     product(num, key_width, n, grads, SLOTS, 1, rows->keys, NR, key_width, grad_q, key_width, grad_q, key_width);
 }
 
+#if HAS_PAIRS
+/* `num` rows in pairs of rows; zero stands for a missing last one. */
+INLINE void put_rows(uint32_t *pairs, int64_t num, int64_t ld, const float *rows) {
+    if (num % 2) memset(pairs + num / 2 * ld, 0, sizeof(uint32_t) * ld);
+    for (int64_t t = 0; t < num; t++) put_pair(pairs, ld, t, rows + t * ld);
+}
+
+/* From scores and gradients of probabilities [num, n]: probabilities and gradients of scores in pairs of queries, and
+   the latter as words of neighbours, in the first half of their place. */
+static void differentiate_pairs(int64_t num, int64_t n, const float *lse, const float *inner, Share *share) {
+    for (int64_t t = 0; t < num; t += 2) {
+        const int is_pair = t + 1 < num;
+        float *scores = share->probs + t * SLOTS, *grads = share->grads + t * SLOTS;
+        for (int64_t j = 0; j < n; j += 2 * VL) {
+            Vector prob[2][2] = {}, grad[2][2] = {};
+            for (int u = 0; u < 1 + is_pair; u++) {
+                for (int v = 0; v < 2; v++) {
+                    const int64_t at = u * SLOTS + j + v * VL;
+                    prob[u][v] = rough_exponential(load(scores + at) - lse[t + u]);
+                    grad[u][v] = prob[u][v] * (load(grads + at) - inner[t + u]);
+                }
+                put_neighbours((uint32_t *)grads + u * SLOTS + j / 2, grad[u][0], grad[u][1]);
+            }
+            for (int v = 0; v < 2; v++) {
+                const Words probs = rounded(prob[0][v]) >> 16 | rounded(prob[1][v]);
+                const Words both = rounded(grad[0][v]) >> 16 | rounded(grad[1][v]);
+                memcpy(share->prob_pairs + t / 2 * SLOTS + j + v * VL, &probs, sizeof(probs));
+                memcpy(share->grad_pairs + t / 2 * SLOTS + j + v * VL, &both, sizeof(both));
+            }
+        }
+    }
+}
+
+/* `backward_tile` for bfloat16. */
+static void backward_tile_pairs(const Call *call, const Rows *rows, int64_t n, int64_t place, int64_t start,
+                                int64_t first, int64_t num, float scale, const Gradients *all, Share *share) {
+    const int64_t key_width = key_ld(call), value_width = value_ld(call), pairs = (num + 1) / 2;
+    const int64_t num_key_words = key_words(call), num_value_words = value_words(call);
+    score_pairs(call, rows, n, all->query_words + start * num_key_words, num, scale, share->probs, SLOTS);
+    if (place >= 0) mask_future(share->probs, SLOTS, num, n, first - place);
+    pairs_product(num, n, num_value_words, all->grad_o_words + start * num_value_words, num_value_words, 1,
+                  rows->value_words, num_value_words * NR, NR, nullptr, Finish{}, share->grads, SLOTS);
+    differentiate_pairs(num, n, all->lse + start, all->inner + start, share);
+    put_rows(share->grad_o_pairs, num, value_width, all->grad_o + start * value_width);
+    put_rows(share->query_pairs, num, key_width, all->queries + start * key_width);
+    pairs_product(n, value_width, pairs, share->prob_pairs, 1, SLOTS, share->grad_o_pairs, NR, value_width,
+                  share->grad_v, Finish{}, share->grad_v, value_width);
+    pairs_product(n, key_width, pairs, share->grad_pairs, 1, SLOTS, share->query_pairs, NR, key_width, share->grad_k,
+                  Finish{}, share->grad_k, key_width);
+    float *grad_q = share->grad_q + start * key_width;
+    pairs_product(num, key_width, n / 2, (const uint32_t *)share->grads, SLOTS, 1, rows->key_pairs, NR, key_width,
+                  grad_q, Finish{}, grad_q, key_width);
+}
+#endif
+
 /* All queries of a chunk with SLOTS slots, or tokens, from `at` on. */
-static void backward_rows(const Call *call, const Rows *rows, int64_t at, int64_t num_rows, int is_tokens,
-                          const Chunk *chunk, const Gradients *all, Share *share) {
+static void backward_rows(const Call *call, const Rows *rows, int64_t head, int64_t at, int64_t num_rows,
+                          int is_tokens, const Chunk *chunk, const Gradients *all, Share *share) {
     const Rows tile = rows_from(rows, call, at);
     const int64_t n = padded(least(SLOTS, num_rows - at), NR);
     memset(share->grad_k, 0, sizeof(float) * n * key_ld(call));
     memset(share->grad_v, 0, sizeof(float) * n * value_ld(call));
+    const int64_t place = is_tokens ? at : -1;
     for (int64_t g = 0; g < call->group_size; g++)
-        for (int64_t t = is_tokens ? at : 0; t < chunk->num; t += QUERIES)
-            backward_tile(call, &tile, n, is_tokens ? at : -1, g * chunk->num + t, t,
-                          least(QUERIES, chunk->num - t), all, share);
+        for (int64_t t = is_tokens ? at : 0; t < chunk->num; t += QUERIES) {
+            const int64_t start = g * chunk->num + t, num = least(QUERIES, chunk->num - t);
+#if HAS_PAIRS
+            if (tile.key_pairs) {
+                const float scale = call->scale[head * call->group_size + g];
+                backward_tile_pairs(call, &tile, n, place, start, t, num, scale, all, share);
+                continue;
+            }
+#endif
+            backward_tile(call, &tile, n, place, start, t, num, all, share);
+        }
 }
 
 /* out [num] += factor * x, rows of `dim`. */

@@ -9,11 +9,13 @@ struct Rows {
     float *keys;          /* [M, key_ld] */
     float *values;        /* [M, value_ld] */
     float *key_panels;    /* Keys as columns, [M / NR, K, NR], or NULL. */
-    float *value_panels;  /* Values likewise, [M / NR, V, NR]: the backward's, else NULL. */
+    float *value_panels;  /* Values likewise, [M / NR, V, NR]: the backward's, or where pairs are merged, else NULL. */
     float *bias;          /* [M]: log count, -inf for what is not there. */
     int32_t *is_finite;   /* [1]: of a chunk's tokens, whether all values were; zero stands for those that were not. */
     uint32_t *words;      /* Keys, and values to merge, as columns, rounded, [M / NR, row_words, NR], or NULL. */
     uint32_t *value_pairs; /* Values, rounded, in pairs of rows, [M / 2, value_ld], where these are read; else NULL. */
+    uint32_t *value_words; /* Values as columns, [M / NR, value_words, NR], and keys in pairs of rows: the backward's */
+    uint32_t *key_pairs;   /* of bfloat16, else NULL. */
 };
 
 struct Dictionary {
@@ -37,27 +39,38 @@ INLINE int64_t value_words(const Call *call) { return num_words(call->v.dim); }
 INLINE int64_t row_words(const Call *call) { return key_words(call) + (call->is_ward ? value_words(call) : 0); }
 
 static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backward) {
-    const int has_value_panels = is_backward || call->is_ward;
-    const int is_read_in_pairs = HAS_PAIRS && !is_backward && call->dtype == BFLOAT16;
+    const int is_in_pairs = HAS_PAIRS && call->dtype == BFLOAT16, is_ward = call->is_ward && !is_backward;
+    const int has_value_panels = is_ward || (is_backward && !is_in_pairs);
     Rows rows;
     num = padded(num, NR);
     rows.keys = TAKE(arena, float, num * key_ld(call));
     rows.values = TAKE(arena, float, num * value_ld(call));
-    rows.key_panels = is_read_in_pairs && !call->is_ward ? nullptr : TAKE(arena, float, num * call->k.dim);
+    rows.key_panels = is_in_pairs && !is_ward ? nullptr : TAKE(arena, float, num * call->k.dim);
     rows.value_panels = has_value_panels ? TAKE(arena, float, num * call->v.dim) : nullptr;
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
-    rows.words = HAS_PAIRS && !is_backward ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
-    rows.value_pairs = is_read_in_pairs ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
+    rows.words = is_in_pairs || (HAS_PAIRS && !is_backward) ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
+    rows.value_pairs = is_in_pairs && !is_backward ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
+    rows.value_words = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num * value_words(call)) : nullptr;
+    rows.key_pairs = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num / 2 * key_ld(call)) : nullptr;
     return rows;
 }
 
+/* `x` moved on, unless it is NULL. */
+template <typename T> INLINE T *from_row(T *x, int64_t n) { return x ? x + n : nullptr; }
+
 /* The rows from i on, i a multiple of NR. */
 INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
-    return {rows->keys + i * key_ld(call), rows->values + i * value_ld(call), rows->key_panels + i * call->k.dim,
-            rows->value_panels + i * call->v.dim, rows->bias + i, rows->is_finite,
-            rows->words ? rows->words + i * row_words(call) : nullptr,
-            rows->value_pairs ? rows->value_pairs + i / 2 * value_ld(call) : nullptr};
+    return {rows->keys + i * key_ld(call),
+            rows->values + i * value_ld(call),
+            from_row(rows->key_panels, i * call->k.dim),
+            from_row(rows->value_panels, i * call->v.dim),
+            rows->bias + i,
+            rows->is_finite,
+            from_row(rows->words, i * row_words(call)),
+            from_row(rows->value_pairs, i / 2 * value_ld(call)),
+            from_row(rows->value_words, i * value_words(call)),
+            from_row(rows->key_pairs, i / 2 * key_ld(call))};
 }
 
 static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backward) {
@@ -79,6 +92,12 @@ static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
         round_row(rows->keys + i * key_ld(call), key_ld(call), words);
         if (call->is_ward) round_row(rows->values + i * value_ld(call), value_ld(call), words + key_words(call));
         put_words(rows->words, row_words(call), i, words);
+    }
+    if (rows->key_pairs) {
+        uint32_t words[value_words(call)];
+        round_row(rows->values + i * value_ld(call), value_ld(call), words);
+        put_words(rows->value_words, value_words(call), i, words);
+        put_pair(rows->key_pairs, key_ld(call), i, rows->keys + i * key_ld(call));
     }
     if (rows->value_pairs) put_pair(rows->value_pairs, value_ld(call), i, rows->values + i * value_ld(call));
     rows->bias[i] = bias;

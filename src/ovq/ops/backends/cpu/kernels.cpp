@@ -140,7 +140,7 @@ static void backward_stream(const Call *call, int64_t row, int64_t head, const T
             const int is_tokens = tile >= slot_tiles;
             const int64_t at = (is_tokens ? tile - slot_tiles : tile) * SLOTS;
             const int64_t num = is_tokens ? chunk.num : chunk.before;
-            backward_rows(call, is_tokens ? &shared->tokens : &dictionary->rows, at, num, is_tokens, &chunk, all,
+            backward_rows(call, is_tokens ? &shared->tokens : &dictionary->rows, head, at, num, is_tokens, &chunk, all,
                           &own->share);
             collect_rows(call, row, head, at, num, is_tokens, all, &own->share);
         }

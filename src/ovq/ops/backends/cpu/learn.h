@@ -69,7 +69,7 @@ static void score_keys(const Call *call, const Dictionary *dictionary, const flo
 #if HAS_PAIRS
     const int64_t size = key_words(call);
     for (int64_t t = 0; t < num; t++) round_row(keys + t * ld, ld, words + t * size);
-    pairs_product(num, n, size, words, size, dictionary->rows.words, row_words(call) * NR, NR, nullptr,
+    pairs_product(num, n, size, words, size, 1, dictionary->rows.words, row_words(call) * NR, NR, nullptr,
                   Finish{dictionary->is_open, 1}, scores, n);
 #else
     product(num, n, call->k.dim, keys, ld, 1, dictionary->rows.key_panels, call->k.dim * NR, NR, dictionary->is_open,

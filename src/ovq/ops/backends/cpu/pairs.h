@@ -59,8 +59,8 @@ struct Finish {
 #if HAS_PAIRS
 /* c [mr, nv vectors] = from + a b, as `product_tile`. */
 template <int mr, int nv>
-INLINE void pairs_tile(int64_t k, const uint32_t *a, int64_t lda, const uint32_t *b, int64_t ldb, const float *from,
-                       int64_t j, Finish finish, float *c, int64_t ldc) {
+INLINE void pairs_tile(int64_t k, const uint32_t *a, int64_t row, int64_t col, const uint32_t *b, int64_t ldb,
+                       const float *from, int64_t j, Finish finish, float *c, int64_t ldc) {
     __m512 sum[mr][nv];
     for (int i = 0; i < mr; i++)
         for (int v = 0; v < nv; v++) sum[i][v] = from ? (__m512)load(from + i * ldc + v * VL) : __m512{};
@@ -68,7 +68,7 @@ INLINE void pairs_tile(int64_t k, const uint32_t *a, int64_t lda, const uint32_t
         __m512bh right[nv];
         for (int v = 0; v < nv; v++) right[v] = (__m512bh)_mm512_loadu_si512(b + p * ldb + v * VL);
         for (int i = 0; i < mr; i++) {
-            const __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[i * lda + p]);
+            const __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[i * row + p * col]);
             for (int v = 0; v < nv; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], left, right[v]);
         }
     }
@@ -85,17 +85,17 @@ INLINE void pairs_rows(int64_t num, Rest... rest) {
     else if constexpr (mr > 1) pairs_rows<mr - 1, nv>(num, rest...);
 }
 
-/* c [m, n] = from + a [m, k words] b [k words, n], n a multiple of VL; b in panels of NR columns, `panel` words apart,
-   each with rows `ldb` words apart; `from` is c or NULL. */
-static void pairs_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t lda, const uint32_t *b,
-                          int64_t panel, int64_t ldb, const float *from, Finish finish, float *c, int64_t ldc) {
+/* c [m, n] = from + a [m, k words] b [k words, n], n a multiple of VL. a has strides `row` and `col`; b is in panels of
+   NR columns, `panel` words apart, each with rows `ldb` words apart; `from` is c or NULL. */
+static void pairs_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t row, int64_t col,
+                          const uint32_t *b, int64_t panel, int64_t ldb, const float *from, Finish finish, float *c, int64_t ldc) {
     for (int64_t j = 0; j < n; j += NR, b += panel)
         for (int64_t i = 0; i < m; i += MR) {
             const float *start = from ? from + i * ldc + j : nullptr;
             float *out = c + i * ldc + j;
             const int64_t num = least(MR, m - i);
-            if (n - j >= NR) pairs_rows<MR, NV>(num, k, a + i * lda, lda, b, ldb, start, j, finish, out, ldc);
-            else pairs_rows<MR, 1>(num, k, a + i * lda, lda, b, ldb, start, j, finish, out, ldc);
+            if (n - j >= NR) pairs_rows<MR, NV>(num, k, a + i * row, row, col, b, ldb, start, j, finish, out, ldc);
+            else pairs_rows<MR, 1>(num, k, a + i * row, row, col, b, ldb, start, j, finish, out, ldc);
         }
 }
 

@@ -73,8 +73,8 @@ static void weigh(const Call *call, const Rows *rows, int64_t n, const float *pr
 /* `score` of queries as words, `scale` times their products. */
 INLINE void score_pairs(const Call *call, const Rows *rows, int64_t n, const uint32_t *queries, int64_t num,
                         float scale, float *scores, int64_t ld) {
-    pairs_product(num, n, key_words(call), queries, key_words(call), rows->words, row_words(call) * NR, NR, nullptr,
-                  Finish{rows->bias, scale}, scores, ld);
+    pairs_product(num, n, key_words(call), queries, key_words(call), 1, rows->words, row_words(call) * NR, NR,
+                  nullptr, Finish{rows->bias, scale}, scores, ld);
 }
 
 /* `exponentials` that are rounded to words of neighbours, in the first half of their place. */
@@ -98,8 +98,8 @@ static void weigh_pairs(const Call *call, const Rows *rows, int64_t n, const uin
                         float *out) {
     const int64_t width = value_ld(call);
     for (int64_t j = 0; j < n / 2; j += VALUES)
-        pairs_product(num, width, least(VALUES, n / 2 - j), probs + j, ld, rows->value_pairs + j * width, NR, width,
-                      out, Finish{}, out, width);
+        pairs_product(num, width, least(VALUES, n / 2 - j), probs + j, ld, 1, rows->value_pairs + j * width, NR,
+                      width, out, Finish{}, out, width);
 }
 #endif
 

@@ -69,7 +69,7 @@ static void multiply_words(const Call *call, const Rows *columns, int64_t num, i
                            int64_t first, int64_t num_words, int is_more, float *out, int64_t ld) {
 #if HAS_PAIRS
     const int64_t own = row_words(call);
-    pairs_product(count, num, num_words, words + first, own, columns->words + first * NR, own * NR, NR,
+    pairs_product(count, num, num_words, words + first, own, 1, columns->words + first * NR, own * NR, NR,
                   is_more ? out : nullptr, Finish{}, out, ld);
 #endif
 }
