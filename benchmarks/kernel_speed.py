@@ -1,0 +1,94 @@
+"""The compiled kernels beside exact attention, by processor time: `python benchmarks/kernel_speed.py`.
+
+`ovq bench` goes by the clock, for an idle machine. Here the contenders take turns on one thread and the time
+is the processor's, which other work on the machine disturbs less. `OVQ_CPU_KERNELS=avx2` measures the kernels
+of another level. `--before FOLDER`, the `src/ovq/ops/backends/cpu` of an earlier commit, has kernels compiled
+from there take turns as well (not for decoding, in which more than kernels changed).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ovq.ops import cpu_kernels
+from ovq.ops.backends.cpu import build, compiler
+from ovq.research.bench.workloads import Workload
+
+# What is measured: part, dtype, tokens.
+CASES = (
+    ("forward", "float32", 16384),
+    ("forward", "bfloat16", 16384),
+    ("forward_backward", "float32", 8192),
+    ("forward_backward", "bfloat16", 8192),
+    *(("decode", "float32", length) for length in (512, 1024, 4096, 65536)),
+)
+SLOTS = 1024
+
+
+def compiled(folder: Path) -> ctypes.CDLL:
+    """The kernels of a folder, for the level that the environment asks for."""
+    wish = os.environ.get("OVQ_CPU_KERNELS", "")
+    flags = next((level.flags for level in compiler.LEVELS if level.name == wish), compiler.NATIVE)
+    path = Path(tempfile.mkdtemp()) / "before.so"
+    options = [*compiler._command(flags), "-shared", str(folder / "kernels.cpp"), "-o", str(path)]
+    subprocess.run([*compiler.find_compiler(), *options], check=True)
+    return ctypes.CDLL(str(path))
+
+
+def processor_times(functions: list[Callable[[], object]], rounds: int, run: int) -> list[float]:
+    """The median seconds of each function; `run` calls each in turn, after a first round that does not
+    count."""
+    times: list[list[float]] = [[] for _ in functions]
+    for i in range(rounds + 1):
+        for function, own in zip(functions, times, strict=True):
+            for _ in range(run):
+                start = time.process_time()
+                function()
+                if i:
+                    own.append(time.process_time() - start)
+    return [statistics.median(own) for own in times]
+
+
+def main(before: Annotated[Path | None, typer.Option()] = None, rounds: int = 3, only: str = "") -> None:
+    """Print how many times as fast as exact attention OVQ is; `only` is a part of a case's name."""
+    torch.set_num_threads(1)
+    kernels = {"now": build.load()} if before is None else {"before": compiled(before), "now": build.load()}
+    print(f"{cpu_kernels()}; 8 heads of 64, {SLOTS} slots, chunks of 256, one thread")
+    for part, dtype, length in CASES:
+        name, is_decode = f"{part} {dtype} {length}", part == "decode"
+        if only not in name:
+            continue
+        exact = Workload(mixer="sdpa", length=length, dtype=dtype)
+        ovq = Workload(mixer="ovq", length=length, dtype=dtype, num_slots=SLOTS)
+        own = getattr(ovq, part)("cpu")
+
+        def with_kernels(library: ctypes.CDLL, call: Callable[[], object] = own) -> Callable[[], object]:
+            def run() -> object:
+                build.load = lambda: library
+                return call()
+
+            return run
+
+        libraries = {"now": kernels["now"]} if is_decode else kernels
+        functions = [getattr(exact, part)("cpu"), *map(with_kernels, libraries.values())]
+        reference, *times = processor_times(functions, rounds, 64 if is_decode else 1)
+        found = (
+            f"{of} {t * 1e3:.3f} ms, {reference / t:.2f} times"
+            for of, t in zip(libraries, times, strict=True)
+        )
+        print(f"{name}: exact attention {reference * 1e3:.3f} ms; " + "; ".join(found), flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
