@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ovq.hf.cache import OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.layers import Mixer, SequenceLayout, mixer_class
+from ovq.layers.common import RMSNorm, swiglu
+from ovq.layers.products import Linear
 
 
 def build_mixer(config: OVQConfig, layer_idx: int) -> Mixer:
@@ -33,13 +34,12 @@ class OVQMLP(nn.Module):
 
     def __init__(self, config: OVQConfig):
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, hidden_size]` to the same."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class OVQBlock(GradientCheckpointingLayer):
@@ -47,9 +47,9 @@ class OVQBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: OVQConfig, layer_idx: int):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = build_mixer(config, layer_idx)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = OVQMLP(config)
 
     def forward(

@@ -19,6 +19,7 @@ from ovq.hf.block import OVQBlock
 from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, one_cache, unread_inputs
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.hub import HubModel
+from ovq.hf.loss import can_be_pieced, loss_in_pieces
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
 from ovq.layers import (
     KVMAttention,
@@ -30,8 +31,9 @@ from ovq.layers import (
     ShortConvolution,
 )
 from ovq.layers.chunked import DecayRates
-from ovq.layers.common import QKNorm
+from ovq.layers.common import QKNorm, RMSNorm
 from ovq.layers.gates import MergeGate, SlotScale
+from ovq.layers.products import Linear
 from ovq.layers.vq import StaticDictionary
 
 # Keyword arguments of `forward` that transformers passes along and its decorators use.
@@ -193,7 +195,7 @@ class OVQModel(OVQPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(OVQBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -298,7 +300,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
     def __init__(self, config: OVQConfig):
         super().__init__(config)
         self.model = OVQModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     @can_return_tuple
@@ -335,8 +337,9 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             cu_seqlens: `[R + 1]` offsets of rows packed into one (`B == 1`), or its other names, as in
                 `OVQModel.forward`.
             skip_logits: return the loss without logits (`None`). They are then computed only at positions
-                that have a target, which is all that training needs, and saves time and memory where few
-                positions have one.
+                that have a target, which is all that training needs, and a piece at a time: memory does not
+                grow with positions times vocabulary, unless the output layer has hooks or an adapter, or the
+                loss is a custom one.
             kwargs: those of `OVQModel.forward`; `num_items_in_batch` for the loss (from the Trainer);
                 `shift_labels` `[B, T]` instead of `labels`: what each position is to predict, so that the
                 target of the last one may lie outside this call; -100 is ignored.
@@ -388,23 +391,28 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
             **kwargs,
         )
+        hidden_states = outputs.last_hidden_state
         if skip_logits:
             kept = targets != -100
-            targets = targets[kept]
-            logits = self.lm_head(outputs.last_hidden_state[kept])
+            targets, hidden_states = targets[kept], hidden_states[kept]
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+            hidden_states = hidden_states[:, kept]
+        loss = logits = None
+        if skip_logits and can_be_pieced(self.lm_head, self.loss_function):
+            loss = loss_in_pieces(hidden_states, self.lm_head.weight, targets, num_items_in_batch)
+        else:
+            logits = self.lm_head(hidden_states)
         if has_targets:
-            loss = self.loss_function(
-                logits,
-                # For custom losses, which shift the labels themselves.
-                None if skip_logits else labels,
-                self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=targets,
-            )
+            if loss is None:
+                loss = self.loss_function(
+                    logits,
+                    # For custom losses, which shift the labels themselves.
+                    None if skip_logits else labels,
+                    self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=targets,
+                )
             if outputs.auxiliary_loss is not None:
                 # The other losses of a step's micro-batches are summed, each weighted by its share of the
                 # step's targets.

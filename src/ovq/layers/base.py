@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache, MixerCache
-from ovq.layers.common import QKNorm, ShortConvolution, apply_rotary, rotary_tables
+from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import Memory, StateSpec, check_tensors, num_bytes, of_rows
+from ovq.layers.products import Linear
 
 
 class Mixer(nn.Module, ABC):
@@ -58,9 +59,9 @@ class Mixer(nn.Module, ABC):
         super().__init__()
         self.conv_size, self.layer_idx, self.use_rope = conv_size, layer_idx, use_rope
         # Queries, keys and values share one projection and one convolution: fewer and larger products.
-        self.qkv_proj = nn.Linear(hidden_size, num_channels, bias=False)
+        self.qkv_proj = Linear(hidden_size, num_channels)
         self.qkv_conv = ShortConvolution(num_channels, conv_size) if conv_size else None
-        self.o_proj = nn.Linear(num_outputs, hidden_size, bias=False)
+        self.o_proj = Linear(num_outputs, hidden_size)
 
     @abstractmethod
     def mix(
@@ -325,16 +326,22 @@ class AttentionMixer(Mixer):
         **options: Any,
     ) -> Tensor:
         """See `Mixer.mix`: `attend` with normalised (and rotated) queries and keys."""
-        heads = channels.unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
-        q, k, scale = self.qk_norm(q, k)
-        if self.use_rope:
-            # Positions are column numbers: only differences matter, so padding and packing change nothing.
-            cos, sin = rotary_tables(
-                layout.num_past, layout.num_new, self.head_dim, theta=self.rope_theta, like=q
-            )
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        tables = self._rotary_tables(layout, channels) if self.use_rope else None
+        q, k, v, scale = self.qk_norm(channels, self.num_kv_heads, tables)
         return self.attend(q, k, v, scale, layout, cache, **options).flatten(2)
+
+    def _rotary_tables(self, layout: SequenceLayout, channels: Tensor) -> tuple[Tensor, Tensor]:
+        """The tables of a call, made once for all its layers.
+
+        Positions are column numbers: only differences matter, so padding and packing change nothing.
+        """
+        dtype = torch.promote_types(channels.dtype, torch.float32)
+        like = torch.empty(0, dtype=dtype, device=channels.device)
+        place = layout.num_past, layout.num_new, self.head_dim
+        return layout.once(
+            ("rotary", self.head_dim, self.rope_theta, dtype, like.device),
+            lambda: rotary_tables(*place, theta=self.rope_theta, like=like),
+        )
 
 
 def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int | None) -> int:

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.layers.layout import SequenceLayout
-from ovq.ops.backends.cpu import CompiledConvolution, can_convolve
+from ovq.ops.backends.cpu import (
+    CompiledConvolution,
+    CompiledHeads,
+    CompiledRMSNorm,
+    CompiledSwiGLU,
+    applied,
+    can_convolve,
+    can_run,
+)
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -65,13 +73,60 @@ class QKNorm(nn.Module):
         """Factor on the logits, `[H]`, differentiable."""
         return self.beta * self.head_dim**0.5
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalise `q [B,T,H,K]` and `k [B,T,Hkv,K]`, in float32 (float64 for float64); also returns
-        `scale`.
+    def forward(
+        self, channels: Tensor, num_kv_heads: int, tables: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Heads of channels, with normalised queries and keys.
 
-        The scale is returned here because offloaded weights exist only while their module runs.
+        Args:
+            channels: `[B, T, (H + 2 Hkv) K]`: queries, keys and values, one head after the other.
+            num_kv_heads: Hkv.
+            tables: of `rotary_tables`, to rotate queries and keys by position; None to leave them.
+
+        Returns:
+            `q [B,T,H,K]` and `k [B,T,Hkv,K]` in float32 (float64 for float64 channels), `v [B,T,Hkv,K]` in
+            the dtype of the channels, and `scale`. The scale is returned here because offloaded weights exist
+            only while their module runs.
         """
-        return l2_normalize(q), l2_normalize(k), self.scale
+        if can_run(channels):
+            q, k, v = applied(
+                CompiledHeads, channels, *(tables or (None, None)), len(self.beta), num_kv_heads
+            )
+            return q, k, v, self.scale
+        heads = channels.unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split([len(self.beta), num_kv_heads, num_kv_heads], dim=2)
+        q, k = l2_normalize(q), l2_normalize(k)
+        if tables is not None:
+            q, k = apply_rotary(q, *tables), apply_rotary(k, *tables)
+        return q, k, v, self.scale
+
+
+class RMSNorm(nn.RMSNorm):
+    """`x / rms(x) * weight`, on a CPU in one pass over memory.
+
+    Example:
+        >>> RMSNorm(2, eps=0.0)(torch.tensor([3.0, 3.0]))
+        tensor([1., 1.], grad_fn=<CompiledRMSNormBackward>)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        if self.eps is not None and can_run(x, self.weight):
+            return applied(CompiledRMSNorm, x, self.weight, self.eps)
+        return super().forward(x)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """`silu(gate) * up` of `[..., 2 D]`, in which `gate` is the first half.
+
+    Example:
+        >>> swiglu(torch.tensor([0.0, 1.0, 2.0, 3.0]))
+        tensor([0.0000, 2.1932])
+    """
+    if can_run(x):
+        return applied(CompiledSwiGLU, x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
 
 
 class WideLayerNorm(nn.LayerNorm):
@@ -201,7 +256,7 @@ class ShortConvolution(nn.Module):
         # Parameters may be float32 under autocast; the product would then silently widen the activations.
         weight = self.weight.to(x.dtype)
         if can_convolve(x, weight):
-            y = CompiledConvolution.apply(x, past, weight, offset)
+            y = applied(CompiledConvolution, x, past, weight, offset)
         else:
             y = _convolve(x, past, weight, offset)
         if new_mask is not None:

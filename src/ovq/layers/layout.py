@@ -6,9 +6,12 @@ place of the mask. A layer that is used on its own builds its own layout.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.ops.call import RowBounds
@@ -43,6 +46,7 @@ class SequenceLayout:
     cu_seqlens: Tensor | None = None
     bounds: RowBounds | None = None
     has_mask: bool = False
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
     def of(
@@ -92,6 +96,30 @@ class SequenceLayout:
                 if (tensor := getattr(self, name)) is not None
             },
         )
+
+    def once(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, which is called by the first layer that asks for `name`, and by no other."""
+        if torch.compiler.is_compiling():
+            return make()
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def first_seen(self, num_keys: int) -> Tensor | None:
+        """The first of the last `num_keys` columns in the row of each new token, `[B, T]`; None for one row.
+
+        Example:
+            >>> layout = SequenceLayout.of(torch.tensor([[0, 1, 1]]), batch_size=1, num_past=0, num_new=3)
+            >>> layout.first_seen(3)
+            tensor([[0, 1, 1]])
+        """
+        segments = self.segments(num_keys)
+        if segments is None:
+            return None
+        column = torch.arange(num_keys, device=segments.device)
+        is_start = F.pad(segments.diff() != 0, (1, 0), value=True)
+        starts = torch.where(is_start, column, 0).cummax(1).values
+        return starts[:, num_keys - self.num_new :].contiguous()
 
     def segments(self, num_keys: int) -> Tensor | None:
         """Row of each of the last `num_keys` columns, `[B, num_keys]`, -1 for padding; None for one row."""

@@ -17,6 +17,7 @@ from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec, TensorMemory
+from ovq.ops.backends.cpu import CompiledWindow, applied, can_run
 
 
 class FullAttention(AttentionMixer):
@@ -42,13 +43,20 @@ class FullAttention(AttentionMixer):
         """See `AttentionMixer.attend`."""
         q = (q * scale[:, None]).to(v.dtype)
         # From here on [B, H, T, K], the layout of scaled_dot_product_attention and of the caches.
-        q, k, v = q.transpose(1, 2), k.to(v.dtype).transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            # Copies, on a first call too: views would keep the projections alive.
-            past = cache.state or {"keys": k[:, :, :0], "values": v[:, :, :0]}
-            k, v = torch.cat([past["keys"], k], dim=2), torch.cat([past["values"], v], dim=2)
-            cache.set_state({"keys": self.kept(k), "values": self.kept(v)}, layout.num_new)
-        return self.softmax_read(q, k, v, layout).transpose(1, 2)
+        k, v = self.with_past(k.to(v.dtype).transpose(1, 2), v.transpose(1, 2), layout, cache)
+        return self.softmax_read(q.transpose(1, 2), k, v, layout).transpose(1, 2)
+
+    def with_past(
+        self, k: Tensor, v: Tensor, layout: SequenceLayout, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, Hkv, T, K]` after the cached ones; the cache is brought up to date."""
+        if cache is None:
+            return k, v
+        # Copies, on a first call too: views would keep the projections alive.
+        past = cache.state or {"keys": k[:, :, :0], "values": v[:, :, :0]}
+        k, v = torch.cat([past["keys"], k], dim=2), torch.cat([past["values"], v], dim=2)
+        cache.set_state({"keys": self.kept(k), "values": self.kept(v)}, layout.num_new)
+        return k, v
 
     def softmax_read(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         """Attention of scaled `q [B,H,T,K]` over `k, v [B,Hkv,S,K]`, whose last T are the queries' own."""
@@ -117,8 +125,11 @@ class SlidingWindowAttention(FullAttention):
 
     def kept(self, x: Tensor) -> Tensor:
         """See `FullAttention.kept`."""
-        # A copy, because a view would keep the whole sequence alive.
-        return x[:, :, x.shape[2] - self.num_kept(x.shape[2]) :].clone()
+        num = self.num_kept(x.shape[2])
+        kept = x[:, :, x.shape[2] - num :]
+        # A copy, because a view would keep the whole sequence alive; one token more, as when decoding, may
+        # live.
+        return kept if x.shape[2] <= num + 1 else kept.clone()
 
     @classmethod
     def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> TensorMemory:
@@ -128,6 +139,25 @@ class SlidingWindowAttention(FullAttention):
             rope_theta=rope_theta,
             is_by_column=True,
         )
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        layout: SequenceLayout,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """See `AttentionMixer.attend`."""
+        if not can_run(q, k, v, scale):
+            return super().attend(q, k, v, scale, layout, cache)
+        if cache is not None:
+            k, v = self.with_past(k.transpose(1, 2), v.transpose(1, 2), layout, cache)
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+        num_keys = k.shape[1]
+        first = layout.once(("first seen", num_keys, k.device), lambda: layout.first_seen(num_keys))
+        return applied(CompiledWindow, q, k, v, scale, first, self.sliding_window)
 
     def softmax_read(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
         """As in `FullAttention`, within the window."""

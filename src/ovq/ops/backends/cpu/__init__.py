@@ -1,7 +1,8 @@
 """The `cpu` backend: the algorithm of `torch`, compiled for this processor if there is a compiler.
 
 `kernels.py` passes a call to `kernels.cpp`; `build.py` finds it compiled in a wheel, or has `compiler.py`
-compile it on first use, together with the short convolution of the layers.
+compile it on first use, together with what the layers do beside their products: short convolution, norms,
+SwiGLU, heads (`tokens.py`) and sliding windows (`window.py`).
 """
 
 from __future__ import annotations
@@ -19,14 +20,27 @@ from ovq.ops.backends.cpu.kernels import (
     is_available,
     learn_and_say,
 )
+from ovq.ops.backends.cpu.linear import FEW_TOKENS, FasterLinear, few_products, has_faster_library
+from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
+from ovq.ops.backends.cpu.window import CompiledWindow
 from ovq.ops.call import Call, refusal_of_options, refusal_of_tensors
 from ovq.ops.state import OVQState
 
 __all__ = [
+    "FEW_TOKENS",
     "CompiledConvolution",
+    "CompiledHeads",
+    "CompiledRMSNorm",
+    "CompiledSwiGLU",
+    "CompiledWindow",
+    "FasterLinear",
     "MissingKernelsWarning",
+    "applied",
     "can_convolve",
+    "can_run",
     "cpu_kernels",
+    "few_products",
+    "has_faster_library",
     "learn_and_say",
     "refusal",
     "run",

@@ -6,7 +6,9 @@
 #include "backward.h"
 #include "convolution.h"
 #include "decode.h"
+#include "tokens.h"
 #include "ward.h"
+#include "window.h"
 
 /* All that is needed of omp.h, which Apple's compiler does not bring. */
 extern "C" int omp_get_num_threads(void);

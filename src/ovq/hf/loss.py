@@ -1,0 +1,111 @@
+"""The loss of a language model in pieces: logits of all tokens never exist at the same time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ovq.layers.products import Linear
+
+# Logits of a piece, and the fewest tokens: each piece reads and writes the gradient of the output layer.
+_PIECE, _ROWS = 1 << 21, 256
+
+
+def can_be_pieced(head: nn.Module, loss_function: Callable[..., Tensor]) -> bool:
+    """Whether the loss is the usual one of logits that are the product with a plain matrix.
+
+    An output layer with hooks, an adapter or quantized weights has to be called as a whole, once.
+    """
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        type(head) in (Linear, nn.Linear)
+        and head.bias is None
+        and type(head.weight) in (nn.Parameter, Tensor)
+        # Set by libraries that shard or offload weights: DeepSpeed on weights, accelerate on modules.
+        and not hasattr(head.weight, "ds_id")
+        and "forward" not in vars(head)
+        and not any(getattr(head, name) for name in hooks)
+        and loss_function is ForCausalLMLoss
+        and not torch.compiler.is_compiling()
+    )
+
+
+def loss_in_pieces(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None = None
+) -> Tensor:
+    """The mean cross-entropy of the logits `hidden_states weight^T`, and in training its gradient, in pieces.
+
+    Args:
+        hidden_states: `[N, D]`.
+        weight: `[V, D]`.
+        targets: `[N]` token ids.
+        num_items_in_batch: what the sum of losses is divided by; None for N.
+
+    Returns:
+        A scalar in float32 (float64 for float64). Memory is O((N + V) D) and does not depend on N V.
+
+    Example:
+        >>> hidden_states, weight, targets = torch.randn(5, 4), torch.randn(9, 4), torch.arange(5)
+        >>> loss = loss_in_pieces(hidden_states, weight, targets)
+        >>> torch.allclose(loss, nn.functional.cross_entropy(hidden_states @ weight.T, targets))
+        True
+    """
+    total = _SummedLoss.apply(hidden_states, weight, targets, torch.is_grad_enabled())
+    if num_items_in_batch is None:
+        num_items_in_batch = len(targets)
+        if not num_items_in_batch:
+            # As the mean over nothing is.
+            return total * torch.nan
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+class _SummedLoss(torch.autograd.Function):
+    """The sum of losses. Its gradients are computed in the forward, while the logits of a piece are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, has_graph: bool) -> Tensor:
+        wants = [has_graph and needed for needed in ctx.needs_input_grad[:2]]
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        total = hidden_states.new_zeros((), dtype=wide)
+        of_hidden = torch.empty_like(hidden_states) if wants[0] else None
+        of_weight = torch.zeros_like(weight) if wants[1] else None
+        size = max(_ROWS, _PIECE // len(weight))
+        for start in range(0, len(targets), size):
+            piece, target = hidden_states[start : start + size], targets[start : start + size, None]
+            # In the dtype of autocast, if it is on.
+            logits = piece @ weight.t()
+            narrow = logits.dtype
+            log_probs = torch.log_softmax(logits.to(wide), -1)
+            del logits
+            total -= log_probs.gather(1, target).sum()
+            if not any(wants):
+                continue
+            grad = log_probs.exp_()
+            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
+            grad = grad.to(narrow)
+            if of_hidden is not None:
+                of_hidden[start : start + size] = grad @ weight.to(narrow)
+            if of_weight is not None and narrow == of_weight.dtype:
+                of_weight.addmm_(grad.t(), piece.to(narrow))
+            elif of_weight is not None:
+                of_weight += grad.t() @ piece.to(narrow)
+        ctx.save_for_backward(of_hidden, of_weight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden, of_weight = ctx.saved_tensors
+        return (
+            None if of_hidden is None else of_hidden * grad.to(of_hidden.dtype),
+            None if of_weight is None else of_weight * grad.to(of_weight.dtype),
+            None,
+            None,
+        )

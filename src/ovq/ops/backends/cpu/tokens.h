@@ -1,0 +1,205 @@
+/* What layers do to each token by itself, in one pass over memory: RMS norm, SwiGLU, and making heads of channels. */
+#pragma once
+
+#include "vector.h"
+
+extern "C" int omp_get_thread_num(void);
+
+/* Fewer floats than this are not worth a second thread. */
+#define FEW 32768
+
+INLINE float dot(const float *a, const float *b, int64_t n) {
+    Vector sums = {};
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) sums += load(a + i) * load(b + i);
+    float sum = total(sums);
+    for (; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* y = x w / rms(x), for `num` vectors of `dim` floats; `rates` keeps each 1 / rms(x) for the backward. */
+extern "C" void ovq_rms_norm(int64_t num_threads, int64_t num, int64_t dim, float eps, const float *x,
+                             const float *weight, float *y, float *rates) {
+#pragma omp parallel for num_threads((int)num_threads) if (num * dim > FEW)
+    for (int64_t t = 0; t < num; t++) {
+        const float *from = x + t * dim;
+        float *to = y + t * dim;
+        const float rate = 1 / sqrtf(dot(from, from, dim) / dim + eps);
+        rates[t] = rate;
+        for (int64_t i = 0; i < dim; i++) to[i] = from[i] * rate * weight[i];
+    }
+}
+
+/* `grad_weight` is [num_threads, dim], zero before: the share of each thread. */
+extern "C" void ovq_rms_norm_backward(int64_t num_threads, int64_t num, int64_t dim, const float *x,
+                                      const float *weight, const float *rates, const float *grad_y, float *grad_x,
+                                      float *grad_weight) {
+#pragma omp parallel for num_threads((int)num_threads) schedule(static)
+    for (int64_t t = 0; t < num; t++) {
+        const float *from = x + t * dim, *grad = grad_y + t * dim;
+        float *to = grad_x + t * dim, *of_weight = grad_weight + omp_get_thread_num() * dim;
+        const float rate = rates[t];
+        Vector sums = {};
+        int64_t i = 0;
+        for (; i + VL <= dim; i += VL) sums += load(from + i) * load(grad + i) * load(weight + i);
+        float sum = total(sums);
+        for (; i < dim; i++) sum += from[i] * grad[i] * weight[i];
+        const float along = sum * rate * rate / dim;
+        for (i = 0; i < dim; i++) {
+            to[i] = rate * (grad[i] * weight[i] - along * from[i]);
+            of_weight[i] += grad[i] * from[i] * rate;
+        }
+    }
+}
+
+/* 1 / (1 + exp(-x)) */
+INLINE Vector sigmoid(Vector x) {
+    const Vector e = exponential(x > 0.0f ? -x : x);
+    return (x > 0.0f ? splat(1.0f) : e) / (1.0f + e);
+}
+
+/* Loads and stores of the last, incomplete vector. */
+INLINE Vector load_some(const float *x, int64_t n) {
+    float some[VL] = {};
+    for (int64_t i = 0; i < n; i++) some[i] = x[i];
+    return load(some);
+}
+
+INLINE void store_some(float *x, Vector y, int64_t n) {
+    float some[VL];
+    store(some, y);
+    for (int64_t i = 0; i < n; i++) x[i] = some[i];
+}
+
+/* y [num, dim] = silu(gate) up, of x [num, 2 dim] = [gate | up]. */
+extern "C" void ovq_swiglu(int64_t num_threads, int64_t num, int64_t dim, const float *x, float *y) {
+#pragma omp parallel for num_threads((int)num_threads) if (num * dim > FEW)
+    for (int64_t t = 0; t < num; t++) {
+        const float *gate = x + t * 2 * dim, *up = gate + dim;
+        float *to = y + t * dim;
+        int64_t i = 0;
+        for (; i + VL <= dim; i += VL) {
+            const Vector g = load(gate + i);
+            store(to + i, g * sigmoid(g) * load(up + i));
+        }
+        if (i < dim) {
+            const Vector g = load_some(gate + i, dim - i);
+            store_some(to + i, g * sigmoid(g) * load_some(up + i, dim - i), dim - i);
+        }
+    }
+}
+
+INLINE void swiglu_gradients(Vector g, Vector u, Vector grad, Vector *grad_g, Vector *grad_u) {
+    const Vector s = sigmoid(g);
+    *grad_u = grad * g * s;
+    *grad_g = grad * u * s * (1.0f + g * (1.0f - s));
+}
+
+extern "C" void ovq_swiglu_backward(int64_t num_threads, int64_t num, int64_t dim, const float *x,
+                                    const float *grad_y, float *grad_x) {
+#pragma omp parallel for num_threads((int)num_threads) if (num * dim > FEW)
+    for (int64_t t = 0; t < num; t++) {
+        const float *gate = x + t * 2 * dim, *up = gate + dim, *grad = grad_y + t * dim;
+        float *grad_gate = grad_x + t * 2 * dim, *grad_up = grad_gate + dim;
+        Vector of_gate, of_up;
+        int64_t i = 0;
+        for (; i + VL <= dim; i += VL) {
+            swiglu_gradients(load(gate + i), load(up + i), load(grad + i), &of_gate, &of_up);
+            store(grad_gate + i, of_gate);
+            store(grad_up + i, of_up);
+        }
+        if (const int64_t n = dim - i) {
+            swiglu_gradients(load_some(gate + i, n), load_some(up + i, n), load_some(grad + i, n), &of_gate, &of_up);
+            store_some(grad_gate + i, of_gate, n);
+            store_some(grad_up + i, of_up, n);
+        }
+    }
+}
+
+/* Mirrored by `_Heads` in tokens.py: channels [rows, tokens, (q heads + 2 kv heads) dim] and what is made of them, all
+   dense: q [rows, tokens, q heads, dim], k and v [rows, tokens, kv heads, dim]. Queries and keys are scaled to length
+   1 by `rates` [rows, tokens, q heads + kv heads], then rotated by the angles of their token (cos, sin [tokens, dim /
+   2]; NULL for none). */
+struct Heads {
+    int64_t num_threads, num_rows, num_tokens, num_q_heads, num_kv_heads, dim;
+    const float *channels, *cos, *sin;
+    float *q, *k, *v, *rates;
+    const float *grad_q, *grad_k, *grad_v;
+    float *grad_channels;
+};
+
+/* x rotated by (cos, sin), pair by pair (i, i + half); y may be x. */
+INLINE void rotate(const float *x, const float *cos, const float *sin, float sign, int64_t half, float *y) {
+    int64_t i = 0;
+    for (; i + VL <= half; i += VL) {
+        const Vector a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i) * sign;
+        store(y + i, a * c - b * s);
+        store(y + half + i, b * c + a * s);
+    }
+    for (; i < half; i++) {
+        const float a = x[i], b = x[half + i], c = cos[i], s = sin[i] * sign;
+        y[i] = a * c - b * s;
+        y[half + i] = b * c + a * s;
+    }
+}
+
+extern "C" void ovq_heads(const Heads *call) {
+    const int64_t num_q = call->num_q_heads, num_kv = call->num_kv_heads, dim = call->dim, half = dim / 2;
+    const int64_t num_tokens = call->num_tokens, width = (num_q + 2 * num_kv) * dim;
+#pragma omp parallel for num_threads((int)call->num_threads) if (call->num_rows * num_tokens * width > FEW)
+    for (int64_t t = 0; t < call->num_rows * num_tokens; t++) {
+        const float *x = call->channels + t * width;
+        const int64_t place = t % num_tokens * half;
+        for (int64_t h = 0; h < num_q + num_kv; h++, x += dim) {
+            float *y = h < num_q ? call->q + (t * num_q + h) * dim : call->k + (t * num_kv + h - num_q) * dim;
+            /* The epsilon only keeps the gradient of a zero vector finite. */
+            const float rate = 1 / sqrtf(dot(x, x, dim) + 1e-12f);
+            call->rates[t * (num_q + num_kv) + h] = rate;
+            for (int64_t i = 0; i < dim; i++) y[i] = x[i] * rate;
+            if (call->cos) rotate(y, call->cos + place, call->sin + place, 1, half, y);
+        }
+        memcpy(call->v + t * num_kv * dim, x, sizeof(float) * num_kv * dim);
+    }
+}
+
+/* Rotations keep dot products, so the gradient along a vector is taken off before it is rotated back. */
+extern "C" void ovq_heads_backward(const Heads *call) {
+    const int64_t num_q = call->num_q_heads, num_kv = call->num_kv_heads, dim = call->dim, half = dim / 2;
+    const int64_t num_tokens = call->num_tokens, width = (num_q + 2 * num_kv) * dim;
+#pragma omp parallel for num_threads((int)call->num_threads) if (call->num_rows * num_tokens * width > FEW)
+    for (int64_t t = 0; t < call->num_rows * num_tokens; t++) {
+        float *to = call->grad_channels + t * width;
+        const int64_t place = t % num_tokens * half;
+        for (int64_t h = 0; h < num_q + num_kv; h++, to += dim) {
+            const int64_t at = h < num_q ? (t * num_q + h) * dim : (t * num_kv + h - num_q) * dim;
+            const float *y = (h < num_q ? call->q : call->k) + at;
+            const float *grad = (h < num_q ? call->grad_q : call->grad_k) + at;
+            const float along = dot(y, grad, dim), rate = call->rates[t * (num_q + num_kv) + h];
+            for (int64_t i = 0; i < dim; i++) to[i] = rate * (grad[i] - along * y[i]);
+            if (call->cos) rotate(to, call->cos + place, call->sin + place, -1, half, to);
+        }
+        memcpy(to, call->grad_v + t * num_kv * dim, sizeof(float) * num_kv * dim);
+    }
+}
+
+/* y [num, num_out] = x [num, dim] times the transpose of weight [num_out, dim], for a few x. The weight is read once
+   and from front to back, which memory does fastest; four rows at a time took twice as long. */
+extern "C" void ovq_linear(int64_t num_threads, int64_t num, int64_t dim, int64_t num_out, const float *x,
+                           const float *weight, float *y) {
+#pragma omp parallel for num_threads((int)num_threads) schedule(static) if (num_out * dim > FEW)
+    for (int64_t r = 0; r < num_out; r++) {
+        const float *row = weight + r * dim;
+        for (int64_t t = 0; t < num; t++) {
+            const float *vector = x + t * dim;
+            /* Sums that do not wait for each other. */
+            Vector sums[4] = {};
+            int64_t i = 0;
+            for (; i + 4 * VL <= dim; i += 4 * VL)
+                for (int j = 0; j < 4; j++) sums[j] += load(vector + i + j * VL) * load(row + i + j * VL);
+            for (; i + VL <= dim; i += VL) sums[0] += load(vector + i) * load(row + i);
+            float sum = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+            for (; i < dim; i++) sum += vector[i] * row[i];
+            y[t * num_out + r] = sum;
+        }
+    }
+}

@@ -1,0 +1,73 @@
+"""The loss in pieces is that of the whole, and logits of all tokens never exist."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ovq.hf import OVQConfig, OVQForCausalLM, loss
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest number of elements of a tensor that an operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return out
+
+
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_add_up_to_the_whole(monkeypatch, num_items, dtype):
+    monkeypatch.setattr(loss, "_PIECE", 64)
+    monkeypatch.setattr(loss, "_ROWS", 4)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(21, 8, requires_grad=True), torch.randn(13, 8, requires_grad=True)
+    targets = torch.randint(13, (21,))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found = loss.loss_in_pieces(hidden, weight, targets, num_items)
+        reduction = "mean" if num_items is None else "sum"
+        whole = nn.functional.cross_entropy((hidden @ weight.T).float(), targets, reduction=reduction)
+    expected = whole / (1 if num_items is None else num_items)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-3}
+    torch.testing.assert_close(found, expected, **tolerance)
+    grads = torch.autograd.grad(found, (hidden, weight))
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, (hidden, weight)), **tolerance)
+
+
+def test_logits_of_all_tokens_never_exist():
+    vocab_size, num_tokens = 3000, 1000
+    config = OVQConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_slots=8,
+        chunk_size=8,
+    )
+    model, ids = OVQForCausalLM(config), torch.randint(vocab_size, (1, num_tokens))
+    largest = {}
+    for skip_logits in (False, True):
+        with Largest() as seen:
+            model(ids, labels=ids, skip_logits=skip_logits).loss.backward()
+        largest[skip_logits] = seen.numel
+    assert largest[True] <= loss._PIECE < num_tokens * vocab_size
+    # Negative control: the whole is seen where it exists.
+    assert largest[False] == num_tokens * vocab_size
+
+
+def test_an_output_layer_with_hooks_or_a_custom_loss_is_called_as_a_whole():
+    config = OVQConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = OVQForCausalLM(config)
+    assert loss.can_be_pieced(model.lm_head, model.loss_function)
+    assert not loss.can_be_pieced(model.lm_head, lambda *args, **kwargs: None)
+    model.lm_head.register_forward_hook(lambda *args: None)
+    assert not loss.can_be_pieced(model.lm_head, model.loss_function)

@@ -1,0 +1,116 @@
+"""The compiled parts of layers against PyTorch's operations in float64: outputs and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ovq.layers.common import QKNorm, RMSNorm, rotary_tables, swiglu
+from ovq.layers.products import Linear
+from ovq.layers.softmax import windowed_read
+from ovq.ops.backends.cpu import CompiledWindow, cpu_kernels, few_products, has_faster_library
+
+pytestmark = pytest.mark.skipif(
+    not cpu_kernels().startswith("compiled"), reason="expected compiled kernels, found none"
+)
+
+
+def assert_same(function, reference, *inputs, tolerance=2e-5):
+    """`function` of float32 inputs and `reference` of the same in float64, with all gradients."""
+    found = [x.clone().requires_grad_() for x in inputs]
+    expected = [x.double().requires_grad_() for x in inputs]
+    outputs, references = function(*found), reference(*expected)
+    weights = [torch.randn_like(x) for x in outputs]
+    grads = torch.autograd.grad(outputs, found, weights)
+    of_references = torch.autograd.grad(references, expected, [w.double() for w in weights])
+    for x, y in zip((*outputs, *grads), (*references, *of_references), strict=True):
+        torch.testing.assert_close(
+            x.double(), y, atol=tolerance * max(1.0, float(y.detach().abs().max())), rtol=0
+        )
+
+
+@pytest.mark.parametrize("dim", [7, 48])
+def test_norm_and_swiglu(dim):
+    torch.manual_seed(0)
+    norm = RMSNorm(dim, eps=1e-6)
+
+    def normed(x, weight):
+        return (torch.func.functional_call(norm, {"weight": weight}, (x,)),)
+
+    assert_same(
+        normed, lambda x, w: (F.rms_norm(x, (dim,), w, 1e-6),), torch.randn(3, 5, dim), torch.rand(dim)
+    )
+
+    def plain(x):
+        gate, up = x.chunk(2, -1)
+        return (F.silu(gate) * up,)
+
+    # Beyond 87 the exponential is 0.
+    assert_same(lambda x: (swiglu(x),), plain, 40 * torch.randn(3, 5, 2 * dim))
+
+
+@pytest.mark.parametrize("dim", [6, 32])
+@pytest.mark.parametrize("is_rotated", [False, True])
+def test_heads(dim, is_rotated):
+    torch.manual_seed(0)
+    norm = QKNorm(num_heads=4, head_dim=dim)
+
+    def heads(channels):
+        tables = rotary_tables(3, 9, dim, theta=1e4, like=channels) if is_rotated else None
+        return norm(channels, 2, tables)[:3]
+
+    channels = torch.randn(2, 9, 8 * dim)
+    channels[0, 0] = 0
+    assert_same(heads, heads, channels)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_past", "window", "num_kv_heads", "dims"),
+    [(150, 0, 40, 2, (16, 24)), (70, 5, 33, 1, (10, 6)), (1, 40, 20, 1, (16, 16)), (5, 100, 64, 2, (8, 8))],
+)
+@pytest.mark.parametrize("rows", ["whole", "padded", "packed"])
+def test_windows(num_tokens, num_past, window, num_kv_heads, dims, rows):
+    torch.manual_seed(0)
+    num_keys = num_past + num_tokens
+    segments = first = None
+    if rows != "whole":
+        start = num_keys // 3
+        segments = (torch.arange(num_keys) >= start).long().expand(2, -1) - int(rows == "padded")
+        first = (
+            torch.where(torch.arange(num_keys) >= start, start, 0).expand(2, -1)[:, num_past:].contiguous()
+        )
+
+    def reference(q, k, v, scale):
+        q = (q * scale[:, None]).transpose(1, 2)
+        return (
+            windowed_read(q, k.transpose(1, 2), v.transpose(1, 2), segments, window=window).transpose(1, 2),
+        )
+
+    q = torch.randn(2, num_tokens, 2, dims[0])
+    k, v = (torch.randn(2, num_keys, num_kv_heads, dim) for dim in dims)
+    assert_same(
+        lambda *x: (CompiledWindow.apply(*x, first, window),), reference, q, k, v, torch.tensor([0.5, 2.0])
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 9])
+@pytest.mark.parametrize("sizes", [(7, 5), (150, 33)])
+def test_products(num_tokens, sizes):
+    torch.manual_seed(0)
+    dim, num_out = sizes
+    layer = Linear(dim, num_out)
+    x = torch.randn(1, num_tokens, dim)
+
+    def product(x, weight):
+        return (torch.func.functional_call(layer, {"weight": weight}, (x,)),)
+
+    layer.requires_grad_(False)
+    assert_same(product, lambda x, w: (x @ w.T,), x, layer.weight)
+    expected = x @ layer.weight.T
+    torch.testing.assert_close(few_products(x, layer.weight), expected)
+    # The layer, where no gradient is wanted.
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_the_other_library_is_there_where_the_processor_has_use_for_it():
+    if has_faster_library():
+        assert hasattr(torch.ops.mkldnn, "_linear_pointwise")
