@@ -8,6 +8,7 @@ from ovq.layers.common import QKNorm, RMSNorm, rotary_tables, swiglu
 from ovq.layers.products import Linear
 from ovq.layers.softmax import windowed_read
 from ovq.ops.backends.cpu import CompiledWindow, cpu_kernels, few_products, has_faster_library
+from ovq.ops.backends.cpu.roof import product_loop
 
 pytestmark = pytest.mark.skipif(
     not cpu_kernels().startswith("compiled"), reason="expected compiled kernels, found none"
@@ -114,3 +115,9 @@ def test_products(num_tokens, sizes):
 def test_the_other_library_is_there_where_the_processor_has_use_for_it():
     if has_faster_library():
         assert hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def test_the_roof_is_a_product():
+    call, flops = product_loop()
+    call()
+    assert flops >= 1e9 * torch.get_num_threads()

@@ -23,7 +23,8 @@ def environment(device: str) -> dict[str, Any]:
         device: `"cpu"` or `"cuda"`, the device that is used.
 
     Returns:
-        Processor, device, cores, threads, versions and commit by name, as JSON types.
+        Processor and those of its features that say how fast it multiplies, device, cores, threads, versions
+        and commit by name, as JSON types.
 
     Example:
         >>> found = environment("cpu")
@@ -32,6 +33,7 @@ def environment(device: str) -> dict[str, Any]:
     """
     return {
         "processor": _processor(),
+        "features": _features(),
         "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -44,13 +46,26 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+# Of all that processors can do, in the words of Linux.
+_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+
+
 def _processor() -> str:
+    return _cpu_line("model name") or platform.processor() or platform.machine()
+
+
+def _features() -> list[str]:
+    found = f"{_cpu_line('flags')} {_cpu_line('Features')}".split()
+    return [name for name in _FEATURES if name in found]
+
+
+def _cpu_line(name: str) -> str:
+    """The value of the first such line of Linux's /proc/cpuinfo; empty if there is none."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith(name):
+            return line.partition(":")[2].strip()
+    return ""
 
 
 @functools.cache

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ovq.ops.backends.cpu.roof import product_loop
+
 
 def interleaved(
     functions: Sequence[Callable[[], object]],
@@ -59,9 +61,13 @@ def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float
     """FLOP/s of the matrix products that attention consists of: the roofline of the roofline share.
 
     The highest rate of a score product (`num_heads` times 256 x 64 x 1024), a read product (256 x 1024 x 64)
-    and one large square product, which is larger on a GPU.
+    and one large square product, which is larger on a GPU, by PyTorch; and, on a CPU, of the loop that the
+    kernels of this project are made of. They compute in float32 where processors have no faster products.
     """
     rates = []
+    if device == "cpu" and (loop := product_loop()) is not None:
+        function, flops = loop
+        rates.append(flops / min(interleaved([function], max_rounds=15, seconds=1.0)[0]))
     side = 2048 if device == "cpu" else 8192
     for batch, m, k, n in ((num_heads, 256, 64, 1024), (num_heads, 256, 1024, 64), (1, side, side, side)):
         a, b = (

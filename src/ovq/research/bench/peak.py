@@ -12,11 +12,14 @@ import json
 import sys
 from pathlib import Path
 
+from ovq.research.bench.models import ModelWorkload
 from ovq.research.bench.workloads import Workload
 
 
 def main(arguments: dict) -> dict[str, int]:
     """Do the work and return the bytes it took."""
+    if arguments["what"] == "model":
+        return _model(ModelWorkload(**arguments["workload"]))
     workload = Workload(**arguments["workload"])
     what = arguments["what"]
     # A tiny call first, so that thread pools and libraries, which are loaded once, are not counted.
@@ -33,6 +36,16 @@ def main(arguments: dict) -> dict[str, int]:
         assert len(result) == 3
     else:
         raise ValueError(f"what: expected 'forward', 'forward_backward' or 'stream', found {what!r}")
+    return {"peak_bytes": _peak() - before}
+
+
+def _model(workload: ModelWorkload) -> dict[str, int]:
+    """A second training step, in which the optimizer has its state; the model and its gradients count too."""
+    dataclasses.replace(workload, size="2M", length=64).training()()
+    before = _resident()
+    step = workload.training()
+    for _ in range(2):
+        step()
     return {"peak_bytes": _peak() - before}
 
 

@@ -16,11 +16,15 @@ TITLES = {
     "forward_backward": "Training (forward + backward)",
     "decode": "Decode (one token after T)",
     "memory": "Peak memory of forward + backward, inputs and gradients included",
+    "model_training": "Training step of a model of T tokens",
+    "model_memory": "Peak memory of it, weights, gradients and optimizer included",
+    "model_generate": "generate(), one token after T",
 }
 # What is measured has the style of the mixer that reads in the same way.
 _MIXERS = {
     **dict.fromkeys(("sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"), "full_attention"),
     **dict.fromkeys(("window", "flex_window"), "sliding_attention"),
+    "llama": "full_attention",
 }
 
 
@@ -52,6 +56,8 @@ def _cell(row: dict) -> str:
         return format_bytes(row["peak_bytes"])
     # A mark if the trace shows other kernels than those that were meant to run.
     parts = [format_seconds(row["seconds"]) + ("" if row.get("is_intended", True) else "!")]
+    if row["what"].startswith("model_"):
+        parts.append(f"{row['tokens_per_second']:.0f} tokens/s")
     if row["mixer"] != "sdpa" and "speedup" in row:
         parts.append(f"{row['speedup']:.2f}x")
     if "roofline_share" in row:
@@ -131,7 +137,11 @@ def save_figures(report: dict, folder: Path) -> list[Path]:
         rows = [r for r in report["rows"] if r["what"] == what and r["dtype"] == dtype]
         _draw(panel, rows, f"{TITLES[what].split(' of ')[0]}, {dtype}", styles)
     path = folder / "bench.png"
-    save(figure, path, title="Time and memory of one attention read")
+    is_model = panels[0][0].startswith("model_")
+    environment = report["environment"]
+    processor = ", ".join([environment["processor"], *environment.get("features", ())])
+    what = "training and generation" if is_model else "one attention read"
+    save(figure, path, title=f"Time and memory of {what} ({processor})")
     return [path]
 
 

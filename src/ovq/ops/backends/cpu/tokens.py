@@ -19,8 +19,10 @@ from ovq.ops.backends.cpu.kernels import is_available
 
 def can_run(*tensors: Tensor) -> bool:
     """Whether the kernels can run: float32 tensors on a CPU, compiled kernels, and no tracing."""
-    is_plain = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
-    return is_plain and not torch.compiler.is_compiling() and is_available()
+    for x in tensors:
+        if x.dtype != torch.float32 or not x.is_cpu:
+            return False
+    return not torch.compiler.is_compiling() and is_available()
 
 
 class _NoContext:
@@ -46,7 +48,7 @@ def call_kernel(name: str, *arguments: float | Tensor) -> None:
     if function.argtypes is None:
         # Places are integers of as many bytes.
         function.argtypes = [ctypes.c_float if isinstance(x, float) else ctypes.c_int64 for x in arguments]
-    function(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+    function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 
 class CompiledRMSNorm(torch.autograd.Function):
