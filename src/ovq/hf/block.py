@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -13,7 +14,8 @@ from ovq.hf.cache import OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.layers import Mixer, SequenceLayout, mixer_class
 from ovq.layers.common import RMSNorm, swiglu
-from ovq.layers.products import Linear
+from ovq.layers.products import Linear, can_multiply, is_plain
+from ovq.ops.backends.cpu import FEW_TOKENS, mlp_step
 
 
 def build_mixer(config: OVQConfig, layer_idx: int) -> Mixer:
@@ -76,4 +78,20 @@ class OVQBlock(GradientCheckpointingLayer):
         if has_loss:
             (own_loss,) = losses
         hidden_states = hidden_states + mixed
+        if self._is_step(hidden_states):
+            norm, mlp = self.mlp_norm, self.mlp
+            weights = mlp.gate_up_proj.weight, mlp.down_proj.weight
+            assert norm.eps is not None, "OVQConfig has a number"
+            return mlp_step(hidden_states, norm.weight, norm.eps, *weights), own_loss
         return hidden_states + self.mlp(self.mlp_norm(hidden_states)), own_loss
+
+    def _is_step(self, hidden_states: Tensor) -> bool:
+        """Whether one call of a kernel can do norm and MLP: a few tokens, no gradient, nobody looking on."""
+        if torch.is_grad_enabled() or hidden_states.shape[:-1].numel() > FEW_TOKENS:
+            return False
+        norm, mlp = self.mlp_norm, self.mlp
+        parts = ((norm, RMSNorm), (mlp, OVQMLP), (mlp.gate_up_proj, Linear), (mlp.down_proj, Linear))
+        if not all(is_plain(module, kind) for module, kind in parts):
+            return False
+        weights = norm.weight, mlp.gate_up_proj.weight, mlp.down_proj.weight
+        return can_multiply(hidden_states, *weights) and all(weight.is_contiguous() for weight in weights)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ovq.layers.products import Linear
+from ovq.layers.products import Linear, is_plain
 
 # Logits of a piece, and the fewest tokens: each piece reads and writes the gradient of the output layer.
 _PIECE, _ROWS = 1 << 21, 256
@@ -21,15 +21,11 @@ def can_be_pieced(head: nn.Module, loss_function: Callable[..., Tensor]) -> bool
 
     An output layer with hooks, an adapter or quantized weights has to be called as a whole, once.
     """
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
-        type(head) in (Linear, nn.Linear)
-        and head.bias is None
+        is_plain(head, Linear)
         and type(head.weight) in (nn.Parameter, Tensor)
-        # Set by libraries that shard or offload weights: DeepSpeed on weights, accelerate on modules.
+        # Set by DeepSpeed, which shards weights.
         and not hasattr(head.weight, "ds_id")
-        and "forward" not in vars(head)
-        and not any(getattr(head, name) for name in hooks)
         and loss_function is ForCausalLMLoss
         and not torch.compiler.is_compiling()
     )

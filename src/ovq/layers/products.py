@@ -10,6 +10,29 @@ from torch import Tensor, nn
 
 from ovq.ops.backends.cpu import FEW_TOKENS, FasterLinear, can_run, few_products, has_faster_library
 
+# What other libraries hang on modules to see or change what goes in and comes out.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module does what its class does, so that something else may do the same.
+
+    Example:
+        >>> is_plain(nn.SiLU(), nn.SiLU), is_plain(nn.SiLU(), nn.Linear)
+        (True, False)
+    """
+    # accelerate replaces the forward of an object.
+    is_own = type(module) is kind and "forward" not in vars(module)
+    return is_own and not any(getattr(module, name) for name in _HOOKS)
+
+
+def can_multiply(x: Tensor, *weights: Tensor) -> bool:
+    """Whether kernels may multiply: float32 on a CPU, no autocast, which makes products narrower, and plain
+    weights, in whose place sharding and quantization put others."""
+    if not can_run(x, *weights) or torch.is_autocast_enabled("cpu"):
+        return False
+    return all(type(weight) is nn.Parameter for weight in weights)
+
 
 class Linear(nn.Linear):
     """`torch.nn.Linear` without bias, by the fastest product that there is on a CPU.
@@ -30,8 +53,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
-        # Adapters and quantization may put a weight of another kind here.
-        if type(self.weight) is nn.Parameter and can_run(x, self.weight):
+        if can_multiply(x, self.weight):
             has_graph = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
             num = math.prod(x.shape[:-1])
             if not has_graph and num <= FEW_TOKENS:

@@ -20,7 +20,13 @@ from ovq.ops.backends.cpu.kernels import (
     is_available,
     learn_and_say,
 )
-from ovq.ops.backends.cpu.linear import FEW_TOKENS, FasterLinear, few_products, has_faster_library
+from ovq.ops.backends.cpu.linear import (
+    FEW_TOKENS,
+    FasterLinear,
+    few_products,
+    has_faster_library,
+    mlp_step,
+)
 from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
 from ovq.ops.backends.cpu.window import CompiledWindow
 from ovq.ops.call import Call, refusal_of_options, refusal_of_tensors
@@ -42,6 +48,7 @@ __all__ = [
     "few_products",
     "has_faster_library",
     "learn_and_say",
+    "mlp_step",
     "refusal",
     "run",
 ]

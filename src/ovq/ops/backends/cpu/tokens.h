@@ -203,3 +203,15 @@ extern "C" void ovq_linear(int64_t num_threads, int64_t num, int64_t dim, int64_
         }
     }
 }
+
+/* y = x + down(swiglu(gate_up(norm(x)))) for a few tokens x [num, dim]: the second half of a layer, in one call.
+   `scratch` has num (dim + 3 inner + 1) floats. */
+extern "C" void ovq_mlp_step(int64_t num_threads, int64_t num, int64_t dim, int64_t inner, float eps, const float *x,
+                             const float *norm, const float *gate_up, const float *down, float *scratch, float *y) {
+    float *normed = scratch, *halves = normed + num * dim, *gated = halves + num * 2 * inner;
+    ovq_rms_norm(num_threads, num, dim, eps, x, norm, normed, gated + num * inner);
+    ovq_linear(num_threads, num, dim, 2 * inner, normed, gate_up, halves);
+    ovq_swiglu(num_threads, num, inner, halves, gated);
+    ovq_linear(num_threads, num, inner, dim, gated, down, y);
+    for (int64_t i = 0; i < num * dim; i++) y[i] += x[i];
+}
