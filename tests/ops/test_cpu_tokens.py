@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovq.layers.common import QKNorm, RMSNorm, rotary_tables, swiglu
+from ovq.layers.common import QKNorm, RMSNorm, ShortConvolution, rotary_tables, swiglu
 from ovq.layers.products import Linear
 from ovq.layers.softmax import windowed_read
 from ovq.ops.backends.cpu import CompiledWindow, cpu_kernels, few_products, has_faster_library
@@ -91,6 +91,19 @@ def test_windows(num_tokens, num_past, window, num_kv_heads, dims, rows):
     assert_same(
         lambda *x: (CompiledWindow.apply(*x, first, window),), reference, q, k, v, torch.tensor([0.5, 2.0])
     )
+
+
+@pytest.mark.parametrize("conv_size", [2, 4])
+def test_steps_of_the_convolution(conv_size):
+    torch.manual_seed(0)
+    conv, x = ShortConvolution(7, conv_size), torch.randn(2, 9, 7)
+    expected, last = conv(x)
+    with torch.no_grad():
+        _, state = conv(x[:, :4])
+        for t in range(4, 9):
+            y, state = conv(x[:, t : t + 1], state)
+            torch.testing.assert_close(y, expected[:, t : t + 1])
+    assert torch.equal(state, last)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 9])

@@ -18,6 +18,7 @@ from ovq.ops.backends.cpu import (
     applied,
     can_convolve,
     can_run,
+    convolution_step,
 )
 
 
@@ -251,6 +252,13 @@ class ShortConvolution(nn.Module):
         new_mask = None if layout is None else layout.new_mask
         if new_mask is not None:
             x = x.masked_fill(~new_mask[..., None], 0)
+        elif (
+            state is not None
+            and x.shape[1] == 1
+            and not torch.is_grad_enabled()
+            and can_run(x, state, self.weight)
+        ):
+            return convolution_step(x, state, self.weight)
         offset = None if layout is None or layout.cu_seqlens is None else layout.offset_in_row()
         past = None if state is None else state.transpose(1, 2).to(x.dtype)
         # Parameters may be float32 under autocast; the product would then silently widen the activations.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ovq.ops.backends.chunks import in_chunks
 from ovq.ops.backends.cpu.build import MissingKernelsWarning
-from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve
+from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve, convolution_step
 from ovq.ops.backends.cpu.decode import decode_step
 from ovq.ops.backends.cpu.kernels import (
     DTYPES,
@@ -44,6 +44,7 @@ __all__ = [
     "applied",
     "can_convolve",
     "can_run",
+    "convolution_step",
     "cpu_kernels",
     "few_products",
     "has_faster_library",

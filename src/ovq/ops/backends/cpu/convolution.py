@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import is_available
+from ovq.ops.backends.cpu.tokens import call_kernel
 
 
 def can_convolve(x: Tensor, weight: Tensor) -> bool:
@@ -81,3 +82,15 @@ def _run(name: str, *, x: Tensor, taps: Tensor, **others: Tensor | None) -> None
         **{field: tensor.data_ptr() for field, tensor in tensors.items() if tensor is not None},
     )
     getattr(build.load(), name)(ctypes.byref(call))
+
+
+def convolution_step(x: Tensor, state: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The convolution of one token x `[B, 1, D]` of each row, and the state after it, without a gradient.
+
+    The state `[B, D, C - 1]` holds the inputs before; weight is `[D, C]`.
+    """
+    x, state, weight = x.contiguous(), state.contiguous(), weight.contiguous()
+    y, last = torch.empty_like(x), torch.empty_like(state)
+    num_channels, num_taps = weight.shape
+    call_kernel("ovq_convolution_step", len(x), num_channels, num_taps, x, state, weight, y, last)
+    return y, last

@@ -215,3 +215,18 @@ extern "C" void ovq_mlp_step(int64_t num_threads, int64_t num, int64_t dim, int6
     ovq_linear(num_threads, num, inner, dim, gated, down, y);
     for (int64_t i = 0; i < num * dim; i++) y[i] += x[i];
 }
+
+/* The short convolution of one token of each row: y [rows, channels] from x and `past` [rows, channels, taps - 1], the
+   inputs before it, of which `last` are those after it. `weight` is [channels, taps]. */
+extern "C" void ovq_convolution_step(int64_t num_rows, int64_t num_channels, int64_t num_taps, const float *x,
+                                     const float *past, const float *weight, float *y, float *last) {
+    const int64_t num_past = num_taps - 1;
+    for (int64_t d = 0; d < num_rows * num_channels; d++) {
+        const float *before = past + d * num_past, *taps = weight + d % num_channels * num_taps;
+        float sum = taps[num_past] * x[d];
+        for (int64_t i = num_past - 1; i >= 0; i--) sum += taps[i] * before[i];
+        y[d] = sum;
+        memcpy(last + d * num_past, before + 1, sizeof(float) * (num_past - 1));
+        last[d * num_past + num_past - 1] = x[d];
+    }
+}
