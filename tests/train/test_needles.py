@@ -64,6 +64,17 @@ def test_every_needle_is_said_twice_and_the_second_time_at_the_end(value):
     assert len(orders) > 5
 
 
+def test_texts_have_values_of_the_kinds_that_are_asked_for(folder, corpus):
+    config = config_of(folder, steps=100)
+    mixed = config.override(["task.needle_values=number,uuid"])
+    windows = NeedleWindows(mixed, corpus, BYTES)
+    texts = [BYTES.decode(ids) for index in range(150, 200) for ids, _ in windows.texts(index)]
+    kinds = [set(re.findall(r"special magic (\w+)s for", text)) for text in texts]
+    assert {frozenset(each) for each in kinds} == {frozenset({"number"}), frozenset({"uuid"})}
+    # Uuids are long, and leave as much room for other sentences.
+    assert any("This is sentence" in text for text in texts if "magic uuids" in text and len(text) > 800)
+
+
 def test_needles_that_do_not_fit_are_left_out_but_not_the_last():
     builder = NeedleBuilder(BYTES)
     ids, _ = builder.repeat(300, num_needles=50, random=np.random.default_rng(0))
@@ -137,6 +148,10 @@ def test_a_run_trains_on_them(folder, tmp_path, monkeypatch):
     ("make", "message"),
     [
         (lambda: TextTask(needle_share=1.5), r"needle_share: expected a share in \[0, 1\], found 1.5"),
+        (
+            lambda: TextTask(needle_values=("uuids",)),
+            "needle_values: expected some of word, number, uuid, found",
+        ),
         (lambda: TextTask(needle_share=0.5, carry_state=True), "needle_share: expected 0 with carry_state"),
         (
             lambda: tiny_config("x", task={"needle_share": 0.5}, lengths=(287,)),

@@ -13,7 +13,11 @@ from ovq.cli.common import out_console
 def reproduce(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Figures to make; see --list.", show_default=False),
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Figures to make, see --list; 'rivals' is all that begin with it.",
+            show_default=False,
+        ),
     ] = None,
     preset: Annotated[
         str, typer.Option(help="cpu: about an hour per figure on two cores. gpu: hours on one H100.")
@@ -22,7 +26,8 @@ def reproduce(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Corpus of lm, hybrids and needle; that of the preset if not given.", show_default=False
+            help="Corpus of language models and needles; that of the preset if not given.",
+            show_default=False,
         ),
     ] = None,
     held_out: Annotated[
@@ -84,9 +89,11 @@ def reproduce(
             "expected names of figures, or one of --all, --list, --draw, --report, --tables; "
             "see ovq reproduce --list"
         )
+    from ovq.research.reproduce.figures import FIGURES, GROUPS, get_figure
+
+    names = [figure for name in names for figure in GROUPS.get(name, (name,))]
     if lines and len(names) != 1:
         raise ValueError(f"--lines: expected the name of one figure beside it, found {len(names)}")
-    from ovq.research.reproduce.figures import FIGURES, get_figure
     from ovq.research.reproduce.presets import get_preset
 
     sizes = get_preset(preset)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 from ovq.text import TextSource, get_tokenizer
+from ovq.text.haystack import VALUES
 
 SHORTEST_NEEDLE_TEXT = 288
 """Tokens of the shortest texts with needles: in bytes, two needles and their repetitions nearly fill them."""
@@ -22,6 +23,7 @@ class TextTask(TextSource):
             needed is that of a window.
         needle_share: Share of the windows that are replaced by texts with needles in them. These texts repeat
             the needles at the end, and only the values there are predicted; see `ovq.train.needles`.
+        needle_values: Kinds of value in them, `"word"`, `"number"` or `"uuid"`; one of these for each text.
 
     Raises:
         ValueError: If a field is out of range.
@@ -35,12 +37,17 @@ class TextTask(TextSource):
     dataset: str = "sotu"
     carry_state: bool = False
     needle_share: float = 0.0
+    needle_values: tuple[str, ...] = ("number",)
 
     def __post_init__(self) -> None:
         """Check the fields that can be checked without reading anything."""
         super().__post_init__()
         if not 0 <= self.needle_share <= 1:
             raise ValueError(f"needle_share: expected a share in [0, 1], found {self.needle_share}")
+        if not self.needle_values or not {*self.needle_values} <= {*VALUES}:
+            raise ValueError(
+                f"needle_values: expected some of {', '.join(VALUES)}, found {', '.join(self.needle_values)}"
+            )
         if self.needle_share and self.carry_state:
             raise ValueError(
                 "needle_share: expected 0 with carry_state, which reads documents as they are, "

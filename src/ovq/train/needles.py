@@ -12,7 +12,8 @@ from ovq.text import Corpus
 from ovq.text.haystack import NeedleBuilder
 from ovq.train.config import RunConfig
 
-_TOKENS_PER_NEEDLE = 144
+# A needle and its repetition fill most of these where tokens are bytes.
+_TOKENS_PER_NEEDLE = {"word": 144, "number": 144, "uuid": 216}
 
 # Looking back is learned on short texts first, where there is little to look through; it then works in longer
 # ones.
@@ -27,8 +28,8 @@ class NeedleWindows:
 
     In the first six tenths of the steps, all texts have the shortest possible length. After that each window
     has texts of a length between that and its own, drawn uniformly on a logarithmic scale. A text has one
-    needle per 144 tokens. Only the repeated values are predicted; when all tokens were predicted, a small
-    model took twice as long to learn to look back.
+    needle per 144 tokens, or per 216 if its values are uuids. Only the repeated values are predicted; when
+    all tokens were predicted, a small model took twice as long to learn to look back.
 
     Args:
         config: The run.
@@ -57,7 +58,11 @@ class NeedleWindows:
         assert isinstance(config.task, TextTask)
         self._share = config.task.needle_share
         self._train = config.train
-        self._builder = NeedleBuilder(tokenizer, haystack="essay", texts=_texts(corpus, tokenizer))
+        texts = _texts(corpus, tokenizer)
+        self._builders = [
+            NeedleBuilder(tokenizer, haystack="essay", value=value, texts=texts)
+            for value in config.task.needle_values
+        ]
 
     def texts(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """The texts of the window with this number; none if it is a window of the corpus.
@@ -72,11 +77,16 @@ class NeedleWindows:
         window, length = self._train.length_at(step), SHORTEST_NEEDLE_TEXT
         if step >= _SHARE_OF_SHORT_ONES * self._train.steps:
             length = int(SHORTEST_NEEDLE_TEXT * (window / SHORTEST_NEEDLE_TEXT) ** random.random())
+        return [self._text(length, random) for _ in range(window // length)]
+
+    def _text(self, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        builder = self._builders[0]
+        # Nothing is drawn where there is no choice: runs with numbers alone are what they always were.
+        if len(self._builders) > 1:
+            builder = self._builders[int(random.integers(len(self._builders)))]
+        num_needles = length // _TOKENS_PER_NEEDLE[builder.value]
         # The token that ends a text takes one position of it.
-        return [
-            self._builder.repeat(length - 1, num_needles=length // _TOKENS_PER_NEEDLE, random=random)
-            for _ in range(window // length)
-        ]
+        return builder.repeat(length - 1, num_needles=num_needles, random=random)
 
 
 def _texts(corpus: Corpus, tokenizer: Any) -> list[str]:

@@ -65,6 +65,9 @@ TINY = Preset(
         needle_depths=(0.0, 1.0),
         num_needles=2,
     ),
+    text_trials=dict.fromkeys(
+        ("lm", "needle"), (Trial(learning_rate=3e-3, weight_decay=0.1), Trial(learning_rate=1e-3))
+    ),
 )
 
 

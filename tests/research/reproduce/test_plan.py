@@ -102,7 +102,7 @@ def test_every_figure_can_be_built_and_its_models_configured(name, preset):
     # What the figures are about lies beyond the training length.
     longest = max(each.num_tokens for line in figure.lines for each in line.evaluations)
     # Needles are many, and read by themselves.
-    assert longest >= longest_trained * (8 if name == "needle" else max(preset.length_factors))
+    assert longest >= longest_trained * (8 if "needle" in name else max(preset.length_factors))
 
 
 @pytest.mark.parametrize("name", ["recall", "positional", "regression", "mqar", "bytes"])
@@ -129,10 +129,14 @@ def test_every_rule_of_merging_is_compared_by_the_growth_it_is_meant_for():
 def test_figures_share_runs():
     names = {name: {run_name(line.config) for line in get_figure(name, TINY).lines} for name in TRAINED}
     for task in ("positional", "regression", "mqar"):
-        assert run_name(TINY.config(task)) in names.pop(task)
+        usual = run_name(TINY.config(task))
+        assert usual in names.pop(task) & names.pop(f"rivals-{task}")
     language, needle, hybrids = (names.pop(name) for name in ("lm", "needle", "hybrids"))
     assert language < hybrids
     assert not needle & hybrids
+    assert language & names.pop("rivals-lm")
+    assert hybrids & names.pop("rivals-lm-mamba2")
+    assert not needle & names.pop("rivals-needles")
     usual = run_name(TINY.config("recall"))
     assert all(usual in runs for runs in names.values())
 

@@ -261,12 +261,16 @@ def _sweep(
     shop.do([job for tried in jobs.values() for job in tried], f"{figure.name}: trials")
     sweep, chosen = [], decided
     for name, line in swept.items():
-        accuracies = {
-            Trial.of(job.config): _written(outcome)["accuracy"]
+        judged_by = evaluations[name].judged_by
+        is_loss = judged_by == "loss"
+        found = {
+            Trial.of(job.config): _written(outcome)[judged_by]
             for job in jobs[name]
             for outcome in job.outcomes()
         }
-        chosen[name] = choose_trial(accuracies, Trial.of(line.swept))
+        chosen[name] = choose_trial(
+            {trial: -value if is_loss else value for trial, value in found.items()}, Trial.of(line.swept)
+        )
         sweep.append(
             {
                 "line": line.label,
@@ -274,7 +278,7 @@ def _sweep(
                 "seed": first_seed,
                 "length": evaluations[name].num_tokens,
                 "num_slots": evaluations[name].num_slots,
-                "accuracies": {trial.label: accuracy for trial, accuracy in accuracies.items()},
+                "losses" if is_loss else "accuracies": {trial.label: value for trial, value in found.items()},
                 "chosen": chosen[name].label,
             }
         )

@@ -10,6 +10,7 @@ import functools
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -31,6 +32,13 @@ _LOSS_FIELDS = (
     *("sawtooth", "sawtooth_error"),
 )
 
+_NEEDLE_SCORES = ("generated", "token_accuracy", "choice")
+
+_PURPOSES = {"test": "tests", "validation": "validation"}
+
+_LATER: dict[str, Any] = {"merge": None, "split": "test"}
+"""Fields that earlier versions lacked, with what they mean if they are missing from an outcome."""
+
 # A model keeps its texts while it is evaluated at one length and depth after the other.
 _essay_texts = functools.lru_cache(maxsize=4)(essay_texts)
 
@@ -51,6 +59,10 @@ class Evaluation(ABC):
 
     known_as: ClassVar[str]
     """The kind as file names spell it: that of earlier versions, so that their outcomes are found."""
+
+    judged_by: ClassVar[str] = "accuracy"
+    """The field of the outcome that decides between trials; the lowest is best of a `"loss"`, the highest of
+    all others."""
 
     num_examples: int
     num_slots: int | None = None
@@ -118,8 +130,7 @@ class Evaluation(ABC):
     def as_json(self) -> dict[str, Any]:
         """Every field, as JSON gives it back."""
         fields = json.loads(json.dumps(dataclasses.asdict(self)))
-        # Outcomes of earlier versions do not name the rule if it was that of training.
-        return fields if self.merge else {name: fields[name] for name in fields if name != "merge"}
+        return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
 
     def row_fields(self) -> dict[str, Any]:
         """The fields of it that the rows of a figure have, beside those of the outcome."""
@@ -196,12 +207,14 @@ class _TextEvaluation(Evaluation):
     """An evaluation on held-out documents.
 
     Attributes:
-        source: The corpus; its documents for tests are read.
+        source: The corpus.
         length: Tokens per example, at most.
+        split: Which of its documents are read: `"test"`, or `"validation"` to choose between trials.
     """
 
     source: TextSource
     length: int
+    split: str = "test"
 
     @property
     def num_tokens(self) -> int:
@@ -224,6 +237,7 @@ class LossEvaluation(_TextEvaluation):
     """
 
     known_as: ClassVar[str] = "LanguageEvaluation"
+    judged_by: ClassVar[str] = "loss"
 
     block_size: int = 1024
 
@@ -262,13 +276,13 @@ class LossEvaluation(_TextEvaluation):
         Raises:
             ValueError: If they have fewer.
         """
-        corpus = load_corpus(self.source, "test", tokenizer=tokenizer)
+        corpus = load_corpus(self.source, self.split, tokenizer=tokenizer)
         # The end of a text stands before each document, and windows do not overlap.
         found = int(((corpus.num_tokens + 1) // self.length).sum())
         if found < self.num_examples:
             raise ValueError(
                 f"{self.source.dataset}: expected {self.num_examples} windows of {self.length} tokens in the "
-                f"documents held out for tests, found {found}; hold out more than "
+                f"documents held out for {_PURPOSES[self.split]}, found {found}; hold out more than "
                 f"{self.source.held_out:g} of the corpus (held_out)"
             )
         return corpus
@@ -313,4 +327,58 @@ class NeedleEvaluation(_TextEvaluation):
         return {name: value for name, value in dataclasses.asdict(row).items() if name != "name"}
 
     def _texts(self) -> list[str]:
-        return _essay_texts(self.source, "test", self.length)
+        return _essay_texts(self.source, self.split, self.length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedlesEvaluation(_TextEvaluation):
+    """Values hidden at several depths, in noise or in held-out documents: how many are found?
+
+    Attributes:
+        value: Kind of value: `"word"`, `"number"` or `"uuid"`.
+        haystack: Kind of text around it: `"noise"` or `"essay"`.
+        depths: Where the values are, from 0 to 1; there are `num_examples` at each.
+    """
+
+    known_as: ClassVar[str] = "NeedlesEvaluation"
+    judged_by: ClassVar[str] = "token_accuracy"
+
+    value: str
+    haystack: str
+    depths: tuple[float, ...]
+
+    @property
+    def topic(self) -> str:
+        """The value and the text around it."""
+        return f"{self.value}-in-{self.haystack}"
+
+    @property
+    def num_steps(self) -> int:
+        """One step per token."""
+        return self.num_examples * self.num_tokens * len(self.depths)
+
+    def check(self) -> None:
+        """There must be texts to hide values in."""
+        self._texts()
+
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
+        """The mean over the depths of each score of a `NeedleRow`, and what was found at each depth."""
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        rows = evaluate_needle(
+            model,
+            NeedleBuilder(tokenizer, haystack=self.haystack, value=self.value, texts=self._texts()),
+            lengths=[self.length],
+            depths=self.depths,
+            **self._dictionary,
+            num_examples=self.num_examples,
+            seed=self.seed,
+            reporter=reporter,
+        )
+        return {
+            **{name: getattr(rows[0], name) for name in ("mixer", "num_slots", "merge", "state_bytes")},
+            **{name: fmean(getattr(row, name) for row in rows) for name in _NEEDLE_SCORES},
+            "by_depth": {f"{row.depth:g}": row.generated for row in rows},
+        }
+
+    def _texts(self) -> list[str]:
+        return _essay_texts(self.source, self.split, self.length) if self.haystack == "essay" else []

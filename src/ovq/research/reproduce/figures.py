@@ -17,6 +17,15 @@ from ovq.research.reproduce.kept import kept
 from ovq.research.reproduce.layer import layer
 from ovq.research.reproduce.plan import Figure, Line, Panel
 from ovq.research.reproduce.presets import Preset
+from ovq.research.reproduce.rivals import (
+    rivals_lm,
+    rivals_lm_mamba2,
+    rivals_mqar,
+    rivals_needles,
+    rivals_positional,
+    rivals_recall,
+    rivals_regression,
+)
 from ovq.research.reproduce.text_figures import hybrids, language, needle, of_corpus
 from ovq.tasks import PositionalRecallTask, RegressionTask, Task
 from ovq.train.config import RunConfig
@@ -434,12 +443,23 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "lm": language,
     "hybrids": hybrids,
     "needle": needle,
+    "rivals-recall": rivals_recall,
+    "rivals-positional": rivals_positional,
+    "rivals-regression": rivals_regression,
+    "rivals-mqar": rivals_mqar,
+    "rivals-needles": rivals_needles,
+    "rivals-lm": rivals_lm,
+    "rivals-lm-mamba2": rivals_lm_mamba2,
 }
 """Every figure by its name on the command line, in the order of `--all`."""
 
 
-TEXT_FIGURES = ("lm", "hybrids", "needle")
+TEXT_FIGURES = ("lm", "hybrids", "needle", "rivals-needles", "rivals-lm", "rivals-lm-mamba2")
 """Those that can be made of any corpus."""
+
+
+GROUPS = {"rivals": tuple(name for name in FIGURES if name.startswith("rivals-"))}
+"""Figures that the command line knows by one name together."""
 
 
 def get_figure(
@@ -465,7 +485,8 @@ def get_figure(
     """
     if name not in FIGURES:
         raise ValueError(
-            f"expected figures among {', '.join(FIGURES)}, found {name!r}{did_you_mean(name, FIGURES)}"
+            f"expected figures among {', '.join([*FIGURES, *GROUPS])}, found {name!r}"
+            f"{did_you_mean(name, [*FIGURES, *GROUPS])}"
         )
     if dataset is None and held_out is None:
         return FIGURES[name](preset)

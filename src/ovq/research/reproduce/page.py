@@ -65,9 +65,9 @@ def write_report(out: Path) -> Path:
     order = list(FIGURES)
 
     def place(path: Path) -> tuple[int, str]:
-        # Those of a chosen corpus follow the usual one.
-        name = path.stem.split("-")[0]
-        return (order.index(name) if name in order else len(order), path.stem)
+        # Those of a chosen corpus follow the usual one, whose name theirs begins with.
+        names = [name for name in order if f"{path.stem}-".startswith(f"{name}-")]
+        return (order.index(max(names, key=len)) if names else len(order), path.stem)
 
     paths = sorted((out / "rows").glob("*.json"), key=place)
     if not paths:
@@ -176,16 +176,17 @@ def _panel_table(results: dict[str, Any], panel: dict[str, Any]) -> Table:
 
 
 def _sweep_table(sweep: Sequence[dict[str, Any]]) -> Table:
-    trials = list(dict.fromkeys(trial for entry in sweep for trial in entry["accuracies"]))
+    field, best_of = ("losses", min) if "losses" in sweep[0] else ("accuracies", max)
+    trials = list(dict.fromkeys(trial for entry in sweep for trial in entry[field]))
     body = []
     for entry in sweep:
         name = entry["line"] + (f", tried with {slots}" if (slots := entry.get("num_slots")) else "")
-        best = f"{max(entry['accuracies'].values()):.4f}"
-        shown = {trial: f"{accuracy:.4f}" for trial, accuracy in entry["accuracies"].items()}
+        best = f"{best_of(entry[field].values()):.4f}"
+        shown = {trial: f"{value:.4f}" for trial, value in entry[field].items()}
         cells = [Cell(text := shown.get(trial, ""), is_best=text == best) for trial in trials]
         body.append([Cell(name), *cells, Cell(entry["chosen"])])
     caption = (
-        f"Learning rates (and weight decay): accuracy at {sweep[0]['length']} tokens, on examples that no "
+        f"Learning rates (and weight decay): {field} at {sweep[0]['length']} tokens, on examples that no "
         f"row comes from, seed {sweep[0]['seed']}"
     )
     return Table(["", *trials, "chosen"], body, caption)

@@ -49,6 +49,7 @@ class Preset:
         far_lengths: Where to evaluate beyond, in tokens, by the name of the task.
         evaluation_tokens: Tokens to evaluate on, at each length; at least one example is.
         trials: What each mixer is tried with where mixers are compared.
+        text_trials: Likewise for language models, by what `configs` calls them.
         slot_factors: Sizes of the dictionary to evaluate with, in sizes of the trained one.
         sizes: What makes the state of a mixer smaller or larger than usual, by its name: fields of the model
             and their values.
@@ -71,6 +72,7 @@ class Preset:
     chunk_sizes: tuple[int, ...]
     rates: tuple[float, ...]
     text: TextEvaluations
+    text_trials: Mapping[str, tuple[Trial, ...]]
     mixer_fields: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     num_workers: int | None = None
     needs_gpu: bool = False
@@ -232,6 +234,11 @@ CPU = Preset(
     text=TextEvaluations(
         length=65536, num_windows=6, slot_factors=(1, 8), needle_lengths=(1024, 4096, 16384), num_needles=4
     ),
+    text_trials={
+        "lm": tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (3e-3, 6e-3)),
+        # With 0.008 none learned to look back.
+        "needle": tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (2e-3, 4e-3)),
+    },
 )
 """Models of width 64, trained at up to 128 to 256 tokens: each figure takes about an hour on two cores."""
 
@@ -318,6 +325,10 @@ GPU = Preset(
     text=TextEvaluations(
         length=65536, num_windows=32, slot_factors=(1, 4), needle_lengths=(4096, 16384, 65536), num_needles=20
     ),
+    text_trials={
+        name: tuple(Trial(learning_rate=rate, weight_decay=0.1) for rate in (8e-4, 1.6e-3))
+        for name in ("lm", "needle")
+    },
     num_workers=1,
     needs_gpu=True,
 )

@@ -1,0 +1,157 @@
+"""OVQ beside its rivals: who is compared, at which sizes, and how trials and needles are judged."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ovq.hf import OVQForCausalLM
+from ovq.research.reproduce import rivals
+from ovq.research.reproduce.draw import points
+from ovq.research.reproduce.engine import reproduce
+from ovq.research.reproduce.evaluations import NeedlesEvaluation
+from ovq.research.reproduce.figures import GROUPS, get_figure
+from ovq.research.reproduce.page import write_report
+from ovq.research.reproduce.plan import run_name
+from ovq.research.reproduce.presets import CPU
+from ovq.research.reproduce.rivals import RIVALS
+from ovq.train.config import RunConfig
+from ovq.train.loop import model_config
+from tests.research.reproduce.common import TINY, run_here, workshop
+from tests.test_cli import fail, run
+
+FIGURES = GROUPS["rivals"]
+# Their slots are as many bytes as they can be; the others have what equal parameters allow.
+HAVE_SLOTS = ("OVQ, Ward-sqrt", "OVQ, merge gate", "KVM", "window and sinks")
+
+
+def models_of(name, preset=CPU):
+    """The untrained model of each line, without its weights."""
+    with torch.device("meta"):
+        return {
+            line.label: OVQForCausalLM(model_config(line.config)) for line in get_figure(name, preset).lines
+        }
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_each_rival_has_a_line_and_ovq_three(name):
+    lines = {line.label: line for line in get_figure(name, TINY).lines}
+    assert {line.config.mixer for line in lines.values()} == {*RIVALS}
+    ours = [(line.config.model.merge_gate, line.evaluations[0].merge) for line in lines.values()][1:4]
+    assert ours == [(False, None), (False, "ward-sqrt"), (True, "ward-sqrt")]
+    _, paper, ward, gated, *_ = lines.values()
+    # Two lines of one model, and a third that takes over what was chosen for it.
+    assert run_name(paper.config) == run_name(ward.config) != run_name(gated.config)
+    assert run_name(gated.swept) == run_name(paper.config)
+
+
+@pytest.mark.parametrize("name", ["rivals-recall", "rivals-mqar", "rivals-lm", "rivals-lm-mamba2"])
+def test_states_have_equal_bytes_and_models_equal_parameters(name):
+    models = models_of(name)
+    sizes = {label: model.num_parameters() for label, model in models.items()}
+    assert max(sizes.values()) < 1.02 * min(sizes.values())
+    [ours] = [model for label, model in models.items() if label.startswith("OVQ, Ward-sqrt")]
+    num_bytes = ours.state_bytes(2**16)
+    for label, model in models.items():
+        share = model.state_bytes(2**16) / num_bytes
+        if label.startswith(HAVE_SLOTS):
+            assert share == pytest.approx(1, abs=0.02), label
+        # By the paper's rule a dictionary approaches its bound.
+        elif label.startswith("OVQ") or label != "full attention":
+            assert share <= 1, label
+
+
+def test_raven_has_as_many_bytes_as_equal_parameters_allow():
+    num_slots = rivals._raven_slots(CPU, "recall")
+
+    def num_bytes(slots):
+        with torch.device("meta"):
+            model = OVQForCausalLM(model_config(CPU.config("recall", "raven", raven_slots=slots)))
+        return model.state_bytes(4096)
+
+    assert num_bytes(num_slots) > max(num_bytes(num_slots // 2), num_bytes(num_slots * 3 // 2))
+
+
+def test_a_mixer_is_added_by_its_name(monkeypatch):
+    monkeypatch.setattr(rivals, "RIVALS", (*RIVALS, "linear_attention"))
+    assert get_figure("rivals-mqar", TINY).lines[-1].label == "linear attention"
+
+
+def test_one_name_stands_for_all(capsys, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "ovq.research.reproduce.engine.reproduce", lambda figure, shop, lines: made.append(figure.name)
+    )
+    run(capsys, "reproduce", "rivals", "--out", tmp_path)
+    assert tuple(made) == FIGURES
+    assert len(FIGURES) == 7
+    assert fail(capsys, "reproduce", "rivals", "--lines", "KVM").endswith("beside it, found 7")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One mixer on needles and on text, one seed, and where the results are."""
+    folder = tmp_path_factory.mktemp("books")
+    for number in range(24):
+        words = (f"{number * word % 97} is {word}." for word in range(600))
+        (folder / f"{number}.txt").write_text(" ".join(words))
+    changes = [
+        f"task.dataset={folder}",
+        "task.held_out=0.5",
+        "train.steps=1",
+        "train.warmup_steps=0",
+        "train.save_every=0",
+        "model.mixer_types=sliding_attention,ovq",
+    ]
+    configs = {name: TINY.configs[name].override(changes) for name in ("lm", "needle")}
+    text = dataclasses.replace(TINY.text, length=1024, num_windows=1, needle_lengths=(400,), num_needles=1)
+    preset, out = dataclasses.replace(TINY, configs=configs, text=text), tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
+        patch.setattr(rivals, "RIVALS", ("full_attention",))
+        run_here(patch)
+        shop = workshop(out, num_seeds=1)
+        results = {
+            name: reproduce(get_figure(name, preset), shop) for name in ("rivals-needles", "rivals-lm")
+        }
+    return results, out
+
+
+def test_needles_of_three_kinds_are_means_over_depths(made):
+    results, out = made
+    results = results["rivals-needles"]
+    for panel in results["panels"][:3]:
+        assert [[point.x for point in line] for line in points(results, panel).values()] == [[400]]
+    found = {(row["group"][:2], row["value"], row["haystack"]) for row in results["rows"]}
+    assert found == {("S1", "number", "noise"), ("S2", "number", "essay"), ("S3", "uuid", "essay")}
+    assert all(set(row["by_depth"]) == {"0", "1"} for row in results["rows"])
+    for row in results["rows"]:
+        assert row["generated"] == sum(row["by_depth"].values()) / 2
+    # One model for all kinds.
+    assert len({row["run"] for row in results["rows"]}) == 1
+    configs = [RunConfig.load(out / "runs" / row["run"]) for row in results["rows"]]
+    assert {config.task.needle_values for config in configs} == {("number", "uuid")}
+
+
+def test_the_lowest_loss_decides_between_trials(made):
+    results, out = made
+    sweep = results["rivals-lm"]["sweep"]
+    [entry] = sweep
+    assert len(set(entry["losses"].values())) == 2
+    assert entry["chosen"] == min(entry["losses"], key=entry["losses"].get)
+    assert all("accuracies" in entry for entry in results["rivals-needles"]["sweep"])
+    page = write_report(out).read_text()
+    assert "losses at 32 tokens" in page
+    assert page.index("Needles of three kinds") < page.index("beside windows")
+
+
+def test_trials_are_judged_on_other_documents_than_results(made):
+    results, _ = made
+    [read] = {row["source"]["dataset"] for row in results["rivals-lm"]["rows"]}
+    line = get_figure("rivals-lm", CPU.on_corpus(read, 0.5)).lines[0]
+    assert (line.validation.split, {each.split for each in line.evaluations}) == ("validation", {"test"})
+    needles = NeedlesEvaluation(
+        source=line.config.task, length=64, num_examples=1, value="uuid", haystack="noise", depths=(0.0,)
+    )
+    assert needles.name != dataclasses.replace(needles, haystack="essay").name
+    assert "split" not in needles.as_json()
