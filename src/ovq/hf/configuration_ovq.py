@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from ovq.fields import RENAMED, is_finite, with_new_names
 from ovq.hf.auto_map import AUTO_MAP, without_own_entries, write_module
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
+from ovq.hf.recommended import fields_to_train
 from ovq.layers import defaults
 from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
 from ovq.layers.kvm import checked_rope_dim
@@ -192,6 +193,26 @@ class OVQConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def recommended(cls, **fields: Any) -> "OVQConfig":
+        """The config to train a new model with: of all OVQ layers that were measured, what recalls most.
+
+        Its dictionary is kept by the paper's rule while it is trained. Once it is,
+        `OVQForCausalLM.ask_as_recommended` has it kept by the rule that recalls most (docs/training.md).
+
+        Args:
+            fields: all other fields, such as sizes.
+
+        Raises:
+            ValueError: as for `OVQConfig`, or if a field that this is about is given another value.
+
+        Example:
+            >>> config = OVQConfig.recommended(num_hidden_layers=2, hidden_size=64, num_attention_heads=2)
+            >>> config.merge, config.merge_gate, config.mixer_types
+            ('existing', False, ['sliding_attention', 'ovq'])
+        """
+        return cls(**fields_to_train(fields))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

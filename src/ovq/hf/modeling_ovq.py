@@ -21,6 +21,7 @@ from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.hub import HubModel
 from ovq.hf.loss import can_be_pieced, loss_in_pieces
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
+from ovq.hf.recommended import TO_ASK
 from ovq.layers import (
     KVMAttention,
     Mamba2,
@@ -155,6 +156,24 @@ class OVQPreTrainedModel(HubModel):
             layer.set_merge(merge, growth=growth, value_weight=value_weight)
             for name, value in layer.learning.items():
                 setattr(self.config, name, value)
+
+    def ask_as_recommended(self) -> None:
+        """Let every OVQ layer of a trained model keep its dictionary by the rule that recalls most.
+
+        It is the second half of `OVQConfig.recommended`: train by the paper's rule, ask by this one, with as
+        many slots as there is memory for (`set_num_slots`).
+
+        Raises:
+            ValueError: as for `set_merge`. Nothing is changed.
+
+        Example:
+            >>> config = OVQConfig.recommended(vocab_size=8, hidden_size=16, num_hidden_layers=2)
+            >>> model = OVQModel(config)
+            >>> model.ask_as_recommended()
+            >>> model.config.merge
+            'ward-sqrt'
+        """
+        self.set_merge(**TO_ASK)
 
     def _ovq_layers(self) -> list[OVQAttention]:
         """The layers with a dictionary that is learned online; refuses a model that has none."""
