@@ -36,8 +36,17 @@ _NEEDLE_SCORES = ("generated", "token_accuracy", "choice")
 
 _PURPOSES = {"test": "tests", "validation": "validation"}
 
-_LATER: dict[str, Any] = {"merge": None, "split": "test"}
+_LATER: dict[str, Any] = {"merge": None, "split": "test", "needle_values": ["number"]}
 """Fields that earlier versions lacked, with what they mean if they are missing from an outcome."""
+
+
+def _without_later(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_later(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if name not in _LATER or value != _LATER[name]
+    }
+
 
 # A model keeps its texts while it is evaluated at one length and depth after the other.
 _essay_texts = functools.lru_cache(maxsize=4)(essay_texts)
@@ -129,8 +138,7 @@ class Evaluation(ABC):
 
     def as_json(self) -> dict[str, Any]:
         """Every field, as JSON gives it back."""
-        fields = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
+        return _without_later(json.loads(json.dumps(dataclasses.asdict(self))))
 
     def row_fields(self) -> dict[str, Any]:
         """The fields of it that the rows of a figure have, beside those of the outcome."""

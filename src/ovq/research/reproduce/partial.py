@@ -10,6 +10,7 @@ from typing import Any
 
 from ovq.research.reproduce.plan import Figure, Line
 from ovq.research.reproduce.results import load_results
+from ovq.research.reproduce.same_runs import found_elsewhere
 
 
 def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
@@ -38,7 +39,8 @@ def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
 
 
 def earlier_results(path: Path, figure: Figure, part: Figure, seeds: Sequence[int]) -> dict[str, Any]:
-    """The file of results that has the lines of a figure which are not made anew.
+    """What there is of the lines of a figure which are not made anew: its file of results, or where there is
+    none, what files of other figures beside it have of the same runs.
 
     Args:
         path: The file.
@@ -49,15 +51,19 @@ def earlier_results(path: Path, figure: Figure, part: Figure, seeds: Sequence[in
     Raises:
         ValueError: If there is no such file, or it lacks a line or is of other seeds.
     """
-    if not path.is_file():
-        raise ValueError(
-            f"--lines: expected the results of an earlier {figure.name} in {path}, found no file"
-        )
-    results = load_results(path)
+    made = set(map(_place, part.lines))
+    if path.is_file():
+        results = load_results(path)
+    else:
+        others = [line for line in figure.lines if _place(line) not in made]
+        results = found_elsewhere(path.parent, figure, others, seeds)
+        if not results["rows"]:
+            raise ValueError(
+                f"--lines: expected the results of an earlier {figure.name} in {path}, found no file"
+            )
     if results["seeds"] != list(seeds):
         raise ValueError(f"--lines: expected {path} to be of seeds {list(seeds)}, found {results['seeds']}")
     found = {(row["line"], row["group"]) for row in results["rows"]}
-    made = set(map(_place, part.lines))
     if missing := sorted(
         {label for label, group in map(_place, figure.lines) if (label, group) not in found | made}
     ):
