@@ -35,7 +35,8 @@ def save(folder, change=lambda row: row, **fields):
             "seed": seed,
             "run": run_name(with_seed(with_trial(line.config, trial), seed)),
         }
-        for line in OTHER.lines
+        # The last lines first: those of more slots, which are not ours.
+        for line in reversed(OTHER.lines)
         for seed in SEEDS
         for evaluation in line.evaluations
     ]
