@@ -21,6 +21,8 @@ RIVALS = (
     "kvm",
     "raven",
     "gated_deltanet",
+    "kda",
+    "mesanet",
     "mamba2",
     "sink_attention",
 )
