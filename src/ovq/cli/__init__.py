@@ -1,5 +1,5 @@
-"""The command line: `ovq demo | train | convert | eval | generate | context | inspect | serve | memory |
-bench | reproduce`.
+"""The command line: `ovq demo | train | convert | adapt | eval | generate | context | inspect | serve |
+memory | bench | reproduce`.
 
 Each command is a small module of its own that reads options and calls the library. Bad input ends in one line
 on standard error and exit code 2. PyTorch and transformers are imported inside the commands, so that help
@@ -17,6 +17,7 @@ import typer
 
 import ovq
 from ovq.cli import (
+    adapt,
     bench,
     context,
     convert,
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
+app.command("adapt")(adapt.adapt)
 app.add_typer(evaluate.app, name="eval")
 app.command("generate")(generate.generate)
 app.add_typer(context.app, name="context")

@@ -8,6 +8,7 @@
 `docs/convert.md` says what this costs. `memory.py` is where to start reading.
 """
 
+from ovq.convert.adapt import PRESETS, AdaptProgress, AdaptSettings, adapt
 from ovq.convert.attach import ConvertedMixin, attach
 from ovq.convert.cache import MemoryCache
 from ovq.convert.config import MemoryConfig
@@ -16,11 +17,15 @@ from ovq.convert.probe import Option, Probe, default_options, probe
 from ovq.convert.saving import load
 
 __all__ = [
+    "PRESETS",
+    "AdaptProgress",
+    "AdaptSettings",
     "ConvertedMixin",
     "MemoryCache",
     "MemoryConfig",
     "Option",
     "Probe",
+    "adapt",
     "attach",
     "build_context",
     "default_options",

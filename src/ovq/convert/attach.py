@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -174,6 +175,24 @@ def set_memory(model: Any, config: MemoryConfig) -> None:
     model.base_model._ovq_memory_config = config
 
 
+@contextlib.contextmanager
+def original_attention(model: Any, implementation: str = "sdpa") -> Iterator[None]:
+    """A converted model as it was before, with any cache of transformers, for as long as the block lasts.
+
+    Args:
+        model: the converted model.
+        implementation: the attention function that it calls.
+    """
+    before, config = model.config._attn_implementation, model.base_model._ovq_memory_config
+    model.base_model._ovq_memory_config = None
+    try:
+        model.set_attn_implementation(implementation)
+        yield
+    finally:
+        model.set_attn_implementation(before)
+        model.base_model._ovq_memory_config = config
+
+
 def _attention_modules(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
 
@@ -220,6 +239,8 @@ def kv_heads(model: PreTrainedModel) -> list[int]:
 
 def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Before a forward pass of the base model: make the cache that it would make, or check the one given."""
+    if module._ovq_memory_config is None:
+        return args, kwargs
     names = list(inspect.signature(module.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     found = given.get("cache")

@@ -93,7 +93,7 @@ class MemoryLayer(CacheLayerMixin):
         o = q.new_empty(*q.shape[:3], v.shape[3])
         learned = {"temperature": self.config.slot_temperature, "bias": self.config.slot_bias}
         factors = {
-            name: None if x is None else torch.tensor(x, device=q.device) for name, x in learned.items()
+            name: None if x is None else torch.as_tensor(x, device=q.device) for name, x in learned.items()
         }
         if len(self.memories) == 1:
             o = self.memories[0].attend(q, k, v, lengths, **factors)

@@ -140,13 +140,16 @@ class HeadMemory:
         """
         o = q.new_zeros(*q.shape[:3], v.shape[3])
         done = [0] * len(lengths)
+        has_graph = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (q, k, v, temperature, bias)
+        )
         while any(d < n for d, n in zip(done, lengths, strict=True)):
             # Up to the next merge of each row.
             now = [
                 min(n - d, self.budget.num_exact - f)
                 for n, d, f in zip(lengths, done, self.filled, strict=True)
             ]
-            if torch.is_grad_enabled() and k.requires_grad:
+            if has_graph:
                 # What autograd has saved must not change.
                 self.recent_keys, self.recent_values = self.recent_keys.clone(), self.recent_values.clone()
             if len({*zip(now, done, self.filled, strict=True)}) == 1:
@@ -249,19 +252,22 @@ class HeadMemory:
             growth=options.growth,
         )
 
-    @torch.no_grad()
     def _merge(self, rows: list[int]) -> None:
-        """Merge the oldest tokens of rows whose places are full, and move the others up."""
+        """Merge the oldest tokens of rows whose places are full, and move the others up.
+
+        Gradients go on reaching those that stay exact.
+        """
         budget = self.budget
         index = torch.tensor(rows, device=self.count.device)
         first, size = budget.num_sinks, budget.chunk_size
-        keys, values = self.recent_keys.detach()[index], self.recent_values.detach()[index]
+        keys, values = self.recent_keys[index], self.recent_values[index]
         if budget.num_slots:
-            self._merge_into_slots(rows, index, keys[:, :, first:], values[:, :, first:])
+            self._merge_into_slots(rows, index, *(x[:, :, first:].detach() for x in (keys, values)))
         kept = slice(first, budget.num_exact - size)
         moved = []
         for recent, x in ((self.recent_keys, keys), (self.recent_values, values)):
-            recent = recent.detach() if not recent.requires_grad else recent.clone()
+            # Autograd may have saved it.
+            recent = recent.clone() if torch.is_grad_enabled() else recent
             recent[index, :, kept] = x[:, :, first + size :]
             moved.append(recent)
         self.recent_keys, self.recent_values = moved
@@ -269,6 +275,7 @@ class HeadMemory:
             self.filled[b] -= size
             self.num_merged[b] += size
 
+    @torch.no_grad()
     def _merge_into_slots(self, rows: list[int], index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Merge the first tokens of full windows `[R, h, W, D]` into the dictionaries of their rows."""
         budget, wide = self.budget, self.slot_keys.dtype
