@@ -6,7 +6,9 @@
 DIR is a model of transformers, such as SmolLM2-135M-Instruct (`ovq convert --gguf-file` makes one of a GGUF).
 Compared are, with equal rows per key/value head: full attention; the first 4 tokens and a window; slots and
 a window, all heads alike; and what a probe of the heads shares out. The probe reads other texts
-(`--probe-prose`, `--probe-code`) than those the loss is measured on.
+(`--probe-prose`, `--probe-code`) than those the loss is measured on. With `--save-probed PARENT` the models
+with what it shared out are saved, one for each share, and nothing is measured; what `ovq adapt` has made of
+them is measured by `--methods adapted --adapted DIR...`, one for each share.
 
 Every number is written as soon as it is there, and a run that was cut off goes on where it was.
 """
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from ovq.convert import MemoryConfig, Option, Probe, attach, probe
+from ovq.convert import MemoryConfig, Option, Probe, attach, load, probe
 from ovq.eval.reading import read_pieces, target_losses
 from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
@@ -46,6 +48,9 @@ def main() -> None:
     ids = {name: torch.tensor(tokenizer(text, verbose=False)["input_ids"]) for name, text in texts.items()}
     results = Results(arguments.out, about=vars(arguments) | {"environment": environment("cpu")})
     lab = Lab(arguments, tokenizer)
+    if arguments.save_probed is not None:
+        lab.save_probed(arguments.save_probed)
+        return
     for length in arguments.lengths:
         for method, share in lab.methods():
             for name, tokens in ids.items():
@@ -76,6 +81,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--needle-lengths", type=int, nargs="*", default=[2500, 4000])
     parser.add_argument("--needles", nargs="*", default=["noise", "essay"], help="noise (S1), essay (S2)")
     parser.add_argument("--methods", nargs="+", default=["full", "window", "slots", "probed"])
+    parser.add_argument("--adapted", nargs="*", default=[], help="a folder for each share")
+    parser.add_argument("--save-probed", type=Path, help="write models of --lengths' first into this folder")
     parser.add_argument("--merge", default="ward")
     parser.add_argument("--value-weight", type=float, default=1.0)
     parser.add_argument("--chunk-size", type=int, default=64)
@@ -148,9 +155,20 @@ class Lab:
         is_first = target_losses(model, hidden, answer)[1]
         return {"found": float(is_first.all()), "tokens": float(is_first.float().mean()), **about}
 
+    def save_probed(self, parent: Path) -> None:
+        """Save the models with what the probe has shared out, and their tokenizer."""
+        length = self.arguments.lengths[0]
+        for share in self.arguments.shares:
+            model = attach(self._original(), config=self._config("probed", share * length, length))
+            model.save_pretrained(parent / f"{share:.3g}")
+            self.tokenizer.save_pretrained(parent / f"{share:.3g}")
+
     def _model(self, key: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
         """The model, an empty cache, and the rows per head."""
         wanted = (key["method"], key["share"], key["length"])
+        if wanted != self._loaded[0] and key["method"] == "adapted":
+            folder = self.arguments.adapted[self.arguments.shares.index(key["share"])]
+            self._loaded = wanted, load(folder, dtype=getattr(torch, self.arguments.dtype))
         if wanted != self._loaded[0]:
             model = self._original()
             if key["method"] != "full":

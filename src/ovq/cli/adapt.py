@@ -100,7 +100,7 @@ def adapt(
 
     if preset not in PRESETS:
         raise ValueError(f"--preset: expected one of {', '.join(PRESETS)}, found {preset!r}")
-    given = {
+    given: dict[str, Any] = {
         "head_tokens": head_tokens,
         "logit_tokens": logit_tokens,
         "length": length,
@@ -111,7 +111,7 @@ def adapt(
         "seed": seed,
     }
     settings = dataclasses.replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
-    fields = {
+    fields: dict[str, Any] = {
         "subset": subset,
         "hub_split": hub_split,
         "text_field": text_field,
@@ -119,7 +119,7 @@ def adapt(
         "join_to": join_to,
         "max_documents": max_documents,
     }
-    source = TextSource(dataset=dataset, **{k: v for k, v in fields.items() if v is not None})  # type: ignore[arg-type]  # of one type each
+    source = TextSource(dataset=dataset, **{k: v for k, v in fields.items() if v is not None})
     tokenizer = text_tokenizer(model)
     loaded = load_generating_model(model)
     with Reporter() as reporter:

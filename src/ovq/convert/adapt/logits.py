@@ -63,6 +63,10 @@ class LogitErrors:
                 model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), "default"
             )
 
+        # Steps would be lost to the rounding of narrower types.
+        for parameter in self.parameters().values():
+            parameter.data = parameter.data.float()
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """The changes, by name."""
         return {name: p for name, p in self._model.named_parameters() if p.requires_grad}

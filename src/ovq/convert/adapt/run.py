@@ -89,12 +89,8 @@ def adapt(
         >>> len(model.memory_config.slot_bias[0])
         2
     """
-    if not isinstance(model, ConvertedMixin):
-        raise ValueError(
-            f"model: expected a converted one, found {type(model).__name__}; see ovq.convert.attach"
-        )
     settings = AdaptSettings() if settings is None else settings
-    _check_tokens(model, corpus)
+    _check(model, corpus)
     run = _Run(model, corpus, settings, None if checkpoint is None else Path(checkpoint))
     was_training = model.training
     needed_grad = [(p, p.requires_grad) for p in model.parameters()]
@@ -161,7 +157,9 @@ class _Run:
         while self._done < total:
             # Stage 2 goes on in the corpus where stage 1 has stopped.
             number = self._done + (settings.num_batches(1) if stage == 2 else 0)
-            batch = self._sequences.batch(number, settings.batch_size).to(self._model.device)
+            batch = self._sequences.batch(number, settings.batch_size)
+            _check_tokens(self._model, int(batch.max()))
+            batch = batch.to(self._model.device)
             errors.start(number)
             loss = self._learn(errors, batch, optimizer, self._done / total, 1 / total)
             self._done += 1
@@ -263,8 +261,16 @@ def _schedule(done: float) -> float:
     return min((done + 1e-3) / 0.05, (1 - done) / 0.95)
 
 
-def _check_tokens(model: Any, corpus: Corpus) -> None:
-    largest = max(corpus.end_of_text, max((int(x.max()) for x in corpus if len(x)), default=0))
+def _check(model: Any, corpus: Corpus) -> None:
+    """Raise ValueError for what can be told before anything is read."""
+    if not isinstance(model, ConvertedMixin):
+        raise ValueError(
+            f"model: expected a converted one, found {type(model).__name__}; see ovq.convert.attach"
+        )
+    _check_tokens(model, corpus.end_of_text)
+
+
+def _check_tokens(model: Any, largest: int) -> None:
     if largest >= model.config.vocab_size:
         raise ValueError(
             f"corpus: expected token ids below {model.config.vocab_size}, as the model knows, found {largest}"
