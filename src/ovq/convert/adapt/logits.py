@@ -12,6 +12,7 @@ exactly. Slots are constants: nothing learns to be merged better.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from typing import Any
 
 import torch
@@ -40,18 +41,14 @@ class LogitErrors:
         short_windows: share of the sequences with shorter windows.
 
     Raises:
-        ValueError: peft is not installed, or the model's attention has no linear layers.
+        ValueError: the model's attention has no linear layers.
     """
 
     def __init__(
         self, model: Any, reading: SlotReading, *, rank: int, seed: int, short_windows: float
     ) -> None:
-        try:
-            from peft import LoraConfig, LoraModel
-        except ImportError:
-            raise ValueError(
-                "logit_tokens: expected 0 without the package peft, found more: pip install 'ovq[adapt]'"
-            ) from None
+        from peft import LoraConfig, LoraModel
+
         names = _attention_matrices(model)
         if not names:
             raise ValueError(f"{type(model).__name__}: expected linear layers in its attention, found none")
@@ -121,6 +118,16 @@ class LogitErrors:
             assert part.grad is not None
             gradients.append(part.grad)
         return total, torch.cat(gradients)
+
+
+def check_peft() -> None:
+    """Raise ValueError if peft is not installed."""
+    try:
+        importlib.import_module("peft")
+    except ImportError:
+        raise ValueError(
+            "logit_tokens: expected 0 without the package peft, found more: pip install 'ovq[adapt]'"
+        ) from None
 
 
 def shortened(config: MemoryConfig, share: float) -> MemoryConfig:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ovq.convert.adapt.heads import HeadErrors
-from ovq.convert.adapt.logits import LogitErrors
+from ovq.convert.adapt.logits import LogitErrors, check_peft
 from ovq.convert.adapt.reading import SlotReading
 from ovq.convert.adapt.settings import AdaptSettings
 from ovq.convert.adapt.texts import Sequences
@@ -91,6 +91,8 @@ def adapt(
     """
     settings = AdaptSettings() if settings is None else settings
     _check(model, corpus)
+    if settings.logit_tokens:
+        check_peft()
     run = _Run(model, corpus, settings, None if checkpoint is None else Path(checkpoint))
     was_training = model.training
     needed_grad = [(p, p.requires_grad) for p in model.parameters()]
