@@ -16,6 +16,7 @@ Every number is written as soon as it is there, and a run that was cut off goes 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -187,7 +188,9 @@ class Lab:
         size = self.arguments.chunk_size
         settings = {"merge": self.arguments.merge, "value_weight": self.arguments.value_weight}
         if method == "probed":
-            return self._probed().config(rows, scale=length / self.arguments.probe_tokens)
+            found = self._probed().config(rows, scale=length / self.arguments.probe_tokens)
+            # A kept probe may have used another rule than is asked for here.
+            return dataclasses.replace(found, **settings)
         config = self._original().config
         heads = {"num_layers": config.num_hidden_layers, "num_kv_heads": config.num_key_value_heads}
         if method == "window":

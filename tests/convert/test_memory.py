@@ -70,7 +70,10 @@ def test_the_read_is_one_softmax_over_all_that_is_kept(num_tokens):
             query = q[row, head, num_tokens - 1]
             weights = (keys @ query).exp()
             counts = before.count[row, own]
-            slots = counts * (before.slot_keys[row, own] @ query * temperature[head] + bias[head]).exp()
+            scores = before.slot_keys[row, own] @ query
+            # Slots of one token are that token.
+            learned = torch.where(counts > 1, scores * temperature[head] + bias[head], scores)
+            slots = counts * learned.exp()
             total = weights.sum() + slots.sum()
             expected = (weights @ values + slots @ before.slot_values[row, own]) / total
             torch.testing.assert_close(found[row, head, 0], expected, atol=1e-10, rtol=0)

@@ -27,8 +27,9 @@ class MemoryConfig:
         merge: the rule by which the slots are learned, as in `ovq_attention`.
         value_weight: the weight of distances between values relative to those between keys, where both have
             a mean squared length of about 1.
-        slot_temperature: per layer and *query* head, the factor of the scores of slots; None for 1.
-        slot_bias: per layer and query head, what is added to the scores of slots; None for 0.
+        slot_temperature: per layer and *query* head, the factor of the scores of slots that hold more than
+            one token; None for 1.
+        slot_bias: per layer and query head, what is added to these scores; None for 0.
 
     Raises:
         ValueError: if a number is out of range, or the lists do not fit together.
@@ -195,7 +196,8 @@ class LayerConfig:
     Attributes:
         budgets: its key/value heads, those with equal budgets together.
         num_kv_heads: key/value heads.
-        slot_temperature: factor of the scores of slots, per query head. slot_bias: what is added to them.
+        slot_temperature: factor of the scores of slots of several tokens, per query head. slot_bias: what is
+            added to them.
     """
 
     budgets: tuple[Budget, ...]

@@ -136,7 +136,8 @@ class HeadMemory:
         Args:
             q: `[B, h * G, T, K]` queries, scaled. k: `[B, h, T, K]`. v: `[B, h, T, V]`.
             lengths: real tokens of each row, which come first; the outputs of others are 0.
-            temperature: `[h * G]` factor of the scores of slots. bias: `[h * G]` what is added to them.
+            temperature: `[h * G]` factor of the scores of slots of several tokens. bias: `[h * G]` what is
+                added to them.
         """
         o = q.new_zeros(*q.shape[:3], v.shape[3])
         done = [0] * len(lengths)
@@ -226,11 +227,14 @@ class HeadMemory:
             slot_scores = (queries @ self.slot_keys[:, :, :num_open].transpose(2, 3)).view(
                 *scores.shape[:4], -1
             )
+            count = self.count[:, :, None, None, :num_open]
+            # A slot of one token is that token, and is read as such.
+            is_shared = count > 1
             if temperature is not None:
-                slot_scores = slot_scores * temperature.to(wide).view(heads, -1, 1, 1)
-            slot_scores = slot_scores + self.count[:, :, None, None, :num_open].to(wide).log()
+                slot_scores = slot_scores * temperature.to(wide).view(heads, -1, 1, 1).where(is_shared, 1)
+            slot_scores = slot_scores + count.to(wide).log()
             if bias is not None:
-                slot_scores = slot_scores + bias.to(wide).view(heads, -1, 1, 1)
+                slot_scores = slot_scores + bias.to(wide).view(heads, -1, 1, 1).where(is_shared, 0)
             scores = torch.cat([scores, slot_scores], -1)
         probs = scores.softmax(-1).flatten(2, 3)
         o = probs[..., :used] @ values

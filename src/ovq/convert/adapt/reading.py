@@ -16,7 +16,7 @@ _DIGITS = 5
 
 
 class SlotReading(nn.Module):
-    """How each query head reads slots: the factor of their scores, and what is added to them.
+    """How each query head reads slots of several tokens: a factor of their scores, and what is added to them.
 
     Args:
         config: where it starts.

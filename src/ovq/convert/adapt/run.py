@@ -55,11 +55,11 @@ def adapt(
 ) -> Any:
     """Train a converted model a little, in place, so that it reads its memory better.
 
-    Stage 1: every query head learns a factor for the scores of slots, and what is added to them, so that the
-    output of its layer's attention is as it was with all tokens, on what the original model computes for a
-    text. These are numbers of `memory_config` afterwards. Stage 2: matrices of the attention get changes of
-    low rank (LoRA), so that the model predicts what the original predicts; they are added to the weights in
-    the end. Every sequence starts with an empty memory, which goes from piece to piece.
+    Stage 1: every query head learns a factor for the scores of slots of several tokens, and what is added to
+    them, so that the output of its layer's attention is as it was with all tokens, on what the original model
+    computes for a text. These are numbers of `memory_config` afterwards. Stage 2: matrices of the attention
+    get changes of low rank (LoRA), so that the model predicts what the original predicts; they are added to
+    the weights in the end. Every sequence starts with an empty memory, which goes from piece to piece.
 
     Args:
         model: a converted model.
