@@ -123,7 +123,16 @@ def adapt(
     tokenizer = text_tokenizer(model)
     loaded = load_generating_model(model)
     with Reporter() as reporter:
-        corpus = load_corpus(source, "train", tokenizer=tokenizer)
+
+        def count(num_read: int) -> None:
+            if num_read % 1024 == 0:
+                reporter.say(f"read {num_read} documents of {dataset}")
+
+        corpus = load_corpus(source, "train", tokenizer=tokenizer, progress=count)
+        reporter.say(
+            f"{settings.head_tokens:,} tokens of stage 1 and {settings.logit_tokens:,} of stage 2, "
+            f"in sequences of {settings.length:,}"
+        )
         shown = _Shown(reporter)
         adapt_model(loaded, corpus, settings=settings, checkpoint=checkpoint, progress=shown.update)
     # Beside its place, so that moving it there is one step.
