@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ovq.convert import AdaptProgress
     from ovq.runtime.progress import Reporter
 
-_STAGES = {1: "outputs of heads", 2: "predictions"}
-
 
 def adapt(
     model: Annotated[
@@ -157,8 +155,9 @@ class _Shown:
     def update(self, found: AdaptProgress) -> None:
         """Show how far the run is."""
         if found.stage not in self._works:
-            label = f"stage {found.stage}, {_STAGES[found.stage]}"
+            label = f"stage {found.stage}"
             self._works[found.stage] = self._reporter.start(label, total=found.total)
         left = (found.total - found.tokens) / found.tokens_per_second
-        speed = f"{found.tokens_per_second:.0f} tokens per second, {left / 60:.0f} min left"
+        # Short, because in a log it is one line with the label and the numbers of tokens.
+        speed = f"{found.tokens_per_second:.0f} per s, {left / 60:.0f} min left"
         self._works[found.stage].update(found.tokens, note=f"error {found.loss:.4f}, {speed}")
