@@ -33,13 +33,13 @@ class AdaptSettings:
         ValueError: a number out of range.
 
     Example:
-        >>> settings = AdaptSettings(head_tokens=10_000, length=2048, batch_size=2)
+        >>> settings = AdaptSettings(head_tokens=10_000, logit_tokens=30_000, length=2048, batch_size=2)
         >>> settings.num_batches(1), settings.num_batches(2)
-        (3, 74)
+        (3, 8)
     """
 
     head_tokens: int = 100_000
-    logit_tokens: int = 300_000
+    logit_tokens: int = 0
     length: int = 3072
     batch_size: int = 1
     piece_size: int = 512
@@ -72,7 +72,7 @@ class AdaptSettings:
 
 
 PRESETS = {
-    # Less than 3 hours of two cores for a model of 135M.
+    # Half an hour of one core for a model of 135M.
     "cpu": AdaptSettings(),
     # 0.5B tokens, as in the work on larger models that this follows.
     "gpu": AdaptSettings(
