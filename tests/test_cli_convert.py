@@ -83,10 +83,10 @@ def test_an_adaptation_is_saved_and_goes_on_after_an_interruption(capsys, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr("ovq.cli.adapt._Shown.update", interrupt)
-        assert "a full disk" in fail(capsys, *command, "--out", tmp_path / "again", *sizes)
+        assert "a full disk" in fail(capsys, *command, "--out", tmp_path / "again", *sizes, "--quiet")
     assert not (tmp_path / "again").exists()
     assert "expected no run that has begun" in fail(capsys, *command, "--out", tmp_path / "again", *sizes)
-    other = [*sizes, "--seed", 1, "--resume"]
+    other = [*sizes, "--seed", 1, "--resume", "--quiet"]
     assert "settings" in fail(capsys, *command, "--out", tmp_path / "again", *other)
     run(capsys, *command, "--out", tmp_path / "again", *sizes, "--resume")
     assert load(tmp_path / "again").memory_config == whole
