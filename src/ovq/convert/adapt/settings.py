@@ -38,8 +38,8 @@ class AdaptSettings:
         (3, 8)
     """
 
-    head_tokens: int = 100_000
-    logit_tokens: int = 0
+    head_tokens: int = 50_000
+    logit_tokens: int = 300_000
     length: int = 3072
     batch_size: int = 1
     piece_size: int = 512
@@ -72,7 +72,7 @@ class AdaptSettings:
 
 
 PRESETS = {
-    # Half an hour of one core for a model of 135M.
+    # Two hours of one core for a model of 135M.
     "cpu": AdaptSettings(),
     # 0.5B tokens, as in the work on larger models that this follows.
     "gpu": AdaptSettings(
