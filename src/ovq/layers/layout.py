@@ -212,19 +212,18 @@ def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -
             f"expected an attention_mask of shape [batch, cached + new] = {expected} "
             f"({num_past} columns are cached), found {list(mask.shape)}"
         )
-    # Checked on the CPU, so that there is only one wait for the device.
-    host = mask.to("cpu")
-    if bool((host == 1).all()):
-        # Batches without padding often come with a mask of ones, which decoding makes longer at every step:
-        # one pass over it, and the cheaper unmasked code.
+    if mask.device.type == "cpu" and bool((mask == 1).all()):
+        # A mask of ones becomes longer with every step of decoding: one pass over it is enough.
         return SequenceLayout(num_past=num_past, num_new=num_new, has_mask=True)
-    host = checked_mask(host)
-    has_new_padding = not bool(host[:, num_past:].all())
+    # Checked on the CPU, so that there is only one wait for the device.
+    host = checked_mask(mask)
+    has_padding, has_new_padding = not bool(host.all()), not bool(host[:, num_past:].all())
     real = mask.bool()
     return SequenceLayout(
         num_past=num_past,
         num_new=num_new,
-        mask=real,
+        # Batches without padding often come with a mask of ones; for them the cheaper unmasked code runs.
+        mask=real if has_padding else None,
         new_mask=real[:, num_past:] if has_new_padding else None,
         bounds=RowBounds(masked_bounds(host[:, num_past:])) if has_new_padding else None,
         has_mask=True,
