@@ -72,7 +72,7 @@ class AdaptSettings:
 
 
 PRESETS = {
-    # Two hours of one core for a model of 135M.
+    # About two hours of one core for a model of 135M.
     "cpu": AdaptSettings(),
     # 0.5B tokens, as in the work on larger models that this follows.
     "gpu": AdaptSettings(
