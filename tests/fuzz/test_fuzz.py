@@ -1,4 +1,4 @@
-"""Two hundred calls of every backend, and proof that the fuzzer finds and shows what is wrong."""
+"""A hundred calls of every backend, and proof that the fuzzer finds and shows what is wrong."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from tests.fuzz.__main__ import app
 from tests.fuzz.backends import BACKENDS
 from tests.fuzz.run import KINDS, SHARES, drawn, report, run
 
-CALLS = 200
+CALLS = 100
 PAIRS = [(kind, name) for name, backend in BACKENDS.items() for kind in backend.kinds]
 
 
@@ -22,7 +22,7 @@ def test_random_programs(kind, backend):
     if reason := BACKENDS[backend].missing():
         pytest.skip(reason)
     # Triton's interpreter takes half a second a call.
-    calls = CALLS / 20 if BACKENDS[backend].is_slow else CALLS
+    calls = CALLS / 10 if BACKENDS[backend].is_slow else CALLS
     outcome = run(kind, backend, calls=round(calls * SHARES[kind]), seed=1)
     assert outcome.num_run == round(calls * SHARES[kind])
     assert not outcome.failures, "\n".join(report(found, outcome) for found in outcome.failures.values())

@@ -194,7 +194,8 @@ def test_killed_by_kill_9_before_its_first_checkpoint_a_run_starts_again(whole, 
     sets = [argument for setting in (*SETTINGS, "train.save_every=0") for argument in ("--set", setting)]
     process = start("recall-ovq", *sets, "--out", out)
     # Now the first step is taken.
-    assert process.stderr.readline().startswith(f"train recall-ovq: 0/{STEPS}")
+    first = process.stderr.readline()
+    assert first.startswith(f"train recall-ovq: 0/{STEPS}"), f"found {first!r}, then {process.communicate()}"
     delay = random.SystemRandom().uniform(0, 0.05)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)

@@ -31,7 +31,15 @@ def check_state(tokens, **options):
     return o, o_ref
 
 
-@pytest.mark.parametrize("kind", STREAMS)
+FEW = ("random", "repeated", "not finite")
+"""Streams for every run of the tests, as the interpreter is slow; the others are for `-m slow`."""
+
+
+def of_streams(quick):
+    return [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in STREAMS]
+
+
+@pytest.mark.parametrize("kind", of_streams(FEW))
 def test_the_same_pairs_are_merged(kind):
     tokens = [x[:, :18, 1:] for x in stream(kind, torch.float32, length=33)]
     o, o_ref = check_state(tokens, **WARD)
@@ -39,10 +47,7 @@ def test_the_same_pairs_are_merged(kind):
         torch.testing.assert_close(o, o_ref, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["repeated", *(pytest.param(kind, marks=pytest.mark.slow) for kind in STREAMS if kind != "repeated")],
-)
+@pytest.mark.parametrize("kind", of_streams(["repeated"]))
 def test_the_same_pairs_are_merged_by_the_square_root_of_counts(kind):
     tokens = [x[:, :18, 1:] for x in stream(kind, torch.float32, length=33)]
     o, o_ref = check_state(tokens, **SQRT)
@@ -81,7 +86,9 @@ def test_the_same_pairs_are_merged_in_lower_precision(dtype):
     check_state(stream("repeated", dtype, length=18), **WARD)
 
 
-@pytest.mark.parametrize(("growth", "value_weight"), [("plateau", 0.0), ("linear", 2.0)])
+@pytest.mark.parametrize(
+    ("growth", "value_weight"), [("plateau", 0.0), pytest.param("linear", 2.0, marks=pytest.mark.slow)]
+)
 def test_the_same_pairs_are_merged_with_other_options(growth, value_weight):
     tokens = [x[:, :, :1] for x in stream("one-hot", torch.float32, length=24)]
     check_state(tokens, **WARD, growth=growth, value_weight=value_weight)

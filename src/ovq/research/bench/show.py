@@ -138,11 +138,16 @@ def save_figures(report: dict, folder: Path) -> list[Path]:
         _draw(panel, rows, f"{TITLES[what].split(' of ')[0]}, {dtype}", styles)
     path = folder / "bench.png"
     is_model = panels[0][0].startswith("model_")
-    environment = report["environment"]
-    processor = ", ".join([environment["processor"], *environment.get("features", ())])
     what = "training and generation" if is_model else "one attention read"
-    save(figure, path, title=f"Time and memory of {what} ({processor})")
+    save(figure, path, title=f"Time and memory of {what}{_processor(report)}")
     return [path]
+
+
+def _processor(report: dict) -> str:
+    """What ran it, in brackets; nothing for rows that say nothing of it."""
+    environment = report.get("environment", {})
+    names = [environment.get("processor"), *environment.get("features", ())]
+    return f" ({', '.join(filter(None, names))})" if any(names) else ""
 
 
 def _draw(axes: Axes, rows: list[dict], title: str, styles: dict[str, Style]) -> None:

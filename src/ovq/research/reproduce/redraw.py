@@ -61,13 +61,22 @@ def redraw(folder: Path) -> list[Path]:
 
 def _figure(results: dict[str, Any], path: Path) -> Figure:
     """The figure that a file is of; one of a chosen corpus has the corpus in its name."""
-    name, _, corpus = results["figure"].partition("-")
-    if name not in (TEXT_FIGURES if corpus else FIGURES):
-        raise ValueError(f"{path}: expected a figure among {', '.join(FIGURES)}, found {results['figure']!r}")
+    found = results["figure"]
+    of_corpus = (name for name in TEXT_FIGURES if found.startswith(f"{name}-"))
+    # The longest name that fits: rivals-lm-mamba2 is a figure, and no rivals-lm of a corpus.
+    name = found if found in FIGURES else max(of_corpus, key=len, default=None)
+    if name is None:
+        raise ValueError(f"{path}: expected a figure among {', '.join(FIGURES)}, found {found!r}")
     return FIGURES[name](get_preset(results["preset"]))
 
 
 def _joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What several calls of `ovq bench` measured, as if it had been one."""
     dtypes = dict.fromkeys(dtype for report in reports for dtype in report["suite"]["dtypes"])
-    return {"suite": {"dtypes": list(dtypes)}, "rows": [row for report in reports for row in report["rows"]]}
+    environments = [report.get("environment", {}) for report in reports]
+    is_one = len({environment.get("processor") for environment in environments}) == 1
+    return {
+        "suite": {"dtypes": list(dtypes)},
+        "rows": [row for report in reports for row in report["rows"]],
+        "environment": environments[0] if is_one else {},
+    }
