@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 UV ?= $(shell command -v uv)
 PIP = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install --progress-bar on)
 
-.PHONY: install demo test pytest test-peers test-oldest fuzz lint format tables docs clean
+.PHONY: install demo test pytest test-slow test-peers test-oldest fuzz lint format tables docs clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ test: install
 
 pytest: install
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not peers' tests src/ovq
+
+# What takes minutes: kills of whole runs, torchrun, everything in Triton's interpreter, a real browser.
+test-slow: install
+	$(BIN)/python -m pytest -n 2 -m 'slow and not peers' tests
 
 # transformers' own tests, peft, accelerate and trl on our models: minutes of work. The tests are those of the source
 # distribution of the installed version; a checkout of it has more: TRANSFORMERS_TESTS=CHECKOUT/tests.

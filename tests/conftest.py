@@ -1,5 +1,7 @@
 """Settings shared by all tests."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -10,6 +12,19 @@ torch.set_num_threads(1)
 # Derandomized, so that a run is repeatable; no deadline, since machines are noisy.
 hypothesis.settings.register_profile("ovq", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ovq")
+
+
+@pytest.fixture(autouse=True)
+def as_loud_as_before():
+    """Commands that are called within a test with `-q` or `-v` leave that to the processes of later ones."""
+    names = ("OVQ_VERBOSITY", "TRANSFORMERS_VERBOSITY")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture

@@ -25,15 +25,11 @@ TEMPLATE = (
 
 
 @pytest.fixture(autouse=True)
-def _same_verbosity_after(monkeypatch):
-    """`-q` and `-v` speak to the processes that a command starts, through the environment."""
+def _same_logging_after():
+    """`-q` and `-v` change what transformers logs; `tests/conftest.py` restores the environment."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    for name in ("OVQ_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        # So that both are put back, also where they did not exist.
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
     yield
     logging.set_verbosity(before)
 

@@ -94,6 +94,7 @@ def test_a_process_that_imports_nothing_of_ours(folder, byte_model, tmp_path):
     assert configs[0]["auto_map"] == AUTO_MAP
 
 
+@pytest.mark.slow
 def test_the_harness_of_others_as_it_is(folder, tmp_path):
     rows = [{"text": "ab", "choices": [" red", " b"], "label": 0}] * 2
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))

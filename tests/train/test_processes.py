@@ -35,6 +35,7 @@ def resume_in_two_processes(out):
 
 
 # Each carries its own lanes; the windows of a packed run go to processes by the same rule.
+@pytest.mark.slow
 def test_any_number_of_processes_trains_as_one(tmp_path, monkeypatch):
     folder = write_texts(tmp_path, monkeypatch)
     monkeypatch.setattr(checkpoints, "_NUM_KEPT", 3)

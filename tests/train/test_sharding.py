@@ -183,6 +183,7 @@ def test_checkpointed_activations_change_nothing(alone, tmp_path, monkeypatch):
     assert len(num_calls) == STEPS * 2 * 2
 
 
+@pytest.mark.slow
 def test_torchrun_trains_a_sharded_model_that_can_be_evaluated(alone, tmp_path, capsys):
     """As a user starts it."""
     sets = [argument for setting in [*SETTINGS, FSDP] for argument in ("--set", setting)]

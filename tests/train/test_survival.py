@@ -129,6 +129,7 @@ def kill_at_random(process, out):
     return f"killed {delay:.3f} s after checkpoint {goal}, with {sorted(checkpoints(out))} in the folder"
 
 
+@pytest.mark.slow
 def test_kill_9_at_a_random_step_and_resume_gives_the_losses_of_an_uninterrupted_run(
     whole, tmp_path, steps_read
 ):

@@ -404,6 +404,7 @@ def children(pid):
     return [int(child) for task in tasks for child in task.read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_killed_by_kill_9_and_started_again_it_ends_as_if_never_stopped(tmp_path, monkeypatch):
     steps = 60
