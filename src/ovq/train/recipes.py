@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from ovq.fields import did_you_mean
 from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask, TextTask
@@ -109,13 +110,22 @@ class _Size:
     """A language model for GPUs.
 
     Attributes:
-        width: Width of the residual stream; heads have 64 components.
+        width: Width of the residual stream.
         inner: Width of the SwiGLU.
         num_pairs: Number of pairs of a sliding-window layer and a long-range layer.
         batch_size: Windows per step.
         micro_batches: Parts into which a step is cut.
         steps: Optimizer steps.
         learning_rate: Peak learning rate.
+        vocab_size: Byte pairs of the tokenizer.
+        length: Tokens per window of text.
+        head_dim: Components per head.
+        num_slots: Slots of OVQ.
+        chunk_size: Tokens per chunk.
+        learning_rate_decay: How the rate falls.
+        min_learning_rate_share: Where it ends, as a share of the peak.
+        warmup_steps: Steps of warm-up.
+        weight_decay: Decoupled weight decay.
     """
 
     width: int
@@ -125,6 +135,38 @@ class _Size:
     micro_batches: int
     steps: int
     learning_rate: float
+    vocab_size: int = 32768
+    length: int = 4096
+    head_dim: int = 64
+    num_slots: int = 2048
+    chunk_size: int = 128
+    learning_rate_decay: str = "cosine"
+    min_learning_rate_share: float = 0.1
+    warmup_steps: int = 500
+    weight_decay: float = 0.1
+
+
+def _kvm_size(**fields: Any) -> _Size:
+    """A size of KVM's comparison with OVQ (arXiv 2605.09877), trained as its authors do: 0.5 million tokens
+    per step, 3.1 and 7.9 billion in all.
+
+    From their published configs: sizes, rates, decay, warm-up, windows and chunks of 256, 1,024 slots of
+    OVQ, sliding windows between its layers. Ours: books and a tokenizer learned from them in place of
+    ProLong-64k and GPT-2's, a SwiGLU of as many weights as their MLP of four times the width, and the
+    backbone, which has a short convolution where theirs shifts tokens.
+    """
+    return _Size(
+        batch_size=64,
+        vocab_size=50304,
+        length=8192,
+        head_dim=128,
+        num_slots=1024,
+        chunk_size=256,
+        learning_rate_decay="linear",
+        min_learning_rate_share=0.0,
+        warmup_steps=200,
+        **fields,
+    )
 
 
 _SIZES = {
@@ -143,73 +185,7 @@ _SIZES = {
         steps=20_000,
         learning_rate=5e-4,
     ),
-}
-"""Language models of the sizes that the paper trains, by the millions of their parameters."""
-
-
-def _lm_for_gpus(size: _Size) -> Callable[[str], RunConfig]:
-    """Language modelling on books, for GPUs: 4,096 subword tokens per window."""
-
-    def build(long_range_mixer: str) -> RunConfig:
-        return RunConfig(
-            task=TextTask(dataset="deepmind/pg19", tokenizer="bpe:32768"),
-            model=ModelArgs(
-                mixer_types=("sliding_attention", long_range_mixer) * size.num_pairs,
-                hidden_size=size.width,
-                intermediate_size=size.inner,
-                num_attention_heads=size.width // 64,
-                conv_size=4,
-                sliding_window=256,
-                num_slots=2048,
-                chunk_size=128,
-                initializer_range=0.02,
-                embedding_std=0.02,
-                tie_word_embeddings=True,
-            ),
-            train=TrainArgs(
-                steps=size.steps,
-                batch_size=size.batch_size,
-                micro_batches=size.micro_batches,
-                lengths=(4096,),
-                length_shares=(1.0,),
-                learning_rate=size.learning_rate,
-                min_learning_rate_share=0.1,
-                warmup_steps=500,
-                weight_decay=0.1,
-                adam_beta2=0.95,
-                precision="bfloat16",
-                save_every=500,
-            ),
-        )
-
-    return build
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _KVMSize:
-    """A language model of the size, and with the training, of those that Key-Value Means compares.
-
-    Attributes:
-        width: Width of the residual stream; heads have 128 components.
-        inner: Width of the SwiGLU, for as many weights as their MLP of four times the width.
-        num_pairs: Number of pairs of a sliding-window layer and a long-range layer.
-        micro_batches: Parts into which a step is cut.
-        steps: Optimizer steps.
-        learning_rate: Peak learning rate.
-        weight_decay: Decoupled weight decay.
-    """
-
-    width: int
-    inner: int
-    num_pairs: int
-    micro_batches: int
-    steps: int
-    learning_rate: float
-    weight_decay: float
-
-
-_KVM_SIZES = {
-    "120m": _KVMSize(
+    "120m": _kvm_size(
         width=768,
         inner=2048,
         num_pairs=6,
@@ -218,7 +194,7 @@ _KVM_SIZES = {
         learning_rate=2e-3,
         weight_decay=0.2,
     ),
-    "350m": _KVMSize(
+    "350m": _kvm_size(
         width=1024,
         inner=2736,
         num_pairs=12,
@@ -228,43 +204,38 @@ _KVM_SIZES = {
         weight_decay=0.126,
     ),
 }
-"""Language models of KVM's comparison with OVQ (arXiv 2605.09877), by the millions of their parameters."""
+"""Language models by the millions of their parameters: three sizes of the paper, two of KVM's authors."""
 
 
-def _lm_of_kvm(size: _KVMSize) -> Callable[[str], RunConfig]:
-    """Language modelling as KVM's authors train: 0.5 million tokens per step in windows of 8,192, 3.1 and 7.9
-    billion in all.
-
-    From their published configs: sizes, rates, decay, warm-up, windows and chunks of 256, 1,024 slots of
-    OVQ, sliding windows between its layers. Ours: books and a tokenizer learned from them in place of
-    ProLong-64k and GPT-2's, and the backbone, which has a short convolution where theirs shifts tokens.
-    """
+def _lm_for_gpus(size: _Size) -> Callable[[str], RunConfig]:
+    """Language modelling on books, for GPUs: windows of subword tokens."""
 
     def build(long_range_mixer: str) -> RunConfig:
         return RunConfig(
-            task=TextTask(dataset="deepmind/pg19", tokenizer="bpe:50304"),
+            task=TextTask(dataset="deepmind/pg19", tokenizer=f"bpe:{size.vocab_size}"),
             model=ModelArgs(
                 mixer_types=("sliding_attention", long_range_mixer) * size.num_pairs,
                 hidden_size=size.width,
                 intermediate_size=size.inner,
-                num_attention_heads=size.width // 128,
+                num_attention_heads=size.width // size.head_dim,
                 conv_size=4,
                 sliding_window=256,
-                num_slots=1024,
-                chunk_size=256,
+                num_slots=size.num_slots,
+                chunk_size=size.chunk_size,
                 initializer_range=0.02,
                 embedding_std=0.02,
                 tie_word_embeddings=True,
             ),
             train=TrainArgs(
                 steps=size.steps,
-                batch_size=64,
+                batch_size=size.batch_size,
                 micro_batches=size.micro_batches,
-                lengths=(8192,),
+                lengths=(size.length,),
                 length_shares=(1.0,),
                 learning_rate=size.learning_rate,
-                learning_rate_decay="linear",
-                warmup_steps=200,
+                learning_rate_decay=size.learning_rate_decay,
+                min_learning_rate_share=size.min_learning_rate_share,
+                warmup_steps=size.warmup_steps,
                 weight_decay=size.weight_decay,
                 adam_beta2=0.95,
                 precision="bfloat16",
@@ -282,7 +253,6 @@ _BUILDERS: dict[str, Callable[[str], RunConfig]] = {
     MQARTask.name: _mqar,
     TextTask.name: _lm,
     **{f"{TextTask.name}-{name}": _lm_for_gpus(size) for name, size in _SIZES.items()},
-    **{f"{TextTask.name}-{name}": _lm_of_kvm(size) for name, size in _KVM_SIZES.items()},
 }
 
 _MIXERS = {
