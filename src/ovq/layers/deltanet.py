@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.layers.base import Mixer, checked_head_dim
-from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import (
     DecayRates,
     can_use_fla,
@@ -18,16 +17,13 @@ from ovq.layers.chunked import (
     from_chunks,
     to_chunks,
 )
-from ovq.layers.common import l2_normalize
-from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
-from ovq.layers.layout import SequenceLayout
-from ovq.layers.memory import StateSpec
+from ovq.layers.delta_rule import DeltaRuleMixer, Rule
 
 # Tokens per triangular system. A tiling choice; on a CPU this is faster than 64, which is usual on a GPU.
 CHUNK = 32
 
 
-class GatedDeltaNet(ConstantStateMixer):
+class GatedDeltaNet(DeltaRuleMixer):
     """A state matrix per head that decays, and that every token corrects towards `S^T k = v`.
 
     `S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, with decay `a_t` and
@@ -77,52 +73,27 @@ class GatedDeltaNet(ConstantStateMixer):
         value_dim = 2 * head_dim if value_dim is None else value_dim
         if value_dim < 1:
             raise ValueError(f"expected a value_dim of at least 1, found {value_dim}")
-        super().__init__(
-            hidden_size,
-            num_channels=2 * num_kv_heads * head_dim + num_heads * value_dim,
-            num_outputs=num_heads * value_dim,
-            **kwargs,
-        )
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.head_dim, self.value_dim = head_dim, value_dim
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, value_dim, **kwargs)
         # Projects to the output gate, the decay and the rate.
         self.gate_proj = nn.Linear(hidden_size, num_heads * (value_dim + 2), bias=False)
         self.rates = DecayRates(num_heads)
         self.out_norm = nn.RMSNorm(value_dim, eps=1e-6)
 
-    def constant_spec(self, dtype: torch.dtype) -> StateSpec:
-        """The state matrix of each head."""
-        return {"delta": ((self.num_heads, self.head_dim, self.value_dim), sum_dtype(dtype))}
-
-    def mix(
-        self,
-        channels: Tensor,
-        hidden_states: Tensor,
-        layout: SequenceLayout,
-        cache: LayerCache | None,
-        **options: Any,
-    ) -> Tensor:
-        """See `Mixer.mix`."""
-        rows = layout.rows()
-        num_key_channels = self.num_kv_heads * self.head_dim
-        q, k, v = F.silu(channels).split(
-            [num_key_channels, num_key_channels, self.num_heads * self.value_dim], dim=-1
-        )
-        q, k = (l2_normalize(x.unflatten(-1, (-1, self.head_dim))) for x in (q, k))
+    def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `DeltaRuleMixer.gates`."""
         gate, decay, rate = self.gate_proj(hidden_states).split(
             [self.num_heads * self.value_dim, self.num_heads, self.num_heads], dim=-1
         )
-        _, log_decay = self.rates(decay)
-        inputs = (q, k, v.unflatten(-1, (self.num_heads, -1)), log_decay, rate.to(log_decay.dtype).sigmoid())
-        # Zeros where there is no token, so that the state neither decays nor is written to.
-        q, k, v, log_decay, rate = (rows.take(x) for x in inputs)
-        before = self.state_before(cache, len(q), channels)
-        with without_autocast(q):
-            o, delta = _best_gated_delta_rule(q)(q, k, v.to(q.dtype), log_decay, rate, before["delta"])
-        if cache is not None:
-            cache.set_state({"delta": delta}, layout.num_new)
-        o = self.out_norm(rows.put(o).to(self.out_norm.weight.dtype))
-        return o.flatten(2).to(channels.dtype) * F.silu(gate)
+        return gate, self.rates(decay)[1], rate
+
+    def rule(self, like: Tensor) -> Rule:
+        """See `DeltaRuleMixer.rule`."""
+        return _gated_delta_rule_of_fla if can_use_fla(like) else gated_delta_rule
+
+    def gated(self, outputs: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `DeltaRuleMixer.gated`."""
+        outputs = self.out_norm(outputs.to(self.out_norm.weight.dtype))
+        return outputs.flatten(2).to(dtype) * F.silu(gate)
 
 
 def gated_delta_rule(
@@ -160,11 +131,6 @@ def gated_delta_rule(
         kept=since_start[..., -1:, :],
     )
     return from_chunks(o, num_tokens), state
-
-
-def _best_gated_delta_rule(q: Tensor) -> Any:
-    """flash-linear-attention's kernels on a GPU if the package is installed, else `gated_delta_rule`."""
-    return _gated_delta_rule_of_fla if can_use_fla(q) else gated_delta_rule
 
 
 def _gated_delta_rule_of_fla(

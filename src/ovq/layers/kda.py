@@ -5,22 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovq.layers.base import Mixer, checked_head_dim
-from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, can_use_fla, delta_rule_in_chunks, from_chunks, to_chunks
-from ovq.layers.common import WideRMSNorm, l2_normalize
-from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
-from ovq.layers.layout import SequenceLayout
-from ovq.layers.memory import StateSpec
+from ovq.layers.common import WideRMSNorm
+from ovq.layers.delta_rule import DeltaRuleMixer, Rule
 
 # Tokens per triangular system, a power of two. A tiling choice.
 CHUNK = 32
 
 
-class KimiDeltaAttention(ConstantStateMixer):
+class KimiDeltaAttention(DeltaRuleMixer):
     """A state matrix per head whose rows decay apart, and that every token corrects towards `S^T k = v`.
 
     `S_t = (I - b_t k_t k_t^T) Diag(a_t) S_{t-1} + b_t k_t v_t^T`, `o_t = S_t^T q_t / sqrt(K)`, with decays
@@ -68,14 +64,7 @@ class KimiDeltaAttention(ConstantStateMixer):
         value_dim = head_dim if kda_value_dim is None else kda_value_dim
         if value_dim < 1:
             raise ValueError(f"kda_value_dim: expected at least 1, found {value_dim}")
-        super().__init__(
-            hidden_size,
-            num_channels=2 * num_kv_heads * head_dim + num_heads * value_dim,
-            num_outputs=num_heads * value_dim,
-            **kwargs,
-        )
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
-        self.head_dim, self.value_dim = head_dim, value_dim
+        super().__init__(hidden_size, num_heads, num_kv_heads, head_dim, value_dim, **kwargs)
         # Projects to what the decays and the output gate are made of, and to the rate.
         self.gate_proj = nn.Linear(hidden_size, 2 * value_dim + num_heads, bias=False)
         self.decay_up_proj = nn.Linear(value_dim, num_heads * head_dim, bias=False)
@@ -83,40 +72,22 @@ class KimiDeltaAttention(ConstantStateMixer):
         self.rates = DecayRates(num_heads, head_dim)
         self.out_norm = WideRMSNorm(value_dim, eps=1e-5)
 
-    def constant_spec(self, dtype: torch.dtype) -> StateSpec:
-        """The state matrix of each head."""
-        return {"delta": ((self.num_heads, self.head_dim, self.value_dim), sum_dtype(dtype))}
-
-    def mix(
-        self,
-        channels: Tensor,
-        hidden_states: Tensor,
-        layout: SequenceLayout,
-        cache: LayerCache | None,
-        **options: Any,
-    ) -> Tensor:
-        """See `Mixer.mix`."""
-        rows = layout.rows()
-        num_key_channels = self.num_kv_heads * self.head_dim
-        q, k, v = F.silu(channels).split(
-            [num_key_channels, num_key_channels, self.num_heads * self.value_dim], dim=-1
-        )
-        q, k = (l2_normalize(x.unflatten(-1, (-1, self.head_dim))) for x in (q, k))
+    def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `DeltaRuleMixer.gates`."""
         decay, gate, rate = self.gate_proj(hidden_states).split(
             [self.value_dim, self.value_dim, self.num_heads], dim=-1
         )
-        _, log_decay = self.rates(self.decay_up_proj(decay).unflatten(-1, (self.num_heads, -1)))
-        inputs = (q, k, v.unflatten(-1, (self.num_heads, -1)), log_decay, rate.to(log_decay.dtype).sigmoid())
-        # Zeros where there is no token, so that the state neither decays nor is written to.
-        q, k, v, log_decay, rate = (rows.take(x) for x in inputs)
-        before = self.state_before(cache, len(q), channels)
-        rule = _kimi_delta_rule_of_fla if can_use_fla(q) else kimi_delta_rule
-        with without_autocast(q):
-            o, delta = rule(q, k, v.to(q.dtype), log_decay, rate, before["delta"])
-        if cache is not None:
-            cache.set_state({"delta": delta}, layout.num_new)
-        o = self.out_norm(rows.put(o)).flatten(2)
-        return (o * self.gate_up_proj(gate).to(o.dtype).sigmoid()).to(channels.dtype)
+        decay = self.decay_up_proj(decay).unflatten(-1, (self.num_heads, -1))
+        return gate, self.rates(decay)[1], rate
+
+    def rule(self, like: Tensor) -> Rule:
+        """See `DeltaRuleMixer.rule`."""
+        return _kimi_delta_rule_of_fla if can_use_fla(like) else kimi_delta_rule
+
+    def gated(self, outputs: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `DeltaRuleMixer.gated`."""
+        outputs = self.out_norm(outputs).flatten(2)
+        return (outputs * self.gate_up_proj(gate).to(outputs.dtype).sigmoid()).to(dtype)
 
 
 def kimi_delta_rule(
