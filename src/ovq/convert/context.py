@@ -20,7 +20,15 @@ from torch import Tensor
 
 from ovq.convert.cache import MemoryCache
 from ovq.hf.cache import CACHE_KEY
-from ovq.hf.context import Context, check_content, checked_ids, digest, weights_of
+from ovq.hf.context import (
+    Context,
+    check_content,
+    checked_ids,
+    digest,
+    of_layer,
+    read_to_the_end,
+    weights_of,
+)
 from ovq.ops.serialization import positive_int, read_file, write_file
 
 FORMAT = "ovq-converted-context"
@@ -81,13 +89,7 @@ def build_context(
         ValueError: an empty document, ids that the model does not know, or `prefill_chunk_size` below 1.
     """
     reading = read_in_pieces(model, input_ids, prefill_chunk_size=prefill_chunk_size)
-    while True:
-        try:
-            num_read = next(reading)
-        except StopIteration as end:
-            return end.value
-        if progress is not None:
-            progress(num_read)
+    return read_to_the_end(reading, progress)
 
 
 def read_in_pieces(
@@ -149,8 +151,7 @@ def load_context(path: str | os.PathLike, model: Any) -> ConvertedContext:
     # An empty memory of one row shows which tensors there must be.
     model.base_model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), **{CACHE_KEY: cache})
     for i, layer in enumerate(cache.layers):
-        prefix = f"layers.{i}."
-        layer_tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        layer_tensors = of_layer(tensors, i)
         wanted, found = (
             {name: (tuple(t.shape), t.dtype) for name, t in some.items()}
             for some in (layer.tensors(), layer_tensors)

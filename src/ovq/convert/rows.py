@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ovq.convert.cache import MemoryCache
-from ovq.convert.context import ConvertedContext
 from ovq.hf.cache import CACHE_KEY
+from ovq.hf.rows import Rows
 
 
-class ConvertedRows:
-    """The rows that decode together, each with a text of its own.
+class ConvertedRows(Rows):
+    """The rows that decode together, each with a text of its own; see `ovq.hf.rows.Rows`.
 
     Args:
         model: a converted model, on the device and in the dtype that it has, in evaluation mode.
@@ -45,54 +45,26 @@ class ConvertedRows:
         ConvertedRows(lengths=[2])
     """
 
-    def __init__(self, model: Any, cache: MemoryCache, lengths: Sequence[int]) -> None:
-        self.model, self.lengths = model, list(lengths)
-        self._cache = cache
+    model: Any  # type: ignore[assignment]  # the base class has a model of this library
+    _cache: MemoryCache  # type: ignore[assignment]  # and its cache
 
     def __repr__(self) -> str:
         return f"ConvertedRows(lengths={self.lengths})"
 
-    def __len__(self) -> int:
-        return len(self.lengths)
+    @staticmethod
+    def _new_cache(model: Any) -> MemoryCache:  # type: ignore[override]  # likewise
+        return model.make_cache()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what is kept for all rows."""
-        return self._cache.nbytes
+    @staticmethod
+    def _joined_cache(caches: Sequence[MemoryCache], model: Any) -> MemoryCache:  # type: ignore[override]
+        return MemoryCache.concatenate(caches)
 
-    @classmethod
-    def start(cls, model: Any, context: ConvertedContext | None = None) -> ConvertedRows:
-        """One row that has read nothing yet, or the document of a context, which does not change."""
-        if context is None:
-            return cls(model, model.make_cache(), [0])
-        return cls(model, context.cache(), [context.num_tokens])
-
-    def read(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """Read the next tokens of each row; call it without gradients.
-
-        Args:
-            tokens: `[B, T]` ids, equally many for every row.
-
-        Returns:
-            `[B, vocab_size]` logits of the token after them, float32 or better.
-        """
-        ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.model.device)
+    def _logits(self, ids: Tensor) -> Tensor:
         first = torch.tensor(self.lengths, device=ids.device)[:, None]
         places = first + torch.arange(ids.shape[1], device=ids.device)
         # By the whole model, as some models change what their output layer gives.
         output = self.model(ids, position_ids=places, logits_to_keep=1, **{CACHE_KEY: self._cache})
-        self.lengths = [length + ids.shape[1] for length in self.lengths]
-        logits = output.logits[:, -1]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return output.logits[:, -1]
 
-    @staticmethod
-    def joined(parts: Sequence[ConvertedRows]) -> ConvertedRows:
-        """The rows of several in one, in their order; each has read at least one token. The parts do not
-        change."""
-        cache = MemoryCache.concatenate([part._cache for part in parts])
-        return ConvertedRows(parts[0].model, cache, [length for part in parts for length in part.lengths])
-
-    def keep(self, places: Sequence[int]) -> None:
-        """Keep the rows at these places, in this order; repeats are copies that go on independently."""
-        self._cache.batch_select_indices(torch.tensor(places, dtype=torch.int64))
-        self.lengths = [self.lengths[place] for place in places]
+    def _tidy(self) -> None:
+        """A memory of constant size has nothing to shorten."""

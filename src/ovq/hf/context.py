@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -32,6 +32,8 @@ from ovq.ops.serialization import positive_int, read_file, write_file
 
 FORMAT = "ovq-context"
 VERSION = "1"
+
+Read = TypeVar("Read")
 
 # All other fields of the config, future ones included, affect what is remembered, and are compared.
 _FIELDS_WITHOUT_EFFECT = frozenset(
@@ -165,13 +167,7 @@ def build_context(
         3
     """
     reading = read_in_pieces(model, input_ids, prefill_chunk_size=prefill_chunk_size)
-    while True:
-        try:
-            num_read = next(reading)
-        except StopIteration as end:
-            return end.value
-        if progress is not None:
-            progress(num_read)
+    return read_to_the_end(reading, progress)
 
 
 def read_in_pieces(
@@ -209,6 +205,17 @@ def read_in_pieces(
         yield num_read
     own = fingerprint(model) if known_fingerprint is None else known_fingerprint
     return Context(model=model, num_tokens=num_read, fingerprint=own, _cache=cache)
+
+
+def read_to_the_end(reading: Generator[int, None, Read], progress: Callable[[int], None] | None) -> Read:
+    """What a generator of `read_in_pieces` returns; `progress` is called with all that it yields."""
+    while True:
+        try:
+            num_read = next(reading)
+        except StopIteration as end:
+            return end.value
+        if progress is not None:
+            progress(num_read)
 
 
 def save_context(context: Context, path: str | os.PathLike) -> None:
@@ -254,7 +261,7 @@ def load_context(path: str | os.PathLike, model: OVQPreTrainedModel) -> Context:
     _check_layers(str(path), tensors, model, num_tokens)
     cache = OVQCache(model.config)
     for i, layer in enumerate(cache.layers):
-        layer.restore(_of_layer(tensors, i), num_tokens, model.device)
+        layer.restore(of_layer(tensors, i), num_tokens, model.device)
     return Context(model=model, num_tokens=num_tokens, fingerprint=own, _cache=cache)
 
 
@@ -316,7 +323,7 @@ def context_info(path: str | os.PathLike) -> ContextInfo:
     _check_layers(str(path), tensors, model, num_tokens)
     cache = OVQCache(config)
     for i, layer in enumerate(cache.layers):
-        layer.restore(_of_layer(tensors, i), num_tokens)
+        layer.restore(of_layer(tensors, i), num_tokens)
     return ContextInfo(
         num_tokens=num_tokens,
         nbytes=cache.nbytes,
@@ -410,7 +417,8 @@ def check_content(
         )
 
 
-def _of_layer(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+def of_layer(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
+    """The tensors of one layer, by their names in it."""
     prefix = f"layers.{index}."
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
@@ -431,7 +439,7 @@ def _check_layers(
             f"{where}: expected the {len(expected)} tensors of a cache, found others; they differ in {odd}"
         )
     for i, mixer in enumerate(mixers):
-        own = _of_layer(tensors, i)
+        own = of_layer(tensors, i)
         mixer.check_state(f"{where}: layer {i}", own, num_tokens=num_tokens, dtype=model.dtype)
 
 

@@ -13,6 +13,7 @@ server:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from torch import Tensor
 from ovq.hf.cache import OVQCache
 from ovq.hf.context import Context
 from ovq.hf.modeling_ovq import OVQForCausalLM
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Columns by which a cache may exceed twice what is needed of it, before it is shortened: seldom enough to
 # cost nothing, and to round rotated keys only now and then.
@@ -74,10 +78,10 @@ class Rows:
         return self._cache.nbytes
 
     @classmethod
-    def start(cls, model: OVQForCausalLM, context: Context | None = None) -> Rows:
+    def start(cls, model: OVQForCausalLM, context: Context | None = None) -> Self:
         """One row that has read nothing yet, or the document of a context, which does not change."""
         if context is None:
-            return cls(model, OVQCache(model.config), [0])
+            return cls(model, cls._new_cache(model), [0])
         return cls(model, context.cache(), [context.num_tokens])
 
     def read(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
@@ -90,19 +94,18 @@ class Rows:
             `[B, vocab_size]` logits of the token after them, float32 or better.
         """
         ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.model.device)
-        hidden = self.model.base_model(ids, self._mask(ids.shape[1]), past_key_values=self._cache)
+        logits = self._logits(ids)
         self.lengths = [length + ids.shape[1] for length in self.lengths]
         self._tidy()
-        logits = self.model.get_output_embeddings()(hidden.last_hidden_state[:, -1])
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    @staticmethod
-    def joined(parts: Sequence[Rows]) -> Rows:
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
         """The rows of several in one, in their order; each has read at least one token. The parts do not
         change."""
-        first = parts[0]
-        cache = OVQCache.concatenate([part._cache for part in parts], first.model.config)
-        rows = Rows(first.model, cache, [length for part in parts for length in part.lengths])
+        model = parts[0].model
+        cache = cls._joined_cache([part._cache for part in parts], model)
+        rows = cls(model, cache, [length for part in parts for length in part.lengths])
         rows._tidy()
         return rows
 
@@ -111,6 +114,21 @@ class Rows:
         self._cache.batch_select_indices(torch.tensor(places, dtype=torch.int64))
         self.lengths = [self.lengths[place] for place in places]
         self._tidy()
+
+    @staticmethod
+    def _new_cache(model: OVQForCausalLM) -> OVQCache:
+        """The cache of a row that has read nothing."""
+        return OVQCache(model.config)
+
+    @staticmethod
+    def _joined_cache(caches: Sequence[OVQCache], model: OVQForCausalLM) -> OVQCache:
+        """The rows of several caches in one."""
+        return OVQCache.concatenate(caches, model.config)
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        """Read `ids` `[B, T]`: `[B, vocab_size]` logits after the last one."""
+        hidden = self.model.base_model(ids, self._mask(ids.shape[1]), past_key_values=self._cache)
+        return self.model.get_output_embeddings()(hidden.last_hidden_state[:, -1])
 
     def _tidy(self) -> None:
         """Shorten the cache if much of it is no longer needed."""

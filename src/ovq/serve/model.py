@@ -44,6 +44,8 @@ class ServedModel:
         model: On its device and in its dtype, in evaluation mode.
     """
 
+    _rows: type[Rows] = Rows
+
     def __init__(self, model: OVQForCausalLM) -> None:
         self.model = model
 
@@ -77,11 +79,11 @@ class ServedModel:
 
     def start(self, context: Context | None) -> Rows:
         """See `BatchModel.start`."""
-        return Rows.start(self.model, context)
+        return self._rows.start(self.model, context)
 
     def joined(self, parts: Sequence[Rows]) -> Rows:
         """See `BatchModel.joined`."""
-        return Rows.joined(parts)
+        return self._rows.joined(parts)
 
     def read_document(self, tokens: Sequence[int], piece: int) -> Generator[int, None, Context]:
         """See `BatchModel.read_document`."""
@@ -97,6 +99,8 @@ class ServedConverted(ServedModel):
         model: On its device and in its dtype, in evaluation mode.
     """
 
+    _rows = ConvertedRows
+
     def __init__(self, model: Any) -> None:
         super().__init__(model)
 
@@ -107,15 +111,6 @@ class ServedConverted(ServedModel):
     def load_context(self, path: Path) -> Context:
         """See `AnyServedModel.load_context`."""
         return converted.load_context(path, self.model)
-
-    def start(self, context: Context | None) -> ConvertedRows:  # type: ignore[override]  # rows of its own
-        """See `BatchModel.start`."""
-        assert context is None or isinstance(context, converted.ConvertedContext)
-        return ConvertedRows.start(self.model, context)
-
-    def joined(self, parts: Sequence[ConvertedRows]) -> ConvertedRows:  # type: ignore[override]  # likewise
-        """See `BatchModel.joined`."""
-        return ConvertedRows.joined(parts)
 
     def read_document(self, tokens: Sequence[int], piece: int) -> Generator[int, None, Context]:
         """See `BatchModel.read_document`."""
