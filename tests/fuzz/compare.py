@@ -71,7 +71,11 @@ def assert_state(actual: OVQState, expected: OVQState, what: str, *, size: float
     seen = [state.num_seen.tolist() for state in (actual, expected)]
     assert seen[0] == seen[1], f"{what}: expected {seen[1]} tokens seen, found {seen[0]}"
     used = {"sum": len(counts[1][0]), "pending": int(expected.num_pending)}
-    for name in ("key_sum", "value_sum", "pending_keys", "pending_values"):
+    assert (actual.weight is None) == (expected.weight is None), (
+        f"{what}: expected weights in both or neither"
+    )
+    weights = () if expected.weight is None else ("weight", "pending_weights")
+    for name in ("key_sum", "value_sum", "pending_keys", "pending_values", *weights):
         places = used["pending" if "pending" in name else "sum"]
         a, b = (getattr(state, name)[:, :, :places] for state in (actual, expected))
         # One way to add up Inf gives NaN, another Inf.

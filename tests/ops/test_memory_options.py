@@ -384,7 +384,6 @@ def test_the_backward_keeps_a_bounded_number_of_rows_per_token():
         ({"window": 4}, "expected window 0, found 4"),
         ({"num_sinks": 1}, "expected num_sinks 0, found 1"),
         ({"exact_dims": 1}, "expected exact_dims 0, found 1"),
-        ({"token_weights": torch.ones(1, 8, 1)}, "expected no token_weights"),
         ({"slot_scale": 2.0}, "expected no slot_scale"),
     ],
     ids=str,

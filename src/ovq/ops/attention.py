@@ -117,8 +117,8 @@ def ovq_attention(
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
             this processor; no float64), `"triton"` (kernels for GPUs; no float64, no merge `"updated"`)
             or `"auto"`: the fastest that can run the call; `backend_used()` tells
-            which ran. Only `"naive"` and `"torch"` know `window`, `num_sinks`, `exact_dims`,
-            `token_weights` and `slot_scale`.
+            which ran. Only `"naive"` and `"torch"` know `window`, `num_sinks`, `exact_dims` and
+            `slot_scale`; these and `"cpu"` know `token_weights`.
 
     Returns:
         Outputs `[B, T, H, V]` in the dtype of `q`, and the final `OVQState` (None unless asked for).
@@ -145,7 +145,7 @@ def ovq_attention(
     """
     # What a decode step is told by the state that it continues need not be found out anew.
     is_plain = attention_mask is None and cu_seqlens is None and generator is None
-    is_plain &= token_weights is None and slot_scale is None
+    is_plain &= slot_scale is None
     settings: tuple = (
         num_slots,
         chunk_size,
@@ -160,7 +160,7 @@ def ovq_attention(
     )
     settings = (*settings, exact_dims, backend, None if isinstance(scale, Tensor) else scale)
     if is_plain and isinstance(initial_state, OVQState) and output_final_state:
-        found = _next_step(q, k, v, scale, initial_state, settings)
+        found = _next_step(q, k, v, scale, initial_state, token_weights, settings)
         if found is not None:
             return found
     check_qkv(q, k, v)
@@ -208,15 +208,24 @@ def ovq_attention(
 
 
 def _next_step(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor | None, state: OVQState, settings: tuple
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | Tensor | None,
+    state: OVQState,
+    token_weights: Tensor | None,
+    settings: tuple,
 ) -> tuple[Tensor, OVQState] | None:
     """The call as a repetition of the decode step before it, if it is one."""
     global _used
     step = state._next
-    if step is None or torch.compiler.is_compiling() or not step.fits(q, k, v, state, settings):
+    if step is None or torch.compiler.is_compiling():
+        return None
+    if not step.fits(q, k, v, state, token_weights, settings):
         return None
     _used = "cpu"
-    return step.run(q, k, v, checked_scale(scale, q) if isinstance(scale, Tensor) else step.scale, state)
+    scale = checked_scale(scale, q) if isinstance(scale, Tensor) else step.scale
+    return step.run(q, k, v, scale, state, token_weights)
 
 
 def _is_traced(backend: str, q: Tensor, v: Tensor, options: Options) -> bool:

@@ -118,8 +118,8 @@ def refusal_of_options(options: Options) -> str | None:
     return None
 
 
-def refusal_of_tensors(call: Call) -> str | None:
-    """The same for the tensors of the call and of its state."""
-    if call.token_weights is not None or call.state.weight is not None:
+def refusal_of_tensors(call: Call, *, know_weights: bool = False) -> str | None:
+    """The same for the tensors of the call and of its state, by kernels that may know weights of tokens."""
+    if not know_weights and (call.token_weights is not None or call.state.weight is not None):
         return "expected no token_weights, found some in the call or its state"
     return None if call.slot_scale is None else "expected no slot_scale, found one"

@@ -7,6 +7,7 @@ the call, takes several times as long and gives the same answer at every token, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ovq.ops.state import OVQState
 
-# From q, k, v, the scale `[H]` and the state: the outputs, and the state after them.
-Run = Callable[[Tensor, Tensor, Tensor, Tensor, "OVQState"], "tuple[Tensor, OVQState]"]
+# From q, k, v, the scale `[H]`, the state and weights `[B, 1, Hkv]` or None: the outputs, and the state after
+# them.
+Run = Callable[[Tensor, Tensor, Tensor, Tensor, "OVQState", "Tensor | None"], "tuple[Tensor, OVQState]"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -27,7 +29,7 @@ class NextStep:
     Attributes:
         run: what runs the step.
         shapes: shapes of q, k and v. dtype: their dtype, on a CPU.
-        sums: the tensors of the dictionary that were checked.
+        sums: the tensors of the dictionary that were checked, weights last, or None.
         scale: the scale of the step, `[H]` in the dtype of the sums.
         settings: the other arguments of the call.
     """
@@ -35,16 +37,29 @@ class NextStep:
     run: Run
     shapes: tuple[torch.Size, torch.Size, torch.Size]
     dtype: torch.dtype
-    sums: tuple[Tensor, Tensor, Tensor]
+    sums: tuple[Tensor, Tensor, Tensor, Tensor | None]
     scale: Tensor
     settings: tuple | None = None
 
-    def fits(self, q: Tensor, k: Tensor, v: Tensor, state: OVQState, settings: tuple) -> bool:
+    def fits(
+        self, q: Tensor, k: Tensor, v: Tensor, state: OVQState, token_weights: Tensor | None, settings: tuple
+    ) -> bool:
         """Whether a call is such a step: the same settings and dictionary, and tensors of the same kind."""
         if settings != self.settings or torch.is_grad_enabled():
             return False
         for x, shape in zip((q, k, v), self.shapes, strict=True):
             if not isinstance(x, Tensor) or x.shape != shape or x.dtype != self.dtype or not x.is_cpu:
                 return False
-        key_sum, value_sum, count = self.sums
-        return state.key_sum is key_sum and state.value_sum is value_sum and state.count is count
+        key_sum, value_sum, count, weight = self.sums
+        if state.key_sum is not key_sum or state.value_sum is not value_sum or state.count is not count:
+            return False
+        return state.weight is weight and self._fits_weights(token_weights)
+
+    def _fits_weights(self, token_weights: Tensor | None) -> bool:
+        """Whether there are weights as there were, and such as may be."""
+        if token_weights is None or self.sums[3] is None:
+            return token_weights is self.sums[3]
+        x = token_weights
+        is_alike = isinstance(x, Tensor) and x.shape == self.shapes[1][:3] and x.dtype == self.sums[3].dtype
+        # As plain numbers, which takes less time than operations on tensors.
+        return is_alike and x.is_cpu and all(0 <= w < math.inf for w in x.flatten().tolist())

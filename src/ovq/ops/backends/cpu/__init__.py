@@ -15,7 +15,7 @@ from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve, 
 from ovq.ops.backends.cpu.decode import decode_step
 from ovq.ops.backends.cpu.kernels import (
     DTYPES,
-    CompiledAttention,
+    compiled_attention,
     cpu_kernels,
     is_available,
     learn_and_say,
@@ -61,7 +61,7 @@ def refusal(call: Call) -> str | None:
         return f"expected tensors on a CPU, found them on {call.q.device}"
     if call.q.dtype not in DTYPES:
         return f"expected a dtype of {DTYPES}, found {call.q.dtype}"
-    if reason := refusal_of_options(call.options) or refusal_of_tensors(call):
+    if reason := refusal_of_options(call.options) or refusal_of_tensors(call, know_weights=True):
         return reason
     for name in ("bias", "rate"):
         if (found := getattr(call.options, name)) != "count":
@@ -74,4 +74,4 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
     if call.is_decoding:
         # The other kernel would copy the whole dictionary for a single read.
         return decode_step(call)
-    return in_chunks(call, CompiledAttention.apply)
+    return in_chunks(call, compiled_attention)

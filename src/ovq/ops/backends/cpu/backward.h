@@ -28,6 +28,7 @@ struct Share {
     float *grad_v;   /* [SLOTS, value_ld] */
     float *probs;    /* [QUERIES, SLOTS] */
     float *grads;    /* [QUERIES, SLOTS]: gradient of the probabilities, then of the scores. */
+    float *sums;     /* [SLOTS]: of the gradients of scores over the queries, where tokens have weights; else NULL. */
     /* The same, queries and grad_o in pairs of queries, [QUERIES / 2, ...], where pairs are multiplied. */
     uint32_t *prob_pairs, *grad_pairs, *query_pairs, *grad_o_pairs;
 };
@@ -55,12 +56,25 @@ static Share take_share(Arena *arena, const Call *call) {
     share.grad_v = TAKE(arena, float, SLOTS * value_ld(call));
     share.probs = TAKE(arena, float, QUERIES * SLOTS);
     share.grads = TAKE(arena, float, QUERIES * SLOTS);
+    share.sums = call->weight ? TAKE(arena, float, SLOTS) : nullptr;
     const int64_t pairs = HAS_PAIRS ? QUERIES / 2 : 0;
     share.prob_pairs = TAKE(arena, uint32_t, pairs * SLOTS);
     share.grad_pairs = TAKE(arena, uint32_t, pairs * SLOTS);
     share.query_pairs = TAKE(arena, uint32_t, pairs * key_ld(call));
     share.grad_o_pairs = TAKE(arena, uint32_t, pairs * value_ld(call));
     return share;
+}
+
+/* The gradient of a stream's sums. */
+struct Deposits {
+    float *key, *value;
+    float *weight; /* NULL where tokens have none. */
+};
+
+INLINE Deposits deposits_of(const Call *call, int64_t row, int64_t head) {
+    const int64_t first = (row * call->num_kv_heads + head) * call->capacity;
+    return {call->key_deposit + first * call->k.dim, call->value_deposit + first * call->v.dim,
+            from_row(call->weight_deposit, first)};
 }
 
 /* The queries of a chunk with the gradients of their outputs, those of a query head together. */
@@ -88,37 +102,54 @@ static void load_queries(const Call *call, const Chunk *chunk, int64_t head, int
     }
 }
 
-/* Slots that the chunk merged into others are themselves again; what the sum is worth, each part is. */
-static void part_slots(const Call *call, const Chunk *chunk, int64_t head, const Sums *sums, float *key_deposit,
-                       float *value_deposit, Dictionary *dictionary) {
+/* The slots that the forward noted are themselves again; what a sum is worth, each part is. */
+static void part_slots(const Call *call, const Chunk *chunk, int64_t head, const Sums *sums, const Deposits *deposits,
+                       Dictionary *dictionary) {
     const int64_t k = call->k.dim, v = call->v.dim;
     const Merged merged = merged_of(call, chunk->index, head);
-    for (int64_t i = 0; i < call->chunk_size && merged.slot[i] >= 0; i++) {
+    for (int64_t i = 0; i < call->num_noted && merged.slot[i] >= 0; i++) {
         const int64_t b = merged.slot[i], a = merged.into[i];
-        add_sums(call, sums->key + a * k, sums->value + a * v, merged.key + i * k, merged.value + i * v, -1);
+        if (!sums->weight) {
+            add_sums(call, sums->key + a * k, sums->value + a * v, merged.key + i * k, merged.value + i * v, -1);
+            sums->count[a] -= merged.count[i];
+            update_slot(dictionary, call, a, sums);
+        }
         memcpy(sums->key + b * k, merged.key + i * k, sizeof(float) * k);
         memcpy(sums->value + b * v, merged.value + i * v, sizeof(float) * v);
-        memcpy(key_deposit + b * k, key_deposit + a * k, sizeof(float) * k);
-        memcpy(value_deposit + b * v, value_deposit + a * v, sizeof(float) * v);
         sums->count[b] = merged.count[i];
-        sums->count[a] -= merged.count[i];
+        if (sums->weight) sums->weight[b] = merged.weight[i];
         update_slot(dictionary, call, b, sums);
-        update_slot(dictionary, call, a, sums);
+        if (a == b) continue;
+        memcpy(deposits->key + b * k, deposits->key + a * k, sizeof(float) * k);
+        memcpy(deposits->value + b * v, deposits->value + a * v, sizeof(float) * v);
+        if (sums->weight) deposits->weight[b] = deposits->weight[a];
     }
+}
+
+/* Token t, of a weight, gets what its part in the sums of a slot is worth; `grad_k` and `grad_v` are that of the sums. */
+static void weigh_gradients(const Call *call, const Chunk *chunk, int64_t head, int64_t t, const Rows *tokens,
+                            float of_weight, float *grad_k, float *grad_v) {
+    const int64_t k = call->k.dim, v = call->v.dim, place = chunk->index * call->width + t;
+    const double of_key = exact_dot(grad_k, tokens->keys + t * key_ld(call), k);
+    const double of_value = exact_dot(grad_v, tokens->values + t * value_ld(call), v);
+    call->grad_weights[place * call->num_kv_heads + head] = (float)(of_key + of_value + of_weight);
+    weighted_row(tokens->weights[t], grad_k, k, grad_k);
+    weighted_row(tokens->weights[t], grad_v, v, grad_v);
 }
 
 /* The chunk's tokens get the gradient of the sums they were added to, and are taken out of the sums again. */
 static void rewind_chunk(const Call *call, const Chunk *chunk, int64_t row, int64_t head, const Rows *tokens,
                          Dictionary *dictionary, Gradients *all) {
     const Sums sums = sums_of(call, row, head);
-    const int64_t first = (row * call->num_kv_heads + head) * call->capacity;
-    float *key_deposit = call->key_deposit + first * call->k.dim;
-    float *value_deposit = call->value_deposit + first * call->v.dim;
+    const Deposits deposits = deposits_of(call, row, head);
     for (int64_t t = 0; t < chunk->num; t++) {
         const int64_t place = chunk->index * call->width + t;
         const int32_t slot = all->slot[t] = call->slots[place * call->num_kv_heads + head];
-        memcpy(all->grad_k + t * key_ld(call), key_deposit + slot * call->k.dim, sizeof(float) * call->k.dim);
-        memcpy(all->grad_v + t * value_ld(call), value_deposit + slot * call->v.dim, sizeof(float) * call->v.dim);
+        float *grad_k = all->grad_k + t * key_ld(call), *grad_v = all->grad_v + t * value_ld(call);
+        memcpy(grad_k, deposits.key + slot * call->k.dim, sizeof(float) * call->k.dim);
+        memcpy(grad_v, deposits.value + slot * call->v.dim, sizeof(float) * call->v.dim);
+        if (sums.weight)
+            weigh_gradients(call, chunk, head, t, tokens, deposits.weight[slot], grad_k, grad_v);
         add_token(&sums, call, slot, tokens, t, -1);
     }
     for (int64_t t = 0; t < chunk->num; t++) {
@@ -127,11 +158,17 @@ static void rewind_chunk(const Call *call, const Chunk *chunk, int64_t row, int6
         /* A slot that the chunk opened is gone: what rounding left of its sums goes too. */
         memset(sums.key + slot * call->k.dim, 0, sizeof(float) * call->k.dim);
         memset(sums.value + slot * call->v.dim, 0, sizeof(float) * call->v.dim);
-        memset(key_deposit + slot * call->k.dim, 0, sizeof(float) * call->k.dim);
-        memset(value_deposit + slot * call->v.dim, 0, sizeof(float) * call->v.dim);
+        memset(deposits.key + slot * call->k.dim, 0, sizeof(float) * call->k.dim);
+        memset(deposits.value + slot * call->v.dim, 0, sizeof(float) * call->v.dim);
+        if (sums.weight) sums.weight[slot] = deposits.weight[slot] = 0;
     }
     update_slots(dictionary, call, &sums, all->slot, chunk->num, all->is_done);
-    if (call->is_ward) part_slots(call, chunk, head, &sums, key_deposit, value_deposit, dictionary);
+    if (call->merged_slot) part_slots(call, chunk, head, &sums, &deposits, dictionary);
+}
+
+/* sums [n] += the gradients of the scores of a query. */
+INLINE void add_gradients(const float *grads, int64_t n, float *sums) {
+    for (int64_t j = 0; j < n; j += VL) store(sums + j, load(sums + j) + load(grads + j));
 }
 
 /* One tile of queries with one tile of slots or tokens: `start` is the queries' place among those of the chunk,
@@ -152,6 +189,7 @@ static void backward_tile(const Call *call, const Rows *rows, int64_t n, int64_t
             store(probs + j, prob);
             store(grads + j, prob * (load(grads + j) - inner));
         }
+        if (share->sums) add_gradients(grads + t * SLOTS, n, share->sums);
     }
     product(n, value_width, num, probs, 1, SLOTS, grad_o, NR, value_width, share->grad_v, value_width, share->grad_v,
             value_width);
@@ -182,6 +220,10 @@ static void differentiate_pairs(int64_t num, int64_t n, const float *lse, const 
                     grad[u][v] = prob[u][v] * (load(grads + at) - inner[t + u]);
                 }
                 put_neighbours((uint32_t *)grads + u * SLOTS + j / 2, grad[u][0], grad[u][1]);
+            }
+            for (int v = 0; share->sums && v < 2; v++) {
+                float *sums = share->sums + j + v * VL;
+                store(sums, load(sums) + (grad[0][v] + grad[1][v]));
             }
             for (int v = 0; v < 2; v++) {
                 const Words probs = rounded(prob[0][v]) >> 16 | rounded(prob[1][v]);
@@ -222,6 +264,7 @@ static void backward_rows(const Call *call, const Rows *rows, int64_t head, int6
     const int64_t n = padded(least(SLOTS, num_rows - at), NR);
     memset(share->grad_k, 0, sizeof(float) * n * key_ld(call));
     memset(share->grad_v, 0, sizeof(float) * n * value_ld(call));
+    if (share->sums) memset(share->sums, 0, sizeof(float) * n);
     const int64_t place = is_tokens ? at : -1;
     for (int64_t g = 0; g < call->group_size; g++)
         for (int64_t t = is_tokens ? at : 0; t < chunk->num; t += QUERIES) {
@@ -242,11 +285,11 @@ INLINE void deposit(float *out, const float *x, float factor, int64_t dim) {
     for (int64_t j = 0; j < dim; j++) out[j] += factor * x[j];
 }
 
-/* The share of a tile in the gradient of the sums, or of the chunk's own tokens. */
-static void collect_rows(const Call *call, int64_t row, int64_t head, int64_t at, int64_t num_rows, int is_tokens,
-                         Gradients *all, const Share *share) {
+/* The share of a tile in the gradient of the sums of `slots`, or of the chunk's own tokens. */
+static void collect_rows(const Call *call, const Rows *slots, int64_t row, int64_t head, int64_t at, int64_t num_rows,
+                         int is_tokens, Gradients *all, const Share *share) {
     const Sums sums = sums_of(call, row, head);
-    const int64_t first = (row * call->num_kv_heads + head) * call->capacity;
+    const Deposits deposits = deposits_of(call, row, head);
     for (int64_t i = at; i < least(at + SLOTS, num_rows); i++) {
         const float *grad_k = share->grad_k + (i - at) * key_ld(call);
         const float *grad_v = share->grad_v + (i - at) * value_ld(call);
@@ -254,9 +297,16 @@ static void collect_rows(const Call *call, int64_t row, int64_t head, int64_t at
             deposit(all->grad_k + i * key_ld(call), grad_k, 1, call->k.dim);
             deposit(all->grad_v + i * value_ld(call), grad_v, 1, call->v.dim);
         } else {
-            const float factor = 1 / (float)sums.count[i];
-            deposit(call->key_deposit + (first + i) * call->k.dim, grad_k, factor, call->k.dim);
-            deposit(call->value_deposit + (first + i) * call->v.dim, grad_v, factor, call->v.dim);
+            const float mass = mass_of(&sums, i), factor = fminf(1 / mass, FLT_MAX);
+            /* Nobody reads a slot that weighs nothing. */
+            if (!(mass > 0)) continue;
+            deposit(deposits.key + i * call->k.dim, grad_k, factor, call->k.dim);
+            deposit(deposits.value + i * call->v.dim, grad_v, factor, call->v.dim);
+            if (!sums.weight) continue;
+            /* The weight is in the score, and divides the sums. */
+            const double of_means = exact_dot(grad_k, slots->keys + i * key_ld(call), call->k.dim) +
+                                    exact_dot(grad_v, slots->values + i * value_ld(call), call->v.dim);
+            deposits.weight[i] += (float)((share->sums[i - at] - of_means) / mass);
         }
     }
 }

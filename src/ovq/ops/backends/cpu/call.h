@@ -29,19 +29,24 @@ struct Call {
     const float *scale; /* [H] */
     float *key_sum, *value_sum;       /* [R, Hkv, M, K], [R, Hkv, M, V] */
     int64_t *count;                   /* [R, Hkv, M] */
+    /* Where tokens have weights, these and what the slots weigh: [num_chunks, width, Hkv] and [R, Hkv, M]; else NULL. */
+    const float *token_weights;
+    float *weight;
     int32_t *slots;                   /* [num_chunks, width, Hkv] */
     const int64_t *first_chunk, *length; /* [R]: each row's first chunk and its tokens. */
     const int64_t *schedule_start;    /* [R]: where the row's part of the schedule begins. */
     const int32_t *schedule;          /* Its slots before each complete chunk and after the last. */
     const double *priority;           /* `schedule` by [Hkv, C]: keys of lowest priority open slots; or NULL. */
-    /* Where pairs are merged: slots merged into others, [num_chunks, Hkv, C] and, of sums, [..., K] and [..., V], or
-       NULL. */
+    /* What chunks changed (merged_slots.h): [num_chunks, Hkv, num_noted] and, of sums, [..., K] and [..., V], or NULL. */
+    int64_t num_noted;
     int32_t *merged_slot, *merged_into;
     float *merged_key, *merged_value;
     int64_t *merged_count;
+    float *merged_weight;
     /* The backward's. */
     Tokens grad_o, grad_q, grad_k, grad_v;
-    float *key_deposit, *value_deposit; /* The gradient of the sums, as they are. */
+    float *key_deposit, *value_deposit, *weight_deposit; /* The gradient of the sums and weights, as they are. */
+    float *grad_weights;                /* [num_chunks, width, Hkv] */
     double *grad_scale;                 /* [R, H] */
 };
 

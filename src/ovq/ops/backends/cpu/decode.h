@@ -17,6 +17,9 @@ struct Decode {
     const int64_t *count;                /* [R, Hkv, M] */
     const int64_t *num_seen;             /* [R]: tokens before this one. */
     int64_t q_row, q_head, k_row, k_head, v_row, v_head; /* Strides. */
+    /* Where tokens have weights: [R, Hkv], those of slots [R, Hkv, M], and of pending tokens [R, Hkv, C]; else NULL. */
+    const float *token_weights, *weight;
+    float *pending_weights;
 };
 
 /* Rows that are read at once: they stay in the first-level cache for all queries of a group. */
@@ -72,15 +75,19 @@ struct Softmax {
     float *out; /* [V] */
 };
 
-/* Scores of the rows first..end-1, -inf for empty slots and beyond; `count` is NULL for tokens. */
+/* Scores of the rows first..end-1, -inf for empty slots and beyond. `count` or `weight` is what slots weigh; both are
+   NULL for tokens. */
 template <typename T>
-INLINE void score_rows(const float *query, int64_t dim, const T *keys, const int64_t *count, int64_t first, int64_t end,
-                       float *scores, float *counts) {
+INLINE void score_rows(const float *query, int64_t dim, const T *keys, const int64_t *count, const float *weight,
+                       int64_t first, int64_t end, float *scores, float *counts) {
     for (int64_t j = first; j < end; j += VL, scores += VL, counts += VL) {
         /* The usual size as a constant is unrolled. */
         Vector x = dim == 64 ? products<VL>(query, 64, keys, j, end) : products<VL>(query, dim, keys, j, end);
         float c[VL];
-        for (int64_t i = 0; i < VL; i++) c[i] = j + i < end ? count ? (float)count[j + i] : 1 : 0;
+        if (weight)
+            for (int64_t i = 0; i < VL; i++) c[i] = j + i < end ? weight[j + i] : 0;
+        else
+            for (int64_t i = 0; i < VL; i++) c[i] = j + i < end ? count ? (float)count[j + i] : 1 : 0;
         const Vector number = load(c);
         store(scores, number > 0.0f ? x / number : splat(-INFINITY));
         store(counts, number);
@@ -105,17 +112,18 @@ template <typename T> INLINE void add_values(const float *weights, int64_t n, co
         for (int64_t j = 0; j < n; j++) out[i] += weights[j] * as_float(values[j * dim + i]);
 }
 
-/* Adds `num` rows to the softmax of each query of a group; `count` is NULL for tokens. */
+/* Adds `num` rows to the softmax of each query of a group; `count` and `weight` as in `score_rows`. */
 template <typename T>
 static void absorb(const Decode *call, const float *queries, const T *keys, const T *values, const int64_t *count,
-                   int64_t num, Softmax *softmax) {
+                   const float *weight, int64_t num, Softmax *softmax) {
     float scores[READ_AT_ONCE], counts[READ_AT_ONCE];
     const int64_t dim = call->value_dim;
     for (int64_t first = 0; first < num; first += READ_AT_ONCE) {
         const int64_t end = least(num, first + READ_AT_ONCE), n = padded(end - first, VL);
         for (int64_t g = 0; g < call->group_size; g++) {
             Softmax *own = softmax + g;
-            score_rows(queries + g * call->key_dim, call->key_dim, keys, count, first, end, scores, counts);
+            score_rows(queries + g * call->key_dim, call->key_dim, keys, count, weight, first, end, scores,
+                       counts);
             Vector high = splat(own->best), total = {};
             for (int64_t j = 0; j < n; j += VL) high = higher_of(load(scores + j), high);
             const float best = highest(high);
@@ -149,6 +157,7 @@ static void decode_stream(const Decode *call, int64_t row, int64_t head) {
     const int64_t place = call->num_seen[row] % call->chunk_size, size = call->dtype == FLOAT32 ? 4 : 2;
     keep(size, call->k, row * call->k_row + head * call->k_head, call->pending_keys, first + place, k);
     keep(size, call->v, row * call->v_row + head * call->v_head, call->pending_values, first + place, v);
+    if (call->token_weights) call->pending_weights[first + place] = call->token_weights[stream];
     float queries[group * k], out[group * v];
     Softmax softmax[group];
     memset(out, 0, sizeof(out));
@@ -158,11 +167,12 @@ static void decode_stream(const Decode *call, int64_t row, int64_t head) {
         softmax[g] = {-INFINITY, 0, out + g * v};
     }
     with_type(call->dtype, call->pending_keys, first * k, [=, x = (const float *)queries, y = &softmax[0]](auto *keys) {
-        absorb(call, x, keys, (decltype(keys))call->pending_values + first * v, nullptr, place + 1, y);
+        absorb(call, x, keys, (decltype(keys))call->pending_values + first * v, nullptr, nullptr, place + 1,
+               y);
     });
     const int64_t slots = stream * call->capacity;
-    absorb(call, queries, call->key_sum + slots * k, call->value_sum + slots * v, call->count + slots, call->capacity,
-           softmax);
+    absorb(call, queries, call->key_sum + slots * k, call->value_sum + slots * v, call->count + slots,
+           call->weight ? call->weight + slots : nullptr, call->capacity, softmax);
     const int64_t heads = call->num_kv_heads * group;
     for (int64_t g = 0; g < group; g++)
         write_numbers(call->dtype, call->o, (row * heads + head * group + g) * v, v, 1 / softmax[g].total, out + g * v);

@@ -25,16 +25,24 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
 
     The next step of the same kind begins at `_step`.
     """
-    o, after = _step(call.q, call.k, call.v, call.scale, call.state, call.options)
+    tensors = (call.q, call.k, call.v, call.scale, call.state, call.token_weights)
+    o, after = _step(*tensors, options=call.options)
     if after._next is None:
         shapes = call.q.shape, call.k.shape, call.v.shape
-        sums = after.key_sum, after.value_sum, after.count
+        sums = after.key_sum, after.value_sum, after.count, after.weight
         after._next = NextStep(partial(_step, options=call.options), shapes, call.q.dtype, sums, call.scale)
     return o, after
 
 
 def _step(
-    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, state: OVQState, options: Options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    state: OVQState,
+    token_weights: Tensor | None,
+    *,
+    options: Options,
 ) -> tuple[Tensor, OVQState]:
     """`decode_step` of checked tensors.
 
@@ -60,6 +68,11 @@ def _step(
         *(x.data_ptr() for x in tensors),
         *(x.stride(i) for x in (q, k, v) for i in (0, 2)),
     )
+    if token_weights is not None:
+        assert after.weight is not None
+        assert after.pending_weights is not None
+        weights = (token_weights.contiguous(), after.weight.contiguous(), after.pending_weights)
+        call.token_weights, call.weight, call.pending_weights = (x.data_ptr() for x in weights)
     build.load().ovq_decode(ctypes.byref(call))
     size = options.chunk_size
     complete = [r for r, seen in enumerate(state.num_seen.tolist()) if seen % size == size - 1]
@@ -75,6 +88,7 @@ class _Decode(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "o", "pending_keys", "pending_values")),
         *((name, ctypes.c_void_p) for name in ("scale", "key_sum", "value_sum", "count", "num_seen")),
         *((f"{name}_{of}", ctypes.c_int64) for name in ("q", "k", "v") for of in ("row", "head")),
+        *((name, ctypes.c_void_p) for name in ("token_weights", "weight", "pending_weights")),
     ]
 
 
@@ -91,6 +105,8 @@ def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Op
         group_size=0,
         options=options,
     )
-    sums = Dictionary(*(x.contiguous() for x in (rows.key_sum, rows.value_sum, rows.count)))
-    learn(rows.pending_keys.transpose(1, 2), rows.pending_values.transpose(1, 2), sums, plan)
-    return Dictionary(*(x.flatten(0, 1) for x in (sums.key_sum, sums.value_sum, sums.count)))
+    sums = Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight).map(Tensor.contiguous)
+    weights = rows.pending_weights
+    weights = None if weights is None else weights.transpose(1, 2).contiguous()
+    learn(rows.pending_keys.transpose(1, 2), rows.pending_values.transpose(1, 2), sums, plan, weights)
+    return sums.map(lambda x: x.flatten(0, 1))

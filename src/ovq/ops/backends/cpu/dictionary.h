@@ -12,6 +12,7 @@ struct Rows {
     float *value_panels;  /* Values likewise, [M / NR, V, NR]: the backward's, or where pairs are merged, else NULL. */
     float *bias;          /* [M]: log count, -inf for what is not there. */
     int32_t *is_finite;   /* [1]: of a chunk's tokens, whether all values were; zero stands for those that were not. */
+    float *weights;       /* [M]: of a chunk's tokens, what each counts for; NULL for 1. */
     uint32_t *words;      /* Keys, and values to merge, as columns, rounded, [M / NR, row_words, NR], or NULL. */
     uint32_t *value_pairs; /* Values, rounded, in pairs of rows, [M / 2, value_ld], where these are read; else NULL. */
     uint32_t *value_words; /* Values as columns, [M / NR, value_words, NR], and keys in pairs of rows: the backward's */
@@ -20,7 +21,7 @@ struct Rows {
 
 struct Dictionary {
     Rows rows;
-    float *is_open;  /* [M]: 0 for a slot in use, -inf else. */
+    float *is_open;  /* [M]: 0 for a slot in use, of a weight above 0; -inf else. */
     double *norm;    /* [M]: length of the mean key. */
     float *inverse;  /* [M]: 1 / length; 1 for a slot that is not in use. */
     int64_t num;     /* Slots in use, as each thread of a team counts them. */
@@ -49,6 +50,7 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     rows.value_panels = has_value_panels ? TAKE(arena, float, num * call->v.dim) : nullptr;
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
+    rows.weights = nullptr;
     rows.words = is_in_pairs || (HAS_PAIRS && !is_backward) ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
     rows.value_pairs = is_in_pairs && !is_backward ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
     rows.value_words = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num * value_words(call)) : nullptr;
@@ -67,6 +69,7 @@ INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
             from_row(rows->value_panels, i * call->v.dim),
             rows->bias + i,
             rows->is_finite,
+            from_row(rows->weights, i),
             from_row(rows->words, i * row_words(call)),
             from_row(rows->value_pairs, i / 2 * value_ld(call)),
             from_row(rows->value_words, i * value_words(call)),
@@ -110,9 +113,9 @@ static void clear_row(Rows *rows, const Call *call, int64_t i) {
     set_row(rows, call, i, -INFINITY);
 }
 
-/* Slot i from its sums. */
+/* Slot i from its sums, its count and what it weighs. A slot that weighs nothing is there, but attracts nothing. */
 static void set_slot(Dictionary *dictionary, const Call *call, int64_t i, const float *key_sum, const float *value_sum,
-                     int64_t count) {
+                     int64_t count, float mass) {
     if (!count) {
         clear_row(&dictionary->rows, call, i);
         dictionary->is_open[i] = -INFINITY;
@@ -121,11 +124,11 @@ static void set_slot(Dictionary *dictionary, const Call *call, int64_t i, const 
         return;
     }
     float *key = dictionary->rows.keys + i * key_ld(call), *value = dictionary->rows.values + i * value_ld(call);
-    const float divisor = (float)count;
+    const float divisor = mass > 0 ? mass : 1;
     for (int64_t j = 0; j < key_ld(call); j++) key[j] = j < call->k.dim ? key_sum[j] / divisor : 0;
     for (int64_t j = 0; j < value_ld(call); j++) value[j] = j < call->v.dim ? value_sum[j] / divisor : 0;
-    set_row(&dictionary->rows, call, i, logf(divisor));
-    dictionary->is_open[i] = 0;
+    set_row(&dictionary->rows, call, i, mass > 0 ? logf(mass) : -INFINITY);
+    dictionary->is_open[i] = mass > 0 ? 0 : -INFINITY;
     dictionary->norm[i] = sqrt(exact_dot(key, key, call->k.dim));
     dictionary->inverse[i] = (float)(1 / fmax(dictionary->norm[i], TINY));
 }
@@ -134,29 +137,55 @@ static void set_slot(Dictionary *dictionary, const Call *call, int64_t i, const 
 struct Sums {
     float *key, *value;
     int64_t *count;
+    float *weight; /* NULL where it is the count. */
 };
+
+INLINE float mass_of(const Sums *sums, int64_t i) { return sums->weight ? sums->weight[i] : (float)sums->count[i]; }
 
 INLINE Sums sums_of(const Call *call, int64_t row, int64_t head) {
     const int64_t first = (row * call->num_kv_heads + head) * call->capacity;
-    return {call->key_sum + first * call->k.dim, call->value_sum + first * call->v.dim, call->count + first};
+    return {call->key_sum + first * call->k.dim, call->value_sum + first * call->v.dim, call->count + first,
+            from_row(call->weight, first)};
 }
 
 static void update_slot(Dictionary *dictionary, const Call *call, int64_t i, const Sums *sums) {
-    set_slot(dictionary, call, i, sums->key + i * call->k.dim, sums->value + i * call->v.dim, sums->count[i]);
+    set_slot(dictionary, call, i, sums->key + i * call->k.dim, sums->value + i * call->v.dim, sums->count[i],
+             mass_of(sums, i));
 }
 
 static void load_dictionary(Dictionary *dictionary, const Call *call, const Sums *sums) {
     for (int64_t i = 0; i < call->capacity; i++) update_slot(dictionary, call, i, sums);
     for (int64_t i = call->capacity; i < padded(call->capacity, NR); i++)
-        set_slot(dictionary, call, i, nullptr, nullptr, 0);
+        set_slot(dictionary, call, i, nullptr, nullptr, 0, 0);
 }
+
+INLINE void add_sums(const Call *call, float *key_sum, float *value_sum, const float *keys, const float *values,
+                     int sign) {
+    for (int64_t j = 0; j < call->k.dim; j++) key_sum[j] += sign * keys[j];
+    for (int64_t j = 0; j < call->v.dim; j++) value_sum[j] += sign * values[j];
+}
+
+/* out [n] = weight x. A call of its own, so that no compiler makes one rounding of this product and a sum that follows:
+   sums are those of the other backends to the last bit. */
+static __attribute__((noinline)) void weighted_row(float weight, const float *x, int64_t n, float *out) {
+    for (int64_t j = 0; j < n; j++) out[j] = weight * x[j];
+}
+
+/* Whether token t of a chunk leaves no trace. */
+INLINE int is_weightless(const Rows *tokens, int64_t t) { return tokens->weights && !(tokens->weights[t] > 0); }
 
 /* Add token t of a chunk to the sums of slot i, or take it back. */
 static void add_token(const Sums *sums, const Call *call, int64_t i, const Rows *tokens, int64_t t, int sign) {
     const float *key = tokens->keys + t * key_ld(call), *value = tokens->values + t * value_ld(call);
-    float *key_sum = sums->key + i * call->k.dim, *value_sum = sums->value + i * call->v.dim;
-    for (int64_t j = 0; j < call->k.dim; j++) key_sum[j] += sign * key[j];
-    for (int64_t j = 0; j < call->v.dim; j++) value_sum[j] += sign * value[j];
+    float of_key[key_ld(call)], of_value[value_ld(call)];
+    if (sums->weight) {
+        weighted_row(tokens->weights[t], key, key_ld(call), of_key);
+        weighted_row(tokens->weights[t], value, value_ld(call), of_value);
+        key = of_key;
+        value = of_value;
+        sums->weight[i] += sign * tokens->weights[t];
+    }
+    add_sums(call, sums->key + i * call->k.dim, sums->value + i * call->v.dim, key, value, sign);
     sums->count[i] += sign;
 }
 
@@ -180,6 +209,8 @@ static void load_chunk(Rows *tokens, const Call *call, int64_t chunk, int64_t he
     const int64_t numbers = num * value_ld(call);
     read_tokens(call, &call->k, chunk, head, 0, num, 1, tokens->keys, key_ld(call));
     load_values(tokens, call, chunk, head, num);
+    for (int64_t t = 0; tokens->weights && t < num; t++)
+        tokens->weights[t] = call->token_weights[(chunk * call->width + t) * call->num_kv_heads + head];
     *tokens->is_finite = are_finite(tokens->values, numbers);
     for (int64_t i = 0; !*tokens->is_finite && i < numbers; i++)
         if (!std::isfinite(tokens->values[i])) tokens->values[i] = 0;

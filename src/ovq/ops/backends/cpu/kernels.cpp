@@ -52,6 +52,7 @@ static Shared take_shared(Arena *arena, const Call *call, int is_backward) {
     Shared shared = {};
     shared.dictionary = take_dictionary(arena, call, is_backward);
     shared.tokens = take_rows(arena, call, call->width, is_backward);
+    if (call->token_weights) shared.tokens.weights = TAKE(arena, float, call->width);
     shared.barrier = TAKE(arena, Barrier, 1);
     if (is_backward) shared.gradients = take_gradients(arena, call);
     else shared.learner = take_learner(arena, call);
@@ -145,7 +146,7 @@ static void backward_stream(const Call *call, int64_t row, int64_t head, const T
             const int64_t num = is_tokens ? chunk.num : chunk.before;
             backward_rows(call, is_tokens ? &shared->tokens : &dictionary->rows, head, at, num, is_tokens, &chunk, all,
                           &own->share);
-            collect_rows(call, row, head, at, num, is_tokens, all, &own->share);
+            collect_rows(call, &dictionary->rows, row, head, at, num, is_tokens, all, &own->share);
         }
         sync(team);
         if (team->rank == 0) write_gradients(call, &chunk, row, head, all, shares, team->size);

@@ -53,9 +53,26 @@ def is_available() -> bool:
     return True
 
 
-class CompiledAttention(torch.autograd.Function):
+def compiled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    key_sum: Tensor,
+    value_sum: Tensor,
+    count: Tensor,
+    plan: Plan,
+    *,
+    token_weights: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """`chunk_attention` run by the kernels; arguments, results and the rewinding backward are the same."""
+    tensors = (q, k, v, scale, key_sum, value_sum, count, token_weights, weight)
+    o, *sums = _CompiledAttention.apply(*tensors, plan)
+    return (o, *(x for x in sums if x is not None))
 
+
+class _CompiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -66,58 +83,79 @@ class CompiledAttention(torch.autograd.Function):
         key_sum: Tensor,
         value_sum: Tensor,
         count: Tensor,
+        token_weights: Tensor | None,
+        weight: Tensor | None,
         plan: Plan,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Read and merge all chunks."""
+    ) -> tuple[Tensor | None, ...]:
         q, k, v = (dense(x) for x in (q, k, v))
-        key_sum, value_sum, count = (dense_copy(x) for x in (key_sum, value_sum, count))
+        sums = Dictionary(key_sum, value_sum, count, weight).clone()
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
         # The log-sum-exp of each query, and the slot of each token of a complete chunk.
         lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
-        call = _call(q, k, v, o, lse, scale, key_sum, value_sum, count, slots, plan)
+        call = _call(q, k, v, o, lse, scale, sums, slots, plan, token_weights)
         if plan.options.init == "random":
             call.point(priority=_priorities(plan))
-        merged = []
-        if plan.options.merges_pairs and any(ctx.needs_input_grad):
-            merged = _merged(k, v, plan)
-            call.point(**dict(zip(_MERGED, merged, strict=True)))
+        noted: list[Tensor] = []
+        if any(ctx.needs_input_grad) and (plan.options.merges_pairs or weight is not None):
+            noted = _noted(k, v, plan, has_weights=weight is not None)
+            call.note(noted)
         call.run("ovq_forward")
-        ctx.save_for_backward(q, k, v, scale, o, key_sum, value_sum, count, lse, slots, *merged)
+        of_sums = (sums.key_sum, sums.value_sum, sums.count, sums.weight)
+        ctx.save_for_backward(q, k, v, scale, token_weights, o, *of_sums, lse, slots, *noted)
         ctx.plan = plan
-        ctx.mark_non_differentiable(count)
+        ctx.mark_non_differentiable(sums.count)
         ctx.set_materialize_grads(False)
-        return o, key_sum, value_sum, count
+        return o, *of_sums
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_o: Tensor | None, grad_key_sum: Tensor | None, grad_value_sum: Tensor | None, _: None
-    ) -> tuple[Tensor | None, ...]:
-        """Rewind the sums; the gradient of the final sums becomes that of the initial ones."""
-        q, k, v, scale, o, key_sum, value_sum, count, lse, slots, *merged = ctx.saved_tensors
+    def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
+        # The gradient of the final sums becomes that of the initial ones.
+        q, k, v, scale, token_weights, o, *of_sums, lse, slots = ctx.saved_tensors[:12]
+        noted = ctx.saved_tensors[12:]
         grad_o = torch.zeros_like(o) if grad_o is None else dense(grad_o)
-        key_deposit = torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum)
-        value_deposit = torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum)
+        # Copies, because the kernels rewind them in place.
+        sums = Dictionary(*of_sums).clone()
+        key_deposit, value_deposit, weight_deposit = (
+            None if x is None else torch.zeros_like(x) if grad is None else dense_copy(grad)
+            for x, grad in (
+                (sums.key_sum, grad_sums[0]),
+                (sums.value_sum, grad_sums[1]),
+                (sums.weight, grad_sums[3]),
+            )
+        )
         grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
         grad_scale = torch.zeros(len(ctx.plan.slots), q.shape[2], dtype=torch.float64)
-        # Copies, because the kernels rewind them in place.
-        key_sum, value_sum, count = (dense_copy(x) for x in (key_sum, value_sum, count))
-        call = _call(q, k, v, o, lse, scale, key_sum, value_sum, count, slots, ctx.plan)
+        # Zero for tokens that are not merged yet.
+        grad_weights = None if token_weights is None else torch.zeros_like(token_weights)
+        call = _call(q, k, v, o, lse, scale, sums, slots, ctx.plan, token_weights)
         call.set_tokens(grad_o=grad_o, grad_q=grads[0], grad_k=grads[1], grad_v=grads[2])
-        call.point(**dict(zip(_MERGED, merged, strict=False)))
+        if noted:
+            call.note(noted)
         call.point(key_deposit=key_deposit, value_deposit=value_deposit, grad_scale=grad_scale)
+        call.point(weight_deposit=weight_deposit, grad_weights=grad_weights)
         call.run("ovq_backward")
-        return *grads, grad_scale.sum(0).to(scale.dtype), key_deposit, value_deposit, None, None
+        of_inputs = (*grads, grad_scale.sum(0).to(scale.dtype))
+        return *of_inputs, key_deposit, value_deposit, None, grad_weights, weight_deposit, None
 
 
-def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan, *, merged: Sequence[Tensor] = ()) -> Tensor:
+def learn(
+    k: Tensor,
+    v: Tensor,
+    sums: Dictionary,
+    plan: Plan,
+    token_weights: Tensor | None = None,
+    *,
+    noted: Sequence[Tensor] = (),
+) -> Tensor:
     """Merge complete chunks into dictionaries, in place, without reading: a plan without query heads.
 
     Args:
         k: `[num_chunks, C, Hkv, K]`. v: `[num_chunks, C, Hkv, V]`.
         sums: `[R, Hkv, M, ...]`, contiguous.
         plan: the plan of these rows, with `group_size` 0.
-        merged: where pairs are merged, tensors for the slots that are merged into others, if wanted.
+        token_weights: `[num_chunks, C, Hkv, 1]` where tokens have weights.
+        noted: tensors for the slots that chunks changed, from `_noted`, if wanted.
 
     Returns:
         The slot of each token, `[num_chunks, C, Hkv]`.
@@ -125,24 +163,27 @@ def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan, *, merged: Sequenc
     k, v = dense(k), dense(v)
     nothing = torch.empty(0)
     slots = torch.zeros(k.shape[:3], dtype=torch.int32)
-    call = _call(k, k, v, v, nothing, nothing, sums.key_sum, sums.value_sum, sums.count, slots, plan)
+    call = _call(k, k, v, v, nothing, nothing, sums, slots, plan, token_weights)
     if plan.options.init == "random":
         call.point(priority=_priorities(plan))
-    call.point(**dict(zip(_MERGED, merged, strict=False)))
+    if noted:
+        call.note(noted)
     call.run("ovq_forward")
     return slots
 
 
-def learn_and_say(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan) -> Learned:
+def learn_and_say(
+    k: Tensor, v: Tensor, sums: Dictionary, plan: Plan, token_weights: Tensor | None = None
+) -> Learned:
     """Merge all complete chunks, in place; see `ovq.ops.backends.learned.Learn`."""
     plan = dataclasses.replace(plan, group_size=0)
     if not plan.options.merges_pairs:
-        return Learned(learn(k, v, sums, plan), None)
-    merged = _merged(k, v, plan)
-    source, target = merged[:2]
-    # Chunks write no more than what they merged, and -1 after it.
+        return Learned(learn(k, v, sums, plan, token_weights), None)
+    noted = _noted(k, v, plan, has_weights=token_weights is not None)
+    source, target = noted[:2]
+    # Chunks write no more than what they changed, and -1 after it.
     source.fill_(-1)
-    slots = learn(k, v, sums, plan, merged=merged)
+    slots = learn(k, v, sums, plan, token_weights, noted=noted)
     chunk, head, place = (source.ge(0).cumprod(-1) > 0).nonzero(as_tuple=True)
     moved = torch.arange(sums.count.shape[2], dtype=torch.int32).repeat(*source.shape[:2], 1)
     moved[chunk, head, source[chunk, head, place].long()] = target[chunk, head, place]
@@ -164,25 +205,28 @@ def _priorities(plan: Plan) -> Tensor:
     return torch.stack(rows)
 
 
-# The slots that chunks merged into others, the slots they went into, and their sums: with these, the backward
-# undoes the merges.
-_MERGED = ("merged_slot", "merged_into", "merged_key", "merged_value", "merged_count")
+# Slots that chunks changed, the slots they went into, and what was in them (merged_slots.h): with these, the
+# backward undoes the merges.
+_NOTED = ("merged_slot", "merged_into", "merged_key", "merged_value", "merged_count", "merged_weight")
 
 
-def _merged(k: Tensor, v: Tensor, plan: Plan) -> list[Tensor]:
-    """Allocate `_MERGED` for every chunk.
+def _noted(k: Tensor, v: Tensor, plan: Plan, *, has_weights: bool) -> list[Tensor]:
+    """Allocate `_NOTED` for every chunk.
 
-    A chunk seldom merges as many slots as it has tokens, but the system provides memory only once it is
-    written to.
+    A chunk merges at most as many slots as it has tokens. Where tokens have weights all slots that it changes
+    are noted, at most two for each of these merges, or one where no slots are merged. Mostly they are fewer,
+    but the system provides memory only once it is written to.
     """
-    shape = (k.shape[0], k.shape[2], plan.options.chunk_size)
-    return [
+    num = plan.options.chunk_size * (2 if has_weights and plan.options.merges_pairs else 1)
+    shape = (k.shape[0], k.shape[2], num)
+    noted = [
         torch.empty(shape, dtype=torch.int32),
         torch.empty(shape, dtype=torch.int32),
         torch.empty(*shape, k.shape[3]),
         torch.empty(*shape, v.shape[3]),
         torch.empty(shape, dtype=torch.int64),
     ]
+    return [*noted, torch.empty(shape)] if has_weights else noted
 
 
 class _Tokens(ctypes.Structure):
@@ -198,12 +242,14 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("dtype", "is_merge_updated", "is_ward", "is_sqrt")),
         *((name, ctypes.c_double) for name in ("tie", "value_weight")),
         *((name, _Tokens) for name in ("q", "k", "v", "o")),
-        *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count", "slots")),
+        *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count")),
+        *((name, ctypes.c_void_p) for name in ("token_weights", "weight", "slots")),
         *((name, ctypes.c_void_p) for name in ("first_chunk", "length", "schedule_start", "schedule")),
-        ("priority", ctypes.c_void_p),
-        *((name, ctypes.c_void_p) for name in _MERGED),
+        *(("priority", ctypes.c_void_p), ("num_noted", ctypes.c_int64)),
+        *((name, ctypes.c_void_p) for name in _NOTED),
         *((name, _Tokens) for name in ("grad_o", "grad_q", "grad_k", "grad_v")),
-        *((name, ctypes.c_void_p) for name in ("key_deposit", "value_deposit", "grad_scale")),
+        *((name, ctypes.c_void_p) for name in ("key_deposit", "value_deposit", "weight_deposit")),
+        *((name, ctypes.c_void_p) for name in ("grad_weights", "grad_scale")),
     ]
 
     def set_tokens(self, **tensors: Tensor) -> None:
@@ -211,10 +257,16 @@ class _Arguments(ctypes.Structure):
             strides = (ctypes.c_int64 * 3)(*x.stride()[:3])
             setattr(self, name, _Tokens(self._keep(x), strides, x.shape[-1]))
 
-    def point(self, **tensors: Tensor) -> None:
+    def point(self, **tensors: Tensor | None) -> None:
         for name, x in tensors.items():
-            assert x.is_contiguous(), name
-            setattr(self, name, self._keep(x))
+            if x is not None:
+                assert x.is_contiguous(), name
+                setattr(self, name, self._keep(x))
+
+    def note(self, noted: Sequence[Tensor]) -> None:
+        """Let chunks note what they change in the tensors of `_noted`, or read what they noted."""
+        self.num_noted = noted[0].shape[2]
+        self.point(**dict(zip(_NOTED, noted, strict=False)))
 
     def run(self, name: str) -> None:
         if getattr(build.load(), name)(ctypes.byref(self)):
@@ -234,11 +286,10 @@ def _call(
     o: Tensor,
     lse: Tensor,
     scale: Tensor,
-    key_sum: Tensor,
-    value_sum: Tensor,
-    count: Tensor,
+    sums: Dictionary,
     slots: Tensor,
     plan: Plan,
+    token_weights: Tensor | None,
 ) -> _Arguments:
     options, aligned = plan.options, plan.aligned
     call = _Arguments(
@@ -247,7 +298,7 @@ def _call(
         group_size=plan.group_size,
         chunk_size=options.chunk_size,
         width=aligned.width,
-        capacity=key_sum.shape[2],
+        capacity=sums.count.shape[2],
         num_threads=torch.get_num_threads(),
         dtype=DTYPES.index(q.dtype),
         is_merge_updated=options.merge == "updated",
@@ -261,9 +312,11 @@ def _call(
     call.point(
         lse=lse,
         scale=scale.contiguous(),
-        key_sum=key_sum,
-        value_sum=value_sum,
-        count=count,
+        key_sum=sums.key_sum,
+        value_sum=sums.value_sum,
+        count=sums.count,
+        token_weights=None if token_weights is None else token_weights.contiguous(),
+        weight=sums.weight,
         slots=slots,
         first_chunk=torch.tensor(aligned.first_chunk, dtype=torch.int64),
         length=torch.tensor(aligned.lengths, dtype=torch.int64),

@@ -4,10 +4,12 @@
    float64, so that every backend assigns alike (docs/math.md). */
 #pragma once
 
+#include "merged_slots.h"
 #include "read.h"
 
-/* Keys that are not finite have no cosine: they are the last to open a slot. */
+/* Keys that are not finite have no cosine: they are the last to open a slot, but for those of weight 0. */
 #define NO_COSINE 2.0
+#define NO_WEIGHT 3.0
 
 struct Learner {
     int32_t *slot;     /* [C]: the slot each key goes to. */
@@ -92,28 +94,36 @@ static Lengths lengths_of(const Dictionary *dictionary) {
     return lengths;
 }
 
+/* Whether slot i attracts keys: it weighs something. */
+INLINE int is_open(const Dictionary *dictionary, int64_t i) { return dictionary->is_open[i] == 0; }
+
 INLINE double length_of(const Call *call, const float *key) { return sqrt(exact_dot(key, key, call->k.dim)); }
 
 /* `nearest` where float32 scores mean nothing: float64 throughout. */
 static int32_t nearest_of_all(const Call *call, const Dictionary *dictionary, const float *key, double tie) {
     double best = -INFINITY;
     for (int64_t i = 0; i < dictionary->num; i++) {
+        if (!is_open(dictionary, i)) continue;
         const double score = exact_dot(key, dictionary->rows.keys + i * key_ld(call), call->k.dim);
         if (std::isnan(score)) return 0;
         best = fmax(best, score);
     }
     if (!std::isfinite(best)) return 0;
     for (int64_t i = 0; i < dictionary->num; i++)
-        if (exact_dot(key, dictionary->rows.keys + i * key_ld(call), call->k.dim) >= best - tie) return (int32_t)i;
+        if (is_open(dictionary, i) &&
+            exact_dot(key, dictionary->rows.keys + i * key_ld(call), call->k.dim) >= best - tie)
+            return (int32_t)i;
     return 0;
 }
 
-/* The slot with the largest dot product, ties to the lowest index; 0 for a key that is not finite. */
+/* The slot with the largest dot product, ties to the lowest index; 0 for a key that is not finite, and where no slot
+   attracts any. */
 static int32_t nearest(const Call *call, const Dictionary *dictionary, const float *key, const float *scores,
                        int64_t n, const Lengths *lengths, int32_t *near) {
     const double own = length_of(call, key), length = own * lengths->longest;
     if (lengths->has_extremes || is_extreme(own)) return nearest_of_all(call, dictionary, key, call->tie * length);
     const float best = highest_of(scores, n);
+    if (best == -INFINITY) return 0;
     /* Both sides of a comparison are off. */
     const double tolerance = 2 * (score_error(call) + call->tie) * length;
     const int64_t num = columns_from(scores, n, best - (float)tolerance * 1.001f, near);
@@ -134,18 +144,20 @@ static double exact_cosine(const Call *call, const Dictionary *dictionary, const
     double best = -INFINITY;
     for (int64_t i = 0; i < num; i++) {
         const int64_t slot = near ? near[i] : i;
+        if (!is_open(dictionary, slot)) continue;
         const double dot = exact_dot(key, dictionary->rows.keys + slot * key_ld(call), call->k.dim);
         const double cosine = dot / length / fmax(dictionary->norm[slot], TINY);
         if (!std::isfinite(cosine)) return NO_COSINE;
         best = fmax(best, cosine);
     }
-    return best;
+    return best > -INFINITY ? best : NO_COSINE;
 }
 
 /* The best cosine of a key with a slot, from its scores. */
 static double best_cosine(const Call *call, const Dictionary *dictionary, const float *key, const float *scores,
                           int64_t n) {
-    return highest_product(scores, dictionary->inverse, n) / (float)fmax(length_of(call, key), TINY);
+    const float best = highest_product(scores, dictionary->inverse, n);
+    return best > -INFINITY ? best / (float)fmax(length_of(call, key), TINY) : NO_COSINE;
 }
 
 /* Score the keys first..first+num-1 of a chunk: the nearest slot of each and, if keys are to open slots, its best
@@ -208,8 +220,8 @@ static void settle_novelty(const Call *call, const Dictionary *dictionary, const
         const int is_near = fabs(learner->priority[t] - last) <= 2 * tolerance;
         const float *key = tokens->keys + t * ld;
         const double length = length_of(call, key);
-        /* What is extreme was decided so from the start. */
-        if (!is_near || has_extremes || is_extreme(length)) continue;
+        /* What is extreme was decided so from the start, and so was what has no cosine. */
+        if (!is_near || has_extremes || is_extreme(length) || learner->priority[t] >= NO_COSINE) continue;
         score_keys(call, dictionary, key, 1, learner->words, scores);
         const double best = best_cosine(call, dictionary, key, scores, n);
         for (int64_t j = 0; j < n; j += VL) store(scores + j, load(scores + j) * load(dictionary->inverse + j));
@@ -242,18 +254,20 @@ static void merge_updated(const Call *call, const Dictionary *dictionary, const 
     double longest = lengths->longest;
     for (int64_t t = 0; t < size; t++) {
         const float *key = tokens->keys + t * ld;
-        if (learner->opens[t]) longest = fmax(longest, sqrt(exact_dot(key, key, dim)));
+        if (learner->opens[t] && !is_weightless(tokens, t)) longest = fmax(longest, sqrt(exact_dot(key, key, dim)));
     }
     for (int64_t t = 0; t < size; t++) {
         const float *key = tokens->keys + t * ld;
         if (learner->opens[t]) continue;
-        const double own = exact_dot(key, dictionary->rows.keys + learner->slot[t] * ld, dim);
+        const float *mean = dictionary->rows.keys + learner->slot[t] * ld;
+        const double own = is_open(dictionary, learner->slot[t]) ? exact_dot(key, mean, dim) : -INFINITY;
         double best = own;
         for (int64_t u = 0; u < size; u++)
-            if (learner->opens[u]) best = higher(best, exact_dot(key, tokens->keys + u * ld, dim));
+            if (learner->opens[u] && !is_weightless(tokens, u))
+                best = higher(best, exact_dot(key, tokens->keys + u * ld, dim));
         if (lengths->has_extremes)
             for (int64_t i = 0; i < existing; i++)
-                best = higher(best, exact_dot(key, dictionary->rows.keys + i * ld, dim));
+                if (is_open(dictionary, i)) best = higher(best, exact_dot(key, dictionary->rows.keys + i * ld, dim));
         if (!std::isfinite(best)) {
             learner->slot[t] = 0;
             continue;
@@ -264,7 +278,7 @@ static void merge_updated(const Call *call, const Dictionary *dictionary, const 
         int64_t slot = existing;
         for (int64_t u = 0; u < size; u++) {
             if (!learner->opens[u]) continue;
-            if (exact_dot(key, tokens->keys + u * ld, dim) >= floor) break;
+            if (!is_weightless(tokens, u) && exact_dot(key, tokens->keys + u * ld, dim) >= floor) break;
             slot++;
         }
         learner->slot[t] = (int32_t)slot;
@@ -277,11 +291,20 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
                   int64_t head, const double *priority, Learner *learner, uint32_t *words, float *scores) {
     const int64_t size = call->chunk_size;
     const int is_fresh = !chunk->before;
+    /* The key that opens slot 0: the first of a weight above 0, if there is one. */
+    int64_t opener = 0;
+    while (opener < size && is_weightless(tokens, opener)) opener++;
+    opener %= size;
     /* The sums get all of them. */
     if (!*tokens->is_finite) load_values(tokens, call, chunk->index, head, size);
     if (is_fresh) {
-        /* The first key opens slot 0, and the others are compared with it. */
-        set_slot(dictionary, call, 0, tokens->keys, tokens->values, 1);
+        /* The others are compared with it, as it will be read. */
+        const float *key = tokens->keys + opener * key_ld(call), *value = tokens->values + opener * value_ld(call);
+        float of_key[key_ld(call)], of_value[value_ld(call)];
+        const float weight = tokens->weights ? tokens->weights[opener] : 1;
+        weighted_row(weight, key, key_ld(call), of_key);
+        weighted_row(weight, value, value_ld(call), of_value);
+        set_slot(dictionary, call, 0, of_key, of_value, 1, weight);
         dictionary->num = 1;
         const Lengths lengths = lengths_of(dictionary);
         for (int64_t t = 0; t < size; t += QUERIES)
@@ -292,7 +315,9 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
     memset(learner->opens, 0, (size_t)size);
     if (opening > 0) {
         if (priority) memcpy(learner->priority, priority, sizeof(double) * size);
-        if (is_fresh) learner->priority[0] = INFINITY;
+        for (int64_t t = 0; t < size; t++)
+            if (is_weightless(tokens, t)) learner->priority[t] = priority ? (double)size : NO_WEIGHT;
+        if (is_fresh) learner->priority[opener] = INFINITY;
         const Lengths lengths = lengths_of(dictionary);
         if (!priority) settle_novelty(call, dictionary, tokens, opening, lengths.has_extremes, learner, scores);
         choose_openers(call, opening, learner);
@@ -303,8 +328,14 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
             if (learner->opens[t]) learner->slot[t] = slot++;
     }
     if (is_fresh) {
-        learner->slot[0] = 0;
-        learner->opens[0] = 1;
+        learner->slot[opener] = 0;
+        learner->opens[opener] = 1;
+    }
+    if (call->merged_slot) {
+        const Merged merged = merged_of(call, chunk->index, head);
+        const int64_t place =
+            note_slots(call, sums, learner->slot, size, chunk->before, &merged, 0, learner->is_done);
+        end_notes(call, &merged, place, learner->is_done);
     }
     for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
     dictionary->num = chunk->after;

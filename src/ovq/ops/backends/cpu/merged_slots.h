@@ -1,40 +1,62 @@
-/* What a chunk merged away, where pairs are merged: noted by the forward, put back by the backward. */
+/* What a chunk changes and the backward cannot compute: noted by the forward, put back by the backward.
+
+   Where pairs are merged, these are the slots merged into others. Where tokens have weights, they are all slots that the
+   chunk changed: taking a weighted token back leaves the rounding of a float32 sum, beside which a slot of little weight
+   is nothing. */
 #pragma once
 
 #include "dictionary.h"
 
-/* Slots that a chunk merged into others, with what was in them: what the backward needs to part them again. */
+/* Slots as they were before the chunk. */
 struct Merged {
-    int32_t *slot, *into; /* [C]; -1 after the last. */
-    float *key, *value;   /* [C, K], [C, V]: sums. */
-    int64_t *count;       /* [C] */
+    int32_t *slot, *into; /* [num_noted]: the slot, and the one it was merged into, or itself; -1 after the last. */
+    float *key, *value;   /* [num_noted, K], [num_noted, V]: sums. */
+    int64_t *count;       /* [num_noted] */
+    float *weight;        /* [num_noted], or NULL. */
 };
 
 INLINE Merged merged_of(const Call *call, int64_t chunk, int64_t head) {
-    const int64_t first = (chunk * call->num_kv_heads + head) * call->chunk_size;
+    const int64_t first = (chunk * call->num_kv_heads + head) * call->num_noted;
     return {call->merged_slot + first, call->merged_into + first, call->merged_key + first * call->k.dim,
-            call->merged_value + first * call->v.dim, call->merged_count + first};
+            call->merged_value + first * call->v.dim, call->merged_count + first, from_row(call->merged_weight, first)};
 }
 
-INLINE void add_sums(const Call *call, float *key_sum, float *value_sum, const float *keys, const float *values,
-                     int sign) {
-    for (int64_t j = 0; j < call->k.dim; j++) key_sum[j] += sign * keys[j];
-    for (int64_t j = 0; j < call->v.dim; j++) value_sum[j] += sign * values[j];
+static void note_slot(const Call *call, const Sums *sums, int64_t slot, int64_t into, const Merged *merged,
+                      int64_t place) {
+    merged->slot[place] = (int32_t)slot;
+    merged->into[place] = (int32_t)into;
+    memcpy(merged->key + place * call->k.dim, sums->key + slot * call->k.dim, sizeof(float) * call->k.dim);
+    memcpy(merged->value + place * call->v.dim, sums->value + slot * call->v.dim, sizeof(float) * call->v.dim);
+    merged->count[place] = sums->count[slot];
+    if (sums->weight) merged->weight[place] = sums->weight[slot];
 }
 
-/* Merge slot b into slot a, leaving it empty, and note what it was if the backward will want it. */
-static void merge_slot(const Call *call, const Sums *sums, int64_t b, int64_t a, const Merged *merged, int64_t place) {
-    float *key = sums->key + b * call->k.dim, *value = sums->value + b * call->v.dim;
-    if (call->merged_slot) {
-        merged->slot[place] = (int32_t)b;
-        merged->into[place] = (int32_t)a;
-        memcpy(merged->key + place * call->k.dim, key, sizeof(float) * call->k.dim);
-        memcpy(merged->value + place * call->v.dim, value, sizeof(float) * call->v.dim);
-        merged->count[place] = sums->count[b];
+/* Note those of n slots that are among the `num` there are, each once; `is_noted` says which were. The next place. */
+static int64_t note_slots(const Call *call, const Sums *sums, const int32_t *slots, int64_t n, int64_t num,
+                          const Merged *merged, int64_t place, uint8_t *is_noted) {
+    for (int64_t i = 0; i < n; i++) {
+        if (slots[i] >= num || is_noted[slots[i]]) continue;
+        is_noted[slots[i]] = 1;
+        note_slot(call, sums, slots[i], slots[i], merged, place++);
     }
+    return place;
+}
+
+/* Nothing more to note of a chunk; `is_noted` is zero again. */
+static void end_notes(const Call *call, const Merged *merged, int64_t place, uint8_t *is_noted) {
+    for (int64_t i = 0; i < place; i++) is_noted[merged->slot[i]] = 0;
+    if (place < call->num_noted) merged->slot[place] = -1;
+}
+
+/* Merge slot b into slot a, leaving it empty. */
+static void merge_slot(const Call *call, const Sums *sums, int64_t b, int64_t a) {
+    float *key = sums->key + b * call->k.dim, *value = sums->value + b * call->v.dim;
     add_sums(call, sums->key + a * call->k.dim, sums->value + a * call->v.dim, key, value, 1);
     sums->count[a] += sums->count[b];
     memset(key, 0, sizeof(float) * call->k.dim);
     memset(value, 0, sizeof(float) * call->v.dim);
     sums->count[b] = 0;
+    if (!sums->weight) return;
+    sums->weight[a] += sums->weight[b];
+    sums->weight[b] = 0;
 }

@@ -12,7 +12,6 @@
    Items and exact costs are in ward_items.h, bounds in ward_rows.h, the order of merging in ward_merge.h. */
 #pragma once
 
-#include "merged_slots.h"
 #include "ward_merge.h"
 
 /* What the next chunk needs to know of a slot that changed. */
@@ -37,7 +36,7 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     ward->keep = 1 - (float)(k + v + 16) * FLT_EPSILON;
     ward->rough_keep = ward->keep - ROUGHNESS;
     /* The mean squared length of values, of items whose values are finite. */
-    double key_square[size], value_square[size], power = 0, total_count = 0;
+    double key_square[size], value_square[size], power = 0, total_mass = 0;
     for (int64_t t = 0; t < size; t++) {
         const float *key = items.tokens->keys + t * key_ld(call), *value = items.tokens->values + t * value_ld(call);
         key_square[t] = exact_dot(key, key, k);
@@ -48,12 +47,12 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     ward->has_squares = 1;
     for (int64_t i = 0; i < num + size; i++) {
         const double square = i < num ? ward->value_square[i] : value_square[i - num];
-        const double count = i < num ? (double)sums->count[i] : 1;
+        const double mass = i < num ? mass_of(sums, i) : token_mass(items.tokens, i - num);
         if (!std::isfinite(square)) continue;
-        power += count * square;
-        total_count += count;
+        power += mass * square;
+        total_mass += mass;
     }
-    power /= fmax(total_count, 1);
+    power /= total_mass > 0 ? total_mass : 1;
     const double factor = ward->value_factor = power > 0 && std::isfinite(power)
                                                    ? call->value_weight * call->value_weight / power : 0;
     double longest = 0;
@@ -64,6 +63,7 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         const double square = keys + factor * values;
         if (std::isfinite(square)) longest = fmax(longest, square);
         ward->is_wide |= is_extreme(sqrt(keys)) || is_extreme(sqrt(values)) || is_extreme(sqrt(factor * values));
+        ward->is_wide |= is_extreme(i < num ? mass_of(sums, i) : token_mass(items.tokens, i - num));
     }
     ward->unit = ward->is_wide && longest > 0 ? longest : 1;
     ward->tie = call->tie * longest / ward->unit;
@@ -72,10 +72,13 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         const int is_slot = j < num, is_token = t >= 0 && t < size;
         const double square = is_slot ? ward->key_square[j] + factor * ward->value_square[j]
                             : is_token ? key_square[t] + factor * value_square[t] : INFINITY;
-        ward->square[j] = (float)square;
-        ward->value_length[j] = is_slot ? (float)(factor * ward->value_square[j]) : INFINITY;
-        ward->count[j] = is_slot ? (float)sums->count[j] : 1;
-        ward->bound[j] = is_token ? -INFINITY : INFINITY;
+        ward->mass[j] = is_slot ? mass_of(sums, j) : is_token ? token_mass(items.tokens, t) : 1;
+        /* To the bounds of others, what weighs nothing is not there. */
+        const int is_seen = !is_weightless(ward, j);
+        ward->square[j] = is_seen ? (float)square : INFINITY;
+        ward->value_length[j] = is_slot && is_seen ? (float)(factor * ward->value_square[j]) : INFINITY;
+        ward->count[j] = is_seen ? (float)ward->mass[j] : 1;
+        ward->bound[j] = !is_seen ? 0 : is_token ? -INFINITY : INFINITY;
         ward->candidate[j] = -1;
         ward->cost[j] = INFINITY;
         ward->index[j] = (int32_t)j;
@@ -95,6 +98,7 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     ward->now++;
     for (int64_t i = 0; i < num; i++) {
         ward->cost[i] = INFINITY;
+        if (is_weightless(ward, i)) continue;
         const double since = ward->slot_factor[i];
         const float bound = ward->slot_bound[i], growth = (float)((factor - since) * ward->slot_growth[i]);
         /* Where the factor fell, costs are at least its share of what they were. */
@@ -113,7 +117,7 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     if (ward->is_rough) round_rows(call, size, items.tokens->keys, ward->scaled, ward->words);
     ward->num_wanted = 0;
     for (int64_t i = 0; i < num && !is_anew; i++)
-        if (ward->bound[i] <= ward->expected) ward->wanted[ward->num_wanted++] = (int32_t)i;
+        if (ward->bound[i] <= ward->expected && !is_weightless(ward, i)) ward->wanted[ward->num_wanted++] = (int32_t)i;
     ward->num_spare = 0;
     for (int64_t r = ward->num_rows - 1; r >= padded(size, NR); r--)
         ward->spare[ward->num_spare++] = (int32_t)r;
@@ -141,14 +145,36 @@ static void find_homes(const Items &items) {
     }
 }
 
+/* Once it is known where everything goes: note what the backward will want, and merge the slots that lost their place.
+   Those are the first `num_moved` of `wanted`, and `near` says into which. */
+static void move_slots(const Items &items, const Chunk *chunk, int64_t head, int64_t num_moved, Learner *learner) {
+    const Call *call = items.call;
+    const Sums *sums = items.sums;
+    const int32_t *moved = items.ward->wanted;
+    if (call->merged_slot) {
+        const Merged merged = merged_of(call, chunk->index, head);
+        for (int64_t i = 0; i < num_moved; i++) {
+            note_slot(call, sums, moved[i], learner->near[i], &merged, i);
+            learner->is_done[moved[i]] = 1;
+        }
+        int64_t place = num_moved;
+        if (sums->weight) {
+            place = note_slots(call, sums, learner->slot, call->chunk_size, chunk->before, &merged, place,
+                               learner->is_done);
+            place = note_slots(call, sums, learner->near, num_moved, chunk->before, &merged, place, learner->is_done);
+        }
+        end_notes(call, &merged, place, learner->is_done);
+    }
+    for (int64_t i = 0; i < num_moved; i++) merge_slot(call, sums, moved[i], learner->near[i]);
+}
+
 /* Once the rows of the tokens are there: merge what there is no room for, and say where each token went.
    `scores` holds QUERIES rows. */
 static void learn_by_likelihood(const Call *call, Dictionary *dictionary, Rows *tokens, const Sums *sums,
                                 const Chunk *chunk, int64_t head, Ward *ward, Learner *learner, float *scores) {
     const int64_t size = call->chunk_size, num = dictionary->num, due = num + size - chunk->after;
     const Items items = {call, dictionary, tokens, sums, ward};
-    const Merged merged = call->merged_slot ? merged_of(call, chunk->index, head) : Merged{};
-    int64_t place = 0;
+    int64_t num_moved = 0;
     if (!*tokens->is_finite) {
         /* The sums get all values, and so do costs. */
         load_values(tokens, call, chunk->index, head, size);
@@ -163,10 +189,10 @@ static void learn_by_likelihood(const Call *call, Dictionary *dictionary, Rows *
         find_homes(items);
         ward->now++;
         for (int64_t i = 0; i < num; i++) {
-            const int32_t home = ward->home[cluster_of(ward, i)];
-            if (ward->index[cluster_of(ward, i)] == i) continue;
-            merge_slot(call, sums, i, home, &merged, place++);
-            learner->near[place - 1] = home;
+            const int64_t cluster = cluster_of(ward, i);
+            if (ward->index[cluster] == i) continue;
+            ward->wanted[num_moved] = (int32_t)i;
+            learner->near[num_moved++] = ward->home[cluster];
         }
         for (int64_t t = 0; t < size; t++)
             learner->slot[t] = ward->home[cluster_of(ward, ward->first_token + t)];
@@ -181,13 +207,13 @@ static void learn_by_likelihood(const Call *call, Dictionary *dictionary, Rows *
             ward->slot_time[home] = ward->now;
         }
     }
-    if (call->merged_slot && place < size) merged.slot[place] = -1;
+    move_slots(items, chunk, head, num_moved, learner);
     for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
     dictionary->num = chunk->after;
     update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
-    update_slots(dictionary, call, sums, learner->near, place, learner->is_done);
+    update_slots(dictionary, call, sums, learner->near, num_moved, learner->is_done);
     for (int64_t t = 0; due && t < size; t++) set_squares(items, learner->slot[t]);
-    for (int64_t i = 0; i < place; i++) set_squares(items, learner->near[i]);
+    for (int64_t i = 0; i < num_moved; i++) set_squares(items, learner->near[i]);
     int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;
     for (int64_t t = 0; t < size; t++) out[t * call->num_kv_heads] = learner->slot[t];
 }

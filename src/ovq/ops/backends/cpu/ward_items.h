@@ -20,6 +20,7 @@ struct Ward {
     int64_t num_columns, first_token, first_merged, num_rows, num_merged;
     int has_bounds, has_squares; /* Whether what is kept of slots holds for the dictionary as it is. */
     int is_sqrt;         /* Whether the rule is "ward-sqrt". */
+    int is_weighted;     /* Whether tokens have weights. */
     int is_wide;         /* Whether float32 products mean nothing for this chunk. */
     double value_factor; /* g^2 = w^2 / s_v: what squared distances of values are multiplied with. */
     double tie;
@@ -39,9 +40,12 @@ struct Ward {
     int64_t num_spare;
     float expected;      /* Where the dearest merge of this chunk may lie. */
     float level, last_level; /* The dearest merge of the last chunk, and of the one before. */
-    int32_t *wanted;     /* [M]: slots whose bounds are computed anew for this chunk. */
+    int32_t *wanted;     /* [M]: slots whose bounds are computed anew for this chunk; in the end, those merged away. */
     int64_t num_wanted;
-    float *bound, *count, *square; /* [columns]; `square` is |key|^2 + g^2 |value|^2. */
+    double *mass;        /* [columns]: count or weight. */
+    /* [columns]; `count` is the same in float32, and `square` |key|^2 + g^2 |value|^2. What weighs nothing costs nothing to
+       merge: it has a bound of 0, and those of others leave out pairs with it, as if it were infinitely far. */
+    float *bound, *count, *square;
     float *value_length; /* [columns]: g^2 |value|^2. */
     int32_t *index, *into, *partner; /* [columns]: lowest member; column it was merged into; nearest, or -1. */
     double *cost;        /* [columns]: of the pair with the partner. */
@@ -60,6 +64,7 @@ struct Ward {
 static Ward take_ward(Arena *arena, const Call *call) {
     Ward ward = {};
     ward.is_sqrt = call->is_sqrt;
+    ward.is_weighted = call->weight != nullptr;
     const int64_t size = padded(call->chunk_size, NR), slots = padded(call->capacity, NR);
     ward.num_columns = slots + 2 * size + VL;
     ward.num_rows = 2 * size + SPARE_ROWS;
@@ -76,6 +81,7 @@ static Ward take_ward(Arena *arena, const Call *call) {
     ward.spare = TAKE(arena, int32_t, ward.num_rows);
     ward.wanted = TAKE(arena, int32_t, slots);
     ward.bound = TAKE(arena, float, n);
+    ward.mass = TAKE(arena, double, n);
     ward.count = TAKE(arena, float, n);
     ward.square = TAKE(arena, float, n);
     ward.value_length = TAKE(arena, float, n);
@@ -96,6 +102,11 @@ static Ward take_ward(Arena *arena, const Call *call) {
     ward.home = TAKE(arena, int32_t, n);
     return ward;
 }
+
+INLINE double token_mass(const Rows *tokens, int64_t t) { return tokens->weights ? tokens->weights[t] : 1; }
+
+/* Whether it costs nothing to merge an item with any other, and no product is needed to know it. */
+INLINE int is_weightless(const Ward *ward, int64_t i) { return ward->mass[i] == 0 && !ward->is_wide; }
 
 /* The next float below, and above, a double. */
 INLINE float below(double x) {
@@ -171,8 +182,9 @@ static double squared_distance_of(const Items &items, int64_t a, int64_t b) {
 
 /* What merging two items costs, in float64; nothing within rounding of zero. */
 static double exact_cost(const Items &items, int64_t a, int64_t b) {
-    const double m = items.ward->count[a], n = items.ward->count[b];
-    const double weight = items.call->is_sqrt ? sqrt(m * n / (m + n)) : m * n / (m + n);
+    if (is_weightless(items.ward, a) || is_weightless(items.ward, b)) return 0;
+    const double m = items.ward->mass[a], n = items.ward->mass[b], half = m + n > 0 ? m * n / (m + n) : 0;
+    const double weight = items.call->is_sqrt ? sqrt(half) : half;
     const double cost = weight * squared_distance_of(items, a, b) / items.ward->unit;
     if (!std::isfinite(cost)) return INFINITY;
     return cost <= items.ward->tie ? 0 : cost;

@@ -27,6 +27,11 @@ INLINE Vector merged_bounds(Vector first, Vector second, Vector x, Vector y, Vec
     return bound == bound && first < INFINITY ? bound : splat(INFINITY);
 }
 
+/* Whether costs with what a and b are merged into do not follow from those with the two. */
+INLINE int is_unsure(const Ward *ward, int64_t a, int64_t b) {
+    return ward->is_weighted && (ward->is_wide || is_weightless(ward, a) || is_weightless(ward, b));
+}
+
 /* Let a row know of the merges since it was last looked at. */
 static float *current_row(Ward *ward, int64_t i) {
     const int32_t r = ward->row[i];
@@ -39,7 +44,7 @@ static float *current_row(Ward *ward, int64_t i) {
         const float x = row[a], y = row[b], least_cost = (ward->is_sqrt ? NEARER : 1) * (x < y ? x : y);
         row[a] = row[b] = INFINITY;
         row[ward->first_merged + m] = least_cost;
-        if (!(least_cost < far)) continue;
+        if (!(least_cost < far) || is_unsure(ward, a, b)) continue;
         const float bound =
             merged_bound(x, y, ward->count[a], ward->count[b], own, ward->height[m], ward->is_sqrt);
         /* Not a number where one of them is infinite. */
@@ -83,17 +88,20 @@ static int search_row(const Items &items, int64_t i, float *row, int64_t most) {
     const float tie = above(ward->tie);
     float next;
     int64_t first = lowest(row, n, &next), num = 0;
-    /* Repeats: the first item at no distance will do. */
+    /* Repeats: the first item at no distance will do. What costs nothing for its weight is no repeat: the lowest. */
+    int64_t free = -1;
     for (int64_t j = 0; row[first] <= tie && j < n; j++) {
         if (row[j] > tie) continue;
         if (num++ == most) return 0;
         const double cost = exact_cost(items, i, j);
         row[j] = below(cost);
-        if (cost == 0) {
-            set_partner(ward, i, j, 0, 0);
-            return 1;
-        }
-        if (j == first) first = lowest(row, n, &next);
+        if (cost == 0 && (free < 0 || comes_before(ward, i, j, i, free))) free = j;
+        if (cost == 0 && !ward->is_weighted) break;
+        if (cost > 0 && j == first) first = lowest(row, n, &next);
+    }
+    if (free >= 0) {
+        set_partner(ward, i, free, 0, 0);
+        return 1;
     }
     num = 0;
     double best = INFINITY;
@@ -120,10 +128,22 @@ static int search_row(const Items &items, int64_t i, float *row, int64_t most) {
     return 1;
 }
 
+/* The first item that is left, but for item i. */
+static int64_t lowest_other(const Ward *ward, int64_t i) {
+    int64_t other = -1;
+    for (int64_t j = 0; j < ward->num_columns; j++)
+        if (ward->into[j] == j && j != i && (other < 0 || ward->index[j] < ward->index[other])) other = j;
+    return other;
+}
+
 /* Find the nearest of an item exactly. `scratch` is a row. */
 static void refine(const Items &items, int64_t i, float *scratch) {
     Ward *ward = items.ward;
     const int64_t n = ward->num_columns, candidate = ward->candidate[i];
+    if (is_weightless(ward, i)) {
+        set_partner(ward, i, lowest_other(ward, i), 0, 0);
+        return;
+    }
     if (candidate >= 0 && ward->into[candidate] == candidate) {
         const double cost = exact_cost(items, i, candidate);
         if (is_nearest(ward, i, candidate, cost)) {
@@ -202,21 +222,34 @@ static void guess_row(const Ward *ward, int64_t with, int64_t other, float floor
     }
 }
 
-/* The mean, count and row of a new column that a and b are merged into. */
+INLINE void release_row(Ward *ward, int64_t i) {
+    if (ward->row[i] >= 0) ward->spare[ward->num_spare++] = ward->row[i];
+    ward->row[i] = -1;
+}
+
+/* Merge item b into item a, the lower one: into a new column, with its mean, mass and row. */
 static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     Ward *ward = items.ward;
+    if (is_weightless(ward, b)) {
+        /* Item a stays as it is. */
+        release_row(ward, b);
+        ward->into[b] = (int32_t)a;
+        ward->bound[b] = INFINITY;
+        return;
+    }
     const Call *call = items.call;
     const int64_t k = call->k.dim, v = call->v.dim, m = ward->first_merged + ward->num_merged;
     const int64_t at = ward->num_merged, n = ward->num_columns;
-    const double p = ward->count[a], q = ward->count[b];
+    const double p = ward->mass[a], q = ward->mass[b], share = p + q > 0 ? q / (p + q) : 0;
     double *mean = ward->mean + at * (k + v);
     float *key = ward->merged.keys + at * key_ld(call), *value = ward->merged.values + at * value_ld(call);
-    add_mean(items, a, p / (p + q), 0, mean);
-    add_mean(items, b, q / (p + q), 1, mean);
+    add_mean(items, a, p + q > 0 ? p / (p + q) : 1, 0, mean);
+    add_mean(items, b, share, 1, mean);
     for (int64_t j = 0; j < k; j++) key[j] = (float)mean[j];
     for (int64_t j = 0; j < v; j++) value[j] = (float)mean[k + j];
     const double key_square = exact_square(mean, k), value_square = exact_square(mean + k, v);
     set_row(&ward->merged, call, at, 0);
+    ward->mass[m] = p + q;
     ward->count[m] = (float)(p + q);
     ward->square[m] = (float)(key_square + ward->value_factor * value_square);
     ward->index[m] = ward->index[a] < ward->index[b] ? ward->index[a] : ward->index[b];
@@ -226,20 +259,25 @@ static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     ward->row[m] = -1;
     /* Costs with the new item from those with its parts, which are known from below (Lance and Williams). */
     const int32_t row_a = ward->row[a], row_b = ward->row[b];
-    ward->bound[m] = below(ward->is_sqrt ? NEARER * cost : cost);
-    if (row_a >= 0 || row_b >= 0) {
+    /* What counts as 0 may be as much as a tie; and of items that cost so little, the first pair need not be the cheapest. */
+    const float height = above(fmax(cost, ward->tie)), floor = below(ward->is_weighted ? cost - ward->tie : cost);
+    ward->bound[m] = (ward->is_sqrt ? NEARER : 1) * floor;
+    if (is_unsure(ward, a, b)) {
+        release_row(ward, a);
+        release_row(ward, b);
+    } else if (row_a >= 0 || row_b >= 0) {
         const int is_two = row_a >= 0 && row_b >= 0;
         const int64_t with = row_a >= 0 ? a : b, other = with == a ? b : a;
         float *row = current_row(ward, with);
         row[other] = INFINITY;
         if (is_two) {
             const float *more = current_row(ward, other);
-            const Vector x = splat(ward->count[with]), y = splat(ward->count[other]), h = splat(above(cost));
+            const Vector x = splat(ward->count[with]), y = splat(ward->count[other]), h = splat(height);
             for (int64_t j = 0; j < n; j += VL)
                 store(row + j, merged_bounds(load(row + j), load(more + j), x, y, load(ward->count + j), h,
                                              ward->is_sqrt));
         } else {
-            guess_row(ward, with, other, below(cost), above(cost), row);
+            guess_row(ward, with, other, floor, height, row);
         }
         row[a] = row[b] = row[m] = INFINITY;
         set_candidate(ward, m, row, n);
@@ -253,11 +291,12 @@ static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     }
     ward->pair[2 * at] = (int32_t)a;
     ward->pair[2 * at + 1] = (int32_t)b;
-    ward->height[at] = above(cost);
+    ward->height[at] = height;
     /* Repeats of either are repeats of the new item. */
-    if (cost == 0)
-        for (int64_t j = 0; j < n; j++)
-            if (ward->cost[j] == 0 && (ward->partner[j] == a || ward->partner[j] == b)) ward->partner[j] = (int32_t)m;
+    for (int64_t j = 0; cost == 0 && j < n; j++) {
+        if (ward->cost[j] != 0 || (ward->partner[j] != a && ward->partner[j] != b)) continue;
+        if (!ward->is_weighted || exact_cost(items, j, m) == 0) ward->partner[j] = (int32_t)m;
+    }
     ward->into[a] = ward->into[b] = (int32_t)m;
     ward->bound[a] = ward->bound[b] = INFINITY;
     ward->num_merged++;

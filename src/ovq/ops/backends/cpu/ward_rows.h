@@ -120,10 +120,10 @@ static float lowest_value_cost(const Ward *ward, int64_t i, int64_t num, const f
     return lowest_lane(best);
 }
 
-/* Rows of `count` items of count 1 with columns from `first` on, `num` of them, a block at a time while it lies in the
-   first-level cache. */
-static void estimate_rows(const Items &items, const Rows *columns, int64_t first, int64_t num, int64_t count,
-                          const Left &left, const float *squares, float *rows) {
+/* Rows of `count` items from item `at` on with columns from `first` on, `num` of them, a block at a time while it lies
+   in the first-level cache. */
+static void estimate_rows(const Items &items, const Rows *columns, int64_t first, int64_t num, int64_t at,
+                          int64_t count, const Left &left, float *rows) {
     const Ward *ward = items.ward;
     const int64_t n = ward->num_columns;
     for (int64_t j = 0; j < num; j += BLOCK) {
@@ -132,7 +132,7 @@ static void estimate_rows(const Items &items, const Rows *columns, int64_t first
         float *out = rows + first + j;
         multiply(items.call, &block, width, count, left, out, n);
         for (int64_t i = 0; i < count; i++)
-            estimate(ward, keep_of(ward), 1, squares[i], first + j, width, rows + i * n);
+            estimate(ward, keep_of(ward), ward->count[at + i], ward->square[at + i], first + j, width, rows + i * n);
     }
 }
 
@@ -158,9 +158,8 @@ static void token_rows(const Items &items, int64_t first, int64_t num) {
     const Left left = {items.tokens->keys + first * key_ld(call), ward->scaled + first * value_ld(call),
                        ward->is_rough ? ward->words + first * row_words(call) : nullptr};
     if (!ward->is_wide) {
-        const float *squares = ward->square + start + first;
-        estimate_rows(items, &items.dictionary->rows, 0, start, num, left, squares, out);
-        estimate_rows(items, items.tokens, start, width, num, left, squares, out);
+        estimate_rows(items, &items.dictionary->rows, 0, start, start + first, num, left, out);
+        estimate_rows(items, items.tokens, start, width, start + first, num, left, out);
     }
     for (int64_t t = first; t < first + num; t++, out += n) {
         if (ward->is_wide) memset(out, 0, sizeof(float) * n);
@@ -168,7 +167,7 @@ static void token_rows(const Items &items, int64_t first, int64_t num) {
         for (int64_t j = items.dictionary->num; j < start; j++) out[j] = INFINITY;
         for (int64_t j = start + call->chunk_size; j < ward->first_merged; j++) out[j] = INFINITY;
         out[start + t] = INFINITY;
-        set_candidate(ward, start + t, out, n);
+        if (!is_weightless(ward, start + t)) set_candidate(ward, start + t, out, n);
     }
 }
 

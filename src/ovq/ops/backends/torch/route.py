@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ovq.ops.options import NO_COSINE, NO_WEIGHT, ORDINARY, TIE, TINY, Options
 from ovq.ops.random_init import random_priority
+from ovq.ops.state import slot_means
 
 # Columns of the score matrix that are reduced together. The best slot is found as the best block, then the
 # best slot in it, which reads the scores once, vectorised (on a CPU an argmax over all columns takes six
@@ -82,6 +83,8 @@ class Router:
             means[is_fresh, 0] = keys[is_first]
             if is_empty is not None:
                 assert weights is not None
+                # As it will be read: a product and a quotient are rounded.
+                means[is_fresh, 0] = slot_means(weights[..., None] * keys, weights)[is_first]
                 if not is_empty.shape[1]:
                     is_empty = is_fresh[:, None].clone()
                 is_empty[is_fresh, 0] = weights[is_first] <= 0
