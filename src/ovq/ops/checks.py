@@ -137,11 +137,12 @@ def _checked_weights(weights: Tensor, k: Tensor, rows: Rows) -> Tensor:
         raise ValueError(f"token_weights: expected a floating dtype, found {weights.dtype}")
     weights = weights.to(k.device, state_dtype(k.dtype))
     flat = weights.detach().reshape(-1, shape[2])
-    for start, length in zip(rows.starts, rows.lengths, strict=True):
-        part = flat[start : start + length]
-        if not bool((part.isfinite() & (part >= 0)).all()):
-            wrong = part[~(part.isfinite() & (part >= 0))][0]
-            raise ValueError(f"token_weights: expected finite numbers of at least 0, found {float(wrong)}")
+    is_wrong = ~(flat.isfinite() & (flat >= 0))
+    if bool(is_wrong.any()):
+        for start, length in zip(rows.starts, rows.lengths, strict=True):
+            row = slice(start, start + length)
+            for wrong in flat[row][is_wrong[row]].tolist():
+                raise ValueError(f"token_weights: expected finite numbers of at least 0, found {wrong}")
     return weights
 
 

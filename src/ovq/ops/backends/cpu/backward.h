@@ -166,9 +166,10 @@ static void rewind_chunk(const Call *call, const Chunk *chunk, int64_t row, int6
     if (call->merged_slot) part_slots(call, chunk, head, &sums, &deposits, dictionary);
 }
 
-/* sums [n] += the gradients of the scores of a query. */
-INLINE void add_gradients(const float *grads, int64_t n, float *sums) {
-    for (int64_t j = 0; j < n; j += VL) store(sums + j, load(sums + j) + load(grads + j));
+/* sums [n] += the gradients of the scores of `num` queries. */
+static void add_gradients(const float *grads, int64_t num, int64_t n, float *sums) {
+    for (int64_t t = 0; t < num; t++)
+        for (int64_t j = 0; j < n; j += VL) store(sums + j, load(sums + j) + load(grads + t * SLOTS + j));
 }
 
 /* One tile of queries with one tile of slots or tokens: `start` is the queries' place among those of the chunk,
@@ -189,8 +190,8 @@ static void backward_tile(const Call *call, const Rows *rows, int64_t n, int64_t
             store(probs + j, prob);
             store(grads + j, prob * (load(grads + j) - inner));
         }
-        if (share->sums) add_gradients(grads + t * SLOTS, n, share->sums);
     }
+    if (share->sums) add_gradients(grads, num, n, share->sums);
     product(n, value_width, num, probs, 1, SLOTS, grad_o, NR, value_width, share->grad_v, value_width, share->grad_v,
             value_width);
     product(n, key_width, num, grads, 1, SLOTS, queries, NR, key_width, share->grad_k, key_width, share->grad_k,
