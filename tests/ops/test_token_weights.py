@@ -13,8 +13,8 @@ from tests.ops.test_memory_options import each_merge, token_weights
 
 pytestmark = pytest.mark.skipif(not CPU, reason="no compiled kernels")
 
-# batch, length, heads, kv_heads, key_dim, value_dim, num_slots, chunk_size: odd sizes; chunks and dictionaries
-# wider than a tile of the products; a dictionary of one slot, and one larger than the input.
+# batch, length, heads, kv_heads, key_dim, value_dim, num_slots, chunk_size: odd sizes; chunks and
+# dictionaries wider than a tile of the products; a dictionary of one slot, and one larger than the input.
 SHAPES = [
     (2, 37, 4, 2, 7, 3, 5, 7),
     (1, 140, 2, 1, 33, 20, 50, 60),

@@ -8,8 +8,8 @@ from typing import Any
 from ovq.ops.options import BEST_MERGE
 
 TO_TRAIN: dict[str, Any] = {"merge": "existing", "init": "novelty", "rate": "count", "merge_gate": False}
-"""Fields of `OVQConfig` while a model is trained. The merge gate has paid on one seed of one task, and no more is
-known of it (docs/results.md, section 7)."""
+"""Fields of `OVQConfig` while a model is trained. The merge gate has paid on one seed of one task, and no
+more is known of it (docs/results.md, section 7)."""
 
 TO_ASK: dict[str, Any] = {"merge": BEST_MERGE}
 """Arguments of `set_merge` once it is trained: the weights stay what they are."""
