@@ -43,6 +43,12 @@ class Examples(griffe.Extension):
         obj.docstring.value = text
 
 
+def on_config(config: Any) -> Any:
+    """The address of the site, which its map and the page for missing pages need: that of who builds it."""
+    config.site_url = os.environ.get("SITE_URL") or None
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are not in docs/."""
     for name, source in _PAGES.items():

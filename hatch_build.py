@@ -1,4 +1,9 @@
-"""What the build of a wheel does beyond packing files: it compiles the CPU kernels, if it is asked to.
+"""What a build does beyond packing files: addresses of the project and compiled CPU kernels, if asked for.
+
+    OVQ_REPOSITORY=OWNER/NAME python -m build
+
+writes the addresses of that repository on GitHub into the metadata, and has the links of the README lead
+there; the workflows name the repository they run in. No address stands in the files: a fork changes nothing.
 
     OVQ_BUILD_KERNELS=1 python -m build --wheel
 
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import sysconfig
 import tempfile
@@ -20,9 +26,33 @@ from types import ModuleType
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 _SWITCH = "OVQ_BUILD_KERNELS"
 _FOLDER = "ovq/ops/backends/cpu"
+_REPOSITORY = "OVQ_REPOSITORY"
+_PAPER = "https://arxiv.org/abs/2602.03922"
+
+
+class AddressesHook(MetadataHookInterface):
+    """Says in the metadata where the project is, and shows the README as the package index needs it."""
+
+    PLUGIN_NAME = "custom"
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Set `urls` and `readme`; `version` is known.
+
+        Raises:
+            ValueError: if `OVQ_REPOSITORY` is not of the form OWNER/NAME.
+        """
+        repository = os.environ.get(_REPOSITORY, "").strip()
+        if repository and re.fullmatch(r"[\w.-]+/[\w.-]+", repository) is None:
+            raise ValueError(f"{_REPOSITORY}: expected OWNER/NAME, found {repository!r}")
+        text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+        if repository:
+            text = _with_absolute_links(text, repository, f"v{metadata['version']}")
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}
+        metadata["urls"] = {**(_urls(repository) if repository else {}), "Paper": _PAPER}
 
 
 class KernelsHook(BuildHookInterface):
@@ -79,3 +109,23 @@ def _compiler_module(root: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _urls(repository: str) -> dict[str, str]:
+    """What the package index shows beside the README."""
+    owner, _, name = repository.partition("/")
+    page = f"https://github.com/{repository}"
+    return {
+        "Repository": page,
+        "Documentation": f"https://{owner}.github.io/{name}/",
+        "Changelog": f"{page}/blob/main/CHANGELOG.md",
+        "Issues": f"{page}/issues",
+    }
+
+
+def _with_absolute_links(text: str, repository: str, tag: str) -> str:
+    """The index resolves no relative links: pictures are shown, documents linked as at the version."""
+    picture = rf"![\1](https://raw.githubusercontent.com/{repository}/{tag}/\2)"
+    text = re.sub(r"!\[([^\]]*)\]\((?!https?://)([^)#]+)\)", picture, text)
+    document = rf"[\1](https://github.com/{repository}/blob/{tag}/\2)"
+    return re.sub(r"(?<!!)\[([^\]]*)\]\((?!https?://|#)([^)]+)\)", document, text)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # What nobody runs the library with: the linters, and what builds the package.
-TOOLS = {"ruff", "mypy", "hatchling", "hatch-fancy-pypi-readme"}
+TOOLS = {"ruff", "mypy", "hatchling"}
 # Its builds of that time go with other builds of torch.
 ALONE = {"triton"}
 

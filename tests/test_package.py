@@ -1,7 +1,10 @@
 """What the package says of itself: one version, links that work on the index, versions of Python."""
 
 import re
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -11,6 +14,7 @@ import ovq
 tomllib = pytest.importorskip("tomllib")
 
 ROOT = Path(__file__).parents[1]
+PUBLISHED = ("pyproject.toml", "CITATION.cff", "mkdocs.yml", "README.md", "SECURITY.md")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -20,18 +24,55 @@ def test_every_place_names_the_same_version():
     assert "version" in PROJECT["project"]["dynamic"], "pyproject.toml reads it from src/ovq/__init__.py"
 
 
-def test_links_of_the_readme_are_absolute_on_the_package_index():
+@pytest.fixture
+def metadata_of(monkeypatch):
+    """What hatch_build.py says of the package, for a repository or none; hatchling need not be installed."""
+    for name, base in (
+        ("hatchling.builders.hooks.plugin.interface", "BuildHookInterface"),
+        ("hatchling.metadata.plugin.interface", "MetadataHookInterface"),
+    ):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**{base: object}))
+    names = runpy.run_path(str(ROOT / "hatch_build.py"))
+
+    def metadata(repository):
+        monkeypatch.setenv("OVQ_REPOSITORY", repository)
+        hook = names["AddressesHook"]()
+        hook.root = str(ROOT)
+        found = {"version": "1.2.3"}
+        hook.update(found)
+        return found
+
+    return metadata
+
+
+def test_links_of_the_readme_are_absolute_on_the_package_index(metadata_of):
     text = (ROOT / "README.md").read_text()
     relative = re.findall(r"\]\((?!https?://|#)([^)]+)\)", text)
     assert len(relative) > 10
     assert [name for name in relative if not (ROOT / name.partition("#")[0]).is_file()] == []
-    for rule in PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
-        text = re.sub(rule["pattern"], rule["replacement"], text)
-    assert re.findall(r"\]\((?!https?://|#)([^)]+)\)", text) == []
-    pages = [name for name in relative if name.endswith(".md")]
-    assert all(f"/blob/v$HFPR_VERSION/{name})" in text for name in pages)
-    # A picture has to be the file itself, not the page around it.
-    assert re.search(r"!\[[^]]*\]\(https://raw\.\S+/v\$HFPR_VERSION/docs/results/\S+\.png\)", text)
+    shown = metadata_of("somebody/a-fork")["readme"]["text"]
+    assert re.findall(r"\]\((?!https?://|#)([^)]+)\)", shown) == []
+    for name in relative:
+        # A picture has to be the file itself, not the page around it.
+        kind = "" if name.endswith(".png") else "blob/"
+        host = "github.com" if kind else "raw.githubusercontent.com"
+        assert f"](https://{host}/somebody/a-fork/{kind}v1.2.3/{name})" in shown
+    assert metadata_of("")["readme"]["text"] == text
+
+
+def test_addresses_are_those_of_the_repository_that_builds(metadata_of):
+    urls = metadata_of("somebody/a-fork")["urls"]
+    assert urls["Repository"] == "https://github.com/somebody/a-fork"
+    assert urls["Documentation"] == "https://somebody.github.io/a-fork/"
+    assert list(metadata_of("")["urls"]) == ["Paper"]
+    with pytest.raises(ValueError, match="OVQ_REPOSITORY: expected OWNER/NAME, found 'somebody'"):
+        metadata_of("somebody")
+    # Nothing is left to be filled in by hand, and the workflows name the repository they run in.
+    assert set(PROJECT["project"]["dynamic"]) == {"version", "readme", "urls"}
+    assert not re.search(r"\bOWNER\b", "".join((ROOT / name).read_text() for name in PUBLISHED))
+    wheels = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())
+    assert wheels["env"]["OVQ_REPOSITORY"] == "${{ github.repository }}"
+    assert PROJECT["tool"]["cibuildwheel"]["linux"]["environment-pass"] == ["OVQ_REPOSITORY"]
 
 
 def test_python_versions_that_are_named_are_tested():
