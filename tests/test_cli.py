@@ -287,7 +287,8 @@ def test_the_version_is_printed(capsys):
     [
         ("tarin", "No such command 'tarin'"),
         ("train", "expected a recipe, or --resume, found neither"),
-        ("train recall", "recipe: expected one of recall-ovq, recall-full, recall-sliding, "),
+        ("train recall", "recipe: expected a task (recall, positional, regression, mqar, lm, "),
+        ("train recal-ovq", "with - between them, found 'recal-ovq'; did you mean 'recall-ovq'?"),
         ("train recall-ovq --set train.step=3", "expected one of the fields"),
         ("train recall-ovq --set model.mixer_types=ovk --out {tmp}/x", "ovk"),
         (
@@ -345,7 +346,7 @@ def test_the_version_is_printed(capsys):
         ("generate --model {trained} --prompt 1 --merge best", "--merge: expected rules among existing"),
         ("context build --model {trained} --text - --out {tmp}/x --merge best", "--merge: expected rules"),
         ("eval harness --model {trained} --tasks x --merge best", "--merge: expected rules among existing"),
-        ("memory --config nothing", "recipe: expected one of"),
+        ("memory --config nothing", "--config: expected a folder or a recipe: a task (recall, "),
         ("memory --config {tmp}", "found no config.json in it"),
         ("memory --config recall-full --num-slots 8", "expected a model with 'ovq' layers"),
         ("demo --seed -1", "--seed"),
@@ -369,7 +370,7 @@ def test_an_error_of_several_lines_is_joined(monkeypatch, capsys):
 
 def test_errors_can_be_traced(monkeypatch):
     monkeypatch.setenv("OVQ_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="recipe: expected"):
+    with pytest.raises(ValueError, match="--config: expected"):
         main(["memory", "--config", "nothing"])
 
 

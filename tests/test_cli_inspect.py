@@ -94,7 +94,7 @@ def test_help_shows_an_example(capsys):
         ("--prompt 1 --layer 0", "--layer: expected an OVQ layer, one of [1], found 0"),
         ("--prompt 1 --head 2", "--head: expected 0 to 1, found 2"),
         ("--prompt 1 --merge word", "--merge: expected rules among existing"),
-        ("--prompt 1 --merge ward,existing", "--merge: expected one rule, found 'ward,existing'"),
+        ("--prompt 1 --merge ward,existing", "--merge: expected rules among existing"),
         ("--prompt 1 --out {tmp}", "--out: expected a file in a folder that exists"),
         ("--prompt 1 --figures {tmp}/file", "--figures: expected a folder, found a file"),
         ("--prompt 1 --max-tokens 20000", "--max-tokens"),

@@ -66,7 +66,8 @@ def test_a_process_serves_until_it_is_told_to_end(folder):
         (["--context", "a={folder}/config.json"], "config.json: expected a saved context"),
         (["--context", "a={book}", "--context", "a={book}"], "context 'a': expected a new name"),
         (["--api-key-file", "{folder}/empty"], "expected a key of ASCII characters without spaces"),
-        (["--timeout", "0"], "request_seconds: expected more than 0, found 0.0"),
+        (["--timeout", "0"], "--timeout: expected more than 0, found 0.0"),
+        (["--merge", "best"], "--merge: expected rules among existing"),
         (["--host", "192.0.2.1"], "can listen on, found 192.0.2.1:0"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -84,6 +85,24 @@ def test_what_cannot_be_served_is_refused_in_one_line(folder, capsys, options, e
     error = capsys.readouterr().err
     assert expected in error
     assert len(error.splitlines()) == 1
+
+
+def test_contexts_of_another_rule_are_served_by_that_rule(folder, tmp_path, capsys, monkeypatch):
+    from ovq.cli import main
+
+    model = make_model()
+    model.set_merge("ward-sqrt")
+    save_context(build_context(model, DOCUMENT), tmp_path / "book.ctx")
+    services = []
+    monkeypatch.setattr("ovq.cli.serve._run", lambda service, *_, **__: services.append(service))
+    command = ["serve", "--port", "0", "--model", str(folder), "--context", str(tmp_path / "book.ctx")]
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--merge", "ward-sqrt"])
+    assert not end.value.code
+    assert services[0].contexts.get("book").num_tokens == len(DOCUMENT)
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "expected a context made with merge='existing'" in capsys.readouterr().err
 
 
 def test_a_converted_model_is_served_with_its_contexts(tmp_path, capsys, monkeypatch):

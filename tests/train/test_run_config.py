@@ -253,7 +253,7 @@ def test_there_is_no_recipe_for_an_unknown_task():
 
 
 def test_unknown_recipes_are_refused_with_those_there_are():
-    with pytest.raises(ValueError, match=r"recipe: expected one of recall-ovq, .*, found 'recall'"):
+    with pytest.raises(ValueError, match=r"recipe: expected a task \(recall, .*\(ovq, .*, found 'recall'"):
         get_recipe("recall")
 
 

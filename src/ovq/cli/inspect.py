@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ovq.cli import dictionaries
 from ovq.cli.common import encode, out_console
 from ovq.cli.loading import check_model_folder, load_config, load_model, load_tokenizer
 
@@ -35,17 +36,8 @@ def inspect(
     figures: Annotated[
         Path | None, typer.Option(help="Folder for figures as PNG, for papers.", show_default=False)
     ] = None,
-    num_slots: Annotated[
-        int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
-    ] = None,
-    merge: Annotated[
-        str | None,
-        typer.Option(
-            help="Another rule of keeping the dictionary, on the same weights: existing (the paper's), "
-            "updated, ward, ward-sqrt.",
-            show_default=False,
-        ),
-    ] = None,
+    num_slots: dictionaries.Size = None,
+    merge: dictionaries.Rule = None,
     layer: Annotated[
         int | None,
         typer.Option(min=0, help="Layer to show first, and in figures; the highest OVQ layer if not given."),
@@ -58,8 +50,7 @@ def inspect(
         int, typer.Option(min=1, max=64, help="How many of the weights of each query to keep.")
     ] = 8,
 ) -> None:
-    """Let a model read a text, and show what its dictionaries keep exactly, what they blur, and what each
-    token reads.
+    """Let a model read a text, and show what its dictionaries keep exactly, what they blur, what is read.
 
     The page is one file and needs no network: open it in a browser. It shows the first --max-tokens tokens.
 
@@ -74,7 +65,7 @@ def inspect(
     _check_place("--out", out)
     if figures is not None and figures.exists() and not figures.is_dir():
         raise ValueError(f"--figures: expected a folder, found a file: {figures}")
-    rule = None if merge is None else _rule(merge)
+    dictionaries.check_rule(merge)
     given = prompt if prompt is not None else sys.stdin.read() if text == "-" else Path(str(text)).read_text()
     if figures is not None:
         # Before the reading: an extra that is missing must not cost it.
@@ -85,9 +76,7 @@ def inspect(
     from ovq.runtime.progress import Reporter
 
     _check_view(load_config(model), layer, head)
-    loaded, tokenizer = load_model(model, num_slots=num_slots), load_tokenizer(model)
-    if rule is not None:
-        loaded.set_merge(rule)
+    loaded, tokenizer = load_model(model, num_slots=num_slots, merge=merge), load_tokenizer(model)
     flag = "--prompt" if prompt is not None else "--text"
     ids = encode(given, tokenizer, vocab_size=loaded.config.vocab_size, flag=flag)
     name = "prompt" if text is None else "standard input" if text == "-" else Path(text).name
@@ -138,16 +127,6 @@ def _check_view(config: OVQConfig, layer: int | None, head: int) -> None:
         raise ValueError(f"--layer: expected an OVQ layer, one of {layers}, found {layer}")
     if head >= config.num_attention_heads:
         raise ValueError(f"--head: expected 0 to {config.num_attention_heads - 1}, found {head}")
-
-
-def _rule(name: str) -> str:
-    """A rule of keeping the dictionary by its name."""
-    from ovq.cli import dictionaries
-
-    rules = dictionaries.parse(None, [name])["merges"]
-    if len(rules) != 1:
-        raise ValueError(f"--merge: expected one rule, found {name!r}")
-    return rules[0]
 
 
 def _table(found: InspectedText) -> Table:

@@ -52,7 +52,11 @@ def _load_config(name: str) -> Any:
         return load_config(Path(name))
     from ovq.train.recipes import get_recipe
 
-    recipe = get_recipe(name)
+    try:
+        recipe = get_recipe(name)
+    except ValueError as error:
+        what = str(error).removeprefix("recipe: expected ")
+        raise ValueError(f"--config: expected a folder or a recipe: {what}") from error
     from ovq.train.loop import model_config
 
     return model_config(recipe)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ovq.cli import dictionaries
 from ovq.cli.loading import check_generating_folder, load_generating_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
 
@@ -59,9 +60,8 @@ def serve(
     shutdown_seconds: Annotated[
         int, typer.Option(min=0, help="Seconds that running answers get when the server is told to end.")
     ] = 30,
-    num_slots: Annotated[
-        int | None, typer.Option(min=1, help="Another size of the dictionary.", show_default=False)
-    ] = None,
+    num_slots: dictionaries.Size = None,
+    merge: dictionaries.Rule = None,
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help='Seed of the slots, in models with init="random".')
     ] = 0,
@@ -74,6 +74,9 @@ def serve(
 
     Ctrl-C or SIGTERM lets running answers end first. See docs/serving.md.
     """
+    dictionaries.check_rule(merge)
+    if not timeout > 0:
+        raise ValueError(f"--timeout: expected more than 0, found {timeout}")
     check_generating_folder(model)
     files = [_named(given) for given in context or []]
     key = _api_key(api_key_file)
@@ -103,7 +106,7 @@ def serve(
         set_seed(seed)
         service = Service(
             name=name or model.resolve().name,
-            served=served(load_generating_model(model, num_slots=num_slots)),
+            served=served(load_generating_model(model, num_slots=num_slots, merge=merge)),
             tokenizer=load_tokenizer(model),
             limits=limits,
         )

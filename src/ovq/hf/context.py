@@ -372,7 +372,8 @@ def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[s
     # A file that is older than a field was made with what is now the field's default.
     defaults = {field.name: field.default for field in dataclasses.fields(OVQConfig) if field.name in own}
     other = defaults | _config_fields(where, found)
-    for name in sorted(own.keys() | other.keys()):
+    # What differs because `merge` does would puzzle a user who set that alone.
+    for name in sorted(own.keys() | other.keys(), key=lambda name: (name == "growth", name)):
         if own.get(name) != other.get(name):
             raise ValueError(
                 f"{where}: expected a context made with {name}={own.get(name)!r}, as the model has, "

@@ -323,14 +323,16 @@ def get_recipe(name: str) -> RunConfig:
     """The recipe of this name.
 
     Raises:
-        ValueError: If there is none; lists those there are.
+        ValueError: If there is none; lists what names are made of.
 
     Example:
         >>> get_recipe("recall-ovq").model.mixer_types
         ('sliding_attention', 'ovq')
     """
     if name not in RECIPES:
+        # Their products are too many to be read.
         raise ValueError(
-            f"recipe: expected one of {', '.join(RECIPES)}, found {name!r}{did_you_mean(name, RECIPES)}"
+            f"recipe: expected a task ({', '.join(_BUILDERS)}) and a mixer ({', '.join(_MIXERS)}) with - "
+            f"between them, found {name!r}{did_you_mean(name, RECIPES)}"
         )
     return RECIPES[name]
