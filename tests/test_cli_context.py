@@ -86,9 +86,8 @@ def test_another_rule_is_part_of_the_context(capsys, model, text, tmp_path):
     out = tmp_path / "book.ctx"
     build(capsys, model, text, out, "--merge", "ward-sqrt")
     command = ["generate", "--model", model, "--prompt", "7 8"]
-    # The growth of the rule is the first field that differs.
     line = fail(capsys, *command, "--context", out)
-    assert "growth='plateau', as the model has, found growth='immediate'" in line
+    assert "merge='existing', as the model has, found merge='ward-sqrt'" in line
     rule = ["--merge", "ward-sqrt"]
     expected = run(capsys, *command[:4], f"{DOCUMENT} 7 8", *rule)
     assert run(capsys, *command, "--context", out, *rule) == expected

@@ -1,5 +1,7 @@
 """`ovq convert`, and `ovq generate` and `ovq context` with what it writes."""
 
+import json
+
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,6 +31,9 @@ def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted
     model, book = converted / "converted", tmp_path / "book.ctx"
     (tmp_path / "book.txt").write_text(DOCUMENT)
     run(capsys, "context", "build", "--model", model, "--text", tmp_path / "book.txt", "--out", book)
+    info = json.loads(run(capsys, "context", "info", book, "--json"))
+    assert (info["num_tokens"], [layer["num_slots"] for layer in info["layers"]]) == (89, [16, 16])
+    assert "16 of 16" in run(capsys, "context", "info", book)
     for options in ([], ["--num-beams", 2]):
         command = ["generate", "--model", model, "--max-new-tokens", 5, *options]
         after = run(capsys, *command, "--context", book, "--prompt", "5 40 1")

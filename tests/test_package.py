@@ -75,6 +75,12 @@ def test_addresses_are_those_of_the_repository_that_builds(metadata_of):
     assert PROJECT["tool"]["cibuildwheel"]["linux"]["environment-pass"] == ["OVQ_REPOSITORY"]
 
 
+def test_the_guide_to_installation_names_every_extra():
+    text = (ROOT / "docs" / "install.md").read_text()
+    named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", text, flags=re.MULTILINE)))
+    assert set(PROJECT["project"]["optional-dependencies"]) <= set(named)
+
+
 def test_python_versions_that_are_named_are_tested():
     named = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["project"]["classifiers"]))
     tests = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from ovq.convert import build_context, load_context, save_context
+from ovq.convert import build_context, context_info, load_context, save_context
 from ovq.hf.streaming import stream_tokens
 from tests.convert.common import converted, tokens
 
@@ -38,6 +39,20 @@ def test_contexts_are_only_for_the_model_and_memory_that_made_them(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="expected a context of a converted model"):
         load_context(path, model)
+
+
+def test_a_file_tells_what_it_holds_without_the_model(tmp_path):
+    context = build_context(converted(), tokens(70))
+    save_context(context, tmp_path / "book.ctx")
+    info = context_info(tmp_path / "book.ctx")
+    assert (info.num_tokens, info.config, info.dtype) == (70, converted().memory_config, "torch.float32")
+    assert sum(info.layer_bytes) == info.nbytes
+    # Behind 2 sinks, 8 of 68 tokens at a time are merged once a window of 16 is full; one head has no slots.
+    assert [int(counts.sum()) for counts in info.counts] == [56, 2 * 56]
+    assert [len(counts) for counts in info.counts] == [16, 8 + 16]
+    save_file({}, tmp_path / "other.ctx", metadata={"format": "ovq-converted-context", "version": "2"})
+    with pytest.raises(ValueError, match=r"other\.ctx: expected version '1', found '2'"):
+        context_info(tmp_path / "other.ctx")
 
 
 def test_a_context_has_constant_bytes():

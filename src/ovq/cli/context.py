@@ -16,6 +16,8 @@ from ovq.cli.loading import check_generating_folder, is_converted, load_generati
 from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
+    from ovq.convert import ConvertedContextInfo
+    from ovq.hf import ContextInfo
     from ovq.ops import OVQState
 
 app = typer.Typer(help="Read a document once and continue from it any number of times.", no_args_is_help=True)
@@ -92,15 +94,20 @@ def info(
 
     Example: [bold]ovq context info book.ctx[/bold]
     """
-    from ovq.hf import context_info
-    from ovq.ops import OVQState
+    from ovq.convert.context import FORMAT as CONVERTED
+    from ovq.ops.serialization import format_of
 
-    found = context_info(file)
-    layers: list[dict[str, Any]] = [
-        {"layer": i, "mixer": name, "memory": layer.memory.kind, "bytes": layer.nbytes}
-        | (_summary(layer.state) if isinstance(layer.state, OVQState) else {})
-        for i, (name, layer) in enumerate(zip(found.config.mixer_types, found.cache.layers, strict=True))
-    ]
+    found: Any
+    if format_of(file) == CONVERTED:
+        from ovq.convert import context_info as converted_info
+
+        found = converted_info(file)
+        layers = _converted_layers(found)
+    else:
+        from ovq.hf import context_info
+
+        found = context_info(file)
+        layers = _layers(found)
     if json_:
         fields = {
             "file": str(file),
@@ -137,14 +144,44 @@ def info(
                 f"{layer['num_open']} of {layer['num_slots']}",
                 f"{layer['largest_count']}",
                 f"{layer['single_share']:.0%}",
-                f"{layer['effective_slots']:.1f}",
             ]
+        if "effective_slots" in layer:
+            cells.append(f"{layer['effective_slots']:.1f}")
         table.add_row(*cells)
     out_console.print(table)
     out_console.print(
         f"Of a model in {found.dtype.removeprefix('torch.')} with weights of SHA-256 {found.weights}.",
         soft_wrap=True,
     )
+
+
+def _layers(found: ContextInfo) -> list[dict[str, Any]]:
+    """What each layer of a model of this library keeps."""
+    from ovq.ops import OVQState
+
+    return [
+        {"layer": i, "mixer": name, "memory": layer.memory.kind, "bytes": layer.nbytes}
+        | (_summary(layer.state) if isinstance(layer.state, OVQState) else {})
+        for i, (name, layer) in enumerate(zip(found.config.mixer_types, found.cache.layers, strict=True))
+    ]
+
+
+def _converted_layers(found: ConvertedContextInfo) -> list[dict[str, Any]]:
+    """What each layer of a converted model keeps, its heads together, as budgets of heads differ."""
+    rows = zip(found.counts, found.config.num_slots, found.layer_bytes, strict=True)
+    return [
+        {
+            "layer": i,
+            "mixer": "converted",
+            "memory": "slots, windows and sinks",
+            "bytes": nbytes,
+            "num_open": len(counts),
+            "num_slots": sum(slots),
+            "largest_count": int(max(counts, default=0)),
+            "single_share": float((counts == 1).sum()) / max(1, len(counts)),
+        }
+        for i, (counts, slots, nbytes) in enumerate(rows)
+    ]
 
 
 def _summary(state: OVQState) -> dict[str, Any]:

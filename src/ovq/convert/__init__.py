@@ -12,7 +12,13 @@ from ovq.convert.adapt import PRESETS, AdaptProgress, AdaptSettings, adapt
 from ovq.convert.attach import ConvertedMixin, attach
 from ovq.convert.cache import MemoryCache
 from ovq.convert.config import MemoryConfig
-from ovq.convert.context import build_context, load_context, save_context
+from ovq.convert.context import (
+    ConvertedContextInfo,
+    build_context,
+    context_info,
+    load_context,
+    save_context,
+)
 from ovq.convert.probe import Option, Probe, default_options, probe
 from ovq.convert.saving import load
 
@@ -20,6 +26,7 @@ __all__ = [
     "PRESETS",
     "AdaptProgress",
     "AdaptSettings",
+    "ConvertedContextInfo",
     "ConvertedMixin",
     "MemoryCache",
     "MemoryConfig",
@@ -28,6 +35,7 @@ __all__ = [
     "adapt",
     "attach",
     "build_context",
+    "context_info",
     "default_options",
     "load",
     "load_context",

@@ -10,6 +10,7 @@ The functions are those of `ovq.hf.context`, for models of `attach`:
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ovq.convert.cache import MemoryCache
+from ovq.convert.config import MemoryConfig
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.context import (
     Context,
@@ -160,6 +162,63 @@ def load_context(path: str | os.PathLike, model: Any) -> ConvertedContext:
             raise ValueError(f"{path}: layer {i}: expected tensors {wanted}, found {found}")
         layer.restore(layer_tensors, num_tokens)
     return ConvertedContext(model=model, num_tokens=num_tokens, fingerprint=own, _cache=cache)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ConvertedContextInfo:
+    """What a saved context of a converted model is and holds.
+
+    Attributes:
+        num_tokens: tokens of the document.
+        nbytes: bytes of all tensors.
+        dtype: of the model.
+        weights: SHA-256 of the model's weights.
+        config: the memory of the model.
+        counts: per layer, how many tokens each slot in use holds, those of all its heads one after the other.
+        layer_bytes: per layer, the bytes of its tensors.
+    """
+
+    num_tokens: int
+    nbytes: int
+    dtype: str
+    weights: str
+    config: MemoryConfig
+    counts: list[Tensor]
+    layer_bytes: list[int]
+
+
+def context_info(path: str | os.PathLike) -> ConvertedContextInfo:
+    """Read a context without its model, to see what it is and what it holds.
+
+    Raises:
+        ValueError: a missing or damaged file, or a file of another kind.
+    """
+    what = "a context of a converted model"
+    metadata, tensors = read_file(path, what=what, file_format=FORMAT, version=VERSION)
+    num_tokens = positive_int(path, metadata, "num_tokens")
+    check_content(path, metadata, tensors)
+    try:
+        config = MemoryConfig.from_dict(json.loads(metadata.get("config", "")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected the config of a memory, found another ({error})") from error
+    layers = [
+        {name: tensor for name, tensor in tensors.items() if name.startswith(f"layers.{i}.")}
+        for i in range(config.num_layers)
+    ]
+    # Heads of the same budget share a tensor.
+    counts = [
+        torch.cat([torch.zeros(0), *(t.flatten() for name, t in layer.items() if name.endswith(".count"))])
+        for layer in layers
+    ]
+    return ConvertedContextInfo(
+        num_tokens=num_tokens,
+        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+        dtype=metadata.get("dtype", ""),
+        weights=metadata.get("weights", ""),
+        config=config,
+        counts=[count[count > 0] for count in counts],
+        layer_bytes=[sum(tensor.nbytes for tensor in layer.values()) for layer in layers],
+    )
 
 
 def fingerprint(model: Any) -> dict[str, str]:

@@ -97,6 +97,18 @@ def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata:
             raise OSError(f"{path}: cannot be written ({error})") from error
 
 
+def format_of(path: str | os.PathLike) -> str | None:
+    """The `format` that the metadata of a safetensors file names; None where there is none.
+
+    What is wrong with the file is said by `read_file`.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return (file.metadata() or {}).get("format")
+    except (OSError, SafetensorError):
+        return None
+
+
 def read_file(
     path: str | os.PathLike, *, what: str, file_format: str, version: str, or_version: str | None = None
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
