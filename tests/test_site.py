@@ -32,9 +32,9 @@ def test_every_page_is_in_the_menu_once():
 
 
 def text_of(path):
-    """A page's text, or that of the text cells of a notebook."""
+    """A page's text without its programs, or that of the text cells of a notebook."""
     if path.suffix != ".ipynb":
-        return path.read_text()
+        return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     cells = json.loads(path.read_text())["cells"]
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
