@@ -26,6 +26,7 @@ def test_recipes_train_as_recommended():
 def test_a_model_is_trained_by_one_rule_and_asked_by_another(tmp_path):
     config = OVQConfig.recommended(**SIZES)
     assert (config.num_slots, config.merge, config.growth) == (6, "existing", "plateau")
+    assert config.merge_gate
     model = OVQForCausalLM(config)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.ask_as_recommended()
@@ -35,11 +36,14 @@ def test_a_model_is_trained_by_one_rule_and_asked_by_another(tmp_path):
     assert OVQForCausalLM.from_pretrained(tmp_path).config.merge == "ward-sqrt"
 
 
-@pytest.mark.parametrize("field", ["merge", "merge_gate"])
-def test_the_recommended_config_is_refused_with_other_options(field):
-    value = {"merge": "ward", "merge_gate": True}[field]
-    with pytest.raises(ValueError, match=rf"{field}: expected .*, as is recommended, .* found {value!r}"):
-        OVQConfig.recommended(**SIZES, **{field: value})
+def test_the_recommended_config_is_refused_with_another_rule():
+    with pytest.raises(ValueError, match="merge: expected 'existing', as is recommended, .* found 'ward'"):
+        OVQConfig.recommended(**SIZES, merge="ward")
+
+
+def test_the_merge_gate_may_be_left_out():
+    config = OVQConfig.recommended(**SIZES, merge_gate=False)
+    assert (config.merge_gate, config.merge) == (False, "existing")
 
 
 def test_a_model_without_slots_cannot_be_asked_so():

@@ -198,11 +198,13 @@ class OVQConfig(PreTrainedConfig):
     def recommended(cls, **fields: Any) -> "OVQConfig":
         """The config to train a new model with: of all OVQ layers that were measured, what recalls most.
 
-        Its dictionary is kept by the paper's rule while it is trained. Once it is,
-        `OVQForCausalLM.ask_as_recommended` has it kept by the rule that recalls most (docs/training.md).
+        Its dictionary is kept by the paper's rule while it is trained, and a merge gate says what tokens count
+        for in it. Once it is trained, `OVQForCausalLM.ask_as_recommended` has the dictionary kept by the rule
+        that recalls most (docs/training.md).
 
         Args:
-            fields: all other fields, such as sizes.
+            fields: all other fields, such as sizes. `merge_gate=False` leaves the gate out, as for a GPU, for
+                which it has no kernels.
 
         Raises:
             ValueError: as for `OVQConfig`, or if a field that this is about is given another value.
@@ -210,7 +212,7 @@ class OVQConfig(PreTrainedConfig):
         Example:
             >>> config = OVQConfig.recommended(num_hidden_layers=2, hidden_size=64, num_attention_heads=2)
             >>> config.merge, config.merge_gate, config.mixer_types
-            ('existing', False, ['sliding_attention', 'ovq'])
+            ('existing', True, ['sliding_attention', 'ovq'])
         """
         return cls(**fields_to_train(fields))
 
