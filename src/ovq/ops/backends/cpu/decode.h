@@ -105,10 +105,11 @@ template <typename T> INLINE void add_values(const float *weights, int64_t n, co
         for (int64_t j = 0; j < n; j++) out[i] += weights[j] * as_float(values[j * dim + i]);
 }
 
-/* Adds `num` rows to the softmax of each query of a group; `count` is NULL for tokens. */
+/* Adds `num` rows to the softmax of each query of a group; `count` is NULL for tokens. Scores of slots of several tokens
+   are multiplied by `temperature` [group], and get `bias` [group] added, where these are not NULL. */
 template <typename T>
 static void absorb(const Decode *call, const float *queries, const T *keys, const T *values, const int64_t *count,
-                   int64_t num, Softmax *softmax) {
+                   int64_t num, Softmax *softmax, const float *temperature = nullptr, const float *bias = nullptr) {
     float scores[READ_AT_ONCE], counts[READ_AT_ONCE];
     const int64_t dim = call->value_dim;
     for (int64_t first = 0; first < num; first += READ_AT_ONCE) {
@@ -116,6 +117,11 @@ static void absorb(const Decode *call, const float *queries, const T *keys, cons
         for (int64_t g = 0; g < call->group_size; g++) {
             Softmax *own = softmax + g;
             score_rows(queries + g * call->key_dim, call->key_dim, keys, count, first, end, scores, counts);
+            for (int64_t j = 0; (temperature || bias) && j < n; j += VL) {
+                const Vector x = load(scores + j);
+                const Vector learned = x * (temperature ? temperature[g] : 1.0f) + (bias ? bias[g] : 0.0f);
+                store(scores + j, load(counts + j) > 1.0f ? learned : x);
+            }
             Vector high = splat(own->best), total = {};
             for (int64_t j = 0; j < n; j += VL) high = higher_of(load(scores + j), high);
             const float best = highest(high);
