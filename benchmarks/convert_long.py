@@ -29,6 +29,7 @@ from ovq.eval.reading import read_pieces, target_losses
 from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
 
+METHODS = ["converted", "full"]
 NUM_GENERATED = 9
 
 
@@ -39,21 +40,24 @@ def main() -> None:
     dtype, length, step = getattr(torch, arguments.dtype), arguments.length, arguments.step
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     text = "\n\n".join(path.read_text() for path in arguments.text)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: length + 1]
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[arguments.start :][: length + 1]
     if len(ids) <= length:
-        raise SystemExit(f"--length: expected at most the {len(ids) - 1} tokens of the text, found {length}")
-    original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
-    full = Reader(original, DynamicCache(config=original.config), arguments.piece)
-    model = load(arguments.converted, dtype=dtype)
-    converted = Reader(model, model.make_cache(), arguments.piece)
+        raise SystemExit(f"--length: expected at most {len(ids) - 1}, as the text has tokens, found {length}")
+    all_readers = {}
+    if "converted" in arguments.methods:
+        model = load(arguments.converted, dtype=dtype)
+        all_readers["converted"] = Reader(model, model.make_cache(), arguments.piece)
+    if "full" in arguments.methods:
+        original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
+        all_readers["full"] = Reader(original, DynamicCache(config=original.config), arguments.piece)
     rows: list[dict[str, Any]] = []
     for start in range(0, length, step):
         end, is_filled = min(start + step, length), start >= arguments.full_length
-        readers = {"converted": converted}
-        if not is_filled or end in arguments.at:
-            readers["full"] = full
+        readers = dict(all_readers)
+        if is_filled and end not in arguments.at:
+            readers.pop("full", None)
         if is_filled and "full" in readers:
-            full.fill(end - arguments.piece)
+            readers["full"].fill(end - arguments.piece)
         for place in range(start, end, arguments.piece):
             for name, reader in readers.items():
                 if name == "converted" or not is_filled or place + arguments.piece >= end:
@@ -85,6 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--converted", required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files, which are joined")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=int, default=0, help="tokens of the text that are left out")
     parser.add_argument("--length", type=int, default=65536)
     parser.add_argument("--step", type=int, default=2048)
     parser.add_argument("--piece", type=int, default=512, help="tokens that are read at a time")
@@ -92,6 +97,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--at", type=int, nargs="+", default=[2048 * 2**i for i in range(6)], help="where both are measured"
     )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
