@@ -2,9 +2,13 @@
 
     python benchmarks/convert_long.py --model DIR --converted DIR --text book.txt --out long.json
 
-Both read the text in pieces of 512 tokens, in turns, and after each `--step` tokens both generate a few
-tokens, in turns as well, so that ratios of times hold on a machine with other work. A row is written after
-each step.
+The converted model reads the whole text in pieces, and a row is written after each `--step` tokens. The
+original reads in turns with it as far as `--full-length`. Beyond that, it is measured at the lengths of
+`--at` alone: its cache is filled with keys and values that it has made, again and again, up to the last piece
+before that length, and that piece is read. Such a row says `is_filled`; its times are those of reading the
+text, since attention takes as long whatever keys hold, and it has no loss. At the same lengths, both generate
+a few tokens, in turns. Times are those of the processor, so that other work on the machine matters
+little.
 """
 
 from __future__ import annotations
@@ -25,12 +29,59 @@ from ovq.eval.reading import read_pieces, target_losses
 from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
 
-PIECE = 512
-NUM_GENERATED = 12
+METHODS = ["converted", "full"]
+NUM_GENERATED = 9
 
 
 def main() -> None:
-    """Read, and write a row after each step."""
+    """Read, and write rows after each step."""
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    dtype, length, step = getattr(torch, arguments.dtype), arguments.length, arguments.step
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    text = "\n\n".join(path.read_text() for path in arguments.text)
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[arguments.start :][: length + 1]
+    if len(ids) <= length:
+        raise SystemExit(f"--length: expected at most {len(ids) - 1}, as the text has tokens, found {length}")
+    all_readers = {}
+    if "converted" in arguments.methods:
+        model = load(arguments.converted, dtype=dtype)
+        all_readers["converted"] = Reader(model, model.make_cache(), arguments.piece)
+    if "full" in arguments.methods:
+        original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
+        all_readers["full"] = Reader(original, DynamicCache(config=original.config), arguments.piece)
+    rows: list[dict[str, Any]] = []
+    for start in range(0, length, step):
+        end, is_filled = min(start + step, length), start >= arguments.full_length
+        readers = dict(all_readers)
+        if is_filled and end not in arguments.at:
+            readers.pop("full", None)
+        if is_filled and "full" in readers:
+            readers["full"].fill(end - arguments.piece)
+        for place in range(start, end, arguments.piece):
+            for name, reader in readers.items():
+                if name == "converted" or not is_filled or place + arguments.piece >= end:
+                    reader.read(ids[place : min(place + arguments.piece, end) + 1])
+        found = {name: {"method": name, "tokens": end, **reader.row()} for name, reader in readers.items()}
+        if is_filled and "full" in found:
+            found["full"] |= {"is_filled": True, "loss": None}
+        if end in arguments.at:
+            times: dict[str, list[float]] = {name: [] for name in readers}
+            for place in range(NUM_GENERATED):
+                for name, reader in readers.items():
+                    times[name].append(reader.decode(ids[place : place + 1], is_first=not place))
+            for name, reader in readers.items():
+                reader.copy = None
+                found[name]["decode_ms"] = round(1000 * statistics.median(times[name]), 1)
+        rows += found.values()
+        about = {name: str(value) for name, value in vars(arguments).items()}
+        about["text"] = " ".join(path.name for path in arguments.text)
+        content = {"about": about | {"environment": environment("cpu")}, "rows": rows}
+        write_atomic(arguments.out, json.dumps(content, indent=1) + "\n")
+        print(*found.values(), sep="\n", flush=True)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,89 +89,67 @@ def main() -> None:
     parser.add_argument("--converted", required=True)
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files, which are joined")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--length", type=int, default=16384)
+    parser.add_argument("--start", type=int, default=0, help="tokens of the text that are left out")
+    parser.add_argument("--length", type=int, default=65536)
     parser.add_argument("--step", type=int, default=2048)
-    parser.add_argument("--full-length", type=int, default=16384, help="where the original stops")
+    parser.add_argument("--piece", type=int, default=512, help="tokens that are read at a time")
+    parser.add_argument("--full-length", type=int, default=8192, help="where the original stops reading")
+    parser.add_argument(
+        "--at", type=int, nargs="+", default=[2048 * 2**i for i in range(6)], help="where both are measured"
+    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    text = "\n\n".join(path.read_text() for path in arguments.text)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[: arguments.length + 1]
-    original = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
-    converted = load(arguments.converted, dtype=dtype)
-    readers = {
-        "full": Reader(original, DynamicCache(config=original.config)),
-        "converted": Reader(converted, converted.make_cache()),
-    }
-    rows: list[dict[str, Any]] = []
-    for start in range(0, len(ids) - 1, arguments.step):
-        if start >= arguments.full_length:
-            readers.pop("full", None)
-        end = min(start + arguments.step, len(ids) - 1)
-        for place in range(start, end, PIECE):
-            for reader in readers.values():
-                reader.read(ids[place : min(place + PIECE, end) + 1])
-        times: dict[str, list[float]] = {name: [] for name in readers}
-        copies = {name: reader.copy() for name, reader in readers.items()}
-        for place in range(NUM_GENERATED):
-            for name, reader in readers.items():
-                times[name].append(reader.decode(ids[place : place + 1], copies[name]))
-        rows += [
-            {
-                "method": name,
-                "tokens": end,
-                **reader.row(),
-                "decode_ms": round(1000 * statistics.median(times[name]), 1),
-            }
-            for name, reader in readers.items()
-        ]
-        about = {name: str(value) for name, value in vars(arguments).items()}
-        content = {"about": about | {"environment": environment("cpu")}, "rows": rows}
-        write_atomic(arguments.out, json.dumps(content, indent=1) + "\n")
-        print(rows[-len(readers) :], flush=True)
+    return parser.parse_args()
 
 
 class Reader:
     """A model with its cache.
 
     Args:
-        model: either kind. cache: its own.
+        model: either kind. cache: its own. piece: tokens that are read at a time.
     """
 
-    def __init__(self, model: Any, cache: Any) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: Any, cache: Any, piece: int) -> None:
+        self.model, self.cache, self.piece = model, cache, piece
+        self.copy: Any = None
         self.losses: list[torch.Tensor] = []
-        self.seconds = 0.0
+        self.seconds, self.num_read = 0.0, 0
 
     def read(self, ids: torch.Tensor) -> None:
         """Read all tokens but the last, each of which predicts the next."""
         begun = time.process_time()
-        [hidden] = read_pieces(self.model, ids[:-1], self.cache, piece_size=PIECE)
+        [hidden] = read_pieces(self.model, ids[:-1], self.cache, piece_size=self.piece)
         self.seconds += time.process_time() - begun
+        self.num_read += len(ids) - 1
         self.losses.append(target_losses(self.model, hidden, ids[1:])[0])
 
-    def copy(self) -> Any:
-        """A copy of the cache."""
-        return self.cache.snapshot() if isinstance(self.cache, MemoryCache) else copy.deepcopy(self.cache)
+    def fill(self, length: int) -> None:
+        """Repeat what the cache of all tokens holds, up to so many tokens."""
+        for layer in self.cache.layers:
+            for name in ("keys", "values"):
+                x = getattr(layer, name)
+                setattr(layer, name, x.repeat(1, 1, -(-length // x.shape[2]), 1)[:, :, :length])
 
     @torch.no_grad()
-    def decode(self, ids: torch.Tensor, cache: Any) -> float:
-        """Seconds for one token."""
+    def decode(self, ids: torch.Tensor, *, is_first: bool) -> float:
+        """Seconds for one token, which a copy of the cache reads."""
+        if is_first:
+            is_constant = isinstance(self.cache, MemoryCache)
+            self.copy = self.cache.snapshot() if is_constant else copy.deepcopy(self.cache)
         begun = time.process_time()
-        self.model(ids[None], past_key_values=cache)
+        self.model(ids[None], past_key_values=self.copy)
         return time.process_time() - begun
 
-    def row(self) -> dict[str, float]:
-        """The mean loss and the seconds since the last row, and the bytes of the cache."""
+    def row(self) -> dict[str, Any]:
+        """The mean loss and the milliseconds per token since the last row, and the bytes of the cache."""
         found = {
             "loss": round(float(torch.cat(self.losses).mean()), 4),
-            "seconds": round(self.seconds, 2),
+            "num_read": self.num_read,
+            "ms_per_token": round(1000 * self.seconds / self.num_read, 3),
             "bytes": num_bytes(self.cache),
         }
-        self.losses, self.seconds = [], 0.0
+        self.losses, self.seconds, self.num_read = [], 0.0, 0
         return found
 
 

@@ -16,7 +16,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from ovq.convert.config import LayerConfig, MemoryConfig
-from ovq.convert.memory import HeadMemory
+from ovq.convert.memory import HeadMemory, advance_compiled, is_compiled
 
 _MARK = "_ovq_memory_layer"
 
@@ -90,14 +90,18 @@ class MemoryLayer(CacheLayerMixin):
             order = (~mask).byte().argsort(dim=-1, stable=True)
             q, k, v = (_take(x, order) for x in (q, k, v))
         per_head = q.shape[1] // self.config.num_kv_heads
-        o = q.new_empty(*q.shape[:3], v.shape[3])
         learned = {"temperature": self.config.slot_temperature, "bias": self.config.slot_bias}
         factors = {
             name: None if x is None else torch.as_tensor(x, device=q.device) for name, x in learned.items()
         }
         if len(self.memories) == 1:
             o = self.memories[0].attend(q, k, v, lengths, **factors)
+        elif is_compiled(self.memories, k, v, q, *factors.values()):
+            o = q.new_zeros(*q.shape[:3], v.shape[3])
+            parts = [(memory, memory.budget.heads) for memory in self.memories]
+            advance_compiled(parts, k, v, lengths, q=q, o=o, **factors)
         else:
+            o = q.new_empty(*q.shape[:3], v.shape[3])
             for memory in self.memories:
                 heads = list(memory.budget.heads)
                 own = [h * per_head + i for h in heads for i in range(per_head)]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ovq.convert.config import Budget
 from ovq.ops.backends.cpu import decode as compiled
-from ovq.ops.backends.cpu.kernels import is_available
+from ovq.ops.backends.cpu.kernels import DTYPES, is_available
+from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
 from ovq.ops.backends.torch.decode import learn_chunk
 from ovq.ops.schedule import grown_slots
 from ovq.ops.state import OVQState, state_dtype
@@ -24,7 +25,7 @@ from ovq.ops.state import OVQState, state_dtype
 # Queries read at a time, which bounds the memory for their scores.
 _QUERIES = 256
 
-_TENSORS = ("recent_keys", "recent_values", "slot_keys", "slot_values", "count", "key_unit")
+_TENSORS = ("recent_keys", "recent_values", "key_sum", "value_sum", "count", "key_unit")
 
 
 class HeadMemory:
@@ -37,8 +38,8 @@ class HeadMemory:
     Attributes:
         recent_keys: `[B, h, S + W, K]` the first S tokens, then the last, in the dtype of the model; row b
             uses the first `filled[b]` places. recent_values: `[B, h, S + W, V]`.
-        slot_keys: `[B, h, N, K]` mean key of each slot, float32 (float64 for float64 models).
-        slot_values: `[B, h, N, V]`.
+        key_sum: `[B, h, N, K]` sum of the keys in each slot, in units of `key_unit`, float32 (float64 for
+            float64 models). value_sum: `[B, h, N, V]` sum of their values.
         count: `[B, h, N]` tokens in each slot.
         key_unit: `[B, h]` the length of keys, as a power of 2, that counts as 1 where the rule compares
             distances; 0 until the first merge.
@@ -52,17 +53,29 @@ class HeadMemory:
         wide = state_dtype(k.dtype)
         for name, x in (("keys", k), ("values", v)):
             setattr(self, f"recent_{name}", x.new_zeros(batch, heads, budget.num_exact, x.shape[3]))
-            slots = x.new_zeros(batch, heads, budget.num_slots, x.shape[3], dtype=wide)
-            setattr(self, f"slot_{name}", slots)
+        for name, x in (("key", k), ("value", v)):
+            sums = x.new_zeros(batch, heads, budget.num_slots, x.shape[3], dtype=wide)
+            setattr(self, f"{name}_sum", sums)
         self.count = k.new_zeros(batch, heads, budget.num_slots, dtype=torch.int64)
         self.key_unit = k.new_zeros(batch, heads, dtype=wide)
         self.filled = [0] * batch
         self.num_merged = [0] * batch
+        self._has_graph = False
 
     recent_keys: Tensor
     recent_values: Tensor
-    slot_keys: Tensor
-    slot_values: Tensor
+    key_sum: Tensor
+    value_sum: Tensor
+
+    @property
+    def slot_keys(self) -> Tensor:
+        """`[B, h, N, K]` mean key of each slot; 0 where there is none."""
+        return self.key_sum / self.count.clamp(min=1)[..., None] * self.key_unit[..., None, None]
+
+    @property
+    def slot_values(self) -> Tensor:
+        """`[B, h, N, V]` mean values, likewise."""
+        return self.value_sum / self.count.clamp(min=1)[..., None]
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, and the numbers of tokens `[B]` as tensors."""
@@ -72,7 +85,7 @@ class HeadMemory:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `tensors` has returned, on the device of this memory."""
         for name in _TENSORS:
-            setattr(self, name, tensors[name].to(self.count.device))
+            setattr(self, name, tensors[name].to(self.count.device).contiguous())
         self.filled, self.num_merged = (tensors[name].tolist() for name in ("filled", "num_merged"))
 
     def clone(self) -> HeadMemory:
@@ -82,6 +95,7 @@ class HeadMemory:
         for name in _TENSORS:
             setattr(other, name, getattr(self, name).clone())
         other.filled, other.num_merged = list(self.filled), list(self.num_merged)
+        other._has_graph = False
         return other
 
     @staticmethod
@@ -92,6 +106,7 @@ class HeadMemory:
             setattr(other, name, torch.cat([getattr(part, name) for part in parts]))
         for name in ("filled", "num_merged"):
             setattr(other, name, [number for part in parts for number in getattr(part, name)])
+        other._has_graph = False
         return other
 
     def select_(self, rows: Tensor) -> None:
@@ -113,6 +128,9 @@ class HeadMemory:
 
     def learn(self, k: Tensor, v: Tensor) -> None:
         """Read tokens `[B, h, T, K]`, `[B, h, T, V]` without queries; rows must have read equally many."""
+        if is_compiled([self], k, v):
+            advance_compiled([(self, range(k.shape[1]))], k, v, [k.shape[2]] * len(k))
+            return
         num_read = 0
         while num_read < k.shape[2]:
             num = min(k.shape[2] - num_read, self.budget.num_exact - self.filled[0])
@@ -140,6 +158,10 @@ class HeadMemory:
                 added to them.
         """
         o = q.new_zeros(*q.shape[:3], v.shape[3])
+        if is_compiled([self], k, v, q, temperature, bias):
+            heads = range(k.shape[1])
+            advance_compiled([(self, heads)], k, v, lengths, q=q, o=o, temperature=temperature, bias=bias)
+            return o
         done = [0] * len(lengths)
         has_graph = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q, k, v, temperature, bias)
@@ -153,6 +175,7 @@ class HeadMemory:
             if has_graph:
                 # What autograd has saved must not change.
                 self.recent_keys, self.recent_values = self.recent_keys.clone(), self.recent_values.clone()
+                self._has_graph = True
             if len({*zip(now, done, self.filled, strict=True)}) == 1:
                 part = slice(done[0], done[0] + now[0])
                 self._put(k[:, :, part], v[:, :, part])
@@ -199,17 +222,26 @@ class HeadMemory:
 
     def _read(self, q: Tensor, temperature: Tensor | None, bias: Tensor | None) -> Tensor:
         """Outputs `[B, h * G, n, V]` for queries whose first is the token after `filled` exact ones."""
+        num_open = max(map(self._num_open, self.num_merged))
+        slots = (self.slot_keys[:, :, :num_open], self.slot_values[:, :, :num_open]) if num_open else None
         return torch.cat(
             [
-                self._read_block(x, i * _QUERIES, temperature, bias)
+                self._read_block(x, i * _QUERIES, slots, temperature, bias)
                 for i, x in enumerate(q.split(_QUERIES, dim=2))
             ],
             dim=2,
         )
 
-    def _read_block(self, q: Tensor, start: int, temperature: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _read_block(
+        self,
+        q: Tensor,
+        start: int,
+        slots: tuple[Tensor, Tensor] | None,
+        temperature: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
         batch, num_queries = len(q), q.shape[2]
-        heads, wide = self.count.shape[1], self.slot_keys.dtype
+        heads, wide = self.count.shape[1], self.key_sum.dtype
         used = min(max(self.filled) + start + num_queries, self.budget.num_exact)
         queries = q.to(wide).reshape(batch, heads, -1, q.shape[3])
         # [B, h, G, n, places]
@@ -221,13 +253,11 @@ class HeadMemory:
         )
         is_future = torch.arange(used, device=q.device) > last[..., None]
         scores = scores.masked_fill(is_future[:, None, None], -torch.inf)
-        num_open = max(map(self._num_open, self.num_merged))
         values = self.recent_values[:, :, :used].to(wide)
-        if num_open:
-            slot_scores = (queries @ self.slot_keys[:, :, :num_open].transpose(2, 3)).view(
-                *scores.shape[:4], -1
-            )
-            count = self.count[:, :, None, None, :num_open]
+        if slots is not None:
+            slot_keys, slot_values = slots
+            slot_scores = (queries @ slot_keys.transpose(2, 3)).view(*scores.shape[:4], -1)
+            count = self.count[:, :, None, None, : slot_keys.shape[2]]
             # A slot of one token is that token, and is read as such.
             is_shared = count > 1
             if temperature is not None:
@@ -238,8 +268,8 @@ class HeadMemory:
             scores = torch.cat([scores, slot_scores], -1)
         probs = scores.softmax(-1).flatten(2, 3)
         o = probs[..., :used] @ values
-        if num_open:
-            o = o + probs[..., used:] @ self.slot_values[:, :, :num_open]
+        if slots is not None:
+            o = o + probs[..., used:] @ slot_values
         return o.view(batch, q.shape[1], num_queries, -1).to(q.dtype)
 
     def _num_open(self, num_merged: int) -> int:
@@ -273,6 +303,7 @@ class HeadMemory:
             # Autograd may have saved it.
             recent = recent.clone() if torch.is_grad_enabled() else recent
             recent[index, :, kept] = x[:, :, first + size :]
+            recent[index, :, kept.stop :] = 0
             moved.append(recent)
         self.recent_keys, self.recent_values = moved
         for b in rows:
@@ -282,7 +313,7 @@ class HeadMemory:
     @torch.no_grad()
     def _merge_into_slots(self, rows: list[int], index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Merge the first tokens of full windows `[R, h, W, D]` into the dictionaries of their rows."""
-        budget, wide = self.budget, self.slot_keys.dtype
+        budget, wide = self.budget, self.key_sum.dtype
         options, size = budget.options, budget.chunk_size
         unit = self.key_unit[index]
         length = keys.to(wide).square().sum(-1).mean(-1).sqrt()
@@ -290,19 +321,14 @@ class HeadMemory:
         found = torch.exp2(length.clamp(min=torch.finfo(wide).tiny).log2().round())
         unit = torch.where(unit == 0, found, unit)
         self.key_unit[index] = unit
-        scale = unit[..., None, None]
-        count = self.count[index]
-        counts = count[..., None].to(wide)
-        old_keys, old_values = self.slot_keys[index], self.slot_values[index]
-        sums = old_keys / scale * counts, old_values * counts
         before = [self._num_open(self.num_merged[b]) for b in rows]
         after = [self._num_open(self.num_merged[b] + size) for b in rows]
         state = OVQState(
             # Copies, because learning may happen in place.
-            key_sum=sums[0].clone(),
-            value_sum=sums[1].clone(),
-            count=count.clone(),
-            pending_keys=(keys[:, :, :size].to(wide) / scale),
+            key_sum=self.key_sum[index],
+            value_sum=self.value_sum[index],
+            count=self.count[index],
+            pending_keys=(keys[:, :, :size].to(wide) / unit[..., None, None]),
             pending_values=values[:, :, :size].to(wide).contiguous(),
             num_seen=torch.tensor([self.num_merged[b] + size for b in rows]),
             num_slots=budget.num_slots,
@@ -310,18 +336,12 @@ class HeadMemory:
         )
         is_compiled = index.device.type == "cpu" and wide == torch.float32 and is_available()
         learned = (compiled.learn_chunk if is_compiled else learn_chunk)(state, before, after, options)
-        new_count = learned.count.view_as(count)
-        counts = new_count.clamp(min=1)[..., None].to(wide)
-        for name, old, old_sum, new_sum, factor in (
-            ("slot_keys", old_keys, sums[0], learned.key_sum, scale),
-            ("slot_values", old_values, sums[1], learned.value_sum, 1),
+        for name, new in (
+            ("key_sum", learned.key_sum),
+            ("value_sum", learned.value_sum),
+            ("count", learned.count),
         ):
-            new_sum = new_sum.view_as(old_sum)
-            # A mean that no token was added to stays as it is, bit by bit.
-            has_changed = ((new_sum != old_sum).any(-1) | (new_count != count))[..., None]
-            means = torch.where(has_changed, new_sum / counts * factor, old)
-            _put_rows(self, name, index, means)
-        _put_rows(self, "count", index, new_count)
+            _put_rows(self, name, index, new.view(len(rows), *getattr(self, name).shape[1:]))
 
 
 def _put_rows(memory: HeadMemory, name: str, index: Tensor, rows: Tensor) -> None:
@@ -333,3 +353,81 @@ def _put_rows(memory: HeadMemory, name: str, index: Tensor, rows: Tensor) -> Non
     else:
         # A new tensor, because autograd may have saved the old one.
         setattr(memory, name, tensor.index_copy(0, index, rows))
+
+
+def is_compiled(memories: Sequence[HeadMemory], k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether compiled kernels can let memories read `tensors` (queries, and what is learned) with k and v.
+
+    They know no gradients.
+    """
+    given = [x for x in (k, v, *tensors) if x is not None]
+    return (
+        all(x.device.type == "cpu" for x in given)
+        and k.dtype == v.dtype == memories[0].recent_keys.dtype
+        and all(x.dtype in DTYPES for x in given)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
+        and is_available()
+    )
+
+
+def advance_compiled(
+    parts: Sequence[tuple[HeadMemory, Sequence[int]]],
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    *,
+    q: Tensor | None = None,
+    o: Tensor | None = None,
+    temperature: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """`HeadMemory.attend` of several memories of a layer at once, or `learn` without q.
+
+    Args:
+        parts: memories, each with its places among the key/value heads of k and v.
+        k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`. q: `[B, H, T, K]`, scaled.
+        lengths: real tokens of each row, which come first.
+        o: `[B, H, T, V]` that gets the outputs of real tokens.
+        temperature: `[H]`, see `HeadMemory.attend`. bias: `[H]`.
+    """
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    q = q if q is None or q.stride(-1) == 1 else q.contiguous()
+    learned = {
+        name: None if x is None else x.detach().float().contiguous()
+        for name, x in (("temperature", temperature), ("bias", bias))
+    }
+    groups = []
+    for memory, heads in parts:
+        if memory._has_graph:
+            # What autograd has saved must not change.
+            for name in _TENSORS:
+                setattr(memory, name, getattr(memory, name).detach().clone())
+            memory._has_graph = False
+        budget, schedule = memory.budget, []
+        for row, new in enumerate(lengths):
+            num_merges = max(0, memory.filled[row] + new - budget.num_exact + budget.chunk_size)
+            num_merges //= budget.chunk_size
+            merged = [memory.num_merged[row] + i * budget.chunk_size for i in range(num_merges + 1)]
+            schedule.append([memory._num_open(n) for n in merged])
+        groups.append(
+            HeadGroup.of(
+                {name: getattr(memory, name) for name in _TENSORS},
+                heads=heads,
+                num_sinks=budget.num_sinks,
+                chunk_size=budget.chunk_size,
+                options=budget.options if budget.num_slots else None,
+                filled=memory.filled,
+                lengths=lengths,
+                schedule=schedule,
+                k=k,
+                v=v,
+                q=q,
+                o=o,
+                **learned,
+            )
+        )
+        for row, (new, sizes) in enumerate(zip(lengths, schedule, strict=True)):
+            num = (len(sizes) - 1) * budget.chunk_size
+            memory.filled[row] += new - num
+            memory.num_merged[row] += num
+    advance_memory(groups)

@@ -112,10 +112,12 @@ template <typename T> INLINE void add_values(const float *weights, int64_t n, co
         for (int64_t j = 0; j < n; j++) out[i] += weights[j] * as_float(values[j * dim + i]);
 }
 
-/* Adds `num` rows to the softmax of each query of a group; `count` and `weight` as in `score_rows`. */
+/* Adds `num` rows to the softmax of each query of a group; `count` and `weight` as in `score_rows`. Scores of slots of
+   several tokens are multiplied by `temperature` [group], and get `bias` [group] added, where these are not NULL. */
 template <typename T>
 static void absorb(const Decode *call, const float *queries, const T *keys, const T *values, const int64_t *count,
-                   const float *weight, int64_t num, Softmax *softmax) {
+                   const float *weight, int64_t num, Softmax *softmax, const float *temperature = nullptr,
+                   const float *bias = nullptr) {
     float scores[READ_AT_ONCE], counts[READ_AT_ONCE];
     const int64_t dim = call->value_dim;
     for (int64_t first = 0; first < num; first += READ_AT_ONCE) {
@@ -124,6 +126,11 @@ static void absorb(const Decode *call, const float *queries, const T *keys, cons
             Softmax *own = softmax + g;
             score_rows(queries + g * call->key_dim, call->key_dim, keys, count, weight, first, end, scores,
                        counts);
+            for (int64_t j = 0; (temperature || bias) && j < n; j += VL) {
+                const Vector x = load(scores + j);
+                const Vector learned = x * (temperature ? temperature[g] : 1.0f) + (bias ? bias[g] : 0.0f);
+                store(scores + j, load(counts + j) > 1.0f ? learned : x);
+            }
             Vector high = splat(own->best), total = {};
             for (int64_t j = 0; j < n; j += VL) high = higher_of(load(scores + j), high);
             const float best = highest(high);

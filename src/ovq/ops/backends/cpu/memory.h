@@ -1,0 +1,435 @@
+/* The memory of a converted model (`ovq.convert`): heads that keep their first tokens and their last ones exactly, and
+   slots for all between. Reads new tokens and merges what leaves the windows, in place.
+
+   One softmax goes over [sinks | slots | window]. A few tokens are read one by one, where rows lie; many in blocks
+   that end where a chunk is merged, so that a block reads one dictionary. What is laid out for products, and what the
+   rules of merging know of their slots, lasts for the whole call. */
+#pragma once
+
+#include "decode.h"
+#include "ward.h"
+
+/* No more new tokens than this are read one by one. */
+#define FEW_TOKENS 4
+/* Tokens that a window's layout holds beyond the window. */
+#define SPARE_TOKENS 512
+
+/* Distances between rows, heads and tokens; vectors are dense. */
+struct Strides {
+    int64_t row, head, token;
+};
+
+/* Heads of equal sizes. Mirrored by `HeadGroup` in memory.py. */
+struct HeadGroup {
+    int64_t num_rows, num_kv_heads, group_size, chunk_size, capacity, num_exact, num_sinks, key_dim, value_dim;
+    int64_t dtype, query_dtype, is_merge_updated, is_ward, is_sqrt;
+    double tie, value_weight;
+    const int64_t *heads;       /* [h]: which of the key/value heads of k and v. */
+    const void *q, *k, *v;      /* q is NULL if nobody reads. */
+    void *o;
+    Strides q_at, k_at, v_at, o_at;
+    void *recent_keys, *recent_values; /* [R, h, num_exact, ...] */
+    float *key_sum, *value_sum; /* [R, h, M, ...], keys in units of `key_unit`. */
+    int64_t *count;             /* [R, h, M] */
+    float *key_unit;            /* [R, h], 0 before the first merge. */
+    const int64_t *filled, *length; /* [R]: exact tokens before the call, new tokens. */
+    const int64_t *schedule_start;  /* [R] */
+    const int32_t *schedule;        /* Slots in use in a row, and after each merge. */
+    const float *temperature, *bias; /* [H]: of slots of several tokens; or NULL. */
+};
+
+struct HeadScratch {
+    Rows sinks, window;
+    Dictionary dictionary;
+    Rows tokens;
+    Learner learner;
+    Ward layout, ward;
+    Reader reader;
+    float *queries, *keys, *values; /* [QUERIES, key_ld]; [C, ...], those that leave. */
+    int32_t *slots;
+    int64_t room; /* Tokens that the window's layout holds. */
+};
+
+/* One head of a row in a call. */
+struct HeadStream {
+    const HeadGroup *group;
+    Call call; /* As merging wants it: one chunk of one head, float32. */
+    Sums sums;
+    HeadScratch own;
+    char *memory; /* Of `own`, or NULL. */
+    int64_t row, head;
+    int64_t start, length, before; /* Where new tokens start, how many they are, and exact ones before them. */
+    int64_t filled, done, num_merges; /* Exact tokens, new tokens read, merges so far. */
+    const int32_t *schedule;
+    int64_t origin, num_laid; /* Tokens of the window before its layout, and up to its end. */
+    int has_exact, has_slots; /* Whether exact tokens, and slots, are laid out. */
+};
+
+/* Exact tokens are numbered as they would lie if none was merged: first the recent ones, then the new ones. */
+INLINE void read_exact(const HeadStream *s, int64_t token, int is_value, float factor, float *out, int64_t ld) {
+    const HeadGroup *g = s->group;
+    const int64_t dim = is_value ? g->value_dim : g->key_dim;
+    const int64_t own = (s->row * g->num_kv_heads + s->head) * g->num_exact;
+    const Strides at = is_value ? g->v_at : g->k_at;
+    if (token < s->before)
+        read_numbers(g->dtype, is_value ? g->recent_values : g->recent_keys, (own + token) * dim, dim, factor, out, ld);
+    else
+        read_numbers(g->dtype, is_value ? g->v : g->k,
+                     s->row * at.row + g->heads[s->head] * at.head + (s->start + token - s->before) * at.token, dim,
+                     factor, out, ld);
+}
+
+static Call learning_call(const HeadGroup *g) {
+    Call call = {};
+    call.num_rows = call.num_kv_heads = 1;
+    call.chunk_size = call.width = g->chunk_size;
+    call.capacity = g->capacity;
+    call.dtype = FLOAT32;
+    call.is_merge_updated = g->is_merge_updated;
+    call.is_ward = g->is_ward;
+    call.is_sqrt = g->is_sqrt;
+    call.tie = g->tie;
+    call.value_weight = g->value_weight;
+    call.k = {nullptr, {0, g->key_dim, 0}, g->key_dim};
+    call.v = {nullptr, {0, g->value_dim, 0}, g->value_dim};
+    return call;
+}
+
+/* Exact tokens as rows that are only read. */
+static Rows take_exact(Arena *arena, const Call *call, int64_t num) {
+    Rows rows = {};
+    rows.key_panels = TAKE(arena, float, num * call->k.dim);
+    rows.values = TAKE(arena, float, num * value_ld(call));
+    rows.bias = TAKE(arena, float, num);
+    return rows;
+}
+
+static HeadScratch take_head(Arena *arena, const HeadGroup *g, const Call *call, int64_t num_new) {
+    HeadScratch own = {};
+    const int64_t window = g->num_exact - g->num_sinks, spare = least(num_new, SPARE_TOKENS);
+    own.room = padded(window + spare + QUERIES, NR) + NR;
+    own.sinks = take_exact(arena, call, padded(g->num_sinks, NR));
+    own.window = take_exact(arena, call, own.room);
+    own.dictionary = take_dictionary(arena, call, 0);
+    own.dictionary.num = 0;
+    own.tokens = take_rows(arena, call, call->width, 0);
+    own.learner = take_learner(arena, call);
+    if (call->is_ward) own.layout = take_ward(arena, call);
+    own.reader = take_reader(arena, call);
+    const int64_t columns = padded(g->num_sinks, NR) + padded(g->capacity, NR) + own.room;
+    own.reader.scores = TAKE(arena, float, QUERIES * columns);
+    own.queries = TAKE(arena, float, QUERIES * key_ld(call));
+    own.keys = TAKE(arena, float, g->chunk_size * g->key_dim);
+    own.values = TAKE(arena, float, g->chunk_size * g->value_dim);
+    own.slots = TAKE(arena, int32_t, g->chunk_size);
+    return own;
+}
+
+/* Lay out one exact token at place i. */
+static void put_exact(HeadStream *s, Rows *rows, int64_t i, int64_t token) {
+    const int64_t k = s->group->key_dim;
+    float key[k];
+    read_exact(s, token, 0, 1, key, k);
+    put_column(rows->key_panels, k, i, key);
+    read_exact(s, token, 1, 1, rows->values + i * value_ld(&s->call), value_ld(&s->call));
+}
+
+/* Tokens of the window are counted from the first that was there before the call. */
+INLINE int64_t window_begin(const HeadStream *s) { return s->num_merges * s->group->chunk_size; }
+INLINE int64_t window_end(const HeadStream *s) {
+    return window_begin(s) + (s->filled > s->group->num_sinks ? s->filled - s->group->num_sinks : 0);
+}
+
+static void lay_out_slots(HeadStream *s) {
+    if (s->has_slots || !s->group->capacity) return;
+    load_dictionary(&s->own.dictionary, &s->call, &s->sums);
+    s->own.dictionary.num = s->schedule[s->num_merges];
+    s->has_slots = 1;
+}
+
+/* Lay out what is exact, the next `num` tokens included. */
+static void lay_out(HeadStream *s, int64_t num) {
+    const int64_t sinks = s->group->num_sinks, k = s->group->key_dim, v = value_ld(&s->call);
+    HeadScratch *own = &s->own;
+    if (!s->has_exact) {
+        for (int64_t i = 0; i < padded(sinks, NR); i++) own->sinks.bias[i] = i < sinks ? 0 : -INFINITY;
+        for (int64_t i = 0; i < least(sinks, s->filled); i++) put_exact(s, &own->sinks, i, i);
+        s->has_exact = 1;
+    }
+    for (int64_t i = s->filled; i < least(sinks, s->filled + num); i++) put_exact(s, &own->sinks, i, i);
+    const int64_t after = s->filled + num - sinks, end = window_begin(s) + (after > 0 ? after : 0);
+    if (end - s->origin > own->room) {
+        const int64_t shift = window_begin(s) / NR * NR - s->origin, left = padded(s->num_laid - s->origin - shift, NR);
+        memmove(own->window.key_panels, own->window.key_panels + shift * k, sizeof(float) * left * k);
+        memmove(own->window.values, own->window.values + shift * v, sizeof(float) * left * v);
+        s->origin += shift;
+    }
+    for (; s->num_laid < end; s->num_laid++)
+        put_exact(s, &own->window, s->num_laid - s->origin, sinks + s->num_laid);
+}
+
+/* Scores of slots, whose products with a query are in units of the keys': those of several tokens are read as
+   learned. */
+INLINE void score_slots(const HeadStream *s, int64_t query_head, int64_t num, int64_t n, float *scores, int64_t ld) {
+    const HeadGroup *g = s->group;
+    const float *logs = s->own.dictionary.rows.bias;
+    const Vector temperature = splat(g->temperature ? g->temperature[query_head] : 1);
+    const Vector bias = splat(g->bias ? g->bias[query_head] : 0);
+    for (int64_t t = 0; t < num; t++, scores += ld)
+        for (int64_t j = 0; j < n; j += VL) {
+            const Vector log = load(logs + j), x = load(scores + j);
+            store(scores + j, log > 0.0f ? x * temperature + log + bias : x + log);
+        }
+}
+
+/* The outputs of the next `num` tokens for one query head. */
+static void read_block(HeadStream *s, int64_t g, int64_t num) {
+    const HeadGroup *group = s->group;
+    const Call *call = &s->call;
+    HeadScratch *own = &s->own;
+    const int64_t query_head = group->heads[s->head] * group->group_size + g, ld = key_ld(call), width = value_ld(call);
+    const int64_t sinks = padded(group->num_sinks, NR), slots = padded(own->dictionary.num, NR);
+    const int64_t begin = window_begin(s) - s->origin, from = begin / NR * NR;
+    const int64_t last = s->filled - group->num_sinks + window_begin(s) - s->origin; /* The place of the first query. */
+    const int64_t end = last + num > begin ? last + num : begin, columns = padded(end - from, NR);
+    const int64_t n = sinks + slots + columns;
+    float *scores = own->reader.scores, sums[QUERIES], best;
+    for (int64_t t = 0; t < num; t++)
+        read_numbers(group->query_dtype, group->q,
+                     s->row * group->q_at.row + query_head * group->q_at.head + (s->done + t) * group->q_at.token,
+                     group->key_dim, 1, own->queries + t * ld, ld);
+    if (sinks) score(call, &own->sinks, sinks, own->queries, num, scores, n);
+    Rows window = {};
+    window.key_panels = own->window.key_panels + from * group->key_dim;
+    window.values = own->window.values + from * width;
+    window.bias = own->window.bias + from;
+    score(call, &window, columns, own->queries, num, scores + sinks + slots, n);
+    if (slots) {
+        /* A power of 2, so that nothing is rounded. */
+        const float unit = group->key_unit[s->row * group->num_kv_heads + s->head];
+        for (int64_t j = 0; j < num * ld; j++) own->queries[j] *= unit;
+        product(num, slots, group->key_dim, own->queries, ld, 1, own->dictionary.rows.key_panels, group->key_dim * NR,
+                NR, nullptr, 0, scores + sinks, n);
+        score_slots(s, query_head, num, slots, scores + sinks, n);
+    }
+    for (int64_t t = 0; t < num; t++) {
+        float *row = scores + t * n, *recent = row + sinks + slots;
+        for (int64_t j = s->filled + t + 1; j < group->num_sinks; j++) row[j] = -INFINITY;
+        for (int64_t j = 0; j < begin - from; j++) recent[j] = -INFINITY;
+        for (int64_t j = last + t + 1 > begin ? last + t + 1 - from : begin - from; j < columns; j++)
+            recent[j] = -INFINITY;
+        sums[t] = exponentials(row, n, &best);
+    }
+    memset(own->reader.out, 0, sizeof(float) * num * width);
+    if (sinks) weigh(call, &own->sinks, sinks, scores, n, num, own->reader.out);
+    if (slots) weigh(call, &own->dictionary.rows, slots, scores + sinks, n, num, own->reader.out);
+    weigh(call, &window, columns, scores + sinks + slots, n, num, own->reader.out);
+    for (int64_t t = 0; t < num; t++)
+        write_numbers(group->query_dtype, group->o,
+                      s->row * group->o_at.row + query_head * group->o_at.head + (s->done + t) * group->o_at.token,
+                      group->value_dim, 1 / sums[t], own->reader.out + t * width);
+}
+
+/* The length of keys that counts as 1: that of those in the first full window, to a power of 2. */
+static float typical_length(const HeadStream *s) {
+    const HeadGroup *g = s->group;
+    const int64_t window = g->num_exact - g->num_sinks;
+    double total = 0;
+    float key[g->key_dim];
+    for (int64_t i = 0; i < window; i++) {
+        read_exact(s, g->num_sinks + i, 0, 1, key, g->key_dim);
+        total += exact_dot(key, key, g->key_dim);
+    }
+    const float length = (float)sqrt(total / (double)window);
+    return exp2f(nearbyintf(log2f(length > FLT_MIN ? length : FLT_MIN)));
+}
+
+/* Merge the oldest chunk of a full window into the slots. */
+static void merge_oldest(HeadStream *s) {
+    const HeadGroup *g = s->group;
+    HeadScratch *own = &s->own;
+    Call *call = &s->call;
+    const int64_t size = g->chunk_size, first = g->num_sinks + window_begin(s);
+    float *unit = g->key_unit + s->row * g->num_kv_heads + s->head;
+    if (*unit == 0) *unit = typical_length(s);
+    for (int64_t t = 0; t < size; t++) {
+        read_exact(s, first + t, 0, 1 / *unit, own->keys + t * g->key_dim, g->key_dim);
+        read_exact(s, first + t, 1, 1, own->values + t * g->value_dim, g->value_dim);
+    }
+    const Chunk chunk = {0, size, s->schedule[s->num_merges], s->schedule[s->num_merges + 1], 1};
+    Dictionary *dictionary = &own->dictionary;
+    lay_out_slots(s);
+    dictionary->num = chunk.before;
+    load_chunk(&own->tokens, call, 0, 0, size);
+    if (!call->is_ward) {
+        const Lengths lengths = lengths_of(dictionary);
+        for (int64_t t = 0; chunk.before && t < size; t += QUERIES)
+            route_tile(call, dictionary, &own->tokens, t, least(QUERIES, size - t), chunk.after > chunk.before,
+                       &lengths, &own->learner, own->reader.near, own->reader.words, own->reader.scores);
+        learn(call, dictionary, &own->tokens, &s->sums, &chunk, 0, nullptr, &own->learner, own->reader.words,
+              own->reader.scores);
+        return;
+    }
+    const Items items = {call, dictionary, &own->tokens, &s->sums, &own->ward};
+    const int64_t due = chunk.before + size - chunk.after;
+    if (due && *own->tokens.is_finite) {
+        prepare_ward(items, due, own->reader.scores);
+        for (int64_t t = 0; t < size; t += QUERIES) token_rows(items, t, least(QUERIES, size - t));
+        for (int64_t i = 0; i < own->ward.num_wanted; i += QUERIES)
+            bound_slots(items, i, least(QUERIES, own->ward.num_wanted - i), own->reader.scores);
+    }
+    learn_by_likelihood(call, dictionary, &own->tokens, &s->sums, &chunk, 0, &own->ward, &own->learner,
+                        own->reader.scores);
+}
+
+/* Count `num` tokens as read, and merge where the places are full. */
+static void advance(HeadStream *s, int64_t num) {
+    const HeadGroup *g = s->group;
+    s->filled += num;
+    s->done += num;
+    if (s->filled < g->num_exact) return;
+    if (g->capacity) merge_oldest(s);
+    s->filled -= g->chunk_size;
+    s->num_merges++;
+}
+
+/* Put exact tokens from place `first` on where they belong after the call: recent ones that stay move up, new ones
+   follow. */
+static void put_recent(const HeadStream *s, int64_t first, int64_t end) {
+    const HeadGroup *g = s->group;
+    const int64_t stream = s->row * g->num_kv_heads + s->head, size = g->dtype == FLOAT32 ? 4 : 2;
+    for (int is_value = 0; is_value < 2; is_value++) {
+        const int64_t dim = is_value ? g->value_dim : g->key_dim;
+        const Strides at = is_value ? g->v_at : g->k_at;
+        char *out = (char *)(is_value ? g->recent_values : g->recent_keys) + stream * g->num_exact * dim * size;
+        const char *from = (const char *)(is_value ? g->v : g->k) +
+                           (s->row * at.row + g->heads[s->head] * at.head + s->start * at.token) * size;
+        for (int64_t i = first; i < end; i++) {
+            const int64_t token = i < g->num_sinks ? i : i + window_begin(s);
+            const char *x = token < s->before ? out + token * dim * size : from + (token - s->before) * at.token * size;
+            if (x != out + i * dim * size) memcpy(out + i * dim * size, x, (size_t)(dim * size));
+        }
+        /* What is kept must not depend on how a text is split. */
+        if (s->num_merges) memset(out + end * dim * size, 0, (size_t)((g->num_exact - end) * dim * size));
+    }
+}
+
+/* The outputs of the last exact token, read where rows lie. */
+static void read_one(const HeadStream *s) {
+    const HeadGroup *g = s->group;
+    Decode shape = {};
+    shape.group_size = g->group_size;
+    shape.key_dim = g->key_dim;
+    shape.value_dim = g->value_dim;
+    const int64_t k = g->key_dim, v = g->value_dim, stream = s->row * g->num_kv_heads + s->head;
+    const int64_t size = g->group_size, first = g->heads[s->head] * size;
+    float queries[size * k], out[size * v];
+    Softmax softmax[size];
+    memset(out, 0, sizeof(out));
+    for (int64_t i = 0; i < size; i++) {
+        read_numbers(g->query_dtype, g->q,
+                     s->row * g->q_at.row + (first + i) * g->q_at.head + s->done * g->q_at.token, k, 1, queries + i * k,
+                     k);
+        softmax[i] = {-INFINITY, 0, out + i * v};
+    }
+    with_type(g->dtype, g->recent_keys, stream * g->num_exact * k,
+              [=, call = &shape, x = (const float *)queries, y = &softmax[0]](auto *keys) {
+                  absorb(call, x, keys, (decltype(keys))g->recent_values + stream * g->num_exact * v, nullptr, nullptr,
+                         s->filled + 1, y);
+              });
+    const int64_t num = g->capacity ? s->schedule[0] : 0;
+    if (num) {
+        for (int64_t i = 0; i < size * k; i++) queries[i] *= g->key_unit[stream];
+        absorb(&shape, queries, s->sums.key, s->sums.value, s->sums.count, nullptr, num, softmax,
+               g->temperature ? g->temperature + first : nullptr, g->bias ? g->bias + first : nullptr);
+    }
+    for (int64_t i = 0; i < size; i++)
+        write_numbers(g->query_dtype, g->o,
+                      s->row * g->o_at.row + (first + i) * g->o_at.head + s->done * g->o_at.token, v,
+                      1 / softmax[i].total, out + i * v);
+}
+
+/* What a head needs to lay things out and to merge; 1 if there is no memory for it. */
+static int take_memory(HeadStream *s) {
+    Arena arena = {};
+    take_head(&arena, s->group, &s->call, s->length);
+    arena.base = (char *)aligned_alloc(128, arena.used);
+    if (!arena.base) return 1;
+    memset(arena.base, 0, arena.used);
+    s->memory = arena.base;
+    arena.used = 0;
+    s->own = take_head(&arena, s->group, &s->call, s->length);
+    s->own.ward = s->own.layout;
+    s->call.k.data = s->own.keys;
+    s->call.v.data = s->own.values;
+    s->call.slots = s->own.slots;
+    return 0;
+}
+
+/* A head of a row reads its new tokens from `done` on, `length` of them, and keeps them; 1 if there is no memory for
+   it. `num_exact` and `num_merges` count what was exact, and merged in this call, before that and after it. */
+static int read_tokens_of(const HeadGroup *g, int64_t row, int64_t head, int64_t done, int64_t length,
+                          int64_t *num_exact, int64_t *num_merges) {
+    HeadStream s = {};
+    const int64_t stream = row * g->num_kv_heads + head;
+    s.group = g;
+    s.call = learning_call(g);
+    s.sums = {g->key_sum + stream * g->capacity * g->key_dim, g->value_sum + stream * g->capacity * g->value_dim,
+              g->count + stream * g->capacity};
+    s.row = row;
+    s.head = head;
+    s.start = s.done = done;
+    s.length = length;
+    s.before = s.filled = *num_exact;
+    s.schedule = g->schedule + g->schedule_start[row] + *num_merges;
+    const int is_one = length == 1, is_full = g->capacity && s.filled + length >= g->num_exact;
+    /* One token is read where rows lie. */
+    if ((is_full || (g->q && !is_one)) && take_memory(&s)) return 1;
+    if (g->q && is_one) {
+        put_recent(&s, s.filled, s.filled + 1);
+        s.before++;
+        read_one(&s);
+    }
+    while (s.done < done + length) {
+        const int64_t left = least(done + length - s.done, g->num_exact - s.filled);
+        const int64_t num = g->q ? least(left, QUERIES) : left;
+        if (g->q && !is_one) {
+            lay_out_slots(&s);
+            lay_out(&s, num);
+            for (int64_t i = 0; i < g->group_size; i++) read_block(&s, i, num);
+        }
+        advance(&s, num);
+    }
+    put_recent(&s, s.num_merges ? least(s.before, g->num_sinks) : s.before, s.filled);
+    free(s.memory);
+    *num_exact = s.filled;
+    *num_merges += s.num_merges;
+    return 0;
+}
+
+static int read_stream(const HeadGroup *g, int64_t row, int64_t head) {
+    int64_t num_exact = g->filled[row], num_merges = 0, is_out_of_memory = 0;
+    const int64_t length = g->length[row], step = g->q && length <= FEW_TOKENS ? 1 : length;
+    for (int64_t done = 0; done < length && !is_out_of_memory; done += step)
+        is_out_of_memory = read_tokens_of(g, row, head, done, step, &num_exact, &num_merges);
+    return (int)is_out_of_memory;
+}
+
+/* 0, or 1 if there is no memory for it. */
+extern "C" int ovq_memory(const HeadGroup *groups, int64_t num, int64_t num_threads) {
+    int64_t streams = 0, is_out_of_memory = 0;
+    for (int64_t i = 0; i < num; i++) streams += groups[i].num_rows * groups[i].num_kv_heads;
+    /* Heads differ in what they cost. */
+#pragma omp parallel for schedule(dynamic) reduction(| : is_out_of_memory) \
+    num_threads((int)least(num_threads, streams)) if (num_threads > 1 && streams > 1)
+    for (int64_t i = 0; i < streams; i++) {
+        const HeadGroup *g = groups;
+        int64_t own = i;
+        while (own >= g->num_rows * g->num_kv_heads) {
+            own -= g->num_rows * g->num_kv_heads;
+            g++;
+        }
+        is_out_of_memory |= read_stream(g, own / g->num_kv_heads, own % g->num_kv_heads);
+    }
+    return (int)is_out_of_memory;
+}

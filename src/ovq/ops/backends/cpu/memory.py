@@ -1,0 +1,129 @@
+"""The memory of a converted model in compiled code: heads read new tokens and merge old ones, in place."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ovq.ops.backends.cpu import build
+from ovq.ops.backends.cpu.kernels import DTYPES
+from ovq.ops.options import TIE, Options
+
+
+def advance_memory(groups: Sequence[HeadGroup]) -> None:
+    """Let groups of heads read their new tokens; `HeadGroup` says what changes in place."""
+    array = (HeadGroup * len(groups))(*groups)
+    if build.load().ovq_memory(array, ctypes.c_int64(len(groups)), ctypes.c_int64(torch.get_num_threads())):
+        raise MemoryError("ovq_memory: no memory for the kernel's scratch")
+
+
+class _Strides(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("row", "head", "token")]
+
+
+class HeadGroup(ctypes.Structure):
+    """`HeadGroup` of memory.h, field by field; keeps the tensors that it points to alive."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
+        *((name, ctypes.c_int64) for name in ("capacity", "num_exact", "num_sinks", "key_dim", "value_dim")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("dtype", "query_dtype", "is_merge_updated", "is_ward", "is_sqrt")
+        ),
+        *((name, ctypes.c_double) for name in ("tie", "value_weight")),
+        *((name, ctypes.c_void_p) for name in ("heads", "q", "k", "v", "o")),
+        *((f"{name}_at", _Strides) for name in ("q", "k", "v", "o")),
+        *((name, ctypes.c_void_p) for name in ("recent_keys", "recent_values", "key_sum", "value_sum")),
+        *((name, ctypes.c_void_p) for name in ("count", "key_unit", "filled", "length", "schedule_start")),
+        *((name, ctypes.c_void_p) for name in ("schedule", "temperature", "bias")),
+    ]
+
+    @classmethod
+    def of(
+        cls,
+        tensors: dict[str, Tensor],
+        *,
+        heads: Sequence[int],
+        num_sinks: int,
+        chunk_size: int,
+        options: Options | None,
+        filled: Sequence[int],
+        lengths: Sequence[int],
+        schedule: Sequence[Sequence[int]],
+        k: Tensor,
+        v: Tensor,
+        q: Tensor | None = None,
+        o: Tensor | None = None,
+        temperature: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> HeadGroup:
+        """What some key/value heads h of B rows are to read.
+
+        Args:
+            tensors: `recent_keys` `[B, h, P, K]` and `recent_values`, the exact tokens, in the dtype of k;
+                `key_sum` `[B, h, N, K]` and `value_sum`, float32; `count` `[B, h, N]`, int64; `key_unit`
+                `[B, h]`, float32. They are contiguous and change in place.
+            heads: which of the key/value heads of k and v they are.
+            num_sinks: first tokens that stay. chunk_size: tokens that are merged when P are exact.
+            options: how slots are learned; None if there are none, N = 0.
+            filled: exact tokens of each row. lengths: new tokens of each row, which come first.
+            schedule: for each row, slots in use before and after each merge of the call.
+            k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`. q: `[B, H, T, K]`, scaled; None if nothing is read.
+            o: `[B, H, T, V]` in the dtype of q, which gets the outputs.
+            temperature: `[H]` float32, factor of the scores of slots of several tokens. bias: `[H]`, what is
+                added to them.
+        """
+        starts = itertools.accumulate((len(sizes) for sizes in schedule), initial=0)
+        group = cls(
+            num_rows=k.shape[0],
+            num_kv_heads=len(heads),
+            group_size=0 if q is None else q.shape[1] // k.shape[1],
+            chunk_size=chunk_size,
+            capacity=tensors["count"].shape[2],
+            num_exact=tensors["recent_keys"].shape[2],
+            num_sinks=num_sinks,
+            key_dim=k.shape[3],
+            value_dim=v.shape[3],
+            dtype=DTYPES.index(k.dtype),
+            query_dtype=DTYPES.index(k.dtype if q is None else q.dtype),
+            tie=TIE,
+        )
+        if options is not None:
+            group.is_merge_updated = options.merge == "updated"
+            group.is_ward, group.is_sqrt = options.merges_pairs, options.merge == "ward-sqrt"
+            group.value_weight = options.value_weight
+        group._kept = []
+        group._point(**tensors, temperature=temperature, bias=bias)
+        # Faster to make than small tensors.
+        for name, kind, numbers in (
+            ("heads", ctypes.c_int64, heads),
+            ("filled", ctypes.c_int64, filled),
+            ("length", ctypes.c_int64, lengths),
+            ("schedule_start", ctypes.c_int64, list(starts)[:-1]),
+            ("schedule", ctypes.c_int32, list(itertools.chain(*schedule))),
+        ):
+            array = (kind * len(numbers))(*numbers)
+            setattr(group, name, ctypes.addressof(array))
+            group._kept.append(array)
+        for name, x in (("q", q), ("k", k), ("v", v), ("o", o)):
+            if x is not None:
+                assert x.stride(-1) == 1, name
+                setattr(group, name, x.data_ptr())
+                setattr(group, f"{name}_at", _Strides(*x.stride()[:3]))
+                group._kept.append(x)
+        return group
+
+    _kept: list[Any]
+
+    def _point(self, **tensors: Tensor | None) -> None:
+        for name, x in tensors.items():
+            if x is not None:
+                assert x.is_contiguous(), name
+                setattr(self, name, x.data_ptr())
+                self._kept.append(x)

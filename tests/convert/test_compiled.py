@@ -1,0 +1,121 @@
+"""The compiled memory, against the same in PyTorch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ovq.convert import memory as module
+from ovq.convert.cache import MemoryLayer
+from ovq.convert.config import MemoryConfig
+from ovq.convert.memory import is_compiled
+from ovq.ops import cpu_kernels
+from tests.convert.common import converted, tokens
+
+pytestmark = pytest.mark.skipif(
+    not cpu_kernels().startswith("compiled"), reason="there are no kernels on this machine"
+)
+
+# Key/value heads of three kinds, two query heads each; chunks that are no whole vectors, and a window larger
+# than the panels of products.
+SIZES = {"num_slots": [[12, 0, 40, 12]], "window": [[16, 48, 24, 16]], "num_sinks": 3, "chunk_size": 8}
+TEMPERATURE = [[0.5, 1.0, 2.0, 1.0, 1.5, 0.7, 1.0, 1.0]]
+BIAS = [[0.3, -1.0, 0.0, 0.0, 1.0, 0.2, 0.0, 0.5]]
+
+
+def layer_of(merge="ward", *, is_adapted=True):
+    learned = {"slot_temperature": TEMPERATURE, "slot_bias": BIAS} if is_adapted else {}
+    return MemoryLayer(MemoryConfig(merge=merge, value_weight=0.7, **SIZES, **learned).layer(0))
+
+
+def inputs(num_tokens, dtype=torch.float32, *, rows=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(rows, num_tokens, h, 20, generator=generator) for h in (8, 4, 4))
+    # As models hand them over: heads are not the outer dimension in memory.
+    return tuple(x.to(dtype).transpose(1, 2) for x in (q, 3 * k, v))
+
+
+def read(layer, q, k, v, sizes, masks=None):
+    outputs, start = [], 0
+    for i, size in enumerate(sizes):
+        part = slice(start, start + size)
+        mask = None if masks is None else masks[i]
+        outputs.append(layer.attend(q[:, :, part], k[:, :, part], v[:, :, part], mask))
+        start += size
+    return torch.cat(outputs, 2)
+
+
+def read_by_torch(*args):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "is_compiled", lambda *args: False)
+        patch.setattr("ovq.convert.cache.is_compiled", lambda *args: False)
+        return read(*args)
+
+
+def check(layer, other, dtype):
+    for name, tensor in layer.tensors().items():
+        found = other.tensors()[name]
+        if name.endswith(("_sum", "unit")):
+            tiny = {"atol": 1e-4, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-3, "rtol": 1e-4}
+            torch.testing.assert_close(found, tensor, msg=name, **tiny)
+        else:
+            assert torch.equal(found, tensor), name
+
+
+@pytest.mark.parametrize("merge", ["ward", "ward-sqrt", "existing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@settings(max_examples=4, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from([1, 2, 5, 24, 33, 90]), min_size=1, max_size=5), seed=st.integers(0, 99)
+)
+@torch.no_grad()
+def test_kernels_and_torch_agree(merge, dtype, sizes, seed):
+    q, k, v = inputs(sum(sizes), dtype, seed=seed)
+    layer, other = layer_of(merge), layer_of(merge)
+    found, expected = read(layer, q, k, v, sizes), read_by_torch(other, q, k, v, sizes)
+    tiny = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+    torch.testing.assert_close(found, expected, **tiny)
+    check(layer, other, dtype)
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_are_read():
+    sizes = [40, 3, 1, 70, 1, 30]
+    q, k, v = inputs(sum(sizes), rows=3)
+    generator = torch.Generator().manual_seed(1)
+    masks = [torch.rand(3, size, generator=generator) < 0.7 for size in sizes]
+    layer, other = layer_of(), layer_of()
+    found, expected = (how(x, q, k, v, sizes, masks) for how, x in ((read, layer), (read_by_torch, other)))
+    kept = torch.cat(masks, 1)[:, None, :, None]
+    assert len(set(layer.memories[0].filled)) > 1
+    torch.testing.assert_close(found * kept, expected * kept, atol=1e-5, rtol=1e-5)
+    check(layer, other, torch.float32)
+
+
+@torch.no_grad()
+def test_a_call_longer_than_what_is_laid_out_at_once():
+    q, k, v = inputs(1400, rows=1)
+    layer, other = layer_of(is_adapted=False), layer_of(is_adapted=False)
+    whole, parts = read(layer, q, k, v, [1400]), read(other, q, k, v, [500, 3, 897])
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
+    # Sums are kept, and not means, so that splits do not even change what is rounded.
+    for name, tensor in layer.tensors().items():
+        assert torch.equal(other.tensors()[name], tensor), name
+
+
+def test_what_autograd_has_saved_does_not_change():
+    model, ids = converted(), tokens(1, 80)
+    grads = []
+    for reads_on in (False, True):
+        model.zero_grad()
+        cache = model.make_cache()
+        loss = model(ids[:, :60], labels=ids[:, :60], past_key_values=cache).loss
+        memory = cache.layers[0].memories[0]
+        assert not is_compiled([memory], *(torch.zeros(1, 2, 1, 8, requires_grad=True),) * 2)
+        if reads_on:
+            with torch.no_grad():
+                model(ids[:, 60:], past_key_values=cache)
+        loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for alone, found in zip(*grads, strict=True):
+        assert torch.equal(found, alone)
