@@ -26,14 +26,6 @@ struct Decode {
 /* Fewer bytes than this are not worth waking other threads for. */
 #define SHARED_BYTES (1 << 18)
 
-template <int... places> INLINE Vector pick(Vector a, Vector b) {
-#if defined(__clang__) || __GNUC__ >= 12
-    return __builtin_shufflevector(a, b, places...);
-#else
-    return __builtin_shuffle(a, b, IntVector{places...});
-#endif
-}
-
 /* Of two vectors [items, width], lane i of the first halves of all items, those of the second vector last. */
 template <int width> constexpr int half_at(int i) {
     constexpr int items = VL / width;
