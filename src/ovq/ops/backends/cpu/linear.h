@@ -117,6 +117,9 @@ extern "C" int64_t ovq_matmul_scratch(int64_t num_threads, int64_t n) {
 extern "C" void ovq_matmul(int64_t num_threads, int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row,
                            int64_t a_col, const float *b, int64_t b_row, int64_t b_col, int64_t is_added, float *c,
                            float *scratch) {
+    /* Where there are more threads than blocks of rows, columns are shared as well. */
+    const int64_t blocks = (m + ROWS - 1) / ROWS, parts = num_threads > 1 ? (2 * num_threads + blocks - 1) / blocks : 1;
+    const int64_t width = padded((n + parts - 1) / parts, NR);
 #pragma omp parallel num_threads((int)num_threads)
     {
         float *columns = scratch + DEPTH * (padded(n, NR) + omp_get_thread_num() * ROWS);
@@ -126,7 +129,9 @@ extern "C" void ovq_matmul(int64_t num_threads, int64_t m, int64_t n, int64_t k,
             for (int64_t j = 0; j < n; j += NR)
                 copy_panel(b + p * b_row + j * b_col, b_row, b_col, depth, least(NR, n - j), scratch + j * depth);
 #pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < m; i += ROWS) {
+            for (int64_t share = 0; share < blocks * parts; share++) {
+                const int64_t i = share / parts * ROWS, start = share % parts * width, end = least(n, start + width);
+                if (start >= end) continue;
                 const float *left = a + i * a_row + p * a_col;
                 int64_t row = a_row, col = a_col, step = MR * a_row;
                 const int64_t num = least(ROWS, m - i);
@@ -134,7 +139,7 @@ extern "C" void ovq_matmul(int64_t num_threads, int64_t m, int64_t n, int64_t k,
                     copy_columns(left, a_col, depth, num, columns);
                     left = columns, row = 1, col = MR, step = MR * depth;
                 }
-                for (int64_t j = 0; j < n; j += NR)
+                for (int64_t j = start; j < end; j += NR)
                     for (int64_t r = 0; r < num; r += MR)
                         large_block(least(MR, num - r), n - j, depth, left + r / MR * step, row, col,
                                     scratch + j * depth, is_added || p, c + (i + r) * n + j, n);
