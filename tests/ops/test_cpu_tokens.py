@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from ovq.layers.common import QKNorm, RMSNorm, ShortConvolution, rotary_tables, swiglu
 from ovq.layers.products import Linear
 from ovq.layers.softmax import windowed_read
-from ovq.ops.backends.cpu import CompiledWindow, cpu_kernels, few_products, has_faster_library
+from ovq.ops.backends.cpu import FEW_TOKENS, CompiledWindow, cpu_kernels, few_products, linear, product
 from ovq.ops.backends.cpu.roof import product_loop
 
 pytestmark = pytest.mark.skipif(
@@ -106,7 +106,7 @@ def test_steps_of_the_convolution(conv_size):
     assert torch.equal(state, last)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 9])
+@pytest.mark.parametrize("num_tokens", [1, 3, 9, 600])
 @pytest.mark.parametrize("sizes", [(7, 5), (150, 33)])
 def test_products(num_tokens, sizes):
     torch.manual_seed(0)
@@ -120,14 +120,47 @@ def test_products(num_tokens, sizes):
     layer.requires_grad_(False)
     assert_same(product, lambda x, w: (x @ w.T,), x, layer.weight)
     expected = x @ layer.weight.T
-    torch.testing.assert_close(few_products(x, layer.weight), expected)
+    few = x[:, :FEW_TOKENS]
+    torch.testing.assert_close(few_products(few, layer.weight), expected[:, :FEW_TOKENS])
     # The layer, where no gradient is wanted.
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_the_other_library_is_there_where_the_processor_has_use_for_it():
-    if has_faster_library():
-        assert hasattr(torch.ops.mkldnn, "_linear_pointwise")
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 40, 3), (131, 70, 30), (259, 65, 1100)])
+@pytest.mark.parametrize("order", ["plain", "transposed a", "transposed b", "odd strides"])
+def test_products_of_large_matrices(sizes, order, monkeypatch):
+    # On other processors, PyTorch's library multiplies.
+    monkeypatch.setattr(linear, "has_faster_products", lambda: True)
+    torch.manual_seed(0)
+    m, n, k = sizes
+    a, b = torch.randn(m, k), torch.randn(k, n)
+    if order == "transposed b":
+        b = torch.randn(n, k).t()
+    if order == "transposed a":
+        a = torch.randn(k, m).t()
+    if order == "odd strides":
+        a, b = torch.randn(m, 2 * k)[:, ::2], torch.randn(k, n + 3)[:, :n]
+    expected = a.double() @ b.double()
+    found = product(a, b)
+    # The error of PyTorch's product, and a little for luck.
+    error, allowed = ((x - expected).abs().max() for x in (found, a @ b))
+    assert error <= 1.5 * allowed + 1e-6
+    # Sums are made in one order, whichever threads make them and whatever else is multiplied.
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 4)
+        assert torch.equal(product(a, b), found)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(product(a[m // 2 :], b), found[m // 2 :])
+    total = torch.ones(m, n)
+    assert product(a, b, added_to=total) is total
+    torch.testing.assert_close(total, found + 1, atol=1e-4, rtol=1e-5)
+
+
+def test_products_of_nothing():
+    assert product(torch.ones(0, 3), torch.ones(3, 2)).shape == (0, 2)
+    assert torch.equal(product(torch.ones(2, 0), torch.ones(0, 3)), torch.zeros(2, 3))
 
 
 def test_the_roof_is_a_product():

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ovq.layers.products import Linear, is_plain
+from ovq.ops.backends.cpu import product
 
 # Logits of a piece, and the fewest tokens: each piece reads and writes the gradient of the output layer.
 _PIECE, _ROWS = 1 << 21, 256
@@ -76,7 +77,7 @@ class _SummedLoss(torch.autograd.Function):
         for start in range(0, len(targets), size):
             piece, target = hidden_states[start : start + size], targets[start : start + size, None]
             # In the dtype of autocast, if it is on.
-            logits = piece @ weight.t()
+            logits = product(piece, weight.t())
             narrow = logits.dtype
             log_probs = torch.log_softmax(logits.to(wide), -1)
             del logits
@@ -87,9 +88,9 @@ class _SummedLoss(torch.autograd.Function):
             grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
             grad = grad.to(narrow)
             if of_hidden is not None:
-                of_hidden[start : start + size] = grad @ weight.to(narrow)
+                of_hidden[start : start + size] = product(grad, weight.to(narrow))
             if of_weight is not None and narrow == of_weight.dtype:
-                of_weight.addmm_(grad.t(), piece.to(narrow))
+                product(grad.t(), piece.to(narrow), added_to=of_weight)
             elif of_weight is not None:
                 of_weight += grad.t() @ piece.to(narrow)
         ctx.save_for_backward(of_hidden, of_weight)

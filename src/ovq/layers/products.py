@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.ops.backends.cpu import FEW_TOKENS, FasterLinear, can_run, few_products, has_faster_library
+from ovq.ops.backends.cpu import FEW_TOKENS, FasterLinear, can_run, few_products, has_faster_products
 
 # What other libraries hang on modules to see or change what goes in and comes out.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -58,6 +58,6 @@ class Linear(nn.Linear):
             num = math.prod(x.shape[:-1])
             if not has_graph and num <= FEW_TOKENS:
                 return few_products(x, self.weight)
-            if num > FEW_TOKENS and has_faster_library():
+            if num > FEW_TOKENS and has_faster_products():
                 return FasterLinear.apply(x, self.weight)
         return F.linear(x, self.weight)

@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.equal_sizes import equal_sizes
+from ovq.runtime.allocator import keep_freed_memory
 
 VOCAB_SIZE, NUM_SLOTS, CHUNK_SIZE = 4096, 1024, 256
 #: Name of a size -> hidden size, layers, heads and intermediate size.
@@ -98,6 +99,8 @@ class ModelWorkload:
 
     def training(self) -> Callable[[], float]:
         """A function that does one step: forward, loss, backward and optimizer (fused AdamW)."""
+        # As `ovq train` does.
+        keep_freed_memory()
         torch.set_num_threads(self.num_threads)
         model, ids = self.build().train(), self.tokens()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -24,8 +24,9 @@ from ovq.ops.backends.cpu.linear import (
     FEW_TOKENS,
     FasterLinear,
     few_products,
-    has_faster_library,
+    has_faster_products,
     mlp_step,
+    product,
 )
 from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
 from ovq.ops.backends.cpu.window import CompiledWindow
@@ -47,9 +48,10 @@ __all__ = [
     "convolution_step",
     "cpu_kernels",
     "few_products",
-    "has_faster_library",
+    "has_faster_products",
     "learn_and_say",
     "mlp_step",
+    "product",
     "refusal",
     "run",
 ]

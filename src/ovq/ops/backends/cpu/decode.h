@@ -29,14 +29,6 @@ struct Decode {
 /* Fewer bytes than this are not worth waking other threads for. */
 #define SHARED_BYTES (1 << 18)
 
-template <int... places> INLINE Vector pick(Vector a, Vector b) {
-#if defined(__clang__) || __GNUC__ >= 12
-    return __builtin_shufflevector(a, b, places...);
-#else
-    return __builtin_shuffle(a, b, IntVector{places...});
-#endif
-}
-
 /* Of two vectors [items, width], lane i of the first halves of all items, those of the second vector last. */
 template <int width> constexpr int half_at(int i) {
     constexpr int items = VL / width;
@@ -112,6 +104,11 @@ template <typename T> INLINE void add_values(const float *weights, int64_t n, co
         for (int64_t j = 0; j < n; j++) out[i] += weights[j] * as_float(values[j * dim + i]);
 }
 
+/* Asks for numbers that are wanted soon. */
+template <typename T> INLINE void fetch(const T *x, int64_t num) {
+    for (int64_t i = 0; i < num; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(x + i);
+}
+
 /* Adds `num` rows to the softmax of each query of a group; `count` and `weight` as in `score_rows`. Scores of slots of
    several tokens are multiplied by `temperature` [group], and get `bias` [group] added, where these are not NULL. */
 template <typename T>
@@ -124,6 +121,7 @@ static void absorb(const Decode *call, const float *queries, const T *keys, cons
         const int64_t end = least(num, first + READ_AT_ONCE), n = padded(end - first, VL);
         for (int64_t g = 0; g < call->group_size; g++) {
             Softmax *own = softmax + g;
+            fetch(values + first * dim, (end - first) * dim);
             score_rows(queries + g * call->key_dim, call->key_dim, keys, count, weight, first, end, scores,
                        counts);
             for (int64_t j = 0; (temperature || bias) && j < n; j += VL) {
@@ -148,6 +146,7 @@ static void absorb(const Decode *call, const float *queries, const T *keys, cons
                 total += x * load(counts + j);
             }
             own->total += ::total(total);
+            fetch(keys + end * call->key_dim, (least(num, end + READ_AT_ONCE) - end) * call->key_dim);
             add_values(scores, end - first, values + first * dim, dim, own->out);
         }
     }

@@ -6,6 +6,7 @@
 #include "backward.h"
 #include "convolution.h"
 #include "decode.h"
+#include "linear.h"
 #include "memory.h"
 #include "roof.h"
 #include "tokens.h"

@@ -1,23 +1,29 @@
 """Products of activations with a weight matrix, where PyTorch's library is not the fastest that there is.
 
 A few tokens, as in decoding, only have to read the matrix, which PyTorch's library does at half the speed of
-memory. And on AMD's processors it does not use AVX-512; oneDNN, which comes with PyTorch as well, does.
+memory. And on AMD's processors it neither uses AVX-512 nor keeps their multiply-add units busy, which the
+kernel of linear.h does. For fewer tokens oneDNN, which comes with PyTorch, has the faster forward.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.compiler import cpu_lines, processor_features
-from ovq.ops.backends.cpu.tokens import call_kernel
+from ovq.ops.backends.cpu.tokens import call_kernel, can_run
 
 #: The most vectors that are multiplied while the matrix passes by.
 FEW_TOKENS = 4
+# From how many tokens on it pays to copy a matrix into the order in which the kernel reads its transpose.
+_MANY_TOKENS = 512
 
 
 def few_products(x: Tensor, weight: Tensor) -> Tensor:
@@ -30,39 +36,84 @@ def few_products(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @functools.cache
-def has_faster_library() -> bool:
+def has_faster_products() -> bool:
+    """Whether the kernel is faster than PyTorch's library here. On other processors nobody has compared them.
+
+    Example:
+        >>> has_faster_products() == any("AuthenticAMD" in line for line in cpu_lines("vendor_id"))
+        True
+    """
+    return any("AuthenticAMD" in line for line in cpu_lines("vendor_id"))
+
+
+@functools.cache
+def _has_faster_library() -> bool:
     """Whether oneDNN is here and uses instructions that the library of `torch.mm` leaves unused."""
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    is_amd = any("AuthenticAMD" in line for line in cpu_lines("vendor_id"))
-    return has_onednn and is_amd and "avx512f" in processor_features()
+    return has_onednn and has_faster_products() and "avx512f" in processor_features()
+
+
+def product(a: Tensor, b: Tensor, *, added_to: Tensor | None = None) -> Tensor:
+    """`a b` of matrices, without a gradient, by the kernel where it is faster and by PyTorch elsewhere.
+
+    Args:
+        a: `[M, K]`. b: `[K, N]`.
+        added_to: `[M, N]`, to which the product is added in place.
+
+    Returns:
+        `[M, N]`: `added_to`, if it is given.
+
+    Example:
+        >>> a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]])
+        >>> product(a, b), product(a, b, added_to=torch.ones(1, 1))
+        (tensor([[11.]]), tensor([[12.]]))
+    """
+    is_here = has_faster_products() and can_run(a, b) and not torch.is_autocast_enabled("cpu")
+    is_dense = added_to is None or added_to.is_contiguous()
+    if not (is_here and is_dense) or 0 in (*a.shape, *b.shape):
+        return a @ b if added_to is None else added_to.addmm_(a, b)
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    (m, k), n, threads = a.shape, b.shape[1], torch.get_num_threads()
+    c = a.new_empty(m, n) if added_to is None else added_to
+    scratch = a.new_empty(_scratch_of(threads, n))
+    strides_a, strides_b = a.stride(), b.stride()
+    call_kernel(
+        "ovq_matmul", threads, m, n, k, a, *strides_a, b, *strides_b, int(added_to is not None), c, scratch
+    )
+    return c
+
+
+@functools.cache
+def _scratch_of(threads: int, num_columns: int) -> int:
+    """Floats of scratch that the kernel takes."""
+    function = build.load().ovq_matmul_scratch
+    function.argtypes, function.restype = [ctypes.c_int64] * 2, ctypes.c_int64
+    return function(threads, num_columns)
 
 
 class FasterLinear(torch.autograd.Function):
-    """`x weight^T` of x `[..., D]` by oneDNN, and the gradient of x.
-
-    `torch.mm` makes that of the weight, for which oneDNN was no faster where this was measured.
-    """
+    """`x weight^T` of x `[..., D]` and weight `[V, D]` by the fastest product, and both gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """`[..., V]`."""
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight)
+        tokens = x.flatten(0, -2)
+        if len(tokens) >= _MANY_TOKENS:
+            return product(tokens, weight.t()).view(*x.shape[:-1], len(weight))
+        if _has_faster_library():
+            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return F.linear(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients that are needed."""
         x, weight = ctx.saved_tensors
-        of_x = _onednn(grad, weight.t()) if ctx.needs_input_grad[0] else None
-        of_weight = None
-        if ctx.needs_input_grad[1]:
-            of_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+        of_tokens = grad.flatten(0, -2)
+        of_x = product(of_tokens, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        of_weight = product(of_tokens.t(), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
         return of_x, of_weight
-
-
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def mlp_step(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor, down: Tensor) -> Tensor:

@@ -50,6 +50,15 @@ INLINE Vector higher_of(Vector x, Vector y) {
 #endif
 }
 
+/* Lanes of two vectors, numbered one after the other. */
+template <int... places> INLINE Vector pick(Vector a, Vector b) {
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(a, b, places...);
+#else
+    return __builtin_shuffle(a, b, IntVector{places...});
+#endif
+}
+
 /* Halving the vector takes fewer steps, one after the other, than going through it. */
 INLINE float highest(Vector x) {
     float y[VL];
