@@ -22,7 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "first_results.md"
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-READY = "until curl -sf localhost:8000/health > health.json; do sleep 0.2; done"
+# A server that has ended ends the script.
+READY = "until curl -sf localhost:8000/health > health.json; do kill -0 $!; sleep 0.2; done"
 
 
 def parts_of(page: str) -> dict[str, tuple[dict[str, str], list[str]]]:
@@ -62,6 +63,7 @@ def follow(title: str, files: dict[str, str], commands: list[str], out: Path) ->
     out.mkdir(parents=True)
     subprocess.run(["git", "clone", "--quiet", ROOT, checkout], check=True)
     for name, text in files.items():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text(text)
     environment = {**os.environ, "XDG_CACHE_HOME": str(out / "cache"), "SECONDS_FILE": str(seconds)}
     for name in ("PYTHONPATH", "VIRTUAL_ENV"):

@@ -6,10 +6,15 @@
 import importlib
 import json
 import re
+import runpy
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+
+from ovq.cli import app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -88,6 +93,31 @@ def test_tutorials_run(path, tmp_path, monkeypatch):
         code = re.sub(r"STEPS = \d+", "STEPS = 2", "".join(cell["source"]))
         exec(compile(code, f"{path.name}, code cell {number}", "exec"), names)
     assert list(tmp_path.iterdir()) == [], "files that a reader would find beside the notebook"
+
+
+def test_the_first_results_can_be_followed():
+    # What benchmarks/first_results.py does takes minutes; here is what it would do.
+    program = runpy.run_path(str(ROOT / "benchmarks" / "first_results.py"))
+    parts = program["parts_of"]((DOCS / "first_results.md").read_text())
+    followed = {title: part for title, part in parts.items() if len(part[1]) > 2}
+    assert len(followed) == 3
+    group = typer.main.get_command(app)
+    for files, commands in followed.values():
+        assert commands[:2] == ["python3 -m venv .venv", ". .venv/bin/activate"]
+        assert any(command.startswith("pip install") for command in commands)
+        for name, text in files.items():
+            if name.endswith(".py"):
+                compile(text, name, "exec")
+                assert f"python {name}" in commands
+        for words in (shlex.split(command.removesuffix(" &")) for command in commands):
+            if words[0] == "ovq":
+                command, rest = group, words[1:]
+                while rest[0] in getattr(command, "commands", {}):
+                    command, rest = command.commands[rest[0]], rest[1:]
+                # Raises where there is no such option, and runs nothing.
+                command.make_context(command.name, rest)
+    script = program["script_of"](["serve &", "ask"])
+    assert script.index("serve &") < script.index(program["READY"]) < script.index("$ ask")
 
 
 def test_the_tour_runs():
