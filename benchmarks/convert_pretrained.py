@@ -84,7 +84,7 @@ def parsed() -> argparse.Namespace:
         "--plain-distances", action="store_true", help="compare keys as they are, not by what matters"
     )
     parser.add_argument(
-        "--probe-without-needles", action="store_true", help="leave numbers hidden in a text out of the probe"
+        "--needle-weight", type=float, default=0.1, help="weight of hidden numbers in the probe; a text has 1"
     )
     parser.add_argument("--shares", type=float, nargs="+", default=[1 / 4, 1 / 12], help="rows / context")
     parser.add_argument("--lengths", type=int, nargs="*", default=[3072, 6144])
@@ -223,23 +223,21 @@ class Lab:
                 self.tokenizer, haystack="essay", value="number", texts=[names[0].read_text()]
             )
             needles, is_answer = builder.repeat(length, num_needles=16, random=np.random.default_rng(7))
-            texts: list[Any] = [*map(torch.tensor, read), torch.from_numpy(needles)]
-            targets = [None, None, torch.from_numpy(is_answer)]
-            num = 2 if self.arguments.probe_without_needles else 3
             options = [
                 Option(num_slots=size * n, window=size * w) for n, w in OPTIONS if size * (n + w) < length
             ]
             self._probe = probe(
                 self._original(),
-                texts[:num],
-                targets=targets[:num],
+                [*map(torch.tensor, read), torch.from_numpy(needles)],
+                targets=[None, None, torch.from_numpy(is_answer)],
+                weights=[1, 1, self.arguments.needle_weight],
                 options=options,
                 num_sinks=SINKS,
                 chunk_size=size,
                 merge=self.arguments.merge,
                 value_weight=self.arguments.value_weight,
                 has_distances=not self.arguments.plain_distances,
-                progress=lambda done: print(f"probe: {done} of {num * len(options)}", flush=True),
+                progress=lambda done: print(f"probe: {done} of {3 * len(options)}", flush=True),
             )
             if path is not None:
                 torch.save(self._probe, path)

@@ -123,6 +123,7 @@ def probe(
     merge: str = "ward",
     value_weight: float = 1.0,
     targets: Sequence[Tensor | None] | None = None,
+    weights: Sequence[float] | None = None,
     has_distances: bool = True,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -138,8 +139,11 @@ def probe(
         num_sinks, chunk_size, merge, value_weight: of all of them, as in `attach`.
         targets: for each text a mask `[T]` of the tokens whose prediction matters, or None for all. Where
             there is a mask, the loss is that on the text itself and not on tokens drawn from the model.
+        weights: how much each text counts; None for 1 each. A text with a mask of few tokens that depend on
+            memory has losses many times as large as others, and may need less.
         has_distances: whether to learn as well between which keys each head tells best, and to merge by that
-            (`Distances`), with `value_weight` as a factor of what is found for values.
+            (`Distances`), with `value_weight` as a factor of what is found for values. It is learned on the
+            texts without a mask, or on all if each has one.
         seed: seed of those.
         progress: called with the number of texts and options done so far.
 
@@ -167,17 +171,23 @@ def probe(
     if has_distances:
         num_recent = min((o.window for o in options if o.num_slots), default=0)
         sizes = {"num_sinks": num_sinks, "num_recent": num_recent}
-        found = _distances(model, texts, masks, seed, sizes)
+        pairs = list(zip(texts, masks, strict=True))
+        found = _distances(model, [p for p in pairs if p[1] is None] or pairs, seed, sizes)
         settings["value_weight"] = [[value_weight * w for w in layer.value_weights()] for layer in found]
         settings["key_exponents"] = [layer.key_exponents() for layer in found]
     total = torch.zeros(len(heads), heads[0], len(options), dtype=torch.float64)
     num_done = 0
-    for text, mask in zip(texts, masks, strict=True):
+    shares = torch.tensor([1.0] * len(texts) if weights is None else weights, dtype=torch.float64)
+    if len(shares) != len(texts) or not bool((shares >= 0).all()) or not float(shares.sum()) > 0:
+        raise ValueError(
+            f"weights: expected a number of at least 0 for each of {len(texts)} texts, found {weights}"
+        )
+    for text, mask, share in zip(texts, masks, shares / shares.sum(), strict=True):
         captured = _joined(_capture(model, text, mask, seed))
-        # Each text counts the same, whatever its length.
+        # Whatever the length of the text.
         for j, option in enumerate(options):
             losses = captured.losses(option, num_sinks, settings)
-            total[:, :, j] += losses.view(len(heads), heads[0]) / len(texts)
+            total[:, :, j] += share * losses.view(len(heads), heads[0])
             num_done += 1
             if progress is not None:
                 progress(num_done)
@@ -186,14 +196,13 @@ def probe(
 
 def _distances(
     model: PreTrainedModel,
-    texts: Sequence[Tensor],
-    masks: Sequence[Tensor | None],
+    pairs: Sequence[tuple[Tensor, Tensor | None]],
     seed: int,
     sizes: dict[str, int],
 ) -> list[Distances]:
     """What matters to the heads of each layer."""
     layers: list[Distances] = []
-    for text, mask in zip(texts, masks, strict=True):
+    for text, mask in pairs:
         captured = _capture(model, text, mask, seed)
         layers = layers or [Distances(c.k.shape[1], c.k.shape[3]) for c in captured]
         for found, c in zip(layers, captured, strict=True):
