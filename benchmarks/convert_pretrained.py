@@ -37,6 +37,9 @@ SINKS = 4
 # are rounded up by half a chunk, which is what it holds on average below its size.
 WINDOW_CHUNK = 32
 PIECE = 512
+# Slots and window, in chunks, for each option of the probe.
+OPTIONS = [(0, w) for w in (1, 2, 3, 4, 6, 8, 12, 16, 32)]
+OPTIONS += [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (6, 2), (2, 4), (4, 4), (8, 4), (12, 4), (24, 4), (48, 4)]
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -77,6 +80,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--probe-file", type=Path, help="where the probe is kept between runs")
     parser.add_argument("--probe-tokens", type=int, default=2048)
+    parser.add_argument(
+        "--plain-distances", action="store_true", help="compare keys as they are, not by what matters"
+    )
+    parser.add_argument(
+        "--needle-weight", type=float, default=0.1, help="weight of hidden numbers in the probe; a text has 1"
+    )
     parser.add_argument("--shares", type=float, nargs="+", default=[1 / 4, 1 / 12], help="rows / context")
     parser.add_argument("--lengths", type=int, nargs="*", default=[3072, 6144])
     parser.add_argument("--needle-lengths", type=int, nargs="*", default=[2500, 4000])
@@ -190,7 +199,7 @@ class Lab:
         if method == "probed":
             found = self._probed().config(rows, scale=length / self.arguments.probe_tokens)
             # A kept probe may have used another rule than is asked for here.
-            return dataclasses.replace(found, **settings)
+            return dataclasses.replace(found, merge=self.arguments.merge)
         config = self._original().config
         heads = {"num_layers": config.num_hidden_layers, "num_kv_heads": config.num_key_value_heads}
         if method == "window":
@@ -214,21 +223,20 @@ class Lab:
                 self.tokenizer, haystack="essay", value="number", texts=[names[0].read_text()]
             )
             needles, is_answer = builder.repeat(length, num_needles=16, random=np.random.default_rng(7))
-            windows = [size * n for n in (1, 2, 3, 4, 6, 8, 12, 16, 32) if size * n < length]
-            slots = [size * n for n in (1, 2, 3, 6, 12, 32) if size * n < length]
-            options = [Option(num_slots=0, window=w) for w in windows]
-            options += [Option(num_slots=n, window=2 * size) for n in slots]
-            # Few rows, for heads that need little.
-            options += [Option(num_slots=size * n, window=size) for n in (1, 2, 3, 5)]
+            options = [
+                Option(num_slots=size * n, window=size * w) for n, w in OPTIONS if size * (n + w) < length
+            ]
             self._probe = probe(
                 self._original(),
                 [*map(torch.tensor, read), torch.from_numpy(needles)],
                 targets=[None, None, torch.from_numpy(is_answer)],
+                weights=[1, 1, self.arguments.needle_weight],
                 options=options,
                 num_sinks=SINKS,
                 chunk_size=size,
                 merge=self.arguments.merge,
                 value_weight=self.arguments.value_weight,
+                has_distances=not self.arguments.plain_distances,
                 progress=lambda done: print(f"probe: {done} of {3 * len(options)}", flush=True),
             )
             if path is not None:

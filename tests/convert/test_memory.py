@@ -86,3 +86,33 @@ def test_a_copy_shares_nothing():
     copy = memory.clone()
     copy.attend(q[:, :, 50:], k[:, :, 50:], v[:, :, 50:], [40, 40])
     assert all(torch.equal(t, kept[name]) for name, t in memory.tensors().items())
+
+
+@pytest.mark.parametrize("merge", ["ward", "existing"])
+def test_gradients_reach_what_was_merged(merge):
+    # Pairs are merged as before where keys hardly change, so differences tell the gradient.
+    _, q, k, v = memory_and_tokens(merge=merge)
+    q, v = q / 3, v.clone()
+
+    def total(k, v):
+        memory, *_ = memory_and_tokens(merge=merge)
+        found = memory.attend(q, k, v, [90, 90])
+        # Queries that see the first 30 tokens in slots alone.
+        return found[:, :, 60:].sin().sum(), memory
+
+    leaves = k.clone().requires_grad_(True), v.clone().requires_grad_(True)
+    value, memory = total(*leaves)
+    assert memory.slot_keys.requires_grad
+    gradients = torch.autograd.grad(value, leaves)
+    memory.detach_()
+    assert not any(x.requires_grad for x in memory.tensors().values())
+    generator = torch.Generator().manual_seed(1)
+    for i, gradient in enumerate(gradients):
+        assert gradient[:, :, 3:30].abs().min() > 0
+        way = torch.zeros_like(k)
+        way[:, :, 3:30] = torch.randn(2, 2, 27, 5, generator=generator, dtype=k.dtype)
+        step = [0.0, 0.0]
+        step[i] = 1e-6
+        with torch.no_grad():
+            up, down = (total(k + sign * step[0] * way, v + sign * step[1] * way)[0] for sign in (1, -1))
+        assert (up - down) / 2e-6 == pytest.approx(float((gradient * way).sum()), rel=1e-5)

@@ -73,3 +73,20 @@ def test_options_that_are_tried():
         probe(original(), [tokens(20)], options=[])
     with pytest.raises(ValueError, match="texts: expected at least 2 tokens"):
         probe(original(), [tokens(1)], options=OPTIONS)
+
+
+def test_texts_count_by_their_weights():
+    texts = [tokens(60), tokens(60, seed=1)]
+
+    def losses(*args, **kwargs):
+        return probe(
+            original(), *args, options=OPTIONS[:3], chunk_size=8, has_distances=False, **kwargs
+        ).losses
+
+    first, second = (losses([text]) for text in texts)
+    torch.testing.assert_close(losses(texts, weights=[3, 1]), (3 * first + second) / 4)
+    torch.testing.assert_close(losses(texts), (first + second) / 2)
+    with pytest.raises(ValueError, match="weights: expected a number of at least 0 for each of 2 texts"):
+        losses(texts, weights=[1])
+    with pytest.raises(ValueError, match="weights: expected"):
+        losses(texts, weights=[0, 0])

@@ -57,6 +57,12 @@ def adapt(
     lora_rate: Annotated[
         float | None, typer.Option(help="Learning rate of these.", show_default=False)
     ] = None,
+    short_windows: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the sequences of stage 2 that are read with shorter windows.", show_default=False
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.", show_default=False)] = None,
     resume: Annotated[
         bool,
@@ -106,6 +112,7 @@ def adapt(
         "piece_size": piece_size,
         "lora_rank": lora_rank,
         "lora_rate": lora_rate,
+        "short_windows": short_windows,
         "seed": seed,
     }
     settings = dataclasses.replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})

@@ -71,6 +71,18 @@ class MemoryLayer(CacheLayerMixin):
         setattr(key_states, _MARK, self)
         return key_states, value_states
 
+    def learn(self, k: Tensor, v: Tensor) -> None:
+        """Read tokens `[B, Hkv, T, K]`, `[B, Hkv, T, V]` without queries, all of them real."""
+        if self.memories is None:
+            self.lazy_initialization(k, v)
+        assert self.memories is not None
+        self._num_columns += k.shape[2]
+        if self.config.key_exponents is not None:
+            k = k * key_factors(self.config.key_exponents, k)
+        for memory in self.memories:
+            heads = list(memory.budget.heads)
+            memory.learn(k[:, heads], v[:, heads])
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Outputs `[B, H, T, V]` of new tokens, which the layer then remembers.
 
@@ -90,6 +102,10 @@ class MemoryLayer(CacheLayerMixin):
             order = (~mask).byte().argsort(dim=-1, stable=True)
             q, k, v = (_take(x, order) for x in (q, k, v))
         per_head = q.shape[1] // self.config.num_kv_heads
+        if self.config.key_exponents is not None:
+            factor = key_factors(self.config.key_exponents, k)
+            # By powers of 2, so that scores do not change, bit by bit.
+            q, k = q / factor.repeat_interleave(per_head, 0), k * factor
         learned = {"temperature": self.config.slot_temperature, "bias": self.config.slot_bias}
         factors = {
             name: None if x is None else torch.as_tensor(x, device=q.device) for name, x in learned.items()
@@ -307,6 +323,17 @@ class MemoryCache(Cache):
 def layer_of(keys: Tensor) -> MemoryLayer | None:
     """The layer that has handed on these keys; None if no cache has."""
     return getattr(keys, _MARK, None)
+
+
+def key_factors(exponents: Sequence[Sequence[int]], k: Tensor) -> Tensor:
+    """Factors `[Hkv, 1, K]` of keys like `k`, before distances between them are compared.
+
+    Raises:
+        ValueError: not as many numbers as keys have.
+    """
+    if (found := {*map(len, exponents)}) != {k.shape[3]}:
+        raise ValueError(f"key_exponents: expected {k.shape[3]} numbers per head, found {sorted(found)}")
+    return torch.exp2(torch.tensor(exponents, dtype=torch.float32, device=k.device))[:, None].to(k.dtype)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from ovq.ops.options import MERGES, Options, check_value_weight, default_growth
 
 #: The field of a model's config in which a `MemoryConfig` is saved.
 CONFIG_KEY = "ovq_memory"
+
+# Keys are multiplied by powers of 2, which does not round as long as float16 can hold them.
+_MOST_EXPONENT = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,10 @@ class MemoryConfig:
         chunk_size: tokens that are merged at a time.
         merge: the rule by which the slots are learned, as in `ovq_attention`.
         value_weight: the weight of distances between values relative to those between keys, where both have
-            a mean squared length of about 1.
+            a mean squared length of about 1; a number for all heads, or `value_weight[layer][head]`.
+        key_exponents: `key_exponents[layer][head][i]`, where number i of a head's keys counts
+            `2 ** exponent` times as much as it is when distances are compared; None for 0. What a model
+            computes from keys does not depend on it: queries are divided by what keys are multiplied by.
         slot_temperature: per layer and *query* head, the factor of the scores of slots that hold more than
             one token; None for 1.
         slot_bias: per layer and query head, what is added to these scores; None for 0.
@@ -49,7 +56,8 @@ class MemoryConfig:
     num_sinks: int = 4
     chunk_size: int = 64
     merge: str = "ward"
-    value_weight: float = 1.0
+    value_weight: float | list[list[float]] = 1.0
+    key_exponents: list[list[list[int]]] | None = None
     slot_temperature: list[list[float]] | None = None
     slot_bias: list[list[float]] | None = None
 
@@ -58,12 +66,24 @@ class MemoryConfig:
         _check_int("num_sinks", self.num_sinks, at_least=0)
         if self.merge not in MERGES:
             raise ValueError(f"merge: expected one of {MERGES}, found {self.merge!r}")
-        check_value_weight("value_weight", self.value_weight)
         if not self.num_slots or list(map(len, self.num_slots)) != list(map(len, self.window)):
             raise ValueError(
                 "expected num_slots and window for the same layers and heads, found "
                 f"{list(map(len, self.num_slots))} and {list(map(len, self.window))} heads per layer"
             )
+        heads = list(map(len, self.num_slots))
+        if isinstance(self.value_weight, list):
+            _check_heads("value_weight", self.value_weight, heads)
+        for weight in itertools.chain(*given) if isinstance(given := self.value_weight, list) else [given]:
+            check_value_weight("value_weight", weight)
+        if self.key_exponents is not None:
+            _check_heads("key_exponents", self.key_exponents, heads)
+            for exponent in itertools.chain(*itertools.chain(*self.key_exponents)):
+                _check_int("key_exponents", exponent, at_least=-_MOST_EXPONENT)
+                if exponent > _MOST_EXPONENT:
+                    raise ValueError(
+                        f"key_exponents: expected integers up to {_MOST_EXPONENT}, found {exponent}"
+                    )
         for slots in self.num_slots:
             for number in slots:
                 _check_int("num_slots", number, at_least=0)
@@ -130,23 +150,29 @@ class MemoryConfig:
 
     def layer(self, index: int) -> LayerConfig:
         """What one layer keeps."""
-        groups: dict[tuple[int, int], list[int]] = {}
-        for head, budget in enumerate(zip(self.num_slots[index], self.window[index], strict=True)):
-            groups.setdefault(budget, []).append(head)
+        slots, windows, given = self.num_slots[index], self.window[index], self.value_weight
+        weights = given[index] if isinstance(given, list) else [given] * len(slots)
+        groups: dict[tuple[int, int, float], list[int]] = {}
+        for head, (num, window, weight) in enumerate(zip(slots, windows, weights, strict=True)):
+            # Without slots nothing is compared.
+            groups.setdefault((num, window, weight if num else 1.0), []).append(head)
         return LayerConfig(
             budgets=tuple(
                 Budget(
                     heads=tuple(heads),
-                    num_slots=slots,
+                    num_slots=num,
                     window=window,
                     num_sinks=self.num_sinks,
                     chunk_size=self.chunk_size,
                     merge=self.merge,
-                    value_weight=self.value_weight,
+                    value_weight=weight,
                 )
-                for (slots, window), heads in groups.items()
+                for (num, window, weight), heads in groups.items()
             ),
-            num_kv_heads=len(self.num_slots[index]),
+            num_kv_heads=len(slots),
+            key_exponents=None
+            if self.key_exponents is None
+            else tuple(map(tuple, self.key_exponents[index])),
             slot_temperature=None if self.slot_temperature is None else tuple(self.slot_temperature[index]),
             slot_bias=None if self.slot_bias is None else tuple(self.slot_bias[index]),
         )
@@ -196,14 +222,21 @@ class LayerConfig:
     Attributes:
         budgets: its key/value heads, those with equal budgets together.
         num_kv_heads: key/value heads.
+        key_exponents: see `MemoryConfig`, of this layer.
         slot_temperature: factor of the scores of slots of several tokens, per query head. slot_bias: what is
             added to them.
     """
 
     budgets: tuple[Budget, ...]
     num_kv_heads: int
+    key_exponents: tuple[tuple[int, ...], ...] | None = None
     slot_temperature: tuple[float, ...] | None = None
     slot_bias: tuple[float, ...] | None = None
+
+
+def _check_heads(name: str, table: Sequence[Sequence[Any]], heads: list[int]) -> None:
+    if (found := list(map(len, table))) != heads:
+        raise ValueError(f"{name}: expected numbers for {heads} key/value heads per layer, found {found}")
 
 
 def _check_int(name: str, value: Any, *, at_least: int) -> None:

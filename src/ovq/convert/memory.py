@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from ovq.convert.config import Budget
-from ovq.ops.backends.cpu import decode as compiled
+from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.backends.cpu.kernels import DTYPES, is_available
+from ovq.ops.backends.cpu.kernels import learn_and_say as compiled_learn
 from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
-from ovq.ops.backends.torch.decode import learn_chunk
+from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.plan import Plan
+from ovq.ops.backends.torch.learn import learn
+from ovq.ops.call import Rows
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import OVQState, state_dtype
+from ovq.ops.state import state_dtype
 
 # Queries read at a time, which bounds the memory for their scores.
 _QUERIES = 256
@@ -123,8 +127,9 @@ class HeadMemory:
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
 
     def detach_(self) -> None:
-        """Detach the exact tokens from their graph; slots never have one."""
-        self.recent_keys, self.recent_values = self.recent_keys.detach(), self.recent_values.detach()
+        """Detach all that is kept from its graph."""
+        for name in _TENSORS:
+            setattr(self, name, getattr(self, name).detach())
 
     def learn(self, k: Tensor, v: Tensor) -> None:
         """Read tokens `[B, h, T, K]`, `[B, h, T, V]` without queries; rows must have read equally many."""
@@ -296,7 +301,7 @@ class HeadMemory:
         first, size = budget.num_sinks, budget.chunk_size
         keys, values = self.recent_keys[index], self.recent_values[index]
         if budget.num_slots:
-            self._merge_into_slots(rows, index, *(x[:, :, first:].detach() for x in (keys, values)))
+            self._merge_into_slots(rows, index, keys[:, :, first:], values[:, :, first : first + size])
         kept = slice(first, budget.num_exact - size)
         moved = []
         for recent, x in ((self.recent_keys, keys), (self.recent_values, values)):
@@ -310,44 +315,77 @@ class HeadMemory:
             self.filled[b] -= size
             self.num_merged[b] += size
 
-    @torch.no_grad()
     def _merge_into_slots(self, rows: list[int], index: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Merge the first tokens of full windows `[R, h, W, D]` into the dictionaries of their rows."""
-        budget, wide = self.budget, self.key_sum.dtype
-        options, size = budget.options, budget.chunk_size
-        unit = self.key_unit[index]
+        """Merge the oldest tokens of full windows, keys `[R, h, W, K]`, with their values `[R, h, C, V]`.
+
+        Gradients of the sums reach the tokens and what was in the slots. They do not reach the decision which
+        pairs are merged.
+        """
+        wide = self.key_sum.dtype
+        self._find_units(index, keys)
+        keys = keys[:, :, : self.budget.chunk_size].to(wide) / self.key_unit[index][..., None, None]
+        values = values.to(wide)
+        old_keys, old_values, old_count = (
+            x if len(rows) == len(self.filled) else x[index]
+            for x in (self.key_sum, self.value_sum, self.count)
+        )
+        with torch.no_grad():
+            homes = self._homes(rows, index, keys, values)
+            streams = torch.arange(homes[..., 0].numel(), device=homes.device).view(*homes.shape[:2], 1)
+            flat = (homes + streams * old_count.shape[2]).flatten()
+            weights = torch.cat([old_count, torch.ones_like(homes[:, :, old_count.shape[2] :])], 2)
+            count = torch.zeros_like(old_count).scatter_add_(2, homes, weights)
+        for name, old, new in (("key_sum", old_keys, keys), ("value_sum", old_values, values)):
+            items = torch.cat([old, new], 2)
+            sums = items.new_zeros(count.numel(), items.shape[3]).index_add(0, flat, items.flatten(0, 2))
+            _put_rows(self, name, index, sums.view_as(old))
+        _put_rows(self, "count", index, count)
+
+    @torch.no_grad()
+    def _find_units(self, index: Tensor, keys: Tensor) -> None:
+        """Measure the length of keys `[R, h, W, K]` where none has been merged yet."""
+        wide = self.key_sum.dtype
         length = keys.to(wide).square().sum(-1).mean(-1).sqrt()
         # Multiplying by a power of 2 does not round.
         found = torch.exp2(length.clamp(min=torch.finfo(wide).tiny).log2().round())
-        unit = torch.where(unit == 0, found, unit)
-        self.key_unit[index] = unit
-        before = [self._num_open(self.num_merged[b]) for b in rows]
-        after = [self._num_open(self.num_merged[b] + size) for b in rows]
-        state = OVQState(
-            # Copies, because learning may happen in place.
-            key_sum=self.key_sum[index],
-            value_sum=self.value_sum[index],
-            count=self.count[index],
-            pending_keys=(keys[:, :, :size].to(wide) / unit[..., None, None]),
-            pending_values=values[:, :, :size].to(wide).contiguous(),
-            num_seen=torch.tensor([self.num_merged[b] + size for b in rows]),
-            num_slots=budget.num_slots,
-            chunk_size=size,
+        unit = self.key_unit[index]
+        self.key_unit[index] = torch.where(unit == 0, found, unit)
+
+    def _homes(self, rows: list[int], index: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The slot `[R, h, N + C]` that each slot's content and each token `[R, h, C, D]` go to."""
+        wide, options, size = self.key_sum.dtype, self.budget.options, self.budget.chunk_size
+        # Copies, because learning happens in place.
+        sums = Dictionary(self.key_sum[index], self.value_sum[index], self.count[index])
+        merged = [self.num_merged[b] for b in rows]
+        one_chunk_each = Rows(tuple(range(0, len(rows) * size, size)), (size,) * len(rows))
+        plan = Plan(
+            aligned=AlignedRows(
+                one_chunk_each, pending=[0] * len(rows), chunk_size=size, num_tokens=len(rows) * size
+            ),
+            slots=[[self._num_open(n), self._num_open(n + size)] for n in merged],
+            num_merged=merged,
+            num_kv_heads=keys.shape[1],
+            group_size=1,
+            options=options,
         )
-        is_compiled = index.device.type == "cpu" and wide == torch.float32 and is_available()
-        learned = (compiled.learn_chunk if is_compiled else learn_chunk)(state, before, after, options)
-        for name, new in (
-            ("key_sum", learned.key_sum),
-            ("value_sum", learned.value_sum),
-            ("count", learned.count),
-        ):
-            _put_rows(self, name, index, new.view(len(rows), *getattr(self, name).shape[1:]))
+        is_compiled = keys.device.type == "cpu" and wide == torch.float32 and is_available()
+        learned = (compiled_learn if is_compiled else learn)(
+            keys.transpose(1, 2), values.transpose(1, 2), sums, plan
+        )
+        if learned.moved is None:
+            num = self.count.shape[2]
+            moved = torch.arange(num, device=keys.device).expand(len(rows), keys.shape[1], num)
+        else:
+            moved = learned.moved.long()
+        return torch.cat([moved, learned.slots.long().transpose(1, 2)], 2)
 
 
 def _put_rows(memory: HeadMemory, name: str, index: Tensor, rows: Tensor) -> None:
     """Replace rows of a tensor."""
     tensor = getattr(memory, name)
-    if torch.is_inference_mode_enabled():
+    if len(index) == len(tensor):
+        setattr(memory, name, rows)
+    elif torch.is_inference_mode_enabled():
         # Where many rows take turns to merge, copying the others would take most of the time.
         tensor.index_copy_(0, index, rows)
     else:

@@ -10,6 +10,7 @@ itself, outside of the model.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +21,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ovq.convert.attach import kv_heads
 from ovq.convert.budgets import allocate
-from ovq.convert.config import Budget, MemoryConfig
-from ovq.convert.memory import HeadMemory
+from ovq.convert.cache import MemoryLayer
+from ovq.convert.config import LayerConfig, MemoryConfig
+from ovq.convert.distances import Distances
 from ovq.ops.state import state_dtype
 
 _IMPLEMENTATION = "ovq_probe"
@@ -29,6 +31,8 @@ _IMPLEMENTATION = "ovq_probe"
 _TOKENS_AT_ONCE = 256
 # Only the answers to queries in this last part of a text count: before, little is merged.
 _LAST_PART = 1 / 3
+# Heads, of all layers, that are tried side by side.
+_HEADS_AT_ONCE = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,7 @@ class Probe:
         options: the memories tried.
         losses: `[layers, heads, options]` rise of the loss per token, in nats, for each head by itself.
         num_sinks: first tokens kept exactly in all of them.
-        settings: `chunk_size`, `merge`, `value_weight` of all of them.
+        settings: `chunk_size`, `merge`, `value_weight` and `key_exponents` of all of them.
     """
 
     options: tuple[Option, ...]
@@ -119,12 +123,14 @@ def probe(
     merge: str = "ward",
     value_weight: float = 1.0,
     targets: Sequence[Tensor | None] | None = None,
+    weights: Sequence[float] | None = None,
+    has_distances: bool = True,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Probe:
     """Try every option on every head of a model that is not converted yet.
 
-    Memory: the queries, keys, values and gradients of one text, in the model's dtype.
+    Memory: the queries, keys, values and gradients of one text, twice.
 
     Args:
         model: as for `attach`; it is as before afterwards.
@@ -133,6 +139,11 @@ def probe(
         num_sinks, chunk_size, merge, value_weight: of all of them, as in `attach`.
         targets: for each text a mask `[T]` of the tokens whose prediction matters, or None for all. Where
             there is a mask, the loss is that on the text itself and not on tokens drawn from the model.
+        weights: how much each text counts; None for 1 each. A text with a mask of few tokens that depend on
+            memory has losses many times as large as others, and may need less.
+        has_distances: whether to learn as well between which keys each head tells best, and to merge by that
+            (`Distances`), with `value_weight` as a factor of what is found for values. It is learned on the
+            texts without a mask, or on all if each has one.
         seed: seed of those.
         progress: called with the number of texts and options done so far.
 
@@ -155,53 +166,106 @@ def probe(
     for i, text in enumerate(texts):
         if text.dim() != 1 or len(text) < 2:
             raise ValueError(f"texts: expected at least 2 tokens [T], found {tuple(text.shape)} in text {i}")
+    masks = [None] * len(texts) if targets is None else targets
     settings: dict[str, Any] = {"chunk_size": chunk_size, "merge": merge, "value_weight": value_weight}
+    if has_distances:
+        num_recent = min((o.window for o in options if o.num_slots), default=0)
+        sizes = {"num_sinks": num_sinks, "num_recent": num_recent}
+        pairs = list(zip(texts, masks, strict=True))
+        found = _distances(model, [p for p in pairs if p[1] is None] or pairs, seed, sizes)
+        settings["value_weight"] = [[value_weight * w for w in layer.value_weights()] for layer in found]
+        settings["key_exponents"] = [layer.key_exponents() for layer in found]
     total = torch.zeros(len(heads), heads[0], len(options), dtype=torch.float64)
     num_done = 0
-    for i, text in enumerate(texts):
-        mask = None if targets is None else targets[i]
-        captured = _capture(model, text, mask, seed)
-        # Each text counts the same, whatever its length.
+    shares = torch.tensor([1.0] * len(texts) if weights is None else weights, dtype=torch.float64)
+    if len(shares) != len(texts) or not bool((shares >= 0).all()) or not float(shares.sum()) > 0:
+        raise ValueError(
+            f"weights: expected a number of at least 0 for each of {len(texts)} texts, found {weights}"
+        )
+    for text, mask, share in zip(texts, masks, shares / shares.sum(), strict=True):
+        captured = _joined(_capture(model, text, mask, seed))
+        # Whatever the length of the text.
         for j, option in enumerate(options):
-            budget = Budget(
-                heads=tuple(range(heads[0])),
-                num_slots=option.num_slots,
-                window=option.window,
-                num_sinks=num_sinks,
-                **settings,
-            )
-            total[:, :, j] += torch.stack([layer.loss(budget) for layer in captured]) / len(texts)
+            losses = captured.losses(option, num_sinks, settings)
+            total[:, :, j] += share * losses.view(len(heads), heads[0])
             num_done += 1
             if progress is not None:
                 progress(num_done)
     return Probe(options=tuple(options), losses=total, num_sinks=num_sinks, settings=settings)
 
 
+def _distances(
+    model: PreTrainedModel,
+    pairs: Sequence[tuple[Tensor, Tensor | None]],
+    seed: int,
+    sizes: dict[str, int],
+) -> list[Distances]:
+    """What matters to the heads of each layer."""
+    layers: list[Distances] = []
+    for text, mask in pairs:
+        captured = _capture(model, text, mask, seed)
+        layers = layers or [Distances(c.k.shape[1], c.k.shape[3]) for c in captured]
+        for found, c in zip(layers, captured, strict=True):
+            found.add(c.q, c.k, c.v, o=c.o, g=c.g, num_targets=c.num_targets, **sizes)
+    return layers
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Captured:
-    """A layer on a text: `q` `[1, H, T, K]` (scaled), `k` `[1, Hkv, T, K]`, `v`, the outputs `o` and their
-    gradients `g` `[1, H, T, V]`; queries from `start` on count, for `num_targets` predicted tokens."""
+    """A layer on a text, from the first token on whose prediction counts: t of T tokens.
+
+    Attributes:
+        q: `[1, H, t, K]` queries, scaled. k: `[1, Hkv, T, K]`. v: `[1, Hkv, T, V]`.
+        o: `[1, H, t, V]` outputs. g: `[1, H, t, V]` their gradients.
+        num_targets: tokens whose prediction counts.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     o: Tensor
     g: Tensor
-    start: int
     num_targets: int
 
     @torch.no_grad()
-    def loss(self, budget: Budget) -> Tensor:
+    def losses(self, option: Option, num_sinks: int, settings: dict[str, Any]) -> Tensor:
         """Rise of the loss per token `[Hkv]` if the heads had this memory."""
-        memory = HeadMemory(budget, self.k, self.v)
-        start = self.start
-        memory.learn(self.k[:, :, :start], self.v[:, :, :start])
-        length = self.q.shape[2] - start
-        o = memory.attend(self.q[:, :, start:], self.k[:, :, start:], self.v[:, :, start:], [length])
-        change = ((o - self.o[:, :, start:]).float() * self.g[:, :, start:].float()).sum(-1)
+        num, weights, exponents = self.k.shape[1], settings["value_weight"], settings.get("key_exponents")
+        flat = list(itertools.chain(*weights)) if isinstance(weights, list) else [weights] * num
+        all_exponents = None if exponents is None else list(itertools.chain(*exponents))
+        # As in one layer of many heads, those of equal weights side by side.
+        total = torch.zeros(num, dtype=torch.float64)
+        for part in torch.tensor(flat).argsort(stable=True).split(_HEADS_AT_ONCE):
+            config = MemoryConfig(
+                num_slots=[[option.num_slots] * len(part)],
+                window=[[option.window] * len(part)],
+                num_sinks=num_sinks,
+                chunk_size=settings["chunk_size"],
+                merge=settings["merge"],
+                value_weight=[[flat[h] for h in part]],
+                key_exponents=None if all_exponents is None else [[all_exponents[h] for h in part]],
+            )
+            total[part] = self._of_heads(part.to(self.k.device), config.layer(0))
+        return total
+
+    def _of_heads(self, heads: Tensor, config: LayerConfig) -> Tensor:
+        per_head = self.q.shape[1] // self.k.shape[1]
+        own = (heads[:, None] * per_head + torch.arange(per_head, device=heads.device)).flatten()
+        k, v = self.k[:, heads], self.v[:, heads]
+        start = k.shape[2] - self.q.shape[2]
+        layer = MemoryLayer(config)
+        layer.learn(k[:, :, :start], v[:, :, :start])
+        o = layer.attend(self.q[:, own], k[:, :, start:], v[:, :, start:], None)
+        change = ((o - self.o[:, own]).float() * self.g[:, own].float()).sum(-1)
         # Query heads that share keys change together.
-        per_head = change.unflatten(1, (self.k.shape[1], -1)).sum(2)
-        return per_head.double().square().sum((0, 2)).cpu() / 2 / self.num_targets
+        change = change.unflatten(1, (len(heads), -1)).sum(2)
+        return change.double().square().sum((0, 2)).cpu() / 2 / self.num_targets
+
+
+def _joined(layers: list[_Captured]) -> _Captured:
+    """All layers as one of many heads."""
+    joined = {name: torch.cat([getattr(c, name) for c in layers], 1) for name in ("q", "k", "v", "o", "g")}
+    return _Captured(**joined, num_targets=layers[0].num_targets)
 
 
 def _capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: int) -> list[_Captured]:
@@ -244,8 +308,14 @@ def _capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: in
         model.train(was_training)
         for parameter, was_needed in zip(model.parameters(), needed_grad, strict=True):
             parameter.requires_grad_(was_needed)
+    num_targets = max(1, len(targets))
     return [
-        _Captured(q=q, k=k, v=v, o=exact, g=o.grad, start=start, num_targets=max(1, len(targets)))
+        _Captured(
+            k=k,
+            v=v,
+            num_targets=num_targets,
+            **{n: x[:, :, start:] for n, x in (("q", q), ("o", exact), ("g", o.grad))},
+        )
         for q, k, v, exact, o in calls
         if o.grad is not None
     ]

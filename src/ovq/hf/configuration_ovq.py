@@ -198,9 +198,9 @@ class OVQConfig(PreTrainedConfig):
     def recommended(cls, **fields: Any) -> "OVQConfig":
         """The config to train a new model with: of all OVQ layers that were measured, what recalls most.
 
-        Its dictionary is kept by the paper's rule while it is trained, and a merge gate says what tokens count
-        for in it. Once it is trained, `OVQForCausalLM.ask_as_recommended` has the dictionary kept by the rule
-        that recalls most (docs/training.md).
+        Its dictionary is kept by the paper's rule while it is trained, and a merge gate says what each token
+        counts for in it. Once it is trained, `OVQForCausalLM.ask_as_recommended` has the dictionary kept by
+        the rule that recalls most (docs/training.md).
 
         Args:
             fields: all other fields, such as sizes. `merge_gate=False` leaves the gate out, as for a GPU, for

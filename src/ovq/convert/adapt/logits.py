@@ -5,8 +5,8 @@ changes are those of peft, and what stage 1 has learned is learned on. For a sha
 of heads with slots are shorter, by a random factor: converted models like to live on their window
 (arXiv 2510.05901).
 
-Gradients reach the queries, the reading of slots, and those tokens of the same piece that a head holds
-exactly. Slots are constants: nothing learns to be merged better.
+Gradients reach the queries, the reading of slots, and the tokens of the same piece, exact or merged. What was
+merged before is constant, and so is the decision which tokens are merged.
 """
 
 from __future__ import annotations

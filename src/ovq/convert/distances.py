@@ -1,0 +1,107 @@
+"""`Distances`: between which keys and values a head tells best, learned from texts without training.
+
+Two tokens should share a slot if the output of the head hardly changes by it, as far as the loss depends on
+that output. If the key of token i changes by d, the score of query t changes by q_t . d, its probability
+p_ti by as much times itself, the output by p_ti (q_t . d)(v_i - o_t), and the loss by the product of this
+with its gradient g_t. If the value changes by d, the loss changes by p_ti (g_t . d). So the mean squares of
+
+    (g_t . (v_i - o_t)) q_t   and   g_t,   weighted by p_ti,
+
+say how much each number of a key, and a value, matters [ours]. The squares of a key's numbers are taken one
+by one, because multiplying keys by powers of 2 and dividing queries by them changes no score, bit by bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Queries compared at a time with all tokens.
+_QUERIES = 256
+# Numbers of a key that matter less than the one that matters most by more than this are taken as if they
+# mattered so much.
+_RANGE = 5
+
+
+class Distances:
+    """What matters to the key/value heads of a layer; texts are added one by one.
+
+    Args:
+        num_heads: key/value heads.
+        key_dim: numbers of a key.
+
+    Example:
+        >>> distances = Distances(1, 2)
+        >>> k, v, o = torch.randn(1, 1, 9, 2), torch.randn(1, 1, 9, 3), torch.zeros(1, 1, 9, 3)
+        >>> q = torch.tensor([8.0, 1.0]).expand_as(k)
+        >>> distances.add(q, k, v, o=o, g=torch.ones_like(o), num_targets=9, num_sinks=1, num_recent=4)
+        >>> distances.key_exponents()
+        [[2, -2]]
+    """
+
+    def __init__(self, num_heads: int, key_dim: int) -> None:
+        self._of_keys = torch.zeros(num_heads, key_dim, dtype=torch.float64)
+        self._of_values = torch.zeros(num_heads, dtype=torch.float64)
+        self._key_squares = torch.zeros(num_heads, key_dim, dtype=torch.float64)
+        self._value_squares = torch.zeros(num_heads, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        o: Tensor,
+        g: Tensor,
+        num_targets: int,
+        num_sinks: int,
+        num_recent: int,
+    ) -> None:
+        """Add a text; texts count the same whatever their length.
+
+        Args:
+            q: `[1, H, t, K]` queries, scaled, of its last t tokens. k: `[1, Hkv, T, K]` of all its tokens.
+            v: `[1, Hkv, T, V]`. o: `[1, H, t, V]` outputs. g: `[1, H, t, V]` gradients of the loss.
+            num_targets: predicted tokens whose losses were added up.
+            num_sinks: first tokens, and num_recent: last ones before a query, itself included, that never are
+                in slots.
+        """
+        heads, total = k.shape[1], k.shape[2]
+        places = torch.arange(total, device=k.device)
+        for part in torch.arange(total - q.shape[2], total, device=k.device).split(_QUERIES):
+            own = part - total + q.shape[2]
+            is_past = places <= part[:, None]
+            is_far = (places <= part[:, None] - num_recent) & (places >= num_sinks)
+            for h in range(heads):
+                # [G, n, ...]
+                queries, outputs, slopes = (
+                    x[0, :, own].float().unflatten(0, (heads, -1))[h] for x in (q, o, g)
+                )
+                keys, values = k[0, h].float(), v[0, h].float()
+                p = (queries @ keys.T).masked_fill(~is_past, -torch.inf).softmax(-1) * is_far
+                change = slopes @ values.T - (slopes * outputs).sum(-1, keepdim=True)
+                of_query = (p * change.square()).sum(-1, keepdim=True)
+                self._of_keys[h] += ((of_query * queries.square()).sum((0, 1)) / num_targets).cpu()
+                of_value = (p.sum(-1) * slopes.square().mean(-1)).sum() / num_targets
+                self._of_values[h] += float(of_value)
+        self._key_squares += k[0].double().square().mean(1).cpu()
+        self._value_squares += v[0].double().square().sum(-1).mean(1).cpu()
+
+    def key_exponents(self) -> list[list[int]]:
+        """By which powers of 2 keys are to be multiplied, `[Hkv][K]`; 0 on average."""
+        found = self._of_keys.log2() / 2
+        most = found.amax(-1, keepdim=True)
+        # A head whose output does not matter, or that sees no far tokens.
+        found = torch.where(most.isfinite(), found.clamp(min=most - _RANGE), 0)
+        return (found - found.mean(-1, keepdim=True)).round().int().tolist()
+
+    def value_weights(self) -> list[float]:
+        """The weight of values beside such keys, `[Hkv]`, rounded to powers of 2; 1 where nothing matters."""
+        factors = torch.exp2(torch.tensor(self.key_exponents(), dtype=torch.float64))
+        # What multiplying keys by the roots of `_of_keys` would do, divided by what these factors do.
+        unit = (self._of_keys * self._key_squares / factors.square()).sum(-1) / self._key_squares.sum(-1)
+        length = (factors.square() * self._key_squares).sum(-1)
+        weights = (self._of_values * self._value_squares / (unit * length)).sqrt()
+        is_usable = weights.isfinite() & (weights > 0)
+        return torch.exp2(torch.where(is_usable, weights, 1).log2().round()).tolist()
