@@ -349,7 +349,7 @@ class HeadMemory:
         # Multiplying by a power of 2 does not round.
         found = torch.exp2(length.clamp(min=torch.finfo(wide).tiny).log2().round())
         unit = self.key_unit[index]
-        self.key_unit[index] = torch.where(unit == 0, found, unit)
+        _put_rows(self, "key_unit", index, torch.where(unit == 0, found, unit))
 
     def _homes(self, rows: list[int], index: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The slot `[R, h, N + C]` that each slot's content and each token `[R, h, C, D]` go to."""
