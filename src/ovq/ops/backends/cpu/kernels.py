@@ -111,8 +111,10 @@ class _CompiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         # The gradient of the final sums becomes that of the initial ones.
-        q, k, v, scale, token_weights, o, *of_sums, lse, slots = ctx.saved_tensors[:12]
-        noted = ctx.saved_tensors[12:]
+        # Read once: under activation checkpointing, torch refuses a second time.
+        saved = ctx.saved_tensors
+        q, k, v, scale, token_weights, o, *of_sums, lse, slots = saved[:12]
+        noted = saved[12:]
         grad_o = torch.zeros_like(o) if grad_o is None else dense(grad_o)
         # Copies, because the kernels rewind them in place.
         sums = Dictionary(*of_sums).clone()
