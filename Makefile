@@ -35,17 +35,17 @@ test: install
 	$(MAKE) --no-print-directory -j 2 lint pytest
 
 pytest: install
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not peers' tests src/ovq
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peers' tests src/ovq
 
 # What takes minutes: kills of whole runs, torchrun, everything in Triton's interpreter, a real browser.
 test-slow: install
-	$(BIN)/python -m pytest -n 2 -m 'slow and not peers' tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not peers' tests
 
 # transformers' own tests, peft, accelerate and trl on our models: minutes of work. The tests are those of the source
 # distribution of the installed version; a checkout of it has more: TRANSFORMERS_TESTS=CHECKOUT/tests.
 test-peers: $(VENV)/.installed-peers
 	tests="$${TRANSFORMERS_TESTS:-$$($(BIN)/python -m tests.peers.sources .peers)}" \
-		&& TRANSFORMERS_TESTS="$$tests" $(BIN)/python -m pytest -n 2 -m peers tests/peers
+		&& TRANSFORMERS_TESTS="$$tests" $(BIN)/python -m pytest -n 2 --dist worksteal -m peers tests/peers
 
 $(VENV)/.installed-peers: $(VENV)/.installed
 	$(PIP) -e '.[peers]'
@@ -58,7 +58,7 @@ fuzz: install
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --progress-bar on -e '.[dev]' -c tests/oldest.txt
-	$(VENV)-oldest/bin/python -m pytest -n 2 -m 'not slow and not peers' tests src/ovq
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not peers' tests src/ovq
 
 # The tables of the documents from the JSON files of results; a test fails where they differ.
 tables: install
