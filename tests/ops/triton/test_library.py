@@ -20,6 +20,7 @@ def empty_state():
     ]
 
 
+@pytest.mark.slow
 def test_operators_are_what_pytorch_expects():
     from ovq.ops.backends.triton import decode, library
 
@@ -34,10 +35,10 @@ def test_operators_are_what_pytorch_expects():
     torch.library.opcheck(decode.read_pending_and_slots, (*token, torch.ones(1), *empty_state(), places, 0))
 
 
-@pytest.mark.parametrize(
-    "rows",
-    ["dense", "padded", "packed", "checked", "ward", pytest.param("ward-sqrt", marks=pytest.mark.slow)],
-)
+SLOW = [pytest.param(rule, marks=pytest.mark.slow) for rule in ("ward", "ward-sqrt")]
+
+
+@pytest.mark.parametrize("rows", ["dense", "padded", "packed", "checked", *SLOW])
 def test_a_compiled_call_is_one_whole_graph(rows):
     q, k, v = inputs(1, 9, 2, 1, 4, 3, dtype=torch.float32)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])

@@ -94,7 +94,8 @@ def test_the_same_pairs_are_merged_with_other_options(growth, value_weight):
     check_state(tokens, **WARD, growth=growth, value_weight=value_weight)
 
 
-@pytest.mark.parametrize("rounds", [0, pytest.param(9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [0, 9])
 def test_it_does_not_matter_which_kernel_makes_the_rounds(rounds, monkeypatch):
     from ovq.ops.backends.triton import ward
 
@@ -164,6 +165,7 @@ def test_gradients_of_packed_rows_and_of_short_segments(monkeypatch):
     assert_parity(*runs)
 
 
+@pytest.mark.slow
 def test_padding_and_rows_that_go_on_from_a_state():
     q, k, v = inputs(2, 20, 1, 1, dtype=torch.float32)
     mask = (torch.arange(9) >= torch.tensor([[0], [3]])).long()
