@@ -41,7 +41,7 @@ def parts_of(page: str) -> dict[str, tuple[dict[str, str], list[str]]]:
                 files[name] = text
             elif kind == "bash":
                 commands += re.findall(r"(?:.*\\\n)*.+", text)
-        if files or len(commands) > 1:
+        if "\n```" in section:
             found[section.partition("\n")[0]] = (files, commands)
     return found
 
