@@ -51,7 +51,7 @@ def build(
     [bold]ovq generate --model runs/ovq --context book.ctx --prompt "12 7"[/bold]
     """
     dictionaries.check_rule(merge)
-    document = sys.stdin.read() if text == "-" else Path(text).read_text()
+    document = sys.stdin.read() if text == "-" else Path(text).read_text(encoding="utf-8")
     check_generating_folder(model)
     # Hours of reading must not end at a place that cannot be written.
     if out.is_dir() or not out.parent.is_dir():

@@ -58,7 +58,7 @@ def convert(
     Example: [bold]ovq convert --model HuggingFaceTB/SmolLM2-135M-Instruct --out smol --num-slots 512
     --window 256 --probe book.txt,code.txt[/bold]
     """
-    texts = [Path(name).read_text() for name in probe.split(",")] if probe is not None else []
+    texts = [Path(name).read_text(encoding="utf-8") for name in probe.split(",")] if probe is not None else []
     if out.exists():
         raise ValueError(f"--out: expected a folder that does not exist yet, found {out}")
     if not out.parent.is_dir():

@@ -153,7 +153,7 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if prompt is not None and prompt_file is None:
         return prompt
     if prompt is None and prompt_file is not None:
-        return sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text()
+        return sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text(encoding="utf-8")
     raise ValueError("expected one of --prompt and --prompt-file, found both or neither")
 
 

@@ -66,7 +66,10 @@ def inspect(
     if figures is not None and figures.exists() and not figures.is_dir():
         raise ValueError(f"--figures: expected a folder, found a file: {figures}")
     dictionaries.check_rule(merge)
-    given = prompt if prompt is not None else sys.stdin.read() if text == "-" else Path(str(text)).read_text()
+    if prompt is not None:
+        given = prompt
+    else:
+        given = sys.stdin.read() if text == "-" else Path(str(text)).read_text(encoding="utf-8")
     if figures is not None:
         # Before the reading: an extra that is missing must not cost it.
         import ovq.plots.memory

@@ -223,7 +223,7 @@ def load_tokenizer(folder: Path) -> Any | None:
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, found what is none ({error})") from error
     if not isinstance(found, dict):

@@ -55,7 +55,7 @@ def memory_config_in(folder: str | os.PathLike) -> MemoryConfig | None:
     """
     path = Path(folder) / "config.json"
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         return None
     except ValueError as error:

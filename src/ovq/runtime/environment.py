@@ -62,7 +62,7 @@ def _features() -> list[str]:
 def _cpu_line(name: str) -> str:
     """The value of the first such line of Linux's /proc/cpuinfo; empty if there is none."""
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else ():
+    for line in info.read_text(encoding="utf-8").splitlines() if info.is_file() else ():
         if line.startswith(name):
             return line.partition(":")[2].strip()
     return ""

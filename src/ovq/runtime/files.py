@@ -62,7 +62,7 @@ def _create(path: Path) -> None:
 def write_atomic(path: str | os.PathLike, text: str) -> None:
     """Write a text file completely or not at all, see `atomic_path`."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def cache_folder() -> Path:

@@ -142,7 +142,7 @@ class _Stored:
     @classmethod
     def load(cls, folder: Path) -> _Stored:
         """Map the tokens of a folder into memory and read the rest."""
-        index = json.loads((folder / _INDEX_FILE).read_text())
+        index = json.loads((folder / _INDEX_FILE).read_text(encoding="utf-8"))
         num_tokens = np.array(index["num_tokens"], dtype=np.int64)
         return cls(
             tokens=np.memmap(folder / _TOKENS_FILE, dtype=index["dtype"], mode="r"),
@@ -203,7 +203,7 @@ def _store(
     _check_names(names)
     index = {"names": names, "num_tokens": num_tokens, "num_bytes": num_bytes}
     index |= {"dtype": dtype.name, "sha256": content.hexdigest()}
-    (folder / _INDEX_FILE).write_text(json.dumps(index))
+    (folder / _INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
 
 
 def _check_names(names: list[str]) -> None:

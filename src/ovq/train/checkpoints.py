@@ -73,7 +73,7 @@ def seal(folder: Path, *, with_subfolders: bool = False) -> None:
 def fault(folder: Path) -> str | None:
     """What is wrong with the checkpoint in a folder, in words; None if it is complete and undamaged."""
     try:
-        entries = dict(json.loads((folder / SEAL_FILE).read_text()))
+        entries = dict(json.loads((folder / SEAL_FILE).read_text(encoding="utf-8")))
         for name, entry in entries.items():
             path = folder / name
             if not path.is_file():

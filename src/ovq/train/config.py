@@ -441,7 +441,7 @@ class RunConfig:
             path = place / CONFIG_FILE
             if path.is_file():
                 try:
-                    return cls.from_json(path.read_text())
+                    return cls.from_json(path.read_text(encoding="utf-8"))
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
         raise ValueError(f"{folder}: expected the folder of a training run, found no {CONFIG_FILE} in it")

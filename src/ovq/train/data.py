@@ -101,7 +101,7 @@ def _text_examples(config: RunConfig, corpus: Corpus, tokenizer: Any) -> Dataset
 def _check_corpus(path: Path, corpus: Corpus) -> None:
     """Raise ValueError unless the corpus is the one the run began with: windows are identified by number."""
     try:
-        found = dict(json.loads(path.read_text()))["digest"]
+        found = dict(json.loads(path.read_text(encoding="utf-8")))["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected what the run was trained on, found none ({error})") from error
     if corpus.digest != found:

@@ -28,7 +28,7 @@ class History:
         Raises:
             OSError: If the folder holds none.
         """
-        entries = json.loads((folder / TRAINER_STATE_NAME).read_text())["log_history"]
+        entries = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
         return cls(
             training={entry["step"]: entry["loss"] for entry in entries if "loss" in entry},
             held_out={entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry},

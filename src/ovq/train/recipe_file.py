@@ -52,7 +52,7 @@ def load_recipe(path: Path) -> RunConfig:
 
 def _content(path: Path) -> dict[str, Any]:
     """The mapping in a file."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".json":
             found = json.loads(text)

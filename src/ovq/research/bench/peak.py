@@ -11,14 +11,20 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ovq.research.bench.models import ModelWorkload
 from ovq.research.bench.workloads import Workload
+
+if TYPE_CHECKING:
+    from ovq.research.bench.models import ModelWorkload
 
 
 def main(arguments: dict) -> dict[str, int]:
     """Do the work and return the bytes it took."""
     if arguments["what"] == "model":
+        # Calls of the op, which most are, need no transformers.
+        from ovq.research.bench.models import ModelWorkload
+
         return _model(ModelWorkload(**arguments["workload"]))
     workload = Workload(**arguments["workload"])
     what = arguments["what"]
@@ -76,7 +82,7 @@ def _peak() -> int:
 
 def _status(field: str) -> int:
     """Bytes of a field of Linux's `/proc/self/status`."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise ValueError(f"/proc/self/status: expected a line {field}, found none")

@@ -80,7 +80,7 @@ def claimed(out: Path) -> Iterator[None]:
     import fcntl
 
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a") as lock:
+    with open(out / ".lock", "a", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -212,7 +212,7 @@ def _check_data(jobs: Iterable[RunJob]) -> None:
 def _check_preset(shop: Workshop) -> None:
     """One folder, one preset: the page of all results would mix them."""
     for path in (shop.out / "rows").glob("*.json"):
-        if (found := json.loads(path.read_text()).get("preset")) != shop.preset:
+        if (found := json.loads(path.read_text(encoding="utf-8")).get("preset")) != shop.preset:
             raise ValueError(
                 f"--out: expected a folder of results of preset {shop.preset}, found {path} of {found}"
             )

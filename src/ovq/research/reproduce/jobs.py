@@ -109,7 +109,7 @@ class RunJob(Job):
 
     def training_record(self) -> dict[str, Any]:
         """What `TRAINING_FILE` of the trained run holds."""
-        return json.loads((self.folder / TRAINING_FILE).read_text())
+        return json.loads((self.folder / TRAINING_FILE).read_text(encoding="utf-8"))
 
     def do(self, reporter: RemoteReporter) -> None:
         """Train the model if it is not trained, and do the missing evaluations."""
@@ -185,7 +185,7 @@ class RunJob(Job):
         path = self._path(evaluation)
         if not path.is_file():
             return None
-        outcome = json.loads(path.read_text())
+        outcome = json.loads(path.read_text(encoding="utf-8"))
         return outcome if outcome["evaluation"] == evaluation.as_json() else None
 
 
@@ -231,7 +231,7 @@ class MeasureJob(Job):
 
     def record(self) -> dict[str, Any]:
         """The rows, and the environment in which they were measured."""
-        return json.loads(self.path.read_text())
+        return json.loads(self.path.read_text(encoding="utf-8"))
 
 
 class _PartReporter:

@@ -38,7 +38,7 @@ def redraw(folder: Path) -> list[Path]:
     drawn, reports = [], []
     for path in sorted(source.glob("*.json")):
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: expected JSON, found something else ({error})") from error
         fields = found if isinstance(found, dict) else {}

@@ -132,7 +132,7 @@ def load_results(path: Path) -> dict[str, Any]:
         OSError: If it cannot be read.
     """
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(path.read_text(encoding="utf-8"))
         for name in _EXPECTED:
             results[name]
         if "lines" in results:

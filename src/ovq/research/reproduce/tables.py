@@ -109,7 +109,7 @@ def update_tables(paths: Sequence[Path]) -> list[Path]:
         OSError: If a file cannot be read or written.
     """
     texts = {path: with_tables(path) for path in paths}
-    changed = [path for path, text in texts.items() if path.read_text() != text]
+    changed = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
     for path in changed:
         write_atomic(path, texts[path])
     return changed
@@ -122,7 +122,7 @@ def with_tables(path: Path) -> str:
         ValueError: If it has no tables, or one cannot be made; names the file and the table.
         OSError: If a file cannot be read.
     """
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     num_marked = len(_MARKED.findall(text))
     if not num_marked or not num_marked == len(_START.findall(text)) == text.count("<!-- end -->"):
         raise ValueError(
@@ -155,7 +155,7 @@ def make_table(description: Path, name: str) -> str:
         ValueError: If it is not described, or the results lack what it shows.
         OSError: If a file cannot be read.
     """
-    tables = json.loads(description.read_text())
+    tables = json.loads(description.read_text(encoding="utf-8"))
     if name not in tables:
         raise ValueError(f"expected one of {', '.join(tables)}, found {name!r}")
     table = tables[name]
@@ -197,7 +197,7 @@ _RowsOf = Callable[[str | None], list[Row]]
 
 
 def _read(path: Path) -> list[Row]:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(content, list):
         return content
     return load_results(path)["rows"] if "figure" in content else content["rows"]

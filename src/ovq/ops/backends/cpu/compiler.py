@@ -86,7 +86,7 @@ def processor_features() -> frozenset[str]:
 def cpu_lines(*wanted: str) -> list[str]:
     """Those lines of /proc/cpuinfo that begin with a wanted word, each once; none without such a file."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     return list(dict.fromkeys(line for line in lines if line.startswith(wanted)))
