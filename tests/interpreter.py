@@ -1,0 +1,39 @@
+"""Triton's interpreter, as it is, without what it does again and again.
+
+Whenever a kernel calls a function, the interpreter looks through all names of `triton.language` for those
+that it replaces: a third of the time of small programs. Which names these are does not change. Nor does the
+type of NumPy that stands for one of Triton's.
+"""
+
+import functools
+import inspect
+
+
+def remember_names():
+    """Let the interpreter look its names and types up once in this process."""
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    if not all(hasattr(interpreter, name) for name in ("_patch_builtin", "_patch_attr", "_get_np_dtype")):
+        # Another version, which the tests need not be quick with.
+        return
+
+    @functools.cache
+    def names_of(package):
+        # Called before anything has been replaced.
+        return [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
+
+    def patch_builtin(package, builder, *scope):
+        for name in names_of(package):
+            member = getattr(package, name)
+            if core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, *scope)
+
+    type_of = interpreter._get_np_dtype
+    type_of_number = functools.cache(type_of)
+
+    def get_np_dtype(kind):
+        # Types of blocks and of pointers have no hash.
+        return type_of_number(kind) if type(kind) is core.dtype else type_of(kind)
+
+    interpreter._patch_builtin, interpreter._get_np_dtype = patch_builtin, get_np_dtype
