@@ -1,6 +1,5 @@
 """Commands whose output nobody reads, or that are interrupted: no traceback, and the code a shell expects."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import torch
 
 from ovq.cli import main
 from ovq.hf import OVQConfig, OVQForCausalLM
+from tests.processes import command
 
 BROKEN, REFUSED = 141, 2
 
@@ -27,26 +27,10 @@ def model(tmp_path_factory):
     return folder
 
 
-def run_into(output, errors, numbers, arguments):
-    """Run a command that has a file or a broken pipe (None) in the place of these file descriptors."""
-    if output is None:
-        read, write = os.pipe()
-        os.close(read)
-    else:
-        write = os.open(output, os.O_WRONLY)
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
-    for number in numbers:
-        os.dup2(write, number)
-    main(arguments)
-
-
-def code_and_errors(tmp_path, output, *arguments, numbers=(1,)):
-    """How such a command ends, and what it says on standard error."""
-    # Forked from a process that has imported everything once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ovq.hf", "ovq.train.loop", "ovq.cli"])
+def code_and_errors(tmp_path, output, *arguments, closed=()):
+    """How such a command ends, and what it says on standard error; without an output, nobody reads it."""
     path = tmp_path / "errors"
-    process = context.Process(target=run_into, args=(output, path, numbers, list(map(str, arguments))))
+    process = command(arguments, output=output, errors=path, closed=closed)
     process.start()
     process.join()
     return process.exitcode, path.read_text()
@@ -80,12 +64,12 @@ def test_a_command_whose_output_nobody_reads_ends_without_a_traceback(name, mode
 
 @pytest.mark.parametrize("name", ["table", "context"])
 def test_a_command_whose_errors_nobody_reads_either_ends_alike(name, model, tmp_path):
-    code, _ = code_and_errors(tmp_path, None, *words(name, model, tmp_path), numbers=(1, 2))
+    code, _ = code_and_errors(tmp_path, None, *words(name, model, tmp_path), closed=(2,))
     assert code == BROKEN
 
 
 def test_bad_input_has_its_code_though_nobody_reads_the_line(tmp_path):
-    assert code_and_errors(tmp_path, None, "train", "nothing", numbers=(1, 2))[0] == REFUSED
+    assert code_and_errors(tmp_path, None, "train", "nothing", closed=(2,))[0] == REFUSED
 
 
 @pytest.mark.parametrize("name", ["generate", "table", "json"])
@@ -109,6 +93,11 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
     assert capsys.readouterr().err == "ovq: error: [Errno 32] Broken pipe\n"
 
 
+def as_in_the_foreground():
+    """A shell lets what it runs in the background ignore Ctrl-C, and the tests may run there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def ovq(*arguments, shell=""):
     """A command in a shell, with redirections of it."""
     command = f'exec "$0" -m ovq "$@" {shell}'
@@ -118,8 +107,6 @@ def ovq(*arguments, shell=""):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell lets what it runs in the background ignore Ctrl-C, and the tests may run there.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -131,14 +118,19 @@ def test_generation_into_a_pipe_ends_with_its_reader(model):
     assert process.returncode == BROKEN
 
 
-def test_generation_ends_its_line_at_ctrl_c(model):
-    process = ovq("generate", "--model", model, "--prompt", "5", "--max-new-tokens", "0")
-    assert process.stdout.read(1)
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate()
-    assert out.endswith("\n")
-    assert errors == "ovq: interrupted\n"
-    assert process.returncode == 130
+def test_generation_ends_its_line_at_ctrl_c(model, tmp_path):
+    pipe, errors = tmp_path / "pipe", tmp_path / "errors"
+    os.mkfifo(pipe)
+    arguments = ["generate", "--model", model, "--prompt", "5", "--max-new-tokens", "0"]
+    process = command(arguments, output=pipe, errors=errors, before=as_in_the_foreground)
+    process.start()
+    with pipe.open() as output:
+        assert output.read(1)
+        os.kill(process.pid, signal.SIGINT)
+        assert output.read().endswith("\n")
+    process.join()
+    assert errors.read_text() == "ovq: interrupted\n"
+    assert process.exitcode == 130
 
 
 @pytest.mark.parametrize(

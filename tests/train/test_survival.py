@@ -1,6 +1,6 @@
 """Training survives what happens to processes and disks: kill -9, damaged checkpoints, a full disk.
 
-The processes here are real ones, started as a user starts them, and really killed.
+The processes here are real ones, and really killed; the longest test starts them as a user does.
 """
 
 import json
@@ -15,6 +15,7 @@ import time
 
 import pytest
 from rich.console import Console
+from tests.processes import command
 
 from ovq.hf import OVQForCausalLM
 from ovq.runtime.progress import Reporter
@@ -23,7 +24,7 @@ from ovq.train.checkpoints import SEAL_FILE, fault
 from ovq.train.data import CurriculumDataset
 from ovq.train.recipes import get_recipe
 
-STEPS = 90
+STEPS = 30
 SETTINGS = [
     f"train.steps={STEPS}",
     "train.batch_size=4",
@@ -41,7 +42,7 @@ SETTINGS = [
 CONFIG = get_recipe("recall-ovq").override(SETTINGS)
 
 
-def start(*arguments, **options):
+def start(*arguments):
     """`ovq train` in a process of its own, on as many threads as the tests have."""
     return subprocess.Popen(
         [sys.executable, "-m", "ovq", "train", *map(str, arguments)],
@@ -49,7 +50,6 @@ def start(*arguments, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
@@ -83,10 +83,13 @@ def steps_read(monkeypatch):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run that nothing interrupted."""
-    out = tmp_path_factory.mktemp("whole") / "run"
+    return undisturbed(CONFIG, tmp_path_factory.mktemp("whole") / "run")
+
+
+def undisturbed(config, out):
     with Reporter(Console(quiet=True)) as reporter:
-        loop.train(CONFIG, out, reporter=reporter)
-    assert len(losses(out)) == STEPS
+        loop.train(config, out, reporter=reporter)
+    assert len(losses(out)) == config.train.steps
     return out
 
 
@@ -130,11 +133,13 @@ def kill_at_random(process, out):
 
 
 @pytest.mark.slow
-def test_kill_9_at_a_random_step_and_resume_gives_the_losses_of_an_uninterrupted_run(
-    whole, tmp_path, steps_read
-):
-    out = tmp_path / "run"
-    sets = [argument for setting in SETTINGS for argument in ("--set", setting)]
+def test_kill_9_at_a_random_step_and_resume_gives_the_losses_of_an_uninterrupted_run(tmp_path, steps_read):
+    # Long enough for two kills.
+    steps, out = 90, tmp_path / "run"
+    long = [*SETTINGS, f"train.steps={steps}"]
+    whole = undisturbed(get_recipe("recall-ovq").override(long), tmp_path / "whole")
+    steps_read.clear()
+    sets = [argument for setting in long for argument in ("--set", setting)]
     story = [kill_at_random(start("recall-ovq", *sets, "--out", out), out)]
     story.append(kill_at_random(start("--resume", "--out", out), out))
     resume(out)
@@ -142,7 +147,7 @@ def test_kill_9_at_a_random_step_and_resume_gives_the_losses_of_an_uninterrupted
     assert steps_read[0] >= 6, story
     assert losses(out) == losses(whole), story
     assert_same_run(out, whole)
-    assert checkpoints(out) == {STEPS - 3, STEPS}, "unfinished checkpoints are cleared away"
+    assert checkpoints(out) == {steps - 3, steps}, "unfinished checkpoints are cleared away"
 
 
 def truncate(path):
@@ -193,15 +198,20 @@ def assert_same_run(out, whole):
 def test_killed_by_kill_9_before_its_first_checkpoint_a_run_starts_again(whole, tmp_path, steps_read):
     out = tmp_path / "run"
     sets = [argument for setting in (*SETTINGS, "train.save_every=0") for argument in ("--set", setting)]
-    process = start("recall-ovq", *sets, "--out", out)
-    # Now the first step is taken.
-    first = process.stderr.readline()
-    assert first.startswith(f"train recall-ovq: 0/{STEPS}"), f"found {first!r}, then {process.communicate()}"
-    delay = random.SystemRandom().uniform(0, 0.05)
-    time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    _, errors = process.communicate()
-    assert process.returncode == -signal.SIGKILL, f"it ended within {delay:.3f} s: {errors}"
+    os.mkfifo(tmp_path / "errors")
+    process = command(
+        ["train", "recall-ovq", *sets, "--out", out], output=os.devnull, errors=tmp_path / "errors"
+    )
+    process.start()
+    with (tmp_path / "errors").open() as errors:
+        # Now the first step is taken.
+        first = errors.readline()
+        assert first.startswith(f"train recall-ovq: 0/{STEPS}"), f"found {first!r}, then {errors.read()}"
+        delay = random.SystemRandom().uniform(0, 0.05)
+        time.sleep(delay)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"it ended within {delay:.3f} s: {errors.read()}"
     assert not checkpoints(out)
     said = resume(out)
     assert (
@@ -272,18 +282,21 @@ def test_a_run_that_has_ended_without_checkpoints_does_not_start_again(whole, in
     assert {path: path.read_bytes() for path in interrupted.iterdir()} == before
 
 
-def test_a_full_disk_costs_one_line_and_no_checkpoint(whole, interrupted):
-    """The limit on the size of a file stands for the disk: a write beyond it fails in the middle."""
-    shutil.rmtree(interrupted / f"checkpoint-{STEPS}")
+def with_little_room():
     # More than the model takes and less than the optimizer.
     limit = 50_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    def limited():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    process = start("--resume", "--out", interrupted, preexec_fn=limited)
-    _, errors = process.communicate()
-    assert process.returncode == 2, errors
+def test_a_full_disk_costs_one_line_and_no_checkpoint(whole, interrupted, tmp_path):
+    """The limit on the size of a file stands for the disk: a write beyond it fails in the middle."""
+    shutil.rmtree(interrupted / f"checkpoint-{STEPS}")
+    arguments = ["train", "--resume", "--out", interrupted]
+    process = command(arguments, output=os.devnull, errors=tmp_path / "errors", before=with_little_room)
+    process.start()
+    process.join()
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 2, errors
     assert "Traceback" not in errors
     last = errors.splitlines()[-1]
     assert last.startswith(f"ovq: error: {interrupted}/checkpoint-{STEPS}: cannot be written (")
