@@ -1,11 +1,13 @@
 """Bad input is refused at the front door, with what was expected and what was found."""
 
+import dataclasses
 import inspect
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from ovq.ops import OVQState, backend_used, ovq_attention
 from ovq.ops.backends import BACKENDS, chosen, triton
@@ -136,6 +138,31 @@ def test_a_state_of_other_shapes(sizes, dtype, expected):
         ovq_attention(*inputs(*sizes, dtype=dtype), initial_state=state, **OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("key_sum", lambda x: x[0], r"key_sum: expected a tensor of 4 dimensions, found shape \(1, 4, 6\)"),
+        ("value_sum", lambda x: x[:, :, 1:], r"value_sum: expected \[2, 1, 4, 5\] .* found \[2, 1, 3, 5\]"),
+        ("value_sum", Tensor.double, "value_sum: .* torch.float32 on cpu, found .* torch.float64"),
+        ("count", Tensor.int, "count: .* torch.int64 on cpu, found .* torch.int32"),
+        ("pending_keys", lambda x: x[:, :, 1:], "pending_keys: expected .*4, 6.* found .*3, 6"),
+        ("pending_values", Tensor.half, "pending_values: .* torch.float32 on cpu, found .* torch.float16"),
+        ("pending_values", list, "pending_values: .* found list"),
+        ("weight", lambda x: x[..., 1:], r"weight: expected \[2, 1, 4\] .* found \[2, 1, 3\]"),
+        ("weight", lambda _: None, "pending_weights: expected none without weight"),
+        ("pending_weights", lambda _: None, "pending_weights: .* found NoneType"),
+        ("num_seen", Tensor.int, "num_seen: expected .* torch.int64 on cpu, found .* torch.int32"),
+        ("num_seen", lambda x: x[:1], r"num_seen: expected \[2\] .* found \[1\]"),
+    ],
+)
+def test_a_state_whose_tensors_do_not_fit_each_other(name, change, expected):
+    q, k, v = inputs(2, 10, dtype=torch.float32)
+    _, state = attend(q, k, v, token_weights=torch.ones(2, 10, 1), **OPTIONS)
+    state = dataclasses.replace(state, **{name: change(getattr(state, name))})
+    with pytest.raises(ValueError, match=f"initial_state: {expected}"):
+        ovq_attention(q, k, v, initial_state=state, **OPTIONS)
+
+
 def test_misspelt_option_is_not_swallowed():
     with pytest.raises(TypeError, match="num_slot"):
         call(num_slot=3)
@@ -201,8 +228,12 @@ def test_state_methods_refuse_bad_indices():
         state.select([2])
     with pytest.raises(ValueError, match=r"mask of shape \(2,\), found \(3,\)"):
         state.select(torch.tensor([True, False, True]))
-    with pytest.raises(ValueError, match="n: expected at least 1, found 0"):
+    with pytest.raises(ValueError, match="n: expected an integer of at least 1, found 0"):
         state.repeat_interleave(0)
+    with pytest.raises(ValueError, match=r"n: expected an integer of at least 1, found 1\.5"):
+        state.repeat_interleave(1.5)
+    with pytest.raises(ValueError, match=r"device: expected a device, found torch.float16"):
+        state.to(torch.float16)
     with pytest.raises(ValueError, match=r"num_slots: .* found 0"):
         state.resize(0)
     with pytest.raises(ValueError, match=r"value_weight: .* found -1"):

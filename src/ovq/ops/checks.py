@@ -212,6 +212,11 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
     """Raise ValueError unless `state` can be continued by these keys and values."""
     if not isinstance(state, OVQState):
         raise ValueError(f"initial_state: expected an OVQState, found {type(state).__name__}")
+    for name, dims in (("count", 3), ("key_sum", 4), ("value_sum", 4), ("pending_keys", 4)):
+        x = getattr(state, name)
+        if not isinstance(x, Tensor) or x.dim() != dims:
+            what = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"initial_state: {name}: expected a tensor of {dims} dimensions, found {what}")
     found = {
         "rows": state.batch_size,
         "num_slots": state.num_slots,
@@ -241,3 +246,36 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
     for what, value in expected.items():
         if found[what] != value:
             raise ValueError(f"initial_state: {what}: expected {value}, found {found[what]}")
+    _check_parts(state, k.dtype)
+
+
+def _check_parts(state: OVQState, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the tensors of a state of this dtype fit each other.
+
+    Anybody can put a state together, and compiled kernels would read beyond a tensor that is too small.
+    """
+    rows, heads, num = state.count.shape
+    slots, tokens = (rows, heads, num), (rows, heads, state.window + state.chunk_size)
+    dims, wide = {"key": state.key_sum.shape[3], "value": state.value_sum.shape[3]}, state_dtype(dtype)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"count": (slots, torch.int64)}
+    for name, dim in dims.items():
+        shapes |= {f"{name}_sum": ((*slots, dim), wide), f"pending_{name}s": ((*tokens, dim), dtype)}
+    if state.weight is not None:
+        shapes |= {"weight": (slots, wide), "pending_weights": (tokens, wide)}
+    elif state.pending_weights is not None:
+        raise ValueError("initial_state: pending_weights: expected none without weight, found some")
+    place = state.count.device
+    for name, (shape, kind) in shapes.items():
+        x = getattr(state, name)
+        if not isinstance(x, Tensor) or (x.shape, x.dtype, x.device) != (shape, kind, place):
+            is_tensor = isinstance(x, Tensor)
+            found = f"{list(x.shape)} in {x.dtype} on {x.device}" if is_tensor else type(x).__name__
+            raise ValueError(
+                f"initial_state: {name}: expected {list(shape)} in {kind} on {place}, found {found}"
+            )
+    x = state.num_seen
+    if (x.shape, x.dtype, x.device.type) != ((rows,), torch.int64, "cpu"):
+        raise ValueError(
+            f"initial_state: num_seen: expected [{rows}] in torch.int64 on cpu, "
+            f"found {list(x.shape)} in {x.dtype} on {x.device}"
+        )

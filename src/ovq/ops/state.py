@@ -219,7 +219,13 @@ class OVQState:
         return self._map(Tensor.detach)
 
     def to(self, device: torch.device | str | None = None, *, non_blocking: bool = False) -> OVQState:
-        """The state on another device; `num_seen` stays on the CPU, and dtypes do not change."""
+        """The state on another device; `num_seen` stays on the CPU, and dtypes do not change.
+
+        Raises:
+            ValueError: if `device` is something else, such as a dtype.
+        """
+        if device is not None and not isinstance(device, (str, int, torch.device)):
+            raise ValueError(f"device: expected a device, found {device!r}")
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def select(self, rows: Tensor | Sequence[int]) -> OVQState:
@@ -256,9 +262,13 @@ class OVQState:
         return self.select(index)
 
     def repeat_interleave(self, n: int) -> OVQState:
-        """Each row repeated `n` times consecutively, for several continuations of one context."""
-        if n < 1:
-            raise ValueError(f"n: expected at least 1, found {n}")
+        """Each row repeated `n` times consecutively, for several continuations of one context.
+
+        Raises:
+            ValueError: if `n` is not an integer of at least 1.
+        """
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ValueError(f"n: expected an integer of at least 1, found {n!r}")
         return self.select(torch.arange(self.batch_size).repeat_interleave(n))
 
     @staticmethod
