@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 
+from ovq.ops.options import MERGES
 from tests.ops.common import CPU, VARIANTS, attend, inputs
 
 WAYS = [
@@ -24,6 +25,7 @@ TRITON = [("triton", torch.float32)] if importlib.util.find_spec("triton") else 
 CASES += list(itertools.product(TRITON, [11], [torch.nan], ["existing"]))
 OPTIONS = {"num_slots": 6, "chunk_size": 8}
 LENGTH = 21
+SUMS = ("key_sum", "value_sum", "weight")
 
 
 def spoilt(dtype, where, bad, token):
@@ -122,3 +124,33 @@ def test_tokens_go_where_the_reference_sends_them_after_a_bad_key_has_opened_a_s
     options["generator"] = torch.Generator().manual_seed(0)
     states = [attend(q, k, v, backend=backend, **options)[1] for backend in ("naive", "torch")]
     assert torch.equal(states[0].count, states[1].count)
+
+
+@pytest.mark.parametrize(
+    "way", [("naive", torch.float64), *WAYS[1:3], *((x, torch.float32) for x in CPU)], ids=str
+)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("merge", MERGES)
+def test_a_weight_of_zero_takes_it_out_of_the_memory(way, bad, merge):
+    backend, dtype = way
+    q, k, v = inputs(1, 21, 2, 1, 6, 5, dtype=dtype)
+    weights = torch.linspace(0.5, 2, 21, dtype=dtype)[None, :, None].repeat(1, 1, 1)
+    weights[0, [0, 3, 7, 9]] = 0
+    options = {**OPTIONS, "merge": merge, "backend": backend, "token_weights": weights}
+    expected, before = attend(q, k, v, **options)
+    k[0, [0, 3], 0, 2] = v[0, [3, 7, 9], 0, 1] = bad
+    o, state = attend(q, k, v, **options)
+    assert not o[:, 3:16].isfinite().any(-1).all()
+    for found, right in (
+        (o[:, 16:], expected[:, 16:]),
+        *((getattr(state, x), getattr(before, x)) for x in SUMS),
+    ):
+        assert torch.equal(found, right)
+    assert int(state.count.sum()) == 16
+    step = None
+    with torch.no_grad():
+        for t in range(21):
+            options["token_weights"] = weights[:, t : t + 1]
+            _, step = attend(*(x[:, t : t + 1] for x in (q, k, v)), initial_state=step, **options)
+    assert torch.equal(step.count, state.count)
+    assert all(torch.equal(getattr(step, x), getattr(state, x)) for x in SUMS)

@@ -15,7 +15,7 @@ from ovq.ops.call import Call
 from ovq.ops.options import NO_COSINE, NO_WEIGHT, TIE, TINY, Options
 from ovq.ops.random_init import random_priority
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import OVQState, divisor, keys_in_slots, log_mass, rounded, state_dtype
+from ovq.ops.state import OVQState, divisor, keys_in_slots, log_mass, rounded, state_dtype, without_trace
 
 
 @dataclasses.dataclass
@@ -51,7 +51,7 @@ class _Head:
     def merge_into(self, slot: int, key: Tensor, value: Tensor, weight: Tensor, rate: float | str) -> None:
         for sums, x in ((self.key_sum, key), (self.value_sum, value)):
             if self.weight is not None:
-                sums[slot] = sums[slot] + weight * x
+                sums[slot] = sums[slot] + weight * without_trace(x, weight)
             elif isinstance(rate, str) or not self.count[slot]:
                 sums[slot] = sums[slot] + x
             else:
@@ -297,6 +297,7 @@ def _learn_by_likelihood(chunk: _Chunk, head: _Head, h: int, options: Options) -
     mass = torch.tensor(count, dtype=keys.dtype, device=keys.device)
     if head.weight is not None:
         mass = torch.cat([head.mass[sinks:], weights]) if existing else weights
+        keys, values = without_trace(keys, weights), without_trace(values, weights)
         for j in range(size):
             for sums, x in ((key_sum, keys), (value_sum, values)):
                 sums[existing + j] = weights[j] * x[j]

@@ -396,6 +396,19 @@ def keys_in_slots(keys: Tensor, exact_dims: int) -> Tensor:
     return torch.cat([keys[..., :-exact_dims], torch.zeros_like(keys[..., -exact_dims:])], -1)
 
 
+def without_trace(x: Tensor, weights: Tensor) -> Tensor:
+    """Keys or values `[..., D]` of tokens of weights `[...]`, as they are merged.
+
+    A weight of 0 leaves no trace: what is not finite is 0 there, since 0 times NaN would be NaN.
+
+    Example:
+        >>> without_trace(torch.tensor([[1.0, torch.nan], [torch.inf, 2.0]]), torch.tensor([0.0, 1.0]))
+        tensor([[1., 0.],
+                [inf, 2.]])
+    """
+    return x.masked_fill((weights == 0).unsqueeze(-1) & ~x.isfinite(), 0)
+
+
 def divisor(mass: Tensor, dtype: torch.dtype) -> Tensor:
     """Counts or weights to divide by: 1 where there is none, since the sums there are zero."""
     if not mass.is_floating_point():

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ovq.ops.state import without_trace
+
 
 def dense_copy(x: Tensor) -> Tensor:
     """A contiguous copy, whose flat view can be updated in place row by row."""
@@ -55,7 +57,7 @@ class Dictionary:
         index = self.index(slots)
         for sums, x in ((self.key_sum, keys), (self.value_sum, values)):
             flat = sums.view(-1, sums.shape[-1])
-            x = x if weights is None else weights[..., None] * x
+            x = x if weights is None else weights[..., None] * without_trace(x, weights)
             flat.index_add_(0, index, x.reshape(-1, x.shape[-1]), alpha=sign)
         self.count.view(-1).index_add_(0, index, torch.ones_like(index), alpha=sign)
         if weights is not None:

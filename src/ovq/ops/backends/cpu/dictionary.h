@@ -11,7 +11,8 @@ struct Rows {
     float *key_panels;    /* Keys as columns, [M / NR, K, NR], or NULL. */
     float *value_panels;  /* Values likewise, [M / NR, V, NR]: the backward's, or where pairs are merged, else NULL. */
     float *bias;          /* [M]: log count, -inf for what is not there. */
-    int32_t *is_finite;   /* [1]: of a chunk's tokens, whether all values were; zero stands for those that were not. */
+    int32_t *is_finite;   /* [1]: of a chunk's tokens, whether all values were, and keys too where tokens have weights;
+                             zero stands for values that were not. */
     float *weights;       /* [M]: of a chunk's tokens, what each counts for; NULL for 1. */
     uint32_t *words;      /* Keys, and values to merge, as columns, rounded, [M / NR, row_words, NR], or NULL. */
     uint32_t *value_pairs; /* Values, rounded, in pairs of rows, [M / 2, value_ld], where these are read; else NULL. */
@@ -174,6 +175,18 @@ static __attribute__((noinline)) void weighted_row(float weight, const float *x,
 /* Whether token t of a chunk leaves no trace. */
 INLINE int is_weightless(const Rows *tokens, int64_t t) { return tokens->weights && !(tokens->weights[t] > 0); }
 
+/* What is not finite in tokens of weight 0 becomes 0, as they are merged: 0 times NaN is NaN. */
+static void clear_weightless(Rows *tokens, const Call *call, int64_t num) {
+    for (int64_t t = 0; t < num; t++) {
+        if (!is_weightless(tokens, t)) continue;
+        float *key = tokens->keys + t * key_ld(call), *value = tokens->values + t * value_ld(call);
+        for (int64_t j = 0; j < key_ld(call); j++)
+            if (!std::isfinite(key[j])) key[j] = 0;
+        for (int64_t j = 0; j < value_ld(call); j++)
+            if (!std::isfinite(value[j])) value[j] = 0;
+    }
+}
+
 /* Add token t of a chunk to the sums of slot i, or take it back. */
 static void add_token(const Sums *sums, const Call *call, int64_t i, const Rows *tokens, int64_t t, int sign) {
     const float *key = tokens->keys + t * key_ld(call), *value = tokens->values + t * value_ld(call);
@@ -214,6 +227,7 @@ static void load_chunk(Rows *tokens, const Call *call, int64_t chunk, int64_t he
     *tokens->is_finite = are_finite(tokens->values, numbers);
     for (int64_t i = 0; !*tokens->is_finite && i < numbers; i++)
         if (!std::isfinite(tokens->values[i])) tokens->values[i] = 0;
+    if (tokens->weights && !are_finite(tokens->keys, num * key_ld(call))) *tokens->is_finite = 0;
     for (int64_t t = 0; t < num; t++) set_row(tokens, call, t, 0);
     for (int64_t t = num; t < padded(num, NR); t++) clear_row(tokens, call, t);
 }

@@ -337,6 +337,7 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
             note_slots(call, sums, learner->slot, size, chunk->before, &merged, 0, learner->is_done);
         end_notes(call, &merged, place, learner->is_done);
     }
+    if (!*tokens->is_finite) clear_weightless(tokens, call, size);
     for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
     dictionary->num = chunk->after;
     update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);

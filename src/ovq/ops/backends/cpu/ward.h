@@ -178,6 +178,7 @@ static void learn_by_likelihood(const Call *call, Dictionary *dictionary, Rows *
     if (!*tokens->is_finite) {
         /* The sums get all values, and so do costs. */
         load_values(tokens, call, chunk->index, head, size);
+        clear_weightless(tokens, call, size);
         if (due) prepare_ward(items, due, scores);
         for (int64_t t = 0; due && t < size; t += QUERIES) token_rows(items, t, least(QUERIES, size - t));
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.options import Options
-from ovq.ops.state import slot_means
+from ovq.ops.state import slot_means, without_trace
 from ovq.ops.ward import cluster_roots, pair_points
 
 
@@ -171,10 +171,13 @@ def _merged_pairs(
     count, mass = sums.count[:num_streams, own], sums.mass[:num_streams, own]
     is_token = ~chunk.is_sink(sinks)
     items = torch.cat([count, is_token.to(count.dtype)], 1)
-    weights = None if chunk.weights is None else torch.cat([mass, chunk.weights * is_token], 1)
+    weights, keys, values = None, chunk.keys, chunk.values
+    if chunk.weights is not None:
+        weights = torch.cat([mass, chunk.weights * is_token], 1)
+        keys, values = (without_trace(x, chunk.weights) for x in (keys, values))
     all_keys, all_values = (
         torch.cat([slot_means(part[:num_streams, own], mass), tokens], 1)
-        for part, tokens in ((sums.key_sum, chunk.keys), (sums.value_sum, chunk.values))
+        for part, tokens in ((sums.key_sum, keys), (sums.value_sum, values))
     )
     points = pair_points(all_keys, all_values, items if weights is None else weights, options.value_weight)
     num_tokens = is_token.sum(1).tolist()

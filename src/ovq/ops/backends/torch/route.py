@@ -330,6 +330,7 @@ def _merge_updated(
         if is_empty is not None and weights is not None:
             empty = torch.cat([is_empty[s, :n], weights[s, is_opener[s]] <= 0])
             scores.masked_fill_(empty, -torch.inf)
+            candidates = candidates.masked_fill(empty[:, None], 0)
         best = scores.amax(-1)
         floor = best - TIE * own.norm(dim=-1) * candidates.norm(dim=-1).max()
         # On a tie the older slot wins, which has the lower index; slot 0 where nothing can be compared.
