@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovq.ops import OVQState, backend_used, ovq_attention, slot_assignments
-from ovq.ops.options import MERGES
+from ovq.ops.options import COUNT_POWERS, MERGES
 from tests.ops.common import CPU, assert_same_state, attend, inputs
 
 CHUNK = 4
@@ -326,6 +326,18 @@ def test_a_weight_of_zero_leaves_no_trace(merge):
     assert not torch.equal(o[:, :36], other[:, :36])
     for name in ("key_sum", "value_sum", "weight"):
         assert torch.equal(getattr(state, name), getattr(other_state, name))
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e12])
+@pytest.mark.parametrize("merge", COUNT_POWERS)
+def test_heavy_tokens_whose_keys_repeat(merge, factor):
+    """What rounding leaves of a distance of zero would cost something, times such a weight."""
+    tensors, options = arguments(1, 60, 1, 1, num_slots=9, merge=merge, weights="positive")
+    choice = torch.randint(6, (60,), generator=torch.Generator().manual_seed(0))
+    tensors |= {"k": tensors["k"][:, choice], "v": tensors["v"][:, choice]}
+    tensors["token_weights"][:, ::3] *= factor
+    (_, expected), (_, found) = (run(tensors, options, backend=name) for name in ("naive", "torch"))
+    assert_same_state(found, expected, tolerance=1e-9)
 
 
 @each_merge

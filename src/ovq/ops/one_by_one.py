@@ -14,6 +14,13 @@ from ovq.ops.options import TIE, TINY
 
 # Bytes of the tables of distances and costs that are held at once: streams are taken in groups.
 _TABLE_BYTES = 2**28
+# A distance is a difference of larger numbers, rounded to this share of them or less. Heavy items multiply
+# what rounding left.
+_ROUNDING = 2.0**-46
+# Below this share of those numbers, a distance is computed again from the points.
+_CLOSE = 1e-6
+# How many are at once.
+_PAIRS = 2**16
 
 
 def cluster_roots_one_by_one(
@@ -51,7 +58,7 @@ class _Merger:
     """
 
     def __init__(self, x: Tensor, count: Tensor, is_there: Tensor, count_power: float) -> None:
-        self._count, self._power = count.masked_fill(~is_there, 0), count_power
+        self._x, self._count, self._power = x.clone(), count.masked_fill(~is_there, 0), count_power
         self._is_left = is_there.clone()
         square = x.square().sum(-1)
         is_usable = square.isfinite() & self._is_left
@@ -61,9 +68,12 @@ class _Merger:
         # Products may be rounded differently on the two sides of the diagonal.
         self._distance = (distance + distance.transpose(1, 2)).mul_(0.5)
         self._distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        self._cost = self._costs(
-            self._distance, self._count[..., None], self._count[:, None], self._tie[..., None]
+        masses = self._count[..., None], self._count[:, None]
+        s, i, j = self._doubtful(
+            self._distance, square[..., None] + square[:, None], *masses, self._tie[..., None]
         )
+        self._distance[s, i, j] = self._exact(s, i, j)
+        self._cost = self._costs(self._distance, *masses, self._tie[..., None])
         self._cost.masked_fill_(~(self._is_left[:, None] & self._is_left[..., None]), torch.inf)
         self._near = self._cost.amin(-1)
 
@@ -78,11 +88,27 @@ class _Merger:
             self._merge_pairs(s, a, b)
         return parent
 
+    def _factor(self, count: Tensor, other: Tensor) -> Tensor:
+        """What the distances of items of these masses are multiplied by."""
+        # Items that are not there have a count of 0; others may have a weight of 0.
+        return (count * other / (count + other).clamp(min=TINY)).pow_(self._power)
+
+    def _doubtful(
+        self, distance: Tensor, size: Tensor, count: Tensor, other: Tensor, tie: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Where distances are so small beside the numbers `size` that they are differences of, and the items
+        so heavy, that rounding decides what they cost."""
+        is_doubtful = (distance <= _CLOSE * size) & (self._factor(count, other) * size * _ROUNDING > tie)
+        return is_doubtful.nonzero(as_tuple=True)
+
+    def _exact(self, s: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        """Squared distances `[P]` of items i and j of streams s, from differences."""
+        pieces = zip(s.split(_PAIRS), i.split(_PAIRS), j.split(_PAIRS), strict=True)
+        return torch.cat([(self._x[s, i] - self._x[s, j]).square().sum(-1) for s, i, j in pieces])
+
     def _costs(self, distance: Tensor, count: Tensor, other: Tensor, tie: Tensor) -> Tensor:
         """Costs of merging items that far apart; costs within rounding of zero count as zero."""
-        # Items that are not there have a count of 0; others may have a weight of 0.
-        harmonic = (count * other / (count + other).clamp(min=TINY)).pow_(self._power)
-        cost = harmonic.mul_(distance)
+        cost = self._factor(count, other).mul_(distance)
         cost.masked_fill_(~cost.isfinite(), torch.inf)
         return cost.masked_fill_(cost <= tie, 0)
 
@@ -106,8 +132,12 @@ class _Merger:
         # The distance of a mean of two points follows from theirs.
         share = (d / total.clamp(min=TINY))[:, None]
         between = self._distance[s, a, b][:, None]
-        distance = torch.lerp(self._distance[s, a], self._distance[s, b], share)
-        distance -= share * (1 - share) * between
+        size = torch.lerp(self._distance[s, a], self._distance[s, b], share)
+        distance = size - share * (1 - share) * between
+        x = (c[:, None] * self._x[s, a] + d[:, None] * self._x[s, b]) / total.clamp(min=TINY)[:, None]
+        self._x[s, a] = torch.where(total[:, None] > 0, x, self._x[s, a])
+        group, item = self._doubtful(distance, size, total[:, None], count, self._tie[s])
+        distance[group, item] = self._exact(s[group], a[group], item)
         distance.scatter_(1, a[:, None], torch.inf)
         cost = self._costs(distance, total[:, None], count, self._tie[s])
         cost.masked_fill_(~is_left, torch.inf).scatter_(1, a[:, None], torch.inf)
