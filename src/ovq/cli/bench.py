@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ovq.cli.common import out_console, parse_ints
+from ovq.cli.common import check_folder, out_console, parse_ints
 
 _LENGTHS = "1024,2048,4096,8192,16384,32768,65536"
 _TRAINED = "2048,8192,32768"
@@ -74,6 +74,7 @@ def bench(
         lengths = _TRAINED if is_model else _LENGTHS
     at_lengths = sorted({*parse_ints(lengths, flag="--lengths"), *([131072] if long else [])})
     slots = parse_ints(num_slots, flag="--num-slots")
+    check_folder("--out", out)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, found {device!r}")
     from ovq.research.bench.model_suite import ModelSuite, run_models

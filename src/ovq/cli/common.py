@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,65 @@ def parse_ints(text: str, *, flag: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError(f"{flag}: expected positive integers with commas between them, found {text!r}")
     return [int(part) for part in parts]
+
+
+def read_text(source: str, *, flag: str) -> str:
+    """The text in a file, or that of standard input for `"-"`.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not text in UTF-8; names the flag.
+
+    Example:
+        >>> read_text("no/such/file", flag="--text")
+        Traceback (most recent call last):
+        FileNotFoundError: [Errno 2] No such file or directory: 'no/such/file'
+    """
+    try:
+        return sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        name = "standard input" if source == "-" else source
+        raise ValueError(
+            f"{flag}: expected text in UTF-8, found other bytes in {name} (from byte {error.start:,} on)"
+        ) from None
+
+
+def check_file(flag: str, path: Path) -> None:
+    """Check that a file can be written there: hours of work must not end at a place where it cannot.
+
+    Raises:
+        OSError: If nothing can be written to its folder.
+        ValueError: If there is a folder in its place, or none to put it in; names the flag.
+
+    Example:
+        >>> check_file("--out", Path("no/such/folder/page.html"))
+        Traceback (most recent call last):
+        ValueError: --out: expected a file in a folder that exists, found no/such/folder/page.html
+    """
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{flag}: expected a file in a folder that exists, found {path}")
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def check_folder(flag: str, path: Path | None) -> None:
+    """Check that files can be written to a folder, which need not exist yet; None for no folder.
+
+    Raises:
+        OSError: If nothing can be written there.
+        ValueError: If a file is in its place; names the flag.
+
+    Example:
+        >>> check_folder("--out", Path("no/such/folder"))  # it can be made
+        >>> check_folder("--out", None)
+    """
+    if path is None:
+        return
+    place = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not place.is_dir():
+        raise ValueError(f"{flag}: expected a folder, found a file: {place}")
+    with tempfile.TemporaryFile(dir=place):
+        pass
 
 
 def encode(

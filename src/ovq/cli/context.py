@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ovq.cli import dictionaries
-from ovq.cli.common import encode, out_console
+from ovq.cli.common import check_file, encode, out_console, read_text
 from ovq.cli.loading import check_generating_folder, is_converted, load_generating_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
 
@@ -51,13 +49,9 @@ def build(
     [bold]ovq generate --model runs/ovq --context book.ctx --prompt "12 7"[/bold]
     """
     dictionaries.check_rule(merge)
-    document = sys.stdin.read() if text == "-" else Path(text).read_text(encoding="utf-8")
+    document = read_text(text, flag="--text")
     check_generating_folder(model)
-    # Hours of reading must not end at a place that cannot be written.
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out: expected a file in a folder that exists, found {out}")
-    with tempfile.TemporaryFile(dir=out.parent):
-        pass
+    check_file("--out", out)
 
     from transformers import set_seed
 

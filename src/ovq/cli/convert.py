@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import out_console
+from ovq.cli.common import out_console, read_text
 
 if TYPE_CHECKING:
     from ovq.convert import MemoryConfig
@@ -58,7 +58,7 @@ def convert(
     Example: [bold]ovq convert --model HuggingFaceTB/SmolLM2-135M-Instruct --out smol --num-slots 512
     --window 256 --probe book.txt,code.txt[/bold]
     """
-    texts = [Path(name).read_text(encoding="utf-8") for name in probe.split(",")] if probe is not None else []
+    texts = [read_text(name, flag="--probe") for name in probe.split(",")] if probe is not None else []
     if out.exists():
         raise ValueError(f"--out: expected a folder that does not exist yet, found {out}")
     if not out.parent.is_dir():
@@ -97,6 +97,7 @@ def convert(
 
 def _load(name: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
     """The model, and its tokenizer or None."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {}
@@ -110,7 +111,7 @@ def _load(name: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
         options["gguf_file"] = gguf_file
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options).eval()
-    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError) as error:
         raise ValueError(f"--model: expected a causal language model, found {name!r} ({error})") from error
     if gguf_file is not None:
         model = _unquantized(model)

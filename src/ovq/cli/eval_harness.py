@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ovq.cli import dictionaries
-from ovq.cli.common import out_console, parse_ints, text_tokenizer
+from ovq.cli.common import check_folder, out_console, parse_ints, text_tokenizer
 from ovq.cli.loading import check_any_folder, load_any_model
 
 
@@ -53,6 +53,7 @@ def harness(
     dictionaries.check_rule(merge)
     lengths = None if ruler_lengths is None else parse_ints(ruler_lengths, flag="--ruler-lengths")
     check_any_folder(model)
+    check_folder("--out", out)
     names = [name.strip() for name in tasks.split(",")]
 
     from ovq.eval.harness import evaluate_tasks

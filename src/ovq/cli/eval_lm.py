@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli import corpus, dictionaries
-from ovq.cli.common import model_names, parse_ints, show_results, text_tokenizer
+from ovq.cli.common import check_folder, model_names, parse_ints, show_results, text_tokenizer
 from ovq.cli.loading import check_any_folder, is_own, load_any_model
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def language(
     tested = dictionaries.parse(num_slots, merge)
     for folder in model:
         check_any_folder(folder)
+    check_folder("--out", out)
 
     from ovq.plots.language import language_table, position_table, save_language_figures
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli import corpus, dictionaries
-from ovq.cli.common import model_names, parse_ints, show_results, text_tokenizer
+from ovq.cli.common import check_folder, model_names, parse_ints, show_results, text_tokenizer
 from ovq.cli.loading import check_any_folder, load_any_model
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def needle(
                 raise ValueError(f"{flag}: expected only with --haystack essay, found {option!r}")
     for folder in model:
         check_any_folder(folder)
+    check_folder("--out", out)
 
     from ovq.plots.needle import needle_table, save_needle_figures
     from ovq.text.haystack import essay_texts

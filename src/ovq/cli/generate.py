@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli import dictionaries
-from ovq.cli.common import encode
+from ovq.cli.common import encode, read_text
 from ovq.cli.loading import check_generating_folder, is_converted, load_generating_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
 
@@ -153,7 +152,7 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     if prompt is not None and prompt_file is None:
         return prompt
     if prompt is None and prompt_file is not None:
-        return sys.stdin.read() if prompt_file == "-" else Path(prompt_file).read_text(encoding="utf-8")
+        return read_text(prompt_file, flag="--prompt-file")
     raise ValueError("expected one of --prompt and --prompt-file, found both or neither")
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ovq.cli import dictionaries
-from ovq.cli.common import encode, out_console
+from ovq.cli.common import check_file, check_folder, encode, out_console, read_text
 from ovq.cli.loading import check_model_folder, load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -62,14 +60,10 @@ def inspect(
     if (text is None) == (prompt is None):
         raise ValueError("expected one of --text and --prompt, found both or neither")
     check_model_folder(model)
-    _check_place("--out", out)
-    if figures is not None and figures.exists() and not figures.is_dir():
-        raise ValueError(f"--figures: expected a folder, found a file: {figures}")
+    check_file("--out", out)
+    check_folder("--figures", figures)
     dictionaries.check_rule(merge)
-    if prompt is not None:
-        given = prompt
-    else:
-        given = sys.stdin.read() if text == "-" else Path(str(text)).read_text(encoding="utf-8")
+    given = prompt if prompt is not None else read_text(str(text), flag="--text")
     if figures is not None:
         # Before the reading: an extra that is missing must not cost it.
         import ovq.plots.memory
@@ -111,14 +105,6 @@ def inspect(
         )
     # A path broken over two lines could not be copied.
     out_console.print(f"Wrote {', '.join(written)}", soft_wrap=True, highlight=False)
-
-
-def _check_place(flag: str, path: Path) -> None:
-    """Raise ValueError or OSError unless a file can be written there."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{flag}: expected a file in a folder that exists, found {path}")
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
 
 
 def _check_view(config: OVQConfig, layer: int | None, head: int) -> None:

@@ -60,7 +60,7 @@ def _create(path: Path) -> None:
 
 
 def write_atomic(path: str | os.PathLike, text: str) -> None:
-    """Write a text file completely or not at all, see `atomic_path`."""
+    """Write a text file in UTF-8 completely or not at all, see `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

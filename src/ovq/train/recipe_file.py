@@ -52,8 +52,8 @@ def load_recipe(path: Path) -> RunConfig:
 
 def _content(path: Path) -> dict[str, Any]:
     """The mapping in a file."""
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             found = json.loads(text)
         else:

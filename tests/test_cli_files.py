@@ -1,0 +1,87 @@
+"""Files that commands read and write: what is wrong with them is said at once, not after the work."""
+
+import pytest
+import torch
+
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.text import byte_tokenizer
+from tests.test_cli import fail
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that reads bytes, a text, what is no text, and a file in the place of a folder."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    OVQForCausalLM(OVQConfig(**sizes, num_hidden_layers=2)).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("one two three " * 400)
+    (folder / "latin.txt").write_bytes("Où est-ce?".encode("latin-1"))
+    (folder / "file").write_text("")
+    return folder
+
+
+def failed(capsys, folder, arguments):
+    return fail(capsys, *(word.format(f=folder) for word in arguments.split()))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "generate --model {f}/model --prompt-file {f}/latin.txt",
+        "context build --model {f}/model --text {f}/latin.txt --out {f}/new.ctx",
+        "inspect --model {f}/model --text {f}/latin.txt --out {f}/new.html",
+        "convert --model {f}/model --probe {f}/latin.txt --out {f}/new",
+        "train {f}/latin.yaml",
+    ],
+)
+def test_text_in_another_encoding_is_refused(capsys, folder, arguments):
+    (folder / "latin.yaml").write_bytes((folder / "latin.txt").read_bytes())
+    found = failed(capsys, folder, arguments)
+    flag = next((word for word in arguments.split() if word in ("--prompt-file", "--text", "--probe")), None)
+    if flag is None:
+        assert f"{folder}/latin.yaml: expected YAML or JSON, found what is none" in found
+    else:
+        assert (
+            found
+            == f"{flag}: expected text in UTF-8, found other bytes in {folder}/latin.txt (from byte 1 on)"
+        )
+    assert not list(folder.glob("new*"))
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+@pytest.mark.parametrize(
+    ("arguments", "work"),
+    [
+        (
+            "eval lm --model {f}/model --dataset {f}/text.txt --split all",
+            "ovq.eval.language.evaluate_language",
+        ),
+        ("eval needle --model {f}/model", "ovq.eval.needle.evaluate_needle"),
+        ("eval harness --model {f}/model --tasks x", "ovq.eval.harness.evaluate_tasks"),
+        ("bench --what forward --lengths 64", "ovq.research.bench.suite.run_suite"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
+    capsys, folder, monkeypatch, arguments, work, place
+):
+    def began(*_args, **_kwargs):
+        raise AssertionError("it began")
+
+    pytest.importorskip("lm_eval" if "harness" in work else "torch")
+    monkeypatch.setattr(work, began)
+    found = failed(capsys, folder, f"{arguments} --out {{f}}/{place}")
+    assert found == f"--out: expected a folder, found a file: {folder}/file"
+
+
+def test_damaged_weights_are_not_converted(capsys, folder):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 8, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(folder / "llama")
+    weights = folder / "llama/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    capsys.readouterr()
+    found = failed(capsys, folder, "convert --model {f}/llama --out {f}/converted")
+    assert "--model: expected a causal language model, found" in found
