@@ -423,7 +423,10 @@ def test_compiled_kernels_refuse_and_auto_takes_the_next(option, found):
         ({"exact_dims": -1}, "exact_dims: expected an integer of at least 0, found -1"),
         ({"num_sinks": 1, "rate": 0.5}, "num_sinks: expected 0 with a constant rate, found 1"),
         ({"slot_scale": 1.0, "rate": 0.5}, "slot_scale: expected none with a constant rate"),
-        ({"slot_scale": torch.ones(3)}, r"slot_scale: expected a float or a tensor \[1\], found \(3,\)"),
+        (
+            {"slot_scale": torch.ones(3)},
+            r"slot_scale: expected a finite float or a tensor \[1\], found \(3,\)",
+        ),
         ({"token_weights": torch.ones(1, 8)}, r"token_weights: expected a tensor \[1, 8, 1\] as k has"),
         (
             {"token_weights": torch.ones(1, 8, 1, dtype=torch.int64)},

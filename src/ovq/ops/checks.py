@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ovq.fields import is_finite
 from ovq.ops.call import Call, RowBounds, Rows
 from ovq.ops.options import Options, check_exact_dims
 from ovq.ops.state import OVQState, state_dtype, weighted
@@ -63,13 +64,13 @@ def checked_scale(scale: float | Tensor | None, q: Tensor, *, name: str = "scale
     if isinstance(scale, Tensor):
         if scale.shape != (num_heads,):
             raise ValueError(
-                f"{name}: expected a float or a tensor [{num_heads}], found {tuple(scale.shape)}"
+                f"{name}: expected a finite float or a tensor [{num_heads}], found {tuple(scale.shape)}"
             )
         if not scale.is_floating_point():
             raise ValueError(f"{name}: expected a floating dtype, found {scale.dtype}")
         return scale.to(q.device, wide)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise ValueError(f"{name}: expected a float or a tensor [{num_heads}], found {scale!r}")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not is_finite(scale):
+        raise ValueError(f"{name}: expected a finite float or a tensor [{num_heads}], found {scale!r}")
     return torch.full((num_heads,), float(scale), dtype=wide, device=q.device)
 
 

@@ -1,8 +1,8 @@
 """`Options`: the settings that define what the layer computes, passed to every backend."""
 
 import dataclasses
-import math
 
+from ovq.fields import is_finite
 from ovq.ops.schedule import GROWTHS
 
 # Scores that differ by less than this, relative to the lengths of the vectors, count as equal. Adding a
@@ -168,7 +168,7 @@ def check_num_sinks(name: str, num_sinks: int, *, num_slots: int, chunk_size: in
 def check_value_weight(name: str, weight: float) -> None:
     """Raise ValueError, naming the argument `name`, unless `weight` is a finite number of at least 0."""
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not (is_number and 0 <= weight < math.inf):
+    if not (is_number and is_finite(weight) and weight >= 0):
         raise ValueError(f"{name}: expected a finite number of at least 0, found {weight!r}")
 
 

@@ -28,10 +28,15 @@ def random_priority(seed: int, head: int, num_seen: int, chunk_size: int) -> Ten
 def seed_of(init: str, generator: torch.Generator | None) -> int:
     """The seed of a call: that of its generator, or of PyTorch's; 0 where nothing is random.
 
+    Raises:
+        ValueError: if `generator` is something else.
+
     Example:
         >>> seed_of("random", torch.Generator().manual_seed(5)), seed_of("novelty", None)
         (5, 0)
     """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator: expected a torch.Generator, found {generator!r}")
     if init != "random":
         return 0
     return torch.initial_seed() if generator is None else generator.initial_seed()
