@@ -137,3 +137,19 @@ def test_before_the_first_token_operations_do_nothing(model):
     cache.reset()
     assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
     torch.testing.assert_close(model(IDS, past_key_values=cache).logits, model(IDS).logits)
+
+
+def test_a_call_that_was_interrupted_half_way_is_not_continued(model, monkeypatch):
+    cache = cached(model)
+    before = cache.snapshot()
+
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.mixers()[-1], "mix", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            continued(model, cache, [0, 1, 2])
+    with pytest.raises(ValueError, match=r"whose layers have all read 19 columns, found 10: .*snapshot"):
+        continued(model, cache, [0, 1, 2])
+    torch.testing.assert_close(continued(model, before, [0, 1, 2]), model(IDS).logits[:, CUT:])

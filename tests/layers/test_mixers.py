@@ -254,6 +254,46 @@ def test_hidden_states_of_another_shape_are_refused(mixer, shape):
         mixer(torch.zeros(shape, dtype=torch.float64))
 
 
+def test_what_is_no_tensor_is_refused(x):
+    mixer = MAKERS["ovq"]().double()
+    with pytest.raises(ValueError, match="hidden_states to be a tensor, found list"):
+        mixer(x.tolist())
+    with pytest.raises(ValueError, match=r"attention_mask of shape .* = \[3, 23\] .* found list"):
+        mixer(x, [[1] * TOKENS] * ROWS)
+
+
+def test_a_batch_without_rows(mixer, x):
+    o, _, cache = mixer(x[:0, :9], use_cache=True)
+    assert o.shape == (0, 9, HIDDEN)
+    o, _, cache = mixer(x[:0, 9:], past_key_values=cache)
+    assert o.shape == (0, TOKENS - 9, HIDDEN)
+    assert cache.get_seq_length() == TOKENS
+
+
+def test_a_call_that_fails_leaves_the_cache_as_it_was(mixer, x, monkeypatch):
+    _, _, cache = mixer(x[:, :9], use_cache=True)
+
+    def fail(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mixer, "mix", fail)
+        with pytest.raises(KeyboardInterrupt):
+            mixer(x[:, 9:15], past_key_values=cache)
+    o, _, _ = mixer(x[:, 9:], past_key_values=cache)
+    torch.testing.assert_close(o, mixer(x)[0][:, 9:], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name", ["ovq", "full", "sliding", "sinks", "vq", "kvm", "raven", "deltanet", "mamba"]
+)
+def test_a_cache_of_other_rows_is_refused(name, x):
+    mixer = MAKERS[name]().double().eval()
+    _, _, cache = mixer(x[:2], use_cache=True)
+    with pytest.raises(ValueError, match=r"convolution has kept \[3, \d+, 2\] .* found \[2, "):
+        mixer(x, past_key_values=cache)
+
+
 def test_caches_that_would_give_wrong_numbers_are_refused(mixer, x):
     _, _, cache = mixer(x, mask_of([TOKENS, 9, 2], "left"), use_cache=True)
     with pytest.raises(ValueError, match="some of the cached ones are padding"):
@@ -291,6 +331,8 @@ def test_a_cache_of_another_mixer_is_refused(x):
         ({"num_heads": 2, "head_dim": 3, "use_rope": True}, "even head_dim .* found 3|no rotary embedding"),
         ({"num_heads": 2, "conv_size": 1}, "conv_size .* found 1"),
         ({"num_heads": 2, "conv_size": -1}, "conv_size .* found -1"),
+        ({"num_heads": 2, "conv_size": 2.5}, r"conv_size .* found 2\.5"),
+        ({"num_heads": 2, "layer_idx": -1}, "layer_idx of at least 0, found -1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(cls, arguments, message):

@@ -143,6 +143,22 @@ class OVQCache(Cache):
         """Rows B; 0 before the first token."""
         return self.layers[0].num_rows
 
+    @property
+    def num_columns(self) -> int:
+        """Columns that every layer has read.
+
+        Raises:
+            ValueError: layers that have read more than others, since a call failed or was interrupted.
+        """
+        num = self.layers[0].num_columns
+        for layer in self.layers:
+            if layer.num_columns != num:
+                raise ValueError(
+                    f"expected a cache whose layers have all read {num} columns, found {layer.num_columns}: "
+                    "a call has failed half-way; go on from a snapshot (OVQCache.snapshot) of before"
+                )
+        return num
+
     def snapshot(self) -> OVQCache:
         """An independent cache with the same content, for branching or for going back over rejected tokens.
 

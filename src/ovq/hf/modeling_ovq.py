@@ -257,7 +257,7 @@ class OVQModel(OVQPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         past = one_cache(past_key_values, cache)
-        num_past = 0 if past is None else past.get_seq_length()
+        num_past = 0 if past is None else past.num_columns
         cu_seqlens = packed_offsets(
             cu_seqlens,
             position_ids,

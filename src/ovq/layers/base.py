@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ovq.fields import is_finite
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache, MixerCache
 from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables
@@ -56,6 +57,8 @@ class Mixer(nn.Module, ABC):
                 f"expected use_rope=False, found True: {type(self).__name__} has no rotary embedding"
             )
         check_conv_size(conv_size)
+        if layer_idx is not None and layer_idx < 0:
+            raise ValueError(f"expected layer_idx of at least 0, found {layer_idx}")
         super().__init__()
         self.conv_size, self.layer_idx, self.use_rope = conv_size, layer_idx, use_rope
         # Queries, keys and values share one projection and one convolution: fewer and larger products.
@@ -198,14 +201,15 @@ class Mixer(nn.Module, ABC):
         if cache is not None:
             _check_cache_use(cache, layout)
 
-        channels = self.qkv_proj(hidden_states)
+        channels, conv_state = self.qkv_proj(hidden_states), None
         if self.qkv_conv is not None:
             channels, conv_state = self.qkv_conv(
                 channels, None if cache is None else cache.conv_state, layout
             )
-            if cache is not None:
-                cache.conv_state = conv_state
         o = self.mix(channels, hidden_states, layout, cache, **kwargs)
+        if cache is not None and conv_state is not None:
+            # Not before: a call that fails leaves the cache as it was.
+            cache.conv_state = conv_state
         if layout.new_mask is not None:
             o = o.masked_fill(~layout.new_mask[..., None], 0)
         return self.o_proj(o), None, past_key_values
@@ -231,6 +235,8 @@ class Mixer(nn.Module, ABC):
 
     def _check_hidden_states(self, hidden_states: Tensor) -> None:
         width = self.qkv_proj.in_features
+        if not isinstance(hidden_states, Tensor):
+            raise ValueError(f"expected hidden_states to be a tensor, found {type(hidden_states).__name__}")
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != width or hidden_states.shape[1] == 0:
             raise ValueError(
                 f"expected hidden_states of shape [batch, tokens >= 1, {width}], "
@@ -282,6 +288,8 @@ class AttentionMixer(Mixer):
         )
         if self.use_rope:
             check_rotary(head_dim)
+        if not (is_finite(rope_theta) and rope_theta > 0):
+            raise ValueError(f"expected a finite rope_theta above 0, found {rope_theta}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.rope_theta = rope_theta
         self.qk_norm = QKNorm(num_heads, head_dim)
@@ -366,8 +374,8 @@ def checked_head_dim(hidden_size: int, num_heads: int, num_kv_heads: int, head_d
 
 def check_conv_size(conv_size: int) -> None:
     """Raise ValueError unless `conv_size` is a possible number of taps."""
-    if conv_size < 0 or conv_size == 1:
-        raise ValueError(f"expected conv_size 0 (none) or at least 2, found {conv_size}")
+    if not isinstance(conv_size, int) or conv_size < 0 or conv_size == 1:
+        raise ValueError(f"expected conv_size 0 (none) or an integer of at least 2, found {conv_size!r}")
 
 
 def check_rotary(head_dim: int) -> None:

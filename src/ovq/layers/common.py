@@ -248,7 +248,16 @@ class ShortConvolution(nn.Module):
         Returns:
             `[B, T, D]`, zero at padding columns, and the new state: the last `conv_size - 1` real inputs of
             each row.
+
+        Raises:
+            ValueError: a state of other rows, channels or taps.
         """
+        expected = (len(x), *self.weight.shape[:1], self.conv_size - 1)
+        if state is not None and state.shape != expected:
+            raise ValueError(
+                f"expected a cache whose convolution has kept {list(expected)} (rows, channels, inputs), "
+                f"found {list(state.shape)}"
+            )
         new_mask = None if layout is None else layout.new_mask
         if new_mask is not None:
             x = x.masked_fill(~new_mask[..., None], 0)

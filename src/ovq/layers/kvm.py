@@ -168,7 +168,7 @@ class KVMAttention(Mixer):
         """The state that a call starts from: the cached one, or an empty one."""
         state: dict[str, Tensor] | None = None if cache is None else cache.state
         num_seen = [0] * len(k) if state is None else state["num_seen"].tolist()
-        specs = [self.memory_spec(num_tokens, k.dtype) for num_tokens in num_seen]
+        specs = [self.memory_spec(num_tokens, k.dtype) for num_tokens in num_seen or [0]]
         spec = of_rows({name: max(each[name] for each in specs) for name in specs[0]}, len(k))
         if state is None:
             return {
@@ -201,6 +201,8 @@ class KVMAttention(Mixer):
             `[R, H, T, V]` in the dtype of the values, and the state after the new tokens.
         """
         schedule, seen = self.schedule, before["num_seen"].tolist()
+        if not seen:
+            return q.new_zeros(*q.shape[:3], self.head_dim, dtype=new["values"].dtype), before
         kept = [schedule.num_kept(n) for n in seen]
         ends = [n + length for n, length in zip(kept, lengths, strict=True)]
         # Columns count from the first token in a row's window, where a chunk begins in every row.

@@ -207,10 +207,11 @@ class LeftAlignedRows:
 def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -> SequenceLayout:
     """The layout of a mask, or a ValueError that says what is wrong with it."""
     expected = [batch_size, num_past + num_new]
-    if list(mask.shape) != expected:
+    if not isinstance(mask, Tensor) or list(mask.shape) != expected:
+        found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
             f"expected an attention_mask of shape [batch, cached + new] = {expected} "
-            f"({num_past} columns are cached), found {list(mask.shape)}"
+            f"({num_past} columns are cached), found {found}"
         )
     if mask.device.type == "cpu" and bool((mask == 1).all()):
         # A mask of ones becomes longer with every step of decoding: one pass over it is enough.

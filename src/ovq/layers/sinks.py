@@ -156,7 +156,7 @@ def sink_read(
     # A sink that is still in the window must not be counted twice.
     is_seen = torch.cat([(sink <= query - window), in_window], dim=-1)
     o = softmax_attention(q, k, v, mask=is_seen[:, None])
-    return o.unflatten(0, (batch_size, -1)).transpose(1, 2).flatten(2, 3)[:, :, :num_queries]
+    return o.unflatten(0, (batch_size, num_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :num_queries]
 
 
 def _with_first(sinks: Tensor, x: Tensor, num_seen: Tensor, lengths: Tensor) -> Tensor:
