@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.hf.modeling_ovq import OVQPreTrainedModel
+from ovq.hf.pretrained import OVQPreTrainedModel
 from ovq.layers import OVQAttention
 from ovq.layers.ovq import RecordedCall
 from ovq.ops import SlotAssignments

@@ -20,7 +20,7 @@ from ovq.runtime.files import atomic_path
 
 if TYPE_CHECKING:
     from ovq.hf.configuration_ovq import OVQConfig
-    from ovq.hf.modeling_ovq import OVQPreTrainedModel
+    from ovq.hf.pretrained import OVQPreTrainedModel
 
 CARD_FILE = "README.md"
 """The name of the card in the folder of a model."""

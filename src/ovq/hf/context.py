@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from ovq.hf.cache import CACHE_KEY, OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
-from ovq.hf.modeling_ovq import OVQModel, OVQPreTrainedModel
+from ovq.hf.modeling_ovq import OVQModel
+from ovq.hf.pretrained import OVQPreTrainedModel
 from ovq.ops.checks import DTYPES
 from ovq.ops.serialization import positive_int, read_file, write_file
 

@@ -17,7 +17,7 @@ from ovq.hf.card import CARD_FILE, model_card, save_card
 from ovq.hf.configuration_ovq import OVQConfig
 
 if TYPE_CHECKING:
-    from ovq.hf.modeling_ovq import OVQPreTrainedModel
+    from ovq.hf.pretrained import OVQPreTrainedModel
 
 # Arguments of `from_pretrained` that say where a file is.
 _PLACES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -21,8 +21,9 @@ from typing import Any
 
 from ovq.fields import did_you_mean, with_new_names
 from ovq.tasks import task_class
-from ovq.train.config import SECTIONS, ModelArgs, RunConfig, TrainArgs, parse_value, type_of_field
+from ovq.train.config import SECTIONS, ModelArgs, RunConfig, TrainArgs
 from ovq.train.recipes import get_recipe
+from ovq.train.values import parse_value, type_of_field
 
 ENDINGS = (".yaml", ".yml", ".json")
 """How the name of such a file ends."""
@@ -63,7 +64,7 @@ def _content(path: Path) -> dict[str, Any]:
                 found = yaml.safe_load(text)
             except yaml.YAMLError as error:
                 raise ValueError(str(error)) from error
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: expected YAML or JSON, found what is none ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected sections {', '.join(SECTIONS)}, found {type(found).__name__}")

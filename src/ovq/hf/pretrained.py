@@ -1,0 +1,162 @@
+"""What both models have: initial weights, caches, and another dictionary on the same weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ovq.hf.block import OVQBlock
+from ovq.hf.cache import OVQCache
+from ovq.hf.configuration_ovq import OVQConfig
+from ovq.hf.hub import HubModel
+from ovq.hf.recommended import TO_ASK
+from ovq.layers import KVMAttention, Mamba2, MesaNet, Mixer, OVQAttention, ShortConvolution
+from ovq.layers.chunked import DecayRates
+from ovq.layers.common import QKNorm
+from ovq.layers.gates import MergeGate, SlotScale
+from ovq.layers.vq import StaticDictionary
+
+# Modules that draw, or set, their initial weights themselves.
+_OWN_WEIGHTS = (
+    ShortConvolution,
+    QKNorm,
+    DecayRates,
+    Mamba2,
+    KVMAttention,
+    MesaNet,
+    StaticDictionary,
+    MergeGate,
+    SlotScale,
+)
+
+
+class OVQPreTrainedModel(HubModel):
+    """Weight initialisation, and what `OVQModel` and `OVQForCausalLM` share."""
+
+    config: OVQConfig
+    config_class = OVQConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["OVQBlock"]  # noqa: RUF012  (transformers declares it so)
+    _supports_sdpa = True
+    # Refuses assisted decoding: tokens that the large model rejects cannot be removed from a state.
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": OVQBlock}  # noqa: RUF012  (likewise)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, _OWN_WEIGHTS):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    @property
+    def device(self) -> torch.device:
+        """The device for inputs. It is not that of weights that accelerate has offloaded."""
+        hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
+        execution_device = getattr(hook, "execution_device", None)
+        return super().device if execution_device is None else torch.device(execution_device)
+
+    def make_cache(self) -> OVQCache:
+        """An empty cache of this model."""
+        return OVQCache(self.config)
+
+    def mixers(self) -> list[Mixer]:
+        """The mixer of each layer."""
+        return [module for module in self.modules() if isinstance(module, Mixer)]
+
+    def set_num_slots(self, num_slots: int) -> None:
+        """Give every OVQ layer `num_slots` slots from now on, and record it in the config.
+
+        Earlier caches remain valid: their states are resized when they are next used.
+
+        Raises:
+            ValueError: if it is below 1, or the model has no OVQ layers, or has layers of another kind whose
+                size depends on `num_slots`.
+
+        Example:
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model = OVQModel(config)
+            >>> model.set_num_slots(4096)
+            >>> model.config.num_slots
+            4096
+        """
+        layers = self._ovq_layers()
+        others = (mixer for mixer in self.mixers() if not isinstance(mixer, OVQAttention))
+        if fixed := sorted({type(mixer).__name__ for mixer in others if "num_slots" in mixer.config_fields}):
+            raise ValueError(
+                f"expected OVQ layers alone to depend on num_slots, found {fixed}, whose size cannot change"
+            )
+        for layer in layers:
+            layer.set_num_slots(num_slots)
+        self.config.num_slots = num_slots
+
+    def set_merge(self, merge: str, *, growth: str | None = None, value_weight: float | None = None) -> None:
+        """Let every OVQ layer keep its dictionary by another rule from now on, and record it in the config.
+
+        Weights do not depend on the rule: a model that was trained with the paper's, `"existing"`, recalls
+        most with `"ward-sqrt"` (docs/training.md). Earlier caches remain valid and go on from the slots they
+        have.
+
+        Args:
+            merge: `"existing"`, `"updated"`, `"ward"` or `"ward-sqrt"`.
+            growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one
+                that `merge` is meant for.
+            value_weight: what distances between values weigh beside those between keys where pairs are
+                merged; None for what they weigh now.
+
+        Raises:
+            ValueError: if the model has no OVQ layers, or as `OVQConfig` does for these options. Nothing is
+                changed.
+
+        Example:
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model = OVQModel(config)
+            >>> model.set_merge("ward-sqrt")
+            >>> model.config.merge, model.config.growth, model.config.value_weight
+            ('ward-sqrt', 'immediate', 0.35)
+        """
+        for layer in self._ovq_layers():
+            layer.set_merge(merge, growth=growth, value_weight=value_weight)
+            for name, value in layer.learning.items():
+                setattr(self.config, name, value)
+
+    def ask_as_recommended(self) -> None:
+        """Let every OVQ layer of a trained model keep its dictionary by the rule that recalls most.
+
+        It is the second half of `OVQConfig.recommended`: train by the paper's rule, ask by this one, with as
+        many slots as there is memory for (`set_num_slots`).
+
+        Raises:
+            ValueError: as for `set_merge`. Nothing is changed.
+
+        Example:
+            >>> config = OVQConfig.recommended(vocab_size=8, hidden_size=16, num_hidden_layers=2)
+            >>> model = OVQModel(config)
+            >>> model.ask_as_recommended()
+            >>> model.config.merge
+            'ward-sqrt'
+        """
+        self.set_merge(**TO_ASK)
+
+    def _ovq_layers(self) -> list[OVQAttention]:
+        """The layers with a dictionary that is learned online; refuses a model that has none."""
+        layers = [mixer for mixer in self.mixers() if isinstance(mixer, OVQAttention)]
+        if not layers:
+            raise ValueError(
+                f"expected a model with 'ovq' layers, found mixer_types {self.config.mixer_types}"
+            )
+        return layers
+
+    def state_bytes(self, num_tokens: int) -> int:
+        """Bytes of the cache of one row after `num_tokens` tokens, computed for the dtype of the weights.
+
+        Example:
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model = OVQModel(config).eval()
+            >>> cache = OVQCache(config)
+            >>> _ = model(torch.zeros(1, 300, dtype=torch.long), past_key_values=cache)
+            >>> model.state_bytes(300) == cache.nbytes
+            True
+        """
+        return sum(mixer.state_bytes(num_tokens, self.dtype) for mixer in self.mixers())
