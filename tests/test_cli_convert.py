@@ -64,6 +64,7 @@ def test_a_probe_shares_out_the_rows(capsys, tmp_path):
 def test_what_cannot_be_converted_ends_in_one_line(capsys, converted, tmp_path):
     command = ["convert", "--model", converted / "llama", "--out", tmp_path / "out"]
     assert "window: expected a multiple of chunk_size" in fail(capsys, *command, "--window", 100)
+    assert "--dtype: expected auto, float32," in fail(capsys, *command, "--dtype", "x")
     assert "merge: expected one of" in fail(capsys, *command, "--merge", "best")
     (tmp_path / "a.txt").write_text("one")
     assert "expected a model with a tokenizer" in fail(capsys, *command, "--probe", tmp_path / "a.txt")

@@ -219,6 +219,7 @@ def test_a_recipe_in_a_file_is_trained(capsys, tmp_path):
     ("text", "said"),
     [
         ("a: [", "expected YAML or JSON, found what is none"),
+        ("[" * 2000, "expected YAML or JSON, found what is none"),
         ("- 1", "expected sections task, model, train, found list"),
         ("train: 3", "train: expected fields and their values, found 3"),
         ("recipe: recall-ovq\ntask: {name: mqar}", "task.name: expected that of the recipe, recall"),

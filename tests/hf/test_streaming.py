@@ -97,6 +97,7 @@ def test_the_state_is_all_that_a_stream_keeps():
     ("options", "message"),
     [
         ({"temperature": -1}, "temperature: expected at least 0"),
+        ({"temperature": 1e-300}, "temperature: expected 0 or at least 1e-06, found 1e-300"),
         ({"temperature": 1, "top_k": -1}, "top_k: expected at least 0"),
         ({"top_p": 0}, "top_p: expected a number above 0"),
         ({"temperature": 1, "min_p": 2}, "min_p: expected a number from 0 to 1"),
@@ -112,7 +113,12 @@ def test_options_out_of_range(options, message):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"input_ids": []}, "input_ids"), ({"input_ids": [1], "prefill_chunk_size": 0}, "prefill_chunk_size")],
+    [
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [1, 10**6]}, "input_ids"),
+        ({"input_ids": [-1]}, "input_ids"),
+        ({"input_ids": [1], "prefill_chunk_size": 0}, "prefill_chunk_size"),
+    ],
 )
 def test_prompts_that_cannot_be_read(model, arguments, message):
     with pytest.raises(ValueError, match=f"{message}: expected"):

@@ -16,6 +16,8 @@ from ovq.cli.common import out_console, read_text
 if TYPE_CHECKING:
     from ovq.convert import MemoryConfig
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def convert(
     model: Annotated[
@@ -48,7 +50,9 @@ def convert(
     gguf_file: Annotated[
         str | None, typer.Option(help="Name of a GGUF file in --model to load.", show_default=False)
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto for what the model has.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, or auto for what the model has.")
+    ] = "auto",
 ) -> None:
     """Give a pretrained Llama, Qwen, Mistral or similar model a memory of constant size. Nothing is trained.
 
@@ -59,6 +63,8 @@ def convert(
     --window 256 --probe book.txt,code.txt[/bold]
     """
     texts = [read_text(name, flag="--probe") for name in probe.split(",")] if probe is not None else []
+    if dtype not in _DTYPES:
+        raise ValueError(f"--dtype: expected {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, found {dtype!r}")
     if out.exists():
         raise ValueError(f"--out: expected a folder that does not exist yet, found {out}")
     if not out.parent.is_dir():

@@ -224,7 +224,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: expected JSON, found what is none ({error})") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")

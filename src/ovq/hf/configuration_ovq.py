@@ -326,7 +326,7 @@ class OVQConfig(PreTrainedConfig):
             )
         if len(self.mixer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"mixer_types: expected a name a layer, num_hidden_layers={self.num_hidden_layers} of them, "
+                f"mixer_types: expected one name per layer, num_hidden_layers={self.num_hidden_layers}, "
                 f"found {len(self.mixer_types)}"
             )
         for field in ("mixer_types", "rope_mixers"):

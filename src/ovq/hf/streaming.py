@@ -27,6 +27,8 @@ from ovq.hf.cache import CACHE_KEY
 # A character has at most 4 bytes, and so at most 4 tokens; after twice as many it can no longer be completed.
 _MOST_PENDING = 8
 _LONGEST_CHARACTER = 4
+# Lowest temperature that samples.
+_COLDEST = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Sampling:
     """How the next token is chosen; names and meanings are those of transformers' `generate`.
 
     Attributes:
-        temperature: Logits are divided by it; 0 takes the most likely token.
+        temperature: Logits are divided by it, at least 1e-6; 0 takes the most likely token.
         top_k: Sample from this many of the most likely tokens; 0 for all.
         top_p: Sample from the most likely tokens with this total probability.
         min_p: Sample from tokens at least this share as likely as the most likely one.
@@ -62,6 +64,9 @@ class Sampling:
         for name in ("temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, found {getattr(self, name)}")
+        if 0 < self.temperature < _COLDEST:
+            # Logits divided by it would no longer be numbers.
+            raise ValueError(f"temperature: expected 0 or at least {_COLDEST}, found {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected a number above 0 and at most 1, found {self.top_p}")
         if not 0 <= self.min_p <= 1:
@@ -149,7 +154,8 @@ def stream_tokens(
         Token ids, the same as `model.generate` would give.
 
     Raises:
-        ValueError: if the prompt is empty, or `prefill_chunk_size` is below 1.
+        ValueError: if the prompt is empty or has ids that the model does not know, or `prefill_chunk_size` is
+            below 1.
 
     Example:
         >>> from itertools import islice
@@ -166,6 +172,11 @@ def stream_tokens(
     ids = torch.as_tensor(input_ids, dtype=torch.int64, device=model.device)
     if ids.dim() != 1 or len(ids) == 0:
         raise ValueError(f"input_ids: expected a row of at least 1 token, found shape {list(ids.shape)}")
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= model.config.vocab_size:
+        raise ValueError(
+            f"input_ids: expected token ids in 0..{model.config.vocab_size - 1}, found {lowest}..{highest}"
+        )
     cache = model.make_cache() if cache is None else cache
     sampling = sampling or Sampling()
     processors = sampling.processors()

@@ -134,8 +134,8 @@ class OVQAttention(AttentionMixer):
             layer_idx=layer_idx,
             **kwargs,
         )
-        if chunk_size < 1:
-            raise ValueError(f"expected chunk_size of at least 1, found {chunk_size}")
+        if not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"expected an integer chunk_size of at least 1, found {chunk_size!r}")
         self.chunk_size = chunk_size
         self.growth, self.init, self.merge, self.backend = growth, init, merge, backend
         self.bias, self.rate, self.value_weight = bias, rate, value_weight
@@ -156,8 +156,8 @@ class OVQAttention(AttentionMixer):
         With more slots at test time than in training, a trained layer remembers more. A state that has too
         many is made smaller by the rule of the layer, see `OVQState.resize`.
         """
-        if num_slots < 1:
-            raise ValueError(f"expected num_slots of at least 1, found {num_slots}")
+        if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
+            raise ValueError(f"expected an integer num_slots of at least 1, found {num_slots!r}")
         check_num_sinks("num_sinks", self.ovq_sinks, num_slots=num_slots, chunk_size=self.chunk_size)
         self.num_slots = num_slots
 

@@ -126,7 +126,8 @@ def read_file(
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: expected {what}, found no such file")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: expected {what}, found {found}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
