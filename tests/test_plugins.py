@@ -59,7 +59,8 @@ def test_a_task_and_a_mixer_of_the_user_train_and_are_evaluated(module, tmp_path
     config = RunConfig.load(tmp_path / "run")
     assert (config.task.name, config.task.vocab_size, config.mixer) == ("few_keys", 160, "mine")
     forget()
-    capsys.readouterr()
+    # Told to test it so that it can be.
+    assert capsys.readouterr().out.endswith("ovq eval --model run --import their_module\n")
     evaluate = ["eval", "--model", "run", "--lengths", "32", "--examples", "2"]
     # A name in a file imports nothing.
     assert run(*evaluate) == 2

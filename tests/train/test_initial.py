@@ -158,6 +158,12 @@ def test_missing_weights_are_refused(first, tmp_path):
         train(make_config(init_from=tmp_path / "model"), tmp_path / "run", reporter=quiet())
 
 
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"expected the folder of a saved model, found no config\.json in"):
+        train(make_config(init_from=tmp_path), tmp_path / "run", reporter=quiet())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_reads_other_tokens_is_refused(tmp_path, monkeypatch):
     texts = write_texts(tmp_path, monkeypatch)
     config = tiny_config(texts, task={"tokenizer": "bpe:260"})

@@ -121,9 +121,10 @@ def train(
         save_run_card(model, config, out, picture=_draw_losses(config, out))
         is_text = config.task.name == TextTask.name
         # Paths and commands broken over two lines could not be copied.
+        test = f"ovq eval {'lm ' if is_text else ''}--model {out}"
         out_console.print(
             f"Saved the model and its configuration in {out}. "
-            f"Test it: ovq eval {'lm ' if is_text else ''}--model {out}{_rules_to_test(config)}",
+            f"Test it: {test}{_modules_to_import(config)}{_rules_to_test(config)}",
             soft_wrap=True,
         )
 
@@ -139,6 +140,15 @@ def _own_task(path: str) -> Task:
         return cls()
     except (TypeError, ValueError) as error:
         raise ValueError(f"--task {path}: {error}") from error
+
+
+def _modules_to_import(config: RunConfig) -> str:
+    """The `--import` of a test of this run: the modules of its task and mixers that are the user's own."""
+    from ovq.layers.registry import mixer_class
+
+    classes = [type(config.task), *map(mixer_class, config.model.mixer_types)]
+    modules = dict.fromkeys(cls.__module__ for cls in classes)
+    return "".join(f" --import {name}" for name in modules if name.partition(".")[0] != "ovq")
 
 
 def _rules_to_test(config: RunConfig) -> str:

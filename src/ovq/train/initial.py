@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from ovq.hf import OVQConfig, OVQForCausalLM
@@ -53,6 +54,11 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
         ValueError: If it is no OVQ model, or one of another architecture; names the first field that differs,
             and the option that would make both equal.
     """
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        # Of an empty folder, transformers makes a config of defaults.
+        raise ValueError(
+            f"train.init_from: expected the folder of a saved model, found no config.json in {source}"
+        )
     found = OVQConfig.from_pretrained(source)
     settable = {field.name for field in dataclasses.fields(ModelArgs)}
     free = _FREE - {"num_slots"} if "vq" in config.mixer_types else _FREE
