@@ -11,7 +11,7 @@ from tests.test_cli import fail, run
 from tests.train.text_common import losses, quiet, tiny_config, write_texts
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ovq.hf import OVQForCausalLM
+from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import Reporter
 from ovq.tasks import RecallTask
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
@@ -95,12 +95,16 @@ def test_weights_in_another_dtype_are_trained_in_float32(first, tmp_path):
 
 def test_what_may_differ_is_said(first, tmp_path):
     with open(tmp_path / "said", "w") as file, Reporter(Console(file=file, width=200)) as reporter:
-        config = make_config(init_from=first, model={"num_slots": 8, "merge": "ward"})
+        config = make_config(init_from=first, model={"num_slots": 8, "merge": "ward", "chunk_size": 8})
         model = train(config, tmp_path / "run", reporter=reporter)
     said = (tmp_path / "said").read_text()
     assert f"train.init_from: num_slots is 8 in this run, and was 4 in {first}" in said
     assert f"train.init_from: merge is ward in this run, and was existing in {first}" in said
     assert (model.config.num_slots, model.config.merge) == (8, "ward")
+    # Sizes of other mixers, which follow from these, do not matter to this model.
+    assert model.config.kvm_chunk_size != OVQConfig.from_pretrained(first).kvm_chunk_size
+    assert "kvm" not in said
+    assert "sink_window" not in said
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.hub import check_loaded
+from ovq.layers.registry import MIXERS, mixer_class
 from ovq.text import get_tokenizer
 from ovq.train.config import ModelArgs
 
@@ -24,9 +25,18 @@ _FREE = {
     "window",
     "ovq_sinks",
     "sliding_window",
+    "num_sinks",
     "sink_window",
     "vq_decay",
     "commitment_weight",
+    "kvm_chunk_size",
+    "kvm_window_chunks",
+    "kvm_growth",
+    "kvm_sinks",
+    "kvm_norm_leak",
+    "raven_top_k",
+    "raven_noise",
+    "mesa_steps",
 }
 # These are about new weights and about generation, or follow from others (the layers from `mixer_types`).
 _WITHOUT_EFFECT = {
@@ -64,9 +74,15 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
     free = _FREE - {"num_slots"} if "vq" in config.mixer_types else _FREE
     notes = []
     own = {field.name for field in dataclasses.fields(OVQConfig)}
+    # Sizes of mixers that the model does not have follow from those that it has.
+    of_all, of_these = (
+        {field for cls in classes for field in cls.config_fields.values()}
+        for classes in (MIXERS.values(), map(mixer_class, config.mixer_types))
+    )
+    without_effect = _WITHOUT_EFFECT | (of_all - of_these)
     for name in (name for name in OVQConfig.__annotations__ if name in own):
         ours, theirs = getattr(config, name), getattr(found, name)
-        if name in _WITHOUT_EFFECT or ours == theirs:
+        if name in without_effect or ours == theirs:
             continue
         if name in free:
             notes.append(f"{name} is {ours} in this run, and was {theirs} in {source}")
