@@ -130,6 +130,10 @@ def test_long_sentences_are_cut_between_words():
         ({"haystack": "hay"}, "haystack: expected one of noise, essay, found 'hay'"),
         ({"value": "name"}, "value: expected one of word, number, uuid, found 'name'"),
         ({"num_distractors": 0}, "num_distractors: expected at least 1"),
+        (
+            {"num_distractors": 2000, "value": "word"},
+            r"num_distractors: expected at most 10\d\d, as no more words",
+        ),
         ({"depth": 1.5}, "depth: expected a number from 0 to 1, found 1.5"),
         ({"length": 250}, "length: expected at least one sentence more than .* tokens hold, found 250"),
     ],

@@ -272,8 +272,11 @@ def test_a_batch_without_rows(mixer, x):
 
 def test_a_call_that_fails_leaves_the_cache_as_it_was(mixer, x, monkeypatch):
     _, _, cache = mixer(x[:, :9], use_cache=True)
+    mix = mixer.mix
 
-    def fail(*_args, **_kwargs):
+    def fail(*args, **options):
+        # As late as it can: when the state has been stored.
+        mix(*args, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -206,10 +206,18 @@ class Mixer(nn.Module, ABC):
             channels, conv_state = self.qkv_conv(
                 channels, None if cache is None else cache.conv_state, layout
             )
-        o = self.mix(channels, hidden_states, layout, cache, **kwargs)
-        if cache is not None and conv_state is not None:
-            # Not before: a call that fails leaves the cache as it was.
-            cache.conv_state = conv_state
+        if cache is None:
+            o = self.mix(channels, hidden_states, layout, None, **kwargs)
+        else:
+            before = cache.state, cache.num_columns
+            try:
+                o = self.mix(channels, hidden_states, layout, cache, **kwargs)
+            except BaseException:
+                # A call that fails leaves the cache as it was: states are values, and the earlier is whole.
+                cache.state, cache.num_columns = before
+                raise
+            if conv_state is not None:
+                cache.conv_state = conv_state
         if layout.new_mask is not None:
             o = o.masked_fill(~layout.new_mask[..., None], 0)
         return self.o_proj(o), None, past_key_values

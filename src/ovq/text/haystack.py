@@ -67,7 +67,6 @@ class Needle:
     """One question.
 
     Attributes:
-        prompt: `[T]` token ids of text and question.
         prompt: `[T]` token ids of the text and the question.
         answer: `[A]` token ids of the value, which should follow.
         value: The value as text.
@@ -144,7 +143,8 @@ class NeedleBuilder:
             index: Which question.
 
         Raises:
-            ValueError: If the length holds no sentence beside the needle, or the depth is out of range.
+            ValueError: If the length holds no sentence beside the needle, the depth is out of range, or there
+                are not as many other values.
         """
         if not 0 <= depth <= 1:
             raise ValueError(f"depth: expected a number from 0 to 1, found {depth}")
@@ -254,6 +254,11 @@ class NeedleBuilder:
         """Other values, with as many tokens as the right one as long as enough of them are found."""
         drawn = (self._draw(random) for _ in range(self.num_distractors * _CANDIDATES_PER_DISTRACTOR))
         others = [self._encode(f" {other}") for other in dict.fromkeys(drawn) if other != value]
+        if len(others) < self.num_distractors:
+            raise ValueError(
+                f"num_distractors: expected at most {len(others)}, as no more {self.value}s were found, "
+                f"found {self.num_distractors}"
+            )
         others.sort(key=lambda ids: abs(len(ids) - num_tokens))
         return tuple(others[: self.num_distractors])
 

@@ -210,9 +210,12 @@ class CarriedTextDataset(Dataset):
         return self._train.steps * self._train.batch_size
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        """Build a window: `input_ids` and targets `[1, T]`, its `lane`, the number of positions of the
-        document
-        read before it (`num_read`), and whether the document ends in it (`is_last`)."""
+        """Build a window.
+
+        Returns:
+            `input_ids` and targets `[1, T]`; the `lane`; `num_read`, how many positions of the document were
+            read before; `is_last`, whether the document ends in the window.
+        """
         (index,) = indices
         step, lane = divmod(index, self._train.batch_size)
         documents, first_steps = self._lanes[lane]
