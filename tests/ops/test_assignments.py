@@ -240,3 +240,17 @@ def test_what_does_not_fit_is_refused(change, message):
     options = {"k": x, "v": x, "num_slots": 4, "chunk_size": 2} | change
     with pytest.raises(ValueError, match=message):
         slot_assignments(**options)
+
+
+@pytest.mark.parametrize("place", [{"slot": -1}, {"slot": 4}, {"head": 1}, {"row": -1}])
+def test_members_of_what_there_is_not(place):
+    x = torch.zeros(1, 4, 1, 3)
+    found = slot_assignments(x, x, num_slots=4, chunk_size=2)
+    [name] = place
+    with pytest.raises(ValueError, match=f"{name}: expected 0 to [03], found"):
+        found.members(**{"slot": 0} | place)
+
+
+def test_a_batch_without_rows():
+    x = torch.zeros(0, 5, 2, 3)
+    assert slot_assignments(x, x, num_slots=4, chunk_size=2).slots.shape == (0, 2, 5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ovq.ops import OVQState, backend_used, ovq_attention
+from ovq.ops import OVQState, backend_used, ovq_attention, scheduled_slots
 from ovq.ops.backends import BACKENDS, chosen, triton
 from ovq.ops.options import Options
 from tests.ops.common import attend, inputs
@@ -224,6 +224,36 @@ def test_every_backend_has_the_two_functions_of_its_protocol():
     for backend in BACKENDS.values():
         assert list(inspect.signature(backend.refusal).parameters) == ["call"]
         assert list(inspect.signature(backend.run).parameters) == ["call"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"batch_size": -1}, "batch_size: expected an integer of at least 0, found -1"),
+        ({"num_slots": 0}, "num_slots: expected an integer of at least 1, found 0"),
+        ({"key_dim": 0}, "key_dim: expected an integer of at least 1, found 0"),
+        ({"window": 3}, "window: expected a multiple of chunk_size"),
+        ({"num_sinks": 4}, "num_sinks: expected an integer from 0 to 3"),
+        ({"dtype": torch.int64}, r"dtype: expected a floating dtype, found torch\.int64"),
+    ],
+)
+def test_an_empty_state_of_impossible_sizes(sizes, expected):
+    usual = {
+        "batch_size": 1,
+        "num_kv_heads": 1,
+        "key_dim": 4,
+        "value_dim": 4,
+        "num_slots": 8,
+        "chunk_size": 4,
+    }
+    with pytest.raises(ValueError, match=expected):
+        OVQState.empty(**usual | sizes)
+
+
+@pytest.mark.parametrize("sizes", [{"num_seen": -1}, {"num_slots": 0}, {"num_slots": 3, "num_sinks": 3}])
+def test_a_schedule_of_impossible_sizes(sizes):
+    with pytest.raises(ValueError, match="expected num_seen of at least 0 and more slots than"):
+        scheduled_slots(**{"num_seen": 8, "num_slots": 8} | sizes)
 
 
 def test_state_methods_refuse_bad_indices():

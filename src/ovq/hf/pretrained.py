@@ -75,6 +75,7 @@ class OVQPreTrainedModel(HubModel):
                 size depends on `num_slots`.
 
         Example:
+            >>> from ovq.hf import OVQModel
             >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
             >>> model = OVQModel(config)
             >>> model.set_num_slots(4096)
@@ -110,6 +111,7 @@ class OVQPreTrainedModel(HubModel):
                 changed.
 
         Example:
+            >>> from ovq.hf import OVQModel
             >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
             >>> model = OVQModel(config)
             >>> model.set_merge("ward-sqrt")
@@ -131,6 +133,7 @@ class OVQPreTrainedModel(HubModel):
             ValueError: as for `set_merge`. Nothing is changed.
 
         Example:
+            >>> from ovq.hf import OVQModel
             >>> config = OVQConfig.recommended(vocab_size=8, hidden_size=16, num_hidden_layers=2)
             >>> model = OVQModel(config)
             >>> model.ask_as_recommended()
@@ -152,6 +155,7 @@ class OVQPreTrainedModel(HubModel):
         """Bytes of the cache of one row after `num_tokens` tokens, computed for the dtype of the weights.
 
         Example:
+            >>> from ovq.hf import OVQModel
             >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
             >>> model = OVQModel(config).eval()
             >>> cache = OVQCache(config)

@@ -92,7 +92,16 @@ class SlotAssignments:
         return self._history.slots(num_tokens)
 
     def members(self, slot: int, *, head: int = 0, row: int = 0) -> Tensor:
-        """The positions of the tokens of this call in a slot at the end, in order."""
+        """The positions of the tokens of this call in a slot at the end, in order.
+
+        Raises:
+            ValueError: if there can be no such slot, head or row.
+        """
+        num_rows, num_heads, _ = self.state.count.shape
+        most = {"slot": self.state.num_slots, "head": num_heads, "row": num_rows}
+        for (name, num), found in zip(most.items(), (slot, head, row), strict=True):
+            if not 0 <= found < num:
+                raise ValueError(f"{name}: expected 0 to {num - 1}, found {found}")
         is_member = (self.slots[:, head] == slot) & (self.row == row)
         return self.position[is_member]
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ovq.ops.call import Call
 from ovq.ops.options import NO_COSINE, NO_WEIGHT, TIE, TINY, Options
+from ovq.ops.precision import rounded
 from ovq.ops.random_init import random_priority
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import OVQState, divisor, keys_in_slots, log_mass, rounded, state_dtype, without_trace
+from ovq.ops.state import OVQState, divisor, keys_in_slots, log_mass, state_dtype, without_trace
 
 
 @dataclasses.dataclass

@@ -71,10 +71,7 @@ class Options:
         for name, choices in options:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, found {getattr(self, name)!r}")
-        for name in ("num_slots", "chunk_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, found {value!r}")
+        check_sizes(1, num_slots=self.num_slots, chunk_size=self.chunk_size)
         check_rate("rate", self.rate)
         check_value_weight("value_weight", self.value_weight)
         check_window("window", self.window, chunk_size=self.chunk_size)
@@ -123,6 +120,19 @@ def default_growth(merge: str) -> str:
     return "immediate" if merge in COUNT_POWERS else "plateau"
 
 
+def check_sizes(least: int, **sizes: int) -> None:
+    """Raise ValueError, naming the first that is wrong, unless all are integers of at least `least`.
+
+    Example:
+        >>> check_sizes(1, num_slots=8, chunk_size=0)
+        Traceback (most recent call last):
+        ValueError: chunk_size: expected an integer of at least 1, found 0
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+            raise ValueError(f"{name}: expected an integer of at least {least}, found {size!r}")
+
+
 def check_window(name: str, window: int, *, chunk_size: int) -> None:
     """Raise ValueError, naming the argument `name`, unless `window` is a number of whole chunks.
 
@@ -143,8 +153,7 @@ def check_exact_dims(name: str, dims: int, *, key_dim: int | None = None) -> Non
         Traceback (most recent call last):
         ValueError: exact_dims: expected fewer than the 8 components of a key, found 8
     """
-    if not isinstance(dims, int) or isinstance(dims, bool) or dims < 0:
-        raise ValueError(f"{name}: expected an integer of at least 0, found {dims!r}")
+    check_sizes(0, **{name: dims})
     if key_dim is not None and dims >= key_dim:
         raise ValueError(f"{name}: expected fewer than the {key_dim} components of a key, found {dims}")
 

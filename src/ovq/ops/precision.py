@@ -1,4 +1,4 @@
-"""`full_precision`: float32 products in float32."""
+"""How exactly things are computed: `full_precision` for float32 products, `rounded` for float64 sums."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
+
+from ovq.ops.options import TIE
 
 
 @contextlib.contextmanager
@@ -20,3 +23,13 @@ def full_precision(device: torch.device) -> Iterator[None]:
     finally:
         if before != "highest":
             torch.set_float32_matmul_precision(before)
+
+
+def rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums that were computed in float64, rounded to `dtype`, in which they are kept.
+
+    Weighted sums can lie half-way between two float32 numbers. Backends that add in different orders differ
+    in the last bit of float64, and would then keep different sums. So all of them round half-way cases away
+    from zero.
+    """
+    return sums if dtype == sums.dtype else (sums * (1 + TIE)).to(dtype)

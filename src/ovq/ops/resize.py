@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.ops.options import COUNT_POWERS, MERGES, check_num_sinks, check_value_weight
+from ovq.ops.options import COUNT_POWERS, MERGES, check_num_sinks, check_sizes, check_value_weight
 from ovq.ops.state import OVQState, slot_means
 from ovq.ops.ward import cluster_roots, pair_points
 
 
 def resized(state: OVQState, num_slots: int, *, merge: str, value_weight: float) -> OVQState:
     """`state` with at most `num_slots` slots per head from here on; see `OVQState.resize`."""
-    if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
-        raise ValueError(f"num_slots: expected an integer of at least 1, found {num_slots!r}")
+    check_sizes(1, num_slots=num_slots)
     check_num_sinks("num_sinks", state.num_sinks, num_slots=num_slots, chunk_size=state.chunk_size)
     if merge not in MERGES:
         raise ValueError(f"merge: expected one of {MERGES}, found {merge!r}")

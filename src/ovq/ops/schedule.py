@@ -35,6 +35,9 @@ def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau", n
     Returns:
         The number of slots, sinks included: at least `num_sinks` + 1 and at most `num_slots`.
 
+    Raises:
+        ValueError: if there is no such growth, or a number is out of range.
+
     Source: arXiv 2602.03922 for the plateau; the other two are reconstructed from its ablations.
 
     Example:
@@ -43,6 +46,11 @@ def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau", n
         >>> scheduled_slots(32, num_slots=64, growth="immediate")
         32
     """
+    if num_seen < 0 or num_slots <= num_sinks:
+        raise ValueError(
+            f"expected num_seen of at least 0 and more slots than the {num_sinks} of sinks, "
+            f"found num_seen={num_seen} and num_slots={num_slots}"
+        )
     if growth == "plateau":
         wanted = num_seen * num_slots // (num_seen + num_slots)
     elif growth == "linear":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.next_step import NextStep
-from ovq.ops.options import TIE, VALUE_WEIGHT
+from ovq.ops.options import VALUE_WEIGHT, check_num_sinks, check_sizes, check_window
 from ovq.ops.pending import PendingBuffers
 
 if TYPE_CHECKING:
@@ -137,12 +137,22 @@ class OVQState:
     ) -> OVQState:
         """The state of rows that have seen no token; `dtype` is that of the inputs to come.
 
+        Raises:
+            ValueError: if a size is out of range, or `dtype` is none of inputs.
+
         Example:
             >>> OVQState.empty(
             ...     batch_size=1, num_kv_heads=2, key_dim=4, value_dim=4, num_slots=8, chunk_size=4
             ... ).nbytes
             264
         """
+        check_sizes(0, batch_size=batch_size)
+        check_sizes(1, num_kv_heads=num_kv_heads, key_dim=key_dim, value_dim=value_dim)
+        check_sizes(1, num_slots=num_slots, chunk_size=chunk_size)
+        check_window("window", window, chunk_size=chunk_size)
+        check_num_sinks("num_sinks", num_sinks, num_slots=num_slots, chunk_size=chunk_size)
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating dtype, found {dtype}")
         sum_dtype = state_dtype(dtype)
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -267,8 +277,7 @@ class OVQState:
         Raises:
             ValueError: if `n` is not an integer of at least 1.
         """
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"n: expected an integer of at least 1, found {n!r}")
+        check_sizes(1, n=n)
         return self.select(torch.arange(self.batch_size).repeat_interleave(n))
 
     @staticmethod
@@ -367,16 +376,6 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     bfloat16 stops moving after a few hundred tokens.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def rounded(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums that were computed in float64, rounded to `dtype`, in which they are kept.
-
-    Weighted sums can lie half-way between two float32 numbers. Backends that add in different orders differ
-    in the last bit of float64, and would then keep different sums. So all of them round half-way cases away
-    from zero.
-    """
-    return sums if dtype == sums.dtype else (sums * (1 + TIE)).to(dtype)
 
 
 def slot_means(sums: Tensor, mass: Tensor) -> Tensor:

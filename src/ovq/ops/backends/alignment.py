@@ -134,7 +134,8 @@ class AlignedRows:
         if self.is_dense:
             rows = len(self.lengths)
             own = self.lengths[0] if rows else 0
-            x = chunks.reshape(rows, -1, *chunks.shape[2:])[:, :own]
+            columns = self.chunks_of(0) * self.width if rows else 0
+            x = chunks.reshape(rows, columns, *chunks.shape[2:])[:, :own]
             return x.reshape(batch, length, *chunks.shape[2:])
         source, place = self._places(chunks.device)
         flat = chunks.reshape(-1, *chunks.shape[2:])

@@ -16,7 +16,8 @@ from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.read import without_spoilt
 from ovq.ops.backends.torch.route import Router, padded_slots
 from ovq.ops.backends.torch.streams import Group, Step
-from ovq.ops.state import rounded, slot_means
+from ovq.ops.precision import rounded
+from ovq.ops.state import slot_means
 
 
 def constant_rate_attention(
