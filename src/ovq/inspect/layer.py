@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ovq.layers.ovq import RecordedCall
 from ovq.ops import OVQState, slot_assignments
+from ovq.ops.state import log_mass
 
 # Less than this share of a vector's squared length is rounding.
 _ROUNDING = 1e-12
@@ -115,11 +116,18 @@ def layer_memory(
         progress: Called with the number of tokens done, after each chunk.
 
     Raises:
-        ValueError: If the call has several rows or padding, or continues a state, or `num_reads` is below 1.
+        ValueError: If the call has several rows, padding or a window, or continues a state, or `num_reads` is
+            below 1.
     """
     _check(call, num_reads)
     options = dict(call.options)
-    bias = options.pop("bias")
+    reading: dict[str, Any] = {
+        "scale": call.scale,
+        "slot_scale": call.slot_scale,
+        "num_sinks": options["num_sinks"],
+    }
+    reading["bias"] = options.pop("bias")
+    token_weights = options.pop("token_weights", None)
     # Without a row of its own, the call has no padding, and so no mask is needed.
     for name in ("attention_mask", "initial_state"):
         options.pop(name)
@@ -130,8 +138,9 @@ def layer_memory(
     for start in range(0, num_tokens, size):
         chunk = slice(start, min(start + size, num_tokens))
         q, k, v = call.q[:, chunk], call.k[:, chunk], call.v[:, chunk]
-        reads.append(_reads(read_weights(q[0], k[0], state, scale=call.scale, bias=bias), state, num_reads))
-        step = slot_assignments(k, v, initial_state=state, **options)
+        reads.append(_reads(read_weights(q[0], k[0], state, **reading), state, num_reads))
+        weights = None if token_weights is None else token_weights[:, chunk]
+        step = slot_assignments(k, v, initial_state=state, token_weights=weights, **options)
         if state is not None:
             to = step.earlier_slots[0].cpu().numpy().astype(np.int32)
             moves.append(_moves(to, start // size))
@@ -143,7 +152,7 @@ def layer_memory(
         if progress is not None:
             progress(chunk.stop)
     assert state is not None
-    entries, weights, shares = (np.concatenate(parts, 1) for parts in zip(*reads, strict=True))
+    entries, on_entries, shares = (np.concatenate(parts, 1) for parts in zip(*reads, strict=True))
     return LayerMemory(
         layer=layer,
         num_slots=options["num_slots"],
@@ -153,13 +162,22 @@ def layer_memory(
         final_slots=places,
         kept=_kept(call.v[0], state, places),
         entries=entries,
-        weights=weights,
+        weights=on_entries,
         shares=shares,
     )
 
 
 @torch.no_grad()
-def read_weights(q: Tensor, k: Tensor, state: OVQState | None, *, scale: Tensor, bias: str) -> Tensor:
+def read_weights(
+    q: Tensor,
+    k: Tensor,
+    state: OVQState | None,
+    *,
+    scale: Tensor,
+    bias: str,
+    slot_scale: Tensor | None = None,
+    num_sinks: int = 0,
+) -> Tensor:
     """The weights of the queries of one chunk, in float32: one softmax over the slots and the chunk so far.
 
     Args:
@@ -167,6 +185,8 @@ def read_weights(q: Tensor, k: Tensor, state: OVQState | None, *, scale: Tensor,
         state: The row's state when the chunk begins; None for an empty one.
         scale: `[H]`.
         bias: `"count"` or `"count+norm"`, as in `ovq_attention`.
+        slot_scale: `[H]`, the scale of slots; None for `scale`.
+        num_sinks: the first slots, which are read as exact tokens are.
 
     Returns:
         `[H, t, n + t]` weights on the n slots in use, then on the t tokens; zero on later tokens.
@@ -179,13 +199,15 @@ def read_weights(q: Tensor, k: Tensor, state: OVQState | None, *, scale: Tensor,
     """
     num_tokens, group = q.shape[0], q.shape[1] // k.shape[1]
     keys, log_count = k.float().transpose(0, 1), k.new_zeros(k.shape[1], num_tokens, dtype=torch.float32)
+    num_open = 0 if state is None else int(state.num_open[0])
     if state is not None:
-        num_open = int(state.num_open[0])
         keys = torch.cat([state.keys[0, :, :num_open].float(), keys], 1)
         # A token of the chunk is a slot of count 1, whose log is 0.
-        log_count = torch.cat([state.count[0, :, :num_open].float().log(), log_count], 1)
+        log_count = torch.cat([log_mass(state.mass[0, :, :num_open], torch.float32), log_count], 1)
     keys, log_count = keys.repeat_interleave(group, 0), log_count.repeat_interleave(group, 0)
-    wide_scale = scale.float()[:, None, None]
+    wide_scale = scale.float()[:, None, None].repeat(1, 1, keys.shape[1])
+    if slot_scale is not None:
+        wide_scale[..., num_sinks:num_open] = slot_scale.float()[:, None, None]
     scores = wide_scale * (q.float().transpose(0, 1) @ keys.mT) + log_count[:, None]
     if bias == "count+norm":
         scores = scores - wide_scale * keys.square().sum(-1)[:, None] / 2
@@ -200,6 +222,10 @@ def _check(call: RecordedCall, num_reads: int) -> None:
         raise ValueError(f"expected a call of one row, found {call.k.shape[0]}")
     if call.options["initial_state"] is not None:
         raise ValueError("expected a call that begins a text, found one that continues a state")
+    if window := call.options["window"]:
+        raise ValueError(
+            f"expected an OVQ layer without a window before the own chunk, found one of {window}"
+        )
     if call.options["attention_mask"] is not None:
         raise ValueError("expected a call without padding, found one with a mask")
     if num_reads < 1:
@@ -244,7 +270,10 @@ def _kept(v: Tensor, state: OVQState, places: np.ndarray) -> np.ndarray:
         means = state.values[0].double().gather(1, of_slot)
     lost = (values - means).square().sum(-1).masked_fill(slots < 0, 0)
     # What is lost of a slot's only token is the rounding of its sum.
-    is_single = state.count[0].gather(1, slots.clamp(min=0)) == 1 if state.count.shape[2] else slots < 0
+    is_single = slots < 0
+    if state.count.shape[2]:
+        # Of a token of weight 0 its slot keeps nothing.
+        is_single = ((state.count[0] == 1) & (state.mass[0] > 0)).gather(1, slots.clamp(min=0))
     lost = lost.masked_fill(is_single, 0)
     spread = (values - values.mean(1, keepdim=True)).square().sum(-1)
     # Where all values are equal, nothing can be lost but by rounding.

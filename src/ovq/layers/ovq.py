@@ -36,6 +36,7 @@ class RecordedCall:
         q: `[B, T, H, K]` queries. k: `[B, T, Hkv, K]` keys. v: `[B, T, Hkv, V]` values.
         scale: `[H]`.
         options: the other arguments of `ovq_attention`, among them the state that the call continues from.
+        slot_scale: `[H]`, the scale of slots; None where it is `scale`.
     """
 
     q: Tensor
@@ -43,6 +44,7 @@ class RecordedCall:
     v: Tensor
     scale: Tensor
     options: Mapping[str, Any]
+    slot_scale: Tensor | None = None
 
     def assignments(self) -> SlotAssignments:
         """Which slot each token of the call is in."""
@@ -254,14 +256,16 @@ class OVQAttention(AttentionMixer):
         }
         if token_weights is not None:
             options["token_weights"] = token_weights
+        slot_scale = None if self.slot_norm is None else self.slot_norm()
         if self._record is not None:
-            self._record.append(RecordedCall(q=q, k=k, v=v, scale=scale, options=options))
+            call = RecordedCall(q=q, k=k, v=v, scale=scale, options=options, slot_scale=slot_scale)
+            self._record.append(call)
         o, state = ovq_attention(
             q,
             k,
             v,
             scale=scale,
-            slot_scale=None if self.slot_norm is None else self.slot_norm(),
+            slot_scale=slot_scale,
             output_final_state=cache is not None,
             **options,
             backend=self.backend,
