@@ -159,7 +159,11 @@ def _named(given: str) -> tuple[str, Path]:
 
 def _api_key(file: Path | None) -> str | None:
     """The key that clients must send, if there is one."""
-    key = os.environ.get(_KEY_VARIABLE) if file is None else file.read_text(encoding="utf-8", errors="replace").strip()
+    key = (
+        os.environ.get(_KEY_VARIABLE)
+        if file is None
+        else file.read_text(encoding="utf-8", errors="replace").strip()
+    )
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
         source = _KEY_VARIABLE if file is None else f"--api-key-file {file}"
         raise ValueError(f"{source}: expected a key of ASCII characters without spaces, found another one")
