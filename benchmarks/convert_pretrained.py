@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from ovq.convert import MemoryConfig, Option, Probe, attach, load, probe
+from ovq.convert import MemoryConfig, Probe, attach, default_options, hidden_numbers, load, probe
 from ovq.eval.reading import read_pieces, target_losses
 from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
@@ -37,9 +37,6 @@ SINKS = 4
 # are rounded up by half a chunk, which is what it holds on average below its size.
 WINDOW_CHUNK = 32
 PIECE = 512
-# Slots and window, in chunks, for each option of the probe.
-OPTIONS = [(0, w) for w in (1, 2, 3, 4, 6, 8, 12, 16, 32)]
-OPTIONS += [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (6, 2), (2, 4), (4, 4), (8, 4), (12, 4), (24, 4), (48, 4)]
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
@@ -219,13 +216,11 @@ class Lab:
             length, size = self.arguments.probe_tokens, self.arguments.chunk_size
             names = (self.arguments.probe_prose, self.arguments.probe_code)
             read = [self.tokenizer(p.read_text(), verbose=False)["input_ids"][:length] for p in names]
-            builder = NeedleBuilder(
-                self.tokenizer, haystack="essay", value="number", texts=[names[0].read_text()]
+            needles, is_answer = hidden_numbers(
+                self.tokenizer, names[0].read_text(), length, random=np.random.default_rng(7)
             )
-            needles, is_answer = builder.repeat(length, num_needles=16, random=np.random.default_rng(7))
-            options = [
-                Option(num_slots=size * n, window=size * w) for n, w in OPTIONS if size * (n + w) < length
-            ]
+            # Of a step of one chunk, for all shares.
+            options = default_options(0, num_sinks=SINKS, chunk_size=size, length=length)
             self._probe = probe(
                 self._original(),
                 [*map(torch.tensor, read), torch.from_numpy(needles)],

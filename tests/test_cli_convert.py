@@ -51,7 +51,19 @@ def test_a_probe_shares_out_the_rows(capsys, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "llama")
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("the quick brown fox jumps over the lazy dog " * 3)
-    convert(capsys, tmp_path, "--probe", f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}", "--probe-tokens", 100)
+    probed = ["--probe", f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}", "--probe-tokens", 130]
+    assert "--needle-weight: expected 0 with so few tokens" in fail(
+        capsys,
+        "convert",
+        "--model",
+        tmp_path / "llama",
+        "--out",
+        tmp_path / "c",
+        *probed,
+        "--probe-tokens",
+        90,
+    )
+    convert(capsys, tmp_path, *probed)
     config = load(tmp_path / "converted").memory_config
     assert 20 < config.rows_per_head <= 26
     assert len({*map(tuple, config.window), *map(tuple, config.num_slots)}) > 1

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from ovq.convert import PRESETS, AdaptSettings, adapt, load
 from ovq.convert.adapt.reading import SlotReading
 from ovq.convert.adapt.texts import Sequences
-from ovq.text import TextSource, load_corpus
+from ovq.text import TextSource, byte_tokenizer, load_corpus
 from tests.convert.common import converted, original, tokens
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
@@ -148,6 +149,30 @@ def test_every_epoch_shows_the_documents_in_another_order():
     assert all(part in whole for part in parts)
 
 
+def test_numbers_are_hidden_in_a_share_of_the_sequences():
+    corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
+    tokenizer = byte_tokenizer()
+
+    def texts(share):
+        sequences = Sequences(corpus, length=1200, seed=1, needle_share=share, tokenizer=tokenizer)
+        found = [tokenizer.decode(ids) for ids in sequences.batch(0, 12)]
+        assert [tokenizer.decode(ids) for ids in sequences.batch(1, 6)] == found[6:]
+        return found
+
+    plain, some, all_of_them = texts(0), texts(0.5), texts(1)
+    assert all(text in (x, y) for text, x, y in zip(some, plain, all_of_them, strict=True))
+    assert {*plain} & {*some}
+    assert {*all_of_them} & {*some}
+    for text, around in zip(all_of_them, plain, strict=True):
+        numbers = re.findall(r"magic numbers for [a-z-]+ is: (\d{7})\.", text)
+        # Hidden, and asked for in another order.
+        assert len(numbers) == 2 * 6
+        assert all(numbers.count(number) == 2 for number in numbers)
+        assert len({*text.split()} & {*around.split()}) > 10
+    with pytest.raises(ValueError, match="needle_share: expected 0 without a tokenizer"):
+        Sequences(corpus, length=1200, seed=1, needle_share=0.5)
+
+
 def test_what_cannot_be_adapted_is_refused():
     with pytest.raises(ValueError, match="model: expected a converted one"):
         adapt(original(), Texts(200), settings=STAGE_1)
@@ -162,6 +187,7 @@ def test_what_cannot_be_adapted_is_refused():
         ({"length": 1}, "length: expected an integer of at least 2"),
         ({"piece_size": 0}, "piece_size: expected an integer of at least 1"),
         ({"short_windows": 2}, "short_windows: expected a share"),
+        ({"needle_share": -0.1}, "needle_share: expected a share"),
         ({"head_rate": 0}, "head_rate: expected a number above 0"),
         ({"head_tokens": 0, "logit_tokens": 0}, "nothing to learn from"),
     ):

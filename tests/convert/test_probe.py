@@ -69,6 +69,12 @@ def test_options_that_are_tried():
     options = default_options(260, num_sinks=4, chunk_size=32)
     assert len(set(options)) == len(options)
     assert {o.num_slots > 0 for o in options} == {True, False}
+    assert max(o.rows(4) for o in options) > 2000
+    shorter = default_options(260, num_sinks=4, chunk_size=32, length=1000)
+    assert set(shorter) == {o for o in options if o.rows(4) < 1000}
+    # More rows, larger steps.
+    for larger, o in zip(default_options(4 * 768, num_sinks=4, chunk_size=32), options, strict=True):
+        assert (larger.num_slots, larger.window) == (4 * o.num_slots, 4 * o.window)
     with pytest.raises(ValueError, match="options: expected at least one"):
         probe(original(), [tokens(20)], options=[])
     with pytest.raises(ValueError, match="texts: expected at least 2 tokens"):

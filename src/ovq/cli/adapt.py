@@ -63,6 +63,13 @@ def adapt(
             help="Share of the sequences of stage 2 that are read with shorter windows.", show_default=False
         ),
     ] = None,
+    needle_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the sequences in which numbers are hidden, and asked for at the end.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.", show_default=False)] = None,
     resume: Annotated[
         bool,
@@ -113,6 +120,7 @@ def adapt(
         "lora_rank": lora_rank,
         "lora_rate": lora_rate,
         "short_windows": short_windows,
+        "needle_share": needle_share,
         "seed": seed,
     }
     settings = dataclasses.replace(PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
@@ -139,7 +147,14 @@ def adapt(
             f"in sequences of {settings.length:,}"
         )
         shown = _Shown(reporter)
-        adapt_model(loaded, corpus, settings=settings, checkpoint=checkpoint, progress=shown.update)
+        adapt_model(
+            loaded,
+            corpus,
+            settings=settings,
+            tokenizer=tokenizer,
+            checkpoint=checkpoint,
+            progress=shown.update,
+        )
     # Beside its place, so that moving it there is one step.
     temporary = out.with_name(f".{out.name}-{secrets.token_hex(8)}")
     try:

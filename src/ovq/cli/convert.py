@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from ovq.convert import MemoryConfig
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Of the numbers that are hidden in a text of the probe.
+_NEEDLE_SEED = 7
 
 
 def convert(
@@ -31,7 +33,7 @@ def convert(
         typer.Option(min=1, help="Last tokens per head that are kept exactly, a multiple of --chunk-size."),
     ] = 256,
     num_sinks: Annotated[int, typer.Option(min=0, help="First tokens that are kept exactly.")] = 4,
-    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens merged at a time.")] = 64,
+    chunk_size: Annotated[int, typer.Option(min=1, help="Tokens merged at a time.")] = 32,
     merge: Annotated[str, typer.Option(help="ward, ward-sqrt or existing (the paper's rule).")] = "ward",
     value_weight: Annotated[
         float, typer.Option(min=0, help="Weight of distances between values, relative to keys.")
@@ -45,8 +47,19 @@ def convert(
         ),
     ] = None,
     probe_tokens: Annotated[
-        int, typer.Option(min=16, help="Tokens of each of these texts, from its beginning.")
-    ] = 2048,
+        int,
+        typer.Option(
+            min=16,
+            help="Tokens of each of these texts, from its beginning: as many as are to be read, if possible.",
+        ),
+    ] = 3072,
+    needle_weight: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Weight of numbers hidden in the first of these texts, where each text has 1; 0 for none.",
+        ),
+    ] = 0.1,
     gguf_file: Annotated[
         str | None, typer.Option(help="Name of a GGUF file in --model to load.", show_default=False)
     ] = None,
@@ -84,7 +97,15 @@ def convert(
         if tokenizer is None:
             raise ValueError(f"--probe: expected a model with a tokenizer, found none in {model}")
         rows = num_sinks + num_slots + window
-        config = _probed(original, tokenizer, texts, rows=rows, num_tokens=probe_tokens, settings=settings)
+        config = _probed(
+            original,
+            tokenizer,
+            texts,
+            rows=rows,
+            num_tokens=probe_tokens,
+            needle_weight=needle_weight,
+            settings=settings,
+        )
     converted = attach(original, num_slots=num_slots, window=window, **settings, config=config)
     # Beside its place, so that moving it there is one step.
     temporary = out.with_name(f".{out.name}-{secrets.token_hex(8)}")
@@ -139,18 +160,42 @@ def _unquantized(model: Any) -> Any:
 
 
 def _probed(
-    model: Any, tokenizer: Any, texts: list[str], *, rows: int, num_tokens: int, settings: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    texts: list[str],
+    *,
+    rows: int,
+    num_tokens: int,
+    needle_weight: float,
+    settings: dict[str, Any],
 ) -> MemoryConfig:
     """The budgets that a probe finds, with `rows` rows per head on average."""
+    import numpy as np
     import torch
 
-    from ovq.convert import default_options, probe
+    from ovq.convert import default_options, hidden_numbers, probe
     from ovq.runtime.progress import Reporter
 
     ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:num_tokens]) for text in texts]
+    targets: list[torch.Tensor | None] = [None] * len(ids)
+    weights = [1.0] * len(ids)
+    if needle_weight:
+        random = np.random.default_rng(_NEEDLE_SEED)
+        try:
+            found = hidden_numbers(tokenizer, texts[0], len(ids[0]), random=random)
+        except ValueError as error:
+            raise ValueError(
+                f"--needle-weight: expected 0 with so few tokens, found {needle_weight} ({error})"
+            ) from error
+        ids.append(torch.from_numpy(found[0]))
+        targets.append(torch.from_numpy(found[1]))
+        weights.append(needle_weight)
     num_sinks, chunk_size = settings["num_sinks"], settings["chunk_size"]
-    options = default_options(rows, num_sinks=num_sinks, chunk_size=chunk_size)
+    length = max(map(len, ids))
+    options = default_options(rows, num_sinks=num_sinks, chunk_size=chunk_size, length=length)
     with Reporter() as reporter:
         work = reporter.start("probe", total=len(ids) * len(options))
-        found = probe(model, ids, options=options, **settings, progress=work.update)
-    return found.config(rows)
+        probed = probe(
+            model, ids, options=options, targets=targets, weights=weights, **settings, progress=work.update
+        )
+    return probed.config(rows)

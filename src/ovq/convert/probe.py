@@ -33,6 +33,23 @@ _TOKENS_AT_ONCE = 256
 _LAST_PART = 1 / 3
 # Heads, of all layers, that are tried side by side.
 _HEADS_AT_ONCE = 16
+# Sizes of the options that are tried by default, in steps, of which `rows` are at most about so many.
+_STEPS = 24
+_WINDOWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
+# Heads that want few slots want many last tokens, and those that want many slots few.
+_WINDOWS_WITH_SLOTS = {
+    1: (1, 2, 3, 4, 6, 8),
+    2: (2, 3, 4, 6, 8, 12),
+    3: (2,),
+    4: (2, 4, 6, 8, 12, 16, 24),
+    6: (2, 4),
+    8: (4, 8, 12, 16),
+    12: (4,),
+    16: (8,),
+    24: (4, 8),
+    48: (4, 8),
+    64: (4,),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,23 +111,27 @@ class Probe:
         )
 
 
-def default_options(rows: int, *, num_sinks: int, chunk_size: int) -> tuple[Option, ...]:
-    """Windows alone, and slots with a short window, from an eighth or a quarter to three times `rows`.
+def default_options(
+    rows: int, *, num_sinks: int, chunk_size: int, length: int | None = None
+) -> tuple[Option, ...]:
+    """Windows alone, and slots with windows, in steps of a chunk, or of more where `rows` are many.
+
+    Args:
+        rows: rows per head, on average, that are to be shared out; at most about 24 steps.
+        num_sinks: first tokens kept exactly.
+        chunk_size: tokens merged at a time.
+        length: of the texts; options that keep as many rows are left out.
 
     Example:
-        >>> [o.rows(4) for o in default_options(260, num_sinks=4, chunk_size=32)[:4]]
-        [36, 68, 132, 196]
+        >>> options = default_options(260, num_sinks=4, chunk_size=32, length=3072)
+        >>> [o.rows(4) for o in options[:4]], len(options)
+        ([36, 68, 100, 132], 46)
     """
-    found = []
-    for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 1.5, 2, 3):
-        number = max(round(share * rows) - num_sinks, chunk_size)
-        found.append(Option(num_slots=0, window=max(1, round(number / chunk_size)) * chunk_size))
-    for share in (1 / 4, 1 / 2, 3 / 4, 1, 1.5, 2, 3):
-        window = chunk_size if share < 1 else 3 * chunk_size
-        number = round(share * rows) - num_sinks - window
-        if number >= chunk_size:
-            found.append(Option(num_slots=number, window=window))
-    return tuple(dict.fromkeys(found))
+    step = chunk_size * max(1, round(rows / (_STEPS * chunk_size)))
+    windows = [(0, w) for w in _WINDOWS]
+    slots = [(n, w) for n, sizes in _WINDOWS_WITH_SLOTS.items() for w in sizes]
+    options = [Option(num_slots=step * n, window=step * w) for n, w in windows + slots]
+    return tuple(o for o in options if length is None or o.rows(num_sinks) < length)
 
 
 def probe(

@@ -50,6 +50,7 @@ def adapt(
     corpus: Corpus,
     *,
     settings: AdaptSettings | None = None,
+    tokenizer: Any = None,
     checkpoint: str | os.PathLike | None = None,
     progress: Callable[[AdaptProgress], None] | None = None,
 ) -> Any:
@@ -65,6 +66,7 @@ def adapt(
         model: a converted model.
         corpus: the texts, as tokens of the model's tokenizer.
         settings: how much is read and how it is learned from; `AdaptSettings()` if None.
+        tokenizer: the model's, which `settings.needle_share` needs.
         checkpoint: a file that is written now and then; if it is there, the run goes on from it and ends with
             the same weights as without the interruption. It is left there.
         progress: called after each batch of sequences.
@@ -74,7 +76,8 @@ def adapt(
 
     Raises:
         ValueError: a model that is not converted or has no slots; a corpus too small, or with tokens that the
-            model does not know; a checkpoint of another run; stage 2 without peft.
+            model does not know; a checkpoint of another run; stage 2 without peft; needles without a
+            tokenizer.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -93,7 +96,7 @@ def adapt(
     _check(model, corpus)
     if settings.logit_tokens:
         check_peft()
-    run = _Run(model, corpus, settings, None if checkpoint is None else Path(checkpoint))
+    run = _Run(model, corpus, settings, tokenizer, None if checkpoint is None else Path(checkpoint))
     was_training = model.training
     needed_grad = [(p, p.requires_grad) for p in model.parameters()]
     model.eval().requires_grad_(False)
@@ -111,12 +114,20 @@ class _Run:
     """An adaptation, with all that a checkpoint holds.
 
     Args:
-        model, corpus, settings: as for `adapt`. path: the checkpoint's, or None.
+        model, corpus, settings, tokenizer: as for `adapt`. path: the checkpoint's, or None.
     """
 
-    def __init__(self, model: Any, corpus: Corpus, settings: AdaptSettings, path: Path | None) -> None:
+    def __init__(
+        self, model: Any, corpus: Corpus, settings: AdaptSettings, tokenizer: Any, path: Path | None
+    ) -> None:
         self._model, self._settings, self._path = model, settings, path
-        self._sequences = Sequences(corpus, length=settings.length, seed=settings.seed)
+        self._sequences = Sequences(
+            corpus,
+            length=settings.length,
+            seed=settings.seed,
+            needle_share=settings.needle_share,
+            tokenizer=tokenizer,
+        )
         self._reading = SlotReading(model.memory_config, model.config.num_attention_heads).to(model.device)
         # What a checkpoint must agree with.
         self._about = {

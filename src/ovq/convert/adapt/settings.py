@@ -26,6 +26,8 @@ class AdaptSettings:
         lora_rank: rank of the changes of the attention's matrices in stage 2.
         lora_rate: learning rate of these.
         short_windows: share of the sequences of stage 2 that are read with shorter windows.
+        needle_share: share of the sequences, of both stages, in which numbers are hidden and asked for at the
+            end (`hidden_numbers`), so that single tokens of long ago matter.
         save_every: batches of sequences after which a checkpoint is written.
         seed: of the order of texts, of the new matrices and of the windows' lengths.
 
@@ -47,6 +49,7 @@ class AdaptSettings:
     lora_rank: int = 16
     lora_rate: float = 5e-4
     short_windows: float = 0.5
+    needle_share: float = 0.0
     save_every: int = 1
     seed: int = 0
 
@@ -60,8 +63,9 @@ class AdaptSettings:
         for name in ("head_rate", "lora_rate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected a number above 0, found {getattr(self, name)}")
-        if not 0 <= self.short_windows <= 1:
-            raise ValueError(f"short_windows: expected a share in [0, 1], found {self.short_windows}")
+        for name in ("short_windows", "needle_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share in [0, 1], found {getattr(self, name)}")
         if not self.head_tokens + self.logit_tokens:
             raise ValueError("expected head_tokens or logit_tokens, found 0 for both: nothing to learn from")
 

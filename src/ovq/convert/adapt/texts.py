@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from ovq.convert.needles import hidden_numbers
 from ovq.text import Corpus
+
+# Apart from the numbers of epochs, which draw from the same seed.
+_NEEDLE_STREAM = 2**32 - 1
 
 
 class Sequences:
@@ -19,9 +25,11 @@ class Sequences:
         corpus: the documents.
         length: tokens of a sequence.
         seed: seed of the order.
+        needle_share: share of the sequences in which numbers are hidden, and asked for at the end.
+        tokenizer: that of the corpus, one of transformers, which needles need.
 
     Raises:
-        ValueError: a corpus of fewer tokens than a sequence.
+        ValueError: a corpus of fewer tokens than a sequence, or needles without a tokenizer.
 
     Example:
         >>> from ovq.text import TextSource, load_corpus
@@ -31,8 +39,13 @@ class Sequences:
         torch.Size([2, 64])
     """
 
-    def __init__(self, corpus: Corpus, *, length: int, seed: int) -> None:
+    def __init__(
+        self, corpus: Corpus, *, length: int, seed: int, needle_share: float = 0.0, tokenizer: Any = None
+    ) -> None:
+        if needle_share and tokenizer is None:
+            raise ValueError(f"needle_share: expected 0 without a tokenizer, found {needle_share}")
         self._corpus, self._length, self._seed = corpus, length, seed
+        self._needle_share, self._tokenizer = needle_share, tokenizer
         total = int(corpus.num_tokens.sum()) + len(corpus)
         self.num_per_epoch = total // length
         if not self.num_per_epoch:
@@ -43,8 +56,19 @@ class Sequences:
 
     def batch(self, index: int, size: int) -> Tensor:
         """Sequences `index * size` to `index * size + size - 1`: `[size, length]` token ids."""
-        rows = [self._sequence(i) for i in range(index * size, index * size + size)]
+        rows = [self._with_needles(i) for i in range(index * size, index * size + size)]
         return torch.from_numpy(np.stack(rows))
+
+    def _with_needles(self, index: int) -> np.ndarray:
+        """A sequence, and for a share of them its sentences with numbers hidden among them."""
+        found = self._sequence(index)
+        random = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(_NEEDLE_STREAM, index)))
+        if random.random() >= self._needle_share:
+            return found
+        text = self._tokenizer.decode(found, skip_special_tokens=True)
+        ids, _ = hidden_numbers(self._tokenizer, text, self._length, random=random)
+        # Whole sentences leave a few tokens free.
+        return np.concatenate([ids, found])[: self._length]
 
     def _sequence(self, index: int) -> np.ndarray:
         epoch, place = divmod(index, self.num_per_epoch)
