@@ -91,6 +91,10 @@ def test_an_adaptation_is_saved_and_goes_on_after_an_interruption(capsys, tmp_pa
     (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 9)
     command = ["adapt", "--model", tmp_path / "converted", "--dataset", tmp_path / "a.txt", "--held-out", 0]
     sizes = ["--head-tokens", 240, "--logit-tokens", 0, "--length", 80, "--piece-size", 40]
+    assert "needle_share: expected 0 with sequences of fewer than 192" in fail(
+        capsys, *command, "--out", tmp_path / "whole", *sizes, "--quiet"
+    )
+    sizes += ["--needle-share", 0]
     run(capsys, *command, "--out", tmp_path / "whole", *sizes)
     whole = load(tmp_path / "whole").memory_config
     assert whole.slot_bias != [[0] * 4] * 2

@@ -60,6 +60,10 @@ def convert(
             help="Weight of numbers hidden in the first of these texts, where each text has 1; 0 for none.",
         ),
     ] = 0.1,
+    fit_bias: Annotated[
+        bool,
+        typer.Option(help="With --probe, fit to its texts how much of the attention slots get."),
+    ] = True,
     gguf_file: Annotated[
         str | None, typer.Option(help="Name of a GGUF file in --model to load.", show_default=False)
     ] = None,
@@ -104,6 +108,7 @@ def convert(
             rows=rows,
             num_tokens=probe_tokens,
             needle_weight=needle_weight,
+            has_fit=fit_bias,
             settings=settings,
         )
     converted = attach(original, num_slots=num_slots, window=window, **settings, config=config)
@@ -167,13 +172,14 @@ def _probed(
     rows: int,
     num_tokens: int,
     needle_weight: float,
+    has_fit: bool,
     settings: dict[str, Any],
 ) -> MemoryConfig:
-    """The budgets that a probe finds, with `rows` rows per head on average."""
+    """The budgets that a probe finds, with `rows` rows per head on average, and biases if `has_fit`."""
     import numpy as np
     import torch
 
-    from ovq.convert import default_options, hidden_numbers, probe
+    from ovq.convert import default_options, fitted_bias, hidden_numbers, probe
     from ovq.runtime.progress import Reporter
 
     ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:num_tokens]) for text in texts]
@@ -198,4 +204,8 @@ def _probed(
         probed = probe(
             model, ids, options=options, targets=targets, weights=weights, **settings, progress=work.update
         )
-    return probed.config(rows)
+        config = probed.config(rows)
+        if has_fit:
+            work = reporter.start("bias", total=len(texts))
+            config = fitted_bias(model, ids[: len(texts)], config, progress=work.update)
+    return config

@@ -19,6 +19,7 @@ from ovq.convert.context import (
     load_context,
     save_context,
 )
+from ovq.convert.masses import fitted_bias
 from ovq.convert.needles import hidden_numbers
 from ovq.convert.probe import Option, Probe, default_options, probe
 from ovq.convert.saving import load
@@ -38,6 +39,7 @@ __all__ = [
     "build_context",
     "context_info",
     "default_options",
+    "fitted_bias",
     "hidden_numbers",
     "load",
     "load_context",

@@ -9,7 +9,7 @@ import numpy as np
 from ovq.text.haystack import NeedleBuilder
 
 # Of a text, for each number that is hidden in it.
-_TOKENS_PER_NUMBER = 192
+TOKENS_PER_NUMBER = 192
 
 
 def hidden_numbers(
@@ -38,4 +38,4 @@ def hidden_numbers(
         8
     """
     builder = NeedleBuilder(tokenizer, haystack="essay", value="number", texts=[text])
-    return builder.repeat(length, num_needles=max(1, length // _TOKENS_PER_NUMBER), random=random)
+    return builder.repeat(length, num_needles=max(1, length // TOKENS_PER_NUMBER), random=random)

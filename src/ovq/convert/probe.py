@@ -204,7 +204,7 @@ def probe(
             f"weights: expected a number of at least 0 for each of {len(texts)} texts, found {weights}"
         )
     for text, mask, share in zip(texts, masks, shares / shares.sum(), strict=True):
-        captured = _joined(_capture(model, text, mask, seed))
+        captured = _joined(capture(model, text, mask, seed))
         # Whatever the length of the text.
         for j, option in enumerate(options):
             losses = captured.losses(option, num_sinks, settings)
@@ -224,7 +224,7 @@ def _distances(
     """What matters to the heads of each layer."""
     layers: list[Distances] = []
     for text, mask in pairs:
-        captured = _capture(model, text, mask, seed)
+        captured = capture(model, text, mask, seed)
         layers = layers or [Distances(c.k.shape[1], c.k.shape[3]) for c in captured]
         for found, c in zip(layers, captured, strict=True):
             found.add(c.q, c.k, c.v, o=c.o, g=c.g, num_targets=c.num_targets, **sizes)
@@ -232,7 +232,7 @@ def _distances(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Captured:
+class Captured:
     """A layer on a text, from the first token on whose prediction counts: t of T tokens.
 
     Attributes:
@@ -283,13 +283,13 @@ class _Captured:
         return change.double().square().sum((0, 2)).cpu() / 2 / self.num_targets
 
 
-def _joined(layers: list[_Captured]) -> _Captured:
+def _joined(layers: list[Captured]) -> Captured:
     """All layers as one of many heads."""
     joined = {name: torch.cat([getattr(c, name) for c in layers], 1) for name in ("q", "k", "v", "o", "g")}
-    return _Captured(**joined, num_targets=layers[0].num_targets)
+    return Captured(**joined, num_targets=layers[0].num_targets)
 
 
-def _capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: int) -> list[_Captured]:
+def capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: int) -> list[Captured]:
     """Queries, keys, values, outputs and gradients of all layers on a text."""
     calls: list[tuple[Tensor, ...]] = []
 
@@ -331,7 +331,7 @@ def _capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: in
             parameter.requires_grad_(was_needed)
     num_targets = max(1, len(targets))
     return [
-        _Captured(
+        Captured(
             k=k,
             v=v,
             num_targets=num_targets,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ovq.convert.needles import hidden_numbers
+from ovq.convert.needles import TOKENS_PER_NUMBER, hidden_numbers
 from ovq.text import Corpus
 
 # Apart from the numbers of epochs, which draw from the same seed.
@@ -29,7 +29,7 @@ class Sequences:
         tokenizer: that of the corpus, one of transformers, which needles need.
 
     Raises:
-        ValueError: a corpus of fewer tokens than a sequence, or needles without a tokenizer.
+        ValueError: a corpus of fewer tokens than a sequence, or needles without a tokenizer or room.
 
     Example:
         >>> from ovq.text import TextSource, load_corpus
@@ -44,6 +44,11 @@ class Sequences:
     ) -> None:
         if needle_share and tokenizer is None:
             raise ValueError(f"needle_share: expected 0 without a tokenizer, found {needle_share}")
+        if needle_share and length < TOKENS_PER_NUMBER:
+            raise ValueError(
+                f"needle_share: expected 0 with sequences of fewer than {TOKENS_PER_NUMBER} tokens, "
+                f"found {needle_share} and {length}"
+            )
         self._corpus, self._length, self._seed = corpus, length, seed
         self._needle_share, self._tokenizer = needle_share, tokenizer
         total = int(corpus.num_tokens.sum()) + len(corpus)

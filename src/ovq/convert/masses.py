@@ -1,0 +1,104 @@
+"""`fitted_bias`: how much of the attention slots get, fitted to the loss in closed form, without training.
+
+A slot is read by its mean key, and the mean of the exponentials of scores is above the exponential of their
+mean. So slots of several tokens get too little of the attention, or too much where their tokens are not those
+that queries ask for. `slot_bias` says for each query head what is added to their scores.
+
+With x_t the change of the loss of token t to first order, g . d as in `probe`, summed over all heads, and
+y_th its derivative by the bias of head h, the loss rises by the mean of (x_t + sum_h y_th b_h)^2 / 2. The
+biases b that make this least are the solution of linear equations [ours; Attention Matching, arXiv
+2602.16284, fits masses and values of one text's keys to its outputs].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ovq.convert.cache import MemoryLayer
+from ovq.convert.config import LayerConfig, MemoryConfig
+from ovq.convert.probe import Captured, capture
+
+# What a bias of 1 has to lower the loss by, in nats per token: keeps biases that hardly matter near 0.
+_RIDGE = 3e-4
+# The equations are linear, which holds for small biases.
+_LARGEST = 1.0
+# For the derivative. Float32 is enough for a step as large.
+_STEP = 0.1
+# Digits that are saved, so that a config stays short.
+_DIGITS = 5
+
+
+def fitted_bias(
+    model: PreTrainedModel,
+    texts: Sequence[Tensor],
+    config: MemoryConfig,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> MemoryConfig:
+    """The config with a bias for each query head, fitted to texts, which count alike.
+
+    Args:
+        model: as for `probe`, not converted yet.
+        texts: `[T]` token ids of each text, of the length that the memory is meant for, if possible.
+        config: the memory; biases that it has are where the fit starts.
+        seed: seed of the tokens drawn from the model, whose loss it is.
+        progress: called with the number of texts done.
+
+    Raises:
+        ValueError: no texts.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).eval()
+        >>> sizes = dict(num_layers=1, num_kv_heads=2, num_slots=8, window=16, chunk_size=8)
+        >>> found = fitted_bias(model, [torch.arange(90) % 32], MemoryConfig.uniform(**sizes))
+        >>> len(found.slot_bias[0])
+        2
+    """
+    if not texts:
+        raise ValueError("texts: expected at least one, found none")
+    left: Tensor | float = 0.0
+    right: Tensor | float = 0.0
+    for i, text in enumerate(texts):
+        layers = capture(model, text, None, seed)
+        found = [_changes(c, config.layer(j)) for j, c in enumerate(layers)]
+        x = torch.stack([change for change, _ in found]).sum(0)
+        y = torch.cat([by_bias for _, by_bias in found])
+        scale = 2 * layers[0].num_targets * len(texts)
+        left, right = left + y @ y.T / scale, right + y @ x / scale
+        if progress is not None:
+            progress(i + 1)
+    assert isinstance(left, Tensor)
+    assert isinstance(right, Tensor)
+    solved = -torch.linalg.solve(left + _RIDGE * torch.eye(len(left), dtype=left.dtype), right)
+    bias = solved.clamp(-_LARGEST, _LARGEST).view(config.num_layers, -1)
+    if config.slot_bias is not None:
+        bias = bias + torch.tensor(config.slot_bias, dtype=bias.dtype)
+    return dataclasses.replace(
+        config, slot_bias=[[round(number, _DIGITS) for number in layer] for layer in bias.tolist()]
+    )
+
+
+@torch.no_grad()
+def _changes(captured: Captured, config: LayerConfig) -> tuple[Tensor, Tensor]:
+    """The changes of a layer `[t]`, summed over its heads, and their derivatives `[H, t]` by biases."""
+    q, k, v = captured.q, captured.k, captured.v
+    start = k.shape[2] - q.shape[2]
+    bias = (0.0,) * q.shape[1] if config.slot_bias is None else config.slot_bias
+    before = MemoryLayer(dataclasses.replace(config, slot_bias=bias))
+    before.learn(k[:, :, :start], v[:, :, :start])
+    after = before.clone()
+    after.config = dataclasses.replace(config, slot_bias=tuple(b + _STEP for b in bias))
+    outputs = [layer.attend(q, k[:, :, start:], v[:, :, start:], None) for layer in (before, after)]
+
+    def change(difference: Tensor) -> Tensor:
+        return (difference.float() * captured.g.float()).sum(-1)[0].double().cpu()
+
+    return change(outputs[0] - captured.o).sum(0), change(outputs[1] - outputs[0]) / _STEP

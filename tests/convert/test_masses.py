@@ -1,0 +1,51 @@
+"""Biases of slots solve the equations, lower the estimated rise of the loss, and are kept with the model."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ovq.convert import MemoryConfig, attach, fitted_bias
+from ovq.convert.masses import _changes
+from ovq.convert.probe import capture
+from tests.convert.common import MEMORY, original, tokens
+
+CONFIG = MemoryConfig(**MEMORY)
+
+
+def test_biases_solve_the_equations_and_lower_the_estimate(monkeypatch):
+    # Losses of this model are large, and biases are to stay small.
+    monkeypatch.setattr("ovq.convert.masses._RIDGE", 3.0)
+    texts = [tokens(150), tokens(130, seed=1)]
+    bias = torch.tensor(fitted_bias(original(), texts, CONFIG).slot_bias, dtype=torch.float64)
+    assert bias.shape == (2, 4)
+    # A key/value head without slots reads none.
+    assert (bias[0, 2:] == 0).all()
+    assert ((bias[0, :2].abs() > 1e-3) & (bias[0, :2].abs() < 1)).all()
+    slope = 3 * bias.flatten()
+    before = after = 0.0
+    for text in texts:
+        layers = capture(original(), text, None, 0)
+        found = [_changes(c, CONFIG.layer(i)) for i, c in enumerate(layers)]
+        x, y = sum(change for change, _ in found), torch.cat([by_bias for _, by_bias in found])
+        biased = dataclasses.replace(CONFIG, slot_bias=bias.tolist())
+        truly = sum(_changes(c, biased.layer(i))[0] for i, c in enumerate(layers))
+        slope = slope + y @ (x + bias.flatten() @ y) / 4 / layers[0].num_targets
+        before, after = before + float(x.square().sum()), after + float(truly.square().sum())
+    assert slope.abs().max() < 1e-3
+    assert after < 0.995 * before
+
+
+def test_biases_stay_where_the_equations_hold():
+    bias = torch.tensor(fitted_bias(original(), [tokens(150)], CONFIG).slot_bias)
+    assert bias.abs().max() == 1
+
+
+def test_it_is_saved_with_the_model_and_read():
+    config = fitted_bias(original(), [tokens(150)], CONFIG)
+    ids = tokens(1, 120)
+    plain, biased = (attach(original(), config=c)(ids).logits for c in (CONFIG, config))
+    assert not torch.allclose(plain, biased)
+    assert MemoryConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="texts: expected at least one"):
+        fitted_bias(original(), [], CONFIG)
