@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     random = np.random.default_rng(arguments.seed)
-    begin = " ".join(arguments.not_like.read_text().split())[:200]
+    begin = " ".join(arguments.not_like.read_text(encoding="utf-8").split())[:200]
     arguments.out.mkdir()
     for dataset, number, size in PARTS:
         documents = [
@@ -52,7 +52,8 @@ def main() -> None:
             start = 0
             if random.random() < 0.5 and len(text) > size:
                 start = text.index("\n", random.integers(len(text) - size)) + 1
-            (arguments.out / f"{dataset}-{i:03d}.txt").write_text(text[start : start + size])
+            path = arguments.out / f"{dataset}-{i:03d}.txt"
+            path.write_text(text[start : start + size], encoding="utf-8")
         print(f"{dataset}: {number} excerpts of {len(documents)} documents")
 
 

@@ -66,7 +66,7 @@ def test_every_table_that_is_described_is_shown():
 
 
 def test_the_guide_to_conversion_says_what_was_measured():
-    results = [f"convert{name}.json" for name in ("", "_adapt", "_distances")]
+    results = [f"convert{name}.json" for name in ("", "_adapt", "_distances", "_budgets")]
     rows = [
         row for name in results for row in json.loads((ROOT / "docs" / "results" / name).read_text())["rows"]
     ]
