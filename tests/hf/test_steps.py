@@ -1,49 +1,322 @@
-"""Decoding with parts of a layer in one call is decoding with its modules, one by one."""
+"""Decoding with whole layers in one call, or parts of them, is decoding with their modules, one by one."""
+
+import functools
 
 import pytest
 import torch
+from torch import nn
 
 from ovq.hf import OVQConfig, OVQForCausalLM, block
+from ovq.layers import OVQAttention
+from ovq.layers.common import QKNorm
+from ovq.layers.gates import MergeGate, SlotScale
+from ovq.layers.products import Linear
+from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import can_run
 
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "num_slots": 9,
+    "chunk_size": 4,
+    "sliding_window": 5,
+    "initializer_range": 0.3,
+}
+needs_kernels = pytest.mark.skipif("compiled" not in cpu_kernels(), reason=cpu_kernels())
 
-def decoded(model, ids, num_read):
-    """Logits after each of the tokens that are read one by one."""
-    cache = model.make_cache()
-    found = []
+
+def make_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = OVQForCausalLM(OVQConfig(**SIZES | changes)).eval()
+    for module in model.modules():
+        # Temperatures that differ from head to head, and weights from token to token.
+        if isinstance(module, QKNorm):
+            nn.init.uniform_(module.beta, 0.5, 1.5)
+        if isinstance(module, MergeGate):
+            nn.init.normal_(module.weight, std=0.5)
+    return model
+
+
+def random_ids(rows, length):
+    return torch.randint(SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def decoded(model, ids, num_read=6, mask=None):
+    """Logits after each of the tokens that are read one by one, and the cache after all."""
+    cache, found = model.make_cache(), []
+    for first, end in ((0, num_read), *((t, t + 1) for t in range(num_read, ids.shape[1]))):
+        seen = None if mask is None else mask[:, :end]
+        found.append(model(ids[:, first:end], seen, past_key_values=cache).logits[:, -1:])
+    return torch.cat(found[1:], 1), cache
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How many layers each call of the kernel has run."""
+    numbers, run = [], block.run_steps
+
+    def counted(hidden_states, steps):
+        done = run(hidden_states, steps)
+        if done is not None:
+            numbers.append(len(steps))
+        return done
+
+    monkeypatch.setattr(block, "run_steps", counted)
+    return numbers
+
+
+def by_modules(monkeypatch, function):
+    """What a function returns where no layer runs in one call."""
+    with monkeypatch.context() as patch:
+        patch.setattr(block.OVQBlock, "token_step", lambda *args: None)
+        return function()
+
+
+def assert_same(found, expected, tolerance=2e-5):
+    (logits, cache), (of_modules, other) = found, expected
+    torch.testing.assert_close(logits, of_modules, atol=tolerance, rtol=tolerance)
+    for layer, reference in zip(cache.layers, other.layers, strict=True):
+        parts, expected_parts = layer.parts(), reference.parts()
+        assert parts.keys() == expected_parts.keys()
+        assert layer.get_seq_length() == reference.get_seq_length()
+        for name, part in parts.items():
+            if name.startswith("pending"):
+                num = int(layer.state.num_pending.max())
+                part, expected_parts[name] = part[:, :, :num], expected_parts[name][:, :, :num]
+            torch.testing.assert_close(part, expected_parts[name], atol=tolerance, rtol=tolerance)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_mixers": ["ovq", "sliding_attention"], "num_key_value_heads": 4},
+        {"merge_gate": True, "num_key_value_heads": 1},
+        {"merge_gate": True, "merge": "ward-sqrt", "conv_size": 0},
+        {"merge": "ward", "conv_size": 2, "head_dim": 20, "intermediate_size": 70, "hidden_size": 40},
+        {"merge": "updated", "mixer_types": ["ovq"] * 4, "init": "random", "growth": "linear"},
+        {"mixer_types": ["sliding_attention", "mamba2", "sliding_attention", "ovq"], "rope_mixers": []},
+        # So large that threads share the work.
+        {"hidden_size": 192, "intermediate_size": 200, "head_dim": 48, "num_hidden_layers": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_call_gives_what_the_modules_give(monkeypatch, runs, changes, rows):
+    model, ids = make_model(**changes), random_ids(rows, 22)
+    found = decoded(model, ids)
+    num_layers, is_mixed = model.config.num_hidden_layers, "mamba2" in model.config.mixer_types
+    # All but the first step, and those after a chunk is merged, are one call.
+    assert runs.count(1 if is_mixed else num_layers) >= 10, runs
+    assert_same(found, by_modules(monkeypatch, lambda: decoded(model, ids)))
+
+
+@needs_kernels
+def test_padded_rows_at_different_places(monkeypatch, runs):
+    model, ids = make_model(merge_gate=True), random_ids(3, 22)
+    mask = (torch.arange(22) >= torch.tensor([0, 2, 5])[:, None]).long()
+    found = decoded(model, ids, mask=mask)
+    assert runs.count(4) >= 3
+    assert_same(found, by_modules(monkeypatch, lambda: decoded(model, ids, mask=mask)))
+    # Padding among the new tokens is for the modules.
+    runs.clear()
+    right = mask.clone()
+    right[:, -1] = torch.tensor([1, 1, 0])
+    expected = by_modules(monkeypatch, lambda: decoded(model, ids[:, :21], mask=right[:, :21]))
+    model(ids[:, 21:], right, past_key_values=expected[1])
+    assert not runs
+
+
+@needs_kernels
+def test_the_same_text_is_generated(monkeypatch, runs):
+    model, ids = make_model(merge_gate=True), random_ids(2, 9)
+
+    def text():
+        options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    found = text()
+    assert runs.count(4) >= 15
+    assert torch.equal(found, by_modules(monkeypatch, text))
+
+
+@needs_kernels
+@torch.no_grad()
+def test_caches_that_share_tensors_stay_as_they_are(runs):
+    model, ids = make_model(), random_ids(1, 20)
+    cache = decoded(model, ids[:, :10])[1]
+    kept = cache.snapshot()
+    expected, _ = decoded(model, ids)
+    for branch in (kept.snapshot(), cache, kept):
+        # Another text first, in a cache of its own.
+        spoilt = kept.snapshot()
+        for t in range(3):
+            model(ids[:, t : t + 1] * 0 + 7, past_key_values=spoilt)
+        logits = [model(ids[:, t : t + 1], past_key_values=branch).logits for t in range(10, 20)]
+        torch.testing.assert_close(torch.cat(logits, 1), expected[:, -10:], atol=2e-5, rtol=2e-5)
+    assert 4 in runs
+
+
+class OtherLinear(Linear):
+    """As an adapter would put in the place of a projection."""
+
+
+class OtherMixer(OVQAttention):
+    """As a plugin would have it."""
+
+
+def hooked(name):
+    return lambda model: model.get_submodule(name).register_forward_hook(lambda *args: None)
+
+
+def with_forward(model):
+    norm = model.get_submodule("model.layers.1.mixer.qk_norm")
+    norm.forward = functools.partial(type(norm).forward, norm)
+
+
+def of_class(name, cls):
+    return lambda model: setattr(model.get_submodule(name), "__class__", cls)
+
+
+def with_transposed_weight(model):
+    down = model.model.layers[1].mlp.down_proj
+    down.weight = nn.Parameter(down.weight.t().contiguous().t())
+
+
+def parametrized(model):
+    nn.utils.parametrize.register_parametrization(model.model.layers[1].mixer.o_proj, "weight", nn.Identity())
+
+
+def with_mixer(**attributes):
+    return lambda model: [setattr(model.model.layers[1].mixer, *item) for item in attributes.items()]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            hooked(f"model.layers.1.{name}")
+            for name in (
+                *("mixer_norm", "mlp_norm", "mlp", "mlp.gate_up_proj", "mlp.down_proj", "mixer"),
+                *("mixer.qkv_proj", "mixer.qkv_conv", "mixer.qk_norm", "mixer.o_proj", "mixer.merge_gate"),
+            )
+        ),
+        with_forward,
+        of_class("model.layers.1.mixer.qkv_proj", OtherLinear),
+        of_class("model.layers.1.mixer", OtherMixer),
+        with_transposed_weight,
+        parametrized,
+        with_mixer(backend="torch"),
+        with_mixer(bias="count+norm"),
+        with_mixer(slot_norm=SlotScale(4, 6)),
+        with_mixer(_record=[]),
+    ],
+)
+def test_a_layer_that_is_not_plain_runs_by_its_modules(monkeypatch, runs, change):
+    model, ids = make_model(merge_gate=True, num_hidden_layers=3), random_ids(1, 12)
+    change(model)
+    found = decoded(model, ids)
+    # The first layer and the third, each by itself.
+    assert set(runs) == {1}
+    assert len(runs) == 12
+    assert_same(found, by_modules(monkeypatch, lambda: decoded(model, ids)))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "changes", [{"slot_temperature": True}, {"window": 4}, {"ovq_sinks": 1}, {"exact_rope_dim": 2}]
+)
+def test_memories_without_a_kernel_run_by_their_modules(runs, changes):
+    decoded(make_model(mixer_types=["ovq"] * 4, **changes), random_ids(1, 12))
+    assert not runs
+
+
+@needs_kernels
+def test_a_hook_of_a_layer_sees_what_comes_out(monkeypatch, runs):
+    model, ids = make_model(), random_ids(1, 12)
+    cache = decoded(model, ids[:, :11])[1]
+    runs.clear()
+
+    def states(cache):
+        with torch.no_grad():
+            return model(ids[:, 11:], past_key_values=cache, output_hidden_states=True).hidden_states
+
+    found, expected = states(cache.snapshot()), by_modules(monkeypatch, lambda: states(cache.snapshot()))
+    assert runs == [1] * 4
+    assert len(found) == 5
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+@needs_kernels
+def test_calls_that_are_not_a_token_of_each_row_run_by_modules(runs):
+    model, ids = make_model(), random_ids(5, 11)
+    cache = decoded(model, ids)[1]
+    assert not runs, "more rows than are worth it"
+    cache = decoded(model, ids[:1], 10)[1]
+    runs.clear()
+
+    def read(num=1):
+        return model(ids[:1, :num], past_key_values=cache.snapshot()).logits
+
+    assert read().requires_grad
     with torch.no_grad():
-        model(ids[:, :num_read], past_key_values=cache)
-        for t in range(num_read, ids.shape[1]):
-            found.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
-    return torch.cat(found, 1)
+        read(2)
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded(model, ids[:1])
+        handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+        read()
+        handle.remove()
+        assert not runs
+        read()
+    assert runs == [4]
+    with torch.no_grad():
+        decoded(model.bfloat16(), ids[:1])
+    assert runs == [4]
+
+
+@needs_kernels
+@torch.no_grad()
+def test_bad_calls_are_refused_as_they_are_by_the_modules(runs):
+    model, ids = make_model(merge_gate=True), random_ids(2, 12)
+    cache = decoded(model, ids)[1]
+    runs.clear()
+    with pytest.raises(ValueError, match="expected hidden_states of shape"):
+        model(inputs_embeds=torch.randn(2, 1, 20), past_key_values=cache.snapshot())
+    with pytest.raises((ValueError, RuntimeError)):
+        model(ids[:1, :1], past_key_values=cache.snapshot())
+    embeds = torch.full((2, 1, 24), torch.nan)
+    with pytest.raises(ValueError, match="token_weights: expected finite numbers"):
+        model(inputs_embeds=embeds, past_key_values=cache.snapshot())
+    assert 4 not in runs
+    padded = decoded(model, ids, mask=(torch.arange(12) >= torch.tensor([[0], [2]])).long())[1]
+    with pytest.raises(ValueError, match="expected an attention_mask over cached and new columns"):
+        model(ids[:, :1], past_key_values=padded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_call_gives_what_the_modules_give(monkeypatch, dtype):
-    torch.manual_seed(0)
-    config = OVQConfig(
-        vocab_size=11,
-        hidden_size=24,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_slots=8,
-        chunk_size=4,
-        sliding_window=5,
-    )
-    model, ids = OVQForCausalLM(config).to(dtype).eval(), torch.randint(11, (2, 14))
+def test_norm_and_mlp_in_one_call_give_what_the_modules_give(monkeypatch, dtype):
+    """In layers whose mixers no kernel knows."""
+    model, ids = make_model(mixer_types=["mamba2"] * 4).to(dtype), random_ids(2, 14)
     calls = []
     step = block.mlp_step
     monkeypatch.setattr(block, "mlp_step", lambda *args: (calls.append(1), step(*args))[1])
-    fast = decoded(model, ids, 6)
+    fast, _ = decoded(model, ids)
     num_fast = len(calls)
     # A hook has to see what goes through its module.
     seen = []
     for layer in model.model.layers:
         layer.mlp.down_proj.register_forward_hook(lambda module, args, out: seen.append(1))
-    torch.testing.assert_close(fast, decoded(model, ids, 6))
-    assert num_fast == len(calls) == (2 * 8 if dtype == torch.float32 and can_run(torch.ones(1)) else 0)
-    assert len(seen) == 2 * 9
+    torch.testing.assert_close(fast, decoded(model, ids)[0])
+    assert num_fast == len(calls) == (4 * 8 if dtype == torch.float32 and can_run(torch.ones(1)) else 0)
+    assert len(seen) == 4 * 9
     whole = model(ids).logits[:, 6:].detach()
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(fast, whole, atol=tolerance, rtol=tolerance)

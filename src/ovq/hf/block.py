@@ -15,6 +15,7 @@ from ovq.hf.configuration_ovq import OVQConfig
 from ovq.layers import Mixer, SequenceLayout, mixer_class
 from ovq.layers.common import RMSNorm, swiglu
 from ovq.layers.products import Linear, can_multiply, is_plain
+from ovq.layers.token_step import AroundMixer, TokenStep, is_token, run_steps, token_step
 from ovq.ops.backends.cpu import FEW_TOKENS, mlp_step
 
 
@@ -65,6 +66,11 @@ class OVQBlock(GradientCheckpointingLayer):
 
         The loss is an output, because nothing else gets through reentrant checkpointing and offloading hooks.
         """
+        if past_key_values is not None and step is None and is_token(hidden_states, attention_mask):
+            token_step = self.token_step(hidden_states, attention_mask, past_key_values)
+            done = None if token_step is None else run_steps(hidden_states, [token_step])
+            if done is not None:
+                return done, None
         options: dict[str, Any] = {}
         own_loss = None
         if step is not None:
@@ -85,6 +91,16 @@ class OVQBlock(GradientCheckpointingLayer):
             return mlp_step(hidden_states, norm.weight, norm.eps, *weights), own_loss
         return hidden_states + self.mlp(self.mlp_norm(hidden_states)), own_loss
 
+    def token_step(
+        self, hidden_states: Tensor, layout: SequenceLayout, past_key_values: OVQCache
+    ) -> TokenStep | None:
+        """The layer as a part of one call of a kernel, see `ovq.layers.token_step`; None if it is none."""
+        mlp = self.mlp
+        if not is_plain(mlp, OVQMLP):
+            return None
+        around = AroundMixer(self.mixer_norm, self.mlp_norm, mlp.gate_up_proj, mlp.down_proj)
+        return token_step(self.mixer, around, hidden_states, layout, past_key_values)
+
     def _is_step(self, hidden_states: Tensor) -> bool:
         """Whether one call of a kernel can do norm and MLP: a few tokens, no gradient, nobody looking on."""
         if torch.is_grad_enabled() or hidden_states.shape[:-1].numel() > FEW_TOKENS:
@@ -95,3 +111,20 @@ class OVQBlock(GradientCheckpointingLayer):
             return False
         weights = norm.weight, mlp.gate_up_proj.weight, mlp.down_proj.weight
         return can_multiply(hidden_states, *weights) and all(weight.is_contiguous() for weight in weights)
+
+
+def with_steps(
+    layers: list[OVQBlock], hidden_states: Tensor, layout: SequenceLayout, past_key_values: OVQCache
+) -> tuple[Tensor, list[OVQBlock]]:
+    """The stream after as many of the first layers as one call of a kernel can run, and the other layers.
+
+    For calls that are `ovq.layers.token_step.is_token`.
+    """
+    steps: list[TokenStep] = []
+    for layer in layers:
+        step = layer.token_step(hidden_states, layout, past_key_values) if is_plain(layer, OVQBlock) else None
+        if step is None:
+            break
+        steps.append(step)
+    done = run_steps(hidden_states, steps) if steps else None
+    return (hidden_states, layers) if done is None else (done, layers[len(steps) :])

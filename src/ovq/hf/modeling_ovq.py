@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from ovq.hf.block import OVQBlock
+from ovq.hf.block import OVQBlock, with_steps
 from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, one_cache, unread_inputs
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.loss import can_be_pieced, loss_in_pieces
@@ -23,6 +23,7 @@ from ovq.hf.pretrained import OVQPreTrainedModel
 from ovq.layers import SequenceLayout
 from ovq.layers.common import RMSNorm
 from ovq.layers.products import Linear
+from ovq.layers.token_step import is_token
 
 # Keyword arguments of `forward` that transformers passes along and its decorators use.
 _TRANSFORMERS_KWARGS = frozenset({"output_hidden_states", "output_attentions", "return_dict"})
@@ -126,8 +127,10 @@ class OVQModel(OVQPreTrainedModel):
 
         hidden_states = inputs_embeds
         auxiliary_loss: Tensor | None = None
-        layer: OVQBlock
-        for layer in self.layers:  # type: ignore[assignment]  # a ModuleList says Module
+        layers: list[OVQBlock] = list(self.layers)  # type: ignore[arg-type]  # a ModuleList says Module
+        if past is not None and is_token(hidden_states, layout):
+            hidden_states, layers = with_steps(layers, hidden_states, layout, past)
+        for layer in layers:
             # Outside the layer, because gradient checkpointing runs a layer twice.
             step = layer.mixer.begin_step()
             hidden_states, own_loss = layer(hidden_states, layout, past_key_values=past, step=step)
@@ -350,6 +353,8 @@ def _keeps_all(logits_to_keep: int | Tensor) -> bool:
 
 def _check_positions(position_ids: Tensor, layout: SequenceLayout) -> None:
     """Refuse positions that do not rise by one from each real token of a row to the next."""
+    if position_ids.shape[-1] == 1:
+        return
     steps = position_ids.diff(dim=-1)
     if layout.new_mask is not None:
         steps = steps.masked_fill(~(layout.new_mask[:, 1:] & layout.new_mask[:, :-1]), 1)

@@ -16,6 +16,7 @@ from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import Memory, StateSpec, check_tensors, num_bytes, of_rows
 from ovq.layers.products import Linear
+from ovq.ops.backends.cpu import TokenMemory
 
 
 class Mixer(nn.Module, ABC):
@@ -190,7 +191,7 @@ class Mixer(nn.Module, ABC):
         batch_size, num_new, _ = hidden_states.shape
         if past_key_values is None and use_cache:
             past_key_values = MixerCache()
-        cache = None if past_key_values is None else self._cache_of_layer(past_key_values)
+        cache = None if past_key_values is None else self.cache_of_layer(past_key_values)
         layout = SequenceLayout.of(
             attention_mask,
             batch_size=batch_size,
@@ -199,7 +200,7 @@ class Mixer(nn.Module, ABC):
             cu_seqlens=kwargs.pop("cu_seqlens", None),
         )
         if cache is not None:
-            _check_cache_use(cache, layout)
+            check_cache_use(cache, layout)
 
         channels, conv_state = self.qkv_proj(hidden_states), None
         if self.qkv_conv is not None:
@@ -222,7 +223,7 @@ class Mixer(nn.Module, ABC):
             o = o.masked_fill(~layout.new_mask[..., None], 0)
         return self.o_proj(o), None, past_key_values
 
-    def _cache_of_layer(self, past_key_values: Any) -> LayerCache:
+    def cache_of_layer(self, past_key_values: Any) -> LayerCache:
         """This layer's part of a cache, created if it does not exist yet."""
         layers = getattr(past_key_values, "layers", None)
         if not isinstance(layers, list):
@@ -307,6 +308,10 @@ class AttentionMixer(Mixer):
         """The `Memory` that handles the state of this layer."""
         return self.memory_of(self, rope_theta=self.rope_theta if self.use_rope else None)
 
+    def token_memory(self, layout: SequenceLayout, cache: LayerCache) -> TokenMemory | None:
+        """What one new token of each row reads, as a kernel takes it; None where only `attend` knows."""
+        return None
+
     @abstractmethod
     def attend(
         self,
@@ -342,15 +347,17 @@ class AttentionMixer(Mixer):
         **options: Any,
     ) -> Tensor:
         """See `Mixer.mix`: `attend` with normalised (and rotated) queries and keys."""
-        tables = self._rotary_tables(layout, channels) if self.use_rope else None
+        tables = self.rotary_tables(layout, channels)
         q, k, v, scale = self.qk_norm(channels, self.num_kv_heads, tables)
         return self.attend(q, k, v, scale, layout, cache, **options).flatten(2)
 
-    def _rotary_tables(self, layout: SequenceLayout, channels: Tensor) -> tuple[Tensor, Tensor]:
-        """The tables of a call, made once for all its layers.
+    def rotary_tables(self, layout: SequenceLayout, channels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The tables of a call, made once for all its layers; None without rotary embedding.
 
         Positions are column numbers: only differences matter, so padding and packing change nothing.
         """
+        if not self.use_rope:
+            return None
         dtype = torch.promote_types(channels.dtype, torch.float32)
         like = torch.empty(0, dtype=dtype, device=channels.device)
         place = layout.num_past, layout.num_new, self.head_dim
@@ -392,7 +399,7 @@ def check_rotary(head_dim: int) -> None:
         raise ValueError(f"expected an even head_dim with rotary embedding, found {head_dim}")
 
 
-def _check_cache_use(cache: LayerCache, layout: SequenceLayout) -> None:
+def check_cache_use(cache: LayerCache, layout: SequenceLayout) -> None:
     """Refuse uses of a cache that would silently give wrong results; note padding for later calls."""
     if layout.cu_seqlens is not None:
         raise ValueError("expected no cache together with cu_seqlens: packed rows cannot be continued")

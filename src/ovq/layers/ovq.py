@@ -17,7 +17,10 @@ from ovq.layers.common import apply_rotary, rotary_tables
 from ovq.layers.gates import MergeGate, SlotScale
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import SlotMemory, StateSpec, check_num_seen, check_tensors, of_rows
+from ovq.layers.products import is_plain
 from ovq.ops import SlotAssignments, ovq_attention, slot_assignments
+from ovq.ops.backends.cpu import TokenMemory, memory_of_slots
+from ovq.ops.next_step import settings_of
 from ovq.ops.options import Options, check_exact_dims, check_num_sinks, check_window, default_growth
 from ovq.ops.schedule import num_merged, scheduled_slots
 from ovq.ops.serialization import check_tensors as check_state_tensors
@@ -226,6 +229,24 @@ class OVQAttention(AttentionMixer):
         if self.merge_gate is not None:
             options["token_weights"] = self.merge_gate(hidden_states)
         return super().mix(channels, hidden_states, layout, cache, **options)
+
+    def token_memory(self, layout: SequenceLayout, cache: LayerCache) -> TokenMemory | None:
+        """See `AttentionMixer.token_memory`: for a step of decoding like the one before."""
+        state, gate = cache.state, self.merge_gate
+        if not is_plain(self, OVQAttention) or self.slot_norm is not None or self._record is not None:
+            return None
+        step = None if layout.bounds is not None or state is None else state._next
+        if step is None or step.dtype != torch.float32 or (gate is None) != (state.weight is None):
+            return None
+        if gate is not None and not (is_plain(gate, MergeGate) and gate.weight.is_contiguous()):
+            return None
+        settings = settings_of(
+            **self._exact, **self.learning, exact_dims=self.exact_rope_dim, backend=self.backend
+        )
+        if not step.continues(state, settings):
+            return None
+        weight = None if gate is None else gate.weight
+        return memory_of_slots(state, step.options, num_heads=self.num_heads, gate=weight)
 
     def attend(
         self,

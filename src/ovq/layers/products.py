@@ -21,9 +21,24 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         >>> is_plain(nn.SiLU(), nn.SiLU), is_plain(nn.SiLU(), nn.Linear)
         (True, False)
     """
+    if type(module) is not kind:
+        return False
+    own = vars(module)
     # accelerate replaces the forward of an object.
-    is_own = type(module) is kind and "forward" not in vars(module)
-    return is_own and not any(getattr(module, name) for name in _HOOKS)
+    return "forward" not in own and not any(own[name] for name in _HOOKS)
+
+
+def plain_parameter(module: nn.Module, kind: type[nn.Module], name: str = "weight") -> Tensor | None:
+    """A dense parameter of a module that `is_plain`; None if it is none of its own, or not dense.
+
+    Example:
+        >>> plain_parameter(nn.Linear(2, 3), nn.Linear).shape, plain_parameter(nn.SiLU(), nn.SiLU)
+        (torch.Size([3, 2]), None)
+    """
+    if not is_plain(module, kind):
+        return None
+    found = module._parameters.get(name)
+    return found if found is not None and found.is_contiguous() else None
 
 
 def can_multiply(x: Tensor, *weights: Tensor) -> bool:

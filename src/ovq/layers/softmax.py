@@ -17,7 +17,8 @@ from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec, TensorMemory
-from ovq.ops.backends.cpu import CompiledWindow, applied, can_run
+from ovq.layers.products import is_plain
+from ovq.ops.backends.cpu import CompiledWindow, TokenMemory, applied, can_run, memory_of_window
 
 
 class FullAttention(AttentionMixer):
@@ -140,6 +141,28 @@ class SlidingWindowAttention(FullAttention):
             is_by_column=True,
         )
 
+    def token_memory(self, layout: SequenceLayout, cache: LayerCache) -> TokenMemory | None:
+        """See `AttentionMixer.token_memory`."""
+        if not is_plain(self, SlidingWindowAttention) or cache.state is None:
+            return None
+        keys, values = cache.state["keys"], cache.state["values"]
+        num_before, dim = keys.shape[2], self.head_dim
+        is_fit = keys.shape == values.shape and keys.shape[1::2] == (self.num_kv_heads, dim)
+        # Those of a head one after the other.
+        is_fit &= all(x.stride()[2:] == (dim, 1) for x in (keys, values))
+        if not is_fit or num_before >= self.sliding_window or not can_run(keys, values):
+            return None
+
+        def finished(keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+            return {"keys": self.kept(keys), "values": self.kept(values)}
+
+        first = self._first_seen(layout, num_before + 1, keys.device)
+        return memory_of_window(keys, values, first, finished, num_heads=self.num_heads)
+
+    def _first_seen(self, layout: SequenceLayout, num_keys: int, device: torch.device) -> Tensor | None:
+        """See `SequenceLayout.first_seen`; found once for all layers."""
+        return layout.once(("first seen", num_keys, device), lambda: layout.first_seen(num_keys))
+
     def attend(
         self,
         q: Tensor,
@@ -155,8 +178,7 @@ class SlidingWindowAttention(FullAttention):
         if cache is not None:
             k, v = self.with_past(k.transpose(1, 2), v.transpose(1, 2), layout, cache)
             k, v = k.transpose(1, 2), v.transpose(1, 2)
-        num_keys = k.shape[1]
-        first = layout.once(("first seen", num_keys, k.device), lambda: layout.first_seen(num_keys))
+        first = self._first_seen(layout, k.shape[1], k.device)
         return applied(CompiledWindow, q, k, v, scale, first, self.sliding_window)
 
     def softmax_read(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:

@@ -11,6 +11,7 @@ from ovq.ops import backends
 from ovq.ops.backends.triton import refusal_of
 from ovq.ops.call import RowBounds
 from ovq.ops.checks import check_qkv, checked_call, checked_scale
+from ovq.ops.next_step import settings_of
 from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
 from ovq.ops.precision import full_precision
 from ovq.ops.random_init import seed_of
@@ -146,19 +147,21 @@ def ovq_attention(
     # What a decode step is told by the state that it continues need not be found out anew.
     is_plain = attention_mask is None and cu_seqlens is None and generator is None
     is_plain &= slot_scale is None
-    settings: tuple = (
-        num_slots,
-        chunk_size,
-        growth,
-        init,
-        merge,
-        bias,
-        rate,
-        value_weight,
-        window,
-        num_sinks,
+    settings = settings_of(
+        num_slots=num_slots,
+        chunk_size=chunk_size,
+        growth=growth,
+        init=init,
+        merge=merge,
+        bias=bias,
+        rate=rate,
+        value_weight=value_weight,
+        window=window,
+        num_sinks=num_sinks,
+        exact_dims=exact_dims,
+        backend=backend,
+        scale=None if isinstance(scale, Tensor) else scale,
     )
-    settings = (*settings, exact_dims, backend, None if isinstance(scale, Tensor) else scale)
     if is_plain and isinstance(initial_state, OVQState) and output_final_state:
         found = _next_step(q, k, v, scale, initial_state, token_weights, settings)
         if found is not None:
@@ -225,7 +228,7 @@ def _next_step(
         return None
     _used = "cpu"
     scale = checked_scale(scale, q) if isinstance(scale, Tensor) else step.scale
-    return step.run(q, k, v, scale, state, token_weights)
+    return step.run(q, k, v, scale, state, token_weights, options=step.options)
 
 
 def _is_traced(backend: str, q: Tensor, v: Tensor, options: Options) -> bool:

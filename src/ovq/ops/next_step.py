@@ -8,18 +8,54 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from ovq.ops.options import Options
+
 if TYPE_CHECKING:
     from ovq.ops.state import OVQState
 
-# From q, k, v, the scale `[H]`, the state and weights `[B, 1, Hkv]` or None: the outputs, and the state after
-# them.
-Run = Callable[[Tensor, Tensor, Tensor, Tensor, "OVQState", "Tensor | None"], "tuple[Tensor, OVQState]"]
+
+class Run(Protocol):
+    """What runs a step."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        state: OVQState,
+        token_weights: Tensor | None,
+        /,
+        *,
+        options: Options,
+    ) -> tuple[Tensor, OVQState]:
+        """The outputs, and the state after them; the scale is `[H]`, weights are `[B, 1, Hkv]`."""
+
+
+def settings_of(
+    *,
+    num_slots: int,
+    chunk_size: int,
+    growth: str | None,
+    init: str,
+    merge: str,
+    bias: str,
+    rate: float | str,
+    value_weight: float,
+    window: int,
+    num_sinks: int,
+    exact_dims: int,
+    backend: str,
+    scale: float | None = None,
+) -> tuple:
+    """The arguments of a call that have to be the same in the next step; `scale` if it is a number."""
+    learning = (growth, init, merge, bias, rate, value_weight)
+    return num_slots, chunk_size, *learning, window, num_sinks, exact_dims, backend, scale
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,6 +64,7 @@ class NextStep:
 
     Attributes:
         run: what runs the step.
+        options: the settings of the dictionary.
         shapes: shapes of q, k and v. dtype: their dtype, on a CPU.
         sums: the tensors of the dictionary that were checked, weights last, or None.
         scale: the scale of the step, `[H]` in the dtype of the sums.
@@ -35,6 +72,7 @@ class NextStep:
     """
 
     run: Run
+    options: Options
     shapes: tuple[torch.Size, torch.Size, torch.Size]
     dtype: torch.dtype
     sums: tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -45,15 +83,21 @@ class NextStep:
         self, q: Tensor, k: Tensor, v: Tensor, state: OVQState, token_weights: Tensor | None, settings: tuple
     ) -> bool:
         """Whether a call is such a step: the same settings and dictionary, and tensors of the same kind."""
-        if settings != self.settings or torch.is_grad_enabled():
+        if not self.continues(state, settings):
             return False
         for x, shape in zip((q, k, v), self.shapes, strict=True):
             if not isinstance(x, Tensor) or x.shape != shape or x.dtype != self.dtype or not x.is_cpu:
                 return False
+        return self._fits_weights(token_weights)
+
+    def continues(self, state: OVQState, settings: tuple) -> bool:
+        """Whether the settings and the dictionary are the same."""
+        if settings != self.settings or torch.is_grad_enabled():
+            return False
         key_sum, value_sum, count, weight = self.sums
         if state.key_sum is not key_sum or state.value_sum is not value_sum or state.count is not count:
             return False
-        return state.weight is weight and self._fits_weights(token_weights)
+        return state.weight is weight
 
     def _fits_weights(self, token_weights: Tensor | None) -> bool:
         """Whether there are weights as there were, and such as may be."""

@@ -20,6 +20,15 @@ from ovq.ops.backends.cpu.kernels import (
     is_available,
     learn_and_say,
 )
+from ovq.ops.backends.cpu.layer import (
+    LayerStep,
+    LayerWeights,
+    TokenMemory,
+    layer_to_run,
+    memory_of_slots,
+    memory_of_window,
+    run_layers,
+)
 from ovq.ops.backends.cpu.linear import (
     FEW_TOKENS,
     FasterLinear,
@@ -41,7 +50,10 @@ __all__ = [
     "CompiledSwiGLU",
     "CompiledWindow",
     "FasterLinear",
+    "LayerStep",
+    "LayerWeights",
     "MissingKernelsWarning",
+    "TokenMemory",
     "applied",
     "can_convolve",
     "can_run",
@@ -49,11 +61,15 @@ __all__ = [
     "cpu_kernels",
     "few_products",
     "has_faster_products",
+    "layer_to_run",
     "learn_and_say",
+    "memory_of_slots",
+    "memory_of_window",
     "mlp_step",
     "product",
     "refusal",
     "run",
+    "run_layers",
 ]
 
 

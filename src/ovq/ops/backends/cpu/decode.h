@@ -16,6 +16,7 @@ struct Decode {
     const float *key_sum, *value_sum;    /* [R, Hkv, M, ...] */
     const int64_t *count;                /* [R, Hkv, M] */
     const int64_t *num_seen;             /* [R]: tokens before this one. */
+    const int64_t *first_read;           /* [R]: the first pending token that is read; NULL for the first of all. */
     int64_t q_row, q_head, k_row, k_head, v_row, v_head; /* Strides. */
     /* Where tokens have weights: [R, Hkv], those of slots [R, Hkv, M], and of pending tokens [R, Hkv, C]; else NULL. */
     const float *token_weights, *weight;
@@ -172,8 +173,9 @@ static void decode_stream(const Decode *call, int64_t row, int64_t head) {
         read_numbers(call->dtype, call->q, at, k, call->scale[query_head], queries + g * k, k);
         softmax[g] = {-INFINITY, 0, out + g * v};
     }
-    with_type(call->dtype, call->pending_keys, first * k, [=, x = (const float *)queries, y = &softmax[0]](auto *keys) {
-        absorb(call, x, keys, (decltype(keys))call->pending_values + first * v, nullptr, nullptr, place + 1,
+    const int64_t begin = call->first_read ? call->first_read[row] : 0, from = first + begin;
+    with_type(call->dtype, call->pending_keys, from * k, [=, x = (const float *)queries, y = &softmax[0]](auto *keys) {
+        absorb(call, x, keys, (decltype(keys))call->pending_values + from * v, nullptr, nullptr, place + 1 - begin,
                y);
     });
     const int64_t slots = stream * call->capacity;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
     if after._next is None:
         shapes = call.q.shape, call.k.shape, call.v.shape
         sums = after.key_sum, after.value_sum, after.count, after.weight
-        after._next = NextStep(partial(_step, options=call.options), shapes, call.q.dtype, sums, call.scale)
+        after._next = NextStep(_step, call.options, shapes, call.q.dtype, sums, call.scale)
     return o, after
 
 
@@ -49,37 +48,60 @@ def _step(
     The kernel puts the new token into the pending buffers, and reads these and the sums where they lie.
     """
     after = advanced(state)
-    q, k, v = dense(q), dense(k), dense(v)
+    q, k, v, scale = dense(q), dense(k), dense(v), scale.contiguous()
     o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
-    tensors = [x.contiguous() for x in (scale, after.key_sum, after.value_sum, after.count, state.num_seen)]
-    rows, _, num_heads, key_dim = q.shape
-    num_kv_heads = k.shape[2]
-    call = _Decode(
+    call, _kept = slots_to_read(after, state.num_seen, num_heads=q.shape[2])
+    call.q, call.k, call.v, call.o, call.scale = (x.data_ptr() for x in (q, k, v, o, scale))
+    call.q_row, call.k_row, call.v_row = (x.stride(0) for x in (q, k, v))
+    call.q_head, call.k_head, call.v_head = (x.stride(2) for x in (q, k, v))
+    if token_weights is not None:
+        token_weights = token_weights.contiguous()
+        call.token_weights = token_weights.data_ptr()
+    build.load().ovq_decode(ctypes.byref(call))
+    return o, with_merged_chunks(after, completed(state, options), options)
+
+
+def slots_to_read(after: OVQState, num_seen: Tensor, *, num_heads: int) -> tuple[Decode, list[Tensor]]:
+    """A state as a kernel reads it, without queries and the new token; keep the tensors while it does.
+
+    Args:
+        after: the state, with room for the new token (`advanced`).
+        num_seen: `[B]` tokens before the new one.
+        num_heads: query heads.
+    """
+    tensors = [x.contiguous() for x in (after.key_sum, after.value_sum, after.count, num_seen)]
+    rows, num_kv_heads, capacity, key_dim = after.key_sum.shape
+    call = Decode(
         rows,
         num_kv_heads,
         num_heads // num_kv_heads,
-        options.chunk_size,
-        after.count.shape[2],
+        after.chunk_size,
+        capacity,
         key_dim,
-        v.shape[3],
+        after.value_sum.shape[3],
         torch.get_num_threads(),
-        DTYPES.index(q.dtype),
-        *(x.data_ptr() for x in (q, k, v, o, after.pending_keys, after.pending_values)),
-        *(x.data_ptr() for x in tensors),
-        *(x.stride(i) for x in (q, k, v) for i in (0, 2)),
+        DTYPES.index(after.pending_keys.dtype),
     )
-    if token_weights is not None:
-        assert after.weight is not None
-        assert after.pending_weights is not None
-        weights = (token_weights.contiguous(), after.weight.contiguous(), after.pending_weights)
-        call.token_weights, call.weight, call.pending_weights = (x.data_ptr() for x in weights)
-    build.load().ovq_decode(ctypes.byref(call))
+    call.pending_keys, call.pending_values = after.pending_keys.data_ptr(), after.pending_values.data_ptr()
+    call.key_sum, call.value_sum, call.count, call.num_seen = (x.data_ptr() for x in tensors)
+    if after.weight is not None and after.pending_weights is not None:
+        tensors.append(after.weight.contiguous())
+        call.weight, call.pending_weights = tensors[-1].data_ptr(), after.pending_weights.data_ptr()
+    return call, tensors
+
+
+def completed(state: OVQState, options: Options) -> list[int]:
+    """The rows of which one more token completes a chunk."""
     size = options.chunk_size
-    complete = [r for r, seen in enumerate(state.num_seen.tolist()) if seen % size == size - 1]
-    return o, merged_state(after, complete, options, learn_chunk) if complete else after
+    return [r for r, seen in enumerate(state.num_seen.tolist()) if seen % size == size - 1]
 
 
-class _Decode(ctypes.Structure):
+def with_merged_chunks(after: OVQState, rows: list[int], options: Options) -> OVQState:
+    """The state with the complete chunks of `rows` merged."""
+    return merged_state(after, rows, options, learn_chunk) if rows else after
+
+
+class Decode(ctypes.Structure):
     """`Decode` of decode.h, field by field."""
 
     _fields_ = [
@@ -87,6 +109,7 @@ class _Decode(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("capacity", "key_dim", "value_dim", "num_threads", "dtype")),
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "o", "pending_keys", "pending_values")),
         *((name, ctypes.c_void_p) for name in ("scale", "key_sum", "value_sum", "count", "num_seen")),
+        ("first_read", ctypes.c_void_p),
         *((f"{name}_{of}", ctypes.c_int64) for name in ("q", "k", "v") for of in ("row", "head")),
         *((name, ctypes.c_void_p) for name in ("token_weights", "weight", "pending_weights")),
     ]

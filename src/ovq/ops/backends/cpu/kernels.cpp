@@ -9,6 +9,7 @@
 #include "linear.h"
 #include "memory.h"
 #include "roof.h"
+#include "step.h"
 #include "tokens.h"
 #include "ward.h"
 #include "window.h"

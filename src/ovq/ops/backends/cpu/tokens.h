@@ -17,17 +17,18 @@ INLINE float dot(const float *a, const float *b, int64_t n) {
     return sum;
 }
 
-/* y = x w / rms(x), for `num` vectors of `dim` floats; `rates` keeps each 1 / rms(x) for the backward. */
+/* y = x w / rms(x); returns 1 / rms(x). */
+INLINE float rms_norm(int64_t dim, float eps, const float *x, const float *weight, float *y) {
+    const float rate = 1 / sqrtf(dot(x, x, dim) / dim + eps);
+    for (int64_t i = 0; i < dim; i++) y[i] = x[i] * rate * weight[i];
+    return rate;
+}
+
+/* The same for `num` vectors of `dim` floats; `rates` keeps what is returned for the backward. */
 extern "C" void ovq_rms_norm(int64_t num_threads, int64_t num, int64_t dim, float eps, const float *x,
                              const float *weight, float *y, float *rates) {
 #pragma omp parallel for num_threads((int)num_threads) if (num * dim > FEW)
-    for (int64_t t = 0; t < num; t++) {
-        const float *from = x + t * dim;
-        float *to = y + t * dim;
-        const float rate = 1 / sqrtf(dot(from, from, dim) / dim + eps);
-        rates[t] = rate;
-        for (int64_t i = 0; i < dim; i++) to[i] = from[i] * rate * weight[i];
-    }
+    for (int64_t t = 0; t < num; t++) rates[t] = rms_norm(dim, eps, x + t * dim, weight, y + t * dim);
 }
 
 /* `grad_weight` is [num_threads, dim], zero before: the share of each thread. */
@@ -71,22 +72,23 @@ INLINE void store_some(float *x, Vector y, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] = some[i];
 }
 
-/* y [num, dim] = silu(gate) up, of x [num, 2 dim] = [gate | up]. */
+/* y = silu(gate) up. */
+INLINE void swiglu(const float *gate, const float *up, int64_t dim, float *y) {
+    int64_t i = 0;
+    for (; i + VL <= dim; i += VL) {
+        const Vector g = load(gate + i);
+        store(y + i, g * sigmoid(g) * load(up + i));
+    }
+    if (i < dim) {
+        const Vector g = load_some(gate + i, dim - i);
+        store_some(y + i, g * sigmoid(g) * load_some(up + i, dim - i), dim - i);
+    }
+}
+
+/* The same for y [num, dim] of x [num, 2 dim] = [gate | up]. */
 extern "C" void ovq_swiglu(int64_t num_threads, int64_t num, int64_t dim, const float *x, float *y) {
 #pragma omp parallel for num_threads((int)num_threads) if (num * dim > FEW)
-    for (int64_t t = 0; t < num; t++) {
-        const float *gate = x + t * 2 * dim, *up = gate + dim;
-        float *to = y + t * dim;
-        int64_t i = 0;
-        for (; i + VL <= dim; i += VL) {
-            const Vector g = load(gate + i);
-            store(to + i, g * sigmoid(g) * load(up + i));
-        }
-        if (i < dim) {
-            const Vector g = load_some(gate + i, dim - i);
-            store_some(to + i, g * sigmoid(g) * load_some(up + i, dim - i), dim - i);
-        }
-    }
+    for (int64_t t = 0; t < num; t++) swiglu(x + t * 2 * dim, x + t * 2 * dim + dim, dim, y + t * dim);
 }
 
 INLINE void swiglu_gradients(Vector g, Vector u, Vector grad, Vector *grad_g, Vector *grad_u) {
@@ -143,6 +145,15 @@ INLINE void rotate(const float *x, const float *cos, const float *sin, float sig
     }
 }
 
+/* y = x scaled to length 1 and, where there are angles, rotated; returns the factor. y may be x. */
+INLINE float unit_vector(const float *x, const float *cos, const float *sin, int64_t dim, float *y) {
+    /* The epsilon only keeps the gradient of a zero vector finite. */
+    const float rate = 1 / sqrtf(dot(x, x, dim) + 1e-12f);
+    for (int64_t i = 0; i < dim; i++) y[i] = x[i] * rate;
+    if (cos) rotate(y, cos, sin, 1, dim / 2, y);
+    return rate;
+}
+
 extern "C" void ovq_heads(const Heads *call) {
     const int64_t num_q = call->num_q_heads, num_kv = call->num_kv_heads, dim = call->dim, half = dim / 2;
     const int64_t num_tokens = call->num_tokens, width = (num_q + 2 * num_kv) * dim;
@@ -152,11 +163,8 @@ extern "C" void ovq_heads(const Heads *call) {
         const int64_t place = t % num_tokens * half;
         for (int64_t h = 0; h < num_q + num_kv; h++, x += dim) {
             float *y = h < num_q ? call->q + (t * num_q + h) * dim : call->k + (t * num_kv + h - num_q) * dim;
-            /* The epsilon only keeps the gradient of a zero vector finite. */
-            const float rate = 1 / sqrtf(dot(x, x, dim) + 1e-12f);
-            call->rates[t * (num_q + num_kv) + h] = rate;
-            for (int64_t i = 0; i < dim; i++) y[i] = x[i] * rate;
-            if (call->cos) rotate(y, call->cos + place, call->sin + place, 1, half, y);
+            const float *cos = call->cos ? call->cos + place : nullptr, *sin = call->cos ? call->sin + place : nullptr;
+            call->rates[t * (num_q + num_kv) + h] = unit_vector(x, cos, sin, dim, y);
         }
         memcpy(call->v + t * num_kv * dim, x, sizeof(float) * num_kv * dim);
     }
@@ -179,54 +187,5 @@ extern "C" void ovq_heads_backward(const Heads *call) {
             if (call->cos) rotate(to, call->cos + place, call->sin + place, -1, half, to);
         }
         memcpy(to, call->grad_v + t * num_kv * dim, sizeof(float) * num_kv * dim);
-    }
-}
-
-/* y [num, num_out] = x [num, dim] times the transpose of weight [num_out, dim], for a few x. The weight is read once
-   and from front to back, which memory does fastest; four rows at a time took twice as long. */
-extern "C" void ovq_linear(int64_t num_threads, int64_t num, int64_t dim, int64_t num_out, const float *x,
-                           const float *weight, float *y) {
-#pragma omp parallel for num_threads((int)num_threads) schedule(static) if (num_out * dim > FEW)
-    for (int64_t r = 0; r < num_out; r++) {
-        const float *row = weight + r * dim;
-        for (int64_t t = 0; t < num; t++) {
-            const float *vector = x + t * dim;
-            /* Sums that do not wait for each other. */
-            Vector sums[4] = {};
-            int64_t i = 0;
-            for (; i + 4 * VL <= dim; i += 4 * VL)
-                for (int j = 0; j < 4; j++) sums[j] += load(vector + i + j * VL) * load(row + i + j * VL);
-            for (; i + VL <= dim; i += VL) sums[0] += load(vector + i) * load(row + i);
-            float sum = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
-            for (; i < dim; i++) sum += vector[i] * row[i];
-            y[t * num_out + r] = sum;
-        }
-    }
-}
-
-/* y = x + down(swiglu(gate_up(norm(x)))) for a few tokens x [num, dim]: the second half of a layer, in one call.
-   `scratch` has num (dim + 3 inner + 1) floats. */
-extern "C" void ovq_mlp_step(int64_t num_threads, int64_t num, int64_t dim, int64_t inner, float eps, const float *x,
-                             const float *norm, const float *gate_up, const float *down, float *scratch, float *y) {
-    float *normed = scratch, *halves = normed + num * dim, *gated = halves + num * 2 * inner;
-    ovq_rms_norm(num_threads, num, dim, eps, x, norm, normed, gated + num * inner);
-    ovq_linear(num_threads, num, dim, 2 * inner, normed, gate_up, halves);
-    ovq_swiglu(num_threads, num, inner, halves, gated);
-    ovq_linear(num_threads, num, inner, dim, gated, down, y);
-    for (int64_t i = 0; i < num * dim; i++) y[i] += x[i];
-}
-
-/* The short convolution of one token of each row: y [rows, channels] from x and `past` [rows, channels, taps - 1], the
-   inputs before it, of which `last` are those after it. `weight` is [channels, taps]. */
-extern "C" void ovq_convolution_step(int64_t num_rows, int64_t num_channels, int64_t num_taps, const float *x,
-                                     const float *past, const float *weight, float *y, float *last) {
-    const int64_t num_past = num_taps - 1;
-    for (int64_t d = 0; d < num_rows * num_channels; d++) {
-        const float *before = past + d * num_past, *taps = weight + d % num_channels * num_taps;
-        float sum = taps[num_past] * x[d];
-        for (int64_t i = num_past - 1; i >= 0; i--) sum += taps[i] * before[i];
-        y[d] = sum;
-        memcpy(last + d * num_past, before + 1, sizeof(float) * (num_past - 1));
-        last[d * num_past + num_past - 1] = x[d];
     }
 }

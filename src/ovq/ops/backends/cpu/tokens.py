@@ -42,13 +42,13 @@ def applied(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.forward(_NO_CONTEXT, *arguments)
 
 
-def call_kernel(name: str, *arguments: float | Tensor) -> None:
-    """Call a function of tokens.h with integers, floats and the places of dense tensors."""
+def call_kernel(name: str, *arguments: float | Tensor) -> int:
+    """Call a function with integers, floats and the places of dense tensors, and return what it returns."""
     function = getattr(build.load(), name)
     if function.argtypes is None:
         # Places are integers of as many bytes.
         function.argtypes = [ctypes.c_float if isinstance(x, float) else ctypes.c_int64 for x in arguments]
-    function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
+    return function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 
 class CompiledRMSNorm(torch.autograd.Function):

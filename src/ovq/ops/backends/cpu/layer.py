@@ -1,0 +1,198 @@
+"""One token of each row through whole layers, attention and MLP, in one call of a kernel.
+
+Decoding streams all weights through the caches, which evicts all else: what runs between two kernels then
+costs several times what it costs alone. So all that Python does for a token comes before the call, or after
+it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ovq.ops.backends.cpu.decode import Decode, completed, slots_to_read, with_merged_chunks
+from ovq.ops.backends.cpu.kernels import DTYPES
+from ovq.ops.backends.cpu.tokens import call_kernel
+from ovq.ops.options import Options
+from ovq.ops.state import OVQState, advanced
+
+
+class LayerWeights(NamedTuple):
+    """The weights of a layer, float32, dense and on the CPU.
+
+    Attributes:
+        mixer_norm: `[D]` of the RMS norm before attention.
+        qkv: `[(H + 2 Hkv) K, D]`.
+        beta: `[H]`, temperatures.
+        o: `[D, H K]`.
+        mlp_norm: `[D]` of the RMS norm before the MLP.
+        gate_up: `[2 I, D]`.
+        down: `[D, I]`.
+        taps: `[(H + 2 Hkv) K, C]` of the short convolution; None without one.
+    """
+
+    mixer_norm: Tensor
+    qkv: Tensor
+    beta: Tensor
+    o: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    down: Tensor
+    taps: Tensor | None = None
+
+
+class TokenMemory(NamedTuple):
+    """What one token of each row reads and becomes part of.
+
+    Attributes:
+        decode: exact tokens and slots, without what a layer makes of the new tokens.
+        finished: to be called after the kernel: the state with the new tokens.
+        kept: tensors that the kernel needs.
+        gate: `[Hkv, D]` weight of the merge gate; None without one.
+        before: keys and values `[B, Hkv, S, K]`, vectors of a head one after the other, to be copied to the
+            exact tokens before the new one; None where they are there.
+    """
+
+    decode: Decode
+    finished: Callable[[], Any]
+    kept: Sequence[Any]
+    gate: Tensor | None = None
+    before: tuple[Tensor, Tensor] | None = None
+
+
+def memory_of_slots(state: OVQState, options: Options, *, num_heads: int, gate: Tensor | None) -> TokenMemory:
+    """The memory of a state that has just been through a decode step; with weights if there is a gate."""
+    after = advanced(state)
+    decode, kept = slots_to_read(after, state.num_seen, num_heads=num_heads)
+    complete = completed(state, options)
+
+    def finished() -> OVQState:
+        return with_merged_chunks(after, complete, options)
+
+    return TokenMemory(decode, finished, kept, gate)
+
+
+def memory_of_window(
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor | None,
+    finished: Callable[[Tensor, Tensor], Any],
+    *,
+    num_heads: int,
+) -> TokenMemory:
+    """The memory of a sliding window.
+
+    Args:
+        keys: `[B, Hkv, S, K]` that the new token sees beside its own, as in `TokenMemory`.
+        values: likewise.
+        first: `[B, 1]` int64, the first of all S + 1 that it sees; None if that is the first of all.
+        finished: makes the state of keys and values `[B, Hkv, S + 1, K]`.
+        num_heads: query heads.
+    """
+    rows, num_kv_heads, num_before, dim = keys.shape
+    room, size = num_before + 1, (rows, num_kv_heads, num_before + 1, dim)
+    new_keys, new_values = keys.new_empty(size), values.new_empty(size)
+    # A chunk of all that is seen, and no slots.
+    num_seen = (ctypes.c_int64 * rows)(*[num_before] * rows)
+    threads, dtype = torch.get_num_threads(), DTYPES.index(keys.dtype)
+    decode = Decode(rows, num_kv_heads, num_heads // num_kv_heads, room, 0, dim, dim, threads, dtype)
+    decode.pending_keys, decode.pending_values = new_keys.data_ptr(), new_values.data_ptr()
+    decode.num_seen = ctypes.addressof(num_seen)
+    if first is not None:
+        decode.first_read = first.data_ptr()
+    return TokenMemory(
+        decode, lambda: finished(new_keys, new_values), (num_seen, first), before=(keys, values)
+    )
+
+
+class LayerStep(NamedTuple):
+    """A layer as the kernel takes it, for one token of each row.
+
+    Attributes:
+        call: places of tensors.
+        memory: what the tokens read, and become part of.
+        conv_state: `[B, (H + 2 Hkv) K, C - 1]` inputs of the convolution once the kernel has run, or None.
+        kept: other tensors that the kernel needs.
+    """
+
+    call: _Layer
+    memory: TokenMemory
+    conv_state: Tensor | None
+    kept: Sequence[Any]
+
+
+def layer_to_run(
+    weights: LayerWeights,
+    eps: tuple[float, float],
+    memory: TokenMemory,
+    past: Tensor | None,
+    tables: tuple[Tensor, Tensor] | None,
+) -> LayerStep:
+    """A layer and what its tokens read.
+
+    Args:
+        weights: those of the layer.
+        eps: of both norms.
+        memory: what the tokens read; it has them afterwards.
+        past: `[B, (H + 2 Hkv) K, C - 1]` inputs of the convolution before them; None without one.
+        tables: `[1, K / 2]` cosines and sines to rotate queries and keys by; None to leave them.
+    """
+    width, inner = weights.down.shape
+    call = _Layer(width, inner, 0, *eps, *[weight.data_ptr() for weight in weights[:7]])
+    call.memory = memory.decode
+    conv_state = None
+    if past is not None and weights.taps is not None:
+        past = past.contiguous()
+        conv_state = torch.empty_like(past)
+        call.num_taps, call.taps = past.shape[2] + 1, weights.taps.data_ptr()
+        call.past, call.last = past.data_ptr(), conv_state.data_ptr()
+    if tables is not None:
+        call.cos, call.sin = tables[0].data_ptr(), tables[1].data_ptr()
+    if memory.gate is not None:
+        call.gate = memory.gate.data_ptr()
+    if memory.before is not None:
+        keys, values = memory.before
+        call.keys_before, call.values_before = keys.data_ptr(), values.data_ptr()
+        call.num_before = keys.shape[2]
+        call.key_row, call.key_head = keys.stride()[:2]
+        call.value_row, call.value_head = values.stride()[:2]
+    return LayerStep(call, memory, conv_state, (weights, past, tables))
+
+
+def run_layers(x: Tensor, layers: Sequence[LayerStep]) -> Tensor | None:
+    """One token per row through consecutive layers, without a gradient.
+
+    Args:
+        x: `[B, 1, D]` float32, at most `FEW_TOKENS` rows.
+        layers: the layers, all of width D.
+
+    Returns:
+        `[B, 1, D]`; None if a merge gate gives a weight that no token can have, as where `x` is not finite.
+    """
+    y = x.clone(memory_format=torch.contiguous_format)
+    calls, num = (_Layer * len(layers))(*[layer.call for layer in layers]), len(layers)
+    place = ctypes.addressof(calls)
+    scratch = torch.empty(call_kernel("ovq_layers_scratch", num, place), dtype=torch.uint8)
+    is_spoilt = call_kernel("ovq_layers_step", torch.get_num_threads(), num, place, scratch, y)
+    return None if is_spoilt else y
+
+
+class _Layer(ctypes.Structure):
+    """`Layer` of step.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("width", "inner", "num_taps")),
+        *((name, ctypes.c_double) for name in ("mixer_eps", "mlp_eps")),
+        *((name, ctypes.c_void_p) for name in ("mixer_norm", "qkv", "beta", "o", "mlp_norm", "gate_up")),
+        *((name, ctypes.c_void_p) for name in ("down", "gate", "cos", "sin", "taps", "past", "last")),
+        *((name, ctypes.c_void_p) for name in ("keys_before", "values_before")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("num_before", "key_row", "key_head", "value_row", "value_head")
+        ),
+        ("memory", Decode),
+    ]
