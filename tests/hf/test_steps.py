@@ -138,6 +138,12 @@ def test_padded_rows_at_different_places(monkeypatch, runs):
 def test_the_same_text_is_generated(monkeypatch, runs):
     model, ids = make_model(merge_gate=True), random_ids(2, 9)
 
+    # No layer needs positions, which would become longer with every token.
+    positions = []
+    model.register_forward_pre_hook(
+        lambda model, args, kwargs: positions.append(kwargs.get("position_ids")), with_kwargs=True
+    )
+
     def text():
         options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
         return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -145,6 +151,7 @@ def test_the_same_text_is_generated(monkeypatch, runs):
     found = text()
     assert runs.count(4) >= 15
     assert torch.equal(found, by_modules(monkeypatch, text))
+    assert set(positions) == {None}
 
 
 @needs_kernels

@@ -298,6 +298,9 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             unread_inputs(input_ids, kwargs), *args, inputs_embeds=inputs_embeds, **kwargs
         )
 
+    def _prepare_position_ids_for_generation(self, *args: Any) -> None:
+        """None, as no layer needs positions: `generate` would make them longer with every token."""
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, and with it `generate_batch` and `cache_implementation="paged"` of `generate`, which use
         it.

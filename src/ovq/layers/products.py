@@ -10,9 +10,6 @@ from torch import Tensor, nn
 
 from ovq.ops.backends.cpu import FEW_TOKENS, FasterLinear, can_run, few_products, has_faster_products
 
-# What other libraries hang on modules to see or change what goes in and comes out.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module does what its class does, so that something else may do the same.
@@ -24,8 +21,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     if type(module) is not kind:
         return False
     own = vars(module)
+    # What other libraries hang on modules to see or change what goes in and comes out. No loop: decoding asks
+    # this of every module for every token.
+    has_hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    has_hooks = has_hooks or own["_backward_hooks"] or own["_backward_pre_hooks"]
     # accelerate replaces the forward of an object.
-    return "forward" not in own and not any(own[name] for name in _HOOKS)
+    return not has_hooks and "forward" not in own
 
 
 def plain_parameter(module: nn.Module, kind: type[nn.Module], name: str = "weight") -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ovq.layers.base import AttentionMixer, Mixer, check_cache_use
 from ovq.layers.cache import LayerCache
-from ovq.layers.common import QKNorm, RMSNorm, ShortConvolution
+from ovq.layers.common import QKNorm, RMSNorm, ShortConvolution, rotary_tables
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.products import Linear, can_multiply, plain_parameter
 from ovq.ops.backends.cpu import FEW_TOKENS, LayerStep, LayerWeights, can_run, layer_to_run, run_layers
@@ -78,7 +79,7 @@ def token_step(
     mixer_eps, mlp_eps = around.mixer_norm.eps, around.mlp_norm.eps
     if mixer_eps is None or mlp_eps is None:
         return None
-    tables = mixer.rotary_tables(layout, hidden_states)
+    tables = _tables(layout.num_past, mixer.head_dim, mixer.rope_theta) if mixer.use_rope else None
     return TokenStep(layer_to_run(weights, (mixer_eps, mlp_eps), memory, past, tables), cache)
 
 
@@ -90,6 +91,22 @@ def run_steps(hidden_states: Tensor, steps: Sequence[TokenStep]) -> Tensor | Non
             cache.conv_state = layer.conv_state
             cache.set_state(layer.memory.finished(), 1)
     return done
+
+
+# Positions whose tables are made together: a dozen operations on tensors, for one token or for many.
+_POSITIONS = 64
+
+
+def _tables(position: int, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """The `rotary_tables` of one position, of which kernels take the place in memory."""
+    cos, sin = _tables_of_block(position // _POSITIONS, dim, theta)
+    return cos[position % _POSITIONS], sin[position % _POSITIONS]
+
+
+@functools.lru_cache(maxsize=16)
+def _tables_of_block(block: int, dim: int, theta: float) -> list[tuple[Tensor, ...]]:
+    tables = rotary_tables(block * _POSITIONS, _POSITIONS, dim, theta=theta, like=torch.empty(0))
+    return [table.split(1) for table in tables]
 
 
 def _weights(mixer: AttentionMixer, around: AroundMixer) -> LayerWeights | None:

@@ -6,7 +6,6 @@ A state is a value: no operation changes a state that it is given, so to keep a 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -458,9 +457,9 @@ def advanced(state: OVQState) -> OVQState:
     places = state.num_pending.tolist() if state.window else [n % size for n in seen]
     buffers, own = state._buffers, (state.pending_keys, state.pending_values, state.pending_weights)
     if buffers is not None and buffers.take(*own[:2], places, own[2]):
-        # As below, in half the time.
-        after = copy.copy(state)
-        after.num_seen = state.num_seen + 1
+        # As below, in a fraction of the time.
+        after = object.__new__(OVQState)
+        after.__dict__.update(state.__dict__, num_seen=state.num_seen + 1)
         return after
     buffers = PendingBuffers.copied(*own[:2], [p + 1 for p in places], own[2])
     return dataclasses.replace(

@@ -124,7 +124,7 @@ def mlp_step(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor, down: Tensor)
     x = x.contiguous()
     dim, inner = down.shape
     num = x.numel() // dim
-    y, scratch = torch.empty_like(x), x.new_empty(num * (dim + inner))
+    y, scratch = torch.empty_like(x), x.new_empty(num * (dim + 3 * inner))
     threads = torch.get_num_threads()
     call_kernel("ovq_mlp_step", threads, num, dim, inner, float(eps), x, norm, gate_up, down, scratch, y)
     return y

@@ -35,18 +35,28 @@ static void normalise(int64_t num, int64_t dim, float eps, const float *x, const
     for (int64_t t = 0; t < num; t++) rms_norm(dim, eps, x + t * dim, weight, y + t * dim);
 }
 
-/* y [num, inner] = swiglu(x times the transpose of weight [2 inner, dim]), a vector of y at a time. */
-static void multiply_gated(int64_t num, int64_t dim, int64_t inner, const float *x, const float *weight, float *y) {
+/* Products of x [num, dim] with rows of weight [2 inner, dim], those `half` inner from the first on, into halves [num, 2
+   inner]. A thread gets the same rows of each half, and of what follows, and does not wait. */
+static void multiply_half(int64_t half, int64_t num, int64_t dim, int64_t inner, const float *x, const float *weight,
+                          float *halves) {
+#pragma omp for schedule(static) nowait
+    for (int64_t first = 0; first < inner; first += VL)
+        for (int64_t r = half * inner + first; r < half * inner + least(inner, first + VL); r++)
+            for (int64_t t = 0; t < num; t++)
+                halves[t * 2 * inner + r] = long_dot(x + t * dim, weight + r * dim, dim);
+}
+
+/* y [num, inner] = swiglu(x times the transpose of weight [2 inner, dim]). */
+static void multiply_gated(int64_t num, int64_t dim, int64_t inner, const float *x, const float *weight, float *halves,
+                           float *y) {
+    multiply_half(0, num, dim, inner, x, weight, halves);
+    multiply_half(1, num, dim, inner, x, weight, halves);
 #pragma omp for schedule(static)
-    for (int64_t first = 0; first < inner; first += VL) {
-        const int64_t width = least(VL, inner - first);
-        float halves[2][num][VL];
-        for (int64_t half = 0; half < 2; half++)
-            for (int64_t r = 0; r < width; r++)
-                for (int64_t t = 0; t < num; t++)
-                    halves[half][t][r] = long_dot(x + t * dim, weight + (half * inner + first + r) * dim, dim);
-        for (int64_t t = 0; t < num; t++) swiglu(halves[0][t], halves[1][t], width, y + t * inner + first);
-    }
+    for (int64_t first = 0; first < inner; first += VL)
+        for (int64_t t = 0; t < num; t++) {
+            const float *gate = halves + t * 2 * inner + first;
+            swiglu(gate, gate + inner, least(VL, inner - first), y + t * inner + first);
+        }
 }
 
 extern "C" void ovq_linear(int64_t num_threads, int64_t num, int64_t dim, int64_t num_out, const float *x,
@@ -56,12 +66,12 @@ extern "C" void ovq_linear(int64_t num_threads, int64_t num, int64_t dim, int64_
 }
 
 /* y = x + down(swiglu(gate_up(norm(x)))) for a few tokens x [num, dim]: the second half of a layer. `scratch` has
-   num (dim + inner) floats. */
+   num (dim + 3 inner) floats. */
 static void add_mlp(int64_t num, int64_t dim, int64_t inner, float eps, const float *x, const float *norm,
                     const float *gate_up, const float *down, float *scratch, float *y) {
-    float *normed = scratch, *gated = normed + num * dim;
+    float *normed = scratch, *halves = normed + num * dim, *gated = halves + num * 2 * inner;
     normalise(num, dim, eps, x, norm, normed);
-    multiply_gated(num, dim, inner, normed, gate_up, gated);
+    multiply_gated(num, dim, inner, normed, gate_up, halves, gated);
     multiply(num, inner, dim, gated, down, x, y);
 }
 
@@ -123,7 +133,7 @@ static Made take_made(Arena *arena, const Layer *layer) {
     made.channels = TAKE(arena, float, rows * (num_heads + 2 * memory->num_kv_heads) * memory->key_dim);
     made.read = TAKE(arena, float, rows * num_heads * memory->value_dim);
     made.mixed = TAKE(arena, float, rows * layer->width);
-    made.of_mlp = TAKE(arena, float, rows * (layer->width + layer->inner));
+    made.of_mlp = TAKE(arena, float, rows * (layer->width + 3 * layer->inner));
     made.weights = TAKE(arena, float, rows * memory->num_kv_heads);
     made.scale = TAKE(arena, float, num_heads);
     return made;
