@@ -23,6 +23,13 @@ gc.disable()
 atexit.register(gc.unfreeze)
 
 
+def pytest_configure():
+    """Compile the kernels once, before there are workers that would, and tests with a cache of their own."""
+    from ovq.ops import cpu_kernels
+
+    cpu_kernels()
+
+
 def pytest_collection_finish():
     """From here on garbage is sought among what tests make, and the interpreter looks its names up once."""
     gc.freeze()

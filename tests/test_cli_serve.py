@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 
 import httpx
@@ -14,6 +13,7 @@ from ovq.hf import build_context, save_context
 from ovq.serve.model import ServedConverted
 from tests.convert.common import converted, original, tokens
 from tests.hf.common import make_model, random_ids
+from tests.processes import command
 from tests.serve.common import greedy
 
 PROMPT, DOCUMENT = random_ids(1, 5, seed=1)[0].tolist(), random_ids(1, 40, seed=2)[0].tolist()
@@ -28,14 +28,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_a_process_serves_until_it_is_told_to_end(folder):
+def test_a_process_serves_until_it_is_told_to_end(folder, tmp_path, monkeypatch):
     """Its line says where, its key is asked for, and after SIGTERM it answers what it has begun."""
-    command = [sys.executable, "-m", "ovq", "serve", "--model", str(folder), "--port", "0"]
-    command += ["--context", str(folder.parent / "book.ctx"), "--context", f"again={folder.parent}/book.ctx"]
-    environment = {**os.environ, "OVQ_API_KEY": "secret", "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    arguments = ["serve", "--model", folder, "--port", "0", "--context", folder.parent / "book.ctx"]
+    arguments += ["--context", f"again={folder.parent}/book.ctx"]
+    monkeypatch.setenv("OVQ_API_KEY", "secret")
+    os.mkfifo(tmp_path / "errors")
+    process = command(arguments, output=os.devnull, errors=tmp_path / "errors")
+    process.start()
+    with (tmp_path / "errors").open() as errors:
         try:
-            line = next(line for line in process.stderr if line.startswith("ovq serve: "))
+            line = next(line for line in errors if line.startswith("ovq serve: "))
             url = line.split()[2]
             assert "| model tiny on cpu | contexts: again, book | 32 rows" in line
             assert "key: yes" in line
@@ -45,16 +48,16 @@ def test_a_process_serves_until_it_is_told_to_end(folder):
             ask = {"model": "tiny", "prompt": PROMPT, "temperature": 0, "extra_body": {"context": "book"}}
             chunks = client.completions.create(**ask, max_tokens=80, stream=True)
             texts = [next(chunks).choices[0].text]
-            process.send_signal(signal.SIGTERM)
+            process.terminate()
             texts += [chunk.choices[0].text for chunk in chunks]
             client.close()
             expected = greedy(make_model(), PROMPT, 80, before=DOCUMENT)
             assert [int(word) for word in "".join(texts).split()] == expected
-            process.wait(60)
+            process.join(60)
+            assert process.exitcode in (0, -signal.SIGTERM)
         finally:
             process.kill()
-        assert process.returncode in (0, -signal.SIGTERM)
-        assert "Traceback" not in process.stderr.read()
+        assert "Traceback" not in errors.read()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A hundred calls of every backend, and proof that the fuzzer finds and shows what is wrong."""
 
 import dataclasses
+import functools
 
 import pytest
 from typer.testing import CliRunner
@@ -9,8 +10,10 @@ from ovq.hf import OVQCache
 from ovq.ops import OVQState, ovq_attention
 from ovq.ops.backends.cpu import kernels
 from tests.fuzz import op
+from tests.fuzz import run as run_module
 from tests.fuzz.__main__ import app
 from tests.fuzz.backends import BACKENDS
+from tests.fuzz.program import shrunk
 from tests.fuzz.run import KINDS, SHARES, drawn, report, run
 
 CALLS = 100
@@ -57,7 +60,9 @@ def fault(request, monkeypatch):
     return request.param
 
 
-def test_a_fault_is_found_and_the_lines_that_are_printed_show_it(fault):
+def test_a_fault_is_found_and_the_lines_that_are_printed_show_it(fault, monkeypatch):
+    # As simple as they get in fewer tries.
+    monkeypatch.setattr(run_module, "shrunk", functools.partial(shrunk, tries=80))
     outcome = run(fault, "torch", calls=20, seed=0)
     assert 0 < outcome.num_failed < outcome.num_run
     found = next(iter(outcome.failures.values()))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pipeline
 
 from ovq.hf import OVQConfig, OVQForCausalLM, OVQModel
 from ovq.hf.auto_map import AUTO_MAP, MODULE_FILE
@@ -92,6 +92,14 @@ def test_a_process_that_imports_nothing_of_ours(folder, byte_model, tmp_path):
     configs = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "again")]
     assert configs[0] == configs[1]
     assert configs[0]["auto_map"] == AUTO_MAP
+
+
+def test_a_pipeline_answers_prompts_side_by_side_as_each_alone(folder):
+    generate = pipeline("text-generation", model=str(folder))
+    prompts = ["It was", "A longer prompt, so that the other one is padded"]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    alone = [generate(prompt, **options) for prompt in prompts]
+    assert generate(prompts, batch_size=2, **options) == alone
 
 
 @pytest.mark.slow

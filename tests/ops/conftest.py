@@ -1,5 +1,6 @@
 """Machines on which nothing has been compiled yet, and kernels made before."""
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -10,19 +11,23 @@ from tests.ops.compiling import restart
 
 
 @pytest.fixture
-def fresh(monkeypatch, tmp_path):
+def fresh(tmp_path):
     """A machine on which nothing has been compiled yet, with a cache and temporary files of its own.
 
     The installed package brings no kernels.
     """
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(build, "_PREBUILT", tmp_path / "prebuilt")
-    monkeypatch.delenv("OVQ_CPU_KERNELS", raising=False)
-    restart(monkeypatch)
-    yield monkeypatch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        (tmp_path / "temporary").mkdir()
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+        patch.setattr(build, "_PREBUILT", tmp_path / "prebuilt")
+        patch.delenv("OVQ_CPU_KERNELS", raising=False)
+        restart(patch)
+        yield patch
+    # The usual ones again, before a test has another cache, where they would be compiled anew.
     build._attempt.cache_clear()
+    with contextlib.suppress(build.Unavailable):
+        build.load()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from tests.ops.test_routing import near_ties, novelty_ties
 
 needs_compiler = pytest.mark.skipif("compiled" not in cpu_kernels(), reason=cpu_kernels())
 # Heads wider than a vector, dictionaries and chunks wider than a tile of the products.
-WIDE = [(1, 400, 3, 1, 70, 33, 150, 140), (2, 300, 2, 2, 64, 64, 64, 32)]
+WIDE = [(1, 400, 3, 1, 70, 33, 150, 140), (1, 170, 2, 2, 64, 64, 40, 32)]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from ovq.eval.language import LanguageRow
 from ovq.eval.needle import NeedleRow
 from ovq.eval.rows import ResultRow
 from ovq.layers import MIXERS
+from ovq.plots import panels
 from ovq.plots.fidelity import fidelity_figure
 from ovq.plots.figures import save_figures as save_demo
 from ovq.plots.language import save_language_figures
@@ -184,9 +185,12 @@ def draw_all(folder):
     save_bench({"suite": {"dtypes": ["float32"]}, "rows": rows}, folder)
 
 
-def test_a_mixer_looks_the_same_in_every_figure(tmp_path, drawn):
+def test_a_mixer_looks_the_same_in_every_figure(tmp_path, drawn, monkeypatch):
     from matplotlib.colors import to_hex
 
+    # The figures are looked at, and not their files.
+    monkeypatch.setattr(panels, "_DPI", 30)
+    monkeypatch.setattr(panels, "_shrink", lambda path: None)
     draw_all(tmp_path)
     # Two of the demonstration and of language, three of needles, and one of each other.
     assert len(drawn) == 2 + 2 + 3 + 2 + 1 + 1

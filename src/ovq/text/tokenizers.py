@@ -1,6 +1,7 @@
 """Tokenizers. All are Hugging Face's, so they can be saved beside a model, and every command can use them.
 
-In the tokenizers made here, tokens 0..255 are the bytes and the last token is the end of a text.
+In the tokenizers made here, tokens 0..255 are the bytes and the last token is the end of a text, which pads
+batches as well.
 """
 
 from __future__ import annotations
@@ -193,6 +194,10 @@ def _wrapped(tokenizer: Tokenizer, *, is_by_word: bool = False) -> PreTrainedTok
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
+        # Batches need one, and no model has an embedding for another; the mask says what is padding. It
+        # goes before a prompt, which is continued at its end.
+        pad_token=END_OF_TEXT,
+        padding_side="left",
         clean_up_tokenization_spaces=False,
         # A text that happens to spell the token out does not end there.
         split_special_tokens=True,

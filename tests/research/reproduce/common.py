@@ -61,7 +61,7 @@ TINY = Preset(
         length=4096,
         num_windows=2,
         slot_factors=(1, 4),
-        needle_lengths=(512, 2304),
+        needle_lengths=(512, 1152),
         needle_depths=(0.0, 1.0),
         num_needles=2,
     ),
