@@ -50,8 +50,8 @@ def test_a_file_tells_what_it_holds_without_the_model(tmp_path):
     # Behind 2 sinks, 8 of 68 tokens at a time are merged once a window of 16 is full; one head has no slots.
     assert [int(counts.sum()) for counts in info.counts] == [56, 2 * 56]
     assert [len(counts) for counts in info.counts] == [16, 8 + 16]
-    save_file({}, tmp_path / "other.ctx", metadata={"format": "ovq-converted-context", "version": "2"})
-    with pytest.raises(ValueError, match=r"other\.ctx: expected version '1', found '2'"):
+    save_file({}, tmp_path / "other.ctx", metadata={"format": "ovq-converted-context", "version": "1"})
+    with pytest.raises(ValueError, match=r"other\.ctx: expected version '2', found '1'"):
         context_info(tmp_path / "other.ctx")
 
 
