@@ -72,7 +72,8 @@ def main() -> None:
             for name, reader in readers.items():
                 if name == "converted" or not is_filled or place + arguments.piece >= end:
                     part = slice(place, min(place + arguments.piece, end) + 1)
-                    reader.read(ids[part], is_text[part])
+                    counts = is_text[part] if place >= end - arguments.measured else None
+                    reader.read(ids[part], counts)
         found = {name: {"method": name, "tokens": end, **reader.row()} for name, reader in readers.items()}
         if is_filled and "full" in found:
             found["full"] |= {"is_filled": True, "loss": None}
@@ -109,6 +110,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--start", type=int, default=0, help="tokens of the text that are left out")
     parser.add_argument("--length", type=int, default=65536)
     parser.add_argument("--step", type=int, default=2048)
+    parser.add_argument(
+        "--measured", type=int, default=1 << 40, help="tokens at the end of each step whose losses count"
+    )
     parser.add_argument("--piece", type=int, default=512, help="tokens that are read at a time")
     parser.add_argument("--full-length", type=int, default=8192, help="where the original stops reading")
     parser.add_argument(
@@ -163,13 +167,14 @@ class Reader:
         self.losses: list[torch.Tensor] = []
         self.seconds, self.num_read = 0.0, 0
 
-    def read(self, ids: torch.Tensor, is_text: torch.Tensor) -> None:
-        """Read all tokens but the last, each of which predicts the next; losses count where that is text."""
+    def read(self, ids: torch.Tensor, counts: torch.Tensor | None) -> None:
+        """Read all tokens but the last, each of which predicts the next; which of the losses count, if any."""
         begun = time.process_time()
         [hidden] = read_pieces(self.model, ids[:-1], self.cache, piece_size=self.piece)
         self.seconds += time.process_time() - begun
         self.num_read += len(ids) - 1
-        self.losses.append(target_losses(self.model, hidden, ids[1:])[0][is_text[1:]])
+        if counts is not None:
+            self.losses.append(target_losses(self.model, hidden, ids[1:])[0][counts[1:]])
 
     def fill(self, length: int) -> None:
         """Repeat what the cache of all tokens holds, up to so many tokens."""

@@ -128,10 +128,27 @@ def test_slots_know_the_mean_positions_of_their_tokens():
                 if done == 44:
                     assert (merged == first).all()
                     continue
-                assert (merged > first).all()
                 means = memory.position_sum / memory.count
                 assert means.min() == 150 - 35
                 assert means.max() < 150 - memory.budget.window + memory.budget.chunk_size
+
+
+@torch.no_grad()
+def test_what_was_brought_nearer_counts_less_each_time():
+    # All that is merged goes to one slot.
+    sizes = {**ROOMY, "num_slots": 1, "num_kv_heads": 1, "trained_length": 64, "max_distance": 32}
+    config = MemoryConfig.uniform(**sizes, rotary_frequencies=FREQUENCIES)
+    layer, generator = MemoryLayer(config.layer(0)), torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, 1, 68, dim, generator=generator, dtype=torch.float64) for dim in (7, 5))
+    layer.learn(k[:, :, :63], v[:, :, :63])
+    memory = layer.memories[0]
+    expected = v[:, :, 3:51].mean(2, keepdim=True)
+    assert (memory.num_merged, int(memory.count)) == ([48], 48)
+    torch.testing.assert_close(memory.slot_values, expected)
+    # Its first turn is after 64 tokens.
+    layer.learn(k[:, :, 63:64], v[:, :, 63:64])
+    assert (memory.num_merged, int(memory.count), int(memory.position_sum)) == ([48], 42, 42 * (64 - 28))
+    torch.testing.assert_close(memory.slot_values, expected)
 
 
 @torch.no_grad()

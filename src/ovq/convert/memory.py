@@ -30,6 +30,9 @@ from ovq.ops.state import state_dtype
 # Queries read at a time, which bounds the memory for their scores.
 _QUERIES = 256
 
+# Each time that a slot is brought nearer, it counts for one token in so many less; small ones for as many.
+_FORGOTTEN = 8
+
 _TENSORS = (
     *("recent_keys", "recent_values", "key_sum", "value_sum", "count", "position_sum"),
     *("key_unit", "sink_keys"),
@@ -48,7 +51,7 @@ class HeadMemory:
             uses the first `filled[b]` places. recent_values: `[B, h, S + W, V]`.
         key_sum: `[B, h, N, K]` sum of the keys in each slot, in units of `key_unit`, float32 (float64 for
             float64 models). value_sum: `[B, h, N, V]` sum of their values.
-        count: `[B, h, N]` tokens in each slot.
+        count: `[B, h, N]` tokens in each slot; those that were brought nearer count for fewer.
         position_sum: `[B, h, N]` sum of their positions, int64; of slots that were brought nearer, of the
             positions that they were brought to.
         sink_keys: `[B, h, S, K]` keys of the first S tokens as they were before those in `recent_keys` were
@@ -148,6 +151,8 @@ class HeadMemory:
     def bring_nearer_(self, rows: list[int], reach: Reach, ratio: Tensor | None = None) -> None:
         """Turn the sinks and slots of rows that are further than `reach.limit` from the last token.
 
+        Such slots count for an eighth fewer tokens afterwards, rounded so that up to 7 stay as they are.
+
         Args:
             rows: those that have just read as many tokens as `reach` turns them after.
             reach: see there.
@@ -162,8 +167,13 @@ class HeadMemory:
         is_far = count * nearest > positions
         by = torch.where(is_far, nearest - positions.double() / count.clamp(min=1), 0)
         if bool(is_far.any()):
-            _put_rows(self, "key_sum", index, reach.turned(self.key_sum[index], by, ratio))
-            _put_rows(self, "position_sum", index, torch.where(is_far, count * nearest, positions))
+            # What is far away counts less each time, or all that was ever read would outweigh what is near.
+            left = torch.where(is_far, count - count // _FORGOTTEN, count)
+            share = (left.to(self.key_sum.dtype) / count.clamp(min=1))[..., None]
+            _put_rows(self, "key_sum", index, reach.turned(self.key_sum[index], by, ratio) * share)
+            _put_rows(self, "value_sum", index, self.value_sum[index] * share)
+            _put_rows(self, "position_sum", index, torch.where(is_far, left * nearest, positions))
+            _put_rows(self, "count", index, left)
         if not (num_sinks := self.budget.num_sinks):
             return
         first = torch.tensor([num == reach.first_turn for num in num_read], device=index.device)
