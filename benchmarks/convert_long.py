@@ -168,7 +168,7 @@ class Reader:
         self.seconds, self.num_read = 0.0, 0
 
     def read(self, ids: torch.Tensor, counts: torch.Tensor | None) -> None:
-        """Read all tokens but the last, each of which predicts the next; which of the losses count, if any."""
+        """Read all tokens but the last, each of which predicts the next; `counts` says which losses do."""
         begun = time.process_time()
         [hidden] = read_pieces(self.model, ids[:-1], self.cache, piece_size=self.piece)
         self.seconds += time.process_time() - begun
