@@ -9,13 +9,19 @@ before that length, and that piece is read. Such a row says `is_filled`; its tim
 text, since attention takes as long whatever keys hold, and it has no loss. At the same lengths, both generate
 a few tokens, in turns. Times are those of the processor, so that other work on the machine matters
 little.
+
+With `--needles`, sentences that give a key a number of seven digits are put in at these places of the text.
+After `--ask` tokens, a copy of the converted model's cache is asked for each of those that it has read. A
+needle is found if every token of the number is the most likely one. Losses leave out the sentences.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
+import random
 import statistics
 import time
 from pathlib import Path
@@ -31,6 +37,8 @@ from ovq.runtime.files import write_atomic
 
 METHODS = ["converted", "full"]
 NUM_GENERATED = 9
+KEYS = ["amber", "badger", "candle", "falcon", "garden", "hammer", "island", "kettle", "lantern", "meadow"]
+KEYS += ["orchard", "pepper", "ribbon", "saddle", "tunnel", "violin", "willow", "anchor", "basket", "comet"]
 
 
 def main() -> None:
@@ -40,9 +48,11 @@ def main() -> None:
     dtype, length, step = getattr(torch, arguments.dtype), arguments.length, arguments.step
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     text = "\n\n".join(path.read_text() for path in arguments.text)
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[arguments.start :][: length + 1]
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])[arguments.start :]
+    ids, is_text, needles = hide(ids, tokenizer, arguments.needles)
     if len(ids) <= length:
         raise SystemExit(f"--length: expected at most {len(ids) - 1}, as the text has tokens, found {length}")
+    ids, is_text = ids[: length + 1], is_text[: length + 1]
     all_readers = {}
     if "converted" in arguments.methods:
         model = load(arguments.converted, dtype=dtype)
@@ -61,7 +71,9 @@ def main() -> None:
         for place in range(start, end, arguments.piece):
             for name, reader in readers.items():
                 if name == "converted" or not is_filled or place + arguments.piece >= end:
-                    reader.read(ids[place : min(place + arguments.piece, end) + 1])
+                    part = slice(place, min(place + arguments.piece, end) + 1)
+                    counts = is_text[part] if place >= end - arguments.measured else None
+                    reader.read(ids[part], counts)
         found = {name: {"method": name, "tokens": end, **reader.row()} for name, reader in readers.items()}
         if is_filled and "full" in found:
             found["full"] |= {"is_filled": True, "loss": None}
@@ -73,6 +85,12 @@ def main() -> None:
             for name, reader in readers.items():
                 reader.copy = None
                 found[name]["decode_ms"] = round(1000 * statistics.median(times[name]), 1)
+        if end in arguments.ask and "converted" in readers:
+            found["converted"]["needles"] = [
+                {"place": place, "found": readers["converted"].knows(question, answer)}
+                for place, question, answer in needles
+                if place < end
+            ]
         rows += found.values()
         about = {name: str(value) for name, value in vars(arguments).items()}
         about["text"] = " ".join(path.name for path in arguments.text)
@@ -92,15 +110,48 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--start", type=int, default=0, help="tokens of the text that are left out")
     parser.add_argument("--length", type=int, default=65536)
     parser.add_argument("--step", type=int, default=2048)
+    parser.add_argument(
+        "--measured", type=int, default=1 << 40, help="tokens at the end of each step whose losses count"
+    )
     parser.add_argument("--piece", type=int, default=512, help="tokens that are read at a time")
     parser.add_argument("--full-length", type=int, default=8192, help="where the original stops reading")
     parser.add_argument(
         "--at", type=int, nargs="+", default=[2048 * 2**i for i in range(6)], help="where both are measured"
     )
+    parser.add_argument(
+        "--needles", type=int, nargs="*", default=[], help="places of numbers that are hidden"
+    )
+    parser.add_argument("--ask", type=int, nargs="*", default=[], help="where the model is asked for them")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
+
+
+def hide(
+    ids: torch.Tensor, tokenizer: Any, places: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, torch.Tensor, torch.Tensor]]]:
+    """The text with a sentence put in at each place, which tokens are not of these, and the needles.
+
+    A needle is its place, the tokens of its question, and those of the answer.
+    """
+    generator, parts, needles, done = random.Random(0), [], [], 0
+    for place, key in zip(sorted(places), KEYS, strict=False):
+        stem = f"One of the special magic numbers for {key} is:"
+        number = f" {generator.randrange(10**6, 10**7)}"
+        question = f"\nWhat is the special magic number for {key} in the text above? {stem}"
+        sentence, asked, answer = (
+            torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text in (f"\n{stem}{number}.\n", question, number)
+        )
+        parts += [(ids[done:place], True), (sentence, False)]
+        needles.append(
+            (place + sum(len(x) for x, is_text in parts if not is_text) - len(sentence), asked, answer)
+        )
+        done = place
+    parts.append((ids[done:], True))
+    is_text = list(itertools.chain(*([kind] * len(x) for x, kind in parts)))
+    return torch.cat([x for x, _ in parts]), torch.tensor(is_text), needles
 
 
 class Reader:
@@ -116,13 +167,14 @@ class Reader:
         self.losses: list[torch.Tensor] = []
         self.seconds, self.num_read = 0.0, 0
 
-    def read(self, ids: torch.Tensor) -> None:
-        """Read all tokens but the last, each of which predicts the next."""
+    def read(self, ids: torch.Tensor, counts: torch.Tensor | None) -> None:
+        """Read all tokens but the last, each of which predicts the next; `counts` says which losses do."""
         begun = time.process_time()
         [hidden] = read_pieces(self.model, ids[:-1], self.cache, piece_size=self.piece)
         self.seconds += time.process_time() - begun
         self.num_read += len(ids) - 1
-        self.losses.append(target_losses(self.model, hidden, ids[1:])[0])
+        if counts is not None:
+            self.losses.append(target_losses(self.model, hidden, ids[1:])[0][counts[1:]])
 
     def fill(self, length: int) -> None:
         """Repeat what the cache of all tokens holds, up to so many tokens."""
@@ -130,6 +182,13 @@ class Reader:
             for name in ("keys", "values"):
                 x = getattr(layer, name)
                 setattr(layer, name, x.repeat(1, 1, -(-length // x.shape[2]), 1)[:, :, :length])
+
+    @torch.no_grad()
+    def knows(self, question: torch.Tensor, answer: torch.Tensor) -> bool:
+        """Whether greedy generation after the question would give the answer; the cache stays as it is."""
+        ids = torch.cat([question, answer])
+        logits = self.model(ids[None, :-1], past_key_values=self.cache.snapshot()).logits[0]
+        return bool((logits[-len(answer) :].argmax(-1) == answer).all())
 
     @torch.no_grad()
     def decode(self, ids: torch.Tensor, *, is_first: bool) -> float:

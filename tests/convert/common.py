@@ -27,6 +27,8 @@ SIZES = {
     "head_dim": 8,
     # Attention of randomly initialised models is nearly uniform; this makes it sharper.
     "initializer_range": 0.3,
+    # Most texts of these tests are longer, so that rows are brought nearer.
+    "max_position_embeddings": 48,
 }
 KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -35,7 +37,13 @@ KINDS = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
 }
 # Heads with different budgets in one layer, one of them without slots.
-MEMORY = {"num_slots": [[16, 0], [8, 16]], "window": [[16, 24], [16, 16]], "num_sinks": 2, "chunk_size": 8}
+MEMORY = {
+    "num_slots": [[16, 0], [8, 16]],
+    "window": [[16, 24], [16, 16]],
+    "num_sinks": 2,
+    "chunk_size": 8,
+    "max_distance": 40,
+}
 
 
 @functools.cache

@@ -49,7 +49,7 @@ def test_nothing_changes_until_something_is_merged(kind):
 @torch.no_grad()
 def test_slots_of_one_token_each_are_exact():
     ids = tokens(1, 90)
-    model = converted(num_slots=96, window=16)
+    model = converted(num_slots=96, window=16, max_distance=4096)
     torch.testing.assert_close(model(ids).logits, original()(ids).logits, **TINY)
 
 
@@ -97,7 +97,8 @@ def test_rows_do_not_depend_on_padding_or_each_other(sizes, pads, merge, seed):
 
 
 def test_the_memory_has_constant_bytes():
-    model = converted()
+    # Nothing is brought nearer, and so forgotten, in so few tokens.
+    model = converted(max_distance=4096)
     _, cache = read(model, tokens(1, 400), [30, 170, 200])
     _, short = read(model, tokens(1, 30), 30)
     assert cache.nbytes == short.nbytes
@@ -108,7 +109,7 @@ def test_the_memory_has_constant_bytes():
 
 @torch.no_grad()
 def test_slots_are_the_means_of_what_was_merged():
-    model = converted(num_slots=4, window=16)
+    model = converted(num_slots=4, window=16, max_distance=4096)
     ids = tokens(1, 66)
     # With room for all, keys and values are kept as they are; the first layer does not depend on later ones.
     _, exact = read(converted(num_slots=0, window=72), ids, 66)
@@ -262,6 +263,7 @@ def test_what_a_memory_cannot_do_is_refused():
         ({"merge": "best"}, "merge: expected one of"),
         ({"num_sinks": 1.5}, "num_sinks: expected an integer"),
         ({"value_weight": -1}, "value_weight"),
+        ({"max_distance": 7}, "max_distance: expected an integer of at least 8, found 7"),
     ],
 )
 def test_sizes_are_checked(memory, message):

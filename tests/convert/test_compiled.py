@@ -23,9 +23,17 @@ TEMPERATURE = [[0.5, 1.0, 2.0, 1.0, 1.5, 0.7, 1.0, 1.0]]
 BIAS = [[0.3, -1.0, 0.0, 0.0, 1.0, 0.2, 0.0, 0.5]]
 
 
+# Keys of 20 numbers, of which 16 are turned.
+REACH = {
+    "trained_length": 60,
+    "max_distance": 50,
+    "rotary_frequencies": [1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001],
+}
+
+
 def layer_of(merge="ward", *, is_adapted=True):
     learned = {"slot_temperature": TEMPERATURE, "slot_bias": BIAS} if is_adapted else {}
-    return MemoryLayer(MemoryConfig(merge=merge, value_weight=0.7, **SIZES, **learned).layer(0))
+    return MemoryLayer(MemoryConfig(merge=merge, value_weight=0.7, **SIZES, **REACH, **learned).layer(0))
 
 
 def inputs(num_tokens, dtype=torch.float32, *, rows=2, seed=0):

@@ -42,16 +42,18 @@ def test_contexts_are_only_for_the_model_and_memory_that_made_them(tmp_path):
 
 
 def test_a_file_tells_what_it_holds_without_the_model(tmp_path):
-    context = build_context(converted(), tokens(70))
+    # Nothing is brought nearer, and so forgotten, in so few tokens.
+    model = converted(max_distance=4096)
+    context = build_context(model, tokens(70))
     save_context(context, tmp_path / "book.ctx")
     info = context_info(tmp_path / "book.ctx")
-    assert (info.num_tokens, info.config, info.dtype) == (70, converted().memory_config, "torch.float32")
+    assert (info.num_tokens, info.config, info.dtype) == (70, model.memory_config, "torch.float32")
     assert sum(info.layer_bytes) == info.nbytes
     # Behind 2 sinks, 8 of 68 tokens at a time are merged once a window of 16 is full; one head has no slots.
     assert [int(counts.sum()) for counts in info.counts] == [56, 2 * 56]
     assert [len(counts) for counts in info.counts] == [16, 8 + 16]
-    save_file({}, tmp_path / "other.ctx", metadata={"format": "ovq-converted-context", "version": "2"})
-    with pytest.raises(ValueError, match=r"other\.ctx: expected version '1', found '2'"):
+    save_file({}, tmp_path / "other.ctx", metadata={"format": "ovq-converted-context", "version": "1"})
+    with pytest.raises(ValueError, match=r"other\.ctx: expected version '2', found '1'"):
         context_info(tmp_path / "other.ctx")
 
 

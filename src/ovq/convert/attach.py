@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ovq.convert.attention import IMPLEMENTATION, LAYER_CONFIG
 from ovq.convert.cache import MemoryCache
 from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table
+from ovq.convert.rotary import with_reach
 from ovq.hf.cache import CACHE_KEY
 
 # The model is compared before and after on so many tokens. Logits may differ by so much: the root of the mean
@@ -75,6 +76,7 @@ def attach(
     chunk_size: int = 64,
     merge: str = "ward",
     value_weight: float = 1.0,
+    max_distance: int | None = None,
     config: MemoryConfig | None = None,
 ) -> Any:
     """Give a pretrained decoder a memory of constant size, in place of a cache that grows, without training.
@@ -94,6 +96,9 @@ def attach(
         chunk_size: tokens that are merged at a time.
         merge: the rule by which the slots are learned, `"ward"`, `"ward-sqrt"` or the paper's `"existing"`.
         value_weight: the weight of distances between values relative to those between keys.
+        max_distance: how many tokens away queries see sinks and slots, at most, once a text is longer than
+            the model was trained for (its `max_position_embeddings`). None for a quarter of that, or for no
+            limit if it is not known how the model turns keys by their positions.
         config: all of these in one object instead, such as `ovq.convert.load` and `probe` use.
 
     Returns:
@@ -111,7 +116,7 @@ def attach(
         >>> cache = model.make_cache()
         >>> _ = model(torch.arange(200)[None] % 32, past_key_values=cache)
         >>> cache
-        MemoryCache(layers=2, rows=1, columns=200, 3,496 bytes)
+        MemoryCache(layers=2, rows=1, columns=200, 3,752 bytes)
     """
     if isinstance(model, ConvertedMixin):
         raise ValueError("model: expected one that is not converted yet, found a converted one")
@@ -126,12 +131,14 @@ def attach(
             chunk_size=chunk_size,
             merge=merge,
             value_weight=value_weight,
+            max_distance=max_distance,
         )
     elif list(map(len, config.num_slots)) != heads:
         raise ValueError(
             f"config: expected {heads} key/value heads per layer, as the model has, "
             f"found {list(map(len, config.num_slots))}"
         )
+    config = with_reach(config, model)
     before = _logits(model)
     implementation, own_class = model.config._attn_implementation, type(model)
     model.set_attn_implementation(IMPLEMENTATION)

@@ -7,7 +7,8 @@ values on, marked as its own; the attention function finds the memory by that ma
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,9 +80,13 @@ class MemoryLayer(CacheLayerMixin):
         self._num_columns += k.shape[2]
         if self.config.key_exponents is not None:
             k = k * key_factors(self.config.key_exponents, k)
-        for memory in self.memories:
-            heads = list(memory.budget.heads)
-            memory.learn(k[:, heads], v[:, heads])
+        lengths = [k.shape[2]] * len(k)
+        for done, now in self._parts(lengths):
+            part = slice(done[0], done[0] + now[0])
+            for memory in self.memories:
+                heads = list(memory.budget.heads)
+                memory.learn(k[:, heads, part], v[:, heads, part])
+            self._bring_nearer(now)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Outputs `[B, H, T, V]` of new tokens, which the layer then remembers.
@@ -101,8 +106,8 @@ class MemoryLayer(CacheLayerMixin):
             # Real tokens first; where none is missing, this changes nothing.
             order = (~mask).byte().argsort(dim=-1, stable=True)
             q, k, v = (_take(x, order) for x in (q, k, v))
-        per_head = q.shape[1] // self.config.num_kv_heads
         if self.config.key_exponents is not None:
+            per_head = q.shape[1] // self.config.num_kv_heads
             factor = key_factors(self.config.key_exponents, k)
             # By powers of 2, so that scores do not change, bit by bit.
             q, k = q / factor.repeat_interleave(per_head, 0), k * factor
@@ -110,9 +115,75 @@ class MemoryLayer(CacheLayerMixin):
         factors = {
             name: None if x is None else torch.as_tensor(x, device=q.device) for name, x in learned.items()
         }
+        if max(lengths) < self._until_turn():
+            o = self._attend_part(q, k, v, lengths, **factors)
+        else:
+            o = q.new_zeros(*q.shape[:3], v.shape[3])
+            for done, now in self._parts(lengths):
+                if len({*zip(done, now, strict=True)}) == 1:
+                    part = slice(done[0], done[0] + now[0])
+                    o[:, :, part] = self._attend_part(
+                        q[:, :, part], k[:, :, part], v[:, :, part], now, **factors
+                    )
+                else:
+                    first = torch.tensor(done, device=q.device)[:, None]
+                    places = first + torch.arange(max(now), device=q.device)
+                    places = places.clamp(max=q.shape[2] - 1)
+                    own_q, own_k, own_v = (_take(x, places) for x in (q, k, v))
+                    found = self._attend_part(own_q, own_k, own_v, now, **factors)
+                    for row, (start, num) in enumerate(zip(done, now, strict=True)):
+                        o[row, :, start : start + num] = found[row, :, :num]
+                self._bring_nearer(now)
+        return o if order is None else _take(o, order.argsort(-1))
+
+    def _until_turn(self) -> float:
+        """The fewest tokens until something is brought nearer in a row."""
+        reach, memories = self.config.reach, self.memories
+        if reach is None or memories is None:
+            return math.inf
+        return min(reach.until_turn(memories[0].num_read(row)) for row in range(self.num_rows))
+
+    def _parts(self, lengths: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """Tokens of each row that are done, and how many are next until something is brought nearer."""
+        reach, done = self.config.reach, [0] * len(lengths)
+        while done != list(lengths):
+            now = [n - d for n, d in zip(lengths, done, strict=True)]
+            if reach is not None:
+                assert self.memories is not None
+                now = [
+                    min(num, reach.until_turn(self.memories[0].num_read(row))) for row, num in enumerate(now)
+                ]
+            yield done, now
+            done = [d + n for d, n in zip(done, now, strict=True)]
+
+    def _bring_nearer(self, now: Sequence[int]) -> None:
+        """Bring nearer what has come to lie too far away in rows that have just read `now` tokens each."""
+        reach, memories = self.config.reach, self.memories
+        if reach is None or memories is None:
+            return
+        rows = [row for row, num in enumerate(now) if num and reach.is_turn(memories[0].num_read(row))]
+        if not rows:
+            return
+        ratio = None
+        if self.config.key_exponents is not None:
+            num = len(reach.frequencies)
+            exponents = torch.tensor(self.config.key_exponents, device=memories[0].count.device)
+            ratio = torch.exp2(
+                (exponents[:, :num] - exponents[:, num : 2 * num]).to(memories[0].key_sum.dtype)
+            )
+        for memory in memories:
+            own = None if ratio is None else ratio[list(memory.budget.heads)]
+            memory.bring_nearer_(rows, reach, own)
+
+    def _attend_part(
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], **factors: Tensor | None
+    ) -> Tensor:
+        """Outputs of tokens after which, at the earliest, something is brought nearer."""
+        assert self.memories is not None
+        per_head = q.shape[1] // self.config.num_kv_heads
         if len(self.memories) == 1:
-            o = self.memories[0].attend(q, k, v, lengths, **factors)
-        elif is_compiled(self.memories, k, v, q, *factors.values()):
+            return self.memories[0].attend(q, k, v, lengths, **factors)
+        if is_compiled(self.memories, k, v, q, *factors.values()):
             o = q.new_zeros(*q.shape[:3], v.shape[3])
             parts = [(memory, memory.budget.heads) for memory in self.memories]
             advance_compiled(parts, k, v, lengths, q=q, o=o, **factors)
@@ -123,7 +194,7 @@ class MemoryLayer(CacheLayerMixin):
                 own = [h * per_head + i for h in heads for i in range(per_head)]
                 part = {name: None if x is None else x[own] for name, x in factors.items()}
                 o[:, own] = memory.attend(q[:, own], k[:, heads], v[:, heads], lengths, **part)
-        return o if order is None else _take(o, order.argsort(-1))
+        return o
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the columns that a mask has to cover: all columns."""

@@ -7,10 +7,14 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from ovq.convert.reach import Reach
 from ovq.ops.options import MERGES, Options, check_value_weight, default_growth
 
 #: The field of a model's config in which a `MemoryConfig` is saved.
 CONFIG_KEY = "ovq_memory"
+
+#: The shortest `trained_length`.
+LEAST_LENGTH = 32
 
 # Keys are multiplied by powers of 2, which does not round as long as float16 can hold them.
 _MOST_EXPONENT = 8
@@ -37,6 +41,11 @@ class MemoryConfig:
         slot_temperature: per layer and *query* head, the factor of the scores of slots that hold more than
             one token; None for 1.
         slot_bias: per layer and query head, what is added to these scores; None for 0.
+        trained_length: once a text is longer than this, sinks and slots that are far away are brought nearer,
+            since a model does badly at distances that it was not trained on. None for never; `attach` then
+            puts in what the model's config says, if it knows how the model turns keys.
+        max_distance: how many tokens away they are then, at most; None for a quarter of `trained_length`.
+        rotary_frequencies: how keys are turned, see `Reach`; `attach` puts them in.
 
     Raises:
         ValueError: if a number is out of range, or the lists do not fit together.
@@ -60,6 +69,9 @@ class MemoryConfig:
     key_exponents: list[list[list[int]]] | None = None
     slot_temperature: list[list[float]] | None = None
     slot_bias: list[list[float]] | None = None
+    trained_length: int | None = None
+    max_distance: int | None = None
+    rotary_frequencies: list[float] | None = None
 
     def __post_init__(self) -> None:
         _check_int("chunk_size", self.chunk_size, at_least=1)
@@ -84,6 +96,9 @@ class MemoryConfig:
                     raise ValueError(
                         f"key_exponents: expected integers up to {_MOST_EXPONENT}, found {exponent}"
                     )
+        for name, least in (("trained_length", LEAST_LENGTH), ("max_distance", LEAST_LENGTH // 4)):
+            if (number := getattr(self, name)) is not None:
+                _check_int(name, number, at_least=least)
         for slots in self.num_slots:
             for number in slots:
                 _check_int("num_slots", number, at_least=0)
@@ -148,6 +163,18 @@ class MemoryConfig:
         ]
         return sum(rows) / len(rows)
 
+    @property
+    def reach(self) -> Reach | None:
+        """When and how far rows are brought nearer; None for never, also where it is not known how."""
+        if self.trained_length is None or self.rotary_frequencies is None:
+            return None
+        distance = self.trained_length // 4 if self.max_distance is None else self.max_distance
+        return Reach(
+            trained_length=self.trained_length,
+            max_distance=distance,
+            frequencies=tuple(self.rotary_frequencies),
+        )
+
     def layer(self, index: int) -> LayerConfig:
         """What one layer keeps."""
         slots, windows, given = self.num_slots[index], self.window[index], self.value_weight
@@ -175,6 +202,7 @@ class MemoryConfig:
             else tuple(map(tuple, self.key_exponents[index])),
             slot_temperature=None if self.slot_temperature is None else tuple(self.slot_temperature[index]),
             slot_bias=None if self.slot_bias is None else tuple(self.slot_bias[index]),
+            reach=self.reach,
         )
 
 
@@ -225,6 +253,7 @@ class LayerConfig:
         key_exponents: see `MemoryConfig`, of this layer.
         slot_temperature: factor of the scores of slots of several tokens, per query head. slot_bias: what is
             added to them.
+        reach: when and how far rows are brought nearer; None for never.
     """
 
     budgets: tuple[Budget, ...]
@@ -232,6 +261,7 @@ class LayerConfig:
     key_exponents: tuple[tuple[int, ...], ...] | None = None
     slot_temperature: tuple[float, ...] | None = None
     slot_bias: tuple[float, ...] | None = None
+    reach: Reach | None = None
 
 
 def _check_heads(name: str, table: Sequence[Sequence[Any]], heads: list[int]) -> None:

@@ -34,7 +34,7 @@ from ovq.hf.context import (
 from ovq.ops.serialization import positive_int, read_file, write_file
 
 FORMAT = "ovq-converted-context"
-VERSION = "1"
+VERSION = "2"
 
 
 class ConvertedContext(Context):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ovq.convert.config import Budget
+from ovq.convert.reach import Reach
 from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.backends.cpu.kernels import DTYPES, is_available
 from ovq.ops.backends.cpu.kernels import learn_and_say as compiled_learn
@@ -29,7 +30,13 @@ from ovq.ops.state import state_dtype
 # Queries read at a time, which bounds the memory for their scores.
 _QUERIES = 256
 
-_TENSORS = ("recent_keys", "recent_values", "key_sum", "value_sum", "count", "key_unit")
+# Each time that a slot is brought nearer, it counts for one token in so many less; small ones for as many.
+_FORGOTTEN = 8
+
+_TENSORS = (
+    *("recent_keys", "recent_values", "key_sum", "value_sum", "count", "position_sum"),
+    *("key_unit", "sink_keys"),
+)
 
 
 class HeadMemory:
@@ -44,7 +51,11 @@ class HeadMemory:
             uses the first `filled[b]` places. recent_values: `[B, h, S + W, V]`.
         key_sum: `[B, h, N, K]` sum of the keys in each slot, in units of `key_unit`, float32 (float64 for
             float64 models). value_sum: `[B, h, N, V]` sum of their values.
-        count: `[B, h, N]` tokens in each slot.
+        count: `[B, h, N]` tokens in each slot; those that were brought nearer count for fewer.
+        position_sum: `[B, h, N]` sum of their positions, int64; of slots that were brought nearer, of the
+            positions that they were brought to.
+        sink_keys: `[B, h, S, K]` keys of the first S tokens as they were before those in `recent_keys` were
+            brought nearer; 0 until then.
         key_unit: `[B, h]` the length of keys, as a power of 2, that counts as 1 where the rule compares
             distances; 0 until the first merge.
         filled: places of exact tokens in use, of each row.
@@ -61,7 +72,9 @@ class HeadMemory:
             sums = x.new_zeros(batch, heads, budget.num_slots, x.shape[3], dtype=wide)
             setattr(self, f"{name}_sum", sums)
         self.count = k.new_zeros(batch, heads, budget.num_slots, dtype=torch.int64)
+        self.position_sum = torch.zeros_like(self.count)
         self.key_unit = k.new_zeros(batch, heads, dtype=wide)
+        self.sink_keys = torch.zeros_like(self.recent_keys[:, :, : budget.num_sinks])
         self.filled = [0] * batch
         self.num_merged = [0] * batch
         self._has_graph = False
@@ -130,6 +143,48 @@ class HeadMemory:
         """Detach all that is kept from its graph."""
         for name in _TENSORS:
             setattr(self, name, getattr(self, name).detach())
+
+    def num_read(self, row: int) -> int:
+        """Tokens that a row has read."""
+        return self.filled[row] + self.num_merged[row]
+
+    def bring_nearer_(self, rows: list[int], reach: Reach, ratio: Tensor | None = None) -> None:
+        """Turn the sinks and slots of rows that are further than `reach.limit` from the last token.
+
+        Such slots count for an eighth fewer tokens afterwards, rounded so that up to 7 stay as they are.
+
+        Args:
+            rows: those that have just read as many tokens as `reach` turns them after.
+            reach: see there.
+            ratio: `[h, R]`, see `Reach.turned`.
+        """
+        index = torch.tensor(rows, device=self.count.device)
+        num_read = [self.num_read(row) for row in rows]
+        ratio = None if ratio is None else ratio[:, None]
+        # [R, 1, 1]: the first position that is near enough.
+        nearest = torch.tensor(num_read, device=index.device)[:, None, None] - reach.limit
+        count, positions = self.count[index], self.position_sum[index]
+        is_far = count * nearest > positions
+        by = torch.where(is_far, nearest - positions.double() / count.clamp(min=1), 0)
+        if bool(is_far.any()):
+            # What is far away counts less each time, or all that was ever read would outweigh what is near.
+            left = torch.where(is_far, count - count // _FORGOTTEN, count)
+            share = (left.to(self.key_sum.dtype) / count.clamp(min=1))[..., None]
+            _put_rows(self, "key_sum", index, reach.turned(self.key_sum[index], by, ratio) * share)
+            _put_rows(self, "value_sum", index, self.value_sum[index] * share)
+            _put_rows(self, "position_sum", index, torch.where(is_far, left * nearest, positions))
+            _put_rows(self, "count", index, left)
+        if not (num_sinks := self.budget.num_sinks):
+            return
+        first = torch.tensor([num == reach.first_turn for num in num_read], device=index.device)
+        recent = self.recent_keys[index]
+        sinks = torch.where(first[:, None, None, None], recent[:, :, :num_sinks], self.sink_keys[index])
+        by = (nearest - torch.arange(num_sinks, device=index.device)).clamp(min=0)
+        turned = reach.turned(sinks.to(self.key_sum.dtype), by.expand(sinks.shape[:3]), ratio)
+        _put_rows(self, "sink_keys", index, sinks)
+        _put_rows(
+            self, "recent_keys", index, torch.cat([turned.to(recent.dtype), recent[:, :, num_sinks:]], 2)
+        )
 
     def learn(self, k: Tensor, v: Tensor) -> None:
         """Read tokens `[B, h, T, K]`, `[B, h, T, V]` without queries; rows must have read equally many."""
@@ -335,11 +390,18 @@ class HeadMemory:
             flat = (homes + streams * old_count.shape[2]).flatten()
             weights = torch.cat([old_count, torch.ones_like(homes[:, :, old_count.shape[2] :])], 2)
             count = torch.zeros_like(old_count).scatter_add_(2, homes, weights)
+            start = self.budget.num_sinks + torch.tensor(
+                [self.num_merged[b] for b in rows], device=homes.device
+            )
+            new = start[:, None] + torch.arange(keys.shape[2], device=homes.device)
+            places = torch.cat([self.position_sum[index], new[:, None].expand(-1, keys.shape[1], -1)], 2)
+            positions = torch.zeros_like(old_count).scatter_add_(2, homes, places)
         for name, old, new in (("key_sum", old_keys, keys), ("value_sum", old_values, values)):
             items = torch.cat([old, new], 2)
             sums = items.new_zeros(count.numel(), items.shape[3]).index_add(0, flat, items.flatten(0, 2))
             _put_rows(self, name, index, sums.view_as(old))
         _put_rows(self, "count", index, count)
+        _put_rows(self, "position_sum", index, positions)
 
     @torch.no_grad()
     def _find_units(self, index: Tensor, keys: Tensor) -> None:
@@ -449,12 +511,13 @@ def advance_compiled(
             schedule.append([memory._num_open(n) for n in merged])
         groups.append(
             HeadGroup.of(
-                {name: getattr(memory, name) for name in _TENSORS},
+                {name: getattr(memory, name) for name in _TENSORS if name != "sink_keys"},
                 heads=heads,
                 num_sinks=budget.num_sinks,
                 chunk_size=budget.chunk_size,
                 options=budget.options if budget.num_slots else None,
                 filled=memory.filled,
+                num_merged=memory.num_merged,
                 lengths=lengths,
                 schedule=schedule,
                 k=k,

@@ -138,7 +138,8 @@ static void set_slot(Dictionary *dictionary, const Call *call, int64_t i, const 
 struct Sums {
     float *key, *value;
     int64_t *count;
-    float *weight; /* NULL where it is the count. */
+    float *weight;     /* NULL where it is the count. */
+    int64_t *position; /* Sums of positions, where these are kept; else NULL. */
 };
 
 INLINE float mass_of(const Sums *sums, int64_t i) { return sums->weight ? sums->weight[i] : (float)sums->count[i]; }
@@ -146,7 +147,7 @@ INLINE float mass_of(const Sums *sums, int64_t i) { return sums->weight ? sums->
 INLINE Sums sums_of(const Call *call, int64_t row, int64_t head) {
     const int64_t first = (row * call->num_kv_heads + head) * call->capacity;
     return {call->key_sum + first * call->k.dim, call->value_sum + first * call->v.dim, call->count + first,
-            from_row(call->weight, first)};
+            from_row(call->weight, first), nullptr};
 }
 
 static void update_slot(Dictionary *dictionary, const Call *call, int64_t i, const Sums *sums) {

@@ -30,9 +30,10 @@ struct HeadGroup {
     Strides q_at, k_at, v_at, o_at;
     void *recent_keys, *recent_values; /* [R, h, num_exact, ...] */
     float *key_sum, *value_sum; /* [R, h, M, ...], keys in units of `key_unit`. */
-    int64_t *count;             /* [R, h, M] */
+    int64_t *count, *position_sum; /* [R, h, M] */
     float *key_unit;            /* [R, h], 0 before the first merge. */
-    const int64_t *filled, *length; /* [R]: exact tokens before the call, new tokens. */
+    const int64_t *filled, *num_merged; /* [R]: exact tokens before the call, and merged or dropped ones. */
+    const int64_t *length;              /* [R]: new tokens. */
     const int64_t *schedule_start;  /* [R] */
     const int32_t *schedule;        /* Slots in use in a row, and after each merge. */
     const float *temperature, *bias; /* [H]: of slots of several tokens; or NULL. */
@@ -60,6 +61,7 @@ struct HeadStream {
     int64_t row, head;
     int64_t start, length, before; /* Where new tokens start, how many they are, and exact ones before them. */
     int64_t filled, done, num_merges; /* Exact tokens, new tokens read, merges so far. */
+    int64_t earlier_merges;           /* Merges of the call before. */
     const int32_t *schedule;
     int64_t origin, num_laid; /* Tokens of the window before its layout, and up to its end. */
     int has_exact, has_slots; /* Whether exact tokens, and slots, are laid out. */
@@ -261,25 +263,27 @@ static void merge_oldest(HeadStream *s) {
     lay_out_slots(s);
     dictionary->num = chunk.before;
     load_chunk(&own->tokens, call, 0, 0, size);
-    if (!call->is_ward) {
+    if (call->is_ward) {
+        const Items items = {call, dictionary, &own->tokens, &s->sums, &own->ward};
+        const int64_t due = chunk.before + size - chunk.after;
+        if (due && *own->tokens.is_finite) {
+            prepare_ward(items, due, own->reader.scores);
+            for (int64_t t = 0; t < size; t += QUERIES) token_rows(items, t, least(QUERIES, size - t));
+            for (int64_t i = 0; i < own->ward.num_wanted; i += QUERIES)
+                bound_slots(items, i, least(QUERIES, own->ward.num_wanted - i), own->reader.scores);
+        }
+        learn_by_likelihood(call, dictionary, &own->tokens, &s->sums, &chunk, 0, &own->ward, &own->learner,
+                            own->reader.scores);
+    } else {
         const Lengths lengths = lengths_of(dictionary);
         for (int64_t t = 0; chunk.before && t < size; t += QUERIES)
             route_tile(call, dictionary, &own->tokens, t, least(QUERIES, size - t), chunk.after > chunk.before,
                        &lengths, &own->learner, own->reader.near, own->reader.words, own->reader.scores);
         learn(call, dictionary, &own->tokens, &s->sums, &chunk, 0, nullptr, &own->learner, own->reader.words,
               own->reader.scores);
-        return;
     }
-    const Items items = {call, dictionary, &own->tokens, &s->sums, &own->ward};
-    const int64_t due = chunk.before + size - chunk.after;
-    if (due && *own->tokens.is_finite) {
-        prepare_ward(items, due, own->reader.scores);
-        for (int64_t t = 0; t < size; t += QUERIES) token_rows(items, t, least(QUERIES, size - t));
-        for (int64_t i = 0; i < own->ward.num_wanted; i += QUERIES)
-            bound_slots(items, i, least(QUERIES, own->ward.num_wanted - i), own->reader.scores);
-    }
-    learn_by_likelihood(call, dictionary, &own->tokens, &s->sums, &chunk, 0, &own->ward, &own->learner,
-                        own->reader.scores);
+    const int64_t position = g->num_sinks + g->num_merged[s->row] + (s->earlier_merges + s->num_merges) * size;
+    for (int64_t t = 0; t < size; t++) s->sums.position[own->slots[t]] += position + t;
 }
 
 /* Count `num` tokens as read, and merge where the places are full. */
@@ -375,13 +379,14 @@ static int read_tokens_of(const HeadGroup *g, int64_t row, int64_t head, int64_t
     s.group = g;
     s.call = learning_call(g);
     s.sums = {g->key_sum + stream * g->capacity * g->key_dim, g->value_sum + stream * g->capacity * g->value_dim,
-              g->count + stream * g->capacity};
+              g->count + stream * g->capacity, nullptr, g->position_sum + stream * g->capacity};
     s.row = row;
     s.head = head;
     s.start = s.done = done;
     s.length = length;
     s.before = s.filled = *num_exact;
     s.schedule = g->schedule + g->schedule_start[row] + *num_merges;
+    s.earlier_merges = *num_merges;
     const int is_one = length == 1, is_full = g->capacity && s.filled + length >= g->num_exact;
     /* One token is read where rows lie. */
     if ((is_full || (g->q && !is_one)) && take_memory(&s)) return 1;

@@ -40,8 +40,11 @@ class HeadGroup(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("heads", "q", "k", "v", "o")),
         *((f"{name}_at", _Strides) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("recent_keys", "recent_values", "key_sum", "value_sum")),
-        *((name, ctypes.c_void_p) for name in ("count", "key_unit", "filled", "length", "schedule_start")),
-        *((name, ctypes.c_void_p) for name in ("schedule", "temperature", "bias")),
+        *((name, ctypes.c_void_p) for name in ("count", "position_sum", "key_unit", "filled", "num_merged")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("length", "schedule_start", "schedule", "temperature", "bias")
+        ),
     ]
 
     @classmethod
@@ -54,6 +57,7 @@ class HeadGroup(ctypes.Structure):
         chunk_size: int,
         options: Options | None,
         filled: Sequence[int],
+        num_merged: Sequence[int],
         lengths: Sequence[int],
         schedule: Sequence[Sequence[int]],
         k: Tensor,
@@ -67,12 +71,13 @@ class HeadGroup(ctypes.Structure):
 
         Args:
             tensors: `recent_keys` `[B, h, P, K]` and `recent_values`, the exact tokens, in the dtype of k;
-                `key_sum` `[B, h, N, K]` and `value_sum`, float32; `count` `[B, h, N]`, int64; `key_unit`
-                `[B, h]`, float32. They are contiguous and change in place.
+                `key_sum` `[B, h, N, K]` and `value_sum`, float32; `count` `[B, h, N]` and `position_sum`,
+                int64; `key_unit` `[B, h]`, float32. They are contiguous and change in place.
             heads: which of the key/value heads of k and v they are.
             num_sinks: first tokens that stay. chunk_size: tokens that are merged when P are exact.
             options: how slots are learned; None if there are none, N = 0.
-            filled: exact tokens of each row. lengths: new tokens of each row, which come first.
+            filled: exact tokens of each row. num_merged: tokens merged, or dropped, of each row.
+            lengths: new tokens of each row, which come first.
             schedule: for each row, slots in use before and after each merge of the call.
             k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`. q: `[B, H, T, K]`, scaled; None if nothing is read.
             o: `[B, H, T, V]` in the dtype of q, which gets the outputs.
@@ -104,6 +109,7 @@ class HeadGroup(ctypes.Structure):
         for name, kind, numbers in (
             ("heads", ctypes.c_int64, heads),
             ("filled", ctypes.c_int64, filled),
+            ("num_merged", ctypes.c_int64, num_merged),
             ("length", ctypes.c_int64, lengths),
             ("schedule_start", ctypes.c_int64, list(starts)[:-1]),
             ("schedule", ctypes.c_int32, list(itertools.chain(*schedule))),

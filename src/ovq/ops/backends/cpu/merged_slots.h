@@ -56,6 +56,10 @@ static void merge_slot(const Call *call, const Sums *sums, int64_t b, int64_t a)
     memset(key, 0, sizeof(float) * call->k.dim);
     memset(value, 0, sizeof(float) * call->v.dim);
     sums->count[b] = 0;
+    if (sums->position) {
+        sums->position[a] += sums->position[b];
+        sums->position[b] = 0;
+    }
     if (!sums->weight) return;
     sums->weight[a] += sums->weight[b];
     sums->weight[b] = 0;

@@ -1,0 +1,95 @@
+"""How a model turns keys by their positions, which has to be known to bring rows nearer (`Reach`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ovq.convert.config import LEAST_LENGTH, MemoryConfig
+from ovq.convert.reach import Reach
+from ovq.hf.cache import CACHE_KEY
+from ovq.ops.state import state_dtype
+
+# Kinds of rotary positions whose frequencies depend on the length of the text.
+_CHANGING = ("dynamic", "longrope")
+# A token is read at the beginning and so many positions later. Its keys may differ from those that were
+# turned by so much of their length.
+_POSITIONS = 37
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3}
+_TOLERANCE_OF_NARROW = 0.05
+
+
+def with_reach(config: MemoryConfig, model: PreTrainedModel) -> MemoryConfig:
+    """The config with all that is needed to bring rows nearer, as far as the model lets it be known.
+
+    Args:
+        config: what the memory keeps.
+        model: a model that is not converted yet.
+
+    Raises:
+        ValueError: a length or a distance is given, and it is not known how the model turns keys.
+    """
+    if config.rotary_frequencies is not None:
+        return config
+    length = getattr(model.config, "max_position_embeddings", None)
+    length = length if isinstance(length, int) and length >= LEAST_LENGTH else None
+    length = length if config.trained_length is None else config.trained_length
+    found = None if length is None else rotary_frequencies(model)
+    if found is not None:
+        return dataclasses.replace(config, trained_length=length, rotary_frequencies=found)
+    for name in ("trained_length", "max_distance"):
+        if (number := getattr(config, name)) is not None:
+            raise ValueError(
+                f"{name}: expected None, found {number}: {type(model).__name__} does not turn all its keys "
+                "by the same fixed angles per position, or does not say so, and rows cannot be brought nearer"
+            )
+    return config
+
+
+def rotary_frequencies(model: PreTrainedModel) -> list[float] | None:
+    """By which angles a model turns keys per position, as `Reach` has them.
+
+    Returns:
+        The frequencies; None if there are none, or keys are not what they say in every layer.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **sizes))
+        >>> [round(x, 4) for x in rotary_frequencies(model)]
+        [1.0, 0.01]
+    """
+    modules = [(m, m.inv_freq) for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+    if len(modules) != 1 or getattr(modules[0][0], "rope_type", "default") in _CHANGING:
+        return None
+    found: list[float] = torch.as_tensor(modules[0][1]).double().tolist()
+    first, later = (_keys(model, position) for position in (0, _POSITIONS))
+    reach = Reach(trained_length=_POSITIONS, max_distance=_POSITIONS, frequencies=tuple(found))
+    tolerance = _TOLERANCE.get(model.dtype, _TOLERANCE_OF_NARROW)
+    for before, after in zip(first, later, strict=True):
+        if before.shape[-1] < 2 * len(found):
+            return None
+        turned = reach.turned(before, torch.full(before.shape[:-1], _POSITIONS, device=before.device))
+        if not float((turned - after).norm()) < tolerance * float(after.norm()):
+            return None
+    return found
+
+
+@torch.no_grad()
+def _keys(model: Any, position: int) -> list[Tensor]:
+    """The keys of a token at a position, `[1, Hkv, 1, K]` of each layer."""
+    was_training = model.training
+    model.eval()
+    try:
+        cache = DynamicCache(config=model.config)
+        # Not token 0, which often stands for padding and then is no token to learn from.
+        token, place = (torch.tensor([[x]], device=model.device) for x in (1, position))
+        model.base_model(token, position_ids=place, **{CACHE_KEY: cache}, use_cache=True)
+    finally:
+        model.train(was_training)
+    keys: list[Tensor] = [layer.keys for layer in cache.layers]  # type: ignore[union-attr, misc]  # all of these have keys
+    return [k.to(state_dtype(k.dtype)) for k in keys]
