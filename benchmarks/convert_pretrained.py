@@ -5,10 +5,11 @@
 
 DIR is a model of transformers, such as SmolLM2-135M-Instruct (`ovq convert --gguf-file` makes one of a GGUF).
 Compared are, with equal rows per key/value head: full attention; the first 4 tokens and a window; slots and
-a window, all heads alike; and what a probe of the heads shares out. The probe reads other texts
-(`--probe-prose`, `--probe-code`) than those the loss is measured on. With `--save-probed PARENT` the models
-with what it shared out are saved, one for each share, and nothing is measured; what `ovq adapt` has made of
-them is measured by `--methods adapted --adapted DIR...`, one for each share.
+a window, all heads alike; what a probe of the heads shares out; and the same with fitted biases, as `ovq
+convert` has it (`--methods fitted`). The probe reads other texts (`--probe-prose`, `--probe-code`) than those
+the loss is measured on. With `--save-probed PARENT` the models with what it shared out are saved, one for
+each share, and nothing is measured; what `ovq convert` or `ovq adapt` has written is measured by `--methods
+adapted --adapted DIR...`, one for each share. `--draw` draws the losses of the file by rows, and ends.
 
 Every number is written as soon as it is there, and a run that was cut off goes on where it was.
 """
@@ -26,8 +27,20 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from ovq.convert import MemoryConfig, Probe, attach, default_options, hidden_numbers, load, probe
+from ovq.convert import (
+    MemoryConfig,
+    Probe,
+    attach,
+    default_options,
+    fitted_bias,
+    hidden_numbers,
+    load,
+    probe,
+)
 from ovq.eval.reading import read_pieces, target_losses
+from ovq.plots.canvas import NullLocator
+from ovq.plots.panels import new_panels, save
+from ovq.plots.style import MIXER_STYLES, PALETTE
 from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
 from ovq.text.haystack import NeedleBuilder
@@ -43,6 +56,9 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 def main() -> None:
     """Measure what is missing in the file."""
     arguments = parsed()
+    if arguments.draw:
+        draw(json.loads(arguments.out.read_text())["rows"], arguments.out.with_suffix(".png"))
+        return
     torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     texts = {name: getattr(arguments, name).read_text() for name in ("prose", "code")}
@@ -96,6 +112,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draw", action="store_true", help="draw the losses that are in the file, and end")
     return parser.parse_args()
 
 
@@ -193,6 +210,9 @@ class Lab:
     def _config(self, method: str, rows: float, length: int) -> MemoryConfig:
         size = self.arguments.chunk_size
         settings = {"merge": self.arguments.merge, "value_weight": self.arguments.value_weight}
+        if method == "fitted":
+            config = self._config("probed", rows, length)
+            return fitted_bias(self._original(), self._probe_texts(), config)
         if method == "probed":
             found = self._probed().config(rows, scale=length / self.arguments.probe_tokens)
             # A kept probe may have used another rule than is asked for here.
@@ -214,16 +234,14 @@ class Lab:
             self._probe = torch.load(path, weights_only=False)
         if self._probe is None:
             length, size = self.arguments.probe_tokens, self.arguments.chunk_size
-            names = (self.arguments.probe_prose, self.arguments.probe_code)
-            read = [self.tokenizer(p.read_text(), verbose=False)["input_ids"][:length] for p in names]
-            needles, is_answer = hidden_numbers(
-                self.tokenizer, names[0].read_text(), length, random=np.random.default_rng(7)
-            )
+            prose = self.arguments.probe_prose.read_text()
+            random = np.random.default_rng(7)
+            needles, is_answer = hidden_numbers(self.tokenizer, prose, length, random=random)
             # Of a step of one chunk, for all shares.
             options = default_options(0, num_sinks=SINKS, chunk_size=size, length=length)
             self._probe = probe(
                 self._original(),
-                [*map(torch.tensor, read), torch.from_numpy(needles)],
+                [*self._probe_texts(), torch.from_numpy(needles)],
                 targets=[None, None, torch.from_numpy(is_answer)],
                 weights=[1, 1, self.arguments.needle_weight],
                 options=options,
@@ -237,6 +255,40 @@ class Lab:
             if path is not None:
                 torch.save(self._probe, path)
         return self._probe
+
+    def _probe_texts(self) -> list[torch.Tensor]:
+        """Token ids of what the probe reads, without hidden numbers."""
+        paths = (self.arguments.probe_prose, self.arguments.probe_code)
+        ids = [self.tokenizer(path.read_text(), verbose=False)["input_ids"] for path in paths]
+        return [torch.tensor(each[: self.arguments.probe_tokens]) for each in ids]
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Draw one panel for each text: the loss of the last third against the rows of a head."""
+    lines = {
+        "window": ("a window and its first tokens", MIXER_STYLES["sink_attention"]),
+        "slots": ("slots, all heads alike", PALETTE[1]),
+        "probed": ("slots, as probed", MIXER_STYLES["ovq"]),
+        "fitted": ("slots, as probed, with biases (ovq convert)", MIXER_STYLES["ovq, ward"]),
+    }
+    titles = {"prose": "prose (Hamlet)", "code": "code (argparse.py)"}
+    losses = [row for row in rows if row["what"] == "loss"]
+    ticks = sorted({round(row["rows"]) for row in losses if row["method"] == "fitted"})
+    figure, panels = new_panels(len(titles))
+    for axes, (text, title) in zip(panels, titles.items(), strict=True):
+        found = [row for row in losses if row["text"] == text]
+        [full] = [row["loss"] for row in found if row["method"] == "full"]
+        axes.axhline(full, label="full attention", color="black", linestyle=":")
+        for method, (label, style) in lines.items():
+            points = sorted((row["rows"], row["loss"]) for row in found if row["method"] == method)
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, **style.options())
+        axes.set(
+            xscale="log", title=title, xlabel="rows per head, on average", ylabel="loss (nats per token)"
+        )
+        axes.set_xticks(ticks, [str(n) for n in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+    save(figure, path)
 
 
 if __name__ == "__main__":
