@@ -55,7 +55,7 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mixer_types": ["ovq"]}, "num_hidden_layers=4 of them, found 1"),
+        ({"mixer_types": ["ovq"]}, "one name per layer, num_hidden_layers=4, found 1"),
         (
             {"mixer_types": ["ovq", "ovq", "ovq", "mamba3"]},
             r"mixer_types: expected a mixer among .*full_attention.*ovq.*, found 'mamba3'",

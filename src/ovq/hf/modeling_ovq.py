@@ -47,6 +47,7 @@ class OVQModel(OVQPreTrainedModel):
         config: an `OVQConfig`.
 
     Example:
+        >>> import torch
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> OVQModel(config)(torch.tensor([[1, 2, 3]])).last_hidden_state.shape
         torch.Size([1, 3, 16])
@@ -151,6 +152,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         config: an `OVQConfig`.
 
     Example:
+        >>> import torch
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> model = OVQForCausalLM(config).eval()
         >>> prompt = torch.tensor([[1, 2, 3]])
