@@ -73,7 +73,7 @@ def attach(
     num_slots: int | Sequence[Sequence[int]] = 256,
     window: int | Sequence[Sequence[int]] = 256,
     num_sinks: int = 4,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
     merge: str = "ward",
     value_weight: float = 1.0,
     max_distance: int | None = None,

@@ -63,7 +63,7 @@ class MemoryConfig:
     num_slots: list[list[int]]
     window: list[list[int]]
     num_sinks: int = 4
-    chunk_size: int = 64
+    chunk_size: int = 32
     merge: str = "ward"
     value_weight: float | list[list[float]] = 1.0
     key_exponents: list[list[list[int]]] | None = None

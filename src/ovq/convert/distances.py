@@ -31,8 +31,10 @@ class Distances:
         key_dim: numbers of a key.
 
     Example:
+        >>> generator = torch.Generator().manual_seed(0)
         >>> distances = Distances(1, 2)
-        >>> k, v, o = torch.randn(1, 1, 9, 2), torch.randn(1, 1, 9, 3), torch.zeros(1, 1, 9, 3)
+        >>> k, v = (torch.randn(1, 1, 9, n, generator=generator) for n in (2, 3))
+        >>> o = torch.zeros_like(v)
         >>> q = torch.tensor([8.0, 1.0]).expand_as(k)
         >>> distances.add(q, k, v, o=o, g=torch.ones_like(o), num_targets=9, num_sinks=1, num_recent=4)
         >>> distances.key_exponents()
