@@ -1,4 +1,4 @@
-"""The texts that adaptations of docs/convert_results.md read: excerpts of plays, of Python modules and of addresses.
+"""Texts that adaptations of docs/convert_results.md read: excerpts of plays, Python modules and addresses.
 
     python benchmarks/convert_texts.py --out train --not-like address.txt
 

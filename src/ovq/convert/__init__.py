@@ -5,8 +5,8 @@
     model.save_pretrained("converted")
     model = ovq.convert.load("converted")
 
-`docs/convert.md` says what this costs, `docs/convert_results.md` how that was measured. `memory.py` is where to
-start reading.
+`docs/convert.md` says what this costs, `docs/convert_results.md` how that was measured. `memory.py` is where
+to start reading.
 """
 
 from ovq.convert.adapt import PRESETS, AdaptProgress, AdaptSettings, adapt

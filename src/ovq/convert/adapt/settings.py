@@ -76,7 +76,7 @@ class AdaptSettings:
 
 
 PRESETS = {
-    # About two hours of one core for a model of 135M. What `docs/convert_results.md` measured, with fewer tokens.
+    # About two hours of one core for a model of 135M. `docs/convert_results.md` has it with fewer tokens.
     "cpu": AdaptSettings(head_tokens=0, lora_rate=1e-3, short_windows=0.0, needle_share=0.15),
     # 0.5B tokens, as in the work on larger models that this follows.
     "gpu": AdaptSettings(
