@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from ovq.convert import memory as module
 from ovq.convert.cache import MemoryLayer
+from ovq.convert.compiled import is_compiled
 from ovq.convert.config import MemoryConfig
-from ovq.convert.memory import is_compiled
 from ovq.ops import cpu_kernels
 from tests.convert.common import converted, tokens
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import LayerConfig, MemoryConfig
-from ovq.convert.memory import HeadMemory, advance_compiled, is_compiled
+from ovq.convert.memory import HeadMemory
 
 _MARK = "_ovq_memory_layer"
 

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget
 from ovq.convert.reach import Reach
 from ovq.ops.backends.alignment import AlignedRows
-from ovq.ops.backends.cpu.kernels import DTYPES, is_available
+from ovq.ops.backends.cpu.kernels import is_available
 from ovq.ops.backends.cpu.kernels import learn_and_say as compiled_learn
-from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.learn import learn
@@ -138,6 +138,13 @@ class HeadMemory:
         """Move everything to a device."""
         for name in _TENSORS:
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+
+    def own_(self) -> None:
+        """Copy what autograd has saved, so that tensors can be written into."""
+        if self._has_graph:
+            for name in _TENSORS:
+                setattr(self, name, getattr(self, name).detach().clone())
+            self._has_graph = False
 
     def detach_(self) -> None:
         """Detach all that is kept from its graph."""
@@ -282,7 +289,7 @@ class HeadMemory:
 
     def _read(self, q: Tensor, temperature: Tensor | None, bias: Tensor | None) -> Tensor:
         """Outputs `[B, h * G, n, V]` for queries whose first is the token after `filled` exact ones."""
-        num_open = max(map(self._num_open, self.num_merged))
+        num_open = max(map(self.num_open, self.num_merged))
         slots = (self.slot_keys[:, :, :num_open], self.slot_values[:, :, :num_open]) if num_open else None
         return torch.cat(
             [
@@ -332,7 +339,7 @@ class HeadMemory:
             o = o + probs[..., used:] @ slot_values
         return o.view(batch, q.shape[1], num_queries, -1).to(q.dtype)
 
-    def _num_open(self, num_merged: int) -> int:
+    def num_open(self, num_merged: int) -> int:
         """Slots in use once so many tokens are merged."""
         budget = self.budget
         if not budget.num_slots or not num_merged:
@@ -424,7 +431,7 @@ class HeadMemory:
             aligned=AlignedRows(
                 one_chunk_each, pending=[0] * len(rows), chunk_size=size, num_tokens=len(rows) * size
             ),
-            slots=[[self._num_open(n), self._num_open(n + size)] for n in merged],
+            slots=[[self.num_open(n), self.num_open(n + size)] for n in merged],
             num_merged=merged,
             num_kv_heads=keys.shape[1],
             group_size=1,
@@ -453,82 +460,3 @@ def _put_rows(memory: HeadMemory, name: str, index: Tensor, rows: Tensor) -> Non
     else:
         # A new tensor, because autograd may have saved the old one.
         setattr(memory, name, tensor.index_copy(0, index, rows))
-
-
-def is_compiled(memories: Sequence[HeadMemory], k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
-    """Whether compiled kernels can let memories read `tensors` (queries, and what is learned) with k and v.
-
-    They know no gradients.
-    """
-    given = [x for x in (k, v, *tensors) if x is not None]
-    return (
-        all(x.device.type == "cpu" for x in given)
-        and k.dtype == v.dtype == memories[0].recent_keys.dtype
-        and all(x.dtype in DTYPES for x in given)
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
-        and is_available()
-    )
-
-
-def advance_compiled(
-    parts: Sequence[tuple[HeadMemory, Sequence[int]]],
-    k: Tensor,
-    v: Tensor,
-    lengths: Sequence[int],
-    *,
-    q: Tensor | None = None,
-    o: Tensor | None = None,
-    temperature: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> None:
-    """`HeadMemory.attend` of several memories of a layer at once, or `learn` without q.
-
-    Args:
-        parts: memories, each with its places among the key/value heads of k and v.
-        k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`. q: `[B, H, T, K]`, scaled.
-        lengths: real tokens of each row, which come first.
-        o: `[B, H, T, V]` that gets the outputs of real tokens.
-        temperature: `[H]`, see `HeadMemory.attend`. bias: `[H]`.
-    """
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-    q = q if q is None or q.stride(-1) == 1 else q.contiguous()
-    learned = {
-        name: None if x is None else x.detach().float().contiguous()
-        for name, x in (("temperature", temperature), ("bias", bias))
-    }
-    groups = []
-    for memory, heads in parts:
-        if memory._has_graph:
-            # What autograd has saved must not change.
-            for name in _TENSORS:
-                setattr(memory, name, getattr(memory, name).detach().clone())
-            memory._has_graph = False
-        budget, schedule = memory.budget, []
-        for row, new in enumerate(lengths):
-            num_merges = max(0, memory.filled[row] + new - budget.num_exact + budget.chunk_size)
-            num_merges //= budget.chunk_size
-            merged = [memory.num_merged[row] + i * budget.chunk_size for i in range(num_merges + 1)]
-            schedule.append([memory._num_open(n) for n in merged])
-        groups.append(
-            HeadGroup.of(
-                {name: getattr(memory, name) for name in _TENSORS if name != "sink_keys"},
-                heads=heads,
-                num_sinks=budget.num_sinks,
-                chunk_size=budget.chunk_size,
-                options=budget.options if budget.num_slots else None,
-                filled=memory.filled,
-                num_merged=memory.num_merged,
-                lengths=lengths,
-                schedule=schedule,
-                k=k,
-                v=v,
-                q=q,
-                o=o,
-                **learned,
-            )
-        )
-        for row, (new, sizes) in enumerate(zip(lengths, schedule, strict=True)):
-            num = (len(sizes) - 1) * budget.chunk_size
-            memory.filled[row] += new - num
-            memory.num_merged[row] += num
-    advance_memory(groups)

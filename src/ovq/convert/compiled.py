@@ -1,0 +1,93 @@
+"""Memories (`memory.py`) that compiled kernels read and advance, all heads of a layer in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ovq.ops.backends.cpu.kernels import DTYPES, is_available
+from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
+
+if TYPE_CHECKING:
+    from ovq.convert.memory import HeadMemory
+
+# What kernels read and write of a memory.
+_TENSORS = ("recent_keys", "recent_values", "key_sum", "value_sum", "count", "position_sum", "key_unit")
+
+
+def is_compiled(memories: Sequence[HeadMemory], k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether compiled kernels can let memories read `tensors` (queries, and what is learned) with k and v.
+
+    They know no gradients.
+    """
+    given = [x for x in (k, v, *tensors) if x is not None]
+    return (
+        all(x.device.type == "cpu" for x in given)
+        and k.dtype == v.dtype == memories[0].recent_keys.dtype
+        and all(x.dtype in DTYPES for x in given)
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in given))
+        and is_available()
+    )
+
+
+def advance_compiled(
+    parts: Sequence[tuple[HeadMemory, Sequence[int]]],
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    *,
+    q: Tensor | None = None,
+    o: Tensor | None = None,
+    temperature: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """`HeadMemory.attend` of several memories of a layer at once, or `learn` without q.
+
+    Args:
+        parts: memories, each with its places among the key/value heads of k and v.
+        k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`. q: `[B, H, T, K]`, scaled.
+        lengths: real tokens of each row, which come first.
+        o: `[B, H, T, V]` that gets the outputs of real tokens.
+        temperature: `[H]`, see `HeadMemory.attend`. bias: `[H]`.
+    """
+    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    q = q if q is None or q.stride(-1) == 1 else q.contiguous()
+    learned = {
+        name: None if x is None else x.detach().float().contiguous()
+        for name, x in (("temperature", temperature), ("bias", bias))
+    }
+    groups = []
+    for memory, heads in parts:
+        memory.own_()
+        budget, schedule = memory.budget, []
+        for row, new in enumerate(lengths):
+            num_merges = max(0, memory.filled[row] + new - budget.num_exact + budget.chunk_size)
+            num_merges //= budget.chunk_size
+            merged = [memory.num_merged[row] + i * budget.chunk_size for i in range(num_merges + 1)]
+            schedule.append([memory.num_open(n) for n in merged])
+        groups.append(
+            HeadGroup.of(
+                {name: getattr(memory, name) for name in _TENSORS},
+                heads=heads,
+                num_sinks=budget.num_sinks,
+                chunk_size=budget.chunk_size,
+                options=budget.options if budget.num_slots else None,
+                filled=memory.filled,
+                num_merged=memory.num_merged,
+                lengths=lengths,
+                schedule=schedule,
+                k=k,
+                v=v,
+                q=q,
+                o=o,
+                **learned,
+            )
+        )
+        for row, (new, sizes) in enumerate(zip(lengths, schedule, strict=True)):
+            num = (len(sizes) - 1) * budget.chunk_size
+            memory.filled[row] += new - num
+            memory.num_merged[row] += num
+    advance_memory(groups)
