@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from ovq.hf import OVQConfig, OVQForCausalLM, context_info, load_context
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
+from ovq.layers import OVQAttention
 from ovq.research.reproduce.plan import run_name
 from ovq.train.carry import load_lanes
 from ovq.train.config import RunConfig
 from ovq.train.recipes import get_recipe
 
 SAVED = Path(__file__).parent / "saved"
+FILES = ("config.json", "run_config.json")
 NUM_READ = 30
 EXPECTED = load_file(SAVED / "expected.safetensors")
 IDS, LOGITS = EXPECTED["input_ids"], EXPECTED["logits"]
@@ -68,6 +70,33 @@ def test_a_field_under_both_its_names_is_refused(tmp_path):
     (tmp_path / "run_config.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="expected rate alone, found slot_rate, its old name, beside it"):
         RunConfig.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "used"), [("window", 8), ("ovq_sinks", 2), ("exact_rope_dim", 4), ("slot_temperature", True)]
+)
+def test_an_option_that_was_removed_is_refused_unless_it_is_off(tmp_path, name, used):
+    def write(value):
+        of_model, of_run = (json.loads((SAVED / file).read_text()) for file in FILES)
+        of_run["model"] |= {name: value}
+        for file, content in zip(FILES, (of_model | {name: value}, of_run), strict=True):
+            (tmp_path / file).write_text(json.dumps(content))
+
+    off = type(used)()
+    write(off)
+    assert not hasattr(OVQConfig.from_pretrained(tmp_path), name)
+    assert RunConfig.load(tmp_path) == RunConfig.load(SAVED)
+    assert not hasattr(OVQConfig(**{name: off}), name)
+    write(used)
+    for read in (
+        lambda: OVQConfig.from_pretrained(tmp_path),
+        lambda: RunConfig.load(tmp_path),
+        lambda: OVQConfig(**{name: used}),
+    ):
+        with pytest.raises(ValueError, match=f"{name} was removed; expected {off}, found {used}"):
+            read()
+    with pytest.raises(TypeError, match=name):
+        OVQAttention(16, 2, **{name: used})
 
 
 def test_folders_of_runs_are_called_what_they_were():

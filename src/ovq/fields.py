@@ -21,6 +21,9 @@ LARGEST_SEED = 2**32 - 1
 RENAMED = {"slot_bias": "bias", "slot_rate": "rate"}
 """Fields of configs that have been saved under another name, and what they are called now."""
 
+REMOVED = {"window": 0, "ovq_sinks": 0, "exact_rope_dim": 0, "slot_temperature": False}
+"""Fields that configs have been saved with and no longer have, and the values that changed nothing."""
+
 _LARGEST = 2**63 - 1
 """Largest of PyTorch's integers."""
 
@@ -65,18 +68,37 @@ def check_fields(section: DataclassInstance, *, prefix: str = "") -> None:
 
 
 def with_new_names(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config that was saved once, under the names they have now.
+    """The fields of a config that was saved once, under the names they have now, without those of `REMOVED`.
 
     Raises:
-        ValueError: If a field is there under both its names.
+        ValueError: If a field is there under both its names, or one that was removed has a value that
+            changed something.
 
     Example:
-        >>> with_new_names({"num_slots": 64, "slot_rate": 0.1})
+        >>> with_new_names({"num_slots": 64, "slot_rate": 0.1, "window": 0})
         {'num_slots': 64, 'rate': 0.1}
     """
+    fields = without_removed(fields)
     if both := [old for old, new in RENAMED.items() if old in fields and new in fields]:
         raise ValueError(f"expected {RENAMED[both[0]]} alone, found {both[0]}, its old name, beside it")
     return {RENAMED.get(name, name): value for name, value in fields.items()}
+
+
+def without_removed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config without those of `REMOVED`.
+
+    Raises:
+        ValueError: If one of those has a value that changed something.
+
+    Example:
+        >>> without_removed({"window": 8})
+        Traceback (most recent call last):
+        ValueError: window was removed; expected 0, found 8
+    """
+    for name, unused in REMOVED.items():
+        if (found := fields.get(name)) not in (None, unused):
+            raise ValueError(f"{name} was removed; expected {unused}, found {found!r}")
+    return {name: value for name, value in fields.items() if name not in REMOVED}
 
 
 def did_you_mean(found: str, names: Iterable[str]) -> str:

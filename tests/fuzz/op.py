@@ -67,7 +67,6 @@ class OpCall(Program):
         group: query heads of each.
         key_dim, value_dim: sizes of a head.
         num_slots, chunk_size, growth, init, merge, bias, rate, value_weight: of the op.
-        window, num_sinks, exact_dims: of the op.
         weights: of tokens, "none" or one of `WEIGHTS`.
         scale: "none", "float" or "tensor".
         orders: of q, k and v in memory, of `ORDERS`.
@@ -99,9 +98,6 @@ class OpCall(Program):
     bias: str = "count"
     rate: float | str = "count"
     value_weight: float = VALUE_WEIGHT
-    window: int = 0
-    num_sinks: int = 0
-    exact_dims: int = 0
     weights: str = "none"
     scale: str = "none"
     orders: tuple[str, ...] = ("plain", "plain", "plain")
@@ -116,15 +112,7 @@ class OpCall(Program):
         rows = _drawn_rows(rng, layout, chunk_size, longest=4 if backend.is_slow else 10)
         orders = ORDERS if layout == "dense" and len(set(rows)) == 1 else ORDERS[:-1]
         options = drawn_options(rng, ["count", "count", "count", 0.01, 0.3, 1.0])
-        num_slots, key_dim = rng.choice([1, 2, 3, 5, 8, 13, 40]), rng.choice([1, 2, 3, 5, 8])
         has_weights = backend.has_options and options["rate"] == "count" and rng.random() < 0.3
-        exact: dict[str, int] = {}
-        if backend.op in ("naive", "torch") and options["rate"] == "count" and rng.random() < 0.4:
-            exact = {
-                "window": chunk_size * rng.choice([0, 1, 1, 2]),
-                "num_sinks": rng.randrange(min(num_slots, chunk_size)),
-                "exact_dims": rng.choice([0, rng.randrange(key_dim)]),
-            }
         return cls(
             seed=rng.randrange(10**6),
             rows=rows,
@@ -138,9 +126,9 @@ class OpCall(Program):
             dtype=rng.choice(backend.dtypes),
             num_kv_heads=rng.choice([1, 1, 2]),
             group=rng.choice([1, 1, 2, 3]),
-            key_dim=key_dim,
+            key_dim=rng.choice([1, 2, 3, 5, 8]),
             value_dim=rng.choice([1, 2, 3, 5, 8]),
-            num_slots=num_slots,
+            num_slots=rng.choice([1, 2, 3, 5, 8, 13, 40]),
             chunk_size=chunk_size,
             growth=rng.choice(GROWTHS),
             weights=rng.choice(list(WEIGHTS)) if has_weights else "none",
@@ -148,7 +136,6 @@ class OpCall(Program):
             orders=tuple(rng.choice(["plain", rng.choice(orders)]) for _ in "qkv"),
             num_keys=rng.choice([0, 0, 0, 1, 3]),
             special=_drawn_special(rng, rows, options["rate"], has_weights) if rng.random() < 0.4 else (),
-            **exact,
             **backend.known(options),
         )
 
@@ -185,7 +172,6 @@ class OpCall(Program):
     def options(self) -> dict:
         """Arguments of the op that are no tensors."""
         names = ("num_slots", "chunk_size", "growth", "init", "merge", "bias", "rate", "value_weight")
-        names += ("window", "num_sinks", "exact_dims")
         seed = torch.Generator().manual_seed(self.seed)
         return {name: getattr(self, name) for name in names} | {"generator": seed}
 
@@ -199,9 +185,6 @@ class OpCall(Program):
             and (is_masked or self.tail == 0)
             and (is_masked or all(left == 0 for _, left, _ in self.rows))
             and (self.layout != "dense" or len({new for _, _, new in self.rows}) == 1)
-            and self.window % self.chunk_size == 0
-            and self.num_sinks < min(self.num_slots, self.chunk_size)
-            and self.exact_dims < self.key_dim
             and (self.weights == "none" or self.rate == "count")
             and len(self.orders) == 3
             and ("rows" not in self.orders or (self.layout == "dense" and len(set(self.rows)) == 1))
@@ -289,7 +272,7 @@ class OpCall(Program):
         choices = (self.growth, self.init, self.merge, self.rate)
         if not (self.merge in COUNT_POWERS or choices == ("plateau", "novelty", "existing", "count")):
             return
-        if self.window or self.num_sinks or self.exact_dims or self.weights not in ("none", "one"):
+        if self.weights not in ("none", "one"):
             return
         if self.special or self.num_keys or self.dtype != "float64" or self.key_dim < 3:
             return

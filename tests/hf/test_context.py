@@ -212,6 +212,19 @@ def test_a_context_from_before_a_field_was_there_has_its_default(saved, model):
         load_context(saved, make_model(rate=0.5))
 
 
+@pytest.mark.parametrize("window", [0, 8])
+def test_a_context_from_when_there_were_more_fields_is_loaded_if_they_are_off(saved, model, window):
+    with safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    config = json.dumps(json.loads(metadata["config"]) | {"window": window})
+    save_file(load_file(saved), saved, metadata=metadata | {"config": config})
+    if not window:
+        assert load_context(saved, model).num_tokens == len(DOCUMENT)
+        return
+    with pytest.raises(ValueError, match="window was removed; expected 0, found 8"):
+        load_context(saved, model)
+
+
 def test_a_context_of_other_weights_is_refused(saved, model):
     with pytest.raises(ValueError, match=r"of this very model .* found one of other weights"):
         load_context(saved, make_model(seed=1))

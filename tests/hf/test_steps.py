@@ -9,7 +9,7 @@ from torch import nn
 from ovq.hf import OVQConfig, OVQForCausalLM, block
 from ovq.layers import OVQAttention
 from ovq.layers.common import QKNorm
-from ovq.layers.gates import MergeGate, SlotScale
+from ovq.layers.gates import MergeGate
 from ovq.layers.products import Linear
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import can_run
@@ -223,7 +223,6 @@ def with_mixer(**attributes):
         parametrized,
         with_mixer(backend="torch"),
         with_mixer(bias="count+norm"),
-        with_mixer(slot_norm=SlotScale(4, 6)),
         with_mixer(_record=[]),
     ],
 )
@@ -235,15 +234,6 @@ def test_a_layer_that_is_not_plain_runs_by_its_modules(monkeypatch, runs, change
     assert set(runs) == {1}
     assert len(runs) == 12
     assert_same(found, by_modules(monkeypatch, lambda: decoded(model, ids)))
-
-
-@needs_kernels
-@pytest.mark.parametrize(
-    "changes", [{"slot_temperature": True}, {"window": 4}, {"ovq_sinks": 1}, {"exact_rope_dim": 2}]
-)
-def test_memories_without_a_kernel_run_by_their_modules(runs, changes):
-    decoded(make_model(mixer_types=["ovq"] * 4, **changes), random_ids(1, 12))
-    assert not runs
 
 
 @needs_kernels

@@ -12,10 +12,9 @@ def recorded(num_tokens, *, seed=0, **options):
     torch.manual_seed(seed)
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "num_slots": 7, "chunk_size": 5}
     layer = OVQAttention(24, **sizes | options)
-    for part in (layer.merge_gate, layer.slot_norm):
-        # As after training, where tokens count differently and slots have a scale of their own.
-        for parameter in () if part is None else part.parameters():
-            torch.nn.init.normal_(parameter, 0.7, 0.3)
+    if layer.merge_gate is not None:
+        # As after training, where tokens count differently.
+        torch.nn.init.normal_(layer.merge_gate.weight, 0.7, 0.3)
     with layer.recording() as calls, torch.no_grad():
         layer(torch.randn(1, num_tokens, 24))
     return calls[0]

@@ -23,19 +23,15 @@ from tests.inspect.common import recorded
         {"merge": "ward"},
         {"merge": "ward-sqrt", "growth": "plateau", "bias": "count+norm"},
         {"merge_gate": True, "merge": "ward-sqrt"},
-        {"slot_temperature": True, "num_sinks": 2, "bias": "count+norm"},
-        {"exact_rope_dim": 2, "merge_gate": True},
     ],
 )
 def test_weights_times_values_are_the_outputs_of_the_op(options):
     call = recorded(43, **options)
-    scales = {"scale": call.scale, "slot_scale": call.slot_scale}
-    expected, _ = ovq_attention(call.q, call.k, call.v, **scales, **call.options)
+    expected, _ = ovq_attention(call.q, call.k, call.v, scale=call.scale, **call.options)
     counts_for = call.options.get("token_weights", torch.ones(1, 43, 2))
     state, outputs = None, []
     for q, k, v, gate in zip(*(x.split(5, 1) for x in (call.q, call.k, call.v, counts_for)), strict=True):
-        of_layer = {name: call.options[name] for name in ("bias", "num_sinks")}
-        weights = read_weights(q[0], k[0], state, **scales, **of_layer)
+        weights = read_weights(q[0], k[0], state, scale=call.scale, bias=call.options["bias"])
         values = v[0].transpose(0, 1)
         if state is not None:
             values = torch.cat([state.values[0, :, : int(state.num_open[0])], values], 1)
@@ -43,13 +39,12 @@ def test_weights_times_values_are_the_outputs_of_the_op(options):
         given = call.options | {"initial_state": state}
         if "token_weights" in given:
             given["token_weights"] = gate
-        _, state = ovq_attention(q, k, v, **scales, output_final_state=True, **given)
+        _, state = ovq_attention(q, k, v, scale=call.scale, output_final_state=True, **given)
     assert torch.allclose(torch.cat(outputs), expected[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"merge_gate": True}, {"slot_temperature": True, "num_sinks": 2}])
-def test_what_is_recounted_chunk_by_chunk_is_what_the_layer_kept(options):
-    call = recorded(43, merge="ward-sqrt", **options)
+def test_what_is_recounted_chunk_by_chunk_is_what_the_layer_kept():
+    call = recorded(43, merge="ward-sqrt", merge_gate=True)
     memory, found = layer_memory(call, layer=0, num_reads=3), call.assignments()
     assert np.array_equal(memory.final_slots, found.slots[0].numpy())
     assert np.allclose(memory.shares.sum(-1), 1, atol=1e-5)
@@ -158,8 +153,6 @@ def test_what_cannot_be_recounted_is_refused():
             layer_memory(
                 dataclasses.replace(call, options={**call.options, name: value}), layer=0, num_reads=1
             )
-    with pytest.raises(ValueError, match="without a window before the own chunk, found one of 5"):
-        layer_memory(recorded(12, window=5), layer=0, num_reads=1)
     with pytest.raises(ValueError, match="num_reads: expected at least 1, found 0"):
         layer_memory(call, layer=0, num_reads=0)
 

@@ -115,7 +115,7 @@ def test_a_step_like_the_last_one_is_not_checked_again(monkeypatch):
 @torch.no_grad()
 def test_a_step_unlike_the_last_one_is_checked():
     state, (q, k, v) = a_step()
-    for options in ({"num_slots": 25}, {"chunk_size": 8}, {"rate": 2.0}, {"merge": "none"}, {"window": 16}):
+    for options in ({"num_slots": 25}, {"chunk_size": 8}, {"rate": 2.0}, {"merge": "none"}):
         with pytest.raises(ValueError, match="expected"):
             attend(q, k, v, initial_state=state, **{**OPTIONS, **options})
     for wrong in (

@@ -367,6 +367,8 @@ def set_counts(tensors, counts, heads=2, clear=("key_sum", "value_sum")):
         (lambda t: t.pop("num_seen"), {}, "expected tensors"),
         (lambda t: t.update(extra=torch.zeros(1)), {}, "expected tensors"),
         (lambda t: None, {"version": "3"}, "expected version '1' or '2', found '3'"),
+        (lambda t: None, {"version": "2", "window": "8"}, "window was removed; expected 0, found 8"),
+        (lambda t: None, {"version": "2", "num_sinks": "1"}, "num_sinks was removed; expected 0, found 1"),
         (lambda t: None, {"num_slots": "3"}, "at most 3 slots, found 6"),
         (lambda t: None, {"num_slots": "many"}, r"num_slots to be an integer from 1 to 2\^62, found 'many'"),
         (lambda t: None, {"chunk_size": "0"}, r"chunk_size to be an integer from 1 to 2\^62, found '0'"),

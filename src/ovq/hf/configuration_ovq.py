@@ -10,7 +10,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ovq.fields import RENAMED, is_finite, with_new_names
+from ovq.fields import RENAMED, is_finite, with_new_names, without_removed
 from ovq.hf.auto_map import AUTO_MAP, without_own_entries, write_module
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.hf.recommended import fields_to_train
@@ -18,11 +18,11 @@ from ovq.layers import defaults
 from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
 from ovq.layers.kvm import checked_rope_dim
 from ovq.layers.kvm_state import KVMSchedule
-from ovq.layers.ovq import LEARNING_OPTIONS, check_exact_rope
+from ovq.layers.ovq import LEARNING_OPTIONS
 from ovq.layers.raven import checked_slots
 from ovq.layers.registry import mixer_class
 from ovq.layers.vq import check_vq
-from ovq.ops.options import Options, check_num_sinks, check_window, default_growth
+from ovq.ops.options import Options, default_growth
 
 T = TypeVar("T")
 
@@ -97,12 +97,7 @@ class OVQConfig(PreTrainedConfig):
         rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
         value_weight: the weight of distances between values relative to those between keys where pairs are
             merged.
-        window: tokens before the own chunk that an `"ovq"` layer reads exactly, a multiple of `chunk_size`.
-        ovq_sinks: first tokens of a row that keep a slot of their own in `"ovq"` layers.
-        exact_rope_dim: components of a head of `"ovq"` layers, the last ones, that are rotated by position
-            and read in exact tokens alone.
         merge_gate: whether `"ovq"` layers learn how much each token counts in the dictionary.
-        slot_temperature: whether `"ovq"` layers learn a temperature of slots beside that of exact tokens.
         use_cache: whether a forward pass outside of training returns a cache unless told otherwise.
         pad_token_id: for `generate`.
         bos_token_id: for `generate`.
@@ -164,11 +159,7 @@ class OVQConfig(PreTrainedConfig):
     bias: str = defaults.BIAS
     rate: float | int | str = defaults.RATE
     value_weight: float | int = defaults.VALUE_WEIGHT
-    window: int = defaults.WINDOW
-    ovq_sinks: int = defaults.OVQ_SINKS
-    exact_rope_dim: int = defaults.EXACT_ROPE_DIM
     merge_gate: bool = defaults.MERGE_GATE
-    slot_temperature: bool = defaults.SLOT_TEMPERATURE
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -188,6 +179,7 @@ class OVQConfig(PreTrainedConfig):
         for old, new in RENAMED.items():
             if old in kwargs:
                 setattr(self, new, kwargs.pop(old))
+        kwargs = without_removed(kwargs)
         _refuse_misspelt(kwargs, own_fields=OVQConfig.__annotations__)
         self._check()
         if self.head_dim is None:
@@ -274,16 +266,16 @@ class OVQConfig(PreTrainedConfig):
     def upgraded(cls, fields: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
         """The fields of a config that an earlier version saved, as this version would save them.
 
-        Renamed fields get their present names. Before the sizes of mixers were fields, they followed from
-        other fields, so that a layer had as many parameters, or a state of as many bytes, as an `"ovq"`
-        layer. Sizes that are missing are filled in by that rule (`equal_sizes`).
+        Renamed fields get their present names, and removed ones are left out. Before the sizes of mixers were
+        fields, they followed from other fields, so that a layer had as many parameters, or a state of as many
+        bytes, as an `"ovq"` layer. Sizes that are missing are filled in by that rule (`equal_sizes`).
 
         Args:
             fields: what was saved.
             changes: fields that will be set to other values.
 
         Raises:
-            ValueError: a field under both its names, or impossible values.
+            ValueError: a field under both its names, a removed one that is not off, or impossible values.
 
         Example:
             >>> OVQConfig.upgraded({"hidden_size": 64, "slot_rate": 0.1, "mamba_state_size": None})["rate"]
@@ -351,14 +343,9 @@ class OVQConfig(PreTrainedConfig):
         check_vq(self.num_slots, self.chunk_size, self.vq_decay, self.commitment_weight)
         options = {name: getattr(self, name) for name in LEARNING_OPTIONS}
         # Refuse what the op would refuse.
-        check_window("window", self.window, chunk_size=self.chunk_size)
-        sizes: dict[str, Any] = {"num_slots": self.num_slots, "chunk_size": self.chunk_size}
-        check_num_sinks("ovq_sinks", self.ovq_sinks, **sizes)
-        Options(**sizes, seed=0, window=self.window, num_sinks=self.ovq_sinks, **options)
-        check_exact_rope(head_dim, self.exact_rope_dim, use_rope="ovq" in self.rope_mixers)
-        for name in ("exact_rope_dim", "merge_gate", "slot_temperature"):
-            if (found := getattr(self, name)) and self.rate != "count":
-                raise ValueError(f"{name}: expected {type(found)()} with a constant rate, found {found}")
+        Options(num_slots=self.num_slots, chunk_size=self.chunk_size, seed=0, **options)
+        if self.merge_gate and self.rate != "count":
+            raise ValueError("merge_gate: expected False with a constant rate, found True")
 
 
 def _refuse_misspelt(kwargs: dict, *, own_fields: Iterable[str]) -> None:

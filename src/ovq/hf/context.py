@@ -395,9 +395,9 @@ def _config_fields(where: str | os.PathLike, metadata: Mapping[str, str]) -> dic
     """The fields of the config in a file, with the names that they have now."""
     try:
         return OVQConfig.upgraded(json.loads(metadata.get("config", "")))
-    except (AttributeError, StrictDataclassError, TypeError, ValueError):
+    except (AttributeError, StrictDataclassError, TypeError, ValueError) as error:
         found = metadata.get("config")
-        raise ValueError(f"{where}: expected the config of a model, found {found!r}") from None
+        raise ValueError(f"{where}: expected the config of a model, found {found!r} ({error})") from None
 
 
 def _config_of(path: str | os.PathLike, metadata: Mapping[str, str]) -> OVQConfig:

@@ -63,7 +63,6 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
             num_kv_heads=num_kv_heads,
             head_dim=config.head_dim,
             num_sinks=config.num_sinks,
-            window=config.window,
             has_weights=config.merge_gate,
         ),
         # What its router takes is left to the other projections.
@@ -93,7 +92,6 @@ def window_of_equal_bytes(
     num_kv_heads: int,
     head_dim: int,
     num_sinks: int,
-    window: int = 0,
     has_weights: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> int:
@@ -105,7 +103,6 @@ def window_of_equal_bytes(
         num_kv_heads: Hkv of both.
         head_dim: K and V of both.
         num_sinks: S of the layer with sinks.
-        window: W of the OVQ layer.
         has_weights: whether the OVQ layer has a merge gate.
         dtype: dtype of the activations; the sums of OVQ are float32 in any case.
 
@@ -114,7 +111,7 @@ def window_of_equal_bytes(
         126
     """
     sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "chunk_size": chunk_size}
-    slots = slot_spec(num_slots, **sizes, dtype=dtype, window=window, has_weights=has_weights)
+    slots = slot_spec(num_slots, **sizes, dtype=dtype, has_weights=has_weights)
     # Both states include the number of tokens seen.
     del slots["num_seen"]
     num_tokens = -(-num_bytes(slots) // (2 * num_kv_heads * head_dim * dtype.itemsize))

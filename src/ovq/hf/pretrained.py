@@ -13,7 +13,7 @@ from ovq.hf.recommended import TO_ASK
 from ovq.layers import KVMAttention, Mamba2, MesaNet, Mixer, OVQAttention, ShortConvolution
 from ovq.layers.chunked import DecayRates
 from ovq.layers.common import QKNorm
-from ovq.layers.gates import MergeGate, SlotScale
+from ovq.layers.gates import MergeGate
 from ovq.layers.vq import StaticDictionary
 
 # Modules that draw, or set, their initial weights themselves.
@@ -26,7 +26,6 @@ _OWN_WEIGHTS = (
     MesaNet,
     StaticDictionary,
     MergeGate,
-    SlotScale,
 )
 
 

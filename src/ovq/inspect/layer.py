@@ -116,17 +116,11 @@ def layer_memory(
         progress: Called with the number of tokens done, after each chunk.
 
     Raises:
-        ValueError: If the call has several rows, padding or a window, or continues a state, or `num_reads` is
-            below 1.
+        ValueError: If the call has several rows or padding, or continues a state, or `num_reads` is below 1.
     """
     _check(call, num_reads)
     options = dict(call.options)
-    reading: dict[str, Any] = {
-        "scale": call.scale,
-        "slot_scale": call.slot_scale,
-        "num_sinks": options["num_sinks"],
-    }
-    reading["bias"] = options.pop("bias")
+    bias = options.pop("bias")
     token_weights = options.pop("token_weights", None)
     # Without a row of its own, the call has no padding, and so no mask is needed.
     for name in ("attention_mask", "initial_state"):
@@ -138,7 +132,8 @@ def layer_memory(
     for start in range(0, num_tokens, size):
         chunk = slice(start, min(start + size, num_tokens))
         q, k, v = call.q[:, chunk], call.k[:, chunk], call.v[:, chunk]
-        reads.append(_reads(read_weights(q[0], k[0], state, **reading), state, num_reads))
+        read = read_weights(q[0], k[0], state, scale=call.scale, bias=bias)
+        reads.append(_reads(read, state, num_reads))
         weights = None if token_weights is None else token_weights[:, chunk]
         step = slot_assignments(k, v, initial_state=state, token_weights=weights, **options)
         if state is not None:
@@ -168,16 +163,7 @@ def layer_memory(
 
 
 @torch.no_grad()
-def read_weights(
-    q: Tensor,
-    k: Tensor,
-    state: OVQState | None,
-    *,
-    scale: Tensor,
-    bias: str,
-    slot_scale: Tensor | None = None,
-    num_sinks: int = 0,
-) -> Tensor:
+def read_weights(q: Tensor, k: Tensor, state: OVQState | None, *, scale: Tensor, bias: str) -> Tensor:
     """The weights of the queries of one chunk, in float32: one softmax over the slots and the chunk so far.
 
     Args:
@@ -185,8 +171,6 @@ def read_weights(
         state: The row's state when the chunk begins; None for an empty one.
         scale: `[H]`.
         bias: `"count"` or `"count+norm"`, as in `ovq_attention`.
-        slot_scale: `[H]`, the scale of slots; None for `scale`.
-        num_sinks: the first slots, which are read as exact tokens are.
 
     Returns:
         `[H, t, n + t]` weights on the n slots in use, then on the t tokens; zero on later tokens.
@@ -205,9 +189,7 @@ def read_weights(
         # A token of the chunk is a slot of count 1, whose log is 0.
         log_count = torch.cat([log_mass(state.mass[0, :, :num_open], torch.float32), log_count], 1)
     keys, log_count = keys.repeat_interleave(group, 0), log_count.repeat_interleave(group, 0)
-    wide_scale = scale.float()[:, None, None].repeat(1, 1, keys.shape[1])
-    if slot_scale is not None:
-        wide_scale[..., num_sinks:num_open] = slot_scale.float()[:, None, None]
+    wide_scale = scale.float()[:, None, None]
     scores = wide_scale * (q.float().transpose(0, 1) @ keys.mT) + log_count[:, None]
     if bias == "count+norm":
         scores = scores - wide_scale * keys.square().sum(-1)[:, None] / 2
@@ -222,10 +204,6 @@ def _check(call: RecordedCall, num_reads: int) -> None:
         raise ValueError(f"expected a call of one row, found {call.k.shape[0]}")
     if call.options["initial_state"] is not None:
         raise ValueError("expected a call that begins a text, found one that continues a state")
-    if window := call.options["window"]:
-        raise ValueError(
-            f"expected an OVQ layer without a window before the own chunk, found one of {window}"
-        )
     if call.options["attention_mask"] is not None:
         raise ValueError("expected a call without padding, found one with a mask")
     if num_reads < 1:

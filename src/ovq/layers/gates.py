@@ -1,4 +1,4 @@
-"""What an OVQ layer may learn about its memory: what tokens count in it, and how sharply slots are read."""
+"""What an OVQ layer may learn about its memory: what tokens count in it."""
 
 from __future__ import annotations
 
@@ -36,29 +36,3 @@ class MergeGate(nn.Module):
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.autocast(hidden_states.device.type, enabled=False):
             return 1 + F.elu(F.linear(hidden_states.to(wide), self.weight.to(wide)))
-
-
-class SlotScale(nn.Module):
-    """The factor on the logits of slots, `beta * sqrt(head_dim)` with a learned `beta` per query head.
-
-    Args:
-        num_heads: query heads H.
-        head_dim: K.
-
-    Example:
-        >>> SlotScale(2, head_dim=16)().tolist()
-        [4.0, 4.0]
-    """
-
-    def __init__(self, num_heads: int, head_dim: int):
-        super().__init__()
-        self.head_dim = head_dim
-        self.beta = nn.Parameter(torch.ones(num_heads))
-
-    def reset_parameters(self) -> None:
-        """Set `beta` to 1."""
-        nn.init.ones_(self.beta)
-
-    def forward(self) -> Tensor:
-        """The factors `[H]`."""
-        return self.beta * self.head_dim**0.5

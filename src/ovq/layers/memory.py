@@ -205,18 +205,11 @@ class SlotMemory(Memory):
     Attributes:
         num_slots: N, the largest number of slots per head.
         chunk_size: C, tokens per chunk.
-        window: W, tokens before the last chunk that stay exact.
-        num_sinks: first tokens that keep a slot of their own.
-        exact_rope_dim: last components of the keys that are rotated by position, and are zero in slots; 0 if
-            all are rotated or none.
     """
 
     kind: str = "an OVQState"
     num_slots: int = dataclasses.field(compare=False)
     chunk_size: int = dataclasses.field(compare=False)
-    window: int = dataclasses.field(default=0, compare=False)
-    num_sinks: int = dataclasses.field(default=0, compare=False)
-    exact_rope_dim: int = dataclasses.field(default=0, compare=False)
 
     def tensors(self, state: OVQState) -> dict[str, Tensor]:
         """See `Memory.tensors`."""
@@ -233,13 +226,7 @@ class SlotMemory(Memory):
             name: tensors[name].to("cpu" if name == "num_seen" else device)
             for name in names_of("weight" in tensors)
         }
-        return OVQState(
-            **parts,
-            num_slots=self.num_slots,
-            chunk_size=self.chunk_size,
-            window=self.window,
-            num_sinks=self.num_sinks,
-        )
+        return OVQState(**parts, num_slots=self.num_slots, chunk_size=self.chunk_size)
 
     def select(self, state: OVQState, rows: Tensor) -> OVQState:
         """See `Memory.select`."""
@@ -264,10 +251,8 @@ class SlotMemory(Memory):
         return self._begun_later(state, -num_dropped)
 
     def _begun_later(self, state: OVQState, num_columns: int) -> OVQState:
-        first = -self.exact_rope_dim
-        keys: dict[str, Any] = {}
-        for name in ("key_sum", "pending_keys"):
-            x = getattr(state, name)
-            parts = [x[..., :first], self._moved(x[..., first:], num_columns)] if first else []
-            keys[name] = torch.cat(parts, -1) if parts else self._moved(x, num_columns)
-        return dataclasses.replace(state, **keys)
+        return dataclasses.replace(
+            state,
+            key_sum=self._moved(state.key_sum, num_columns),
+            pending_keys=self._moved(state.pending_keys, num_columns),
+        )

@@ -13,16 +13,15 @@ from torch import Tensor
 from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
-from ovq.layers.common import apply_rotary, rotary_tables
-from ovq.layers.gates import MergeGate, SlotScale
+from ovq.layers.gates import MergeGate
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import SlotMemory, StateSpec, check_num_seen, check_tensors, of_rows
 from ovq.layers.products import is_plain
 from ovq.ops import SlotAssignments, ovq_attention, slot_assignments
 from ovq.ops.backends.cpu import TokenMemory, memory_of_slots
 from ovq.ops.next_step import settings_of
-from ovq.ops.options import Options, check_exact_dims, check_num_sinks, check_window, default_growth
-from ovq.ops.schedule import num_merged, scheduled_slots
+from ovq.ops.options import Options, default_growth
+from ovq.ops.schedule import scheduled_slots
 from ovq.ops.serialization import check_tensors as check_state_tensors
 from ovq.ops.serialization import names_of
 from ovq.ops.state import state_dtype
@@ -39,7 +38,6 @@ class RecordedCall:
         q: `[B, T, H, K]` queries. k: `[B, T, Hkv, K]` keys. v: `[B, T, Hkv, V]` values.
         scale: `[H]`.
         options: the other arguments of `ovq_attention`, among them the state that the call continues from.
-        slot_scale: `[H]`, the scale of slots; None where it is `scale`.
     """
 
     q: Tensor
@@ -47,7 +45,6 @@ class RecordedCall:
     v: Tensor
     scale: Tensor
     options: Mapping[str, Any]
-    slot_scale: Tensor | None = None
 
     def assignments(self) -> SlotAssignments:
         """Which slot each token of the call is in."""
@@ -74,12 +71,7 @@ class OVQAttention(AttentionMixer):
         rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
         value_weight: the weight of distances between values relative to those between keys where pairs are
             merged.
-        window: tokens before the own chunk that stay exact, a multiple of `chunk_size`.
-        num_sinks: first tokens of a row that keep a slot of their own.
-        exact_rope_dim: components of a head, the last ones, that are rotated by position. They are read in
-            exact tokens alone: slots are read by the other components (as in KVM, arXiv 2605.09877).
         merge_gate: learn how much each token counts in the dictionary, see `ovq.layers.gates.MergeGate`.
-        slot_temperature: learn a temperature of slots per head, beside that of exact tokens.
         backend: as in `ovq.ops.ovq_attention`.
         kwargs: those of `AttentionMixer`, like all other arguments.
 
@@ -96,14 +88,8 @@ class OVQAttention(AttentionMixer):
 
     forward_options = frozenset({"generator"})
     config_fields = AttentionMixer.config_fields | {
-        name: name
-        for name in (
-            *("num_slots", "chunk_size", "window", "exact_rope_dim", "merge_gate", "slot_temperature"),
-            *LEARNING_OPTIONS,
-        )
+        name: name for name in ("num_slots", "chunk_size", "merge_gate", *LEARNING_OPTIONS)
     }
-    # In a config, `num_sinks` is of the mixer `"sink_attention"`.
-    config_fields |= {"num_sinks": "ovq_sinks"}
 
     def __init__(
         self,
@@ -122,11 +108,7 @@ class OVQAttention(AttentionMixer):
         bias: str = defaults.BIAS,
         rate: float | str = defaults.RATE,
         value_weight: float = defaults.VALUE_WEIGHT,
-        window: int = defaults.WINDOW,
-        num_sinks: int = defaults.OVQ_SINKS,
-        exact_rope_dim: int = defaults.EXACT_ROPE_DIM,
         merge_gate: bool = defaults.MERGE_GATE,
-        slot_temperature: bool = defaults.SLOT_TEMPERATURE,
         backend: str = "auto",
         **kwargs: Any,
     ):
@@ -144,15 +126,8 @@ class OVQAttention(AttentionMixer):
         self.chunk_size = chunk_size
         self.growth, self.init, self.merge, self.backend = growth, init, merge, backend
         self.bias, self.rate, self.value_weight = bias, rate, value_weight
-        check_window("window", window, chunk_size=chunk_size)
-        # The sinks have the name that they have in a config, see `memory_of`.
-        self.window, self.ovq_sinks = window, num_sinks
-        check_exact_rope(self.head_dim, exact_rope_dim, use_rope=self.use_rope)
-        self.exact_rope_dim = exact_rope_dim
         self.set_num_slots(num_slots)
         self.merge_gate = MergeGate(hidden_size, self.num_kv_heads) if merge_gate else None
-        # With `norm` in its name, its `beta` is left out of weight decay, as that of `qk_norm` is.
-        self.slot_norm = SlotScale(num_heads, self.head_dim) if slot_temperature else None
         self._record: list[RecordedCall] | None = None
 
     def set_num_slots(self, num_slots: int) -> None:
@@ -163,20 +138,12 @@ class OVQAttention(AttentionMixer):
         """
         if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
             raise ValueError(f"expected an integer num_slots of at least 1, found {num_slots!r}")
-        check_num_sinks("num_sinks", self.ovq_sinks, num_slots=num_slots, chunk_size=self.chunk_size)
         self.num_slots = num_slots
 
     def extra_repr(self) -> str:
         """The dictionary, as it is printed with the layer."""
         learning = ", ".join(f"{option}={value!r}" for option, value in self.learning.items())
-        sizes = f"num_slots={self.num_slots}, chunk_size={self.chunk_size}"
-        options = {
-            "window": self.window,
-            "num_sinks": self.ovq_sinks,
-            "exact_rope_dim": self.exact_rope_dim,
-        }
-        more = "".join(f", {name}={value}" for name, value in options.items() if value)
-        return f"{sizes}{more}, {learning}"
+        return f"num_slots={self.num_slots}, chunk_size={self.chunk_size}, {learning}"
 
     def set_merge(self, merge: str, *, growth: str | None = None, value_weight: float | None = None) -> None:
         """Learn the dictionary by another rule from here on; cached states continue with the slots they have.
@@ -196,7 +163,7 @@ class OVQAttention(AttentionMixer):
         }
         if value_weight is not None:
             changes["value_weight"] = value_weight
-        Options(**self._exact, seed=0, **self.learning | changes)
+        Options(**self._sizes, seed=0, **self.learning | changes)
         for name, value in changes.items():
             setattr(self, name, value)
 
@@ -206,16 +173,9 @@ class OVQAttention(AttentionMixer):
         return {option: getattr(self, option) for option in LEARNING_OPTIONS}
 
     @property
-    def _exact(self) -> dict[str, Any]:
-        """The sizes of the memory, as the op calls them."""
-        sizes = {"num_slots": self.num_slots, "chunk_size": self.chunk_size}
-        return sizes | {"window": self.window, "num_sinks": self.ovq_sinks}
-
-    def _rotated(self, x: Tensor, layout: SequenceLayout) -> Tensor:
-        """Queries or keys `[B, T, H, K]` with their last components rotated by position."""
-        dim = self.exact_rope_dim
-        tables = rotary_tables(layout.num_past, layout.num_new, dim, theta=self.rope_theta, like=x)
-        return torch.cat([x[..., :-dim], apply_rotary(x[..., -dim:], *tables)], -1)
+    def _sizes(self) -> dict[str, Any]:
+        """The sizes of the memory."""
+        return {"num_slots": self.num_slots, "chunk_size": self.chunk_size}
 
     def mix(
         self,
@@ -233,16 +193,14 @@ class OVQAttention(AttentionMixer):
     def token_memory(self, layout: SequenceLayout, cache: LayerCache) -> TokenMemory | None:
         """See `AttentionMixer.token_memory`: for a step of decoding like the one before."""
         state, gate = cache.state, self.merge_gate
-        if not is_plain(self, OVQAttention) or self.slot_norm is not None or self._record is not None:
+        if not is_plain(self, OVQAttention) or self._record is not None:
             return None
         step = None if layout.bounds is not None or state is None else state._next
         if step is None or step.dtype != torch.float32 or (gate is None) != (state.weight is None):
             return None
         if gate is not None and not (is_plain(gate, MergeGate) and gate.weight.is_contiguous()):
             return None
-        settings = settings_of(
-            **self._exact, **self.learning, exact_dims=self.exact_rope_dim, backend=self.backend
-        )
+        settings = settings_of(**self._sizes, **self.learning, backend=self.backend)
         if not step.continues(state, settings):
             return None
         weight = None if gate is None else gate.weight
@@ -264,29 +222,23 @@ class OVQAttention(AttentionMixer):
         state = None if cache is None else cache.state
         if state is not None and state.num_slots != self.num_slots:
             state = state.resize(self.num_slots, merge=self.merge, value_weight=self.value_weight)
-        if self.exact_rope_dim:
-            q, k = self._rotated(q, layout), self._rotated(k, layout)
         q, k = q.to(v.dtype), k.to(v.dtype)
         options: dict[str, Any] = {
             "initial_state": state,
             "attention_mask": layout.bounds,
             "generator": generator,
-            "exact_dims": self.exact_rope_dim,
-            **self._exact,
+            **self._sizes,
             **self.learning,
         }
         if token_weights is not None:
             options["token_weights"] = token_weights
-        slot_scale = None if self.slot_norm is None else self.slot_norm()
         if self._record is not None:
-            call = RecordedCall(q=q, k=k, v=v, scale=scale, options=options, slot_scale=slot_scale)
-            self._record.append(call)
+            self._record.append(RecordedCall(q=q, k=k, v=v, scale=scale, options=options))
         o, state = ovq_attention(
             q,
             k,
             v,
             scale=scale,
-            slot_scale=slot_scale,
             output_final_state=cache is not None,
             **options,
             backend=self.backend,
@@ -316,24 +268,17 @@ class OVQAttention(AttentionMixer):
     @classmethod
     def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> SlotMemory:
         """See `Mixer.memory_of`."""
-        return SlotMemory(
-            num_slots=settings.num_slots,
-            chunk_size=settings.chunk_size,
-            window=settings.window,
-            num_sinks=settings.ovq_sinks,
-            exact_rope_dim=settings.exact_rope_dim,
-            rope_theta=settings.rope_theta if settings.exact_rope_dim else rope_theta,
-        )
+        return SlotMemory(num_slots=settings.num_slots, chunk_size=settings.chunk_size, rope_theta=rope_theta)
 
     def num_open(self, num_tokens: int) -> int:
         """Slots in use per head after `num_tokens` tokens of a row."""
-        merged = num_merged(num_tokens, chunk_size=self.chunk_size, window=self.window)
+        merged = num_tokens // self.chunk_size * self.chunk_size
         if not merged:
             return 0
         # From the first token on, no schedule asks a chunk for more slots than it has tokens, so the last
         # chunk decides. Going through all chunks would be slow: a file may claim any number of tokens.
         growth = default_growth(self.merge) if self.growth is None else self.growth
-        return scheduled_slots(merged, num_slots=self.num_slots, growth=growth, num_sinks=self.ovq_sinks)
+        return scheduled_slots(merged, num_slots=self.num_slots, growth=growth)
 
     def memory_spec(self, num_tokens: int, dtype: torch.dtype) -> StateSpec:
         """The tensors of the `OVQState`: sums, counts, pending buffers and the number of tokens."""
@@ -343,7 +288,6 @@ class OVQAttention(AttentionMixer):
             head_dim=self.head_dim,
             chunk_size=self.chunk_size,
             dtype=dtype,
-            window=self.window,
             has_weights=self.merge_gate is not None,
         )
 
@@ -352,7 +296,7 @@ class OVQAttention(AttentionMixer):
     ) -> None:
         """See `Mixer.check_state`."""
         state = {name: tensors[name] for name in names_of(self.merge_gate is not None)}
-        check_state_tensors(where, state, **self._exact)
+        check_state_tensors(where, state, **self._sizes)
         spec = self.state_spec(num_tokens, dtype)
         # A dictionary that was resized in mid-stream may have another number of slots than the schedule
         # gives.
@@ -362,23 +306,6 @@ class OVQAttention(AttentionMixer):
         check_num_seen(where, tensors, num_tokens)
 
 
-def check_exact_rope(head_dim: int, exact_rope_dim: int, *, use_rope: bool) -> None:
-    """Raise ValueError unless the last `exact_rope_dim` components of a head can be rotated by position.
-
-    Example:
-        >>> check_exact_rope(8, 3, use_rope=False)
-        Traceback (most recent call last):
-        ValueError: exact_rope_dim: expected an even number, found 3
-    """
-    check_exact_dims("exact_rope_dim", exact_rope_dim, key_dim=head_dim)
-    if exact_rope_dim % 2:
-        raise ValueError(f"exact_rope_dim: expected an even number, found {exact_rope_dim}")
-    if exact_rope_dim and use_rope:
-        raise ValueError(
-            f"exact_rope_dim: expected 0 where all components are rotated, found {exact_rope_dim}"
-        )
-
-
 def slot_spec(
     num_open: int,
     *,
@@ -386,7 +313,6 @@ def slot_spec(
     head_dim: int,
     chunk_size: int,
     dtype: torch.dtype,
-    window: int = 0,
     has_weights: bool = False,
 ) -> StateSpec:
     """The tensors of an `OVQState` of one row with `num_open` slots in use per head.
@@ -397,7 +323,6 @@ def slot_spec(
         head_dim: K and V.
         chunk_size: C.
         dtype: of the activations.
-        window: W.
         has_weights: whether tokens have weights.
 
     Example:
@@ -405,7 +330,7 @@ def slot_spec(
         ((2, 5, 8), torch.float32)
     """
     sums = ((num_kv_heads, num_open, head_dim), state_dtype(dtype))
-    pending = ((num_kv_heads, window + chunk_size, head_dim), dtype)
+    pending = ((num_kv_heads, chunk_size, head_dim), dtype)
     spec = {
         "key_sum": sums,
         "value_sum": sums,
@@ -416,5 +341,5 @@ def slot_spec(
     }
     if has_weights:
         spec["weight"] = ((num_kv_heads, num_open), state_dtype(dtype))
-        spec["pending_weights"] = ((num_kv_heads, window + chunk_size), state_dtype(dtype))
+        spec["pending_weights"] = ((num_kv_heads, chunk_size), state_dtype(dtype))
     return spec

@@ -24,7 +24,6 @@ from ovq.ops.checks import check_kv, checked_call, checked_scale
 from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
 from ovq.ops.precision import full_precision
 from ovq.ops.random_init import seed_of
-from ovq.ops.schedule import num_merged
 from ovq.ops.state import OVQState
 from ovq.ops.uncompiled import uncompiled
 
@@ -41,10 +40,10 @@ class SlotAssignments:
 
     Attributes:
         slots: `[B, Hkv, T]` int64 slot that each token is in at the end of the call.
-        chunk_slots: `[B, Hkv, T]` slot that it was in right after its own chunk was merged. It differs from
-            `slots` only where merge="ward" has merged that slot into another.
+        chunk_slots: `[B, Hkv, T]` slot that it was in right after its own chunk. It differs from `slots` only
+            where merge="ward" has merged that slot into another.
         earlier_slots: `[R, Hkv, M]` where the slots of the initial state ended, -1 for spare ones.
-        earlier_pending: `[R, Hkv, W + C]` where the tokens ended that were pending in the initial state.
+        earlier_pending: `[R, Hkv, C]` where the tokens ended that were pending in the initial state.
         position: `[B, T]` position of each token. row: `[B, T]` row of each token.
         state: the state after the call, as `ovq_attention` returns it; its `count` counts the tokens of each
             slot, those of earlier calls included.
@@ -75,8 +74,7 @@ class SlotAssignments:
     def after(self, num_tokens: int) -> Tensor:
         """The slots `[B, Hkv, T]` that tokens were in after the first `num_tokens` tokens of each row.
 
-        Tokens that were pending then have -1. These are the slots that a query at that place
-        reads.
+        Tokens that were pending then have -1. These are the slots that a query at that place reads.
 
         Raises:
             ValueError: if `num_tokens` is negative.
@@ -145,9 +143,6 @@ def slot_assignments(
     merge: str = "existing",
     rate: float | str = "count",
     value_weight: float = VALUE_WEIGHT,
-    window: int = 0,
-    num_sinks: int = 0,
-    exact_dims: int = 0,
     token_weights: Tensor | None = None,
     generator: torch.Generator | None = None,
     backend: str = "auto",
@@ -160,7 +155,7 @@ def slot_assignments(
     Args:
         k: `[B, T, Hkv, K]` keys. v: `[B, T, Hkv, V]` values.
         num_slots, chunk_size, growth, init, merge, rate, value_weight, generator: as in `ovq_attention`.
-        window, num_sinks, exact_dims, token_weights: as in `ovq_attention`.
+        token_weights: as in `ovq_attention`.
         initial_state: the state that the call continues from. It is not changed.
         attention_mask, cu_seqlens: as in `ovq_attention`.
         backend: `"torch"`, `"cpu"` (compiled for this processor; no float64, rate `"count"`) or
@@ -184,9 +179,6 @@ def slot_assignments(
         merge=merge,
         rate=rate,
         value_weight=value_weight,
-        window=window,
-        num_sinks=num_sinks,
-        exact_dims=exact_dims,
         seed=seed_of(init, generator),
     )
     if backend not in BACKENDS:
@@ -267,15 +259,14 @@ class _History:
     def __init__(self, learned: Learned, plan: Plan, batch: int, length: int, capacity: int) -> None:
         self._learned, self._plan = learned, plan
         self._batch, self._length, self._capacity = batch, length, capacity
-        aligned = plan.aligned
-        self._num_merged = [aligned.num_merged(r) // aligned.chunk_size for r in range(len(aligned.lengths))]
+        self._num_complete = [n // plan.options.chunk_size for n in plan.aligned.lengths]
 
     def slots(self, num_tokens: int) -> Tensor:
         """`[B, Hkv, T]` slots after `num_tokens` new tokens of each row."""
         aligned, size = self._plan.aligned, self._plan.options.chunk_size
         ends = [
-            min(n, num_merged(pending + num_tokens, chunk_size=size, window=aligned.window) // size)
-            for n, pending in zip(self._num_merged, aligned.pending, strict=True)
+            min(n, (pending + num_tokens) // size)
+            for n, pending in zip(self._num_complete, aligned.pending, strict=True)
         ]
         return self.of_tokens(self.carried(ends)[0])
 
@@ -288,7 +279,7 @@ class _History:
     def of_chunks(self) -> Tensor:
         """`[num_chunks, W, Hkv]` slot of each token right after its own chunk."""
         found = torch.full_like(self._learned.slots, -1, dtype=torch.int64)
-        for first, n in zip(self._plan.aligned.first_chunk, self._num_merged, strict=True):
+        for first, n in zip(self._plan.aligned.first_chunk, self._num_complete, strict=True):
             found[first : first + n] = self._learned.slots[first : first + n]
         return found
 
@@ -297,11 +288,11 @@ class _History:
 
         Returns:
             Slots of tokens by chunk `[num_chunks, W, Hkv]`, of the slots of the initial state `[R, Hkv, M]`,
-            and of the tokens that were pending in it `[R, Hkv, W + C]`.
+            and of the tokens that were pending in it `[R, Hkv, C]`.
         """
         aligned = self._plan.aligned
         slots, moved = self._learned.slots, self._learned.moved
-        ends = self._num_merged if ends is None else ends
+        ends = self._num_complete if ends is None else ends
         num_heads, device = slots.shape[2], slots.device
         found = torch.full_like(slots, -1, dtype=torch.int64)
         # From the last chunk back: where a slot as it is after this chunk is in the end.
@@ -313,12 +304,8 @@ class _History:
             found[chunks] = of_rows.gather(2, slots[chunks].transpose(1, 2).long()).transpose(1, 2)
             if moved is not None:
                 to[rows] = of_rows.gather(2, moved[chunks].long())
-        size = aligned.window + aligned.chunk_size
-        pending = to.new_full((len(ends), num_heads, size), -1)
+        pending = to.new_full((len(ends), num_heads, aligned.chunk_size), -1)
         for r, num in enumerate(aligned.pending):
-            # Pending tokens may fill several chunks.
-            for first in range(0, num, aligned.width):
-                part = min(aligned.width, num - first)
-                own = found[aligned.first_chunk[r] + first // aligned.width, :part]
-                pending[r, :, first : first + part] = own.transpose(0, 1)
+            if num:
+                pending[r, :, :num] = found[aligned.first_chunk[r], :num].transpose(0, 1)
         return found, to, pending

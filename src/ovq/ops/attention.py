@@ -53,11 +53,7 @@ def ovq_attention(
     bias: str = "count",
     rate: float | str = "count",
     value_weight: float = VALUE_WEIGHT,
-    window: int = 0,
-    num_sinks: int = 0,
-    exact_dims: int = 0,
     token_weights: Tensor | None = None,
-    slot_scale: float | Tensor | None = None,
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, OVQState | None]:
@@ -100,26 +96,14 @@ def ovq_attention(
             chunk: this is meant for ablations.
         value_weight: w of the rules that merge pairs: the weight of distances between values, relative to
             their mean squared length, beside those between keys.
-        window: tokens that stay exact before the own chunk, a multiple of `chunk_size`. A query of chunk c
-            reads the last `window` / `chunk_size` chunks before it token by token, and the dictionary holds
-            what came before those. A chunk is merged when it leaves the window.
-        num_sinks: the first tokens of each row, fewer than a chunk and fewer than `num_slots`, that keep a
-            slot of their own: no token is merged into it, and it is never merged into another.
-        exact_dims: how many of the last components of a key are read in exact tokens alone. They are set to
-            zero when a token is merged, so that a query meets slots by the other components. Components that
-            depend on the position, as those of a rotary embedding do, belong there.
         token_weights: `[B, T, Hkv]` numbers of at least 0 (differentiable), what a token counts for in the
             sums and counts of its slot. A slot is read with the log of its total weight in the place of its
-            log count. Tokens that are still exact, sinks too, are read as if their weight were 1. None: 1
-            throughout.
-        slot_scale: the scale of slots, if it differs from that of exact tokens (the chunk, the window and the
-            sinks); as `scale`. None: `scale`.
+            log count. Tokens of the own chunk are read as if their weight were 1. None: 1 throughout.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
             this processor; no float64), `"triton"` (kernels for GPUs; no float64, no merge `"updated"`)
-            or `"auto"`: the fastest that can run the call; `backend_used()` tells
-            which ran. Only `"naive"` and `"torch"` know `window`, `num_sinks`, `exact_dims` and
-            `slot_scale`; these and `"cpu"` know `token_weights`.
+            or `"auto"`: the fastest that can run the call; `backend_used()` tells which ran. All but
+            `"triton"` know `token_weights`.
 
     Returns:
         Outputs `[B, T, H, V]` in the dtype of `q`, and the final `OVQState` (None unless asked for).
@@ -146,7 +130,6 @@ def ovq_attention(
     """
     # What a decode step is told by the state that it continues need not be found out anew.
     is_plain = attention_mask is None and cu_seqlens is None and generator is None
-    is_plain &= slot_scale is None
     settings = settings_of(
         num_slots=num_slots,
         chunk_size=chunk_size,
@@ -156,9 +139,6 @@ def ovq_attention(
         bias=bias,
         rate=rate,
         value_weight=value_weight,
-        window=window,
-        num_sinks=num_sinks,
-        exact_dims=exact_dims,
         backend=backend,
         scale=None if isinstance(scale, Tensor) else scale,
     )
@@ -176,17 +156,11 @@ def ovq_attention(
         bias=bias,
         rate=rate,
         value_weight=value_weight,
-        window=window,
-        num_sinks=num_sinks,
-        exact_dims=exact_dims,
         seed=seed_of(init, generator),
     )
     backends.check_name(backend)
     scale = checked_scale(scale, q)
-    if slot_scale is not None:
-        slot_scale = checked_scale(slot_scale, q, name="slot_scale")
-    is_stateless = initial_state is None and not output_final_state
-    is_stateless &= token_weights is None and slot_scale is None
+    is_stateless = initial_state is None and not output_final_state and token_weights is None
     if torch.compiler.is_compiling() and is_stateless and _is_traced(backend, q, v, options):
         from ovq.ops.backends.triton.traced import attention
 
@@ -203,7 +177,6 @@ def ovq_attention(
         options,
         backend,
         token_weights,
-        slot_scale,
     )
     if is_plain and state is not None and state._next is not None:
         state._next.settings = settings
@@ -255,7 +228,6 @@ def _attention(
     options: Options,
     backend: str,
     token_weights: Tensor | None,
-    slot_scale: Tensor | None,
 ) -> tuple[Tensor, OVQState | None]:
     """`ovq_attention` after all arguments but those of rows and state have been checked."""
     global _used
@@ -270,7 +242,6 @@ def _attention(
         cu_seqlens,
         options,
         token_weights,
-        slot_scale,
     )
     _used = backends.chosen(backend, call)
     # The compiled kernels use no product of PyTorch.

@@ -55,7 +55,6 @@ class Call:
         wants_state: whether the caller asked for the state afterwards.
         token_weights: `[B, T, Hkv]` weights with which tokens are merged, in the dtype of the sums; None for
             1 throughout.
-        slot_scale: `[H]` in that dtype, the scale of slots; None where it is `scale`.
     """
 
     q: Tensor
@@ -67,7 +66,6 @@ class Call:
     options: Options
     wants_state: bool
     token_weights: Tensor | None = None
-    slot_scale: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -97,29 +95,6 @@ class Call:
             return True
         state = self.state
         memory = (state.key_sum, state.value_sum, state.pending_keys, state.pending_values)
-        more = (state.weight, state.pending_weights, self.token_weights, self.slot_scale)
+        more = (state.weight, state.pending_weights, self.token_weights)
         tensors = (self.q, self.k, self.v, self.scale, *memory, *more)
         return not any(x is not None and x.requires_grad for x in tensors)
-
-
-def refusal_of_options(options: Options) -> str | None:
-    """Why kernels without the options of `docs/math.md`, section 8, cannot run a call; None if they can.
-
-    Example:
-        >>> options = Options(
-        ...     num_slots=8, chunk_size=4, growth="plateau", init="novelty", merge="ward", seed=0, window=8
-        ... )
-        >>> refusal_of_options(options)
-        'expected window 0, found 8'
-    """
-    for name in ("window", "num_sinks", "exact_dims"):
-        if found := getattr(options, name):
-            return f"expected {name} 0, found {found}"
-    return None
-
-
-def refusal_of_tensors(call: Call, *, know_weights: bool = False) -> str | None:
-    """The same for the tensors of the call and of its state, by kernels that may know weights of tokens."""
-    if not know_weights and (call.token_weights is not None or call.state.weight is not None):
-        return "expected no token_weights, found some in the call or its state"
-    return None if call.slot_scale is None else "expected no slot_scale, found one"

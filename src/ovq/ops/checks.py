@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ovq.fields import is_finite
 from ovq.ops.call import Call, RowBounds, Rows
-from ovq.ops.options import Options, check_exact_dims
+from ovq.ops.options import Options
 from ovq.ops.state import OVQState, state_dtype, weighted
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -56,21 +56,21 @@ def _check_tensors(**tensors: Tensor) -> None:
             raise ValueError(f"{name}: expected at least one head and one dimension, found {tuple(x.shape)}")
 
 
-def checked_scale(scale: float | Tensor | None, q: Tensor, *, name: str = "scale") -> Tensor:
-    """`scale` as a tensor `[H]` in the dtype of the sums; `name` is what errors call it."""
+def checked_scale(scale: float | Tensor | None, q: Tensor) -> Tensor:
+    """`scale` as a tensor `[H]` in the dtype of the sums."""
     num_heads, wide = q.shape[2], state_dtype(q.dtype)
     if scale is None:
         scale = q.shape[3] ** 0.5
     if isinstance(scale, Tensor):
         if scale.shape != (num_heads,):
             raise ValueError(
-                f"{name}: expected a finite float or a tensor [{num_heads}], found {tuple(scale.shape)}"
+                f"scale: expected a finite float or a tensor [{num_heads}], found {tuple(scale.shape)}"
             )
         if not scale.is_floating_point():
-            raise ValueError(f"{name}: expected a floating dtype, found {scale.dtype}")
+            raise ValueError(f"scale: expected a floating dtype, found {scale.dtype}")
         return scale.to(q.device, wide)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not is_finite(scale):
-        raise ValueError(f"{name}: expected a finite float or a tensor [{num_heads}], found {scale!r}")
+        raise ValueError(f"scale: expected a finite float or a tensor [{num_heads}], found {scale!r}")
     return torch.full((num_heads,), float(scale), dtype=wide, device=q.device)
 
 
@@ -85,14 +85,11 @@ def checked_call(
     cu_seqlens: Tensor | None,
     options: Options,
     token_weights: Tensor | None = None,
-    slot_scale: Tensor | None = None,
 ) -> Call:
-    """The call of tensors, scales and options that were checked before; checks its rows, weights, state."""
+    """The call of tensors, scale and options that were checked before; checks its rows, weights, state."""
     rows = checked_rows(q, attention_mask, cu_seqlens)
-    check_exact_dims("exact_dims", options.exact_dims, key_dim=k.shape[3])
-    for name, x in (("token_weights", token_weights), ("slot_scale", slot_scale)):
-        if x is not None and options.rate != "count":
-            raise ValueError(f"{name}: expected none with a constant rate, found one")
+    if token_weights is not None and options.rate != "count":
+        raise ValueError("token_weights: expected none with a constant rate, found some")
     if initial_state is not None:
         check_state(initial_state, len(rows), k, v, options)
         state = initial_state
@@ -104,8 +101,6 @@ def checked_call(
             value_dim=v.shape[3],
             num_slots=options.num_slots,
             chunk_size=options.chunk_size,
-            window=options.window,
-            num_sinks=options.num_sinks,
             dtype=q.dtype,
             device=q.device,
         )
@@ -124,7 +119,6 @@ def checked_call(
         options=options,
         wants_state=wants_state,
         token_weights=token_weights,
-        slot_scale=slot_scale,
     )
 
 
@@ -222,8 +216,6 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
         "rows": state.batch_size,
         "num_slots": state.num_slots,
         "chunk_size": state.chunk_size,
-        "window": state.window,
-        "num_sinks": state.num_sinks,
         "key/value heads": state.count.shape[1],
         "key dimension": state.key_sum.shape[3],
         "value dimension": state.value_sum.shape[3],
@@ -235,8 +227,6 @@ def check_state(state: OVQState, num_rows: int, k: Tensor, v: Tensor, options: O
         "rows": num_rows,
         "num_slots": options.num_slots,
         "chunk_size": options.chunk_size,
-        "window": options.window,
-        "num_sinks": options.num_sinks,
         "key/value heads": k.shape[2],
         "key dimension": k.shape[3],
         "value dimension": v.shape[3],
@@ -256,7 +246,7 @@ def _check_parts(state: OVQState, dtype: torch.dtype) -> None:
     Anybody can put a state together, and compiled kernels would read beyond a tensor that is too small.
     """
     rows, heads, num = state.count.shape
-    slots, tokens = (rows, heads, num), (rows, heads, state.window + state.chunk_size)
+    slots, tokens = (rows, heads, num), (rows, heads, state.chunk_size)
     dims, wide = {"key": state.key_sum.shape[3], "value": state.value_sum.shape[3]}, state_dtype(dtype)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"count": (slots, torch.int64)}
     for name, dim in dims.items():

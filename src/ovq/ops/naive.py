@@ -16,7 +16,7 @@ from ovq.ops.options import NO_COSINE, NO_WEIGHT, TIE, TINY, Options
 from ovq.ops.precision import rounded
 from ovq.ops.random_init import random_priority
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import OVQState, divisor, keys_in_slots, log_mass, state_dtype, without_trace
+from ovq.ops.state import OVQState, divisor, log_mass, state_dtype, without_trace
 
 
 @dataclasses.dataclass
@@ -38,9 +38,9 @@ class _Head:
             return torch.tensor(self.count, dtype=self.key_sum[0].dtype, device=self.key_sum[0].device)
         return torch.stack(self.weight)
 
-    def means(self, sums: list[Tensor], first: int = 0) -> Tensor:
-        """Means of the slots from `first` on; 0 for a slot whose tokens all have the weight 0."""
-        return torch.stack(sums[first:]) / divisor(self.mass[first:], sums[0].dtype)[:, None]
+    def means(self, sums: list[Tensor]) -> Tensor:
+        """Means of the slots; 0 for a slot whose tokens all have the weight 0."""
+        return torch.stack(sums) / divisor(self.mass, sums[0].dtype)[:, None]
 
     def open_slots(self, num: int, key: Tensor, value: Tensor) -> None:
         self.key_sum += [torch.zeros_like(key)] * num
@@ -65,9 +65,9 @@ class _Head:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """A chunk that leaves the window: keys `[C, K]`, values `[C, V]` and weights `[C]` of its tokens.
+    """A complete chunk: keys `[C, K]`, values `[C, V]` and weights `[C]` of its tokens.
 
-    `num_seen` tokens of the row are in the dictionary once it is merged.
+    It ends at token `num_seen` of its row.
     """
 
     keys: Tensor
@@ -87,21 +87,12 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
     if weights is None:
         weights = torch.ones(call.k.shape[:3], dtype=call.state.key_sum.dtype, device=call.k.device)
     flat_q, flat_k, flat_v, weights = (x.reshape(-1, *x.shape[2:]) for x in (call.q, call.k, call.v, weights))
-    slot_scale = call.scale if call.slot_scale is None else call.slot_scale
     pieces, states, end = [], [], 0
     for r, (start, length) in enumerate(zip(call.rows.starts, call.rows.lengths, strict=True)):
         part = slice(start, start + length)
         before = call.state.select([r])
-        o, after = naive_row(
-            flat_q[part],
-            flat_k[part],
-            flat_v[part],
-            weights[part],
-            call.scale,
-            slot_scale,
-            before,
-            call.options,
-        )
+        tokens = flat_q[part], flat_k[part], flat_v[part], weights[part]
+        o, after = naive_row(*tokens, call.scale, before, call.options)
         pieces += [o.new_zeros(max(0, start - end), *o.shape[1:]), o]
         end = max(end, start + length)
         states.append(after)
@@ -116,7 +107,6 @@ def naive_row(
     v: Tensor,
     weights: Tensor,
     scale: Tensor,
-    slot_scale: Tensor,
     state: OVQState,
     options: Options,
 ) -> tuple[Tensor, OVQState]:
@@ -125,7 +115,7 @@ def naive_row(
     Args:
         q: `[T, H, K]`. k: `[T, Hkv, K]`. v: `[T, Hkv, V]`.
         weights: `[T, Hkv]`, which count only if the state has weights.
-        scale: `[H]`. slot_scale: `[H]`.
+        scale: `[H]`.
         state: the row's state, with a batch size of 1.
         options: the layer's settings.
 
@@ -139,10 +129,8 @@ def naive_row(
     pendings: list[tuple[Tensor, ...]] = []
     for h in range(num_kv_heads):
         queries = slice(h * group, (h + 1) * group)
-        scales = scale[queries], slot_scale[queries]
-        o, head, pending = _naive_head(
-            q[:, queries], k[:, h], v[:, h], weights[:, h], scales, state, h, options
-        )
+        tokens = q[:, queries], k[:, h], v[:, h], weights[:, h]
+        o, head, pending = _naive_head(*tokens, scale[queries], state, h, options)
         outputs.append(o)
         heads.append(head)
         pendings.append(pending)
@@ -154,16 +142,16 @@ def _naive_head(
     k: Tensor,
     v: Tensor,
     weights: Tensor,
-    scales: tuple[Tensor, Tensor],
+    scale: Tensor,
     state: OVQState,
     h: int,
     options: Options,
 ) -> tuple[Tensor, _Head, tuple[Tensor, ...]]:
-    """One key/value head and its query heads: q `[T, G, K]`, k `[T, K]`, v `[T, V]`, weights `[T]`, scales
+    """One key/value head and its query heads: q `[T, G, K]`, k `[T, K]`, v `[T, V]`, weights `[T]`, scale
     `[G]`."""
     wide = state_dtype(k.dtype)
     num_pending = int(state.num_pending[0])
-    num_seen = int(state.num_seen[0]) - num_pending
+    num_merged = int(state.num_seen[0]) - num_pending
     slots = int(state.num_open[0])
     head = _Head(
         key_sum=list(state.key_sum[0, h, :slots]),
@@ -171,7 +159,7 @@ def _naive_head(
         count=state.count[0, h, :slots].tolist(),
         weight=None if state.weight is None else list(state.weight[0, h, :slots]),
     )
-    # The pending tokens come first: they are exact, and belong to the chunks that the new tokens continue.
+    # The pending tokens come first: they begin the chunk that the new tokens continue.
     k = torch.cat([state.pending_keys[0, h, :num_pending], k])
     v = torch.cat([state.pending_values[0, h, :num_pending], v])
     if state.pending_weights is not None:
@@ -179,58 +167,36 @@ def _naive_head(
     else:
         weights = weights.new_ones(len(k))
     outputs: list[Tensor] = []
-    size, left = options.chunk_size, 0
+    size, end = options.chunk_size, 0
     for start in range(0, len(k), size):
-        # Exact are the chunks of the window, and the tokens of the own chunk so far.
-        for j in range(start, min(start + size, len(k))):
-            if j >= num_pending:
-                exact = slice(max(0, start - options.window), j + 1)
-                query = q[j - num_pending].to(wide)
-                outputs.append(_read(query, scales, head, k[exact].to(wide), v[exact].to(wide), options))
-        if start + size <= len(k) and start >= options.window:
-            # The oldest chunk leaves the window and enters the dictionary.
-            oldest = slice(left, left + size)
-            left, num_seen = left + size, num_seen + size
-            keys = keys_in_slots(k[oldest].to(wide), options.exact_dims)
-            chunk = _Chunk(keys, v[oldest].to(wide), weights[oldest], num_seen)
+        chunk_k, chunk_v = k[start : start + size].to(wide), v[start : start + size].to(wide)
+        for j in range(len(chunk_k)):
+            if start + j >= num_pending:
+                query = q[start + j - num_pending].to(wide)
+                outputs.append(_read(query, scale, head, chunk_k[: j + 1], chunk_v[: j + 1], options))
+        if len(chunk_k) == size:
+            end = start + size
+            chunk = _Chunk(chunk_k, chunk_v, weights[start:end], num_merged + end)
             learn = _learn_by_likelihood if options.merges_pairs else _learn
             learn(chunk, head, h, options)
     o = torch.stack(outputs) if outputs else q.new_zeros(*q.shape[:2], v.shape[-1])
-    return o, head, (k[left:], v[left:], weights[left:])
+    return o, head, (k[end:], v[end:], weights[end:])
 
 
 def _read(
-    q: Tensor,
-    scales: tuple[Tensor, Tensor],
-    head: _Head,
-    exact_k: Tensor,
-    exact_v: Tensor,
-    options: Options,
+    q: Tensor, scale: Tensor, head: _Head, chunk_k: Tensor, chunk_v: Tensor, options: Options
 ) -> Tensor:
-    """One token's outputs `[G, V]`: a softmax over the slots, biased by log count, and the exact tokens."""
-    keys, values, bias = exact_k, exact_v, torch.zeros(len(exact_k), dtype=q.dtype, device=q.device)
-    num_slots = max(0, len(head.count) - options.num_sinks)
+    """One token's outputs `[G, V]`: a softmax over the slots, biased by log count, and its chunk so far."""
+    keys, values, bias = chunk_k, chunk_v, torch.zeros(len(chunk_k), dtype=q.dtype, device=q.device)
     if head.count:
-        # An exact token is a slot of count 1, whose log is the 0 above. So are sinks, which come first.
-        keys = torch.cat([head.means(head.key_sum), exact_k])
-        values = torch.cat([head.means(head.value_sum), exact_v])
+        # A token of the chunk is a slot of count 1, whose log is the 0 above.
+        keys = torch.cat([head.means(head.key_sum), chunk_k])
+        values = torch.cat([head.means(head.value_sum), chunk_v])
         bias = torch.cat([log_mass(head.mass, q.dtype), bias])
-    is_slot = torch.arange(len(keys), device=q.device) - options.num_sinks
-    is_slot = (is_slot >= 0) & (is_slot < num_slots)
-    scale = torch.where(is_slot, scales[1][:, None], scales[0][:, None])
-    scores = scale * (q @ keys.T) + bias
+    scores = scale[:, None] * (q @ keys.T) + bias
     if options.bias == "count+norm":
-        scores = scores - scale * keys.square().sum(-1) / 2
+        scores = scores - scale[:, None] * keys.square().sum(-1) / 2
     return scores.softmax(-1) @ values
-
-
-def _keep_sinks(chunk: _Chunk, head: _Head, options: Options) -> list[int]:
-    """The first tokens of a stream get a slot each, with the weight 1. Returns the tokens that are left."""
-    num = 0 if head.count else options.num_sinks
-    for j in range(num):
-        head.open_slots(1, chunk.keys[j], chunk.values[j])
-        head.merge_into(j, chunk.keys[j], chunk.values[j], torch.ones_like(chunk.weights[j]), options.rate)
-    return list(range(num, options.chunk_size))
 
 
 def _wanted(chunk: _Chunk, head: _Head, options: Options) -> int:
@@ -241,7 +207,6 @@ def _wanted(chunk: _Chunk, head: _Head, options: Options) -> int:
         num_slots=options.num_slots,
         chunk_size=options.chunk_size,
         growth=options.growth,
-        num_sinks=options.num_sinks,
     )
 
 
@@ -253,18 +218,18 @@ def _scores(keys: Tensor, means: Tensor) -> Tensor:
 
 def _learn(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
     """Grow the dictionary by the most novel keys of a complete chunk and merge the others into it."""
-    wanted, sinks = _wanted(chunk, head, options), options.num_sinks
+    wanted = _wanted(chunk, head, options)
     chunk_k, chunk_v, weights = chunk.keys, chunk.values, chunk.weights.detach()
-    rest = _keep_sinks(chunk, head, options)
-    if len(head.count) == sinks:  # The first chunk: its first key (of a weight above 0) opens a slot.
-        first = next((j for j in rest if weights[j] > 0), rest[0])
+    rest = list(range(options.chunk_size))
+    if not head.count:  # The first chunk: its first key (of a weight above 0) opens a slot.
+        first = next((j for j in rest if weights[j] > 0), 0)
         head.open_slots(1, chunk_k[0], chunk_v[0])
-        head.merge_into(sinks, chunk_k[first], chunk_v[first], chunk.weights[first], options.rate)
+        head.merge_into(0, chunk_k[first], chunk_v[first], chunk.weights[first], options.rate)
         rest.remove(first)
     existing = len(head.count)
-    # Sinks, and slots of no weight, attract no key.
-    means = head.means(head.key_sum, sinks).detach()
-    is_empty = head.mass[sinks:].detach() <= 0
+    means = head.means(head.key_sum).detach()
+    # Slots of no weight attract no key.
+    is_empty = head.mass.detach() <= 0
     scores = _scores(chunk_k, means).masked_fill(is_empty, -torch.inf)
     opening = _openers(scores, chunk, means, rest, wanted - existing, h, options)
     head.open_slots(len(opening), chunk_k[0], chunk_v[0])
@@ -273,10 +238,7 @@ def _learn(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
         is_empty = torch.cat([is_empty, *((weights[j] <= 0)[None] for j in opening)])
         scores = _scores(chunk_k, means).masked_fill(is_empty, -torch.inf)
     opened = {j: existing + i for i, j in enumerate(opening)}
-    slots = {
-        j: opened[j] if j in opened else sinks + _nearest(scores[j], chunk_k[j], means, is_empty)
-        for j in rest
-    }
+    slots = {j: opened[j] if j in opened else _nearest(scores[j], chunk_k[j], means, is_empty) for j in rest}
     # In order of position. At a constant rate the keys that open slots come first: slots move from them.
     for j in rest if options.rate == "count" else sorted(rest, key=lambda j: j not in opened):
         head.merge_into(slots[j], chunk_k[j], chunk_v[j], chunk.weights[j], options.rate)
@@ -288,32 +250,30 @@ def _learn(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
 
 def _learn_by_likelihood(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
     """Rules that merge pairs: the cheapest pairs of slots and tokens of a complete chunk, until they fit."""
-    wanted, sinks = _wanted(chunk, head, options), options.num_sinks
-    rest = _keep_sinks(chunk, head, options)
-    existing, size = len(head.count) - sinks, len(rest)
-    # Items are the slots that are no sinks, then the tokens.
-    keys, values, weights = (x[rest] for x in (chunk.keys, chunk.values, chunk.weights))
-    count = head.count[sinks:] + [1] * size
-    key_sum, value_sum = ([*sums[sinks:], *x] for sums, x in ((head.key_sum, keys), (head.value_sum, values)))
+    wanted, existing, size = _wanted(chunk, head, options), len(head.count), options.chunk_size
+    # Items are the slots, then the tokens.
+    keys, values, weights = chunk.keys, chunk.values, chunk.weights
+    count = head.count + [1] * size
+    key_sum, value_sum = [*head.key_sum, *keys], [*head.value_sum, *values]
     mass = torch.tensor(count, dtype=keys.dtype, device=keys.device)
     if head.weight is not None:
-        mass = torch.cat([head.mass[sinks:], weights]) if existing else weights
+        mass = torch.cat([head.mass, weights]) if existing else weights
         keys, values = without_trace(keys, weights), without_trace(values, weights)
         for j in range(size):
             for sums, x in ((key_sum, keys), (value_sum, values)):
                 sums[existing + j] = weights[j] * x[j]
 
     def means(sums: list[Tensor], tokens: Tensor) -> Tensor:
-        return torch.cat([head.means(sums, sinks), tokens]) if existing else tokens
+        return torch.cat([head.means(sums), tokens]) if existing else tokens
 
     key_means, value_means = means(head.key_sum, keys), means(head.value_sum, values)
-    clusters = _clusters(key_means, value_means, mass, existing + size - (wanted - sinks), options)
+    clusters = _clusters(key_means, value_means, mass, existing + size - wanted, options)
     # A cluster stays in its lowest slot. One of tokens alone takes a slot that became free, or a new slot.
     kept = {cluster[0] for cluster in clusters}
-    free = [i for i in range(wanted - sinks) if i >= existing or i not in kept]
-    head.open_slots(wanted - sinks - existing, chunk.keys[0], chunk.values[0])
+    free = [i for i in range(wanted) if i >= existing or i not in kept]
+    head.open_slots(wanted - existing, chunk.keys[0], chunk.values[0])
     for cluster in clusters:
-        slot = sinks + (cluster[0] if cluster[0] < existing else free.pop(0))
+        slot = cluster[0] if cluster[0] < existing else free.pop(0)
         head.key_sum[slot] = sum((key_sum[i] for i in cluster[1:]), key_sum[cluster[0]])
         head.value_sum[slot] = sum((value_sum[i] for i in cluster[1:]), value_sum[cluster[0]])
         head.count[slot] = sum(count[i] for i in cluster)
@@ -410,7 +370,7 @@ def _packed_state(
         return torch.stack(rows)[None]
 
     def padded(parts: list[Tensor]) -> Tensor:
-        missing = before.window + before.chunk_size - len(parts[0])
+        missing = before.chunk_size - len(parts[0])
         return torch.nn.functional.pad(torch.stack(parts), (0, 0) * (parts[0].dim() - 1) + (0, missing))[None]
 
     keys, values, weights = ([pending[i] for pending in pendings] for i in range(3))

@@ -47,15 +47,12 @@ def settings_of(
     bias: str,
     rate: float | str,
     value_weight: float,
-    window: int,
-    num_sinks: int,
-    exact_dims: int,
     backend: str,
     scale: float | None = None,
 ) -> tuple:
     """The arguments of a call that have to be the same in the next step; `scale` if it is a number."""
     learning = (growth, init, merge, bias, rate, value_weight)
-    return num_slots, chunk_size, *learning, window, num_sinks, exact_dims, backend, scale
+    return num_slots, chunk_size, *learning, backend, scale
 
 
 @dataclasses.dataclass(eq=False)

@@ -48,9 +48,6 @@ class Options:
         rate: how far a slot mean moves to a key merged into it: `"count"` (1 / count) or a constant share.
         value_weight: w, the weight of distances between values relative to those between keys in
             `merge="ward"` and `"ward-sqrt"`.
-        window: tokens before the own chunk that stay exact, a multiple of chunk_size.
-        num_sinks: first tokens of a stream that keep a slot of their own.
-        exact_dims: last components of keys that are zero in slots.
     """
 
     num_slots: int
@@ -62,9 +59,6 @@ class Options:
     bias: str = "count"
     rate: float | str = "count"
     value_weight: float = VALUE_WEIGHT
-    window: int = 0
-    num_sinks: int = 0
-    exact_dims: int = 0
 
     def __post_init__(self) -> None:
         options = (("growth", GROWTHS), ("init", INITS), ("merge", MERGES), ("bias", BIASES))
@@ -74,12 +68,6 @@ class Options:
         check_sizes(1, num_slots=self.num_slots, chunk_size=self.chunk_size)
         check_rate("rate", self.rate)
         check_value_weight("value_weight", self.value_weight)
-        check_window("window", self.window, chunk_size=self.chunk_size)
-        check_num_sinks("num_sinks", self.num_sinks, num_slots=self.num_slots, chunk_size=self.chunk_size)
-        check_exact_dims("exact_dims", self.exact_dims)
-        for name in ("window", "num_sinks", "exact_dims"):
-            if getattr(self, name) and self.rate != "count":
-                raise ValueError(f"{name}: expected 0 with a constant rate, found {getattr(self, name)}")
         # Where pairs are merged, no key is chosen to open a slot, and no mean moves by steps.
         for name, only in (("init", "novelty"), ("rate", "count")):
             if self.merges_pairs and getattr(self, name) != only:
@@ -91,11 +79,6 @@ class Options:
     def merges_pairs(self) -> bool:
         """Whether pairs of slots and tokens are merged, instead of keys into slots."""
         return self.merge in COUNT_POWERS
-
-    @property
-    def window_chunks(self) -> int:
-        """Chunks of the window."""
-        return self.window // self.chunk_size
 
     @property
     def count_power(self) -> float:
@@ -131,47 +114,6 @@ def check_sizes(least: int, **sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < least:
             raise ValueError(f"{name}: expected an integer of at least {least}, found {size!r}")
-
-
-def check_window(name: str, window: int, *, chunk_size: int) -> None:
-    """Raise ValueError, naming the argument `name`, unless `window` is a number of whole chunks.
-
-    Example:
-        >>> check_window("window", 12, chunk_size=8)
-        Traceback (most recent call last):
-        ValueError: window: expected a multiple of chunk_size (8), found 12
-    """
-    if not isinstance(window, int) or isinstance(window, bool) or window < 0 or window % chunk_size:
-        raise ValueError(f"{name}: expected a multiple of chunk_size ({chunk_size}), found {window!r}")
-
-
-def check_exact_dims(name: str, dims: int, *, key_dim: int | None = None) -> None:
-    """Raise ValueError, naming the argument `name`, unless `dims` is a number of components below `key_dim`.
-
-    Example:
-        >>> check_exact_dims("exact_dims", 8, key_dim=8)
-        Traceback (most recent call last):
-        ValueError: exact_dims: expected fewer than the 8 components of a key, found 8
-    """
-    check_sizes(0, **{name: dims})
-    if key_dim is not None and dims >= key_dim:
-        raise ValueError(f"{name}: expected fewer than the {key_dim} components of a key, found {dims}")
-
-
-def check_num_sinks(name: str, num_sinks: int, *, num_slots: int, chunk_size: int) -> None:
-    """Raise ValueError, naming the argument `name`, unless sinks leave room in the dictionary and the chunk.
-
-    Example:
-        >>> check_num_sinks("num_sinks", 8, num_slots=64, chunk_size=8)
-        Traceback (most recent call last):
-        ValueError: num_sinks: expected an integer from 0 to 7, less than num_slots and chunk_size, found 8
-    """
-    most = min(num_slots, chunk_size) - 1
-    if not isinstance(num_sinks, int) or isinstance(num_sinks, bool) or not 0 <= num_sinks <= most:
-        raise ValueError(
-            f"{name}: expected an integer from 0 to {most}, less than num_slots and chunk_size, "
-            f"found {num_sinks!r}"
-        )
 
 
 def check_value_weight(name: str, weight: float) -> None:

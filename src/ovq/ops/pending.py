@@ -17,9 +17,9 @@ class PendingBuffers:
     tensors, its caller's or the op's, the first step copies them. Code that makes a state need not know this.
 
     Attributes:
-        keys: `[B, Hkv, W + C, K]`. values: `[B, Hkv, W + C, V]`.
+        keys: `[B, Hkv, C, K]`. values: `[B, Hkv, C, V]`.
         written: places of each row that hold tokens.
-        weights: `[B, Hkv, W + C]` where tokens have weights, else None.
+        weights: `[B, Hkv, C]` where tokens have weights, else None.
 
     Example:
         >>> buffers = PendingBuffers.copied(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), [0])

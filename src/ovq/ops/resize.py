@@ -8,29 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.ops.options import COUNT_POWERS, MERGES, check_num_sinks, check_sizes, check_value_weight
-from ovq.ops.state import OVQState, slot_means
+from ovq.ops.options import COUNT_POWERS, MERGES, check_sizes, check_value_weight
+from ovq.ops.state import OVQState
 from ovq.ops.ward import cluster_roots, pair_points
 
 
 def resized(state: OVQState, num_slots: int, *, merge: str, value_weight: float) -> OVQState:
     """`state` with at most `num_slots` slots per head from here on; see `OVQState.resize`."""
     check_sizes(1, num_slots=num_slots)
-    check_num_sinks("num_sinks", state.num_sinks, num_slots=num_slots, chunk_size=state.chunk_size)
     if merge not in MERGES:
         raise ValueError(f"merge: expected one of {MERGES}, found {merge!r}")
     check_value_weight("value_weight", value_weight)
     if state.count.shape[2] <= num_slots:
         return dataclasses.replace(state, num_slots=num_slots)
-    (rows, heads), sinks = state.count.shape[:2], state.num_sinks
-    # Sinks, the first slots, take no part.
-    count, mass = (x[..., sinks:].flatten(0, 1) for x in (state.count, state.mass))
+    rows, heads = state.count.shape[:2]
+    count, mass = state.count.flatten(0, 1), state.mass.flatten(0, 1)
     due = [max(0, n - num_slots) for n in state.num_open.tolist() for _ in range(heads)]
     weight = None if state.weight is None else mass.detach()
     with torch.no_grad():
-        keys, values = (
-            slot_means(sums[:, :, sinks:].flatten(0, 1), mass) for sums in (state.key_sum, state.value_sum)
-        )
+        keys, values = state.keys.flatten(0, 1), state.values.flatten(0, 1)
         points = pair_points(keys, values, mass, value_weight)
         power = COUNT_POWERS.get(merge, 1.0)
         roots = cluster_roots(points, count, due, count_power=power, weight=weight)
@@ -39,10 +35,10 @@ def resized(state: OVQState, num_slots: int, *, merge: str, value_weight: float)
     place = (is_kept.cumsum(-1) - 1).clamp(min=0).gather(1, roots)
 
     def merged(sums: Tensor) -> Tensor:
-        first, parts = sums[:, :, :sinks], sums[:, :, sinks:].flatten(0, 1)
+        parts = sums.flatten(0, 1)
         index = place.view(*place.shape, *[1] * (parts.dim() - 2)).expand_as(parts)
-        total = parts.new_zeros(len(parts), num_slots - sinks, *parts.shape[2:])
-        return torch.cat([first, total.scatter_add(1, index, parts).unflatten(0, (rows, heads))], 2)
+        total = parts.new_zeros(len(parts), num_slots, *parts.shape[2:])
+        return total.scatter_add(1, index, parts).unflatten(0, (rows, heads))
 
     changed: dict[str, Any] = {"num_slots": num_slots}
     for name in ("key_sum", "value_sum", "count", *(() if state.weight is None else ("weight",))):

@@ -7,21 +7,7 @@ however it is cut into calls.
 GROWTHS = ("plateau", "linear", "immediate")
 
 
-def num_merged(num_seen: int, *, chunk_size: int, window: int = 0) -> int:
-    """Tokens of a row that are in its dictionary once `num_seen` were read; the others are pending.
-
-    The last complete chunks that fit in the window are still exact, and so is the incomplete chunk.
-
-    Example:
-        >>> [num_merged(t, chunk_size=4) for t in (3, 4, 9)]
-        [0, 4, 8]
-        >>> [num_merged(t, chunk_size=4, window=8) for t in (8, 11, 12, 17)]
-        [0, 0, 4, 8]
-    """
-    return max(0, num_seen // chunk_size - window // chunk_size) * chunk_size
-
-
-def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau", num_sinks: int = 0) -> int:
+def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau") -> int:
     """Slots that the schedule prescribes once `num_seen` tokens have been merged.
 
     Args:
@@ -30,10 +16,9 @@ def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau", n
         growth: `"plateau"`, floor(t N / (t + N)), the paper's; `"linear"`, min(N, floor(t / 2)), which
             crosses the plateau at t = N (the slope is this project's choice); `"immediate"`, min(N, t), one
             slot per key while there is room.
-        num_sinks: first tokens that keep a slot of their own; there is at least one other slot beside them.
 
     Returns:
-        The number of slots, sinks included: at least `num_sinks` + 1 and at most `num_slots`.
+        The number of slots, at least 1 and at most `num_slots`.
 
     Raises:
         ValueError: if there is no such growth, or a number is out of range.
@@ -46,9 +31,9 @@ def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau", n
         >>> scheduled_slots(32, num_slots=64, growth="immediate")
         32
     """
-    if num_seen < 0 or num_slots <= num_sinks:
+    if num_seen < 0 or num_slots < 1:
         raise ValueError(
-            f"expected num_seen of at least 0 and more slots than the {num_sinks} of sinks, "
+            f"expected num_seen of at least 0 and num_slots of at least 1, "
             f"found num_seen={num_seen} and num_slots={num_slots}"
         )
     if growth == "plateau":
@@ -59,12 +44,10 @@ def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau", n
         wanted = num_seen
     else:
         raise ValueError(f"growth: expected one of {GROWTHS}, found {growth!r}")
-    return max(num_sinks + 1, min(wanted, num_slots))
+    return max(1, min(wanted, num_slots))
 
 
-def grown_slots(
-    current: int, num_seen: int, *, num_slots: int, chunk_size: int, growth: str, num_sinks: int = 0
-) -> int:
+def grown_slots(current: int, num_seen: int, *, num_slots: int, chunk_size: int, growth: str) -> int:
     """Slots after the chunk that ends at token `num_seen`, given `current` slots before it.
 
     The dictionary never shrinks here, and a chunk of C tokens can open at most C slots (a limit that matters
@@ -76,7 +59,7 @@ def grown_slots(
         >>> grown_slots(21, 64, num_slots=4096, chunk_size=32, growth="immediate")
         53
     """
-    wanted = scheduled_slots(num_seen, num_slots=num_slots, growth=growth, num_sinks=num_sinks)
+    wanted = scheduled_slots(num_seen, num_slots=num_slots, growth=growth)
     return min(max(current, wanted), current + chunk_size)
 
 
@@ -88,7 +71,6 @@ def slots_by_chunk(
     num_slots: int,
     chunk_size: int,
     growth: str,
-    num_sinks: int = 0,
 ) -> list[int]:
     """Slots before each of the next `num_chunks` chunks and after the last: a list of num_chunks + 1 sizes.
 
@@ -104,7 +86,6 @@ def slots_by_chunk(
             num_slots=num_slots,
             chunk_size=chunk_size,
             growth=growth,
-            num_sinks=num_sinks,
         )
         sizes.append(size)
     return sizes

@@ -15,14 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ovq.ops.checks import DTYPES
-from ovq.ops.options import check_num_sinks, check_window
 from ovq.ops.state import OVQState, state_dtype
 from ovq.runtime.files import atomic_path
 
 FORMAT = "ovq-state"
 VERSION = "1"
-# The version of files of states with a window, sinks or weights, which earlier versions would misread.
-WITH_OPTIONS = "2"
+# The version of files of states with weights, which earlier versions would misread.
+WITH_WEIGHTS = "2"
 MAX_TOKENS = 2**62
 """Most tokens of a row: in a file with more, the int64 counts could overflow as the row continues."""
 STATE_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values", "num_seen")
@@ -53,7 +52,7 @@ def state_tensors(state: OVQState) -> dict[str, Tensor]:
     names = names_of(state.weight is not None)
     tensors = {name: getattr(state, name).detach().cpu().contiguous() for name in names}
     # Places beyond num_pending may hold tokens of another continuation, which must not reach the file.
-    used = torch.arange(state.window + state.chunk_size) < state.num_pending[:, None]
+    used = torch.arange(state.chunk_size) < state.num_pending[:, None]
     for name in names:
         if name.startswith("pending"):
             x = tensors[name]
@@ -65,13 +64,10 @@ def save_state(state: OVQState, path: str | os.PathLike) -> None:
     """Write `state` to `path`; see `OVQState.save`."""
     metadata = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if state.weight is None else WITH_WEIGHTS,
         "num_slots": str(state.num_slots),
         "chunk_size": str(state.chunk_size),
     }
-    options = {name: str(n) for name in ("window", "num_sinks") if (n := getattr(state, name))}
-    if options or state.weight is not None:
-        metadata |= {"version": WITH_OPTIONS, **options}
     write_file(path, state_tensors(state), metadata=metadata)
 
 
@@ -147,15 +143,16 @@ def read_file(
 def load_state(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> OVQState:
     """Read and check the state at `path`; see `OVQState.load`."""
     metadata, tensors = read_file(
-        path, what="a saved OVQ state", file_format=FORMAT, version=VERSION, or_version=WITH_OPTIONS
+        path, what="a saved OVQ state", file_format=FORMAT, version=VERSION, or_version=WITH_WEIGHTS
     )
     names = names_of("weight" in tensors)
     if set(tensors) != set(names):
         raise ValueError(f"{path}: expected tensors {sorted(names)}, found {sorted(tensors)}")
+    # Earlier versions wrote these where they were not 0.
+    for name in ("window", "num_sinks"):
+        if name in metadata:
+            raise ValueError(f"{path}: {name} was removed; expected 0, found {metadata[name][:40]}")
     sizes: dict[str, Any] = {name: positive_int(path, metadata, name) for name in ("num_slots", "chunk_size")}
-    # These are written only where they are not 0.
-    options = ("window", "num_sinks")
-    sizes |= {name: positive_int(path, metadata, name) if name in metadata else 0 for name in options}
     check_tensors(str(path), tensors, **sizes)
     moved: dict[str, Any] = {name: t if name == "num_seen" else t.to(device) for name, t in tensors.items()}
     return OVQState(**moved, **sizes)
@@ -178,21 +175,8 @@ def positive_int(path: str | os.PathLike, metadata: dict[str, str], name: str) -
     return int(text)
 
 
-def check_tensors(
-    where: str,
-    tensors: dict[str, Tensor],
-    *,
-    num_slots: int,
-    chunk_size: int,
-    window: int = 0,
-    num_sinks: int = 0,
-) -> None:
+def check_tensors(where: str, tensors: dict[str, Tensor], *, num_slots: int, chunk_size: int) -> None:
     """Raise ValueError unless `tensors` can be a state: shapes, dtypes, finite values, counts that add up."""
-    try:
-        check_window("window", window, chunk_size=chunk_size)
-        check_num_sinks("num_sinks", num_sinks, num_slots=num_slots, chunk_size=chunk_size)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
     def expect(is_right: bool, expected: str, found: object) -> None:
         if not is_right:
@@ -217,8 +201,8 @@ def check_tensors(
     for name, t, length in (
         ("key_sum", key_sum, capacity),
         ("value_sum", value_sum, capacity),
-        ("pending_keys", pending_keys, window + chunk_size),
-        ("pending_values", pending_values, window + chunk_size),
+        ("pending_keys", pending_keys, chunk_size),
+        ("pending_values", pending_values, chunk_size),
     ):
         expected = f"{name} of shape [{batch}, {heads}, {length}, D]"
         expect(t.dim() == 4 and t.shape[:3] == (batch, heads, length), expected, tuple(t.shape))
@@ -229,20 +213,17 @@ def check_tensors(
     expect(num_seen.shape == (batch,), f"num_seen of shape [{batch}]", tuple(num_seen.shape))
     is_countable = bool(((num_seen >= 0) & (num_seen <= MAX_TOKENS)).all())
     expect(is_countable, "num_seen from 0 to 2^62", num_seen.tolist())
-    num_merged = (num_seen // chunk_size - window // chunk_size).clamp(min=0) * chunk_size
-    check_counts(where, count, total=num_merged)
+    check_counts(where, count, total=num_seen // chunk_size * chunk_size)
     _check_open_slots(where, tensors)
-    is_sink = (count > 0) & (torch.arange(capacity) < num_sinks)
-    expect(bool((count[is_sink] == 1).all()), "sinks of count 1", count[is_sink].tolist())
     if "weight" in tensors:
-        _check_weights(where, tensors, window + chunk_size, is_sink)
+        _check_weights(where, tensors, chunk_size)
 
 
-def _check_weights(where: str, tensors: dict[str, Tensor], num_pending: int, is_sink: Tensor) -> None:
+def _check_weights(where: str, tensors: dict[str, Tensor], chunk_size: int) -> None:
     """Raise ValueError unless the weights of slots `[B, Hkv, M]` and of pending tokens can be those of a
     state."""
     shape = tensors["count"].shape
-    expected = {"weight": shape, "pending_weights": (*shape[:2], num_pending)}
+    expected = {"weight": shape, "pending_weights": (*shape[:2], chunk_size)}
     for name, size in expected.items():
         x = tensors[name]
         if tuple(x.shape) != tuple(size) or x.dtype != tensors["key_sum"].dtype:
@@ -252,10 +233,8 @@ def _check_weights(where: str, tensors: dict[str, Tensor], num_pending: int, is_
             )
         if not bool((x.isfinite() & (x >= 0)).all()):
             raise ValueError(f"{where}: expected finite numbers of at least 0 in {name}, found others")
-    weight = tensors["weight"]
-    is_spare = tensors["count"] == 0
-    if bool(weight[is_spare].any()) or bool((weight[is_sink] != 1).any()):
-        raise ValueError(f"{where}: expected a weight of 0 for spare slots and of 1 for sinks, found others")
+    if bool(tensors["weight"][tensors["count"] == 0].any()):
+        raise ValueError(f"{where}: expected a weight of 0 for spare slots, found others")
 
 
 def check_counts(where: str, count: Tensor, *, total: Tensor | int) -> None:

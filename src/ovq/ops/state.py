@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.next_step import NextStep
-from ovq.ops.options import VALUE_WEIGHT, check_num_sinks, check_sizes, check_window
+from ovq.ops.options import VALUE_WEIGHT, check_sizes
 from ovq.ops.pending import PendingBuffers
 
 if TYPE_CHECKING:
@@ -43,18 +43,15 @@ class OVQState:
         value_sum: `[B, Hkv, M, V]` sums of the values, same dtype.
         count: `[B, Hkv, M]` tokens assigned to each slot, int64, so that it stays exact at any length.
             Spare slots have count 0 and sums 0.
-        pending_keys: `[B, Hkv, W + C, K]` keys of the window and of the incomplete last chunk, in the dtype
-            of the inputs. Row b uses its first `num_pending[b]` places; the contents of the others have no
-            meaning.
-        pending_values: `[B, Hkv, W + C, V]` their values.
+        pending_keys: `[B, Hkv, C, K]` keys of the incomplete last chunk, in the dtype of the inputs. Row b
+            uses its first `num_pending[b]` places; the contents of the others have no meaning.
+        pending_values: `[B, Hkv, C, V]` their values.
         num_seen: `[B]` tokens seen by each row, int64, always on the CPU: the schedule is host control flow.
         num_slots: N, the largest number of slots per head.
         chunk_size: C, tokens per chunk.
-        window: W, tokens before the last chunk that stay exact, a multiple of C.
-        num_sinks: first tokens of each row that keep a slot of their own: its first slots.
         weight: `[B, Hkv, M]` total weight of the tokens in each slot, in the dtype of the sums, where tokens
             were given weights (`token_weights` of `ovq_attention`); None where it is their count.
-        pending_weights: `[B, Hkv, W + C]` weights of the pending tokens, likewise.
+        pending_weights: `[B, Hkv, C]` weights of the pending tokens, likewise.
 
     Example:
         >>> import torch
@@ -77,8 +74,6 @@ class OVQState:
     num_seen: Tensor
     num_slots: int
     chunk_size: int
-    window: int = 0
-    num_sinks: int = 0
     weight: Tensor | None = None
     pending_weights: Tensor | None = None
     # The buffers in which decode steps keep the pending tokens, if there were such steps (`advanced`).
@@ -99,10 +94,9 @@ class OVQState:
         seen = sorted({*self.num_seen.tolist()})
         tokens = f"{seen[0]}..{seen[-1]}" if len(seen) > 1 else "".join(map(str, seen)) or "none"
         rows, heads, slots = self.count.shape
-        options = "".join(f"{name}={n}, " for name in ("window", "num_sinks") if (n := getattr(self, name)))
         return (
             f"OVQState(rows={rows}, heads={heads}, num_seen={tokens}, slots={slots} of {self.num_slots}, "
-            f"chunk_size={self.chunk_size}, {options}{self.pending_keys.dtype} on {self.count.device}, "
+            f"chunk_size={self.chunk_size}, {self.pending_keys.dtype} on {self.count.device}, "
             f"{self.nbytes:,} bytes)"
         )
 
@@ -129,8 +123,6 @@ class OVQState:
         value_dim: int,
         num_slots: int,
         chunk_size: int,
-        window: int = 0,
-        num_sinks: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> OVQState:
@@ -148,8 +140,6 @@ class OVQState:
         check_sizes(0, batch_size=batch_size)
         check_sizes(1, num_kv_heads=num_kv_heads, key_dim=key_dim, value_dim=value_dim)
         check_sizes(1, num_slots=num_slots, chunk_size=chunk_size)
-        check_window("window", window, chunk_size=chunk_size)
-        check_num_sinks("num_sinks", num_sinks, num_slots=num_slots, chunk_size=chunk_size)
         if not dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating dtype, found {dtype}")
         sum_dtype = state_dtype(dtype)
@@ -161,13 +151,11 @@ class OVQState:
             key_sum=zeros(0, key_dim, dtype=sum_dtype),
             value_sum=zeros(0, value_dim, dtype=sum_dtype),
             count=zeros(0, dtype=torch.int64),
-            pending_keys=zeros(window + chunk_size, key_dim, dtype=dtype),
-            pending_values=zeros(window + chunk_size, value_dim, dtype=dtype),
+            pending_keys=zeros(chunk_size, key_dim, dtype=dtype),
+            pending_values=zeros(chunk_size, value_dim, dtype=dtype),
             num_seen=torch.zeros(batch_size, dtype=torch.int64),
             num_slots=num_slots,
             chunk_size=chunk_size,
-            window=window,
-            num_sinks=num_sinks,
         )
 
     @property
@@ -177,11 +165,8 @@ class OVQState:
 
     @property
     def num_pending(self) -> Tensor:
-        """`[B]` tokens of each row that are not merged: those of the window and of the incomplete chunk."""
-        if not self.window:
-            return self.num_seen % self.chunk_size
-        num_merged = self.num_seen // self.chunk_size - self.window // self.chunk_size
-        return self.num_seen - num_merged.clamp(min=0) * self.chunk_size
+        """`[B]` tokens of each row that are not merged: those of the incomplete chunk."""
+        return self.num_seen % self.chunk_size
 
     @property
     def mass(self) -> Tensor:
@@ -291,7 +276,7 @@ class OVQState:
             states = [weighted(state) for state in states]
         first = states[0]
         for other in states[1:]:
-            for what in ("num_slots", "chunk_size", "window", "num_sinks"):
+            for what in ("num_slots", "chunk_size"):
                 if getattr(other, what) != getattr(first, what):
                     raise ValueError(
                         f"states: expected {what} {getattr(first, what)} in all, found {getattr(other, what)}"
@@ -317,8 +302,7 @@ class OVQState:
 
         Growing only raises the bound; the schedule then opens slots as chunks complete. Shrinking merges the
         cheapest pairs of slots until `num_slots` per head are left. Merged slots stay in the order of the
-        lowest slot in each, and the counts still add up to the number of tokens merged. Sinks are never
-        merged.
+        lowest slot in each, and the counts still add up to the number of tokens merged.
 
         Args:
             num_slots: the new bound.
@@ -330,8 +314,8 @@ class OVQState:
                 `ovq_attention`.
 
         Raises:
-            ValueError: if `num_slots` is not an integer of at least 1 (and above the number of sinks), there
-                is no such rule, or `value_weight` is not a finite number of at least 0.
+            ValueError: if `num_slots` is not an integer of at least 1, there is no such rule, or
+                `value_weight` is not a finite number of at least 0.
 
         Example:
             >>> import torch
@@ -380,18 +364,6 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 def slot_means(sums: Tensor, mass: Tensor) -> Tensor:
     """Slot means `[..., M, D]` of sums `[..., M, D]` and counts or weights `[..., M]`; 0 for spare slots."""
     return sums / divisor(mass, sums.dtype).unsqueeze(-1)
-
-
-def keys_in_slots(keys: Tensor, exact_dims: int) -> Tensor:
-    """Keys `[..., K]`, or their gradient, as they enter slots: their last `exact_dims` components are zero.
-
-    Example:
-        >>> keys_in_slots(torch.ones(4), 1)
-        tensor([1., 1., 1., 0.])
-    """
-    if not exact_dims:
-        return keys
-    return torch.cat([keys[..., :-exact_dims], torch.zeros_like(keys[..., -exact_dims:])], -1)
 
 
 def without_trace(x: Tensor, weights: Tensor) -> Tensor:
@@ -451,10 +423,8 @@ def advanced(state: OVQState) -> OVQState:
     The caller writes the token of row r to place `state.num_pending[r]` of the result's pending buffers. They
     are contiguous, and no state other than the result and those made from it reads that place.
     """
-    # Without a window, `num_pending` in plain numbers.
-    size = state.chunk_size
-    seen = state.num_seen.tolist()
-    places = state.num_pending.tolist() if state.window else [n % size for n in seen]
+    # `num_pending` in plain numbers.
+    places = [n % state.chunk_size for n in state.num_seen.tolist()]
     buffers, own = state._buffers, (state.pending_keys, state.pending_values, state.pending_weights)
     if buffers is not None and buffers.take(*own[:2], places, own[2]):
         # As below, in a fraction of the time.
@@ -473,7 +443,7 @@ def advanced(state: OVQState) -> OVQState:
 
 
 def replaced(state: OVQState, rows: list[int], sums: Dictionary) -> OVQState:
-    """`state` with the dictionaries of some rows replaced, each of which has merged its oldest chunk.
+    """`state` with the dictionaries of some rows replaced, each of which has merged a chunk.
 
     Args:
         state: the state, with room for the new slots.
@@ -488,10 +458,4 @@ def replaced(state: OVQState, rows: list[int], sums: Dictionary) -> OVQState:
         x = getattr(state, name)
         new = getattr(sums, name).view(len(rows), *x.shape[1:])
         changed[name] = new if len(rows) == len(x) else x.index_copy(0, index, new)
-    if state.window:
-        # The tokens that are still exact move to the front.
-        for name in state._names:
-            if name.startswith("pending"):
-                x = getattr(state, name)
-                changed[name] = x.index_copy(0, index, x[index].roll(-state.chunk_size, 2))
     return dataclasses.replace(state, **changed)

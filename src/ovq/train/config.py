@@ -79,12 +79,7 @@ class ModelArgs:
         bias: What is added to the scores of slots, see `ovq.ops.ovq_attention`.
         rate: How far a slot moves towards a key merged into it, see `ovq.ops.ovq_attention`.
         value_weight: What values weigh beside keys where pairs are merged, see `ovq.ops.ovq_attention`.
-        window: Tokens before the own chunk that an OVQ layer reads exactly, a multiple of `chunk_size`.
-        ovq_sinks: First tokens that keep a slot of their own in an OVQ layer.
-        exact_rope_dim: Components of a head of an OVQ layer that are rotated by position, and read in exact
-            tokens alone.
         merge_gate: Whether an OVQ layer learns how much each token counts in the dictionary.
-        slot_temperature: Whether an OVQ layer learns a temperature of slots beside that of exact tokens.
         initializer_range: Standard deviation of the initial weights of the linear layers.
         embedding_std: Standard deviation of the initial embedding. At 1, a step of AdamW hardly turns an
             embedding. Tokens then stay as different as they were drawn, and the projections learn once, for
@@ -125,11 +120,7 @@ class ModelArgs:
     bias: str = defaults.BIAS
     rate: float | str = defaults.RATE
     value_weight: float = defaults.VALUE_WEIGHT
-    window: int = defaults.WINDOW
-    ovq_sinks: int = defaults.OVQ_SINKS
-    exact_rope_dim: int = defaults.EXACT_ROPE_DIM
     merge_gate: bool = defaults.MERGE_GATE
-    slot_temperature: bool = defaults.SLOT_TEMPERATURE
     initializer_range: float = SMALL_MODEL["initializer_range"]
     embedding_std: float = 1.0
     tie_word_embeddings: bool = False
@@ -146,8 +137,7 @@ class ModelArgs:
         _check_at_least(self, "model", 1, "num_key_value_heads", "head_dim", "sliding_window", "num_sinks")
         _check_at_least(self, "model", 1, "sink_window", "mamba_state_size", "num_slots", "chunk_size")
         _check_at_least(self, "model", 1, "kvm_chunk_size", "raven_slots", "raven_top_k", "mesa_steps")
-        _check_at_least(self, "model", 0, "conv_size", "commitment_weight", "window", "ovq_sinks")
-        _check_at_least(self, "model", 0, "exact_rope_dim")
+        _check_at_least(self, "model", 0, "conv_size", "commitment_weight")
         _check_at_least(self, "model", 0, "initializer_range", "embedding_std", "value_weight")
         if not 0 <= self.vq_decay < 1:
             raise ValueError(f"model.vq_decay: expected a number in [0, 1), found {self.vq_decay}")

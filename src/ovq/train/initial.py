@@ -22,8 +22,6 @@ _FREE = {
     "bias",
     "rate",
     "value_weight",
-    "window",
-    "ovq_sinks",
     "sliding_window",
     "num_sinks",
     "sink_window",

@@ -1,10 +1,9 @@
 """The chunk-aligned layout that the fast backends share.
 
 The rows of a call may be padded left or right, packed one after the other, or continue a state with pending
-tokens: those of an incomplete chunk, and those of the window before it. All become one layout: every row
-starts at a chunk boundary with its pending tokens, and is padded to whole chunks. Rows are sorted by length,
-longest first. The rows that have an i-th chunk, and those whose i-th chunk is complete, are then each a
-prefix of the batch.
+tokens. All become one layout: every row starts at a chunk boundary with its pending tokens, and is padded to
+whole chunks. Rows are sorted by length, longest first. The rows that have an i-th chunk, and those whose i-th
+chunk is complete, are then each a prefix of the batch.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ovq.ops.call import Rows
-from ovq.ops.schedule import num_merged
 
 
 class AlignedRows:
@@ -40,16 +38,14 @@ class AlignedRows:
         (2, 1)
     """
 
-    def __init__(
-        self, rows: Rows, *, pending: Sequence[int], chunk_size: int, num_tokens: int, window: int = 0
-    ) -> None:
+    def __init__(self, rows: Rows, *, pending: Sequence[int], chunk_size: int, num_tokens: int) -> None:
         totals = [p + n for p, n in zip(pending, rows.lengths, strict=True)]
         self.order = sorted(range(len(rows)), key=lambda r: -totals[r])
         self.is_sorted = self.order == list(range(len(rows)))
         self.lengths = [totals[r] for r in self.order]
         self.pending = [pending[r] for r in self.order]
         self.starts = [rows.starts[r] for r in self.order]
-        self.chunk_size, self.window = chunk_size, window
+        self.chunk_size = chunk_size
         self.width = max(1, min(chunk_size, self.lengths[0] if self.lengths else 1))
         self.first_chunk: list[int] = []
         self.num_chunks = 0
@@ -107,7 +103,7 @@ class AlignedRows:
 
         Args:
             x: queries, keys or values.
-            pending: `[R, H, W + C, D]` pending keys or values of the rows in sorted order; None for queries,
+            pending: `[R, H, C, D]` pending keys or values of the rows in sorted order; None for queries,
                 whose pending places are never read.
         """
         if self.is_dense:
@@ -123,7 +119,7 @@ class AlignedRows:
         if pending is not None and any(self.pending):
             first = [c * self.width for c in self.first_chunk]
             place = self._spread(first, self.pending, x.device)
-            slots = [r * pending.shape[2] for r in range(len(self.lengths))]
+            slots = [r * self.chunk_size for r in range(len(self.lengths))]
             source = self._spread(slots, self.pending, x.device)
             waiting = pending.transpose(1, 2).reshape(-1, *flat.shape[1:])
             out = out.index_copy(0, place, waiting.index_select(0, source))
@@ -143,19 +139,13 @@ class AlignedRows:
         out = out.index_copy(0, source, flat.index_select(0, place))
         return out.reshape(batch, length, *flat.shape[1:])
 
-    def num_merged(self, r: int) -> int:
-        """Tokens of the sorted row `r` in chunks that have left the window at the end of the call."""
-        return num_merged(self.lengths[r], chunk_size=self.chunk_size, window=self.window)
-
     def tail(self, chunks: Tensor) -> Tensor:
-        """The tokens after each sorted row's last merged chunk, as pending buffers `[R, H, W + C, D]`."""
+        """The tokens after each sorted row's last complete chunk, as pending buffers `[R, H, C, D]`."""
         flat = chunks.reshape(-1, *chunks.shape[2:])
-        merged = [self.num_merged(r) for r in range(len(self.lengths))]
-        num = [n - m for n, m in zip(self.lengths, merged, strict=True)]
-        first = [c * self.width + m for c, m in zip(self.first_chunk, merged, strict=True)]
-        size = self.window + self.chunk_size
+        num = [n % self.chunk_size for n in self.lengths]
+        first = [c * self.width + n - m for c, n, m in zip(self.first_chunk, self.lengths, num, strict=True)]
         source = self._spread(first, num, flat.device)
-        place = self._spread([r * size for r in range(len(num))], num, flat.device)
-        out = flat.new_zeros(len(num) * size, *flat.shape[1:])
+        place = self._spread([r * self.chunk_size for r in range(len(num))], num, flat.device)
+        out = flat.new_zeros(len(num) * self.chunk_size, *flat.shape[1:])
         out = out.index_copy(0, place, flat.index_select(0, source))
-        return out.reshape(len(num), size, *flat.shape[1:]).transpose(1, 2).contiguous()
+        return out.reshape(len(num), self.chunk_size, *flat.shape[1:]).transpose(1, 2).contiguous()

@@ -15,7 +15,7 @@ from ovq.ops.call import Call
 from ovq.ops.state import OVQState, with_capacity
 
 # For rows in chunks: q, k, v, scale, key_sum, value_sum, count, plan -> outputs, sums and counts at the end.
-# Weights and the scale of slots are passed by name, if there are any; weights of slots come last then.
+# Weights are passed by name, if there are any; those of slots come last then.
 Recurrence = Callable[..., tuple[Tensor, ...]]
 
 
@@ -39,9 +39,7 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
         assert before.weight is not None
         assert before.pending_weights is not None
         chunks_w = aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
-        more |= {"token_weights": chunks_w, "weight": before.weight}
-    if call.slot_scale is not None:
-        more["slot_scale"] = call.slot_scale
+        more = {"token_weights": chunks_w, "weight": before.weight}
     o, *sums = recurrence(
         aligned.align(q, None),
         chunks_k,
@@ -71,7 +69,6 @@ def planned(call: Call, *, group_size: int) -> tuple[OVQState, Plan]:
         pending=call.state.num_pending.tolist(),
         chunk_size=call.options.chunk_size,
         num_tokens=call.num_tokens,
-        window=call.options.window,
     )
     before = call.state if aligned.is_sorted else call.state.select(aligned.order)
     plan = Plan.make(

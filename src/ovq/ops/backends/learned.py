@@ -13,7 +13,7 @@ class Learned:
     """Where the tokens of a call went when their chunks were merged, and where chunks moved earlier slots.
 
     Attributes:
-        slots: `[num_chunks, W, Hkv]` slot of each token of a merged chunk; others have no meaning.
+        slots: `[num_chunks, W, Hkv]` slot of each token of a complete chunk; others have no meaning.
         moved: `[num_chunks, Hkv, M]` where the chunk put what each slot held before it: into another slot, or
             where it was. None where rules of merging never move a slot.
     """

@@ -15,8 +15,7 @@ class Plan:
 
     Attributes:
         aligned: the chunk-aligned layout of the rows.
-        slots: for each sorted row, its slots before each of the chunks that it merges and after the last
-            one.
+        slots: for each sorted row, its slots before each of its complete chunks and after the last one.
         num_merged: tokens merged into each sorted row's dictionary before the call.
         num_kv_heads: Hkv.
         group_size: query heads per key/value head, G.
@@ -47,11 +46,10 @@ class Plan:
             slots_by_chunk(
                 n,
                 merged,
-                max(0, length // options.chunk_size - options.window_chunks),
+                length // options.chunk_size,
                 num_slots=options.num_slots,
                 chunk_size=options.chunk_size,
                 growth=options.growth,
-                num_sinks=options.num_sinks,
             )
             for n, merged, length in zip(opened, num_merged, aligned.lengths, strict=True)
         ]

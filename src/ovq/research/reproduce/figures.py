@@ -14,7 +14,6 @@ from ovq.research.fidelity.streams import STREAMS
 from ovq.research.reproduce import ablations
 from ovq.research.reproduce.evaluations import Evaluation, TaskEvaluation
 from ovq.research.reproduce.kept import kept
-from ovq.research.reproduce.layer import layer
 from ovq.research.reproduce.plan import Figure, Line, Panel
 from ovq.research.reproduce.presets import Preset
 from ovq.research.reproduce.rivals import (
@@ -299,7 +298,6 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "bias": ablations.bias,
     "chunk": ablations.chunk,
     "conv": ablations.conv,
-    "layer": layer,
     "lm": language,
     "hybrids": hybrids,
     "needle": needle,

@@ -39,7 +39,7 @@ from ovq.ops.backends.cpu.linear import (
 )
 from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
 from ovq.ops.backends.cpu.window import CompiledWindow
-from ovq.ops.call import Call, refusal_of_options, refusal_of_tensors
+from ovq.ops.call import Call
 from ovq.ops.state import OVQState
 
 __all__ = [
@@ -79,8 +79,6 @@ def refusal(call: Call) -> str | None:
         return f"expected tensors on a CPU, found them on {call.q.device}"
     if call.q.dtype not in DTYPES:
         return f"expected a dtype of {DTYPES}, found {call.q.dtype}"
-    if reason := refusal_of_options(call.options) or refusal_of_tensors(call, know_weights=True):
-        return reason
     for name in ("bias", "rate"):
         if (found := getattr(call.options, name)) != "count":
             return f"expected {name} 'count', found {found!r}"

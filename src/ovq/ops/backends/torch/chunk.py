@@ -1,8 +1,7 @@
 """The `torch` backend: chunk by chunk in large matrix products, with a backward in O(T) memory.
 
-For each chunk of a group of streams, the forward (1) reads: one softmax over [chunk | window | dictionary];
-(2) routes the keys of the chunk that leaves the window, which is the same chunk if there is no window; (3)
-adds them to the sums of their slots.
+For each chunk of a group of streams, the forward (1) reads: one softmax over [chunk | dictionary]; (2)
+decides which slots its tokens go to; (3) adds them to the sums of these slots.
 
 The only thing that the backward keeps per chunk is the slot of each token. It walks the chunks in reverse and
 *rewinds* the dictionary: with the assignments fixed, the sums are linear in the keys and values, so
@@ -23,11 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.plan import Plan
-from ovq.ops.backends.torch.merge import Leaving, MergedSlots, Snapshot, merge_chunk, part_slots
+from ovq.ops.backends.torch.merge import CompleteChunk, MergedSlots, Snapshot, merge_chunk, part_slots
 from ovq.ops.backends.torch.read import Reader
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
-from ovq.ops.state import keys_in_slots
 
 
 def chunk_attention(
@@ -42,7 +40,6 @@ def chunk_attention(
     *,
     token_weights: Tensor | None = None,
     weight: Tensor | None = None,
-    slot_scale: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """OVQ attention over chunk-aligned rows.
 
@@ -57,13 +54,12 @@ def chunk_attention(
         plan: the work to do.
         token_weights: `[num_chunks, W, Hkv, 1]` weights of tokens; None for 1.
         weight: `[R, Hkv, M]` weights of slots at the start, where tokens have weights.
-        slot_scale: `[H]` scale of slots; None for `scale`.
 
     Returns:
         Outputs `[num_chunks, W, H, V]`, the sums and counts at the end, and, where tokens have weights, those
         of slots.
     """
-    tensors = (q, k, v, scale, key_sum, value_sum, count, token_weights, weight, slot_scale)
+    tensors = (q, k, v, scale, key_sum, value_sum, count, token_weights, weight)
     o, *sums = _ChunkAttention.apply(*tensors, plan)
     return (o, *(x for x in sums if x is not None))
 
@@ -81,17 +77,16 @@ class _ChunkAttention(torch.autograd.Function):
         count: Tensor,
         token_weights: Tensor | None,
         weight: Tensor | None,
-        slot_scale: Tensor | None,
         plan: Plan,
     ) -> tuple[Tensor | None, ...]:
         sums = Dictionary(key_sum, value_sum, count, weight).clone()
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
-        # The slot of every token of a chunk that was merged; int32 is enough for any dictionary.
+        # The slot of every token of a complete chunk; int32 is enough for any dictionary.
         slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
-        inputs = _Inputs(q, k, v, scale, token_weights, slot_scale)
+        inputs = _Inputs(q, k, v, scale, token_weights)
         kept = [_forward_group(group, inputs, sums, o, slots) for group in groups_of(plan, q.device)]
         parts = [getattr(each, f.name) for steps in kept for each in steps for f in dataclasses.fields(each)]
-        ctx.save_for_backward(q, k, v, scale, token_weights, slot_scale, o, slots, *_tensors(sums), *parts)
+        ctx.save_for_backward(q, k, v, scale, token_weights, o, slots, *_tensors(sums), *parts)
         ctx.plan, ctx.num_kept = plan, [len(steps) for steps in kept]
         ctx.kind = next((type(each) for steps in kept for each in steps), None)
         ctx.mark_non_differentiable(sums.count)
@@ -103,8 +98,8 @@ class _ChunkAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
         # Once: under checkpointing each access computes the layer again.
         saved = ctx.saved_tensors
-        *inputs, o, slots, key_sum, value_sum, count, weight = saved[:12]
-        parts = iter(saved[12:])
+        *inputs, o, slots, key_sum, value_sum, count, weight = saved[:11]
+        parts = iter(saved[11:])
         saved = _Saved(*inputs, o=o, grad_o=torch.zeros_like(o) if grad_o is None else grad_o, slots=slots)
         grads = _Inputs(*map(_zeros_like, inputs))
         final = Dictionary(key_sum, value_sum, count, weight)
@@ -125,7 +120,7 @@ class _ChunkAttention(torch.autograd.Function):
                 _Backward(group, saved, final, deposits, grads).run(kept)
         of_inputs = (grads.q, grads.k, grads.v, grads.scale)
         of_sums = (deposits.key_sum, deposits.value_sum, None)
-        return *of_inputs, *of_sums, grads.token_weights, deposits.weight, grads.slot_scale, None
+        return *of_inputs, *of_sums, grads.token_weights, deposits.weight, None
 
 
 def _zeros_like(x: Any) -> Any:
@@ -145,7 +140,6 @@ class _Inputs:
     v: Tensor
     scale: Tensor
     token_weights: Tensor | None
-    slot_scale: Tensor | None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -155,22 +149,6 @@ class _Saved(_Inputs):
     o: Tensor
     grad_o: Tensor
     slots: Tensor
-
-
-def leaving_chunk(
-    steps: list[Step], step: Step, k: Tensor, v: Tensor, token_weights: Tensor | None, wide: torch.dtype
-) -> Leaving:
-    """The chunk that leaves the window at a step, of the streams in which one does."""
-    s, of = step.num_complete, steps[step.leaving]
-    return Leaving(
-        keys=keys_in_slots(of.take(k)[:s].to(wide), step.group.plan.options.exact_dims),
-        values=of.take(v)[:s].to(wide),
-        weights=None if token_weights is None else of.take(token_weights)[:s, :, 0],
-        before=step.before[:s],
-        after=step.after,
-        heads=step.heads,
-        num_seen=step.num_seen,
-    )
 
 
 def _forward_group(
@@ -186,16 +164,14 @@ def _forward_group(
     router = Router(
         num_streams=group.num_streams, max_slots=group.plan.capacity, options=options, like=sums.key_sum
     )
-    steps = group.steps()
-    for step in steps:
-        reader.load(step, inputs.k, inputs.v, sums, steps)
-        for block in step.blocks if step.is_read else []:
-            step.put(o, reader.read(step, block, inputs.q, inputs.scale, inputs.slot_scale), block)
+    for step in group.steps():
+        reader.load(step, inputs.k, inputs.v, sums)
+        for block in step.blocks:
+            step.put(o, reader.read(step, block, inputs.q, inputs.scale), block)
         if step.num_complete:
-            tensors = (inputs.k, inputs.v, inputs.token_weights)
-            chunk = leaving_chunk(steps, step, *tensors, sums.key_sum.dtype)
+            chunk = CompleteChunk.of(step, inputs.k, inputs.v, inputs.token_weights, sums.key_sum.dtype)
             chosen, parts = merge_chunk(sums, chunk, options, router, reader.means)
-            steps[step.leaving].put_first(slots, chosen[..., None])
+            step.put_complete(slots, chosen[..., None])
             kept += [] if parts is None else [parts]
     return kept
 
@@ -214,65 +190,50 @@ class _Backward:
     def __init__(
         self, group: Group, saved: _Saved, final: Dictionary, deposits: Dictionary, grads: _Inputs
     ) -> None:
-        self._options, self._saved, self._grads = group.plan.options, saved, grads
+        self._group, self._saved, self._grads = group, saved, grads
         self._sums, self._deposits = group.dictionary(final).clone(), group.dictionary(deposits)
         self._wide = final.key_sum.dtype
         self._reader = Reader(group, saved.q, saved.v, self._wide)
-        self._steps = group.steps()
-        # Gradients of the keys and values of chunks that are in a window, by index: a token is read by its
-        # own chunk and by those whose window it is in, and then becomes a part of sums.
-        self._tokens: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(self, kept: list[MergedSlots | Snapshot]) -> None:
         """Run all chunks; `kept` is what `_forward_group` returned."""
         saved, grads = self._saved, self._grads
-        for step in reversed(self._steps):
+        for step in reversed(self._group.steps()):
+            # The gradient of the step's tokens, both as candidates of its queries and as parts of the sums.
+            grad_k = self._sums.key_sum.new_zeros(step.num_streams, step.num_tokens, saved.k.shape[-1])
+            grad_v = self._sums.key_sum.new_zeros(step.num_streams, step.num_tokens, saved.v.shape[-1])
             if step.num_complete:
-                self._take_back(step, kept)
-            grad_k, grad_v = self._of_tokens(step.index)
-            if step.is_read:
-                # 3. Backward of the read from the dictionary that the chunk's queries saw.
-                self._reader.load(step, saved.k, saved.v, self._sums, self._steps)
-                for block in step.blocks:
-                    self._block(step, block)
+                self._take_back(step, kept, grad_k, grad_v)
+            # 3. Backward of the read from the dictionary that the chunk's queries saw.
+            self._reader.load(step, saved.k, saved.v, self._sums)
+            for block in step.blocks:
+                self._block(step, block, grad_k, grad_v)
             step.put(grads.k, grad_k, step.tokens)
             step.put(grads.v, grad_v, step.tokens)
-            del self._tokens[step.index]
 
-    def _of_tokens(self, index: int) -> tuple[Tensor, Tensor]:
-        """The gradients of a chunk's keys `[S, w, K]` and values, so far."""
-        if index not in self._tokens:
-            step, like = self._steps[index], self._sums.key_sum
-            shape = step.num_streams, step.num_tokens
-            dims = self._saved.k.shape[-1], self._saved.v.shape[-1]
-            self._tokens[index] = (like.new_zeros(*shape, dims[0]), like.new_zeros(*shape, dims[1]))
-        return self._tokens[index]
-
-    def _take_back(self, step: Step, kept: list[MergedSlots | Snapshot]) -> None:
-        """Undo the merge of the chunk that left the window at a step."""
+    def _take_back(
+        self, step: Step, kept: list[MergedSlots | Snapshot], grad_k: Tensor, grad_v: Tensor
+    ) -> None:
+        """Undo the merge of a step's complete chunks; what their tokens get of the sums is added to
+        `grad_k` and `grad_v`."""
         saved, sums, deposits, s = self._saved, self._sums, self._deposits, step.num_complete
-        of = self._steps[step.leaving]
-        chunk = leaving_chunk(self._steps, step, saved.k, saved.v, saved.token_weights, sums.key_sum.dtype)
-        grad_k, grad_v = self._of_tokens(step.leaving)
+        chunk = CompleteChunk.of(step, saved.k, saved.v, saved.token_weights, sums.key_sum.dtype)
         # 1. The tokens of the chunk get the gradient of the sums that they were added to.
-        chosen = of.take(saved.slots)[:s].squeeze(-1).long()
+        chosen = step.take(saved.slots)[:s].squeeze(-1).long()
         index = sums.index(chosen)
         own_k = deposits.key_sum.view(-1, grad_k.shape[-1])[index].view_as(chunk.keys)
-        own_k = keys_in_slots(own_k, self._options.exact_dims)
         own_v = deposits.value_sum.view(-1, grad_v.shape[-1])[index].view_as(chunk.values)
-        weights = chunk.weights_in_sums(self._options.num_sinks)
-        if weights is None:
+        if chunk.weights is None:
             grad_k[:s] += own_k
             grad_v[:s] += own_v
         else:
             assert deposits.weight is not None
             assert self._grads.token_weights is not None
-            grad_k[:s] += weights[..., None] * own_k
-            grad_v[:s] += weights[..., None] * own_v
+            grad_k[:s] += chunk.weights[..., None] * own_k
+            grad_v[:s] += chunk.weights[..., None] * own_v
             grad_w = (own_k * chunk.keys).sum(-1) + (own_v * chunk.values).sum(-1)
             grad_w += deposits.weight.view(-1)[index].view_as(grad_w)
-            grad_w.masked_fill_(chunk.is_sink(self._options.num_sinks), 0)
-            of.put_first(self._grads.token_weights, grad_w[..., None])
+            step.put_complete(self._grads.token_weights, grad_w[..., None])
         # 2. Rewind to the dictionary before, without the slots that the chunk opened.
         undo = kept.pop() if kept else None
         if isinstance(undo, Snapshot):
@@ -287,10 +248,10 @@ class _Backward:
         if isinstance(undo, MergedSlots):
             part_slots(sums, deposits, undo)
 
-    def _block(self, step: Step, block: slice) -> None:
+    def _block(self, step: Step, block: slice, grad_k: Tensor, grad_v: Tensor) -> None:
         """Gradients of one block's softmax; those of its candidates are added to the buffers for them."""
         saved, grads, reader, wide = self._saved, self._grads, self._reader, self._wide
-        probs = reader.attend(step, block, saved.q, saved.scale, saved.slot_scale)
+        probs = reader.attend(step, block, saved.q, saved.scale)
         grad_scores, _ = reader.scratch(step, block)
         grad_o = step.part(saved.grad_o, block).reshape(step.num_streams, -1, saved.v.shape[-1])
         o = step.part(saved.o, block).reshape_as(grad_o)
@@ -299,49 +260,33 @@ class _Backward:
         inner = (o.to(wide) * grad_o.to(wide)).sum(-1, keepdim=True)
         torch.bmm(grad_o, reader.values(step, block).transpose(1, 2), out=grad_scores)
         grad_scores.sub_(inner.to(grad_scores.dtype)).mul_(probs)
-        grad_keys = torch.empty_like(reader.keys(step, block))
+        grad_keys = torch.bmm(grad_scores.transpose(1, 2), reader.queries)
         queries = step.part(saved.q, block)
-        grad_queries = torch.zeros(queries.shape, dtype=wide, device=queries.device)
-        of_scales = (grads.scale, grads.slot_scale)
-        parts = reader.parts(block, saved.scale, saved.slot_scale)
-        for (columns, scaled, factor), of_scale in zip(parts, of_scales, strict=False):
-            assert of_scale is not None
-            own = grad_scores[..., columns]
-            grad_keys[:, columns] = torch.bmm(own.transpose(1, 2), scaled)
-            # The queries of the product are scale * q.
-            by_head = torch.bmm(own, reader.keys(step, block)[:, columns]).to(wide).view(queries.shape)
-            of_scale[step.query_heads] += (by_head * queries.to(wide)).sum((0, 2, 3))
-            grad_queries += by_head * factor[step.query_heads, None, None]
-            if self._options.bias == "count+norm":
-                _backward_norms(step, block, columns, reader, factor, of_scale, own, grad_keys)
+        # The queries of the product are scale * q.
+        by_head = torch.bmm(grad_scores, reader.keys(step, block)).to(wide).view(queries.shape)
+        grads.scale[step.query_heads] += (by_head * queries.to(wide)).sum((0, 2, 3))
+        grad_queries = by_head * saved.scale[step.query_heads, None, None]
         step.put(grads.q, grad_queries.view(step.num_streams, -1, saved.q.shape[-1]), block)
-        self._spread(step, block, grad_keys, grad_values, grad_scores)
-
-    def _spread(
-        self, step: Step, block: slice, grad_keys: Tensor, grad_values: Tensor, grad_scores: Tensor
-    ) -> None:
-        """Add the gradients of what a block attended to, `[S, R, ...]`, to those of tokens and of sums."""
-        s, n, reader, deposits = step.num_streams, step.num_slots, self._reader, self._deposits
-        grad_k, grad_v = self._of_tokens(step.index)
+        if self._group.plan.options.bias == "count+norm":
+            _backward_norms(step, block, reader, saved.scale, grads.scale, grad_scores, grad_keys)
         for tokens in step.blocks:
             if tokens.start < block.stop:
                 rows = slice(block.stop - tokens.stop, block.stop - tokens.start)
                 grad_k[:, tokens] += grad_keys[:, rows]
                 grad_v[:, tokens] += grad_values[:, rows]
-        for back, rows in reader.window(step):
-            earlier_k, earlier_v = self._of_tokens(step.index - back)
-            rows = slice(block.stop + rows.start, block.stop + rows.stop)
-            earlier_k[:s] += grad_keys[:, rows]
-            earlier_v[:s] += grad_values[:, rows]
-        first = block.stop + self._options.window
-        slots = slice(first, first + n)
-        of_keys, of_values = grad_keys[:, slots].to(self._wide), grad_values[:, slots].to(self._wide)
+        slots = slice(block.stop, block.stop + step.num_slots)
+        of_keys, of_values = grad_keys[:, slots].to(wide), grad_values[:, slots].to(wide)
+        self._deposit(step, of_keys, of_values, grad_scores[..., slots])
+
+    def _deposit(self, step: Step, of_keys: Tensor, of_values: Tensor, of_scores: Tensor) -> None:
+        """Add the gradients of the means and scores of slots that a block attended to, to those of sums."""
+        s, n, reader, deposits = step.num_streams, step.num_slots, self._reader, self._deposits
         deposits.key_sum[:s, :n].addcdiv_(of_keys, reader.mass)
         deposits.value_sum[:s, :n].addcdiv_(of_values, reader.mass)
         if deposits.weight is None:
             return
         # The weight of a slot is in its score, log weight, and divides its sums.
-        of_weight = grad_scores[..., slots].sum(1, dtype=self._wide)
+        of_weight = of_scores.sum(1, dtype=self._wide)
         of_weight -= (of_keys * reader.means[:, :n]).sum(-1)
         values = self._sums.value_sum[:s, :n] / reader.mass
         of_weight -= (of_values * values).sum(-1)
@@ -352,20 +297,18 @@ class _Backward:
 def _backward_norms(
     step: Step,
     block: slice,
-    columns: slice,
     reader: Reader,
     scale: Tensor,
     grad_scale: Tensor,
     grad_scores: Tensor,
     grad_keys: Tensor,
 ) -> None:
-    """Gradient of the -scale |D|^2 / 2 in the scores of some columns, added to those of the scale and of the
-    keys."""
+    """Gradient of the -scale |D|^2 / 2 in the scores, added to those of the scale and of the keys."""
     scales, wide = step.scales(scale), grad_scale.dtype
-    by_slot = grad_scores.unflatten(1, (scales.shape[1], -1)).sum(2, dtype=wide)
-    grad_scales = (by_slot * reader.half_norms(step, block)[:, None, columns]).sum(-1)
+    by_slot = grad_scores.view(*scales.shape, -1, grad_scores.shape[-1]).sum(2, dtype=wide)
+    grad_scales = (by_slot * reader.half_norms(step, block)[:, None]).sum(-1)
     grad_scale[step.query_heads] -= (
         grad_scales.view(-1, len(step.group.heads), scales.shape[1]).sum(0).view(-1)
     )
     weights = (by_slot * scales[..., None]).sum(1)[..., None]
-    grad_keys[:, columns] -= (weights * reader.keys(step, block)[:, columns]).to(grad_keys.dtype)
+    grad_keys -= (weights * reader.keys(step, block)).to(grad_keys.dtype)

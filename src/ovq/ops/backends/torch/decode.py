@@ -15,21 +15,12 @@ from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.torch.constant_rate import moved
-from ovq.ops.backends.torch.merge import Leaving, merge_chunk
+from ovq.ops.backends.torch.merge import CompleteChunk, merge_chunk
 from ovq.ops.backends.torch.route import Router, padded_slots
 from ovq.ops.call import Call
 from ovq.ops.options import Options
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import (
-    OVQState,
-    advanced,
-    divisor,
-    keys_in_slots,
-    log_mass,
-    replaced,
-    slot_means,
-    with_capacity,
-)
+from ovq.ops.state import OVQState, advanced, divisor, log_mass, replaced, slot_means, with_capacity
 
 # From states, their numbers of slots before and after, and the options: dictionaries with the chunks merged.
 Learn = Callable[[OVQState, list[int], list[int], Options], Dictionary]
@@ -47,7 +38,7 @@ def decode_step(call: Call, learn: Learn | None = None) -> tuple[Tensor, OVQStat
     after = advanced(state)
     _write(after, call, pending)
     o = _read(call, after, pending)
-    complete = [r for r, p in enumerate(pending) if p + 1 == options.window + options.chunk_size]
+    complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
     return o, merged_state(after, complete, options, learn or learn_chunk) if complete else after
 
 
@@ -74,23 +65,17 @@ def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
     batch, _, num_heads, dim = q.shape
     num_kv_heads, wide = keys.shape[1], state.key_sum.dtype
     used = max(pending) + 1
-
-    def scaled(scale: Tensor) -> Tensor:
-        return (q[:, 0].to(wide) * scale[:, None]).reshape(batch * num_kv_heads, -1, dim)
+    queries = (q[:, 0].to(wide) * scale[:, None]).reshape(batch * num_kv_heads, -1, dim)
 
     def streams(x: Tensor) -> Tensor:
         return x.to(wide).reshape(batch * num_kv_heads, *x.shape[2:])
 
-    queries = scaled(scale)
     recent_keys, recent_values = streams(keys[:, :, :used]), streams(values[:, :, :used])
     scores = torch.bmm(queries, recent_keys.transpose(1, 2))
     has_norm = options.bias == "count+norm"
-
-    def half(scale: Tensor) -> Tensor:
-        return scale.view(num_kv_heads, -1, 1).repeat(batch, 1, 1) / 2
-
     if has_norm:
-        scores -= half(scale) * recent_keys.square().sum(-1)[:, None]
+        half_scales = scale.view(num_kv_heads, -1, 1).repeat(batch, 1, 1) / 2
+        scores -= half_scales * recent_keys.square().sum(-1)[:, None]
     if len(set(pending)) > 1:
         ends = torch.tensor(pending, device=q.device).repeat_interleave(num_kv_heads)
         future = torch.arange(used, device=q.device) > ends[:, None]
@@ -106,21 +91,10 @@ def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
             counts, log_counts = mass.clamp(min=1), mass.log()
         else:
             counts, log_counts = divisor(mass, wide), log_mass(mass, wide)
-        sinks = options.num_sinks
-        slot_keys = streams(state.key_sum).transpose(1, 2)
-        if call.slot_scale is None:
-            slot_scores = torch.bmm(queries, slot_keys)
-        else:
-            # Sinks are exact.
-            parts = ((queries, slot_keys[..., :sinks]), (scaled(call.slot_scale), slot_keys[..., sinks:]))
-            slot_scores = torch.cat([torch.bmm(q, k) for q, k in parts], -1)
+        slot_scores = torch.bmm(queries, streams(state.key_sum).transpose(1, 2))
         slot_scores.div_(counts).add_(log_counts)
         if has_norm:
-            of_slots = half(scale if call.slot_scale is None else call.slot_scale)
-            factor = torch.cat(
-                [half(scale).expand(-1, -1, sinks), of_slots.expand(-1, -1, mass.shape[2] - sinks)], -1
-            )
-            slot_scores -= factor * streams(state.keys).square().sum(-1)[:, None]
+            slot_scores -= half_scales * streams(state.keys).square().sum(-1)[:, None]
         probs = torch.cat([scores, slot_scores], -1).softmax(-1)
         # P D_v = (P / c) S_v: dividing the probabilities is cheaper than dividing the sums.
         slot_probs = probs[..., used:] / counts
@@ -129,13 +103,11 @@ def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
 
 
 def merged_state(state: OVQState, complete: list[int], options: Options, learn: Learn) -> OVQState:
-    """`state` with the oldest chunks of the rows `complete` merged into copies of their dictionaries."""
+    """`state` with the full chunks of the rows `complete` merged into copies of their dictionaries."""
     # Rows mostly complete their chunks together, and then need not be taken apart.
     is_all = len(complete) == state.batch_size
     rows = state if is_all else state.select(complete)
     before = rows.num_open.tolist()
-    # As many tokens are in the dictionary then; what is pending is the window.
-    merged = [seen - options.window for seen in rows.num_seen.tolist()]
     after = [
         grown_slots(
             n,
@@ -143,9 +115,8 @@ def merged_state(state: OVQState, complete: list[int], options: Options, learn: 
             num_slots=options.num_slots,
             chunk_size=options.chunk_size,
             growth=options.growth,
-            num_sinks=options.num_sinks,
         )
-        for n, seen in zip(before, merged, strict=True)
+        for n, seen in zip(before, rows.num_seen.tolist(), strict=True)
     ]
     state = with_capacity(state, max(after))
     if not is_all:
@@ -160,7 +131,7 @@ def merged_state(state: OVQState, complete: list[int], options: Options, learn: 
 
 
 def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Options) -> Dictionary:
-    """The dictionaries `[R * Hkv, M, ...]` of rows after merging their oldest pending chunk each.
+    """The dictionaries `[R * Hkv, M, ...]` of rows after merging their pending tokens, a complete chunk each.
 
     Args:
         rows: states with room for the slots `after`.
@@ -169,23 +140,19 @@ def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Op
     """
     wide, num_kv_heads, capacity = rows.key_sum.dtype, rows.count.shape[1], rows.count.shape[2]
     streams = len(before) * num_kv_heads
-
-    def oldest(x: Tensor) -> Tensor:
-        return x[:, :, : options.chunk_size].to(wide).reshape(streams, options.chunk_size, -1)
-
     weights = rows.pending_weights
-    chunk = Leaving(
-        keys=keys_in_slots(oldest(rows.pending_keys), options.exact_dims),
-        values=oldest(rows.pending_values),
-        weights=None if weights is None else oldest(weights)[..., 0],
+    chunk = CompleteChunk(
+        keys=rows.pending_keys.to(wide).flatten(0, 1),
+        values=rows.pending_values.to(wide).flatten(0, 1),
+        weights=None if weights is None else weights.flatten(0, 1),
         before=[n for n in before for _ in range(num_kv_heads)],
         after=[n for n in after for _ in range(num_kv_heads)],
         heads=list(range(num_kv_heads)) * len(before),
-        num_seen=[t - options.window for t in rows.num_seen.tolist() for _ in range(num_kv_heads)],
+        num_seen=[t for t in rows.num_seen.tolist() for _ in range(num_kv_heads)],
     )
     sums = Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight)
-    sums = sums.map(lambda x: x.reshape(streams, *x.shape[2:]))
-    missing = padded_slots(capacity) + options.num_sinks - capacity
+    sums = sums.map(lambda x: x.flatten(0, 1))
+    missing = padded_slots(capacity) - capacity
     means = torch.nn.functional.pad(slot_means(sums.key_sum, sums.mass), (0, 0, 0, missing))
     router = Router(num_streams=streams, max_slots=capacity, options=options, like=means)
     if isinstance(options.rate, str):

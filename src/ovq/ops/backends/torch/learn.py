@@ -8,16 +8,15 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
-from ovq.ops.backends.torch.chunk import leaving_chunk
 from ovq.ops.backends.torch.constant_rate import moved
-from ovq.ops.backends.torch.merge import MergedSlots, Snapshot, merge_chunk
+from ovq.ops.backends.torch.merge import CompleteChunk, MergedSlots, Snapshot, merge_chunk
 from ovq.ops.backends.torch.route import Router, padded_slots
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
 from ovq.ops.state import slot_means
 
 
 def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan, token_weights: Tensor | None = None) -> Learned:
-    """Merge all chunks that leave the window, in place; see `Learn`."""
+    """Merge all complete chunks, in place; see `Learn`."""
     slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
     by_chunk = None
     if plan.options.merges_pairs:
@@ -38,19 +37,18 @@ def _learn_group(
     """Merge the chunks of a group, in order; fills `slots` and, where pairs are merged, `by_chunk`."""
     options, capacity = group.plan.options, group.plan.capacity
     router = Router(num_streams=group.num_streams, max_slots=capacity, options=options, like=sums.key_sum)
-    steps = group.steps()
-    for step in steps:
+    for step in group.steps():
         s = step.num_complete
         if not s:
             continue
-        chunk = leaving_chunk(steps, step, *tensors, sums.key_sum.dtype)
-        missing = padded_slots(capacity) + options.num_sinks - capacity
+        chunk = CompleteChunk.of(step, *tensors, sums.key_sum.dtype)
+        missing = padded_slots(capacity) - capacity
         means = torch.nn.functional.pad(slot_means(sums.key_sum[:s], sums.mass[:s]), (0, 0, 0, missing))
         if isinstance(options.rate, str):
             chosen, kept = merge_chunk(sums, chunk, options, router, means)
             if by_chunk is not None:
                 assert kept is not None
-                _put_moves(steps[step.leaving], by_chunk, kept)
+                _put_moves(step, by_chunk, kept)
         else:
             chosen = router(
                 chunk.keys, means, chunk.before, chunk.after, heads=chunk.heads, num_seen=chunk.num_seen
@@ -59,7 +57,7 @@ def _learn_group(
             after = moved(part, chosen, router.is_opener, chunk.keys, chunk.values, options.rate)
             for name in ("key_sum", "value_sum", "count"):
                 getattr(part, name).copy_(getattr(after, name))
-        steps[step.leaving].put_first(slots, chosen[..., None])
+        step.put_complete(slots, chosen[..., None])
 
 
 def _put_moves(step: Step, by_chunk: Tensor, kept: MergedSlots | Snapshot) -> None:

@@ -12,21 +12,22 @@ from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.torch.route import Router
+from ovq.ops.backends.torch.streams import Step
 from ovq.ops.options import Options
 from ovq.ops.state import slot_means, without_trace
 from ovq.ops.ward import cluster_roots, pair_points
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Leaving:
-    """A chunk that leaves the window of S streams, each a key/value head of a row.
+class CompleteChunk:
+    """A complete chunk of S streams, each a key/value head of a row.
 
     Attributes:
         keys: `[S, C, K]` in the dtype of the sums. values: `[S, C, V]`.
         weights: `[S, C]` where tokens have weights, else None.
-        before: slots in use in each stream. after: slots that each is to have, sinks included.
+        before: slots in use in each stream. after: slots that each is to have.
         heads: key/value head of each stream.
-        num_seen: tokens in the dictionary of each stream's row once the chunk is merged.
+        num_seen: tokens that each stream's row has seen at the end of the chunk.
     """
 
     keys: Tensor
@@ -37,16 +38,25 @@ class Leaving:
     heads: list[int]
     num_seen: list[int]
 
-    def is_sink(self, num_sinks: int) -> Tensor:
-        """`[S, C]` the first tokens of streams that begin."""
-        is_fresh = torch.tensor([n == 0 for n in self.before], device=self.keys.device)
-        return is_fresh[:, None] & (torch.arange(self.keys.shape[1], device=self.keys.device) < num_sinks)
+    @classmethod
+    def of(cls, step: Step, k: Tensor, v: Tensor, weights: Tensor | None, wide: torch.dtype) -> CompleteChunk:
+        """The chunk of the streams in which a step completes one; sums have the dtype `wide`.
 
-    def weights_in_sums(self, num_sinks: int) -> Tensor | None:
-        """`weights`, with those of sinks 1."""
-        if self.weights is None or not num_sinks:
-            return self.weights
-        return self.weights.masked_fill(self.is_sink(num_sinks), 1)
+        Args:
+            step: the step.
+            k: all keys, chunk-aligned. v: all values. weights: all weights, `[..., 1]`; None without.
+            wide: the dtype of the sums.
+        """
+        s = step.num_complete
+        return cls(
+            keys=step.take(k)[:s].to(wide),
+            values=step.take(v)[:s].to(wide),
+            weights=None if weights is None else step.take(weights)[:s, :, 0],
+            before=step.before[:s],
+            after=step.after,
+            heads=step.heads,
+            num_seen=step.num_seen,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +121,7 @@ class Snapshot:
 
 
 def merge_chunk(
-    sums: Dictionary, chunk: Leaving, options: Options, router: Router, means: Tensor
+    sums: Dictionary, chunk: CompleteChunk, options: Options, router: Router, means: Tensor
 ) -> tuple[Tensor, MergedSlots | Snapshot | None]:
     """Merge a complete chunk, in place.
 
@@ -120,73 +130,62 @@ def merge_chunk(
         chunk: the chunk.
         options: the layer's settings.
         router: decides where keys go, unless pairs are merged.
-        means: `[S, padded M + sinks, K]` means of all slots, zero beyond those in use; may be overwritten.
+        means: `[S, padded M, K]` means of all slots, zero beyond those in use; may be overwritten.
 
     Returns:
         The slot of each token, `[S, C]`, and what the backward needs, if it cannot compute it.
     """
-    sinks, num = options.num_sinks, len(chunk.before)
-    before, after = [max(0, n - sinks) for n in chunk.before], [n - sinks for n in chunk.after]
+    num = len(chunk.before)
     source = target = chunk.keys.new_empty(0, dtype=torch.int64)
     if options.merges_pairs:
-        slots, source, target = _merged_pairs(sums, chunk, before, after, options)
+        slots, source, target = _merged_pairs(sums, chunk, options)
     else:
-        most = max(chunk.before)
         slots = router(
             chunk.keys,
-            means[:num, sinks:],
-            before,
-            after,
+            means[:num],
+            chunk.before,
+            chunk.after,
             heads=chunk.heads,
             num_seen=chunk.num_seen,
             weights=chunk.weights,
-            mass=None if sums.weight is None else sums.weight[:num, sinks : max(sinks, most)],
-            num_sinks=sinks,
+            mass=None if sums.weight is None else sums.weight[:num, : max(chunk.before)],
         )
-    if sinks:
-        place = torch.arange(chunk.keys.shape[1], device=slots.device)
-        slots = torch.where(chunk.is_sink(sinks), place, slots + sinks)
     kept: MergedSlots | Snapshot | None = None
     if sums.weight is not None:
         kept = Snapshot.of(sums, slots, source, target)
     if options.merges_pairs:
         merged = _merge_slots(sums, source, target)
         kept = kept or merged
-    sums.add_(slots, chunk.keys, chunk.values, 1, chunk.weights_in_sums(sinks))
+    sums.add_(slots, chunk.keys, chunk.values, 1, chunk.weights)
     return slots, kept
 
 
-def _merged_pairs(
-    sums: Dictionary, chunk: Leaving, before: list[int], after: list[int], options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of the cheapest pairs of slots and tokens are merged; here slots are those that are no sinks.
+def _merged_pairs(sums: Dictionary, chunk: CompleteChunk, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of the cheapest pairs of slots and tokens are merged.
 
     Returns:
         The slot of each token, `[S, C]`; the slots that are merged into others, and into which, as rows of
         the flattened dictionaries.
     """
-    num_streams, sinks = len(chunk.keys), options.num_sinks
-    capacity, most = sums.count.shape[1], max(before)
-    own = slice(sinks, sinks + most)
-    count, mass = sums.count[:num_streams, own], sums.mass[:num_streams, own]
-    is_token = ~chunk.is_sink(sinks)
-    items = torch.cat([count, is_token.to(count.dtype)], 1)
+    num_streams, size = chunk.keys.shape[:2]
+    capacity, most = sums.count.shape[1], max(chunk.before)
+    count, mass = sums.count[:num_streams, :most], sums.mass[:num_streams, :most]
+    items = torch.cat([count, count.new_ones(num_streams, size)], 1)
     weights, keys, values = None, chunk.keys, chunk.values
     if chunk.weights is not None:
-        weights = torch.cat([mass, chunk.weights * is_token], 1)
+        weights = torch.cat([mass, chunk.weights], 1)
         keys, values = (without_trace(x, chunk.weights) for x in (keys, values))
     all_keys, all_values = (
-        torch.cat([slot_means(part[:num_streams, own], mass), tokens], 1)
+        torch.cat([slot_means(part[:num_streams, :most], mass), tokens], 1)
         for part, tokens in ((sums.key_sum, keys), (sums.value_sum, values))
     )
     points = pair_points(all_keys, all_values, items if weights is None else weights, options.value_weight)
-    num_tokens = is_token.sum(1).tolist()
-    due = [n + t - m for n, t, m in zip(before, num_tokens, after, strict=True)]
+    due = [n + size - m for n, m in zip(chunk.before, chunk.after, strict=True)]
     roots = cluster_roots(points, items, due, count_power=options.count_power, weight=weights)
     slots = _homes(roots, items > 0, most)
     source, target = slots[:, :most], torch.arange(most, device=slots.device)
     stream, slot = ((source != target) & (count > 0)).nonzero(as_tuple=True)
-    first = stream * capacity + sinks
+    first = stream * capacity
     return slots[:, most:].contiguous(), first + slot, first + slots[stream, slot]
 
 

@@ -41,13 +41,12 @@ def without_spoilt(values: Tensor) -> tuple[Tensor, Tensor | None]:
 class Reader:
     """Reads the steps of a group, one block of queries after the other, in scratch memory allocated once.
 
-    Keys and values lie in buffers of rows [last block ... first block | window | dictionary | spare], the
-    window from its newest chunk back. What a block attends to (itself, the blocks before it, the window and
-    the dictionary) is then one contiguous range, ready for one matrix product. If slots have a scale of their
-    own, there is one for exact tokens and one for slots.
+    Keys and values lie in buffers of rows [last block ... first block | dictionary | spare]. What a block
+    attends to (itself, the blocks before it and the dictionary) is then one contiguous range, ready for one
+    matrix product.
 
     Attributes:
-        means: `[S, padded M + sinks, K]` key means in the dtype of the sums, zero beyond the slots in use.
+        means: `[S, padded M, K]` key means in the dtype of the sums, zero beyond the slots in use.
         mass: `[S, n, 1]` counts or weights to divide by, in that dtype.
         is_empty: `[S, n, 1]` slots without tokens, or with tokens of weight 0 only.
         queries: `[S, G * b, K]` the queries, times scale, of the block attended last.
@@ -56,33 +55,29 @@ class Reader:
     def __init__(self, group: Group, q: Tensor, v: Tensor, wide: torch.dtype) -> None:
         plan = group.plan
         self._width, self._wide = plan.aligned.width, wide
-        self._window, self._sinks = plan.options.window, plan.options.num_sinks
-        self._first_slot = self._width + self._window
-        capacity = padded_slots(plan.capacity) + self._sinks
-        rows = self._first_slot + capacity
+        capacity = padded_slots(plan.capacity)
+        rows = self._width + capacity
         self._keys = q.new_zeros(group.num_streams, rows, q.shape[-1])
         self._values = q.new_zeros(group.num_streams, rows, v.shape[-1])
-        means = self._keys[:, self._first_slot :]
+        means = self._keys[:, self._width :]
         self._means = means if q.dtype == wide else torch.zeros_like(means, dtype=wide)
         block = block_size(plan)
         queries = group.num_streams * plan.group_size * block
         self._queries = q.new_empty(queries * q.shape[-1])
-        self._slot_queries: Tensor | None = None
         self._scores = q.new_empty(queries * rows)
-        self._bias = q.new_full((group.num_streams, 1, 1, self._window + capacity), -torch.inf)
+        self._bias = q.new_full((group.num_streams, 1, 1, capacity), -torch.inf)
         self._probs = torch.empty_like(self._scores)
         self._future = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
         self._causal = q.new_zeros(block, block).masked_fill_(self._future, -torch.inf)
         self._has_norm = plan.options.bias == "count+norm"
 
-    def load(self, step: Step, k: Tensor, v: Tensor, sums: Dictionary, steps: list[Step]) -> None:
-        """Put the step's keys and values, those of its window and the current means side by side.
+    def load(self, step: Step, k: Tensor, v: Tensor, sums: Dictionary) -> None:
+        """Put the step's keys and values and the current means side by side.
 
         Args:
             step: the step.
             k: all keys. v: all values.
             sums: the dictionaries that its queries see.
-            steps: all steps of the group.
         """
         s, n, width = step.num_streams, step.num_slots, self._width
         chunk_keys, chunk_values = step.take(k), step.take(v)
@@ -92,39 +87,25 @@ class Reader:
             rows = slice(width - block.stop, width - block.start)
             self._keys[:s, rows] = chunk_keys[:, block]
             self._values[:s, rows] = values[:, block]
-        self._bias[:s, ..., : self._window] = -torch.inf
-        for back, rows in self.window(step):
-            earlier = steps[step.index - back]
-            rows = slice(width + rows.start, width + rows.stop)
-            self._keys[:s, rows] = earlier.take(k)[:s]
-            self._values[:s, rows] = earlier.take(v)[:s]
-            self._bias[:s, ..., rows.start - width : rows.stop - width] = 0
-        first = self._first_slot
         mass = sums.mass[:s, :n]
         # log 0 = -inf excludes spare slots. Their keys and values are zero, or finite and out of date.
-        self._bias[:s, 0, 0, first - width : first - width + n] = log_mass(mass, self._wide)
-        self._bias[:s, ..., first - width + n :] = -torch.inf
-        self._rows = first + padded_slots(n)
+        self._bias[:s, 0, 0, :n] = log_mass(mass, self._wide)
+        self._bias[:s, ..., n:] = -torch.inf
+        self._rows = width + padded_slots(n)
         self.is_empty = (mass <= 0).unsqueeze(-1)
         self.mass = divisor(mass, self._wide).unsqueeze(-1)
         self.means = self._means[:s]
         torch.div(sums.key_sum[:s, :n], self.mass, out=self.means[:, :n])
-        values = self._values[:s, first : first + n]
+        values = self._values[:s, width : width + n]
         if self._values.dtype == self._wide:
             torch.div(sums.value_sum[:s, :n], self.mass, out=values)
         else:
-            self._keys[:s, first : first + n] = self.means[:, :n]
+            self._keys[:s, width : width + n] = self.means[:, :n]
             values.copy_(sums.value_sum[:s, :n] / self.mass)
         if self._has_norm:
             self._half_norms = self._keys[:s].to(self._wide).square().sum(-1) / 2
 
-    def window(self, step: Step) -> list[tuple[int, slice]]:
-        """Which chunks of the window there are, as chunks back from the step, and their rows after the
-        chunk."""
-        most = min(step.index, step.group.plan.options.window_chunks)
-        return [(d, slice((d - 1) * self._width, d * self._width)) for d in range(1, most + 1)]
-
-    def attend(self, step: Step, block: slice, q: Tensor, scale: Tensor, slot_scale: Tensor | None) -> Tensor:
+    def attend(self, step: Step, block: slice, q: Tensor, scale: Tensor) -> Tensor:
         """Probabilities `[S, G * b, R]` of a block over its R candidates, in scratch memory until the next
         call."""
         size = block.stop - block.start
@@ -132,46 +113,23 @@ class Reader:
         queries = self._queries[: part.numel()].view(part.shape)
         torch.mul(part, scale[step.query_heads][:, None, None], out=queries)
         self.queries = queries.view(step.num_streams, -1, q.shape[-1])
-        self._slot_queries = None
-        if slot_scale is not None:
-            scaled = (part * slot_scale[step.query_heads][:, None, None]).to(q.dtype)
-            self._slot_queries = scaled.reshape_as(self.queries)
         scores, probs = self.scratch(step, block)
         by_token = scores.view(step.num_streams, -1, size, scores.shape[-1])
         by_token[..., :size] = self._causal[:size, :size]
         by_token[..., size : block.stop] = 0
         by_token[..., block.stop :] = self._bias[: step.num_streams, ..., : self._rows - self._width]
-        keys = self.keys(step, block)
-        half_norms = self.half_norms(step, block)[:, None, None] if self._has_norm else None
-        for columns, scaled, factor in self.parts(block, scale, slot_scale):
-            if columns.start == columns.stop:
-                continue
-            if half_norms is not None:
-                by_token[..., columns] -= step.scales(factor)[:, :, None, None] * half_norms[..., columns]
-            scores[..., columns].baddbmm_(scaled, keys[:, columns].transpose(1, 2))
+        if self._has_norm:
+            half_norms = self.half_norms(step, block)[:, None, None]
+            by_token.sub_(step.scales(scale)[:, :, None, None] * half_norms)
+        scores.baddbmm_(self.queries, self.keys(step, block).transpose(1, 2))
         if self._is_key_spoilt:
             # The sum of -inf and the score of a key that is not finite may be NaN.
             by_token[..., :size].masked_fill_(self._future[:size, :size], -torch.inf)
         return torch.softmax(scores, -1, out=probs)
 
-    def parts(
-        self, block: slice, scale: Tensor, slot_scale: Tensor | None
-    ) -> list[tuple[slice, Tensor, Tensor]]:
-        """What a block attends to, by scale: columns, the queries times that scale, and the scale `[H]`."""
-        last = block.stop + self._rows - self._width
-        if slot_scale is None:
-            return [(slice(0, last), self.queries, scale)]
-        assert self._slot_queries is not None
-        # Sinks are exact.
-        middle = min(last, block.stop + self._window + self._sinks)
-        return [
-            (slice(0, middle), self.queries, scale),
-            (slice(middle, last), self._slot_queries, slot_scale),
-        ]
-
-    def read(self, step: Step, block: slice, q: Tensor, scale: Tensor, slot_scale: Tensor | None) -> Tensor:
+    def read(self, step: Step, block: slice, q: Tensor, scale: Tensor) -> Tensor:
         """Outputs `[S, G * b, V]` of a block."""
-        o = torch.bmm(self.attend(step, block, q, scale, slot_scale), self.values(step, block))
+        o = torch.bmm(self.attend(step, block, q, scale), self.values(step, block))
         if self._spoilt is not None:
             size = block.stop - block.start
             o.view(step.num_streams, -1, size, o.shape[-1]).add_(self._spoilt[:, None, block])

@@ -58,9 +58,8 @@ class Router:
         num_seen: list[int],
         weights: Tensor | None = None,
         mass: Tensor | None = None,
-        num_sinks: int = 0,
     ) -> Tensor:
-        """Slots `[S, C]` of the chunk's keys; sinks are no slots here.
+        """Slots `[S, C]` of the chunk's keys.
 
         Args:
             keys: `[S, C, K]` keys of a complete chunk in the routing dtype.
@@ -72,12 +71,11 @@ class Router:
             num_seen: tokens that each stream's row has seen at the end of the chunk, for `init="random"`.
             weights: `[S, C]` weights of the keys; None for 1. Keys of weight 0 are the last to open a slot.
             mass: `[S, n]` weights of the slots, where there are weights. Slots of weight 0 attract no key.
-            num_sinks: first tokens of streams without slots that are sinks, and so take no part.
         """
         is_fresh = torch.tensor([n == 0 for n in before], device=keys.device)
-        place = torch.arange(keys.shape[1], device=keys.device)
-        is_sink = is_fresh[:, None] & (place < num_sinks)
-        is_first = is_fresh[:, None] & (place == _first_key(weights, num_sinks, keys.device)[..., None])
+        # The key that opens slot 0: the first, of a weight above 0 if there is one.
+        first_key: int | Tensor = 0 if weights is None else (weights > 0).byte().argmax(-1, keepdim=True)
+        is_first = is_fresh[:, None] & (torch.arange(keys.shape[1], device=keys.device) == first_key)
         is_empty = None if mass is None else mass <= 0
         if 0 in before:
             means[is_fresh, 0] = keys[is_first]
@@ -99,9 +97,9 @@ class Router:
                 priority = self._random_priority(heads, num_seen).to(keys.device)
                 if weights is not None:
                     priority.masked_fill_(weights <= 0, self.options.chunk_size)
-                priority.masked_fill_(is_first | is_sink, torch.inf)
+                priority.masked_fill_(is_first, torch.inf)
             else:
-                set_apart = torch.where(is_first | is_sink, torch.inf, 0)
+                set_apart = torch.where(is_first, torch.inf, 0)
                 if weights is not None:
                     set_apart.masked_fill_((weights <= 0) & (set_apart == 0), NO_WEIGHT)
                 priority = chunk.novelty(opening, set_apart)
@@ -118,13 +116,6 @@ class Router:
         seed, size = self.options.seed, self.options.chunk_size
         pairs = zip(heads, num_seen, strict=True)
         return torch.stack([random_priority(seed, h, t, size) for h, t in pairs])
-
-
-def _first_key(weights: Tensor | None, num_sinks: int, device: torch.device) -> Tensor:
-    """The key that opens slot 0 of streams without slots: the first, of a weight above 0 if there is one."""
-    if weights is None:
-        return torch.tensor([num_sinks], device=device)
-    return num_sinks + (weights[:, num_sinks:] > 0).byte().argmax(-1)
 
 
 class _Chunk:

@@ -32,8 +32,7 @@ def block_size(plan: Plan) -> int:
 
 def groups_of(plan: Plan, device: torch.device) -> Iterator[Group]:
     """The streams of a call in groups."""
-    width = plan.aligned.width + plan.options.window + plan.capacity
-    elements = plan.group_size * block_size(plan) * width
+    elements = plan.group_size * block_size(plan) * (plan.aligned.width + plan.capacity)
     if device.type == "cpu":
         threads = torch.get_num_threads()
         streams = max(threads, CPU_ELEMENTS // elements // threads * threads)
@@ -77,24 +76,18 @@ class Group:
 
 
 class Step:
-    """The i-th chunk of a group's rows: it is read, and then the oldest chunk of the window is merged.
-
-    Without a window, that is the i-th chunk itself.
+    """The i-th chunk of a group's rows.
 
     Attributes:
-        index: i.
-        leaving: the index of the chunk that is merged; negative if none is.
         num_tokens: places of the chunk in use, w.
         num_streams: streams that have an i-th chunk: a prefix of the group's.
-        num_complete: streams whose i-th chunk is complete, so that another one is merged: a prefix of those;
-            0 where no chunk leaves the window.
-        is_read: whether any token of the chunk is new, and not from the window of an earlier call.
-        before: slots of each of the `num_streams` streams before the merge.
+        num_complete: streams whose i-th chunk is complete: a prefix of those.
+        before: slots of each of the `num_streams` streams before the chunk.
         after: slots of each of the `num_complete` streams after it.
         num_slots: the largest of `before`, n.
         query_heads: the query heads of the group.
         heads: key/value head of each of the `num_complete` streams.
-        num_seen: tokens in the dictionary of the row of each of those after the merge.
+        num_seen: tokens that the row of each of those has seen at the end of the chunk.
         tokens: the places of the chunk in use.
         blocks: the same places, in blocks of queries that are read together.
     """
@@ -103,22 +96,19 @@ class Step:
         plan, aligned = group.plan, group.plan.aligned
         first, num_heads = group.rows.start, len(group.heads)
         rows = group.rows[: max(0, aligned.num_active(i) - first)]
-        self.group, self.index, self.leaving = group, i, i - plan.options.window_chunks
-        complete = group.rows[: max(0, aligned.num_complete(i) - first if self.leaving >= 0 else 0)]
+        complete = group.rows[: max(0, aligned.num_complete(i) - first)]
+        self.group = group
         self.num_tokens = min(aligned.width, aligned.lengths[first] - i * aligned.width)
         self.num_streams = len(rows) * num_heads
         self.num_complete = len(complete) * num_heads
-        self.is_read = any(aligned.pending[r] < (i + 1) * aligned.width for r in rows)
-        self.before = [plan.slots[r][max(0, self.leaving)] for r in rows for _ in group.heads]
-        self.after = [plan.slots[r][self.leaving + 1] for r in complete for _ in group.heads]
+        self.before = [plan.slots[r][i] for r in rows for _ in group.heads]
+        self.after = [plan.slots[r][i + 1] for r in complete for _ in group.heads]
         self.num_slots = max(self.before)
         per_head = plan.group_size
         self.query_heads = slice(group.heads.start * per_head, group.heads.stop * per_head)
         self.heads = [h for _ in complete for h in group.heads]
         self.num_seen = [
-            plan.num_merged[r] + (self.leaving + 1) * plan.options.chunk_size
-            for r in complete
-            for _ in group.heads
+            plan.num_merged[r] + (i + 1) * plan.options.chunk_size for r in complete for _ in group.heads
         ]
         self.tokens = slice(0, self.num_tokens)
         self._chunks = _progression([aligned.first_chunk[r] + i for r in rows])
@@ -152,9 +142,9 @@ class Step:
             out.dtype
         )
 
-    def put_first(self, out: Tensor, x: Tensor) -> None:
-        """Write `x` `[S', w, D]`, only for the first S' streams."""
-        missing = self.num_streams - len(x)
+    def put_complete(self, out: Tensor, x: Tensor) -> None:
+        """Write `x` `[num_complete, w, D]`, only for the streams whose chunk is complete."""
+        missing = self.num_streams - self.num_complete
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
         self.put(out, x, self.tokens)
 

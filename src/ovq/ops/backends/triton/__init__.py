@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.chunks import in_chunks
-from ovq.ops.call import Call, refusal_of_options, refusal_of_tensors
+from ovq.ops.call import Call
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState
 
@@ -28,7 +28,11 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot run a call, as "expected ..., found ..."; None if they can."""
-    return refusal_of(call.q, call.v, call.options) or refusal_of_tensors(call)
+    if reason := refusal_of(call.q, call.v, call.options):
+        return reason
+    if call.token_weights is not None or call.state.weight is not None:
+        return "expected no token_weights, found some in the call or its state"
+    return None
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
@@ -71,8 +75,6 @@ def refusal_of(q: Tensor, v: Tensor, options: Options) -> str | None:
             return f"expected a {name} dimension of at most {MAX_HEAD_DIM}, found {dim}"
     if options.chunk_size > MAX_CHUNK_SIZE:
         return f"expected chunk_size of at most {MAX_CHUNK_SIZE}, found {options.chunk_size}"
-    if reason := refusal_of_options(options):
-        return reason
     # Other backends run the ablations.
     for name, expected in (("init", "novelty"), ("bias", "count"), ("rate", "count")):
         found = getattr(options, name)

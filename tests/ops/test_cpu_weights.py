@@ -1,0 +1,279 @@
+"""Weights of tokens in the compiled kernels: against the reference, by every rule of merging."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from ovq.ops import backend_used, ovq_attention, slot_assignments
+from ovq.ops.options import INITS, MERGES
+from tests.ops.common import CPU, assert_same_state, attend, inputs
+from tests.ops.test_token_weights import each_merge, token_weights
+
+pytestmark = pytest.mark.skipif(not CPU, reason="no compiled kernels")
+
+# batch, length, heads, kv_heads, key_dim, value_dim, num_slots, chunk_size: odd sizes; a dictionary of one
+# slot, and one larger than the input; and a chunk and a dictionary wider than a tile of the products.
+SHAPES = [(2, 37, 4, 2, 7, 3, 5, 7), (1, 30, 1, 1, 5, 9, 1, 4), (1, 41, 2, 2, 4, 4, 64, 8)]
+WIDE = (1, 140, 2, 1, 33, 20, 50, 60)
+KINDS = ["positive", "some zero", "tiny", "all zero"]
+each_kind = pytest.mark.parametrize("kind", KINDS)
+# Error allowed in outputs and gradients, over the size of the latter.
+BOUNDS = {torch.float32: 3e-5, torch.bfloat16: 0.03, torch.float16: 4e-3}
+
+
+def call(sizes, kind, *, dtype=torch.float32, seed=0, num_keys=0):
+    """Tensors of a call by name; keys and values repeat if there are to be `num_keys` of them."""
+    q, k, v = inputs(*sizes, dtype=dtype, seed=seed)
+    if num_keys:
+        choice = torch.randint(num_keys, (sizes[1],), generator=torch.Generator().manual_seed(seed))
+        k, v = k[:, choice], v[:, choice]
+    weights = token_weights(kind, sizes[0], sizes[1], sizes[3], seed=seed).float()
+    return {"q": q, "k": k, "v": v, "token_weights": weights}
+
+
+def results(backend, tensors, options, pieces):
+    """Outputs, state, and gradients of a loss of both, of a stream read in pieces."""
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    leaves["scale"] = torch.linspace(1, 4, tensors["q"].shape[2], requires_grad=True)
+    outputs, state, start = [], None, 0
+    for piece in pieces:
+        part = {name: x[:, start : start + piece] for name, x in leaves.items() if name != "scale"}
+        o, state = attend(**part, scale=leaves["scale"], initial_state=state, backend=backend, **options)
+        assert backend_used() == backend
+        outputs.append(o)
+        start += piece
+    o = torch.cat(outputs, 1)
+    loss = (o.float() * torch.linspace(-1, 1, o.numel()).view_as(o)).sum()
+    for name in ("key_sum", "value_sum", "weight"):
+        loss = loss + getattr(state, name).sin().sum()
+    for name in ("pending_keys", "pending_values", "pending_weights"):
+        rows = zip(getattr(state, name), state.num_pending.tolist(), strict=True)
+        loss = loss + sum(x[:, :n].float().sin().sum() for x, n in rows)
+    return o.detach(), state, torch.autograd.grad(loss, list(leaves.values()))
+
+
+def assert_equal_results(found, expected, bound):
+    """Sums, weights and counts to the last bit, since the same tokens were added in the same order."""
+    torch.testing.assert_close(found[0], expected[0], rtol=bound, atol=bound)
+    assert_same_state(found[1], expected[1], tolerance=0)
+    assert torch.equal(found[1].weight, expected[1].weight)
+    for grad, reference in zip(found[2], expected[2], strict=True):
+        size = max(1.0, float(reference.abs().max()))
+        torch.testing.assert_close(grad, reference, rtol=2 * bound, atol=2 * bound * size)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [*itertools.product(SHAPES, KINDS), (WIDE, "positive"), (WIDE, "some zero")], ids=str
+)
+@each_merge
+def test_kernels_equal_naive(shape, kind, merge):
+    *sizes, num_slots, chunk_size = shape
+    options = {"num_slots": num_slots, "chunk_size": chunk_size, "merge": merge}
+    tensors = call(sizes, kind)
+    cut = sizes[1] // 2 - 1
+    expected = results("naive", tensors, options, [sizes[1]])
+    assert_equal_results(
+        results("cpu", tensors, options, [cut, sizes[1] - cut]), expected, BOUNDS[torch.float32]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_merge
+def test_kernels_equal_naive_in_other_dtypes(dtype, merge):
+    options = {"num_slots": 24, "chunk_size": 16, "merge": merge}
+    tensors = call((2, 70, 2, 1, 32, 32), "some zero", dtype=dtype)
+    expected = results("naive", tensors, options, [70])
+    assert_equal_results(results("cpu", tensors, options, [70]), expected, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("seed", range(6))
+@each_kind
+@each_merge
+def test_keys_that_repeat_and_weights_that_cost_nothing(kind, merge, seed):
+    """Of many pairs that cost nothing the order decides, and not all of them are merged."""
+    chunk_size, num_slots = [(4, 6), (8, 20), (16, 9), (8, 3)][seed % 4]
+    init = INITS[seed % 2] if merge in MERGES[:2] else "novelty"
+    options = {"num_slots": num_slots, "chunk_size": chunk_size, "merge": merge, "init": init}
+    options |= {"growth": ["plateau", "linear", "immediate"][seed % 3]}
+    options |= {"generator": torch.Generator().manual_seed(seed)}
+    tensors = call((1, 60, 1, 1, 6, 4), kind, seed=seed, num_keys=[0, 2, 7][seed % 3])
+    states = [attend(**tensors, backend=name, **options)[1] for name in ("naive", "cpu")]
+    assert_same_state(*reversed(states), tolerance=0)
+    assert torch.equal(states[0].weight, states[1].weight)
+    del tensors["q"]
+    found = [slot_assignments(**tensors, backend=name, **options) for name in ("torch", "cpu")]
+    assert torch.equal(found[0].slots, found[1].slots)
+    assert torch.equal(found[0].after(35), found[1].after(35))
+
+
+@pytest.mark.parametrize("factor", [1e-18, 1e-9, 1e12])
+@each_merge
+def test_weights_of_any_size(merge, factor):
+    """Some so small that the products of two would vanish, beside ordinary ones."""
+    options = {"num_slots": 12, "chunk_size": 8, "merge": merge}
+    tensors = call((1, 64, 1, 1, 6, 4), "positive")
+    tensors["token_weights"][:, ::3] *= factor
+    states = [attend(**tensors, backend=name, **options)[1] for name in ("naive", "cpu")]
+    assert_same_state(*reversed(states), tolerance=0)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@each_merge
+@torch.no_grad()
+def test_token_by_token(dtype, merge):
+    """Rows at different places, of which some complete a chunk when others do not."""
+    options = {"num_slots": 12, "chunk_size": 8, "merge": merge}
+    tensors = call((2, 60, 4, 2, 7, 20), "some zero", dtype=dtype)
+    mask = torch.arange(40) < torch.tensor([40, 33])[:, None]
+    start = attend(**{name: x[:, :40] for name, x in tensors.items()}, attention_mask=mask, **options)[1]
+    found = []
+    for backend in ("torch", "cpu"):
+        outputs, state = [], start
+        for t in range(40, 60):
+            step = {name: x[:, t : t + 1] for name, x in tensors.items()}
+            o, state = attend(**step, initial_state=state, backend=backend, **options)
+            assert backend_used() == backend
+            outputs.append(o)
+        found.append((torch.cat(outputs, 1), state))
+    bound = BOUNDS[dtype]
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=bound, atol=bound)
+    assert_same_state(found[1][1], found[0][1], tolerance=0)
+    assert torch.equal(found[1][1].weight, found[0][1].weight)
+    for a, b in zip(*(state.pending_weights[:, :, :4] for _, state in found), strict=True):
+        assert torch.equal(a[:, :1], b[:, :1])
+
+
+def a_step():
+    """A state after a decode step, and the arguments of the next one."""
+    tensors = call((2, 40, 4, 2, 8, 8), "positive")
+    options = {"num_slots": 24, "chunk_size": 16}
+    state = None
+    for part in (slice(0, 38), slice(38, 39)):
+        state = attend(**{name: x[:, part] for name, x in tensors.items()}, initial_state=state, **options)[1]
+    return state, {name: x[:, 39:] for name, x in tensors.items()}, options
+
+
+@torch.no_grad()
+def test_a_step_like_the_last_one_is_not_checked_again(monkeypatch):
+    state, step, options = a_step()
+    plain = dataclasses.replace(state)
+    expected, after = attend(**step, initial_state=plain, **options)
+    monkeypatch.setattr("ovq.ops.attention.check_qkv", None)
+    o, found = attend(**step, initial_state=state, **options)
+    torch.testing.assert_close(o, expected)
+    assert_same_state(found, after, tolerance=0)
+    with pytest.raises(TypeError):
+        attend(**step, initial_state=plain, **options)
+
+
+@torch.no_grad()
+def test_a_step_unlike_the_last_one_is_checked():
+    state, step, options = a_step()
+    weights = step.pop("token_weights")
+    for wrong, message in (
+        (-weights, "at least 0"),
+        (weights * torch.nan, "finite"),
+        (weights / 0, "finite"),
+        (weights[:, :, :1], r"\[2, 1, 2\]"),
+        (weights.long(), "floating dtype"),
+    ):
+        with pytest.raises(ValueError, match=f"token_weights: expected .*{message}"):
+            attend(**step, token_weights=wrong, initial_state=state, **options)
+    # Weights of another dtype are as good; without any, each token counts 1.
+    for given, same in ((weights.double(), weights), (None, torch.ones_like(weights))):
+        (_, found), (_, expected) = (
+            attend(**step, token_weights=w, initial_state=state, **options) for w in (given, same)
+        )
+        assert torch.equal(found.pending_weights[:, :, 7], expected.pending_weights[:, :, 7])
+    # A state without weights does not tell a step with them what to do.
+    plain = dataclasses.replace(state, weight=None, pending_weights=None)
+    plain = attend(**step, initial_state=plain, **options)[1]
+    assert plain._next is not None
+    _, found = attend(**step, token_weights=weights, initial_state=plain, **options)
+    assert found.weight is not None
+
+
+@pytest.mark.parametrize("merge", ["existing", "ward-sqrt"])
+def test_rows_alone_padded_and_packed(merge):
+    lengths, options = [22, 5, 13], {"num_slots": 6, "chunk_size": 4, "merge": merge, "backend": "cpu"}
+    rows = [call((1, n, 2, 1, 5, 3), "some zero", seed=n) for n in lengths]
+    alone = [attend(**row, **options) for row in rows]
+    packed = {name: torch.cat([row[name] for row in rows], 1) for name in rows[0]}
+    bounds = [0, *itertools.accumulate(lengths)]
+    o, state = attend(**packed, **options, cu_seqlens=torch.tensor(bounds))
+    mask = torch.zeros(3, 24)
+    padded = {name: x.new_full((3, 24, *x.shape[2:]), torch.nan) for name, x in packed.items()}
+    for r, n in enumerate(lengths):
+        mask[r, 24 - n :] = 1
+        for name, x in padded.items():
+            x[r, 24 - n :] = rows[r][name][0]
+    o_padded, padded_state = attend(**padded, **options, attention_mask=mask)
+    for r, (expected, final) in enumerate(alone):
+        torch.testing.assert_close(o[:, bounds[r] : bounds[r + 1]], expected)
+        torch.testing.assert_close(o_padded[r, 24 - lengths[r] :], expected[0])
+        for each in (state, padded_state):
+            assert_same_state(each.select([r]), final, tolerance=0)
+            assert torch.equal(each.select([r]).weight[..., : final.weight.shape[2]], final.weight)
+
+
+@pytest.mark.parametrize("merge", ["existing", "ward", "ward-sqrt"])
+def test_teams_of_threads(merge):
+    options = {"num_slots": 40, "chunk_size": 64, "merge": merge}
+    tensors = call((1, 150, 2, 1, 16, 16), "some zero")
+    before = torch.get_num_threads()
+    expected = results("cpu", tensors, options, [150])
+    torch.set_num_threads(3)
+    try:
+        found = results("cpu", tensors, options, [150])
+    finally:
+        torch.set_num_threads(before)
+    assert_equal_results(found, expected, 1e-4)
+
+
+@each_merge
+def test_weights_of_one_change_nothing(merge):
+    options = {"num_slots": 12, "chunk_size": 8, "merge": merge, "backend": "cpu"}
+    tensors = call((1, 60, 2, 1, 8, 8), "one")
+    o, state = attend(**tensors, **options)
+    del tensors["token_weights"]
+    plain, plain_state = attend(**tensors, **options)
+    assert torch.equal(o, plain)
+    assert_same_state(state, plain_state, tolerance=0)
+    assert torch.equal(state.weight, plain_state.count.float())
+
+
+@each_merge
+def test_a_weight_of_zero_leaves_no_trace(merge):
+    """Other keys and values of such tokens change nothing once they are merged, to the last bit."""
+    options = {"num_slots": 9, "chunk_size": 4, "merge": merge, "backend": "cpu"}
+    tensors = call((1, 40, 2, 1, 5, 3), "some zero")
+    is_zero = tensors["token_weights"][0, :, 0] == 0
+    assert 5 < int(is_zero[:36].sum()) < 31
+    is_zero[36:] = False
+    changed = tensors | {name: tensors[name].clone() for name in ("k", "v")}
+    for name in ("k", "v"):
+        changed[name][:, is_zero] = 3 - changed[name][:, is_zero]
+    (o, state), (other, other_state) = (attend(**each, **options) for each in (tensors, changed))
+    assert torch.equal(o[:, 36:], other[:, 36:])
+    assert not torch.equal(o[:, :36], other[:, :36])
+    for name in ("key_sum", "value_sum", "weight"):
+        assert torch.equal(getattr(state, name), getattr(other_state, name))
+
+
+def test_rewinding_slots_of_little_weight_loses_nothing():
+    """Beside a weight of 1e-9, the rounding of a float32 sum would be all there is."""
+    q, k, v = inputs(1, 24, 1, 1, 4, 3)
+    weights = torch.full((1, 24, 1), 1.0)
+    weights[:, :4] = 1e-9
+    for merge in MERGES:
+        grads = []
+        for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "torch")):
+            leaves = [x.to(dtype).requires_grad_() for x in (q, k, v, weights)]
+            options = {"num_slots": 1, "chunk_size": 4, "merge": merge, "backend": backend}
+            o, _ = ovq_attention(*leaves[:3], token_weights=leaves[3], **options)
+            grads.append(torch.autograd.grad(o[:, 4:8].sum(), leaves[:3]))
+        for grad, reference in zip(*grads, strict=True):
+            assert bool(reference.any())
+            torch.testing.assert_close(grad.double(), reference, rtol=1e-4, atol=1e-5)
