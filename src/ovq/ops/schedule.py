@@ -33,7 +33,7 @@ def scheduled_slots(num_seen: int, *, num_slots: int, growth: str = "plateau") -
     """
     if num_seen < 0 or num_slots < 1:
         raise ValueError(
-            f"expected num_seen of at least 0 and num_slots of at least 1, "
+            "expected num_seen of at least 0 and num_slots of at least 1, "
             f"found num_seen={num_seen} and num_slots={num_slots}"
         )
     if growth == "plateau":
@@ -64,13 +64,7 @@ def grown_slots(current: int, num_seen: int, *, num_slots: int, chunk_size: int,
 
 
 def slots_by_chunk(
-    current: int,
-    num_merged: int,
-    num_chunks: int,
-    *,
-    num_slots: int,
-    chunk_size: int,
-    growth: str,
+    current: int, num_merged: int, num_chunks: int, *, num_slots: int, chunk_size: int, growth: str
 ) -> list[int]:
     """Slots before each of the next `num_chunks` chunks and after the last: a list of num_chunks + 1 sizes.
 
@@ -80,12 +74,6 @@ def slots_by_chunk(
     """
     sizes = [current]
     for i in range(1, num_chunks + 1):
-        size = grown_slots(
-            sizes[-1],
-            num_merged + i * chunk_size,
-            num_slots=num_slots,
-            chunk_size=chunk_size,
-            growth=growth,
-        )
-        sizes.append(size)
+        seen = num_merged + i * chunk_size
+        sizes.append(grown_slots(sizes[-1], seen, num_slots=num_slots, chunk_size=chunk_size, growth=growth))
     return sizes

@@ -33,13 +33,12 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
     aligned = plan.aligned
     chunks_k = aligned.align(k, before.pending_keys)
     chunks_v = aligned.align(v, before.pending_values)
-    more: dict[str, Tensor] = {}
-    chunks_w = None
+    chunks_w, weights = None, {}
     if call.token_weights is not None:
         assert before.weight is not None
         assert before.pending_weights is not None
         chunks_w = aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
-        more = {"token_weights": chunks_w, "weight": before.weight}
+        weights = {"token_weights": chunks_w, "weight": before.weight}
     o, *sums = recurrence(
         aligned.align(q, None),
         chunks_k,
@@ -49,7 +48,7 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
         before.value_sum,
         before.count,
         plan,
-        **more,
+        **weights,
     )
     o = aligned.unalign(o, q.shape[0], q.shape[1])
     if not call.wants_state:
