@@ -49,6 +49,7 @@ _WINDOWS_WITH_SLOTS = {
     24: (4, 8),
     48: (4, 8),
     64: (4,),
+    96: (4,),
 }
 
 
@@ -120,18 +121,29 @@ def default_options(
         rows: rows per head, on average, that are to be shared out; at most about 24 steps.
         num_sinks: first tokens kept exactly.
         chunk_size: tokens merged at a time.
-        length: of the texts; options that keep as many rows are left out.
+        length: of the texts. Options that keep as many rows are left out, but for one, which keeps all
+            tokens: some heads have to tell each from all others.
 
     Example:
         >>> options = default_options(260, num_sinks=4, chunk_size=32, length=3072)
         >>> [o.rows(4) for o in options[:4]], len(options)
-        ([36, 68, 100, 132], 46)
+        ([36, 68, 100, 132], 47)
+        >>> options[-2:]
+        (Option(num_slots=2048, window=128), Option(num_slots=2940, window=128))
     """
     step = chunk_size * max(1, round(rows / (_STEPS * chunk_size)))
     windows = [(0, w) for w in _WINDOWS]
     slots = [(n, w) for n, sizes in _WINDOWS_WITH_SLOTS.items() for w in sizes]
+    # 128, 192, 256, ... steps for longer texts.
+    while length is not None and step * slots[-1][0] < length:
+        slots.append((2 * slots[-2][0], slots[-1][1]))
     options = [Option(num_slots=step * n, window=step * w) for n, w in windows + slots]
-    return tuple(o for o in options if length is None or o.rows(num_sinks) < length)
+    if length is None:
+        return tuple(options)
+    kept = tuple(o for o in options if o.rows(num_sinks) < length)
+    window = options[-1].window
+    num_others = length - num_sinks - window
+    return (*kept, Option(num_slots=num_others, window=window)) if num_others > 0 else kept
 
 
 def probe(
