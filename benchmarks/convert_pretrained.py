@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from ovq.convert import (
     MemoryConfig,
+    Option,
     Probe,
     attach,
     default_options,
@@ -214,7 +215,12 @@ class Lab:
             config = self._config("probed", rows, length)
             return fitted_bias(self._original(), self._probe_texts(), config)
         if method == "probed":
-            found = self._probed().config(rows, scale=length / self.arguments.probe_tokens)
+            probed = self._probed()
+            if length > 8 * rows:
+                # As in `default_options`, no head keeps all where rows are few.
+                kept = {"options": probed.options[:-1], "losses": probed.losses[..., :-1]}
+                probed = dataclasses.replace(probed, **kept)
+            found = probed.config(rows, scale=length / self.arguments.probe_tokens)
             # A kept probe may have used another rule than is asked for here.
             return dataclasses.replace(found, merge=self.arguments.merge)
         config = self._original().config
@@ -237,8 +243,9 @@ class Lab:
             prose = self.arguments.probe_prose.read_text()
             random = np.random.default_rng(7)
             needles, is_answer = hidden_numbers(self.tokenizer, prose, length, random=random)
-            # Of a step of one chunk, for all shares.
+            # Of a step of one chunk, for all shares, and one that keeps all tokens.
             options = default_options(0, num_sinks=SINKS, chunk_size=size, length=length)
+            options += (Option(num_slots=length - SINKS - 4 * size, window=4 * size),)
             self._probe = probe(
                 self._original(),
                 [*self._probe_texts(), torch.from_numpy(needles)],

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovq.convert import Option, attach, default_options, probe
+from ovq.convert import Option, Probe, attach, default_options, probe
 from ovq.convert.budgets import allocate
+from ovq.convert.probe import Captured
 from tests.convert.common import original, tokens
 
 OPTIONS = [Option(num_slots=n, window=w) for n, w in ((0, 8), (0, 40), (8, 8), (120, 8), (0, 128))]
@@ -71,7 +73,7 @@ def test_options_that_are_tried():
     assert {o.num_slots > 0 for o in options} == {True, False}
     assert max(o.rows(4) for o in options) > 2000
     shorter = default_options(260, num_sinks=4, chunk_size=32, length=1000)
-    assert set(shorter) == {o for o in options if o.rows(4) < 1000}
+    assert {o for o in shorter if o.rows(4) < 1000} == {o for o in options if o.rows(4) < 1000}
     # More rows, larger steps.
     for larger, o in zip(default_options(4 * 768, num_sinks=4, chunk_size=32), options, strict=True):
         assert (larger.num_slots, larger.window) == (4 * o.num_slots, 4 * o.window)
@@ -79,6 +81,38 @@ def test_options_that_are_tried():
         probe(original(), [tokens(20)], options=[])
     with pytest.raises(ValueError, match="texts: expected at least 2 tokens"):
         probe(original(), [tokens(1)], options=OPTIONS)
+
+
+@pytest.mark.parametrize("length", [1000, 3072, 4000, 20_000])
+def test_one_option_keeps_the_whole_text(length):
+    sizes = {"num_sinks": 4, "chunk_size": 32, "length": length}
+    options = default_options(length // 4, **sizes)
+    rows = [o.rows(4) for o in options]
+    assert rows[-1] == length == max(rows)
+    assert len(set(options)) == len(options)
+    # The next smaller option has nearly half as many or more.
+    assert sorted(rows)[-2] > length / 3
+    # But not where rows are few.
+    assert max(o.rows(4) for o in default_options(length // 12, **sizes)) < length
+
+
+def test_a_head_that_has_to_tell_all_tokens_apart_can_keep_them_all():
+    length = 300
+    generator = torch.Generator().manual_seed(0)
+    # Queries that each look up a token of their own.
+    k, v = (torch.randn(1, 1, length, 16, generator=generator) for _ in range(2))
+    q = 4 * k[:, :, torch.randperm(length, generator=generator)[:100]]
+    g = torch.randn(1, 1, 100, 16, generator=generator)
+    o = F.scaled_dot_product_attention(q, k, v, scale=1.0, attn_mask=torch.ones(100, length).tril(200) > 0)
+    head = Captured(q=q, k=k, v=v, o=o, g=g, num_targets=100)
+    given = {"chunk_size": 8, "merge": "ward", "value_weight": 1.0}
+    options = default_options(100, num_sinks=2, chunk_size=8, length=length)
+    losses = torch.stack([head.losses(option, 2, given) for option in options], -1)
+    assert losses[0, -1] < 1e-9 < losses[0, :-1].min() / 1000
+    # Beside one that needs nothing, it gets a row for each.
+    both = torch.stack([losses, torch.zeros_like(losses)], 1)
+    found = Probe(options=options, losses=both, num_sinks=2, settings=given).config((length + 10) / 2)
+    assert 2 + found.num_slots[0][0] + found.window[0][0] == length
 
 
 def test_texts_count_by_their_weights():

@@ -36,6 +36,9 @@ _HEADS_AT_ONCE = 16
 # Sizes of the options that are tried by default, in steps, of which `rows` are at most about so many.
 _STEPS = 24
 _WINDOWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
+# A head may keep all of a text that has at most so many times `rows` tokens; with fewer rows to go round, the
+# others would lose more than is won.
+_MOST_TIMES = 8
 # Heads that want few slots want many last tokens, and those that want many slots few.
 _WINDOWS_WITH_SLOTS = {
     1: (1, 2, 3, 4, 6, 8),
@@ -120,18 +123,31 @@ def default_options(
         rows: rows per head, on average, that are to be shared out; at most about 24 steps.
         num_sinks: first tokens kept exactly.
         chunk_size: tokens merged at a time.
-        length: of the texts; options that keep as many rows are left out.
+        length: of the texts. Options that keep as many rows are left out, but for one, which keeps all
+            tokens: some heads have to tell each from all others. It is tried if there are at most 8 times as
+            many as `rows`.
 
     Example:
         >>> options = default_options(260, num_sinks=4, chunk_size=32, length=3072)
         >>> [o.rows(4) for o in options[:4]], len(options)
         ([36, 68, 100, 132], 46)
+        >>> default_options(768, num_sinks=4, chunk_size=32, length=3072)[-2:]
+        (Option(num_slots=2048, window=128), Option(num_slots=2940, window=128))
     """
     step = chunk_size * max(1, round(rows / (_STEPS * chunk_size)))
     windows = [(0, w) for w in _WINDOWS]
     slots = [(n, w) for n, sizes in _WINDOWS_WITH_SLOTS.items() for w in sizes]
     options = [Option(num_slots=step * n, window=step * w) for n, w in windows + slots]
-    return tuple(o for o in options if length is None or o.rows(num_sinks) < length)
+    if length is None:
+        return tuple(options)
+    kept = [o for o in options if o.rows(num_sinks) < length]
+    window = options[-1].window
+    if num_sinks + window < length <= _MOST_TIMES * rows:
+        # And what is between, for long texts.
+        while 2 * kept[-1].num_slots < length - num_sinks - window:
+            kept.append(Option(num_slots=2 * kept[-1].num_slots, window=window))
+        kept.append(Option(num_slots=length - num_sinks - window, window=window))
+    return tuple(kept)
 
 
 def probe(
