@@ -34,6 +34,10 @@ from ovq.ops.backends.triton.items import (
     VALUE_SQUARE,
 )
 
+# Larger numbers might overflow in float32 where they are multiplied or added up.
+MOST_MASS = tl.constexpr(1e37)
+MOST_BOUND = tl.constexpr(1e37)
+
 
 @triton.jit
 def _products(a, b):
@@ -89,12 +93,15 @@ def bounds_of(
         )
         of_a = kept * _squares(nums, a, has_a, factor, L)
         of_b = kept * _squares(nums, b, has_b, factor, L)
-        m = tl.load(nums + L * COUNT + a, mask=has_a, other=1.0).to(tl.float32)
-        n = tl.load(nums + L * COUNT + b, mask=has_b, other=1.0).to(tl.float32)
-        share = m[:, None] * n[None, :] / (m[:, None] + n[None, :])
+        # Weights may be of any size: less weight costs less.
+        m = tl.minimum(tl.load(nums + L * COUNT + a, mask=has_a, other=1.0), MOST_MASS).to(tl.float32)
+        n = tl.minimum(tl.load(nums + L * COUNT + b, mask=has_b, other=1.0), MOST_MASS).to(tl.float32)
+        total = m[:, None] + n[None, :]
+        share = m[:, None] * (n[None, :] / tl.where(total > 0, total, 1.0))
         if IS_SQRT:
             share = tl.sqrt(share)
         bounds = tl.maximum(share * (of_a[:, None] + of_b[None, :] - 2 * products), 0.0)
+        bounds = tl.minimum(bounds, MOST_BOUND)
     is_pair = has_a[:, None] & has_b[None, :] & (a[:, None] != b[None, :])
     return tl.where(is_pair, bounds, float("inf"))
 
