@@ -122,10 +122,16 @@ def parity_row(
 
 def parity() -> Iterator[Row]:
     """Short rows first, as what is wrong shows there too. Each dtype and head size compiles all kernels."""
+    # Imported only where there is Triton.
+    from ovq.ops.backends.triton import beside, work
+
     calls = [("float32", 150, 24, 16, 64), ("bfloat16", 150, 24, 16, 64), ("bfloat16", 3000, 512, 256, 128)]
     calls += [("float32", 1500, 256, 64, 64), ("bfloat16", 1500, 256, 64, 64)]
     for (dtype, *size), merge in itertools.product(calls, RULES):
         yield parity_row(merge, dtype, *size)
+    with mock.patch.object(beside, "IS_ON", True), mock.patch.object(work, "SEGMENT_BYTES", 1 << 20):
+        row = parity_row("existing", "bfloat16", 3000, 512, 256, 128)
+        yield row | {"what": "reads beside the recurrence"}
     # Of weights only short rows, as their kernels are compiled anew.
     for (dtype, *size), merge in itertools.product(calls[:2], RULES):
         yield parity_row(merge, dtype, *size, has_weights=True)
@@ -163,9 +169,9 @@ def _calls(merge: str, length: int, *, has_weights: bool = False) -> dict[str, C
 
 
 def rules() -> Iterator[Row]:
-    """Each rule of merging by itself, and the paper's with fewer products."""
+    """Each rule of merging by itself, and the paper's by the ways that wait for a GPU to choose them."""
     # Imported only where there is Triton.
-    from ovq.ops.backends.triton import launch
+    from ovq.ops.backends.triton import beside, launch
 
     for length, merge in itertools.product((4096, 16384), RULES):
         for what, call in _calls(merge, length).items():
@@ -175,9 +181,13 @@ def rules() -> Iterator[Row]:
         for what, call in _calls(merge, 4096, has_weights=True).items():
             times = gpu.flushed_times([call], max_rounds=5, seconds=1.0)[0]
             yield {"merge": merge, "length": 4096, "what": f"{what}, weights", **spread(times)}
-    with mock.patch.object(launch, "SPLIT_PARTS", 2):
-        times = gpu.flushed_times([_calls("existing", 16384)["forward"]], max_rounds=10, seconds=2.0)[0]
-    yield {"merge": "existing", "length": 16384, "what": "forward, two products", **spread(times)}
+    for what, module, name, value in (
+        ("two products", launch, "SPLIT_PARTS", 2),
+        ("reads beside the recurrence", beside, "IS_ON", True),
+    ):
+        with mock.patch.object(module, name, value):
+            times = gpu.flushed_times([_calls("existing", 16384)["forward"]], max_rounds=10, seconds=2.0)[0]
+        yield {"merge": "existing", "length": 16384, "what": f"forward, {what}", **spread(times)}
 
 
 def profile() -> Iterator[Row]:
