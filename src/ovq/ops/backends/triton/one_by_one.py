@@ -47,7 +47,7 @@ NEVER = tl.constexpr(-1)
 @triton.jit(do_not_specialize=["base"])
 def bound_pairs(
     item_keys, item_values, ints, nums, table, base, K, V, L, PS,
-    IS_SQRT: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    IS_SQRT: tl.constexpr, HAS_WEIGHTS: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """What the costs of all pairs are not below; grid (streams, tiles of columns, tiles of columns).
 
@@ -56,7 +56,7 @@ def bound_pairs(
         ints, nums: the tables of `items.py`.
         table: `[streams, L, L]` float32, receives the bounds, of streams from `base` on.
         PS: column of the first token.
-        IS_SQRT: by "ward-sqrt"; else by "ward".
+        IS_SQRT: by "ward-sqrt"; else by "ward". HAS_WEIGHTS: whether tokens have weights.
     """
     local, tile, other = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     stream = base + local
@@ -66,7 +66,9 @@ def bound_pairs(
     if is_needed & is_used(tile * TILE, ints, L, PS, 0) & is_used(other * TILE, ints, L, PS, 0):
         a, b = tile * TILE + tl.arange(0, TILE), other * TILE + tl.arange(0, TILE)
         has_a = tl.load(ints + L * INTO + a) == a
-        bounds = bounds_of(stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, IS_SQRT, BK, BV)
+        bounds = bounds_of(
+            stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, IS_SQRT, HAS_WEIGHTS, BK, BV
+        )
         line = local.to(tl.int64) * L
         tl.store(table + (line + a)[:, None] * L + b[None, :], bounds)
         if tile != other:

@@ -245,8 +245,8 @@ class WardRecurrence:
         for base in range(0, streams, self._at_once):
             num = min(self._at_once, streams - base)
             bound_pairs[(num, num_tiles, num_tiles)](
-                *self._items, *tables, base, *dims, columns, self._first_token, TILE=TILE, **rule, **padded,
-                num_warps=8,
+                *self._items, *tables, base, *dims, columns, self._first_token,
+                HAS_WEIGHTS=self._tokens is not None, TILE=TILE, **rule, **padded, num_warps=8,
             )  # fmt: skip
             merging = (*self._merging, self._low, base, *dims, columns, self._last)
             find_nearest[(num, shared)](*merging, MOST=_COSTS_EACH, **rule, **looking, **padded)
