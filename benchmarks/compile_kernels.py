@@ -26,7 +26,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from ovq.ops import OVQState
+from ovq.ops.backends import triton as triton_backend
 from ovq.ops.backends.triton import decode, library
+from ovq.ops.checks import checked_call
+from ovq.ops.options import Options
+
+MERGES = ("existing", "ward", "ward-sqrt")
 
 
 class _NoDriver:
@@ -67,7 +72,7 @@ def compile_all(arch: int, dtype: str, head_dim: int, chunk_size: int = 256) -> 
 
 
 def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
-    """A forward, a backward and a decoded token, of which only the launches count."""
+    """A forward, a backward and a decoded token, without and with weights; only the launches count."""
     length, slots = 4 * chunk_size, 2 * chunk_size
     q, k, v = (torch.zeros(1, length, heads, dim, dtype=dtype) for heads in (2, 1, 1))
     state = OVQState.empty(
@@ -82,14 +87,26 @@ def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
     pending = (state.pending_keys, state.pending_values)
     bounds = torch.tensor([[0], [length]])
     q.requires_grad_()
-    for merge in ("existing", "ward", "ward-sqrt"):
+    for merge in MERGES:
         o, *rest = library.attention(
             q, k, v, torch.ones(2), bounds, slots, chunk_size, "plateau", merge, 0.5, True
         )
         o.sum().backward()
-    token = (x[:, :1].detach() for x in (q, k, v))
+    weights = torch.ones(1, length, 1)
+    for merge in MERGES:
+        options = Options(
+            num_slots=slots, chunk_size=chunk_size, growth="plateau", init="novelty", merge=merge, seed=0
+        )
+        call = checked_call(q, k, v, torch.ones(2), None, True, None, None, options, weights)
+        triton_backend.run(call)[0].sum().backward()
+    token = [x[:, :1].detach() for x in (q, k, v)]
     places = torch.zeros(0, dtype=torch.int32)
-    decode.read_pending_and_slots(*token, torch.ones(2), *(x.detach() for x in rest[:3]), *pending, places, 0)
+    key_sum, value_sum, count = (x.detach() for x in rest[:3])
+    of_token = (weights[:, :1], torch.ones(pending[0].shape[:3]))
+    for mass, more in ((count, ()), (count.float(), of_token)):
+        decode.read_pending_and_slots(
+            *token, torch.ones(2), key_sum, value_sum, mass, *pending, places, 0, *more
+        )
 
 
 def _resources(kernel) -> dict:

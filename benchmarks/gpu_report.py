@@ -58,23 +58,40 @@ class Part:
 
 
 def parity_row(
-    merge: str, dtype: str, length: int, num_slots: int, chunk_size: int, dim: int, device: str = "cuda"
+    merge: str,
+    dtype: str,
+    length: int,
+    num_slots: int,
+    chunk_size: int,
+    dim: int,
+    device: str = "cuda",
+    *,
+    has_weights: bool = False,
 ) -> Row:
     """One call in the kernels and in the `torch` backend on the CPU, forward and backward.
 
-    Rows of two lengths, two heads of queries for each of keys. Sums must be equal to the last bit, and so
-    must two runs; outputs and gradients up to rounding, which is that of the read in `dtype`.
+    Rows of two lengths, two heads of queries for each of keys; a fifth of the weights, if there are any, is
+    zero. Sums must be equal to the last bit, and so must two runs; outputs and gradients up to rounding,
+    which is that of the read in `dtype`.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, length, heads, dim) for heads in (4, 2, 2))
     tokens = [torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for shape in shapes]
+    if has_weights:
+        tokens.append((torch.rand(2, length, 2, generator=generator) - 0.2).clamp(min=0))
     mask = (torch.arange(length) >= torch.tensor([[0], [length // 3]])).long()
     options = {"num_slots": num_slots, "chunk_size": chunk_size, "merge": merge}
 
     def run(where: str, backend: str) -> tuple[OVQState, list[torch.Tensor]]:
         leaves = [x.to(where).requires_grad_() for x in tokens]
+        given = {"token_weights": leaves[3]} if has_weights else {}
         o, state = ovq_attention(
-            *leaves, attention_mask=mask.to(where), backend=backend, output_final_state=True, **options
+            *leaves[:3],
+            attention_mask=mask.to(where),
+            backend=backend,
+            output_final_state=True,
+            **options,
+            **given,
         )
         assert state is not None
         assert backend_used() == backend
@@ -84,12 +101,19 @@ def parity_row(
     (state, found), (_, again) = run(device, "triton"), run(device, "triton")
     expected_state, expected = run("cpu", "torch")
     errors = [float((x - y).norm() / y.norm()) for x, y in zip(found, expected, strict=True)]
-    names = ("key_sum", "value_sum")
+    names = ("key_sum", "value_sum", *(["weight"] if has_weights else []))
     are_equal = torch.equal(state.count.cpu(), expected_state.count)
     sums = (torch.equal(getattr(state, name).cpu(), getattr(expected_state, name)) for name in names)
     bound = 1e-4 if dtype == "float32" else 0.03
     is_repeatable = all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
-    row = {"merge": merge, "dtype": dtype, "length": length, "num_slots": num_slots, "head_dim": dim}
+    row = {
+        "merge": merge,
+        "weights": has_weights,
+        "dtype": dtype,
+        "length": length,
+        "num_slots": num_slots,
+        "head_dim": dim,
+    }
     row |= {"are_counts_equal": are_equal, "are_sums_equal": all(sums), "is_repeatable": is_repeatable}
     row |= {"output_error": errors[0], "gradient_error": max(errors[1:])}
     row["is_passed"] = are_equal and bool(row["are_sums_equal"]) and is_repeatable and max(errors) < bound
@@ -98,10 +122,19 @@ def parity_row(
 
 def parity() -> Iterator[Row]:
     """Short rows first, as what is wrong shows there too. Each dtype and head size compiles all kernels."""
+    # Imported only where there is Triton.
+    from ovq.ops.backends.triton import beside, work
+
     calls = [("float32", 150, 24, 16, 64), ("bfloat16", 150, 24, 16, 64), ("bfloat16", 3000, 512, 256, 128)]
     calls += [("float32", 1500, 256, 64, 64), ("bfloat16", 1500, 256, 64, 64)]
     for (dtype, *size), merge in itertools.product(calls, RULES):
         yield parity_row(merge, dtype, *size)
+    with mock.patch.object(beside, "IS_ON", True), mock.patch.object(work, "SEGMENT_BYTES", 1 << 20):
+        row = parity_row("existing", "bfloat16", 3000, 512, 256, 128)
+        yield row | {"what": "reads beside the recurrence"}
+    # Of weights only short rows, as their kernels are compiled anew.
+    for (dtype, *size), merge in itertools.product(calls[:2], RULES):
+        yield parity_row(merge, dtype, *size, has_weights=True)
 
 
 def compared(part: str) -> Iterator[Row]:
@@ -117,11 +150,13 @@ def compared(part: str) -> Iterator[Row]:
             yield {"mixer": row["label"], "length": length, "left_out": row["reason"]}
 
 
-def _calls(merge: str, length: int) -> dict[str, Callable[[], object]]:
+def _calls(merge: str, length: int, *, has_weights: bool = False) -> dict[str, Callable[[], object]]:
     """A forward, and a forward with its backward, by a rule."""
     inputs = Workload(mixer="ovq", length=length, num_slots=NUM_SLOTS, **SIZE).inputs(device="cuda")
     leaves = [x.clone().requires_grad_() for x in inputs]
     options = {"num_slots": NUM_SLOTS, "chunk_size": SIZE["chunk_size"], "merge": merge, "backend": "triton"}
+    if has_weights:
+        options["token_weights"] = torch.rand(inputs[1].shape[:3], device="cuda")
 
     def forward() -> object:
         with torch.no_grad():
@@ -134,17 +169,25 @@ def _calls(merge: str, length: int) -> dict[str, Callable[[], object]]:
 
 
 def rules() -> Iterator[Row]:
-    """Each rule of merging by itself, and the paper's with fewer products."""
+    """Each rule of merging by itself, and the paper's by the ways that wait for a GPU to choose them."""
     # Imported only where there is Triton.
-    from ovq.ops.backends.triton import launch
+    from ovq.ops.backends.triton import beside, launch
 
     for length, merge in itertools.product((4096, 16384), RULES):
         for what, call in _calls(merge, length).items():
             times = gpu.flushed_times([call], max_rounds=10, seconds=2.0)[0]
             yield {"merge": merge, "length": length, "what": what, **spread(times)}
-    with mock.patch.object(launch, "SPLIT_PARTS", 2):
-        times = gpu.flushed_times([_calls("existing", 16384)["forward"]], max_rounds=10, seconds=2.0)[0]
-    yield {"merge": "existing", "length": 16384, "what": "forward, two products", **spread(times)}
+    for merge in RULES:
+        for what, call in _calls(merge, 4096, has_weights=True).items():
+            times = gpu.flushed_times([call], max_rounds=5, seconds=1.0)[0]
+            yield {"merge": merge, "length": 4096, "what": f"{what}, weights", **spread(times)}
+    for what, module, name, value in (
+        ("two products", launch, "SPLIT_PARTS", 2),
+        ("reads beside the recurrence", beside, "IS_ON", True),
+    ):
+        with mock.patch.object(module, name, value):
+            times = gpu.flushed_times([_calls("existing", 16384)["forward"]], max_rounds=10, seconds=2.0)[0]
+        yield {"merge": "existing", "length": 16384, "what": f"forward, {what}", **spread(times)}
 
 
 def profile() -> Iterator[Row]:

@@ -112,7 +112,7 @@ class OpCall(Program):
         rows = _drawn_rows(rng, layout, chunk_size, longest=4 if backend.is_slow else 10)
         orders = ORDERS if layout == "dense" and len(set(rows)) == 1 else ORDERS[:-1]
         options = drawn_options(rng, ["count", "count", "count", 0.01, 0.3, 1.0])
-        has_weights = backend.has_options and options["rate"] == "count" and rng.random() < 0.3
+        has_weights = options["rate"] == "count" and rng.random() < 0.3
         return cls(
             seed=rng.randrange(10**6),
             rows=rows,

@@ -102,8 +102,7 @@ def ovq_attention(
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
             this processor; no float64), `"triton"` (kernels for GPUs; no float64, no merge `"updated"`)
-            or `"auto"`: the fastest that can run the call; `backend_used()` tells which ran. All but
-            `"triton"` know `token_weights`.
+            or `"auto"`: the fastest that can run the call; `backend_used()` tells which ran.
 
     Returns:
         Outputs `[B, T, H, V]` in the dtype of `q`, and the final `OVQState` (None unless asked for).

@@ -28,11 +28,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot run a call, as "expected ..., found ..."; None if they can."""
-    if reason := refusal_of(call.q, call.v, call.options):
-        return reason
-    if call.token_weights is not None or call.state.weight is not None:
-        return "expected no token_weights, found some in the call or its state"
-    return None
+    return refusal_of(call.q, call.v, call.options)
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:

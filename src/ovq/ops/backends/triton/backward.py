@@ -87,14 +87,16 @@ def grad_queries(
 
 @triton.jit
 def _from_queries(
-    keys, values, bias, grad_keys, grad_values, source, q, grad_o, scale, lse, delta, chunk, head, start,
-    tokens, W, H, K, V, IS_CAUSAL: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    keys, values, bias, grad_keys, grad_values, grad_bias, source, q, grad_o, scale, lse, delta, chunk, head,
+    start, tokens, W, H, K, V, IS_CAUSAL: tl.constexpr, HAS_BIAS: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Add a block of queries' contribution to the gradients of the candidates `keys` `[BN, K]` and `values`.
 
     Args:
         source: `[BN]` positions of the candidates in the chunk, if they are its tokens (IS_CAUSAL).
         bias: `[BN]` log2 counts; -inf excludes a candidate.
+        grad_bias: `[BN]` the gradient of their scores, if it is wanted (HAS_BIAS).
     """
     t = start + tl.arange(0, BM)
     is_query = t < tokens
@@ -111,14 +113,16 @@ def _from_queries(
     probs = tl.exp2(scores - total[None, :])
     grad_values = dot(probs, grads, grad_values)
     inner = dot(values, tl.trans(grads), zeros) - tl.load(delta + line, mask=is_query, other=0.0)[None, :]
+    if HAS_BIAS:
+        grad_bias += tl.sum(probs * inner, 1)
     grad_keys = dot(probs * inner * factor, queries, grad_keys)
-    return grad_keys, grad_values
+    return grad_keys, grad_values, grad_bias
 
 
 @triton.jit(do_not_specialize=["first"])
 def grad_slots(
     q, scale, table, snap_keys, snap_values, snap_bias, grad_o, lse, delta, grad_keys, grad_values,
-    first, W, H, G, K, V, M, SB,
+    grad_weights, first, W, H, G, K, V, M, SB,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """A chunk's contribution to the gradients of a block of slots; grid (chunks times blocks, kv heads).
@@ -126,6 +130,7 @@ def grad_slots(
     Args:
         grad_keys: `[entries, H / G, M, K]` float32, receives the gradient of the key sums, which is that of
             the means divided by the counts. grad_values: likewise.
+        grad_weights: `[entries, H / G, M]` float32, receives that of the weights; None without.
     """
     index = tl.program_id(0) // SB
     block = tl.program_id(0) % SB
@@ -143,22 +148,37 @@ def grad_slots(
         bias = tl.load(snap_bias + shown, mask=is_used, other=-float("inf"))
         own_keys = tl.zeros([BN, BK], tl.float32)
         own_values = tl.zeros([BN, BV], tl.float32)
+        own_bias = tl.zeros([BN], tl.float32)
         for g in range(0, G):
             for start in range(0, tokens, BM):
-                own_keys, own_values = _from_queries(
-                    keys, values, bias, own_keys, own_values, slot, q, grad_o, scale, lse, delta, chunk,
-                    head * G + g, start, tokens, W, H, K, V, False, BM, BK, BV,
+                own_keys, own_values, own_bias = _from_queries(
+                    keys, values, bias, own_keys, own_values, own_bias, slot, q, grad_o, scale, lse, delta,
+                    chunk, head * G + g, start, tokens, W, H, K, V, False, grad_weights is not None, BM, BK,
+                    BV,
                 )  # fmt: skip
-        # The bias is the log2 of the count.
-        inverse = tl.exp2(-tl.where(is_used, bias, 0.0))[:, None]
-        put_rows(grad_keys, shown, own_keys * inverse, is_used, K, BK)
-        put_rows(grad_values, shown, own_values * inverse, is_used, V, BV)
+        # The bias is the log2 of the count or weight, where there is one.
+        inverse = tl.exp2(-tl.where(bias > -float("inf"), bias, 0.0))
+        put_rows(grad_keys, shown, own_keys * inverse[:, None], is_used, K, BK)
+        put_rows(grad_values, shown, own_values * inverse[:, None], is_used, V, BV)
+        if grad_weights is not None:
+            # The weight of a slot is in its score and divides its sums.
+            own_bias -= tl.sum(own_keys * keys.to(tl.float32), 1)
+            own_bias -= tl.sum(own_values * values.to(tl.float32), 1)
+            own_bias = tl.where(bias > -float("inf"), own_bias * inverse, 0.0)
+            tl.store(grad_weights + shown, own_bias, mask=is_used)
+
+
+@triton.jit
+def _traced(x, weights):
+    """Rows of `x` in float32; where weights are zero, without what is not finite."""
+    x = x.to(tl.float32)
+    return tl.where((weights > 0)[:, None] | (tl.abs(x) < float("inf")), x, 0.0)
 
 
 @triton.jit(do_not_specialize=["first"])
 def grad_tokens(
     q, k, v, scale, table, grad_o, lse, delta, deposit_keys, deposit_values, grad_k, grad_v,
-    first, W, H, G, K, V, TB,
+    token_weights, deposit_weights, grad_weights, first, W, H, G, K, V, TB,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of a chunk's keys and values; grid (chunks times blocks, key/value heads).
@@ -167,6 +187,8 @@ def grad_tokens(
         deposit_keys: `[entries, H / G, W, K]` float32, the gradient that each token of a complete chunk gets
             from the sum that it was added to. deposit_values: likewise.
         grad_k: `[num_chunks, W, H / G, K]`. grad_v: likewise.
+        token_weights: `[num_chunks, W, H / G]`; deposit_weights: `[entries, H / G, W]`, the gradient of the
+            weight of each token's slot; grad_weights: as token_weights. None without.
     """
     index = tl.program_id(0) // TB
     begin = tl.program_id(0) % TB * BN
@@ -185,12 +207,21 @@ def grad_tokens(
         source = (index.to(tl.int64) * H_kv + head) * W + own
         own_keys = rows(deposit_keys, source, was_added, K, BK)
         own_values = rows(deposit_values, source, was_added, V, BV)
+        if token_weights is not None:
+            weights = tl.load(token_weights + place, mask=is_token, other=0.0)
+            of_weights = tl.load(deposit_weights + source, mask=was_added, other=0.0)
+            of_weights += tl.sum(own_keys * _traced(keys, weights), 1)
+            of_weights += tl.sum(own_values * _traced(values, weights), 1)
+            tl.store(grad_weights + place, of_weights, mask=is_token)
+            own_keys *= weights[:, None]
+            own_values *= weights[:, None]
         bias = tl.where(is_token, 0.0, -float("inf"))
+        unused = tl.zeros([BN], tl.float32)
         for g in range(0, G):
             for start in range(begin // BM * BM, tokens, BM):
-                own_keys, own_values = _from_queries(
-                    keys, values, bias, own_keys, own_values, own, q, grad_o, scale, lse, delta, chunk,
-                    head * G + g, start, tokens, W, H, K, V, True, BM, BK, BV,
+                own_keys, own_values, unused = _from_queries(
+                    keys, values, bias, own_keys, own_values, unused, own, q, grad_o, scale, lse, delta,
+                    chunk, head * G + g, start, tokens, W, H, K, V, True, False, BM, BK, BV,
                 )  # fmt: skip
         put_rows(grad_k, place, own_keys, is_token, K, BK)
         put_rows(grad_v, place, own_values, is_token, V, BV)

@@ -12,6 +12,7 @@ from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.triton.launch import Saved, backward, forward
 from ovq.ops.backends.triton.ward import Gone
+from ovq.ops.backends.triton.weights import Kept, Weights
 from ovq.ops.backends.triton.work import Work
 
 
@@ -24,9 +25,12 @@ def chunk_attention(
     value_sum: Tensor,
     count: Tensor,
     plan: Plan,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *,
+    token_weights: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """`chunk_attention` of the `torch` backend, run by the kernels; arguments and results are the same."""
-    return _ChunkAttention.apply(q, k, v, scale, key_sum, value_sum, count, plan)
+    return _ChunkAttention.apply(q, k, v, scale, key_sum, value_sum, count, token_weights, weight, plan)
 
 
 class _ChunkAttention(torch.autograd.Function):
@@ -40,26 +44,34 @@ class _ChunkAttention(torch.autograd.Function):
         key_sum: Tensor,
         value_sum: Tensor,
         count: Tensor,
+        token_weights: Tensor | None,
+        weight: Tensor | None,
         plan: Plan,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         q, k, v, scale = (x.contiguous() for x in (q, k, v, scale))
-        sums = Dictionary(key_sum, value_sum, count).clone()
+        sums = Dictionary(key_sum, value_sum, count, weight).clone()
         num_chunks, width, num_heads, _ = q.shape
         lse = torch.zeros(num_chunks, num_heads, width, dtype=torch.float32, device=q.device)
         slots = torch.zeros(num_chunks, k.shape[2], width, dtype=torch.int32, device=q.device)
         ctx.work = Work(plan, count.shape[2], q.device)
+        has_backward = any(ctx.needs_input_grad)
+        weights = kept = gone = None
+        if token_weights is not None:
+            kept = Kept.empty(ctx.work, k, v) if has_backward else None
+            weights = Weights(token_weights.squeeze(-1).contiguous(), kept)
         # Slots merged into others cannot be taken out again without what was in them.
-        gone = None
-        if plan.options.merges_pairs and any(ctx.needs_input_grad):
-            gone = Gone.empty(ctx.work, k, v, is_kept=True)
-        o = forward(q, k, v, scale, lse, slots, sums, ctx.work, gone)
+        if plan.options.merges_pairs and has_backward:
+            gone = Gone.empty(ctx.work, k, v, is_kept=True, has_weights=weights is not None)
+        o = forward(q, k, v, scale, lse, slots, sums, ctx.work, gone, weights)
         ctx.save_for_backward(
-            q, k, v, scale, o, lse, slots, sums.key_sum, sums.value_sum, sums.count,
+            q, k, v, scale, o, lse, slots, sums.key_sum, sums.value_sum, sums.count, sums.weight,
+            None if weights is None else weights.tokens,
+            *([None] * 4 if kept is None else kept.tensors()),
             *([] if gone is None else gone.tensors()),
         )  # fmt: skip
         ctx.mark_non_differentiable(sums.count)
         ctx.set_materialize_grads(False)
-        return o, sums.key_sum, sums.value_sum, sums.count
+        return o, sums.key_sum, sums.value_sum, sums.count, sums.weight
 
     @staticmethod
     @once_differentiable
@@ -69,15 +81,21 @@ class _ChunkAttention(torch.autograd.Function):
         grad_key_sum: Tensor | None,
         grad_value_sum: Tensor | None,
         _: None,
+        grad_weight: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        q, k, v, scale, o, lse, slots, key_sum, value_sum, count, *parts = ctx.saved_tensors
-        saved = Saved(q, k, v, scale, o, lse, slots, Gone(*parts) if parts else None)
-        final = Dictionary(key_sum, value_sum, count)
+        q, k, v, scale, o, lse, slots, *parts = ctx.saved_tensors
+        key_sum, value_sum, count, weight, tokens, *parts = parts
+        weights = None if tokens is None else Weights(tokens, Kept(*parts[:4]))
+        saved = Saved(q, k, v, scale, o, lse, slots, Gone(*parts[4:]) if parts[4:] else None, weights)
+        final = Dictionary(key_sum, value_sum, count, weight)
         grad_o = torch.zeros_like(saved.o) if grad_o is None else grad_o.contiguous()
         grads = Dictionary(
             torch.zeros_like(key_sum) if grad_key_sum is None else dense_copy(grad_key_sum),
             torch.zeros_like(value_sum) if grad_value_sum is None else dense_copy(grad_value_sum),
             count,
         )
-        tokens = backward(saved, grad_o, final.clone(), grads, ctx.work)
-        return *tokens, grads.key_sum, grads.value_sum, None, None
+        if weight is not None:
+            grads.weight = torch.zeros_like(weight) if grad_weight is None else dense_copy(grad_weight)
+        *of_inputs, of_tokens = backward(saved, grad_o, final.clone(), grads, ctx.work)
+        of_tokens = None if of_tokens is None else of_tokens[..., None]
+        return *of_inputs, grads.key_sum, grads.value_sum, None, of_tokens, grads.weight, None

@@ -20,6 +20,7 @@ TINY = tl.constexpr(options.TINY)
 SHORTEST = tl.constexpr(options.ORDINARY[0])
 LONGEST = tl.constexpr(options.ORDINARY[1])
 NO_COSINE = tl.constexpr(options.NO_COSINE)
+NO_WEIGHT = tl.constexpr(options.NO_WEIGHT)
 # Columns of the table of chunks (`work.py`).
 CHUNK = tl.constexpr(0)
 BEFORE = tl.constexpr(1)
@@ -29,8 +30,9 @@ IS_COMPLETE = tl.constexpr(4)
 COLUMNS = tl.constexpr(5)
 
 # Whether a product and a sum may be fused into one rounding: nothing here depends on it, but Triton wants
-# a choice.
+# a choice. Only where weighted tokens are added to sums, the product is rounded first, as it is elsewhere.
 FUSED = {"enable_fp_fusion": True}
+UNFUSED = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -81,9 +83,60 @@ def are_extreme(x, lengths):
 
 
 @triton.jit
-def means(sums, counts):
-    """Slot means from sums `[N, D]` and counts `[N]`, rounded as PyTorch's division rounds."""
-    return tl.div_rn(sums, tl.maximum(counts, 1).to(tl.float32)[:, None] + tl.zeros_like(sums))
+def divisors(mass):
+    """Counts or weights in float32 to divide by: 1 where there is none, since the sums there are zero."""
+    return tl.where(mass > 0, mass, 1).to(tl.float32)
+
+
+@triton.jit
+def log2_mass(mass):
+    """Log2 of counts or weights; -inf, which no query attends to, where there is none."""
+    return tl.where(mass > 0, tl.log2(divisors(mass)), -float("inf"))
+
+
+@triton.jit
+def means(sums, mass):
+    """Slot means from sums `[N, D]` and counts or weights `[N]`, rounded as PyTorch's division rounds."""
+    return tl.div_rn(sums, divisors(mass)[:, None] + tl.zeros_like(sums))
+
+
+@triton.jit
+def place_of(slots, places, TB: tl.constexpr, C):
+    """For `slots` `[BN]`, where each first stands in the list `places` of C entries; C if it does not."""
+    found = slots * 0 + C
+    for first in range(0, C, TB):
+        p = first + tl.arange(0, TB)
+        own = tl.load(places + p, mask=p < C, other=-1)
+        found = tl.minimum(found, tl.min(tl.where(own[None, :] == slots[:, None], p[None, :], C), 1))
+    return found
+
+
+@triton.jit
+def opener(k, token_weights, chunk, head, W, H, C, K, BT: tl.constexpr, BK: tl.constexpr):
+    """The token of a chunk that opens slot 0, the mean `[BK]` that it makes, and its weight.
+
+    It is the first token, or the first of a weight above 0 if there is one.
+
+    Args:
+        token_weights: `[num_chunks, W, H]` float32; None without.
+    """
+    d = tl.arange(0, BK)
+    token = head * 0
+    if token_weights is not None:
+        token += C
+        for start in range(0, C, BT):
+            t = start + tl.arange(0, BT)
+            own = tl.load(token_weights + (chunk * W + t) * H + head, mask=t < C, other=0.0)
+            token = tl.minimum(token, tl.min(tl.where(own > 0, t, C), 0))
+        token = tl.where(token < C, token, 0)
+    place = (chunk * W + token) * H + head
+    mean = tl.load(k + place * K + d, mask=d < K, other=0.0).to(tl.float32)
+    mass = head * 0 + 1.0
+    if token_weights is not None:
+        mass = tl.load(token_weights + place)
+        # As it will be read: a product and a quotient are rounded.
+        mean = tl.where(mass > 0, tl.div_rn(mass * mean, divisors(mass) + tl.zeros_like(mean)), 0.0)
+    return token, mean, mass
 
 
 def padded(dim: int) -> int:

@@ -16,8 +16,9 @@ from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.triton import common
-from ovq.ops.backends.triton.common import LOG2E, put_rows, rows
+from ovq.ops.backends.triton.common import LOG2E, divisors, put_rows, rows
 from ovq.ops.backends.triton.launch import recurrence_of
+from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import Work
 from ovq.ops.call import Call, Rows
 from ovq.ops.options import Options
@@ -44,16 +45,17 @@ def _absorb(scores, values, top, total, acc):
 
 @triton.jit(do_not_specialize=["pending"])
 def read_token(
-    q, k, v, scale, key_sum, value_sum, count, pending_keys, pending_values, places, tops, totals, accs,
-    arrived, o, pending, H, G, K, V, M, C, PER, SPLITS,
+    q, k, v, scale, key_sum, value_sum, mass, pending_keys, pending_values, token_weights, pending_weights,
+    places, tops, totals, accs, arrived, o, pending, H, G, K, V, M, C, PER, SPLITS,
     IS_EVEN: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The read of one token; grid (streams, SPLITS), the last split for the tokens of the chunk.
 
     Args:
         q: `[R, H * G, K]`. k: `[R, H, K]`. v: `[R, H, V]`. scale: `[H * G]`.
-        key_sum: `[R, H, M, K]`. value_sum, count: likewise.
+        key_sum: `[R, H, M, K]`. value_sum: likewise. mass: `[R, H, M]` counts, or weights.
         pending_keys: `[R, H, C, K]`; receives the new key. pending_values: likewise.
+        token_weights: `[R, H]`, which pending_weights `[R, H, C]` receives; None without.
         places: `[R]` int32 pending tokens of each row before this token, if the numbers differ (not IS_EVEN).
         tops, totals: `[streams, SPLITS, GP]` scratch. accs: `[streams, SPLITS, GP, V]`.
         arrived: `[streams]` int32 zeros; they are zero again on return.
@@ -74,9 +76,9 @@ def read_token(
     if split < SPLITS - 1:
         for start in range(split * PER, tl.minimum(split * PER + PER, M), BN):
             slot = start + tl.arange(0, BN)
-            counts = tl.load(count + stream * M + slot, mask=slot < M, other=0)
-            is_used = counts > 0
-            number = tl.maximum(counts, 1).to(tl.float32)
+            own_mass = tl.load(mass + stream * M + slot, mask=slot < M, other=0)
+            is_used = own_mass > 0
+            number = divisors(own_mass)
             keys = rows(key_sum, stream * M + slot, is_used, K, BK)
             values = rows(value_sum, stream * M + slot, is_used, V, BV) / number[:, None]
             scores = (
@@ -93,6 +95,8 @@ def read_token(
         key, value = rows(k, stream + one, one == 0, K, BK), rows(v, stream + one, one == 0, V, BV)
         put_rows(pending_keys, stream * C + num + one, key, one == 0, K, BK)
         put_rows(pending_values, stream * C + num + one, value, one == 0, V, BV)
+        if token_weights is not None:
+            tl.store(pending_weights + stream * C + num, tl.load(token_weights + stream))
         newest = tl.sum(queries * key.to(tl.float32), 1)[:, None]
         top, total, acc = _absorb(newest, value.to(tl.float32), top, total, acc)
         for start in range(0, num, BN):
@@ -136,16 +140,19 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
     after = advanced(state)
     is_even = len(set(pending)) == 1
     places = torch.tensor([] if is_even else pending, dtype=torch.int32).to(q.device)
-    sums = (state.key_sum, state.value_sum, state.count)
+    sums = (state.key_sum, state.value_sum, state.mass)
     complete = [r for r, p in enumerate(pending) if p + 1 == options.chunk_size]
     # Triton launches on the current device, even if the tensors are on another.
     with torch.cuda.device_of(q):
         buffers = (after.pending_keys, after.pending_values)
-        o = read_pending_and_slots(q, call.k, call.v, call.scale, *sums, *buffers, places, pending[0])
+        o = read_pending_and_slots(
+            q, call.k, call.v, call.scale, *sums, *buffers, places, pending[0], call.token_weights,
+            after.pending_weights,
+        )  # fmt: skip
         return o, _merged(after, complete, options) if complete else after
 
 
-@torch.library.custom_op("ovq::decode", mutates_args=("pending_keys", "pending_values"))
+@torch.library.custom_op("ovq::decode", mutates_args=("pending_keys", "pending_values", "pending_weights"))
 def read_pending_and_slots(
     q: Tensor,
     k: Tensor,
@@ -153,20 +160,23 @@ def read_pending_and_slots(
     scale: Tensor,
     key_sum: Tensor,
     value_sum: Tensor,
-    count: Tensor,
+    mass: Tensor,
     pending_keys: Tensor,
     pending_values: Tensor,
     places: Tensor,
     pending: int,
+    token_weights: Tensor | None = None,
+    pending_weights: Tensor | None = None,
 ) -> Tensor:
     """The read of one token per row; also writes that token into the pending buffers.
 
     Args:
         q: `[B, 1, H, K]`. k: `[B, 1, Hkv, K]`. v: `[B, 1, Hkv, V]`. scale: `[H]` float32.
-        key_sum: `[B, Hkv, M, K]`, from the state. value_sum, count: likewise.
+        key_sum: `[B, Hkv, M, K]`, from the state. value_sum: likewise. mass: `[B, Hkv, M]` counts or weights.
         pending_keys: `[B, Hkv, C, K]`. pending_values: `[B, Hkv, C, V]`.
         places: `[B]` int32, the place that the token of each row is written to; `[0]` if all go to `pending`.
         pending: the place of all rows in that case.
+        token_weights: `[B, 1, Hkv]`. pending_weights: `[B, Hkv, C]`. None without.
 
     Returns:
         Outputs `[B, 1, H, V]`.
@@ -174,6 +184,7 @@ def read_pending_and_slots(
     # The kernel writes to them in place.
     assert pending_keys.is_contiguous()
     assert pending_values.is_contiguous()
+    assert pending_weights is None or pending_weights.is_contiguous()
     batch, _, num_heads, dim = q.shape
     num_kv_heads, value_dim, slots = k.shape[2], v.shape[3], key_sum.shape[2]
     streams, group = batch * num_kv_heads, num_heads // num_kv_heads
@@ -191,8 +202,9 @@ def read_pending_and_slots(
     accs = tops.new_empty(streams * splits * group_block * value_dim)
     o = torch.empty(batch, 1, num_heads, value_dim, dtype=q.dtype, device=q.device)
     read_token[(streams, splits)](
-        *(x.contiguous() for x in (q, k, v, scale, key_sum, value_sum, count)),
-        pending_keys, pending_values, places, tops[0], tops[1], accs,
+        *(x.contiguous() for x in (q, k, v, scale, key_sum, value_sum, mass)), pending_keys, pending_values,
+        None if token_weights is None else token_weights.contiguous(), pending_weights,
+        places, tops[0], tops[1], accs,
         _arrived(q.device, _cuda_stream(q.device), streams), o, pending,
         num_kv_heads, group, dim, value_dim, slots, pending_keys.shape[2], per, splits,
         IS_EVEN=not len(places), GP=group_block, BN=block, BK=common.padded(dim),
@@ -202,7 +214,7 @@ def read_pending_and_slots(
 
 
 @read_pending_and_slots.register_fake
-def _(q, k, v, scale, key_sum, value_sum, count, pending_keys, pending_values, places, pending):
+def _(q, k, v, *_):
     return q.new_empty(q.shape[0], 1, q.shape[2], v.shape[3])
 
 
@@ -242,11 +254,14 @@ def _merged(state: OVQState, complete: list[int], options: Options) -> OVQState:
     )
     state = with_capacity(state, plan.capacity)
     part = with_capacity(part, state.count.shape[2])
-    into = Dictionary(part.key_sum, part.value_sum, part.count)
+    into = Dictionary(part.key_sum, part.value_sum, part.count, part.weight)
+    weights = None
+    if part.pending_weights is not None:
+        weights = Weights(part.pending_weights.transpose(1, 2).contiguous())
     k, v = (x.transpose(1, 2).contiguous() for x in (part.pending_keys, part.pending_values))
     slots = torch.zeros(*part.pending_keys.shape[:3], dtype=torch.int32, device=k.device)
     work = Work(plan, part.count.shape[2], k.device)
-    recurrence = recurrence_of(k, v, slots, into, work)
+    recurrence = recurrence_of(k, v, slots, into, work, weights=weights)
     recurrence.step(0)
     recurrence.step(1)
     return replaced(state, complete, into)

@@ -17,11 +17,13 @@ from ovq.ops.backends.triton.common import (
     LONGEST,
     SHORTEST,
     TIE,
+    log2_mass,
     means,
+    place_of,
     put_rows,
     rows,
 )
-from ovq.ops.backends.triton.recurrence import add_tokens
+from ovq.ops.backends.triton.recurrence import add_tokens, add_weights, keep_rows
 
 # The tables of a stream are `ints` and `nums`; field F of column i is at F * L + i, for L columns.
 # Fields of integers: the column itself, the one it was merged into, or -1; its lowest member; its nearest
@@ -46,8 +48,8 @@ MERGED = tl.constexpr(1)
 NUM_LISTED = tl.constexpr(2)
 IS_WIDE = tl.constexpr(3)
 NUM_SLOTS = tl.constexpr(4)
-# Fields of float64: tokens of the column; squared lengths of its means; what none of its costs is below; the
-# cost of merging it with its partner.
+# Fields of float64: tokens of the column, or their weight; squared lengths of its means; what none of its
+# costs is below; the cost of merging it with its partner.
 COUNT = tl.constexpr(0)
 KEY_SQUARE = tl.constexpr(1)
 VALUE_SQUARE = tl.constexpr(2)
@@ -61,21 +63,11 @@ TIED = tl.constexpr(1)
 LIMIT = tl.constexpr(2)
 
 
-@triton.jit
-def place_of(slots, places, TB: tl.constexpr, C):
-    """For `slots` `[BN]`, where each stands in the list `places` of C entries; C if it does not."""
-    found = slots * 0 + C
-    for first in range(0, C, TB):
-        p = first + tl.arange(0, TB)
-        own = tl.load(places + p, mask=p < C, other=-1)
-        found = tl.minimum(found, tl.min(tl.where(own[None, :] == slots[:, None], p[None, :], C), 1))
-    return found
-
-
 @triton.jit(do_not_specialize=["previous", "current", "base", "num_next", "gone_base"])
 def advance_items(
     k, v, slots, key_sum, value_sum, count, table, snap_keys, snap_values, snap_bias,
-    gone_slot, gone_into, gone_count, gone_keys, gone_values, item_keys, item_values, nums,
+    gone_slot, gone_into, gone_count, gone_keys, gone_values, gone_weight,
+    token_weights, weight, kept_slot, kept_keys, kept_values, kept_weight, item_keys, item_values, nums,
     previous, current, base, num_next, gone_base, W, C, H, K, V, M, L,
     HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -88,7 +80,10 @@ def advance_items(
     Args:
         gone_slot: `[entries, H, C]` int32 slots merged into others; -1 after the last. gone_into: the slots
             that they were merged into. gone_count: `[entries, H, C]`, and gone_keys: `[entries, H, C, K]`,
-            what was in them. gone_values: likewise.
+            what was in them. gone_values, gone_weight: likewise.
+        token_weights, weight: as in `advance`.
+        kept_slot: `[entries, H, C]` int32 the slots that each chunk adds to; -1 after the last. kept_keys:
+            `[entries, H, C, K]` receives them as they were before. kept_values, kept_weight: likewise.
         item_keys: `[streams, L, K]` float32, receives the means. item_values: likewise.
         nums: the table of numbers, receives the squared lengths.
         gone_base: the entry that `gone_slot` starts with.
@@ -109,12 +104,21 @@ def advance_items(
         counts = tl.load(count + place, mask=is_in, other=0)
         key_sums = rows(key_sum, place, is_in, K, BK)
         value_sums = rows(value_sum, place, is_in, V, BV)
+        mass = counts
+        if weight is not None:
+            mass = tl.load(weight + place, mask=is_in, other=0.0)
         if HAS_PREVIOUS:
             entry = previous + row
             if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
                 chunk = tl.load(table + entry * COLUMNS + CHUNK).to(tl.int64)
                 gone = ((entry - gone_base).to(tl.int64) * H + head) * C
                 before = counts
+                if kept_keys is not None:
+                    p = place_of(slot, kept_slot + gone, BT, C)
+                    keep_rows(
+                        kept_keys, kept_values, kept_weight, gone, p, C, key_sums, value_sums, mass, K, V, BK,
+                        BV,
+                    )  # fmt: skip
                 is_gone = place_of(slot, gone_slot + gone, BT, C) < C
                 key_sums = tl.where(is_gone[:, None], 0.0, key_sums)
                 value_sums = tl.where(is_gone[:, None], 0.0, value_sums)
@@ -139,11 +143,20 @@ def advance_items(
                 )
                 chosen = slots + (chunk * H + head) * W
                 first = chunk * W * H + head
-                key_sums, _ = add_tokens(key_sums, counts, slot, k, chosen, first, H, C, K, 1, BT, BK)
+                key_sums, _ = add_tokens(
+                    key_sums, counts, slot, k, chosen, first, H, C, K, 1, BT, BK, None, token_weights
+                )
                 value_sums, counts = add_tokens(
-                    value_sums, counts, slot, v, chosen, first, H, C, V, 1, BT, BV
+                    value_sums, counts, slot, v, chosen, first, H, C, V, 1, BT, BV, None, token_weights
                 )
                 is_changed = is_in & (is_gone | (counts != before))
+                if weight is None:
+                    mass = counts
+                else:
+                    mass = tl.where(is_gone, 0.0, mass)
+                    mass = add_weights(mass, slot, gone_weight, gone_into + gone, gone, 1, C, BT)
+                    mass = add_weights(mass, slot, token_weights, chosen, first, H, C, BT)
+                    tl.store(weight + place, mass, mask=is_changed)
                 put_rows(key_sum, place, key_sums, is_changed, K, BK)
                 put_rows(value_sum, place, value_sums, is_changed, V, BV)
                 tl.store(count + place, counts, mask=is_changed)
@@ -152,19 +165,19 @@ def advance_items(
                 entry = current + row
                 num = tl.load(table + entry * COLUMNS + BEFORE)
                 is_used = slot < num
-                mean_keys, mean_values = means(key_sums, counts), means(value_sums, counts)
+                mean_keys, mean_values = means(key_sums, mass), means(value_sums, mass)
                 if HAS_READ:
                     shown = ((entry - base).to(tl.int64) * H + head) * M + slot
                     put_rows(snap_keys, shown, mean_keys, is_used, K, BK)
                     put_rows(snap_values, shown, mean_values, is_used, V, BV)
-                    tl.store(snap_bias + shown, tl.log2(tl.maximum(counts, 1).to(tl.float32)), mask=is_used)
+                    tl.store(snap_bias + shown, log2_mass(mass), mask=is_used)
                 if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
                     nums += stream.to(tl.int64) * NUM_FIELDS * L
                     put_items(
                         item_keys, item_values, nums, stream, slot, mean_keys, mean_values, is_used, K, V, L,
                         BK, BV,
                     )  # fmt: skip
-                    tl.store(nums + L * COUNT + slot, counts.to(tl.float64), mask=is_used)
+                    tl.store(nums + L * COUNT + slot, mass.to(tl.float64), mask=is_used)
 
 
 @triton.jit
@@ -190,14 +203,15 @@ def _are_unusual(squares):
 
 @triton.jit(do_not_specialize=["current"])
 def prepare(
-    k, v, table, item_keys, item_values, ints, nums, current, weight, W, C, H, K, V, L, PS,
+    k, v, token_weights, table, item_keys, item_values, ints, nums, current, factor, W, C, H, K, V, L, PS,
     BC: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Lay out the items of a complete chunk; grid (streams,).
 
     Args:
         k: `[num_chunks, W, H, K]` keys. v: values.
-        weight: `[1]` float64, w^2.
+        token_weights: `[num_chunks, W, H]` weights of tokens; None without.
+        factor: `[1]` float64, w^2.
         PS: column of the first token.
         BL: L, rounded up to a power of two.
     """
@@ -214,6 +228,11 @@ def prepare(
         place = (chunk * W + t) * H + head
         keys = rows(k, place, t < C, K, BK).to(tl.float32)
         values = rows(v, place, t < C, V, BV).to(tl.float32)
+        if token_weights is not None:
+            # A weight of zero leaves no trace of what is not finite.
+            is_traced = (tl.load(token_weights + place, mask=t < C, other=0.0) > 0)[:, None]
+            keys = tl.where(is_traced | (tl.abs(keys) < float("inf")), keys, 0.0)
+            values = tl.where(is_traced | (tl.abs(values) < float("inf")), values, 0.0)
         put_items(item_keys, item_values, nums, stream, PS + t, keys, values, t < C, K, V, L, BK, BV)
     tl.debug_barrier()
     i = tl.arange(0, BL)
@@ -221,13 +240,16 @@ def prepare(
     is_token = (i >= PS) & (i < PS + C)
     is_there = is_slot | is_token
     counts = tl.load(nums + L * COUNT + i, mask=is_slot, other=1.0)
+    if token_weights is not None:
+        own = tl.load(token_weights + (chunk * W + i - PS) * H + head, mask=is_token, other=0.0)
+        counts = tl.where(is_token, own.to(tl.float64), counts)
     key_squares = tl.load(nums + L * KEY_SQUARE + i, mask=is_there, other=0.0)
     value_squares = tl.load(nums + L * VALUE_SQUARE + i, mask=is_there, other=0.0)
     # The mean squared length of values, of items whose values are finite.
     has_length = is_there & (value_squares < float("inf"))
     total = tl.sum(tl.where(has_length, counts, 0.0), 0)
-    power = tl.sum(tl.where(has_length, counts * value_squares, 0.0), 0) / tl.maximum(total, 1.0)
-    factor = tl.where(power > 0, tl.load(weight) / tl.where(power > 0, power, 1.0), 0.0)
+    power = tl.sum(tl.where(has_length, counts * value_squares, 0.0), 0) / tl.where(total > 0, total, 1.0)
+    factor = tl.where(power > 0, tl.load(factor) / tl.where(power > 0, power, 1.0), 0.0)
     squares = key_squares + factor * value_squares
     longest = tl.max(tl.where(is_there & (squares < float("inf")), squares, 0.0), 0)
     is_unusual = (
@@ -271,8 +293,8 @@ def _root(into, column, mask):
 
 @triton.jit(do_not_specialize=["current", "gone_base"])
 def settle(
-    table, ints, count, slots, gone_slot, gone_into, gone_count, current, gone_base, W, C, H, M, L, PS,
-    BL: tl.constexpr,
+    table, ints, count, weight, slots, gone_slot, gone_into, gone_count, gone_weight, kept_slot,
+    current, gone_base, W, C, H, M, L, PS, BL: tl.constexpr,
 ):  # fmt: skip
     """Say which slot each token goes to, and which slots leave; grid (streams,).
 
@@ -281,8 +303,8 @@ def settle(
 
     Args:
         slots: `[num_chunks, H, W]` receives the slots of the tokens.
-        gone_slot, gone_into, gone_count: `[entries, H, C]` as in `advance_items`, receive the slots that
-            leave.
+        gone_slot, gone_into, gone_count, gone_weight: `[entries, H, C]` as in `advance_items`, receive the
+            slots that leave. kept_slot: likewise, those that take in others.
     """
     stream = tl.program_id(0)
     row = stream // H
@@ -316,9 +338,23 @@ def settle(
     tl.store(gone_into + p, lowest, mask=is_gone)
     counts = tl.load(count + stream.to(tl.int64) * M + i, mask=is_gone, other=0)
     tl.store(gone_count + p, counts, mask=is_gone)
+    if weight is not None:
+        own = tl.load(weight + stream.to(tl.int64) * M + i, mask=is_gone, other=0.0)
+        tl.store(gone_weight + p, own, mask=is_gone)
     is_rest = (i < C) & (i >= tl.sum(is_gone.to(tl.int32), 0))
     tl.store(gone_slot + gone + i, -1 + 0 * i, mask=is_rest)
     tl.store(gone_into + gone + i, -1 + 0 * i, mask=is_rest)
+    if kept_slot is not None:
+        has_more = ints + L * ORDINAL
+        tl.store(has_more + i, 0 * i, mask=i < L)
+        tl.debug_barrier()
+        tl.store(has_more + lowest, 1 + 0 * i, mask=is_there & (lowest != i))
+        tl.debug_barrier()
+        # Each takes a merge, so there are no more than tokens.
+        is_changed = is_slot & (lowest == i) & (tl.load(has_more + i, mask=is_slot, other=0) > 0)
+        tl.store(kept_slot + gone + tl.cumsum(is_changed.to(tl.int32), 0) - 1, i, mask=is_changed)
+        is_rest = (i < C) & (i >= tl.sum(is_changed.to(tl.int32), 0))
+        tl.store(kept_slot + gone + i, -1 + 0 * i, mask=is_rest)
 
 
 @triton.jit(do_not_specialize=["current", "gone_base"])

@@ -20,13 +20,14 @@ import triton
 from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.triton import common
+from ovq.ops.backends.triton import beside, common
 from ovq.ops.backends.triton.backward import grad_queries, grad_slots, grad_tokens
 from ovq.ops.backends.triton.read import read
 from ovq.ops.backends.triton.recurrence import advance
 from ovq.ops.backends.triton.rewind import deposit, rewind
 from ovq.ops.backends.triton.route import nearest, open_slots
 from ovq.ops.backends.triton.ward import Gone, WardRecurrence
+from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import Work
 
 # Keys of a chunk that one program processes at once, whatever the head size.
@@ -72,14 +73,22 @@ class Recurrence:
         slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
         into: the dictionaries, updated in place.
         work: the chunks of the call and their order.
-        chunk_size: C.
+        weights: of the tokens; None without.
     """
 
     def __init__(
-        self, k: Tensor, v: Tensor, slots: Tensor, into: Dictionary, work: Work, chunk_size: int
+        self,
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor,
+        into: Dictionary,
+        work: Work,
+        weights: Weights | None = None,
     ) -> None:
         self.k, self.v, self.slots, self.into, self.work = k, v, slots, into, work
-        self._chunk_size = chunk_size
+        self._tokens = None if weights is None else weights.tokens
+        self._kept = None if weights is None else weights.kept
+        self._chunk_size = chunk_size = work.options.chunk_size
         self._block = common.slot_block(k, v)
         self._num_blocks = max(1, triton.cdiv(work.capacity, self._block))
         self._parts = SPLIT_PARTS if k.dtype == torch.bfloat16 else 1
@@ -109,15 +118,19 @@ class Recurrence:
         if not (num_rows and work.capacity):
             return
         heads, width, dim = work.num_kv_heads, k.shape[1], k.shape[-1]
-        sizes = {"BN": self._block, "BK": common.padded(dim), **common.FUSED}
+        fused = common.FUSED if self._tokens is None else common.UNFUSED
+        sizes = {"BN": self._block, "BK": common.padded(dim), **fused}
         rounding = ROUNDING if self._parts == 1 else ROUNDING_SPLIT
         if self._parts == 2:
             # 2^-16 |k| |D| for each side of a comparison.
             rounding += triton.cdiv(256, dim)
         parts = (into.key_sum, into.value_sum, into.count)
         found = (self._best, self._second, self._winner, self._cosine, self._longest)
+        kept = self._kept
+        kept_slots = (None, None, None) if kept is None else (kept.keys, kept.values, kept.weight)
         advance[(num_rows * heads, self._num_blocks)](
-            k, self.v, self.slots, *parts, work.table, *(shown or parts), *found,
+            k, self.v, self.slots, *parts, work.table, *(shown or parts), self._tokens, into.weight,
+            *kept_slots, *found,
             work.first[i - 1] if i else 0, work.first[i], base, num_next,
             width, self._chunk_size, heads, dim, self.v.shape[-1], work.capacity, self._num_blocks,
             HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None, PARTS=self._parts,
@@ -128,19 +141,25 @@ class Recurrence:
         streams = work.num_complete[i] * heads
         shape = (width, self._chunk_size, heads, dim, work.capacity, self._num_blocks)
         nearest[(streams, triton.cdiv(self._chunk_size, TOKEN_BLOCK))](
-            k, into.key_sum, into.count, work.table, *found, self.slots, self._novelty, work.first[i],
-            *shape, ROUNDING=rounding, BT=TOKEN_BLOCK, **sizes,
+            k, self._tokens, into.key_sum, into.mass, work.table, *found, self.slots, self._novelty,
+            work.first[i], *shape, ROUNDING=rounding, BT=TOKEN_BLOCK, **sizes,
         )  # fmt: skip
         if work.num_opening[i] > 0:
             open_slots[(streams,)](
-                k, into.key_sum, into.count, work.table, self._cosine, self.slots, self._novelty,
+                k, self._tokens, into.key_sum, into.mass, work.table, self._cosine, self.slots, self._novelty,
                 work.first[i], *shape, ROUNDING=rounding, BC=triton.next_power_of_2(self._chunk_size),
                 **sizes,
             )  # fmt: skip
 
 
 def recurrence_of(
-    k: Tensor, v: Tensor, slots: Tensor, into: Dictionary, work: Work, gone: Gone | None = None
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    into: Dictionary,
+    work: Work,
+    gone: Gone | None = None,
+    weights: Weights | None = None,
 ) -> Recurrence | WardRecurrence:
     """The recurrence of a call by its merge rule; arguments as for `Recurrence`.
 
@@ -148,9 +167,11 @@ def recurrence_of(
         gone: room for the slots that all chunks merge into others, if the backward needs them.
     """
     if not work.options.merges_pairs:
-        return Recurrence(k, v, slots, into, work, work.options.chunk_size)
-    kept = Gone.empty(work, k, v, is_kept=False) if gone is None else gone
-    return WardRecurrence(k, v, slots, into, work, kept, is_kept=gone is not None)
+        return Recurrence(k, v, slots, into, work, weights)
+    kept = gone
+    if kept is None:
+        kept = Gone.empty(work, k, v, is_kept=False, has_weights=weights is not None)
+    return WardRecurrence(k, v, slots, into, work, kept, is_kept=gone is not None, weights=weights)
 
 
 def forward(
@@ -163,6 +184,7 @@ def forward(
     into: Dictionary,
     work: Work,
     gone: Gone | None = None,
+    weights: Weights | None = None,
 ) -> Tensor:
     """OVQ attention over chunk-aligned rows; `into` becomes the dictionary at the end.
 
@@ -175,29 +197,37 @@ def forward(
         into: sums and counts at the start.
         work: the chunks of the call and their order.
         gone: where pairs are merged, receives the slots merged into others, if the backward needs them.
+        weights: of the tokens; `into` has those of slots then.
 
     Returns:
         Outputs `[num_chunks, W, H, V]`.
     """
     _, width, num_heads, dim = q.shape
     o = q.new_empty(*q.shape[:3], v.shape[-1])
-    recurrence = recurrence_of(k, v, slots, into, work, gone)
-    segments = work.segments(snapshot_bytes(k, v))
-    shown = Snapshots.empty(max(work.entries(s) for s in segments), work, k, v)
+    recurrence = recurrence_of(k, v, slots, into, work, gone, weights)
+    reads = beside.reads(q)
+    # As many bytes for all sets of dictionaries as there would be for one.
+    segments = work.segments(reads.num_sets * snapshot_bytes(k, v))
+    most = max(work.entries(s) for s in segments)
+    sets = [Snapshots.empty(most, work, k, v) for _ in range(reads.num_sets)]
     blocks = common.read_blocks(q, v)
     query_blocks = triton.cdiv(width, blocks["BM"])
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(q):
-        for segment in segments:
-            first = work.first[segment.start]
+        for n, segment in enumerate(segments):
+            own = n % reads.num_sets
+            shown, first = sets[own], work.first[segment.start]
+            reads.begin_writing(own)
             for i in segment:
                 recurrence.step(i, (shown.keys, shown.values, shown.bias), first)
-            read[(work.entries(segment) * query_blocks, num_heads)](
-                q, k, v, scale, work.table, shown.keys, shown.values, shown.bias, o, lse, first, width,
-                num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity, query_blocks,
-                BK=common.padded(dim), BV=common.padded(v.shape[-1]), **blocks, **common.FUSED,
-            )  # fmt: skip
+            with reads.reading(own):
+                read[(work.entries(segment) * query_blocks, num_heads)](
+                    q, k, v, scale, work.table, shown.keys, shown.values, shown.bias, o, lse, first, width,
+                    num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity, query_blocks,
+                    BK=common.padded(dim), BV=common.padded(v.shape[-1]), **blocks, **common.FUSED,
+                )  # fmt: skip
         recurrence.step(work.num_steps)
+        reads.join()
     return o
 
 
@@ -205,7 +235,8 @@ def forward(
 class Saved:
     """What the forward keeps for the backward: its inputs, its outputs, and per chunk only the slots.
 
-    Where pairs are merged also the slots that were merged into others.
+    Where pairs are merged also the slots that were merged into others, and where tokens have weights what
+    `Weights` says.
     """
 
     q: Tensor
@@ -216,18 +247,21 @@ class Saved:
     lse: Tensor
     slots: Tensor
     gone: Gone | None = None
+    weights: Weights | None = None
 
 
 def backward(
     saved: Saved, grad_o: Tensor, final: Dictionary, grads: Dictionary, work: Work
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the scale; `final` and `grads` are rewound in place to those of the start.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v, the scale and the weights of tokens, if there are any.
+
+    `final` and `grads` are rewound in place to those of the start.
 
     Args:
         saved: from `forward`; contiguous tensors.
         grad_o: `[num_chunks, W, H, V]`.
         final: the dictionary at the end; it is rewound to that of the start.
-        grads: the gradient of its sums, float32, likewise (its count is not used).
+        grads: the gradient of its sums and weights, float32, likewise (its count is not used).
         work: that of the forward.
     """
     k, v = saved.k, saved.v
@@ -236,7 +270,7 @@ def backward(
         for segment in reversed(work.segments(snapshot_bytes(k, v) + 4 * (k.shape[-1] + v.shape[-1]))):
             walk.back(segment)
         walk.end()
-    return walk.grad_q, walk.grad_k, walk.grad_v, walk.grad_scale.sum((0, 1))
+    return walk.grad_q, walk.grad_k, walk.grad_v, walk.grad_scale.sum((0, 1)), walk.grad_weights
 
 
 class _Walk:
@@ -252,8 +286,10 @@ class _Walk:
     ) -> None:
         self.saved, self.grad_o, self.work = saved, grad_o, work
         self.final, self.grads = final, grads
-        self._counts = final.count, torch.empty_like(final.count)
+        self._masses = final.mass, torch.empty_like(final.mass)
         self.grad_q, self.grad_k, self.grad_v = (torch.empty_like(x) for x in (saved.q, saved.k, saved.v))
+        self._tokens = None if saved.weights is None else saved.weights.tokens
+        self.grad_weights = None if self._tokens is None else torch.empty_like(self._tokens)
         self._delta = torch.empty_like(saved.lse)
         self._blocks = common.grad_blocks(saved.q, saved.v)
         num_chunks, width, num_heads, _ = saved.q.shape
@@ -265,9 +301,10 @@ class _Walk:
         # Gradients on their way from slots to those merged into them, of this step and the one after it.
         gone = saved.gone
         streams, size = work.num_active[0] * work.num_kv_heads, work.options.chunk_size
+        # Of keys and values, and of weights as rows of one number.
+        self._dims = [saved.k.shape[-1], saved.v.shape[-1], *([] if self._tokens is None else [1])]
         self._passed = [
-            x.new_empty((2, streams, 0 if gone is None else size, x.shape[-1]), dtype=torch.float32)
-            for x in (saved.k, saved.v)
+            saved.lse.new_empty(2, streams, 0 if gone is None else size, dim) for dim in self._dims
         ]
 
     def back(self, segment: range) -> None:
@@ -277,8 +314,8 @@ class _Walk:
         shown = Snapshots.empty(num, work, k, v)
         slots = (num, work.num_kv_heads, work.capacity)
         tokens = (num, work.num_kv_heads, k.shape[1])
-        from_slots = [x.new_empty(*slots, x.shape[-1], dtype=torch.float32) for x in (k, v)]
-        deposits = [x.new_empty(*tokens, x.shape[-1], dtype=torch.float32) for x in (k, v)]
+        from_slots = [self.saved.lse.new_empty(*slots, dim) for dim in self._dims]
+        deposits = [self.saved.lse.new_empty(*tokens, dim) for dim in self._dims]
         if work.capacity:
             self._rewind(segment, shown)
         self._grad_queries(segment, shown)
@@ -303,23 +340,32 @@ class _Walk:
     def _rewind(self, segment: range, shown: Snapshots) -> None:
         work, final = self.work, self.final
         grid, arguments, blocks = self._by_slots(segment)
-        after, before = self._counts
+        after, before = self._masses
         parts = ((self.saved.k, final.key_sum, shown.keys), (self.saved.v, final.value_sum, shown.values))
         for i, (x, sums, snaps) in enumerate(parts):
             rewind[grid](
                 x, self.saved.slots, sums, after, before, work.table, work.first_of_step, work.rows_of_step,
-                snaps, shown.bias, *self._gone(i), *arguments, x.shape[-1], work.capacity,
+                snaps, shown.bias, *self._gone(i), *self._kept(i), *arguments, x.shape[-1], work.capacity,
                 HAS_BIAS=i == 0, HAS_GONE=self.saved.gone is not None,
                 BD=common.padded(x.shape[-1]), **blocks,
             )  # fmt: skip
-        self._counts = before, after
+        self._masses = before, after
 
     def _gone(self, i: int) -> tuple[Tensor, ...]:
         """Arguments of `rewind` about slots merged into others, for keys (0) or values (1)."""
         slots, gone = self.saved.slots, self.saved.gone
         if gone is None:
             return slots, slots, slots, slots
-        return gone.slot, gone.into, gone.count, (gone.keys, gone.values)[i]
+        mass = gone.count if gone.weight is None else gone.weight
+        return gone.slot, gone.into, mass, (gone.keys, gone.values)[i]
+
+    def _kept(self, i: int) -> tuple[Tensor | None, ...]:
+        """Arguments of `rewind` about slots as they were, likewise."""
+        if self.saved.weights is None:
+            return None, None, None
+        kept = self.saved.weights.kept
+        assert kept is not None
+        return kept.slot, kept.weight, (kept.keys, kept.values)[i]
 
     def _deposit(self, segment: range, from_slots: list[Tensor], deposits: list[Tensor]) -> None:
         if self.saved.gone is None:
@@ -335,7 +381,9 @@ class _Walk:
         work = self.work
         grid, arguments, blocks = self._by_slots(segment)
         arguments = (steps.start, steps.stop, *arguments[2:])
-        totals = (self.grads.key_sum, self.grads.value_sum)
+        totals = [self.grads.key_sum, self.grads.value_sum]
+        if self.grads.weight is not None:
+            totals.append(self.grads.weight[..., None])
         for total, added, given, passed in zip(totals, from_slots, deposits, self._passed, strict=True):
             deposit[grid](
                 self.saved.slots, total, work.table, work.first_of_step, work.rows_of_step, added, given,
@@ -370,7 +418,8 @@ class _Walk:
         num_blocks = triton.cdiv(work.capacity, blocks["BN"])
         grad_slots[(work.entries(segment) * num_blocks, work.num_kv_heads)](
             saved.q, saved.scale, work.table, shown.keys, shown.values, shown.bias, self.grad_o, saved.lse,
-            self._delta, *from_slots, work.first[segment.start], *sizes, work.capacity, num_blocks, **blocks,
+            self._delta, *_three(from_slots), work.first[segment.start], *sizes, work.capacity, num_blocks,
+            **blocks,
         )  # fmt: skip
 
     def _grad_tokens(self, segment: range, deposits: list[Tensor]) -> None:
@@ -379,5 +428,11 @@ class _Walk:
         num_blocks = triton.cdiv(sizes[0], blocks["BN"])
         grad_tokens[(work.entries(segment) * num_blocks, work.num_kv_heads)](
             saved.q, saved.k, saved.v, saved.scale, work.table, self.grad_o, saved.lse, self._delta,
-            *deposits, self.grad_k, self.grad_v, work.first[segment.start], *sizes, num_blocks, **blocks,
+            *deposits[:2], self.grad_k, self.grad_v, self._tokens, _three(deposits)[2], self.grad_weights,
+            work.first[segment.start], *sizes, num_blocks, **blocks,
         )  # fmt: skip
+
+
+def _three(parts: list[Tensor]) -> list[Tensor | None]:
+    """What there is of keys, values and weights, None for weights where there are none."""
+    return [*parts, *[None] * (3 - len(parts))]

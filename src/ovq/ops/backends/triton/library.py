@@ -172,7 +172,7 @@ def attention_backward(
     )
     final = Dictionary(key_sum, value_sum, count).clone()
     grads = Dictionary(torch.zeros_like(key_sum), torch.zeros_like(value_sum), count)
-    of_q, of_k, of_v, grad_scale = backward(saved, call.align(grad_o), final, grads, call.work)
+    of_q, of_k, of_v, grad_scale, _ = backward(saved, call.align(grad_o), final, grads, call.work)
     return call.unalign(of_q), call.unalign(of_k), call.unalign(of_v), grad_scale
 
 

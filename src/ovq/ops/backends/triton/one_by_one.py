@@ -1,10 +1,13 @@
 """merge="ward-sqrt": merges the cheapest pair again and again, in one program per stream.
 
 By this rule a merged item can come nearer to a third one than both of its parts were (`docs/math.md`, section
-5), so no second merge is sure before the first one is made. What makes a step short is a table of all pairs
-of items, `[L, L]` float32, of what their costs are not below. It is made by products on the tensor cores,
-with all programs of the GPU. A merge changes one row and one column of it, by (20) and (21), without looking
-at a mean. Costs in float64 are computed only of the pairs that may be the cheapest.
+5), so no second merge is sure before the first one is made. So it is by "ward" too where tokens have weights:
+an item of hardly any weight costs nothing to merge with any other, and of so many ties the order decides.
+
+What makes a step short is a table of all pairs of items, `[L, L]` float32, of what their costs are not below.
+It is made by products on the tensor cores, with all programs of the GPU. A merge changes one row and one
+column of it, by (20) and (21), without looking at a mean. Costs in float64 are computed only of the pairs
+that may be the cheapest.
 
 Columns are `[slots | tokens]`, and a merged item stays in the lower column of its two. A pair is *kept* by
 the item that was merged later, and among those never merged by the higher column. So a merge leaves alone
@@ -30,14 +33,13 @@ from ovq.ops.backends.triton.items import (
     SINCE,
     TIED,
 )
-from ovq.ops.backends.triton.pairs import bounds_of, is_used
+from ovq.ops.backends.triton.pairs import MOST_BOUND, bounds_of, is_used
 
-# By (21), what two items cost with a third one times this is what the merged one costs with it, at least.
+# By (21), what two items cost with a third one times this is what the merged one costs with it, at least. By
+# "ward" the merged one costs as much.
 NEARER = tl.constexpr(0.866)
 # Share of the costs in (20) that float32 may be off by; square roots and divisions are approximate.
 OFF_BY = tl.constexpr(2e-6)
-# Larger bounds would overflow where they are added up.
-MOST_BOUND = tl.constexpr(1e37)
 # The partner of an item whose nearest was never found; it is -2 - p once p has merged or left.
 NEVER = tl.constexpr(-1)
 
@@ -45,7 +47,7 @@ NEVER = tl.constexpr(-1)
 @triton.jit(do_not_specialize=["base"])
 def bound_pairs(
     item_keys, item_values, ints, nums, table, base, K, V, L, PS,
-    TILE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    IS_SQRT: tl.constexpr, HAS_WEIGHTS: tl.constexpr, TILE: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """What the costs of all pairs are not below; grid (streams, tiles of columns, tiles of columns).
 
@@ -54,6 +56,7 @@ def bound_pairs(
         ints, nums: the tables of `items.py`.
         table: `[streams, L, L]` float32, receives the bounds, of streams from `base` on.
         PS: column of the first token.
+        IS_SQRT: by "ward-sqrt"; else by "ward". HAS_WEIGHTS: whether tokens have weights.
     """
     local, tile, other = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     stream = base + local
@@ -63,7 +66,9 @@ def bound_pairs(
     if is_needed & is_used(tile * TILE, ints, L, PS, 0) & is_used(other * TILE, ints, L, PS, 0):
         a, b = tile * TILE + tl.arange(0, TILE), other * TILE + tl.arange(0, TILE)
         has_a = tl.load(ints + L * INTO + a) == a
-        bounds = bounds_of(stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, True, BK, BV)
+        bounds = bounds_of(
+            stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, IS_SQRT, HAS_WEIGHTS, BK, BV
+        )
         line = local.to(tl.int64) * L
         tl.store(table + (line + a)[:, None] * L + b[None, :], bounds)
         if tile != other:
@@ -83,7 +88,7 @@ def _mean(narrow, wide, stream, column, ints, L, LAST, D, BD: tl.constexpr):
 @triton.jit
 def _cost(
     a, b, stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST,
-    BK: tl.constexpr, BV: tl.constexpr,
+    IS_SQRT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """What merging two columns costs; inf if that is not a number."""
     shared = nums + L * SHARED
@@ -93,7 +98,10 @@ def _cost(
     y = _mean(item_values, wide_values, stream, a, ints, L, LAST, V, BV)
     y -= _mean(item_values, wide_values, stream, b, ints, L, LAST, V, BV)
     keys, values = tl.sum(tl.sum(x * x, 1), 0), tl.sum(tl.sum(y * y, 1), 0)
-    cost = tl.sqrt(m * n / (m + n)) * (keys + tl.load(shared + FACTOR) * values)
+    share = m * n / tl.where(m + n > 0, m + n, 1.0)
+    if IS_SQRT:
+        share = tl.sqrt(share)
+    cost = share * (keys + tl.load(shared + FACTOR) * values)
     cost = tl.where(cost < float("inf"), cost, float("inf"))
     return tl.where(cost <= tl.load(shared + TIED), 0.0, cost)
 
@@ -101,7 +109,7 @@ def _cost(
 @triton.jit
 def _find_nearest(
     item, most, stream, item_keys, item_values, wide_keys, wide_values, ints, nums, table, K, V, L, LAST,
-    BL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    IS_SQRT: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Find the nearest of the items whose pairs with `item` it keeps, by at most `most` costs in float64.
 
@@ -129,8 +137,8 @@ def _find_nearest(
         level = tl.maximum(floor.to(tl.float64), tie)
         at = tl.min(tl.where(bounds.to(tl.float64) <= level, i, L), 0)
         cost = _cost(
-            item, at, stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST, BK,
-            BV,
+            item, at, stream, item_keys, item_values, wide_keys, wide_values, ints, nums, K, V, L, LAST,
+            IS_SQRT, BK, BV,
         )  # fmt: skip
         bound = tl.where(cost < 1e-30, 0.0, tl.minimum(cost * (1 - 2e-7), MOST_BOUND)).to(tl.float32)
         bound = tl.where(cost < float("inf"), bound, float("inf"))
@@ -152,7 +160,7 @@ def _find_nearest(
 @triton.jit(do_not_specialize=["base"])
 def find_nearest(
     item_keys, item_values, wide_keys, wide_values, ints, nums, table, base, K, V, L, LAST,
-    MOST: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    MOST: tl.constexpr, IS_SQRT: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """The nearest of each item, or a bound, before the first merge; grid (streams, any number of programs).
 
@@ -170,7 +178,7 @@ def find_nearest(
             if tl.load(ints + L * INTO + item) == item:
                 _find_nearest(
                     item, MOST, stream, item_keys, item_values, wide_keys, wide_values, ints, nums, table,
-                    K, V, L, LAST, BL, BK, BV,
+                    K, V, L, LAST, IS_SQRT, BL, BK, BV,
                 )  # fmt: skip
             item += tl.num_programs(1)
 
@@ -178,7 +186,7 @@ def find_nearest(
 @triton.jit
 def _merge(
     a, b, cost, is_left, partner, number, stream, item_keys, item_values, wide_keys, wide_values, ints, nums,
-    table, K, V, L, LAST, BL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    table, K, V, L, LAST, IS_SQRT: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Merge column b into column a, which comes before it, as merge `number` (from 0) of the chunk."""
     count_of = nums + L * COUNT
@@ -186,19 +194,32 @@ def _merge(
     is_other = is_left & (i != a) & (i != b)
     m, n = tl.load(count_of + a), tl.load(count_of + b)
     total = m + n
-    keys = m * _mean(item_keys, wide_keys, stream, a, ints, L, LAST, K, BK)
-    keys = (keys + n * _mean(item_keys, wide_keys, stream, b, ints, L, LAST, K, BK)) / total
-    values = m * _mean(item_values, wide_values, stream, a, ints, L, LAST, V, BV)
-    values = (values + n * _mean(item_values, wide_values, stream, b, ints, L, LAST, V, BV)) / total
-    # (20), and not below (21), of which the cheapest pair is only sure up to the tie.
+    # Without any weight, it stays what it was.
+    divisor = tl.where(total > 0, total, 1.0)
+    keys = _mean(item_keys, wide_keys, stream, a, ints, L, LAST, K, BK)
+    more = n * _mean(item_keys, wide_keys, stream, b, ints, L, LAST, K, BK)
+    keys = tl.where(total > 0, (m * keys + more) / divisor, keys)
+    values = _mean(item_values, wide_values, stream, a, ints, L, LAST, V, BV)
+    more = n * _mean(item_values, wide_values, stream, b, ints, L, LAST, V, BV)
+    values = tl.where(total > 0, (m * values + more) / divisor, values)
+    # (20), and not below (21), of which the cheapest pair is only sure up to the tie. Masses are divided by
+    # that of the two, since weights may be of any size.
     first = tl.load(table + a.to(tl.int64) * L + i, mask=is_other, other=float("inf"))
     second = tl.load(table + b.to(tl.int64) * L + i, mask=is_other, other=float("inf"))
-    c = tl.load(count_of + i, mask=is_other, other=1.0).to(tl.float32)
-    x, y, h = m.to(tl.float32), n.to(tl.float32), cost.to(tl.float32)
-    bound = tl.sqrt(x * (x + c)) * first + tl.sqrt(y * (y + c)) * second - tl.sqrt(c * (x * y / (x + y))) * h
-    bound = bound / tl.sqrt((x + y) * (x + y + c)) - OFF_BY * (first + second + h)
+    c = tl.load(count_of + i, mask=is_other, other=1.0) * (1 / divisor)
+    c = tl.minimum(c, MOST_BOUND).to(tl.float32)
+    c = c / (1 + c)
+    x, y, h = (m / divisor).to(tl.float32), (n / divisor).to(tl.float32), cost.to(tl.float32)
+    p, q = x * (1 - c) + c, y * (1 - c) + c
+    floor = tl.minimum(first, second)
+    if IS_SQRT:
+        bound = tl.sqrt(x * p) * first + tl.sqrt(y * q) * second - tl.sqrt(x * y * c) * h
+        floor *= NEARER
+    else:
+        bound = p * first + q * second - c * h
     tie = tl.load(nums + L * SHARED + TIED).to(tl.float32)
-    floor = tl.maximum(NEARER * tl.minimum(first, second) - 2 * tie, 0.0)
+    bound -= OFF_BY * (first + second + h) + 2 * tie
+    floor = tl.maximum(floor - 2 * tie, 0.0)
     # Not a number where infinite costs meet.
     bound = tl.where(bound > floor, bound, floor)
     lowest = tl.min(bound, 0)
@@ -221,7 +242,7 @@ def _merge(
 @triton.jit(do_not_specialize=["base"])
 def merge_one_by_one(
     item_keys, item_values, wide_keys, wide_values, ints, nums, table, base, K, V, L, LAST,
-    BL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    IS_SQRT: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """All merges of a chunk; grid (streams,).
 
@@ -266,12 +287,12 @@ def merge_one_by_one(
             item = tl.min(tl.where(is_open & (bound == unknown), i, L), 0)
             _find_nearest(
                 item, L, stream, item_keys, item_values, wide_keys, wide_values, ints, nums, table, K, V, L,
-                LAST, BL, BK, BV,
+                LAST, IS_SQRT, BL, BK, BV,
             )  # fmt: skip
         else:
             _merge(
                 a, b, lowest, is_left, partner, due - left, stream, item_keys, item_values, wide_keys,
-                wide_values, ints, nums, table, K, V, L, LAST, BL, BK, BV,
+                wide_values, ints, nums, table, K, V, L, LAST, IS_SQRT, BL, BK, BV,
             )  # fmt: skip
             left -= 1
         tl.debug_barrier()

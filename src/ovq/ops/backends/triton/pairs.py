@@ -34,6 +34,10 @@ from ovq.ops.backends.triton.items import (
     VALUE_SQUARE,
 )
 
+# Larger numbers might overflow in float32 where they are multiplied or added up.
+MOST_MASS = tl.constexpr(1e37)
+MOST_BOUND = tl.constexpr(1e37)
+
 
 @triton.jit
 def _products(a, b):
@@ -67,11 +71,11 @@ def _squares(nums, column, mask, factor, L):
 @triton.jit
 def bounds_of(
     stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, IS_SQRT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """What the costs of columns `a` `[BM]` with columns `b` `[BN]` are not below, `[BM, BN]`.
 
-    IS_SQRT: by merge="ward-sqrt".
+    IS_SQRT: by merge="ward-sqrt". HAS_WEIGHTS: whether masses are weights, of any size, and not counts.
     """
     has_b = tl.load(ints + L * INTO + b) == b
     bounds = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
@@ -89,12 +93,21 @@ def bounds_of(
         )
         of_a = kept * _squares(nums, a, has_a, factor, L)
         of_b = kept * _squares(nums, b, has_b, factor, L)
-        m = tl.load(nums + L * COUNT + a, mask=has_a, other=1.0).to(tl.float32)
-        n = tl.load(nums + L * COUNT + b, mask=has_b, other=1.0).to(tl.float32)
-        share = m[:, None] * n[None, :] / (m[:, None] + n[None, :])
+        m = tl.load(nums + L * COUNT + a, mask=has_a, other=1.0)
+        n = tl.load(nums + L * COUNT + b, mask=has_b, other=1.0)
+        if HAS_WEIGHTS:
+            # Less weight costs less.
+            m, n = tl.minimum(m, MOST_MASS).to(tl.float32), tl.minimum(n, MOST_MASS).to(tl.float32)
+            total = m[:, None] + n[None, :]
+            share = m[:, None] * (n[None, :] / tl.where(total > 0, total, 1.0))
+        else:
+            m, n = m.to(tl.float32), n.to(tl.float32)
+            share = m[:, None] * n[None, :] / (m[:, None] + n[None, :])
         if IS_SQRT:
             share = tl.sqrt(share)
         bounds = tl.maximum(share * (of_a[:, None] + of_b[None, :] - 2 * products), 0.0)
+        if HAS_WEIGHTS:
+            bounds = tl.minimum(bounds, MOST_BOUND)
     is_pair = has_a[:, None] & has_b[None, :] & (a[:, None] != b[None, :])
     return tl.where(is_pair, bounds, float("inf"))
 
@@ -127,7 +140,9 @@ def estimate_listed(
     is_listed = n < tl.load(ints + L * CONTROL + NUM_LISTED)
     a = tl.load(ints + L * LISTED + n, mask=is_listed, other=0)
     b = other * TILE + tl.arange(0, TILE)
-    bounds = bounds_of(stream, a, is_listed, b, item_keys, item_values, ints, nums, K, V, L, False, BK, BV)
+    bounds = bounds_of(
+        stream, a, is_listed, b, item_keys, item_values, ints, nums, K, V, L, False, False, BK, BV
+    )
     _put_bounds(low, stream, a, is_listed, other, bounds, L, TILE, GROUP)
 
 
@@ -251,7 +266,9 @@ def estimate_all(
     if is_needed & is_used(tile * TILE, ints, L, PS, LAST) & is_used(other * TILE, ints, L, PS, LAST):
         a, b = tile * TILE + tl.arange(0, TILE), other * TILE + tl.arange(0, TILE)
         has_a = tl.load(ints + L * INTO + a) == a
-        bounds = bounds_of(stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, False, BK, BV)
+        bounds = bounds_of(
+            stream, a, has_a, b, item_keys, item_values, ints, nums, K, V, L, False, False, BK, BV
+        )
         _put_bounds(low, stream, a, a >= 0, other, bounds, L, TILE, GROUP)
         if tile != other:
             _put_bounds(low, stream, b, b >= 0, tile, tl.trans(bounds), L, TILE, GROUP)

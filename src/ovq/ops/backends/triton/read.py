@@ -10,8 +10,10 @@ from ovq.ops.backends.triton.common import BEFORE, CHUNK, COLUMNS, LOG2E, TOKENS
 def _absorb(scores, values, top, total, acc):
     """Online softmax to base 2: add the `scores` `[BM, BN]` of some candidates and their `values`."""
     highest = tl.maximum(top, tl.max(scores, 1))
-    probs = tl.exp2(scores - highest[:, None])
-    shrink = tl.exp2(top - highest)
+    # Slots of no weight have the score -inf; if nothing else has been seen yet, any finite number will do.
+    base = tl.where(highest == -float("inf"), 0.0, highest)
+    probs = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(probs, 1)
     acc = dot(probs, values, acc * shrink[:, None])
     return highest, total, acc

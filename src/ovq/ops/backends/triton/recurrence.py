@@ -20,7 +20,10 @@ from ovq.ops.backends.triton.common import (
     TOKENS,
     are_extreme,
     dot,
+    log2_mass,
     means,
+    opener,
+    place_of,
     put_rows,
     rounded,
     rows,
@@ -29,7 +32,7 @@ from ovq.ops.backends.triton.common import (
 
 @triton.jit
 def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.constexpr, TB: tl.constexpr,
-               BD: tl.constexpr, weights=None):  # fmt: skip
+               BD: tl.constexpr, numbers=None, token_weights=None):  # fmt: skip
     """Add (SIGN 1) or take back (SIGN -1) a chunk's tokens in order of position, slot by slot.
 
     Every slot of the block adds its own tokens one after the other, as in every other backend, so that sums
@@ -39,7 +42,8 @@ def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.const
         sums: `[BN, BD]`. counts: `[BN]`. slot: `[BN]` indices of the block's slots.
         x: rows `[:, D]`; token t of the chunk is row `place + t * stride`.
         slots: pointer to the slots of the chunk's C tokens.
-        weights: None, or what each row counts as: row `place + t * stride` is then that of a merged slot.
+        numbers: None, or what each row counts as: row `place + t` is then that of a merged slot.
+        token_weights: None, or what each row is multiplied by, `[:]` as the rows of x.
     """
     for first in range(0, C, TB):
         t = first + tl.arange(0, TB)
@@ -48,15 +52,46 @@ def add_tokens(sums, counts, slot, x, slots, place, stride, C, D, SIGN: tl.const
         token = tl.min(tl.where(is_mine, t[None, :], C), 1)
         while tl.min(token, 0) < C:
             has_token = token < C
-            added = rows(x, place + token.to(tl.int64) * stride, has_token, D, BD).to(tl.float32)
+            row = place + token.to(tl.int64) * stride
+            added = rows(x, row, has_token, D, BD).to(tl.float32)
+            if token_weights is not None:
+                factor = tl.load(token_weights + row, mask=has_token, other=0.0)
+                # A weight of zero leaves no trace: zero times NaN would be NaN.
+                added = tl.where((factor > 0)[:, None], factor[:, None] * added, 0.0)
             # Adding zero may turn -0.0 into 0.0, which compares equal.
             sums += SIGN * added
-            if weights is None:
+            if numbers is None:
                 counts += SIGN * has_token.to(counts.dtype)
             else:
-                counts += SIGN * tl.load(weights + place + token, mask=has_token, other=0)
+                counts += SIGN * tl.load(numbers + place + token, mask=has_token, other=0)
             token = tl.min(tl.where(is_mine & (t[None, :] > token[:, None]), t[None, :], C), 1)
     return sums, counts
+
+
+@triton.jit
+def add_weights(weights, slot, x, slots, place, stride, C, TB: tl.constexpr):
+    """Add the numbers `x`, of which that of token t is `place + t * stride`, to the weights `[BN]` of slots.
+
+    In order of position too, as floating-point numbers are added; the other arguments as for `add_tokens`.
+    """
+    for first in range(0, C, TB):
+        t = first + tl.arange(0, TB)
+        own = tl.load(slots + t, mask=t < C, other=-1)
+        is_mine = own[None, :] == slot[:, None]
+        token = tl.min(tl.where(is_mine, t[None, :], C), 1)
+        while tl.min(token, 0) < C:
+            weights += tl.load(x + place + token.to(tl.int64) * stride, mask=token < C, other=0.0)
+            token = tl.min(tl.where(is_mine & (t[None, :] > token[:, None]), t[None, :], C), 1)
+    return weights
+
+
+@triton.jit
+def keep_rows(kept_keys, kept_values, kept_weight, place, p, C, keys, values, weights, K, V,
+              BK: tl.constexpr, BV: tl.constexpr):  # fmt: skip
+    """Keep a block of slots as they are before a chunk changes them, at places `p` below C of the chunk."""
+    put_rows(kept_keys, place + p, keys, p < C, K, BK)
+    put_rows(kept_values, place + p, values, p < C, V, BV)
+    tl.store(kept_weight + place + p, weights, mask=p < C)
 
 
 @triton.jit
@@ -93,8 +128,8 @@ def _scores(mean, keys, PARTS: tl.constexpr):
 @triton.jit(do_not_specialize=["previous", "current", "base", "num_next"])
 def advance(
     k, v, slots, key_sum, value_sum, count, table,
-    snap_keys, snap_values, snap_bias, best, second, winner, cosine, longest,
-    previous, current, base, num_next,
+    snap_keys, snap_values, snap_bias, token_weights, weight, kept_keys, kept_values, kept_weight,
+    best, second, winner, cosine, longest, previous, current, base, num_next,
     W, C, H, K, V, M, NB,
     HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr, PARTS: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -107,7 +142,11 @@ def advance(
         key_sum: `[R, H, M, K]`, updated in place. value_sum, count: likewise.
         table: the table of chunks of `work.py`.
         snap_keys: `[entries, H, M, K]` the segment's dictionaries. snap_values, snap_bias: likewise; the bias
-            is the log of the count, to base 2.
+            is the log of the count or weight, to base 2.
+        token_weights: `[num_chunks, W, H]` weights of tokens. weight: `[R, H, M]` of slots, updated in place.
+            None without.
+        kept_keys: `[entries, H, C, K]` receives the slots that a chunk changes as they were before, each in
+            the place of its first token. kept_values, kept_weight: likewise. None if they are not needed.
         best: `[streams, NB, C]` largest score of each token in each block. second, winner, cosine: likewise
             the second largest score, the slot of the largest, and the largest score divided by the length of
             the mean.
@@ -133,13 +172,31 @@ def advance(
         counts = tl.load(count + place, mask=is_in, other=0)
         key_sums = rows(key_sum, place, is_in, K, BK)
         value_sums = rows(value_sum, place, is_in, V, BV)
+        mass = counts
+        if weight is not None:
+            mass = tl.load(weight + place, mask=is_in, other=0.0)
         if HAS_PREVIOUS:
             chunk = tl.load(table + (previous + row) * COLUMNS + CHUNK).to(tl.int64)
             chosen = slots + (chunk * H + head) * W
             first = chunk * W * H + head
             before = counts
-            key_sums, _ = add_tokens(key_sums, counts, slot, k, chosen, first, H, C, K, 1, BT, BK)
-            value_sums, counts = add_tokens(value_sums, counts, slot, v, chosen, first, H, C, V, 1, BT, BV)
+            if kept_keys is not None:
+                kept = ((previous + row).to(tl.int64) * H + head) * C
+                p = place_of(slot, chosen, BT, C)
+                keep_rows(
+                    kept_keys, kept_values, kept_weight, kept, p, C, key_sums, value_sums, mass, K, V, BK, BV
+                )
+            key_sums, _ = add_tokens(
+                key_sums, counts, slot, k, chosen, first, H, C, K, 1, BT, BK, None, token_weights
+            )
+            value_sums, counts = add_tokens(
+                value_sums, counts, slot, v, chosen, first, H, C, V, 1, BT, BV, None, token_weights
+            )
+            if weight is None:
+                mass = counts
+            else:
+                mass = add_weights(mass, slot, token_weights, chosen, first, H, C, BT)
+                tl.store(weight + place, mass, mask=is_in & (counts != before))
             is_changed = is_in & (counts != before)
             put_rows(key_sum, place, key_sums, is_changed, K, BK)
             put_rows(value_sum, place, value_sums, is_changed, V, BV)
@@ -150,18 +207,20 @@ def advance(
                 chunk = tl.load(table + entry * COLUMNS + CHUNK).to(tl.int64)
                 num = tl.load(table + entry * COLUMNS + BEFORE)
                 tokens = tl.load(table + entry * COLUMNS + TOKENS)
-                mean = means(key_sums, counts)
+                mean = means(key_sums, mass)
                 is_used = slot < num
                 if HAS_READ:
                     shown = ((entry - base).to(tl.int64) * H + head) * M + slot
                     put_rows(snap_keys, shown, mean, is_used, K, BK)
-                    put_rows(snap_values, shown, means(value_sums, counts), is_used, V, BV)
-                    tl.store(snap_bias + shown, tl.log2(tl.maximum(counts, 1).to(tl.float32)), mask=is_used)
+                    put_rows(snap_values, shown, means(value_sums, mass), is_used, V, BV)
+                    tl.store(snap_bias + shown, log2_mass(mass), mask=is_used)
                 if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
+                    # Slots of no weight attract no key.
+                    is_used &= mass > 0
                     if num == 0:
-                        own = rows(k, chunk * W * H + head + slot * 0, slot == 0, K, BK).to(tl.float32)
-                        mean = own
-                        is_used = slot == 0
+                        _own, own, own_mass = opener(k, token_weights, chunk, head, W, H, C, K, BT, BK)
+                        mean = tl.where((slot == 0)[:, None], own[None, :], 0.0)
+                        is_used = (slot == 0) & (slot * 0 + own_mass > 0)
                     length = tl.sqrt(tl.sum(mean * mean, 1))
                     # If a mean is extreme, inf makes `nearest` decide in float64.
                     known = tl.where(is_used & are_extreme(mean, length), float("inf"), length)

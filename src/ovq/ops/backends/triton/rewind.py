@@ -9,15 +9,33 @@ chunk.
 import triton
 import triton.language as tl
 
-from ovq.ops.backends.triton.common import BEFORE, CHUNK, COLUMNS, IS_COMPLETE, means, put_rows, rows
-from ovq.ops.backends.triton.items import place_of
+from ovq.ops.backends.triton.common import (
+    BEFORE,
+    CHUNK,
+    COLUMNS,
+    IS_COMPLETE,
+    log2_mass,
+    means,
+    place_of,
+    put_rows,
+    rows,
+)
 from ovq.ops.backends.triton.recurrence import add_tokens
+
+
+@triton.jit
+def _put_back(total, mass, kept_rows, kept_mass, place, p, C, D, BD: tl.constexpr):
+    """Slots as they were kept at places `p` below C of a chunk; the others stay as they are."""
+    kept = rows(kept_rows, place + p, p < C, D, BD)
+    own = tl.load(kept_mass + place + p, mask=p < C, other=0)
+    return tl.where((p < C)[:, None], kept, total), tl.where(p < C, own, mass)
 
 
 @triton.jit(do_not_specialize=["start", "stop", "base"])
 def rewind(
-    x, slots, sums, count, count_before, table, first, num_active, snaps, snap_bias,
-    gone_slot, gone_into, gone_count, gone_rows, start, stop, base, W, C, H, D, M,
+    x, slots, sums, mass, mass_before, table, first, num_active, snaps, snap_bias,
+    gone_slot, gone_into, gone_mass, gone_rows, kept_slot, kept_mass, kept_rows,
+    start, stop, base, W, C, H, D, M,
     HAS_BIAS: tl.constexpr, HAS_GONE: tl.constexpr, BN: tl.constexpr, TB: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Take a segment's chunks out of the sums of a block of slots, the last first; grid (streams, blocks).
@@ -26,13 +44,16 @@ def rewind(
         x: `[num_chunks, W, H, D]` keys, or values.
         slots: `[num_chunks, H, W]` int32.
         sums: `[R, H, M, D]` after the segment; before it on return.
-        count: `[R, H, M]` after the segment. count_before: receives the counts before it.
+        mass: `[R, H, M]` counts, or weights, after the segment. mass_before: receives those before it.
         first: `[steps + 1]` int32 first entry of each step. num_active: `[steps]` rows with a chunk at the
             step.
         snaps: `[entries, H, M, D]` receives the means that each chunk read.
-        snap_bias: `[entries, H, M]` receives the log2 counts (HAS_BIAS).
+        snap_bias: `[entries, H, M]` receives the log2 of counts or weights (HAS_BIAS).
         gone_slot: `[entries, H, C]` slots merged into others, of all chunks (HAS_GONE). gone_into,
-            gone_count: likewise, as in `ward.Gone`. gone_rows: `[entries, H, C, D]`.
+            gone_mass: likewise, as in `ward.Gone`. gone_rows: `[entries, H, C, D]`.
+        kept_rows: `[entries, H, C, D]` where tokens have weights, what chunks changed as it was before, of
+            the slots kept_slot `[entries, H, C]`, or, if that is None, in the place of their first token.
+            kept_mass: likewise.
         start: first step of the segment. stop: step after its last. base: its first entry.
     """
     stream = tl.program_id(0)
@@ -41,7 +62,7 @@ def rewind(
     slot = tl.program_id(1) * BN + tl.arange(0, BN)
     is_in = slot < M
     place = stream.to(tl.int64) * M + slot
-    counts = tl.load(count + place, mask=is_in, other=0)
+    own_mass = tl.load(mass + place, mask=is_in, other=0)
     total = rows(sums, place, is_in, D, BD)
     for back in range(0, stop - start):
         step = stop - 1 - back
@@ -51,39 +72,31 @@ def rewind(
             num = tl.load(table + entry * COLUMNS + BEFORE)
             if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
                 chosen = slots + (chunk * H + head) * W
-                total, counts = add_tokens(
-                    total, counts, slot, x, chosen, chunk * W * H + head, H, C, D, -1, TB, BD
-                )
-                if HAS_GONE:
-                    gone = (entry.to(tl.int64) * H + head) * C
-                    total, counts = add_tokens(
-                        total,
-                        counts,
-                        slot,
-                        gone_rows,
-                        gone_into + gone,
-                        gone,
-                        1,
-                        C,
-                        D,
-                        -1,
-                        TB,
-                        BD,
-                        gone_count,
+                local = (entry.to(tl.int64) * H + head) * C
+                if kept_rows is None:
+                    total, own_mass = add_tokens(
+                        total, own_mass, slot, x, chosen, chunk * W * H + head, H, C, D, -1, TB, BD
                     )
-                    p = place_of(slot, gone_slot + gone, TB, C)
-                    kept = rows(gone_rows, gone + p, p < C, D, BD)
-                    total = tl.where((p < C)[:, None], kept, total)
-                    counts = tl.where(p < C, tl.load(gone_count + gone + p, mask=p < C, other=0), counts)
+                    if HAS_GONE:
+                        total, own_mass = add_tokens(
+                            total, own_mass, slot, gone_rows, gone_into + local, local, 1, C, D, -1, TB, BD,
+                            gone_mass,
+                        )  # fmt: skip
+                else:
+                    p = place_of(slot, chosen if kept_slot is None else kept_slot + local, TB, C)
+                    total, own_mass = _put_back(total, own_mass, kept_rows, kept_mass, local, p, C, D, BD)
+                if HAS_GONE:
+                    p = place_of(slot, gone_slot + local, TB, C)
+                    total, own_mass = _put_back(total, own_mass, gone_rows, gone_mass, local, p, C, D, BD)
                 # In slots that the chunk opened, only rounding errors are left.
                 total = tl.where((slot < num)[:, None], total, 0.0)
+                own_mass = tl.where(slot < num, own_mass, 0)
             shown = ((entry - base).to(tl.int64) * H + head) * M + slot
-            put_rows(snaps, shown, means(total, counts), slot < num, D, BD)
+            put_rows(snaps, shown, means(total, own_mass), slot < num, D, BD)
             if HAS_BIAS:
-                bias = tl.log2(tl.maximum(counts, 1).to(tl.float32))
-                tl.store(snap_bias + shown, bias, mask=slot < num)
+                tl.store(snap_bias + shown, log2_mass(own_mass), mask=slot < num)
     put_rows(sums, place, total, is_in, D, BD)
-    tl.store(count_before + place, counts, mask=is_in)
+    tl.store(mass_before + place, own_mass, mask=is_in)
 
 
 @triton.jit

@@ -18,25 +18,30 @@ from ovq.ops.backends.triton.common import (
     EPS,
     IS_COMPLETE,
     NO_COSINE,
+    NO_WEIGHT,
     TIE,
     TINY,
     are_extreme,
     means,
+    opener,
     rows,
 )
 
 
 @triton.jit
-def _exact(key, key_sum, count, stream, block, num_open, is_fresh, first_key, M, K, BN: tl.constexpr,
-           BK: tl.constexpr):  # fmt: skip
+def _exact(key, key_sum, mass, stream, block, num_open, is_fresh, first_key, first_mass, M, K,
+           BN: tl.constexpr, BK: tl.constexpr):  # fmt: skip
     """In float64: dot products `[BN]` of a block's means with a key `[BK]`, and the lengths of the means."""
     slot = block * BN + tl.arange(0, BN)
     is_used = slot < num_open
     place = stream.to(tl.int64) * M + slot
-    counts = tl.load(count + place, mask=is_used & (slot < M), other=0)
-    mean = means(rows(key_sum, place, is_used & (slot < M), K, BK), counts)
+    own_mass = tl.load(mass + place, mask=is_used & (slot < M), other=0)
+    mean = means(rows(key_sum, place, is_used & (slot < M), K, BK), own_mass)
+    has_mass = own_mass > 0
     if is_fresh:
         mean = tl.where((slot == 0)[:, None], first_key[None, :], 0.0)
+        has_mass = slot * 0 + first_mass > 0
+    is_used &= has_mass
     mean = mean.to(tl.float64)
     product = tl.sum(mean * key[None, :], 1)
     length = tl.sqrt(tl.sum(mean * mean, 1))
@@ -53,12 +58,13 @@ def _key(k, chunk, t, head, W, H, K, BK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["current"])
 def nearest(
-    k, key_sum, count, table, best, second, winner, cosine, longest, slots, novelty, current, W, C, H, K, M,
-    NB, ROUNDING: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    k, token_weights, key_sum, mass, table, best, second, winner, cosine, longest, slots, novelty, current,
+    W, C, H, K, M, NB, ROUNDING: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The nearest slot of every key of a complete chunk; grid (streams, blocks of tokens).
 
     Args:
+        token_weights: as in `advance`. mass: `[R, H, M]` counts, or weights, of slots.
         best, second, winner, cosine, longest: results of `advance` for each block of slots.
         slots: `[num_chunks, H, W]` receives the slots.
         novelty: `[streams, C]` receives the best cosine of each key, in float32.
@@ -73,7 +79,7 @@ def nearest(
         before = tl.load(entry + BEFORE)
         num_open = tl.maximum(before, 1)
         is_fresh = before == 0
-        first_key = _key(k, chunk, 0, head, W, H, K, BK)
+        _first, first_key, first_mass = opener(k, token_weights, chunk, head, W, H, C, K, BT, BK)
         num_blocks = tl.cdiv(num_open, BN)
         t = tl.program_id(1) * BT + tl.arange(0, BT)
         is_token = t < C
@@ -115,8 +121,9 @@ def nearest(
             for block in range(0, num_blocks):
                 if tl.load(best + found + block * C + j) >= floor:
                     product, lengths = _exact(
-                        key, key_sum, count, stream, block, num_open, is_fresh, first_key, M, K, BN, BK
-                    )
+                        key, key_sum, mass, stream, block, num_open, is_fresh, first_key, first_mass, M, K,
+                        BN, BK,
+                    )  # fmt: skip
                     # NaN becomes inf, because comparisons with NaN are always false.
                     product = tl.where(product == product, product, float("inf"))
                     lengths = tl.where(lengths == lengths, lengths, float("inf"))
@@ -134,8 +141,9 @@ def nearest(
             for block in range(0, num_blocks):
                 if tl.load(best + found + block * C + j) >= floor:
                     product, _ = _exact(
-                        key, key_sum, count, stream, block, num_open, is_fresh, first_key, M, K, BN, BK
-                    )
+                        key, key_sum, mass, stream, block, num_open, is_fresh, first_key, first_mass, M, K,
+                        BN, BK,
+                    )  # fmt: skip
                     slot = block * BN + tl.arange(0, BN)
                     lowest = tl.minimum(lowest, tl.min(tl.where(product >= floor_exact, slot, M), 0))
             lowest = tl.where(tl.abs(highest) < float("inf"), lowest, 0)
@@ -147,14 +155,17 @@ def nearest(
         chosen = tl.where(is_finite | is_wide, chosen, 0)
         tl.store(slots + (chunk * H + head) * W + t, chosen, mask=is_token)
         scaled = tl.where(is_wide, wide_cosine, nearest_cosine / tl.maximum(length, TINY))
-        # They have no cosine, and are the last to open slots.
+        # They have no cosine, and are the last to open slots, but for keys of no weight.
         scaled = tl.where(tl.abs(scaled) < float("inf"), scaled, NO_COSINE)
+        if token_weights is not None:
+            own = tl.load(token_weights + (chunk * W + t) * H + head, mask=is_token, other=0.0)
+            scaled = tl.where(own > 0, scaled, NO_WEIGHT)
         tl.store(novelty + stream.to(tl.int64) * C + t, scaled, mask=is_token)
 
 
 @triton.jit(do_not_specialize=["current"])
 def open_slots(
-    k, key_sum, count, table, cosine, slots, novelty, current, W, C, H, K, M, NB,
+    k, token_weights, key_sum, mass, table, cosine, slots, novelty, current, W, C, H, K, M, NB,
     ROUNDING: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The keys of a complete chunk that open slots: those of lowest best cosine; grid (streams,).
@@ -178,7 +189,8 @@ def open_slots(
         t = tl.arange(0, BC)
         rough = tl.load(novelty + stream.to(tl.int64) * C + t, mask=t < C, other=8.0)
         # The first key of a stream has already opened slot 0.
-        rough = tl.where(is_fresh & (t == 0), 4.0, rough)
+        first, first_key, first_mass = opener(k, token_weights, chunk, head, W, H, C, K, BC, BK)
+        rough = tl.where(is_fresh & (t == first), 4.0, rough)
         ranked = tl.sort(rough)
         boundary = tl.sum(tl.where(t == num - 1, ranked, 0.0), 0)
         following = tl.sum(tl.where(t == num, ranked, 0.0), 0)
@@ -186,7 +198,6 @@ def open_slots(
         tolerance = 2 * (K + 8) * ROUNDING * EPS + 2 * TIE
         novel = rough.to(tl.float64)
         if (num < C) & (following - boundary <= tolerance):
-            first_key = _key(k, chunk, 0, head, W, H, K, BK)
             num_blocks = tl.cdiv(existing, BN)
             is_near = (t < C) & (rough < 1.5) & (tl.abs(rough - boundary) <= 2 * tolerance)
             j = tl.min(tl.where(is_near, t, BC), 0)
@@ -199,8 +210,9 @@ def open_slots(
                     place = (stream.to(tl.int64) * NB + block) * C + j
                     if tl.load(cosine + place) / length >= floor:
                         product, lengths = _exact(
-                            key, key_sum, count, stream, block, existing, is_fresh, first_key, M, K, BN, BK
-                        )
+                            key, key_sum, mass, stream, block, existing, is_fresh, first_key, first_mass, M,
+                            K, BN, BK,
+                        )  # fmt: skip
                         exact = product / length / tl.maximum(lengths, TINY)
                         highest = tl.maximum(highest, tl.max(exact, 0))
                 novel = tl.where(t == j, highest, novel)

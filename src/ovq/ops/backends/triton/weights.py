@@ -1,0 +1,60 @@
+"""Weights of tokens: what the kernels are told of them, and what the backward needs beside them.
+
+Taking a token back from a float32 sum leaves an error of the size of its rounding, which may be all that a
+slot of little weight holds (`docs/math.md`, section 8). So where tokens have weights, the forward keeps the
+slots that a chunk changes as they were, and the backward puts them back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ovq.ops.backends.triton.work import Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Slots as they were before a chunk changed them: at most as many as the chunk has tokens.
+
+    Attributes:
+        keys: `[entries, Hkv, C, K]` float32 sums. values: `[entries, Hkv, C, V]`.
+        weight: `[entries, Hkv, C]` float32.
+        slot: `[entries, Hkv, C]` int32 which slots these are, -1 after the last, where pairs are merged. None
+            where keys are routed: a slot is then kept in the place of the first token that it got.
+    """
+
+    keys: Tensor
+    values: Tensor
+    weight: Tensor
+    slot: Tensor | None
+
+    @classmethod
+    def empty(cls, work: Work, k: Tensor, v: Tensor) -> Kept:
+        """Room for all chunks of a call."""
+        shape = (work.first[-1], work.num_kv_heads, work.options.chunk_size)
+
+        def empty(*dims: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(*shape, *dims, dtype=dtype, device=k.device)
+
+        slot = empty(dtype=torch.int32) if work.options.merges_pairs else None
+        return cls(empty(k.shape[-1]), empty(v.shape[-1]), empty(), slot)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The attributes, in order."""
+        return self.keys, self.values, self.weight, self.slot
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The weights of a call's tokens.
+
+    Attributes:
+        tokens: `[num_chunks, W, Hkv]` float32, contiguous.
+        kept: receives what the backward needs; None if there will be none.
+    """
+
+    tokens: Tensor
+    kept: Kept | None = None
