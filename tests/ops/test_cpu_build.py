@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import stat
+import threading
 import warnings
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def warned(function):
 def kernel_files(folder):
     """All that is in a folder, hidden or not; nothing but whole kernels should be."""
     return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+class Rank(threading.local):
+    """The number of a thread."""
+
+    def set(self, value):
+        self.value = value
 
 
 class Compiler:
@@ -302,3 +310,53 @@ def test_threads_that_start_at_once_compile_once(compiler, fresh):
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         assert len({id(library) for library in pool.map(lambda _: build.load(), range(6))}) == 1
     assert len(compiler.calls) == 2, "once compiled, once linked"
+
+
+@needs_compiler
+def test_where_torch_has_no_openmp_one_thread_does_it(usual, fresh, compiler, tmp_path, runs):
+    # The kernels themselves are a library without OpenMP.
+    fresh.setattr(torch._C, "__file__", str(tmp_path / "made"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        said, messages = warned(cpu_kernels)
+        o, state = result()
+    finally:
+        torch.set_num_threads(before)
+    assert said == "compiled for this processor, for one thread (torch has loaded no OpenMP library)"
+    assert messages == []
+    assert runs == ["ovq_forward"]
+    torch.testing.assert_close(o, usual[0])
+    assert_same_state(state, usual[1], tolerance=0)
+
+
+@needs_compiler
+def test_threads_are_those_handed_over(usual, fresh, compiler):
+    """An OpenMP library of this test's own that has two threads for whoever asks for three."""
+    asked = []
+
+    @ctypes.CFUNCTYPE(
+        None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    )
+    def parallel(function, argument, num_threads, flags):
+        asked.append((num_threads, flags))
+        threads = [threading.Thread(target=lambda i=i: (ranks.set(i), function(argument))) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    ranks = Rank()
+    barrier = threading.Barrier(2, timeout=60)
+    number = ctypes.CFUNCTYPE(ctypes.c_int)
+    functions = parallel, number(lambda: 2), number(lambda: ranks.value), ctypes.CFUNCTYPE(None)(barrier.wait)
+    build.load().ovq_use_threads(*functions)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        o, state = result()
+    finally:
+        torch.set_num_threads(before)
+    assert asked == [(3, 0)]
+    torch.testing.assert_close(o, usual[0])
+    assert_same_state(state, usual[1], tolerance=0)

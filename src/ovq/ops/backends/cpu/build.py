@@ -22,6 +22,8 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from ovq.ops.backends.cpu import compiler
 from ovq.ops.backends.cpu.compiler import Level, Unavailable
 from ovq.runtime.files import atomic_path, cache_folder
@@ -31,6 +33,8 @@ _logger = logging.getLogger(__name__)
 # Where a wheel carries what was compiled in advance. No such folder is in the repository.
 _PREBUILT = compiler.FOLDER / "prebuilt"
 _SWITCH = "OVQ_CPU_KERNELS"
+# What `ovq_use_threads` of workers.h is given, in its order.
+_OPENMP = ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num", "GOMP_barrier")
 # An upper bound on the bytes that the compiler writes while it works.
 _ROOM = 2**22
 
@@ -141,10 +145,30 @@ def _prebuilt(levels: list[Level]) -> Kernels | None:
         # Most installations have none; where they cannot be executed, the user's cache may do.
         if path.is_file():
             try:
-                return Kernels(ctypes.CDLL(str(path)), f"compiled in advance for {level.name}")
+                return _loaded(path, f"compiled in advance for {level.name}")
             except OSError as error:
                 _logger.info("kernels of the package cannot be loaded: %s", error)
     return None
+
+
+def _loaded(path: Path, how: str) -> Kernels:
+    """The kernels of a file, with the threads of the OpenMP library that torch has loaded.
+
+    Its functions are asked for by torch's own module, not looked up among all that is loaded: torch's wheels
+    for arm64 show that library to nobody else, and another package may have brought another one.
+
+    Raises:
+        OSError: if the file cannot be loaded.
+    """
+    library = ctypes.CDLL(str(path))
+    try:
+        of_torch = ctypes.CDLL(torch._C.__file__)
+        functions = [ctypes.cast(getattr(of_torch, name), ctypes.c_void_p) for name in _OPENMP]
+    except (OSError, AttributeError) as error:
+        _logger.info("no OpenMP library of torch: %s", error)
+        return Kernels(library, f"{how}, for one thread (torch has loaded no OpenMP library)")
+    library.ovq_use_threads(*functions)
+    return Kernels(library, how)
 
 
 def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
@@ -162,7 +186,7 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
             else:
                 # If code on this disk may not be executed, the next place gets a copy.
                 binary = path.read_bytes()
-            return Kernels(ctypes.CDLL(str(path)), how)
+            return _loaded(path, how)
         except OSError as error:
             reasons.append(str(error))
     raise Unavailable("; ".join(reasons))

@@ -25,13 +25,10 @@ _FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti"),
     "-Wno-psabi",
 )
-# For the processor that the compiler runs on.
-NATIVE = ("-march=native",)
-# Not linked with an OpenMP library of their own: the kernels share the threads of the library that torch has
-# loaded, because two sets of threads would wait for each other. Apple's tools have to be told both.
-_IS_APPLE = sys.platform == "darwin"
-_OPENMP = ("-Xpreprocessor", "-fopenmp") if _IS_APPLE else ("-fopenmp",)
-_LINK = ("-shared", "-undefined", "dynamic_lookup") if _IS_APPLE else ("-shared",)
+_ARM64 = ("arm64", "aarch64")
+# For the processor that the compiler runs on. For arm64, not all compilers know "native" as the name of an
+# architecture; all know it as that of a processor.
+NATIVE = ("-mcpu=native",) if platform.machine() in _ARM64 else ("-march=native",)
 _TIMEOUT = 300
 
 
@@ -60,14 +57,14 @@ LEVELS = (
     Level("avx512", _X86, _AVX512, ("-march=x86-64-v4",)),
     Level("avx2", _X86, _AVX2, ("-march=x86-64-v3",)),
     # Every one of them has the same vectors; it is what compilers assume unasked.
-    Level("arm64", ("arm64", "aarch64"), frozenset(), ()),
+    Level("arm64", _ARM64, frozenset(), ()),
 )
 
 
 def machine_levels() -> list[Level]:
     """The levels of this machine's family of processors, the fastest first; it may be unable to run some."""
-    has_openmp = sys.platform in ("linux", "darwin")
-    return [level for level in LEVELS if has_openmp and platform.machine() in level.machines]
+    is_known = sys.platform in ("linux", "darwin")
+    return [level for level in LEVELS if is_known and platform.machine() in level.machines]
 
 
 def processor_levels() -> list[Level]:
@@ -141,12 +138,12 @@ def compile_kernels(compiler: list[str], flags: tuple[str, ...], place: Path) ->
     """
     compiled, linked = place / "kernels.o", place / "kernels.so"
     _run([*compiler, *_command(flags), "-c", str(_MAIN), "-o", str(compiled)], place)
-    _run([*compiler, *_LINK, str(compiled), "-o", str(linked)], place)
+    _run([*compiler, "-shared", str(compiled), "-o", str(linked)], place)
     return linked.read_bytes()
 
 
 def _command(flags: tuple[str, ...]) -> tuple[str, ...]:
-    return (*_FLAGS, *_OPENMP, *flags)
+    return (*_FLAGS, *flags)
 
 
 def _run(command: list[str], place: Path) -> None:

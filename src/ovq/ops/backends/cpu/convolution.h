@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "workers.h"
+
 /* Mirrored by `_Convolution` in convolution.py. Tensors are dense; `taps` are [num_taps, channels], the last one that
    of the token itself; `past` are [rows, num_taps - 1, channels], the tokens before the first, or NULL for zeros;
    `offset` says how many tokens of its own sequence come before each token of a row, or is NULL for all of them. */
@@ -72,11 +74,10 @@ static void convolve_backward(const Convolution *call, int64_t row, int64_t firs
 
 static void convolve_all(const Convolution *call, int is_backward) {
     const int64_t num_parts = (call->num_channels + CHANNELS - 1) / CHANNELS;
-#pragma omp parallel for num_threads((int)call->num_threads)
-    for (int64_t part = 0; part < call->num_rows * num_parts; part++) {
+    parallel_for(call->num_threads, call->num_rows * num_parts, [=](int64_t part) {
         const int64_t row = part / num_parts, first = part % num_parts * CHANNELS;
         const int64_t num = first + CHANNELS < call->num_channels ? CHANNELS : call->num_channels - first;
         if (is_backward) convolve_backward(call, row, first, num);
         else convolve(call, row, first, num);
-    }
+    });
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "numbers.h"
+#include "workers.h"
 
 /* Mirrored by `_Decode` in decode.py. Tensors are dense but for the strides given. */
 struct Decode {
@@ -190,10 +191,6 @@ static void decode_all(const Decode *call) {
     const int64_t streams = call->num_rows * call->num_kv_heads;
     const int64_t bytes = streams * (call->capacity + call->chunk_size) * (call->key_dim + call->value_dim) * 4;
     const int64_t threads = bytes < SHARED_BYTES ? 1 : least(call->num_threads, streams);
-    if (threads == 1) {
-        for (int64_t s = 0; s < streams; s++) decode_stream(call, s / call->num_kv_heads, s % call->num_kv_heads);
-        return;
-    }
-#pragma omp parallel for num_threads((int)threads)
-    for (int64_t s = 0; s < streams; s++) decode_stream(call, s / call->num_kv_heads, s % call->num_kv_heads);
+    parallel_for(threads, streams,
+                 [=](int64_t s) { decode_stream(call, s / call->num_kv_heads, s % call->num_kv_heads); });
 }

@@ -14,10 +14,6 @@
 #include "ward.h"
 #include "window.h"
 
-/* All that is needed of omp.h, which Apple's compiler does not bring. */
-extern "C" int omp_get_num_threads(void);
-extern "C" int omp_get_thread_num(void);
-
 /* How the threads share the streams. */
 struct Teams {
     int num_teams, size;
@@ -167,16 +163,13 @@ static int run(const Call *call, int is_backward) {
     int is_out_of_memory = 0;
     char *memory = nullptr;
     size_t bytes = 0;
-#pragma omp parallel num_threads((int)call->num_threads)
-    {
-        const int num_threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        const Teams teams = make_teams(call, num_threads);
-        const int rank = thread / teams.num_teams;
-        const int64_t team = thread % teams.num_teams, streams = call->num_rows * call->num_kv_heads;
+    parallel(call->num_threads, [&](Worker worker) {
+        const Teams teams = make_teams(call, worker.num);
+        const int rank = worker.rank / teams.num_teams;
+        const int64_t team = worker.rank % teams.num_teams, streams = call->num_rows * call->num_kv_heads;
         Shared shared;
         Own own[teams.size];
-#pragma omp single
-        {
+        if (worker.rank == 0) {
             Arena arena = {};
             take_team(&arena, call, teams.size, is_backward, &shared, own);
             bytes = arena.used;
@@ -184,6 +177,7 @@ static int run(const Call *call, int is_backward) {
             is_out_of_memory = !memory;
             if (memory) memset(memory, 0, bytes * teams.num_teams);
         }
+        worker.wait();
         /* A thread that the teams leave over has nothing to do. */
         if (memory && rank < teams.size) {
             Arena arena = {memory + bytes * team, 0};
@@ -198,7 +192,7 @@ static int run(const Call *call, int is_backward) {
                 sync(&members);
             }
         }
-    }
+    });
     free(memory);
     return is_out_of_memory;
 }

@@ -8,8 +8,7 @@
 #include <utility>
 
 #include "product.h"
-
-extern "C" int omp_get_thread_num(void);
+#include "workers.h"
 
 #define DEPTH (16 * NR)
 /* Terms that are summed one after the other before their sum is added to that of those before: roundings grow with the
@@ -120,18 +119,20 @@ extern "C" void ovq_matmul(int64_t num_threads, int64_t m, int64_t n, int64_t k,
     /* Where there are more threads than blocks of rows, columns are shared as well. */
     const int64_t blocks = (m + ROWS - 1) / ROWS, parts = num_threads > 1 ? (2 * num_threads + blocks - 1) / blocks : 1;
     const int64_t width = padded((n + parts - 1) / parts, NR);
-#pragma omp parallel num_threads((int)num_threads)
-    {
-        float *columns = scratch + DEPTH * (padded(n, NR) + omp_get_thread_num() * ROWS);
+    int64_t next = 0;
+    parallel(num_threads, [&](Worker worker) {
+        float *columns = scratch + DEPTH * (padded(n, NR) + worker.rank * ROWS);
         for (int64_t p = 0; p < k; p += DEPTH) {
             const int64_t depth = least(DEPTH, k - p);
-#pragma omp for schedule(static)
-            for (int64_t j = 0; j < n; j += NR)
+            worker.share((n + NR - 1) / NR, [=](int64_t panel) {
+                const int64_t j = panel * NR;
                 copy_panel(b + p * b_row + j * b_col, b_row, b_col, depth, least(NR, n - j), scratch + j * depth);
-#pragma omp for schedule(dynamic)
-            for (int64_t share = 0; share < blocks * parts; share++) {
+            });
+            if (worker.rank == 0) next = 0;
+            worker.wait();
+            worker.take(blocks * parts, &next, [=](int64_t share) {
                 const int64_t i = share / parts * ROWS, start = share % parts * width, end = least(n, start + width);
-                if (start >= end) continue;
+                if (start >= end) return;
                 const float *left = a + i * a_row + p * a_col;
                 int64_t row = a_row, col = a_col, step = MR * a_row;
                 const int64_t num = least(ROWS, m - i);
@@ -143,7 +144,8 @@ extern "C" void ovq_matmul(int64_t num_threads, int64_t m, int64_t n, int64_t k,
                     for (int64_t r = 0; r < num; r += MR)
                         large_block(least(MR, num - r), n - j, depth, left + r / MR * step, row, col,
                                     scratch + j * depth, is_added || p, c + (i + r) * n + j, n);
-            }
+            });
+            worker.wait();
         }
-    }
+    });
 }

@@ -422,19 +422,20 @@ static int read_stream(const HeadGroup *g, int64_t row, int64_t head) {
 
 /* 0, or 1 if there is no memory for it. */
 extern "C" int ovq_memory(const HeadGroup *groups, int64_t num, int64_t num_threads) {
-    int64_t streams = 0, is_out_of_memory = 0;
+    int64_t streams = 0, next = 0;
+    int is_out_of_memory = 0;
     for (int64_t i = 0; i < num; i++) streams += groups[i].num_rows * groups[i].num_kv_heads;
     /* Heads differ in what they cost. */
-#pragma omp parallel for schedule(dynamic) reduction(| : is_out_of_memory) \
-    num_threads((int)least(num_threads, streams)) if (num_threads > 1 && streams > 1)
-    for (int64_t i = 0; i < streams; i++) {
-        const HeadGroup *g = groups;
-        int64_t own = i;
-        while (own >= g->num_rows * g->num_kv_heads) {
-            own -= g->num_rows * g->num_kv_heads;
-            g++;
-        }
-        is_out_of_memory |= read_stream(g, own / g->num_kv_heads, own % g->num_kv_heads);
-    }
-    return (int)is_out_of_memory;
+    parallel(least(num_threads, streams), [&](Worker worker) {
+        worker.take(streams, &next, [&](int64_t own) {
+            const HeadGroup *g = groups;
+            while (own >= g->num_rows * g->num_kv_heads) {
+                own -= g->num_rows * g->num_kv_heads;
+                g++;
+            }
+            if (read_stream(g, own / g->num_kv_heads, own % g->num_kv_heads))
+                __atomic_store_n(&is_out_of_memory, 1, __ATOMIC_RELAXED);
+        });
+    });
+    return is_out_of_memory;
 }

@@ -18,67 +18,71 @@ INLINE float long_dot(const float *a, const float *b, int64_t dim) {
 }
 
 /* y [num, num_out] = x [num, dim] times the transpose of weight [num_out, dim], plus `added` if there is any. The
-   threads of a region share the rows of the weight; each reads its part once and from front to back, which memory does
+   workers share the rows of the weight; each reads its part once and from front to back, which memory does
    fastest: four rows at a time took twice as long. All wait for all at the end, as in the following. */
-static void multiply(int64_t num, int64_t dim, int64_t num_out, const float *x, const float *weight, const float *added,
-                     float *y) {
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < num_out; r++)
+static void multiply(Worker worker, int64_t num, int64_t dim, int64_t num_out, const float *x, const float *weight,
+                     const float *added, float *y) {
+    worker.share(num_out, [=](int64_t r) {
         for (int64_t t = 0; t < num; t++) {
             const float sum = long_dot(x + t * dim, weight + r * dim, dim);
             y[t * num_out + r] = added ? added[t * num_out + r] + sum : sum;
         }
+    });
+    worker.wait();
 }
 
-static void normalise(int64_t num, int64_t dim, float eps, const float *x, const float *weight, float *y) {
-#pragma omp for schedule(static)
-    for (int64_t t = 0; t < num; t++) rms_norm(dim, eps, x + t * dim, weight, y + t * dim);
+static void normalise(Worker worker, int64_t num, int64_t dim, float eps, const float *x, const float *weight, float *y) {
+    worker.share(num, [=](int64_t t) { rms_norm(dim, eps, x + t * dim, weight, y + t * dim); });
+    worker.wait();
 }
 
 /* Products of x [num, dim] with rows of weight [2 inner, dim], those `half` inner from the first on, into halves [num, 2
    inner]. A thread gets the same rows of each half, and of what follows, and does not wait. */
-static void multiply_half(int64_t half, int64_t num, int64_t dim, int64_t inner, const float *x, const float *weight,
-                          float *halves) {
-#pragma omp for schedule(static) nowait
-    for (int64_t first = 0; first < inner; first += VL)
+static void multiply_half(Worker worker, int64_t half, int64_t num, int64_t dim, int64_t inner, const float *x,
+                          const float *weight, float *halves) {
+    worker.share((inner + VL - 1) / VL, [=](int64_t vector) {
+        const int64_t first = vector * VL;
         for (int64_t r = half * inner + first; r < half * inner + least(inner, first + VL); r++)
             for (int64_t t = 0; t < num; t++)
                 halves[t * 2 * inner + r] = long_dot(x + t * dim, weight + r * dim, dim);
+    });
 }
 
 /* y [num, inner] = swiglu(x times the transpose of weight [2 inner, dim]). */
-static void multiply_gated(int64_t num, int64_t dim, int64_t inner, const float *x, const float *weight, float *halves,
-                           float *y) {
-    multiply_half(0, num, dim, inner, x, weight, halves);
-    multiply_half(1, num, dim, inner, x, weight, halves);
-#pragma omp for schedule(static)
-    for (int64_t first = 0; first < inner; first += VL)
+static void multiply_gated(Worker worker, int64_t num, int64_t dim, int64_t inner, const float *x,
+                           const float *weight, float *halves, float *y) {
+    multiply_half(worker, 0, num, dim, inner, x, weight, halves);
+    multiply_half(worker, 1, num, dim, inner, x, weight, halves);
+    worker.share((inner + VL - 1) / VL, [=](int64_t vector) {
+        const int64_t first = vector * VL;
         for (int64_t t = 0; t < num; t++) {
             const float *gate = halves + t * 2 * inner + first;
             swiglu(gate, gate + inner, least(VL, inner - first), y + t * inner + first);
         }
+    });
+    worker.wait();
 }
 
 extern "C" void ovq_linear(int64_t num_threads, int64_t num, int64_t dim, int64_t num_out, const float *x,
                            const float *weight, float *y) {
-#pragma omp parallel num_threads((int)num_threads) if (num_out * dim > FEW)
-    multiply(num, dim, num_out, x, weight, nullptr, y);
+    parallel(threads_for(num_threads, num_out * dim),
+             [=](Worker worker) { multiply(worker, num, dim, num_out, x, weight, nullptr, y); });
 }
 
 /* y = x + down(swiglu(gate_up(norm(x)))) for a few tokens x [num, dim]: the second half of a layer. `scratch` has
    num (dim + 3 inner) floats. */
-static void add_mlp(int64_t num, int64_t dim, int64_t inner, float eps, const float *x, const float *norm,
-                    const float *gate_up, const float *down, float *scratch, float *y) {
+static void add_mlp(Worker worker, int64_t num, int64_t dim, int64_t inner, float eps, const float *x,
+                    const float *norm, const float *gate_up, const float *down, float *scratch, float *y) {
     float *normed = scratch, *halves = normed + num * dim, *gated = halves + num * 2 * inner;
-    normalise(num, dim, eps, x, norm, normed);
-    multiply_gated(num, dim, inner, normed, gate_up, halves, gated);
-    multiply(num, inner, dim, gated, down, x, y);
+    normalise(worker, num, dim, eps, x, norm, normed);
+    multiply_gated(worker, num, dim, inner, normed, gate_up, halves, gated);
+    multiply(worker, num, inner, dim, gated, down, x, y);
 }
 
 extern "C" void ovq_mlp_step(int64_t num_threads, int64_t num, int64_t dim, int64_t inner, float eps, const float *x,
                              const float *norm, const float *gate_up, const float *down, float *scratch, float *y) {
-#pragma omp parallel num_threads((int)num_threads) if (inner * dim > FEW)
-    add_mlp(num, dim, inner, eps, x, norm, gate_up, down, scratch, y);
+    parallel(threads_for(num_threads, inner * dim),
+             [=](Worker worker) { add_mlp(worker, num, dim, inner, eps, x, norm, gate_up, down, scratch, y); });
 }
 
 /* The short convolution of one token x [num] of `num` channels: y from x and `past` [num, taps - 1], the inputs before
@@ -179,10 +183,7 @@ static void read_stream(const Layer *layer, const Decode *memory, int64_t row, i
     if (layer->gate) {
         const float x = long_dot(made.normed + row * layer->width, layer->gate + head * layer->width, layer->width);
         const float weight = made.weights[stream] = x > 0 ? 1 + x : 1 + expm1f(x);
-        if (!(weight >= 0 && weight < INFINITY)) {
-#pragma omp atomic write
-            *is_spoilt = 1;
-        }
+        if (!(weight >= 0 && weight < INFINITY)) __atomic_store_n(is_spoilt, 1, __ATOMIC_RELAXED);
     }
     if (layer->keys_before) {
         const int64_t place = stream * memory->chunk_size, num = layer->num_before;
@@ -194,8 +195,8 @@ static void read_stream(const Layer *layer, const Decode *memory, int64_t row, i
     decode_stream(memory, row, head);
 }
 
-/* A layer for the threads of a region, x [R, width] in place. */
-static void step_layer(const Layer *layer, char *scratch, float *x, int *is_spoilt) {
+/* A worker's share of a layer, x [R, width] in place. */
+static void step_layer(Worker worker, const Layer *layer, char *scratch, float *x, int *is_spoilt) {
     Arena arena = {scratch, 0};
     const Made made = take_made(&arena, layer);
     Decode memory = layer->memory;
@@ -209,15 +210,15 @@ static void step_layer(const Layer *layer, char *scratch, float *x, int *is_spoi
     memory.o = made.read;
     memory.scale = made.scale;
     memory.token_weights = layer->gate ? made.weights : nullptr;
-    normalise(rows, width, layer->mixer_eps, x, layer->mixer_norm, made.normed);
-#pragma omp single nowait
-    for (int64_t h = 0; h < num_heads; h++) made.scale[h] = layer->beta[h] * (float)sqrt((double)dim);
-    multiply(rows, width, num_channels, made.normed, layer->qkv, nullptr, made.channels);
-#pragma omp for schedule(static)
-    for (int64_t stream = 0; stream < rows * num_kv; stream++)
+    normalise(worker, rows, width, layer->mixer_eps, x, layer->mixer_norm, made.normed);
+    for (int64_t h = 0; worker.rank == 0 && h < num_heads; h++) made.scale[h] = layer->beta[h] * (float)sqrt((double)dim);
+    multiply(worker, rows, width, num_channels, made.normed, layer->qkv, nullptr, made.channels);
+    worker.share(rows * num_kv, [&](int64_t stream) {
         read_stream(layer, &memory, stream / num_kv, stream % num_kv, made, is_spoilt);
-    multiply(rows, num_heads * memory.value_dim, width, made.read, layer->o, x, made.mixed);
-    add_mlp(rows, width, layer->inner, layer->mlp_eps, made.mixed, layer->mlp_norm, layer->gate_up, layer->down,
+    });
+    worker.wait();
+    multiply(worker, rows, num_heads * memory.value_dim, width, made.read, layer->o, x, made.mixed);
+    add_mlp(worker, rows, width, layer->inner, layer->mlp_eps, made.mixed, layer->mlp_norm, layer->gate_up, layer->down,
             made.of_mlp, x);
 }
 
@@ -225,7 +226,8 @@ static void step_layer(const Layer *layer, char *scratch, float *x, int *is_spoi
    none that a memory can hold, in which case nothing of the result is of use. */
 extern "C" int ovq_layers_step(int64_t num_threads, int64_t num_layers, const Layer *layers, char *scratch, float *x) {
     int is_spoilt = 0;
-#pragma omp parallel num_threads((int)num_threads) if (layers->inner * layers->width > FEW)
-    for (int64_t i = 0; i < num_layers; i++) step_layer(layers + i, scratch, x, &is_spoilt);
+    parallel(threads_for(num_threads, layers->inner * layers->width), [&](Worker worker) {
+        for (int64_t i = 0; i < num_layers; i++) step_layer(worker, layers + i, scratch, x, &is_spoilt);
+    });
     return is_spoilt;
 }

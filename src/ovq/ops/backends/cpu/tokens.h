@@ -2,11 +2,13 @@
 #pragma once
 
 #include "vector.h"
-
-extern "C" int omp_get_thread_num(void);
+#include "workers.h"
 
 /* Fewer floats than this are not worth a second thread. */
 #define FEW 32768
+
+/* Threads for work that grows with a number of floats. */
+INLINE int64_t threads_for(int64_t num_threads, int64_t num_floats) { return num_floats > FEW ? num_threads : 1; }
 
 INLINE float dot(const float *a, const float *b, int64_t n) {
     Vector sums = {};
@@ -27,30 +29,32 @@ INLINE float rms_norm(int64_t dim, float eps, const float *x, const float *weigh
 /* The same for `num` vectors of `dim` floats; `rates` keeps what is returned for the backward. */
 extern "C" void ovq_rms_norm(int64_t num_threads, int64_t num, int64_t dim, float eps, const float *x,
                              const float *weight, float *y, float *rates) {
-#pragma omp parallel for num_threads((int)num_threads) if (num * dim > FEW)
-    for (int64_t t = 0; t < num; t++) rates[t] = rms_norm(dim, eps, x + t * dim, weight, y + t * dim);
+    parallel_for(threads_for(num_threads, num * dim), num,
+                 [=](int64_t t) { rates[t] = rms_norm(dim, eps, x + t * dim, weight, y + t * dim); });
 }
 
 /* `grad_weight` is [num_threads, dim], zero before: the share of each thread. */
 extern "C" void ovq_rms_norm_backward(int64_t num_threads, int64_t num, int64_t dim, const float *x,
                                       const float *weight, const float *rates, const float *grad_y, float *grad_x,
                                       float *grad_weight) {
-#pragma omp parallel for num_threads((int)num_threads) schedule(static)
-    for (int64_t t = 0; t < num; t++) {
-        const float *from = x + t * dim, *grad = grad_y + t * dim;
-        float *to = grad_x + t * dim, *of_weight = grad_weight + omp_get_thread_num() * dim;
-        const float rate = rates[t];
-        Vector sums = {};
-        int64_t i = 0;
-        for (; i + VL <= dim; i += VL) sums += load(from + i) * load(grad + i) * load(weight + i);
-        float sum = total(sums);
-        for (; i < dim; i++) sum += from[i] * grad[i] * weight[i];
-        const float along = sum * rate * rate / dim;
-        for (i = 0; i < dim; i++) {
-            to[i] = rate * (grad[i] * weight[i] - along * from[i]);
-            of_weight[i] += grad[i] * from[i] * rate;
-        }
-    }
+    parallel(num_threads, [=](Worker worker) {
+        float *of_weight = grad_weight + worker.rank * dim;
+        worker.share(num, [=](int64_t t) {
+            const float *from = x + t * dim, *grad = grad_y + t * dim;
+            float *to = grad_x + t * dim;
+            const float rate = rates[t];
+            Vector sums = {};
+            int64_t i = 0;
+            for (; i + VL <= dim; i += VL) sums += load(from + i) * load(grad + i) * load(weight + i);
+            float sum = total(sums);
+            for (; i < dim; i++) sum += from[i] * grad[i] * weight[i];
+            const float along = sum * rate * rate / dim;
+            for (i = 0; i < dim; i++) {
+                to[i] = rate * (grad[i] * weight[i] - along * from[i]);
+                of_weight[i] += grad[i] * from[i] * rate;
+            }
+        });
+    });
 }
 
 /* 1 / (1 + exp(-x)) */
@@ -87,8 +91,8 @@ INLINE void swiglu(const float *gate, const float *up, int64_t dim, float *y) {
 
 /* The same for y [num, dim] of x [num, 2 dim] = [gate | up]. */
 extern "C" void ovq_swiglu(int64_t num_threads, int64_t num, int64_t dim, const float *x, float *y) {
-#pragma omp parallel for num_threads((int)num_threads) if (num * dim > FEW)
-    for (int64_t t = 0; t < num; t++) swiglu(x + t * 2 * dim, x + t * 2 * dim + dim, dim, y + t * dim);
+    parallel_for(threads_for(num_threads, num * dim), num,
+                 [=](int64_t t) { swiglu(x + t * 2 * dim, x + t * 2 * dim + dim, dim, y + t * dim); });
 }
 
 INLINE void swiglu_gradients(Vector g, Vector u, Vector grad, Vector *grad_g, Vector *grad_u) {
@@ -99,8 +103,7 @@ INLINE void swiglu_gradients(Vector g, Vector u, Vector grad, Vector *grad_g, Ve
 
 extern "C" void ovq_swiglu_backward(int64_t num_threads, int64_t num, int64_t dim, const float *x,
                                     const float *grad_y, float *grad_x) {
-#pragma omp parallel for num_threads((int)num_threads) if (num * dim > FEW)
-    for (int64_t t = 0; t < num; t++) {
+    parallel_for(threads_for(num_threads, num * dim), num, [=](int64_t t) {
         const float *gate = x + t * 2 * dim, *up = gate + dim, *grad = grad_y + t * dim;
         float *grad_gate = grad_x + t * 2 * dim, *grad_up = grad_gate + dim;
         Vector of_gate, of_up;
@@ -115,7 +118,7 @@ extern "C" void ovq_swiglu_backward(int64_t num_threads, int64_t num, int64_t di
             store_some(grad_gate + i, of_gate, n);
             store_some(grad_up + i, of_up, n);
         }
-    }
+    });
 }
 
 /* Mirrored by `_Heads` in tokens.py: channels [rows, tokens, (q heads + 2 kv heads) dim] and what is made of them, all
@@ -157,8 +160,8 @@ INLINE float unit_vector(const float *x, const float *cos, const float *sin, int
 extern "C" void ovq_heads(const Heads *call) {
     const int64_t num_q = call->num_q_heads, num_kv = call->num_kv_heads, dim = call->dim, half = dim / 2;
     const int64_t num_tokens = call->num_tokens, width = (num_q + 2 * num_kv) * dim;
-#pragma omp parallel for num_threads((int)call->num_threads) if (call->num_rows * num_tokens * width > FEW)
-    for (int64_t t = 0; t < call->num_rows * num_tokens; t++) {
+    const int64_t num = call->num_rows * num_tokens;
+    parallel_for(threads_for(call->num_threads, num * width), num, [=](int64_t t) {
         const float *x = call->channels + t * width;
         const int64_t place = t % num_tokens * half;
         for (int64_t h = 0; h < num_q + num_kv; h++, x += dim) {
@@ -167,15 +170,15 @@ extern "C" void ovq_heads(const Heads *call) {
             call->rates[t * (num_q + num_kv) + h] = unit_vector(x, cos, sin, dim, y);
         }
         memcpy(call->v + t * num_kv * dim, x, sizeof(float) * num_kv * dim);
-    }
+    });
 }
 
 /* Rotations keep dot products, so the gradient along a vector is taken off before it is rotated back. */
 extern "C" void ovq_heads_backward(const Heads *call) {
     const int64_t num_q = call->num_q_heads, num_kv = call->num_kv_heads, dim = call->dim, half = dim / 2;
     const int64_t num_tokens = call->num_tokens, width = (num_q + 2 * num_kv) * dim;
-#pragma omp parallel for num_threads((int)call->num_threads) if (call->num_rows * num_tokens * width > FEW)
-    for (int64_t t = 0; t < call->num_rows * num_tokens; t++) {
+    const int64_t num = call->num_rows * num_tokens;
+    parallel_for(threads_for(call->num_threads, num * width), num, [=](int64_t t) {
         float *to = call->grad_channels + t * width;
         const int64_t place = t % num_tokens * half;
         for (int64_t h = 0; h < num_q + num_kv; h++, to += dim) {
@@ -187,5 +190,5 @@ extern "C" void ovq_heads_backward(const Heads *call) {
             if (call->cos) rotate(to, call->cos + place, call->sin + place, -1, half, to);
         }
         memcpy(to, call->grad_v + t * num_kv * dim, sizeof(float) * num_kv * dim);
-    }
+    });
 }

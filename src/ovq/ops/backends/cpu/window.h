@@ -207,14 +207,11 @@ static int run_window(const Window *call, int is_backward) {
     /* In the backward, the blocks of a head add to the same keys, one after the other. */
     const int64_t tasks = is_backward ? streams : streams * blocks;
     int is_out_of_memory = 0;
-#pragma omp parallel num_threads((int)call->num_threads) if (call->num_tokens > 1)
-    {
+    parallel(call->num_tokens > 1 ? call->num_threads : 1, [&](Worker worker) {
         float *memory = nullptr;
         WindowScratch own = take_scratch(call, &memory);
-        if (!memory) is_out_of_memory = 1;
-#pragma omp for
-        for (int64_t task = 0; task < tasks; task++) {
-            if (!memory) continue;
+        if (!memory) __atomic_store_n(&is_out_of_memory, 1, __ATOMIC_RELAXED);
+        worker.share(memory ? tasks : 0, [&](int64_t task) {
             const int64_t stream = is_backward ? task : task / blocks, group = call->num_heads / call->num_kv_heads;
             const int64_t row = stream / call->num_kv_heads, head = stream % call->num_kv_heads;
             if (!is_backward && call->num_tokens == 1)
@@ -223,9 +220,9 @@ static int run_window(const Window *call, int is_backward) {
             else
                 for (int64_t block = 0; block < blocks; block++)
                     window_backward(call, row, head, block * TOGETHER, &own);
-        }
+        });
         free(memory);
-    }
+    });
     return is_out_of_memory;
 }
 

@@ -1,0 +1,57 @@
+/* Threads: those of the OpenMP library that torch has loaded, because two sets of threads would wait for each other.
+
+   build.py hands its functions over once the kernels are loaded. There are no pragmas of OpenMP, as each compiler makes
+   calls of its own library of them: what Clang makes of them no other library than its own has. All OpenMP libraries
+   know what GCC calls. Where torch has none, all is done by the thread that calls. */
+#pragma once
+
+#include <cstdint>
+
+struct OpenMP {
+    void (*parallel)(void (*function)(void *), void *argument, unsigned num_threads, unsigned flags);
+    int (*num_threads)(void);
+    int (*thread)(void);
+    void (*barrier)(void);
+};
+
+static OpenMP openmp = {};
+
+extern "C" void ovq_use_threads(void *parallel, void *num_threads, void *thread, void *barrier) {
+    openmp = {(decltype(OpenMP::parallel))parallel, (decltype(OpenMP::num_threads))num_threads,
+              (decltype(OpenMP::thread))thread, (decltype(OpenMP::barrier))barrier};
+}
+
+/* A thread of those that run a function together. */
+struct Worker {
+    int rank, num;
+
+    /* Wait for the others; all of them must call it. */
+    void wait() const {
+        if (num > 1) openmp.barrier();
+    }
+
+    /* This one's share of `count` tasks, one after the other: the same whenever as many share as many. */
+    template <typename Task> void share(int64_t count, const Task &task) const {
+        const int64_t each = count / num, rest = count % num;
+        const int64_t first = rank * each + (rank < rest ? rank : rest), end = first + each + (rank < rest);
+        for (int64_t i = first; i < end; i++) task(i);
+    }
+
+    /* Tasks of unequal cost, each for who is free first. `next` is common to all, and zero before. */
+    template <typename Task> void take(int64_t count, int64_t *next, const Task &task) const {
+        for (int64_t i; (i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < count;) task(i);
+    }
+};
+
+/* Runs function(worker) by up to `num_threads` workers, and returns when all are done. */
+template <typename Function> static void parallel(int64_t num_threads, const Function &function) {
+    if (num_threads <= 1 || !openmp.parallel) return function(Worker{0, 1});
+    openmp.parallel(
+        [](void *each) { (*(const Function *)each)(Worker{openmp.thread(), openmp.num_threads()}); },
+        (void *)&function, (unsigned)num_threads, 0);
+}
+
+/* Runs task(i) for all i below `count`, shared among up to `num_threads` threads. */
+template <typename Task> static void parallel_for(int64_t num_threads, int64_t count, const Task &task) {
+    parallel(num_threads, [&](Worker worker) { worker.share(count, task); });
+}
