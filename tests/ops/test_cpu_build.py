@@ -330,6 +330,20 @@ def test_where_torch_has_no_openmp_one_thread_does_it(usual, fresh, compiler, tm
     assert_same_state(state, usual[1], tolerance=0)
 
 
+def test_the_threads_of_torch_are_handed_over(monkeypatch):
+    class Kernels:
+        given = ()
+
+        def ovq_use_threads(self, *functions):
+            self.given = functions
+
+    kernels, load = Kernels(), ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: kernels if path == "made" else load(path))
+    assert build._loaded(Path("made"), "so")[1] == "so"
+    assert len(kernels.given) == 4
+    assert all(function.value for function in kernels.given)
+
+
 @needs_compiler
 def test_threads_are_those_handed_over(usual, fresh, compiler):
     """An OpenMP library of this test's own that has two threads for whoever asks for three."""
