@@ -7,7 +7,7 @@ there; the workflows name the repository they run in. No address stands in the f
 
     OVQ_BUILD_KERNELS=1 python -m build --wheel
 
-compiles them for every level of this machine's family of processors (x86-64: avx2, avx512, avx512bf16;
+compiles them for every level of this machine's family of processors (x86-64: avx2, avx512, avx512bf16, amx;
 arm64: one) and makes a wheel for this system alone. Without it the wheel is the same for all systems, and the
 kernels are compiled on first use. The compiled files have a C interface and call nothing of torch or Python:
 they are used through ctypes, whatever the versions of both.

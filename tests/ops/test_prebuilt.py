@@ -3,6 +3,7 @@
 import ast
 import ctypes
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -81,6 +82,17 @@ def test_prebuilt_kernels_compute_the_same_bits(compiled, merge, dtype, monkeypa
     # Vectors of another width add in another order, but no token may go to another slot.
     assert all(torch.equal(found[1], slots) for found in seen.values())
     assert all(same_bits(x, y) for x, y in zip(seen[ABLE[0].name][0], native, strict=True))
+
+
+@needs_compiler
+@needs_level
+def test_levels_that_this_processor_cannot_run_are_valid():
+    """All others are run by the test above, or by its neighbours of another width."""
+    flags = [level.flags for level in compiler.machine_levels() if level not in ABLE]
+    for extra in flags:
+        command = [*compiler.find_compiler(), "-std=c++17", "-fsyntax-only", "-Wno-psabi", *extra]
+        found = subprocess.run([*command, compiler.FOLDER / "kernels.cpp"], capture_output=True, text=True)
+        assert not found.returncode, found.stderr
 
 
 @needs_compiler

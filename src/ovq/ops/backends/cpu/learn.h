@@ -38,8 +38,8 @@ static int64_t columns_from(const float *scores, int64_t n, float floor, int32_t
     const Vector least_score = splat(floor);
     int64_t num = 0;
     for (int64_t j = 0; j < n; j += 2 * VL) {
-        uint32_t lanes = lanes_of(load(scores + j) >= least_score);
-        lanes |= lanes_of(load(scores + j + VL) >= least_score) << VL;
+        uint32_t lanes = lanes_at_least(load(scores + j), least_score);
+        lanes |= lanes_at_least(load(scores + j + VL), least_score) << VL;
         for (; lanes; lanes &= lanes - 1) near[num++] = (int32_t)(j + __builtin_ctz(lanes));
     }
     return num;

@@ -6,6 +6,7 @@
 
 #include "numbers.h"
 #include "product.h"
+#include "tiles.h"
 
 #ifdef __AVX512BF16__
 #define HAS_PAIRS 1
@@ -89,6 +90,15 @@ INLINE void pairs_rows(int64_t num, Rest... rest) {
    NR columns, `panel` words apart, each with rows `ldb` words apart; `from` is c or NULL. */
 static void pairs_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t row, int64_t col,
                           const uint32_t *b, int64_t panel, int64_t ldb, const float *from, Finish finish, float *c, int64_t ldc) {
+#if HAS_TILES
+    if (are_tiles_allowed && k % TILE == 0) {
+        tiles_product(m, n, k, a, row, col, b, panel, ldb, from, c, ldc);
+        for (int64_t i = 0; finish.bias && i < m; i++)
+            for (int64_t j = 0; j < n; j += VL)
+                store(c + i * ldc + j, load(c + i * ldc + j) * finish.factor + load(finish.bias + j));
+        return;
+    }
+#endif
     for (int64_t j = 0; j < n; j += NR, b += panel)
         for (int64_t i = 0; i < m; i += MR) {
             const float *start = from ? from + i * ldc + j : nullptr;

@@ -51,13 +51,15 @@ INLINE float highest_of(const float *scores, int64_t n) {
 static float exponentials(float *scores, int64_t n, float *best) {
     *best = highest_of(scores, n);
     const Vector shift = splat(*best);
-    Vector sum = {};
-    for (int64_t j = 0; j < n; j += VL) {
-        const Vector x = exponential(load(scores + j) - shift);
+    Vector sum = {}, more = {};
+    for (int64_t j = 0; j < n; j += 2 * VL) {
+        const Vector x = exponential(load(scores + j) - shift), y = exponential(load(scores + j + VL) - shift);
         store(scores + j, x);
+        store(scores + j + VL, y);
         sum += x;
+        more += y;
     }
-    return total(sum);
+    return total(sum + more);
 }
 
 /* out [num, value_ld] += probabilities [num, n] values [n, value_ld]. */

@@ -68,15 +68,16 @@ INLINE float highest(Vector x) {
     return y[0];
 }
 
-/* Bit i says whether lane i holds. */
-INLINE uint32_t lanes_of(IntVector x) {
-#if defined(__AVX512DQ__)
-    return _mm512_movepi32_mask((__m512i)x);
+/* Bit i says whether lane i of x is at least that of y. */
+INLINE uint32_t lanes_at_least(Vector x, Vector y) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GE_OQ);
 #elif defined(__AVX__)
-    return (uint32_t)_mm256_movemask_ps((__m256)x);
+    return (uint32_t)_mm256_movemask_ps((__m256)(x >= y));
 #else
+    const IntVector holds = x >= y;
     uint32_t bits = 0;
-    for (int i = 0; i < VL; i++) bits |= (uint32_t)(x[i] & 1) << i;
+    for (int i = 0; i < VL; i++) bits |= (uint32_t)(holds[i] & 1) << i;
     return bits;
 #endif
 }
@@ -122,17 +123,22 @@ static int are_finite(const float *x, int64_t n) {
     return total(sum) == 0;
 }
 
+/* x, of which n ln 2 is taken; ln 2 is in two parts so that n ln 2 is exact in the first. */
+INLINE Vector without_powers(Vector x, Vector n) { return (x - n * 0.693359375f) + n * 2.12194440e-4f; }
+
 /* exp of x <= 0, by a polynomial of degree `degree`; exactly 0 below -87, where float32 has no normal numbers left; NaN
    of NaN. */
 template <int degree> INLINE Vector exponential_of(Vector x) {
     const Vector low = splat(-87.0f);
-    const Vector y = x < low ? low : x;
-    /* x = n ln 2 + r with |r| <= ln 2 / 2. Adding 1.5 * 2^23 rounds to an integer; ln 2 is in two parts so that
-       n ln 2 is exact in the first. */
-    const Vector shift = splat(12582912.0f);
-    const Vector shifted = y * 1.44269504f + shift;
-    const Vector n = shifted - shift;
-    const Vector r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    const Vector y = higher_of(low, x);
+    /* x = n ln 2 + r with |r| <= ln 2 / 2, n an integer. */
+#if defined(__AVX512F__)
+    const Vector n = (Vector)_mm512_roundscale_ps((__m512)(y * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    /* Adding 1.5 * 2^23 rounds to an integer. */
+    const Vector shift = splat(12582912.0f), shifted = y * 1.44269504f + shift, n = shifted - shift;
+#endif
+    const Vector r = degree == 7 ? without_powers(y, n) : y - n * 0.693147181f;
     Vector sum = splat(1.0f / 5040);
     if constexpr (degree == 7) {
         sum = sum * r + 1.0f / 720;
@@ -145,8 +151,13 @@ template <int degree> INLINE Vector exponential_of(Vector x) {
     sum = sum * r + 0.5f;
     sum = sum * r + 1.0f;
     sum = sum * r + 1.0f;
+#if defined(__AVX512F__)
+    const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+    return (Vector)_mm512_maskz_scalef_ps(is_normal, (__m512)sum, (__m512)n);
+#else
     const IntVector power = (__builtin_convertvector(n, IntVector) + 127) << 23;
     return x < low ? Vector{} : sum * (Vector)power;
+#endif
 }
 
 /* To about an ulp. */
