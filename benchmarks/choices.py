@@ -16,12 +16,13 @@ from rich.progress import track
 from rich.table import Table
 
 from ovq.layers import ShortConvolution, common
-from ovq.ops import groups
+from ovq.ops import ovq_attention
+from ovq.ops.backends.torch import streams
 from ovq.research.bench.measure import interleaved
 from ovq.research.bench.workloads import Workload
 
 HEADS, CHUNK, SLOTS, DIM = 8, 256, 1024, 64
-CPU_ELEMENTS, READ_BLOCK = groups.CPU_ELEMENTS, groups.READ_BLOCK
+CPU_ELEMENTS, READ_BLOCK = streams.CPU_ELEMENTS, streams.READ_BLOCK
 
 Choices = dict[str, Callable[[], object]]
 
@@ -114,15 +115,19 @@ def convolution() -> Choices:
 
 def prefill(constant: str, values: tuple[int, ...], chosen: int) -> Choices:
     """A whole prefill of 16k tokens with another value of a constant of the plan."""
-    run = Workload(mixer="ovq", length=16384, dtype="float32", num_slots=SLOTS).forward("cpu")
+    inputs = Workload(mixer="ovq", length=16384, dtype="float32", num_slots=SLOTS).inputs()
+
+    def run() -> object:
+        with torch.no_grad():
+            return ovq_attention(*inputs, num_slots=SLOTS, chunk_size=CHUNK, backend="torch")
 
     def with_value(value: int) -> Callable[[], object]:
         def call() -> object:
-            setattr(groups, constant, value)
+            setattr(streams, constant, value)
             try:
                 return run()
             finally:
-                setattr(groups, constant, chosen)
+                setattr(streams, constant, chosen)
 
         return call
 

@@ -9,12 +9,14 @@ registers) and shared memory. Nothing runs on a GPU.
 
 import argparse
 import functools
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 # The kernels are made for the compiler, not the interpreter, when they are imported.
 os.environ.pop("TRITON_INTERPRET", None)
@@ -27,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from ovq.ops import OVQState
 from ovq.ops.backends import triton as triton_backend
-from ovq.ops.backends.triton import decode, library
+from ovq.ops.backends.triton import decode, graph, library
 from ovq.ops.checks import checked_call
 from ovq.ops.options import Options
 
@@ -60,7 +62,8 @@ def compile_all(arch: int, dtype: str, head_dim: int, chunk_size: int = 256) -> 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = original(self, *args, grid=grid, warmup=True, **options)
         if id(kernel) not in found:
-            found[id(kernel)] = {"kernel": self.fn.__name__, **_resources(kernel)}
+            in_graph = " (graph)" if graph.steps_of is graph.Replayed else ""
+            found[id(kernel)] = {"kernel": self.fn.__name__ + in_graph, **_resources(kernel)}
         return kernel
 
     JITFunction.run = compile_only
@@ -72,7 +75,11 @@ def compile_all(arch: int, dtype: str, head_dim: int, chunk_size: int = 256) -> 
 
 
 def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
-    """A forward, a backward and a decoded token, without and with weights; only the launches count."""
+    """A forward, a backward and a decoded token, without and with weights; only the launches count.
+
+    The forward launches its steps one by one, then as they are recorded for a graph.
+    """
+    graph.FEWEST, graph.Graph = 1, mock.Mock()
     length, slots = 4 * chunk_size, 2 * chunk_size
     q, k, v = (torch.zeros(1, length, heads, dim, dtype=dtype) for heads in (2, 1, 1))
     state = OVQState.empty(
@@ -87,18 +94,18 @@ def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
     pending = (state.pending_keys, state.pending_values)
     bounds = torch.tensor([[0], [length]])
     q.requires_grad_()
-    for merge in MERGES:
-        o, *rest = library.attention(
-            q, k, v, torch.ones(2), bounds, slots, chunk_size, "plateau", merge, 0.5, True
-        )
-        o.sum().backward()
     weights = torch.ones(1, length, 1)
-    for merge in MERGES:
-        options = Options(
-            num_slots=slots, chunk_size=chunk_size, growth="plateau", init="novelty", merge=merge, seed=0
-        )
-        call = checked_call(q, k, v, torch.ones(2), None, True, None, None, options, weights)
-        triton_backend.run(call)[0].sum().backward()
+    for steps_of, merge in itertools.product((graph.steps_of, graph.Replayed), MERGES):
+        with mock.patch.object(graph, "steps_of", steps_of):
+            o, *rest = library.attention(
+                q, k, v, torch.ones(2), bounds, slots, chunk_size, "plateau", merge, 0.5, True
+            )
+            o.sum().backward()
+            options = Options(
+                num_slots=slots, chunk_size=chunk_size, growth="plateau", init="novelty", merge=merge, seed=0
+            )
+            call = checked_call(q, k, v, torch.ones(2), None, True, None, None, options, weights)
+            triton_backend.run(call)[0].sum().backward()
     token = [x[:, :1].detach() for x in (q, k, v)]
     places = torch.zeros(0, dtype=torch.int32)
     key_sum, value_sum, count = (x.detach() for x in rest[:3])
@@ -135,12 +142,12 @@ def main() -> None:
     parser.add_argument("--chunk-size", type=int, default=256)
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}, sm_{arguments.arch}, chunks of {arguments.chunk_size}")
-    print(f"{'kernel':14} {'dtype':9} {'dim':>4} {'warps':>5} {'registers':>9} {'stack':>6} {'shared':>7}")
+    print(f"{'kernel':24} {'dtype':9} {'dim':>4} {'warps':>5} {'registers':>9} {'stack':>6} {'shared':>7}")
     for dtype in arguments.dtypes.split(","):
         for dim in map(int, arguments.head_dims.split(",")):
             for row in compile_all(arguments.arch, dtype, dim, arguments.chunk_size):
                 print(
-                    f"{row['kernel']:14} {dtype:9} {dim:4} {row['warps']:5} {row['registers']:9} "
+                    f"{row['kernel']:24} {dtype:9} {dim:4} {row['warps']:5} {row['registers']:9} "
                     f"{row['stack']:6} {row['shared']:7}"
                 )
                 sys.stdout.flush()

@@ -13,10 +13,12 @@ import dataclasses
 import functools
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -190,6 +192,63 @@ def rules() -> Iterator[Row]:
         yield {"merge": "existing", "length": 16384, "what": f"forward, {what}", **spread(times)}
 
 
+def _graphs_on(function: Callable[[], object], num_replays: list[int]) -> Callable[[], object]:
+    """A function with its steps in CUDA graphs, which counts what is replayed and fails if that cannot be."""
+    from ovq.ops.backends.triton import graph
+
+    replay = graph.Graph.replay
+
+    def counted(self) -> None:
+        num_replays[0] += 1
+        replay(self)
+
+    @functools.wraps(function)
+    def run(*args, **options) -> object:
+        with (
+            mock.patch.object(graph, "IS_ON", True),
+            mock.patch.object(graph, "FEWEST", 2),
+            mock.patch.object(graph.Graph, "replay", counted),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("error", RuntimeWarning)
+            return function(*args, **options)
+
+    return run
+
+
+def _host_seconds(function: Callable[[], object]) -> float:
+    """How long the host is busy with a call, which the GPU may finish later."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return seconds
+
+
+def graphs() -> Iterator[Row]:
+    """Steps in CUDA graphs: parity by each rule, then times beside launches one by one, which take turns."""
+    # Imported only where there is Triton.
+    from ovq.ops.backends.triton import beside
+
+    num_replays = [0]
+    sizes = [("float32", 150, 24, 16, 64), ("bfloat16", 3000, 512, 256, 128)]
+    for (dtype, *size), merge in itertools.product(sizes, RULES):
+        num_replays[0] = 0
+        row = _graphs_on(parity_row, num_replays)(merge, dtype, *size)
+        row |= {"what": "parity", "replays": num_replays[0]}
+        yield row | {"is_passed": row["is_passed"] and num_replays[0] > 0}
+    for merge in RULES:
+        launched = _calls(merge, 16384)["forward"]
+        ways = {"launched": launched, "replayed": _graphs_on(launched, num_replays)}
+        if merge == "existing":
+            ways["replayed, reads beside"] = mock.patch.object(beside, "IS_ON", True)(ways["replayed"])
+        times = gpu.flushed_times(list(ways.values()), max_rounds=10, seconds=2.0)
+        for (what, call), own in zip(ways.items(), times, strict=True):
+            host = statistics.median(_host_seconds(call) for _ in range(5))
+            yield {"merge": merge, "length": 16384, "what": what, **spread(own), "host_seconds": host}
+
+
 def profile() -> Iterator[Row]:
     """What each kernel takes of a forward and a backward."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -209,7 +268,7 @@ def profile() -> Iterator[Row]:
 
 
 PARTS = (
-    Part("parity", 170, "the kernels against the torch backend on the CPU, each rule of merging", parity),
+    Part("parity", 155, "the kernels against the torch backend on the CPU, each rule of merging", parity),
     Part(
         "forward",
         65,
@@ -223,8 +282,9 @@ PARTS = (
         functools.partial(compared, "forward_backward"),
     ),
     Part("decode", 40, "a decoded token after as many", functools.partial(compared, "decode")),
-    Part("rules", 100, "the rules of merging beside each other at 4k and 16k", rules),
-    Part("profile", 80, "the time of each kernel in a forward and a backward at 16k", profile),
+    Part("rules", 85, "the rules of merging beside each other at 4k and 16k", rules),
+    Part("graphs", 50, "the steps of the recurrence in CUDA graphs: parity, and times at 16k", graphs),
+    Part("profile", 65, "the time of each kernel in a forward and a backward at 16k", profile),
 )
 
 
@@ -301,12 +361,12 @@ def make_report(parts: tuple[Part, ...], out: Path, where: dict, command: list[s
 
 
 def has_passed(report: dict) -> bool:
-    """Whether parity was checked completely and holds, and no part failed."""
+    """Whether parity was checked completely and holds, in all parts that check it, and no part failed."""
     parts = report["parts"]
     failed = any(part["status"].startswith("failed") for part in parts.values())
-    rows = parts["parity"]["rows"]
-    is_checked = parts["parity"]["status"] == "complete" and bool(rows)
-    return is_checked and all(row["is_passed"] for row in rows) and not failed
+    is_checked = parts["parity"]["status"] == "complete" and bool(parts["parity"]["rows"])
+    rows = itertools.chain.from_iterable(part["rows"] for part in parts.values())
+    return is_checked and all(row.get("is_passed", True) for row in rows) and not failed
 
 
 def main() -> int:

@@ -2,8 +2,9 @@
 
 The model of `ovq bench --what model` with 28 million parameters decodes with its layers in one call of a
 kernel, and with their modules, as it does where somebody looks into them; beside it, transformers' Llama of
-equal size. They take turns. The processor time of one thread says most beside other jobs; on an idle machine,
-`--threads 2 --wall` does.
+equal size. They take turns. With `--stretch 520` it generates so many tokens at a time, and shows what those
+take that do not run in one call: the first after a prompt, and the first after each merged chunk. The
+processor time of one thread says most beside other jobs; on an idle machine, `--threads 2 --wall` does.
 """
 
 from __future__ import annotations
@@ -46,18 +47,49 @@ def note_calls(model: type, clock: Callable[[], float], times: list[float]) -> N
     model.forward = noted  # type: ignore[attr-defined]  # likewise
 
 
+def print_stretch(generate: Callable[[], Any], times: list[float]) -> None:
+    """Generate once, and print what tokens take by modules, and those before them, which merge a chunk."""
+    by_modules: set[int] = set()
+    token_step = OVQBlock.token_step
+
+    def noted(*args: Any) -> Any:
+        step = token_step(*args)
+        if step is None:
+            by_modules.add(len(times) - 1)
+        return step
+
+    OVQBlock.token_step = noted  # type: ignore[method-assign]  # for a while
+    times.clear()
+    generate()
+    OVQBlock.token_step = token_step  # type: ignore[method-assign]  # likewise
+    found = [b - a for a, b in itertools.pairwise(times)]
+    usual, total = statistics.median(found), sum(found)
+    print(f"{len(found)} tokens: mean {1e3 * total / len(found):.2f}, median {1e3 * usual:.2f} ms")
+    for name, where in (("by modules", by_modules), ("that merge", {i - 1 for i in by_modules})):
+        own = [found[i] for i in sorted(where) if 0 <= i < len(found)]
+        more = (sum(own) - len(own) * usual) / total
+        each = ", ".join(f"{1e3 * x:.2f}" for x in own)
+        print(f"  {len(own)} {name}: {each} ms; what is above the median is {more:.2%} of all")
+
+
 def main(
     prompt: Annotated[int, typer.Option(min=2)] = 1024,
     threads: Annotated[int, typer.Option(min=1)] = 1,
     turns: Annotated[int, typer.Option(min=1)] = 10,
+    stretch: Annotated[int, typer.Option(min=0, help="Tokens to generate at a time; 0: the table.")] = 0,
     wall: Annotated[bool, typer.Option("--wall", help="Time by the clock, not of the processor.")] = False,
 ) -> None:
     """Print milliseconds per token: the first quartile, and the median."""
     times: list[float] = []
     for model in (LlamaForCausalLM, OVQForCausalLM):
         note_calls(model, time.perf_counter if wall else time.thread_time, times)
-    found: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     workload = functools.partial(ModelWorkload, size="30M", length=prompt, num_threads=threads)
+    if stretch:
+        generate_stretch = workload(model="ovq").generation(stretch)
+        for _ in range(turns):
+            print_stretch(generate_stretch, times)
+        return
+    found: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     generate = {name: workload(model=name).generation(TURN) for name in ("llama", "ovq")}
     for turn in range(turns + 1):
         for name, (model, token_step) in CONTENDERS.items():

@@ -168,9 +168,10 @@ def test_the_compiled_convolution_equals_that_of_products(
 @pytest.mark.parametrize("bounds", [[0, 11], [0, 1, 2, 3, 11], [0, 2, 3, 3, 8, 11]])
 def test_the_compiled_convolution_of_packed_rows_equals_that_of_products(bounds):
     torch.manual_seed(0)
-    conv, x = ShortConvolution(6, conv_size=4), torch.randn(1, 11, 6)
+    # More channels than a vector has, and so many tokens that the kernel would take eight at a time.
+    conv, x = ShortConvolution(20, conv_size=4), torch.randn(1, 11, 20)
     layout = conv_layout(num_new=11, cu_seqlens=torch.tensor(bounds))
-    grad = torch.randn(1, 11, 6)
+    grad = torch.randn(1, 11, 20)
 
     def run(dtype):
         layer = copy.deepcopy(conv).to(dtype)

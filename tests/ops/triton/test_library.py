@@ -8,8 +8,10 @@ from ovq.ops.call import RowBounds
 from tests.ops.common import inputs
 
 pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
-# The compiler warns of its own doings.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+# The compiler warns of its own doings, and numpy, by which the interpreter computes, of what is not a number.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::RuntimeWarning"
+)
 OPTIONS = {"num_slots": 4, "chunk_size": 4, "backend": "triton"}
 
 

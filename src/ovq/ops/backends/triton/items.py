@@ -19,6 +19,7 @@ from ovq.ops.backends.triton.common import (
     TIE,
     log2_mass,
     means,
+    number,
     place_of,
     put_rows,
     rows,
@@ -92,6 +93,8 @@ def advance_items(
     block = tl.program_id(1)
     row = stream // H
     head = stream % H
+    previous, current, base = number(previous), number(current), number(base)
+    gone_base = number(gone_base)
     slot = block * BN + tl.arange(0, BN)
     place = stream.to(tl.int64) * M + slot
     num_open = 0
@@ -220,7 +223,7 @@ def prepare(
     head = stream % H
     ints += stream.to(tl.int64) * INT_FIELDS * L
     nums += stream.to(tl.int64) * NUM_FIELDS * L
-    entry = table + (current + row) * COLUMNS
+    entry = table + (number(current) + row) * COLUMNS
     chunk = tl.load(entry + CHUNK).to(tl.int64)
     num = tl.load(entry + BEFORE)
     for start in range(0, C, BC):
@@ -310,7 +313,7 @@ def settle(
     row = stream // H
     head = stream % H
     ints += stream.to(tl.int64) * INT_FIELDS * L
-    entry = table + (current + row) * COLUMNS
+    entry = table + (number(current) + row) * COLUMNS
     chunk = tl.load(entry + CHUNK).to(tl.int64)
     num, after = tl.load(entry + BEFORE), tl.load(entry + AFTER)
     i = tl.arange(0, BL)
@@ -331,7 +334,7 @@ def settle(
     tl.debug_barrier()
     chosen = tl.load(home + lowest, mask=is_token, other=0)
     tl.store(slots + (chunk * H + head) * W + i - PS, chosen, mask=is_token)
-    gone = ((current + row - gone_base).to(tl.int64) * H + head) * C
+    gone = ((number(current) + row - number(gone_base)).to(tl.int64) * H + head) * C
     is_gone = is_slot & (lowest != i)
     p = gone + tl.cumsum(is_gone.to(tl.int32), 0) - 1
     tl.store(gone_slot + p, i, mask=is_gone)
@@ -367,7 +370,7 @@ def keep(
     row = stream // H
     head = stream % H
     p = tl.program_id(1) * BN + tl.arange(0, BN)
-    place = ((current + row - gone_base).to(tl.int64) * H + head) * C + p
+    place = ((number(current) + row - number(gone_base)).to(tl.int64) * H + head) * C + p
     slot = tl.load(gone_slot + place, mask=p < C, other=-1)
     is_gone = slot >= 0
     if tl.max(is_gone.to(tl.int32), 0) > 0:

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.triton import beside, common
+from ovq.ops.backends.triton import beside, common, graph
 from ovq.ops.backends.triton.backward import grad_queries, grad_slots, grad_tokens
 from ovq.ops.backends.triton.read import read
 from ovq.ops.backends.triton.recurrence import advance
@@ -28,7 +28,7 @@ from ovq.ops.backends.triton.rewind import deposit, rewind
 from ovq.ops.backends.triton.route import nearest, open_slots
 from ovq.ops.backends.triton.ward import Gone, WardRecurrence
 from ovq.ops.backends.triton.weights import Weights
-from ovq.ops.backends.triton.work import Work
+from ovq.ops.backends.triton.work import At, Work
 
 # Keys of a chunk that one program processes at once, whatever the head size.
 TOKEN_BLOCK = 64
@@ -103,13 +103,13 @@ class Recurrence:
         self._longest = empty(*found[:2])
         self._novelty = empty(streams, chunk_size)
 
-    def step(self, i: int, shown: tuple[Tensor, Tensor, Tensor] | None = None, base: int = 0) -> None:
+    def step(self, i: int, shown: tuple[Tensor, Tensor, Tensor] | None = None, at: At | None = None) -> None:
         """Merge chunk i - 1, keep the dictionary that chunk i reads and route chunk i; either may be missing.
 
         Args:
             i: the step; one more step after the last chunk merges the last chunks.
             shown: receives the means and log2 counts; None if nothing is read.
-            base: the first entry of `shown`.
+            at: where the step finds its chunks; None: numbers, and `shown` begins with entry 0.
         """
         work, k, into = self.work, self.k, self.into
         has_next = i < work.num_steps
@@ -117,6 +117,7 @@ class Recurrence:
         num_rows = max(work.num_complete[i - 1] if i else 0, num_next)
         if not (num_rows and work.capacity):
             return
+        at = work.at(i) if at is None else at
         heads, width, dim = work.num_kv_heads, k.shape[1], k.shape[-1]
         fused = common.FUSED if self._tokens is None else common.UNFUSED
         sizes = {"BN": self._block, "BK": common.padded(dim), **fused}
@@ -130,8 +131,7 @@ class Recurrence:
         kept_slots = (None, None, None) if kept is None else (kept.keys, kept.values, kept.weight)
         advance[(num_rows * heads, self._num_blocks)](
             k, self.v, self.slots, *parts, work.table, *(shown or parts), self._tokens, into.weight,
-            *kept_slots, *found,
-            work.first[i - 1] if i else 0, work.first[i], base, num_next,
+            *kept_slots, *found, *at, num_next,
             width, self._chunk_size, heads, dim, self.v.shape[-1], work.capacity, self._num_blocks,
             HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None, PARTS=self._parts,
             BT=common.score_block(k), BV=common.padded(self.v.shape[-1]), **sizes, num_warps=8,
@@ -142,12 +142,12 @@ class Recurrence:
         shape = (width, self._chunk_size, heads, dim, work.capacity, self._num_blocks)
         nearest[(streams, triton.cdiv(self._chunk_size, TOKEN_BLOCK))](
             k, self._tokens, into.key_sum, into.mass, work.table, *found, self.slots, self._novelty,
-            work.first[i], *shape, ROUNDING=rounding, BT=TOKEN_BLOCK, **sizes,
+            at.current, *shape, ROUNDING=rounding, BT=TOKEN_BLOCK, **sizes,
         )  # fmt: skip
         if work.num_opening[i] > 0:
             open_slots[(streams,)](
                 k, self._tokens, into.key_sum, into.mass, work.table, self._cosine, self.slots, self._novelty,
-                work.first[i], *shape, ROUNDING=rounding, BC=triton.next_power_of_2(self._chunk_size),
+                at.current, *shape, ROUNDING=rounding, BC=triton.next_power_of_2(self._chunk_size),
                 **sizes,
             )  # fmt: skip
 
@@ -214,12 +214,13 @@ def forward(
     query_blocks = triton.cdiv(width, blocks["BM"])
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(q):
+        steps = graph.steps_of(recurrence, segments)
         for n, segment in enumerate(segments):
             own = n % reads.num_sets
             shown, first = sets[own], work.first[segment.start]
             reads.begin_writing(own)
             for i in segment:
-                recurrence.step(i, (shown.keys, shown.values, shown.bias), first)
+                steps.step(i, (shown.keys, shown.values, shown.bias), first)
             with reads.reading(own):
                 read[(work.entries(segment) * query_blocks, num_heads)](
                     q, k, v, scale, work.table, shown.keys, shown.values, shown.bias, o, lse, first, width,

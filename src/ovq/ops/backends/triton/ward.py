@@ -24,7 +24,7 @@ from ovq.ops.backends.triton.one_by_one import bound_pairs, find_nearest, merge_
 from ovq.ops.backends.triton.pairs import estimate, estimate_all, refine
 from ovq.ops.backends.triton.rounds import finish, merge_pairs
 from ovq.ops.backends.triton.weights import Weights
-from ovq.ops.backends.triton.work import Work
+from ovq.ops.backends.triton.work import At, Work
 
 # Rounds in which all programs of the GPU take part; one program per stream makes those that are left.
 ROUNDS = 12
@@ -144,13 +144,13 @@ class WardRecurrence:
         factor = work.options.value_weight**2
         self._factor = torch.full((1,), factor, dtype=torch.float64, device=k.device)
 
-    def step(self, i: int, shown: tuple[Tensor, Tensor, Tensor] | None = None, base: int = 0) -> None:
+    def step(self, i: int, shown: tuple[Tensor, Tensor, Tensor] | None = None, at: At | None = None) -> None:
         """Merge chunk i - 1, keep the dictionary that chunk i reads and decide what chunk i merges.
 
         Args:
             i: the step; one more step after the last chunk merges the last chunks.
             shown: receives the means and log2 counts; None if nothing is read.
-            base: the first entry of `shown`.
+            at: where the step finds its chunks; None: numbers, and `shown` begins with entry 0.
         """
         work, k, v, into, gone = self.work, self.k, self.v, self.into, self._gone
         has_next = i < work.num_steps
@@ -158,6 +158,7 @@ class WardRecurrence:
         num_rows = max(work.num_complete[i - 1] if i else 0, num_next)
         if not (num_rows and work.capacity):
             return
+        at = work.at(i) if at is None else at
         heads, width, dims = work.num_kv_heads, k.shape[1], (k.shape[-1], v.shape[-1])
         fused = common.FUSED if self._tokens is None else common.UNFUSED
         padded = {"BK": common.padded(dims[0]), "BV": common.padded(dims[1]), **fused}
@@ -165,19 +166,18 @@ class WardRecurrence:
         kept = self._kept
         kept_slots = (None,) * 4 if kept is None else (kept.slot, kept.keys, kept.values, kept.weight)
         parts = (into.key_sum, into.value_sum, into.count)
-        previous = work.first[i - 1] if i else 0
         advance_items[(num_rows * heads, triton.cdiv(work.capacity, block))](
             k, v, self.slots, *parts, work.table, *(shown or parts),
             *gone.tensors(), self._tokens, into.weight, *kept_slots, *self._items, self._nums,
-            previous, work.first[i], base, num_next, 0 if self._is_kept else previous,
+            *at, num_next, 0 if self._is_kept else at.previous,
             width, self._chunk_size, heads, *dims, work.capacity, self._columns,
             HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None,
             BN=block, BT=common.score_block(k), **padded, num_warps=8,
         )  # fmt: skip
         if has_next and work.num_complete[i]:
-            self._decide(i)
+            self._decide(i, at.current)
 
-    def _decide(self, i: int) -> None:
+    def _decide(self, i: int, entry: int | Tensor) -> None:
         """Decide where the tokens of a complete chunk go and which slots leave."""
         work, gone = self.work, self._gone
         heads, width, size = work.num_kv_heads, self.k.shape[1], self._chunk_size
@@ -189,7 +189,6 @@ class WardRecurrence:
             "BL": triton.next_power_of_2(self._columns),
             "num_warps": 8 if self._columns <= 4096 else 16,
         }
-        entry = work.first[i]
         base = 0 if self._is_kept else entry
         prepare[(streams,)](
             self.k, self.v, self._tokens, work.table, *self._items, self._ints, self._nums, entry,

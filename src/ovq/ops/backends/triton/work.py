@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from ovq.ops.backends.plan import Plan
 
 # Most bytes for the dictionaries of a segment, of which each chunk has its own.
 SEGMENT_BYTES = 256 << 20
+
+
+class At(NamedTuple):
+    """Where a step finds its chunks: entries of the table, as numbers or as tensors `[1]` that kernels read.
+
+    Attributes:
+        previous: the first row's chunk that is merged.
+        current: its chunk that is routed.
+        base: the first entry of the dictionaries that are kept.
+    """
+
+    previous: int | Tensor
+    current: int | Tensor
+    base: int | Tensor
 
 
 class Work:
@@ -77,6 +94,23 @@ class Work:
         self.capacity = capacity
         self.num_kv_heads = plan.num_kv_heads
         self.num_steps = num_steps
+
+    def at(self, i: int, base: int = 0) -> At:
+        """The entries of step i; `base` is that of its segment."""
+        return At(self.first[i - 1] if i else 0, self.first[i], base)
+
+    def kind(self, i: int) -> tuple[int, bool, bool] | None:
+        """What the launches of step i depend on beside its entries; None where no other step is like it.
+
+        That is, how many rows there are, and whether slots open and pairs merge. In the first and the last
+        step, and where rows end, the kernels have other grids or parts.
+        """
+        if not (self.capacity and 0 < i < self.num_steps):
+            return None
+        rows = self.num_active[i]
+        if (self.num_complete[i - 1], self.num_complete[i]) != (rows, rows):
+            return None
+        return rows, self.num_opening[i] > 0, self.num_due[i] > 0
 
     def segments(self, bytes_a_slot: int) -> list[range]:
         """Runs of steps whose dictionaries together fit in `SEGMENT_BYTES`, with at least one step each.
