@@ -99,6 +99,20 @@ def test_means_are_weighted_and_slots_are_read_by_their_counts():
     assert found.item() == pytest.approx(float(9 * both / (both + 1)))
 
 
+def test_gradients_reach_tokens_in_proportion_to_their_weights():
+    use = [[[0.0, 1.0, 0.0]]]
+    config = MemoryConfig.uniform(
+        num_layers=1, num_kv_heads=1, num_slots=1, window=2, num_sinks=0, chunk_size=2, token_use=use
+    )
+    layer = MemoryLayer(config.layer(0))
+    values = torch.tensor([[[[0.0], [2.0], [0.0]]]], requires_grad=True)
+    zeros = torch.zeros(1, 1, 3, 1)
+    layer.attend(zeros, zeros, values, None)[0, 0, 2].backward()
+    # The last query reads a slot of two tokens, of weights 1 and 4, and its own token.
+    expected = torch.tensor([2 / 3 / 5, 2 / 3 * 4 / 5, 1 / 3])
+    torch.testing.assert_close(values.grad.flatten(), expected)
+
+
 def test_the_probe_finds_it_and_it_is_saved(tmp_path):
     texts, options = [tokens(200)], [Option(num_slots=16, window=8)]
     found = probe(original(), texts, options=options, num_sinks=2, chunk_size=8)

@@ -430,7 +430,8 @@ class HeadMemory:
                     index,
                     torch.zeros_like(total[:, :, : count.shape[2]]).scatter_add_(2, homes, total),
                 )
-                keys, values = keys * of_tokens[..., None], values * of_tokens[..., None]
+        if of_tokens is not None:
+            keys, values = keys * of_tokens[..., None], values * of_tokens[..., None]
         for name, old, new in (("key_sum", old_keys, keys), ("value_sum", old_values, values)):
             items = torch.cat([old, new], 2)
             sums = items.new_zeros(count.numel(), items.shape[3]).index_add(0, flat, items.flatten(0, 2))
