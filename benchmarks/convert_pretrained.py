@@ -98,6 +98,9 @@ def parsed() -> argparse.Namespace:
         "--plain-distances", action="store_true", help="compare keys as they are, not by what matters"
     )
     parser.add_argument(
+        "--equal-weights", action="store_true", help="merge tokens as if all were of the same use"
+    )
+    parser.add_argument(
         "--needle-weight", type=float, default=0.1, help="weight of hidden numbers in the probe; a text has 1"
     )
     parser.add_argument("--shares", type=float, nargs="+", default=[1 / 4, 1 / 12], help="rows / context")
@@ -257,6 +260,7 @@ class Lab:
                 merge=self.arguments.merge,
                 value_weight=self.arguments.value_weight,
                 has_distances=not self.arguments.plain_distances,
+                has_use=not self.arguments.equal_weights,
                 progress=lambda done: print(f"probe: {done} of {3 * len(options)}", flush=True),
             )
             if path is not None:

@@ -67,7 +67,8 @@ def test_every_table_that_is_described_is_shown():
 
 def test_the_results_of_conversion_say_what_was_measured():
     results = [
-        f"convert{name}.json" for name in ("", "_adapt", "_distances", "_budgets", "_curve", "_needles")
+        f"convert{name}.json"
+        for name in ("", "_adapt", "_distances", "_budgets", "_curve", "_needles", "_use")
     ]
     rows = [
         row for name in results for row in json.loads((ROOT / "docs" / "results" / name).read_text())["rows"]

@@ -1,5 +1,7 @@
 """The compiled memory, against the same in PyTorch."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,8 +33,11 @@ REACH = {
 }
 
 
+USE = [[[0.2 * math.sin(5 * h + i) for i in range(40)] + [1.0] for h in range(4)]]
+
+
 def layer_of(merge="ward", *, is_adapted=True):
-    learned = {"slot_temperature": TEMPERATURE, "slot_bias": BIAS} if is_adapted else {}
+    learned = {"slot_temperature": TEMPERATURE, "slot_bias": BIAS, "token_use": USE} if is_adapted else {}
     return MemoryLayer(MemoryConfig(merge=merge, value_weight=0.7, **SIZES, **REACH, **learned).layer(0))
 
 

@@ -86,7 +86,12 @@ def test_the_unit_of_each_number_of_keys_does_not_matter():
     texts, options = [tokens(200), tokens(200, seed=1)], [Option(num_slots=16, window=8)]
     found = {
         (is_changed, flag): probe(
-            model if is_changed else original(), texts, options=options, chunk_size=8, has_distances=flag
+            model if is_changed else original(),
+            texts,
+            options=options,
+            chunk_size=8,
+            has_distances=flag,
+            has_use=False,
         )
         for is_changed in (False, True)
         for flag in (False, True)

@@ -17,7 +17,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from ovq.convert.compiled import advance_compiled, is_compiled
-from ovq.convert.config import LayerConfig, MemoryConfig
+from ovq.convert.config import Budget, LayerConfig, MemoryConfig
 from ovq.convert.memory import HeadMemory
 
 _MARK = "_ovq_memory_layer"
@@ -48,12 +48,22 @@ class MemoryLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the empty memory, of the sizes of these keys `[B, Hkv, T, K]` and values."""
-        self.memories = [
-            HeadMemory(budget, *(x[:, : len(budget.heads)] for x in (key_states, value_states)))
-            for budget in self.config.budgets
-        ]
+        self.memories = []
+        for budget in self.config.budgets:
+            k, v = (x[:, : len(budget.heads)] for x in (key_states, value_states))
+            self.memories.append(HeadMemory(budget, k, v, self._use(budget, k, v)))
         self.device = key_states.device
         self.is_initialized = True
+
+    def _use(self, budget: Budget, k: Tensor, v: Tensor) -> Tensor | None:
+        if (numbers := self.config.token_use) is None:
+            return None
+        found = [numbers[head] for head in budget.heads]
+        if {*map(len, found)} != {expected := k.shape[3] + v.shape[3] + 1}:
+            raise ValueError(
+                f"token_use: expected {expected} numbers per head, found {sorted({*map(len, found)})}"
+            )
+        return torch.tensor(found, dtype=torch.float32, device=k.device)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -62,6 +62,7 @@ def advance_compiled(
     groups = []
     for memory, heads in parts:
         memory.own_()
+        names = _TENSORS if memory.use is None else (*_TENSORS, "weight", "use")
         budget, schedule = memory.budget, []
         for row, new in enumerate(lengths):
             num_merges = max(0, memory.filled[row] + new - budget.num_exact + budget.chunk_size)
@@ -70,7 +71,7 @@ def advance_compiled(
             schedule.append([memory.num_open(n) for n in merged])
         groups.append(
             HeadGroup.of(
-                {name: getattr(memory, name) for name in _TENSORS},
+                {name: getattr(memory, name) for name in names},
                 heads=heads,
                 num_sinks=budget.num_sinks,
                 chunk_size=budget.chunk_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ class MemoryConfig:
         key_exponents: `key_exponents[layer][head][i]`, where number i of a head's keys counts
             `2 ** exponent` times as much as it is when distances are compared; None for 0. What a model
             computes from keys does not depend on it: queries are divided by what keys are multiplied by.
+        token_use: `token_use[layer][head]`, numbers by which tokens are weighed when they are merged: as many
+            as a key and a value have, and one more (`ovq.convert.use`); None for equal weights.
         slot_temperature: per layer and *query* head, the factor of the scores of slots that hold more than
             one token; None for 1.
         slot_bias: per layer and query head, what is added to these scores; None for 0.
@@ -67,6 +70,7 @@ class MemoryConfig:
     merge: str = "ward"
     value_weight: float | list[list[float]] = 1.0
     key_exponents: list[list[list[int]]] | None = None
+    token_use: list[list[list[float]]] | None = None
     slot_temperature: list[list[float]] | None = None
     slot_bias: list[list[float]] | None = None
     trained_length: int | None = None
@@ -96,6 +100,11 @@ class MemoryConfig:
                     raise ValueError(
                         f"key_exponents: expected integers up to {_MOST_EXPONENT}, found {exponent}"
                     )
+        if self.token_use is not None:
+            _check_heads("token_use", self.token_use, heads)
+            for number in itertools.chain(*itertools.chain(*self.token_use)):
+                if not isinstance(number, (int, float)) or not math.isfinite(number):
+                    raise ValueError(f"token_use: expected finite numbers, found {number!r}")
         for name, least in (("trained_length", LEAST_LENGTH), ("max_distance", LEAST_LENGTH // 4)):
             if (number := getattr(self, name)) is not None:
                 _check_int(name, number, at_least=least)
@@ -200,6 +209,7 @@ class MemoryConfig:
             key_exponents=None
             if self.key_exponents is None
             else tuple(map(tuple, self.key_exponents[index])),
+            token_use=None if self.token_use is None else tuple(map(tuple, self.token_use[index])),
             slot_temperature=None if self.slot_temperature is None else tuple(self.slot_temperature[index]),
             slot_bias=None if self.slot_bias is None else tuple(self.slot_bias[index]),
             reach=self.reach,
@@ -250,7 +260,7 @@ class LayerConfig:
     Attributes:
         budgets: its key/value heads, those with equal budgets together.
         num_kv_heads: key/value heads.
-        key_exponents: see `MemoryConfig`, of this layer.
+        key_exponents: see `MemoryConfig`, of this layer. token_use: likewise.
         slot_temperature: factor of the scores of slots of several tokens, per query head. slot_bias: what is
             added to them.
         reach: when and how far rows are brought nearer; None for never.
@@ -259,6 +269,7 @@ class LayerConfig:
     budgets: tuple[Budget, ...]
     num_kv_heads: int
     key_exponents: tuple[tuple[int, ...], ...] | None = None
+    token_use: tuple[tuple[float, ...], ...] | None = None
     slot_temperature: tuple[float, ...] | None = None
     slot_bias: tuple[float, ...] | None = None
     reach: Reach | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget
 from ovq.convert.reach import Reach
+from ovq.convert.use import token_weights
 from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.backends.cpu.kernels import is_available
 from ovq.ops.backends.cpu.kernels import learn_and_say as compiled_learn
@@ -25,7 +26,7 @@ from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.learn import learn
 from ovq.ops.call import Rows
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import state_dtype
+from ovq.ops.state import divisor, state_dtype
 
 # Queries read at a time, which bounds the memory for their scores.
 _QUERIES = 256
@@ -45,6 +46,8 @@ class HeadMemory:
     Args:
         budget: the sizes.
         k: `[B, h, *, K]` tensor that gives sizes, dtype and device. v: `[B, h, *, V]`, likewise.
+        use: `[h, K + V + 1]` float32, by what tokens are weighed when they are merged, see `use.py`; None for
+            weights of 1.
 
     Attributes:
         recent_keys: `[B, h, S + W, K]` the first S tokens, then the last, in the dtype of the model; row b
@@ -56,14 +59,19 @@ class HeadMemory:
             positions that they were brought to.
         sink_keys: `[B, h, S, K]` keys of the first S tokens as they were before those in `recent_keys` were
             brought nearer; 0 until then.
+        weight: `[B, h, N]` sum of the weights of the tokens in each slot, of which `key_sum` and `value_sum`
+            are weighted sums; only where there is `use`.
         key_unit: `[B, h]` the length of keys, as a power of 2, that counts as 1 where the rule compares
             distances; 0 until the first merge.
         filled: places of exact tokens in use, of each row.
         num_merged: tokens merged into the slots, or dropped if there are none, of each row.
     """
 
-    def __init__(self, budget: Budget, k: Tensor, v: Tensor) -> None:
+    def __init__(self, budget: Budget, k: Tensor, v: Tensor, use: Tensor | None = None) -> None:
         self.budget = budget
+        # Without slots nothing is merged.
+        self.use = use if budget.num_slots else None
+        self._names = _TENSORS if self.use is None else (*_TENSORS, "weight")
         batch, heads = k.shape[:2]
         wide = state_dtype(k.dtype)
         for name, x in (("keys", k), ("values", v)):
@@ -74,6 +82,8 @@ class HeadMemory:
         self.count = k.new_zeros(batch, heads, budget.num_slots, dtype=torch.int64)
         self.position_sum = torch.zeros_like(self.count)
         self.key_unit = k.new_zeros(batch, heads, dtype=wide)
+        if self.use is not None:
+            self.weight = torch.zeros_like(self.key_sum[..., 0])
         self.sink_keys = torch.zeros_like(self.recent_keys[:, :, : budget.num_sinks])
         self.filled = [0] * batch
         self.num_merged = [0] * batch
@@ -83,33 +93,38 @@ class HeadMemory:
     recent_values: Tensor
     key_sum: Tensor
     value_sum: Tensor
+    weight: Tensor
+
+    @property
+    def _divisor(self) -> Tensor:
+        """`[B, h, N, 1]` what sums are divided by."""
+        return divisor(self.count if self.use is None else self.weight, self.key_sum.dtype)[..., None]
 
     @property
     def slot_keys(self) -> Tensor:
         """`[B, h, N, K]` mean key of each slot; 0 where there is none."""
-        return self.key_sum / self.count.clamp(min=1)[..., None] * self.key_unit[..., None, None]
+        return self.key_sum / self._divisor * self.key_unit[..., None, None]
 
     @property
     def slot_values(self) -> Tensor:
         """`[B, h, N, V]` mean values, likewise."""
-        return self.value_sum / self.count.clamp(min=1)[..., None]
+        return self.value_sum / self._divisor
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, and the numbers of tokens `[B]` as tensors."""
         numbers = {name: torch.tensor(getattr(self, name)) for name in ("filled", "num_merged")}
-        return {name: getattr(self, name) for name in _TENSORS} | numbers
+        return {name: getattr(self, name) for name in self._names} | numbers
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `tensors` has returned, on the device of this memory."""
-        for name in _TENSORS:
+        for name in self._names:
             setattr(self, name, tensors[name].to(self.count.device).contiguous())
         self.filled, self.num_merged = (tensors[name].tolist() for name in ("filled", "num_merged"))
 
     def clone(self) -> HeadMemory:
         """A copy that shares nothing with this memory."""
-        other = object.__new__(HeadMemory)
-        other.budget = self.budget
-        for name in _TENSORS:
+        other = copy.copy(self)
+        for name in self._names:
             setattr(other, name, getattr(self, name).clone())
         other.filled, other.num_merged = list(self.filled), list(self.num_merged)
         other._has_graph = False
@@ -119,7 +134,7 @@ class HeadMemory:
     def joined(parts: Sequence[HeadMemory]) -> HeadMemory:
         """The rows of several memories of one budget, in their order; the parts do not change."""
         other = copy.copy(parts[0])
-        for name in _TENSORS:
+        for name in other._names:
             setattr(other, name, torch.cat([getattr(part, name) for part in parts]))
         for name in ("filled", "num_merged"):
             setattr(other, name, [number for part in parts for number in getattr(part, name)])
@@ -128,7 +143,7 @@ class HeadMemory:
 
     def select_(self, rows: Tensor) -> None:
         """Keep the given rows, in the given order; repeats are allowed."""
-        for name in _TENSORS:
+        for name in self._names:
             tensor = getattr(self, name)
             setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
         index = rows.tolist()
@@ -136,19 +151,20 @@ class HeadMemory:
 
     def to_(self, device: torch.device | str) -> None:
         """Move everything to a device."""
-        for name in _TENSORS:
+        for name in self._names:
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+        self.use = None if self.use is None else self.use.to(device)
 
     def own_(self) -> None:
         """Copy what autograd has saved, so that tensors can be written into."""
         if self._has_graph:
-            for name in _TENSORS:
+            for name in self._names:
                 setattr(self, name, getattr(self, name).detach().clone())
             self._has_graph = False
 
     def detach_(self) -> None:
         """Detach all that is kept from its graph."""
-        for name in _TENSORS:
+        for name in self._names:
             setattr(self, name, getattr(self, name).detach())
 
     def num_read(self, row: int) -> int:
@@ -179,6 +195,8 @@ class HeadMemory:
             share = (left.to(self.key_sum.dtype) / count.clamp(min=1))[..., None]
             _put_rows(self, "key_sum", index, reach.turned(self.key_sum[index], by, ratio) * share)
             _put_rows(self, "value_sum", index, self.value_sum[index] * share)
+            if self.use is not None:
+                _put_rows(self, "weight", index, self.weight[index] * share[..., 0])
             _put_rows(self, "position_sum", index, torch.where(is_far, left * nearest, positions))
             _put_rows(self, "count", index, left)
         if not (num_sinks := self.budget.num_sinks):
@@ -385,14 +403,15 @@ class HeadMemory:
         """
         wide = self.key_sum.dtype
         self._find_units(index, keys)
-        keys = keys[:, :, : self.budget.chunk_size].to(wide) / self.key_unit[index][..., None, None]
-        values = values.to(wide)
+        keys = keys[:, :, : self.budget.chunk_size]
+        of_tokens = None if self.use is None else token_weights(keys, values, self.use).to(wide)
+        keys, values = keys.to(wide) / self.key_unit[index][..., None, None], values.to(wide)
         old_keys, old_values, old_count = (
             x if len(rows) == len(self.filled) else x[index]
             for x in (self.key_sum, self.value_sum, self.count)
         )
         with torch.no_grad():
-            homes = self._homes(rows, index, keys, values)
+            homes = self._homes(rows, index, keys, values, of_tokens)
             streams = torch.arange(homes[..., 0].numel(), device=homes.device).view(*homes.shape[:2], 1)
             flat = (homes + streams * old_count.shape[2]).flatten()
             weights = torch.cat([old_count, torch.ones_like(homes[:, :, old_count.shape[2] :])], 2)
@@ -403,6 +422,16 @@ class HeadMemory:
             new = start[:, None] + torch.arange(keys.shape[2], device=homes.device)
             places = torch.cat([self.position_sum[index], new[:, None].expand(-1, keys.shape[1], -1)], 2)
             positions = torch.zeros_like(old_count).scatter_add_(2, homes, places)
+            if of_tokens is not None:
+                total = torch.cat([self.weight[index], of_tokens], 2)
+                _put_rows(
+                    self,
+                    "weight",
+                    index,
+                    torch.zeros_like(total[:, :, : count.shape[2]]).scatter_add_(2, homes, total),
+                )
+        if of_tokens is not None:
+            keys, values = keys * of_tokens[..., None], values * of_tokens[..., None]
         for name, old, new in (("key_sum", old_keys, keys), ("value_sum", old_values, values)):
             items = torch.cat([old, new], 2)
             sums = items.new_zeros(count.numel(), items.shape[3]).index_add(0, flat, items.flatten(0, 2))
@@ -420,11 +449,15 @@ class HeadMemory:
         unit = self.key_unit[index]
         _put_rows(self, "key_unit", index, torch.where(unit == 0, found, unit))
 
-    def _homes(self, rows: list[int], index: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _homes(
+        self, rows: list[int], index: Tensor, keys: Tensor, values: Tensor, of_tokens: Tensor | None
+    ) -> Tensor:
         """The slot `[R, h, N + C]` that each slot's content and each token `[R, h, C, D]` go to."""
         wide, options, size = self.key_sum.dtype, self.budget.options, self.budget.chunk_size
         # Copies, because learning happens in place.
-        sums = Dictionary(self.key_sum[index], self.value_sum[index], self.count[index])
+        weight = None if of_tokens is None else self.weight[index]
+        sums = Dictionary(self.key_sum[index], self.value_sum[index], self.count[index], weight)
+        weights = [] if of_tokens is None else [of_tokens.transpose(1, 2)[..., None]]
         merged = [self.num_merged[b] for b in rows]
         one_chunk_each = Rows(tuple(range(0, len(rows) * size, size)), (size,) * len(rows))
         plan = Plan(
@@ -439,7 +472,7 @@ class HeadMemory:
         )
         is_compiled = keys.device.type == "cpu" and wide == torch.float32 and is_available()
         learned = (compiled_learn if is_compiled else learn)(
-            keys.transpose(1, 2), values.transpose(1, 2), sums, plan
+            keys.transpose(1, 2), values.transpose(1, 2), sums, plan, *weights
         )
         if learned.moved is None:
             num = self.count.shape[2]

@@ -24,6 +24,8 @@ from ovq.convert.budgets import allocate
 from ovq.convert.cache import MemoryLayer
 from ovq.convert.config import LayerConfig, MemoryConfig
 from ovq.convert.distances import Distances
+from ovq.convert.use import ExpectedUse
+from ovq.ops.options import COUNT_POWERS
 from ovq.ops.state import state_dtype
 
 _IMPLEMENTATION = "ovq_probe"
@@ -75,7 +77,7 @@ class Probe:
         options: the memories tried.
         losses: `[layers, heads, options]` rise of the loss per token, in nats, for each head by itself.
         num_sinks: first tokens kept exactly in all of them.
-        settings: `chunk_size`, `merge`, `value_weight` and `key_exponents` of all of them.
+        settings: `chunk_size`, `merge`, `value_weight`, `key_exponents` and `token_use` of all of them.
     """
 
     options: tuple[Option, ...]
@@ -162,6 +164,7 @@ def probe(
     targets: Sequence[Tensor | None] | None = None,
     weights: Sequence[float] | None = None,
     has_distances: bool = True,
+    has_use: bool = True,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Probe:
@@ -181,6 +184,9 @@ def probe(
         has_distances: whether to learn as well between which keys each head tells best, and to merge by that
             (`Distances`), with `value_weight` as a factor of what is found for values. It is learned on the
             texts without a mask, or on all if each has one.
+        has_use: whether to learn as well how much tokens will be asked for, and to merge by that
+            (`ExpectedUse`), on all texts, which count by their weights. Rules that do not merge pairs go
+            without.
         seed: seed of those.
         progress: called with the number of texts and options done so far.
 
@@ -205,21 +211,27 @@ def probe(
             raise ValueError(f"texts: expected at least 2 tokens [T], found {tuple(text.shape)} in text {i}")
     masks = [None] * len(texts) if targets is None else targets
     settings: dict[str, Any] = {"chunk_size": chunk_size, "merge": merge, "value_weight": value_weight}
-    if has_distances:
-        num_recent = min((o.window for o in options if o.num_slots), default=0)
-        sizes = {"num_sinks": num_sinks, "num_recent": num_recent}
-        pairs = list(zip(texts, masks, strict=True))
-        found = _distances(model, [p for p in pairs if p[1] is None] or pairs, seed, sizes)
-        settings["value_weight"] = [[value_weight * w for w in layer.value_weights()] for layer in found]
-        settings["key_exponents"] = [layer.key_exponents() for layer in found]
-    total = torch.zeros(len(heads), heads[0], len(options), dtype=torch.float64)
-    num_done = 0
     shares = torch.tensor([1.0] * len(texts) if weights is None else weights, dtype=torch.float64)
     if len(shares) != len(texts) or not bool((shares >= 0).all()) or not float(shares.sum()) > 0:
         raise ValueError(
             f"weights: expected a number of at least 0 for each of {len(texts)} texts, found {weights}"
         )
-    for text, mask, share in zip(texts, masks, shares / shares.sum(), strict=True):
+    shares = shares / shares.sum()
+    # Tokens that are recent to all options are never merged.
+    sizes = {"num_sinks": num_sinks, "num_recent": min((o.window for o in options if o.num_slots), default=0)}
+    if has_distances or has_use:
+        is_of_distances = [has_distances and (m is None or None not in masks) for m in masks]
+        uses = shares.tolist() if has_use and merge in COUNT_POWERS else [0.0] * len(texts)
+        found = _learned(model, list(zip(texts, masks, is_of_distances, uses, strict=True)), seed, sizes)
+        if has_distances:
+            settings["value_weight"] = [[value_weight * w for w in d.value_weights()] for d, _ in found]
+            settings["key_exponents"] = [d.key_exponents() for d, _ in found]
+        if any(uses):
+            exponents = settings.get("key_exponents", [None] * len(found))
+            settings["token_use"] = [use.numbers(e) for (_, use), e in zip(found, exponents, strict=True)]
+    total = torch.zeros(len(heads), heads[0], len(options), dtype=torch.float64)
+    num_done = 0
+    for text, mask, share in zip(texts, masks, shares, strict=True):
         captured = _joined(capture(model, text, mask, seed))
         # Whatever the length of the text.
         for j, option in enumerate(options):
@@ -231,19 +243,32 @@ def probe(
     return Probe(options=tuple(options), losses=total, num_sinks=num_sinks, settings=settings)
 
 
-def _distances(
+def _learned(
     model: PreTrainedModel,
-    pairs: Sequence[tuple[Tensor, Tensor | None]],
+    texts: Sequence[tuple[Tensor, Tensor | None, bool, float]],
     seed: int,
     sizes: dict[str, int],
-) -> list[Distances]:
-    """What matters to the heads of each layer."""
-    layers: list[Distances] = []
-    for text, mask in pairs:
+) -> list[tuple[Distances, ExpectedUse]]:
+    """What matters to the heads of each layer, and which tokens are of use.
+
+    Args:
+        model: the model.
+        texts: token ids, a mask, whether distances are learned from the text, and its weight for uses.
+        seed: of `capture`.
+        sizes: `num_sinks` and `num_recent`.
+    """
+    layers: list[tuple[Distances, ExpectedUse]] = []
+    for text, mask, has_distances, weight in texts:
+        if not has_distances and not weight:
+            continue
         captured = capture(model, text, mask, seed)
-        layers = layers or [Distances(c.k.shape[1], c.k.shape[3]) for c in captured]
-        for found, c in zip(layers, captured, strict=True):
-            found.add(c.q, c.k, c.v, o=c.o, g=c.g, num_targets=c.num_targets, **sizes)
+        layers = layers or [(Distances(c.k.shape[1], c.k.shape[3]), ExpectedUse()) for c in captured]
+        for (distances, use), c in zip(layers, captured, strict=True):
+            given: dict[str, Any] = {"o": c.o, "g": c.g, "num_targets": c.num_targets, **sizes}
+            if has_distances:
+                distances.add(c.q, c.k, c.v, **given)
+            if weight:
+                use.add(c.q, c.k, c.v, **given, weight=weight)
     return layers
 
 
@@ -270,6 +295,8 @@ class Captured:
         num, weights, exponents = self.k.shape[1], settings["value_weight"], settings.get("key_exponents")
         flat = list(itertools.chain(*weights)) if isinstance(weights, list) else [weights] * num
         all_exponents = None if exponents is None else list(itertools.chain(*exponents))
+        uses = settings.get("token_use")
+        all_uses = None if uses is None else list(itertools.chain(*uses))
         # As in one layer of many heads, those of equal weights side by side.
         total = torch.zeros(num, dtype=torch.float64)
         for part in torch.tensor(flat).argsort(stable=True).split(_HEADS_AT_ONCE):
@@ -281,6 +308,7 @@ class Captured:
                 merge=settings["merge"],
                 value_weight=[[flat[h] for h in part]],
                 key_exponents=None if all_exponents is None else [[all_exponents[h] for h in part]],
+                token_use=None if all_uses is None else [[all_uses[h] for h in part]],
             )
             total[part] = self._of_heads(part.to(self.k.device), config.layer(0))
         return total

@@ -112,12 +112,13 @@ template <typename T> INLINE void fetch(const T *x, int64_t num) {
 }
 
 /* Adds `num` rows to the softmax of each query of a group; `count` and `weight` as in `score_rows`. Scores of slots of
-   several tokens are multiplied by `temperature` [group], and get `bias` [group] added, where these are not NULL. */
+   several tokens are multiplied by `temperature` [group], and get `bias` [group] added, where these are not NULL. Where
+   there is a `divisor` [num], means are sums divided by it and not by what slots weigh. */
 template <typename T>
 static void absorb(const Decode *call, const float *queries, const T *keys, const T *values, const int64_t *count,
                    const float *weight, int64_t num, Softmax *softmax, const float *temperature = nullptr,
-                   const float *bias = nullptr) {
-    float scores[READ_AT_ONCE], counts[READ_AT_ONCE];
+                   const float *bias = nullptr, const float *divisor = nullptr) {
+    float scores[READ_AT_ONCE], counts[READ_AT_ONCE], shares[READ_AT_ONCE];
     const int64_t dim = call->value_dim;
     for (int64_t first = 0; first < num; first += READ_AT_ONCE) {
         const int64_t end = least(num, first + READ_AT_ONCE), n = padded(end - first, VL);
@@ -126,6 +127,10 @@ static void absorb(const Decode *call, const float *queries, const T *keys, cons
             fetch(values + first * dim, (end - first) * dim);
             score_rows(queries + g * call->key_dim, call->key_dim, keys, count, weight, first, end, scores,
                        counts);
+            for (int64_t j = 0; divisor && first + j < end; j++) {
+                shares[j] = counts[j] > 0 ? counts[j] / divisor[first + j] : 0;
+                if (counts[j] > 0) scores[j] *= shares[j];
+            }
             for (int64_t j = 0; (temperature || bias) && j < n; j += VL) {
                 const Vector x = load(scores + j);
                 const Vector learned = x * (temperature ? temperature[g] : 1.0f) + (bias ? bias[g] : 0.0f);
@@ -148,6 +153,7 @@ static void absorb(const Decode *call, const float *queries, const T *keys, cons
                 total += x * load(counts + j);
             }
             own->total += ::total(total);
+            for (int64_t j = 0; divisor && first + j < end; j++) scores[j] *= shares[j];
             fetch(keys + end * call->key_dim, (least(num, end + READ_AT_ONCE) - end) * call->key_dim);
             add_values(scores, end - first, values + first * dim, dim, own->out);
         }

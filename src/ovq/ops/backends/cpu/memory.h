@@ -11,6 +11,8 @@
 
 /* No more new tokens than this are read one by one. */
 #define FEW_TOKENS 4
+/* Weights of tokens are from 2 to the power of - this to 2 to the power of this (`MOST_USE` of use.py). */
+#define MOST_USE 8
 /* Tokens that a window's layout holds beyond the window. */
 #define SPARE_TOKENS 512
 
@@ -37,6 +39,8 @@ struct HeadGroup {
     const int64_t *schedule_start;  /* [R] */
     const int32_t *schedule;        /* Slots in use in a row, and after each merge. */
     const float *temperature, *bias; /* [H]: of slots of several tokens; or NULL. */
+    const float *use;           /* [h, K + V + 1]: what is expected of a token's use, see `expected_use`; or NULL. */
+    float *weight;              /* [R, h, M]: total weights of slots, where there is `use`; else NULL. */
 };
 
 struct HeadScratch {
@@ -47,6 +51,8 @@ struct HeadScratch {
     Ward layout, ward;
     Reader reader;
     float *queries, *keys, *values; /* [QUERIES, key_ld]; [C, ...], those that leave. */
+    float *weights;                 /* [C]: theirs, if tokens have weights. */
+    float *log_count;               /* [M]: by how much the scores of slots are raised, if tokens have weights. */
     int32_t *slots;
     int64_t room; /* Tokens that the window's layout holds. */
 };
@@ -92,6 +98,7 @@ static Call learning_call(const HeadGroup *g) {
     call.is_sqrt = g->is_sqrt;
     call.tie = g->tie;
     call.value_weight = g->value_weight;
+    call.weight = g->weight;
     call.k = {nullptr, {0, g->key_dim, 0}, g->key_dim};
     call.v = {nullptr, {0, g->value_dim, 0}, g->value_dim};
     return call;
@@ -115,6 +122,11 @@ static HeadScratch take_head(Arena *arena, const HeadGroup *g, const Call *call,
     own.dictionary = take_dictionary(arena, call, 0);
     own.dictionary.num = 0;
     own.tokens = take_rows(arena, call, call->width, 0);
+    if (g->use) {
+        own.tokens.weights = TAKE(arena, float, padded(g->chunk_size, NR));
+        own.weights = TAKE(arena, float, g->chunk_size);
+        own.log_count = TAKE(arena, float, padded(g->capacity, NR));
+    }
     own.learner = take_learner(arena, call);
     if (call->is_ward) own.layout = take_ward(arena, call);
     own.reader = take_reader(arena, call);
@@ -142,11 +154,20 @@ INLINE int64_t window_end(const HeadStream *s) {
     return window_begin(s) + (s->filled > s->group->num_sinks ? s->filled - s->group->num_sinks : 0);
 }
 
+/* Slots are read by how many tokens they hold, whatever these weighed when they were merged. */
+static void take_counts(HeadStream *s) {
+    for (int64_t i = 0; s->own.log_count && i < padded(s->group->capacity, NR); i++) {
+        const int64_t count = i < s->group->capacity ? s->sums.count[i] : 0;
+        s->own.log_count[i] = count ? logf((float)count) : -INFINITY;
+    }
+}
+
 static void lay_out_slots(HeadStream *s) {
     if (s->has_slots || !s->group->capacity) return;
     load_dictionary(&s->own.dictionary, &s->call, &s->sums);
     s->own.dictionary.num = s->schedule[s->num_merges];
     s->has_slots = 1;
+    take_counts(s);
 }
 
 /* Lay out what is exact, the next `num` tokens included. */
@@ -174,7 +195,7 @@ static void lay_out(HeadStream *s, int64_t num) {
    learned. */
 INLINE void score_slots(const HeadStream *s, int64_t query_head, int64_t num, int64_t n, float *scores, int64_t ld) {
     const HeadGroup *g = s->group;
-    const float *logs = s->own.dictionary.rows.bias;
+    const float *logs = s->own.log_count ? s->own.log_count : s->own.dictionary.rows.bias;
     const Vector temperature = splat(g->temperature ? g->temperature[query_head] : 1);
     const Vector bias = splat(g->bias ? g->bias[query_head] : 0);
     for (int64_t t = 0; t < num; t++, scores += ld)
@@ -246,6 +267,15 @@ static float typical_length(const HeadStream *s) {
     return exp2f(nearbyintf(log2f(length > FLT_MIN ? length : FLT_MIN)));
 }
 
+/* The weight of a token by its key, in units of `unit`, and its value: a power of 2. What is expected of its use is
+   summed in float64, so that it is the same in PyTorch. */
+static float expected_use(const HeadGroup *g, int64_t head, const float *key, float unit, const float *value) {
+    const float *use = g->use + head * (g->key_dim + g->value_dim + 1);
+    double sum = unit * exact_dot(use, key, g->key_dim) + exact_dot(use + g->key_dim, value, g->value_dim);
+    sum += use[g->key_dim + g->value_dim];
+    return std::isfinite(sum) ? exp2f((float)fmin(fmax(nearbyint(sum), -MOST_USE), MOST_USE)) : 1;
+}
+
 /* Merge the oldest chunk of a full window into the slots. */
 static void merge_oldest(HeadStream *s) {
     const HeadGroup *g = s->group;
@@ -257,6 +287,9 @@ static void merge_oldest(HeadStream *s) {
     for (int64_t t = 0; t < size; t++) {
         read_exact(s, first + t, 0, 1 / *unit, own->keys + t * g->key_dim, g->key_dim);
         read_exact(s, first + t, 1, 1, own->values + t * g->value_dim, g->value_dim);
+        if (g->use)
+            own->weights[t] =
+                expected_use(g, s->head, own->keys + t * g->key_dim, *unit, own->values + t * g->value_dim);
     }
     const Chunk chunk = {0, size, s->schedule[s->num_merges], s->schedule[s->num_merges + 1], 1};
     Dictionary *dictionary = &own->dictionary;
@@ -284,6 +317,7 @@ static void merge_oldest(HeadStream *s) {
     }
     const int64_t position = g->num_sinks + g->num_merged[s->row] + (s->earlier_merges + s->num_merges) * size;
     for (int64_t t = 0; t < size; t++) s->sums.position[own->slots[t]] += position + t;
+    take_counts(s);
 }
 
 /* Count `num` tokens as read, and merge where the places are full. */
@@ -345,7 +379,7 @@ static void read_one(const HeadStream *s) {
     if (num) {
         for (int64_t i = 0; i < size * k; i++) queries[i] *= g->key_unit[stream];
         absorb(&shape, queries, s->sums.key, s->sums.value, s->sums.count, nullptr, num, softmax,
-               g->temperature ? g->temperature + first : nullptr, g->bias ? g->bias + first : nullptr);
+               g->temperature ? g->temperature + first : nullptr, g->bias ? g->bias + first : nullptr, s->sums.weight);
     }
     for (int64_t i = 0; i < size; i++)
         write_numbers(g->query_dtype, g->o,
@@ -367,6 +401,7 @@ static int take_memory(HeadStream *s) {
     s->call.k.data = s->own.keys;
     s->call.v.data = s->own.values;
     s->call.slots = s->own.slots;
+    s->call.token_weights = s->own.weights;
     return 0;
 }
 
@@ -379,7 +414,8 @@ static int read_tokens_of(const HeadGroup *g, int64_t row, int64_t head, int64_t
     s.group = g;
     s.call = learning_call(g);
     s.sums = {g->key_sum + stream * g->capacity * g->key_dim, g->value_sum + stream * g->capacity * g->value_dim,
-              g->count + stream * g->capacity, nullptr, g->position_sum + stream * g->capacity};
+              g->count + stream * g->capacity, from_row(g->weight, stream * g->capacity),
+              g->position_sum + stream * g->capacity};
     s.row = row;
     s.head = head;
     s.start = s.done = done;

@@ -1,0 +1,164 @@
+"""`ExpectedUse`: how much a token will be asked for, by its key and value, learned without training.
+
+A slot that several tokens share gives queries their mean. For most tokens that does not matter, since nobody
+asks for them again; it does for a few, such as the digits of a number. If a head lost token i, its outputs
+would change by about p_ti (v_i - o_t), and the loss would rise by half the mean over the queries t of
+
+    (p_ti g_t . (v_i - o_t))^2,
+
+with the probabilities p, the outputs o and the gradients g of the loss with respect to these. The root of
+that is the use of a token. What use is to be expected of a token that has just been read is taken to be the
+exponential of a linear function of its key and value, fitted by Poisson regression [ours]. These are the
+weights with which tokens are merged: where costs count tokens, they count their weights, so that tokens of no
+use are merged first, and means are weighted. The softmax goes on counting tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Weights are from 2 to the power of minus this to 2 to the power of this (`MOST_USE` of memory.h).
+MOST_USE = 8
+# Queries compared at a time with all tokens.
+_QUERIES = 256
+# What keeps the numbers of the function small, where each number of a key or value has a variance of 1, and
+# the mean use is 1.
+_RIDGE = 0.01
+# Steps of Newton's method at most, and the gain of a step after which there is no further one.
+_STEPS = 12
+_LEAST_GAIN = 1e-4
+# Digits that are saved, so that a config stays short.
+_DIGITS = 4
+
+
+def token_weights(keys: Tensor, values: Tensor, use: Tensor) -> Tensor:
+    """Weights `[..., h, T]` of tokens, in float64.
+
+    They are powers of 2, so that it does not depend on the order of sums whether two computations agree.
+
+    Args:
+        keys: `[..., h, T, K]`, as the memory holds them. values: `[..., h, T, V]`.
+        use: `[h, K + V + 1]` numbers of the linear function that gives the logarithm to base 2, its constant
+            last.
+
+    Example:
+        >>> keys, values = torch.tensor([[[2.0], [-30.0]]]), torch.zeros(1, 2, 1)
+        >>> token_weights(keys, values, torch.tensor([[1.0, 0.0, 0.6]]))
+        tensor([[8.0000, 0.0039]], dtype=torch.float64)
+    """
+    numbers = use.double()
+    tokens = torch.cat([keys.detach(), values.detach()], -1).double()
+    found = (tokens * numbers[:, None, :-1]).sum(-1) + numbers[:, None, -1]
+    found = torch.where(found.isfinite(), found, 0)
+    return torch.exp2(found.round().clamp(-MOST_USE, MOST_USE))
+
+
+class ExpectedUse:
+    """The use of tokens to the key/value heads of a layer; texts are added one by one.
+
+    Example:
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> k, v = (torch.randn(1, 1, 40, n, generator=generator) for n in (2, 3))
+        >>> o = torch.zeros_like(v)
+        >>> q = torch.tensor([4.0, 0.0]).expand_as(k)
+        >>> use = ExpectedUse()
+        >>> use.add(q, k, v, o=o, g=torch.ones_like(o), num_targets=40, num_sinks=1, num_recent=4)
+        >>> [numbers] = use.numbers()
+        >>> len(numbers), numbers[0] > 1
+        (6, True)
+    """
+
+    def __init__(self) -> None:
+        # [h, T, K + V] and [h, T] of each text.
+        self._tokens: list[Tensor] = []
+        self._uses: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        o: Tensor,
+        g: Tensor,
+        num_targets: int,
+        num_sinks: int,
+        num_recent: int,
+        weight: float = 1.0,
+    ) -> None:
+        """Add a text; its tensors and numbers are those of `Distances.add`.
+
+        Args:
+            weight: how much the text counts.
+        """
+        heads, total = k.shape[1], k.shape[2]
+        places = torch.arange(total, device=k.device)
+        squares = torch.zeros(heads, total, dtype=torch.float64, device=k.device)
+        for part in torch.arange(total - q.shape[2], total, device=k.device).split(_QUERIES):
+            own = part - total + q.shape[2]
+            is_past = places <= part[:, None]
+            is_far = (places <= part[:, None] - num_recent) & (places >= num_sinks)
+            for h in range(heads):
+                # [G, n, ...]
+                queries, outputs, slopes = (
+                    x[0, :, own].float().unflatten(0, (heads, -1))[h] for x in (q, o, g)
+                )
+                keys, values = k[0, h].float(), v[0, h].float()
+                p = (queries @ keys.T).masked_fill(~is_past, -torch.inf).softmax(-1) * is_far
+                change = p * (slopes @ values.T - (slopes * outputs).sum(-1, keepdim=True))
+                # Query heads that share keys lose a token together.
+                squares[h] += change.sum(0).square().sum(0)
+        self._tokens.append(torch.cat([k[0], v[0]], -1)[:, num_sinks:].cpu())
+        self._uses.append((squares * (weight / num_targets)).sqrt()[:, num_sinks:].cpu())
+
+    def numbers(self, key_exponents: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
+        """The numbers `[Hkv][K + V + 1]` of `token_weights`.
+
+        Args:
+            key_exponents: `[Hkv][K]`, by which powers of 2 the memory multiplies keys; None for 0.
+        """
+        fitted = torch.stack([self._fitted(head) for head in range(len(self._uses[0]))])
+        if key_exponents is not None:
+            exponents = torch.tensor(key_exponents, dtype=torch.float64)
+            fitted[:, : exponents.shape[1]] /= torch.exp2(exponents)
+        return [[round(number, _DIGITS) for number in head] for head in fitted.tolist()]
+
+    def _fitted(self, head: int) -> Tensor:
+        """The numbers for keys as they are, by Newton's method."""
+        tokens = torch.cat([x[head].double() for x in self._tokens])
+        use = torch.cat([x[head] for x in self._uses])
+        if not float(use.sum()) > 0:
+            # A head whose outputs do not matter, or that sees no far tokens.
+            return torch.zeros(tokens.shape[1] + 1, dtype=torch.float64)
+        use = use / use.mean()
+        mean, scale = tokens.mean(0), tokens.std(0).clamp(min=1e-6)
+        x = torch.cat([(tokens - mean) / scale, torch.ones_like(use)[:, None]], 1)
+        ridge = torch.full_like(x[0], _RIDGE)
+        ridge[-1] = 0
+
+        def loss(numbers: Tensor) -> float:
+            logs = x @ numbers
+            return float((logs.exp() - use * logs).mean() + (ridge * numbers.square()).sum() / 2)
+
+        numbers = torch.zeros_like(ridge)
+        now = loss(numbers)
+        for _ in range(_STEPS):
+            rate = (x @ numbers).exp()
+            slope = x.T @ (rate - use) / len(x) + ridge * numbers
+            curvature = (x * rate[:, None]).T @ x / len(x) + torch.diag(ridge)
+            step = torch.linalg.solve(curvature, slope)
+            # Far from the minimum a whole step may lead too far.
+            sizes = (0.5**i for i in range(10))
+            size = next((s for s in sizes if loss(numbers - s * step) < now), 0.0)
+            numbers = numbers - size * step
+            before, now = now, loss(numbers)
+            if before - now < _LEAST_GAIN:
+                break
+        slopes = numbers[:-1] / scale
+        constant = numbers[-1:] - (slopes * mean).sum()
+        return torch.cat([slopes, constant]) / math.log(2)
