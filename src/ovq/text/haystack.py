@@ -160,7 +160,9 @@ class NeedleBuilder:
         question = self._encode(f"{_QUESTION.format(**words)} {needle}")
         answer = self._encode(f" {value}")
         room = length - sum(map(len, (introduction, hidden, question, answer)))
-        hay = list(self._fill(start, room))
+        # Where its first sentence is longer than the room, an essay begins with the next one that is not.
+        starts = range(start, start + len(self._sentences)) if room > 0 else ()
+        hay = next((found for place in starts if (found := list(self._fill(place, room)))), [])
         if not hay:
             raise ValueError(
                 f"length: expected at least one sentence more than {length - room} tokens hold, "
