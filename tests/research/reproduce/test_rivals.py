@@ -127,9 +127,9 @@ def test_needles_of_three_kinds_are_means_over_depths(made):
         assert [[point.x for point in line] for line in points(results, panel).values()] == [[576]]
     found = {(row["group"][:2], row["value"], row["haystack"]) for row in results["rows"]}
     assert found == {("S1", "number", "noise"), ("S2", "number", "essay"), ("S3", "uuid", "essay")}
-    assert all(set(row["by_depth"]) == {"0", "1"} for row in results["rows"])
+    assert all(set(row["by_depth"]) == {"0", "0.5", "1"} for row in results["rows"])
     for row in results["rows"]:
-        assert row["generated"] == sum(row["by_depth"].values()) / 2
+        assert row["generated"] == sum(row["by_depth"].values()) / 3
     # One model for all kinds.
     assert len({row["run"] for row in results["rows"]}) == 1
     configs = [RunConfig.load(out / "runs" / row["run"]) for row in results["rows"]]

@@ -42,6 +42,10 @@ _NEEDLES = {
 _NEEDLE_FACTORS = (1, 2, 4, 8)
 """Where needles are looked for, in training lengths."""
 
+# Questions are the same at every depth and those of a seed few, so rather more of them than more depths.
+_NEEDLE_DEPTHS = (0.0, 0.5, 1.0)
+_QUESTIONS_FACTOR = 2
+
 _VALIDATION_FACTOR = 4
 """Trials are judged at so many times the training length, as in the figures of all mixers."""
 
@@ -163,10 +167,10 @@ def rivals_needles(preset: Preset) -> Figure:
         evaluation = NeedlesEvaluation(
             source=source,
             length=trained,
-            num_examples=text.num_needles,
+            num_examples=_QUESTIONS_FACTOR * text.num_needles,
             value=value,
             haystack=haystack,
-            depths=text.needle_depths,
+            depths=_NEEDLE_DEPTHS,
         )
         # What all kinds are judged by: numbers and uuids have been learned on essays.
         validation = dataclasses.replace(evaluation, split="validation", haystack="essay", value="number")
