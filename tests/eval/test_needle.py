@@ -124,6 +124,14 @@ def test_long_sentences_are_cut_between_words():
     assert " ".join(parts[:-3]) == "word " * 200 + "end."
 
 
+def test_an_essay_begins_with_a_sentence_that_there_is_room_for():
+    texts = [f"{'So long is this. ' * 3}{'This is far too long ' * 13}.", "Short."]
+    for index in range(20):
+        builder = NeedleBuilder(BYTES, haystack="essay", value="uuid", texts=texts)
+        needle = builder.build(500, depth=0.5, seed=0, index=index)
+        assert len(needle.prompt) + len(needle.answer) <= 500
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

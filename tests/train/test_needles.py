@@ -106,6 +106,26 @@ def test_texts_are_short_at_first_and_of_any_length_later(folder, corpus):
     assert any("This is sentence" in text for text in texts)
 
 
+def test_needles_are_bare_at_first_as_many_as_fit(folder, corpus):
+    config = config_of(folder, steps=100).override(
+        ["task.bare_needle_share=0.3", "task.needle_values=number,uuid"]
+    )
+    windows = NeedleWindows(config, corpus, BYTES)
+    early = [windows.texts(index) for index in range(2 * 30)]
+    assert {len(texts) for texts in map(windows.texts, range(2 * 30, 2 * 60))} == {4}
+    kinds = set()
+    for texts in early:
+        sizes = [len(ids) + 1 for ids, _ in texts]
+        assert WINDOW - 120 < sum(sizes) <= WINDOW
+        for ids, is_answer in texts:
+            first, again = BYTES.decode(ids).removeprefix(" ").split("\n")
+            assert first == again
+            assert BYTES.decode(ids[is_answer]) == again.split(":")[1].removesuffix(".")
+            assert not is_answer[: len(first)].any()
+            kinds.add(re.sub(r"[0-9a-f]", "x", first.split(": ")[1]))
+    assert kinds == {"xxxxxxx.", "xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx."}
+
+
 def test_they_take_the_place_of_their_share_of_the_windows(folder, corpus):
     shares = [
         np.mean([bool(windows_of(folder, corpus, share).texts(index)) for index in range(200)])
@@ -152,6 +172,11 @@ def test_a_run_trains_on_them(folder, tmp_path, monkeypatch):
             lambda: TextTask(needle_values=("uuids",)),
             "needle_values: expected some of word, number, uuid, found",
         ),
+        (
+            lambda: TextTask(needle_share=1.0, bare_needle_share=-0.1),
+            r"bare_needle_share: expected a share in \[0, 1\], found -0.1",
+        ),
+        (lambda: TextTask(bare_needle_share=0.5), "bare_needle_share: expected 0 without needles"),
         (lambda: TextTask(needle_share=0.5, carry_state=True), "needle_share: expected 0 with carry_state"),
         (
             lambda: tiny_config("x", task={"needle_share": 0.5}, lengths=(287,)),

@@ -24,6 +24,8 @@ class TextTask(TextSource):
         needle_share: Share of the windows that are replaced by texts with needles in them. These texts repeat
             the needles at the end, and only the values there are predicted; see `ovq.train.needles`.
         needle_values: Kinds of value in them, `"word"`, `"number"` or `"uuid"`; one of these for each text.
+        bare_needle_share: Share of the steps, the first ones, in which a text with needles is one needle
+            without the words before its key, and its repetition. From these copying is learned far sooner.
 
     Raises:
         ValueError: If a field is out of range.
@@ -38,6 +40,7 @@ class TextTask(TextSource):
     carry_state: bool = False
     needle_share: float = 0.0
     needle_values: tuple[str, ...] = ("number",)
+    bare_needle_share: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the fields that can be checked without reading anything."""
@@ -47,6 +50,13 @@ class TextTask(TextSource):
         if not self.needle_values or not {*self.needle_values} <= {*VALUES}:
             raise ValueError(
                 f"needle_values: expected some of {', '.join(VALUES)}, found {', '.join(self.needle_values)}"
+            )
+        if not 0 <= self.bare_needle_share <= 1:
+            raise ValueError(f"bare_needle_share: expected a share in [0, 1], found {self.bare_needle_share}")
+        if self.bare_needle_share and not self.needle_share:
+            raise ValueError(
+                "bare_needle_share: expected 0 without needles (needle_share=0), "
+                f"found {self.bare_needle_share}"
             )
         if self.needle_share and self.carry_state:
             raise ValueError(

@@ -49,6 +49,8 @@ _NOUNS = (
 
 _INTRODUCTION = "A special magic {kind} is hidden within the following text. Keep it in mind.\n"
 _NEEDLE = "One of the special magic {kind}s for {key} is:"
+# What is left of a needle without its first words.
+_BARE = "{key} is:"
 _QUESTION = "\nWhat is the special magic {kind} for {key} in the text above?"
 
 # Longer sentences of essays are cut between words, so that a needle can be placed near any depth.
@@ -158,7 +160,9 @@ class NeedleBuilder:
         question = self._encode(f"{_QUESTION.format(**words)} {needle}")
         answer = self._encode(f" {value}")
         room = length - sum(map(len, (introduction, hidden, question, answer)))
-        hay = list(self._fill(start, room))
+        # Where its first sentence is longer than the room, an essay begins with the next one that is not.
+        starts = range(start, start + len(self._sentences)) if room > 0 else ()
+        hay = next((found for place in starts if (found := list(self._fill(place, room)))), [])
         if not hay:
             raise ValueError(
                 f"length: expected at least one sentence more than {length - room} tokens hold, "
@@ -226,6 +230,31 @@ class NeedleBuilder:
         for i in random.permutation(len(again)):
             parts += again[i]
             is_answer += [np.full(len(part), part is again[i][1]) for part in again[i]]
+        return np.concatenate(parts), np.concatenate(is_answer)
+
+    def repeat_bare(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """The shortest text to learn copying from: a needle without the words before its key, and the same
+        again.
+
+        Args:
+            random: What everything is drawn from.
+
+        Returns:
+            As `repeat` does.
+
+        Example:
+            >>> from ovq.text import byte_tokenizer
+            >>> builder = NeedleBuilder(byte_tokenizer(), value="number")
+            >>> ids, is_answer = builder.repeat_bare(np.random.default_rng(0))
+            >>> print(builder.tokenizer.decode(ids), "|", builder.tokenizer.decode(ids[is_answer]))
+             rapid-mirror is: 8283094.
+            rapid-mirror is: 8283094. |  8283094
+        """
+        [(key, value)] = self._pairs(random, 1)
+        words = _BARE.format(key=key)
+        texts = (f" {words} {value}.", f"\n{words}", f" {value}", ".")
+        parts = [self._encode(text) for text in texts]
+        is_answer = [np.full(len(part), i == 2) for i, part in enumerate(parts)]
         return np.concatenate(parts), np.concatenate(is_answer)
 
     def _pairs(self, random: np.random.Generator, count: int) -> list[tuple[str, str]]:

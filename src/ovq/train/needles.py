@@ -3,6 +3,7 @@ learns to look back. `task.needle_share` of the windows of a run are of this kin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,10 @@ _MOST_CHARACTERS = 2**22
 class NeedleWindows:
     """The windows of a run that have needles.
 
-    In the first six tenths of the steps, all texts have the shortest possible length. After that each window
-    has texts of a length between that and its own, drawn uniformly on a logarithmic scale. A text has one
+    In the steps of `task.bare_needle_share`, texts are one needle without its first words, and its
+    repetition, as many as fit. Then, up to six tenths of the steps, all texts have the shortest possible
+    length. After that each window has texts of a length between that and its own, drawn uniformly on a
+    logarithmic scale. A text has one
     needle per 144 tokens, or per 216 if its values are uuids. Only the repeated values are predicted; when
     all tokens were predicted, a small model took twice as long to learn to look back.
 
@@ -57,6 +60,7 @@ class NeedleWindows:
     def __init__(self, config: RunConfig, corpus: Corpus, tokenizer: Any) -> None:
         assert isinstance(config.task, TextTask)
         self._share = config.task.needle_share
+        self._num_bare_steps = round(config.task.bare_needle_share * config.train.steps)
         self._train = config.train
         texts = _texts(corpus, tokenizer)
         self._builders = [
@@ -75,15 +79,30 @@ class NeedleWindows:
             return []
         step = index // self._train.batch_size
         window, length = self._train.length_at(step), SHORTEST_NEEDLE_TEXT
+        if step < self._num_bare_steps:
+            return list(self._bare_texts(window, random))
         if step >= _SHARE_OF_SHORT_ONES * self._train.steps:
             length = int(SHORTEST_NEEDLE_TEXT * (window / SHORTEST_NEEDLE_TEXT) ** random.random())
         return [self._text(length, random) for _ in range(window // length)]
 
-    def _text(self, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        builder = self._builders[0]
+    def _bare_texts(
+        self, window: int, random: np.random.Generator
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        while True:
+            ids, is_answer = self._builder(random).repeat_bare(random)
+            window -= len(ids) + 1
+            if window < 0:
+                return
+            yield ids, is_answer
+
+    def _builder(self, random: np.random.Generator) -> NeedleBuilder:
         # Nothing is drawn where there is no choice: runs with numbers alone are what they always were.
-        if len(self._builders) > 1:
-            builder = self._builders[int(random.integers(len(self._builders)))]
+        if len(self._builders) == 1:
+            return self._builders[0]
+        return self._builders[int(random.integers(len(self._builders)))]
+
+    def _text(self, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        builder = self._builder(random)
         num_needles = length // _TOKENS_PER_NEEDLE[builder.value]
         # The token that ends a text takes one position of it.
         return builder.repeat(length - 1, num_needles=num_needles, random=random)

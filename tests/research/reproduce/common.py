@@ -48,6 +48,17 @@ TINY = Preset(
                 "train.length_shares=1",
             ]
         ),
+        "needles": recipe_for("lm", "ovq").override(
+            [
+                *_CHANGES,
+                "model.num_attention_heads=1",
+                "task.needle_share=1",
+                "task.needle_values=number,uuid",
+                "task.bare_needle_share=0.5",
+                "train.lengths=288",
+                "train.length_shares=1",
+            ]
+        ),
     },
     length_factors=(1, 2),
     far_lengths={"recall": (64,)},
@@ -66,7 +77,7 @@ TINY = Preset(
         num_needles=2,
     ),
     text_trials=dict.fromkeys(
-        ("lm", "needle"), (Trial(learning_rate=3e-3, weight_decay=0.1), Trial(learning_rate=1e-3))
+        ("lm", "needle", "needles"), (Trial(learning_rate=3e-3, weight_decay=0.1), Trial(learning_rate=1e-3))
     ),
 )
 

@@ -45,7 +45,9 @@ def test_each_rival_has_a_line_and_ovq_three(name):
     assert run_name(gated.swept) == run_name(paper.config)
 
 
-@pytest.mark.parametrize("name", ["rivals-recall", "rivals-mqar", "rivals-lm", "rivals-lm-mamba2"])
+@pytest.mark.parametrize(
+    "name", ["rivals-recall", "rivals-mqar", "rivals-needles", "rivals-lm", "rivals-lm-mamba2"]
+)
 def test_states_have_equal_bytes_and_models_equal_parameters(name):
     models = models_of(name)
     sizes = {label: model.num_parameters() for label, model in models.items()}
@@ -103,12 +105,13 @@ def made(tmp_path_factory):
         "train.save_every=0",
         "model.mixer_types=sliding_attention,ovq",
     ]
-    configs = {name: TINY.configs[name].override(changes) for name in ("lm", "needle")}
-    text = dataclasses.replace(TINY.text, length=1024, num_windows=1, needle_lengths=(400,), num_needles=1)
+    configs = {name: TINY.configs[name].override(changes) for name in ("lm", "needles")}
+    text = dataclasses.replace(TINY.text, length=1024, num_windows=1, num_needles=1)
     preset, out = dataclasses.replace(TINY, configs=configs, text=text), tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
         patch.setattr(rivals, "RIVALS", ("full_attention",))
+        patch.setattr(rivals, "_NEEDLE_FACTORS", (2,))
         run_here(patch)
         shop = workshop(out, num_seeds=1)
         results = {
@@ -121,12 +124,12 @@ def test_needles_of_three_kinds_are_means_over_depths(made):
     results, out = made
     results = results["rivals-needles"]
     for panel in results["panels"][:3]:
-        assert [[point.x for point in line] for line in points(results, panel).values()] == [[400]]
+        assert [[point.x for point in line] for line in points(results, panel).values()] == [[576]]
     found = {(row["group"][:2], row["value"], row["haystack"]) for row in results["rows"]}
     assert found == {("S1", "number", "noise"), ("S2", "number", "essay"), ("S3", "uuid", "essay")}
-    assert all(set(row["by_depth"]) == {"0", "1"} for row in results["rows"])
+    assert all(set(row["by_depth"]) == {"0", "0.5", "1"} for row in results["rows"])
     for row in results["rows"]:
-        assert row["generated"] == sum(row["by_depth"].values()) / 2
+        assert row["generated"] == sum(row["by_depth"].values()) / 3
     # One model for all kinds.
     assert len({row["run"] for row in results["rows"]}) == 1
     configs = [RunConfig.load(out / "runs" / row["run"]) for row in results["rows"]]

@@ -42,7 +42,7 @@ AXIS_NAMES = {
     "slices": "questions",
     "positions": "position (tokens)",
     "position_losses": "loss (nats per token)",
-    "generated": "values that greedy generation says (share)",
+    "generated": "values said in full (share)",
     "choice": "values told from others (share)",
     "depth": "depth of the needle",
     "own_share": "share of the questions",

@@ -36,7 +36,12 @@ _NEEDLE_SCORES = ("generated", "token_accuracy", "choice")
 
 _PURPOSES = {"test": "tests", "validation": "validation"}
 
-_LATER: dict[str, Any] = {"merge": None, "split": "test", "needle_values": ["number"]}
+_LATER: dict[str, Any] = {
+    "merge": None,
+    "split": "test",
+    "needle_values": ["number"],
+    "bare_needle_share": 0.0,
+}
 """Fields that earlier versions lacked, with what they mean if they are missing from an outcome."""
 
 

@@ -11,7 +11,6 @@ from ovq.ops.options import BEST_MERGE
 from ovq.research.reproduce.evaluations import Evaluation, LossEvaluation, NeedlesEvaluation
 from ovq.research.reproduce.plan import Figure, Line, Panel
 from ovq.research.reproduce.presets import Preset
-from ovq.tasks import TextTask
 from ovq.train.config import RunConfig
 from ovq.train.recipes import beside
 
@@ -39,6 +38,13 @@ _NEEDLES = {
     "S3, a uuid in an essay": ("uuid", "essay"),
 }
 """Values and texts around them, by what RULER's needles of these kinds are called."""
+
+_NEEDLE_FACTORS = (1, 2, 4, 8)
+"""Where needles are looked for, in training lengths."""
+
+# Questions are the same at every depth and those of a seed few, so rather more of them than more depths.
+_NEEDLE_DEPTHS = (0.0, 0.5, 1.0)
+_QUESTIONS_FACTOR = 2
 
 _VALIDATION_FACTOR = 4
 """Trials are judged at so many times the training length, as in the figures of all mixers."""
@@ -155,22 +161,22 @@ def _by_length(preset: Preset, name: str, title: str, quality: Panel) -> Figure:
 
 def rivals_needles(preset: Preset) -> Figure:
     """Needles of three kinds, each by length, as means over the depths."""
-    text, source = preset.text, preset.text_task("needle")
-    lines, kinds = [], tuple(dict.fromkeys(value for value, _ in _NEEDLES.values()))
+    text, source = preset.text, preset.text_task("needles")
+    lines, trained = [], preset.train_length("needles")
     for group, (value, haystack) in _NEEDLES.items():
         evaluation = NeedlesEvaluation(
             source=source,
-            length=preset.train_length("needle"),
-            num_examples=text.num_needles,
+            length=trained,
+            num_examples=_QUESTIONS_FACTOR * text.num_needles,
             value=value,
             haystack=haystack,
-            depths=text.needle_depths,
+            depths=_NEEDLE_DEPTHS,
         )
         # What all kinds are judged by: numbers and uuids have been learned on essays.
-        validation = dataclasses.replace(evaluation, split="validation", haystack="essay", value=kinds[0])
+        validation = dataclasses.replace(evaluation, split="validation", haystack="essay", value="number")
         lines += _lines(
-            (_with_kinds(each, kinds) for each in _contenders(preset, "needle")),
-            [dataclasses.replace(evaluation, length=length) for length in text.needle_lengths],
+            _contenders(preset, "needles"),
+            [dataclasses.replace(evaluation, length=trained * factor) for factor in _NEEDLE_FACTORS],
             validation,
             group,
         )
@@ -178,26 +184,13 @@ def rivals_needles(preset: Preset) -> Figure:
         name="rivals-needles",
         title=f"Needles of three kinds, hidden in noise or held-out text ({source.dataset}), at equal bytes",
         note="Share of questions that a model answers with the value, over all depths. Models were trained "
-        f"on texts of up to {preset.train_length('needle')} tokens with numbers or uuids in them. {_NOTE}",
+        f"on texts of up to {trained} tokens with numbers or uuids in them. {_NOTE}",
         lines=tuple(lines),
         panels=(
             *(Panel(title=group, y="generated", group=group) for group in _NEEDLES),
             Panel(title="memory", y="state_bytes", group=next(iter(_NEEDLES))),
         ),
-        trials=preset.text_trials["needle"],
-    )
-
-
-def _with_kinds(contender: _Contender, kinds: tuple[str, ...]) -> _Contender:
-    """The same model, trained on needles of these kinds."""
-
-    def changed(config: RunConfig) -> RunConfig:
-        assert isinstance(config.task, TextTask)
-        return dataclasses.replace(config, task=dataclasses.replace(config.task, needle_values=kinds))
-
-    other = contender.trial_of
-    return contender._replace(
-        config=changed(contender.config), trial_of=None if other is None else changed(other)
+        trials=preset.text_trials["needles"],
     )
 
 
