@@ -151,6 +151,34 @@ def test_what_was_brought_nearer_counts_less_each_time():
     torch.testing.assert_close(memory.slot_values, expected)
 
 
+@pytest.mark.parametrize("exponents", [None, [[[3, -2, 0, 0, 1, 4, -1]]]], ids=["plain", "scaled"])
+@torch.no_grad()
+def test_tokens_are_weighed_as_if_the_text_began_later_and_old_weights_fade(exponents):
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(13, generator=generator, dtype=torch.float64)
+    sizes = {**ROOMY, "num_slots": 3, "num_kv_heads": 1, "trained_length": 64, "max_distance": 32}
+    learned = {"token_use": [[given.tolist()]], "key_exponents": exponents}
+    layer = MemoryLayer(MemoryConfig.uniform(**sizes, rotary_frequencies=FREQUENCIES, **learned).layer(0))
+    k, v = (torch.randn(1, 1, 64, dim, generator=generator) for dim in (7, 5))
+    layer.learn(k[:, :, :63], v[:, :, :63])
+    memory = layer.memories[0]
+    weight, values = memory.weight.clone(), memory.slot_values.clone()
+    # Rows are first turned after 64 tokens, those that are further away than 28, and nothing is merged there.
+    is_far = memory.position_sum < memory.count * (64 - 28)
+    layer.learn(k[:, :, 63:], v[:, :, 63:])
+    assert is_far.any()
+    assert torch.equal(memory.weight, torch.where(is_far, weight / 2, weight))
+    torch.testing.assert_close(memory.slot_values, values)
+    reach, places = layer.config.reach, torch.arange(68, 80)
+    key = torch.randn(12, 7, generator=generator, dtype=torch.float64)
+    factor = torch.exp2(torch.tensor(exponents[0][0] if exponents else 0.0))
+    found = (reach.turned(key, places) * factor) @ memory.use[0, 0, :7].double()
+    torch.testing.assert_close(
+        found, (reach.turned(key, places - 36) * factor) @ given[:7], atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(memory.use[0, 0, 7:], given[7:].float())
+
+
 @torch.no_grad()
 def test_nothing_changes_up_to_the_trained_length(tmp_path):
     model = converted(max_distance=None)

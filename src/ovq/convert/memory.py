@@ -61,6 +61,7 @@ class HeadMemory:
             brought nearer; 0 until then.
         weight: `[B, h, N]` sum of the weights of the tokens in each slot, of which `key_sum` and `value_sum`
             are weighted sums; only where there is `use`.
+        use: `[B, h, K + V + 1]` what weighs the next tokens: as given, until rows are brought nearer.
         key_unit: `[B, h]` the length of keys, as a power of 2, that counts as 1 where the rule compares
             distances; 0 until the first merge.
         filled: places of exact tokens in use, of each row.
@@ -70,8 +71,8 @@ class HeadMemory:
     def __init__(self, budget: Budget, k: Tensor, v: Tensor, use: Tensor | None = None) -> None:
         self.budget = budget
         # Without slots nothing is merged.
-        self.use = use if budget.num_slots else None
-        self._names = _TENSORS if self.use is None else (*_TENSORS, "weight")
+        self._given_use = use if budget.num_slots else None
+        self._names = _TENSORS if self._given_use is None else (*_TENSORS, "weight", "use")
         batch, heads = k.shape[:2]
         wide = state_dtype(k.dtype)
         for name, x in (("keys", k), ("values", v)):
@@ -82,8 +83,10 @@ class HeadMemory:
         self.count = k.new_zeros(batch, heads, budget.num_slots, dtype=torch.int64)
         self.position_sum = torch.zeros_like(self.count)
         self.key_unit = k.new_zeros(batch, heads, dtype=wide)
-        if self.use is not None:
+        self.use: Tensor | None = None
+        if self._given_use is not None:
             self.weight = torch.zeros_like(self.key_sum[..., 0])
+            self.use = self._given_use.repeat(batch, 1, 1)
         self.sink_keys = torch.zeros_like(self.recent_keys[:, :, : budget.num_sinks])
         self.filled = [0] * batch
         self.num_merged = [0] * batch
@@ -153,7 +156,7 @@ class HeadMemory:
         """Move everything to a device."""
         for name in self._names:
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
-        self.use = None if self.use is None else self.use.to(device)
+        self._given_use = None if self._given_use is None else self._given_use.to(device)
 
     def own_(self) -> None:
         """Copy what autograd has saved, so that tensors can be written into."""
@@ -175,6 +178,7 @@ class HeadMemory:
         """Turn the sinks and slots of rows that are further than `reach.limit` from the last token.
 
         Such slots count for an eighth fewer tokens afterwards, rounded so that up to 7 stay as they are.
+        Their weights are halved.
 
         Args:
             rows: those that have just read as many tokens as `reach` turns them after.
@@ -192,13 +196,18 @@ class HeadMemory:
         if bool(is_far.any()):
             # What is far away counts less each time, or all that was ever read would outweigh what is near.
             left = torch.where(is_far, count - count // _FORGOTTEN, count)
-            share = (left.to(self.key_sum.dtype) / count.clamp(min=1))[..., None]
-            _put_rows(self, "key_sum", index, reach.turned(self.key_sum[index], by, ratio) * share)
-            _put_rows(self, "value_sum", index, self.value_sum[index] * share)
-            if self.use is not None:
-                _put_rows(self, "weight", index, self.weight[index] * share[..., 0])
+            if self.use is None:
+                share = left.to(self.key_sum.dtype) / count.clamp(min=1)
+            else:
+                # In slots of few tokens too: what is of much use stays alone, and would leave no room.
+                share = torch.where(is_far, 0.5, 1.0).to(self.key_sum.dtype)
+                _put_rows(self, "weight", index, self.weight[index] * share)
+            _put_rows(self, "key_sum", index, reach.turned(self.key_sum[index], by, ratio) * share[..., None])
+            _put_rows(self, "value_sum", index, self.value_sum[index] * share[..., None])
             _put_rows(self, "position_sum", index, torch.where(is_far, left * nearest, positions))
             _put_rows(self, "count", index, left)
+        if self._given_use is not None:
+            _put_rows(self, "use", index, self._use_from(nearest[:, :, 0], reach, ratio))
         if not (num_sinks := self.budget.num_sinks):
             return
         first = torch.tensor([num == reach.first_turn for num in num_read], device=index.device)
@@ -210,6 +219,19 @@ class HeadMemory:
         _put_rows(
             self, "recent_keys", index, torch.cat([turned.to(recent.dtype), recent[:, :, num_sinks:]], 2)
         )
+
+    def _use_from(self, start: Tensor, reach: Reach, ratio: Tensor | None) -> Tensor:
+        """`[R, h, K + V + 1]` what weighs tokens after the positions `start` `[R, 1]` as if these were 0.
+
+        It was learned from texts of the trained length, and a key says where it is. Turning all keys back is
+        turning what they are multiplied by forward.
+        """
+        assert self._given_use is not None
+        given, dim = self._given_use.expand(len(start), -1, -1), self.key_sum.shape[3]
+        # What multiplies keys was divided by the factors that keys were multiplied by.
+        inverse = None if ratio is None else 1 / ratio[:, 0].double()
+        of_keys = reach.turned(given[..., :dim].double(), start, inverse)
+        return torch.cat([of_keys.float(), given[..., dim:]], -1)
 
     def learn(self, k: Tensor, v: Tensor) -> None:
         """Read tokens `[B, h, T, K]`, `[B, h, T, V]` without queries; rows must have read equally many."""
@@ -404,7 +426,7 @@ class HeadMemory:
         wide = self.key_sum.dtype
         self._find_units(index, keys)
         keys = keys[:, :, : self.budget.chunk_size]
-        of_tokens = None if self.use is None else token_weights(keys, values, self.use).to(wide)
+        of_tokens = None if self.use is None else token_weights(keys, values, self.use[index]).to(wide)
         keys, values = keys.to(wide) / self.key_unit[index][..., None, None], values.to(wide)
         old_keys, old_values, old_count = (
             x if len(rows) == len(self.filled) else x[index]

@@ -42,8 +42,8 @@ def token_weights(keys: Tensor, values: Tensor, use: Tensor) -> Tensor:
 
     Args:
         keys: `[..., h, T, K]`, as the memory holds them. values: `[..., h, T, V]`.
-        use: `[h, K + V + 1]` numbers of the linear function that gives the logarithm to base 2, its constant
-            last.
+        use: `[..., h, K + V + 1]` numbers of the linear function that gives the logarithm to base 2, its
+            constant last.
 
     Example:
         >>> keys, values = torch.tensor([[[2.0], [-30.0]]]), torch.zeros(1, 2, 1)
@@ -52,7 +52,7 @@ def token_weights(keys: Tensor, values: Tensor, use: Tensor) -> Tensor:
     """
     numbers = use.double()
     tokens = torch.cat([keys.detach(), values.detach()], -1).double()
-    found = (tokens * numbers[:, None, :-1]).sum(-1) + numbers[:, None, -1]
+    found = (tokens * numbers[..., None, :-1]).sum(-1) + numbers[..., None, -1]
     found = torch.where(found.isfinite(), found, 0)
     return torch.exp2(found.round().clamp(-MOST_USE, MOST_USE))
 

@@ -39,7 +39,7 @@ struct HeadGroup {
     const int64_t *schedule_start;  /* [R] */
     const int32_t *schedule;        /* Slots in use in a row, and after each merge. */
     const float *temperature, *bias; /* [H]: of slots of several tokens; or NULL. */
-    const float *use;           /* [h, K + V + 1]: what is expected of a token's use, see `expected_use`; or NULL. */
+    const float *use;           /* [R, h, K + V + 1]: what is expected of a token's use, see `expected_use`; or NULL. */
     float *weight;              /* [R, h, M]: total weights of slots, where there is `use`; else NULL. */
 };
 
@@ -269,8 +269,9 @@ static float typical_length(const HeadStream *s) {
 
 /* The weight of a token by its key, in units of `unit`, and its value: a power of 2. What is expected of its use is
    summed in float64, so that it is the same in PyTorch. */
-static float expected_use(const HeadGroup *g, int64_t head, const float *key, float unit, const float *value) {
-    const float *use = g->use + head * (g->key_dim + g->value_dim + 1);
+static float expected_use(const HeadStream *s, const float *key, float unit, const float *value) {
+    const HeadGroup *g = s->group;
+    const float *use = g->use + (s->row * g->num_kv_heads + s->head) * (g->key_dim + g->value_dim + 1);
     double sum = unit * exact_dot(use, key, g->key_dim) + exact_dot(use + g->key_dim, value, g->value_dim);
     sum += use[g->key_dim + g->value_dim];
     return std::isfinite(sum) ? exp2f((float)fmin(fmax(nearbyint(sum), -MOST_USE), MOST_USE)) : 1;
@@ -288,8 +289,7 @@ static void merge_oldest(HeadStream *s) {
         read_exact(s, first + t, 0, 1 / *unit, own->keys + t * g->key_dim, g->key_dim);
         read_exact(s, first + t, 1, 1, own->values + t * g->value_dim, g->value_dim);
         if (g->use)
-            own->weights[t] =
-                expected_use(g, s->head, own->keys + t * g->key_dim, *unit, own->values + t * g->value_dim);
+            own->weights[t] = expected_use(s, own->keys + t * g->key_dim, *unit, own->values + t * g->value_dim);
     }
     const Chunk chunk = {0, size, s->schedule[s->num_merges], s->schedule[s->num_merges + 1], 1};
     Dictionary *dictionary = &own->dictionary;

@@ -73,8 +73,8 @@ class HeadGroup(ctypes.Structure):
             tensors: `recent_keys` `[B, h, P, K]` and `recent_values`, the exact tokens, in the dtype of k;
                 `key_sum` `[B, h, N, K]` and `value_sum`, float32; `count` `[B, h, N]` and `position_sum`,
                 int64; `key_unit` `[B, h]`, float32. They are contiguous and change in place. Where tokens
-                have weights, `use` `[h, K + V + 1]` says which, and `weight` `[B, h, N]`, float32, are those
-                of slots.
+                have weights, `use` `[B, h, K + V + 1]` says which, and `weight` `[B, h, N]`, float32, are
+                those of slots.
             heads: which of the key/value heads of k and v they are.
             num_sinks: first tokens that stay. chunk_size: tokens that are merged when P are exact.
             options: how slots are learned; None if there are none, N = 0.
