@@ -17,7 +17,7 @@ from torch import Tensor
 from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget
 from ovq.convert.reach import Reach
-from ovq.convert.use import token_weights
+from ovq.convert.use import token_weights, use_from
 from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.backends.cpu.kernels import is_available
 from ovq.ops.backends.cpu.kernels import learn_and_say as compiled_learn
@@ -207,7 +207,7 @@ class HeadMemory:
             _put_rows(self, "position_sum", index, torch.where(is_far, left * nearest, positions))
             _put_rows(self, "count", index, left)
         if self._given_use is not None:
-            _put_rows(self, "use", index, self._use_from(nearest[:, :, 0], reach, ratio))
+            _put_rows(self, "use", index, use_from(self._given_use, nearest[:, :, 0], reach, ratio))
         if not (num_sinks := self.budget.num_sinks):
             return
         first = torch.tensor([num == reach.first_turn for num in num_read], device=index.device)
@@ -219,19 +219,6 @@ class HeadMemory:
         _put_rows(
             self, "recent_keys", index, torch.cat([turned.to(recent.dtype), recent[:, :, num_sinks:]], 2)
         )
-
-    def _use_from(self, start: Tensor, reach: Reach, ratio: Tensor | None) -> Tensor:
-        """`[R, h, K + V + 1]` what weighs tokens after the positions `start` `[R, 1]` as if these were 0.
-
-        It was learned from texts of the trained length, and a key says where it is. Turning all keys back is
-        turning what they are multiplied by forward.
-        """
-        assert self._given_use is not None
-        given, dim = self._given_use.expand(len(start), -1, -1), self.key_sum.shape[3]
-        # What multiplies keys was divided by the factors that keys were multiplied by.
-        inverse = None if ratio is None else 1 / ratio[:, 0].double()
-        of_keys = reach.turned(given[..., :dim].double(), start, inverse)
-        return torch.cat([of_keys.float(), given[..., dim:]], -1)
 
     def learn(self, k: Tensor, v: Tensor) -> None:
         """Read tokens `[B, h, T, K]`, `[B, h, T, V]` without queries; rows must have read equally many."""
@@ -446,12 +433,8 @@ class HeadMemory:
             positions = torch.zeros_like(old_count).scatter_add_(2, homes, places)
             if of_tokens is not None:
                 total = torch.cat([self.weight[index], of_tokens], 2)
-                _put_rows(
-                    self,
-                    "weight",
-                    index,
-                    torch.zeros_like(total[:, :, : count.shape[2]]).scatter_add_(2, homes, total),
-                )
+                weight = torch.zeros_like(self.weight[index]).scatter_add_(2, homes, total)
+                _put_rows(self, "weight", index, weight)
         if of_tokens is not None:
             keys, values = keys * of_tokens[..., None], values * of_tokens[..., None]
         for name, old, new in (("key_sum", old_keys, keys), ("value_sum", old_values, values)):

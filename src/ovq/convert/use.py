@@ -21,6 +21,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ovq.convert.reach import Reach
+
 # Weights are from 2 to the power of minus this to 2 to the power of this (`MOST_USE` of memory.h).
 MOST_USE = 8
 # Queries compared at a time with all tokens.
@@ -55,6 +57,24 @@ def token_weights(keys: Tensor, values: Tensor, use: Tensor) -> Tensor:
     found = (tokens * numbers[..., None, :-1]).sum(-1) + numbers[..., None, -1]
     found = torch.where(found.isfinite(), found, 0)
     return torch.exp2(found.round().clamp(-MOST_USE, MOST_USE))
+
+
+def use_from(use: Tensor, start: Tensor, reach: Reach, ratio: Tensor | None) -> Tensor:
+    """`[R, h, K + V + 1]` what weighs tokens after the positions `start` `[R, 1]` as if these were 0.
+
+    It was learned from texts of the trained length, and a key says where it is. Turning all keys back is
+    turning forward what they are multiplied by.
+
+    Args:
+        use: `[h, K + V + 1]` as learned.
+        start: one position for each row. reach: how the model turns keys.
+        ratio: `[h, 1, R]`, see `Reach.turned`; None if keys are as they are.
+    """
+    given, num = use.expand(len(start), -1, -1), 2 * len(reach.frequencies)
+    # What multiplies keys was divided by the factors that keys were multiplied by.
+    inverse = None if ratio is None else 1 / ratio[:, 0].double()
+    of_keys = reach.turned(given[..., :num].double(), start, inverse)
+    return torch.cat([of_keys.float(), given[..., num:]], -1)
 
 
 class ExpectedUse:
