@@ -280,7 +280,8 @@ def draw(rows: list[dict], path: Path) -> None:
         "window": ("a window and its first tokens", MIXER_STYLES["sink_attention"]),
         "slots": ("slots, all heads alike", PALETTE[1]),
         "probed": ("slots, as probed", MIXER_STYLES["ovq"]),
-        "fitted": ("slots, as probed, with biases (ovq convert)", MIXER_STYLES["ovq, ward"]),
+        "equal": ("ovq convert if all tokens count alike", PALETTE[2]),
+        "fitted": ("ovq convert", MIXER_STYLES["ovq, ward"]),
     }
     titles = {"prose": "prose (Hamlet)", "code": "code (argparse.py)"}
     losses = [row for row in rows if row["what"] == "loss"]
