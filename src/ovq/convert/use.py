@@ -48,9 +48,9 @@ def token_weights(keys: Tensor, values: Tensor, use: Tensor) -> Tensor:
             constant last.
 
     Example:
-        >>> keys, values = torch.tensor([[[2.0], [-30.0]]]), torch.zeros(1, 2, 1)
+        >>> keys, values = torch.tensor([[[2.0], [-1.0]]]), torch.zeros(1, 2, 1)
         >>> token_weights(keys, values, torch.tensor([[1.0, 0.0, 0.6]]))
-        tensor([[8.0000, 0.0039]], dtype=torch.float64)
+        tensor([[8., 1.]], dtype=torch.float64)
     """
     numbers = use.double()
     tokens = torch.cat([keys.detach(), values.detach()], -1).double()

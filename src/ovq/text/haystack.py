@@ -247,8 +247,8 @@ class NeedleBuilder:
             >>> builder = NeedleBuilder(byte_tokenizer(), value="number")
             >>> ids, is_answer = builder.repeat_bare(np.random.default_rng(0))
             >>> print(builder.tokenizer.decode(ids), "|", builder.tokenizer.decode(ids[is_answer]))
-             rapid-mirror is: 8283094.
-            rapid-mirror is: 8283094. |  8283094
+             rapid-mirror is: 5600228.
+            rapid-mirror is: 5600228. |  5600228
         """
         [(key, value)] = self._pairs(random, 1)
         words = _BARE.format(key=key)
