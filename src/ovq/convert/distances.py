@@ -13,6 +13,8 @@ by one, because multiplying keys by powers of 2 and dividing queries by them cha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,34 @@ _QUERIES = 256
 # Numbers of a key that matter less than the one that matters most by more than this are taken as if they
 # mattered so much.
 _RANGE = 5
+
+
+def far_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, o: Tensor, g: Tensor, num_sinks: int, num_recent: int
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """What queries see of tokens that may be in slots, some queries of a key/value head at a time.
+
+    Args:
+        q: and the others are those of `Distances.add`.
+
+    Yields:
+        The head; its queries `[G, n, K]` and their gradients `[G, n, V]`; the probabilities `[G, n, T]`, 0
+        for tokens that are not in slots; and g . (v - o) `[G, n, T]`, by how much the loss rises if a query
+        sees more of a token.
+    """
+    heads, total = k.shape[1], k.shape[2]
+    places = torch.arange(total, device=k.device)
+    for part in torch.arange(total - q.shape[2], total, device=k.device).split(_QUERIES):
+        own = part - total + q.shape[2]
+        is_past = places <= part[:, None]
+        is_far = (places <= part[:, None] - num_recent) & (places >= num_sinks)
+        for head in range(heads):
+            queries, outputs, slopes = (
+                x[0, :, own].float().unflatten(0, (heads, -1))[head] for x in (q, o, g)
+            )
+            keys, values = k[0, head].float(), v[0, head].float()
+            p = (queries @ keys.T).masked_fill(~is_past, -torch.inf).softmax(-1) * is_far
+            yield head, queries, slopes, p, slopes @ values.T - (slopes * outputs).sum(-1, keepdim=True)
 
 
 class Distances:
@@ -69,24 +99,13 @@ class Distances:
             num_sinks: first tokens, and num_recent: last ones before a query, itself included, that never are
                 in slots.
         """
-        heads, total = k.shape[1], k.shape[2]
-        places = torch.arange(total, device=k.device)
-        for part in torch.arange(total - q.shape[2], total, device=k.device).split(_QUERIES):
-            own = part - total + q.shape[2]
-            is_past = places <= part[:, None]
-            is_far = (places <= part[:, None] - num_recent) & (places >= num_sinks)
-            for h in range(heads):
-                # [G, n, ...]
-                queries, outputs, slopes = (
-                    x[0, :, own].float().unflatten(0, (heads, -1))[h] for x in (q, o, g)
-                )
-                keys, values = k[0, h].float(), v[0, h].float()
-                p = (queries @ keys.T).masked_fill(~is_past, -torch.inf).softmax(-1) * is_far
-                change = slopes @ values.T - (slopes * outputs).sum(-1, keepdim=True)
-                of_query = (p * change.square()).sum(-1, keepdim=True)
-                self._of_keys[h] += ((of_query * queries.square()).sum((0, 1)) / num_targets).cpu()
-                of_value = (p.sum(-1) * slopes.square().mean(-1)).sum() / num_targets
-                self._of_values[h] += float(of_value)
+        for head, queries, slopes, p, change in far_attention(
+            q, k, v, o=o, g=g, num_sinks=num_sinks, num_recent=num_recent
+        ):
+            of_query = (p * change.square()).sum(-1, keepdim=True)
+            self._of_keys[head] += ((of_query * queries.square()).sum((0, 1)) / num_targets).cpu()
+            of_value = (p.sum(-1) * slopes.square().mean(-1)).sum() / num_targets
+            self._of_values[head] += float(of_value)
         self._key_squares += k[0].double().square().mean(1).cpu()
         self._value_squares += v[0].double().square().sum(-1).mean(1).cpu()
 

@@ -21,12 +21,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ovq.convert.distances import far_attention
 from ovq.convert.reach import Reach
 
 # Weights are from 2 to the power of minus this to 2 to the power of this (`MOST_USE` of memory.h).
 MOST_USE = 8
-# Queries compared at a time with all tokens.
-_QUERIES = 256
 # What keeps the numbers of the function small, where each number of a key or value has a variance of 1, and
 # the mean use is 1.
 _RIDGE = 0.01
@@ -116,23 +115,12 @@ class ExpectedUse:
         Args:
             weight: how much the text counts.
         """
-        heads, total = k.shape[1], k.shape[2]
-        places = torch.arange(total, device=k.device)
-        squares = torch.zeros(heads, total, dtype=torch.float64, device=k.device)
-        for part in torch.arange(total - q.shape[2], total, device=k.device).split(_QUERIES):
-            own = part - total + q.shape[2]
-            is_past = places <= part[:, None]
-            is_far = (places <= part[:, None] - num_recent) & (places >= num_sinks)
-            for h in range(heads):
-                # [G, n, ...]
-                queries, outputs, slopes = (
-                    x[0, :, own].float().unflatten(0, (heads, -1))[h] for x in (q, o, g)
-                )
-                keys, values = k[0, h].float(), v[0, h].float()
-                p = (queries @ keys.T).masked_fill(~is_past, -torch.inf).softmax(-1) * is_far
-                change = p * (slopes @ values.T - (slopes * outputs).sum(-1, keepdim=True))
-                # Query heads that share keys lose a token together.
-                squares[h] += change.sum(0).square().sum(0)
+        squares = torch.zeros(k.shape[1:3], dtype=torch.float64, device=k.device)
+        for head, _, _, p, change in far_attention(
+            q, k, v, o=o, g=g, num_sinks=num_sinks, num_recent=num_recent
+        ):
+            # Query heads that share keys lose a token together.
+            squares[head] += (p * change).sum(0).square().sum(0)
         self._tokens.append(torch.cat([k[0], v[0]], -1)[:, num_sinks:].cpu())
         self._uses.append((squares * (weight / num_targets)).sqrt()[:, num_sinks:].cpu())
 
