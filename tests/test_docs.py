@@ -100,6 +100,21 @@ def test_the_results_of_conversion_say_what_presses_lost():
     assert shown == measured
 
 
+def test_the_results_of_conversion_say_what_ruler_asked():
+    rows = json.loads((ROOT / "docs" / "results" / "convert_ruler.json").read_text())["rows"]
+    text = (ROOT / "docs" / "convert_results.md").read_text()
+    shape = r"^(\| model \| `niah_single_1`.*)\n.*\n((?:\|.*\n)+)"
+    [(header, table)] = re.findall(shape, text, flags=re.MULTILINE)
+    tasks = [name.strip(" `") for name in header.split("|")[2:-1]]
+    shown = sorted(
+        (task, cell.strip())
+        for line in table.splitlines()
+        for task, cell in zip(tasks, line.split("|")[2:-1], strict=True)
+        if cell.strip()
+    )
+    assert shown == sorted((row["task"], f"{row['score']:.2f}") for row in rows)
+
+
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
 def test_programs_behind_figures_are_there(name):
     assert f"`python {name}`" in (ROOT / "docs" / "guarantees.md").read_text()
