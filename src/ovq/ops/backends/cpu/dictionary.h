@@ -40,7 +40,7 @@ INLINE int64_t key_words(const Call *call) { return num_words(call->k.dim); }
 INLINE int64_t value_words(const Call *call) { return num_words(call->v.dim); }
 INLINE int64_t row_words(const Call *call) { return key_words(call) + (call->is_ward ? value_words(call) : 0); }
 
-static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backward) {
+static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backward, int is_routed) {
     const int is_in_pairs = HAS_PAIRS && call->dtype == BFLOAT16, is_ward = call->is_ward && !is_backward;
     const int has_value_panels = is_ward || (is_backward && !is_in_pairs);
     Rows rows;
@@ -52,7 +52,7 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
     rows.weights = nullptr;
-    rows.words = is_in_pairs || (HAS_PAIRS && !is_backward) ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
+    rows.words = is_in_pairs || (HAS_PAIRS && is_routed) ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
     rows.value_pairs = is_in_pairs && !is_backward ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
     rows.value_words = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num * value_words(call)) : nullptr;
     rows.key_pairs = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num / 2 * key_ld(call)) : nullptr;
@@ -80,7 +80,7 @@ INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
 static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backward) {
     Dictionary dictionary;
     const int64_t num = padded(call->capacity, NR);
-    dictionary.rows = take_rows(arena, call, num, is_backward);
+    dictionary.rows = take_rows(arena, call, num, is_backward, !is_backward);
     dictionary.is_open = TAKE(arena, float, num);
     dictionary.norm = TAKE(arena, double, num);
     dictionary.inverse = TAKE(arena, float, num);
@@ -206,11 +206,16 @@ static void add_token(const Sums *sums, const Call *call, int64_t i, const Rows 
 /* Bring the slots of a chunk's tokens up to date with their sums, each once. */
 static void update_slots(Dictionary *dictionary, const Call *call, const Sums *sums, const int32_t *slots, int64_t num,
                          uint8_t *is_done) {
+    int64_t end = 0;
     for (int64_t t = 0; t < num; t++) {
-        if (!is_done[slots[t]]) update_slot(dictionary, call, slots[t], sums);
         is_done[slots[t]] = 1;
+        if (slots[t] >= end) end = slots[t] + 1;
     }
-    for (int64_t t = 0; t < num; t++) is_done[slots[t]] = 0;
+    /* Neighbours, which share lines of a panel, one after the other. */
+    for (int64_t i = 0; i < end; i++) {
+        if (is_done[i]) update_slot(dictionary, call, i, sums);
+        is_done[i] = 0;
+    }
 }
 
 static void load_values(Rows *tokens, const Call *call, int64_t chunk, int64_t head, int64_t num) {

@@ -22,6 +22,9 @@ from ovq.ops.random_init import random_priority
 # What inputs may be, each by its number in numbers.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Bytes from which on a tensor is worth large pages.
+LARGE = 4 << 20
+
 
 def cpu_kernels() -> str:
     """Whether there are compiled kernels for this CPU, the backend `cpu`, and where from; if not, why.
@@ -89,7 +92,7 @@ class _CompiledAttention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         q, k, v = (dense(x) for x in (q, k, v))
         sums = Dictionary(key_sum, value_sum, count, weight).clone()
-        o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+        o = new_tensor((*q.shape[:3], v.shape[-1]), q.dtype)
         # The log-sum-exp of each query, and the slot of each token of a complete chunk.
         lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
         call = _call(q, k, v, o, lse, scale, sums, slots, plan, token_weights)
@@ -126,7 +129,7 @@ class _CompiledAttention(torch.autograd.Function):
                 (sums.weight, grad_sums[3]),
             )
         )
-        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
+        grads = [new_tensor(x.shape, x.dtype) for x in (q, k, v)]
         grad_scale = torch.zeros(len(ctx.plan.slots), q.shape[2], dtype=torch.float64)
         # Zero for tokens that are not merged yet.
         grad_weights = None if token_weights is None else torch.zeros_like(token_weights)
@@ -195,6 +198,14 @@ def learn_and_say(
 def dense(x: Tensor) -> Tensor:
     """`x` with each vector contiguous in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor that a kernel will fill, in large pages of memory if it is large (pages.h)."""
+    x = torch.empty(shape, dtype=dtype)
+    if x.nbytes >= LARGE:
+        build.load().ovq_use_large_pages(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes))
+    return x
 
 
 def _priorities(plan: Plan) -> Tensor:

@@ -19,17 +19,25 @@
 
 INLINE int64_t num_words(int64_t n) { return padded(n, 2 * VL) / 2; }
 
-/* Round finite numbers to bfloat16, to the nearest, ties to even; each in the upper half of its word. */
-INLINE Words rounded(Vector x) {
-    const Words bits = (Words)x;
-    return (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+/* Finite numbers rounded to bfloat16, to the nearest, ties to even: word i has lane i of `low`, and of `high` in its
+   upper half. */
+INLINE Words words_from(Vector low, Vector high) {
+#if HAS_PAIRS
+    typedef uint16_t Places __attribute__((vector_size(64)));
+    const Places places = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    return (Words)_mm512_permutexvar_epi16((__m512i)places, both);
+#else
+    const Words a = (Words)low, b = (Words)high;
+    return (a + 0x7fff + (a >> 16 & 1)) >> 16 | ((b + 0x7fff + (b >> 16 & 1)) & 0xffff0000);
+#endif
 }
 
 /* Round `n` numbers, n a multiple of VL, to words. */
 static void round_row(const float *x, int64_t n, uint32_t *words) {
     for (int64_t i = 0; i < n; i += 2 * VL, words += VL) {
-        const Words low = rounded(load(x + i)) >> 16, high = i + VL < n ? rounded(load(x + i + VL)) : Words{};
-        const Words both = low | high;
+        const Words both = words_from(load(x + i), i + VL < n ? load(x + i + VL) : Vector{});
         memcpy(words, &both, sizeof(both));
     }
 }
@@ -46,9 +54,20 @@ INLINE void put_pair(uint32_t *pairs, int64_t n, int64_t i, const float *x) {
     for (int64_t j = 0; j < n; j += VL, x += VL, out += VL) {
         Words both;
         memcpy(&both, out, sizeof(both));
-        both = i % 2 ? (both & 0xffff) | rounded(load(x)) : (both & 0xffff0000) | rounded(load(x)) >> 16;
+        const uint32_t kept = i % 2 ? 0xffff : 0xffff0000;
+        both = (both & kept) | (words_from(load(x), load(x)) & ~kept);
         memcpy(out, &both, sizeof(both));
     }
+}
+
+/* `num` rows in pairs of rows; zero stands for a missing last one. */
+INLINE void put_rows(uint32_t *pairs, int64_t num, int64_t ld, const float *rows) {
+    for (int64_t t = 0; t < num; t += 2)
+        for (int64_t j = 0; j < ld; j += VL) {
+            const Vector low = load(rows + t * ld + j), high = t + 1 < num ? load(rows + (t + 1) * ld + j) : Vector{};
+            const Words both = words_from(low, high);
+            memcpy(pairs + t / 2 * ld + j, &both, sizeof(both));
+        }
 }
 
 /* What becomes of the sums of a product: factor * sum + bias, a row; or nothing, if `bias` is NULL. */

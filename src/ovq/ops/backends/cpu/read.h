@@ -50,10 +50,10 @@ INLINE float highest_of(const float *scores, int64_t n) {
 /* Turns n scores into exponentials relative to their largest, `best`; their sum. */
 static float exponentials(float *scores, int64_t n, float *best) {
     *best = highest_of(scores, n);
-    const Vector shift = splat(*best);
+    const Vector shift = splat(*best * LOG2_E);
     Vector sum = {}, more = {};
     for (int64_t j = 0; j < n; j += 2 * VL) {
-        const Vector x = exponential(load(scores + j) - shift), y = exponential(load(scores + j + VL) - shift);
+        const Vector x = exponential(load(scores + j), shift), y = exponential(load(scores + j + VL), shift);
         store(scores + j, x);
         store(scores + j + VL, y);
         sum += x;
@@ -82,12 +82,12 @@ INLINE void score_pairs(const Call *call, const Rows *rows, int64_t n, const uin
 /* `exponentials` that are rounded to words of neighbours, in the first half of their place. */
 static float exponential_pairs(float *scores, int64_t n, float *best) {
     *best = highest_of(scores, n);
-    const Vector shift = splat(*best);
+    const Vector shift = splat(*best * LOG2_E);
     uint32_t *words = (uint32_t *)scores;
     Vector sum = {}, more = {};
     for (int64_t j = 0; j < n; j += 2 * VL, words += VL) {
-        const Vector x = rough_exponential(load(scores + j) - shift);
-        const Vector y = rough_exponential(load(scores + j + VL) - shift);
+        const Vector x = rough_exponential(load(scores + j), shift);
+        const Vector y = rough_exponential(load(scores + j + VL), shift);
         put_neighbours(words, x, y);
         sum += x;
         more += y;
@@ -118,6 +118,17 @@ static void add_spoilt(const Call *call, const Chunk *chunk, int64_t head, int64
     }
 }
 
+/* What will be read soon, into the second-level cache: for query t of a tile, that of the next tile, and a key and a
+   value of the next chunk. Memory answers slowly, so a few are asked for at a time; beyond the end this does nothing. */
+INLINE void fetch_next(const Call *call, const Chunk *chunk, int64_t query_head, int64_t first, int64_t t) {
+    const int64_t next = first + QUERIES + t, head = query_head / call->group_size;
+    const int is_over = next >= call->width;
+    fetch_token(call, &call->q, chunk->index + is_over, is_over ? t : next, query_head);
+    if (query_head % call->group_size) return;
+    fetch_token(call, &call->k, chunk->index + 1, first + t, head);
+    fetch_token(call, &call->v, chunk->index + 1, first + t, head);
+}
+
 /* The outputs of the queries first..first+num-1 of a chunk, for one query head. */
 static void read_tile(const Call *call, const Dictionary *dictionary, const Rows *tokens, const Chunk *chunk,
                       int64_t query_head, int64_t first, int64_t num, Reader *reader) {
@@ -142,6 +153,7 @@ static void read_tile(const Call *call, const Dictionary *dictionary, const Rows
     mask_future(scores + slots, n, num, own, first);
     for (int64_t t = 0; t < num; t++) {
         float best;
+        fetch_next(call, chunk, query_head, first, t);
 #if HAS_PAIRS
         if (is_in_pairs) sums[t] = exponential_pairs(scores + t * n, n, &best);
         else

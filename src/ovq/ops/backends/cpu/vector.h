@@ -123,48 +123,38 @@ static int are_finite(const float *x, int64_t n) {
     return total(sum) == 0;
 }
 
-/* x, of which n ln 2 is taken; ln 2 is in two parts so that n ln 2 is exact in the first. */
-INLINE Vector without_powers(Vector x, Vector n) { return (x - n * 0.693359375f) + n * 2.12194440e-4f; }
+#define LOG2_E 1.44269504f
 
-/* exp of x <= 0, by a polynomial of degree `degree`; exactly 0 below -87, where float32 has no normal numbers left; NaN
-   of NaN. */
-template <int degree> INLINE Vector exponential_of(Vector x) {
-    const Vector low = splat(-87.0f);
-    const Vector y = higher_of(low, x);
-    /* x = n ln 2 + r with |r| <= ln 2 / 2, n an integer. */
+/* The polynomials in r, |r| <= 1/2, of least relative error from 2^r among those that are 1 at 0. */
+template <int degree> INLINE Vector power_series(Vector r) {
+    if constexpr (degree == 6) {
+        const Vector sum = (splat(1.53458124e-4f) * r + 1.33999309e-3f) * r + 9.61848907e-3f;
+        return (((sum * r + 5.55032864e-2f) * r + 2.40226462e-1f) * r + 6.93147182e-1f) * r + 1.0f;
+    }
+    return ((splat(5.50090596e-2f) * r + 2.42210969e-1f) * r + 6.93282902e-1f) * r + 1.0f;
+}
+
+/* 2^x, x at most about 0; exactly 0 below -126, where float32 has no normal numbers left; NaN of NaN. */
+template <int degree> INLINE Vector power_of_2(Vector x) {
+    const Vector low = splat(-126.0f);
 #if defined(__AVX512F__)
-    const Vector n = (Vector)_mm512_roundscale_ps((__m512)(y * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vector n = (Vector)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+    return (Vector)_mm512_maskz_scalef_ps(is_normal, (__m512)power_series<degree>(x - n), (__m512)n);
 #else
     /* Adding 1.5 * 2^23 rounds to an integer. */
-    const Vector shift = splat(12582912.0f), shifted = y * 1.44269504f + shift, n = shifted - shift;
-#endif
-    const Vector r = degree == 7 ? without_powers(y, n) : y - n * 0.693147181f;
-    Vector sum = splat(1.0f / 5040);
-    if constexpr (degree == 7) {
-        sum = sum * r + 1.0f / 720;
-        sum = sum * r + 1.0f / 120;
-        sum = sum * r + 1.0f / 24;
-    } else {
-        sum = splat(1.0f / 24);
-    }
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
-#if defined(__AVX512F__)
-    const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
-    return (Vector)_mm512_maskz_scalef_ps(is_normal, (__m512)sum, (__m512)n);
-#else
+    const Vector y = higher_of(low, x), shift = splat(12582912.0f), n = (y + shift) - shift;
     const IntVector power = (__builtin_convertvector(n, IntVector) + 127) << 23;
-    return x < low ? Vector{} : sum * (Vector)power;
+    return x < low ? Vector{} : power_series<degree>(y - n) * (Vector)power;
 #endif
 }
 
-/* To about an ulp. */
-INLINE Vector exponential(Vector x) { return exponential_of<7>(x); }
+/* exp(x - y), x at most about y, to an ulp but for the rounding of y in `bits`, which is y LOG2_E. */
+INLINE Vector exponential(Vector x, Vector bits) { return power_of_2<6>(x * LOG2_E - bits); }
+INLINE Vector exponential(Vector x) { return exponential(x, Vector{}); }
 
-/* To 2^-14, enough for bfloat16. */
-INLINE Vector rough_exponential(Vector x) { return exponential_of<4>(x); }
+/* The same to 2^-13, enough for bfloat16. */
+INLINE Vector rough_exponential(Vector x, Vector bits) { return power_of_2<3>(x * LOG2_E - bits); }
 
 /* The dot product of K floats in float64. */
 static double exact_dot(const float *a, const float *b, int64_t k) {

@@ -94,7 +94,7 @@ static Ward take_ward(Arena *arena, const Call *call) {
     ward.pair = TAKE(arena, int32_t, 2 * size);
     ward.height = TAKE(arena, float, size);
     ward.mean = TAKE(arena, double, size * (call->k.dim + call->v.dim));
-    ward.merged = take_rows(arena, call, size, 0);
+    ward.merged = take_rows(arena, call, size, 0, 1);
     ward.scaled = TAKE(arena, float, size * value_ld(call));
     ward.words = HAS_PAIRS ? TAKE(arena, uint32_t, call->chunk_size * row_words(call)) : nullptr;
     ward.tried = TAKE(arena, int32_t, n);
