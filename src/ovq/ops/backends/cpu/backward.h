@@ -258,7 +258,7 @@ static void backward_tile_pairs(const Call *call, const Rows *rows, int64_t n, i
 }
 #endif
 
-/* Half of a tensor that the chunk before this one will read, into the second-level cache, with each tile of slots:
+/* Half of a tensor that the chunk before this one will read, into the cache, with each tile of slots:
    memory answers slowly, and takes so many questions at a time. */
 static void fetch_before(const Call *call, const Chunk *chunk, int64_t head, int64_t tile) {
     const Tokens *tensors[] = {&call->q, &call->o, &call->grad_o, &call->k, &call->v};

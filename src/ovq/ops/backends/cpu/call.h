@@ -94,11 +94,11 @@ INLINE int64_t offset(const Tokens *x, int64_t chunk, int64_t token, int64_t hea
     return chunk * x->stride[0] + token * x->stride[1] + head * x->stride[2];
 }
 
-/* Fetch a token into the second-level cache. */
+/* Fetch a token into the cache. */
 INLINE void fetch_token(const Call *call, const Tokens *x, int64_t chunk, int64_t token, int64_t head) {
     const int64_t size = call->dtype == FLOAT32 ? 4 : 2;
     const char *data = (const char *)x->data + offset(x, chunk, token, head) * size;
-    for (int64_t i = 0; i < x->dim * size; i += 64) __builtin_prefetch(data + i, 0, 2);
+    for (int64_t i = 0; i < x->dim * size; i += 64) __builtin_prefetch(data + i);
 }
 
 /* `factor` times the tokens first..first+num-1 of a head, as rows of `ld` floats, zero beyond the vector. */

@@ -8,7 +8,6 @@
 #include "decode.h"
 #include "linear.h"
 #include "memory.h"
-#include "pages.h"
 #include "roof.h"
 #include "step.h"
 #include "tokens.h"
@@ -200,7 +199,6 @@ static int run(const Call *call, int is_backward) {
 /* 0, or 1 if there is no memory for it. */
 extern "C" int ovq_forward(const Call *call) { return run(call, 0); }
 extern "C" int ovq_backward(const Call *call) { return run(call, 1); }
-extern "C" void ovq_use_large_pages(void *data, int64_t bytes) { use_large_pages(data, bytes); }
 extern "C" void ovq_convolution_forward(const Convolution *call) { convolve_all(call, 0); }
 extern "C" void ovq_convolution_backward(const Convolution *call) { convolve_all(call, 1); }
 extern "C" void ovq_decode(const Decode *call) { decode_all(call); }

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
+from ovq.ops.backends.cpu.pages import new_tensor
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
@@ -21,9 +22,6 @@ from ovq.ops.random_init import random_priority
 
 # What inputs may be, each by its number in numbers.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# Bytes from which on a tensor is worth large pages.
-LARGE = 4 << 20
 
 
 def cpu_kernels() -> str:
@@ -198,14 +196,6 @@ def learn_and_say(
 def dense(x: Tensor) -> Tensor:
     """`x` with each vector contiguous in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An empty tensor that a kernel will fill, in large pages of memory if it is large (pages.h)."""
-    x = torch.empty(shape, dtype=dtype)
-    if x.nbytes >= LARGE:
-        build.load().ovq_use_large_pages(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes))
-    return x
 
 
 def _priorities(plan: Plan) -> Tensor:

@@ -353,7 +353,10 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
         end_notes(call, &merged, place, learner->is_done);
     }
     if (!*tokens->is_finite) clear_weightless(tokens, call, size);
-    for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
+    for (int64_t t = 0; t < size; t++) {
+        if (t + AHEAD < size) fetch_sums(sums, call, learner->slot[t + AHEAD]);
+        add_token(sums, call, learner->slot[t], tokens, t, 1);
+    }
     dictionary->num = chunk->after;
     update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
     int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;

@@ -118,7 +118,7 @@ static void add_spoilt(const Call *call, const Chunk *chunk, int64_t head, int64
     }
 }
 
-/* What will be read soon, into the second-level cache: for query t of a tile, that of the next tile, and a key and a
+/* What will be read soon, into the cache: for query t of a tile, that of the next tile, and a key and a
    value of the next chunk. Memory answers slowly, so a few are asked for at a time; beyond the end this does nothing. */
 INLINE void fetch_next(const Call *call, const Chunk *chunk, int64_t query_head, int64_t first, int64_t t) {
     const int64_t next = first + QUERIES + t, head = query_head / call->group_size;
