@@ -2,7 +2,7 @@
 #pragma once
 
 #include "call.h"
-#include "pairs.h"
+#include "shorts.h"
 
 /* Rows that queries attend to: the slots of a dictionary, or the tokens of a chunk. */
 struct Rows {
@@ -15,6 +15,7 @@ struct Rows {
                              zero stands for values that were not. */
     float *weights;       /* [M]: of a chunk's tokens, what each counts for; NULL for 1. */
     uint32_t *words;      /* Keys, and values to merge, as columns, rounded, [M / NR, row_words, NR], or NULL. */
+    float *steps;         /* [M]: how long the steps of `words` are, where these are whole numbers, else NULL. */
     uint32_t *value_pairs; /* Values, rounded, in pairs of rows, [M / 2, value_ld], where these are read; else NULL. */
     uint32_t *value_words; /* Values as columns, [M / NR, value_words, NR], and keys in pairs of rows: the backward's */
     uint32_t *key_pairs;   /* of bfloat16, else NULL. */
@@ -52,7 +53,10 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
     rows.weights = nullptr;
-    rows.words = is_in_pairs || (HAS_PAIRS && is_routed) ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
+    const int is_in_steps = HAS_SHORTS && is_routed && !is_ward;
+    const int has_words = is_in_pairs || (HAS_PAIRS && is_routed) || is_in_steps;
+    rows.words = has_words ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
+    rows.steps = is_in_steps ? TAKE(arena, float, num) : nullptr;
     rows.value_pairs = is_in_pairs && !is_backward ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
     rows.value_words = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num * value_words(call)) : nullptr;
     rows.key_pairs = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num / 2 * key_ld(call)) : nullptr;
@@ -72,6 +76,7 @@ INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
             rows->is_finite,
             from_row(rows->weights, i),
             from_row(rows->words, i * row_words(call)),
+            from_row(rows->steps, i),
             from_row(rows->value_pairs, i / 2 * value_ld(call)),
             from_row(rows->value_words, i * value_words(call)),
             from_row(rows->key_pairs, i / 2 * key_ld(call))};
@@ -87,13 +92,24 @@ static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backwar
     return dictionary;
 }
 
+/* Round a key to words: to whole steps where there is a place for how long these are. */
+INLINE void round_key(const Call *call, const float *key, uint32_t *words, float *step) {
+#if HAS_SHORTS
+    if (step) {
+        *step = round_to_steps(key, key_ld(call), largest_short(call->k.dim), words);
+        return;
+    }
+#endif
+    round_row(key, key_ld(call), words);
+}
+
 /* Row i from its key and value, which it may already hold. */
 static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
     if (rows->key_panels) put_column(rows->key_panels, call->k.dim, i, rows->keys + i * key_ld(call));
     if (rows->value_panels) put_column(rows->value_panels, call->v.dim, i, rows->values + i * value_ld(call));
     if (rows->words) {
         uint32_t words[row_words(call)];
-        round_row(rows->keys + i * key_ld(call), key_ld(call), words);
+        round_key(call, rows->keys + i * key_ld(call), words, from_row(rows->steps, i));
         if (call->is_ward) round_row(rows->values + i * value_ld(call), value_ld(call), words + key_words(call));
         put_words(rows->words, row_words(call), i, words);
     }

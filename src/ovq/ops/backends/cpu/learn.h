@@ -58,6 +58,7 @@ static float highest_with(const float *scores, const float *factors, int64_t n, 
 /* By how much a score of `score_keys` is off at most, over the product of the lengths. */
 INLINE double score_error(const Call *call) {
     const double of_sums = (double)call->k.dim * FLT_EPSILON;
+    if (HAS_SHORTS) return short_roughness(call->k.dim);
     if (!HAS_PAIRS) return of_sums / 2;
     /* Two roundings, or one where keys are bfloat16. */
     return of_sums + (call->dtype == BFLOAT16 ? ROUGHNESS / 2 + FLT_EPSILON : ROUGHNESS);
@@ -67,9 +68,13 @@ INLINE double score_error(const Call *call) {
    which slots are worth a second look. */
 static void score_keys(const Call *call, const Dictionary *dictionary, const float *keys, int64_t num, Reader *reader) {
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
-#if HAS_PAIRS
     const int64_t size = key_words(call);
-    for (int64_t t = 0; t < num; t++) round_row(keys + t * ld, ld, reader->words + t * size);
+    for (int64_t t = 0; HAS_PAIRS + HAS_SHORTS && t < num; t++)
+        round_key(call, keys + t * ld, reader->words + t * size, from_row(reader->steps, t));
+#if HAS_SHORTS
+    shorts_product(num, n, size, reader->words, reader->steps, dictionary->rows.words, size * NR,
+                   dictionary->rows.steps, dictionary->is_open, reader->scores, n);
+#elif HAS_PAIRS
     pairs_product(num, n, size, reader->words, size, 1, dictionary->rows.words, row_words(call) * NR, NR, nullptr,
                   Finish{dictionary->is_open, 1}, reader->scores, n);
 #else

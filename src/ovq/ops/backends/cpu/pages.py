@@ -17,8 +17,8 @@ PAGE, LARGE = 2 << 20, 4 << 20
 def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An empty tensor that a kernel will fill.
 
-    Linux provides new memory page by page, when it is first written to, and a page of 2 MiB takes it much less
-    time than 512 of 4 KiB. Where there are no large pages, or none left, the tensor is as any other.
+    Linux provides new memory page by page, when it is first written to, and a page of 2 MiB takes it much
+    less time than 512 of 4 KiB. Where there are no large pages, or none left, the tensor is as any other.
     """
     x = torch.empty(shape, dtype=dtype)
     advise = _advise()

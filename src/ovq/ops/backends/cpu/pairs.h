@@ -77,33 +77,22 @@ struct Finish {
 };
 
 #if HAS_PAIRS
-/* c [mr, nv vectors] = from + a b, as `product_tile`. */
-template <int mr, int nv>
-INLINE void pairs_tile(int64_t k, const uint32_t *a, int64_t row, int64_t col, const uint32_t *b, int64_t ldb,
-                       const float *from, int64_t j, Finish finish, float *c, int64_t ldc) {
-    __m512 sum[mr][nv];
-    for (int i = 0; i < mr; i++)
-        for (int v = 0; v < nv; v++) sum[i][v] = from ? (__m512)load(from + i * ldc + v * VL) : __m512{};
-    for (int64_t p = 0; p < k; p++) {
-        __m512bh right[nv];
-        for (int v = 0; v < nv; v++) right[v] = (__m512bh)_mm512_loadu_si512(b + p * ldb + v * VL);
-        for (int i = 0; i < mr; i++) {
-            const __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[i * row + p * col]);
-            for (int v = 0; v < nv; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], left, right[v]);
-        }
+struct Pairs {
+    typedef uint32_t Number;
+    typedef __m512bh Factor;
+    typedef __m512 Sum;
+    const float *from;
+    Finish finish;
+    float *c;
+    int64_t ldc;
+    INLINE_MEMBER Sum begin(int64_t i, int64_t j) const { return from ? (Sum)load(from + i * ldc + j) : Sum{}; }
+    static INLINE_MEMBER Factor several(const uint32_t *x) { return (Factor)_mm512_loadu_si512(x); }
+    static INLINE_MEMBER Factor one(uint32_t x) { return (Factor)_mm512_set1_epi32((int)x); }
+    static INLINE_MEMBER Sum add(Sum sum, Factor left, Factor right) { return _mm512_dpbf16_ps(sum, left, right); }
+    INLINE_MEMBER void end(int64_t i, int64_t j, Sum sum) const {
+        store(c + i * ldc + j, finish.bias ? (Vector)sum * finish.factor + load(finish.bias + j) : (Vector)sum);
     }
-    for (int v = 0; v < nv; v++) {
-        const Vector bias = finish.bias ? load(finish.bias + j + v * VL) : Vector{};
-        for (int i = 0; i < mr; i++)
-            store(c + i * ldc + v * VL, finish.bias ? (Vector)sum[i][v] * finish.factor + bias : (Vector)sum[i][v]);
-    }
-}
-
-template <int mr, int nv, typename... Rest>
-INLINE void pairs_rows(int64_t num, Rest... rest) {
-    if (num == mr) pairs_tile<mr, nv>(rest...);
-    else if constexpr (mr > 1) pairs_rows<mr - 1, nv>(num, rest...);
-}
+};
 
 /* c [m, n] = from + a [m, k words] b [k words, n], n a multiple of VL. a has strides `row` and `col`; b is in panels of
    NR columns, `panel` words apart, each with rows `ldb` words apart; `from` is c or NULL. */
@@ -118,14 +107,7 @@ static void pairs_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, in
         return;
     }
 #endif
-    for (int64_t j = 0; j < n; j += NR, b += panel)
-        for (int64_t i = 0; i < m; i += MR) {
-            const float *start = from ? from + i * ldc + j : nullptr;
-            float *out = c + i * ldc + j;
-            const int64_t num = least(MR, m - i);
-            if (n - j >= NR) pairs_rows<MR, NV>(num, k, a + i * row, row, col, b, ldb, start, j, finish, out, ldc);
-            else pairs_rows<MR, 1>(num, k, a + i * row, row, col, b, ldb, start, j, finish, out, ldc);
-        }
+    multiply(Pairs{from, finish, c, ldc}, m, n, k, a, row, col, b, panel, ldb);
 }
 
 /* Round 2 VL numbers to words of neighbours. */

@@ -9,6 +9,7 @@
 struct Reader {
     float *queries;  /* [QUERIES, key_ld] */
     uint32_t *words; /* [QUERIES, key_words]: queries, or keys to route, rounded. */
+    float *steps;    /* [QUERIES]: how long the steps of these keys are, if they are whole numbers. */
     float *scores;   /* [QUERIES, slots and tokens] */
     float *out;      /* [QUERIES, value_ld] */
     int32_t *near;   /* [M]: scratch of routing. */
@@ -17,7 +18,8 @@ struct Reader {
 static Reader take_reader(Arena *arena, const Call *call) {
     Reader reader;
     reader.queries = TAKE(arena, float, QUERIES * key_ld(call));
-    reader.words = HAS_PAIRS ? TAKE(arena, uint32_t, QUERIES * key_words(call)) : nullptr;
+    reader.words = HAS_PAIRS || HAS_SHORTS ? TAKE(arena, uint32_t, QUERIES * key_words(call)) : nullptr;
+    reader.steps = HAS_SHORTS ? TAKE(arena, float, QUERIES) : nullptr;
     reader.scores = TAKE(arena, float, QUERIES * (padded(call->capacity, NR) + padded(call->width, NR)));
     reader.out = TAKE(arena, float, QUERIES * value_ld(call));
     reader.near = TAKE(arena, int32_t, padded(call->capacity, NR));

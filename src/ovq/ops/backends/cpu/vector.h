@@ -23,7 +23,8 @@
 #endif
 #define NV 2
 #define NR (VL * NV)
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE static INLINE_MEMBER
 
 typedef float Vector __attribute__((vector_size(VL * 4)));
 typedef float AnyVector __attribute__((vector_size(VL * 4), aligned(4), may_alias));
