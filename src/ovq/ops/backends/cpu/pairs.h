@@ -19,15 +19,30 @@
 
 INLINE int64_t num_words(int64_t n) { return padded(n, 2 * VL) / 2; }
 
+#if HAS_PAIRS
+/* Words of the lower and the upper half of 2 VL bfloat16 numbers: word i has number i of both. */
+INLINE Words words_of_halves(__m512i x) {
+    typedef uint16_t Places __attribute__((vector_size(64)));
+    const Places places = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (Words)_mm512_permutexvar_epi16((__m512i)places, x);
+}
+
+/* n bfloat16 numbers as words. */
+INLINE void arrange_row(const uint16_t *x, int64_t n, uint32_t *words) {
+    for (int64_t i = 0; i < n; i += 2 * VL, words += VL) {
+        const int64_t left = n - i;
+        const __m512i some = _mm512_maskz_loadu_epi16(left < 2 * VL ? (1u << left) - 1 : ~0u, x + i);
+        _mm512_storeu_si512(words, (__m512i)words_of_halves(some));
+    }
+}
+#endif
+
 /* Finite numbers rounded to bfloat16, to the nearest, ties to even: word i has lane i of `low`, and of `high` in its
    upper half. */
 INLINE Words words_from(Vector low, Vector high) {
 #if HAS_PAIRS
-    typedef uint16_t Places __attribute__((vector_size(64)));
-    const Places places = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    return (Words)_mm512_permutexvar_epi16((__m512i)places, both);
+    return words_of_halves((__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
 #else
     const Words a = (Words)low, b = (Words)high;
     return (a + 0x7fff + (a >> 16 & 1)) >> 16 | ((b + 0x7fff + (b >> 16 & 1)) & 0xffff0000);

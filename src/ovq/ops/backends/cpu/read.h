@@ -139,16 +139,16 @@ static void read_tile(const Call *call, const Dictionary *dictionary, const Rows
     const float scale = call->scale[query_head];
     float *scores = reader->scores, sums[QUERIES];
     const int is_in_pairs = HAS_PAIRS && tokens->value_pairs;
-    read_tokens(call, &call->q, chunk->index, query_head, first, num, is_in_pairs ? 1 : scale, reader->queries,
-                key_ld(call));
     if (is_in_pairs) {
 #if HAS_PAIRS
         for (int64_t t = 0; t < num; t++)
-            round_row(reader->queries + t * key_ld(call), key_ld(call), reader->words + t * key_words(call));
+            arrange_row((const uint16_t *)call->q.data + offset(&call->q, chunk->index, first + t, query_head),
+                        call->k.dim, reader->words + t * key_words(call));
         score_pairs(call, &dictionary->rows, slots, reader->words, num, scale, scores, n);
         score_pairs(call, tokens, own, reader->words, num, scale, scores + slots, n);
 #endif
     } else {
+        read_tokens(call, &call->q, chunk->index, query_head, first, num, scale, reader->queries, key_ld(call));
         score(call, &dictionary->rows, slots, reader->queries, num, scores, n);
         score(call, tokens, own, reader->queries, num, scores + slots, n);
     }

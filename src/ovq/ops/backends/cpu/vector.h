@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -38,7 +39,16 @@ INLINE Vector load(const float *x) { return *(const AnyVector *)x; }
 INLINE void store(float *x, Vector y) { *(AnyVector *)x = y; }
 INLINE Vector splat(float x) { return x - Vector{}; }
 
-INLINE Vector lower_of(Vector x, Vector y) { return x < y ? x : y; }
+/* x < y ? x : y, in one instruction. */
+INLINE Vector lower_of(Vector x, Vector y) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_min_ps((__m512)x, (__m512)y);
+#elif defined(__AVX__)
+    return (Vector)_mm256_min_ps((__m256)x, (__m256)y);
+#else
+    return x < y ? x : y;
+#endif
+}
 
 /* x > y ? x : y, in one instruction. */
 INLINE Vector higher_of(Vector x, Vector y) {
@@ -60,14 +70,20 @@ template <int... places> INLINE Vector pick(Vector a, Vector b) {
 #endif
 }
 
-/* Halving the vector takes fewer steps, one after the other, than going through it. */
-INLINE float highest(Vector x) {
-    float y[VL];
-    store(y, x);
-    for (int half = VL / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) y[i] = y[i + half] > y[i] ? y[i + half] : y[i];
+template <int by, int... lane> INLINE Vector rotated(Vector x, std::integer_sequence<int, lane...>) {
+    return pick<(lane + by) % VL...>(x, x);
+}
+
+/* All lanes of a vector in one, by a function of two vectors. Halving it takes fewer steps, one after the other, than
+   going through it. */
+template <int half = VL / 2, class Function> INLINE float folded(Vector x, Function function) {
+    const Vector y = function(rotated<half>(x, std::make_integer_sequence<int, VL>()), x);
+    if constexpr (half > 1) return folded<half / 2>(y, function);
     return y[0];
 }
+
+INLINE float highest(Vector x) { return folded(x, [](Vector a, Vector b) { return higher_of(a, b); }); }
+INLINE float total(Vector x) { return folded(x, [](Vector a, Vector b) { return a + b; }); }
 
 /* Bit i says whether lane i of x is at least that of y. */
 INLINE uint32_t lanes_at_least(Vector x, Vector y) {
@@ -92,13 +108,7 @@ INLINE Vector square_root(Vector x) {
     return load(y);
 }
 
-INLINE float lowest_lane(Vector x) {
-    float y[VL];
-    store(y, x);
-    for (int half = VL / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) y[i] = y[i + half] < y[i] ? y[i + half] : y[i];
-    return y[0];
-}
+INLINE float lowest_lane(Vector x) { return folded(x, [](Vector a, Vector b) { return lower_of(a, b); }); }
 
 INLINE int is_any(IntVector x) {
     int64_t y[VL / 2];
@@ -106,14 +116,6 @@ INLINE int is_any(IntVector x) {
     for (int half = VL / 4; half; half /= 2)
         for (int i = 0; i < half; i++) y[i] |= y[i + half];
     return y[0] != 0;
-}
-
-INLINE float total(Vector x) {
-    float y[VL];
-    store(y, x);
-    for (int half = VL / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) y[i] += y[i + half];
-    return y[0];
 }
 
 /* Whether n numbers are finite, n a multiple of VL. */
@@ -157,15 +159,24 @@ INLINE Vector exponential(Vector x) { return exponential(x, Vector{}); }
 /* The same to 2^-13, enough for bfloat16. */
 INLINE Vector rough_exponential(Vector x, Vector bits) { return power_of_2<3>(x * LOG2_E - bits); }
 
+INLINE EightWide widened(const float *x) {
+#if defined(__AVX512F__)
+    return (EightWide)_mm512_cvtps_pd(_mm256_loadu_ps(x));
+#else
+    return __builtin_convertvector(*(const Eight *)x, EightWide);
+#endif
+}
+
 /* The dot product of K floats in float64. */
 static double exact_dot(const float *a, const float *b, int64_t k) {
-    EightWide sums = {};
+    EightWide sums = {}, more = {};
     int64_t i = 0;
-    for (; i + 8 <= k; i += 8)
-        sums += __builtin_convertvector(*(const Eight *)(a + i), EightWide) *
-                __builtin_convertvector(*(const Eight *)(b + i), EightWide);
-    double sum = 0;
-    for (int j = 0; j < 8; j++) sum += sums[j];
+    for (; i + 16 <= k; i += 16) {
+        sums += widened(a + i) * widened(b + i);
+        more += widened(a + i + 8) * widened(b + i + 8);
+    }
+    sums += more;
+    double sum = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
     for (; i < k; i++) sum += (double)a[i] * (double)b[i];
     return sum;
 }

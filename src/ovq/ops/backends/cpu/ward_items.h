@@ -121,7 +121,7 @@ INLINE float above(double x) {
 
 typedef double EightDoubles __attribute__((vector_size(64), aligned(8), may_alias));
 
-INLINE EightWide eight(const float *x) { return __builtin_convertvector(*(const Eight *)x, EightWide); }
+INLINE EightWide eight(const float *x) { return widened(x); }
 INLINE EightWide eight(const double *x) { return *(const EightDoubles *)x; }
 
 template <typename A, typename B>
