@@ -13,6 +13,8 @@ struct Gradients {
     float *grad_o;   /* [G * width, value_ld] */
     uint32_t *query_words;  /* [G * width, key_words]: queries without the scale, where pairs are multiplied. */
     uint32_t *grad_o_words; /* [G * width, value_words] */
+    /* Queries with the scale, and grad_o, in pairs of queries, [G * pairs, ...], where pairs are multiplied. */
+    uint32_t *query_pairs, *grad_o_pairs;
     float *lse;      /* [G * width] */
     float *inner;    /* [G * width]: sum of o grad_o. */
     float *grad_k;   /* [width, key_ld]: the chunk's tokens, as parts of the sums and as candidates. */
@@ -26,12 +28,13 @@ struct Share {
     float *grad_q;   /* [G * width, key_ld]: its share of the gradient of scale * q. */
     float *grad_k;   /* [SLOTS, key_ld] */
     float *grad_v;   /* [SLOTS, value_ld] */
-    float *probs;    /* [QUERIES, SLOTS] */
-    float *grads;    /* [QUERIES, SLOTS]: gradient of the probabilities, then of the scores. */
+    float *probs;    /* [READERS, SLOTS] */
+    float *grads;    /* [READERS, SLOTS]: gradient of the probabilities, then of the scores. */
     float *sums;     /* [SLOTS]: of the gradients of scores over the queries, where tokens have weights; else NULL. */
-    /* The same, queries and grad_o in pairs of queries, [QUERIES / 2, ...], where pairs are multiplied. */
-    uint32_t *prob_pairs, *grad_pairs, *query_pairs, *grad_o_pairs;
+    uint32_t *prob_pairs, *grad_pairs; /* The same in pairs of queries, [READERS / 2, SLOTS], where these are multiplied. */
 };
+
+INLINE int64_t num_pairs(int64_t num) { return (num + 1) / 2; }
 
 static Gradients take_gradients(Arena *arena, const Call *call) {
     const int64_t queries = call->group_size * call->width;
@@ -40,6 +43,9 @@ static Gradients take_gradients(Arena *arena, const Call *call) {
     all.grad_o = TAKE(arena, float, queries * value_ld(call));
     all.query_words = HAS_PAIRS ? TAKE(arena, uint32_t, queries * key_words(call)) : nullptr;
     all.grad_o_words = HAS_PAIRS ? TAKE(arena, uint32_t, queries * value_words(call)) : nullptr;
+    const int64_t pairs = HAS_PAIRS ? call->group_size * num_pairs(call->width) : 0;
+    all.query_pairs = TAKE(arena, uint32_t, pairs * key_ld(call));
+    all.grad_o_pairs = TAKE(arena, uint32_t, pairs * value_ld(call));
     all.lse = TAKE(arena, float, queries);
     all.inner = TAKE(arena, float, queries);
     all.grad_k = TAKE(arena, float, call->width * key_ld(call));
@@ -54,14 +60,12 @@ static Share take_share(Arena *arena, const Call *call) {
     share.grad_q = TAKE(arena, float, call->group_size * call->width * key_ld(call));
     share.grad_k = TAKE(arena, float, SLOTS * key_ld(call));
     share.grad_v = TAKE(arena, float, SLOTS * value_ld(call));
-    share.probs = TAKE(arena, float, QUERIES * SLOTS);
-    share.grads = TAKE(arena, float, QUERIES * SLOTS);
+    share.probs = TAKE(arena, float, READERS * SLOTS);
+    share.grads = TAKE(arena, float, READERS * SLOTS);
     share.sums = call->weight ? TAKE(arena, float, SLOTS) : nullptr;
-    const int64_t pairs = HAS_PAIRS ? QUERIES / 2 : 0;
+    const int64_t pairs = HAS_PAIRS ? READERS / 2 : 0;
     share.prob_pairs = TAKE(arena, uint32_t, pairs * SLOTS);
     share.grad_pairs = TAKE(arena, uint32_t, pairs * SLOTS);
-    share.query_pairs = TAKE(arena, uint32_t, pairs * key_ld(call));
-    share.grad_o_pairs = TAKE(arena, uint32_t, pairs * value_ld(call));
     return share;
 }
 
@@ -82,17 +86,21 @@ static void load_queries(const Call *call, const Chunk *chunk, int64_t head, int
     const int64_t query_head = head * call->group_size + g, num_heads = call->num_kv_heads * call->group_size;
     const int64_t start = g * chunk->num, width = value_ld(call);
     float *queries = all->queries + start * key_ld(call), *grad_o = all->grad_o + start * width;
-    read_tokens(call, &call->q, chunk->index, query_head, 0, chunk->num, call->scale[query_head], queries,
-                key_ld(call));
-    read_tokens(call, &call->grad_o, chunk->index, query_head, 0, chunk->num, 1, grad_o, width);
+    const float scale = call->scale[query_head];
     const int is_in_pairs = HAS_PAIRS && call->dtype == BFLOAT16;
-    for (int64_t t = 0; t < chunk->num; t++) {
-        if (is_in_pairs) {
-            float query[key_ld(call)];
-            read_tokens(call, &call->q, chunk->index, query_head, t, 1, 1, query, key_ld(call));
-            round_row(query, key_ld(call), all->query_words + (start + t) * key_words(call));
+    read_tokens(call, &call->q, chunk->index, query_head, 0, chunk->num, is_in_pairs ? 1 : scale, queries, key_ld(call));
+    read_tokens(call, &call->grad_o, chunk->index, query_head, 0, chunk->num, 1, grad_o, width);
+    if (is_in_pairs) {
+        const int64_t pair = g * num_pairs(chunk->num);
+        for (int64_t t = 0; t < chunk->num; t++) {
+            round_row(queries + t * key_ld(call), key_ld(call), all->query_words + (start + t) * key_words(call));
             round_row(grad_o + t * width, width, all->grad_o_words + (start + t) * value_words(call));
         }
+        for (int64_t i = 0; i < chunk->num * key_ld(call); i++) queries[i] *= scale;
+        put_rows(all->query_pairs + pair * key_ld(call), chunk->num, key_ld(call), queries);
+        put_rows(all->grad_o_pairs + pair * width, chunk->num, width, grad_o);
+    }
+    for (int64_t t = 0; t < chunk->num; t++) {
         float o[width];
         read_tokens(call, &call->o, chunk->index, query_head, t, 1, 1, o, width);
         Vector inner = {};
@@ -184,9 +192,9 @@ static void backward_tile(const Call *call, const Rows *rows, int64_t n, int64_t
     if (place >= 0) mask_future(probs, SLOTS, num, n, first - place);
     product(num, n, call->v.dim, grad_o, value_width, 1, rows->value_panels, call->v.dim * NR, NR, nullptr, 0, grads, SLOTS);
     for (int64_t t = 0; t < num; t++) {
-        const Vector lse = splat(all->lse[start + t]), inner = splat(all->inner[start + t]);
+        const Vector shift = splat(all->lse[start + t] * LOG2_E), inner = splat(all->inner[start + t]);
         for (int64_t j = t * SLOTS; j < t * SLOTS + n; j += VL) {
-            const Vector prob = exponential(load(probs + j) - lse);
+            const Vector prob = exponential(load(probs + j), shift);
             store(probs + j, prob);
             store(grads + j, prob * (load(grads + j) - inner));
         }
@@ -200,12 +208,6 @@ static void backward_tile(const Call *call, const Rows *rows, int64_t n, int64_t
 }
 
 #if HAS_PAIRS
-/* `num` rows in pairs of rows; zero stands for a missing last one. */
-INLINE void put_rows(uint32_t *pairs, int64_t num, int64_t ld, const float *rows) {
-    if (num % 2) memset(pairs + num / 2 * ld, 0, sizeof(uint32_t) * ld);
-    for (int64_t t = 0; t < num; t++) put_pair(pairs, ld, t, rows + t * ld);
-}
-
 /* From scores and gradients of probabilities [num, n]: probabilities and gradients of scores in pairs of queries, and
    the latter as words of neighbours, in the first half of their place. */
 static void differentiate_pairs(int64_t num, int64_t n, const float *lse, const float *inner, Share *share) {
@@ -217,7 +219,7 @@ static void differentiate_pairs(int64_t num, int64_t n, const float *lse, const 
             for (int u = 0; u < 1 + is_pair; u++) {
                 for (int v = 0; v < 2; v++) {
                     const int64_t at = u * SLOTS + j + v * VL;
-                    prob[u][v] = rough_exponential(load(scores + at) - lse[t + u]);
+                    prob[u][v] = rough_exponential(load(scores + at), splat(lse[t + u] * LOG2_E));
                     grad[u][v] = prob[u][v] * (load(grads + at) - inner[t + u]);
                 }
                 put_neighbours((uint32_t *)grads + u * SLOTS + j / 2, grad[u][0], grad[u][1]);
@@ -227,8 +229,7 @@ static void differentiate_pairs(int64_t num, int64_t n, const float *lse, const 
                 store(sums, load(sums) + (grad[0][v] + grad[1][v]));
             }
             for (int v = 0; v < 2; v++) {
-                const Words probs = rounded(prob[0][v]) >> 16 | rounded(prob[1][v]);
-                const Words both = rounded(grad[0][v]) >> 16 | rounded(grad[1][v]);
+                const Words probs = words_from(prob[0][v], prob[1][v]), both = words_from(grad[0][v], grad[1][v]);
                 memcpy(share->prob_pairs + t / 2 * SLOTS + j + v * VL, &probs, sizeof(probs));
                 memcpy(share->grad_pairs + t / 2 * SLOTS + j + v * VL, &both, sizeof(both));
             }
@@ -236,27 +237,37 @@ static void differentiate_pairs(int64_t num, int64_t n, const float *lse, const 
     }
 }
 
-/* `backward_tile` for bfloat16. */
+/* `backward_tile` for bfloat16; `pair` is the place of the first two queries among the pairs of the chunk. */
 static void backward_tile_pairs(const Call *call, const Rows *rows, int64_t n, int64_t place, int64_t start,
-                                int64_t first, int64_t num, float scale, const Gradients *all, Share *share) {
-    const int64_t key_width = key_ld(call), value_width = value_ld(call), pairs = (num + 1) / 2;
+                                int64_t pair, int64_t first, int64_t num, float scale, const Gradients *all,
+                                Share *share) {
+    const int64_t key_width = key_ld(call), value_width = value_ld(call), pairs = num_pairs(num);
     const int64_t num_key_words = key_words(call), num_value_words = value_words(call);
     score_pairs(call, rows, n, all->query_words + start * num_key_words, num, scale, share->probs, SLOTS);
     if (place >= 0) mask_future(share->probs, SLOTS, num, n, first - place);
     pairs_product(num, n, num_value_words, all->grad_o_words + start * num_value_words, num_value_words, 1,
                   rows->value_words, num_value_words * NR, NR, nullptr, Finish{}, share->grads, SLOTS);
     differentiate_pairs(num, n, all->lse + start, all->inner + start, share);
-    put_rows(share->grad_o_pairs, num, value_width, all->grad_o + start * value_width);
-    put_rows(share->query_pairs, num, key_width, all->queries + start * key_width);
-    pairs_product(n, value_width, pairs, share->prob_pairs, 1, SLOTS, share->grad_o_pairs, NR, value_width,
-                  share->grad_v, Finish{}, share->grad_v, value_width);
-    pairs_product(n, key_width, pairs, share->grad_pairs, 1, SLOTS, share->query_pairs, NR, key_width, share->grad_k,
-                  Finish{}, share->grad_k, key_width);
+    pairs_product(n, value_width, pairs, share->prob_pairs, 1, SLOTS, all->grad_o_pairs + pair * value_width, NR,
+                  value_width, share->grad_v, Finish{}, share->grad_v, value_width);
+    pairs_product(n, key_width, pairs, share->grad_pairs, 1, SLOTS, all->query_pairs + pair * key_width, NR, key_width,
+                  share->grad_k, Finish{}, share->grad_k, key_width);
     float *grad_q = share->grad_q + start * key_width;
     pairs_product(num, key_width, n / 2, (const uint32_t *)share->grads, SLOTS, 1, rows->key_pairs, NR, key_width,
                   grad_q, Finish{}, grad_q, key_width);
 }
 #endif
+
+/* Half of a tensor that the chunk before this one will read, into the cache, with each tile of slots:
+   memory answers slowly, and takes so many questions at a time. */
+static void fetch_before(const Call *call, const Chunk *chunk, int64_t head, int64_t tile) {
+    const Tokens *tensors[] = {&call->q, &call->o, &call->grad_o, &call->k, &call->v};
+    if (tile >= 10) return;
+    const int64_t group = tile < 6 ? call->group_size : 1, half = (call->width + 1) / 2;
+    for (int64_t g = 0; g < group; g++)
+        for (int64_t t = 0; t < half; t++)
+            fetch_token(call, tensors[tile / 2], chunk->index - 1, tile % 2 * half + t, head * group + g);
+}
 
 /* All queries of a chunk with SLOTS slots, or tokens, from `at` on. */
 static void backward_rows(const Call *call, const Rows *rows, int64_t head, int64_t at, int64_t num_rows,
@@ -267,13 +278,15 @@ static void backward_rows(const Call *call, const Rows *rows, int64_t head, int6
     memset(share->grad_v, 0, sizeof(float) * n * value_ld(call));
     if (share->sums) memset(share->sums, 0, sizeof(float) * n);
     const int64_t place = is_tokens ? at : -1;
+    if (!is_tokens) fetch_before(call, chunk, head, at / SLOTS);
     for (int64_t g = 0; g < call->group_size; g++)
-        for (int64_t t = is_tokens ? at : 0; t < chunk->num; t += QUERIES) {
-            const int64_t start = g * chunk->num + t, num = least(QUERIES, chunk->num - t);
+        for (int64_t t = is_tokens ? at : 0; t < chunk->num; t += READERS) {
+            const int64_t start = g * chunk->num + t, num = least(READERS, chunk->num - t);
 #if HAS_PAIRS
             if (tile.key_pairs) {
                 const float scale = call->scale[head * call->group_size + g];
-                backward_tile_pairs(call, &tile, n, place, start, t, num, scale, all, share);
+                backward_tile_pairs(call, &tile, n, place, start, g * num_pairs(chunk->num) + t / 2, t, num, scale, all,
+                                    share);
                 continue;
             }
 #endif

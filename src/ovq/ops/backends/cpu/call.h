@@ -8,9 +8,10 @@
 #include "numbers.h"
 #include "product.h"
 
-/* Queries, or keys, of a tile; slots of a tile of the backward. */
+/* Queries, or keys, of a tile; and of one of the backward, with its slots. */
 #define QUERIES 32
-#define SLOTS 128
+#define READERS 256
+#define SLOTS 64
 
 /* Tensors of tokens are [num_chunks, width, heads, dim], dim dense. */
 struct Tokens {
@@ -91,6 +92,13 @@ static void *take_bytes(Arena *arena, size_t bytes) {
 
 INLINE int64_t offset(const Tokens *x, int64_t chunk, int64_t token, int64_t head) {
     return chunk * x->stride[0] + token * x->stride[1] + head * x->stride[2];
+}
+
+/* Fetch a token into the cache. */
+INLINE void fetch_token(const Call *call, const Tokens *x, int64_t chunk, int64_t token, int64_t head) {
+    const int64_t size = call->dtype == FLOAT32 ? 4 : 2;
+    const char *data = (const char *)x->data + offset(x, chunk, token, head) * size;
+    for (int64_t i = 0; i < x->dim * size; i += 64) __builtin_prefetch(data + i);
 }
 
 /* `factor` times the tokens first..first+num-1 of a head, as rows of `ld` floats, zero beyond the vector. */

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "call.h"
-#include "pairs.h"
+#include "shorts.h"
 
 /* Rows that queries attend to: the slots of a dictionary, or the tokens of a chunk. */
 struct Rows {
@@ -15,6 +15,7 @@ struct Rows {
                              zero stands for values that were not. */
     float *weights;       /* [M]: of a chunk's tokens, what each counts for; NULL for 1. */
     uint32_t *words;      /* Keys, and values to merge, as columns, rounded, [M / NR, row_words, NR], or NULL. */
+    float *steps;         /* [M]: how long the steps of `words` are, where these are whole numbers, else NULL. */
     uint32_t *value_pairs; /* Values, rounded, in pairs of rows, [M / 2, value_ld], where these are read; else NULL. */
     uint32_t *value_words; /* Values as columns, [M / NR, value_words, NR], and keys in pairs of rows: the backward's */
     uint32_t *key_pairs;   /* of bfloat16, else NULL. */
@@ -40,7 +41,7 @@ INLINE int64_t key_words(const Call *call) { return num_words(call->k.dim); }
 INLINE int64_t value_words(const Call *call) { return num_words(call->v.dim); }
 INLINE int64_t row_words(const Call *call) { return key_words(call) + (call->is_ward ? value_words(call) : 0); }
 
-static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backward) {
+static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backward, int is_routed) {
     const int is_in_pairs = HAS_PAIRS && call->dtype == BFLOAT16, is_ward = call->is_ward && !is_backward;
     const int has_value_panels = is_ward || (is_backward && !is_in_pairs);
     Rows rows;
@@ -52,7 +53,10 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
     rows.weights = nullptr;
-    rows.words = is_in_pairs || (HAS_PAIRS && !is_backward) ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
+    const int is_in_steps = HAS_SHORTS && is_routed && !is_ward;
+    const int has_words = is_in_pairs || (HAS_PAIRS && is_routed) || is_in_steps;
+    rows.words = has_words ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
+    rows.steps = is_in_steps ? TAKE(arena, float, num) : nullptr;
     rows.value_pairs = is_in_pairs && !is_backward ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
     rows.value_words = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num * value_words(call)) : nullptr;
     rows.key_pairs = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num / 2 * key_ld(call)) : nullptr;
@@ -72,6 +76,7 @@ INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
             rows->is_finite,
             from_row(rows->weights, i),
             from_row(rows->words, i * row_words(call)),
+            from_row(rows->steps, i),
             from_row(rows->value_pairs, i / 2 * value_ld(call)),
             from_row(rows->value_words, i * value_words(call)),
             from_row(rows->key_pairs, i / 2 * key_ld(call))};
@@ -80,11 +85,22 @@ INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
 static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backward) {
     Dictionary dictionary;
     const int64_t num = padded(call->capacity, NR);
-    dictionary.rows = take_rows(arena, call, num, is_backward);
+    dictionary.rows = take_rows(arena, call, num, is_backward, !is_backward);
     dictionary.is_open = TAKE(arena, float, num);
     dictionary.norm = TAKE(arena, double, num);
     dictionary.inverse = TAKE(arena, float, num);
     return dictionary;
+}
+
+/* Round a key to words: to whole steps where there is a place for how long these are. */
+INLINE void round_key(const Call *call, const float *key, uint32_t *words, float *step) {
+#if HAS_SHORTS
+    if (step) {
+        *step = round_to_steps(key, key_ld(call), largest_short(call->k.dim), words);
+        return;
+    }
+#endif
+    round_row(key, key_ld(call), words);
 }
 
 /* Row i from its key and value, which it may already hold. */
@@ -93,7 +109,7 @@ static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
     if (rows->value_panels) put_column(rows->value_panels, call->v.dim, i, rows->values + i * value_ld(call));
     if (rows->words) {
         uint32_t words[row_words(call)];
-        round_row(rows->keys + i * key_ld(call), key_ld(call), words);
+        round_key(call, rows->keys + i * key_ld(call), words, from_row(rows->steps, i));
         if (call->is_ward) round_row(rows->values + i * value_ld(call), value_ld(call), words + key_words(call));
         put_words(rows->words, row_words(call), i, words);
     }
@@ -188,6 +204,14 @@ static void clear_weightless(Rows *tokens, const Call *call, int64_t num) {
     }
 }
 
+/* How many tokens before its sums are changed a slot is fetched into the cache. */
+#define AHEAD 8
+
+INLINE void fetch_sums(const Sums *sums, const Call *call, int64_t i) {
+    for (int64_t j = 0; j < call->k.dim; j += 16) __builtin_prefetch(sums->key + i * call->k.dim + j, 1);
+    for (int64_t j = 0; j < call->v.dim; j += 16) __builtin_prefetch(sums->value + i * call->v.dim + j, 1);
+}
+
 /* Add token t of a chunk to the sums of slot i, or take it back. */
 static void add_token(const Sums *sums, const Call *call, int64_t i, const Rows *tokens, int64_t t, int sign) {
     const float *key = tokens->keys + t * key_ld(call), *value = tokens->values + t * value_ld(call);
@@ -206,11 +230,16 @@ static void add_token(const Sums *sums, const Call *call, int64_t i, const Rows 
 /* Bring the slots of a chunk's tokens up to date with their sums, each once. */
 static void update_slots(Dictionary *dictionary, const Call *call, const Sums *sums, const int32_t *slots, int64_t num,
                          uint8_t *is_done) {
+    int64_t end = 0;
     for (int64_t t = 0; t < num; t++) {
-        if (!is_done[slots[t]]) update_slot(dictionary, call, slots[t], sums);
         is_done[slots[t]] = 1;
+        if (slots[t] >= end) end = slots[t] + 1;
     }
-    for (int64_t t = 0; t < num; t++) is_done[slots[t]] = 0;
+    /* Neighbours, which share lines of a panel, one after the other. */
+    for (int64_t i = 0; i < end; i++) {
+        if (is_done[i]) update_slot(dictionary, call, i, sums);
+        is_done[i] = 0;
+    }
 }
 
 static void load_values(Rows *tokens, const Call *call, int64_t chunk, int64_t head, int64_t num) {

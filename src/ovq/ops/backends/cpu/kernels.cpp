@@ -50,7 +50,7 @@ struct Own {
 static Shared take_shared(Arena *arena, const Call *call, int is_backward) {
     Shared shared = {};
     shared.dictionary = take_dictionary(arena, call, is_backward);
-    shared.tokens = take_rows(arena, call, call->width, is_backward);
+    shared.tokens = take_rows(arena, call, call->width, is_backward, !is_backward && call->is_ward);
     if (call->token_weights) shared.tokens.weights = TAKE(arena, float, call->width);
     shared.barrier = TAKE(arena, Barrier, 1);
     if (is_backward) shared.gradients = take_gradients(arena, call);
@@ -105,8 +105,7 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
                 token_rows(items, first, num);
             else
                 route_tile(call, dictionary, &shared->tokens, first, num, chunk.after > chunk.before && !priority,
-                           &lengths, &shared->learner, own->reader.near, own->reader.words,
-                           own->reader.scores);
+                           &lengths, &shared->learner, &own->reader);
         }
         sync(team);
         if (team->rank == 0 && chunk.is_complete && call->is_ward)
@@ -114,7 +113,7 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
                                 own->reader.scores);
         else if (team->rank == 0 && chunk.is_complete)
             learn(call, dictionary, &shared->tokens, &sums, &chunk, head, priority, &shared->learner,
-                  own->reader.words, own->reader.scores);
+                  &own->reader);
     }
 }
 

@@ -18,7 +18,6 @@ struct Learner {
     uint8_t *opens;    /* [C] */
     uint8_t *is_done;  /* [M]: scratch, zero between uses. */
     int32_t *near;     /* [M]: scratch. */
-    uint32_t *words;   /* [key_words]: scratch. */
 };
 
 static Learner take_learner(Arena *arena, const Call *call) {
@@ -29,7 +28,6 @@ static Learner take_learner(Arena *arena, const Call *call) {
     learner.opens = TAKE(arena, uint8_t, call->chunk_size);
     learner.is_done = TAKE(arena, uint8_t, padded(call->capacity, NR));
     learner.near = TAKE(arena, int32_t, padded(call->capacity, NR));
-    learner.words = TAKE(arena, uint32_t, key_words(call));
     return learner;
 }
 
@@ -45,37 +43,43 @@ static int64_t columns_from(const float *scores, int64_t n, float floor, int32_t
     return num;
 }
 
-/* The largest of n products of a score and a factor. */
-static float highest_product(const float *scores, const float *factors, int64_t n) {
-    Vector best = splat(-INFINITY), more = best;
-    for (int64_t j = 0; j < n; j += 2 * VL) {
-        best = higher_of(load(scores + j) * load(factors + j), best);
-        more = higher_of(load(scores + j + VL) * load(factors + j + VL), more);
+/* The largest of n scores, and of their products with `factors`. */
+static float highest_with(const float *scores, const float *factors, int64_t n, float *of_products) {
+    Vector best = splat(-INFINITY), product = best;
+    for (int64_t j = 0; j < n; j += VL) {
+        const Vector score = load(scores + j);
+        best = higher_of(score, best);
+        product = higher_of(score * load(factors + j), product);
     }
-    return highest(higher_of(best, more));
+    *of_products = highest(product);
+    return highest(best);
 }
 
 /* By how much a score of `score_keys` is off at most, over the product of the lengths. */
 INLINE double score_error(const Call *call) {
     const double of_sums = (double)call->k.dim * FLT_EPSILON;
+    if (HAS_SHORTS) return short_roughness(call->k.dim);
     if (!HAS_PAIRS) return of_sums / 2;
     /* Two roundings, or one where keys are bfloat16. */
     return of_sums + (call->dtype == BFLOAT16 ? ROUGHNESS / 2 + FLT_EPSILON : ROUGHNESS);
 }
 
-/* Scores [num, n] of keys [num, key_ld] with all slots, rough where pairs are multiplied: they only say which slots are
-   worth a second look. `words` are scratch for the keys. */
-static void score_keys(const Call *call, const Dictionary *dictionary, const float *keys, int64_t num, uint32_t *words,
-                       float *scores) {
+/* Scores [num, n] of at most QUERIES keys [num, key_ld] with all slots, rough where pairs are multiplied: they only say
+   which slots are worth a second look. */
+static void score_keys(const Call *call, const Dictionary *dictionary, const float *keys, int64_t num, Reader *reader) {
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
-#if HAS_PAIRS
     const int64_t size = key_words(call);
-    for (int64_t t = 0; t < num; t++) round_row(keys + t * ld, ld, words + t * size);
-    pairs_product(num, n, size, words, size, 1, dictionary->rows.words, row_words(call) * NR, NR, nullptr,
-                  Finish{dictionary->is_open, 1}, scores, n);
+    for (int64_t t = 0; HAS_PAIRS + HAS_SHORTS && t < num; t++)
+        round_key(call, keys + t * ld, reader->words + t * size, from_row(reader->steps, t));
+#if HAS_SHORTS
+    shorts_product(num, n, size, reader->words, reader->steps, dictionary->rows.words, size * NR,
+                   dictionary->rows.steps, dictionary->is_open, reader->scores, n);
+#elif HAS_PAIRS
+    pairs_product(num, n, size, reader->words, size, 1, dictionary->rows.words, row_words(call) * NR, NR, nullptr,
+                  Finish{dictionary->is_open, 1}, reader->scores, n);
 #else
     product(num, n, call->k.dim, keys, ld, 1, dictionary->rows.key_panels, call->k.dim * NR, NR, dictionary->is_open,
-            0, scores, n);
+            0, reader->scores, n);
 #endif
 }
 
@@ -99,7 +103,7 @@ INLINE int is_open(const Dictionary *dictionary, int64_t i) { return dictionary-
 
 INLINE double length_of(const Call *call, const float *key) { return sqrt(exact_dot(key, key, call->k.dim)); }
 
-/* `nearest` where float32 scores mean nothing: float64 throughout. */
+/* `nearest` where float32 scores mean nothing: float64 throughout; 0 for a key that is not finite. */
 static int32_t nearest_of_all(const Call *call, const Dictionary *dictionary, const float *key, double tie) {
     double best = -INFINITY;
     for (int64_t i = 0; i < dictionary->num; i++) {
@@ -116,24 +120,22 @@ static int32_t nearest_of_all(const Call *call, const Dictionary *dictionary, co
     return 0;
 }
 
-/* The slot with the largest dot product, ties to the lowest index; 0 for a key that is not finite, and where no slot
-   attracts any. */
-static int32_t nearest(const Call *call, const Dictionary *dictionary, const float *key, const float *scores,
-                       int64_t n, const Lengths *lengths, int32_t *near) {
-    const double own = length_of(call, key), length = own * lengths->longest;
-    if (lengths->has_extremes || is_extreme(own)) return nearest_of_all(call, dictionary, key, call->tie * length);
-    const float best = highest_of(scores, n);
-    if (best == -INFINITY) return 0;
+/* The slot with the largest dot product, ties to the lowest index; `best` is the highest score, `own` the length of the
+   key. */
+static int32_t nearest(const Call *call, const Dictionary *dictionary, const float *key, double own,
+                       const float *scores, float best, int64_t n, const Lengths *lengths, int32_t *near) {
+    const double length = own * lengths->longest;
     /* Both sides of a comparison are off. */
     const double tolerance = 2 * (score_error(call) + call->tie) * length;
     const int64_t num = columns_from(scores, n, best - (float)tolerance * 1.001f, near);
     if (num == 1) return near[0];
-    double exact = -INFINITY;
+    double exact = -INFINITY, dots[num];
+    for (int64_t i = 0; i < num; i++) {
+        dots[i] = exact_dot(key, dictionary->rows.keys + near[i] * key_ld(call), call->k.dim);
+        exact = fmax(exact, dots[i]);
+    }
     for (int64_t i = 0; i < num; i++)
-        exact = fmax(exact, exact_dot(key, dictionary->rows.keys + near[i] * key_ld(call), call->k.dim));
-    for (int64_t i = 0; i < num; i++)
-        if (exact_dot(key, dictionary->rows.keys + near[i] * key_ld(call), call->k.dim) >= exact - call->tie * length)
-            return near[i];
+        if (dots[i] >= exact - call->tie * length) return near[i];
     return 0;
 }
 
@@ -153,28 +155,30 @@ static double exact_cosine(const Call *call, const Dictionary *dictionary, const
     return best > -INFINITY ? best : NO_COSINE;
 }
 
-/* The best cosine of a key with a slot, from its scores. */
-static double best_cosine(const Call *call, const Dictionary *dictionary, const float *key, const float *scores,
-                          int64_t n) {
-    const float best = highest_product(scores, dictionary->inverse, n);
-    return best > -INFINITY ? best / (float)fmax(length_of(call, key), TINY) : NO_COSINE;
-}
-
 /* Score the keys first..first+num-1 of a chunk: the nearest slot of each and, if keys are to open slots, its best
-   cosine. `words` and `scores` are scratch of QUERIES rows. */
+   cosine. */
 static void route_tile(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t first, int64_t num,
-                       int has_openers, const Lengths *lengths, Learner *learner, int32_t *near, uint32_t *words,
-                       float *scores) {
+                       int has_openers, const Lengths *lengths, Learner *learner, Reader *reader) {
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
     const float *keys = tokens->keys + first * ld;
-    score_keys(call, dictionary, keys, num, words, scores);
+    score_keys(call, dictionary, keys, num, reader);
     for (int64_t t = 0; t < num; t++) {
-        const float *key = keys + t * ld;
-        learner->slot[first + t] = nearest(call, dictionary, key, scores + t * n, n, lengths, near);
-        if (!has_openers) continue;
-        const int is_wide = lengths->has_extremes || is_extreme(length_of(call, key));
-        learner->priority[first + t] = is_wide ? exact_cosine(call, dictionary, key, nullptr, dictionary->num)
-                                               : best_cosine(call, dictionary, key, scores + t * n, n);
+        const float *key = keys + t * ld, *own = reader->scores + t * n;
+        const double length = length_of(call, key);
+        int32_t *slot = learner->slot + first + t;
+        double *priority = learner->priority + first + t;
+        if (lengths->has_extremes || is_extreme(length)) {
+            *slot = nearest_of_all(call, dictionary, key, call->tie * length * lengths->longest);
+            if (has_openers) *priority = exact_cosine(call, dictionary, key, nullptr, dictionary->num);
+            continue;
+        }
+        float best, best_product = 0;
+        if (has_openers) best = highest_with(own, dictionary->inverse, n, &best_product);
+        else best = highest_of(own, n);
+        /* No slot attracts any key. */
+        const int is_alone = best == -INFINITY;
+        *slot = is_alone ? 0 : nearest(call, dictionary, key, length, own, best, n, lengths, reader->near);
+        if (has_openers) *priority = is_alone ? NO_COSINE : best_product / (float)fmax(length, TINY);
     }
 }
 
@@ -206,29 +210,46 @@ static double boundary(const Call *call, Learner *learner, int64_t num) {
     return learner->ranked[num - 1];
 }
 
-/* Best cosines in float64 where the choice of the `num` most novel keys turns on it. */
-static void settle_novelty(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t num,
-                           int has_extremes, Learner *learner, float *scores) {
+/* Best cosines in float64 of some keys of a chunk, at most QUERIES. */
+static void settle_cosines(const Call *call, const Dictionary *dictionary, const Rows *tokens, const int32_t *some,
+                           int64_t num, double tolerance, Learner *learner, Reader *reader) {
     const int64_t n = padded(dictionary->num, NR), ld = key_ld(call);
+    for (int64_t i = 0; i < num; i++)
+        memcpy(reader->queries + i * ld, tokens->keys + some[i] * ld, sizeof(float) * ld);
+    score_keys(call, dictionary, reader->queries, num, reader);
+    for (int64_t i = 0; i < num; i++) {
+        const float *key = reader->queries + i * ld;
+        float *scores = reader->scores + i * n;
+        for (int64_t j = 0; j < n; j += VL) store(scores + j, load(scores + j) * load(dictionary->inverse + j));
+        const double floor = highest_of(scores, n) - tolerance * fmax(length_of(call, key), TINY);
+        const int64_t candidates = columns_from(scores, n, (float)floor, reader->near);
+        learner->priority[some[i]] = exact_cosine(call, dictionary, key, reader->near, candidates);
+    }
+}
+
+/* The same where the choice of the `num` most novel keys turns on it. */
+static void settle_novelty(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t num,
+                           int has_extremes, Learner *learner, Reader *reader) {
     const double last = boundary(call, learner, num);
     /* Cosines are at most 1 long; a few more roundings than a dot product go into one. */
     const double tolerance = 2 * (score_error(call) + (double)(call->k.dim + 16) * FLT_EPSILON + call->tie);
     double next = INFINITY;
     for (int64_t t = num; t < call->chunk_size; t++) next = fmin(next, learner->ranked[t]);
     if (next - last > tolerance) return;
+    int32_t some[QUERIES];
+    int64_t count = 0;
     for (int64_t t = 0; t < call->chunk_size; t++) {
-        const int is_near = fabs(learner->priority[t] - last) <= 2 * tolerance;
-        const float *key = tokens->keys + t * ld;
-        const double length = length_of(call, key);
+        const double priority = learner->priority[t];
         /* What is extreme was decided so from the start, and so was what has no cosine. */
-        if (!is_near || has_extremes || is_extreme(length) || learner->priority[t] >= NO_COSINE) continue;
-        score_keys(call, dictionary, key, 1, learner->words, scores);
-        const double best = best_cosine(call, dictionary, key, scores, n);
-        for (int64_t j = 0; j < n; j += VL) store(scores + j, load(scores + j) * load(dictionary->inverse + j));
-        const int64_t candidates =
-            columns_from(scores, n, (float)((best - tolerance) * fmax(length, TINY)), learner->near);
-        learner->priority[t] = exact_cosine(call, dictionary, key, learner->near, candidates);
+        if (!(fabs(priority - last) <= 2 * tolerance) || has_extremes || priority >= NO_COSINE ||
+            is_extreme(length_of(call, tokens->keys + t * key_ld(call))))
+            continue;
+        some[count++] = (int32_t)t;
+        if (count < QUERIES) continue;
+        settle_cosines(call, dictionary, tokens, some, count, tolerance, learner, reader);
+        count = 0;
     }
+    settle_cosines(call, dictionary, tokens, some, count, tolerance, learner, reader);
 }
 
 /* Mark the `num` keys of lowest priority; of equal ones, the earliest. */
@@ -286,9 +307,9 @@ static void merge_updated(const Call *call, const Dictionary *dictionary, const 
 }
 
 /* Once a chunk's keys are routed: open slots, merge the other tokens, say where each went.
-   `priority` [C] is the caller's ranking, or NULL for novelty; `words` and `scores` are scratch of QUERIES rows. */
+   `priority` [C] is the caller's ranking, or NULL for novelty. */
 static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const Sums *sums, const Chunk *chunk,
-                  int64_t head, const double *priority, Learner *learner, uint32_t *words, float *scores) {
+                  int64_t head, const double *priority, Learner *learner, Reader *reader) {
     const int64_t size = call->chunk_size;
     const int is_fresh = !chunk->before;
     /* The key that opens slot 0: the first of a weight above 0, if there is one. */
@@ -308,8 +329,7 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
         dictionary->num = 1;
         const Lengths lengths = lengths_of(dictionary);
         for (int64_t t = 0; t < size; t += QUERIES)
-            route_tile(call, dictionary, tokens, t, least(QUERIES, size - t), 1, &lengths, learner, learner->near,
-                       words, scores);
+            route_tile(call, dictionary, tokens, t, least(QUERIES, size - t), 1, &lengths, learner, reader);
     }
     const int64_t existing = dictionary->num, opening = chunk->after - existing;
     memset(learner->opens, 0, (size_t)size);
@@ -319,7 +339,7 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
             if (is_weightless(tokens, t)) learner->priority[t] = priority ? (double)size : NO_WEIGHT;
         if (is_fresh) learner->priority[opener] = INFINITY;
         const Lengths lengths = lengths_of(dictionary);
-        if (!priority) settle_novelty(call, dictionary, tokens, opening, lengths.has_extremes, learner, scores);
+        if (!priority) settle_novelty(call, dictionary, tokens, opening, lengths.has_extremes, learner, reader);
         choose_openers(call, opening, learner);
         if (call->is_merge_updated)
             merge_updated(call, dictionary, tokens, existing, &lengths, learner);
@@ -338,7 +358,10 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
         end_notes(call, &merged, place, learner->is_done);
     }
     if (!*tokens->is_finite) clear_weightless(tokens, call, size);
-    for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
+    for (int64_t t = 0; t < size; t++) {
+        if (t + AHEAD < size) fetch_sums(sums, call, learner->slot[t + AHEAD]);
+        add_token(sums, call, learner->slot[t], tokens, t, 1);
+    }
     dictionary->num = chunk->after;
     update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
     int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;

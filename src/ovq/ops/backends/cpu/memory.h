@@ -121,7 +121,7 @@ static HeadScratch take_head(Arena *arena, const HeadGroup *g, const Call *call,
     own.window = take_exact(arena, call, own.room);
     own.dictionary = take_dictionary(arena, call, 0);
     own.dictionary.num = 0;
-    own.tokens = take_rows(arena, call, call->width, 0);
+    own.tokens = take_rows(arena, call, call->width, 0, call->is_ward);
     if (g->use) {
         own.tokens.weights = TAKE(arena, float, padded(g->chunk_size, NR));
         own.weights = TAKE(arena, float, g->chunk_size);
@@ -311,9 +311,8 @@ static void merge_oldest(HeadStream *s) {
         const Lengths lengths = lengths_of(dictionary);
         for (int64_t t = 0; chunk.before && t < size; t += QUERIES)
             route_tile(call, dictionary, &own->tokens, t, least(QUERIES, size - t), chunk.after > chunk.before,
-                       &lengths, &own->learner, own->reader.near, own->reader.words, own->reader.scores);
-        learn(call, dictionary, &own->tokens, &s->sums, &chunk, 0, nullptr, &own->learner, own->reader.words,
-              own->reader.scores);
+                       &lengths, &own->learner, &own->reader);
+        learn(call, dictionary, &own->tokens, &s->sums, &chunk, 0, nullptr, &own->learner, &own->reader);
     }
     const int64_t position = g->num_sinks + g->num_merged[s->row] + (s->earlier_merges + s->num_merges) * size;
     for (int64_t t = 0; t < size; t++) s->sums.position[own->slots[t]] += position + t;

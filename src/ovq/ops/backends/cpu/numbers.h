@@ -2,7 +2,6 @@
 #pragma once
 
 #include <type_traits>
-#include <utility>
 
 #include "vector.h"
 
@@ -88,7 +87,9 @@ INLINE void with_type(int64_t dtype, const void *data, int64_t at, Function func
 /* out [ld] = factor * n numbers, zero beyond. */
 static void read_numbers(int64_t dtype, const void *data, int64_t at, int64_t n, float factor, float *out, int64_t ld) {
     with_type(dtype, data, at, [=](auto *x) {
-        for (int64_t i = 0; i < n; i++) out[i] = factor * as_float(x[i]);
+        int64_t i = 0;
+        for (; i + VL <= n; i += VL) store(out + i, factor * load_numbers(x + i));
+        for (; i < n; i++) out[i] = factor * as_float(x[i]);
     });
     for (int64_t i = n; i < ld; i++) out[i] = 0;
 }

@@ -19,17 +19,40 @@
 
 INLINE int64_t num_words(int64_t n) { return padded(n, 2 * VL) / 2; }
 
-/* Round finite numbers to bfloat16, to the nearest, ties to even; each in the upper half of its word. */
-INLINE Words rounded(Vector x) {
-    const Words bits = (Words)x;
-    return (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000;
+#if HAS_PAIRS
+/* Words of the lower and the upper half of 2 VL bfloat16 numbers: word i has number i of both. */
+INLINE Words words_of_halves(__m512i x) {
+    typedef uint16_t Places __attribute__((vector_size(64)));
+    const Places places = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return (Words)_mm512_permutexvar_epi16((__m512i)places, x);
+}
+
+/* n bfloat16 numbers as words. */
+INLINE void arrange_row(const uint16_t *x, int64_t n, uint32_t *words) {
+    for (int64_t i = 0; i < n; i += 2 * VL, words += VL) {
+        const int64_t left = n - i;
+        const __m512i some = _mm512_maskz_loadu_epi16(left < 2 * VL ? (1u << left) - 1 : ~0u, x + i);
+        _mm512_storeu_si512(words, (__m512i)words_of_halves(some));
+    }
+}
+#endif
+
+/* Finite numbers rounded to bfloat16, to the nearest, ties to even: word i has lane i of `low`, and of `high` in its
+   upper half. */
+INLINE Words words_from(Vector low, Vector high) {
+#if HAS_PAIRS
+    return words_of_halves((__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+#else
+    const Words a = (Words)low, b = (Words)high;
+    return (a + 0x7fff + (a >> 16 & 1)) >> 16 | ((b + 0x7fff + (b >> 16 & 1)) & 0xffff0000);
+#endif
 }
 
 /* Round `n` numbers, n a multiple of VL, to words. */
 static void round_row(const float *x, int64_t n, uint32_t *words) {
     for (int64_t i = 0; i < n; i += 2 * VL, words += VL) {
-        const Words low = rounded(load(x + i)) >> 16, high = i + VL < n ? rounded(load(x + i + VL)) : Words{};
-        const Words both = low | high;
+        const Words both = words_from(load(x + i), i + VL < n ? load(x + i + VL) : Vector{});
         memcpy(words, &both, sizeof(both));
     }
 }
@@ -46,9 +69,20 @@ INLINE void put_pair(uint32_t *pairs, int64_t n, int64_t i, const float *x) {
     for (int64_t j = 0; j < n; j += VL, x += VL, out += VL) {
         Words both;
         memcpy(&both, out, sizeof(both));
-        both = i % 2 ? (both & 0xffff) | rounded(load(x)) : (both & 0xffff0000) | rounded(load(x)) >> 16;
+        const uint32_t kept = i % 2 ? 0xffff : 0xffff0000;
+        both = (both & kept) | (words_from(load(x), load(x)) & ~kept);
         memcpy(out, &both, sizeof(both));
     }
+}
+
+/* `num` rows in pairs of rows; zero stands for a missing last one. */
+INLINE void put_rows(uint32_t *pairs, int64_t num, int64_t ld, const float *rows) {
+    for (int64_t t = 0; t < num; t += 2)
+        for (int64_t j = 0; j < ld; j += VL) {
+            const Vector low = load(rows + t * ld + j), high = t + 1 < num ? load(rows + (t + 1) * ld + j) : Vector{};
+            const Words both = words_from(low, high);
+            memcpy(pairs + t / 2 * ld + j, &both, sizeof(both));
+        }
 }
 
 /* What becomes of the sums of a product: factor * sum + bias, a row; or nothing, if `bias` is NULL. */
@@ -58,33 +92,22 @@ struct Finish {
 };
 
 #if HAS_PAIRS
-/* c [mr, nv vectors] = from + a b, as `product_tile`. */
-template <int mr, int nv>
-INLINE void pairs_tile(int64_t k, const uint32_t *a, int64_t row, int64_t col, const uint32_t *b, int64_t ldb,
-                       const float *from, int64_t j, Finish finish, float *c, int64_t ldc) {
-    __m512 sum[mr][nv];
-    for (int i = 0; i < mr; i++)
-        for (int v = 0; v < nv; v++) sum[i][v] = from ? (__m512)load(from + i * ldc + v * VL) : __m512{};
-    for (int64_t p = 0; p < k; p++) {
-        __m512bh right[nv];
-        for (int v = 0; v < nv; v++) right[v] = (__m512bh)_mm512_loadu_si512(b + p * ldb + v * VL);
-        for (int i = 0; i < mr; i++) {
-            const __m512bh left = (__m512bh)_mm512_set1_epi32((int)a[i * row + p * col]);
-            for (int v = 0; v < nv; v++) sum[i][v] = _mm512_dpbf16_ps(sum[i][v], left, right[v]);
-        }
+struct Pairs {
+    typedef uint32_t Number;
+    typedef __m512bh Factor;
+    typedef __m512 Sum;
+    const float *from;
+    Finish finish;
+    float *c;
+    int64_t ldc;
+    INLINE_MEMBER Sum begin(int64_t i, int64_t j) const { return from ? (Sum)load(from + i * ldc + j) : Sum{}; }
+    static INLINE_MEMBER Factor several(const uint32_t *x) { return (Factor)_mm512_loadu_si512(x); }
+    static INLINE_MEMBER Factor one(uint32_t x) { return (Factor)_mm512_set1_epi32((int)x); }
+    static INLINE_MEMBER Sum add(Sum sum, Factor left, Factor right) { return _mm512_dpbf16_ps(sum, left, right); }
+    INLINE_MEMBER void end(int64_t i, int64_t j, Sum sum) const {
+        store(c + i * ldc + j, finish.bias ? (Vector)sum * finish.factor + load(finish.bias + j) : (Vector)sum);
     }
-    for (int v = 0; v < nv; v++) {
-        const Vector bias = finish.bias ? load(finish.bias + j + v * VL) : Vector{};
-        for (int i = 0; i < mr; i++)
-            store(c + i * ldc + v * VL, finish.bias ? (Vector)sum[i][v] * finish.factor + bias : (Vector)sum[i][v]);
-    }
-}
-
-template <int mr, int nv, typename... Rest>
-INLINE void pairs_rows(int64_t num, Rest... rest) {
-    if (num == mr) pairs_tile<mr, nv>(rest...);
-    else if constexpr (mr > 1) pairs_rows<mr - 1, nv>(num, rest...);
-}
+};
 
 /* c [m, n] = from + a [m, k words] b [k words, n], n a multiple of VL. a has strides `row` and `col`; b is in panels of
    NR columns, `panel` words apart, each with rows `ldb` words apart; `from` is c or NULL. */
@@ -99,14 +122,7 @@ static void pairs_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, in
         return;
     }
 #endif
-    for (int64_t j = 0; j < n; j += NR, b += panel)
-        for (int64_t i = 0; i < m; i += MR) {
-            const float *start = from ? from + i * ldc + j : nullptr;
-            float *out = c + i * ldc + j;
-            const int64_t num = least(MR, m - i);
-            if (n - j >= NR) pairs_rows<MR, NV>(num, k, a + i * row, row, col, b, ldb, start, j, finish, out, ldc);
-            else pairs_rows<MR, 1>(num, k, a + i * row, row, col, b, ldb, start, j, finish, out, ldc);
-        }
+    multiply(Pairs{from, finish, c, ldc}, m, n, k, a, row, col, b, panel, ldb);
 }
 
 /* Round 2 VL numbers to words of neighbours. */

@@ -3,47 +3,66 @@
 
 #include "vector.h"
 
-/* c [mr, nv vectors] = from + a [mr, k] b [k, nv vectors], the whole of c in registers.
-   `from` is c itself to accumulate, a row that is repeated (ldf = 0), or NULL for zero. */
-template <int mr, int nv>
-INLINE void product_tile(int64_t k, const float *a, int64_t row, int64_t col, const float *b, int64_t ldb,
-                         const float *from, int64_t ldf, float *c, int64_t ldc) {
-    Vector sum[mr][nv];
+/* A tile of sums [mr, nv vectors], of the rows from i0 and the columns from j0 on, all of it in registers. `Kind` says
+   what numbers are multiplied, what sums begin with, and what becomes of them. */
+template <int mr, int nv, class Kind>
+INLINE void product_tile(const Kind &kind, int64_t i0, int64_t j0, int64_t k, const typename Kind::Number *a, int64_t row,
+                         int64_t col, const typename Kind::Number *b, int64_t ldb) {
+    typename Kind::Sum sum[mr][nv];
     for (int i = 0; i < mr; i++)
-        for (int j = 0; j < nv; j++) sum[i][j] = from ? load(from + i * ldf + j * VL) : Vector{};
+        for (int j = 0; j < nv; j++) sum[i][j] = kind.begin(i0 + i, j0 + j * VL);
     for (int64_t p = 0; p < k; p++) {
-        Vector right[nv];
-        for (int j = 0; j < nv; j++) right[j] = load(b + p * ldb + j * VL);
+        typename Kind::Factor right[nv];
+        for (int j = 0; j < nv; j++) right[j] = Kind::several(b + p * ldb + j * VL);
         for (int i = 0; i < mr; i++) {
-            const float left = a[i * row + p * col];
-            for (int j = 0; j < nv; j++) sum[i][j] += right[j] * left;
+            const auto left = Kind::one(a[i * row + p * col]);
+            for (int j = 0; j < nv; j++) sum[i][j] = Kind::add(sum[i][j], left, right[j]);
         }
     }
     for (int i = 0; i < mr; i++)
-        for (int j = 0; j < nv; j++) store(c + i * ldc + j * VL, sum[i][j]);
+        for (int j = 0; j < nv; j++) kind.end(i0 + i, j0 + j * VL, sum[i][j]);
 }
 
 /* The same for as many rows, at most mr. */
-template <int mr, int nv, typename... Rest>
-INLINE void product_rows(int64_t num, Rest... rest) {
-    if (num == mr) product_tile<mr, nv>(rest...);
-    else if constexpr (mr > 1) product_rows<mr - 1, nv>(num, rest...);
+template <int mr, int nv, class Kind, typename... Rest>
+INLINE void product_rows(int64_t num, const Kind &kind, Rest... rest) {
+    if (num == mr) product_tile<mr, nv>(kind, rest...);
+    else if constexpr (mr > 1) product_rows<mr - 1, nv>(num, kind, rest...);
 }
 
-/* c [m, n] = from + a [m, k] b [k, n], n a multiple of VL.
-   a has strides `row` and `col`. b is cut into panels of NR columns, `panel` floats apart, each with rows `ldb`
-   floats apart: a matrix stored by rows has panel = NR. */
-static void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t row, int64_t col, const float *b,
-                    int64_t panel, int64_t ldb, const float *from, int64_t ldf, float *c, int64_t ldc) {
+/* a [m, k] b [k, n], n a multiple of VL. a has strides `row` and `col`. b is cut into panels of NR columns, `panel` numbers
+   apart, each with rows `ldb` numbers apart: a matrix stored by rows has panel = NR. */
+template <class Kind>
+INLINE void multiply(const Kind &kind, int64_t m, int64_t n, int64_t k, const typename Kind::Number *a, int64_t row,
+                     int64_t col, const typename Kind::Number *b, int64_t panel, int64_t ldb) {
     for (int64_t j = 0; j < n; j += NR, b += panel) {
         for (int64_t i = 0; i < m; i += MR) {
-            const float *left = a + i * row, *start = from ? from + i * ldf + j : nullptr;
-            float *out = c + i * ldc + j;
+            const typename Kind::Number *left = a + i * row;
             const int64_t num = least(MR, m - i);
-            if (n - j >= NR) product_rows<MR, NV>(num, k, left, row, col, b, ldb, start, ldf, out, ldc);
-            else product_rows<MR, 1>(num, k, left, row, col, b, ldb, start, ldf, out, ldc);
+            if (n - j >= NR) product_rows<MR, NV>(num, kind, i, j, k, left, row, col, b, ldb);
+            else product_rows<MR, 1>(num, kind, i, j, k, left, row, col, b, ldb);
         }
     }
+}
+
+struct Floats {
+    typedef float Number;
+    typedef Vector Factor, Sum;
+    const float *from;
+    int64_t ldf;
+    float *c;
+    int64_t ldc;
+    INLINE_MEMBER Vector begin(int64_t i, int64_t j) const { return from ? load(from + i * ldf + j) : Vector{}; }
+    static INLINE_MEMBER Vector several(const float *x) { return load(x); }
+    static INLINE_MEMBER float one(float x) { return x; }
+    static INLINE_MEMBER Vector add(Vector sum, float left, Vector right) { return sum + right * left; }
+    INLINE_MEMBER void end(int64_t i, int64_t j, Vector sum) const { store(c + i * ldc + j, sum); }
+};
+
+/* c [m, n] = from + a b. `from` is c itself to accumulate, a row that is repeated (ldf = 0), or NULL for zero. */
+static void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t row, int64_t col, const float *b,
+                    int64_t panel, int64_t ldb, const float *from, int64_t ldf, float *c, int64_t ldc) {
+    multiply(Floats{from, ldf, c, ldc}, m, n, k, a, row, col, b, panel, ldb);
 }
 
 /* Put row x [k] into column j of a matrix cut into panels of NR columns. */

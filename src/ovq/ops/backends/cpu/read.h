@@ -9,6 +9,7 @@
 struct Reader {
     float *queries;  /* [QUERIES, key_ld] */
     uint32_t *words; /* [QUERIES, key_words]: queries, or keys to route, rounded. */
+    float *steps;    /* [QUERIES]: how long the steps of these keys are, if they are whole numbers. */
     float *scores;   /* [QUERIES, slots and tokens] */
     float *out;      /* [QUERIES, value_ld] */
     int32_t *near;   /* [M]: scratch of routing. */
@@ -17,7 +18,8 @@ struct Reader {
 static Reader take_reader(Arena *arena, const Call *call) {
     Reader reader;
     reader.queries = TAKE(arena, float, QUERIES * key_ld(call));
-    reader.words = HAS_PAIRS ? TAKE(arena, uint32_t, QUERIES * key_words(call)) : nullptr;
+    reader.words = HAS_PAIRS || HAS_SHORTS ? TAKE(arena, uint32_t, QUERIES * key_words(call)) : nullptr;
+    reader.steps = HAS_SHORTS ? TAKE(arena, float, QUERIES) : nullptr;
     reader.scores = TAKE(arena, float, QUERIES * (padded(call->capacity, NR) + padded(call->width, NR)));
     reader.out = TAKE(arena, float, QUERIES * value_ld(call));
     reader.near = TAKE(arena, int32_t, padded(call->capacity, NR));
@@ -50,10 +52,10 @@ INLINE float highest_of(const float *scores, int64_t n) {
 /* Turns n scores into exponentials relative to their largest, `best`; their sum. */
 static float exponentials(float *scores, int64_t n, float *best) {
     *best = highest_of(scores, n);
-    const Vector shift = splat(*best);
+    const Vector shift = splat(*best * LOG2_E);
     Vector sum = {}, more = {};
     for (int64_t j = 0; j < n; j += 2 * VL) {
-        const Vector x = exponential(load(scores + j) - shift), y = exponential(load(scores + j + VL) - shift);
+        const Vector x = exponential(load(scores + j), shift), y = exponential(load(scores + j + VL), shift);
         store(scores + j, x);
         store(scores + j + VL, y);
         sum += x;
@@ -82,12 +84,12 @@ INLINE void score_pairs(const Call *call, const Rows *rows, int64_t n, const uin
 /* `exponentials` that are rounded to words of neighbours, in the first half of their place. */
 static float exponential_pairs(float *scores, int64_t n, float *best) {
     *best = highest_of(scores, n);
-    const Vector shift = splat(*best);
+    const Vector shift = splat(*best * LOG2_E);
     uint32_t *words = (uint32_t *)scores;
     Vector sum = {}, more = {};
     for (int64_t j = 0; j < n; j += 2 * VL, words += VL) {
-        const Vector x = rough_exponential(load(scores + j) - shift);
-        const Vector y = rough_exponential(load(scores + j + VL) - shift);
+        const Vector x = rough_exponential(load(scores + j), shift);
+        const Vector y = rough_exponential(load(scores + j + VL), shift);
         put_neighbours(words, x, y);
         sum += x;
         more += y;
@@ -118,6 +120,17 @@ static void add_spoilt(const Call *call, const Chunk *chunk, int64_t head, int64
     }
 }
 
+/* What will be read soon, into the cache: for query t of a tile, that of the next tile, and a key and a
+   value of the next chunk. Memory answers slowly, so a few are asked for at a time; beyond the end this does nothing. */
+INLINE void fetch_next(const Call *call, const Chunk *chunk, int64_t query_head, int64_t first, int64_t t) {
+    const int64_t next = first + QUERIES + t, head = query_head / call->group_size;
+    const int is_over = next >= call->width;
+    fetch_token(call, &call->q, chunk->index + is_over, is_over ? t : next, query_head);
+    if (query_head % call->group_size) return;
+    fetch_token(call, &call->k, chunk->index + 1, first + t, head);
+    fetch_token(call, &call->v, chunk->index + 1, first + t, head);
+}
+
 /* The outputs of the queries first..first+num-1 of a chunk, for one query head. */
 static void read_tile(const Call *call, const Dictionary *dictionary, const Rows *tokens, const Chunk *chunk,
                       int64_t query_head, int64_t first, int64_t num, Reader *reader) {
@@ -126,22 +139,23 @@ static void read_tile(const Call *call, const Dictionary *dictionary, const Rows
     const float scale = call->scale[query_head];
     float *scores = reader->scores, sums[QUERIES];
     const int is_in_pairs = HAS_PAIRS && tokens->value_pairs;
-    read_tokens(call, &call->q, chunk->index, query_head, first, num, is_in_pairs ? 1 : scale, reader->queries,
-                key_ld(call));
     if (is_in_pairs) {
 #if HAS_PAIRS
         for (int64_t t = 0; t < num; t++)
-            round_row(reader->queries + t * key_ld(call), key_ld(call), reader->words + t * key_words(call));
+            arrange_row((const uint16_t *)call->q.data + offset(&call->q, chunk->index, first + t, query_head),
+                        call->k.dim, reader->words + t * key_words(call));
         score_pairs(call, &dictionary->rows, slots, reader->words, num, scale, scores, n);
         score_pairs(call, tokens, own, reader->words, num, scale, scores + slots, n);
 #endif
     } else {
+        read_tokens(call, &call->q, chunk->index, query_head, first, num, scale, reader->queries, key_ld(call));
         score(call, &dictionary->rows, slots, reader->queries, num, scores, n);
         score(call, tokens, own, reader->queries, num, scores + slots, n);
     }
     mask_future(scores + slots, n, num, own, first);
     for (int64_t t = 0; t < num; t++) {
         float best;
+        fetch_next(call, chunk, query_head, first, t);
 #if HAS_PAIRS
         if (is_in_pairs) sums[t] = exponential_pairs(scores + t * n, n, &best);
         else

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -23,7 +24,8 @@
 #endif
 #define NV 2
 #define NR (VL * NV)
-#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+#define INLINE static INLINE_MEMBER
 
 typedef float Vector __attribute__((vector_size(VL * 4)));
 typedef float AnyVector __attribute__((vector_size(VL * 4), aligned(4), may_alias));
@@ -37,7 +39,16 @@ INLINE Vector load(const float *x) { return *(const AnyVector *)x; }
 INLINE void store(float *x, Vector y) { *(AnyVector *)x = y; }
 INLINE Vector splat(float x) { return x - Vector{}; }
 
-INLINE Vector lower_of(Vector x, Vector y) { return x < y ? x : y; }
+/* x < y ? x : y, in one instruction. */
+INLINE Vector lower_of(Vector x, Vector y) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_min_ps((__m512)x, (__m512)y);
+#elif defined(__AVX__)
+    return (Vector)_mm256_min_ps((__m256)x, (__m256)y);
+#else
+    return x < y ? x : y;
+#endif
+}
 
 /* x > y ? x : y, in one instruction. */
 INLINE Vector higher_of(Vector x, Vector y) {
@@ -59,14 +70,20 @@ template <int... places> INLINE Vector pick(Vector a, Vector b) {
 #endif
 }
 
-/* Halving the vector takes fewer steps, one after the other, than going through it. */
-INLINE float highest(Vector x) {
-    float y[VL];
-    store(y, x);
-    for (int half = VL / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) y[i] = y[i + half] > y[i] ? y[i + half] : y[i];
+template <int by, int... lane> INLINE Vector rotated(Vector x, std::integer_sequence<int, lane...>) {
+    return pick<(lane + by) % VL...>(x, x);
+}
+
+/* All lanes of a vector in one, by a function of two vectors. Halving it takes fewer steps, one after the other, than
+   going through it. */
+template <int half = VL / 2, class Function> INLINE float folded(Vector x, Function function) {
+    const Vector y = function(rotated<half>(x, std::make_integer_sequence<int, VL>()), x);
+    if constexpr (half > 1) return folded<half / 2>(y, function);
     return y[0];
 }
+
+INLINE float highest(Vector x) { return folded(x, [](Vector a, Vector b) { return higher_of(a, b); }); }
+INLINE float total(Vector x) { return folded(x, [](Vector a, Vector b) { return a + b; }); }
 
 /* Bit i says whether lane i of x is at least that of y. */
 INLINE uint32_t lanes_at_least(Vector x, Vector y) {
@@ -91,13 +108,7 @@ INLINE Vector square_root(Vector x) {
     return load(y);
 }
 
-INLINE float lowest_lane(Vector x) {
-    float y[VL];
-    store(y, x);
-    for (int half = VL / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) y[i] = y[i + half] < y[i] ? y[i + half] : y[i];
-    return y[0];
-}
+INLINE float lowest_lane(Vector x) { return folded(x, [](Vector a, Vector b) { return lower_of(a, b); }); }
 
 INLINE int is_any(IntVector x) {
     int64_t y[VL / 2];
@@ -105,14 +116,6 @@ INLINE int is_any(IntVector x) {
     for (int half = VL / 4; half; half /= 2)
         for (int i = 0; i < half; i++) y[i] |= y[i + half];
     return y[0] != 0;
-}
-
-INLINE float total(Vector x) {
-    float y[VL];
-    store(y, x);
-    for (int half = VL / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) y[i] += y[i + half];
-    return y[0];
 }
 
 /* Whether n numbers are finite, n a multiple of VL. */
@@ -123,58 +126,57 @@ static int are_finite(const float *x, int64_t n) {
     return total(sum) == 0;
 }
 
-/* x, of which n ln 2 is taken; ln 2 is in two parts so that n ln 2 is exact in the first. */
-INLINE Vector without_powers(Vector x, Vector n) { return (x - n * 0.693359375f) + n * 2.12194440e-4f; }
+#define LOG2_E 1.44269504f
 
-/* exp of x <= 0, by a polynomial of degree `degree`; exactly 0 below -87, where float32 has no normal numbers left; NaN
-   of NaN. */
-template <int degree> INLINE Vector exponential_of(Vector x) {
-    const Vector low = splat(-87.0f);
-    const Vector y = higher_of(low, x);
-    /* x = n ln 2 + r with |r| <= ln 2 / 2, n an integer. */
+/* The polynomials in r, |r| <= 1/2, of least relative error from 2^r among those that are 1 at 0. */
+template <int degree> INLINE Vector power_series(Vector r) {
+    if constexpr (degree == 6) {
+        const Vector sum = (splat(1.53458124e-4f) * r + 1.33999309e-3f) * r + 9.61848907e-3f;
+        return (((sum * r + 5.55032864e-2f) * r + 2.40226462e-1f) * r + 6.93147182e-1f) * r + 1.0f;
+    }
+    return ((splat(5.50090596e-2f) * r + 2.42210969e-1f) * r + 6.93282902e-1f) * r + 1.0f;
+}
+
+/* 2^x, x at most about 0; exactly 0 below -126, where float32 has no normal numbers left; NaN of NaN. */
+template <int degree> INLINE Vector power_of_2(Vector x) {
+    const Vector low = splat(-126.0f);
 #if defined(__AVX512F__)
-    const Vector n = (Vector)_mm512_roundscale_ps((__m512)(y * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vector n = (Vector)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
+    return (Vector)_mm512_maskz_scalef_ps(is_normal, (__m512)power_series<degree>(x - n), (__m512)n);
 #else
     /* Adding 1.5 * 2^23 rounds to an integer. */
-    const Vector shift = splat(12582912.0f), shifted = y * 1.44269504f + shift, n = shifted - shift;
-#endif
-    const Vector r = degree == 7 ? without_powers(y, n) : y - n * 0.693147181f;
-    Vector sum = splat(1.0f / 5040);
-    if constexpr (degree == 7) {
-        sum = sum * r + 1.0f / 720;
-        sum = sum * r + 1.0f / 120;
-        sum = sum * r + 1.0f / 24;
-    } else {
-        sum = splat(1.0f / 24);
-    }
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
-#if defined(__AVX512F__)
-    const __mmask16 is_normal = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ);
-    return (Vector)_mm512_maskz_scalef_ps(is_normal, (__m512)sum, (__m512)n);
-#else
+    const Vector y = higher_of(low, x), shift = splat(12582912.0f), n = (y + shift) - shift;
     const IntVector power = (__builtin_convertvector(n, IntVector) + 127) << 23;
-    return x < low ? Vector{} : sum * (Vector)power;
+    return x < low ? Vector{} : power_series<degree>(y - n) * (Vector)power;
 #endif
 }
 
-/* To about an ulp. */
-INLINE Vector exponential(Vector x) { return exponential_of<7>(x); }
+/* exp(x - y), x at most about y, to an ulp but for the rounding of y in `bits`, which is y LOG2_E. */
+INLINE Vector exponential(Vector x, Vector bits) { return power_of_2<6>(x * LOG2_E - bits); }
+INLINE Vector exponential(Vector x) { return exponential(x, Vector{}); }
 
-/* To 2^-14, enough for bfloat16. */
-INLINE Vector rough_exponential(Vector x) { return exponential_of<4>(x); }
+/* The same to 2^-13, enough for bfloat16. */
+INLINE Vector rough_exponential(Vector x, Vector bits) { return power_of_2<3>(x * LOG2_E - bits); }
+
+INLINE EightWide widened(const float *x) {
+#if defined(__AVX512F__)
+    return (EightWide)_mm512_cvtps_pd(_mm256_loadu_ps(x));
+#else
+    return __builtin_convertvector(*(const Eight *)x, EightWide);
+#endif
+}
 
 /* The dot product of K floats in float64. */
 static double exact_dot(const float *a, const float *b, int64_t k) {
-    EightWide sums = {};
+    EightWide sums = {}, more = {};
     int64_t i = 0;
-    for (; i + 8 <= k; i += 8)
-        sums += __builtin_convertvector(*(const Eight *)(a + i), EightWide) *
-                __builtin_convertvector(*(const Eight *)(b + i), EightWide);
-    double sum = 0;
-    for (int j = 0; j < 8; j++) sum += sums[j];
+    for (; i + 16 <= k; i += 16) {
+        sums += widened(a + i) * widened(b + i);
+        more += widened(a + i + 8) * widened(b + i + 8);
+    }
+    sums += more;
+    double sum = ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
     for (; i < k; i++) sum += (double)a[i] * (double)b[i];
     return sum;
 }

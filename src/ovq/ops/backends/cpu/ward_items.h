@@ -94,7 +94,7 @@ static Ward take_ward(Arena *arena, const Call *call) {
     ward.pair = TAKE(arena, int32_t, 2 * size);
     ward.height = TAKE(arena, float, size);
     ward.mean = TAKE(arena, double, size * (call->k.dim + call->v.dim));
-    ward.merged = take_rows(arena, call, size, 0);
+    ward.merged = take_rows(arena, call, size, 0, 1);
     ward.scaled = TAKE(arena, float, size * value_ld(call));
     ward.words = HAS_PAIRS ? TAKE(arena, uint32_t, call->chunk_size * row_words(call)) : nullptr;
     ward.tried = TAKE(arena, int32_t, n);
@@ -121,7 +121,7 @@ INLINE float above(double x) {
 
 typedef double EightDoubles __attribute__((vector_size(64), aligned(8), may_alias));
 
-INLINE EightWide eight(const float *x) { return __builtin_convertvector(*(const Eight *)x, EightWide); }
+INLINE EightWide eight(const float *x) { return widened(x); }
 INLINE EightWide eight(const double *x) { return *(const EightDoubles *)x; }
 
 template <typename A, typename B>
