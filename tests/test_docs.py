@@ -103,16 +103,16 @@ def test_the_results_of_conversion_say_what_presses_lost():
 def test_the_results_of_conversion_say_what_ruler_asked():
     rows = json.loads((ROOT / "docs" / "results" / "convert_ruler.json").read_text())["rows"]
     text = (ROOT / "docs" / "convert_results.md").read_text()
-    shape = r"^(\| model \| `niah_single_1`.*)\n.*\n((?:\|.*\n)+)"
-    [(header, table)] = re.findall(shape, text, flags=re.MULTILINE)
-    tasks = [name.strip(" `") for name in header.split("|")[2:-1]]
-    shown = sorted(
-        (task, cell.strip())
+    shape = r"^\| ([\d,]+) tokens \| (`niah_single_1`.*)\n.*\n((?:\|.*\n)+)"
+    shown = [
+        (length, task.strip(" `"), line.split("|")[1].strip(), cell.strip())
+        for length, header, table in re.findall(shape, text, flags=re.MULTILINE)
         for line in table.splitlines()
-        for task, cell in zip(tasks, line.split("|")[2:-1], strict=True)
+        for task, cell in zip(header.split("|")[:-1], line.split("|")[2:-1], strict=True)
         if cell.strip()
-    )
-    assert shown == sorted((row["task"], f"{row['score']:.2f}") for row in rows)
+    ]
+    measured = [(f"{row['length']:,}", row["task"], row["model"], f"{row['score']:.2f}") for row in rows]
+    assert sorted(shown) == sorted(measured)
 
 
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
