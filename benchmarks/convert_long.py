@@ -13,6 +13,10 @@ little.
 With `--needles`, sentences that give a key a number of seven digits are put in at these places of the text.
 After `--ask` tokens, a copy of the converted model's cache is asked for each of those that it has read. A
 needle is found if every token of the number is the most likely one. Losses leave out the sentences.
+
+With `--then`, the first `--then-length` tokens of each of these files are read at the end, once with a copy
+of the converted model's cache and once with an empty one: whether the memory loses by what it has read
+before. Such a row has the mean loss of all these tokens, and that of the last `--measured` of them.
 """
 
 from __future__ import annotations
@@ -53,6 +57,15 @@ def main() -> None:
     if len(ids) <= length:
         raise SystemExit(f"--length: expected at most {len(ids) - 1}, as the text has tokens, found {length}")
     ids, is_text = ids[: length + 1], is_text[: length + 1]
+    if arguments.then and "converted" not in arguments.methods:
+        raise SystemExit("--then: expected --methods with converted, which alone is read on")
+    thens = []
+    for path in arguments.then:
+        then = torch.tensor(tokenizer(path.read_text(), verbose=False)["input_ids"])
+        if len(then) <= arguments.then_length:
+            found_length = f"{len(then) - 1} in {path}"
+            raise SystemExit(f"--then-length: expected at most the tokens of each text, found {found_length}")
+        thens.append(then[: arguments.then_length + 1])
     all_readers = {}
     if "converted" in arguments.methods:
         model = load(arguments.converted, dtype=dtype)
@@ -97,6 +110,14 @@ def main() -> None:
         content = {"about": about | {"environment": environment("cpu")}, "rows": rows}
         write_atomic(arguments.out, json.dumps(content, indent=1) + "\n")
         print(*found.values(), sep="\n", flush=True)
+    if arguments.then:
+        reader = all_readers["converted"]
+        for path, then in zip(arguments.then, thens, strict=True):
+            for read, cache in ((0, reader.model.make_cache()), (length, reader.cache.snapshot())):
+                one = Reader(reader.model, cache, arguments.piece)
+                rows.append({"then": path.name, "after": read, **one.follow(then, arguments.measured)})
+                print(rows[-1], flush=True)
+        write_atomic(arguments.out, json.dumps(content, indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -122,6 +143,10 @@ def _arguments() -> argparse.Namespace:
         "--needles", type=int, nargs="*", default=[], help="places of numbers that are hidden"
     )
     parser.add_argument("--ask", type=int, nargs="*", default=[], help="where the model is asked for them")
+    parser.add_argument(
+        "--then", type=Path, nargs="*", default=[], help="files, each of which is read after the text"
+    )
+    parser.add_argument("--then-length", type=int, default=8192, help="tokens of each of these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
@@ -175,6 +200,19 @@ class Reader:
         self.num_read += len(ids) - 1
         if counts is not None:
             self.losses.append(target_losses(self.model, hidden, ids[1:])[0][counts[1:]])
+
+    def follow(self, ids: torch.Tensor, num_last: int) -> dict[str, float]:
+        """The mean loss of all tokens of a text but the first, and of the last ones of them."""
+        parts = []
+        for place in range(0, len(ids) - 1, self.piece):
+            part = ids[place : place + self.piece + 1]
+            [hidden] = read_pieces(self.model, part[:-1], self.cache, piece_size=self.piece)
+            parts.append(target_losses(self.model, hidden, part[1:])[0])
+        losses = torch.cat(parts)
+        return {
+            "loss": round(float(losses.mean()), 4),
+            "loss_of_last": round(float(losses[-num_last:].mean()), 4),
+        }
 
     def fill(self, length: int) -> None:
         """Repeat what the cache of all tokens holds, up to so many tokens."""
