@@ -106,7 +106,8 @@ def main() -> None:
             ]
         rows += found.values()
         about = {name: str(value) for name, value in vars(arguments).items()}
-        about["text"] = " ".join(path.name for path in arguments.text)
+        for name in ("text", "then"):
+            about[name] = " ".join(path.name for path in vars(arguments)[name])
         content = {"about": about | {"environment": environment("cpu")}, "rows": rows}
         write_atomic(arguments.out, json.dumps(content, indent=1) + "\n")
         print(*found.values(), sep="\n", flush=True)

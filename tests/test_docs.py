@@ -115,6 +115,18 @@ def test_the_results_of_conversion_say_what_ruler_asked():
     assert sorted(shown) == sorted(measured)
 
 
+def test_the_results_of_conversion_say_what_was_read_before():
+    runs = json.loads((ROOT / "docs" / "results" / "convert_beyond.json").read_text())["runs"]
+    rows = [row for run in runs for row in run["rows"] if "then" in row]
+    measured = sorted(
+        tuple(f"{row[name]:.3f}" for name in ("loss", "loss_of_last") for row in (empty, after))
+        for empty, after in zip(rows[::2], rows[1::2], strict=True)
+    )
+    cells = r" \| ".join([r"(\d\.\d{3})"] * 4)
+    text = (ROOT / "docs" / "convert_results.md").read_text().replace("**", "")
+    assert sorted(re.findall(rf"^\| [^|]+ \| [^|]+ \| {cells} \|$", text, flags=re.MULTILINE)) == measured
+
+
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
 def test_programs_behind_figures_are_there(name):
     assert f"`python {name}`" in (ROOT / "docs" / "guarantees.md").read_text()
