@@ -12,7 +12,8 @@ little.
 
 With `--needles`, sentences that give a key a number of seven digits are put in at these places of the text.
 After `--ask` tokens, a copy of the converted model's cache is asked for each of those that it has read. A
-needle is found if every token of the number is the most likely one. Losses leave out the sentences.
+needle is found if every token of the number is the most likely one; its digits are, if all tokens but the
+space before them are. Losses leave out the sentences.
 
 With `--then`, the first `--then-length` tokens of each of these files are read at the end, once with a copy
 of the converted model's cache and once with an empty one: whether the memory loses by what it has read
@@ -100,8 +101,8 @@ def main() -> None:
                 found[name]["decode_ms"] = round(1000 * statistics.median(times[name]), 1)
         if end in arguments.ask and "converted" in readers:
             found["converted"]["needles"] = [
-                {"place": place, "found": readers["converted"].knows(question, answer)}
-                for place, question, answer in needles
+                {"place": place, **readers["converted"].knows(question, answer, digits)}
+                for place, question, answer, digits in needles
                 if place < end
             ]
         rows += found.values()
@@ -156,10 +157,10 @@ def _arguments() -> argparse.Namespace:
 
 def hide(
     ids: torch.Tensor, tokenizer: Any, places: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, torch.Tensor, torch.Tensor]]]:
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]]:
     """The text with a sentence put in at each place, which tokens are not of these, and the needles.
 
-    A needle is its place, the tokens of its question, and those of the answer.
+    A needle is its place, the tokens of its question, those of the answer, and which of them are digits.
     """
     generator, parts, needles, done = random.Random(0), [], [], 0
     for place, key in zip(sorted(places), KEYS, strict=False):
@@ -171,9 +172,9 @@ def hide(
             for text in (f"\n{stem}{number}.\n", question, number)
         )
         parts += [(ids[done:place], True), (sentence, False)]
-        needles.append(
-            (place + sum(len(x) for x, is_text in parts if not is_text) - len(sentence), asked, answer)
-        )
+        start = place + sum(len(x) for x, is_text in parts if not is_text) - len(sentence)
+        digits = torch.tensor([tokenizer.decode([token]).isdigit() for token in answer.tolist()])
+        needles.append((start, asked, answer, digits))
         done = place
     parts.append((ids[done:], True))
     is_text = list(itertools.chain(*([kind] * len(x) for x, kind in parts)))
@@ -223,11 +224,14 @@ class Reader:
                 setattr(layer, name, x.repeat(1, 1, -(-length // x.shape[2]), 1)[:, :, :length])
 
     @torch.no_grad()
-    def knows(self, question: torch.Tensor, answer: torch.Tensor) -> bool:
-        """Whether greedy generation after the question would give the answer; the cache stays as it is."""
+    def knows(self, question: torch.Tensor, answer: torch.Tensor, digits: torch.Tensor) -> dict[str, bool]:
+        """Whether greedy generation after the question would give the answer, and whether all of its digits
+        come first; the cache stays as it is.
+        """
         ids = torch.cat([question, answer])
         logits = self.model(ids[None, :-1], past_key_values=self.cache.snapshot()).logits[0]
-        return bool((logits[-len(answer) :].argmax(-1) == answer).all())
+        is_first = logits[-len(answer) :].argmax(-1) == answer
+        return {"found": bool(is_first.all()), "digits": bool(is_first[digits].all())}
 
     @torch.no_grad()
     def decode(self, ids: torch.Tensor, *, is_first: bool) -> float:
