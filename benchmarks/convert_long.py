@@ -11,7 +11,7 @@ a few tokens, in turns. Times are those of the processor, so that other work on 
 little.
 
 With `--needles`, sentences that give a key a number of seven digits are put in at these places of the text.
-After `--ask` tokens, a copy of the converted model's cache is asked for each of those that it has read. A
+After `--ask` tokens, a copy of a model's cache is asked for each of those that it has read. A
 needle is found if every token of the number is the most likely one; its digits are, if all tokens but the
 space before them are. Losses leave out the sentences.
 
@@ -99,12 +99,13 @@ def main() -> None:
             for name, reader in readers.items():
                 reader.copy = None
                 found[name]["decode_ms"] = round(1000 * statistics.median(times[name]), 1)
-        if end in arguments.ask and "converted" in readers:
-            found["converted"]["needles"] = [
-                {"place": place, **readers["converted"].knows(question, answer, digits)}
-                for place, question, answer, digits in needles
-                if place < end
-            ]
+        if end in arguments.ask:
+            for name, reader in readers.items():
+                found[name]["needles"] = [
+                    {"place": place, **reader.knows(question, answer, digits)}
+                    for place, question, answer, digits in needles
+                    if place < end and (name == "converted" or not is_filled)
+                ]
         rows += found.values()
         about = {name: str(value) for name, value in vars(arguments).items()}
         for name in ("text", "then"):
@@ -229,16 +230,20 @@ class Reader:
         come first; the cache stays as it is.
         """
         ids = torch.cat([question, answer])
-        logits = self.model(ids[None, :-1], past_key_values=self.cache.snapshot()).logits[0]
+        logits = self.model(ids[None, :-1], past_key_values=self.copied()).logits[0]
         is_first = logits[-len(answer) :].argmax(-1) == answer
         return {"found": bool(is_first.all()), "digits": bool(is_first[digits].all())}
+
+    def copied(self) -> Any:
+        """The cache once more."""
+        is_constant = isinstance(self.cache, MemoryCache)
+        return self.cache.snapshot() if is_constant else copy.deepcopy(self.cache)
 
     @torch.no_grad()
     def decode(self, ids: torch.Tensor, *, is_first: bool) -> float:
         """Seconds for one token, which a copy of the cache reads."""
         if is_first:
-            is_constant = isinstance(self.cache, MemoryCache)
-            self.copy = self.cache.snapshot() if is_constant else copy.deepcopy(self.cache)
+            self.copy = self.copied()
         begun = time.process_time()
         self.model(ids[None], past_key_values=self.copy)
         return time.process_time() - begun

@@ -171,7 +171,7 @@ class Lab:
 
     def needle(self, key: dict[str, Any]) -> dict[str, float]:
         """Whether greedy generation gives the number, the share of its tokens that come first, and whether
-        all digits do: in a play, even full attention may begin a line in place of the space before them.
+        all digits do: in a play, a new line may be more likely than the space before them.
         """
         texts = [self.arguments.prose.read_text()] if key["text"] == "essay" else []
         builder = NeedleBuilder(self.tokenizer, haystack=key["text"], value="number", texts=texts)

@@ -127,6 +127,19 @@ def test_the_results_of_conversion_say_what_was_read_before():
     assert sorted(re.findall(rf"^\| [^|]+ \| [^|]+ \| {cells} \|$", text, flags=re.MULTILINE)) == measured
 
 
+def test_the_results_of_conversion_say_which_digits_were_found():
+    rows = json.loads((ROOT / "docs" / "results" / "convert_digits.json").read_text())["rows"]
+    counts: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if "digits" in row:
+            found = counts.setdefault((f"{row['length']:,}", f"{row['rows']:,.0f}"), [0, 0, 0])
+            found[:] = [a + b for a, b in zip(found, (row["found"], row["digits"], 1), strict=True)]
+    measured = {(*key, f"{a:.0f} of {n}", f"{b:.0f} of {n}") for key, (a, b, n) in counts.items()}
+    text = (ROOT / "docs" / "convert_results.md").read_text().replace("**", "")
+    shape = r"^\| ([\d,]+) \| ([\d,]+) \| [^|]+ \| (\d of \d) \| (\d of \d) \|$"
+    assert measured <= set(re.findall(shape, text, flags=re.MULTILINE))
+
+
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
 def test_programs_behind_figures_are_there(name):
     assert f"`python {name}`" in (ROOT / "docs" / "guarantees.md").read_text()
