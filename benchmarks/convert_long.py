@@ -11,9 +11,9 @@ a few tokens, in turns. Times are those of the processor, so that other work on 
 little.
 
 With `--needles`, sentences that give a key a number of seven digits are put in at these places of the text.
-After `--ask` tokens, a copy of a model's cache is asked for each of those that it has read. A
-needle is found if every token of the number is the most likely one; its digits are, if all tokens but the
-space before them are. Losses leave out the sentences.
+After `--ask` tokens, a copy of a model's cache is asked for each of those that it has read. A needle is
+found if every token of the number is the most likely one; its digits are, if all tokens but the space before
+them are. Losses leave out the sentences.
 
 With `--then`, the first `--then-length` tokens of each of these files are read at the end, once with a copy
 of the converted model's cache and once with an empty one: whether the memory loses by what it has read
