@@ -11,8 +11,13 @@ a few tokens, in turns. Times are those of the processor, so that other work on 
 little.
 
 With `--needles`, sentences that give a key a number of seven digits are put in at these places of the text.
-After `--ask` tokens, a copy of the converted model's cache is asked for each of those that it has read. A
-needle is found if every token of the number is the most likely one. Losses leave out the sentences.
+After `--ask` tokens, a copy of a model's cache is asked for each of those that it has read. A needle is
+found if every token of the number is the most likely one; its digits are, if all tokens but the space before
+them are. Losses leave out the sentences.
+
+With `--then`, the first `--then-length` tokens of each of these files are read at the end, once with a copy
+of the converted model's cache and once with an empty one: whether the memory loses by what it has read
+before. Such a row has the mean loss of all these tokens, and that of the last `--measured` of them.
 """
 
 from __future__ import annotations
@@ -53,6 +58,15 @@ def main() -> None:
     if len(ids) <= length:
         raise SystemExit(f"--length: expected at most {len(ids) - 1}, as the text has tokens, found {length}")
     ids, is_text = ids[: length + 1], is_text[: length + 1]
+    if arguments.then and "converted" not in arguments.methods:
+        raise SystemExit("--then: expected --methods with converted, which alone is read on")
+    thens = []
+    for path in arguments.then:
+        then = torch.tensor(tokenizer(path.read_text(), verbose=False)["input_ids"])
+        if len(then) <= arguments.then_length:
+            found_length = f"{len(then) - 1} in {path}"
+            raise SystemExit(f"--then-length: expected at most the tokens of each text, found {found_length}")
+        thens.append(then[: arguments.then_length + 1])
     all_readers = {}
     if "converted" in arguments.methods:
         model = load(arguments.converted, dtype=dtype)
@@ -85,18 +99,28 @@ def main() -> None:
             for name, reader in readers.items():
                 reader.copy = None
                 found[name]["decode_ms"] = round(1000 * statistics.median(times[name]), 1)
-        if end in arguments.ask and "converted" in readers:
-            found["converted"]["needles"] = [
-                {"place": place, "found": readers["converted"].knows(question, answer)}
-                for place, question, answer in needles
-                if place < end
-            ]
+        if end in arguments.ask:
+            for name, reader in readers.items():
+                found[name]["needles"] = [
+                    {"place": place, **reader.knows(question, answer, digits)}
+                    for place, question, answer, digits in needles
+                    if place < end and (name == "converted" or not is_filled)
+                ]
         rows += found.values()
         about = {name: str(value) for name, value in vars(arguments).items()}
-        about["text"] = " ".join(path.name for path in arguments.text)
+        for name in ("text", "then"):
+            about[name] = " ".join(path.name for path in vars(arguments)[name])
         content = {"about": about | {"environment": environment("cpu")}, "rows": rows}
         write_atomic(arguments.out, json.dumps(content, indent=1) + "\n")
         print(*found.values(), sep="\n", flush=True)
+    if arguments.then:
+        reader = all_readers["converted"]
+        for path, then in zip(arguments.then, thens, strict=True):
+            for read, cache in ((0, reader.model.make_cache()), (length, reader.cache.snapshot())):
+                one = Reader(reader.model, cache, arguments.piece)
+                rows.append({"then": path.name, "after": read, **one.follow(then, arguments.measured)})
+                print(rows[-1], flush=True)
+        write_atomic(arguments.out, json.dumps(content, indent=1) + "\n")
 
 
 def _arguments() -> argparse.Namespace:
@@ -122,6 +146,10 @@ def _arguments() -> argparse.Namespace:
         "--needles", type=int, nargs="*", default=[], help="places of numbers that are hidden"
     )
     parser.add_argument("--ask", type=int, nargs="*", default=[], help="where the model is asked for them")
+    parser.add_argument(
+        "--then", type=Path, nargs="*", default=[], help="files, each of which is read after the text"
+    )
+    parser.add_argument("--then-length", type=int, default=8192, help="tokens of each of these")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
@@ -130,10 +158,10 @@ def _arguments() -> argparse.Namespace:
 
 def hide(
     ids: torch.Tensor, tokenizer: Any, places: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, torch.Tensor, torch.Tensor]]]:
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]]:
     """The text with a sentence put in at each place, which tokens are not of these, and the needles.
 
-    A needle is its place, the tokens of its question, and those of the answer.
+    A needle is its place, the tokens of its question, those of the answer, and which of them are digits.
     """
     generator, parts, needles, done = random.Random(0), [], [], 0
     for place, key in zip(sorted(places), KEYS, strict=False):
@@ -145,9 +173,9 @@ def hide(
             for text in (f"\n{stem}{number}.\n", question, number)
         )
         parts += [(ids[done:place], True), (sentence, False)]
-        needles.append(
-            (place + sum(len(x) for x, is_text in parts if not is_text) - len(sentence), asked, answer)
-        )
+        start = place + sum(len(x) for x, is_text in parts if not is_text) - len(sentence)
+        digits = torch.tensor([tokenizer.decode([token]).isdigit() for token in answer.tolist()])
+        needles.append((start, asked, answer, digits))
         done = place
     parts.append((ids[done:], True))
     is_text = list(itertools.chain(*([kind] * len(x) for x, kind in parts)))
@@ -176,6 +204,19 @@ class Reader:
         if counts is not None:
             self.losses.append(target_losses(self.model, hidden, ids[1:])[0][counts[1:]])
 
+    def follow(self, ids: torch.Tensor, num_last: int) -> dict[str, float]:
+        """The mean loss of all tokens of a text but the first, and of the last ones of them."""
+        parts = []
+        for place in range(0, len(ids) - 1, self.piece):
+            part = ids[place : place + self.piece + 1]
+            [hidden] = read_pieces(self.model, part[:-1], self.cache, piece_size=self.piece)
+            parts.append(target_losses(self.model, hidden, part[1:])[0])
+        losses = torch.cat(parts)
+        return {
+            "loss": round(float(losses.mean()), 4),
+            "loss_of_last": round(float(losses[-num_last:].mean()), 4),
+        }
+
     def fill(self, length: int) -> None:
         """Repeat what the cache of all tokens holds, up to so many tokens."""
         for layer in self.cache.layers:
@@ -184,18 +225,25 @@ class Reader:
                 setattr(layer, name, x.repeat(1, 1, -(-length // x.shape[2]), 1)[:, :, :length])
 
     @torch.no_grad()
-    def knows(self, question: torch.Tensor, answer: torch.Tensor) -> bool:
-        """Whether greedy generation after the question would give the answer; the cache stays as it is."""
+    def knows(self, question: torch.Tensor, answer: torch.Tensor, digits: torch.Tensor) -> dict[str, bool]:
+        """Whether greedy generation after the question would give the answer, and whether all of its digits
+        come first; the cache stays as it is.
+        """
         ids = torch.cat([question, answer])
-        logits = self.model(ids[None, :-1], past_key_values=self.cache.snapshot()).logits[0]
-        return bool((logits[-len(answer) :].argmax(-1) == answer).all())
+        logits = self.model(ids[None, :-1], past_key_values=self.copied()).logits[0]
+        is_first = logits[-len(answer) :].argmax(-1) == answer
+        return {"found": bool(is_first.all()), "digits": bool(is_first[digits].all())}
+
+    def copied(self) -> Any:
+        """The cache once more."""
+        is_constant = isinstance(self.cache, MemoryCache)
+        return self.cache.snapshot() if is_constant else copy.deepcopy(self.cache)
 
     @torch.no_grad()
     def decode(self, ids: torch.Tensor, *, is_first: bool) -> float:
         """Seconds for one token, which a copy of the cache reads."""
         if is_first:
-            is_constant = isinstance(self.cache, MemoryCache)
-            self.copy = self.cache.snapshot() if is_constant else copy.deepcopy(self.cache)
+            self.copy = self.copied()
         begun = time.process_time()
         self.model(ids[None], past_key_values=self.copy)
         return time.process_time() - begun

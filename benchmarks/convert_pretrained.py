@@ -170,18 +170,28 @@ class Lab:
         return {"loss": float(torch.cat(losses).mean()), **about}
 
     def needle(self, key: dict[str, Any]) -> dict[str, float]:
-        """Whether greedy generation gives the number, and the share of its tokens that come first."""
+        """Whether greedy generation gives the number, the share of its tokens that come first, and whether
+        all digits do: in a play, a new line may be more likely than the space before them.
+        """
         texts = [self.arguments.prose.read_text()] if key["text"] == "essay" else []
         builder = NeedleBuilder(self.tokenizer, haystack=key["text"], value="number", texts=texts)
-        found = builder.build(key["length"], depth=key["depth"], seed=self.arguments.seed, index=key["index"])
+        needle = builder.build(
+            key["length"], depth=key["depth"], seed=self.arguments.seed, index=key["index"]
+        )
         model, cache, about = self._model(key)
-        prompt, answer = torch.from_numpy(found.prompt), torch.from_numpy(found.answer)
+        prompt, answer = torch.from_numpy(needle.prompt), torch.from_numpy(needle.answer)
         for _ in read_pieces(model, prompt[:-1], cache, piece_size=PIECE):
             pass
         inputs = torch.cat([prompt[-1:], answer[:-1]])
         [hidden] = read_pieces(model, inputs, cache, piece_size=len(inputs))
         is_first = target_losses(model, hidden, answer)[1]
-        return {"found": float(is_first.all()), "tokens": float(is_first.float().mean()), **about}
+        is_digit = torch.tensor([self.tokenizer.decode([token]).isdigit() for token in answer.tolist()])
+        found = {
+            "found": is_first.all(),
+            "tokens": is_first.float().mean(),
+            "digits": is_first[is_digit].all(),
+        }
+        return {name: float(value) for name, value in found.items()} | about
 
     def save_probed(self, parent: Path) -> None:
         """Save the models with what the probe has shared out, and their tokenizer."""

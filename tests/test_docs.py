@@ -103,16 +103,41 @@ def test_the_results_of_conversion_say_what_presses_lost():
 def test_the_results_of_conversion_say_what_ruler_asked():
     rows = json.loads((ROOT / "docs" / "results" / "convert_ruler.json").read_text())["rows"]
     text = (ROOT / "docs" / "convert_results.md").read_text()
-    shape = r"^(\| model \| `niah_single_1`.*)\n.*\n((?:\|.*\n)+)"
-    [(header, table)] = re.findall(shape, text, flags=re.MULTILINE)
-    tasks = [name.strip(" `") for name in header.split("|")[2:-1]]
-    shown = sorted(
-        (task, cell.strip())
+    shape = r"^\| ([\d,]+) tokens \| (`niah_single_1`.*)\n.*\n((?:\|.*\n)+)"
+    shown = [
+        (length, task.strip(" `"), line.split("|")[1].strip(), cell.strip())
+        for length, header, table in re.findall(shape, text, flags=re.MULTILINE)
         for line in table.splitlines()
-        for task, cell in zip(tasks, line.split("|")[2:-1], strict=True)
+        for task, cell in zip(header.split("|")[:-1], line.split("|")[2:-1], strict=True)
         if cell.strip()
+    ]
+    measured = [(f"{row['length']:,}", row["task"], row["model"], f"{row['score']:.2f}") for row in rows]
+    assert sorted(shown) == sorted(measured)
+
+
+def test_the_results_of_conversion_say_what_was_read_before():
+    runs = json.loads((ROOT / "docs" / "results" / "convert_beyond.json").read_text())["runs"]
+    rows = [row for run in runs for row in run["rows"] if "then" in row]
+    measured = sorted(
+        tuple(f"{row[name]:.3f}" for name in ("loss", "loss_of_last") for row in (empty, after))
+        for empty, after in zip(rows[::2], rows[1::2], strict=True)
     )
-    assert shown == sorted((row["task"], f"{row['score']:.2f}") for row in rows)
+    cells = r" \| ".join([r"(\d\.\d{3})"] * 4)
+    text = (ROOT / "docs" / "convert_results.md").read_text().replace("**", "")
+    assert sorted(re.findall(rf"^\| [^|]+ \| [^|]+ \| {cells} \|$", text, flags=re.MULTILINE)) == measured
+
+
+def test_the_results_of_conversion_say_which_digits_were_found():
+    rows = json.loads((ROOT / "docs" / "results" / "convert_digits.json").read_text())["rows"]
+    counts: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if "digits" in row:
+            found = counts.setdefault((f"{row['length']:,}", f"{row['rows']:,.0f}"), [0, 0, 0])
+            found[:] = [a + b for a, b in zip(found, (row["found"], row["digits"], 1), strict=True)]
+    measured = {(*key, f"{a:.0f} of {n}", f"{b:.0f} of {n}") for key, (a, b, n) in counts.items()}
+    text = (ROOT / "docs" / "convert_results.md").read_text().replace("**", "")
+    shape = r"^\| ([\d,]+) \| ([\d,]+) \| [^|]+ \| (\d of \d) \| (\d of \d) \|$"
+    assert measured <= set(re.findall(shape, text, flags=re.MULTILINE))
 
 
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
