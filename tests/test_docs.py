@@ -84,6 +84,30 @@ def test_the_results_of_conversion_say_what_was_measured():
     assert len(shown) >= 28
 
 
+def rows_and_section(result, title):
+    """The rows of a file of results, and the section of the page that shows them."""
+    rows = json.loads((ROOT / "docs" / "results" / result).read_text())["rows"]
+    page = (ROOT / "docs" / "convert_results.md").read_text()
+    return rows, page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_results_of_conversion_say_what_keys_without_positions_lost():
+    rows, section = rows_and_section("convert_rotary.json", "Keys without rotary positions")
+    measured = sorted(
+        (row["merged_by"], row["read_by"], str(row["rows"]), row["text"], f"{row['loss']:.3f}")
+        for row in rows
+    )
+    header, *table = re.findall(r"^\| ([^-].+) \|$", section, flags=re.MULTILINE)
+    texts = [name.strip("*` ") for name in header.split("|")[3:]]
+    shown = sorted(
+        (*(cell.strip() for cell in cells[:3]), text, loss.strip())
+        for cells in (line.split("|") for line in table)
+        for text, loss in zip(texts, cells[3:], strict=True)
+        if loss.strip()
+    )
+    assert shown == measured
+
+
 def test_the_results_of_conversion_say_what_presses_lost():
     rows = json.loads((ROOT / "docs" / "results" / "convert_kvpress.json").read_text())["rows"]
     measured = {
