@@ -4,15 +4,18 @@
         --out docs/results/convert_kvpress.json
 
 It needs kvpress (`pip install kvpress`) in an environment of its own: kvpress 0.5.5 asks for a transformers
-older than the converted models do, so the two cannot run in one process.
+older than the converted models do, so the two cannot run in one process. `--harness FILE` asks the questions
+of RULER that `ovq eval harness` has asked and written to `harness.json`; their scores are lm-eval's, which
+must be installed for it. `--speed` times each press.
 
-A press works otherwise than a converted model. It reads a text with full attention, in one piece and with
-all its keys and values in memory; then it drops all but `--rows` tokens per head, once; what is read later is
-kept in full. So the loss on the last third is measured after a press of the first two thirds, and the cache
-grows meanwhile. A needle's question comes after the press, which cannot know it.
+A press works otherwise than a converted model. It reads a text with full attention, with all its keys and
+values in memory; then it drops all but `--rows` tokens per head, once; what is read later is kept in full. So
+the loss on the last third is measured after a press of the first two thirds, and the cache grows meanwhile. A
+needle's question comes after the press, which cannot know it. RULER's question is asked both ways: after the
+press, and before it, so that the press chooses what to keep by the question.
 
-All presses of a text share its first reading. Every number is written as soon as it is there, and a run that
-was cut off goes on where it was.
+All presses of a text share its reading. Every number is written as soon as it is there, and a run that was
+cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,9 +28,16 @@ from typing import Any
 
 import kvpress
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+)
 
 from ovq.runtime.files import write_atomic
 from ovq.text.haystack import NeedleBuilder
@@ -40,7 +50,13 @@ PRESSES = {
     "StreamingLLM": kvpress.StreamingLLMPress,
     "ExpectedAttention": kvpress.ExpectedAttentionPress,
 }
+# It reads the text twice more to find out what to keep, and shares rows out among heads.
+ZIP = "KVzip"
 QUESTION = "\nWhat is the special magic number for"
+# Where the questions of RULER begin.
+QUESTIONS = ("\nQuestion:", QUESTION)
+# Tokens generated between looks at whether an answer is complete.
+LOOK = 8
 
 
 @torch.no_grad()
@@ -51,6 +67,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     dtype = getattr(torch, arguments.dtype)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
+    for layer in model.model.layers:
+        # Where presses look for it.
+        layer.self_attn.rotary_emb = model.model.rotary_emb
     results = Results(arguments.out, about=vars(arguments) | versions())
     for name in ("prose", "code"):
         ids = torch.tensor(tokenizer(getattr(arguments, name).read_text(), verbose=False)["input_ids"])
@@ -58,7 +77,8 @@ def main() -> None:
             # As in convert_pretrained.py, the first token whose loss counts is the first of the last third.
             cut = length * 2 // 3 - 1
             key = {"what": "loss", "text": name, "length": length}
-            results.add_all(key, model, ids[:length], cut, arguments.rows)
+            kept = [(name, rows) for rows in arguments.rows for name in arguments.methods]
+            results.add_all(key, model, ids[:length], cut, kept)
     for kind in arguments.needles:
         texts = [arguments.prose.read_text()] if kind == "essay" else []
         builder = NeedleBuilder(tokenizer, haystack=kind, value="number", texts=texts)
@@ -69,7 +89,17 @@ def main() -> None:
                 key = {"what": "needle", "text": kind, "length": length, "index": index, "depth": depth}
                 key["num_answer"] = len(needle.answer)
                 cut = question_start(needle.prompt.tolist(), tokenizer)
-                results.add_all(key, model, ids, cut, [length // 4])
+                counts = arguments.needle_rows or [length // 4, length // 12]
+                kept = [(name, rows) for rows in counts for name in arguments.methods]
+                results.add_all(key, model, ids, cut, kept)
+    if arguments.harness is not None:
+        samples = json.loads(arguments.harness.read_text())["samples"]
+        for task in arguments.tasks:
+            for index, sample in enumerate(samples[task]):
+                results.add_answers(task, index, sample, model, tokenizer, arguments.harness_rows)
+    for length in arguments.speed:
+        ids = torch.tensor(tokenizer(arguments.prose.read_text(), verbose=False)["input_ids"])
+        results.add_speed(model, ids[:length])
 
 
 def parsed() -> argparse.Namespace:
@@ -83,8 +113,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="*", default=[3072])
     parser.add_argument("--rows", type=int, nargs="+", default=[768, 256], help="tokens kept per head")
+    parser.add_argument("--methods", nargs="+", default=[*PRESSES, ZIP], help="presses; not for --harness")
     parser.add_argument("--needle-lengths", type=int, nargs="*", default=[2500])
-    parser.add_argument("--needles", nargs="*", default=["noise", "essay"])
+    parser.add_argument("--needle-rows", type=int, nargs="*", help="tokens kept; else a quarter, a twelfth")
+    parser.add_argument("--needles", nargs="*", default=["essay"])
+    parser.add_argument("--harness", type=Path, help="harness.json of `ovq eval harness`")
+    parser.add_argument("--tasks", nargs="*", default=["niah_single_1", "ruler_vt", "ruler_cwe", "ruler_fwe"])
+    parser.add_argument("--harness-rows", type=int, default=1024, help="tokens kept per head for --harness")
+    parser.add_argument("--speed", type=int, nargs="*", default=[], help="lengths at which presses are timed")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -115,84 +151,266 @@ class Results:
         self._content = json.loads(path.read_text()) if path.exists() else {"rows": []}
         self._content["about"] = {k: v if isinstance(v, int) else str(v) for k, v in about.items()}
 
-    def add_all(self, key: dict[str, Any], model: Any, ids: Tensor, cut: int, kept: list[int]) -> None:
+    def add_all(
+        self, key: dict[str, Any], model: Any, ids: Tensor, cut: int, kept: list[tuple[str, int]]
+    ) -> None:
         """Measure what is missing of a text that is pressed after `cut` tokens, and write it."""
-        methods = [("full", cut), *((name, rows) for rows in kept for name in PRESSES)]
-        missing = [
-            (name, rows)
-            for name, rows in methods
-            if not any({**key, "method": name, "rows": rows}.items() <= row.items() for row in self._rows)
-        ]
+        methods = [("full", cut), *kept]
+        missing = [(name, rows) for name, rows in methods if not self._find(**key, method=name, rows=rows)]
         if not missing:
             return
-        start = time.process_time()
-        caches = pressed(model, ids[:cut], missing)
-        seconds = time.process_time() - start
+        reading = Reading(model)
+        reading.read(ids[:cut])
         for name, rows in missing:
             start = time.process_time()
-            losses, is_first = read_on(model, caches.pop((name, rows)), ids, cut)
+            cache, is_kept = reading.pressed(name, rows)
+            losses, is_first = read_on(model, cache, ids, cut, is_kept)
             if key["what"] == "loss":
                 found = {"loss": float(losses.mean())}
             else:
                 answer = is_first[-key["num_answer"] :].float()
                 found = {"found": float(answer.all()), "tokens": float(answer.mean())}
             row = {**key, "method": name, "rows": rows, "rows_at_end": rows + len(ids) - 1 - cut, **found}
-            row["cpu_seconds"] = round(time.process_time() - start, 1)
-            row["cpu_seconds_of_first_reading"] = round(seconds, 1)
-            self._rows.append(row)
-            write_atomic(self._path, json.dumps(self._content, indent=1) + "\n")
-            print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+            self._add(row | {"cpu_seconds": round(time.process_time() - start, 1)})
+
+    def add_answers(
+        self, task: str, index: int, sample: dict[str, Any], model: Any, tokenizer: Any, rows: int
+    ) -> None:
+        """Ask a question of RULER, and write the scores of all presses, unless they are there."""
+        from lm_eval.tasks.ruler.common_utils import process_results
+
+        [[prompt, options]], doc = sample["arguments"], sample["doc"]
+        key = {"what": "ruler", "task": task, "length": doc["max_length"]}
+        ways = [("full", "after"), *((name, when) for when in ("after", "before") for name in PRESSES)]
+        about = {
+            (name, when): {
+                "method": name,
+                "question": when,
+                "rows": doc["max_length"] if name == "full" else rows,
+            }
+            for name, when in ways
+        }
+        found = [self._find(**key, **about[way]) for way in ways]
+        if all(row and len(row["scores"]) > index for row in found):
+            return
+        encoded = tokenizer(prompt, return_offsets_mapping=True)
+        ids, begin = torch.tensor(encoded["input_ids"]), max(map(prompt.rfind, QUESTIONS))
+        cut = next(i for i, (first, _) in enumerate(encoded["offset_mapping"]) if first >= begin)
+        reading = Reading(model)
+        caches = {}
+        for when, end in (("after", cut), ("before", len(ids) - 1)):
+            reading.read(ids[reading.num_read : end])
+            for way in (way for way in ways if way[1] == when):
+                cache, _ = reading.pressed(way[0], rows)
+                read_on(model, cache, ids, end)
+                caches[way] = cache
+
+        def score(text: str) -> float:
+            return process_results(doc, [text])[str(doc["max_length"])]
+
+        for part in (ways[:1], ways[1:]):
+            own = [caches.pop(way) for way in part]
+            texts = generated(model, tokenizer, own, ids, options["max_gen_toks"], score)
+            for way, text in zip(part, texts, strict=True):
+                row = self._find(**key, **about[way]) or self._add({**key, **about[way], "scores": []})
+                row["scores"][index:] = [score(text)]
+                self._write()
+                print(task, index, *way, row["scores"][-1], repr(text[:60]), flush=True)
+
+    def add_speed(self, model: Any, ids: Tensor) -> None:
+        """Time the reading of a text and each press to a quarter."""
+        for name in ("full", *PRESSES, ZIP):
+            key = {"what": "speed", "length": len(ids), "method": name}
+            if self._find(**key):
+                continue
+            start = time.process_time()
+            reading = Reading(model)
+            # KVzip reads the text itself.
+            if name == ZIP:
+                zip_scores(model, ids)
+            else:
+                reading.read(ids)
+                reading.pressed(name, len(ids) // 4)
+            self._add({**key, "cpu_seconds": round(time.process_time() - start, 2)})
+
+    def _find(self, **key: Any) -> dict[str, Any] | None:
+        return next((row for row in self._content["rows"] if key.items() <= row.items()), None)
+
+    def _add(self, row: dict[str, Any]) -> dict[str, Any]:
+        self._content["rows"].append(row)
+        self._write()
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        return row
+
+    def _write(self) -> None:
+        write_atomic(self._path, json.dumps(self._content, indent=1) + "\n")
+
+
+class Reading:
+    """A text that is read with full attention, so that presses can choose from all of it.
+
+    Attributes:
+        ids: the pieces read; none more once KVzip was asked.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        self._hidden: list[list[Tensor]] = [[] for _ in model.model.layers]
+        self._scores: Tensor | None = None
+        self.ids: list[Tensor] = []
 
     @property
-    def _rows(self) -> list[dict[str, Any]]:
-        return self._content["rows"]
+    def num_read(self) -> int:
+        """Tokens read."""
+        return sum(map(len, self.ids))
+
+    def read(self, ids: Tensor) -> None:
+        """Read on."""
+
+        def hook(module: Any, inputs: Any, kwargs: dict[str, Any]) -> None:
+            self._hidden[module.layer_idx].append(kwargs["hidden_states"])
+
+        hooks = [
+            layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
+            for layer in self._model.model.layers
+        ]
+        try:
+            places = torch.arange(self.num_read, self.num_read + len(ids))[None]
+            self._model.model(ids[None], position_ids=places, past_key_values=self._cache)
+        finally:
+            for each in hooks:
+                each.remove()
+        self.ids.append(ids)
+
+    def pressed(self, name: str, rows: int) -> tuple[DynamicCache, list[Tensor] | None]:
+        """A cache of so many rows per head; and which rows of a full cache, if heads keep unequally many."""
+        cache = DynamicCache(config=self._model.config)
+        places = torch.arange(self.num_read)[None]
+        press = is_kept = None
+        if name == ZIP:
+            # As kvpress does it, but for the keys that it would change so that no query sees what is dropped,
+            # which it cannot find for many queries at once.
+            if self._scores is None:
+                self._scores = zip_scores(self._model, torch.cat(self.ids))
+            num_dropped = self._scores.numel() * (self.num_read - rows) // self.num_read
+            dropped = (-self._scores.flatten()).topk(num_dropped).indices
+            is_kept = torch.ones(self._scores.numel(), dtype=torch.bool)
+            is_kept[dropped] = False
+            is_kept = list(is_kept.view_as(self._scores)[:, 0])
+        elif name != "full":
+            press = PRESSES[name](compression_ratio=1 - (rows + 0.5) / self.num_read)
+            press.post_init_from_model(self._model)
+        for index, layer in enumerate(self._model.model.layers):
+            keys, values = self._cache.layers[index].keys, self._cache.layers[index].values
+            if press is not None:
+                hidden = torch.cat(self._hidden[index], 1)
+                given = {"position_embeddings": self._model.model.rotary_emb(hidden, places)}
+                keys, values = press.compress(layer.self_attn, hidden, keys, values, None, given)
+                assert keys.shape[2] == rows
+            cache.update(keys, values, index)
+        return cache, is_kept
 
 
-def pressed(model: Any, ids: Tensor, methods: list[tuple[str, int]]) -> dict[tuple[str, int], DynamicCache]:
-    """A cache for each method and number of rows, after a text that is read once for all of them."""
-    caches = {method: DynamicCache(config=model.config) for method in methods}
-    presses = {}
-    for name, rows in methods:
-        if name != "full":
-            presses[name, rows] = PRESSES[name](compression_ratio=1 - (rows + 0.5) / len(ids))
-            presses[name, rows].post_init_from_model(model)
+class ZipScores(kvpress.KVzipPress):
+    """KVzip up to its scores, which do not depend on how much is to be kept."""
 
-    def hook(module: Any, inputs: Any, kwargs: dict[str, Any], output: Any) -> None:
-        layer = kwargs["past_key_values"].layers[module.layer_idx]
-        for method, cache in caches.items():
-            keys, values = layer.keys, layer.values
-            if method in presses:
-                keys, values = presses[method].compress(
-                    module, kwargs["hidden_states"], keys, values, output[1], kwargs
-                )
-                assert keys.shape[2] == method[1]
-            cache.update(keys, values, module.layer_idx)
-
-    hooks = []
-    for layer in model.model.layers:
-        # Where presses look for it.
-        layer.self_attn.rotary_emb = model.model.rotary_emb
-        hooks.append(layer.self_attn.register_forward_hook(hook, with_kwargs=True))
-    try:
-        model.model(ids[None], past_key_values=DynamicCache(config=model.config))
-    finally:
-        for each in hooks:
-            each.remove()
-    return caches
+    def compress_post(self, model: Any) -> None:
+        """Keep the scores `[layers, 1, Hkv, T]`; the first tokens are never dropped."""
+        self.score_val[..., : self.n_sink] = self.score_val.amax() + 1
+        self.found = self.score_val
 
 
-def read_on(model: Any, cache: DynamicCache, ids: Tensor, cut: int) -> tuple[Tensor, Tensor]:
+def zip_scores(model: Any, ids: Tensor) -> Tensor:
+    """How much KVzip wants to keep each key and value of a text, `[layers, 1, Hkv, T]`."""
+    # A ratio of 0 would leave the scores out.
+    press = ZipScores(compression_ratio=0.5)
+    with press(model):
+        model.model(input_ids=ids[None], past_key_values=DynamicCache(config=model.config))
+        # It takes the first tokens for those of a chat template, which is not used here.
+        press.prefix_length = 0
+    return press.found
+
+
+def attention_to_kept(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Causal attention to the rows that `module.is_kept` `[Hkv, T]` leaves, and to all that came later."""
+    num, total = query.shape[2], key.shape[2]
+    is_seen = torch.ones(num, total, dtype=torch.bool).tril(total - num)
+    is_kept = F.pad(module.is_kept, (0, total - module.is_kept.shape[1]), value=True)
+    per_head = query.shape[1] // key.shape[1]
+    mask = is_seen & is_kept.repeat_interleave(per_head, 0)[:, None]
+    o = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask[None], scale=scaling, enable_gqa=True
+    )
+    return o.transpose(1, 2), None
+
+
+AttentionInterface.register("kept", attention_to_kept)
+AttentionMaskInterface.register("kept", lambda *args, **kwargs: None)
+
+
+def read_on(
+    model: Any, cache: DynamicCache, ids: Tensor, cut: int, is_kept: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Losses on the tokens after place `cut`, and whether each was the likeliest; all read is kept."""
-    losses, is_first = [], []
+    losses, is_first = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    before = model.config._attn_implementation
+    if is_kept is not None:
+        model.set_attn_implementation("kept")
+        for layer, own in zip(model.model.layers, is_kept, strict=True):
+            layer.self_attn.is_kept = own
     for place in range(cut, len(ids) - 1, PIECE):
         end = min(place + PIECE, len(ids) - 1)
         # Positions go on from the text; those of the mask follow from the cache.
         places = torch.arange(place, end)[None]
         logits = model(ids[None, place:end], position_ids=places, past_key_values=cache).logits[0].float()
         targets = ids[place + 1 : end + 1]
-        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+        losses.append(F.cross_entropy(logits, targets, reduction="none"))
         is_first.append(logits.argmax(-1) == targets)
+    model.set_attn_implementation(before)
     return torch.cat(losses), torch.cat(is_first)
+
+
+def generated(
+    model: Any, tokenizer: Any, caches: list[DynamicCache], ids: Tensor, most: int, score: Any
+) -> list[str]:
+    """What comes likeliest after a text whose last token no cache holds yet, one answer for each cache.
+
+    Args:
+        model: the model. tokenizer: its tokenizer.
+        caches: what was kept. ids: `[T]` the text.
+        most: tokens at most; fewer where all answers are complete, which more tokens cannot make wrong.
+        score: the score of an answer.
+    """
+    lengths = [cache.get_seq_length() for cache in caches]
+    joined = DynamicCache(config=model.config)
+    for index in range(len(model.model.layers)):
+        layers = [cache.layers[index] for cache in caches]
+        parts = [
+            F.pad(torch.cat([layer.keys, layer.values]), (0, 0, max(lengths) - num, 0))
+            for layer, num in zip(layers, lengths, strict=True)
+        ]
+        keys, values = torch.stack(parts, 1)
+        joined.update(keys, values, index)
+    is_real = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    token = ids[-1].expand(len(caches), 1)
+    tokens: list[Tensor] = []
+    for step in range(most):
+        is_real = torch.cat([is_real, torch.ones_like(is_real[:, :1])], 1)
+        places = torch.full_like(token, len(ids) - 1 + step)
+        given = {"attention_mask": is_real.long(), "position_ids": places, "past_key_values": joined}
+        token = model(token, **given).logits[:, -1:].argmax(-1)
+        tokens.append(token)
+        texts = []
+        if (step + 1) % LOOK == 0 or step == most - 1:
+            ends = [[*row.tolist(), tokenizer.eos_token_id] for row in torch.cat(tokens, 1)]
+            ends = [row[: row.index(tokenizer.eos_token_id)] for row in ends]
+            texts = [tokenizer.decode(row) for row in ends]
+            if all(len(row) <= step or score(text) == 1 for row, text in zip(ends, texts, strict=True)):
+                break
+    return texts
 
 
 if __name__ == "__main__":

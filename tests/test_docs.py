@@ -84,20 +84,61 @@ def test_the_results_of_conversion_say_what_was_measured():
     assert len(shown) >= 28
 
 
-def test_the_results_of_conversion_say_what_presses_lost():
-    rows = json.loads((ROOT / "docs" / "results" / "convert_kvpress.json").read_text())["rows"]
-    measured = {
-        (row["method"].replace("full", "full attention"), f"{row['rows']:,} to {row['rows_at_end']:,}", loss)
+def rows_and_section(result, title):
+    """The rows of a file of results, and the section of the page that shows them."""
+    rows = json.loads((ROOT / "docs" / "results" / result).read_text())["rows"]
+    page = (ROOT / "docs" / "convert_results.md").read_text()
+    return rows, page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_results_of_conversion_say_what_keys_without_positions_lost():
+    rows, section = rows_and_section("convert_rotary.json", "Keys without rotary positions")
+    measured = sorted(
+        (row["merged_by"], row["read_by"], str(row["rows"]), row["text"], f"{row['loss']:.3f}")
         for row in rows
-        for loss in [f"{row['loss']:.3f}"]
-    }
-    table = re.findall(
-        r"^\| ([^|]+) \| ([\d,]+ to [\d,]+) \| (.+)$",
-        (ROOT / "docs" / "convert_results.md").read_text(),
-        flags=re.MULTILINE,
     )
-    shown = {(*cells, loss) for *cells, losses in table for loss in re.findall(r"\d\.\d{3}", losses)}
+    header, *table = re.findall(r"^\| ([^-].+) \|$", section, flags=re.MULTILINE)
+    texts = [name.strip("*` ") for name in header.split("|")[3:]]
+    shown = sorted(
+        (*(cell.strip() for cell in cells[:3]), text, loss.strip())
+        for cells in (line.split("|") for line in table)
+        for text, loss in zip(texts, cells[3:], strict=True)
+        if loss.strip()
+    )
     assert shown == measured
+
+
+def test_the_results_of_conversion_say_what_presses_lost():
+    rows, section = rows_and_section("convert_kvpress.json", "Beside kvpress")
+    names = {"full": "full attention"}
+    measured = sorted(
+        (names.get(row["method"], row["method"]), f"{row['rows']:,} to {row['rows_at_end']:,}", loss)
+        for row in rows
+        if row["what"] == "loss"
+        for loss in [f"{row['loss']:.3f}"]
+    )
+    table = re.findall(r"^\| ([^|]+) \| ([\d,]+ to [\d,]+) \| (.+)$", section, flags=re.MULTILINE)
+    shown = sorted((*cells, loss) for *cells, losses in table for loss in re.findall(r"\d\.\d{3}", losses))
+    assert shown == measured
+
+
+def test_the_results_of_conversion_say_what_is_found_after_presses():
+    rows, section = rows_and_section("convert_kvpress.json", "Beside kvpress")
+    found = {}
+    for row in rows:
+        if row["what"] == "needle":
+            key = (row["method"], f"{row['rows']:,}")
+            found[key] = found.get(key, 0) + round(row["found"])
+    found = {(*key, f"{number} of 5") for key, number in found.items() if key[0] != "full"}
+    shown = re.findall(r"^\| (\w+) \| ([\d,]+) \| (\d of 5) \|$", section, flags=re.MULTILINE)
+    assert set(shown) == found
+    scores = {
+        (row["method"], row["question"], f"{sum(row['scores']) / len(row['scores']):.2f}")
+        for row in rows
+        if row["what"] == "ruler" and row["method"] != "full"
+    }
+    shown = re.findall(r"^\| (\w+) \| (after|before) \| (\d\.\d\d) \|$", section, flags=re.MULTILINE)
+    assert set(shown) == scores
 
 
 def test_the_results_of_conversion_say_what_ruler_asked():
