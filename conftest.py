@@ -35,6 +35,7 @@ def pytest_collection_finish():
     gc.freeze()
     gc.enable()
     if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
-        from tests.interpreter import remember_names
+        from tests.interpreter import remember_names, take_numbers_from_arrays
 
+        take_numbers_from_arrays()
         remember_names()

@@ -1,8 +1,9 @@
-"""Triton's interpreter, as it is, without what it does again and again.
+"""Triton's interpreter, without what it does again and again, and with NumPy of today.
 
 Whenever a kernel calls a function, the interpreter looks through all names of `triton.language` for those
 that it replaces: a third of the time of small programs. Which names these are does not change. Nor does the
-type of NumPy that stands for one of Triton's.
+type of NumPy that stands for one of Triton's. And where a kernel needs a number of Python, versions of Triton before
+3.7 ask an array of one element for it, which NumPy 2.4 no longer gives.
 """
 
 import functools
@@ -37,3 +38,19 @@ def remember_names():
         return type_of_number(kind) if type(kind) is core.dtype else type_of(kind)
 
     interpreter._patch_builtin, interpreter._get_np_dtype = patch_builtin, get_np_dtype
+
+
+def take_numbers_from_arrays():
+    """Let tensors of one element be numbers of Python, with any NumPy."""
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang_tensor", None)
+    if patch is None:
+        # Another version, made for another NumPy.
+        return
+
+    def patch_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor

@@ -165,8 +165,10 @@ def read_pending_and_slots(
     pending_values: Tensor,
     places: Tensor,
     pending: int,
-    token_weights: Tensor | None = None,
-    pending_weights: Tensor | None = None,
+    # No defaults: torch before 2.13 looks for what an op changes among its arguments, but leaves out those that
+    # are as the defaults say.
+    token_weights: Tensor | None,
+    pending_weights: Tensor | None,
 ) -> Tensor:
     """The read of one token per row; also writes that token into the pending buffers.
 
