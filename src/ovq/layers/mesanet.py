@@ -159,6 +159,8 @@ def ridge_regression(
     num_kv_heads = k.shape[2]
     chunk = min(CHUNK, num_tokens)
     q, k, v, log_decay, weight = (to_chunks(x, chunk) for x in (q, k, v, log_decay, weight))
+    # Each step multiplies by the keys twice, and would copy them each time if they were not in order.
+    k = k.contiguous()
     total = log_decay.cumsum(-1)
     to_end = ((total[..., -1:] - total).exp() * weight)[..., None]
     added = k.transpose(-1, -2) @ (torch.cat([k, v], dim=-1) * to_end)
