@@ -2,8 +2,8 @@
 
 Whenever a kernel calls a function, the interpreter looks through all names of `triton.language` for those
 that it replaces: a third of the time of small programs. Which names these are does not change. Nor does the
-type of NumPy that stands for one of Triton's. And where a kernel needs a number of Python, versions of Triton before
-3.7 ask an array of one element for it, which NumPy 2.4 no longer gives.
+type of NumPy that stands for one of Triton's. And where a kernel needs a number of Python, versions of Triton
+before 3.7 ask an array of one element for it, which NumPy 2.4 no longer gives.
 """
 
 import functools

@@ -165,8 +165,8 @@ def read_pending_and_slots(
     pending_values: Tensor,
     places: Tensor,
     pending: int,
-    # No defaults: torch before 2.13 looks for what an op changes among its arguments, but leaves out those that
-    # are as the defaults say.
+    # No defaults: torch before 2.13 looks for what an op changes among its arguments, but leaves out those
+    # that are as the defaults say.
     token_weights: Tensor | None,
     pending_weights: Tensor | None,
 ) -> Tensor:
