@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.pages import new_tensor
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
@@ -90,7 +89,7 @@ class _CompiledAttention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         q, k, v = (dense(x) for x in (q, k, v))
         sums = Dictionary(key_sum, value_sum, count, weight).clone()
-        o = new_tensor((*q.shape[:3], v.shape[-1]), q.dtype)
+        o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
         # The log-sum-exp of each query, and the slot of each token of a complete chunk.
         lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
         call = _call(q, k, v, o, lse, scale, sums, slots, plan, token_weights)
@@ -127,7 +126,7 @@ class _CompiledAttention(torch.autograd.Function):
                 (sums.weight, grad_sums[3]),
             )
         )
-        grads = [new_tensor(x.shape, x.dtype) for x in (q, k, v)]
+        grads = [torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)]
         grad_scale = torch.zeros(len(ctx.plan.slots), q.shape[2], dtype=torch.float64)
         # Zero for tokens that are not merged yet.
         grad_weights = None if token_weights is None else torch.zeros_like(token_weights)
