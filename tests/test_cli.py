@@ -289,6 +289,7 @@ def test_the_version_is_printed(capsys):
         ("train", "expected a recipe, or --resume, found neither"),
         ("train recall", "recipe: expected a task (recall, positional, regression, mqar, lm, "),
         ("train recal-ovq", "with - between them, found 'recal-ovq'; did you mean 'recall-ovq'?"),
+        ("train lm", "with - between them, found 'lm'; did you mean 'lm-ovq'?"),
         ("train recall-ovq --set train.step=3", "expected one of the fields"),
         ("train recall-ovq --set model.mixer_types=ovk --out {tmp}/x", "ovk"),
         (

@@ -1,5 +1,7 @@
 """A state carried from window to window is that of the whole document; its gradient ends with the window."""
 
+import logging
+
 import pytest
 import torch
 from tests.disks import full_disk
@@ -193,12 +195,16 @@ def test_a_run_stopped_before_its_first_checkpoint_reads_the_same_corpus_again(f
 
 
 @pytest.mark.parametrize("is_carrying", [False, True])
-def test_training_learns_and_leaves_a_model_that_reads_text(folder, tmp_path, is_carrying):
+def test_training_learns_and_leaves_a_model_that_reads_text(
+    folder, tmp_path, is_carrying, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     config = tiny_config(
         folder, task={"carry_state": is_carrying, "tokenizer": "bpe:262"}, steps=60, learning_rate=2e-2
     )
     with quiet() as reporter:
         loop.train(config, tmp_path / "run", reporter=reporter)
+    assert caplog.text == ""
     measured = losses(tmp_path / "run")
     assert measured[0] > 4
     assert measured[-1] < 1.5
