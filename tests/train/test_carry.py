@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 from tests.disks import full_disk
-from tests.train.text_common import losses, quiet, stopped_at, tiny_config, write_texts
+from tests.tiny import losses
+from tests.train.text_common import quiet, stopped_at, tiny_config, write_texts
 from transformers import AutoTokenizer
 
 from ovq.hf import OVQCache, OVQForCausalLM
