@@ -2,7 +2,7 @@
 
 Times are medians of interleaved calls, relative to the choice that was made, at the reference shape (8 heads
 of 64, chunk 256, 1024 slots). They are times of a single operation or, for choices of the plan, of a whole
-prefill. `docs/results.md` shows what this printed.
+prefill. `docs/results/speed.md` shows what this printed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How well merge rules fit what they have seen: `python benchmarks/merge_likelihood.py --out DIR`.
 
 The rule of the paper and Ward's rule in one pass, beside Ward's rule and expectation-maximisation on all the
-data at once, on the streams of `mixture_regression.py`. `docs/results.md` has the table. Minutes on one core.
+data at once, on the streams of `mixture_regression.py`. `docs/results/memory.md` has the table.
+Minutes on one core.
 """
 
 from __future__ import annotations

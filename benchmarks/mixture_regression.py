@@ -1,7 +1,7 @@
 """How well dictionaries of slots regress values on keys: `python benchmarks/mixture_regression.py --out DIR`.
 
 Compares one pass online, as an OVQ layer learns, with expectation-maximisation and scikit-learn, which see
-all the data at once and many times. `docs/results.md` has the figure. Takes minutes on one core.
+all the data at once and many times. `docs/results/memory.md` has the figure. Takes minutes on one core.
 """
 
 from __future__ import annotations

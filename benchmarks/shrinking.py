@@ -6,8 +6,8 @@ the largest cosine. Errors are those of `ovq reproduce fidelity`: of 256 queries
 all tokens, relative to its size.
 
 With `--runs RUNS`, the `runs` of `ovq reproduce recall positional`, models trained by the paper's rule do the
-same with the context of an example, and are then asked: the share of right answers. `docs/results.md` has
-what this printed.
+same with the context of an example, and are then asked: the share of right answers. `docs/results/memory.md`
+has what this printed.
 """
 
 from __future__ import annotations

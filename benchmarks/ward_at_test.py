@@ -3,7 +3,7 @@
 `python benchmarks/ward_at_test.py --out DIR --runs RUNS` trains OVQ by that rule, and full attention, on
 basic and on positional recall at up to 256 tokens, and asks each model at longer lengths, OVQ by each rule
 with equal slots. Runs that are in RUNS are not trained again, and answers that are in DIR not asked again.
-The tables are in `docs/results.md`. Two hours on two cores: one process per core halves that if each is
+The tables are in `docs/results/rules.md`. Two hours on two cores: one process per core halves that if each is
 given its own `--seeds`.
 """
 

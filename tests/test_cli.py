@@ -17,21 +17,7 @@ from ovq.eval.accuracy import evaluate
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import Reporter
 from ovq.train.config import RunConfig
-
-TINY = [
-    "train.steps=4",
-    "train.batch_size=4",
-    "train.lengths=16,24",
-    "train.length_shares=0.5,0.5",
-    "train.warmup_steps=1",
-    "train.log_every=1",
-    "train.save_every=2",
-    "model.hidden_size=16",
-    "model.intermediate_size=16",
-    "model.head_dim=8",
-    "model.num_slots=4",
-    "model.chunk_size=4",
-]
+from tests.tiny import TINY
 
 
 def run(capsys, *arguments):
@@ -289,6 +275,7 @@ def test_the_version_is_printed(capsys):
         ("train", "expected a recipe, or --resume, found neither"),
         ("train recall", "recipe: expected a task (recall, positional, regression, mqar, lm, "),
         ("train recal-ovq", "with - between them, found 'recal-ovq'; did you mean 'recall-ovq'?"),
+        ("train lm", "with - between them, found 'lm'; did you mean 'lm-ovq'?"),
         ("train recall-ovq --set train.step=3", "expected one of the fields"),
         ("train recall-ovq --set model.mixer_types=ovk --out {tmp}/x", "ovk"),
         (

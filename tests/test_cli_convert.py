@@ -1,10 +1,13 @@
 """`ovq convert`, and `ovq generate` and `ovq context` with what it writes."""
 
 import json
+import os
 
 import pytest
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ovq.cli import main
 from ovq.convert import load
 from ovq.text import byte_tokenizer
 from tests.convert.common import SIZES, original
@@ -43,6 +46,18 @@ def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted
     assert "expected a folder that does not exist yet" in fail(
         capsys, "convert", "--model", converted / "llama", "--out", model
     )
+
+
+def test_quiet_hides_what_transformers_loads(capsys, converted, tmp_path, monkeypatch):
+    command = ["convert", "--model", converted / "llama", *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.utils.logging, "_tqdm_active", True)
+        for options in ([], ["-q"]):
+            with pytest.raises(SystemExit):
+                main(list(map(str, [*command, "--out", tmp_path / f"out{len(options)}", *options])))
+            assert ("Loading weights" in capsys.readouterr().err) == (not options)
+    # For what is not imported yet.
+    assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
 
 
 def test_a_probe_shares_out_the_rows(capsys, tmp_path):

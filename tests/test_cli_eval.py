@@ -198,7 +198,7 @@ def test_help_shows_examples(capsys):
     ("arguments", "message"),
     [
         ("eval lm --dataset x", "Missing option '--model'"),
-        ("eval lm --model {m}", "expected the folder of a training run, found no run_config.json"),
+        ("eval lm --model {m}", "found no run_config.json in it; other models need --dataset"),
         ("eval lm --model {recall}", "--dataset: expected one, as"),
         ("eval --model {lm}", "expected a run on a synthetic task, found one on text: ovq eval lm"),
         (

@@ -15,7 +15,8 @@ from ovq.train.config import ModelArgs, RunConfig, TrainArgs
 from ovq.train.recipe_file import load_recipe
 from ovq.train.recipes import get_recipe
 from tests.processes import command
-from tests.test_cli import TINY, fail, run
+from tests.test_cli import fail, run
+from tests.tiny import TINY
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

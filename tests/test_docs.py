@@ -49,17 +49,25 @@ def test_guides_name_files_there_are(path):
     assert not [name for name in named if not any(file.endswith(f"/{name}") for file in files)]
 
 
-@pytest.mark.parametrize("name", ["docs/results.md", "README.md"])
-def test_tables_say_what_the_results_say(name):
-    # `make tables` makes them anew. What a table says wrongly shows in the difference.
-    assert (ROOT / name).read_text() == with_tables(ROOT / name)
+# The pages with tables that `make tables` makes.
+WITH_TABLES = [
+    page
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    if re.search(r"^<!-- table:", page.read_text(), flags=re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize("page", WITH_TABLES, ids=lambda page: page.name)
+def test_tables_say_what_the_results_say(page):
+    # What a table says wrongly shows in the difference.
+    assert page.read_text() == with_tables(page)
 
 
 def test_every_table_that_is_described_is_shown():
     shown = set(
         re.findall(
             r"<!-- table: \S+ (\S+) -->",
-            "".join((ROOT / name).read_text() for name in ("docs/results.md", "README.md")),
+            "".join(page.read_text() for page in WITH_TABLES),
         )
     )
     assert shown == set(json.loads((ROOT / "docs" / "tables.json").read_text()))

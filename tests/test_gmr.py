@@ -214,7 +214,7 @@ def test_a_merge_is_the_step_of_mini_batch_k_means():
 
 
 def test_one_pass_is_as_good_as_mini_batch_k_means_and_worse_than_what_sees_all():
-    """Errors of held-out values: the figure of docs/results.md, small."""
+    """Errors of held-out values: the figure of docs/results/memory.md, small."""
     keys, values = blobs(num=2000, spread=0.3)
     train, test = slice(0, 1500), slice(1500, 2000)
     options = {"num_slots": 64, "precision": 30.0, "random_state": 0}

@@ -115,7 +115,7 @@ def test_values_that_are_all_zero_do_not_count():
 
 
 def test_one_pass_lies_between_the_rule_of_the_paper_and_what_sees_all():
-    """Squared errors and likelihoods: the table of docs/results.md, small."""
+    """Squared errors and likelihoods: the table of docs/results/memory.md, small."""
     keys, values = blobs(num=1024, spread=0.3)
     values *= 0.5 / np.square(values).sum(1).mean() ** 0.5  # so that distances weigh as they do in fit
     options = {"num_slots": 64, "precision": 30.0, "random_state": 0}

@@ -58,6 +58,25 @@ def test_links_lead_to_files_there_are(page):
         assert page.parent == ROOT or DOCS in target.resolve().parents, link
 
 
+def anchors_of(page):
+    """Of the headings of a page, those that the site and forges give the same anchor."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    names = [re.sub(r"[^\w\s-]", "", name).lower() for name in re.findall(r"^#+ (.+)$", text, re.MULTILINE)]
+    return {re.sub(r"[-\s]+", "-", name) for name in names} & {name.replace(" ", "-") for name in names}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")), *NOTEBOOKS],
+    ids=lambda path: path.name,
+)
+def test_anchors_are_headings_there_are(page):
+    for link, anchor in re.findall(r"\]\((?!https?://)([^)#]*)#([^)]+)\)", text_of(page)):
+        target = page.parent / link if link else page
+        # Pages of the reference have headings that are made from docstrings.
+        assert target.suffix != ".md" or "api" in target.parts or anchor in anchors_of(target), (link, anchor)
+
+
 @pytest.mark.parametrize(
     "name", ["ops", "layers", "hf", "convert", "tasks", "text", "parallel", "gmr", "inspect"]
 )

@@ -20,6 +20,7 @@ from transformers import (
 
 from ovq.convert import attach
 from ovq.convert.attach import _difference
+from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
 from tests.convert.common import KINDS, MEMORY, SIZES, converted, original, tokens
 
@@ -186,9 +187,10 @@ def test_bfloat16_models_keep_slots_in_float32():
         (lambda: MistralForCausalLM(MistralConfig(**SIZES)), "sliding_window None"),
         (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2)).eval(), None),
         (lambda: torch.nn.Linear(1, 1), "a model of transformers"),
+        (lambda: OVQForCausalLM(OVQConfig(**SIZES)), "found one of this library"),
         (converted, "not converted yet"),
     ],
-    ids=["gemma2", "mistral", "gpt2", "linear", "converted"],
+    ids=["gemma2", "mistral", "gpt2", "linear", "ovq", "converted"],
 )
 def test_models_that_do_not_fit_are_refused_and_left_as_they_were(model, message):
     model = model()

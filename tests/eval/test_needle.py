@@ -218,6 +218,26 @@ def test_scores_are_those_of_forward_passes_over_the_whole_text(model, monkeypat
     assert max(score.token_accuracy for score in found) == 1
 
 
+@pytest.mark.parametrize(
+    ("said", "is_found"),
+    [
+        (" {}.", True),
+        ("\n{}", True),
+        (" as I said, {}!", True),
+        (" {:.6}\n", False),
+        (" {:.3} {}", True),
+        ("\n\n", False),
+    ],
+)
+def test_a_value_is_found_wherever_it_is_said(model, monkeypatch, said, is_found):
+    # As RULER scores it: what stands in the place of the space before it does not matter.
+    needle = build(length=330, num_distractors=1)
+    ids = BYTES.encode(said.format(needle.value, needle.value), add_special_tokens=False)
+    text = torch.cat([torch.from_numpy(needle.prompt), torch.tensor(ids)])
+    monkeypatch.setattr(model, "generate", lambda **options: text[None])
+    assert ask(model, BYTES, needle).is_generated == is_found
+
+
 def measure(model, builder, **options):
     with Reporter(Console(quiet=True)) as reporter:
         return evaluate_needle(model, builder, reporter=reporter, **options)

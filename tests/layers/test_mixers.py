@@ -360,7 +360,8 @@ def test_key_value_heads_divide_heads_where_there_are_any(cls):
 
 @pytest.mark.parametrize("cls", MIXERS.values())
 def test_a_misspelt_argument_is_refused(cls):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'conv_sizes'"):
+    message = rf"{cls.__name__}\(\) got an unexpected keyword argument 'conv_sizes'; did you mean 'conv_size'"
+    with pytest.raises(TypeError, match=message):
         cls(HIDDEN, 4, conv_sizes=3)
 
 

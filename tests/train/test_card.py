@@ -5,8 +5,9 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
-from tests.test_cli import TINY, run
+from tests.test_cli import run
 from tests.test_cli_text import train_words
+from tests.tiny import TINY
 from tests.train.text_common import write_texts
 
 from ovq.hf import OVQForCausalLM

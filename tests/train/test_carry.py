@@ -1,9 +1,12 @@
 """A state carried from window to window is that of the whole document; its gradient ends with the window."""
 
+import logging
+
 import pytest
 import torch
 from tests.disks import full_disk
-from tests.train.text_common import losses, quiet, stopped_at, tiny_config, write_texts
+from tests.tiny import losses
+from tests.train.text_common import quiet, stopped_at, tiny_config, write_texts
 from transformers import AutoTokenizer
 
 from ovq.hf import OVQCache, OVQForCausalLM
@@ -193,12 +196,16 @@ def test_a_run_stopped_before_its_first_checkpoint_reads_the_same_corpus_again(f
 
 
 @pytest.mark.parametrize("is_carrying", [False, True])
-def test_training_learns_and_leaves_a_model_that_reads_text(folder, tmp_path, is_carrying):
+def test_training_learns_and_leaves_a_model_that_reads_text(
+    folder, tmp_path, is_carrying, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     config = tiny_config(
         folder, task={"carry_state": is_carrying, "tokenizer": "bpe:262"}, steps=60, learning_rate=2e-2
     )
     with quiet() as reporter:
         loop.train(config, tmp_path / "run", reporter=reporter)
+    assert caplog.text == ""
     measured = losses(tmp_path / "run")
     assert measured[0] > 4
     assert measured[-1] < 1.5

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from tests.train.text_common import losses, quiet, stopped_at, tiny_config, write_texts
+from tests.tiny import losses
+from tests.train.text_common import quiet, stopped_at, tiny_config, write_texts
 
 from ovq.research.reproduce.plan import run_name
 from ovq.text import load_corpus

@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 from tests.test_cli import fail, run
-from tests.train.text_common import losses, quiet, tiny_config, write_texts
+from tests.tiny import losses
+from tests.train.text_common import quiet, tiny_config, write_texts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ovq.hf import OVQConfig, OVQForCausalLM

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 from tests.processes import run_ranks
-from tests.train.text_common import losses, quiet, stopped_at, tiny_config, write_texts
+from tests.tiny import losses
+from tests.train.text_common import quiet, stopped_at, tiny_config, write_texts
 
 from ovq.train import checkpoints, loop
 

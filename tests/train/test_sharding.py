@@ -3,7 +3,6 @@
 FSDP2 runs here on the CPU, by gloo.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 from tests.processes import made_once, run_ranks
+from tests.tiny import TINY, losses
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -27,17 +27,8 @@ from ovq.train.recipes import get_recipe
 
 STEPS = 6
 SETTINGS = [
+    *TINY,
     f"train.steps={STEPS}",
-    "train.batch_size=4",
-    "train.lengths=16,24",
-    "train.length_shares=0.5,0.5",
-    "train.warmup_steps=1",
-    "train.log_every=1",
-    "train.save_every=2",
-    "model.hidden_size=16",
-    "model.intermediate_size=16",
-    "model.head_dim=8",
-    "model.chunk_size=4",
     # A slot for every token: no decision hangs on the rounding, in which numbers of processes differ.
     "model.num_slots=32",
     "model.growth=immediate",
@@ -50,11 +41,6 @@ BFLOAT16 = "train.precision=bfloat16"
 
 def config(*settings):
     return get_recipe("recall-ovq").override([*SETTINGS, *settings])
-
-
-def losses(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def train_here(out, *settings):

@@ -3,7 +3,6 @@
 The processes here are real ones, and really killed; the longest test starts them as a user does.
 """
 
-import json
 import os
 import random
 import resource
@@ -16,6 +15,7 @@ import time
 import pytest
 from rich.console import Console
 from tests.processes import command
+from tests.tiny import TINY, losses
 
 from ovq.hf import OVQForCausalLM
 from ovq.runtime.progress import Reporter
@@ -25,20 +25,7 @@ from ovq.train.data import CurriculumDataset
 from ovq.train.recipes import get_recipe
 
 STEPS = 30
-SETTINGS = [
-    f"train.steps={STEPS}",
-    "train.batch_size=4",
-    "train.lengths=16,24",
-    "train.length_shares=0.5,0.5",
-    "train.warmup_steps=1",
-    "train.log_every=1",
-    "train.save_every=3",
-    "model.hidden_size=16",
-    "model.intermediate_size=16",
-    "model.head_dim=8",
-    "model.num_slots=4",
-    "model.chunk_size=4",
-]
+SETTINGS = [*TINY, f"train.steps={STEPS}", "train.save_every=3"]
 CONFIG = get_recipe("recall-ovq").override(SETTINGS)
 
 
@@ -51,11 +38,6 @@ def start(*arguments):
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def losses(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def resume(out):

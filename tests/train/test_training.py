@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 from rich.console import Console
+from tests.tiny import losses
+from tests.train.text_common import quiet
 from torch.utils.data import DataLoader
 
 from ovq.hf import OVQForCausalLM
@@ -25,15 +27,6 @@ def tiny_config(**train):
         model=ModelArgs(hidden_size=16, intermediate_size=16, sliding_window=4, num_slots=4, chunk_size=8),
         train=TrainArgs(warmup_steps=2, **(fields | train)),
     )
-
-
-def quiet():
-    return Reporter(Console(quiet=True))
-
-
-def losses(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def test_the_learning_rate_falls_in_a_line_to_zero(tmp_path):

@@ -1,6 +1,5 @@
 """A corpus and a run on it that the tests of training on text share."""
 
-import json
 import shutil
 import string
 
@@ -46,11 +45,6 @@ def tiny_config(folder, mixer="ovq", task=None, **train):
 
 def quiet():
     return Reporter(Console(quiet=True))
-
-
-def losses(folder):
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def stopped_at(config, step, source, out):

@@ -48,7 +48,7 @@ def corpus_to_read(folder: Path, dataset: str | None, **options: Any) -> TextSou
         options: Fields of `TextSource`; those that are `None` were not given.
 
     Raises:
-        ValueError: If no corpus is given, and the model was not trained on text.
+        ValueError: If no corpus is given, and the folder is not that of a run on text.
     """
     from ovq.text import TextSource
     from ovq.train.config import RunConfig
@@ -56,7 +56,10 @@ def corpus_to_read(folder: Path, dataset: str | None, **options: Any) -> TextSou
     changes = {name: value for name, value in options.items() if value is not None}
     if dataset is not None:
         return TextSource(dataset=dataset, **changes)
-    task = RunConfig.load(folder).task
+    try:
+        task = RunConfig.load(folder).task
+    except ValueError as error:
+        raise ValueError(f"{error}; other models need --dataset") from error
     if not isinstance(task, TextSource):
         raise ValueError(f"--dataset: expected one, as {folder} was trained on {task.name}, found none")
     # Only the fields that determine what is read; how the model was shown it in training does not matter

@@ -211,6 +211,11 @@ def kv_heads(model: PreTrainedModel) -> list[int]:
         ValueError: a model of another kind than decoders of one kind of attention.
     """
     config, name = model.config, type(model).__name__
+    if config.model_type == "ovq":
+        raise ValueError(
+            f"{name}: expected a model of transformers, such as LlamaForCausalLM, found one of this library: "
+            "its memory is what its mixers have (set_num_slots)"
+        )
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
         raise ValueError(f"{name}: expected a decoder of text alone, found a model of several parts")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -12,7 +12,7 @@ TO_TRAIN: dict[str, Any] = {"merge": "existing", "init": "novelty", "rate": "cou
 
 TO_TRAIN_UNLESS_GIVEN: dict[str, Any] = {"merge_gate": True}
 """Likewise, but any may be left out: the merge gate pays on recall of two kinds, on three seeds each, changes
-nothing on text, and has no kernels for GPUs (docs/results.md, section 7)."""
+nothing on text, and has no kernels for GPUs (docs/results/rivals.md)."""
 
 TO_ASK: dict[str, Any] = {"merge": BEST_MERGE}
 """Arguments of `set_merge` once it is trained: the weights stay what they are."""

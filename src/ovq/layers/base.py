@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ovq.fields import is_finite
+from ovq.fields import did_you_mean, is_finite
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache, MixerCache
 from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables
@@ -33,6 +34,7 @@ class Mixer(nn.Module, ABC):
         use_rope: rotate queries and keys by position; mixers without rotary embedding refuse it.
 
     Raises:
+        TypeError: an argument that the mixer does not have.
         ValueError: a value outside its range.
     """
 
@@ -52,7 +54,13 @@ class Mixer(nn.Module, ABC):
         conv_size: int = defaults.CONV_SIZE,
         layer_idx: int | None = None,
         use_rope: bool = False,
+        **unknown: Any,
     ):
+        for name in unknown:
+            # Python would name this class here, and not the mixer that was called.
+            names = {key for cls in type(self).__mro__[:-1] for key in inspect.signature(cls).parameters}
+            message = f"{type(self).__name__}() got an unexpected keyword argument {name!r}"
+            raise TypeError(message + did_you_mean(name, names))
         if use_rope and not self.supports_rope:
             raise ValueError(
                 f"expected use_rope=False, found True: {type(self).__name__} has no rotary embedding"

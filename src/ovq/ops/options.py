@@ -19,7 +19,7 @@ NO_COSINE = 2.0
 NO_WEIGHT = 3.0
 
 # w of the rules that merge pairs, for keys of length 1. The best value depends on the weights of a model;
-# this one is good for all models that were measured (docs/results.md).
+# this one is good for all models that were measured (docs/results/rules.md).
 VALUE_WEIGHT = 0.35
 
 INITS = ("novelty", "random")
@@ -27,7 +27,7 @@ INITS = ("novelty", "random")
 # is the likelihood's; with less, the counts of two items matter less for the cost of merging them.
 COUNT_POWERS = {"ward": 1.0, "ward-sqrt": 0.5}
 MERGES = ("existing", "updated", *COUNT_POWERS)
-# The rule by which trained models recall most, whichever one they were trained by (docs/results.md).
+# The rule by which trained models recall most, whichever one they were trained by (docs/results/rules.md).
 BEST_MERGE = "ward-sqrt"
 BIASES = ("count", "count+norm")
 

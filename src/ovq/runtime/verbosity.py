@@ -12,6 +12,12 @@ _VARIABLE = "OVQ_VERBOSITY"
 def set_quiet() -> None:
     """Show no progress, and of transformers only errors, here and in processes that this one starts."""
     _set("quiet", "error")
+    # Of loading and saving weights; read like the verbosity.
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    if "transformers" in sys.modules:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def set_verbose() -> None:

@@ -170,8 +170,10 @@ def _run(
     if config.train.init_from is not None and checkpoint is None:
         load_initial(config.train.init_from, model, data.tokenizer)
     if data.tokenizer is not None:
-        # Generation ends where a text does. The Trainer would set this too, with a warning.
-        model.config.eos_token_id = model.generation_config.eos_token_id = data.tokenizer.eos_token_id
+        # Generation ends where a text does. The Trainer would set these too, with a warning.
+        for name in ("eos_token_id", "pad_token_id"):
+            for config_of in (model.config, model.generation_config):
+                setattr(config_of, name, getattr(data.tokenizer, name))
     trainer = (CarryTrainer if data.is_carrying else SealingTrainer)(
         model=model,
         args=_training_arguments(config, out, is_carrying=data.is_carrying),

@@ -331,8 +331,9 @@ def get_recipe(name: str) -> RunConfig:
     """
     if name not in RECIPES:
         # Their products are too many to be read.
+        meant = f"{name}-ovq" if name in _BUILDERS else name
         raise ValueError(
             f"recipe: expected a task ({', '.join(_BUILDERS)}) and a mixer ({', '.join(_MIXERS)}) with - "
-            f"between them, found {name!r}{did_you_mean(name, RECIPES)}"
+            f"between them, found {name!r}{did_you_mean(meant, RECIPES)}"
         )
     return RECIPES[name]

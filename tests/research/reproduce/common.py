@@ -10,21 +10,9 @@ from ovq.research.reproduce.plan import Trial
 from ovq.research.reproduce.presets import Preset, TextEvaluations
 from ovq.runtime.progress import Reporter
 from ovq.train.recipes import recipe_for
+from tests.tiny import TINY
 
-_CHANGES = [
-    "train.steps=6",
-    "train.batch_size=4",
-    "train.lengths=16,24",
-    "train.length_shares=0.5,0.5",
-    "train.warmup_steps=1",
-    "train.log_every=1",
-    "train.save_every=2",
-    "model.hidden_size=16",
-    "model.intermediate_size=16",
-    "model.head_dim=8",
-    "model.num_slots=4",
-    "model.chunk_size=4",
-]
+_CHANGES = [*TINY, "train.steps=6"]
 CONFIG = recipe_for("recall", "ovq").override(_CHANGES)
 
 TINY = Preset(
