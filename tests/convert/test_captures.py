@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ovq.convert import Captures, Option, fitted_bias, probe
 from ovq.convert.captures import capture
-from tests.convert.common import original, tokens
+from tests.convert.common import KINDS, original, tokens
 
 TENSORS = ("q", "k", "v", "o", "g")
 
@@ -19,7 +20,7 @@ def test_a_probe_and_its_biases_read_each_text_once_and_find_what_they_find_apar
     options = [Option(num_slots=n, window=w) for n, w in ((0, 8), (8, 8), (16, 8), (0, 40))]
     lengths = []
     model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        lambda module, args, kwargs: lengths.append([*args, *kwargs.values()][0].shape[1]), with_kwargs=True
     )
     given = {"options": options, "targets": [None, None, mask], "num_sinks": 2, "chunk_size": 8}
     found = {}
@@ -27,8 +28,10 @@ def test_a_probe_and_its_biases_read_each_text_once_and_find_what_they_find_apar
         with Captures(model) if is_shared else contextlib.nullcontext() as captures:
             probed = probe(model, [*texts, texts[0]], **given, captures=captures)
             found[is_shared] = probed.losses, fitted_bias(model, texts, probed.config(18), captures=captures)
-        # A mask is read for itself, since the loss is another one.
-        assert lengths == [150, 130, 150] + [150, 130] * (not is_shared)
+        # First what comes before predictions that count, then the rest. A mask is read for itself, since the
+        # loss is another one.
+        once = [100, 50, 87, 43, 120, 30]
+        assert lengths == once + once[:4] * (not is_shared)
         lengths.clear()
     assert torch.equal(found[False][0], found[True][0])
     # With the budgets, exponents, uses and biases.
@@ -56,3 +59,29 @@ def test_captures_of_another_model_are_refused():
             probe(original(), [tokens(20)], options=[Option(num_slots=0, window=8)], captures=captures)
         # One that was lent stays.
         assert Path(captures._folder.name).exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_one_pass_over_all_tokens(kind):
+    model, text = original(kind).double(), tokens(90)
+    whole = original(kind).double()
+    outputs = []
+
+    def keep(module, args, output):
+        # What the output projection takes: the outputs of all heads.
+        args[0].retain_grad()
+        outputs.append(args[0])
+
+    for layer in whole.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(keep)
+    for mask in (torch.arange(90) > 70, torch.arange(90) == 1):
+        outputs.clear()
+        logits = whole(text[None]).logits[0]
+        places = mask.nonzero()[:, 0]
+        F.cross_entropy(logits[places - 1], text[places], reduction="sum").backward()
+        start = int(places[0]) - 1
+        for layer, o in zip(capture(model, text, mask, 0), outputs, strict=True):
+            for found, x in ((layer.o, o), (layer.g, o.grad)):
+                expected = x[0, start:].detach().unflatten(-1, (4, 8)).transpose(0, 1)
+                torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-5)
+            assert layer.k.shape[2] == 90

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
+from ovq.hf.cache import CACHE_KEY
 from ovq.ops.serialization import write_file
 from ovq.ops.state import state_dtype
 
@@ -128,8 +129,24 @@ def captures_of(
 
 
 def capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: int) -> list[Captured]:
-    """Queries, keys, values, outputs and gradients of all layers on a text."""
+    """Queries, keys, values, outputs and gradients of all layers on a text.
+
+    What comes before the first token on whose prediction counts is read first, without gradients: no later
+    gradient depends on those of earlier tokens.
+    """
     calls: list[tuple[Tensor, ...]] = []
+    ids = text[None].to(model.device)
+    num_tokens = ids.shape[1]
+    start = round(num_tokens * (1 - _LAST_PART))
+    if mask is None:
+        targets = torch.arange(start, num_tokens - 1, device=model.device)
+    else:
+        targets = mask.to(model.device)[1:].nonzero()[:, 0]
+        start = int(targets.min()) if len(targets) else start
+    places = torch.arange(num_tokens, device=model.device)
+    # One for all layers, which autograd saves.
+    causal = torch.zeros(num_tokens - start, num_tokens, dtype=state_dtype(model.dtype), device=model.device)
+    causal = causal.masked_fill(places > places[start:, None], -torch.inf)
 
     def attention(
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any
@@ -137,12 +154,18 @@ def capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: int
         scale = q.shape[3] ** -0.5 if scaling is None else scaling
         # In float32, because outputs with a memory, which are compared with these, are computed in it.
         wide_q, wide_k, wide_v = (x.to(state_dtype(x.dtype)) for x in (q, k, v))
+        is_first = q.shape[2] == k.shape[2]
         exact = F.scaled_dot_product_attention(
-            wide_q, wide_k, wide_v, is_causal=True, scale=scale, enable_gqa=True
+            *(wide_q, wide_k, wide_v),
+            attn_mask=None if is_first else causal,
+            is_causal=is_first,
+            scale=scale,
+            enable_gqa=True,
         )
         o = exact.to(q.dtype)
-        o.retain_grad()
-        calls.append(((wide_q * scale).detach(), k.detach(), v.detach(), exact.detach(), o))
+        if o.requires_grad:
+            o.retain_grad()
+            calls.append(((wide_q * scale).detach(), k.detach(), v.detach(), exact.detach(), o))
         return o.transpose(1, 2), None
 
     AttentionInterface.register(_IMPLEMENTATION, attention)
@@ -150,50 +173,45 @@ def capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: int
     before, was_training = model.config._attn_implementation, model.training
     needed_grad = [p.requires_grad for p in model.parameters()]
     model.eval().requires_grad_(False).set_attn_implementation(_IMPLEMENTATION)
-    ids = text[None].to(model.device)
-    start = round(ids.shape[1] * (1 - _LAST_PART))
-    if mask is None:
-        targets = torch.arange(start, ids.shape[1] - 1, device=model.device)
-    else:
-        targets = mask.to(model.device).nonzero()[:, 0] - 1
-        start = int(targets.min()) if len(targets) else start
     try:
+        given = {CACHE_KEY: DynamicCache(config=model.config), "use_cache": True}
+        if start:
+            with torch.no_grad():
+                model.base_model(ids[:, :start], **given)
         with torch.enable_grad():
-            embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-            hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            hidden.backward(_gradient(model, hidden.detach(), ids, targets, mask is None, seed))
+            embedded = model.get_input_embeddings()(ids[:, start:]).detach().requires_grad_(True)
+            hidden = model.base_model(inputs_embeds=embedded, **given).last_hidden_state
+            labels = None if mask is None else ids[0, targets + 1]
+            hidden.backward(_gradient(model, hidden.detach(), targets - start, labels, seed))
     finally:
         model.set_attn_implementation(before)
         model.train(was_training)
         for parameter, was_needed in zip(model.parameters(), needed_grad, strict=True):
             parameter.requires_grad_(was_needed)
-    num_targets = max(1, len(targets))
     return [
-        Captured(
-            k=k,
-            v=v,
-            num_targets=num_targets,
-            **{n: x[:, :, start:] for n, x in (("q", q), ("o", exact), ("g", o.grad))},
-        )
+        Captured(q=q, k=k, v=v, o=exact, g=o.grad, num_targets=max(1, len(targets)))
         for q, k, v, exact, o in calls
         if o.grad is not None
     ]
 
 
 def _gradient(
-    model: PreTrainedModel, hidden: Tensor, ids: Tensor, targets: Tensor, is_drawn: bool, seed: int
+    model: PreTrainedModel, hidden: Tensor, places: Tensor, labels: Tensor | None, seed: int
 ) -> Tensor:
-    """Gradient `[1, T, hidden_size]` of the sum of the losses at the places `targets`."""
+    """Gradient `[1, t, hidden_size]` of the sum of the losses at some places, whose labels are drawn from the
+    model if there are none.
+    """
     generator = torch.Generator(hidden.device).manual_seed(seed)
     output = model.get_output_embeddings()
     gradient = torch.zeros_like(hidden)
-    for places in targets.split(_TOKENS_AT_ONCE):
-        part = hidden[0, places].requires_grad_(True)
+    for index in torch.arange(len(places), device=places.device).split(_TOKENS_AT_ONCE):
+        part = hidden[0, places[index]].requires_grad_(True)
         logits = output(part).float()
-        labels = ids[0, places + 1]
-        if is_drawn:
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        F.cross_entropy(logits, labels, reduction="sum").backward()
+        if labels is None:
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            drawn = labels[index]
+        F.cross_entropy(logits, drawn, reduction="sum").backward()
         assert part.grad is not None
-        gradient[0, places] = part.grad
+        gradient[0, places[index]] = part.grad
     return gradient
