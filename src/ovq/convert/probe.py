@@ -21,7 +21,7 @@ from ovq.convert.attach import kv_heads
 from ovq.convert.budgets import allocate
 from ovq.convert.captures import Captured, Captures, captures_of
 from ovq.convert.config import MemoryConfig
-from ovq.convert.distances import Distances
+from ovq.convert.distances import Distances, far_attention
 from ovq.convert.trials import Option, trials
 from ovq.convert.use import ExpectedUse
 from ovq.ops.options import COUNT_POWERS
@@ -247,11 +247,15 @@ def _learned(
         captured = captures.of(text, mask, seed)
         layers = layers or [(Distances(c.k.shape[1], c.k.shape[3]), ExpectedUse()) for c in captured]
         for (distances, use), c in zip(layers, captured, strict=True):
-            given: dict[str, Any] = {"o": c.o, "g": c.g, "num_targets": c.num_targets, **sizes}
             if has_distances:
-                distances.add(c.q, c.k, c.v, **given)
+                distances.start(c.k, c.v, num_targets=c.num_targets)
             if weight:
-                use.add(c.q, c.k, c.v, **given, weight=weight)
+                use.start(c.k, c.v, num_targets=c.num_targets, num_sinks=sizes["num_sinks"], weight=weight)
+            for part in far_attention(c.q, c.k, c.v, o=c.o, g=c.g, **sizes):
+                if has_distances:
+                    distances.see(*part)
+                if weight:
+                    use.see(*part)
     return layers
 
 
