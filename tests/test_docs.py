@@ -183,6 +183,22 @@ def test_the_results_of_conversion_say_what_is_lost_by_position():
     assert all([cell.strip() for cell in cells] == measured[what] for what, cells in shown.items())
 
 
+def test_the_results_of_conversion_say_which_numbers_were_found_in_a_speech():
+    runs = json.loads((ROOT / "docs" / "results" / "convert_beyond.json").read_text())["runs"]
+    measured = set()
+    for run in runs:
+        if run["what"].startswith("sotu with numbers"):
+            row = run["rows"][0]
+            found = [sum(needle[name] for needle in row["needles"]) for name in ("found", "digits")]
+            assert found[0] == found[1]
+            measured.add((f"{found[0]} of {len(row['needles'])}", f"{row['loss']:.3f}"))
+    text = (ROOT / "docs" / "convert_results.md").read_text()
+    table = text.split("loss of the last 2,048 tokens |\n")[1].split("\n\n")[0]
+    shown = re.findall(r"^\| [^|]+ \| [^|]+ \| (\d of 3) \| (\d\.\d{3}) \|$", table, flags=re.MULTILINE)
+    assert len(shown) == 5
+    assert set(shown) == measured
+
+
 def test_the_results_of_conversion_say_which_digits_were_found():
     rows = json.loads((ROOT / "docs" / "results" / "convert_digits.json").read_text())["rows"]
     counts: dict[tuple[str, str], list[float]] = {}
