@@ -199,6 +199,19 @@ def test_the_results_of_conversion_say_which_numbers_were_found_in_a_speech():
     assert set(shown) == measured
 
 
+def test_the_results_of_conversion_say_what_it_takes():
+    rows = json.loads((ROOT / "docs" / "results" / "convert_time.json").read_text())["rows"]
+    text = (ROOT / "docs" / "convert_results.md").read_text()
+    section = text.split("### How long a conversion takes")[1].split("\n### ")[0]
+    shown = re.findall(
+        r"^\| (\w.+) \((?:commit )?(\w+)\) \| (\d+) \| ([\d.]+) GB", section, flags=re.MULTILINE
+    )
+    assert shown == [
+        (row["what"], row["commit"], f"{row['seconds']:.0f}", f"{row['peak_mib'] * 2**20 / 1e9:.1f}")
+        for row in rows[:3]
+    ]
+
+
 def test_the_results_of_conversion_say_which_digits_were_found():
     rows = json.loads((ROOT / "docs" / "results" / "convert_digits.json").read_text())["rows"]
     counts: dict[tuple[str, str], list[float]] = {}
