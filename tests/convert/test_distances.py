@@ -7,7 +7,7 @@ import torch
 
 from ovq.convert import MemoryConfig, Option, attach, probe
 from ovq.convert.cache import MemoryLayer
-from ovq.convert.distances import Distances
+from ovq.convert.distances import Distances, far_attention
 from tests.convert.common import MEMORY, converted, original, tokens
 
 
@@ -30,7 +30,9 @@ def test_they_are_mean_squares_of_what_changes_the_loss():
             of_keys[h // 2] += (by_key[0, h // 2, far].square() / p[far, None]).sum(0).detach()
             of_values[h // 2] += (by_value[0, h // 2, far].square().mean(-1) / p[far]).sum().detach()
     found = Distances(2, 6)
-    found.add(q, k, v, o=outputs, g=g, num_targets=5, num_sinks=3, num_recent=8)
+    found.start(k, v, num_targets=5)
+    for part in far_attention(q, k, v, o=outputs, g=g, num_sinks=3, num_recent=8):
+        found.see(*part)
     torch.testing.assert_close(found._of_keys.float(), of_keys / 5)
     torch.testing.assert_close(found._of_values.float(), of_values / 5)
     exponents = torch.tensor(found.key_exponents())

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ovq.convert import MemoryConfig, attach, fitted_bias
+from ovq.convert.captures import capture
 from ovq.convert.masses import _changes
-from ovq.convert.probe import capture
 from tests.convert.common import MEMORY, original, tokens
 
 CONFIG = MemoryConfig(**MEMORY)

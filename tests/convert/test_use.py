@@ -7,7 +7,9 @@ import torch
 
 from ovq.convert import MemoryConfig, Option, attach, build_context, load, load_context, probe, save_context
 from ovq.convert.cache import MemoryLayer
-from ovq.convert.probe import Captured
+from ovq.convert.captures import Captured
+from ovq.convert.distances import far_attention
+from ovq.convert.trials import trials
 from ovq.convert.use import ExpectedUse
 from tests.convert.common import MEMORY, original, tokens
 
@@ -31,7 +33,9 @@ def text_with_lookups(seed):
 
 
 def added(use, text, **fields):
-    use.add(text.q, text.k, text.v, o=text.o, g=text.g, num_targets=text.num_targets, **SIZES, **fields)
+    use.start(text.k, text.v, num_targets=text.num_targets, num_sinks=SIZES["num_sinks"], **fields)
+    for part in far_attention(text.q, text.k, text.v, o=text.o, g=text.g, **SIZES):
+        use.see(*part)
     return use
 
 
@@ -47,7 +51,7 @@ def test_use_is_the_rise_of_the_loss_without_a_token():
         change[210 + t - 3 :] = 0
         expected += change.square() / 30
     use = added(ExpectedUse(), text, weight=4.0)
-    torch.testing.assert_close(use._uses[0][0].float(), 2 * expected.sqrt()[2:], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(use.uses(0).float(), 2 * expected.sqrt()[2:], rtol=1e-3, atol=1e-5)
 
 
 def test_numbers_are_found_that_made_the_use():
@@ -58,7 +62,8 @@ def test_numbers_are_found_that_made_the_use():
         x = torch.randn(2, length, 3, generator=generator)
         rate = torch.exp2((x * numbers[:, None, :3]).sum(-1) + numbers[:, 3:])
         use._tokens.append(x)
-        use._uses.append(torch.poisson(5 * rate, generator=generator).double())
+        use._squares.append(torch.poisson(5 * rate, generator=generator).double().square())
+        use._factors.append(1.0)
     found = torch.tensor(use.numbers())
     assert (found[:, :3] - numbers[:, :3]).abs().max() < 0.05
     # Keys of two numbers, which the memory multiplies.
@@ -76,8 +81,8 @@ def test_what_will_be_asked_for_is_kept_apart():
     # Another text, with half as many slots as tokens.
     text, _ = text_with_lookups(0)
     option = Option(num_slots=96, window=16)
-    losses = [float(text.losses(option, 2, settings | {"token_use": n})) for n in (None, [learned])]
-    assert losses[1] < 0.4 * losses[0]
+    found = [next(trials(text, [option], 2, settings | {"token_use": n}))[1] for n in (None, [learned])]
+    assert found[1] < 0.4 * found[0]
 
 
 def test_means_are_weighted_and_slots_are_read_by_their_counts():

@@ -179,7 +179,7 @@ def _probed(
     import numpy as np
     import torch
 
-    from ovq.convert import default_options, fitted_bias, hidden_numbers, probe
+    from ovq.convert import Captures, default_options, fitted_bias, hidden_numbers, probe
     from ovq.runtime.progress import Reporter
 
     ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:num_tokens]) for text in texts]
@@ -199,13 +199,22 @@ def _probed(
     num_sinks, chunk_size = settings["num_sinks"], settings["chunk_size"]
     length = max(map(len, ids))
     options = default_options(rows, num_sinks=num_sinks, chunk_size=chunk_size, length=length)
-    with Reporter() as reporter:
+    # Each text is read once for both.
+    with Reporter() as reporter, Captures(model) as captures:
         work = reporter.start("probe", total=len(ids) * len(options))
         probed = probe(
-            model, ids, options=options, targets=targets, weights=weights, **settings, progress=work.update
+            model,
+            ids,
+            options=options,
+            targets=targets,
+            weights=weights,
+            **settings,
+            captures=captures,
+            progress=work.update,
         )
         config = probed.config(rows)
         if has_fit:
             work = reporter.start("bias", total=len(texts))
-            config = fitted_bias(model, ids[: len(texts)], config, progress=work.update)
+            given: dict[str, Any] = {"captures": captures, "progress": work.update}
+            config = fitted_bias(model, ids[: len(texts)], config, **given)
     return config

@@ -12,6 +12,7 @@ to start reading.
 from ovq.convert.adapt import PRESETS, AdaptProgress, AdaptSettings, adapt
 from ovq.convert.attach import ConvertedMixin, attach
 from ovq.convert.cache import MemoryCache
+from ovq.convert.captures import Captures
 from ovq.convert.config import MemoryConfig
 from ovq.convert.context import (
     ConvertedContextInfo,
@@ -22,13 +23,15 @@ from ovq.convert.context import (
 )
 from ovq.convert.masses import fitted_bias
 from ovq.convert.needles import hidden_numbers
-from ovq.convert.probe import Option, Probe, default_options, probe
+from ovq.convert.probe import Probe, default_options, probe
 from ovq.convert.saving import load
+from ovq.convert.trials import Option
 
 __all__ = [
     "PRESETS",
     "AdaptProgress",
     "AdaptSettings",
+    "Captures",
     "ConvertedContextInfo",
     "ConvertedMixin",
     "MemoryCache",

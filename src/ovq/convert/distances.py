@@ -31,7 +31,10 @@ def far_attention(
     """What queries see of tokens that may be in slots, some queries of a key/value head at a time.
 
     Args:
-        q: and the others are those of `Distances.add`.
+        q: `[1, H, t, K]` queries, scaled, of the last t tokens of a text. k: `[1, Hkv, T, K]` of all of them.
+        v: `[1, Hkv, T, V]`. o: `[1, H, t, V]` outputs. g: `[1, H, t, V]` gradients of the loss.
+        num_sinks: first tokens, and num_recent: last ones before a query, itself included, that never are in
+            slots.
 
     Yields:
         The head; its queries `[G, n, K]` and their gradients `[G, n, V]`; the probabilities `[G, n, T]`, 0
@@ -66,7 +69,9 @@ class Distances:
         >>> k, v = (torch.randn(1, 1, 9, n, generator=generator) for n in (2, 3))
         >>> o = torch.zeros_like(v)
         >>> q = torch.tensor([8.0, 1.0]).expand_as(k)
-        >>> distances.add(q, k, v, o=o, g=torch.ones_like(o), num_targets=9, num_sinks=1, num_recent=4)
+        >>> distances.start(k, v, num_targets=9)
+        >>> for part in far_attention(q, k, v, o=o, g=torch.ones_like(o), num_sinks=1, num_recent=4):
+        ...     distances.see(*part)
         >>> distances.key_exponents()
         [[2, -2]]
     """
@@ -76,38 +81,26 @@ class Distances:
         self._of_values = torch.zeros(num_heads, dtype=torch.float64)
         self._key_squares = torch.zeros(num_heads, key_dim, dtype=torch.float64)
         self._value_squares = torch.zeros(num_heads, dtype=torch.float64)
+        self._num_targets = 1
 
-    @torch.no_grad()
-    def add(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        o: Tensor,
-        g: Tensor,
-        num_targets: int,
-        num_sinks: int,
-        num_recent: int,
-    ) -> None:
-        """Add a text; texts count the same whatever their length.
+    def start(self, k: Tensor, v: Tensor, *, num_targets: int) -> None:
+        """Begin with a text; texts count the same whatever their length.
 
         Args:
-            q: `[1, H, t, K]` queries, scaled, of its last t tokens. k: `[1, Hkv, T, K]` of all its tokens.
-            v: `[1, Hkv, T, V]`. o: `[1, H, t, V]` outputs. g: `[1, H, t, V]` gradients of the loss.
+            k: and v: as for `far_attention`.
             num_targets: predicted tokens whose losses were added up.
-            num_sinks: first tokens, and num_recent: last ones before a query, itself included, that never are
-                in slots.
         """
-        for head, queries, slopes, p, change in far_attention(
-            q, k, v, o=o, g=g, num_sinks=num_sinks, num_recent=num_recent
-        ):
-            of_query = (p * change.square()).sum(-1, keepdim=True)
-            self._of_keys[head] += ((of_query * queries.square()).sum((0, 1)) / num_targets).cpu()
-            of_value = (p.sum(-1) * slopes.square().mean(-1)).sum() / num_targets
-            self._of_values[head] += float(of_value)
         self._key_squares += k[0].double().square().mean(1).cpu()
         self._value_squares += v[0].double().square().sum(-1).mean(1).cpu()
+        self._num_targets = num_targets
+
+    @torch.no_grad()
+    def see(self, head: int, queries: Tensor, slopes: Tensor, p: Tensor, change: Tensor) -> None:
+        """Learn from a part of the text, which is what `far_attention` yields."""
+        of_query = (p * change.square()).sum(-1, keepdim=True)
+        self._of_keys[head] += ((of_query * queries.square()).sum((0, 1)) / self._num_targets).cpu()
+        of_value = (p.sum(-1) * slopes.square().mean(-1)).sum() / self._num_targets
+        self._of_values[head] += float(of_value)
 
     def key_exponents(self) -> list[list[int]]:
         """By which powers of 2 keys are to be multiplied, `[Hkv][K]`; 0 on average."""

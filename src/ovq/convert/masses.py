@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ovq.convert.cache import MemoryLayer
+from ovq.convert.captures import Captured, Captures, captures_of
 from ovq.convert.config import LayerConfig, MemoryConfig
-from ovq.convert.probe import Captured, capture
 
 # What a bias of 1 has to lower the loss by, in nats per token: keeps biases that hardly matter near 0.
 _RIDGE = 3e-4
@@ -39,6 +39,7 @@ def fitted_bias(
     config: MemoryConfig,
     *,
     seed: int = 0,
+    captures: Captures | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> MemoryConfig:
     """The config with a bias for each query head, fitted to texts, which count alike.
@@ -48,10 +49,12 @@ def fitted_bias(
         texts: `[T]` token ids of each text, of the length that the memory is meant for, if possible.
         config: the memory; biases that it has are where the fit starts.
         seed: seed of the tokens drawn from the model, whose loss it is.
+        captures: of the model, where `probe` has asked for the same texts; None for own ones.
         progress: called with the number of texts done.
 
     Raises:
-        ValueError: no texts.
+        ValueError: no texts, or captures of another model.
+        OSError: no room for captures.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -66,15 +69,16 @@ def fitted_bias(
         raise ValueError("texts: expected at least one, found none")
     left: Tensor | float = 0.0
     right: Tensor | float = 0.0
-    for i, text in enumerate(texts):
-        layers = capture(model, text, None, seed)
-        found = [_changes(c, config.layer(j)) for j, c in enumerate(layers)]
-        x = torch.stack([change for change, _ in found]).sum(0)
-        y = torch.cat([by_bias for _, by_bias in found])
-        scale = 2 * layers[0].num_targets * len(texts)
-        left, right = left + y @ y.T / scale, right + y @ x / scale
-        if progress is not None:
-            progress(i + 1)
+    with captures_of(model, captures) as kept:
+        for i, text in enumerate(texts):
+            layers = kept.of(text, seed=seed)
+            found = [_changes(c, config.layer(j)) for j, c in enumerate(layers)]
+            x = torch.stack([change for change, _ in found]).sum(0)
+            y = torch.cat([by_bias for _, by_bias in found])
+            scale = 2 * layers[0].num_targets * len(texts)
+            left, right = left + y @ y.T / scale, right + y @ x / scale
+            if progress is not None:
+                progress(i + 1)
     assert isinstance(left, Tensor)
     assert isinstance(right, Tensor)
     solved = -torch.linalg.solve(left + _RIDGE * torch.eye(len(left), dtype=left.dtype), right)

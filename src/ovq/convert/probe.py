@@ -10,31 +10,22 @@ itself, outside of the model.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ovq.convert.attach import kv_heads
 from ovq.convert.budgets import allocate
-from ovq.convert.cache import MemoryLayer
-from ovq.convert.config import LayerConfig, MemoryConfig
-from ovq.convert.distances import Distances
+from ovq.convert.captures import Captured, Captures, captures_of
+from ovq.convert.config import MemoryConfig
+from ovq.convert.distances import Distances, far_attention
+from ovq.convert.trials import Option, trials
 from ovq.convert.use import ExpectedUse
 from ovq.ops.options import COUNT_POWERS
-from ovq.ops.state import state_dtype
 
-_IMPLEMENTATION = "ovq_probe"
-# Logits are computed for so many tokens at a time.
-_TOKENS_AT_ONCE = 256
-# Only the answers to queries in this last part of a text count: before, little is merged.
-_LAST_PART = 1 / 3
-# Heads, of all layers, that are tried side by side.
-_HEADS_AT_ONCE = 16
 # Sizes of the options that are tried by default, in steps, of which `rows` are at most about so many.
 _STEPS = 24
 _WINDOWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -55,18 +46,6 @@ _WINDOWS_WITH_SLOTS = {
     48: (4, 8),
     64: (4,),
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Option:
-    """A memory that a head may get: slots, and last tokens kept exactly."""
-
-    num_slots: int
-    window: int
-
-    def rows(self, num_sinks: int) -> int:
-        """Rows that it takes."""
-        return num_sinks + self.num_slots + self.window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -166,11 +145,12 @@ def probe(
     has_distances: bool = True,
     has_use: bool = True,
     seed: int = 0,
+    captures: Captures | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Probe:
     """Try every option on every head of a model that is not converted yet.
 
-    Memory: the queries, keys, values and gradients of one text, twice.
+    Memory: what one pass through the model and back needs, or what `Captures` keep of one text, twice.
 
     Args:
         model: as for `attach`; it is as before afterwards.
@@ -188,10 +168,13 @@ def probe(
             (`ExpectedUse`), on all texts, which count by their weights. Rules that do not merge pairs go
             without.
         seed: seed of those.
+        captures: of the model, where others ask for the same texts as well; None for own ones.
         progress: called with the number of texts and options done so far.
 
     Raises:
-        ValueError: a model that cannot be converted, no options, or texts of fewer than 2 tokens.
+        ValueError: a model that cannot be converted, no options, texts of fewer than 2 tokens, or captures of
+            another model.
+        OSError: no room for captures.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -219,32 +202,32 @@ def probe(
     shares = shares / shares.sum()
     # Tokens that are recent to all options are never merged.
     sizes = {"num_sinks": num_sinks, "num_recent": min((o.window for o in options if o.num_slots), default=0)}
-    if has_distances or has_use:
-        is_of_distances = [has_distances and (m is None or None not in masks) for m in masks]
-        uses = shares.tolist() if has_use and merge in COUNT_POWERS else [0.0] * len(texts)
-        found = _learned(model, list(zip(texts, masks, is_of_distances, uses, strict=True)), seed, sizes)
-        if has_distances:
-            settings["value_weight"] = [[value_weight * w for w in d.value_weights()] for d, _ in found]
-            settings["key_exponents"] = [d.key_exponents() for d, _ in found]
-        if any(uses):
-            exponents = settings.get("key_exponents", [None] * len(found))
-            settings["token_use"] = [use.numbers(e) for (_, use), e in zip(found, exponents, strict=True)]
     total = torch.zeros(len(heads), heads[0], len(options), dtype=torch.float64)
     num_done = 0
-    for text, mask, share in zip(texts, masks, shares, strict=True):
-        captured = _joined(capture(model, text, mask, seed))
-        # Whatever the length of the text.
-        for j, option in enumerate(options):
-            losses = captured.losses(option, num_sinks, settings)
-            total[:, :, j] += share * losses.view(len(heads), heads[0])
-            num_done += 1
-            if progress is not None:
-                progress(num_done)
+    with captures_of(model, captures) as kept:
+        if has_distances or has_use:
+            is_of_distances = [has_distances and (m is None or None not in masks) for m in masks]
+            uses = shares.tolist() if has_use and merge in COUNT_POWERS else [0.0] * len(texts)
+            found = _learned(kept, list(zip(texts, masks, is_of_distances, uses, strict=True)), seed, sizes)
+            if has_distances:
+                settings["value_weight"] = [[value_weight * w for w in d.value_weights()] for d, _ in found]
+                settings["key_exponents"] = [d.key_exponents() for d, _ in found]
+            if any(uses):
+                exponents = settings.get("key_exponents", [None] * len(found))
+                settings["token_use"] = [use.numbers(e) for (_, use), e in zip(found, exponents, strict=True)]
+        for text, mask, share in zip(texts, masks, shares, strict=True):
+            captured = _joined(kept.of(text, mask, seed))
+            # Whatever the length of the text.
+            for j, losses in trials(captured, options, num_sinks, settings):
+                total[:, :, j] += share * losses.view(len(heads), heads[0])
+                num_done += 1
+                if progress is not None:
+                    progress(num_done)
     return Probe(options=tuple(options), losses=total, num_sinks=num_sinks, settings=settings)
 
 
 def _learned(
-    model: PreTrainedModel,
+    captures: Captures,
     texts: Sequence[tuple[Tensor, Tensor | None, bool, float]],
     seed: int,
     sizes: dict[str, int],
@@ -252,154 +235,31 @@ def _learned(
     """What matters to the heads of each layer, and which tokens are of use.
 
     Args:
-        model: the model.
+        captures: of the model.
         texts: token ids, a mask, whether distances are learned from the text, and its weight for uses.
-        seed: of `capture`.
+        seed: of `Captures.of`.
         sizes: `num_sinks` and `num_recent`.
     """
     layers: list[tuple[Distances, ExpectedUse]] = []
     for text, mask, has_distances, weight in texts:
         if not has_distances and not weight:
             continue
-        captured = capture(model, text, mask, seed)
+        captured = captures.of(text, mask, seed)
         layers = layers or [(Distances(c.k.shape[1], c.k.shape[3]), ExpectedUse()) for c in captured]
         for (distances, use), c in zip(layers, captured, strict=True):
-            given: dict[str, Any] = {"o": c.o, "g": c.g, "num_targets": c.num_targets, **sizes}
             if has_distances:
-                distances.add(c.q, c.k, c.v, **given)
+                distances.start(c.k, c.v, num_targets=c.num_targets)
             if weight:
-                use.add(c.q, c.k, c.v, **given, weight=weight)
+                use.start(c.k, c.v, num_targets=c.num_targets, num_sinks=sizes["num_sinks"], weight=weight)
+            for part in far_attention(c.q, c.k, c.v, o=c.o, g=c.g, **sizes):
+                if has_distances:
+                    distances.see(*part)
+                if weight:
+                    use.see(*part)
     return layers
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Captured:
-    """A layer on a text, from the first token on whose prediction counts: t of T tokens.
-
-    Attributes:
-        q: `[1, H, t, K]` queries, scaled. k: `[1, Hkv, T, K]`. v: `[1, Hkv, T, V]`.
-        o: `[1, H, t, V]` outputs. g: `[1, H, t, V]` their gradients.
-        num_targets: tokens whose prediction counts.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    g: Tensor
-    num_targets: int
-
-    @torch.no_grad()
-    def losses(self, option: Option, num_sinks: int, settings: dict[str, Any]) -> Tensor:
-        """Rise of the loss per token `[Hkv]` if the heads had this memory."""
-        num, weights, exponents = self.k.shape[1], settings["value_weight"], settings.get("key_exponents")
-        flat = list(itertools.chain(*weights)) if isinstance(weights, list) else [weights] * num
-        all_exponents = None if exponents is None else list(itertools.chain(*exponents))
-        uses = settings.get("token_use")
-        all_uses = None if uses is None else list(itertools.chain(*uses))
-        # As in one layer of many heads, those of equal weights side by side.
-        total = torch.zeros(num, dtype=torch.float64)
-        for part in torch.tensor(flat).argsort(stable=True).split(_HEADS_AT_ONCE):
-            config = MemoryConfig(
-                num_slots=[[option.num_slots] * len(part)],
-                window=[[option.window] * len(part)],
-                num_sinks=num_sinks,
-                chunk_size=settings["chunk_size"],
-                merge=settings["merge"],
-                value_weight=[[flat[h] for h in part]],
-                key_exponents=None if all_exponents is None else [[all_exponents[h] for h in part]],
-                token_use=None if all_uses is None else [[all_uses[h] for h in part]],
-            )
-            total[part] = self._of_heads(part.to(self.k.device), config.layer(0))
-        return total
-
-    def _of_heads(self, heads: Tensor, config: LayerConfig) -> Tensor:
-        per_head = self.q.shape[1] // self.k.shape[1]
-        own = (heads[:, None] * per_head + torch.arange(per_head, device=heads.device)).flatten()
-        k, v = self.k[:, heads], self.v[:, heads]
-        start = k.shape[2] - self.q.shape[2]
-        layer = MemoryLayer(config)
-        layer.learn(k[:, :, :start], v[:, :, :start])
-        o = layer.attend(self.q[:, own], k[:, :, start:], v[:, :, start:], None)
-        change = ((o - self.o[:, own]).float() * self.g[:, own].float()).sum(-1)
-        # Query heads that share keys change together.
-        change = change.unflatten(1, (len(heads), -1)).sum(2)
-        return change.double().square().sum((0, 2)).cpu() / 2 / self.num_targets
 
 
 def _joined(layers: list[Captured]) -> Captured:
     """All layers as one of many heads."""
     joined = {name: torch.cat([getattr(c, name) for c in layers], 1) for name in ("q", "k", "v", "o", "g")}
     return Captured(**joined, num_targets=layers[0].num_targets)
-
-
-def capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: int) -> list[Captured]:
-    """Queries, keys, values, outputs and gradients of all layers on a text."""
-    calls: list[tuple[Tensor, ...]] = []
-
-    def attention(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        scale = q.shape[3] ** -0.5 if scaling is None else scaling
-        # In float32, because outputs with a memory, which are compared with these, are computed in it.
-        wide_q, wide_k, wide_v = (x.to(state_dtype(x.dtype)) for x in (q, k, v))
-        exact = F.scaled_dot_product_attention(
-            wide_q, wide_k, wide_v, is_causal=True, scale=scale, enable_gqa=True
-        )
-        o = exact.to(q.dtype)
-        o.retain_grad()
-        calls.append(((wide_q * scale).detach(), k.detach(), v.detach(), exact.detach(), o))
-        return o.transpose(1, 2), None
-
-    AttentionInterface.register(_IMPLEMENTATION, attention)
-    AttentionMaskInterface.register(_IMPLEMENTATION, lambda *args, **kwargs: None)
-    before, was_training = model.config._attn_implementation, model.training
-    needed_grad = [p.requires_grad for p in model.parameters()]
-    model.eval().requires_grad_(False).set_attn_implementation(_IMPLEMENTATION)
-    ids = text[None].to(model.device)
-    start = round(ids.shape[1] * (1 - _LAST_PART))
-    if mask is None:
-        targets = torch.arange(start, ids.shape[1] - 1, device=model.device)
-    else:
-        targets = mask.to(model.device).nonzero()[:, 0] - 1
-        start = int(targets.min()) if len(targets) else start
-    try:
-        with torch.enable_grad():
-            embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-            hidden = model.base_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-            hidden.backward(_gradient(model, hidden.detach(), ids, targets, mask is None, seed))
-    finally:
-        model.set_attn_implementation(before)
-        model.train(was_training)
-        for parameter, was_needed in zip(model.parameters(), needed_grad, strict=True):
-            parameter.requires_grad_(was_needed)
-    num_targets = max(1, len(targets))
-    return [
-        Captured(
-            k=k,
-            v=v,
-            num_targets=num_targets,
-            **{n: x[:, :, start:] for n, x in (("q", q), ("o", exact), ("g", o.grad))},
-        )
-        for q, k, v, exact, o in calls
-        if o.grad is not None
-    ]
-
-
-def _gradient(
-    model: PreTrainedModel, hidden: Tensor, ids: Tensor, targets: Tensor, is_drawn: bool, seed: int
-) -> Tensor:
-    """Gradient `[1, T, hidden_size]` of the sum of the losses at the places `targets`."""
-    generator = torch.Generator(hidden.device).manual_seed(seed)
-    output = model.get_output_embeddings()
-    gradient = torch.zeros_like(hidden)
-    for places in targets.split(_TOKENS_AT_ONCE):
-        part = hidden[0, places].requires_grad_(True)
-        logits = output(part).float()
-        labels = ids[0, places + 1]
-        if is_drawn:
-            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        F.cross_entropy(logits, labels, reduction="sum").backward()
-        assert part.grad is not None
-        gradient[0, places] = part.grad
-    return gradient

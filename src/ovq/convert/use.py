@@ -21,7 +21,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ovq.convert.distances import far_attention
 from ovq.convert.reach import Reach
 
 # Weights are from 2 to the power of minus this to 2 to the power of this (`MOST_USE` of memory.h).
@@ -80,49 +79,50 @@ class ExpectedUse:
     """The use of tokens to the key/value heads of a layer; texts are added one by one.
 
     Example:
+        >>> from ovq.convert.distances import far_attention
         >>> generator = torch.Generator().manual_seed(0)
         >>> k, v = (torch.randn(1, 1, 40, n, generator=generator) for n in (2, 3))
         >>> o = torch.zeros_like(v)
         >>> q = torch.tensor([4.0, 0.0]).expand_as(k)
         >>> use = ExpectedUse()
-        >>> use.add(q, k, v, o=o, g=torch.ones_like(o), num_targets=40, num_sinks=1, num_recent=4)
+        >>> use.start(k, v, num_targets=40, num_sinks=1)
+        >>> for part in far_attention(q, k, v, o=o, g=torch.ones_like(o), num_sinks=1, num_recent=4):
+        ...     use.see(*part)
         >>> [numbers] = use.numbers()
         >>> len(numbers), numbers[0] > 1
         (6, True)
     """
 
     def __init__(self) -> None:
-        # [h, T, K + V] and [h, T] of each text.
+        # Of each text [h, T, K + V]; [h, T] sums of the squares of changes; what these are multiplied by.
         self._tokens: list[Tensor] = []
-        self._uses: list[Tensor] = []
+        self._squares: list[Tensor] = []
+        self._factors: list[float] = []
 
-    @torch.no_grad()
-    def add(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        o: Tensor,
-        g: Tensor,
-        num_targets: int,
-        num_sinks: int,
-        num_recent: int,
-        weight: float = 1.0,
-    ) -> None:
-        """Add a text; its tensors and numbers are those of `Distances.add`.
+    def start(self, k: Tensor, v: Tensor, *, num_targets: int, num_sinks: int, weight: float = 1.0) -> None:
+        """Begin with a text.
 
         Args:
+            k: and v: as for `far_attention`.
+            num_targets: predicted tokens whose losses were added up.
+            num_sinks: first tokens, which are never in slots.
             weight: how much the text counts.
         """
-        squares = torch.zeros(k.shape[1:3], dtype=torch.float64, device=k.device)
-        for head, _, _, p, change in far_attention(
-            q, k, v, o=o, g=g, num_sinks=num_sinks, num_recent=num_recent
-        ):
-            # Query heads that share keys lose a token together.
-            squares[head] += (p * change).sum(0).square().sum(0)
+        self._num_sinks = num_sinks
         self._tokens.append(torch.cat([k[0], v[0]], -1)[:, num_sinks:].cpu())
-        self._uses.append((squares * (weight / num_targets)).sqrt()[:, num_sinks:].cpu())
+        self._squares.append(self._tokens[-1].new_zeros(self._tokens[-1].shape[:2], dtype=torch.float64))
+        self._factors.append(weight / num_targets)
+
+    @torch.no_grad()
+    def see(self, head: int, queries: Tensor, slopes: Tensor, p: Tensor, change: Tensor) -> None:
+        """Learn from a part of the text, which is what `far_attention` yields."""
+        # Query heads that share keys lose a token together.
+        squares = (p * change).sum(0).square().sum(0)
+        self._squares[-1][head] += squares[self._num_sinks :].cpu()
+
+    def uses(self, head: int) -> Tensor:
+        """The use of the tokens of all texts to a head, but for first ones."""
+        return torch.cat([(x[head] * y).sqrt() for x, y in zip(self._squares, self._factors, strict=True)])
 
     def numbers(self, key_exponents: Sequence[Sequence[int]] | None = None) -> list[list[float]]:
         """The numbers `[Hkv][K + V + 1]` of `token_weights`.
@@ -130,7 +130,7 @@ class ExpectedUse:
         Args:
             key_exponents: `[Hkv][K]`, by which powers of 2 the memory multiplies keys; None for 0.
         """
-        fitted = torch.stack([self._fitted(head) for head in range(len(self._uses[0]))])
+        fitted = torch.stack([self._fitted(head) for head in range(len(self._tokens[0]))])
         if key_exponents is not None:
             exponents = torch.tensor(key_exponents, dtype=torch.float64)
             fitted[:, : exponents.shape[1]] /= torch.exp2(exponents)
@@ -139,7 +139,7 @@ class ExpectedUse:
     def _fitted(self, head: int) -> Tensor:
         """The numbers for keys as they are, by Newton's method."""
         tokens = torch.cat([x[head].double() for x in self._tokens])
-        use = torch.cat([x[head] for x in self._uses])
+        use = self.uses(head)
         if not float(use.sum()) > 0:
             # A head whose outputs do not matter, or that sees no far tokens.
             return torch.zeros(tokens.shape[1] + 1, dtype=torch.float64)

@@ -1,0 +1,217 @@
+"""`Captures`: what a model's heads do with texts, each of which is read once.
+
+`capture` reads a text with full attention and goes back once through the model, for the gradient of the loss
+with respect to the output of every head. `probe` and `fitted_bias` ask for each text several times, so what
+was found is kept in a temporary folder and not in memory: of the tokens whose prediction counts, queries and
+outputs in float32 and gradients, of all tokens keys and values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+
+from ovq.hf.cache import CACHE_KEY
+from ovq.ops.serialization import write_file
+from ovq.ops.state import state_dtype
+
+_IMPLEMENTATION = "ovq_probe"
+# Logits are computed for so many tokens at a time.
+_TOKENS_AT_ONCE = 256
+# Only the answers to queries in this last part of a text count: before, little is merged.
+_LAST_PART = 1 / 3
+_TENSORS = ("q", "k", "v", "o", "g")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Captured:
+    """A layer on a text, from the first token on whose prediction counts: t of T tokens.
+
+    Attributes:
+        q: `[1, H, t, K]` queries, scaled. k: `[1, Hkv, T, K]`. v: `[1, Hkv, T, V]`.
+        o: `[1, H, t, V]` outputs. g: `[1, H, t, V]` their gradients.
+        num_targets: tokens whose prediction counts.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    g: Tensor
+    num_targets: int
+
+
+class Captures:
+    """What the heads of a model do with texts; each is read when it is first asked for.
+
+    It is kept in a temporary folder (see `tempfile.gettempdir`), which goes with this object or at the end of
+    the block. For SmolLM2-135M and texts of which the last third counts these are 81 KB per token.
+
+    Args:
+        model: as for `probe`; it is as before afterwards.
+
+    Attributes:
+        model: the same.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).eval()
+        >>> with Captures(model) as captures:
+        ...     first, second = captures.of(torch.arange(60) % 32)
+        >>> first.q.shape, first.k.shape
+        (torch.Size([1, 2, 20, 8]), torch.Size([1, 2, 60, 8]))
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._folder = tempfile.TemporaryDirectory(prefix="ovq-", ignore_cleanup_errors=True)
+        self._numbers: dict[str, tuple[int, int]] = {}
+
+    def __enter__(self) -> Captures:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self._folder.cleanup()
+
+    def of(self, text: Tensor, mask: Tensor | None = None, seed: int = 0) -> list[Captured]:
+        """All layers on a text.
+
+        Args:
+            text: `[T]` token ids.
+            mask: `[T]` bool, the tokens whose prediction matters, None for all of the last third. With a mask
+                the loss is that on the text itself and not on tokens drawn from the model.
+            seed: of those.
+
+        Raises:
+            OSError: no room in the temporary folder.
+        """
+        given = (text.tolist(), None if mask is None else mask.tolist(), seed)
+        name = hashlib.sha256(repr(given).encode()).hexdigest()
+        path = Path(self._folder.name) / name
+        if name not in self._numbers:
+            layers = capture(self.model, text, mask, seed)
+            tensors = {f"{n}{i}": getattr(c, n).contiguous() for i, c in enumerate(layers) for n in _TENSORS}
+            write_file(path, tensors, metadata={})
+            self._numbers[name] = len(layers), layers[0].num_targets
+        num_layers, num_targets = self._numbers[name]
+        # Read anew also the first time, so that memory is freed, and nothing depends on how often it is read.
+        tensors = load_file(path, device=str(self.model.device))
+        return [
+            Captured(**{n: tensors[f"{n}{i}"] for n in _TENSORS}, num_targets=num_targets)
+            for i in range(num_layers)
+        ]
+
+
+def captures_of(
+    model: PreTrainedModel, captures: Captures | None
+) -> contextlib.AbstractContextManager[Captures]:
+    """Those that were given, which stay when the block ends, or new ones, which do not.
+
+    Raises:
+        ValueError: captures of another model.
+    """
+    if captures is None:
+        return Captures(model)
+    if captures.model is not model:
+        raise ValueError("captures: expected those of the same model, found those of another one")
+    return contextlib.nullcontext(captures)
+
+
+def capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: int) -> list[Captured]:
+    """Queries, keys, values, outputs and gradients of all layers on a text.
+
+    What comes before the first token on whose prediction counts is read first, without gradients: no later
+    gradient depends on those of earlier tokens.
+    """
+    calls: list[tuple[Tensor, ...]] = []
+    ids = text[None].to(model.device)
+    num_tokens = ids.shape[1]
+    start = round(num_tokens * (1 - _LAST_PART))
+    if mask is None:
+        targets = torch.arange(start, num_tokens - 1, device=model.device)
+    else:
+        targets = mask.to(model.device)[1:].nonzero()[:, 0]
+        start = int(targets.min()) if len(targets) else start
+    places = torch.arange(num_tokens, device=model.device)
+    # One for all layers, which autograd saves.
+    causal = torch.zeros(num_tokens - start, num_tokens, dtype=state_dtype(model.dtype), device=model.device)
+    causal = causal.masked_fill(places > places[start:, None], -torch.inf)
+
+    def attention(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        scale = q.shape[3] ** -0.5 if scaling is None else scaling
+        # In float32, because outputs with a memory, which are compared with these, are computed in it.
+        wide_q, wide_k, wide_v = (x.to(state_dtype(x.dtype)) for x in (q, k, v))
+        is_first = q.shape[2] == k.shape[2]
+        exact = F.scaled_dot_product_attention(
+            *(wide_q, wide_k, wide_v),
+            attn_mask=None if is_first else causal,
+            is_causal=is_first,
+            scale=scale,
+            enable_gqa=True,
+        )
+        o = exact.to(q.dtype)
+        if o.requires_grad:
+            o.retain_grad()
+            calls.append(((wide_q * scale).detach(), k.detach(), v.detach(), exact.detach(), o))
+        return o.transpose(1, 2), None
+
+    AttentionInterface.register(_IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(_IMPLEMENTATION, lambda *args, **kwargs: None)
+    before, was_training = model.config._attn_implementation, model.training
+    needed_grad = [p.requires_grad for p in model.parameters()]
+    model.eval().requires_grad_(False).set_attn_implementation(_IMPLEMENTATION)
+    try:
+        given = {CACHE_KEY: DynamicCache(config=model.config), "use_cache": True}
+        if start:
+            with torch.no_grad():
+                model.base_model(ids[:, :start], **given)
+        with torch.enable_grad():
+            embedded = model.get_input_embeddings()(ids[:, start:]).detach().requires_grad_(True)
+            hidden = model.base_model(inputs_embeds=embedded, **given).last_hidden_state
+            labels = None if mask is None else ids[0, targets + 1]
+            hidden.backward(_gradient(model, hidden.detach(), targets - start, labels, seed))
+    finally:
+        model.set_attn_implementation(before)
+        model.train(was_training)
+        for parameter, was_needed in zip(model.parameters(), needed_grad, strict=True):
+            parameter.requires_grad_(was_needed)
+    return [
+        Captured(q=q, k=k, v=v, o=exact, g=o.grad, num_targets=max(1, len(targets)))
+        for q, k, v, exact, o in calls
+        if o.grad is not None
+    ]
+
+
+def _gradient(
+    model: PreTrainedModel, hidden: Tensor, places: Tensor, labels: Tensor | None, seed: int
+) -> Tensor:
+    """Gradient `[1, t, hidden_size]` of the sum of the losses at some places, whose labels are drawn from the
+    model if there are none.
+    """
+    generator = torch.Generator(hidden.device).manual_seed(seed)
+    output = model.get_output_embeddings()
+    gradient = torch.zeros_like(hidden)
+    for index in torch.arange(len(places), device=places.device).split(_TOKENS_AT_ONCE):
+        part = hidden[0, places[index]].requires_grad_(True)
+        logits = output(part).float()
+        if labels is None:
+            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            drawn = labels[index]
+        F.cross_entropy(logits, drawn, reduction="sum").backward()
+        assert part.grad is not None
+        gradient[0, places[index]] = part.grad
+    return gradient

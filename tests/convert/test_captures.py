@@ -1,0 +1,87 @@
+"""A text is read once, whoever asks for it, and what was found is the same each time."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ovq.convert import Captures, Option, fitted_bias, probe
+from ovq.convert.captures import capture
+from tests.convert.common import KINDS, original, tokens
+
+TENSORS = ("q", "k", "v", "o", "g")
+
+
+def test_a_probe_and_its_biases_read_each_text_once_and_find_what_they_find_apart():
+    model, texts = original(), [tokens(150), tokens(130, seed=1)]
+    mask = torch.arange(150) > 120
+    options = [Option(num_slots=n, window=w) for n, w in ((0, 8), (8, 8), (16, 8), (0, 40))]
+    lengths = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append([*args, *kwargs.values()][0].shape[1]), with_kwargs=True
+    )
+    given = {"options": options, "targets": [None, None, mask], "num_sinks": 2, "chunk_size": 8}
+    found = {}
+    for is_shared in (False, True):
+        with Captures(model) if is_shared else contextlib.nullcontext() as captures:
+            probed = probe(model, [*texts, texts[0]], **given, captures=captures)
+            found[is_shared] = probed.losses, fitted_bias(model, texts, probed.config(18), captures=captures)
+        # First what comes before predictions that count, then the rest. A mask is read for itself, since the
+        # loss is another one.
+        once = [100, 50, 87, 43, 120, 30]
+        assert lengths == once + once[:4] * (not is_shared)
+        lengths.clear()
+    assert torch.equal(found[False][0], found[True][0])
+    # With the budgets, exponents, uses and biases.
+    assert found[False][1] == found[True][1]
+
+
+def test_what_is_kept_is_what_was_found():
+    model, text = original().to(torch.bfloat16), tokens(90)
+    with Captures(model) as captures:
+        folder = Path(captures._folder.name)
+        for mask, seed in ((None, 0), (None, 1), (torch.arange(90) > 70, 0)):
+            for _ in range(2):
+                for kept, layer in zip(
+                    captures.of(text, mask, seed), capture(model, text, mask, seed), strict=True
+                ):
+                    assert kept.num_targets == layer.num_targets
+                    assert all(torch.equal(getattr(kept, name), getattr(layer, name)) for name in TENSORS)
+        assert len(list(folder.iterdir())) == 3
+    assert not folder.exists()
+
+
+def test_captures_of_another_model_are_refused():
+    with Captures(original()) as captures:
+        with pytest.raises(ValueError, match="captures: expected those of the same model"):
+            probe(original(), [tokens(20)], options=[Option(num_slots=0, window=8)], captures=captures)
+        # One that was lent stays.
+        assert Path(captures._folder.name).exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_one_pass_over_all_tokens(kind):
+    model, text = original(kind).double(), tokens(90)
+    whole = original(kind).double()
+    outputs = []
+
+    def keep(module, args, output):
+        # What the output projection takes: the outputs of all heads.
+        args[0].retain_grad()
+        outputs.append(args[0])
+
+    for layer in whole.model.layers:
+        layer.self_attn.o_proj.register_forward_hook(keep)
+    for mask in (torch.arange(90) > 70, torch.arange(90) == 1):
+        outputs.clear()
+        logits = whole(text[None]).logits[0]
+        places = mask.nonzero()[:, 0]
+        F.cross_entropy(logits[places - 1], text[places], reduction="sum").backward()
+        start = int(places[0]) - 1
+        for layer, o in zip(capture(model, text, mask, 0), outputs, strict=True):
+            for found, x in ((layer.o, o), (layer.g, o.grad)):
+                expected = x[0, start:].detach().unflatten(-1, (4, 8)).transpose(0, 1)
+                torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-5)
+            assert layer.k.shape[2] == 90
