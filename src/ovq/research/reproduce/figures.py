@@ -19,6 +19,7 @@ from ovq.research.reproduce.presets import Preset
 from ovq.research.reproduce.rivals import (
     rivals_lm,
     rivals_lm_mamba2,
+    rivals_long,
     rivals_mqar,
     rivals_needles,
     rivals_positional,
@@ -308,11 +309,12 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "rivals-needles": rivals_needles,
     "rivals-lm": rivals_lm,
     "rivals-lm-mamba2": rivals_lm_mamba2,
+    "rivals-long": rivals_long,
 }
 """Every figure by its name on the command line, in the order of `--all`."""
 
 
-TEXT_FIGURES = ("lm", "hybrids", "needle", "rivals-needles", "rivals-lm", "rivals-lm-mamba2")
+TEXT_FIGURES = ("lm", "hybrids", "needle", "rivals-needles", "rivals-lm", "rivals-lm-mamba2", "rivals-long")
 """Those that can be made of any corpus."""
 
 

