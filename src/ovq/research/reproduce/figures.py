@@ -19,14 +19,13 @@ from ovq.research.reproduce.presets import Preset
 from ovq.research.reproduce.rivals import (
     rivals_lm,
     rivals_lm_mamba2,
-    rivals_long,
     rivals_mqar,
     rivals_needles,
     rivals_positional,
     rivals_recall,
     rivals_regression,
 )
-from ovq.research.reproduce.text_figures import hybrids, language, needle, of_corpus
+from ovq.research.reproduce.text_figures import hybrids, language, longer, needle, of_corpus
 from ovq.tasks import PositionalRecallTask, RegressionTask, Task
 from ovq.train.config import RunConfig
 
@@ -302,6 +301,7 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "lm": language,
     "hybrids": hybrids,
     "needle": needle,
+    "long": longer,
     "rivals-recall": rivals_recall,
     "rivals-positional": rivals_positional,
     "rivals-regression": rivals_regression,
@@ -309,12 +309,11 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "rivals-needles": rivals_needles,
     "rivals-lm": rivals_lm,
     "rivals-lm-mamba2": rivals_lm_mamba2,
-    "rivals-long": rivals_long,
 }
 """Every figure by its name on the command line, in the order of `--all`."""
 
 
-TEXT_FIGURES = ("lm", "hybrids", "needle", "rivals-needles", "rivals-lm", "rivals-lm-mamba2", "rivals-long")
+TEXT_FIGURES = ("lm", "hybrids", "needle", "long", "rivals-needles", "rivals-lm", "rivals-lm-mamba2")
 """Those that can be made of any corpus."""
 
 

@@ -21,6 +21,7 @@ class TextEvaluations:
     Attributes:
         length: Tokens a window of held-out text; documents are joined to volumes of as many bytes.
         num_windows: Windows, the same for all models.
+        num_long_windows: Windows for models of subword tokens that are trained longer.
         slot_factors: Sizes of the dictionary, in sizes of the trained one.
         needle_lengths: Tokens of texts that a needle is hidden in.
         needle_depths: Where it is hidden, from 0 to 1.
@@ -35,6 +36,7 @@ class TextEvaluations:
     needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     num_needles: int = 5
     needle_value: str = "number"
+    num_long_windows: int = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,8 @@ class Preset:
         name: What the command line calls it.
         configs: The usual OVQ run of each task by its name, that of language models which learn to find
             needles (`"needle"`), that of the rivals which learn to find several kinds (`"needles"`), and that
-            of larger language models (`"long"`). A figure puts another mixer in the place of OVQ, or changes a field.
+            of larger language models (`"long"`). A figure puts another mixer in the place of OVQ, or changes
+            a field.
         length_factors: Where to evaluate, in lengths of the longest training example.
         far_lengths: Where to evaluate beyond, in tokens, by the name of the task.
         evaluation_tokens: Tokens to evaluate on, at each length; at least one example is.

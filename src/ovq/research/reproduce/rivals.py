@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ovq.eval.rows import MIXER_NAMES
@@ -48,12 +48,6 @@ _QUESTIONS_FACTOR = 2
 
 _VALIDATION_FACTOR = 4
 """Trials are judged at so many times the training length, as in the figures of all mixers."""
-
-_LONG_WINDOWS = 4
-"""Windows of held-out text that the larger models read: a tenth of the installed corpora has no more."""
-
-_MOST_BYTES_PER_TOKEN = 5
-"""Volumes of held-out text have so many bytes per token of a window, so that each has one at least."""
 
 _NOTE = (
     "States have equal bytes: those of full dictionaries of OVQ, of KVM's slots and window, and of a window "
@@ -100,9 +94,9 @@ def _raven_slots(preset: Preset, task: str) -> int:
 
 
 def _lines(
-    contenders: Iterable[_Contender],
+    contenders: Iterator[_Contender],
     evaluations: Sequence[Evaluation],
-    validation: Evaluation | None,
+    validation: Evaluation,
     group: str = "",
 ) -> list[Line]:
     """A line for each model; all that is evaluated, and what decides between trials, is the same for all."""
@@ -208,40 +202,6 @@ def rivals_lm(preset: Preset) -> Figure:
 def rivals_lm_mamba2(preset: Preset) -> Figure:
     """The same beside Mamba2, which is good at what is near."""
     return _by_position(preset, "rivals-lm-mamba2", "mamba2", MIXER_NAMES["mamba2"])
-
-
-def rivals_long(preset: Preset) -> Figure:
-    """Larger language models of subword tokens, trained ten times as long, for those that were best."""
-    text, source = preset.text, preset.text_task("long")
-    evaluation = LossEvaluation(
-        source=dataclasses.replace(source, join_to=_MOST_BYTES_PER_TOKEN * text.length),
-        length=text.length,
-        num_examples=_LONG_WINDOWS,
-    )
-    usual = preset.configs["long"].model
-    partner = MIXER_NAMES[usual.mixer_types[0]]
-    contenders = [
-        _Contender(_FULL, preset.config("long", "full_attention")),
-        _Contender(
-            f"OVQ, merge gate, Ward-sqrt, {usual.num_slots} slots",
-            preset.config("long", merge_gate=True),
-            _RULE,
-        ),
-        _Contender(MIXER_NAMES["kvm"], preset.config("long", "kvm")),
-        _Contender("windows in the place of OVQ", preset.config("long", "sliding_attention")),
-    ]
-    by_position: dict[str, Any] = {"x": "positions", "y": "position_losses"}
-    return Figure(
-        name="rivals-long",
-        title=f"Loss on held-out text ({source.dataset}) by position, trained ten times as long",
-        note=f"The other layers are {partner}. Each point is the mean over the octave of positions that ends "
-        f"there, in windows of {text.length} tokens that all models read alike.",
-        lines=tuple(_lines(contenders, [evaluation], None)),
-        panels=(
-            Panel(title="loss", **by_position),
-            Panel(title=f"per cent above {_FULL}", relative_to=_FULL, **by_position),
-        ),
-    )
 
 
 def _by_position(preset: Preset, name: str, partner: str | None, partner_name: str) -> Figure:
