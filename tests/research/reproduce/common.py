@@ -27,6 +27,9 @@ TINY = Preset(
         "lm": recipe_for("lm", "ovq").override(
             [*_CHANGES, "model.num_attention_heads=1", "train.lengths=32", "train.length_shares=1"]
         ),
+        "long": recipe_for("lm", "ovq").override(
+            [*_CHANGES, "model.num_attention_heads=1", "train.lengths=32", "train.length_shares=1"]
+        ),
         "needle": recipe_for("lm", "ovq").override(
             [
                 *_CHANGES,

@@ -182,6 +182,21 @@ def test_the_rows_say_the_corpus_and_the_command(preset, made, monkeypatch):
     assert results["figure"] != "lm"
 
 
+def test_longer_models_read_volumes_of_subwords():
+    figure = get_figure("long", CPU)
+    usual, longer = CPU.configs["lm"].train, CPU.configs["long"].train
+    assert longer.steps * longer.batch_size > 2.5 * usual.steps * usual.batch_size
+    assert {line.config.mixer for line in figure.lines} == {
+        *("full_attention", "ovq", "kvm", "sliding_attention")
+    }
+    rules = {(line.config.model.merge_gate, each.merge) for line in figure.lines for each in line.evaluations}
+    assert rules == {(False, None), (True, "ward-sqrt")}
+    # Bytes are tokens of the usual models; one of these is several.
+    for made, factor in ((figure, 5), (get_figure("lm", CPU), 1)):
+        sources = {(each.source.join_to / each.length) for line in made.lines for each in line.evaluations}
+        assert sources == {factor}
+
+
 def test_hybrids_have_another_mixer_in_the_place_of_the_windows(preset):
     figure = get_figure("hybrids", preset)
     mixers = {line.label: line.config.model.mixer_types for line in figure.lines}

@@ -25,7 +25,7 @@ from ovq.research.reproduce.rivals import (
     rivals_recall,
     rivals_regression,
 )
-from ovq.research.reproduce.text_figures import hybrids, language, needle, of_corpus
+from ovq.research.reproduce.text_figures import hybrids, language, longer, needle, of_corpus
 from ovq.tasks import PositionalRecallTask, RegressionTask, Task
 from ovq.train.config import RunConfig
 
@@ -301,6 +301,7 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "lm": language,
     "hybrids": hybrids,
     "needle": needle,
+    "long": longer,
     "rivals-recall": rivals_recall,
     "rivals-positional": rivals_positional,
     "rivals-regression": rivals_regression,
@@ -312,7 +313,7 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
 """Every figure by its name on the command line, in the order of `--all`."""
 
 
-TEXT_FIGURES = ("lm", "hybrids", "needle", "rivals-needles", "rivals-lm", "rivals-lm-mamba2")
+TEXT_FIGURES = ("lm", "hybrids", "needle", "long", "rivals-needles", "rivals-lm", "rivals-lm-mamba2")
 """Those that can be made of any corpus."""
 
 

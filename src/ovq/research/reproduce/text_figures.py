@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ovq.eval.rows import MIXER_NAMES
+from ovq.ops.options import BEST_MERGE
 from ovq.research.reproduce.draw import save_heat_maps
 from ovq.research.reproduce.evaluations import LossEvaluation, NeedleEvaluation
 from ovq.research.reproduce.plan import Figure, Line, Panel
@@ -21,6 +22,9 @@ _COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_atten
 
 _LOCAL = "mamba2"
 """What `hybrids` has in the place of the windows: it is good at what is near."""
+
+_MOST_BYTES_PER_TOKEN = 5
+"""So many bytes of text per token of a window are joined where tokens are subwords: never fewer tokens."""
 
 
 class _Model(NamedTuple):
@@ -82,13 +86,50 @@ def hybrids(preset: Preset) -> Figure:
     )
 
 
+def longer(preset: Preset) -> Figure:
+    """The loss by position of larger models of subword tokens that are trained ten times as long."""
+    usual = preset.configs["long"].model
+    local = MIXER_NAMES[usual.mixer_types[0]]
+    exact = f"{local} and full attention"
+    models = [
+        _Model(exact, preset.config("long", "full_attention")),
+        # Trained by the paper's rule, like the layers with a gate that are compared with rivals.
+        _Model(
+            f"{local} and OVQ, merge gate, Ward-sqrt, {usual.num_slots} slots",
+            preset.config("long", merge_gate=True),
+            merge=BEST_MERGE,
+        ),
+        _Model(f"{local} and {MIXER_NAMES['kvm']}", preset.config("long", "kvm")),
+        _Model(f"{local} and windows", preset.config("long", "sliding_attention")),
+    ]
+    return _by_position(
+        preset,
+        "long",
+        f"Loss on held-out text ({preset.text_task('long').dataset}) by position, trained ten times as long",
+        models,
+        relative_to=exact,
+        task="long",
+        num_windows=preset.text.num_long_windows,
+    )
+
+
 def _by_position(
-    preset: Preset, name: str, title: str, models: Sequence[_Model], *, relative_to: str
+    preset: Preset,
+    name: str,
+    title: str,
+    models: Sequence[_Model],
+    *,
+    relative_to: str,
+    task: str = "lm",
+    num_windows: int | None = None,
 ) -> Figure:
     """The loss of models by position, and by how much it is above that of one of them."""
-    source = dataclasses.replace(preset.text_task("lm"), join_to=preset.text.length)
+    length, source = preset.text.length, preset.text_task(task)
+    num_bytes = length if source.tokenizer == "bytes" else _MOST_BYTES_PER_TOKEN * length
     evaluation = LossEvaluation(
-        source=source, length=preset.text.length, num_examples=preset.text.num_windows
+        source=dataclasses.replace(source, join_to=num_bytes),
+        length=length,
+        num_examples=num_windows or preset.text.num_windows,
     )
     lines = [
         Line(
@@ -104,7 +145,7 @@ def _by_position(
         name=name,
         title=title,
         note=f"Each point is the mean over the octave of positions that ends there, in windows of "
-        f"{preset.text.length} tokens that all models of a seed read alike.",
+        f"{length} tokens that all models of a seed read alike.",
         lines=tuple(lines),
         panels=(
             Panel(title="loss", x="positions", y="position_losses", group="loss"),
