@@ -233,6 +233,17 @@ def test_the_results_of_conversion_say_which_digits_were_found():
     assert measured <= set(re.findall(shape, text, flags=re.MULTILINE))
 
 
+def test_larger_models_found_what_the_table_says():
+    rows = json.loads((ROOT / "docs" / "results" / "long_needles.json").read_text())["rows"]
+    found: dict[tuple[str, int], list[str]] = {}
+    for row in sorted(rows, key=lambda row: row["depth"]):
+        found.setdefault((row["line"], row["length"]), []).append(f"{row['generated']:.2f}")
+    measured = sorted(", ".join(shares) for shares in found.values())
+    page = (ROOT / "docs" / "results" / "language.md").read_text()
+    section = page.split("\n## Larger models, ten times as long\n")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"\d\.\d\d, \d\.\d\d, \d\.\d\d", section)) == measured
+
+
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
 def test_programs_behind_figures_are_there(name):
     assert f"`python {name}`" in (ROOT / "docs" / "guarantees.md").read_text()
