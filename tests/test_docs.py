@@ -140,12 +140,19 @@ def test_the_results_of_conversion_say_what_is_found_after_presses():
     found = {(*key, f"{number} of 5") for key, number in found.items() if key[0] != "full"}
     shown = re.findall(r"^\| (\w+) \| ([\d,]+) \| (\d of 5) \|$", section, flags=re.MULTILINE)
     assert set(shown) == found
+    header = re.search(r"^\| press \| the question comes \| (.+) \|$", section, flags=re.MULTILINE)
+    tasks = re.findall(r"\w+", header[1])
     scores = {
-        (row["method"], row["question"], f"{sum(row['scores']) / len(row['scores']):.2f}")
+        (row["method"], row["question"], row["task"], f"{sum(row['scores']) / len(row['scores']):.2f}")
         for row in rows
         if row["what"] == "ruler" and row["method"] != "full"
     }
-    shown = re.findall(r"^\| (\w+) \| (after|before) \| (\d\.\d\d) \|$", section, flags=re.MULTILINE)
+    lines = re.findall(r"^\| (\w+) \| (after|before) \| (.+) \|$", section, flags=re.MULTILINE)
+    shown = [
+        (press, question, task, cell)
+        for press, question, cells in lines
+        for task, cell in zip(tasks, cells.split(" | "), strict=True)
+    ]
     assert set(shown) == scores
 
 
