@@ -240,6 +240,21 @@ def test_the_results_of_conversion_say_which_digits_were_found():
     assert measured <= set(re.findall(shape, text, flags=re.MULTILINE))
 
 
+def test_the_results_of_conversion_say_how_long_a_token_takes():
+    runs = json.loads((ROOT / "docs" / "results" / "convert_long_use.json").read_text())["runs"]
+    few, many = ({row["tokens"]: row for row in run["rows"] if "decode_ms" in row} for run in runs)
+    measured = [
+        f"| {tokens:,} | "
+        + " | ".join(
+            f"{run[tokens]['ms_per_token']:.1f} | {run[tokens]['decode_ms']:.0f}" for run in (few, many)
+        )
+        + " |"
+        for tokens in few
+    ]
+    assert len(measured) == 6
+    assert "\n".join(measured) in (ROOT / "docs" / "convert_results.md").read_text()
+
+
 def test_larger_models_found_what_the_table_says():
     rows = json.loads((ROOT / "docs" / "results" / "long_needles.json").read_text())["rows"]
     found: dict[tuple[str, int], list[str]] = {}
