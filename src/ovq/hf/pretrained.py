@@ -11,6 +11,7 @@ from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.hub import HubModel
 from ovq.hf.recommended import TO_ASK
 from ovq.layers import KVMAttention, Mamba2, MesaNet, Mixer, OVQAttention, ShortConvolution
+from ovq.layers.base import AttentionMixer
 from ovq.layers.chunked import DecayRates
 from ovq.layers.common import QKNorm
 from ovq.layers.gates import MergeGate
@@ -121,6 +122,38 @@ class OVQPreTrainedModel(HubModel):
             layer.set_merge(merge, growth=growth, value_weight=value_weight)
             for name, value in layer.learning.items():
                 setattr(self.config, name, value)
+
+    def set_logn_length(self, logn_length: int | None) -> None:
+        """Scale logits beyond `logn_length` tokens from now on, and record it in the config.
+
+        A softmax over more tokens than in training is flatter than what the model has learned. So the t-th
+        token of a row multiplies its logits by log t / log `logn_length` where that is above 1, in all layers
+        with full attention or dictionaries. Weights and caches stay as they are.
+
+        Args:
+            logn_length: best the length of the training texts, in tokens; None to leave logits.
+
+        Raises:
+            ValueError: if it is no integer of at least 2, or no layer is such. Nothing is changed.
+
+        Example:
+            >>> from ovq.hf import OVQModel
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model = OVQModel(config)
+            >>> model.set_logn_length(256)
+            >>> model.config.logn_length
+            256
+        """
+        mixers = [mixer for mixer in self.mixers() if isinstance(mixer, AttentionMixer)]
+        layers = [mixer for mixer in mixers if mixer.supports_logn]
+        if not layers:
+            raise ValueError(
+                "expected layers that read ever more tokens, such as 'ovq' and 'full_attention', "
+                f"found mixer_types {self.config.mixer_types}"
+            )
+        for layer in layers:
+            layer.set_logn_length(logn_length)
+        self.config.logn_length = logn_length
 
     def ask_as_recommended(self) -> None:
         """Let every OVQ layer of a trained model keep its dictionary by the rule that recalls most.

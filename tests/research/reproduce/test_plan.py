@@ -139,7 +139,9 @@ def test_figures_share_runs():
     assert not needle & hybrids
     assert language & names.pop("rivals-lm")
     assert hybrids & names.pop("rivals-lm-mamba2")
-    assert not needle & names.pop("rivals-needles")
+    needles = names.pop("rivals-needles")
+    assert not needle & needles
+    assert names.pop("logn-needles") < needles
     names.pop("long")  # Models of their own, but in tests.
     usual = run_name(TINY.config("recall"))
     assert all(usual in runs for runs in names.values())
