@@ -15,6 +15,7 @@ from ovq.layers.base import AttentionMixer
 from ovq.layers.chunked import DecayRates
 from ovq.layers.common import QKNorm
 from ovq.layers.gates import MergeGate
+from ovq.layers.logn import check_logn_length
 from ovq.layers.vq import StaticDictionary
 
 # Modules that draw, or set, their initial weights themselves.
@@ -155,24 +156,31 @@ class OVQPreTrainedModel(HubModel):
             layer.set_logn_length(logn_length)
         self.config.logn_length = logn_length
 
-    def ask_as_recommended(self) -> None:
+    def ask_as_recommended(self, *, logn_length: int | None = None) -> None:
         """Let every OVQ layer of a trained model keep its dictionary by the rule that recalls most.
 
         It is the second half of `OVQConfig.recommended`: train by the paper's rule, ask by this one, with as
         many slots as there is memory for (`set_num_slots`).
 
+        Args:
+            logn_length: the length of the training texts in tokens, beyond which logits are scaled (see
+                `set_logn_length`); None to leave that as it is.
+
         Raises:
-            ValueError: as for `set_merge`. Nothing is changed.
+            ValueError: as for `set_merge` and `set_logn_length`. Nothing is changed.
 
         Example:
             >>> from ovq.hf import OVQModel
             >>> config = OVQConfig.recommended(vocab_size=8, hidden_size=16, num_hidden_layers=2)
             >>> model = OVQModel(config)
-            >>> model.ask_as_recommended()
-            >>> model.config.merge
-            'ward-sqrt'
+            >>> model.ask_as_recommended(logn_length=2048)
+            >>> model.config.merge, model.config.logn_length
+            ('ward-sqrt', 2048)
         """
+        check_logn_length(logn_length)
         self.set_merge(**TO_ASK)
+        if logn_length is not None:
+            self.set_logn_length(logn_length)
 
     def _ovq_layers(self) -> list[OVQAttention]:
         """The layers with a dictionary that is learned online; refuses a model that has none."""

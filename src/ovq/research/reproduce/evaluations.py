@@ -30,7 +30,7 @@ from ovq.text import Corpus, TextSource, load_corpus
 from ovq.text.haystack import NeedleBuilder, essay_texts
 
 _LOSS_FIELDS = (
-    *("mixer", "num_slots", "merge", "length", "loss", "bits_per_byte", "state_bytes"),
+    *("mixer", "num_slots", "merge", "logn_length", "length", "loss", "bits_per_byte", "state_bytes"),
     *("sawtooth", "sawtooth_error"),
 )
 
@@ -410,7 +410,10 @@ class NeedlesEvaluation(_TextEvaluation):
             reporter=reporter,
         )
         return {
-            **{name: getattr(rows[0], name) for name in ("mixer", "num_slots", "merge", "state_bytes")},
+            **{
+                name: getattr(rows[0], name)
+                for name in ("mixer", "num_slots", "merge", "logn_length", "state_bytes")
+            },
             **{name: fmean(getattr(row, name) for row in rows) for name in _NEEDLE_SCORES},
             "by_depth": {f"{row.depth:g}": row.generated for row in rows},
         }

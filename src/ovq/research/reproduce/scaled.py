@@ -13,7 +13,13 @@ from ovq.research.reproduce.presets import TOKENS_PER_SLOT, Preset
 from ovq.research.reproduce.rivals import NEEDLE_FACTORS, needle_evaluation
 from ovq.train.config import RunConfig
 
-_TASKS = {"recall": "basic recall", "positional": "positional recall"}
+_TASKS = {
+    "recall": ("basic recall", "accuracy"),
+    "positional": ("positional recall", "accuracy"),
+    "mqar": ("multi-query associative recall", "accuracy"),
+    "regression": ("linear regression in context: the mean absolute error", "mean_error"),
+}
+"""What each task is called, and by which field it is judged."""
 
 _NOTE = (
     "The same weights twice: as they were trained, and with logits times log t / log T for the t-th token "
@@ -22,9 +28,9 @@ _NOTE = (
 
 
 def logn(preset: Preset) -> Figure:
-    """Basic and positional recall, far beyond the training length."""
+    """All synthetic tasks, far beyond the training length."""
     lines: list[Line] = []
-    for task, title in _TASKS.items():
+    for task, (title, _) in _TASKS.items():
         trained, usual = preset.train_length(task), preset.config(task)
         slots = f"{usual.model.num_slots} slots"
         share = f"a slot for {TOKENS_PER_SLOT[BEST_MERGE]} tokens"
@@ -43,10 +49,10 @@ def logn(preset: Preset) -> Figure:
             lines += _twice(f"{label}, {slots}", config, few, trained, title)
     return Figure(
         name="logn",
-        title="Logits that grow with the logarithm of the length: recall beyond the training length",
-        note=_NOTE.format(length=f"{preset.train_length('recall')} tokens"),
+        title="Logits that grow with the logarithm of the length, beyond the training length",
+        note=_NOTE.format(length="that of each task"),
         lines=tuple(lines),
-        panels=tuple(Panel(title=title, group=title) for title in _TASKS.values()),
+        panels=tuple(Panel(title=title, y=y, group=title) for title, y in _TASKS.values()),
     )
 
 
