@@ -24,6 +24,9 @@ MIXER_NAMES = {
 MERGE_NAMES = {"updated": "updated", "ward": "Ward", "ward-sqrt": "Ward-sqrt"}
 """Display names of the rules that keep a dictionary; the paper's, `"existing"`, goes without saying."""
 
+LOGN = "log-n"
+"""What labels say of models whose logits are scaled beyond the training length."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResultRow:
@@ -99,7 +102,7 @@ def model_label(
     if num_slots is not None:
         parts.append(f"{num_slots} slots")
     if logn_length is not None:
-        parts.append("log-n")
+        parts.append(LOGN)
     return ", ".join(parts)
 
 

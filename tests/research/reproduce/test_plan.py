@@ -133,7 +133,7 @@ def test_figures_share_runs():
     names = {name: {run_name(line.config) for line in get_figure(name, TINY).lines} for name in TRAINED}
     for task in ("positional", "regression", "mqar"):
         usual = run_name(TINY.config(task))
-        assert usual in names.pop(task) & names.pop(f"rivals-{task}")
+        assert usual in names.pop(task) & names.pop(f"rivals-{task}") & names.pop(f"logn-{task}")
     language, needle, hybrids = (names.pop(name) for name in ("lm", "needle", "hybrids"))
     assert language < hybrids
     assert not needle & hybrids

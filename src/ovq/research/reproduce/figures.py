@@ -25,7 +25,13 @@ from ovq.research.reproduce.rivals import (
     rivals_recall,
     rivals_regression,
 )
-from ovq.research.reproduce.scaled import logn, logn_needles
+from ovq.research.reproduce.scaled import (
+    logn_mqar,
+    logn_needles,
+    logn_positional,
+    logn_recall,
+    logn_regression,
+)
 from ovq.research.reproduce.text_figures import hybrids, language, longer, needle, of_corpus
 from ovq.tasks import PositionalRecallTask, RegressionTask, Task
 from ovq.train.config import RunConfig
@@ -289,7 +295,10 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "bias": ablations.bias,
     "chunk": ablations.chunk,
     "conv": ablations.conv,
-    "logn": logn,
+    "logn-recall": logn_recall,
+    "logn-positional": logn_positional,
+    "logn-mqar": logn_mqar,
+    "logn-regression": logn_regression,
     "logn-needles": logn_needles,
     "lm": language,
     "hybrids": hybrids,
@@ -313,7 +322,9 @@ TEXT_FIGURES = (
 """Those that can be made of any corpus."""
 
 
-GROUPS = {"rivals": tuple(name for name in FIGURES if name.startswith("rivals-"))}
+GROUPS = {
+    group: tuple(name for name in FIGURES if name.startswith(f"{group}-")) for group in ("rivals", "logn")
+}
 """Figures that the command line knows by one name together."""
 
 
