@@ -112,6 +112,10 @@ def test_eval_prints_what_the_library_measures(trained, capsys):
     one_by_one = ["existing" if each == "ward,existing" else each for each in arguments]
     repeated = json.loads(run(capsys, "eval", "--merge", "ward", *one_by_one, "--json"))["rows"]
     assert repeated == rows
+    scaled = json.loads(run(capsys, "eval", *arguments, "--logn-length", 2, "--json"))["rows"]
+    assert {row["logn_length"] for row in scaled} == {2}
+    assert [row | {"logn_length": None} for row in scaled] == rows
+    assert "log-n" in run(capsys, "eval", *arguments, "--logn-length", 2)
     other_seed = json.loads(run(capsys, "eval", *arguments[:-1], 2, "--json"))["rows"]
     assert other_seed != rows
     table = run(capsys, "eval", *arguments)

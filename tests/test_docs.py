@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -264,6 +265,32 @@ def test_larger_models_found_what_the_table_says():
     page = (ROOT / "docs" / "results" / "language.md").read_text()
     section = page.split("\n## Larger models, ten times as long\n")[1].split("\n## ")[0]
     assert sorted(re.findall(r"\d\.\d\d, \d\.\d\d, \d\.\d\d", section)) == measured
+
+
+def test_losses_where_texts_are_joined_are_what_the_table_says():
+    measured = json.loads((ROOT / "docs" / "results" / "long_joins.json").read_text())
+    page = (ROOT / "docs" / "results" / "language.md").read_text()
+    section = page.split("*Where texts are joined.*")[1].split("\n- ")[0]
+    table = re.findall(
+        r"^\| \**([^|*]+)\** \| ([\d.]+) \| (-[\d.]+ %)? \| ([\d.]+) \|$", section, flags=re.MULTILINE
+    )
+    first, means = 4096 // measured["block_size"], {}
+    for name, windows in measured["losses"].items():
+        parts: tuple[list[float], list[float]] = ([], [])
+        for window, join in zip(windows, measured["first_blocks"], strict=True):
+            parts[0].extend(window[first:join])
+            parts[1].extend(window[join:] if join is not None else [])
+        means[name] = [fmean(part) for part in parts]
+    exact = means["full attention"][0]
+    above = {
+        name: "" if name == "full attention" else f"{before / exact - 1:.2%}"
+        for name, (before, _) in means.items()
+    }
+    expected = [
+        (name, f"{one:.4f}", above[name].replace("%", " %"), f"{two:.4f}")
+        for name, (one, two) in means.items()
+    ]
+    assert [tuple(cell.strip() for cell in row) for row in table] == expected
 
 
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])

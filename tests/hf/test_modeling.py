@@ -331,6 +331,28 @@ def test_set_merge_is_the_changed_config(tmp_path, given, left):
     assert torch.equal(model(ids).logits, before)
 
 
+def test_set_logn_length_is_the_changed_config(tmp_path):
+    model, ids = make_model(), random_ids(1, 60)
+    model.save_pretrained(tmp_path / "before")
+    before = model(ids).logits
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "before", logn_length=16).eval()
+    model.set_logn_length(16)
+    after = model(ids).logits
+    assert torch.equal(after, expected(ids).logits)
+    assert torch.equal(after[:, :16], before[:, :16])
+    assert not torch.allclose(after, before)
+    model.save_pretrained(tmp_path / "after")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "after").eval()(ids).logits, after)
+    model.set_logn_length(None)
+    assert torch.equal(model(ids).logits, before)
+    windows = make_model(mixer_types=["sliding_attention", "mamba2"] * 2)
+    with pytest.raises(ValueError, match="expected layers that read ever more tokens, such as 'ovq'"):
+        windows.set_logn_length(16)
+    for made in (model.set_logn_length, lambda length: make_model(logn_length=length)):
+        with pytest.raises(ValueError, match="expected logn_length to be None or an integer of at least 2"):
+            made(1)
+
+
 @pytest.mark.parametrize(("first", "then"), [("existing", "ward"), ("ward", "existing")])
 def test_a_cached_context_goes_on_under_another_rule(first, then):
     model, slow = make_model(merge=first), make_model(merge=first)

@@ -99,6 +99,7 @@ def assert_same(found, expected, tolerance=2e-5):
         {},
         {"rope_mixers": ["ovq", "sliding_attention"], "num_key_value_heads": 4},
         {"merge_gate": True, "num_key_value_heads": 1},
+        {"logn_length": 9},
         {"merge_gate": True, "merge": "ward-sqrt", "conv_size": 0},
         {"merge": "ward", "conv_size": 2, "head_dim": 20, "intermediate_size": 70, "hidden_size": 40},
         {"merge": "updated", "mixer_types": ["ovq"] * 4, "init": "random", "growth": "linear"},
@@ -132,6 +133,19 @@ def test_padded_rows_at_different_places(monkeypatch, runs):
     expected = by_modules(monkeypatch, lambda: decoded(model, ids[:, :21], mask=right[:, :21]))
     model(ids[:, 21:], right, past_key_values=expected[1])
     assert not runs
+
+
+@needs_kernels
+def test_padded_rows_beyond_the_length_of_scaling_run_by_modules(monkeypatch, runs):
+    model, ids = make_model(logn_length=9), random_ids(2, 22)
+    mask = (torch.arange(22) >= torch.tensor([0, 4])[:, None]).long()
+    found = decoded(model, ids, mask=mask)
+    # The first step makes what the kernel needs. Beyond the length windows alone run in calls of their own.
+    assert runs[:3] == [1, 1, 4]
+    assert set(runs[3:]) == {1}
+    assert_same(found, by_modules(monkeypatch, lambda: decoded(model, ids, mask=mask)))
+    alone, _ = by_modules(monkeypatch, lambda: decoded(model, ids[1:, 4:], num_read=2))
+    torch.testing.assert_close(found[0][1:], alone, atol=2e-5, rtol=2e-5)
 
 
 @needs_kernels

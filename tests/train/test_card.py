@@ -51,6 +51,7 @@ def test_the_command_writes_a_card_with_a_picture(capsys, tmp_path):
         "| lengths | 16, 24 |",
         f"| training loss | {last:.4f} nats per token at step 4 |",
         "![loss by step](loss.png)",
+        "model.set_logn_length(24)",
     ):
         assert line in card.text.splitlines(), line
     assert "reads and writes token ids" in card.text
@@ -102,6 +103,10 @@ def test_a_card_names_no_folders_of_this_machine(capsys, tmp_path, monkeypatch):
     assert str(tmp_path) not in card.content
     assert "token ids" not in card.text
     assert card.data.datasets is None
+
+
+def test_models_without_logits_to_scale_are_not_told_to(tmp_path):
+    assert "set_logn_length" not in written(tmp_path, "recall-mamba2").text
 
 
 def test_data_sets_of_the_hub_are_in_the_metadata(tmp_path):

@@ -34,6 +34,7 @@ def build(
     out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
     num_slots: dictionaries.Size = None,
     merge: dictionaries.Rule = None,
+    logn_length: dictionaries.LognLength = None,
     prefill_chunk_size: Annotated[
         int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
     ] = 2048,
@@ -63,7 +64,7 @@ def build(
         import ovq.convert as contexts
     else:
         import ovq.hf as contexts
-    loaded = load_generating_model(model, num_slots=num_slots, merge=merge)
+    loaded = load_generating_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
     ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, flag="--text")
     set_seed(seed)
     with Reporter() as reporter:

@@ -35,6 +35,15 @@ Rule = Annotated[
     ),
 ]
 
+LognLength = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Scale logits beyond this many tokens, best those of the training texts (log-n scaling).",
+        show_default=False,
+    ),
+]
+
 
 class Tested(TypedDict):
     """The arguments of the tests of `ovq.eval` that both options make."""

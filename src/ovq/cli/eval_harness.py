@@ -22,6 +22,7 @@ def harness(
     tasks: Annotated[str, typer.Option(help="Names of tasks with commas between them.", show_default=False)],
     num_slots: dictionaries.Size = None,
     merge: dictionaries.Rule = None,
+    logn_length: dictionaries.LognLength = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Examples before each question.", show_default=False)
     ] = None,
@@ -66,7 +67,7 @@ def harness(
     # Some tasks print their progress; standard output is for results.
     with redirect_stdout(sys.stderr):
         results = evaluate_tasks(
-            load_any_model(model, num_slots=num_slots, merge=merge),
+            load_any_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length),
             text_tokenizer(model),
             names,
             batch_size=batch_size,

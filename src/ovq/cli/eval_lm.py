@@ -37,6 +37,7 @@ def language(
     lengths: Annotated[str, typer.Option(help="Tokens per window, one test for each length.")] = "4096,65536",
     num_slots: dictionaries.Sizes = None,
     merge: dictionaries.Rules = None,
+    logn_length: dictionaries.LognLength = None,
     windows: Annotated[int, typer.Option(min=1, help="Most windows per length.")] = 8,
     block_size: Annotated[int, typer.Option(min=1, help="Positions that share a mean.")] = 1024,
     piece_size: Annotated[
@@ -78,6 +79,7 @@ def language(
         source,
         split,
         lengths=at_lengths,
+        logn_length=logn_length,
         **tested,
         num_windows=windows,
         block_size=block_size,
@@ -97,7 +99,9 @@ def language(
     )
 
 
-def _measure(folders: list[Path], source: TextSource, split: str, **options: Any) -> list[LanguageRow]:
+def _measure(
+    folders: list[Path], source: TextSource, split: str, *, logn_length: int | None, **options: Any
+) -> list[LanguageRow]:
     """The rows of all models; each reads the documents with its own tokenizer."""
     from ovq.eval.language import evaluate_language
     from ovq.eval.reading import start_token, token_bytes
@@ -116,7 +120,7 @@ def _measure(folders: list[Path], source: TextSource, split: str, **options: Any
 
         for folder, name in zip(folders, model_names(folders), strict=True):
             # Loaded before the corpus, which may take long to read.
-            loaded, tokenizer = load_any_model(folder), text_tokenizer(folder)
+            loaded, tokenizer = load_any_model(folder, logn_length=logn_length), text_tokenizer(folder)
             documents = load_corpus(source, split, tokenizer=tokenizer, progress=count)
             rows += evaluate_language(
                 loaded,

@@ -40,6 +40,7 @@ def needle(
     max_documents: corpus.MaxDocuments = None,
     num_slots: dictionaries.Sizes = None,
     merge: dictionaries.Rules = None,
+    logn_length: dictionaries.LognLength = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions per length and depth.")] = 5,
     distractors: Annotated[int, typer.Option(min=1, help="Other values to tell the right one from.")] = 7,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
@@ -86,6 +87,7 @@ def needle(
         {"haystack": haystack, "value": value, "num_distractors": distractors, "texts": texts},
         lengths=at_lengths,
         depths=at_depths,
+        logn_length=logn_length,
         **tested,
         num_examples=examples,
         seed=seed,
@@ -107,7 +109,9 @@ def needle(
     )
 
 
-def _measure(folders: list[Path], questions: dict[str, Any], **options: Any) -> list[NeedleRow]:
+def _measure(
+    folders: list[Path], questions: dict[str, Any], *, logn_length: int | None, **options: Any
+) -> list[NeedleRow]:
     """The rows of all models; each reads the questions with its own tokenizer."""
     from ovq.eval.needle import evaluate_needle
     from ovq.runtime.progress import Reporter
@@ -117,7 +121,13 @@ def _measure(folders: list[Path], questions: dict[str, Any], **options: Any) -> 
     with Reporter() as reporter:
         for folder, name in zip(folders, model_names(folders), strict=True):
             builder = NeedleBuilder(text_tokenizer(folder), **questions)
-            rows += evaluate_needle(load_any_model(folder), builder, reporter=reporter, name=name, **options)
+            rows += evaluate_needle(
+                load_any_model(folder, logn_length=logn_length),
+                builder,
+                reporter=reporter,
+                name=name,
+                **options,
+            )
     return rows
 
 

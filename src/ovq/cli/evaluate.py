@@ -29,6 +29,7 @@ def evaluate(
     ] = "256,1024,4096",
     num_slots: dictionaries.Sizes = None,
     merge: dictionaries.Rules = None,
+    logn_length: dictionaries.LognLength = None,
     examples: Annotated[int, typer.Option(min=1, help="Examples per length.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the test data.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -70,7 +71,7 @@ def evaluate(
 
     with Reporter() as reporter:
         rows = evaluate_model(
-            load_model(model),
+            load_model(model, logn_length=logn_length),
             task,
             lengths=at_lengths,
             **tested,

@@ -66,6 +66,7 @@ def generate(
     ] = 1,
     num_slots: dictionaries.Size = None,
     merge: dictionaries.Rule = None,
+    logn_length: dictionaries.LognLength = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
     json_: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end: text, token ids, why it ended.")
@@ -109,7 +110,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    loaded = load_generating_model(model, num_slots=num_slots, merge=merge)
+    loaded = load_generating_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
     tokenizer = load_tokenizer(model)
     if chat:
         text = _as_message(text, tokenizer)

@@ -36,6 +36,7 @@ def inspect(
     ] = None,
     num_slots: dictionaries.Size = None,
     merge: dictionaries.Rule = None,
+    logn_length: dictionaries.LognLength = None,
     layer: Annotated[
         int | None,
         typer.Option(min=0, help="Layer to show first, and in figures; the highest OVQ layer if not given."),
@@ -73,7 +74,10 @@ def inspect(
     from ovq.runtime.progress import Reporter
 
     _check_view(load_config(model), layer, head)
-    loaded, tokenizer = load_model(model, num_slots=num_slots, merge=merge), load_tokenizer(model)
+    loaded, tokenizer = (
+        load_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length),
+        load_tokenizer(model),
+    )
     flag = "--prompt" if prompt is not None else "--text"
     ids = encode(given, tokenizer, vocab_size=loaded.config.vocab_size, flag=flag)
     name = "prompt" if text is None else "standard input" if text == "-" else Path(text).name

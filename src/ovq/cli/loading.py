@@ -58,13 +58,21 @@ def load_config(folder: Path) -> OVQConfig:
         return OVQConfig.from_pretrained(folder, local_files_only=True)
 
 
-def load_model(folder: Path, *, num_slots: int | None = None, merge: str | None = None) -> OVQForCausalLM:
-    """Load a trained model onto the GPU if there is one, and set the size and the rule of its dictionary.
+def load_model(
+    folder: Path, *, num_slots: int | None = None, merge: str | None = None, logn_length: int | None = None
+) -> OVQForCausalLM:
+    """Load a trained model onto the GPU if there is one, and set how it reads and remembers.
+
+    Args:
+        folder: Where it was saved.
+        num_slots: The size of its dictionary; `None` for its own, as for all that follow.
+        merge: The rule that keeps it.
+        logn_length: Tokens beyond which logits are scaled, see `OVQPreTrainedModel.set_logn_length`.
 
     Raises:
         OSError: If there are no weights.
         ValueError: If the folder holds no OVQ model, its files are damaged or do not fit together, or
-            `num_slots` or `merge` cannot be set on it.
+            `num_slots`, `merge` or `logn_length` cannot be set on it.
     """
     config = load_config(folder)
     generation = folder / "generation_config.json"
@@ -94,6 +102,8 @@ def load_model(folder: Path, *, num_slots: int | None = None, merge: str | None 
         model.set_num_slots(num_slots)
     if merge is not None:
         model.set_merge(merge)
+    if logn_length is not None:
+        model.set_logn_length(logn_length)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # transformers wraps `to` in a way that leaves mypy without its `self`.
     return model.to(device).eval()  # type: ignore[arg-type]
@@ -139,7 +149,9 @@ def load_any_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
-def load_any_model(folder: Path, *, num_slots: int | None = None, merge: str | None = None) -> Any:
+def load_any_model(
+    folder: Path, *, num_slots: int | None = None, merge: str | None = None, logn_length: int | None = None
+) -> Any:
     """Load an OVQ model, a converted one, or a causal language model of transformers as it is, onto the GPU
     if there is one.
 
@@ -148,8 +160,8 @@ def load_any_model(folder: Path, *, num_slots: int | None = None, merge: str | N
         ValueError: As for `load_generating_model`, or if it is of no such kind.
     """
     if is_own(folder) or is_converted(folder):
-        return load_generating_model(folder, num_slots=num_slots, merge=merge)
-    for flag, found in (("--num-slots", num_slots), ("--merge", merge)):
+        return load_generating_model(folder, num_slots=num_slots, merge=merge, logn_length=logn_length)
+    for flag, found in (("--num-slots", num_slots), ("--merge", merge), ("--logn-length", logn_length)):
         if found is not None:
             raise ValueError(f"{flag}: expected none with a pretrained model, found {found}")
     config = load_any_config(folder)
@@ -181,16 +193,18 @@ def check_generating_folder(folder: Path) -> None:
         check_model_folder(folder, hint="; other models must be converted first (ovq convert)")
 
 
-def load_generating_model(folder: Path, *, num_slots: int | None = None, merge: str | None = None) -> Any:
+def load_generating_model(
+    folder: Path, *, num_slots: int | None = None, merge: str | None = None, logn_length: int | None = None
+) -> Any:
     """Load an OVQ model or a converted one, onto the GPU if there is one.
 
     Raises:
         OSError: If there are no weights.
-        ValueError: As for `load_model`; or `num_slots` or `merge` for a converted model.
+        ValueError: As for `load_model`; or one of the options for a converted model.
     """
     if not is_converted(folder):
-        return load_model(folder, num_slots=num_slots, merge=merge)
-    for flag, found in (("--num-slots", num_slots), ("--merge", merge)):
+        return load_model(folder, num_slots=num_slots, merge=merge, logn_length=logn_length)
+    for flag, found in (("--num-slots", num_slots), ("--merge", merge), ("--logn-length", logn_length)):
         if found is not None:
             raise ValueError(f"{flag}: expected none with a converted model, found {found}: convert it anew")
     import torch

@@ -62,6 +62,7 @@ def serve(
     ] = 30,
     num_slots: dictionaries.Size = None,
     merge: dictionaries.Rule = None,
+    logn_length: dictionaries.LognLength = None,
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help='Seed of the slots, in models with init="random".')
     ] = 0,
@@ -106,7 +107,9 @@ def serve(
         set_seed(seed)
         service = Service(
             name=name or model.resolve().name,
-            served=served(load_generating_model(model, num_slots=num_slots, merge=merge)),
+            served=served(
+                load_generating_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
+            ),
             tokenizer=load_tokenizer(model),
             limits=limits,
         )

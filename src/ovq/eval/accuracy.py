@@ -112,6 +112,7 @@ def _evaluate_at(
         mixer=long_range_mixer(model.config),
         num_slots=dictionary.num_slots,
         merge=dictionary.merge,
+        logn_length=model.config.logn_length,
         length=task.length,
         accuracy=tally.right / tally.asked,
         state_bytes=model.state_bytes(task.length),

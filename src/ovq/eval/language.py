@@ -16,7 +16,13 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ovq.eval.dictionaries import dictionaries_to_test, each_dictionary
-from ovq.eval.models import check_logits, chunk_size_of, long_range_mixer, state_bytes
+from ovq.eval.models import (
+    check_logits,
+    chunk_size_of,
+    logn_length_of,
+    long_range_mixer,
+    state_bytes,
+)
 from ovq.eval.reading import PIECE_SIZE, token_losses
 from ovq.eval.rows import model_label
 from ovq.runtime.progress import WorkReporter
@@ -47,6 +53,7 @@ class LanguageRow:
         sawtooth_error: Standard error of `sawtooth` over chunks; `None` for fewer than two of them.
         merge: The rule that kept the dictionary during the test, as `OVQConfig.merge` names it; `None` if
             there is none.
+        logn_length: Tokens beyond which logits were scaled, as `OVQConfig.logn_length`; `None` for nowhere.
     """
 
     name: str = ""
@@ -65,11 +72,14 @@ class LanguageRow:
     sawtooth: float | None
     sawtooth_error: float | None
     merge: str | None = None
+    logn_length: int | None = None
 
     @property
     def label(self) -> str:
         """The model's display name."""
-        return model_label(self.mixer, self.num_slots, self.name, merge=self.merge)
+        return model_label(
+            self.mixer, self.num_slots, self.name, merge=self.merge, logn_length=self.logn_length
+        )
 
     @property
     def block_losses(self) -> tuple[float, ...]:
@@ -195,6 +205,7 @@ def evaluate_language(
                         mixer=mixer,
                         num_slots=dictionary.num_slots,
                         merge=dictionary.merge,
+                        logn_length=logn_length_of(model),
                         length=length,
                         state_bytes=state_bytes(model, length),
                         tokens_per_second=(length - 1) * len(losses) / seconds,

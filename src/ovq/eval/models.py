@@ -81,6 +81,11 @@ def state_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     return total
 
 
+def logn_length_of(model: PreTrainedModel) -> int | None:
+    """Tokens beyond which the logits of a model are scaled; `None` for nowhere, and other kinds of models."""
+    return model.config.logn_length if isinstance(model.config, OVQConfig) else None
+
+
 def chunk_size_of(model: PreTrainedModel) -> int:
     """Tokens per chunk: those that are merged at a time. Models without chunks have the default of OVQ's
     config, so that they can be measured in the same way."""

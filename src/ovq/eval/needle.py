@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ovq.eval.dictionaries import dictionaries_to_test, each_dictionary
-from ovq.eval.models import branch, check_logits, long_range_mixer, new_cache, state_bytes
+from ovq.eval.models import branch, check_logits, logn_length_of, long_range_mixer, new_cache, state_bytes
 from ovq.eval.reading import PIECE_SIZE, read_pieces, target_losses
 from ovq.eval.rows import model_label
 from ovq.hf.cache import CACHE_KEY
@@ -48,6 +48,7 @@ class NeedleRow:
         state_bytes: Bytes that the model carries from token to token for one sequence of this length.
         merge: The rule that kept the dictionary during the test, as `OVQConfig.merge` names it; `None` if
             there is none.
+        logn_length: Tokens beyond which logits were scaled, as `OVQConfig.logn_length`; `None` for nowhere.
     """
 
     name: str = ""
@@ -64,11 +65,14 @@ class NeedleRow:
     choice: float
     state_bytes: int
     merge: str | None = None
+    logn_length: int | None = None
 
     @property
     def label(self) -> str:
         """The model's display name."""
-        return model_label(self.mixer, self.num_slots, self.name, merge=self.merge)
+        return model_label(
+            self.mixer, self.num_slots, self.name, merge=self.merge, logn_length=self.logn_length
+        )
 
 
 class Score(NamedTuple):
@@ -150,6 +154,7 @@ def evaluate_needle(
                         mixer=mixer,
                         num_slots=dictionary.num_slots,
                         merge=dictionary.merge,
+                        logn_length=logn_length_of(model),
                         haystack=builder.haystack,
                         value=builder.value,
                         length=length,

@@ -24,6 +24,9 @@ MIXER_NAMES = {
 MERGE_NAMES = {"updated": "updated", "ward": "Ward", "ward-sqrt": "Ward-sqrt"}
 """Display names of the rules that keep a dictionary; the paper's, `"existing"`, goes without saying."""
 
+LOGN = "log-n"
+"""What labels say of models whose logits are scaled beyond the training length."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResultRow:
@@ -41,6 +44,7 @@ class ResultRow:
         slice_errors: Mean error on each slice, by name; empty for others.
         merge: The rule that kept the dictionary during the test, as `OVQConfig.merge` names it; `None` if
             there is none, and in files written before rows had this field.
+        logn_length: Tokens beyond which logits were scaled, as `OVQConfig.logn_length`; `None` for nowhere.
     """
 
     mixer: str
@@ -53,6 +57,7 @@ class ResultRow:
     mean_error: float | None = None
     slice_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     merge: str | None = None
+    logn_length: int | None = None
 
     @property
     def label(self) -> str:
@@ -67,10 +72,17 @@ class ResultRow:
             >>> ResultRow(mixer="sliding_attention", num_slots=None, **fields).label
             'window alone'
         """
-        return model_label(self.mixer, self.num_slots, merge=self.merge)
+        return model_label(self.mixer, self.num_slots, merge=self.merge, logn_length=self.logn_length)
 
 
-def model_label(mixer: str, num_slots: int | None, name: str = "", *, merge: str | None = None) -> str:
+def model_label(
+    mixer: str,
+    num_slots: int | None,
+    name: str = "",
+    *,
+    merge: str | None = None,
+    logn_length: int | None = None,
+) -> str:
     """What a model is called in tables, figures and sentences.
 
     Args:
@@ -78,16 +90,19 @@ def model_label(mixer: str, num_slots: int | None, name: str = "", *, merge: str
         num_slots: Slots of its dictionary; `None` if it has none.
         name: Used instead of the name of its mixer.
         merge: The rule that keeps its dictionary; `None` if it has none.
+        logn_length: Tokens beyond which its logits are scaled; `None` for nowhere.
 
     Example:
-        >>> model_label("gated_deltanet", None), model_label("ovq", 64, "big")
-        ('Gated DeltaNet', 'big, 64 slots')
+        >>> model_label("gated_deltanet", None), model_label("ovq", 64, "big", logn_length=256)
+        ('Gated DeltaNet', 'big, 64 slots, log-n')
     """
     parts = [name or MIXER_NAMES.get(mixer, mixer)]
     if merge in MERGE_NAMES:
         parts.append(MERGE_NAMES[merge])
     if num_slots is not None:
         parts.append(f"{num_slots} slots")
+    if logn_length is not None:
+        parts.append(LOGN)
     return ", ".join(parts)
 
 

@@ -18,6 +18,7 @@ from ovq.layers import defaults
 from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
 from ovq.layers.kvm import checked_rope_dim
 from ovq.layers.kvm_state import KVMSchedule
+from ovq.layers.logn import check_logn_length
 from ovq.layers.ovq import LEARNING_OPTIONS
 from ovq.layers.raven import checked_slots
 from ovq.layers.registry import mixer_class
@@ -57,6 +58,9 @@ class OVQConfig(PreTrainedConfig):
         rope_theta: base of the rotary frequencies.
         rope_mixers: the mixer types whose layers get rotary embedding, out of `"sliding_attention"`,
             `"full_attention"` and `"ovq"`. None: only `"sliding_attention"`.
+        logn_length: tokens beyond which layers that read ever more of them, those with full attention and
+            dictionaries, scale their logits with the logarithm of the place of the token that reads; None to
+            leave them. Best the length of the training texts (docs/math.md, section 9).
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: use the embedding as the output layer too.
         mixer_types: one mixer per layer, from `ovq.layers.MIXERS`. None: `"sliding_attention"` and `"ovq"`
@@ -127,6 +131,7 @@ class OVQConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     rope_theta: float | int = defaults.ROPE_THETA
     rope_mixers: Filled[list[str]] = None  # type: ignore[assignment]  # see Filled
+    logn_length: int | None = defaults.LOGN_LENGTH
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     mixer_types: Filled[list[str]] = None  # type: ignore[assignment]  # see Filled
@@ -333,6 +338,7 @@ class OVQConfig(PreTrainedConfig):
             self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
         )
         check_conv_size(self.conv_size)
+        check_logn_length(self.logn_length)
         if any(name in self.rope_mixers for name in self.mixer_types):
             check_rotary(head_dim)
         if "kvm" in self.mixer_types:

@@ -11,9 +11,11 @@ from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.hub import HubModel
 from ovq.hf.recommended import TO_ASK
 from ovq.layers import KVMAttention, Mamba2, MesaNet, Mixer, OVQAttention, ShortConvolution
+from ovq.layers.base import AttentionMixer
 from ovq.layers.chunked import DecayRates
 from ovq.layers.common import QKNorm
 from ovq.layers.gates import MergeGate
+from ovq.layers.logn import check_logn_length
 from ovq.layers.vq import StaticDictionary
 
 # Modules that draw, or set, their initial weights themselves.
@@ -122,24 +124,63 @@ class OVQPreTrainedModel(HubModel):
             for name, value in layer.learning.items():
                 setattr(self.config, name, value)
 
-    def ask_as_recommended(self) -> None:
+    def set_logn_length(self, logn_length: int | None) -> None:
+        """Scale logits beyond `logn_length` tokens from now on, and record it in the config.
+
+        A softmax over more tokens than in training is flatter than what the model has learned. So the t-th
+        token of a row multiplies its logits by log t / log `logn_length` where that is above 1, in all layers
+        with full attention or dictionaries. Weights and caches stay as they are.
+
+        Args:
+            logn_length: best the length of the training texts, in tokens; None to leave logits.
+
+        Raises:
+            ValueError: if it is no integer of at least 2, or no layer is such. Nothing is changed.
+
+        Example:
+            >>> from ovq.hf import OVQModel
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model = OVQModel(config)
+            >>> model.set_logn_length(256)
+            >>> model.config.logn_length
+            256
+        """
+        mixers = [mixer for mixer in self.mixers() if isinstance(mixer, AttentionMixer)]
+        layers = [mixer for mixer in mixers if mixer.supports_logn]
+        if not layers:
+            raise ValueError(
+                "expected layers that read ever more tokens, such as 'ovq' and 'full_attention', "
+                f"found mixer_types {self.config.mixer_types}"
+            )
+        for layer in layers:
+            layer.set_logn_length(logn_length)
+        self.config.logn_length = logn_length
+
+    def ask_as_recommended(self, *, logn_length: int | None = None) -> None:
         """Let every OVQ layer of a trained model keep its dictionary by the rule that recalls most.
 
         It is the second half of `OVQConfig.recommended`: train by the paper's rule, ask by this one, with as
         many slots as there is memory for (`set_num_slots`).
 
+        Args:
+            logn_length: the length of the training texts in tokens, beyond which logits are scaled (see
+                `set_logn_length`); None to leave that as it is.
+
         Raises:
-            ValueError: as for `set_merge`. Nothing is changed.
+            ValueError: as for `set_merge` and `set_logn_length`. Nothing is changed.
 
         Example:
             >>> from ovq.hf import OVQModel
             >>> config = OVQConfig.recommended(vocab_size=8, hidden_size=16, num_hidden_layers=2)
             >>> model = OVQModel(config)
-            >>> model.ask_as_recommended()
-            >>> model.config.merge
-            'ward-sqrt'
+            >>> model.ask_as_recommended(logn_length=2048)
+            >>> model.config.merge, model.config.logn_length
+            ('ward-sqrt', 2048)
         """
+        check_logn_length(logn_length)
         self.set_merge(**TO_ASK)
+        if logn_length is not None:
+            self.set_logn_length(logn_length)
 
     def _ovq_layers(self) -> list[OVQAttention]:
         """The layers with a dictionary that is learned online; refuses a model that has none."""

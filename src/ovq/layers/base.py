@@ -15,6 +15,7 @@ from ovq.layers import defaults
 from ovq.layers.cache import LayerCache, MixerCache
 from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables
 from ovq.layers.layout import SequenceLayout
+from ovq.layers.logn import check_logn_length, logn_factors
 from ovq.layers.memory import Memory, StateSpec, check_tensors, num_bytes, of_rows
 from ovq.layers.products import Linear
 from ovq.ops.backends.cpu import TokenMemory
@@ -272,6 +273,9 @@ class AttentionMixer(Mixer):
         num_kv_heads: key/value heads Hkv; divides H. None: as many as query heads.
         head_dim: K, which is also V. None: `hidden_size / num_heads`.
         rope_theta: base of the rotary frequencies.
+        logn_length: tokens beyond which logits grow with the logarithm of the place of the token that reads,
+            as a rule those of training (see `set_logn_length`); None to leave them. Mixers that read a
+            bounded number of tokens refuse it.
         kwargs: `conv_size`, `layer_idx` and `use_rope` of `Mixer`.
 
     Raises:
@@ -284,6 +288,8 @@ class AttentionMixer(Mixer):
         "head_dim": "head_dim",
         "rope_theta": "rope_theta",
     }
+    #: Whether a token reads ever more tokens, so that log-n scaling says something about its softmax.
+    supports_logn: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -293,6 +299,7 @@ class AttentionMixer(Mixer):
         head_dim: int | None = None,
         *,
         rope_theta: float = defaults.ROPE_THETA,
+        logn_length: int | None = defaults.LOGN_LENGTH,
         **kwargs: Any,
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -310,6 +317,25 @@ class AttentionMixer(Mixer):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.rope_theta = rope_theta
         self.qk_norm = QKNorm(num_heads, head_dim)
+        self.set_logn_length(logn_length)
+
+    def set_logn_length(self, logn_length: int | None) -> None:
+        """Scale logits beyond `logn_length` tokens from here on; None to leave them.
+
+        The t-th token of a row multiplies its logits by log t / log `logn_length` if that is above 1. Weights
+        stay as they are, and so do caches: a state does not depend on what has been read from it.
+
+        Raises:
+            ValueError: a length that is no integer of at least 2, or any for a mixer that reads a bounded
+                number of tokens.
+        """
+        check_logn_length(logn_length)
+        if logn_length is not None and not self.supports_logn:
+            raise ValueError(
+                f"expected logn_length=None, found {logn_length}: {type(self).__name__} reads a bounded "
+                "number of tokens"
+            )
+        self.logn_length = logn_length
 
     @property
     def memory(self) -> Memory:
@@ -335,8 +361,9 @@ class AttentionMixer(Mixer):
         A subclass with `forward_options` also takes those options that the caller gave.
 
         Args:
-            q: `[B, T, H, K]`, L2-normalised (and rotated), in float32 or float64. Not scaled yet.
-            k: `[B, T, Hkv, K]`, likewise.
+            q: `[B, T, H, K]`, L2-normalised (and rotated) and times the factors of log-n scaling, in float32
+                or float64. Not scaled by `scale` yet.
+            k: `[B, T, Hkv, K]`, L2-normalised (and rotated), likewise.
             v: `[B, T, Hkv, V]`, in the dtype of the activations.
             scale: `[H]`, the learned factor on the logits of each query head.
             layout: the call's padding and packing.
@@ -357,6 +384,9 @@ class AttentionMixer(Mixer):
         """See `Mixer.mix`: `attend` with normalised (and rotated) queries and keys."""
         tables = self.rotary_tables(layout, channels)
         q, k, v, scale = self.qk_norm(channels, self.num_kv_heads, tables)
+        if self.logn_length is not None:
+            factors = logn_factors(layout, self.logn_length, like=q)
+            q = q if factors is None else q * factors[..., None, None]
         return self.attend(q, k, v, scale, layout, cache, **options).flatten(2)
 
     def rotary_tables(self, layout: SequenceLayout, channels: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -6,6 +6,7 @@ from ovq.ops import ovq_attention
 
 CONV_SIZE = 4
 ROPE_THETA = 10000.0
+LOGN_LENGTH = None
 SLIDING_WINDOW = 128
 NUM_SINKS = 4
 # With the sinks 1,024 tokens, as in the paper's experiments.

@@ -129,6 +129,25 @@ class SequenceLayout:
             return None
         return self.mask[:, -num_keys:].long() - 1
 
+    def places(self) -> Tensor:
+        """The place of each new token in its row, from 1: `[B, T]` int64, or `[1, T]` if all rows are alike.
+
+        Columns of padding have any place.
+
+        Example:
+            >>> layout = SequenceLayout.of(torch.tensor([[0, 1, 1]]), batch_size=1, num_past=1, num_new=2)
+            >>> layout.places()
+            tensor([[1, 2]])
+        """
+        return self.once("places", self._places)
+
+    def _places(self) -> Tensor:
+        if self.cu_seqlens is not None:
+            return self.offset_in_row()[None] + 1
+        device = None if self.mask is None else self.mask.device
+        columns = torch.arange(self.num_past, self.num_past + self.num_new, device=device)[None]
+        return columns + 1 if self.mask is None else columns + 1 - self.mask.int().argmax(1)[:, None]
+
     def rows(self) -> LeftAlignedRows:
         """The new tokens of each row, starting with its first real token, for mixers that take whole rows."""
         if self.cu_seqlens is not None:

@@ -35,6 +35,8 @@ class LinearAttention(ConstantStateMixer, AttentionMixer):
     """
 
     state_kind = "the sums of linear attention"
+    # Its logits are no scores of tokens.
+    supports_logn = False
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:
         """The sum of `phi(k) [v, 1]` of each key/value head."""

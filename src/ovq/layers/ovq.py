@@ -88,7 +88,7 @@ class OVQAttention(AttentionMixer):
 
     forward_options = frozenset({"generator"})
     config_fields = AttentionMixer.config_fields | {
-        name: name for name in ("num_slots", "chunk_size", "merge_gate", *LEARNING_OPTIONS)
+        name: name for name in ("num_slots", "chunk_size", "logn_length", "merge_gate", *LEARNING_OPTIONS)
     }
 
     def __init__(

@@ -42,6 +42,7 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
 
     state_kind = "the keys and values of sinks and a window"
     config_fields = AttentionMixer.config_fields | {"num_sinks": "num_sinks", "sink_window": "sink_window"}
+    supports_logn = False
 
     def __init__(
         self,

@@ -32,6 +32,8 @@ class FullAttention(AttentionMixer):
         torch.Size([1, 20, 32])
     """
 
+    config_fields = AttentionMixer.config_fields | {"logn_length": "logn_length"}
+
     def attend(
         self,
         q: Tensor,
@@ -107,6 +109,7 @@ class SlidingWindowAttention(FullAttention):
     """
 
     config_fields = AttentionMixer.config_fields | {"sliding_window": "sliding_window"}
+    supports_logn = False
 
     def __init__(
         self,

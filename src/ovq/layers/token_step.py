@@ -14,6 +14,7 @@ from ovq.layers.base import AttentionMixer, Mixer, check_cache_use
 from ovq.layers.cache import LayerCache
 from ovq.layers.common import QKNorm, RMSNorm, ShortConvolution, rotary_tables
 from ovq.layers.layout import SequenceLayout
+from ovq.layers.logn import logn_factor
 from ovq.layers.products import Linear, can_multiply, plain_parameter
 from ovq.ops.backends.cpu import FEW_TOKENS, LayerStep, LayerWeights, can_run, layer_to_run, run_layers
 
@@ -79,6 +80,11 @@ def token_step(
     mixer_eps, mlp_eps = around.mixer_norm.eps, around.mlp_norm.eps
     if mixer_eps is None or mlp_eps is None:
         return None
+    if mixer.logn_length is not None and layout.num_past >= mixer.logn_length:
+        if layout.mask is not None:
+            return None
+        factor = logn_factor(layout.num_past + 1, mixer.logn_length)
+        weights = weights._replace(beta=weights.beta * factor)
     tables = _tables(layout.num_past, mixer.head_dim, mixer.rope_theta) if mixer.use_rope else None
     return TokenStep(layer_to_run(weights, (mixer_eps, mlp_eps), memory, past, tables), cache)
 

@@ -31,6 +31,8 @@ def save_run_card(model: OVQForCausalLM, config: RunConfig, out: Path, *, pictur
     """
     history = History.load(out)
     sections = {"Training": _training(config, history)}
+    if any(getattr(mixer, "supports_logn", False) for mixer in model.mixers()):
+        sections["Longer texts"] = _LONGER.format(length=max(config.train.lengths))
     if picture is not None:
         sections["Losses"] = f"![loss by step]({picture.name})"
     card = model_card(
@@ -40,7 +42,16 @@ def save_run_card(model: OVQForCausalLM, config: RunConfig, out: Path, *, pictur
         datasets=_hub_datasets(config),
         has_tokenizer=isinstance(config.task, TextTask),
     )
-    return save_card(card, out, replaces=["Training", "Losses"])
+    return save_card(card, out, replaces=["Training", "Longer texts", "Losses"])
+
+
+_LONGER = """\
+It was trained on texts of up to {length} tokens. In far longer ones full attention, and dictionaries with
+slots enough, answer more if their logits grow with the logarithm of the length:
+
+```python
+model.set_logn_length({length})
+```"""
 
 
 def _training(config: RunConfig, history: History) -> str:

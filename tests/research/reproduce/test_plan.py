@@ -133,13 +133,15 @@ def test_figures_share_runs():
     names = {name: {run_name(line.config) for line in get_figure(name, TINY).lines} for name in TRAINED}
     for task in ("positional", "regression", "mqar"):
         usual = run_name(TINY.config(task))
-        assert usual in names.pop(task) & names.pop(f"rivals-{task}")
+        assert usual in names.pop(task) & names.pop(f"rivals-{task}") & names.pop(f"logn-{task}")
     language, needle, hybrids = (names.pop(name) for name in ("lm", "needle", "hybrids"))
     assert language < hybrids
     assert not needle & hybrids
     assert language & names.pop("rivals-lm")
     assert hybrids & names.pop("rivals-lm-mamba2")
-    assert not needle & names.pop("rivals-needles")
+    needles = names.pop("rivals-needles")
+    assert not needle & needles
+    assert names.pop("logn-needles") < needles
     names.pop("long")  # Models of their own, but in tests.
     usual = run_name(TINY.config("recall"))
     assert all(usual in runs for runs in names.values())

@@ -111,7 +111,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(out / "cache"))
         patch.setattr(rivals, "RIVALS", ("full_attention",))
-        patch.setattr(rivals, "_NEEDLE_FACTORS", (2,))
+        patch.setattr(rivals, "NEEDLE_FACTORS", (2,))
         run_here(patch)
         shop = workshop(out, num_seeds=1)
         results = {

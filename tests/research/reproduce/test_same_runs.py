@@ -79,11 +79,12 @@ def test_rows_of_the_same_runs_are_found(tmp_path):
         (lambda row: None if row["seed"] else row, {}),
         (lambda row: row | {"num_examples": row["num_examples"] + 1}, {}),
         (lambda row: row | {"run": row["run"] + "0"}, {}),
+        (lambda row: row | {"logn_length": 16}, {}),
         (lambda row: row | {"task": row["task"] | {"pair_share": 0.3}}, {}),
         # Without a sweep, the settings were those that somebody had, not the best.
         (lambda row: row, {"sweep": []}),
     ],
-    ids=["a seed is missing", "other examples", "another run", "another task", "no sweep"],
+    ids=["a seed is missing", "other examples", "another run", "scaled logits", "another task", "no sweep"],
 )
 def test_what_is_not_the_same_is_not_taken(tmp_path, change, fields):
     save(tmp_path, change, **fields)

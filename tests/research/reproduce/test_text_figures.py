@@ -187,7 +187,7 @@ def test_longer_models_read_volumes_of_subwords():
     usual, longer = CPU.configs["lm"].train, CPU.configs["long"].train
     assert longer.steps * longer.batch_size > 2.5 * usual.steps * usual.batch_size
     assert {line.config.mixer for line in figure.lines} == {
-        *("full_attention", "ovq", "kvm", "sliding_attention")
+        *("full_attention", "ovq", "kvm", "gated_deltanet", "sliding_attention")
     }
     rules = {(line.config.model.merge_gate, each.merge) for line in figure.lines for each in line.evaluations}
     assert rules == {(False, None), (True, "ward-sqrt")}

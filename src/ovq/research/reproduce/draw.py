@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ovq.eval.rows import format_bytes
+from ovq.eval.rows import LOGN, format_bytes
 from ovq.plots.canvas import Axes, FuncFormatter, LogLocator, NullLocator
 from ovq.plots.heat import draw_heat_maps
 from ovq.plots.panels import length_axis, mark_training, new_panels, save
@@ -108,11 +109,24 @@ def save_figure(results: dict[str, Any], path: Path) -> None:
         path: Where to put it; its folder must exist.
     """
     models = models_of(results)
-    styles = line_styles(models)
+    styles = _styles(models)
     canvas, places = new_panels(len(results["panels"]))
     for axes, panel in zip(places, results["panels"], strict=True):
         _draw_panel(axes, results, panel, styles)
     save(canvas, path, title=results["title"], first=list(models))
+
+
+def _styles(models: dict[str, tuple[str, int | None]]) -> dict[str, Style]:
+    """The style of each line. With scaled logits it is that of the same model without, which is dashed."""
+    endings = {label: label.removesuffix(f", {LOGN}") for label in models if label.endswith(f", {LOGN}")}
+    scaled = {label: plain for label, plain in endings.items() if plain in models}
+    styles = line_styles({label: model for label, model in models.items() if label not in scaled})
+    for label, plain in scaled.items():
+        styles[label] = dataclasses.replace(styles[plain], line="-")
+    return {
+        label: dataclasses.replace(styles[label], line="--") if label in scaled.values() else styles[label]
+        for label in models
+    }
 
 
 def models_of(results: dict[str, Any]) -> dict[str, tuple[str, int | None]]:

@@ -312,6 +312,7 @@ def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
                 "group": line.group,
                 # Outcomes of earlier versions do not say which rule kept the dictionary: that of training.
                 "merge": job.config.model.merge if job.config.mixer == "ovq" else None,
+                "logn_length": None,
                 **{key: value for key, value in outcome.items() if key not in ("evaluation", "environment")},
                 **evaluation.row_fields(),
                 "microseconds_per_token": 1e6

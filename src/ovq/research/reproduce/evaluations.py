@@ -9,6 +9,8 @@ import dataclasses
 import functools
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
@@ -28,7 +30,7 @@ from ovq.text import Corpus, TextSource, load_corpus
 from ovq.text.haystack import NeedleBuilder, essay_texts
 
 _LOSS_FIELDS = (
-    *("mixer", "num_slots", "merge", "length", "loss", "bits_per_byte", "state_bytes"),
+    *("mixer", "num_slots", "merge", "logn_length", "length", "loss", "bits_per_byte", "state_bytes"),
     *("sawtooth", "sawtooth_error"),
 )
 
@@ -38,6 +40,7 @@ _PURPOSES = {"test": "tests", "validation": "validation"}
 
 _LATER: dict[str, Any] = {
     "merge": None,
+    "logn_length": None,
     "split": "test",
     "needle_values": ["number"],
     "bare_needle_share": 0.0,
@@ -65,6 +68,8 @@ class Evaluation(ABC):
         num_examples: How many examples.
         num_slots: Slots of the dictionary while they are read; `None` for as many as in training.
         merge: The rule that keeps it meanwhile, as `OVQConfig.merge` names it; `None` for that of training.
+        logn_length: Tokens beyond which logits are scaled meanwhile, as `OVQConfig.logn_length`; `None` for
+            what the model has.
         seed: Seed of the examples. In a figure it stands for an offset to the seed of the run.
 
     Raises:
@@ -81,6 +86,7 @@ class Evaluation(ABC):
     num_examples: int
     num_slots: int | None = None
     merge: str | None = None
+    logn_length: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -129,6 +135,22 @@ class Evaluation(ABC):
         Raises:
             ValueError: If the model cannot be evaluated.
         """
+
+    @contextmanager
+    def scaling(self, model: OVQForCausalLM) -> Iterator[None]:
+        """Within this context, the logits of the model are scaled as the evaluation asks for.
+
+        Raises:
+            ValueError: If no layer of the model has logits to scale.
+        """
+        own = model.config.logn_length
+        if self.logn_length is not None:
+            model.set_logn_length(self.logn_length)
+        try:
+            yield
+        finally:
+            if self.logn_length is not None:
+                model.set_logn_length(own)
 
     @property
     def name(self) -> str:
@@ -388,7 +410,10 @@ class NeedlesEvaluation(_TextEvaluation):
             reporter=reporter,
         )
         return {
-            **{name: getattr(rows[0], name) for name in ("mixer", "num_slots", "merge", "state_bytes")},
+            **{
+                name: getattr(rows[0], name)
+                for name in ("mixer", "num_slots", "merge", "logn_length", "state_bytes")
+            },
             **{name: fmean(getattr(row, name) for row in rows) for name in _NEEDLE_SCORES},
             "by_depth": {f"{row.depth:g}": row.generated for row in rows},
         }

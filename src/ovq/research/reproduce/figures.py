@@ -15,7 +15,7 @@ from ovq.research.reproduce import ablations
 from ovq.research.reproduce.evaluations import Evaluation, TaskEvaluation
 from ovq.research.reproduce.kept import kept
 from ovq.research.reproduce.plan import Figure, Line, Panel
-from ovq.research.reproduce.presets import Preset
+from ovq.research.reproduce.presets import TOKENS_PER_SLOT, Preset
 from ovq.research.reproduce.rivals import (
     rivals_lm,
     rivals_lm_mamba2,
@@ -24,6 +24,13 @@ from ovq.research.reproduce.rivals import (
     rivals_positional,
     rivals_recall,
     rivals_regression,
+)
+from ovq.research.reproduce.scaled import (
+    logn_mqar,
+    logn_needles,
+    logn_positional,
+    logn_recall,
+    logn_regression,
 )
 from ovq.research.reproduce.text_figures import hybrids, language, longer, needle, of_corpus
 from ovq.tasks import PositionalRecallTask, RegressionTask, Task
@@ -41,24 +48,14 @@ _COMPARED = (
     "sliding_attention",
 )
 
-_TOKENS_PER_SLOT = {"existing": 3.2, "ward-sqrt": 4.2}
-"""The enlarged dictionary, by the rule that keeps it. Where the paper's rule has a slot for 3.2 tokens, the
-plateau schedule has opened one for 4.2 at the end; where pairs are merged all slots are soon open. Either way
-it has just under a quarter of the bytes of full attention where activations are float32, as sums are."""
-
 _VALIDATION_FACTOR = 4
 """Trials are judged at so many times the training length: at that length itself several are perfect."""
-
-
-def _enlarged(preset: Preset, task: str, length: int, merge: str = "existing") -> int:
-    """Slots that are a fixed share of the length, but never fewer than in training."""
-    return max(preset.configs[task].model.num_slots, int(length / _TOKENS_PER_SLOT[merge]))
 
 
 def _validation(preset: Preset, task: str, mixer: str) -> Evaluation:
     """What decides between trials of a mixer; OVQ is tried with the enlarged dictionary."""
     length = _VALIDATION_FACTOR * preset.train_length(task)
-    num_slots = _enlarged(preset, task, length) if mixer == "ovq" else None
+    num_slots = preset.enlarged(task, length) if mixer == "ovq" else None
     return preset.evaluation(preset.task(task).at_length(length), num_slots=num_slots)
 
 
@@ -102,11 +99,11 @@ def _by_both_rules(preset: Preset, name: str, tasks: Sequence[Task]) -> dict[str
     for rule, merge in (("OVQ", None), ("OVQ, Ward-sqrt", "ward-sqrt")):
         evaluations[f"{rule}, {trained} slots"] = [preset.evaluation(each, merge=merge) for each in tasks]
     for rule, merge in (("OVQ", None), ("OVQ, Ward-sqrt", "ward-sqrt")):
-        tokens = _TOKENS_PER_SLOT[merge or "existing"]
+        tokens = TOKENS_PER_SLOT[merge or "existing"]
         evaluations[f"{rule}, a slot for {tokens} tokens"] = [
             preset.evaluation(
                 each,
-                num_slots=_enlarged(preset, name, each.length, merge or "existing"),
+                num_slots=preset.enlarged(name, each.length, merge or "existing"),
                 merge=merge,
             )
             for each in tasks
@@ -298,6 +295,11 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "bias": ablations.bias,
     "chunk": ablations.chunk,
     "conv": ablations.conv,
+    "logn-recall": logn_recall,
+    "logn-positional": logn_positional,
+    "logn-mqar": logn_mqar,
+    "logn-regression": logn_regression,
+    "logn-needles": logn_needles,
     "lm": language,
     "hybrids": hybrids,
     "needle": needle,
@@ -313,11 +315,16 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
 """Every figure by its name on the command line, in the order of `--all`."""
 
 
-TEXT_FIGURES = ("lm", "hybrids", "needle", "long", "rivals-needles", "rivals-lm", "rivals-lm-mamba2")
+TEXT_FIGURES = (
+    *("lm", "hybrids", "needle", "long", "logn-needles"),
+    *("rivals-needles", "rivals-lm", "rivals-lm-mamba2"),
+)
 """Those that can be made of any corpus."""
 
 
-GROUPS = {"rivals": tuple(name for name in FIGURES if name.startswith("rivals-"))}
+GROUPS = {
+    group: tuple(name for name in FIGURES if name.startswith(f"{group}-")) for group in ("rivals", "logn")
+}
 """Figures that the command line knows by one name together."""
 
 

@@ -166,7 +166,8 @@ class RunJob(Job):
             set_seed(evaluation.seed)
             begun = time.monotonic()
             use_bfloat16 = self.config.train.precision == "bfloat16"
-            with torch.autocast(device, torch.bfloat16, enabled=use_bfloat16):
+            mixed = torch.autocast(device, torch.bfloat16, enabled=use_bfloat16)
+            with mixed, evaluation.scaling(model):
                 found = evaluation.evaluate(model, self.folder, _PartReporter(work, done))
             done += evaluation.num_steps
             outcome = {

@@ -13,6 +13,11 @@ from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
 from ovq.train.recipes import get_recipe, recipe_for
 
+TOKENS_PER_SLOT = {"existing": 3.2, "ward-sqrt": 4.2}
+"""The enlarged dictionary, by the rule that keeps it. Where the paper's rule has a slot for 3.2 tokens, the
+plateau schedule has opened one for 4.2 at the end; where pairs are merged all slots are soon open. Either way
+it has just under a quarter of the bytes of full attention where activations are float32, as sums are."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextEvaluations:
@@ -146,8 +151,23 @@ class Preset:
         """
         return sorted({*self.near_lengths(task), *self.far_lengths.get(task, ())})
 
+    def enlarged(self, task: str, length: int, merge: str = "existing") -> int:
+        """Slots that are a fixed share of the length, but never fewer than in training.
+
+        Args:
+            task: What `configs` calls the task.
+            length: Tokens.
+            merge: The rule that keeps the slots.
+        """
+        return max(self.configs[task].model.num_slots, int(length / TOKENS_PER_SLOT[merge]))
+
     def evaluation(
-        self, task: Task, *, num_slots: int | None = None, merge: str | None = None
+        self,
+        task: Task,
+        *,
+        num_slots: int | None = None,
+        merge: str | None = None,
+        logn_length: int | None = None,
     ) -> TaskEvaluation:
         """An evaluation on examples of a task, as many as `evaluation_tokens` allow.
 
@@ -155,12 +175,14 @@ class Preset:
             task: The task at the length to evaluate at.
             num_slots: Slots while evaluating; `None` for as many as in training.
             merge: The rule that keeps them meanwhile; `None` for that of training.
+            logn_length: Tokens beyond which logits are scaled meanwhile; `None` for nowhere.
         """
         return TaskEvaluation(
             task=task,
             num_examples=max(1, self.evaluation_tokens // task.length),
             num_slots=num_slots,
             merge=merge,
+            logn_length=logn_length,
         )
 
 

@@ -39,7 +39,7 @@ _NEEDLES = {
 }
 """Values and texts around them, by what RULER's needles of these kinds are called."""
 
-_NEEDLE_FACTORS = (1, 2, 4, 8)
+NEEDLE_FACTORS = (1, 2, 4, 8)
 """Where needles are looked for, in training lengths."""
 
 # Questions are the same at every depth and those of a seed few, so rather more of them than more depths.
@@ -161,28 +161,21 @@ def _by_length(preset: Preset, name: str, title: str, quality: Panel) -> Figure:
 
 def rivals_needles(preset: Preset) -> Figure:
     """Needles of three kinds, each by length, as means over the depths."""
-    text, source = preset.text, preset.text_task("needles")
     lines, trained = [], preset.train_length("needles")
     for group, (value, haystack) in _NEEDLES.items():
-        evaluation = NeedlesEvaluation(
-            source=source,
-            length=trained,
-            num_examples=_QUESTIONS_FACTOR * text.num_needles,
-            value=value,
-            haystack=haystack,
-            depths=_NEEDLE_DEPTHS,
-        )
+        evaluation = needle_evaluation(preset, value, haystack)
         # What all kinds are judged by: numbers and uuids have been learned on essays.
         validation = dataclasses.replace(evaluation, split="validation", haystack="essay", value="number")
         lines += _lines(
             _contenders(preset, "needles"),
-            [dataclasses.replace(evaluation, length=trained * factor) for factor in _NEEDLE_FACTORS],
+            [dataclasses.replace(evaluation, length=trained * factor) for factor in NEEDLE_FACTORS],
             validation,
             group,
         )
     return Figure(
         name="rivals-needles",
-        title=f"Needles of three kinds, hidden in noise or held-out text ({source.dataset}), at equal bytes",
+        title="Needles of three kinds, hidden in noise or held-out text "
+        f"({preset.text_task('needles').dataset}), at equal bytes",
         note="Share of questions that a model answers with the value, over all depths. Models were trained "
         f"on texts of up to {trained} tokens with numbers or uuids in them. {_NOTE}",
         lines=tuple(lines),
@@ -191,6 +184,18 @@ def rivals_needles(preset: Preset) -> Figure:
             Panel(title="memory", y="state_bytes", group=next(iter(_NEEDLES))),
         ),
         trials=preset.text_trials["needles"],
+    )
+
+
+def needle_evaluation(preset: Preset, value: str, haystack: str) -> NeedlesEvaluation:
+    """Needles of one kind at the training length."""
+    return NeedlesEvaluation(
+        source=preset.text_task("needles"),
+        length=preset.train_length("needles"),
+        num_examples=_QUESTIONS_FACTOR * preset.text.num_needles,
+        value=value,
+        haystack=haystack,
+        depths=_NEEDLE_DEPTHS,
     )
 
 

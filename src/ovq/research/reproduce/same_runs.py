@@ -82,6 +82,8 @@ def _is_of(row: dict[str, Any], evaluation: Evaluation, config: RunConfig) -> bo
         # Rows of earlier versions do not say which rule kept the dictionary: that of training.
         if row["num_slots"] != num_slots or row.get("merge", config.model.merge) != rule:
             return False
+    if row.get("logn_length") != evaluation.logn_length:
+        return False
     return all(name in row and _agree(row[name], value) for name, value in evaluation.row_fields().items())
 
 

@@ -100,6 +100,7 @@ def longer(preset: Preset) -> Figure:
             merge=BEST_MERGE,
         ),
         _Model(f"{local} and {MIXER_NAMES['kvm']}", preset.config("long", "kvm")),
+        _Model(f"{local} and {MIXER_NAMES['gated_deltanet']}", preset.config("long", "gated_deltanet")),
         _Model(f"{local} and windows", preset.config("long", "sliding_attention")),
     ]
     return _by_position(
