@@ -8,11 +8,12 @@ sets, `valid.jsonl` and `valid-labels.lst` of PIQA, `copa-dev.xml` and `copa-tes
 `blimp` with the 67 files of BLiMP. The tasks are lm-eval's own, with these files in place of the hub's. They
 are written into `--work`, where `ovq eval harness --include-path` can use them as well.
 
-Alone, a question fits into what a converted model keeps exactly, and shows nothing. So each is also asked
-after `--examples` that are answered, the same ones for all questions of a group, and other ones in each of
-`--groups` groups. Each group of examples is read once, and its questions go on from a copy of the cache; that
-changes scores by rounding only. All models have the weights of the converted ones (bfloat16), and compute in
-`--dtype`.
+Alone, a question fits into what a converted model keeps exactly, and shows nothing but rounding: the first
+two models are asked in this way. All are asked after `--examples` that are answered, the same ones for all
+questions of a group, and other ones in each of `--groups` groups. Each group of examples is read once, and
+its questions go on from a copy of the cache; that changes scores by rounding only. Answers are kept in
+`--work`, and models that have answered are not asked again. All models have the weights of the converted
+ones (bfloat16), and compute in `--dtype`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import argparse
 import json
 import random
 import sys
-import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -54,22 +54,23 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     names = write_tasks(arguments)
     rows: list[dict[str, Any]] = []
-    answers: dict[str, Any] = {}
-    for given in arguments.model:
+    answers: list[dict[str, Any]] = []
+    for place, given in enumerate(arguments.model):
         name, folder = given.split("=", 1)
-        start = time.process_time()
-        answers[name] = answered(name, folder, names, arguments)
-        seconds = round(time.process_time() - start, 1)
-        first = next(iter(answers.values()))
-        for (task, examples), own in answers[name].items():
-            rows.append(
-                {"model": name, "task": task, "examples": examples, **compared(own, first[task, examples])}
-            )
+        path = arguments.work / f"answers_{name}.json"
+        if not path.exists():
+            # Alone, memories compute what full attention does but for rounding: one of them is enough.
+            asked = names if place < 2 else [each for each in names if "_0_" not in each]
+            write_atomic(path, json.dumps(answered(folder, asked, arguments)) + "\n")
+        answers.append(json.loads(path.read_text()))
+        for key, own in answers[-1].items():
+            task, examples = key.split("_")
+            about = {"model": name, "task": task, "examples": int(examples)}
+            rows.append(about | compared(own, answers[0][key]))
             print(rows[-1], flush=True)
         about = {
             key: value if isinstance(value, int) else str(value) for key, value in vars(arguments).items()
         }
-        rows[-1]["cpu_seconds_of_the_model"] = seconds
         write_atomic(arguments.out, json.dumps({"rows": rows, "about": about}, indent=1) + "\n")
 
 
@@ -244,15 +245,14 @@ def num_shared(one: list[int], other: list[int]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def answered(name: str, folder: str, names: list[str], arguments: argparse.Namespace) -> dict[Any, list[Any]]:
+def answered(folder: str, names: list[str], arguments: argparse.Namespace) -> dict[str, list[Any]]:
     """What a model makes of each question: whether right, the likelihood of the right answer, the tokens."""
     is_converted = memory_config_in(folder) is not None
     dtype = torch.bfloat16
-    model = (
-        load(folder, dtype=dtype)
-        if is_converted
-        else AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    )
+    if is_converted:
+        model = load(folder, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     asked = SharedExamples(
         pretrained=model.to(getattr(torch, arguments.dtype)).eval(),
@@ -263,9 +263,8 @@ def answered(name: str, folder: str, names: list[str], arguments: argparse.Names
     )
     manager = TaskManager(include_path=str(arguments.work / "tasks"), include_defaults=False)
     results = lm_eval.simple_evaluate(model=asked, tasks=names, task_manager=manager, bootstrap_iters=0)
-    found: dict[Any, list[Any]] = {}
+    found: dict[str, list[Any]] = {}
     for own in names:
-        task, examples, _ = own.split("_")
         for sample in sorted(results["samples"][own], key=lambda sample: sample["doc_id"]):
             likelihoods = [response[0][0] for response in sample["resps"]]
             # Of COPA the harness keeps the text of the right answer.
@@ -273,9 +272,7 @@ def answered(name: str, folder: str, names: list[str], arguments: argparse.Names
             texts = [argument[1].strip() for argument in sample["arguments"]]
             right = int(target) if target.isdigit() else texts.index(target)
             tokens = len(tokenizer(sample["arguments"][right][0])["input_ids"])
-            found.setdefault((task, int(examples)), []).append((sample["acc"], likelihoods[right], tokens))
-    path = arguments.work / f"answers_{name}.json"
-    write_atomic(path, json.dumps([[*key, own] for key, own in found.items()]) + "\n")
+            found.setdefault(own.rsplit("_", 1)[0], []).append((sample["acc"], likelihoods[right], tokens))
     return found
 
 
