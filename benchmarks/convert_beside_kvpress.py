@@ -54,7 +54,7 @@ PRESSES = {
 ZIP = "KVzip"
 QUESTION = "\nWhat is the special magic number for"
 # Where the questions of RULER begin.
-QUESTIONS = ("\nQuestion:", QUESTION)
+QUESTIONS = ("\nQuestion:", QUESTION, QUESTION.replace("number", "uuid"))
 # Tokens generated between looks at whether an answer is complete.
 LOOK = 8
 

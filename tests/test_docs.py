@@ -172,6 +172,23 @@ def test_the_results_of_conversion_say_what_ruler_asked():
     assert sorted(shown) == sorted(measured)
 
 
+def test_the_results_of_conversion_say_what_short_tasks_asked():
+    rows = json.loads((ROOT / "docs" / "results" / "convert_short.json").read_text())["rows"]
+    text = (ROOT / "docs" / "convert_results.md").read_text()
+    section = text.split("\n### Short tasks\n")[1].split("\n### ")[0]
+    names = {"full": "full attention", "window": "first 4 tokens and a window, 292 rows"}
+    names |= {"256": "converted, 256 rows", "1024": "converted, 1,024 rows"}
+    measured: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda row: ("piqa", "copa", "blimp").index(row["task"])):
+        share = f"{row['right'] / row['questions']:.3f}"
+        if row["model"] != "full":
+            share += f" (+{row['right_only_here']}, -{row['right_only_by_the_first']})"
+        line = f"| {'40, 100, 200' if row['examples'] else 'none'} | {names[row['model']]} |"
+        measured.setdefault(line, []).extend([share, f"{row['loss_of_right_answers']:.2f}"])
+    lines = [f"{line} {' | '.join(cells)} |" for line, cells in measured.items()]
+    assert sorted(lines) == sorted(re.findall(r"^\| (?:none|40, 100, 200) .+$", section, flags=re.MULTILINE))
+
+
 def test_the_results_of_conversion_say_what_was_read_before():
     runs = json.loads((ROOT / "docs" / "results" / "convert_beyond.json").read_text())["runs"]
     rows = [row for run in runs for row in run["rows"] if "then" in row]
