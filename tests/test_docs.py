@@ -218,8 +218,9 @@ def test_the_results_of_conversion_say_what_is_lost_by_position():
 
 def test_the_results_of_conversion_say_which_numbers_were_found_in_a_speech():
     runs = json.loads((ROOT / "docs" / "results" / "convert_beyond.json").read_text())["runs"]
+    later = json.loads((ROOT / "docs" / "results" / "convert_probe8192.json").read_text())
     measured = set()
-    for run in runs:
+    for run in [*runs, {"what": "sotu with numbers", "rows": later["speech"]}]:
         if run["what"].startswith("sotu with numbers"):
             row = run["rows"][0]
             found = [sum(needle[name] for needle in row["needles"]) for name in ("found", "digits")]
@@ -228,8 +229,18 @@ def test_the_results_of_conversion_say_which_numbers_were_found_in_a_speech():
     text = (ROOT / "docs" / "convert_results.md").read_text()
     table = text.split("loss of the last 2,048 tokens |\n")[1].split("\n\n")[0]
     shown = re.findall(r"^\| [^|]+ \| [^|]+ \| (\d of 3) \| (\d\.\d{3}) \|$", table, flags=re.MULTILINE)
-    assert len(shown) == 5
+    assert len(shown) == 6
     assert set(shown) == measured
+
+
+def test_the_results_of_conversion_say_what_a_longer_probe_gains():
+    rows = json.loads((ROOT / "docs" / "results" / "convert_probe8192.json").read_text())["rows"]
+    text = " ".join((ROOT / "docs" / "convert_results.md").read_text().replace("**", "").split())
+    prose, code = (row["loss"] for row in rows if row["what"] == "loss")
+    assert f"are {prose:.3f} for 2.936 (Hamlet) and {code:.3f} for 1.336 (`argparse.py`)" in text
+    needles = [row for row in rows if row["what"] == "needle"]
+    found = [f"{sum(row[name] for row in needles):.0f} of {len(needles)}" for name in ("found", "digits")]
+    assert f"| a probe of 8,192 tokens | {found[0]} | {found[1]} |" in text
 
 
 def test_the_results_of_conversion_say_what_it_takes():
