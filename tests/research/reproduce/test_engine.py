@@ -16,7 +16,7 @@ from PIL import Image
 
 from ovq.research.fidelity import fidelity_rows
 from ovq.research.fidelity.streams import STREAMS
-from ovq.research.reproduce import engine, figures
+from ovq.research.reproduce import engine, evaluations, figures
 from ovq.research.reproduce.draw import points
 from ovq.research.reproduce.engine import claimed, reproduce
 from ovq.research.reproduce.figures import get_figure
@@ -311,6 +311,25 @@ def test_outcomes_of_other_evaluations_do_not_count(made, tmp_path):
     outcome["evaluation"]["task"]["query_share"] = 0.25
     path.write_text(json.dumps(outcome))
     assert dataclasses.replace(job, root=tmp_path / "runs").outcomes()[0] is None
+
+
+def test_logits_are_scaled_where_an_evaluation_asks_for_it(made, monkeypatch, tmp_path):
+    out, seen, evaluate = tmp_path / "out", [], evaluations.evaluate
+    shutil.copytree(made[0], out)
+    row = next(row for row in rows_of(out, "recall") if row["mixer"] == "ovq")
+    plain = dataclasses.replace(TINY.evaluation(TINY.task("recall").at_length(48)), seed=7)
+    asked = (dataclasses.replace(plain, logn_length=24), plain)
+
+    def noted(model, *args, **kwargs):
+        seen.append([model.config.logn_length, *(mixer.logn_length for mixer in model.mixers()[1:])])
+        return evaluate(model, *args, **kwargs)
+
+    monkeypatch.setattr(evaluations, "evaluate", noted)
+    config = RunConfig.load(out / "runs" / row["run"])
+    job = RunJob(config=config, evaluations=asked, root=out / "runs", label="")
+    job.do(workshop(out).reporter)
+    assert seen == [[24, 24], [None, None]]
+    assert [outcome["logn_length"] for outcome in job.outcomes()] == [24, None]
 
 
 def test_results_of_two_presets_do_not_mix(made, monkeypatch):
