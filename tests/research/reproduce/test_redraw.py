@@ -7,8 +7,10 @@ import pytest
 
 from ovq.plots.figures import save_figures as save_demo
 from ovq.research.bench.show import save_figures as save_bench
+from ovq.research.reproduce import draw
 from ovq.research.reproduce.draw import save_figure
 from ovq.research.reproduce.redraw import redraw
+from ovq.research.reproduce.results import load_results
 from tests.plots.test_report import ROWS
 from tests.research.reproduce.test_page import RESULTS
 from tests.test_cli import fail, run
@@ -101,3 +103,14 @@ def test_committed_pictures_are_small():
     assert len(pictures) > 20
     for path in pictures:
         assert path.stat().st_size < 200 * 1024, path.name
+
+
+def test_a_line_with_scaled_logits_is_that_of_its_model_which_is_dashed(monkeypatch, tmp_path):
+    seen, draw_panel = [], draw._draw_panel
+    monkeypatch.setattr(draw, "_draw_panel", lambda *args: seen.append(args[-1]) or draw_panel(*args))
+    save_figure(load_results(DOCS / "logn-recall.json"), tmp_path / "a.png")
+    [styles] = seen
+    for label, style in styles.items():
+        plain = styles[label.removesuffix(", log-n")]
+        assert (style.color, style.marker) == (plain.color, plain.marker)
+        assert style.line == ("-" if label.endswith("log-n") else "--")
