@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from ovq.layers import FullAttention, LinearAttention, OVQAttention, SinkAttention, SlidingWindowAttention
+from ovq.layers import (
+    FullAttention,
+    LinearAttention,
+    OVQAttention,
+    SinkAttention,
+    SlidingWindowAttention,
+    VQAttention,
+)
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import logn_factor, logn_factors
 
@@ -68,8 +75,8 @@ def test_a_state_does_not_depend_on_it():
     assert all(torch.equal(getattr(plain, name), getattr(scaled, name)) for name in ("key_sum", "value_sum"))
 
 
-@pytest.mark.parametrize("make", [SlidingWindowAttention, SinkAttention, LinearAttention])
-def test_mixers_that_read_a_bounded_number_of_tokens_refuse_it(make):
+@pytest.mark.parametrize("make", [SlidingWindowAttention, SinkAttention, LinearAttention, VQAttention])
+def test_other_mixers_refuse_it(make):
     with pytest.raises(ValueError, match=f"expected logn_length=None, found 6: {make.__name__}"):
         make(**SIZES, logn_length=LENGTH)
 

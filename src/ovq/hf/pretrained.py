@@ -129,7 +129,7 @@ class OVQPreTrainedModel(HubModel):
 
         A softmax over more tokens than in training is flatter than what the model has learned. So the t-th
         token of a row multiplies its logits by log t / log `logn_length` where that is above 1, in all layers
-        with full attention or dictionaries. Weights and caches stay as they are.
+        with full attention or OVQ. Weights and caches stay as they are.
 
         Args:
             logn_length: best the length of the training texts, in tokens; None to leave logits.

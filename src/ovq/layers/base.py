@@ -274,8 +274,8 @@ class AttentionMixer(Mixer):
         head_dim: K, which is also V. None: `hidden_size / num_heads`.
         rope_theta: base of the rotary frequencies.
         logn_length: tokens beyond which logits grow with the logarithm of the place of the token that reads,
-            as a rule those of training (see `set_logn_length`); None to leave them. Mixers that read a
-            bounded number of tokens refuse it.
+            as a rule those of training (see `set_logn_length`); None to leave them. Mixers refuse it unless
+            they are full attention or OVQ.
         kwargs: `conv_size`, `layer_idx` and `use_rope` of `Mixer`.
 
     Raises:
@@ -288,7 +288,7 @@ class AttentionMixer(Mixer):
         "head_dim": "head_dim",
         "rope_theta": "rope_theta",
     }
-    #: Whether a token reads ever more tokens, so that log-n scaling says something about its softmax.
+    #: Whether logits can be scaled beyond a length: where ever more tokens are read, and it was measured.
     supports_logn: ClassVar[bool] = True
 
     def __init__(
@@ -326,14 +326,13 @@ class AttentionMixer(Mixer):
         stay as they are, and so do caches: a state does not depend on what has been read from it.
 
         Raises:
-            ValueError: a length that is no integer of at least 2, or any for a mixer that reads a bounded
-                number of tokens.
+            ValueError: a length that is no integer of at least 2, or any for another mixer than full
+                attention and OVQ.
         """
         check_logn_length(logn_length)
         if logn_length is not None and not self.supports_logn:
             raise ValueError(
-                f"expected logn_length=None, found {logn_length}: {type(self).__name__} reads a bounded "
-                "number of tokens"
+                f"expected logn_length=None, found {logn_length}: {type(self).__name__} has no log-n scaling"
             )
         self.logn_length = logn_length
 

@@ -35,7 +35,6 @@ class LinearAttention(ConstantStateMixer, AttentionMixer):
     """
 
     state_kind = "the sums of linear attention"
-    # Its logits are no scores of tokens.
     supports_logn = False
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:

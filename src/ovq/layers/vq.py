@@ -216,9 +216,10 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
 
     forward_options = frozenset({"auxiliary_losses", "step"})
     config_fields = AttentionMixer.config_fields | {
-        name: name for name in ("num_slots", "chunk_size", "logn_length", "vq_decay", "commitment_weight")
+        name: name for name in ("num_slots", "chunk_size", "vq_decay", "commitment_weight")
     }
     state_kind = "counts and sums of values of static slots"
+    supports_logn = False
 
     def __init__(
         self,
