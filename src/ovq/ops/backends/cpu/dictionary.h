@@ -31,6 +31,8 @@ struct Dictionary {
 
 /* Lengths are clamped to this before a division, here and in the reference. */
 #define TINY 1e-30
+/* The least weight with which a token of the own chunk is read, where it is read with its weight. */
+#define TOKEN_WEIGHT 1e-30f
 
 /* Too short or too long for float32 products, or not finite; zero is neither (`ORDINARY` of options.py). */
 INLINE int is_extreme(double length) { return !(length == 0 || (length >= 1e-15 && length <= 1e15)); }
@@ -258,7 +260,8 @@ static void load_chunk(Rows *tokens, const Call *call, int64_t chunk, int64_t he
     for (int64_t i = 0; !*tokens->is_finite && i < numbers; i++)
         if (!std::isfinite(tokens->values[i])) tokens->values[i] = 0;
     if (tokens->weights && !are_finite(tokens->keys, num * key_ld(call))) *tokens->is_finite = 0;
-    for (int64_t t = 0; t < num; t++) set_row(tokens, call, t, 0);
+    for (int64_t t = 0; t < num; t++)
+        set_row(tokens, call, t, call->weighs_chunk ? logf(fmaxf(tokens->weights[t], TOKEN_WEIGHT)) : 0);
     for (int64_t t = num; t < padded(num, NR); t++) clear_row(tokens, call, t);
 }
 
