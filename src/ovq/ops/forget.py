@@ -19,9 +19,10 @@ from ovq.ops.options import Options
 from ovq.ops.state import OVQState, divisor, forgetting, state_dtype
 
 #: The logs of a chunk add up to no less than this: lower ones count as if they did not. Weights then stay within float32.
-LEAST_LOG = -64.0
-#: A slot of less weight than this fades no further: its mean stays a number, and nobody can see it beside a token.
-LEAST_WEIGHT = 1e-20
+LEAST_LOG = -48.0
+#: Who reads a slot of less weight than this beside tokens of weight 1? Where pairs are merged it is dropped: its weight
+#: becomes 0, and merging frees it. By the other rules, which never free a slot, it fades no further, and attracts keys still.
+LEAST_WEIGHT = 1e-12
 
 # q, k, v, the state, the bounds of rows (None where they fill the input), weights of tokens -> outputs, the state after.
 Attend = Callable[
@@ -65,14 +66,26 @@ def faded(state: OVQState, log_factor: Tensor) -> OVQState:
     assert state.weight is not None
     assert state.pending_weights is not None
     factor = log_factor.exp()[..., None]
-    # No weight falls below the least one, unless it was below before.
-    by_slot = torch.maximum(factor, (LEAST_WEIGHT / divisor(state.weight, state.weight.dtype)).clamp(max=1))
+    faded = _with_slots_times(state, factor)
+    return dataclasses.replace(faded, pending_weights=state.pending_weights * factor)
+
+
+def bounded(state: OVQState, *, frees_slots: bool) -> OVQState:
+    """`state` without slots of less than the least weight: they get none, or that, as it says there."""
+    assert state.weight is not None
+    weight = state.weight.detach()
+    # Neither of the two has a gradient.
+    factor = torch.zeros_like(weight) if frees_slots else LEAST_WEIGHT / divisor(weight, weight.dtype)
+    return _with_slots_times(state, torch.where(weight < LEAST_WEIGHT, factor, torch.ones_like(weight)))
+
+
+def _with_slots_times(state: OVQState, factor: Tensor) -> OVQState:
+    assert state.weight is not None
     return dataclasses.replace(
         state,
-        key_sum=state.key_sum * by_slot[..., None],
-        value_sum=state.value_sum * by_slot[..., None],
-        weight=state.weight * by_slot,
-        pending_weights=state.pending_weights * factor,
+        key_sum=state.key_sum * factor[..., None],
+        value_sum=state.value_sum * factor[..., None],
+        weight=state.weight * factor,
     )
 
 
@@ -171,4 +184,6 @@ def _piece(
         state = faded(state, frame)
     o, after = attend(q, k, v, state, bounds, token_weights * (frame[:, None] - logs).exp())
     assert after is not None
+    if bool(is_complete.any()):
+        after = bounded(after, frees_slots=options.merges_pairs)
     return o, dataclasses.replace(after, pending_forget=total - frame)

@@ -37,6 +37,9 @@ struct Dictionary {
 /* Too short or too long for float32 products, or not finite; zero is neither (`ORDINARY` of options.py). */
 INLINE int is_extreme(double length) { return !(length == 0 || (length >= 1e-15 && length <= 1e15)); }
 
+/* The same of a mass, by which distances are multiplied: it may be less, as that of what is forgotten is. */
+INLINE int is_extreme_mass(double mass) { return !(mass == 0 || (mass >= 1e-34 && mass <= 1e15)); }
+
 INLINE int64_t key_ld(const Call *call) { return padded(call->k.dim, VL); }
 INLINE int64_t value_ld(const Call *call) { return padded(call->v.dim, VL); }
 INLINE int64_t key_words(const Call *call) { return num_words(call->k.dim); }

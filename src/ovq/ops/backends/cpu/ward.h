@@ -63,7 +63,7 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         const double square = keys + factor * values;
         if (std::isfinite(square)) longest = fmax(longest, square);
         ward->is_wide |= is_extreme(sqrt(keys)) || is_extreme(sqrt(values)) || is_extreme(sqrt(factor * values));
-        ward->is_wide |= is_extreme(i < num ? mass_of(sums, i) : token_mass(items.tokens, i - num));
+        ward->is_wide |= is_extreme_mass(i < num ? mass_of(sums, i) : token_mass(items.tokens, i - num));
     }
     ward->unit = ward->is_wide && longest > 0 ? longest : 1;
     ward->tie = call->tie * longest / ward->unit;
