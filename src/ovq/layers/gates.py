@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 #: Tokens in which the fastest and the slowest head forget a factor of e before they have learned anything.
 FORGET_TOKENS = (16, 4096)
 
@@ -47,9 +46,8 @@ class MergeGate(nn.Module):
 class ForgetGate(nn.Module):
     """By how much each token makes everything before it count less, per key/value head: log sigmoid(W x + b).
 
-    W starts at zero, and b such that heads forget a factor of e in 16 to 4,096 tokens, spaced evenly in logs. A
-    head that is to remember longer can learn a larger b, and x can tell it to. Forgetting in attention is that of the Forgetting Transformer
-    (arXiv 2503.02130).
+    W starts at zero, and b such that heads forget a factor of e in 16 to 4,096 tokens, spaced evenly in logs.
+    The gate is that of the Forgetting Transformer (arXiv 2503.02130); how it starts is this project's choice.
 
     Args:
         hidden_size: width of the model.
@@ -77,7 +75,7 @@ class ForgetGate(nn.Module):
             self.bias.copy_(-torch.expm1(1 / tokens).log())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Logs of factors `[B, T, Hkv]` for tokens `[B, T, hidden_size]`, in float32 (float64 for float64)."""
+        """Logs of factors `[B, T, Hkv]`, at most 0, in float32 (float64 for float64 inputs)."""
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.autocast(hidden_states.device.type, enabled=False):
             x = F.linear(hidden_states.to(wide), self.weight.to(wide), self.bias.to(wide))

@@ -23,6 +23,7 @@ from ovq.ops.next_step import settings_of
 from ovq.ops.options import Options, default_growth
 from ovq.ops.schedule import scheduled_slots
 from ovq.ops.serialization import check_tensors as check_state_tensors
+from ovq.ops.serialization import names_of
 from ovq.ops.state import state_dtype
 
 #: Options of the op that say how the dictionary is learned. The layer and the config use the same names.
@@ -303,11 +304,16 @@ class OVQAttention(AttentionMixer):
             forgets=self.forget_gate is not None,
         )
 
+    @property
+    def _state_names(self) -> tuple[str, ...]:
+        forgets = self.forget_gate is not None
+        return names_of(self.merge_gate is not None or forgets, forgets)
+
     def check_state(
         self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
     ) -> None:
         """See `Mixer.check_state`."""
-        state = {name: tensors[name] for name in self.memory_spec(num_tokens, dtype)}
+        state = {name: tensors[name] for name in self._state_names}
         check_state_tensors(where, state, **self._sizes)
         spec = self.state_spec(num_tokens, dtype)
         # A dictionary that was resized in mid-stream may have another number of slots than the schedule

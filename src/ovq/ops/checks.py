@@ -109,9 +109,7 @@ def checked_call(
     )
 
 
-def checked_state(
-    state: OVQState | None, num_rows: int, k: Tensor, v: Tensor, options: Options
-) -> OVQState:
+def checked_state(state: OVQState | None, num_rows: int, k: Tensor, v: Tensor, options: Options) -> OVQState:
     """The state that a call continues from: an empty one where none is given."""
     if state is not None:
         check_state(state, num_rows, k, v, options)

@@ -1,8 +1,8 @@
 """Forgetting: what was read earlier counts less with each token (`log_forget` of `ovq_attention`).
 
-Nothing in a softmax changes where all weights are multiplied by one number. So a token of factor f need not touch the
-dictionary: the tokens of its chunk after it count 1 / f times as much instead, and when the chunk is complete
-everything is scaled once (`docs/math.md`). The backends see weights of tokens and of slots, as they do without.
+A softmax stays what it is if all weights are multiplied by one number. So a token of factor f need not touch
+the dictionary: it and the tokens after it count 1 / f times as much instead, and when the chunk is complete,
+everything is scaled once (`docs/math.md`). The backends see weights of tokens and of slots, and no more.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from ovq.ops.call import RowBounds, Rows
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState, divisor, forgetting, state_dtype
 
-#: The logs of a chunk add up to no less than this: lower ones count as if they did not. Weights then stay within float32.
+#: No token's log is lower than this over C, so that the weights of a chunk stay within float32.
 LEAST_LOG = -48.0
-#: Who reads a slot of less weight than this beside tokens of weight 1? Where pairs are merged it is dropped: its weight
-#: becomes 0, and merging frees it. By the other rules, which never free a slot, it fades no further, and attracts keys still.
+#: A slot whose weight is less once a chunk is complete is dropped where pairs are merged: it has the weight 0
+#: from then on, and the next merge frees it. By the other rules, which never free a slot, it fades no further.
 LEAST_WEIGHT = 1e-12
 
-# q, k, v, the state, the bounds of rows (None where they fill the input), weights of tokens -> outputs, the state after.
+# q, k, v, the state, the bounds of rows (None where they fill the input), weights of tokens -> outputs, and
+# the state after them.
 Attend = Callable[
     [Tensor, Tensor, Tensor, OVQState, RowBounds | None, Tensor], tuple[Tensor, OVQState | None]
 ]
@@ -71,7 +72,7 @@ def faded(state: OVQState, log_factor: Tensor) -> OVQState:
 
 
 def bounded(state: OVQState, *, frees_slots: bool) -> OVQState:
-    """`state` without slots of less than the least weight: they get none, or that, as it says there."""
+    """`state` without slots of less than `LEAST_WEIGHT`: they get none, or that."""
     assert state.weight is not None
     weight = state.weight.detach()
     # Neither of the two has a gradient.

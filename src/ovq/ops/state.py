@@ -53,9 +53,9 @@ class OVQState:
         weight: `[B, Hkv, M]` total weight of the tokens in each slot, in the dtype of the sums, where tokens
             were given weights (`token_weights` of `ovq_attention`); None where it is their count.
         pending_weights: `[B, Hkv, C]` weights of the pending tokens, likewise.
-        pending_forget: `[B, Hkv]` sum of `log_forget` of the pending tokens, where tokens forget. Weights are
-            then those that they had when the incomplete chunk began, and those of pending tokens are larger by as
-            much as was forgotten before them.
+        pending_forget: `[B, Hkv]` sum of `log_forget` of the pending tokens, where there is forgetting.
+            `weight` is then what slots weighed when the incomplete chunk began, and pending tokens weigh
+            more by as much as was forgotten up to them.
 
     Example:
         >>> import torch

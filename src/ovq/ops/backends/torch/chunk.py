@@ -259,9 +259,7 @@ class _Backward:
         if isinstance(undo, MergedSlots):
             part_slots(sums, deposits, undo)
 
-    def _block(
-        self, step: Step, block: slice, grad_k: Tensor, grad_v: Tensor, grad_w: Tensor | None
-    ) -> None:
+    def _block(self, step: Step, block: slice, grad_k: Tensor, grad_v: Tensor, grad_w: Tensor | None) -> None:
         """Gradients of one block's softmax; those of its candidates are added to the buffers for them."""
         saved, grads, reader, wide = self._saved, self._grads, self._reader, self._wide
         probs = reader.attend(step, block, saved.q, saved.scale)
@@ -289,6 +287,7 @@ class _Backward:
                 grad_v[:, tokens] += grad_values[:, rows]
                 if grad_w is not None and self._group.plan.options.weighs_chunk:
                     # The log of its weight is in the score of a token.
+                    assert saved.token_weights is not None
                     weights = step.take(saved.token_weights)[:, tokens, 0]
                     of_scores = grad_scores[..., rows].sum(1, dtype=wide) / weights.clamp(min=TINY)
                     grad_w[:, tokens] += of_scores.masked_fill(weights < TINY, 0)
