@@ -1,6 +1,7 @@
 """Forgetting: `log_forget` of the op, in every backend that runs it."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovq.ops import OVQState, backend_used, ovq_attention, slot_assignments
-from ovq.ops.forget import LEAST_LOG, LEAST_WEIGHT
+from ovq.ops.fading import LEAST_LOG, LEAST_WEIGHT
 from ovq.ops.options import COUNT_POWERS
 from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, inputs
 
@@ -134,7 +135,7 @@ def test_rows_alone_padded_and_packed():
     tensors, options = arguments(1, 30, merge="ward-sqrt")
     bounds = [0, 13, 14, 30]
     packed, state = attend(**tensors, **options, cu_seqlens=torch.tensor(bounds))
-    for r, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for r, (start, end) in enumerate(itertools.pairwise(bounds)):
         alone, own = run({name: x[:, start:end] for name, x in tensors.items()}, options)
         torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-9, atol=1e-9)
         assert_same_state(state.select([r]), own)
@@ -202,7 +203,7 @@ def test_a_slot_fades_to_the_least_weight_or_to_none():
 
 def test_costs_of_tiny_masses_are_decided_alike():
     """Weights over 30 powers of ten: the kernels' bounds in float32 still choose the cheapest pairs."""
-    q, k, v = inputs(1, 64, 1, 1, 8, 8, dtype=torch.float32)
+    _, k, v = inputs(1, 64, 1, 1, 8, 8, dtype=torch.float32)
     weights = 10 ** (-30 * torch.rand(1, 64, 1, generator=torch.Generator().manual_seed(3)))
     for merge in COUNT_POWERS:
         options = {"num_slots": 24, "chunk_size": 16, "merge": merge, "token_weights": weights}
@@ -238,11 +239,17 @@ def run_from(state, tensors, options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"log_forget": torch.zeros(1, 6, 4)}, r"log_forget: expected a tensor \[1, 6, 2\].*found \(1, 6, 4\)"),
+        (
+            {"log_forget": torch.zeros(1, 6, 4)},
+            r"log_forget: expected a tensor \[1, 6, 2\].*found \(1, 6, 4\)",
+        ),
         ({"log_forget": 0.5}, "log_forget: expected a tensor.*found float"),
         ({"log_forget": torch.zeros(1, 6, 2, dtype=torch.int64)}, "floating dtype, found torch.int64"),
         ({"log_forget": torch.full((1, 6, 2), 0.5)}, "log_forget: expected numbers of at most 0, found 0.5"),
-        ({"log_forget": torch.full((1, 6, 2), math.nan)}, "log_forget: expected numbers of at most 0, found nan"),
+        (
+            {"log_forget": torch.full((1, 6, 2), math.nan)},
+            "log_forget: expected numbers of at most 0, found nan",
+        ),
         ({"rate": 0.5}, "log_forget: expected none with a constant rate, found some"),
     ],
 )
@@ -250,3 +257,19 @@ def test_bad_logs_are_refused(change, message):
     tensors, options = arguments(1, 6)
     with pytest.raises(ValueError, match=message):
         ovq_attention(**tensors | options | change)
+
+
+@each_merge
+def test_slots_are_assigned_as_the_op_does(merge):
+    """`slot_assignments` ends with the op's state, however it is split, padded rows among them."""
+    tensors, options = arguments(2, 23, merge=merge, weights=True, rate=2.0)
+    mask = torch.ones(2, 23)
+    mask[1, :5] = 0
+    _, expected = attend(**tensors, **options, attention_mask=mask)
+    state, learning = None, {name: x for name, x in options.items() if name != "scale"}
+    for part in (slice(0, 6), slice(6, 7), slice(7, 23)):
+        own = {name: x[:, part] for name, x in tensors.items() if name != "q"}
+        state = slot_assignments(**own, **learning, initial_state=state, attention_mask=mask[:, part]).state
+    assert_same_state(state, expected)
+    for name in ("weight", "pending_forget"):
+        torch.testing.assert_close(getattr(state, name), getattr(expected, name), rtol=1e-9, atol=0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 #: Tokens in which the fastest and the slowest head forget a factor of e before they have learned anything.
-FORGET_TOKENS = (16, 4096)
+FORGET_TOKENS = (4, 4096)
 
 
 class MergeGate(nn.Module):
@@ -46,7 +46,7 @@ class MergeGate(nn.Module):
 class ForgetGate(nn.Module):
     """By how much each token makes everything before it count less, per key/value head: log sigmoid(W x + b).
 
-    W starts at zero, and b such that heads forget a factor of e in 16 to 4,096 tokens, spaced evenly in logs.
+    W starts at zero, and b such that heads forget a factor of e in 4 to 4,096 tokens, spaced evenly in logs.
     The gate is that of the Forgetting Transformer (arXiv 2503.02130); how it starts is this project's choice.
 
     Args:
@@ -56,7 +56,7 @@ class ForgetGate(nn.Module):
     Example:
         >>> gate = ForgetGate(8, num_kv_heads=3)
         >>> [round(n) for n in (-1 / gate(torch.randn(1, 1, 8))).flatten().tolist()]
-        [16, 256, 4096]
+        [4, 128, 4096]
     """
 
     def __init__(self, hidden_size: int, num_kv_heads: int):

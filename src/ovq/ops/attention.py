@@ -19,7 +19,8 @@ from ovq.ops.checks import (
     checked_state,
     checked_weights,
 )
-from ovq.ops.forget import checked_log_forget, forgetful_attention
+from ovq.ops.fading import checked_log_forget
+from ovq.ops.forget import forgetful_attention
 from ovq.ops.next_step import settings_of
 from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
 from ovq.ops.precision import full_precision

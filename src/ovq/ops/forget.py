@@ -1,13 +1,7 @@
-"""Forgetting: what was read earlier counts less with each token (`log_forget` of `ovq_attention`).
-
-A softmax stays what it is if all weights are multiplied by one number. So a token of factor f need not touch
-the dictionary: it and the tokens after it count 1 / f times as much instead, and when the chunk is complete,
-everything is scaled once (`docs/math.md`). The backends see weights of tokens and of slots, and no more.
-"""
+"""Calls of rows that forget, chunk by chunk, by any backend; `fading.py` says how."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -15,79 +9,15 @@ from torch import Tensor
 
 from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.call import RowBounds, Rows
+from ovq.ops.fading import begun, ended
 from ovq.ops.options import Options
-from ovq.ops.state import OVQState, divisor, forgetting, state_dtype
-
-#: No token's log is lower than this over C, so that the weights of a chunk stay within float32.
-LEAST_LOG = -48.0
-#: A slot whose weight is less once a chunk is complete is dropped where pairs are merged: it has the weight 0
-#: from then on, and the next merge frees it. By the other rules, which never free a slot, it fades no further.
-LEAST_WEIGHT = 1e-12
+from ovq.ops.state import OVQState, forgetting
 
 # q, k, v, the state, the bounds of rows (None where they fill the input), weights of tokens -> outputs, and
 # the state after them.
 Attend = Callable[
     [Tensor, Tensor, Tensor, OVQState, RowBounds | None, Tensor], tuple[Tensor, OVQState | None]
 ]
-
-
-def checked_log_forget(log_forget: Tensor, k: Tensor, rows: Rows, options: Options) -> Tensor:
-    """`log_forget` `[B, T, Hkv]` in the dtype of the sums, no lower than a chunk allows; 0 for padding."""
-    shape = tuple(k.shape[:3])
-    if not isinstance(log_forget, Tensor) or tuple(log_forget.shape) != shape:
-        found = tuple(log_forget.shape) if isinstance(log_forget, Tensor) else type(log_forget).__name__
-        raise ValueError(f"log_forget: expected a tensor {list(shape)} as k has, found {found}")
-    if not log_forget.is_floating_point():
-        raise ValueError(f"log_forget: expected a floating dtype, found {log_forget.dtype}")
-    if options.rate != "count":
-        raise ValueError("log_forget: expected none with a constant rate, found some")
-    log_forget = log_forget.to(k.device, state_dtype(k.dtype))
-    flat = log_forget.detach().reshape(-1, shape[2])
-    is_wrong = ~(flat <= 0)
-    if bool(is_wrong.any()):
-        for start, length in zip(rows.starts, rows.lengths, strict=True):
-            row = slice(start, start + length)
-            for wrong in flat[row][is_wrong[row]].tolist():
-                raise ValueError(f"log_forget: expected numbers of at most 0, found {wrong}")
-        log_forget = log_forget.masked_fill(is_wrong.view(shape), 0)
-    return log_forget.clamp(min=LEAST_LOG / options.chunk_size)
-
-
-def faded(state: OVQState, log_factor: Tensor) -> OVQState:
-    """`state` with all weights multiplied by factors, of logs `[B, Hkv]`.
-
-    Example:
-        >>> k = torch.ones(1, 4, 1, 2)
-        >>> from ovq.ops import ovq_attention
-        >>> _, state = ovq_attention(k, k, k, num_slots=1, chunk_size=4, output_final_state=True)
-        >>> state = faded(forgetting(state), torch.tensor([[0.5]]).log())
-        >>> state.weight, state.keys
-        (tensor([[[2.]]]), tensor([[[[1., 1.]]]]))
-    """
-    assert state.weight is not None
-    assert state.pending_weights is not None
-    factor = log_factor.exp()[..., None]
-    faded = _with_slots_times(state, factor)
-    return dataclasses.replace(faded, pending_weights=state.pending_weights * factor)
-
-
-def bounded(state: OVQState, *, frees_slots: bool) -> OVQState:
-    """`state` without slots of less than `LEAST_WEIGHT`: they get none, or that."""
-    assert state.weight is not None
-    weight = state.weight.detach()
-    # Neither of the two has a gradient.
-    factor = torch.zeros_like(weight) if frees_slots else LEAST_WEIGHT / divisor(weight, weight.dtype)
-    return _with_slots_times(state, torch.where(weight < LEAST_WEIGHT, factor, torch.ones_like(weight)))
-
-
-def _with_slots_times(state: OVQState, factor: Tensor) -> OVQState:
-    assert state.weight is not None
-    return dataclasses.replace(
-        state,
-        key_sum=state.key_sum * factor[..., None],
-        value_sum=state.value_sum * factor[..., None],
-        weight=state.weight * factor,
-    )
 
 
 def forgetful_attention(
@@ -174,17 +104,9 @@ def _piece(
     options: Options,
 ) -> tuple[Tensor, OVQState]:
     """Outputs of tokens of one chunk of each row, `[R, W, H, V]`, and the state after them."""
-    assert state.pending_forget is not None
     lengths = torch.tensor([q.shape[1]] * len(q)) if bounds is None else bounds.bounds[1]
     is_complete = state.num_pending + lengths == options.chunk_size
-    # Logs of what is left, at each token, of what was there when the chunk began.
-    logs = state.pending_forget[:, None] + log_forget.cumsum(1)
-    total = logs[:, -1]
-    frame = total * is_complete.to(total.device, total.dtype)[:, None]
-    if bool(is_complete.any()):
-        state = faded(state, frame)
-    o, after = attend(q, k, v, state, bounds, token_weights * (frame[:, None] - logs).exp())
+    state, factors, left = begun(state, log_forget, is_complete)
+    o, after = attend(q, k, v, state, bounds, token_weights * factors)
     assert after is not None
-    if bool(is_complete.any()):
-        after = bounded(after, frees_slots=options.merges_pairs)
-    return o, dataclasses.replace(after, pending_forget=total - frame)
+    return o, ended(after, left, is_complete, options)
