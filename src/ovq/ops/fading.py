@@ -18,8 +18,8 @@ from ovq.ops.state import OVQState, divisor, state_dtype
 
 #: No token's log is lower than this over C, so that the weights of a chunk stay within float32.
 LEAST_LOG = -48.0
-#: A slot that weighs less once a chunk is complete is dropped where pairs are merged: its weight is 0 from then
-#: on, and the next merge frees it. By the other rules, which never free a slot, it fades no further.
+#: A slot that weighs less once a chunk is complete is dropped where pairs are merged: its weight is 0 then,
+#: and the next merge frees it. By the other rules, which never free a slot, it fades no further.
 LEAST_WEIGHT = 1e-12
 
 

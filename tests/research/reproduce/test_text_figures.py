@@ -189,8 +189,11 @@ def test_longer_models_read_volumes_of_subwords():
     assert {line.config.mixer for line in figure.lines} == {
         *("full_attention", "ovq", "kvm", "gated_deltanet", "sliding_attention")
     }
-    rules = {(line.config.model.merge_gate, each.merge) for line in figure.lines for each in line.evaluations}
-    assert rules == {(False, None), (True, "ward-sqrt")}
+    gated = [line for line in figure.lines if line.config.model.merge_gate or line.config.model.forget_gate]
+    assert {line.config.mixer for line in gated} == {"ovq"}
+    assert len({line.label for line in gated}) == 2
+    for line in figure.lines:
+        assert {each.merge for each in line.evaluations} == {"ward-sqrt" if line in gated else None}
     # Bytes are tokens of the usual models; one of these is several.
     for made, factor in ((figure, 5), (get_figure("lm", CPU), 1)):
         sources = {(each.source.join_to / each.length) for line in made.lines for each in line.evaluations}
