@@ -48,10 +48,10 @@ def made(preset, tmp_path_factory):
 
 def test_models_that_look_for_needles_have_learned_to(made):
     results, begun, out = made
-    # Five mixers a seed for each figure; OVQ has four lines in either, of the same models.
+    # Five mixers a seed for each figure; OVQ has four lines in either, of the same models. One more forgets.
     runs = {name: {row["run"] for row in results[name]["rows"]} for name in results}
-    assert {name: len(names) for name, names in runs.items()} == {"lm": 10, "needle": 5}
-    assert len(begun) == len(list(out.glob("runs/*"))) == 15
+    assert {name: len(names) for name, names in runs.items()} == {"lm": 12, "needle": 5}
+    assert len(begun) == len(list(out.glob("runs/*"))) == 17
     for name, share in (("lm", 0.0), ("needle", 1.0)):
         configs = [RunConfig.load(out / "runs" / run) for run in runs[name]]
         assert {config.task.needle_share for config in configs} == {share}
@@ -65,7 +65,7 @@ def test_losses_are_shown_by_octaves_of_positions_and_beside_full_attention(made
     assert list(lines) == [
         *("full attention", "OVQ, 4 slots", "OVQ, 16 slots"),
         *("OVQ, Ward-sqrt, 4 slots", "OVQ, Ward-sqrt, 16 slots"),
-        *("Gated DeltaNet", "Mamba2", "window alone"),
+        *("Gated DeltaNet", "Mamba2", "window alone", "OVQ, forget gate, Ward-sqrt, 4 slots"),
     ]
     for line in lines.values():
         assert [point.x for point in line] == [1024, 2048, 4096]
@@ -118,6 +118,8 @@ def test_each_line_is_evaluated_with_its_own_slots(made, name):
     slots = {row["line"]: row["num_slots"] for row in rows}
     few, many = (f"OVQ, {number} slots" for number in (4, 16))
     ours = {f"OVQ, Ward-sqrt, {number} slots": number for number in (4, 16)}
+    if name == "lm":
+        ours["OVQ, forget gate, Ward-sqrt, 4 slots"] = 4
     assert {line: number for line, number in slots.items() if number} == {few: 4, many: 16, **ours}
     rules = {row["line"]: row["merge"] for row in rows}
     assert {rules[line] for line in ours} == {"ward-sqrt"}
