@@ -201,19 +201,29 @@ class OVQAttention(AttentionMixer):
 
     def token_memory(self, layout: SequenceLayout, cache: LayerCache) -> TokenMemory | None:
         """See `AttentionMixer.token_memory`: for a step of decoding like the one before."""
-        state, gate = cache.state, self.merge_gate
-        if not is_plain(self, OVQAttention) or self._record is not None or self.forget_gate is not None:
+        state, gate, forget_gate = cache.state, self.merge_gate, self.forget_gate
+        if not is_plain(self, OVQAttention) or self._record is not None:
             return None
         step = None if layout.bounds is not None or state is None else state._next
-        if step is None or step.dtype != torch.float32 or (gate is None) != (state.weight is None):
+        if step is None or step.dtype != torch.float32:
             return None
-        if gate is not None and not (is_plain(gate, MergeGate) and gate.weight.is_contiguous()):
+        if (forget_gate is None) != (state.pending_forget is None):
             return None
+        if (gate is None and forget_gate is None) != (state.weight is None):
+            return None
+        for each, kind in ((gate, MergeGate), (forget_gate, ForgetGate)):
+            if each is not None and not (is_plain(each, kind) and each.weight.is_contiguous()):
+                return None
         settings = settings_of(**self._sizes, **self.learning, backend=self.backend)
         if not step.continues(state, settings):
             return None
-        weight = None if gate is None else gate.weight
-        return memory_of_slots(state, step.options, num_heads=self.num_heads, gate=weight)
+        return memory_of_slots(
+            state,
+            step.options,
+            num_heads=self.num_heads,
+            gate=None if gate is None else gate.weight,
+            forget_gate=None if forget_gate is None else (forget_gate.weight, forget_gate.bias),
+        )
 
     def attend(
         self,

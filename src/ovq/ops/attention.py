@@ -156,7 +156,9 @@ def ovq_attention(
         backend=backend,
         scale=None if isinstance(scale, Tensor) else scale,
     )
-    if is_plain and isinstance(initial_state, OVQState) and output_final_state and log_forget is None:
+    has_forgotten = isinstance(initial_state, OVQState) and initial_state.pending_forget is not None
+    forgets = log_forget is not None or has_forgotten
+    if is_plain and isinstance(initial_state, OVQState) and output_final_state and not forgets:
         found = _next_step(q, k, v, scale, initial_state, token_weights, settings)
         if found is not None:
             return found
