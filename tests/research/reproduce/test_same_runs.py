@@ -101,7 +101,7 @@ def test_only_what_nobody_has_need_be_made(tmp_path):
     with pytest.raises(ValueError, match="found none called OVQ, Ward-sqrt, 4 slots"):
         earlier_results(tmp_path / "rivals-recall.json", OURS, part, SEEDS)
     save(tmp_path)
-    with pytest.raises(ValueError, match="found none called KDA, KVM, MesaNet, OVQ, forget.*, Raven"):
+    with pytest.raises(ValueError, match=r"found none called KDA, KVM, MesaNet, OVQ, forget.*, Raven"):
         earlier_results(
             tmp_path / "rivals-recall.json", OURS, dataclasses.replace(part, lines=part.lines[:1]), SEEDS
         )

@@ -98,17 +98,12 @@ def longer(preset: Preset) -> Figure:
     usual = preset.configs["long"].model
     local = MIXER_NAMES[usual.mixer_types[0]]
     exact = f"{local} and full attention"
+    gated = f"{local} and OVQ, ", f", Ward-sqrt, {usual.num_slots} slots"
     models = [
         _Model(exact, preset.config("long", "full_attention")),
         # Trained by the paper's rule, like the layers with a gate that are compared with rivals.
-        *(
-            _Model(
-                f"{local} and OVQ, {gate} gate, Ward-sqrt, {usual.num_slots} slots",
-                preset.config("long", **{f"{gate}_gate": True}),
-                merge=BEST_MERGE,
-            )
-            for gate in ("merge", "forget")
-        ),
+        _Model(f"{gated[0]}merge gate{gated[1]}", preset.config("long", merge_gate=True), merge=BEST_MERGE),
+        _Model(f"{gated[0]}forget gate{gated[1]}", preset.config("long", forget_gate=True), merge=BEST_MERGE),
         _Model(f"{local} and {MIXER_NAMES['kvm']}", preset.config("long", "kvm")),
         _Model(f"{local} and {MIXER_NAMES['gated_deltanet']}", preset.config("long", "gated_deltanet")),
         _Model(f"{local} and windows", preset.config("long", "sliding_attention")),

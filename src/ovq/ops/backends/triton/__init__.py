@@ -76,8 +76,6 @@ def refusal_of(q: Tensor, v: Tensor, options: Options) -> str | None:
         found = getattr(options, name)
         if found != expected:
             return f"expected {name} {expected!r}, found {found!r}"
-    if options.weighs_chunk:
-        return "expected no log_forget, found some"
     if options.merge not in _MERGES:
         return f"expected merge to be one of {_MERGES}, found {options.merge!r}"
     return None
