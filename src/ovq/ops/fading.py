@@ -8,6 +8,7 @@ everything is scaled once (`docs/math.md`, section 10). Backends see weights of 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,10 @@ from ovq.ops.options import Options
 from ovq.ops.state import OVQState, divisor, state_dtype
 
 #: No token's log is lower than this over C, so that the weights of a chunk stay within float32.
-LEAST_LOG = -48.0
+LEAST_LOG = -96.0
+#: Everything is scaled when a chunk is complete, and before that where the logs since the last time add up to
+#: less than this. A chunk that fades by more is scaled in two steps.
+SCALED_BELOW = LEAST_LOG / 2
 #: A slot that weighs less once a chunk is complete is dropped where pairs are merged: its weight is 0 then,
 #: and the next merge frees it. By the other rules, which never free a slot, it fades no further.
 LEAST_WEIGHT = 1e-12
@@ -45,7 +49,20 @@ def checked_log_forget(log_forget: Tensor, k: Tensor, rows: Rows, options: Optio
     return log_forget.clamp(min=LEAST_LOG / options.chunk_size)
 
 
-def begun(state: OVQState, log_forget: Tensor, is_complete: Tensor) -> tuple[OVQState, Tensor, Tensor]:
+class Faded(NamedTuple):
+    """How far everything has faded: what `begun` tells `ended`.
+
+    Attributes:
+        before: `[R, Hkv]` logs by which the state was scaled before the tokens. after: what is left to do.
+        is_scaled: `[R, Hkv]` whether it is to be done.
+    """
+
+    before: Tensor
+    after: Tensor
+    is_scaled: Tensor
+
+
+def begun(state: OVQState, log_forget: Tensor, is_complete: Tensor) -> tuple[OVQState, Tensor, Faded]:
     """What the op is to read and merge in the place of tokens that forget.
 
     Args:
@@ -54,22 +71,28 @@ def begun(state: OVQState, log_forget: Tensor, is_complete: Tensor) -> tuple[OVQ
         is_complete: `[R]` whether they complete the chunk.
 
     Returns:
-        The state that they see; factors `[R, W, Hkv]` of their weights; `pending_forget` afterwards.
+        The state that they see; factors `[R, W, Hkv]` of their weights; and what `ended` has to know.
     """
     assert state.pending_forget is not None
     logs = state.pending_forget[:, None] + log_forget.cumsum(1)
     total = logs[:, -1]
-    # Relative to the end of a chunk that is completed, to the beginning of any other.
-    frame = total * is_complete.to(total.device, total.dtype)[:, None]
-    if bool(is_complete.any()):
-        state = faded(state, frame)
-    return state, (frame[:, None] - logs).exp(), total - frame
+    is_scaled = is_complete.to(total.device)[:, None] | (total.detach() < SCALED_BELOW)
+    if not bool(is_scaled.any()):
+        return state, (-logs).exp(), Faded(torch.zeros_like(total), total, is_scaled)
+    # Half of a long way before the tokens are read, so that neither they nor slots leave float32.
+    first = total.clamp(min=SCALED_BELOW).masked_fill(~is_scaled, 0)
+    return faded(state, first), (first[:, None] - logs).exp(), Faded(first, total - first, is_scaled)
 
 
-def ended(state: OVQState, pending_forget: Tensor, is_complete: Tensor, options: Options) -> OVQState:
-    """The state after tokens that forget, from that of the op; the other arguments are as in `begun`."""
-    if bool(is_complete.any()):
+def ended(state: OVQState, fading: Faded, options: Options) -> OVQState:
+    """The state after tokens that forget, from that of the op."""
+    pending_forget = fading.after
+    if bool(fading.is_scaled.any()):
+        rest = fading.after.masked_fill(~fading.is_scaled, 0)
+        if bool((rest.detach() < 0).any()):
+            state = faded(state, rest)
         state = bounded(state, frees_slots=options.merges_pairs)
+        pending_forget = fading.after - rest
     return kept_step(dataclasses.replace(state, pending_forget=pending_forget), state)
 
 
