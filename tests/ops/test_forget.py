@@ -175,7 +175,7 @@ def test_what_is_forgotten_is_not_read(merge):
     """Two pasts, a token that forgets them, and the same future."""
     tensors, options = arguments(1, 40, merge=merge, rate=0.1)
     other, _ = arguments(1, 40, merge=merge, rate=0.1, seed=1)
-    tensors["log_forget"][:, 20:24] = -1e9  # No lower than -48 / C each.
+    tensors["log_forget"][:, 20:24] = -1e9  # No lower than -96 / C each.
     for name in ("q", "k", "v"):
         other[name][:, 20:] = tensors[name][:, 20:]
     other["log_forget"] = tensors["log_forget"]

@@ -50,15 +50,14 @@ def checked_log_forget(log_forget: Tensor, k: Tensor, rows: Rows, options: Optio
 
 
 class Faded(NamedTuple):
-    """How far everything has faded: what `begun` tells `ended`.
+    """What `begun` tells `ended`.
 
     Attributes:
-        before: `[R, Hkv]` logs by which the state was scaled before the tokens. after: what is left to do.
-        is_scaled: `[R, Hkv]` whether it is to be done.
+        left: `[R, Hkv]` logs by which the state was not scaled before the tokens were read.
+        is_scaled: `[R, Hkv]` whether it is to be done after them.
     """
 
-    before: Tensor
-    after: Tensor
+    left: Tensor
     is_scaled: Tensor
 
 
@@ -78,21 +77,21 @@ def begun(state: OVQState, log_forget: Tensor, is_complete: Tensor) -> tuple[OVQ
     total = logs[:, -1]
     is_scaled = is_complete.to(total.device)[:, None] | (total.detach() < SCALED_BELOW)
     if not bool(is_scaled.any()):
-        return state, (-logs).exp(), Faded(torch.zeros_like(total), total, is_scaled)
+        return state, (-logs).exp(), Faded(total, is_scaled)
     # Half of a long way before the tokens are read, so that neither they nor slots leave float32.
     first = total.clamp(min=SCALED_BELOW).masked_fill(~is_scaled, 0)
-    return faded(state, first), (first[:, None] - logs).exp(), Faded(first, total - first, is_scaled)
+    return faded(state, first), (first[:, None] - logs).exp(), Faded(total - first, is_scaled)
 
 
 def ended(state: OVQState, fading: Faded, options: Options) -> OVQState:
     """The state after tokens that forget, from that of the op."""
-    pending_forget = fading.after
+    pending_forget = fading.left
     if bool(fading.is_scaled.any()):
-        rest = fading.after.masked_fill(~fading.is_scaled, 0)
+        rest = fading.left.masked_fill(~fading.is_scaled, 0)
         if bool((rest.detach() < 0).any()):
             state = faded(state, rest)
         state = bounded(state, frees_slots=options.merges_pairs)
-        pending_forget = fading.after - rest
+        pending_forget = fading.left - rest
     return kept_step(dataclasses.replace(state, pending_forget=pending_forget), state)
 
 

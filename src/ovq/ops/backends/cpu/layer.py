@@ -120,7 +120,7 @@ def memory_of_slots(
         is_complete[complete] = True
         first = now.masked_fill(~is_complete, 0)
         merged = with_merged_chunks(faded(after, first), complete, options)
-        return ended(merged, Faded(first, now - first, is_complete), options)
+        return ended(merged, Faded(now - first, is_complete), options)
 
     return TokenMemory(decode, finished, kept, gate, forgetting)
 
