@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovq.inspect import layer_memory, levels, read_weights, sharing
+from ovq.inspect.layer import read_with
 from ovq.ops import ovq_attention
 from tests.inspect.common import recorded
 
