@@ -273,3 +273,16 @@ def test_slots_are_assigned_as_the_op_does(merge):
     assert_same_state(state, expected)
     for name in ("weight", "pending_forget"):
         torch.testing.assert_close(getattr(state, name), getattr(expected, name), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", *CPU])
+@each_merge
+def test_float32_is_enough_for_heads_that_forget_at_once(merge, backend):
+    """Chunks that fade by e^-96, over and over: nothing overflows, and gradients are those of float64."""
+    tensors, options = arguments(1, 160, rate=3.0, num_slots=24, merge=merge, chunk_size=16)
+    expected = gradients(tensors, options | {"backend": "torch"})
+    own = {name: x.float() for name, x in tensors.items()}
+    o, _, grads = gradients(own, options | {"backend": backend})
+    torch.testing.assert_close(o.double(), expected[0], rtol=1e-4, atol=1e-4)
+    for a, b in zip(grads, expected[2], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))

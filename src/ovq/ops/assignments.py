@@ -19,7 +19,7 @@ from ovq.ops.backends.chunks import planned, state_after
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
-from ovq.ops.backends.torch.learn import bound_slots, multiply_slots
+from ovq.ops.backends.torch.learn import bound_slots
 from ovq.ops.call import Call, RowBounds
 from ovq.ops.checks import check_kv, checked_call, checked_scale
 from ovq.ops.fading import SCALED_BELOW, checked_log_forget
@@ -235,8 +235,7 @@ def _slot_assignments(
         learned = learn(chunks_k, chunks_v, sums, plan, *weights, *fading)
     if logs is not None and bool(rest.any()):
         streams = sums.map(lambda x: x.flatten(0, 1))
-        multiply_slots(streams, rest.flatten(0, 1)[:, None].exp())
-        bound_slots(streams, len(streams.count), frees_slots=options.merges_pairs)
+        bound_slots(streams, rest.flatten(0, 1)[:, None].exp(), frees_slots=options.merges_pairs)
     history = _History(learned, plan, k.shape[0], k.shape[1], before.count.shape[2])
     final, origin, pending = history.carried(None)
     inverse = plan.aligned.inverse()

@@ -88,9 +88,7 @@ def ended(state: OVQState, fading: Faded, options: Options) -> OVQState:
     pending_forget = fading.left
     if bool(fading.is_scaled.any()):
         rest = fading.left.masked_fill(~fading.is_scaled, 0)
-        if bool((rest.detach() < 0).any()):
-            state = faded(state, rest)
-        state = bounded(state, frees_slots=options.merges_pairs)
+        state = bounded(state, rest, frees_slots=options.merges_pairs)
         pending_forget = fading.left - rest
     return kept_step(dataclasses.replace(state, pending_forget=pending_forget), state)
 
@@ -121,23 +119,37 @@ def faded(state: OVQState, log_factor: Tensor) -> OVQState:
     return dataclasses.replace(faded, pending_weights=state.pending_weights * factor)
 
 
-def bounded(state: OVQState, *, frees_slots: bool) -> OVQState:
-    """`state` without slots of less than `LEAST_WEIGHT`: they get none, or that."""
+def bounded(state: OVQState, log_factor: Tensor, *, frees_slots: bool) -> OVQState:
+    """`faded`, but slots of less than `LEAST_WEIGHT` have none afterwards, or that."""
     assert state.weight is not None
-    factor = bounding_factor(state.weight.detach(), frees_slots=frees_slots)
-    return state if factor is None else _with_slots_times(state, factor)
+    assert state.pending_weights is not None
+    has_factor = bool((log_factor.detach() < 0).any())
+    factor = log_factor.exp()[..., None]
+    by_slot = bounding_factor(state.weight.detach(), factor, frees_slots=frees_slots)
+    if by_slot is None and not has_factor:
+        return state
+    bounded = _with_slots_times(state, factor if by_slot is None else by_slot)
+    return dataclasses.replace(bounded, pending_weights=state.pending_weights * factor)
 
 
-def bounding_factor(weight: Tensor, *, frees_slots: bool) -> Tensor | None:
-    """What the weights of slots are multiplied by so that none is less than `LEAST_WEIGHT`, but 0 perhaps.
+def bounding_factor(weight: Tensor, factor: Tensor, *, frees_slots: bool) -> Tensor | None:
+    """What the weights of slots are multiplied by in the place of `factor`: no less than `LEAST_WEIGHT` is left, or 0.
 
-    None stands for ones. The factor has no gradient.
+    None stands for `factor`. Where the result is another, it has no gradient.
+
+    Args:
+        weight: `[..., M]`. factor: `[..., 1]`.
+        frees_slots: whether 0 is left, see `LEAST_WEIGHT`.
+
+    Example:
+        >>> bounding_factor(torch.tensor([1.0, 1e-11, 0.0]), torch.tensor([0.01]), frees_slots=True)
+        tensor([0.0100, 0.0000, 0.0100])
     """
-    is_low = (weight > 0) & (weight < LEAST_WEIGHT)
+    is_low = (weight > 0) & (weight * factor.detach() < LEAST_WEIGHT)
     if not bool(is_low.any()):
         return None
-    factor = torch.zeros_like(weight) if frees_slots else LEAST_WEIGHT / divisor(weight, weight.dtype)
-    return torch.where(is_low, factor, torch.ones_like(weight))
+    least = torch.zeros_like(weight) if frees_slots else LEAST_WEIGHT / divisor(weight, weight.dtype)
+    return torch.where(is_low, least, factor)
 
 
 def _with_slots_times(state: OVQState, factor: Tensor) -> OVQState:

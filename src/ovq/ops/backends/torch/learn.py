@@ -73,16 +73,15 @@ def _learn_group(
             for name in ("key_sum", "value_sum", "count"):
                 getattr(part, name).copy_(getattr(after, name))
         if log_fading is not None:
-            bound_slots(sums, s, frees_slots=options.merges_pairs)
+            bound_slots(sums, sums.key_sum.new_ones(s, 1), frees_slots=options.merges_pairs)
         step.put_complete(slots, chosen[..., None])
 
 
-def bound_slots(sums: Dictionary, num: int, *, frees_slots: bool) -> None:
-    """What `fading.bounded` does, to the first `num` streams, in place."""
+def bound_slots(sums: Dictionary, factor: Tensor, *, frees_slots: bool) -> None:
+    """What `fading.bounded` does, to the first streams, in place; factors are `[S, 1]`."""
     assert sums.weight is not None
-    factor = bounding_factor(sums.weight[:num], frees_slots=frees_slots)
-    if factor is not None:
-        multiply_slots(sums, factor)
+    by_slot = bounding_factor(sums.weight[: len(factor)], factor, frees_slots=frees_slots)
+    multiply_slots(sums, factor if by_slot is None else by_slot)
 
 
 def multiply_slots(sums: Dictionary, factor: Tensor) -> None:
