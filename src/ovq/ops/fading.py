@@ -133,9 +133,9 @@ def bounded(state: OVQState, log_factor: Tensor, *, frees_slots: bool) -> OVQSta
 
 
 def bounding_factor(weight: Tensor, factor: Tensor, *, frees_slots: bool) -> Tensor | None:
-    """What the weights of slots are multiplied by in the place of `factor`: no less than `LEAST_WEIGHT` is left, or 0.
+    """What the weights of slots are multiplied by, so that no less than `LEAST_WEIGHT` is left, or 0.
 
-    None stands for `factor`. Where the result is another, it has no gradient.
+    None stands for `factor`; a factor in its place has no gradient.
 
     Args:
         weight: `[..., M]`. factor: `[..., 1]`.
