@@ -175,7 +175,7 @@ def test_what_is_forgotten_is_not_read(merge):
     """Two pasts, a token that forgets them, and the same future."""
     tensors, options = arguments(1, 40, merge=merge, rate=0.1)
     other, _ = arguments(1, 40, merge=merge, rate=0.1, seed=1)
-    tensors["log_forget"][:, 20:24] = -1e9  # No lower than -96 / C each.
+    tensors["log_forget"][:, 20:24] = -1e9  # No lower than -48 / C each.
     for name in ("q", "k", "v"):
         other[name][:, 20:] = tensors[name][:, 20:]
     other["log_forget"] = tensors["log_forget"]
@@ -278,7 +278,7 @@ def test_slots_are_assigned_as_the_op_does(merge):
 @pytest.mark.parametrize("backend", ["torch", *CPU])
 @each_merge
 def test_float32_is_enough_for_heads_that_forget_at_once(merge, backend):
-    """Chunks that fade by e^-96, over and over: nothing overflows, and gradients are those of float64."""
+    """Chunks that fade by e^-48, over and over: nothing overflows, and gradients are those of float64."""
     tensors, options = arguments(1, 160, rate=3.0, num_slots=24, merge=merge, chunk_size=16)
     expected = gradients(tensors, options | {"backend": "torch"})
     own = {name: x.float() for name, x in tensors.items()}

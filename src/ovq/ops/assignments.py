@@ -19,10 +19,9 @@ from ovq.ops.backends.chunks import planned, state_after
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
-from ovq.ops.backends.torch.learn import bound_slots
 from ovq.ops.call import Call, RowBounds
 from ovq.ops.checks import check_kv, checked_call, checked_scale
-from ovq.ops.fading import SCALED_BELOW, checked_log_forget
+from ovq.ops.fading import checked_log_forget
 from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
 from ovq.ops.precision import full_precision
 from ovq.ops.random_init import seed_of
@@ -226,16 +225,13 @@ def _slot_assignments(
     weights: tuple[Tensor, ...] = ()
     fading: tuple[Tensor, ...] = ()
     if logs is not None:
-        before, of_tokens, log_fading, rest = _in_frames(before, plan, call.token_weights, logs)
+        before, of_tokens, log_fading = _in_frames(before, plan, call.token_weights, logs)
         weights, fading = (of_tokens,), (log_fading,)
     elif call.token_weights is not None:
         assert before.pending_weights is not None
         weights = (plan.aligned.align(call.token_weights[..., None], before.pending_weights[..., None]),)
     with full_precision(k.device):
         learned = learn(chunks_k, chunks_v, sums, plan, *weights, *fading)
-    if logs is not None and bool(rest.any()):
-        streams = sums.map(lambda x: x.flatten(0, 1))
-        bound_slots(streams, rest.flatten(0, 1)[:, None].exp(), frees_slots=options.merges_pairs)
     history = _History(learned, plan, k.shape[0], k.shape[1], before.count.shape[2])
     final, origin, pending = history.carried(None)
     inverse = plan.aligned.inverse()
@@ -254,8 +250,8 @@ def _slot_assignments(
 
 def _in_frames(
     before: OVQState, plan: Plan, token_weights: Tensor | None, logs: Tensor
-) -> tuple[OVQState, Tensor, Tensor, Tensor]:
-    """Weights of tokens that forget, and by how much chunks fade.
+) -> tuple[OVQState, Tensor, Tensor]:
+    """Weights of tokens that forget, as of the beginnings of their chunks, and by how much chunks fade.
 
     Args:
         before: the state that the call starts from, rows in sorted order.
@@ -264,9 +260,8 @@ def _in_frames(
         logs: `[B, T, Hkv]`, checked.
 
     Returns:
-        The state with what will be `pending_forget` after the call; weights `[num_chunks, W, Hkv, 1]` at the
-        ends of chunks, those of pending tokens among them; logs of what is left then
-        `[num_chunks, 1, Hkv, 1]`; and by which slots have yet to be scaled `[R, Hkv]`, in incomplete chunks.
+        The state with what will be `pending_forget` after the call; weights `[num_chunks, W, Hkv, 1]`, those
+        of pending tokens among them; logs of what is left at the ends of chunks `[num_chunks, 1, Hkv, 1]`.
     """
     assert before.pending_forget is not None
     assert before.pending_weights is not None
@@ -280,17 +275,11 @@ def _in_frames(
     weights = aligned.align(token_weights[..., None], before.pending_weights[..., None])
     pending = torch.zeros_like(before.pending_weights)[..., None]
     is_new = aligned.align(torch.ones_like(logs)[..., None], pending)
-    end = total[:, -1:].clone()
-    # The last chunk of a row, if it is not complete, is scaled only if there is much to do.
     last = torch.tensor([aligned.chunks_of(r) - 1 for r in range(len(aligned.lengths))], device=own.device)
+    left = total[first + last.clamp(min=0), -1, :, 0]
     is_pending = torch.tensor([n % plan.options.chunk_size > 0 for n in aligned.lengths], device=own.device)
-    last, rows = (first + last)[is_pending], is_pending.nonzero()[:, 0]
-    left = torch.zeros_like(before.pending_forget)
-    left[rows] = end[last, 0, :, 0]
-    fading = left.masked_fill(left >= SCALED_BELOW, 0)
-    end[last, 0, :, 0] = fading[rows]
-    after = dataclasses.replace(before, pending_forget=left - fading)
-    return after, weights * (end - torch.where(is_new > 0, total, 0)).exp(), end, fading
+    after = dataclasses.replace(before, pending_forget=left * is_pending[:, None])
+    return after, weights * torch.where(is_new > 0, (-total).exp(), 1), total[:, -1:]
 
 
 def _places(call: Call) -> tuple[Tensor, Tensor]:

@@ -112,7 +112,7 @@ def ovq_attention(
             log count. Tokens of the own chunk are read as if their weight were 1. None: 1 throughout.
         log_forget: `[B, T, Hkv]` logs, at most 0 (differentiable), of the factor by which a token multiplies
             the weight of everything before it in its row, tokens of its own chunk included; these then are
-            read with their weights too. Below -96 / chunk_size they count as that. None: nothing is
+            read with their weights too. Below -48 / chunk_size they count as that. None: nothing is
             forgotten.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for

@@ -8,7 +8,6 @@ everything is scaled once (`docs/math.md`, section 10). Backends see weights of 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +17,7 @@ from ovq.ops.options import Options
 from ovq.ops.state import OVQState, divisor, state_dtype
 
 #: No token's log is lower than this over C, so that the weights of a chunk stay within float32.
-LEAST_LOG = -96.0
-#: Everything is scaled when a chunk is complete, and before that where the logs since the last time add up to
-#: less than this. A chunk that fades by more is scaled in two steps.
-SCALED_BELOW = LEAST_LOG / 2
+LEAST_LOG = -48.0
 #: A slot that weighs less once a chunk is complete is dropped where pairs are merged: its weight is 0 then,
 #: and the next merge frees it. By the other rules, which never free a slot, it fades no further.
 LEAST_WEIGHT = 1e-12
@@ -49,19 +45,7 @@ def checked_log_forget(log_forget: Tensor, k: Tensor, rows: Rows, options: Optio
     return log_forget.clamp(min=LEAST_LOG / options.chunk_size)
 
 
-class Faded(NamedTuple):
-    """What `begun` tells `ended`.
-
-    Attributes:
-        left: `[R, Hkv]` logs by which the state was not scaled before the tokens were read.
-        is_scaled: `[R, Hkv]` whether it is to be done after them.
-    """
-
-    left: Tensor
-    is_scaled: Tensor
-
-
-def begun(state: OVQState, log_forget: Tensor, is_complete: Tensor) -> tuple[OVQState, Tensor, Faded]:
+def begun(state: OVQState, log_forget: Tensor, is_complete: Tensor) -> tuple[OVQState, Tensor, Tensor]:
     """What the op is to read and merge in the place of tokens that forget.
 
     Args:
@@ -70,26 +54,22 @@ def begun(state: OVQState, log_forget: Tensor, is_complete: Tensor) -> tuple[OVQ
         is_complete: `[R]` whether they complete the chunk.
 
     Returns:
-        The state that they see; factors `[R, W, Hkv]` of their weights; and what `ended` has to know.
+        The state that they see; factors `[R, W, Hkv]` of their weights; `pending_forget` afterwards.
     """
     assert state.pending_forget is not None
     logs = state.pending_forget[:, None] + log_forget.cumsum(1)
     total = logs[:, -1]
-    is_scaled = is_complete.to(total.device)[:, None] | (total.detach() < SCALED_BELOW)
-    if not bool(is_scaled.any()):
-        return state, (-logs).exp(), Faded(total, is_scaled)
-    # Half of a long way before the tokens are read, so that neither they nor slots leave float32.
-    first = total.clamp(min=SCALED_BELOW).masked_fill(~is_scaled, 0)
-    return faded(state, first), (first[:, None] - logs).exp(), Faded(total - first, is_scaled)
+    # Relative to the end of a chunk that is completed, to the beginning of any other.
+    frame = total * is_complete.to(total.device, total.dtype)[:, None]
+    if bool(is_complete.any()):
+        state = faded(state, frame)
+    return state, (frame[:, None] - logs).exp(), total - frame
 
 
-def ended(state: OVQState, fading: Faded, options: Options) -> OVQState:
-    """The state after tokens that forget, from that of the op."""
-    pending_forget = fading.left
-    if bool(fading.is_scaled.any()):
-        rest = fading.left.masked_fill(~fading.is_scaled, 0)
-        state = bounded(state, rest, frees_slots=options.merges_pairs)
-        pending_forget = fading.left - rest
+def ended(state: OVQState, pending_forget: Tensor, is_complete: Tensor, options: Options) -> OVQState:
+    """The state after tokens that forget, from that of the op; the other arguments are as in `begun`."""
+    if bool(is_complete.any()):
+        state = bounded(state, frees_slots=options.merges_pairs)
     return kept_step(dataclasses.replace(state, pending_forget=pending_forget), state)
 
 
@@ -119,37 +99,23 @@ def faded(state: OVQState, log_factor: Tensor) -> OVQState:
     return dataclasses.replace(faded, pending_weights=state.pending_weights * factor)
 
 
-def bounded(state: OVQState, log_factor: Tensor, *, frees_slots: bool) -> OVQState:
-    """`faded`, but slots of less than `LEAST_WEIGHT` have none afterwards, or that."""
+def bounded(state: OVQState, *, frees_slots: bool) -> OVQState:
+    """`state` without slots of less than `LEAST_WEIGHT`: they get none, or that."""
     assert state.weight is not None
-    assert state.pending_weights is not None
-    has_factor = bool((log_factor.detach() < 0).any())
-    factor = log_factor.exp()[..., None]
-    by_slot = bounding_factor(state.weight.detach(), factor, frees_slots=frees_slots)
-    if by_slot is None and not has_factor:
-        return state
-    bounded = _with_slots_times(state, factor if by_slot is None else by_slot)
-    return dataclasses.replace(bounded, pending_weights=state.pending_weights * factor)
+    factor = bounding_factor(state.weight.detach(), frees_slots=frees_slots)
+    return state if factor is None else _with_slots_times(state, factor)
 
 
-def bounding_factor(weight: Tensor, factor: Tensor, *, frees_slots: bool) -> Tensor | None:
-    """What the weights of slots are multiplied by, so that no less than `LEAST_WEIGHT` is left, or 0.
+def bounding_factor(weight: Tensor, *, frees_slots: bool) -> Tensor | None:
+    """What the weights of slots are multiplied by so that none is less than `LEAST_WEIGHT`, but 0 perhaps.
 
-    None stands for `factor`; a factor in its place has no gradient.
-
-    Args:
-        weight: `[..., M]`. factor: `[..., 1]`.
-        frees_slots: whether 0 is left, see `LEAST_WEIGHT`.
-
-    Example:
-        >>> bounding_factor(torch.tensor([1.0, 1e-11, 0.0]), torch.tensor([0.01]), frees_slots=True)
-        tensor([0.0100, 0.0000, 0.0100])
+    None stands for ones. The factor has no gradient.
     """
-    is_low = (weight > 0) & (weight * factor.detach() < LEAST_WEIGHT)
+    is_low = (weight > 0) & (weight < LEAST_WEIGHT)
     if not bool(is_low.any()):
         return None
-    least = torch.zeros_like(weight) if frees_slots else LEAST_WEIGHT / divisor(weight, weight.dtype)
-    return torch.where(is_low, least, factor)
+    factor = torch.zeros_like(weight) if frees_slots else LEAST_WEIGHT / divisor(weight, weight.dtype)
+    return torch.where(is_low, factor, torch.ones_like(weight))
 
 
 def _with_slots_times(state: OVQState, factor: Tensor) -> OVQState:

@@ -106,7 +106,7 @@ def _piece(
     """Outputs of tokens of one chunk of each row, `[R, W, H, V]`, and the state after them."""
     lengths = torch.tensor([q.shape[1]] * len(q)) if bounds is None else bounds.bounds[1]
     is_complete = state.num_pending + lengths == options.chunk_size
-    state, factors, fading = begun(state, log_forget, is_complete)
+    state, factors, left = begun(state, log_forget, is_complete)
     o, after = attend(q, k, v, state, bounds, token_weights * factors)
     assert after is not None
-    return o, ended(after, fading, options)
+    return o, ended(after, left, is_complete, options)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ovq.ops.backends.cpu.decode import Decode, completed, slots_to_read, with_merged_chunks
 from ovq.ops.backends.cpu.kernels import DTYPES
 from ovq.ops.backends.cpu.tokens import call_kernel
-from ovq.ops.fading import LEAST_LOG, SCALED_BELOW, Faded, ended, faded, kept_step
+from ovq.ops.fading import LEAST_LOG, ended, faded, kept_step
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState, advanced
 
@@ -54,7 +54,6 @@ class Forgetting(NamedTuple):
         weight: `[Hkv, D]`. bias: `[Hkv]`.
         before: `[B, Hkv]` sums of logs before the new token. after: likewise, which the kernel fills in.
         least_log: no token forgets more than this.
-        least_sum: nor may all pending ones together; the layer must run by its modules then.
     """
 
     weight: Tensor
@@ -62,7 +61,6 @@ class Forgetting(NamedTuple):
     before: Tensor
     after: Tensor
     least_log: float
-    least_sum: float
 
 
 class TokenMemory(NamedTuple):
@@ -111,16 +109,16 @@ def memory_of_slots(
         return TokenMemory(decode, lambda: with_merged_chunks(after, complete, options), kept, gate)
     assert state.pending_forget is not None
     before, now = state.pending_forget.contiguous(), torch.empty_like(state.pending_forget)
-    forgetting = Forgetting(*forget_gate, before, now, LEAST_LOG / options.chunk_size, SCALED_BELOW)
+    forgetting = Forgetting(*forget_gate, before, now, LEAST_LOG / options.chunk_size)
 
     def finished() -> OVQState:
         if not complete:
             return kept_step(dataclasses.replace(after, pending_forget=now), after)
-        is_complete = torch.zeros(len(now), 1, dtype=torch.bool)
+        is_complete = torch.zeros(len(now), dtype=torch.bool)
         is_complete[complete] = True
-        first = now.masked_fill(~is_complete, 0)
-        merged = with_merged_chunks(faded(after, first), complete, options)
-        return ended(merged, Faded(now - first, is_complete), options)
+        frame = now * is_complete[:, None]
+        merged = with_merged_chunks(faded(after, frame), complete, options)
+        return ended(merged, now - frame, is_complete, options)
 
     return TokenMemory(decode, finished, kept, gate, forgetting)
 
@@ -206,7 +204,7 @@ def layer_to_run(
     if (gate := memory.forgetting) is not None:
         call.forget_gate, call.forget_bias = gate.weight.data_ptr(), gate.bias.data_ptr()
         call.forgotten, call.forgotten_now = gate.before.data_ptr(), gate.after.data_ptr()
-        call.least_log, call.least_sum = gate.least_log, gate.least_sum
+        call.least_log = gate.least_log
     if memory.before is not None:
         keys, values = memory.before
         call.keys_before, call.values_before = keys.data_ptr(), values.data_ptr()
@@ -224,8 +222,7 @@ def run_layers(x: Tensor, layers: Sequence[LayerStep]) -> Tensor | None:
         layers: the layers, all of width D.
 
     Returns:
-        `[B, 1, D]`; None if gates give a weight that no token can have here, as where `x` is not finite, or
-        where too much was forgotten since everything was scaled.
+        `[B, 1, D]`; None if gates give a weight that no token can have, as where `x` is not finite.
     """
     y = x.clone(memory_format=torch.contiguous_format)
     calls, num = (_Layer * len(layers))(*[layer.call for layer in layers]), len(layers)
@@ -244,7 +241,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("mixer_norm", "qkv", "beta", "o", "mlp_norm", "gate_up")),
         *((name, ctypes.c_void_p) for name in ("down", "gate", "forget_gate", "forget_bias", "forgotten")),
         ("forgotten_now", ctypes.c_void_p),
-        *((name, ctypes.c_double) for name in ("least_log", "least_sum")),
+        ("least_log", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "taps", "past", "last")),
         *((name, ctypes.c_void_p) for name in ("keys_before", "values_before")),
         *(

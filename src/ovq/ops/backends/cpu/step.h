@@ -116,10 +116,10 @@ struct Layer {
     const float *mixer_norm, *qkv, *beta, *o, *mlp_norm, *gate_up, *down; /* Weights. */
     const float *gate;          /* [Hkv, width] of the merge gate, or NULL. */
     /* Of the forget gate, [Hkv, width] and [Hkv], or NULL; what the pending tokens have forgotten before and with the new
-       one, [R, Hkv]; the least that a token may forget, and all pending ones together. */
+       one, [R, Hkv], and the least that a token may forget. */
     const float *forget_gate, *forget_bias, *forgotten;
     float *forgotten_now;
-    double least_log, least_sum;
+    double least_log;
     const float *cos, *sin;     /* [K / 2] angles of the token, or NULL. */
     const float *taps, *past;   /* Of the convolution: [channels, taps], [R, channels, taps - 1]; NULL without one. */
     float *last;
@@ -184,7 +184,7 @@ static float token_weight(const Layer *layer, const float *x, int64_t stream, in
         const float log_sigmoid = fminf(y, 0) - log1pf(expf(-fabsf(y)));
         const float sum = layer->forgotten[stream] + fmaxf(log_sigmoid, (float)layer->least_log);
         layer->forgotten_now[stream] = sum;
-        weight = sum < layer->least_sum ? NAN : weight * expf(-sum);
+        weight *= expf(-sum);
     }
     return weight;
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,8 @@ def learn(
 ) -> Learned:
     """Merge all complete chunks, in place; see `Learn`.
 
-    With `log_fading` `[num_chunks, 1, Hkv, 1]`, the weights of slots are multiplied by numbers of these logs
-    before a chunk is merged.
+    With `log_fading` `[num_chunks, 1, Hkv, 1]`, the weights of slots and of tokens are multiplied by numbers
+    of these logs when a chunk is complete.
     """
     slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
     by_chunk = None
@@ -56,7 +58,10 @@ def _learn_group(
             continue
         chunk = CompleteChunk.of(step, *tensors, sums.key_sum.dtype)
         if log_fading is not None:
-            multiply_slots(sums, step.take(log_fading)[:s, :, 0].exp())
+            factor = step.take(log_fading)[:s, :, 0].exp()
+            _multiply(sums, factor)
+            assert chunk.weights is not None
+            chunk = dataclasses.replace(chunk, weights=chunk.weights * factor)
         missing = padded_slots(capacity) - capacity
         means = torch.nn.functional.pad(slot_means(sums.key_sum[:s], sums.mass[:s]), (0, 0, 0, missing))
         if isinstance(options.rate, str):
@@ -73,18 +78,14 @@ def _learn_group(
             for name in ("key_sum", "value_sum", "count"):
                 getattr(part, name).copy_(getattr(after, name))
         if log_fading is not None:
-            bound_slots(sums, sums.key_sum.new_ones(s, 1), frees_slots=options.merges_pairs)
+            assert sums.weight is not None
+            bound = bounding_factor(sums.weight[:s], frees_slots=options.merges_pairs)
+            if bound is not None:
+                _multiply(sums, bound)
         step.put_complete(slots, chosen[..., None])
 
 
-def bound_slots(sums: Dictionary, factor: Tensor, *, frees_slots: bool) -> None:
-    """What `fading.bounded` does, to the first streams, in place; factors are `[S, 1]`."""
-    assert sums.weight is not None
-    by_slot = bounding_factor(sums.weight[: len(factor)], factor, frees_slots=frees_slots)
-    multiply_slots(sums, factor if by_slot is None else by_slot)
-
-
-def multiply_slots(sums: Dictionary, factor: Tensor) -> None:
+def _multiply(sums: Dictionary, factor: Tensor) -> None:
     """Multiply the weights of the first slots by factors `[S, 1]` or `[S, M]`, in place."""
     assert sums.weight is not None
     sums.weight[: len(factor)] *= factor
