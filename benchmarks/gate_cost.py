@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/gate_cost.py
     OMP_NUM_THREADS=1 python benchmarks/gate_cost.py --gate forget --recipe lm-ovq --batch 2 --length 2048
 
-The model is that of a recipe, `ovq train recall-ovq` if none is named. A training step reads 16 examples of 256
-tokens; 4,096 tokens are read, and then followed by single tokens, with the dictionary kept by the paper's rule
-and by Ward-sqrt. What the gate says of tokens is random, for the merge gate of a spread like that of a trained
-one: `--spread 0` makes all weights 1.
+The model is that of a recipe, `ovq train recall-ovq` if none is named. A training step reads 16 examples of
+256 tokens; 4,096 tokens are read, and then followed by single tokens, with the dictionary kept by the paper's
+rule and by Ward-sqrt. What the gate says of tokens is random, for the merge gate of a spread like that of a
+trained one: `--spread 0` makes all weights 1.
 `OVQ_CPU_KERNELS=0` shows what it costs without kernels.
 """
 

@@ -37,8 +37,11 @@ struct Dictionary {
 /* Too short or too long for float32 products, or not finite; zero is neither (`ORDINARY` of options.py). */
 INLINE int is_extreme(double length) { return !(length == 0 || (length >= 1e-15 && length <= 1e15)); }
 
-/* The same of a mass, by which distances are multiplied: it may be less, as that of what is forgotten is. */
-INLINE int is_extreme_mass(double mass) { return !(mass == 0 || (mass >= 1e-34 && mass <= 1e15)); }
+/* The same of a mass, by which distances are multiplied. It may be less where there is forgetting: what has faded so far
+   does not matter any more, and float64 throughout would take a hundred times as long. */
+INLINE int is_extreme_mass(double mass, int is_fading) {
+    return is_fading ? !(mass == 0 || (mass >= 1e-34 && mass <= 1e15)) : is_extreme(mass);
+}
 
 INLINE int64_t key_ld(const Call *call) { return padded(call->k.dim, VL); }
 INLINE int64_t value_ld(const Call *call) { return padded(call->v.dim, VL); }
