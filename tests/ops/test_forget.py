@@ -112,6 +112,22 @@ def test_compiled_kernels_equal_torch(merge, dtype):
         torch.testing.assert_close(a.float(), b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
+@pytest.mark.parametrize("backend", ["torch", *CPU])
+def test_texts_shorter_than_a_chunk_have_gradients(backend):
+    """Rows without slots, alone and beside others."""
+    tensors, options = arguments(2, 7, rate=0.3, weights=True, dtype=torch.float32, chunk_size=6)
+    mask = torch.ones(2, 7)
+    mask[1, 2:] = 0
+    for length in (3, 7):
+        found = []
+        for name in ("naive", backend):
+            leaves = {n: x[:, :length].clone().requires_grad_() for n, x in tensors.items()}
+            o, _ = attend(**leaves, **options, attention_mask=mask[:, :length], backend=name)
+            found.append(torch.autograd.grad(o.sin().sum(), list(leaves.values())))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     merge=st.sampled_from(["existing", "updated", *COUNT_POWERS]),

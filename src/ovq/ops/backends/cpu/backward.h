@@ -62,7 +62,7 @@ static Share take_share(Arena *arena, const Call *call) {
     share.grad_v = TAKE(arena, float, SLOTS * value_ld(call));
     share.probs = TAKE(arena, float, READERS * SLOTS);
     share.grads = TAKE(arena, float, READERS * SLOTS);
-    share.sums = call->weight ? TAKE(arena, float, SLOTS) : nullptr;
+    share.sums = call->token_weights ? TAKE(arena, float, SLOTS) : nullptr;
     const int64_t pairs = HAS_PAIRS ? READERS / 2 : 0;
     share.prob_pairs = TAKE(arena, uint32_t, pairs * SLOTS);
     share.grad_pairs = TAKE(arena, uint32_t, pairs * SLOTS);
