@@ -202,8 +202,8 @@ class OVQConfig(PreTrainedConfig):
         the rule that recalls most (docs/training.md).
 
         Args:
-            fields: all other fields, such as sizes. `merge_gate=False` leaves the gate out, as for a GPU, for
-                which it has no kernels.
+            fields: all other fields, such as sizes. `merge_gate=False, forget_gate=True` is for a language
+                model that is to have a low loss rather than recall much.
 
         Raises:
             ValueError: as for `OVQConfig`, or if a field that this is about is given another value.
