@@ -82,6 +82,8 @@ def test_a_new_forget_gate_forgets_at_the_pace_of_each_head():
     torch.testing.assert_close(
         -1 / logs, torch.tensor([4.0, 128.0, 4096.0]).expand(2, 5, 3), rtol=1e-3, atol=0
     )
+    alone = ForgetGate(8, num_kv_heads=1)(torch.zeros(1, 1, 8))
+    torch.testing.assert_close(-1 / alone, torch.full_like(alone, 4096.0), rtol=1e-2, atol=0)
 
 
 @each_gate

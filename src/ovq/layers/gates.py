@@ -46,7 +46,8 @@ class MergeGate(nn.Module):
 class ForgetGate(nn.Module):
     """By how much each token makes everything before it count less, per key/value head: log sigmoid(W x + b).
 
-    W starts at zero, and b such that heads forget a factor of e in 4 to 4,096 tokens, spaced evenly in logs.
+    W starts at zero, and b such that heads forget a factor of e in 4 to 4,096 tokens, spaced evenly in logs;
+    a single head in 4,096.
     The gate is that of the Forgetting Transformer (arXiv 2503.02130); how it starts is this project's choice.
 
     Args:
@@ -69,7 +70,10 @@ class ForgetGate(nn.Module):
         """Let heads forget at their own pace, whatever they read."""
         nn.init.zeros_(self.weight)
         fastest, slowest = FORGET_TOKENS
-        tokens = torch.logspace(math.log10(fastest), math.log10(slowest), len(self.bias), dtype=torch.float64)
+        num = len(self.bias)
+        # A single head is the slowest.
+        tokens = torch.logspace(math.log10(fastest), math.log10(slowest), max(2, num), dtype=torch.float64)
+        tokens = tokens[-num:]
         with torch.no_grad():
             # log sigmoid(b) = -1 / tokens.
             self.bias.copy_(-torch.expm1(1 / tokens).log())
