@@ -75,9 +75,9 @@ def compile_all(arch: int, dtype: str, head_dim: int, chunk_size: int = 256) -> 
 
 
 def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
-    """A forward, a backward and a decoded token, without and with weights; only the launches count.
+    """A forward, a backward and a decoded token, without weights, with weights, and with forgetting.
 
-    The forward launches its steps one by one, then as they are recorded for a graph.
+    Only the launches count. The forward launches its steps one by one, then as they are recorded for a graph.
     """
     graph.FEWEST, graph.Graph = 1, mock.Mock()
     length, slots = 4 * chunk_size, 2 * chunk_size
@@ -101,16 +101,27 @@ def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
                 q, k, v, torch.ones(2), bounds, slots, chunk_size, "plateau", merge, 0.5, True
             )
             o.sum().backward()
-            options = Options(
-                num_slots=slots, chunk_size=chunk_size, growth="plateau", init="novelty", merge=merge, seed=0
-            )
-            call = checked_call(q, k, v, torch.ones(2), None, True, None, None, options, weights)
-            triton_backend.run(call)[0].sum().backward()
+            for weighs_chunk in (False, True):
+                options = Options(
+                    num_slots=slots,
+                    chunk_size=chunk_size,
+                    growth="plateau",
+                    init="novelty",
+                    merge=merge,
+                    seed=0,
+                    weighs_chunk=weighs_chunk,
+                )
+                call = checked_call(q, k, v, torch.ones(2), None, True, None, None, options, weights)
+                triton_backend.run(call)[0].sum().backward()
     token = [x[:, :1].detach() for x in (q, k, v)]
     places = torch.zeros(0, dtype=torch.int32)
     key_sum, value_sum, count = (x.detach() for x in rest[:3])
     of_token = (weights[:, :1], torch.ones(pending[0].shape[:3]))
-    for mass, more in ((count, ()), (count.float(), of_token)):
+    for mass, more in (
+        (count, (None, None, False)),
+        (count.float(), (*of_token, False)),
+        (count.float(), (*of_token, True)),
+    ):
         decode.read_pending_and_slots(
             *token, torch.ones(2), key_sum, value_sum, mass, *pending, places, 0, *more
         )

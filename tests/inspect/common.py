@@ -15,6 +15,8 @@ def recorded(num_tokens, *, seed=0, **options):
     if layer.merge_gate is not None:
         # As after training, where tokens count differently.
         torch.nn.init.normal_(layer.merge_gate.weight, 0.7, 0.3)
+    if layer.forget_gate is not None:
+        torch.nn.init.normal_(layer.forget_gate.weight, 0, 0.3)
     with layer.recording() as calls, torch.no_grad():
         layer(torch.randn(1, num_tokens, 24))
     return calls[0]

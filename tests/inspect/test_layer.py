@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovq.inspect import layer_memory, levels, read_weights, sharing
+from ovq.inspect.layer import read_with
 from ovq.ops import ovq_attention
 from tests.inspect.common import recorded
 
@@ -23,15 +24,21 @@ from tests.inspect.common import recorded
         {"merge": "ward"},
         {"merge": "ward-sqrt", "growth": "plateau", "bias": "count+norm"},
         {"merge_gate": True, "merge": "ward-sqrt"},
+        {"forget_gate": True, "merge": "ward-sqrt"},
+        {"forget_gate": True, "merge_gate": True},
     ],
 )
 def test_weights_times_values_are_the_outputs_of_the_op(options):
     call = recorded(43, **options)
     expected, _ = ovq_attention(call.q, call.k, call.v, scale=call.scale, **call.options)
     counts_for = call.options.get("token_weights", torch.ones(1, 43, 2))
+    forgets = call.options.get("log_forget", torch.zeros(1, 43, 2))
+    tensors = (call.q, call.k, call.v, counts_for, forgets)
     state, outputs = None, []
-    for q, k, v, gate in zip(*(x.split(5, 1) for x in (call.q, call.k, call.v, counts_for)), strict=True):
-        weights = read_weights(q[0], k[0], state, scale=call.scale, bias=call.options["bias"])
+    for q, k, v, gate, logs in zip(*(x.split(5, 1) for x in tensors), strict=True):
+        of_tokens = read_with(gate, logs, 5) if "log_forget" in call.options else None
+        scoring = {"scale": call.scale, "bias": call.options["bias"], "log_weights": of_tokens}
+        weights = read_weights(q[0], k[0], state, **scoring)
         values = v[0].transpose(0, 1)
         if state is not None:
             values = torch.cat([state.values[0, :, : int(state.num_open[0])], values], 1)
@@ -39,12 +46,15 @@ def test_weights_times_values_are_the_outputs_of_the_op(options):
         given = call.options | {"initial_state": state}
         if "token_weights" in given:
             given["token_weights"] = gate
+        if "log_forget" in given:
+            given["log_forget"] = logs
         _, state = ovq_attention(q, k, v, scale=call.scale, output_final_state=True, **given)
     assert torch.allclose(torch.cat(outputs), expected[0], atol=1e-5)
 
 
-def test_what_is_recounted_chunk_by_chunk_is_what_the_layer_kept():
-    call = recorded(43, merge="ward-sqrt", merge_gate=True)
+@pytest.mark.parametrize("gate", ["merge_gate", "forget_gate"])
+def test_what_is_recounted_chunk_by_chunk_is_what_the_layer_kept(gate):
+    call = recorded(43, merge="ward-sqrt", **{gate: True})
     memory, found = layer_memory(call, layer=0, num_reads=3), call.assignments()
     assert np.array_equal(memory.final_slots, found.slots[0].numpy())
     assert np.allclose(memory.shares.sum(-1), 1, atol=1e-5)

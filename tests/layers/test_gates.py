@@ -1,4 +1,4 @@
-"""OVQ layers with a merge gate: alone, in a model, in parts."""
+"""OVQ layers with a merge gate, a forget gate or both: alone, in a model, in parts."""
 
 import pytest
 import torch
@@ -6,22 +6,35 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from ovq.hf import OVQConfig, OVQForCausalLM, build_context, load_context, save_context
 from ovq.layers import OVQAttention, SequenceLayout
+from ovq.layers.gates import ForgetGate
 from ovq.parallel.segment import Segment
 from ovq.train.recipes import get_recipe
 
-OPTIONS = {"merge_gate": True, "merge": "ward-sqrt"}
+GATES = {
+    "merge": {"merge_gate": True},
+    "forget": {"forget_gate": True},
+    "both": {"merge_gate": True, "forget_gate": True},
+}
+each_gate = pytest.mark.parametrize("gates", GATES.values(), ids=GATES)
 
 
 def layer(**options):
-    """A small layer in float64, its gate away from where it starts."""
+    """A small layer in float64, its gates away from where they start."""
     torch.manual_seed(0)
     made = OVQAttention(16, 4, 2, num_slots=8, chunk_size=4, conv_size=3, **options).double()
-    if made.merge_gate is not None:
-        torch.nn.init.normal_(made.merge_gate.weight)
+    _move_gates(made)
     return made
 
 
-def model(**fields):
+def _move_gates(module):
+    for name, parameter in module.named_parameters():
+        if name.endswith("merge_gate.weight"):
+            assert not bool(parameter.any()), "a gate starts at 0"
+        if "_gate." in name:
+            torch.nn.init.normal_(parameter)
+
+
+def model(gates, **fields):
     """A small model in float64, likewise."""
     torch.manual_seed(0)
     config = OVQConfig(
@@ -34,17 +47,15 @@ def model(**fields):
         chunk_size=4,
         sliding_window=4,
         initializer_range=0.3,
-        **OPTIONS | fields,
+        merge="ward-sqrt",
+        **gates | fields,
     )
     made = OVQForCausalLM(config).double().eval()
-    for name, parameter in made.named_parameters():
-        if name.endswith("merge_gate.weight"):
-            assert not bool(parameter.any()), "a gate starts at 0"
-            torch.nn.init.normal_(parameter)
+    _move_gates(made)
     return made
 
 
-def test_a_new_layer_with_a_gate_is_one_without():
+def test_a_new_layer_with_a_merge_gate_is_one_without():
     plain = layer()
     torch.manual_seed(0)
     gated = OVQAttention(16, 4, 2, num_slots=8, chunk_size=4, conv_size=3, merge_gate=True).double()
@@ -56,15 +67,28 @@ def test_a_new_layer_with_a_gate_is_one_without():
     assert float(gated.merge_gate.weight.grad.abs().max()) > 1e-6
 
 
-def test_a_trained_gate_changes_the_output():
+@each_gate
+def test_a_trained_gate_changes_the_output(gates):
     x = torch.randn(1, 40, 16, dtype=torch.float64)
-    plain, changed = layer(), layer(merge_gate=True)
+    plain, changed = layer(), layer(**gates)
     changed.load_state_dict(plain.state_dict(), strict=False)
     assert not torch.allclose(plain(x)[0], changed(x)[0], atol=1e-4)
 
 
-def test_a_padded_batch_in_parts_and_its_bytes():
-    mixer = layer(**OPTIONS)
+def test_a_new_forget_gate_forgets_at_the_pace_of_each_head():
+    """A factor of e in 4, 128 and 4,096 tokens, whatever is read."""
+    gate = ForgetGate(8, num_kv_heads=3)
+    logs = gate(torch.randn(2, 5, 8))
+    torch.testing.assert_close(
+        -1 / logs, torch.tensor([4.0, 128.0, 4096.0]).expand(2, 5, 3), rtol=1e-3, atol=0
+    )
+    alone = ForgetGate(8, num_kv_heads=1)(torch.zeros(1, 1, 8))
+    torch.testing.assert_close(-1 / alone, torch.full_like(alone, 4096.0), rtol=1e-2, atol=0)
+
+
+@each_gate
+def test_a_padded_batch_in_parts_and_its_bytes(gates):
+    mixer = layer(**gates, merge="ward-sqrt")
     x = torch.randn(2, 33, 16, dtype=torch.float64)
     mask = torch.ones(2, 33)
     mask[1, :5] = 0
@@ -84,8 +108,9 @@ def test_a_padded_batch_in_parts_and_its_bytes():
     assert mixer.has_bounded_state
 
 
-def test_generation_and_contexts_of_a_model(tmp_path):
-    own = model()
+@each_gate
+def test_generation_and_contexts_of_a_model(gates, tmp_path):
+    own = model(gates)
     ids = torch.randint(0, 20, (1, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         made = own.generate(ids, max_new_tokens=12, do_sample=False)
@@ -96,23 +121,25 @@ def test_generation_and_contexts_of_a_model(tmp_path):
     with torch.no_grad():
         after = own(made[:, 30:], past_key_values=loaded.cache()).logits
         torch.testing.assert_close(after, own(made).logits[:, 30:], rtol=1e-8, atol=1e-8)
-    with pytest.raises(ValueError, match="merge_gate"):
-        load_context(tmp_path / "context", model(merge_gate=False))
+    with pytest.raises(ValueError, match="_gate=False"):
+        load_context(tmp_path / "context", model({}))
 
 
-def test_saved_and_loaded_a_model_is_the_same(tmp_path):
-    own = model()
+@each_gate
+def test_saved_and_loaded_a_model_is_the_same(gates, tmp_path):
+    own = model(gates)
     own.save_pretrained(tmp_path)
     again = OVQForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    assert again.config.merge_gate
+    assert {name: getattr(again.config, name) for name in gates} == gates
     ids = torch.arange(30)[None] % 20
     with torch.no_grad():
         torch.testing.assert_close(again.eval()(ids).logits, own(ids).logits, rtol=1e-12, atol=1e-12)
 
 
-def test_a_document_split_over_ranks_has_the_gradients_of_the_whole():
-    """What context parallelism hands on: weights are part of the state."""
-    own = model()
+@each_gate
+def test_a_document_split_over_ranks_has_the_gradients_of_the_whole(gates):
+    """What context parallelism hands on: weights, and what was forgotten, are part of the state."""
+    own = model(gates)
     block, config = own.model.layers[1], own.config
     x = torch.randn(1, 30, 16, dtype=torch.float64)
     leaf = x.clone().requires_grad_()
@@ -138,14 +165,19 @@ def test_a_document_split_over_ranks_has_the_gradients_of_the_whole():
 
 def test_gates_decay():
     # The names that transformers' Trainer leaves out.
-    decayed = get_parameter_names(model(), [], [r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"])
-    assert any(name.endswith("merge_gate.weight") for name in decayed)
+    excluded = [r"bias", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decayed = get_parameter_names(model(GATES["both"]), [], excluded)
+    for name in GATES["both"]:
+        assert any(each.endswith(f"{name}.weight") for each in decayed)
+    assert not any(name.endswith("bias") for name in decayed)
 
 
-def test_a_config_refuses_a_gate_at_a_constant_rate():
-    with pytest.raises(ValueError, match="merge_gate: expected False with a constant rate, found True"):
-        OVQConfig(merge_gate=True, rate=0.5)
+@pytest.mark.parametrize("name", ["merge_gate", "forget_gate"])
+def test_a_config_refuses_a_gate_at_a_constant_rate(name):
+    with pytest.raises(ValueError, match=f"{name}: expected False with a constant rate, found True"):
+        OVQConfig(**{name: True}, rate=0.5)
 
 
-def test_recipes_take_a_gate():
-    assert get_recipe("recall-ovq").override(["model.merge_gate=true"]).model.merge_gate
+def test_recipes_take_gates():
+    model = get_recipe("recall-ovq").override(["model.merge_gate=true", "model.forget_gate=true"]).model
+    assert (model.merge_gate, model.forget_gate) == (True, True)

@@ -100,7 +100,7 @@ def test_options_of_learning_are_those_of_the_op():
     assert set(op) - set(LEARNING_OPTIONS) == {
         *("q", "k", "v", "num_slots", "chunk_size", "scale", "initial_state", "output_final_state"),
         *("attention_mask", "cu_seqlens", "generator", "backend"),
-        "token_weights",  # A layer has a module for them.
+        *("token_weights", "log_forget"),  # A layer has modules for them.
     }
 
 

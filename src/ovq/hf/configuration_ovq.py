@@ -102,6 +102,7 @@ class OVQConfig(PreTrainedConfig):
         value_weight: the weight of distances between values relative to those between keys where pairs are
             merged.
         merge_gate: whether `"ovq"` layers learn how much each token counts in the dictionary.
+        forget_gate: whether `"ovq"` layers learn how fast what was read earlier fades.
         use_cache: whether a forward pass outside of training returns a cache unless told otherwise.
         pad_token_id: for `generate`.
         bos_token_id: for `generate`.
@@ -165,6 +166,7 @@ class OVQConfig(PreTrainedConfig):
     rate: float | int | str = defaults.RATE
     value_weight: float | int = defaults.VALUE_WEIGHT
     merge_gate: bool = defaults.MERGE_GATE
+    forget_gate: bool = defaults.FORGET_GATE
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -200,8 +202,8 @@ class OVQConfig(PreTrainedConfig):
         the rule that recalls most (docs/training.md).
 
         Args:
-            fields: all other fields, such as sizes. `merge_gate=False` leaves the gate out, as for a GPU, for
-                which it has no kernels.
+            fields: all other fields, such as sizes. `merge_gate=False, forget_gate=True` is for a language
+                model that is to have a low loss rather than recall much.
 
         Raises:
             ValueError: as for `OVQConfig`, or if a field that this is about is given another value.
@@ -350,8 +352,9 @@ class OVQConfig(PreTrainedConfig):
         options = {name: getattr(self, name) for name in LEARNING_OPTIONS}
         # Refuse what the op would refuse.
         Options(num_slots=self.num_slots, chunk_size=self.chunk_size, seed=0, **options)
-        if self.merge_gate and self.rate != "count":
-            raise ValueError("merge_gate: expected False with a constant rate, found True")
+        for name in ("merge_gate", "forget_gate"):
+            if getattr(self, name) and self.rate != "count":
+                raise ValueError(f"{name}: expected False with a constant rate, found True")
 
 
 def _refuse_misspelt(kwargs: dict, *, own_fields: Iterable[str]) -> None:

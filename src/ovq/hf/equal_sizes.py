@@ -63,7 +63,8 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
             num_kv_heads=num_kv_heads,
             head_dim=config.head_dim,
             num_sinks=config.num_sinks,
-            has_weights=config.merge_gate,
+            has_weights=config.merge_gate or config.forget_gate,
+            forgets=config.forget_gate,
         ),
         # What its router takes is left to the other projections.
         "raven_head_dim": max(
@@ -93,6 +94,7 @@ def window_of_equal_bytes(
     head_dim: int,
     num_sinks: int,
     has_weights: bool = False,
+    forgets: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> int:
     """The smallest `sink_window` whose state has at least as many bytes as that of a full dictionary.
@@ -103,15 +105,23 @@ def window_of_equal_bytes(
         num_kv_heads: Hkv of both.
         head_dim: K and V of both.
         num_sinks: S of the layer with sinks.
-        has_weights: whether the OVQ layer has a merge gate.
+        has_weights: whether the OVQ layer has a gate.
+        forgets: whether it has a forget gate.
         dtype: dtype of the activations; the sums of OVQ are float32 in any case.
 
     Example:
         >>> window_of_equal_bytes(64, 64, num_kv_heads=2, head_dim=64, num_sinks=4)
         126
     """
-    sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "chunk_size": chunk_size}
-    slots = slot_spec(num_slots, **sizes, dtype=dtype, has_weights=has_weights)
+    slots = slot_spec(
+        num_slots,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        chunk_size=chunk_size,
+        dtype=dtype,
+        has_weights=has_weights,
+        forgets=forgets,
+    )
     # Both states include the number of tokens seen.
     del slots["num_seen"]
     num_tokens = -(-num_bytes(slots) // (2 * num_kv_heads * head_dim * dtype.itemsize))

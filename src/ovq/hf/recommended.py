@@ -11,8 +11,9 @@ TO_TRAIN: dict[str, Any] = {"merge": "existing", "init": "novelty", "rate": "cou
 """Fields of `OVQConfig` while a model is trained."""
 
 TO_TRAIN_UNLESS_GIVEN: dict[str, Any] = {"merge_gate": True}
-"""Likewise, but any may be left out: the merge gate pays on recall of two kinds, on three seeds each, changes
-nothing on text, and has no kernels for GPUs (docs/results/rivals.md)."""
+"""Likewise, but any may be left out: the merge gate pays on recall of two kinds, on three seeds each, and
+changes nothing on text (docs/results/rivals.md). There the forget gate pays, which costs recall
+(docs/results/forgetting.md)."""
 
 TO_ASK: dict[str, Any] = {"merge": BEST_MERGE}
 """Arguments of `set_merge` once it is trained: the weights stay what they are."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ovq.layers.ovq import RecordedCall
 from ovq.ops import OVQState, slot_assignments
-from ovq.ops.state import log_mass
+from ovq.ops.fading import LEAST_LOG
+from ovq.ops.state import log_mass, log_token_weights
 
 # Less than this share of a vector's squared length is rounding.
 _ROUNDING = 1e-12
@@ -121,7 +122,7 @@ def layer_memory(
     _check(call, num_reads)
     options = dict(call.options)
     bias = options.pop("bias")
-    token_weights = options.pop("token_weights", None)
+    token_weights, log_forget = options.pop("token_weights", None), options.pop("log_forget", None)
     # Without a row of its own, the call has no padding, and so no mask is needed.
     for name in ("attention_mask", "initial_state"):
         options.pop(name)
@@ -132,10 +133,11 @@ def layer_memory(
     for start in range(0, num_tokens, size):
         chunk = slice(start, min(start + size, num_tokens))
         q, k, v = call.q[:, chunk], call.k[:, chunk], call.v[:, chunk]
-        read = read_weights(q[0], k[0], state, scale=call.scale, bias=bias)
+        weights, logs = (None if x is None else x[:, chunk] for x in (token_weights, log_forget))
+        of_tokens = None if logs is None else read_with(weights, logs, size)
+        read = read_weights(q[0], k[0], state, scale=call.scale, bias=bias, log_weights=of_tokens)
         reads.append(_reads(read, state, num_reads))
-        weights = None if token_weights is None else token_weights[:, chunk]
-        step = slot_assignments(k, v, initial_state=state, token_weights=weights, **options)
+        step = slot_assignments(k, v, initial_state=state, token_weights=weights, log_forget=logs, **options)
         if state is not None:
             to = step.earlier_slots[0].cpu().numpy().astype(np.int32)
             moves.append(_moves(to, start // size))
@@ -163,7 +165,32 @@ def layer_memory(
 
 
 @torch.no_grad()
-def read_weights(q: Tensor, k: Tensor, state: OVQState | None, *, scale: Tensor, bias: str) -> Tensor:
+def read_with(token_weights: Tensor | None, log_forget: Tensor, chunk_size: int) -> Tensor:
+    """The logs `[t, Hkv]` of the weights with which the tokens of a chunk are read where tokens forget.
+
+    Args:
+        token_weights: `[1, t, Hkv]` of the chunk's first t tokens; None for 1.
+        log_forget: `[1, t, Hkv]`.
+        chunk_size: C.
+
+    Example:
+        >>> read_with(None, torch.tensor([[[-1.0], [-0.5]]]), 4)
+        tensor([[1.0000],
+                [1.5000]])
+    """
+    logs = -log_forget[0].float().clamp(min=LEAST_LOG / chunk_size).cumsum(0)
+    return logs if token_weights is None else logs + log_token_weights(token_weights[0].float())
+
+
+def read_weights(
+    q: Tensor,
+    k: Tensor,
+    state: OVQState | None,
+    *,
+    scale: Tensor,
+    bias: str,
+    log_weights: Tensor | None = None,
+) -> Tensor:
     """The weights of the queries of one chunk, in float32: one softmax over the slots and the chunk so far.
 
     Args:
@@ -171,6 +198,7 @@ def read_weights(q: Tensor, k: Tensor, state: OVQState | None, *, scale: Tensor,
         state: The row's state when the chunk begins; None for an empty one.
         scale: `[H]`.
         bias: `"count"` or `"count+norm"`, as in `ovq_attention`.
+        log_weights: `[t, Hkv]` logs of the weights of the tokens; None for 0.
 
     Returns:
         `[H, t, n + t]` weights on the n slots in use, then on the t tokens; zero on later tokens.
@@ -183,6 +211,8 @@ def read_weights(q: Tensor, k: Tensor, state: OVQState | None, *, scale: Tensor,
     """
     num_tokens, group = q.shape[0], q.shape[1] // k.shape[1]
     keys, log_count = k.float().transpose(0, 1), k.new_zeros(k.shape[1], num_tokens, dtype=torch.float32)
+    if log_weights is not None:
+        log_count = log_weights.float().T
     num_open = 0 if state is None else int(state.num_open[0])
     if state is not None:
         keys = torch.cat([state.keys[0, :, :num_open].float(), keys], 1)

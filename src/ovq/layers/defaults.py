@@ -33,3 +33,4 @@ BIAS = _OPTIONS["bias"].default
 RATE = _OPTIONS["rate"].default
 VALUE_WEIGHT = _OPTIONS["value_weight"].default
 MERGE_GATE = False
+FORGET_GATE = False

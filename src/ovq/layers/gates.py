@@ -1,10 +1,15 @@
-"""What an OVQ layer may learn about its memory: what tokens count in it."""
+"""What an OVQ layer may learn about its memory: what tokens count in it, and how fast it forgets."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+#: Tokens in which the fastest and the slowest head forget a factor of e before they have learned anything.
+FORGET_TOKENS = (4, 4096)
 
 
 class MergeGate(nn.Module):
@@ -36,3 +41,46 @@ class MergeGate(nn.Module):
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.autocast(hidden_states.device.type, enabled=False):
             return 1 + F.elu(F.linear(hidden_states.to(wide), self.weight.to(wide)))
+
+
+class ForgetGate(nn.Module):
+    """By how much each token makes everything before it count less, per key/value head: log sigmoid(W x + b).
+
+    W starts at zero, and b such that heads forget a factor of e in 4 to 4,096 tokens, spaced evenly in logs;
+    a single head in 4,096.
+    The gate is that of the Forgetting Transformer (arXiv 2503.02130); how it starts is this project's choice.
+
+    Args:
+        hidden_size: width of the model.
+        num_kv_heads: key/value heads Hkv.
+
+    Example:
+        >>> gate = ForgetGate(8, num_kv_heads=3)
+        >>> [round(n) for n in (-1 / gate(torch.randn(1, 1, 8))).flatten().tolist()]
+        [4, 128, 4096]
+    """
+
+    def __init__(self, hidden_size: int, num_kv_heads: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_kv_heads, hidden_size))
+        self.bias = nn.Parameter(torch.empty(num_kv_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Let heads forget at their own pace, whatever they read."""
+        nn.init.zeros_(self.weight)
+        fastest, slowest = FORGET_TOKENS
+        num = len(self.bias)
+        # A single head is the slowest.
+        tokens = torch.logspace(math.log10(fastest), math.log10(slowest), max(2, num), dtype=torch.float64)
+        tokens = tokens[-num:]
+        with torch.no_grad():
+            # log sigmoid(b) = -1 / tokens.
+            self.bias.copy_(-torch.expm1(1 / tokens).log())
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Logs of factors `[B, T, Hkv]`, at most 0, in float32 (float64 for float64 inputs)."""
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            x = F.linear(hidden_states.to(wide), self.weight.to(wide), self.bias.to(wide))
+            return F.logsigmoid(x)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ovq.layers.common import apply_rotary, rotary_tables
 from ovq.ops import OVQState
-from ovq.ops.serialization import names_of, state_tensors
+from ovq.ops.serialization import names_in, names_of, state_tensors
 
 #: Names of the tensors of a state, each with its shape and its dtype.
 StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -213,7 +213,7 @@ class SlotMemory(Memory):
 
     def tensors(self, state: OVQState) -> dict[str, Tensor]:
         """See `Memory.tensors`."""
-        return {name: getattr(state, name) for name in names_of(state.weight is not None)}
+        return {name: getattr(state, name) for name in names_in(state)}
 
     def saved(self, state: OVQState) -> dict[str, Tensor]:
         """See `Memory.saved`; leaves out what other continuations wrote into the pending buffers."""
@@ -224,7 +224,7 @@ class SlotMemory(Memory):
         # Whatever the device, a state keeps its number of tokens on the CPU.
         parts: dict[str, Any] = {
             name: tensors[name].to("cpu" if name == "num_seen" else device)
-            for name in names_of("weight" in tensors)
+            for name in names_of("weight" in tensors, "pending_forget" in tensors)
         }
         return OVQState(**parts, num_slots=self.num_slots, chunk_size=self.chunk_size)
 

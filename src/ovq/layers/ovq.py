@@ -13,7 +13,7 @@ from torch import Tensor
 from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
-from ovq.layers.gates import MergeGate
+from ovq.layers.gates import ForgetGate, MergeGate
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import SlotMemory, StateSpec, check_num_seen, check_tensors, of_rows
 from ovq.layers.products import is_plain
@@ -72,6 +72,7 @@ class OVQAttention(AttentionMixer):
         value_weight: the weight of distances between values relative to those between keys where pairs are
             merged.
         merge_gate: learn how much each token counts in the dictionary, see `ovq.layers.gates.MergeGate`.
+        forget_gate: learn how fast what was read earlier fades, see `ovq.layers.gates.ForgetGate`.
         backend: as in `ovq.ops.ovq_attention`.
         kwargs: those of `AttentionMixer`, like all other arguments.
 
@@ -88,7 +89,11 @@ class OVQAttention(AttentionMixer):
 
     forward_options = frozenset({"generator"})
     config_fields = AttentionMixer.config_fields | {
-        name: name for name in ("num_slots", "chunk_size", "logn_length", "merge_gate", *LEARNING_OPTIONS)
+        name: name
+        for name in (
+            *("num_slots", "chunk_size", "logn_length", "merge_gate", "forget_gate"),
+            *LEARNING_OPTIONS,
+        )
     }
 
     def __init__(
@@ -109,6 +114,7 @@ class OVQAttention(AttentionMixer):
         rate: float | str = defaults.RATE,
         value_weight: float = defaults.VALUE_WEIGHT,
         merge_gate: bool = defaults.MERGE_GATE,
+        forget_gate: bool = defaults.FORGET_GATE,
         backend: str = "auto",
         **kwargs: Any,
     ):
@@ -128,6 +134,7 @@ class OVQAttention(AttentionMixer):
         self.bias, self.rate, self.value_weight = bias, rate, value_weight
         self.set_num_slots(num_slots)
         self.merge_gate = MergeGate(hidden_size, self.num_kv_heads) if merge_gate else None
+        self.forget_gate = ForgetGate(hidden_size, self.num_kv_heads) if forget_gate else None
         self._record: list[RecordedCall] | None = None
 
     def set_num_slots(self, num_slots: int) -> None:
@@ -188,23 +195,35 @@ class OVQAttention(AttentionMixer):
         """See `Mixer.mix`."""
         if self.merge_gate is not None:
             options["token_weights"] = self.merge_gate(hidden_states)
+        if self.forget_gate is not None:
+            options["log_forget"] = self.forget_gate(hidden_states)
         return super().mix(channels, hidden_states, layout, cache, **options)
 
     def token_memory(self, layout: SequenceLayout, cache: LayerCache) -> TokenMemory | None:
         """See `AttentionMixer.token_memory`: for a step of decoding like the one before."""
-        state, gate = cache.state, self.merge_gate
+        state, gate, forget_gate = cache.state, self.merge_gate, self.forget_gate
         if not is_plain(self, OVQAttention) or self._record is not None:
             return None
         step = None if layout.bounds is not None or state is None else state._next
-        if step is None or step.dtype != torch.float32 or (gate is None) != (state.weight is None):
+        if step is None or step.dtype != torch.float32:
             return None
-        if gate is not None and not (is_plain(gate, MergeGate) and gate.weight.is_contiguous()):
+        if (forget_gate is None) != (state.pending_forget is None):
             return None
+        if (gate is None and forget_gate is None) != (state.weight is None):
+            return None
+        for each, kind in ((gate, MergeGate), (forget_gate, ForgetGate)):
+            if each is not None and not (is_plain(each, kind) and each.weight.is_contiguous()):
+                return None
         settings = settings_of(**self._sizes, **self.learning, backend=self.backend)
         if not step.continues(state, settings):
             return None
-        weight = None if gate is None else gate.weight
-        return memory_of_slots(state, step.options, num_heads=self.num_heads, gate=weight)
+        return memory_of_slots(
+            state,
+            step.options,
+            num_heads=self.num_heads,
+            gate=None if gate is None else gate.weight,
+            forget_gate=None if forget_gate is None else (forget_gate.weight, forget_gate.bias),
+        )
 
     def attend(
         self,
@@ -216,9 +235,10 @@ class OVQAttention(AttentionMixer):
         cache: LayerCache | None,
         generator: torch.Generator | None = None,
         token_weights: Tensor | None = None,
+        log_forget: Tensor | None = None,
     ) -> Tensor:
-        """See `AttentionMixer.attend`; `generator` seeds `init="random"`, and `token_weights` `[B, T, Hkv]`
-        are those of the merge gate."""
+        """See `AttentionMixer.attend`; `generator` seeds `init="random"`; `token_weights` and `log_forget`
+        `[B, T, Hkv]` are those of the gates."""
         state = None if cache is None else cache.state
         if state is not None and state.num_slots != self.num_slots:
             state = state.resize(self.num_slots, merge=self.merge, value_weight=self.value_weight)
@@ -232,6 +252,8 @@ class OVQAttention(AttentionMixer):
         }
         if token_weights is not None:
             options["token_weights"] = token_weights
+        if log_forget is not None:
+            options["log_forget"] = log_forget
         if self._record is not None:
             self._record.append(RecordedCall(q=q, k=k, v=v, scale=scale, options=options))
         o, state = ovq_attention(
@@ -288,14 +310,20 @@ class OVQAttention(AttentionMixer):
             head_dim=self.head_dim,
             chunk_size=self.chunk_size,
             dtype=dtype,
-            has_weights=self.merge_gate is not None,
+            has_weights=self.merge_gate is not None or self.forget_gate is not None,
+            forgets=self.forget_gate is not None,
         )
+
+    @property
+    def _state_names(self) -> tuple[str, ...]:
+        forgets = self.forget_gate is not None
+        return names_of(self.merge_gate is not None or forgets, forgets)
 
     def check_state(
         self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
     ) -> None:
         """See `Mixer.check_state`."""
-        state = {name: tensors[name] for name in names_of(self.merge_gate is not None)}
+        state = {name: tensors[name] for name in self._state_names}
         check_state_tensors(where, state, **self._sizes)
         spec = self.state_spec(num_tokens, dtype)
         # A dictionary that was resized in mid-stream may have another number of slots than the schedule
@@ -314,6 +342,7 @@ def slot_spec(
     chunk_size: int,
     dtype: torch.dtype,
     has_weights: bool = False,
+    forgets: bool = False,
 ) -> StateSpec:
     """The tensors of an `OVQState` of one row with `num_open` slots in use per head.
 
@@ -324,6 +353,7 @@ def slot_spec(
         chunk_size: C.
         dtype: of the activations.
         has_weights: whether tokens have weights.
+        forgets: whether what was read earlier fades.
 
     Example:
         >>> slot_spec(5, num_kv_heads=2, head_dim=8, chunk_size=4, dtype=torch.bfloat16)["key_sum"]
@@ -342,4 +372,6 @@ def slot_spec(
     if has_weights:
         spec["weight"] = ((num_kv_heads, num_open), state_dtype(dtype))
         spec["pending_weights"] = ((num_kv_heads, chunk_size), state_dtype(dtype))
+    if forgets:
+        spec["pending_forget"] = ((num_kv_heads,), state_dtype(dtype))
     return spec

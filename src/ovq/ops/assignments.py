@@ -21,10 +21,11 @@ from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call, RowBounds
 from ovq.ops.checks import check_kv, checked_call, checked_scale
+from ovq.ops.fading import checked_log_forget
 from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
 from ovq.ops.precision import full_precision
 from ovq.ops.random_init import seed_of
-from ovq.ops.state import OVQState
+from ovq.ops.state import OVQState, forgetting
 from ovq.ops.uncompiled import uncompiled
 
 BACKENDS = ("auto", "torch", "cpu")
@@ -144,6 +145,7 @@ def slot_assignments(
     rate: float | str = "count",
     value_weight: float = VALUE_WEIGHT,
     token_weights: Tensor | None = None,
+    log_forget: Tensor | None = None,
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> SlotAssignments:
@@ -155,7 +157,7 @@ def slot_assignments(
     Args:
         k: `[B, T, Hkv, K]` keys. v: `[B, T, Hkv, V]` values.
         num_slots, chunk_size, growth, init, merge, rate, value_weight, generator: as in `ovq_attention`.
-        token_weights: as in `ovq_attention`.
+        token_weights, log_forget: as in `ovq_attention`.
         initial_state: the state that the call continues from. It is not changed.
         attention_mask, cu_seqlens: as in `ovq_attention`.
         backend: `"torch"`, `"cpu"` (compiled for this processor; no float64, rate `"count"`) or
@@ -183,7 +185,8 @@ def slot_assignments(
     )
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, found {backend!r}")
-    return _slot_assignments(k, v, initial_state, attention_mask, cu_seqlens, options, backend, token_weights)
+    tensors = k, v, token_weights, log_forget
+    return _slot_assignments(*tensors, initial_state, attention_mask, cu_seqlens, options, backend)
 
 
 @uncompiled
@@ -191,12 +194,13 @@ def slot_assignments(
 def _slot_assignments(
     k: Tensor,
     v: Tensor,
+    token_weights: Tensor | None,
+    log_forget: Tensor | None,
     initial_state: OVQState | None,
     attention_mask: Tensor | RowBounds | None,
     cu_seqlens: Tensor | None,
     options: Options,
     backend: str,
-    token_weights: Tensor | None,
 ) -> SlotAssignments:
     """`slot_assignments` after all arguments but those of rows and state have been checked."""
     # Keys stand in for the queries, which only give the call its shape.
@@ -204,7 +208,13 @@ def _slot_assignments(
     call = checked_call(
         k, k, v, scale, initial_state, True, attention_mask, cu_seqlens, options, token_weights
     )
-    reason = cpu.refusal(call)
+    logs = None
+    if log_forget is not None or call.state.pending_forget is not None:
+        log_forget = torch.zeros(k.shape[:3], device=k.device) if log_forget is None else log_forget
+        logs = checked_log_forget(log_forget, k, call.rows, options)
+        ones = torch.ones_like(logs) if call.token_weights is None else call.token_weights
+        call = dataclasses.replace(call, state=forgetting(call.state), token_weights=ones)
+    reason = "expected no log_forget, found some" if logs is not None else cpu.refusal(call)
     if backend == "cpu" and reason:
         raise ValueError(f"backend: 'cpu': {reason}")
     learn = torch_backend.learn if backend == "torch" or reason else cpu.learn_and_say
@@ -213,11 +223,15 @@ def _slot_assignments(
     chunks_v = plan.aligned.align(v, before.pending_values)
     sums = Dictionary(before.key_sum, before.value_sum, before.count, before.weight).clone()
     weights: tuple[Tensor, ...] = ()
-    if call.token_weights is not None:
+    fading: tuple[Tensor, ...] = ()
+    if logs is not None:
+        before, of_tokens, log_fading = _in_frames(before, plan, call.token_weights, logs)
+        weights, fading = (of_tokens,), (log_fading,)
+    elif call.token_weights is not None:
         assert before.pending_weights is not None
         weights = (plan.aligned.align(call.token_weights[..., None], before.pending_weights[..., None]),)
     with full_precision(k.device):
-        learned = learn(chunks_k, chunks_v, sums, plan, *weights)
+        learned = learn(chunks_k, chunks_v, sums, plan, *weights, *fading)
     history = _History(learned, plan, k.shape[0], k.shape[1], before.count.shape[2])
     final, origin, pending = history.carried(None)
     inverse = plan.aligned.inverse()
@@ -232,6 +246,40 @@ def _slot_assignments(
         state=state_after(before, sums, chunks_k, chunks_v, plan, *weights),
         _history=history,
     )
+
+
+def _in_frames(
+    before: OVQState, plan: Plan, token_weights: Tensor | None, logs: Tensor
+) -> tuple[OVQState, Tensor, Tensor]:
+    """Weights of tokens that forget, as of the beginnings of their chunks, and by how much chunks fade.
+
+    Args:
+        before: the state that the call starts from, rows in sorted order.
+        plan: the plan of the call.
+        token_weights: `[B, T, Hkv]`.
+        logs: `[B, T, Hkv]`, checked.
+
+    Returns:
+        The state with what will be `pending_forget` after the call; weights `[num_chunks, W, Hkv, 1]`, those
+        of pending tokens among them; logs of what is left at the ends of chunks `[num_chunks, 1, Hkv, 1]`.
+    """
+    assert before.pending_forget is not None
+    assert before.pending_weights is not None
+    assert token_weights is not None
+    aligned = plan.aligned
+    own = aligned.align(logs[..., None], None).clone()
+    first = torch.tensor(aligned.first_chunk, device=own.device)
+    # The tokens that were pending stand before the new ones, and nothing is forgotten at their places.
+    own[first, 0] += before.pending_forget[..., None]
+    total = own.cumsum(1)
+    weights = aligned.align(token_weights[..., None], before.pending_weights[..., None])
+    pending = torch.zeros_like(before.pending_weights)[..., None]
+    is_new = aligned.align(torch.ones_like(logs)[..., None], pending)
+    last = torch.tensor([aligned.chunks_of(r) - 1 for r in range(len(aligned.lengths))], device=own.device)
+    left = total[first + last.clamp(min=0), -1, :, 0]
+    is_pending = torch.tensor([n % plan.options.chunk_size > 0 for n in aligned.lengths], device=own.device)
+    after = dataclasses.replace(before, pending_forget=left * is_pending[:, None])
+    return after, weights * torch.where(is_new > 0, (-total).exp(), 1), total[:, -1:]
 
 
 def _places(call: Call) -> tuple[Tensor, Tensor]:

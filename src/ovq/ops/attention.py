@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import torch
 from torch import Tensor
@@ -10,7 +11,16 @@ from torch import Tensor
 from ovq.ops import backends
 from ovq.ops.backends.triton import refusal_of
 from ovq.ops.call import RowBounds
-from ovq.ops.checks import check_qkv, checked_call, checked_scale
+from ovq.ops.checks import (
+    check_qkv,
+    checked_call,
+    checked_rows,
+    checked_scale,
+    checked_state,
+    checked_weights,
+)
+from ovq.ops.fading import checked_log_forget
+from ovq.ops.forget import forgetful_attention
 from ovq.ops.next_step import settings_of
 from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
 from ovq.ops.precision import full_precision
@@ -54,6 +64,7 @@ def ovq_attention(
     rate: float | str = "count",
     value_weight: float = VALUE_WEIGHT,
     token_weights: Tensor | None = None,
+    log_forget: Tensor | None = None,
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, OVQState | None]:
@@ -99,6 +110,10 @@ def ovq_attention(
         token_weights: `[B, T, Hkv]` numbers of at least 0 (differentiable), what a token counts for in the
             sums and counts of its slot. A slot is read with the log of its total weight in the place of its
             log count. Tokens of the own chunk are read as if their weight were 1. None: 1 throughout.
+        log_forget: `[B, T, Hkv]` logs, at most 0 (differentiable), of the factor by which a token multiplies
+            the weight of everything before it in its row, tokens of its own chunk included; these then are
+            read with their weights too. Below -48 / chunk_size they count as that. None: nothing is
+            forgotten.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
             this processor; no float64), `"triton"` (kernels for GPUs; no float64, no merge `"updated"`)
@@ -141,7 +156,9 @@ def ovq_attention(
         backend=backend,
         scale=None if isinstance(scale, Tensor) else scale,
     )
-    if is_plain and isinstance(initial_state, OVQState) and output_final_state:
+    has_forgotten = isinstance(initial_state, OVQState) and initial_state.pending_forget is not None
+    forgets = log_forget is not None or has_forgotten
+    if is_plain and isinstance(initial_state, OVQState) and output_final_state and not forgets:
         found = _next_step(q, k, v, scale, initial_state, token_weights, settings)
         if found is not None:
             return found
@@ -159,7 +176,8 @@ def ovq_attention(
     )
     backends.check_name(backend)
     scale = checked_scale(scale, q)
-    is_stateless = initial_state is None and not output_final_state and token_weights is None
+    has_weights = token_weights is not None or log_forget is not None
+    is_stateless = initial_state is None and not output_final_state and not has_weights
     if torch.compiler.is_compiling() and is_stateless and _is_traced(backend, q, v, options):
         from ovq.ops.backends.triton.traced import attention
 
@@ -176,6 +194,7 @@ def ovq_attention(
         options,
         backend,
         token_weights,
+        log_forget,
     )
     if is_plain and state is not None and state._next is not None:
         state._next.settings = settings
@@ -227,8 +246,63 @@ def _attention(
     options: Options,
     backend: str,
     token_weights: Tensor | None,
+    log_forget: Tensor | None,
 ) -> tuple[Tensor, OVQState | None]:
     """`ovq_attention` after all arguments but those of rows and state have been checked."""
+    arguments = (q, k, v, scale, initial_state, output_final_state, attention_mask, cu_seqlens)
+    has_forgotten = isinstance(initial_state, OVQState) and initial_state.pending_forget is not None
+    if log_forget is not None or has_forgotten:
+        return _forgetful_attention(*arguments, options, backend, token_weights, log_forget)
+    return _run(*arguments, options, backend, token_weights)
+
+
+def _forgetful_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    initial_state: OVQState | None,
+    output_final_state: bool,
+    attention_mask: Tensor | RowBounds | None,
+    cu_seqlens: Tensor | None,
+    options: Options,
+    backend: str,
+    token_weights: Tensor | None,
+    log_forget: Tensor | None,
+) -> tuple[Tensor, OVQState | None]:
+    """A call of rows that forget, or have forgotten."""
+    rows = checked_rows(q, attention_mask, cu_seqlens)
+    if log_forget is None:
+        log_forget = torch.zeros(k.shape[:3], device=k.device)
+    logs = checked_log_forget(log_forget, k, rows, options)
+    own_options = dataclasses.replace(options, weighs_chunk=True)
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, state: OVQState, bounds: RowBounds | None, weights: Tensor
+    ) -> tuple[Tensor, OVQState | None]:
+        return _run(q, k, v, scale, state, True, bounds, None, own_options, backend, weights)
+
+    state = checked_state(initial_state, len(rows), k, v, options)
+    if token_weights is not None:
+        token_weights = checked_weights(token_weights, k, rows)
+    o, after = forgetful_attention(q, k, v, state, rows, options, token_weights, logs, attend)
+    return o, after if output_final_state else None
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    initial_state: OVQState | None,
+    output_final_state: bool,
+    attention_mask: Tensor | RowBounds | None,
+    cu_seqlens: Tensor | None,
+    options: Options,
+    backend: str,
+    token_weights: Tensor | None,
+) -> tuple[Tensor, OVQState | None]:
+    """A call by the backend that is asked for, or the fastest that can run it."""
     global _used
     call = checked_call(
         q,

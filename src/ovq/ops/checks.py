@@ -90,22 +90,9 @@ def checked_call(
     rows = checked_rows(q, attention_mask, cu_seqlens)
     if token_weights is not None and options.rate != "count":
         raise ValueError("token_weights: expected none with a constant rate, found some")
-    if initial_state is not None:
-        check_state(initial_state, len(rows), k, v, options)
-        state = initial_state
-    else:
-        state = OVQState.empty(
-            batch_size=len(rows),
-            num_kv_heads=k.shape[2],
-            key_dim=k.shape[3],
-            value_dim=v.shape[3],
-            num_slots=options.num_slots,
-            chunk_size=options.chunk_size,
-            dtype=q.dtype,
-            device=q.device,
-        )
+    state = checked_state(initial_state, len(rows), k, v, options)
     if token_weights is not None:
-        token_weights = _checked_weights(token_weights, k, rows)
+        token_weights = checked_weights(token_weights, k, rows)
         state = weighted(state)
     elif state.weight is not None:
         token_weights = torch.ones(k.shape[:3], dtype=state.weight.dtype, device=k.device)
@@ -122,7 +109,24 @@ def checked_call(
     )
 
 
-def _checked_weights(weights: Tensor, k: Tensor, rows: Rows) -> Tensor:
+def checked_state(state: OVQState | None, num_rows: int, k: Tensor, v: Tensor, options: Options) -> OVQState:
+    """The state that a call continues from: an empty one where none is given."""
+    if state is not None:
+        check_state(state, num_rows, k, v, options)
+        return state
+    return OVQState.empty(
+        batch_size=num_rows,
+        num_kv_heads=k.shape[2],
+        key_dim=k.shape[3],
+        value_dim=v.shape[3],
+        num_slots=options.num_slots,
+        chunk_size=options.chunk_size,
+        dtype=k.dtype,
+        device=k.device,
+    )
+
+
+def checked_weights(weights: Tensor, k: Tensor, rows: Rows) -> Tensor:
     """`token_weights` `[B, T, Hkv]` in the dtype of the sums; what padding holds does not matter."""
     shape = tuple(k.shape[:3])
     if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
@@ -253,8 +257,12 @@ def _check_parts(state: OVQState, dtype: torch.dtype) -> None:
         shapes |= {f"{name}_sum": ((*slots, dim), wide), f"pending_{name}s": ((*tokens, dim), dtype)}
     if state.weight is not None:
         shapes |= {"weight": (slots, wide), "pending_weights": (tokens, wide)}
-    elif state.pending_weights is not None:
-        raise ValueError("initial_state: pending_weights: expected none without weight, found some")
+        if state.pending_forget is not None:
+            shapes["pending_forget"] = ((rows, heads), wide)
+    else:
+        for name in ("pending_weights", "pending_forget"):
+            if getattr(state, name) is not None:
+                raise ValueError(f"initial_state: {name}: expected none without weight, found some")
     place = state.count.device
     for name, (shape, kind) in shapes.items():
         x = getattr(state, name)

@@ -16,7 +16,7 @@ from ovq.ops.options import NO_COSINE, NO_WEIGHT, TIE, TINY, Options
 from ovq.ops.precision import rounded
 from ovq.ops.random_init import random_priority
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import OVQState, divisor, log_mass, state_dtype, without_trace
+from ovq.ops.state import OVQState, divisor, log_mass, log_token_weights, state_dtype, without_trace
 
 
 @dataclasses.dataclass
@@ -173,7 +173,9 @@ def _naive_head(
         for j in range(len(chunk_k)):
             if start + j >= num_pending:
                 query = q[start + j - num_pending].to(wide)
-                outputs.append(_read(query, scale, head, chunk_k[: j + 1], chunk_v[: j + 1], options))
+                so_far = slice(start, start + j + 1)
+                seen = chunk_k[: j + 1], chunk_v[: j + 1], weights[so_far]
+                outputs.append(_read(query, scale, head, *seen, options))
         if len(chunk_k) == size:
             end = start + size
             chunk = _Chunk(chunk_k, chunk_v, weights[start:end], num_merged + end)
@@ -184,12 +186,20 @@ def _naive_head(
 
 
 def _read(
-    q: Tensor, scale: Tensor, head: _Head, chunk_k: Tensor, chunk_v: Tensor, options: Options
+    q: Tensor,
+    scale: Tensor,
+    head: _Head,
+    chunk_k: Tensor,
+    chunk_v: Tensor,
+    weights: Tensor,
+    options: Options,
 ) -> Tensor:
     """One token's outputs `[G, V]`: a softmax over the slots, biased by log count, and its chunk so far."""
+    # A token of the chunk is a slot of count 1, whose log is 0, unless it is read with its weight.
     keys, values, bias = chunk_k, chunk_v, torch.zeros(len(chunk_k), dtype=q.dtype, device=q.device)
+    if options.weighs_chunk:
+        bias = log_token_weights(weights)
     if head.count:
-        # A token of the chunk is a slot of count 1, whose log is the 0 above.
         keys = torch.cat([head.means(head.key_sum), chunk_k])
         values = torch.cat([head.means(head.value_sum), chunk_v])
         bias = torch.cat([log_mass(head.mass, q.dtype), bias])

@@ -8,7 +8,8 @@ from ovq.ops.schedule import GROWTHS
 # Scores that differ by less than this, relative to the lengths of the vectors, count as equal. Adding a
 # float64 sum in another order changes it by a hundredth of this, so repeated keys tie in every backend.
 TIE = 1e-12
-# Smallest length that is divided by: a vector of length 0 then has cosine 0 with every other.
+# Smallest length that is divided by: a vector of length 0 then has cosine 0 with every other. Also the least
+# weight with which a token is read in its own chunk, so that no query has nothing to read.
 TINY = 1e-30
 # Between these lengths, float32 products of two vectors neither vanish nor overflow. Where a key or the mean
 # of a slot is shorter or longer, but not zero, routing uses float64 from the start.
@@ -48,6 +49,7 @@ class Options:
         rate: how far a slot mean moves to a key merged into it: `"count"` (1 / count) or a constant share.
         value_weight: w, the weight of distances between values relative to those between keys in
             `merge="ward"` and `"ward-sqrt"`.
+        weighs_chunk: whether tokens of the own chunk are read with the log of their weights, as slots are.
     """
 
     num_slots: int
@@ -59,6 +61,7 @@ class Options:
     bias: str = "count"
     rate: float | str = "count"
     value_weight: float = VALUE_WEIGHT
+    weighs_chunk: bool = False
 
     def __post_init__(self) -> None:
         options = (("growth", GROWTHS), ("init", INITS), ("merge", MERGES), ("bias", BIASES))

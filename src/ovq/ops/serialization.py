@@ -6,6 +6,7 @@ Never pickle: a state file may come from anywhere.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,30 @@ FORMAT = "ovq-state"
 VERSION = "1"
 # The version of files of states with weights, which earlier versions would misread.
 WITH_WEIGHTS = "2"
+# Likewise, of states that forget.
+WITH_FORGETTING = "3"
 MAX_TOKENS = 2**62
 """Most tokens of a row: in a file with more, the int64 counts could overflow as the row continues."""
 STATE_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values", "num_seen")
 WEIGHT_TENSORS = ("weight", "pending_weights")
 """The tensors that a state has besides, where tokens have weights."""
+FORGET_TENSORS = ("pending_forget",)
+"""Those that it has besides these, where what was read earlier fades."""
 
 
-def names_of(has_weights: bool) -> tuple[str, ...]:
+def names_of(has_weights: bool, forgets: bool = False) -> tuple[str, ...]:
     """The names of a state's tensors.
 
     Example:
         >>> names_of(True)[-2:]
         ('weight', 'pending_weights')
     """
-    return STATE_TENSORS + (WEIGHT_TENSORS if has_weights else ())
+    return STATE_TENSORS + (WEIGHT_TENSORS if has_weights else ()) + (FORGET_TENSORS if forgets else ())
+
+
+def names_in(state: OVQState) -> tuple[str, ...]:
+    """The names of the tensors that a state has."""
+    return names_of(state.weight is not None, state.pending_forget is not None)
 
 
 def state_tensors(state: OVQState) -> dict[str, Tensor]:
@@ -49,13 +59,13 @@ def state_tensors(state: OVQState) -> dict[str, Tensor]:
         >>> sorted(state_tensors(state))
         ['count', 'key_sum', 'num_seen', 'pending_keys', 'pending_values', 'value_sum']
     """
-    names = names_of(state.weight is not None)
+    names = names_in(state)
     tensors = {name: getattr(state, name).detach().cpu().contiguous() for name in names}
     # Places beyond num_pending may hold tokens of another continuation, which must not reach the file.
     used = torch.arange(state.chunk_size) < state.num_pending[:, None]
     for name in names:
-        if name.startswith("pending"):
-            x = tensors[name]
+        x = tensors[name]
+        if name.startswith("pending") and x.dim() > 2:
             tensors[name] = x.masked_fill(~used.view(len(used), 1, -1, *[1] * (x.dim() - 3)), 0)
     return tensors
 
@@ -64,11 +74,17 @@ def save_state(state: OVQState, path: str | os.PathLike) -> None:
     """Write `state` to `path`; see `OVQState.save`."""
     metadata = {
         "format": FORMAT,
-        "version": VERSION if state.weight is None else WITH_WEIGHTS,
+        "version": _version_of(state),
         "num_slots": str(state.num_slots),
         "chunk_size": str(state.chunk_size),
     }
     write_file(path, state_tensors(state), metadata=metadata)
+
+
+def _version_of(state: OVQState) -> str:
+    if state.pending_forget is not None:
+        return WITH_FORGETTING
+    return VERSION if state.weight is None else WITH_WEIGHTS
 
 
 def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata: dict[str, str]) -> None:
@@ -106,7 +122,7 @@ def format_of(path: str | os.PathLike) -> str | None:
 
 
 def read_file(
-    path: str | os.PathLike, *, what: str, file_format: str, version: str, or_version: str | None = None
+    path: str | os.PathLike, *, what: str, file_format: str, version: str, or_versions: Sequence[str] = ()
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file, read only if its header says that it is one of ours.
 
@@ -115,7 +131,7 @@ def read_file(
         what: what it should be, for error messages.
         file_format: the `format` that its metadata must name.
         version: the `version` that its metadata must name.
-        or_version: another one that it may name.
+        or_versions: others that it may name.
 
     Raises:
         ValueError: if there is no such file, it is damaged, or it has another format or version.
@@ -127,7 +143,7 @@ def read_file(
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            versions = [version] if or_version is None else [version, or_version]
+            versions = [version, *or_versions]
             for name, expected in (("format", [file_format]), ("version", versions)):
                 if metadata.get(name) not in expected:
                     known = " or ".join(map(repr, expected))
@@ -143,9 +159,13 @@ def read_file(
 def load_state(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> OVQState:
     """Read and check the state at `path`; see `OVQState.load`."""
     metadata, tensors = read_file(
-        path, what="a saved OVQ state", file_format=FORMAT, version=VERSION, or_version=WITH_WEIGHTS
+        path,
+        what="a saved OVQ state",
+        file_format=FORMAT,
+        version=VERSION,
+        or_versions=(WITH_WEIGHTS, WITH_FORGETTING),
     )
-    names = names_of("weight" in tensors)
+    names = names_of("weight" in tensors, "pending_forget" in tensors)
     if set(tensors) != set(names):
         raise ValueError(f"{path}: expected tensors {sorted(names)}, found {sorted(tensors)}")
     # Earlier versions wrote these where they were not 0.
@@ -217,6 +237,12 @@ def check_tensors(where: str, tensors: dict[str, Tensor], *, num_slots: int, chu
     _check_open_slots(where, tensors)
     if "weight" in tensors:
         _check_weights(where, tensors, chunk_size)
+    if "pending_forget" in tensors:
+        x, wide = tensors["pending_forget"], tensors["key_sum"].dtype
+        expect(x.dtype == wide, f"pending_forget in {wide}", x.dtype)
+        expect(x.shape == (batch, heads), f"pending_forget of shape [{batch}, {heads}]", tuple(x.shape))
+        is_log = bool((x.isfinite() & (x <= 0)).all())
+        expect(is_log, "finite numbers of at most 0 in pending_forget", "others")
 
 
 def _check_weights(where: str, tensors: dict[str, Tensor], chunk_size: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.next_step import NextStep
-from ovq.ops.options import VALUE_WEIGHT, check_sizes
+from ovq.ops.options import TINY, VALUE_WEIGHT, check_sizes
 from ovq.ops.pending import PendingBuffers
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _ROW_TENSORS = (
     "pending_values",
     "weight",
     "pending_weights",
+    "pending_forget",
 )
 
 
@@ -52,6 +53,9 @@ class OVQState:
         weight: `[B, Hkv, M]` total weight of the tokens in each slot, in the dtype of the sums, where tokens
             were given weights (`token_weights` of `ovq_attention`); None where it is their count.
         pending_weights: `[B, Hkv, C]` weights of the pending tokens, likewise.
+        pending_forget: `[B, Hkv]` sum of `log_forget` of the pending tokens, where there is forgetting.
+            `weight` is then what slots weighed when the incomplete chunk began, and pending tokens weigh
+            more by as much as was forgotten up to them.
 
     Example:
         >>> import torch
@@ -76,6 +80,7 @@ class OVQState:
     chunk_size: int
     weight: Tensor | None = None
     pending_weights: Tensor | None = None
+    pending_forget: Tensor | None = None
     # The buffers in which decode steps keep the pending tokens, if there were such steps (`advanced`).
     _buffers: PendingBuffers | None = dataclasses.field(default=None, repr=False)
     # What the next decode step need not find out again.
@@ -274,6 +279,8 @@ class OVQState:
             raise ValueError("states: expected at least one state, found none")
         if any(state.weight is not None for state in states):
             states = [weighted(state) for state in states]
+        if any(state.pending_forget is not None for state in states):
+            states = [forgetting(state) for state in states]
         first = states[0]
         for other in states[1:]:
             for what in ("num_slots", "chunk_size"):
@@ -393,6 +400,11 @@ def log_mass(mass: Tensor, dtype: torch.dtype) -> Tensor:
     return divisor(mass, dtype).log().masked_fill(mass <= 0, -torch.inf)
 
 
+def log_token_weights(weights: Tensor) -> Tensor:
+    """What is added to the scores of tokens of the own chunk where these are read with their weights."""
+    return weights.clamp(min=TINY).log()
+
+
 def weighted(state: OVQState) -> OVQState:
     """`state` with weights: each token that was read without one has the weight 1."""
     if state.weight is not None:
@@ -400,6 +412,15 @@ def weighted(state: OVQState) -> OVQState:
     wide = state.key_sum.dtype
     ones = torch.ones(state.pending_keys.shape[:3], dtype=wide, device=state.count.device)
     return dataclasses.replace(state, weight=state.count.to(wide), pending_weights=ones)
+
+
+def forgetting(state: OVQState) -> OVQState:
+    """`state` as that of rows that forget; what it holds counts as it did."""
+    state = weighted(state)
+    if state.pending_forget is not None:
+        return state
+    zeros = torch.zeros(state.count.shape[:2], dtype=state.key_sum.dtype, device=state.count.device)
+    return dataclasses.replace(state, pending_forget=zeros)
 
 
 def with_capacity(state: OVQState, capacity: int) -> OVQState:

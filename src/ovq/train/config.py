@@ -80,6 +80,7 @@ class ModelArgs:
         rate: How far a slot moves towards a key merged into it, see `ovq.ops.ovq_attention`.
         value_weight: What values weigh beside keys where pairs are merged, see `ovq.ops.ovq_attention`.
         merge_gate: Whether an OVQ layer learns how much each token counts in the dictionary.
+        forget_gate: Whether an OVQ layer learns how fast what was read earlier fades.
         initializer_range: Standard deviation of the initial weights of the linear layers.
         embedding_std: Standard deviation of the initial embedding. At 1, a step of AdamW hardly turns an
             embedding. Tokens then stay as different as they were drawn, and the projections learn once, for
@@ -121,6 +122,7 @@ class ModelArgs:
     rate: float | str = defaults.RATE
     value_weight: float = defaults.VALUE_WEIGHT
     merge_gate: bool = defaults.MERGE_GATE
+    forget_gate: bool = defaults.FORGET_GATE
     initializer_range: float = SMALL_MODEL["initializer_range"]
     embedding_std: float = 1.0
     tie_word_embeddings: bool = False

@@ -34,7 +34,8 @@ def test_operators_are_what_pytorch_expects():
     torch.library.opcheck(library.row_bounds, (q, None, torch.tensor([0, 4, 5])))
     token = [x[:, :1] for x in (q, k, v)]
     places = torch.zeros(0, dtype=torch.int32)
-    torch.library.opcheck(decode.read_pending_and_slots, (*token, torch.ones(1), *empty_state(), places, 0))
+    arguments = (*token, torch.ones(1), *empty_state(), places, 0, None, None, False)
+    torch.library.opcheck(decode.read_pending_and_slots, arguments)
 
 
 SLOW = [pytest.param(rule, marks=pytest.mark.slow) for rule in ("ward", "ward-sqrt")]

@@ -197,3 +197,20 @@ def test_auto_takes_the_kernels_on_a_gpu_with_weights_too(monkeypatch):
     monkeypatch.setattr(backends, "_preferred", lambda call: ["triton", "torch"])
     ovq_attention(q, k, v, token_weights=weights, num_slots=4, chunk_size=3)
     assert backend_used() == "triton"
+
+
+@pytest.mark.parametrize(
+    "merge", [x if x == "existing" else pytest.param(x, marks=pytest.mark.slow) for x in RULES]
+)
+def test_tokens_that_forget(merge):
+    """Where tokens of the own chunk are read with their weights: whole, with gradients, and one by one."""
+    tensors = call(SMALL, "some zero")
+    draw = torch.rand(*tensors["token_weights"].shape, generator=torch.Generator().manual_seed(2))
+    tensors["log_forget"] = -2 * draw
+    options = {"num_slots": 4, "chunk_size": 4, "merge": merge}
+    expected = results("naive", tensors, options, [13])
+    assert_equal_results(results("triton", tensors, options, [13]), expected, BOUNDS[torch.float32])
+    with torch.no_grad():
+        o, state = decoded(tensors, None, "triton", scale=torch.linspace(1, 4, 2), **options)
+    torch.testing.assert_close(o, expected[0], rtol=1e-5, atol=1e-5)
+    assert_same_state(state, expected[1], tolerance=1e-6)

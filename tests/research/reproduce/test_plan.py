@@ -135,7 +135,8 @@ def test_figures_share_runs():
         usual = run_name(TINY.config(task))
         assert usual in names.pop(task) & names.pop(f"rivals-{task}") & names.pop(f"logn-{task}")
     language, needle, hybrids = (names.pop(name) for name in ("lm", "needle", "hybrids"))
-    assert language < hybrids
+    # All but the model that forgets.
+    assert len(language - hybrids) == 1
     assert not needle & hybrids
     assert language & names.pop("rivals-lm")
     assert hybrids & names.pop("rivals-lm-mamba2")

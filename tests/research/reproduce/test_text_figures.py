@@ -48,10 +48,10 @@ def made(preset, tmp_path_factory):
 
 def test_models_that_look_for_needles_have_learned_to(made):
     results, begun, out = made
-    # Five mixers a seed for each figure; OVQ has four lines in either, of the same models.
+    # Five mixers a seed for each figure; OVQ has four lines in either, of the same models. One more forgets.
     runs = {name: {row["run"] for row in results[name]["rows"]} for name in results}
-    assert {name: len(names) for name, names in runs.items()} == {"lm": 10, "needle": 5}
-    assert len(begun) == len(list(out.glob("runs/*"))) == 15
+    assert {name: len(names) for name, names in runs.items()} == {"lm": 12, "needle": 5}
+    assert len(begun) == len(list(out.glob("runs/*"))) == 17
     for name, share in (("lm", 0.0), ("needle", 1.0)):
         configs = [RunConfig.load(out / "runs" / run) for run in runs[name]]
         assert {config.task.needle_share for config in configs} == {share}
@@ -65,7 +65,7 @@ def test_losses_are_shown_by_octaves_of_positions_and_beside_full_attention(made
     assert list(lines) == [
         *("full attention", "OVQ, 4 slots", "OVQ, 16 slots"),
         *("OVQ, Ward-sqrt, 4 slots", "OVQ, Ward-sqrt, 16 slots"),
-        *("Gated DeltaNet", "Mamba2", "window alone"),
+        *("Gated DeltaNet", "Mamba2", "window alone", "OVQ, forget gate, Ward-sqrt, 4 slots"),
     ]
     for line in lines.values():
         assert [point.x for point in line] == [1024, 2048, 4096]
@@ -118,6 +118,8 @@ def test_each_line_is_evaluated_with_its_own_slots(made, name):
     slots = {row["line"]: row["num_slots"] for row in rows}
     few, many = (f"OVQ, {number} slots" for number in (4, 16))
     ours = {f"OVQ, Ward-sqrt, {number} slots": number for number in (4, 16)}
+    if name == "lm":
+        ours["OVQ, forget gate, Ward-sqrt, 4 slots"] = 4
     assert {line: number for line, number in slots.items() if number} == {few: 4, many: 16, **ours}
     rules = {row["line"]: row["merge"] for row in rows}
     assert {rules[line] for line in ours} == {"ward-sqrt"}
@@ -189,8 +191,11 @@ def test_longer_models_read_volumes_of_subwords():
     assert {line.config.mixer for line in figure.lines} == {
         *("full_attention", "ovq", "kvm", "gated_deltanet", "sliding_attention")
     }
-    rules = {(line.config.model.merge_gate, each.merge) for line in figure.lines for each in line.evaluations}
-    assert rules == {(False, None), (True, "ward-sqrt")}
+    gated = [line for line in figure.lines if line.config.model.merge_gate or line.config.model.forget_gate]
+    assert {line.config.mixer for line in gated} == {"ovq"}
+    assert len({line.label for line in gated}) == 2
+    for line in figure.lines:
+        assert {each.merge for each in line.evaluations} == {"ward-sqrt" if line in gated else None}
     # Bytes are tokens of the usual models; one of these is several.
     for made, factor in ((figure, 5), (get_figure("lm", CPU), 1)):
         sources = {(each.source.join_to / each.length) for line in made.lines for each in line.evaluations}

@@ -52,8 +52,8 @@ _VALIDATION_FACTOR = 4
 _NOTE = (
     "States have equal bytes: those of full dictionaries of OVQ, of KVM's slots and window, and of a window "
     "with sinks; the others have what they can at equal parameters. OVQ is trained by the paper's rule, and "
-    "by Ward-sqrt the same weights are asked. With a merge gate it is another model, trained with the "
-    "settings that are best without."
+    "by Ward-sqrt the same weights are asked. With a merge gate or a forget gate it is another model, "
+    "trained with the settings that are best without."
 )
 
 
@@ -81,6 +81,9 @@ def _contenders(preset: Preset, task: str, partner: str | None = None) -> Iterat
             yield _Contender(f"OVQ, Ward-sqrt, {slots}", usual, _RULE)
             yield _Contender(
                 f"OVQ, merge gate, Ward-sqrt, {slots}", config(mixer, merge_gate=True), _RULE, usual
+            )
+            yield _Contender(
+                f"OVQ, forget gate, Ward-sqrt, {slots}", config(mixer, forget_gate=True), _RULE, usual
             )
             continue
         fields = {"raven_slots": _raven_slots(preset, task)} if mixer == "raven" else {}

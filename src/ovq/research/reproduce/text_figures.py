@@ -36,6 +36,13 @@ class _Model(NamedTuple):
     merge: str | None = None
 
 
+def _forgetful(preset: Preset) -> _Model:
+    """OVQ with a forget gate beside windows."""
+    slots = preset.configs["lm"].model.num_slots
+    label = f"OVQ, forget gate, Ward-sqrt, {slots} slots"
+    return _Model(label, preset.config("lm", forget_gate=True), slots, BEST_MERGE)
+
+
 def of_corpus(
     make: Callable[[Preset], Figure], preset: Preset, *, dataset: str | None, held_out: float | None
 ) -> Figure:
@@ -57,7 +64,7 @@ def language(preset: Preset) -> Figure:
         preset,
         "lm",
         f"Loss of language models on held-out text ({preset.text_task('lm').dataset}), by position",
-        _models(preset, "lm"),
+        [*_models(preset, "lm"), _forgetful(preset)],
         relative_to=MIXER_NAMES["full_attention"],
     )
 
@@ -91,14 +98,12 @@ def longer(preset: Preset) -> Figure:
     usual = preset.configs["long"].model
     local = MIXER_NAMES[usual.mixer_types[0]]
     exact = f"{local} and full attention"
+    gated = f"{local} and OVQ, ", f", Ward-sqrt, {usual.num_slots} slots"
     models = [
         _Model(exact, preset.config("long", "full_attention")),
         # Trained by the paper's rule, like the layers with a gate that are compared with rivals.
-        _Model(
-            f"{local} and OVQ, merge gate, Ward-sqrt, {usual.num_slots} slots",
-            preset.config("long", merge_gate=True),
-            merge=BEST_MERGE,
-        ),
+        _Model(f"{gated[0]}merge gate{gated[1]}", preset.config("long", merge_gate=True), merge=BEST_MERGE),
+        _Model(f"{gated[0]}forget gate{gated[1]}", preset.config("long", forget_gate=True), merge=BEST_MERGE),
         _Model(f"{local} and {MIXER_NAMES['kvm']}", preset.config("long", "kvm")),
         _Model(f"{local} and {MIXER_NAMES['gated_deltanet']}", preset.config("long", "gated_deltanet")),
         _Model(f"{local} and windows", preset.config("long", "sliding_attention")),

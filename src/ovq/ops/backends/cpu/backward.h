@@ -62,7 +62,7 @@ static Share take_share(Arena *arena, const Call *call) {
     share.grad_v = TAKE(arena, float, SLOTS * value_ld(call));
     share.probs = TAKE(arena, float, READERS * SLOTS);
     share.grads = TAKE(arena, float, READERS * SLOTS);
-    share.sums = call->weight ? TAKE(arena, float, SLOTS) : nullptr;
+    share.sums = call->token_weights ? TAKE(arena, float, SLOTS) : nullptr;
     const int64_t pairs = HAS_PAIRS ? READERS / 2 : 0;
     share.prob_pairs = TAKE(arena, uint32_t, pairs * SLOTS);
     share.grad_pairs = TAKE(arena, uint32_t, pairs * SLOTS);
@@ -300,8 +300,9 @@ INLINE void deposit(float *out, const float *x, float factor, int64_t dim) {
 }
 
 /* The share of a tile in the gradient of the sums of `slots`, or of the chunk's own tokens. */
-static void collect_rows(const Call *call, const Rows *slots, int64_t row, int64_t head, int64_t at, int64_t num_rows,
-                         int is_tokens, Gradients *all, const Share *share) {
+static void collect_rows(const Call *call, const Rows *slots, const Rows *tokens, const Chunk *chunk, int64_t row,
+                         int64_t head, int64_t at, int64_t num_rows, int is_tokens, Gradients *all,
+                         const Share *share) {
     const Sums sums = sums_of(call, row, head);
     const Deposits deposits = deposits_of(call, row, head);
     for (int64_t i = at; i < least(at + SLOTS, num_rows); i++) {
@@ -310,6 +311,9 @@ static void collect_rows(const Call *call, const Rows *slots, int64_t row, int64
         if (is_tokens) {
             deposit(all->grad_k + i * key_ld(call), grad_k, 1, call->k.dim);
             deposit(all->grad_v + i * value_ld(call), grad_v, 1, call->v.dim);
+            if (call->weighs_chunk && tokens->weights[i] >= TOKEN_WEIGHT)
+                call->grad_weights[(chunk->index * call->width + i) * call->num_kv_heads + head] +=
+                    share->sums[i - at] / tokens->weights[i];
         } else {
             const float mass = mass_of(&sums, i), factor = fminf(1 / mass, FLT_MAX);
             /* Nobody reads a slot that weighs nothing. */

@@ -24,6 +24,7 @@ struct Call {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, width, capacity, num_threads;
     int64_t dtype, is_merge_updated;
     int64_t is_ward, is_sqrt; /* Whether pairs are merged, and whether by "ward-sqrt". */
+    int64_t weighs_chunk;     /* Whether tokens of the own chunk are read with the log of their weights. */
     double tie, value_weight;
     Tokens q, k, v, o;
     float *lse;         /* [num_chunks, width, H]: log of the sum of the exponentials of each query. */

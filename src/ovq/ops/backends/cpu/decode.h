@@ -22,6 +22,7 @@ struct Decode {
     /* Where tokens have weights: [R, Hkv], those of slots [R, Hkv, M], and of pending tokens [R, Hkv, C]; else NULL. */
     const float *token_weights, *weight;
     float *pending_weights;
+    int64_t weighs_chunk; /* Whether tokens of the own chunk are read with their weights. */
 };
 
 /* Rows that are read at once: they stay in the first-level cache for all queries of a group. */
@@ -182,8 +183,15 @@ static void decode_stream(const Decode *call, int64_t row, int64_t head) {
     }
     const int64_t begin = call->first_read ? call->first_read[row] : 0, from = first + begin;
     with_type(call->dtype, call->pending_keys, from * k, [=, x = (const float *)queries, y = &softmax[0]](auto *keys) {
-        absorb(call, x, keys, (decltype(keys))call->pending_values + from * v, nullptr, nullptr, place + 1 - begin,
-               y);
+        const int64_t num = place + 1 - begin;
+        float weights[num], ones[num];
+        for (int64_t i = 0; call->weighs_chunk && i < num; i++) {
+            weights[i] = fmaxf(call->pending_weights[from + i], 1e-30f);
+            ones[i] = 1;
+        }
+        /* Keys and values of tokens are not sums: they are divided by 1. */
+        absorb(call, x, keys, (decltype(keys))call->pending_values + from * v, nullptr,
+               call->weighs_chunk ? weights : nullptr, num, y, nullptr, nullptr, call->weighs_chunk ? ones : nullptr);
     });
     const int64_t slots = stream * call->capacity;
     absorb(call, queries, call->key_sum + slots * k, call->value_sum + slots * v, call->count + slots,

@@ -57,6 +57,7 @@ def _step(
     if token_weights is not None:
         token_weights = token_weights.contiguous()
         call.token_weights = token_weights.data_ptr()
+    call.weighs_chunk = options.weighs_chunk
     build.load().ovq_decode(ctypes.byref(call))
     return o, with_merged_chunks(after, completed(state, options), options)
 
@@ -112,6 +113,7 @@ class Decode(ctypes.Structure):
         ("first_read", ctypes.c_void_p),
         *((f"{name}_{of}", ctypes.c_int64) for name in ("q", "k", "v") for of in ("row", "head")),
         *((name, ctypes.c_void_p) for name in ("token_weights", "weight", "pending_weights")),
+        ("weighs_chunk", ctypes.c_int64),
     ]
 
 

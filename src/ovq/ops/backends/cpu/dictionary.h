@@ -31,9 +31,17 @@ struct Dictionary {
 
 /* Lengths are clamped to this before a division, here and in the reference. */
 #define TINY 1e-30
+/* The least weight with which a token of the own chunk is read, where it is read with its weight. */
+#define TOKEN_WEIGHT 1e-30f
 
 /* Too short or too long for float32 products, or not finite; zero is neither (`ORDINARY` of options.py). */
 INLINE int is_extreme(double length) { return !(length == 0 || (length >= 1e-15 && length <= 1e15)); }
+
+/* The same of a mass, by which distances are multiplied. It may be less where there is forgetting: what has faded so far
+   does not matter any more, and float64 throughout would take a hundred times as long. */
+INLINE int is_extreme_mass(double mass, int is_fading) {
+    return is_fading ? !(mass == 0 || (mass >= 1e-34 && mass <= 1e15)) : is_extreme(mass);
+}
 
 INLINE int64_t key_ld(const Call *call) { return padded(call->k.dim, VL); }
 INLINE int64_t value_ld(const Call *call) { return padded(call->v.dim, VL); }
@@ -258,7 +266,8 @@ static void load_chunk(Rows *tokens, const Call *call, int64_t chunk, int64_t he
     for (int64_t i = 0; !*tokens->is_finite && i < numbers; i++)
         if (!std::isfinite(tokens->values[i])) tokens->values[i] = 0;
     if (tokens->weights && !are_finite(tokens->keys, num * key_ld(call))) *tokens->is_finite = 0;
-    for (int64_t t = 0; t < num; t++) set_row(tokens, call, t, 0);
+    for (int64_t t = 0; t < num; t++)
+        set_row(tokens, call, t, call->weighs_chunk ? logf(fmaxf(tokens->weights[t], TOKEN_WEIGHT)) : 0);
     for (int64_t t = num; t < padded(num, NR); t++) clear_row(tokens, call, t);
 }
 

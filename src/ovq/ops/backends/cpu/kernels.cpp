@@ -144,7 +144,8 @@ static void backward_stream(const Call *call, int64_t row, int64_t head, const T
             const int64_t num = is_tokens ? chunk.num : chunk.before;
             backward_rows(call, is_tokens ? &shared->tokens : &dictionary->rows, head, at, num, is_tokens, &chunk, all,
                           &own->share);
-            collect_rows(call, &dictionary->rows, row, head, at, num, is_tokens, all, &own->share);
+            collect_rows(call, &dictionary->rows, &shared->tokens, &chunk, row, head, at, num, is_tokens, all,
+                         &own->share);
         }
         sync(team);
         if (team->rank == 0) write_gradients(call, &chunk, row, head, all, shares, team->size);

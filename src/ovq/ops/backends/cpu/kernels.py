@@ -242,6 +242,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
         *((name, ctypes.c_int64) for name in ("width", "capacity", "num_threads")),
         *((name, ctypes.c_int64) for name in ("dtype", "is_merge_updated", "is_ward", "is_sqrt")),
+        ("weighs_chunk", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("tie", "value_weight")),
         *((name, _Tokens) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count")),
@@ -306,6 +307,7 @@ def _call(
         is_merge_updated=options.merge == "updated",
         is_ward=options.merges_pairs,
         is_sqrt=options.merge == "ward-sqrt",
+        weighs_chunk=options.weighs_chunk,
         tie=TIE,
         value_weight=options.value_weight,
     )

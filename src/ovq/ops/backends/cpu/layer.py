@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ovq.ops.backends.cpu.decode import Decode, completed, slots_to_read, with_merged_chunks
 from ovq.ops.backends.cpu.kernels import DTYPES
 from ovq.ops.backends.cpu.tokens import call_kernel
+from ovq.ops.fading import LEAST_LOG, ended, faded, kept_step
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState, advanced
 
@@ -45,6 +47,22 @@ class LayerWeights(NamedTuple):
     taps: Tensor | None = None
 
 
+class Forgetting(NamedTuple):
+    """A forget gate, and what the tokens of incomplete chunks have forgotten.
+
+    Attributes:
+        weight: `[Hkv, D]`. bias: `[Hkv]`.
+        before: `[B, Hkv]` sums of logs before the new token. after: likewise, which the kernel fills in.
+        least_log: no token forgets more than this.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    before: Tensor
+    after: Tensor
+    least_log: float
+
+
 class TokenMemory(NamedTuple):
     """What one token of each row reads and becomes part of.
 
@@ -53,6 +71,7 @@ class TokenMemory(NamedTuple):
         finished: to be called after the kernel: the state with the new tokens.
         kept: tensors that the kernel needs.
         gate: `[Hkv, D]` weight of the merge gate; None without one.
+        forgetting: of a layer with a forget gate; None without one.
         before: keys and values `[B, Hkv, S, K]`, vectors of a head one after the other, to be copied to the
             exact tokens before the new one; None where they are there.
     """
@@ -61,19 +80,47 @@ class TokenMemory(NamedTuple):
     finished: Callable[[], Any]
     kept: Sequence[Any]
     gate: Tensor | None = None
+    forgetting: Forgetting | None = None
     before: tuple[Tensor, Tensor] | None = None
 
 
-def memory_of_slots(state: OVQState, options: Options, *, num_heads: int, gate: Tensor | None) -> TokenMemory:
-    """The memory of a state that has just been through a decode step; with weights if there is a gate."""
+def memory_of_slots(
+    state: OVQState,
+    options: Options,
+    *,
+    num_heads: int,
+    gate: Tensor | None,
+    forget_gate: tuple[Tensor, Tensor] | None = None,
+) -> TokenMemory:
+    """The memory of a state that has just been through a decode step; with weights if there is a gate.
+
+    Args:
+        state: the state.
+        options: those of the step.
+        num_heads: query heads.
+        gate: `[Hkv, D]` of the merge gate, or None.
+        forget_gate: `[Hkv, D]` and `[Hkv]` of the forget gate, or None.
+    """
     after = advanced(state)
     decode, kept = slots_to_read(after, state.num_seen, num_heads=num_heads)
+    decode.weighs_chunk = options.weighs_chunk
     complete = completed(state, options)
+    if forget_gate is None:
+        return TokenMemory(decode, lambda: with_merged_chunks(after, complete, options), kept, gate)
+    assert state.pending_forget is not None
+    before, now = state.pending_forget.contiguous(), torch.empty_like(state.pending_forget)
+    forgetting = Forgetting(*forget_gate, before, now, LEAST_LOG / options.chunk_size)
 
     def finished() -> OVQState:
-        return with_merged_chunks(after, complete, options)
+        if not complete:
+            return kept_step(dataclasses.replace(after, pending_forget=now), after)
+        is_complete = torch.zeros(len(now), dtype=torch.bool)
+        is_complete[complete] = True
+        frame = now * is_complete[:, None]
+        merged = with_merged_chunks(faded(after, frame), complete, options)
+        return ended(merged, now - frame, is_complete, options)
 
-    return TokenMemory(decode, finished, kept, gate)
+    return TokenMemory(decode, finished, kept, gate, forgetting)
 
 
 def memory_of_window(
@@ -154,6 +201,10 @@ def layer_to_run(
         call.cos, call.sin = tables[0].data_ptr(), tables[1].data_ptr()
     if memory.gate is not None:
         call.gate = memory.gate.data_ptr()
+    if (gate := memory.forgetting) is not None:
+        call.forget_gate, call.forget_bias = gate.weight.data_ptr(), gate.bias.data_ptr()
+        call.forgotten, call.forgotten_now = gate.before.data_ptr(), gate.after.data_ptr()
+        call.least_log = gate.least_log
     if memory.before is not None:
         keys, values = memory.before
         call.keys_before, call.values_before = keys.data_ptr(), values.data_ptr()
@@ -171,7 +222,7 @@ def run_layers(x: Tensor, layers: Sequence[LayerStep]) -> Tensor | None:
         layers: the layers, all of width D.
 
     Returns:
-        `[B, 1, D]`; None if a merge gate gives a weight that no token can have, as where `x` is not finite.
+        `[B, 1, D]`; None if gates give a weight that no token can have, as where `x` is not finite.
     """
     y = x.clone(memory_format=torch.contiguous_format)
     calls, num = (_Layer * len(layers))(*[layer.call for layer in layers]), len(layers)
@@ -188,7 +239,10 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("width", "inner", "num_taps")),
         *((name, ctypes.c_double) for name in ("mixer_eps", "mlp_eps")),
         *((name, ctypes.c_void_p) for name in ("mixer_norm", "qkv", "beta", "o", "mlp_norm", "gate_up")),
-        *((name, ctypes.c_void_p) for name in ("down", "gate", "cos", "sin", "taps", "past", "last")),
+        *((name, ctypes.c_void_p) for name in ("down", "gate", "forget_gate", "forget_bias", "forgotten")),
+        ("forgotten_now", ctypes.c_void_p),
+        ("least_log", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "taps", "past", "last")),
         *((name, ctypes.c_void_p) for name in ("keys_before", "values_before")),
         *(
             (name, ctypes.c_int64)

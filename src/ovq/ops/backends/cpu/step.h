@@ -115,6 +115,11 @@ struct Layer {
     double mixer_eps, mlp_eps;
     const float *mixer_norm, *qkv, *beta, *o, *mlp_norm, *gate_up, *down; /* Weights. */
     const float *gate;          /* [Hkv, width] of the merge gate, or NULL. */
+    /* Of the forget gate, [Hkv, width] and [Hkv], or NULL; what the pending tokens have forgotten before and with the new
+       one, [R, Hkv], and the least that a token may forget. */
+    const float *forget_gate, *forget_bias, *forgotten;
+    float *forgotten_now;
+    double least_log;
     const float *cos, *sin;     /* [K / 2] angles of the token, or NULL. */
     const float *taps, *past;   /* Of the convolution: [channels, taps], [R, channels, taps - 1]; NULL without one. */
     float *last;
@@ -167,6 +172,23 @@ static void make_heads(const Layer *layer, int64_t row, int64_t head, int64_t nu
         unit_vector(x + i * dim, layer->cos, layer->sin, dim, x + i * dim);
 }
 
+/* What the token of a row counts for in a head: what the gates say (docs/math.md, sections 8 and 10). */
+static float token_weight(const Layer *layer, const float *x, int64_t stream, int64_t head) {
+    float weight = 1;
+    if (layer->gate) {
+        const float y = long_dot(x, layer->gate + head * layer->width, layer->width);
+        weight = y > 0 ? 1 + y : 1 + expm1f(y);
+    }
+    if (layer->forget_gate) {
+        const float y = long_dot(x, layer->forget_gate + head * layer->width, layer->width) + layer->forget_bias[head];
+        const float log_sigmoid = fminf(y, 0) - log1pf(expf(-fabsf(y)));
+        const float sum = layer->forgotten[stream] + fmaxf(log_sigmoid, (float)layer->least_log);
+        layer->forgotten_now[stream] = sum;
+        weight *= expf(-sum);
+    }
+    return weight;
+}
+
 /* Copies vectors [num, dim] of a head to the beginning of its part of a dense tensor. */
 static void copy_before(const float *from, int64_t num, int64_t dim, void *to, int64_t place) {
     memcpy((float *)to + place * dim, from, sizeof(float) * num * dim);
@@ -180,9 +202,9 @@ static void read_stream(const Layer *layer, const Decode *memory, int64_t row, i
     make_heads(layer, row, head * group, group, 1, made.channels);
     make_heads(layer, row, first + head, 1, 1, made.channels);
     make_heads(layer, row, first + num_kv + head, 1, 0, made.channels);
-    if (layer->gate) {
-        const float x = long_dot(made.normed + row * layer->width, layer->gate + head * layer->width, layer->width);
-        const float weight = made.weights[stream] = x > 0 ? 1 + x : 1 + expm1f(x);
+    if (layer->gate || layer->forget_gate) {
+        const float weight = token_weight(layer, made.normed + row * layer->width, stream, head);
+        made.weights[stream] = weight;
         if (!(weight >= 0 && weight < INFINITY)) __atomic_store_n(is_spoilt, 1, __ATOMIC_RELAXED);
     }
     if (layer->keys_before) {
@@ -209,7 +231,7 @@ static void step_layer(Worker worker, const Layer *layer, char *scratch, float *
     memory.q_head = memory.k_head = memory.v_head = dim;
     memory.o = made.read;
     memory.scale = made.scale;
-    memory.token_weights = layer->gate ? made.weights : nullptr;
+    memory.token_weights = layer->gate || layer->forget_gate ? made.weights : nullptr;
     normalise(worker, rows, width, layer->mixer_eps, x, layer->mixer_norm, made.normed);
     for (int64_t h = 0; worker.rank == 0 && h < num_heads; h++) made.scale[h] = layer->beta[h] * (float)sqrt((double)dim);
     multiply(worker, rows, width, num_channels, made.normed, layer->qkv, nullptr, made.channels);

@@ -63,10 +63,14 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         const double square = keys + factor * values;
         if (std::isfinite(square)) longest = fmax(longest, square);
         ward->is_wide |= is_extreme(sqrt(keys)) || is_extreme(sqrt(values)) || is_extreme(sqrt(factor * values));
-        ward->is_wide |= is_extreme(i < num ? mass_of(sums, i) : token_mass(items.tokens, i - num));
+        ward->is_wide |= is_extreme_mass(i < num ? mass_of(sums, i) : token_mass(items.tokens, i - num),
+                                         (int)call->weighs_chunk);
     }
     ward->unit = ward->is_wide && longest > 0 ? longest : 1;
     ward->tie = call->tie * longest / ward->unit;
+    /* No two items are further apart than twice the longest. */
+    ward->free_mass = call->weighs_chunk ? call->tie * (1 - 1e-6) / 4 : 0;
+    if (call->is_sqrt) ward->free_mass *= ward->free_mass;
     for (int64_t j = 0; j < n; j++) {
         const int64_t t = j - ward->first_token;
         const int is_slot = j < num, is_token = t >= 0 && t < size;

@@ -24,6 +24,7 @@ struct Ward {
     int is_wide;         /* Whether float32 products mean nothing for this chunk. */
     double value_factor; /* g^2 = w^2 / s_v: what squared distances of values are multiplied with. */
     double tie;
+    double free_mass;    /* Items of no more cost nothing. */
     double unit;         /* What exact costs are divided by: 1, or what makes extreme ones fit into floats. */
     float keep, rough_keep; /* 1 - the relative rounding error of an estimate, by either kind of product. */
     int is_rough;        /* Whether rough products will do for this chunk. */
@@ -105,8 +106,9 @@ static Ward take_ward(Arena *arena, const Call *call) {
 
 INLINE double token_mass(const Rows *tokens, int64_t t) { return tokens->weights ? tokens->weights[t] : 1; }
 
-/* Whether it costs nothing to merge an item with any other, and no product is needed to know it. */
-INLINE int is_weightless(const Ward *ward, int64_t i) { return ward->mass[i] == 0 && !ward->is_wide; }
+/* Whether it costs nothing to merge an item with any other, and no product is needed to know it: it weighs nothing, or so
+   little that however far another is, the cost is within rounding of zero. */
+INLINE int is_weightless(const Ward *ward, int64_t i) { return ward->mass[i] <= ward->free_mass && !ward->is_wide; }
 
 /* The next float below, and above, a double. */
 INLINE float below(double x) {

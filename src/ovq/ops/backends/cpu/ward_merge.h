@@ -227,11 +227,15 @@ INLINE void release_row(Ward *ward, int64_t i) {
     ward->row[i] = -1;
 }
 
+/* An item of less than so many times the mass of another moves the mean of the two by less than ties. */
+#define NEGLIGIBLE 1e-14
+
 /* Merge item b into item a, the lower one: into a new column, with its mean, mass and row. */
 static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     Ward *ward = items.ward;
-    if (is_weightless(ward, b)) {
+    if (is_weightless(ward, b) && ward->mass[b] <= NEGLIGIBLE * ward->mass[a]) {
         /* Item a stays as it is. */
+        ward->mass[a] += ward->mass[b];
         release_row(ward, b);
         ward->into[b] = (int32_t)a;
         ward->bound[b] = INFINITY;
@@ -262,6 +266,11 @@ static void merge_pair(const Items &items, int64_t a, int64_t b, double cost) {
     /* What counts as 0 may be as much as a tie; and of items that cost so little, the first pair need not be the cheapest. */
     const float height = above(fmax(cost, ward->tie)), floor = below(ward->is_weighted ? cost - ward->tie : cost);
     ward->bound[m] = (ward->is_sqrt ? NEARER : 1) * floor;
+    if (is_weightless(ward, m)) {
+        ward->bound[m] = 0;
+        ward->square[m] = INFINITY;
+        ward->count[m] = 1;
+    }
     if (is_unsure(ward, a, b)) {
         release_row(ward, a);
         release_row(ward, b);

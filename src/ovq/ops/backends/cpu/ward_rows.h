@@ -34,9 +34,9 @@ INLINE float lowest_value(const float *x, int64_t n) {
     return lowest_lane(best);
 }
 
-/* What squared distances of two items are multiplied with. */
+/* What squared distances of two items are multiplied with; the product of the two might vanish. */
 INLINE Vector weight_of(Vector count, Vector other, int is_sqrt) {
-    const Vector weight = count * other / (count + other);
+    const Vector weight = count * (other / (count + other));
     return is_sqrt ? square_root(weight) : weight;
 }
 

@@ -26,6 +26,7 @@ from ovq.ops.backends.torch.merge import CompleteChunk, MergedSlots, Snapshot, m
 from ovq.ops.backends.torch.read import Reader
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
+from ovq.ops.options import TINY
 
 
 def chunk_attention(
@@ -165,7 +166,7 @@ def _forward_group(
         num_streams=group.num_streams, max_slots=group.plan.capacity, options=options, like=sums.key_sum
     )
     for step in group.steps():
-        reader.load(step, inputs.k, inputs.v, sums)
+        reader.load(step, inputs.k, inputs.v, sums, inputs.token_weights)
         for block in step.blocks:
             step.put(o, reader.read(step, block, inputs.q, inputs.scale), block)
         if step.num_complete:
@@ -202,20 +203,31 @@ class _Backward:
             # The gradient of the step's tokens, both as candidates of its queries and as parts of the sums.
             grad_k = self._sums.key_sum.new_zeros(step.num_streams, step.num_tokens, saved.k.shape[-1])
             grad_v = self._sums.key_sum.new_zeros(step.num_streams, step.num_tokens, saved.v.shape[-1])
+            grad_w = None
+            if saved.token_weights is not None:
+                grad_w = self._sums.key_sum.new_zeros(step.num_streams, step.num_tokens)
             if step.num_complete:
-                self._take_back(step, kept, grad_k, grad_v)
+                self._take_back(step, kept, grad_k, grad_v, grad_w)
             # 3. Backward of the read from the dictionary that the chunk's queries saw.
-            self._reader.load(step, saved.k, saved.v, self._sums)
+            self._reader.load(step, saved.k, saved.v, self._sums, saved.token_weights)
             for block in step.blocks:
-                self._block(step, block, grad_k, grad_v)
+                self._block(step, block, grad_k, grad_v, grad_w)
             step.put(grads.k, grad_k, step.tokens)
             step.put(grads.v, grad_v, step.tokens)
+            if grad_w is not None:
+                assert grads.token_weights is not None
+                step.put(grads.token_weights, grad_w[..., None], step.tokens)
 
     def _take_back(
-        self, step: Step, kept: list[MergedSlots | Snapshot], grad_k: Tensor, grad_v: Tensor
+        self,
+        step: Step,
+        kept: list[MergedSlots | Snapshot],
+        grad_k: Tensor,
+        grad_v: Tensor,
+        grad_w: Tensor | None,
     ) -> None:
         """Undo the merge of a step's complete chunks; what their tokens get of the sums is added to
-        `grad_k` and `grad_v`."""
+        `grad_k`, `grad_v` and `grad_w`."""
         saved, sums, deposits, s = self._saved, self._sums, self._deposits, step.num_complete
         chunk = CompleteChunk.of(step, saved.k, saved.v, saved.token_weights, sums.key_sum.dtype)
         # 1. The tokens of the chunk get the gradient of the sums that they were added to.
@@ -228,12 +240,11 @@ class _Backward:
             grad_v[:s] += own_v
         else:
             assert deposits.weight is not None
-            assert self._grads.token_weights is not None
+            assert grad_w is not None
             grad_k[:s] += chunk.weights[..., None] * own_k
             grad_v[:s] += chunk.weights[..., None] * own_v
-            grad_w = (own_k * chunk.keys).sum(-1) + (own_v * chunk.values).sum(-1)
-            grad_w += deposits.weight.view(-1)[index].view_as(grad_w)
-            step.put_complete(self._grads.token_weights, grad_w[..., None])
+            grad_w[:s] += (own_k * chunk.keys).sum(-1) + (own_v * chunk.values).sum(-1)
+            grad_w[:s] += deposits.weight.view(-1)[index].view(s, -1)
         # 2. Rewind to the dictionary before, without the slots that the chunk opened.
         undo = kept.pop() if kept else None
         if isinstance(undo, Snapshot):
@@ -248,7 +259,7 @@ class _Backward:
         if isinstance(undo, MergedSlots):
             part_slots(sums, deposits, undo)
 
-    def _block(self, step: Step, block: slice, grad_k: Tensor, grad_v: Tensor) -> None:
+    def _block(self, step: Step, block: slice, grad_k: Tensor, grad_v: Tensor, grad_w: Tensor | None) -> None:
         """Gradients of one block's softmax; those of its candidates are added to the buffers for them."""
         saved, grads, reader, wide = self._saved, self._grads, self._reader, self._wide
         probs = reader.attend(step, block, saved.q, saved.scale)
@@ -274,6 +285,12 @@ class _Backward:
                 rows = slice(block.stop - tokens.stop, block.stop - tokens.start)
                 grad_k[:, tokens] += grad_keys[:, rows]
                 grad_v[:, tokens] += grad_values[:, rows]
+                if grad_w is not None and self._group.plan.options.weighs_chunk:
+                    # The log of its weight is in the score of a token.
+                    assert saved.token_weights is not None
+                    weights = step.take(saved.token_weights)[:, tokens, 0]
+                    of_scores = grad_scores[..., rows].sum(1, dtype=wide) / weights.clamp(min=TINY)
+                    grad_w[:, tokens] += of_scores.masked_fill(weights < TINY, 0)
         slots = slice(block.stop, block.stop + step.num_slots)
         of_keys, of_values = grad_keys[:, slots].to(wide), grad_values[:, slots].to(wide)
         self._deposit(step, of_keys, of_values, grad_scores[..., slots])

@@ -20,7 +20,16 @@ from ovq.ops.backends.torch.route import Router, padded_slots
 from ovq.ops.call import Call
 from ovq.ops.options import Options
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import OVQState, advanced, divisor, log_mass, replaced, slot_means, with_capacity
+from ovq.ops.state import (
+    OVQState,
+    advanced,
+    divisor,
+    log_mass,
+    log_token_weights,
+    replaced,
+    slot_means,
+    with_capacity,
+)
 
 # From states, their numbers of slots before and after, and the options: dictionaries with the chunks merged.
 Learn = Callable[[OVQState, list[int], list[int], Options], Dictionary]
@@ -72,6 +81,9 @@ def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
 
     recent_keys, recent_values = streams(keys[:, :, :used]), streams(values[:, :, :used])
     scores = torch.bmm(queries, recent_keys.transpose(1, 2))
+    if options.weighs_chunk:
+        assert state.pending_weights is not None
+        scores += streams(log_token_weights(state.pending_weights[:, :, :used]))[:, None]
     has_norm = options.bias == "count+norm"
     if has_norm:
         half_scales = scale.view(num_kv_heads, -1, 1).repeat(batch, 1, 1) / 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -12,18 +14,30 @@ from ovq.ops.backends.torch.constant_rate import moved
 from ovq.ops.backends.torch.merge import CompleteChunk, MergedSlots, Snapshot, merge_chunk
 from ovq.ops.backends.torch.route import Router, padded_slots
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
+from ovq.ops.fading import bounding_factor
 from ovq.ops.state import slot_means
 
 
-def learn(k: Tensor, v: Tensor, sums: Dictionary, plan: Plan, token_weights: Tensor | None = None) -> Learned:
-    """Merge all complete chunks, in place; see `Learn`."""
+def learn(
+    k: Tensor,
+    v: Tensor,
+    sums: Dictionary,
+    plan: Plan,
+    token_weights: Tensor | None = None,
+    log_fading: Tensor | None = None,
+) -> Learned:
+    """Merge all complete chunks, in place; see `Learn`.
+
+    With `log_fading` `[num_chunks, 1, Hkv, 1]`, the weights of slots and of tokens are multiplied by numbers
+    of these logs when a chunk is complete.
+    """
     slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
     by_chunk = None
     if plan.options.merges_pairs:
         stay = torch.arange(sums.count.shape[2], dtype=torch.int32, device=k.device)
         by_chunk = stay.repeat(k.shape[0], 1, k.shape[2], 1)
     for group in groups_of(plan, k.device):
-        _learn_group(group, (k, v, token_weights), group.dictionary(sums), slots, by_chunk)
+        _learn_group(group, (k, v, token_weights), group.dictionary(sums), slots, by_chunk, log_fading)
     return Learned(slots[..., 0], None if by_chunk is None else by_chunk[:, 0])
 
 
@@ -33,6 +47,7 @@ def _learn_group(
     sums: Dictionary,
     slots: Tensor,
     by_chunk: Tensor | None,
+    log_fading: Tensor | None,
 ) -> None:
     """Merge the chunks of a group, in order; fills `slots` and, where pairs are merged, `by_chunk`."""
     options, capacity = group.plan.options, group.plan.capacity
@@ -42,6 +57,11 @@ def _learn_group(
         if not s:
             continue
         chunk = CompleteChunk.of(step, *tensors, sums.key_sum.dtype)
+        if log_fading is not None:
+            factor = step.take(log_fading)[:s, :, 0].exp()
+            _multiply(sums, factor)
+            assert chunk.weights is not None
+            chunk = dataclasses.replace(chunk, weights=chunk.weights * factor)
         missing = padded_slots(capacity) - capacity
         means = torch.nn.functional.pad(slot_means(sums.key_sum[:s], sums.mass[:s]), (0, 0, 0, missing))
         if isinstance(options.rate, str):
@@ -57,7 +77,20 @@ def _learn_group(
             after = moved(part, chosen, router.is_opener, chunk.keys, chunk.values, options.rate)
             for name in ("key_sum", "value_sum", "count"):
                 getattr(part, name).copy_(getattr(after, name))
+        if log_fading is not None:
+            assert sums.weight is not None
+            bound = bounding_factor(sums.weight[:s], frees_slots=options.merges_pairs)
+            if bound is not None:
+                _multiply(sums, bound)
         step.put_complete(slots, chosen[..., None])
+
+
+def _multiply(sums: Dictionary, factor: Tensor) -> None:
+    """Multiply the weights of the first slots by factors `[S, 1]` or `[S, M]`, in place."""
+    assert sums.weight is not None
+    sums.weight[: len(factor)] *= factor
+    for x in (sums.key_sum, sums.value_sum):
+        x[: len(factor)] *= factor[..., None]
 
 
 def _put_moves(step: Step, by_chunk: Tensor, kept: MergedSlots | Snapshot) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.torch.route import padded_slots
 from ovq.ops.backends.torch.streams import Group, Step, block_size
-from ovq.ops.state import divisor, log_mass
+from ovq.ops.state import divisor, log_mass, log_token_weights
 
 
 def without_spoilt(values: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -70,14 +70,20 @@ class Reader:
         self._future = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
         self._causal = q.new_zeros(block, block).masked_fill_(self._future, -torch.inf)
         self._has_norm = plan.options.bias == "count+norm"
+        self._token_bias: Tensor | None = None
+        if plan.options.weighs_chunk:
+            self._token_bias = q.new_zeros(group.num_streams, self._width)
 
-    def load(self, step: Step, k: Tensor, v: Tensor, sums: Dictionary) -> None:
+    def load(
+        self, step: Step, k: Tensor, v: Tensor, sums: Dictionary, token_weights: Tensor | None = None
+    ) -> None:
         """Put the step's keys and values and the current means side by side.
 
         Args:
             step: the step.
             k: all keys. v: all values.
             sums: the dictionaries that its queries see.
+            token_weights: all weights, where tokens of the own chunk are read with them.
         """
         s, n, width = step.num_streams, step.num_slots, self._width
         chunk_keys, chunk_values = step.take(k), step.take(v)
@@ -87,6 +93,9 @@ class Reader:
             rows = slice(width - block.stop, width - block.start)
             self._keys[:s, rows] = chunk_keys[:, block]
             self._values[:s, rows] = values[:, block]
+            if self._token_bias is not None:
+                assert token_weights is not None
+                self._token_bias[:s, rows] = log_token_weights(step.take(token_weights)[:, block, 0])
         mass = sums.mass[:s, :n]
         # log 0 = -inf excludes spare slots. Their keys and values are zero, or finite and out of date.
         self._bias[:s, 0, 0, :n] = log_mass(mass, self._wide)
@@ -118,6 +127,9 @@ class Reader:
         by_token[..., :size] = self._causal[:size, :size]
         by_token[..., size : block.stop] = 0
         by_token[..., block.stop :] = self._bias[: step.num_streams, ..., : self._rows - self._width]
+        if self._token_bias is not None:
+            own = self._token_bias[: step.num_streams, self._width - block.stop :]
+            by_token[..., : block.stop] += own[:, None, None]
         if self._has_norm:
             half_norms = self.half_norms(step, block)[:, None, None]
             by_token.sub_(step.scales(scale)[:, :, None, None] * half_norms)

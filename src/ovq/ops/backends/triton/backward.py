@@ -29,13 +29,14 @@ def _grad_scores(probs, grad_o, values, delta):
 
 @triton.jit(do_not_specialize=["first"])
 def grad_queries(
-    q, k, v, scale, table, snap_keys, snap_values, snap_bias, o, grad_o, lse, delta, grad_q, grad_scale,
-    first, W, H, G, K, V, M, QB,
+    q, k, v, scale, table, snap_keys, snap_values, snap_bias, own_bias, o, grad_o, lse, delta, grad_q,
+    grad_scale, first, W, H, G, K, V, M, QB,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries of one head; grid (chunks of the segment times blocks, query heads).
 
     Args:
+        own_bias: as in `read`.
         delta: `[num_chunks, H, W]` receives sum(o do) of each query.
         grad_q: `[num_chunks, W, H, K]`.
         grad_scale: `[num_chunks, QB, H]` receives each block's part of the gradient of the scale.
@@ -77,6 +78,8 @@ def grad_queries(
             keys = rows(k, source, own < tokens, K, BK)
             values = rows(v, source, own < tokens, V, BV)
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * (factor * LOG2E)
+            if own_bias is not None:
+                scores += tl.load(own_bias + source, mask=own < tokens, other=0.0)[None, :]
             scores = tl.where(own[None, :] <= t[:, None], scores, -float("inf"))
             probs = tl.exp2(scores - total[:, None])
             acc = dot(_grad_scores(probs, grads, values, own_delta), keys, acc)
@@ -178,8 +181,8 @@ def _traced(x, weights):
 @triton.jit(do_not_specialize=["first"])
 def grad_tokens(
     q, k, v, scale, table, grad_o, lse, delta, deposit_keys, deposit_values, grad_k, grad_v,
-    token_weights, deposit_weights, grad_weights, first, W, H, G, K, V, TB,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    token_weights, own_bias, deposit_weights, grad_weights, first, W, H, G, K, V, TB,
+    LEAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of a chunk's keys and values; grid (chunks times blocks, key/value heads).
 
@@ -188,7 +191,7 @@ def grad_tokens(
             from the sum that it was added to. deposit_values: likewise.
         grad_k: `[num_chunks, W, H / G, K]`. grad_v: likewise.
         token_weights: `[num_chunks, W, H / G]`; deposit_weights: `[entries, H / G, W]`, the gradient of the
-            weight of each token's slot; grad_weights: as token_weights. None without.
+            weight of each token's slot; grad_weights: as token_weights. None without. own_bias: as in `read`.
     """
     index = tl.program_id(0) // TB
     begin = tl.program_id(0) % TB * BN
@@ -212,16 +215,22 @@ def grad_tokens(
             of_weights = tl.load(deposit_weights + source, mask=was_added, other=0.0)
             of_weights += tl.sum(own_keys * _traced(keys, weights), 1)
             of_weights += tl.sum(own_values * _traced(values, weights), 1)
-            tl.store(grad_weights + place, of_weights, mask=is_token)
             own_keys *= weights[:, None]
             own_values *= weights[:, None]
         bias = tl.where(is_token, 0.0, -float("inf"))
-        unused = tl.zeros([BN], tl.float32)
+        if own_bias is not None:
+            bias = tl.load(own_bias + place, mask=is_token, other=-float("inf"))
+        of_scores = tl.zeros([BN], tl.float32)
         for g in range(0, G):
             for start in range(begin // BM * BM, tokens, BM):
-                own_keys, own_values, unused = _from_queries(
-                    keys, values, bias, own_keys, own_values, unused, own, q, grad_o, scale, lse, delta,
-                    chunk, head * G + g, start, tokens, W, H, K, V, True, False, BM, BK, BV,
+                own_keys, own_values, of_scores = _from_queries(
+                    keys, values, bias, own_keys, own_values, of_scores, own, q, grad_o, scale, lse, delta,
+                    chunk, head * G + g, start, tokens, W, H, K, V, True, own_bias is not None, BM, BK, BV,
                 )  # fmt: skip
+        if token_weights is not None:
+            if own_bias is not None:
+                # The log of the weight is in the score, unless there is less than can be read.
+                of_weights += tl.where(weights >= LEAST, of_scores * tl.exp2(-bias), 0.0)
+            tl.store(grad_weights + place, of_weights, mask=is_token)
         put_rows(grad_k, place, own_keys, is_token, K, BK)
         put_rows(grad_v, place, own_values, is_token, V, BV)

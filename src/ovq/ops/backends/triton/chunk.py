@@ -58,7 +58,7 @@ class _ChunkAttention(torch.autograd.Function):
         weights = kept = gone = None
         if token_weights is not None:
             kept = Kept.empty(ctx.work, k, v) if has_backward else None
-            weights = Weights(token_weights.squeeze(-1).contiguous(), kept)
+            weights = Weights(token_weights.squeeze(-1).contiguous(), kept, plan.options.weighs_chunk)
         # Slots merged into others cannot be taken out again without what was in them.
         if plan.options.merges_pairs and has_backward:
             gone = Gone.empty(ctx.work, k, v, is_kept=True, has_weights=weights is not None)
@@ -85,7 +85,8 @@ class _ChunkAttention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         q, k, v, scale, o, lse, slots, *parts = ctx.saved_tensors
         key_sum, value_sum, count, weight, tokens, *parts = parts
-        weights = None if tokens is None else Weights(tokens, Kept(*parts[:4]))
+        is_read = ctx.work.options.weighs_chunk
+        weights = None if tokens is None else Weights(tokens, Kept(*parts[:4]), is_read)
         saved = Saved(q, k, v, scale, o, lse, slots, Gone(*parts[4:]) if parts[4:] else None, weights)
         final = Dictionary(key_sum, value_sum, count, weight)
         grad_o = torch.zeros_like(saved.o) if grad_o is None else grad_o.contiguous()

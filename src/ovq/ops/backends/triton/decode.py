@@ -21,7 +21,7 @@ from ovq.ops.backends.triton.launch import recurrence_of
 from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import Work
 from ovq.ops.call import Call, Rows
-from ovq.ops.options import Options
+from ovq.ops.options import TINY, Options
 from ovq.ops.state import OVQState, advanced, replaced, with_capacity
 
 # Programs per multiprocessor: enough loads in flight to use the full memory bandwidth.
@@ -47,7 +47,8 @@ def _absorb(scores, values, top, total, acc):
 def read_token(
     q, k, v, scale, key_sum, value_sum, mass, pending_keys, pending_values, token_weights, pending_weights,
     places, tops, totals, accs, arrived, o, pending, H, G, K, V, M, C, PER, SPLITS,
-    IS_EVEN: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    IS_EVEN: tl.constexpr, LEAST: tl.constexpr, GP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
     """The read of one token; grid (streams, SPLITS), the last split for the tokens of the chunk.
 
@@ -62,6 +63,7 @@ def read_token(
         o: `[R, H * G, V]`.
         pending: pending tokens of each row, if the numbers are equal (IS_EVEN).
         PER: slots per split.
+        LEAST: the least weight with which tokens of the chunk are read; None where they are read without.
     """
     stream = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -98,12 +100,17 @@ def read_token(
         if token_weights is not None:
             tl.store(pending_weights + stream * C + num, tl.load(token_weights + stream))
         newest = tl.sum(queries * key.to(tl.float32), 1)[:, None]
+        if LEAST is not None:
+            newest += tl.log2(tl.maximum(tl.load(token_weights + stream), LEAST))
         top, total, acc = _absorb(newest, value.to(tl.float32), top, total, acc)
         for start in range(0, num, BN):
             t = start + tl.arange(0, BN)
             keys = rows(pending_keys, stream * C + t, t < num, K, BK).to(tl.float32)
             values = rows(pending_values, stream * C + t, t < num, V, BV).to(tl.float32)
             scores = tl.sum(queries[:, None, :] * keys[None, :, :], 2)
+            if LEAST is not None:
+                weights = tl.load(pending_weights + stream * C + t, mask=t < num, other=1.0)
+                scores += tl.log2(tl.maximum(weights, LEAST))[None, :]
             scores = tl.where((t < num)[None, :], scores, -float("inf"))
             top, total, acc = _absorb(scores, values, top, total, acc)
     part = (stream * SPLITS + split) * GP + g
@@ -147,7 +154,7 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
         buffers = (after.pending_keys, after.pending_values)
         o = read_pending_and_slots(
             q, call.k, call.v, call.scale, *sums, *buffers, places, pending[0], call.token_weights,
-            after.pending_weights,
+            after.pending_weights, options.weighs_chunk,
         )  # fmt: skip
         return o, _merged(after, complete, options) if complete else after
 
@@ -169,6 +176,7 @@ def read_pending_and_slots(
     # that are as the defaults say.
     token_weights: Tensor | None,
     pending_weights: Tensor | None,
+    weighs_chunk: bool,
 ) -> Tensor:
     """The read of one token per row; also writes that token into the pending buffers.
 
@@ -179,6 +187,7 @@ def read_pending_and_slots(
         places: `[B]` int32, the place that the token of each row is written to; `[0]` if all go to `pending`.
         pending: the place of all rows in that case.
         token_weights: `[B, 1, Hkv]`. pending_weights: `[B, Hkv, C]`. None without.
+        weighs_chunk: whether tokens of the own chunk are read with their weights.
 
     Returns:
         Outputs `[B, 1, H, V]`.
@@ -209,8 +218,8 @@ def read_pending_and_slots(
         places, tops[0], tops[1], accs,
         _arrived(q.device, _cuda_stream(q.device), streams), o, pending,
         num_kv_heads, group, dim, value_dim, slots, pending_keys.shape[2], per, splits,
-        IS_EVEN=not len(places), GP=group_block, BN=block, BK=common.padded(dim),
-        BV=common.padded(value_dim), **common.FUSED,
+        IS_EVEN=not len(places), LEAST=TINY if weighs_chunk else None, GP=group_block, BN=block,
+        BK=common.padded(dim), BV=common.padded(value_dim), **common.FUSED,
     )  # fmt: skip
     return o
 

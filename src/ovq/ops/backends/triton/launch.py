@@ -29,6 +29,7 @@ from ovq.ops.backends.triton.route import nearest, open_slots
 from ovq.ops.backends.triton.ward import Gone, WardRecurrence
 from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import At, Work
+from ovq.ops.options import TINY
 
 # Keys of a chunk that one program processes at once, whatever the head size.
 TOKEN_BLOCK = 64
@@ -205,6 +206,7 @@ def forward(
     _, width, num_heads, dim = q.shape
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     recurrence = recurrence_of(k, v, slots, into, work, gone, weights)
+    own_bias = None if weights is None else weights.own_bias
     reads = beside.reads(q)
     # As many bytes for all sets of dictionaries as there would be for one.
     segments = work.segments(reads.num_sets * snapshot_bytes(k, v))
@@ -223,9 +225,10 @@ def forward(
                 steps.step(i, (shown.keys, shown.values, shown.bias), first)
             with reads.reading(own):
                 read[(work.entries(segment) * query_blocks, num_heads)](
-                    q, k, v, scale, work.table, shown.keys, shown.values, shown.bias, o, lse, first, width,
-                    num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity, query_blocks,
-                    BK=common.padded(dim), BV=common.padded(v.shape[-1]), **blocks, **common.FUSED,
+                    q, k, v, scale, work.table, shown.keys, shown.values, shown.bias, own_bias, o, lse, first,
+                    width, num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity,
+                    query_blocks, BK=common.padded(dim), BV=common.padded(v.shape[-1]), **blocks,
+                    **common.FUSED,
                 )  # fmt: skip
         recurrence.step(work.num_steps)
         reads.join()
@@ -291,6 +294,7 @@ class _Walk:
         self.grad_q, self.grad_k, self.grad_v = (torch.empty_like(x) for x in (saved.q, saved.k, saved.v))
         self._tokens = None if saved.weights is None else saved.weights.tokens
         self.grad_weights = None if self._tokens is None else torch.empty_like(self._tokens)
+        self._own_bias = None if saved.weights is None else saved.weights.own_bias
         self._delta = torch.empty_like(saved.lse)
         self._blocks = common.grad_blocks(saved.q, saved.v)
         num_chunks, width, num_heads, _ = saved.q.shape
@@ -408,9 +412,9 @@ class _Walk:
         saved, work = self.saved, self.work
         sizes, blocks = self._sizes()
         grad_queries[(work.entries(segment) * self._query_blocks, sizes[1])](
-            saved.q, saved.k, saved.v, saved.scale, work.table, shown.keys, shown.values, shown.bias, saved.o,
-            self.grad_o, saved.lse, self._delta, self.grad_q, self.grad_scale, work.first[segment.start],
-            *sizes, work.capacity, self._query_blocks, **blocks,
+            saved.q, saved.k, saved.v, saved.scale, work.table, shown.keys, shown.values, shown.bias,
+            self._own_bias, saved.o, self.grad_o, saved.lse, self._delta, self.grad_q, self.grad_scale,
+            work.first[segment.start], *sizes, work.capacity, self._query_blocks, **blocks,
         )  # fmt: skip
 
     def _grad_slots(self, segment: range, shown: Snapshots, from_slots: list[Tensor]) -> None:
@@ -429,8 +433,8 @@ class _Walk:
         num_blocks = triton.cdiv(sizes[0], blocks["BN"])
         grad_tokens[(work.entries(segment) * num_blocks, work.num_kv_heads)](
             saved.q, saved.k, saved.v, saved.scale, work.table, self.grad_o, saved.lse, self._delta,
-            *deposits[:2], self.grad_k, self.grad_v, self._tokens, _three(deposits)[2], self.grad_weights,
-            work.first[segment.start], *sizes, num_blocks, **blocks,
+            *deposits[:2], self.grad_k, self.grad_v, self._tokens, self._own_bias, _three(deposits)[2],
+            self.grad_weights, work.first[segment.start], *sizes, num_blocks, LEAST=TINY, **blocks,
         )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ def _absorb(scores, values, top, total, acc):
 
 @triton.jit(do_not_specialize=["first"])
 def read(
-    q, k, v, scale, table, snap_keys, snap_values, snap_bias, o, lse, first, W, H, G, K, V, M, QB,
+    q, k, v, scale, table, snap_keys, snap_values, snap_bias, own_bias, o, lse, first, W, H, G, K, V, M, QB,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a block of queries of one head; grid (chunks of the segment times blocks, query heads).
@@ -29,6 +29,7 @@ def read(
     Args:
         q: `[num_chunks, W, H, K]`. k: `[num_chunks, W, H / G, K]`. v: likewise. scale: `[H]`.
         snap_keys: `[entries, H / G, M, K]` means before each chunk. snap_values, snap_bias: likewise.
+        own_bias: `[num_chunks, W, H / G]` log2 weights of the tokens; None where they are read without.
         o: `[num_chunks, W, H, V]` receives the outputs.
         lse: `[num_chunks, H, W]` receives each query's log2-sum-exp2 of the scores.
         first: first entry of the segment.
@@ -66,6 +67,8 @@ def read(
             source = (chunk * W + own) * H_kv + head // G
             keys = rows(k, source, own < tokens, K, BK)
             scores = dot(queries, tl.trans(keys), tl.zeros([BM, BN], tl.float32)) * factor
+            if own_bias is not None:
+                scores += tl.load(own_bias + source, mask=own < tokens, other=0.0)[None, :]
             scores = tl.where(own[None, :] <= t[:, None], scores, -float("inf"))
             values = rows(v, source, own < tokens, V, BV)
             # Zero times NaN is NaN, so a value that is not finite is taken out here; it spoils the outputs of

@@ -8,11 +8,13 @@ slots that a chunk changes as they were, and the backward puts them back.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
 from ovq.ops.backends.triton.work import Work
+from ovq.ops.state import log_token_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,14 @@ class Weights:
     Attributes:
         tokens: `[num_chunks, W, Hkv]` float32, contiguous.
         kept: receives what the backward needs; None if there will be none.
+        is_read: whether tokens of the own chunk are read with their weights.
     """
 
     tokens: Tensor
     kept: Kept | None = None
+    is_read: bool = False
+
+    @property
+    def own_bias(self) -> Tensor | None:
+        """Log2 weights with which tokens of the own chunk are read; None where they are read without."""
+        return log_token_weights(self.tokens) / math.log(2) if self.is_read else None

@@ -1,14 +1,17 @@
-"""What the merge gate costs: a model with it beside the same model without, in turns, in CPU time.
+"""What a gate costs: a model with it beside the same model without, in turns, in CPU time.
 
-    OMP_NUM_THREADS=1 python benchmarks/merge_gate.py
+    OMP_NUM_THREADS=1 python benchmarks/gate_cost.py
+    OMP_NUM_THREADS=1 python benchmarks/gate_cost.py --gate forget --recipe lm-ovq --batch 2 --length 2048
 
-The model is that of `ovq train recall-ovq`. A training step reads 16 examples of 256 tokens; 4,096 tokens are
-read, and then followed by single tokens, with the dictionary kept by the paper's rule and by Ward-sqrt. The
-weights of tokens are random, of a spread like that of a trained gate: `--spread 0` makes all of them 1.
+The model is that of a recipe, `ovq train recall-ovq` if none is named. A training step reads 16 examples of
+256 tokens; 4,096 tokens are read, and then followed by single tokens, with the dictionary kept by the paper's
+rule and by Ward-sqrt. What the gate says of tokens is random, for the merge gate of a spread like that of a
+trained one: `--spread 0` makes all weights 1.
 `OVQ_CPU_KERNELS=0` shows what it costs without kernels.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +21,7 @@ import torch
 
 from ovq.hf import OVQForCausalLM
 from ovq.ops import backend_used
+from ovq.train.config import RunConfig
 from ovq.train.loop import model_config
 from ovq.train.recipes import get_recipe
 
@@ -25,14 +29,13 @@ LENGTH = 4096
 TOKENS = 64
 
 
-def model(merge: str, spread: float, *, has_gate: bool) -> OVQForCausalLM:
-    """The model of the recipe, untrained, with weights of tokens that differ."""
-    recipe = get_recipe("recall-ovq")
-    options = replace(recipe.model, merge=merge, merge_gate=has_gate)
+def model(recipe: RunConfig, merge: str, spread: float, gates: dict[str, bool]) -> OVQForCausalLM:
+    """The model of a recipe, untrained, with tokens that count differently."""
+    options = replace(recipe.model, merge=merge, **{"merge_gate": False, "forget_gate": False} | gates)
     torch.manual_seed(0)
     built = OVQForCausalLM(model_config(replace(recipe, model=options)))
     for name, x in built.named_parameters():
-        if name.endswith("merge_gate.weight"):
+        if name.endswith("_gate.weight"):
             torch.nn.init.normal_(x, std=spread / x.shape[1] ** 0.5)
     return built
 
@@ -44,9 +47,9 @@ def seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def trained(built: OVQForCausalLM) -> Callable[[], object]:
+def trained(built: OVQForCausalLM, batch: int, length: int) -> Callable[[], object]:
     """A training step, with its optimizer."""
-    tokens = torch.randint(built.config.vocab_size, (16, 256))
+    tokens = torch.randint(built.config.vocab_size, (batch, length))
     optimizer = torch.optim.AdamW(built.parameters(), 1e-5)
 
     def step() -> None:
@@ -80,15 +83,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--spread", type=float, default=3.0)
     parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--gate", choices=["merge", "forget"], default="merge")
+    parser.add_argument("--recipe", default="recall-ovq")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
     arguments = parser.parse_args()
+    recipe, gate = get_recipe(arguments.recipe), f"{arguments.gate}_gate"
+    step = functools.partial(trained, batch=arguments.batch, length=arguments.length)
     print(f"{'what':30} {'without':>9} {'with':>9} {'times':>6}  backends")
     for what, make, merges in (
-        ("training step", trained, ("existing", "ward-sqrt")),
+        ("training step", step, ("existing", "ward-sqrt")),
         (f"{LENGTH} tokens read", read, ("existing", "ward", "ward-sqrt")),
         (f"{TOKENS} tokens decoded", decoded, ("existing", "ward-sqrt")),
     ):
         for merge in merges:
-            both = [make(model(merge, arguments.spread, has_gate=has_gate)) for has_gate in (False, True)]
+            both = [make(model(recipe, merge, arguments.spread, {gate: has})) for has in (False, True)]
             used = []
             for run in both:
                 run()

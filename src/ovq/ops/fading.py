@@ -1,0 +1,128 @@
+"""What forgetting does to a state: `log_forget` of `ovq_attention`, piece by piece.
+
+A softmax stays what it is if all weights are multiplied by one number. So a token of factor f need not touch
+the dictionary: it and the tokens after it count 1 / f times as much instead, and when the chunk is complete,
+everything is scaled once (`docs/math.md`, section 10). Backends see weights of tokens and of slots, no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ovq.ops.call import Rows
+from ovq.ops.options import Options
+from ovq.ops.state import OVQState, divisor, state_dtype
+
+#: No token's log is lower than this over C, so that the weights of a chunk stay within float32.
+LEAST_LOG = -48.0
+#: A slot that weighs less once a chunk is complete is dropped where pairs are merged: its weight is 0 then,
+#: and the next merge frees it. By the other rules, which never free a slot, it fades no further.
+LEAST_WEIGHT = 1e-12
+
+
+def checked_log_forget(log_forget: Tensor, k: Tensor, rows: Rows, options: Options) -> Tensor:
+    """`log_forget` `[B, T, Hkv]` in the dtype of the sums, no lower than a chunk allows; 0 for padding."""
+    shape = tuple(k.shape[:3])
+    if not isinstance(log_forget, Tensor) or tuple(log_forget.shape) != shape:
+        found = tuple(log_forget.shape) if isinstance(log_forget, Tensor) else type(log_forget).__name__
+        raise ValueError(f"log_forget: expected a tensor {list(shape)} as k has, found {found}")
+    if not log_forget.is_floating_point():
+        raise ValueError(f"log_forget: expected a floating dtype, found {log_forget.dtype}")
+    if options.rate != "count":
+        raise ValueError("log_forget: expected none with a constant rate, found some")
+    log_forget = log_forget.to(k.device, state_dtype(k.dtype))
+    flat = log_forget.detach().reshape(-1, shape[2])
+    is_wrong = ~(flat <= 0)
+    if bool(is_wrong.any()):
+        for start, length in zip(rows.starts, rows.lengths, strict=True):
+            row = slice(start, start + length)
+            for wrong in flat[row][is_wrong[row]].tolist():
+                raise ValueError(f"log_forget: expected numbers of at most 0, found {wrong}")
+        log_forget = log_forget.masked_fill(is_wrong.view(shape), 0)
+    return log_forget.clamp(min=LEAST_LOG / options.chunk_size)
+
+
+def begun(state: OVQState, log_forget: Tensor, is_complete: Tensor) -> tuple[OVQState, Tensor, Tensor]:
+    """What the op is to read and merge in the place of tokens that forget.
+
+    Args:
+        state: the state before them.
+        log_forget: `[R, W, Hkv]` of tokens of one chunk of each row, 0 for padding.
+        is_complete: `[R]` whether they complete the chunk.
+
+    Returns:
+        The state that they see; factors `[R, W, Hkv]` of their weights; `pending_forget` afterwards.
+    """
+    assert state.pending_forget is not None
+    logs = state.pending_forget[:, None] + log_forget.cumsum(1)
+    total = logs[:, -1]
+    # Relative to the end of a chunk that is completed, to the beginning of any other.
+    frame = total * is_complete.to(total.device, total.dtype)[:, None]
+    if bool(is_complete.any()):
+        state = faded(state, frame)
+    return state, (frame[:, None] - logs).exp(), total - frame
+
+
+def ended(state: OVQState, pending_forget: Tensor, is_complete: Tensor, options: Options) -> OVQState:
+    """The state after tokens that forget, from that of the op; the other arguments are as in `begun`."""
+    if bool(is_complete.any()):
+        state = bounded(state, frees_slots=options.merges_pairs)
+    return kept_step(dataclasses.replace(state, pending_forget=pending_forget), state)
+
+
+def kept_step(state: OVQState, of: OVQState) -> OVQState:
+    """`state`, which knows the next decode step as the state `of` does, whose tensors it has."""
+    if of._next is not None and state.key_sum is of.key_sum:
+        state._next = of._next
+    return state
+
+
+def faded(state: OVQState, log_factor: Tensor) -> OVQState:
+    """`state` with all weights multiplied by factors, of logs `[B, Hkv]`.
+
+    Example:
+        >>> k = torch.ones(1, 4, 1, 2)
+        >>> from ovq.ops import ovq_attention
+        >>> _, state = ovq_attention(k, k, k, num_slots=1, chunk_size=4, output_final_state=True)
+        >>> from ovq.ops.state import forgetting
+        >>> state = faded(forgetting(state), torch.tensor([[0.5]]).log())
+        >>> state.weight, state.keys
+        (tensor([[[2.]]]), tensor([[[[1., 1.]]]]))
+    """
+    assert state.weight is not None
+    assert state.pending_weights is not None
+    factor = log_factor.exp()[..., None]
+    faded = _with_slots_times(state, factor)
+    return dataclasses.replace(faded, pending_weights=state.pending_weights * factor)
+
+
+def bounded(state: OVQState, *, frees_slots: bool) -> OVQState:
+    """`state` without slots of less than `LEAST_WEIGHT`: they get none, or that."""
+    assert state.weight is not None
+    factor = bounding_factor(state.weight.detach(), frees_slots=frees_slots)
+    return state if factor is None else _with_slots_times(state, factor)
+
+
+def bounding_factor(weight: Tensor, *, frees_slots: bool) -> Tensor | None:
+    """What the weights of slots are multiplied by so that none is less than `LEAST_WEIGHT`, but 0 perhaps.
+
+    None stands for ones. The factor has no gradient.
+    """
+    is_low = (weight > 0) & (weight < LEAST_WEIGHT)
+    if not bool(is_low.any()):
+        return None
+    factor = torch.zeros_like(weight) if frees_slots else LEAST_WEIGHT / divisor(weight, weight.dtype)
+    return torch.where(is_low, factor, torch.ones_like(weight))
+
+
+def _with_slots_times(state: OVQState, factor: Tensor) -> OVQState:
+    assert state.weight is not None
+    return dataclasses.replace(
+        state,
+        key_sum=state.key_sum * factor[..., None],
+        value_sum=state.value_sum * factor[..., None],
+        weight=state.weight * factor,
+    )

@@ -1,0 +1,294 @@
+"""Forgetting: `log_forget` of the op, in every backend that runs it."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ovq.ops import OVQState, backend_used, ovq_attention, slot_assignments
+from ovq.ops.fading import LEAST_LOG, LEAST_WEIGHT
+from ovq.ops.options import COUNT_POWERS
+from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, inputs
+
+CHUNK = 4
+MERGES = ("existing", "ward-sqrt")
+each_merge = pytest.mark.parametrize("merge", MERGES)
+
+
+def arguments(batch, length, *, seed=0, rate=1.0, num_slots=8, weights=False, dtype=torch.float64, **options):
+    """Tensors of a call by name, and its other arguments; heads forget `rate` per token on the mean."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = inputs(batch, length, 4, 2, 5, 3, seed=seed, dtype=dtype)
+    draw = torch.rand(2, batch, length, 2, generator=generator, dtype=torch.float64)
+    tensors = {"q": q, "k": k, "v": v, "log_forget": (-2 * rate * draw[0]).to(dtype)}
+    if weights:
+        tensors["token_weights"] = (draw[1] + 0.1).to(dtype)
+    return tensors, {"num_slots": num_slots, "chunk_size": CHUNK, "scale": 3.0, **options}
+
+
+def run(tensors, options, pieces=None):
+    """Outputs and state of a call, or of one for each piece."""
+    outputs, state, start = [], None, 0
+    for piece in pieces or [tensors["q"].shape[1]]:
+        part = {name: x[:, start : start + piece] for name, x in tensors.items()}
+        o, state = attend(**part, **options, initial_state=state)
+        outputs.append(o)
+        start += piece
+    return torch.cat(outputs, 1), state
+
+
+def gradients(tensors, options, pieces=None):
+    """The same, and the gradients of a loss that involves all outputs and the state."""
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    o, state = run(leaves, options, pieces)
+    loss = (o * torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view_as(o)).sum()
+    for name in ("key_sum", "value_sum", "weight", "pending_forget"):
+        loss = loss + getattr(state, name).sin().sum()
+    return o, state, torch.autograd.grad(loss, list(leaves.values()))
+
+
+def exact(q, k, v, log_forget, token_weights=None):
+    """Attention to all tokens with forget gates, by its formula."""
+    group = q.shape[2] // k.shape[2]
+    k, v, total = (x.repeat_interleave(group, 2) for x in (k, v, log_forget.cumsum(1)))
+    total = total.transpose(1, 2)
+    scores = 3 * torch.einsum("bthd,bshd->bhts", q, k) + total[..., None] - total[:, :, None]
+    if token_weights is not None:
+        scores = scores + token_weights.repeat_interleave(group, 2).log().transpose(1, 2)[:, :, None]
+    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
+    return torch.einsum("bhts,bshd->bthd", scores.masked_fill(future, -math.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, *CPU])
+@pytest.mark.parametrize("weights", [False, True])
+def test_with_a_slot_for_each_token_it_is_attention_with_forget_gates(backend, weights):
+    dtype = torch.float32 if backend == "cpu" else torch.float64
+    tensors, options = arguments(
+        2, 22, rate=0.3, num_slots=32, weights=weights, merge="ward-sqrt", dtype=dtype, backend=backend
+    )
+    leaves = [x.clone().requires_grad_() for x in tensors.values()]
+    o, _ = attend(**dict(zip(tensors, leaves, strict=True)), **options)
+    assert backend_used() == backend
+    expected = exact(*leaves)
+    tolerance = {"rtol": 2e-5, "atol": 2e-5} if backend == "cpu" else {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(o, expected, **tolerance)
+    draw = torch.randn(o.shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    found, reference = (torch.autograd.grad((x * draw).sum(), leaves) for x in (o, expected))
+    for a, b in zip(found, reference, strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@each_merge
+@pytest.mark.parametrize("rate", [0.2, 3.0])
+def test_torch_equals_naive_in_pieces(merge, rate):
+    tensors, options = arguments(2, 26, merge=merge, rate=rate, weights=True)
+    o, state, grads = gradients(tensors, options | {"backend": "naive"})
+    found = gradients(tensors, options | {"backend": "torch"}, [3, 14, 1, 8])
+    torch.testing.assert_close(found[0], o, rtol=1e-9, atol=1e-9)
+    assert_same_state(found[1], state)
+    torch.testing.assert_close(found[1].weight, state.weight, rtol=1e-9, atol=0)
+    for a, b in zip(found[2], grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.skipif(not CPU, reason="no compiler was found")
+@each_merge
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_equal_torch(merge, dtype):
+    tensors, options = arguments(2, 64, num_slots=24, merge=merge, rate=0.5, dtype=torch.float32)
+    tensors = {n: x if n == "log_forget" else x.to(dtype).float() for n, x in tensors.items()}
+    expected = gradients(tensors, options | {"backend": "torch"})
+    own = {n: x if n == "log_forget" else x.to(dtype) for n, x in tensors.items()}
+    o, state, grads = gradients(own, options | {"backend": "cpu"}, [30, 34])
+    assert backend_used() == "cpu"
+    assert torch.equal(state.count, expected[1].count)
+    tolerance = 2e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(o.float(), expected[0], rtol=tolerance, atol=tolerance)
+    for a, b in zip(grads, expected[2], strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("backend", ["torch", *CPU])
+def test_texts_shorter_than_a_chunk_have_gradients(backend):
+    """Rows without slots, alone and beside others."""
+    tensors, options = arguments(2, 7, rate=0.3, weights=True, dtype=torch.float32, chunk_size=6)
+    mask = torch.ones(2, 7)
+    mask[1, 2:] = 0
+    for length in (3, 7):
+        found = []
+        for name in ("naive", backend):
+            leaves = {n: x[:, :length].clone().requires_grad_() for n, x in tensors.items()}
+            o, _ = attend(**leaves, **options, attention_mask=mask[:, :length], backend=name)
+            found.append(torch.autograd.grad(o.sin().sum(), list(leaves.values())))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    merge=st.sampled_from(["existing", "updated", *COUNT_POWERS]),
+    rate=st.sampled_from([0.0, 0.05, 1.0, 8.0]),
+    pieces=st.lists(st.integers(0, 9), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+)
+def test_it_does_not_matter_how_a_stream_is_split(merge, rate, pieces, seed):
+    """Also one token at a time, which is decoded."""
+    length = sum(pieces)
+    tensors, options = arguments(2, length, merge=merge, rate=rate, seed=seed)
+    with torch.no_grad():
+        expected, final = run(tensors, options)
+        for split in (pieces, [1] * length or [0]):
+            o, state = run(tensors, options, split)
+            torch.testing.assert_close(o, expected, rtol=1e-8, atol=1e-8)
+            assert_same_state(state, final)
+
+
+def test_rows_alone_padded_and_packed():
+    tensors, options = arguments(1, 30, merge="ward-sqrt")
+    bounds = [0, 13, 14, 30]
+    packed, state = attend(**tensors, **options, cu_seqlens=torch.tensor(bounds))
+    for r, (start, end) in enumerate(itertools.pairwise(bounds)):
+        alone, own = run({name: x[:, start:end] for name, x in tensors.items()}, options)
+        torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-9, atol=1e-9)
+        assert_same_state(state.select([r]), own)
+        padded = {
+            name: torch.nn.functional.pad(x[:, start:end], (0,) * (2 * x.dim() - 4) + (2, 3))
+            for name, x in tensors.items()
+        }
+        # What stands at padding does not matter.
+        padded["log_forget"][:, :2] = 1
+        mask = torch.nn.functional.pad(torch.ones(1, end - start), (2, 3))
+        o, other = attend(**padded, **options, attention_mask=mask)
+        torch.testing.assert_close(o[:, 2:-3], alone, rtol=1e-9, atol=1e-9)
+        assert_same_state(other, own)
+
+
+@each_merge
+def test_a_log_of_zero_forgets_nothing(merge):
+    tensors, options = arguments(2, 27, merge=merge)
+    plain = {name: x for name, x in tensors.items() if name != "log_forget"}
+    expected, state = run(plain, options)
+    o, found = run(plain | {"log_forget": torch.zeros_like(tensors["log_forget"])}, options)
+    torch.testing.assert_close(o, expected, rtol=1e-9, atol=1e-9)
+    assert_same_state(found, state)
+    # A state that has forgotten goes on without forgetting unless it is told to.
+    _, early = run({name: x[:, :9] for name, x in tensors.items()}, options)
+    rest = {name: x[:, 9:] for name, x in tensors.items()}
+    zeros = rest | {"log_forget": torch.zeros_like(rest["log_forget"])}
+    (a, _), (b, _) = (
+        attend(**given, **options, initial_state=early)
+        for given in (zeros, {name: x for name, x in rest.items() if name != "log_forget"})
+    )
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@each_merge
+def test_what_is_forgotten_is_not_read(merge):
+    """Two pasts, a token that forgets them, and the same future."""
+    tensors, options = arguments(1, 40, merge=merge, rate=0.1)
+    other, _ = arguments(1, 40, merge=merge, rate=0.1, seed=1)
+    tensors["log_forget"][:, 20:24] = -1e9  # No lower than -48 / C each.
+    for name in ("q", "k", "v"):
+        other[name][:, 20:] = tensors[name][:, 20:]
+    other["log_forget"] = tensors["log_forget"]
+    (a, state), (b, _) = run(tensors, options), run(other, options)
+    assert not torch.allclose(a[:, :20], b[:, :20], atol=0.1)
+    # By the paper's rule later keys still go to slots that are not read any more.
+    until = 28 if merge == "existing" else 40
+    torch.testing.assert_close(a[:, 24:until], b[:, 24:until], rtol=1e-6, atol=1e-6)
+    if merge == "ward-sqrt":
+        assert bool((state.weight > LEAST_WEIGHT).all()), "slots of what is forgotten are free again"
+
+
+def test_a_slot_fades_to_the_least_weight_or_to_none():
+    x = torch.eye(CHUNK, dtype=torch.float64)[None, :, None]
+    far = torch.full((1, CHUNK, 1), LEAST_LOG / CHUNK, dtype=torch.float64)
+    options = {"num_slots": 2 * CHUNK, "chunk_size": CHUNK, "growth": "immediate"}
+    for merge, expected in (("existing", LEAST_WEIGHT), ("ward", 0.0)):
+        _, state = attend(x, x, x, **options, merge=merge)
+        _, state = attend(x, x, -x, **options, merge=merge, log_forget=far, initial_state=state)
+        least = state.weight.min(-1).values
+        torch.testing.assert_close(least, torch.full_like(least, expected))
+        if expected:
+            torch.testing.assert_close(state.keys.norm(dim=-1), torch.ones(1, 1, 2 * CHUNK).double())
+
+
+def test_states_that_forget(tmp_path):
+    tensors, options = arguments(3, 22, merge="ward-sqrt")
+    _, state = run(tensors, options)
+    state.save(tmp_path / "state")
+    loaded = OVQState.load(tmp_path / "state")
+    assert_same_state(loaded, state, tolerance=0)
+    assert torch.equal(loaded.pending_forget, state.pending_forget)
+    assert bool((state.pending_forget < 0).all())
+    rows = torch.tensor([2, 0])
+    assert torch.equal(state.select(rows).pending_forget, state.pending_forget[rows])
+    plain, _ = arguments(1, 22)
+    del plain["log_forget"]
+    _, without = run(plain, options)
+    both = OVQState.concatenate([state, without])
+    assert torch.equal(both.pending_forget, torch.nn.functional.pad(state.pending_forget, (0, 0, 0, 1)))
+    wrong = dataclasses.replace(state, pending_forget=state.pending_forget[:, :1])
+    with pytest.raises(ValueError, match=r"pending_forget: expected \[3, 2\].*found \[3, 1\]"):
+        run_from(wrong, tensors, options)
+
+
+def run_from(state, tensors, options):
+    """The call continued from a state."""
+    return attend(**tensors, **options, initial_state=state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"log_forget": torch.zeros(1, 6, 4)},
+            r"log_forget: expected a tensor \[1, 6, 2\].*found \(1, 6, 4\)",
+        ),
+        ({"log_forget": 0.5}, "log_forget: expected a tensor.*found float"),
+        ({"log_forget": torch.zeros(1, 6, 2, dtype=torch.int64)}, "floating dtype, found torch.int64"),
+        ({"log_forget": torch.full((1, 6, 2), 0.5)}, "log_forget: expected numbers of at most 0, found 0.5"),
+        (
+            {"log_forget": torch.full((1, 6, 2), math.nan)},
+            "log_forget: expected numbers of at most 0, found nan",
+        ),
+        ({"rate": 0.5}, "log_forget: expected none with a constant rate, found some"),
+    ],
+)
+def test_bad_logs_are_refused(change, message):
+    tensors, options = arguments(1, 6)
+    with pytest.raises(ValueError, match=message):
+        ovq_attention(**tensors | options | change)
+
+
+@each_merge
+def test_slots_are_assigned_as_the_op_does(merge):
+    """`slot_assignments` ends with the op's state, however it is split, padded rows among them."""
+    tensors, options = arguments(2, 23, merge=merge, weights=True, rate=2.0)
+    mask = torch.ones(2, 23)
+    mask[1, :5] = 0
+    _, expected = attend(**tensors, **options, attention_mask=mask)
+    state, learning = None, {name: x for name, x in options.items() if name != "scale"}
+    for part in (slice(0, 6), slice(6, 7), slice(7, 23)):
+        own = {name: x[:, part] for name, x in tensors.items() if name != "q"}
+        state = slot_assignments(**own, **learning, initial_state=state, attention_mask=mask[:, part]).state
+    assert_same_state(state, expected)
+    for name in ("weight", "pending_forget"):
+        torch.testing.assert_close(getattr(state, name), getattr(expected, name), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", *CPU])
+@each_merge
+def test_float32_is_enough_for_heads_that_forget_at_once(merge, backend):
+    """Chunks that fade by e^-48, over and over: nothing overflows, and gradients are those of float64."""
+    tensors, options = arguments(1, 160, rate=3.0, num_slots=24, merge=merge, chunk_size=16)
+    expected = gradients(tensors, options | {"backend": "torch"})
+    own = {name: x.float() for name, x in tensors.items()}
+    o, _, grads = gradients(own, options | {"backend": backend})
+    torch.testing.assert_close(o.double(), expected[0], rtol=1e-4, atol=1e-4)
+    for a, b in zip(grads, expected[2], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
