@@ -151,7 +151,7 @@ def test_it_does_not_matter_how_a_stream_is_split(merge, rate, pieces, seed):
 def test_a_chunk_that_begins_without_weight_reads_what_is_all_but_forgotten(merge):
     """However it is split: nothing else is there to read."""
     tensors, options = arguments(1, 12, rate=20.0, weights=True, merge=merge)
-    tensors["token_weights"][:, 8:11] = 0
+    tensors["token_weights"][:, 4:11] = 0
     expected, _ = run(tensors, options)
     for pieces in ([9, 3], [10, 2], [8, 4], [1] * 12):
         o, _ = run(tensors, options, pieces)
