@@ -147,6 +147,17 @@ def test_it_does_not_matter_how_a_stream_is_split(merge, rate, pieces, seed):
             assert_same_state(state, final)
 
 
+@each_merge
+def test_a_chunk_that_begins_without_weight_reads_what_is_all_but_forgotten(merge):
+    """However it is split: nothing else is there to read."""
+    tensors, options = arguments(1, 12, rate=20.0, weights=True, merge=merge)
+    tensors["token_weights"][:, 4:11] = 0
+    expected, _ = run(tensors, options)
+    for pieces in ([9, 3], [10, 2], [8, 4], [1] * 12):
+        o, _ = run(tensors, options, pieces)
+        torch.testing.assert_close(o, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_rows_alone_padded_and_packed():
     tensors, options = arguments(1, 30, merge="ward-sqrt")
     bounds = [0, 13, 14, 30]

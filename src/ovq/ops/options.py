@@ -8,9 +8,11 @@ from ovq.ops.schedule import GROWTHS
 # Scores that differ by less than this, relative to the lengths of the vectors, count as equal. Adding a
 # float64 sum in another order changes it by a hundredth of this, so repeated keys tie in every backend.
 TIE = 1e-12
-# Smallest length that is divided by: a vector of length 0 then has cosine 0 with every other. Also the least
-# weight with which a token is read in its own chunk, so that no query has nothing to read.
+# Smallest length that is divided by: a vector of length 0 then has cosine 0 with every other.
 TINY = 1e-30
+# The least weight with which a token is read in its own chunk, where it is read with its weight, so that no
+# query has nothing to read: less than slots have that are all but forgotten, and still a float32.
+LEAST_READ = 1e-37
 # Between these lengths, float32 products of two vectors neither vanish nor overflow. Where a key or the mean
 # of a slot is shorter or longer, but not zero, routing uses float64 from the start.
 ORDINARY = (1e-15, 1e15)

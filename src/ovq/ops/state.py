@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.next_step import NextStep
-from ovq.ops.options import TINY, VALUE_WEIGHT, check_sizes
+from ovq.ops.options import LEAST_READ, VALUE_WEIGHT, check_sizes
 from ovq.ops.pending import PendingBuffers
 
 if TYPE_CHECKING:
@@ -402,7 +402,7 @@ def log_mass(mass: Tensor, dtype: torch.dtype) -> Tensor:
 
 def log_token_weights(weights: Tensor) -> Tensor:
     """What is added to the scores of tokens of the own chunk where these are read with their weights."""
-    return weights.clamp(min=TINY).log()
+    return weights.clamp(min=LEAST_READ).log()
 
 
 def weighted(state: OVQState) -> OVQState:

@@ -186,7 +186,7 @@ static void decode_stream(const Decode *call, int64_t row, int64_t head) {
         const int64_t num = place + 1 - begin;
         float weights[num], ones[num];
         for (int64_t i = 0; call->weighs_chunk && i < num; i++) {
-            weights[i] = fmaxf(call->pending_weights[from + i], 1e-30f);
+            weights[i] = fmaxf(call->pending_weights[from + i], 1e-37f);
             ones[i] = 1;
         }
         /* Keys and values of tokens are not sums: they are divided by 1. */

@@ -32,7 +32,7 @@ struct Dictionary {
 /* Lengths are clamped to this before a division, here and in the reference. */
 #define TINY 1e-30
 /* The least weight with which a token of the own chunk is read, where it is read with its weight. */
-#define TOKEN_WEIGHT 1e-30f
+#define TOKEN_WEIGHT 1e-37f
 
 /* Too short or too long for float32 products, or not finite; zero is neither (`ORDINARY` of options.py). */
 INLINE int is_extreme(double length) { return !(length == 0 || (length >= 1e-15 && length <= 1e15)); }

@@ -26,7 +26,7 @@ from ovq.ops.backends.torch.merge import CompleteChunk, MergedSlots, Snapshot, m
 from ovq.ops.backends.torch.read import Reader
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
-from ovq.ops.options import TINY
+from ovq.ops.options import LEAST_READ
 
 
 def chunk_attention(
@@ -289,8 +289,8 @@ class _Backward:
                     # The log of its weight is in the score of a token.
                     assert saved.token_weights is not None
                     weights = step.take(saved.token_weights)[:, tokens, 0]
-                    of_scores = grad_scores[..., rows].sum(1, dtype=wide) / weights.clamp(min=TINY)
-                    grad_w[:, tokens] += of_scores.masked_fill(weights < TINY, 0)
+                    of_scores = grad_scores[..., rows].sum(1, dtype=wide) / weights.clamp(min=LEAST_READ)
+                    grad_w[:, tokens] += of_scores.masked_fill(weights < LEAST_READ, 0)
         slots = slice(block.stop, block.stop + step.num_slots)
         of_keys, of_values = grad_keys[:, slots].to(wide), grad_values[:, slots].to(wide)
         self._deposit(step, of_keys, of_values, grad_scores[..., slots])

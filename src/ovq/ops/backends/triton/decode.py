@@ -21,7 +21,7 @@ from ovq.ops.backends.triton.launch import recurrence_of
 from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import Work
 from ovq.ops.call import Call, Rows
-from ovq.ops.options import TINY, Options
+from ovq.ops.options import LEAST_READ, Options
 from ovq.ops.state import OVQState, advanced, replaced, with_capacity
 
 # Programs per multiprocessor: enough loads in flight to use the full memory bandwidth.
@@ -218,7 +218,7 @@ def read_pending_and_slots(
         places, tops[0], tops[1], accs,
         _arrived(q.device, _cuda_stream(q.device), streams), o, pending,
         num_kv_heads, group, dim, value_dim, slots, pending_keys.shape[2], per, splits,
-        IS_EVEN=not len(places), LEAST=TINY if weighs_chunk else None, GP=group_block, BN=block,
+        IS_EVEN=not len(places), LEAST=LEAST_READ if weighs_chunk else None, GP=group_block, BN=block,
         BK=common.padded(dim), BV=common.padded(value_dim), **common.FUSED,
     )  # fmt: skip
     return o

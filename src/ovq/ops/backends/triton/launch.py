@@ -29,7 +29,7 @@ from ovq.ops.backends.triton.route import nearest, open_slots
 from ovq.ops.backends.triton.ward import Gone, WardRecurrence
 from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import At, Work
-from ovq.ops.options import TINY
+from ovq.ops.options import LEAST_READ
 
 # Keys of a chunk that one program processes at once, whatever the head size.
 TOKEN_BLOCK = 64
@@ -434,7 +434,7 @@ class _Walk:
         grad_tokens[(work.entries(segment) * num_blocks, work.num_kv_heads)](
             saved.q, saved.k, saved.v, saved.scale, work.table, self.grad_o, saved.lse, self._delta,
             *deposits[:2], self.grad_k, self.grad_v, self._tokens, self._own_bias, _three(deposits)[2],
-            self.grad_weights, work.first[segment.start], *sizes, num_blocks, LEAST=TINY, **blocks,
+            self.grad_weights, work.first[segment.start], *sizes, num_blocks, LEAST=LEAST_READ, **blocks,
         )  # fmt: skip
 
 
