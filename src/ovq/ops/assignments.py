@@ -210,8 +210,7 @@ def _slot_assignments(
     )
     logs = None
     if log_forget is not None or call.state.pending_forget is not None:
-        log_forget = torch.zeros(k.shape[:3], device=k.device) if log_forget is None else log_forget
-        logs = checked_log_forget(log_forget, k, call.rows, options)
+        logs = checked_log_forget(log_forget, call)
         ones = torch.ones_like(logs) if call.token_weights is None else call.token_weights
         call = dataclasses.replace(call, state=forgetting(call.state), token_weights=ones)
     reason = "expected no log_forget, found some" if logs is not None else cpu.refusal(call)

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 
 import torch
 from torch import Tensor
 
 from ovq.ops import backends
 from ovq.ops.backends.triton import refusal_of
-from ovq.ops.call import RowBounds
-from ovq.ops.checks import (
-    check_qkv,
-    checked_call,
-    checked_rows,
-    checked_scale,
-    checked_state,
-    checked_weights,
-)
+from ovq.ops.call import Call, RowBounds
+from ovq.ops.checks import check_qkv, checked_call, checked_scale
 from ovq.ops.fading import checked_log_forget
 from ovq.ops.forget import forgetful_attention
 from ovq.ops.next_step import settings_of
@@ -249,61 +242,6 @@ def _attention(
     log_forget: Tensor | None,
 ) -> tuple[Tensor, OVQState | None]:
     """`ovq_attention` after all arguments but those of rows and state have been checked."""
-    arguments = (q, k, v, scale, initial_state, output_final_state, attention_mask, cu_seqlens)
-    has_forgotten = isinstance(initial_state, OVQState) and initial_state.pending_forget is not None
-    if log_forget is not None or has_forgotten:
-        return _forgetful_attention(*arguments, options, backend, token_weights, log_forget)
-    return _run(*arguments, options, backend, token_weights)
-
-
-def _forgetful_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    initial_state: OVQState | None,
-    output_final_state: bool,
-    attention_mask: Tensor | RowBounds | None,
-    cu_seqlens: Tensor | None,
-    options: Options,
-    backend: str,
-    token_weights: Tensor | None,
-    log_forget: Tensor | None,
-) -> tuple[Tensor, OVQState | None]:
-    """A call of rows that forget, or have forgotten."""
-    rows = checked_rows(q, attention_mask, cu_seqlens)
-    if log_forget is None:
-        log_forget = torch.zeros(k.shape[:3], device=k.device)
-    logs = checked_log_forget(log_forget, k, rows, options)
-    own_options = dataclasses.replace(options, weighs_chunk=True)
-
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, state: OVQState, bounds: RowBounds | None, weights: Tensor
-    ) -> tuple[Tensor, OVQState | None]:
-        return _run(q, k, v, scale, state, True, bounds, None, own_options, backend, weights)
-
-    state = checked_state(initial_state, len(rows), k, v, options)
-    if token_weights is not None:
-        token_weights = checked_weights(token_weights, k, rows)
-    o, after = forgetful_attention(q, k, v, state, rows, options, token_weights, logs, attend)
-    return o, after if output_final_state else None
-
-
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    initial_state: OVQState | None,
-    output_final_state: bool,
-    attention_mask: Tensor | RowBounds | None,
-    cu_seqlens: Tensor | None,
-    options: Options,
-    backend: str,
-    token_weights: Tensor | None,
-) -> tuple[Tensor, OVQState | None]:
-    """A call by the backend that is asked for, or the fastest that can run it."""
-    global _used
     call = checked_call(
         q,
         k,
@@ -316,8 +254,18 @@ def _run(
         options,
         token_weights,
     )
+    run = functools.partial(_run, backend)
+    if log_forget is None and call.state.pending_forget is None:
+        o, state = run(call)
+    else:
+        o, state = forgetful_attention(call, checked_log_forget(log_forget, call), run)
+    return o, state if output_final_state else None
+
+
+def _run(backend: str, call: Call) -> tuple[Tensor, OVQState | None]:
+    """A call by the backend that is asked for, or the fastest that can run it."""
+    global _used
     _used = backends.chosen(backend, call)
     # The compiled kernels use no product of PyTorch.
-    with contextlib.nullcontext() if _used == "cpu" else full_precision(q.device):
-        o, state = backends.BACKENDS[_used].run(call)
-    return o, state if output_final_state else None
+    with contextlib.nullcontext() if _used == "cpu" else full_precision(call.q.device):
+        return backends.BACKENDS[_used].run(call)

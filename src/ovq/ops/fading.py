@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ovq.ops.call import Rows
+from ovq.ops.call import Call
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState, divisor, state_dtype
 
@@ -23,26 +23,28 @@ LEAST_LOG = -48.0
 LEAST_WEIGHT = 1e-12
 
 
-def checked_log_forget(log_forget: Tensor, k: Tensor, rows: Rows, options: Options) -> Tensor:
-    """`log_forget` `[B, T, Hkv]` in the dtype of the sums, no lower than a chunk allows; 0 for padding."""
-    shape = tuple(k.shape[:3])
+def checked_log_forget(log_forget: Tensor | None, call: Call) -> Tensor:
+    """`log_forget` `[B, T, Hkv]` in the dtype of the sums, bounded below; 0 for None and padding."""
+    shape, wide = tuple(call.k.shape[:3]), state_dtype(call.k.dtype)
+    if log_forget is None:
+        return torch.zeros(shape, dtype=wide, device=call.k.device)
     if not isinstance(log_forget, Tensor) or tuple(log_forget.shape) != shape:
         found = tuple(log_forget.shape) if isinstance(log_forget, Tensor) else type(log_forget).__name__
         raise ValueError(f"log_forget: expected a tensor {list(shape)} as k has, found {found}")
     if not log_forget.is_floating_point():
         raise ValueError(f"log_forget: expected a floating dtype, found {log_forget.dtype}")
-    if options.rate != "count":
+    if call.options.rate != "count":
         raise ValueError("log_forget: expected none with a constant rate, found some")
-    log_forget = log_forget.to(k.device, state_dtype(k.dtype))
+    log_forget = log_forget.to(call.k.device, wide)
     flat = log_forget.detach().reshape(-1, shape[2])
     is_wrong = ~(flat <= 0)
     if bool(is_wrong.any()):
-        for start, length in zip(rows.starts, rows.lengths, strict=True):
+        for start, length in zip(call.rows.starts, call.rows.lengths, strict=True):
             row = slice(start, start + length)
             for wrong in flat[row][is_wrong[row]].tolist():
                 raise ValueError(f"log_forget: expected numbers of at most 0, found {wrong}")
         log_forget = log_forget.masked_fill(is_wrong.view(shape), 0)
-    return log_forget.clamp(min=LEAST_LOG / options.chunk_size)
+    return log_forget.clamp(min=LEAST_LOG / call.options.chunk_size)
 
 
 def begun(state: OVQState, log_forget: Tensor, is_complete: Tensor) -> tuple[OVQState, Tensor, Tensor]:
