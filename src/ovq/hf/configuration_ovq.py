@@ -202,8 +202,8 @@ class OVQConfig(PreTrainedConfig):
         the rule that recalls most (docs/training.md).
 
         Args:
-            fields: all other fields, such as sizes. `merge_gate=False, forget_gate=True` is for a language
-                model that is to have a low loss rather than recall much.
+            fields: all other fields, such as sizes. `forget_gate=True` lowers the loss of a language model
+                and costs recall far beyond the training length.
 
         Raises:
             ValueError: as for `OVQConfig`, or if a field that this is about is given another value.
