@@ -90,9 +90,9 @@ def checked_call(
     rows = checked_rows(q, attention_mask, cu_seqlens)
     if token_weights is not None and options.rate != "count":
         raise ValueError("token_weights: expected none with a constant rate, found some")
-    state = checked_state(initial_state, len(rows), k, v, options)
+    state = _checked_state(initial_state, len(rows), k, v, options)
     if token_weights is not None:
-        token_weights = checked_weights(token_weights, k, rows)
+        token_weights = _checked_weights(token_weights, k, rows)
         state = weighted(state)
     elif state.weight is not None:
         token_weights = torch.ones(k.shape[:3], dtype=state.weight.dtype, device=k.device)
@@ -109,7 +109,7 @@ def checked_call(
     )
 
 
-def checked_state(state: OVQState | None, num_rows: int, k: Tensor, v: Tensor, options: Options) -> OVQState:
+def _checked_state(state: OVQState | None, num_rows: int, k: Tensor, v: Tensor, options: Options) -> OVQState:
     """The state that a call continues from: an empty one where none is given."""
     if state is not None:
         check_state(state, num_rows, k, v, options)
@@ -126,7 +126,7 @@ def checked_state(state: OVQState | None, num_rows: int, k: Tensor, v: Tensor, o
     )
 
 
-def checked_weights(weights: Tensor, k: Tensor, rows: Rows) -> Tensor:
+def _checked_weights(weights: Tensor, k: Tensor, rows: Rows) -> Tensor:
     """`token_weights` `[B, T, Hkv]` in the dtype of the sums; what padding holds does not matter."""
     shape = tuple(k.shape[:3])
     if not isinstance(weights, Tensor) or tuple(weights.shape) != shape:
