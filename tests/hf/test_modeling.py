@@ -212,21 +212,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(changes, use_reentrant)
         model(ids, use_cache=True)
 
 
-# Dynamo triggers deprecation warnings of torch's own modules as it imports them.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_compiled_model_gives_the_same_loss_and_gradients():
-    model = make_model(num_hidden_layers=2, mixer_types=["sliding_attention", "ovq"]).train()
-    ids = random_ids(2, 14)
-    inputs = {"input_ids": ids, "labels": ids}
-    expected = grads_of(model, **inputs)
-    # Traced and differentiated ahead of time, but run by PyTorch: no compiler needed, and seconds saved.
-    compiled = torch.compile(model, backend="aot_eager")
-    model.zero_grad()
-    compiled(**inputs).loss.backward()
-    torch.testing.assert_close({name: p.grad for name, p in model.named_parameters()}, expected)
-    torch._dynamo.reset()
-
-
 def test_initial_weights():
     torch.manual_seed(0)
     model = OVQForCausalLM(make_config(hidden_size=96, initializer_range=0.05))

@@ -151,6 +151,9 @@ class OVQCache(Cache):
             ValueError: layers that have read more than others, since a call failed or was interrupted.
         """
         num = self.layers[0].num_columns
+        if torch.compiler.is_compiling():
+            # A graph would hold a number for each layer, and its compiler forgets that they agree.
+            return num
         for layer in self.layers:
             if layer.num_columns != num:
                 raise ValueError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -234,7 +235,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         targets = shift_labels
         if shift_labels is None and labels is not None:
             if cu_seqlens is not None:
-                labels = labels.index_fill(1, cu_seqlens[:-1][cu_seqlens.diff() > 0].long(), -100)
+                labels = labels.masked_fill(_is_first(cu_seqlens, labels.shape[1]), -100)
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         has_targets = targets is not None
         if skip_logits and not (has_targets and _keeps_all(logits_to_keep)):
@@ -257,7 +258,8 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        if skip_logits:
+        # In a graph, as many positions are kept whatever the labels are.
+        if skip_logits and not torch.compiler.is_compiling():
             kept = targets != -100
             targets, hidden_states = targets[kept], hidden_states[kept]
         else:
@@ -350,6 +352,13 @@ def _check_shape(name: str, targets: Tensor | None, inputs: Tensor | None) -> No
         raise ValueError(
             f"{name}: expected shape {list(inputs.shape[:2])}, that of the input, found {list(targets.shape)}"
         )
+
+
+def _is_first(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """`[T]` whether a packed row begins at each token."""
+    # Rows without tokens at the end begin after the last.
+    is_first = torch.zeros(num_tokens + 1, dtype=torch.bool, device=cu_seqlens.device)
+    return is_first.index_fill(0, cu_seqlens[:-1].long(), True)[:-1]
 
 
 def _keeps_all(logits_to_keep: int | Tensor) -> bool:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.ops.call import RowBounds
-from ovq.ops.checks import checked_mask, masked_bounds, packed_bounds
-from ovq.ops.uncompiled import uncompiled
+from ovq.ops.checks import checked_mask, masked_bounds
+from ovq.ops.row_bounds import row_bounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +221,6 @@ class LeftAlignedRows:
         return torch.full(rows.shape[:1], rows.shape[1], device=rows.device)
 
 
-# Not compiled: it branches on the values of the mask.
-@uncompiled
 def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -> SequenceLayout:
     """The layout of a mask, or a ValueError that says what is wrong with it."""
     expected = [batch_size, num_past + num_new]
@@ -231,6 +229,17 @@ def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -
         raise ValueError(
             f"expected an attention_mask of shape [batch, cached + new] = {expected} "
             f"({num_past} columns are cached), found {found}"
+        )
+    if torch.compiler.is_compiling():
+        # A graph serves masks of any values, so it takes all of them for padded.
+        bounds, real = row_bounds(mask, None, batch_size, num_past, num_new), mask.bool()
+        return SequenceLayout(
+            num_past=num_past,
+            num_new=num_new,
+            mask=real,
+            new_mask=real[:, num_past:],
+            bounds=RowBounds(bounds),
+            has_mask=True,
         )
     if mask.device.type == "cpu" and bool((mask == 1).all()):
         # A mask of ones becomes longer with every step of decoding: one pass over it is enough.
@@ -250,11 +259,9 @@ def _masked_layout(mask: Tensor, batch_size: int, num_past: int, num_new: int) -
     )
 
 
-# Not compiled: it branches on the values of the offsets.
-@uncompiled
 def _packed_layout(cu_seqlens: Tensor, batch_size: int, num_past: int, num_new: int) -> SequenceLayout:
     """The layout of packed rows, or a ValueError that says what is wrong with them."""
     if num_past:
         raise ValueError(f"expected no cache with cu_seqlens, found {num_past} cached columns")
-    bounds = RowBounds(packed_bounds(batch_size, num_new, cu_seqlens))
+    bounds = RowBounds(row_bounds(None, cu_seqlens, batch_size, 0, num_new))
     return SequenceLayout(num_past=num_past, num_new=num_new, cu_seqlens=cu_seqlens, bounds=bounds)

@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.ops.backends.cpu import FEW_TOKENS, FasterLinear, can_run, few_products, has_faster_products
+from ovq.ops.backends.cpu import (
+    FEW_TOKENS,
+    FasterLinear,
+    can_run,
+    few_products,
+    has_faster_products,
+    linear_in_graph,
+)
+
+# Found out before anything is compiled: a graph cannot read what the processor is.
+_HAS_FASTER_PRODUCTS = has_faster_products()
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -50,6 +60,12 @@ def can_multiply(x: Tensor, *weights: Tensor) -> bool:
     return all(type(weight) is nn.Parameter for weight in weights)
 
 
+def _is_of_kernels(x: Tensor, weight: Tensor) -> bool:
+    """Whether these are the tensors of `can_multiply`, in a graph that is being made."""
+    is_narrow = x.dtype != torch.float32 or weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+    return x.is_cpu and weight.is_cpu and not is_narrow
+
+
 class Linear(nn.Linear):
     """`torch.nn.Linear` without bias, by the fastest product that there is on a CPU.
 
@@ -76,4 +92,6 @@ class Linear(nn.Linear):
                 return few_products(x, self.weight)
             if num > FEW_TOKENS and has_faster_products():
                 return FasterLinear.apply(x, self.weight)
+        if _HAS_FASTER_PRODUCTS and torch.compiler.is_compiling() and _is_of_kernels(x, self.weight):
+            return linear_in_graph(x, self.weight)
         return F.linear(x, self.weight)

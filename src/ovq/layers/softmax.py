@@ -131,6 +131,9 @@ class SlidingWindowAttention(FullAttention):
         """See `FullAttention.kept`."""
         num = self.num_kept(x.shape[2])
         kept = x[:, :, x.shape[2] - num :]
+        if torch.compiler.is_compiling():
+            # A graph is made for strides, too; these are the same in each step.
+            return kept.contiguous()
         # A copy, because a view would keep the whole sequence alive; one token more, as when decoding, may
         # live.
         return kept if x.shape[2] <= num + 1 else kept.clone()
@@ -283,6 +286,8 @@ def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     """PyTorch's attention for queries that are already scaled, with grouped heads if there are any."""
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": is_causal, "scale": 1.0}
+    # In a graph for any sizes, a comparison is decided where it is branched upon, and no bool before.
+    if q.shape[1] != k.shape[1]:
+        options["enable_gqa"] = True
+    return F.scaled_dot_product_attention(q, k, v, **options)

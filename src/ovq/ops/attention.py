@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ovq.ops import backends
+from ovq.ops import backends, dispatch, operator
 from ovq.ops.backends.triton import refusal_of
-from ovq.ops.call import Call, RowBounds
-from ovq.ops.checks import check_qkv, checked_call, checked_scale
-from ovq.ops.fading import checked_log_forget
-from ovq.ops.forget import forgetful_attention
+from ovq.ops.call import RowBounds
+from ovq.ops.checks import check_qkv, checked_scale
 from ovq.ops.next_step import settings_of
 from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
-from ovq.ops.precision import full_precision
 from ovq.ops.random_init import seed_of
 from ovq.ops.state import OVQState
 from ovq.ops.uncompiled import uncompiled
-
-_used: str | None = None
-
-
-def backend_used() -> str | None:
-    """The backend that ran the last `ovq_attention` call of this process.
-
-    It is `"naive"`, `"torch"`, `"cpu"` or `"triton"`; None before the first call.
-
-    Example:
-        >>> x = torch.randn(1, 4, 1, 8, dtype=torch.float64)
-        >>> _ = ovq_attention(x, x, x, num_slots=4, chunk_size=2)
-        >>> backend_used()
-        'torch'
-    """
-    return _used
 
 
 def ovq_attention(
@@ -175,7 +155,7 @@ def ovq_attention(
         from ovq.ops.backends.triton.traced import attention
 
         return attention(q, k, v, scale, attention_mask, cu_seqlens, options), None
-    o, state = _attention(
+    o, state = _attention_of(options)(
         q,
         k,
         v,
@@ -204,68 +184,31 @@ def _next_step(
     settings: tuple,
 ) -> tuple[Tensor, OVQState] | None:
     """The call as a repetition of the decode step before it, if it is one."""
-    global _used
     step = state._next
     if step is None or torch.compiler.is_compiling():
         return None
     if not step.fits(q, k, v, state, token_weights, settings):
         return None
-    _used = "cpu"
+    dispatch.note_backend("cpu")
     scale = checked_scale(scale, q) if isinstance(scale, Tensor) else step.scale
     return step.run(q, k, v, scale, state, token_weights, options=step.options)
 
 
 def _is_traced(backend: str, q: Tensor, v: Tensor, options: Options) -> bool:
     """Whether a call without a state becomes one node of a compiled graph: only if Triton runs it."""
-    global _used
     wants = backend == "triton" or (backend == "auto" and q.is_cuda)
     if not wants or refusal_of(q, v, options):
         return False
-    _used = "triton"
+    dispatch.note_backend("triton")
     return True
 
 
-# Not compiled: plain Python decides what a call does, from the lengths of rows and from the state.
-@uncompiled
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    initial_state: OVQState | None,
-    output_final_state: bool,
-    attention_mask: Tensor | RowBounds | None,
-    cu_seqlens: Tensor | None,
-    options: Options,
-    backend: str,
-    token_weights: Tensor | None,
-    log_forget: Tensor | None,
-) -> tuple[Tensor, OVQState | None]:
-    """`ovq_attention` after all arguments but those of rows and state have been checked."""
-    call = checked_call(
-        q,
-        k,
-        v,
-        scale,
-        initial_state,
-        output_final_state,
-        attention_mask,
-        cu_seqlens,
-        options,
-        token_weights,
-    )
-    run = functools.partial(_run, backend)
-    if log_forget is None and call.state.pending_forget is None:
-        o, state = run(call)
-    else:
-        o, state = forgetful_attention(call, checked_log_forget(log_forget, call), run)
-    return o, state if output_final_state else None
+def _attention_of(options: Options) -> Callable[..., tuple[Tensor, OVQState | None]]:
+    """What runs a call: the backends, or in a graph an operator that does."""
+    if not torch.compiler.is_compiling():
+        return dispatch.attention
+    # A graph would hold the seed that it was made with.
+    return _uncompiled if options.init == "random" else operator.attention
 
 
-def _run(backend: str, call: Call) -> tuple[Tensor, OVQState | None]:
-    """A call by the backend that is asked for, or the fastest that can run it."""
-    global _used
-    _used = backends.chosen(backend, call)
-    # The compiled kernels use no product of PyTorch.
-    with contextlib.nullcontext() if _used == "cpu" else full_precision(call.q.device):
-        return backends.BACKENDS[_used].run(call)
+_uncompiled = uncompiled(dispatch.attention)

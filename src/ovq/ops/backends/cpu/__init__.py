@@ -34,6 +34,7 @@ from ovq.ops.backends.cpu.linear import (
     FasterLinear,
     few_products,
     has_faster_products,
+    linear_in_graph,
     mlp_step,
     product,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "has_faster_products",
     "layer_to_run",
     "learn_and_say",
+    "linear_in_graph",
     "memory_of_slots",
     "memory_of_window",
     "mlp_step",

@@ -98,22 +98,70 @@ class FasterLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         """`[..., V]`."""
         ctx.save_for_backward(x, weight)
-        tokens = x.flatten(0, -2)
-        if len(tokens) >= _MANY_TOKENS:
-            return product(tokens, weight.t()).view(*x.shape[:-1], len(weight))
-        if _has_faster_library():
-            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-        return F.linear(x, weight)
+        return _linear(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients that are needed."""
-        x, weight = ctx.saved_tensors
-        of_tokens = grad.flatten(0, -2)
-        of_x = product(of_tokens, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        of_weight = product(of_tokens.t(), x.flatten(0, -2)) if ctx.needs_input_grad[1] else None
-        return of_x, of_weight
+        return _linear_gradients(grad, *ctx.saved_tensors, *ctx.needs_input_grad)
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    tokens = x.flatten(0, -2)
+    if len(tokens) >= _MANY_TOKENS:
+        return product(tokens, weight.t()).view(*x.shape[:-1], len(weight))
+    if _has_faster_library():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
+
+
+def _linear_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, wants_x: bool = True, wants_weight: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
+    of_tokens = grad.flatten(0, -2)
+    of_x = product(of_tokens, weight).view(x.shape) if wants_x else None
+    of_weight = product(of_tokens.t(), x.flatten(0, -2)) if wants_weight else None
+    return of_x, of_weight
+
+
+def linear_in_graph(x: Tensor, weight: Tensor) -> Tensor:
+    """`x weight^T` by the fastest product, with gradients, as an operator of a graph of `torch.compile`."""
+    return torch.ops.ovq.linear(x, weight)
+
+
+def _linear_of_any(x: Tensor, weight: Tensor) -> Tensor:
+    if x.numel() <= FEW_TOKENS * x.shape[-1] and can_run(x, weight):
+        return few_products(x, weight)
+    return _linear(x, weight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _fake_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _fake_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+# Not by `torch.library.custom_op`, which loads the compiler.
+_LIBRARY = torch.library.Library("ovq", "FRAGMENT")
+_LIBRARY.define("linear(Tensor x, Tensor weight) -> Tensor")
+_LIBRARY.define("linear_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)")
+_LIBRARY.impl("linear", _linear_of_any, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_backward", _linear_gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("ovq::linear", _fake_linear, lib=_LIBRARY)
+torch.library.register_fake("ovq::linear_backward", _fake_gradients, lib=_LIBRARY)
+torch.library.register_autograd(
+    "ovq::linear",
+    lambda ctx, grad: torch.ops.ovq.linear_backward(grad, *ctx.saved_tensors),
+    setup_context=_setup_context,
+    lib=_LIBRARY,
+)
 
 
 def mlp_step(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor, down: Tensor) -> Tensor:

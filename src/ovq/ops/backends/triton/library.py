@@ -19,7 +19,6 @@ from ovq.ops.backends.triton.launch import Saved, backward, forward
 from ovq.ops.backends.triton.ward import Gone
 from ovq.ops.backends.triton.work import Work
 from ovq.ops.call import Rows
-from ovq.ops.checks import checked_rows
 from ovq.ops.options import COUNT_POWERS, Options
 
 
@@ -196,19 +195,6 @@ def _backward(ctx: Any, grad_o: Tensor, *_: None) -> tuple[Tensor | None, ...]:
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
-
-
-@torch.library.custom_op("ovq::row_bounds", mutates_args=())
-def row_bounds(q: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """`RowBounds.bounds` of a call; raises ValueError if the mask or the offsets do not fit."""
-    rows = checked_rows(q, attention_mask, cu_seqlens)
-    return torch.tensor([rows.starts, rows.lengths], dtype=torch.int64)
-
-
-@row_bounds.register_fake
-def _(q: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    num = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return torch.empty(2, num, dtype=torch.int64, device="cpu")
 
 
 class _Prepared:

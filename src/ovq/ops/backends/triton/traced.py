@@ -1,6 +1,6 @@
-"""A call as `torch.compile` and `torch.export` see it: one operator, and no code that depends on values.
+"""A call without a state as `torch.compile` and `torch.export` see it: one operator of these kernels.
 
-Only for calls without a state: a state is partly plain Python, which breaks the graph.
+Its backward knows what the forward found. Other calls are `ovq.ops.operator`'s, which runs them again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor
 from ovq.ops.backends.triton import library
 from ovq.ops.call import RowBounds
 from ovq.ops.options import Options
+from ovq.ops.row_bounds import row_bounds
 
 
 def attention(
@@ -26,7 +27,7 @@ def attention(
     if isinstance(attention_mask, RowBounds):
         bounds = attention_mask.bounds
     else:
-        bounds = library.row_bounds(q, attention_mask, cu_seqlens)
+        bounds = row_bounds(attention_mask, cu_seqlens, q.shape[0], 0, q.shape[1])
     # Dynamo guards both, so that a graph made for one is not used for the other.
     is_kept = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, scale))
     return library.attention(

@@ -1,0 +1,93 @@
+"""What `torch.compile` gains: whole models compiled and as they are, in turns, by the clock.
+
+    python benchmarks/compiled_model.py
+    python benchmarks/compiled_model.py --models ovq --size 2M --length 512
+
+Models, sizes and tokens are those of `ovq bench --what model`. A training step is a forward and a backward;
+for OVQ also a token that is decoded after the prompt, with a cache that goes in and out of the graph. Beside
+it stands how often the model was compiled: as often as shapes, or the mode of gradients, were new.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+import typer
+from transformers import PreTrainedModel
+
+from ovq.hf.cache import CACHE_KEY
+from ovq.research.bench.models import ModelWorkload
+from ovq.runtime.allocator import keep_freed_memory
+
+
+def steps(
+    model: PreTrainedModel, function: Callable, ids: torch.Tensor, options: dict
+) -> Callable[[], object]:
+    """A forward and a backward by `function`, the model or what was compiled of it."""
+
+    def step() -> None:
+        function(ids, labels=ids, use_cache=False, **options).loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def tokens(function: Callable, ids: torch.Tensor) -> Callable[[], object]:
+    """A token after the prompt, and at each call the next one."""
+    cache = getattr(function(ids, use_cache=True, logits_to_keep=1), CACHE_KEY)
+    return lambda: function(ids[:, :1], **{CACHE_KEY: cache})
+
+
+def medians(functions: list[Callable[[], object]], rounds: int) -> list[float]:
+    """Median seconds of each function; they take turns, and the first rounds, which compile, do not count."""
+    times: list[list[float]] = [[] for _ in functions]
+    for i in range(rounds + 3):
+        for function, own in zip(functions, times, strict=True):
+            start = time.perf_counter()
+            function()
+            if i >= 3:
+                own.append(time.perf_counter() - start)
+    return [statistics.median(own) for own in times]
+
+
+def main(
+    models: str = "llama,ovq",
+    size: str = "30M",
+    length: int = 2048,
+    rounds: int = 7,
+    backend: Annotated[str, typer.Option(help="what makes code of a graph")] = "inductor",
+) -> None:
+    """Print how many times as fast the compiled model is."""
+    keep_freed_memory()
+    for name in models.split(","):
+        workload = ModelWorkload(model=name, size=size, length=length, num_threads=torch.get_num_threads())
+        model, ids, graphs = workload.build().train(), workload.tokens(), []
+
+        def made(graph: torch.fx.GraphModule, example: list, graphs: list = graphs) -> Callable:
+            graphs.append(graph)
+            return torch._dynamo.lookup_backend(backend)(graph, example)
+
+        compiled = torch.compile(model, backend=made, fullgraph=name != "llama")
+        options = {} if name == "llama" else {"skip_logits": True}
+        plain, fast = medians([steps(model, f, ids, options) for f in (model, compiled)], rounds)
+        print(
+            f"{workload.label}, a training step of {length:,} tokens: {plain:.3f} s, compiled {fast:.3f} s, "
+            f"{plain / fast:.2f} times as fast; graphs: {len(graphs)}",
+            flush=True,
+        )
+        if name == "llama":
+            continue
+        model.eval()
+        with torch.no_grad():
+            plain, fast = medians([tokens(f, ids) for f in (model, compiled)], 20 * rounds)
+        print(
+            f"{workload.label}, a token after {length:,}: {plain * 1e3:.2f} ms, "
+            f"compiled {fast * 1e3:.2f} ms, {plain / fast:.2f} times as fast; graphs: {len(graphs)}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)

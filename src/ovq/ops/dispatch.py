@@ -1,0 +1,84 @@
+"""Which backend runs a call, and which ran the last one."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+from torch import Tensor
+
+from ovq.ops import backends
+from ovq.ops.call import Call, RowBounds
+from ovq.ops.checks import checked_call
+from ovq.ops.fading import checked_log_forget
+from ovq.ops.forget import forgetful_attention
+from ovq.ops.options import Options
+from ovq.ops.precision import full_precision
+from ovq.ops.state import OVQState
+
+_used: str | None = None
+
+
+def backend_used() -> str | None:
+    """The backend that ran the last `ovq_attention` call of this process.
+
+    It is `"naive"`, `"torch"`, `"cpu"` or `"triton"`; None before the first call.
+
+    Example:
+        >>> from ovq.ops import ovq_attention
+        >>> x = torch.randn(1, 4, 1, 8, dtype=torch.float64)
+        >>> _ = ovq_attention(x, x, x, num_slots=4, chunk_size=2)
+        >>> backend_used()
+        'torch'
+    """
+    return _used
+
+
+def note_backend(name: str) -> None:
+    """Make `name` what `backend_used` returns, for calls that other code runs."""
+    global _used
+    _used = name
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    initial_state: OVQState | None,
+    output_final_state: bool,
+    attention_mask: Tensor | RowBounds | None,
+    cu_seqlens: Tensor | None,
+    options: Options,
+    backend: str,
+    token_weights: Tensor | None,
+    log_forget: Tensor | None,
+) -> tuple[Tensor, OVQState | None]:
+    """`ovq_attention` after all arguments but those of rows and state have been checked."""
+    call = checked_call(
+        q,
+        k,
+        v,
+        scale,
+        initial_state,
+        output_final_state,
+        attention_mask,
+        cu_seqlens,
+        options,
+        token_weights,
+    )
+    run = functools.partial(_run, backend)
+    if log_forget is None and call.state.pending_forget is None:
+        o, state = run(call)
+    else:
+        o, state = forgetful_attention(call, checked_log_forget(log_forget, call), run)
+    return o, state if output_final_state else None
+
+
+def _run(backend: str, call: Call) -> tuple[Tensor, OVQState | None]:
+    """A call by the backend that is asked for, or the fastest that can run it."""
+    name = backends.chosen(backend, call)
+    note_backend(name)
+    # The compiled kernels use no product of PyTorch.
+    with contextlib.nullcontext() if name == "cpu" else full_precision(call.q.device):
+        return backends.BACKENDS[name].run(call)

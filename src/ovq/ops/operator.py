@@ -1,0 +1,262 @@
+"""A call as one operator of `torch.library`, for `torch.compile` and `torch.export`, with a state or without.
+
+What a call does depends on the lengths of its rows and on how many tokens its state has seen, and a graph
+knows neither: all of that happens inside of `ovq::call`. A graph passes on nothing but tensors. So a state
+goes in and comes out in pieces, with room for all N slots, and the backward (`ovq::call_backward`) runs the
+call again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ovq.ops import dispatch
+from ovq.ops.call import RowBounds
+from ovq.ops.checks import check_state
+from ovq.ops.options import Options
+from ovq.ops.row_bounds import row_bounds
+from ovq.ops.state import OVQState, state_dtype, with_capacity
+
+# The differentiable inputs in the order of the operator; those of a state by their names in it.
+_OF_TOKENS = ("q", "k", "v", "scale", "token_weights", "log_forget")
+_OF_STATE = (
+    "key_sum",
+    "value_sum",
+    "pending_keys",
+    "pending_values",
+    "weight",
+    "pending_weights",
+    "pending_forget",
+)
+_NUM_DIFFERENTIABLE = len(_OF_TOKENS) + len(_OF_STATE)
+# All pieces of a state; after the outputs, the operator returns those of the state after the call.
+_PIECES = (*_OF_STATE, "count", "num_seen")
+_NUM_GRADS = 1 + len(_OF_STATE)
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor scale, Tensor? token_weights, Tensor? log_forget, "
+    + ", ".join(f"Tensor? {name}" for name in _PIECES)
+    + ", Tensor? bounds, int num_slots, int chunk_size, str growth, str merge, str bias, str rate, "
+    "float value_weight, bool wants_state, str backend"
+)
+_GRADS = ", ".join(f"Tensor? grad_{name}" for name in ("o", *_OF_STATE))
+_LIBRARY = torch.library.Library("ovq", "FRAGMENT")
+_LIBRARY.define(f"call({_INPUTS}) -> ({', '.join(['Tensor'] * (1 + len(_PIECES)))})")
+_LIBRARY.define(f"call_backward({_GRADS}, {_INPUTS}) -> ({', '.join(['Tensor'] * _NUM_DIFFERENTIABLE)})")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    initial_state: OVQState | None,
+    output_final_state: bool,
+    attention_mask: Tensor | RowBounds | None,
+    cu_seqlens: Tensor | None,
+    options: Options,
+    backend: str,
+    token_weights: Tensor | None,
+    log_forget: Tensor | None,
+) -> tuple[Tensor, OVQState | None]:
+    """As `ovq.ops.dispatch.attention`, in a graph; the state that it returns has room for N slots."""
+    bounds = _bounds_of(q, attention_mask, cu_seqlens)
+    state = initial_state
+    if state is not None:
+        check_state(state, q.shape[0] if bounds is None else bounds.shape[1], k, v, options)
+    o, *after = torch.ops.ovq.call(
+        q,
+        k,
+        v,
+        scale,
+        token_weights,
+        log_forget,
+        *([None] * len(_PIECES) if state is None else _pieces(state)),
+        bounds,
+        options.num_slots,
+        options.chunk_size,
+        options.growth,
+        options.merge,
+        options.bias,
+        str(options.rate),
+        options.value_weight,
+        output_final_state,
+        backend,
+    )
+    if not output_final_state:
+        return o, None
+    forgets = log_forget is not None or (state is not None and state.pending_forget is not None)
+    has_weights = forgets or token_weights is not None or (state is not None and state.weight is not None)
+    pieces: dict[str, Any] = dict(zip(_PIECES, after, strict=True))
+    if not has_weights:
+        del pieces["weight"], pieces["pending_weights"]
+    if not forgets:
+        del pieces["pending_forget"]
+    return o, OVQState(num_slots=options.num_slots, chunk_size=options.chunk_size, **pieces)
+
+
+def _bounds_of(
+    q: Tensor, attention_mask: Tensor | RowBounds | None, cu_seqlens: Tensor | None
+) -> Tensor | None:
+    """`RowBounds.bounds` of a call; None where every column is a token of its own row."""
+    if isinstance(attention_mask, RowBounds):
+        return attention_mask.bounds
+    if attention_mask is None and cu_seqlens is None:
+        return None
+    return row_bounds(attention_mask, cu_seqlens, q.shape[0], 0, q.shape[1])
+
+
+def _pieces(state: OVQState) -> list[Tensor | None]:
+    return [getattr(state, name) for name in _PIECES]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """The arguments of `ovq::call`: the differentiable ones, what else there is of a state, and the rest."""
+
+    tensors: tuple[Tensor | None, ...]
+    count: Tensor | None
+    num_seen: Tensor | None
+    bounds: Tensor | None
+    options: Options
+    wants_state: bool
+    backend: str
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> _Inputs:
+        count, num_seen, bounds, *rest = arguments[_NUM_DIFFERENTIABLE:]
+        num_slots, chunk_size, growth, merge, bias, rate, value_weight, wants_state, backend = rest
+        options = Options(
+            num_slots=num_slots,
+            chunk_size=chunk_size,
+            growth=growth,
+            init="novelty",
+            merge=merge,
+            seed=0,
+            bias=bias,
+            rate=rate if rate == "count" else float(rate),
+            value_weight=value_weight,
+        )
+        tensors = tuple(arguments[:_NUM_DIFFERENTIABLE])
+        return cls(tensors, count, num_seen, bounds, options, wants_state, backend)
+
+    def run(self) -> list[Tensor | None]:
+        """The outputs, and the pieces of the state after them if it is wanted."""
+        q, k, v, scale, token_weights, log_forget, *memory = self.tensors
+        state = None
+        if self.count is not None:
+            pieces: dict[str, Any] = dict(zip(_PIECES, (*memory, self.count, self.num_seen), strict=True))
+            state = OVQState(num_slots=self.options.num_slots, chunk_size=self.options.chunk_size, **pieces)
+        rows = None if self.bounds is None else RowBounds(self.bounds)
+        o, state = dispatch.attention(
+            q,  # type: ignore[arg-type]  # the first four are there
+            k,  # type: ignore[arg-type]
+            v,  # type: ignore[arg-type]
+            scale,  # type: ignore[arg-type]
+            state,
+            self.wants_state,
+            rows,
+            None,
+            self.options,
+            self.backend,
+            token_weights,
+            log_forget,
+        )
+        return [o] if state is None else [o, *_pieces(with_capacity(state, self.options.num_slots))]
+
+
+def _own(x: Tensor | None, arguments: Sequence[Any], like: Tensor) -> Tensor:
+    """x in memory of its own, as what an operator returns has to be; an empty tensor for None."""
+    if x is None:
+        return like.new_empty(0)
+    memory = x.untyped_storage().data_ptr()
+    is_shared = any(isinstance(y, Tensor) and y.untyped_storage().data_ptr() == memory for y in arguments)
+    return x.clone(memory_format=torch.contiguous_format) if is_shared else x.contiguous()
+
+
+def _call(*arguments: Any) -> tuple[Tensor, ...]:
+    found = _Inputs.of(arguments).run()
+    missing = [None] * (1 + len(_PIECES) - len(found))
+    return tuple(_own(x, arguments, arguments[0]) for x in (*found, *missing))
+
+
+def _fake_call(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs = _Inputs.of(arguments)
+    q, k, v, _, token_weights, log_forget, *memory = arguments[:_NUM_DIFFERENTIABLE]
+    o = q.new_empty(*q.shape[:3], v.shape[3])
+    if not inputs.wants_state:
+        return o, *(q.new_empty(0) for _ in _PIECES)
+    of_state = dict(zip(_OF_STATE, memory, strict=True))
+    forgets = log_forget is not None or of_state["pending_forget"] is not None
+    has_weights = forgets or token_weights is not None or of_state["weight"] is not None
+    num_rows = q.shape[0] if inputs.bounds is None else inputs.bounds.shape[1]
+    wide, streams = state_dtype(q.dtype), (num_rows, k.shape[2])
+    slots, tokens = (*streams, inputs.options.num_slots), (*streams, inputs.options.chunk_size)
+    return (
+        o,
+        q.new_empty(*slots, k.shape[3], dtype=wide),
+        q.new_empty(*slots, v.shape[3], dtype=wide),
+        q.new_empty(*tokens, k.shape[3]),
+        q.new_empty(*tokens, v.shape[3]),
+        q.new_empty(slots if has_weights else 0, dtype=wide),
+        q.new_empty(tokens if has_weights else 0, dtype=wide),
+        q.new_empty(streams if forgets else 0, dtype=wide),
+        q.new_empty(slots, dtype=torch.int64),
+        torch.empty(num_rows, dtype=torch.int64, device="cpu"),
+    )
+
+
+def _call_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    grads, inputs = arguments[:_NUM_GRADS], _Inputs.of(arguments[_NUM_GRADS:])
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs.tensors]
+    with torch.enable_grad():
+        outputs = dataclasses.replace(inputs, tensors=tuple(leaves)).run()
+    pairs = [
+        (x, grad)
+        for x, grad in zip(outputs, grads, strict=False)
+        if x is not None and grad is not None and x.requires_grad
+    ]
+    found = iter(
+        torch.autograd.grad(
+            [x for x, _ in pairs],
+            [x for x in leaves if x is not None],
+            [grad for _, grad in pairs],
+            materialize_grads=True,
+        )
+    )
+    return tuple(_own(None if x is None else next(found), arguments, arguments[_NUM_GRADS]) for x in leaves)
+
+
+def _fake_call_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    q, *rest = arguments[_NUM_GRADS : _NUM_GRADS + _NUM_DIFFERENTIABLE]
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q, *rest))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    ctx.others = [x for x in inputs if not isinstance(x, Tensor)]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+    arguments = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
+    found = torch.ops.ovq.call_backward(*grads[:_NUM_GRADS], *arguments)
+    own = [grad if is_tensor else None for grad, is_tensor in zip(found, ctx.is_tensor, strict=False)]
+    return *own, *[None] * (len(arguments) - len(own))
+
+
+# Not by `torch.library.custom_op`: nothing is recorded inside of one, and `ovq::call_backward` needs a graph.
+for _name, _run, _fake in (
+    ("call", _call, _fake_call),
+    ("call_backward", _call_backward, _fake_call_backward),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ovq::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd("ovq::call", _backward, setup_context=_setup_context, lib=_LIBRARY)

@@ -1,0 +1,122 @@
+"""`torch.compile` of a model: a single graph, with masks, packed rows and caches, and the same numbers."""
+
+import pytest
+import torch
+
+from ovq.hf import OVQCache
+from ovq.hf.cache import CACHE_KEY
+from tests.hf.common import left_padded, make_model, random_ids
+
+# Dynamo triggers deprecation warnings of torch's own modules as it imports them.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+MIXERS = {"num_hidden_layers": 2, "mixer_types": ["sliding_attention", "ovq"]}
+
+
+@pytest.fixture(autouse=True)
+def forgotten_graphs():
+    yield
+    torch._dynamo.reset()
+
+
+def whole(model, backend="aot_eager"):
+    """The model as a single graph, differentiated ahead of time, but run by PyTorch: no compiler needed."""
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+def padded():
+    ids, mask = left_padded([random_ids(1, n, seed=n)[0] for n in (14, 9)])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def packed():
+    ids = random_ids(1, 14)
+    return {"input_ids": ids, "labels": ids, "cu_seqlens": torch.tensor([0, 5, 5, 14, 14])}
+
+
+def plain(**more):
+    ids = random_ids(2, 14)
+    return {"input_ids": ids, "labels": ids, **more}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "changes"),
+    [
+        (plain(), {}),
+        (plain(skip_logits=True), {"merge_gate": True, "merge": "ward-sqrt"}),
+        (padded(), {"forget_gate": True}),
+        (packed(), {}),
+    ],
+    ids=["plain", "without logits", "padded", "packed"],
+)
+def test_training_is_a_single_graph_and_gives_the_same_loss_and_gradients(inputs, changes):
+    model = make_model(**MIXERS, **changes).train()
+    results = []
+    for function in (model, whole(model)):
+        model.zero_grad()
+        loss = function(**inputs).loss
+        loss.backward()
+        results.append((loss.double(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    # transformers' loss, which takes the place of that without logits, computes in float32.
+    tolerance = {"atol": 1e-6, "rtol": 1e-5} if "skip_logits" in inputs else {}
+    torch.testing.assert_close(*results, **tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"forget_gate": True}], ids=["plain", "forgetting"])
+def test_a_cache_goes_in_and_out_of_a_single_graph(changes):
+    model, graphs = make_model(**MIXERS, **changes), []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled, ids = whole(model, count), random_ids(2, 40)
+    expected = model(ids).logits
+    outputs = compiled(ids[:, :17], use_cache=True)
+    cache, logits = getattr(outputs, CACHE_KEY), [outputs.logits]
+    assert isinstance(cache, OVQCache)
+    # A piece of a prompt, then token by token; the last ones without the graph.
+    for piece in (ids[:, 17:26], *ids[:, 26:].split(1, 1)):
+        function = compiled if cache.get_seq_length() < 34 else model
+        logits.append(function(piece, **{CACHE_KEY: cache}).logits)
+    torch.testing.assert_close(torch.cat(logits, 1), expected)
+    # The prompt, the piece, the first token, and one for any number of tokens read.
+    assert len(graphs) <= 4
+
+
+@torch.no_grad()
+def test_rows_with_padding_go_on_in_a_graph():
+    model = make_model(**MIXERS)
+    compiled = whole(model)
+    ids, mask = left_padded([random_ids(1, n, seed=n)[0] for n in (14, 9)])
+    expected = model(ids, attention_mask=mask).logits
+    outputs = compiled(ids[:, :11], attention_mask=mask[:, :11], use_cache=True)
+    more = compiled(ids[:, 11:], attention_mask=mask, **{CACHE_KEY: getattr(outputs, CACHE_KEY)})
+    found = torch.cat([outputs.logits, more.logits], 1)
+    torch.testing.assert_close(found[mask == 1], expected[mask == 1])
+    with pytest.raises(ValueError, match="found a hole in row 0"):
+        compiled(ids, attention_mask=mask.index_fill(1, torch.tensor([12]), 0))
+
+
+def test_projections_in_a_graph_are_those_of_the_kernels(monkeypatch):
+    from ovq.layers import products
+
+    monkeypatch.setattr(products, "_HAS_FASTER_PRODUCTS", True)
+    layer = products.Linear(24, 40)
+    names = []
+
+    def note(graph, example):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=note, fullgraph=True)
+    for shape in ((2, 24), (3, 5, 24), (600, 24)):
+        x = torch.randn(*shape, requires_grad=True)
+        grad = torch.randn(*shape[:-1], 40)
+        results = [
+            (y, *torch.autograd.grad(y, (x, layer.weight), grad)) for y in (compiled(x), x @ layer.weight.T)
+        ]
+        torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    assert any("ovq.linear" in name for name in names)

@@ -1,0 +1,168 @@
+"""Calls in graphs of `torch.compile`: one operator, with a state or without, in and out."""
+
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from ovq.ops import OVQState, backend_used, ovq_attention
+from tests.ops.common import assert_same_state, attend, inputs
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+SIZES = {"num_slots": 6, "chunk_size": 4}
+
+
+@pytest.fixture(autouse=True)
+def forgotten_graphs():
+    yield
+    torch._dynamo.reset()
+
+
+def whole(function):
+    """The function as a single graph, run by PyTorch, which needs no compiler."""
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+def gates(length, *, kv_heads=1):
+    generator = torch.Generator().manual_seed(1)
+    draw = torch.randn(2, 2, length, kv_heads, dtype=torch.float64, generator=generator)
+    return {"token_weights": draw[0].sigmoid(), "log_forget": logsigmoid(draw[1] + 2)}
+
+
+def two_calls(q, k, v, weights, log_forget, options):
+    """A call that returns a state, and one that continues from it."""
+    first, second = slice(None, 11), slice(11, None)
+
+    def of(part):
+        given = {"token_weights": weights, "log_forget": log_forget}
+        return {name: x[:, part] for name, x in given.items() if x is not None}
+
+    o, state = attend(2 * q[:, first], k[:, first], v[:, first], **options, **of(first))
+    more, state = attend(
+        2 * q[:, second], k[:, second], v[:, second], initial_state=state, **options, **of(second)
+    )
+    return torch.cat([o, more], 1), state
+
+
+@pytest.mark.parametrize(
+    ("gated", "options"),
+    [
+        ((), {}),
+        ((), {"merge": "ward-sqrt", "bias": "count+norm"}),
+        ((), {"rate": 0.3, "growth": "linear"}),
+        (("token_weights",), {"merge": "updated"}),
+        (("log_forget",), {}),
+        (("token_weights", "log_forget"), {"merge": "ward"}),
+    ],
+)
+def test_a_state_goes_in_and_out_of_a_whole_graph(gated, options):
+    given = [gates(19).get(name) if name in gated else None for name in ("token_weights", "log_forget")]
+    results = []
+    for function in (two_calls, whole(two_calls)):
+        leaves = [x.clone().requires_grad_() for x in (*inputs(2, 19), *given) if x is not None]
+        tensors = iter(leaves)
+        arguments = [next(tensors) for _ in "qkv"] + [x if x is None else next(tensors) for x in given]
+        o, state = function(*arguments, {**SIZES, **options})
+        total = o.square().sum() + state.key_sum.sin().sum() + state.pending_values.square().sum()
+        results.append((o, state, torch.autograd.grad(total, leaves)))
+    (expected, state, grads), (found, compiled, compiled_grads) = results
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(compiled_grads, grads)
+    # There is room for all slots in the state of a graph.
+    assert compiled.count.shape[2] == SIZES["num_slots"] >= state.count.shape[2]
+    assert_same_state(compiled, state)
+
+
+def test_rows_of_a_whole_graph():
+    q, k, v = inputs(2, 9, dtype=torch.float32)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 0]])
+
+    def read(q, k, v, **rows):
+        return attend(q, k, v, **SIZES, **rows)
+
+    graph = whole(read)
+    for tensors, rows in (
+        ((q, k, v), {"attention_mask": mask}),
+        ((q[:1], k[:1], v[:1]), {"cu_seqlens": torch.tensor([0, 4, 4, 9])}),
+    ):
+        (expected, state), (found, compiled) = read(*tensors, **rows), graph(*tensors, **rows)
+        assert torch.equal(found, expected)
+        assert_same_state(compiled, state, tolerance=0)
+    mask[0, 5] = 0
+    with pytest.raises(ValueError, match="found a hole in row 0"):
+        graph(q, k, v, attention_mask=mask)
+
+
+def test_a_graph_serves_states_of_any_age_and_calls_go_on_without_it():
+    q, k, v = inputs(1, 30, dtype=torch.float32)
+    graphs = []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(q, k, v, state):
+        return attend(q, k, v, initial_state=state, **SIZES)
+
+    compiled = torch.compile(step, backend=count, fullgraph=True)
+    _, state = attend(q[:, :7], k[:, :7], v[:, :7], **SIZES)
+    expected, _ = attend(q, k, v, **SIZES)
+    outputs = []
+    for t in range(7, 30):
+        function = step if t > 20 else compiled
+        o, state = function(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], state)
+        outputs.append(o)
+    torch.testing.assert_close(torch.cat(outputs, 1), expected[:, 7:])
+    # One for the first state, which has as many slots as it needs, and one for those with room for all.
+    assert len(graphs) == 2
+
+
+def test_states_that_do_not_fit_are_refused_in_a_graph():
+    q, k, v = inputs(1, 5)
+    _, state = attend(q, k, v, **SIZES)
+
+    def step(q, k, v, state):
+        return attend(q, k, v, initial_state=state, num_slots=8, chunk_size=4)
+
+    compiled = torch.compile(step, backend="aot_eager")
+    with pytest.raises(ValueError, match="initial_state: num_slots: expected 8, found 6"):
+        compiled(q, k, v, state)
+
+
+def test_a_graph_is_exported_for_any_length():
+    class Read(torch.nn.Module):
+        def forward(self, q, k, v):
+            return ovq_attention(q, k, v, **SIZES)[0]
+
+    short, long = (inputs(1, n, dtype=torch.float32) for n in (6, 11))
+    length = torch.export.Dim("length", min=4, max=64)
+    program = torch.export.export(Read(), short, dynamic_shapes=[{1: length}] * 3)
+    for qkv in (short, long):
+        assert torch.equal(program.module()(*qkv), Read()(*qkv))
+
+
+def test_random_slots_run_outside_of_graphs():
+    q, k, v = inputs(1, 9)
+
+    def read(q, k, v):
+        return attend(2 * q, k, v, init="random", **SIZES)[0]
+
+    torch.manual_seed(3)
+    expected = read(q, k, v)
+    torch.testing.assert_close(torch.compile(read, backend="aot_eager")(q, k, v), expected)
+    assert backend_used() == "torch"
+
+
+@pytest.mark.slow
+def test_the_operator_is_what_pytorch_expects():
+    from ovq.ops.operator import _pieces
+
+    q, k, v = (x.requires_grad_() for x in inputs(1, 6, dtype=torch.float32))
+    _, state = attend(*(x.detach() for x in inputs(1, 7, dtype=torch.float32)), **SIZES)
+    scale, bounds = torch.ones(2), torch.tensor([[1], [5]])
+    settings = (*SIZES.values(), "plateau", "existing", "count", "count", 0.35)
+    for pieces, rows, wants_state in (([None] * 9, None, False), (_pieces(state), bounds, True)):
+        arguments = (q, k, v, scale, None, None, *pieces, rows, *settings, wants_state, "torch")
+        torch.library.opcheck(torch.ops.ovq.call.default, arguments)
+    assert isinstance(state, OVQState)
