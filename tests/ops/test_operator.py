@@ -154,6 +154,21 @@ def test_random_slots_run_outside_of_graphs():
     assert backend_used() == "torch"
 
 
+def test_a_graph_returns_no_memory_that_it_was_given():
+    q, k, v = inputs(1, 9, dtype=torch.float32)
+
+    def step(q, k, v, state):
+        return attend(q, k, v, initial_state=state, **SIZES)
+
+    _, state = whole(lambda q, k, v: attend(q, k, v, **SIZES))(q[:, :8], k[:, :8], v[:, :8])
+    # Nothing is merged, so that a call outside of a graph returns the sums as they are.
+    token = q[:, 8:], k[:, 8:], v[:, 8:]
+    assert step(*token, state)[1].key_sum is state.key_sum
+    _, after = whole(step)(*token, state)
+    for name in ("key_sum", "value_sum", "count", "pending_keys", "pending_values", "num_seen"):
+        assert getattr(after, name).data_ptr() != getattr(state, name).data_ptr(), name
+
+
 @pytest.mark.slow
 def test_the_operator_is_what_pytorch_expects():
     from ovq.ops.operator import _pieces
