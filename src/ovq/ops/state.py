@@ -444,13 +444,17 @@ def advanced(state: OVQState) -> OVQState:
     The caller writes the token of row r to place `state.num_pending[r]` of the result's pending buffers. They
     are contiguous, and no state other than the result and those made from it reads that place.
     """
-    # `num_pending` in plain numbers.
-    places = [n % state.chunk_size for n in state.num_seen.tolist()]
     buffers, own = state._buffers, (state.pending_keys, state.pending_values, state.pending_weights)
+    if buffers is not None and buffers.num_seen is state.num_seen and max(buffers.written) < state.chunk_size:
+        places = buffers.written
+    else:
+        # `num_pending` in plain numbers.
+        places = [n % state.chunk_size for n in state.num_seen.tolist()]
     if buffers is not None and buffers.take(*own[:2], places, own[2]):
         # As below, in a fraction of the time.
         after = object.__new__(OVQState)
-        after.__dict__.update(state.__dict__, num_seen=state.num_seen + 1)
+        buffers.num_seen = num_seen = state.num_seen + 1
+        after.__dict__.update(state.__dict__, num_seen=num_seen)
         return after
     buffers = PendingBuffers.copied(*own[:2], [p + 1 for p in places], own[2])
     return dataclasses.replace(

@@ -132,7 +132,8 @@ class Workload:
         return call
 
     def decode(self, device: str) -> Callable[[], object]:
-        """A function that decodes one token after `length` tokens, and continues from there at each call."""
+        """A function that decodes one token after `length` tokens, and continues from there at each call, for
+        a chunk of tokens; then it begins again."""
         if self.mixer == "ovq":
             return self._decode_ovq(device)
         if self.mixer in RIVALS:
@@ -168,15 +169,18 @@ class Workload:
 
     def _decode_ovq(self, device: str) -> Callable[[], object]:
         inputs = self.inputs(device=device)
-        state: OVQState | None
+        first: OVQState | None
         with torch.no_grad():
-            _, state = ovq_attention(*inputs, **self.options, output_final_state=True)
-        t = 0
+            _, first = ovq_attention(*inputs, **self.options, output_final_state=True)
+        state, t = first, 0
 
         def call() -> object:
             nonlocal state, t
-            token = [x[:, t : t + 1] for x in inputs]
-            t = (t + 1) % self.length
+            if t == self.chunk_size:
+                # Not much more than `length` tokens are read, however often this is called.
+                state, t = first, 0
+            token = [x[:, t % self.length : t % self.length + 1] for x in inputs]
+            t += 1
             with torch.no_grad():
                 o, state = ovq_attention(*token, **self.options, initial_state=state, output_final_state=True)
             return o

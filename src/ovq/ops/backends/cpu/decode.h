@@ -78,25 +78,33 @@ INLINE void score_rows(const float *query, int64_t dim, const T *keys, const int
     for (int64_t j = first; j < end; j += VL, scores += VL, counts += VL) {
         /* The usual size as a constant is unrolled. */
         Vector x = dim == 64 ? products<VL>(query, 64, keys, j, end) : products<VL>(query, dim, keys, j, end);
-        float c[VL];
-        if (weight)
-            for (int64_t i = 0; i < VL; i++) c[i] = j + i < end ? weight[j + i] : 0;
+        float c[VL] = {};
+        const int64_t num = least(VL, end - j);
+        /* Whole vectors by themselves, with a number of steps that compilers see. */
+        if (num == VL)
+            for (int64_t i = 0; i < VL; i++) c[i] = weight ? weight[j + i] : count ? (float)count[j + i] : 1;
         else
-            for (int64_t i = 0; i < VL; i++) c[i] = j + i < end ? count ? (float)count[j + i] : 1 : 0;
+            for (int64_t i = 0; i < num; i++) c[i] = weight ? weight[j + i] : count ? (float)count[j + i] : 1;
         const Vector number = load(c);
         store(scores, number > 0.0f ? x / number : splat(-INFINITY));
         store(counts, number);
     }
 }
 
-/* out [num] += weights [n] values [n, dim], `num` vectors, or numbers, wide. */
+/* out [num] += weights [n] values [n, dim], `num` vectors, or numbers, wide. Where registers allow it, every second row
+   has sums of its own, which need not wait for those before. */
 template <int num, typename T>
 INLINE void add_vectors(const float *weights, int64_t n, const T *values, int64_t dim, float *out) {
-    Vector sum[num];
-    for (int i = 0; i < num; i++) sum[i] = load(out + i * VL);
-    for (int64_t j = 0; j < n; j++)
-        for (int i = 0; i < num; i++) sum[i] += splat(weights[j]) * load_numbers(values + j * dim + i * VL);
-    for (int i = 0; i < num; i++) store(out + i * VL, sum[i]);
+    constexpr int sets = num > 4 ? 1 : 2;
+    Vector sum[sets][num] = {};
+    for (int i = 0; i < num; i++) sum[0][i] = load(out + i * VL);
+    int64_t j = 0;
+    for (; j + sets <= n; j += sets)
+        for (int u = 0; u < sets; u++)
+            for (int i = 0; i < num; i++)
+                sum[u][i] += splat(weights[j + u]) * load_numbers(values + (j + u) * dim + i * VL);
+    for (int i = 0; j < n && i < num; i++) sum[0][i] += splat(weights[j]) * load_numbers(values + j * dim + i * VL);
+    for (int i = 0; i < num; i++) store(out + i * VL, sets == 1 ? sum[0][i] : sum[0][i] + sum[sets - 1][i]);
 }
 
 template <typename T> INLINE void add_values(const float *weights, int64_t n, const T *values, int64_t dim, float *out) {

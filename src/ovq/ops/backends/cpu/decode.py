@@ -48,18 +48,22 @@ def _step(
     The kernel puts the new token into the pending buffers, and reads these and the sums where they lie.
     """
     after = advanced(state)
-    q, k, v, scale = dense(q), dense(k), dense(v), scale.contiguous()
-    o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
-    call, _kept = slots_to_read(after, state.num_seen, num_heads=q.shape[2])
-    call.q, call.k, call.v, call.o, call.scale = (x.data_ptr() for x in (q, k, v, o, scale))
-    call.q_row, call.k_row, call.v_row = (x.stride(0) for x in (q, k, v))
-    call.q_head, call.k_head, call.v_head = (x.stride(2) for x in (q, k, v))
+    shape = q.shape
+    o = torch.empty((*shape[:3], v.shape[3]), dtype=q.dtype)
+    call, _kept = slots_to_read(after, state.num_seen, num_heads=shape[2])
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+        q, k, v = dense(q), dense(k), dense(v)
+        call.q_row, call.k_row, call.v_row = (x.stride(0) for x in (q, k, v))
+        call.q_head, call.k_head, call.v_head = (x.stride(2) for x in (q, k, v))
+    scale = scale.contiguous()
+    call.q, call.k, call.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    call.o, call.scale = o.data_ptr(), scale.data_ptr()
     if token_weights is not None:
         token_weights = token_weights.contiguous()
         call.token_weights = token_weights.data_ptr()
     call.weighs_chunk = options.weighs_chunk
     build.load().ovq_decode(ctypes.byref(call))
-    return o, with_merged_chunks(after, completed(state, options), options)
+    return o, with_merged_chunks(after, completed(after), options)
 
 
 def slots_to_read(after: OVQState, num_seen: Tensor, *, num_heads: int) -> tuple[Decode, list[Tensor]]:
@@ -70,31 +74,64 @@ def slots_to_read(after: OVQState, num_seen: Tensor, *, num_heads: int) -> tuple
         num_seen: `[B]` tokens before the new one.
         num_heads: query heads.
     """
-    tensors = [x.contiguous() for x in (after.key_sum, after.value_sum, after.count, num_seen)]
-    rows, num_kv_heads, capacity, key_dim = after.key_sum.shape
-    call = Decode(
-        rows,
-        num_kv_heads,
-        num_heads // num_kv_heads,
-        after.chunk_size,
-        capacity,
-        key_dim,
-        after.value_sum.shape[3],
-        torch.get_num_threads(),
-        DTYPES.index(after.pending_keys.dtype),
-    )
-    call.pending_keys, call.pending_values = after.pending_keys.data_ptr(), after.pending_values.data_ptr()
-    call.key_sum, call.value_sum, call.count, call.num_seen = (x.data_ptr() for x in tensors)
-    if after.weight is not None and after.pending_weights is not None:
-        tensors.append(after.weight.contiguous())
-        call.weight, call.pending_weights = tensors[-1].data_ptr(), after.pending_weights.data_ptr()
-    return call, tensors
+    buffers = after._buffers
+    assert buffers is not None, "`advanced` makes them"
+    prepared = buffers.prepared
+    if prepared is None or not prepared.is_of(after, num_heads):
+        buffers.prepared = prepared = _Prepared(after, num_heads)
+    call = Decode.from_buffer_copy(prepared.call)
+    num_seen = num_seen.contiguous()
+    call.num_seen, call.num_threads = num_seen.data_ptr(), torch.get_num_threads()
+    return call, [*prepared.kept, num_seen]
 
 
-def completed(state: OVQState, options: Options) -> list[int]:
-    """The rows of which one more token completes a chunk."""
-    size = options.chunk_size
-    return [r for r, seen in enumerate(state.num_seen.tolist()) if seen % size == size - 1]
+class _Prepared:
+    """What the kernel is told of a dictionary and of pending buffers, which stay where they are for many steps.
+
+    Queries, keys and values are taken for contiguous.
+    """
+
+    def __init__(self, after: OVQState, num_heads: int) -> None:
+        self.sums = after.key_sum, after.value_sum, after.count, after.weight
+        self.kept = [x.contiguous() for x in self.sums if x is not None]
+        rows, num_kv_heads, capacity, key_dim = after.key_sum.shape
+        value_dim = after.value_sum.shape[3]
+        self.call = call = Decode(
+            rows,
+            num_kv_heads,
+            num_heads // num_kv_heads,
+            after.chunk_size,
+            capacity,
+            key_dim,
+            value_dim,
+            1,
+            DTYPES.index(after.pending_keys.dtype),
+        )
+        call.q_row, call.k_row, call.v_row = (
+            num * dim
+            for num, dim in ((num_heads, key_dim), (num_kv_heads, key_dim), (num_kv_heads, value_dim))
+        )
+        call.q_head, call.k_head, call.v_head = key_dim, key_dim, value_dim
+        call.pending_keys = after.pending_keys.data_ptr()
+        call.pending_values = after.pending_values.data_ptr()
+        call.key_sum, call.value_sum, call.count = (x.data_ptr() for x in self.kept[:3])
+        if after.weight is not None and after.pending_weights is not None:
+            call.weight, call.pending_weights = self.kept[3].data_ptr(), after.pending_weights.data_ptr()
+
+    def is_of(self, after: OVQState, num_heads: int) -> bool:
+        """Whether it says what is to be said of a state."""
+        key_sum, value_sum, count, weight = self.sums
+        if after.key_sum is not key_sum or after.value_sum is not value_sum or after.count is not count:
+            return False
+        call = self.call
+        return after.weight is weight and call.group_size * call.num_kv_heads == num_heads
+
+
+def completed(after: OVQState) -> list[int]:
+    """The rows whose chunk the new token of an `advanced` state completes."""
+    assert after._buffers is not None, "`advanced` makes them"
+    size = after.chunk_size
+    return [r for r, num in enumerate(after._buffers.written) if num == size]
 
 
 def with_merged_chunks(after: OVQState, rows: list[int], options: Options) -> OVQState:

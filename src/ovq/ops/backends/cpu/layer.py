@@ -104,7 +104,7 @@ def memory_of_slots(
     after = advanced(state)
     decode, kept = slots_to_read(after, state.num_seen, num_heads=num_heads)
     decode.weighs_chunk = options.weighs_chunk
-    complete = completed(state, options)
+    complete = completed(after)
     if forget_gate is None:
         return TokenMemory(decode, lambda: with_merged_chunks(after, complete, options), kept, gate)
     assert state.pending_forget is not None
