@@ -86,7 +86,8 @@ def slots_to_read(after: OVQState, num_seen: Tensor, *, num_heads: int) -> tuple
 
 
 class _Prepared:
-    """What the kernel is told of a dictionary and of pending buffers, which stay where they are for many steps.
+    """What the kernel is told of a dictionary and of pending buffers, which stay where they are for many
+    steps.
 
     Queries, keys and values are taken for contiguous.
     """
