@@ -15,7 +15,7 @@ struct Rows {
                              zero stands for values that were not. */
     float *weights;       /* [M]: of a chunk's tokens, what each counts for; NULL for 1. */
     uint32_t *words;      /* Keys, and values to merge, as columns, rounded, [M / NR, row_words, NR], or NULL. */
-    float *steps;         /* [M]: how long the steps of `words` are, where these are whole numbers, else NULL. */
+    float *steps, *value_steps; /* [M]: how long the steps of `words` are, where these are whole numbers, else NULL. */
     uint32_t *value_pairs; /* Values, rounded, in pairs of rows, [M / 2, value_ld], where these are read; else NULL. */
     uint32_t *value_words; /* Values as columns, [M / NR, value_words, NR], and keys in pairs of rows: the backward's */
     uint32_t *key_pairs;   /* of bfloat16, else NULL. */
@@ -61,10 +61,11 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
     rows.weights = nullptr;
-    const int is_in_steps = HAS_SHORTS && is_routed && !is_ward;
+    const int is_in_steps = HAS_SHORTS && is_routed;
     const int has_words = is_in_pairs || (HAS_PAIRS && is_routed) || is_in_steps;
     rows.words = has_words ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
     rows.steps = is_in_steps ? TAKE(arena, float, num) : nullptr;
+    rows.value_steps = is_in_steps && is_ward ? TAKE(arena, float, num) : nullptr;
     rows.value_pairs = is_in_pairs && !is_backward ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
     rows.value_words = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num * value_words(call)) : nullptr;
     rows.key_pairs = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num / 2 * key_ld(call)) : nullptr;
@@ -85,6 +86,7 @@ INLINE Rows rows_from(const Rows *rows, const Call *call, int64_t i) {
             from_row(rows->weights, i),
             from_row(rows->words, i * row_words(call)),
             from_row(rows->steps, i),
+            from_row(rows->value_steps, i),
             from_row(rows->value_pairs, i / 2 * value_ld(call)),
             from_row(rows->value_words, i * value_words(call)),
             from_row(rows->key_pairs, i / 2 * key_ld(call))};
@@ -100,15 +102,24 @@ static Dictionary take_dictionary(Arena *arena, const Call *call, int is_backwar
     return dictionary;
 }
 
-/* Round a key to words: to whole steps where there is a place for how long these are. */
-INLINE void round_key(const Call *call, const float *key, uint32_t *words, float *step) {
+/* Round a vector of `dim` numbers, zero up to a multiple of VL, to words: to whole steps where there is a place for how
+   long these are. */
+INLINE void round_vector(const float *x, int64_t dim, uint32_t *words, float *step) {
 #if HAS_SHORTS
     if (step) {
-        *step = round_to_steps(key, key_ld(call), largest_short(call->k.dim), words);
+        *step = round_to_steps(x, padded(dim, VL), largest_short(dim), words);
         return;
     }
 #endif
-    round_row(key, key_ld(call), words);
+    round_row(x, padded(dim, VL), words);
+}
+
+INLINE void round_key(const Call *call, const float *key, uint32_t *words, float *step) {
+    round_vector(key, call->k.dim, words, step);
+}
+
+INLINE void round_value(const Call *call, const float *value, uint32_t *words, float *step) {
+    round_vector(value, call->v.dim, words, step);
 }
 
 /* Row i from its key and value, which it may already hold. */
@@ -118,7 +129,8 @@ static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
     if (rows->words) {
         uint32_t words[row_words(call)];
         round_key(call, rows->keys + i * key_ld(call), words, from_row(rows->steps, i));
-        if (call->is_ward) round_row(rows->values + i * value_ld(call), value_ld(call), words + key_words(call));
+        if (call->is_ward)
+            round_value(call, rows->values + i * value_ld(call), words + key_words(call), from_row(rows->value_steps, i));
         put_words(rows->words, row_words(call), i, words);
     }
     if (rows->key_pairs) {

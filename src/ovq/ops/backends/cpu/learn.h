@@ -72,8 +72,8 @@ static void score_keys(const Call *call, const Dictionary *dictionary, const flo
     for (int64_t t = 0; HAS_PAIRS + HAS_SHORTS && t < num; t++)
         round_key(call, keys + t * ld, reader->words + t * size, from_row(reader->steps, t));
 #if HAS_SHORTS
-    shorts_product(num, n, size, reader->words, reader->steps, dictionary->rows.words, size * NR,
-                   dictionary->rows.steps, dictionary->is_open, reader->scores, n);
+    shorts_product(num, n, size, reader->words, size, reader->steps, dictionary->rows.words, size * NR,
+                   dictionary->rows.steps, dictionary->is_open, 0, reader->scores, n);
 #elif HAS_PAIRS
     pairs_product(num, n, size, reader->words, size, 1, dictionary->rows.words, row_words(call) * NR, NR, nullptr,
                   Finish{dictionary->is_open, 1}, reader->scores, n);

@@ -44,7 +44,8 @@ struct Shorts {
     typedef uint32_t Number;
     typedef Words Factor, Sum;
     const float *left_steps, *right_steps; /* How long the steps of a row on the left are, and of a column on the right. */
-    const float *bias;
+    const float *from;
+    int64_t ldf;
     float *c;
     int64_t ldc;
     INLINE_MEMBER Words begin(int64_t, int64_t) const { return Words{}; }
@@ -65,13 +66,16 @@ struct Shorts {
     }
     INLINE_MEMBER void end(int64_t i, int64_t j, Words sum) const {
         const Vector steps = load(right_steps + j) * left_steps[i];
-        store(c + i * ldc + j, __builtin_convertvector((IntVector)sum, Vector) * steps + load(bias + j));
+        const Vector more = from ? load(from + i * ldf + j) : Vector{};
+        store(c + i * ldc + j, __builtin_convertvector((IntVector)sum, Vector) * steps + more);
     }
 };
 
-/* c [m, n] = steps of rows and columns, times a [m, k words] b [k words, n] in steps, plus `bias`, a row; b is in panels. */
-static void shorts_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, const float *left_steps, const uint32_t *b,
-                           int64_t panel, const float *right_steps, const float *bias, float *c, int64_t ldc) {
-    multiply(Shorts{left_steps, right_steps, bias, c, ldc}, m, n, k, a, k, 1, b, panel, NR);
+/* c [m, n] = from + steps of rows and columns, times a [m, k words] b [k words, n] in steps. Rows of a are `row` words apart;
+   b is in panels, `panel` words apart; `from` is c, a row that is repeated (ldf = 0), or NULL. */
+static void shorts_product(int64_t m, int64_t n, int64_t k, const uint32_t *a, int64_t row, const float *left_steps,
+                           const uint32_t *b, int64_t panel, const float *right_steps, const float *from, int64_t ldf,
+                           float *c, int64_t ldc) {
+    multiply(Shorts{left_steps, right_steps, from, ldf, c, ldc}, m, n, k, a, row, 1, b, panel, NR);
 }
 #endif

@@ -34,7 +34,7 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     const int64_t n = ward->num_columns = ward->first_merged + padded(due, NR) + VL;
     ward->num_merged = 0;
     ward->keep = 1 - (float)(k + v + 16) * FLT_EPSILON;
-    ward->rough_keep = ward->keep - ROUGHNESS;
+    ward->rough_keep = ward->keep - roughness_of(call);
     /* The mean squared length of values, of items whose values are finite. */
     double key_square[size], value_square[size], power = 0, total_mass = 0;
     for (int64_t t = 0; t < size; t++) {
@@ -117,8 +117,9 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     /* Rough products will do if they are off by less than a tenth of what decides. */
     double total_square = 0;
     for (int64_t t = 0; t < size; t++) total_square += key_square[t] + factor * value_square[t];
-    ward->is_rough = HAS_PAIRS && !ward->is_wide && 2 * ROUGHNESS * total_square <= 0.1 * size * ward->expected;
-    if (ward->is_rough) round_rows(call, size, items.tokens->keys, ward->scaled, ward->words);
+    const double off = 2 * roughness_of(call) * total_square;
+    ward->is_rough = HAS_ROUGH && !ward->is_wide && off <= 0.1 * size * ward->expected;
+    if (ward->is_rough) round_rows(call, size, items.tokens->keys, ward->scaled, ward->words, ward->steps);
     ward->num_wanted = 0;
     for (int64_t i = 0; i < num && !is_anew; i++)
         if (ward->bound[i] <= ward->expected && !is_weightless(ward, i)) ward->wanted[ward->num_wanted++] = (int32_t)i;

@@ -13,6 +13,8 @@
 #define SPARE_ROWS 64
 /* Columns of a block of products. */
 #define BLOCK 128
+/* Whether there are products that take half the time and are rough. */
+#define HAS_ROUGH (HAS_PAIRS || HAS_SHORTS)
 /* Pairs of an item that are tried by their estimates before the row is computed anew. */
 #define TRIES 12
 
@@ -29,6 +31,7 @@ struct Ward {
     float keep, rough_keep; /* 1 - the relative rounding error of an estimate, by either kind of product. */
     int is_rough;        /* Whether rough products will do for this chunk. */
     uint32_t *words;     /* [C, row_words]: the tokens, values scaled. */
+    float *steps;        /* [2, C]: how long the steps of their keys and of their values are; NULL where these are not whole. */
     float now;           /* Counts the times at which slots changed or their bounds were computed anew. */
     float *slot_time;    /* [M]: the last such time of the slot. Its bound covers pairs with slots of no later time. */
     float *slot_bound;   /* [M]: the bound of each slot as of the value factor `slot_factor`. */
@@ -97,7 +100,8 @@ static Ward take_ward(Arena *arena, const Call *call) {
     ward.mean = TAKE(arena, double, size * (call->k.dim + call->v.dim));
     ward.merged = take_rows(arena, call, size, 0, 1);
     ward.scaled = TAKE(arena, float, size * value_ld(call));
-    ward.words = HAS_PAIRS ? TAKE(arena, uint32_t, call->chunk_size * row_words(call)) : nullptr;
+    ward.words = HAS_ROUGH ? TAKE(arena, uint32_t, call->chunk_size * row_words(call)) : nullptr;
+    ward.steps = HAS_SHORTS ? TAKE(arena, float, 2 * call->chunk_size) : nullptr;
     ward.tried = TAKE(arena, int32_t, n);
     ward.tried_cost = TAKE(arena, double, n);
     ward.home = TAKE(arena, int32_t, n);

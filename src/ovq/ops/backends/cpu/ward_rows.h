@@ -50,27 +50,44 @@ static void estimate(const Ward *ward, float keep, float count, float square, in
     }
 }
 
+/* How far rough products of two items are off at most, over half the sum of their squared lengths. */
+INLINE float roughness_of(const Call *call) {
+    if (HAS_PAIRS) return ROUGHNESS;
+    return (float)fmax(short_roughness(call->k.dim), short_roughness(call->v.dim));
+}
+
 /* Items to the left of a product, their values scaled; with `words`, the product is rough. */
 struct Left {
     const float *keys, *values;
     const uint32_t *words;
+    const float *key_steps, *value_steps; /* As those of `Rows`. */
 };
 
-/* Words of `num` items, their values scaled. */
-static void round_rows(const Call *call, int64_t num, const float *keys, const float *values, uint32_t *words) {
+/* Words of `num` items, their values scaled; `steps` [2, num] as those of `Ward`. */
+static void round_rows(const Call *call, int64_t num, const float *keys, const float *values, uint32_t *words,
+                       float *steps) {
     for (int64_t i = 0; i < num; i++, words += row_words(call)) {
-        round_row(keys + i * key_ld(call), key_ld(call), words);
-        round_row(values + i * value_ld(call), value_ld(call), words + key_words(call));
+        round_key(call, keys + i * key_ld(call), words, from_row(steps, i));
+        round_value(call, values + i * value_ld(call), words + key_words(call), from_row(steps, num + i));
     }
 }
 
-/* `num_words` words from the one `first` on, on top of what is there or not. */
-static void multiply_words(const Call *call, const Rows *columns, int64_t num, int64_t count, const uint32_t *words,
-                           int64_t first, int64_t num_words, int is_more, float *out, int64_t ld) {
+/* Products of words of keys or of values, or of both, on top of what is there or not. */
+static void multiply_words(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
+                           int has_keys, int has_values, int is_more, float *out, int64_t ld) {
+    const int64_t own = row_words(call), of_keys = key_words(call);
+    const float *from = is_more ? out : nullptr;
 #if HAS_PAIRS
-    const int64_t own = row_words(call);
-    pairs_product(count, num, num_words, words + first, own, 1, columns->words + first * NR, own * NR, NR,
-                  is_more ? out : nullptr, Finish{}, out, ld);
+    const int64_t first = has_keys ? 0 : of_keys, size = (has_keys ? of_keys : 0) + (has_values ? value_words(call) : 0);
+    pairs_product(count, num, size, left.words + first, own, 1, columns->words + first * NR, own * NR, NR, from,
+                  Finish{}, out, ld);
+#elif HAS_SHORTS
+    if (has_values)
+        shorts_product(count, num, value_words(call), left.words + of_keys, own, left.value_steps,
+                       columns->words + of_keys * NR, own * NR, columns->value_steps, from, ld, out, ld);
+    if (has_keys)
+        shorts_product(count, num, of_keys, left.words, own, left.key_steps, columns->words, own * NR, columns->steps,
+                       has_values ? out : from, ld, out, ld);
 #endif
 }
 
@@ -78,7 +95,7 @@ static void multiply_words(const Call *call, const Rows *columns, int64_t num, i
 static void multiply_values(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
                             float *out, int64_t ld) {
     if (left.words)
-        multiply_words(call, columns, num, count, left.words, key_words(call), value_words(call), 0, out, ld);
+        multiply_words(call, columns, num, count, left, 0, 1, 0, out, ld);
     else
         product(count, num, call->v.dim, left.values, value_ld(call), 1, columns->value_panels, call->v.dim * NR, NR,
                 nullptr, 0, out, ld);
@@ -88,7 +105,7 @@ static void multiply_values(const Call *call, const Rows *columns, int64_t num, 
 static void add_products_of_keys(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
                                  float *out, int64_t ld) {
     if (left.words)
-        multiply_words(call, columns, num, count, left.words, 0, key_words(call), 1, out, ld);
+        multiply_words(call, columns, num, count, left, 1, 0, 1, out, ld);
     else
         product(count, num, call->k.dim, left.keys, key_ld(call), 1, columns->key_panels, call->k.dim * NR, NR, out,
                 ld, out, ld);
@@ -97,7 +114,7 @@ static void add_products_of_keys(const Call *call, const Rows *columns, int64_t 
 static void multiply(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left, float *out,
                      int64_t ld) {
     if (left.words) {
-        multiply_words(call, columns, num, count, left.words, 0, row_words(call), 0, out, ld);
+        multiply_words(call, columns, num, count, left, 1, 1, 0, out, ld);
         return;
     }
     multiply_values(call, columns, num, count, left, out, ld);
@@ -156,7 +173,8 @@ static void token_rows(const Items &items, int64_t first, int64_t num) {
     const int64_t n = ward->num_columns, start = ward->first_token, width = ward->first_merged - start;
     float *out = ward->rows + first * n;
     const Left left = {items.tokens->keys + first * key_ld(call), ward->scaled + first * value_ld(call),
-                       ward->is_rough ? ward->words + first * row_words(call) : nullptr};
+                       ward->is_rough ? ward->words + first * row_words(call) : nullptr,
+                       from_row(ward->steps, first), from_row(ward->steps, call->chunk_size + first)};
     if (!ward->is_wide) {
         estimate_rows(items, &items.dictionary->rows, 0, start, start + first, num, left, out);
         estimate_rows(items, items.tokens, start, width, start + first, num, left, out);
@@ -184,9 +202,10 @@ static void bound_slots(const Items &items, int64_t first, int64_t num, float *s
         memcpy(keys + i * k, items.key(slot), sizeof(float) * k);
         for (int64_t j = 0; j < v; j++) values[i * v + j] = (float)ward->value_factor * items.value(slot)[j];
     }
-    uint32_t words[HAS_PAIRS ? num * row_words(call) : 1];
-    if (ward->is_rough) round_rows(call, num, keys, values, words);
-    const Left left = {keys, values, ward->is_rough ? words : nullptr};
+    uint32_t words[HAS_ROUGH ? num * row_words(call) : 1];
+    float steps[HAS_SHORTS ? 2 * num : 1];
+    if (ward->is_rough) round_rows(call, num, keys, values, words, HAS_SHORTS ? steps : nullptr);
+    const Left left = {keys, values, ward->is_rough ? words : nullptr, steps, steps + num};
     multiply_values(call, slots, n, num, left, scores, n);
     for (int64_t i = 0; i < num; i++) {
         const int64_t slot = ward->wanted[first + i];
@@ -223,9 +242,10 @@ static void fresh_row(const Items &items, int64_t i, int is_rough, float *out) {
         float scaled[v];
         for (int64_t j = 0; j < v; j++) scaled[j] = (float)ward->value_factor * value[j];
         const int64_t merged = padded(ward->num_merged, NR);
-        uint32_t words[HAS_PAIRS ? row_words(call) : 1];
-        if (is_rough) round_rows(call, 1, key, scaled, words);
-        const Left left = {key, scaled, is_rough ? words : nullptr};
+        uint32_t words[HAS_ROUGH ? row_words(call) : 1];
+        float steps[2];
+        if (is_rough) round_rows(call, 1, key, scaled, words, HAS_SHORTS ? steps : nullptr);
+        const Left left = {key, scaled, is_rough ? words : nullptr, steps, steps + 1};
         multiply(call, &items.dictionary->rows, start, 1, left, out, n);
         multiply(call, items.tokens, width, 1, left, out + start, n);
         multiply(call, &ward->merged, merged, 1, left, out + ward->first_merged, n);
@@ -247,7 +267,7 @@ static void slot_bounds(const Items &items, float *scores) {
         float scaled[rows * v];
         for (int64_t j = 0; j < rows * v; j++)
             scaled[j] = (float)ward->value_factor * items.dictionary->rows.values[first * v + j];
-        const Left left = {items.key(first), scaled, nullptr};
+        const Left left = {items.key(first), scaled, nullptr, nullptr, nullptr};
         if (!ward->is_wide) multiply(call, &items.dictionary->rows, n, rows, left, scores, n);
         for (int64_t i = first; i < first + rows; i++) {
             float *row = scores + (i - first) * n;
