@@ -25,6 +25,7 @@ def backend_used() -> str | None:
     It is `"naive"`, `"torch"`, `"cpu"` or `"triton"`; None before the first call.
 
     Example:
+        >>> import torch
         >>> from ovq.ops import ovq_attention
         >>> x = torch.randn(1, 4, 1, 8, dtype=torch.float64)
         >>> _ = ovq_attention(x, x, x, num_slots=4, chunk_size=2)
