@@ -445,7 +445,11 @@ def advanced(state: OVQState) -> OVQState:
     are contiguous, and no state other than the result and those made from it reads that place.
     """
     buffers, own = state._buffers, (state.pending_keys, state.pending_values, state.pending_weights)
-    if buffers is not None and buffers.num_seen is state.num_seen and max(buffers.written) < state.chunk_size:
+    if (
+        buffers is not None
+        and buffers.num_seen is state.num_seen
+        and max(buffers.written, default=0) < state.chunk_size
+    ):
         places = buffers.written
     else:
         # `num_pending` in plain numbers.
