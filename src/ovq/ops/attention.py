@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ovq.ops import backends, dispatch, operator
 from ovq.ops.backends.triton import refusal_of
-from ovq.ops.call import RowBounds
+from ovq.ops.call import Request, RowBounds
 from ovq.ops.checks import check_qkv, checked_scale
 from ovq.ops.next_step import settings_of
 from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
@@ -155,20 +155,21 @@ def ovq_attention(
         from ovq.ops.backends.triton.traced import attention
 
         return attention(q, k, v, scale, attention_mask, cu_seqlens, options), None
-    o, state = _attention_of(options)(
-        q,
-        k,
-        v,
-        scale,
-        initial_state,
-        output_final_state,
-        attention_mask,
-        cu_seqlens,
-        options,
-        backend,
-        token_weights,
-        log_forget,
+    request = Request(
+        q=q,
+        k=k,
+        v=v,
+        scale=scale,
+        options=options,
+        backend=backend,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        attention_mask=attention_mask,
+        cu_seqlens=cu_seqlens,
+        token_weights=token_weights,
+        log_forget=log_forget,
     )
+    o, state = _attention_of(options)(request)
     if is_plain and state is not None and state._next is not None:
         state._next.settings = settings
     return o, state
@@ -203,7 +204,7 @@ def _is_traced(backend: str, q: Tensor, v: Tensor, options: Options) -> bool:
     return True
 
 
-def _attention_of(options: Options) -> Callable[..., tuple[Tensor, OVQState | None]]:
+def _attention_of(options: Options) -> Callable[[Request], tuple[Tensor, OVQState | None]]:
     """What runs a call: the backends, or in a graph an operator that does."""
     if not torch.compiler.is_compiling():
         return dispatch.attention

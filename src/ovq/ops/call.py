@@ -43,6 +43,24 @@ class RowBounds:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Request:
+    """The arguments of `ovq_attention`, all but those of rows, weights and state checked."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: Tensor
+    options: Options
+    backend: str
+    initial_state: OVQState | None = None
+    output_final_state: bool = False
+    attention_mask: Tensor | RowBounds | None = None
+    cu_seqlens: Tensor | None = None
+    token_weights: Tensor | None = None
+    log_forget: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Call:
     """A call of the op.
 

@@ -8,11 +8,10 @@ import functools
 from torch import Tensor
 
 from ovq.ops import backends
-from ovq.ops.call import Call, RowBounds
+from ovq.ops.call import Call, Request
 from ovq.ops.checks import checked_call
 from ovq.ops.fading import checked_log_forget
 from ovq.ops.forget import forgetful_attention
-from ovq.ops.options import Options
 from ovq.ops.precision import full_precision
 from ovq.ops.state import OVQState
 
@@ -41,39 +40,26 @@ def note_backend(name: str) -> None:
     _used = name
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    initial_state: OVQState | None,
-    output_final_state: bool,
-    attention_mask: Tensor | RowBounds | None,
-    cu_seqlens: Tensor | None,
-    options: Options,
-    backend: str,
-    token_weights: Tensor | None,
-    log_forget: Tensor | None,
-) -> tuple[Tensor, OVQState | None]:
-    """`ovq_attention` after all arguments but those of rows and state have been checked."""
+def attention(request: Request) -> tuple[Tensor, OVQState | None]:
+    """What `ovq_attention` returns."""
     call = checked_call(
-        q,
-        k,
-        v,
-        scale,
-        initial_state,
-        output_final_state,
-        attention_mask,
-        cu_seqlens,
-        options,
-        token_weights,
+        request.q,
+        request.k,
+        request.v,
+        request.scale,
+        request.initial_state,
+        request.output_final_state,
+        request.attention_mask,
+        request.cu_seqlens,
+        request.options,
+        request.token_weights,
     )
-    run = functools.partial(_run, backend)
-    if log_forget is None and call.state.pending_forget is None:
+    run = functools.partial(_run, request.backend)
+    if request.log_forget is None and call.state.pending_forget is None:
         o, state = run(call)
     else:
-        o, state = forgetful_attention(call, checked_log_forget(log_forget, call), run)
-    return o, state if output_final_state else None
+        o, state = forgetful_attention(call, checked_log_forget(request.log_forget, call), run)
+    return o, state if request.output_final_state else None
 
 
 def _run(backend: str, call: Call) -> tuple[Tensor, OVQState | None]:

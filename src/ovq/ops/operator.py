@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops import dispatch
-from ovq.ops.call import RowBounds
+from ovq.ops.call import Request, RowBounds
 from ovq.ops.checks import check_state
 from ovq.ops.options import Options
 from ovq.ops.row_bounds import row_bounds
@@ -50,30 +50,23 @@ _LIBRARY.define(f"call({_INPUTS}) -> ({', '.join(['Tensor'] * (1 + len(_PIECES))
 _LIBRARY.define(f"call_backward({_GRADS}, {_INPUTS}) -> ({', '.join(['Tensor'] * _NUM_DIFFERENTIABLE)})")
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    initial_state: OVQState | None,
-    output_final_state: bool,
-    attention_mask: Tensor | RowBounds | None,
-    cu_seqlens: Tensor | None,
-    options: Options,
-    backend: str,
-    token_weights: Tensor | None,
-    log_forget: Tensor | None,
-) -> tuple[Tensor, OVQState | None]:
+def attention(request: Request) -> tuple[Tensor, OVQState | None]:
     """As `ovq.ops.dispatch.attention`, in a graph; the state that it returns has room for N slots."""
-    bounds = _bounds_of(q, attention_mask, cu_seqlens)
-    state = initial_state
+    q, k, v, options = request.q, request.k, request.v, request.options
+    token_weights, log_forget, wants_state = (
+        request.token_weights,
+        request.log_forget,
+        request.output_final_state,
+    )
+    bounds = _bounds_of(q, request.attention_mask, request.cu_seqlens)
+    state = request.initial_state
     if state is not None:
         check_state(state, q.shape[0] if bounds is None else bounds.shape[1], k, v, options)
     o, *after = torch.ops.ovq.call(
         q,
         k,
         v,
-        scale,
+        request.scale,
         token_weights,
         log_forget,
         *([None] * len(_PIECES) if state is None else _pieces(state)),
@@ -85,10 +78,10 @@ def attention(
         options.bias,
         str(options.rate),
         options.value_weight,
-        output_final_state,
-        backend,
+        wants_state,
+        request.backend,
     )
-    if not output_final_state:
+    if not wants_state:
         return o, None
     forgets = log_forget is not None or (state is not None and state.pending_forget is not None)
     has_weights = forgets or token_weights is not None or (state is not None and state.weight is not None)
@@ -152,21 +145,20 @@ class _Inputs:
         if self.count is not None:
             pieces: dict[str, Any] = dict(zip(_PIECES, (*memory, self.count, self.num_seen), strict=True))
             state = OVQState(num_slots=self.options.num_slots, chunk_size=self.options.chunk_size, **pieces)
-        rows = None if self.bounds is None else RowBounds(self.bounds)
-        o, state = dispatch.attention(
-            q,  # type: ignore[arg-type]  # the first four are there
-            k,  # type: ignore[arg-type]
-            v,  # type: ignore[arg-type]
-            scale,  # type: ignore[arg-type]
-            state,
-            self.wants_state,
-            rows,
-            None,
-            self.options,
-            self.backend,
-            token_weights,
-            log_forget,
+        request = Request(
+            q=q,  # type: ignore[arg-type]  # the first four are there
+            k=k,  # type: ignore[arg-type]
+            v=v,  # type: ignore[arg-type]
+            scale=scale,  # type: ignore[arg-type]
+            options=self.options,
+            backend=self.backend,
+            initial_state=state,
+            output_final_state=self.wants_state,
+            attention_mask=None if self.bounds is None else RowBounds(self.bounds),
+            token_weights=token_weights,
+            log_forget=log_forget,
         )
+        o, state = dispatch.attention(request)
         return [o] if state is None else [o, *_pieces(with_capacity(state, self.options.num_slots))]
 
 
