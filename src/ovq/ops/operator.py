@@ -53,11 +53,7 @@ _LIBRARY.define(f"call_backward({_GRADS}, {_INPUTS}) -> ({', '.join(['Tensor'] *
 def attention(request: Request) -> tuple[Tensor, OVQState | None]:
     """As `ovq.ops.dispatch.attention`, in a graph; the state that it returns has room for N slots."""
     q, k, v, options = request.q, request.k, request.v, request.options
-    token_weights, log_forget, wants_state = (
-        request.token_weights,
-        request.log_forget,
-        request.output_final_state,
-    )
+    token_weights, log_forget = request.token_weights, request.log_forget
     bounds = _bounds_of(q, request.attention_mask, request.cu_seqlens)
     state = request.initial_state
     if state is not None:
@@ -78,10 +74,10 @@ def attention(request: Request) -> tuple[Tensor, OVQState | None]:
         options.bias,
         str(options.rate),
         options.value_weight,
-        wants_state,
+        request.output_final_state,
         request.backend,
     )
-    if not wants_state:
+    if not request.output_final_state:
         return o, None
     forgets = log_forget is not None or (state is not None and state.pending_forget is not None)
     has_weights = forgets or token_weights is not None or (state is not None and state.weight is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ovq.ops.checks import checked_mask, checked_rows, masked_bounds
+from ovq.ops.checks import checked_rows, masked_bounds
 
 
 def row_bounds(
@@ -35,12 +35,10 @@ def row_bounds(
 def _find(
     attention_mask: Tensor | None, cu_seqlens: Tensor | None, batch_size: int, num_past: int, num_new: int
 ) -> Tensor:
-    columns = num_past + num_new
+    # Of a mask, the past has to be without holes as well.
+    rows = checked_rows(torch.empty(batch_size, num_past + num_new, 0), attention_mask, cu_seqlens)
     if num_past and attention_mask is not None:
-        # The past has to be without holes as well.
-        _find(attention_mask, cu_seqlens, batch_size, 0, columns)
-        return masked_bounds(checked_mask(attention_mask[:, num_past:]))
-    rows = checked_rows(torch.empty(batch_size, columns, 0), attention_mask, cu_seqlens)
+        return masked_bounds(attention_mask[:, num_past:].cpu() != 0)
     return torch.tensor([rows.starts, rows.lengths], dtype=torch.int64)
 
 
