@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from ovq.text import TextSource, load_corpus
 from ovq.train import loop
 from ovq.train.config import RunConfig
-from ovq.train.data import training_data
+from ovq.train.data import CORPUS_FILE, training_data
 from ovq.train.text import CarriedTextDataset, PackedTextDataset, read_positions
 
 
@@ -162,6 +162,17 @@ def test_a_run_trains_on_the_training_documents_alone(folder):
     assert not letters[0] & letters[1]
     assert set(shown.tolist()) & letters[0]
     assert not set(shown.tolist()) & letters[1]
+
+
+def test_processes_but_the_first_do_not_wait_for_the_folder_of_a_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    out = tmp_path / "not there yet"
+    with quiet() as reporter:
+        training_data(tiny_config(folder), out, None, reporter)
+        monkeypatch.setenv("RANK", "0")
+        out.mkdir()
+        training_data(tiny_config(folder), out, None, reporter)
+    assert [path.name for path in out.iterdir()] == [CORPUS_FILE]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ovq.tasks import Task, TextTask
 from ovq.text import Corpus, get_tokenizer, load_corpus, source_tokenizer
 from ovq.train.config import RunConfig
 from ovq.train.needles import NeedleWindows
+from ovq.train.sharding import is_first_process
 from ovq.train.text import CarriedTextDataset, HeldOutWindows, PackedTextDataset
 
 CORPUS_FILE = "corpus.json"
@@ -73,10 +74,12 @@ def training_data(
     tokenizer = source_tokenizer(task) if checkpoint is None else get_tokenizer(str(checkpoint))
     corpus = load_corpus(task, "train", tokenizer=tokenizer, progress=_now_and_then(task.dataset, reporter))
     examples = _text_examples(config, corpus, tokenizer)
-    if checkpoint is None and not (is_resumed and (out / CORPUS_FILE).exists()):
-        write_atomic(out / CORPUS_FILE, json.dumps({"dataset": task.dataset, "digest": corpus.digest}) + "\n")
-    else:
+    is_new = checkpoint is None and not (is_resumed and (out / CORPUS_FILE).exists())
+    if not is_new:
         _check_corpus(out / CORPUS_FILE, corpus)
+    elif is_first_process():
+        # The others may be here before the first has made the folder.
+        write_atomic(out / CORPUS_FILE, json.dumps({"dataset": task.dataset, "digest": corpus.digest}) + "\n")
     held_out = None
     if config.train.eval_every:
         held_out = HeldOutWindows(
