@@ -21,8 +21,12 @@ def test_rivals_compute_what_they_are_called(monkeypatch):
     outputs = {mixer: Workload(mixer=mixer, **SMALL).forward("cpu")() for mixer in mixers}
     torch.testing.assert_close(outputs["sdpa_flash"], outputs["sdpa"])
     torch.testing.assert_close(outputs["flex_window"], outputs["window"])
-    decoded = Workload(mixer="sdpa_flash", **SMALL).decode("cpu")()
-    torch.testing.assert_close(decoded, outputs["sdpa"][:, :, -1:])
+    decode = Workload(mixer="sdpa_flash", **SMALL).decode("cpu")
+    # A chunk of tokens, one after the other, and again from the first.
+    decoded = torch.cat([decode() for _ in range(16)], dim=2)
+    whole = Workload(mixer="sdpa", **SMALL | {"length": 48 + 16}).forward("cpu")()
+    torch.testing.assert_close(decoded, whole[:, :, 48:])
+    torch.testing.assert_close(decode(), whole[:, :, 48:49])
     assert [w for w in RIVALS if not Workload(mixer=w, **SMALL).has_decode] == ["flex_window"]
 
 

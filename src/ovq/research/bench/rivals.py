@@ -8,7 +8,7 @@ attention with one decay per head, fla's `simple_gla`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention
 
 Read = Callable[[Tensor, Tensor, Tensor], Tensor]
+Steps = Iterator[list[Tensor]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class Rival:
         products: Products with its `[K, V]` state per token, if it has one.
         is_token_first: Whether it takes `[B, T, H, D]` rather than `[B, H, T, D]`.
         read: Makes the function of q, k and v that is measured, given the scale and the window.
-        decode: The same for one token after a context, given a cache or a state of it; None: not measured.
+        decode: The same for one token after a context, given of each step its query and a cache, or q, k and
+            v of the token alone where there is a state, and the scale; None: not measured.
     """
 
     label: str
@@ -38,7 +40,7 @@ class Rival:
     products: int = 0
     is_token_first: bool = False
     read: Callable[[float, int], Read]
-    decode: Callable[[Tensor, Tensor, Tensor, float], Callable[[], Tensor]] | None = None
+    decode: Callable[[Steps, float], Callable[[], Tensor]] | None = None
 
 
 def _pinned(backend: SDPBackend) -> Callable[[float, int], Read]:
@@ -52,13 +54,12 @@ def _pinned(backend: SDPBackend) -> Callable[[float, int], Read]:
     return make
 
 
-def _pinned_decode(backend: SDPBackend) -> Callable[..., Callable[[], Tensor]]:
-    def make(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]:
-        token = q[:, :, -1:]
-
+def _pinned_decode(backend: SDPBackend) -> Callable[[Steps, float], Callable[[], Tensor]]:
+    def make(steps: Steps, scale: float) -> Callable[[], Tensor]:
         def call() -> Tensor:
+            q, k, v = next(steps)
             with sdpa_kernel(backend):
-                return scaled_dot_product_attention(token, k, v, scale=scale)
+                return scaled_dot_product_attention(q, k, v, scale=scale)
 
         return call
 
@@ -99,10 +100,10 @@ def _gated_deltanet(scale: float, window: int) -> Read:
     return read
 
 
-def _gated_deltanet_decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]:
+def _gated_deltanet_decode(steps: Steps, scale: float) -> Callable[[], Tensor]:
     from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 
-    q, k, v, state = _last(q, k, v)
+    q, k, v, state = _last(steps)
     decay, beta = _decay(v), v[..., 0].sigmoid()
 
     def call() -> Tensor:
@@ -123,10 +124,10 @@ def _mamba2(scale: float, window: int) -> Read:
     return read
 
 
-def _mamba2_decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]:
+def _mamba2_decode(steps: Steps, scale: float) -> Callable[[], Tensor]:
     from fla.ops.simple_gla import fused_recurrent_simple_gla
 
-    q, k, v, state = _last(q, k, v)
+    q, k, v, state = _last(steps)
     decay = _decay(v)
 
     def call() -> Tensor:
@@ -138,10 +139,11 @@ def _mamba2_decode(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[]
     return call
 
 
-def _last(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The last token of each, and a state `[B, H, K, V]`."""
+def _last(steps: Steps) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The token of a step, and a state `[B, H, K, V]`."""
+    q, k, v = next(steps)
     state = torch.randn(q.shape[0], q.shape[2], q.shape[3], v.shape[3], device=q.device)
-    return q[:, -1:], k[:, -1:], v[:, -1:], state
+    return q, k, v, state
 
 
 def _sdpa(label: str, backend: SDPBackend, kernels: str) -> Rival:

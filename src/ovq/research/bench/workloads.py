@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import TypedDict
 
 import torch
@@ -133,20 +134,35 @@ class Workload:
 
     def decode(self, device: str) -> Callable[[], object]:
         """A function that decodes one token after `length` tokens, and continues from there at each call, for
-        a chunk of tokens; then it begins again."""
+        a chunk of tokens; then it begins again. A cache holds as many tokens as the others have read by then.
+        """
         if self.mixer == "ovq":
             return self._decode_ovq(device)
         if self.mixer in RIVALS:
             return self._decode_rival(device)
-        kept = self.length if self.mixer == "sdpa" else min(self.length, self.chunk_size)
-        q, k, v = dataclasses.replace(self, length=kept).inputs(device=device)
-        token = q[:, :, -1:]
+        steps = self._window(device) if self.mixer == "window" else self._caches(device)
 
         def call() -> object:
+            q, k, v = next(steps)
             with torch.no_grad():
-                return scaled_dot_product_attention(token, k, v, scale=self.head_dim**0.5)
+                return scaled_dot_product_attention(q, k, v, scale=self.head_dim**0.5)
 
         return call
+
+    def _caches(self, device: str) -> Iterator[list[Tensor]]:
+        """A query with the keys and values up to its own, for each token after the first `length`.
+
+        These are parts of a cache that has room for all, cut beforehand so that this is not measured.
+        """
+        q, *cache = dataclasses.replace(self, length=self.length + self.chunk_size).inputs(device=device)
+        places = range(self.length, self.length + self.chunk_size)
+        return itertools.cycle([[q[:, :, t : t + 1], *(x[:, :, : t + 1] for x in cache)] for t in places])
+
+    def _window(self, device: str) -> Iterator[list[Tensor]]:
+        """The last token with the keys and values of its window, again and again."""
+        kept = min(self.length, self.chunk_size)
+        q, k, v = dataclasses.replace(self, length=kept).inputs(device=device)
+        return itertools.repeat([q[:, :, -1:], k, v])
 
     @property
     def has_decode(self) -> bool:
@@ -155,11 +171,11 @@ class Workload:
 
     def _decode_rival(self, device: str) -> Callable[[], object]:
         rival = RIVALS[self.mixer]
-        # The size of a state does not depend on what was read into it.
-        kept = self.length if rival.cost == "exact" else 1
-        q, k, v = dataclasses.replace(self, length=kept).inputs(device=device)
         assert rival.decode is not None, "asked for where has_decode is true"
-        step = rival.decode(q, k, v, self.head_dim**0.5)
+        # The size of a state does not depend on what was read into it.
+        token = dataclasses.replace(self, length=1).inputs(device=device)
+        steps = self._caches(device) if rival.cost == "exact" else itertools.repeat(token)
+        step = rival.decode(steps, self.head_dim**0.5)
 
         def call() -> object:
             with torch.no_grad():
@@ -172,6 +188,8 @@ class Workload:
         first: OVQState | None
         with torch.no_grad():
             _, first = ovq_attention(*inputs, **self.options, output_final_state=True)
+        places = [t % self.length for t in range(self.chunk_size)]
+        tokens = [[x[:, t : t + 1] for x in inputs] for t in places]
         state, t = first, 0
 
         def call() -> object:
@@ -179,7 +197,7 @@ class Workload:
             if t == self.chunk_size:
                 # Not much more than `length` tokens are read, however often this is called.
                 state, t = first, 0
-            token = [x[:, t % self.length : t % self.length + 1] for x in inputs]
+            token = tokens[t]
             t += 1
             with torch.no_grad():
                 o, state = ovq_attention(*token, **self.options, initial_state=state, output_final_state=True)
