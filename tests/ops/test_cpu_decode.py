@@ -146,6 +146,43 @@ def test_a_step_with_other_arguments_gives_what_they_ask_for():
     torch.testing.assert_close(o, expected)
 
 
+CHANGES = [
+    {"scale": 1.0},
+    {"scale": torch.tensor([1.0, 2, 3, 4])},
+    {},
+    {"rate": 0.5},
+    {"growth": "immediate"},
+    {"backend": "torch"},
+    {"value_weight": 0.1, "merge": "ward"},
+]
+
+
+@pytest.mark.parametrize("pair", [*itertools.permutations(CHANGES, 2)], ids=str)
+@torch.no_grad()
+def test_what_one_kind_of_step_tells_the_next_is_not_told_to_others(pair):
+    """Each kind of step twice, so that the second is like the one before it, through chunks that merge."""
+    tensors = inputs(2, 58, 4, 2, 8, 8, dtype=torch.float32)
+    state = plain = attend(*(x[:, :38] for x in tensors), **OPTIONS)[1]
+    for i, options in enumerate(2 * [pair[0], pair[0], pair[1], pair[1], pair[1]] * 2):
+        step = [x[:, 38 + i : 39 + i] for x in tensors]
+        o, state = attend(*step, initial_state=state, **{**OPTIONS, **options})
+        expected, plain = attend(*step, initial_state=dataclasses.replace(plain), **{**OPTIONS, **options})
+        torch.testing.assert_close(o, expected)
+    assert_same_state(state, plain, tolerance=0)
+
+
+@torch.no_grad()
+def test_a_step_after_a_merge_is_not_checked_again(monkeypatch):
+    tensors = inputs(2, 60, 4, 2, 8, 8, dtype=torch.float32)
+    start = attend(*(x[:, :38] for x in tensors), **OPTIONS)[1]
+    expected, after = steps(start, tensors, 38, 20, backend="torch", **OPTIONS)
+    _, state = steps(start, tensors, 38, 1, **OPTIONS)
+    monkeypatch.setattr("ovq.ops.attention.check_qkv", None)
+    o, state = steps(state, tensors, 39, 19, **OPTIONS)
+    torch.testing.assert_close(o, expected[:, 1:], rtol=2e-6, atol=2e-6)
+    assert_same_state(state, after, tolerance=0)
+
+
 def test_a_step_with_gradients_has_a_graph():
     with torch.no_grad():
         state, (q, k, v) = a_step()

@@ -214,12 +214,12 @@ class OVQAttention(AttentionMixer):
         for each, kind in ((gate, MergeGate), (forget_gate, ForgetGate)):
             if each is not None and not (is_plain(each, kind) and each.weight.is_contiguous()):
                 return None
-        settings = settings_of(**self._sizes, **self.learning, backend=self.backend)
+        settings = settings_of(**self._sizes, **self.learning, backend=self.backend, scale=Tensor)
         if not step.continues(state, settings):
             return None
         return memory_of_slots(
             state,
-            step.options,
+            step,
             num_heads=self.num_heads,
             gate=None if gate is None else gate.weight,
             forget_gate=None if forget_gate is None else (forget_gate.weight, forget_gate.bias),

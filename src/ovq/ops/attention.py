@@ -127,7 +127,7 @@ def ovq_attention(
         rate=rate,
         value_weight=value_weight,
         backend=backend,
-        scale=None if isinstance(scale, Tensor) else scale,
+        scale=Tensor if isinstance(scale, Tensor) else scale,
     )
     has_forgotten = isinstance(initial_state, OVQState) and initial_state.pending_forget is not None
     forgets = log_forget is not None or has_forgotten
@@ -170,8 +170,9 @@ def ovq_attention(
         log_forget=log_forget,
     )
     o, state = _attention_of(options)(request)
-    if is_plain and state is not None and state._next is not None:
-        state._next.settings = settings
+    step = None if state is None else state._next
+    if is_plain and step is not None and step.settings is None:
+        step.settings = settings
     return o, state
 
 
@@ -192,7 +193,8 @@ def _next_step(
         return None
     dispatch.note_backend("cpu")
     scale = checked_scale(scale, q) if isinstance(scale, Tensor) else step.scale
-    return step.run(q, k, v, scale, state, token_weights, options=step.options)
+    o, after = step.run(q, k, v, scale, state, token_weights, options=step.options)
+    return o, step.told(after)
 
 
 def _is_traced(backend: str, q: Tensor, v: Tensor, options: Options) -> bool:

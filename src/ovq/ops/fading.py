@@ -72,14 +72,10 @@ def ended(state: OVQState, pending_forget: Tensor, is_complete: Tensor, options:
     """The state after tokens that forget, from that of the op; the other arguments are as in `begun`."""
     if bool(is_complete.any()):
         state = bounded(state, frees_slots=options.merges_pairs)
-    return kept_step(dataclasses.replace(state, pending_forget=pending_forget), state)
-
-
-def kept_step(state: OVQState, of: OVQState) -> OVQState:
-    """`state`, which knows the next decode step as the state `of` does, whose tensors it has."""
-    if of._next is not None and state.key_sum is of.key_sum:
-        state._next = of._next
-    return state
+    after = dataclasses.replace(state, pending_forget=pending_forget)
+    # Of the same tensors, and so with the same next step of decoding.
+    after._next = state._next
+    return after
 
 
 def faded(state: OVQState, log_factor: Tensor) -> OVQState:

@@ -48,9 +48,9 @@ def settings_of(
     rate: float | str,
     value_weight: float,
     backend: str,
-    scale: float | None = None,
+    scale: float | type[Tensor] | None,
 ) -> tuple:
-    """The arguments of a call that have to be the same in the next step; `scale` if it is a number."""
+    """The arguments of a call that have to be the same in the next step; `scale` is `Tensor` if it is one."""
     learning = (growth, init, merge, bias, rate, value_weight)
     return num_slots, chunk_size, *learning, backend, scale
 
@@ -75,6 +75,13 @@ class NextStep:
     sums: tuple[Tensor, Tensor, Tensor, Tensor | None]
     scale: Tensor
     settings: tuple | None = None
+
+    def told(self, after: OVQState) -> OVQState:
+        """The state that such a step has led to, which now knows the next step; its dictionary may be new."""
+        sums = after.key_sum, after.value_sum, after.count, after.weight
+        is_same = all(x is y for x, y in zip(sums, self.sums, strict=True))
+        after._next = self if is_same else dataclasses.replace(self, sums=sums)
+        return after
 
     def fits(
         self, q: Tensor, k: Tensor, v: Tensor, state: OVQState, token_weights: Tensor | None, settings: tuple

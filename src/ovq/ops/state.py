@@ -458,7 +458,7 @@ def advanced(state: OVQState) -> OVQState:
         # As below, in a fraction of the time.
         after = object.__new__(OVQState)
         buffers.num_seen = num_seen = state.num_seen + 1
-        after.__dict__.update(state.__dict__, num_seen=num_seen)
+        after.__dict__.update(state.__dict__, num_seen=num_seen, _next=None)
         return after
     buffers = PendingBuffers.copied(*own[:2], [p + 1 for p in places], own[2])
     return dataclasses.replace(

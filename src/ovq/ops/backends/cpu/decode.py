@@ -26,10 +26,9 @@ def decode_step(call: Call) -> tuple[Tensor, OVQState]:
     """
     tensors = (call.q, call.k, call.v, call.scale, call.state, call.token_weights)
     o, after = _step(*tensors, options=call.options)
-    if after._next is None:
-        shapes = call.q.shape, call.k.shape, call.v.shape
-        sums = after.key_sum, after.value_sum, after.count, after.weight
-        after._next = NextStep(_step, call.options, shapes, call.q.dtype, sums, call.scale)
+    shapes = call.q.shape, call.k.shape, call.v.shape
+    sums = after.key_sum, after.value_sum, after.count, after.weight
+    after._next = NextStep(_step, call.options, shapes, call.q.dtype, sums, call.scale)
     return o, after
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from ovq.ops.backends.cpu.decode import Decode, completed, slots_to_read, with_merged_chunks
 from ovq.ops.backends.cpu.kernels import DTYPES
 from ovq.ops.backends.cpu.tokens import call_kernel
-from ovq.ops.fading import LEAST_LOG, ended, faded, kept_step
-from ovq.ops.options import Options
+from ovq.ops.fading import LEAST_LOG, ended, faded
+from ovq.ops.next_step import NextStep
 from ovq.ops.state import OVQState, advanced
 
 
@@ -86,7 +86,7 @@ class TokenMemory(NamedTuple):
 
 def memory_of_slots(
     state: OVQState,
-    options: Options,
+    step: NextStep,
     *,
     num_heads: int,
     gate: Tensor | None,
@@ -96,29 +96,32 @@ def memory_of_slots(
 
     Args:
         state: the state.
-        options: those of the step.
+        step: the one before, which this one is like.
         num_heads: query heads.
         gate: `[Hkv, D]` of the merge gate, or None.
         forget_gate: `[Hkv, D]` and `[Hkv]` of the forget gate, or None.
     """
     after = advanced(state)
     decode, kept = slots_to_read(after, state.num_seen, num_heads=num_heads)
+    options = step.options
     decode.weighs_chunk = options.weighs_chunk
     complete = completed(after)
     if forget_gate is None:
-        return TokenMemory(decode, lambda: with_merged_chunks(after, complete, options), kept, gate)
+        return TokenMemory(
+            decode, lambda: step.told(with_merged_chunks(after, complete, options)), kept, gate
+        )
     assert state.pending_forget is not None
     before, now = state.pending_forget.contiguous(), torch.empty_like(state.pending_forget)
     forgetting = Forgetting(*forget_gate, before, now, LEAST_LOG / options.chunk_size)
 
     def finished() -> OVQState:
         if not complete:
-            return kept_step(dataclasses.replace(after, pending_forget=now), after)
+            return step.told(dataclasses.replace(after, pending_forget=now))
         is_complete = torch.zeros(len(now), dtype=torch.bool)
         is_complete[complete] = True
         frame = now * is_complete[:, None]
         merged = with_merged_chunks(faded(after, frame), complete, options)
-        return ended(merged, now - frame, is_complete, options)
+        return step.told(ended(merged, now - frame, is_complete, options))
 
     return TokenMemory(decode, finished, kept, gate, forgetting)
 

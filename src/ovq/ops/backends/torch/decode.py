@@ -130,14 +130,14 @@ def merged_state(state: OVQState, complete: list[int], options: Options, learn: 
         )
         for n, seen in zip(before, rows.num_seen.tolist(), strict=True)
     ]
-    state = with_capacity(state, max(after))
+    given, state = state, with_capacity(state, max(after))
     if not is_all:
         rows = with_capacity(rows, max(*after, state.count.shape[2]))
     else:
-        # Copies, because learning may happen in place.
-        sums = (state.key_sum, state.value_sum, state.count)
-        key_sum, value_sum, count = (dense_copy(x) for x in sums)
-        weight = None if state.weight is None else dense_copy(state.weight)
+        # Copies, because learning may happen in place; with more room the sums are copies already.
+        own = dense_copy if state is given else Tensor.contiguous
+        key_sum, value_sum, count = (own(x) for x in (state.key_sum, state.value_sum, state.count))
+        weight = None if state.weight is None else own(state.weight)
         rows = dataclasses.replace(state, key_sum=key_sum, value_sum=value_sum, count=count, weight=weight)
     return replaced(state, complete, learn(rows, before, after, options))
 
