@@ -116,5 +116,6 @@ def test_a_model_without_dictionaries_is_refused(capsys, tmp_path):
         mixer_types=["full_attention"],
     )
     OVQForCausalLM(config).save_pretrained(tmp_path)
+    capsys.readouterr()  # Saving shows a bar, unless a test before has turned bars off.
     said = fail(capsys, "inspect", "--model", tmp_path, "--prompt", "1")
     assert said == "--model: expected one with 'ovq' layers, found mixer_types ['full_attention']"

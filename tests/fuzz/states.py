@@ -7,6 +7,7 @@ all compared at the end, so that what one does to memory it shares with another 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -22,6 +23,7 @@ from torch import Tensor
 from ovq.ops import OVQState, ovq_attention
 from ovq.ops.options import VALUE_WEIGHT
 from ovq.ops.schedule import GROWTHS
+from ovq.ops.state import state_dtype
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.compare import assert_close, assert_state, bound_of
 from tests.fuzz.options import drawn_options
@@ -33,6 +35,10 @@ MOST = 4
 #: Tokens there are; programs that read more meet the first of them again.
 NUM_TOKENS = 50
 LAYOUTS = ("dense", "left", "right", "packed")
+#: Scales of queries, times the default. Token t with scale i is token t + i * `NUM_TOKENS` of the model.
+FACTORS = (1.0, 2.0, 0.5)
+#: Modes of autograd that steps run in.
+MODES = (contextlib.nullcontext, torch.no_grad, torch.no_grad, torch.inference_mode)
 
 #: What happened to a row: numbers of tokens, and new sizes of its dictionary as strings.
 Row = tuple[int | str, ...]
@@ -130,8 +136,10 @@ class _Machine:
                 ("v", p.num_kv_heads, p.value_dim),
             )
         )
-        self.tokens = [x.to(dtype) for x in (normalized(q), normalized(k), v)]
-        scale = torch.full((1,), p.key_dim**0.5)
+        # Powers of 2, so that it makes no difference whether queries are multiplied or scales.
+        queries = torch.cat([normalized(q).to(dtype) * factor for factor in FACTORS])
+        self.tokens = [queries, *(x.to(dtype).repeat(len(FACTORS), 1, 1) for x in (normalized(k), v))]
+        scale = torch.full((1,), p.key_dim**0.5 * max(FACTORS))
         self.bound = bound_of(*self.tokens, scale, has_norms=p.bias != "count")
         self.next_token = itertools.count()
         self.anew = functools.cache(self._anew)
@@ -180,8 +188,8 @@ class _Machine:
         o, state = self.attend(*parts, state, num_slots=num_slots, backend="naive")
         return o[0], state
 
-    def read(self, state: OVQState, rows: list[Row], lengths: list[int], layout: str, order: str):
-        """New tokens for each row; compares their outputs."""
+    def read(self, state: OVQState, rows: list[Row], lengths: list[int], layout: str, order: str, kind: int):
+        """New tokens for each row, with one of the scales, in one of the modes; compares their outputs."""
         new = [tuple(next(self.next_token) % NUM_TOKENS for _ in range(n)) for n in lengths]
         width = max(lengths)
         left = [width - n if layout == "left" else 0 for n in lengths]
@@ -202,7 +210,14 @@ class _Machine:
                     [(column >= m) & (column < m + n) for m, n in zip(left, lengths, strict=True)]
                 )
         q, k, v = (stored(x, order) for x in (q, k, v))
-        o, state = self.attend(q, k, v, state, num_slots=state.num_slots, backend=self.backend, **where)
+        which = kind % len(FACTORS) if self.program.bias == "count" else 0
+        default, heads = self.program.key_dim**0.5, q.shape[2]
+        # As nothing, as a number, and as a tensor.
+        own = torch.full((heads,), default * FACTORS[2], dtype=state_dtype(q.dtype))
+        where["scale"] = (None, default * FACTORS[1], own)[which]
+        with MODES[kind % len(MODES)]():
+            o, state = self.attend(q, k, v, state, num_slots=state.num_slots, backend=self.backend, **where)
+        new = [tuple(i + which * NUM_TOKENS for i in ids) for ids in new]
         outputs = (
             o[0].split(lengths)
             if layout == "packed"
@@ -223,13 +238,14 @@ def _read(machine: _Machine, state: OVQState, rows: list[Row], a: int, b: int):
     lengths = [b % 8 if layout == "dense" else (b * (r + 1) + a) % 8 for r in range(len(rows))]
     # Views of equal heads or rows are for `OpCall`, which knows how to make them equal.
     order = ORDERS[(a + b) % (len(ORDERS) - 2)]
-    return machine.read(state, rows, lengths, layout, order)
+    return machine.read(state, rows, lengths, layout, order, a)
 
 
 def _decode(machine: _Machine, state: OVQState, rows: list[Row], a: int, b: int):
-    for _ in range(1 + b % 6):
+    for i in range(1 + b % 6):
         order = ORDERS[a % (len(ORDERS) - 2)]
-        state, rows = machine.read(state, rows, [1] * len(rows), "dense", order)
+        # Some steps are like the one before, others not.
+        state, rows = machine.read(state, rows, [1] * len(rows), "dense", order, a + i // 2)
     return state, rows
 
 
