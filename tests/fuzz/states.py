@@ -167,13 +167,15 @@ class _Machine:
         """The op with the options of the program."""
         names = ("chunk_size", "growth", "init", "merge", "bias", "rate", "value_weight")
         options |= {name: getattr(self.program, name) for name in names}
+        # Given where it is needed alone: with one, no step is like the one before it.
+        if self.program.init == "random":
+            options["generator"] = torch.Generator().manual_seed(self.program.seed)
         return ovq_attention(
             q,
             k,
             v,
             initial_state=state,
             output_final_state=True,
-            generator=torch.Generator().manual_seed(self.program.seed),
             **options,
         )
 
