@@ -17,15 +17,17 @@ from ovq.ops.backends import cpu
 from ovq.ops.backends import torch as torch_backend
 from ovq.ops.backends.chunks import planned, state_after
 from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.frames import Frames
 from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call, RowBounds
 from ovq.ops.checks import check_kv, checked_call, checked_scale
 from ovq.ops.fading import checked_log_forget
+from ovq.ops.forget import forgetful_call
 from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
 from ovq.ops.precision import full_precision
 from ovq.ops.random_init import seed_of
-from ovq.ops.state import OVQState, forgetting
+from ovq.ops.state import OVQState
 from ovq.ops.uncompiled import uncompiled
 
 BACKENDS = ("auto", "torch", "cpu")
@@ -208,12 +210,9 @@ def _slot_assignments(
     call = checked_call(
         k, k, v, scale, initial_state, True, attention_mask, cu_seqlens, options, token_weights
     )
-    logs = None
     if log_forget is not None or call.state.pending_forget is not None:
-        logs = checked_log_forget(log_forget, call)
-        ones = torch.ones_like(logs) if call.token_weights is None else call.token_weights
-        call = dataclasses.replace(call, state=forgetting(call.state), token_weights=ones)
-    reason = "expected no log_forget, found some" if logs is not None else cpu.refusal(call)
+        call = forgetful_call(call, checked_log_forget(log_forget, call))
+    reason = cpu.refusal(call)
     if backend == "cpu" and reason:
         raise ValueError(f"backend: 'cpu': {reason}")
     learn = torch_backend.learn if backend == "torch" or reason else cpu.learn_and_say
@@ -221,16 +220,15 @@ def _slot_assignments(
     chunks_k = plan.aligned.align(k, before.pending_keys)
     chunks_v = plan.aligned.align(v, before.pending_values)
     sums = Dictionary(before.key_sum, before.value_sum, before.count, before.weight).clone()
-    weights: tuple[Tensor, ...] = ()
-    fading: tuple[Tensor, ...] = ()
-    if logs is not None:
-        before, of_tokens, log_fading = _in_frames(before, plan, call.token_weights, logs)
-        weights, fading = (of_tokens,), (log_fading,)
+    chunks_w = fading = None
+    if call.log_forget is not None:
+        frames = Frames.of(call, before, plan)
+        before, chunks_w, fading = frames.before, frames.weights, frames.fading
     elif call.token_weights is not None:
         assert before.pending_weights is not None
-        weights = (plan.aligned.align(call.token_weights[..., None], before.pending_weights[..., None]),)
+        chunks_w = plan.aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
     with full_precision(k.device):
-        learned = learn(chunks_k, chunks_v, sums, plan, *weights, *fading)
+        learned = learn(chunks_k, chunks_v, sums, plan, chunks_w, fading)
     history = _History(learned, plan, k.shape[0], k.shape[1], before.count.shape[2])
     final, origin, pending = history.carried(None)
     inverse = plan.aligned.inverse()
@@ -242,43 +240,9 @@ def _slot_assignments(
         earlier_pending=pending[inverse],
         position=position,
         row=row,
-        state=state_after(before, sums, chunks_k, chunks_v, plan, *weights),
+        state=state_after(before, sums, chunks_k, chunks_v, plan, chunks_w),
         _history=history,
     )
-
-
-def _in_frames(
-    before: OVQState, plan: Plan, token_weights: Tensor | None, logs: Tensor
-) -> tuple[OVQState, Tensor, Tensor]:
-    """Weights of tokens that forget, as of the beginnings of their chunks, and by how much chunks fade.
-
-    Args:
-        before: the state that the call starts from, rows in sorted order.
-        plan: the plan of the call.
-        token_weights: `[B, T, Hkv]`.
-        logs: `[B, T, Hkv]`, checked.
-
-    Returns:
-        The state with what will be `pending_forget` after the call; weights `[num_chunks, W, Hkv, 1]`, those
-        of pending tokens among them; logs of what is left at the ends of chunks `[num_chunks, 1, Hkv, 1]`.
-    """
-    assert before.pending_forget is not None
-    assert before.pending_weights is not None
-    assert token_weights is not None
-    aligned = plan.aligned
-    own = aligned.align(logs[..., None], None).clone()
-    first = torch.tensor(aligned.first_chunk, device=own.device)
-    # The tokens that were pending stand before the new ones, and nothing is forgotten at their places.
-    own[first, 0] += before.pending_forget[..., None]
-    total = own.cumsum(1)
-    weights = aligned.align(token_weights[..., None], before.pending_weights[..., None])
-    pending = torch.zeros_like(before.pending_weights)[..., None]
-    is_new = aligned.align(torch.ones_like(logs)[..., None], pending)
-    last = torch.tensor([aligned.chunks_of(r) - 1 for r in range(len(aligned.lengths))], device=own.device)
-    left = total[first + last.clamp(min=0), -1, :, 0]
-    is_pending = torch.tensor([n % plan.options.chunk_size > 0 for n in aligned.lengths], device=own.device)
-    after = dataclasses.replace(before, pending_forget=left * is_pending[:, None])
-    return after, weights * torch.where(is_new > 0, (-total).exp(), 1), total[:, -1:]
 
 
 def _places(call: Call) -> tuple[Tensor, Tensor]:

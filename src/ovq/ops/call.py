@@ -73,6 +73,8 @@ class Call:
         wants_state: whether the caller asked for the state afterwards.
         token_weights: `[B, T, Hkv]` weights with which tokens are merged, in the dtype of the sums; None for
             1 throughout.
+        log_forget: `[B, T, Hkv]` logs of what tokens leave of everything before them; None for 0 throughout,
+            and for all backends but those that `forget.py` lets forget by themselves.
     """
 
     q: Tensor
@@ -84,6 +86,7 @@ class Call:
     options: Options
     wants_state: bool
     token_weights: Tensor | None = None
+    log_forget: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -109,10 +112,16 @@ class Call:
             or min(self.rows.lengths, default=0) != 1
         ):
             return False
+        return not self.wants_gradients
+
+    @property
+    def wants_gradients(self) -> bool:
+        """Whether any of the tensors is to get a gradient."""
         if not torch.is_grad_enabled():
-            return True
+            return False
         state = self.state
         memory = (state.key_sum, state.value_sum, state.pending_keys, state.pending_values)
         more = (state.weight, state.pending_weights, self.token_weights)
-        tensors = (self.q, self.k, self.v, self.scale, *memory, *more)
-        return not any(x is not None and x.requires_grad for x in tensors)
+        forgetting = (state.pending_forget, self.log_forget)
+        tensors = (self.q, self.k, self.v, self.scale, *memory, *more, *forgetting)
+        return any(x is not None and x.requires_grad for x in tensors)

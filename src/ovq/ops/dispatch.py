@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 
 from torch import Tensor
@@ -58,7 +59,11 @@ def attention(request: Request) -> tuple[Tensor, OVQState | None]:
     if request.log_forget is None and call.state.pending_forget is None:
         o, state = run(call)
     else:
-        o, state = forgetful_attention(call, checked_log_forget(request.log_forget, call), run)
+        logs = checked_log_forget(request.log_forget, call)
+        wants_gradients = dataclasses.replace(call, log_forget=logs).wants_gradients
+        # Only the compiled kernels fade dictionaries themselves, and they have no gradients of it.
+        is_one_call = not wants_gradients and backends.chosen(request.backend, call) == "cpu"
+        o, state = forgetful_attention(call, logs, run, is_one_call=is_one_call)
     return o, state if request.output_final_state else None
 
 

@@ -71,7 +71,7 @@ def begun(state: OVQState, log_forget: Tensor, is_complete: Tensor) -> tuple[OVQ
 def ended(state: OVQState, pending_forget: Tensor, is_complete: Tensor, options: Options) -> OVQState:
     """The state after tokens that forget, from that of the op; the other arguments are as in `begun`."""
     if bool(is_complete.any()):
-        state = bounded(state, frees_slots=options.merges_pairs)
+        state = bounded(state, is_complete, frees_slots=options.merges_pairs)
     after = dataclasses.replace(state, pending_forget=pending_forget)
     # Of the same tensors, and so with the same next step of decoding.
     after._next = state._next
@@ -97,11 +97,13 @@ def faded(state: OVQState, log_factor: Tensor) -> OVQState:
     return dataclasses.replace(faded, pending_weights=state.pending_weights * factor)
 
 
-def bounded(state: OVQState, *, frees_slots: bool) -> OVQState:
-    """`state` without slots of less than `LEAST_WEIGHT`: they get none, or that."""
+def bounded(state: OVQState, rows: Tensor, *, frees_slots: bool) -> OVQState:
+    """`state` where no slot of some rows, a mask `[B]`, weighs less than `LEAST_WEIGHT`, unless nothing."""
     assert state.weight is not None
     factor = bounding_factor(state.weight.detach(), frees_slots=frees_slots)
-    return state if factor is None else _with_slots_times(state, factor)
+    if factor is None:
+        return state
+    return _with_slots_times(state, factor.masked_fill(~rows.to(factor.device)[:, None, None], 1))
 
 
 def bounding_factor(weight: Tensor, *, frees_slots: bool) -> Tensor | None:

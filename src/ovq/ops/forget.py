@@ -17,23 +17,29 @@ from ovq.ops.state import OVQState, forgetting
 Run = Callable[[Call], tuple[Tensor, OVQState | None]]
 
 
-def forgetful_attention(call: Call, log_forget: Tensor, run: Run) -> tuple[Tensor, OVQState]:
+def forgetful_attention(
+    call: Call, log_forget: Tensor, run: Run, *, is_one_call: bool
+) -> tuple[Tensor, OVQState]:
     """Outputs `[B, T, H, V]` of a call, and the state after it.
 
     Args:
         call: the call. Its weights are also those with which tokens are read.
         log_forget: `[B, T, Hkv]`, checked.
         run: what runs the chunks.
+        is_one_call: whether `run` can do all of it at once.
     """
-    weights = torch.ones_like(log_forget) if call.token_weights is None else call.token_weights
-    state = forgetting(call.state)
-    options = dataclasses.replace(call.options, weighs_chunk=True)
-    call = dataclasses.replace(call, state=state, options=options, wants_state=True, token_weights=weights)
+    call = forgetful_call(call, log_forget)
+    state, weights, options = call.state, call.token_weights, call.options
+    assert weights is not None
     if not sum(call.rows.lengths):
         return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]), state
     num_rows = call.q.shape[0]
     if call.q.shape[1] == 1 and call.rows == Rows(tuple(range(num_rows)), (1,) * num_rows):
-        return _piece(call, log_forget, run)
+        return _piece(call, run)
+    if is_one_call:
+        o, after = run(call)
+        assert after is not None
+        return o, after
     aligned = AlignedRows(
         call.rows,
         pending=state.num_pending.tolist(),
@@ -56,9 +62,16 @@ def forgetful_attention(call: Call, log_forget: Tensor, run: Run) -> tuple[Tenso
         index = torch.tensor(own, device=call.q.device)
         q, k, v, of_tokens, logs = (x.index_select(0, index) for x in chunks)
         piece = dataclasses.replace(
-            call, q=q, k=k, v=v, state=state, rows=_rows(aligned, i, num), token_weights=of_tokens[..., 0]
+            call,
+            q=q,
+            k=k,
+            v=v,
+            state=state,
+            rows=_rows(aligned, i, num),
+            token_weights=of_tokens[..., 0],
+            log_forget=logs[..., 0],
         )
-        o, state = _piece(piece, logs[..., 0], run)
+        o, state = _piece(piece, run)
         outputs.append(o)
         places += own
     finished.append(state)
@@ -66,6 +79,19 @@ def forgetful_attention(call: Call, log_forget: Tensor, run: Run) -> tuple[Tenso
     order = torch.tensor(sorted(range(len(places)), key=places.__getitem__), device=call.q.device)
     o = aligned.unalign(torch.cat(outputs).index_select(0, order), *call.q.shape[:2])
     return o, state if aligned.is_sorted else state.select(aligned.inverse())
+
+
+def forgetful_call(call: Call, log_forget: Tensor) -> Call:
+    """The call with `log_forget`, checked, on a state that can forget; tokens are read with their weights."""
+    weights = torch.ones_like(log_forget) if call.token_weights is None else call.token_weights
+    return dataclasses.replace(
+        call,
+        state=forgetting(call.state),
+        options=dataclasses.replace(call.options, weighs_chunk=True),
+        wants_state=True,
+        token_weights=weights,
+        log_forget=log_forget,
+    )
 
 
 def _rows(aligned: AlignedRows, i: int, num: int) -> Rows:
@@ -76,11 +102,13 @@ def _rows(aligned: AlignedRows, i: int, num: int) -> Rows:
     return Rows(tuple(r * width + p for r, p in enumerate(first)), tuple(lengths))
 
 
-def _piece(call: Call, log_forget: Tensor, run: Run) -> tuple[Tensor, OVQState]:
+def _piece(call: Call, run: Run) -> tuple[Tensor, OVQState]:
     """Outputs `[R, W, H, V]` of tokens of one chunk of each row, and the state after them."""
     assert call.token_weights is not None
+    assert call.log_forget is not None
     is_complete = call.state.num_pending + torch.tensor(call.rows.lengths) == call.options.chunk_size
-    state, factors, left = begun(call.state, log_forget, is_complete)
-    o, after = run(dataclasses.replace(call, state=state, token_weights=call.token_weights * factors))
+    state, factors, left = begun(call.state, call.log_forget, is_complete)
+    weights = call.token_weights * factors
+    o, after = run(dataclasses.replace(call, state=state, token_weights=weights, log_forget=None))
     assert after is not None
     return o, ended(after, left, is_complete, call.options)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.frames import Frames
 from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call
 from ovq.ops.state import OVQState, with_capacity
@@ -34,7 +35,11 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
     chunks_k = aligned.align(k, before.pending_keys)
     chunks_v = aligned.align(v, before.pending_values)
     chunks_w, weights = None, {}
-    if call.token_weights is not None:
+    if call.log_forget is not None:
+        frames = Frames.of(call, before, plan)
+        before, chunks_w = frames.before, frames.weights
+        weights = {"token_weights": chunks_w, "weight": before.weight, "fading": frames.fading}
+    elif call.token_weights is not None:
         assert before.weight is not None
         assert before.pending_weights is not None
         chunks_w = aligned.align(call.token_weights[..., None], before.pending_weights[..., None])

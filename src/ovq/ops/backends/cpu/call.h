@@ -26,6 +26,7 @@ struct Call {
     int64_t is_ward, is_sqrt; /* Whether pairs are merged, and whether by "ward-sqrt". */
     int64_t weighs_chunk;     /* Whether tokens of the own chunk are read with the log of their weights. */
     double tie, value_weight;
+    double least_weight;      /* A slot that has faded to less is dropped, by rules that merge pairs, or fades no further. */
     Tokens q, k, v, o;
     float *lse;         /* [num_chunks, width, H]: log of the sum of the exponentials of each query. */
     const float *scale; /* [H] */
@@ -34,6 +35,8 @@ struct Call {
     /* Where tokens have weights, these and what the slots weigh: [num_chunks, width, Hkv] and [R, Hkv, M]; else NULL. */
     const float *token_weights;
     float *weight;
+    /* Where tokens forget: what slots are multiplied by before a chunk, [num_chunks, Hkv]; else NULL. */
+    const float *fading;
     int32_t *slots;                   /* [num_chunks, width, Hkv] */
     const int64_t *first_chunk, *length; /* [R]: each row's first chunk and its tokens. */
     const int64_t *schedule_start;    /* [R]: where the row's part of the schedule begins. */

@@ -191,6 +191,30 @@ static void update_slot(Dictionary *dictionary, const Call *call, int64_t i, con
              mass_of(sums, i));
 }
 
+/* Multiply what a slot holds by a factor. */
+INLINE void scale_sums(const Call *call, const Sums *sums, int64_t i, float factor) {
+    for (int64_t j = 0; j < call->k.dim; j++) sums->key[i * call->k.dim + j] *= factor;
+    for (int64_t j = 0; j < call->v.dim; j++) sums->value[i * call->v.dim + j] *= factor;
+    sums->weight[i] *= factor;
+}
+
+/* Let all slots weigh less, as `faded` of fading.py does. */
+static void fade_slots(Dictionary *dictionary, const Call *call, const Sums *sums, float factor) {
+    for (int64_t i = 0; i < dictionary->num; i++) {
+        scale_sums(call, sums, i, factor);
+        update_slot(dictionary, call, i, sums);
+    }
+}
+
+/* Let slot i fade no further, or drop it, if it weighs too little, as `bounded` of fading.py does; whether it did. */
+static int bound_slot(Dictionary *dictionary, const Call *call, const Sums *sums, int64_t i) {
+    const float weight = sums->weight[i], least = (float)call->least_weight;
+    if (!(weight > 0 && weight < least)) return 0;
+    scale_sums(call, sums, i, call->is_ward ? 0 : 1 / weight * least);
+    update_slot(dictionary, call, i, sums);
+    return 1;
+}
+
 static void load_dictionary(Dictionary *dictionary, const Call *call, const Sums *sums) {
     for (int64_t i = 0; i < call->capacity; i++) update_slot(dictionary, call, i, sums);
     for (int64_t i = call->capacity; i < padded(call->capacity, NR); i++)

@@ -82,6 +82,11 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
         if (priority)
             priority += ((call->schedule_start[row] + i) * call->num_kv_heads + head) * call->chunk_size;
         const Items items = {call, dictionary, &shared->tokens, &sums, ward};
+        const float *fading = call->fading ? call->fading + chunk.index * call->num_kv_heads + head : nullptr;
+        if (team->rank == 0 && fading && chunk.is_complete) {
+            fade_slots(dictionary, call, &sums, *fading);
+            if (ward) fade_ward(items, *fading);
+        }
         const int64_t due = call->is_ward && chunk.is_complete ? chunk.before + chunk.num - chunk.after : 0;
         if (team->rank == 0) {
             load_chunk(&shared->tokens, call, chunk.index, head, chunk.num);
@@ -114,6 +119,8 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
         else if (team->rank == 0 && chunk.is_complete)
             learn(call, dictionary, &shared->tokens, &sums, &chunk, head, priority, &shared->learner,
                   &own->reader);
+        for (int64_t s = 0; team->rank == 0 && fading && chunk.is_complete && s < dictionary->num; s++)
+            if (bound_slot(dictionary, call, &sums, s) && ward) set_squares(items, s);
     }
 }
 

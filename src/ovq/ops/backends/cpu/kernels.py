@@ -16,6 +16,7 @@ from ovq.ops.backends.cpu import build
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
+from ovq.ops.fading import LEAST_WEIGHT
 from ovq.ops.options import TIE
 from ovq.ops.random_init import random_priority
 
@@ -65,9 +66,13 @@ def compiled_attention(
     *,
     token_weights: Tensor | None = None,
     weight: Tensor | None = None,
+    fading: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """`chunk_attention` run by the kernels; arguments, results and the rewinding backward are the same."""
-    tensors = (q, k, v, scale, key_sum, value_sum, count, token_weights, weight)
+    """`chunk_attention` run by the kernels; arguments, results and the rewinding backward are the same.
+
+    With `fading` `[num_chunks, Hkv]` (`Frames`) there are no gradients.
+    """
+    tensors = (q, k, v, scale, key_sum, value_sum, count, token_weights, weight, fading)
     o, *sums = _CompiledAttention.apply(*tensors, plan)
     return (o, *(x for x in sums if x is not None))
 
@@ -85,6 +90,7 @@ class _CompiledAttention(torch.autograd.Function):
         count: Tensor,
         token_weights: Tensor | None,
         weight: Tensor | None,
+        fading: Tensor | None,
         plan: Plan,
     ) -> tuple[Tensor | None, ...]:
         q, k, v = (dense(x) for x in (q, k, v))
@@ -93,9 +99,11 @@ class _CompiledAttention(torch.autograd.Function):
         # The log-sum-exp of each query, and the slot of each token of a complete chunk.
         lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
         call = _call(q, k, v, o, lse, scale, sums, slots, plan, token_weights)
+        call.fade(fading)
         if plan.options.init == "random":
             call.point(priority=_priorities(plan))
         noted: list[Tensor] = []
+        assert fading is None or not any(ctx.needs_input_grad)
         if any(ctx.needs_input_grad) and (plan.options.merges_pairs or weight is not None):
             noted = _noted(k, v, plan, has_weights=weight is not None)
             call.note(noted)
@@ -138,7 +146,7 @@ class _CompiledAttention(torch.autograd.Function):
         call.point(weight_deposit=weight_deposit, grad_weights=grad_weights)
         call.run("ovq_backward")
         of_inputs = (*grads, grad_scale.sum(0).to(scale.dtype))
-        return *of_inputs, key_deposit, value_deposit, None, grad_weights, weight_deposit, None
+        return *of_inputs, key_deposit, value_deposit, None, grad_weights, weight_deposit, None, None
 
 
 def learn(
@@ -147,6 +155,7 @@ def learn(
     sums: Dictionary,
     plan: Plan,
     token_weights: Tensor | None = None,
+    fading: Tensor | None = None,
     *,
     noted: Sequence[Tensor] = (),
 ) -> Tensor:
@@ -157,6 +166,7 @@ def learn(
         sums: `[R, Hkv, M, ...]`, contiguous.
         plan: the plan of these rows, with `group_size` 0.
         token_weights: `[num_chunks, C, Hkv, 1]` where tokens have weights.
+        fading: `[num_chunks, Hkv]` where tokens forget (`Frames`).
         noted: tensors for the slots that chunks changed, from `_noted`, if wanted.
 
     Returns:
@@ -166,6 +176,7 @@ def learn(
     nothing = torch.empty(0)
     slots = torch.zeros(k.shape[:3], dtype=torch.int32)
     call = _call(k, k, v, v, nothing, nothing, sums, slots, plan, token_weights)
+    call.fade(fading)
     if plan.options.init == "random":
         call.point(priority=_priorities(plan))
     if noted:
@@ -175,17 +186,22 @@ def learn(
 
 
 def learn_and_say(
-    k: Tensor, v: Tensor, sums: Dictionary, plan: Plan, token_weights: Tensor | None = None
+    k: Tensor,
+    v: Tensor,
+    sums: Dictionary,
+    plan: Plan,
+    token_weights: Tensor | None = None,
+    fading: Tensor | None = None,
 ) -> Learned:
     """Merge all complete chunks, in place; see `ovq.ops.backends.learned.Learn`."""
     plan = dataclasses.replace(plan, group_size=0)
     if not plan.options.merges_pairs:
-        return Learned(learn(k, v, sums, plan, token_weights), None)
+        return Learned(learn(k, v, sums, plan, token_weights, fading), None)
     noted = _noted(k, v, plan, has_weights=token_weights is not None)
     source, target = noted[:2]
     # Chunks write no more than what they changed, and -1 after it.
     source.fill_(-1)
-    slots = learn(k, v, sums, plan, token_weights, noted=noted)
+    slots = learn(k, v, sums, plan, token_weights, fading, noted=noted)
     chunk, head, place = (source.ge(0).cumprod(-1) > 0).nonzero(as_tuple=True)
     moved = torch.arange(sums.count.shape[2], dtype=torch.int32).repeat(*source.shape[:2], 1)
     moved[chunk, head, source[chunk, head, place].long()] = target[chunk, head, place]
@@ -243,10 +259,10 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("width", "capacity", "num_threads")),
         *((name, ctypes.c_int64) for name in ("dtype", "is_merge_updated", "is_ward", "is_sqrt")),
         ("weighs_chunk", ctypes.c_int64),
-        *((name, ctypes.c_double) for name in ("tie", "value_weight")),
+        *((name, ctypes.c_double) for name in ("tie", "value_weight", "least_weight")),
         *((name, _Tokens) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count")),
-        *((name, ctypes.c_void_p) for name in ("token_weights", "weight", "slots")),
+        *((name, ctypes.c_void_p) for name in ("token_weights", "weight", "fading", "slots")),
         *((name, ctypes.c_void_p) for name in ("first_chunk", "length", "schedule_start", "schedule")),
         *(("priority", ctypes.c_void_p), ("num_noted", ctypes.c_int64)),
         *((name, ctypes.c_void_p) for name in _NOTED),
@@ -270,6 +286,11 @@ class _Arguments(ctypes.Structure):
         """Let chunks note what they change in the tensors of `_noted`, or read what they noted."""
         self.num_noted = noted[0].shape[2]
         self.point(**dict(zip(_NOTED, noted, strict=False)))
+
+    def fade(self, fading: Tensor | None) -> None:
+        """Let dictionaries fade by `[num_chunks, Hkv]` where there is forgetting."""
+        self.least_weight = LEAST_WEIGHT
+        self.point(fading=None if fading is None else fading.contiguous())
 
     def run(self, name: str) -> None:
         if getattr(build.load(), name)(ctypes.byref(self)):

@@ -22,6 +22,27 @@ static void set_squares(const Items &items, int64_t i) {
     items.ward->value_square[i] = exact_dot(value, value, items.call->v.dim);
 }
 
+/* Once all slots weigh `factor` times as much: what is known of them, brought up to date. Their costs are that many times
+   as high, but for the rounding of weights, and of means, which moves each by a few roundings of its length. */
+static void fade_ward(const Items &items, float factor) {
+    Ward *ward = items.ward;
+    const int64_t num = items.dictionary->num;
+    double keys = 0, values = 0;
+    for (int64_t i = 0; i < num; i++) {
+        set_squares(items, i);
+        keys = fmax(keys, ward->key_square[i]);
+        values = fmax(values, ward->value_square[i]);
+    }
+    if (!ward->has_bounds) return;
+    const double share = ward->is_sqrt ? sqrt(factor) : factor, slack = 32 * FLT_EPSILON;
+    for (int64_t i = 0; i < num; i++) {
+        const double mass = mass_of(items.sums, i), weight = slack * (ward->is_sqrt ? sqrt(mass) : mass);
+        const double bound = ward->slot_bound[i] * share, growth = ward->slot_growth[i] * share;
+        ward->slot_bound[i] = below(bound - slack * fabs(bound) - weight * (keys + ward->slot_factor[i] * values));
+        ward->slot_growth[i] = fmaxf(below(growth * (1 - slack) - weight * values), 0);
+    }
+}
+
 /* Lay out the items of a chunk; `scores` holds QUERIES rows of slots. */
 static void prepare_ward(const Items &items, int64_t due, float *scores) {
     Ward *ward = items.ward;

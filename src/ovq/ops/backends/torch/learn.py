@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -24,12 +22,12 @@ def learn(
     sums: Dictionary,
     plan: Plan,
     token_weights: Tensor | None = None,
-    log_fading: Tensor | None = None,
+    fading: Tensor | None = None,
 ) -> Learned:
     """Merge all complete chunks, in place; see `Learn`.
 
-    With `log_fading` `[num_chunks, 1, Hkv, 1]`, the weights of slots and of tokens are multiplied by numbers
-    of these logs when a chunk is complete.
+    With `fading` `[num_chunks, Hkv]` (`Frames`), what slots hold is multiplied by that when a chunk is
+    complete.
     """
     slots = torch.zeros(*k.shape[:3], 1, dtype=torch.int32, device=k.device)
     by_chunk = None
@@ -37,7 +35,7 @@ def learn(
         stay = torch.arange(sums.count.shape[2], dtype=torch.int32, device=k.device)
         by_chunk = stay.repeat(k.shape[0], 1, k.shape[2], 1)
     for group in groups_of(plan, k.device):
-        _learn_group(group, (k, v, token_weights), group.dictionary(sums), slots, by_chunk, log_fading)
+        _learn_group(group, (k, v, token_weights), group.dictionary(sums), slots, by_chunk, fading)
     return Learned(slots[..., 0], None if by_chunk is None else by_chunk[:, 0])
 
 
@@ -47,7 +45,7 @@ def _learn_group(
     sums: Dictionary,
     slots: Tensor,
     by_chunk: Tensor | None,
-    log_fading: Tensor | None,
+    fading: Tensor | None,
 ) -> None:
     """Merge the chunks of a group, in order; fills `slots` and, where pairs are merged, `by_chunk`."""
     options, capacity = group.plan.options, group.plan.capacity
@@ -57,11 +55,8 @@ def _learn_group(
         if not s:
             continue
         chunk = CompleteChunk.of(step, *tensors, sums.key_sum.dtype)
-        if log_fading is not None:
-            factor = step.take(log_fading)[:s, :, 0].exp()
-            _multiply(sums, factor)
-            assert chunk.weights is not None
-            chunk = dataclasses.replace(chunk, weights=chunk.weights * factor)
+        if fading is not None:
+            _multiply(sums, step.take(fading[:, None, :, None])[:s, :, 0])
         missing = padded_slots(capacity) - capacity
         means = torch.nn.functional.pad(slot_means(sums.key_sum[:s], sums.mass[:s]), (0, 0, 0, missing))
         if isinstance(options.rate, str):
@@ -77,7 +72,7 @@ def _learn_group(
             after = moved(part, chosen, router.is_opener, chunk.keys, chunk.values, options.rate)
             for name in ("key_sum", "value_sum", "count"):
                 getattr(part, name).copy_(getattr(after, name))
-        if log_fading is not None:
+        if fading is not None:
             assert sums.weight is not None
             bound = bounding_factor(sums.weight[:s], frees_slots=options.merges_pairs)
             if bound is not None:

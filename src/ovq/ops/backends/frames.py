@@ -1,0 +1,66 @@
+"""What tokens that forget weigh, and by how much dictionaries fade, for all chunks of a call at once.
+
+`fading.py` says why it is done so, and does it piece by piece; the numbers are the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ovq.ops.backends.plan import Plan
+from ovq.ops.call import Call
+from ovq.ops.state import OVQState
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """Weights as of the ends of complete chunks, and as of the beginnings of others.
+
+    Attributes:
+        before: the state that the call starts from, rows in sorted order, but with the `pending_forget` that
+            is right after it.
+        weights: `[num_chunks, W, Hkv, 1]` of all tokens, pending ones among them.
+        fading: `[num_chunks, Hkv]` what slots are multiplied by before a chunk is read: less than 1 where it
+            is complete.
+    """
+
+    before: OVQState
+    weights: Tensor
+    fading: Tensor
+
+    @classmethod
+    def of(cls, call: Call, before: OVQState, plan: Plan) -> Frames:
+        """Those of a call with `log_forget`, and weights, of rows that `before` and `plan` say."""
+        assert call.log_forget is not None
+        assert call.token_weights is not None
+        assert before.pending_forget is not None
+        assert before.pending_weights is not None
+        aligned, size = plan.aligned, plan.options.chunk_size
+        # Rows of no token have no chunk, and come last.
+        num_rows = sum(n > 0 for n in aligned.lengths)
+        device = call.log_forget.device
+        first = torch.tensor(aligned.first_chunk[:num_rows], dtype=torch.int64, device=device)
+        chunks = [aligned.chunks_of(r) for r in range(num_rows)]
+        logs = aligned.align(call.log_forget[..., None], None).cumsum(1)[..., 0]
+        # Tokens that were pending stand before the new ones, and nothing is forgotten at their places.
+        logs[first] += before.pending_forget[:num_rows, None]
+        total = logs[:, -1]
+        is_complete = [
+            n >= (i + 1) * size for n, num in zip(aligned.lengths, chunks, strict=False) for i in range(num)
+        ]
+        frame = total * torch.tensor(is_complete, device=device)[:, None]
+        fading = frame.exp()
+        of_rows = torch.ones_like(before.pending_weights[:, :, 0])
+        of_rows[:num_rows] = fading[first]
+        pending = before.pending_weights * of_rows[..., None]
+        ones, zeros = torch.ones_like(call.log_forget), torch.zeros_like(pending)
+        is_new = aligned.align(ones[..., None], zeros[..., None]) > 0
+        own = aligned.align(call.token_weights[..., None], pending[..., None])
+        weights = torch.where(is_new, own * (frame[:, None] - logs).exp()[..., None], own)
+        left = before.pending_forget.clone()
+        last = first + torch.tensor(chunks, dtype=torch.int64, device=device) - 1
+        left[:num_rows] = (total - frame)[last]
+        return cls(dataclasses.replace(before, pending_forget=left), weights, fading)
