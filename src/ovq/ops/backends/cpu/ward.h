@@ -43,6 +43,17 @@ static void fade_ward(const Items &items, float factor) {
     }
 }
 
+/* What the slots that will be merged weigh at most, if the lightest of them are: 1 and more unless slots have faded, and
+   what faded slots cost is off by no more than that much of what products are. Exact costs are not known yet. */
+static double light_mass(Ward *ward, int64_t num, int64_t due) {
+    if (!num) return 1;
+    memcpy(ward->cost, ward->mass, sizeof(double) * num);
+    select_lowest(ward->cost, num, least(due, num) - 1);
+    const double mass = ward->cost[least(due, num) - 1];
+    for (int64_t i = 0; i < num; i++) ward->cost[i] = INFINITY;
+    return mass;
+}
+
 /* Lay out the items of a chunk; `scores` holds QUERIES rows of slots. */
 static void prepare_ward(const Items &items, int64_t due, float *scores) {
     Ward *ward = items.ward;
@@ -138,7 +149,7 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
     /* Rough products will do if they are off by less than a tenth of what decides. */
     double total_square = 0;
     for (int64_t t = 0; t < size; t++) total_square += key_square[t] + factor * value_square[t];
-    const double off = 2 * roughness_of(call) * total_square;
+    const double off = 2 * roughness_of(call) * total_square * fmin(1, light_mass(ward, num, due));
     ward->is_rough = HAS_ROUGH && !ward->is_wide && off <= 0.1 * size * ward->expected;
     if (ward->is_rough) round_rows(call, size, items.tokens->keys, ward->scaled, ward->words, ward->steps);
     ward->num_wanted = 0;
