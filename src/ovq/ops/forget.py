@@ -1,4 +1,5 @@
-"""Calls of rows that forget, chunk by chunk, by any backend; `fading.py` says how."""
+"""Calls of rows that forget: by any backend chunk by chunk, or at once where a backend can; `fading.py` says
+how."""
 
 from __future__ import annotations
 
