@@ -333,7 +333,8 @@ def test_one_call_goes_on_from_pending_tokens_that_have_forgotten(backend):
     pieces = [3, 10, 1, 22, 2, 22]
     expected, after = in_pieces(tensors, options, pieces)
     o, state = run(tensors, options, pieces)
-    assert torch.equal(o, expected)
+    # A piece of one token is decoded, by another kernel.
+    torch.testing.assert_close(o, expected, rtol=1e-6, atol=1e-6)
     assert_same_state(state, after, tolerance=0)
     whole, of_all = run(tensors, options)
     torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
