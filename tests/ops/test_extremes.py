@@ -81,3 +81,22 @@ def test_the_reference_sends_keys_where_they_would_go_at_length_one():
     counts = [attend(*keys_of_lengths(x), **options)[1].count for x in ([1.0], [2.0**-66], [2.0**66])]
     assert torch.equal(counts[0], counts[1])
     assert torch.equal(counts[0], counts[2])
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1e5, 1e8, 1e12, 1e20])
+def test_a_vast_score_takes_all(scale, dtype, backend):
+    """Exponentials are of differences of scores, however far scores are from zero, in the backward as well."""
+    # Keys have nothing in common, and each query has that of its own token, or of one long ago.
+    k = torch.eye(96)[None, :70, None].to(dtype)
+    own = torch.arange(70)
+    q = k[:, torch.where(own % 2 == 0, own, 0)]
+    _, _, v = inputs(1, 70, 1, 1, 8, 8, dtype=dtype)
+    results = []
+    for name in ("torch", backend):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        o, _ = attend(*leaves, num_slots=16, chunk_size=32, scale=scale, backend=name)
+        results.append((o.detach(), torch.autograd.grad(o.float().square().sum(), leaves[2])[0]))
+    for own, expected in zip(*results, strict=True):
+        torch.testing.assert_close(own, expected, rtol=2e-2, atol=2e-2)

@@ -192,7 +192,7 @@ static void backward_tile(const Call *call, const Rows *rows, int64_t n, int64_t
     if (place >= 0) mask_future(probs, SLOTS, num, n, first - place);
     product(num, n, call->v.dim, grad_o, value_width, 1, rows->value_panels, call->v.dim * NR, NR, nullptr, 0, grads, SLOTS);
     for (int64_t t = 0; t < num; t++) {
-        const Vector shift = splat(all->lse[start + t] * LOG2_E), inner = splat(all->inner[start + t]);
+        const Vector shift = bits_of(all->lse[start + t], probs + t * SLOTS, n), inner = splat(all->inner[start + t]);
         for (int64_t j = t * SLOTS; j < t * SLOTS + n; j += VL) {
             const Vector prob = exponential(load(probs + j), shift);
             store(probs + j, prob);
@@ -214,12 +214,14 @@ static void differentiate_pairs(int64_t num, int64_t n, const float *lse, const 
     for (int64_t t = 0; t < num; t += 2) {
         const int is_pair = t + 1 < num;
         float *scores = share->probs + t * SLOTS, *grads = share->grads + t * SLOTS;
+        Vector shifts[2] = {};
+        for (int u = 0; u < 1 + is_pair; u++) shifts[u] = bits_of(lse[t + u], scores + u * SLOTS, n);
         for (int64_t j = 0; j < n; j += 2 * VL) {
             Vector prob[2][2] = {}, grad[2][2] = {};
             for (int u = 0; u < 1 + is_pair; u++) {
                 for (int v = 0; v < 2; v++) {
                     const int64_t at = u * SLOTS + j + v * VL;
-                    prob[u][v] = rough_exponential(load(scores + at), splat(lse[t + u] * LOG2_E));
+                    prob[u][v] = rough_exponential(load(scores + at), shifts[u]);
                     grad[u][v] = prob[u][v] * (load(grads + at) - inner[t + u]);
                 }
                 put_neighbours((uint32_t *)grads + u * SLOTS + j / 2, grad[u][0], grad[u][1]);

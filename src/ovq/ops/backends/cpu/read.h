@@ -52,7 +52,7 @@ INLINE float highest_of(const float *scores, int64_t n) {
 /* Turns n scores into exponentials relative to their largest, `best`; their sum. */
 static float exponentials(float *scores, int64_t n, float *best) {
     *best = highest_of(scores, n);
-    const Vector shift = splat(*best * LOG2_E);
+    const Vector shift = bits_of(*best, scores, n);
     Vector sum = {}, more = {};
     for (int64_t j = 0; j < n; j += 2 * VL) {
         const Vector x = exponential(load(scores + j), shift), y = exponential(load(scores + j + VL), shift);
@@ -84,7 +84,7 @@ INLINE void score_pairs(const Call *call, const Rows *rows, int64_t n, const uin
 /* `exponentials` that are rounded to words of neighbours, in the first half of their place. */
 static float exponential_pairs(float *scores, int64_t n, float *best) {
     *best = highest_of(scores, n);
-    const Vector shift = splat(*best * LOG2_E);
+    const Vector shift = bits_of(*best, scores, n);
     uint32_t *words = (uint32_t *)scores;
     Vector sum = {}, more = {};
     for (int64_t j = 0; j < n; j += 2 * VL, words += VL) {

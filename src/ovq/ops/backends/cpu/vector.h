@@ -159,6 +159,17 @@ INLINE Vector exponential(Vector x) { return exponential(x, Vector{}); }
 /* The same to 2^-13, enough for bfloat16. */
 INLINE Vector rough_exponential(Vector x, Vector bits) { return power_of_2<3>(x * LOG2_E - bits); }
 
+/* Beyond this, the rounding of y LOG2_E is no longer small beside 1, and in the end larger than any exponent. */
+#define VAST 1e6f
+
+/* The `bits` of y for n numbers x, n a multiple of VL; where y is vast, it is subtracted from them instead, and none is
+   left above 0, where a rounding of x may be. NaN stays NaN. */
+INLINE Vector bits_of(float y, float *x, int64_t n) {
+    if (fabsf(y) < VAST) return splat(y * LOG2_E);
+    for (int64_t i = 0; i < n; i += VL) store(x + i, lower_of(Vector{}, load(x + i) - y));
+    return Vector{};
+}
+
 INLINE EightWide widened(const float *x) {
 #if defined(__AVX512F__)
     return (EightWide)_mm512_cvtps_pd(_mm256_loadu_ps(x));
