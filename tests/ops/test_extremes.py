@@ -87,7 +87,7 @@ def test_the_reference_sends_keys_where_they_would_go_at_length_one():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1e5, 1e8, 1e12, 1e20])
 def test_a_vast_score_takes_all(scale, dtype, backend):
-    """Exponentials are of differences of scores, however far scores are from zero, in the backward as well."""
+    """Exponentials are of differences of scores, however far these are from zero, in the backward too."""
     # Keys have nothing in common, and each query has that of its own token, or of one long ago.
     k = torch.eye(96)[None, :70, None].to(dtype)
     own = torch.arange(70)
