@@ -119,8 +119,9 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
         else if (team->rank == 0 && chunk.is_complete)
             learn(call, dictionary, &shared->tokens, &sums, &chunk, head, priority, &shared->learner,
                   &own->reader);
-        for (int64_t s = 0; team->rank == 0 && fading && chunk.is_complete && s < dictionary->num; s++)
-            if (bound_slot(dictionary, call, &sums, s) && ward) set_squares(items, s);
+        if (team->rank == 0 && fading && chunk.is_complete)
+            for (int64_t slot = 0; slot < dictionary->num; slot++)
+                if (bound_slot(dictionary, call, &sums, slot) && ward) set_squares(items, slot);
     }
 }
 

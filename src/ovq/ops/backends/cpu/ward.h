@@ -43,8 +43,8 @@ static void fade_ward(const Items &items, float factor) {
     }
 }
 
-/* What the slots that will be merged weigh at most, if the lightest of them are: 1 and more unless slots have faded, and
-   what faded slots cost is off by no more than that much of what products are. Exact costs are not known yet. */
+/* What the `due`-th lightest slot weighs, below 1 only where slots have faded. What it costs to merge lighter ones is off by
+   as small a part of what products are off by. Exact costs, whose place this takes meanwhile, are not known yet. */
 static double light_mass(Ward *ward, int64_t num, int64_t due) {
     if (!num) return 1;
     memcpy(ward->cost, ward->mass, sizeof(double) * num);
