@@ -38,7 +38,9 @@ static void fade_ward(const Items &items, float factor) {
     for (int64_t i = 0; i < num; i++) {
         const double mass = mass_of(items.sums, i), weight = slack * (ward->is_sqrt ? sqrt(mass) : mass);
         const double bound = ward->slot_bound[i] * share, growth = ward->slot_growth[i] * share;
-        ward->slot_bound[i] = below(bound - slack * fabs(bound) - weight * (keys + ward->slot_factor[i] * values));
+        /* Infinite for a slot that is alone, and still so. */
+        const double rounded = bound * (bound > 0 ? 1 - slack : 1 + slack);
+        ward->slot_bound[i] = below(rounded - weight * (keys + ward->slot_factor[i] * values));
         ward->slot_growth[i] = fmaxf(below(growth * (1 - slack) - weight * values), 0);
     }
 }
