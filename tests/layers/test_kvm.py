@@ -205,7 +205,7 @@ def test_sinks_stay_as_they_were_and_other_slots_do_not():
 
 
 def test_with_enough_slots_nothing_is_merged_and_the_gate_does_nothing():
-    layer, x = make(num_slots=40), random_inputs(40)
+    layer, x = make(num_slots=40, kvm_growth="immediate"), random_inputs(40)
     with torch.no_grad():
         expected, _, cache = layer(x, use_cache=True)
         torch.nn.init.normal_(layer.gate_proj.weight)
@@ -256,17 +256,17 @@ def test_sizes_that_cannot_be_are_refused(options, message):
 
 def test_a_state_of_other_sizes_is_refused():
     x = random_inputs(30)
-    _, _, cache = make()(x, use_cache=True)
+    _, _, cache = make(kvm_growth="immediate")(x, use_cache=True)
     with pytest.raises(
         ValueError, match=r"expected key_sum of shape \[2, 2, 5, 8\] in torch.float64 in the sl"
     ):
-        make(num_slots=5)(x, past_key_values=cache)
+        make(num_slots=5, kvm_growth="immediate")(x, past_key_values=cache)
     with pytest.raises(
         ValueError, match="to hold the slots of KVM and a window of 2 chunks of 4, found the sl"
     ):
         make(kvm_chunk_size=4)(x, past_key_values=cache)
     with pytest.raises(ValueError, match=r"of shape \[1, 2, 7, 8\]"):
-        make()(x[:1], past_key_values=cache)
+        make(kvm_growth="immediate")(x[:1], past_key_values=cache)
 
 
 def test_a_row_taken_out_of_a_batch_keeps_only_what_it_needs_and_goes_on():
@@ -295,5 +295,5 @@ def test_before_there_are_slots_their_weights_have_a_gradient_of_zero():
 def test_the_published_sizes_are_the_defaults():
     layer = KVMAttention(256, num_heads=2)
     assert (layer.schedule.chunk_size, layer.kvm_window_chunks, layer.kvm_sinks) == (256, 2, 1)
-    assert (layer.rope_dim, layer.kvm_growth, layer.kvm_norm_leak) == (64, "immediate", True)
+    assert (layer.rope_dim, layer.kvm_growth, layer.kvm_norm_leak) == (64, "plateau", True)
     assert KVMAttention(32, num_heads=2, num_slots=64).schedule.chunk_size == 64

@@ -11,9 +11,9 @@ HIDDEN, HEAD = 12, 5
 
 
 def make(**options):
-    """A float64 layer whose norms are not at their initial values, and whose slots decay fast."""
+    """A float64 layer whose norms are not at their initial values, and whose slots decay fast; no noise."""
     torch.manual_seed(0)
-    sizes = {"raven_slots": 7, "raven_top_k": 3, "conv_size": 0} | options
+    sizes = {"raven_slots": 7, "raven_top_k": 3, "conv_size": 0, "raven_noise": False} | options
     layer = RavenAttention(HIDDEN, 4, 2, HEAD, **sizes).double()
     for norm in (layer.q_norm, layer.k_norm, layer.out_norm):
         torch.nn.init.normal_(norm.weight, mean=1.0, std=0.3)
@@ -121,6 +121,19 @@ def test_noise_is_added_in_training_alone_and_comes_from_the_seed():
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.equal(noisy[0], noisy[2])
     assert not torch.equal(noisy[0], quiet)
+
+
+def test_a_new_layer_is_as_its_authors_define_it():
+    """Rates uniform from 0 to 16, not on a logarithmic scale; steps from 0.001 to 0.1; noise in training."""
+    torch.manual_seed(0)
+    layer = RavenAttention(8, 4000, head_dim=1, raven_slots=1)
+    assert layer.raven_noise
+    rates = layer.rates.A_log.exp()
+    shares = torch.histc(rates, bins=4, min=0, max=16) / len(rates)
+    torch.testing.assert_close(shares, torch.full((4,), 0.25), atol=0.03, rtol=0)
+    steps = layer.rates(torch.zeros(4000))[0]
+    assert 0.00099 < steps.min() < 0.0011
+    assert 0.09 < steps.max() < 0.1
 
 
 def test_logits_that_tie_select_the_first_slots():

@@ -58,8 +58,8 @@ def tensors(window):
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
 def test_the_windows_of_a_document_have_the_loss_of_the_whole(folder, tmp_path, mixer):
     config = tiny_config(folder, mixer, CARRY)
-    # VQ-attention moves its slots while it trains; all others do the same in both modes.
-    model = loop.build_model(config).train(mixer != "vq")
+    # In training VQ-attention moves its slots and Raven's router has noise; others do the same in both modes.
+    model = loop.build_model(config).train(mixer not in ("vq", "raven"))
     trainer = trainer_of(config, folder, tmp_path, model)
     corpus = load_corpus(TextSource(dataset=str(folder), held_out=0), "train")
     whole, windows = longest_document(corpus, config)

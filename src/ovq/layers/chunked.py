@@ -20,6 +20,8 @@ class DecayRates(nn.Module):
     Args:
         num_heads: H.
         num_channels: K, if every channel of a head has a step of its own; they share `A_log`.
+        rate_range: the range that rates `exp(A_log)` are drawn from, uniformly; None: 1 to 16, uniformly on
+            a logarithmic scale.
 
     Example:
         >>> step, log_decay = DecayRates(3)(torch.zeros(1, 5, 3))
@@ -27,19 +29,32 @@ class DecayRates(nn.Module):
         True
     """
 
-    def __init__(self, num_heads: int, num_channels: int | None = None):
+    def __init__(
+        self,
+        num_heads: int,
+        num_channels: int | None = None,
+        *,
+        rate_range: tuple[float, float] | None = None,
+    ):
         super().__init__()
+        self.rate_range = rate_range
         channels = () if num_channels is None else (num_channels,)
         self.A_log = nn.Parameter(torch.empty(num_heads))
         self.dt_bias = nn.Parameter(torch.empty(num_heads, *channels))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw rates from 1 to 16 and steps from 0.001 to 0.1, both uniformly on a logarithmic scale.
+        """Draw rates as `rate_range` says, and steps from 0.001 to 0.1, uniformly on a logarithmic scale.
 
         For steps this small, the inverse of softplus is nearly the logarithm.
         """
-        nn.init.uniform_(self.A_log, 0.0, math.log(16))
+        if self.rate_range is None:
+            nn.init.uniform_(self.A_log, 0.0, math.log(16))
+        else:
+            nn.init.uniform_(self.A_log, *self.rate_range)
+            with torch.no_grad():
+                # Not minus infinity, should 0 be drawn.
+                self.A_log.clamp_(min=torch.finfo(self.A_log.dtype).tiny).log_()
         nn.init.uniform_(self.dt_bias, math.log(0.001), math.log(0.1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

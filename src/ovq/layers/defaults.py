@@ -18,10 +18,11 @@ VQ_DECAY = 0.99
 COMMITMENT_WEIGHT = 0.1
 KVM_CHUNK_SIZE = 256
 KVM_WINDOW_CHUNKS = 2
-KVM_GROWTH = "immediate"
+# As in the published configuration that is nearest to ours (`kvm_swa_saturate1024_wd.yaml`).
+KVM_GROWTH = "plateau"
 KVM_SINKS = 1
 KVM_NORM_LEAK = True
-RAVEN_NOISE = False
+RAVEN_NOISE = True
 MESA_STEPS = 30
 
 # The op needs to be told the sizes of its dictionary; how it is learned has defaults there.

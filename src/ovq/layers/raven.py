@@ -89,7 +89,8 @@ class RavenAttention(ConstantStateMixer):
         self.num_slots, self.top_k, self.raven_noise = num_slots, top_k, raven_noise
         # Projects to the logits of the router and the decay of each head.
         self.router_proj = nn.Linear(hidden_size, num_heads * (num_slots + 1), bias=False)
-        self.rates = DecayRates(num_heads)
+        # As its authors draw them: slots then take in twice as much of a token as with those of Mamba2.
+        self.rates = DecayRates(num_heads, rate_range=(0.0, 16.0))
         self.q_norm, self.k_norm = (WideRMSNorm(head_dim, eps=1e-5) for _ in range(2))
         self.out_norm = WideRMSNorm(num_heads * head_dim, eps=1e-5)
 

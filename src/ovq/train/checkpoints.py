@@ -134,6 +134,15 @@ class SealingTrainer(Trainer):
     its space on a full disk.
     """
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """The parameters that weight decay acts on: matrices.
+
+        transformers goes by names, and would decay the logarithms of decay rates, temperatures and skips of
+        KVM, Mamba2 and the delta rules, whose authors exempt them.
+        """
+        matrices = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+        return [name for name in super().get_decay_parameter_names(model) if name in matrices]
+
     def compute_loss(
         self,
         model: Any,

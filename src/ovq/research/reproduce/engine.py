@@ -238,9 +238,13 @@ def _sweep(
     swept = {name: line for name, line in reversed(swept.items()) if name in needed}
     if not figure.trials:
         return [], {name: Trial.of(line.swept) for name, line in swept.items()}
-    labels = {trial.label: trial for trial in figure.trials}
-    known_trials = {entry["line"]: labels[entry["chosen"]] for entry in known if entry["chosen"] in labels}
-    decided = {name: known_trials[line.label] for name, line in swept.items() if line.label in known_trials}
+    known_labels = {entry["line"]: entry["chosen"] for entry in known}
+    decided = {
+        name: trial
+        for name, line in swept.items()
+        for trial in figure.trials_of(line)
+        if trial.label == known_labels.get(line.label)
+    }
     swept = {name: line for name, line in swept.items() if name not in decided}
     first_seed = shop.seeds[0]
     evaluations: dict[str, Evaluation] = {}
@@ -254,7 +258,7 @@ def _sweep(
                 (evaluations[name],),
                 f"{figure.name}: {line.label}",
             )
-            for trial in figure.trials
+            for trial in figure.trials_of(line)
         ]
         for name, line in swept.items()
     }
@@ -264,8 +268,8 @@ def _sweep(
         judged_by = evaluations[name].judged_by
         is_loss = judged_by == "loss"
         found = {
-            Trial.of(job.config): _written(outcome)[judged_by]
-            for job in jobs[name]
+            trial: _written(outcome)[judged_by]
+            for trial, job in zip(figure.trials_of(line), jobs[name], strict=True)
             for outcome in job.outcomes()
         }
         chosen[name] = choose_trial(
@@ -342,6 +346,6 @@ def _distinct(environments: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def count_runs(figure: Figure, num_seeds: int) -> int:
     """How many models a figure trains when none is there yet, at most."""
     num_models = len({run_name(line.config) for line in figure.lines})
-    num_swept = len({run_name(line.swept) for line in figure.lines}) if figure.trials else 0
+    num_trials = {run_name(line.swept): len(figure.trials_of(line)) for line in figure.lines}
     # The first seed of the trial that was chosen is one of those that are trained anyway.
-    return num_models * num_seeds + num_swept * (len(figure.trials) - 1)
+    return num_models * num_seeds + sum(max(0, num - 1) for num in num_trials.values())

@@ -16,33 +16,40 @@ from ovq.research.reproduce.draw import save_figure
 from ovq.research.reproduce.evaluations import Evaluation
 from ovq.train.config import RunConfig
 
+Variant = tuple[tuple[str, Any], ...]
+"""Fields of the model and their values, of one of several ways to set a mixer up."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Settings of the optimizer that a model is tried with.
+    """Settings that a model is tried with: of the optimizer, and of its mixer where there are several ways.
 
     Attributes:
         learning_rate: The peak.
         weight_decay: As in `TrainArgs`.
+        variant: Fields of the model and their values.
 
     Example:
         >>> Trial(learning_rate=0.004).label, Trial(learning_rate=0.008, weight_decay=0.5).label
         ('0.004', '0.008, decay 0.5')
+        >>> Trial(learning_rate=0.004, variant=(("kvm_growth", "plateau"),)).label
+        '0.004, kvm_growth plateau'
     """
 
     learning_rate: float
     weight_decay: float = 0.0
+    variant: Variant = ()
 
     @classmethod
     def of(cls, config: RunConfig) -> Trial:
-        """The settings of a run."""
+        """The settings of the optimizer of a run."""
         return cls(learning_rate=config.train.learning_rate, weight_decay=config.train.weight_decay)
 
     @property
     def label(self) -> str:
         """What tables call it."""
         decay = f", decay {self.weight_decay:g}" if self.weight_decay else ""
-        return f"{self.learning_rate:g}{decay}"
+        return f"{self.learning_rate:g}{decay}" + "".join(f", {name} {value}" for name, value in self.variant)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +64,7 @@ class Line:
         trial_of: Where models are tried with several settings, the run whose best this one takes; its own if
             not given.
         validation: What decides between those settings; its examples are those of no row.
+        variants: Ways to set its mixer up that are tried with each of those settings.
 
     Lines of one label are drawn as one: that is how the points of a line come from different models.
     """
@@ -67,6 +75,7 @@ class Line:
     group: str = ""
     trial_of: RunConfig | None = None
     validation: Evaluation | None = None
+    variants: tuple[Variant, ...] = ((),)
 
     @property
     def swept(self) -> RunConfig:
@@ -134,6 +143,12 @@ class Figure:
         )
         assert self.measure or {line.group for line in self.lines} == {panel.group for panel in self.panels}
 
+    def trials_of(self, line: Line) -> tuple[Trial, ...]:
+        """What the model of a line is tried with."""
+        return tuple(
+            dataclasses.replace(trial, variant=variant) for trial in self.trials for variant in line.variants
+        )
+
 
 def with_seed(config: RunConfig, seed: int) -> RunConfig:
     """The same run with another seed of weights and data."""
@@ -141,8 +156,13 @@ def with_seed(config: RunConfig, seed: int) -> RunConfig:
 
 
 def with_trial(config: RunConfig, trial: Trial) -> RunConfig:
-    """The same run with other settings of the optimizer."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **dataclasses.asdict(trial)))
+    """The same run with other settings."""
+    optimizer = {"learning_rate": trial.learning_rate, "weight_decay": trial.weight_decay}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **dict(trial.variant)),
+        train=dataclasses.replace(config.train, **optimizer),
+    )
 
 
 def run_name(config: RunConfig) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ovq.eval.rows import MIXER_NAMES
 from ovq.ops.options import BEST_MERGE
 from ovq.research.reproduce.evaluations import Evaluation, LossEvaluation, NeedlesEvaluation
-from ovq.research.reproduce.plan import Figure, Line, Panel
+from ovq.research.reproduce.plan import Figure, Line, Panel, Variant
 from ovq.research.reproduce.presets import Preset
 from ovq.train.config import RunConfig
 from ovq.train.recipes import beside
@@ -58,12 +58,14 @@ _NOTE = (
 
 
 class _Contender(NamedTuple):
-    """What a line is called, its run, the rule it is asked by, and the run whose settings it takes."""
+    """What a line is called, its run, the rule it is evaluated with, the run whose settings it takes, and the
+    ways to set its mixer up that are tried."""
 
     label: str
     config: RunConfig
     merge: str | None = None
     trial_of: RunConfig | None = None
+    variants: tuple[Variant, ...] = ((),)
 
 
 def _contenders(preset: Preset, task: str, partner: str | None = None) -> Iterator[_Contender]:
@@ -86,14 +88,24 @@ def _contenders(preset: Preset, task: str, partner: str | None = None) -> Iterat
                 f"OVQ, forget gate, Ward-sqrt, {slots}", config(mixer, forget_gate=True), _RULE, usual
             )
             continue
-        fields = {"raven_slots": _raven_slots(preset, task)} if mixer == "raven" else {}
-        yield _Contender(MIXER_NAMES.get(mixer, mixer), config(mixer, **fields))
+        yield _Contender(
+            MIXER_NAMES.get(mixer, mixer), config(mixer), variants=_variants(preset, task).get(mixer, ((),))
+        )
 
 
-def _raven_slots(preset: Preset, task: str) -> int:
-    """The slots with which Raven has most bytes at equal parameters: its router then takes half of them."""
+def _variants(preset: Preset, task: str) -> dict[str, tuple[Variant, ...]]:
+    """What mixers are tried with beside settings of the optimizer, as their authors leave it open.
+
+    KVM: slots that grow as in `kvm_swa_saturate1024_wd.yaml`, the one of its published configurations that
+    is nearest to ours, or as soon as there are tokens for them. Raven: as many slots as components per head,
+    or twice as many, with which it has most bytes at equal parameters, as its router then takes half of them.
+    """
     model = preset.configs[task].model
-    return 2 * (model.head_dim or model.hidden_size // model.num_attention_heads)
+    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+    return {
+        "kvm": tuple((("kvm_growth", growth),) for growth in ("plateau", "immediate")),
+        "raven": tuple((("raven_slots", num_slots),) for num_slots in (head_dim, 2 * head_dim)),
+    }
 
 
 def _lines(
@@ -113,6 +125,7 @@ def _lines(
             group=group,
             trial_of=each.trial_of,
             validation=validation,
+            variants=each.variants,
         )
         for each in contenders
     ]
