@@ -49,7 +49,7 @@ def earlier_results(path: Path, figure: Figure, part: Figure, seeds: Sequence[in
         seeds: The seeds of that.
 
     Raises:
-        ValueError: If there is no such file, or it lacks a line or is of other seeds.
+        ValueError: If there is no such file, or it is of other seeds.
     """
     made = set(map(_place, part.lines))
     if path.is_file():
@@ -63,13 +63,6 @@ def earlier_results(path: Path, figure: Figure, part: Figure, seeds: Sequence[in
             )
     if results["seeds"] != list(seeds):
         raise ValueError(f"--lines: expected {path} to be of seeds {list(seeds)}, found {results['seeds']}")
-    found = {(row["line"], row["group"]) for row in results["rows"]}
-    if missing := sorted(
-        {label for label, group in map(_place, figure.lines) if (label, group) not in found | made}
-    ):
-        raise ValueError(
-            f"--lines: expected all other lines in {path}, found none called {', '.join(missing)}"
-        )
     return results
 
 
@@ -85,7 +78,8 @@ def joined_results(
         made: The results of `part`.
 
     Returns:
-        As `load_results` gives them, where `updates` records what was made anew, by which command and where.
+        As `load_results` gives them, where `updates` records what was made anew, by which command and where,
+        and `note` names the lines that neither of them has.
     """
     anew = set(map(_place, part.lines))
     rows = []
@@ -101,8 +95,11 @@ def joined_results(
         "environments": made["environments"],
     }
     swept = {entry["line"] for entry in made["sweep"]}
+    found = {row["line"] for row in rows}
+    missing = [label for label in dict.fromkeys(line.label for line in figure.lines) if label not in found]
     return {
         **made,
+        "note": made["note"] + (f" Not made yet: {', '.join(missing)}." if missing else ""),
         "panels": [dataclasses.asdict(panel) for panel in figure.panels],
         "command": earlier["command"],
         "sweep": [entry for entry in earlier["sweep"] if entry["line"] not in swept] + made["sweep"],
