@@ -238,6 +238,11 @@ def test_the_comparison_of_kvm_is_trained_on_as_many_tokens(task, billions):
     args = recipe_for(task, "kvm").train
     assert args.steps * args.batch_size * args.lengths[0] == pytest.approx(billions * 1e9, rel=0.02)
     assert args.learning_rate_decay == "linear"
+    # `kvm_swa_saturate1024_wd.yaml` of its authors.
+    config = model_config(recipe_for(task, "kvm"))
+    assert config.mixer_types[:2] == ["sliding_attention", "kvm"]
+    assert (config.kvm_chunk_size, config.kvm_window_chunks, config.sliding_window) == (256, 2, 256)
+    assert (config.kvm_growth, config.num_slots, config.kvm_sinks) == ("plateau", 1024, 1)
 
 
 def test_a_linear_decay_ends_at_zero():

@@ -11,6 +11,7 @@ from tests.train.text_common import quiet
 from torch.utils.data import DataLoader
 
 from ovq.hf import OVQForCausalLM
+from ovq.layers import MIXERS
 from ovq.runtime.progress import Reporter
 from ovq.tasks import IGNORE_INDEX, RecallTask
 from ovq.train import loop
@@ -34,6 +35,24 @@ def test_the_learning_rate_falls_in_a_line_to_zero(tmp_path):
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "loss" in entry]
     assert rates == pytest.approx([0, 2e-3, 4e-3, 3e-3, 2e-3, 1e-3])
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_weight_decay_acts_on_matrices_alone(mixer, tmp_path):
+    """Temperatures, logarithms of decay rates, skips and norms are vectors, which their authors exempt."""
+    config = tiny_config(weight_decay=0.5, learning_rate=1e-9).override([f"model.mixer_types={mixer}"])
+    trainer = loop.SealingTrainer(
+        model=loop.build_model(config), args=loop._training_arguments(config, tmp_path, is_carrying=False)
+    )
+    decayed, kept = ({id(p) for p in group["params"]} for group in trainer.create_optimizer().param_groups)
+    named = dict(trainer.model.named_parameters())
+    assert {name for name, p in named.items() if id(p) in kept} >= {
+        name for name, p in named.items() if p.dim() < 2 or name.endswith("_bias")
+    }
+    matrices = {
+        name for name, p in named.items() if p.dim() > 1 and not name.endswith(("dt_bias", "ridge_bias"))
+    }
+    assert {name for name, p in named.items() if id(p) in decayed} == matrices
 
 
 def test_batches_follow_the_curriculum_whoever_takes_them():

@@ -144,14 +144,16 @@ class _Size:
     min_learning_rate_share: float = 0.1
     warmup_steps: int = 500
     weight_decay: float = 0.1
+    kvm_chunk_size: int | None = None
 
 
 def _kvm_size(**fields: Any) -> _Size:
     """A size of KVM's comparison with OVQ (arXiv 2605.09877), trained as its authors do: 0.5 million tokens
     per step, 3.1 and 7.9 billion in all.
 
-    From their published configs: sizes, rates, decay, warm-up, windows and chunks of 256, 1,024 slots of
-    OVQ, sliding windows between its layers. Ours: books and a tokenizer learned from them in place of
+    From their published configs `ovq_swa_ts_c256_s1024_wd.yaml` and `kvm_swa_saturate1024_wd.yaml`: sizes,
+    rates, decay, warm-up, windows and chunks of 256, up to 1,024 slots, sliding windows between the layers of
+    OVQ and of KVM. Ours: books and a tokenizer learned from them in place of
     ProLong-64k and GPT-2's, a SwiGLU of as many weights as their MLP of four times the width, and the
     backbone, which has a short convolution where theirs shifts tokens.
     """
@@ -162,6 +164,7 @@ def _kvm_size(**fields: Any) -> _Size:
         head_dim=128,
         num_slots=1024,
         chunk_size=256,
+        kvm_chunk_size=256,
         learning_rate_decay="linear",
         min_learning_rate_share=0.0,
         warmup_steps=200,
@@ -222,6 +225,7 @@ def _lm_for_gpus(size: _Size) -> Callable[[str], RunConfig]:
                 sliding_window=256,
                 num_slots=size.num_slots,
                 chunk_size=size.chunk_size,
+                kvm_chunk_size=size.kvm_chunk_size,
                 initializer_range=0.02,
                 embedding_std=0.02,
                 tie_word_embeddings=True,
