@@ -157,11 +157,12 @@ def with_seed(config: RunConfig, seed: int) -> RunConfig:
 
 def with_trial(config: RunConfig, trial: Trial) -> RunConfig:
     """The same run with other settings."""
-    optimizer = {"learning_rate": trial.learning_rate, "weight_decay": trial.weight_decay}
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, **dict(trial.variant)),
-        train=dataclasses.replace(config.train, **optimizer),
+        train=dataclasses.replace(
+            config.train, learning_rate=trial.learning_rate, weight_decay=trial.weight_decay
+        ),
     )
 
 
