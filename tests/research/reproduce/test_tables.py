@@ -76,6 +76,18 @@ def test_a_table_is_what_it_is_described_to_be(described):
     )
 
 
+def test_seeds_that_have_not_learned_a_task_are_not_averaged_into_those_that_have(described):
+    at_256 = {"length": 256, "at_least": 0.995}
+    path = described(
+        {"over": "length", "values": [256, 1024], "value": "accuracy", "learned": at_256, "spread": 0.05},
+        {"head": "error", "value": "accuracy", "length": 1024, "learned": {"length": 256, "at_most": 0.995}},
+    )
+    assert cells(path) == [
+        ["1.000, 1 of 2 seeds", "0.900, 1 of 2 seeds", "0.800, 1 of 2 seeds"],
+        ["0.500, not learned", "0.400 (0.350 to 0.450), not learned", "0.400"],
+    ]
+
+
 FULL = {"line": "full attention"}
 
 

@@ -34,6 +34,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -70,6 +71,9 @@ class Column:
         digits: Digits after the decimal point.
         spread: Show the lowest and the highest seed too if they differ by this much.
         unit: Written after a mean.
+        learned: What a seed must have reached to count as having learned its task, as `{"length": 256,
+            "at_least": 0.9}` for the column's own value, or `"at_most"` for errors. Other seeds are left out
+            of the mean, and the cell says of how many it is; where none has, that it was not learned.
     """
 
     head: str
@@ -85,6 +89,7 @@ class Column:
     digits: int = 3
     spread: float | None = None
     unit: str = ""
+    learned: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a form that does not exist: it is a mistake in the description."""
@@ -232,7 +237,22 @@ def _told(column: Column, asked: dict[str, Any], file: str | None, rows_of: _Row
         if missing := set(values) - set(bases):
             raise ValueError(f"relative_to: expected rows of {base} for each seed, found none of {missing}")
         values = {seed: 100 * (value / bases[seed] - column.above) for seed, value in values.items()}
-    return _written(column, list(values.values()))
+    if column.learned is None:
+        return _written(column, list(values.values()))
+    learned = _learned(column, asked, rows_of(file))
+    told = _written(column, [value for seed, value in values.items() if seed in (learned or values)])
+    if not learned:
+        return f"{told}, not learned"
+    return told if learned >= set(values) else f"{told}, {len(learned)} of {len(values)} seeds"
+
+
+def _learned(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> set[Any]:
+    """The seeds that have learned their task."""
+    assert column.learned is not None
+    where = dict(column.learned)
+    lowest, highest = where.pop("at_least", -math.inf), where.pop("at_most", math.inf)
+    values = _by_seed(dataclasses.replace(column, positions=None), asked | where, rows)
+    return {seed for seed, value in values.items() if lowest <= value <= highest}
 
 
 def _by_seed(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> dict[Any, Any]:
