@@ -28,12 +28,12 @@ KINDS = [
 def routes_of(app):
     """Method and path of all that the application answers, with those it will have one day."""
     found = [
-        (method, route.path.replace("{name}", "a") + "?name=a")
+        (method, route.path.replace("{name}", "a").replace("{name:path}", "a/b") + "?name=a")
         for route in app.routes
         for method in sorted(route.methods)
     ]
     assert ("POST", "/v1/completions?name=a") in found
-    assert ("GET", "/v1/models/a?name=a") in found
+    assert ("GET", "/v1/models/a/b?name=a") in found
     assert not any("{" in path for _, path in found)
     # Those there are not.
     return [*found, ("POST", "/v1/nothing"), ("PUT", "/v1/completions"), ("POST", "/v1/contexts/")]

@@ -95,7 +95,8 @@ def create_app(
         ("GET", "/health", routes.health),
         ("GET", "/metrics", routes.metrics),
         ("GET", "/v1/models", routes.models),
-        ("GET", "/v1/models/{name}", routes.one_model),
+        # Of any path: names of models may have slashes.
+        ("GET", "/v1/models/{name:path}", routes.one_model),
         ("POST", "/v1/completions", routes.completions),
         ("POST", "/v1/chat/completions", routes.chat),
         ("GET", "/v1/contexts", routes.contexts),
