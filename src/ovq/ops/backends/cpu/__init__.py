@@ -15,6 +15,7 @@ from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve, 
 from ovq.ops.backends.cpu.decode import decode_step
 from ovq.ops.backends.cpu.kernels import (
     DTYPES,
+    RULES,
     compiled_attention,
     cpu_kernels,
     is_available,
@@ -41,6 +42,7 @@ from ovq.ops.backends.cpu.linear import (
 from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
 from ovq.ops.backends.cpu.window import CompiledWindow
 from ovq.ops.call import Call
+from ovq.ops.options import unlisted
 from ovq.ops.state import OVQState
 
 __all__ = [
@@ -74,6 +76,15 @@ __all__ = [
     "run_layers",
 ]
 
+# Other backends run the ablations.
+_LISTED = {
+    "growth": ("plateau", "linear", "immediate"),
+    "init": ("novelty", "random"),
+    "merge": tuple(RULES),
+    "bias": ("count",),
+    "rate": ("count",),
+}
+
 
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot run a call; None if they can."""
@@ -81,9 +92,8 @@ def refusal(call: Call) -> str | None:
         return f"expected tensors on a CPU, found them on {call.q.device}"
     if call.q.dtype not in DTYPES:
         return f"expected a dtype of {DTYPES}, found {call.q.dtype}"
-    for name in ("bias", "rate"):
-        if (found := getattr(call.options, name)) != "count":
-            return f"expected {name} 'count', found {found!r}"
+    if reason := unlisted(call.options, _LISTED):
+        return reason
     return None if is_available() else f"expected compiled kernels, found none: {cpu_kernels()}"
 
 

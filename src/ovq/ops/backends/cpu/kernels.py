@@ -22,6 +22,13 @@ from ovq.ops.random_init import random_priority
 
 # What inputs may be, each by its number in numbers.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The rules that they know, by what they are told of each.
+RULES: dict[str, dict[str, bool]] = {
+    "existing": {},
+    "updated": {"is_merge_updated": True},
+    "ward": {"is_ward": True},
+    "ward-sqrt": {"is_ward": True, "is_sqrt": True},
+}
 
 
 def cpu_kernels() -> str:
@@ -325,9 +332,7 @@ def _call(
         capacity=sums.count.shape[2],
         num_threads=torch.get_num_threads(),
         dtype=DTYPES.index(q.dtype),
-        is_merge_updated=options.merge == "updated",
-        is_ward=options.merges_pairs,
-        is_sqrt=options.merge == "ward-sqrt",
+        **RULES[options.merge],
         weighs_chunk=options.weighs_chunk,
         tie=TIE,
         value_weight=options.value_weight,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.kernels import DTYPES
+from ovq.ops.backends.cpu.kernels import DTYPES, RULES
 from ovq.ops.options import TIE, Options
 
 
@@ -102,8 +102,8 @@ class HeadGroup(ctypes.Structure):
             tie=TIE,
         )
         if options is not None:
-            group.is_merge_updated = options.merge == "updated"
-            group.is_ward, group.is_sqrt = options.merges_pairs, options.merge == "ward-sqrt"
+            for name, value in RULES[options.merge].items():
+                setattr(group, name, value)
             group.value_weight = options.value_weight
         group._kept = []
         group._point(**tensors, temperature=temperature, bias=bias)
