@@ -39,6 +39,7 @@ from ovq.ops.backends.cpu.linear import (
     mlp_step,
     product,
 )
+from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
 from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
 from ovq.ops.backends.cpu.window import CompiledWindow
 from ovq.ops.call import Call
@@ -53,10 +54,12 @@ __all__ = [
     "CompiledSwiGLU",
     "CompiledWindow",
     "FasterLinear",
+    "HeadGroup",
     "LayerStep",
     "LayerWeights",
     "MissingKernelsWarning",
     "TokenMemory",
+    "advance_memory",
     "applied",
     "can_convolve",
     "can_run",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
+from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
@@ -254,10 +255,12 @@ def _noted(k: Tensor, v: Tensor, plan: Plan, *, has_weights: bool) -> list[Tenso
     return [*noted, torch.empty(shape)] if has_weights else noted
 
 
+@mirror_of("Tokens")
 class _Tokens(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 3), ("dim", ctypes.c_int64)]
 
 
+@mirror_of("Call")
 class _Arguments(ctypes.Structure):
     """`Call` of call.h, field by field; keeps the tensors that it points to alive."""
 

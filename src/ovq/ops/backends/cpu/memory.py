@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import DTYPES, RULES
+from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.options import TIE, Options
 
 
@@ -22,10 +23,12 @@ def advance_memory(groups: Sequence[HeadGroup]) -> None:
         raise MemoryError("ovq_memory: no memory for the kernel's scratch")
 
 
+@mirror_of("Strides")
 class _Strides(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("row", "head", "token")]
 
 
+@mirror_of("HeadGroup")
 class HeadGroup(ctypes.Structure):
     """`HeadGroup` of memory.h, field by field; keeps the tensors that it points to alive."""
 
