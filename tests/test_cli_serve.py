@@ -70,6 +70,7 @@ def test_a_process_serves_until_it_is_told_to_end(folder, tmp_path, monkeypatch)
         (["--context", "a={book}", "--context", "a={book}"], "context 'a': expected a new name"),
         (["--api-key-file", "{folder}/empty"], "expected a key of ASCII characters without spaces"),
         (["--timeout", "0"], "--timeout: expected more than 0, found 0.0"),
+        (["--read-timeout", "nan"], "--read-timeout: expected more than 0, found nan"),
         (["--merge", "best"], "--merge: expected rules among existing"),
         (["--host", "192.0.2.1"], "can listen on, found 192.0.2.1:0"),
     ],

@@ -3,6 +3,7 @@
 import ast
 import functools
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,19 @@ MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in SOURCE.rglob("*.py")
 }
+
+
+@pytest.mark.parametrize(
+    "path", [SOURCE / "ovq" / "__init__.py", SOURCE.parent / "CONTRIBUTING.md"], ids=lambda path: path.name
+)
+def test_the_order_is_the_one_that_is_written(path):
+    (written,) = re.findall(
+        r"imports go one way: (.*?)\.\s", path.read_text(), flags=re.DOTALL | re.IGNORECASE
+    )
+    groups = [re.split(r"[,\s]+", group.strip()) for group in written.split("<-")]
+    # Users see neither: one is beside the others, one is the command line itself.
+    expected = [[name for name in names if name not in ("gmr", "__main__")] for names in ORDER]
+    assert groups == [names for names in expected if names]
 
 
 @functools.cache

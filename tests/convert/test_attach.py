@@ -1,6 +1,9 @@
 """Converted models compute what they did until something is merged, and then need constant memory."""
 
 import copy
+import io
+import multiprocessing
+import pickle
 
 import pytest
 import torch
@@ -12,8 +15,6 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
 )
@@ -273,9 +274,55 @@ def test_sizes_are_checked(memory, message):
         converted(**memory)
 
 
-def test_a_converted_model_can_be_copied():
+def saved_whole(model):
+    """By `torch.save`, as a module and not as weights."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "torch.save": saved_whole,
+    **{
+        f"pickle {n}": lambda m, n=n: pickle.loads(pickle.dumps(m, n))
+        for n in (0, 2, pickle.HIGHEST_PROTOCOL)
+    },
+}
+
+
+@pytest.mark.parametrize("again", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_converted_model_can_be_copied(kind, again):
+    model, ids = converted(kind).train(), tokens(1, 60)
+    model.memory_of_a_user = "kept"
+    other = again(again(model))
+    assert type(other) is type(model)
+    assert isinstance(other, type(original(kind)))
+    assert type(other.config) is type(model.config)
+    assert (other.training, other.memory_of_a_user) == (True, "kept")
+    assert other.memory_config == model.memory_config
+    model.eval(), other.eval()
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    assert torch.equal(other.generate(ids, **GREEDY), model.generate(ids, **GREEDY))
+    # The part that has the cache made for it, by itself.
+    base = again(model.base_model)
+    assert torch.equal(base(ids).last_hidden_state, model.base_model(ids).last_hidden_state)
+
+
+def _read(model, ids, queue):
+    queue.put(model(ids).logits.tolist())
+
+
+@pytest.mark.slow
+def test_a_converted_model_goes_to_a_process_that_has_imported_nothing():
     model, ids = converted(), tokens(1, 60)
-    other = copy.deepcopy(model)
-    torch.testing.assert_close(other(ids).logits, model(ids).logits)
-    assert isinstance(other, LlamaForCausalLM)
-    assert isinstance(other.config, LlamaConfig)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_read, args=(model, ids, queue), daemon=True)
+    process.start()
+    found = queue.get(timeout=240)
+    process.join()
+    torch.testing.assert_close(torch.tensor(found), model(ids).logits, **TINY)

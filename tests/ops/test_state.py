@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ovq.ops import OVQState
@@ -283,6 +284,19 @@ def test_foreign_and_missing_files(tmp_path):
         OVQState.load(tmp_path / "weights")
     with pytest.raises(ValueError, match="no such file"):
         OVQState.load(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("names", "version"),
+    [([], "1"), (["token_weights"], "2"), (["log_forget"], "3"), (["token_weights", "log_forget"], "3")],
+)
+def test_the_version_of_a_file_is_the_first_that_can_read_it(names, version, tmp_path):
+    given = {"token_weights": torch.full((1, 21, 2), 0.5), "log_forget": torch.full((1, 21, 2), -0.1)}
+    state = prefilled(1, 21, **{name: given[name].double() for name in names})
+    state.save(tmp_path / "state")
+    with safe_open(tmp_path / "state", "pt") as file:
+        assert file.metadata()["version"] == version
+    assert_same_state(OVQState.load(tmp_path / "state"), state, tolerance=0)
 
 
 HEADER = {"format": "ovq-state", "version": "1", "num_slots": "12", "chunk_size": "8"}

@@ -24,7 +24,7 @@ def ask(app, method, path, host="localhost", **options):
 
 @pytest.fixture(scope="module")
 def service():
-    return reading_service(limits=Limits(request_seconds=0.2))
+    return reading_service(limits=Limits(read_seconds=0.2, request_seconds=0.2))
 
 
 @pytest.mark.parametrize(

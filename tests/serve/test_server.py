@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import time
+import urllib.parse
 
 import httpx
 import openai
@@ -85,6 +86,21 @@ def test_the_models_that_there_are(ids):
     ):
         client.models.retrieve("gpt")
     assert httpx.get(f"{ids.url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("name", ["org/model", "org/part/a model: 100% \xe9 ?#"])
+def test_a_model_is_found_by_the_name_it_is_listed_under(name):
+    service = reading_service()
+    service.name = name
+    with running(service) as server:
+        client = client_of(server)
+        (listed,) = client.models.list()
+        assert client.models.retrieve(listed.id) == listed
+        for safe in ("/", ""):
+            quoted = urllib.parse.quote(name, safe=safe)
+            assert httpx.get(f"{server.url}/v1/models/{quoted}").json()["id"] == name
+        assert complete(server, PROMPTS[0], max_tokens=1).model == name
+        assert httpx.get(f"{server.url}/v1/models/org").status_code == 404
 
 
 @pytest.mark.parametrize("changes", [{}, BASELINES], ids=["ovq", "baselines"])
@@ -183,6 +199,8 @@ def test_chats(text):
     assert answer.usage.prompt_tokens == len(rendered)
     assert len(answer.choices[0].logprobs.content) == 9
     assert all(one.logprob == one.top_logprobs[0].logprob for one in answer.choices[0].logprobs.content)
+    said = b"".join(bytes(one.bytes) for one in answer.choices[0].logprobs.content)
+    assert said.decode(errors="replace") == answer.choices[0].message.content
     with create(stream=True) as chunks:
         deltas = [chunk.choices[0].delta for chunk in chunks]
     assert deltas[0].role == "assistant"

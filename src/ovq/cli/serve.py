@@ -54,6 +54,9 @@ def serve(
     max_upload: Annotated[int, typer.Option(min=1, help="Largest uploaded context in MiB.")] = 1024,
     max_contexts: Annotated[int, typer.Option(min=1, help="Contexts that are kept.")] = 64,
     timeout: Annotated[float, typer.Option(help="Seconds after which a request is given up.")] = 600.0,
+    read_timeout: Annotated[
+        float, typer.Option(help="Seconds in which a request must have come, without uploads.")
+    ] = 60.0,
     step_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of prompts that are read between two steps of answers.")
     ] = 512,
@@ -76,8 +79,9 @@ def serve(
     Ctrl-C or SIGTERM lets running answers end first. See docs/serving.md.
     """
     dictionaries.check_rule(merge)
-    if not timeout > 0:
-        raise ValueError(f"--timeout: expected more than 0, found {timeout}")
+    for option, seconds in (("--timeout", timeout), ("--read-timeout", read_timeout)):
+        if not seconds > 0:
+            raise ValueError(f"{option}: expected more than 0, found {seconds}")
     check_generating_folder(model)
     files = [_named(given) for given in context or []]
     key = _api_key(api_key_file)
@@ -94,6 +98,7 @@ def serve(
         max_body_bytes=max_body * _MIB,
         max_upload_bytes=max_upload * _MIB,
         max_contexts=max(max_contexts, len(files)),
+        read_seconds=read_timeout,
         request_seconds=timeout,
         step_tokens=step_tokens,
     )

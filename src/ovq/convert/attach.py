@@ -66,6 +66,11 @@ class ConvertedMixin:
                 given.batch_repeat_interleave(repeats)
         return given is None
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """For pickle and copies: the class is made anew, as no module has it by its name."""
+        state = super().__reduce_ex__(max(int(protocol), 2))[2]
+        return _empty, (type(self).__bases__[-1],), state
+
 
 def attach(
     model: PreTrainedModel,
@@ -140,7 +145,8 @@ def attach(
         )
     config = with_reach(config, model)
     before = _logits(model)
-    implementation, own_class = model.config._attn_implementation, type(model)
+    implementation = model.config._attn_implementation
+    own_class: Any = type(model)
     model.set_attn_implementation(IMPLEMENTATION)
     set_memory(model, config)
     model.__class__ = _converted_class(own_class)
@@ -156,6 +162,12 @@ def attach(
     return model
 
 
+def _empty(own_class: Any) -> Any:
+    """A converted model without any content, which pickle fills."""
+    return object.__new__(_converted_class(own_class))
+
+
+@functools.cache
 def _converted_class(own_class: type[PreTrainedModel]) -> type:
     """A subclass of a model's class, of the same name, so that it is saved as what it was."""
 

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from ovq.convert.reach import Reach
-from ovq.ops.options import MERGES, Options, check_value_weight, default_growth
+from ovq.ops.options import Options, check_value_weight, default_growth
 
 #: The field of a model's config in which a `MemoryConfig` is saved.
 CONFIG_KEY = "ovq_memory"
 
 #: The shortest `trained_length`.
 LEAST_LENGTH = 32
+
+# The rules that memories have been written for: one that is new elsewhere is not taken for one of these.
+_MERGES = ("existing", "updated", "ward", "ward-sqrt")
 
 # Keys are multiplied by powers of 2, which does not round as long as float16 can hold them.
 _MOST_EXPONENT = 8
@@ -80,8 +83,8 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         _check_int("chunk_size", self.chunk_size, at_least=1)
         _check_int("num_sinks", self.num_sinks, at_least=0)
-        if self.merge not in MERGES:
-            raise ValueError(f"merge: expected one of {MERGES}, found {self.merge!r}")
+        if self.merge not in _MERGES:
+            raise ValueError(f"merge: expected one of {_MERGES}, found {self.merge!r}")
         if not self.num_slots or list(map(len, self.num_slots)) != list(map(len, self.window)):
             raise ValueError(
                 "expected num_slots and window for the same layers and heads, found "

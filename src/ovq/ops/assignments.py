@@ -213,9 +213,12 @@ def _slot_assignments(
     if log_forget is not None or call.state.pending_forget is not None:
         call = forgetful_call(call, checked_log_forget(log_forget, call))
     reason = cpu.refusal(call)
-    if backend == "cpu" and reason:
-        raise ValueError(f"backend: 'cpu': {reason}")
-    learn = torch_backend.learn if backend == "torch" or reason else cpu.learn_and_say
+    name = "torch" if backend == "torch" or (backend == "auto" and reason) else "cpu"
+    if name == "torch":
+        reason = torch_backend.refusal(call)
+    if reason:
+        raise ValueError(f"backend: {name!r}: {reason}")
+    learn = torch_backend.learn if name == "torch" else cpu.learn_and_say
     before, plan = planned(call, group_size=1)
     chunks_k = plan.aligned.align(k, before.pending_keys)
     chunks_v = plan.aligned.align(v, before.pending_values)

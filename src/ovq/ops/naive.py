@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 
 from ovq.ops.call import Call
-from ovq.ops.options import NO_COSINE, NO_WEIGHT, TIE, TINY, Options
+from ovq.ops.options import NO_COSINE, NO_WEIGHT, TIE, TINY, Options, unlisted
 from ovq.ops.precision import rounded
 from ovq.ops.random_init import random_priority
 from ovq.ops.schedule import grown_slots
 from ovq.ops.state import OVQState, divisor, log_mass, log_token_weights, state_dtype, without_trace
+
+_LISTED = {
+    "growth": ("plateau", "linear", "immediate"),
+    "init": ("novelty", "random"),
+    "merge": ("existing", "updated", "ward", "ward-sqrt"),
+    "bias": ("count", "count+norm"),
+    "rate": ("count", "number"),
+}
 
 
 @dataclasses.dataclass
@@ -77,8 +85,8 @@ class _Chunk:
 
 
 def refusal(call: Call) -> str | None:
-    """Always None: this backend runs every call."""
-    return None
+    """Why this backend cannot run a call: options that came after it; None if it can."""
+    return unlisted(call.options, _LISTED)
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:

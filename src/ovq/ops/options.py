@@ -1,6 +1,9 @@
 """`Options`: the settings that define what the layer computes, passed to every backend."""
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 from ovq.fields import is_finite
 from ovq.ops.schedule import GROWTHS
@@ -89,6 +92,30 @@ class Options:
     def count_power(self) -> float:
         """The power of c_a c_b / (c_a + c_b) in the cost of merging two items, where pairs are merged."""
         return COUNT_POWERS[self.merge]
+
+
+def unlisted(options: Options, listed: Mapping[str, Sequence[str]]) -> str | None:
+    """Why a backend that knows only some values of options cannot take these; None if it can.
+
+    So a value that is new elsewhere is refused, where it would otherwise be taken for another.
+
+    Args:
+        options: the settings of a call.
+        listed: the values that the backend knows, by option; `"number"` stands for all numbers.
+
+    Example:
+        >>> options = Options(
+        ...     num_slots=8, chunk_size=4, growth="plateau", init="novelty", merge="existing", seed=0
+        ... )
+        >>> unlisted(options, {"rate": ("count",), "merge": ("ward", "ward-sqrt")})
+        "expected merge to be one of ('ward', 'ward-sqrt'), found 'existing'"
+    """
+    for name, known in listed.items():
+        found = getattr(options, name)
+        if ("number" if isinstance(found, int | float) else found) not in known:
+            expected = repr(known[0]) if len(known) == 1 else f"to be one of {known}"
+            return f"expected {name} {expected}, found {found!r}"
+    return None
 
 
 def can_merge_best(merge: str, *, init: str, rate: float | str) -> bool:

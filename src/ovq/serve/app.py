@@ -95,7 +95,8 @@ def create_app(
         ("GET", "/health", routes.health),
         ("GET", "/metrics", routes.metrics),
         ("GET", "/v1/models", routes.models),
-        ("GET", "/v1/models/{name}", routes.one_model),
+        # Of any path: names of models may have slashes.
+        ("GET", "/v1/models/{name:path}", routes.one_model),
         ("POST", "/v1/completions", routes.completions),
         ("POST", "/v1/chat/completions", routes.chat),
         ("GET", "/v1/contexts", routes.contexts),
@@ -106,7 +107,13 @@ def create_app(
         app.add_api_route(path, call, methods=[method], response_model=None)
     for kind in (APIError, HTTPException, ClientGone, Exception):
         app.add_exception_handler(kind, _answer_to_error)
-    app.add_middleware(Guard, limits=service.limits, api_key=api_key, hosts=hosts)
+    app.add_middleware(
+        Guard,
+        limits=service.limits,
+        api_key=api_key,
+        hosts=hosts,
+        uploads=[("POST", "/v1/contexts")],
+    )
     # Added last, it is the outermost.
     app.add_middleware(Metered, metrics=service.metrics)
     return app

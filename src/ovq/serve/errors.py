@@ -44,10 +44,13 @@ class APIError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that say whether to try again."""
+        """Headers that say whether to try again, and how."""
         headers = {"x-should-retry": "true" if self.retry else "false"}
         if self.retry:
             headers["retry-after"] = "1"
+        if self.status in (408, 413):
+            # The rest of the body has not been read, so nothing else can come over this connection.
+            headers["connection"] = "close"
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         return headers

@@ -19,7 +19,9 @@ class Limits:
         max_body_bytes: Bytes of a request, uploads excepted.
         max_upload_bytes: Bytes of an uploaded context.
         max_contexts: Contexts that are kept.
-        request_seconds: Seconds from the arrival of a request until its answer must be complete.
+        read_seconds: Seconds within which the head of a request must come, and then its body; not of uploads.
+        request_seconds: Seconds from the arrival of a request until its answer must be complete, or until an
+            upload must have come.
         step_tokens: Tokens of prompts and documents that are read between two steps of the running answers.
             More of them shorten the wait for a first token and lengthen the pauses of running answers.
         max_connections: Open connections.
@@ -42,6 +44,7 @@ class Limits:
     max_body_bytes: int = 2**23
     max_upload_bytes: int = 2**30
     max_contexts: int = 64
+    read_seconds: float = 60.0
     request_seconds: float = 600.0
     step_tokens: int = 512
     max_connections: int = 1024
@@ -53,5 +56,5 @@ class Limits:
             value = getattr(self, field.name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{field.name}: expected at least 1, found {value}")
-        if self.request_seconds <= 0:
-            raise ValueError(f"request_seconds: expected more than 0, found {self.request_seconds}")
+            if value <= 0:
+                raise ValueError(f"{field.name}: expected more than 0, found {value}")

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ovq.serve.answers import ClientGone, Piece, Usage
 from ovq.serve.errors import APIError
 from ovq.serve.jobs import TokenEvent
-from ovq.serve.texts import Texts
+from ovq.serve.texts import Offsets, Texts
 
 
 class Form(Protocol):
@@ -44,7 +44,7 @@ class CompletionForm:
 
     def __init__(self, texts: Texts) -> None:
         self._texts = texts
-        self._offsets: dict[int, int] = defaultdict(int)
+        self._offsets: dict[int, Offsets] = defaultdict(texts.offsets)
 
     def first(self, choice: int) -> None:
         """See `Form.first`."""
@@ -76,14 +76,12 @@ class CompletionForm:
         for event in events:
             if event.logprobs is None:
                 continue
-            text = self._texts.token_text(event.token)
-            found["tokens"].append(text)
+            found["tokens"].append(self._texts.token_text(event.token))
             found["token_logprobs"].append(event.logprobs.logprob)
             # Parts of characters have the same text; then the likeliest counts.
             top = [(self._texts.token_text(token), logprob) for token, logprob in event.logprobs.top]
             found["top_logprobs"].append(dict(reversed(top)))
-            found["text_offset"].append(self._offsets[choice])
-            self._offsets[choice] += len(text)
+            found["text_offset"].append(self._offsets[choice].push(event.token))
         return found if found["tokens"] else None
 
 
@@ -123,12 +121,13 @@ class ChatForm:
         }
 
     def _logprobs(self, events: Sequence[TokenEvent]) -> dict[str, Any] | None:
-        def one(token: int, logprob: float) -> dict[str, Any]:
-            text = self._texts.token_text(token)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        def one(token: int, logprob: float, *, is_end: bool = False) -> dict[str, Any]:
+            # Joined, the bytes are the text, to which a token that ends it adds nothing.
+            found = b"" if is_end else self._texts.token_bytes(token)
+            return {"token": self._texts.token_text(token), "logprob": logprob, "bytes": list(found)}
 
         content = [
-            one(event.token, event.logprobs.logprob)
+            one(event.token, event.logprobs.logprob, is_end=event.is_end)
             | {"top_logprobs": [one(token, logprob) for token, logprob in event.logprobs.top]}
             for event in events
             if event.logprobs is not None

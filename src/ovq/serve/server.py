@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ovq.serve.limits import Limits
 
@@ -46,6 +48,47 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
+_GRACE_SECONDS = 5.0
+"""By how much a connection outlives the limits of a request, which end with an answer that says so."""
+
+
+class _Connection(H11Protocol):
+    """uvicorn's connection, closed by force if a client neither asks, nor sends what it began, nor reads.
+
+    uvicorn has a limit for connections that wait for the next request, and for nothing else.
+    """
+
+    limits: Limits
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self._stage: tuple[Any, ...] = ()
+        self._since = 0.0
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        """Every second or so: end the connection if it is where it was for too long."""
+        now, limits = self.loop.time(), self.limits
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        is_waiting, is_closing = self.timeout_keep_alive_task is not None, self.transport.is_closing()
+        stage = (self.cycle, is_answering, is_waiting, is_closing)
+        if stage != self._stage:
+            self._stage, self._since = stage, now
+        longest = limits.read_seconds
+        if is_answering:
+            longest += limits.request_seconds + _GRACE_SECONDS
+        elif is_waiting and not is_closing:
+            longest = self.timeout_keep_alive + _GRACE_SECONDS
+        if now - self._since >= longest:
+            self.transport.abort()
+        else:
+            self._timer = self.loop.call_later(min(1.0, longest / 8), self._look)
+
+
 class _Server(uvicorn.Server):
     """uvicorn, which says when it is ready."""
 
@@ -73,14 +116,24 @@ def run(
     Args:
         app: The application.
         listener: From `bound`.
-        limits: `max_connections` matters here.
+        limits: `max_connections` and the seconds matter here.
         shutdown_seconds: How long to wait for requests that are under way; a second signal ends them at once.
         on_ready: Is called once requests are answered.
         log_level: Of uvicorn's logs on standard error; `"info"` for a line per request.
     """
-    config = uvicorn.Config(
+    _Server(configured(app, limits, shutdown_seconds, log_level), on_ready).run(sockets=[listener])
+
+
+def configured(
+    app: Any, limits: Limits, shutdown_seconds: int = 30, log_level: str = "warning"
+) -> uvicorn.Config:
+    """What uvicorn is told to run an application with; see `run`."""
+    return uvicorn.Config(
         app,
         lifespan="on",
+        # One implementation, whatever else is installed, and no connections that outlive it as websockets.
+        http=type("Connection", (_Connection,), {"limits": limits}),
+        ws="none",
         log_level=log_level,
         server_header=False,
         # Longer than clients keep idle connections (5 s in httpx), so that clients close them: a request may
@@ -89,4 +142,3 @@ def run(
         limit_concurrency=limits.max_connections,
         timeout_graceful_shutdown=shutdown_seconds,
     )
-    _Server(config, on_ready).run(sockets=[listener])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ovq.hf.streaming import TextStream
 from ovq.serve.errors import bad_request
+from ovq.text.tokenizers import token_bytes
 
 
 class AnyTextStream(Protocol):
@@ -42,6 +44,29 @@ class IdStream:
         return ""
 
 
+class Offsets:
+    """Where the tokens of an answer are in its text, in characters.
+
+    Args:
+        texts: Makes text of tokens.
+
+    Example:
+        >>> offsets = Offsets(Texts(None, vocab_size=50))
+        >>> [offsets.push(token) for token in (12, 7, 33)]
+        [0, 3, 5]
+    """
+
+    def __init__(self, texts: Texts) -> None:
+        self._texts, self._decoder = texts, codecs.getincrementaldecoder("utf-8")("replace")
+        self._length = 0
+
+    def push(self, token: int) -> int:
+        """Where the next token begins; where its character does if it is a part of one."""
+        begin = self._length + (len(self._texts.separator) if self._length else 0)
+        self._length = begin + len(self._decoder.decode(self._texts.token_bytes(token)))
+        return begin
+
+
 class Texts:
     """The tokenizer of a model, for the threads of a server; without one, text is token ids: `"12 7 33"`.
 
@@ -58,6 +83,11 @@ class Texts:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         # The tokenizers of transformers refuse to encode in two threads at a time.
         self._lock = threading.Lock()
+
+    @property
+    def separator(self) -> str:
+        """What is between two tokens, in a text of ids."""
+        return " " if self._tokenizer is None else ""
 
     @property
     def has_chat_template(self) -> bool:
@@ -136,9 +166,18 @@ class Texts:
         """The text of the tokens that follow a prompt."""
         return IdStream() if self._tokenizer is None else TextStream(self._tokenizer, prompt=prompt)
 
+    def offsets(self) -> Offsets:
+        """Where the tokens of an answer are in its text."""
+        return Offsets(self)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text; none if it is a special token."""
+        return str(token).encode() if self._tokenizer is None else token_bytes(self._tokenizer, token)
+
     def token_text(self, token: int) -> str:
-        """A token as text; parts of a character are replacement characters."""
-        return str(token) if self._tokenizer is None else self._tokenizer.decode([token])
+        """A token as text; parts of a character are replacement characters, special tokens their names."""
+        text = self.token_bytes(token).decode(errors="replace")
+        return text or self._tokenizer.decode([token])  # type: ignore[union-attr]  # ids have a text
 
 
 class StopSequences:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,9 @@ END_OF_TEXT = "<|endoftext|>"
 """The text of the token that ends a text, in the tokenizers made here."""
 
 _TRAINING_BYTES = 2**28
+
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+"""How tokenizers of characters write the bytes of those that they do not know."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -117,6 +121,29 @@ def get_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """The bytes that a token adds to a text, which may be part of a character; none for special tokens.
+
+    Args:
+        tokenizer: One of transformers: of bytes or pairs of them, with single bytes for what it does not know
+            (`<0xE2>`), or of whole characters.
+        token: Its id.
+
+    Example:
+        >>> [token_bytes(byte_tokenizer(), token) for token in (110, 195, 169, 256)]
+        [b'n', b'\\xc3', b'\\xa9', b'']
+    """
+    # Twice, because at the beginning of a text some tokenizers leave the space out that a word brings.
+    one, two = (str(tokenizer.decode([token] * n, skip_special_tokens=True)) for n in (1, 2))
+    if "\ufffd" in two:
+        piece = str(tokenizer.convert_ids_to_tokens(token))
+        if (byte := _BYTE_PIECE.fullmatch(piece)) is not None:
+            return bytes.fromhex(byte[1])
+        if (vocabulary := _byte_vocabulary()).keys() >= set(piece):
+            return bytes(vocabulary[letter] for letter in piece)
+    return two[len(one) :].encode()
+
+
 def source_tokenizer(source: TextSource) -> PreTrainedTokenizerBase:
     """The tokenizer that a corpus is read with; for `"bpe:N"` it is trained here and kept in the cache.
 
@@ -172,6 +199,7 @@ def _byte_content() -> str:
     return tokenizer_content(byte_tokenizer())
 
 
+@functools.cache
 def _byte_vocabulary() -> dict[str, int]:
     """How the byte-level parts of `tokenizers` write each byte.
 

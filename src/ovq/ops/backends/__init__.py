@@ -45,14 +45,18 @@ def chosen(name: str, call: Call) -> str:
     """The name of the backend that runs a call: the one requested, or the fastest that can.
 
     Raises:
-        ValueError: if the requested backend cannot run the call; says why.
+        ValueError: if the requested backend, or for `"auto"` every backend, cannot run the call; says why.
     """
     check_name(name)
     if name != "auto":
         if reason := BACKENDS[name].refusal(call):
             raise ValueError(f"backend: {name!r}: {reason}")
         return name
-    return next(name for name in _preferred(call) if BACKENDS[name].refusal(call) is None)
+    for preferred in _preferred(call):
+        reason = BACKENDS[preferred].refusal(call)
+        if reason is None:
+            return preferred
+    raise ValueError(f"backend: {preferred!r}, the last that 'auto' tries: {reason}")
 
 
 def _preferred(call: Call) -> list[str]:

@@ -15,6 +15,7 @@ from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve, 
 from ovq.ops.backends.cpu.decode import decode_step
 from ovq.ops.backends.cpu.kernels import (
     DTYPES,
+    RULES,
     compiled_attention,
     cpu_kernels,
     is_available,
@@ -38,9 +39,11 @@ from ovq.ops.backends.cpu.linear import (
     mlp_step,
     product,
 )
+from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
 from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
 from ovq.ops.backends.cpu.window import CompiledWindow
 from ovq.ops.call import Call
+from ovq.ops.options import unlisted
 from ovq.ops.state import OVQState
 
 __all__ = [
@@ -51,10 +54,12 @@ __all__ = [
     "CompiledSwiGLU",
     "CompiledWindow",
     "FasterLinear",
+    "HeadGroup",
     "LayerStep",
     "LayerWeights",
     "MissingKernelsWarning",
     "TokenMemory",
+    "advance_memory",
     "applied",
     "can_convolve",
     "can_run",
@@ -74,6 +79,15 @@ __all__ = [
     "run_layers",
 ]
 
+# Other backends run the ablations.
+_LISTED = {
+    "growth": ("plateau", "linear", "immediate"),
+    "init": ("novelty", "random"),
+    "merge": tuple(RULES),
+    "bias": ("count",),
+    "rate": ("count",),
+}
+
 
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot run a call; None if they can."""
@@ -81,9 +95,8 @@ def refusal(call: Call) -> str | None:
         return f"expected tensors on a CPU, found them on {call.q.device}"
     if call.q.dtype not in DTYPES:
         return f"expected a dtype of {DTYPES}, found {call.q.dtype}"
-    for name in ("bias", "rate"):
-        if (found := getattr(call.options, name)) != "count":
-            return f"expected {name} 'count', found {found!r}"
+    if reason := unlisted(call.options, _LISTED):
+        return reason
     return None if is_available() else f"expected compiled kernels, found none: {cpu_kernels()}"
 
 

@@ -26,6 +26,7 @@ import torch
 
 from ovq.ops.backends.cpu import compiler
 from ovq.ops.backends.cpu.compiler import Level, Unavailable
+from ovq.ops.backends.cpu.mirrors import check_mirrors
 from ovq.runtime.files import atomic_path, cache_folder
 
 _logger = logging.getLogger(__name__)
@@ -159,8 +160,10 @@ def _loaded(path: Path, how: str) -> Kernels:
 
     Raises:
         OSError: if the file cannot be loaded.
+        Unavailable: if its structures are not those that Python would call it with.
     """
     library = ctypes.CDLL(str(path))
+    check_mirrors(library)
     try:
         of_torch = ctypes.CDLL(torch._C.__file__)
         functions = [ctypes.cast(getattr(of_torch, name), ctypes.c_void_p) for name in _OPENMP]

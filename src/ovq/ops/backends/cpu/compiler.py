@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,7 +19,11 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
 SOURCES = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".h"))
-_MAIN = FOLDER / "kernels.cpp"
+# The structures that Python hands over (`mirrors.py`).
+MIRRORED = (
+    *("Call", "Convolution", "Decode", "HeadGroup", "Heads"),
+    *("Layer", "Strided", "Strides", "Tokens", "Window"),
+)
 # Arithmetic follows IEEE 754; only errno, traps and C++ exceptions are given up. Some vectors are wider than
 # the registers of some processors; only inline functions pass them, so that warnings about that are void.
 _FLAGS = (
@@ -106,7 +111,7 @@ def prebuilt_name(level: Level) -> str:
 
 def digest(*parts: str) -> str:
     """16 hex digits that stand for the sources and for further texts."""
-    total = hashlib.sha256("\0".join(parts).encode(errors="replace"))
+    total = hashlib.sha256("\0".join((*parts, _main())).encode(errors="replace"))
     for path in SOURCES:
         total.update(path.name.encode() + path.read_bytes())
     return total.hexdigest()[:16]
@@ -143,10 +148,34 @@ def compile_kernels(compiler: list[str], flags: tuple[str, ...], place: Path) ->
     Raises:
         Unavailable: if the compiler fails.
     """
-    compiled, linked = place / "kernels.o", place / "kernels.so"
-    _run([*compiler, *_command(flags), "-c", str(_MAIN), "-o", str(compiled)], place)
+    main, compiled, linked = (place / name for name in ("main.cpp", "kernels.o", "kernels.so"))
+    main.write_text(_main(), encoding="utf-8")
+    _run([*compiler, *_command(flags), "-I", str(FOLDER), "-c", str(main), "-o", str(compiled)], place)
     _run([*compiler, "-shared", str(compiled), "-o", str(linked)], place)
     return linked.read_bytes()
+
+
+def _main() -> str:
+    """The file to compile: the kernels, and a table of where the fields of their structures are.
+
+    The fields are read from the headers, so that nobody has to write them a third time. A field that this
+    overlooked would be missing in the table, which `mirrors.py` finds.
+    """
+    sources = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    text = re.sub(r"/\*.*?\*/", "", sources, flags=re.DOTALL)
+    places = []
+    for name in MIRRORED:
+        (body,) = re.findall(rf"^struct {name} {{(.*?)^}};", text, flags=re.DOTALL | re.MULTILINE)
+        fields = re.findall(r"(\w+)(?:\[\w+\])?\s*[,;]", body)
+        places += [f'{{"{name}", 0, sizeof({name})}}']
+        places += [f'{{"{name}.{x}", offsetof({name}, {x}), sizeof({name}::{x})}}' for x in fields]
+    return (
+        '#include "kernels.cpp"\n#include <cstddef>\n'
+        "struct Place { const char *name; int64_t at, size; };\n"
+        'extern "C" const Place *ovq_places() {\n    static const Place places[] = {\n        '
+        + ",\n        ".join([*places, "{nullptr, 0, 0}"])
+        + "};\n    return places;\n}\n"
+    )
 
 
 def _command(flags: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import is_available
+from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.cpu.tokens import call_kernel
 
 
@@ -59,6 +60,7 @@ class CompiledConvolution(torch.autograd.Function):
         return grad_x, grad_past, grad_taps.sum(0).t(), None
 
 
+@mirror_of("Convolution")
 class _Convolution(ctypes.Structure):
     """`Convolution` of convolution.h, field by field."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import DTYPES, dense, learn
+from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.decode import merged_state
@@ -139,6 +140,7 @@ def with_merged_chunks(after: OVQState, rows: list[int], options: Options) -> OV
     return merged_state(after, rows, options, learn_chunk) if rows else after
 
 
+@mirror_of("Decode")
 class Decode(ctypes.Structure):
     """`Decode` of decode.h, field by field."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
+from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
@@ -22,6 +23,13 @@ from ovq.ops.random_init import random_priority
 
 # What inputs may be, each by its number in numbers.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The rules that they know, by what they are told of each.
+RULES: dict[str, dict[str, bool]] = {
+    "existing": {},
+    "updated": {"is_merge_updated": True},
+    "ward": {"is_ward": True},
+    "ward-sqrt": {"is_ward": True, "is_sqrt": True},
+}
 
 
 def cpu_kernels() -> str:
@@ -247,10 +255,12 @@ def _noted(k: Tensor, v: Tensor, plan: Plan, *, has_weights: bool) -> list[Tenso
     return [*noted, torch.empty(shape)] if has_weights else noted
 
 
+@mirror_of("Tokens")
 class _Tokens(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 3), ("dim", ctypes.c_int64)]
 
 
+@mirror_of("Call")
 class _Arguments(ctypes.Structure):
     """`Call` of call.h, field by field; keeps the tensors that it points to alive."""
 
@@ -325,9 +335,7 @@ def _call(
         capacity=sums.count.shape[2],
         num_threads=torch.get_num_threads(),
         dtype=DTYPES.index(q.dtype),
-        is_merge_updated=options.merge == "updated",
-        is_ward=options.merges_pairs,
-        is_sqrt=options.merge == "ward-sqrt",
+        **RULES[options.merge],
         weighs_chunk=options.weighs_chunk,
         tie=TIE,
         value_weight=options.value_weight,

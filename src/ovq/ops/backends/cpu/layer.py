@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ovq.ops.backends.cpu.decode import Decode, completed, slots_to_read, with_merged_chunks
 from ovq.ops.backends.cpu.kernels import DTYPES
+from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.cpu.tokens import call_kernel
 from ovq.ops.fading import LEAST_LOG, ended, faded
 from ovq.ops.next_step import NextStep
@@ -235,6 +236,7 @@ def run_layers(x: Tensor, layers: Sequence[LayerStep]) -> Tensor | None:
     return None if is_spoilt else y
 
 
+@mirror_of("Layer")
 class _Layer(ctypes.Structure):
     """`Layer` of step.h, field by field."""
 

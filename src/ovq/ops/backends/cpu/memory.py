@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.kernels import DTYPES
+from ovq.ops.backends.cpu.kernels import DTYPES, RULES
+from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.options import TIE, Options
 
 
@@ -22,10 +23,12 @@ def advance_memory(groups: Sequence[HeadGroup]) -> None:
         raise MemoryError("ovq_memory: no memory for the kernel's scratch")
 
 
+@mirror_of("Strides")
 class _Strides(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("row", "head", "token")]
 
 
+@mirror_of("HeadGroup")
 class HeadGroup(ctypes.Structure):
     """`HeadGroup` of memory.h, field by field; keeps the tensors that it points to alive."""
 
@@ -102,8 +105,8 @@ class HeadGroup(ctypes.Structure):
             tie=TIE,
         )
         if options is not None:
-            group.is_merge_updated = options.merge == "updated"
-            group.is_ward, group.is_sqrt = options.merges_pairs, options.merge == "ward-sqrt"
+            for name, value in RULES[options.merge].items():
+                setattr(group, name, value)
             group.value_weight = options.value_weight
         group._kept = []
         group._point(**tensors, temperature=temperature, bias=bias)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.cpu.kernels import is_available
+from ovq.ops.backends.cpu.mirrors import mirror_of
 
 
 def can_run(*tensors: Tensor) -> bool:
@@ -136,6 +137,7 @@ class CompiledHeads(torch.autograd.Function):
         return grad, None, None, None, None
 
 
+@mirror_of("Heads")
 class _Heads(ctypes.Structure):
     """`Heads` of tokens.h, field by field."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ovq.ops.backends.cpu import build
+from ovq.ops.backends.cpu.mirrors import mirror_of
 
 
 class CompiledWindow(torch.autograd.Function):
@@ -56,6 +57,7 @@ class CompiledWindow(torch.autograd.Function):
         return grad_q, grad_k, grad_v, grad_scale.sum(0).to(scale.dtype), None, None
 
 
+@mirror_of("Strided")
 class _Strided(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("row", "token", "head"))]
 
@@ -65,6 +67,7 @@ class _Strided(ctypes.Structure):
         return cls(x.data_ptr(), *x.stride()[:3])
 
 
+@mirror_of("Window")
 class _Window(ctypes.Structure):
     """`Window` of window.h, field by field."""
 

@@ -14,14 +14,23 @@ from ovq.ops.backends.torch.constant_rate import constant_rate_attention
 from ovq.ops.backends.torch.decode import decode_step
 from ovq.ops.backends.torch.learn import learn
 from ovq.ops.call import Call
+from ovq.ops.options import unlisted
 from ovq.ops.state import OVQState
 
 __all__ = ["learn", "refusal", "run"]
 
+_LISTED = {
+    "growth": ("plateau", "linear", "immediate"),
+    "init": ("novelty", "random"),
+    "merge": ("existing", "updated", "ward", "ward-sqrt"),
+    "bias": ("count", "count+norm"),
+    "rate": ("count", "number"),
+}
+
 
 def refusal(call: Call) -> str | None:
-    """None: it runs every call."""
-    return None
+    """Why it cannot run a call: options that came after it; None if it can."""
+    return unlisted(call.options, _LISTED)
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
