@@ -79,12 +79,14 @@ def test_a_table_is_what_it_is_described_to_be(described):
 def test_seeds_that_have_not_learned_a_task_are_not_averaged_into_those_that_have(described):
     at_256 = {"length": 256, "at_least": 0.995}
     path = described(
+        {"head": "seeds", "value": "accuracy", "length": 256, "learned": at_256, "form": "learned"},
         {"over": "length", "values": [256, 1024], "value": "accuracy", "learned": at_256, "spread": 0.05},
+        {"head": "said", "value": "accuracy", "length": 1024, "learned": at_256, "says_learned": True},
         {"head": "error", "value": "accuracy", "length": 1024, "learned": {"length": 256, "at_most": 0.995}},
     )
     assert cells(path) == [
-        ["1.000, 1 of 2 seeds", "0.900, 1 of 2 seeds", "0.800, 1 of 2 seeds"],
-        ["0.500, not learned", "0.400 (0.350 to 0.450), not learned", "0.400"],
+        ["1 of 2", "1.000", "0.900", "0.900, 1 of 2 seeds", "0.800"],
+        ["0 of 2", "0.500", "0.400 (0.350 to 0.450)", "0.400, not learned", "0.400"],
     ]
 
 

@@ -46,7 +46,7 @@ from ovq.runtime.files import write_atomic
 
 _START = re.compile(r"^<!-- table: (\S+) (\S+) -->\n", re.MULTILINE)
 _MARKED = re.compile(_START.pattern + r"(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
-_FORMS = ("number", "commas", "MiB", "seeds", "text")
+_FORMS = ("number", "commas", "MiB", "seeds", "text", "learned")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,13 +67,14 @@ class Column:
         above: Show by how many per cent the value is above that row's, instead of the share; empty for the
             row itself.
         form: `"number"`, `"commas"` (1,234), `"MiB"`, `"seeds"` for the number of each seed instead of the
-            mean, or `"text"` for settings, unchanged.
+            mean, `"text"` for settings, unchanged, or `"learned"` for how many seeds have learned the task.
         digits: Digits after the decimal point.
         spread: Show the lowest and the highest seed too if they differ by this much.
         unit: Written after a mean.
         learned: What a seed must have reached to count as having learned its task, as `{"length": 256,
             "at_least": 0.9}` for the column's own value, or `"at_most"` for errors. Other seeds are left out
-            of the mean, and the cell says of how many it is; where none has, that it was not learned.
+            of the mean, if any has. With the form `"learned"` the cell says how many have.
+        says_learned: Say in each cell how many seeds have learned the task, if not all have.
     """
 
     head: str
@@ -90,6 +91,7 @@ class Column:
     spread: float | None = None
     unit: str = ""
     learned: dict[str, Any] | None = None
+    says_learned: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a form that does not exist: it is a mistake in the description."""
@@ -168,7 +170,9 @@ def make_table(description: Path, name: str) -> str:
     columns = [column for entry in table["columns"] for column in _columns(entry)]
     lines = [_cells((table["head"], *(column.head for column in columns)))]
     lines.append(
-        _cells(["---", *("---" if column.form in ("text", "seeds") else "---:" for column in columns)])
+        _cells(
+            ["---", *("---" if column.form in ("text", "seeds", "learned") else "---:" for column in columns)]
+        )
     )
     for entry in table["rows"]:
         line = {"label": entry, "line": entry} if isinstance(entry, str) else dict(entry)
@@ -240,10 +244,13 @@ def _told(column: Column, asked: dict[str, Any], file: str | None, rows_of: _Row
     if column.learned is None:
         return _written(column, list(values.values()))
     learned = _learned(column, asked, rows_of(file))
+    share = f"{len(learned)} of {len(values)}"
+    if column.form == "learned":
+        return share
     told = _written(column, [value for seed, value in values.items() if seed in (learned or values)])
-    if not learned:
-        return f"{told}, not learned"
-    return told if learned >= set(values) else f"{told}, {len(learned)} of {len(values)} seeds"
+    if not column.says_learned or learned >= set(values):
+        return told
+    return f"{told}, {share} seeds" if learned else f"{told}, not learned"
 
 
 def _learned(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> set[Any]:
