@@ -12,7 +12,9 @@ A press works otherwise than a converted model. It reads a text with full attent
 values in memory; then it drops all but `--rows` tokens per head, once; what is read later is kept in full. So
 the loss on the last third is measured after a press of the first two thirds, and the cache grows meanwhile. A
 needle's question comes after the press, which cannot know it. RULER's question is asked both ways: after the
-press, and before it, so that the press chooses what to keep by the question.
+press, and before it, so that the press chooses what to keep by the question. Of KVzip it is asked after the
+press alone: it is made for questions that are not known yet, and scores a text by reading it again in chunks
+of 2,048 tokens, each after a request to repeat it, as its authors do.
 
 All presses of a text share its reading. Every number is written as soon as it is there, and a run that was
 cut off goes on where it was.
@@ -23,6 +25,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +100,10 @@ def main() -> None:
         samples = json.loads(arguments.harness.read_text())["samples"]
         for task in arguments.tasks:
             for index, sample in enumerate(samples[task]):
-                results.add_answers(task, index, sample, model, tokenizer, arguments.harness_rows)
+                key = {"what": "ruler", "task": task, "length": sample["doc"]["max_length"]}
+                results.add_answers(
+                    key, index, sample, model, tokenizer, arguments.methods, arguments.harness_rows
+                )
     for length in arguments.speed:
         ids = torch.tensor(tokenizer(arguments.prose.read_text(), verbose=False)["input_ids"])
         results.add_speed(model, ids[:length])
@@ -113,7 +120,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="*", default=[3072])
     parser.add_argument("--rows", type=int, nargs="+", default=[768, 256], help="tokens kept per head")
-    parser.add_argument("--methods", nargs="+", default=[*PRESSES, ZIP], help="presses; not for --harness")
+    parser.add_argument("--methods", nargs="+", default=[*PRESSES, ZIP], help="presses")
     parser.add_argument("--needle-lengths", type=int, nargs="*", default=[2500])
     parser.add_argument("--needle-rows", type=int, nargs="*", help="tokens kept; else a quarter, a twelfth")
     parser.add_argument("--needles", nargs="*", default=["essay"])
@@ -174,48 +181,57 @@ class Results:
             self._add(row | {"cpu_seconds": round(time.process_time() - start, 1)})
 
     def add_answers(
-        self, task: str, index: int, sample: dict[str, Any], model: Any, tokenizer: Any, rows: int
+        self,
+        key: dict[str, Any],
+        index: int,
+        sample: dict[str, Any],
+        model: Any,
+        tokenizer: Any,
+        methods: list[str],
+        rows: int,
     ) -> None:
-        """Ask a question of RULER, and write the scores of all presses, unless they are there."""
+        """Ask a question of RULER after the presses whose answers are missing, and write their scores."""
         from lm_eval.tasks.ruler.common_utils import process_results
 
         [[prompt, options]], doc = sample["arguments"], sample["doc"]
-        key = {"what": "ruler", "task": task, "length": doc["max_length"]}
-        ways = [("full", "after"), *((name, when) for when in ("after", "before") for name in PRESSES)]
-        about = {
-            (name, when): {
-                "method": name,
-                "question": when,
-                "rows": doc["max_length"] if name == "full" else rows,
-            }
-            for name, when in ways
-        }
-        found = [self._find(**key, **about[way]) for way in ways]
-        if all(row and len(row["scores"]) > index for row in found):
+        asked = [("full", "after"), *((name, "after") for name in methods)]
+        asked += [(name, "before") for name in methods if name != ZIP]
+        ways = [
+            {**key, "method": name, "question": when, "rows": key["length"] if name == "full" else rows}
+            for name, when in asked
+        ]
+        found = [self._find(**way) for way in ways]
+        ways = [way for way, row in zip(ways, found, strict=True) if not row or len(row["scores"]) <= index]
+        if not ways:
             return
         encoded = tokenizer(prompt, return_offsets_mapping=True)
         ids, begin = torch.tensor(encoded["input_ids"]), max(map(prompt.rfind, QUESTIONS))
         cut = next(i for i, (first, _) in enumerate(encoded["offset_mapping"]) if first >= begin)
         reading = Reading(model)
-        caches = {}
+        pressed = []
         for when, end in (("after", cut), ("before", len(ids) - 1)):
-            reading.read(ids[reading.num_read : end])
-            for way in (way for way in ways if way[1] == when):
-                cache, _ = reading.pressed(way[0], rows)
-                read_on(model, cache, ids, end)
-                caches[way] = cache
+            chosen = [way for way in ways if way["question"] == when]
+            if chosen:
+                reading.read(ids[reading.num_read : end])
+            for way in chosen:
+                cache, is_kept = reading.pressed(way["method"], rows)
+                read_on(model, cache, ids, end, is_kept)
+                pressed.append((way, cache, is_kept))
 
         def score(text: str) -> float:
-            return process_results(doc, [text])[str(doc["max_length"])]
+            return process_results(doc, [text])[str(key["length"])]
 
-        for part in (ways[:1], ways[1:]):
-            own = [caches.pop(way) for way in part]
-            texts = generated(model, tokenizer, own, ids, options["max_gen_toks"], score)
-            for way, text in zip(part, texts, strict=True):
-                row = self._find(**key, **about[way]) or self._add({**key, **about[way], "scores": []})
-                row["scores"][index:] = [score(text)]
+        # Full attention and KVzip have as many rows as the text, and are asked alone.
+        groups = [[one] for one in pressed if one[0]["method"] in ("full", ZIP)]
+        groups.append([one for one in pressed if one[0]["method"] not in ("full", ZIP)])
+        for group in filter(None, groups):
+            caches, is_kept = [cache for _, cache, _ in group], group[0][2]
+            texts = generated(model, tokenizer, caches, ids, options["max_gen_toks"], score, is_kept)
+            for (way, _, _), text in zip(group, texts, strict=True):
+                row = self._find(**way) or self._add({**way, "scores": []})
+                row["scores"].append(score(text))
                 self._write()
-                print(task, index, *way, row["scores"][-1], repr(text[:60]), flush=True)
+                print(*key.values(), index, way["method"], row["scores"][-1], repr(text[:60]), flush=True)
 
     def add_speed(self, model: Any, ids: Tensor) -> None:
         """Time the reading of a text and each press to a quarter."""
@@ -250,7 +266,7 @@ class Reading:
     """A text that is read with full attention, so that presses can choose from all of it.
 
     Attributes:
-        ids: the pieces read; none more once KVzip was asked.
+        ids: the pieces read. KVzip scores those that were read when it is first asked.
     """
 
     def __init__(self, model: Any) -> None:
@@ -351,30 +367,46 @@ AttentionInterface.register("kept", attention_to_kept)
 AttentionMaskInterface.register("kept", lambda *args, **kwargs: None)
 
 
-def read_on(
-    model: Any, cache: DynamicCache, ids: Tensor, cut: int, is_kept: list[Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Losses on the tokens after place `cut`, and whether each was the likeliest; all read is kept."""
-    losses, is_first = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+@contextmanager
+def reading_kept(model: Any, is_kept: list[Tensor] | None) -> Iterator[None]:
+    """Each layer sees the rows of its cache that `is_kept` leaves, and all that came later."""
     before = model.config._attn_implementation
     if is_kept is not None:
         model.set_attn_implementation("kept")
         for layer, own in zip(model.model.layers, is_kept, strict=True):
             layer.self_attn.is_kept = own
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def read_on(
+    model: Any, cache: DynamicCache, ids: Tensor, cut: int, is_kept: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Losses on the tokens after place `cut`, and whether each was the likeliest; all read is kept."""
+    losses, is_first = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     for place in range(cut, len(ids) - 1, PIECE):
         end = min(place + PIECE, len(ids) - 1)
         # Positions go on from the text; those of the mask follow from the cache.
         places = torch.arange(place, end)[None]
-        logits = model(ids[None, place:end], position_ids=places, past_key_values=cache).logits[0].float()
+        with reading_kept(model, is_kept):
+            found = model(ids[None, place:end], position_ids=places, past_key_values=cache)
+        logits = found.logits[0].float()
         targets = ids[place + 1 : end + 1]
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
         is_first.append(logits.argmax(-1) == targets)
-    model.set_attn_implementation(before)
     return torch.cat(losses), torch.cat(is_first)
 
 
 def generated(
-    model: Any, tokenizer: Any, caches: list[DynamicCache], ids: Tensor, most: int, score: Any
+    model: Any,
+    tokenizer: Any,
+    caches: list[DynamicCache],
+    ids: Tensor,
+    most: int,
+    score: Any,
+    is_kept: list[Tensor] | None = None,
 ) -> list[str]:
     """What comes likeliest after a text whose last token no cache holds yet, one answer for each cache.
 
@@ -383,6 +415,7 @@ def generated(
         caches: what was kept. ids: `[T]` the text.
         most: tokens at most; fewer where all answers are complete, which more tokens cannot make wrong.
         score: the score of an answer.
+        is_kept: which rows of the only cache are seen, if not all.
     """
     lengths = [cache.get_seq_length() for cache in caches]
     joined = DynamicCache(config=model.config)
@@ -401,7 +434,8 @@ def generated(
         is_real = torch.cat([is_real, torch.ones_like(is_real[:, :1])], 1)
         places = torch.full_like(token, len(ids) - 1 + step)
         given = {"attention_mask": is_real.long(), "position_ids": places, "past_key_values": joined}
-        token = model(token, **given).logits[:, -1:].argmax(-1)
+        with reading_kept(model, is_kept):
+            token = model(token, **given).logits[:, -1:].argmax(-1)
         tokens.append(token)
         texts = []
         if (step + 1) % LOOK == 0 or step == most - 1:

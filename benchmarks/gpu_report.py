@@ -28,7 +28,8 @@ import torch
 from ovq.ops import OVQState, backend_used, ovq_attention
 from ovq.research.bench import gpu, gpu_suite
 from ovq.research.bench.measure import matrix_rate, spread
-from ovq.research.bench.workloads import Workload
+from ovq.research.bench.rivals import RIVALS
+from ovq.research.bench.workloads import Workload, contenders
 from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
 
@@ -143,7 +144,7 @@ def compared(part: str) -> Iterator[Row]:
     """OVQ beside each backend of exact attention and the other mixers, as `ovq bench` measures them."""
     rates = matrix_rate(SIZE["dtype"], device="cuda", num_heads=SIZE["num_heads"]), gpu.copy_rate("cuda")
     for length in (4096, 16384, 65536):
-        candidates = gpu_suite.workloads({"length": length, **SIZE}, (NUM_SLOTS,))
+        candidates = contenders(RIVALS, {"length": length, **SIZE}, (NUM_SLOTS,))
         rows, left_out = gpu_suite.measure(part, candidates, *rates)
         for row in rows:
             workload = row.pop("workload")

@@ -1,15 +1,20 @@
-"""What Ward's rule costs on the compiled kernels: `python benchmarks/ward_speed.py`.
+"""What Ward's rules cost on the compiled kernels: `python benchmarks/ward_speed.py --out ward_speed.json`.
 
 Forward, forward and backward, and decoding beside the paper's rule, in interleaved calls, on keys and values
 that are independent of each other, where no two tokens are near, and on noisy repeats of 600 pairs. Times are
 those of the processor, on one thread, which other work on the machine disturbs less than the clock's.
+`OVQ_CPU_KERNELS=avx2` measures the kernels of processors without AVX-512. Beside exact attention it is
+`ovq bench --merge existing,ward-sqrt` that measures them.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -18,10 +23,19 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ovq.ops import backend_used, ovq_attention
+from ovq.ops import backend_used, cpu_kernels, ovq_attention
+from ovq.runtime.environment import environment
+from ovq.runtime.files import write_atomic
 
-HEADS, DIM, SLOTS, CHUNK, TOKENS, DECODED = 8, 64, 1024, 256, 16384, 1024
-RULES = {"paper's": {}, "paper's, 4096 slots": {"num_slots": 4096}, "Ward": {"merge": "ward"}}
+HEADS, DIM, SLOTS, CHUNK, DECODED = 8, 64, 1024, 256, 1024
+PAPERS, LARGE = "paper's", "paper's, 4096 slots"
+RULES = {
+    PAPERS: {},
+    LARGE: {"num_slots": 4096},
+    "Ward": {"merge": "ward"},
+    "Ward-sqrt": {"merge": "ward-sqrt"},
+}
+RATIOS = [(rule, other) for rule in ("Ward", "Ward-sqrt") for other in (PAPERS, LARGE)]
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -78,21 +92,42 @@ def seconds(run: Callable[[Inputs, dict], None], inputs: Inputs, options: dict) 
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=3, help="calls of each rule, in turns")
+    parser.add_argument("--out", type=Path, help="a JSON file of all times")
+    arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    console = Console(width=110)
-    table = Table("inputs", "what", *RULES, "Ward / paper's", "Ward / 4096 slots", title="medians of 3, ms")
+    console = Console(width=150)
+    title = f"medians of {arguments.rounds}, ms"
+    table = Table("inputs", "what", *RULES, *(f"{a} / {b}" for a, b in RATIOS), title=title)
     cases = [(make, run) for make in (independent, repeats) for run in (forward, backward, decode)]
+    rows = []
     for make, run in track(cases, "rules", console=Console(stderr=True)):
-        inputs = make(TOKENS)
-        times = [[seconds(run, inputs, rule) for rule in RULES.values()] for _ in range(3)]
-        paper, large, ward = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
+        inputs = make(arguments.tokens)
+        turns = [[seconds(run, inputs, rule) for rule in RULES.values()] for _ in range(arguments.rounds)]
         per = DECODED if run is decode else 1
-        shown = (f"{x / per:.3g}" for x in (paper, large, ward))
-        table.add_row(make.__name__, run.__name__, *shown, f"{ward / paper:.2f}", f"{ward / large:.2f}")
+        times = {
+            rule: [1e3 * each / per for each in column]
+            for rule, column in zip(RULES, zip(*turns, strict=True), strict=True)
+        }
+        medians = {rule: statistics.median(own) for rule, own in times.items()}
+        about = {"inputs": make.__name__, "what": run.__name__, "length": arguments.tokens}
+        rows += [
+            about | {"rule": rule, "milliseconds": medians[rule], "all": own} for rule, own in times.items()
+        ]
+        ratios = (f"{medians[a] / medians[b]:.2f}" for a, b in RATIOS)
+        table.add_row(make.__name__, run.__name__, *(f"{x:.3g}" for x in medians.values()), *ratios)
     console.print(table)
-    console.print(f"{HEADS} heads of {DIM}, {SLOTS} slots, chunk {CHUNK}, {TOKENS} tokens; {backend_used()}")
+    sizes = f"{HEADS} heads of {DIM}, {SLOTS} slots, chunk {CHUNK}, {arguments.tokens} tokens"
+    console.print(f"{sizes}; {backend_used()}, CPU kernels {cpu_kernels()}")
+    if arguments.out is not None:
+        where = environment("cpu") | {"cpu_kernels": cpu_kernels()}
+        write_atomic(arguments.out, json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The measurements measure what they say, and the report is whole; how fast anything is, no test asks."""
 
+import dataclasses
 import json
 import re
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from ovq.cli import main
-from ovq.ops import cpu_kernels
+from ovq.ops import cpu_kernels, ovq_attention
 from ovq.research.bench.measure import interleaved, peak_bytes
 from ovq.research.bench.show import save_figures, sentences, tables
 from ovq.research.bench.suite import Suite, run_suite
@@ -36,6 +37,18 @@ def test_flops_of_ovq_are_those_of_the_formula():
     assert workload.flops() == expected
 
 
+def test_a_rule_is_measured_with_the_growth_that_it_is_meant_for():
+    workload = Workload(mixer="ovq", length=64, dtype="float32", num_slots=24, merge="ward-sqrt", **SMALL)
+    output = workload.forward("cpu")()
+    sizes = {"num_slots": 24, "chunk_size": 16, "scale": 8**0.5}
+    expected, _ = ovq_attention(*workload.inputs(), merge="ward-sqrt", growth="immediate", **sizes)
+    assert torch.equal(output, expected)
+    assert not torch.equal(output, dataclasses.replace(workload, merge="existing").forward("cpu")())
+    # Before each chunk of 16 there are 0, 16, 24 and 24 slots, each of 8 + 8 float32 sums and a count.
+    assert workload.flops() == 2 * 2 * 16 * sum(n * 3 * 8 + 16 * 16 / 2 for n in (0, 16, 24, 24))
+    assert workload.bytes("decode") == 24 * 2 * (2 * 8 * 4 + 8) + 16 * 2 * 8 * 4
+
+
 def test_functions_take_turns():
     calls = []
     times = interleaved([lambda: calls.append("a"), lambda: calls.append("b")], max_rounds=3, run=2)
@@ -60,20 +73,23 @@ def test_peak_memory_sees_what_a_call_holds():
 
 
 def test_a_report_is_whole_and_can_be_shown(tmp_path):
-    suite = Suite(
-        parts=("forward", "decode"), lengths=(32, 64), dtypes=("float32",), num_slots=(4, 8), **SMALL
-    )
+    sizes = {"lengths": (32, 64), "dtypes": ("float32",), "num_slots": (4, 8), **SMALL}
+    suite = Suite(parts=("forward", "decode"), merges=("existing", "ward-sqrt"), **sizes)
     seen = []
     report = run_suite(suite, lambda done, note: seen.append(done))
     assert seen[-1] == suite.total == 4
-    assert len(report["rows"]) == 2 * 2 * 4
+    assert len(report["rows"]) == 2 * 2 * 6
+    rules = {row["label"]: row["merge"] for row in report["rows"]}
+    assert rules.pop("exact (SDPA)") is rules.pop("window of 16") is None
+    existing = {"OVQ, 4 slots": "existing", "OVQ, 8 slots": "existing"}
+    assert rules == existing | {f"OVQ, Ward-sqrt, {n} slots": "ward-sqrt" for n in (4, 8)}
     assert all(row["seconds"] > 0 for row in report["rows"])
     assert {row["speedup"] for row in report["rows"] if row["mixer"] == "sdpa"} == {1.0}
     compiled = "cpu" if cpu_kernels().startswith("compiled") else "torch"
     backends = json.loads(json.dumps(report))["environment"]["backends"]
     assert backends == {"forward": compiled, "decode": compiled}
     assert len(tables(report)) == 2
-    assert len(sentences(report)) == 4
+    assert len(sentences(report)) == 8
     (path,) = save_figures(report, tmp_path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -83,6 +99,7 @@ def test_a_report_is_whole_and_can_be_shown(tmp_path):
     [
         (["--what", "speed"], "--what: expected some of .* found speed"),
         (["--dtypes", "int8"], "--dtypes: expected some of .* found int8"),
+        (["--merge", "existing,wart"], "--merge: expected rules among .* found 'wart'"),
         (["--lengths", "many"], "--lengths: expected positive integers .* found 'many'"),
         (["--device", "tpu"], "--device: expected cpu or cuda, found 'tpu'"),
     ],

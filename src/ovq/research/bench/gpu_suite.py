@@ -8,18 +8,12 @@ from collections.abc import Callable, Sequence
 from ovq.research.bench import gpu
 from ovq.research.bench.measure import spread
 from ovq.research.bench.rivals import RIVALS
-from ovq.research.bench.workloads import Shape, Workload
+from ovq.research.bench.workloads import Workload
 
 # Kernels of `ovq.ops.backends.triton`, as they are named in the trace.
 _OVQ_KERNELS = r"^(advance|nearest|read|read_token|grad_queries|grad_slots)$"
 # Errors of mixers that cannot run: not installed, a dtype or size that is not supported, too little memory.
 _REFUSALS = (ImportError, RuntimeError, ValueError, NotImplementedError)
-
-
-def workloads(shape: Shape, num_slots: Sequence[int]) -> list[Workload]:
-    """All rivals, and OVQ at every size; `shape` holds the other fields of `Workload`."""
-    ovq = [Workload(mixer="ovq", num_slots=n, **shape) for n in num_slots]
-    return [*(Workload(mixer=name, **shape) for name in RIVALS), *ovq]
 
 
 def measure(

@@ -9,7 +9,7 @@ from rich.table import Table
 from ovq.eval.rows import format_bytes
 from ovq.plots.canvas import Axes, FuncFormatter
 from ovq.plots.panels import length_axis, new_panels, save
-from ovq.plots.style import Style, line_styles
+from ovq.plots.style import Style, line_styles, style_name
 
 TITLES = {
     "forward": "Prefill (forward)",
@@ -129,9 +129,7 @@ def save_figures(report: dict, folder: Path) -> list[Path]:
     ]
     if not panels:
         return []
-    styles = line_styles(
-        {r["label"]: (_MIXERS.get(r["mixer"], r["mixer"]), r["num_slots"]) for r in report["rows"]}
-    )
+    styles = line_styles({r["label"]: (_style(r), r["num_slots"]) for r in report["rows"]})
     figure, axes = new_panels(len(panels), height=2.7)
     for panel, (what, dtype) in zip(axes, panels, strict=True):
         rows = [r for r in report["rows"] if r["what"] == what and r["dtype"] == dtype]
@@ -141,6 +139,11 @@ def save_figures(report: dict, folder: Path) -> list[Path]:
     what = "training and generation" if is_model else "one attention read"
     save(figure, path, title=f"Time and memory of {what}{_processor(report)}")
     return [path]
+
+
+def _style(row: dict) -> str:
+    """What `line_styles` calls the mixer of a row; those of whole models have no rule."""
+    return style_name(_MIXERS.get(row["mixer"], row["mixer"]), row.get("merge"))
 
 
 def _processor(report: dict) -> str:

@@ -11,7 +11,8 @@ import torch
 from ovq.ops import backend_used, cpu_kernels
 from ovq.research.bench import gpu, gpu_suite
 from ovq.research.bench.measure import interleaved, matrix_rate, peak_bytes, spread
-from ovq.research.bench.workloads import Shape, Workload
+from ovq.research.bench.rivals import RIVALS
+from ovq.research.bench.workloads import Shape, Workload, contenders
 from ovq.runtime.environment import environment
 
 PARTS = ("forward", "forward_backward", "decode", "memory", "stream")
@@ -28,6 +29,7 @@ class Suite:
         lengths: Tokens T, ascending.
         dtypes: `"float32"`, `"bfloat16"` or both.
         num_slots: Dictionary sizes N of OVQ.
+        merges: Rules by which it keeps its slots, each with the growth that it is meant for.
         chunk_size: C, and the width of the window.
         num_heads: H.
         head_dim: K = V.
@@ -42,6 +44,7 @@ class Suite:
     lengths: Sequence[int]
     dtypes: Sequence[str]
     num_slots: Sequence[int]
+    merges: Sequence[str] = ("existing",)
     chunk_size: int = 256
     num_heads: int = 8
     head_dim: int = 64
@@ -75,7 +78,8 @@ class Suite:
         return len(timed) * len(self.dtypes) * len(self.lengths) + ("stream" in self.parts)
 
     def workloads(self, length: int, dtype: str) -> list[Workload]:
-        """Exact attention, the window (on a GPU: all rivals), and OVQ at every size, at one length."""
+        """Exact attention, the window (on a GPU: all rivals), and OVQ at every size and by every rule, at one
+        length."""
         shape: Shape = {
             "length": length,
             "dtype": dtype,
@@ -83,10 +87,8 @@ class Suite:
             "num_heads": self.num_heads,
             "head_dim": self.head_dim,
         }
-        if self.device != "cpu":
-            return gpu_suite.workloads(shape, self.num_slots)
-        ovq = [Workload(mixer="ovq", num_slots=n, **shape) for n in self.num_slots]
-        return [Workload(mixer="sdpa", **shape), Workload(mixer="window", **shape), *ovq]
+        others = ("sdpa", "window") if self.device == "cpu" else RIVALS
+        return contenders(others, shape, self.num_slots, self.merges)
 
 
 def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
@@ -98,10 +100,10 @@ def run_suite(suite: Suite, progress: Callable[[int, str], None]) -> dict:
 
     Returns:
         `{"environment", "suite", "matrix_rate", "rows", "crossover"}`: the report, as JSON types. A row has
-        `what`, `mixer`, `label`, `num_slots`, `length`, `dtype` and, depending on what was measured, seconds
-        (median, smallest, largest), tokens per second, times faster than SDPA, share of the roofline, or
-        bytes. On a GPU the report also has `copy_rate` and `left_out` (what could not run, and why), and each
-        row the kernels seen in the trace and whether they are the intended ones.
+        `what`, `mixer`, `label`, `num_slots`, `merge`, `length`, `dtype` and, depending on what was measured,
+        seconds (median, smallest, largest), tokens per second, times faster than SDPA, share of the roofline,
+        or bytes. On a GPU the report also has `copy_rate` and `left_out` (what could not run, and why), and
+        each row the kernels seen in the trace and whether they are the intended ones.
     """
     rates = {
         dtype: matrix_rate(dtype, device=suite.device, num_heads=suite.num_heads) for dtype in suite.dtypes
@@ -148,6 +150,7 @@ def _row(what: str, workload: Workload) -> dict:
         "mixer": workload.mixer,
         "label": workload.label,
         "num_slots": workload.num_slots,
+        "merge": workload.merge if workload.mixer == "ovq" else None,
         "length": workload.length,
         "dtype": workload.dtype,
     }

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
+from ovq.eval.rows import model_label
 from ovq.layers.softmax import windowed_read
 from ovq.ops import OVQState, ovq_attention, slots_by_chunk
+from ovq.ops.options import default_growth
 from ovq.research.bench.rivals import RIVALS
 
 MIXERS = ("ovq", "sdpa", "window", *RIVALS)
@@ -28,11 +30,12 @@ class Shape(TypedDict):
     head_dim: int
 
 
-class DictionarySize(TypedDict):
-    """The options of `ovq_attention` that decide how large the dictionary grows."""
+class DictionaryOptions(TypedDict):
+    """The options of `ovq_attention` that decide how large the dictionary grows, and how it is kept."""
 
     num_slots: int
     chunk_size: int
+    merge: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,7 @@ class Workload:
         length: Tokens T.
         dtype: Dtype of queries, keys and values: `"float32"` or `"bfloat16"`.
         num_slots: N, for OVQ.
+        merge: The rule by which OVQ keeps its slots, with the growth that it is meant for.
         chunk_size: C of OVQ, and the width of the window.
         num_heads: H, of queries, keys and values alike.
         head_dim: K = V.
@@ -54,6 +58,7 @@ class Workload:
     length: int
     dtype: str
     num_slots: int | None = None
+    merge: str = "existing"
     chunk_size: int = 256
     num_heads: int = 8
     head_dim: int = 64
@@ -69,20 +74,21 @@ class Workload:
         """Its name in tables and figures.
 
         Example:
-            >>> Workload(mixer="ovq", length=4096, dtype="float32", num_slots=1024).label
-            'OVQ, 1024 slots'
+            >>> shape = {"length": 4096, "dtype": "float32", "num_slots": 1024}
+            >>> [Workload(mixer="ovq", merge=rule, **shape).label for rule in ("existing", "ward-sqrt")]
+            ['OVQ, 1024 slots', 'OVQ, Ward-sqrt, 1024 slots']
         """
         if self.mixer == "ovq":
-            return f"OVQ, {self.num_slots} slots"
+            return model_label("ovq", self.num_slots, merge=self.merge)
         if self.mixer in RIVALS:
             return RIVALS[self.mixer].label
         return "exact (SDPA)" if self.mixer == "sdpa" else f"window of {self.chunk_size}"
 
     @property
-    def options(self) -> DictionarySize:
+    def options(self) -> DictionaryOptions:
         """Options of `ovq_attention`, for OVQ alone."""
         assert self.num_slots is not None
-        return {"num_slots": self.num_slots, "chunk_size": self.chunk_size}
+        return {"num_slots": self.num_slots, "chunk_size": self.chunk_size, "merge": self.merge}
 
     def inputs(self, *, device: str = "cpu", requires_grad: bool = False) -> list[Tensor]:
         """q, k, v in the layout that suits the mixer: `[1, T, H, K]` for OVQ and fla, else `[1, H, T, K]`."""
@@ -223,7 +229,8 @@ class Workload:
 
         OVQ: 2 T H (n (2 K + V) + C (K + V) / 2), with n the mean size of the dictionary, for routing, scores
         and the read. Exact attention: 2 T H (T / 2) (K + V). A backward needs twice the products of the read
-        (it has no routing); products that an implementation computes again are not counted.
+        (it has no routing); products that an implementation computes again are not counted, nor those by
+        which rules that merge pairs find the cheapest.
 
         Example:
             >>> w = Workload(mixer="sdpa", length=1024, dtype="float32", num_heads=1, head_dim=64)
@@ -242,9 +249,8 @@ class Workload:
         elif self.cost == "window":
             seen = min(self.chunk_size, self.length / 2)
         else:
-            chunks = -(-self.length // self.chunk_size)
-            sizes = slots_by_chunk(0, 0, chunks, growth="plateau", **self.options)[:chunks]
-            seen = sum(sizes) / chunks
+            sizes = self._sizes(-(-self.length // self.chunk_size) - 1)
+            seen = sum(sizes) / len(sizes)
         if self.cost == "slots":
             routing = 0.0 if backward else seen * self.head_dim
             seen += min(self.chunk_size, self.length) / 2
@@ -252,6 +258,11 @@ class Workload:
             routing = 0.0
         per_token = (2 if backward else 1) * seen * both + routing
         return 2 * self.num_heads * self.length * per_token
+
+    def _sizes(self, num_chunks: int) -> list[int]:
+        """Slots of OVQ before each of so many chunks, and after the last."""
+        sizes = {"num_slots": self.options["num_slots"], "chunk_size": self.chunk_size}
+        return slots_by_chunk(0, 0, num_chunks, growth=default_growth(self.merge), **sizes)
 
     @property
     def cost(self) -> str:
@@ -277,10 +288,26 @@ class Workload:
             if self.cost == "state":
                 return 2 * self.num_heads * self.head_dim**2 * 4
             if self.cost == "slots":
-                num_slots = self.options["num_slots"]
-                slots = self.length * num_slots // (self.length + num_slots)
+                slots = self._sizes(self.length // self.chunk_size)[-1]
                 # Sums are float32, counts have 8 bytes; on average the chunk is half full.
                 return slots * self.num_heads * (8 * self.head_dim + 8) + self.chunk_size * row
             return 2 * row * (self.length if self.cost == "exact" else min(self.length, self.chunk_size))
         # The backward reads q, k, v, o and the gradient of o, and writes three gradients.
         return self.length * row * (4 if part == "forward" else 12)
+
+
+def contenders(
+    others: Iterable[str], shape: Shape, num_slots: Iterable[int], merges: Iterable[str] = ("existing",)
+) -> list[Workload]:
+    """Other mixers, and OVQ at every size and by every rule; `shape` holds the fields that they share.
+
+    Example:
+        >>> shape = {"length": 64, "dtype": "float32", "chunk_size": 16, "num_heads": 1, "head_dim": 8}
+        >>> [w.label for w in contenders(["sdpa"], shape, [8], ["existing", "ward"])]
+        ['exact (SDPA)', 'OVQ, 8 slots', 'OVQ, Ward, 8 slots']
+    """
+    ovq = itertools.product(num_slots, merges)
+    return [
+        *(Workload(mixer=name, **shape) for name in others),
+        *(Workload(mixer="ovq", num_slots=n, merge=rule, **shape) for n, rule in ovq),
+    ]
