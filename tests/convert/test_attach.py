@@ -312,6 +312,15 @@ def test_a_converted_model_can_be_copied(kind, again):
     assert torch.equal(base(ids).last_hidden_state, model.base_model(ids).last_hidden_state)
 
 
+def test_a_class_that_was_changed_again_is_not_lost_in_a_copy():
+    """As libraries do that shard models: pickle must refuse it, as it refuses it for other models."""
+    model = converted()
+    model.__class__ = type("Sharded", (type(model),), {})
+    assert type(copy.deepcopy(model)) is type(model)
+    with pytest.raises((pickle.PicklingError, AttributeError), match="Sharded"):
+        pickle.dumps(model)
+
+
 def _read(model, ids, queue):
     queue.put(model(ids).logits.tolist())
 

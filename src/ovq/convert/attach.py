@@ -66,10 +66,14 @@ class ConvertedMixin:
                 given.batch_repeat_interleave(repeats)
         return given is None
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         """For pickle and copies: the class is made anew, as no module has it by its name."""
-        state = super().__reduce_ex__(max(int(protocol), 2))[2]
-        return _empty, (type(self).__bases__[-1],), state
+        classes = type(self).__mro__
+        own_class = classes[classes.index(ConvertedMixin) + 1]
+        if type(self) is not _converted_class(own_class):
+            # Somebody has changed the class again, and it would be lost.
+            return super().__reduce_ex__(protocol)
+        return _empty, (own_class,), super().__reduce_ex__(max(int(protocol), 2))[2]
 
 
 def attach(
