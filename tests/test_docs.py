@@ -1,5 +1,6 @@
 """The documentation names tests that exist."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -129,6 +130,21 @@ def test_the_results_of_conversion_say_what_presses_lost():
     table = re.findall(r"^\| ([^|]+) \| ([\d,]+ to [\d,]+) \| (.+)$", section, flags=re.MULTILINE)
     shown = sorted((*cells, loss) for *cells, losses in table for loss in re.findall(r"\d\.\d{3}", losses))
     assert shown == measured
+
+
+def test_the_results_of_conversion_say_which_presses_were_not_asked():
+    rows, section = rows_and_section("convert_kvpress.json", "Beside kvpress")
+    asked = {}
+    for row in rows:
+        place = {"loss": f"{row['length']:,} tokens", "needle": "numbers", "ruler": "RULER"}.get(row["what"])
+        if place and row["method"] != "full":
+            asked.setdefault(place, set()).add(row["method"])
+    left_out = {}
+    for place, method in itertools.product(sorted(asked), sorted(set.union(*asked.values()))):
+        if method not in asked[place]:
+            left_out.setdefault(method, []).append(place)
+    said = [f"{method} on {' and on '.join(places)}" for method, places in left_out.items()]
+    assert re.search(r"Not measured: (.+?), `ruler_vt`", section)[1] == ", ".join(said)
 
 
 def test_the_results_of_conversion_say_what_is_found_after_presses():
