@@ -75,6 +75,9 @@ def assert_state(actual: OVQState, expected: OVQState, what: str, *, size: float
         f"{what}: expected weights in both or neither"
     )
     weights = () if expected.weight is None else ("weight", "pending_weights")
+    forgotten = [state.pending_forget for state in (actual, expected)]
+    is_same = forgotten[0] is forgotten[1] is None or torch.equal(*forgotten)
+    assert is_same, f"{what}: expected pending_forget {forgotten[1]}, found {forgotten[0]}"
     for name in ("key_sum", "value_sum", "pending_keys", "pending_values", *weights):
         places = used["pending" if "pending" in name else "sum"]
         a, b = (getattr(state, name)[:, :, :places] for state in (actual, expected))

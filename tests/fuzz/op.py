@@ -23,7 +23,7 @@ from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.compare import assert_close, assert_state, bound_of
 from tests.fuzz.options import drawn_options
 from tests.fuzz.program import Impossible, Program
-from tests.fuzz.tensors import ORDERS, normalized, numbers, stored
+from tests.fuzz.tensors import LOGS, ORDERS, SHARP, WEIGHTS, normalized, numbers, stored
 from tests.ops.recount import recount, recount_by_likelihood
 
 #: Tokens unlike the others: whether it is their key or value (1 or 2 of q, k, v), and what that is times.
@@ -40,13 +40,6 @@ SPECIAL = {
     "inf value": (2, torch.inf),
 }
 PADDINGS = {"zeros": 0.0, "noise": 3.0, "nan": torch.nan}
-#: Weights of tokens, from normal numbers.
-WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "positive": lambda x: 0.1 + x.abs(),
-    "some zero": lambda x: x.clamp(min=0),
-    "tiny": lambda x: x.abs().clamp(max=1) ** 9,
-    "one": torch.ones_like,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -68,7 +61,8 @@ class OpCall(Program):
         key_dim, value_dim: sizes of a head.
         num_slots, chunk_size, growth, init, merge, bias, rate, value_weight: of the op.
         weights: of tokens, "none" or one of `WEIGHTS`.
-        scale: "none", "float" or "tensor".
+        forgetting: of tokens, "none" or one of `LOGS`.
+        scale: "none", "float", "tensor" or "sharp".
         orders: of q, k and v in memory, of `ORDERS`.
         num_keys: how many keys there are to choose from; 0 for no bound.
         special: tokens unlike the others, each (what, row, token of the row): what is one of `SPECIAL`, or
@@ -99,6 +93,7 @@ class OpCall(Program):
     rate: float | str = "count"
     value_weight: float = VALUE_WEIGHT
     weights: str = "none"
+    forgetting: str = "none"
     scale: str = "none"
     orders: tuple[str, ...] = ("plain", "plain", "plain")
     num_keys: int = 0
@@ -113,6 +108,10 @@ class OpCall(Program):
         orders = ORDERS if layout == "dense" and len(set(rows)) == 1 else ORDERS[:-1]
         options = drawn_options(rng, ["count", "count", "count", 0.01, 0.3, 1.0])
         has_weights = options["rate"] == "count" and rng.random() < 0.3
+        forgets = options["rate"] == "count" and rng.random() < 0.3
+        forgetting = rng.choice(list(LOGS)) if forgets else "none"
+        # A token of weight 0 is read with 1e-37, which is not the same before and after all has faded.
+        is_sharp = forgetting != "much" and rng.random() < 0.15
         return cls(
             seed=rng.randrange(10**6),
             rows=rows,
@@ -132,10 +131,13 @@ class OpCall(Program):
             chunk_size=chunk_size,
             growth=rng.choice(GROWTHS),
             weights=rng.choice(list(WEIGHTS)) if has_weights else "none",
-            scale=rng.choice(["none", "float", "tensor"]),
+            forgetting=forgetting,
+            scale="sharp" if is_sharp else rng.choice(["none", "float", "tensor"]),
             orders=tuple(rng.choice(["plain", rng.choice(orders)]) for _ in "qkv"),
             num_keys=rng.choice([0, 0, 0, 1, 3]),
-            special=_drawn_special(rng, rows, options["rate"], has_weights) if rng.random() < 0.4 else (),
+            special=_drawn_special(rng, rows, options["rate"], has_weights or forgets)
+            if rng.random() < 0.4
+            else (),
             **backend.known(options),
         )
 
@@ -185,7 +187,8 @@ class OpCall(Program):
             and (is_masked or self.tail == 0)
             and (is_masked or all(left == 0 for _, left, _ in self.rows))
             and (self.layout != "dense" or len({new for _, _, new in self.rows}) == 1)
-            and (self.weights == "none" or self.rate == "count")
+            and (self.weights == self.forgetting == "none" or self.rate == "count")
+            and not (self.forgetting == "much" and self.scale == "sharp")
             and len(self.orders) == 3
             and ("rows" not in self.orders or (self.layout == "dense" and len(set(self.rows)) == 1))
             and {len(token) for token in self.special} <= {3}
@@ -199,7 +202,7 @@ class OpCall(Program):
         """Outputs `[n, H, V]` of row r's new tokens, and its last state: `naive`, one call."""
         o, state = ovq_attention(
             *(x[None] for x in tokens.rows[r]),
-            token_weights=None if tokens.weights is None else tokens.weights[r][None],
+            **{name: x[r][None] for name, x in tokens.gates.items()},
             scale=tokens.scale,
             output_final_state=True,
             backend="naive",
@@ -214,8 +217,8 @@ class OpCall(Program):
         states = []
         for r, (seen, _, _) in enumerate(self.rows):
             row = [x[None, :seen] for x in tokens.rows[r]]
-            weights = None if tokens.weights is None else tokens.weights[r][None, :seen]
-            states.append(ovq_attention(*row, token_weights=weights, **options)[1])
+            gates = {name: x[r][None, :seen] for name, x in tokens.gates.items()}
+            states.append(ovq_attention(*row, **gates, **options)[1])
         return OVQState.concatenate(states)
 
     def _call(
@@ -230,7 +233,7 @@ class OpCall(Program):
             q,
             k,
             v,
-            token_weights=None if tokens.weights is None else self._laid_out(tokens.weights),
+            **{name: self._laid_out(x) for name, x in tokens.gates.items()},
             scale=tokens.given_scale,
             initial_state=initial,
             output_final_state=self.wants_state,
@@ -272,7 +275,7 @@ class OpCall(Program):
         choices = (self.growth, self.init, self.merge, self.rate)
         if not (self.merge in COUNT_POWERS or choices == ("plateau", "novelty", "existing", "count")):
             return
-        if self.weights not in ("none", "one"):
+        if self.weights not in ("none", "one") or self.forgetting not in ("none", "nothing"):
             return
         if self.special or self.num_keys or self.dtype != "float64" or self.key_dim < 3:
             return
@@ -301,7 +304,7 @@ class _Tokens:
     Attributes:
         leaves: what gradients are taken of.
         rows: of each row q `[n, H, K]`, k `[n, Hkv, K]` and v `[n, Hkv, V]`, tokens seen before included.
-        weights: of each row `[n, Hkv]`; None without.
+        gates: by name, of each row the weights and logs of its tokens, `[n, Hkv]`, where there are any.
         scale: `[H]`.
         given_scale: the same as it is passed to the op.
     """
@@ -315,11 +318,16 @@ class _Tokens:
             tuple(row(i, 0 if call.orders[i] == "rows" else r) for i in range(3))
             for r in range(len(call.rows))
         ]
-        self.weights = None if call.weights == "none" else [self._weights(r) for r in range(len(call.rows))]
+        kinds = {"token_weights": WEIGHTS.get(call.weights), "log_forget": LOGS.get(call.forgetting)}
+        self.gates = {
+            name: [self._gate(name, kind, r) for r in range(len(call.rows))]
+            for name, kind in kinds.items()
+            if kind is not None
+        }
         num_heads, wide = call.num_kv_heads * call.group, state_dtype(getattr(torch, call.dtype))
-        value = 1.5 if call.scale == "float" else call.key_dim**0.5
+        value = {"float": 1.5, "sharp": SHARP}.get(call.scale, call.key_dim**0.5)
         self.scale, self.given_scale = torch.full((num_heads,), value, dtype=wide), None
-        if call.scale == "float":
+        if call.scale in ("float", "sharp"):
             self.given_scale = value
         if call.scale == "tensor":
             self.scale = self._leaf(torch.linspace(0.5, 3, num_heads, dtype=wide))
@@ -346,10 +354,10 @@ class _Tokens:
                 x[t, 0] *= SPECIAL[what][1]
         return self._leaf(x).expand(length, heads, shape[2])
 
-    def _weights(self, r: int) -> Tensor:
+    def _gate(self, name: str, kind: Callable[[Tensor], Tensor], r: int) -> Tensor:
         call = self._call
         shape = (call.rows[r][0] + call.rows[r][2], call.num_kv_heads)
-        x = WEIGHTS[call.weights](numbers(call.seed, "weights", r, shape=shape))
+        x = kind(numbers(call.seed, name, r, shape=shape))
         return self._leaf(x.to(state_dtype(getattr(torch, call.dtype))))
 
     def _leaf(self, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.compare import assert_close, assert_state, bound_of
 from tests.fuzz.options import drawn_options
 from tests.fuzz.program import Impossible, Program
-from tests.fuzz.tensors import ORDERS, normalized, numbers, stored
+from tests.fuzz.tensors import LOGS, ORDERS, SHARP, WEIGHTS, normalized, numbers, stored
 
 #: Most rows of a state and most states of a program.
 MOST = 4
@@ -54,6 +54,8 @@ class StateProgram(Program):
             new one). Numbers are taken modulo what there is, so that any do.
         dtype, num_kv_heads, group, key_dim, value_dim: of the tokens.
         num_slots, chunk_size, growth, init, merge, bias, rate, value_weight: of the op.
+        weights, forgetting: of tokens, "none", or of `WEIGHTS` and `LOGS`.
+        is_sharp: whether scales are so large that scores differ by more than 34.
     """
 
     kind = "states"
@@ -73,6 +75,9 @@ class StateProgram(Program):
     bias: str = "count"
     rate: float | str = "count"
     value_weight: float = VALUE_WEIGHT
+    weights: str = "none"
+    forgetting: str = "none"
+    is_sharp: bool = False
 
     @classmethod
     def draw(cls, rng: Random, backend: Backend) -> StateProgram:
@@ -97,6 +102,7 @@ class StateProgram(Program):
             chunk_size=rng.choice([1, 2, 3, 4, 5]),
             growth=rng.choice(GROWTHS),
             **backend.known(options),
+            **(_drawn_gates(rng) if options["rate"] == "count" else {}),
         )
 
     def check(self, name: str) -> None:
@@ -108,6 +114,17 @@ class StateProgram(Program):
             for step, *arguments in self.steps:
                 machine.run(step, *arguments)
         machine.compare()
+
+
+def _drawn_gates(rng: Random) -> dict[str, Any]:
+    """Weights and logs of tokens, and whether scales are large."""
+    forgetting = rng.choice(["none", "none", *LOGS])
+    return {
+        "weights": rng.choice(["none", "none", *WEIGHTS]),
+        "forgetting": forgetting,
+        # See `OpCall.draw`.
+        "is_sharp": forgetting != "much" and rng.random() < 0.3,
+    }
 
 
 class _Machine:
@@ -136,10 +153,21 @@ class _Machine:
                 ("v", p.num_kv_heads, p.value_dim),
             )
         )
+        self.gates = {
+            name: kinds[which](numbers(p.seed, name, shape=(NUM_TOKENS, p.num_kv_heads))).repeat(
+                len(FACTORS), 1
+            )
+            for name, kinds, which in (
+                ("token_weights", WEIGHTS, p.weights),
+                ("log_forget", LOGS, p.forgetting),
+            )
+            if which != "none"
+        }
+        self.scale = SHARP / max(FACTORS) if p.is_sharp else p.key_dim**0.5
         # Powers of 2, so that it makes no difference whether queries are multiplied or scales.
         queries = torch.cat([normalized(q).to(dtype) * factor for factor in FACTORS])
         self.tokens = [queries, *(x.to(dtype).repeat(len(FACTORS), 1, 1) for x in (normalized(k), v))]
-        scale = torch.full((1,), p.key_dim**0.5 * max(FACTORS))
+        scale = torch.full((1,), self.scale * max(FACTORS))
         self.bound = bound_of(*self.tokens, scale, has_norms=p.bias != "count")
         self.next_token = itertools.count()
         self.anew = functools.cache(self._anew)
@@ -186,8 +214,10 @@ class _Machine:
         if sizes:
             num_slots, start = int(row[sizes[-1]]), sizes[-1] + 1
             state = self.anew(row[: sizes[-1]])[1].resize(num_slots, merge=self.program.merge)
-        parts = (x[list(row[start:])][None] for x in self.tokens)
-        o, state = self.attend(*parts, state, num_slots=num_slots, backend="naive")
+        own = list(row[start:])
+        gates = {name: x[own][None] for name, x in self.gates.items()}
+        parts = (x[own][None] for x in self.tokens)
+        o, state = self.attend(*parts, state, num_slots=num_slots, backend="naive", scale=self.scale, **gates)
         return o[0], state
 
     def read(self, state: OVQState, rows: list[Row], lengths: list[int], layout: str, order: str, kind: int):
@@ -198,25 +228,25 @@ class _Machine:
         where = {}
         if layout == "packed":
             picked = [i for ids in new for i in ids]
-            q, k, v = (x[picked][None] for x in self.tokens)
+            index = torch.tensor(picked, dtype=torch.int64)[None]
             where["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(lengths)])
         else:
             picked = [
                 [0] * m + list(ids) + [0] * (width - m - len(ids)) for m, ids in zip(left, new, strict=True)
             ]
             index = torch.tensor(picked, dtype=torch.int64).view(len(rows), width)
-            q, k, v = (x[index] for x in self.tokens)
             if layout != "dense":
                 column = torch.arange(width)
                 where["attention_mask"] = torch.stack(
                     [(column >= m) & (column < m + n) for m, n in zip(left, lengths, strict=True)]
                 )
-        q, k, v = (stored(x, order) for x in (q, k, v))
+        q, k, v = (stored(x[index], order) for x in self.tokens)
+        where |= {name: x[index] for name, x in self.gates.items()}
         which = kind % len(FACTORS) if self.program.bias == "count" else 0
-        default, heads = self.program.key_dim**0.5, q.shape[2]
         # As nothing, as a number, and as a tensor.
-        own = torch.full((heads,), default * FACTORS[2], dtype=state_dtype(q.dtype))
-        where["scale"] = (None, default * FACTORS[1], own)[which]
+        own = torch.full((q.shape[2],), self.scale * FACTORS[2], dtype=state_dtype(q.dtype))
+        default = self.scale if self.program.is_sharp else None
+        where["scale"] = (default, self.scale * FACTORS[1], own)[which]
         with MODES[kind % len(MODES)]():
             o, state = self.attend(q, k, v, state, num_slots=state.num_slots, backend=self.backend, **where)
         new = [tuple(i + which * NUM_TOKENS for i in ids) for ids in new]

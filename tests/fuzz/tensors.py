@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,23 @@ from torch.nn.functional import normalize
 
 #: Ways a tensor `[B, T, H, D]` may lie in memory; "heads" and "rows" share that of equal heads or rows.
 ORDERS = ("plain", "heads first", "time last", "heads last", "sliced", "spread", "fused", "heads", "rows")
+
+#: Weights of tokens, from normal numbers.
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "positive": lambda x: 0.1 + x.abs(),
+    "some zero": lambda x: x.clamp(min=0),
+    "tiny": lambda x: x.abs().clamp(max=1) ** 9,
+    "one": torch.ones_like,
+}
+#: Logs that tokens forget, likewise.
+LOGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "little": lambda x: -0.02 * x.abs(),
+    "some": lambda x: x.clamp(max=0),
+    "much": lambda x: -10 * x.abs(),
+    "nothing": torch.zeros_like,
+}
+#: Scores that differ by more than 34, but by less than the log of the least weight that is read.
+SHARP = 17.0
 
 
 def numbers(seed: int, *names: object, shape: tuple[int, ...]) -> Tensor:

@@ -122,6 +122,25 @@ def test_one_call_gives_what_the_modules_give(monkeypatch, runs, changes, rows):
 
 
 @needs_kernels
+@torch.no_grad()
+def test_tokens_of_next_to_no_weight_and_sharp_queries(runs):
+    """Both gates with scores beyond 34: what a token counts for must not be divided by."""
+    model, ids = (
+        make_model(merge_gate=True, forget_gate=True, mixer_types=["ovq"], num_hidden_layers=1),
+        random_ids(2, 30),
+    )
+    for module in model.modules():
+        if isinstance(module, QKNorm):
+            nn.init.constant_(module.beta, 20.0)
+        if isinstance(module, MergeGate):
+            nn.init.normal_(module.weight, std=60.0)
+    found, cache = decoded(model, ids)
+    assert runs.count(1) >= 20
+    assert bool((cache.layers[0].state.weight < 1e-30).any())
+    torch.testing.assert_close(found, model(ids).logits[:, 6:], rtol=1e-3, atol=1e-3)
+
+
+@needs_kernels
 def test_padded_rows_at_different_places(monkeypatch, runs):
     model, ids = make_model(merge_gate=True, forget_gate=True), random_ids(3, 22)
     mask = (torch.arange(22) >= torch.tensor([0, 2, 5])[:, None]).long()

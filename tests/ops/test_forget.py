@@ -9,9 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ovq.hf.context import of_layer
 from ovq.ops import OVQState, backend_used, dispatch, ovq_attention, slot_assignments
 from ovq.ops.fading import LEAST_LOG, LEAST_WEIGHT
 from ovq.ops.options import COUNT_POWERS
+from ovq.ops.serialization import state_tensors
 from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, inputs
 
 CHUNK = 4
@@ -147,6 +149,30 @@ def test_it_does_not_matter_how_a_stream_is_split(merge, rate, pieces, seed):
             assert_same_state(state, final)
 
 
+@pytest.mark.parametrize("growth", ["immediate", "plateau"])
+@pytest.mark.parametrize("merge", ["existing", "updated", *COUNT_POWERS])
+@pytest.mark.parametrize("backend", [*BACKENDS, *CPU])
+def test_keys_that_repeat_go_to_the_same_slots_however_a_stream_is_split(backend, merge, growth):
+    """To the last bit, in float32: what differs by a rounding would tie no more."""
+    for seed in range(2):
+        rate = (0.01, 0.6)[seed]
+        tensors, options = arguments(
+            1, 32, merge=merge, rate=rate, weights=bool(seed), num_slots=30, seed=seed, dtype=torch.float32
+        )
+        which = torch.randint(4, (32,), generator=torch.Generator().manual_seed(seed))
+        tensors["k"] = tensors["k"][:, which]
+        options |= {"backend": backend, "growth": growth}
+        with torch.no_grad():
+            o, expected = run(tensors, options)
+            for pieces in ([1] * 32, [3, 14, 1, 1, 13]):
+                found, state = run(tensors, options, pieces)
+                torch.testing.assert_close(found, o, rtol=1e-5, atol=1e-5)
+                assert_same_state(state, expected, tolerance=0)
+                assert torch.equal(state.weight, expected.weight)
+        _, state = in_pieces(tensors, options)
+        assert_same_state(state, expected, tolerance=0)
+
+
 @each_merge
 def test_a_chunk_that_begins_without_weight_reads_what_is_all_but_forgotten(merge):
     """However it is split: nothing else is there to read."""
@@ -246,6 +272,20 @@ def test_states_that_forget(tmp_path):
     wrong = dataclasses.replace(state, pending_forget=state.pending_forget[:, :1])
     with pytest.raises(ValueError, match=r"pending_forget: expected \[3, 2\].*found \[3, 1\]"):
         run_from(wrong, tensors, options)
+
+
+def test_files_with_sums_of_logs_in_float32_go_on_loading(tmp_path):
+    """As they were written before these were in float64."""
+    tensors, options = arguments(2, 22, dtype=torch.float32)
+    _, state = run(tensors, options)
+    old = dataclasses.replace(state, pending_forget=state.pending_forget.float())
+    old.save(tmp_path / "state")
+    loaded = OVQState.load(tmp_path / "state")
+    assert loaded.pending_forget.dtype == torch.float64
+    torch.testing.assert_close(loaded.pending_forget, state.pending_forget, rtol=1e-6, atol=0)
+    run_from(loaded, tensors, options)
+    parts = {f"layers.1.{name}": x for name, x in state_tensors(old).items()}
+    assert of_layer(parts, 1)["pending_forget"].dtype == torch.float64
 
 
 def run_from(state, tensors, options):

@@ -29,7 +29,7 @@ from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQModel
 from ovq.hf.pretrained import OVQPreTrainedModel
 from ovq.ops.checks import DTYPES
-from ovq.ops.serialization import positive_int, read_file, write_file
+from ovq.ops.serialization import positive_int, read_file, upgraded, write_file
 
 FORMAT = "ovq-context"
 VERSION = "1"
@@ -422,7 +422,7 @@ def check_content(
 def of_layer(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
     """The tensors of one layer, by their names in it."""
     prefix = f"layers.{index}."
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return upgraded({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
 
 
 def _check_layers(

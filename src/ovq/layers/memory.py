@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ovq.layers.common import apply_rotary, rotary_tables
 from ovq.ops import OVQState
-from ovq.ops.serialization import names_in, names_of, state_tensors
+from ovq.ops.serialization import names_in, names_of, state_tensors, upgraded
 
 #: Names of the tensors of a state, each with its shape and its dtype.
 StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -221,6 +221,7 @@ class SlotMemory(Memory):
 
     def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> OVQState:
         """See `Memory.restored`."""
+        tensors = upgraded(dict(tensors))
         # Whatever the device, a state keeps its number of tokens on the CPU.
         parts: dict[str, Any] = {
             name: tensors[name].to("cpu" if name == "num_seen" else device)

@@ -373,5 +373,5 @@ def slot_spec(
         spec["weight"] = ((num_kv_heads, num_open), state_dtype(dtype))
         spec["pending_weights"] = ((num_kv_heads, chunk_size), state_dtype(dtype))
     if forgets:
-        spec["pending_forget"] = ((num_kv_heads,), state_dtype(dtype))
+        spec["pending_forget"] = ((num_kv_heads,), torch.float64)
     return spec

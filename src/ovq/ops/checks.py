@@ -258,7 +258,7 @@ def _check_parts(state: OVQState, dtype: torch.dtype) -> None:
     if state.weight is not None:
         shapes |= {"weight": (slots, wide), "pending_weights": (tokens, wide)}
         if state.pending_forget is not None:
-            shapes["pending_forget"] = ((rows, heads), wide)
+            shapes["pending_forget"] = ((rows, heads), torch.float64)
     else:
         for name in ("pending_weights", "pending_forget"):
             if getattr(state, name) is not None:

@@ -3,6 +3,10 @@
 A softmax stays what it is if all weights are multiplied by one number. So a token of factor f need not touch
 the dictionary: it and the tokens after it count 1 / f times as much instead, and when the chunk is complete,
 everything is scaled once (`docs/math.md`, section 10). Backends see weights of tokens and of slots, no more.
+
+Weights are the same to the last bit however a chunk is split into calls, so that keys which repeat go to the
+same slots: logs are added up in float64, one after the other, and what was 1 / f is scaled at the end in a
+second step.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from torch import Tensor
 
 from ovq.ops.call import Call
 from ovq.ops.options import Options
-from ovq.ops.state import OVQState, divisor, state_dtype
+from ovq.ops.state import OVQState, divisor
 
 #: No token's log is lower than this over C, so that the weights of a chunk stay within float32.
 LEAST_LOG = -48.0
@@ -24,10 +28,10 @@ LEAST_WEIGHT = 1e-12
 
 
 def checked_log_forget(log_forget: Tensor | None, call: Call) -> Tensor:
-    """`log_forget` `[B, T, Hkv]` in the dtype of the sums, bounded below; 0 for None and padding."""
-    shape, wide = tuple(call.k.shape[:3]), state_dtype(call.k.dtype)
+    """`log_forget` `[B, T, Hkv]` in float64, bounded below; 0 for None and padding."""
+    shape = tuple(call.k.shape[:3])
     if log_forget is None:
-        return torch.zeros(shape, dtype=wide, device=call.k.device)
+        return torch.zeros(shape, dtype=torch.float64, device=call.k.device)
     if not isinstance(log_forget, Tensor) or tuple(log_forget.shape) != shape:
         found = tuple(log_forget.shape) if isinstance(log_forget, Tensor) else type(log_forget).__name__
         raise ValueError(f"log_forget: expected a tensor {list(shape)} as k has, found {found}")
@@ -35,7 +39,7 @@ def checked_log_forget(log_forget: Tensor | None, call: Call) -> Tensor:
         raise ValueError(f"log_forget: expected a floating dtype, found {log_forget.dtype}")
     if call.options.rate != "count":
         raise ValueError("log_forget: expected none with a constant rate, found some")
-    log_forget = log_forget.to(call.k.device, wide)
+    log_forget = log_forget.to(call.k.device, torch.float64)
     flat = log_forget.detach().reshape(-1, shape[2])
     is_wrong = ~(flat <= 0)
     if bool(is_wrong.any()):
@@ -47,25 +51,30 @@ def checked_log_forget(log_forget: Tensor | None, call: Call) -> Tensor:
     return log_forget.clamp(min=LEAST_LOG / call.options.chunk_size)
 
 
-def begun(state: OVQState, log_forget: Tensor, is_complete: Tensor) -> tuple[OVQState, Tensor, Tensor]:
+def begun(
+    state: OVQState, weights: Tensor, log_forget: Tensor, is_complete: Tensor
+) -> tuple[OVQState, Tensor, Tensor]:
     """What the op is to read and merge in the place of tokens that forget.
 
     Args:
         state: the state before them.
-        log_forget: `[R, W, Hkv]` of tokens of one chunk of each row, 0 for padding.
+        weights: `[R, W, Hkv]` of tokens of one chunk of each row.
+        log_forget: `[R, W, Hkv]` of the same, float64, 0 for padding.
         is_complete: `[R]` whether they complete the chunk.
 
     Returns:
-        The state that they see; factors `[R, W, Hkv]` of their weights; `pending_forget` afterwards.
+        The state that they see; their weights; `pending_forget` afterwards.
     """
     assert state.pending_forget is not None
-    logs = state.pending_forget[:, None] + log_forget.cumsum(1)
+    logs = torch.cat([state.pending_forget[:, None], log_forget], 1).cumsum(1)[:, 1:]
+    weights = weights * (-logs).exp().to(weights.dtype)
     total = logs[:, -1]
     # Relative to the end of a chunk that is completed, to the beginning of any other.
     frame = total * is_complete.to(total.device, total.dtype)[:, None]
     if bool(is_complete.any()):
         state = faded(state, frame)
-    return state, (frame[:, None] - logs).exp(), total - frame
+        weights = weights * frame.exp().to(weights.dtype)[:, None]
+    return state, weights, total - frame
 
 
 def ended(state: OVQState, pending_forget: Tensor, is_complete: Tensor, options: Options) -> OVQState:
@@ -79,20 +88,20 @@ def ended(state: OVQState, pending_forget: Tensor, is_complete: Tensor, options:
 
 
 def faded(state: OVQState, log_factor: Tensor) -> OVQState:
-    """`state` with all weights multiplied by factors, of logs `[B, Hkv]`.
+    """`state` with all weights multiplied by factors, of logs `[B, Hkv]` in float64.
 
     Example:
         >>> k = torch.ones(1, 4, 1, 2)
         >>> from ovq.ops import ovq_attention
         >>> _, state = ovq_attention(k, k, k, num_slots=1, chunk_size=4, output_final_state=True)
         >>> from ovq.ops.state import forgetting
-        >>> state = faded(forgetting(state), torch.tensor([[0.5]]).log())
+        >>> state = faded(forgetting(state), torch.tensor([[0.5]], dtype=torch.float64).log())
         >>> state.weight, state.keys
         (tensor([[[2.]]]), tensor([[[[1., 1.]]]]))
     """
     assert state.weight is not None
     assert state.pending_weights is not None
-    factor = log_factor.exp()[..., None]
+    factor = log_factor.exp().to(state.weight.dtype)[..., None]
     faded = _with_slots_times(state, factor)
     return dataclasses.replace(faded, pending_weights=state.pending_weights * factor)
 

@@ -25,7 +25,7 @@ def forgetful_attention(
 
     Args:
         call: the call. Its weights are also those with which tokens are read.
-        log_forget: `[B, T, Hkv]`, checked.
+        log_forget: `[B, T, Hkv]`, checked, in float64.
         run: what runs the chunks.
         is_one_call: whether `run` can do all of it at once.
     """
@@ -84,7 +84,9 @@ def forgetful_attention(
 
 def forgetful_call(call: Call, log_forget: Tensor) -> Call:
     """The call with `log_forget`, checked, on a state that can forget; tokens are read with their weights."""
-    weights = torch.ones_like(log_forget) if call.token_weights is None else call.token_weights
+    weights = call.token_weights
+    if weights is None:
+        weights = torch.ones_like(log_forget, dtype=call.state.key_sum.dtype)
     return dataclasses.replace(
         call,
         state=forgetting(call.state),
@@ -108,8 +110,7 @@ def _piece(call: Call, run: Run) -> tuple[Tensor, OVQState]:
     assert call.token_weights is not None
     assert call.log_forget is not None
     is_complete = call.state.num_pending + torch.tensor(call.rows.lengths) == call.options.chunk_size
-    state, factors, left = begun(call.state, call.log_forget, is_complete)
-    weights = call.token_weights * factors
+    state, weights, left = begun(call.state, call.token_weights, call.log_forget, is_complete)
     o, after = run(dataclasses.replace(call, state=state, token_weights=weights, log_forget=None))
     assert after is not None
     return o, ended(after, left, is_complete, call.options)

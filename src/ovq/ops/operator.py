@@ -191,9 +191,9 @@ def _fake_call(*arguments: Any) -> tuple[Tensor, ...]:
         q.new_empty(*slots, v.shape[3], dtype=wide),
         q.new_empty(*tokens, k.shape[3]),
         q.new_empty(*tokens, v.shape[3]),
-        q.new_empty(slots if has_weights else 0, dtype=wide),
-        q.new_empty(tokens if has_weights else 0, dtype=wide),
-        q.new_empty(streams if forgets else 0, dtype=wide),
+        q.new_empty(slots, dtype=wide) if has_weights else q.new_empty(0),
+        q.new_empty(tokens, dtype=wide) if has_weights else q.new_empty(0),
+        q.new_empty(streams, dtype=torch.float64) if forgets else q.new_empty(0),
         q.new_empty(slots, dtype=torch.int64),
         torch.empty(num_rows, dtype=torch.int64, device="cpu"),
     )

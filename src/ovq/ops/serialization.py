@@ -165,6 +165,7 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str = "cpu") -
         version=VERSION,
         or_versions=(WITH_WEIGHTS, WITH_FORGETTING),
     )
+    tensors = upgraded(tensors)
     names = names_of("weight" in tensors, "pending_forget" in tensors)
     if set(tensors) != set(names):
         raise ValueError(f"{path}: expected tensors {sorted(names)}, found {sorted(tensors)}")
@@ -176,6 +177,20 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str = "cpu") -
     check_tensors(str(path), tensors, **sizes)
     moved: dict[str, Any] = {name: t if name == "num_seen" else t.to(device) for name, t in tensors.items()}
     return OVQState(**moved, **sizes)
+
+
+def upgraded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state or layer from a file, in the dtypes that they have now.
+
+    Example:
+        >>> upgraded({"pending_forget": torch.zeros(1, 2)})["pending_forget"].dtype
+        torch.float64
+    """
+    # Sums of logs were in the dtype of all sums.
+    old = tensors.get("pending_forget")
+    if old is None or old.dtype != torch.float32:
+        return tensors
+    return tensors | {"pending_forget": old.double()}
 
 
 def positive_int(path: str | os.PathLike, metadata: dict[str, str], name: str) -> int:
@@ -238,8 +253,8 @@ def check_tensors(where: str, tensors: dict[str, Tensor], *, num_slots: int, chu
     if "weight" in tensors:
         _check_weights(where, tensors, chunk_size)
     if "pending_forget" in tensors:
-        x, wide = tensors["pending_forget"], tensors["key_sum"].dtype
-        expect(x.dtype == wide, f"pending_forget in {wide}", x.dtype)
+        x = tensors["pending_forget"]
+        expect(x.dtype == torch.float64, f"pending_forget in {torch.float64}", x.dtype)
         expect(x.shape == (batch, heads), f"pending_forget of shape [{batch}, {heads}]", tuple(x.shape))
         is_log = bool((x.isfinite() & (x <= 0)).all())
         expect(is_log, "finite numbers of at most 0 in pending_forget", "others")

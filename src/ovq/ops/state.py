@@ -53,9 +53,9 @@ class OVQState:
         weight: `[B, Hkv, M]` total weight of the tokens in each slot, in the dtype of the sums, where tokens
             were given weights (`token_weights` of `ovq_attention`); None where it is their count.
         pending_weights: `[B, Hkv, C]` weights of the pending tokens, likewise.
-        pending_forget: `[B, Hkv]` sum of `log_forget` of the pending tokens, where there is forgetting.
-            `weight` is then what slots weighed when the incomplete chunk began, and pending tokens weigh
-            more by as much as was forgotten up to them.
+        pending_forget: `[B, Hkv]` float64 sum of `log_forget` of the pending tokens, where there is
+            forgetting. `weight` is then what slots weighed when the incomplete chunk began, and pending
+            tokens weigh more by as much as was forgotten up to them.
 
     Example:
         >>> import torch
@@ -419,7 +419,7 @@ def forgetting(state: OVQState) -> OVQState:
     state = weighted(state)
     if state.pending_forget is not None:
         return state
-    zeros = torch.zeros(state.count.shape[:2], dtype=state.key_sum.dtype, device=state.count.device)
+    zeros = torch.zeros(state.count.shape[:2], dtype=torch.float64, device=state.count.device)
     return dataclasses.replace(state, pending_forget=zeros)
 
 

@@ -38,28 +38,28 @@ class Frames:
         assert call.token_weights is not None
         assert before.pending_forget is not None
         assert before.pending_weights is not None
-        aligned, size = plan.aligned, plan.options.chunk_size
+        aligned, size, wide = plan.aligned, plan.options.chunk_size, before.pending_weights.dtype
         # Rows of no token have no chunk, and come last.
         num_rows = sum(n > 0 for n in aligned.lengths)
         device = call.log_forget.device
         first = torch.tensor(aligned.first_chunk[:num_rows], dtype=torch.int64, device=device)
         chunks = [aligned.chunks_of(r) for r in range(num_rows)]
-        logs = aligned.align(call.log_forget[..., None], None).cumsum(1)[..., 0]
+        logs = aligned.align(call.log_forget[..., None], None)[..., 0].clone()
         # Tokens that were pending stand before the new ones, and nothing is forgotten at their places.
-        logs[first] += before.pending_forget[:num_rows, None]
+        logs[first, 0] += before.pending_forget[:num_rows]
+        logs = logs.cumsum(1)
         total = logs[:, -1]
         is_complete = [
             n >= (i + 1) * size for n, num in zip(aligned.lengths, chunks, strict=False) for i in range(num)
         ]
         frame = total * torch.tensor(is_complete, device=device)[:, None]
-        fading = frame.exp()
-        of_rows = torch.ones_like(before.pending_weights[:, :, 0])
-        of_rows[:num_rows] = fading[first]
-        pending = before.pending_weights * of_rows[..., None]
-        ones, zeros = torch.ones_like(call.log_forget), torch.zeros_like(pending)
+        fading = frame.exp().to(wide)
+        ones, zeros = torch.ones_like(call.token_weights), torch.zeros_like(before.pending_weights)
         is_new = aligned.align(ones[..., None], zeros[..., None]) > 0
-        own = aligned.align(call.token_weights[..., None], pending[..., None])
-        weights = torch.where(is_new, own * (frame[:, None] - logs).exp()[..., None], own)
+        own = aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
+        # Those of pending tokens are as of the beginning of their chunk already.
+        own = torch.where(is_new, own * (-logs).exp().to(wide)[..., None], own)
+        weights = own * fading[:, None, :, None]
         left = before.pending_forget.clone()
         last = first + torch.tensor(chunks, dtype=torch.int64, device=device) - 1
         left[:num_rows] = (total - frame)[last]

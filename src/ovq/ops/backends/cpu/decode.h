@@ -70,15 +70,26 @@ struct Softmax {
     float *out; /* [V] */
 };
 
-/* Scores of the rows first..end-1, -inf for empty slots and beyond. `count` or `weight` is what slots weigh; both are
-   NULL for tokens. */
+/* What rows weigh: their `count`, or their `weight`, or 1 where both are NULL. Means are sums divided by that, or by the
+   `divisor` where there is one. */
+struct Mass {
+    const int64_t *count;
+    const float *weight, *divisor;
+};
+
+/* Scores of the rows first..end-1, -inf for empty slots and beyond. exp(score) times `masses` is what a row counts for,
+   and that times `shares`, if rows have weights or divisors, what its sums are multiplied by. The power of 2 in a weight
+   is part of the score, as its log is by the definition: a row of next to no weight may have a score that is so much
+   higher than the others' that these would vanish beside it, and the largest weights may count for more than scores. */
 template <typename T>
-INLINE void score_rows(const float *query, int64_t dim, const T *keys, const int64_t *count, const float *weight,
-                       int64_t first, int64_t end, float *scores, float *counts) {
-    for (int64_t j = first; j < end; j += VL, scores += VL, counts += VL) {
+INLINE void score_rows(const float *query, int64_t dim, const T *keys, const Mass *mass, int64_t first, int64_t end,
+                       float *scores, float *masses, float *shares) {
+    const int64_t *count = mass->count;
+    const float *weight = mass->weight;
+    for (int64_t j = first; j < end; j += VL, scores += VL, masses += VL, shares += VL) {
         /* The usual size as a constant is unrolled. */
         Vector x = dim == 64 ? products<VL>(query, 64, keys, j, end) : products<VL>(query, dim, keys, j, end);
-        float c[VL] = {};
+        float c[VL] = {}, d[VL] = {};
         const int64_t num = least(VL, end - j);
         /* Whole vectors by themselves, with a number of steps that compilers see. */
         if (num == VL)
@@ -86,8 +97,18 @@ INLINE void score_rows(const float *query, int64_t dim, const T *keys, const int
         else
             for (int64_t i = 0; i < num; i++) c[i] = weight ? weight[j + i] : count ? (float)count[j + i] : 1;
         const Vector number = load(c);
-        store(scores, number > 0.0f ? x / number : splat(-INFINITY));
-        store(counts, number);
+        if (!weight && !mass->divisor) {
+            store(scores, number > 0.0f ? x / number : splat(-INFINITY));
+            store(masses, number);
+            continue;
+        }
+        for (int64_t i = 0; mass->divisor && i < num; i++) d[i] = mass->divisor[j + i];
+        const Vector divisor = mass->divisor ? load(d) : number;
+        Vector own = number, power = {};
+        if (weight) own = significand(number, &power);
+        store(scores, number > 0.0f ? x / divisor + power * LN_2 : splat(-INFINITY));
+        store(masses, number > 0.0f ? own : Vector{});
+        store(shares, number > 0.0f ? own / divisor : Vector{});
     }
 }
 
@@ -120,30 +141,23 @@ template <typename T> INLINE void fetch(const T *x, int64_t num) {
     for (int64_t i = 0; i < num; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(x + i);
 }
 
-/* Adds `num` rows to the softmax of each query of a group; `count` and `weight` as in `score_rows`. Scores of slots of
-   several tokens are multiplied by `temperature` [group], and get `bias` [group] added, where these are not NULL. Where
-   there is a `divisor` [num], means are sums divided by it and not by what slots weigh. */
+/* Adds `num` rows to the softmax of each query of a group. Scores of slots of several tokens are multiplied by
+   `temperature` [group], and get `bias` [group] added, where these are not NULL. */
 template <typename T>
-static void absorb(const Decode *call, const float *queries, const T *keys, const T *values, const int64_t *count,
-                   const float *weight, int64_t num, Softmax *softmax, const float *temperature = nullptr,
-                   const float *bias = nullptr, const float *divisor = nullptr) {
-    float scores[READ_AT_ONCE], counts[READ_AT_ONCE], shares[READ_AT_ONCE];
+static void absorb(const Decode *call, const float *queries, const T *keys, const T *values, Mass mass, int64_t num,
+                   Softmax *softmax, const float *temperature = nullptr, const float *bias = nullptr) {
+    float scores[READ_AT_ONCE], masses[READ_AT_ONCE], shares[READ_AT_ONCE];
     const int64_t dim = call->value_dim;
     for (int64_t first = 0; first < num; first += READ_AT_ONCE) {
         const int64_t end = least(num, first + READ_AT_ONCE), n = padded(end - first, VL);
         for (int64_t g = 0; g < call->group_size; g++) {
             Softmax *own = softmax + g;
             fetch(values + first * dim, (end - first) * dim);
-            score_rows(queries + g * call->key_dim, call->key_dim, keys, count, weight, first, end, scores,
-                       counts);
-            for (int64_t j = 0; divisor && first + j < end; j++) {
-                shares[j] = counts[j] > 0 ? counts[j] / divisor[first + j] : 0;
-                if (counts[j] > 0) scores[j] *= shares[j];
-            }
+            score_rows(queries + g * call->key_dim, call->key_dim, keys, &mass, first, end, scores, masses, shares);
             for (int64_t j = 0; (temperature || bias) && j < n; j += VL) {
                 const Vector x = load(scores + j);
                 const Vector learned = x * (temperature ? temperature[g] : 1.0f) + (bias ? bias[g] : 0.0f);
-                store(scores + j, load(counts + j) > 1.0f ? learned : x);
+                store(scores + j, load(masses + j) > 1.0f ? learned : x);
             }
             Vector high = splat(own->best), total = {};
             for (int64_t j = 0; j < n; j += VL) high = higher_of(load(scores + j), high);
@@ -158,11 +172,10 @@ static void absorb(const Decode *call, const float *queries, const T *keys, cons
             const Vector shift = splat(best > -INFINITY ? best : 0);
             for (int64_t j = 0; j < n; j += VL) {
                 const Vector x = exponential(load(scores + j) - shift);
-                store(scores + j, x);
-                total += x * load(counts + j);
+                store(scores + j, mass.weight || mass.divisor ? x * load(shares + j) : x);
+                total += x * load(masses + j);
             }
             own->total += ::total(total);
-            for (int64_t j = 0; divisor && first + j < end; j++) scores[j] *= shares[j];
             fetch(keys + end * call->key_dim, (least(num, end + READ_AT_ONCE) - end) * call->key_dim);
             add_values(scores, end - first, values + first * dim, dim, own->out);
         }
@@ -198,12 +211,12 @@ static void decode_stream(const Decode *call, int64_t row, int64_t head) {
             ones[i] = 1;
         }
         /* Keys and values of tokens are not sums: they are divided by 1. */
-        absorb(call, x, keys, (decltype(keys))call->pending_values + from * v, nullptr,
-               call->weighs_chunk ? weights : nullptr, num, y, nullptr, nullptr, call->weighs_chunk ? ones : nullptr);
+        const Mass mass = call->weighs_chunk ? Mass{nullptr, weights, ones} : Mass{};
+        absorb(call, x, keys, (decltype(keys))call->pending_values + from * v, mass, num, y);
     });
     const int64_t slots = stream * call->capacity;
-    absorb(call, queries, call->key_sum + slots * k, call->value_sum + slots * v, call->count + slots,
-           call->weight ? call->weight + slots : nullptr, call->capacity, softmax);
+    const Mass mass = {call->count + slots, call->weight ? call->weight + slots : nullptr, nullptr};
+    absorb(call, queries, call->key_sum + slots * k, call->value_sum + slots * v, mass, call->capacity, softmax);
     const int64_t heads = call->num_kv_heads * group;
     for (int64_t g = 0; g < group; g++)
         write_numbers(call->dtype, call->o, (row * heads + head * group + g) * v, v, 1 / softmax[g].total, out + g * v);

@@ -371,14 +371,14 @@ static void read_one(const HeadStream *s) {
     }
     with_type(g->dtype, g->recent_keys, stream * g->num_exact * k,
               [=, call = &shape, x = (const float *)queries, y = &softmax[0]](auto *keys) {
-                  absorb(call, x, keys, (decltype(keys))g->recent_values + stream * g->num_exact * v, nullptr, nullptr,
+                  absorb(call, x, keys, (decltype(keys))g->recent_values + stream * g->num_exact * v, Mass{},
                          s->filled + 1, y);
               });
     const int64_t num = g->capacity ? s->schedule[0] : 0;
     if (num) {
         for (int64_t i = 0; i < size * k; i++) queries[i] *= g->key_unit[stream];
-        absorb(&shape, queries, s->sums.key, s->sums.value, s->sums.count, nullptr, num, softmax,
-               g->temperature ? g->temperature + first : nullptr, g->bias ? g->bias + first : nullptr, s->sums.weight);
+        absorb(&shape, queries, s->sums.key, s->sums.value, Mass{s->sums.count, nullptr, s->sums.weight}, num, softmax,
+               g->temperature ? g->temperature + first : nullptr, g->bias ? g->bias + first : nullptr);
     }
     for (int64_t i = 0; i < size; i++)
         write_numbers(g->query_dtype, g->o,

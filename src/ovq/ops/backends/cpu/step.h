@@ -117,8 +117,9 @@ struct Layer {
     const float *gate;          /* [Hkv, width] of the merge gate, or NULL. */
     /* Of the forget gate, [Hkv, width] and [Hkv], or NULL; what the pending tokens have forgotten before and with the new
        one, [R, Hkv], and the least that a token may forget. */
-    const float *forget_gate, *forget_bias, *forgotten;
-    float *forgotten_now;
+    const float *forget_gate, *forget_bias;
+    const double *forgotten;
+    double *forgotten_now;
     double least_log;
     const float *cos, *sin;     /* [K / 2] angles of the token, or NULL. */
     const float *taps, *past;   /* Of the convolution: [channels, taps], [R, channels, taps - 1]; NULL without one. */
@@ -182,9 +183,9 @@ static float token_weight(const Layer *layer, const float *x, int64_t stream, in
     if (layer->forget_gate) {
         const float y = long_dot(x, layer->forget_gate + head * layer->width, layer->width) + layer->forget_bias[head];
         const float log_sigmoid = fminf(y, 0) - log1pf(expf(-fabsf(y)));
-        const float sum = layer->forgotten[stream] + fmaxf(log_sigmoid, (float)layer->least_log);
+        const double sum = layer->forgotten[stream] + fmax(log_sigmoid, layer->least_log);
         layer->forgotten_now[stream] = sum;
-        weight *= expf(-sum);
+        weight *= (float)exp(-sum);
     }
     return weight;
 }

@@ -126,7 +126,17 @@ static int are_finite(const float *x, int64_t n) {
     return total(sum) == 0;
 }
 
+/* Numbers x >= 0 as significands, from 1 to below 2 but for 0, and powers of 2. */
+INLINE Vector significand(Vector x, Vector *power) {
+    /* Those that are not normal have no exponent of their own. */
+    const IntVector is_small = x < FLT_MIN;
+    const IntVector bits = (IntVector)(is_small ? x * 0x1p64f : x);
+    *power = __builtin_convertvector((bits >> 23) - (is_small ? IntVector{} + 191 : IntVector{} + 127), Vector);
+    return x > 0.0f ? (Vector)((bits & 0x7fffff) | 0x3f800000) : x;
+}
+
 #define LOG2_E 1.44269504f
+#define LN_2 0.693147181f
 
 /* The polynomials in r, |r| <= 1/2, of least relative error from 2^r among those that are 1 at 0. */
 template <int degree> INLINE Vector power_series(Vector r) {

@@ -161,7 +161,8 @@ def _forward_group(
     """
     sums, options = group.dictionary(sums), group.plan.options
     kept: list[MergedSlots | Snapshot] = []
-    reader = Reader(group, inputs.q, inputs.v, sums.key_sum.dtype)
+    has_weights = inputs.token_weights is not None
+    reader = Reader(group, inputs.q, inputs.v, sums.key_sum.dtype, has_weights=has_weights)
     router = Router(
         num_streams=group.num_streams, max_slots=group.plan.capacity, options=options, like=sums.key_sum
     )
@@ -194,7 +195,8 @@ class _Backward:
         self._group, self._saved, self._grads = group, saved, grads
         self._sums, self._deposits = group.dictionary(final).clone(), group.dictionary(deposits)
         self._wide = final.key_sum.dtype
-        self._reader = Reader(group, saved.q, saved.v, self._wide)
+        has_weights = saved.token_weights is not None
+        self._reader = Reader(group, saved.q, saved.v, self._wide, has_weights=has_weights)
 
     def run(self, kept: list[MergedSlots | Snapshot]) -> None:
         """Run all chunks; `kept` is what `_forward_group` returned."""
@@ -263,14 +265,12 @@ class _Backward:
         """Gradients of one block's softmax; those of its candidates are added to the buffers for them."""
         saved, grads, reader, wide = self._saved, self._grads, self._reader, self._wide
         probs = reader.attend(step, block, saved.q, saved.scale)
-        grad_scores, _ = reader.scratch(step, block)
         grad_o = step.part(saved.grad_o, block).reshape(step.num_streams, -1, saved.v.shape[-1])
         o = step.part(saved.o, block).reshape_as(grad_o)
         grad_values = torch.bmm(probs.transpose(1, 2), grad_o)
-        # dS = P (dP - sum(P dP)), and sum(P dP) = sum(o do).
+        # sum(P dP) = sum(o do).
         inner = (o.to(wide) * grad_o.to(wide)).sum(-1, keepdim=True)
-        torch.bmm(grad_o, reader.values(step, block).transpose(1, 2), out=grad_scores)
-        grad_scores.sub_(inner.to(grad_scores.dtype)).mul_(probs)
+        grad_scores, wide_scores = reader.grad_scores(step, block, grad_o, inner)
         grad_keys = torch.bmm(grad_scores.transpose(1, 2), reader.queries)
         queries = step.part(saved.q, block)
         # The queries of the product are scale * q.
@@ -279,7 +279,7 @@ class _Backward:
         grad_queries = by_head * saved.scale[step.query_heads, None, None]
         step.put(grads.q, grad_queries.view(step.num_streams, -1, saved.q.shape[-1]), block)
         if self._group.plan.options.bias == "count+norm":
-            _backward_norms(step, block, reader, saved.scale, grads.scale, grad_scores, grad_keys)
+            _backward_norms(step, block, reader, saved.scale, grads.scale, wide_scores, grad_keys)
         for tokens in step.blocks:
             if tokens.start < block.stop:
                 rows = slice(block.stop - tokens.stop, block.stop - tokens.start)
@@ -289,11 +289,11 @@ class _Backward:
                     # The log of its weight is in the score of a token.
                     assert saved.token_weights is not None
                     weights = step.take(saved.token_weights)[:, tokens, 0]
-                    of_scores = grad_scores[..., rows].sum(1, dtype=wide) / weights.clamp(min=LEAST_READ)
+                    of_scores = wide_scores[..., rows].sum(1, dtype=wide) / weights.clamp(min=LEAST_READ)
                     grad_w[:, tokens] += of_scores.masked_fill(weights < LEAST_READ, 0)
         slots = slice(block.stop, block.stop + step.num_slots)
         of_keys, of_values = grad_keys[:, slots].to(wide), grad_values[:, slots].to(wide)
-        self._deposit(step, of_keys, of_values, grad_scores[..., slots])
+        self._deposit(step, of_keys, of_values, wide_scores[..., slots])
 
     def _deposit(self, step: Step, of_keys: Tensor, of_values: Tensor, of_scores: Tensor) -> None:
         """Add the gradients of the means and scores of slots that a block attended to, to those of sums."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,17 @@ class Reader:
     attends to (itself, the blocks before it and the dictionary) is then one contiguous range, ready for one
     matrix product.
 
+    Products of 16 bits are rounded to 16 bits. That is as exact as the scores of unit vectors need to be, and
+    the logs of counts, but logs of weights and norms may be many times as large as the differences of scores
+    that matter. Where there are such, they are added in the dtype of the sums, and the softmax is of what
+    that gives.
+
+    Args:
+        group: the streams.
+        q: all queries. v: all values.
+        wide: the dtype of the sums.
+        has_weights: whether tokens have weights.
+
     Attributes:
         means: `[S, padded M, K]` key means in the dtype of the sums, zero beyond the slots in use.
         mass: `[S, n, 1]` counts or weights to divide by, in that dtype.
@@ -52,7 +65,7 @@ class Reader:
         queries: `[S, G * b, K]` the queries, times scale, of the block attended last.
     """
 
-    def __init__(self, group: Group, q: Tensor, v: Tensor, wide: torch.dtype) -> None:
+    def __init__(self, group: Group, q: Tensor, v: Tensor, wide: torch.dtype, *, has_weights: bool) -> None:
         plan = group.plan
         self._width, self._wide = plan.aligned.width, wide
         capacity = padded_slots(plan.capacity)
@@ -65,14 +78,16 @@ class Reader:
         queries = group.num_streams * plan.group_size * block
         self._queries = q.new_empty(queries * q.shape[-1])
         self._scores = q.new_empty(queries * rows)
-        self._bias = q.new_full((group.num_streams, 1, 1, capacity), -torch.inf)
         self._probs = torch.empty_like(self._scores)
-        self._future = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
-        self._causal = q.new_zeros(block, block).masked_fill_(self._future, -torch.inf)
         self._has_norm = plan.options.bias == "count+norm"
-        self._token_bias: Tensor | None = None
-        if plan.options.weighs_chunk:
-            self._token_bias = q.new_zeros(group.num_streams, self._width)
+        kind = wide if has_weights or self._has_norm else q.dtype
+        self._wide_scores, self._wide_probs = self._scores, self._probs
+        if kind != q.dtype:
+            self._wide_scores, self._wide_probs = q.new_empty(2, queries * rows, dtype=wide)
+        self._bias = q.new_zeros(group.num_streams, rows, dtype=kind)
+        self._weighs_chunk = plan.options.weighs_chunk
+        self._future = torch.ones(block, block, dtype=torch.bool, device=q.device).triu(1)
+        self._causal = self._bias.new_zeros(block, block).masked_fill_(self._future, -torch.inf)
 
     def load(
         self, step: Step, k: Tensor, v: Tensor, sums: Dictionary, token_weights: Tensor | None = None
@@ -93,13 +108,13 @@ class Reader:
             rows = slice(width - block.stop, width - block.start)
             self._keys[:s, rows] = chunk_keys[:, block]
             self._values[:s, rows] = values[:, block]
-            if self._token_bias is not None:
+            if self._weighs_chunk:
                 assert token_weights is not None
-                self._token_bias[:s, rows] = log_token_weights(step.take(token_weights)[:, block, 0])
+                self._bias[:s, rows] = log_token_weights(step.take(token_weights)[:, block, 0])
         mass = sums.mass[:s, :n]
         # log 0 = -inf excludes spare slots. Their keys and values are zero, or finite and out of date.
-        self._bias[:s, 0, 0, :n] = log_mass(mass, self._wide)
-        self._bias[:s, ..., n:] = -torch.inf
+        self._bias[:s, width : width + n] = log_mass(mass, self._wide)
+        self._bias[:s, width + n :] = -torch.inf
         self._rows = width + padded_slots(n)
         self.is_empty = (mass <= 0).unsqueeze(-1)
         self.mass = divisor(mass, self._wide).unsqueeze(-1)
@@ -122,22 +137,47 @@ class Reader:
         queries = self._queries[: part.numel()].view(part.shape)
         torch.mul(part, scale[step.query_heads][:, None, None], out=queries)
         self.queries = queries.view(step.num_streams, -1, q.shape[-1])
-        scores, probs = self.scratch(step, block)
+        scores, probs = self._shaped(step, block, self._wide_scores, self._wide_probs)
         by_token = scores.view(step.num_streams, -1, size, scores.shape[-1])
-        by_token[..., :size] = self._causal[:size, :size]
-        by_token[..., size : block.stop] = 0
-        by_token[..., block.stop :] = self._bias[: step.num_streams, ..., : self._rows - self._width]
-        if self._token_bias is not None:
-            own = self._token_bias[: step.num_streams, self._width - block.stop :]
-            by_token[..., : block.stop] += own[:, None, None]
+        bias = self._bias[: step.num_streams, None, None, self._width - block.stop : self._rows]
+        keys = self.keys(step, block).transpose(1, 2)
+        is_wide = scores.dtype != keys.dtype
+        if is_wide:
+            scores.copy_(torch.bmm(self.queries, keys, out=self._shaped(step, block, self._scores)[0]))
+            by_token += bias
+        else:
+            by_token[..., :size] = bias[..., :size] + self._causal[:size, :size]
+            by_token[..., size:] = bias[..., size:]
+            scores.baddbmm_(self.queries, keys)
         if self._has_norm:
             half_norms = self.half_norms(step, block)[:, None, None]
             by_token.sub_(step.scales(scale)[:, :, None, None] * half_norms)
-        scores.baddbmm_(self.queries, self.keys(step, block).transpose(1, 2))
-        if self._is_key_spoilt:
+        if is_wide or self._is_key_spoilt:
             # The sum of -inf and the score of a key that is not finite may be NaN.
             by_token[..., :size].masked_fill_(self._future[:size, :size], -torch.inf)
-        return torch.softmax(scores, -1, out=probs)
+        torch.softmax(scores, -1, out=probs)
+        return self._shaped(step, block, self._probs)[0].copy_(probs) if is_wide else probs
+
+    def grad_scores(self, step: Step, block: slice, grad_o: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients `[S, G * b, R]` of the scores of the block attended last, dS = P (dP - sum(P dP)).
+
+        Args:
+            step: the step.
+            block: the block.
+            grad_o: `[S, G * b, V]` gradient of its outputs.
+            inner: `[S, G * b, 1]` sum(P dP), in the dtype of the sums.
+
+        Returns:
+            The gradients in the dtype of products, and in that of the softmax; both in scratch memory.
+        """
+        narrow, probs = self._shaped(step, block, self._scores, self._wide_probs)
+        torch.bmm(grad_o, self.values(step, block).transpose(1, 2), out=narrow)
+        if probs.dtype == narrow.dtype:
+            narrow.sub_(inner.to(narrow.dtype)).mul_(probs)
+            return narrow, narrow
+        # Copied first, as operations on two dtypes are slow.
+        wide = self._shaped(step, block, self._wide_scores)[0].copy_(narrow).sub_(inner).mul_(probs)
+        return narrow.copy_(wide), wide
 
     def read(self, step: Step, block: slice, q: Tensor, scale: Tensor) -> Tensor:
         """Outputs `[S, G * b, V]` of a block."""
@@ -159,9 +199,8 @@ class Reader:
         """|D|^2 / 2 `[S, R]` of the keys that a block attends to, with `bias="count+norm"`."""
         return self._half_norms[: step.num_streams, self._width - block.stop : self._rows]
 
-    def scratch(self, step: Step, block: slice) -> tuple[Tensor, Tensor]:
-        """Two buffers `[S, G * b, R]`; the first is free once `attend` has returned the second."""
+    def _shaped(self, step: Step, block: slice, *buffers: Tensor) -> list[Tensor]:
+        """Buffers as `[S, G * b, R]`."""
         queries = step.group.plan.group_size * (block.stop - block.start)
         shape = (step.num_streams, queries, block.stop + self._rows - self._width)
-        size = shape[0] * shape[1] * shape[2]
-        return self._scores[:size].view(shape), self._probs[:size].view(shape)
+        return [x[: math.prod(shape)].view(shape) for x in buffers]

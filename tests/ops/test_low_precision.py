@@ -1,0 +1,80 @@
+"""16 bits: how far outputs and gradients are from those of float64, with weights and logs of any size."""
+
+import pytest
+import torch
+
+from tests.ops.common import CPU, attend, inputs
+
+#: Weights of tokens from uniform numbers, and logs that they forget.
+GIVEN = {
+    "forgets little": (None, -0.02),
+    "forgets": (None, -0.25),
+    "forgets all": (None, -0.375),
+    "weights": (lambda x: 1e3 * (x + 1e-3), None),
+    "weights of any size": (lambda x: 10 ** (12 * x - 6), None),
+    "both": (lambda x: 1e3 * (x + 1e-3), -0.375),
+}
+
+
+def results(given, options, dtype):
+    """Outputs and gradients of queries, keys and values, all of numbers that 16 bits can hold."""
+    weigh, log = given
+    q, k, v = inputs(1, 384, 4, 2, 64, 64, dtype=torch.float64)
+    leaves = [x.to(options["dtype"]).to(dtype).requires_grad_() for x in (q, k, v)]
+    more = {}
+    if weigh is not None:
+        draw = torch.rand(1, 384, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        more["token_weights"] = weigh(draw)
+    if log is not None:
+        more["log_forget"] = torch.full((1, 384, 2), log, dtype=torch.float64)
+    own = {name: x for name, x in options.items() if name != "dtype"}
+    o, state = attend(*leaves, **more, **own)
+    draw = torch.randn(o.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    return [o.detach(), *torch.autograd.grad((o * draw.to(dtype)).sum(), leaves)], state.count
+
+
+def errors(given, options):
+    """Of outputs and of each gradient, relative to its size."""
+    own, count = results(given, options, options["dtype"])
+    exact, expected = results(given, options | {"backend": "torch"}, torch.float64)
+    assert torch.equal(count, expected)
+    return torch.tensor([float((a.double() - b).norm() / b.norm()) for a, b in zip(own, exact, strict=True)])
+
+
+@pytest.mark.parametrize("backend", ["torch", *CPU])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logs_of_weights_cost_no_precision(dtype, backend):
+    """However large they are: errors are those of a call without any."""
+    options = {"num_slots": 96, "chunk_size": 128, "scale": 8.0, "backend": backend, "dtype": dtype}
+    without = errors((None, None), options)
+    for name, given in GIVEN.items():
+        found = errors(given, options)
+        assert bool((found <= 1.2 * without).all()), f"{name}: errors {found}, without {without}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norms_of_keys_cost_no_precision_and_do_not_overflow(dtype):
+    """Halves of squares are beyond 65504 here, scores are not."""
+    options = {"num_slots": 96, "chunk_size": 128, "scale": 8.0, "backend": "torch", "dtype": dtype}
+    assert bool(
+        (errors((None, None), options | {"bias": "count+norm"}) <= errors((None, None), options)).all()
+    )
+    q, k, v = inputs(1, 40, 1, 1, 8, 8, dtype=torch.float32)
+    q, k, v = q.to(dtype), (200 * k).to(dtype), v.to(dtype)
+    sizes = {"num_slots": 12, "chunk_size": 8, "scale": 8.0, "bias": "count+norm"}
+    found, expected = (attend(q, k, v, **sizes, backend=name)[0] for name in ("torch", "naive"))
+    assert bool(found.isfinite().all())
+    # Products of 1600 are rounded to whole numbers or less exactly: most queries have one key, the same.
+    assert float((found - expected).abs().median()) < 0.01
+
+
+def test_a_score_that_overflows_reaches_no_earlier_output():
+    """In float16, with weights: its own token on may be NaN."""
+    q, k, v = inputs(1, 20, 1, 1, 8, 8, dtype=torch.float16)
+    k[:, 11] *= 6e4
+    weights = torch.ones(1, 20, 1)
+    found, expected = (
+        attend(q * 8, k, v, num_slots=4, chunk_size=8, token_weights=weights, backend=name)[0]
+        for name in ("torch", "naive")
+    )
+    torch.testing.assert_close(found[:, :11], expected[:, :11], rtol=1e-2, atol=1e-2)
