@@ -15,7 +15,6 @@ import functools
 import hashlib
 import logging
 import os
-import stat
 import tempfile
 import threading
 import warnings
@@ -26,7 +25,7 @@ import torch
 
 from ovq.ops.backends.cpu import compiler
 from ovq.ops.backends.cpu.compiler import Level, Unavailable
-from ovq.runtime.files import atomic_path, cache_folder
+from ovq.runtime.files import atomic_path, cache_folder, private_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -176,7 +175,7 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
     command = compiler.find_compiler()
     stem = f"kernels-{compiler.fingerprint(command, flags)}"
     binary, reasons = None, []
-    for find in (cache_folder, _private_folder):
+    for find in (cache_folder, private_folder):
         try:
             folder = find()
             path = _kept(folder, stem)
@@ -190,25 +189,6 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
         except OSError as error:
             reasons.append(str(error))
     raise Unavailable("; ".join(reasons))
-
-
-def _private_folder() -> Path:
-    """This user's folder in the directory of temporary files, for kernels that the cache cannot keep.
-
-    Its name is always the same, so that processes share what the first of them compiled, and do not each
-    leave a folder behind. Another user could have made a folder of that name to have their code run, so the
-    folder is used only if it is private.
-    """
-    if not hasattr(os, "geteuid"):
-        raise OSError("no folder for temporary files of one user on this system")
-    folder = Path(tempfile.gettempdir()) / f"ovq-{os.geteuid()}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-    if not is_own or status.st_mode & 0o077:
-        raise OSError(f"{folder}: expected a folder that belongs to this user alone, found another")
-    return folder
 
 
 def _kept(folder: Path, stem: str) -> Path | None:
