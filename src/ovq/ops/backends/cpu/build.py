@@ -18,10 +18,12 @@ import os
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 
 from ovq.ops.backends.cpu import compiler
 from ovq.ops.backends.cpu.compiler import Level, Unavailable
@@ -157,9 +159,11 @@ def _loaded(path: Path, how: str) -> Kernels:
     for arm64 show that library to nobody else, and another package may have brought another one.
 
     Raises:
-        OSError: if the file cannot be loaded.
+        OSError: if the file cannot be loaded, or has no kernels.
     """
     library = ctypes.CDLL(str(path))
+    if not hasattr(library, "ovq_use_threads"):
+        raise OSError(f"{path}: expected a library of kernels, found one without them")
     try:
         of_torch = ctypes.CDLL(torch._C.__file__)
         functions = [ctypes.cast(getattr(of_torch, name), ctypes.c_void_p) for name in _OPENMP]
@@ -180,15 +184,43 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
             folder = find()
             path = _kept(folder, stem)
             if path is None:
-                binary = binary or _compiled(command, flags, folder)
-                path = _put(binary, folder, stem)
-            else:
-                # If code on this disk may not be executed, the next place gets a copy.
-                binary = path.read_bytes()
+                with _first_of_all(folder, stem):
+                    # Another process may have made them meanwhile.
+                    path = _kept(folder, stem)
+                    if path is None:
+                        path = _put(binary or _compiled(command, flags, folder), folder, stem)
+            # If code on this disk may not be executed, the next place gets a copy.
+            binary = path.read_bytes()
             return _loaded(path, how)
         except OSError as error:
             reasons.append(str(error))
     raise Unavailable("; ".join(reasons))
+
+
+@contextlib.contextmanager
+def _first_of_all(folder: Path, stem: str) -> Iterator[None]:
+    """Wait for a process that is in this block for the same kernels; all that have waited go on at once.
+
+    Otherwise the processes of a first start on many cores would each take the memory and the time of a
+    compiler. If the first one makes no kernels, the others do not take turns to fail.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".{stem}.lock"
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        # It compiles and links.
+        with contextlib.suppress(OSError), lock.acquire(timeout=2 * compiler.TIMEOUT):
+            pass
+    except (OSError, NotImplementedError) as error:
+        _logger.info("cannot wait for other processes: %s", error)
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _kept(folder: Path, stem: str) -> Path | None:
