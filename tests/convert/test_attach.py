@@ -247,6 +247,9 @@ def test_what_a_memory_cannot_do_is_refused():
         model.generate(ids, **{CACHE_KEY: DynamicCache()}, **GREEDY)
     with pytest.raises(ValueError, match="a mask \\[B, T\\]"):
         model(ids, attention_mask=torch.ones(1, 1, 10, 10))
+    for other in (torch.ones(1, 8), torch.ones(2, 10)):
+        with pytest.raises(ValueError, match="expected 1 rows of at least the 10 new tokens"):
+            model(ids, attention_mask=other)
     with pytest.raises(ValueError, match="causal mask"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]]), use_cache=False)
     with pytest.raises(ValueError, match="cache_implementation"):

@@ -1,15 +1,20 @@
 """Compiled kernels that cannot be had: what goes wrong costs speed and one warning, and nothing else."""
 
+import _ctypes
 import concurrent.futures
+import contextlib
 import ctypes
 import os
 import re
+import select
 import shlex
+import shutil
 import stat
 import threading
 import warnings
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 
@@ -295,6 +300,46 @@ def test_what_cannot_be_loaded_is_named_and_not_made_again(fresh, compiler, tmp_
     assert len(compiler.calls) == 2, "once compiled, once linked"
 
 
+def test_a_compiler_that_makes_nothing_is_named_and_not_asked_twice(fresh, tmp_path, runs):
+    idle = Compiler(tmp_path / "bin", "exit 0")
+    fresh.setenv("CXX", f"{idle.path} --flag")
+    (o, _), [message] = warned(result)
+    assert o.isfinite().all()
+    assert runs == []
+    assert f"{idle.path} --flag made no library, and said that it did)" in message
+    assert len(idle.calls) == 2, "once compiled, once linked"
+    assert kernel_files(tmp_path / "cache") == kernel_files(tmp_path / "temporary") == []
+
+
+def test_a_compiler_that_hangs_is_ended_with_all_that_it_started(fresh, tmp_path, runs):
+    os.mkfifo(tmp_path / "fifo")
+    fifo = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    hanging = Compiler(
+        tmp_path / "bin", f"sleep 600 > {tmp_path / 'fifo'} & echo > {tmp_path / 'begun'}; wait"
+    )
+    fresh.setenv("CXX", str(hanging.path))
+    fresh.setattr(build.compiler, "TIMEOUT", 1)
+    (o, _), [message] = warned(result)
+    assert o.isfinite().all()
+    assert runs == []
+    assert f"{hanging.path} was not done after 1 s)" in message
+    # Readable means that nobody has it open for writing any more.
+    assert select.select([fifo], [], [], 60)[0]
+    assert os.read(fifo, 1) == b""
+    os.close(fifo)
+
+
+def test_a_library_without_kernels_is_named(fresh, tmp_path, runs):
+    """As `CXX="g++ -fvisibility=hidden"` makes it."""
+    (tmp_path / "other").write_bytes(Path(_ctypes.__file__).read_bytes())
+    other = Compiler(tmp_path / "bin", f'cp {tmp_path / "other"} "$last"')
+    fresh.setenv("CXX", str(other.path))
+    (o, _), [message] = warned(result)
+    assert o.isfinite().all()
+    assert runs == []
+    assert "expected a library of kernels, found one without them" in message
+
+
 @needs_compiler
 def test_processes_that_start_at_once_do_not_meet(compiler, tmp_path, made):
     """Threads without the lock that threads have: all they share is the disk, as processes do."""
@@ -303,6 +348,33 @@ def test_processes_that_start_at_once_do_not_meet(compiler, tmp_path, made):
     assert all(isinstance(outcome, build.Kernels) for outcome in outcomes), outcomes
     [path] = kernel_files(tmp_path / "cache")
     assert path.read_bytes() == made
+    assert len(compiler.calls) == 2, "one compiles and links, and the others wait"
+
+
+@needs_compiler
+@pytest.mark.parametrize("error", [None, OSError(37, "No locks available"), NotImplementedError("no flock")])
+def test_processes_that_have_waited_in_vain_compile_themselves(compiler, fresh, tmp_path, error):
+    """Another one holds the lock for too long, or there are no locks on this disk."""
+    fresh.setattr(build.compiler, "TIMEOUT", 0.05)
+    fresh.setattr(build.compiler, "_run", lambda command, place: shutil.copy(tmp_path / "made", command[-1]))
+    command = build.compiler.find_compiler()
+    stem = f"kernels-{build.compiler.fingerprint(command, build.compiler.NATIVE)}"
+    folder = tmp_path / "cache" / "ovq"
+    folder.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        if error is None:
+            stack.enter_context(filelock.FileLock(folder / f".{stem}.lock"))
+        else:
+            fresh.setattr(filelock.FileLock, "_acquire", raises(error))
+        assert cpu_kernels() == "compiled for this processor"
+    assert [path.suffix for path in kernel_files(tmp_path / "cache")] == [".so"]
+
+
+def raises(error):
+    def refuse(*_):
+        raise error
+
+    return refuse
 
 
 @needs_compiler

@@ -3,6 +3,7 @@
 import os
 import shutil
 import stat
+import tempfile
 
 import pytest
 
@@ -50,3 +51,37 @@ def test_an_error_leaves_no_folder(cache):
         cached_folder(["text"], lambda folder: 1 / 0)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
     assert (cached_folder(["text"], fill) / "a").read_text() == "made"
+
+
+def test_where_the_cache_cannot_be_written_the_private_folder_of_the_user_does(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    folder = cached_folder(["text"], fill)
+    assert folder.parent == tmp_path / "temporary" / f"ovq-{os.geteuid()}" / "text"
+    assert (cached_folder(["text"], lambda folder: 1 / 0) / "a").read_text() == "made"
+    folder.parents[1].chmod(0o755)
+    with pytest.raises(OSError, match=r"XDG_CACHE_HOME names one.*Not a directory.*this user alone"):
+        cached_folder(["text"], fill)
+
+
+def test_what_a_cache_has_is_read_where_it_cannot_be_written(cache, monkeypatch):
+    folder = cached_folder(["text"], fill)
+
+    def refuse(*_args, **_kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert cached_folder(["text"], fill) == folder
+
+
+def test_errors_of_the_filling_are_its_own(cache):
+    """What cannot be read, or a full disk, is no reason to try again elsewhere."""
+
+    def fails(folder):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        cached_folder(["text"], fails)
+    assert caught.value.errno == 28

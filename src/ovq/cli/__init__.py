@@ -30,7 +30,7 @@ from ovq.cli import (
     serve,
     train,
 )
-from ovq.cli.outputs import Readers, drop_unwritten, open_closed_streams
+from ovq.cli.outputs import Readers, accept_all_text, drop_unwritten, open_closed_streams
 from ovq.cli.plugins import Import
 from ovq.cli.verbosity import Quiet, Verbose, add_to_commands
 from ovq.runtime.verbosity import is_verbose
@@ -103,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: The command line without the program's name; None for that of the process.
     """
     open_closed_streams()
+    accept_all_text()
     readers = Readers()
     try:
         code = _program()(args=arguments, standalone_mode=False)

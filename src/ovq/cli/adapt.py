@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import out_console, text_tokenizer
+from ovq.cli.common import check_new_folder, out_console, text_tokenizer
 from ovq.cli.corpus import HeldOut, HubSplit, JoinTo, MaxDocuments, Subset, TextField
 from ovq.cli.loading import is_converted, load_generating_model
 
@@ -94,10 +94,7 @@ def adapt(
         raise ValueError(
             f"--model: expected the folder of a model that ovq convert has written, found {model}"
         )
-    if out.exists():
-        raise ValueError(f"--out: expected a folder that does not exist yet, found {out}")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: expected a folder in one that exists, found {out}")
+    check_new_folder("--out", out)
     checkpoint = out.with_name(f"{out.name}.part")
     if checkpoint.exists() and not resume:
         raise ValueError(f"{checkpoint}: expected no run that has begun, found one: --resume, or delete it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -59,6 +60,26 @@ def read_text(source: str, *, flag: str) -> str:
         ) from None
 
 
+def as_text(argument: str, *, flag: str) -> str:
+    """The text of a command line's argument, read as UTF-8 where the system took its bytes for no text.
+
+    Raises:
+        ValueError: If it is not text in UTF-8; names the flag.
+
+    Example:
+        >>> as_text("\\udcc3\\udcbc", flag="--prompt")  # what Python makes of it where LC_ALL=C
+        'ü'
+    """
+    if argument.isascii():
+        return argument
+    try:
+        return argument.encode("utf-8", "surrogateescape").decode("utf-8")
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise ValueError(
+            f"{flag}: expected text in UTF-8, found other bytes (from byte {error.start:,} on)"
+        ) from None
+
+
 def check_file(flag: str, path: Path) -> None:
     """Check that a file can be written there: hours of work must not end at a place where it cannot.
 
@@ -73,8 +94,7 @@ def check_file(flag: str, path: Path) -> None:
     """
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{flag}: expected a file in a folder that exists, found {path}")
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+    _check_writable(path.parent)
 
 
 def check_folder(flag: str, path: Path | None) -> None:
@@ -93,8 +113,58 @@ def check_folder(flag: str, path: Path | None) -> None:
     place = next(folder for folder in (path, *path.parents) if folder.exists())
     if not place.is_dir():
         raise ValueError(f"{flag}: expected a folder, found a file: {place}")
-    with tempfile.TemporaryFile(dir=place):
-        pass
+    _check_writable(place)
+
+
+def check_new_folder(flag: str, path: Path) -> None:
+    """Check that a model can be saved to a folder there, which must not exist yet.
+
+    Raises:
+        OSError: If nothing can be written beside it.
+        ValueError: If there is something in its place, none to put it in, or as `check_model_path`; names the
+            flag.
+
+    Example:
+        >>> check_new_folder("--out", Path("no/such/folder"))
+        Traceback (most recent call last):
+        ValueError: --out: expected a folder in one that exists, found no/such/folder
+    """
+    if os.path.lexists(path):
+        raise ValueError(f"{flag}: expected a folder that does not exist yet, found {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag}: expected a folder in one that exists, found {path}")
+    check_model_path(flag, path)
+    _check_writable(path.parent)
+
+
+def check_model_path(flag: str, path: Path) -> None:
+    """Check that a path is text, as the library that writes weights wants it.
+
+    Raises:
+        ValueError: If it is not text in UTF-8; names the flag.
+
+    Example:
+        >>> check_model_path("--out", Path("caf\\udce9"))
+        Traceback (most recent call last):
+        ValueError: --out: expected a path in UTF-8, in which weights can be saved, found b'caf\\xe9'
+    """
+    try:
+        # A relative path is completed when weights are saved.
+        str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{flag}: expected a path in UTF-8, in which weights can be saved, found {os.fsencode(path)!r}"
+        ) from None
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise OSError, naming the folder, unless files can be written there."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        # The temporary file's name means nothing to the user.
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def encode(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli import dictionaries
-from ovq.cli.common import check_file, encode, out_console, read_text
+from ovq.cli.common import check_file, check_model_path, encode, out_console, read_text
 from ovq.cli.loading import check_generating_folder, is_converted, load_generating_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
 
@@ -53,6 +53,7 @@ def build(
     document = read_text(text, flag="--text")
     check_generating_folder(model)
     check_file("--out", out)
+    check_model_path("--out", out)
 
     from transformers import set_seed
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import out_console, read_text
+from ovq.cli.common import check_new_folder, out_console, read_text
 
 if TYPE_CHECKING:
     from ovq.convert import MemoryConfig
@@ -82,10 +82,7 @@ def convert(
     texts = [read_text(name, flag="--probe") for name in probe.split(",")] if probe is not None else []
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype: expected {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, found {dtype!r}")
-    if out.exists():
-        raise ValueError(f"--out: expected a folder that does not exist yet, found {out}")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: expected a folder in one that exists, found {out}")
+    check_new_folder("--out", out)
 
     from ovq.convert import attach
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ovq.cli.common import check_model_path
 from ovq.fields import LARGEST_SEED
 
 
@@ -32,6 +33,8 @@ def demo(
     Example: [bold]ovq demo --out demo-out[/bold], then [bold]ovq eval --model demo-out/ovq --lengths
         8192[/bold]
     """
+    check_model_path("--out", out)
+
     from ovq.research.demo import run_demo
 
     run_demo(out, seed=seed, is_quick=quick)

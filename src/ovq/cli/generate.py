@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli import dictionaries
-from ovq.cli.common import encode, read_text
+from ovq.cli.common import as_text, encode, read_text
 from ovq.cli.loading import check_generating_folder, is_converted, load_generating_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
 
@@ -151,7 +151,7 @@ def _document(path: Path, model: Any, *, is_converted: bool) -> Context:
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     """The prompt, from the option, the file or standard input."""
     if prompt is not None and prompt_file is None:
-        return prompt
+        return as_text(prompt, flag="--prompt")
     if prompt is None and prompt_file is not None:
         return read_text(prompt_file, flag="--prompt-file")
     raise ValueError("expected one of --prompt and --prompt-file, found both or neither")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ovq.cli import dictionaries
-from ovq.cli.common import check_file, check_folder, encode, out_console, read_text
+from ovq.cli.common import as_text, check_file, check_folder, encode, out_console, read_text
 from ovq.cli.loading import check_model_folder, load_config, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def inspect(
     check_file("--out", out)
     check_folder("--figures", figures)
     dictionaries.check_rule(merge)
-    given = prompt if prompt is not None else read_text(str(text), flag="--text")
+    given = as_text(prompt, flag="--prompt") if prompt is not None else read_text(str(text), flag="--text")
     if figures is not None:
         # Before the reading: an extra that is missing must not cost it.
         import ovq.plots.memory

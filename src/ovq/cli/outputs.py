@@ -1,8 +1,11 @@
-"""Standard input, output and error in any state: open, closed, or a pipe that nobody reads."""
+"""Standard input, output and error in any state: open, closed, or a pipe that nobody reads; and in any
+encoding."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import os
 import select
 import sys
@@ -17,6 +20,32 @@ def open_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  (open as long as the process)
+
+
+def accept_all_text() -> None:
+    """Read text as UTF-8, and print any text, whatever encoding the system prefers (`LC_ALL=C`).
+
+    Characters that the output's encoding lacks are printed as Python writes them (`\\xfc`), instead of an
+    error in the middle of a text. Bytes of a file's name that are no text are printed as they are.
+    """
+    codecs.register_error(_ERRORS, _bytes_or_escapes)
+    # Others may have replaced them by streams of another kind, without an encoding.
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_ERRORS)
+
+
+_ERRORS = "ovq_bytes_or_escapes"
+
+
+def _bytes_or_escapes(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What to print for characters that cannot be encoded, as `codecs.register_error` wants it."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
 
 
 class Readers:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ovq.cli.common import out_console
+from ovq.cli.common import check_model_path, out_console
 
 
 def reproduce(
@@ -107,6 +107,7 @@ def reproduce(
     if figures:
         _check_gpu(sizes)
     out = out or Path("reproduce-out") / sizes.name
+    check_model_path("--out", out)
 
     from ovq.research.reproduce.engine import Workshop, claimed
     from ovq.research.reproduce.engine import reproduce as make

@@ -58,7 +58,7 @@ class ConvertedMixin:
         given = model_kwargs.pop("cache", given)
         if given is None and generation_config.use_cache is False:
             return False
-        model_kwargs[CACHE_KEY] = self.make_cache() if given is None else _checked(given)
+        model_kwargs[CACHE_KEY] = self.make_cache() if given is None else _checked(given, self.memory_config)
         if given is not None and given.num_rows == batch_size:
             # transformers repeats inputs, but not a cache, for beams and for several returned sequences.
             repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
@@ -157,7 +157,7 @@ def attach(
     hook = model.base_model.register_forward_pre_hook(_with_cache, with_kwargs=True)
     try:
         _check_equal(model, before)
-    except ValueError:
+    except BaseException:
         hook.remove()
         model.__class__ = own_class
         model.set_attn_implementation(implementation)
@@ -274,7 +274,7 @@ def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     found = given.get("cache")
     found = given.get("past_key_values") if found is None else found
     if found is not None:
-        _checked(found)
+        _checked(found, module._ovq_memory_config)
         return args, kwargs
     use_cache = given.get("use_cache")
     if module.config.use_cache if use_cache is None else use_cache:
@@ -284,11 +284,22 @@ def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     return args, kwargs
 
 
-def _checked(cache: Any) -> MemoryCache:
+def _checked(cache: Any, config: MemoryConfig) -> MemoryCache:
+    """The cache, of a model with as many layers and heads as the config has.
+
+    Raises:
+        ValueError: another one.
+    """
     if not isinstance(cache, MemoryCache):
         raise ValueError(
             f"expected a MemoryCache (model.make_cache()) as cache of a converted model, "
             f"found {type(cache).__name__}"
+        )
+    expected, found = (list(map(len, x.num_slots)) for x in (config, cache.config))
+    if found != expected:
+        raise ValueError(
+            f"expected a cache of this model (model.make_cache()), with {expected} key/value heads per "
+            f"layer, found one with {found}"
         )
     return cache
 

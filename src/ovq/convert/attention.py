@@ -88,7 +88,8 @@ def memory_mask(
     """Which of the new tokens are real, `[B, T]`, or None for all, in the signature that transformers calls.
 
     Raises:
-        ValueError: a mask other than causal with padding, as for packed sequences or a window.
+        ValueError: a mask other than causal with padding, as for packed sequences or a window; or one with
+            other rows or too few columns.
     """
     if mask_function is not causal_mask_function:
         raise ValueError(
@@ -97,6 +98,11 @@ def memory_mask(
         )
     if attention_mask is None:
         return None
+    if attention_mask.shape[0] != batch_size or attention_mask.shape[1] < q_length:
+        raise ValueError(
+            f"attention_mask: expected {batch_size} rows of at least the {q_length} new tokens, found "
+            f"{tuple(attention_mask.shape)}"
+        )
     new = attention_mask[:, -q_length:].bool()
     return None if bool(new.all()) else new
 

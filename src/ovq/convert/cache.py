@@ -84,7 +84,12 @@ class MemoryLayer(CacheLayerMixin):
         return key_states, value_states
 
     def learn(self, k: Tensor, v: Tensor) -> None:
-        """Read tokens `[B, Hkv, T, K]`, `[B, Hkv, T, V]` without queries, all of them real."""
+        """Read tokens `[B, Hkv, T, K]`, `[B, Hkv, T, V]` without queries, all of them real.
+
+        Raises:
+            ValueError: as `attend`.
+        """
+        self._check_fits(k, v)
         if self.memories is None:
             self.lazy_initialization(k, v)
         assert self.memories is not None
@@ -105,8 +110,12 @@ class MemoryLayer(CacheLayerMixin):
         Args:
             q: `[B, H, T, K]` queries, scaled. k: `[B, Hkv, T, K]`. v: `[B, Hkv, T, V]`.
             mask: `[B, T]`, which tokens are real; None for all.
+
+        Raises:
+            ValueError: heads, rows, sizes or dtypes other than those of the memory.
         """
         self._has_staged = False
+        self._check_fits(k, v, q)
         if self.memories is None:
             self.lazy_initialization(k, v)
         assert self.memories is not None
@@ -146,6 +155,32 @@ class MemoryLayer(CacheLayerMixin):
                         o[row, :, start : start + num] = found[row, :, :num]
                 self._bring_nearer(now)
         return o if order is None else _take(o, order.argsort(-1))
+
+    def _check_fits(self, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
+        """Raise ValueError unless these tokens are of the model and of the rows whose memory this is.
+
+        Compiled kernels would read and write beyond the tensors.
+        """
+        num_heads = self.config.num_kv_heads
+        if k.shape[1] != num_heads or v.shape[:3] != k.shape[:3]:
+            raise ValueError(
+                f"expected keys and values of {num_heads} heads, as the config of the memory has, found "
+                f"{tuple(k.shape)} and {tuple(v.shape)} (rows, heads, tokens, components)"
+            )
+        if q is not None and (q.shape[0] != k.shape[0] or q.shape[1] % num_heads or q.shape[3] != k.shape[3]):
+            raise ValueError(
+                f"expected queries like the keys {tuple(k.shape)}, of a multiple of {num_heads} heads, found "
+                f"{tuple(q.shape)} (rows, heads, tokens, components)"
+            )
+        if self.memories is None:
+            return
+        kept = self.memories[0]
+        expected = len(kept.filled), kept.recent_keys.shape[3], kept.recent_values.shape[3]
+        if (found := (k.shape[0], k.shape[3], v.shape[3])) != expected:
+            raise ValueError(
+                f"expected keys and values of as many rows and components as the cache has, {expected}, "
+                f"found {found}: the cache is of another model or another batch"
+            )
 
     def _until_turn(self) -> float:
         """The fewest tokens until something is brought nearer in a row."""

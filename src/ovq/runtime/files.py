@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +82,25 @@ def cache_folder() -> Path:
         return Path(base or Path.home() / ".cache") / "ovq"
     except RuntimeError as error:
         raise OSError(f"no folder for caches: expected XDG_CACHE_HOME or a home folder ({error})") from error
+
+
+def private_folder() -> Path:
+    """This user's folder in the directory of temporary files, for what `cache_folder` cannot keep.
+
+    Its name is always the same, so that processes share what the first of them made, and do not each leave a
+    folder behind. Another user could have made a folder of that name to have their code run, so the folder is
+    used only if it is private.
+
+    Raises:
+        OSError: If it cannot be made, or is not this user's alone.
+    """
+    if not hasattr(os, "geteuid"):
+        raise OSError("no folder for temporary files of one user on this system")
+    folder = Path(tempfile.gettempdir()) / f"ovq-{os.geteuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+    if not is_own or status.st_mode & 0o077:
+        raise OSError(f"{folder}: expected a folder that belongs to this user alone, found another")
+    return folder

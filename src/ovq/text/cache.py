@@ -6,10 +6,11 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ovq.runtime.files import cache_folder
+from ovq.runtime.files import cache_folder, private_folder
 
 _FORMAT = "2"
 
@@ -21,8 +22,10 @@ def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Pa
         depends_on: What the content is made from, in order.
         fill: Called with an empty folder if there is none yet; if it raises, no folder is left.
 
+    Where the user's cache cannot be written, the folder lies in their private one among the temporary files.
+
     Raises:
-        OSError: If the cache cannot be written.
+        OSError: If neither can be written.
 
     Example:
         >>> folder = cached_folder(["an example"], lambda path: (path / "a").write_text("made once"))
@@ -33,9 +36,7 @@ def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Pa
     from filelock import FileLock
 
     digest = hashlib.sha256("\0".join([_FORMAT, *depends_on]).encode()).hexdigest()[:24]
-    base = cache_folder() / "text"
-    base.mkdir(parents=True, exist_ok=True)
-    folder = base / digest
+    folder = _place(digest)
     if folder.is_dir():
         return folder
     with FileLock(folder.with_suffix(".lock")):
@@ -43,6 +44,22 @@ def cached_folder(depends_on: Iterable[str], fill: Callable[[Path], None]) -> Pa
         if not folder.is_dir():
             _make(folder, fill)
     return folder
+
+
+def _place(name: str) -> Path:
+    """The folder of that name where it is already, or in the first place that can be written."""
+    reasons = []
+    for find in (cache_folder, private_folder):
+        try:
+            folder = find() / "text" / name
+            if not folder.is_dir():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder.parent):
+                    pass
+            return folder
+        except OSError as error:
+            reasons.append(str(error))
+    raise OSError(f"no place to keep encoded text (XDG_CACHE_HOME names one): {'; '.join(reasons)}")
 
 
 def _make(folder: Path, fill: Callable[[Path], None]) -> None:

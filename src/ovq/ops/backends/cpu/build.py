@@ -15,19 +15,20 @@ import functools
 import hashlib
 import logging
 import os
-import stat
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 
 from ovq.ops.backends.cpu import compiler
 from ovq.ops.backends.cpu.compiler import Level, Unavailable
 from ovq.ops.backends.cpu.mirrors import check_mirrors
-from ovq.runtime.files import atomic_path, cache_folder
+from ovq.runtime.files import atomic_path, cache_folder, private_folder
 
 _logger = logging.getLogger(__name__)
 
@@ -159,10 +160,12 @@ def _loaded(path: Path, how: str) -> Kernels:
     for arm64 show that library to nobody else, and another package may have brought another one.
 
     Raises:
-        OSError: if the file cannot be loaded.
+        OSError: if the file cannot be loaded, or has no kernels.
         Unavailable: if its structures are not those that Python would call it with.
     """
     library = ctypes.CDLL(str(path))
+    if not hasattr(library, "ovq_use_threads"):
+        raise OSError(f"{path}: expected a library of kernels, found one without them")
     check_mirrors(library)
     try:
         of_torch = ctypes.CDLL(torch._C.__file__)
@@ -179,39 +182,48 @@ def _found_or_built(flags: tuple[str, ...], how: str) -> Kernels:
     command = compiler.find_compiler()
     stem = f"kernels-{compiler.fingerprint(command, flags)}"
     binary, reasons = None, []
-    for find in (cache_folder, _private_folder):
+    for find in (cache_folder, private_folder):
         try:
             folder = find()
             path = _kept(folder, stem)
             if path is None:
-                binary = binary or _compiled(command, flags, folder)
-                path = _put(binary, folder, stem)
-            else:
-                # If code on this disk may not be executed, the next place gets a copy.
-                binary = path.read_bytes()
+                with _first_of_all(folder, stem):
+                    # Another process may have made them meanwhile.
+                    path = _kept(folder, stem)
+                    if path is None:
+                        path = _put(binary or _compiled(command, flags, folder), folder, stem)
+            # If code on this disk may not be executed, the next place gets a copy.
+            binary = path.read_bytes()
             return _loaded(path, how)
         except OSError as error:
             reasons.append(str(error))
     raise Unavailable("; ".join(reasons))
 
 
-def _private_folder() -> Path:
-    """This user's folder in the directory of temporary files, for kernels that the cache cannot keep.
+@contextlib.contextmanager
+def _first_of_all(folder: Path, stem: str) -> Iterator[None]:
+    """Wait for a process that is in this block for the same kernels; all that have waited go on at once.
 
-    Its name is always the same, so that processes share what the first of them compiled, and do not each
-    leave a folder behind. Another user could have made a folder of that name to have their code run, so the
-    folder is used only if it is private.
+    Otherwise the processes of a first start on many cores would each take the memory and the time of a
+    compiler. If the first one makes no kernels, the others do not take turns to fail.
     """
-    if not hasattr(os, "geteuid"):
-        raise OSError("no folder for temporary files of one user on this system")
-    folder = Path(tempfile.gettempdir()) / f"ovq-{os.geteuid()}"
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-    if not is_own or status.st_mode & 0o077:
-        raise OSError(f"{folder}: expected a folder that belongs to this user alone, found another")
-    return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".{stem}.lock"
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        # It compiles and links.
+        with contextlib.suppress(OSError), lock.acquire(timeout=2 * compiler.TIMEOUT):
+            pass
+    except (OSError, NotImplementedError) as error:
+        _logger.info("cannot wait for other processes: %s", error)
+    try:
+        yield
+    finally:
+        lock.release()
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _kept(folder: Path, stem: str) -> Path | None:

@@ -6,12 +6,14 @@ This file needs nothing but the standard library and imports nothing of ovq, bec
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +36,8 @@ _ARM64 = ("arm64", "aarch64")
 # For the processor that the compiler runs on. For arm64, not all compilers know "native" as the name of an
 # architecture; all know it as that of a processor.
 NATIVE = ("-mcpu=native",) if platform.machine() in _ARM64 else ("-march=native",)
-_TIMEOUT = 300
+# Seconds that a compiler may take.
+TIMEOUT = 300
 
 
 class Unavailable(Exception):
@@ -146,13 +149,16 @@ def compile_kernels(compiler: list[str], flags: tuple[str, ...], place: Path) ->
         place: an empty folder for what the compiler writes.
 
     Raises:
-        Unavailable: if the compiler fails.
+        Unavailable: if the compiler fails, or makes nothing.
     """
     main, compiled, linked = (place / name for name in ("main.cpp", "kernels.o", "kernels.so"))
     main.write_text(_main(), encoding="utf-8")
     _run([*compiler, *_command(flags), "-I", str(FOLDER), "-c", str(main), "-o", str(compiled)], place)
     _run([*compiler, "-shared", str(compiled), "-o", str(linked)], place)
-    return linked.read_bytes()
+    try:
+        return linked.read_bytes()
+    except FileNotFoundError:
+        raise Unavailable(f"{shlex.join(compiler)} made no library, and said that it did") from None
 
 
 def _main() -> str:
@@ -183,14 +189,31 @@ def _command(flags: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _run(command: list[str], place: Path) -> None:
-    """Run a command that keeps its temporary files in a given folder."""
+    """Run a command that keeps its temporary files in a given folder.
+
+    After the time that it may take, and after Ctrl-C, what it has started itself ends with it: the compiler
+    behind a driver would go on, and write to a folder that is being removed.
+    """
     environment = {**os.environ, "TMPDIR": str(place)}
+    nothing, pipe = subprocess.DEVNULL, subprocess.PIPE
     try:
-        result = subprocess.run(command, capture_output=True, timeout=_TIMEOUT, check=False, env=environment)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        process = subprocess.Popen(
+            command, stdin=nothing, stdout=nothing, stderr=pipe, env=environment, start_new_session=True
+        )
+    except OSError as error:
         raise Unavailable(f"{command[0]} cannot be run: {error}") from error
-    if result.returncode:
+    with process:
+        try:
+            _, errors = process.communicate(timeout=TIMEOUT)
+        except BaseException as error:
+            if hasattr(os, "killpg"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Unavailable(f"{command[0]} was not done after {TIMEOUT} s") from None
+            raise
+    if process.returncode:
         # The output may be in any encoding, and the error need not come first.
-        lines = result.stderr.decode(errors="replace").strip().splitlines()
-        lines = [line for line in lines if "error" in line] or lines or [f"exit status {result.returncode}"]
+        lines = errors.decode(errors="replace").strip().splitlines()
+        lines = [line for line in lines if "error" in line] or lines or [f"exit status {process.returncode}"]
         raise Unavailable(f"{command[0]} failed: {lines[0]}")
