@@ -23,7 +23,7 @@ from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.compare import assert_close, assert_state, bound_of
 from tests.fuzz.options import drawn_options
 from tests.fuzz.program import Impossible, Program
-from tests.fuzz.tensors import LOGS, ORDERS, SHARP, WEIGHTS, normalized, numbers, stored
+from tests.fuzz.tensors import LOGS, ORDERS, SHARP, SHARP_LOGS, WEIGHTS, normalized, numbers, stored
 from tests.ops.recount import recount, recount_by_likelihood
 
 #: Tokens unlike the others: whether it is their key or value (1 or 2 of q, k, v), and what that is times.
@@ -107,11 +107,10 @@ class OpCall(Program):
         rows = _drawn_rows(rng, layout, chunk_size, longest=4 if backend.is_slow else 10)
         orders = ORDERS if layout == "dense" and len(set(rows)) == 1 else ORDERS[:-1]
         options = drawn_options(rng, ["count", "count", "count", 0.01, 0.3, 1.0])
-        has_weights = options["rate"] == "count" and rng.random() < 0.3
         forgets = options["rate"] == "count" and rng.random() < 0.3
+        has_weights = options["rate"] == "count" and rng.random() < (0.6 if forgets else 0.3)
         forgetting = rng.choice(list(LOGS)) if forgets else "none"
-        # A token of weight 0 is read with 1e-37, which is not the same before and after all has faded.
-        is_sharp = forgetting != "much" and rng.random() < 0.15
+        is_sharp = forgetting in SHARP_LOGS and rng.random() < (0.4 if has_weights else 0.1)
         return cls(
             seed=rng.randrange(10**6),
             rows=rows,
@@ -161,8 +160,9 @@ class OpCall(Program):
                 assert_state(initial.select([r]), kept.select([r]), f"initial state of row {r}")
         self._recount(tokens, [state for _, state in expected])
         # Gradients of scores that differ by more than 1 have nothing to be compared with, and neither have
-        # those of tiny weights, small differences of large numbers, in 16 bits.
-        is_lost = bound >= 1 or (self.weights == "tiny" and self.dtype in ("bfloat16", "float16"))
+        # those of tiny weights, small differences of large numbers, in 16 bits or of large scores.
+        is_rough = self.dtype in ("bfloat16", "float16") or self.scale == "sharp"
+        is_lost = bound >= 1 or (self.weights == "tiny" and is_rough)
         if grads and tokens.are_finite() and not is_lost:
             outputs, states = zip(*expected, strict=True)
             references = tokens.gradients(outputs, states if self.wants_state else None)
@@ -188,7 +188,7 @@ class OpCall(Program):
             and (is_masked or all(left == 0 for _, left, _ in self.rows))
             and (self.layout != "dense" or len({new for _, _, new in self.rows}) == 1)
             and (self.weights == self.forgetting == "none" or self.rate == "count")
-            and not (self.forgetting == "much" and self.scale == "sharp")
+            and (self.scale != "sharp" or self.forgetting in SHARP_LOGS)
             and len(self.orders) == 3
             and ("rows" not in self.orders or (self.layout == "dense" and len(set(self.rows)) == 1))
             and {len(token) for token in self.special} <= {3}
@@ -344,6 +344,10 @@ class _Tokens:
         if i == 1 and call.num_keys:
             pool = numbers(call.seed, "pool", shape=(call.num_keys, *shape[1:]))
             x = pool[numbers(call.seed, "choice", r, shape=(length, call.num_keys)).argmax(-1)]
+        elif i == 0 and call.scale == "sharp" and not has_equal_heads:
+            # Queries ask for their own tokens, so that some scores are as large as can be.
+            keys = numbers(call.seed, 1, r, shape=(length, call.num_kv_heads, call.key_dim))
+            x = keys.repeat_interleave(call.group, 1)
         else:
             x = numbers(call.seed, i, r, shape=shape)
         x = (x if i == 2 else normalized(x)).to(getattr(torch, call.dtype))

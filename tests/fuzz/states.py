@@ -28,7 +28,7 @@ from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.compare import assert_close, assert_state, bound_of
 from tests.fuzz.options import drawn_options
 from tests.fuzz.program import Impossible, Program
-from tests.fuzz.tensors import LOGS, ORDERS, SHARP, WEIGHTS, normalized, numbers, stored
+from tests.fuzz.tensors import LOGS, ORDERS, SHARP, SHARP_LOGS, WEIGHTS, normalized, numbers, stored
 
 #: Most rows of a state and most states of a program.
 MOST = 4
@@ -118,13 +118,9 @@ class StateProgram(Program):
 
 def _drawn_gates(rng: Random) -> dict[str, Any]:
     """Weights and logs of tokens, and whether scales are large."""
-    forgetting = rng.choice(["none", "none", *LOGS])
-    return {
-        "weights": rng.choice(["none", "none", *WEIGHTS]),
-        "forgetting": forgetting,
-        # See `OpCall.draw`.
-        "is_sharp": forgetting != "much" and rng.random() < 0.3,
-    }
+    weights, forgetting = rng.choice(["none", "some zero", *WEIGHTS]), rng.choice(["none", *LOGS])
+    is_sharp = forgetting in SHARP_LOGS and rng.random() < 0.4
+    return {"weights": weights, "forgetting": forgetting, "is_sharp": is_sharp}
 
 
 class _Machine:
@@ -153,6 +149,8 @@ class _Machine:
                 ("v", p.num_kv_heads, p.value_dim),
             )
         )
+        if p.is_sharp:  # Queries ask for their own tokens, so that some scores are as large as can be.
+            q = k.repeat_interleave(p.group, 1)
         self.gates = {
             name: kinds[which](numbers(p.seed, name, shape=(NUM_TOKENS, p.num_kv_heads))).repeat(
                 len(FACTORS), 1

@@ -26,8 +26,11 @@ LOGS: dict[str, Callable[[Tensor], Tensor]] = {
     "much": lambda x: -10 * x.abs(),
     "nothing": torch.zeros_like,
 }
-#: Scores that differ by more than 34, but by less than the log of the least weight that is read.
-SHARP = 17.0
+#: A scale so large that scores divided by the least weight that is read exceed float32. Twice as much is
+#: less than its log: a token of weight 0 is not seen, unless others have faded.
+SHARP = 36.0
+#: What `LOGS` it goes with.
+SHARP_LOGS = ("none", "nothing", "little")
 
 
 def numbers(seed: int, *names: object, shape: tuple[int, ...]) -> Tensor:
