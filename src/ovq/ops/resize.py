@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ovq.ops.nearest import Items, nearest_roots
 from ovq.ops.options import COUNT_POWERS, MERGES, check_sizes, check_value_weight
 from ovq.ops.state import OVQState
 from ovq.ops.ward import cluster_roots, pair_points
@@ -27,9 +28,12 @@ def resized(state: OVQState, num_slots: int, *, merge: str, value_weight: float)
     weight = None if state.weight is None else mass.detach()
     with torch.no_grad():
         keys, values = state.keys.flatten(0, 1), state.values.flatten(0, 1)
-        points = pair_points(keys, values, mass, value_weight)
-        power = COUNT_POWERS.get(merge, 1.0)
-        roots = cluster_roots(points, count, due, count_power=power, weight=weight)
+        if merge == "nearest":
+            roots = nearest_roots(Items.of(keys, values, mass, count, value_weight), count > 0, due)
+        else:
+            points = pair_points(keys, values, mass, value_weight)
+            power = COUNT_POWERS.get(merge, 1.0)
+            roots = cluster_roots(points, count, due, count_power=power, weight=weight)
     is_kept = (roots == torch.arange(count.shape[1], device=count.device)) & (count > 0)
     # Spare slots hold zeros, so they can be added to the last slot that is kept.
     place = (is_kept.cumsum(-1) - 1).clamp(min=0).gather(1, roots)

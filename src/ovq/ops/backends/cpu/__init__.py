@@ -74,6 +74,8 @@ __all__ = [
     "run_layers",
 ]
 
+_MERGES = ("existing", "updated", "ward", "ward-sqrt")
+
 
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot run a call; None if they can."""
@@ -84,6 +86,8 @@ def refusal(call: Call) -> str | None:
     for name in ("bias", "rate"):
         if (found := getattr(call.options, name)) != "count":
             return f"expected {name} 'count', found {found!r}"
+    if call.options.merge not in _MERGES:
+        return f"expected merge to be one of {_MERGES}, found {call.options.merge!r}"
     return None if is_available() else f"expected compiled kernels, found none: {cpu_kernels()}"
 
 
