@@ -19,6 +19,8 @@ LEAST_LENGTH = 32
 
 # Keys are multiplied by powers of 2, which does not round as long as float16 can hold them.
 _MOST_EXPONENT = 8
+# The rules that the compiled kernels know, too.
+_MERGES = tuple(merge for merge in MERGES if merge != "nearest")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +82,8 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         _check_int("chunk_size", self.chunk_size, at_least=1)
         _check_int("num_sinks", self.num_sinks, at_least=0)
-        if self.merge not in MERGES:
-            raise ValueError(f"merge: expected one of {MERGES}, found {self.merge!r}")
+        if self.merge not in _MERGES:
+            raise ValueError(f"merge: expected one of {_MERGES}, found {self.merge!r}")
         if not self.num_slots or list(map(len, self.num_slots)) != list(map(len, self.window)):
             raise ValueError(
                 "expected num_slots and window for the same layers and heads, found "
