@@ -198,21 +198,21 @@ def _near(items: Items, order: Tensor, has_mass: Tensor) -> _Near:
     """
     if items.keys.dtype != torch.float32:
         return _exactly_near(items, order, has_mass)
-    streams, num_items, key_dim = items.keys.shape
-    dim = key_dim + items.values.shape[-1]
+    streams, num_items, dim = *items.keys.shape[:2], items.keys.shape[-1] + items.values.shape[-1]
     # x_a.x_b - |x_b|^2 / 2, which is highest for the nearest, as one product: (x_a, 1).(x_b, -|x_b|^2 / 2).
-    points = items.keys.new_zeros(streams, padded_to_blocks(num_items), dim + 1)
-    x = points[:, :num_items, :dim]
-    x[..., :key_dim] = items.keys
-    torch.mul(items.values, items.factor.float()[:, None, None], out=x[..., key_dim:])
+    values = items.values * items.factor.float()[:, None, None]
+    points = torch.cat([items.keys, values, values.new_empty(streams, num_items, 1)], -1)
+    x = points[..., :dim]
     if not bool(has_mass.all()):
         x.masked_fill_(~has_mass[..., None], 0)
     squares = torch.linalg.vector_norm(x, dim=-1).square_()
     size = squares.amax(-1)
     if not _are_ordinary(size, items.factor):
         return _exactly_near(items, order, has_mass)
-    points[..., dim] = -torch.inf
-    points[:, :num_items, dim] = torch.where(has_mass, squares / -2, -torch.inf)
+    points[..., dim] = torch.where(has_mass, squares / -2, -torch.inf)
+    if missing := padded_to_blocks(num_items) - num_items:
+        points = torch.nn.functional.pad(points, (0, 0, 0, missing))
+        points[:, num_items:, dim] = -torch.inf
     rows = _rows(points, order)
     rows[..., dim] = 1
     scores = torch.bmm(rows, points.transpose(1, 2))

@@ -173,27 +173,47 @@ def _merged_pairs(
     """
     num_streams, size = chunk.keys.shape[:2]
     capacity, most = sums.count.shape[1], max(chunk.before)
-    count, mass = sums.count[:num_streams, :most], sums.mass[:num_streams, :most]
+    count = sums.count[:num_streams, :most]
     items = torch.cat([count, count.new_ones(num_streams, size)], 1)
-    weights, keys, values = None, chunk.keys, chunk.values
-    if chunk.weights is not None:
-        weights = torch.cat([mass, chunk.weights], 1)
-        keys, values = (without_trace(x, chunk.weights) for x in (keys, values))
-    all_keys = torch.cat([means[:num_streams, :most], keys], 1)
-    all_values = torch.cat([slot_means(sums.value_sum[:num_streams, :most], mass), values], 1)
     due = [n + size - m for n, m in zip(chunk.before, chunk.after, strict=True)]
-    points = all_keys, all_values, items if weights is None else weights
-    if options.merge == "nearest":
-        is_mover = movers(chunk.before, [t - size for t in chunk.num_seen], size, items.device)
-        roots = nearest_roots(Items.of(*points, items, options.value_weight), is_mover, due)
+    if any(due):
+        roots = _roots(sums, chunk, options, means, items, due)
     else:
-        x = pair_points(*points, options.value_weight)
-        roots = cluster_roots(x, items, due, count_power=options.count_power, weight=weights)
+        roots = torch.arange(items.shape[1], device=items.device).repeat(num_streams, 1)
     slots = _homes(roots, items > 0, most)
     source, target = slots[:, :most], torch.arange(most, device=slots.device)
     stream, slot = ((source != target) & (count > 0)).nonzero(as_tuple=True)
     first = stream * capacity
     return slots[:, most:].contiguous(), first + slot, first + slots[stream, slot]
+
+
+def _roots(
+    sums: Dictionary, chunk: CompleteChunk, options: Options, means: Tensor, items: Tensor, due: list[int]
+) -> Tensor:
+    """For each item, the lowest item `[S, M]` of those that it is merged with.
+
+    Args:
+        sums: as in `merge_chunk`, like `chunk`, `options` and `means`.
+        items: `[S, M]` counts of the slots, then of the tokens.
+        due: merges to make in each stream.
+    """
+    num_streams, size = chunk.keys.shape[:2]
+    most = items.shape[1] - size
+    mass = sums.mass[:num_streams, :most]
+    weights, keys, values = None, chunk.keys, chunk.values
+    if chunk.weights is not None:
+        weights = torch.cat([mass, chunk.weights], 1)
+        keys, values = (without_trace(x, chunk.weights) for x in (keys, values))
+    points = (
+        torch.cat([means[:num_streams, :most], keys], 1),
+        torch.cat([slot_means(sums.value_sum[:num_streams, :most], mass), values], 1),
+        items if weights is None else weights,
+    )
+    if options.merge == "nearest":
+        is_mover = movers(chunk.before, [t - size for t in chunk.num_seen], size, items.device)
+        return nearest_roots(Items.of(*points, items, options.value_weight), is_mover, due)
+    x = pair_points(*points, options.value_weight)
+    return cluster_roots(x, items, due, count_power=options.count_power, weight=weights)
 
 
 def part_slots(sums: Dictionary, deposits: Dictionary, merged: MergedSlots) -> None:
