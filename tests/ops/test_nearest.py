@@ -109,15 +109,12 @@ def test_where_edges_are_too_few_clusters_look_for_each_other():
 
 
 def test_slots_are_looked_at_in_turn():
-    """Two slots that hold the same key are merged when it is their turn."""
-    keys, new = [[0.0], [0.0], [100.0], [250.0], [450.0], [700.0]], [[2000.0], [2010.0]]
-    options = {"num_slots": 6, "chunk_size": 2}
-    # After six tokens it is that of slots 0 and 1.
-    found = of_one_head(keys + new, **options)
-    assert found == ([2, 2, 1, 1, 1, 1], [1 + 2, 7 + 8, 3, 4, 5, 6])
-    # In slots 2 and 3 they stay apart: slot 0 goes to the first of them, for all that it is farther.
-    found = of_one_head(keys[2:4] + keys[:2] + keys[4:] + new, **options)
-    assert found == ([2, 1, 2, 1, 1, 1], [1 + 3, 2, 7 + 8, 4, 5, 6])
+    """Slots 2 and 3 hold nearly the same key. After four tokens it is the turn of slots 0 and 1."""
+    keys, options = [[0.0], [100.0], [300.0], [301.0], [1000.0], [1001.0]], {"num_slots": 4, "chunk_size": 2}
+    assert of_one_head(keys, **options) == ([2, 2, 1, 1], [1 + 2, 5 + 6, 3, 4])
+    # After six it is theirs.
+    found = of_one_head([*keys, [2000.0], [2001.0]], **options)
+    assert found == ([2, 2, 2, 2], [1 + 2, 5 + 6, 3 + 4, 7 + 8])
 
 
 def weighted(keys, weights, **options):
@@ -133,6 +130,10 @@ def test_what_weighs_nothing_is_freed_first_and_attracts_nothing():
     keys = [[100.0], [200.0], [300.0], [1.0], [400.0], [500.0], [0.9], [1.1]]
     state = weighted(keys, [1.0, 1, 1, 0, 1, 1, 0, 1], num_slots=6, chunk_size=2)
     assert state.value_sum.flatten().tolist() == [1, 2, 3, 8, 5, 6]
+    assert state.count.flatten().tolist() == [3, 1, 1, 1, 1, 1]
+    # It goes to the first that weighs something, here slot 2, which takes the place of slot 0.
+    state = weighted(keys, [0.0, 0, 1, 1, 1, 1, 1, 1], num_slots=6, chunk_size=2)
+    assert state.value_sum.flatten().tolist() == [3, 7, 8, 4, 5, 6]
     assert state.count.flatten().tolist() == [3, 1, 1, 1, 1, 1]
 
 
