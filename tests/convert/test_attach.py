@@ -267,6 +267,7 @@ def test_what_a_memory_cannot_do_is_refused():
         ({"window": 20}, r"window: expected a multiple of chunk_size \(8\), found 20"),
         ({"num_slots": [[1, 2]]}, r"num_slots: expected numbers for \[2, 2\] key/value heads"),
         ({"merge": "best"}, "merge: expected one of"),
+        ({"merge": "nearest"}, "merge: expected one of .* found 'nearest'"),
         ({"num_sinks": 1.5}, "num_sinks: expected an integer"),
         ({"value_weight": -1}, "value_weight"),
         ({"max_distance": 7}, "max_distance: expected an integer of at least 8, found 7"),

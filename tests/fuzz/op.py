@@ -12,11 +12,12 @@ import itertools
 from collections.abc import Callable, Sequence
 from random import Random
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
-from ovq.ops.options import COUNT_POWERS, VALUE_WEIGHT
+from ovq.ops.options import COUNT_POWERS, PAIR_MERGES, VALUE_WEIGHT
 from ovq.ops.schedule import GROWTHS
 from ovq.ops.state import state_dtype
 from tests.fuzz.backends import BACKENDS, Backend
@@ -24,7 +25,7 @@ from tests.fuzz.compare import assert_close, assert_state, bound_of
 from tests.fuzz.options import drawn_options
 from tests.fuzz.program import Impossible, Program
 from tests.fuzz.tensors import LOGS, ORDERS, SHARP, SHARP_LOGS, WEIGHTS, normalized, numbers, stored
-from tests.ops.recount import recount, recount_by_likelihood
+from tests.ops.recount import recount, recount_by_edges, recount_by_likelihood
 
 #: Tokens unlike the others: whether it is their key or value (1 or 2 of q, k, v), and what that is times.
 SPECIAL = {
@@ -273,7 +274,7 @@ class OpCall(Program):
     def _recount(self, tokens: _Tokens, states: Sequence[OVQState]) -> None:
         """Counts of the reference are those of plain NumPy, which knows no other options, and no ties."""
         choices = (self.growth, self.init, self.merge, self.rate)
-        if not (self.merge in COUNT_POWERS or choices == ("plateau", "novelty", "existing", "count")):
+        if not (self.merge in PAIR_MERGES or choices == ("plateau", "novelty", "existing", "count")):
             return
         if self.weights not in ("none", "one") or self.forgetting not in ("none", "nothing"):
             return
@@ -282,20 +283,17 @@ class OpCall(Program):
         for (_, k, v), state in zip(tokens.rows, states, strict=True):
             for head in range(self.num_kv_heads):
                 keys, values = k[:, head].detach().numpy(), v[:, head].detach().numpy()
-                slots = (
-                    recount_by_likelihood(
-                        keys,
-                        values,
-                        self.num_slots,
-                        self.chunk_size,
-                        self.growth,
-                        self.value_weight,
-                        count_power=COUNT_POWERS[self.merge],
-                    )
-                    if self.merge in COUNT_POWERS
-                    else recount(keys, values, self.num_slots, self.chunk_size)
-                )
+                slots = self._recounted(keys, values)
                 assert state.count[0, head].tolist() == [len(members) for members in slots], "recount"
+
+    def _recounted(self, keys: np.ndarray, values: np.ndarray) -> list[list[int]]:
+        """Tokens of one head by slot."""
+        if self.merge not in PAIR_MERGES:
+            return recount(keys, values, self.num_slots, self.chunk_size)
+        tokens = (keys, values, self.num_slots, self.chunk_size, self.growth, self.value_weight)
+        if self.merge == "nearest":
+            return recount_by_edges(*tokens)
+        return recount_by_likelihood(*tokens, count_power=COUNT_POWERS[self.merge])
 
 
 class _Tokens:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from ovq.ops.options import BIASES, COUNT_POWERS, INITS, MERGES
+from ovq.ops.options import BIASES, INITS, MERGES, PAIR_MERGES
 
 #: `value_weight` of the rules that merge pairs; the default more often than others.
 VALUE_WEIGHTS = (0.0, 0.35, 0.35, 2.0)
@@ -21,4 +21,4 @@ def drawn_options(rng: Random, rates: Sequence[float | str]) -> dict[str, float 
         "value_weight": rng.choice(VALUE_WEIGHTS),
     }
     # Where pairs are merged nothing opens a slot by chance and no mean moves by steps.
-    return options | {"init": "novelty", "rate": "count"} if options["merge"] in COUNT_POWERS else options
+    return options | {"init": "novelty", "rate": "count"} if options["merge"] in PAIR_MERGES else options

@@ -293,6 +293,7 @@ def test_set_num_slots_reaches_every_layer_and_is_saved(tmp_path):
 MERGES = {
     "ward": ({"merge": "ward"}, {"growth": "immediate", "value_weight": 0.25}),
     "ward, all given": ({"merge": "ward", "growth": "plateau", "value_weight": 2.0}, {}),
+    "nearest": ({"merge": "nearest"}, {"growth": "immediate", "value_weight": 0.25}),
     "updated": ({"merge": "updated"}, {"growth": "plateau", "value_weight": 0.25}),
     "existing, immediate": ({"merge": "existing", "growth": "immediate"}, {"value_weight": 0.25}),
 }

@@ -1,11 +1,13 @@
 """Inputs and comparisons for the tests of the op."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from ovq.ops import OVQState, cpu_kernels, ovq_attention
-from ovq.ops.options import COUNT_POWERS, INITS, MERGES
+from ovq.ops.options import INITS, MERGES, PAIR_MERGES
 
 BACKENDS = ("naive", "torch")
 # The compiled kernels, where a compiler is found: no float64, running means and log counts alone.
@@ -13,16 +15,35 @@ CPU = ("cpu",) if cpu_kernels().startswith("compiled") else ()
 # How slots are scored and how they move: the defaults, each other choice alone, and both.
 SCORINGS = [{}, {"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "rate": 0.7}]
 # The same, and the rules that merge pairs in the place of routing.
-VARIANTS = [*SCORINGS, *({"merge": merge} for merge in COUNT_POWERS)]
+VARIANTS = [*SCORINGS, *({"merge": merge} for merge in PAIR_MERGES)]
 # Which keys open slots, and where the others go: what fits together.
-RULES = [(init, merge) for init in INITS for merge in MERGES if init != "random" or merge not in COUNT_POWERS]
+RULES = [(init, merge) for init in INITS for merge in MERGES if init != "random" or merge not in PAIR_MERGES]
+# What the compiled kernels, and those for GPUs, know of them.
+KERNEL_MERGES = tuple(merge for merge in MERGES if merge != "nearest")
+KERNEL_RULES = [(init, merge) for init, merge in RULES if merge in KERNEL_MERGES]
 
-either_rule = pytest.mark.parametrize("merge", ["existing", *COUNT_POWERS])
+either_rule = pytest.mark.parametrize("merge", ["existing", *PAIR_MERGES])
+each_kernel_merge = pytest.mark.parametrize("merge", KERNEL_MERGES)
+either_kernel_rule = pytest.mark.parametrize("merge", [m for m in KERNEL_MERGES if m != "updated"])
+
+
+def with_rules(names, *choices, rules=("existing", *PAIR_MERGES)):
+    """Parametrize by `names` of backends and "merge", without rules that one of the backends refuses."""
+    cases = [case for case in itertools.product(*choices, rules) if knows(case[-1], *case[:-1])]
+    cases = [case for case in cases if "random" not in case or case[-1] not in PAIR_MERGES]
+    return pytest.mark.parametrize((*names, "merge"), cases)
+
+
+def knows(merge, *backends):
+    """Whether all of these backends know a rule."""
+    return merge in KERNEL_MERGES or not {"cpu", "triton"} & {*backends}
 
 
 def takes(backend, dtype, variant):
     """Whether a backend runs calls of this dtype and these of `VARIANTS`."""
     is_scored_by_count = variant.get("bias", "count") == variant.get("rate", "count") == "count"
+    if not knows(variant.get("merge", "existing"), backend):
+        return False
     return backend != "cpu" or (dtype != torch.float64 and is_scored_by_count)
 
 

@@ -34,8 +34,29 @@ def recount_by_likelihood(
 
     With another power of the counts it is the rule "ward-sqrt".
     """
+
+    def clusters(items, num_merged, num_clusters):
+        return agglomerated(items, keys, values, num_clusters, value_weight, count_power=count_power)
+
+    return recount_of_items(len(keys), num_slots, chunk_size, growth, clusters)
+
+
+def recount_by_edges(keys, values, num_slots, chunk_size, growth="immediate", value_weight=0.35):
+    """The same by merge="nearest": the shortest edges of a chunk's tokens and of the slots in turn."""
+
+    def clusters(items, num_merged, num_clusters):
+        num_slots = len(items) - chunk_size
+        in_turn = {(num_merged + i) % num_slots for i in range(min(num_slots, chunk_size))}
+        movers = [i for i in range(len(items)) if i in in_turn or i >= num_slots]
+        return linked(items, keys, values, num_clusters, value_weight, movers)
+
+    return recount_of_items(len(keys), num_slots, chunk_size, growth, clusters)
+
+
+def recount_of_items(length, num_slots, chunk_size, growth, clusters):
+    """Where `clusters` of (items, tokens merged before, clusters wanted) are, of slots and tokens."""
     slots = []
-    for start in range(0, len(keys) // chunk_size * chunk_size, chunk_size):
+    for start in range(0, length // chunk_size * chunk_size, chunk_size):
         seen = start + chunk_size
         scheduled = {
             "plateau": seen * num_slots // (seen + num_slots),
@@ -44,23 +65,51 @@ def recount_by_likelihood(
         }[growth]
         wanted = min(max(len(slots), scheduled, 1), len(slots) + chunk_size)
         items = [*map(tuple, slots), *((t,) for t in range(start, seen))]
-        clusters = agglomerated(items, keys, values, wanted, value_weight, count_power=count_power)
+        found = clusters(items, start, wanted)
         # A cluster stays where its lowest slot was; those of tokens alone take what is free, in order.
         slots = [[] for _ in range(wanted)]
-        homes = [items.index(next(item for item in items if set(item) <= cluster)) for cluster in clusters]
+        homes = [items.index(next(item for item in items if set(item) <= cluster)) for cluster in found]
         taken = {home for home in homes if home < len(items) - chunk_size}
         free = iter([place for place in range(wanted) if place not in taken])
-        for home, cluster in zip(homes, clusters, strict=True):
+        for home, cluster in zip(homes, found, strict=True):
             slots[home if home in taken else next(free)] = sorted(cluster)
     return slots
 
 
+def points_of(items, keys, values, value_weight):
+    """Tokens as points, their values in units of the mean values of items."""
+    means = np.stack([values[list(item)].mean(0) for item in items])
+    power = np.average(np.square(means).sum(1), weights=[len(item) for item in items])
+    return np.concatenate([keys, values * (value_weight / power**0.5 if power else 0)], 1)
+
+
+def linked(items, keys, values, num_clusters, value_weight, movers=None):
+    """Items, each a tuple of tokens, joined by the shortest edges: sets of tokens, in order of their lowest.
+
+    All items look for another unless it is said which are the `movers`.
+    """
+    points, clusters = points_of(items, keys, values, value_weight), list(items)
+    movers = range(len(items)) if movers is None else movers
+    while len(clusters) > num_clusters:
+        means = np.stack([points[list(cluster)].mean(0) for cluster in clusters])
+        # Rounded, so that what is equal is equal, from both sides.
+        distances = np.square(means[:, None] - means).sum(-1).round(9)
+        np.fill_diagonal(distances, np.inf)
+        nearest = {a: int(distances[a].argmin()) for a in movers}
+        edges = [(distances[a, b], a, b) for a, b in nearest.items() if a > b or nearest.get(b) != a]
+        label = np.arange(len(clusters))
+        for _, a, b in sorted(edges)[: len(clusters) - num_clusters]:
+            assert label[a] != label[b], "an edge that removes no item"
+            label[label == max(label[a], label[b])] = min(label[a], label[b])
+        groups = [np.flatnonzero(label == i) for i in np.unique(label)]
+        clusters = [sum((clusters[i] for i in group), ()) for group in groups]
+        movers = range(len(clusters))
+    return [set(cluster) for cluster in clusters]
+
+
 def agglomerated(items, keys, values, num_clusters, value_weight, *, count_power=1.0):
     """Items, each a tuple of tokens, merged pair by pair: sets of tokens, in order of their lowest items."""
-    means = np.stack([values[list(item)].mean(0) for item in items])
-    counts = [len(item) for item in items]
-    power = np.average(np.square(means).sum(1), weights=counts)
-    points = np.concatenate([keys, values * (value_weight / power**0.5 if power else 0)], 1)
+    points = points_of(items, keys, values, value_weight)
 
     @functools.cache
     def distortion(tokens):

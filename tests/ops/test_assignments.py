@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import normalize
 
 from ovq.ops import slot_assignments
-from ovq.ops.options import COUNT_POWERS
-from tests.ops.common import BACKENDS, CPU, RULES, assert_same_state, attend, inputs
+from ovq.ops.options import INITS, MERGES, PAIR_MERGES
+from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, either_rule, inputs, with_rules
 from tests.ops.recount import recount, recount_by_likelihood
 
 WAYS = ("torch", *CPU)
@@ -43,9 +43,7 @@ def by_gradient(k, v, backend, *, initial_state=None, **options):
     return state, [None if x is None else x[..., 0].round().long() - 1 for x in found]
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, *CPU])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("init", "merge"), RULES, ids=str)
+@with_rules(["way", "backend", "init"], WAYS, [*BACKENDS, *CPU], INITS, rules=MERGES)
 def test_tokens_are_where_the_gradients_of_a_backend_say(way, backend, init, merge):
     k, v = clustered(2, 90)
     mask = torch.ones(2, 90, dtype=torch.int64)
@@ -60,12 +58,10 @@ def test_tokens_are_where_the_gradients_of_a_backend_say(way, backend, init, mer
     # 83 and 80 real tokens in chunks of 8.
     assert (found.slots >= 0).sum(-1).tolist() == [[80, 80], [80, 80]]
     has_moved = bool((found.slots != found.chunk_slots).any())
-    assert has_moved == (merge in COUNT_POWERS)
+    assert has_moved == (merge in PAIR_MERGES)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, *CPU])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("merge", ["existing", *COUNT_POWERS])
+@with_rules(["way", "backend"], WAYS, [*BACKENDS, *CPU])
 def test_a_call_that_continues_a_state(way, backend, merge):
     """Rows of two lengths: the shorter comes second, and both begin with pending tokens."""
     k, v = clustered(2, 60)
@@ -82,7 +78,7 @@ def test_a_call_that_continues_a_state(way, backend, merge):
     assert torch.equal(found.earlier_pending, pending)
     assert_same_state(found.state, state, tolerance=1e-6)
     has_moved = not torch.equal(found.earlier_slots[0, 0], torch.arange(earlier.shape[2]))
-    assert has_moved == (merge in COUNT_POWERS)
+    assert has_moved == (merge in PAIR_MERGES)
     # Every token of a slot is an earlier one, or one of these.
     counts = torch.zeros_like(found.state.count)
     counts.scatter_add_(2, earlier, before.count)
@@ -114,8 +110,7 @@ def test_tokens_are_where_a_recount_says(way, rule):
             assert float(means[0, head, slot]) == pytest.approx(sum(members) / len(members))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("merge", ["existing", *COUNT_POWERS])
+@with_rules(["way"], WAYS)
 def test_slots_at_an_earlier_time_are_those_of_a_shorter_call(way, merge):
     k, v = clustered(2, 64)
     mask = torch.ones(2, 64, dtype=torch.int64)
@@ -156,7 +151,7 @@ def test_packed_rows_are_rows_of_their_own(way, merge):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("merge", ["existing", *COUNT_POWERS])
+@either_rule
 def test_other_dtypes(merge, dtype):
     k, v = clustered(1, 64, dtype=dtype)
     options = {"num_slots": 10, "chunk_size": 8, "merge": merge}
@@ -178,8 +173,7 @@ def test_a_constant_rate():
     assert torch.equal(counts, found.state.count)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("merge", ["existing", *COUNT_POWERS])
+@with_rules(["way"], WAYS)
 def test_keys_and_values_that_are_not_finite(way, merge):
     k, v = clustered(1, 64)
     k[0, 5, 1, 2], v[0, 14, 1, 2] = torch.nan, torch.inf
@@ -192,8 +186,7 @@ def test_keys_and_values_that_are_not_finite(way, merge):
     assert is_spoilt.nonzero()[:, 2].tolist() == sorted(set(found.slots[0, 1, [5, 14]].tolist()))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("merge", ["existing", *COUNT_POWERS])
+@with_rules(["way"], WAYS)
 def test_few_tokens_and_none(way, merge):
     k, v = clustered(2, 30)
     options = {"num_slots": 4, "chunk_size": 8, "merge": merge, "backend": way}
@@ -230,8 +223,9 @@ def test_a_state_is_not_changed_and_nothing_has_a_gradient():
             "v: expected torch.float32 on cpu as k is, found torch.float",
         ),
         ({"num_slots": 0}, "num_slots: expected an integer of at least 1, found 0"),
-        ({"merge": "nearest"}, r"merge: expected one of .*, found 'nearest'"),
+        ({"merge": "farthest"}, r"merge: expected one of .*, found 'farthest'"),
         ({"backend": "cpu", "rate": 0.5}, "backend: 'cpu': expected rate 'count', found 0.5"),
+        ({"backend": "cpu", "merge": "nearest"}, "backend: 'cpu': expected merge to be one of .* 'nearest'"),
         ({"initial_state": 1}, "initial_state: expected an OVQState, found int"),
     ],
 )

@@ -5,7 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from tests.ops.common import CPU, RULES, assert_same_state, attend, either_rule, inputs
+from ovq.ops.options import INITS, MERGES
+from tests.ops.common import CPU, assert_same_state, attend, either_rule, inputs, with_rules
 
 needs_triton = pytest.mark.skipif(
     not importlib.util.find_spec("triton"), reason="ovq[triton] is not installed"
@@ -46,8 +47,7 @@ every_length = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 
 
 @every_length
-@pytest.mark.parametrize(("init", "merge"), RULES)
-@pytest.mark.parametrize("backend", ["torch", *CPU])
+@with_rules(["backend", "init"], ["torch", *CPU], INITS, rules=MERGES)
 def test_keys_of_any_length_go_where_the_reference_sends_them(lengths, merge, init, backend):
     generator = torch.Generator().manual_seed(0)
     options = {"num_slots": 8, "chunk_size": 8, "init": init, "merge": merge, "generator": generator}

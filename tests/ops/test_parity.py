@@ -10,7 +10,17 @@ import torch
 from ovq.ops import backend_used, ovq_attention
 from ovq.ops.options import MERGES
 from ovq.ops.schedule import GROWTHS
-from tests.ops.common import CPU, RULES, SCORINGS, VARIANTS, assert_same_state, attend, inputs, takes
+from tests.ops.common import (
+    CPU,
+    RULES,
+    SCORINGS,
+    VARIANTS,
+    assert_same_state,
+    attend,
+    inputs,
+    takes,
+    with_rules,
+)
 
 # batch, length, heads, kv_heads, key_dim, value_dim, num_slots, chunk_size: odd sizes, grouped heads, chunks
 # longer than the input, dictionaries of one slot and larger than the input.
@@ -185,8 +195,7 @@ def test_assignments_are_equal_between_backends_in_every_dtype(backend, dtype, v
     assert torch.equal(states[0].key_sum, states[1].key_sum)
 
 
-@pytest.mark.parametrize("backend", ["torch", *CPU])
-@pytest.mark.parametrize("merge", MERGES)
+@with_rules(["backend"], ["torch", *CPU], rules=MERGES)
 def test_sums_are_added_in_order_of_position(merge, backend):
     """Also in a slot that the chunk itself opened, be it later than the tokens merged into it."""
     q, k, v = inputs(2, 300, 2, 2, 8, 8, dtype=torch.float32)

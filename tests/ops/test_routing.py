@@ -15,7 +15,7 @@ OPTIONS = Options(num_slots=64, chunk_size=128, growth="plateau", init="novelty"
 
 def route(keys, means, num_slots, num_opening=0):
     streams = len(keys)
-    padded = torch.nn.functional.pad(means, (0, 0, 0, routing.padded_slots(num_slots) - num_slots))
+    padded = torch.nn.functional.pad(means, (0, 0, 0, routing.padded_to_blocks(num_slots) - num_slots))
     router = routing.Router(num_streams=streams, max_slots=num_slots, options=OPTIONS, like=keys)
     before, after = [num_slots] * streams, [num_slots + num_opening] * streams
     return router(keys, padded, before, after, heads=[0] * streams, num_seen=[0] * streams)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import os
 import weakref
@@ -15,7 +16,7 @@ from ovq.ops import OVQState
 from ovq.ops.options import COUNT_POWERS
 from tests.disks import full_disk
 from tests.ops.common import VARIANTS, assert_same_state, attend, either_rule, inputs
-from tests.ops.recount import agglomerated, recount, recount_by_likelihood
+from tests.ops.recount import agglomerated, linked, recount, recount_by_edges, recount_by_likelihood
 
 OPTIONS = {"num_slots": 12, "chunk_size": 8}
 
@@ -205,7 +206,9 @@ def test_shrinking_merges_the_cheapest_pairs_and_keeps_every_token(value_weight,
     for row, ((_, k, v), state) in enumerate(zip(rows, states, strict=True)):
         for head in range(2):
             keys, values = k[0, :, head], v[0, :, head]
-            if merge in COUNT_POWERS:
+            if merge == "nearest":
+                slots = recount_by_edges(keys.numpy(), values.numpy(), **options)
+            elif merge in COUNT_POWERS:
                 power = COUNT_POWERS[merge]
                 slots = recount_by_likelihood(keys.numpy(), values.numpy(), **options, count_power=power)
             else:
@@ -213,10 +216,9 @@ def test_shrinking_merges_the_cheapest_pairs_and_keeps_every_token(value_weight,
             slots = [tuple(sorted(members)) for members in slots]
             assert state.count[0, head].tolist() == [len(members) for members in slots]
             kept = min(num_slots, len(slots))
-            power = COUNT_POWERS.get(merge, 1.0)
-            clusters = agglomerated(
-                slots, keys.numpy(), values.numpy(), kept, value_weight, count_power=power
-            )
+            clusters_of = functools.partial(agglomerated, count_power=COUNT_POWERS.get(merge, 1.0))
+            clusters_of = linked if merge == "nearest" else clusters_of
+            clusters = clusters_of(slots, keys.numpy(), values.numpy(), kept, value_weight)
             assert smaller.count[row, head].tolist() == [
                 *(len(members) for members in clusters),
                 *[0] * (num_slots - kept),

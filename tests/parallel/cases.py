@@ -86,6 +86,12 @@ CASES = {
         bounds=(0, 23, 37),
         changes={"conv_size": 0, "growth": "linear", "merge": "updated", "bias": "count+norm"},
     ),
+    "the shortest edges": Case(
+        num_ranks=2,
+        lengths=(37, 37),
+        bounds=(0, 23, 37),
+        changes={"num_slots": 6, "merge": "nearest", "merge_gate": True},
+    ),
     "rotated, constant rate": Case(
         num_ranks=2,
         lengths=(37,),

@@ -22,7 +22,7 @@ Rules = Annotated[
     list[str] | None,
     typer.Option(
         help="Rules of keeping the dictionary to test, on the same weights: existing (the paper's), "
-        "updated, ward, ward-sqrt (recalls most); the trained one if not given.",
+        "updated, ward, ward-sqrt (recalls most), nearest; the trained one if not given.",
         show_default=False,
     ),
 ]

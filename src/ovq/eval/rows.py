@@ -21,7 +21,7 @@ MIXER_NAMES = {
 }
 """Display names of mixers; the others are shown by their name in `mixer_types`."""
 
-MERGE_NAMES = {"updated": "updated", "ward": "Ward", "ward-sqrt": "Ward-sqrt"}
+MERGE_NAMES = {"updated": "updated", "ward": "Ward", "ward-sqrt": "Ward-sqrt", "nearest": "nearest"}
 """Display names of the rules that keep a dictionary; the paper's, `"existing"`, goes without saying."""
 
 LOGN = "log-n"

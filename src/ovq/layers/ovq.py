@@ -65,8 +65,8 @@ class OVQAttention(AttentionMixer):
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
             `merge` is meant for.
         init: which keys open slots: `"novelty"` or `"random"`.
-        merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"ward"` or `"ward-sqrt"`,
-            which merge the cheapest pairs of slots and tokens.
+        merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"ward"`, `"ward-sqrt"` or
+            `"nearest"`, which merge pairs of slots and tokens.
         bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
         rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
         value_weight: the weight of distances between values relative to those between keys where pairs are

@@ -44,7 +44,7 @@ class SlotAssignments:
     Attributes:
         slots: `[B, Hkv, T]` int64 slot that each token is in at the end of the call.
         chunk_slots: `[B, Hkv, T]` slot that it was in right after its own chunk. It differs from `slots` only
-            where merge="ward" has merged that slot into another.
+            where a rule that merges pairs has merged that slot into another.
         earlier_slots: `[R, Hkv, M]` where the slots of the initial state ended, -1 for spare ones.
         earlier_pending: `[R, Hkv, C]` where the tokens ended that were pending in the initial state.
         position: `[B, T]` position of each token. row: `[B, T]` row of each token.

@@ -7,12 +7,21 @@ It puts clarity before speed, works in any floating-point dtype and is different
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ovq.ops.call import Call
-from ovq.ops.options import NO_COSINE, NO_WEIGHT, TIE, TINY, Options, unlisted
+from ovq.ops.options import (
+    NO_COSINE,
+    NO_DISTANCE,
+    NO_WEIGHT,
+    TIE,
+    TINY,
+    Options,
+    unlisted,
+)
 from ovq.ops.precision import rounded
 from ovq.ops.random_init import random_priority
 from ovq.ops.schedule import grown_slots
@@ -21,7 +30,7 @@ from ovq.ops.state import OVQState, divisor, log_mass, log_token_weights, state_
 _LISTED = {
     "growth": ("plateau", "linear", "immediate"),
     "init": ("novelty", "random"),
-    "merge": ("existing", "updated", "ward", "ward-sqrt"),
+    "merge": ("existing", "updated", "ward", "ward-sqrt", "nearest"),
     "bias": ("count", "count+norm"),
     "rate": ("count", "number"),
 }
@@ -187,7 +196,7 @@ def _naive_head(
         if len(chunk_k) == size:
             end = start + size
             chunk = _Chunk(chunk_k, chunk_v, weights[start:end], num_merged + end)
-            learn = _learn_by_likelihood if options.merges_pairs else _learn
+            learn = _learn_by_pairs if options.merges_pairs else _learn
             learn(chunk, head, h, options)
     o = torch.stack(outputs) if outputs else q.new_zeros(*q.shape[:2], v.shape[-1])
     return o, head, (k[end:], v[end:], weights[end:])
@@ -266,8 +275,8 @@ def _learn(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
         head.value_sum = [rounded(s.double(), chunk_v.dtype) for s in head.value_sum]
 
 
-def _learn_by_likelihood(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
-    """Rules that merge pairs: the cheapest pairs of slots and tokens of a complete chunk, until they fit."""
+def _learn_by_pairs(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
+    """Rules that merge pairs: slots and tokens of a complete chunk are merged until they fit."""
     wanted, existing, size = _wanted(chunk, head, options), len(head.count), options.chunk_size
     # Items are the slots, then the tokens.
     keys, values, weights = chunk.keys, chunk.values, chunk.weights
@@ -285,7 +294,14 @@ def _learn_by_likelihood(chunk: _Chunk, head: _Head, h: int, options: Options) -
         return torch.cat([head.means(sums), tokens]) if existing else tokens
 
     key_means, value_means = means(head.key_sum, keys), means(head.value_sum, values)
-    clusters = _clusters(key_means, value_means, mass, existing + size - wanted, options)
+    x = _points(key_means, value_means, mass, options)
+    if options.merge == "nearest":
+        # Those that look for another: tokens, as many slots in turn, and what weighs nothing.
+        in_turn = {(chunk.num_seen - size + i) % existing for i in range(min(size, existing))}
+        movers = [i for i, m in enumerate(mass) if i >= existing or i in in_turn or m <= 0]
+        clusters = _nearest_clusters(x, mass, movers, existing + size - wanted)
+    else:
+        clusters = _cheapest_clusters(x, mass, existing + size - wanted, options)
     # A cluster stays in its lowest slot. One of tokens alone takes a slot that became free, or a new slot.
     kept = {cluster[0] for cluster in clusters}
     free = [i for i in range(wanted) if i >= existing or i not in kept]
@@ -300,16 +316,20 @@ def _learn_by_likelihood(chunk: _Chunk, head: _Head, h: int, options: Options) -
 
 
 @torch.no_grad()
-def _clusters(
-    keys: Tensor, values: Tensor, mass: Tensor, num_merges: int, options: Options
-) -> list[list[int]]:
-    """Merge items pair by pair, the cheapest first. Returns the items of each cluster, by lowest item."""
+def _points(keys: Tensor, values: Tensor, mass: Tensor, options: Options) -> Tensor:
+    """Items as points `[M, K + V]` in float64, between which distances are measured."""
     # Means as the read sees them, in the dtype of the sums.
-    keys, values, c = keys.double(), values.double(), mass.double().clone()
+    keys, values, c = keys.double(), values.double(), mass.double()
     lengths = values.square().sum(-1)
     is_finite = lengths.isfinite()
     power = (c * lengths)[is_finite].sum() / divisor(c[is_finite].sum(), c.dtype)
-    x = torch.cat([keys, values * (options.value_weight / power.sqrt() if power > 0 else 0.0)], -1)
+    return torch.cat([keys, values * (options.value_weight / power.sqrt() if power > 0 else 0.0)], -1)
+
+
+@torch.no_grad()
+def _cheapest_clusters(x: Tensor, mass: Tensor, num_merges: int, options: Options) -> list[list[int]]:
+    """Merge items pair by pair, the cheapest first. Returns the items of each cluster, by lowest item."""
+    x, c = x.clone(), mass.double().clone()
     squares = x.square().sum(-1)
     tie = TIE * float(squares[squares.isfinite()].max()) if squares.isfinite().any() else 0.0
 
@@ -342,6 +362,60 @@ def _clusters(
     return list(clusters.values())
 
 
+@torch.no_grad()
+def _nearest_clusters(x: Tensor, mass: Tensor, movers: Sequence[int], num_merges: int) -> list[list[int]]:
+    """Take the shortest edges from movers to their nearest items. Returns the items of each cluster, too."""
+    mass, clusters = mass.double(), [[i] for i in range(len(x))]
+    while num_merges > 0:
+        target, priority = _edges(x, mass, movers)
+        taken = _lowest(priority, list(target), min(num_merges, len(target)))
+        trees: dict[int, list[int]] = {}
+        for i in range(len(x)):
+            root = i
+            while root in taken:
+                root = target[root]
+            trees.setdefault(root, []).append(i)
+        num_merges -= len(taken)
+        # If more are due, every cluster looks for another: the mean of what is in it.
+        trees_in_order = sorted(trees.values())
+        clusters = [sorted(j for i in tree for j in clusters[i]) for tree in trees_in_order]
+        sums = torch.stack([(mass[tree, None] * x[tree]).sum(0) for tree in trees_in_order])
+        mass = torch.stack([mass[tree].sum() for tree in trees_in_order])
+        x, movers = sums / divisor(mass, mass.dtype)[:, None], range(len(clusters))
+    return clusters
+
+
+def _edges(x: Tensor, mass: Tensor, movers: Sequence[int]) -> tuple[dict[int, int], dict[int, float]]:
+    """The nearest item of each mover, and what decides which of these edges are taken, the lowest first.
+
+    That is the squared distance, relative to the largest squared length, times the weight of the mover if it
+    weighs less than a token.
+    """
+    squares = x.square().sum(-1)
+    size = max((float(s) for s, m in zip(squares, mass, strict=True) if m > 0 and s.isfinite()), default=0.0)
+    # What weighs nothing is no target, unless nothing weighs anything.
+    is_target = mass > 0 if bool((mass > 0).any()) else torch.ones_like(mass, dtype=torch.bool)
+    target, priority = {}, {}
+    for a in movers:
+        distance = (x - x[a]).square().sum(-1) / (size or 1.0)
+        distance = distance.masked_fill(~distance.isfinite(), NO_DISTANCE)
+        if mass[a] <= 0:  # It is at no distance from anything.
+            distance = torch.zeros_like(distance)
+        others = [b for b in is_target.nonzero()[:, 0].tolist() if b != a]
+        if others:
+            best = distance[others].min()
+            target[a] = next(b for b in others if distance[b] <= best + TIE)
+            priority[a] = float(mass[a].clamp(max=1) * distance[target[a]])
+    # Of each circle the lowest item has no edge. Most are pairs that are each other's nearest.
+    for a in movers:
+        b = target.get(a)
+        for _ in movers:
+            b = b if b in (None, a) else target.get(b)
+        if a in target and b == a:
+            del target[a]
+    return target, priority
+
+
 def _nearest(scores: Tensor, key: Tensor, means: Tensor, is_empty: Tensor) -> int:
     """The slot with the largest dot product, ties to the lowest index; 0 for a key that is not finite."""
     best = scores.max()
@@ -369,12 +443,16 @@ def _openers(
         cosines = (scores / key_norms[:, None] / mean_norms).amax(-1)
         cosines = cosines.masked_fill(~cosines.isfinite(), NO_COSINE)
         priority = cosines.masked_fill(chunk.weights <= 0, NO_WEIGHT).tolist()
+    return _lowest(priority, candidates, num)
+
+
+def _lowest(priority: Sequence[float] | Mapping[int, float], candidates: list[int], num: int) -> list[int]:
+    """The `num` candidates of the lowest priority, in order; of equal ones, the first."""
     if num == 0:
         return []
     last = sorted(priority[j] for j in candidates)[num - 1]
     clear = [j for j in candidates if priority[j] < last - TIE]
     tied = [j for j in candidates if abs(priority[j] - last) <= TIE]
-    # Of equally novel keys, the earlier ones open slots.
     return sorted(clear + tied[: num - len(clear)])
 
 

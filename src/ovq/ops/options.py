@@ -23,16 +23,21 @@ ORDINARY = (1e-15, 1e15)
 NO_COSINE = 2.0
 # Stands for the cosine of a key of weight 0, which comes after those.
 NO_WEIGHT = 3.0
+# Stands for a squared distance that is not finite, relative to the largest squared length of a point.
+# Distances are at most 4 times that.
+NO_DISTANCE = 5.0
 
 # w of the rules that merge pairs, for keys of length 1. The best value depends on the weights of a model;
 # this one is good for all models that were measured (docs/results/rules.md).
 VALUE_WEIGHT = 0.35
 
 INITS = ("novelty", "random")
-# The rules that merge pairs of slots and tokens, with p, the power of c_a c_b / (c_a + c_b) in their costs: 1
-# is the likelihood's; with less, the counts of two items matter less for the cost of merging them.
+# The rules that merge the cheapest pair of slots and tokens, one after the other, with p, the power of
+# c_a c_b / (c_a + c_b) in their costs: 1 is the likelihood's; with less, the counts of two items matter less.
 COUNT_POWERS = {"ward": 1.0, "ward-sqrt": 0.5}
-MERGES = ("existing", "updated", *COUNT_POWERS)
+# All rules that merge pairs: these, and the one that takes the shortest edges to nearest items, all at once.
+PAIR_MERGES = (*COUNT_POWERS, "nearest")
+MERGES = ("existing", "updated", *PAIR_MERGES)
 # The rule by which trained models recall most, whichever one they were trained by (docs/results/rules.md).
 BEST_MERGE = "ward-sqrt"
 BIASES = ("count", "count+norm")
@@ -47,13 +52,13 @@ class Options:
         chunk_size: C, tokens per chunk.
         growth: the schedule, `"plateau"`, `"linear"` or `"immediate"`.
         init: which keys open slots, `"novelty"` or `"random"`.
-        merge: where the other keys go, `"existing"` or `"updated"` slots; or `"ward"` or `"ward-sqrt"`, which
-            merge the cheapest pairs of slots and tokens.
+        merge: where the other keys go, `"existing"` or `"updated"` slots; or a rule of `PAIR_MERGES`, which
+            merges pairs of slots and tokens.
         seed: seeds `init="random"`.
         bias: what is added to the scores of slots, `"count"` (log c) or `"count+norm"`.
         rate: how far a slot mean moves to a key merged into it: `"count"` (1 / count) or a constant share.
-        value_weight: w, the weight of distances between values relative to those between keys in
-            `merge="ward"` and `"ward-sqrt"`.
+        value_weight: w, the weight of distances between values relative to those between keys where pairs
+            are merged.
         weighs_chunk: whether tokens of the own chunk are read with the log of their weights, as slots are.
     """
 
@@ -86,11 +91,11 @@ class Options:
     @property
     def merges_pairs(self) -> bool:
         """Whether pairs of slots and tokens are merged, instead of keys into slots."""
-        return self.merge in COUNT_POWERS
+        return self.merge in PAIR_MERGES
 
     @property
     def count_power(self) -> float:
-        """The power of c_a c_b / (c_a + c_b) in the cost of merging two items, where pairs are merged."""
+        """The power of c_a c_b / (c_a + c_b) in the cost of merging two items, by a rule that has costs."""
         return COUNT_POWERS[self.merge]
 
 
@@ -132,7 +137,7 @@ def can_merge_best(merge: str, *, init: str, rate: float | str) -> bool:
 
 def default_growth(merge: str) -> str:
     """The growth that a merge rule is meant for: where pairs are merged, none is while there is room."""
-    return "immediate" if merge in COUNT_POWERS else "plateau"
+    return "immediate" if merge in PAIR_MERGES else "plateau"
 
 
 def check_sizes(least: int, **sizes: int) -> None:

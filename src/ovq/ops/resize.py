@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ovq.ops.nearest import Items, nearest_roots
 from ovq.ops.options import COUNT_POWERS, check_sizes, check_value_weight
 from ovq.ops.state import OVQState
 from ovq.ops.ward import cluster_roots, pair_points
@@ -19,8 +20,8 @@ _POWERS = {"existing": 1.0, "updated": 1.0} | {name: COUNT_POWERS[name] for name
 def resized(state: OVQState, num_slots: int, *, merge: str, value_weight: float) -> OVQState:
     """`state` with at most `num_slots` slots per head from here on; see `OVQState.resize`."""
     check_sizes(1, num_slots=num_slots)
-    if merge not in _POWERS:
-        raise ValueError(f"merge: expected one of {tuple(_POWERS)}, found {merge!r}")
+    if merge not in (known := (*_POWERS, "nearest")):
+        raise ValueError(f"merge: expected one of {known}, found {merge!r}")
     check_value_weight("value_weight", value_weight)
     if state.count.shape[2] <= num_slots:
         return dataclasses.replace(state, num_slots=num_slots)
@@ -30,8 +31,11 @@ def resized(state: OVQState, num_slots: int, *, merge: str, value_weight: float)
     weight = None if state.weight is None else mass.detach()
     with torch.no_grad():
         keys, values = state.keys.flatten(0, 1), state.values.flatten(0, 1)
-        points = pair_points(keys, values, mass, value_weight)
-        roots = cluster_roots(points, count, due, count_power=_POWERS[merge], weight=weight)
+        if merge == "nearest":
+            roots = nearest_roots(Items.of(keys, values, mass, count, value_weight), count > 0, due)
+        else:
+            points = pair_points(keys, values, mass, value_weight)
+            roots = cluster_roots(points, count, due, count_power=_POWERS[merge], weight=weight)
     is_kept = (roots == torch.arange(count.shape[1], device=count.device)) & (count > 0)
     # Spare slots hold zeros, so they can be added to the last slot that is kept.
     place = (is_kept.cumsum(-1) - 1).clamp(min=0).gather(1, roots)

@@ -314,8 +314,9 @@ class OVQState:
         Args:
             num_slots: the new bound.
             merge: the rule that the dictionary is kept by, as in `ovq_attention`; a state does not know it.
-                `"ward"` and `"ward-sqrt"` say what merging a pair costs. The others never merge two slots;
-                for them the costs are Ward's. By `"ward-sqrt"` a table of all pairs of slots is held in
+                `"ward"` and `"ward-sqrt"` say what merging a pair costs, and by `"nearest"` the slots whose
+                nearest are nearest are merged with these. The others never merge two slots; for them the
+                costs are Ward's. By `"ward-sqrt"` a table of all pairs of slots is held in
                 memory, 16 bytes for each.
             value_weight: the weight of distances between values relative to those between keys, as in
                 `ovq_attention`.

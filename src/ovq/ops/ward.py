@@ -24,14 +24,18 @@ def pair_points(keys: Tensor, values: Tensor, count: Tensor, value_weight: float
         count: `[S, M]` counts or weights, 0 for an item that is not there.
         value_weight: w; values are scaled by w divided by the root of their mean squared length.
     """
-    keys, values, count = keys.double(), values.double(), count.double()
-    lengths = values.square().sum(-1)
-    weights = count.masked_fill(~lengths.isfinite(), 0)
+    keys, values = keys.double(), values.double()
+    factor = value_factor(values.square().sum(-1), count, value_weight)
+    return torch.cat([keys, values * factor[:, None, None]], -1)
+
+
+def value_factor(lengths: Tensor, count: Tensor, value_weight: float) -> Tensor:
+    """What values are scaled by, `[S]`, from squared lengths `[S, M]` in float64; see `pair_points`."""
+    weights = count.double().masked_fill(~lengths.isfinite(), 0)
     total = (weights * lengths.nan_to_num(0, 0, 0)).sum(-1)
     weight = weights.sum(-1)
     power = total / torch.where(weight > 0, weight, 1)
-    factor = torch.where((power > 0) & power.isfinite(), value_weight / power.sqrt(), 0)
-    return torch.cat([keys, values * factor[:, None, None]], -1)
+    return torch.where((power > 0) & power.isfinite(), value_weight / power.sqrt(), 0)
 
 
 def cluster_roots(

@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ovq.ops.options import COUNT_POWERS
+from ovq.ops.options import PAIR_MERGES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def style_name(mixer: str, merge: str | None) -> str:
         >>> style_name("ovq", "existing"), style_name("ovq", "ward"), style_name("mamba2", None)
         ('ovq', 'ovq, ward', 'mamba2')
     """
-    return WARD if mixer == "ovq" and merge in COUNT_POWERS else mixer
+    return WARD if mixer == "ovq" and merge in PAIR_MERGES else mixer
 
 
 def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style]:

@@ -22,7 +22,7 @@ __all__ = ["learn", "refusal", "run"]
 _LISTED = {
     "growth": ("plateau", "linear", "immediate"),
     "init": ("novelty", "random"),
-    "merge": ("existing", "updated", "ward", "ward-sqrt"),
+    "merge": ("existing", "updated", "ward", "ward-sqrt", "nearest"),
     "bias": ("count", "count+norm"),
     "rate": ("count", "number"),
 }

@@ -14,9 +14,10 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.read import without_spoilt
-from ovq.ops.backends.torch.route import Router, padded_slots
+from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step
 from ovq.ops.precision import rounded
+from ovq.ops.selection import padded_to_blocks
 from ovq.ops.state import slot_means
 
 
@@ -85,7 +86,7 @@ def _learned(
     """The dictionaries of all streams once the step's complete chunks are merged."""
     s, n, rate = step.num_complete, step.num_slots, router.options.rate
     assert not isinstance(rate, str)
-    padded = means.new_zeros(s, padded_slots(max(n, 1)), means.shape[-1])
+    padded = means.new_zeros(s, padded_to_blocks(max(n, 1)), means.shape[-1])
     padded[:, :n] = means[:s]
     slots = router(
         keys[:s].detach(), padded, step.before[:s], step.after, heads=step.heads, num_seen=step.num_seen

@@ -16,10 +16,11 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.torch.constant_rate import moved
 from ovq.ops.backends.torch.merge import CompleteChunk, merge_chunk
-from ovq.ops.backends.torch.route import Router, padded_slots
+from ovq.ops.backends.torch.route import Router
 from ovq.ops.call import Call
 from ovq.ops.options import Options
 from ovq.ops.schedule import grown_slots
+from ovq.ops.selection import padded_to_blocks
 from ovq.ops.state import (
     OVQState,
     advanced,
@@ -164,7 +165,7 @@ def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Op
     )
     sums = Dictionary(rows.key_sum, rows.value_sum, rows.count, rows.weight)
     sums = sums.map(lambda x: x.flatten(0, 1))
-    missing = padded_slots(capacity) - capacity
+    missing = padded_to_blocks(capacity) - capacity
     means = torch.nn.functional.pad(slot_means(sums.key_sum, sums.mass), (0, 0, 0, missing))
     router = Router(num_streams=streams, max_slots=capacity, options=options, like=means)
     if isinstance(options.rate, str):

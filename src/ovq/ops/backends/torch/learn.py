@@ -10,9 +10,10 @@ from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.constant_rate import moved
 from ovq.ops.backends.torch.merge import CompleteChunk, MergedSlots, Snapshot, merge_chunk
-from ovq.ops.backends.torch.route import Router, padded_slots
+from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
 from ovq.ops.fading import bounding_factor
+from ovq.ops.selection import padded_to_blocks
 from ovq.ops.state import slot_means
 
 
@@ -57,7 +58,7 @@ def _learn_group(
         chunk = CompleteChunk.of(step, *tensors, sums.key_sum.dtype)
         if fading is not None:
             _multiply(sums, step.take(fading[:, None, :, None])[:s, :, 0])
-        missing = padded_slots(capacity) - capacity
+        missing = padded_to_blocks(capacity) - capacity
         means = torch.nn.functional.pad(slot_means(sums.key_sum[:s], sums.mass[:s]), (0, 0, 0, missing))
         if isinstance(options.rate, str):
             chosen, kept = merge_chunk(sums, chunk, options, router, means)

@@ -1,6 +1,7 @@
 """Merging a chunk into the dictionary, in the `torch` backend, and what the backward needs to undo it.
 
-`route.py` decides which slots keys go to, `ovq.ops.ward` which pairs are merged; this file updates the sums.
+`route.py` decides which slots keys go to, `ovq.ops.ward` and `ovq.ops.nearest` which pairs are merged; this
+file updates the sums.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Step
+from ovq.ops.nearest import Items, movers, nearest_roots
 from ovq.ops.options import Options
 from ovq.ops.state import slot_means, without_trace
 from ovq.ops.ward import cluster_roots, pair_points
@@ -138,7 +140,7 @@ def merge_chunk(
     num = len(chunk.before)
     source = target = chunk.keys.new_empty(0, dtype=torch.int64)
     if options.merges_pairs:
-        slots, source, target = _merged_pairs(sums, chunk, options)
+        slots, source, target = _merged_pairs(sums, chunk, options, means)
     else:
         slots = router(
             chunk.keys,
@@ -160,8 +162,10 @@ def merge_chunk(
     return slots, kept
 
 
-def _merged_pairs(sums: Dictionary, chunk: CompleteChunk, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Which of the cheapest pairs of slots and tokens are merged.
+def _merged_pairs(
+    sums: Dictionary, chunk: CompleteChunk, options: Options, means: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which slots and tokens are merged, where pairs are.
 
     Returns:
         The slot of each token, `[S, C]`; the slots that are merged into others, and into which, as rows of
@@ -169,24 +173,47 @@ def _merged_pairs(sums: Dictionary, chunk: CompleteChunk, options: Options) -> t
     """
     num_streams, size = chunk.keys.shape[:2]
     capacity, most = sums.count.shape[1], max(chunk.before)
-    count, mass = sums.count[:num_streams, :most], sums.mass[:num_streams, :most]
+    count = sums.count[:num_streams, :most]
     items = torch.cat([count, count.new_ones(num_streams, size)], 1)
-    weights, keys, values = None, chunk.keys, chunk.values
-    if chunk.weights is not None:
-        weights = torch.cat([mass, chunk.weights], 1)
-        keys, values = (without_trace(x, chunk.weights) for x in (keys, values))
-    all_keys, all_values = (
-        torch.cat([slot_means(part[:num_streams, :most], mass), tokens], 1)
-        for part, tokens in ((sums.key_sum, keys), (sums.value_sum, values))
-    )
-    points = pair_points(all_keys, all_values, items if weights is None else weights, options.value_weight)
     due = [n + size - m for n, m in zip(chunk.before, chunk.after, strict=True)]
-    roots = cluster_roots(points, items, due, count_power=options.count_power, weight=weights)
+    if any(due):
+        roots = _roots(sums, chunk, options, means, items, due)
+    else:
+        roots = torch.arange(items.shape[1], device=items.device).repeat(num_streams, 1)
     slots = _homes(roots, items > 0, most)
     source, target = slots[:, :most], torch.arange(most, device=slots.device)
     stream, slot = ((source != target) & (count > 0)).nonzero(as_tuple=True)
     first = stream * capacity
     return slots[:, most:].contiguous(), first + slot, first + slots[stream, slot]
+
+
+def _roots(
+    sums: Dictionary, chunk: CompleteChunk, options: Options, means: Tensor, items: Tensor, due: list[int]
+) -> Tensor:
+    """For each item, the lowest item `[S, M]` of those that it is merged with.
+
+    Args:
+        sums: as in `merge_chunk`, like `chunk`, `options` and `means`.
+        items: `[S, M]` counts of the slots, then of the tokens.
+        due: merges to make in each stream.
+    """
+    num_streams, size = chunk.keys.shape[:2]
+    most = items.shape[1] - size
+    mass = sums.mass[:num_streams, :most]
+    weights, keys, values = None, chunk.keys, chunk.values
+    if chunk.weights is not None:
+        weights = torch.cat([mass, chunk.weights], 1)
+        keys, values = (without_trace(x, chunk.weights) for x in (keys, values))
+    points = (
+        torch.cat([means[:num_streams, :most], keys], 1),
+        torch.cat([slot_means(sums.value_sum[:num_streams, :most], mass), values], 1),
+        items if weights is None else weights,
+    )
+    if options.merge == "nearest":
+        is_mover = movers(chunk.before, [t - size for t in chunk.num_seen], size, items.device)
+        return nearest_roots(Items.of(*points, items, options.value_weight), is_mover, due)
+    x = pair_points(*points, options.value_weight)
+    return cluster_roots(x, items, due, count_power=options.count_power, weight=weights)
 
 
 def part_slots(sums: Dictionary, deposits: Dictionary, merged: MergedSlots) -> None:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.torch.route import padded_slots
 from ovq.ops.backends.torch.streams import Group, Step, block_size
+from ovq.ops.selection import padded_to_blocks
 from ovq.ops.state import divisor, log_mass, log_token_weights
 
 
@@ -68,7 +68,7 @@ class Reader:
     def __init__(self, group: Group, q: Tensor, v: Tensor, wide: torch.dtype, *, has_weights: bool) -> None:
         plan = group.plan
         self._width, self._wide = plan.aligned.width, wide
-        capacity = padded_slots(plan.capacity)
+        capacity = padded_to_blocks(plan.capacity)
         rows = self._width + capacity
         self._keys = q.new_zeros(group.num_streams, rows, q.shape[-1])
         self._values = q.new_zeros(group.num_streams, rows, v.shape[-1])
@@ -115,7 +115,7 @@ class Reader:
         # log 0 = -inf excludes spare slots. Their keys and values are zero, or finite and out of date.
         self._bias[:s, width : width + n] = log_mass(mass, self._wide)
         self._bias[:s, width + n :] = -torch.inf
-        self._rows = width + padded_slots(n)
+        self._rows = width + padded_to_blocks(n)
         self.is_empty = (mass <= 0).unsqueeze(-1)
         self.mass = divisor(mass, self._wide).unsqueeze(-1)
         self.means = self._means[:s]

@@ -13,20 +13,12 @@ from torch import Tensor
 
 from ovq.ops.options import NO_COSINE, NO_WEIGHT, ORDINARY, TIE, TINY, Options
 from ovq.ops.random_init import random_priority
+from ovq.ops.selection import best_two, lowest, padded_to_blocks
 from ovq.ops.state import slot_means
 
-# Columns of the score matrix that are reduced together. The best slot is found as the best block, then the
-# best slot in it, which reads the scores once, vectorised (on a CPU an argmax over all columns takes six
-# times as long).
-BLOCK = 32
 # Most pairs of (token, slot) that are decided again one by one. Where there are more, as with repeated keys,
 # one float64 matrix product is cheaper.
 _PAIRS = 8192
-
-
-def padded_slots(num: int) -> int:
-    """`num` rounded up to whole blocks."""
-    return -(-num // BLOCK) * BLOCK
 
 
 class Router:
@@ -44,7 +36,7 @@ class Router:
 
     def __init__(self, *, num_streams: int, max_slots: int, options: Options, like: Tensor) -> None:
         self.options = options
-        size = num_streams * options.chunk_size * padded_slots(max_slots)
+        size = num_streams * options.chunk_size * padded_to_blocks(max_slots)
         self._scores = like.new_empty(size)
 
     def __call__(
@@ -103,7 +95,7 @@ class Router:
                 if weights is not None:
                     set_apart.masked_fill_((weights <= 0) & (set_apart == 0), NO_WEIGHT)
                 priority = chunk.novelty(opening, set_apart)
-            is_opener = _lowest(priority, opening)
+            is_opener = lowest(priority, torch.tensor(opening, device=keys.device), max(opening))
             if self.options.merge == "updated":
                 _merge_updated(slots, is_opener, keys, means, existing, is_empty, weights)
             # The j-th key that opens a slot, by position, opens slot existing + j.
@@ -133,7 +125,7 @@ class _Chunk:
         self, keys: Tensor, means: Tensor, existing: list[int], scratch: Tensor, is_empty: Tensor | None
     ) -> None:
         streams, tokens, _ = keys.shape
-        num, smallest = padded_slots(max(existing)), min(existing)
+        num, smallest = padded_to_blocks(max(existing)), min(existing)
         self.keys, self.means = keys, means[:, :num]
         self.scores = scratch[: streams * tokens * num].view(streams, tokens, num)
         torch.bmm(keys, self.means.transpose(1, 2), out=self.scores)
@@ -157,18 +149,7 @@ class _Chunk:
 
     def nearest(self) -> Tensor:
         """Slot `[S, C]` with the largest dot product, ties to the lowest index; 0 for keys not finite."""
-        streams, tokens, num = self.scores.shape
-        blocks = self.scores.view(streams, tokens, num // BLOCK, BLOCK)
-        block_best = blocks.amax(-1)
-        block = block_best.argmax(-1, keepdim=True)
-        inside = blocks.gather(2, block[..., None].expand(-1, -1, 1, BLOCK)).squeeze(2)
-        place = inside.argmax(-1, keepdim=True)
-        best = inside.gather(-1, place)
-        # The best of all other slots: in the other blocks, and in the rest of the winner's block.
-        inside.scatter_(-1, place, -torch.inf)
-        block_best.scatter_(-1, block, -torch.inf)
-        second = torch.maximum(inside.amax(-1), block_best.amax(-1))
-        slots, best = (block * BLOCK + place).squeeze(-1), best.squeeze(-1)
+        slots, best, second = best_two(self.scores)
         # Rounding of a K-term dot product, on both sides of a comparison: 2 K (eps / 2) |k| |D|.
         length = self.key_norm * self.mean_norm.amax(-1, keepdim=True)
         tolerance = (self.keys.shape[-1] * self._eps + 2 * TIE) * length
@@ -287,17 +268,6 @@ class _WideChunk:
         best = cosines.amax(-1)
         best.masked_fill_(~best.isfinite(), NO_COSINE)
         return torch.where(set_apart > 0, set_apart.to(best.dtype), best)
-
-
-def _lowest(priority: Tensor, num: list[int]) -> Tensor:
-    """Mask `[S, C]` of the `num[s]` lowest priorities of each stream; among equal ones, the earliest
-    tokens."""
-    wanted = torch.tensor(num, device=priority.device)[:, None]
-    boundary = priority.topk(max(num), largest=False).values.gather(-1, (wanted - 1).clamp(min=0))
-    is_clear = priority < boundary - TIE
-    is_tied = (priority - boundary).abs() <= TIE
-    is_tied &= is_tied.cumsum(-1) <= wanted - is_clear.sum(-1, keepdim=True)
-    return (is_clear | is_tied) & (wanted > 0)
 
 
 def _merge_updated(

@@ -1,0 +1,62 @@
+"""The best two of many scores, and the lowest of many priorities: what the rules of merging select by."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ovq.ops.options import TIE
+
+# Columns of a score matrix that are reduced together. The best one is found as the best block, then the best
+# column in it, which reads the scores once, vectorised (on a CPU an argmax over all columns takes six times
+# as long).
+BLOCK = 32
+
+
+def padded_to_blocks(num: int) -> int:
+    """`num` rounded up to whole blocks."""
+    return -(-num // BLOCK) * BLOCK
+
+
+def best_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Column and score of the best of each row, and the score of the second best, `[S, A]` each.
+
+    Args:
+        scores: `[S, A, M]`, M whole blocks.
+
+    Example:
+        >>> scores = torch.arange(64.0).view(1, 1, 64).index_fill(2, torch.tensor([63]), 40.5)
+        >>> best_two(scores)
+        (tensor([[62]]), tensor([[62.]]), tensor([[61.]]))
+    """
+    streams, rows, num = scores.shape
+    block_best = scores.view(streams, rows, num // BLOCK, BLOCK).amax(-1)
+    block = block_best.argmax(-1, keepdim=True)
+    first = torch.arange(0, scores.numel() // BLOCK, num // BLOCK, device=scores.device).view(block.shape)
+    inside = scores.view(-1, BLOCK).index_select(0, (first + block).flatten()).view(streams, rows, BLOCK)
+    place = inside.argmax(-1, keepdim=True)
+    best = inside.gather(-1, place)
+    # The best of all other columns: in the other blocks, and in the rest of the winner's block.
+    inside.scatter_(-1, place, -torch.inf)
+    block_best.scatter_(-1, block, -torch.inf)
+    second = torch.maximum(inside.amax(-1), block_best.amax(-1))
+    return (block * BLOCK + place).squeeze(-1), best.squeeze(-1), second
+
+
+def lowest(priority: Tensor, num: Tensor, most: int) -> Tensor:
+    """Mask `[S, M]` of the `num[s]` lowest priorities of each stream; of equal ones, the first.
+
+    Args:
+        priority: `[S, M]`; the lowest `num[s]` are finite.
+        num: `[S]`. most: the largest of these numbers, or more.
+
+    Example:
+        >>> lowest(torch.tensor([[3.0, 1.0, 3.0, 2.0]]), torch.tensor([3]), 3)
+        tensor([[ True,  True, False,  True]])
+    """
+    wanted = num[:, None]
+    boundary = priority.topk(most, largest=False).values.gather(-1, (wanted - 1).clamp(min=0))
+    is_clear = priority < boundary - TIE
+    is_tied = (priority - boundary).abs() <= TIE
+    is_tied &= is_tied.cumsum(-1) <= wanted - is_clear.sum(-1, keepdim=True)
+    return (is_clear | is_tied) & (wanted > 0)

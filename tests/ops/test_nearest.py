@@ -1,0 +1,203 @@
+"""merge="nearest": which edges are taken, where items go, the same in every backend that knows the rule."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from ovq.ops import backend_used, nearest, ovq_attention
+from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, inputs
+from tests.ops.recount import recount_by_edges
+from tests.ops.test_ward import LENGTH, STREAMS, check_equal, gradients_from, stream, tokens_of
+
+NEAREST = {"merge": "nearest"}
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+# Few slots beside a chunk of 12: a first round of edges is not always enough.
+@pytest.mark.parametrize("num_slots", [3, 9, 20, 48])
+@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_torch_merges_what_the_reference_merges(dtype, kind, num_slots):
+    check_equal("torch", dtype, kind, num_slots=num_slots, **NEAREST)
+
+
+@pytest.mark.parametrize("growth", ["plateau", "linear"])
+@pytest.mark.parametrize("value_weight", [0.0, 2.0])
+@pytest.mark.parametrize("kind", ["clustered", "one-hot"])
+def test_so_it_does_with_other_options(kind, value_weight, growth):
+    options = {"num_slots": 20, "value_weight": value_weight, "growth": growth}
+    check_equal("torch", torch.float32, kind, **options, **NEAREST)
+
+
+@pytest.mark.parametrize("num_slots", [4, 14])
+@pytest.mark.parametrize("value_weight", [0, 0.35, 2])
+@pytest.mark.parametrize("growth", ["plateau", "linear", "immediate"])
+@pytest.mark.parametrize("kind", ["random", "clustered", "one-hot", "repeated"])
+def test_the_reference_is_what_the_definition_says(kind, growth, value_weight, num_slots):
+    _, k, v = stream(kind, torch.float64, length=60)
+    options = {"num_slots": num_slots, "chunk_size": 6, "growth": growth, "value_weight": value_weight}
+    _, state = attend(k, k, v, **NEAREST, **options, backend="naive")
+    for head in range(2):
+        slots = recount_by_edges(*(x[0, :, head].numpy() for x in (k, v)), **options)
+        assert state.count[0, head].tolist() == [len(members) for members in slots]
+        for sums, tokens in ((state.key_sum, k), (state.value_sum, v)):
+            expected = torch.stack([tokens[0, members, head].sum(0) for members in slots])
+            torch.testing.assert_close(sums[0, head], expected, rtol=1e-12, atol=1e-12)
+
+
+def tight(length, spread, dtype=torch.float32):
+    """Keys so near to each other that a float32 product tells few of them apart, and values likewise."""
+    q, k, v = inputs(1, length, 2, 2, 16, 16, dtype=dtype)
+    k, v = (x[:, :1] + spread * (x - x[:, :1]) for x in (k, v))
+    return q, k, v
+
+
+@pytest.mark.parametrize("most_pairs", [0, 8192])
+@pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
+def test_what_a_float32_product_cannot_tell_apart_is_decided_in_float64(spread, most_pairs, monkeypatch):
+    monkeypatch.setattr(nearest, "_PAIRS", most_pairs)
+    tokens, options = tight(160, spread), {"num_slots": 40, "chunk_size": 16, **NEAREST}
+    states = [attend(*tokens, **options, backend=name)[1] for name in BACKENDS]
+    assert_same_state(states[1], states[0], tolerance=0)
+
+
+def test_most_edges_are_decided_without_float64(monkeypatch):
+    """Negative control of the test above: of keys in all directions few are computed again."""
+    tokens = inputs(1, 640, 2, 2, 32, 32, dtype=torch.float32)
+    num, distances = [], nearest.Items.distances
+
+    def counted(items, s, a, b):
+        num.append(a.numel())
+        return distances(items, s, a, b)
+
+    monkeypatch.setattr(nearest.Items, "distances", counted)
+    attend(*tokens, num_slots=256, chunk_size=64, backend="torch", **NEAREST)
+    assert 0 < sum(num) < 6 * 2 * 128 / 4
+
+
+def of_one_head(keys, **options):
+    """Counts and sums of values after tokens of a value each, 1, 2, 3, ... by both backends, which agree."""
+    states = [attend(*tokens_of(keys), **NEAREST, value_weight=0, backend=x, **options)[1] for x in BACKENDS]
+    assert_same_state(states[1], states[0], tolerance=0)
+    return states[0].count.flatten().tolist(), states[0].value_sum.flatten().tolist()
+
+
+def test_the_shortest_edges_are_taken_and_chains_end_in_one_slot():
+    """Each of 0, 1, 2.1 is nearest to the one before; 10 and 20 stay alone."""
+    found = of_one_head([[0.0], [1.0], [2.1], [10.0], [20.0]], num_slots=3, chunk_size=5)
+    assert found == ([3, 1, 1], [1 + 2 + 3, 4, 5])
+
+
+def test_of_edges_of_one_length_those_of_the_lowest_items_are_taken():
+    """0 and 1 are each other's nearest, as are 10 and 11: the edges that count are those of 1 and 11."""
+    found = of_one_head([[10.0], [0.0], [1.0], [11.0]], num_slots=3, chunk_size=4)
+    assert found == ([1, 2, 1], [1, 2 + 3, 4])
+
+
+def test_of_equally_near_items_the_first_is_the_nearest():
+    """0 is as near to 1 as to -1, each of which has a nearer one."""
+    found = of_one_head([[1.0], [-1.0], [0.0], [1.5], [-1.5]], num_slots=2, chunk_size=5)
+    assert found == ([3, 2], [1 + 3 + 4, 2 + 5])
+
+
+def test_where_edges_are_too_few_clusters_look_for_each_other():
+    """Two pairs, so two edges; three are due. Means 0.5 and 10.5 then are nearest to each other."""
+    assert of_one_head([[0.0], [1.0], [10.0], [11.0]], num_slots=1, chunk_size=4) == ([4], [10])
+    # Clusters at 0.5, 5.5 and 10: 5.5 goes to the last, where single items at 5 would have gone to the first.
+    keys = [[0.0], [1.0], [5.0], [6.0], [9.9], [10.1]]
+    assert of_one_head(keys, num_slots=2, chunk_size=6) == ([2, 4], [1 + 2, 3 + 4 + 5 + 6])
+
+
+def test_slots_are_looked_at_in_turn():
+    """Slots 2 and 3 hold nearly the same key. After four tokens it is the turn of slots 0 and 1."""
+    keys, options = [[0.0], [100.0], [300.0], [301.0], [1000.0], [1001.0]], {"num_slots": 4, "chunk_size": 2}
+    assert of_one_head(keys, **options) == ([2, 2, 1, 1], [1 + 2, 5 + 6, 3, 4])
+    # After six it is theirs.
+    found = of_one_head([*keys, [2000.0], [2001.0]], **options)
+    assert found == ([2, 2, 2, 2], [1 + 2, 5 + 6, 3 + 4, 7 + 8])
+
+
+def weighted(keys, weights, **options):
+    """The state after tokens of one head and of these weights, by both backends."""
+    options |= {"token_weights": torch.tensor(weights)[None, :, None], "value_weight": 0, **NEAREST}
+    states = [attend(*tokens_of(keys), **options, backend=name)[1] for name in BACKENDS]
+    assert_same_state(states[1], states[0], tolerance=0)
+    return states[0]
+
+
+def test_what_weighs_nothing_is_freed_first_and_attracts_nothing():
+    """After six tokens it is the turn of slots 0 and 1. Slot 3 is empty, and nearest to the last token."""
+    keys = [[100.0], [200.0], [300.0], [1.0], [400.0], [500.0], [0.9], [1.1]]
+    state = weighted(keys, [1.0, 1, 1, 0, 1, 1, 0, 1], num_slots=6, chunk_size=2)
+    assert state.value_sum.flatten().tolist() == [1, 2, 3, 8, 5, 6]
+    assert state.count.flatten().tolist() == [3, 1, 1, 1, 1, 1]
+    # It goes to the first that weighs something, here slot 2, which takes the place of slot 0.
+    state = weighted(keys, [0.0, 0, 1, 1, 1, 1, 1, 1], num_slots=6, chunk_size=2)
+    assert state.value_sum.flatten().tolist() == [3, 7, 8, 4, 5, 6]
+    assert state.count.flatten().tolist() == [3, 1, 1, 1, 1, 1]
+
+
+def test_what_weighs_less_than_a_token_costs_as_much_less():
+    """30 and 31 are nearer to each other than 0 and 2, one of which weighs a tenth. Above 1 is no matter."""
+    keys, options = [[0.0], [2.0], [30.0], [31.0]], {"num_slots": 3, "chunk_size": 4}
+    assert weighted(keys, [1.0, 1, 1, 1], **options).count.flatten().tolist() == [1, 1, 2]
+    assert weighted(keys, [1.0, 0.1, 1, 1], **options).count.flatten().tolist() == [2, 1, 1]
+    assert weighted(keys, [1.0, 1, 1, 9], **options).count.flatten().tolist() == [1, 1, 2]
+
+
+def test_circles_are_broken_at_their_lowest_items():
+    """Equal distances leave circles of two; what is equal within rounding alone might leave others."""
+    target = torch.tensor([[1, 2, 0, 4, 3, 3, 6, 5], [7, 0, 1, 2, 3, 4, 5, 6]])
+    found = nearest._is_lowest_of_circle(target).nonzero().tolist()
+    assert found == [[0, 0], [0, 3], [0, 6], [1, 0]]
+
+
+@pytest.mark.parametrize("kind", ["clustered", "repeated", "long and short"])
+@pytest.mark.parametrize("pieces", [[1] * LENGTH, [30, 0, 13, 29]], ids=["tokens", "pieces"])
+def test_any_split_leaves_the_same_bits(pieces, kind):
+    tokens = stream(kind, torch.float32)
+    options = {**NEAREST, "num_slots": 20, "chunk_size": 12}
+    _, whole = attend(*tokens, **options)
+    state = None
+    for part in torch.arange(LENGTH).split(pieces):
+        _, state = attend(*(x[:, part] for x in tokens), initial_state=state, **options)
+    assert_same_state(state, whole, tolerance=0)
+    assert backend_used() == "torch"
+
+
+def test_rows_whose_slots_have_other_turns_do_not_disturb_each_other():
+    """Rows that have seen 53, 40 and 22 tokens and go on together."""
+    q, k, v = inputs(3, 60, 2, 2, dtype=torch.float32)
+    mask = torch.arange(60) >= torch.tensor([[7], [20], [38]])
+    options = {**NEAREST, "num_slots": 25, "chunk_size": 6}
+    _, state = attend(q, k, v, **options, attention_mask=mask)
+    for row, first in enumerate([7, 20, 38]):
+        _, alone = attend(*(x[row : row + 1, first:] for x in (q, k, v)), **options)
+        assert_same_state(state.select([row]), alone, tolerance=0)
+
+
+@pytest.mark.parametrize("num_slots", [8, 20])
+def test_gradients_through_slots_that_were_merged(num_slots):
+    """Against autograd through the reference, from a full dictionary on, by way of many merges of slots."""
+    q, k, v = stream("clustered", torch.float64)
+    q = torch.cat([q, q.roll(1, 1)], 2)
+    options = {**NEAREST, "num_slots": num_slots, "chunk_size": 12}
+    _, state = attend(q[:, :40], k[:, :40], v[:, :40], **options)
+    tokens = [x[:, 40:] for x in (q, k, v)]
+    after, grads = gradients_from(state, tokens, "torch", options)
+    after_ref, grads_ref = gradients_from(state, tokens, "naive", options)
+    assert torch.equal(after.key_sum, after_ref.key_sum)
+    assert (after.count < state.count).any()
+    for name, grad, expected in zip("qkvs" + "kvkv", grads, grads_ref, strict=True):
+        assert expected.abs().max() > 1e-3, name
+        torch.testing.assert_close(grad, expected, rtol=0, atol=1e-9 * max(1, float(expected.abs().max())))
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_backends_that_do_not_know_it_say_so(backend):
+    x = normalize(torch.randn(1, 8, 1, 4), dim=-1)
+    options = {"num_slots": 4, "chunk_size": 4, **NEAREST}
+    with pytest.raises(ValueError, match=f"backend: '{backend}': expected merge to be one of .* 'nearest'"):
+        ovq_attention(x, x, x, backend=backend, **options)
+    ovq_attention(x, x, x, **options)
+    assert backend_used() == "torch"
