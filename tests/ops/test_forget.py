@@ -150,8 +150,7 @@ def test_it_does_not_matter_how_a_stream_is_split(merge, rate, pieces, seed):
 
 
 @pytest.mark.parametrize("growth", ["immediate", "plateau"])
-@pytest.mark.parametrize("merge", ["existing", "updated", *PAIR_MERGES])
-@pytest.mark.parametrize("backend", [*BACKENDS, *CPU])
+@with_rules(["backend"], [*BACKENDS, *CPU], rules=("existing", "updated", *PAIR_MERGES))
 def test_keys_that_repeat_go_to_the_same_slots_however_a_stream_is_split(backend, merge, growth):
     """To the last bit, in float32: what differs by a rounding would tie no more."""
     for seed in range(2):
