@@ -30,6 +30,7 @@ def squared_error(model, keys, values):
     return np.square(points).sum() - (np.square(sums).sum(1) / model.count_).sum()
 
 
+@pytest.mark.parametrize("merge", ["ward", "nearest"])
 @pytest.mark.parametrize("make", [stream, repeating_stream])
 @pytest.mark.parametrize(
     "options",
@@ -37,16 +38,16 @@ def squared_error(model, keys, values):
     ids=str,
 )
 @pytest.mark.parametrize("cuts", [[], [5, 8, 31], list(range(1, 70))], ids=["one call", "four", "tokens"])
-def test_partial_fit_equals_the_update(make, options, cuts):
+def test_partial_fit_equals_the_update(make, options, cuts, merge):
     tensors, (_, keys, values) = make(70)
-    model = GaussianMixtureRegressor(**WARD, **options)
+    model = GaussianMixtureRegressor(**OPTIONS, merge=merge, **options)
     seen = 0
     for k, v in zip(np.split(keys, cuts), np.split(values, cuts), strict=True):
         model.partial_fit(k, v)
         seen += len(k)
         if seen % CHUNK and seen < 70:
             continue
-        _, state = attend(*(t[:, :seen] for t in tensors), backend="naive", **WARD, **options)
+        _, state = attend(*(t[:, :seen] for t in tensors), backend="naive", **OPTIONS, merge=merge, **options)
         np.testing.assert_array_equal(model.count_, state.count[0, 0])
         np.testing.assert_allclose(model.key_sum_, state.key_sum[0, 0], atol=1e-12)
         np.testing.assert_allclose(model.value_sum_, state.value_sum[0, 0], atol=1e-12)

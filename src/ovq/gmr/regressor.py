@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ovq.gmr.nearest import nearest_clusters
 from ovq.gmr.ward import ward_clusters
-from ovq.ops.options import BIASES, VALUE_WEIGHT, check_value_weight, default_growth
+from ovq.ops.options import BIASES, PAIR_MERGES, VALUE_WEIGHT, check_value_weight, default_growth
 from ovq.ops.schedule import GROWTHS, grown_slots
 
 try:
@@ -28,7 +29,7 @@ except ImportError as error:
     raise ImportError("ovq.gmr: expected scikit-learn, found none; pip install 'ovq[theory]'") from error
 
 ASSIGNMENTS = ("hard", "soft")
-MERGES = ("existing", "ward")
+MERGES = ("existing", "ward", "nearest")
 
 Array = NDArray[np.float64]
 
@@ -37,7 +38,7 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     """Regression of values on keys by a Gaussian mixture over both, with one spherical covariance I / b.
 
     `partial_fit` learns as an OVQ layer does, in one pass and constant memory: in each chunk, the most novel
-    keys open slots and the others are merged into the nearest slot; or, with `merge="ward"`, the cheapest
+    keys open slots and the others are merged into the nearest slot; or, with `merge="ward"` or `"nearest"`,
     pairs of slots and tokens are merged until they fit. `fit` sees all the data at once and iterates
     expectation-maximisation over (key, value) to convergence, from k-means++ centres; this shows what a
     dictionary of that size can do. `predict` is the conditional mean E[value | key].
@@ -54,9 +55,10 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             its hard assignment takes the largest dot product, as OVQ does. `fit` assigns by key and value;
             its hard assignment takes the smallest distance.
         growth: the schedule of the dictionary in `partial_fit`, as in the op. None: the op's default.
-        merge: what `partial_fit` merges: keys into slots that existed before the chunk (`"existing"`), or the
-            cheapest pairs of slots and tokens (`"ward"`), as in the op. `"ward"` needs hard assignment.
-        value_weight: w of `merge="ward"`, as in the op.
+        merge: what `partial_fit` merges: keys into slots that existed before the chunk (`"existing"`), the
+            cheapest pairs of slots and tokens (`"ward"`), or those of the shortest edges (`"nearest"`), as in
+            the op. Rules that merge pairs need hard assignment.
+        value_weight: w of the rules that merge pairs, as in the op.
         max_iter: the largest number of iterations of `fit`.
         tol: `fit` ends when no mean moves by more than this.
         random_state: seeds the k-means++ start of `fit`.
@@ -229,8 +231,8 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 raise ValueError(f"{name}: expected an integer of at least 1, found {value!r}")
         choices = {
             "bias": BIASES,
-            # Ward's rule merges whole items, so there is no soft assignment.
-            "assignment": ASSIGNMENTS if self.merge != "ward" else ASSIGNMENTS[:1],
+            # Rules that merge pairs merge whole items, so there is no soft assignment.
+            "assignment": ASSIGNMENTS[:1] if self.merge in PAIR_MERGES else ASSIGNMENTS,
             "growth": (None, *GROWTHS),
             "merge": MERGES,
         }
@@ -263,8 +265,8 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             chunk_size=self.chunk_size,
             growth=self.growth or default_growth(self.merge),
         )
-        if self.merge == "ward":
-            self._merge_cheapest(keys, values, wanted)
+        if self.merge in PAIR_MERGES:
+            self._merge_pairs(keys, values, num_seen - len(keys), wanted)
         else:
             self._merge_nearest(keys, values, wanted)
         self.n_iter_ += 1
@@ -293,16 +295,20 @@ class GaussianMixtureRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.value_sum_[existing] += shares.T @ values[merging]
         self.count_[existing] += shares.sum(0)
 
-    def _merge_cheapest(self, keys: Array, values: Array, wanted: int) -> None:
-        """Merge pairs of slots and tokens of a chunk, the cheapest first, until `wanted` items are left."""
+    def _merge_pairs(self, keys: Array, values: Array, num_merged: int, wanted: int) -> None:
+        """Merge pairs of slots and tokens of a chunk, after `num_merged`, until `wanted` items are left."""
         existing = len(self.count_)
         count = np.concatenate([self.count_, np.ones(len(keys))])
         mean_values = np.concatenate([self.values_, values])
         power = count @ np.square(mean_values).sum(1) / count.sum()
         factor = self.value_weight / power**0.5 if power > 0 else 0.0
-        lowest = ward_clusters(
-            np.hstack([np.concatenate([self.keys_, keys]), factor * mean_values]), count, wanted
-        )
+        points = np.hstack([np.concatenate([self.keys_, keys]), factor * mean_values])
+        if self.merge == "ward":
+            lowest = ward_clusters(points, count, wanted)
+        else:
+            # The tokens, and as many slots in turn.
+            in_turn = (num_merged + np.arange(min(existing, len(keys)))) % max(existing, 1)
+            lowest = nearest_clusters(points, count, [*in_turn, *range(existing, len(points))], wanted)
         # A cluster keeps its lowest slot. One of tokens alone takes a slot that became free, or a new slot.
         slots = np.unique(lowest)
         is_new = slots >= existing
