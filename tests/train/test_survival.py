@@ -171,6 +171,21 @@ def test_checkpoints_without_fault_are_taken_without_a_word(whole, interrupted, 
     assert losses(interrupted) == losses(whole)
 
 
+def test_losses_are_the_same_though_few_steps_are_logged(tmp_path):
+    """A logged loss is the mean since the last one, also where a checkpoint was written in between."""
+    config, whole, out = (
+        CONFIG.override(["train.steps=10", "train.log_every=5"]),
+        tmp_path / "whole",
+        tmp_path,
+    )
+    with Reporter(Console(quiet=True)) as reporter:
+        loop.train(config, whole, reporter=reporter)
+    shutil.copytree(whole / "checkpoint-9", out / "checkpoint-9")
+    config.save(out)
+    resume(out)
+    assert losses(out) == losses(whole)
+
+
 def assert_same_run(out, whole):
     assert losses(out) == losses(whole)
     ours, expected = (OVQForCausalLM.from_pretrained(path).state_dict() for path in (out, whole))

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from ovq.runtime.files import write_atomic
 
@@ -134,6 +134,10 @@ class SealingTrainer(Trainer):
     its space on a full disk.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_LogAtCheckpoints())
+
     def compute_loss(
         self,
         model: Any,
@@ -166,6 +170,18 @@ class SealingTrainer(Trainer):
             raise
         if self.args.should_save:
             _remove_old(out)
+
+
+class _LogAtCheckpoints(TrainerCallback):
+    """Logs the loss wherever a checkpoint is written.
+
+    A logged loss is the mean since the last one. A checkpoint does not hold what has been added up by then,
+    so the first loss of a resumed run would be the mean of fewer steps than without the interruption.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for a log; the Trainer writes it before the checkpoint."""
+        control.should_log |= control.should_save
 
 
 def _remove_old(out: Path) -> None:
