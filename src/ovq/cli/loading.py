@@ -8,10 +8,11 @@ Heavy imports are inside the functions.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ovq.runtime.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -231,15 +232,15 @@ def load_tokenizer(folder: Path) -> Any | None:
 
     # The tokenizers library raises plain exceptions.
     with _naming(folder, "the tokenizer of a model", (Exception,)):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Fields of a wrong type are noticed by whoever reads them.
+        tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])
+        return tokenizer
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: expected JSON, found what is none ({error})") from error
+    found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from ovq.runtime.files import write_atomic
+from ovq.runtime.files import read_json, write_atomic
 
 SEAL_FILE = "seal.json"
 """The name of the file with this list."""
@@ -73,7 +73,7 @@ def seal(folder: Path, *, with_subfolders: bool = False) -> None:
 def fault(folder: Path) -> str | None:
     """What is wrong with the checkpoint in a folder, in words; None if it is complete and undamaged."""
     try:
-        entries = dict(json.loads((folder / SEAL_FILE).read_text(encoding="utf-8")))
+        entries = dict(read_json(folder / SEAL_FILE))
         for name, entry in entries.items():
             path = folder / name
             if not path.is_file():

@@ -409,7 +409,7 @@ class RunConfig:
                 model=_from_dict(ModelArgs, with_new_names(sections["model"])),
                 train=_from_dict(TrainArgs, sections["train"]),
             )
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(f"expected the configuration of a run, found something else: {error}") from error
 
     def save(self, folder: Path) -> None:
