@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _MODEL_TYPE = "ovq"
 # What transformers raises on values it does not expect. Its OSError and ValueError explain themselves.
-_FOREIGN_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
+FOREIGN_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
 
 
 def check_model_folder(folder: Path, *, hint: str = "") -> None:
@@ -247,8 +247,9 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = _FOREIGN_ERRORS) -> Iterator[None]:
+def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = FOREIGN_ERRORS) -> Iterator[None]:
     """Turn errors of libraries about a file into a ValueError that names it and says what was expected."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
@@ -259,7 +260,7 @@ def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = _FOREI
         raise ValueError(f"{path}: {error}") from error
     except SafetensorError as error:
         raise ValueError(f"{path}: expected {what}, found a file that is damaged ({error})") from error
-    except foreign as error:
+    except (*foreign, StrictDataclassError) as error:
         found = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: expected {what}, found what cannot be read as such ({found})") from error
 
