@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import transformers
@@ -136,3 +137,13 @@ def test_an_adaptation_is_saved_and_goes_on_after_an_interruption(capsys, tmp_pa
         (["--out", tmp_path / "c", "--model", tmp_path / "llama"], "a model that ovq convert has written"),
     ):
         assert said in fail(capsys, *command, *options)
+
+
+@pytest.mark.parametrize(("field", "value"), [("mlp_bias", []), ("eos_token_id", 1e30)])
+def test_a_config_with_a_value_of_a_wrong_type_costs_one_line(capsys, converted, tmp_path, field, value):
+    shutil.copytree(converted / "llama", tmp_path / "llama")
+    path = tmp_path / "llama" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    said = fail(capsys, "convert", "--model", tmp_path / "llama", "--out", tmp_path / "out", *SMALL)
+    assert said.startswith("--model: expected a causal language model, found")
+    assert field in said

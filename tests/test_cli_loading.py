@@ -176,6 +176,11 @@ def test_weights_that_are_missing_left_over_damaged_or_not_there(capsys, folder)
         ),
         ("tokenizer.json", '{"a": 1}', "model: "),
         ("tokenizer_config.json", "[]", "expected the tokenizer of a model, found what cannot be read"),
+        (
+            "tokenizer_config.json",
+            '{"model_max_length": {}}',
+            "expected the tokenizer of a model",
+        ),
     ],
 )
 def test_files_beside_the_weights_that_cannot_be_read(capsys, folder, name, text, message):
@@ -184,7 +189,7 @@ def test_files_beside_the_weights_that_cannot_be_read(capsys, folder, name, text
 
 
 def test_a_run_config_of_something_else(capsys, folder):
-    for text in ('{"task": {"name": "recall"}, "model": [], "train": {}}', '{"task": 1}', "[]"):
+    for text in ('{"task": {"name": "recall"}, "model": [], "train": {}}', '{"task": 1}', "[]", "[" * 10**5):
         (folder / "run_config.json").write_text(text)
         line = fail(capsys, *COMMANDS["eval"], folder)
         assert "run_config.json: expected the configuration of a run, found something else" in line

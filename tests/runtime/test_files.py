@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import os
 import stat
 import threading
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ovq.runtime.files import atomic_path, cache_folder, write_atomic
+from ovq.runtime.files import atomic_path, cache_folder, claimed, write_atomic
 from tests.disks import full_disk
 
 
@@ -138,3 +139,26 @@ def test_without_a_home_there_is_no_cache_and_it_is_said_how_to_have_one(monkeyp
 def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomic(tmp_path / "no" / "file", "text")
+
+
+def test_a_folder_is_claimed_by_one_at_a_time(tmp_path, monkeypatch):
+    """On a network file system, too, where a folder cannot be locked but a file in it can."""
+    fcntl = pytest.importorskip("fcntl")
+    lock = fcntl.flock
+
+    def of_files_alone(descriptor, operation):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        lock(descriptor, operation)
+
+    for flock in (lock, of_files_alone):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with claimed(tmp_path / "new", command="ovq train"):
+            assert (tmp_path / "new" / ".lock").exists() == (flock is not lock)
+            with (
+                pytest.raises(ValueError, match=r"no other `ovq train` is at work in, found .*new"),
+                claimed(tmp_path / "new", command="ovq train"),
+            ):
+                pass
+        with claimed(tmp_path / "new", command="ovq train"):
+            pass

@@ -28,7 +28,9 @@ def look_around(job, reporter):
     work = reporter.start(f"job {job}", total=2)
     work.update(1, note="half")
     work.update(2, note="done")
-    return job, os.getpid(), torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    # As it was before the worker had its own handler.
+    is_blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    return job, os.getpid(), torch.get_num_threads(), signal.getsignal(signal.SIGINT), is_blocked
 
 
 def end_badly(job, _reporter):
@@ -50,7 +52,8 @@ def test_results_come_in_the_order_of_the_jobs(monkeypatch, tmp_path):
     assert os.getpid() not in processes
     assert len(processes) == 2
     # Two cores for two workers; Ctrl-C is left to the process that started them.
-    assert {(threads, handler) for *_, threads, handler in results} == {(1, signal.SIG_IGN)}
+    assert {tuple(settings) for _, _, *settings in results} == {(1, signal.SIG_IGN, True)}
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     lines = console.export_text().splitlines()
     for job in (0, 1, 2):
         assert [line for line in lines if line.startswith(f"job {job}:")] == [

@@ -158,3 +158,22 @@ def test_two_documents_of_one_name_are_refused(folder):
 def test_fields_out_of_range_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         TextSource(**({"dataset": "sotu"} | fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("index.json", lambda data: data[:-9], "expected JSON, found what is none"),
+        ("index.json", lambda data: b"[]", "list indices"),
+        ("index.json", lambda data: data.replace(b"sha256", b"sha255"), "'sha256'"),
+        ("tokens.bin", lambda data: data[:-1], "expected 2405 tokens, found 2404"),
+        ("tokens.bin", lambda data: b"", "cannot mmap an empty file|expected 2405 tokens"),
+    ],
+)
+def test_a_damaged_corpus_in_the_cache_is_named(folder, cache, name, damage, reason):
+    load_corpus(source_of(folder), "train")
+    [path] = cache.glob(f"*/{name}")
+    path.write_bytes(damage(path.read_bytes()))
+    message = rf"{path.parent}: expected a corpus that was kept there, found it damaged \(.*({reason}).*\)"
+    with pytest.raises(ValueError, match=message):
+        load_corpus(source_of(folder), "train")

@@ -3,6 +3,7 @@
 The processes here are real ones, and really killed; the longest test starts them as a user does.
 """
 
+import functools
 import os
 import random
 import resource
@@ -18,6 +19,7 @@ from tests.processes import command
 from tests.tiny import TINY, losses
 
 from ovq.hf import OVQForCausalLM
+from ovq.runtime.files import claimed
 from ovq.runtime.progress import Reporter
 from ovq.train import loop
 from ovq.train.checkpoints import SEAL_FILE, fault
@@ -151,6 +153,7 @@ def flip(path):
         ("trainer_state.json", lambda path: path.write_text(""), "trainer_state.json: expected"),
         (SEAL_FILE, lambda path: path.unlink(), "it was never finished: it has no seal.json"),
         (SEAL_FILE, truncate, "seal.json: expected a list of files, found something else"),
+        (SEAL_FILE, lambda path: path.write_text("[" * 10**5), "seal.json: expected a list of files"),
         (SEAL_FILE, lambda path: path.write_text('{"a": 1}'), "seal.json: expected|a: expected a file"),
     ],
 )
@@ -169,6 +172,21 @@ def test_checkpoints_without_fault_are_taken_without_a_word(whole, interrupted, 
     assert "left out" not in resume(interrupted)
     assert steps_read == [STEPS - 3, STEPS - 2, STEPS - 1]
     assert losses(interrupted) == losses(whole)
+
+
+def test_losses_are_the_same_though_few_steps_are_logged(tmp_path):
+    """A logged loss is the mean since the last one, also where a checkpoint was written in between."""
+    config, whole, out = (
+        CONFIG.override(["train.steps=10", "train.log_every=5"]),
+        tmp_path / "whole",
+        tmp_path,
+    )
+    with Reporter(Console(quiet=True)) as reporter:
+        loop.train(config, whole, reporter=reporter)
+    shutil.copytree(whole / "checkpoint-9", out / "checkpoint-9")
+    config.save(out)
+    resume(out)
+    assert losses(out) == losses(whole)
 
 
 def assert_same_run(out, whole):
@@ -201,6 +219,16 @@ def test_killed_by_kill_9_before_its_first_checkpoint_a_run_starts_again(whole, 
     )
     assert steps_read == list(range(STEPS))
     assert_same_run(out, whole)
+
+
+def test_a_run_has_its_folder_to_itself(interrupted):
+    """Two that write the same checkpoints would leave a mixture of both."""
+    before = {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()}
+    with claimed(interrupted, command="ovq train"), Reporter(Console(quiet=True)) as reporter:
+        for begin in (loop.resume, functools.partial(loop.train, CONFIG)):
+            with pytest.raises(ValueError, match="--out: expected a folder that no other `ovq train` is"):
+                begin(interrupted, reporter=reporter)
+    assert {path: path.read_bytes() for path in interrupted.rglob("*") if path.is_file()} == before
 
 
 def test_interrupted_before_its_first_checkpoint_a_run_starts_again(whole, tmp_path, steps_read, monkeypatch):

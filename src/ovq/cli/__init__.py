@@ -32,6 +32,7 @@ from ovq.cli import (
 )
 from ovq.cli.outputs import Readers, accept_all_text, drop_unwritten, open_closed_streams
 from ovq.cli.plugins import Import
+from ovq.cli.signals import Ended, raised
 from ovq.cli.verbosity import Quiet, Verbose, add_to_commands
 from ovq.runtime.verbosity import is_verbose
 
@@ -93,9 +94,9 @@ def _program() -> Any:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: with 0 if all went well, 2 after bad input, 130 after Ctrl-C, and 141 if
-    the reader of the output has gone (`ovq ... | head`). The last two are the codes of programs that a signal
-    ends.
+    """Run the command line and exit: with 0 if all went well, 2 after bad input, 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP, and 141 if the reader of the output has gone (`ovq ... | head`). The last four
+    are the codes that a shell reports for programs that these signals end.
 
     With `--verbose` or `OVQ_TRACEBACK=1`, errors show a traceback instead of their one line.
 
@@ -106,14 +107,18 @@ def main(arguments: list[str] | None = None) -> None:
     accept_all_text()
     readers = Readers()
     try:
-        code = _program()(args=arguments, standalone_mode=False)
-        sys.stdout.flush()
+        with raised():
+            code = _program()(args=arguments, standalone_mode=False)
+            sys.stdout.flush()
     except _UsageError as error:
         # Typer has printed the help of a group that was called by itself, which is not a mistake.
         is_help = type(error).__name__ == "NoArgsIsHelpError"
         code = 0 if is_help else _fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
+    except Ended as error:
+        _tell(f"ended by {error.name}")
+        raise
     except SystemExit as error:
         # typer and rich turn a broken pipe into a SystemExit.
         if not isinstance(error.__context__, BrokenPipeError):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli.common import check_new_folder, out_console, read_text
+from ovq.cli.loading import FOREIGN_ERRORS
 
 if TYPE_CHECKING:
     from ovq.convert import MemoryConfig
@@ -126,6 +127,7 @@ def convert(
 
 def _load(name: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
     """The model, and its tokenizer or None."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -140,7 +142,7 @@ def _load(name: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
         options["gguf_file"] = gguf_file
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options).eval()
-    except (AttributeError, KeyError, RuntimeError, SafetensorError, TypeError) as error:
+    except (*FOREIGN_ERRORS, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"--model: expected a causal language model, found {name!r} ({error})") from error
     if gguf_file is not None:
         model = _unquantized(model)

@@ -8,10 +8,11 @@ Heavy imports are inside the functions.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ovq.runtime.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 _MODEL_TYPE = "ovq"
 # What transformers raises on values it does not expect. Its OSError and ValueError explain themselves.
-_FOREIGN_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
+FOREIGN_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
 
 
 def check_model_folder(folder: Path, *, hint: str = "") -> None:
@@ -231,23 +232,24 @@ def load_tokenizer(folder: Path) -> Any | None:
 
     # The tokenizers library raises plain exceptions.
     with _naming(folder, "the tokenizer of a model", (Exception,)):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Fields of a wrong type are noticed by whoever reads them.
+        tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])
+        return tokenizer
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: expected JSON, found what is none ({error})") from error
+    found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found
 
 
 @contextlib.contextmanager
-def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = _FOREIGN_ERRORS) -> Iterator[None]:
+def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = FOREIGN_ERRORS) -> Iterator[None]:
     """Turn errors of libraries about a file into a ValueError that names it and says what was expected."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
@@ -258,7 +260,7 @@ def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = _FOREI
         raise ValueError(f"{path}: {error}") from error
     except SafetensorError as error:
         raise ValueError(f"{path}: expected {what}, found a file that is damaged ({error})") from error
-    except foreign as error:
+    except (*foreign, StrictDataclassError) as error:
         found = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: expected {what}, found what cannot be read as such ({found})") from error
 

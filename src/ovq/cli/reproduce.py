@@ -109,13 +109,14 @@ def reproduce(
     out = out or Path("reproduce-out") / sizes.name
     check_model_path("--out", out)
 
-    from ovq.research.reproduce.engine import Workshop, claimed
+    from ovq.research.reproduce.engine import Workshop
     from ovq.research.reproduce.engine import reproduce as make
     from ovq.research.reproduce.page import write_report
+    from ovq.runtime.files import claimed
     from ovq.runtime.progress import Reporter
 
     if figures:
-        with claimed(out), Reporter(is_long=True) as reporter:
+        with claimed(out, command="ovq reproduce"), Reporter(is_long=True) as reporter:
             shop = Workshop(
                 out=out, preset=sizes.name, num_seeds=seeds, num_workers=sizes.num_workers, reporter=reporter
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ovq.convert.attach import attach
 from ovq.convert.config import CONFIG_KEY, MemoryConfig
+from ovq.runtime.files import read_json
 
 
 def load(folder: str | os.PathLike, **options: Any) -> PreTrainedModel:
@@ -55,11 +55,9 @@ def memory_config_in(folder: str | os.PathLike) -> MemoryConfig | None:
     """
     path = Path(folder) / "config.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path)
     except OSError:
         return None
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, found what is none ({error})") from error
     if not isinstance(fields, dict) or CONFIG_KEY not in fields:
         return None
     return MemoryConfig.from_dict(fields[CONFIG_KEY])

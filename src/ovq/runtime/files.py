@@ -1,15 +1,17 @@
-"""Writing files so that a reader sees the old file or the complete new one, never a part; the cache
-folder."""
+"""Writing files so that a reader sees the old file or the complete new one, never a part; folders that one
+process works in at a time; the cache folder."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -65,6 +67,77 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
     """Write a text file in UTF-8 completely or not at all, see `atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, *, command: str) -> Iterator[None]:
+    """Keep a folder to this process while the block runs; it is created if necessary.
+
+    Args:
+        folder: The folder.
+        command: What works in it, for error messages.
+
+    Raises:
+        ValueError: If another process is at work in it.
+        OSError: If it cannot be made or read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, claimed(Path(folder), command="ovq train"):
+        ...     with claimed(Path(folder), command="ovq train"):
+        ...         pass
+        Traceback (most recent call last):
+        ValueError: --out: expected a folder that no other `ovq train` is at work in, found ...
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # Locks of the system, which go with the process however that ends. There are none on Windows.
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with contextlib.ExitStack() as files:
+
+        def lock(path: Path, flags: int) -> None:
+            descriptor = os.open(path, flags, 0o666)
+            files.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        try:
+            try:
+                lock(folder, os.O_RDONLY)
+            except BlockingIOError:
+                raise
+            except OSError:
+                # Network file systems lock only files, and those that are open for writing.
+                lock(folder / ".lock", os.O_RDWR | os.O_CREAT)
+        except BlockingIOError:
+            raise ValueError(
+                f"--out: expected a folder that no other `{command}` is at work in, found {folder}"
+            ) from None
+        yield
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: If it holds something else; names the file.
+        OSError: If it cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_atomic(Path(folder) / "a.json", "[1, 2")
+        ...     read_json(Path(folder) / "a.json")
+        Traceback (most recent call last):
+        ValueError: ...a.json: expected JSON, found what is none (Expecting ',' delimiter: ...)
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    # The first of these for what is nested too deeply.
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: expected JSON, found what is none ({error})") from error
 
 
 def cache_folder() -> Path:

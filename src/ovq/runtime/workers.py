@@ -8,12 +8,13 @@ machine has other work to do.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -100,7 +101,8 @@ def run_jobs(
     messages = context.SimpleQueue()
     with ProcessPoolExecutor(num_workers, context, _begin, (messages, num_threads)) as executor:
         try:
-            futures = [executor.submit(_call, function, job) for job in jobs]
+            with _ctrl_c_waits():
+                futures = [executor.submit(_call, function, job) for job in jobs]
             processes = multiprocessing.active_children()
             running = set(futures)
             while running:
@@ -119,6 +121,23 @@ def run_jobs(
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Let Ctrl-C wait until the block ends, and never reach the processes that are started in it.
+
+    It is sent to all of them, and each would show where it was among its imports.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        # On Windows.
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _show(messages: Any, reporter: Reporter) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ovq.runtime.files import read_json
 from ovq.text.cache import cached_folder
 from ovq.text.documents import Document, split_of
 from ovq.text.source import ALL, TextSource, check_split, source_content, source_readers
@@ -141,17 +142,30 @@ class _Stored:
 
     @classmethod
     def load(cls, folder: Path) -> _Stored:
-        """Map the tokens of a folder into memory and read the rest."""
-        index = json.loads((folder / _INDEX_FILE).read_text(encoding="utf-8"))
-        num_tokens = np.array(index["num_tokens"], dtype=np.int64)
-        return cls(
-            tokens=np.memmap(folder / _TOKENS_FILE, dtype=index["dtype"], mode="r"),
-            names=index["names"],
-            num_tokens=num_tokens,
-            num_bytes=np.array(index["num_bytes"], dtype=np.int64),
-            ends=num_tokens.cumsum(),
-            sha256=index["sha256"],
-        )
+        """Map the tokens of a folder into memory and read the rest.
+
+        Raises:
+            ValueError: If a file is damaged, as far as its size tells; names the folder.
+        """
+        try:
+            index = read_json(folder / _INDEX_FILE)
+            num_tokens = np.array(index["num_tokens"], dtype=np.int64)
+            stored = cls(
+                tokens=np.memmap(folder / _TOKENS_FILE, dtype=index["dtype"], mode="r"),
+                names=index["names"],
+                num_tokens=num_tokens,
+                num_bytes=np.array(index["num_bytes"], dtype=np.int64),
+                ends=num_tokens.cumsum(),
+                sha256=index["sha256"],
+            )
+            if len(stored.tokens) != num_tokens.sum():
+                raise ValueError(f"expected {num_tokens.sum()} tokens, found {len(stored.tokens)}")
+            return stored
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder}: expected a corpus that was kept there, found it damaged ({error}); "
+                "without this folder it is made anew"
+            ) from error
 
     def document(self, i: int) -> np.ndarray:
         """The tokens of a document."""

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-from ovq.runtime.files import write_atomic
+from ovq.runtime.files import read_json, write_atomic
 
 SEAL_FILE = "seal.json"
 """The name of the file with this list."""
@@ -73,7 +73,7 @@ def seal(folder: Path, *, with_subfolders: bool = False) -> None:
 def fault(folder: Path) -> str | None:
     """What is wrong with the checkpoint in a folder, in words; None if it is complete and undamaged."""
     try:
-        entries = dict(json.loads((folder / SEAL_FILE).read_text(encoding="utf-8")))
+        entries = dict(read_json(folder / SEAL_FILE))
         for name, entry in entries.items():
             path = folder / name
             if not path.is_file():
@@ -134,6 +134,10 @@ class SealingTrainer(Trainer):
     its space on a full disk.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_LogAtCheckpoints())
+
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """The parameters that weight decay acts on: matrices.
 
@@ -175,6 +179,18 @@ class SealingTrainer(Trainer):
             raise
         if self.args.should_save:
             _remove_old(out)
+
+
+class _LogAtCheckpoints(TrainerCallback):
+    """Logs the loss wherever a checkpoint is written.
+
+    A logged loss is the mean since the last one. A checkpoint does not hold what has been added up by then,
+    so the first loss of a resumed run would be the mean of fewer steps than without the interruption.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for a log; the Trainer writes it before the checkpoint."""
+        control.should_log |= control.should_save
 
 
 def _remove_old(out: Path) -> None:

@@ -177,7 +177,7 @@ class TrainArgs:
         init_from: Folder, or name on the hub, of a model whose weights the run begins with; `None` for new
             weights.
         seed: Seed of the weights and of the data.
-        log_every: Steps between two logged losses.
+        log_every: Steps between two logged losses; a loss is logged with each checkpoint as well.
         eval_every: Steps between two measurements of the loss on held-out text, the split `validation`; 0 for
             none. The last step is measured, too.
         save_every: Steps between two checkpoints; 0 for none but the final model.
@@ -409,7 +409,7 @@ class RunConfig:
                 model=_from_dict(ModelArgs, with_new_names(sections["model"])),
                 train=_from_dict(TrainArgs, sections["train"]),
             )
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, RecursionError, TypeError) as error:
             raise ValueError(f"expected the configuration of a run, found something else: {error}") from error
 
     def save(self, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from ovq.runtime.files import write_atomic
+from ovq.runtime.files import read_json, write_atomic
 from ovq.runtime.progress import AnyReporter
 from ovq.tasks import Task, TextTask
 from ovq.text import Corpus, get_tokenizer, load_corpus, source_tokenizer
@@ -104,7 +104,7 @@ def _text_examples(config: RunConfig, corpus: Corpus, tokenizer: Any) -> Dataset
 def _check_corpus(path: Path, corpus: Corpus) -> None:
     """Raise ValueError unless the corpus is the one the run began with: windows are identified by number."""
     try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))["digest"]
+        found = dict(read_json(path))["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected what the run was trained on, found none ({error})") from error
     if corpus.digest != found:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
+
+from ovq.runtime.files import read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class History:
         Raises:
             OSError: If the folder holds none.
         """
-        entries = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
+        entries = read_json(folder / TRAINER_STATE_NAME)["log_history"]
         return cls(
             training={entry["step"]: entry["loss"] for entry in entries if "loss" in entry},
             held_out={entry["step"]: entry["eval_loss"] for entry in entries if "eval_loss" in entry},

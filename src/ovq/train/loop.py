@@ -6,6 +6,7 @@ Run it as `ovq train recall-ovq --out runs/ovq`, or as `torchrun --nproc-per-nod
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.equal_sizes import equal_sizes
+from ovq.runtime.files import claimed
 from ovq.runtime.progress import AnyReporter, AnyWork
 from ovq.train.carry import CarryTrainer
 from ovq.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint, writing
@@ -83,7 +85,8 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
 
     Raises:
         ValueError: If the model's settings are invalid or not those of `train.init_from`, the folder already
-            holds a run, or the batch cannot be divided among the processes.
+            holds a run or has another process at work in it, or the batch cannot be divided among the
+            processes.
         OSError: If the folder cannot be written.
     """
     # What `OVQConfig` refuses is refused here, before minutes are spent on reading a corpus.
@@ -93,22 +96,29 @@ def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "
         for note in check_initial(config.train.init_from, described):
             if is_first_process():
                 reporter.say(f"train.init_from: {note}")
-    # The first of several processes decides for all; another would already find the file that it has written.
-    if is_first_process():
-        if (out / CONFIG_FILE).exists():
-            raise ValueError(
-                f"--out: expected a folder without a run (or --resume), found {out / CONFIG_FILE}"
-            )
-        # This also checks that the folder can be written, before any work is done.
-        config.save(out)
-    try:
-        return _run(config, out, reporter=reporter, label=label)
-    except ValueError:
-        # A run that was refused, for example because its corpus is missing, can be tried again in the same
-        # folder.
-        if is_first_process() and not any(out.glob("checkpoint-*")):
-            (out / CONFIG_FILE).unlink(missing_ok=True)
-        raise
+    with _alone(out):
+        # The first of several processes decides for all; another would already find the file that it has
+        # written.
+        if is_first_process():
+            if (out / CONFIG_FILE).exists():
+                raise ValueError(
+                    f"--out: expected a folder without a run (or --resume), found {out / CONFIG_FILE}"
+                )
+            # This also checks that the folder can be written, before any work is done.
+            config.save(out)
+        try:
+            return _run(config, out, reporter=reporter, label=label)
+        except ValueError:
+            # A run that was refused, for example because its corpus is missing, can be tried again in the
+            # same folder.
+            if is_first_process() and not any(out.glob("checkpoint-*")):
+                (out / CONFIG_FILE).unlink(missing_ok=True)
+            raise
+
+
+def _alone(out: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep the folder of a run to the processes of this one."""
+    return claimed(out, command="ovq train") if is_first_process() else contextlib.nullcontext()
 
 
 def resume(out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForCausalLM:
@@ -128,16 +138,17 @@ def resume(out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForC
 
     Raises:
         ValueError: If the folder holds no run, a run that has ended and kept no checkpoint, or only damaged
-            checkpoints that were complete once.
+            checkpoints that were complete once, or another process is at work in it.
         OSError: If the folder cannot be written.
     """
     config = RunConfig.load(out)
     say = reporter.say if is_first_process() else lambda _: None
-    checkpoint = newest_checkpoint(out, say)
-    if checkpoint is None:
-        _check_can_start_again(out)
-        say(f"{out}: stopped before its first checkpoint, the run starts again from its {CONFIG_FILE}")
-    return _run(config, out, reporter=reporter, label=label, checkpoint=checkpoint, is_resumed=True)
+    with _alone(out):
+        checkpoint = newest_checkpoint(out, say)
+        if checkpoint is None:
+            _check_can_start_again(out)
+            say(f"{out}: stopped before its first checkpoint, the run starts again from its {CONFIG_FILE}")
+        return _run(config, out, reporter=reporter, label=label, checkpoint=checkpoint, is_resumed=True)
 
 
 def _check_can_start_again(out: Path) -> None:

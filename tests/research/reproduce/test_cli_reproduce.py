@@ -7,8 +7,8 @@ import pytest
 
 from ovq.cli import main
 from ovq.research.reproduce import presets
-from ovq.research.reproduce.engine import claimed
 from ovq.research.reproduce.figures import FIGURES, TEXT_FIGURES
+from ovq.runtime.files import claimed
 from tests.research.reproduce.common import TINY, run_here
 from tests.test_cli import fail, run
 
@@ -48,7 +48,7 @@ def test_bad_input_costs_one_line(capsys, monkeypatch, arguments, message):
 
 
 def test_a_folder_in_use_costs_one_line(capsys, tmp_path, tiny):
-    with claimed(tmp_path):
+    with claimed(tmp_path, command="ovq reproduce"):
         line = fail(capsys, "reproduce", "merge", "--preset", "tiny", "--out", tmp_path)
     assert "no other `ovq reproduce` is at work in" in line
 

@@ -18,7 +18,7 @@ from ovq.research.fidelity import fidelity_rows
 from ovq.research.fidelity.streams import STREAMS
 from ovq.research.reproduce import engine, evaluations, figures
 from ovq.research.reproduce.draw import points
-from ovq.research.reproduce.engine import claimed, count_runs, reproduce
+from ovq.research.reproduce.engine import count_runs, reproduce
 from ovq.research.reproduce.figures import get_figure
 from ovq.research.reproduce.jobs import RunJob
 from ovq.research.reproduce.page import write_report
@@ -275,6 +275,19 @@ def test_damage_is_noticed_and_repaired(made, monkeypatch, tmp_path):
     assert rows_of(out, "recall")[0] == row
 
 
+@pytest.mark.parametrize("damage", ["", "[]", "{}", "[" * 10**5])
+def test_a_damaged_outcome_is_measured_again(made, damage, monkeypatch, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(made[0], out)
+    rows = rows_of(out, "recall")
+    [path, *_] = (out / "runs" / rows[0]["run"] / "evaluations").iterdir()
+    path.write_text(damage)
+    begun = run_here(monkeypatch)
+    reproduce(FIGURE, workshop(out))
+    assert 1 <= len(begun) <= 2
+    assert rows_of(out, "recall") == rows
+
+
 def test_a_training_that_was_stopped_goes_on_from_its_checkpoint(monkeypatch, tmp_path):
     shop = workshop(tmp_path)
     job = shop.job(CONFIG, (), "run")
@@ -369,17 +382,6 @@ def test_results_of_two_presets_do_not_mix(made, monkeypatch):
         reproduce(get_figure("dictionary", TINY), workshop(out, preset="cpu"))
 
 
-def test_one_process_at_a_time(tmp_path):
-    with (
-        claimed(tmp_path),
-        pytest.raises(ValueError, match="no other `ovq reproduce` is at work in"),
-        claimed(tmp_path),
-    ):
-        pass
-    with claimed(tmp_path):
-        pass
-
-
 def measure(seed):
     return [{"line": "a", "group": "", "seed": seed, "length": n, "error": n + seed} for n in (1, 2)]
 
@@ -400,6 +402,10 @@ def test_what_is_not_trained_is_measured_a_seed_at_a_time_and_never_twice(monkey
     reproduce(figure, workshop(tmp_path, num_seeds=1))
     results = reproduce(figure, workshop(tmp_path, num_seeds=2))
     assert begun == ["errors: seed 0", "errors: seed 1"]
+    [path] = tmp_path.rglob("errors-seed1.json")
+    path.write_text(path.read_text()[:9])
+    assert reproduce(figure, workshop(tmp_path, num_seeds=2))["rows"] == results["rows"]
+    assert begun[2:] == ["errors: seed 1"]
     assert [(row["seed"], row["length"]) for row in results["rows"]] == [(0, 1), (0, 2), (1, 1), (1, 2)]
     assert (tmp_path / "figures" / "errors.png").read_text() == "4"
     text = write_report(tmp_path).read_text()
@@ -428,13 +434,14 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from ovq.research.reproduce.draw import points
-from ovq.research.reproduce.engine import claimed, reproduce
+from ovq.research.reproduce.engine import reproduce
 from ovq.research.reproduce.figures import get_figure
+from ovq.runtime.files import claimed
 from tests.research.reproduce.common import TINY, with_steps, workshop
 
 if __name__ == "__main__":
     out, steps = Path(sys.argv[1]), int(sys.argv[2])
-    with claimed(out):
+    with claimed(out, command="ovq reproduce"):
         reproduce(get_figure("dictionary", with_steps(TINY, steps)), workshop(out, num_seeds=1))
 """
 

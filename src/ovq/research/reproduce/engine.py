@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +13,7 @@ from ovq.research.reproduce.evaluations import Evaluation
 from ovq.research.reproduce.jobs import Job, MeasureJob, RunJob, do_job
 from ovq.research.reproduce.partial import chosen_lines, earlier_results, joined_results
 from ovq.research.reproduce.plan import Figure, Line, Trial, run_name, with_seed, with_trial
-from ovq.research.reproduce.results import save_results
+from ovq.research.reproduce.results import load_results, save_results
 from ovq.runtime.progress import Reporter
 from ovq.runtime.workers import run_jobs
 from ovq.train.config import RunConfig
@@ -66,28 +64,6 @@ class Workshop:
             self.reporter.say(f"{label}: {len(jobs) - len(open_jobs)} of {len(jobs)} were finished before")
         if open_jobs:
             run_jobs(do_job, open_jobs, reporter=self.reporter, num_workers=self.num_workers, label=label)
-
-
-@contextlib.contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """Keep the folder of results to this process.
-
-    Raises:
-        ValueError: If another process is at work in it.
-        OSError: If it cannot be written.
-    """
-    # A lock of the system, which goes with the process however that ends. There is none on Windows.
-    import fcntl
-
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--out: expected a folder that no other `ovq reproduce` is at work in, found {out}"
-            ) from None
-        yield
 
 
 def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> dict[str, Any]:
@@ -212,7 +188,7 @@ def _check_data(jobs: Iterable[RunJob]) -> None:
 def _check_preset(shop: Workshop) -> None:
     """One folder, one preset: the page of all results would mix them."""
     for path in (shop.out / "rows").glob("*.json"):
-        if (found := json.loads(path.read_text(encoding="utf-8")).get("preset")) != shop.preset:
+        if (found := load_results(path).get("preset")) != shop.preset:
             raise ValueError(
                 f"--out: expected a folder of results of preset {shop.preset}, found {path} of {found}"
             )

@@ -25,7 +25,7 @@ from ovq.hf import OVQForCausalLM
 from ovq.research.reproduce.evaluations import Evaluation
 from ovq.research.reproduce.plan import is_same_run, run_name
 from ovq.runtime.environment import environment
-from ovq.runtime.files import write_atomic
+from ovq.runtime.files import read_json, write_atomic
 from ovq.runtime.workers import RemoteReporter, RemoteWork
 from ovq.train import loop
 from ovq.train.checkpoints import fault, newest_checkpoint, seal
@@ -109,7 +109,7 @@ class RunJob(Job):
 
     def training_record(self) -> dict[str, Any]:
         """What `TRAINING_FILE` of the trained run holds."""
-        return json.loads((self.folder / TRAINING_FILE).read_text(encoding="utf-8"))
+        return read_json(self.folder / TRAINING_FILE)
 
     def do(self, reporter: RemoteReporter) -> None:
         """Train the model if it is not trained, and do the missing evaluations."""
@@ -186,8 +186,12 @@ class RunJob(Job):
         path = self._path(evaluation)
         if not path.is_file():
             return None
-        outcome = json.loads(path.read_text(encoding="utf-8"))
-        return outcome if outcome["evaluation"] == evaluation.as_json() else None
+        try:
+            outcome = read_json(path)
+            return outcome if outcome["evaluation"] == evaluation.as_json() else None
+        except (KeyError, TypeError, ValueError):
+            # What is damaged is done again.
+            return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,8 +214,11 @@ class MeasureJob(Job):
         return self.root / f"{self.figure}-seed{self.seed}.json"
 
     def is_done(self) -> bool:
-        """Whether the seed is measured."""
-        return self.path.is_file()
+        """Whether the seed is measured, and the rows can be read."""
+        try:
+            return {"rows", "environment"} <= self.record().keys()
+        except (AttributeError, FileNotFoundError, ValueError):
+            return False
 
     def do(self, reporter: RemoteReporter) -> None:
         """Measure, and write the rows.
@@ -232,7 +239,7 @@ class MeasureJob(Job):
 
     def record(self) -> dict[str, Any]:
         """The rows, and the environment in which they were measured."""
-        return json.loads(self.path.read_text(encoding="utf-8"))
+        return read_json(self.path)
 
 
 class _PartReporter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ovq.research.reproduce.figures import FIGURES, TEXT_FIGURES
 from ovq.research.reproduce.plan import Figure
 from ovq.research.reproduce.presets import get_preset
 from ovq.research.reproduce.results import load_results
+from ovq.runtime.files import read_json
 
 
 def redraw(folder: Path) -> list[Path]:
@@ -37,10 +37,7 @@ def redraw(folder: Path) -> list[Path]:
     source, target = (rows, folder / "figures") if rows.is_dir() else (folder, folder)
     drawn, reports = [], []
     for path in sorted(source.glob("*.json")):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: expected JSON, found something else ({error})") from error
+        found = read_json(path)
         fields = found if isinstance(found, dict) else {}
         if "figure" in fields:
             target.mkdir(exist_ok=True)

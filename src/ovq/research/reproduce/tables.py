@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import operator
 import re
@@ -42,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from ovq.research.reproduce.results import Row, load_results
-from ovq.runtime.files import write_atomic
+from ovq.runtime.files import read_json, write_atomic
 
 _START = re.compile(r"^<!-- table: (\S+) (\S+) -->\n", re.MULTILINE)
 _MARKED = re.compile(_START.pattern + r"(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
@@ -162,7 +161,7 @@ def make_table(description: Path, name: str) -> str:
         ValueError: If it is not described, or the results lack what it shows.
         OSError: If a file cannot be read.
     """
-    tables = json.loads(description.read_text(encoding="utf-8"))
+    tables = read_json(description)
     if name not in tables:
         raise ValueError(f"expected one of {', '.join(tables)}, found {name!r}")
     table = tables[name]
@@ -206,7 +205,7 @@ _RowsOf = Callable[[str | None], list[Row]]
 
 
 def _read(path: Path) -> list[Row]:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_json(path)
     if isinstance(content, list):
         return content
     return load_results(path)["rows"] if "figure" in content else content["rows"]
