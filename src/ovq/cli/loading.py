@@ -260,7 +260,7 @@ def _naming(path: Path, what: str, foreign: tuple[type[Exception], ...] = FOREIG
         raise ValueError(f"{path}: {error}") from error
     except SafetensorError as error:
         raise ValueError(f"{path}: expected {what}, found a file that is damaged ({error})") from error
-    except (*foreign, StrictDataclassError) as error:
+    except foreign + (StrictDataclassError,) as error:  # noqa: RUF005  (mypy does not know the other form)
         found = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path}: expected {what}, found what cannot be read as such ({found})") from error
 
