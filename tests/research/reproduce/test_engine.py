@@ -18,7 +18,7 @@ from ovq.research.fidelity import fidelity_rows
 from ovq.research.fidelity.streams import STREAMS
 from ovq.research.reproduce import engine, evaluations, figures
 from ovq.research.reproduce.draw import points
-from ovq.research.reproduce.engine import count_runs, reproduce
+from ovq.research.reproduce.engine import reproduce
 from ovq.research.reproduce.figures import get_figure
 from ovq.research.reproduce.jobs import RunJob
 from ovq.research.reproduce.page import write_report
@@ -236,24 +236,6 @@ def test_lines_that_nobody_has_made_are_named(made, monkeypatch, tmp_path):
     whole = reproduce(FIGURE, workshop(copy), lines=["full attention"])
     assert "Not made yet" not in whole["note"]
     assert len(whole["rows"]) == len(results["rows"])
-
-
-def test_ways_to_set_a_mixer_up_are_tried_with_each_setting_of_the_optimizer(tmp_path, monkeypatch):
-    run_here(monkeypatch)
-    kvm = TINY.config("recall", "kvm", kvm_chunk_size=4)
-    variants = tuple((("kvm_growth", growth),) for growth in ("plateau", "immediate"))
-    line = dataclasses.replace(FIGURE.lines[0], label="KVM", config=kvm, trial_of=None, variants=variants)
-    figure = dataclasses.replace(FIGURE, lines=(line,))
-    results = reproduce(figure, workshop(tmp_path))
-    (entry,) = results["sweep"]
-    assert list(entry["accuracies"]) == [
-        f"{trial.label}, kvm_growth {growth}" for trial in TINY.trials for growth in ("plateau", "immediate")
-    ]
-    runs = {row["seed"]: RunConfig.load(tmp_path / "runs" / row["run"]) for row in results["rows"]}
-    chosen = {f"{Trial.of(run).label}, kvm_growth {run.model.kvm_growth}" for run in runs.values()}
-    assert chosen == {entry["chosen"]}
-    # Four trials on the first seed, then one run on the other.
-    assert len(list((tmp_path / "runs").iterdir())) == count_runs(figure, 2) == 5
 
 
 def test_damage_is_noticed_and_repaired(made, monkeypatch, tmp_path):

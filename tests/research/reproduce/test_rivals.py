@@ -8,11 +8,11 @@ import torch
 from ovq.hf import OVQForCausalLM
 from ovq.research.reproduce import rivals
 from ovq.research.reproduce.draw import points
-from ovq.research.reproduce.engine import reproduce
+from ovq.research.reproduce.engine import count_runs, reproduce
 from ovq.research.reproduce.evaluations import NeedlesEvaluation
 from ovq.research.reproduce.figures import GROUPS, get_figure
 from ovq.research.reproduce.page import write_report
-from ovq.research.reproduce.plan import run_name
+from ovq.research.reproduce.plan import Trial, run_name
 from ovq.research.reproduce.presets import CPU
 from ovq.research.reproduce.rivals import RIVALS
 from ovq.train.config import RunConfig
@@ -75,6 +75,25 @@ def test_raven_has_as_many_bytes_as_equal_parameters_allow():
         return model.state_bytes(4096)
 
     assert num_bytes(num_slots) > max(num_bytes(num_slots // 2), num_bytes(num_slots * 3 // 2))
+
+
+def test_ways_to_set_a_mixer_up_are_tried_with_each_setting_of_the_optimizer(tmp_path, monkeypatch):
+    run_here(monkeypatch)
+    kvm = TINY.config("recall", "kvm", kvm_chunk_size=4)
+    variants = tuple((("kvm_growth", growth),) for growth in ("plateau", "immediate"))
+    whole = get_figure("recall", TINY)
+    line = dataclasses.replace(whole.lines[0], label="KVM", config=kvm, trial_of=None, variants=variants)
+    figure = dataclasses.replace(whole, lines=(line,))
+    results = reproduce(figure, workshop(tmp_path))
+    (entry,) = results["sweep"]
+    assert list(entry["accuracies"]) == [
+        f"{trial.label}, kvm_growth {growth}" for trial in TINY.trials for growth in ("plateau", "immediate")
+    ]
+    runs = {row["seed"]: RunConfig.load(tmp_path / "runs" / row["run"]) for row in results["rows"]}
+    chosen = {f"{Trial.of(run).label}, kvm_growth {run.model.kvm_growth}" for run in runs.values()}
+    assert chosen == {entry["chosen"]}
+    # Four trials on the first seed, then one run on the other.
+    assert len(list((tmp_path / "runs").iterdir())) == count_runs(figure, 2) == 5
 
 
 def test_a_mixer_is_added_by_its_name(monkeypatch):
