@@ -20,7 +20,7 @@ from ovq.ops.ward import value_factor
 
 # Most pairs of items whose distances are computed one by one. Where there are more, as with repeated keys,
 # one float64 matrix product is cheaper.
-_PAIRS = 8192
+_PAIRS = 1 << 15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,11 +227,11 @@ def _near(items: Items, order: Tensor, has_mass: Tensor) -> _Near:
         is_candidate = scores[s, t, :num_items] >= (best - tolerance)[s, t, None]
         if int(is_candidate.sum()) > _PAIRS:
             return _exactly_near(items, order, has_mass)
-        a, b = is_candidate.nonzero(as_tuple=True)
-        distance = torch.full(is_candidate.shape, torch.inf, dtype=torch.float64, device=order.device)
-        distance[a, b] = items.distances(s[a], order[s, t][a], b)
-        limit = distance.amin(-1) + TIE * size[s]
-        place[s, t] = (distance <= limit[:, None]).byte().argmax(-1)
+        row, item = is_candidate.nonzero(as_tuple=True)
+        distance = items.distances(s[row], order[s, t][row], item)
+        limit = distance.new_full(s.shape, torch.inf).scatter_reduce_(0, row, distance, "amin")
+        is_tied = distance <= (limit + TIE * size[s])[row]
+        place[s, t] = place[s, t].fill_(num_items).scatter_reduce_(0, row[is_tied], item[is_tied], "amin")
     size = divisor(size, torch.float64)
     distance = (squares.gather(1, order) - 2 * best) / size[:, None]
     is_found = has_mass.gather(1, order) & (best > -torch.inf)

@@ -31,11 +31,10 @@ def best_two(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     streams, rows, num = scores.shape
     block_best = scores.view(streams, rows, num // BLOCK, BLOCK).amax(-1)
-    block = block_best.argmax(-1, keepdim=True)
+    block = block_best.max(-1, keepdim=True).indices
     first = torch.arange(0, scores.numel() // BLOCK, num // BLOCK, device=scores.device).view(block.shape)
     inside = scores.view(-1, BLOCK).index_select(0, (first + block).flatten()).view(streams, rows, BLOCK)
-    place = inside.argmax(-1, keepdim=True)
-    best = inside.gather(-1, place)
+    best, place = inside.max(-1, keepdim=True)
     # The best of all other columns: in the other blocks, and in the rest of the winner's block.
     inside.scatter_(-1, place, -torch.inf)
     block_best.scatter_(-1, block, -torch.inf)
