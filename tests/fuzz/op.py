@@ -161,8 +161,9 @@ class OpCall(Program):
                 assert_state(initial.select([r]), kept.select([r]), f"initial state of row {r}")
         self._recount(tokens, [state for _, state in expected])
         # Gradients of scores that differ by more than 1 have nothing to be compared with, and neither have
-        # those of tiny weights, small differences of large numbers, in 16 bits or of large scores.
-        is_rough = self.dtype in ("bfloat16", "float16") or self.scale == "sharp"
+        # those of tiny weights, small differences of large numbers divided by these weights, in 16 bits, of
+        # large scores, and where tokens forget.
+        is_rough = self.dtype in ("bfloat16", "float16") or self.scale == "sharp" or self.forgetting != "none"
         is_lost = bound >= 1 or (self.weights == "tiny" and is_rough)
         if grads and tokens.are_finite() and not is_lost:
             outputs, states = zip(*expected, strict=True)

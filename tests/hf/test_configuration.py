@@ -146,7 +146,7 @@ def test_values_of_another_type_are_refused(changes):
         {"raven_top_k": 2},
         {"kvm_chunk_size": 3},
         {"kvm_window_chunks": 3},
-        {"kvm_growth": "plateau"},
+        {"kvm_growth": "immediate"},
         {"kvm_sinks": 0},
         {"kvm_rope_dim": 4},
         {"kvm_norm_leak": False},

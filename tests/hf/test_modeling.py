@@ -198,12 +198,15 @@ def test_gradient_checkpointing_gives_the_same_gradients(changes, use_reentrant)
     model, ids = make_model(**changes).train(), random_ids(2, 14)
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
+    # Raven's router draws noise in training.
+    torch.manual_seed(0)
     # Of a copy, as a step in training may leave its mark on a model.
     expected = grads_of(copy.deepcopy(model), input_ids=ids, attention_mask=mask, labels=ids)
     assert all(g.abs().max() > 0 for g in expected.values())
     calls = []
     hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     enable_checkpointing(model, use_reentrant=use_reentrant)
+    torch.manual_seed(0)
     found = grads_of(model, input_ids=ids, attention_mask=mask, labels=ids)
     hook.remove()
     torch.testing.assert_close(found, expected)

@@ -51,7 +51,7 @@ def test_a_rule_that_is_new_elsewhere_is_refused_by_what_has_rules_of_its_own(me
     invent(monkeypatch, "merge", merges_pairs=merges_pairs)
     q, k, v = inputs(1, 64)
     _, state = ovq_attention(q, k, v, output_final_state=True, **OPTIONS)
-    with pytest.raises(ValueError, match=r"merge: expected one of .*'ward-sqrt'\), found 'invented'"):
+    with pytest.raises(ValueError, match=r"merge: expected one of .*'nearest'\), found 'invented'"):
         state.resize(2, merge="invented")
     with pytest.raises(ValueError, match=r"merge: expected one of .*'ward-sqrt'\), found 'invented'"):
         MemoryConfig(num_slots=[[4]], window=[[32]], merge="invented")

@@ -63,6 +63,8 @@ RECURRENT = {
     ],
     "num_hidden_layers": 9,
     "kvm_chunk_size": 4,
+    # Ranks would draw another noise than one process does.
+    "raven_noise": False,
     "num_sinks": 6,
     "sink_window": 5,
 }

@@ -34,7 +34,9 @@ def accept_all_text() -> None:
         sys.stdin.reconfigure(encoding="utf-8", errors="strict")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=_ERRORS)
+            # What cannot be written to is found out where something is.
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors=_ERRORS)
 
 
 _ERRORS = "ovq_bytes_or_escapes"

@@ -56,10 +56,10 @@ class KVMAttention(Mixer):
         ValueError: sizes that do not fit each other.
 
     Example:
-        >>> layer = KVMAttention(32, num_heads=2, num_slots=6, kvm_chunk_size=4)
+        >>> layer = KVMAttention(32, num_heads=2, num_slots=12, kvm_chunk_size=4)
         >>> _, _, cache = layer(torch.randn(1, 22, 32), use_cache=True)
         >>> cache.layers[0].state["key_sum"].shape, cache.layers[0].state["keys"].shape
-        (torch.Size([1, 2, 6, 16]), torch.Size([1, 2, 6, 16]))
+        (torch.Size([1, 2, 7, 16]), torch.Size([1, 2, 6, 16]))
     """
 
     supports_rope = False

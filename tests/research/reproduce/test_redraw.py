@@ -69,7 +69,7 @@ def test_a_folder_of_reproduce_has_its_pictures_beside_its_rows(tmp_path, capsys
     ("name", "text", "message"),
     [
         ("a.txt", "", r"--draw: expected JSON files of results in"),
-        ("a.json", "{", r"a.json: expected JSON, found something else"),
+        ("a.json", "{", r"a.json: expected JSON, found what is none"),
         ("a.json", '{"figure": "recall"}', r"a.json: expected the rows of a figure, found something else"),
         (
             "a.json",
