@@ -1,4 +1,4 @@
-"""A hundred calls of every backend, and proof that the fuzzer finds and shows what is wrong."""
+"""Fifty calls of every backend, and proof that the fuzzer finds and shows what is wrong."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from tests.fuzz.backends import BACKENDS
 from tests.fuzz.program import shrunk
 from tests.fuzz.run import KINDS, SHARES, drawn, report, run
 
-CALLS = 100
+CALLS = 50
 PAIRS = [(kind, name) for name, backend in BACKENDS.items() for kind in backend.kinds]
 
 

@@ -86,6 +86,7 @@ def test_a_cache_goes_in_and_out_of_a_single_graph(changes):
     assert len(graphs) <= 4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_rows_with_padding_go_on_in_a_graph():
     model = make_model(**MIXERS)

@@ -62,6 +62,7 @@ def train_sharded(rank, folder, runs):
                 loop.train(config, out, reporter=reporter)
 
 
+@pytest.mark.slow
 def test_a_sharded_model_carries_its_states(tmp_path, monkeypatch):
     folder = write_texts(tmp_path, monkeypatch)
     config = tiny_config(folder, task={"carry_state": True}, save_every=2)
