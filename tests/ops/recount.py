@@ -88,23 +88,43 @@ def linked(items, keys, values, num_clusters, value_weight, movers=None):
 
     All items look for another unless it is said which are the `movers`.
     """
-    points, clusters = points_of(items, keys, values, value_weight), list(items)
-    movers = range(len(items)) if movers is None else movers
-    while len(clusters) > num_clusters:
-        means = np.stack([points[list(cluster)].mean(0) for cluster in clusters])
-        # Rounded, so that what is equal is equal, from both sides.
-        distances = np.square(means[:, None] - means).sum(-1).round(9)
-        np.fill_diagonal(distances, np.inf)
-        nearest = {a: int(distances[a].argmin()) for a in movers}
-        edges = [(distances[a, b], a, b) for a, b in nearest.items() if a > b or nearest.get(b) != a]
-        label = np.arange(len(clusters))
-        for _, a, b in sorted(edges)[: len(clusters) - num_clusters]:
-            assert label[a] != label[b], "an edge that removes no item"
-            label[label == max(label[a], label[b])] = min(label[a], label[b])
-        groups = [np.flatnonzero(label == i) for i in np.unique(label)]
-        clusters = [sum((clusters[i] for i in group), ()) for group in groups]
-        movers = range(len(clusters))
-    return [set(cluster) for cluster in clusters]
+    points, clusters = points_of(items, keys, values, value_weight), dict(enumerate(items))
+    looking, nearest = range(len(items)) if movers is None else movers, {}
+    for part in itertools.count(1):
+        if len(clusters) == num_clusters:
+            break
+        due = len(clusters) - num_clusters
+        means = {i: points[list(cluster)].mean(0) for i, cluster in clusters.items()}
+
+        def distance(a, b, means=means):
+            # Rounded, so that what is equal is equal, from both sides.
+            return np.square(means[a] - means[b]).sum().round(9)
+
+        for a in looking:
+            nearest[a] = min((distance(a, b), b) for b in clusters if b != a)[1]
+        nearest = {a: b for a, b in nearest.items() if a != b}
+        edges = []
+        for a, b in nearest.items():
+            circle = [a]
+            while b in nearest and b not in circle:
+                circle.append(b)
+                b = nearest[b]
+            if b == a == min(circle):
+                continue
+            sizes = [len(clusters[i]) for i in (a, nearest[a])]
+            weight = (sizes[0] * sizes[1] / sum(sizes)) ** (1 / 3)
+            edges.append((round(distance(a, nearest[a]) * weight, 9), a))
+        label = {i: i for i in clusters}
+        for _, a in sorted(edges)[: due - due // 2 if part < 4 else due]:
+            old, new = label[a], label[nearest[a]]
+            assert old != new, "an edge that removes no item"
+            label = {i: min(old, new) if x in (old, new) else x for i, x in label.items()}
+        groups = {i: [j for j, x in label.items() if x == i] for i in sorted(set(label.values()))}
+        clusters = {i: sum((clusters[j] for j in group), ()) for i, group in groups.items()}
+        # What was joined looks again; after that all do.
+        looking = [i for i, group in groups.items() if len(group) > 1 or part >= 4]
+        nearest = {a: label[b] for a, b in nearest.items() if a in clusters}
+    return [set(cluster) for cluster in clusters.values()]
 
 
 def agglomerated(items, keys, values, num_clusters, value_weight, *, count_power=1.0):

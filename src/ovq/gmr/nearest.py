@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from ovq.ops.options import TIE
+from ovq.ops.options import MASS_POWER, NUM_PARTS, TIE
 
 
 def nearest_clusters(
@@ -28,26 +28,38 @@ def nearest_clusters(
         >>> nearest_clusters(np.array([[0.0], [5.0], [0.1], [5.3], [9.0]]), np.ones(5), range(5), 3)
         array([0, 1, 0, 1, 4])
     """
-    lowest = np.arange(len(points))
-    while len(left := np.unique(lowest)) > num_left:
-        weights = (lowest == left[:, None]) * count
-        means = weights @ points / weights.sum(1, keepdims=True)
-        tie = TIE * np.square(means).sum(1).max()
-        distance = np.stack([np.square(means - x).sum(1) for x in means])
+    index = lowest = np.arange(len(points))
+    target, size = index, np.square(points).sum(1).max()
+    looks, num_parts = np.isin(index, list(movers)), 0
+    while (due := len(np.unique(lowest)) - num_left) > 0:
+        num_parts += 1
+        is_member = lowest == index[:, None]
+        is_left, mass = is_member.any(1), is_member @ count
+        means = (is_member * count) @ points / np.where(is_left, mass, 1)[:, None]
+        distance = np.stack([np.square(means - x).sum(1) for x in means]) / (size or 1)
+        distance[:, ~is_left] = np.inf
         np.fill_diagonal(distance, np.inf)
-        target = (distance <= distance.min(1, keepdims=True) + tie).argmax(1)
-        looking = np.isin(left, list(movers))
-        index = np.arange(len(left))
-        # Of two that are each other's nearest, the edge of the first has no part.
-        looking &= ~((target[target] == index) & looking[target] & (index < target))
-        length = np.where(looking, distance[index, target], np.inf)
-        num = min(len(left) - num_left, looking.sum())
-        last = np.sort(length)[num - 1]
-        order = np.concatenate(
-            [np.flatnonzero(length < last - tie), np.flatnonzero(abs(length - last) <= tie)]
-        )
+        nearest = (distance <= distance.min(1, keepdims=True) + TIE).argmax(1)
+        target = np.where(looks & is_left, nearest, np.where(is_left, lowest[target], index))
+        has_edge = (target != index) & np.array([not _ends_circle(a, target) for a in index])
+        weight = (mass * mass[target] / (mass + mass[target] + ~is_left)) ** MASS_POWER
+        priority = np.where(has_edge, np.where(has_edge, distance[index, target], 0) * weight, np.inf)
+        num = min((due + 1) // 2 if num_parts < NUM_PARTS else due, has_edge.sum())
+        last = np.sort(priority)[num - 1]
+        tie = TIE * max(last, 1)
+        order = [*np.flatnonzero(priority < last - tie), *np.flatnonzero(abs(priority - last) <= tie)]
+        before = lowest
         for a in order[:num]:
-            ends = lowest[left[a]], lowest[left[target[a]]]
-            lowest[lowest == max(ends)] = min(ends)
-        movers = left
+            ends = lowest[a], lowest[target[a]]
+            lowest = np.where(lowest == max(ends), min(ends), lowest)
+        # What has been joined looks again, others keep to what their targets are in; after all parts, all look.
+        looks = np.isin(index, lowest[(before != lowest) | (num_parts >= NUM_PARTS)])
     return lowest
+
+
+def _ends_circle(a: int, target: NDArray[np.intp]) -> bool:
+    """Whether item a is the lowest of those on the way along targets from it back to it."""
+    way = [a]
+    while (b := int(target[way[-1]])) not in way:
+        way.append(b)
+    return b == a and min(way) == a

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ovq.ops.call import Call
 from ovq.ops.options import (
+    MASS_POWER,
     NO_COSINE,
     NO_DISTANCE,
     NO_WEIGHT,
+    NUM_PARTS,
     TIE,
     TINY,
     Options,
@@ -365,55 +367,76 @@ def _cheapest_clusters(x: Tensor, mass: Tensor, num_merges: int, options: Option
 @torch.no_grad()
 def _nearest_clusters(x: Tensor, mass: Tensor, movers: Sequence[int], num_merges: int) -> list[list[int]]:
     """Take the shortest edges from movers to their nearest items. Returns the items of each cluster, too."""
-    mass, clusters = mass.double(), [[i] for i in range(len(x))]
-    while num_merges > 0:
-        target, priority = _edges(x, mass, movers)
-        taken = _lowest(priority, list(target), min(num_merges, len(target)))
-        trees: dict[int, list[int]] = {}
-        for i in range(len(x)):
-            root = i
-            while root in taken:
-                root = target[root]
-            trees.setdefault(root, []).append(i)
-        num_merges -= len(taken)
-        # If more are due, every cluster looks for another: the mean of what is in it.
-        trees_in_order = sorted(trees.values())
-        clusters = [sorted(j for i in tree for j in clusters[i]) for tree in trees_in_order]
-        sums = torch.stack([(mass[tree, None] * x[tree]).sum(0) for tree in trees_in_order])
-        mass = torch.stack([mass[tree].sum() for tree in trees_in_order])
-        x, movers = sums / divisor(mass, mass.dtype)[:, None], range(len(clusters))
-    return clusters
-
-
-def _edges(x: Tensor, mass: Tensor, movers: Sequence[int]) -> tuple[dict[int, int], dict[int, float]]:
-    """The nearest item of each mover, and what decides which of these edges are taken, the lowest first.
-
-    That is the squared distance, relative to the largest squared length, times the weight of the mover if it
-    weighs less than a token.
-    """
+    x, mass = x.clone(), mass.double()
     squares = x.square().sum(-1)
     size = max((float(s) for s, m in zip(squares, mass, strict=True) if m > 0 and s.isfinite()), default=0.0)
-    # What weighs nothing is no target, unless nothing weighs anything.
-    is_target = mass > 0 if bool((mass > 0).any()) else torch.ones_like(mass, dtype=torch.bool)
-    target, priority = {}, {}
-    for a in movers:
-        distance = (x - x[a]).square().sum(-1) / (size or 1.0)
-        distance = distance.masked_fill(~distance.isfinite(), NO_DISTANCE)
-        if mass[a] <= 0:  # It is at no distance from anything.
-            distance = torch.zeros_like(distance)
-        others = [b for b in is_target.nonzero()[:, 0].tolist() if b != a]
-        if others:
-            best = distance[others].min()
-            target[a] = next(b for b in others if distance[b] <= best + TIE)
-            priority[a] = float(mass[a].clamp(max=1) * distance[target[a]])
-    # Of each circle the lowest item has no edge. Most are pairs that are each other's nearest.
-    for a in movers:
-        b = target.get(a)
-        for _ in movers:
-            b = b if b in (None, a) else target.get(b)
-        if a in target and b == a:
-            del target[a]
-    return target, priority
+    # A cluster stands in the place of its lowest item.
+    clusters = {i: [i] for i in range(len(x))}
+    edges = {a: _nearest_item(a, x, mass, list(clusters), size or 1.0) for a in movers}
+    num_parts = 0
+    while num_merges > 0:
+        num_parts += 1
+        part = (num_merges + 1) // 2 if num_parts < NUM_PARTS else num_merges
+        chosen = {a: b for a, b in edges.items() if a != b and a != _lowest_of_circle(a, edges)}
+        priority = {a: _edge_priority(a, b, x, mass, size or 1.0) for a, b in chosen.items()}
+        taken = _lowest(priority, sorted(chosen), min(part, len(chosen)))
+        trees: dict[int, list[int]] = {}
+        for i in clusters:
+            root = i
+            while root in taken:
+                root = chosen[root]
+            trees.setdefault(root, []).append(i)
+        trees_of = {min(tree): tree for tree in trees.values()}
+        home = {i: place for place, tree in trees_of.items() for i in tree}
+        for place, tree in trees_of.items():
+            if len(tree) == 1:
+                continue
+            total = mass[tree].sum()
+            x[place] = (mass[tree, None] * x[tree]).sum(0) / divisor(total, mass.dtype)
+            mass[place] = total
+            clusters[place] = sorted(j for i in tree for j in clusters.pop(i))
+        num_merges -= len(taken)
+        # What has joined looks again, and others keep to what their targets are in. If edges are too few for all
+        # parts, every cluster looks again.
+        looking = [i for i in clusters if num_parts >= NUM_PARTS or len(trees_of[i]) > 1]
+        edges = {a: home[b] for a, b in edges.items() if a in clusters and a not in looking}
+        edges |= {a: _nearest_item(a, x, mass, sorted(clusters), size or 1.0) for a in looking}
+    return [clusters[i] for i in sorted(clusters)]
+
+
+def _squared_distances(a: int, others: list[int], x: Tensor, mass: Tensor, size: float) -> Tensor:
+    """Squared distances of item a, relative to `size`."""
+    if mass[a] <= 0:  # It is at no distance from anything.
+        return mass.new_zeros(len(others))
+    distance = (x[others] - x[a]).square().sum(-1) / size
+    return distance.masked_fill(~distance.isfinite(), NO_DISTANCE)
+
+
+def _nearest_item(a: int, x: Tensor, mass: Tensor, items: list[int], size: float) -> int:
+    """The item nearest to item a, of equally near ones the first; a itself if there is no other.
+
+    What weighs nothing is no target, unless nothing weighs anything.
+    """
+    targets = [b for b in items if mass[b] > 0] or items
+    others = [b for b in targets if b != a]
+    if not others:
+        return a
+    distance = _squared_distances(a, others, x, mass, size)
+    return others[int((distance <= distance.min() + TIE).nonzero()[0])]
+
+
+def _edge_priority(a: int, b: int, x: Tensor, mass: Tensor, size: float) -> float:
+    """What decides which edges are taken, the lowest first: the distance, times a power of the masses."""
+    weight = (mass[a] * (mass[b] / divisor(mass[a] + mass[b], mass.dtype))) ** MASS_POWER
+    return float(weight * _squared_distances(a, [b], x, mass, size)[0])
+
+
+def _lowest_of_circle(a: int, edges: Mapping[int, int]) -> int | None:
+    """The lowest item of the circle that leads from item a back to it; None if there is none."""
+    way = [a]
+    while (b := edges.get(way[-1], way[-1])) not in way:
+        way.append(b)
+    return min(way) if b == a and len(way) > 1 else None
 
 
 def _nearest(scores: Tensor, key: Tensor, means: Tensor, is_empty: Tensor) -> int:
@@ -451,8 +474,9 @@ def _lowest(priority: Sequence[float] | Mapping[int, float], candidates: list[in
     if num == 0:
         return []
     last = sorted(priority[j] for j in candidates)[num - 1]
-    clear = [j for j in candidates if priority[j] < last - TIE]
-    tied = [j for j in candidates if abs(priority[j] - last) <= TIE]
+    tie = TIE * max(last, 1.0)
+    clear = [j for j in candidates if priority[j] < last - tie]
+    tied = [j for j in candidates if abs(priority[j] - last) <= tie]
     return sorted(clear + tied[: num - len(clear)])
 
 

@@ -1,19 +1,21 @@
-"""merge="nearest" for many heads at once: the shortest edges from items to their nearest ones, all at once.
+"""merge="nearest" for many heads at once: the shortest edges from items to their nearest ones, in a few parts.
 
-One step of single linkage, cut off when enough is merged (`docs/math.md`, section 5): some of the items, the
-*movers*, each look for the item nearest to them, and the shortest of these edges are taken. That is one
-matrix product, one maximum per mover and one selection of edges. As in routing, what a float32 product cannot
-tell apart is decided again in float64.
+Single linkage, cut off when enough is merged (`docs/math.md`, section 5): some of the items, the *movers*, each
+look for the item nearest to them, and the shortest of these edges are taken, half of what is due at first. What
+they have joined looks again before the next ones are taken. That is a matrix product with all movers, a few small
+ones, and as many selections of edges. As in routing, what a float32 product cannot tell apart is decided again in
+float64.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from torch import Tensor
 
-from ovq.ops.options import NO_DISTANCE, ORDINARY, TIE
+from ovq.ops.options import MASS_POWER, NO_DISTANCE, NUM_PARTS, ORDINARY, TIE
 from ovq.ops.selection import best_two, lowest, padded_to_blocks
 from ovq.ops.state import divisor
 from ovq.ops.ward import value_factor
@@ -48,26 +50,10 @@ class Items:
         factor = value_factor(lengths, mass, value_weight)
         return cls(keys=keys, values=values, factor=factor, mass=mass, count=count)
 
-    @property
-    def points(self) -> Tensor:
-        """`[S, M, K + V]` float64."""
-        return torch.cat([self.keys.double(), self.values.double() * self.factor[:, None, None]], -1)
-
-    def distances(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """Squared distances in float64 of items a and b of streams s, from differences, of their shape."""
-        keys = self.keys[s, a].double() - self.keys[s, b].double()
-        values = self.values[s, a].double() - self.values[s, b].double()
-        return keys.square_().sum(-1) + self.factor[s].square() * values.square_().sum(-1)
-
-    def merged(self, roots: Tensor) -> Items:
-        """Clusters, each in the place of its root `[S, M]`: means by mass, masses and counts."""
-        points, mass = self.points, self.mass.double()
-        total, count = (torch.zeros_like(x).scatter_add_(1, roots, x) for x in (mass, self.count))
-        index = roots[..., None].expand_as(points)
-        means = torch.zeros_like(points).scatter_add_(1, index, mass[..., None] * points)
-        means /= divisor(total, total.dtype)[..., None]
-        factor = torch.ones_like(self.factor)
-        return Items(keys=means, values=means[..., :0], factor=factor, mass=total, count=count)
+    def points(self, index: tuple[Tensor, Tensor] | slice = slice(None)) -> Tensor:
+        """`[S, M, K + V]` float64, or those of an index `(stream, item)`."""
+        factor = self.factor[:, None] if isinstance(index, slice) else self.factor[index[0]]
+        return torch.cat([self.keys[index].double(), self.values[index].double() * factor[..., None]], -1)
 
 
 def movers(num_slots: list[int], num_merged: list[int], chunk_size: int, device: torch.device) -> Tensor:
@@ -98,78 +84,228 @@ def nearest_roots(items: Items, is_mover: Tensor, due: list[int]) -> Tensor:
             edges are too few, so do all clusters.
         due: how many merges to make in each stream.
     """
-    most, left = max(due, default=0), torch.tensor(due, device=is_mover.device)
     index = torch.arange(is_mover.shape[1], device=is_mover.device).expand(is_mover.shape)
-    roots = index
-    while bool((left > 0).any()):
-        edges = _edges(items, is_mover)
+    roots, left = index, torch.tensor(due, device=is_mover.device)
+    if not any(due):
+        return roots
+    clusters = _Clusters(items)
+    edges = clusters.edges(is_mover)
+    for num_parts in itertools.count(1):
         edges.priority.masked_fill_(_is_lowest_of_circle(edges.target), torch.inf)
-        num = torch.minimum(left, edges.priority.isfinite().sum(-1))
-        edges.refine_(items, num, most)
-        trees = _lowest_of_tree(torch.where(lowest(edges.priority, num, most), edges.target, index))
+        part = (left + 1) // 2 if num_parts < NUM_PARTS else left
+        num = torch.minimum(part, edges.priority.isfinite().sum(-1))
+        trees = _lowest_of_tree(torch.where(clusters.shortest(edges, num), edges.target, index))
         roots, left = trees.gather(1, roots), left - num
-        if bool((left > 0).any()):
-            items = items.merged(trees)
-            is_mover = items.count > 0
+        if not bool((left > 0).any()):
+            break
+        has_joined = clusters.join_(trees)
+        # Where edges are too few for all parts, all clusters look for another.
+        is_over = num_parts >= NUM_PARTS
+        edges = clusters.edges() if is_over else clusters.followed(edges, trees, has_joined)
     return roots
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Edges:
     """The edges of S streams from movers to their nearest items.
 
     Attributes:
         target: `[S, M]` the nearest item; an item itself where it has no edge.
-        priority: `[S, M]` float64, the lowest are taken first; inf where there is no edge.
-        factor: `[S, M]` what a squared distance is multiplied by to give it.
-        error: the most by which priorities are wrong.
+        distance: `[S, M]` float64 squared distance, relative to `_Clusters.size`.
+        error: `[S, M]` the most by which distances are wrong.
+        weight: `[S, M]` what they are multiplied by.
+        priority: `[S, M]` the edges of the lowest are taken first; inf where there is none.
     """
 
     target: Tensor
+    distance: Tensor
+    error: Tensor
+    weight: Tensor
     priority: Tensor
-    factor: Tensor
-    error: float
 
-    def refine_(self, items: Items, num: Tensor, most: int) -> None:
-        """Let priorities be exact where that may decide which are the `num` `[S]` lowest; at most `most`."""
-        if not self.error:
-            return
-        ranked = self.priority.topk(most, largest=False).values
-        limit = ranked.gather(1, (num - 1).clamp(min=0)[:, None])
-        # A factor of 0 is of an item that weighs nothing, and may be no point.
-        is_near = ((self.priority - limit).abs() <= 2 * self.error) & (self.factor > 0)
+
+class _Clusters:
+    """Items that are being joined. A cluster stands in the place of its lowest item.
+
+    Attributes:
+        mass: `[S, M]` float64.
+        is_there: `[S, M]` whether there is a cluster in this place.
+        size: `[S]` the largest squared length of a point that weighs something, or 1 if that is 0.
+    """
+
+    def __init__(self, items: Items) -> None:
+        self._items = items
+        self.mass, self.is_there = items.mass.to(torch.float64, copy=True), items.count > 0
+        # The means of what was joined, and which of them stands in a place, or -1.
+        dim = items.keys.shape[-1] + items.values.shape[-1]
+        self._means = items.keys.new_empty(0, dim, dtype=torch.float64)
+        self._place = torch.full_like(items.count, -1)
+        self._lay_out(items.keys.dtype)
+        size = self._squares.amax(-1)
+        if items.keys.dtype == torch.float32:
+            is_ordinary = bool(self._is_point.equal(self._has_mass)) and _are_ordinary(size, items.factor)
+            if not is_ordinary:
+                self._lay_out(torch.float64)
+                size = self._squares.amax(-1)
+        self.size = divisor(size, torch.float64)
+
+    @property
+    def _has_mass(self) -> Tensor:
+        return self.is_there & (self.mass > 0)
+
+    @property
+    def _is_point(self) -> Tensor:
+        """What others may look for, where they are finite."""
+        return self._x[:, : self.mass.shape[1], -1] > -torch.inf
+
+    @property
+    def _squares(self) -> Tensor:
+        return self._x[:, : self.mass.shape[1], -1].mul(-2).masked_fill_(~self._is_point, 0)
+
+    def _lay_out(self, dtype: torch.dtype) -> None:
+        """Let `_x` be rows (x, -|x|^2 / 2), whose product with (y, 1) is highest for the x nearest to y."""
+        items, num = self._items, self.mass.shape[1]
+        values = items.values.to(dtype) * items.factor.to(dtype)[:, None, None]
+        x = torch.cat([items.keys.to(dtype), values, values.new_empty(*values.shape[:2], 1)], -1)
+        self._x = torch.nn.functional.pad(x, (0, 0, 0, padded_to_blocks(num) - num))
+        self._x[:, num:, -1] = -torch.inf
+        s, a = (self._place >= 0).nonzero(as_tuple=True)
+        self._x[s, a, :-1] = self._means[self._place[s, a]].to(dtype)
+        self._end_rows(self._x[:, :num], self._has_mass)
+
+    @staticmethod
+    def _end_rows(x: Tensor, is_target: Tensor) -> None:
+        """Write what rows `[..., D + 1]` end in; what is no target or no point is infinitely far from all."""
+        squares = torch.linalg.vector_norm(x[..., :-1], dim=-1).square_()
+        is_point = is_target & squares.isfinite()
+        if not bool(is_point.all()):
+            # Zero times what is not finite would reach others.
+            x.masked_fill_(~is_point[..., None], 0)
+        x[..., -1] = torch.where(is_point, squares / -2, -torch.inf)
+
+    def _point(self, s: Tensor, a: Tensor) -> Tensor:
+        """Points `[P, K + V]` in float64 in the places a of streams s."""
+        points, place = self._items.points((s, a)), self._place[s, a]
+        if not len(self._means):
+            return points
+        return torch.where((place >= 0)[:, None], self._means[place], points)
+
+    def _distances(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Squared distances `[P]`, relative to `size`, in float64 from differences."""
+        distance = (self._point(s, a) - self._point(s, b)).square_().sum(-1) / self.size[s]
+        return distance.masked_fill_(~distance.isfinite(), NO_DISTANCE)
+
+    def join_(self, trees: Tensor) -> Tensor:
+        """Join what has the same root in `trees` `[S, M]`. Returns the roots of more than one, `[S, M]`."""
+        s, a = (trees != torch.arange(trees.shape[1], device=trees.device)).nonzero(as_tuple=True)
+        has_joined = torch.zeros_like(self.is_there)
+        has_joined[s, trees[s, a]] = True
+        stream, root = has_joined.nonzero(as_tuple=True)
+        place = torch.full_like(self._place, -1)
+        place[stream, root] = torch.arange(len(root), device=trees.device)
+        into, mass, total = place[s, trees[s, a]], self.mass[s, a], self.mass[stream, root]
+        sums = total[:, None] * self._point(stream, root)
+        sums.index_add_(0, into, mass[:, None] * self._point(s, a))
+        total = total.index_add(0, into, mass)
+        means = sums / divisor(total, total.dtype)[:, None]
+        self._place[stream, root] = len(self._means) + place[stream, root]
+        self._means = torch.cat([self._means, means])
+        self.mass[stream, root], self.mass[s, a], self.is_there[s, a] = total, 0.0, False
+        rows = torch.nn.functional.pad(means, (0, 1)).to(self._x.dtype)
+        self._end_rows(rows, total > 0)
+        self._x[stream, root] = rows
+        self._x[s, a, -1] = -torch.inf
+        return has_joined
+
+    def edges(self, is_mover: Tensor | None = None) -> _Edges:
+        """The edges of movers `[S, M]`, by default all, and of what weighs nothing, to what is nearest."""
+        has_mass = self._has_mass
+        is_mover = has_mass if is_mover is None else has_mass & is_mover
+        # What weighs nothing is no target, unless nothing weighs anything.
+        is_target = torch.where(has_mass.any(-1, keepdim=True), has_mass, self.is_there)
+        # It is at no distance from any other, so it goes to the first that there is, without a search. So does
+        # what is not finite, or finds nothing else that is: that is further away than anything.
+        first = is_target.byte().argmax(-1, keepdim=True)
+        second = is_target.scatter(1, first, False).byte().argmax(-1, keepdim=True)
+        index = torch.arange(is_mover.shape[1], device=is_mover.device).expand(is_mover.shape)
+        target = torch.where(index == first, second, first)
+        distance, error = torch.full_like(self.mass, NO_DISTANCE), torch.zeros_like(self.mass)
+        if bool(is_mover.any()):
+            order = (~is_mover).byte().argsort(dim=-1, stable=True)[:, : int(is_mover.sum(-1).max())]
+            near = self._nearest(order)
+            is_found = near.is_found & is_mover.gather(1, order)
+            for of_items, found in ((target, near.target), (distance, near.distance), (error, near.error)):
+                of_items.scatter_(1, order, torch.where(is_found, found, of_items.gather(1, order)))
+        has_edge = is_target.sum(-1, keepdim=True) > is_target.long()
+        has_edge &= is_mover | (self.is_there & ~has_mass)
+        return self._weighed(torch.where(has_edge, target, index), distance, error)
+
+    def followed(self, edges: _Edges, trees: Tensor, has_joined: Tensor) -> _Edges:
+        """Edges after `join_(trees)`: what has joined looks again, others keep to what their targets are in."""
+        again, index = self.edges(has_joined), torch.arange(trees.shape[1], device=trees.device)
+        target = torch.where(self.is_there, trees.gather(1, edges.target), index)
+        is_moved = (target != index) & self._has_mass & has_joined.gather(1, target)
+        distance, error = edges.distance.clone(), edges.error.masked_fill(is_moved, 0)
+        s, a = is_moved.nonzero(as_tuple=True)
+        distance[s, a] = self._distances(s, a, target[s, a])
+        return self._weighed(
+            torch.where(has_joined, again.target, target),
+            torch.where(has_joined, again.distance, distance),
+            torch.where(has_joined, again.error, error),
+        )
+
+    def _weighed(self, target: Tensor, distance: Tensor, error: Tensor) -> _Edges:
+        """Edges from items to others, each weighed by the masses of both."""
+        index = torch.arange(target.shape[1], device=target.device)
+        mass, other = self.mass, self.mass.gather(1, target)
+        weight = (mass * (other / divisor(mass + other, mass.dtype))) ** MASS_POWER
+        priority = (distance * weight).masked_fill(target == index, torch.inf)
+        return _Edges(target=target, distance=distance, error=error, weight=weight, priority=priority)
+
+    def shortest(self, edges: _Edges, num: Tensor) -> Tensor:
+        """Mask `[S, M]` of the `num` `[S]` edges of lowest priority."""
+        most, last, error = int(num.max()), (num - 1).clamp(min=0)[:, None], edges.error * edges.weight
+        # What is certain to come before or after the last one that is taken need not be exact.
+        low, high = edges.priority - error, edges.priority + error
+        first, end = (x.topk(most, largest=False).values.gather(1, last) for x in (low, high))
+        is_near = (error > 0) & (high >= first) & (low <= end) & edges.priority.isfinite()
         s, a = is_near.nonzero(as_tuple=True)
-        self.priority[s, a] = items.distances(s, a, self.target[s, a]) * self.factor[s, a]
+        exact = self._distances(s, a, edges.target[s, a]) * edges.weight[s, a]
+        return lowest(edges.priority.index_put((s, a), exact), num, most)
 
-
-def _edges(items: Items, is_mover: Tensor) -> _Edges:
-    """The edges from movers, and from all that weighs nothing, to the items nearest to them."""
-    is_there, mass = items.count > 0, items.mass.double()
-    has_mass = is_there & (mass > 0)
-    # What weighs nothing is no target, unless nothing weighs anything.
-    is_target = torch.where(has_mass.any(-1, keepdim=True), has_mass, is_there)
-    # It is at no distance from any other, so it goes to the first that there is, without a search.
-    is_searching = is_mover & has_mass
-    order = (~is_searching).byte().argsort(dim=-1, stable=True)[:, : int(is_searching.sum(-1).max())]
-    near = _near(items, order, has_mass)
-    first = is_target.byte().argmax(-1, keepdim=True)
-    second = is_target.scatter(1, first, False).byte().argmax(-1, keepdim=True)
-    index = torch.arange(is_mover.shape[1], device=order.device).expand(is_mover.shape)
-    # So does what is not finite, or finds nothing else that is.
-    target = torch.where(index == first, second, first)
-    target.scatter_(1, order, torch.where(near.is_found, near.target, target.gather(1, order)))
-    distance = torch.full_like(mass, NO_DISTANCE)
-    distance.scatter_(1, order, torch.where(near.is_found, near.distance, NO_DISTANCE))
-    # What weighs less than a token costs as much less.
-    weight = mass.clamp(max=1)
-    has_edge = is_target.sum(-1, keepdim=True) > is_target.long()
-    has_edge &= is_searching | (is_there & ~has_mass)
-    return _Edges(
-        target=torch.where(has_edge, target, index),
-        priority=(distance * weight).masked_fill_(~has_edge, torch.inf),
-        factor=weight / near.size[:, None],
-        error=near.error,
-    )
+    def _nearest(self, order: Tensor) -> _Near:
+        """What is nearest to the items `order` `[S, A]`, by a product in float32 where that can tell."""
+        num, dim, size = self.mass.shape[1], self._means.shape[-1], self.size[:, None]
+        rows = _rows(self._x, order)
+        is_point = rows[..., -1] > -torch.inf
+        squares = rows[..., -1] * -2
+        rows[..., -1] = 1
+        scores = torch.bmm(rows, self._x.transpose(1, 2)).scatter_(2, order[..., None], -torch.inf)
+        if self._x.dtype == torch.float64:
+            best = scores.amax(-1)
+            place = (scores >= (best - TIE / 2 * size)[..., None]).byte().argmax(-1)
+            is_found = is_point & (best > -torch.inf)
+            s, t = is_found.nonzero(as_tuple=True)
+            distance = torch.zeros_like(best)
+            distance[s, t] = self._distances(s, order[s, t], place[s, t])
+            return _Near(place, is_found, distance, torch.zeros_like(best))
+        place, best, second = best_two(scores)
+        # Rounding of such a product, and of what it is of, on both sides of a comparison.
+        eps = torch.finfo(torch.float32).eps
+        tolerance = ((2 * (dim + 8) * eps + 2 * TIE) * size).float()
+        s, t = (best - second <= tolerance).nonzero(as_tuple=True)
+        is_candidate = scores[s, t, :num] >= (best - tolerance)[s, t, None]
+        if int(is_candidate.sum()) > _PAIRS:
+            self._lay_out(torch.float64)
+            return self._nearest(order)
+        row, item = is_candidate.nonzero(as_tuple=True)
+        exact = self._distances(s[row], order[s, t][row], item)
+        limit = exact.new_full(s.shape, torch.inf).scatter_reduce_(0, row, exact, "amin")
+        is_tied = exact <= (limit + TIE)[row]
+        place[s, t] = place[s, t].fill_(num).scatter_reduce_(0, row[is_tied], item[is_tied], "amin")
+        distance = (squares - 2 * best).double() / size
+        error = torch.full_like(distance, 4 * (dim + 8) * eps)
+        return _Near(place, is_point & (best > -torch.inf), distance, error)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,82 +315,14 @@ class _Near:
     Attributes:
         target: `[S, A]` the point.
         is_found: `[S, A]` whether the item is a point, and there is another.
-        distance: `[S, A]` float64 squared distance, relative to `size`.
-        size: `[S]` the largest squared length of a point, or 1 if that is 0.
-        error: the most by which distances are wrong.
+        distance: `[S, A]` float64 squared distance, relative to `_Clusters.size`.
+        error: `[S, A]` the most by which it is wrong.
     """
 
     target: Tensor
     is_found: Tensor
     distance: Tensor
-    size: Tensor
-    error: float
-
-
-def _near(items: Items, order: Tensor, has_mass: Tensor) -> _Near:
-    """What is nearest to the items `order` `[S, A]`, by a product in float32 where that can tell.
-
-    Points are the items of some mass that are finite.
-    """
-    if items.keys.dtype != torch.float32:
-        return _exactly_near(items, order, has_mass)
-    streams, num_items, dim = *items.keys.shape[:2], items.keys.shape[-1] + items.values.shape[-1]
-    # x_a.x_b - |x_b|^2 / 2, which is highest for the nearest, as one product: (x_a, 1).(x_b, -|x_b|^2 / 2).
-    values = items.values * items.factor.float()[:, None, None]
-    points = torch.cat([items.keys, values, values.new_empty(streams, num_items, 1)], -1)
-    x = points[..., :dim]
-    if not bool(has_mass.all()):
-        x.masked_fill_(~has_mass[..., None], 0)
-    squares = torch.linalg.vector_norm(x, dim=-1).square_()
-    size = squares.amax(-1)
-    if not _are_ordinary(size, items.factor):
-        return _exactly_near(items, order, has_mass)
-    points[..., dim] = torch.where(has_mass, squares / -2, -torch.inf)
-    if missing := padded_to_blocks(num_items) - num_items:
-        points = torch.nn.functional.pad(points, (0, 0, 0, missing))
-        points[:, num_items:, dim] = -torch.inf
-    rows = _rows(points, order)
-    rows[..., dim] = 1
-    scores = torch.bmm(rows, points.transpose(1, 2))
-    scores.scatter_(2, order[..., None], -torch.inf)
-    place, best, second = best_two(scores)
-    # Rounding of such a product, and of what it is of, on both sides of a comparison.
-    eps = torch.finfo(torch.float32).eps
-    tolerance = (2 * (dim + 8) * eps + 2 * TIE) * size[:, None]
-    is_contested = best - second <= tolerance
-    if bool(is_contested.any()):
-        s, t = is_contested.nonzero(as_tuple=True)
-        is_candidate = scores[s, t, :num_items] >= (best - tolerance)[s, t, None]
-        if int(is_candidate.sum()) > _PAIRS:
-            return _exactly_near(items, order, has_mass)
-        row, item = is_candidate.nonzero(as_tuple=True)
-        distance = items.distances(s[row], order[s, t][row], item)
-        limit = distance.new_full(s.shape, torch.inf).scatter_reduce_(0, row, distance, "amin")
-        is_tied = distance <= (limit + TIE * size[s])[row]
-        place[s, t] = place[s, t].fill_(num_items).scatter_reduce_(0, row[is_tied], item[is_tied], "amin")
-    size = divisor(size, torch.float64)
-    distance = (squares.gather(1, order) - 2 * best) / size[:, None]
-    is_found = has_mass.gather(1, order) & (best > -torch.inf)
-    return _Near(place, is_found, distance, size, 4 * (dim + 8) * eps)
-
-
-def _exactly_near(items: Items, order: Tensor, has_mass: Tensor) -> _Near:
-    """The same, in float64 throughout."""
-    points = items.points
-    squares = points.square().sum(-1)
-    is_point = has_mass & squares.isfinite()
-    size = squares.masked_fill(~is_point, 0).amax(-1)
-    points.masked_fill_(~is_point[..., None], 0)
-    half = (squares / 2).masked_fill(~is_point, torch.inf)
-    scores = torch.baddbmm(half[:, None], _rows(points, order), points.transpose(1, 2), beta=-1)
-    scores.scatter_(2, order[..., None], -torch.inf)
-    best = scores.amax(-1)
-    floor = best - TIE / 2 * size[:, None]
-    place = (scores >= floor[..., None]).byte().argmax(-1)
-    size = divisor(size, torch.float64)
-    stream = torch.arange(len(order), device=order.device)[:, None]
-    distance = items.distances(stream, order, place) / size[:, None]
-    return _Near(place, is_point.gather(1, order) & (best > -torch.inf), distance, size, 0.0)
+    error: Tensor
 
 
 def _are_ordinary(size: Tensor, factor: Tensor) -> bool:

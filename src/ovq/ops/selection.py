@@ -55,7 +55,8 @@ def lowest(priority: Tensor, num: Tensor, most: int) -> Tensor:
     """
     wanted = num[:, None]
     boundary = priority.topk(most, largest=False).values.gather(-1, (wanted - 1).clamp(min=0))
-    is_clear = priority < boundary - TIE
-    is_tied = (priority - boundary).abs() <= TIE
+    tie = TIE * boundary.clamp(min=1)
+    is_clear = priority < boundary - tie
+    is_tied = (priority - boundary).abs() <= tie
     is_tied &= is_tied.cumsum(-1) <= wanted - is_clear.sum(-1, keepdim=True)
     return (is_clear | is_tied) & (wanted > 0)
