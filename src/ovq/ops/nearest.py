@@ -195,6 +195,20 @@ class _Clusters:
         distance = (self._point(s, a) - self._point(s, b)).square_().sum(-1) / self.size[s]
         return distance.masked_fill_(~distance.isfinite(), NO_DISTANCE)
 
+    def _rough_distances(self, s: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+        """The same from the rows that are multiplied, and the most by which they are wrong."""
+        first, second = self._x[s, a], self._x[s, b]
+        are_points = (first[:, -1] > -torch.inf) & (second[:, -1] > -torch.inf)
+        distance = (first - second)[:, :-1].square_().sum(-1).double() / self.size[s]
+        return torch.where(are_points, distance, NO_DISTANCE), self._error
+
+    @property
+    def _error(self) -> float:
+        """The most by which distances are wrong that come from `_x`: rounding of it, and of what it is of."""
+        if self._x.dtype == torch.float64:
+            return 0.0
+        return 4 * (self._means.shape[-1] + 8) * torch.finfo(torch.float32).eps
+
     def join_(self, trees: Tensor) -> Tensor:
         """Join what has the same root in `trees` `[S, M]`. Returns the roots of more than one, `[S, M]`."""
         s, a = (trees != torch.arange(trees.shape[1], device=trees.device)).nonzero(as_tuple=True)
@@ -244,10 +258,10 @@ class _Clusters:
         """Edges after `join_(trees)`: what has joined looks again, others keep to what their targets are in."""
         again, index = self.edges(has_joined), torch.arange(trees.shape[1], device=trees.device)
         target = torch.where(self.is_there, trees.gather(1, edges.target), index)
+        distance, error = edges.distance.clone(), edges.error.clone()
         is_moved = (target != index) & self._has_mass & has_joined.gather(1, target)
-        distance, error = edges.distance.clone(), edges.error.masked_fill(is_moved, 0)
         s, a = is_moved.nonzero(as_tuple=True)
-        distance[s, a] = self._distances(s, a, target[s, a])
+        distance[s, a], error[s, a] = self._rough_distances(s, a, target[s, a])
         return self._weighed(
             torch.where(has_joined, again.target, target),
             torch.where(has_joined, again.distance, distance),
@@ -275,7 +289,7 @@ class _Clusters:
 
     def _nearest(self, order: Tensor) -> _Near:
         """What is nearest to the items `order` `[S, A]`, by a product in float32 where that can tell."""
-        num, dim, size = self.mass.shape[1], self._means.shape[-1], self.size[:, None]
+        num, size = self.mass.shape[1], self.size[:, None]
         rows = _rows(self._x, order)
         is_point = rows[..., -1] > -torch.inf
         squares = rows[..., -1] * -2
@@ -290,9 +304,8 @@ class _Clusters:
             distance[s, t] = self._distances(s, order[s, t], place[s, t])
             return _Near(place, is_found, distance, torch.zeros_like(best))
         place, best, second = best_two(scores)
-        # Rounding of such a product, and of what it is of, on both sides of a comparison.
-        eps = torch.finfo(torch.float32).eps
-        tolerance = ((2 * (dim + 8) * eps + 2 * TIE) * size).float()
+        # On both sides of a comparison, of half the distances.
+        tolerance = ((self._error / 2 + 2 * TIE) * size).float()
         s, t = (best - second <= tolerance).nonzero(as_tuple=True)
         is_candidate = scores[s, t, :num] >= (best - tolerance)[s, t, None]
         if int(is_candidate.sum()) > _PAIRS:
@@ -304,7 +317,7 @@ class _Clusters:
         is_tied = exact <= (limit + TIE)[row]
         place[s, t] = place[s, t].fill_(num).scatter_reduce_(0, row[is_tied], item[is_tied], "amin")
         distance = (squares - 2 * best).double() / size
-        error = torch.full_like(distance, 4 * (dim + 8) * eps)
+        error = torch.full_like(distance, self._error)
         return _Near(place, is_point & (best > -torch.inf), distance, error)
 
 
