@@ -35,7 +35,7 @@ CHOICES = [
 COMBINED = [
     (shape, *choices)
     for (i, shape), (j, choices) in itertools.product(enumerate([*SHAPES, *WIDE]), enumerate(CHOICES))
-    if (i + j) % 2
+    if (i + j + (choices[1] == "random")) % 2
 ]
 COMBINED += [(shape, "linear", *KERNEL_RULES[0]) for shape in [*SHAPES, *WIDE]]
 

@@ -24,13 +24,13 @@ def preset(tmp_path_factory):
     """The tiny preset on a corpus of a few files."""
     folder = tmp_path_factory.mktemp("books")
     for number in range(24):
-        words = (f"{number * word % 97} is {word}." for word in range(1000))
+        words = (f"{number * word % 97} is {word}." for word in range(600))
         (folder / f"{number}.txt").write_text(" ".join(words))
     changes = [f"task.dataset={folder}", "task.held_out=0.5", "train.steps=2", "train.save_every=0"]
     return dataclasses.replace(
         TINY,
         configs={name: TINY.configs[name].override(changes) for name in ("lm", "needle")},
-        text=dataclasses.replace(TINY.text, length=LENGTH),
+        text=dataclasses.replace(TINY.text, length=LENGTH, num_needles=1),
     )
 
 
