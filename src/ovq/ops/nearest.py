@@ -165,10 +165,12 @@ class _Clusters:
     def _lay_out(self, dtype: torch.dtype) -> None:
         """Let `_x` be rows (x, -|x|^2 / 2), whose product with (y, 1) is highest for the x nearest to y."""
         items, num = self._items, self.mass.shape[1]
-        values = items.values.to(dtype) * items.factor.to(dtype)[:, None, None]
-        x = torch.cat([items.keys.to(dtype), values, values.new_empty(*values.shape[:2], 1)], -1)
-        self._x = torch.nn.functional.pad(x, (0, 0, 0, padded_to_blocks(num) - num))
-        self._x[:, num:, -1] = -torch.inf
+        shape = (len(self.mass), padded_to_blocks(num), self._means.shape[-1] + 1)
+        self._x = items.keys.new_empty(shape, dtype=dtype)
+        self._x[:, :num, : items.keys.shape[-1]] = items.keys
+        values = self._x[:, :num, items.keys.shape[-1] : -1]
+        torch.mul(items.values, items.factor.to(dtype)[:, None, None], out=values)
+        self._x[:, num:, :-1], self._x[:, num:, -1] = 0, -torch.inf
         s, a = (self._place >= 0).nonzero(as_tuple=True)
         self._x[s, a, :-1] = self._means[self._place[s, a]].to(dtype)
         self._end_rows(self._x[:, :num], self._has_mass)
@@ -186,9 +188,8 @@ class _Clusters:
     def _point(self, s: Tensor, a: Tensor) -> Tensor:
         """Points `[P, K + V]` in float64 in the places a of streams s."""
         points, place = self._items.points((s, a)), self._place[s, a]
-        if not len(self._means):
-            return points
-        return torch.where((place >= 0)[:, None], self._means[place], points)
+        has_joined = (place >= 0).nonzero()[:, 0]
+        return points.index_copy_(0, has_joined, self._means[place[has_joined]])
 
     def _distances(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Squared distances `[P]`, relative to `size`, in float64 from differences."""
