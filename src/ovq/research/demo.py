@@ -40,7 +40,7 @@ from ovq.train.recipes import get_recipe
 RECIPES = ("recall-ovq", "recall-full", "recall-sliding")
 LENGTH_FACTORS = (1, 2, 4, 8, 16)
 SLOT_FACTORS = (1, 4, 16)
-MERGES = ("existing", "ward-sqrt")
+MERGES = ("existing", "nearest")
 
 # With this many questions at each length, an accuracy of 0.97 is known to about 0.005.
 _TEST_TOKENS_PER_LENGTH = 65536
