@@ -50,77 +50,6 @@ static void estimate(const Ward *ward, float keep, float count, float square, in
     }
 }
 
-/* How far rough products of two items are off at most, over half the sum of their squared lengths. */
-INLINE float roughness_of(const Call *call) {
-    if (HAS_PAIRS) return ROUGHNESS;
-    return (float)fmax(short_roughness(call->k.dim), short_roughness(call->v.dim));
-}
-
-/* Items to the left of a product, their values scaled; with `words`, the product is rough. */
-struct Left {
-    const float *keys, *values;
-    const uint32_t *words;
-    const float *key_steps, *value_steps; /* As those of `Rows`. */
-};
-
-/* Words of `num` items, their values scaled; `steps` [2, num] as those of `Ward`. */
-static void round_rows(const Call *call, int64_t num, const float *keys, const float *values, uint32_t *words,
-                       float *steps) {
-    for (int64_t i = 0; i < num; i++, words += row_words(call)) {
-        round_key(call, keys + i * key_ld(call), words, from_row(steps, i));
-        round_value(call, values + i * value_ld(call), words + key_words(call), from_row(steps, num + i));
-    }
-}
-
-/* Products of words of keys or of values, or of both, on top of what is there or not. */
-static void multiply_words(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
-                           int has_keys, int has_values, int is_more, float *out, int64_t ld) {
-    const int64_t own = row_words(call), of_keys = key_words(call);
-    const float *from = is_more ? out : nullptr;
-#if HAS_PAIRS
-    const int64_t first = has_keys ? 0 : of_keys, size = (has_keys ? of_keys : 0) + (has_values ? value_words(call) : 0);
-    pairs_product(count, num, size, left.words + first, own, 1, columns->words + first * NR, own * NR, NR, from,
-                  Finish{}, out, ld);
-#elif HAS_SHORTS
-    if (has_values)
-        shorts_product(count, num, value_words(call), left.words + of_keys, own, left.value_steps,
-                       columns->words + of_keys * NR, own * NR, columns->value_steps, from, ld, out, ld);
-    if (has_keys)
-        shorts_product(count, num, of_keys, left.words, own, left.key_steps, columns->words, own * NR, columns->steps,
-                       has_values ? out : from, ld, out, ld);
-#endif
-}
-
-/* What values add to products of `count` items with `num` columns. */
-static void multiply_values(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
-                            float *out, int64_t ld) {
-    if (left.words)
-        multiply_words(call, columns, num, count, left, 0, 1, 0, out, ld);
-    else
-        product(count, num, call->v.dim, left.values, value_ld(call), 1, columns->value_panels, call->v.dim * NR, NR,
-                nullptr, 0, out, ld);
-}
-
-/* What keys add to those of values. */
-static void add_products_of_keys(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
-                                 float *out, int64_t ld) {
-    if (left.words)
-        multiply_words(call, columns, num, count, left, 1, 0, 1, out, ld);
-    else
-        product(count, num, call->k.dim, left.keys, key_ld(call), 1, columns->key_panels, call->k.dim * NR, NR, out,
-                ld, out, ld);
-}
-
-static void multiply(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left, float *out,
-                     int64_t ld) {
-    if (left.words) {
-        multiply_words(call, columns, num, count, left, 1, 1, 0, out, ld);
-        return;
-    }
-    multiply_values(call, columns, num, count, left, out, ld);
-    add_products_of_keys(call, columns, num, count, left, out, ld);
-}
-
 INLINE float keep_of(const Ward *ward) { return ward->is_rough ? ward->rough_keep : ward->keep; }
 
 /* The lowest cost, from below, of the values alone, given products of values; columns without a slot have an infinite
@@ -147,7 +76,7 @@ static void estimate_rows(const Items &items, const Rows *columns, int64_t first
         const int64_t width = least(BLOCK, num - j);
         const Rows block = rows_from(columns, items.call, j);
         float *out = rows + first + j;
-        multiply(items.call, &block, width, count, left, out, n);
+        multiply(items.call, &block, width, count, left, nullptr, out, n);
         for (int64_t i = 0; i < count; i++)
             estimate(ward, keep_of(ward), ward->count[at + i], ward->square[at + i], first + j, width, rows + i * n);
     }
@@ -206,7 +135,7 @@ static void bound_slots(const Items &items, int64_t first, int64_t num, float *s
     float steps[HAS_SHORTS ? 2 * num : 1];
     if (ward->is_rough) round_rows(call, num, keys, values, words, HAS_SHORTS ? steps : nullptr);
     const Left left = {keys, values, ward->is_rough ? words : nullptr, steps, steps + num};
-    multiply_values(call, slots, n, num, left, scores, n);
+    multiply_values(call, slots, n, num, left, nullptr, scores, n);
     for (int64_t i = 0; i < num; i++) {
         const int64_t slot = ward->wanted[first + i];
         scores[i * n + slot] = -INFINITY;
@@ -246,9 +175,9 @@ static void fresh_row(const Items &items, int64_t i, int is_rough, float *out) {
         float steps[2];
         if (is_rough) round_rows(call, 1, key, scaled, words, HAS_SHORTS ? steps : nullptr);
         const Left left = {key, scaled, is_rough ? words : nullptr, steps, steps + 1};
-        multiply(call, &items.dictionary->rows, start, 1, left, out, n);
-        multiply(call, items.tokens, width, 1, left, out + start, n);
-        multiply(call, &ward->merged, merged, 1, left, out + ward->first_merged, n);
+        multiply(call, &items.dictionary->rows, start, 1, left, nullptr, out, n);
+        multiply(call, items.tokens, width, 1, left, nullptr, out + start, n);
+        multiply(call, &ward->merged, merged, 1, left, nullptr, out + ward->first_merged, n);
         estimate(ward, is_rough ? ward->rough_keep : ward->keep, ward->count[i], ward->square[i], 0,
                  ward->first_merged + merged, out);
     }
@@ -268,7 +197,7 @@ static void slot_bounds(const Items &items, float *scores) {
         for (int64_t j = 0; j < rows * v; j++)
             scaled[j] = (float)ward->value_factor * items.dictionary->rows.values[first * v + j];
         const Left left = {items.key(first), scaled, nullptr, nullptr, nullptr};
-        if (!ward->is_wide) multiply(call, &items.dictionary->rows, n, rows, left, scores, n);
+        if (!ward->is_wide) multiply(call, &items.dictionary->rows, n, rows, left, nullptr, scores, n);
         for (int64_t i = first; i < first + rows; i++) {
             float *row = scores + (i - first) * n;
             if (ward->is_wide) memset(row, 0, sizeof(float) * n);
