@@ -13,6 +13,10 @@ BIN := $(VENV)/bin
 UV ?= $(shell command -v uv)
 PIP = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install --no-compile --progress-bar on)
 
+# Some containers ask Python to keep no bytecode. As none is installed, each process of the tests would compile torch and
+# transformers anew, for a quarter of a minute.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test pytest test-slow test-peers test-oldest fuzz lint format tables docs clean
 
 install: $(VENV)/.installed

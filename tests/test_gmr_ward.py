@@ -8,7 +8,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from ovq.gmr import GaussianMixtureRegressor
 from ovq.gmr.ward import ward_clusters
 from ovq.ops import ovq_attention
-from tests.ops.common import attend
+from tests.ops.common import attend, by_turns
 from tests.test_gmr import CHUNK, OPTIONS, SCALE, blobs, stream
 
 WARD = {"merge": "ward", **OPTIONS}
@@ -30,14 +30,16 @@ def squared_error(model, keys, values):
     return np.square(points).sum() - (np.square(sums).sum(1) / model.count_).sum()
 
 
-@pytest.mark.parametrize("merge", ["ward", "nearest"])
-@pytest.mark.parametrize("make", [stream, repeating_stream])
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"value_weight": 0.0}, {"value_weight": 3.0}, {"growth": "plateau"}, {"growth": "linear"}],
-    ids=str,
+    ("merge", "make", "options", "cuts"),
+    by_turns(
+        ["ward", "nearest"],
+        [stream, repeating_stream],
+        [{}, {"value_weight": 0.0}, {"value_weight": 3.0}, {"growth": "plateau"}, {"growth": "linear"}],
+        # In one call, in four, and token by token.
+        [(), (5, 8, 31), tuple(range(1, 70))],
+    ),
 )
-@pytest.mark.parametrize("cuts", [[], [5, 8, 31], list(range(1, 70))], ids=["one call", "four", "tokens"])
 def test_partial_fit_equals_the_update(make, options, cuts, merge):
     tensors, (_, keys, values) = make(70)
     model = GaussianMixtureRegressor(**OPTIONS, merge=merge, **options)

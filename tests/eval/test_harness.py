@@ -163,7 +163,8 @@ def test_a_converted_model_is_scored_with_its_memory(documents, folder):
 
 def test_examples_that_are_read_once_give_the_same_scores():
     program = Path(__file__).parents[2] / "benchmarks" / "convert_short_tasks.py"
-    kinds = [runpy.run_path(str(program))[name] for name in ("SharedExamples", "HFLM")]
+    names = runpy.run_path(str(program))
+    kinds = [names[name] for name in ("SharedExamples", "HFLM")]
     torch.manual_seed(0)
     plain = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257}, eos_token_id=256)).double().eval()
     converted = attach(copy.deepcopy(plain), num_slots=4, window=8, num_sinks=1, chunk_size=4)
@@ -173,11 +174,11 @@ def test_examples_that_are_read_once_give_the_same_scores():
         return random.integers(97, 123, num).tolist()
 
     # Questions alone, and after two lots of examples; each has two answers, of unequal lengths.
-    texts = [examples + letters(num) for examples in ([], letters(300), letters(320)) for num in (3, 11, 6)]
+    texts = [examples + letters(num) for examples in ([], letters(120), letters(140)) for num in (3, 11, 6)]
     requests = [(("", ""), text, letters(num)) for text in texts for num in (1, 7)]
     found = {}
     for model in (plain, converted):
-        options = {"pretrained": model, "tokenizer": BYTES, "batch_size": 4, "max_length": 512}
+        options = {"pretrained": model, "tokenizer": BYTES, "batch_size": 4, "max_length": 256}
         with torch.no_grad():
             own, harness = (
                 kind(backend="causal", **options)._loglikelihood_tokens(requests, disable_tqdm=True)

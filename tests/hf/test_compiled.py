@@ -43,7 +43,8 @@ def plain(**more):
 @pytest.mark.parametrize(
     ("inputs", "changes"),
     [
-        (plain(), {}),
+        # All that is in it is in one of the others as well.
+        pytest.param(plain(), {}, marks=pytest.mark.slow),
         (plain(skip_logits=True), {"merge_gate": True, "merge": "ward-sqrt"}),
         (padded(), {"forget_gate": True}),
         (packed(), {}),
@@ -64,7 +65,14 @@ def test_training_is_a_single_graph_and_gives_the_same_loss_and_gradients(inputs
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("changes", [{}, {"forget_gate": True}], ids=["plain", "forgetting"])
+@pytest.mark.parametrize(
+    "changes",
+    # Without gates states have fewer parts; `tests/ops/test_operator.py` compiles calls with those.
+    [
+        pytest.param({}, marks=pytest.mark.slow, id="plain"),
+        pytest.param({"forget_gate": True}, id="forgetting"),
+    ],
+)
 def test_a_cache_goes_in_and_out_of_a_single_graph(changes):
     model, graphs = make_model(**MIXERS, **changes), []
 

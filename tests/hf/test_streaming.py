@@ -38,9 +38,9 @@ def model(request):
 def test_tokens_are_those_of_generate(model, options):
     sampling = Sampling(**options)
     torch.manual_seed(3)
-    expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=20, pad_token_id=0, **sampling.options)
+    expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, pad_token_id=0, **sampling.options)
     generator = torch.Generator().manual_seed(3)
-    found = list(islice(stream_tokens(model, PROMPT, sampling=sampling, generator=generator), 20))
+    found = list(islice(stream_tokens(model, PROMPT, sampling=sampling, generator=generator), 12))
     assert found == expected[0, len(PROMPT) :].tolist()
 
 

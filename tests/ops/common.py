@@ -34,6 +34,12 @@ def with_rules(names, *choices, rules=("existing", *PAIR_MERGES)):
     return pytest.mark.parametrize((*names, "merge"), cases)
 
 
+def by_turns(*choices):
+    """Half of all combinations of three choices or more; any two are together in some of them."""
+    numbered = itertools.product(*(enumerate(each) for each in choices))
+    return [tuple(x for _, x in each) for each in numbered if sum(i for i, _ in each) % 2 == 0]
+
+
 def knows(merge, *backends):
     """Whether all of these backends know a rule."""
     return merge in KERNEL_MERGES or not {"cpu", "triton"} & {*backends}

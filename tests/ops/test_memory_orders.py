@@ -20,6 +20,11 @@ ENTRIES = ["dense", "masked", "packed", "constant rate", "ward", "one token", "d
 # What kernels refuse.
 REFUSED = {"cpu": ["constant rate"], "triton": ["constant rate", "ward"]}
 CASES = [(*way, entry) for way in WAYS for entry in ENTRIES if entry not in REFUSED.get(way[0], ())]
+# The interpreter takes seconds for what it does with a mask as well.
+CASES = [
+    pytest.param(*case, marks=pytest.mark.slow) if (case[0], case[3]) == ("triton", "dense") else case
+    for case in CASES
+]
 OPTIONS = {"num_slots": 6, "chunk_size": 4}
 
 

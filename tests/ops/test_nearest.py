@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import normalize
 
 from ovq.ops import backend_used, nearest, ovq_attention
-from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, inputs
+from ovq.ops.schedule import GROWTHS
+from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, by_turns, inputs
 from tests.ops.recount import recount_by_edges
 from tests.ops.test_ward import LENGTH, STREAMS, check_equal, gradients_from, stream, tokens_of
 
@@ -14,9 +15,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 # Few slots beside a chunk of 12: a first round of edges is not always enough.
-@pytest.mark.parametrize("num_slots", [3, 9, 20, 48])
-@pytest.mark.parametrize("kind", STREAMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "kind", "num_slots"), by_turns(DTYPES, STREAMS, [3, 9, 20, 48]), ids=str)
 def test_torch_merges_what_the_reference_merges(dtype, kind, num_slots):
     check_equal("torch", dtype, kind, num_slots=num_slots, **NEAREST)
 
@@ -29,10 +28,10 @@ def test_so_it_does_with_other_options(kind, value_weight, growth):
     check_equal("torch", torch.float32, kind, **options, **NEAREST)
 
 
-@pytest.mark.parametrize("num_slots", [4, 14])
-@pytest.mark.parametrize("value_weight", [0, 0.35, 2])
-@pytest.mark.parametrize("growth", ["plateau", "linear", "immediate"])
-@pytest.mark.parametrize("kind", ["random", "clustered", "one-hot", "repeated"])
+@pytest.mark.parametrize(
+    ("kind", "growth", "value_weight", "num_slots"),
+    by_turns(["random", "clustered", "one-hot", "repeated"], GROWTHS, [0, 0.35, 2], [4, 14]),
+)
 def test_the_reference_is_what_the_definition_says(kind, growth, value_weight, num_slots):
     _, k, v = stream(kind, torch.float64, length=60)
     options = {"num_slots": num_slots, "chunk_size": 6, "growth": growth, "value_weight": value_weight}
@@ -64,15 +63,15 @@ def test_what_a_float32_product_cannot_tell_apart_is_decided_in_float64(spread, 
 def test_most_edges_are_decided_without_float64(monkeypatch):
     """Negative control of the test above: of keys in all directions few are computed again."""
     tokens = inputs(1, 640, 2, 2, 32, 32, dtype=torch.float32)
-    num, shortest = [], nearest._Clusters.shortest
+    num, distances = [], nearest._Clusters._distances
 
-    def counted(clusters, edges, due):
-        num.append((int((edges.error > 0).sum()), edges.error.numel()))
-        return shortest(clusters, edges, due)
+    def counted(clusters, s, a, b):
+        num.append(a.numel())
+        return distances(clusters, s, a, b)
 
-    monkeypatch.setattr(nearest._Clusters, "shortest", counted)
+    monkeypatch.setattr(nearest._Clusters, "_distances", counted)
     attend(*tokens, num_slots=256, chunk_size=64, backend="torch", **NEAREST)
-    assert sum(num) > 0
+    assert 0 < sum(num) < 6 * 2 * 128 / 4
 
 
 def of_one_head(keys, **options):

@@ -34,13 +34,20 @@ def forget_compilers(monkeypatch):
     monkeypatch.setenv("PATH", "")
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """The files of the fastest and of the slowest level of this processor, by name; made as a wheel's are."""
+@pytest.fixture(scope="module", params=["-O2", pytest.param("-O3", marks=pytest.mark.slow)])
+def compiled(request):
+    """The files of the fastest and of the slowest level of this processor, by name; made as a wheel's are.
+
+    In half of the time they are compiled with less optimization, which may not change a bit either.
+    """
     made = {}
-    for level in {ABLE[0], ABLE[-1]}:
-        with tempfile.TemporaryDirectory() as folder:
-            made[level.name] = compiler.compile_kernels(compiler.find_compiler(), level.flags, Path(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "_FLAGS", (request.param, *compiler._FLAGS[1:]))
+        for level in {ABLE[0], ABLE[-1]}:
+            with tempfile.TemporaryDirectory() as folder:
+                made[level.name] = compiler.compile_kernels(
+                    compiler.find_compiler(), level.flags, Path(folder)
+                )
     return made
 
 

@@ -12,7 +12,8 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 
 from ovq.ops import OVQState
 from ovq.ops.options import COUNT_POWERS
-from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, inputs
+from ovq.ops.schedule import GROWTHS
+from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, by_turns, inputs
 from tests.ops.recount import recount_by_likelihood
 
 WARD = {"merge": "ward"}
@@ -74,10 +75,9 @@ def test_backends_merge_the_same_pairs(backend, dtype, kind):
     check_equal(backend, dtype, kind, num_slots=20)
 
 
-@pytest.mark.parametrize("num_slots", [20, 48])
-@pytest.mark.parametrize("kind", STREAMS)
-@pytest.mark.parametrize(("backend", "dtype"), FAST, ids=str)
-def test_backends_merge_the_same_pairs_by_the_square_root_of_counts(backend, dtype, kind, num_slots):
+@pytest.mark.parametrize(("way", "kind", "num_slots"), by_turns(FAST, STREAMS, [20, 48]), ids=str)
+def test_backends_merge_the_same_pairs_by_the_square_root_of_counts(way, kind, num_slots):
+    backend, dtype = way
     check_equal(backend, dtype, kind, num_slots=num_slots, merge="ward-sqrt")
 
 
@@ -112,12 +112,13 @@ def test_kernels_merge_as_torch_does_in_larger_dictionaries(backend, kind, merge
     assert_same_state(states[1], states[0], tolerance=0)
 
 
-@pytest.mark.parametrize("value_weight", [0, 0.5, 2])
-@pytest.mark.parametrize("growth", ["plateau", "linear", "immediate"])
-@pytest.mark.parametrize("kind", ["clustered", "one-hot"])
-@pytest.mark.parametrize(("merge", "power"), COUNT_POWERS.items())
-def test_the_reference_is_what_the_definition_says(merge, power, kind, growth, value_weight):
+@pytest.mark.parametrize(
+    ("rule", "kind", "growth", "value_weight"),
+    by_turns(COUNT_POWERS.items(), ["clustered", "one-hot"], GROWTHS, [0, 0.5, 2]),
+)
+def test_the_reference_is_what_the_definition_says(rule, kind, growth, value_weight):
     """Every cluster in its slot, recounted from the sum of squared distances itself."""
+    merge, power = rule
     _, k, v = stream(kind, torch.float64, length=50)
     options = {"num_slots": 12, "chunk_size": 10, "growth": growth, "value_weight": value_weight}
     _, state = attend(k, k, v, merge=merge, **options, backend="naive")

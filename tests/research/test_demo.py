@@ -23,7 +23,12 @@ def done(tmp_path_factory):
     (out / "ovq" / "old").write_text("")
     (out / "results.json").write_text("old")
     console = Console(record=True, width=200)
-    results = run_demo(out, seed=3, is_quick=True, console=console)
+    with pytest.MonkeyPatch.context() as patch:
+        # Processes would import everything; `tests/runtime/test_workers.py` tests them.
+        patch.setattr(
+            demo, "run_jobs", lambda function, jobs, reporter: [function(j, reporter) for j in jobs]
+        )
+        results = run_demo(out, seed=3, is_quick=True, console=console)
     return out, results, console.export_text()
 
 

@@ -165,10 +165,12 @@ class _Clusters:
     def _lay_out(self, dtype: torch.dtype) -> None:
         """Let `_x` be rows (x, -|x|^2 / 2), whose product with (y, 1) is highest for the x nearest to y."""
         items, num = self._items, self.mass.shape[1]
-        values = items.values.to(dtype) * items.factor.to(dtype)[:, None, None]
-        x = torch.cat([items.keys.to(dtype), values, values.new_empty(*values.shape[:2], 1)], -1)
-        self._x = torch.nn.functional.pad(x, (0, 0, 0, padded_to_blocks(num) - num))
-        self._x[:, num:, -1] = -torch.inf
+        shape = (len(self.mass), padded_to_blocks(num), self._means.shape[-1] + 1)
+        self._x = items.keys.new_empty(shape, dtype=dtype)
+        self._x[:, :num, : items.keys.shape[-1]] = items.keys
+        values = self._x[:, :num, items.keys.shape[-1] : -1]
+        torch.mul(items.values, items.factor.to(dtype)[:, None, None], out=values)
+        self._x[:, num:, :-1], self._x[:, num:, -1] = 0, -torch.inf
         s, a = (self._place >= 0).nonzero(as_tuple=True)
         self._x[s, a, :-1] = self._means[self._place[s, a]].to(dtype)
         self._end_rows(self._x[:, :num], self._has_mass)
@@ -186,14 +188,27 @@ class _Clusters:
     def _point(self, s: Tensor, a: Tensor) -> Tensor:
         """Points `[P, K + V]` in float64 in the places a of streams s."""
         points, place = self._items.points((s, a)), self._place[s, a]
-        if not len(self._means):
-            return points
-        return torch.where((place >= 0)[:, None], self._means[place], points)
+        has_joined = (place >= 0).nonzero()[:, 0]
+        return points.index_copy_(0, has_joined, self._means[place[has_joined]])
 
     def _distances(self, s: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Squared distances `[P]`, relative to `size`, in float64 from differences."""
         distance = (self._point(s, a) - self._point(s, b)).square_().sum(-1) / self.size[s]
         return distance.masked_fill_(~distance.isfinite(), NO_DISTANCE)
+
+    def _rough_distances(self, s: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, float]:
+        """The same from the rows that are multiplied, and the most by which they are wrong."""
+        first, second = self._x[s, a], self._x[s, b]
+        are_points = (first[:, -1] > -torch.inf) & (second[:, -1] > -torch.inf)
+        distance = (first - second)[:, :-1].square_().sum(-1).double() / self.size[s]
+        return torch.where(are_points, distance, NO_DISTANCE), self._error
+
+    @property
+    def _error(self) -> float:
+        """The most by which distances are wrong that come from `_x`: rounding of it, and of what it is of."""
+        if self._x.dtype == torch.float64:
+            return 0.0
+        return 4 * (self._means.shape[-1] + 8) * torch.finfo(torch.float32).eps
 
     def join_(self, trees: Tensor) -> Tensor:
         """Join what has the same root in `trees` `[S, M]`. Returns the roots of more than one, `[S, M]`."""
@@ -244,10 +259,10 @@ class _Clusters:
         """Edges after `join_(trees)`: what has joined looks again, others keep to what their targets are in."""
         again, index = self.edges(has_joined), torch.arange(trees.shape[1], device=trees.device)
         target = torch.where(self.is_there, trees.gather(1, edges.target), index)
+        distance, error = edges.distance.clone(), edges.error.clone()
         is_moved = (target != index) & self._has_mass & has_joined.gather(1, target)
-        distance, error = edges.distance.clone(), edges.error.masked_fill(is_moved, 0)
         s, a = is_moved.nonzero(as_tuple=True)
-        distance[s, a] = self._distances(s, a, target[s, a])
+        distance[s, a], error[s, a] = self._rough_distances(s, a, target[s, a])
         return self._weighed(
             torch.where(has_joined, again.target, target),
             torch.where(has_joined, again.distance, distance),
@@ -275,7 +290,7 @@ class _Clusters:
 
     def _nearest(self, order: Tensor) -> _Near:
         """What is nearest to the items `order` `[S, A]`, by a product in float32 where that can tell."""
-        num, dim, size = self.mass.shape[1], self._means.shape[-1], self.size[:, None]
+        num, size = self.mass.shape[1], self.size[:, None]
         rows = _rows(self._x, order)
         is_point = rows[..., -1] > -torch.inf
         squares = rows[..., -1] * -2
@@ -290,9 +305,8 @@ class _Clusters:
             distance[s, t] = self._distances(s, order[s, t], place[s, t])
             return _Near(place, is_found, distance, torch.zeros_like(best))
         place, best, second = best_two(scores)
-        # Rounding of such a product, and of what it is of, on both sides of a comparison.
-        eps = torch.finfo(torch.float32).eps
-        tolerance = ((2 * (dim + 8) * eps + 2 * TIE) * size).float()
+        # On both sides of a comparison, of half the distances.
+        tolerance = ((self._error / 2 + 2 * TIE) * size).float()
         s, t = (best - second <= tolerance).nonzero(as_tuple=True)
         is_candidate = scores[s, t, :num] >= (best - tolerance)[s, t, None]
         if int(is_candidate.sum()) > _PAIRS:
@@ -304,7 +318,7 @@ class _Clusters:
         is_tied = exact <= (limit + TIE)[row]
         place[s, t] = place[s, t].fill_(num).scatter_reduce_(0, row[is_tied], item[is_tied], "amin")
         distance = (squares - 2 * best).double() / size
-        error = torch.full_like(distance, 4 * (dim + 8) * eps)
+        error = torch.full_like(distance, self._error)
         return _Near(place, is_point & (best > -torch.inf), distance, error)
 
 

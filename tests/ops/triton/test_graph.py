@@ -108,7 +108,7 @@ def is_same(found, expected):
     ("merge", "lengths", "is_kept"),
     [
         ("existing", (19, 12), False),
-        ("ward", (13,), False),
+        ("ward", (11,), False),
         pytest.param("ward", (19, 12), True, marks=pytest.mark.slow),
         pytest.param("ward-sqrt", (19, 12), False, marks=pytest.mark.slow),
     ],

@@ -37,10 +37,11 @@ def test_operators_are_what_pytorch_expects():
     torch.library.opcheck(decode.read_pending_and_slots, arguments)
 
 
-SLOW = [pytest.param(rule, marks=pytest.mark.slow) for rule in ("ward", "ward-sqrt")]
+# How rows are given in a graph, `tests/ops/test_operator.py` tests with backends that take less time.
+SLOW = [pytest.param(rows, marks=pytest.mark.slow) for rows in ("dense", "packed", "ward", "ward-sqrt")]
 
 
-@pytest.mark.parametrize("rows", ["dense", "padded", "packed", "checked", *SLOW])
+@pytest.mark.parametrize("rows", ["padded", "checked", *SLOW])
 def test_a_compiled_call_is_one_whole_graph(rows):
     q, k, v = inputs(1, 9, 2, 1, 4, 3, dtype=torch.float32)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])

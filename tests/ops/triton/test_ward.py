@@ -83,14 +83,14 @@ def test_streams_whose_tables_are_not_held_at_once(monkeypatch):
     "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str
 )
 def test_the_same_pairs_are_merged_in_lower_precision(dtype):
-    check_state(stream("repeated", dtype, length=18), **WARD)
+    check_state([x[:, :, 1:] for x in stream("repeated", dtype, length=18)], **WARD)
 
 
 @pytest.mark.parametrize(
     ("growth", "value_weight"), [("plateau", 0.0), pytest.param("linear", 2.0, marks=pytest.mark.slow)]
 )
 def test_the_same_pairs_are_merged_with_other_options(growth, value_weight):
-    tokens = [x[:, :, :1] for x in stream("one-hot", torch.float32, length=24)]
+    tokens = [x[:, :, :1] for x in stream("one-hot", torch.float32, length=18)]
     check_state(tokens, **WARD, growth=growth, value_weight=value_weight)
 
 
@@ -199,7 +199,7 @@ def test_token_after_token(merge):
 def test_merged_slots_are_kept_only_for_a_backward():
     from ovq.ops.backends.triton import ward
 
-    q, k, v = inputs(1, 12, 1, 1, 4, 4, dtype=torch.float32)
+    q, k, v = inputs(1, 6, 1, 1, 4, 4, dtype=torch.float32)
     made = []
     original = ward.Gone.empty.__func__
 
@@ -211,5 +211,5 @@ def test_merged_slots_are_kept_only_for_a_backward():
         patch.setattr(ward.Gone, "empty", classmethod(empty))
         for tokens in ((q, k, v), (q.clone().requires_grad_(), k, v)):
             attend(*tokens, merge="ward", num_slots=4, chunk_size=3, backend="triton")
-    # One step, or all four chunks.
-    assert [len(gone.slot) for gone in made] == [1, 4]
+    # One step, or both chunks.
+    assert [len(gone.slot) for gone in made] == [1, 2]

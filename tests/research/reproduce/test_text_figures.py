@@ -15,7 +15,7 @@ from ovq.research.reproduce.presets import CPU
 from ovq.train.config import RunConfig
 from tests.research.reproduce.common import TINY, run_here, workshop
 
-LENGTH = TINY.text.length
+LENGTH = 2048
 NUM_SEEDS = {"lm": 2, "needle": 1}
 
 
@@ -24,11 +24,13 @@ def preset(tmp_path_factory):
     """The tiny preset on a corpus of a few files."""
     folder = tmp_path_factory.mktemp("books")
     for number in range(24):
-        words = (f"{number * word % 97} is {word}." for word in range(1000))
+        words = (f"{number * word % 97} is {word}." for word in range(600))
         (folder / f"{number}.txt").write_text(" ".join(words))
     changes = [f"task.dataset={folder}", "task.held_out=0.5", "train.steps=2", "train.save_every=0"]
     return dataclasses.replace(
-        TINY, configs={name: TINY.configs[name].override(changes) for name in ("lm", "needle")}
+        TINY,
+        configs={name: TINY.configs[name].override(changes) for name in ("lm", "needle")},
+        text=dataclasses.replace(TINY.text, length=LENGTH, num_needles=1),
     )
 
 
@@ -68,11 +70,11 @@ def test_losses_are_shown_by_octaves_of_positions_and_beside_full_attention(made
         *("Gated DeltaNet", "Mamba2", "window alone", "OVQ, forget gate, Ward-sqrt, 4 slots"),
     ]
     for line in lines.values():
-        assert [point.x for point in line] == [1024, 2048, 4096]
+        assert [point.x for point in line] == [1024, 2048]
         assert all(1 < point.low <= point.mean <= point.high for point in line)
         assert all(point.num_seeds == 2 for point in line)
     rows = {
-        (row["line"], row["seed"]): row["position_losses"]["4096"]
+        (row["line"], row["seed"]): row["position_losses"]["2048"]
         for row in results["rows"]
         if row["group"] == "loss"
     }
@@ -143,7 +145,7 @@ def test_fewer_windows_than_asked_for_are_an_error(preset, monkeypatch, tmp_path
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     begun = run_here(monkeypatch)
     more = dataclasses.replace(preset, text=dataclasses.replace(preset.text, num_windows=1000))
-    with pytest.raises(ValueError, match=r"expected 1000 windows of 4096 tokens in .*, found \d+"):
+    with pytest.raises(ValueError, match=r"expected 1000 windows of 2048 tokens in .*, found \d+"):
         reproduce(get_figure("lm", more), workshop(tmp_path / "out", num_seeds=1))
     # It is known before anything is trained.
     assert not begun

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ovq.eval.rows import MIXER_NAMES
-from ovq.ops.options import BEST_MERGE
 from ovq.research.reproduce.evaluations import Evaluation, LossEvaluation, NeedlesEvaluation
 from ovq.research.reproduce.plan import Figure, Line, Panel, Variant
 from ovq.research.reproduce.presets import Preset
@@ -27,8 +26,11 @@ RIVALS = (
 )
 """The mixers compared, in the order of legends. Another is added by its name here."""
 
-_RULE = BEST_MERGE
+_RULE = "nearest"
 """The rule that OVQ is asked by, besides that of its training."""
+
+_RULE_BEFORE = "ward-sqrt"
+"""What it is compared with on the same weights: exact greedy merging."""
 
 _FULL = MIXER_NAMES["full_attention"]
 
@@ -52,7 +54,7 @@ _VALIDATION_FACTOR = 4
 _NOTE = (
     "States have equal bytes: those of full dictionaries of OVQ, of KVM's slots and window, and of a window "
     "with sinks; the others have what they can at equal parameters. OVQ is trained by the paper's rule, and "
-    "by Ward-sqrt the same weights are asked. With a merge gate or a forget gate it is another model, "
+    "by nearest, and by Ward-sqrt, the same weights are asked. With a merge gate or a forget gate it is another model, "
     "trained with the settings that are best without."
 )
 
@@ -80,13 +82,11 @@ def _contenders(preset: Preset, task: str, partner: str | None = None) -> Iterat
         if mixer == "ovq":
             usual = config(mixer)
             yield _Contender(f"OVQ, {slots}", usual)
-            yield _Contender(f"OVQ, Ward-sqrt, {slots}", usual, _RULE)
-            yield _Contender(
-                f"OVQ, merge gate, Ward-sqrt, {slots}", config(mixer, merge_gate=True), _RULE, usual
-            )
-            yield _Contender(
-                f"OVQ, forget gate, Ward-sqrt, {slots}", config(mixer, forget_gate=True), _RULE, usual
-            )
+            yield _Contender(f"OVQ, Ward-sqrt, {slots}", usual, _RULE_BEFORE)
+            yield _Contender(f"OVQ, nearest, {slots}", usual, _RULE)
+            for gate in ("merge gate", "forget gate"):
+                gated = config(mixer, **{gate.replace(" ", "_"): True})
+                yield _Contender(f"OVQ, {gate}, nearest, {slots}", gated, _RULE, usual)
             continue
         yield _Contender(
             MIXER_NAMES.get(mixer, mixer), config(mixer), variants=_variants(preset, task).get(mixer, ((),))
