@@ -6,48 +6,38 @@
 
 #include "nearest_search.h"
 
-/* Say how early each edge is taken: the shorter, and the less its items weigh, the earlier. */
-static void set_priorities(const Joining &all) {
-    Nearest *nearest = all.nearest;
-    for (int64_t j = 0; j < nearest->num_left; j++) {
-        const int64_t i = nearest->order[j], target = nearest->target[i];
-        nearest->priority[i] = INFINITY;
-        if (target < 0) continue;
-        const double m = nearest->mass[i], total = m + nearest->mass[target];
-        const double weight = pow(m * (nearest->mass[target] / (total > 0 ? total : 1)), all.call->mass_power);
-        const double distance = nearest->distance[i] / nearest->size;
-        const double priority = weight * (std::isfinite(distance) ? distance : NO_DISTANCE);
-        nearest->priority[i] = priority < INFINITY ? priority : DBL_MAX;
-    }
-}
+/* Marks of items on circles, and of the ones whose edges are not taken. */
+#define ON_CIRCLE INT32_MAX
+#define LOWEST_OF_CIRCLE (INT32_MAX - 1)
 
 /* Of each circle of edges, the one of its lowest item is not taken. Most are of two items, each other's nearest. */
 static void open_circles(Nearest *nearest) {
-    for (int64_t j = 0; j < nearest->num_left; j++) nearest->mark[nearest->order[j]] = -1;
-    for (int64_t j = 0; j < nearest->num_left; j++) {
-        int32_t i = nearest->order[j];
+    for (int64_t j = 0; j < nearest->num_edges; j++) nearest->mark[nearest->edges[j]] = -1;
+    for (int64_t j = 0; j < nearest->num_edges; j++) {
+        int32_t i = nearest->edges[j];
         for (; nearest->target[i] >= 0 && nearest->mark[i] < 0; i = nearest->target[i]) nearest->mark[i] = (int32_t)j;
-        /* A circle, if this way has been here before. */
+        /* A circle, if this way has been here before. Later ways that lead here end here. */
         if (nearest->target[i] < 0 || nearest->mark[i] != j) continue;
         int32_t lowest = i;
-        for (int32_t other = nearest->target[i]; other != i; other = nearest->target[other])
-            if (nearest->index[other] < nearest->index[lowest]) lowest = other;
-        nearest->priority[lowest] = INFINITY;
-        /* Later ways that lead here end here. */
-        for (int32_t other = nearest->target[i]; other != i; other = nearest->target[other])
-            nearest->mark[other] = INT32_MAX;
-        nearest->mark[i] = INT32_MAX;
+        do {
+            if (nearest->index[i] < nearest->index[lowest]) lowest = i;
+            nearest->mark[i] = ON_CIRCLE;
+            i = nearest->target[i];
+        } while (nearest->mark[i] != ON_CIRCLE);
+        nearest->mark[lowest] = LOWEST_OF_CIRCLE;
     }
 }
 
-/* Let `root` be the target of the `most` edges of lowest priority, or of all, of equal ones of the first; of others, the
-   item itself. Returns how many they are. */
+/* Take the `most` edges of lowest priority, or all, of equal ones the first. Returns how many they are. */
 static int64_t take_edges(const Joining &all, int64_t most) {
     Nearest *nearest = all.nearest;
     int64_t num = 0;
-    for (int64_t j = 0; j < nearest->num_left; j++) {
-        const double priority = nearest->priority[nearest->order[j]];
-        if (priority < INFINITY) nearest->ranked[num++] = priority;
+    for (int64_t j = 0; j < nearest->num_edges; j++) {
+        const int32_t i = nearest->edges[j];
+        nearest->root[i] = i;
+        if (nearest->target[i] < 0 || nearest->mark[i] == LOWEST_OF_CIRCLE) continue;
+        nearest->taken[num] = i;
+        nearest->ranked[num++] = nearest->priority[i];
     }
     double last = INFINITY, tie = 0;
     int64_t left = num;
@@ -55,17 +45,20 @@ static int64_t take_edges(const Joining &all, int64_t most) {
         select_lowest(nearest->ranked, num, most - 1);
         last = nearest->ranked[most - 1];
         tie = all.call->tie * fmax(last, 1);
-        left = num = most;
-        for (int64_t j = 0; j < nearest->num_left; j++) left -= nearest->priority[nearest->order[j]] < last - tie;
+        left = most;
+        for (int64_t j = 0; j < num; j++) left -= nearest->ranked[j] < last - tie;
     }
-    for (int64_t j = 0; j < nearest->num_left; j++) {
-        const int32_t i = nearest->order[j];
+    nearest->num_taken = 0;
+    for (int64_t j = 0; j < num; j++) {
+        const int32_t i = nearest->taken[j];
         const double priority = nearest->priority[i];
         const int is_clear = priority < last - tie, is_tied = !is_clear && priority <= last + tie && left > 0;
         left -= is_tied;
-        nearest->root[i] = priority < INFINITY && (is_clear || is_tied) ? nearest->target[i] : i;
+        if (!is_clear && !is_tied) continue;
+        nearest->root[i] = nearest->target[i];
+        nearest->taken[nearest->num_taken++] = i;
     }
-    return num;
+    return nearest->num_taken;
 }
 
 /* mean [K + V] += share * the mean of item i. */
@@ -105,26 +98,22 @@ static void end_column(const Joining &all, int64_t m) {
     set_column(nearest, m);
 }
 
-/* Join what `root` leads to the same item. */
+/* Join what the edges that are taken lead to the same item. */
 static void join_all(const Joining &all) {
     Nearest *nearest = all.nearest;
-    const int64_t begin = nearest->num_joined;
-    /* The column that an item's cluster gets, or -1. */
-    for (int64_t j = 0; j < nearest->num_left; j++) nearest->mark[nearest->order[j]] = -1;
-    for (int64_t j = 0; j < nearest->num_left; j++) {
-        const int32_t i = nearest->order[j];
+    const int64_t begin = nearest->num_joined, dim = all.call->k.dim + all.call->v.dim;
+    for (int64_t j = 0; j < nearest->num_taken; j++) {
+        const int32_t i = nearest->taken[j];
         int32_t root = i;
-        if (nearest->root[i] == i) continue;
         while (nearest->root[root] != root) root = nearest->root[root];
-        if (nearest->mark[root] < 0) {
-            const int64_t m = nearest->mark[root] = (int32_t)(nearest->first_joined + nearest->num_joined);
-            memset(nearest->mean + nearest->num_joined++ * (all.call->k.dim + all.call->v.dim), 0,
-                   sizeof(double) * (all.call->k.dim + all.call->v.dim));
+        if (nearest->into[root] == root) {
+            const int64_t m = nearest->first_joined + nearest->num_joined;
+            memset(nearest->mean + nearest->num_joined++ * dim, 0, sizeof(double) * dim);
             nearest->mass[m] = 0;
             nearest->index[m] = INT32_MAX;
             join(all, root, m);
         }
-        join(all, i, nearest->mark[root]);
+        join(all, i, nearest->into[root]);
     }
     for (int64_t place = begin; place < nearest->num_joined; place++) end_column(all, nearest->first_joined + place);
 }
@@ -137,12 +126,42 @@ INLINE Clusters clusters_of(const Nearest *nearest) {
 static void follow_targets(const Joining &all) {
     Nearest *nearest = all.nearest;
     const Clusters clusters = clusters_of(nearest);
-    for (int64_t j = 0; j < nearest->num_left; j++) {
-        const int32_t i = nearest->order[j], old = nearest->target[i];
+    int64_t num = 0;
+    for (int64_t j = 0; j < nearest->num_edges; j++) {
+        const int32_t i = nearest->edges[j], old = nearest->target[i];
+        if (nearest->into[i] != i) continue;
+        nearest->edges[num++] = i;
         if (old < 0 || nearest->into[old] == old) continue;
-        nearest->target[i] = (int32_t)cluster_of(clusters, old);
-        if (has_mass(nearest, i)) nearest->distance[i] = distance_of(all, i, nearest->target[i]);
+        const int64_t target = cluster_of(clusters, old);
+        set_edge(all, i, target, has_mass(nearest, i) ? distance_of(all, i, target) : 0);
     }
+    nearest->num_edges = num;
+}
+
+/* Let what has joined from column `first` on have edges, which it is to search for. */
+static void add_joined(Nearest *nearest, int64_t first) {
+    int32_t *joined = nearest->searching;
+    int64_t num = 0;
+    for (int64_t i = first; i < nearest->first_joined + nearest->num_joined; i++) {
+        int64_t place = num++;
+        for (; place > 0 && nearest->index[joined[place - 1]] > nearest->index[i]; place--)
+            joined[place] = joined[place - 1];
+        joined[place] = (int32_t)i;
+    }
+    nearest->num_searching = num;
+    int64_t old = nearest->num_edges;
+    nearest->num_edges += num;
+    for (int64_t place = nearest->num_edges; num > 0;) {
+        const int is_old = old > 0 && nearest->index[nearest->edges[old - 1]] > nearest->index[joined[num - 1]];
+        nearest->edges[--place] = is_old ? nearest->edges[--old] : joined[--num];
+    }
+}
+
+/* Whether products are to be rough from here on, by how many candidates items have so. */
+static void choose_products(Nearest *nearest) {
+    int64_t num = 0, tiles = 0;
+    for (; tiles * QUERIES < nearest->num_searching; tiles++) num += nearest->num_near[tiles];
+    nearest->is_rough = num <= tiles * MOST_CANDIDATES;
 }
 
 /* Once items have searched: take the next part of the edges, the `part`-th one, half of what is due or, at last, all, and
@@ -151,21 +170,30 @@ static void follow_targets(const Joining &all) {
 static void take_part(const Joining &all, int64_t part) {
     Nearest *nearest = all.nearest;
     const int64_t due = nearest->num_due, is_last = part >= all.call->num_parts;
-    const int64_t begin = is_last ? 0 : nearest->first_joined + nearest->num_joined;
-    set_priorities(all);
+    const int64_t first = nearest->first_joined + nearest->num_joined;
+    if (HAS_ROUGH && part == 1 && !nearest->is_wide) choose_products(nearest);
     open_circles(nearest);
     nearest->num_due -= take_edges(all, is_last ? due : (due + 1) / 2);
     join_all(all);
     nearest->num_searching = 0;
     if (!nearest->num_due) return;
-    set_order(all);
-    follow_targets(all);
-    for (int64_t j = 0; j < nearest->num_left; j++) {
-        const int32_t i = nearest->order[j];
-        if (i < begin) continue;
-        if (has_mass(nearest, i)) nearest->searching[nearest->num_searching++] = i;
-        else set_first(nearest, i);
+    if (nearest->needs_order || is_last) set_order(all);
+    if (is_last) {
+        nearest->num_edges = nearest->num_searching = nearest->num_left;
+        memcpy(nearest->edges, nearest->order, sizeof(int32_t) * nearest->num_left);
+        memcpy(nearest->searching, nearest->order, sizeof(int32_t) * nearest->num_left);
+    } else {
+        follow_targets(all);
+        add_joined(nearest, first);
     }
+    /* What weighs nothing need not search. */
+    int64_t num = 0;
+    for (int64_t j = 0; j < nearest->num_searching; j++) {
+        const int32_t i = nearest->searching[j];
+        if (has_mass(nearest, i)) nearest->searching[num++] = i;
+        else set_first(all, i);
+    }
+    nearest->num_searching = num;
 }
 
 static void search_in_tiles(const Joining &all, float *scores) {
@@ -183,5 +211,6 @@ static void learn_by_edges(const Joining &all, Dictionary *dictionary, const Chu
     if (is_due) num_moved = find_moves(clusters_of(nearest), num, size, learner);
     for (int64_t t = 0; !is_due && t < size; t++) learner->slot[t] = (int32_t)(num + t);
     move_all(call, dictionary, all.tokens, all.sums, nearest->moved, chunk, head, num_moved, learner);
-    nearest->has_squares = 0;
+    for (int64_t t = 0; t < size; t++) set_squares(all, learner->slot[t]);
+    for (int64_t i = 0; i < num_moved; i++) set_squares(all, learner->near[i]);
 }

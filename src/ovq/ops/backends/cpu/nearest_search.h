@@ -10,8 +10,8 @@
 
 /* Stands for a squared distance that is not finite, relative to the largest squared length (`NO_DISTANCE` of options.py). */
 #define NO_DISTANCE 5.0
-/* Rough products will do unless an item has more candidates than this, on average: so many take as long to tell apart as
-   what products in float32 take longer. */
+/* Rough products will do unless an item has more candidates than this on average. To tell so many apart takes as long as
+   products in float32 take longer. */
 #define MOST_CANDIDATES 32
 
 struct Nearest {
@@ -30,15 +30,20 @@ struct Nearest {
     float *start, *length; /* -|x|^2 / 2, or -inf where no other may go; |x|, or 0 there. */
     int32_t *index, *into, *home; /* As those of `Clusters`. */
     int32_t *target;      /* Where an item's edge leads, or -1 where it has none. */
-    double *distance;     /* The squared length of the edge; inf where that is not finite. */
     double *priority;     /* Edges of lowest priority are taken first; inf where there is none. */
-    int32_t *mark, *root; /* Scratch. */
-    int32_t *order;       /* The columns that are left, by their lowest items. */
+    int32_t *edges;       /* Items that may have an edge, in order. */
+    int64_t num_edges;
+    int32_t *root;        /* Where an edge leads that is taken, else the item itself. */
+    int32_t *mark;        /* Scratch. */
+    int32_t *order;       /* The columns that are left, by their lowest items, where `needs_order`. */
     int64_t num_left;
+    int needs_order;      /* Whether something weighs nothing, or products mean nothing. */
+    int32_t *taken;       /* Items whose edges are taken, in order. */
+    int64_t num_taken;
     double *ranked;       /* Scratch. */
     int32_t *searching;   /* Items that are to look for the nearest one. */
     int64_t num_searching;
-    int32_t *num_near;    /* [tiles]: candidates of the first item of each tile, if products are rough. */
+    int32_t *num_near;    /* [tiles]: candidates that the first item of each tile has if products are rough. */
     double *mean;         /* [C, K + V]: of joined columns. */
     Rows joined;          /* [C]: the same in float32, for products. */
     int32_t *moved;       /* [M] */
@@ -59,11 +64,12 @@ static Nearest take_nearest(Arena *arena, const Call *call) {
     nearest.into = TAKE(arena, int32_t, n);
     nearest.home = TAKE(arena, int32_t, n);
     nearest.target = TAKE(arena, int32_t, n);
-    nearest.distance = TAKE(arena, double, n);
     nearest.priority = TAKE(arena, double, n);
+    nearest.edges = TAKE(arena, int32_t, n);
     nearest.mark = TAKE(arena, int32_t, n);
     nearest.root = TAKE(arena, int32_t, n);
     nearest.order = TAKE(arena, int32_t, n);
+    nearest.taken = TAKE(arena, int32_t, n);
     nearest.ranked = TAKE(arena, double, n);
     nearest.searching = TAKE(arena, int32_t, n);
     nearest.num_near = TAKE(arena, int32_t, n / QUERIES + 1);
@@ -118,8 +124,8 @@ INLINE int has_mass(const Nearest *nearest, int64_t i) { return nearest->mass[i]
 INLINE void set_column(Nearest *nearest, int64_t i) {
     const int is_point = has_mass(nearest, i) && std::isfinite(nearest->square[i]);
     nearest->start[i] = is_point ? (float)(nearest->square[i] / -2) : -INFINITY;
-    nearest->length[i] = is_point ? (float)sqrt(nearest->square[i]) : 0;
-    nearest->into[i] = (int32_t)i;
+    nearest->length[i] = is_point ? sqrtf((float)nearest->square[i]) * (1 + FLT_EPSILON) : 0;
+    nearest->into[i] = nearest->root[i] = (int32_t)i;
     nearest->target[i] = -1;
 }
 
@@ -154,11 +160,35 @@ static void set_order(const Joining &all) {
     nearest->second = is_any ? of_mass[1] : num > 1 ? nearest->order[1] : -1;
 }
 
+/* An edge, of a squared length, inf where that is not finite. The shorter it is, and the less both items weigh, the earlier
+   it is taken. */
+static void set_edge(const Joining &all, int64_t i, int64_t target, double square) {
+    Nearest *nearest = all.nearest;
+    nearest->target[i] = (int32_t)target;
+    nearest->priority[i] = INFINITY;
+    if (target < 0) return;
+    const double m = nearest->mass[i], total = m + nearest->mass[target], distance = square / nearest->size;
+    const double weight = pow(m * (nearest->mass[target] / (total > 0 ? total : 1)), all.call->mass_power);
+    const double priority = weight * (std::isfinite(distance) ? distance : NO_DISTANCE);
+    nearest->priority[i] = priority < INFINITY ? priority : DBL_MAX;
+}
+
 /* The edge of an item that goes to the first that there is: it weighs nothing, and is at no distance from any other, or is
    further than anything from all others. */
-static void set_first(Nearest *nearest, int64_t i) {
-    nearest->target[i] = (int32_t)(nearest->first == i ? nearest->second : nearest->first);
-    nearest->distance[i] = has_mass(nearest, i) ? INFINITY : 0;
+static void set_first(const Joining &all, int64_t i) {
+    const Nearest *nearest = all.nearest;
+    set_edge(all, i, nearest->first == i ? nearest->second : nearest->first, has_mass(nearest, i) ? INFINITY : 0);
+}
+
+/* Whether a squared length is of a length that is extreme. */
+INLINE int is_extreme_square(double square) { return !(square == 0 || (square >= 1e-30 && square <= 1e30)); }
+
+/* What the next chunk needs to know of a slot that changed. */
+static void set_squares(const Joining &all, int64_t i) {
+    const Rows *rows = &all.dictionary->rows;
+    const float *key = rows->keys + i * key_ld(all.call), *value = rows->values + i * value_ld(all.call);
+    all.nearest->key_square[i] = exact_dot(key, key, all.call->k.dim);
+    all.nearest->value_square[i] = exact_dot(value, value, all.call->v.dim);
 }
 
 /* Lay out the items of a chunk of which `due` are to be merged away, `num_merged` tokens being merged before it. */
@@ -178,10 +208,7 @@ static void prepare_nearest(const Joining &all, int64_t due, int64_t num_merged)
         keys[t] = exact_dot(key, key, call->k.dim);
         values[t] = exact_dot(value, value, call->v.dim);
     }
-    for (int64_t i = 0; !nearest->has_squares && i < num; i++) {
-        nearest->key_square[i] = exact_dot(all.key(i), all.key(i), call->k.dim);
-        nearest->value_square[i] = exact_dot(all.value(i), all.value(i), call->v.dim);
-    }
+    for (int64_t i = 0; !nearest->has_squares && i < num; i++) set_squares(all, i);
     nearest->has_squares = 1;
     /* The mean squared length of values, of items whose values are finite. */
     for (int64_t i = 0; i < num + size; i++) {
@@ -193,8 +220,9 @@ static void prepare_nearest(const Joining &all, int64_t due, int64_t num_merged)
     }
     power /= total > 0 ? total : 1;
     const double factor = nearest->value_factor = power > 0 ? call->value_weight * call->value_weight / power : 0;
+    const int64_t turn = num ? num_merged % num : 0;
     nearest->is_wide = !*all.tokens->is_finite;
-    nearest->num_searching = 0;
+    nearest->num_searching = nearest->num_edges = nearest->needs_order = 0;
     nearest->size = 0;
     for (int64_t i = 0; i < nearest->num_columns; i++) {
         const int64_t t = i - nearest->first_token;
@@ -209,23 +237,28 @@ static void prepare_nearest(const Joining &all, int64_t due, int64_t num_merged)
         nearest->square[i] = key + factor * value;
         nearest->index[i] = (int32_t)i;
         set_column(nearest, i);
-        nearest->is_wide |= is_extreme(sqrt(key)) || is_extreme(sqrt(value)) || is_extreme(sqrt(factor * value));
-        if (!has_mass(nearest, i)) continue;
-        if (std::isfinite(nearest->square[i])) nearest->size = fmax(nearest->size, nearest->square[i]);
+        nearest->is_wide |= is_extreme_square(key) || is_extreme_square(value) || is_extreme_square(factor * value);
+        const int weighs = has_mass(nearest, i);
+        nearest->needs_order |= !weighs;
+        if (weighs && std::isfinite(nearest->square[i])) nearest->size = fmax(nearest->size, nearest->square[i]);
         /* Slots search in turn. */
-        if (is_token || (i - num_merged % num + num) % num < size)
-            nearest->searching[nearest->num_searching++] = (int32_t)i;
+        const int64_t after = is_slot ? i - turn : 0;
+        if (weighs && is_slot && (after < 0 ? after + num : after) >= size) continue;
+        nearest->edges[nearest->num_edges++] = (int32_t)i;
+        if (weighs) nearest->searching[nearest->num_searching++] = (int32_t)i;
     }
     nearest->longest = (float)sqrt(nearest->size);
     if (nearest->size == 0) nearest->size = 1;
+    nearest->needs_order |= nearest->is_wide;
+    if (!nearest->needs_order) return;
     set_order(all);
-    for (int64_t i = 0; i < nearest->num_left; i++)
-        if (!has_mass(nearest, nearest->order[i])) set_first(nearest, nearest->order[i]);
+    for (int64_t i = 0; i < nearest->num_edges; i++)
+        if (!has_mass(nearest, nearest->edges[i])) set_first(all, nearest->edges[i]);
 }
 
 /* The nearest of `num` > 0 candidates of an item, of equally near ones the first. */
 static void settle(const Joining &all, int64_t i, int32_t *near, int64_t num) {
-    Nearest *nearest = all.nearest;
+    const Nearest *nearest = all.nearest;
     const double tie = all.call->tie * nearest->size;
     /* In order of items, which is that of columns but for those that joined. */
     for (int64_t j = 1; j < num; j++) {
@@ -244,8 +277,7 @@ static void settle(const Joining &all, int64_t i, int32_t *near, int64_t num) {
     }
     int64_t j = 0;
     while (distance[j] > best + tie) j++;
-    nearest->target[i] = near[j];
-    nearest->distance[i] = distance[j];
+    set_edge(all, i, near[j], distance[j]);
 }
 
 /* The search of an item among all others, in float64. */
@@ -258,13 +290,13 @@ static void search_all(const Joining &all, int64_t i) {
         if (column != i && nearest->start[column] > -INFINITY) near[num++] = column;
     }
     if (num) settle(all, i, near, num);
-    else set_first(all.nearest, i);
+    else set_first(all, i);
 }
 
 /* By how much a score, x.y - |y|^2 / 2, is off at most, over |y|. */
-INLINE float score_error(const Joining &all, int64_t i) {
+INLINE float score_error(const Joining &all, int64_t i, int is_rough) {
     const Call *call = all.call;
-    const float rough = all.nearest->is_rough ? roughness_of(call) * 1.001f : 0;
+    const float rough = is_rough ? roughness_of(call) * 1.001f : 0;
     const float of_sums = (float)(call->k.dim + call->v.dim + 32) * FLT_EPSILON;
     return rough * all.nearest->length[i] + of_sums * all.nearest->longest;
 }
@@ -285,13 +317,14 @@ static int64_t score_blocks(const Joining &all, const Rows *rows, int64_t first,
     for (int64_t at = 0; at < width; at += BLOCK, block++) {
         const int64_t columns = least(BLOCK, width - at), begin = first + at;
         const Rows part = rows_from(rows, all.call, at);
-        multiply(all.call, &part, columns, num, left, nearest->start + begin, scores + begin, n);
+        multiply(all.call, &part, columns, num, left, scores + begin, n);
         for (int64_t i = 0; i < num; i++) {
             float *row = scores + i * n;
             if (items[i] >= begin && items[i] < begin + columns) row[items[i]] = -INFINITY;
             Vector low = peaks[i].least, high = splat(-INFINITY);
             for (int64_t j = begin; j < begin + columns; j += VL) {
-                const Vector score = load(row + j), slack = load(nearest->length + j) * error[i];
+                const Vector score = load(row + j) + load(nearest->start + j);
+                const Vector slack = load(nearest->length + j) * error[i];
                 low = higher_of(score - slack, low);
                 high = higher_of(score + slack, high);
             }
@@ -315,11 +348,25 @@ static int64_t candidates_of(const Joining &all, const float *row, float error, 
         for (int64_t begin = parts[part]; begin < parts[part + 1]; begin += BLOCK, block++) {
             if (!lanes_at_least(peaks.blocks[block], floor)) continue;
             for (int64_t j = begin; j < least(begin + BLOCK, parts[part + 1]); j += VL) {
-                uint32_t lanes = lanes_at_least(load(row + j) + load(nearest->length + j) * error, floor);
+                const Vector score = load(row + j) + load(nearest->start + j);
+                uint32_t lanes = lanes_at_least(score + load(nearest->length + j) * error, floor);
                 for (; lanes; lanes &= lanes - 1) near[num++] = (int32_t)(j + __builtin_ctz(lanes));
             }
         }
     return num;
+}
+
+/* How many columns might be nearest to an item by rough products, about. */
+static int32_t count_near(const Joining &all, int64_t i, const float *row, float best) {
+    const Nearest *nearest = all.nearest;
+    const float error = score_error(all, i, 1);
+    const Vector floor = splat(best - error * nearest->longest);
+    int64_t num = 0;
+    for (int64_t j = 0; j < nearest->first_joined; j += VL) {
+        const Vector score = load(row + j) + load(nearest->start + j) + load(nearest->length + j) * error;
+        num += __builtin_popcount(lanes_at_least(score, floor));
+    }
+    return (int32_t)num;
 }
 
 /* The searches first..first+num-1 of those that are due, at most QUERIES; `scores` holds as many rows of columns. */
@@ -338,7 +385,7 @@ static void search_tile(const Joining &all, int64_t first, int64_t num, float *s
     for (int64_t i = 0; i < num; i++) {
         memcpy(keys + i * k, all.key(items[i]), sizeof(float) * k);
         for (int64_t j = 0; j < v; j++) values[i * v + j] = (float)nearest->value_factor * all.value(items[i])[j];
-        error[i] = score_error(all, items[i]);
+        error[i] = score_error(all, items[i], nearest->is_rough);
         peaks[i] = {splat(-INFINITY), blocks + i * (n / BLOCK + 3)};
     }
     uint32_t words[HAS_ROUGH ? num * row_words(call) : 1];
@@ -351,10 +398,11 @@ static void search_tile(const Joining &all, int64_t first, int64_t num, float *s
     block = score_blocks(all, all.tokens, nearest->first_token, width, items, num, left, error, peaks, block, scores);
     score_blocks(all, &nearest->joined, nearest->first_joined, padded(nearest->num_joined, NR), items, num, left, error,
                  peaks, block, scores);
+    nearest->num_near[first / QUERIES] = count_near(all, items[0], scores, highest(peaks[0].least));
     int32_t near[n];
     for (int64_t i = 0; i < num; i++) {
         const int64_t candidates = candidates_of(all, scores + i * n, error[i], peaks[i], near);
         if (candidates) settle(all, items[i], near, candidates);
-        else set_first(nearest, items[i]);
+        else set_first(all, items[i]);
     }
 }

@@ -61,54 +61,51 @@ static void round_rows(const Call *call, int64_t num, const float *keys, const f
     }
 }
 
-/* Products of words of keys or of values, or of both, on top of what is there or not; then of `finish`, a row, if it is
-   not NULL. */
+/* Products of words of keys or of values, or of both, on top of what is there or not. */
 static void multiply_words(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
-                           int has_keys, int has_values, int is_more, const float *finish, float *out, int64_t ld) {
+                           int has_keys, int has_values, int is_more, float *out, int64_t ld) {
     const int64_t own = row_words(call), of_keys = key_words(call);
     const float *from = is_more ? out : nullptr;
 #if HAS_PAIRS
     const int64_t first = has_keys ? 0 : of_keys, size = (has_keys ? of_keys : 0) + (has_values ? value_words(call) : 0);
     pairs_product(count, num, size, left.words + first, own, 1, columns->words + first * NR, own * NR, NR, from,
-                  Finish{finish, 1}, out, ld);
+                  Finish{}, out, ld);
 #elif HAS_SHORTS
     if (has_values)
         shorts_product(count, num, value_words(call), left.words + of_keys, own, left.value_steps,
-                       columns->words + of_keys * NR, own * NR, columns->value_steps, finish ? finish : from,
-                       finish ? 0 : ld, out, ld);
+                       columns->words + of_keys * NR, own * NR, columns->value_steps, from, ld, out, ld);
     if (has_keys)
         shorts_product(count, num, of_keys, left.words, own, left.key_steps, columns->words, own * NR, columns->steps,
                        has_values ? out : from, ld, out, ld);
 #endif
 }
 
-/* What values add to products of `count` points with `num` columns, on top of a row `from` if it is not NULL. */
+/* What values add to products of `count` points with `num` columns. */
 static void multiply_values(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
-                            const float *from, float *out, int64_t ld) {
+                            float *out, int64_t ld) {
     if (left.words)
-        multiply_words(call, columns, num, count, left, 0, 1, 0, from, out, ld);
+        multiply_words(call, columns, num, count, left, 0, 1, 0, out, ld);
     else
         product(count, num, call->v.dim, left.values, value_ld(call), 1, columns->value_panels, call->v.dim * NR, NR,
-                from, 0, out, ld);
+                nullptr, 0, out, ld);
 }
 
 /* What keys add to those of values. */
 static void add_products_of_keys(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
                                  float *out, int64_t ld) {
     if (left.words)
-        multiply_words(call, columns, num, count, left, 1, 0, 1, nullptr, out, ld);
+        multiply_words(call, columns, num, count, left, 1, 0, 1, out, ld);
     else
         product(count, num, call->k.dim, left.keys, key_ld(call), 1, columns->key_panels, call->k.dim * NR, NR, out,
                 ld, out, ld);
 }
 
-/* Products, on top of a row `from` if it is not NULL. */
-static void multiply(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
-                     const float *from, float *out, int64_t ld) {
+static void multiply(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left, float *out,
+                     int64_t ld) {
     if (left.words) {
-        multiply_words(call, columns, num, count, left, 1, 1, 0, from, out, ld);
+        multiply_words(call, columns, num, count, left, 1, 1, 0, out, ld);
         return;
     }
-    multiply_values(call, columns, num, count, left, from, out, ld);
+    multiply_values(call, columns, num, count, left, out, ld);
     add_products_of_keys(call, columns, num, count, left, out, ld);
 }

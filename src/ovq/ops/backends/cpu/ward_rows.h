@@ -76,7 +76,7 @@ static void estimate_rows(const Items &items, const Rows *columns, int64_t first
         const int64_t width = least(BLOCK, num - j);
         const Rows block = rows_from(columns, items.call, j);
         float *out = rows + first + j;
-        multiply(items.call, &block, width, count, left, nullptr, out, n);
+        multiply(items.call, &block, width, count, left, out, n);
         for (int64_t i = 0; i < count; i++)
             estimate(ward, keep_of(ward), ward->count[at + i], ward->square[at + i], first + j, width, rows + i * n);
     }
@@ -135,7 +135,7 @@ static void bound_slots(const Items &items, int64_t first, int64_t num, float *s
     float steps[HAS_SHORTS ? 2 * num : 1];
     if (ward->is_rough) round_rows(call, num, keys, values, words, HAS_SHORTS ? steps : nullptr);
     const Left left = {keys, values, ward->is_rough ? words : nullptr, steps, steps + num};
-    multiply_values(call, slots, n, num, left, nullptr, scores, n);
+    multiply_values(call, slots, n, num, left, scores, n);
     for (int64_t i = 0; i < num; i++) {
         const int64_t slot = ward->wanted[first + i];
         scores[i * n + slot] = -INFINITY;
@@ -175,9 +175,9 @@ static void fresh_row(const Items &items, int64_t i, int is_rough, float *out) {
         float steps[2];
         if (is_rough) round_rows(call, 1, key, scaled, words, HAS_SHORTS ? steps : nullptr);
         const Left left = {key, scaled, is_rough ? words : nullptr, steps, steps + 1};
-        multiply(call, &items.dictionary->rows, start, 1, left, nullptr, out, n);
-        multiply(call, items.tokens, width, 1, left, nullptr, out + start, n);
-        multiply(call, &ward->merged, merged, 1, left, nullptr, out + ward->first_merged, n);
+        multiply(call, &items.dictionary->rows, start, 1, left, out, n);
+        multiply(call, items.tokens, width, 1, left, out + start, n);
+        multiply(call, &ward->merged, merged, 1, left, out + ward->first_merged, n);
         estimate(ward, is_rough ? ward->rough_keep : ward->keep, ward->count[i], ward->square[i], 0,
                  ward->first_merged + merged, out);
     }
@@ -197,7 +197,7 @@ static void slot_bounds(const Items &items, float *scores) {
         for (int64_t j = 0; j < rows * v; j++)
             scaled[j] = (float)ward->value_factor * items.dictionary->rows.values[first * v + j];
         const Left left = {items.key(first), scaled, nullptr, nullptr, nullptr};
-        if (!ward->is_wide) multiply(call, &items.dictionary->rows, n, rows, left, nullptr, scores, n);
+        if (!ward->is_wide) multiply(call, &items.dictionary->rows, n, rows, left, scores, n);
         for (int64_t i = first; i < first + rows; i++) {
             float *row = scores + (i - first) * n;
             if (ward->is_wide) memset(row, 0, sizeof(float) * n);
