@@ -217,3 +217,19 @@ def test_gradients_through_slots_that_were_merged(backend, dtype, num_slots):
         assert expected.abs().max() > 1e-3, name
         bound = (1e-9 if dtype == torch.float64 else 2e-5) * max(1, float(expected.abs().max()))
         torch.testing.assert_close(grad, expected, rtol=0, atol=bound)
+
+
+def test_squares_of_lengths_may_be_too_large_for_float32():
+    q, k, v = inputs(1, 60, 2, 2, dtype=torch.float32)
+    k[:, ::3] *= 1e20
+    by_all((q, k, v), num_slots=7, chunk_size=4)
+
+
+def test_weights_in_float64_are_summed_as_they_are():
+    """The reference works on masses of clusters in place, and not on those of slots."""
+    tokens, weights = inputs(1, 60, 2, 2), torch.linspace(0.5, 2, 60, dtype=torch.float64)[None, :, None]
+    options = {"num_slots": 7, "chunk_size": 4, "token_weights": weights.expand(1, 60, 2), **NEAREST}
+    states = [attend(*tokens, **options, backend=name)[1] for name in ("naive", "torch")]
+    assert_same_state(*states)
+    torch.testing.assert_close(states[0].weight, states[1].weight)
+    torch.testing.assert_close(states[0].weight.sum(-1), weights.sum().expand(1, 2))

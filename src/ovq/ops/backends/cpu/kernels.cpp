@@ -96,11 +96,12 @@ static void join_together(const Joining &all, Dictionary *dictionary, Rows *toke
             if (due) search_in_tiles(all, scores);
         }
     }
-    for (int64_t part = 1; due; part++) {
+    for (int64_t part = 1, is_over = !due; !is_over; part++) {
         if (team->rank == 0) take_part(all, part);
         sync(team);
-        if (!all.nearest->num_due) break;
-        search_together(all, team, scores);
+        /* The first of the team goes on to the next chunk only when all have seen this. */
+        is_over = !all.nearest->num_due;
+        if (!is_over) search_together(all, team, scores);
         sync(team);
     }
     if (team->rank == 0) learn_by_edges(all, dictionary, chunk, head, due > 0, learner);

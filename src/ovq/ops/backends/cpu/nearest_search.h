@@ -120,11 +120,15 @@ static double distance_of(const Joining &all, int64_t a, int64_t b) {
 
 INLINE int has_mass(const Nearest *nearest, int64_t i) { return nearest->mass[i] > 0; }
 
-/* What others need to know of a column once its mass and square are known. What weighs nothing is no target of a search. */
+/* Whether others may search for an item. What weighs nothing is not there for them. */
+INLINE int is_point(const Nearest *nearest, int64_t i) {
+    return has_mass(nearest, i) && std::isfinite(nearest->square[i]);
+}
+
+/* What others need to know of a column once its mass and square are known. */
 INLINE void set_column(Nearest *nearest, int64_t i) {
-    const int is_point = has_mass(nearest, i) && std::isfinite(nearest->square[i]);
-    nearest->start[i] = is_point ? (float)(nearest->square[i] / -2) : -INFINITY;
-    nearest->length[i] = is_point ? sqrtf((float)nearest->square[i]) * (1 + FLT_EPSILON) : 0;
+    nearest->start[i] = is_point(nearest, i) ? (float)(nearest->square[i] / -2) : -INFINITY;
+    nearest->length[i] = is_point(nearest, i) ? sqrtf((float)nearest->square[i]) * (1 + FLT_EPSILON) : 0;
     nearest->into[i] = nearest->root[i] = (int32_t)i;
     nearest->target[i] = -1;
 }
@@ -240,7 +244,7 @@ static void prepare_nearest(const Joining &all, int64_t due, int64_t num_merged)
         nearest->is_wide |= is_extreme_square(key) || is_extreme_square(value) || is_extreme_square(factor * value);
         const int weighs = has_mass(nearest, i);
         nearest->needs_order |= !weighs;
-        if (weighs && std::isfinite(nearest->square[i])) nearest->size = fmax(nearest->size, nearest->square[i]);
+        if (is_point(nearest, i)) nearest->size = fmax(nearest->size, nearest->square[i]);
         /* Slots search in turn. */
         const int64_t after = is_slot ? i - turn : 0;
         if (weighs && is_slot && (after < 0 ? after + num : after) >= size) continue;
@@ -287,7 +291,7 @@ static void search_all(const Joining &all, int64_t i) {
     int64_t num = 0;
     for (int64_t j = 0; std::isfinite(nearest->square[i]) && j < nearest->num_left; j++) {
         const int32_t column = nearest->order[j];
-        if (column != i && nearest->start[column] > -INFINITY) near[num++] = column;
+        if (column != i && is_point(nearest, column)) near[num++] = column;
     }
     if (num) settle(all, i, near, num);
     else set_first(all, i);
