@@ -18,18 +18,16 @@ SCORINGS = [{}, {"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "r
 VARIANTS = [*SCORINGS, *({"merge": merge} for merge in PAIR_MERGES)]
 # Which keys open slots, and where the others go: what fits together.
 RULES = [(init, merge) for init in INITS for merge in MERGES if init != "random" or merge not in PAIR_MERGES]
-# What the compiled kernels, and those for GPUs, know of them.
-KERNEL_MERGES = tuple(merge for merge in MERGES if merge != "nearest")
-KERNEL_RULES = [(init, merge) for init, merge in RULES if merge in KERNEL_MERGES]
+# The rules that the kernels for GPUs know.
+TRITON_MERGES = tuple(merge for merge in MERGES if merge not in ("updated", "nearest"))
 
 either_rule = pytest.mark.parametrize("merge", ["existing", *PAIR_MERGES])
-each_kernel_merge = pytest.mark.parametrize("merge", KERNEL_MERGES)
-either_kernel_rule = pytest.mark.parametrize("merge", [m for m in KERNEL_MERGES if m != "updated"])
+each_merge = pytest.mark.parametrize("merge", MERGES)
 
 
 def with_rules(names, *choices, rules=("existing", *PAIR_MERGES)):
-    """Parametrize by `names` of backends and "merge", without rules that one of the backends refuses."""
-    cases = [case for case in itertools.product(*choices, rules) if knows(case[-1], *case[:-1])]
+    """Parametrize by `names` of choices and "merge", without rules that do not go together with a choice."""
+    cases = itertools.product(*choices, rules)
     cases = [case for case in cases if "random" not in case or case[-1] not in PAIR_MERGES]
     return pytest.mark.parametrize((*names, "merge"), cases)
 
@@ -40,16 +38,9 @@ def by_turns(*choices):
     return [tuple(x for _, x in each) for each in numbered if sum(i for i, _ in each) % 2 == 0]
 
 
-def knows(merge, *backends):
-    """Whether all of these backends know a rule."""
-    return merge in KERNEL_MERGES or not {"cpu", "triton"} & {*backends}
-
-
 def takes(backend, dtype, variant):
     """Whether a backend runs calls of this dtype and these of `VARIANTS`."""
     is_scored_by_count = variant.get("bias", "count") == variant.get("rate", "count") == "count"
-    if not knows(variant.get("merge", "existing"), backend):
-        return False
     return backend != "cpu" or (dtype != torch.float64 and is_scored_by_count)
 
 

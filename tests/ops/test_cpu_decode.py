@@ -154,6 +154,7 @@ CHANGES = [
     {"growth": "immediate"},
     {"backend": "torch"},
     {"value_weight": 0.1, "merge": "ward"},
+    {"merge": "nearest"},
 ]
 
 

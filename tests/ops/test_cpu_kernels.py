@@ -7,8 +7,8 @@ import torch
 
 from ovq.ops import OVQState, backend_used, cpu_kernels, ovq_attention
 from ovq.ops.backends.cpu import kernels
-from ovq.ops.options import COUNT_POWERS, INITS
-from tests.ops.common import KERNEL_RULES, assert_same_state, attend, either_kernel_rule, inputs
+from ovq.ops.options import INITS, PAIR_MERGES
+from tests.ops.common import RULES, assert_same_state, attend, either_rule, inputs
 from tests.ops.test_identities import causal
 from tests.ops.test_parity import SHAPES, gradients
 from tests.ops.test_routing import near_ties, novelty_ties
@@ -29,15 +29,15 @@ def runs(monkeypatch):
 
 # Half of all combinations, by turns: each shape with each growth, each init and each rule.
 CHOICES = [
-    *(("plateau", *rules) for rules in KERNEL_RULES),
-    *(("immediate", "novelty", merge) for merge in ("existing", *COUNT_POWERS)),
+    *(("plateau", *rules) for rules in RULES),
+    *(("immediate", "novelty", merge) for merge in ("existing", *PAIR_MERGES)),
 ]
 COMBINED = [
     (shape, *choices)
     for (i, shape), (j, choices) in itertools.product(enumerate([*SHAPES, *WIDE]), enumerate(CHOICES))
     if (i + j + (choices[1] == "random")) % 2
 ]
-COMBINED += [(shape, "linear", *KERNEL_RULES[0]) for shape in [*SHAPES, *WIDE]]
+COMBINED += [(shape, "linear", *RULES[0]) for shape in [*SHAPES, *WIDE]]
 
 
 @needs_compiler
@@ -71,7 +71,7 @@ def test_kernels_equal_naive(shape, growth, init, merge, runs):
     ("batch", "kv_heads", "merge"),
     [
         *((*sizes, "existing") for sizes in ((1, 1), (3, 1), (2, 2), (1, 7))),
-        *((*sizes, merge) for sizes in ((1, 1), (2, 2)) for merge in COUNT_POWERS),
+        *((*sizes, merge) for sizes in ((1, 1), (2, 2)) for merge in PAIR_MERGES),
     ],
 )
 def test_any_number_of_threads_shares_any_number_of_streams(threads, batch, kv_heads, merge):
@@ -141,7 +141,7 @@ def test_near_ties_of_novelty_are_decided_as_in_float64():
 
 
 @needs_compiler
-@either_kernel_rule
+@either_rule
 def test_keys_that_are_not_finite_harm_their_own_stream_alone(merge):
     q, k, v = inputs(2, 64, 1, 1, 8, 4, dtype=torch.float32)
     for t, x in ((5, torch.nan), (20, torch.inf), (21, -torch.inf), (40, torch.nan)):
@@ -188,13 +188,13 @@ def test_scores_of_any_size():
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("j", [0, 7, 8, 19, 36])
-@either_kernel_rule
+@either_rule
 def test_causality_bit_for_bit(dtype, j, merge):
     causal("cpu", dtype, j, {"merge": merge})
 
 
 @needs_compiler
-@either_kernel_rule
+@either_rule
 def test_bit_identical_run_to_run(merge):
     q, k, v = inputs(2, 50, dtype=torch.float32)
     options = {"num_slots": 9, "chunk_size": 8, "merge": merge, "backend": "cpu"}
@@ -222,7 +222,7 @@ def test_what_the_kernels_do_not_do_is_refused_or_left_to_torch(dtype, options, 
 
 
 @needs_compiler
-@either_kernel_rule
+@either_rule
 def test_auto_takes_them_for_one_token_at_a_time_as_well(merge):
     q, k, v = inputs(1, 8, dtype=torch.float32)
     options = {"num_slots": 8, "chunk_size": 4, "merge": merge}

@@ -340,7 +340,7 @@ def in_pieces(tensors, options, pieces=None):
     return o.detach(), state.detach()
 
 
-@pytest.mark.parametrize("merge", ["existing", "updated", "ward", "ward-sqrt"])
+@pytest.mark.parametrize("merge", ["existing", "updated", *PAIR_MERGES])
 @pytest.mark.parametrize("rate", [1e-4, 0.02, 0.3, 5.0])
 @pytest.mark.parametrize("backend", CPU)
 def test_all_chunks_in_one_call_give_what_they_give_one_by_one(merge, rate, backend, monkeypatch):

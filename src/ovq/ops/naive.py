@@ -367,7 +367,7 @@ def _cheapest_clusters(x: Tensor, mass: Tensor, num_merges: int, options: Option
 @torch.no_grad()
 def _nearest_clusters(x: Tensor, mass: Tensor, movers: Sequence[int], num_merges: int) -> list[list[int]]:
     """Take the shortest edges from movers to their nearest items. Returns the items of each cluster, too."""
-    x, mass = x.clone(), mass.double()
+    x, mass = x.clone(), mass.to(torch.float64, copy=True)
     squares = x.square().sum(-1)
     size = max((float(s) for s, m in zip(squares, mass, strict=True) if m > 0 and s.isfinite()), default=0.0)
     # A cluster stands in the place of its lowest item.

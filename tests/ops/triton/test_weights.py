@@ -6,14 +6,14 @@ import torch
 from ovq.ops import backend_used, backends, ovq_attention
 from ovq.ops.checks import checked_call
 from ovq.ops.options import Options
-from tests.ops.common import KERNEL_MERGES, assert_same_state, attend, inputs
+from tests.ops.common import TRITON_MERGES, assert_same_state, attend, inputs
 from tests.ops.test_token_weights import BOUNDS, KINDS, assert_equal_results, call, results
 
 pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
 # numpy, which the interpreter computes with, warns of what is not a number.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-RULES = [merge for merge in KERNEL_MERGES if merge != "updated"]
+RULES = TRITON_MERGES
 SMALL = (1, 13, 2, 1, 5, 3)
 
 

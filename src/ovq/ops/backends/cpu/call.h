@@ -23,9 +23,11 @@ struct Tokens {
 struct Call {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, width, capacity, num_threads;
     int64_t dtype, is_merge_updated;
-    int64_t is_ward, is_sqrt; /* Whether pairs are merged, and whether by "ward-sqrt". */
+    int64_t merges_pairs, is_nearest, is_sqrt; /* Whether pairs are merged, and whether by "nearest", or by "ward-sqrt". */
+    int64_t num_parts;        /* Of "nearest": how many parts edges are taken in. */
     int64_t weighs_chunk;     /* Whether tokens of the own chunk are read with the log of their weights. */
     double tie, value_weight;
+    double mass_power;        /* Of "nearest": the power of masses in what edges are ranked by. */
     double least_weight;      /* A slot that has faded to less is dropped, by rules that merge pairs, or fades no further. */
     Tokens q, k, v, o;
     float *lse;         /* [num_chunks, width, H]: log of the sum of the exponentials of each query. */
@@ -40,6 +42,7 @@ struct Call {
     int32_t *slots;                   /* [num_chunks, width, Hkv] */
     const int64_t *first_chunk, *length; /* [R]: each row's first chunk and its tokens. */
     const int64_t *schedule_start;    /* [R]: where the row's part of the schedule begins. */
+    const int64_t *num_merged;        /* [R]: tokens merged before the call. */
     const int32_t *schedule;          /* Its slots before each complete chunk and after the last. */
     const double *priority;           /* `schedule` by [Hkv, C]: keys of lowest priority open slots; or NULL. */
     /* What chunks changed (merged_slots.h): [num_chunks, Hkv, num_noted] and, of sums, [..., K] and [..., V], or NULL. */

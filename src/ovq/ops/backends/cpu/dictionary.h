@@ -47,16 +47,16 @@ INLINE int64_t key_ld(const Call *call) { return padded(call->k.dim, VL); }
 INLINE int64_t value_ld(const Call *call) { return padded(call->v.dim, VL); }
 INLINE int64_t key_words(const Call *call) { return num_words(call->k.dim); }
 INLINE int64_t value_words(const Call *call) { return num_words(call->v.dim); }
-INLINE int64_t row_words(const Call *call) { return key_words(call) + (call->is_ward ? value_words(call) : 0); }
+INLINE int64_t row_words(const Call *call) { return key_words(call) + (call->merges_pairs ? value_words(call) : 0); }
 
 static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backward, int is_routed) {
-    const int is_in_pairs = HAS_PAIRS && call->dtype == BFLOAT16, is_ward = call->is_ward && !is_backward;
-    const int has_value_panels = is_ward || (is_backward && !is_in_pairs);
+    const int is_in_pairs = HAS_PAIRS && call->dtype == BFLOAT16, merges_pairs = call->merges_pairs && !is_backward;
+    const int has_value_panels = merges_pairs || (is_backward && !is_in_pairs);
     Rows rows;
     num = padded(num, NR);
     rows.keys = TAKE(arena, float, num * key_ld(call));
     rows.values = TAKE(arena, float, num * value_ld(call));
-    rows.key_panels = is_in_pairs && !is_ward ? nullptr : TAKE(arena, float, num * call->k.dim);
+    rows.key_panels = is_in_pairs && !merges_pairs ? nullptr : TAKE(arena, float, num * call->k.dim);
     rows.value_panels = has_value_panels ? TAKE(arena, float, num * call->v.dim) : nullptr;
     rows.bias = TAKE(arena, float, num);
     rows.is_finite = TAKE(arena, int32_t, 1);
@@ -65,7 +65,7 @@ static Rows take_rows(Arena *arena, const Call *call, int64_t num, int is_backwa
     const int has_words = is_in_pairs || (HAS_PAIRS && is_routed) || is_in_steps;
     rows.words = has_words ? TAKE(arena, uint32_t, num * row_words(call)) : nullptr;
     rows.steps = is_in_steps ? TAKE(arena, float, num) : nullptr;
-    rows.value_steps = is_in_steps && is_ward ? TAKE(arena, float, num) : nullptr;
+    rows.value_steps = is_in_steps && merges_pairs ? TAKE(arena, float, num) : nullptr;
     rows.value_pairs = is_in_pairs && !is_backward ? TAKE(arena, uint32_t, num / 2 * value_ld(call)) : nullptr;
     rows.value_words = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num * value_words(call)) : nullptr;
     rows.key_pairs = is_in_pairs && is_backward ? TAKE(arena, uint32_t, num / 2 * key_ld(call)) : nullptr;
@@ -129,7 +129,7 @@ static void set_row(Rows *rows, const Call *call, int64_t i, float bias) {
     if (rows->words) {
         uint32_t words[row_words(call)];
         round_key(call, rows->keys + i * key_ld(call), words, from_row(rows->steps, i));
-        if (call->is_ward)
+        if (call->merges_pairs)
             round_value(call, rows->values + i * value_ld(call), words + key_words(call), from_row(rows->value_steps, i));
         put_words(rows->words, row_words(call), i, words);
     }
@@ -210,7 +210,7 @@ static void fade_slots(Dictionary *dictionary, const Call *call, const Sums *sum
 static int bound_slot(Dictionary *dictionary, const Call *call, const Sums *sums, int64_t i) {
     const float weight = sums->weight[i], least = (float)call->least_weight;
     if (!(weight > 0 && weight < least)) return 0;
-    scale_sums(call, sums, i, call->is_ward ? 0 : 1 / weight * least);
+    scale_sums(call, sums, i, call->merges_pairs ? 0 : 1 / weight * least);
     update_slot(dictionary, call, i, sums);
     return 1;
 }

@@ -8,6 +8,7 @@
 #include "decode.h"
 #include "linear.h"
 #include "memory.h"
+#include "nearest.h"
 #include "roof.h"
 #include "step.h"
 #include "tokens.h"
@@ -37,7 +38,8 @@ struct Shared {
     Dictionary dictionary;
     Rows tokens;
     Learner learner;
-    Ward layout, *ward; /* As each thread knows it, and as all of them do. */
+    Ward layout, *ward; /* As each thread knows it, and as all of them do; NULL by other rules. */
+    Nearest nearest_layout, *nearest;
     Gradients gradients;
     Barrier *barrier;
 };
@@ -50,12 +52,15 @@ struct Own {
 static Shared take_shared(Arena *arena, const Call *call, int is_backward) {
     Shared shared = {};
     shared.dictionary = take_dictionary(arena, call, is_backward);
-    shared.tokens = take_rows(arena, call, call->width, is_backward, !is_backward && call->is_ward);
+    shared.tokens = take_rows(arena, call, call->width, is_backward, !is_backward && call->merges_pairs);
     if (call->token_weights) shared.tokens.weights = TAKE(arena, float, call->width);
     shared.barrier = TAKE(arena, Barrier, 1);
     if (is_backward) shared.gradients = take_gradients(arena, call);
     else shared.learner = take_learner(arena, call);
-    if (!is_backward && call->is_ward) {
+    if (!is_backward && call->is_nearest) {
+        shared.nearest = TAKE(arena, Nearest, 1);
+        shared.nearest_layout = take_nearest(arena, call);
+    } else if (!is_backward && call->merges_pairs) {
         shared.ward = TAKE(arena, Ward, 1);
         shared.layout = take_ward(arena, call);
     }
@@ -69,56 +74,100 @@ static Own take_own(Arena *arena, const Call *call, int is_backward) {
     return own;
 }
 
+INLINE int64_t num_tiles(int64_t num) { return (num + QUERIES - 1) / QUERIES; }
+
+/* The searches of a chunk's items, each tile by one of a team. */
+static void search_together(const Joining &all, const Team *team, float *scores) {
+    const int64_t num = all.nearest->num_searching;
+    for (int64_t tile = team->rank; tile < num_tiles(num); tile += team->size)
+        search_tile(all, tile * QUERIES, least(QUERIES, num - tile * QUERIES), scores);
+}
+
+/* Join items by their edges, part by part, once those of finite chunks have searched. */
+static void join_together(const Joining &all, Dictionary *dictionary, Rows *tokens, const Chunk *chunk, int64_t head,
+                          int64_t due, int64_t num_merged, const Team *team, Learner *learner, float *scores) {
+    const Call *call = all.call;
+    if (team->rank == 0) {
+        if (!*tokens->is_finite) {
+            /* The sums get all values, and so do distances. */
+            load_values(tokens, call, chunk->index, head, chunk->num);
+            clear_weightless(tokens, call, chunk->num);
+            if (due) prepare_nearest(all, due, num_merged);
+            if (due) search_in_tiles(all, scores);
+        }
+    }
+    for (int64_t part = 1, is_over = !due; !is_over; part++) {
+        if (team->rank == 0) take_part(all, part);
+        sync(team);
+        /* The first of the team goes on to the next chunk only when all have seen this. */
+        is_over = !all.nearest->num_due;
+        if (!is_over) search_together(all, team, scores);
+        sync(team);
+    }
+    if (team->rank == 0) learn_by_edges(all, dictionary, chunk, head, due > 0, learner);
+}
+
 static void forward_stream(const Call *call, int64_t row, int64_t head, const Team *team, Shared *shared, Own *own) {
     Dictionary *dictionary = &shared->dictionary;
+    Rows *tokens = &shared->tokens;
     const Sums sums = sums_of(call, row, head);
     if (team->rank == 0) load_dictionary(dictionary, call, &sums);
     Ward *ward = shared->ward;
+    Nearest *nearest = shared->nearest;
     if (team->rank == 0 && ward) *ward = shared->layout;
+    if (team->rank == 0 && nearest) *nearest = shared->nearest_layout;
     for (int64_t i = 0; i < num_chunks(call, row); i++) {
         const Chunk chunk = chunk_of(call, row, i);
         dictionary->num = chunk.before;
         const double *priority = call->priority;
         if (priority)
             priority += ((call->schedule_start[row] + i) * call->num_kv_heads + head) * call->chunk_size;
-        const Items items = {call, dictionary, &shared->tokens, &sums, ward};
+        const Items items = {call, dictionary, tokens, &sums, ward};
+        const Joining all = {call, dictionary, tokens, &sums, nearest};
         const float *fading = call->fading ? call->fading + chunk.index * call->num_kv_heads + head : nullptr;
         if (team->rank == 0 && fading && chunk.is_complete) {
             fade_slots(dictionary, call, &sums, *fading);
             if (ward) fade_ward(items, *fading);
+            if (nearest) nearest->has_squares = 0;
         }
-        const int64_t due = call->is_ward && chunk.is_complete ? chunk.before + chunk.num - chunk.after : 0;
+        const int64_t due = call->merges_pairs && chunk.is_complete ? chunk.before + chunk.num - chunk.after : 0;
+        const int64_t num_merged = call->num_merged[row] + i * call->chunk_size;
         if (team->rank == 0) {
-            load_chunk(&shared->tokens, call, chunk.index, head, chunk.num);
-            if (due && *shared->tokens.is_finite) prepare_ward(items, due, own->reader.scores);
+            load_chunk(tokens, call, chunk.index, head, chunk.num);
+            if (due && *tokens->is_finite && ward) prepare_ward(items, due, own->reader.scores);
+            if (due && *tokens->is_finite && nearest) prepare_nearest(all, due, num_merged);
         }
         sync(team);
-        const int64_t blocks = (chunk.num + QUERIES - 1) / QUERIES, reads = blocks * call->group_size;
-        const int is_routing = call->is_ward ? due && *shared->tokens.is_finite : chunk.is_complete && chunk.before;
-        const int64_t routes = is_routing ? blocks : 0;
-        const int64_t wanted = is_routing && call->is_ward ? (ward->num_wanted + QUERIES - 1) / QUERIES : 0;
-        const Lengths lengths = routes && !call->is_ward ? lengths_of(dictionary) : Lengths{};
-        for (int64_t tile = team->rank; tile < reads + routes + wanted; tile += team->size) {
+        const int64_t blocks = num_tiles(chunk.num), reads = blocks * call->group_size;
+        const int is_routing = call->merges_pairs ? due && *tokens->is_finite : chunk.is_complete && chunk.before;
+        const int64_t routes = is_routing && !nearest ? blocks : 0;
+        const int64_t others = !is_routing ? 0 : nearest ? nearest->num_searching : ward ? ward->num_wanted : 0;
+        const Lengths lengths = routes && !ward ? lengths_of(dictionary) : Lengths{};
+        for (int64_t tile = team->rank; tile < reads + routes + num_tiles(others); tile += team->size) {
             const int64_t first = tile % blocks * QUERIES, num = least(QUERIES, chunk.num - first);
+            const int64_t other = (tile - reads - routes) * QUERIES, num_others = least(QUERIES, others - other);
             if (tile < reads)
-                read_tile(call, dictionary, &shared->tokens, &chunk, head * call->group_size + tile / blocks, first,
-                          num, &own->reader);
+                read_tile(call, dictionary, tokens, &chunk, head * call->group_size + tile / blocks, first, num,
+                          &own->reader);
+            else if (tile >= reads + routes && nearest)
+                search_tile(all, other, num_others, own->reader.scores);
             else if (tile >= reads + routes)
-                bound_slots(items, (tile - reads - routes) * QUERIES,
-                            least(QUERIES, ward->num_wanted - (tile - reads - routes) * QUERIES), own->reader.scores);
-            else if (call->is_ward)
+                bound_slots(items, other, num_others, own->reader.scores);
+            else if (ward)
                 token_rows(items, first, num);
             else
-                route_tile(call, dictionary, &shared->tokens, first, num, chunk.after > chunk.before && !priority,
-                           &lengths, &shared->learner, &own->reader);
+                route_tile(call, dictionary, tokens, first, num, chunk.after > chunk.before && !priority, &lengths,
+                           &shared->learner, &own->reader);
         }
         sync(team);
-        if (team->rank == 0 && chunk.is_complete && call->is_ward)
-            learn_by_likelihood(call, dictionary, &shared->tokens, &sums, &chunk, head, ward, &shared->learner,
+        if (chunk.is_complete && nearest)
+            join_together(all, dictionary, tokens, &chunk, head, due, num_merged, team, &shared->learner,
+                          own->reader.scores);
+        else if (team->rank == 0 && chunk.is_complete && ward)
+            learn_by_likelihood(call, dictionary, tokens, &sums, &chunk, head, ward, &shared->learner,
                                 own->reader.scores);
         else if (team->rank == 0 && chunk.is_complete)
-            learn(call, dictionary, &shared->tokens, &sums, &chunk, head, priority, &shared->learner,
-                  &own->reader);
+            learn(call, dictionary, tokens, &sums, &chunk, head, priority, &shared->learner, &own->reader);
         if (team->rank == 0 && fading && chunk.is_complete)
             for (int64_t slot = 0; slot < dictionary->num; slot++)
                 if (bound_slot(dictionary, call, &sums, slot) && ward) set_squares(items, slot);

@@ -18,7 +18,7 @@ from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
 from ovq.ops.fading import LEAST_WEIGHT
-from ovq.ops.options import TIE
+from ovq.ops.options import MASS_POWER, NUM_PARTS, TIE
 from ovq.ops.random_init import random_priority
 
 # What inputs may be, each by its number in numbers.h.
@@ -27,8 +27,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULES: dict[str, dict[str, bool]] = {
     "existing": {},
     "updated": {"is_merge_updated": True},
-    "ward": {"is_ward": True},
-    "ward-sqrt": {"is_ward": True, "is_sqrt": True},
+    "ward": {"merges_pairs": True},
+    "ward-sqrt": {"merges_pairs": True, "is_sqrt": True},
+    "nearest": {"merges_pairs": True, "is_nearest": True},
 }
 
 
@@ -267,14 +268,15 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
         *((name, ctypes.c_int64) for name in ("width", "capacity", "num_threads")),
-        *((name, ctypes.c_int64) for name in ("dtype", "is_merge_updated", "is_ward", "is_sqrt")),
-        ("weighs_chunk", ctypes.c_int64),
-        *((name, ctypes.c_double) for name in ("tie", "value_weight", "least_weight")),
+        *((name, ctypes.c_int64) for name in ("dtype", "is_merge_updated", "merges_pairs", "is_nearest")),
+        *((name, ctypes.c_int64) for name in ("is_sqrt", "num_parts", "weighs_chunk")),
+        *((name, ctypes.c_double) for name in ("tie", "value_weight", "mass_power", "least_weight")),
         *((name, _Tokens) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count")),
         *((name, ctypes.c_void_p) for name in ("token_weights", "weight", "fading", "slots")),
-        *((name, ctypes.c_void_p) for name in ("first_chunk", "length", "schedule_start", "schedule")),
-        *(("priority", ctypes.c_void_p), ("num_noted", ctypes.c_int64)),
+        *((name, ctypes.c_void_p) for name in ("first_chunk", "length", "schedule_start", "num_merged")),
+        *((name, ctypes.c_void_p) for name in ("schedule", "priority")),
+        ("num_noted", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in _NOTED),
         *((name, _Tokens) for name in ("grad_o", "grad_q", "grad_k", "grad_v")),
         *((name, ctypes.c_void_p) for name in ("key_deposit", "value_deposit", "weight_deposit")),
@@ -339,6 +341,8 @@ def _call(
         weighs_chunk=options.weighs_chunk,
         tie=TIE,
         value_weight=options.value_weight,
+        num_parts=NUM_PARTS,
+        mass_power=MASS_POWER,
     )
     starts = [0, *itertools.accumulate(len(sizes) for sizes in plan.slots)]
     call.set_tokens(q=q, k=k, v=v, o=o)
@@ -354,6 +358,7 @@ def _call(
         first_chunk=torch.tensor(aligned.first_chunk, dtype=torch.int64),
         length=torch.tensor(aligned.lengths, dtype=torch.int64),
         schedule_start=torch.tensor(starts[:-1], dtype=torch.int64),
+        num_merged=torch.tensor(plan.num_merged, dtype=torch.int64),
         schedule=torch.tensor(list(itertools.chain(*plan.slots)), dtype=torch.int32),
     )
     return call

@@ -24,7 +24,7 @@ struct Strides {
 /* Heads of equal sizes. Mirrored by `HeadGroup` in memory.py. */
 struct HeadGroup {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, capacity, num_exact, num_sinks, key_dim, value_dim;
-    int64_t dtype, query_dtype, is_merge_updated, is_ward, is_sqrt;
+    int64_t dtype, query_dtype, is_merge_updated, merges_pairs, is_sqrt;
     double tie, value_weight;
     const int64_t *heads;       /* [h]: which of the key/value heads of k and v. */
     const void *q, *k, *v;      /* q is NULL if nobody reads. */
@@ -94,7 +94,7 @@ static Call learning_call(const HeadGroup *g) {
     call.capacity = g->capacity;
     call.dtype = FLOAT32;
     call.is_merge_updated = g->is_merge_updated;
-    call.is_ward = g->is_ward;
+    call.merges_pairs = g->merges_pairs;
     call.is_sqrt = g->is_sqrt;
     call.tie = g->tie;
     call.value_weight = g->value_weight;
@@ -121,14 +121,14 @@ static HeadScratch take_head(Arena *arena, const HeadGroup *g, const Call *call,
     own.window = take_exact(arena, call, own.room);
     own.dictionary = take_dictionary(arena, call, 0);
     own.dictionary.num = 0;
-    own.tokens = take_rows(arena, call, call->width, 0, call->is_ward);
+    own.tokens = take_rows(arena, call, call->width, 0, call->merges_pairs);
     if (g->use) {
         own.tokens.weights = TAKE(arena, float, padded(g->chunk_size, NR));
         own.weights = TAKE(arena, float, g->chunk_size);
         own.log_count = TAKE(arena, float, padded(g->capacity, NR));
     }
     own.learner = take_learner(arena, call);
-    if (call->is_ward) own.layout = take_ward(arena, call);
+    if (call->merges_pairs) own.layout = take_ward(arena, call);
     own.reader = take_reader(arena, call);
     const int64_t columns = padded(g->num_sinks, NR) + padded(g->capacity, NR) + own.room;
     own.reader.scores = TAKE(arena, float, QUERIES * columns);
@@ -296,7 +296,7 @@ static void merge_oldest(HeadStream *s) {
     lay_out_slots(s);
     dictionary->num = chunk.before;
     load_chunk(&own->tokens, call, 0, 0, size);
-    if (call->is_ward) {
+    if (call->merges_pairs) {
         const Items items = {call, dictionary, &own->tokens, &s->sums, &own->ward};
         const int64_t due = chunk.before + size - chunk.after;
         if (due && *own->tokens.is_finite) {

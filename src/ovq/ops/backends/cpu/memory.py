@@ -37,7 +37,7 @@ class HeadGroup(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("capacity", "num_exact", "num_sinks", "key_dim", "value_dim")),
         *(
             (name, ctypes.c_int64)
-            for name in ("dtype", "query_dtype", "is_merge_updated", "is_ward", "is_sqrt")
+            for name in ("dtype", "query_dtype", "is_merge_updated", "merges_pairs", "is_sqrt")
         ),
         *((name, ctypes.c_double) for name in ("tie", "value_weight")),
         *((name, ctypes.c_void_p) for name in ("heads", "q", "k", "v", "o")),

@@ -10,7 +10,7 @@ struct Reader {
     float *queries;  /* [QUERIES, key_ld] */
     uint32_t *words; /* [QUERIES, key_words]: queries, or keys to route, rounded. */
     float *steps;    /* [QUERIES]: how long the steps of these keys are, if they are whole numbers. */
-    float *scores;   /* [QUERIES, slots and tokens] */
+    float *scores;   /* [QUERIES, slots and tokens]; and what joins, where items look for the nearest. */
     float *out;      /* [QUERIES, value_ld] */
     int32_t *near;   /* [M]: scratch of routing. */
 };
@@ -20,7 +20,8 @@ static Reader take_reader(Arena *arena, const Call *call) {
     reader.queries = TAKE(arena, float, QUERIES * key_ld(call));
     reader.words = HAS_PAIRS || HAS_SHORTS ? TAKE(arena, uint32_t, QUERIES * key_words(call)) : nullptr;
     reader.steps = HAS_SHORTS ? TAKE(arena, float, QUERIES) : nullptr;
-    reader.scores = TAKE(arena, float, QUERIES * (padded(call->capacity, NR) + padded(call->width, NR)));
+    const int64_t joined = call->is_nearest ? padded(call->chunk_size, NR) + VL : 0;
+    reader.scores = TAKE(arena, float, QUERIES * (padded(call->capacity, NR) + padded(call->width, NR) + joined));
     reader.out = TAKE(arena, float, QUERIES * value_ld(call));
     reader.near = TAKE(arena, int32_t, padded(call->capacity, NR));
     return reader;

@@ -162,49 +162,9 @@ static void prepare_ward(const Items &items, int64_t due, float *scores) {
         ward->spare[ward->num_spare++] = (int32_t)r;
 }
 
-INLINE int64_t cluster_of(const Ward *ward, int64_t i) {
-    while (ward->into[i] != i) i = ward->into[i];
-    return i;
-}
-
-/* Say which slot each cluster gets: that of its lowest slot, or else a free one, in order of their first tokens. */
-static void find_homes(const Items &items) {
-    Ward *ward = items.ward;
-    const int64_t num = items.dictionary->num, start = ward->first_token;
-    int64_t free = 0;
-    for (int64_t i = 0; i < num; i++) {
-        const int64_t cluster = cluster_of(ward, i);
-        if (ward->index[cluster] == i) ward->home[cluster] = (int32_t)i;
-    }
-    for (int64_t t = 0; t < items.call->chunk_size; t++) {
-        const int64_t cluster = cluster_of(ward, start + t);
-        if (ward->index[cluster] != start + t) continue;
-        while (free < num && ward->index[cluster_of(ward, free)] == free) free++;
-        ward->home[cluster] = (int32_t)free++;
-    }
-}
-
-/* Once it is known where everything goes: note what the backward will want, and merge the slots that lost their place.
-   Those are the first `num_moved` of `wanted`, and `near` says into which. */
-static void move_slots(const Items &items, const Chunk *chunk, int64_t head, int64_t num_moved, Learner *learner) {
-    const Call *call = items.call;
-    const Sums *sums = items.sums;
-    const int32_t *moved = items.ward->wanted;
-    if (call->merged_slot) {
-        const Merged merged = merged_of(call, chunk->index, head);
-        for (int64_t i = 0; i < num_moved; i++) {
-            note_slot(call, sums, moved[i], learner->near[i], &merged, i);
-            learner->is_done[moved[i]] = 1;
-        }
-        int64_t place = num_moved;
-        if (sums->weight) {
-            place = note_slots(call, sums, learner->slot, call->chunk_size, chunk->before, &merged, place,
-                               learner->is_done);
-            place = note_slots(call, sums, learner->near, num_moved, chunk->before, &merged, place, learner->is_done);
-        }
-        end_notes(call, &merged, place, learner->is_done);
-    }
-    for (int64_t i = 0; i < num_moved; i++) merge_slot(call, sums, moved[i], learner->near[i]);
+/* What is left of a chunk's items. */
+static Clusters clusters_of(const Ward *ward) {
+    return {ward->first_token, ward->into, ward->index, ward->home, ward->wanted};
 }
 
 /* Once the rows of the tokens are there: merge what there is no room for, and say where each token went.
@@ -226,16 +186,8 @@ static void learn_by_likelihood(const Call *call, Dictionary *dictionary, Rows *
         for (int64_t t = 0; t < size; t++) learner->slot[t] = (int32_t)(num + t);
     } else {
         merge_cheapest(items, due, scores);
-        find_homes(items);
+        num_moved = find_moves(clusters_of(ward), num, size, learner);
         ward->now++;
-        for (int64_t i = 0; i < num; i++) {
-            const int64_t cluster = cluster_of(ward, i);
-            if (ward->index[cluster] == i) continue;
-            ward->wanted[num_moved] = (int32_t)i;
-            learner->near[num_moved++] = ward->home[cluster];
-        }
-        for (int64_t t = 0; t < size; t++)
-            learner->slot[t] = ward->home[cluster_of(ward, ward->first_token + t)];
         for (int64_t j = 0; j < ward->first_merged + ward->num_merged; j++) {
             if (ward->into[j] != j) continue;
             const int32_t home = ward->home[j];
@@ -247,13 +199,7 @@ static void learn_by_likelihood(const Call *call, Dictionary *dictionary, Rows *
             ward->slot_time[home] = ward->now;
         }
     }
-    move_slots(items, chunk, head, num_moved, learner);
-    for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
-    dictionary->num = chunk->after;
-    update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
-    update_slots(dictionary, call, sums, learner->near, num_moved, learner->is_done);
+    move_all(call, dictionary, tokens, sums, ward->wanted, chunk, head, num_moved, learner);
     for (int64_t t = 0; due && t < size; t++) set_squares(items, learner->slot[t]);
     for (int64_t i = 0; i < num_moved; i++) set_squares(items, learner->near[i]);
-    int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;
-    for (int64_t t = 0; t < size; t++) out[t * call->num_kv_heads] = learner->slot[t];
 }

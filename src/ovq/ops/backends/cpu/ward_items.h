@@ -7,14 +7,11 @@
    bounds of these cover them. */
 #pragma once
 
-#include "learn.h"
+#include "clusters.h"
+#include "points.h"
 
 /* Rows beyond those of the tokens: of slots whose costs are needed, at least. */
 #define SPARE_ROWS 64
-/* Columns of a block of products. */
-#define BLOCK 128
-/* Whether there are products that take half the time and are rough. */
-#define HAS_ROUGH (HAS_PAIRS || HAS_SHORTS)
 /* Pairs of an item that are tried by their estimates before the row is computed anew. */
 #define TRIES 12
 
@@ -108,8 +105,6 @@ static Ward take_ward(Arena *arena, const Call *call) {
     return ward;
 }
 
-INLINE double token_mass(const Rows *tokens, int64_t t) { return tokens->weights ? tokens->weights[t] : 1; }
-
 /* Whether it costs nothing to merge an item with any other, and no product is needed to know it: it weighs nothing, or so
    little that however far another is, the cost is within rounding of zero. */
 INLINE int is_weightless(const Ward *ward, int64_t i) { return ward->mass[i] <= ward->free_mass && !ward->is_wide; }
@@ -123,27 +118,6 @@ INLINE float below(double x) {
 INLINE float above(double x) {
     const float y = (float)x;
     return y < x ? nextafterf(y, INFINITY) : y;
-}
-
-typedef double EightDoubles __attribute__((vector_size(64), aligned(8), may_alias));
-
-INLINE EightWide eight(const float *x) { return widened(x); }
-INLINE EightWide eight(const double *x) { return *(const EightDoubles *)x; }
-
-template <typename A, typename B>
-static double squared_distance(const A *a, const B *b, int64_t n) {
-    EightWide sums = {}, more = {};
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        const EightWide x = eight(a + i) - eight(b + i), y = eight(a + i + 8) - eight(b + i + 8);
-        sums += x * x;
-        more += y * y;
-    }
-    sums += more;
-    double sum = 0;
-    for (int j = 0; j < 8; j++) sum += sums[j];
-    for (; i < n; i++) sum += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
-    return sum;
 }
 
 /* The items of a chunk: where the means of a column are. */

@@ -185,12 +185,6 @@ static void add_mean(const Items &items, int64_t i, double share, int is_more, d
     for (int64_t j = 0; j < v; j++) out[k + j] = share * value[j] + (is_more ? out[k + j] : 0);
 }
 
-INLINE double exact_square(const double *x, int64_t n) {
-    double sum = 0;
-    for (int64_t j = 0; j < n; j++) sum += x[j] * x[j];
-    return sum;
-}
-
 /* Turn the row of item `with` into that of what it and `other` are merged into, at cost `height`, not less than
    `floor`. `other` has no row; it is a slot, or slots merged. No pair that is left costs less than `floor`. Two slots
    cost at least the bound of the one that changed last. Where it is not known which item of a pair is the younger one,

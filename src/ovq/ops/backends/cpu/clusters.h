@@ -1,0 +1,83 @@
+/* Clusters of the slots and tokens of a chunk, once it is known what they are: each gets a slot, and what was in slots and
+   tokens goes there. */
+#pragma once
+
+#include "learn.h"
+
+/* Columns are [slots | tokens | merged]; those of tokens begin at `first_token`. */
+struct Clusters {
+    int64_t first_token;
+    int32_t *into;  /* [columns]: the column that each was merged into, in the end itself. */
+    int32_t *index; /* [columns]: its lowest slot or token. */
+    int32_t *home;  /* [columns]: the slot of each column that is left. */
+    int32_t *moved; /* [M]: scratch. */
+};
+
+INLINE int64_t cluster_of(const Clusters &clusters, int64_t i) {
+    while (clusters.into[i] != i) i = clusters.into[i];
+    return i;
+}
+
+/* Say which slot each cluster gets: that of its lowest slot, or else a free one, in order of their first tokens. */
+static void find_homes(const Clusters &clusters, int64_t num, int64_t size) {
+    const int64_t start = clusters.first_token;
+    int64_t free = 0;
+    for (int64_t i = 0; i < num; i++) {
+        const int64_t cluster = cluster_of(clusters, i);
+        if (clusters.index[cluster] == i) clusters.home[cluster] = (int32_t)i;
+    }
+    for (int64_t t = 0; t < size; t++) {
+        const int64_t cluster = cluster_of(clusters, start + t);
+        if (clusters.index[cluster] != start + t) continue;
+        while (free < num && clusters.index[cluster_of(clusters, free)] == free) free++;
+        clusters.home[cluster] = (int32_t)free++;
+    }
+}
+
+/* Say where each token goes, and which slots go elsewhere, `moved`, and where, `near` of the learner; their number. */
+static int64_t find_moves(const Clusters &clusters, int64_t num, int64_t size, Learner *learner) {
+    int64_t num_moved = 0;
+    find_homes(clusters, num, size);
+    for (int64_t i = 0; i < num; i++) {
+        const int64_t cluster = cluster_of(clusters, i);
+        if (clusters.index[cluster] == i) continue;
+        clusters.moved[num_moved] = (int32_t)i;
+        learner->near[num_moved++] = clusters.home[cluster];
+    }
+    for (int64_t t = 0; t < size; t++)
+        learner->slot[t] = clusters.home[cluster_of(clusters, clusters.first_token + t)];
+    return num_moved;
+}
+
+/* Note what the backward will want, and merge the slots that lost their place. */
+static void move_slots(const Call *call, const Sums *sums, const int32_t *moved, const Chunk *chunk, int64_t head,
+                       int64_t num_moved, Learner *learner) {
+    if (call->merged_slot) {
+        const Merged merged = merged_of(call, chunk->index, head);
+        for (int64_t i = 0; i < num_moved; i++) {
+            note_slot(call, sums, moved[i], learner->near[i], &merged, i);
+            learner->is_done[moved[i]] = 1;
+        }
+        int64_t place = num_moved;
+        if (sums->weight) {
+            place = note_slots(call, sums, learner->slot, call->chunk_size, chunk->before, &merged, place,
+                               learner->is_done);
+            place = note_slots(call, sums, learner->near, num_moved, chunk->before, &merged, place, learner->is_done);
+        }
+        end_notes(call, &merged, place, learner->is_done);
+    }
+    for (int64_t i = 0; i < num_moved; i++) merge_slot(call, sums, moved[i], learner->near[i]);
+}
+
+/* Once it is known where everything goes: move it there, and say where the tokens went. */
+static void move_all(const Call *call, Dictionary *dictionary, const Rows *tokens, const Sums *sums,
+                     const int32_t *moved, const Chunk *chunk, int64_t head, int64_t num_moved, Learner *learner) {
+    const int64_t size = call->chunk_size;
+    move_slots(call, sums, moved, chunk, head, num_moved, learner);
+    for (int64_t t = 0; t < size; t++) add_token(sums, call, learner->slot[t], tokens, t, 1);
+    dictionary->num = chunk->after;
+    update_slots(dictionary, call, sums, learner->slot, size, learner->is_done);
+    update_slots(dictionary, call, sums, learner->near, num_moved, learner->is_done);
+    int32_t *out = call->slots + (chunk->index * call->width) * call->num_kv_heads + head;
+    for (int64_t t = 0; t < size; t++) out[t * call->num_kv_heads] = learner->slot[t];
+}

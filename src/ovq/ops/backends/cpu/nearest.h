@@ -1,0 +1,216 @@
+/* merge="nearest": after a chunk, some slots and all tokens look for the item nearest to them, and the shortest of these
+   edges are taken, in a few parts: what has joined looks again before the next (docs/math.md, section 5).
+
+   Searches are in nearest_search.h and shared by a team of threads; what is here is done by one of them. */
+#pragma once
+
+#include "nearest_search.h"
+
+/* Marks of items on circles, and of the ones whose edges are not taken. */
+#define ON_CIRCLE INT32_MAX
+#define LOWEST_OF_CIRCLE (INT32_MAX - 1)
+
+/* Of each circle of edges, the one of its lowest item is not taken. Most are of two items, each other's nearest. */
+static void open_circles(Nearest *nearest) {
+    for (int64_t j = 0; j < nearest->num_edges; j++) nearest->mark[nearest->edges[j]] = -1;
+    for (int64_t j = 0; j < nearest->num_edges; j++) {
+        int32_t i = nearest->edges[j];
+        for (; nearest->target[i] >= 0 && nearest->mark[i] < 0; i = nearest->target[i]) nearest->mark[i] = (int32_t)j;
+        /* A circle, if this way has been here before. Later ways that lead here end here. */
+        if (nearest->target[i] < 0 || nearest->mark[i] != j) continue;
+        int32_t lowest = i;
+        do {
+            if (nearest->index[i] < nearest->index[lowest]) lowest = i;
+            nearest->mark[i] = ON_CIRCLE;
+            i = nearest->target[i];
+        } while (nearest->mark[i] != ON_CIRCLE);
+        nearest->mark[lowest] = LOWEST_OF_CIRCLE;
+    }
+}
+
+/* Take the `most` edges of lowest priority, or all, of equal ones the first. Returns how many they are. */
+static int64_t take_edges(const Joining &all, int64_t most) {
+    Nearest *nearest = all.nearest;
+    int64_t num = 0;
+    for (int64_t j = 0; j < nearest->num_edges; j++) {
+        const int32_t i = nearest->edges[j];
+        nearest->root[i] = i;
+        if (nearest->target[i] < 0 || nearest->mark[i] == LOWEST_OF_CIRCLE) continue;
+        nearest->taken[num] = i;
+        nearest->ranked[num++] = nearest->priority[i];
+    }
+    double last = INFINITY, tie = 0;
+    int64_t left = num;
+    if (most < num) {
+        select_lowest(nearest->ranked, num, most - 1);
+        last = nearest->ranked[most - 1];
+        tie = all.call->tie * fmax(last, 1);
+        left = most;
+        for (int64_t j = 0; j < num; j++) left -= nearest->ranked[j] < last - tie;
+    }
+    nearest->num_taken = 0;
+    for (int64_t j = 0; j < num; j++) {
+        const int32_t i = nearest->taken[j];
+        const double priority = nearest->priority[i];
+        const int is_clear = priority < last - tie, is_tied = !is_clear && priority <= last + tie && left > 0;
+        left -= is_tied;
+        if (!is_clear && !is_tied) continue;
+        nearest->root[i] = nearest->target[i];
+        nearest->taken[nearest->num_taken++] = i;
+    }
+    return nearest->num_taken;
+}
+
+/* mean [K + V] += share * the mean of item i. */
+static void add_mean(const Joining &all, int64_t i, double share, double *mean) {
+    const int64_t k = all.call->k.dim, v = all.call->v.dim;
+    if (all.is_joined(i)) {
+        for (int64_t j = 0; j < k + v; j++) mean[j] += share * all.mean(i)[j];
+        return;
+    }
+    const float *key = all.key(i), *value = all.value(i);
+    for (int64_t j = 0; j < k; j++) mean[j] += share * key[j];
+    for (int64_t j = 0; j < v; j++) mean[k + j] += share * value[j];
+}
+
+/* Add item i to column m. */
+static void join(const Joining &all, int64_t i, int64_t m) {
+    Nearest *nearest = all.nearest;
+    add_mean(all, i, nearest->mass[i], nearest->mean + (m - nearest->first_joined) * (all.call->k.dim + all.call->v.dim));
+    nearest->mass[m] += nearest->mass[i];
+    if (nearest->index[i] < nearest->index[m]) nearest->index[m] = nearest->index[i];
+    clear_column(nearest, i, m);
+}
+
+/* The mean of what has joined in column m. */
+static void end_column(const Joining &all, int64_t m) {
+    Nearest *nearest = all.nearest;
+    const Call *call = all.call;
+    const int64_t k = call->k.dim, v = call->v.dim, place = m - nearest->first_joined;
+    double *mean = nearest->mean + place * (k + v);
+    float *key = nearest->joined.keys + place * key_ld(call), *value = nearest->joined.values + place * value_ld(call);
+    const double mass = nearest->mass[m] > 0 ? nearest->mass[m] : 1;
+    for (int64_t j = 0; j < k + v; j++) mean[j] /= mass;
+    for (int64_t j = 0; j < k; j++) key[j] = (float)mean[j];
+    for (int64_t j = 0; j < v; j++) value[j] = (float)mean[k + j];
+    set_row(&nearest->joined, call, place, 0);
+    nearest->square[m] = exact_square(mean, k) + nearest->value_factor * exact_square(mean + k, v);
+    set_column(nearest, m);
+}
+
+/* Join what the edges that are taken lead to the same item. */
+static void join_all(const Joining &all) {
+    Nearest *nearest = all.nearest;
+    const int64_t begin = nearest->num_joined, dim = all.call->k.dim + all.call->v.dim;
+    for (int64_t j = 0; j < nearest->num_taken; j++) {
+        const int32_t i = nearest->taken[j];
+        int32_t root = i;
+        while (nearest->root[root] != root) root = nearest->root[root];
+        if (nearest->into[root] == root) {
+            const int64_t m = nearest->first_joined + nearest->num_joined;
+            memset(nearest->mean + nearest->num_joined++ * dim, 0, sizeof(double) * dim);
+            nearest->mass[m] = 0;
+            nearest->index[m] = INT32_MAX;
+            join(all, root, m);
+        }
+        join(all, i, nearest->into[root]);
+    }
+    for (int64_t place = begin; place < nearest->num_joined; place++) end_column(all, nearest->first_joined + place);
+}
+
+INLINE Clusters clusters_of(const Nearest *nearest) {
+    return {nearest->first_token, nearest->into, nearest->index, nearest->home, nearest->moved};
+}
+
+/* What has not joined keeps to what its target is in. */
+static void follow_targets(const Joining &all) {
+    Nearest *nearest = all.nearest;
+    const Clusters clusters = clusters_of(nearest);
+    int64_t num = 0;
+    for (int64_t j = 0; j < nearest->num_edges; j++) {
+        const int32_t i = nearest->edges[j], old = nearest->target[i];
+        if (nearest->into[i] != i) continue;
+        nearest->edges[num++] = i;
+        if (old < 0 || nearest->into[old] == old) continue;
+        const int64_t target = cluster_of(clusters, old);
+        set_edge(all, i, target, has_mass(nearest, i) ? distance_of(all, i, target) : 0);
+    }
+    nearest->num_edges = num;
+}
+
+/* Let what has joined from column `first` on have edges, which it is to search for. */
+static void add_joined(Nearest *nearest, int64_t first) {
+    int32_t *joined = nearest->searching;
+    int64_t num = 0;
+    for (int64_t i = first; i < nearest->first_joined + nearest->num_joined; i++) {
+        int64_t place = num++;
+        for (; place > 0 && nearest->index[joined[place - 1]] > nearest->index[i]; place--)
+            joined[place] = joined[place - 1];
+        joined[place] = (int32_t)i;
+    }
+    nearest->num_searching = num;
+    int64_t old = nearest->num_edges;
+    nearest->num_edges += num;
+    for (int64_t place = nearest->num_edges; num > 0;) {
+        const int is_old = old > 0 && nearest->index[nearest->edges[old - 1]] > nearest->index[joined[num - 1]];
+        nearest->edges[--place] = is_old ? nearest->edges[--old] : joined[--num];
+    }
+}
+
+/* Whether products are to be rough from here on, by how many candidates items have so. */
+static void choose_products(Nearest *nearest) {
+    int64_t num = 0, tiles = 0;
+    for (; tiles * QUERIES < nearest->num_searching; tiles++) num += nearest->num_near[tiles];
+    nearest->is_rough = num <= tiles * MOST_CANDIDATES;
+}
+
+/* Once items have searched: take the next part of the edges, the `part`-th one, half of what is due or, at last, all, and
+   join what they connect. Then, if more is due, what has joined is to search again, or, where edges were too few for all
+   parts, all that is left. */
+static void take_part(const Joining &all, int64_t part) {
+    Nearest *nearest = all.nearest;
+    const int64_t due = nearest->num_due, is_last = part >= all.call->num_parts;
+    const int64_t first = nearest->first_joined + nearest->num_joined;
+    if (HAS_ROUGH && part == 1 && !nearest->is_wide) choose_products(nearest);
+    open_circles(nearest);
+    nearest->num_due -= take_edges(all, is_last ? due : (due + 1) / 2);
+    join_all(all);
+    nearest->num_searching = 0;
+    if (!nearest->num_due) return;
+    if (nearest->needs_order || is_last) set_order(all);
+    if (is_last) {
+        nearest->num_edges = nearest->num_searching = nearest->num_left;
+        memcpy(nearest->edges, nearest->order, sizeof(int32_t) * nearest->num_left);
+        memcpy(nearest->searching, nearest->order, sizeof(int32_t) * nearest->num_left);
+    } else {
+        follow_targets(all);
+        add_joined(nearest, first);
+    }
+    /* What weighs nothing need not search. */
+    int64_t num = 0;
+    for (int64_t j = 0; j < nearest->num_searching; j++) {
+        const int32_t i = nearest->searching[j];
+        if (has_mass(nearest, i)) nearest->searching[num++] = i;
+        else set_first(all, i);
+    }
+    nearest->num_searching = num;
+}
+
+static void search_in_tiles(const Joining &all, float *scores) {
+    for (int64_t i = 0; i < all.nearest->num_searching; i += QUERIES)
+        search_tile(all, i, least(QUERIES, all.nearest->num_searching - i), scores);
+}
+
+/* Merge what was joined, and say where each token went. */
+static void learn_by_edges(const Joining &all, Dictionary *dictionary, const Chunk *chunk, int64_t head, int is_due,
+                           Learner *learner) {
+    Nearest *nearest = all.nearest;
+    const Call *call = all.call;
+    const int64_t num = dictionary->num, size = call->chunk_size;
+    int64_t num_moved = 0;
+    if (is_due) num_moved = find_moves(clusters_of(nearest), num, size, learner);
+    for (int64_t t = 0; !is_due && t < size; t++) learner->slot[t] = (int32_t)(num + t);
+    move_all(call, dictionary, all.tokens, all.sums, nearest->moved, chunk, head, num_moved, learner);
+    for (int64_t t = 0; t < size; t++) set_squares(all, learner->slot[t]);
+    for (int64_t i = 0; i < num_moved; i++) set_squares(all, learner->near[i]);
+}

@@ -1,0 +1,111 @@
+/* Slots and tokens as points (keys, factor * values), for the rules that merge pairs of them: distances in float64, and
+   products of tiles. */
+#pragma once
+
+#include "learn.h"
+
+/* Columns of a block of products. */
+#define BLOCK 128
+/* Whether there are products that take half the time and are rough. */
+#define HAS_ROUGH (HAS_PAIRS || HAS_SHORTS)
+
+INLINE double token_mass(const Rows *tokens, int64_t t) { return tokens->weights ? tokens->weights[t] : 1; }
+
+typedef double EightDoubles __attribute__((vector_size(64), aligned(8), may_alias));
+
+INLINE EightWide eight(const float *x) { return widened(x); }
+INLINE EightWide eight(const double *x) { return *(const EightDoubles *)x; }
+
+template <typename A, typename B>
+static double squared_distance(const A *a, const B *b, int64_t n) {
+    EightWide sums = {}, more = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const EightWide x = eight(a + i) - eight(b + i), y = eight(a + i + 8) - eight(b + i + 8);
+        sums += x * x;
+        more += y * y;
+    }
+    sums += more;
+    double sum = 0;
+    for (int j = 0; j < 8; j++) sum += sums[j];
+    for (; i < n; i++) sum += ((double)a[i] - (double)b[i]) * ((double)a[i] - (double)b[i]);
+    return sum;
+}
+
+INLINE double exact_square(const double *x, int64_t n) {
+    double sum = 0;
+    for (int64_t j = 0; j < n; j++) sum += x[j] * x[j];
+    return sum;
+}
+
+/* How far rough products of two points are off at most, over half the sum of their squared lengths, and over the product
+   of these lengths. */
+INLINE float roughness_of(const Call *call) {
+    if (HAS_PAIRS) return ROUGHNESS;
+    return (float)fmax(short_roughness(call->k.dim), short_roughness(call->v.dim));
+}
+
+/* Points to the left of a product, their values scaled by the square of the factor; with `words`, the product is rough. */
+struct Left {
+    const float *keys, *values;
+    const uint32_t *words;
+    const float *key_steps, *value_steps; /* As those of `Rows`. */
+};
+
+/* Words of `num` points; `steps` [2, num], or NULL, says how long the steps of their keys and of their values are. */
+static void round_rows(const Call *call, int64_t num, const float *keys, const float *values, uint32_t *words,
+                       float *steps) {
+    for (int64_t i = 0; i < num; i++, words += row_words(call)) {
+        round_key(call, keys + i * key_ld(call), words, from_row(steps, i));
+        round_value(call, values + i * value_ld(call), words + key_words(call), from_row(steps, num + i));
+    }
+}
+
+/* Products of words of keys or of values, or of both, on top of what is there or not. */
+static void multiply_words(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
+                           int has_keys, int has_values, int is_more, float *out, int64_t ld) {
+    const int64_t own = row_words(call), of_keys = key_words(call);
+    const float *from = is_more ? out : nullptr;
+#if HAS_PAIRS
+    const int64_t first = has_keys ? 0 : of_keys, size = (has_keys ? of_keys : 0) + (has_values ? value_words(call) : 0);
+    pairs_product(count, num, size, left.words + first, own, 1, columns->words + first * NR, own * NR, NR, from,
+                  Finish{}, out, ld);
+#elif HAS_SHORTS
+    if (has_values)
+        shorts_product(count, num, value_words(call), left.words + of_keys, own, left.value_steps,
+                       columns->words + of_keys * NR, own * NR, columns->value_steps, from, ld, out, ld);
+    if (has_keys)
+        shorts_product(count, num, of_keys, left.words, own, left.key_steps, columns->words, own * NR, columns->steps,
+                       has_values ? out : from, ld, out, ld);
+#endif
+}
+
+/* What values add to products of `count` points with `num` columns. */
+static void multiply_values(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
+                            float *out, int64_t ld) {
+    if (left.words)
+        multiply_words(call, columns, num, count, left, 0, 1, 0, out, ld);
+    else
+        product(count, num, call->v.dim, left.values, value_ld(call), 1, columns->value_panels, call->v.dim * NR, NR,
+                nullptr, 0, out, ld);
+}
+
+/* What keys add to those of values. */
+static void add_products_of_keys(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left,
+                                 float *out, int64_t ld) {
+    if (left.words)
+        multiply_words(call, columns, num, count, left, 1, 0, 1, out, ld);
+    else
+        product(count, num, call->k.dim, left.keys, key_ld(call), 1, columns->key_panels, call->k.dim * NR, NR, out,
+                ld, out, ld);
+}
+
+static void multiply(const Call *call, const Rows *columns, int64_t num, int64_t count, const Left &left, float *out,
+                     int64_t ld) {
+    if (left.words) {
+        multiply_words(call, columns, num, count, left, 1, 1, 0, out, ld);
+        return;
+    }
+    multiply_values(call, columns, num, count, left, out, ld);
+    add_products_of_keys(call, columns, num, count, left, out, ld);
+}
