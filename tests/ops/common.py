@@ -18,7 +18,7 @@ SCORINGS = [{}, {"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "r
 VARIANTS = [*SCORINGS, *({"merge": merge} for merge in PAIR_MERGES)]
 # Which keys open slots, and where the others go: what fits together.
 RULES = [(init, merge) for init in INITS for merge in MERGES if init != "random" or merge not in PAIR_MERGES]
-# What the compiled kernels, and those for GPUs, know of them.
+# What the compiled kernels know of them.
 KERNEL_MERGES = tuple(merge for merge in MERGES if merge != "nearest")
 KERNEL_RULES = [(init, merge) for init, merge in RULES if merge in KERNEL_MERGES]
 
@@ -36,7 +36,7 @@ def with_rules(names, *choices, rules=("existing", *PAIR_MERGES)):
 
 def knows(merge, *backends):
     """Whether all of these backends know a rule."""
-    return merge in KERNEL_MERGES or not {"cpu", "triton"} & {*backends}
+    return merge in KERNEL_MERGES or "cpu" not in backends
 
 
 def takes(backend, dtype, variant):

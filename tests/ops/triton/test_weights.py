@@ -5,15 +5,15 @@ import torch
 
 from ovq.ops import backend_used, backends, ovq_attention
 from ovq.ops.checks import checked_call
-from ovq.ops.options import Options
-from tests.ops.common import KERNEL_MERGES, assert_same_state, attend, inputs
+from ovq.ops.options import MERGES, Options
+from tests.ops.common import assert_same_state, attend, inputs
 from tests.ops.test_token_weights import BOUNDS, KINDS, assert_equal_results, call, results
 
 pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
 # numpy, which the interpreter computes with, warns of what is not a number.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-RULES = [merge for merge in KERNEL_MERGES if merge != "updated"]
+RULES = [merge for merge in MERGES if merge != "updated"]
 SMALL = (1, 13, 2, 1, 5, 3)
 
 
@@ -29,7 +29,7 @@ def check(sizes, kind, options, *, dtype=torch.float32, pieces=None, **given):
     ("merge", "kind"),
     [
         pytest.param(merge, kind, marks=[] if (merge, kind) in QUICK else pytest.mark.slow)
-        for QUICK in [{("existing", "some zero"), ("ward", "some zero")}]
+        for QUICK in [{("existing", "some zero"), ("ward", "some zero"), ("nearest", "some zero")}]
         for merge in RULES
         for kind in KINDS
     ],
