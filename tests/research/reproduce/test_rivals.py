@@ -22,7 +22,14 @@ from tests.test_cli import fail, run
 
 FIGURES = GROUPS["rivals"]
 # Their slots are as many bytes as they can be; the others have what equal parameters allow.
-HAVE_SLOTS = ("OVQ, Ward-sqrt", "OVQ, nearest", "OVQ, merge gate", "OVQ, forget gate", "KVM", "window and sinks")
+HAVE_SLOTS = (
+    "OVQ, Ward-sqrt",
+    "OVQ, nearest",
+    "OVQ, merge gate",
+    "OVQ, forget gate",
+    "KVM",
+    "window and sinks",
+)
 
 
 def models_of(name, preset=CPU):

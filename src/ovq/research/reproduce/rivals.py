@@ -55,8 +55,8 @@ _VALIDATION_FACTOR = 4
 _NOTE = (
     "States have equal bytes: those of full dictionaries of OVQ, of KVM's slots and window, and of a window "
     "with sinks; the others have what they can at equal parameters. OVQ is trained by the paper's rule, and "
-    "by nearest, and by Ward-sqrt, the same weights are asked. With a merge gate or a forget gate it is another model, "
-    "trained with the settings that are best without."
+    "by nearest, and by Ward-sqrt, the same weights are asked. With a merge gate or a forget gate it is "
+    "another model, trained with the settings that are best without."
 )
 
 
