@@ -111,7 +111,7 @@ def test_of_equally_near_items_the_first_is_the_nearest():
 
 
 def test_what_has_joined_looks_again_and_others_keep_to_what_their_targets_are_in():
-    """Two of three merges join 0 to 1 and 4 to 5. 2.4 keeps to the cluster of 1, 1.9 away, as 4.5 is 2.1 away."""
+    """Two of three merges join 0 to 1 and 4 to 5. 2.4 keeps to the cluster of 1, at 0.5; 4.5 is farther."""
     keys = [0.0, 1.0, 2.4, 4.0, 5.0, 50.0]
     found = of_one_head([[key] for key in keys], num_slots=3, chunk_size=6)
     assert found == ([3, 2, 1], [1 + 2 + 3, 4 + 5, 6])
