@@ -230,7 +230,7 @@ def _host_seconds(function: Callable[[], object]) -> float:
 
 
 def graphs() -> Iterator[Row]:
-    """Steps in CUDA graphs: parity by each rule that allows it, then times beside single launches, in turns."""
+    """Steps in CUDA graphs: parity by each rule that allows it, then times beside single launches."""
     # Imported only where there is Triton.
     from ovq.ops.backends.triton import beside
 
