@@ -91,9 +91,9 @@ def ovq_attention(
             forgotten.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
-            this processor; no float64), `"triton"` (kernels for GPUs; no float64, no merge
-            `"updated"`), neither of which knows merge `"nearest"`, or `"auto"`: the fastest that can run the
-            call; `backend_used()` tells which ran.
+            this processor; no float64, no merge `"nearest"`), `"triton"` (kernels for GPUs; no float64, no
+            merge `"updated"`), or `"auto"`: the fastest that can run the call; `backend_used()` tells which
+            ran.
 
     Returns:
         Outputs `[B, T, H, V]` in the dtype of `q`, and the final `OVQState` (None unless asked for).
