@@ -230,11 +230,7 @@ def _host_seconds(function: Callable[[], object]) -> float:
 
 
 def graphs() -> Iterator[Row]:
-<<<<<<< HEAD
     """Steps in CUDA graphs: parity by each rule that allows it, then times beside single launches."""
-=======
-    """Steps in CUDA graphs: parity, then times beside launches one by one, which take turns."""
->>>>>>> tritonnearest
     # Imported only where there is Triton.
     from ovq.ops.backends.triton import beside
 
