@@ -72,9 +72,9 @@ def test_train_resumes(trained, capsys, tmp_path):
     assert "Saved the model" in out
     # What is suggested can be pasted, and tests the rule that recalls most, too.
     command = out.split("Test it: ovq ")[1].split()
-    assert command == ["eval", "--model", str(tmp_path), "--merge", "existing,ward-sqrt"]
+    assert command == ["eval", "--model", str(tmp_path), "--merge", "existing,nearest"]
     rules = [row["merge"] for row in json.loads(run(capsys, *command, "--lengths", 24, "--json"))["rows"]]
-    assert rules == ["existing", "ward-sqrt"]
+    assert rules == ["existing", "nearest"]
     ours = OVQForCausalLM.from_pretrained(tmp_path).state_dict()
     for name, weight in OVQForCausalLM.from_pretrained(trained).state_dict().items():
         assert torch.equal(ours[name], weight)

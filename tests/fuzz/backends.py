@@ -11,7 +11,7 @@ from unittest import mock
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.triton import HAS_TRITON
-from ovq.ops.options import COUNT_POWERS
+from ovq.ops.options import PAIR_MERGES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Backend:
         """Those of drawn `options` that it knows; the others stay as they are by default."""
         if self.has_options:
             return options
-        names = ("merge", "value_weight") if options["merge"] in COUNT_POWERS else ()
+        names = ("merge", "value_weight") if options["merge"] in PAIR_MERGES else ()
         return {name: options[name] for name in names}
 
     def missing(self) -> str | None:

@@ -212,15 +212,15 @@ def test_a_card_says_what_the_model_is(folder, byte_model):
     ):
         assert line in text.splitlines()
     assert "trust_remote_code=True" in text
-    assert 'model.set_merge("ward-sqrt")' in text
+    assert 'model.set_merge("nearest")' in text
 
 
-@pytest.mark.parametrize("options", [{"merge": "ward-sqrt"}, {"init": "random"}, {"rate": 0.1}])
+@pytest.mark.parametrize("options", [{"merge": "nearest"}, {"init": "random"}, {"rate": 0.1}])
 def test_a_card_names_a_better_rule_only_where_there_is_one(options):
     model = make_model(**options)
     assert "set_merge" not in model_card(model, name="x").text
     with contextlib.suppress(ValueError):
-        model.set_merge("ward-sqrt")
+        model.set_merge("nearest")
     assert model.config.merge == options.get("merge", "existing")
 
 

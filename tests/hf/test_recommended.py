@@ -30,7 +30,7 @@ def test_a_model_is_trained_by_one_rule_and_asked_by_another(tmp_path):
     model = OVQForCausalLM(config)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.ask_as_recommended()
-    assert (model.config.merge, model.config.growth, model.config.num_slots) == ("ward-sqrt", "immediate", 6)
+    assert (model.config.merge, model.config.growth, model.config.num_slots) == ("nearest", "immediate", 6)
     assert all(weight.equal(before[name]) for name, weight in model.state_dict().items())
     with pytest.raises(
         ValueError, match="expected logn_length to be None or an integer of at least 2, found 0"
@@ -39,7 +39,7 @@ def test_a_model_is_trained_by_one_rule_and_asked_by_another(tmp_path):
     model.ask_as_recommended(logn_length=20)
     assert model.config.logn_length == 20
     model.save_pretrained(tmp_path)
-    assert OVQForCausalLM.from_pretrained(tmp_path).config.merge == "ward-sqrt"
+    assert OVQForCausalLM.from_pretrained(tmp_path).config.merge == "nearest"
 
 
 def test_the_recommended_config_is_refused_with_another_rule():

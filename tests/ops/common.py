@@ -19,7 +19,7 @@ VARIANTS = [*SCORINGS, *({"merge": merge} for merge in PAIR_MERGES)]
 # Which keys open slots, and where the others go: what fits together.
 RULES = [(init, merge) for init in INITS for merge in MERGES if init != "random" or merge not in PAIR_MERGES]
 # The rules that the kernels for GPUs know.
-TRITON_MERGES = tuple(merge for merge in MERGES if merge not in ("updated", "nearest"))
+TRITON_MERGES = tuple(merge for merge in MERGES if merge != "updated")
 
 either_rule = pytest.mark.parametrize("merge", ["existing", *PAIR_MERGES])
 each_merge = pytest.mark.parametrize("merge", MERGES)

@@ -190,7 +190,6 @@ def test_triton_is_refused_rather_than_replaced(monkeypatch):
         (torch.float64, {}, "expected a dtype of .*found torch.float64"),
         (torch.float32, {"init": "random"}, "expected init 'novelty', found 'random'"),
         (torch.float32, {"merge": "updated"}, "expected merge to be one of .*'ward-sqrt'.*, found 'updated'"),
-        (torch.float32, {"merge": "nearest"}, "expected merge to be one of .*, found 'nearest'"),
         (torch.float32, {"bias": "count+norm"}, r"expected bias 'count', found 'count\+norm'"),
         (torch.float32, {"rate": 0.5}, "expected rate 'count', found 0.5"),
         (torch.float32, {"chunk_size": 5000}, "expected chunk_size of at most 4096, found 5000"),

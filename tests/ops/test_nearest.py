@@ -111,8 +111,7 @@ def test_of_equally_near_items_the_first_is_the_nearest():
 
 
 def test_what_has_joined_looks_again_and_others_keep_to_what_their_targets_are_in():
-    """Two of four edges join 0 to 1 and 4 to 5. 2.4 keeps to the first of these, although 4.5 is now as near as
-    0.5 was when it looked; that cluster looks again, and finds 2.4 too."""
+    """Two of three merges join 0 to 1 and 4 to 5. 2.4 keeps to the cluster of 1, at 0.5; 4.5 is farther."""
     keys = [0.0, 1.0, 2.4, 4.0, 5.0, 50.0]
     found = of_one_head([[key] for key in keys], num_slots=3, chunk_size=6)
     assert found == ([3, 2, 1], [1 + 2 + 3, 4 + 5, 6])
@@ -154,7 +153,7 @@ def test_what_weighs_nothing_is_freed_first_and_attracts_nothing():
 
 
 def test_what_weighs_less_costs_less():
-    """30 and 31 are nearer to each other than 0 and 1.05, squared 1 and 1.1; (m n / (m + n))^(1/3) decides."""
+    """30 and 31 are nearer to each other than 0 and 1.05 (squared 1.1); (m n / (m + n))^(1/3) decides."""
     keys, options = [[0.0], [1.05], [30.0], [31.0]], {"num_slots": 3, "chunk_size": 4}
     assert weighted(keys, [1.0, 1, 1, 1], **options).count.flatten().tolist() == [1, 1, 2]
     assert weighted(keys, [1.0, 0.5, 1, 1], **options).count.flatten().tolist() == [2, 1, 1]

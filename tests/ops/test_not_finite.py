@@ -24,6 +24,7 @@ CASES += list(itertools.product(WAYS, [0, 7, 18], [torch.nan, torch.inf], ["ward
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TRITON = [("triton", torch.float32)] if importlib.util.find_spec("triton") else []
 CASES += list(itertools.product(TRITON, [11], [torch.nan], ["existing"]))
+CASES += list(itertools.product(TRITON, [7], [torch.inf], ["nearest"]))
 OPTIONS = {"num_slots": 6, "chunk_size": 8}
 LENGTH = 21
 SUMS = ("key_sum", "value_sum", "weight")

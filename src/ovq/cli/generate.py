@@ -82,7 +82,7 @@ def generate(
     After a document read by [bold]ovq context build[/bold]: [bold]ovq generate --model DIR --context book.ctx
     --prompt "12 7"[/bold]
 
-    By the rule that recalls most: [bold]ovq generate --model DIR --merge ward-sqrt --prompt "12 7"[/bold]
+    By the rule that recalls most: [bold]ovq generate --model DIR --merge nearest --prompt "12 7"[/bold]
 
     With sampling: [bold]ovq generate --model DIR --prompt-file - --temperature 0.8 --top-p 0.95 <
     prompt.txt[/bold]

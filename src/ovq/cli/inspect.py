@@ -56,7 +56,7 @@ def inspect(
     Example: [bold]ovq inspect --model runs/ovq --text book.txt --out book.html[/bold]
 
     The same weights with another dictionary, and figures: [bold]ovq inspect --model runs/ovq --text book.txt
-    --merge ward-sqrt --num-slots 256 --figures figures[/bold]
+    --merge nearest --num-slots 256 --figures figures[/bold]
     """
     if (text is None) == (prompt is None):
         raise ValueError("expected one of --text and --prompt, found both or neither")

@@ -41,7 +41,7 @@ def nearest_clusters(
         np.fill_diagonal(distance, np.inf)
         nearest = (distance <= distance.min(1, keepdims=True) + TIE).argmax(1)
         target = np.where(looks & is_left, nearest, np.where(is_left, lowest[target], index))
-        has_edge = (target != index) & np.array([not _ends_circle(a, target) for a in index])
+        has_edge = (target != index) & np.array([not _ends_circle(int(a), target) for a in index])
         weight = (mass * mass[target] / (mass + mass[target] + ~is_left)) ** MASS_POWER
         priority = np.where(has_edge, np.where(has_edge, distance[index, target], 0) * weight, np.inf)
         num = min((due + 1) // 2 if num_parts < NUM_PARTS else due, has_edge.sum())
@@ -52,7 +52,7 @@ def nearest_clusters(
         for a in order[:num]:
             ends = lowest[a], lowest[target[a]]
             lowest = np.where(lowest == max(ends), min(ends), lowest)
-        # What has been joined looks again, others keep to what their targets are in; after all parts, all look.
+        # What has joined looks again, others keep to what their targets are in; after all parts, all look.
         looks = np.isin(index, lowest[(before != lowest) | (num_parts >= NUM_PARTS)])
     return lowest
 

@@ -97,7 +97,7 @@ class OVQPreTrainedModel(HubModel):
         """Let every OVQ layer keep its dictionary by another rule from now on, and record it in the config.
 
         Weights do not depend on the rule: a model that was trained with the paper's, `"existing"`, recalls
-        most with `"ward-sqrt"` (docs/training.md). Earlier caches remain valid and go on from the slots they
+        most with `"nearest"` (docs/training.md). Earlier caches remain valid and go on from the slots they
         have.
 
         Args:
@@ -115,9 +115,9 @@ class OVQPreTrainedModel(HubModel):
             >>> from ovq.hf import OVQModel
             >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
             >>> model = OVQModel(config)
-            >>> model.set_merge("ward-sqrt")
+            >>> model.set_merge("nearest")
             >>> model.config.merge, model.config.growth, model.config.value_weight
-            ('ward-sqrt', 'immediate', 0.35)
+            ('nearest', 'immediate', 0.35)
         """
         for layer in self._ovq_layers():
             layer.set_merge(merge, growth=growth, value_weight=value_weight)
@@ -175,7 +175,7 @@ class OVQPreTrainedModel(HubModel):
             >>> model = OVQModel(config)
             >>> model.ask_as_recommended(logn_length=2048)
             >>> model.config.merge, model.config.logn_length
-            ('ward-sqrt', 2048)
+            ('nearest', 2048)
         """
         check_logn_length(logn_length)
         self.set_merge(**TO_ASK)

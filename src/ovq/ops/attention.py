@@ -71,8 +71,8 @@ def ovq_attention(
             keys and values. With `"ward-sqrt"`, costs grow with the square root of what counts contribute
             to `"ward"`: slots of many tokens are merged more readily, which leaves more slots to single
             ones. With `"nearest"`, the tokens of a chunk and as many slots, in turn, each look for the slot
-            or token nearest to them, and the shortest of these edges are merged, all at once: about as much
-            is recalled at a fraction of the price.
+            or token nearest to them, and the shortest of these edges are merged, in four parts: as much is
+            recalled, at a fraction of the price.
         bias: what is added to the score scale q.D of a slot with mean D and count c: log c (`"count"`), or
             log c - scale |D|^2 / 2 (`"count+norm"`, a term that cancels where all norms are equal). A token
             of the chunk is a slot of count 1.
@@ -91,8 +91,8 @@ def ovq_attention(
             forgotten.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
-            this processor; no float64), `"triton"` (kernels for GPUs; no float64, no merge `"updated"` or
-            `"nearest"`), or `"auto"`: the fastest that can run the call; `backend_used()` tells which ran.
+            this processor; no float64), `"triton"` (kernels for GPUs; no float64, no merge `"updated"`), or
+            `"auto"`: the fastest that can run the call; `backend_used()` tells which ran.
 
     Returns:
         Outputs `[B, T, H, V]` in the dtype of `q`, and the final `OVQState` (None unless asked for).

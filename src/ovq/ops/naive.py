@@ -396,8 +396,8 @@ def _nearest_clusters(x: Tensor, mass: Tensor, movers: Sequence[int], num_merges
             mass[place] = total
             clusters[place] = sorted(j for i in tree for j in clusters.pop(i))
         num_merges -= len(taken)
-        # What has joined looks again, and others keep to what their targets are in. If edges are too few for all
-        # parts, every cluster looks again.
+        # What has joined looks again, and others keep to what their targets are in. If edges are too few for
+        # all parts, every cluster looks again.
         looking = [i for i in clusters if num_parts >= NUM_PARTS or len(trees_of[i]) > 1]
         edges = {a: home[b] for a, b in edges.items() if a in clusters and a not in looking}
         edges |= {a: _nearest_item(a, x, mass, sorted(clusters), size or 1.0) for a in looking}

@@ -1,10 +1,10 @@
-"""merge="nearest" for many heads at once: the shortest edges from items to their nearest ones, in a few parts.
+"""merge="nearest" for many heads at once: the shortest edges from items to their nearest ones, in parts.
 
-Single linkage, cut off when enough is merged (`docs/math.md`, section 5): some of the items, the *movers*, each
-look for the item nearest to them, and the shortest of these edges are taken, half of what is due at first. What
-they have joined looks again before the next ones are taken. That is a matrix product with all movers, a few small
-ones, and as many selections of edges. As in routing, what a float32 product cannot tell apart is decided again in
-float64.
+Single linkage, cut off when enough is merged (`docs/math.md`, section 5): some of the items, the *movers*,
+each look for the item nearest to them, and the shortest of these edges are taken, half of what is due at
+first. What they have joined looks again before the next ones are taken. That is a matrix product with all
+movers, a few small ones, and as many selections of edges. As in routing, what a float32 product cannot tell
+apart is decided again in float64.
 """
 
 from __future__ import annotations
@@ -238,8 +238,8 @@ class _Clusters:
         is_mover = has_mass if is_mover is None else has_mass & is_mover
         # What weighs nothing is no target, unless nothing weighs anything.
         is_target = torch.where(has_mass.any(-1, keepdim=True), has_mass, self.is_there)
-        # It is at no distance from any other, so it goes to the first that there is, without a search. So does
-        # what is not finite, or finds nothing else that is: that is further away than anything.
+        # It is at no distance from any other, so it goes to the first that there is, without a search. So
+        # does what is not finite, or finds nothing else that is: that is further away than anything.
         first = is_target.byte().argmax(-1, keepdim=True)
         second = is_target.scatter(1, first, False).byte().argmax(-1, keepdim=True)
         index = torch.arange(is_mover.shape[1], device=is_mover.device).expand(is_mover.shape)
@@ -256,7 +256,7 @@ class _Clusters:
         return self._weighed(torch.where(has_edge, target, index), distance, error)
 
     def followed(self, edges: _Edges, trees: Tensor, has_joined: Tensor) -> _Edges:
-        """Edges after `join_(trees)`: what has joined looks again, others keep to what their targets are in."""
+        """Edges after `join_(trees)`: what has joined looks again, others keep to where their targets are."""
         again, index = self.edges(has_joined), torch.arange(trees.shape[1], device=trees.device)
         target = torch.where(self.is_there, trees.gather(1, edges.target), index)
         distance, error = edges.distance.clone(), edges.error.clone()

@@ -26,8 +26,8 @@ NO_WEIGHT = 3.0
 # Stands for a squared distance that is not finite, relative to the largest squared length of a point.
 # Distances are at most 4 times that.
 NO_DISTANCE = 5.0
-# The power of a b / (a + b) by which the distance of two items of masses a and b counts where the shortest edges are
-# taken (docs/results/rules.md).
+# The power of a b / (a + b) by which the distance of two items of masses a and b counts where the shortest
+# edges are taken (docs/results/rules.md).
 MASS_POWER = 1 / 3
 # In how many parts they are taken, each but the last half of what is due, rounded up.
 NUM_PARTS = 4
@@ -44,7 +44,7 @@ COUNT_POWERS = {"ward": 1.0, "ward-sqrt": 0.5}
 PAIR_MERGES = (*COUNT_POWERS, "nearest")
 MERGES = ("existing", "updated", *PAIR_MERGES)
 # The rule by which trained models recall most, whichever one they were trained by (docs/results/rules.md).
-BEST_MERGE = "ward-sqrt"
+BEST_MERGE = "nearest"
 BIASES = ("count", "count+norm")
 
 
@@ -134,7 +134,7 @@ def can_merge_best(merge: str, *, init: str, rate: float | str) -> bool:
     Example:
         >>> can_merge_best("existing", init="novelty", rate="count")
         True
-        >>> can_merge_best("ward-sqrt", init="novelty", rate="count")
+        >>> can_merge_best("nearest", init="novelty", rate="count")
         False
     """
     return merge != BEST_MERGE and init == "novelty" and rate == "count"

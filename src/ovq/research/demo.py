@@ -3,7 +3,7 @@
 Run it as `ovq demo --out DIR`. OVQ, full attention and a window alone learn in-context recall with the same
 recipe, at lengths up to 256 tokens. They are tested at up to 16 times that length. The weights of OVQ are
 tested with a dictionary as large as in training, 4 and 16 times as large, each kept by the paper's rule, as
-in training, and by merging the cheapest pairs (Ward-sqrt).
+in training, and by merging along the shortest edges (nearest).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ovq.train.recipes import get_recipe
 RECIPES = ("recall-ovq", "recall-full", "recall-sliding")
 LENGTH_FACTORS = (1, 2, 4, 8, 16)
 SLOT_FACTORS = (1, 4, 16)
-MERGES = ("existing", "ward-sqrt")
+MERGES = ("existing", "nearest")
 
 # With this many questions at each length, an accuracy of 0.97 is known to about 0.005.
 _TEST_TOKENS_PER_LENGTH = 65536
@@ -133,7 +133,7 @@ def conclusion(rows: Sequence[ResultRow], *, train_length: int, is_quick: bool =
     text = (
         f"At {longest} tokens, {longest / train_length:g} times the training length, OVQ answers "
         f"{_listed(by_size)} (state: {_bytes_of(papers)}). With the same weights and slots, but the "
-        f"cheapest pairs merged (Ward-sqrt), it answers {_listed(by_pairs)} ({_bytes_of(ours)}). "
+        f"shortest edges merged (nearest), it answers {_listed(by_pairs)} ({_bytes_of(ours)}). "
         f"Full attention answers {full.accuracy:.1%} ({_bytes_of([full])}) and a window alone "
         f"{window.accuracy:.1%} ({_bytes_of([window])})."
     )

@@ -169,5 +169,9 @@ def test_it_is_off_and_for_gpus_whose_stream_nobody_records(monkeypatch):
     monkeypatch.setattr(graph, "IS_ON", True)
     assert graph.steps_of(on_gpu, []) == "replayed"
     assert isinstance(graph.steps_of(on_cpu, []), graph.Launched)
+    # What is launched there depends on what was computed before.
+    by_host = Mock()
+    by_host.work.table.is_cuda, by_host.work.options.merge = True, "nearest"
+    assert isinstance(graph.steps_of(by_host, []), graph.Launched)
     cuda.is_current_stream_capturing.return_value = True
     assert isinstance(graph.steps_of(on_gpu, []), graph.Launched)

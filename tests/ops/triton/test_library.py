@@ -28,7 +28,7 @@ def test_operators_are_what_pytorch_expects():
 
     q, k, v = inputs(1, 5, 1, 1, 4, 3, dtype=torch.float32)
     leaves = [x.clone().requires_grad_() for x in (q, k, v, torch.ones(1))]
-    for num_slots, merge in ((4, "existing"), (3, "ward")):
+    for num_slots, merge in ((4, "existing"), (3, "ward"), (3, "nearest")):
         options = (num_slots, 4, "plateau", merge, 0.5, True)
         torch.library.opcheck(library.attention, (*leaves, torch.tensor([[0], [5]]), *options))
     token = [x[:, :1] for x in (q, k, v)]
@@ -41,7 +41,7 @@ def test_operators_are_what_pytorch_expects():
 SLOW = [pytest.param(rows, marks=pytest.mark.slow) for rows in ("dense", "packed", "ward", "ward-sqrt")]
 
 
-@pytest.mark.parametrize("rows", ["padded", "checked", *SLOW])
+@pytest.mark.parametrize("rows", ["padded", "checked", "nearest", *SLOW])
 def test_a_compiled_call_is_one_whole_graph(rows):
     q, k, v = inputs(1, 9, 2, 1, 4, 3, dtype=torch.float32)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
@@ -49,6 +49,7 @@ def test_a_compiled_call_is_one_whole_graph(rows):
         "dense": {},
         "ward": {"merge": "ward"},
         "ward-sqrt": {"merge": "ward-sqrt"},
+        "nearest": {"merge": "nearest"},
         "padded": {"attention_mask": mask},
         "packed": {"cu_seqlens": torch.tensor([0, 4, 9])},
         "checked": {"attention_mask": RowBounds(torch.tensor([[0, 4], [4, 5]]))},
@@ -67,6 +68,29 @@ def test_a_compiled_call_is_one_whole_graph(rows):
         results.append((o, *torch.autograd.grad(o.sum(), leaves)))
     for compiled, eager in zip(*results, strict=True):
         assert torch.equal(compiled, eager)
+
+
+def test_nearest_items_are_found_by_float32_products(monkeypatch):
+    """Whatever the process asks for elsewhere: by rougher products other items would be joined."""
+    from ovq.ops.backends.triton import library, merging
+
+    found, nearest_roots = [], merging.nearest_roots
+
+    def looked_at(*args):
+        found.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        return nearest_roots(*args)
+
+    monkeypatch.setattr(merging, "nearest_roots", looked_at)
+    q, k, v = inputs(1, 8, 1, 1, 4, 3, dtype=torch.float32)
+    options = (4, 4, "immediate", "nearest", 0.5, False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu"):
+            library.attention(q, k, v, torch.ones(1), torch.tensor([[0], [8]]), *options)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == [("highest", False)]
 
 
 def test_a_graph_serves_other_lengths_and_is_exported():

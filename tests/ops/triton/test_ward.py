@@ -197,18 +197,18 @@ def test_token_after_token(merge):
 
 
 def test_merged_slots_are_kept_only_for_a_backward():
-    from ovq.ops.backends.triton import ward
+    from ovq.ops.backends.triton import merging
 
     q, k, v = inputs(1, 6, 1, 1, 4, 4, dtype=torch.float32)
     made = []
-    original = ward.Gone.empty.__func__
+    original = merging.Gone.empty.__func__
 
     def empty(cls, *args, **options):
         made.append(original(cls, *args, **options))
         return made[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ward.Gone, "empty", classmethod(empty))
+        patch.setattr(merging.Gone, "empty", classmethod(empty))
         for tokens in ((q, k, v), (q.clone().requires_grad_(), k, v)):
             attend(*tokens, merge="ward", num_slots=4, chunk_size=3, backend="triton")
     # One step, or both chunks.

@@ -29,7 +29,7 @@ def check(sizes, kind, options, *, dtype=torch.float32, pieces=None, **given):
     ("merge", "kind"),
     [
         pytest.param(merge, kind, marks=[] if (merge, kind) in QUICK else pytest.mark.slow)
-        for QUICK in [{("existing", "some zero"), ("ward", "some zero")}]
+        for QUICK in [{("existing", "some zero"), ("ward", "some zero"), ("nearest", "some zero")}]
         for merge in RULES
         for kind in KINDS
     ],

@@ -22,7 +22,14 @@ from tests.test_cli import fail, run
 
 FIGURES = GROUPS["rivals"]
 # Their slots are as many bytes as they can be; the others have what equal parameters allow.
-HAVE_SLOTS = ("OVQ, Ward-sqrt", "OVQ, merge gate", "OVQ, forget gate", "KVM", "window and sinks")
+HAVE_SLOTS = (
+    "OVQ, Ward-sqrt",
+    "OVQ, nearest",
+    "OVQ, merge gate",
+    "OVQ, forget gate",
+    "KVM",
+    "window and sinks",
+)
 
 
 def models_of(name, preset=CPU):
@@ -34,16 +41,16 @@ def models_of(name, preset=CPU):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_each_rival_has_a_line_and_ovq_four(name):
+def test_each_rival_has_a_line_and_ovq_five(name):
     lines = {line.label: line for line in get_figure(name, TINY).lines}
     assert {line.config.mixer for line in lines.values()} == {*RIVALS}
-    ours = [*lines.values()][1:5]
+    ours = [*lines.values()][1:6]
     gates = [(line.config.model.merge_gate, line.config.model.forget_gate) for line in ours]
-    assert gates == [(False, False), (False, False), (True, False), (False, True)]
-    assert [line.evaluations[0].merge for line in ours] == [None, *["ward-sqrt"] * 3]
-    paper, ward, *gated = ours
-    # Two lines of one model, and two that take over what was chosen for it.
-    assert run_name(paper.config) == run_name(ward.config)
+    assert gates == [(False, False)] * 3 + [(True, False), (False, True)]
+    assert [line.evaluations[0].merge for line in ours] == [None, "ward-sqrt", *["nearest"] * 3]
+    paper, ward, nearest, *gated = ours
+    # Three lines of one model, and two that take over what was chosen for it.
+    assert run_name(paper.config) == run_name(ward.config) == run_name(nearest.config)
     assert len({run_name(line.config) for line in ours}) == 3
     assert {run_name(line.swept) for line in gated} == {run_name(paper.config)}
 

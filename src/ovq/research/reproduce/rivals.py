@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ovq.eval.rows import MIXER_NAMES
+from ovq.ops.options import BEST_MERGE
 from ovq.research.reproduce.evaluations import Evaluation, LossEvaluation, NeedlesEvaluation
 from ovq.research.reproduce.plan import Figure, Line, Panel, Variant
 from ovq.research.reproduce.presets import Preset
@@ -26,7 +27,7 @@ RIVALS = (
 )
 """The mixers compared, in the order of legends. Another is added by its name here."""
 
-_RULE = "nearest"
+_RULE = BEST_MERGE
 """The rule that OVQ is asked by, besides that of its training."""
 
 _RULE_BEFORE = "ward-sqrt"
@@ -54,8 +55,8 @@ _VALIDATION_FACTOR = 4
 _NOTE = (
     "States have equal bytes: those of full dictionaries of OVQ, of KVM's slots and window, and of a window "
     "with sinks; the others have what they can at equal parameters. OVQ is trained by the paper's rule, and "
-    "by nearest, and by Ward-sqrt, the same weights are asked. With a merge gate or a forget gate it is another model, "
-    "trained with the settings that are best without."
+    "by nearest, and by Ward-sqrt, the same weights are asked. With a merge gate or a forget gate it is "
+    "another model, trained with the settings that are best without."
 )
 
 

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from ovq.eval.rows import LOGN, MIXER_NAMES
-from ovq.ops.options import BEST_MERGE
 from ovq.research.reproduce.evaluations import Evaluation
 from ovq.research.reproduce.plan import Figure, Line, Panel
 from ovq.research.reproduce.presets import TOKENS_PER_SLOT, Preset
@@ -14,6 +13,9 @@ from ovq.research.reproduce.rivals import NEEDLE_FACTORS, needle_evaluation
 from ovq.train.config import RunConfig
 
 _FULL = MIXER_NAMES["full_attention"]
+
+_RULE = "ward-sqrt"
+"""The rule that OVQ is asked by, the best one when the rows were made."""
 
 
 def logn_recall(preset: Preset) -> Figure:
@@ -44,17 +46,17 @@ def _by_length(preset: Preset, task: str, title: str, quality: Panel) -> Figure:
     tasks = {length: preset.task(task).at_length(length) for length in preset.lengths(task)}
     asked = [preset.evaluation(each) for each in tasks.values()]
     grown = [
-        preset.evaluation(each, num_slots=preset.enlarged(task, length, BEST_MERGE), merge=BEST_MERGE)
+        preset.evaluation(each, num_slots=preset.enlarged(task, length, _RULE), merge=_RULE)
         for length, each in tasks.items()
     ]
-    few = [preset.evaluation(tasks[length], merge=BEST_MERGE) for length in preset.near_lengths(task)]
+    few = [preset.evaluation(tasks[length], merge=_RULE) for length in preset.near_lengths(task)]
     return _figure(
         f"logn-{task}",
         title,
         trained,
         (
             *_twice(_FULL, preset.config(task, "full_attention"), asked, trained),
-            *_twice(f"OVQ, a slot for {TOKENS_PER_SLOT[BEST_MERGE]} tokens", usual, grown, trained),
+            *_twice(f"OVQ, a slot for {TOKENS_PER_SLOT[_RULE]} tokens", usual, grown, trained),
             # The gate learns what to leave out, which matters where slots are few.
             *_twice(f"OVQ, {slots}", usual, few, trained),
             *_twice(f"OVQ, merge gate, {slots}", preset.config(task, merge_gate=True), few, trained),
@@ -70,8 +72,8 @@ def logn_needles(preset: Preset) -> Figure:
     lines: list[Line] = []
     for label, config, merge in (
         (_FULL, preset.config("needles", "full_attention"), None),
-        (f"OVQ, {slots}", usual, BEST_MERGE),
-        (f"OVQ, merge gate, {slots}", preset.config("needles", merge_gate=True), BEST_MERGE),
+        (f"OVQ, {slots}", usual, _RULE),
+        (f"OVQ, merge gate, {slots}", preset.config("needles", merge_gate=True), _RULE),
     ):
         asked = dataclasses.replace(needle_evaluation(preset, "uuid", "essay"), merge=merge)
         evaluations = [dataclasses.replace(asked, length=trained * factor) for factor in NEEDLE_FACTORS]

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.triton.launch import Saved, backward, forward
-from ovq.ops.backends.triton.ward import Gone
+from ovq.ops.backends.triton.merging import Gone
 from ovq.ops.backends.triton.weights import Kept, Weights
 from ovq.ops.backends.triton.work import Work
 

@@ -132,8 +132,11 @@ class Replayed(Launched):
 
 def steps_of(recurrence: Recurrence, segments: list[range]) -> Launched:
     """How the steps of a call are run."""
-    # Where somebody else records the current stream, all launches become a part of that graph.
-    is_possible = recurrence.work.table.is_cuda and not cuda.is_current_stream_capturing()
+    # By "nearest" the host waits for what was decided. Where somebody else records the current stream, all
+    # launches become a part of that graph.
+    work = recurrence.work
+    is_possible = work.options.merge != "nearest" and work.table.is_cuda
+    is_possible = is_possible and not cuda.is_current_stream_capturing()
     return Replayed(recurrence, segments) if IS_ON and is_possible else Launched(recurrence)
 
 

@@ -1,8 +1,9 @@
-"""merge="ward": the items of a chunk, which are its slots and its tokens, and the sums of slots that merge.
+"""The items of a chunk, where pairs of them are merged: its slots and its tokens; and the sums of slots.
 
-Items are *columns* `[slots | tokens | merged]`, each part padded to whole tiles; a merge makes a new column.
+Items are *columns* `[slots | tokens]`; by merge="ward" a merge makes a new column after these (`ward.py`).
 What is known of the columns of a stream lies in two tables, of integers and of float64 numbers, one field
-after the other. `pairs.py` finds the nearest item of an item, `rounds.py` merges pairs, `ward.py` launches.
+after the other. Those that join items leave in `INTO` which column each was merged into, directly or not,
+and in `INDEX` the lowest item of what is in a column; `merging.py` launches.
 """
 
 import triton
@@ -73,7 +74,7 @@ def advance_items(
     HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """`advance` of `recurrence.py` for Ward's rule; grid (streams, blocks of slots).
+    """`advance` of `recurrence.py` for rules that merge pairs; grid (streams, blocks of slots).
 
     Slots that the previous chunk merged into others leave first; what was in them and the tokens are then
     added in order of position. In the place of scores, the means are written as items.
@@ -204,7 +205,7 @@ def _are_unusual(squares):
     return (is_ordinary | (squares == 0)) == 0
 
 
-@triton.jit(do_not_specialize=["current"])
+@triton.jit(do_not_specialize=["current", "PS"])
 def prepare(
     k, v, token_weights, table, item_keys, item_values, ints, nums, current, factor, W, C, H, K, V, L, PS,
     BC: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -294,7 +295,7 @@ def _root(into, column, mask):
     return root
 
 
-@triton.jit(do_not_specialize=["current", "gone_base"])
+@triton.jit(do_not_specialize=["current", "gone_base", "PS"])
 def settle(
     table, ints, count, weight, slots, gone_slot, gone_into, gone_count, gone_weight, kept_slot,
     current, gone_base, W, C, H, M, L, PS, BL: tl.constexpr,

@@ -22,11 +22,12 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.triton import beside, common, graph
 from ovq.ops.backends.triton.backward import grad_queries, grad_slots, grad_tokens
+from ovq.ops.backends.triton.merging import Gone, PairRecurrence
 from ovq.ops.backends.triton.read import read
 from ovq.ops.backends.triton.recurrence import advance
 from ovq.ops.backends.triton.rewind import deposit, rewind
 from ovq.ops.backends.triton.route import nearest, open_slots
-from ovq.ops.backends.triton.ward import Gone, WardRecurrence
+from ovq.ops.backends.triton.ward import WardRecurrence
 from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import At, Work
 from ovq.ops.options import LEAST_READ
@@ -161,7 +162,7 @@ def recurrence_of(
     work: Work,
     gone: Gone | None = None,
     weights: Weights | None = None,
-) -> Recurrence | WardRecurrence:
+) -> Recurrence | PairRecurrence:
     """The recurrence of a call by its merge rule; arguments as for `Recurrence`.
 
     Args:
@@ -172,7 +173,8 @@ def recurrence_of(
     kept = gone
     if kept is None:
         kept = Gone.empty(work, k, v, is_kept=False, has_weights=weights is not None)
-    return WardRecurrence(k, v, slots, into, work, kept, is_kept=gone is not None, weights=weights)
+    rule = PairRecurrence if work.options.merge == "nearest" else WardRecurrence
+    return rule(k, v, slots, into, work, kept, is_kept=gone is not None, weights=weights)
 
 
 def forward(

@@ -1,9 +1,9 @@
 """Going back through a segment: the dictionaries that its chunks read, and the gradients of their sums.
 
 With the slots of all tokens known, slots are independent of each other: one program takes a block of slots
-through all chunks of the segment, and no program waits for another. By merge="ward" a slot that was merged
-into another gets the gradient of that one, which another program may own: `deposit` then takes one launch per
-chunk.
+through all chunks of the segment, and no program waits for another. Where pairs are merged, a slot that was
+merged into another gets the gradient of that one, which another program may own: `deposit` then takes one
+launch per chunk.
 """
 
 import triton
@@ -50,7 +50,7 @@ def rewind(
         snaps: `[entries, H, M, D]` receives the means that each chunk read.
         snap_bias: `[entries, H, M]` receives the log2 of counts or weights (HAS_BIAS).
         gone_slot: `[entries, H, C]` slots merged into others, of all chunks (HAS_GONE). gone_into,
-            gone_mass: likewise, as in `ward.Gone`. gone_rows: `[entries, H, C, D]`.
+            gone_mass: likewise, as in `merging.Gone`. gone_rows: `[entries, H, C, D]`.
         kept_rows: `[entries, H, C, D]` where tokens have weights, what chunks changed as it was before, of
             the slots kept_slot `[entries, H, C]`, or, if that is None, in the place of their first token.
             kept_mass: likewise.

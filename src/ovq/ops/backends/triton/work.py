@@ -42,7 +42,9 @@ class Work:
         num_active: for each i, the number of rows that have an i-th chunk; `rows_of_step` is the same on the
             device.
         num_complete: for each i, the number of rows whose i-th chunk is complete.
-        num_due: the most merges that a row's i-th chunk takes where pairs are merged.
+        before: for each i, slots in use before it in each row whose i-th chunk is complete.
+        due: for each i, the merges that the chunks of these rows take where pairs are merged. `num_due` is
+            the largest of these numbers.
         num_opening: the most slots that a row opens with its i-th chunk, not counting slot 0.
         options: the layer's settings.
         capacity: slots allocated for the sums.
@@ -71,22 +73,26 @@ class Work:
         num_steps = aligned.chunks_of(0)
         self.num_active = [aligned.num_active(i) for i in range(num_steps)]
         self.num_complete = [aligned.num_complete(i) for i in range(num_steps)]
-        self.num_due: list[int] = []
+        self.before: list[list[int]] = []
+        self.due: list[list[int]] = []
         self.num_opening: list[int] = []
         self.first = [0]
         entries: list[list[int]] = []
         for i, active in enumerate(self.num_active):
-            due = opening = 0
+            opening = 0
             for r in range(active):
                 sizes, is_complete = plan.slots[r], r < self.num_complete[i]
                 after = sizes[i + 1] if is_complete else sizes[i]
-                due = max(due, is_complete * (sizes[i] + aligned.width - after))
                 opening = max(opening, after - max(1, sizes[i]))
                 tokens = min(aligned.width, aligned.lengths[r] - i * aligned.width)
                 entries.append([aligned.first_chunk[r] + i, sizes[i], after, tokens, int(is_complete)])
-            self.num_due.append(due)
+            complete = plan.slots[: self.num_complete[i]]
+            self.before.append([sizes[i] for sizes in complete])
+            self.due.append([sizes[i] + aligned.width - sizes[i + 1] for sizes in complete])
             self.num_opening.append(opening)
             self.first.append(len(entries))
+        self.num_due = [max(of_rows, default=0) for of_rows in self.due]
+        self._num_merged = plan.num_merged
         self.table = torch.tensor(entries, dtype=torch.int32).to(device)
         steps = torch.tensor([self.first, [*self.num_active, 0]], dtype=torch.int32).to(device)
         self.first_of_step, self.rows_of_step = steps.unbind()
@@ -98,6 +104,11 @@ class Work:
     def at(self, i: int, base: int = 0) -> At:
         """The entries of step i; `base` is that of its segment."""
         return At(self.first[i - 1] if i else 0, self.first[i], base)
+
+    def merged_before(self, i: int) -> list[int]:
+        """Tokens merged before step i in each row whose i-th chunk is complete."""
+        size = self.options.chunk_size
+        return [num + i * size for num in self._num_merged[: self.num_complete[i]]]
 
     def kind(self, i: int) -> tuple[int, bool, bool] | None:
         """What the launches of step i depend on beside its entries; None where no other step is like it.

@@ -1,0 +1,212 @@
+"""Rules that merge pairs: which kernels merge the chunks of a call, and in which order.
+
+For each step: `advance_items` merges chunk i - 1 into the slots, writes the dictionary that chunk i reads,
+and the means as items; `prepare` adds the tokens. Then it is decided which of these items are joined.
+`settle` says where tokens go and which slots leave, `keep` what was in them.
+
+By merge="nearest" PyTorch decides, by matrix products and selections (`ovq.ops.nearest`), and the host waits
+for some of them. By the other rules kernels do (`ward.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+from torch import Tensor
+
+from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.triton import common
+from ovq.ops.backends.triton.items import (
+    COUNT,
+    INT_FIELDS,
+    INTO,
+    NUM_FIELDS,
+    advance_items,
+    keep,
+    prepare,
+    settle,
+)
+from ovq.ops.backends.triton.weights import Weights
+from ovq.ops.backends.triton.work import At, Work
+from ovq.ops.nearest import Items, movers, nearest_roots
+from ovq.ops.precision import full_precision
+
+# Most bytes of the products of items that are held at once, or of one stream's if those are more.
+PRODUCT_BYTES = 1 << 30
+# Columns are allocated in multiples of this, which keeps the fields of the tables aligned.
+_ALIGNED = 16
+# Slots that one program keeps.
+_KEPT = 16
+
+
+@dataclasses.dataclass
+class Gone:
+    """Slots that chunks merged into others, as the backward needs them to undo the merges.
+
+    Attributes:
+        slot: `[entries, Hkv, C]` int32 slots, -1 after the last; a chunk makes at most C merges.
+        into: `[entries, Hkv, C]` int32 slots that they were merged into.
+        count: `[entries, Hkv, C]` int64 tokens in them.
+        keys: `[entries, Hkv, C, K]` float32 sums of them. values: `[entries, Hkv, C, V]`.
+        weight: `[entries, Hkv, C]` float32 total weight of the tokens; None where these have none.
+    """
+
+    slot: Tensor
+    into: Tensor
+    count: Tensor
+    keys: Tensor
+    values: Tensor
+    weight: Tensor | None = None
+
+    @classmethod
+    def empty(cls, work: Work, k: Tensor, v: Tensor, *, is_kept: bool, has_weights: bool = False) -> Gone:
+        """Room for all chunks of a call if they are kept, else for those of a step."""
+        num = work.first[-1] if is_kept else work.num_active[0]
+        shape = (num, work.num_kv_heads, work.options.chunk_size)
+
+        def empty(*dims: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(*shape, *dims, dtype=dtype, device=k.device)
+
+        slot, into = empty(dtype=torch.int32), empty(dtype=torch.int32)
+        keys, values = (empty(x.shape[-1], dtype=torch.float32) for x in (k, v))
+        weight = empty(dtype=torch.float32) if has_weights else None
+        return cls(slot, into, empty(dtype=torch.int64), keys, values, weight)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The attributes, in order."""
+        return self.slot, self.into, self.count, self.keys, self.values, self.weight
+
+
+class PairRecurrence:
+    """Merges the chunks of a call, one step at a time: by merge="nearest", unless a subclass decides.
+
+    Args:
+        k: `[num_chunks, W, Hkv, K]` keys, contiguous. v: values.
+        slots: `[num_chunks, Hkv, W]` int32, receives the slot of each token of a complete chunk.
+        into: the dictionaries, updated in place.
+        work: the chunks of the call and their order.
+        gone: receives the slots merged into others.
+        is_kept: whether `gone` has room for all chunks.
+        weights: of the tokens; None without.
+        columns: items of a stream that there is to be room for; by default its slots and tokens.
+    """
+
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        slots: Tensor,
+        into: Dictionary,
+        work: Work,
+        gone: Gone,
+        *,
+        is_kept: bool,
+        weights: Weights | None = None,
+        columns: int = 0,
+    ) -> None:
+        self.k, self.v, self.slots, self.into, self.work = k, v, slots, into, work
+        self._gone, self._is_kept = gone, is_kept
+        self._tokens = None if weights is None else weights.tokens
+        self._kept = None if weights is None else weights.kept
+        self._chunk_size = size = work.options.chunk_size
+        self._columns = columns or triton.cdiv(work.capacity + size, _ALIGNED) * _ALIGNED
+        self._dims = (k.shape[-1], v.shape[-1])
+        self._items = [self._empty(self._columns, dim, dtype=torch.float32) for dim in self._dims]
+        self._ints = self._empty(INT_FIELDS.value, self._columns, dtype=torch.int32)
+        self._nums = self._empty(NUM_FIELDS.value, self._columns, dtype=torch.float64)
+        factor = work.options.value_weight**2
+        self._factor = torch.full((1,), factor, dtype=torch.float64, device=k.device)
+        self._padded = {"BK": common.padded(k.shape[-1]), "BV": common.padded(v.shape[-1])}
+        # A program that ranks all columns of a stream.
+        self._ranking = {
+            "BL": triton.next_power_of_2(self._columns),
+            "num_warps": 8 if self._columns <= 4096 else 16,
+        }
+
+    def _empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Room for each stream."""
+        streams = max(1, self.work.num_active[0] * self.work.num_kv_heads)
+        return torch.empty(streams, *shape, dtype=dtype, device=self.k.device)
+
+    def step(self, i: int, shown: tuple[Tensor, Tensor, Tensor] | None = None, at: At | None = None) -> None:
+        """Merge chunk i - 1, keep the dictionary that chunk i reads and decide what chunk i merges.
+
+        Args:
+            i: the step; one more step after the last chunk merges the last chunks.
+            shown: receives the means and log2 counts; None if nothing is read.
+            at: where the step finds its chunks; None: numbers, and `shown` begins with entry 0.
+        """
+        work, k, v, into, gone = self.work, self.k, self.v, self.into, self._gone
+        has_next = i < work.num_steps
+        num_next = work.num_active[i] if has_next else 0
+        num_rows = max(work.num_complete[i - 1] if i else 0, num_next)
+        if not (num_rows and work.capacity):
+            return
+        at = work.at(i) if at is None else at
+        heads, width = work.num_kv_heads, k.shape[1]
+        fused = common.FUSED if self._tokens is None else common.UNFUSED
+        block = common.slot_block(k, v)
+        kept = self._kept
+        kept_slots = (None,) * 4 if kept is None else (kept.slot, kept.keys, kept.values, kept.weight)
+        parts = (into.key_sum, into.value_sum, into.count)
+        advance_items[(num_rows * heads, triton.cdiv(work.capacity, block))](
+            k, v, self.slots, *parts, work.table, *(shown or parts),
+            *gone.tensors(), self._tokens, into.weight, *kept_slots, *self._items, self._nums,
+            *at, num_next, 0 if self._is_kept else at.previous,
+            width, self._chunk_size, heads, *self._dims, work.capacity, self._columns,
+            HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None,
+            BN=block, BT=common.score_block(k), **self._padded, **fused, num_warps=8,
+        )  # fmt: skip
+        if has_next and work.num_complete[i]:
+            self._decide(i, at.current)
+
+    def _decide(self, i: int, entry: int | Tensor) -> None:
+        """Decide where the tokens of a complete chunk go and which slots leave."""
+        work, gone = self.work, self._gone
+        heads, width, size = work.num_kv_heads, self.k.shape[1], self._chunk_size
+        streams = work.num_complete[i] * heads
+        base, first = 0 if self._is_kept else entry, self._first_token(i)
+        prepare[(streams,)](
+            self.k, self.v, self._tokens, work.table, *self._items, self._ints, self._nums, entry,
+            self._factor, width, size, heads, *self._dims, self._columns, first,
+            BC=32, **self._ranking, **self._padded, **common.FUSED,
+        )  # fmt: skip
+        if work.num_due[i]:
+            self._join(i, streams)
+        settle[(streams,)](
+            work.table, self._ints, self.into.count, self.into.weight, self.slots, gone.slot, gone.into,
+            gone.count, gone.weight, None if self._kept is None else self._kept.slot,
+            entry, base, width, size, heads, work.capacity, self._columns, first,
+            **self._ranking, **common.FUSED,
+        )  # fmt: skip
+        keep[(streams, triton.cdiv(size, _KEPT))](
+            self.into.key_sum, self.into.value_sum, gone.slot, gone.keys, gone.values, entry, base,
+            size, heads, *self._dims, work.capacity, BN=_KEPT, **self._padded, **common.FUSED,
+        )  # fmt: skip
+
+    def _first_token(self, i: int) -> int:
+        """The column of the first token in step i."""
+        return max(self.work.before[i])
+
+    def _join(self, i: int, streams: int) -> None:
+        """Join items in a step in which merges are due: `INTO` of each receives the lowest of its cluster."""
+        work, size = self.work, self._chunk_size
+        columns = self._first_token(i) + size
+        into = self._ints[:streams, INTO.value, :columns]
+        count = (into >= 0).long()
+        mass = self._nums[:streams, COUNT.value, :columns].where(count > 0, 0)
+        keys, values = (x[:streams, :columns] for x in self._items)
+        before, merged, due = (
+            [n for n in of_rows for _ in range(work.num_kv_heads)]
+            for of_rows in (work.before[i], work.merged_before(i), work.due[i])
+        )
+        is_mover = movers(before, merged, size, into.device)
+        at_once = max(1, PRODUCT_BYTES // (4 * 2 * size * columns))
+        # A compiled graph calls this without what `dispatch.py` sees to.
+        with full_precision(into.device):
+            for start in range(0, streams, at_once):
+                own = slice(start, start + at_once)
+                items = Items.of(keys[own], values[own], mass[own], count[own], work.options.value_weight)
+                into[own] = nearest_roots(items, is_mover[own], due[own])
