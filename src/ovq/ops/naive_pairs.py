@@ -1,0 +1,144 @@
+"""Which slots and tokens the reference merges, by the rules that merge pairs (`docs/math.md`, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ovq.ops.options import MASS_POWER, NO_DISTANCE, NUM_PARTS, TIE, Options
+from ovq.ops.state import divisor
+
+
+@torch.no_grad()
+def points(keys: Tensor, values: Tensor, mass: Tensor, options: Options) -> Tensor:
+    """Items as points `[M, K + V]` in float64, between which distances are measured."""
+    # Means as the read sees them, in the dtype of the sums.
+    keys, values, c = keys.double(), values.double(), mass.double()
+    lengths = values.square().sum(-1)
+    is_finite = lengths.isfinite()
+    power = (c * lengths)[is_finite].sum() / divisor(c[is_finite].sum(), c.dtype)
+    return torch.cat([keys, values * (options.value_weight / power.sqrt() if power > 0 else 0.0)], -1)
+
+
+@torch.no_grad()
+def cheapest_clusters(x: Tensor, mass: Tensor, num_merges: int, options: Options) -> list[list[int]]:
+    """Merge items pair by pair, the cheapest first. Returns the items of each cluster, by lowest item."""
+    x, c = x.clone(), mass.double().clone()
+    squares = x.square().sum(-1)
+    tie = TIE * float(squares[squares.isfinite()].max()) if squares.isfinite().any() else 0.0
+
+    def cost(a: int) -> Tensor:
+        """Cost of merging item a with each other one: how much the squared distances to means grow in sum.
+
+        So it is by "ward"; by "ward-sqrt" counts matter less.
+        """
+        squared = (x - x[a]).square().sum(-1)
+        weight = (c * c[a] / divisor(c + c[a], c.dtype)) ** options.count_power
+        costs = torch.where(squared.isfinite(), weight * squared, torch.inf)
+        # Costs within rounding of zero count as zero.
+        return costs.masked_fill(costs <= tie, 0)
+
+    costs = torch.stack([cost(a) for a in range(len(c))])
+    clusters = {i: [i] for i in range(len(c))}
+    costs = costs.masked_fill(torch.ones_like(costs, dtype=torch.bool).tril(), torch.nan)
+    for _ in range(num_merges):
+        best = costs[~costs.isnan()].min()
+        # Of equally cheap pairs, take the one with the lowest first item, then with the lowest second item.
+        a, b = (costs <= best + tie).nonzero()[0].tolist()
+        if c[a] + c[b] > 0:
+            x[a] = (c[a] * x[a] + c[b] * x[b]) / (c[a] + c[b])
+        c[a] += c[b]
+        clusters[a] = sorted(clusters[a] + clusters.pop(b))
+        costs[b], costs[:, b] = torch.nan, torch.nan
+        new = cost(a)
+        costs[a] = torch.where(costs[a].isnan(), torch.nan, new)
+        costs[:, a] = torch.where(costs[:, a].isnan(), torch.nan, new)
+    return list(clusters.values())
+
+
+@torch.no_grad()
+def nearest_clusters(x: Tensor, mass: Tensor, movers: Sequence[int], num_merges: int) -> list[list[int]]:
+    """Take the shortest edges from movers to their nearest items. Returns the items of each cluster, too."""
+    x, mass = x.clone(), mass.to(torch.float64, copy=True)
+    squares = x.square().sum(-1)
+    size = max((float(s) for s, m in zip(squares, mass, strict=True) if m > 0 and s.isfinite()), default=0.0)
+    # A cluster stands in the place of its lowest item.
+    clusters = {i: [i] for i in range(len(x))}
+    edges = {a: _nearest_item(a, x, mass, list(clusters), size or 1.0) for a in movers}
+    num_parts = 0
+    while num_merges > 0:
+        num_parts += 1
+        part = (num_merges + 1) // 2 if num_parts < NUM_PARTS else num_merges
+        chosen = {a: b for a, b in edges.items() if a != b and a != _lowest_of_circle(a, edges)}
+        priority = {a: _edge_priority(a, b, x, mass, size or 1.0) for a, b in chosen.items()}
+        taken = lowest(priority, sorted(chosen), min(part, len(chosen)))
+        trees: dict[int, list[int]] = {}
+        for i in clusters:
+            root = i
+            while root in taken:
+                root = chosen[root]
+            trees.setdefault(root, []).append(i)
+        trees_of = {min(tree): tree for tree in trees.values()}
+        home = {i: place for place, tree in trees_of.items() for i in tree}
+        for place, tree in trees_of.items():
+            if len(tree) == 1:
+                continue
+            total = mass[tree].sum()
+            x[place] = (mass[tree, None] * x[tree]).sum(0) / divisor(total, mass.dtype)
+            mass[place] = total
+            clusters[place] = sorted(j for i in tree for j in clusters.pop(i))
+        num_merges -= len(taken)
+        # What has joined looks again, and others keep to what their targets are in. If edges are too few for
+        # all parts, every cluster looks again.
+        looking = [i for i in clusters if num_parts >= NUM_PARTS or len(trees_of[i]) > 1]
+        edges = {a: home[b] for a, b in edges.items() if a in clusters and a not in looking}
+        edges |= {a: _nearest_item(a, x, mass, sorted(clusters), size or 1.0) for a in looking}
+    return [clusters[i] for i in sorted(clusters)]
+
+
+def _squared_distances(a: int, others: list[int], x: Tensor, mass: Tensor, size: float) -> Tensor:
+    """Squared distances of item a, relative to `size`."""
+    if mass[a] <= 0:  # It is at no distance from anything.
+        return mass.new_zeros(len(others))
+    distance = (x[others] - x[a]).square().sum(-1) / size
+    return distance.masked_fill(~distance.isfinite(), NO_DISTANCE)
+
+
+def _nearest_item(a: int, x: Tensor, mass: Tensor, items: list[int], size: float) -> int:
+    """The item nearest to item a, of equally near ones the first; a itself if there is no other.
+
+    What weighs nothing is no target, unless nothing weighs anything.
+    """
+    targets = [b for b in items if mass[b] > 0] or items
+    others = [b for b in targets if b != a]
+    if not others:
+        return a
+    distance = _squared_distances(a, others, x, mass, size)
+    return others[int((distance <= distance.min() + TIE).nonzero()[0])]
+
+
+def _edge_priority(a: int, b: int, x: Tensor, mass: Tensor, size: float) -> float:
+    """What decides which edges are taken, the lowest first: the distance, times a power of the masses."""
+    weight = (mass[a] * (mass[b] / divisor(mass[a] + mass[b], mass.dtype))) ** MASS_POWER
+    return float(weight * _squared_distances(a, [b], x, mass, size)[0])
+
+
+def _lowest_of_circle(a: int, edges: Mapping[int, int]) -> int | None:
+    """The lowest item of the circle that leads from item a back to it; None if there is none."""
+    way = [a]
+    while (b := edges.get(way[-1], way[-1])) not in way:
+        way.append(b)
+    return min(way) if b == a and len(way) > 1 else None
+
+
+def lowest(priority: Sequence[float] | Mapping[int, float], candidates: list[int], num: int) -> list[int]:
+    """The `num` candidates of the lowest priority, in order; of equal ones, the first."""
+    if num == 0:
+        return []
+    last = sorted(priority[j] for j in candidates)[num - 1]
+    tie = TIE * max(last, 1.0)
+    clear = [j for j in candidates if priority[j] < last - tie]
+    tied = [j for j in candidates if abs(priority[j] - last) <= tie]
+    return sorted(clear + tied[: num - len(clear)])
