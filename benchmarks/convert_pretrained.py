@@ -110,7 +110,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["full", "window", "slots", "probed"])
     parser.add_argument("--adapted", nargs="*", default=[], help="a folder for each share")
     parser.add_argument("--save-probed", type=Path, help="write models of --lengths' first into this folder")
-    parser.add_argument("--merge", default="ward")
+    parser.add_argument("--merge", default="nearest")
     parser.add_argument("--value-weight", type=float, default=1.0)
     parser.add_argument("--chunk-size", type=int, default=64)
     parser.add_argument("--dtype", default="float32")

@@ -36,7 +36,7 @@ REACH = {
 USE = [[[0.2 * math.sin(5 * h + i) for i in range(40)] + [1.0] for h in range(4)]]
 
 
-def layer_of(merge="ward", *, is_adapted=True):
+def layer_of(merge="nearest", *, is_adapted=True):
     learned = {"slot_temperature": TEMPERATURE, "slot_bias": BIAS, "token_use": USE} if is_adapted else {}
     return MemoryLayer(MemoryConfig(merge=merge, value_weight=0.7, **SIZES, **REACH, **learned).layer(0))
 
@@ -75,7 +75,7 @@ def check(layer, other, dtype):
             assert torch.equal(found, tensor), name
 
 
-@pytest.mark.parametrize("merge", ["ward", "ward-sqrt", "existing"])
+@pytest.mark.parametrize("merge", ["nearest", "updated", "existing"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @settings(max_examples=4, deadline=None)
 @given(

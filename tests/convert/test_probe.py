@@ -106,7 +106,7 @@ def test_a_head_that_has_to_tell_all_tokens_apart_can_keep_them_all():
     g = torch.randn(1, 1, 100, 16, generator=generator)
     o = F.scaled_dot_product_attention(q, k, v, scale=1.0, attn_mask=torch.ones(100, length).tril(200) > 0)
     head = Captured(q=q, k=k, v=v, o=o, g=g, num_targets=100)
-    given = {"chunk_size": 8, "merge": "ward", "value_weight": 1.0}
+    given = {"chunk_size": 8, "merge": "nearest", "value_weight": 1.0}
     options = default_options(100, num_sinks=2, chunk_size=8, length=length)
     losses = torch.stack([loss for _, loss in sorted(trials(head, options, 2, given))], -1)
     assert losses[0, -1] < 1e-9 < losses[0, :-1].min() / 1000

@@ -21,7 +21,7 @@ def heads(num=20, length=150, num_queries=40):
     return Captured(q=q, k=k, v=v, o=o, g=g, num_targets=num_queries)
 
 
-@pytest.mark.parametrize("merge", ["ward", "existing"])
+@pytest.mark.parametrize("merge", ["nearest", "existing"])
 @pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "torch"])
 def test_options_lose_together_what_they_lose_alone(merge, is_compiled, monkeypatch):
     if not is_compiled:

@@ -77,7 +77,7 @@ def test_what_will_be_asked_for_is_kept_apart():
     for seed in range(1, 9):
         added(use, text_with_lookups(seed)[0])
     learned = use.numbers()
-    settings = {"chunk_size": 8, "merge": "ward", "value_weight": 1.0}
+    settings = {"chunk_size": 8, "merge": "nearest", "value_weight": 1.0}
     # Another text, with half as many slots as tokens.
     text, _ = text_with_lookups(0)
     option = Option(num_slots=96, window=16)

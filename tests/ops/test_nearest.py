@@ -1,15 +1,19 @@
 """merge="nearest": which edges are taken, where items go, the same in every backend that knows the rule."""
 
+import functools
+
 import pytest
 import torch
 
 from ovq.ops import backend_used, nearest
+from ovq.ops.options import Options
 from ovq.ops.schedule import GROWTHS
 from tests.ops.common import CPU, assert_same_state, attend, by_turns, inputs
 from tests.ops.recount import recount_by_edges
 from tests.ops.test_ward import LENGTH, STREAMS, check_equal, gradients_from, stream, tokens_of
 
 NEAREST = {"merge": "nearest"}
+FEW = {"num_slots": 20, "chunk_size": 12}
 FAST = ("torch", *CPU)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -232,3 +236,16 @@ def test_weights_in_float64_are_summed_as_they_are():
     assert_same_state(*states)
     torch.testing.assert_close(states[0].weight, states[1].weight)
     torch.testing.assert_close(states[0].weight.sum(-1), weights.sum().expand(1, 2))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_masses_may_count_by_another_power(backend, monkeypatch):
+    other = functools.partial(Options, mass_power=1.0)
+    usual = attend(*stream("clustered", torch.float32), **NEAREST, **FEW, backend=backend)[1]
+    monkeypatch.setattr("ovq.ops.attention.Options", other)
+    state, expected = (
+        attend(*stream("clustered", torch.float32), **NEAREST, **FEW, backend=b)[1]
+        for b in (backend, "naive")
+    )
+    assert_same_state(state, expected)
+    assert not torch.equal(state.count, usual.count)

@@ -35,7 +35,7 @@ def convert(
     ] = 256,
     num_sinks: Annotated[int, typer.Option(min=0, help="First tokens that are kept exactly.")] = 4,
     chunk_size: Annotated[int, typer.Option(min=1, help="Tokens merged at a time.")] = 32,
-    merge: Annotated[str, typer.Option(help="ward, ward-sqrt or existing (the paper's rule).")] = "ward",
+    merge: Annotated[str, typer.Option(help="nearest or existing (the paper's rule).")] = "nearest",
     value_weight: Annotated[
         float, typer.Option(min=0, help="Weight of distances between values, relative to keys.")
     ] = 1.0,

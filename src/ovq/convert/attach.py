@@ -83,7 +83,7 @@ def attach(
     window: int | Sequence[Sequence[int]] = 256,
     num_sinks: int = 4,
     chunk_size: int = 32,
-    merge: str = "ward",
+    merge: str = "nearest",
     value_weight: float = 1.0,
     max_distance: int | None = None,
     config: MemoryConfig | None = None,
@@ -103,7 +103,7 @@ def attach(
         window: last tokens per head, a multiple of `chunk_size`, likewise.
         num_sinks: first tokens per head.
         chunk_size: tokens that are merged at a time.
-        merge: the rule by which the slots are learned, `"ward"`, `"ward-sqrt"` or the paper's `"existing"`.
+        merge: the rule by which the slots are learned, `"nearest"` or the paper's `"existing"`.
         value_weight: the weight of distances between values relative to those between keys.
         max_distance: how many tokens away queries see sinks and slots, at most, once a text is longer than
             the model was trained for (its `max_position_embeddings`). None for a quarter of that, or for no

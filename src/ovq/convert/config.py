@@ -18,7 +18,10 @@ CONFIG_KEY = "ovq_memory"
 LEAST_LENGTH = 32
 
 # The rules that memories have been written for: one that is new elsewhere is not taken for one of these.
-_MERGES = ("existing", "updated", "ward", "ward-sqrt")
+_MERGES = ("existing", "updated", "nearest")
+
+# The power of masses in what edges are ranked by: weights of expected use say more than counts do.
+MASS_POWER = 1.0
 
 # Keys are multiplied by powers of 2, which does not round as long as float16 can hold them.
 _MOST_EXPONENT = 8
@@ -70,7 +73,7 @@ class MemoryConfig:
     window: list[list[int]]
     num_sinks: int = 4
     chunk_size: int = 32
-    merge: str = "ward"
+    merge: str = "nearest"
     value_weight: float | list[list[float]] = 1.0
     key_exponents: list[list[list[int]]] | None = None
     token_use: list[list[list[float]]] | None = None
@@ -253,6 +256,7 @@ class Budget:
             merge=self.merge,
             seed=0,
             value_weight=self.value_weight,
+            mass_power=MASS_POWER,
         )
 
 

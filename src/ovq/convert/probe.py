@@ -24,7 +24,7 @@ from ovq.convert.config import MemoryConfig
 from ovq.convert.distances import Distances, far_attention
 from ovq.convert.trials import Option, trials
 from ovq.convert.use import ExpectedUse
-from ovq.ops.options import COUNT_POWERS
+from ovq.ops.options import PAIR_MERGES
 
 # Sizes of the options that are tried by default, in steps, of which `rows` are at most about so many.
 _STEPS = 24
@@ -138,7 +138,7 @@ def probe(
     options: Sequence[Option],
     num_sinks: int = 4,
     chunk_size: int = 32,
-    merge: str = "ward",
+    merge: str = "nearest",
     value_weight: float = 1.0,
     targets: Sequence[Tensor | None] | None = None,
     weights: Sequence[float] | None = None,
@@ -207,7 +207,7 @@ def probe(
     with captures_of(model, captures) as kept:
         if has_distances or has_use:
             is_of_distances = [has_distances and (m is None or None not in masks) for m in masks]
-            uses = shares.tolist() if has_use and merge in COUNT_POWERS else [0.0] * len(texts)
+            uses = shares.tolist() if has_use and merge in PAIR_MERGES else [0.0] * len(texts)
             found = _learned(kept, list(zip(texts, masks, is_of_distances, uses, strict=True)), seed, sizes)
             if has_distances:
                 settings["value_weight"] = [[value_weight * w for w in d.value_weights()] for d, _ in found]

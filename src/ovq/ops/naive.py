@@ -298,7 +298,7 @@ def _learn_by_pairs(chunk: _Chunk, head: _Head, h: int, options: Options) -> Non
         # Those that look for another: tokens, as many slots in turn, and what weighs nothing.
         in_turn = {(chunk.num_seen - size + i) % existing for i in range(min(size, existing))}
         movers = [i for i, m in enumerate(mass) if i >= existing or i in in_turn or m <= 0]
-        clusters = nearest_clusters(x, mass, movers, existing + size - wanted)
+        clusters = nearest_clusters(x, mass, movers, existing + size - wanted, options.mass_power)
     else:
         clusters = cheapest_clusters(x, mass, existing + size - wanted, options)
     # A cluster stays in its lowest slot. One of tokens alone takes a slot that became free, or a new slot.

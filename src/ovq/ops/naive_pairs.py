@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ovq.ops.options import MASS_POWER, NO_DISTANCE, NUM_PARTS, TIE, Options
+from ovq.ops.options import NO_DISTANCE, NUM_PARTS, TIE, Options
 from ovq.ops.state import divisor
 
 
@@ -59,7 +59,9 @@ def cheapest_clusters(x: Tensor, mass: Tensor, num_merges: int, options: Options
 
 
 @torch.no_grad()
-def nearest_clusters(x: Tensor, mass: Tensor, movers: Sequence[int], num_merges: int) -> list[list[int]]:
+def nearest_clusters(
+    x: Tensor, mass: Tensor, movers: Sequence[int], num_merges: int, mass_power: float
+) -> list[list[int]]:
     """Take the shortest edges from movers to their nearest items. Returns the items of each cluster, too."""
     x, mass = x.clone(), mass.to(torch.float64, copy=True)
     squares = x.square().sum(-1)
@@ -72,7 +74,7 @@ def nearest_clusters(x: Tensor, mass: Tensor, movers: Sequence[int], num_merges:
         num_parts += 1
         part = (num_merges + 1) // 2 if num_parts < NUM_PARTS else num_merges
         chosen = {a: b for a, b in edges.items() if a != b and a != _lowest_of_circle(a, edges)}
-        priority = {a: _edge_priority(a, b, x, mass, size or 1.0) for a, b in chosen.items()}
+        priority = {a: _edge_priority(a, b, x, mass, size or 1.0, mass_power) for a, b in chosen.items()}
         taken = lowest(priority, sorted(chosen), min(part, len(chosen)))
         trees: dict[int, list[int]] = {}
         for i in clusters:
@@ -119,9 +121,9 @@ def _nearest_item(a: int, x: Tensor, mass: Tensor, items: list[int], size: float
     return others[int((distance <= distance.min() + TIE).nonzero()[0])]
 
 
-def _edge_priority(a: int, b: int, x: Tensor, mass: Tensor, size: float) -> float:
+def _edge_priority(a: int, b: int, x: Tensor, mass: Tensor, size: float, mass_power: float) -> float:
     """What decides which edges are taken, the lowest first: the distance, times a power of the masses."""
-    weight = (mass[a] * (mass[b] / divisor(mass[a] + mass[b], mass.dtype))) ** MASS_POWER
+    weight = (mass[a] * (mass[b] / divisor(mass[a] + mass[b], mass.dtype))) ** mass_power
     return float(weight * _squared_distances(a, [b], x, mass, size)[0])
 
 

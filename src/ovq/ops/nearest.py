@@ -34,6 +34,7 @@ class Items:
         factor: `[S]` float64.
         mass: `[S, M]` weights, or counts where tokens have none.
         count: `[S, M]` tokens in each item; 0 for one that is not there.
+        mass_power: the power of masses in what edges are ranked by.
     """
 
     keys: Tensor
@@ -41,14 +42,24 @@ class Items:
     factor: Tensor
     mass: Tensor
     count: Tensor
+    mass_power: float = MASS_POWER
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, mass: Tensor, count: Tensor, value_weight: float) -> Items:
+    def of(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        mass: Tensor,
+        count: Tensor,
+        *,
+        value_weight: float,
+        mass_power: float = MASS_POWER,
+    ) -> Items:
         """The items, with values scaled as `value_weight` says."""
         # In float64, without a copy of all values in it.
         lengths = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64).square_()
         factor = value_factor(lengths, mass, value_weight)
-        return cls(keys=keys, values=values, factor=factor, mass=mass, count=count)
+        return cls(keys=keys, values=values, factor=factor, mass=mass, count=count, mass_power=mass_power)
 
     def points(self, index: tuple[Tensor, Tensor] | slice = slice(None)) -> Tensor:
         """`[S, M, K + V]` float64, or those of an index `(stream, item)`."""
@@ -273,7 +284,7 @@ class _Clusters:
         """Edges from items to others, each weighed by the masses of both."""
         index = torch.arange(target.shape[1], device=target.device)
         mass, other = self.mass, self.mass.gather(1, target)
-        weight = (mass * (other / divisor(mass + other, mass.dtype))) ** MASS_POWER
+        weight = (mass * (other / divisor(mass + other, mass.dtype))) ** self._items.mass_power
         priority = (distance * weight).masked_fill(target == index, torch.inf)
         return _Edges(target=target, distance=distance, error=error, weight=weight, priority=priority)
 

@@ -27,7 +27,7 @@ NO_WEIGHT = 3.0
 # Distances are at most 4 times that.
 NO_DISTANCE = 5.0
 # The power of a b / (a + b) by which the distance of two items of masses a and b counts where the shortest
-# edges are taken (docs/results/rules.md).
+# edges are taken (docs/results/rules.md), and for the weights of expected use (docs/convert_results.md).
 MASS_POWER = 1 / 3
 # In how many parts they are taken, each but the last half of what is due, rounded up.
 NUM_PARTS = 4
@@ -64,6 +64,7 @@ class Options:
         rate: how far a slot mean moves to a key merged into it: `"count"` (1 / count) or a constant share.
         value_weight: w, the weight of distances between values relative to those between keys where pairs
             are merged.
+        mass_power: the power of masses in what edges are ranked by, see `MASS_POWER`.
         weighs_chunk: whether tokens of the own chunk are read with the log of their weights, as slots are.
     """
 
@@ -76,6 +77,7 @@ class Options:
     bias: str = "count"
     rate: float | str = "count"
     value_weight: float = VALUE_WEIGHT
+    mass_power: float = MASS_POWER
     weighs_chunk: bool = False
 
     def __post_init__(self) -> None:

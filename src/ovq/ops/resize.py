@@ -32,7 +32,9 @@ def resized(state: OVQState, num_slots: int, *, merge: str, value_weight: float)
     with torch.no_grad():
         keys, values = state.keys.flatten(0, 1), state.values.flatten(0, 1)
         if merge == "nearest":
-            roots = nearest_roots(Items.of(keys, values, mass, count, value_weight), count > 0, due)
+            roots = nearest_roots(
+                Items.of(keys, values, mass, count, value_weight=value_weight), count > 0, due
+            )
         else:
             points = pair_points(keys, values, mass, value_weight)
             roots = cluster_roots(points, count, due, count_power=_POWERS[merge], weight=weight)

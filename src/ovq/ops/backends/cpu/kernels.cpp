@@ -86,15 +86,10 @@ static void search_together(const Joining &all, const Team *team, float *scores)
 /* Join items by their edges, part by part, once those of finite chunks have searched. */
 static void join_together(const Joining &all, Dictionary *dictionary, Rows *tokens, const Chunk *chunk, int64_t head,
                           int64_t due, int64_t num_merged, const Team *team, Learner *learner, float *scores) {
-    const Call *call = all.call;
-    if (team->rank == 0) {
-        if (!*tokens->is_finite) {
-            /* The sums get all values, and so do distances. */
-            load_values(tokens, call, chunk->index, head, chunk->num);
-            clear_weightless(tokens, call, chunk->num);
-            if (due) prepare_nearest(all, due, num_merged);
-            if (due) search_in_tiles(all, scores);
-        }
+    if (team->rank == 0 && !*tokens->is_finite) {
+        reload(all, tokens, chunk, head);
+        if (due) prepare_nearest(all, due, num_merged);
+        if (due) search_in_tiles(all, scores);
     }
     for (int64_t part = 1, is_over = !due; !is_over; part++) {
         if (team->rank == 0) take_part(all, part);

@@ -18,7 +18,7 @@ from ovq.ops.backends.dictionary import Dictionary, dense_copy
 from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
 from ovq.ops.fading import LEAST_WEIGHT
-from ovq.ops.options import MASS_POWER, NUM_PARTS, TIE
+from ovq.ops.options import NUM_PARTS, TIE
 from ovq.ops.random_init import random_priority
 
 # What inputs may be, each by its number in numbers.h.
@@ -342,7 +342,7 @@ def _call(
         tie=TIE,
         value_weight=options.value_weight,
         num_parts=NUM_PARTS,
-        mass_power=MASS_POWER,
+        mass_power=options.mass_power,
     )
     starts = [0, *itertools.accumulate(len(sizes) for sizes in plan.slots)]
     call.set_tokens(q=q, k=k, v=v, o=o)

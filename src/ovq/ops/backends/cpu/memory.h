@@ -7,7 +7,7 @@
 #pragma once
 
 #include "decode.h"
-#include "ward.h"
+#include "nearest.h"
 
 /* No more new tokens than this are read one by one. */
 #define FEW_TOKENS 4
@@ -24,8 +24,8 @@ struct Strides {
 /* Heads of equal sizes. Mirrored by `HeadGroup` in memory.py. */
 struct HeadGroup {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, capacity, num_exact, num_sinks, key_dim, value_dim;
-    int64_t dtype, query_dtype, is_merge_updated, merges_pairs, is_sqrt;
-    double tie, value_weight;
+    int64_t dtype, query_dtype, is_merge_updated, merges_pairs, num_parts;
+    double tie, value_weight, mass_power;
     const int64_t *heads;       /* [h]: which of the key/value heads of k and v. */
     const void *q, *k, *v;      /* q is NULL if nobody reads. */
     void *o;
@@ -48,7 +48,7 @@ struct HeadScratch {
     Dictionary dictionary;
     Rows tokens;
     Learner learner;
-    Ward layout, ward;
+    Nearest nearest;
     Reader reader;
     float *queries, *keys, *values; /* [QUERIES, key_ld]; [C, ...], those that leave. */
     float *weights;                 /* [C]: theirs, if tokens have weights. */
@@ -94,10 +94,11 @@ static Call learning_call(const HeadGroup *g) {
     call.capacity = g->capacity;
     call.dtype = FLOAT32;
     call.is_merge_updated = g->is_merge_updated;
-    call.merges_pairs = g->merges_pairs;
-    call.is_sqrt = g->is_sqrt;
+    call.merges_pairs = call.is_nearest = g->merges_pairs;
+    call.num_parts = g->num_parts;
     call.tie = g->tie;
     call.value_weight = g->value_weight;
+    call.mass_power = g->mass_power;
     call.weight = g->weight;
     call.k = {nullptr, {0, g->key_dim, 0}, g->key_dim};
     call.v = {nullptr, {0, g->value_dim, 0}, g->value_dim};
@@ -128,9 +129,10 @@ static HeadScratch take_head(Arena *arena, const HeadGroup *g, const Call *call,
         own.log_count = TAKE(arena, float, padded(g->capacity, NR));
     }
     own.learner = take_learner(arena, call);
-    if (call->merges_pairs) own.layout = take_ward(arena, call);
+    if (call->merges_pairs) own.nearest = take_nearest(arena, call);
     own.reader = take_reader(arena, call);
-    const int64_t columns = padded(g->num_sinks, NR) + padded(g->capacity, NR) + own.room;
+    const int64_t read = padded(g->num_sinks, NR) + padded(g->capacity, NR) + own.room;
+    const int64_t columns = read > own.nearest.num_columns ? read : own.nearest.num_columns;
     own.reader.scores = TAKE(arena, float, QUERIES * columns);
     own.queries = TAKE(arena, float, QUERIES * key_ld(call));
     own.keys = TAKE(arena, float, g->chunk_size * g->key_dim);
@@ -293,20 +295,13 @@ static void merge_oldest(HeadStream *s) {
     }
     const Chunk chunk = {0, size, s->schedule[s->num_merges], s->schedule[s->num_merges + 1], 1};
     Dictionary *dictionary = &own->dictionary;
+    const int64_t num_merged = g->num_merged[s->row] + (s->earlier_merges + s->num_merges) * size;
     lay_out_slots(s);
     dictionary->num = chunk.before;
     load_chunk(&own->tokens, call, 0, 0, size);
     if (call->merges_pairs) {
-        const Items items = {call, dictionary, &own->tokens, &s->sums, &own->ward};
-        const int64_t due = chunk.before + size - chunk.after;
-        if (due && *own->tokens.is_finite) {
-            prepare_ward(items, due, own->reader.scores);
-            for (int64_t t = 0; t < size; t += QUERIES) token_rows(items, t, least(QUERIES, size - t));
-            for (int64_t i = 0; i < own->ward.num_wanted; i += QUERIES)
-                bound_slots(items, i, least(QUERIES, own->ward.num_wanted - i), own->reader.scores);
-        }
-        learn_by_likelihood(call, dictionary, &own->tokens, &s->sums, &chunk, 0, &own->ward, &own->learner,
-                            own->reader.scores);
+        const Joining all = {call, dictionary, &own->tokens, &s->sums, &own->nearest};
+        join_alone(all, dictionary, &own->tokens, &chunk, 0, num_merged, &own->learner, own->reader.scores);
     } else {
         const Lengths lengths = lengths_of(dictionary);
         for (int64_t t = 0; chunk.before && t < size; t += QUERIES)
@@ -314,8 +309,7 @@ static void merge_oldest(HeadStream *s) {
                        &lengths, &own->learner, &own->reader);
         learn(call, dictionary, &own->tokens, &s->sums, &chunk, 0, nullptr, &own->learner, &own->reader);
     }
-    const int64_t position = g->num_sinks + g->num_merged[s->row] + (s->earlier_merges + s->num_merges) * size;
-    for (int64_t t = 0; t < size; t++) s->sums.position[own->slots[t]] += position + t;
+    for (int64_t t = 0; t < size; t++) s->sums.position[own->slots[t]] += g->num_sinks + num_merged + t;
     take_counts(s);
 }
 
@@ -396,7 +390,6 @@ static int take_memory(HeadStream *s) {
     s->memory = arena.base;
     arena.used = 0;
     s->own = take_head(&arena, s->group, &s->call, s->length);
-    s->own.ward = s->own.layout;
     s->call.k.data = s->own.keys;
     s->call.v.data = s->own.values;
     s->call.slots = s->own.slots;

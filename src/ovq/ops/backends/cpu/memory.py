@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.cpu import build
-from ovq.ops.backends.cpu.kernels import DTYPES, RULES
+from ovq.ops.backends.cpu.kernels import DTYPES
 from ovq.ops.backends.cpu.mirrors import mirror_of
-from ovq.ops.options import TIE, Options
+from ovq.ops.options import NUM_PARTS, TIE, Options
 
 
 def advance_memory(groups: Sequence[HeadGroup]) -> None:
@@ -37,9 +37,9 @@ class HeadGroup(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("capacity", "num_exact", "num_sinks", "key_dim", "value_dim")),
         *(
             (name, ctypes.c_int64)
-            for name in ("dtype", "query_dtype", "is_merge_updated", "merges_pairs", "is_sqrt")
+            for name in ("dtype", "query_dtype", "is_merge_updated", "merges_pairs", "num_parts")
         ),
-        *((name, ctypes.c_double) for name in ("tie", "value_weight")),
+        *((name, ctypes.c_double) for name in ("tie", "value_weight", "mass_power")),
         *((name, ctypes.c_void_p) for name in ("heads", "q", "k", "v", "o")),
         *((f"{name}_at", _Strides) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("recent_keys", "recent_values", "key_sum", "value_sum")),
@@ -105,9 +105,10 @@ class HeadGroup(ctypes.Structure):
             tie=TIE,
         )
         if options is not None:
-            for name, value in RULES[options.merge].items():
-                setattr(group, name, value)
-            group.value_weight = options.value_weight
+            group.is_merge_updated = options.merge == "updated"
+            group.merges_pairs = options.merges_pairs
+            group.num_parts = NUM_PARTS
+            group.value_weight, group.mass_power = options.value_weight, options.mass_power
         group._kept = []
         group._point(**tensors, temperature=temperature, bias=bias)
         # Faster to make than small tensors.

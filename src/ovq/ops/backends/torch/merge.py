@@ -211,7 +211,8 @@ def _roots(
     )
     if options.merge == "nearest":
         is_mover = movers(chunk.before, [t - size for t in chunk.num_seen], size, items.device)
-        return nearest_roots(Items.of(*points, items, options.value_weight), is_mover, due)
+        weighted = Items.of(*points, items, value_weight=options.value_weight, mass_power=options.mass_power)
+        return nearest_roots(weighted, is_mover, due)
     x = pair_points(*points, options.value_weight)
     return cluster_roots(x, items, due, count_power=options.count_power, weight=weights)
 

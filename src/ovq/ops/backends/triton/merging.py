@@ -208,5 +208,9 @@ class PairRecurrence:
         with full_precision(into.device):
             for start in range(0, streams, at_once):
                 own = slice(start, start + at_once)
-                items = Items.of(keys[own], values[own], mass[own], count[own], work.options.value_weight)
+                items = Items.of(
+                    *(x[own] for x in (keys, values, mass, count)),
+                    value_weight=work.options.value_weight,
+                    mass_power=work.options.mass_power,
+                )
                 into[own] = nearest_roots(items, is_mover[own], due[own])
