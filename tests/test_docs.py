@@ -285,6 +285,28 @@ def test_the_results_of_conversion_say_which_digits_were_found():
     assert measured <= set(re.findall(shape, text, flags=re.MULTILINE))
 
 
+def test_the_results_of_conversion_say_what_the_shortest_edges_lost():
+    rows = json.loads((ROOT / "docs" / "results" / "convert_nearest.json").read_text())["rows"]
+    rules = {"ward": "Ward's rule", "nearest": "the shortest edges"}
+    measured = {
+        (rules[row["merge"]], f"{row['rows']:,.0f}", row["text"], f"{row['loss']:.3f}")
+        for row in rows
+        if row["what"] == "loss" and row["method"] == "fitted" and "variant" not in row
+    }
+    page = (ROOT / "docs" / "convert_results.md").read_text().replace("**", "")
+    section = page.split("\n### Merging along the shortest edges\n")[1].split("\nSo prose")[0]
+    header, *table = re.findall(r"^\| (\w.+) \|$", section, flags=re.MULTILINE)
+    texts = [name.strip(" `").replace(",", "") for name in header.split("|")[2:]]
+    shown = {
+        (*cells[:2], text, loss)
+        for cells in ([cell.strip() for cell in line.split("|")] for line in table)
+        for text, loss in zip(texts, cells[2:], strict=True)
+        if cells[0] in rules.values()
+    }
+    assert len(shown) == 24
+    assert shown == measured
+
+
 def test_the_results_of_conversion_say_how_long_a_token_takes():
     runs = json.loads((ROOT / "docs" / "results" / "convert_long_use.json").read_text())["runs"]
     few, many = ({row["tokens"]: row for row in run["rows"] if "decode_ms" in row} for run in runs)
