@@ -5,7 +5,7 @@
 
 The model is that of a recipe, `ovq train recall-ovq` if none is named. A training step reads 16 examples of
 256 tokens; 4,096 tokens are read, and then followed by single tokens, with the dictionary kept by the paper's
-rule and by Ward-sqrt. What the gate says of tokens is random, for the merge gate of a spread like that of a
+rule and by nearest. What the gate says of tokens is random, for the merge gate of a spread like that of a
 trained one: `--spread 0` makes all weights 1.
 `OVQ_CPU_KERNELS=0` shows what it costs without kernels.
 """
@@ -92,9 +92,9 @@ def main() -> None:
     step = functools.partial(trained, batch=arguments.batch, length=arguments.length)
     print(f"{'what':30} {'without':>9} {'with':>9} {'times':>6}  backends")
     for what, make, merges in (
-        ("training step", step, ("existing", "ward-sqrt")),
-        (f"{LENGTH} tokens read", read, ("existing", "ward", "ward-sqrt")),
-        (f"{TOKENS} tokens decoded", decoded, ("existing", "ward-sqrt")),
+        ("training step", step, ("existing", "nearest")),
+        (f"{LENGTH} tokens read", read, ("existing", "nearest")),
+        (f"{TOKENS} tokens decoded", decoded, ("existing", "nearest")),
     ):
         for merge in merges:
             both = [make(model(recipe, merge, arguments.spread, {gate: has})) for has in (False, True)]

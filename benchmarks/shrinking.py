@@ -1,9 +1,8 @@
 """What a dictionary still knows once it is a quarter as large: `python benchmarks/shrinking.py`.
 
-A stream is read into 1024 slots, which are then made 256: by merging the cheapest pairs (`OVQState.resize`)
-at Ward's cost or that of Ward-sqrt, and by keeping the slots used most, each other going to the kept slot of
-the largest cosine. Errors are those of `ovq reproduce fidelity`: of 256 queries against exact attention over
-all tokens, relative to its size.
+A stream is read into 1024 slots, which are then made 256: by merging what is nearest (`OVQState.resize`), and
+by keeping the slots used most, each other going to the kept slot of the largest cosine. Errors are those of
+`ovq reproduce fidelity`: of 256 queries against exact attention over all tokens, relative to its size.
 
 With `--runs RUNS`, the `runs` of `ovq reproduce recall positional`, models trained by the paper's rule do the
 same with the context of an example, and are then asked: the share of right answers. `docs/results/memory.md`
@@ -37,7 +36,7 @@ from ovq.tasks import IGNORE_INDEX, TaskBatch
 TOKENS, QUERIES, DIM = 8192, 256, 64
 LARGE, SMALL = 1024, 256
 SEEDS = (0, 1, 2)
-RULES = ("existing", "ward", "ward-sqrt")
+RULES = ("existing", "nearest")
 LENGTH, EXAMPLES = 4096, 8
 
 
@@ -59,8 +58,7 @@ def most_used(state: OVQState) -> OVQState:
 
 WAYS: dict[str, Callable[[OVQState], OVQState]] = {
     "1024 slots": lambda state: state,
-    "256, cheapest by Ward": lambda state: state.resize(SMALL, merge="ward"),
-    "256, by Ward-sqrt": lambda state: state.resize(SMALL, merge="ward-sqrt"),
+    "256, by resize": lambda state: state.resize(SMALL),
     "256, most used": most_used,
 }
 

@@ -11,7 +11,6 @@ from unittest import mock
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import build
 from ovq.ops.backends.triton import HAS_TRITON
-from ovq.ops.options import PAIR_MERGES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,17 +47,13 @@ class Backend:
                 # Triton's interpreter computes with NumPy, which warns of what is not a number.
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore", RuntimeWarning)
-                # It takes some 10 ms a program: launch few of those that would only share their work.
-                from ovq.ops.backends.triton import ward
-
-                stack.enter_context(mock.patch.multiple(ward, ROUNDS=1, REFINED_EACH=2))
             yield
 
     def known(self, options: dict[str, float | str]) -> dict[str, float | str]:
         """Those of drawn `options` that it knows; the others stay as they are by default."""
         if self.has_options:
             return options
-        names = ("merge", "value_weight") if options["merge"] in PAIR_MERGES else ()
+        names = ("merge", "value_weight") if options["merge"] == "nearest" else ()
         return {name: options[name] for name in names}
 
     def missing(self) -> str | None:

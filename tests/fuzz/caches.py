@@ -15,7 +15,6 @@ from torch import Tensor
 from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
 from ovq.layers import MIXERS, OVQAttention
-from ovq.ops.options import PAIR_MERGES
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.program import Impossible, Program
 
@@ -69,7 +68,7 @@ class CacheProgram(Program):
         above = [name for name in MIXERS if dtype == "float64" or name not in ROUTED]
         mixers = [rng.choice(["ovq", rng.choice(list(MIXERS))])]
         mixers += [rng.choice([above[0], rng.choice(above)]) for _ in range(rng.randrange(3))]
-        merge = rng.choice(["existing", "existing", "updated", *PAIR_MERGES])
+        merge = rng.choice(["existing", "existing", "updated", "nearest"])
         return cls(
             seed=rng.randrange(10**6),
             prompts=tuple(rng.randrange(1, 10) for _ in range(rng.choice([1, 2, 3]))),
@@ -87,7 +86,7 @@ class CacheProgram(Program):
             sliding_window=rng.choice([2, 3, 5]),
             merge=merge,
             bias=rng.choice(["count", "count", "count+norm"]),
-            rate="count" if merge in PAIR_MERGES else rng.choice(["count", "count", 0.3]),
+            rate="count" if merge == "nearest" else rng.choice(["count", "count", 0.3]),
         )
 
     @torch.no_grad()

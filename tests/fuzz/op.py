@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
-from ovq.ops.options import COUNT_POWERS, PAIR_MERGES, VALUE_WEIGHT
+from ovq.ops.options import VALUE_WEIGHT
 from ovq.ops.schedule import GROWTHS
 from ovq.ops.state import state_dtype
 from tests.fuzz.backends import BACKENDS, Backend
@@ -25,7 +25,7 @@ from tests.fuzz.compare import assert_close, assert_state, bound_of
 from tests.fuzz.options import drawn_options
 from tests.fuzz.program import Impossible, Program
 from tests.fuzz.tensors import LOGS, ORDERS, SHARP, SHARP_LOGS, WEIGHTS, normalized, numbers, stored
-from tests.ops.recount import recount, recount_by_edges, recount_by_likelihood
+from tests.ops.recount import recount, recount_by_edges
 
 #: Tokens unlike the others: whether it is their key or value (1 or 2 of q, k, v), and what that is times.
 SPECIAL = {
@@ -275,7 +275,7 @@ class OpCall(Program):
     def _recount(self, tokens: _Tokens, states: Sequence[OVQState]) -> None:
         """Counts of the reference are those of plain NumPy, which knows no other options, and no ties."""
         choices = (self.growth, self.init, self.merge, self.rate)
-        if not (self.merge in PAIR_MERGES or choices == ("plateau", "novelty", "existing", "count")):
+        if not (self.merge == "nearest" or choices == ("plateau", "novelty", "existing", "count")):
             return
         if self.weights not in ("none", "one") or self.forgetting not in ("none", "nothing"):
             return
@@ -289,12 +289,10 @@ class OpCall(Program):
 
     def _recounted(self, keys: np.ndarray, values: np.ndarray) -> list[list[int]]:
         """Tokens of one head by slot."""
-        if self.merge not in PAIR_MERGES:
+        if self.merge != "nearest":
             return recount(keys, values, self.num_slots, self.chunk_size)
         tokens = (keys, values, self.num_slots, self.chunk_size, self.growth, self.value_weight)
-        if self.merge == "nearest":
-            return recount_by_edges(*tokens)
-        return recount_by_likelihood(*tokens, count_power=COUNT_POWERS[self.merge])
+        return recount_by_edges(*tokens)
 
 
 class _Tokens:

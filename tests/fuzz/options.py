@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from ovq.ops.options import BIASES, INITS, MERGES, PAIR_MERGES
+from ovq.ops.options import BIASES, CURRENT_MERGES, INITS
 
 #: `value_weight` of the rules that merge pairs; the default more often than others.
 VALUE_WEIGHTS = (0.0, 0.35, 0.35, 2.0)
@@ -15,10 +15,10 @@ def drawn_options(rng: Random, rates: Sequence[float | str]) -> dict[str, float 
     """`init`, `merge`, `bias`, `rate` and `value_weight` of the op."""
     options = {
         "init": rng.choice(INITS),
-        "merge": rng.choice(MERGES),
+        "merge": rng.choice(CURRENT_MERGES),
         "bias": rng.choice(BIASES),
         "rate": rng.choice(rates),
         "value_weight": rng.choice(VALUE_WEIGHTS),
     }
     # Where pairs are merged nothing opens a slot by chance and no mean moves by steps.
-    return options | {"init": "novelty", "rate": "count"} if options["merge"] in PAIR_MERGES else options
+    return options | {"init": "novelty", "rate": "count"} if options["merge"] == "nearest" else options

@@ -211,7 +211,7 @@ class _Machine:
         state, num_slots, start = None, self.program.num_slots, 0
         if sizes:
             num_slots, start = int(row[sizes[-1]]), sizes[-1] + 1
-            state = self.anew(row[: sizes[-1]])[1].resize(num_slots, merge=self.program.merge)
+            state = self.anew(row[: sizes[-1]])[1].resize(num_slots)
         own = list(row[start:])
         gates = {name: x[own][None] for name, x in self.gates.items()}
         parts = (x[own][None] for x in self.tokens)
@@ -307,7 +307,7 @@ def _join(machine: _Machine, state: OVQState, rows: list[Row], a: int, b: int):
 
 def _resize(machine: _Machine, state: OVQState, rows: list[Row], a: int, b: int):
     num_slots = 1 + a % 12
-    return state.resize(num_slots, merge=machine.program.merge), [(*row, str(num_slots)) for row in rows]
+    return state.resize(num_slots), [(*row, str(num_slots)) for row in rows]
 
 
 def _file(machine: _Machine, state: OVQState, rows: list[Row], a: int, b: int):

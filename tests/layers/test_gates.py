@@ -47,7 +47,7 @@ def model(gates, **fields):
         chunk_size=4,
         sliding_window=4,
         initializer_range=0.3,
-        merge="ward-sqrt",
+        merge="nearest",
         **gates | fields,
     )
     made = OVQForCausalLM(config).double().eval()
@@ -88,7 +88,7 @@ def test_a_new_forget_gate_forgets_at_the_pace_of_each_head():
 
 @each_gate
 def test_a_padded_batch_in_parts_and_its_bytes(gates):
-    mixer = layer(**gates, merge="ward-sqrt")
+    mixer = layer(**gates, merge="nearest")
     x = torch.randn(2, 33, 16, dtype=torch.float64)
     mask = torch.ones(2, 33)
     mask[1, :5] = 0

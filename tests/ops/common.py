@@ -7,28 +7,30 @@ import torch
 from torch.nn.functional import normalize
 
 from ovq.ops import OVQState, cpu_kernels, ovq_attention
-from ovq.ops.options import INITS, MERGES, PAIR_MERGES
+from ovq.ops.options import CURRENT_MERGES, INITS
 
 BACKENDS = ("naive", "torch")
 # The compiled kernels, where a compiler is found: no float64, running means and log counts alone.
 CPU = ("cpu",) if cpu_kernels().startswith("compiled") else ()
 # How slots are scored and how they move: the defaults, each other choice alone, and both.
 SCORINGS = [{}, {"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "rate": 0.7}]
-# The same, and the rules that merge pairs in the place of routing.
-VARIANTS = [*SCORINGS, *({"merge": merge} for merge in PAIR_MERGES)]
+# The same, and the rule that merges pairs in the place of routing.
+VARIANTS = [*SCORINGS, {"merge": "nearest"}]
 # Which keys open slots, and where the others go: what fits together.
-RULES = [(init, merge) for init in INITS for merge in MERGES if init != "random" or merge not in PAIR_MERGES]
+RULES = [
+    (init, merge) for init in INITS for merge in CURRENT_MERGES if init != "random" or merge != "nearest"
+]
 # The rules that the kernels for GPUs know.
-TRITON_MERGES = tuple(merge for merge in MERGES if merge != "updated")
+TRITON_MERGES = ("existing", "nearest")
 
-either_rule = pytest.mark.parametrize("merge", ["existing", *PAIR_MERGES])
-each_merge = pytest.mark.parametrize("merge", MERGES)
+either_rule = pytest.mark.parametrize("merge", ["existing", "nearest"])
+each_merge = pytest.mark.parametrize("merge", CURRENT_MERGES)
 
 
-def with_rules(names, *choices, rules=("existing", *PAIR_MERGES)):
-    """Parametrize by `names` of choices and "merge", without rules that do not go together with a choice."""
+def with_rules(names, *choices, rules=("existing", "nearest")):
+    """Parametrize by `names` of choices and "merge", without what does not go together."""
     cases = itertools.product(*choices, rules)
-    cases = [case for case in cases if "random" not in case or case[-1] not in PAIR_MERGES]
+    cases = [case for case in cases if "random" not in case or case[-1] != "nearest"]
     return pytest.mark.parametrize((*names, "merge"), cases)
 
 

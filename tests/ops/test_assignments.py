@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import normalize
 
 from ovq.ops import slot_assignments
-from ovq.ops.options import INITS, MERGES, PAIR_MERGES
+from ovq.ops.options import CURRENT_MERGES, INITS
 from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, either_rule, inputs, with_rules
-from tests.ops.recount import recount, recount_by_likelihood
+from tests.ops.recount import recount, recount_by_edges
 
 WAYS = ("torch", *CPU)
 
@@ -43,7 +43,7 @@ def by_gradient(k, v, backend, *, initial_state=None, **options):
     return state, [None if x is None else x[..., 0].round().long() - 1 for x in found]
 
 
-@with_rules(["way", "backend", "init"], WAYS, [*BACKENDS, *CPU], INITS, rules=MERGES)
+@with_rules(["way", "backend", "init"], WAYS, [*BACKENDS, *CPU], INITS, rules=CURRENT_MERGES)
 def test_tokens_are_where_the_gradients_of_a_backend_say(way, backend, init, merge):
     k, v = clustered(2, 90)
     mask = torch.ones(2, 90, dtype=torch.int64)
@@ -58,7 +58,7 @@ def test_tokens_are_where_the_gradients_of_a_backend_say(way, backend, init, mer
     # 83 and 80 real tokens in chunks of 8.
     assert (found.slots >= 0).sum(-1).tolist() == [[80, 80], [80, 80]]
     has_moved = bool((found.slots != found.chunk_slots).any())
-    assert has_moved == (merge in PAIR_MERGES)
+    assert has_moved == (merge == "nearest")
 
 
 @with_rules(["way", "backend"], WAYS, [*BACKENDS, *CPU])
@@ -78,7 +78,7 @@ def test_a_call_that_continues_a_state(way, backend, merge):
     assert torch.equal(found.earlier_pending, pending)
     assert_same_state(found.state, state, tolerance=1e-6)
     has_moved = not torch.equal(found.earlier_slots[0, 0], torch.arange(earlier.shape[2]))
-    assert has_moved == (merge in PAIR_MERGES)
+    assert has_moved == (merge == "nearest")
     # Every token of a slot is an earlier one, or one of these.
     counts = torch.zeros_like(found.state.count)
     counts.scatter_add_(2, earlier, before.count)
@@ -95,10 +95,10 @@ def test_a_call_that_continues_a_state(way, backend, merge):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("rule", [recount, recount_by_likelihood])
+@pytest.mark.parametrize("rule", [recount, recount_by_edges])
 def test_tokens_are_where_a_recount_says(way, rule):
     k, v = clustered(1, 70)
-    merge = "existing" if rule is recount else "ward"
+    merge = "existing" if rule is recount else "nearest"
     found = slot_assignments(k, v, num_slots=12, chunk_size=8, merge=merge, backend=way)
     means = found.mean_position
     for head in range(2):
@@ -134,7 +134,7 @@ def test_slots_at_an_earlier_time_are_those_of_a_shorter_call(way, merge):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("merge", ["existing", "updated", "ward"])
+@pytest.mark.parametrize("merge", ["existing", "updated", "nearest"])
 def test_packed_rows_are_rows_of_their_own(way, merge):
     k, v = clustered(1, 75)
     options = {"num_slots": 8, "chunk_size": 8, "merge": merge, "backend": way}
@@ -204,7 +204,7 @@ def test_few_tokens_and_none(way, merge):
 
 def test_a_state_is_not_changed_and_nothing_has_a_gradient():
     k, v = (x.requires_grad_() for x in clustered(1, 40))
-    options = {"num_slots": 8, "chunk_size": 8, "merge": "ward"}
+    options = {"num_slots": 8, "chunk_size": 8, "merge": "nearest"}
     _, before = attend(k, k, v, **options)
     copy = before.clone()
     found = slot_assignments(k, v, initial_state=before, **options)

@@ -153,7 +153,7 @@ CHANGES = [
     {"rate": 0.5},
     {"growth": "immediate"},
     {"backend": "torch"},
-    {"value_weight": 0.1, "merge": "ward"},
+    {"value_weight": 0.1, "merge": "nearest"},
     {"merge": "nearest"},
 ]
 

@@ -7,7 +7,7 @@ import torch
 
 from ovq.ops import OVQState, backend_used, cpu_kernels, ovq_attention
 from ovq.ops.backends.cpu import kernels
-from ovq.ops.options import INITS, PAIR_MERGES
+from ovq.ops.options import INITS
 from tests.ops.common import RULES, assert_same_state, attend, either_rule, inputs
 from tests.ops.test_identities import causal
 from tests.ops.test_parity import SHAPES, gradients
@@ -30,7 +30,7 @@ def runs(monkeypatch):
 # Half of all combinations, by turns: each shape with each growth, each init and each rule.
 CHOICES = [
     *(("plateau", *rules) for rules in RULES),
-    *(("immediate", "novelty", merge) for merge in ("existing", *PAIR_MERGES)),
+    *(("immediate", "novelty", merge) for merge in ("existing", "nearest")),
 ]
 COMBINED = [
     (shape, *choices)
@@ -71,7 +71,7 @@ def test_kernels_equal_naive(shape, growth, init, merge, runs):
     ("batch", "kv_heads", "merge"),
     [
         *((*sizes, "existing") for sizes in ((1, 1), (3, 1), (2, 2), (1, 7))),
-        *((*sizes, merge) for sizes in ((1, 1), (2, 2)) for merge in PAIR_MERGES),
+        *((*sizes, "nearest") for sizes in ((1, 1), (2, 2))),
     ],
 )
 def test_any_number_of_threads_shares_any_number_of_streams(threads, batch, kv_heads, merge):

@@ -189,7 +189,7 @@ def test_triton_is_refused_rather_than_replaced(monkeypatch):
     [
         (torch.float64, {}, "expected a dtype of .*found torch.float64"),
         (torch.float32, {"init": "random"}, "expected init 'novelty', found 'random'"),
-        (torch.float32, {"merge": "updated"}, "expected merge to be one of .*'ward-sqrt'.*, found 'updated'"),
+        (torch.float32, {"merge": "updated"}, "expected merge to be one of .*'nearest'.*, found 'updated'"),
         (torch.float32, {"bias": "count+norm"}, r"expected bias 'count', found 'count\+norm'"),
         (torch.float32, {"rate": 0.5}, "expected rate 'count', found 0.5"),
         (torch.float32, {"chunk_size": 5000}, "expected chunk_size of at most 4096, found 5000"),
@@ -271,8 +271,6 @@ def test_state_methods_refuse_bad_indices():
         state.resize(0)
     with pytest.raises(ValueError, match=r"value_weight: .* found -1"):
         state.resize(4, value_weight=-1)
-    with pytest.raises(ValueError, match=r"merge: expected one of .* found 'wards'"):
-        state.resize(4, merge="wards")
     with pytest.raises(ValueError, match="at least one state"):
         OVQState.concatenate([])
     other = OVQState.empty(batch_size=2, num_kv_heads=1, key_dim=4, value_dim=4, num_slots=9, chunk_size=4)

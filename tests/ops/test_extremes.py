@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from ovq.ops.options import INITS, MERGES
+from ovq.ops.options import CURRENT_MERGES, INITS
 from tests.ops.common import CPU, assert_same_state, attend, either_rule, inputs, with_rules
 
 needs_triton = pytest.mark.skipif(
@@ -47,7 +47,7 @@ every_length = pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 
 
 @every_length
-@with_rules(["backend", "init"], ["torch", *CPU], INITS, rules=MERGES)
+@with_rules(["backend", "init"], ["torch", *CPU], INITS, rules=CURRENT_MERGES)
 def test_keys_of_any_length_go_where_the_reference_sends_them(lengths, merge, init, backend):
     generator = torch.Generator().manual_seed(0)
     options = {"num_slots": 8, "chunk_size": 8, "init": init, "merge": merge, "generator": generator}

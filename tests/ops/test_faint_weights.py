@@ -45,7 +45,7 @@ def test_tokens_of_weight_zero_are_decoded_as_they_are_read_in_one_call(scale, d
 @pytest.mark.parametrize("backend", ["torch", *CPU])
 @pytest.mark.parametrize("forgets", [False, True])
 @pytest.mark.parametrize("scale", [20.0, 88.0, 130.0])
-@pytest.mark.parametrize("merge", ["existing", "ward-sqrt", "nearest"])
+@pytest.mark.parametrize("merge", ["existing", "nearest"])
 def test_logs_of_weights_as_large_as_scores(merge, scale, forgets, backend):
     """The most of a softmax may be where the score is lowest: weights of 1e-30 to 1e30."""
     tensors = drawn(seed=1)

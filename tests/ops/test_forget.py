@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from ovq.hf.context import of_layer
 from ovq.ops import OVQState, backend_used, dispatch, ovq_attention, slot_assignments
 from ovq.ops.fading import LEAST_LOG, LEAST_WEIGHT
-from ovq.ops.options import PAIR_MERGES
 from ovq.ops.serialization import state_tensors
 from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, inputs, with_rules
 
 CHUNK = 4
-MERGES = ("existing", "ward-sqrt", "nearest")
+MERGES = ("existing", "nearest")
 each_merge = pytest.mark.parametrize("merge", MERGES)
 
 
@@ -70,7 +69,7 @@ def exact(q, k, v, log_forget, token_weights=None):
 def test_with_a_slot_for_each_token_it_is_attention_with_forget_gates(backend, weights):
     dtype = torch.float32 if backend == "cpu" else torch.float64
     tensors, options = arguments(
-        2, 22, rate=0.3, num_slots=32, weights=weights, merge="ward-sqrt", dtype=dtype, backend=backend
+        2, 22, rate=0.3, num_slots=32, weights=weights, merge="nearest", dtype=dtype, backend=backend
     )
     leaves = [x.clone().requires_grad_() for x in tensors.values()]
     o, _ = attend(**dict(zip(tensors, leaves, strict=True)), **options)
@@ -132,7 +131,7 @@ def test_texts_shorter_than_a_chunk_have_gradients(backend):
 
 @settings(max_examples=8, deadline=None)
 @given(
-    merge=st.sampled_from(["existing", "updated", *PAIR_MERGES]),
+    merge=st.sampled_from(["existing", "updated", "nearest"]),
     rate=st.sampled_from([0.0, 0.05, 1.0, 8.0]),
     pieces=st.lists(st.integers(0, 9), min_size=1, max_size=6),
     seed=st.integers(0, 99),
@@ -150,7 +149,7 @@ def test_it_does_not_matter_how_a_stream_is_split(merge, rate, pieces, seed):
 
 
 @pytest.mark.parametrize("growth", ["immediate", "plateau"])
-@with_rules(["backend"], [*BACKENDS, *CPU], rules=("existing", "updated", *PAIR_MERGES))
+@with_rules(["backend"], [*BACKENDS, *CPU], rules=("existing", "updated", "nearest"))
 def test_keys_that_repeat_go_to_the_same_slots_however_a_stream_is_split(backend, merge, growth):
     """To the last bit, in float32: what differs by a rounding would tie no more."""
     for seed in range(2):
@@ -184,7 +183,7 @@ def test_a_chunk_that_begins_without_weight_reads_what_is_all_but_forgotten(merg
 
 
 def test_rows_alone_padded_and_packed():
-    tensors, options = arguments(1, 30, merge="ward-sqrt")
+    tensors, options = arguments(1, 30, merge="nearest")
     bounds = [0, 13, 14, 30]
     packed, state = attend(**tensors, **options, cu_seqlens=torch.tensor(bounds))
     for r, (start, end) in enumerate(itertools.pairwise(bounds)):
@@ -245,7 +244,7 @@ def test_a_slot_fades_to_the_least_weight_or_to_none():
     x = torch.eye(CHUNK, dtype=torch.float64)[None, :, None]
     far = torch.full((1, CHUNK, 1), LEAST_LOG / CHUNK, dtype=torch.float64)
     options = {"num_slots": 2 * CHUNK, "chunk_size": CHUNK, "growth": "immediate"}
-    for merge, expected in (("existing", LEAST_WEIGHT), ("ward", 0.0), ("nearest", 0.0)):
+    for merge, expected in (("existing", LEAST_WEIGHT), ("nearest", 0.0)):
         _, state = attend(x, x, x, **options, merge=merge)
         _, state = attend(x, x, -x, **options, merge=merge, log_forget=far, initial_state=state)
         least = state.weight.min(-1).values
@@ -255,7 +254,7 @@ def test_a_slot_fades_to_the_least_weight_or_to_none():
 
 
 def test_states_that_forget(tmp_path):
-    tensors, options = arguments(3, 22, merge="ward-sqrt")
+    tensors, options = arguments(3, 22, merge="nearest")
     _, state = run(tensors, options)
     state.save(tmp_path / "state")
     loaded = OVQState.load(tmp_path / "state")
@@ -340,11 +339,11 @@ def in_pieces(tensors, options, pieces=None):
     return o.detach(), state.detach()
 
 
-@pytest.mark.parametrize("merge", ["existing", "updated", *PAIR_MERGES])
+@pytest.mark.parametrize("merge", ["existing", "updated", "nearest"])
 @pytest.mark.parametrize("rate", [1e-4, 0.02, 0.3, 5.0])
 @pytest.mark.parametrize("backend", CPU)
 def test_all_chunks_in_one_call_give_what_they_give_one_by_one(merge, rate, backend, monkeypatch):
-    """To the last bit: of Ward's rules, bounds of costs fade with the slots."""
+    """To the last bit."""
     tensors, options = arguments(
         2, 300, merge=merge, rate=rate, num_slots=40, weights=rate > 0.1, dtype=torch.float32, backend=backend
     )

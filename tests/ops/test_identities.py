@@ -19,14 +19,14 @@ from tests.ops.common import (
     either_rule,
     inputs,
 )
-from tests.ops.recount import recount, recount_by_likelihood
+from tests.ops.recount import recount, recount_by_edges
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 OPTIONS = {"num_slots": 12, "chunk_size": 8}
 
 
-@pytest.mark.parametrize(("merge", "recounted"), [("existing", recount), ("ward", recount_by_likelihood)])
+@pytest.mark.parametrize(("merge", "recounted"), [("existing", recount), ("nearest", recount_by_edges)])
 def test_means_are_those_of_what_was_assigned(backend, merge, recounted):
     q, k, v = inputs(2, 61, 2, 2)
     _, state = attend(q, k, v, merge=merge, backend=backend, **OPTIONS)
@@ -52,7 +52,7 @@ def test_counts_add_up_and_slots_follow_the_schedule(backend, growth, merge):
     assert state.count.shape[2] <= 12
 
 
-@pytest.mark.parametrize("options", [{"growth": "immediate"}, {"merge": "ward"}], ids=str)
+@pytest.mark.parametrize("options", [{"growth": "immediate"}, {"merge": "nearest"}], ids=str)
 def test_immediate_growth_is_exact_attention(backend, options):
     q, k, v = inputs(2, 61, 4, 2)
     o, _ = ovq_attention(q, k, v, num_slots=61, chunk_size=8, backend=backend, **options)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from ovq.ops.options import MERGES
+from ovq.ops.options import CURRENT_MERGES
 from tests.ops.common import CPU, assert_same_state, attend, inputs
 
 # How often memory is laid out anew for each of them.
@@ -17,9 +17,9 @@ WAYS += [(x, torch.float32, 20) for x in CPU]
 if importlib.util.find_spec("triton"):
     WAYS.append(("triton", torch.float32, 1))
 ROW_TENSORS = ("key_sum", "value_sum", "count", "pending_keys", "pending_values")
-ENTRIES = ["dense", "masked", "packed", "constant rate", "ward", "nearest", "one token", "decode"]
+ENTRIES = ["dense", "masked", "packed", "constant rate", "nearest", "one token", "decode"]
 # What kernels refuse.
-REFUSED = {"cpu": ["constant rate"], "triton": ["constant rate", "ward", "nearest"]}
+REFUSED = {"cpu": ["constant rate"], "triton": ["constant rate", "nearest"]}
 CASES = [(*way, entry) for way in WAYS for entry in ENTRIES if entry not in REFUSED.get(way[0], ())]
 # The interpreter takes seconds for what it does with a mask as well.
 CASES = [
@@ -68,7 +68,7 @@ def results(backend, tensors, before, entry, lay_out):
         options["cu_seqlens"] = torch.tensor([0, 0, 3, 3, length, 0])[:5:1]
     if entry == "constant rate":
         options["rate"] = 0.3
-    if entry in MERGES:
+    if entry in CURRENT_MERGES:
         options["merge"] = entry
     o, after = attend(*leaves[:3], backend=backend, **options)
     if not needs_grad:

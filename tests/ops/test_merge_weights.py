@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovq.ops import OVQState, backend_used, ovq_attention, slot_assignments
-from ovq.ops.options import COUNT_POWERS, MERGES
+from ovq.ops.options import CURRENT_MERGES
 from ovq.ops.state import with_capacity
 from tests.ops.common import assert_same_state, attend, inputs
 
@@ -19,7 +19,7 @@ OPTIONS = {
     "positive, with norms": {"weights": "positive", "bias": "count+norm"},
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-each_merge = pytest.mark.parametrize("merge", MERGES)
+each_merge = pytest.mark.parametrize("merge", CURRENT_MERGES)
 
 
 def token_weights(kind, batch, length, heads=1, *, seed=0):
@@ -104,11 +104,11 @@ def calls(draw):
         "length": draw(st.sampled_from([1, 7, 16, 21])),
         "num_slots": draw(st.sampled_from([2, 5, 9, 40])),
         "weights": draw(st.sampled_from([None, "positive", "some zero", "tiny", "all zero"])),
-        "merge": draw(st.sampled_from(MERGES)),
+        "merge": draw(st.sampled_from(CURRENT_MERGES)),
         "growth": draw(st.sampled_from(["plateau", "linear", "immediate"])),
         "seed": draw(st.integers(0, 99)),
     }
-    if options["merge"] in MERGES[:2] and draw(st.booleans()):
+    if options["merge"] in CURRENT_MERGES[:2] and draw(st.booleans()):
         options |= {"init": "random", "generator": torch.Generator().manual_seed(3)}
     cut = draw(st.integers(0, options["length"]))
     return options, [cut, options["length"] - cut]
@@ -126,7 +126,7 @@ def test_backends_agree_however_a_stream_is_split(call):
 @each_option
 def test_token_by_token(options):
     """Without gradients, a token per row is decoded from the state in place."""
-    tensors, options = arguments(2, 23, 4, 2, merge="ward", **options)
+    tensors, options = arguments(2, 23, 4, 2, merge="nearest", **options)
     expected, final = run(tensors, options, backend="naive")
     with torch.no_grad():
         o, state = run(tensors, options, [1] * 23)
@@ -135,7 +135,7 @@ def test_token_by_token(options):
 
 
 @pytest.mark.parametrize(
-    ("merge", "bias"), [("existing", "count"), ("ward", "count"), ("ward", "count+norm")]
+    ("merge", "bias"), [("existing", "count"), ("nearest", "count"), ("nearest", "count+norm")]
 )
 def test_gradcheck(merge, bias):
     """Finite differences; weights stay away from 0, where a slot of one token comes into being."""
@@ -167,7 +167,7 @@ def test_a_query_reads_slots_by_their_weights_and_the_chunk_without(merge):
 
 @each_option
 def test_rows_alone_padded_and_packed(options):
-    lengths, options = [22, 5, 13], {"merge": "ward-sqrt", **options}
+    lengths, options = [22, 5, 13], {"merge": "nearest", **options}
     rows = [arguments(1, n, seed=n, **options) for n in lengths]
     options = rows[0][1]
     alone = [run(tensors, options) for tensors, _ in rows]
@@ -249,7 +249,7 @@ def test_a_weight_of_zero_leaves_no_trace(merge):
 
 
 @pytest.mark.parametrize("factor", [1e6, 1e12])
-@pytest.mark.parametrize("merge", COUNT_POWERS)
+@each_merge
 def test_heavy_tokens_whose_keys_repeat(merge, factor):
     """What rounding leaves of a distance of zero would cost something, times such a weight."""
     tensors, options = arguments(1, 60, 1, 1, num_slots=9, merge=merge, weights="positive")
@@ -295,7 +295,7 @@ def test_the_backward_keeps_a_bounded_number_of_rows_per_token():
     """Twice the tokens need twice the memory, whatever the dictionary."""
 
     def saved(length):
-        tensors, options = arguments(1, length, 1, 1, num_slots=64, weights="positive", merge="ward")
+        tensors, options = arguments(1, length, 1, 1, num_slots=64, weights="positive", merge="nearest")
         leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
@@ -330,7 +330,7 @@ def test_bad_weights_are_refused(option, message):
 
 @each_option
 def test_operations_on_states(options, tmp_path):
-    tensors, options = arguments(3, 18, 2, 1, merge="ward", **options)
+    tensors, options = arguments(3, 18, 2, 1, merge="nearest", **options)
     first = {name: x[:, :14] for name, x in tensors.items()}
     _, state = attend(**first, **options)
     state.save(tmp_path / "state")

@@ -1,16 +1,18 @@
 """merge="nearest": which edges are taken, where items go, the same in every backend that knows the rule."""
 
+import dataclasses
 import functools
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from ovq.ops import backend_used, nearest
+from ovq.ops import OVQState, backend_used, nearest
 from ovq.ops.options import Options
 from ovq.ops.schedule import GROWTHS
 from tests.ops.common import CPU, assert_same_state, attend, by_turns, inputs
 from tests.ops.recount import recount_by_edges
-from tests.ops.test_ward import LENGTH, STREAMS, check_equal, gradients_from, stream, tokens_of
+from tests.ops.streams import LENGTH, PARTS, STREAMS, check_equal, gradients_from, stream, tokens_of
 
 NEAREST = {"merge": "nearest"}
 FEW = {"num_slots": 20, "chunk_size": 12}
@@ -48,6 +50,16 @@ def test_the_reference_is_what_the_definition_says(kind, growth, value_weight, n
         for sums, tokens in ((state.key_sum, k), (state.value_sum, v)):
             expected = torch.stack([tokens[0, members, head].sum(0) for members in slots])
             torch.testing.assert_close(sums[0, head], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("kind", ["clustered", "repeated", "random"])
+def test_kernels_merge_as_torch_does_in_larger_dictionaries(kind, backend):
+    """Many chunks of a full dictionary: what the kernels know of slots is carried from one to the next."""
+    tokens = stream(kind, torch.float32, length=1000, dim=16)
+    options = {**NEAREST, "num_slots": 150, "chunk_size": 50}
+    states = [attend(*tokens, **options, backend=b)[1] for b in ("torch", backend)]
+    assert_same_state(states[1], states[0], tolerance=0)
 
 
 def tight(length, spread, dtype=torch.float32):
@@ -249,3 +261,49 @@ def test_masses_may_count_by_another_power(backend, monkeypatch):
     )
     assert_same_state(state, expected)
     assert not torch.equal(state.count, usual.count)
+
+
+@pytest.mark.parametrize("backend", ["naive", *FAST])
+def test_growth_is_immediate_unless_said_otherwise(backend):
+    tokens = stream("random", torch.float32)
+    options = {**NEAREST, "num_slots": 40, "chunk_size": 12, "backend": backend}
+    _, state = attend(*tokens, **options)
+    assert_same_state(state, attend(*tokens, **options, growth="immediate")[1], tolerance=0)
+    assert int(attend(*tokens, **options, growth="plateau")[1].num_open) < int(state.num_open) == 40
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_kernels_attend_exactly_while_nothing_is_merged(backend):
+    q, k, v = inputs(2, 61, 4, 2, dtype=torch.float32)
+    o, _ = attend(q, k, v, **NEAREST, num_slots=61, chunk_size=8, backend=backend)
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    exact = scaled_dot_product_attention(*heads_first, is_causal=True, scale=6**0.5, enable_gqa=True)
+    torch.testing.assert_close(o, exact.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_gradcheck_through_slots_that_were_merged(backend):
+    """Finite differences, along random directions: steps of 1e-6 leave these merges as they are."""
+    q, k, v = (x[:, :24] for x in stream("clustered", torch.float64))
+    options = {**NEAREST, "num_slots": 6, "chunk_size": 4, "backend": backend}
+    _, state = attend(q[:, :10], k[:, :10], v[:, :10], **options)
+    parts = [getattr(state, name) for name in PARTS]
+
+    def call(q, k, v, *parts):
+        before = dataclasses.replace(state, **dict(zip(PARTS, parts, strict=True)))
+        o, after = attend(q, k, v, initial_state=before, **options)
+        return o, after.key_sum, after.value_sum, after.pending_keys
+
+    leaves = [x.clone().requires_grad_() for x in (q[:, 10:], k[:, 10:], v[:, 10:], *parts)]
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+def test_an_empty_state_and_no_tokens():
+    q, k, v = inputs(2, 0)
+    empty = OVQState.empty(
+        batch_size=2, num_kv_heads=1, key_dim=6, value_dim=5, num_slots=4, chunk_size=4, dtype=q.dtype
+    )
+    for backend in ("naive", "torch"):
+        options = {**NEAREST, "num_slots": 4, "chunk_size": 4, "backend": backend}
+        _, state = attend(q, k, v, initial_state=empty, **options)
+        assert_same_state(state, empty, tolerance=0)

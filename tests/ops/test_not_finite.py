@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from ovq.ops.options import MERGES
+from ovq.ops.options import CURRENT_MERGES
 from tests.ops.common import CPU, VARIANTS, attend, inputs
 
 WAYS = [
@@ -19,7 +19,7 @@ WAYS = [
 ]
 # The first token, within a chunk, the last and first of one, and within the last, which is incomplete.
 CASES = list(itertools.product(WAYS, [0, 3, 7, 8, 18], [torch.nan, torch.inf, -torch.inf], ["existing"]))
-CASES += list(itertools.product(WAYS, [0, 7, 18], [torch.nan, torch.inf], ["ward", "nearest"]))
+CASES += list(itertools.product(WAYS, [0, 7, 18], [torch.nan, torch.inf], ["nearest"]))
 # The interpreter multiplies by NumPy, which warns of what is the point here. It is slow: few cases.
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TRITON = [("triton", torch.float32)] if importlib.util.find_spec("triton") else []
@@ -135,7 +135,7 @@ def test_tokens_go_where_the_reference_sends_them_after_a_bad_key_has_opened_a_s
 
 @pytest.mark.parametrize(
     ("way", "merge"),
-    [*itertools.product([*WAYS[:3], *((x, torch.float32) for x in CPU)], MERGES)],
+    [*itertools.product([*WAYS[:3], *((x, torch.float32) for x in CPU)], CURRENT_MERGES)],
     ids=str,
 )
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

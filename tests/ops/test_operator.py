@@ -49,11 +49,11 @@ def two_calls(q, k, v, weights, log_forget, options):
     ("gated", "options"),
     [
         ((), {}),
-        ((), {"merge": "ward-sqrt", "bias": "count+norm"}),
+        ((), {"merge": "nearest", "bias": "count+norm"}),
         ((), {"rate": 0.3, "growth": "linear"}),
         (("token_weights",), {"merge": "updated"}),
         (("log_forget",), {}),
-        (("token_weights", "log_forget"), {"merge": "ward"}),
+        (("token_weights", "log_forget"), {"merge": "nearest"}),
     ],
 )
 def test_a_state_goes_in_and_out_of_a_whole_graph(gated, options):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ovq.ops import backend_used, ovq_attention
-from ovq.ops.options import MERGES
+from ovq.ops.options import CURRENT_MERGES
 from ovq.ops.schedule import GROWTHS
 from tests.ops.common import (
     CPU,
@@ -54,7 +54,7 @@ def gradients(backend, q, k, v, scale, options):
 # Half of all combinations, by turns: each shape with each growth, each rule and each way to score.
 CHOICES = [
     *((growth, *rules, {}) for growth, rules in itertools.product(GROWTHS, RULES)),
-    *(("plateau", "novelty", *choices) for choices in itertools.product(MERGES[:2], SCORINGS[1:])),
+    *(("plateau", "novelty", *choices) for choices in itertools.product(CURRENT_MERGES[:2], SCORINGS[1:])),
 ]
 COMBINED = [
     (shape, *choices)
@@ -62,7 +62,8 @@ COMBINED = [
     if (i + j) % 2
 ]
 COMBINED += [
-    (shape, "immediate", "novelty", "ward", {"bias": "count+norm", "value_weight": 2.0}) for shape in SHAPES
+    (shape, "immediate", "novelty", "nearest", {"bias": "count+norm", "value_weight": 2.0})
+    for shape in SHAPES
 ]
 
 
@@ -218,7 +219,7 @@ def test_assignments_are_equal_between_backends_in_every_dtype(backend, dtype, v
     assert torch.equal(state.key_sum, expected.key_sum)
 
 
-@with_rules(["backend"], ["torch", *CPU], rules=MERGES)
+@with_rules(["backend"], ["torch", *CPU], rules=CURRENT_MERGES)
 def test_sums_are_added_in_order_of_position(merge, backend):
     """Also in a slot that the chunk itself opened, be it later than the tokens merged into it."""
     sizes, options = MANY[0], {**MANY[1], **({} if merge == "existing" else {"merge": merge})}

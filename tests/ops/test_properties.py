@@ -75,7 +75,7 @@ def test_backends_agree(call):
 @hypothesis.given(calls(), st.sampled_from([0, 0.5, 2]), st.integers(0, 50))
 def test_pairs_are_merged_alike_by_every_backend_and_in_parts(call, value_weight, cut):
     q, k, v, options = call
-    options |= {"merge": "ward", "init": "novelty", "rate": "count", "value_weight": value_weight}
+    options |= {"merge": "nearest", "init": "novelty", "rate": "count", "value_weight": value_weight}
     _, expected = attend(q, k, v, backend="naive", **options)
     for backend in ("torch", "auto"):
         state = None
@@ -145,7 +145,7 @@ def test_any_padding(call, data):
 def test_resizing_keeps_every_token(call, num_slots):
     q, k, v, options = call
     _, state = attend(q, k, v, **options)
-    resized = state.resize(num_slots, merge=options["merge"])
+    resized = state.resize(num_slots)
     assert resized.count.shape[2] <= max(num_slots, 1)
     assert torch.equal(resized.count.sum(-1), state.count.sum(-1))
     assert (resized.count > 0).sum() >= min(num_slots, int(state.num_open[0])) if state.count.sum() else True

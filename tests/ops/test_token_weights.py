@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ovq.ops import backend_used, ovq_attention, slot_assignments
-from ovq.ops.options import INITS, MERGES, PAIR_MERGES
+from ovq.ops.options import CURRENT_MERGES, INITS
 from tests.ops.common import CPU, assert_same_state, attend, each_merge, either_rule, inputs
 from tests.ops.test_merge_weights import token_weights
 
@@ -94,7 +94,7 @@ def test_kernels_equal_naive_in_other_dtypes(dtype, merge):
 def test_keys_that_repeat_and_weights_that_cost_nothing(kind, merge, seed):
     """Of many pairs that cost nothing the order decides, and not all of them are merged."""
     chunk_size, num_slots = [(4, 6), (8, 20), (16, 9), (8, 3)][seed % 4]
-    init = INITS[seed % 2] if merge not in PAIR_MERGES else "novelty"
+    init = INITS[seed % 2] if merge != "nearest" else "novelty"
     options = {"num_slots": num_slots, "chunk_size": chunk_size, "merge": merge, "init": init}
     options |= {"growth": ["plateau", "linear", "immediate"][seed % 3]}
     options |= {"generator": torch.Generator().manual_seed(seed)}
@@ -195,7 +195,7 @@ def test_a_step_unlike_the_last_one_is_checked():
     assert found.weight is not None
 
 
-@pytest.mark.parametrize("merge", ["existing", "ward-sqrt", "nearest"])
+@pytest.mark.parametrize("merge", ["existing", "nearest"])
 def test_rows_alone_padded_and_packed(merge):
     lengths, options = [22, 5, 13], {"num_slots": 6, "chunk_size": 4, "merge": merge, "backend": "cpu"}
     rows = [call((1, n, 2, 1, 5, 3), "some zero", seed=n) for n in lengths]
@@ -267,7 +267,7 @@ def test_rewinding_slots_of_little_weight_loses_nothing():
     q, k, v = inputs(1, 24, 1, 1, 4, 3)
     weights = torch.full((1, 24, 1), 1.0)
     weights[:, :4] = 1e-9
-    for merge in MERGES:
+    for merge in CURRENT_MERGES:
         grads = []
         for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "torch")):
             leaves = [x.to(dtype).requires_grad_() for x in (q, k, v, weights)]

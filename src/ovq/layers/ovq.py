@@ -20,7 +20,7 @@ from ovq.layers.products import is_plain
 from ovq.ops import SlotAssignments, ovq_attention, slot_assignments
 from ovq.ops.backends.cpu import TokenMemory, memory_of_slots
 from ovq.ops.next_step import settings_of
-from ovq.ops.options import Options, default_growth
+from ovq.ops.options import Options, current_merge, default_growth
 from ovq.ops.schedule import scheduled_slots
 from ovq.ops.serialization import check_tensors as check_state_tensors
 from ovq.ops.serialization import names_of
@@ -65,8 +65,8 @@ class OVQAttention(AttentionMixer):
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
             `merge` is meant for.
         init: which keys open slots: `"novelty"` or `"random"`.
-        merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"ward"`, `"ward-sqrt"` or
-            `"nearest"`, which merge pairs of slots and tokens.
+        merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"nearest"`, which merges
+            pairs of slots and tokens. `"ward"` and `"ward-sqrt"` of earlier versions are run as `"nearest"`.
         bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
         rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
         value_weight: the weight of distances between values relative to those between keys where pairs are
@@ -130,7 +130,7 @@ class OVQAttention(AttentionMixer):
         if not isinstance(chunk_size, int) or chunk_size < 1:
             raise ValueError(f"expected an integer chunk_size of at least 1, found {chunk_size!r}")
         self.chunk_size = chunk_size
-        self.growth, self.init, self.merge, self.backend = growth, init, merge, backend
+        self.growth, self.init, self.merge, self.backend = growth, init, current_merge(merge), backend
         self.bias, self.rate, self.value_weight = bias, rate, value_weight
         self.set_num_slots(num_slots)
         self.merge_gate = MergeGate(hidden_size, self.num_kv_heads) if merge_gate else None
@@ -141,7 +141,7 @@ class OVQAttention(AttentionMixer):
         """Let the dictionary hold `num_slots` slots per head from here on; states are resized on next use.
 
         With more slots at test time than in training, a trained layer remembers more. A state that has too
-        many is made smaller by the rule of the layer, see `OVQState.resize`.
+        many is made smaller, see `OVQState.resize`.
         """
         if not isinstance(num_slots, int) or isinstance(num_slots, bool) or num_slots < 1:
             raise ValueError(f"expected an integer num_slots of at least 1, found {num_slots!r}")
@@ -161,9 +161,10 @@ class OVQAttention(AttentionMixer):
             value_weight: the weight of distances between values; None leaves it as it is.
 
         Raises:
-            ValueError: settings that the op would refuse, such as `"ward"` with `init="random"`. Nothing is
-                changed.
+            ValueError: settings that the op would refuse, such as `"nearest"` with `init="random"`. Nothing
+                is changed.
         """
+        merge = current_merge(merge)
         changes: dict[str, Any] = {
             "merge": merge,
             "growth": default_growth(merge) if growth is None else growth,
@@ -241,7 +242,7 @@ class OVQAttention(AttentionMixer):
         `[B, T, Hkv]` are those of the gates."""
         state = None if cache is None else cache.state
         if state is not None and state.num_slots != self.num_slots:
-            state = state.resize(self.num_slots, merge=self.merge, value_weight=self.value_weight)
+            state = state.resize(self.num_slots, value_weight=self.value_weight)
         q, k = q.to(v.dtype), k.to(v.dtype)
         options: dict[str, Any] = {
             "initial_state": state,

@@ -1,6 +1,6 @@
 """`slot_assignments`: which token of a call is in which slot, for people who want to see into the memory.
 
-It merges the tokens as `ovq_attention` does, by the same code, but reads nothing. Ward's rule merges slots
+It merges the tokens as `ovq_attention` does, by the same code, but reads nothing. `"nearest"` merges slots
 with slots, so a token may move on after its own chunk. What backends report is therefore chunk by chunk
 (`backends/learned.py`), and carried on to the end here.
 """
@@ -56,7 +56,7 @@ class SlotAssignments:
         >>> found = slot_assignments(keys, keys, num_slots=4, chunk_size=4, growth="immediate")
         >>> found.slots.tolist(), found.state.count.tolist()
         ([[[0, 1, 2, 3, 0, 0, 0, 0, -1]]], [[[5, 1, 1, 1]]])
-        >>> found = slot_assignments(keys, keys, num_slots=4, chunk_size=4, merge="ward")
+        >>> found = slot_assignments(keys, keys, num_slots=4, chunk_size=4, merge="nearest")
         >>> found.slots.tolist(), found.state.count.tolist()
         ([[[0, 1, 0, 1, 2, 2, 0, 3, -1]]], [[[3, 2, 2, 1]]])
         >>> found.chunk_slots.tolist()
@@ -84,7 +84,7 @@ class SlotAssignments:
 
         Example:
             >>> x = torch.eye(4)[[0, 0, 1, 1]][None, :, None]
-            >>> found = slot_assignments(x, x, num_slots=4, chunk_size=2, merge="ward")
+            >>> found = slot_assignments(x, x, num_slots=4, chunk_size=2, merge="nearest")
             >>> found.after(3).tolist()
             [[[0, 1, -1, -1]]]
         """

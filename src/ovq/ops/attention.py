@@ -66,13 +66,11 @@ def ovq_attention(
             merged (`"ward"`, `"ward-sqrt"`, `"nearest"`), else `"plateau"`.
         init: which keys open slots: those least similar to all slots (`"novelty"`), or a `"random"` choice.
         merge: whether other keys go to the slots that existed before their chunk (`"existing"`, the paper's
-            rule) or also to those that the chunk opened (`"updated"`). With `"ward"`, the cheapest pairs of
-            slots and tokens are merged until they fit, slots with slots included; costs depend on counts,
-            keys and values. With `"ward-sqrt"`, costs grow with the square root of what counts contribute
-            to `"ward"`: slots of many tokens are merged more readily, which leaves more slots to single
-            ones. With `"nearest"`, the tokens of a chunk and as many slots, in turn, each look for the slot
-            or token nearest to them, and the shortest of these edges are merged, in four parts: as much is
-            recalled, at a fraction of the price.
+            rule) or also to those that the chunk opened (`"updated"`). With `"nearest"`, the tokens of a
+            chunk and as many slots, in turn, each look for the slot or token nearest to them, in keys and
+            values, and the shortest of these edges are merged, in four parts. `"ward"` merges the cheapest
+            pairs of slots and tokens one after the other, and so does `"ward-sqrt"`, with costs in which
+            counts matter less: both are theory, and run in `"naive"` alone.
         bias: what is added to the score scale q.D of a slot with mean D and count c: log c (`"count"`), or
             log c - scale |D|^2 / 2 (`"count+norm"`, a term that cancels where all norms are equal). A token
             of the chunk is a slot of count 1.

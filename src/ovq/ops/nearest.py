@@ -18,7 +18,6 @@ from torch import Tensor
 from ovq.ops.options import MASS_POWER, NO_DISTANCE, NUM_PARTS, ORDINARY, TIE
 from ovq.ops.selection import best_two, lowest, padded_to_blocks
 from ovq.ops.state import divisor
-from ovq.ops.ward import value_factor
 
 # Most pairs of items whose distances are computed one by one. Where there are more, as with repeated keys,
 # one float64 matrix product is cheaper.
@@ -58,13 +57,28 @@ class Items:
         """The items, with values scaled as `value_weight` says."""
         # In float64, without a copy of all values in it.
         lengths = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64).square_()
-        factor = value_factor(lengths, mass, value_weight)
+        factor = _value_factor(lengths, mass, value_weight)
         return cls(keys=keys, values=values, factor=factor, mass=mass, count=count, mass_power=mass_power)
 
     def points(self, index: tuple[Tensor, Tensor] | slice = slice(None)) -> Tensor:
         """`[S, M, K + V]` float64, or those of an index `(stream, item)`."""
         factor = self.factor[:, None] if isinstance(index, slice) else self.factor[index[0]]
         return torch.cat([self.keys[index].double(), self.values[index].double() * factor[..., None]], -1)
+
+
+def _value_factor(lengths: Tensor, mass: Tensor, value_weight: float) -> Tensor:
+    """What values are scaled by, `[S]` float64: w over the root of their mean squared length.
+
+    Args:
+        lengths: `[S, M]` squared lengths in float64.
+        mass: `[S, M]` counts or weights, 0 for an item that is not there.
+        value_weight: w.
+    """
+    weights = mass.double().masked_fill(~lengths.isfinite(), 0)
+    total = (weights * lengths.nan_to_num(0, 0, 0)).sum(-1)
+    weight = weights.sum(-1)
+    power = total / torch.where(weight > 0, weight, 1)
+    return torch.where((power > 0) & power.isfinite(), value_weight / power.sqrt(), 0)
 
 
 def movers(num_slots: list[int], num_merged: list[int], chunk_size: int, device: torch.device) -> Tensor:

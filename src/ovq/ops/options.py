@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Mapping, Sequence
 
 from ovq.fields import is_finite
@@ -39,10 +41,13 @@ VALUE_WEIGHT = 0.35
 INITS = ("novelty", "random")
 # The rules that merge the cheapest pair of slots and tokens, one after the other, with p, the power of
 # c_a c_b / (c_a + c_b) in their costs: 1 is the likelihood's; with less, the counts of two items matter less.
+# They are theory: the reference alone knows them.
 COUNT_POWERS = {"ward": 1.0, "ward-sqrt": 0.5}
 # All rules that merge pairs: these, and the one that takes the shortest edges to nearest items, all at once.
 PAIR_MERGES = (*COUNT_POWERS, "nearest")
 MERGES = ("existing", "updated", *PAIR_MERGES)
+# The rules that layers, models and commands know, see `current_merge`.
+CURRENT_MERGES = ("existing", "updated", "nearest")
 # The rule by which trained models recall most, whichever one they were trained by (docs/results/rules.md).
 BEST_MERGE = "nearest"
 BIASES = ("count", "count+norm")
@@ -119,8 +124,8 @@ def unlisted(options: Options, listed: Mapping[str, Sequence[str]]) -> str | Non
         >>> options = Options(
         ...     num_slots=8, chunk_size=4, growth="plateau", init="novelty", merge="existing", seed=0
         ... )
-        >>> unlisted(options, {"rate": ("count",), "merge": ("ward", "ward-sqrt")})
-        "expected merge to be one of ('ward', 'ward-sqrt'), found 'existing'"
+        >>> unlisted(options, {"rate": ("count",), "merge": ("updated", "nearest")})
+        "expected merge to be one of ('updated', 'nearest'), found 'existing'"
     """
     for name, known in listed.items():
         found = getattr(options, name)
@@ -140,6 +145,32 @@ def can_merge_best(merge: str, *, init: str, rate: float | str) -> bool:
         False
     """
     return merge != BEST_MERGE and init == "novelty" and rate == "count"
+
+
+def current_merge(merge: str) -> str:
+    """The rule that runs where `merge` was saved or asked for; if it is another, a warning says so, once.
+
+    Earlier versions ran `COUNT_POWERS` in every backend. All that is above the op takes these names still.
+
+    Example:
+        >>> current_merge("existing"), current_merge("nearest")
+        ('existing', 'nearest')
+    """
+    # What is no name at all is refused elsewhere.
+    if merge not in tuple(COUNT_POWERS):
+        return merge
+    _warn_of_earlier_rule(merge)
+    return BEST_MERGE
+
+
+@functools.cache
+def _warn_of_earlier_rule(merge: str) -> None:
+    warnings.warn(
+        f"merge: found {merge!r}, which the reference backend of the op alone still has; {BEST_MERGE!r} runs "
+        "in its place: it recalls as much and takes a fraction of the time",
+        FutureWarning,
+        stacklevel=3,
+    )
 
 
 def default_growth(merge: str) -> str:

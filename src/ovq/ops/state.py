@@ -302,41 +302,35 @@ class OVQState:
         num_seen = torch.cat([s.num_seen for s in states])
         return dataclasses.replace(first, **joined, num_seen=num_seen)
 
-    def resize(
-        self, num_slots: int, *, merge: str = "existing", value_weight: float = VALUE_WEIGHT
-    ) -> OVQState:
+    def resize(self, num_slots: int, *, value_weight: float = VALUE_WEIGHT) -> OVQState:
         """The same memory with another bound N on its slots from here on: an elastic dictionary.
 
-        Growing only raises the bound; the schedule then opens slots as chunks complete. Shrinking merges the
-        cheapest pairs of slots until `num_slots` per head are left. Merged slots stay in the order of the
+        Growing only raises the bound; the schedule then opens slots as chunks complete. Shrinking merges
+        slots with those nearest to them until `num_slots` per head are left, whatever rule the dictionary is
+        kept by: as `merge="nearest"` does, an eighth of them at a time. Merged slots stay in the order of the
         lowest slot in each, and the counts still add up to the number of tokens merged.
 
         Args:
             num_slots: the new bound.
-            merge: the rule that the dictionary is kept by, as in `ovq_attention`; a state does not know it.
-                `"ward"` and `"ward-sqrt"` say what merging a pair costs, and by `"nearest"` the slots whose
-                nearest are nearest are merged with these. The others never merge two slots; for them the
-                costs are Ward's. By `"ward-sqrt"` a table of all pairs of slots is held in
-                memory, 16 bytes for each.
             value_weight: the weight of distances between values relative to those between keys, as in
                 `ovq_attention`.
 
         Raises:
-            ValueError: if `num_slots` is not an integer of at least 1, there is no such rule, or
-                `value_weight` is not a finite number of at least 0.
+            ValueError: if `num_slots` is not an integer of at least 1, or `value_weight` is not a finite
+                number of at least 0.
 
         Example:
             >>> import torch
             >>> from ovq.ops import ovq_attention
             >>> k = torch.nn.functional.normalize(torch.randn(1, 64, 1, 8), dim=-1)
-            >>> options = {"num_slots": 32, "chunk_size": 16, "merge": "ward-sqrt"}
+            >>> options = {"num_slots": 32, "chunk_size": 16, "merge": "nearest"}
             >>> _, state = ovq_attention(k, k, k, **options, output_final_state=True)
-            >>> state.resize(8, merge="ward-sqrt")
+            >>> state.resize(8)
             OVQState(rows=1, heads=1, num_seen=64, slots=8 of 8, chunk_size=16, torch.float32 on cpu, ...)
         """
         from ovq.ops.resize import resized
 
-        return resized(self, num_slots, merge=merge, value_weight=value_weight)
+        return resized(self, num_slots, value_weight=value_weight)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to a safetensors file, atomically: if writing fails, an old file stays as it was.

@@ -30,7 +30,7 @@ class StateSummary:
         >>> from ovq.ops import ovq_attention
         >>> k = torch.eye(3)[[0, 0, 0, 1, 2, 2, 0]][None, :, None]
         >>> _, state = ovq_attention(
-        ...     k, k, k, num_slots=3, chunk_size=6, merge="ward", output_final_state=True
+        ...     k, k, k, num_slots=3, chunk_size=6, merge="nearest", output_final_state=True
         ... )
         >>> state.count.tolist(), state.summary().largest_count, state.summary().single_share
         ([[[3, 1, 2]]], 3, 0.3333333333333333)

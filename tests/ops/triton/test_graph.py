@@ -85,11 +85,11 @@ def cuda(monkeypatch):
     return cuda
 
 
-def attended(merge, lengths, is_kept=False):
-    """Outputs, the state, and, if what is merged away is kept, the gradients."""
+def attended(lengths, is_kept=False):
+    """Outputs, the state, and, if what the backward needs is kept, the gradients."""
     tokens = inputs(len(lengths), max(lengths), 1, 1, 4, 3, dtype=torch.float32)
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-    options = {"num_slots": 4, "chunk_size": 2, "merge": merge, "attention_mask": mask}
+    options = {"num_slots": 4, "chunk_size": 2, "attention_mask": mask}
     if is_kept:
         return gradients("triton", *tokens, torch.ones(1), options)
     return *attend(*tokens, **options, backend="triton"), ()
@@ -104,19 +104,12 @@ def is_same(found, expected):
 
 
 # Steps 1 to 5 are of two rows, 7 and 8 of the longer one; the first of a kind in each set is launched.
-@pytest.mark.parametrize(
-    ("merge", "lengths", "is_kept"),
-    [
-        ("existing", (19, 12), False),
-        ("ward", (11,), False),
-        pytest.param("ward", (19, 12), True, marks=pytest.mark.slow),
-        pytest.param("ward-sqrt", (19, 12), False, marks=pytest.mark.slow),
-    ],
-)
-def test_replayed_steps_give_the_same(merge, lengths, is_kept, request):
-    expected = attended(merge, lengths, is_kept)
+@pytest.mark.parametrize("is_kept", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_replayed_steps_give_the_same(is_kept, request):
+    lengths = (19, 12)
+    expected = attended(lengths, is_kept)
     cuda = request.getfixturevalue("cuda")
-    assert is_same(attended(merge, lengths, is_kept), expected)
+    assert is_same(attended(lengths, is_kept), expected)
     assert cuda.num_replays >= 2
     from ovq.ops.backends.triton import graph
 
@@ -132,11 +125,11 @@ def test_replayed_steps_give_the_same(merge, lengths, is_kept, request):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph, "steps_of", Stuck)
-        assert not is_same(attended(merge, lengths, is_kept), expected)
+        assert not is_same(attended(lengths, is_kept), expected)
 
 
 def test_where_recording_fails_steps_are_launched(request):
-    expected = attended("existing", (15,))
+    expected = attended((15,))
     cuda = request.getfixturevalue("cuda")
     from ovq.ops.backends.triton import graph
 
@@ -150,7 +143,7 @@ def test_where_recording_fails_steps_are_launched(request):
         with pytest.warns(
             RuntimeWarning, match="launched one by one, as recording one failed: expected launches"
         ) as caught:
-            assert is_same(attended("existing", (15,)), expected)
+            assert is_same(attended((15,)), expected)
     # Once, as it would not go better the next time.
     assert len(caught) == 1
     assert cuda.num_replays == 0

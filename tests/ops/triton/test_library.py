@@ -28,7 +28,7 @@ def test_operators_are_what_pytorch_expects():
 
     q, k, v = inputs(1, 5, 1, 1, 4, 3, dtype=torch.float32)
     leaves = [x.clone().requires_grad_() for x in (q, k, v, torch.ones(1))]
-    for num_slots, merge in ((4, "existing"), (3, "ward"), (3, "nearest")):
+    for num_slots, merge in ((4, "existing"), (3, "nearest")):
         options = (num_slots, 4, "plateau", merge, 0.5, True)
         torch.library.opcheck(library.attention, (*leaves, torch.tensor([[0], [5]]), *options))
     token = [x[:, :1] for x in (q, k, v)]
@@ -38,7 +38,7 @@ def test_operators_are_what_pytorch_expects():
 
 
 # How rows are given in a graph, `tests/ops/test_operator.py` tests with backends that take less time.
-SLOW = [pytest.param(rows, marks=pytest.mark.slow) for rows in ("dense", "packed", "ward", "ward-sqrt")]
+SLOW = [pytest.param(rows, marks=pytest.mark.slow) for rows in ("dense", "packed")]
 
 
 @pytest.mark.parametrize("rows", ["padded", "checked", "nearest", *SLOW])
@@ -47,8 +47,6 @@ def test_a_compiled_call_is_one_whole_graph(rows):
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1, 1]])
     given = {
         "dense": {},
-        "ward": {"merge": "ward"},
-        "ward-sqrt": {"merge": "ward-sqrt"},
         "nearest": {"merge": "nearest"},
         "padded": {"attention_mask": mask},
         "packed": {"cu_seqlens": torch.tensor([0, 4, 9])},

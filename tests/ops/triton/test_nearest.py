@@ -5,12 +5,11 @@ import torch
 
 from ovq.ops import backend_used
 from tests.ops.common import assert_same_state, attend, inputs
+from tests.ops.streams import STREAMS, assert_same_sums, gradients_from, stream
 from tests.ops.test_nearest import tight
 from tests.ops.test_parity import gradients
-from tests.ops.test_ward import STREAMS, gradients_from, stream
 from tests.ops.triton.test_decode import decoded
 from tests.ops.triton.test_kernels import assert_parity
-from tests.ops.triton.test_ward import check_state
 
 pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
 # numpy, which the interpreter computes with, warns of what is not a number.
@@ -19,6 +18,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 NEAREST = {"merge": "nearest", "num_slots": 8, "chunk_size": 6}
 # Streams and slots for every run of the tests; 3 slots beside a chunk of 6 take clusters that look again.
 QUICK = [("repeated", 8), ("not finite", 8), ("clustered", 3)]
+
+
+def check_state(tokens, **options):
+    """The sums of the reference to the last bit."""
+    (o, state), (o_ref, expected) = (attend(*tokens, **options, backend=b) for b in ("triton", "naive"))
+    assert_same_sums(state, expected)
+    return o, o_ref
 
 
 @pytest.mark.parametrize(
@@ -142,3 +148,37 @@ def test_token_after_token():
     torch.testing.assert_close(o, o_ref, rtol=1e-5, atol=1e-5)
     assert_same_state(after, expected, tolerance=0)
     assert_same_state(state, kept, tolerance=0)
+
+
+@pytest.mark.slow
+def test_padding_and_rows_that_go_on_from_a_state():
+    q, k, v = inputs(2, 20, 1, 1, dtype=torch.float32)
+    mask = (torch.arange(9) >= torch.tensor([[0], [3]])).long()
+    options = {**NEAREST, "num_slots": 5, "chunk_size": 4}
+    results = []
+    for backend in ("triton", "naive"):
+        first = [x[:, :9] for x in (q, k, v)]
+        o, state = attend(*first, attention_mask=mask, backend=backend, **options)
+        more, state = attend(q[:, 9:], k[:, 9:], v[:, 9:], initial_state=state, backend=backend, **options)
+        results.append((torch.cat([o, more], 1), state))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+    assert_same_state(results[0][1], results[1][1], tolerance=0)
+
+
+def test_merged_slots_are_kept_only_for_a_backward():
+    from ovq.ops.backends.triton import merging
+
+    q, k, v = inputs(1, 6, 1, 1, 4, 4, dtype=torch.float32)
+    made = []
+    original = merging.Gone.empty.__func__
+
+    def empty(cls, *args, **options):
+        made.append(original(cls, *args, **options))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging.Gone, "empty", classmethod(empty))
+        for tokens in ((q, k, v), (q.clone().requires_grad_(), k, v)):
+            attend(*tokens, merge="nearest", num_slots=4, chunk_size=3, backend="triton")
+    # One step, or both chunks.
+    assert [len(gone.slot) for gone in made] == [1, 2]

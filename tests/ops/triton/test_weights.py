@@ -29,7 +29,7 @@ def check(sizes, kind, options, *, dtype=torch.float32, pieces=None, **given):
     ("merge", "kind"),
     [
         pytest.param(merge, kind, marks=[] if (merge, kind) in QUICK else pytest.mark.slow)
-        for QUICK in [{("existing", "some zero"), ("ward", "some zero"), ("nearest", "some zero")}]
+        for QUICK in [{("existing", "some zero"), ("nearest", "some zero")}]
         for merge in RULES
         for kind in KINDS
     ],
@@ -191,7 +191,7 @@ def test_rows_are_kept_only_for_a_backward(monkeypatch):
 def test_auto_takes_the_kernels_on_a_gpu_with_weights_too(monkeypatch):
     tensors = call((1, 6, 1, 1, 4, 4), "positive")
     q, k, v, weights = tensors.values()
-    options = Options(num_slots=4, chunk_size=3, growth="plateau", init="novelty", merge="ward", seed=0)
+    options = Options(num_slots=4, chunk_size=3, growth="plateau", init="novelty", merge="nearest", seed=0)
     made = checked_call(q, k, v, torch.ones(1), None, True, None, None, options, weights)
     assert backends.triton.refusal(made) is None
     monkeypatch.setattr(backends, "_preferred", lambda call: ["triton", "torch"])

@@ -3,7 +3,7 @@
 A backend computes what `ovq.ops.naive` defines. The choice affects speed only: assignments are equal between
 backends, and outputs are equal up to rounding.
 
-- `naive`: the reference, in plain loops.
+- `naive`: the reference, in plain loops. It alone knows the rules of exact greedy merging.
 - `torch`: large matrix products, on any device; `torch/chunk.py` is where to start reading.
 - `cpu`: the same, compiled for this processor.
 - `triton`: kernels for GPUs.
@@ -61,6 +61,4 @@ def chosen(name: str, call: Call) -> str:
 
 def _preferred(call: Call) -> list[str]:
     """The backends that `"auto"` tries, in order."""
-    if call.q.is_cuda:
-        return ["triton", "torch"]
-    return ["cpu", "torch"]
+    return ["triton" if call.q.is_cuda else "cpu", "torch", "naive"]

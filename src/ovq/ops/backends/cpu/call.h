@@ -23,12 +23,12 @@ struct Tokens {
 struct Call {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, width, capacity, num_threads;
     int64_t dtype, is_merge_updated;
-    int64_t merges_pairs, is_nearest, is_sqrt; /* Whether pairs are merged, and whether by "nearest", or by "ward-sqrt". */
+    int64_t merges_pairs;     /* Whether pairs are merged, by "nearest". */
     int64_t num_parts;        /* Of "nearest": how many parts edges are taken in. */
     int64_t weighs_chunk;     /* Whether tokens of the own chunk are read with the log of their weights. */
     double tie, value_weight;
     double mass_power;        /* Of "nearest": the power of masses in what edges are ranked by. */
-    double least_weight;      /* A slot that has faded to less is dropped, by rules that merge pairs, or fades no further. */
+    double least_weight;      /* A slot that has faded to less is dropped, by "nearest", or fades no further. */
     Tokens q, k, v, o;
     float *lse;         /* [num_chunks, width, H]: log of the sum of the exponentials of each query. */
     const float *scale; /* [H] */

@@ -37,12 +37,6 @@ struct Dictionary {
 /* Too short or too long for float32 products, or not finite; zero is neither (`ORDINARY` of options.py). */
 INLINE int is_extreme(double length) { return !(length == 0 || (length >= 1e-15 && length <= 1e15)); }
 
-/* The same of a mass, by which distances are multiplied. It may be less where there is forgetting: what has faded so far
-   does not matter any more, and float64 throughout would take a hundred times as long. */
-INLINE int is_extreme_mass(double mass, int is_fading) {
-    return is_fading ? !(mass == 0 || (mass >= 1e-34 && mass <= 1e15)) : is_extreme(mass);
-}
-
 INLINE int64_t key_ld(const Call *call) { return padded(call->k.dim, VL); }
 INLINE int64_t value_ld(const Call *call) { return padded(call->v.dim, VL); }
 INLINE int64_t key_words(const Call *call) { return num_words(call->k.dim); }
@@ -206,13 +200,12 @@ static void fade_slots(Dictionary *dictionary, const Call *call, const Sums *sum
     }
 }
 
-/* Let slot i fade no further, or drop it, if it weighs too little, as `bounded` of fading.py does; whether it did. */
-static int bound_slot(Dictionary *dictionary, const Call *call, const Sums *sums, int64_t i) {
+/* Let slot i fade no further, or drop it, if it weighs too little, as `bounded` of fading.py does. */
+static void bound_slot(Dictionary *dictionary, const Call *call, const Sums *sums, int64_t i) {
     const float weight = sums->weight[i], least = (float)call->least_weight;
-    if (!(weight > 0 && weight < least)) return 0;
+    if (!(weight > 0 && weight < least)) return;
     scale_sums(call, sums, i, call->merges_pairs ? 0 : 1 / weight * least);
     update_slot(dictionary, call, i, sums);
-    return 1;
 }
 
 static void load_dictionary(Dictionary *dictionary, const Call *call, const Sums *sums) {

@@ -12,7 +12,6 @@
 #include "roof.h"
 #include "step.h"
 #include "tokens.h"
-#include "ward.h"
 #include "window.h"
 
 /* How the threads share the streams. */
@@ -38,8 +37,7 @@ struct Shared {
     Dictionary dictionary;
     Rows tokens;
     Learner learner;
-    Ward layout, *ward; /* As each thread knows it, and as all of them do; NULL by other rules. */
-    Nearest nearest_layout, *nearest;
+    Nearest layout, *nearest; /* As each thread knows it, and as all of them do; NULL by other rules. */
     Gradients gradients;
     Barrier *barrier;
 };
@@ -57,12 +55,9 @@ static Shared take_shared(Arena *arena, const Call *call, int is_backward) {
     shared.barrier = TAKE(arena, Barrier, 1);
     if (is_backward) shared.gradients = take_gradients(arena, call);
     else shared.learner = take_learner(arena, call);
-    if (!is_backward && call->is_nearest) {
+    if (!is_backward && call->merges_pairs) {
         shared.nearest = TAKE(arena, Nearest, 1);
-        shared.nearest_layout = take_nearest(arena, call);
-    } else if (!is_backward && call->merges_pairs) {
-        shared.ward = TAKE(arena, Ward, 1);
-        shared.layout = take_ward(arena, call);
+        shared.layout = take_nearest(arena, call);
     }
     return shared;
 }
@@ -107,49 +102,39 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
     Rows *tokens = &shared->tokens;
     const Sums sums = sums_of(call, row, head);
     if (team->rank == 0) load_dictionary(dictionary, call, &sums);
-    Ward *ward = shared->ward;
     Nearest *nearest = shared->nearest;
-    if (team->rank == 0 && ward) *ward = shared->layout;
-    if (team->rank == 0 && nearest) *nearest = shared->nearest_layout;
+    if (team->rank == 0 && nearest) *nearest = shared->layout;
     for (int64_t i = 0; i < num_chunks(call, row); i++) {
         const Chunk chunk = chunk_of(call, row, i);
         dictionary->num = chunk.before;
         const double *priority = call->priority;
         if (priority)
             priority += ((call->schedule_start[row] + i) * call->num_kv_heads + head) * call->chunk_size;
-        const Items items = {call, dictionary, tokens, &sums, ward};
         const Joining all = {call, dictionary, tokens, &sums, nearest};
         const float *fading = call->fading ? call->fading + chunk.index * call->num_kv_heads + head : nullptr;
         if (team->rank == 0 && fading && chunk.is_complete) {
             fade_slots(dictionary, call, &sums, *fading);
-            if (ward) fade_ward(items, *fading);
             if (nearest) nearest->has_squares = 0;
         }
         const int64_t due = call->merges_pairs && chunk.is_complete ? chunk.before + chunk.num - chunk.after : 0;
         const int64_t num_merged = call->num_merged[row] + i * call->chunk_size;
         if (team->rank == 0) {
             load_chunk(tokens, call, chunk.index, head, chunk.num);
-            if (due && *tokens->is_finite && ward) prepare_ward(items, due, own->reader.scores);
-            if (due && *tokens->is_finite && nearest) prepare_nearest(all, due, num_merged);
+            if (due && *tokens->is_finite) prepare_nearest(all, due, num_merged);
         }
         sync(team);
         const int64_t blocks = num_tiles(chunk.num), reads = blocks * call->group_size;
-        const int is_routing = call->merges_pairs ? due && *tokens->is_finite : chunk.is_complete && chunk.before;
-        const int64_t routes = is_routing && !nearest ? blocks : 0;
-        const int64_t others = !is_routing ? 0 : nearest ? nearest->num_searching : ward ? ward->num_wanted : 0;
-        const Lengths lengths = routes && !ward ? lengths_of(dictionary) : Lengths{};
-        for (int64_t tile = team->rank; tile < reads + routes + num_tiles(others); tile += team->size) {
+        const int64_t routes = !nearest && chunk.is_complete && chunk.before ? blocks : 0;
+        const int64_t searches = due && *tokens->is_finite ? nearest->num_searching : 0;
+        const Lengths lengths = routes ? lengths_of(dictionary) : Lengths{};
+        for (int64_t tile = team->rank; tile < reads + routes + num_tiles(searches); tile += team->size) {
             const int64_t first = tile % blocks * QUERIES, num = least(QUERIES, chunk.num - first);
-            const int64_t other = (tile - reads - routes) * QUERIES, num_others = least(QUERIES, others - other);
+            const int64_t search = (tile - reads) * QUERIES;
             if (tile < reads)
                 read_tile(call, dictionary, tokens, &chunk, head * call->group_size + tile / blocks, first, num,
                           &own->reader);
-            else if (tile >= reads + routes && nearest)
-                search_tile(all, other, num_others, own->reader.scores);
-            else if (tile >= reads + routes)
-                bound_slots(items, other, num_others, own->reader.scores);
-            else if (ward)
-                token_rows(items, first, num);
+            else if (nearest)
+                search_tile(all, search, least(QUERIES, searches - search), own->reader.scores);
             else
                 route_tile(call, dictionary, tokens, first, num, chunk.after > chunk.before && !priority, &lengths,
                            &shared->learner, &own->reader);
@@ -158,14 +143,10 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
         if (chunk.is_complete && nearest)
             join_together(all, dictionary, tokens, &chunk, head, due, num_merged, team, &shared->learner,
                           own->reader.scores);
-        else if (team->rank == 0 && chunk.is_complete && ward)
-            learn_by_likelihood(call, dictionary, tokens, &sums, &chunk, head, ward, &shared->learner,
-                                own->reader.scores);
         else if (team->rank == 0 && chunk.is_complete)
             learn(call, dictionary, tokens, &sums, &chunk, head, priority, &shared->learner, &own->reader);
         if (team->rank == 0 && fading && chunk.is_complete)
-            for (int64_t slot = 0; slot < dictionary->num; slot++)
-                if (bound_slot(dictionary, call, &sums, slot) && ward) set_squares(items, slot);
+            for (int64_t slot = 0; slot < dictionary->num; slot++) bound_slot(dictionary, call, &sums, slot);
     }
 }
 

@@ -27,9 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RULES: dict[str, dict[str, bool]] = {
     "existing": {},
     "updated": {"is_merge_updated": True},
-    "ward": {"merges_pairs": True},
-    "ward-sqrt": {"merges_pairs": True, "is_sqrt": True},
-    "nearest": {"merges_pairs": True, "is_nearest": True},
+    "nearest": {"merges_pairs": True},
 }
 
 
@@ -268,8 +266,8 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
         *((name, ctypes.c_int64) for name in ("width", "capacity", "num_threads")),
-        *((name, ctypes.c_int64) for name in ("dtype", "is_merge_updated", "merges_pairs", "is_nearest")),
-        *((name, ctypes.c_int64) for name in ("is_sqrt", "num_parts", "weighs_chunk")),
+        *((name, ctypes.c_int64) for name in ("dtype", "is_merge_updated", "merges_pairs")),
+        *((name, ctypes.c_int64) for name in ("num_parts", "weighs_chunk")),
         *((name, ctypes.c_double) for name in ("tie", "value_weight", "mass_power", "least_weight")),
         *((name, _Tokens) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count")),

@@ -94,7 +94,7 @@ static Call learning_call(const HeadGroup *g) {
     call.capacity = g->capacity;
     call.dtype = FLOAT32;
     call.is_merge_updated = g->is_merge_updated;
-    call.merges_pairs = call.is_nearest = g->merges_pairs;
+    call.merges_pairs = g->merges_pairs;
     call.num_parts = g->num_parts;
     call.tie = g->tie;
     call.value_weight = g->value_weight;

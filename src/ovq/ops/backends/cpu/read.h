@@ -20,7 +20,7 @@ static Reader take_reader(Arena *arena, const Call *call) {
     reader.queries = TAKE(arena, float, QUERIES * key_ld(call));
     reader.words = HAS_PAIRS || HAS_SHORTS ? TAKE(arena, uint32_t, QUERIES * key_words(call)) : nullptr;
     reader.steps = HAS_SHORTS ? TAKE(arena, float, QUERIES) : nullptr;
-    const int64_t joined = call->is_nearest ? padded(call->chunk_size, NR) + VL : 0;
+    const int64_t joined = call->merges_pairs ? padded(call->chunk_size, NR) + VL : 0;
     reader.scores = TAKE(arena, float, QUERIES * (padded(call->capacity, NR) + padded(call->width, NR) + joined));
     reader.out = TAKE(arena, float, QUERIES * value_ld(call));
     reader.near = TAKE(arena, int32_t, padded(call->capacity, NR));

@@ -108,8 +108,6 @@ INLINE Vector square_root(Vector x) {
     return load(y);
 }
 
-INLINE float lowest_lane(Vector x) { return folded(x, [](Vector a, Vector b) { return lower_of(a, b); }); }
-
 INLINE int is_any(IntVector x) {
     int64_t y[VL / 2];
     memcpy(y, &x, sizeof(x));

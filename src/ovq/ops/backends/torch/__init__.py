@@ -22,7 +22,7 @@ __all__ = ["learn", "refusal", "run"]
 _LISTED = {
     "growth": ("plateau", "linear", "immediate"),
     "init": ("novelty", "random"),
-    "merge": ("existing", "updated", "ward", "ward-sqrt", "nearest"),
+    "merge": ("existing", "updated", "nearest"),
     "bias": ("count", "count+norm"),
     "rate": ("count", "number"),
 }

@@ -1,7 +1,7 @@
 """Merging a chunk into the dictionary, in the `torch` backend, and what the backward needs to undo it.
 
-`route.py` decides which slots keys go to, `ovq.ops.ward` and `ovq.ops.nearest` which pairs are merged; this
-file updates the sums.
+`route.py` decides which slots keys go to, `ovq.ops.nearest` which pairs are merged; this file updates the
+sums.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from ovq.ops.backends.torch.streams import Step
 from ovq.ops.nearest import Items, movers, nearest_roots
 from ovq.ops.options import Options
 from ovq.ops.state import slot_means, without_trace
-from ovq.ops.ward import cluster_roots, pair_points
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,21 +199,17 @@ def _roots(
     num_streams, size = chunk.keys.shape[:2]
     most = items.shape[1] - size
     mass = sums.mass[:num_streams, :most]
-    weights, keys, values = None, chunk.keys, chunk.values
+    weights, keys, values = items, chunk.keys, chunk.values
     if chunk.weights is not None:
         weights = torch.cat([mass, chunk.weights], 1)
         keys, values = (without_trace(x, chunk.weights) for x in (keys, values))
-    points = (
-        torch.cat([means[:num_streams, :most], keys], 1),
-        torch.cat([slot_means(sums.value_sum[:num_streams, :most], mass), values], 1),
-        items if weights is None else weights,
+    keys = torch.cat([means[:num_streams, :most], keys], 1)
+    values = torch.cat([slot_means(sums.value_sum[:num_streams, :most], mass), values], 1)
+    is_mover = movers(chunk.before, [t - size for t in chunk.num_seen], size, items.device)
+    weighted = Items.of(
+        keys, values, weights, items, value_weight=options.value_weight, mass_power=options.mass_power
     )
-    if options.merge == "nearest":
-        is_mover = movers(chunk.before, [t - size for t in chunk.num_seen], size, items.device)
-        weighted = Items.of(*points, items, value_weight=options.value_weight, mass_power=options.mass_power)
-        return nearest_roots(weighted, is_mover, due)
-    x = pair_points(*points, options.value_weight)
-    return cluster_roots(x, items, due, count_power=options.count_power, weight=weights)
+    return nearest_roots(weighted, is_mover, due)
 
 
 def part_slots(sums: Dictionary, deposits: Dictionary, merged: MergedSlots) -> None:

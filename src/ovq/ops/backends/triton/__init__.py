@@ -26,7 +26,7 @@ MAX_CHUNK_SIZE = 4096
 _LISTED = {
     "growth": ("plateau", "linear", "immediate"),
     "init": ("novelty",),
-    "merge": ("existing", "ward", "ward-sqrt", "nearest"),
+    "merge": ("existing", "nearest"),
     "bias": ("count",),
     "rate": ("count",),
 }

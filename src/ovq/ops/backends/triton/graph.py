@@ -1,6 +1,6 @@
 """The recurrence in CUDA graphs: the launches of a step are recorded once, and run by one call from then on.
 
-A step is 2 to 42 small launches, and each takes the host some microseconds. Steps in which the same kernels
+A step is up to 3 small launches, and each takes the host some microseconds. Steps in which the same kernels
 run on the same grids differ in nothing but the entries of their chunks. In a graph, kernels read those on the
 device, where the first kernel of the step has left them.
 """

@@ -1,9 +1,8 @@
 """The items of a chunk, where pairs of them are merged: its slots and its tokens; and the sums of slots.
 
-Items are *columns* `[slots | tokens]`; by merge="ward" a merge makes a new column after these (`ward.py`).
-What is known of the columns of a stream lies in two tables, of integers and of float64 numbers, one field
-after the other. Those that join items leave in `INTO` which column each was merged into, directly or not,
-and in `INDEX` the lowest item of what is in a column; `merging.py` launches.
+Items are *columns* `[slots | tokens]`. Their means, their masses in float64 and a table of integers say what
+is known of them. `merging.py` launches, and leaves in `INTO` of each column the lowest one that it is joined
+with.
 """
 
 import triton
@@ -15,61 +14,29 @@ from ovq.ops.backends.triton.common import (
     CHUNK,
     COLUMNS,
     IS_COMPLETE,
-    LONGEST,
-    SHORTEST,
-    TIE,
     log2_mass,
     means,
-    number,
     place_of,
     put_rows,
     rows,
 )
 from ovq.ops.backends.triton.recurrence import add_tokens, add_weights, keep_rows
 
-# The tables of a stream are `ints` and `nums`; field F of column i is at F * L + i, for L columns.
-# Fields of integers: the column itself, the one it was merged into, or -1; its lowest member; its nearest
-# column, or -1 if that is not known; whether no other is as near; lists that the kernels work through; and
-# the merge, from 1, that has made a column, or 0 (`one_by_one.py`).
+# The table of a stream is `ints`; field F of column i is at F * L + i, for L columns. Its fields: the column
+# that this one is joined with, or -1 where there is none; and what `settle` works with: free slots in order,
+# the slot of each cluster, and whether more than one item is in it.
 INTO = tl.constexpr(0)
-INDEX = tl.constexpr(1)
-PARTNER = tl.constexpr(2)
-IS_SINGLE = tl.constexpr(3)
-LISTED = tl.constexpr(4)
-MEMBER = tl.constexpr(5)
-OWNER = tl.constexpr(6)
-HEAD = tl.constexpr(7)
-ORDINAL = tl.constexpr(8)
-CONTROL = tl.constexpr(9)
-SINCE = tl.constexpr(10)
-INT_FIELDS = tl.constexpr(11)
-# Entries of CONTROL: merges that are due, merged columns, items listed, whether products in float32 mean
-# nothing, and slots before the chunk.
-LEFT = tl.constexpr(0)
-MERGED = tl.constexpr(1)
-NUM_LISTED = tl.constexpr(2)
-IS_WIDE = tl.constexpr(3)
-NUM_SLOTS = tl.constexpr(4)
-# Fields of float64: tokens of the column, or their weight; squared lengths of its means; what none of its
-# costs is below; the cost of merging it with its partner.
-COUNT = tl.constexpr(0)
-KEY_SQUARE = tl.constexpr(1)
-VALUE_SQUARE = tl.constexpr(2)
-BOUND = tl.constexpr(3)
-COST = tl.constexpr(4)
-SHARED = tl.constexpr(5)
-NUM_FIELDS = tl.constexpr(6)
-# Entries of SHARED: w^2 / s_v, what counts as a tie, and the bound up to which items are looked at.
-FACTOR = tl.constexpr(0)
-TIED = tl.constexpr(1)
-LIMIT = tl.constexpr(2)
+FREE = tl.constexpr(1)
+HOME = tl.constexpr(2)
+HAS_MORE = tl.constexpr(3)
+INT_FIELDS = tl.constexpr(4)
 
 
 @triton.jit(do_not_specialize=["previous", "current", "base", "num_next", "gone_base"])
 def advance_items(
     k, v, slots, key_sum, value_sum, count, table, snap_keys, snap_values, snap_bias,
     gone_slot, gone_into, gone_count, gone_keys, gone_values, gone_weight,
-    token_weights, weight, kept_slot, kept_keys, kept_values, kept_weight, item_keys, item_values, nums,
+    token_weights, weight, kept_slot, kept_keys, kept_values, kept_weight, item_keys, item_values, masses,
     previous, current, base, num_next, gone_base, W, C, H, K, V, M, L,
     HAS_PREVIOUS: tl.constexpr, HAS_NEXT: tl.constexpr, HAS_READ: tl.constexpr,
     BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -87,15 +54,13 @@ def advance_items(
         kept_slot: `[entries, H, C]` int32 the slots that each chunk adds to; -1 after the last. kept_keys:
             `[entries, H, C, K]` receives them as they were before. kept_values, kept_weight: likewise.
         item_keys: `[streams, L, K]` float32, receives the means. item_values: likewise.
-        nums: the table of numbers, receives the squared lengths.
+        masses: `[streams, L]` float64, receives counts or weights.
         gone_base: the entry that `gone_slot` starts with.
     """
     stream = tl.program_id(0)
     block = tl.program_id(1)
     row = stream // H
     head = stream % H
-    previous, current, base = number(previous), number(current), number(base)
-    gone_base = number(gone_base)
     slot = block * BN + tl.arange(0, BN)
     place = stream.to(tl.int64) * M + slot
     num_open = 0
@@ -176,38 +141,15 @@ def advance_items(
                     put_rows(snap_values, shown, mean_values, is_used, V, BV)
                     tl.store(snap_bias + shown, log2_mass(mass), mask=is_used)
                 if tl.load(table + entry * COLUMNS + IS_COMPLETE) != 0:
-                    nums += stream.to(tl.int64) * NUM_FIELDS * L
-                    put_items(
-                        item_keys, item_values, nums, stream, slot, mean_keys, mean_values, is_used, K, V, L,
-                        BK, BV,
-                    )  # fmt: skip
-                    tl.store(nums + L * COUNT + slot, mass.to(tl.float64), mask=is_used)
-
-
-@triton.jit
-def put_items(
-    item_keys, item_values, nums, stream, column, keys, values, mask, K, V, L, BK: tl.constexpr,
-    BV: tl.constexpr,
-):  # fmt: skip
-    """Write means `[N, BK]` and `[N, BV]` of columns in float32, and their squared lengths."""
-    place = stream.to(tl.int64) * L + column
-    put_rows(item_keys, place, keys, mask, K, BK)
-    put_rows(item_values, place, values, mask, V, BV)
-    keys, values = keys.to(tl.float64), values.to(tl.float64)
-    tl.store(nums + L * KEY_SQUARE + column, tl.sum(keys * keys, 1), mask=mask)
-    tl.store(nums + L * VALUE_SQUARE + column, tl.sum(values * values, 1), mask=mask)
-
-
-@triton.jit
-def _are_unusual(squares):
-    """Which squared lengths are of vectors too short or too long for float32 products, or not finite."""
-    is_ordinary = (squares >= SHORTEST * SHORTEST) & (squares <= LONGEST * LONGEST)
-    return (is_ordinary | (squares == 0)) == 0
+                    column = stream.to(tl.int64) * L + slot
+                    put_rows(item_keys, column, mean_keys, is_used, K, BK)
+                    put_rows(item_values, column, mean_values, is_used, V, BV)
+                    tl.store(masses + column, mass.to(tl.float64), mask=is_used)
 
 
 @triton.jit(do_not_specialize=["current", "PS"])
 def prepare(
-    k, v, token_weights, table, item_keys, item_values, ints, nums, current, factor, W, C, H, K, V, L, PS,
+    k, v, token_weights, table, item_keys, item_values, ints, masses, current, W, C, H, K, V, L, PS,
     BC: tl.constexpr, BL: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Lay out the items of a complete chunk; grid (streams,).
@@ -215,84 +157,34 @@ def prepare(
     Args:
         k: `[num_chunks, W, H, K]` keys. v: values.
         token_weights: `[num_chunks, W, H]` weights of tokens; None without.
-        factor: `[1]` float64, w^2.
         PS: column of the first token.
         BL: L, rounded up to a power of two.
     """
     stream = tl.program_id(0)
     row = stream // H
     head = stream % H
-    ints += stream.to(tl.int64) * INT_FIELDS * L
-    nums += stream.to(tl.int64) * NUM_FIELDS * L
-    entry = table + (number(current) + row) * COLUMNS
+    columns = stream.to(tl.int64) * L
+    entry = table + (current + row) * COLUMNS
     chunk = tl.load(entry + CHUNK).to(tl.int64)
-    num = tl.load(entry + BEFORE)
     for start in range(0, C, BC):
         t = start + tl.arange(0, BC)
         place = (chunk * W + t) * H + head
         keys = rows(k, place, t < C, K, BK).to(tl.float32)
         values = rows(v, place, t < C, V, BV).to(tl.float32)
+        mass = 1.0 + 0.0 * t
         if token_weights is not None:
+            mass = tl.load(token_weights + place, mask=t < C, other=0.0)
             # A weight of zero leaves no trace of what is not finite.
-            is_traced = (tl.load(token_weights + place, mask=t < C, other=0.0) > 0)[:, None]
+            is_traced = (mass > 0)[:, None]
             keys = tl.where(is_traced | (tl.abs(keys) < float("inf")), keys, 0.0)
             values = tl.where(is_traced | (tl.abs(values) < float("inf")), values, 0.0)
-        put_items(item_keys, item_values, nums, stream, PS + t, keys, values, t < C, K, V, L, BK, BV)
-    tl.debug_barrier()
+        column = columns + PS + t
+        put_rows(item_keys, column, keys, t < C, K, BK)
+        put_rows(item_values, column, values, t < C, V, BV)
+        tl.store(masses + column, mass.to(tl.float64), mask=t < C)
     i = tl.arange(0, BL)
-    is_slot = i < num
-    is_token = (i >= PS) & (i < PS + C)
-    is_there = is_slot | is_token
-    counts = tl.load(nums + L * COUNT + i, mask=is_slot, other=1.0)
-    if token_weights is not None:
-        own = tl.load(token_weights + (chunk * W + i - PS) * H + head, mask=is_token, other=0.0)
-        counts = tl.where(is_token, own.to(tl.float64), counts)
-    key_squares = tl.load(nums + L * KEY_SQUARE + i, mask=is_there, other=0.0)
-    value_squares = tl.load(nums + L * VALUE_SQUARE + i, mask=is_there, other=0.0)
-    # The mean squared length of values, of items whose values are finite.
-    has_length = is_there & (value_squares < float("inf"))
-    total = tl.sum(tl.where(has_length, counts, 0.0), 0)
-    power = tl.sum(tl.where(has_length, counts * value_squares, 0.0), 0) / tl.where(total > 0, total, 1.0)
-    factor = tl.where(power > 0, tl.load(factor) / tl.where(power > 0, power, 1.0), 0.0)
-    squares = key_squares + factor * value_squares
-    longest = tl.max(tl.where(is_there & (squares < float("inf")), squares, 0.0), 0)
-    is_unusual = (
-        _are_unusual(key_squares) | _are_unusual(value_squares) | _are_unusual(factor * value_squares)
-    )
-    is_wide = tl.max((is_there & is_unusual).to(tl.int32), 0)
-    is_wide = tl.maximum(
-        is_wide, ((factor > 0) & ((factor < SHORTEST * SHORTEST) | (factor > LONGEST * LONGEST))).to(tl.int32)
-    )
-    shared = nums + L * SHARED
-    tl.store(shared + FACTOR, factor)
-    tl.store(shared + TIED, longest * TIE)
-    # Below all bounds: nothing is known yet but them.
-    tl.store(shared + LIMIT, -1.0)
-    control = ints + L * CONTROL
-    due = num + C - tl.load(entry + AFTER)
-    tl.store(control + LEFT, due)
-    tl.store(control + MERGED, 0)
-    tl.store(control + NUM_LISTED, tl.where(due > 0, num + C, 0))
-    tl.store(control + IS_WIDE, is_wide)
-    tl.store(control + NUM_SLOTS, num)
-    tl.store(nums + L * COUNT + i, counts, mask=is_token)
-    tl.store(nums + L * BOUND + i, 0.0 * counts, mask=is_there)
-    tl.store(ints + L * INTO + i, tl.where(is_there, i, -1), mask=i < L)
-    tl.store(ints + L * INDEX + i, i, mask=i < L)
-    tl.store(ints + L * PARTNER + i, -1 + 0 * i, mask=i < L)
-    tl.store(ints + L * SINCE + i, 0 * i, mask=i < L)
-    tl.store(ints + L * LISTED + tl.where(is_slot, i, num + i - PS), i, mask=is_there)
-
-
-@triton.jit
-def _root(into, column, mask):
-    """The column that each of `column` `[N]` has ended in."""
-    root = column
-    above = tl.load(into + root, mask=mask, other=0)
-    while tl.max((mask & (above != root)).to(tl.int32), 0) > 0:
-        root = tl.where(mask, above, root)
-        above = tl.load(into + root, mask=mask, other=0)
-    return root
+    is_there = (i < tl.load(entry + BEFORE)) | ((i >= PS) & (i < PS + C))
+    tl.store(ints + INT_FIELDS * columns + L * INTO + i, tl.where(is_there, i, -1), mask=i < L)
 
 
 @triton.jit(do_not_specialize=["current", "gone_base", "PS"])
@@ -314,18 +206,17 @@ def settle(
     row = stream // H
     head = stream % H
     ints += stream.to(tl.int64) * INT_FIELDS * L
-    entry = table + (number(current) + row) * COLUMNS
+    entry = table + (current + row) * COLUMNS
     chunk = tl.load(entry + CHUNK).to(tl.int64)
     num, after = tl.load(entry + BEFORE), tl.load(entry + AFTER)
     i = tl.arange(0, BL)
     is_slot = i < num
     is_token = (i >= PS) & (i < PS + C)
     is_there = is_slot | is_token
-    into = ints + L * INTO
-    lowest = tl.load(ints + L * INDEX + _root(into, i, is_there), mask=is_there, other=-1)
+    lowest = tl.load(ints + L * INTO + i, mask=is_there, other=-1)
     # Free slots in order, then the clusters that take them.
-    free = ints + L * MEMBER
-    home = ints + L * OWNER
+    free = ints + L * FREE
+    home = ints + L * HOME
     is_free = (i < after) & ((i >= num) | (lowest != i))
     tl.store(free + tl.cumsum(is_free.to(tl.int32), 0) - 1, i, mask=is_free)
     tl.debug_barrier()
@@ -335,7 +226,7 @@ def settle(
     tl.debug_barrier()
     chosen = tl.load(home + lowest, mask=is_token, other=0)
     tl.store(slots + (chunk * H + head) * W + i - PS, chosen, mask=is_token)
-    gone = ((number(current) + row - number(gone_base)).to(tl.int64) * H + head) * C
+    gone = ((current + row - gone_base).to(tl.int64) * H + head) * C
     is_gone = is_slot & (lowest != i)
     p = gone + tl.cumsum(is_gone.to(tl.int32), 0) - 1
     tl.store(gone_slot + p, i, mask=is_gone)
@@ -349,7 +240,7 @@ def settle(
     tl.store(gone_slot + gone + i, -1 + 0 * i, mask=is_rest)
     tl.store(gone_into + gone + i, -1 + 0 * i, mask=is_rest)
     if kept_slot is not None:
-        has_more = ints + L * ORDINAL
+        has_more = ints + L * HAS_MORE
         tl.store(has_more + i, 0 * i, mask=i < L)
         tl.debug_barrier()
         tl.store(has_more + lowest, 1 + 0 * i, mask=is_there & (lowest != i))
@@ -371,7 +262,7 @@ def keep(
     row = stream // H
     head = stream % H
     p = tl.program_id(1) * BN + tl.arange(0, BN)
-    place = ((number(current) + row - number(gone_base)).to(tl.int64) * H + head) * C + p
+    place = ((current + row - gone_base).to(tl.int64) * H + head) * C + p
     slot = tl.load(gone_slot + place, mask=p < C, other=-1)
     is_gone = slot >= 0
     if tl.max(is_gone.to(tl.int32), 0) > 0:

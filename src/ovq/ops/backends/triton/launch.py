@@ -27,7 +27,6 @@ from ovq.ops.backends.triton.read import read
 from ovq.ops.backends.triton.recurrence import advance
 from ovq.ops.backends.triton.rewind import deposit, rewind
 from ovq.ops.backends.triton.route import nearest, open_slots
-from ovq.ops.backends.triton.ward import WardRecurrence
 from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import At, Work
 from ovq.ops.options import LEAST_READ
@@ -173,8 +172,7 @@ def recurrence_of(
     kept = gone
     if kept is None:
         kept = Gone.empty(work, k, v, is_kept=False, has_weights=weights is not None)
-    rule = PairRecurrence if work.options.merge == "nearest" else WardRecurrence
-    return rule(k, v, slots, into, work, kept, is_kept=gone is not None, weights=weights)
+    return PairRecurrence(k, v, slots, into, work, kept, is_kept=gone is not None, weights=weights)
 
 
 def forward(

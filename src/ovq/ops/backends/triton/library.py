@@ -19,7 +19,7 @@ from ovq.ops.backends.triton.launch import Saved, backward, forward
 from ovq.ops.backends.triton.merging import Gone
 from ovq.ops.backends.triton.work import Work
 from ovq.ops.call import Rows
-from ovq.ops.options import PAIR_MERGES, Options
+from ovq.ops.options import Options
 
 
 @torch.library.custom_op("ovq::attention", mutates_args=())
@@ -45,7 +45,7 @@ def attention(
         num_slots: N.
         chunk_size: C.
         growth: the schedule.
-        merge: the merge rule, `"existing"` or one of `PAIR_MERGES`.
+        merge: the merge rule, `"existing"` or `"nearest"`.
         value_weight: w of the latter.
         is_kept: whether there will be a backward, which needs the slots that were merged into others.
 
@@ -63,7 +63,7 @@ def attention(
     places = _num_places(q, bounds, chunk_size)
     lse = scale.new_zeros(places * q.shape[2])
     slots = scale.new_zeros(places * k.shape[2], dtype=torch.int32)
-    gone = _flat_gone(k, v, scale, places if is_kept and merge in PAIR_MERGES else 0)
+    gone = _flat_gone(k, v, scale, places if is_kept and merge == "nearest" else 0)
     if bool(bounds[1].any()):
         call = _Prepared(q, k, bounds, num_slots, chunk_size, growth, merge, value_weight)
         o = call.unalign(
@@ -111,7 +111,7 @@ def _(
         scale.new_empty(streams, dtype=torch.int64),
         scale.new_empty(places * q.shape[2]),
         scale.new_empty(places * k.shape[2], dtype=torch.int32),
-        *_flat_gone(k, v, scale, places if is_kept and merge in PAIR_MERGES else 0),
+        *_flat_gone(k, v, scale, places if is_kept and merge == "nearest" else 0),
     )
 
 

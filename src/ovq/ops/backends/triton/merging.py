@@ -1,11 +1,10 @@
-"""Rules that merge pairs: which kernels merge the chunks of a call, and in which order.
+"""merge="nearest": which kernels merge the chunks of a call, and in which order.
 
 For each step: `advance_items` merges chunk i - 1 into the slots, writes the dictionary that chunk i reads,
 and the means as items; `prepare` adds the tokens. Then it is decided which of these items are joined.
 `settle` says where tokens go and which slots leave, `keep` what was in them.
 
-By merge="nearest" PyTorch decides, by matrix products and selections (`ovq.ops.nearest`), and the host waits
-for some of them. By the other rules kernels do (`ward.py`).
+PyTorch decides, by matrix products and selections (`ovq.ops.nearest`), and the host waits for some of them.
 """
 
 from __future__ import annotations
@@ -18,16 +17,7 @@ from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.triton import common
-from ovq.ops.backends.triton.items import (
-    COUNT,
-    INT_FIELDS,
-    INTO,
-    NUM_FIELDS,
-    advance_items,
-    keep,
-    prepare,
-    settle,
-)
+from ovq.ops.backends.triton.items import INT_FIELDS, INTO, advance_items, keep, prepare, settle
 from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import At, Work
 from ovq.ops.nearest import Items, movers, nearest_roots
@@ -35,7 +25,7 @@ from ovq.ops.precision import full_precision
 
 # Most bytes of the products of items that are held at once, or of one stream's if those are more.
 PRODUCT_BYTES = 1 << 30
-# Columns are allocated in multiples of this, which keeps the fields of the tables aligned.
+# Columns are allocated in multiples of this, which keeps the fields of the table aligned.
 _ALIGNED = 16
 # Slots that one program keeps.
 _KEPT = 16
@@ -80,7 +70,7 @@ class Gone:
 
 
 class PairRecurrence:
-    """Merges the chunks of a call, one step at a time: by merge="nearest", unless a subclass decides.
+    """Merges the chunks of a call by merge="nearest", one step at a time.
 
     Args:
         k: `[num_chunks, W, Hkv, K]` keys, contiguous. v: values.
@@ -90,7 +80,6 @@ class PairRecurrence:
         gone: receives the slots merged into others.
         is_kept: whether `gone` has room for all chunks.
         weights: of the tokens; None without.
-        columns: items of a stream that there is to be room for; by default its slots and tokens.
     """
 
     def __init__(
@@ -104,20 +93,17 @@ class PairRecurrence:
         *,
         is_kept: bool,
         weights: Weights | None = None,
-        columns: int = 0,
     ) -> None:
         self.k, self.v, self.slots, self.into, self.work = k, v, slots, into, work
         self._gone, self._is_kept = gone, is_kept
         self._tokens = None if weights is None else weights.tokens
         self._kept = None if weights is None else weights.kept
         self._chunk_size = size = work.options.chunk_size
-        self._columns = columns or triton.cdiv(work.capacity + size, _ALIGNED) * _ALIGNED
+        self._columns = triton.cdiv(work.capacity + size, _ALIGNED) * _ALIGNED
         self._dims = (k.shape[-1], v.shape[-1])
         self._items = [self._empty(self._columns, dim, dtype=torch.float32) for dim in self._dims]
         self._ints = self._empty(INT_FIELDS.value, self._columns, dtype=torch.int32)
-        self._nums = self._empty(NUM_FIELDS.value, self._columns, dtype=torch.float64)
-        factor = work.options.value_weight**2
-        self._factor = torch.full((1,), factor, dtype=torch.float64, device=k.device)
+        self._masses = self._empty(self._columns, dtype=torch.float64)
         self._padded = {"BK": common.padded(k.shape[-1]), "BV": common.padded(v.shape[-1])}
         # A program that ranks all columns of a stream.
         self._ranking = {
@@ -153,24 +139,24 @@ class PairRecurrence:
         parts = (into.key_sum, into.value_sum, into.count)
         advance_items[(num_rows * heads, triton.cdiv(work.capacity, block))](
             k, v, self.slots, *parts, work.table, *(shown or parts),
-            *gone.tensors(), self._tokens, into.weight, *kept_slots, *self._items, self._nums,
+            *gone.tensors(), self._tokens, into.weight, *kept_slots, *self._items, self._masses,
             *at, num_next, 0 if self._is_kept else at.previous,
             width, self._chunk_size, heads, *self._dims, work.capacity, self._columns,
             HAS_PREVIOUS=i > 0, HAS_NEXT=has_next, HAS_READ=shown is not None,
             BN=block, BT=common.score_block(k), **self._padded, **fused, num_warps=8,
         )  # fmt: skip
         if has_next and work.num_complete[i]:
-            self._decide(i, at.current)
+            self._decide(i)
 
-    def _decide(self, i: int, entry: int | Tensor) -> None:
+    def _decide(self, i: int) -> None:
         """Decide where the tokens of a complete chunk go and which slots leave."""
-        work, gone = self.work, self._gone
+        work, gone, entry = self.work, self._gone, self.work.first[i]
         heads, width, size = work.num_kv_heads, self.k.shape[1], self._chunk_size
         streams = work.num_complete[i] * heads
-        base, first = 0 if self._is_kept else entry, self._first_token(i)
+        base, first = 0 if self._is_kept else entry, max(work.before[i])
         prepare[(streams,)](
-            self.k, self.v, self._tokens, work.table, *self._items, self._ints, self._nums, entry,
-            self._factor, width, size, heads, *self._dims, self._columns, first,
+            self.k, self.v, self._tokens, work.table, *self._items, self._ints, self._masses, entry,
+            width, size, heads, *self._dims, self._columns, first,
             BC=32, **self._ranking, **self._padded, **common.FUSED,
         )  # fmt: skip
         if work.num_due[i]:
@@ -186,17 +172,13 @@ class PairRecurrence:
             size, heads, *self._dims, work.capacity, BN=_KEPT, **self._padded, **common.FUSED,
         )  # fmt: skip
 
-    def _first_token(self, i: int) -> int:
-        """The column of the first token in step i."""
-        return max(self.work.before[i])
-
     def _join(self, i: int, streams: int) -> None:
         """Join items in a step in which merges are due: `INTO` of each receives the lowest of its cluster."""
         work, size = self.work, self._chunk_size
-        columns = self._first_token(i) + size
+        columns = max(work.before[i]) + size
         into = self._ints[:streams, INTO.value, :columns]
         count = (into >= 0).long()
-        mass = self._nums[:streams, COUNT.value, :columns].where(count > 0, 0)
+        mass = self._masses[:streams, :columns].where(count > 0, 0)
         keys, values = (x[:streams, :columns] for x in self._items)
         before, merged, due = (
             [n for n in of_rows for _ in range(work.num_kv_heads)]

@@ -110,18 +110,18 @@ class Work:
         size = self.options.chunk_size
         return [num + i * size for num in self._num_merged[: self.num_complete[i]]]
 
-    def kind(self, i: int) -> tuple[int, bool, bool] | None:
+    def kind(self, i: int) -> tuple[int, bool] | None:
         """What the launches of step i depend on beside its entries; None where no other step is like it.
 
-        That is, how many rows there are, and whether slots open and pairs merge. In the first and the last
-        step, and where rows end, the kernels have other grids or parts.
+        That is, how many rows there are, and whether slots open. In the first and the last step, and where
+        rows end, the kernels have other grids or parts.
         """
         if not (self.capacity and 0 < i < self.num_steps):
             return None
         rows = self.num_active[i]
         if (self.num_complete[i - 1], self.num_complete[i]) != (rows, rows):
             return None
-        return rows, self.num_opening[i] > 0, self.num_due[i] > 0
+        return rows, self.num_opening[i] > 0
 
     def segments(self, bytes_a_slot: int) -> list[range]:
         """Runs of steps whose dictionaries together fit in `SEGMENT_BYTES`, with at least one step each.
