@@ -10,7 +10,7 @@ from tests.inspect.common import looked_into
 
 @pytest.fixture(scope="module")
 def found():
-    return looked_into(["word"] * 203, num_heads=4, num_kv_heads=2, merge="ward", num_slots=9)
+    return looked_into(["word"] * 203, num_heads=4, num_kv_heads=2, merge="nearest", num_slots=9)
 
 
 def heights(axes):

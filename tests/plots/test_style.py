@@ -16,7 +16,7 @@ from ovq.plots.figures import save_figures as save_demo
 from ovq.plots.language import save_language_figures
 from ovq.plots.needle import save_needle_figures
 from ovq.plots.panels import WIDTH
-from ovq.plots.style import CONTROLS, MIXER_STYLES, PALETTE, WARD, line_styles
+from ovq.plots.style import CONTROLS, MIXER_STYLES, PAIRS, PALETTE, line_styles
 from ovq.research.bench.show import save_figures as save_bench
 from ovq.research.bench.workloads import MIXERS as BENCH_MIXERS
 from ovq.research.reproduce.draw import save_figure, save_heat_maps
@@ -33,8 +33,8 @@ SIGHTS = {
 }
 
 
-# What has a style of its own: the mixers, and OVQ by Ward's rule.
-STYLED = (*MIXERS, WARD)
+# What has a style of its own: the mixers, and OVQ where pairs are merged.
+STYLED = (*MIXERS, PAIRS)
 
 
 def lab(color, sight):
@@ -64,7 +64,7 @@ def test_every_mixer_has_a_colour_and_a_marker_of_its_own():
 def test_readers_of_all_kinds_tell_the_mixers_apart(sight):
     assert nearest([style.color for style in MIXER_STYLES.values()], sight) > 15
     assert nearest([style.color for style in PALETTE[:6]], sight) > 15
-    models = [(mixer, n) for mixer in ("ovq", WARD) for n in (1, 2, 3)]
+    models = [(mixer, n) for mixer in ("ovq", PAIRS) for n in (1, 2, 3)]
     shades = [style.color for style in line_styles({str(model): model for model in models}).values()]
     assert min(nearest(shades[:3], sight), nearest(shades[3:], sight)) > 20
     assert nearest(shades, sight) > 15
@@ -97,7 +97,7 @@ def test_lines_of_one_mixer_share_its_hue_and_differ(mixer, count):
 def test_an_ablation_has_the_palette_and_sizes_of_a_dictionary_have_shades():
     ablation = line_styles({f"{n}": ("ovq", 64) for n in range(20)})
     assert list(ablation.values())[: len(PALETTE)] == list(PALETTE)
-    rules = line_styles({"paper's": ("ovq", 64), "updated": ("ovq", 64), "Ward's": (WARD, 64)})
+    rules = line_styles({"paper's": ("ovq", 64), "updated": ("ovq", 64), "nearest": (PAIRS, 64)})
     assert list(rules.values()) == list(PALETTE[:3])
     assert len(set(ablation.values())) == 20
     sizes = line_styles({f"{n}": ("ovq", n) for n in (64, 256)})
@@ -126,7 +126,7 @@ def colors_in(figure: Figure) -> dict[str, str]:
 # One line of each mixer: its labels in the figures of reproduce, demo and eval; of fidelity; of bench.
 NAMES = {
     "ovq": {"OVQ", "OVQ, 64 slots"},
-    WARD: {"OVQ, Ward, 64 slots"},
+    PAIRS: {"OVQ, nearest, 64 slots"},
     "full_attention": {"full attention", "exact (SDPA)"},
     "sliding_attention": {"window alone", "window of 256"},
     "sink_attention": {"window and sinks", "window + sinks"},
@@ -146,7 +146,7 @@ def draw_all(folder):
     """Every figure of the project, of one line for each mixer."""
     fields = {"length": 256, "accuracy": 0.5, "state_bytes": 1024, "num_questions": 1, "slices": {}}
     demo = [ResultRow(mixer=mixer, num_slots=slots, **fields) for mixer, slots in MODELS]
-    demo.append(ResultRow(mixer="ovq", num_slots=64, merge="ward", **fields))
+    demo.append(ResultRow(mixer="ovq", num_slots=64, merge="nearest", **fields))
     save_demo(demo, folder, train_length=256)
     rows = [
         {"line": row.label, "group": "", "seed": 0, "train_length": 256}
@@ -196,8 +196,8 @@ def test_a_mixer_looks_the_same_in_every_figure(tmp_path, drawn, monkeypatch):
     assert len(drawn) == 2 + 2 + 3 + 2 + 1 + 1
     for mixer, names in NAMES.items():
         found = [color for figure in drawn for label, color in colors_in(figure).items() if label in names]
-        # Not every figure shows Ward's rule.
-        assert len(found) >= (4 if mixer == WARD else 9)
+        # Not every figure shows that rule.
+        assert len(found) >= (4 if mixer == PAIRS else 9)
         assert {to_hex(color).upper() for color in found} == {MIXER_STYLES[mixer].color}
     assert {figure.get_figwidth() for figure in drawn} == {WIDTH}
 

@@ -10,12 +10,14 @@ from typing import Any
 from ovq.eval.rows import format_bytes
 from ovq.plots.canvas import Axes, FuncFormatter, LogLocator, NullFormatter
 from ovq.plots.panels import length_axis, new_panels, save
-from ovq.plots.style import CONTROLS, MIXER_STYLES, WARD
+from ovq.plots.style import CONTROLS, MIXER_STYLES, PAIRS
 
 # A memory has the style of the mixer that uses it.
 MEMORY_STYLES = {
     "OVQ": MIXER_STYLES["ovq"],
-    "OVQ, Ward-sqrt": MIXER_STYLES[WARD],
+    "OVQ, nearest": MIXER_STYLES[PAIRS],
+    # Of earlier versions.
+    "OVQ, Ward-sqrt": MIXER_STYLES[PAIRS],
     "static VQ": MIXER_STYLES["vq"],
     "linear attention": MIXER_STYLES["linear_attention"],
     "delta rule": MIXER_STYLES["gated_deltanet"],

@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 # Of a place.
 _SHIFT = 0.08
-_NAMES = {"existing": "OVQ, paper's rule", "ward": "OVQ, Ward"}
+_NAMES = {"existing": "OVQ, paper's rule", "nearest": "OVQ, nearest", "ward": "OVQ, Ward"}
 
 
 def kept_figure(rows: Sequence[Row], path: Path, *, title: str) -> None:

@@ -53,13 +53,13 @@ class Style:
         }
 
 
-WARD = "ovq, ward"
-"""The name of OVQ with a dictionary whose cheapest pairs are merged, where this module asks for a mixer."""
+PAIRS = "ovq, pairs"
+"""The name of OVQ with a dictionary in which pairs are merged, where this module asks for a mixer."""
 
 # Light, normal and dark shade; black has no darker one.
 _SHADES = {
     "ovq": ("#6DB6E3", "#0072B2", "#08306B"),
-    WARD: ("#9FA0FF", "#4B3CF0", "#35108F"),
+    PAIRS: ("#9FA0FF", "#4B3CF0", "#35108F"),
     "full_attention": ("#F3C35C", "#E69F00", "#8F6300"),
     "sliding_attention": ("#A8A8A8", "#5F5F5F", "#3A3A3A"),
     "sink_attention": ("#B57A52", "#6E2C00", "#3B1800"),
@@ -74,7 +74,7 @@ _SHADES = {
 }
 _MARKERS = {
     "ovq": "o",
-    WARD: "*",
+    PAIRS: "*",
     "full_attention": "s",
     "sliding_attention": "^",
     "sink_attention": "<",
@@ -91,10 +91,10 @@ _DASHES = ("--", "-", "-.")
 _OTHER_MARKERS = ("D", "h", "p", "d", "*", "8", "H")
 
 MIXER_STYLES = {
-    mixer: Style(color=shades[1], marker=_MARKERS[mixer], is_filled=mixer == WARD)
+    mixer: Style(color=shades[1], marker=_MARKERS[mixer], is_filled=mixer == PAIRS)
     for mixer, shades in _SHADES.items()
 }
-"""The style of each mixer of `ovq.layers.MIXERS`, and of `WARD`, in figures with one line per mixer."""
+"""The style of each mixer of `ovq.layers.MIXERS`, and of `PAIRS`, in figures with one line per mixer."""
 
 PALETTE = tuple(
     Style(color=color, marker=marker)
@@ -122,10 +122,10 @@ def style_name(mixer: str, merge: str | None) -> str:
         merge: The rule that keeps its dictionary; `None` if it has none, or where that is not known.
 
     Example:
-        >>> style_name("ovq", "existing"), style_name("ovq", "ward"), style_name("mamba2", None)
-        ('ovq', 'ovq, ward', 'mamba2')
+        >>> style_name("ovq", "existing"), style_name("ovq", "nearest"), style_name("mamba2", None)
+        ('ovq', 'ovq, pairs', 'mamba2')
     """
-    return WARD if mixer == "ovq" and merge in PAIR_MERGES else mixer
+    return PAIRS if mixer == "ovq" and merge in PAIR_MERGES else mixer
 
 
 def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style]:
@@ -145,7 +145,7 @@ def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style
         >>> [style.color for style in line_styles({"a": ("ovq", 64), "b": ("ovq", 64)}).values()]
         ['#332288', '#CC6677']
     """
-    mixers = {"ovq" if mixer == WARD else mixer for mixer, _ in models.values()}
+    mixers = {"ovq" if mixer == PAIRS else mixer for mixer, _ in models.values()}
     if len(mixers) == 1 and len(set(models.values())) < len(models):
         return _in_turn(list(models))
     styles = _in_turn([label for label, (mixer, _) in models.items() if mixer not in _SHADES])

@@ -38,10 +38,10 @@ def test_flops_of_ovq_are_those_of_the_formula():
 
 
 def test_a_rule_is_measured_with_the_growth_that_it_is_meant_for():
-    workload = Workload(mixer="ovq", length=64, dtype="float32", num_slots=24, merge="ward-sqrt", **SMALL)
+    workload = Workload(mixer="ovq", length=64, dtype="float32", num_slots=24, merge="nearest", **SMALL)
     output = workload.forward("cpu")()
     sizes = {"num_slots": 24, "chunk_size": 16, "scale": 8**0.5}
-    expected, _ = ovq_attention(*workload.inputs(), merge="ward-sqrt", growth="immediate", **sizes)
+    expected, _ = ovq_attention(*workload.inputs(), merge="nearest", growth="immediate", **sizes)
     assert torch.equal(output, expected)
     assert not torch.equal(output, dataclasses.replace(workload, merge="existing").forward("cpu")())
     # Before each chunk of 16 there are 0, 16, 24 and 24 slots, each of 8 + 8 float32 sums and a count.
@@ -74,7 +74,7 @@ def test_peak_memory_sees_what_a_call_holds():
 
 def test_a_report_is_whole_and_can_be_shown(tmp_path):
     sizes = {"lengths": (32, 64), "dtypes": ("float32",), "num_slots": (4, 8), **SMALL}
-    suite = Suite(parts=("forward", "decode"), merges=("existing", "ward-sqrt"), **sizes)
+    suite = Suite(parts=("forward", "decode"), merges=("existing", "nearest"), **sizes)
     seen = []
     report = run_suite(suite, lambda done, note: seen.append(done))
     assert seen[-1] == suite.total == 4
@@ -82,7 +82,7 @@ def test_a_report_is_whole_and_can_be_shown(tmp_path):
     rules = {row["label"]: row["merge"] for row in report["rows"]}
     assert rules.pop("exact (SDPA)") is rules.pop("window of 16") is None
     existing = {"OVQ, 4 slots": "existing", "OVQ, 8 slots": "existing"}
-    assert rules == existing | {f"OVQ, Ward-sqrt, {n} slots": "ward-sqrt" for n in (4, 8)}
+    assert rules == existing | {f"OVQ, nearest, {n} slots": "nearest" for n in (4, 8)}
     assert all(row["seconds"] > 0 for row in report["rows"])
     assert {row["speedup"] for row in report["rows"] if row["mixer"] == "sdpa"} == {1.0}
     compiled = "cpu" if cpu_kernels().startswith("compiled") else "torch"

@@ -79,8 +79,8 @@ def test_rows_are_there_for_every_line_seed_and_evaluation(made):
         assert row["train_length"] == 24
         assert row["task"]["name"] == "recall"
     of_ovq = [row for row in rows if row["mixer"] == "ovq"]
-    rules = {(row["line"].startswith("OVQ, Ward-sqrt"), row["merge"]) for row in of_ovq}
-    assert rules == {(False, "existing"), (True, "ward-sqrt")}
+    rules = {(row["line"].startswith("OVQ, nearest"), row["merge"]) for row in of_ovq}
+    assert rules == {(False, "existing"), (True, "nearest")}
     slots = {row["length"]: row["num_slots"] for row in rows if row["line"] == "OVQ, a slot for 3.2 tokens"}
     assert slots == {24: 7, 48: 15, 64: 20}
     with Image.open(out / "figures" / "recall.png") as picture:
@@ -168,18 +168,18 @@ def test_lines_made_anew_join_those_that_are_there(made, monkeypatch, tmp_path):
     copy = Path(shutil.copytree(out, tmp_path / "copy"))
     path = copy / "rows" / "recall.json"
     results = load_results(path)
-    # As a file of an earlier version would be: without Ward's lines, the rule of any row, and with a mark.
+    # As a file of an earlier version would be: without some lines, the rule of any row, and with a mark.
     earlier = [
-        {**row, "accuracy": -1.0} for row in results["rows"] if not row["line"].startswith("OVQ, Ward-sqrt")
+        {**row, "accuracy": -1.0} for row in results["rows"] if not row["line"].startswith("OVQ, nearest")
     ]
     for row in earlier:
         del row["merge"]
     save_results(path, {**results, "rows": earlier, "environments": ["somewhere else"]})
     begun = run_here(monkeypatch)
-    joined = reproduce(FIGURE, workshop(copy), lines=["OVQ, Ward-sqrt, *"])
+    joined = reproduce(FIGURE, workshop(copy), lines=["OVQ, nearest, *"])
     assert begun == []
     assert joined == load_results(path)
-    is_new = [row["line"].startswith("OVQ, Ward-sqrt") for row in results["rows"]]
+    is_new = [row["line"].startswith("OVQ, nearest") for row in results["rows"]]
     assert set(is_new) == {True, False}
     assert [row["line"] for row in joined["rows"]] == [row["line"] for row in results["rows"]]
     for row, whole, new in zip(joined["rows"], results["rows"], is_new, strict=True):
@@ -188,16 +188,16 @@ def test_lines_made_anew_join_those_that_are_there(made, monkeypatch, tmp_path):
         assert joined[field] == results[field]
     assert joined["environments"] == ["somewhere else"]
     [update] = joined["updates"]
-    assert update["lines"] == ["OVQ, Ward-sqrt, 4 slots", "OVQ, Ward-sqrt, a slot for 4.2 tokens"]
-    assert update["command"].endswith(" --lines 'OVQ, Ward-sqrt, *'")
+    assert update["lines"] == ["OVQ, nearest, 4 slots", "OVQ, nearest, a slot for 4.2 tokens"]
+    assert update["command"].endswith(" --lines 'OVQ, nearest, *'")
     assert update["environments"] == results["environments"]
     # They go on with the settings that were chosen then, whatever a sweep would choose now.
     chosen = next(entry for entry in results["sweep"] if entry["mixer"] == "ovq")
     other = next(trial for trial in TINY.trials if trial.label != chosen["chosen"])
     sweep = [{**entry, "chosen": other.label} for entry in results["sweep"]]
     save_results(path, {**results, "sweep": sweep})
-    joined = reproduce(FIGURE, workshop(copy), lines=["OVQ, Ward-sqrt, 4 slots"])
-    rates = {row["learning_rate"] for row in joined["rows"] if row["line"] == "OVQ, Ward-sqrt, 4 slots"}
+    joined = reproduce(FIGURE, workshop(copy), lines=["OVQ, nearest, 4 slots"])
+    rates = {row["learning_rate"] for row in joined["rows"] if row["line"] == "OVQ, nearest, 4 slots"}
     assert rates == {other.learning_rate}
 
 

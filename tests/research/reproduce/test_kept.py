@@ -33,13 +33,14 @@ def test_both_rules_are_asked_on_the_same_weights(made):
     found = [(row["merge"], row["num_slots"], row["length"], row["seed"]) for row in results["rows"]]
     assert sorted(found) == sorted(
         (merge, slots, length, seed)
-        for merge in ("existing", "ward")
+        for merge in ("existing", "nearest")
         for slots in (4, 16)
         for length in (96, 384)
         for seed in (0, 1)
     )
     for row in results["rows"]:
-        assert row["line"] == f"OVQ, {'Ward, ' if row['merge'] == 'ward' else ''}{row['num_slots']} slots"
+        rule = "nearest, " if row["merge"] == "nearest" else ""
+        assert row["line"] == f"OVQ, {rule}{row['num_slots']} slots"
         assert sum(row["slot_counts"].values()) == pytest.approx(1)
         assert row["task"]["num_queries"] * row["num_examples"] == row["num_questions"]
 
@@ -65,11 +66,11 @@ def test_questions_that_nobody_was_asked_have_no_point(made, tmp_path):
     _, _, results = made
     panel = next(panel for panel in results["panels"] if panel["y"] == "shared_accuracy")
     rows = [
-        row | {"shared_accuracy": None if (row["merge"], row["length"]) == ("ward", 96) else 0.5}
+        row | {"shared_accuracy": None if (row["merge"], row["length"]) == ("nearest", 96) else 0.5}
         for row in results["rows"]
     ]
     lines = points(results | {"rows": rows}, panel)
-    assert [point.x for point in lines["OVQ, Ward, 16 slots"]] == [384]
+    assert [point.x for point in lines["OVQ, nearest, 16 slots"]] == [384]
     assert [point.x for point in lines["OVQ, 16 slots"]] == [96, 384]
     kept_figure(rows, tmp_path / "kept.png", title="some")
     with pytest.raises(ValueError, match="expected rows to draw, found none"):

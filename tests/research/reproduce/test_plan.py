@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from ovq.layers import MIXERS
-from ovq.ops.options import COUNT_POWERS, MERGES
+from ovq.ops.options import CURRENT_MERGES
 from ovq.research.reproduce.engine import count_runs
 from ovq.research.reproduce.evaluations import LossEvaluation, NeedleEvaluation, TaskEvaluation
 from ovq.research.reproduce.figures import FIGURES, get_figure
@@ -122,12 +122,11 @@ def test_every_mixer_is_compared(name):
 def test_every_rule_of_merging_is_compared_by_the_growth_it_is_meant_for():
     lines = {line.label: line for line in get_figure("merge", TINY).lines}
     asked = {label: {each.merge for each in line.evaluations} for label, line in lines.items()}
-    rules = [rule for rule in MERGES if rule != "nearest"]
-    assert [rule for found in asked.values() for rule in found] == [None] * len(rules) + list(COUNT_POWERS)
+    assert [rule for found in asked.values() for rule in found] == [None] * 3 + ["nearest"]
     models = [line.config.model for line in lines.values()]
-    trained = [*rules, *[rules[0]] * len(COUNT_POWERS)]
+    trained = [*CURRENT_MERGES, "existing"]
     assert [(model.merge, model.growth) for model in models] == [(rule, None) for rule in trained]
-    assert list(lines)[2:4] == ["the cheapest pairs (Ward)", "the same, counts matter less (Ward-sqrt)"]
+    assert list(lines)[2] == "what is nearest to each other (nearest)"
 
 
 def test_figures_share_runs():

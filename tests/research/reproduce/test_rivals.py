@@ -23,7 +23,6 @@ from tests.test_cli import fail, run
 FIGURES = GROUPS["rivals"]
 # Their slots are as many bytes as they can be; the others have what equal parameters allow.
 HAVE_SLOTS = (
-    "OVQ, Ward-sqrt",
     "OVQ, nearest",
     "OVQ, merge gate",
     "OVQ, forget gate",
@@ -41,16 +40,16 @@ def models_of(name, preset=CPU):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_each_rival_has_a_line_and_ovq_five(name):
+def test_each_rival_has_a_line_and_ovq_four(name):
     lines = {line.label: line for line in get_figure(name, TINY).lines}
     assert {line.config.mixer for line in lines.values()} == {*RIVALS}
-    ours = [*lines.values()][1:6]
+    ours = [*lines.values()][1:5]
     gates = [(line.config.model.merge_gate, line.config.model.forget_gate) for line in ours]
-    assert gates == [(False, False)] * 3 + [(True, False), (False, True)]
-    assert [line.evaluations[0].merge for line in ours] == [None, "ward-sqrt", *["nearest"] * 3]
-    paper, ward, nearest, *gated = ours
-    # Three lines of one model, and two that take over what was chosen for it.
-    assert run_name(paper.config) == run_name(ward.config) == run_name(nearest.config)
+    assert gates == [(False, False)] * 2 + [(True, False), (False, True)]
+    assert [line.evaluations[0].merge for line in ours] == [None, *["nearest"] * 3]
+    paper, nearest, *gated = ours
+    # Two lines of one model, and two that take over what was chosen for it.
+    assert run_name(paper.config) == run_name(nearest.config)
     assert len({run_name(line.config) for line in ours}) == 3
     assert {run_name(line.swept) for line in gated} == {run_name(paper.config)}
 
@@ -62,7 +61,7 @@ def test_states_have_equal_bytes_and_models_equal_parameters(name):
     models = models_of(name)
     sizes = {label: model.num_parameters() for label, model in models.items()}
     assert max(sizes.values()) < 1.03 * min(sizes.values())
-    [ours] = [model for label, model in models.items() if label.startswith("OVQ, Ward-sqrt")]
+    [ours] = [model for label, model in models.items() if label.startswith("OVQ, nearest")]
     num_bytes = ours.state_bytes(2**16)
     for label, model in models.items():
         share = model.state_bytes(2**16) / num_bytes

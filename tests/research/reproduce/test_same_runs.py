@@ -13,7 +13,7 @@ SEEDS = (0, 1)
 OURS = get_figure("rivals-recall", TINY)
 OTHER = get_figure("recall", TINY)
 SHARED = [
-    *("full attention", "OVQ, 4 slots", "OVQ, Ward-sqrt, 4 slots"),
+    *("full attention", "OVQ, 4 slots", "OVQ, nearest, 4 slots"),
     *("Gated DeltaNet", "Mamba2", "window and sinks"),
 ]
 
@@ -66,8 +66,8 @@ def test_rows_of_the_same_runs_are_found(tmp_path):
     for row in found["rows"]:
         assert row["accuracy"] == row["seed"] + len(row["line"]) / 100
         assert row["task"]["length"] in TINY.near_lengths("recall")
-    assert {row["merge"] for row in found["rows"] if "Ward" in row["line"]} == {"ward-sqrt"}
-    assert [entry["line"] for entry in found["sweep"]] == [name for name in SHARED if "Ward" not in name]
+    assert {row["merge"] for row in found["rows"] if "nearest" in row["line"]} == {"nearest"}
+    assert [entry["line"] for entry in found["sweep"]] == [name for name in SHARED if "nearest" not in name]
     assert (found["command"], found["environments"]) == ("ovq reproduce recall", ["here", "there"])
 
 
@@ -97,4 +97,4 @@ def test_only_what_nobody_has_need_be_made(tmp_path):
     # The dictionary's rule and size count, not only the run.
     save(tmp_path, lambda row: row | {"merge": row["merge"] and "existing"})
     earlier = earlier_results(tmp_path / "rivals-recall.json", OURS, part, SEEDS)
-    assert "OVQ, Ward-sqrt, 4 slots" not in {row["line"] for row in earlier["rows"]}
+    assert "OVQ, nearest, 4 slots" not in {row["line"] for row in earlier["rows"]}

@@ -66,8 +66,8 @@ def test_losses_are_shown_by_octaves_of_positions_and_beside_full_attention(made
     lines = points(results, loss)
     assert list(lines) == [
         *("full attention", "OVQ, 4 slots", "OVQ, 16 slots"),
-        *("OVQ, Ward-sqrt, 4 slots", "OVQ, Ward-sqrt, 16 slots"),
-        *("Gated DeltaNet", "Mamba2", "window alone", "OVQ, forget gate, Ward-sqrt, 4 slots"),
+        *("OVQ, nearest, 4 slots", "OVQ, nearest, 16 slots"),
+        *("Gated DeltaNet", "Mamba2", "window alone", "OVQ, forget gate, nearest, 4 slots"),
     ]
     for line in lines.values():
         assert [point.x for point in line] == [1024, 2048]
@@ -119,12 +119,12 @@ def test_each_line_is_evaluated_with_its_own_slots(made, name):
     rows = made[0][name]["rows"]
     slots = {row["line"]: row["num_slots"] for row in rows}
     few, many = (f"OVQ, {number} slots" for number in (4, 16))
-    ours = {f"OVQ, Ward-sqrt, {number} slots": number for number in (4, 16)}
+    ours = {f"OVQ, nearest, {number} slots": number for number in (4, 16)}
     if name == "lm":
-        ours["OVQ, forget gate, Ward-sqrt, 4 slots"] = 4
+        ours["OVQ, forget gate, nearest, 4 slots"] = 4
     assert {line: number for line, number in slots.items() if number} == {few: 4, many: 16, **ours}
     rules = {row["line"]: row["merge"] for row in rows}
-    assert {rules[line] for line in ours} == {"ward-sqrt"}
+    assert {rules[line] for line in ours} == {"nearest"}
     assert {rules[few], rules[many]} == {"existing"}
     states = {(row["line"], row["length"]): row["state_bytes"] for row in rows}
     for (line, length), num_bytes in states.items():
@@ -197,7 +197,7 @@ def test_longer_models_read_volumes_of_subwords():
     assert {line.config.mixer for line in gated} == {"ovq"}
     assert len({line.label for line in gated}) == 2
     for line in figure.lines:
-        assert {each.merge for each in line.evaluations} == {"ward-sqrt" if line in gated else None}
+        assert {each.merge for each in line.evaluations} == {"nearest" if line in gated else None}
     # Bytes are tokens of the usual models; one of these is several.
     for made, factor in ((figure, 5), (get_figure("lm", CPU), 1)):
         sources = {(each.source.join_to / each.length) for line in made.lines for each in line.evaluations}

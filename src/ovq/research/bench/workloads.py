@@ -14,7 +14,7 @@ from torch.nn.functional import normalize, scaled_dot_product_attention
 from ovq.eval.rows import model_label
 from ovq.layers.softmax import windowed_read
 from ovq.ops import OVQState, ovq_attention, slots_by_chunk
-from ovq.ops.options import default_growth
+from ovq.ops.options import current_merge, default_growth
 from ovq.research.bench.rivals import RIVALS
 
 MIXERS = ("ovq", "sdpa", "window", *RIVALS)
@@ -75,8 +75,8 @@ class Workload:
 
         Example:
             >>> shape = {"length": 4096, "dtype": "float32", "num_slots": 1024}
-            >>> [Workload(mixer="ovq", merge=rule, **shape).label for rule in ("existing", "ward-sqrt")]
-            ['OVQ, 1024 slots', 'OVQ, Ward-sqrt, 1024 slots']
+            >>> [Workload(mixer="ovq", merge=rule, **shape).label for rule in ("existing", "nearest")]
+            ['OVQ, 1024 slots', 'OVQ, nearest, 1024 slots']
         """
         if self.mixer == "ovq":
             return model_label("ovq", self.num_slots, merge=self.merge)
@@ -230,7 +230,7 @@ class Workload:
         OVQ: 2 T H (n (2 K + V) + C (K + V) / 2), with n the mean size of the dictionary, for routing, scores
         and the read. Exact attention: 2 T H (T / 2) (K + V). A backward needs twice the products of the read
         (it has no routing); products that an implementation computes again are not counted, nor those by
-        which rules that merge pairs find the cheapest.
+        which "nearest" finds what is nearest.
 
         Example:
             >>> w = Workload(mixer="sdpa", length=1024, dtype="float32", num_heads=1, head_dim=64)
@@ -303,10 +303,10 @@ def contenders(
 
     Example:
         >>> shape = {"length": 64, "dtype": "float32", "chunk_size": 16, "num_heads": 1, "head_dim": 8}
-        >>> [w.label for w in contenders(["sdpa"], shape, [8], ["existing", "ward"])]
-        ['exact (SDPA)', 'OVQ, 8 slots', 'OVQ, Ward, 8 slots']
+        >>> [w.label for w in contenders(["sdpa"], shape, [8], ["existing", "nearest"])]
+        ['exact (SDPA)', 'OVQ, 8 slots', 'OVQ, nearest, 8 slots']
     """
-    ovq = itertools.product(num_slots, merges)
+    ovq = itertools.product(num_slots, dict.fromkeys(map(current_merge, merges)))
     return [
         *(Workload(mixer=name, **shape) for name in others),
         *(Workload(mixer="ovq", num_slots=n, merge=rule, **shape) for n, rule in ovq),

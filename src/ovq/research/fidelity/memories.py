@@ -121,11 +121,11 @@ class OVQMemory(Memory):
         return self.num_slots * self.slot_numbers * _NUMBER_BYTES
 
 
-class WardMemory(OVQMemory):
-    """The same number of slots, the cheapest pairs of which are merged."""
+class NearestMemory(OVQMemory):
+    """The same number of slots, of which those nearest to each other are merged."""
 
-    name = "OVQ, Ward-sqrt"
-    merge = "ward-sqrt"
+    name = "OVQ, nearest"
+    merge = "nearest"
 
 
 class RandomMerging(OVQMemory):
@@ -350,7 +350,7 @@ class WindowAndSinks(Memory):
 
 MEMORIES: tuple[type[Memory], ...] = (
     OVQMemory,
-    WardMemory,
+    NearestMemory,
     StaticVQ,
     LinearAttention,
     DeltaRule,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ovq.eval.rows import MERGE_NAMES, MIXER_NAMES
-from ovq.ops.options import COUNT_POWERS
+from ovq.ops.options import BEST_MERGE
 from ovq.research.reproduce.plan import Figure, Line, Panel
 from ovq.research.reproduce.presets import Preset
 
@@ -102,8 +102,8 @@ def bias(preset: Preset) -> Figure:
 
 
 def merge(preset: Preset) -> Figure:
-    """What is merged: keys into slots from before their chunk or of any age, or the cheapest pairs."""
-    asked = {f"trained by the first, asked by {MERGE_NAMES[rule]}": rule for rule in COUNT_POWERS}
+    """What is merged: keys into slots from before their chunk or of any age, or what is nearest."""
+    asked = {f"trained by the first, asked by {MERGE_NAMES[BEST_MERGE]}": BEST_MERGE}
     return _ablation(
         preset,
         "merge",
@@ -111,8 +111,7 @@ def merge(preset: Preset) -> Figure:
         {
             "keys into slots from before their chunk (OVQ)": {},
             "keys into those their chunk opened, too": {"merge": "updated"},
-            "the cheapest pairs (Ward)": {"merge": "ward"},
-            "the same, counts matter less (Ward-sqrt)": {"merge": "ward-sqrt"},
+            "what is nearest to each other (nearest)": {"merge": BEST_MERGE},
             **{label: {} for label in asked},
         },
         note="Where pairs are merged, slots are merged with each other, too. Growth is immediate then: until "

@@ -8,6 +8,7 @@ from typing import Any
 
 from ovq.eval.rows import MIXER_NAMES
 from ovq.fields import did_you_mean
+from ovq.ops.options import BEST_MERGE
 from ovq.plots.fidelity import fidelity_figure
 from ovq.research.fidelity import fidelity_rows
 from ovq.research.fidelity.streams import STREAMS
@@ -96,9 +97,9 @@ def _by_both_rules(preset: Preset, name: str, tasks: Sequence[Task]) -> dict[str
     """OVQ as it was trained and by the best rule of ours, with the slots of training and with more."""
     trained = preset.configs[name].model.num_slots
     evaluations = {}
-    for rule, merge in (("OVQ", None), ("OVQ, Ward-sqrt", "ward-sqrt")):
+    for rule, merge in (("OVQ", None), ("OVQ, nearest", BEST_MERGE)):
         evaluations[f"{rule}, {trained} slots"] = [preset.evaluation(each, merge=merge) for each in tasks]
-    for rule, merge in (("OVQ", None), ("OVQ, Ward-sqrt", "ward-sqrt")):
+    for rule, merge in (("OVQ", None), ("OVQ, nearest", BEST_MERGE)):
         tokens = TOKENS_PER_SLOT[merge or "existing"]
         evaluations[f"{rule}, a slot for {tokens} tokens"] = [
             preset.evaluation(
@@ -231,14 +232,14 @@ def state_size(preset: Preset) -> Figure:
                 group=group,
                 validation=_validation(preset, "recall", "ovq"),
             )
-            for rule, merge in (("OVQ", None), ("OVQ, Ward-sqrt", "ward-sqrt"))
+            for rule, merge in (("OVQ", None), ("OVQ, nearest", BEST_MERGE))
         ]
     return Figure(
         name="bytes",
         title="Basic recall against bytes of state",
         note="Each point of a line is a model trained with a state of that size, but where the legend says "
         "otherwise. Settings of the optimizer are those that the usual size of each mixer does best with. "
-        "By Ward-sqrt the same weights are asked, which were trained by the paper's rule.",
+        "By nearest the same weights are asked, which were trained by the paper's rule.",
         lines=tuple(lines),
         panels=tuple(
             Panel(
@@ -259,7 +260,7 @@ def dictionary(preset: Preset) -> Figure:
     lines = []
     for length in sorted({*preset.near_lengths("recall")[::2], *preset.far_lengths.get("recall", ())}):
         task = preset.task("recall").at_length(length)
-        for rule, merge in (("", None), (", Ward-sqrt", "ward-sqrt")):
+        for rule, merge in (("", None), (", nearest", BEST_MERGE)):
             evaluations = [preset.evaluation(task, num_slots=num_slots, merge=merge) for num_slots in sizes]
             lines += [
                 _line(f"{length} tokens", config, evaluations, f"{group}{rule}")
@@ -272,9 +273,9 @@ def dictionary(preset: Preset) -> Figure:
         lines=tuple(lines),
         panels=(
             Panel(title="slots, kept by the paper's rule", x="num_slots", group="slots"),
-            Panel(title="slots, kept by Ward-sqrt", x="num_slots", group="slots, Ward-sqrt"),
+            Panel(title="slots, kept by nearest", x="num_slots", group="slots, nearest"),
             Panel(title="bytes of state, paper's rule", x="state_bytes", group="bytes"),
-            Panel(title="bytes of state, Ward-sqrt", x="state_bytes", group="bytes, Ward-sqrt"),
+            Panel(title="bytes of state, nearest", x="state_bytes", group="bytes, nearest"),
         ),
     )
 

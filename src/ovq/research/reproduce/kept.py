@@ -1,4 +1,4 @@
-"""The figure `kept`: what the paper's rule and Ward's keep of a recall task, on the same weights."""
+"""The figure `kept`: what the paper's rule and "nearest" keep of a recall task, on the same weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ovq.eval.kept import NUM_PARTS, evaluate_kept
 from ovq.eval.rows import model_label
 from ovq.hf import OVQForCausalLM
+from ovq.ops.options import BEST_MERGE
 from ovq.plots.kept import kept_figure
 from ovq.research.reproduce.evaluations import TaskEvaluation
 from ovq.research.reproduce.plan import Figure, Line, Panel
@@ -16,7 +17,7 @@ from ovq.research.reproduce.presets import Preset
 from ovq.runtime.progress import WorkReporter
 from ovq.tasks import RecallTask
 
-_RULES = ("existing", "ward")
+_RULES = ("existing", BEST_MERGE)
 _LENGTH_FACTORS = (4, 16)
 _SLOT_FACTORS = (1, 4)
 

@@ -13,7 +13,7 @@ from ovq.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask
 from ovq.train.config import ModelArgs, RunConfig, TrainArgs
 from ovq.train.recipes import get_recipe, recipe_for
 
-TOKENS_PER_SLOT = {"existing": 3.2, "ward-sqrt": 4.2, "nearest": 4.2}
+TOKENS_PER_SLOT = {"existing": 3.2, "nearest": 4.2}
 """The enlarged dictionary, by the rule that keeps it. Where the paper's rule has a slot for 3.2 tokens, the
 plateau schedule has opened one for 4.2 at the end; where pairs are merged all slots are soon open. Either way
 it has just under a quarter of the bytes of full attention where activations are float32, as sums are."""

@@ -30,9 +30,6 @@ RIVALS = (
 _RULE = BEST_MERGE
 """The rule that OVQ is asked by, besides that of its training."""
 
-_RULE_BEFORE = "ward-sqrt"
-"""What it is compared with on the same weights: exact greedy merging."""
-
 _FULL = MIXER_NAMES["full_attention"]
 
 _NEEDLES = {
@@ -55,7 +52,7 @@ _VALIDATION_FACTOR = 4
 _NOTE = (
     "States have equal bytes: those of full dictionaries of OVQ, of KVM's slots and window, and of a window "
     "with sinks; the others have what they can at equal parameters. OVQ is trained by the paper's rule, and "
-    "by nearest, and by Ward-sqrt, the same weights are asked. With a merge gate or a forget gate it is "
+    "by nearest the same weights are asked. With a merge gate or a forget gate it is "
     "another model, trained with the settings that are best without."
 )
 
@@ -83,7 +80,6 @@ def _contenders(preset: Preset, task: str, partner: str | None = None) -> Iterat
         if mixer == "ovq":
             usual = config(mixer)
             yield _Contender(f"OVQ, {slots}", usual)
-            yield _Contender(f"OVQ, Ward-sqrt, {slots}", usual, _RULE_BEFORE)
             yield _Contender(f"OVQ, nearest, {slots}", usual, _RULE)
             for gate in ("merge gate", "forget gate"):
                 gated = config(mixer, **{gate.replace(" ", "_"): True})

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from ovq.eval.rows import LOGN, MIXER_NAMES
+from ovq.ops.options import BEST_MERGE
 from ovq.research.reproduce.evaluations import Evaluation
 from ovq.research.reproduce.plan import Figure, Line, Panel
 from ovq.research.reproduce.presets import TOKENS_PER_SLOT, Preset
@@ -14,8 +15,8 @@ from ovq.train.config import RunConfig
 
 _FULL = MIXER_NAMES["full_attention"]
 
-_RULE = "ward-sqrt"
-"""The rule that OVQ is asked by, the best one when the rows were made."""
+_RULE = BEST_MERGE
+"""The rule that OVQ is asked by."""
 
 
 def logn_recall(preset: Preset) -> Figure:
@@ -89,7 +90,7 @@ def _figure(name: str, title: str, trained: int, lines: Sequence[Line], quality:
         title=f"Logits that grow with the logarithm of the length: {title}",
         note="The same weights twice: as they were trained, and with logits times log t / log T for the t-th "
         f"token of a text, where that is above 1; T is the training length, {trained} tokens. OVQ is asked "
-        "by Ward-sqrt.",
+        "by nearest.",
         lines=tuple(lines),
         panels=(quality,),
     )

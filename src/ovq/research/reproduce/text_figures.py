@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ovq.eval.rows import MIXER_NAMES
+from ovq.ops.options import BEST_MERGE
 from ovq.research.reproduce.draw import save_heat_maps
 from ovq.research.reproduce.evaluations import LossEvaluation, NeedleEvaluation
 from ovq.research.reproduce.plan import Figure, Line, Panel
@@ -19,8 +20,8 @@ from ovq.train.recipes import beside
 # Those that the paper compares on text.
 _COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_attention")
 
-_RULE = "ward-sqrt"
-"""The rule that OVQ is asked by, the best one when the rows were made."""
+_RULE = BEST_MERGE
+"""The rule that OVQ is asked by."""
 
 _LOCAL = "mamba2"
 """What `hybrids` has in the place of the windows: it is good at what is near."""
@@ -41,7 +42,7 @@ class _Model(NamedTuple):
 def _forgetful(preset: Preset) -> _Model:
     """OVQ with a forget gate beside windows."""
     slots = preset.configs["lm"].model.num_slots
-    label = f"OVQ, forget gate, Ward-sqrt, {slots} slots"
+    label = f"OVQ, forget gate, nearest, {slots} slots"
     return _Model(label, preset.config("lm", forget_gate=True), slots, _RULE)
 
 
@@ -100,7 +101,7 @@ def longer(preset: Preset) -> Figure:
     usual = preset.configs["long"].model
     local = MIXER_NAMES[usual.mixer_types[0]]
     exact = f"{local} and full attention"
-    gated = f"{local} and OVQ, ", f", Ward-sqrt, {usual.num_slots} slots"
+    gated = f"{local} and OVQ, ", f", nearest, {usual.num_slots} slots"
     models = [
         _Model(exact, preset.config("long", "full_attention")),
         # Trained by the paper's rule, like the layers with a gate that are compared with rivals.
@@ -221,7 +222,7 @@ def _models(preset: Preset, name: str) -> list[_Model]:
             continue
         models += [
             _Model(f"{rule}, {trained * factor} slots", config, trained * factor, merge)
-            for rule, merge in (("OVQ", None), ("OVQ, Ward-sqrt", "ward-sqrt"))
+            for rule, merge in (("OVQ", None), ("OVQ, nearest", _RULE))
             for factor in preset.text.slot_factors
         ]
     return models
