@@ -89,7 +89,7 @@ def test_eval_prints_what_the_library_measures(trained, capsys):
         "--num-slots",
         "4,8",
         "--merge",
-        "ward,existing",
+        "nearest,existing",
         "--examples",
         30,
         "--seed",
@@ -102,15 +102,15 @@ def test_eval_prints_what_the_library_measures(trained, capsys):
             RunConfig.load(trained).task,
             lengths=[24, 48],
             num_slots=[4, 8],
-            merges=["ward", "existing"],
+            merges=["nearest", "existing"],
             num_examples=30,
             seed=1,
             reporter=reporter,
         )
     assert rows == [dataclasses.asdict(row) for row in expected]
     # The option may also be repeated.
-    one_by_one = ["existing" if each == "ward,existing" else each for each in arguments]
-    repeated = json.loads(run(capsys, "eval", "--merge", "ward", *one_by_one, "--json"))["rows"]
+    one_by_one = ["existing" if each == "nearest,existing" else each for each in arguments]
+    repeated = json.loads(run(capsys, "eval", "--merge", "nearest", *one_by_one, "--json"))["rows"]
     assert repeated == rows
     scaled = json.loads(run(capsys, "eval", *arguments, "--logn-length", 2, "--json"))["rows"]
     assert {row["logn_length"] for row in scaled} == {2}
@@ -181,10 +181,10 @@ def test_generate_with_another_dictionary(capsys, tmp_path):
     arguments = ["generate", "--model", tmp_path, "--prompt", prompt, "--max-new-tokens", 20]
     one = run(capsys, *arguments, "--num-slots", 1)
     assert run(capsys, *arguments) == one != run(capsys, *arguments, "--num-slots", 64)
-    by_pairs = run(capsys, *arguments, "--num-slots", 4, "--merge", "ward-sqrt")
+    by_pairs = run(capsys, *arguments, "--num-slots", 4, "--merge", "nearest")
     assert by_pairs != run(capsys, *arguments, "--num-slots", 4)
     model = OVQForCausalLM.from_pretrained(tmp_path, num_slots=4)
-    model.set_merge("ward-sqrt")
+    model.set_merge("nearest")
     model.save_pretrained(tmp_path)
     assert run(capsys, *arguments) == by_pairs
 
@@ -302,7 +302,10 @@ def test_the_version_is_printed(capsys):
         ("eval --model {trained} --lengths 0", "--lengths: expected positive integers"),
         ("eval --model {trained} --lengths 2", "length: expected at least"),
         ("eval --model {trained} --num-slots 4;5", "--num-slots: expected positive integers"),
-        ("eval --model {trained} --merge ward,best", "--merge: expected rules among existing, updated, ward"),
+        (
+            "eval --model {trained} --merge nearest,best",
+            "--merge: expected rules among existing, up",
+        ),
         ("eval --model {trained} --examples 0", "--examples"),
         ("generate --model {trained}", "expected one of --prompt and --prompt-file"),
         (

@@ -84,11 +84,11 @@ def test_another_dictionary_is_part_of_the_context(capsys, model, text, tmp_path
 
 def test_another_rule_is_part_of_the_context(capsys, model, text, tmp_path):
     out = tmp_path / "book.ctx"
-    build(capsys, model, text, out, "--merge", "ward-sqrt")
+    build(capsys, model, text, out, "--merge", "nearest")
     command = ["generate", "--model", model, "--prompt", "7 8"]
     line = fail(capsys, *command, "--context", out)
-    assert "merge='existing', as the model has, found merge='ward-sqrt'" in line
-    rule = ["--merge", "ward-sqrt"]
+    assert "merge='existing', as the model has, found merge='nearest'" in line
+    rule = ["--merge", "nearest"]
     expected = run(capsys, *command[:4], f"{DOCUMENT} 7 8", *rule)
     assert run(capsys, *command, "--context", out, *rule) == expected
 

@@ -51,14 +51,14 @@ def test_a_text_becomes_a_page(capsys, model, tmp_path, monkeypatch):
 
 def test_another_dictionary_and_view_and_a_text_that_is_cut(capsys, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = ["--merge", "ward", "--num-slots", 12, "--layer", 1, "--head", 1]
+    options = ["--merge", "nearest", "--num-slots", 12, "--layer", 1, "--head", 1]
     said = run(
         capsys, "inspect", "--model", model, "--prompt", IDS, *options, "--max-tokens", 50, "--reads", 3
     )
     assert "Read the first 50 of 89 tokens (--max-tokens)." in said
     assert "12 of 12" in said
     data = data_of(tmp_path / "inspect.html")
-    assert (data["merge"], data["first"], data["numGiven"]) == ("ward", {"layer": 1, "head": 1}, 89)
+    assert (data["merge"], data["first"], data["numGiven"]) == ("nearest", {"layer": 1, "head": 1}, 89)
     assert data["pieces"] == IDS.split()[:50]
     assert (data["layers"][0]["numSlots"], data["layers"][0]["numReads"]) == (12, 3)
 
@@ -94,7 +94,7 @@ def test_help_shows_an_example(capsys):
         ("--prompt 1 --layer 0", "--layer: expected an OVQ layer, one of [1], found 0"),
         ("--prompt 1 --head 2", "--head: expected 0 to 1, found 2"),
         ("--prompt 1 --merge word", "--merge: expected rules among existing"),
-        ("--prompt 1 --merge ward,existing", "--merge: expected rules among existing"),
+        ("--prompt 1 --merge nearest,existing", "--merge: expected rules among existing"),
         ("--prompt 1 --out {tmp}", "--out: expected a file in a folder that exists"),
         ("--prompt 1 --figures {tmp}/file", "--figures: expected a folder, found a file"),
         ("--prompt 1 --max-tokens 20000", "--max-tokens"),

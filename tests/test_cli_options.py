@@ -104,7 +104,7 @@ def test_verbose_shows_what_libraries_log(folder, tmp_path):
         ("train recall-ovq --set model.mixer_types=ovk,ovq --out {tmp}/x", "'ovq'"),
         ("reproduce recal", "'recall'"),
         ("reproduce recall --preset cpuu", "'cpu'"),
-        ("eval --model {model} --merge wart", "'ward'"),
+        ("eval --model {model} --merge nearets", "'nearest'"),
         ("train {tmp}/sections.yaml", "'train'"),
         ("train {tmp}/task.yaml", "'recall'"),
     ],

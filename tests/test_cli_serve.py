@@ -95,13 +95,13 @@ def test_contexts_of_another_rule_are_served_by_that_rule(folder, tmp_path, caps
     from ovq.cli import main
 
     model = make_model()
-    model.set_merge("ward-sqrt")
+    model.set_merge("nearest")
     save_context(build_context(model, DOCUMENT), tmp_path / "book.ctx")
     services = []
     monkeypatch.setattr("ovq.cli.serve._run", lambda service, *_, **__: services.append(service))
     command = ["serve", "--port", "0", "--model", str(folder), "--context", str(tmp_path / "book.ctx")]
     with pytest.raises(SystemExit) as end:
-        main([*command, "--merge", "ward-sqrt"])
+        main([*command, "--merge", "nearest"])
     assert not end.value.code
     assert services[0].contexts.get("book").num_tokens == len(DOCUMENT)
     with pytest.raises(SystemExit):

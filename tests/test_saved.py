@@ -10,12 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from ovq.hf import OVQConfig, OVQForCausalLM, context_info, load_context
+from ovq.cli.dictionaries import parse
+from ovq.eval.dictionaries import dictionaries_to_test
+from ovq.eval.rows import model_label
+from ovq.hf import OVQConfig, OVQForCausalLM, build_context, context_info, load_context, save_context
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.layers import OVQAttention
+from ovq.ops import options
+from ovq.research.bench.workloads import contenders
 from ovq.research.reproduce.plan import run_name
 from ovq.train.carry import load_lanes
 from ovq.train.config import RunConfig
@@ -24,6 +30,7 @@ from ovq.train.recipes import get_recipe
 SAVED = Path(__file__).parent / "saved"
 FILES = ("config.json", "run_config.json")
 NUM_READ = 30
+SMALL = {"vocab_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 EXPECTED = load_file(SAVED / "expected.safetensors")
 IDS, LOGITS = EXPECTED["input_ids"], EXPECTED["logits"]
 
@@ -125,3 +132,62 @@ def test_a_lane_of_a_training_run_goes_on(model):
     lanes = load_lanes(SAVED / "carried.safetensors", model.config, "cpu")
     assert list(lanes) == [3]
     torch.testing.assert_close(go_on(model, lanes[3]), LOGITS[:, NUM_READ:])
+
+
+@pytest.fixture
+def in_a_new_process(monkeypatch):
+    """Nothing has been said yet of rules of earlier versions."""
+    options._warn_of_earlier_rule.cache_clear()
+    yield
+    options._warn_of_earlier_rule.cache_clear()
+
+
+@pytest.mark.parametrize("rule", options.COUNT_POWERS)
+def test_rules_that_the_reference_alone_has_are_run_by_nearest_with_one_warning(
+    tmp_path, rule, in_a_new_process
+):
+    model = OVQForCausalLM(OVQConfig(**SMALL, merge="nearest", num_slots=6, chunk_size=4)).eval()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"merge": rule}))
+    message = f"merge: found '{rule}', .*reference.*; 'nearest' runs in its place"
+    with pytest.warns(FutureWarning, match=message) as caught:
+        loaded = OVQForCausalLM.from_pretrained(tmp_path).eval()
+    assert len(caught) == 1
+    # Said once, wherever it is found again.
+    loaded.set_merge(rule)
+    run = get_recipe("recall-ovq").override([f"model.merge={rule}"])
+    layers = [x for x in loaded.mixers() if isinstance(x, OVQAttention)]
+    found = (loaded.config, OVQConfig.from_pretrained(tmp_path), run.model, *layers)
+    assert {each.merge for each in (*found, OVQAttention(16, 2, merge=rule))} == {"nearest"}
+    assert loaded.config.growth == "immediate"
+    ids = torch.arange(20)[None] % 8
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_what_was_read_by_such_a_rule_goes_on_by_nearest(tmp_path, in_a_new_process):
+    model = OVQForCausalLM(OVQConfig(**SMALL, merge="nearest", num_slots=6, chunk_size=4)).eval()
+    ids = torch.arange(20)[None] % 8
+    path = tmp_path / "read.safetensors"
+    save_context(build_context(model, ids), path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    config = json.loads(metadata["config"]) | {"merge": "ward-sqrt"}
+    save_file(load_file(path), path, metadata | {"config": json.dumps(config)})
+    with pytest.warns(FutureWarning, match="merge: found 'ward-sqrt'"):
+        context = load_context(path, model)
+    assert context.num_tokens == 20
+
+
+def test_rules_that_users_name_so_are_run_by_nearest_too(in_a_new_process):
+    with pytest.warns(FutureWarning, match="merge: found 'ward-sqrt'") as caught:
+        parsed = parse(None, ["ward-sqrt,existing", "nearest"])
+    assert len(caught) == 1
+    assert parsed["merges"] == ["nearest", "existing"]
+    tested = dictionaries_to_test(OVQConfig(), merges=["ward-sqrt", "nearest"])
+    assert [each.merge for each in tested] == ["nearest"]
+    shape = {"length": 64, "dtype": "float32", "chunk_size": 16, "num_heads": 1, "head_dim": 8}
+    assert [each.merge for each in contenders([], shape, [8], ["ward-sqrt", "nearest"])] == ["nearest"]
+    # What was measured by them has their names.
+    assert model_label("ovq", 64, merge="ward-sqrt") == "OVQ, Ward-sqrt, 64 slots"

@@ -118,20 +118,23 @@ def test_rules_are_varied_on_the_same_weights_and_put_back():
     model = build_model("sliding_attention", "ovq")
     model.set_merge("existing", growth="linear")
     arguments = {"lengths": [40, 200], "num_examples": 20}
-    rows = run(model, num_slots=[2, 8], merges=["ward", "existing"], **arguments)
+    rows = run(model, num_slots=[2, 8], merges=["nearest", "existing"], **arguments)
     assert [(row.num_slots, row.merge, row.length) for row in rows] == [
-        (slots, merge, length) for slots in (2, 8) for merge in ("ward", "existing") for length in (40, 200)
+        (slots, merge, length)
+        for slots in (2, 8)
+        for merge in ("nearest", "existing")
+        for length in (40, 200)
     ]
     assert (model.config.num_slots, model.config.merge, model.config.growth) == (4, "existing", "linear")
     # The model's own rule keeps its growth, another has the growth that it is meant for.
     assert run(model, num_slots=[8], **arguments) == rows[6:]
-    model.set_merge("ward", growth="immediate")
+    model.set_merge("nearest", growth="immediate")
     assert run(model, num_slots=[8], **arguments) == rows[4:6] != rows[6:]
-    assert run(model, num_slots=[8], merges=["ward"], **arguments) == rows[4:6]
+    assert run(model, num_slots=[8], merges=["nearest"], **arguments) == rows[4:6]
     # An error in the middle leaves the model as it was, too.
     with pytest.raises(ValueError, match="merge: expected one of"):
         run(model, merges=["existing", "neither"], **arguments)
-    assert (model.config.merge, model.config.growth) == ("ward", "immediate")
+    assert (model.config.merge, model.config.growth) == ("nearest", "immediate")
 
 
 def test_the_mode_of_the_model_is_put_back():
@@ -156,7 +159,7 @@ def test_test_questions_are_not_those_of_training():
         ({"lengths": [40, 60], "num_examples": [3]}, r"found \[40, 60\] and \[3\]"),
         ({"lengths": [3]}, "length: expected at least"),
         ({"lengths": [40], "num_slots": [8]}, "expected a model with 'ovq' layers"),
-        ({"lengths": [40], "merges": ["ward"]}, "expected a model with 'ovq' layers"),
+        ({"lengths": [40], "merges": ["nearest"]}, "expected a model with 'ovq' layers"),
     ],
 )
 def test_what_cannot_be_tested_is_refused(arguments, message):

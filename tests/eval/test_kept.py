@@ -37,7 +37,7 @@ def build_model(*mixer_types, **changes):
 
 def run(model, task=TASK, **arguments):
     with Reporter(Console(quiet=True)) as reporter:
-        options = {"num_slots": 12, "merge": "ward", "num_examples": 5, "seed": 3, "reporter": reporter}
+        options = {"num_slots": 12, "merge": "nearest", "num_examples": 5, "seed": 3, "reporter": reporter}
         return evaluate_kept(model, task, **options | arguments)
 
 
@@ -53,7 +53,7 @@ def test_places_of_pairs_hold_the_pairs():
         assert (starts[row, stored:] > TASK.context_length).all()
 
 
-@pytest.mark.parametrize("merge", ["existing", "ward"])
+@pytest.mark.parametrize("merge", ["existing", "nearest"])
 def test_pairs_with_a_slot_of_their_own_counted_by_hand(merge, monkeypatch):
     """Question by question: who is in the slots that a shorter text ends with."""
     model = build_model("sliding_attention", "ovq")
@@ -114,13 +114,13 @@ def test_the_accuracy_is_that_of_an_evaluation():
             TASK,
             lengths=[90],
             num_slots=[12],
-            merges=["ward"],
+            merges=["nearest"],
             num_examples=5,
             seed=3,
             reporter=reporter,
         )
     assert (row.accuracy, row.num_questions) == (usual.accuracy, usual.num_questions)
-    assert (row.mixer, row.num_slots, row.merge, row.length) == ("ovq", 12, "ward", 90)
+    assert (row.mixer, row.num_slots, row.merge, row.length) == ("ovq", 12, "nearest", 90)
     assert (model.config.num_slots, model.config.merge) == (4, "existing")
 
 
@@ -128,7 +128,7 @@ def test_slots_and_their_ages_counted_by_hand():
     model = build_model("ovq")
     row = run(model, num_examples=2)
     model.set_num_slots(12)
-    model.set_merge("ward")
+    model.set_merge("nearest")
     inputs = torch.from_numpy(TASK.build(3, indices=range(2), split="test").inputs)
     found = model_assignments(model, inputs[:, : TASK.context_length])[0]
     counts = found.state.count.flatten().tolist()

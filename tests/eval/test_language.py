@@ -128,14 +128,14 @@ def test_dictionaries_of_several_sizes_on_the_same_weights(ovq):
 
 
 def test_dictionaries_kept_by_several_rules_on_the_same_weights(ovq):
-    rules = ["existing", "ward"]
+    rules = ["existing", "nearest"]
     rows = measure(ovq, [random_ids(80)], lengths=[80], merges=rules)
     assert [(row.merge, row.label) for row in rows] == [
         ("existing", "OVQ, 5 slots"),
-        ("ward", "OVQ, Ward, 5 slots"),
+        ("nearest", "OVQ, nearest, 5 slots"),
     ]
     assert rows[0].loss != rows[1].loss
-    other = make_model("sliding_attention", "ovq", merge="ward")
+    other = make_model("sliding_attention", "ovq", merge="nearest")
     assert measure(other, [random_ids(80)], lengths=[80])[0].loss == rows[1].loss
     [full] = measure(make_model("full_attention"), [random_ids(80)], lengths=[80], merges=rules)
     assert full.merge is None
@@ -143,8 +143,8 @@ def test_dictionaries_kept_by_several_rules_on_the_same_weights(ovq):
 
 def test_the_dictionary_is_put_back_after_an_error(ovq):
     def measured():
-        for _ in each_dictionary(ovq, [Dictionary(64, "ward")]):
-            assert (ovq.config.num_slots, ovq.config.merge) == (64, "ward")
+        for _ in each_dictionary(ovq, [Dictionary(64, "nearest")]):
+            assert (ovq.config.num_slots, ovq.config.merge) == (64, "nearest")
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):

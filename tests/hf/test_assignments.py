@@ -14,7 +14,7 @@ def model_of(*mixer_types, **changes):
     return OVQForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("merge", ["existing", "ward"])
+@pytest.mark.parametrize("merge", ["existing", "nearest"])
 def test_counts_and_means_are_those_of_the_models_state(merge):
     model = model_of("ovq", "sliding_attention", "ovq", merge=merge)
     ids = torch.arange(2 * 70).view(2, 70) * 7 % 40
@@ -36,7 +36,7 @@ def test_counts_and_means_are_those_of_the_models_state(merge):
 
 
 def test_a_text_in_two_parts():
-    model = model_of("sliding_attention", "ovq", merge="ward")
+    model = model_of("sliding_attention", "ovq", merge="nearest")
     ids = torch.arange(70)[None] * 7 % 40
     whole = model_assignments(model.base_model, ids)[1]
     cache = OVQCache(model.config)

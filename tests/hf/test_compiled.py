@@ -45,7 +45,7 @@ def plain(**more):
     [
         # All that is in it is in one of the others as well.
         pytest.param(plain(), {}, marks=pytest.mark.slow),
-        (plain(skip_logits=True), {"merge_gate": True, "merge": "ward-sqrt"}),
+        (plain(skip_logits=True), {"merge_gate": True, "merge": "nearest"}),
         (padded(), {"forget_gate": True}),
         (packed(), {}),
     ],

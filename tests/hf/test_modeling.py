@@ -294,8 +294,7 @@ def test_set_num_slots_reaches_every_layer_and_is_saved(tmp_path):
 
 # What a call of set_merge leaves in the config of a model with growth "linear" and value weight 0.25.
 MERGES = {
-    "ward": ({"merge": "ward"}, {"growth": "immediate", "value_weight": 0.25}),
-    "ward, all given": ({"merge": "ward", "growth": "plateau", "value_weight": 2.0}, {}),
+    "nearest, all given": ({"merge": "nearest", "growth": "plateau", "value_weight": 2.0}, {}),
     "nearest": ({"merge": "nearest"}, {"growth": "immediate", "value_weight": 0.25}),
     "updated": ({"merge": "updated"}, {"growth": "plateau", "value_weight": 0.25}),
     "existing, immediate": ({"merge": "existing", "growth": "immediate"}, {"value_weight": 0.25}),
@@ -342,7 +341,7 @@ def test_set_logn_length_is_the_changed_config(tmp_path):
             made(1)
 
 
-@pytest.mark.parametrize(("first", "then"), [("existing", "ward"), ("ward", "existing")])
+@pytest.mark.parametrize(("first", "then"), [("existing", "nearest"), ("nearest", "existing")])
 def test_a_cached_context_goes_on_under_another_rule(first, then):
     model, slow = make_model(merge=first), make_model(merge=first)
     for layer in slow.mixers():
@@ -369,7 +368,7 @@ def test_set_merge_refuses_what_the_config_refuses():
         ({"merge": "neither"}, "merge: expected one of"),
         ({"merge": "updated", "growth": "fast"}, "growth: expected one of"),
         ({"merge": "updated", "value_weight": -1.0}, "value_weight: expected a finite number"),
-        ({"merge": "ward"}, "init: expected 'novelty' with merge 'ward'"),
+        ({"merge": "nearest"}, "init: expected 'novelty' with merge 'nearest'"),
     ):
         with pytest.raises(ValueError, match=message):
             make_config(init="random", **given)
@@ -378,7 +377,7 @@ def test_set_merge_refuses_what_the_config_refuses():
     assert model.config.to_dict() == before
     assert [m.merge for m in model.mixers() if isinstance(m, OVQAttention)] == ["existing", "existing"]
     with pytest.raises(ValueError, match="expected a model with 'ovq' layers"):
-        make_model(mixer_types=["full_attention"] * 4).set_merge("ward")
+        make_model(mixer_types=["full_attention"] * 4).set_merge("nearest")
 
 
 @pytest.mark.parametrize("changes", [{}, BASELINES], ids=["ovq", "baselines"])

@@ -43,8 +43,8 @@ def test_a_model_is_trained_by_one_rule_and_asked_by_another(tmp_path):
 
 
 def test_the_recommended_config_is_refused_with_another_rule():
-    with pytest.raises(ValueError, match=r"merge: expected 'existing', as is recommended, .* found 'ward'"):
-        OVQConfig.recommended(**SIZES, merge="ward")
+    with pytest.raises(ValueError, match=r"merge: expected 'existing', as is recomm.* found 'nearest'"):
+        OVQConfig.recommended(**SIZES, merge="nearest")
 
 
 def test_the_merge_gate_may_be_left_out():

@@ -20,7 +20,7 @@ MODELS = {
         num_hidden_layers=2,
         rope_mixers=["sliding_attention", "ovq"],
     ),
-    "ovq": make_model(mixer_types=["ovq"], num_hidden_layers=1, merge="ward"),
+    "ovq": make_model(mixer_types=["ovq"], num_hidden_layers=1, merge="nearest"),
 }
 EXPECTED = {}
 

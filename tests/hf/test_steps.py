@@ -100,10 +100,10 @@ def assert_same(found, expected, tolerance=2e-5):
         {"rope_mixers": ["ovq", "sliding_attention"], "num_key_value_heads": 4},
         {"merge_gate": True, "num_key_value_heads": 1},
         {"logn_length": 9},
-        {"merge_gate": True, "merge": "ward-sqrt", "conv_size": 0},
+        {"merge_gate": True, "merge": "nearest", "conv_size": 0},
         {"forget_gate": True, "num_key_value_heads": 1},
-        {"forget_gate": True, "merge_gate": True, "merge": "ward-sqrt"},
-        {"merge": "ward", "conv_size": 2, "head_dim": 20, "intermediate_size": 70, "hidden_size": 40},
+        {"forget_gate": True, "merge_gate": True, "merge": "nearest"},
+        {"merge": "nearest", "conv_size": 2, "head_dim": 20, "intermediate_size": 70, "hidden_size": 40},
         {"merge": "updated", "mixer_types": ["ovq"] * 4, "init": "random", "growth": "linear"},
         {"mixer_types": ["sliding_attention", "mamba2", "sliding_attention", "ovq"], "rope_mixers": []},
         # So large that threads share the work.

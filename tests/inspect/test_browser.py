@@ -18,7 +18,7 @@ WORDS = [f"word{i % 9} " for i in range(115)] + NASTY
 
 @pytest.fixture(scope="module")
 def found():
-    return looked_into(WORDS, num_heads=4, num_kv_heads=2, merge="ward", chunk_size=8, num_slots=12)
+    return looked_into(WORDS, num_heads=4, num_kv_heads=2, merge="nearest", chunk_size=8, num_slots=12)
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from tests.inspect.common import recorded
         {"bias": "count+norm"},
         {"rate": 0.3},
         {"merge": "updated", "init": "random"},
-        {"merge": "ward"},
-        {"merge": "ward-sqrt", "growth": "plateau", "bias": "count+norm"},
-        {"merge_gate": True, "merge": "ward-sqrt"},
-        {"forget_gate": True, "merge": "ward-sqrt"},
+        {"merge": "nearest"},
+        {"merge": "nearest", "growth": "plateau", "bias": "count+norm"},
+        {"merge_gate": True, "merge": "nearest"},
+        {"forget_gate": True, "merge": "nearest"},
         {"forget_gate": True, "merge_gate": True},
     ],
 )
@@ -54,13 +54,13 @@ def test_weights_times_values_are_the_outputs_of_the_op(options):
 
 @pytest.mark.parametrize("gate", ["merge_gate", "forget_gate"])
 def test_what_is_recounted_chunk_by_chunk_is_what_the_layer_kept(gate):
-    call = recorded(43, merge="ward-sqrt", **{gate: True})
+    call = recorded(43, merge="nearest", **{gate: True})
     memory, found = layer_memory(call, layer=0, num_reads=3), call.assignments()
     assert np.array_equal(memory.final_slots, found.slots[0].numpy())
     assert np.allclose(memory.shares.sum(-1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("merge", ["existing", "ward-sqrt"])
+@pytest.mark.parametrize("merge", ["existing", "nearest"])
 def test_what_is_read_of_the_tokens_behind_slots_is_the_output_of_the_op(merge):
     call = recorded(38, merge=merge)
     expected, _ = ovq_attention(call.q, call.k, call.v, scale=call.scale, **call.options)
@@ -81,7 +81,7 @@ def test_what_is_read_of_the_tokens_behind_slots_is_the_output_of_the_op(merge):
     st.integers(1, 60),
     st.integers(1, 9),
     st.integers(1, 20),
-    st.sampled_from(["existing", "updated", "ward", "ward-sqrt"]),
+    st.sampled_from(["existing", "updated", "nearest"]),
     st.integers(0, 99),
 )
 @settings(max_examples=25)
@@ -92,7 +92,7 @@ def test_slots_and_moves_tell_where_tokens_are_at_any_time(num_tokens, chunk_siz
     for chunk in range(memory.num_chunks):
         before = places.copy()
         for _, head, slot, to in memory.moves[memory.moves[:, 0] == chunk]:
-            assert merge.startswith("ward")
+            assert merge == "nearest"
             places[head, before[head] == slot] = to
         now = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
         places[:, now] = memory.slots[:, now]
@@ -103,7 +103,7 @@ def test_slots_and_moves_tell_where_tokens_are_at_any_time(num_tokens, chunk_siz
 
 
 def test_what_is_kept_of_values_is_what_the_means_of_slots_give_back():
-    call = recorded(41, merge="ward")
+    call = recorded(41, merge="nearest")
     memory = layer_memory(call, layer=0, num_reads=1)
     for head in range(2):
         values, slots = call.v[0, :, head].double().numpy(), memory.final_slots[head]
@@ -124,7 +124,7 @@ def test_what_is_kept_of_values_is_what_the_means_of_slots_give_back():
 
 
 def test_the_same_value_again_is_not_lost():
-    call = recorded(40, merge="ward")
+    call = recorded(40, merge="nearest")
     # Two values in turn, and keys that tell them apart.
     halves = [torch.arange(40) % 2 == i for i in (0, 1)]
     k, v = call.k.clone(), call.v.clone()

@@ -68,11 +68,11 @@ def unpacked(text, dtype, *shape):
 
 
 def test_the_data_are_what_was_found():
-    found = looked_into([str(i) for i in range(61)], num_heads=4, num_kv_heads=2, merge="ward")
+    found = looked_into([str(i) for i in range(61)], num_heads=4, num_kv_heads=2, merge="nearest")
     data, memory = data_of(page_html(found, head=3)), found.layer(None)
     assert data["first"] == {"layer": 1, "head": 3}
     assert data["pieces"] == list(found.pieces)
-    assert (data["numGiven"], data["merge"], data["mixers"]) == (61, "ward", ["sliding_attention", "ovq"])
+    assert (data["numGiven"], data["merge"], data["mixers"]) == (61, "nearest", ["sliding_attention", "ovq"])
     [layer] = data["layers"]
     sizes = [layer[name] for name in ("layer", "numSlots", "chunkSize", "numHeads", "numKvHeads", "numReads")]
     assert sizes == [1, 8, 4, 4, 2, 8]

@@ -96,12 +96,12 @@ def test_weights_in_another_dtype_are_trained_in_float32(first, tmp_path):
 
 def test_what_may_differ_is_said(first, tmp_path):
     with open(tmp_path / "said", "w") as file, Reporter(Console(file=file, width=200)) as reporter:
-        config = make_config(init_from=first, model={"num_slots": 8, "merge": "ward", "chunk_size": 8})
+        config = make_config(init_from=first, model={"num_slots": 8, "merge": "nearest", "chunk_size": 8})
         model = train(config, tmp_path / "run", reporter=reporter)
     said = (tmp_path / "said").read_text()
     assert f"train.init_from: num_slots is 8 in this run, and was 4 in {first}" in said
-    assert f"train.init_from: merge is ward in this run, and was existing in {first}" in said
-    assert (model.config.num_slots, model.config.merge) == (8, "ward")
+    assert f"train.init_from: merge is nearest in this run, and was existing in {first}" in said
+    assert (model.config.num_slots, model.config.merge) == (8, "nearest")
     # Sizes of other mixers, which follow from these, do not matter to this model.
     assert model.config.kvm_chunk_size != OVQConfig.from_pretrained(first).kvm_chunk_size
     assert "kvm" not in said

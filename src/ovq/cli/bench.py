@@ -35,9 +35,7 @@ def bench(
     num_slots: Annotated[str, typer.Option(help="Dictionary sizes of OVQ.")] = "256,1024,4096",
     merge: Annotated[
         str,
-        typer.Option(
-            help="Rules by which OVQ keeps its slots: existing (the paper's), nearest, ward, ward-sqrt."
-        ),
+        typer.Option(help="Rules by which OVQ keeps its slots: existing (the paper's), updated, nearest."),
     ] = "existing",
     chunk_size: Annotated[int, typer.Option(min=1, help="Chunk of OVQ, and width of the window.")] = 256,
     num_heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,

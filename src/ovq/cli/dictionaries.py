@@ -22,7 +22,7 @@ Rules = Annotated[
     list[str] | None,
     typer.Option(
         help="Rules of keeping the dictionary to test, on the same weights: existing (the paper's), "
-        "updated, nearest (recalls most), ward, ward-sqrt; the trained one if not given.",
+        "updated, nearest (recalls most); the trained one if not given.",
         show_default=False,
     ),
 ]
@@ -59,8 +59,8 @@ def parse(num_slots: str | None, merge: Sequence[str] | None) -> Tested:
         ValueError: If a size is not a positive integer, or there is no such rule; names the flag.
 
     Example:
-        >>> parse("64, 256", ["ward,existing", "ward"])
-        {'num_slots': [64, 256], 'merges': ['ward', 'existing']}
+        >>> parse("64, 256", ["nearest,existing", "nearest"])
+        {'num_slots': [64, 256], 'merges': ['nearest', 'existing']}
         >>> parse(None, None)
         {'num_slots': [], 'merges': []}
     """
@@ -69,15 +69,17 @@ def parse(num_slots: str | None, merge: Sequence[str] | None) -> Tested:
 
 
 def _parse_rules(texts: Sequence[str]) -> list[str]:
-    """Read rules such as `["existing,ward"]` or `["existing", "ward"]`; each counts once."""
-    rules = list(dict.fromkeys(part.strip() for text in texts for part in text.split(",")))
+    """Read rules such as `["existing,nearest"]` or `["existing", "nearest"]`; each counts once."""
+    from ovq.ops.options import current_merge
+
+    rules = [part.strip() for text in texts for part in text.split(",")]
     for rule in rules:
         check_rule(rule)
-    return rules
+    return list(dict.fromkeys(map(current_merge, rules)))
 
 
 def check_rule(rule: str | None) -> None:
-    """Check the `--merge` of a command that takes one rule, or none.
+    """Check the `--merge` of a command that takes one rule, or none; those of earlier versions pass.
 
     Raises:
         ValueError: If there is no such rule; names the flag.
@@ -86,9 +88,10 @@ def check_rule(rule: str | None) -> None:
         >>> check_rule("nearest"), check_rule(None)
         (None, None)
     """
-    from ovq.ops.options import MERGES
+    from ovq.ops.options import CURRENT_MERGES, MERGES
 
     if rule is not None and rule not in MERGES:
         raise ValueError(
-            f"--merge: expected rules among {', '.join(MERGES)}, found {rule!r}{did_you_mean(rule, MERGES)}"
+            f"--merge: expected rules among {', '.join(CURRENT_MERGES)}, found {rule!r}"
+            f"{did_you_mean(rule, CURRENT_MERGES)}"
         )

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from ovq.eval.rows import MERGE_NAMES
 from ovq.hf import OVQConfig
+from ovq.ops.options import current_merge
 
 
 class Dictionary(NamedTuple):
@@ -27,8 +28,8 @@ class Dictionary(NamedTuple):
         """What a progress report says before other words; empty for a model without OVQ layers.
 
         Example:
-            >>> Dictionary(64, "ward").note, Dictionary(64, "existing").note, Dictionary().note
-            ('Ward, 64 slots, ', '64 slots, ', '')
+            >>> Dictionary(64, "nearest").note, Dictionary(64, "existing").note, Dictionary().note
+            ('nearest, 64 slots, ', '64 slots, ', '')
         """
         rule = f"{MERGE_NAMES[self.merge]}, " if self.merge in MERGE_NAMES else ""
         return rule if self.num_slots is None else f"{rule}{self.num_slots} slots, "
@@ -45,8 +46,8 @@ def dictionaries_to_test(
         merges: The rules, as `OVQConfig.merge` names them; if empty, the one that the model has.
 
     Example:
-        >>> dictionaries_to_test(OVQConfig(num_slots=64), merges=["existing", "ward"])
-        [Dictionary(num_slots=64, merge='existing'), Dictionary(num_slots=64, merge='ward')]
+        >>> dictionaries_to_test(OVQConfig(num_slots=64), merges=["existing", "nearest"])
+        [Dictionary(num_slots=64, merge='existing'), Dictionary(num_slots=64, merge='nearest')]
         >>> dictionaries_to_test(OVQConfig(mixer_types=["mamba2"], num_hidden_layers=1), num_slots=[64])
         [Dictionary(num_slots=None, merge=None)]
     """
@@ -55,7 +56,7 @@ def dictionaries_to_test(
     return [
         Dictionary(slots, merge)
         for slots in num_slots or (config.num_slots,)
-        for merge in merges or (config.merge,)
+        for merge in dict.fromkeys(map(current_merge, merges or (config.merge,)))
     ]
 
 
@@ -76,10 +77,10 @@ def each_dictionary(model: Any, tested: Sequence[Dictionary]) -> Iterator[Dictio
         >>> from ovq.hf import OVQForCausalLM
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> model = OVQForCausalLM(config)
-        >>> tested = dictionaries_to_test(config, num_slots=[16, 64], merges=["ward"])
+        >>> tested = dictionaries_to_test(config, num_slots=[16, 64], merges=["nearest"])
         >>> [(found.num_slots, model.config.num_slots, model.config.merge)
         ...     for found in each_dictionary(model, tested)]
-        [(16, 16, 'ward'), (64, 64, 'ward')]
+        [(16, 16, 'nearest'), (64, 64, 'nearest')]
         >>> model.config.num_slots, model.config.merge
         (1024, 'existing')
     """

@@ -23,6 +23,7 @@ from ovq.hf import OVQForCausalLM
 from ovq.hf.assignments import recording
 from ovq.layers.ovq import RecordedCall
 from ovq.ops import SlotAssignments
+from ovq.ops.options import current_merge
 from ovq.runtime.progress import WorkReporter
 from ovq.tasks import IGNORE_INDEX, RecallTask
 
@@ -118,6 +119,7 @@ def evaluate_kept(
             f"expected a task of at most {model.config.vocab_size} token ids, as the model knows, "
             f"found {task.vocab_size}"
         )
+    merge = current_merge(merge)
     work = reporter.start(label, total=num_examples)
     batch_size = max(1, TOKENS_PER_BATCH // task.length)
     site: _Site | None = None

@@ -22,7 +22,8 @@ MIXER_NAMES = {
 """Display names of mixers; the others are shown by their name in `mixer_types`."""
 
 MERGE_NAMES = {"updated": "updated", "ward": "Ward", "ward-sqrt": "Ward-sqrt", "nearest": "nearest"}
-"""Display names of the rules that keep a dictionary; the paper's, `"existing"`, goes without saying."""
+"""Display names of the rules that keep a dictionary; the paper's, `"existing"`, goes without saying. Files of
+rows that earlier versions wrote have Ward's."""
 
 LOGN = "log-n"
 """What labels say of models whose logits are scaled beyond the training length."""
@@ -67,8 +68,8 @@ class ResultRow:
             >>> fields = dict(length=256, accuracy=1.0, state_bytes=0, num_questions=1, slices={})
             >>> ResultRow(mixer="ovq", num_slots=64, **fields).label
             'OVQ, 64 slots'
-            >>> ResultRow(mixer="ovq", num_slots=64, merge="ward", **fields).label
-            'OVQ, Ward, 64 slots'
+            >>> ResultRow(mixer="ovq", num_slots=64, merge="nearest", **fields).label
+            'OVQ, nearest, 64 slots'
             >>> ResultRow(mixer="sliding_attention", num_slots=None, **fields).label
             'window alone'
         """

@@ -23,7 +23,7 @@ from ovq.layers.ovq import LEARNING_OPTIONS
 from ovq.layers.raven import checked_slots
 from ovq.layers.registry import mixer_class
 from ovq.layers.vq import check_vq
-from ovq.ops.options import Options, default_growth
+from ovq.ops.options import Options, current_merge, default_growth
 
 T = TypeVar("T")
 
@@ -95,8 +95,8 @@ class OVQConfig(PreTrainedConfig):
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
             `merge` is meant for.
         init: which keys open slots: `"novelty"` or `"random"`.
-        merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"ward"`, `"ward-sqrt"` or
-            `"nearest"`, which merge pairs of slots and tokens.
+        merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"nearest"`, which merges
+            pairs of slots and tokens. `"ward"` and `"ward-sqrt"` of earlier versions are run as `"nearest"`.
         bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
         rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
         value_weight: the weight of distances between values relative to those between keys where pairs are
@@ -181,6 +181,7 @@ class OVQConfig(PreTrainedConfig):
             self.mixer_types = [pattern[i % 2] for i in range(self.num_hidden_layers)]
         if self.rope_mixers is None:
             self.rope_mixers = ["sliding_attention"]
+        self.merge = current_merge(self.merge)
         if self.growth is None:
             self.growth = default_growth(self.merge)
         for old, new in RENAMED.items():
@@ -273,9 +274,10 @@ class OVQConfig(PreTrainedConfig):
     def upgraded(cls, fields: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
         """The fields of a config that an earlier version saved, as this version would save them.
 
-        Renamed fields get their present names, and removed ones are left out. Before the sizes of mixers were
-        fields, they followed from other fields, so that a layer had as many parameters, or a state of as many
-        bytes, as an `"ovq"` layer. Sizes that are missing are filled in by that rule (`equal_sizes`).
+        Renamed fields get their present names, removed ones are left out, and a rule that the reference alone
+        has is replaced (`current_merge`). Before the sizes of mixers were fields, they followed from other
+        fields, so that a layer had as many parameters, or a state of as many bytes, as an `"ovq"` layer.
+        Sizes that are missing are filled in by that rule (`equal_sizes`).
 
         Args:
             fields: what was saved.
@@ -289,6 +291,8 @@ class OVQConfig(PreTrainedConfig):
             0.1
         """
         fields = with_new_names(fields)
+        if "merge" in fields:
+            fields["merge"] = current_merge(fields["merge"])
         if "delta_value_dim" in fields:
             return fields
         given = {name: size for name, size in fields.items() if name not in EQUAL_SIZES or size is not None}

@@ -101,7 +101,7 @@ class OVQPreTrainedModel(HubModel):
         have.
 
         Args:
-            merge: `"existing"`, `"updated"`, `"ward"`, `"ward-sqrt"` or `"nearest"`.
+            merge: `"existing"`, `"updated"` or `"nearest"`.
             growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one
                 that `merge` is meant for.
             value_weight: what distances between values weigh beside those between keys where pairs are

@@ -28,9 +28,9 @@ def fields_to_train(given: dict[str, Any]) -> dict[str, Any]:
     Example:
         >>> fields_to_train({"num_slots": 512})
         {'merge_gate': True, 'num_slots': 512, 'merge': 'existing', 'init': 'novelty', 'rate': 'count'}
-        >>> fields_to_train({"merge": "ward"})
+        >>> fields_to_train({"merge": "nearest"})
         Traceback (most recent call last):
-        ValueError: merge: expected 'existing', as is recommended, or OVQConfig(...), found 'ward'
+        ValueError: merge: expected 'existing', as is recommended, or OVQConfig(...), found 'nearest'
     """
     for name, value in TO_TRAIN.items():
         if given.get(name, value) != value:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ovq.fields import LARGEST_SEED, check_fields, did_you_mean, with_new_names
 from ovq.layers import defaults
-from ovq.ops.options import default_growth
+from ovq.ops.options import current_merge, default_growth
 from ovq.runtime.files import write_atomic
 from ovq.tasks import Task, TextTask, task_class
 from ovq.train.values import parse_value, type_of_field
@@ -130,6 +130,7 @@ class ModelArgs:
     def __post_init__(self) -> None:
         """Check the sizes."""
         check_fields(self, prefix="model.")
+        object.__setattr__(self, "merge", current_merge(self.merge))
         if self.growth == default_growth(self.merge):
             # Said or not, it is the same run; and should the rule be changed, growth follows.
             object.__setattr__(self, "growth", None)
