@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ovq.cli.dictionaries import parse
+from ovq.convert import MemoryConfig
 from ovq.eval.dictionaries import dictionaries_to_test
 from ovq.eval.rows import model_label
 from ovq.hf import OVQConfig, OVQForCausalLM, build_context, context_info, load_context, save_context
@@ -191,3 +192,12 @@ def test_rules_that_users_name_so_are_run_by_nearest_too(in_a_new_process):
     assert [each.merge for each in contenders([], shape, [8], ["ward-sqrt", "nearest"])] == ["nearest"]
     # What was measured by them has their names.
     assert model_label("ovq", 64, merge="ward-sqrt") == "OVQ, Ward-sqrt, 64 slots"
+
+
+def test_converted_models_of_an_earlier_version_merge_by_nearest(in_a_new_process):
+    # The rule of their slots was Ward's unless another was asked for.
+    now = MemoryConfig.uniform(num_layers=1, num_kv_heads=2, num_slots=8, window=16, chunk_size=8)
+    with pytest.warns(FutureWarning, match="merge: found 'ward', .* 'nearest' runs in its place") as caught:
+        saved = MemoryConfig.from_dict(now.to_dict() | {"merge": "ward"})
+    assert len(caught) == 1
+    assert saved == now

@@ -9,16 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from ovq.convert.reach import Reach
-from ovq.ops.options import Options, check_value_weight, default_growth
+from ovq.ops.options import CURRENT_MERGES, Options, check_value_weight, current_merge, default_growth
 
 #: The field of a model's config in which a `MemoryConfig` is saved.
 CONFIG_KEY = "ovq_memory"
 
 #: The shortest `trained_length`.
 LEAST_LENGTH = 32
-
-# The rules that memories have been written for: one that is new elsewhere is not taken for one of these.
-_MERGES = ("existing", "updated", "nearest")
 
 # The power of masses in what edges are ranked by: weights of expected use say more than counts do.
 MASS_POWER = 1.0
@@ -86,8 +83,9 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         _check_int("chunk_size", self.chunk_size, at_least=1)
         _check_int("num_sinks", self.num_sinks, at_least=0)
-        if self.merge not in _MERGES:
-            raise ValueError(f"merge: expected one of {_MERGES}, found {self.merge!r}")
+        object.__setattr__(self, "merge", current_merge(self.merge))
+        if self.merge not in CURRENT_MERGES:
+            raise ValueError(f"merge: expected one of {CURRENT_MERGES}, found {self.merge!r}")
         if not self.num_slots or list(map(len, self.num_slots)) != list(map(len, self.window)):
             raise ValueError(
                 "expected num_slots and window for the same layers and heads, found "

@@ -152,9 +152,6 @@ static void put_exact(HeadStream *s, Rows *rows, int64_t i, int64_t token) {
 
 /* Tokens of the window are counted from the first that was there before the call. */
 INLINE int64_t window_begin(const HeadStream *s) { return s->num_merges * s->group->chunk_size; }
-INLINE int64_t window_end(const HeadStream *s) {
-    return window_begin(s) + (s->filled > s->group->num_sinks ? s->filled - s->group->num_sinks : 0);
-}
 
 /* Slots are read by how many tokens they hold, whatever these weighed when they were merged. */
 static void take_counts(HeadStream *s) {
