@@ -23,7 +23,7 @@ from torch import Tensor
 from ovq.ops import OVQState, ovq_attention
 from ovq.ops.options import VALUE_WEIGHT
 from ovq.ops.schedule import GROWTHS
-from ovq.ops.state import state_dtype
+from ovq.ops.sums import state_dtype
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.compare import assert_close, assert_state, bound_of
 from tests.fuzz.options import drawn_options

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ovq.hf.context import of_layer
 from ovq.ops import OVQState, backend_used, dispatch, ovq_attention, slot_assignments
 from ovq.ops.fading import LEAST_LOG, LEAST_WEIGHT
-from ovq.ops.serialization import state_tensors
+from ovq.ops.state import state_tensors
 from tests.ops.common import BACKENDS, CPU, assert_same_state, attend, inputs, with_rules
 
 CHUNK = 4

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from ovq.hf.cache import CACHE_KEY
 from ovq.ops.serialization import write_file
-from ovq.ops.state import state_dtype
+from ovq.ops.sums import state_dtype
 
 _IMPLEMENTATION = "ovq_probe"
 # Logits are computed for so many tokens at a time.

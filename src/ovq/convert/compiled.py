@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ovq.convert.config import Budget
 from ovq.ops.backends.cpu.kernels import DTYPES, is_available
 from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
-
-if TYPE_CHECKING:
-    from ovq.convert.memory import HeadMemory
 
 # What kernels read and write of a memory.
 _TENSORS = ("recent_keys", "recent_values", "key_sum", "value_sum", "count", "position_sum", "key_unit")
 
 
-def is_compiled(memories: Sequence[HeadMemory], k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
+class Memory(Protocol):
+    """What kernels need of a `HeadMemory`, beside the tensors of its slots."""
+
+    budget: Budget
+    recent_keys: Tensor
+    recent_values: Tensor
+    use: Tensor | None
+    filled: list[int]
+    num_merged: list[int]
+
+    def own_(self) -> None:
+        """Copy what autograd has saved, so that tensors can be written into."""
+
+    def num_open(self, num_merged: int) -> int:
+        """Slots in use once so many tokens are merged."""
+
+
+def is_compiled(memories: Sequence[Memory], k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
     """Whether compiled kernels can let memories read `tensors` (queries, and what is learned) with k and v.
 
     They know no gradients.
@@ -34,7 +49,7 @@ def is_compiled(memories: Sequence[HeadMemory], k: Tensor, v: Tensor, *tensors: 
 
 
 def advance_compiled(
-    parts: Sequence[tuple[HeadMemory, Sequence[int]]],
+    parts: Sequence[tuple[Memory, Sequence[int]]],
     k: Tensor,
     v: Tensor,
     lengths: Sequence[int],

@@ -26,7 +26,7 @@ from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.learn import learn
 from ovq.ops.call import Rows
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import divisor, state_dtype
+from ovq.ops.sums import divisor, state_dtype
 
 # Queries read at a time, which bounds the memory for their scores.
 _QUERIES = 256

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ovq.convert.config import LEAST_LENGTH, MemoryConfig
 from ovq.convert.reach import Reach
 from ovq.hf.cache import CACHE_KEY
-from ovq.ops.state import state_dtype
+from ovq.ops.sums import state_dtype
 
 # Kinds of rotary positions whose frequencies depend on the length of the text.
 _CHANGING = ("dynamic", "longrope")

@@ -11,16 +11,14 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from ovq.hf.configuration_ovq import OVQConfig
 from ovq.ops.options import BEST_MERGE, can_merge_best
 from ovq.runtime.files import atomic_path
-
-if TYPE_CHECKING:
-    from ovq.hf.configuration_ovq import OVQConfig
-    from ovq.hf.pretrained import OVQPreTrainedModel
 
 CARD_FILE = "README.md"
 """The name of the card in the folder of a model."""
@@ -56,8 +54,27 @@ model.set_merge("{best}")
 _MARK = re.compile(r"\n<!-- Made by ovq \((\w+)\); a card that was edited is never replaced\. -->\n\Z")
 
 
+class Model(Protocol):
+    """What a card says of a model."""
+
+    config: OVQConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its weights."""
+
+    def can_generate(self) -> bool:
+        """Whether it is a language model."""
+
+    def num_parameters(self) -> int:
+        """Weights in all."""
+
+    def state_bytes(self, num_tokens: int, /) -> int:
+        """Bytes of the cache of one row after `num_tokens` tokens."""
+
+
 def model_card(
-    model: OVQPreTrainedModel,
+    model: Model,
     *,
     name: str,
     sections: Mapping[str, str] | None = None,
@@ -153,7 +170,7 @@ def _best_rule(config: OVQConfig) -> str:
     return _BEST_RULE.format(merge=config.merge, best=BEST_MERGE)
 
 
-def _described(model: OVQPreTrainedModel) -> dict[str, Any]:
+def _described(model: Model) -> dict[str, Any]:
     """What the table of a model says."""
     config = model.config
     described = {
@@ -185,7 +202,7 @@ def _runs(names: Sequence[str]) -> list[str]:
     return [name if number == 1 else f"{number} x {name}" for name, number in groups]
 
 
-def _memory(model: OVQPreTrainedModel) -> str:
+def _memory(model: Model) -> str:
     """Bytes of the state after some lengths, and those of the keys and values of all tokens in all layers."""
     config = model.config
     per_token = 2 * config.num_key_value_heads * config.head_dim * model.dtype.itemsize

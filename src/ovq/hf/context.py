@@ -28,8 +28,8 @@ from ovq.hf.cache import CACHE_KEY, OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQModel
 from ovq.hf.pretrained import OVQPreTrainedModel
-from ovq.ops.checks import DTYPES
 from ovq.ops.serialization import positive_int, read_file, upgraded, write_file
+from ovq.ops.sums import DTYPES
 
 FORMAT = "ovq-context"
 VERSION = "1"

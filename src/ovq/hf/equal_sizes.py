@@ -7,16 +7,13 @@ imply these sizes.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from ovq.layers.memory import num_bytes
 from ovq.layers.ovq import slot_spec
 from ovq.layers.raven import checked_slots
-
-if TYPE_CHECKING:
-    from ovq.hf.configuration_ovq import OVQConfig
 
 #: The fields of `OVQConfig` that `equal_sizes` returns.
 EQUAL_SIZES = (
@@ -30,7 +27,24 @@ EQUAL_SIZES = (
 )
 
 
-def equal_sizes(config: OVQConfig) -> dict[str, int]:
+class Sizes(Protocol):
+    """The fields of `OVQConfig` that sizes follow from."""
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_slots: int
+    chunk_size: int
+    num_sinks: int
+    merge_gate: bool
+    forget_gate: bool
+    kvm_sinks: int
+    raven_slots: int | None
+    raven_top_k: int | None
+
+
+def equal_sizes(config: Sizes) -> dict[str, int]:
     """Values of the fields `EQUAL_SIZES` that make other mixers as large as an `"ovq"` layer of this config.
 
     `"gated_deltanet"`, `"kda"`, `"mamba2"` and `"raven"` get as many parameters, within a few percent; the
@@ -75,7 +89,7 @@ def equal_sizes(config: OVQConfig) -> dict[str, int]:
     }
 
 
-def _kda_value_dim(config: OVQConfig) -> float:
+def _kda_value_dim(config: Sizes) -> float:
     """The V at which a `"kda"` layer has the weights of an OVQ layer: the root of a quadratic equation.
 
     H V^2 weights and as many biases per component make the gate of rank V, `H K V` the decays.

@@ -18,7 +18,7 @@ from torch import Tensor
 from ovq.layers.ovq import RecordedCall
 from ovq.ops import OVQState, slot_assignments
 from ovq.ops.fading import LEAST_LOG
-from ovq.ops.state import log_mass, log_token_weights
+from ovq.ops.sums import log_mass, log_token_weights
 
 # Less than this share of a vector's squared length is rounding.
 _ROUNDING = 1e-12

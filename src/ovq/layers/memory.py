@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ovq.layers.common import apply_rotary, rotary_tables
 from ovq.ops import OVQState
-from ovq.ops.serialization import names_in, names_of, state_tensors, upgraded
+from ovq.ops.serialization import names_of, upgraded
+from ovq.ops.state import names_in, state_tensors
 
 #: Names of the tensors of a state, each with its shape and its dtype.
 StateSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]

@@ -24,7 +24,7 @@ from ovq.ops.options import Options, current_merge, default_growth
 from ovq.ops.schedule import scheduled_slots
 from ovq.ops.serialization import check_tensors as check_state_tensors
 from ovq.ops.serialization import names_of
-from ovq.ops.state import state_dtype
+from ovq.ops.sums import state_dtype
 
 #: Options of the op that say how the dictionary is learned. The layer and the config use the same names.
 LEARNING_OPTIONS = ("growth", "init", "merge", "bias", "rate", "value_weight")

@@ -8,9 +8,8 @@ from torch import Tensor
 from ovq.fields import is_finite
 from ovq.ops.call import Call, RowBounds, Rows
 from ovq.ops.options import Options
-from ovq.ops.state import OVQState, state_dtype, weighted
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from ovq.ops.state import OVQState, weighted
+from ovq.ops.sums import DTYPES, state_dtype
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

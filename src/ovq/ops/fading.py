@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ovq.ops.call import Call
 from ovq.ops.options import Options
-from ovq.ops.state import OVQState, divisor
+from ovq.ops.state import OVQState
+from ovq.ops.sums import divisor
 
 #: No token's log is lower than this over C, so that the weights of a chunk stay within float32.
 LEAST_LOG = -48.0

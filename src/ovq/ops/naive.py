@@ -24,7 +24,8 @@ from ovq.ops.options import (
 from ovq.ops.precision import rounded
 from ovq.ops.random_init import random_priority
 from ovq.ops.schedule import grown_slots
-from ovq.ops.state import OVQState, divisor, log_mass, log_token_weights, state_dtype, without_trace
+from ovq.ops.state import OVQState
+from ovq.ops.sums import divisor, log_mass, log_token_weights, state_dtype, without_trace
 
 _LISTED = {
     "growth": ("plateau", "linear", "immediate"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.options import NO_DISTANCE, NUM_PARTS, TIE, Options
-from ovq.ops.state import divisor
+from ovq.ops.sums import divisor
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ovq.ops.options import MASS_POWER, NO_DISTANCE, NUM_PARTS, ORDINARY, TIE
 from ovq.ops.selection import best_two, lowest, padded_to_blocks
-from ovq.ops.state import divisor
+from ovq.ops.sums import divisor
 
 # Most pairs of items whose distances are computed one by one. Where there are more, as with repeated keys,
 # one float64 matrix product is cheaper.

@@ -8,18 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ovq.ops.options import Options
 
-if TYPE_CHECKING:
-    from ovq.ops.state import OVQState
+
+class Remembers(Protocol):
+    """What a step looks at in an `OVQState`: the tensors of slots, and where it tells the next one."""
+
+    key_sum: Tensor
+    value_sum: Tensor
+    count: Tensor
+    weight: Tensor | None
+    _next: NextStep[Any] | None
 
 
-class Run(Protocol):
+State = TypeVar("State", bound=Remembers)
+
+
+class Run(Protocol[State]):
     """What runs a step."""
 
     def __call__(
@@ -28,12 +38,12 @@ class Run(Protocol):
         k: Tensor,
         v: Tensor,
         scale: Tensor,
-        state: OVQState,
+        state: State,
         token_weights: Tensor | None,
         /,
         *,
         options: Options,
-    ) -> tuple[Tensor, OVQState]:
+    ) -> tuple[Tensor, State]:
         """The outputs, and the state after them; the scale is `[H]`, weights are `[B, 1, Hkv]`."""
 
 
@@ -56,7 +66,7 @@ def settings_of(
 
 
 @dataclasses.dataclass(eq=False)
-class NextStep:
+class NextStep(Generic[State]):
     """What a decode step tells the next one, by way of its state.
 
     Attributes:
@@ -68,7 +78,7 @@ class NextStep:
         settings: the other arguments of the call.
     """
 
-    run: Run
+    run: Run[State]
     options: Options
     shapes: tuple[torch.Size, torch.Size, torch.Size]
     dtype: torch.dtype
@@ -76,7 +86,7 @@ class NextStep:
     scale: Tensor
     settings: tuple | None = None
 
-    def told(self, after: OVQState) -> OVQState:
+    def told(self, after: State) -> State:
         """The state that such a step has led to, which now knows the next step; its dictionary may be new."""
         sums = after.key_sum, after.value_sum, after.count, after.weight
         is_same = all(x is y for x, y in zip(sums, self.sums, strict=True))
@@ -84,7 +94,7 @@ class NextStep:
         return after
 
     def fits(
-        self, q: Tensor, k: Tensor, v: Tensor, state: OVQState, token_weights: Tensor | None, settings: tuple
+        self, q: Tensor, k: Tensor, v: Tensor, state: State, token_weights: Tensor | None, settings: tuple
     ) -> bool:
         """Whether a call is such a step: the same settings and dictionary, and tensors of the same kind."""
         if not self.continues(state, settings):
@@ -94,7 +104,7 @@ class NextStep:
                 return False
         return self._fits_weights(token_weights)
 
-    def continues(self, state: OVQState, settings: tuple) -> bool:
+    def continues(self, state: State, settings: tuple) -> bool:
         """Whether the settings and the dictionary are the same."""
         if settings != self.settings or torch.is_grad_enabled():
             return False

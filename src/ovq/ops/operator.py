@@ -20,7 +20,8 @@ from ovq.ops.call import Request, RowBounds
 from ovq.ops.checks import check_state
 from ovq.ops.options import Options
 from ovq.ops.row_bounds import row_bounds
-from ovq.ops.state import OVQState, state_dtype, with_capacity
+from ovq.ops.state import OVQState, with_capacity
+from ovq.ops.sums import state_dtype
 
 # The differentiable inputs in the order of the operator; those of a state by their names in it.
 _OF_TOKENS = ("q", "k", "v", "scale", "token_weights", "log_forget")

@@ -1,53 +1,51 @@
-"""`OVQState.resize`: the same memory with another bound on its slots."""
+"""Fewer slots that hold the same tokens, for `OVQState.resize`."""
 
 from __future__ import annotations
-
-import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ovq.ops.nearest import Items, nearest_roots
 from ovq.ops.options import check_sizes, check_value_weight
-from ovq.ops.state import OVQState
+from ovq.ops.sums import slot_means
 
 # One in so many slots is merged before all look for their nearest again. Where all that is due is merged at
 # once, slots that have become means of many attract still more (docs/results/memory.md).
 _PART = 8
 
 
-def resized(state: OVQState, num_slots: int, *, value_weight: float) -> OVQState:
-    """`state` with at most `num_slots` slots per head from here on; see `OVQState.resize`."""
+def shrunk(slots: dict[str, Tensor], num_slots: int, *, value_weight: float) -> dict[str, Tensor]:
+    """The slots of a state (by name), merged until there are at most `num_slots` per head."""
     check_sizes(1, num_slots=num_slots)
     check_value_weight("value_weight", value_weight)
-    while state.count.shape[2] > num_slots:
-        due = [min(max(0, n - num_slots), max(1, n // _PART)) for n in state.num_open.tolist()]
-        state = _merged(state, due, num_slots, value_weight)
-    return dataclasses.replace(state, num_slots=num_slots)
+    while slots["count"].shape[2] > num_slots:
+        num_open = (slots["count"][:, 0] > 0).sum(-1).tolist()
+        due = [min(max(0, n - num_slots), max(1, n // _PART)) for n in num_open]
+        # Room for as many slots as are wanted, or for those that are left.
+        capacity = max([num_slots, *(n - merges for n, merges in zip(num_open, due, strict=True))])
+        slots = _merged(slots, due, capacity, value_weight)
+    return slots
 
 
-def _merged(state: OVQState, due: list[int], num_slots: int, value_weight: float) -> OVQState:
-    """`state` after `due[r]` merges in each head of row r, with room for `num_slots` or what is left."""
-    rows, heads = state.count.shape[:2]
-    left = [n - merges for n, merges in zip(state.num_open.tolist(), due, strict=True)]
-    capacity = max([num_slots, *left])
-    count, mass = state.count.flatten(0, 1), state.mass.flatten(0, 1)
+def _merged(
+    slots: dict[str, Tensor], due: list[int], capacity: int, value_weight: float
+) -> dict[str, Tensor]:
+    """`slots` after `due[r]` merges in each head of row r, with room for `capacity`."""
+    rows, heads = slots["count"].shape[:2]
+    streams = {name: x.flatten(0, 1) for name, x in slots.items()}
+    count = streams["count"]
     with torch.no_grad():
-        keys, values = state.keys.flatten(0, 1), state.values.flatten(0, 1)
+        mass = streams.get("weight", count)
+        keys, values = (slot_means(streams[name], mass) for name in ("key_sum", "value_sum"))
         items = Items.of(keys, values, mass, count, value_weight=value_weight)
         roots = nearest_roots(items, count > 0, [merges for merges in due for _ in range(heads)])
     is_kept = (roots == torch.arange(count.shape[1], device=count.device)) & (count > 0)
     # Spare slots hold zeros, so they can be added to the last slot that is kept.
     place = (is_kept.cumsum(-1) - 1).clamp(min=0).gather(1, roots)
 
-    def merged(sums: Tensor) -> Tensor:
-        parts = sums.flatten(0, 1)
+    def merged(parts: Tensor) -> Tensor:
         index = place.view(*place.shape, *[1] * (parts.dim() - 2)).expand_as(parts)
         total = parts.new_zeros(len(parts), capacity, *parts.shape[2:])
         return total.scatter_add(1, index, parts).unflatten(0, (rows, heads))
 
-    changed: dict[str, Any] = {}
-    for name in ("key_sum", "value_sum", "count", *(() if state.weight is None else ("weight",))):
-        changed[name] = merged(getattr(state, name))
-    return dataclasses.replace(state, **changed)
+    return {name: merged(parts) for name, parts in streams.items()}

@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ovq.ops.checks import DTYPES
-from ovq.ops.state import OVQState, state_dtype
+from ovq.ops.sums import DTYPES, state_dtype
 from ovq.runtime.files import atomic_path
 
 FORMAT = "ovq-state"
@@ -44,47 +43,16 @@ def names_of(has_weights: bool, forgets: bool = False) -> tuple[str, ...]:
     return STATE_TENSORS + (WEIGHT_TENSORS if has_weights else ()) + (FORGET_TENSORS if forgets else ())
 
 
-def names_in(state: OVQState) -> tuple[str, ...]:
-    """The names of the tensors that a state has."""
-    return names_of(state.weight is not None, state.pending_forget is not None)
-
-
-def state_tensors(state: OVQState) -> dict[str, Tensor]:
-    """The tensors of a state in the form in which they are written, on the CPU.
-
-    Example:
-        >>> state = OVQState.empty(
-        ...     batch_size=1, num_kv_heads=1, key_dim=4, value_dim=4, num_slots=8, chunk_size=4
-        ... )
-        >>> sorted(state_tensors(state))
-        ['count', 'key_sum', 'num_seen', 'pending_keys', 'pending_values', 'value_sum']
-    """
-    names = names_in(state)
-    tensors = {name: getattr(state, name).detach().cpu().contiguous() for name in names}
-    # Places beyond num_pending may hold tokens of another continuation, which must not reach the file.
-    used = torch.arange(state.chunk_size) < state.num_pending[:, None]
-    for name in names:
-        x = tensors[name]
-        if name.startswith("pending") and x.dim() > 2:
-            tensors[name] = x.masked_fill(~used.view(len(used), 1, -1, *[1] * (x.dim() - 3)), 0)
-    return tensors
-
-
-def save_state(state: OVQState, path: str | os.PathLike) -> None:
-    """Write `state` to `path`; see `OVQState.save`."""
-    metadata = {
-        "format": FORMAT,
-        "version": _version_of(state),
-        "num_slots": str(state.num_slots),
-        "chunk_size": str(state.chunk_size),
-    }
-    write_file(path, state_tensors(state), metadata=metadata)
-
-
-def _version_of(state: OVQState) -> str:
-    if state.pending_forget is not None:
-        return WITH_FORGETTING
-    return VERSION if state.weight is None else WITH_WEIGHTS
+def save_state(
+    path: str | os.PathLike, tensors: dict[str, Tensor], *, num_slots: int, chunk_size: int
+) -> None:
+    """Write the tensors of a state to `path`; see `OVQState.save`."""
+    if "pending_forget" in tensors:
+        version = WITH_FORGETTING
+    else:
+        version = WITH_WEIGHTS if "weight" in tensors else VERSION
+    sizes = {"num_slots": str(num_slots), "chunk_size": str(chunk_size)}
+    write_file(path, tensors, metadata={"format": FORMAT, "version": version, **sizes})
 
 
 def write_file(path: str | os.PathLike, tensors: dict[str, Tensor], *, metadata: dict[str, str]) -> None:
@@ -156,8 +124,8 @@ def read_file(
         ) from error
 
 
-def load_state(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> OVQState:
-    """Read and check the state at `path`; see `OVQState.load`."""
+def load_state(path: str | os.PathLike, *, device: torch.device | str) -> dict[str, Any]:
+    """Read and check the fields of the state at `path`; see `OVQState.load`."""
     metadata, tensors = read_file(
         path,
         what="a saved OVQ state",
@@ -175,8 +143,8 @@ def load_state(path: str | os.PathLike, *, device: torch.device | str = "cpu") -
             raise ValueError(f"{path}: {name} was removed; expected 0, found {metadata[name][:40]}")
     sizes: dict[str, Any] = {name: positive_int(path, metadata, name) for name in ("num_slots", "chunk_size")}
     check_tensors(str(path), tensors, **sizes)
-    moved: dict[str, Any] = {name: t if name == "num_seen" else t.to(device) for name, t in tensors.items()}
-    return OVQState(**moved, **sizes)
+    moved = {name: t if name == "num_seen" else t.to(device) for name, t in tensors.items()}
+    return moved | sizes
 
 
 def upgraded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

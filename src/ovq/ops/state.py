@@ -9,29 +9,21 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ovq.ops.next_step import NextStep
-from ovq.ops.options import LEAST_READ, VALUE_WEIGHT, check_sizes
+from ovq.ops.options import VALUE_WEIGHT, check_sizes
 from ovq.ops.pending import PendingBuffers
+from ovq.ops.resize import shrunk
+from ovq.ops.serialization import load_state, names_of, save_state
+from ovq.ops.summary import StateSummary
+from ovq.ops.sums import slot_means, state_dtype
 
-if TYPE_CHECKING:
-    from ovq.ops.backends.dictionary import Dictionary
-    from ovq.ops.summary import StateSummary
-
-_ROW_TENSORS = (
-    "key_sum",
-    "value_sum",
-    "count",
-    "pending_keys",
-    "pending_values",
-    "weight",
-    "pending_weights",
-    "pending_forget",
-)
+_SLOT_TENSORS = ("key_sum", "value_sum", "count", "weight")
+_ROW_TENSORS = (*_SLOT_TENSORS, "pending_keys", "pending_values", "pending_weights", "pending_forget")
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -84,7 +76,7 @@ class OVQState:
     # The buffers in which decode steps keep the pending tokens, if there were such steps (`advanced`).
     _buffers: PendingBuffers | None = dataclasses.field(default=None, repr=False)
     # What the next decode step need not find out again.
-    _next: NextStep | None = dataclasses.field(default=None, init=False, repr=False)
+    _next: NextStep[OVQState] | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         # `dataclasses.replace` copies the earlier state's buffers too; a state of other tensors must not keep
@@ -114,9 +106,14 @@ class OVQState:
             ... ).summary().num_open
             (0,)
         """
-        from ovq.ops.summary import summary_of
-
-        return summary_of(self)
+        return StateSummary.of(
+            self.count.detach(),
+            num_seen=self.num_seen,
+            num_pending=self.num_pending,
+            num_open=self.num_open,
+            num_slots=self.num_slots,
+            nbytes=self.nbytes,
+        )
 
     @classmethod
     def empty(
@@ -328,9 +325,9 @@ class OVQState:
             >>> state.resize(8)
             OVQState(rows=1, heads=1, num_seen=64, slots=8 of 8, chunk_size=16, torch.float32 on cpu, ...)
         """
-        from ovq.ops.resize import resized
-
-        return resized(self, num_slots, value_weight=value_weight)
+        slots = {name: getattr(self, name) for name in _SLOT_TENSORS if getattr(self, name) is not None}
+        changed: dict[str, Any] = shrunk(slots, num_slots, value_weight=value_weight)
+        return dataclasses.replace(self, **changed, num_slots=num_slots)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to a safetensors file, atomically: if writing fails, an old file stays as it was.
@@ -338,9 +335,7 @@ class OVQState:
         Raises:
             OSError: if the file cannot be written.
         """
-        from ovq.ops.serialization import save_state
-
-        save_state(self, path)
+        save_state(path, state_tensors(self), num_slots=self.num_slots, chunk_size=self.chunk_size)
 
     @staticmethod
     def load(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> OVQState:
@@ -349,55 +344,33 @@ class OVQState:
         Raises:
             ValueError: if the file is not a saved state, is damaged, or holds values that no state can have.
         """
-        from ovq.ops.serialization import load_state
-
-        return load_state(path, device=device)
+        return OVQState(**load_state(path, device=device))
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums and routing for inputs of `dtype`: float64 for float64, float32 for all else.
-
-    Narrower sums would change what the model remembers: routing is a hard argmax, and a running mean in
-    bfloat16 stops moving after a few hundred tokens.
-    """
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def names_in(state: OVQState) -> tuple[str, ...]:
+    """The names of the tensors that a state has."""
+    return names_of(state.weight is not None, state.pending_forget is not None)
 
 
-def slot_means(sums: Tensor, mass: Tensor) -> Tensor:
-    """Slot means `[..., M, D]` of sums `[..., M, D]` and counts or weights `[..., M]`; 0 for spare slots."""
-    return sums / divisor(mass, sums.dtype).unsqueeze(-1)
-
-
-def without_trace(x: Tensor, weights: Tensor) -> Tensor:
-    """Keys or values `[..., D]` of tokens of weights `[...]`, as they are merged.
-
-    A weight of 0 leaves no trace: what is not finite is 0 there, since 0 times NaN would be NaN.
+def state_tensors(state: OVQState) -> dict[str, Tensor]:
+    """The tensors of a state in the form in which they are written, on the CPU.
 
     Example:
-        >>> without_trace(torch.tensor([[1.0, torch.nan], [torch.inf, 2.0]]), torch.tensor([0.0, 1.0]))
-        tensor([[1., 0.],
-                [inf, 2.]])
+        >>> state = OVQState.empty(
+        ...     batch_size=1, num_kv_heads=1, key_dim=4, value_dim=4, num_slots=8, chunk_size=4
+        ... )
+        >>> sorted(state_tensors(state))
+        ['count', 'key_sum', 'num_seen', 'pending_keys', 'pending_values', 'value_sum']
     """
-    return x.masked_fill((weights == 0).unsqueeze(-1) & ~x.isfinite(), 0)
-
-
-def divisor(mass: Tensor, dtype: torch.dtype) -> Tensor:
-    """Counts or weights to divide by: 1 where there is none, since the sums there are zero."""
-    if not mass.is_floating_point():
-        return mass.clamp(min=1).to(dtype)
-    return torch.where(mass > 0, mass, 1).to(dtype)
-
-
-def log_mass(mass: Tensor, dtype: torch.dtype) -> Tensor:
-    """Log of counts or weights; -inf, with a gradient of 0, where there is none."""
-    if not mass.is_floating_point():
-        return mass.to(dtype).log()
-    return divisor(mass, dtype).log().masked_fill(mass <= 0, -torch.inf)
-
-
-def log_token_weights(weights: Tensor) -> Tensor:
-    """What is added to the scores of tokens of the own chunk where these are read with their weights."""
-    return weights.clamp(min=LEAST_READ).log()
+    names = names_in(state)
+    tensors = {name: getattr(state, name).detach().cpu().contiguous() for name in names}
+    # Places beyond num_pending may hold tokens of another continuation, which must not reach the file.
+    used = torch.arange(state.chunk_size) < state.num_pending[:, None]
+    for name in names:
+        x = tensors[name]
+        if name.startswith("pending") and x.dim() > 2:
+            tensors[name] = x.masked_fill(~used.view(len(used), 1, -1, *[1] * (x.dim() - 3)), 0)
+    return tensors
 
 
 def weighted(state: OVQState) -> OVQState:
@@ -464,22 +437,3 @@ def advanced(state: OVQState) -> OVQState:
         num_seen=state.num_seen + 1,
         _buffers=buffers,
     )
-
-
-def replaced(state: OVQState, rows: list[int], sums: Dictionary) -> OVQState:
-    """`state` with the dictionaries of some rows replaced, each of which has merged a chunk.
-
-    Args:
-        state: the state, with room for the new slots.
-        rows: the rows whose dictionaries are replaced.
-        sums: their new sums, `[len(rows) ..., M, K]`, and so on.
-    """
-    index = torch.tensor(rows, device=state.count.device)
-    names = [name for name in ("key_sum", "value_sum", "count", "weight") if getattr(state, name) is not None]
-    changed: dict[str, Any] = {}
-    for name in names:
-        # New tensors throughout: the old ones belong to the states before this step.
-        x = getattr(state, name)
-        new = getattr(sums, name).view(len(rows), *x.shape[1:])
-        changed[name] = new if len(rows) == len(x) else x.index_copy(0, index, new)
-    return dataclasses.replace(state, **changed)

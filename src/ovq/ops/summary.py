@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-
-from ovq.ops.state import OVQState
+from torch import Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +47,34 @@ class StateSummary:
     single_share: float
     effective_slots: tuple[float, ...]
 
+    @classmethod
+    def of(
+        cls,
+        count: Tensor,
+        *,
+        num_seen: Tensor,
+        num_pending: Tensor,
+        num_open: Tensor,
+        num_slots: int,
+        nbytes: int,
+    ) -> StateSummary:
+        """The summary of a state of these counts `[B, Hkv, M]`."""
+        total_open = int((count > 0).sum())
+        shares = count.double() / count.sum(-1, keepdim=True).clamp(min=1)
+        entropy = torch.special.entr(shares).sum(-1)
+        # Without a slot there is nothing to count, and exp(0) would be 1.
+        effective = torch.where(count.sum(-1) > 0, entropy.exp(), 0).mean(-1)
+        return cls(
+            num_seen=tuple(num_seen.tolist()),
+            num_pending=tuple(num_pending.tolist()),
+            num_open=tuple(num_open.tolist()),
+            num_slots=num_slots,
+            nbytes=nbytes,
+            largest_count=int(count.max()) if total_open else 0,
+            single_share=int((count == 1).sum()) / max(1, total_open),
+            effective_slots=tuple(effective.tolist()),
+        )
+
     def __str__(self) -> str:
         rows = "" if len(self.num_seen) == 1 else f"{len(self.num_seen)} rows; "
         return (
@@ -56,26 +83,6 @@ class StateSummary:
             f"at most {self.largest_count:,} tokens in a slot; {self.single_share:.1%} of slots with a "
             f"single token; as good as {_range(self.effective_slots)} equal slots"
         )
-
-
-def summary_of(state: OVQState) -> StateSummary:
-    """See `OVQState.summary`."""
-    count = state.count.detach()
-    num_open = int((count > 0).sum())
-    shares = count.double() / count.sum(-1, keepdim=True).clamp(min=1)
-    entropy = torch.special.entr(shares).sum(-1)
-    # Without a slot there is nothing to count, and exp(0) would be 1.
-    effective = torch.where(count.sum(-1) > 0, entropy.exp(), 0).mean(-1)
-    return StateSummary(
-        num_seen=tuple(state.num_seen.tolist()),
-        num_pending=tuple(state.num_pending.tolist()),
-        num_open=tuple(state.num_open.tolist()),
-        num_slots=state.num_slots,
-        nbytes=state.nbytes,
-        largest_count=int(count.max()) if num_open else 0,
-        single_share=int((count == 1).sum()) / max(1, num_open),
-        effective_slots=tuple(effective.tolist()),
-    )
 
 
 def _range(values: tuple[int, ...] | tuple[float, ...]) -> str:

@@ -1,7 +1,8 @@
 """Real text: corpora from files, the package index or the hub; tokenizers; documents as token arrays."""
 
 from ovq.text.corpus import Corpus, load_corpus
-from ovq.text.documents import Document, read_documents, split_of
+from ovq.text.documents import Document, split_of
+from ovq.text.readers import read_documents
 from ovq.text.source import TextSource
 from ovq.text.tokenizers import (
     byte_tokenizer,

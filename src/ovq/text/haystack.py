@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ovq.text.documents import read_documents, split_of
+from ovq.text.documents import split_of
+from ovq.text.readers import read_documents
 from ovq.text.source import TextSource, check_split
 
 HAYSTACKS = ("noise", "essay")

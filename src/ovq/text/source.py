@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ovq.fields import check_fields
 from ovq.text.documents import SPLITS
-
-if TYPE_CHECKING:
-    from ovq.text.readers import Reader
+from ovq.text.readers import Reader, find_readers
 
 ALL = "all"
 """Stands for all documents where a split is expected."""
@@ -94,8 +91,6 @@ def source_readers(source: TextSource) -> list[Reader]:
     Raises:
         ValueError: If there is no such corpus.
     """
-    from ovq.text.readers import find_readers
-
     return find_readers(
         source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
     )

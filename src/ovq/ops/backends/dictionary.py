@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ovq.ops.state import without_trace
+from ovq.ops.state import OVQState
+from ovq.ops.sums import without_trace
 
 
 def dense_copy(x: Tensor) -> Tensor:
@@ -63,3 +65,22 @@ class Dictionary:
         if weights is not None:
             assert self.weight is not None
             self.weight.view(-1).index_add_(0, index, weights.flatten(), alpha=sign)
+
+
+def replaced(state: OVQState, rows: list[int], sums: Dictionary) -> OVQState:
+    """`state` with the dictionaries of some rows replaced, each of which has merged a chunk.
+
+    Args:
+        state: the state, with room for the new slots.
+        rows: the rows whose dictionaries are replaced.
+        sums: their new sums, `[len(rows) ..., M, K]`, and so on.
+    """
+    index = torch.tensor(rows, device=state.count.device)
+    changed: dict[str, Any] = {}
+    for name, rows_of_sums in vars(sums).items():
+        # New tensors throughout: the old ones belong to the states before this step.
+        if (x := getattr(state, name)) is None:
+            continue
+        new = rows_of_sums.view(len(rows), *x.shape[1:])
+        changed[name] = new if len(rows) == len(x) else x.index_copy(0, index, new)
+    return dataclasses.replace(state, **changed)

@@ -18,7 +18,7 @@ from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step
 from ovq.ops.precision import rounded
 from ovq.ops.selection import padded_to_blocks
-from ovq.ops.state import slot_means
+from ovq.ops.sums import slot_means
 
 
 def constant_rate_attention(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ovq.ops.backends.dictionary import Dictionary, dense_copy
+from ovq.ops.backends.dictionary import Dictionary, dense_copy, replaced
 from ovq.ops.backends.torch.constant_rate import moved
 from ovq.ops.backends.torch.merge import CompleteChunk, merge_chunk
 from ovq.ops.backends.torch.route import Router
@@ -21,16 +21,8 @@ from ovq.ops.call import Call
 from ovq.ops.options import Options
 from ovq.ops.schedule import grown_slots
 from ovq.ops.selection import padded_to_blocks
-from ovq.ops.state import (
-    OVQState,
-    advanced,
-    divisor,
-    log_mass,
-    log_token_weights,
-    replaced,
-    slot_means,
-    with_capacity,
-)
+from ovq.ops.state import OVQState, advanced, with_capacity
+from ovq.ops.sums import divisor, log_mass, log_token_weights, slot_means
 
 # From states, their numbers of slots before and after, and the options: dictionaries with the chunks merged.
 Learn = Callable[[OVQState, list[int], list[int], Options], Dictionary]

@@ -14,7 +14,7 @@ from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Group, Step, groups_of
 from ovq.ops.fading import bounding_factor
 from ovq.ops.selection import padded_to_blocks
-from ovq.ops.state import slot_means
+from ovq.ops.sums import slot_means
 
 
 def learn(

@@ -16,7 +16,7 @@ from ovq.ops.backends.torch.route import Router
 from ovq.ops.backends.torch.streams import Step
 from ovq.ops.nearest import Items, movers, nearest_roots
 from ovq.ops.options import Options
-from ovq.ops.state import slot_means, without_trace
+from ovq.ops.sums import slot_means, without_trace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

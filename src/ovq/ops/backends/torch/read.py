@@ -10,7 +10,7 @@ from torch import Tensor
 from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.torch.streams import Group, Step, block_size
 from ovq.ops.selection import padded_to_blocks
-from ovq.ops.state import divisor, log_mass, log_token_weights
+from ovq.ops.sums import divisor, log_mass, log_token_weights
 
 
 def without_spoilt(values: Tensor) -> tuple[Tensor, Tensor | None]:

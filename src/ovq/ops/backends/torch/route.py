@@ -14,7 +14,7 @@ from torch import Tensor
 from ovq.ops.options import NO_COSINE, NO_WEIGHT, ORDINARY, TIE, TINY, Options
 from ovq.ops.random_init import random_priority
 from ovq.ops.selection import best_two, lowest, padded_to_blocks
-from ovq.ops.state import slot_means
+from ovq.ops.sums import slot_means
 
 # Most pairs of (token, slot) that are decided again one by one. Where there are more, as with repeated keys,
 # one float64 matrix product is cheaper.

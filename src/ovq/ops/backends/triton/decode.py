@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ovq.ops.backends.alignment import AlignedRows
-from ovq.ops.backends.dictionary import Dictionary
+from ovq.ops.backends.dictionary import Dictionary, replaced
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.common import LOG2E, divisors, put_rows, rows
@@ -22,7 +22,7 @@ from ovq.ops.backends.triton.weights import Weights
 from ovq.ops.backends.triton.work import Work
 from ovq.ops.call import Call, Rows
 from ovq.ops.options import LEAST_READ, Options
-from ovq.ops.state import OVQState, advanced, replaced, with_capacity
+from ovq.ops.state import OVQState, advanced, with_capacity
 
 # Programs per multiprocessor: enough loads in flight to use the full memory bandwidth.
 _PROGRAMS_EACH = 4

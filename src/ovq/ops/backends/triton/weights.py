@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops.backends.triton.work import Work
-from ovq.ops.state import log_token_weights
+from ovq.ops.sums import log_token_weights
 
 
 @dataclasses.dataclass(frozen=True)
