@@ -51,8 +51,9 @@ def models(tmp_path_factory):
 
 
 def as_in_the_foreground():
-    """Ctrl-C is not ignored, and temporary files go where the environment says by now."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """No signal is ignored, as `nohup` does, and temporary files go where the environment says by now."""
+    for number in ENDINGS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     tempfile.tempdir = None
 
 

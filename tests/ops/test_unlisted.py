@@ -46,8 +46,7 @@ def test_a_value_that_is_new_elsewhere_is_refused_by_every_backend(name, option,
             slot_assignments(k, v, backend=name, **{**OPTIONS, option: "invented"})
 
 
-@pytest.mark.parametrize("merges_pairs", [False, True])
-def test_a_rule_that_is_new_elsewhere_is_refused_by_what_has_rules_of_its_own(merges_pairs, monkeypatch):
-    invent(monkeypatch, "merge", merges_pairs=merges_pairs)
+def test_a_rule_that_is_new_elsewhere_is_refused_by_what_has_rules_of_its_own(monkeypatch):
+    invent(monkeypatch, "merge")
     with pytest.raises(ValueError, match=r"merge: expected one of .*'nearest'\), found 'invented'"):
         MemoryConfig(num_slots=[[4]], window=[[32]], merge="invented")
