@@ -13,15 +13,20 @@ from ovq.ops import OVQState
 TOLERANCES = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 0.02, "float16": 0.0025}
 
 
-def bound_of(q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *, has_norms: bool) -> float:
+def bound_of(
+    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *, has_norms: bool, shortest: float = 0.0
+) -> float:
     """Error allowed in outputs: a score is wrong by its size times the precision, a weight by as much.
 
-    Without a bound where scores may be larger than the largest number of the dtype, 65504 in float16.
+    Of gradients, queries and keys count as at least `shortest`: that of a key of length 0 is as wrong as its
+    queries are long. Without a bound where scores may be larger than the largest number of the dtype, 65504
+    in float16.
     """
     longest_q, longest_k, longest_v = (
         float(x.detach().double().nan_to_num(0, 0, 0).norm(dim=-1).max()) if x.numel() else 0.0
         for x in (q, k, v)
     )
+    longest_q, longest_k = max(longest_q, shortest), max(longest_k, shortest)
     score = longest_q * longest_k + (longest_k**2 / 2 if has_norms else 0)
     score *= float(scale.detach().abs().max())
     if score > torch.finfo(q.dtype).max:

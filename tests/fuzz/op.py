@@ -169,8 +169,9 @@ class OpCall(Program):
             outputs, states = zip(*expected, strict=True)
             references = tokens.gradients(outputs, states if self.wants_state else None)
             largest = max([1.0, *(float(g.abs().max()) for g in references if g.numel())])
+            bound = tokens.bound(of_gradients=True) * largest
             for i, (grad, reference) in enumerate(zip(grads, references, strict=True)):
-                assert_close(grad, reference, bound * largest, f"gradient {i}")
+                assert_close(grad, reference, bound, f"gradient {i}")
 
     @functools.cached_property
     def options(self) -> dict:
@@ -379,10 +380,11 @@ class _Tokens:
         longest = (x.detach().nan_to_num(0, 0, 0).abs().max() for x in self.leaves if x.numel())
         return 1.0 if self._call.rate == "count" else max([1.0, *(float(x) for x in longest)])
 
-    def bound(self) -> float:
-        """Error allowed in outputs."""
+    def bound(self, *, of_gradients: bool = False) -> float:
+        """Error allowed in outputs, or in gradients of at most 1."""
         q, k, v = (torch.cat([row[i].flatten(0, 1) for row in self.rows]) for i in range(3))
-        return bound_of(q, k, v, self.scale, has_norms=self._call.bias != "count")
+        shortest = 1.0 if of_gradients else 0.0
+        return bound_of(q, k, v, self.scale, has_norms=self._call.bias != "count", shortest=shortest)
 
     def gradients(self, outputs: Sequence[Tensor], states: Sequence[OVQState] | None) -> list[Tensor]:
         """Gradients of a loss of the outputs and states of all rows; none where none are asked for."""
