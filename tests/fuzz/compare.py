@@ -14,13 +14,20 @@ TOLERANCES = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 0.02, "float16": 0.
 
 
 def bound_of(
-    q: Tensor, k: Tensor, v: Tensor, scale: Tensor, *, has_norms: bool, shortest: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    *,
+    has_norms: bool,
+    added: float = 0.0,
+    shortest: float = 0.0,
 ) -> float:
     """Error allowed in outputs: a score is wrong by its size times the precision, a weight by as much.
 
-    Of gradients, queries and keys count as at least `shortest`: that of a key of length 0 is as wrong as its
-    queries are long. Without a bound where scores may be larger than the largest number of the dtype, 65504
-    in float16.
+    What is `added` to scores is rounded with them. Of gradients, queries and keys count as at least
+    `shortest`: that of a key of length 0 is as wrong as its queries are long. Without a bound where scores
+    may be larger than the largest number of the dtype, 65504 in float16.
     """
     longest_q, longest_k, longest_v = (
         float(x.detach().double().nan_to_num(0, 0, 0).norm(dim=-1).max()) if x.numel() else 0.0
@@ -28,7 +35,7 @@ def bound_of(
     )
     longest_q, longest_k = max(longest_q, shortest), max(longest_k, shortest)
     score = longest_q * longest_k + (longest_k**2 / 2 if has_norms else 0)
-    score *= float(scale.detach().abs().max())
+    score = score * float(scale.detach().abs().max()) + added
     if score > torch.finfo(q.dtype).max:
         return math.inf
     return TOLERANCES[str(q.dtype).removeprefix("torch.")] * (1 + score) * (1 + longest_v)

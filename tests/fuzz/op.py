@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from random import Random
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
-from ovq.ops.options import VALUE_WEIGHT
+from ovq.ops.options import LEAST_READ, VALUE_WEIGHT
 from ovq.ops.schedule import GROWTHS
 from ovq.ops.sums import state_dtype
 from tests.fuzz.backends import BACKENDS, Backend
@@ -383,8 +384,14 @@ class _Tokens:
     def bound(self, *, of_gradients: bool = False) -> float:
         """Error allowed in outputs, or in gradients of at most 1."""
         q, k, v = (torch.cat([row[i].flatten(0, 1) for row in self.rows]) for i in range(3))
-        shortest = 1.0 if of_gradients else 0.0
-        return bound_of(q, k, v, self.scale, has_norms=self._call.bias != "count", shortest=shortest)
+        # Tokens of weight 0 are read with the least weight where tokens are read with theirs.
+        are_least = self._call.forgetting != "none" and self._call.weights == "some zero"
+        return bound_of(
+            *(q, k, v, self.scale),
+            has_norms=self._call.bias != "count",
+            added=-math.log(LEAST_READ) if are_least else 0.0,
+            shortest=1.0 if of_gradients else 0.0,
+        )
 
     def gradients(self, outputs: Sequence[Tensor], states: Sequence[OVQState] | None) -> list[Tensor]:
         """Gradients of a loss of the outputs and states of all rows; none where none are asked for."""
