@@ -8,8 +8,8 @@ Compared are, with equal rows per key/value head: full attention; the first 4 to
 a window, all heads alike; what a probe of the heads shares out; and the same with fitted biases, as `ovq
 convert` has it (`--methods fitted`). The probe reads other texts (`--probe-prose`, `--probe-code`) than those
 the loss is measured on. With `--save-probed PARENT` the models with what it shared out are saved, one for
-each share, and nothing is measured; what `ovq convert` or `ovq adapt` has written is measured by `--methods
-adapted --adapted DIR...`, one for each share. `--draw` draws the losses of the file by rows, and ends.
+each share, and nothing is measured; what `ovq convert` has written is measured by `--methods adapted
+--adapted DIR...`, one for each share. `--draw` draws the losses of the file by rows, and ends.
 
 Every number is written as soon as it is there, and a run that was cut off goes on where it was.
 """

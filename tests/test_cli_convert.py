@@ -100,45 +100,6 @@ def test_what_cannot_be_converted_ends_in_one_line(capsys, converted, tmp_path):
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_an_adaptation_is_saved_and_goes_on_after_an_interruption(capsys, tmp_path, monkeypatch):
-    LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257})).save_pretrained(tmp_path / "llama")
-    byte_tokenizer().save_pretrained(tmp_path / "llama")
-    convert(capsys, tmp_path)
-    (tmp_path / "a.txt").write_text("the quick brown fox jumps over the lazy dog " * 9)
-    command = ["adapt", "--model", tmp_path / "converted", "--dataset", tmp_path / "a.txt", "--held-out", 0]
-    sizes = ["--head-tokens", 240, "--logit-tokens", 0, "--length", 80, "--piece-size", 40]
-    assert "needle_share: expected 0 with sequences of fewer than 192" in fail(
-        capsys, *command, "--out", tmp_path / "whole", *sizes, "--quiet"
-    )
-    sizes += ["--needle-share", 0]
-    run(capsys, *command, "--out", tmp_path / "whole", *sizes)
-    whole = load(tmp_path / "whole").memory_config
-    assert whole.slot_bias != [[0] * 4] * 2
-    assert run(capsys, "generate", "--model", tmp_path / "whole", "--prompt", "a", "--max-new-tokens", 2)
-
-    def interrupt(shown, found):
-        raise ValueError("a full disk")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("ovq.cli.adapt._Shown.update", interrupt)
-        assert "a full disk" in fail(capsys, *command, "--out", tmp_path / "again", *sizes, "--quiet")
-    assert not (tmp_path / "again").exists()
-    assert "expected no run that has begun" in fail(capsys, *command, "--out", tmp_path / "again", *sizes)
-    other = [*sizes, "--seed", 1, "--resume", "--quiet"]
-    assert "settings" in fail(capsys, *command, "--out", tmp_path / "again", *other)
-    run(capsys, *command, "--out", tmp_path / "again", *sizes, "--resume")
-    assert load(tmp_path / "again").memory_config == whole
-    assert not list(tmp_path.glob("*.part"))
-    for options, said in (
-        (["--out", tmp_path / "again"], "expected a folder that does not exist yet"),
-        (["--out", tmp_path / "c", "--resume"], "expected the checkpoint of a run, found none"),
-        (["--out", tmp_path / "c", "--preset", "tpu"], "--preset: expected one of cpu, gpu"),
-        (["--out", tmp_path / "c", "--length", 1], "length: expected an integer of at least 2"),
-        (["--out", tmp_path / "c", "--model", tmp_path / "llama"], "a model that ovq convert has written"),
-    ):
-        assert said in fail(capsys, *command, *options)
-
-
 @pytest.mark.parametrize(("field", "value"), [("mlp_bias", []), ("eos_token_id", 1e30)])
 def test_a_config_with_a_value_of_a_wrong_type_costs_one_line(capsys, converted, tmp_path, field, value):
     shutil.copytree(converted / "llama", tmp_path / "llama")

@@ -97,7 +97,6 @@ def refuse(*_args, **_kwargs):
     ("arguments", "place"),
     [
         ("convert --model {f}/model --out {f}/new", "{f}"),
-        ("adapt --model {f}/converted --dataset {f}/text.txt --out {f}/new", "{f}"),
         ("context build --model {f}/model --text {f}/text.txt --out {f}/new", "{f}"),
         ("bench --out {f}/new/below", "{f}"),
     ],
@@ -105,18 +104,13 @@ def refuse(*_args, **_kwargs):
 def test_a_folder_that_cannot_be_written_is_named_before_the_work(
     capsys, folder, monkeypatch, arguments, place
 ):
-    (folder / "converted").mkdir(exist_ok=True)
-    (folder / "converted/config.json").write_text('{"ovq_memory": {}}')
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     found = failed(capsys, folder, arguments)
     assert found == f"[Errno 30] Read-only file system: '{place.format(f=folder)}'"
 
 
-@pytest.mark.parametrize("command", ["convert --model {f}/model", "adapt --model {f}/converted --dataset x"])
-def test_a_link_to_nowhere_is_not_replaced(capsys, folder, command):
-    (folder / "converted").mkdir(exist_ok=True)
-    (folder / "converted/config.json").write_text('{"ovq_memory": {}}')
+def test_a_link_to_nowhere_is_not_replaced(capsys, folder):
     (folder / "link").unlink(missing_ok=True)
     (folder / "link").symlink_to(folder / "nowhere")
-    found = failed(capsys, folder, f"{command} --out {{f}}/link")
+    found = failed(capsys, folder, "convert --model {f}/model --out {f}/link")
     assert found == f"--out: expected a folder that does not exist yet, found {folder}/link"

@@ -36,8 +36,8 @@ REACH = {
 USE = [[[0.2 * math.sin(5 * h + i) for i in range(40)] + [1.0] for h in range(4)]]
 
 
-def layer_of(merge="nearest", *, is_adapted=True):
-    learned = {"slot_temperature": TEMPERATURE, "slot_bias": BIAS, "token_use": USE} if is_adapted else {}
+def layer_of(merge="nearest", *, has_learned=True):
+    learned = {"slot_temperature": TEMPERATURE, "slot_bias": BIAS, "token_use": USE} if has_learned else {}
     return MemoryLayer(MemoryConfig(merge=merge, value_weight=0.7, **SIZES, **REACH, **learned).layer(0))
 
 
@@ -108,7 +108,7 @@ def test_rows_of_different_lengths_are_read():
 @torch.no_grad()
 def test_a_call_longer_than_what_is_laid_out_at_once():
     q, k, v = inputs(1400, rows=1)
-    layer, other = layer_of(is_adapted=False), layer_of(is_adapted=False)
+    layer, other = layer_of(has_learned=False), layer_of(has_learned=False)
     whole, parts = read(layer, q, k, v, [1400]), read(other, q, k, v, [500, 3, 897])
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
     # Sums are kept, and not means, so that splits do not even change what is rounded.

@@ -1,4 +1,4 @@
-"""The command line: `ovq demo | train | convert | adapt | eval | generate | context | inspect | serve |
+"""The command line: `ovq demo | train | convert | eval | generate | context | inspect | serve |
 memory | bench | reproduce`.
 
 Each command is a small module of its own that reads options and calls the library. Bad input ends in one line
@@ -17,7 +17,6 @@ import typer
 
 import ovq
 from ovq.cli import (
-    adapt,
     bench,
     context,
     convert,
@@ -47,7 +46,6 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("convert")(convert.convert)
-app.command("adapt")(adapt.adapt)
 app.add_typer(evaluate.app, name="eval")
 app.command("generate")(generate.generate)
 app.add_typer(context.app, name="context")

@@ -9,7 +9,6 @@
 to start reading.
 """
 
-from ovq.convert.adapt import PRESETS, AdaptProgress, AdaptSettings, adapt
 from ovq.convert.attach import ConvertedMixin, attach
 from ovq.convert.cache import MemoryCache
 from ovq.convert.captures import Captures
@@ -28,9 +27,6 @@ from ovq.convert.saving import load
 from ovq.convert.trials import Option
 
 __all__ = [
-    "PRESETS",
-    "AdaptProgress",
-    "AdaptSettings",
     "Captures",
     "ConvertedContextInfo",
     "ConvertedMixin",
@@ -38,7 +34,6 @@ __all__ = [
     "MemoryConfig",
     "Option",
     "Probe",
-    "adapt",
     "attach",
     "build_context",
     "context_info",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -152,7 +151,7 @@ def attach(
     implementation = model.config._attn_implementation
     own_class: Any = type(model)
     model.set_attn_implementation(IMPLEMENTATION)
-    set_memory(model, config)
+    _set_memory(model, config)
     model.__class__ = _converted_class(own_class)
     hook = model.base_model.register_forward_pre_hook(_with_cache, with_kwargs=True)
     try:
@@ -188,32 +187,14 @@ def _converted_class(own_class: type[PreTrainedModel]) -> type:
     return type(own_class.__name__, (ConvertedMixin, own_class), body)
 
 
-def set_memory(model: Any, config: MemoryConfig) -> None:
-    """Give a model that is being or has been converted a memory of other sizes or settings."""
+def _set_memory(model: Any, config: MemoryConfig) -> None:
+    """Give a model that is being converted the sizes and settings of its memory."""
     model.memory_config = config
     setattr(model.config, CONFIG_KEY, config.to_dict())
     for module in _attention_modules(model):
         setattr(module, LAYER_CONFIG, config.layer(module.layer_idx))
     # The hook is called with the base model only.
     model.base_model._ovq_memory_config = config
-
-
-@contextlib.contextmanager
-def original_attention(model: Any, implementation: str = "sdpa") -> Iterator[None]:
-    """A converted model as it was before, with any cache of transformers, for as long as the block lasts.
-
-    Args:
-        model: the converted model.
-        implementation: the attention function that it calls.
-    """
-    before, config = model.config._attn_implementation, model.base_model._ovq_memory_config
-    model.base_model._ovq_memory_config = None
-    try:
-        model.set_attn_implementation(implementation)
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        model.base_model._ovq_memory_config = config
 
 
 def _attention_modules(model: nn.Module) -> list[Any]:
@@ -267,8 +248,6 @@ def kv_heads(model: PreTrainedModel) -> list[int]:
 
 def _with_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Before a forward pass of the base model: make the cache that it would make, or check the one given."""
-    if module._ovq_memory_config is None:
-        return args, kwargs
     names = list(inspect.signature(module.forward).parameters)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     found = given.get("cache")

@@ -45,7 +45,8 @@ class MemoryConfig:
         token_use: `token_use[layer][head]`, numbers by which tokens are weighed when they are merged: as many
             as a key and a value have, and one more (`ovq.convert.use`); None for equal weights.
         slot_temperature: per layer and *query* head, the factor of the scores of slots that hold more than
-            one token; None for 1.
+            one token; None for 1. Nothing here fits it, but models that were trained once converted
+            have it.
         slot_bias: per layer and query head, what is added to these scores; None for 0.
         trained_length: once a text is longer than this, sinks and slots that are far away are brought nearer,
             since a model does badly at distances that it was not trained on. None for never; `attach` then

@@ -1,4 +1,4 @@
-"""`hidden_numbers`: texts in which single tokens of long ago matter, for a probe and for adaptations."""
+"""`hidden_numbers`: texts in which single tokens of long ago matter, for a probe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from ovq.text.haystack import NeedleBuilder
 
 # Of a text, for each number that is hidden in it.
-TOKENS_PER_NUMBER = 192
+_TOKENS_PER_NUMBER = 192
 
 
 def hidden_numbers(
@@ -38,4 +38,4 @@ def hidden_numbers(
         8
     """
     builder = NeedleBuilder(tokenizer, haystack="essay", value="number", texts=[text])
-    return builder.repeat(length, num_needles=max(1, length // TOKENS_PER_NUMBER), random=random)
+    return builder.repeat(length, num_needles=max(1, length // _TOKENS_PER_NUMBER), random=random)
