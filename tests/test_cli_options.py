@@ -89,6 +89,18 @@ def test_verbose_shows_where_an_error_comes_from(tmp_path):
         assert "get_recipe" in said
 
 
+def test_a_warning_is_one_line_and_with_verbose_says_where_it_comes_from(tmp_path):
+    OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2).save_pretrained(
+        tmp_path
+    )
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"merge": "ward-sqrt"}))
+    arguments = ["memory", "--config", tmp_path]
+    (said,) = errors_of(tmp_path, *arguments).splitlines()
+    assert said.startswith("ovq: warning: merge: found 'ward-sqrt', ")
+    assert "FutureWarning" in errors_of(tmp_path, *arguments, "-v")
+
+
 def test_verbose_shows_what_libraries_log(folder, tmp_path):
     arguments = ["generate", "--model", folder, "--prompt", "a", "--max-new-tokens", "1"]
     assert "loading configuration file" not in errors_of(tmp_path, *arguments)

@@ -32,7 +32,7 @@ from ovq.cli import (
 from ovq.cli.outputs import Readers, accept_all_text, drop_unwritten, open_closed_streams
 from ovq.cli.plugins import Import
 from ovq.cli.signals import Ended, raised
-from ovq.cli.verbosity import Quiet, Verbose, add_to_commands
+from ovq.cli.verbosity import Quiet, Verbose, add_to_commands, warnings_in_one_line
 from ovq.runtime.verbosity import is_verbose
 
 app = typer.Typer(
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     accept_all_text()
     readers = Readers()
     try:
-        with raised():
+        with raised(), warnings_in_one_line():
             code = _program()(args=arguments, standalone_mode=False)
             sys.stdout.flush()
     except _UsageError as error:

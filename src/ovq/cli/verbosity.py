@@ -1,13 +1,17 @@
-"""`-q` and `-v`, which every command takes, before its name (`ovq -q train ...`) or among its options."""
+"""`-q` and `-v`, which every command takes, before its name (`ovq -q train ...`) or among its options; and
+warnings in one line, as errors are.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
-from ovq.runtime.verbosity import set_quiet, set_verbose
+from ovq.runtime.verbosity import is_verbose, set_quiet, set_verbose
 
 
 def _quiet(is_wanted: bool) -> None:
@@ -37,6 +41,21 @@ Verbose = Annotated[
         help="Show what libraries log, and where an error comes from.",
     ),
 ]
+
+
+@contextlib.contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Let warnings say what is the matter, and with `-v` alone where they come from."""
+    before = warnings.formatwarning
+
+    def formatted(message: Warning | str, *where: Any, **line: Any) -> str:
+        return before(message, *where, **line) if is_verbose() else f"ovq: warning: {message}\n"
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def add_to_commands(program: Any) -> None:
