@@ -92,6 +92,17 @@ def test_kernels_and_torch_agree(merge, dtype, sizes, seed):
 
 
 @torch.no_grad()
+def test_a_few_tokens_may_merge_more_than_one_chunk():
+    # They are read one by one, in one call.
+    sizes, few = [40, 4, 3, 4, 2, 4], MemoryConfig(**SIZES | {"chunk_size": 1}).layer(0)
+    q, k, v = inputs(sum(sizes))
+    layer, other = MemoryLayer(few), MemoryLayer(few)
+    found, expected = read(layer, q, k, v, sizes), read_by_torch(other, q, k, v, sizes)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    check(layer, other, torch.float32)
+
+
+@torch.no_grad()
 def test_rows_of_different_lengths_are_read():
     sizes = [40, 3, 1, 70, 1, 30]
     q, k, v = inputs(sum(sizes), rows=3)

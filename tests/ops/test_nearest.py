@@ -281,11 +281,15 @@ def test_kernels_attend_exactly_while_nothing_is_merged(backend):
     torch.testing.assert_close(o, exact.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["naive", "torch"])
-def test_gradcheck_through_slots_that_were_merged(backend):
+# The rules that merge pairs, each with those backends that have it.
+PAIRED = [("naive", "ward"), ("naive", "nearest"), ("torch", "nearest")]
+
+
+@pytest.mark.parametrize(("backend", "merge"), PAIRED)
+def test_gradcheck_through_slots_that_were_merged(backend, merge):
     """Finite differences, along random directions: steps of 1e-6 leave these merges as they are."""
     q, k, v = (x[:, :24] for x in stream("clustered", torch.float64))
-    options = {**NEAREST, "num_slots": 6, "chunk_size": 4, "backend": backend}
+    options = {"merge": merge, "num_slots": 6, "chunk_size": 4, "backend": backend}
     _, state = attend(q[:, :10], k[:, :10], v[:, :10], **options)
     parts = [getattr(state, name) for name in PARTS]
 
@@ -298,12 +302,12 @@ def test_gradcheck_through_slots_that_were_merged(backend):
     assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
 
 
-def test_an_empty_state_and_no_tokens():
+@pytest.mark.parametrize(("backend", "merge"), PAIRED)
+def test_an_empty_state_and_no_tokens(backend, merge):
     q, k, v = inputs(2, 0)
     empty = OVQState.empty(
         batch_size=2, num_kv_heads=1, key_dim=6, value_dim=5, num_slots=4, chunk_size=4, dtype=q.dtype
     )
-    for backend in ("naive", "torch"):
-        options = {**NEAREST, "num_slots": 4, "chunk_size": 4, "backend": backend}
-        _, state = attend(q, k, v, initial_state=empty, **options)
-        assert_same_state(state, empty, tolerance=0)
+    options = {"merge": merge, "num_slots": 4, "chunk_size": 4, "backend": backend}
+    _, state = attend(q, k, v, initial_state=empty, **options)
+    assert_same_state(state, empty, tolerance=0)

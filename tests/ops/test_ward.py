@@ -1,18 +1,16 @@
 """merge="ward" and "ward-sqrt", exact greedy merging: which pairs are merged, by the reference alone."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from sklearn.cluster import AgglomerativeClustering
 
-from ovq.ops import OVQState, backend_used, slot_assignments
+from ovq.ops import backend_used, slot_assignments
 from ovq.ops.options import COUNT_POWERS, Options
 from ovq.ops.schedule import GROWTHS
 from tests.ops.common import CPU, assert_same_state, attend, by_turns, inputs
 from tests.ops.recount import recount_by_likelihood
-from tests.ops.streams import PARTS, stream, tokens_of
+from tests.ops.streams import stream, tokens_of
 
 WARD = {"merge": "ward", "backend": "naive"}
 either_power = pytest.mark.parametrize("merge", COUNT_POWERS)
@@ -156,28 +154,3 @@ def test_what_was_merged_may_come_nearer_than_its_parts():
     options = {"merge": "ward-sqrt", "num_slots": 3, "chunk_size": 5, "value_weight": 0}
     _, state = attend(*tokens, **options, backend="naive")
     assert state.count.flatten().tolist() == [3, 1, 1]
-
-
-def test_gradcheck_through_slots_that_were_merged():
-    """Finite differences, along random directions: steps of 1e-6 leave these merges as they are."""
-    q, k, v = (x[:, :24] for x in stream("clustered", torch.float64))
-    options = {**WARD, "num_slots": 6, "chunk_size": 4}
-    _, state = attend(q[:, :10], k[:, :10], v[:, :10], **options)
-    parts = [getattr(state, name) for name in PARTS]
-
-    def call(q, k, v, *parts):
-        before = dataclasses.replace(state, **dict(zip(PARTS, parts, strict=True)))
-        o, after = attend(q, k, v, initial_state=before, **options)
-        return o, after.key_sum, after.value_sum, after.pending_keys
-
-    leaves = [x.clone().requires_grad_() for x in (q[:, 10:], k[:, 10:], v[:, 10:], *parts)]
-    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
-
-
-def test_an_empty_state_and_no_tokens():
-    q, k, v = inputs(2, 0)
-    empty = OVQState.empty(
-        batch_size=2, num_kv_heads=1, key_dim=6, value_dim=5, num_slots=4, chunk_size=4, dtype=q.dtype
-    )
-    _, state = attend(q, k, v, initial_state=empty, **WARD, num_slots=4, chunk_size=4)
-    assert_same_state(state, empty, tolerance=0)
