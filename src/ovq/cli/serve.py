@@ -76,7 +76,7 @@ def serve(
     [bold]curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "lm",
     "prompt": "Who", "context": "book"}'[/bold]
 
-    Ctrl-C or SIGTERM lets running answers end first. See docs/serving.md.
+    Ctrl-C or SIGTERM lets running answers end first. See docs/use/serving.md.
     """
     dictionaries.check_rule(merge)
     for option, seconds in (("--timeout", timeout), ("--read-timeout", read_timeout)):

@@ -5,7 +5,7 @@
     model.save_pretrained("converted")
     model = ovq.convert.load("converted")
 
-`docs/convert.md` says what this costs, `docs/convert_results.md` how that was measured. `memory.py` is where
+`docs/use/convert.md` says what this costs, `docs/results/convert.md` how that was measured. `memory.py` is where
 to start reading.
 """
 

@@ -1,6 +1,6 @@
 """The reference: OVQ attention in plain loops, one row, one head, one token at a time.
 
-It is written to be read beside the algorithm (`docs/math.md`), and every other backend is tested against it.
+It is written to be read beside the algorithm (`docs/method/math.md`), and every other backend is tested against it.
 It puts clarity before speed, works in any floating-point dtype and is differentiated by ordinary autograd.
 """
 

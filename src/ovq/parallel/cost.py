@@ -1,6 +1,6 @@
 """What context parallelism sends between ranks and how long they wait, compared with ring attention.
 
-This is computed from the shapes of a model, which is not run and takes no memory. `docs/scaling.md` has the
+This is computed from the shapes of a model, which is not run and takes no memory. `docs/use/scaling.md` has the
 formulae and the numbers for a million tokens; `benchmarks/context_parallel_cost.py` prints them.
 """
 
