@@ -5,8 +5,8 @@
     model.save_pretrained("converted")
     model = ovq.convert.load("converted")
 
-`docs/use/convert.md` says what this costs, `docs/results/convert.md` how that was measured. `memory.py` is where
-to start reading.
+`docs/use/convert.md` says what this costs, `docs/results/convert.md` how that was measured. `memory.py` is
+where to start reading.
 """
 
 from ovq.convert.attach import ConvertedMixin, attach

@@ -97,8 +97,8 @@ class OVQPreTrainedModel(HubModel):
         """Let every OVQ layer keep its dictionary by another rule from now on, and record it in the config.
 
         Weights do not depend on the rule: a model that was trained with the paper's, `"existing"`, recalls
-        most with `"nearest"` (docs/use/training.md). Earlier caches remain valid and go on from the slots they
-        have.
+        most with `"nearest"` (docs/use/training.md). Earlier caches remain valid and go on from the slots
+        they have.
 
         Args:
             merge: `"existing"`, `"updated"` or `"nearest"`.
