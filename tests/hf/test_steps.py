@@ -104,7 +104,7 @@ def assert_same(found, expected, tolerance=2e-5):
         {"forget_gate": True, "num_key_value_heads": 1},
         {"forget_gate": True, "merge_gate": True, "merge": "nearest"},
         {"merge": "nearest", "conv_size": 2, "head_dim": 20, "intermediate_size": 70, "hidden_size": 40},
-        {"merge": "updated", "mixer_types": ["ovq"] * 4, "init": "random", "growth": "linear"},
+        {"mixer_types": ["ovq"] * 4, "growth": "linear"},
         {"mixer_types": ["sliding_attention", "mamba2", "sliding_attention", "ovq"], "rope_mixers": []},
         # So large that threads share the work.
         {"hidden_size": 192, "intermediate_size": 200, "head_dim": 48, "num_hidden_layers": 2},
@@ -257,7 +257,7 @@ def with_mixer(**attributes):
         with_transposed_weight,
         parametrized,
         with_mixer(backend="torch"),
-        with_mixer(bias="count+norm"),
+        with_mixer(ablation={"bias": "count+norm"}),
         with_mixer(_record=[]),
     ],
 )

@@ -115,7 +115,7 @@ def test_a_step_like_the_last_one_is_not_checked_again(monkeypatch):
 @torch.no_grad()
 def test_a_step_unlike_the_last_one_is_checked():
     state, (q, k, v) = a_step()
-    for options in ({"num_slots": 25}, {"chunk_size": 8}, {"rate": 2.0}, {"merge": "none"}):
+    for options in ({"num_slots": 25}, {"chunk_size": 8}, {"ablation": {"rate": 2.0}}, {"merge": "none"}):
         with pytest.raises(ValueError, match="expected"):
             attend(q, k, v, initial_state=state, **{**OPTIONS, **options})
     for wrong in (
@@ -150,7 +150,7 @@ CHANGES = [
     {"scale": 1.0},
     {"scale": torch.tensor([1.0, 2, 3, 4])},
     {},
-    {"rate": 0.5},
+    {"ablation": {"rate": 0.5}},
     {"growth": "immediate"},
     {"backend": "torch"},
     {"value_weight": 0.1, "merge": "nearest"},

@@ -306,7 +306,7 @@ def run_from(state, tensors, options):
             {"log_forget": torch.full((1, 6, 2), math.nan)},
             "log_forget: expected numbers of at most 0, found nan",
         ),
-        ({"rate": 0.5}, "log_forget: expected none with a constant rate, found some"),
+        ({"ablation": {"rate": 0.5}}, "log_forget: expected none with a constant rate, found some"),
     ],
 )
 def test_bad_logs_are_refused(change, message):
@@ -339,7 +339,7 @@ def in_pieces(tensors, options, pieces=None):
     return o.detach(), state.detach()
 
 
-@pytest.mark.parametrize("merge", ["existing", "updated", "nearest"])
+@each_merge
 @pytest.mark.parametrize("rate", [1e-4, 0.02, 0.3, 5.0])
 @pytest.mark.parametrize("backend", CPU)
 def test_all_chunks_in_one_call_give_what_they_give_one_by_one(merge, rate, backend, monkeypatch):

@@ -18,7 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ovq.gmr.nearest import nearest_clusters
 from ovq.gmr.ward import ward_clusters
-from ovq.ops.options import BIASES, PAIR_MERGES, VALUE_WEIGHT, check_value_weight, default_growth
+from ovq.ops.ablation import BIASES
+from ovq.ops.options import PAIR_MERGES, VALUE_WEIGHT, check_value_weight, default_growth
 from ovq.ops.schedule import GROWTHS, grown_slots
 
 try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ovq.ops import backends, dispatch, operator
-from ovq.ops.backends.triton import refusal_of
+from ovq.ops.ablation import Ablation, with_earlier_names
 from ovq.ops.call import Request, RowBounds
 from ovq.ops.checks import check_qkv, checked_scale
 from ovq.ops.next_step import settings_of
@@ -33,13 +34,13 @@ def ovq_attention(
     growth: str | None = None,
     init: str = "novelty",
     merge: str = "existing",
-    bias: str = "count",
-    rate: float | str = "count",
     value_weight: float = VALUE_WEIGHT,
     token_weights: Tensor | None = None,
     log_forget: Tensor | None = None,
     generator: torch.Generator | None = None,
+    ablation: Ablation | Mapping[str, Any] | None = None,
     backend: str = "auto",
+    **earlier_names: Any,
 ) -> tuple[Tensor, OVQState | None]:
     """Online vector-quantized attention.
 
@@ -71,13 +72,6 @@ def ovq_attention(
             values, and the shortest of these edges are merged, in four parts. `"ward"` merges the cheapest
             pairs of slots and tokens one after the other, and so does `"ward-sqrt"`, with costs in which
             counts matter less: both are theory, and run in `"naive"` alone.
-        bias: what is added to the score scale q.D of a slot with mean D and count c: log c (`"count"`), or
-            log c - scale |D|^2 / 2 (`"count+norm"`, a term that cancels where all norms are equal). A token
-            of the chunk is a slot of count 1.
-        rate: how far a slot's means move towards each token merged into it, in order of position: 1 / count
-            (`"count"`, the running mean), or a constant share in (0, 1]. Counts add up either way. Steps at a
-            constant rate cannot be undone in the backward, so training keeps the probabilities of every
-            chunk: this is meant for ablations.
         value_weight: w of the rules that merge pairs: the weight of distances between values, relative to
             their mean squared length, beside those between keys.
         token_weights: `[B, T, Hkv]` numbers of at least 0 (differentiable), what a token counts for in the
@@ -88,9 +82,12 @@ def ovq_attention(
             read with their weights too. Below -48 / chunk_size they count as that. None: nothing is
             forgotten.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
+        ablation: changes for ablations, an `ovq.ops.options.Ablation` or its values by name.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
-            this processor; no float64), `"triton"` (kernels for GPUs; no float64, no merge `"updated"`), or
-            `"auto"`: the fastest that can run the call; `backend_used()` tells which ran.
+            this processor) or `"triton"` (kernels for GPUs), both without float64 and what is there for
+            ablations: `ablation`, `init="random"` and `merge="updated"`; or `"auto"`: the fastest that can
+            run the call. `backend_used()` tells which ran.
+        earlier_names: `bias` and `rate`, which `ablation` has now.
 
     Returns:
         Outputs `[B, T, H, V]` in the dtype of `q`, and the final `OVQState` (None unless asked for).
@@ -116,6 +113,7 @@ def ovq_attention(
         True
     """
     # What a decode step is told by the state that it continues need not be found out anew.
+    ablation = with_earlier_names(ablation, earlier_names, ovq_attention)
     is_plain = attention_mask is None and cu_seqlens is None and generator is None
     settings = settings_of(
         num_slots=num_slots,
@@ -123,8 +121,7 @@ def ovq_attention(
         growth=growth,
         init=init,
         merge=merge,
-        bias=bias,
-        rate=rate,
+        ablation=ablation,
         value_weight=value_weight,
         backend=backend,
         scale=Tensor if isinstance(scale, Tensor) else scale,
@@ -142,8 +139,7 @@ def ovq_attention(
         growth=default_growth(merge) if growth is None else growth,
         init=init,
         merge=merge,
-        bias=bias,
-        rate=rate,
+        ablation=ablation,
         value_weight=value_weight,
         seed=seed_of(init, generator),
     )
@@ -200,7 +196,7 @@ def _next_step(
 def _is_traced(backend: str, q: Tensor, v: Tensor, options: Options) -> bool:
     """Whether a call without a state becomes one node of a compiled graph: only if Triton runs it."""
     wants = backend == "triton" or (backend == "auto" and q.is_cuda)
-    if not wants or refusal_of(q, v, options):
+    if not wants or backends.refusal("triton", q, v, options):
         return False
     dispatch.note_backend("triton")
     return True

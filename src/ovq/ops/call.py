@@ -104,6 +104,11 @@ class Call:
         return self.q.shape[2] // self.k.shape[2]
 
     @property
+    def gates(self) -> list[str]:
+        """The arguments with a number for each token that the call has."""
+        return [name for name in ("token_weights", "log_forget") if getattr(self, name) is not None]
+
+    @property
     def is_decoding(self) -> bool:
         """Whether this is one token per row, without gradients."""
         if (

@@ -87,7 +87,7 @@ def checked_call(
 ) -> Call:
     """The call of tensors, scale and options that were checked before; checks its rows, weights, state."""
     rows = checked_rows(q, attention_mask, cu_seqlens)
-    if token_weights is not None and options.rate != "count":
+    if token_weights is not None and options.ablation.rate != "count":
         raise ValueError("token_weights: expected none with a constant rate, found some")
     state = _checked_state(initial_state, len(rows), k, v, options)
     if token_weights is not None:

@@ -39,7 +39,7 @@ def checked_log_forget(log_forget: Tensor | None, call: Call) -> Tensor:
         raise ValueError(f"log_forget: expected a tensor {list(shape)} as k has, found {found}")
     if not log_forget.is_floating_point():
         raise ValueError(f"log_forget: expected a floating dtype, found {log_forget.dtype}")
-    if call.options.rate != "count":
+    if call.options.ablation.rate != "count":
         raise ValueError("log_forget: expected none with a constant rate, found some")
     log_forget = log_forget.to(call.k.device, torch.float64)
     flat = log_forget.detach().reshape(-1, shape[2])

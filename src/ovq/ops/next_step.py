@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ovq.ops.ablation import Ablation
 from ovq.ops.options import Options
 
 
@@ -54,14 +55,13 @@ def settings_of(
     growth: str | None,
     init: str,
     merge: str,
-    bias: str,
-    rate: float | str,
+    ablation: Ablation,
     value_weight: float,
     backend: str,
     scale: float | type[Tensor] | None,
 ) -> tuple:
     """The arguments of a call that have to be the same in the next step; `scale` is `Tensor` if it is one."""
-    learning = (growth, init, merge, bias, rate, value_weight)
+    learning = (growth, init, merge, ablation, value_weight)
     return num_slots, chunk_size, *learning, backend, scale
 
 

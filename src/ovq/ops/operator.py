@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops import dispatch
+from ovq.ops.ablation import Ablation
 from ovq.ops.call import Request, RowBounds
 from ovq.ops.checks import check_state
 from ovq.ops.options import Options
@@ -72,8 +73,8 @@ def attention(request: Request) -> tuple[Tensor, OVQState | None]:
         options.chunk_size,
         options.growth,
         options.merge,
-        options.bias,
-        str(options.rate),
+        options.ablation.bias,
+        str(options.ablation.rate),
         options.value_weight,
         request.output_final_state,
         request.backend,
@@ -128,8 +129,7 @@ class _Inputs:
             init="novelty",
             merge=merge,
             seed=0,
-            bias=bias,
-            rate=rate if rate == "count" else float(rate),
+            ablation=Ablation(bias=bias, rate=rate if rate == "count" else float(rate)),
             value_weight=value_weight,
         )
         tensors = tuple(arguments[:_NUM_DIFFERENTIABLE])

@@ -19,16 +19,9 @@ from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
 from ovq.ops.fading import LEAST_WEIGHT
 from ovq.ops.options import NUM_PARTS, TIE
-from ovq.ops.random_init import random_priority
 
 # What inputs may be, each by its number in numbers.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The rules that they know, by what they are told of each.
-RULES: dict[str, dict[str, bool]] = {
-    "existing": {},
-    "updated": {"is_merge_updated": True},
-    "nearest": {"merges_pairs": True},
-}
 
 
 def cpu_kernels() -> str:
@@ -107,8 +100,6 @@ class _CompiledAttention(torch.autograd.Function):
         lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
         call = _call(q, k, v, o, lse, scale, sums, slots, plan, token_weights)
         call.fade(fading)
-        if plan.options.init == "random":
-            call.point(priority=_priorities(plan))
         noted: list[Tensor] = []
         assert fading is None or not any(ctx.needs_input_grad)
         if any(ctx.needs_input_grad) and (plan.options.merges_pairs or weight is not None):
@@ -184,8 +175,6 @@ def learn(
     slots = torch.zeros(k.shape[:3], dtype=torch.int32)
     call = _call(k, k, v, v, nothing, nothing, sums, slots, plan, token_weights)
     call.fade(fading)
-    if plan.options.init == "random":
-        call.point(priority=_priorities(plan))
     if noted:
         call.note(noted)
     call.run("ovq_forward")
@@ -218,16 +207,6 @@ def learn_and_say(
 def dense(x: Tensor) -> Tensor:
     """`x` with each vector contiguous in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _priorities(plan: Plan) -> Tensor:
-    """`[chunks, Hkv, C]` random ranks of each chunk's keys, with an unused chunk after each row's last."""
-    size, rows = plan.options.chunk_size, []
-    for merged, sizes in zip(plan.num_merged, plan.slots, strict=True):
-        for i in range(len(sizes)):
-            seen = merged + (i + 1) * size
-            rows += [random_priority(plan.options.seed, h, seen, size) for h in range(plan.num_kv_heads)]
-    return torch.stack(rows)
 
 
 # Slots that chunks changed, the slots they went into, and what was in them (merged_slots.h): with these, the
@@ -266,14 +245,13 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
         *((name, ctypes.c_int64) for name in ("width", "capacity", "num_threads")),
-        *((name, ctypes.c_int64) for name in ("dtype", "is_merge_updated", "merges_pairs")),
-        *((name, ctypes.c_int64) for name in ("num_parts", "weighs_chunk")),
+        *((name, ctypes.c_int64) for name in ("dtype", "merges_pairs", "num_parts", "weighs_chunk")),
         *((name, ctypes.c_double) for name in ("tie", "value_weight", "mass_power", "least_weight")),
         *((name, _Tokens) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count")),
         *((name, ctypes.c_void_p) for name in ("token_weights", "weight", "fading", "slots")),
         *((name, ctypes.c_void_p) for name in ("first_chunk", "length", "schedule_start", "num_merged")),
-        *((name, ctypes.c_void_p) for name in ("schedule", "priority")),
+        ("schedule", ctypes.c_void_p),
         ("num_noted", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in _NOTED),
         *((name, _Tokens) for name in ("grad_o", "grad_q", "grad_k", "grad_v")),
@@ -335,7 +313,7 @@ def _call(
         capacity=sums.count.shape[2],
         num_threads=torch.get_num_threads(),
         dtype=DTYPES.index(q.dtype),
-        **RULES[options.merge],
+        merges_pairs=options.merges_pairs,
         weighs_chunk=options.weighs_chunk,
         tie=TIE,
         value_weight=options.value_weight,

@@ -278,7 +278,7 @@ class _Backward:
         grads.scale[step.query_heads] += (by_head * queries.to(wide)).sum((0, 2, 3))
         grad_queries = by_head * saved.scale[step.query_heads, None, None]
         step.put(grads.q, grad_queries.view(step.num_streams, -1, saved.q.shape[-1]), block)
-        if self._group.plan.options.bias == "count+norm":
+        if self._group.plan.options.ablation.bias == "count+norm":
             _backward_norms(step, block, reader, saved.scale, grads.scale, wide_scores, grad_keys)
         for tokens in step.blocks:
             if tokens.start < block.stop:
