@@ -16,6 +16,7 @@ from ovq.convert.cache import MemoryCache
 from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table
 from ovq.convert.context import KIND
 from ovq.convert.rotary import with_reach
+from ovq.convert.step import checked_weight_dtype, token_output
 from ovq.hf.cache import CACHE_KEY, add_generation_cache, unread_inputs
 
 # The model is compared before and after on so many tokens. Logits may differ by so much: the root of the mean
@@ -30,12 +31,14 @@ class ConvertedMixin:
 
     Attributes:
         memory_config: the sizes and settings of its memory.
+        weight_dtype: the format of the weights that decode, see `attach`.
     """
 
     # A memory cannot be rolled back, which assisted decoding would need.
     _is_stateful = True
     context_kind = KIND
     memory_config: MemoryConfig
+    weight_dtype: str | None = None
     device: torch.device
 
     def make_cache(self) -> MemoryCache:
@@ -99,6 +102,7 @@ def attach(
     value_weight: float = 1.0,
     max_distance: int | None = None,
     config: MemoryConfig | None = None,
+    weight_dtype: str | None = None,
 ) -> Any:
     """Give a pretrained decoder a memory of constant size, in place of a cache that grows, without training.
 
@@ -121,6 +125,9 @@ def attach(
             the model was trained for (its `max_position_embeddings`). None for a quarter of that, or for no
             limit if it is not known how the model turns keys by their positions.
         config: all of these in one object instead, such as `ovq.convert.load` and `probe` use.
+        weight_dtype: the format of the weights that write tokens one by one on a CPU: `"float32"`,
+            `"bfloat16"` or `"int8"`, of which a copy is made; None or `"auto"` for those of the model, without
+            a copy. It is not saved. Prompts are read, and other devices decode, with the weights of the model.
 
     Returns:
         The model, whose class is now a subclass of its own with `make_cache` and `memory_config`.
@@ -143,6 +150,7 @@ def attach(
         raise ValueError("model: expected one that is not converted yet, found a converted one")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"model: expected a model of transformers, found {type(model).__name__}")
+    checked_weight_dtype(weight_dtype)
     heads = kv_heads(model)
     if config is None:
         config = MemoryConfig(
@@ -175,6 +183,7 @@ def attach(
         model.set_attn_implementation(implementation)
         delattr(model.config, CONFIG_KEY)
         raise
+    model.weight_dtype = weight_dtype
     return model
 
 
@@ -194,6 +203,9 @@ def _converted_class(own_class: type[PreTrainedModel]) -> type:
             if name != CACHE_KEY and name in kwargs:
                 found = kwargs.pop(name)
                 kwargs[CACHE_KEY] = kwargs.get(CACHE_KEY) if found is None else found
+        done = token_output(self, own_class, args, kwargs)
+        if done is not None:
+            return done
         return own_class.forward(self, *args, **kwargs)
 
     body = {"__module__": own_class.__module__, "__doc__": own_class.__doc__, "forward": forward}

@@ -114,7 +114,8 @@ class MemoryLayer(OVQCacheLayer):
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__(HeadMemories(config=config))
-        self._has_staged = False
+        # Whether keys are on their way to the attention function.
+        self.has_staged = False
         # Whether another layer holds the same memories.
         self._is_shared = False
 
@@ -159,7 +160,7 @@ class MemoryLayer(OVQCacheLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self._has_staged = self._is_shared = False
+        self.has_staged = self._is_shared = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -169,12 +170,12 @@ class MemoryLayer(OVQCacheLayer):
         Raises:
             ValueError: the keys handed on before have not reached the attention function of this package.
         """
-        if self._has_staged:
+        if self.has_staged:
             raise ValueError(
                 "expected a model that passes its keys from Cache.update to the attention function of its "
                 "config, found one that does not: it cannot be converted"
             )
-        self._has_staged = True
+        self.has_staged = True
         key_states = key_states.view_as(key_states)
         setattr(key_states, _MARK, self)
         return key_states, value_states
@@ -207,7 +208,7 @@ class MemoryLayer(OVQCacheLayer):
         Raises:
             ValueError: heads, rows, sizes or dtypes other than those of the memory.
         """
-        self._has_staged = False
+        self.has_staged = False
         self._check_fits(k, v, q)
         self._begin(k, v)
         lengths = [q.shape[2]] * len(q) if mask is None else mask.sum(-1).tolist()
@@ -225,7 +226,7 @@ class MemoryLayer(OVQCacheLayer):
         factors = {
             name: None if x is None else torch.as_tensor(x, device=q.device) for name, x in learned.items()
         }
-        if max(lengths) < self._until_turn():
+        if max(lengths) < self.until_turn():
             o = self._attend_part(q, k, v, lengths, **factors)
         else:
             o = q.new_zeros(*q.shape[:3], v.shape[3])
@@ -279,7 +280,7 @@ class MemoryLayer(OVQCacheLayer):
                 f"found {found}: the cache is of another model or another batch"
             )
 
-    def _until_turn(self) -> float:
+    def until_turn(self) -> float:
         """The fewest tokens until something is brought nearer in a row."""
         reach, memories = self.config.reach, self.memories
         if reach is None or memories is None:

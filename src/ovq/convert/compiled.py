@@ -34,6 +34,12 @@ class Memory(Protocol):
         """Slots in use once so many tokens are merged."""
 
 
+def tensors_of(memory: Memory) -> dict[str, Tensor]:
+    """The tensors that kernels read and write of a memory."""
+    names = _TENSORS if memory.use is None else (*_TENSORS, "weight", "use")
+    return {name: getattr(memory, name) for name in names}
+
+
 def is_compiled(memories: Sequence[Memory], k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
     """Whether compiled kernels can let memories read `tensors` (queries, and what is learned) with k and v.
 
@@ -80,7 +86,6 @@ def advance_compiled(
     groups = []
     for memory, heads in parts:
         memory.own_()
-        names = _TENSORS if memory.use is None else (*_TENSORS, "weight", "use")
         budget, schedule = memory.budget, []
         for row, new in enumerate(lengths):
             num_merges = max(0, memory.filled[row] + new - budget.num_exact + budget.chunk_size)
@@ -89,7 +94,7 @@ def advance_compiled(
             schedule.append([memory.num_open(n) for n in merged])
         groups.append(
             HeadGroup.of(
-                {name: getattr(memory, name) for name in names},
+                tensors_of(memory),
                 heads=heads,
                 num_sinks=budget.num_sinks,
                 chunk_size=budget.chunk_size,

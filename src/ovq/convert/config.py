@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -244,7 +245,7 @@ class Budget:
         """Rows for sinks and window."""
         return self.num_sinks + self.window
 
-    @property
+    @functools.cached_property
     def options(self) -> Options:
         """The settings of the dictionary, which must have slots."""
         return Options(

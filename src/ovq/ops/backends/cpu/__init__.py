@@ -21,6 +21,8 @@ from ovq.ops.backends.cpu.kernels import (
     learn_and_say,
 )
 from ovq.ops.backends.cpu.layer import (
+    HeadsLayer,
+    HeadsStep,
     LayerStep,
     LayerWeights,
     TokenMemory,
@@ -40,6 +42,7 @@ from ovq.ops.backends.cpu.linear import (
 )
 from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
 from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
+from ovq.ops.backends.cpu.weights import Matrix, output_step, packed
 from ovq.ops.backends.cpu.window import CompiledWindow
 from ovq.ops.call import Call
 from ovq.ops.known import Known
@@ -56,8 +59,11 @@ __all__ = [
     "CompiledWindow",
     "FasterLinear",
     "HeadGroup",
+    "HeadsLayer",
+    "HeadsStep",
     "LayerStep",
     "LayerWeights",
+    "Matrix",
     "MissingKernelsWarning",
     "TokenMemory",
     "advance_memory",
@@ -75,6 +81,8 @@ __all__ = [
     "memory_of_window",
     "missing",
     "mlp_step",
+    "output_step",
+    "packed",
     "product",
     "run",
     "run_layers",

@@ -24,7 +24,7 @@ SOURCES = sorted(path for path in FOLDER.iterdir() if path.suffix in (".cpp", ".
 # The structures that Python hands over (`mirrors.py`).
 MIRRORED = (
     *("Call", "Convolution", "Decode", "HeadGroup", "Heads"),
-    *("Layer", "Strided", "Strides", "Tokens", "Window"),
+    *("Layer", "Matrix", "Strided", "Strides", "Tokens", "Window"),
 )
 # Arithmetic follows IEEE 754; only errno, traps and C++ exceptions are given up. Some vectors are wider than
 # the registers of some processors; only inline functions pass them, so that warnings about that are void.

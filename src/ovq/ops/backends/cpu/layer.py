@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ovq.ops.backends.cpu.decode import Decode, completed, slots_to_read, with_merged_chunks
 from ovq.ops.backends.cpu.kernels import DTYPES
+from ovq.ops.backends.cpu.memory import HeadGroup
 from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.cpu.tokens import call_kernel
+from ovq.ops.backends.cpu.weights import Matrix, _Matrix
 from ovq.ops.fading import LEAST_LOG, ended, faded
 from ovq.ops.next_step import NextStep
 from ovq.ops.state import OVQState, advanced
@@ -193,8 +195,15 @@ def layer_to_run(
         tables: `[1, K / 2]` cosines and sines to rotate queries and keys by; None to leave them.
     """
     width, inner = weights.down.shape
-    call = _Layer(width, inner, 0, *eps, *[weight.data_ptr() for weight in weights[:7]])
-    call.memory = memory.decode
+    call = _Layer(width=width, inner=inner, mixer_eps=eps[0], mlp_eps=eps[1], memory=memory.decode)
+    qkv, gate_up = Matrix(weights.qkv), Matrix(weights.gate_up)
+    keys = weights.o.shape[1]
+    values = (keys + len(weights.qkv)) // 2
+    call.q, call.k, call.v = (qkv.call(first) for first in (0, keys, values))
+    call.gate, call.up = (gate_up.call(first) for first in (0, inner))
+    call.o, call.down = Matrix(weights.o).call(), Matrix(weights.down).call()
+    for name in ("mixer_norm", "beta", "mlp_norm"):
+        setattr(call, name, getattr(weights, name).data_ptr())
     conv_state = None
     if past is not None and weights.taps is not None:
         past = past.contiguous()
@@ -204,7 +213,7 @@ def layer_to_run(
     if tables is not None:
         call.cos, call.sin = tables[0].data_ptr(), tables[1].data_ptr()
     if memory.gate is not None:
-        call.gate = memory.gate.data_ptr()
+        call.merge_gate = memory.gate.data_ptr()
     if (gate := memory.forgetting) is not None:
         call.forget_gate, call.forget_bias = gate.weight.data_ptr(), gate.bias.data_ptr()
         call.forgotten, call.forgotten_now = gate.before.data_ptr(), gate.after.data_ptr()
@@ -218,6 +227,92 @@ def layer_to_run(
     return LayerStep(call, memory, conv_state, (weights, past, tables))
 
 
+class HeadsLayer(NamedTuple):
+    """A layer of a converted model (`ovq.convert`): all but what its heads remember. Norms are float32.
+
+    Attributes:
+        q: `[H K, D]`. k: `[Hkv K, D]`. v: likewise. o: `[D, H K]`.
+        gate: `[I, D]`. up: likewise. down: `[D, I]`.
+        mixer_norm: `[D]` of the RMS norm before attention. mlp_norm: of that before the MLP.
+        q_norm: `[K]` of the RMS norm of each query, or None. k_norm: of each key.
+        eps: of the norms before attention and the MLP, and of those of heads.
+        head_dim: K.
+        score_scale: factor of scores.
+    """
+
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    mixer_norm: Tensor
+    mlp_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: tuple[float, float, float]
+    head_dim: int
+    score_scale: float
+
+
+class HeadsStep:
+    """Layers whose heads keep what they read in `HeadGroup`s, for one token of each row after the other.
+
+    Args:
+        layers: the layers.
+        groups: those of each layer, which change in place, and between the calls.
+        key_factors: `[Hkv, K]` of each layer, by which keys are multiplied and queries divided, or None.
+        num_rows: rows B.
+
+    Attributes:
+        cos: `[B, K]` cosines of the next token's angles, of which the kernel reads the first half; to be
+            filled in. sin: sines.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[HeadsLayer],
+        groups: Sequence[Sequence[HeadGroup]],
+        key_factors: Sequence[Tensor | None],
+        num_rows: int,
+    ) -> None:
+        dim = layers[0].head_dim
+        self.cos, self.sin = torch.empty(2, num_rows, dim)
+        self._calls = (_Layer * len(layers))()
+        self._kept: list[Any] = [layers, key_factors]
+        for call, layer, own, factors in zip(self._calls, layers, groups, key_factors, strict=True):
+            array = (HeadGroup * len(own))(*own)
+            self._kept += [own, array]
+            call.width, call.inner = layer.down.weight.shape
+            call.mixer_eps, call.mlp_eps, call.head_eps = layer.eps
+            for name in ("q", "k", "v", "o", "gate", "up", "down"):
+                setattr(call, name, getattr(layer, name).call())
+            for name in ("mixer_norm", "mlp_norm", "q_norm", "k_norm"):
+                if (x := getattr(layer, name)) is not None:
+                    setattr(call, name, x.data_ptr())
+            call.cos, call.sin, call.angle_row = self.cos.data_ptr(), self.sin.data_ptr(), dim
+            num_kv_heads = len(layer.k.weight) // dim
+            group_size = len(layer.q.weight) // len(layer.k.weight)
+            call.memory = Decode(
+                num_rows=num_rows, num_kv_heads=num_kv_heads, group_size=group_size, key_dim=dim, value_dim=dim
+            )
+            call.num_groups, call.groups = len(own), ctypes.addressof(array)
+            call.score_scale = layer.score_scale
+            if factors is not None:
+                call.key_factors = factors.data_ptr()
+
+    def run(self, x: Tensor) -> Tensor:
+        """`[B, 1, D]` float32 through the layers; the heads have read the tokens afterwards.
+
+        Raises:
+            MemoryError: no memory for the kernel's scratch.
+        """
+        done = _run(x, self._calls)
+        assert done is not None, "no gates"
+        return done
+
+
 def run_layers(x: Tensor, layers: Sequence[LayerStep]) -> Tensor | None:
     """One token per row through consecutive layers, without a gradient.
 
@@ -228,12 +323,21 @@ def run_layers(x: Tensor, layers: Sequence[LayerStep]) -> Tensor | None:
     Returns:
         `[B, 1, D]`; None if gates give a weight that no token can have, as where `x` is not finite.
     """
+    return _run(x, (_Layer * len(layers))(*[layer.call for layer in layers]))
+
+
+# What the kernel returns beside 0.
+_SPOILT, _OUT_OF_MEMORY = 1, 2
+
+
+def _run(x: Tensor, calls: ctypes.Array[_Layer]) -> Tensor | None:
     y = x.clone(memory_format=torch.contiguous_format)
-    calls, num = (_Layer * len(layers))(*[layer.call for layer in layers]), len(layers)
-    place = ctypes.addressof(calls)
+    num, place = len(calls), ctypes.addressof(calls)
     scratch = torch.empty(call_kernel("ovq_layers_scratch", num, place), dtype=torch.uint8)
-    is_spoilt = call_kernel("ovq_layers_step", torch.get_num_threads(), num, place, scratch, y)
-    return None if is_spoilt else y
+    outcome = call_kernel("ovq_layers_step", torch.get_num_threads(), num, place, scratch, y)
+    if outcome == _OUT_OF_MEMORY:
+        raise MemoryError("ovq_layers_step: no memory for the kernel's scratch")
+    return None if outcome == _SPOILT else y
 
 
 @mirror_of("Layer")
@@ -241,10 +345,11 @@ class _Layer(ctypes.Structure):
     """`Layer` of step.h, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("width", "inner", "num_taps")),
-        *((name, ctypes.c_double) for name in ("mixer_eps", "mlp_eps")),
-        *((name, ctypes.c_void_p) for name in ("mixer_norm", "qkv", "beta", "o", "mlp_norm", "gate_up")),
-        *((name, ctypes.c_void_p) for name in ("down", "gate", "forget_gate", "forget_bias", "forgotten")),
+        *((name, ctypes.c_int64) for name in ("width", "inner", "num_taps", "angle_row")),
+        *((name, ctypes.c_double) for name in ("mixer_eps", "mlp_eps", "head_eps")),
+        *((name, _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("mixer_norm", "mlp_norm", "beta", "q_norm", "k_norm")),
+        *((name, ctypes.c_void_p) for name in ("merge_gate", "forget_gate", "forget_bias", "forgotten")),
         ("forgotten_now", ctypes.c_void_p),
         ("least_log", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "taps", "past", "last")),
@@ -254,4 +359,8 @@ class _Layer(ctypes.Structure):
             for name in ("num_before", "key_row", "key_head", "value_row", "value_head")
         ),
         ("memory", Decode),
+        ("num_groups", ctypes.c_int64),
+        ("groups", ctypes.c_void_p),
+        ("score_scale", ctypes.c_double),
+        ("key_factors", ctypes.c_void_p),
     ]

@@ -105,7 +105,7 @@ class HeadGroup(ctypes.Structure):
             group.merges_pairs = options.merges_pairs
             group.num_parts = NUM_PARTS
             group.value_weight, group.mass_power = options.value_weight, options.mass_power
-        group._kept = []
+        group._kept, group._numbers = [], {}
         group._point(**tensors, temperature=temperature, bias=bias)
         # Faster to make than small tensors.
         for name, kind, numbers in (
@@ -118,7 +118,7 @@ class HeadGroup(ctypes.Structure):
         ):
             array = (kind * len(numbers))(*numbers)
             setattr(group, name, ctypes.addressof(array))
-            group._kept.append(array)
+            group._numbers[name] = array
         for name, x in (("q", q), ("k", k), ("v", v), ("o", o)):
             if x is not None:
                 assert x.stride(-1) == 1, name
@@ -128,6 +128,11 @@ class HeadGroup(ctypes.Structure):
         return group
 
     _kept: list[Any]
+    _numbers: dict[str, Any]
+
+    def put(self, name: str, numbers: Sequence[int]) -> None:
+        """Change `filled`, `num_merged` or `schedule` (all rows one after the other) for the next call."""
+        self._numbers[name][:] = numbers
 
     def _point(self, **tensors: Tensor | None) -> None:
         for name, x in tensors.items():

@@ -18,6 +18,7 @@ struct Float16 {
 
 typedef uint32_t Words __attribute__((vector_size(VL * 4)));
 typedef uint16_t Halves __attribute__((vector_size(VL * 2)));
+typedef int8_t Bytes __attribute__((vector_size(VL)));
 
 INLINE float float_of(uint32_t bits) {
     float y;
@@ -32,6 +33,7 @@ INLINE uint32_t bits_of(float x) {
 }
 
 INLINE float as_float(float x) { return x; }
+INLINE float as_float(int8_t x) { return x; }
 INLINE float as_float(Bfloat16 x) { return float_of((uint32_t)x.bits << 16); }
 
 /* 2^112 takes the exponent of float16, and its numbers that are not normal, to that of float32. */
@@ -50,6 +52,12 @@ INLINE Words words_of(const void *x) {
 /* The next VL numbers. */
 INLINE Vector load_numbers(const float *x) { return load(x); }
 INLINE Vector load_numbers(const Bfloat16 *x) { return (Vector)(words_of(x) << 16); }
+
+INLINE Vector load_numbers(const int8_t *x) {
+    Bytes bits;
+    memcpy(&bits, x, sizeof(bits));
+    return __builtin_convertvector(__builtin_convertvector(bits, IntVector), Vector);
+}
 
 INLINE Vector load_numbers(const Float16 *x) {
     const Words bits = words_of(x), size = bits & 0x7fff, sign = (bits & 0x8000) << 16;

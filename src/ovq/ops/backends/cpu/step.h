@@ -3,61 +3,101 @@
 
 #include "call.h"
 #include "decode.h"
+#include "memory.h"
 #include "tokens.h"
 
-/* The sum of products of long vectors, by sums that do not wait for each other. */
-INLINE float long_dot(const float *a, const float *b, int64_t dim) {
-    Vector sums[4] = {};
+/* Vectors that a row of weights is multiplied with while it lies in registers. */
+#define TOKENS (VL == 16 ? 4 : 2)
+
+/* The format of weights that those of numbers.h lack. Mirrored by `INT8` in layer.py. */
+enum { INT8 = 3 };
+
+/* Mirrored by `_Matrix` in layer.py: dense rows of weights. `factors` of rows are there where weights are integers. */
+struct Matrix {
+    const void *weight;
+    const float *factors, *bias; /* [rows], or NULL. */
+    int64_t format;
+};
+
+static Matrix plain_matrix(const float *weight) { return {weight, nullptr, nullptr, FLOAT32}; }
+
+/* The products of `num` vectors, `dim` floats apart, with a row, by sums that do not wait for each other. */
+template <int num, typename T> INLINE void dots(const float *x, const T *row, int64_t dim, float *y) {
+    Vector sums[num][4] = {};
     int64_t i = 0;
     for (; i + 4 * VL <= dim; i += 4 * VL)
-        for (int j = 0; j < 4; j++) sums[j] += load(a + i + j * VL) * load(b + i + j * VL);
-    for (; i + VL <= dim; i += VL) sums[0] += load(a + i) * load(b + i);
-    float sum = total((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; i < dim; i++) sum += a[i] * b[i];
-    return sum;
-}
-
-/* y [num, num_out] = x [num, dim] times the transpose of weight [num_out, dim], plus `added` if there is any. The
-   workers share the rows of the weight; each reads its part once and from front to back, which memory does
-   fastest: four rows at a time took twice as long. All wait for all at the end, as in the following. */
-static void multiply(Worker worker, int64_t num, int64_t dim, int64_t num_out, const float *x, const float *weight,
-                     const float *added, float *y) {
-    worker.share(num_out, [=](int64_t r) {
-        for (int64_t t = 0; t < num; t++) {
-            const float sum = long_dot(x + t * dim, weight + r * dim, dim);
-            y[t * num_out + r] = added ? added[t * num_out + r] + sum : sum;
+        for (int j = 0; j < 4; j++) {
+            const Vector weight = load_numbers(row + i + j * VL);
+            for (int t = 0; t < num; t++) sums[t][j] += load(x + t * dim + i + j * VL) * weight;
         }
-    });
-    worker.wait();
+    for (; i + VL <= dim; i += VL)
+        for (int t = 0; t < num; t++) sums[t][0] += load(x + t * dim + i) * load_numbers(row + i);
+    for (int t = 0; t < num; t++) {
+        y[t] = total((sums[t][0] + sums[t][1]) + (sums[t][2] + sums[t][3]));
+        for (int64_t rest = i; rest < dim; rest++) y[t] += x[t * dim + rest] * as_float(row[rest]);
+    }
 }
 
+INLINE float long_dot(const float *a, const float *b, int64_t dim) {
+    float y;
+    dots<1>(a, b, dim, &y);
+    return y;
+}
+
+/* Products of x [num, dim] with the rows first..end-1 of a matrix, plus `added` if there is any, into y [num, ldy]. Rows
+   are read one by one and from front to back, which memory does fastest: four at a time took twice as long. */
+template <typename T>
+static void multiply_rows(const Matrix *matrix, const T *weight, int64_t first, int64_t end, int64_t num, int64_t dim,
+                          const float *x, const float *added, float *y, int64_t ldy) {
+    for (int64_t r = first; r < end; r++) {
+        const float factor = matrix->factors ? matrix->factors[r] : 1, bias = matrix->bias ? matrix->bias[r] : 0;
+        float sums[TOKENS];
+        for (int64_t t = 0; t < num;) {
+            const int64_t n = num - t >= TOKENS ? TOKENS : 1;
+            if (n == TOKENS) dots<TOKENS>(x + t * dim, weight + r * dim, dim, sums);
+            else dots<1>(x + t * dim, weight + r * dim, dim, sums);
+            for (int64_t i = 0; i < n; i++, t++) {
+                const float sum = factor * sums[i] + bias;
+                y[t * ldy + r] = added ? added[t * ldy + r] + sum : sum;
+            }
+        }
+    }
+}
+
+static void multiply_part(const Matrix *matrix, int64_t first, int64_t end, int64_t num, int64_t dim, const float *x,
+                          const float *added, float *y, int64_t ldy) {
+    if (matrix->format == INT8)
+        return multiply_rows(matrix, (const int8_t *)matrix->weight, first, end, num, dim, x, added, y, ldy);
+    with_type(matrix->format, matrix->weight, 0,
+              [=](auto *weight) { multiply_rows(matrix, weight, first, end, num, dim, x, added, y, ldy); });
+}
+
+/* y [num, ldy] = x [num, dim] times the transpose of a matrix [num_out, dim], plus `added` if there is any. The workers
+   share the rows of the matrix, and do not wait for each other. */
+static void multiply(Worker worker, int64_t num, int64_t dim, int64_t num_out, const float *x, const Matrix *matrix,
+                     const float *added, float *y, int64_t ldy) {
+    worker.part(num_out, [=](int64_t first, int64_t end) {
+        multiply_part(matrix, first, end, num, dim, x, added, y, ldy);
+    });
+}
+
+/* Here, and in the following, all wait for all at the end. */
 static void normalise(Worker worker, int64_t num, int64_t dim, float eps, const float *x, const float *weight, float *y) {
     worker.share(num, [=](int64_t t) { rms_norm(dim, eps, x + t * dim, weight, y + t * dim); });
     worker.wait();
 }
 
-/* Products of x [num, dim] with rows of weight [2 inner, dim], those `half` inner from the first on, into halves [num, 2
-   inner]. A thread gets the same rows of each half, and of what follows, and does not wait. */
-static void multiply_half(Worker worker, int64_t half, int64_t num, int64_t dim, int64_t inner, const float *x,
-                          const float *weight, float *halves) {
-    worker.share((inner + VL - 1) / VL, [=](int64_t vector) {
-        const int64_t first = vector * VL;
-        for (int64_t r = half * inner + first; r < half * inner + least(inner, first + VL); r++)
-            for (int64_t t = 0; t < num; t++)
-                halves[t * 2 * inner + r] = long_dot(x + t * dim, weight + r * dim, dim);
-    });
-}
-
-/* y [num, inner] = swiglu(x times the transpose of weight [2 inner, dim]). */
-static void multiply_gated(Worker worker, int64_t num, int64_t dim, int64_t inner, const float *x,
-                           const float *weight, float *halves, float *y) {
-    multiply_half(worker, 0, num, dim, inner, x, weight, halves);
-    multiply_half(worker, 1, num, dim, inner, x, weight, halves);
-    worker.share((inner + VL - 1) / VL, [=](int64_t vector) {
-        const int64_t first = vector * VL;
+/* y [num, inner] = silu(gate x) up x of x [num, dim]. A thread gets the same rows of both matrices, and of what follows.
+   `halves` has num 2 inner floats. */
+static void multiply_gated(Worker worker, int64_t num, int64_t dim, int64_t inner, const float *x, const Matrix *gate,
+                           const Matrix *up, float *halves, float *y) {
+    worker.part((inner + VL - 1) / VL, [=](int64_t begin, int64_t end) {
+        const int64_t first = begin * VL, last = least(inner, end * VL);
+        multiply_part(gate, first, last, num, dim, x, nullptr, halves, 2 * inner);
+        multiply_part(up, first, last, num, dim, x, nullptr, halves + inner, 2 * inner);
         for (int64_t t = 0; t < num; t++) {
-            const float *gate = halves + t * 2 * inner + first;
-            swiglu(gate, gate + inner, least(VL, inner - first), y + t * inner + first);
+            const float *own = halves + t * 2 * inner + first;
+            swiglu(own, own + inner, last - first, y + t * inner + first);
         }
     });
     worker.wait();
@@ -65,24 +105,44 @@ static void multiply_gated(Worker worker, int64_t num, int64_t dim, int64_t inne
 
 extern "C" void ovq_linear(int64_t num_threads, int64_t num, int64_t dim, int64_t num_out, const float *x,
                            const float *weight, float *y) {
+    const Matrix matrix = plain_matrix(weight);
     parallel(threads_for(num_threads, num_out * dim),
-             [=](Worker worker) { multiply(worker, num, dim, num_out, x, weight, nullptr, y); });
+             [=, &matrix](Worker worker) { multiply(worker, num, dim, num_out, x, &matrix, nullptr, y, num_out); });
 }
 
-/* y = x + down(swiglu(gate_up(norm(x)))) for a few tokens x [num, dim]: the second half of a layer. `scratch` has
-   num (dim + 3 inner) floats. */
-static void add_mlp(Worker worker, int64_t num, int64_t dim, int64_t inner, float eps, const float *x,
-                    const float *norm, const float *gate_up, const float *down, float *scratch, float *y) {
+/* y [num, num_out] = matrix norm(x) for a few tokens x [num, dim]: what follows the last layer. `scratch` has num dim
+   floats. */
+extern "C" void ovq_output_step(int64_t num_threads, int64_t num, int64_t dim, int64_t num_out, float eps,
+                                const float *x, const float *norm, const Matrix *matrix, float *scratch, float *y) {
+    parallel(threads_for(num_threads, num_out * dim), [=](Worker worker) {
+        normalise(worker, num, dim, eps, x, norm, scratch);
+        multiply(worker, num, dim, num_out, scratch, matrix, nullptr, y, num_out);
+    });
+}
+
+/* The MLP of a layer: y = x + down(silu(gate z) up z), z = norm(x). */
+struct Mlp {
+    int64_t inner;
+    float eps;
+    const float *norm;
+    Matrix gate, up, down;
+};
+
+/* For a few tokens x [num, dim]: the second half of a layer. `scratch` has num (dim + 3 inner) floats. */
+static void add_mlp(Worker worker, int64_t num, int64_t dim, const Mlp *mlp, const float *x, float *scratch, float *y) {
+    const int64_t inner = mlp->inner;
     float *normed = scratch, *halves = normed + num * dim, *gated = halves + num * 2 * inner;
-    normalise(worker, num, dim, eps, x, norm, normed);
-    multiply_gated(worker, num, dim, inner, normed, gate_up, halves, gated);
-    multiply(worker, num, inner, dim, gated, down, x, y);
+    normalise(worker, num, dim, mlp->eps, x, mlp->norm, normed);
+    multiply_gated(worker, num, dim, inner, normed, &mlp->gate, &mlp->up, halves, gated);
+    multiply(worker, num, inner, dim, gated, &mlp->down, x, y, dim);
+    worker.wait();
 }
 
 extern "C" void ovq_mlp_step(int64_t num_threads, int64_t num, int64_t dim, int64_t inner, float eps, const float *x,
                              const float *norm, const float *gate_up, const float *down, float *scratch, float *y) {
+    const Mlp mlp = {inner, eps, norm, plain_matrix(gate_up), plain_matrix(gate_up + inner * dim), plain_matrix(down)};
     parallel(threads_for(num_threads, inner * dim),
-             [=](Worker worker) { add_mlp(worker, num, dim, inner, eps, x, norm, gate_up, down, scratch, y); });
+             [=, &mlp](Worker worker) { add_mlp(worker, num, dim, &mlp, x, scratch, y); });
 }
 
 /* The short convolution of one token x [num] of `num` channels: y from x and `past` [num, taps - 1], the inputs before
@@ -111,28 +171,41 @@ extern "C" void ovq_convolution_step(int64_t num_rows, int64_t num_channels, int
 /* Mirrored by `_Layer` in layer.py: a layer of attention and MLP, for one token of each row. Tensors are dense but for
    the strides given. Of `memory`, the kernel makes q, k, v, o, their strides, the scale and the weights of tokens. */
 struct Layer {
-    int64_t width, inner, num_taps;
-    double mixer_eps, mlp_eps;
-    const float *mixer_norm, *qkv, *beta, *o, *mlp_norm, *gate_up, *down; /* Weights. */
-    const float *gate;          /* [Hkv, width] of the merge gate, or NULL. */
+    int64_t width, inner, num_taps, angle_row;
+    double mixer_eps, mlp_eps, head_eps;
+    Matrix q, k, v, o, gate, up, down;
+    const float *mixer_norm, *mlp_norm;
+    const float *beta;           /* [H], temperatures of heads of length 1; NULL where heads are not normalised so. */
+    const float *q_norm, *k_norm; /* [K] of RMS norms of heads, or NULL. */
+    const float *merge_gate;     /* [Hkv, width], or NULL. */
     /* Of the forget gate, [Hkv, width] and [Hkv], or NULL; what the pending tokens have forgotten before and with the new
        one, [R, Hkv], and the least that a token may forget. */
     const float *forget_gate, *forget_bias;
     const double *forgotten;
     double *forgotten_now;
     double least_log;
-    const float *cos, *sin;     /* [K / 2] angles of the token, or NULL. */
+    const float *cos, *sin;     /* [K / 2] angles of a row's token, `angle_row` apart, or NULL. */
     const float *taps, *past;   /* Of the convolution: [channels, taps], [R, channels, taps - 1]; NULL without one. */
     float *last;
     /* Exact tokens that are to be copied in front of the new one: [R, Hkv, num_before, ...], vectors dense; or NULL. */
     const float *keys_before, *values_before;
     int64_t num_before, key_row, key_head, value_row, value_head;
     Decode memory;
+    /* The heads of a converted model, in place of all but the sizes in `memory`: queries are multiplied by `score_scale`
+       and keys by `key_factors` [Hkv, K] or NULL, by which queries are divided. */
+    int64_t num_groups;
+    const HeadGroup *groups;
+    double score_scale;
+    const float *key_factors;
 };
+
+/* What `ovq_layers_step` returns. Mirrored in layer.py. */
+enum { DONE, SPOILT, OUT_OF_MEMORY };
 
 /* What a layer makes, all [R, ...] but the scale [H]. */
 struct Made {
     float *normed, *channels, *read, *mixed, *of_mlp, *weights, *scale;
+    uint16_t *narrow; /* Keys and values where memories keep them in 2 bytes. */
 };
 
 static Made take_made(Arena *arena, const Layer *layer) {
@@ -146,6 +219,7 @@ static Made take_made(Arena *arena, const Layer *layer) {
     made.of_mlp = TAKE(arena, float, rows * (layer->width + 3 * layer->inner));
     made.weights = TAKE(arena, float, rows * memory->num_kv_heads);
     made.scale = TAKE(arena, float, num_heads);
+    made.narrow = TAKE(arena, uint16_t, rows * 2 * memory->num_kv_heads * memory->key_dim);
     return made;
 }
 
@@ -160,24 +234,39 @@ extern "C" int ovq_layers_scratch(int64_t num_layers, const Layer *layers) {
     return (int)most;
 }
 
-/* Convolves and normalises `num` heads of the token of a row from `head` on; heads of values are not normalised. */
-static void make_heads(const Layer *layer, int64_t row, int64_t head, int64_t num, int is_normalised, float *channels) {
+/* Convolves, normalises and rotates `num` heads of the token of a row from `head` on; values are only convolved. `norm`
+   is that of an RMS norm, or NULL. */
+static void make_heads(const Layer *layer, int64_t row, int64_t head, int64_t num, int is_value, const float *norm,
+                       float *channels) {
     const int64_t dim = layer->memory.key_dim, taps = layer->num_taps;
     const int64_t num_channels = layer->memory.num_kv_heads * (layer->memory.group_size + 2) * dim, at = head * dim;
+    const float *cos = layer->cos ? layer->cos + row * layer->angle_row : nullptr;
+    const float *sin = layer->cos ? layer->sin + row * layer->angle_row : nullptr;
     float *x = channels + row * num_channels + at;
     if (layer->taps) {
         const int64_t kept = (row * num_channels + at) * (taps - 1);
         convolve_token(num * dim, taps, x, layer->past + kept, layer->taps + at * taps, x, layer->last + kept);
     }
-    for (int64_t i = 0; is_normalised && i < num; i++)
-        unit_vector(x + i * dim, layer->cos, layer->sin, dim, x + i * dim);
+    for (int64_t i = 0; !is_value && i < num; i++, x += dim) {
+        if (norm) rms_norm(dim, layer->head_eps, x, norm, x);
+        if (layer->beta) unit_vector(x, cos, sin, dim, x);
+        else if (cos) rotate(x, cos, sin, 1, dim / 2, x);
+    }
+}
+
+/* The queries, the key and the values of a key/value head of a row, in their places among the channels. */
+static void make_stream(const Layer *layer, int64_t row, int64_t head, float *channels) {
+    const int64_t group = layer->memory.group_size, num_kv = layer->memory.num_kv_heads, first = num_kv * group;
+    make_heads(layer, row, head * group, group, 0, layer->q_norm, channels);
+    make_heads(layer, row, first + head, 1, 0, layer->k_norm, channels);
+    make_heads(layer, row, first + num_kv + head, 1, 1, nullptr, channels);
 }
 
 /* What the token of a row counts for in a head: what the gates say (docs/method/math.md, sections 8 and 10). */
 static float token_weight(const Layer *layer, const float *x, int64_t stream, int64_t head) {
     float weight = 1;
-    if (layer->gate) {
-        const float y = long_dot(x, layer->gate + head * layer->width, layer->width);
+    if (layer->merge_gate) {
+        const float y = long_dot(x, layer->merge_gate + head * layer->width, layer->width);
         weight = y > 0 ? 1 + y : 1 + expm1f(y);
     }
     if (layer->forget_gate) {
@@ -197,16 +286,13 @@ static void copy_before(const float *from, int64_t num, int64_t dim, void *to, i
 
 /* One key/value head of a row, from channels to what its queries read. */
 static void read_stream(const Layer *layer, const Decode *memory, int64_t row, int64_t head, Made made,
-                        int *is_spoilt) {
-    const int64_t group = memory->group_size, num_kv = memory->num_kv_heads, first = num_kv * group;
-    const int64_t stream = row * num_kv + head;
-    make_heads(layer, row, head * group, group, 1, made.channels);
-    make_heads(layer, row, first + head, 1, 1, made.channels);
-    make_heads(layer, row, first + num_kv + head, 1, 0, made.channels);
-    if (layer->gate || layer->forget_gate) {
+                        int *outcome) {
+    const int64_t stream = row * memory->num_kv_heads + head;
+    make_stream(layer, row, head, made.channels);
+    if (layer->merge_gate || layer->forget_gate) {
         const float weight = token_weight(layer, made.normed + row * layer->width, stream, head);
         made.weights[stream] = weight;
-        if (!(weight >= 0 && weight < INFINITY)) __atomic_store_n(is_spoilt, 1, __ATOMIC_RELAXED);
+        if (!(weight >= 0 && weight < INFINITY)) __atomic_store_n(outcome, SPOILT, __ATOMIC_RELAXED);
     }
     if (layer->keys_before) {
         const int64_t place = stream * memory->chunk_size, num = layer->num_before;
@@ -218,39 +304,87 @@ static void read_stream(const Layer *layer, const Decode *memory, int64_t row, i
     decode_stream(memory, row, head);
 }
 
-/* A worker's share of a layer, x [R, width] in place. */
-static void step_layer(Worker worker, const Layer *layer, char *scratch, float *x, int *is_spoilt) {
+/* Head number `place` of a group, in a converted model; 1 if there is no memory for it. */
+static int read_group(const Layer *layer, const HeadGroup *group, int64_t row, int64_t place, Made made) {
+    const int64_t dim = layer->memory.key_dim, num_kv = layer->memory.num_kv_heads, size = layer->memory.group_size;
+    const int64_t num_heads = num_kv * size, num_channels = (num_heads + 2 * num_kv) * dim, head = group->heads[place];
+    float *queries = made.channels + row * num_channels + head * size * dim;
+    float *key = made.channels + row * num_channels + (num_heads + head) * dim, *value = key + num_kv * dim;
+    make_stream(layer, row, head, made.channels);
+    const float *factors = layer->key_factors ? layer->key_factors + head * dim : nullptr;
+    for (int64_t i = 0; i < size * dim; i++) {
+        queries[i] *= (float)layer->score_scale;
+        if (factors) queries[i] /= factors[i % dim];
+    }
+    for (int64_t i = 0; factors && i < dim; i++) key[i] *= factors[i];
+    HeadGroup own = *group;
+    own.query_dtype = FLOAT32;
+    own.q = made.channels, own.o = made.read;
+    own.q_at = {num_channels, dim, 0};
+    own.o_at = {num_heads * dim, dim, 0};
+    own.k = made.channels + num_heads * dim, own.v = made.channels + (num_heads + num_kv) * dim;
+    own.k_at = own.v_at = own.q_at;
+    if (own.dtype != FLOAT32) {
+        uint16_t *narrow = made.narrow + row * 2 * num_kv * dim;
+        write_numbers(own.dtype, narrow, head * dim, dim, 1, key);
+        write_numbers(own.dtype, narrow, (num_kv + head) * dim, dim, 1, value);
+        own.k = made.narrow, own.v = made.narrow + num_kv * dim;
+        own.k_at = own.v_at = {2 * num_kv * dim, dim, 0};
+    }
+    return read_stream(&own, row, place);
+}
+
+/* A worker's share of a layer, x [R, width] in place. `next` is zero, and common to all. */
+static void step_layer(Worker worker, const Layer *layer, char *scratch, float *x, int64_t *next, int *outcome) {
     Arena arena = {scratch, 0};
     const Made made = take_made(&arena, layer);
     Decode memory = layer->memory;
     const int64_t rows = memory.num_rows, width = layer->width, dim = memory.key_dim;
     const int64_t num_kv = memory.num_kv_heads, num_heads = num_kv * memory.group_size;
     const int64_t num_channels = (num_heads + 2 * num_kv) * dim;
-    memory.q = made.channels, memory.k = made.channels + num_heads * dim;
-    memory.v = made.channels + (num_heads + num_kv) * dim;
+    float *q = made.channels, *k = q + num_heads * dim, *v = k + num_kv * dim;
+    memory.q = q, memory.k = k, memory.v = v;
     memory.q_row = memory.k_row = memory.v_row = num_channels;
     memory.q_head = memory.k_head = memory.v_head = dim;
     memory.o = made.read;
     memory.scale = made.scale;
-    memory.token_weights = layer->gate || layer->forget_gate ? made.weights : nullptr;
+    memory.token_weights = layer->merge_gate || layer->forget_gate ? made.weights : nullptr;
     normalise(worker, rows, width, layer->mixer_eps, x, layer->mixer_norm, made.normed);
-    for (int64_t h = 0; worker.rank == 0 && h < num_heads; h++) made.scale[h] = layer->beta[h] * (float)sqrt((double)dim);
-    multiply(worker, rows, width, num_channels, made.normed, layer->qkv, nullptr, made.channels);
-    worker.share(rows * num_kv, [&](int64_t stream) {
-        read_stream(layer, &memory, stream / num_kv, stream % num_kv, made, is_spoilt);
-    });
+    for (int64_t h = 0; worker.rank == 0 && layer->beta && h < num_heads; h++)
+        made.scale[h] = layer->beta[h] * (float)sqrt((double)dim);
+    multiply(worker, rows, width, num_heads * dim, made.normed, &layer->q, nullptr, q, num_channels);
+    multiply(worker, rows, width, num_kv * dim, made.normed, &layer->k, nullptr, k, num_channels);
+    multiply(worker, rows, width, num_kv * dim, made.normed, &layer->v, nullptr, v, num_channels);
     worker.wait();
-    multiply(worker, rows, num_heads * memory.value_dim, width, made.read, layer->o, x, made.mixed);
-    add_mlp(worker, rows, width, layer->inner, layer->mlp_eps, made.mixed, layer->mlp_norm, layer->gate_up, layer->down,
-            made.of_mlp, x);
+    if (layer->num_groups) {
+        /* Heads differ in what they cost. */
+        worker.take(rows * num_kv, next, [&](int64_t stream) {
+            int64_t place = stream % num_kv;
+            const HeadGroup *group = layer->groups;
+            for (; place >= group->num_kv_heads; group++) place -= group->num_kv_heads;
+            if (read_group(layer, group, stream / num_kv, place, made))
+                __atomic_store_n(outcome, OUT_OF_MEMORY, __ATOMIC_RELAXED);
+        });
+    } else {
+        worker.share(rows * num_kv, [&](int64_t stream) {
+            read_stream(layer, &memory, stream / num_kv, stream % num_kv, made, outcome);
+        });
+    }
+    worker.wait();
+    multiply(worker, rows, num_heads * memory.value_dim, width, made.read, &layer->o, x, made.mixed, width);
+    worker.wait();
+    const Mlp mlp = {layer->inner, (float)layer->mlp_eps, layer->mlp_norm, layer->gate, layer->up, layer->down};
+    add_mlp(worker, rows, width, &mlp, made.mixed, made.of_mlp, x);
 }
 
-/* One token of each row through layers of one width, x [R, width] in place. Returns 0, or 1 if the weight of a token is
-   none that a memory can hold, in which case nothing of the result is of use. */
+/* One token of each row through layers of one width, x [R, width] in place. Returns DONE; or SPOILT if the weight of a
+   token is none that a memory can hold, in which case nothing of the result is of use; or OUT_OF_MEMORY. */
 extern "C" int ovq_layers_step(int64_t num_threads, int64_t num_layers, const Layer *layers, char *scratch, float *x) {
-    int is_spoilt = 0;
+    int outcome = DONE;
+    int64_t next[num_layers];
+    memset(next, 0, sizeof(next));
     parallel(threads_for(num_threads, layers->inner * layers->width), [&](Worker worker) {
-        for (int64_t i = 0; i < num_layers; i++) step_layer(worker, layers + i, scratch, x, &is_spoilt);
+        for (int64_t i = 0; i < num_layers; i++) step_layer(worker, layers + i, scratch, x, next + i, &outcome);
     });
-    return is_spoilt;
+    return outcome;
 }

@@ -30,11 +30,18 @@ struct Worker {
         if (num > 1) openmp.barrier();
     }
 
-    /* This one's share of `count` tasks, one after the other: the same whenever as many share as many. */
-    template <typename Task> void share(int64_t count, const Task &task) const {
+    /* task(first, end): this one's part of `count`, the same whenever as many share as many. */
+    template <typename Task> void part(int64_t count, const Task &task) const {
         const int64_t each = count / num, rest = count % num;
-        const int64_t first = rank * each + (rank < rest ? rank : rest), end = first + each + (rank < rest);
-        for (int64_t i = first; i < end; i++) task(i);
+        const int64_t first = rank * each + (rank < rest ? rank : rest);
+        task(first, first + each + (rank < rest));
+    }
+
+    /* This one's part of `count` tasks, one after the other. */
+    template <typename Task> void share(int64_t count, const Task &task) const {
+        part(count, [&](int64_t first, int64_t end) {
+            for (int64_t i = first; i < end; i++) task(i);
+        });
     }
 
     /* Tasks of unequal cost, each for who is free first. `next` is common to all, and zero before. */

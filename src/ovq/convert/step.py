@@ -1,0 +1,415 @@
+"""One token of each row through a converted model in one call of a kernel, where a kernel can do it.
+
+Modules of PyTorch take longer to be called than the processor takes to read the weights. A kernel reads them
+once per token, in a narrower format if that is asked for (`weight_dtype`). Everything that is not plainly
+one token of a plain model takes the modules: prompts, gradients, hooks, adapters, padding and what looks
+inside.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ovq.convert.attention import IMPLEMENTATION
+from ovq.convert.cache import MemoryCache, MemoryLayer, key_factors
+from ovq.convert.compiled import is_compiled, tensors_of
+from ovq.convert.config import LayerConfig
+from ovq.convert.memory import HeadMemory
+from ovq.hf.cache import CACHE_KEY
+from ovq.layers.products import is_plain
+from ovq.ops.backends.cpu import HeadGroup, HeadsLayer, HeadsStep, Matrix, is_available, output_step, packed
+from ovq.ops.backends.cpu.kernels import DTYPES
+
+#: Formats of the weights that decode, by the names that `attach` takes.
+WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+#: More rows than this take the modules, whose products then are as fast.
+MOST_ROWS = 32
+
+_KINDS = ("llama", "qwen2", "qwen3", "mistral")
+# Arguments of `forward` beside the token, the cache and where it stands, and values at which they ask nothing.
+_NOTHING = {
+    "use_cache": (True, None),
+    "return_dict": (True, None),
+    "output_attentions": (False, None),
+    "output_hidden_states": (False, None),
+    "labels": (None,),
+    "inputs_embeds": (None,),
+}
+
+
+def checked_weight_dtype(weight_dtype: str | None) -> torch.dtype | None:
+    """The format of the weights that decode; None for that of the model.
+
+    Raises:
+        ValueError: an unknown one.
+
+    Example:
+        >>> checked_weight_dtype("int8"), checked_weight_dtype("auto")
+        (torch.int8, None)
+    """
+    if weight_dtype is None or weight_dtype == "auto":
+        return None
+    if weight_dtype not in WEIGHT_DTYPES:
+        raise ValueError(
+            f"weight_dtype: expected None, 'auto' or one of {list(WEIGHT_DTYPES)}, found {weight_dtype!r}"
+        )
+    return WEIGHT_DTYPES[weight_dtype]
+
+
+def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What `forward` of a converted model returns for one token of each row; None where modules must do it.
+
+    Args:
+        model: the converted model.
+        own_class: its class before it was converted.
+        args: of the call. kwargs: likewise.
+    """
+    call = _call_of(model, args, kwargs)
+    if call is None or (step := _step_of(model, own_class)) is None:
+        return None
+    logits = step.logits(call)
+    if logits is None:
+        return None
+    return CausalLMOutputWithPast(logits=logits, **{CACHE_KEY: call.cache})
+
+
+class _Call(NamedTuple):
+    tokens: Tensor
+    positions: Tensor | None
+    cache: MemoryCache
+
+
+def _call_of(model: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
+    """The call, if it is for one token of each of a few rows, and asks for nothing but logits."""
+    if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling() or len(args) > 1:
+        return None
+    others = dict(kwargs)
+    tokens = args[0] if args else others.pop("input_ids", None)
+    cache, positions, mask = (others.pop(name, None) for name in (CACHE_KEY, "position_ids", "attention_mask"))
+    if not isinstance(others.pop("logits_to_keep", 0), int) or not isinstance(cache, MemoryCache):
+        return None
+    for name, value in others.items():
+        if not any(value is nothing for nothing in _NOTHING.get(name, ())):
+            return None
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] != 1 or not tokens.is_cpu:
+        return None
+    if not 0 < len(tokens) <= MOST_ROWS or len(tokens) != cache.num_rows:
+        return None
+    if positions is not None and positions.shape not in ((1, 1), (len(tokens), 1)):
+        return None
+    if mask is not None and not _is_all_real(mask, len(tokens)):
+        return None
+    return _Call(tokens, positions, cache)
+
+
+def _is_all_real(mask: Any, num_rows: int) -> bool:
+    """Whether a mask says of the new tokens that they are none of padding."""
+    is_mask = isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == num_rows and mask.shape[1] > 0
+    return is_mask and bool(mask[:, -1].all())
+
+
+# Not attributes of models, which are copied and pickled. None for a model that has no step.
+_STEPS: weakref.WeakKeyDictionary[nn.Module, _Step | None] = weakref.WeakKeyDictionary()
+
+
+def _step_of(model: Any, own_class: type) -> _Step | None:
+    """The step of a model as it is now."""
+    if _has_any_global_hook() or torch.is_autocast_enabled("cpu") or not is_available():
+        return None
+    if model not in _STEPS or (_STEPS[model] is not None and not _STEPS[model].is_current()):
+        _STEPS[model] = None
+    step = _STEPS[model]
+    if step is None:
+        _STEPS[model] = step = _made_step(model, own_class)
+    return step
+
+
+class _Modules(NamedTuple):
+    """The modules of a layer."""
+
+    block: Any
+    attention: Any
+    mlp: Any
+
+
+def _made_step(model: Any, own_class: type) -> _Step | None:
+    """The step of a model; None if it is of another kind, or not plain."""
+    kind = next((x for x in _KINDS if own_class.__module__ == f"transformers.models.{x}.modeling_{x}"), None)
+    if kind is None or not own_class.__name__.endswith("ForCausalLM"):
+        return None
+    name = own_class.__name__.removesuffix("ForCausalLM")
+    classes = {
+        part: getattr(sys.modules[own_class.__module__], name + part)
+        for part in ("Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
+    }
+    try:
+        plain = _plain_modules(model, classes)
+    except AttributeError:
+        # Somebody has taken modules out.
+        return None
+    step = _Step(model, plain)
+    return step if step.fits() and step.is_current() else None
+
+
+def _plain_modules(model: Any, classes: dict[str, type]) -> list[tuple[nn.Module, type]]:
+    """The modules whose work the step does, and what they must be."""
+    base = model.model
+    plain = [
+        (base.norm, classes["RMSNorm"]),
+        (base.rotary_emb, classes["RotaryEmbedding"]),
+        (model.lm_head, nn.Linear),
+    ]
+    activation = type(ACT2FN["silu"])
+    for block in base.layers:
+        attention, mlp = block.self_attn, block.mlp
+        norms = [block.input_layernorm, block.post_attention_layernorm]
+        norms += [getattr(attention, x) for x in ("q_norm", "k_norm") if hasattr(attention, x)]
+        projections = [getattr(attention, f"{x}_proj") for x in ("q", "k", "v", "o")]
+        projections += [getattr(mlp, f"{x}_proj") for x in ("gate", "up", "down")]
+        plain += [(block, classes["DecoderLayer"]), (attention, classes["Attention"]), (mlp, classes["MLP"])]
+        plain += [(mlp.act_fn, activation)]
+        plain += [(x, classes["RMSNorm"]) for x in norms] + [(x, nn.Linear) for x in projections]
+    return plain
+
+
+class _Step:
+    """The step of one model, with the weights that it reads.
+
+    Args:
+        model: the model.
+        plain: modules whose work the step does, and of which class each must be.
+    """
+
+    def __init__(self, model: Any, plain: list[tuple[nn.Module, type]]) -> None:
+        self._model = weakref.ref(model)
+        self._plain = plain
+        self._parameters = [
+            (module._parameters, name, x, x.data_ptr(), None if x.is_inference() else x._version)
+            for module, _ in plain
+            for name, x in module._parameters.items()
+            if x is not None
+        ]
+        self._weight_dtype = model.weight_dtype
+        self._caches: weakref.WeakKeyDictionary[MemoryCache, _CacheStep] = weakref.WeakKeyDictionary()
+        if self.fits():
+            self._pack(model)
+
+    def fits(self) -> bool:
+        """Whether the step does what the model's modules do, as far as sizes and formats go."""
+        model = self._model()
+        dtype, blocks = model.lm_head.weight.dtype, model.model.layers
+        for _, _, x, _, version in self._parameters:
+            if type(x) is not nn.Parameter or not (x.is_cpu and x.is_contiguous()) or version is None:
+                return False
+            if x.dtype != dtype or x.dtype not in DTYPES:
+                return False
+        attentions = [block.self_attn for block in blocks]
+        return (
+            len(blocks) == model.config.num_hidden_layers
+            and [x.layer_idx for x in attentions] == list(range(len(blocks)))
+            and all(getattr(x, "sliding_window", None) is None for x in attentions)
+            and len({(x.head_dim, len(x.q_proj.weight), len(x.k_proj.weight)) for x in attentions}) == 1
+        )
+
+    def is_current(self) -> bool:
+        """Whether modules and weights are still those that the step was made of, and plain."""
+        model = self._model()
+        if model.weight_dtype != self._weight_dtype or model.config._attn_implementation != IMPLEMENTATION:
+            return False
+        if model.config.output_attentions or model.config.output_hidden_states:
+            return False
+        # Its one hook is that of `attach`.
+        base = model.model
+        if len(base._forward_pre_hooks) != 1 or base._forward_hooks or "forward" in vars(base):
+            return False
+        for module, kind in self._plain:
+            if not is_plain(module, kind) or module.training:
+                return False
+        return all(
+            own.get(name) is x and x.data_ptr() == place and x._version == version
+            for own, name, x, place, version in self._parameters
+        )
+
+    def _pack(self, model: Any) -> None:
+        dtype = checked_weight_dtype(self._weight_dtype)
+
+        def matrix(linear: nn.Linear) -> Matrix:
+            return packed(linear.weight, linear.bias, dtype)
+
+        def norm(module: Any) -> Tensor:
+            return module.weight.detach().float()
+
+        self._layers = []
+        for block in model.model.layers:
+            attention, mlp = block.self_attn, block.mlp
+            before, after = block.input_layernorm, block.post_attention_layernorm
+            of_heads = [getattr(attention, x, None) for x in ("q_norm", "k_norm")]
+            eps = [0.0 if x is None else x.variance_epsilon for x in (before, after, of_heads[0])]
+            layer = HeadsLayer(
+                *(matrix(getattr(attention, f"{x}_proj")) for x in ("q", "k", "v", "o")),
+                *(matrix(getattr(mlp, f"{x}_proj")) for x in ("gate", "up", "down")),
+                norm(before),
+                norm(after),
+                *(None if x is None else norm(x) for x in of_heads),
+                eps=(eps[0], eps[1], eps[2]),
+                head_dim=attention.head_dim,
+                score_scale=attention.scaling,
+            )
+            self._layers.append(layer)
+        final = model.model.norm
+        self._norm, self._eps, self._output = norm(final), final.variance_epsilon, matrix(model.lm_head)
+
+    def logits(self, call: _Call) -> Tensor | None:
+        """`[B, 1, V]`, after which the cache has read the tokens; None if it is one that the step cannot read."""
+        model, cache = self._model(), call.cache
+        # Raises if layers have read different numbers.
+        num_columns = cache.num_columns
+        if len(cache.layers) != len(self._layers) or not all(_is_ready(layer) for layer in cache.layers):
+            return None
+        # All layers turn at the same places.
+        if cache.layers[0].until_turn() <= 1:
+            return None
+        for layer in cache.layers:
+            layer.own_()
+        own = self._caches.get(cache)
+        if own is None or not own.is_current(cache):
+            if not all(self._can_read(layer, len(call.tokens)) for layer in cache.layers):
+                return None
+            self._caches[cache] = own = _CacheStep(cache, self._layers)
+        positions = call.positions
+        if positions is None:
+            positions = torch.tensor([[num_columns]])
+        x = model.model.embed_tokens(call.tokens)
+        cos, sin = model.model.rotary_emb(x, position_ids=positions)
+        if cos.shape[-1] != self._layers[0].head_dim:
+            return None
+        y = own.run(x.float(), cos[:, 0], sin[:, 0])
+        return output_step(y, self._norm, self._eps, self._output).to(x.dtype)
+
+    def _can_read(self, layer: MemoryLayer, num_rows: int) -> bool:
+        """Whether a layer's memory is one of this model, and kernels can change it."""
+        first, dim = self._layers[0], self._layers[0].head_dim
+        num_heads, dtype = layer.config.num_kv_heads, self._model().lm_head.weight.dtype
+        like = torch.empty(num_rows, num_heads, 1, dim, dtype=dtype)
+        return num_heads * dim == len(first.k.weight) and all(
+            memory.recent_keys.shape == (num_rows, len(memory.budget.heads), memory.budget.num_exact, dim)
+            and memory.recent_values.shape == memory.recent_keys.shape
+            and is_compiled([memory], like, like)
+            and all(x.is_cpu for x in tensors_of(memory).values())
+            for memory in layer.state
+        )
+
+
+def _is_ready(layer: MemoryLayer) -> bool:
+    """Whether a layer has read something, and no call has stopped half-way."""
+    return layer.state is not None and not layer.has_staged
+
+
+class _CacheStep:
+    """The memories of a cache as kernels take them, from one token to the next.
+
+    Args:
+        cache: what the rows have read.
+        layers: those of the model.
+    """
+
+    def __init__(self, cache: MemoryCache, layers: Sequence[HeadsLayer]) -> None:
+        self._memories = [memory for layer in cache.layers for memory in layer.own_()]
+        self._layers = cache.layers
+        self._configs = [layer.config for layer in cache.layers]
+        self._tensors = [tensors_of(memory) for memory in self._memories]
+        groups = [_groups(layer, of) for layer, of in zip(cache.layers, layers, strict=True)]
+        self._groups = [group for own in groups for group in own]
+        self._merged: list[list[int]] = [[] for _ in self._groups]
+        factors = [
+            None if x.key_exponents is None else key_factors(x.key_exponents, torch.empty(1, 1, 1, dim))[:, 0]
+            for x, dim in ((config, layers[0].head_dim) for config in self._configs)
+        ]
+        self._step = HeadsStep(layers, groups, factors, cache.num_rows)
+
+    def is_current(self, cache: MemoryCache) -> bool:
+        """Whether the cache still has these memories, and they their tensors."""
+        memories = [memory for layer in cache.layers for memory in layer.state]
+        if len(memories) != len(self._memories):
+            return False
+        for layer, config in zip(cache.layers, self._configs, strict=True):
+            if layer.config is not config:
+                return False
+        for memory, own, tensors in zip(memories, self._memories, self._tensors, strict=True):
+            memory.own_()
+            if memory is not own:
+                return False
+            fields = vars(memory)
+            for name, x in tensors.items():
+                if fields[name] is not x:
+                    return False
+        return True
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`[B, 1, D]` through the layers, with angles `[B or 1, K]`; the memories have read the tokens."""
+        for i, (memory, group) in enumerate(zip(self._memories, self._groups, strict=True)):
+            group.put("filled", memory.filled)
+            if memory.num_merged != self._merged[i]:
+                self._merged[i] = list(memory.num_merged)
+                group.put("num_merged", memory.num_merged)
+                group.put("schedule", _schedule(memory))
+        self._step.cos.copy_(cos)
+        self._step.sin.copy_(sin)
+        y = self._step.run(x)
+        for layer in self._layers:
+            layer.num_columns += 1
+        for memory in self._memories:
+            memory.count_token()
+        return y
+
+
+def _schedule(memory: HeadMemory) -> list[int]:
+    """Slots in use now and after the next merge, of each row, one row after the other."""
+    size = memory.budget.chunk_size
+    return [memory.num_open(num + more) for num in memory.num_merged for more in (0, size)]
+
+
+def _groups(layer: MemoryLayer, of: HeadsLayer) -> list[HeadGroup]:
+    """The heads of a layer as kernels take them."""
+    config, dim = layer.config, of.head_dim
+    num_heads = len(of.q.weight) // dim
+    groups = []
+    for memory in layer.state:
+        num_rows, budget = len(memory.filled), memory.budget
+        # The kernel puts in its own queries, keys and values.
+        k = torch.empty(num_rows, config.num_kv_heads, 1, dim, dtype=memory.recent_keys.dtype)
+        schedule = _schedule(memory)
+        groups.append(
+            HeadGroup.of(
+                tensors_of(memory),
+                heads=budget.heads,
+                num_sinks=budget.num_sinks,
+                chunk_size=budget.chunk_size,
+                options=budget.options if budget.num_slots else None,
+                filled=memory.filled,
+                num_merged=memory.num_merged,
+                lengths=[1] * num_rows,
+                schedule=[schedule[i : i + 2] for i in range(0, len(schedule), 2)],
+                k=k,
+                v=k,
+                q=torch.empty(num_rows, num_heads, 1, dim),
+                temperature=_numbers(config, "slot_temperature"),
+                bias=_numbers(config, "slot_bias"),
+            )
+        )
+    return groups
+
+
+def _numbers(config: LayerConfig, name: str) -> Tensor | None:
+    found: Iterable[float] | None = getattr(config, name)
+    return None if found is None else torch.tensor(tuple(found), dtype=torch.float32)

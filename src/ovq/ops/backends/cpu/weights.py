@@ -1,0 +1,94 @@
+"""Weights in the formats that kernels read when decoding, which has to read all of them for every token."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ovq.ops.backends.cpu.kernels import DTYPES
+from ovq.ops.backends.cpu.mirrors import mirror_of
+from ovq.ops.backends.cpu.tokens import call_kernel
+
+#: Formats of weights: those of numbers, and int8 with a factor for each row, `INT8` of step.h.
+FORMATS = (*DTYPES, torch.int8)
+# The largest int8 number that has a negative.
+_MOST = 127
+
+
+class Matrix(NamedTuple):
+    """A dense weight matrix on the CPU as kernels read it.
+
+    Attributes:
+        weight: `[N, D]` in one of `FORMATS`.
+        factors: `[N]` float32, by which rows of int8 are multiplied; None for other formats.
+        bias: `[N]` float32, or None.
+    """
+
+    weight: Tensor
+    factors: Tensor | None = None
+    bias: Tensor | None = None
+
+    def dequantised(self) -> Tensor:
+        """`[N, D]` float32: the weights that products are made with.
+
+        Example:
+            >>> packed(torch.tensor([[1.27, 0.012]]), None, torch.int8).dequantised()
+            tensor([[1.2700, 0.0100]])
+        """
+        weight = self.weight.float()
+        return weight if self.factors is None else weight * self.factors[:, None]
+
+    def call(self, first: int = 0) -> _Matrix:
+        """The matrix from row `first` on as kernels take it; its tensors must be kept alive."""
+        size = self.weight.element_size() * self.weight.shape[1]
+        call = _Matrix(weight=self.weight.data_ptr() + first * size, format=FORMATS.index(self.weight.dtype))
+        for name in ("factors", "bias"):
+            if (x := getattr(self, name)) is not None:
+                setattr(call, name, x.data_ptr() + first * x.element_size())
+        return call
+
+
+@mirror_of("Matrix")
+class _Matrix(ctypes.Structure):
+    """`Matrix` of step.h, field by field."""
+
+    _fields_: Any = [
+        *((name, ctypes.c_void_p) for name in ("weight", "factors", "bias")),
+        ("format", ctypes.c_int64),
+    ]
+
+
+@torch.no_grad()
+def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Matrix:
+    """A weight `[N, D]` and its bias `[N]` in a format; a copy only where that is another than the weight's.
+
+    In int8, each row is rounded to 255 steps of equal length, of which the largest number has 127.
+
+    Args:
+        weight: dense. bias: its bias, or None.
+        dtype: one of `FORMATS`; None for that of the weight.
+    """
+    own_bias = None if bias is None else bias.detach().float().contiguous()
+    weight = weight.detach()
+    if dtype is not torch.int8:
+        return Matrix(weight.to(weight.dtype if dtype is None else dtype), None, own_bias)
+    wide = weight.float()
+    # Rows of zeros have any factor.
+    factors = (wide.abs().amax(1) / _MOST).clamp(min=torch.finfo(torch.float32).tiny)
+    return Matrix((wide / factors[:, None]).round().to(torch.int8), factors, own_bias)
+
+
+def output_step(x: Tensor, norm: Tensor, eps: float, weight: Matrix) -> Tensor:
+    """`weight norm(x)` of a few tokens x `[B, 1, D]` float32, with the weight `[D]` of an RMS norm: `[B, 1, N]`."""
+    x = x.contiguous()
+    num_out, dim = weight.weight.shape
+    num, call = x.numel() // dim, weight.call()
+    scratch, y = torch.empty_like(x), x.new_empty(*x.shape[:-1], num_out)
+    call_kernel(
+        *("ovq_output_step", torch.get_num_threads(), num, dim, num_out, float(eps)),
+        *(x, norm, ctypes.addressof(call), scratch, y),
+    )
+    return y
