@@ -12,7 +12,13 @@ import typer
 
 from ovq.cli import dictionaries
 from ovq.cli.common import as_text, encode, read_text
-from ovq.cli.loading import check_generating_folder, load_generating_model, load_tokenizer
+from ovq.cli.loading import (
+    WeightDtype,
+    check_generating_folder,
+    check_weight_dtype,
+    load_generating_model,
+    load_tokenizer,
+)
 from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
@@ -67,6 +73,7 @@ def generate(
     num_slots: dictionaries.Size = None,
     merge: dictionaries.Rule = None,
     logn_length: dictionaries.LognLength = None,
+    weight_dtype: WeightDtype = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
     json_: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end: text, token ids, why it ended.")
@@ -92,6 +99,7 @@ def generate(
             "--json: expected --max-new-tokens above 0, or no --ignore-eos, as the text must end"
         )
     dictionaries.check_rule(merge)
+    check_weight_dtype(weight_dtype)
     text = _read_prompt(prompt, prompt_file)
     check_generating_folder(model)
     if context is not None and not context.is_file():
@@ -111,7 +119,9 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    loaded = load_generating_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
+    loaded = load_generating_model(
+        model, num_slots=num_slots, merge=merge, logn_length=logn_length, weight_dtype=weight_dtype
+    )
     tokenizer = load_tokenizer(model)
     if chat:
         text = _as_message(text, tokenizer)

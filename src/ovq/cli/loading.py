@@ -10,14 +10,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from ovq.fields import did_you_mean
 from ovq.runtime.files import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ovq.hf import OVQConfig, OVQForCausalLM
+
+WeightDtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Format of the weights that a converted model writes tokens with: float32, bfloat16 or int8; "
+        "that of the model if not given.",
+        show_default=False,
+    ),
+]
 
 _MODEL_TYPE = "ovq"
 # What transformers raises on values it does not expect. Its OSError and ValueError explain themselves.
@@ -188,6 +200,20 @@ def load_any_model(
     return model.to(device).eval()
 
 
+def check_weight_dtype(weight_dtype: str | None) -> None:
+    """Raise ValueError unless it is a format of weights, or none, before anything heavy is imported.
+
+    Example:
+        >>> check_weight_dtype("int8")
+    """
+    known = ("auto", "float32", "bfloat16", "int8")
+    if weight_dtype is not None and weight_dtype not in known:
+        raise ValueError(
+            f"--weight-dtype: expected one of {', '.join(known)}, found {weight_dtype!r}"
+            f"{did_you_mean(weight_dtype, known)}"
+        )
+
+
 def check_generating_folder(folder: Path) -> None:
     """Raise ValueError unless the folder looks like a saved model of either kind, OVQ or converted."""
     if not is_converted(folder):
@@ -195,15 +221,32 @@ def check_generating_folder(folder: Path) -> None:
 
 
 def load_generating_model(
-    folder: Path, *, num_slots: int | None = None, merge: str | None = None, logn_length: int | None = None
+    folder: Path,
+    *,
+    num_slots: int | None = None,
+    merge: str | None = None,
+    logn_length: int | None = None,
+    weight_dtype: str | None = None,
 ) -> Any:
     """Load an OVQ model or a converted one, onto the GPU if there is one.
 
+    Args:
+        folder: Where it was saved.
+        num_slots: As for `load_model`.
+        merge: Likewise.
+        logn_length: Likewise.
+        weight_dtype: The format of the weights that a converted model decodes with, see `ovq.convert.attach`.
+
     Raises:
         OSError: If there are no weights.
-        ValueError: As for `load_model`; or one of the options for a converted model.
+        ValueError: As for `load_model`; or an option for a model of the other kind.
     """
     if not is_converted(folder):
+        if weight_dtype is not None:
+            raise ValueError(
+                f"--weight-dtype: expected none with a trained model, found {weight_dtype}: converted models "
+                "have it"
+            )
         return load_model(folder, num_slots=num_slots, merge=merge, logn_length=logn_length)
     for flag, found in (("--num-slots", num_slots), ("--merge", merge), ("--logn-length", logn_length)):
         if found is not None:
@@ -213,7 +256,7 @@ def load_generating_model(
     from ovq.convert import load
 
     with _naming(folder, "a converted model"), _quiet():
-        model = load(folder, local_files_only=True)
+        model = load(folder, weight_dtype=weight_dtype, local_files_only=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # transformers wraps `to` in a way that leaves mypy without its `self`.
     return model.to(device).eval()  # type: ignore[arg-type]

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ovq.cli import dictionaries
-from ovq.cli.loading import check_generating_folder, load_generating_model, load_tokenizer
+from ovq.cli.loading import (
+    WeightDtype,
+    check_generating_folder,
+    check_weight_dtype,
+    load_generating_model,
+    load_tokenizer,
+)
 from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
@@ -73,6 +79,7 @@ def serve(
     num_slots: dictionaries.Size = None,
     merge: dictionaries.Rule = None,
     logn_length: dictionaries.LognLength = None,
+    weight_dtype: WeightDtype = None,
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help='Seed of the slots, in models with init="random".')
     ] = 0,
@@ -86,6 +93,7 @@ def serve(
     Ctrl-C or SIGTERM lets running answers end first. See docs/use/serving.md.
     """
     dictionaries.check_rule(merge)
+    check_weight_dtype(weight_dtype)
     for option, seconds in (("--timeout", timeout), ("--read-timeout", read_timeout)):
         if not seconds > 0:
             raise ValueError(f"{option}: expected more than 0, found {seconds}")
@@ -121,7 +129,13 @@ def serve(
         service = Service(
             name=name or model.resolve().name,
             served=ServedModel(
-                load_generating_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
+                load_generating_model(
+                    model,
+                    num_slots=num_slots,
+                    merge=merge,
+                    logn_length=logn_length,
+                    weight_dtype=weight_dtype,
+                )
             ),
             tokenizer=load_tokenizer(model),
             limits=limits,

@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ovq.convert.attach import attach
 from ovq.convert.config import CONFIG_KEY, MemoryConfig
+from ovq.convert.step import checked_weight_dtype
 from ovq.runtime.files import read_json
 
 
-def load(folder: str | os.PathLike, **options: Any) -> PreTrainedModel:
+def load(folder: str | os.PathLike, *, weight_dtype: str | None = None, **options: Any) -> PreTrainedModel:
     """Load a converted model: its weights, and its memory as it was set and probed.
 
     The folder holds the model that was converted, whose config has one field more. So
@@ -21,11 +22,12 @@ def load(folder: str | os.PathLike, **options: Any) -> PreTrainedModel:
 
     Args:
         folder: where `save_pretrained` of a converted model, or `ovq convert`, has written.
+        weight_dtype: the format of the weights that decode, see `attach`.
         options: those of `AutoModelForCausalLM.from_pretrained`, such as `dtype` and `device_map`.
 
     Raises:
         OSError: no model there.
-        ValueError: a model that is not converted, or sizes that do not fit it.
+        ValueError: a model that is not converted, sizes that do not fit it, or an unknown `weight_dtype`.
 
     Example:
         >>> import tempfile, torch
@@ -37,6 +39,7 @@ def load(folder: str | os.PathLike, **options: Any) -> PreTrainedModel:
         >>> load(folder).memory_config == model.memory_config
         True
     """
+    checked_weight_dtype(weight_dtype)
     found = memory_config_in(folder)
     if found is None:
         raise ValueError(
@@ -44,7 +47,7 @@ def load(folder: str | os.PathLike, **options: Any) -> PreTrainedModel:
             "with ovq.convert.attach, or ovq convert"
         )
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    return attach(model.eval(), config=found)
+    return attach(model.eval(), config=found, weight_dtype=weight_dtype)
 
 
 def memory_config_in(folder: str | os.PathLike) -> MemoryConfig | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": t
 MOST_ROWS = 32
 
 _KINDS = ("llama", "qwen2", "qwen3", "mistral")
-# Arguments of `forward` beside the token, the cache and where it stands, and values at which they ask nothing.
+# Arguments of `forward` beside the token, the cache and where it stands: values at which they ask nothing.
 _NOTHING = {
     "use_cache": (True, None),
     "return_dict": (True, None),
@@ -80,7 +80,8 @@ def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any
     logits = step.logits(call)
     if logits is None:
         return None
-    return CausalLMOutputWithPast(logits=logits, **{CACHE_KEY: call.cache})
+    kept: dict[str, Any] = {CACHE_KEY: call.cache}
+    return CausalLMOutputWithPast(logits=logits, **kept)  # type: ignore[arg-type]  # a float tensor
 
 
 class _Call(NamedTuple):
@@ -95,7 +96,9 @@ def _call_of(model: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
         return None
     others = dict(kwargs)
     tokens = args[0] if args else others.pop("input_ids", None)
-    cache, positions, mask = (others.pop(name, None) for name in (CACHE_KEY, "position_ids", "attention_mask"))
+    cache, positions, mask = (
+        others.pop(name, None) for name in (CACHE_KEY, "position_ids", "attention_mask")
+    )
     if not isinstance(others.pop("logits_to_keep", 0), int) or not isinstance(cache, MemoryCache):
         return None
     for name, value in others.items():
@@ -105,7 +108,7 @@ def _call_of(model: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
         return None
     if not 0 < len(tokens) <= MOST_ROWS or len(tokens) != cache.num_rows:
         return None
-    if positions is not None and positions.shape not in ((1, 1), (len(tokens), 1)):
+    if positions is not None and getattr(positions, "shape", None) not in ((1, 1), (len(tokens), 1)):
         return None
     if mask is not None and not _is_all_real(mask, len(tokens)):
         return None
@@ -118,28 +121,36 @@ def _is_all_real(mask: Any, num_rows: int) -> bool:
     return is_mask and bool(mask[:, -1].all())
 
 
-# Not attributes of models, which are copied and pickled. None for a model that has no step.
-_STEPS: weakref.WeakKeyDictionary[nn.Module, _Step | None] = weakref.WeakKeyDictionary()
+# Not attributes of models, which are copied and pickled.
+_STEPS: weakref.WeakKeyDictionary[nn.Module, _Step] = weakref.WeakKeyDictionary()
 
 
 def _step_of(model: Any, own_class: type) -> _Step | None:
-    """The step of a model as it is now."""
+    """The step of a model as it is now; None if it is none that a kernel can do."""
     if _has_any_global_hook() or torch.is_autocast_enabled("cpu") or not is_available():
         return None
-    if model not in _STEPS or (_STEPS[model] is not None and not _STEPS[model].is_current()):
-        _STEPS[model] = None
-    step = _STEPS[model]
-    if step is None:
-        _STEPS[model] = step = _made_step(model, own_class)
+    step = _STEPS.get(model)
+    if step is None or not step.is_current():
+        # Before another copy of the weights is made.
+        _STEPS.pop(model, None)
+        step = _made_step(model, own_class)
+        if step is not None:
+            _STEPS[model] = step
     return step
 
 
-class _Modules(NamedTuple):
-    """The modules of a layer."""
+class _Part(NamedTuple):
+    """A module whose work the step does, of which class it must be, and where in the model it is."""
 
-    block: Any
-    attention: Any
-    mlp: Any
+    siblings: dict[str, nn.Module | None]
+    name: str
+    module: nn.Module
+    kind: type[nn.Module]
+
+    def is_there(self) -> bool:
+        """Whether it is still there, does what its class does, and is not being trained."""
+        module = self.module
+        return self.siblings.get(self.name) is module and is_plain(module, self.kind) and not module.training
 
 
 def _made_step(model: Any, own_class: type) -> _Step | None:
@@ -148,38 +159,43 @@ def _made_step(model: Any, own_class: type) -> _Step | None:
     if kind is None or not own_class.__name__.endswith("ForCausalLM"):
         return None
     name = own_class.__name__.removesuffix("ForCausalLM")
-    classes = {
-        part: getattr(sys.modules[own_class.__module__], name + part)
-        for part in ("Model", "DecoderLayer", "Attention", "MLP", "RMSNorm", "RotaryEmbedding")
-    }
     try:
-        plain = _plain_modules(model, classes)
-    except AttributeError:
+        parts = _parts(model, lambda part: getattr(sys.modules[own_class.__module__], name + part))
+    except KeyError:
         # Somebody has taken modules out.
         return None
-    step = _Step(model, plain)
-    return step if step.fits() and step.is_current() else None
+    step = _Step(model, parts)
+    if not (step.is_current() and step.fits()):
+        return None
+    step.pack_()
+    return step
 
 
-def _plain_modules(model: Any, classes: dict[str, type]) -> list[tuple[nn.Module, type]]:
-    """The modules whose work the step does, and what they must be."""
-    base = model.model
-    plain = [
-        (base.norm, classes["RMSNorm"]),
-        (base.rotary_emb, classes["RotaryEmbedding"]),
-        (model.lm_head, nn.Linear),
-    ]
-    activation = type(ACT2FN["silu"])
-    for block in base.layers:
-        attention, mlp = block.self_attn, block.mlp
-        norms = [block.input_layernorm, block.post_attention_layernorm]
-        norms += [getattr(attention, x) for x in ("q_norm", "k_norm") if hasattr(attention, x)]
-        projections = [getattr(attention, f"{x}_proj") for x in ("q", "k", "v", "o")]
-        projections += [getattr(mlp, f"{x}_proj") for x in ("gate", "up", "down")]
-        plain += [(block, classes["DecoderLayer"]), (attention, classes["Attention"]), (mlp, classes["MLP"])]
-        plain += [(mlp.act_fn, activation)]
-        plain += [(x, classes["RMSNorm"]) for x in norms] + [(x, nn.Linear) for x in projections]
-    return plain
+def _parts(model: nn.Module, class_of: Callable[[str], type[nn.Module]]) -> list[_Part]:
+    """The modules whose work the step does. `class_of` gives the model's class of a kind of modules."""
+
+    def part(owner: nn.Module, name: str, kind: type[nn.Module] | str) -> _Part:
+        module = owner._modules[name]
+        assert module is not None
+        return _Part(owner._modules, name, module, class_of(kind) if isinstance(kind, str) else kind)
+
+    base = model._modules["model"]
+    assert base is not None
+    layers = part(base, "layers", nn.ModuleList)
+    found = [layers, part(base, "norm", "RMSNorm"), part(base, "rotary_emb", "RotaryEmbedding")]
+    found.append(part(model, "lm_head", nn.Linear))
+    for index in layers.module._modules:
+        block = part(layers.module, index, "DecoderLayer")
+        attention, mlp = part(block.module, "self_attn", "Attention"), part(block.module, "mlp", "MLP")
+        found += [block, attention, mlp, part(mlp.module, "act_fn", type(ACT2FN["silu"]))]
+        norms = [(block, "input_layernorm"), (block, "post_attention_layernorm")]
+        norms += [(attention, x) for x in ("q_norm", "k_norm") if x in attention.module._modules]
+        found += [part(owner.module, name, "RMSNorm") for owner, name in norms]
+        linear = [(attention, f"{x}_proj") for x in "qkvo"] + [
+            (mlp, f"{x}_proj") for x in ("gate", "up", "down")
+        ]
+        found += [part(owner.module, name, nn.Linear) for owner, name in linear]
+    return found
 
 
 class _Step:
@@ -187,29 +203,30 @@ class _Step:
 
     Args:
         model: the model.
-        plain: modules whose work the step does, and of which class each must be.
+        parts: modules whose work the step does.
     """
 
-    def __init__(self, model: Any, plain: list[tuple[nn.Module, type]]) -> None:
-        self._model = weakref.ref(model)
-        self._plain = plain
+    def __init__(self, model: Any, parts: list[_Part]) -> None:
+        # What keeps a step must not keep its model.
+        self._model: Callable[[], Any] = weakref.ref(model)
+        self._parts = parts
+        self._base = model.model
+        # Tensors of inference mode do not count their versions, and cannot be told from changed ones.
         self._parameters = [
-            (module._parameters, name, x, x.data_ptr(), None if x.is_inference() else x._version)
-            for module, _ in plain
-            for name, x in module._parameters.items()
+            (part.module._parameters, name, x, x.data_ptr(), None if x.is_inference() else x._version)
+            for part in parts
+            for name, x in part.module._parameters.items()
             if x is not None
         ]
         self._weight_dtype = model.weight_dtype
         self._caches: weakref.WeakKeyDictionary[MemoryCache, _CacheStep] = weakref.WeakKeyDictionary()
-        if self.fits():
-            self._pack(model)
 
     def fits(self) -> bool:
         """Whether the step does what the model's modules do, as far as sizes and formats go."""
         model = self._model()
         dtype, blocks = model.lm_head.weight.dtype, model.model.layers
-        for _, _, x, _, version in self._parameters:
-            if type(x) is not nn.Parameter or not (x.is_cpu and x.is_contiguous()) or version is None:
+        for _, _, x, _, _ in self._parameters:
+            if type(x) is not nn.Parameter or not (x.is_cpu and x.is_contiguous()):
                 return False
             if x.dtype != dtype or x.dtype not in DTYPES:
                 return False
@@ -226,22 +243,27 @@ class _Step:
         model = self._model()
         if model.weight_dtype != self._weight_dtype or model.config._attn_implementation != IMPLEMENTATION:
             return False
-        if model.config.output_attentions or model.config.output_hidden_states:
+        config = model.config
+        has_more = config.output_attentions or config.output_hidden_states
+        if has_more or not getattr(config, "return_dict", True):
             return False
         # Its one hook is that of `attach`.
         base = model.model
-        if len(base._forward_pre_hooks) != 1 or base._forward_hooks or "forward" in vars(base):
+        if base is not self._base or len(base._forward_pre_hooks) != 1 or base._forward_hooks:
             return False
-        for module, kind in self._plain:
-            if not is_plain(module, kind) or module.training:
+        if "forward" in vars(base):
+            return False
+        for part in self._parts:
+            if not part.is_there():
                 return False
-        return all(
-            own.get(name) is x and x.data_ptr() == place and x._version == version
-            for own, name, x, place, version in self._parameters
-        )
+        for own, name, x, place, version in self._parameters:
+            if own.get(name) is not x or x.data_ptr() != place or (version is None or x._version != version):
+                return False
+        return True
 
-    def _pack(self, model: Any) -> None:
-        dtype = checked_weight_dtype(self._weight_dtype)
+    def pack_(self) -> None:
+        """Make the copies of the weights that the step reads, where it does not read those of the model."""
+        model, dtype = self._model(), checked_weight_dtype(self._weight_dtype)
 
         def matrix(linear: nn.Linear) -> Matrix:
             return packed(linear.weight, linear.bias, dtype)
@@ -249,18 +271,20 @@ class _Step:
         def norm(module: Any) -> Tensor:
             return module.weight.detach().float()
 
-        self._layers = []
+        self._layers: list[HeadsLayer] = []
         for block in model.model.layers:
             attention, mlp = block.self_attn, block.mlp
             before, after = block.input_layernorm, block.post_attention_layernorm
             of_heads = [getattr(attention, x, None) for x in ("q_norm", "k_norm")]
             eps = [0.0 if x is None else x.variance_epsilon for x in (before, after, of_heads[0])]
+            products = {x: matrix(getattr(attention, f"{x}_proj")) for x in "qkvo"}
+            products |= {x: matrix(getattr(mlp, f"{x}_proj")) for x in ("gate", "up", "down")}
             layer = HeadsLayer(
-                *(matrix(getattr(attention, f"{x}_proj")) for x in ("q", "k", "v", "o")),
-                *(matrix(getattr(mlp, f"{x}_proj")) for x in ("gate", "up", "down")),
-                norm(before),
-                norm(after),
-                *(None if x is None else norm(x) for x in of_heads),
+                **products,
+                mixer_norm=norm(before),
+                mlp_norm=norm(after),
+                q_norm=None if of_heads[0] is None else norm(of_heads[0]),
+                k_norm=None if of_heads[1] is None else norm(of_heads[1]),
                 eps=(eps[0], eps[1], eps[2]),
                 head_dim=attention.head_dim,
                 score_scale=attention.scaling,
@@ -270,7 +294,7 @@ class _Step:
         self._norm, self._eps, self._output = norm(final), final.variance_epsilon, matrix(model.lm_head)
 
     def logits(self, call: _Call) -> Tensor | None:
-        """`[B, 1, V]`, after which the cache has read the tokens; None if it is one that the step cannot read."""
+        """`[B, 1, V]`, after which the cache has read the tokens; None if the step cannot read that cache."""
         model, cache = self._model(), call.cache
         # Raises if layers have read different numbers.
         num_columns = cache.num_columns

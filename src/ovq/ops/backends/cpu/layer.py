@@ -197,9 +197,9 @@ def layer_to_run(
     width, inner = weights.down.shape
     call = _Layer(width=width, inner=inner, mixer_eps=eps[0], mlp_eps=eps[1], memory=memory.decode)
     qkv, gate_up = Matrix(weights.qkv), Matrix(weights.gate_up)
-    keys = weights.o.shape[1]
-    values = (keys + len(weights.qkv)) // 2
-    call.q, call.k, call.v = (qkv.call(first) for first in (0, keys, values))
+    num_queries = weights.o.shape[1]
+    places = 0, num_queries, (num_queries + len(weights.qkv)) // 2
+    call.q, call.k, call.v = map(qkv.call, places)
     call.gate, call.up = (gate_up.call(first) for first in (0, inner))
     call.o, call.down = Matrix(weights.o).call(), Matrix(weights.down).call()
     for name in ("mixer_norm", "beta", "mlp_norm"):
@@ -295,7 +295,11 @@ class HeadsStep:
             num_kv_heads = len(layer.k.weight) // dim
             group_size = len(layer.q.weight) // len(layer.k.weight)
             call.memory = Decode(
-                num_rows=num_rows, num_kv_heads=num_kv_heads, group_size=group_size, key_dim=dim, value_dim=dim
+                num_rows=num_rows,
+                num_kv_heads=num_kv_heads,
+                group_size=group_size,
+                key_dim=dim,
+                value_dim=dim,
             )
             call.num_groups, call.groups = len(own), ctypes.addressof(array)
             call.score_scale = layer.score_scale

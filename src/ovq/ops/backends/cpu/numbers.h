@@ -18,6 +18,7 @@ struct Float16 {
 
 typedef uint32_t Words __attribute__((vector_size(VL * 4)));
 typedef uint16_t Halves __attribute__((vector_size(VL * 2)));
+typedef int16_t Shorts __attribute__((vector_size(VL * 2)));
 typedef int8_t Bytes __attribute__((vector_size(VL)));
 
 INLINE float float_of(uint32_t bits) {
@@ -54,9 +55,16 @@ INLINE Vector load_numbers(const float *x) { return load(x); }
 INLINE Vector load_numbers(const Bfloat16 *x) { return (Vector)(words_of(x) << 16); }
 
 INLINE Vector load_numbers(const int8_t *x) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+#elif defined(__AVX2__)
+    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
+#else
     Bytes bits;
     memcpy(&bits, x, sizeof(bits));
-    return __builtin_convertvector(__builtin_convertvector(bits, IntVector), Vector);
+    /* In steps, each of which GCC knows an instruction for. */
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bits, Shorts), IntVector), Vector);
+#endif
 }
 
 INLINE Vector load_numbers(const Float16 *x) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Matrix(NamedTuple):
 class _Matrix(ctypes.Structure):
     """`Matrix` of step.h, field by field."""
 
-    _fields_: Any = [
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "factors", "bias")),
         ("format", ctypes.c_int64),
     ]
@@ -82,7 +82,7 @@ def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Ma
 
 
 def output_step(x: Tensor, norm: Tensor, eps: float, weight: Matrix) -> Tensor:
-    """`weight norm(x)` of a few tokens x `[B, 1, D]` float32, with the weight `[D]` of an RMS norm: `[B, 1, N]`."""
+    """`weight norm(x)` `[B, 1, N]` of tokens x `[B, 1, D]` float32; norm `[D]` is that of an RMS norm."""
     x = x.contiguous()
     num_out, dim = weight.weight.shape
     num, call = x.numel() // dim, weight.call()

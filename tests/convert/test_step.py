@@ -1,0 +1,472 @@
+"""One token in one call of a kernel: what the modules compute, and the calls that are left to them."""
+
+import copy
+import dataclasses
+import math
+import pickle
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+
+from ovq.convert import attach, load
+from ovq.convert.step import MOST_ROWS
+from ovq.hf.cache import CACHE_KEY
+from ovq.hf.rows import Rows
+from ovq.ops import cpu_kernels
+from ovq.ops.backends.cpu import packed
+from tests.convert.common import KINDS, MEMORY, SIZES, converted, original, tokens
+
+pytestmark = pytest.mark.skipif(
+    not cpu_kernels().startswith("compiled"), reason="there are no kernels on this machine"
+)
+
+# `ovq.convert.attach` is also the name of the function in it.
+ATTACH = sys.modules[attach.__module__]
+IDS = tokens(5, 100)
+LEARNED = {
+    "slot_temperature": [[0.5, 1.0, 2.0, 1.5], [1.5, 0.7, 1.0, 1.0]],
+    "slot_bias": [[0.3, -1.0, 0.0, 0.2], [1.0, 0.2, 0.0, 0.5]],
+    "key_exponents": [[[(3 * i + h) % 5 - 2 for i in range(8)] for h in range(2)]] * 2,
+    "token_use": [[[0.2 * math.sin(5 * h + i) for i in range(16)] + [1.0] for h in range(2)]] * 2,
+    "value_weight": [[0.5, 1.0], [2.0, 1.0]],
+}
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """How many calls the kernel has done and the modules, as `[kernel, modules]`."""
+    counts, real = [0, 0], ATTACH.token_output
+
+    def counted(*args):
+        done = real(*args)
+        counts[done is None] += 1
+        return done
+
+    monkeypatch.setattr(ATTACH, "token_output", counted)
+    return counts
+
+
+@pytest.fixture
+def by_modules(monkeypatch):
+    """Runs a function by modules alone."""
+
+    def run(function, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(ATTACH, "token_output", lambda *args: None)
+            return function(*args)
+
+    return run
+
+
+def read(model, ids, *, start=20):
+    """Logits of all tokens from `start` on, one by one, and the cache."""
+    cache = model.make_cache()
+    with torch.no_grad():
+        logits = [model(ids[:, :start], past_key_values=cache).logits[:, :0]]
+        for i in range(start, ids.shape[1]):
+            logits.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+    return torch.cat(logits, 1), cache
+
+
+def check_equal_caches(found, expected):
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert one.num_columns == other.num_columns
+        for name, x in other.memory.tensors(other.state).items():
+            torch.testing.assert_close(one.memory.tensors(one.state)[name], x, rtol=1e-3, atol=1e-3)
+
+
+def check_equal(found, expected, *, tolerance=1e-4):
+    assert (found - expected).abs().max() < tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("has_learned", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_memories_are_those_of_modules(kind, has_learned, steps, by_modules):
+    model = converted(kind)
+    if has_learned:
+        memory = dataclasses.replace(model.memory_config, **LEARNED)
+        model = attach(original(kind), config=memory)
+    for num_rows in (1, 5):
+        steps[:] = 0, 0
+        found, cache = read(model, IDS[:num_rows])
+        # All but the prompt, and every fifth token from the 45th on, after which rows are brought nearer.
+        assert steps == [80 - 12, 1 + 12]
+        expected, other = by_modules(read, model, IDS[:num_rows])
+        check_equal(found, expected)
+        check_equal_caches(cache, other)
+
+
+def test_biases_of_all_products_and_scaled_rotations(by_modules, steps):
+    torch.manual_seed(0)
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 32}
+    config = LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True, rope_parameters=rope)
+    model = LlamaForCausalLM(config).eval()
+    for name, x in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(x)
+    assert model.model.rotary_emb.attention_scaling > 1.1
+    model = attach(model, **MEMORY)
+    found, _ = read(model, IDS[:2])
+    assert steps[0] > 60
+    check_equal(found, by_modules(read, model, IDS[:2])[0])
+
+
+def test_biases_of_qwen2(by_modules):
+    model = original("qwen2")
+    assert isinstance(model, Qwen2ForCausalLM)
+    for layer in model.model.layers:
+        for x in "qkv":
+            nn.init.normal_(getattr(layer.self_attn, f"{x}_proj").bias)
+    model = attach(model, **MEMORY)
+    check_equal(read(model, IDS[:2])[0], by_modules(read, model, IDS[:2])[0])
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_narrow_weights_are_those_of_modules_with_these_weights(kind, name, steps, by_modules):
+    model = converted(kind, weight_dtype=name)
+    narrow = converted(kind)
+    with torch.no_grad():
+        for module in narrow.modules():
+            if isinstance(module, nn.Linear):
+                dtype = {"bfloat16": torch.bfloat16, "int8": torch.int8}[name]
+                module.weight.copy_(packed(module.weight, None, dtype).dequantised())
+    # Prompts are read with the model's own weights.
+    cache, own = model.make_cache(), converted(kind)
+    with torch.no_grad():
+        own(IDS[:2, :20], past_key_values=cache)
+    other = cache.snapshot()
+    found = []
+    with torch.no_grad():
+        for x in IDS[:2, 20:40].split(1, 1):
+            found.append(model(x, past_key_values=cache).logits)
+            check_equal(found[-1], by_modules(lambda x=x: narrow(x, past_key_values=other).logits))
+            check_equal_caches(cache, other)
+    assert steps[0] == 20
+    # They are other weights.
+    assert (torch.cat(found, 1) - by_modules(read, own, IDS[:2, :40])[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_models_in_narrow_formats(dtype, steps, by_modules):
+    """Closer to the model in float32 than modules are, which round every sum."""
+    model = attach(original().to(dtype), **MEMORY)
+    wide = attach(original().to(dtype).float(), **MEMORY)
+    found, cache = read(model, IDS[:, :40])
+    assert steps[0] == 20
+    assert found.dtype == cache.layers[0].state[0].recent_keys.dtype == dtype
+    expected, rounded = read(wide, IDS[:, :40])[0], by_modules(read, model, IDS[:, :40])[0]
+    error, most = (float((x - expected).square().mean().sqrt()) for x in (found, rounded))
+    assert 0 < error < most
+
+
+def test_int8_rounds_to_255_steps_per_row():
+    weight = torch.tensor([[127.0, -50.4, 0.5], [0.0, 0.0, 0.0], [-2.54, 0.019, 1.0]])
+    matrix = packed(weight, torch.ones(3), torch.int8)
+    assert matrix.weight.tolist() == [[127, -50, 0], [0, 0, 0], [-127, 1, 50]]
+    torch.testing.assert_close(matrix.factors[::2], torch.tensor([1.0, 0.02]))
+    assert packed(weight, None, None).weight.data_ptr() == weight.data_ptr()
+
+
+def test_rows_of_different_lengths_that_join_and_leave(steps, by_modules):
+    model = converted()
+
+    def logits():
+        starts = (21, 70, 33)
+        rows = [Rows.start(model) for _ in starts]
+        for row, start, ids in zip(rows, starts, IDS, strict=False):
+            row.read(ids[None, :start])
+        rows, found = Rows.joined(rows), []
+        for i in range(12):
+            found.append(rows.read([[int(ids[n + i])] for n, ids in zip(starts, IDS, strict=False)]))
+        rows.keep([2, 0])
+        found += [rows.read([[i], [i + 1]]) for i in range(1, 20)]
+        return torch.cat(found)
+
+    with torch.inference_mode():
+        found = logits()
+        assert steps[0] > 20
+        check_equal(found, by_modules(logits))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_writes_what_modules_write(kind, steps, by_modules):
+    model = converted(kind)
+    mask = torch.ones_like(IDS[:2, :20])
+    mask[1, :7] = 0
+
+    def written():
+        options = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        # Which of equal tokens are merged depends on roundings.
+        options["no_repeat_ngram_size"] = 2
+        return model.generate(IDS[:2, :20], attention_mask=mask, **options)
+
+    found = written()
+    assert steps[0] > 40
+    assert torch.equal(found, by_modules(written))
+
+
+def test_a_snapshot_goes_on_by_itself():
+    model = converted()
+    _, cache = read(model, IDS[:1, :30])
+    other = cache.snapshot()
+    with torch.no_grad():
+        first = [model(x, past_key_values=cache).logits for x in IDS[:1, 30:50].split(1, 1)]
+        for x in IDS[1:2, 30:50].split(1, 1):
+            model(x, past_key_values=other)
+        again = copy.deepcopy(cache)
+        second = [model(x, past_key_values=cache).logits for x in IDS[:1, 50:60].split(1, 1)]
+        third = [model(x, past_key_values=again).logits for x in IDS[:1, 50:60].split(1, 1)]
+    assert torch.equal(torch.cat(second), torch.cat(third))
+    check_equal(torch.cat(first + second, 1), read(model, IDS[:1, :60], start=30)[0])
+
+
+def test_changed_weights_are_read(by_modules):
+    model = converted(weight_dtype="float32")
+    before, _ = read(model, IDS[:1, :30])
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
+    changed, _ = read(model, IDS[:1, :30])
+    check_equal(changed, by_modules(read, model, IDS[:1, :30])[0])
+    model.lm_head.weight = nn.Parameter(-model.lm_head.weight.detach())
+    check_equal(read(model, IDS[:1, :30])[0], -changed)
+    assert (changed - before).abs().max() > 1e-2
+    model.model.norm.weight.data = torch.zeros(32)
+    assert not read(model, IDS[:1, :30])[0].any()
+
+
+def test_models_that_have_written_are_copied_and_pickled(steps):
+    model = converted(weight_dtype="int8")
+    expected, _ = read(model, IDS[:1, :30])
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        steps[:] = 0, 0
+        assert torch.equal(read(other, IDS[:1, :30])[0], expected)
+        assert steps == [10, 1]
+
+
+def is_step(model, steps, *, num_rows=1, **options):
+    """Whether the kernel does a token of the model."""
+    _, cache = read(model, IDS[:num_rows, :20])
+    steps[:] = 0, 0
+    with torch.no_grad():
+        model(IDS[:num_rows, 20:21], past_key_values=cache, **options)
+    return steps[0] == 1
+
+
+HARMLESS = [
+    {},
+    {"use_cache": True, "logits_to_keep": 1, "return_dict": True, "labels": None},
+    {"attention_mask": torch.tensor([[0] * 5 + [1] * 16])},
+    {"position_ids": torch.tensor([[20]]), "output_attentions": False},
+]
+LOOKING = [
+    {"output_hidden_states": True},
+    {"use_cache": False},
+    {"return_dict": False},
+    {"labels": torch.tensor([[3]])},
+    {"logits_to_keep": torch.tensor([0])},
+    {"attention_mask": torch.tensor([[1] * 20 + [0]])},
+]
+
+
+def test_arguments_that_ask_for_nothing_else(steps):
+    assert all(is_step(converted(), steps, **options) for options in HARMLESS)
+
+
+@pytest.mark.parametrize("options", LOOKING, ids=lambda x: next(iter(x)))
+def test_arguments_that_ask_for_more(options, steps):
+    assert not is_step(converted(), steps, **options)
+
+
+def test_embeddings_and_several_tokens_and_no_cache(steps):
+    model = converted()
+    _, cache = read(model, IDS[:1, :20])
+    steps[:] = 0, 0
+    with torch.no_grad():
+        model(inputs_embeds=model.model.embed_tokens(IDS[:1, :1]), past_key_values=cache)
+        model(IDS[:1, 20:22], past_key_values=cache)
+        model(IDS[:1, :1])
+        # A first token makes the memory.
+        model(IDS[:1, :1], past_key_values=model.make_cache())
+    assert steps == [0, 4]
+
+
+def test_gradients_and_training(steps):
+    model = converted()
+    _, cache = read(model, IDS[:1, :20])
+    steps[:] = 0, 0
+    assert model(IDS[:1, :1], past_key_values=cache).logits.requires_grad
+    with torch.no_grad():
+        model.train()(IDS[:1, :1], past_key_values=cache)
+        model.eval()
+        model.model.layers[0].self_attn.training = True
+        model(IDS[:1, :1], past_key_values=cache)
+    assert steps == [0, 3]
+
+
+def test_many_rows(steps):
+    model, cache = converted(), converted().make_cache()
+    ids = IDS[:1].expand(MOST_ROWS + 1, -1)
+    with torch.no_grad():
+        model(ids[:, :20], past_key_values=cache)
+        steps[:] = 0, 0
+        model(ids[:, 20:21], past_key_values=cache)
+        cache.batch_select_indices(torch.arange(MOST_ROWS))
+        model(ids[1:, 20:21], past_key_values=cache)
+    assert steps == [1, 1]
+
+
+def hooked(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda *args: None)
+
+
+def pre_hooked(model):
+    model.model.register_forward_pre_hook(lambda *args: None)
+
+
+def replaced(model):
+    layer = model.model.layers[0]
+    layer.mlp.up_proj = nn.Sequential(layer.mlp.up_proj)
+
+
+def overridden(model):
+    norm = model.model.norm
+    norm.forward = norm.forward
+
+
+def activated(model):
+    model.model.layers[0].mlp.act_fn = nn.GELU()
+
+
+def shortened(model):
+    model.config.num_hidden_layers = 1
+
+
+def half_wide(model):
+    model.lm_head.bfloat16()
+
+
+def strided(model):
+    weight = model.lm_head.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+def attending(model):
+    model.config._attn_implementation = "eager"
+
+
+def windowed(model):
+    model.model.layers[0].self_attn.sliding_window = 4
+
+
+CHANGES = [hooked, pre_hooked, replaced, overridden, activated, strided]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda x: x.__name__)
+@pytest.mark.parametrize("has_written", [False, True])
+def test_changed_models_take_their_modules(change, has_written, steps):
+    model = converted()
+    if has_written:
+        assert is_step(model, steps)
+    change(model)
+    assert not is_step(model, steps)
+
+
+@pytest.mark.parametrize("change", [shortened, half_wide, attending, windowed], ids=lambda x: x.__name__)
+def test_models_that_modules_refuse_are_not_read_by_kernels(change, steps):
+    model = converted("qwen2")
+    _, cache = read(model, IDS[:1, :20])
+    steps[:] = 0, 0
+    change(model)
+
+    def go_on():
+        model(IDS[:1, 20:21], past_key_values=cache)
+        # Fewer layers than the memory has do not fail, but are out of step.
+        return cache.num_columns
+
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError, IndexError)):
+        go_on()
+    assert steps == [0, 1]
+
+
+def test_autocast_and_hooks_on_all_modules(steps):
+    model = converted()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_step(model, steps)
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        assert not is_step(model, steps)
+    finally:
+        handle.remove()
+    assert is_step(model, steps)
+
+
+def test_models_of_other_kinds_and_numbers(steps):
+    class Own(LlamaForCausalLM):
+        """A class that may compute something else."""
+
+    torch.manual_seed(0)
+    assert not is_step(attach(Own(LlamaConfig(**SIZES)).eval(), **MEMORY), steps)
+    assert not is_step(attach(original().double(), **MEMORY), steps)
+
+
+def test_without_kernels(steps, monkeypatch):
+    monkeypatch.setattr("ovq.convert.step.is_available", lambda: False)
+    assert not is_step(converted(), steps)
+
+
+def test_caches_of_others(steps):
+    model = converted()
+    with torch.no_grad():
+        # Other budgets of the same heads can be read.
+        _, cache = read(converted(num_slots=8), IDS[:1, :20])
+        steps[:] = 0, 0
+        model(IDS[:1, 20:21], past_key_values=cache)
+        assert steps == [1, 0]
+        _, cache = read(model, IDS[:2, :20])
+        steps[:] = 0, 0
+        with pytest.raises(ValueError, match="another batch"):
+            model(IDS[:1, 20:21], past_key_values=cache)
+    assert steps == [0, 1]
+
+
+def test_a_call_that_has_failed_half_way_is_not_gone_on_from(steps):
+    model = converted()
+    _, cache = read(model, IDS[:1, :20])
+    cache.layers[1].num_columns += 1
+    with torch.no_grad(), pytest.raises(ValueError, match="layers"):
+        model(IDS[:1, 20:21], past_key_values=cache)
+    cache.layers[1].num_columns -= 1
+    cache.layers[1].has_staged = True
+    steps[:] = 0, 0
+    with torch.no_grad(), pytest.raises(ValueError, match="attention function"):
+        model(IDS[:1, 20:21], past_key_values=cache)
+    assert steps == [0, 1]
+
+
+def test_the_output_is_that_of_modules(by_modules):
+    model = converted()
+    _, cache = read(model, IDS[:1, :20])
+    with torch.no_grad():
+        found = model(IDS[:1, 20:21], past_key_values=cache)
+        expected = by_modules(lambda: model(IDS[:1, 21:22], past_key_values=cache))
+    assert type(found) is type(expected)
+    assert list(found) == list(expected) == ["logits", CACHE_KEY]
+    assert found[CACHE_KEY] is cache
+    assert found.logits.shape == expected.logits.shape == (1, 1, 64)
+
+
+def test_weight_dtype_is_an_option_of_loading_and_not_saved(tmp_path):
+    model = converted(weight_dtype="int8")
+    model.save_pretrained(tmp_path)
+    assert load(tmp_path).weight_dtype is None
+    assert load(tmp_path, weight_dtype="bfloat16").weight_dtype == "bfloat16"
+    with pytest.raises(ValueError, match=r"weight_dtype: expected .* found 'int4'"):
+        load(tmp_path, weight_dtype="int4")
+    plain = original()
+    with pytest.raises(ValueError, match="weight_dtype"):
+        attach(plain, weight_dtype=torch.int8)
+    assert type(plain) is LlamaForCausalLM
