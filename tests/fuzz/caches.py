@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY
-from ovq.layers import MIXERS, OVQAttention
+from ovq.layers import OVQAttention
+from ovq_lab.mixers import MIXERS
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.program import Impossible, Program
 

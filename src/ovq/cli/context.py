@@ -57,8 +57,8 @@ def build(
 
     from transformers import set_seed
 
-    from ovq.eval.rows import format_bytes
     from ovq.runtime.progress import Reporter
+    from ovq.runtime.units import format_bytes
 
     contexts: Any
     if is_converted(model):
@@ -118,7 +118,7 @@ def info(
 
     from rich.table import Table
 
-    from ovq.eval.rows import format_bytes
+    from ovq.runtime.units import format_bytes
 
     # A path broken over two lines could not be copied.
     size = format_bytes(found.nbytes)
