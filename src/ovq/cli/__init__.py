@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not isinstance(error.__context__, BrokenPipeError):
             raise
         code = _code_after(error.__context__, readers)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         code = _code_after(error, readers)
     finally:
         readers.close()
