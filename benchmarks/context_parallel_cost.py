@@ -1,4 +1,4 @@
-"""The tables of `docs/scaling.md`: what context parallelism sends and waits, compared with ring attention.
+"""The tables of `docs/use/scaling.md`: what context parallelism sends and waits, beside ring attention.
 
 `python benchmarks/context_parallel_cost.py`; nothing is measured, and no model is made.
 """

@@ -89,7 +89,7 @@ def test_addresses_are_those_of_the_repository_that_builds(metadata_of):
 
 
 def test_the_guide_to_installation_names_every_extra():
-    text = (ROOT / "docs" / "install.md").read_text()
+    text = (ROOT / "docs" / "use" / "install.md").read_text()
     named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", text, flags=re.MULTILINE)))
     extras = (project["project"]["optional-dependencies"] for project in (PROJECT, LABORATORY))
     assert {name for each in extras for name in each} == set(named)

@@ -16,7 +16,7 @@ from ovq_lab.tasks import TASKS, RecallTask, TextTask, register_task, task_class
 from ovq_lab.train.config import RunConfig
 
 # The example of the documentation.
-TRAINING = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+TRAINING = (Path(__file__).parent.parent / "docs" / "use" / "training.md").read_text()
 [MODULE] = re.findall(r"```python\n([^`]*register_mixer[^`]*)```", TRAINING)
 TINY = [
     "train.steps=2",
@@ -180,3 +180,13 @@ def test_with_the_laboratory_help_has_its_commands(capsys):
     assert run("--help") == 0
     shown = capsys.readouterr().out
     assert all(f" {name} " in shown for name in plugins.LABORATORY["command"])
+
+
+def test_a_package_that_the_laboratory_needs_and_is_missing_costs_one_line(monkeypatch, capsys):
+    # As where the checkout was installed without the extra `dev`.
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    for name in ("ovq_lab.train.loop", "ovq_lab.train.sharding"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr("ovq_lab.train.loop", raising=False)
+    assert run("train", "recall-ovq", "--out", "run") == 2
+    assert capsys.readouterr().err == "ovq: error: import of accelerate halted; None in sys.modules\n"

@@ -65,8 +65,8 @@ class ModelArgs:
         chunk_size: Tokens per chunk of an OVQ layer, C.
         kvm_chunk_size: Tokens per chunk of KVM; `None` for half of `chunk_size`, so that its window of two
             chunks has as many tokens as a chunk of OVQ.
-        kvm_growth: How the slots of KVM grow, see `ovq.layers.KVMAttention`.
-        kvm_norm_leak: Whether slots of KVM are as in its published code, see `ovq.layers.KVMAttention`.
+        kvm_growth: How the slots of KVM grow, see `ovq_lab.mixers.KVMAttention`.
+        kvm_norm_leak: Whether slots of KVM are as in its published code, see `ovq_lab.mixers.KVMAttention`.
         raven_slots: Slots per head of Raven; `None` for as many as components per head.
         raven_top_k: Slots that Raven writes a token to; `None` for one in eight.
         raven_noise: Whether the router of Raven adds Gumbel noise in training.

@@ -52,8 +52,8 @@ class OwnWeights(nn.Module):
 class QKNorm(OwnWeights):
     """L2 normalisation of queries and keys, with a learned temperature `beta` per query head.
 
-    Logits are `scale * q.k` with `scale = beta * sqrt(head_dim)` and `beta` initially 1 (`docs/math.md`,
-    section 1).
+    Logits are `scale * q.k` with `scale = beta * sqrt(head_dim)` and `beta` initially 1
+    (`docs/method/math.md`, section 1).
 
     Args:
         num_heads: query heads H.
