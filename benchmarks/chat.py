@@ -18,9 +18,9 @@ from pathlib import Path
 
 import httpx
 import openai
+from ovq.runtime.environment import environment
 from transformers import AutoTokenizer
 
-from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
 
 QUESTIONS = (

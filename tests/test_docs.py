@@ -9,7 +9,7 @@ from statistics import fmean
 import pytest
 
 import ovq
-from ovq.research.reproduce.tables import with_tables
+from ovq_lab.figures.tables import with_tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +44,9 @@ def test_every_promise_names_a_test_there_is(name, fewest):
 )
 def test_guides_name_files_there_are(path):
     files = [
-        f"/{file.relative_to(ROOT)}" for part in ("src", "tests") for file in (ROOT / part).rglob("*.py")
+        f"/{file.relative_to(ROOT)}"
+        for part in ("src", "lab", "tests")
+        for file in (ROOT / part).rglob("*.py")
     ] + [f"/{file.name}" for file in ROOT.glob("*.py")]
     named = set(re.findall(r"`([\w/]+\.py)(?:::\w+)?`", path.read_text()))
     assert named
