@@ -67,7 +67,7 @@ test-oldest:
 
 # The tables of the documents from the JSON files of results; a test fails where they differ.
 tables: install
-	$(BIN)/ovq reproduce $(addprefix --tables ,$(shell grep -l '^<!-- table:' README.md docs/*.md docs/results/*.md))
+	$(BIN)/ovq reproduce $(addprefix --tables ,$(shell grep -l '^<!-- table:' README.md docs/*.md docs/*/*.md))
 
 # The site, in site/: a link that leads nowhere, or a tutorial that fails, ends it with an error.
 docs: $(VENV)/.installed-docs

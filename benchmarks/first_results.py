@@ -1,4 +1,4 @@
-"""Follows docs/first_results.md as its readers do: each part in a new clone and a new environment.
+"""Follows docs/use/first_results.md as its readers do: each part in a new clone and a new environment.
 
     python benchmarks/first_results.py --out FOLDER                  with a network
     python benchmarks/first_results.py --out FOLDER --model DIR      without; DIR is SmolLM2-135M-Instruct
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "first_results.md"
+PAGE = ROOT / "docs" / "use" / "first_results.md"
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # A server that has ended ends the script.
 READY = "until curl -sf localhost:8000/health > health.json; do kill -0 $!; sleep 0.2; done"

@@ -1,8 +1,8 @@
 """The error of a running float32 sum, by tokens added: `python benchmarks/float32_sums.py`.
 
 A slot of the dictionary is a float32 sum, to which tokens are added one after the other, and an exact count.
-This program adds up to 10^8 numbers in the same way and compares with float64. `docs/guarantees.md` has the
-results.
+This program adds up to 10^8 numbers in the same way and compares with float64. `docs/method/guarantees.md`
+has the results.
 """
 
 from __future__ import annotations

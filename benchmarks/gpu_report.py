@@ -36,7 +36,7 @@ from ovq.runtime.files import write_atomic
 # Of all parts together, so that a call stays below nine minutes.
 SECONDS = 525
 RULES = ("existing", "nearest")
-# The size of the targets and of the estimates in docs/triton.md.
+# The size of the targets and of the estimates in docs/method/triton.md.
 SIZE = {"dtype": "bfloat16", "chunk_size": 256, "num_heads": 16, "head_dim": 128}
 NUM_SLOTS = 2048
 

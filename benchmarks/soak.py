@@ -2,8 +2,8 @@
 
 Two rows take one token per step. At the end of every chunk, a recount notes which slot each token went to,
 and adds it up in float64. At the end of the run, counts must be equal, means must be within the bound that
-`docs/guarantees.md` derives for float32 sums, and memory must not have grown since the dictionary was full.
-Otherwise the exit code is 1.
+`docs/method/guarantees.md` derives for float32 sums, and memory must not have grown since the dictionary was
+full. Otherwise the exit code is 1.
 
 The op does not report where a token went, but the values show it: their last channels mark, with ones and
 zeros, which place of its chunk a token had, and sums of those are exact.

@@ -76,7 +76,7 @@ def test_addresses_are_those_of_the_repository_that_builds(metadata_of):
 
 
 def test_the_guide_to_installation_names_every_extra():
-    text = (ROOT / "docs" / "install.md").read_text()
+    text = (ROOT / "docs" / "use" / "install.md").read_text()
     named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", text, flags=re.MULTILINE)))
     assert set(PROJECT["project"]["optional-dependencies"]) <= set(named)
 

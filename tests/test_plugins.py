@@ -15,7 +15,7 @@ from ovq.tasks import TASKS, RecallTask, TextTask, register_task, task_class
 from ovq.train.config import RunConfig
 
 # The example of the documentation.
-TRAINING = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+TRAINING = (Path(__file__).parent.parent / "docs" / "use" / "training.md").read_text()
 [MODULE] = re.findall(r"```python\n([^`]*register_mixer[^`]*)```", TRAINING)
 TINY = [
     "train.steps=2",

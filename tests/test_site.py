@@ -117,7 +117,7 @@ def test_tutorials_run(path, tmp_path, monkeypatch):
 def test_the_first_results_can_be_followed():
     # What benchmarks/first_results.py does takes minutes; here is what it would do.
     program = runpy.run_path(str(ROOT / "benchmarks" / "first_results.py"))
-    parts = program["parts_of"]((DOCS / "first_results.md").read_text())
+    parts = program["parts_of"]((DOCS / "use" / "first_results.md").read_text())
     assert len(parts) == 3
     group = typer.main.get_command(app)
     for files, commands in parts.values():
@@ -140,6 +140,6 @@ def test_the_first_results_can_be_followed():
 
 def test_the_tour_runs():
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", (DOCS / "tour.md").read_text(), flags=re.DOTALL):
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / "use" / "tour.md").read_text(), flags=re.DOTALL):
         exec(block, names)
     assert names["found"].slots.shape == (1, 8, 4096)

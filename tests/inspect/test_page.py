@@ -14,7 +14,7 @@ import pytest
 from ovq.inspect import page_bytes, page_html, write_page
 from tests.inspect.common import looked_into
 
-DOCS = Path(__file__).parents[2] / "docs" / "inspect.md"
+DOCS = Path(__file__).parents[2] / "docs" / "use" / "inspect.md"
 NASTY = [
     "</script><script>document.title = 'broken'</script>",
     "</script x",

@@ -1,4 +1,4 @@
-"""What float32 sums keep after millions of tokens: the figures of `docs/guarantees.md`."""
+"""What float32 sums keep after millions of tokens: the figures of `docs/method/guarantees.md`."""
 
 import numpy as np
 import pytest

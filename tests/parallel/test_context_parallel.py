@@ -122,7 +122,7 @@ def test_input_that_does_not_fit_is_refused(alone):
 
 
 def test_the_program_of_the_documentation_runs(monkeypatch):
-    text = (Path(__file__).parent.parent.parent / "docs" / "scaling.md").read_text()
+    text = (Path(__file__).parent.parent.parent / "docs" / "use" / "scaling.md").read_text()
     [program] = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "localhost", "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))

@@ -40,6 +40,6 @@ def test_one_rank_has_nothing_to_send():
 
 def test_the_tables_of_the_documentation_are_those_of_the_program():
     program = runpy.run_path(str(ROOT / "benchmarks" / "context_parallel_cost.py"))
-    text = (ROOT / "docs" / "scaling.md").read_text()
+    text = (ROOT / "docs" / "use" / "scaling.md").read_text()
     assert program["bytes_table"]() in text
     assert program["bubble_table"]() in text

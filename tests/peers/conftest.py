@@ -36,7 +36,7 @@ def pytest_configure(config):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Count by test case, and skipped tests by reason: the figures of docs/evaluation.md."""
+    """Count by test case, and skipped tests by reason: the figures of docs/use/evaluation.md."""
     if not os.environ.get("TRANSFORMERS_TESTS"):
         return
     counts, reasons = collections.defaultdict(collections.Counter), collections.Counter()

@@ -57,6 +57,13 @@ def serve(
     read_timeout: Annotated[
         float, typer.Option(help="Seconds in which a request must have come, without uploads.")
     ] = 60.0,
+    prefix_cache: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="MiB of states kept, so that chats are not read from their beginning; 0: none.",
+        ),
+    ] = 512,
     step_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of prompts that are read between two steps of answers.")
     ] = 512,
@@ -76,7 +83,7 @@ def serve(
     [bold]curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "lm",
     "prompt": "Who", "context": "book"}'[/bold]
 
-    Ctrl-C or SIGTERM lets running answers end first. See docs/serving.md.
+    Ctrl-C or SIGTERM lets running answers end first. See docs/use/serving.md.
     """
     dictionaries.check_rule(merge)
     for option, seconds in (("--timeout", timeout), ("--read-timeout", read_timeout)):
@@ -101,18 +108,19 @@ def serve(
         read_seconds=read_timeout,
         request_seconds=timeout,
         step_tokens=step_tokens,
+        prefix_bytes=prefix_cache * _MIB,
     )
     # A port in use is found out before the model is loaded, which takes longer.
     with bound(host, port) as listener:
         from transformers import set_seed
 
         from ovq.serve.app import Service
-        from ovq.serve.model import served
+        from ovq.serve.model import ServedModel
 
         set_seed(seed)
         service = Service(
             name=name or model.resolve().name,
-            served=served(
+            served=ServedModel(
                 load_generating_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
             ),
             tokenizer=load_tokenizer(model),

@@ -2,7 +2,7 @@
 
 The pairs (key, value) of a stream are modelled by a mixture with weights c_n / t, means (D_k[n], D_v[n]) and
 covariance I / b. An OVQ layer reads the conditional mean of this mixture given a query, and learns the
-mixture online by hard assignment (`docs/math.md`, sections 3 and 5; `tests/test_gmr.py` and
+mixture online by hard assignment (`docs/method/math.md`, sections 3 and 5; `tests/test_gmr.py` and
 `tests/test_gmr_ward.py` show both).
 
 This is plain NumPy in float64, written independently of the op, so that each checks the other. Only this part

@@ -1,7 +1,7 @@
 """Ward's clustering with a weight per point, exact and in order of cost, in plain NumPy.
 
 The op computes the costs of a merged pair from its mean; this file computes them from the costs of its two
-parts, by the formula of Lance and Williams (`docs/math.md`, section 5), so that each checks the other.
+parts, by the formula of Lance and Williams (`docs/method/math.md`, section 5), so that each checks the other.
 """
 
 from __future__ import annotations

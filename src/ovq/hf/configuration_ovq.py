@@ -61,7 +61,7 @@ class OVQConfig(PreTrainedConfig):
             `"full_attention"` and `"ovq"`. None: only `"sliding_attention"`.
         logn_length: tokens beyond which layers that read ever more of them, those with full attention and
             dictionaries, scale their logits with the logarithm of the place of the token that reads; None to
-            leave them. Best the length of the training texts (docs/math.md, section 9).
+            leave them. Best the length of the training texts (docs/method/math.md, section 9).
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: use the embedding as the output layer too.
         mixer_types: one mixer per layer, from `ovq.layers.MIXERS`. None: `"sliding_attention"` and `"ovq"`
@@ -200,7 +200,7 @@ class OVQConfig(PreTrainedConfig):
 
         Its dictionary is kept by the paper's rule while it is trained, and a merge gate says what each token
         counts for in it. Once it is trained, `OVQForCausalLM.ask_as_recommended` has the dictionary kept by
-        the rule that recalls most (docs/training.md).
+        the rule that recalls most (docs/use/training.md).
 
         Args:
             fields: all other fields, such as sizes. `forget_gate=True` lowers the loss of a language model

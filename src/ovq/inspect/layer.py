@@ -2,7 +2,7 @@
 
 The dictionary is carried from chunk to chunk by `slot_assignments`, so it is the one that the layer had,
 whatever the rule that keeps it. The weights of the queries are computed here once more, in float32 and by the
-formula of `docs/math.md` (1), because the op never forms them.
+formula of `docs/method/math.md` (1), because the op never forms them.
 """
 
 from __future__ import annotations

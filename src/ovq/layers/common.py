@@ -44,8 +44,8 @@ def l2_normalize(x: Tensor) -> Tensor:
 class QKNorm(nn.Module):
     """L2 normalisation of queries and keys, with a learned temperature `beta` per query head.
 
-    Logits are `scale * q.k` with `scale = beta * sqrt(head_dim)` and `beta` initially 1 (`docs/math.md`,
-    section 1).
+    Logits are `scale * q.k` with `scale = beta * sqrt(head_dim)` and `beta` initially 1
+    (`docs/method/math.md`, section 1).
 
     Args:
         num_heads: query heads H.

@@ -16,7 +16,7 @@ class MergeGate(nn.Module):
     """The weight with which each token enters the dictionary, per key/value head: 1 + elu(W x), above 0.
 
     W starts at zero, so that every token counts 1 at first. As in KVM (arXiv 2605.09877, see
-    `docs/mixers.md`), the gate is a function of the input of the layer.
+    `docs/method/mixers.md`), the gate is a function of the input of the layer.
 
     Args:
         hidden_size: width of the model.

@@ -21,7 +21,8 @@ def check_logn_length(length: int | None) -> None:
 def logn_factor(place: int, length: int) -> float:
     """What the logits of the token at `place` (from 1) in its row are multiplied by.
 
-    It is log `place` / log `length` beyond `length` tokens, and 1 up to there (`docs/math.md`, section 9).
+    It is log `place` / log `length` beyond `length` tokens, and 1 up to there
+    (`docs/method/math.md`, section 9).
 
     Example:
         >>> logn_factor(256, 256), logn_factor(65536, 256)

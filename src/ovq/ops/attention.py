@@ -94,7 +94,7 @@ def ovq_attention(
     Raises:
         ValueError: if an argument does not fit; the message says what was expected and what was found.
 
-    Source: arXiv 2602.03922; `docs/math.md` says which choices are this project's.
+    Source: arXiv 2602.03922; `docs/method/math.md` says which choices are this project's.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 40, 2, 8).unbind()

@@ -2,7 +2,8 @@
 
 A softmax stays what it is if all weights are multiplied by one number. So a token of factor f need not touch
 the dictionary: it and the tokens after it count 1 / f times as much instead, and when the chunk is complete,
-everything is scaled once (`docs/math.md`, section 10). Backends see weights of tokens and of slots, no more.
+everything is scaled once (`docs/method/math.md`, section 10). Backends see weights of tokens
+and of slots, no more.
 
 Weights are the same to the last bit however a chunk is split into calls, so that keys which repeat go to the
 same slots: logs are added up in float64, one after the other, and what was 1 / f is scaled at the end in a

@@ -1,7 +1,8 @@
 """The reference: OVQ attention in plain loops, one row, one head, one token at a time.
 
-It is written to be read beside the algorithm (`docs/math.md`), and every other backend is tested against it.
-It puts clarity before speed, works in any floating-point dtype and is differentiated by ordinary autograd.
+It is written to be read beside the algorithm (`docs/method/math.md`), and every other backend is
+tested against it. It puts clarity before speed, works in any floating-point dtype and is differentiated by
+ordinary autograd.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which slots and tokens the reference merges, by the rules that merge pairs (`docs/math.md`, section 5)."""
+"""What the reference merges by the rules that merge pairs (`docs/method/math.md`, section 5)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """merge="nearest" for many heads at once: the shortest edges from items to their nearest ones, in parts.
 
-Single linkage, cut off when enough is merged (`docs/math.md`, section 5): some of the items, the *movers*,
-each look for the item nearest to them, and the shortest of these edges are taken, half of what is due at
-first. What they have joined looks again before the next ones are taken. That is a matrix product with all
-movers, a few small ones, and as many selections of edges. As in routing, what a float32 product cannot tell
-apart is decided again in float64.
+Single linkage, cut off when enough is merged (`docs/method/math.md`, section 5): some of the items, the
+*movers*, each look for the item nearest to them, and the shortest of these edges are taken, half of
+what is due at first. What they have joined looks again before the next ones are taken. That is a matrix
+product with all movers, a few small ones, and as many selections of edges. As in routing, what a float32
+product cannot tell apart is decided again in float64.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ NO_WEIGHT = 3.0
 # Distances are at most 4 times that.
 NO_DISTANCE = 5.0
 # The power of a b / (a + b) by which the distance of two items of masses a and b counts where the shortest
-# edges are taken (docs/results/rules.md), and for the weights of expected use (docs/convert_results.md).
+# edges are taken (docs/results/rules.md), and for the weights of expected use (docs/results/convert.md).
 MASS_POWER = 1 / 3
 # In how many parts they are taken, each but the last half of what is due, rounded up.
 NUM_PARTS = 4

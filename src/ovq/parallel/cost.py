@@ -1,7 +1,7 @@
 """What context parallelism sends between ranks and how long they wait, compared with ring attention.
 
-This is computed from the shapes of a model, which is not run and takes no memory. `docs/scaling.md` has the
-formulae and the numbers for a million tokens; `benchmarks/context_parallel_cost.py` prints them.
+This is computed from the shapes of a model, which is not run and takes no memory. `docs/use/scaling.md` has
+the formulae and the numbers for a million tokens; `benchmarks/context_parallel_cost.py` prints them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Serve a model to many clients at once through OpenAI's API: `ovq serve`, described in docs/serving.md.
+"""Serve a model to many clients at once through OpenAI's API: `ovq serve`, described in docs/use/serving.md.
 
 From the model outwards:
 

@@ -1,6 +1,6 @@
 /* The backward of one chunk: rewinds the dictionary, then goes through it tile of slots by tile of slots.
 
-   Probabilities are computed again from the log-sum-exp of each query (docs/math.md). A tile of slots stays in the
+   Probabilities are computed again from the log-sum-exp of each query (docs/method/math.md). A tile of slots stays in the
    cache while all queries of the chunk pass over it; what queries collect adds up over the tiles. */
 #pragma once
 

@@ -1,7 +1,7 @@
 /* Which slot each key of a complete chunk goes to, and the merge.
 
    Scores are products in float32; whatever lies within their rounding error of the best is decided again in
-   float64, so that every backend assigns alike (docs/math.md). */
+   float64, so that every backend assigns alike (docs/method/math.md). */
 #pragma once
 
 #include "merged_slots.h"

@@ -1,5 +1,5 @@
 /* merge="nearest": after a chunk, some slots and all tokens look for the item nearest to them, and the shortest of these
-   edges are taken, in a few parts: what has joined looks again before the next (docs/math.md, section 5).
+   edges are taken, in a few parts: what has joined looks again before the next (docs/method/math.md, section 5).
 
    Searches are in nearest_search.h and shared by a team of threads; what is here is done by one of them. */
 #pragma once

@@ -2,7 +2,7 @@
 
    Items are columns: [slots | tokens | joined], each part padded to whole panels. What has joined is a new column, its
    mean; the columns of its parts are gone. A tile of items is multiplied with all columns, block by block, and nothing of
-   that is kept but what may be nearest, which is decided in float64 (docs/math.md, section 5). */
+   that is kept but what may be nearest, which is decided in float64 (docs/method/math.md, section 5). */
 #pragma once
 
 #include "clusters.h"

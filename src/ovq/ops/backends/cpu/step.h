@@ -167,7 +167,7 @@ static void make_heads(const Layer *layer, int64_t row, int64_t head, int64_t nu
         unit_vector(x + i * dim, layer->cos, layer->sin, dim, x + i * dim);
 }
 
-/* What the token of a row counts for in a head: what the gates say (docs/math.md, sections 8 and 10). */
+/* What the token of a row counts for in a head: what the gates say (docs/method/math.md, sections 8 and 10). */
 static float token_weight(const Layer *layer, const float *x, int64_t stream, int64_t head) {
     float weight = 1;
     if (layer->gate) {

@@ -6,7 +6,7 @@ decides which slots its tokens go to; (3) adds them to the sums of these slots.
 The only thing that the backward keeps per chunk is the slot of each token. It walks the chunks in reverse and
 *rewinds* the dictionary: with the assignments fixed, the sums are linear in the keys and values, so
 subtracting a chunk gives the dictionary that its queries read, and the gradient of the sums only accumulates
-(`docs/math.md`). Probabilities are computed again, which is faster than storing and reading them back.
+(`docs/method/math.md`). Probabilities are computed again, which is faster than storing and reading them back.
 
 The `cpu` backend does the same in compiled code, several times as fast.
 """

@@ -1,7 +1,7 @@
 """The `triton` backend: kernels for GPUs, imported only when a call asks for them.
 
 This file imports neither Triton nor the kernels: it says whether they can run a call, and if not, why.
-Start reading at `launch.py`; `docs/triton.md` says how the work is divided and what limits its speed.
+Start reading at `launch.py`; `docs/method/triton.md` says how the work is divided and what limits its speed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Weights of tokens: what the kernels are told of them, and what the backward needs beside them.
 
 Taking a token back from a float32 sum leaves an error of the size of its rounding, which may be all that a
-slot of little weight holds (`docs/math.md`, section 8). So where tokens have weights, the forward keeps the
-slots that a chunk changes as they were, and the backward puts them back.
+slot of little weight holds (`docs/method/math.md`, section 8). So where tokens have weights, the forward
+keeps the slots that a chunk changes as they were, and the backward puts them back.
 """
 
 from __future__ import annotations
