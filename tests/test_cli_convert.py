@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ovq.cli import main
 from ovq.convert import load
-from ovq.text import byte_tokenizer
+from ovq_lab.text import byte_tokenizer
 from tests.convert.common import SIZES, original
 from tests.test_cli import fail, run
 

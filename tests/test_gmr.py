@@ -11,10 +11,10 @@ from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import check_estimator
 
-from ovq.gmr import ASSIGNMENTS, GaussianMixtureRegressor
 from ovq.ops import ovq_attention
 from ovq.ops.ablation import BIASES
 from ovq.ops.schedule import GROWTHS
+from ovq_lab.gmr import ASSIGNMENTS, GaussianMixtureRegressor
 from tests.ops.common import attend, inputs
 
 SLOTS, CHUNK, SCALE = 12, 8, 3.0
@@ -266,8 +266,8 @@ def test_values_of_another_width_are_refused():
 
 
 def test_without_scikit_learn_the_import_says_what_to_install(monkeypatch):
-    for name in ("ovq.gmr", "ovq.gmr.regressor"):
+    for name in ("ovq_lab.gmr", "ovq_lab.gmr.regressor"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn.base", None)
-    with pytest.raises(ImportError, match=r"ovq.gmr: expected scikit-learn.*pip install 'ovq\[theory\]'"):
-        importlib.import_module("ovq.gmr")
+    with pytest.raises(ImportError, match=r"ovq_lab.gmr: expected scikit-learn.*pip install 'ovq\[theory\]'"):
+        importlib.import_module("ovq_lab.gmr")

@@ -5,9 +5,9 @@ import pytest
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.utils.estimator_checks import check_estimator
 
-from ovq.gmr import GaussianMixtureRegressor
-from ovq.gmr.ward import ward_clusters
 from ovq.ops import ovq_attention
+from ovq_lab.gmr import GaussianMixtureRegressor
+from ovq_lab.gmr.ward import ward_clusters
 from tests.ops.common import attend, by_turns
 from tests.test_gmr import CHUNK, OPTIONS, SCALE, blobs, stream
 

@@ -14,20 +14,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ovq.cli.dictionaries import parse
 from ovq.convert import MemoryConfig
-from ovq.eval.dictionaries import dictionaries_to_test
-from ovq.eval.rows import model_label
 from ovq.hf import OVQConfig, OVQForCausalLM, build_context, context_info, load_context, save_context
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.layers import OVQAttention
 from ovq.ops import ablation, options
-from ovq.research.bench.workloads import contenders
-from ovq.research.reproduce.plan import run_name
-from ovq.train.carry import load_lanes
-from ovq.train.config import RunConfig
-from ovq.train.recipes import get_recipe
+from ovq_lab.bench.workloads import contenders
+from ovq_lab.cli.dictionaries import parse
+from ovq_lab.eval.dictionaries import dictionaries_to_test
+from ovq_lab.eval.rows import model_label
+from ovq_lab.figures.plan import run_name
+from ovq_lab.train.carry import load_lanes
+from ovq_lab.train.config import RunConfig
+from ovq_lab.train.recipes import get_recipe
 
 SAVED = Path(__file__).parent / "saved"
 FILES = ("config.json", "run_config.json")

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ovq.convert import attach
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY, StateCache
-from ovq.layers import MIXERS, OVQAttention
+from ovq.layers import OVQAttention
+from ovq_lab.mixers import MIXERS
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.program import Impossible, Program
 

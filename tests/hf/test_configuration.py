@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ovq.hf import OVQConfig, OVQForCausalLM, OVQModel
 from ovq.hf.equal_sizes import EQUAL_SIZES
-from ovq.layers import MIXERS
+from ovq_lab.mixers import MIXERS
 from tests.hf.common import BASELINES, SIZES, make_config, random_ids
 
 
@@ -20,6 +20,9 @@ def test_defaults_alternate_sliding_window_and_ovq_with_rope_on_the_window_only(
     assert config.rope_mixers == ["sliding_attention"]
     assert config.num_key_value_heads == config.num_attention_heads
     assert config.head_dim == config.hidden_size // config.num_attention_heads
+
+
+VQ = {"mixer_types": ["vq"] * 4}
 
 
 @pytest.mark.parametrize("mixer", MIXERS.values())
@@ -74,8 +77,8 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
         ({"kda_value_dim": 0}, "kda_value_dim: expected at least 1, found 0"),
         ({"mesa_steps": 0}, "mesa_steps: expected at least 1, found 0"),
         ({"delta_value_dim": 0}, "delta_value_dim: expected at least 1, found 0"),
-        ({"vq_decay": 1.0}, r"vq_decay: expected a number in \[0, 1\), found 1.0"),
-        ({"commitment_weight": -1}, "commitment_weight: expected at least 0, found -1"),
+        ({**VQ, "vq_decay": 1.0}, r"vq_decay: expected a number in \[0, 1\), found 1.0"),
+        ({**VQ, "commitment_weight": -1}, "commitment_weight: expected at least 0, found -1"),
         ({"growth": "fast"}, "growth: expected one of .* found 'fast'"),
         ({"init": "zeros"}, "init: expected one of .* found 'zeros'"),
         ({"ablation": {"bias": "norm"}}, r"bias: expected one of .* found 'norm'"),
@@ -194,4 +197,4 @@ def test_a_saved_field_of_a_wrong_type_is_a_value_error_that_names_it(tmp_path, 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0])
 def test_numbers_that_are_none_or_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected"):
-        make_config(**{name: value})
+        make_config(**VQ, **{name: value})

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pi
 from ovq.hf import OVQConfig, OVQForCausalLM, OVQModel
 from ovq.hf.auto_map import AUTO_MAP, MODULE_FILE
 from ovq.hf.card import CARD_FILE, is_untouched, model_card, save_card
-from ovq.text import byte_tokenizer
+from ovq_lab.text import byte_tokenizer
 from tests.hf.common import BASELINES, make_config, make_model, random_ids
 
 FRESH = """

@@ -8,7 +8,7 @@ from ovq.hf import OVQConfig, OVQForCausalLM, build_context, load_context, save_
 from ovq.layers import OVQAttention, SequenceLayout
 from ovq.layers.gates import ForgetGate
 from ovq.parallel.segment import Segment
-from ovq.train.recipes import get_recipe
+from ovq_lab.train.recipes import get_recipe
 
 GATES = {
     "merge": {"merge_gate": True},

@@ -6,23 +6,25 @@ import pytest
 import torch
 
 from ovq.layers import (
-    MIXERS,
     ConstantStateMixer,
     FullAttention,
     GatedDeltaNet,
+    Mamba2,
+    MixerCache,
+    OVQAttention,
+    SinkAttention,
+    SlidingWindowAttention,
+)
+from ovq.layers.memory import of_rows
+from ovq_lab.mixers import (
+    MIXERS,
     KimiDeltaAttention,
     KVMAttention,
     LinearAttention,
-    Mamba2,
     MesaNet,
-    MixerCache,
-    OVQAttention,
     RavenAttention,
-    SinkAttention,
-    SlidingWindowAttention,
     VQAttention,
 )
-from ovq.layers.memory import of_rows
 
 HIDDEN, TOKENS, ROWS = 24, 23, 3
 MAKERS = {

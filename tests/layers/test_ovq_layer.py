@@ -5,10 +5,11 @@ import inspect
 import pytest
 import torch
 
-from ovq.layers import MIXERS, FullAttention, OVQAttention, mixer_class
+from ovq.layers import FullAttention, OVQAttention, mixer_class
 from ovq.layers.ovq import LEARNING_OPTIONS
 from ovq.ops import ovq_attention
 from ovq.ops.schedule import GROWTHS, slots_by_chunk
+from ovq_lab.mixers import MIXERS
 
 
 def twins(**options):

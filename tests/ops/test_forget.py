@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovq.ops import OVQState, backend_used, dispatch, ovq_attention, slot_assignments
+from ovq.ops import OVQState, backend_used, ovq_attention, slot_assignments
+from ovq.ops.backends import BACKENDS as BY_NAME
 from ovq.ops.fading import LEAST_LOG, LEAST_WEIGHT
 from ovq.ops.serialization import upgraded
 from ovq.ops.state import state_tensors
@@ -354,8 +355,8 @@ def test_all_chunks_in_one_call_give_what_they_give_one_by_one(merge, rate, back
     mask = torch.ones(2, 300)
     mask[1, :27] = 0
     options["attention_mask"] = mask
-    num_calls, run_backend = [], dispatch._run
-    monkeypatch.setattr(dispatch, "_run", lambda *args: num_calls.append(1) or run_backend(*args))
+    num_calls, run_backend = [], BY_NAME[backend].run
+    monkeypatch.setattr(BY_NAME[backend], "run", lambda *args: num_calls.append(1) or run_backend(*args))
     expected, after = in_pieces(tensors, options)
     assert len(num_calls) == 19
     o, state = run(tensors, options)

@@ -187,7 +187,7 @@ def test_a_step_unlike_the_last_one_is_checked():
     # A state without weights does not tell a step with them what to do.
     plain = dataclasses.replace(state, weight=None, pending_weights=None)
     plain = attend(**step, initial_state=plain, **options)[1]
-    assert plain._next is not None
+    assert plain._step is not None
     _, found = attend(**step, token_weights=weights, initial_state=plain, **options)
     assert found.weight is not None
 

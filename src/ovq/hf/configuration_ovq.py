@@ -16,13 +16,9 @@ from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.hf.recommended import fields_to_train
 from ovq.layers import defaults
 from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
-from ovq.layers.kvm import checked_rope_dim
-from ovq.layers.kvm_state import KVMSchedule
 from ovq.layers.logn import check_logn_length
 from ovq.layers.ovq import LEARNING_OPTIONS
-from ovq.layers.raven import checked_slots
 from ovq.layers.registry import mixer_class
-from ovq.layers.vq import check_vq
 from ovq.ops.ablation import NAMES, Ablation, with_ablation, with_earlier_names
 from ovq.ops.options import Options, current_merge, default_growth
 
@@ -173,7 +169,7 @@ class OVQConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in the fields that depend on others, then check all."""
+        """Fill in the fields that depend on others, and check all."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.mixer_types is None:
@@ -190,8 +186,6 @@ class OVQConfig(PreTrainedConfig):
         self.ablation = ablation.changes
         _refuse_misspelt(kwargs, own_fields=OVQConfig.__annotations__)
         self._check()
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -341,19 +335,15 @@ class OVQConfig(PreTrainedConfig):
                     raise ValueError(f"{field}: {error}") from error
         if fixed := sorted(name for name in self.rope_mixers if not mixer_class(name).supports_rope):
             raise ValueError(f"rope_mixers: expected mixers that have rotary embedding, found {fixed}")
-        head_dim = checked_head_dim(
+        self.head_dim = checked_head_dim(
             self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
         )
         check_conv_size(self.conv_size)
         check_logn_length(self.logn_length)
         if any(name in self.rope_mixers for name in self.mixer_types):
-            check_rotary(head_dim)
-        if "kvm" in self.mixer_types:
-            KVMSchedule.of(self)
-            checked_rope_dim(head_dim, self.kvm_rope_dim)
-        if "raven" in self.mixer_types:
-            checked_slots(head_dim, self.raven_slots, self.raven_top_k)
-        check_vq(self.num_slots, self.chunk_size, self.vq_decay, self.commitment_weight)
+            check_rotary(self.head_dim)
+        for name in dict.fromkeys(self.mixer_types):
+            mixer_class(name).check_config(self)
         options: dict[str, Any] = {name: getattr(self, name) for name in LEARNING_OPTIONS}
         options["ablation"] = ablation = Ablation.of(self.ablation)
         # Refuse what the op would refuse.

@@ -20,8 +20,7 @@ from ovq.layers.products import is_plain
 from ovq.ops import SlotAssignments, ovq_attention, slot_assignments
 from ovq.ops.ablation import NAMES, Ablation, with_earlier_names
 from ovq.ops.backends.cpu import TokenMemory, memory_of_slots
-from ovq.ops.next_step import settings_of
-from ovq.ops.options import Options, current_merge, default_growth
+from ovq.ops.options import Options, current_merge, default_growth, options_of, weighing_chunk
 from ovq.ops.schedule import scheduled_slots
 from ovq.ops.serialization import check_tensors as check_state_tensors
 from ovq.ops.serialization import names_of
@@ -205,8 +204,10 @@ class OVQAttention(AttentionMixer):
         state, gate, forget_gate = cache.state, self.merge_gate, self.forget_gate
         if not is_plain(self, OVQAttention) or self._record is not None:
             return None
-        step = None if layout.bounds is not None or state is None else state._next
-        if step is None or step.dtype != torch.float32:
+        step = None if layout.bounds is not None or state is None else state._step
+        if step is None or step.dtype != torch.float32 or self.backend not in ("auto", step.backend):
+            return None
+        if step.shapes[0][2] != self.num_heads:
             return None
         if (forget_gate is None) != (state.pending_forget is None):
             return None
@@ -215,13 +216,14 @@ class OVQAttention(AttentionMixer):
         for each, kind in ((gate, MergeGate), (forget_gate, ForgetGate)):
             if each is not None and not (is_plain(each, kind) and each.weight.is_contiguous()):
                 return None
-        settings = settings_of(**self._sizes, **self.learning, backend=self.backend, scale=Tensor)
-        if not step.continues(state, settings):
+        options = options_of(**self._sizes, **self.learning, seed=0)
+        if forget_gate is not None:
+            options = weighing_chunk(options)
+        if not step.continues(state, options):
             return None
         return memory_of_slots(
             state,
             step,
-            num_heads=self.num_heads,
             gate=None if gate is None else gate.weight,
             forget_gate=None if forget_gate is None else (forget_gate.weight, forget_gate.bias),
         )

@@ -24,9 +24,7 @@ from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call, RowBounds
 from ovq.ops.checks import check_kv, checked_call, checked_scale
-from ovq.ops.fading import checked_log_forget
-from ovq.ops.forget import forgetful_call
-from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
+from ovq.ops.options import VALUE_WEIGHT, options_of
 from ovq.ops.precision import full_precision
 from ovq.ops.random_init import seed_of
 from ovq.ops.state import OVQState
@@ -179,10 +177,10 @@ def slot_assignments(
         (torch.Size([1, 2, 40]), 10, [[40, 40]])
     """
     check_kv(k, v)
-    options = Options(
+    options = options_of(
         num_slots=num_slots,
         chunk_size=chunk_size,
-        growth=default_growth(merge) if growth is None else growth,
+        growth=growth,
         init=init,
         merge=merge,
         ablation=with_earlier_names(ablation, earlier_names, slot_assignments),
@@ -191,31 +189,23 @@ def slot_assignments(
     )
     if backend not in ("auto", *_LEARN):
         raise ValueError(f"backend: expected one of {('auto', *_LEARN)}, found {backend!r}")
-    tensors = k, v, token_weights, log_forget
-    return _slot_assignments(*tensors, initial_state, attention_mask, cu_seqlens, options, backend)
+    given: dict[str, Any] = {
+        "initial_state": initial_state,
+        "attention_mask": attention_mask,
+        "cu_seqlens": cu_seqlens,
+        "token_weights": token_weights,
+        "log_forget": log_forget,
+    }
+    # Keys stand in for the queries, which only give the call its shape.
+    return _slot_assignments({"q": k, "k": k, "v": v, "options": options, **given}, backend)
 
 
 @uncompiled
 @torch.no_grad()
-def _slot_assignments(
-    k: Tensor,
-    v: Tensor,
-    token_weights: Tensor | None,
-    log_forget: Tensor | None,
-    initial_state: OVQState | None,
-    attention_mask: Tensor | RowBounds | None,
-    cu_seqlens: Tensor | None,
-    options: Options,
-    backend: str,
-) -> SlotAssignments:
-    """`slot_assignments` after all arguments but those of rows and state have been checked."""
-    # Keys stand in for the queries, which only give the call its shape.
-    scale = checked_scale(None, k)
-    call = checked_call(
-        k, k, v, scale, initial_state, True, attention_mask, cu_seqlens, options, token_weights
-    )
-    if log_forget is not None or call.state.pending_forget is not None:
-        call = forgetful_call(call, checked_log_forget(log_forget, call))
+def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
+    """`slot_assignments` of arguments of `checked_call`."""
+    k, v = given["k"], given["v"]
+    call = checked_call(**given, scale=checked_scale(None, k), wants_state=True)
     learn = _LEARN[chosen(backend, call, tuple(_LEARN))]
     before, plan = planned(call, group_size=1)
     chunks_k = plan.aligned.align(k, before.pending_keys)

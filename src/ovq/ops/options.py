@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import warnings
 
+import torch
+
 from ovq.fields import is_finite
 from ovq.ops.ablation import UNCHANGED, Ablation
 from ovq.ops.schedule import GROWTHS
@@ -102,6 +104,64 @@ class Options:
     def count_power(self) -> float:
         """The power of c_a c_b / (c_a + c_b) in the cost of merging two items, by a rule that has costs."""
         return COUNT_POWERS[self.merge]
+
+
+def options_of(
+    *,
+    num_slots: int,
+    chunk_size: int,
+    growth: str | None,
+    init: str,
+    merge: str,
+    ablation: Ablation,
+    value_weight: float,
+    seed: int,
+) -> Options:
+    """`Options` with these fields, with the growth that `merge` is meant for if it is None.
+
+    Of equal fields these are the same object, which is checked once, and recognized in no time.
+    """
+    fields = (num_slots, chunk_size, growth, init, merge, ablation, value_weight, seed)
+    # In a graph that is being made nothing can be looked up.
+    if torch.compiler.is_compiling():
+        return _options_of(*fields)
+    try:
+        return _known_options_of(*fields)
+    except TypeError:
+        # What is no value of any option cannot be looked up either: it is refused.
+        return _options_of(*fields)
+
+
+def _options_of(
+    num_slots: int,
+    chunk_size: int,
+    growth: str | None,
+    init: str,
+    merge: str,
+    ablation: Ablation,
+    value_weight: float,
+    seed: int,
+) -> Options:
+    return Options(
+        num_slots=num_slots,
+        chunk_size=chunk_size,
+        growth=default_growth(merge) if growth is None else growth,
+        init=init,
+        merge=merge,
+        ablation=ablation,
+        value_weight=value_weight,
+        seed=seed,
+    )
+
+
+# By type, because 1 is equal to True, which is no size.
+_known_options_of = functools.lru_cache(maxsize=256, typed=True)(_options_of)
+
+
+@functools.lru_cache(maxsize=256)
+def weighing_chunk(options: Options) -> Options:
+    """The options by which tokens of the own chunk are read with their weights; likewise the same object."""
+    return dataclasses.replace(options, weighs_chunk=True)
 
 
 def can_merge_best(merge: str, *, init: str, rate: float | str) -> bool:

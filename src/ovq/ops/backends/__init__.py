@@ -45,12 +45,6 @@ BACKENDS: dict[str, Backend] = {"naive": naive, "torch": torch, "cpu": cpu, "tri
 NAMES = ("auto", *BACKENDS)
 
 
-def check_name(name: str) -> None:
-    """Raise ValueError unless `name` is that of a backend, or `"auto"`."""
-    if name not in NAMES:
-        raise ValueError(f"backend: expected one of {NAMES}, found {name!r}")
-
-
 def refusal(name: str, q: Tensor, v: Tensor, options: Options, gates: Iterable[str] = ()) -> str | None:
     """Why a backend cannot run calls with such tensors, options and gates; None if it can."""
     backend = BACKENDS[name]
@@ -68,13 +62,17 @@ def chosen(name: str, call: Call, preferred: Sequence[str] | None = None) -> str
     Raises:
         ValueError: if the requested backend, or for `"auto"` every backend, cannot run the call; says why.
     """
-    check_name(name)
     if name != "auto":
         if reason := refusal(name, call.q, call.v, call.options, call.gates):
             raise ValueError(f"backend: {name!r}: {reason}")
         return name
-    for each in preferred or ("triton" if call.q.is_cuda else "cpu", "torch", "naive"):
+    for each in preferred or _preferred(call):
         reason = refusal(each, call.q, call.v, call.options, call.gates)
         if reason is None:
             return each
     raise ValueError(f"backend: {each!r}, the last that 'auto' tries: {reason}")
+
+
+def _preferred(call: Call) -> Sequence[str]:
+    """The backends that `"auto"` tries, in order."""
+    return "triton" if call.q.is_cuda else "cpu", "torch", "naive"

@@ -15,7 +15,7 @@ from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve, 
 from ovq.ops.backends.cpu.decode import decode_step
 from ovq.ops.backends.cpu.kernels import (
     DTYPES,
-    compiled_attention,
+    CompiledAttention,
     cpu_kernels,
     is_available,
     learn_and_say,
@@ -37,7 +37,6 @@ from ovq.ops.backends.cpu.linear import (
     few_products,
     has_faster_products,
     linear_in_graph,
-    mlp_step,
     product,
 )
 from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
@@ -80,7 +79,6 @@ __all__ = [
     "memory_of_slots",
     "memory_of_window",
     "missing",
-    "mlp_step",
     "output_step",
     "packed",
     "product",
@@ -110,4 +108,4 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
     if call.is_decoding:
         # The other kernel would copy the whole dictionary for a single read.
         return decode_step(call)
-    return in_chunks(call, compiled_attention)
+    return in_chunks(call, CompiledAttention.apply)

@@ -54,33 +54,16 @@ def is_available() -> bool:
     return True
 
 
-def compiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    key_sum: Tensor,
-    value_sum: Tensor,
-    count: Tensor,
-    plan: Plan,
-    *,
-    token_weights: Tensor | None = None,
-    weight: Tensor | None = None,
-    fading: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """`chunk_attention` run by the kernels; arguments, results and the rewinding backward are the same.
+class CompiledAttention(torch.autograd.Function):
+    """`ChunkAttention` run by the kernels; arguments, results and the rewinding backward are the same.
 
     With `fading` `[num_chunks, Hkv]` (`Frames`) there are no gradients.
     """
-    tensors = (q, k, v, scale, key_sum, value_sum, count, token_weights, weight, fading)
-    o, *sums = _CompiledAttention.apply(*tensors, plan)
-    return (o, *(x for x in sums if x is not None))
 
-
-class _CompiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        plan: Plan,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -88,11 +71,11 @@ class _CompiledAttention(torch.autograd.Function):
         key_sum: Tensor,
         value_sum: Tensor,
         count: Tensor,
-        token_weights: Tensor | None,
-        weight: Tensor | None,
-        fading: Tensor | None,
-        plan: Plan,
+        token_weights: Tensor | None = None,
+        weight: Tensor | None = None,
+        fading: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
+        """One call of the kernels."""
         q, k, v = (dense(x) for x in (q, k, v))
         sums = Dictionary(key_sum, value_sum, count, weight).clone()
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
@@ -116,7 +99,7 @@ class _CompiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
-        # The gradient of the final sums becomes that of the initial ones.
+        """One call of the kernels: the gradient of the final sums becomes that of the initial ones."""
         # Read once: under activation checkpointing, torch refuses a second time.
         saved = ctx.saved_tensors
         q, k, v, scale, token_weights, o, *of_sums, lse, slots = saved[:12]
@@ -144,7 +127,7 @@ class _CompiledAttention(torch.autograd.Function):
         call.point(weight_deposit=weight_deposit, grad_weights=grad_weights)
         call.run("ovq_backward")
         of_inputs = (*grads, grad_scale.sum(0).to(scale.dtype))
-        return *of_inputs, key_deposit, value_deposit, None, grad_weights, weight_deposit, None, None
+        return None, *of_inputs, key_deposit, value_deposit, None, grad_weights, weight_deposit
 
 
 def learn(

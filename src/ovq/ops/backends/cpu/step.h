@@ -120,31 +120,6 @@ extern "C" void ovq_output_step(int64_t num_threads, int64_t num, int64_t dim, i
     });
 }
 
-/* The MLP of a layer: y = x + down(silu(gate z) up z), z = norm(x). */
-struct Mlp {
-    int64_t inner;
-    float eps;
-    const float *norm;
-    Matrix gate, up, down;
-};
-
-/* For a few tokens x [num, dim]: the second half of a layer. `scratch` has num (dim + 3 inner) floats. */
-static void add_mlp(Worker worker, int64_t num, int64_t dim, const Mlp *mlp, const float *x, float *scratch, float *y) {
-    const int64_t inner = mlp->inner;
-    float *normed = scratch, *halves = normed + num * dim, *gated = halves + num * 2 * inner;
-    normalise(worker, num, dim, mlp->eps, x, mlp->norm, normed);
-    multiply_gated(worker, num, dim, inner, normed, &mlp->gate, &mlp->up, halves, gated);
-    multiply(worker, num, inner, dim, gated, &mlp->down, x, y, dim);
-    worker.wait();
-}
-
-extern "C" void ovq_mlp_step(int64_t num_threads, int64_t num, int64_t dim, int64_t inner, float eps, const float *x,
-                             const float *norm, const float *gate_up, const float *down, float *scratch, float *y) {
-    const Mlp mlp = {inner, eps, norm, plain_matrix(gate_up), plain_matrix(gate_up + inner * dim), plain_matrix(down)};
-    parallel(threads_for(num_threads, inner * dim),
-             [=, &mlp](Worker worker) { add_mlp(worker, num, dim, &mlp, x, scratch, y); });
-}
-
 /* The short convolution of one token x [num] of `num` channels: y from x and `past` [num, taps - 1], the inputs before
    it, of which `last` are those after it. `weight` is [num, taps]; y may be x. */
 INLINE void convolve_token(int64_t num, int64_t num_taps, const float *x, const float *past, const float *weight,
@@ -334,6 +309,17 @@ static int read_group(const Layer *layer, const HeadGroup *group, int64_t row, i
     return read_stream(&own, row, place);
 }
 
+/* y = x + down(silu(gate z) up z), z = norm(x), for a few tokens x [num, width]: the second half of a layer. `scratch` has
+   num (width + 3 inner) floats. */
+static void add_mlp(Worker worker, const Layer *layer, int64_t num, const float *x, float *scratch, float *y) {
+    const int64_t dim = layer->width, inner = layer->inner;
+    float *normed = scratch, *halves = normed + num * dim, *gated = halves + num * 2 * inner;
+    normalise(worker, num, dim, layer->mlp_eps, x, layer->mlp_norm, normed);
+    multiply_gated(worker, num, dim, inner, normed, &layer->gate, &layer->up, halves, gated);
+    multiply(worker, num, inner, dim, gated, &layer->down, x, y, dim);
+    worker.wait();
+}
+
 /* A worker's share of a layer, x [R, width] in place. `next` is zero, and common to all. */
 static void step_layer(Worker worker, const Layer *layer, char *scratch, float *x, int64_t *next, int *outcome) {
     Arena arena = {scratch, 0};
@@ -373,8 +359,7 @@ static void step_layer(Worker worker, const Layer *layer, char *scratch, float *
     worker.wait();
     multiply(worker, rows, num_heads * memory.value_dim, width, made.read, &layer->o, x, made.mixed, width);
     worker.wait();
-    const Mlp mlp = {layer->inner, (float)layer->mlp_eps, layer->mlp_norm, layer->gate, layer->up, layer->down};
-    add_mlp(worker, rows, width, &mlp, made.mixed, made.of_mlp, x);
+    add_mlp(worker, layer, rows, made.mixed, made.of_mlp, x);
 }
 
 /* One token of each row through layers of one width, x [R, width] in place. Returns DONE; or SPOILT if the weight of a

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ovq.ops.backends.chunks import in_chunks
-from ovq.ops.backends.torch.chunk import chunk_attention
+from ovq.ops.backends.torch.chunk import ChunkAttention
 from ovq.ops.backends.torch.constant_rate import constant_rate_attention
 from ovq.ops.backends.torch.decode import decode_step
 from ovq.ops.backends.torch.learn import learn
@@ -41,6 +41,5 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
     """One token per row without gradients is decoded; everything else goes chunk by chunk."""
     if call.is_decoding:
         return decode_step(call)
-    return in_chunks(
-        call, chunk_attention if call.options.ablation.rate == "count" else constant_rate_attention
-    )
+    is_rewound = call.options.ablation.rate == "count"
+    return in_chunks(call, ChunkAttention.apply if is_rewound else constant_rate_attention)

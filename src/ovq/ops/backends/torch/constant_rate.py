@@ -22,6 +22,7 @@ from ovq.ops.sums import slot_means
 
 
 def constant_rate_attention(
+    plan: Plan,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -29,9 +30,8 @@ def constant_rate_attention(
     key_sum: Tensor,
     value_sum: Tensor,
     count: Tensor,
-    plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`chunk_attention` for a constant rate: the same arguments and results."""
+    """`ChunkAttention` for a constant rate: the same arguments and results."""
     # Nothing can be written in place here, so groups would gain nothing, and all streams go together.
     group = Group(plan, range(len(plan.slots)), range(plan.num_kv_heads))
     sums = group.dictionary(Dictionary(*(x.contiguous() for x in (key_sum, value_sum, count))))

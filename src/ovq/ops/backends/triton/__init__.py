@@ -36,10 +36,10 @@ KNOWN = Known(
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
     """Run a decode step (one token per row, no gradients) in one launch, any other call chunk by chunk."""
     # Imported only here, so that nothing else needs Triton or a GPU.
-    from ovq.ops.backends.triton.chunk import chunk_attention
+    from ovq.ops.backends.triton.chunk import ChunkAttention
     from ovq.ops.backends.triton.decode import decode_step
 
-    return decode_step(call) if call.is_decoding else in_chunks(call, chunk_attention)
+    return decode_step(call) if call.is_decoding else in_chunks(call, ChunkAttention.apply)
 
 
 def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
