@@ -147,11 +147,6 @@ class _Part(NamedTuple):
     module: nn.Module
     kind: type[nn.Module]
 
-    def is_there(self) -> bool:
-        """Whether it is still there, does what its class does, and is not being trained."""
-        module = self.module
-        return self.siblings.get(self.name) is module and is_plain(module, self.kind) and not module.training
-
 
 def _made_step(model: Any, own_class: type) -> _Step | None:
     """The step of a model; None if it is of another kind, or not plain."""
@@ -253,11 +248,11 @@ class _Step:
             return False
         if "forward" in vars(base):
             return False
-        for part in self._parts:
-            if not part.is_there():
+        for siblings, name, module, kind in self._parts:
+            if siblings.get(name) is not module or module.training or not is_plain(module, kind):
                 return False
         for own, name, x, place, version in self._parameters:
-            if own.get(name) is not x or x.data_ptr() != place or (version is None or x._version != version):
+            if own.get(name) is not x or x.data_ptr() != place or version is None or x._version != version:
                 return False
         return True
 
