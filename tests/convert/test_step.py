@@ -16,7 +16,7 @@ from ovq.convert.step import MOST_ROWS
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.rows import Rows
 from ovq.ops import cpu_kernels
-from ovq.ops.backends.cpu import packed
+from ovq.ops.backends.cpu import output_step, packed
 from tests.convert.common import KINDS, MEMORY, SIZES, converted, original, tokens
 
 pytestmark = pytest.mark.skipif(
@@ -163,11 +163,23 @@ def test_models_in_narrow_formats(dtype, steps, by_modules):
     assert 0 < error < most
 
 
-def test_int8_rounds_to_255_steps_per_row():
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.int8], ids=str)
+def test_products_are_those_of_the_rounded_weights(dtype):
+    torch.manual_seed(0)
+    x, norm, weight, bias = torch.randn(7, 1, 150), torch.rand(150), torch.randn(9, 150), torch.randn(9)
+    matrix = packed(weight, bias, dtype)
+    z = nn.functional.rms_norm(x, (150,), norm, 1e-5)
+    expected = nn.functional.linear(z, matrix.dequantised(), bias)
+    torch.testing.assert_close(output_step(x, norm, 1e-5, matrix), expected)
+    torch.testing.assert_close(matrix.dequantised(), weight, rtol=0.01, atol=0.02)
+
+
+def test_int8_rounds_to_steps_of_the_largest_of_64():
     weight = torch.tensor([[127.0, -50.4, 0.5], [0.0, 0.0, 0.0], [-2.54, 0.019, 1.0]])
     matrix = packed(weight, torch.ones(3), torch.int8)
     assert matrix.weight.tolist() == [[127, -50, 0], [0, 0, 0], [-127, 1, 50]]
-    torch.testing.assert_close(matrix.factors[::2], torch.tensor([1.0, 0.02]))
+    torch.testing.assert_close(matrix.factors[::2, 0], torch.tensor([1.0, 0.02]))
+    assert packed(torch.ones(2, 65), None, torch.int8).factors.shape == (2, 2)
     assert packed(weight, None, None).weight.data_ptr() == weight.data_ptr()
 
 

@@ -9,38 +9,48 @@
 /* Vectors that a row of weights is multiplied with while it lies in registers. */
 #define TOKENS (VL == 16 ? 4 : 2)
 
-/* The format of weights that those of numbers.h lack. Mirrored by `INT8` in layer.py. */
+/* The format of weights that those of numbers.h lack. Mirrored by `FORMATS` in weights.py. */
 enum { INT8 = 3 };
+/* Integers of a row that have one factor. Mirrored by `_GROUP` in weights.py. */
+#define GROUP 64
 
-/* Mirrored by `_Matrix` in layer.py: dense rows of weights. `factors` of rows are there where weights are integers. */
+/* Mirrored by `_Matrix` in weights.py: dense rows of weights; where these are integers, with a factor for each GROUP. */
 struct Matrix {
     const void *weight;
-    const float *factors, *bias; /* [rows], or NULL. */
+    const float *factors, *bias; /* [rows, groups], [rows]; or NULL. */
     int64_t format;
 };
 
 static Matrix plain_matrix(const float *weight) { return {weight, nullptr, nullptr, FLOAT32}; }
 
+/* Weights from place i of a row on, as many as `weight` has. */
+template <typename T, typename Number> INLINE Number scaled(Number weight, const float *factors, int64_t i) {
+    if constexpr (std::is_same_v<T, int8_t>) return weight * factors[i / GROUP];
+    return weight;
+}
+
 /* The products of `num` vectors, `dim` floats apart, with a row, by sums that do not wait for each other. */
-template <int num, typename T> INLINE void dots(const float *x, const T *row, int64_t dim, float *y) {
+template <int num, typename T>
+INLINE void dots(const float *x, const T *row, const float *factors, int64_t dim, float *y) {
     Vector sums[num][4] = {};
     int64_t i = 0;
     for (; i + 4 * VL <= dim; i += 4 * VL)
         for (int j = 0; j < 4; j++) {
-            const Vector weight = load_numbers(row + i + j * VL);
+            const Vector weight = scaled<T>(load_numbers(row + i + j * VL), factors, i);
             for (int t = 0; t < num; t++) sums[t][j] += load(x + t * dim + i + j * VL) * weight;
         }
     for (; i + VL <= dim; i += VL)
-        for (int t = 0; t < num; t++) sums[t][0] += load(x + t * dim + i) * load_numbers(row + i);
+        for (int t = 0; t < num; t++)
+            sums[t][0] += load(x + t * dim + i) * scaled<T>(load_numbers(row + i), factors, i);
     for (int t = 0; t < num; t++) {
         y[t] = total((sums[t][0] + sums[t][1]) + (sums[t][2] + sums[t][3]));
-        for (int64_t rest = i; rest < dim; rest++) y[t] += x[t * dim + rest] * as_float(row[rest]);
+        for (int64_t rest = i; rest < dim; rest++) y[t] += x[t * dim + rest] * scaled<T>(as_float(row[rest]), factors, rest);
     }
 }
 
 INLINE float long_dot(const float *a, const float *b, int64_t dim) {
     float y;
-    dots<1>(a, b, dim, &y);
+    dots<1>(a, b, nullptr, dim, &y);
     return y;
 }
 
@@ -50,14 +60,16 @@ template <typename T>
 static void multiply_rows(const Matrix *matrix, const T *weight, int64_t first, int64_t end, int64_t num, int64_t dim,
                           const float *x, const float *added, float *y, int64_t ldy) {
     for (int64_t r = first; r < end; r++) {
-        const float factor = matrix->factors ? matrix->factors[r] : 1, bias = matrix->bias ? matrix->bias[r] : 0;
+        const T *row = weight + r * dim;
+        const float *factors = matrix->factors ? matrix->factors + r * ((dim + GROUP - 1) / GROUP) : nullptr;
+        const float bias = matrix->bias ? matrix->bias[r] : 0;
         float sums[TOKENS];
         for (int64_t t = 0; t < num;) {
             const int64_t n = num - t >= TOKENS ? TOKENS : 1;
-            if (n == TOKENS) dots<TOKENS>(x + t * dim, weight + r * dim, dim, sums);
-            else dots<1>(x + t * dim, weight + r * dim, dim, sums);
+            if (n == TOKENS) dots<TOKENS>(x + t * dim, row, factors, dim, sums);
+            else dots<1>(x + t * dim, row, factors, dim, sums);
             for (int64_t i = 0; i < n; i++, t++) {
-                const float sum = factor * sums[i] + bias;
+                const float sum = sums[i] + bias;
                 y[t * ldy + r] = added ? added[t * ldy + r] + sum : sum;
             }
         }

@@ -6,14 +6,17 @@ import ctypes
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ovq.ops.backends.cpu.kernels import DTYPES
 from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.cpu.tokens import call_kernel
 
-#: Formats of weights: those of numbers, and int8 with a factor for each row, `INT8` of step.h.
+#: Formats of weights: those of numbers, and int8 with factors, `INT8` of step.h.
 FORMATS = (*DTYPES, torch.int8)
+# Neighbours in a row that have one factor, `GROUP` of step.h.
+_GROUP = 64
 # The largest int8 number that has a negative.
 _MOST = 127
 
@@ -23,7 +26,8 @@ class Matrix(NamedTuple):
 
     Attributes:
         weight: `[N, D]` in one of `FORMATS`.
-        factors: `[N]` float32, by which rows of int8 are multiplied; None for other formats.
+        factors: `[N, D / 64]` float32, rounded up, by which neighbours in int8 are multiplied; None for other
+            formats.
         bias: `[N]` float32, or None.
     """
 
@@ -39,7 +43,9 @@ class Matrix(NamedTuple):
             tensor([[1.2700, 0.0100]])
         """
         weight = self.weight.float()
-        return weight if self.factors is None else weight * self.factors[:, None]
+        if self.factors is None:
+            return weight
+        return weight * self.factors.repeat_interleave(_GROUP, 1)[:, : weight.shape[1]]
 
     def call(self, first: int = 0) -> _Matrix:
         """The matrix from row `first` on as kernels take it; its tensors must be kept alive."""
@@ -47,7 +53,7 @@ class Matrix(NamedTuple):
         call = _Matrix(weight=self.weight.data_ptr() + first * size, format=FORMATS.index(self.weight.dtype))
         for name in ("factors", "bias"):
             if (x := getattr(self, name)) is not None:
-                setattr(call, name, x.data_ptr() + first * x.element_size())
+                setattr(call, name, x.data_ptr() + first * x.stride(0) * x.element_size())
         return call
 
 
@@ -65,7 +71,7 @@ class _Matrix(ctypes.Structure):
 def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Matrix:
     """A weight `[N, D]` and its bias `[N]` in a format; a copy only where that is another than the weight's.
 
-    In int8, each row is rounded to 255 steps of equal length, of which the largest number has 127.
+    In int8, 64 neighbours in a row are rounded to steps of equal length, of which the largest number has 127.
 
     Args:
         weight: dense. bias: its bias, or None.
@@ -75,10 +81,12 @@ def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Ma
     weight = weight.detach()
     if dtype is not torch.int8:
         return Matrix(weight.to(weight.dtype if dtype is None else dtype), None, own_bias)
-    wide = weight.float()
-    # Rows of zeros have any factor.
-    factors = (wide.abs().amax(1) / _MOST).clamp(min=torch.finfo(torch.float32).tiny)
-    return Matrix((wide / factors[:, None]).round().to(torch.int8), factors, own_bias)
+    num, dim = weight.shape
+    wide = F.pad(weight.float(), (0, -dim % _GROUP)).view(num, -1, _GROUP)
+    # Zeros have any factor.
+    factors = (wide.abs().amax(2) / _MOST).clamp(min=torch.finfo(torch.float32).tiny)
+    rounded = (wide / factors[..., None]).round().to(torch.int8).view(num, -1)[:, :dim]
+    return Matrix(rounded.contiguous(), factors, own_bias)
 
 
 def output_step(x: Tensor, norm: Tensor, eps: float, weight: Matrix) -> Tensor:
