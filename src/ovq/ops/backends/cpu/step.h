@@ -34,11 +34,23 @@ template <int num, typename T>
 INLINE void dots(const float *x, const T *row, const float *factors, int64_t dim, float *y) {
     Vector sums[num][4] = {};
     int64_t i = 0;
-    for (; i + 4 * VL <= dim; i += 4 * VL)
-        for (int j = 0; j < 4; j++) {
-            const Vector weight = scaled<T>(load_numbers(row + i + j * VL), factors, i);
-            for (int t = 0; t < num; t++) sums[t][j] += load(x + t * dim + i + j * VL) * weight;
+    if constexpr (std::is_same_v<T, int8_t>) {
+        /* Factors are for sums, not for each weight; they are the same for 4 vectors. */
+        for (; i + 4 * VL <= dim; i += 4 * VL) {
+            Vector own[num] = {};
+            for (int j = 0; j < 4; j++) {
+                const Vector weight = load_numbers(row + i + j * VL);
+                for (int t = 0; t < num; t++) own[t] += load(x + t * dim + i + j * VL) * weight;
+            }
+            for (int t = 0; t < num; t++) sums[t][0] += own[t] * factors[i / GROUP];
         }
+    } else {
+        for (; i + 4 * VL <= dim; i += 4 * VL)
+            for (int j = 0; j < 4; j++) {
+                const Vector weight = load_numbers(row + i + j * VL);
+                for (int t = 0; t < num; t++) sums[t][j] += load(x + t * dim + i + j * VL) * weight;
+            }
+    }
     for (; i + VL <= dim; i += VL)
         for (int t = 0; t < num; t++)
             sums[t][0] += load(x + t * dim + i) * scaled<T>(load_numbers(row + i), factors, i);
