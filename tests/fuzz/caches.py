@@ -169,8 +169,7 @@ class CacheProgram(Program):
             kvm_sinks=int(min(self.chunk_size, self.num_slots) > 1),
             conv_size=self.conv_size,
             merge=self.merge,
-            bias=self.bias,
-            rate=self.rate,
+            ablation={"bias": self.bias, "rate": self.rate},
             initializer_range=0.3,
             pad_token_id=0,
         )

@@ -33,7 +33,13 @@ MAKERS = {
         HIDDEN, 4, 4, 6, num_slots=7, chunk_size=4, conv_size=0, use_rope=True, merge="updated", **kw
     ),
     "ovq-norm-rate": lambda **kw: OVQAttention(
-        HIDDEN, 4, 2, 6, num_slots=7, chunk_size=4, conv_size=3, bias="count+norm", rate=0.2, **kw
+        HIDDEN,
+        *(4, 2, 6),
+        num_slots=7,
+        chunk_size=4,
+        conv_size=3,
+        ablation={"bias": "count+norm", "rate": 0.2},
+        **kw,
     ),
     "full": lambda **kw: FullAttention(HIDDEN, 4, 2, 6, conv_size=3, **kw),
     "full-rope": lambda **kw: FullAttention(HIDDEN, 4, 1, 6, conv_size=0, use_rope=True, **kw),

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ovq.ops.options import BIASES, PAIR_MERGES, VALUE_WEIGHT, check_value_weight, default_growth
+from ovq.ops.ablation import BIASES
+from ovq.ops.options import PAIR_MERGES, VALUE_WEIGHT, check_value_weight, default_growth
 from ovq.ops.schedule import GROWTHS, grown_slots
 from ovq_lab.gmr.nearest import nearest_clusters
 from ovq_lab.gmr.ward import ward_clusters

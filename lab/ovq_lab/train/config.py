@@ -12,6 +12,7 @@ from typing import Any
 
 from ovq.fields import LARGEST_SEED, check_fields, did_you_mean, with_new_names
 from ovq.layers import defaults
+from ovq.ops.ablation import UNCHANGED
 from ovq.ops.options import current_merge, default_growth
 from ovq.runtime.files import write_atomic
 from ovq_lab.tasks import Task, TextTask, task_class
@@ -118,8 +119,8 @@ class ModelArgs:
     growth: str | None = defaults.GROWTH
     init: str = defaults.INIT
     merge: str = defaults.MERGE
-    bias: str = defaults.BIAS
-    rate: float | str = defaults.RATE
+    bias: str = UNCHANGED.bias
+    rate: float | str = UNCHANGED.rate
     value_weight: float = defaults.VALUE_WEIGHT
     merge_gate: bool = defaults.MERGE_GATE
     forget_gate: bool = defaults.FORGET_GATE

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.equal_sizes import equal_sizes
+from ovq.ops.ablation import with_ablation
 from ovq.runtime.files import claimed
 from ovq.runtime.progress import AnyReporter, AnyWork
 from ovq_lab.train.carry import CarryTrainer
@@ -52,7 +53,7 @@ def model_config(config: RunConfig) -> OVQConfig:
     del fields["embedding_std"]
     fields["mixer_types"] = list(config.model.mixer_types)
     fields |= {"vocab_size": config.task.vocab_size, "num_hidden_layers": len(config.model.mixer_types)}
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = {name: value for name, value in with_ablation(fields).items() if value is not None}
     return OVQConfig(**equal_sizes(OVQConfig(**given)) | given)
 
 

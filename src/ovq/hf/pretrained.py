@@ -135,7 +135,8 @@ class OVQPreTrainedModel(HubModel):
         for layer in self._ovq_layers():
             layer.set_merge(merge, growth=growth, value_weight=value_weight)
             for name, value in layer.learning.items():
-                setattr(self.config, name, value)
+                if name != "ablation":
+                    setattr(self.config, name, value)
 
     def set_logn_length(self, logn_length: int | None) -> None:
         """Scale logits beyond `logn_length` tokens from now on, and record it in the config.
