@@ -10,7 +10,6 @@ import pytest
 
 from ovq import convert
 from ovq.hf import build_context, save_context
-from ovq.serve.model import ServedConverted
 from tests.convert.common import converted, original, tokens
 from tests.hf.common import make_model, random_ids
 from tests.processes import command
@@ -126,7 +125,7 @@ def test_a_converted_model_is_served_with_its_contexts(tmp_path, capsys, monkeyp
 
     assert serve("--context", str(tmp_path / "book.ctx"))[0] == 0
     (service,) = services
-    assert isinstance(service.served, ServedConverted)
+    assert isinstance(service.served.model, convert.ConvertedMixin)
     assert (service.name, service.served.vocab_size, service.served.ends) == ("small", 64, frozenset({2}))
     assert service.contexts.get("book").num_tokens == 40
     code, error = serve("--num-slots", "8")

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from ovq.convert import build_context, context_info, load_context, save_context
+from ovq.hf.context import digest
 from ovq.hf.streaming import stream_tokens
 from tests.convert.common import converted, tokens
+from tests.hf.common import make_model
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -29,16 +32,75 @@ def test_prompts_after_a_context_get_the_answers_of_the_whole_text(tmp_path):
 def test_contexts_are_only_for_the_model_and_memory_that_made_them(tmp_path):
     model, path = converted(), tmp_path / "book.ctx"
     save_context(build_context(model, tokens(70)), path)
-    with pytest.raises(ValueError, match="this very model and memory"):
+    with pytest.raises(
+        ValueError, match=r"expected a context made with num_slots=.*, as the model has, found"
+    ):
         load_context(path, converted(num_slots=8))
     other = converted()
     with torch.no_grad():
         other.model.norm.weight.mul_(2)
-    with pytest.raises(ValueError, match="this very model and memory"):
+    with pytest.raises(ValueError, match="expected a context of this very model"):
         load_context(path, other)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="expected a context of a converted model"):
+    with pytest.raises(ValueError, match="expected a saved context"):
         load_context(path, model)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda t: t.pop("layers.1.0.count"), r"layer 1: .* they differ in \['0.count'\]"),
+        (
+            lambda t: t.update({"layers.7.0.count": t["layers.1.0.count"].clone()}),
+            "tensors of 2 layers, found 'layers.7",
+        ),
+        (lambda t: t["layers.0.0.num_merged"].add_(8), r"layer 0: expected 70 tokens read, found \[78\]"),
+        (lambda t: t["layers.0.0.key_sum"].fill_(torch.nan), "expected finite values in 0.key_sum"),
+        (
+            lambda t: t.update(
+                {"layers.0.0.recent_keys": t["layers.0.0.recent_keys"][:, :, 1:].contiguous()}
+            ),
+            "expected 0.recent_keys of shape",
+        ),
+    ],
+)
+def test_what_cannot_be_the_memory_of_the_model_is_refused(tmp_path, change, expected):
+    """Even where the digest is right: the file may come from anywhere."""
+    model, path = converted(), tmp_path / "book.ctx"
+    save_context(build_context(model, tokens(70)), path)
+    rewrite(path, change)
+    for read in (context_info, lambda path: load_context(path, model)):
+        with pytest.raises(ValueError, match=expected):
+            read(path)
+
+
+def rewrite(path, change, **header):
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    change(tensors)
+    save_file(tensors, path, metadata={**metadata, "content": digest(tensors), **header})
+
+
+def test_contexts_of_earlier_versions_go_on_loading(tmp_path):
+    model, path = converted(), tmp_path / "book.ctx"
+    context = build_context(model, tokens(70))
+    save_context(context, path)
+    rewrite(path, lambda t: None, format="ovq-converted-context", version="2", kind="")
+    inputs = [load.inputs([[3, 9, 1]]) for load in (load_context(path, model), context)]
+    found, expected = (model.generate(**given, **GREEDY) for given in inputs)
+    assert torch.equal(found, expected)
+    assert context_info(path).config == model.memory_config
+
+
+def test_contexts_of_other_kinds_of_models_are_refused(tmp_path):
+    model, path = converted(), tmp_path / "book.ctx"
+    save_context(build_context(make_model(), [1, 2, 3]), path)
+    with pytest.raises(ValueError, match="of a model of kind 'converted', found one of 'ovq'"):
+        load_context(path, model)
+    rewrite(path, lambda t: None, kind="other")
+    with pytest.raises(ValueError, match="of kind ovq, converted, found 'other'"):
+        context_info(path)
 
 
 def test_a_file_tells_what_it_holds_without_the_model(tmp_path):
@@ -48,10 +110,12 @@ def test_a_file_tells_what_it_holds_without_the_model(tmp_path):
     save_context(context, tmp_path / "book.ctx")
     info = context_info(tmp_path / "book.ctx")
     assert (info.num_tokens, info.config, info.dtype) == (70, model.memory_config, "torch.float32")
-    assert sum(info.layer_bytes) == info.nbytes
+    memories = [layer.memories for layer in info.cache.layers]
+    assert info.cache.nbytes == info.nbytes == context.nbytes
     # Behind 2 sinks, 8 of 68 tokens at a time are merged once a window of 16 is full; one head has no slots.
-    assert [int(counts.sum()) for counts in info.counts] == [56, 2 * 56]
-    assert [len(counts) for counts in info.counts] == [16, 8 + 16]
+    counts = [torch.cat([memory.count.flatten() for memory in of_layer]) for of_layer in memories]
+    assert [int(count.sum()) for count in counts] == [56, 2 * 56]
+    assert [int((count > 0).sum()) for count in counts] == [16, 8 + 16]
     save_file({}, tmp_path / "other.ctx", metadata={"format": "ovq-converted-context", "version": "1"})
     with pytest.raises(ValueError, match=r"other\.ctx: expected version '2', found '1'"):
         context_info(tmp_path / "other.ctx")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovq.convert import MemoryCache, build_context
-from ovq.convert.rows import ConvertedRows
 from ovq.hf.cache import CACHE_KEY
+from ovq.hf.rows import Rows
 from tests.convert.common import converted, tokens
 
 MODELS = {kind: converted(kind).double() for kind in ("llama", "qwen3")}
@@ -40,17 +40,17 @@ def test_rows_read_what_each_reads_alone(name, data):
         )
         parts = [] if rows is None else [rows]
         for stream, length in newcomers:
-            parts.append(ConvertedRows.start(model))
+            parts.append(Rows.start(model))
             check(name, parts[-1].read(STREAMS[stream, None, :length]), [stream], [length])
             streams.append(stream)
-        rows = ConvertedRows.joined(parts)
+        rows = Rows.joined(parts)
         for num_new in data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)):
             ids = [STREAMS[s, n : n + num_new].tolist() for s, n in zip(streams, rows.lengths, strict=True)]
             check(name, rows.read(ids), streams, rows.lengths)
         places = data.draw(st.lists(st.integers(0, len(streams) - 1), min_size=1, max_size=2))
         rows.keep(places)
         streams = [streams[place] for place in places]
-    one = ConvertedRows.start(model)
+    one = Rows.start(model)
     one.read([[1]])
     assert rows.nbytes == len(rows) * one.nbytes
 
@@ -59,12 +59,12 @@ def test_rows_read_what_each_reads_alone(name, data):
 def test_a_row_goes_on_from_a_context_beside_rows_without_one():
     model = MODELS["llama"]
     context = build_context(model, STREAMS[0, :70])
-    short = ConvertedRows.start(model)
+    short = Rows.start(model)
     short.read(STREAMS[1:2, :3])
-    rows = ConvertedRows.joined([short, ConvertedRows.start(model, context)])
+    rows = Rows.joined([short, Rows.start(model, context)])
     for _ in range(2):
         # Using a context does not change it.
-        alone = ConvertedRows.start(model, context)
+        alone = Rows.start(model, context)
         check("llama", alone.read(STREAMS[:1, 70:75]), [0], [75])
     check("llama", rows.read([STREAMS[1, 3:20].tolist(), STREAMS[0, 70:87].tolist()]), [1, 0], [20, 87])
 
@@ -90,9 +90,9 @@ def test_joined_caches_can_be_read_with_a_mask():
 
 def test_caches_that_do_not_fit_are_refused():
     model = MODELS["llama"]
-    with pytest.raises(ValueError, match=r"read at least one token, found \[\] rows"):
+    with pytest.raises(ValueError, match=r"read at least one column, found lengths \[\]"):
         MemoryCache.concatenate([])
-    with pytest.raises(ValueError, match=r"read at least one token, found \[0\] rows"):
+    with pytest.raises(ValueError, match=r"read at least one column, found lengths \[0\]"):
         MemoryCache.concatenate([model.make_cache()])
     caches = []
     for other in (model, converted(num_sinks=4).double()):

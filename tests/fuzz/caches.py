@@ -8,12 +8,15 @@ import functools
 import itertools
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM
-from ovq.hf.cache import CACHE_KEY
+from ovq.convert import attach
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf.cache import CACHE_KEY, StateCache
 from ovq.layers import MIXERS, OVQAttention
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.program import Impossible, Program
@@ -40,6 +43,8 @@ class CacheProgram(Program):
         has_rope: whether all mixers that may have rotary embedding have it.
         num_kv_heads, conv_size, num_slots, chunk_size, sliding_window: of the model.
         init, merge, bias, rate: of its "ovq" layers.
+        is_converted: whether the model is a converted Llama instead, with as many layers. Half of its heads
+            have `num_slots` slots, the others one; windows are of `sliding_window` chunks.
     """
 
     kind = "caches"
@@ -58,6 +63,7 @@ class CacheProgram(Program):
     merge: str = "existing"
     bias: str = "count"
     rate: float | str = "count"
+    is_converted: bool = False
 
     @classmethod
     def draw(cls, rng: Random, backend: Backend) -> CacheProgram:
@@ -69,6 +75,9 @@ class CacheProgram(Program):
         mixers = [rng.choice(["ovq", rng.choice(list(MIXERS))])]
         mixers += [rng.choice([above[0], rng.choice(above)]) for _ in range(rng.randrange(3))]
         merge = rng.choice(["existing", "existing", "updated", "nearest"])
+        is_converted = rng.random() < 0.25
+        if is_converted and dtype == "float32":
+            mixers = mixers[:1]
         return cls(
             seed=rng.randrange(10**6),
             prompts=tuple(rng.randrange(1, 10) for _ in range(rng.choice([1, 2, 3]))),
@@ -87,6 +96,7 @@ class CacheProgram(Program):
             merge=merge,
             bias=rng.choice(["count", "count", "count+norm"]),
             rate="count" if merge == "nearest" else rng.choice(["count", "count", 0.3]),
+            is_converted=is_converted,
         )
 
     @torch.no_grad()
@@ -96,7 +106,8 @@ class CacheProgram(Program):
             raise Impossible
         if min(self.num_kv_heads, self.num_slots, self.chunk_size) < 1 or self.sliding_window < 2:
             raise Impossible
-        if self.dtype == "float32" and set(self.mixers[1:]) & set(ROUTED):
+        is_routed = self.is_converted or set(self.mixers[1:]) & set(ROUTED)
+        if self.dtype == "float32" and len(self.mixers) > 1 and is_routed:
             raise Impossible
         machine = _Machine(self, BACKENDS[name])
         with BACKENDS[name].running():
@@ -106,8 +117,38 @@ class CacheProgram(Program):
                 machine.turn_to(i)
                 machine.read(1)
 
-    def model(self) -> OVQForCausalLM:
+    def model(self) -> Any:
         """A model with random weights: large ones, so that logits do not tie."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            model = self._converted() if self.is_converted else self._own()
+        return model.to(getattr(torch, self.dtype)).eval()
+
+    def _converted(self) -> Any:
+        config = LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=len(self.mixers),
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            # Texts are longer at times, so that sinks and slots are brought nearer.
+            max_position_embeddings=32,
+            initializer_range=0.3,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        return attach(
+            LlamaForCausalLM(config).eval(),
+            num_slots=[[self.num_slots, 1]] * len(self.mixers),
+            window=self.sliding_window * self.chunk_size,
+            num_sinks=self.conv_size,
+            chunk_size=self.chunk_size,
+            merge="nearest" if self.merge == "nearest" else "existing",
+        )
+
+    def _own(self) -> OVQForCausalLM:
         config = OVQConfig(
             vocab_size=VOCAB_SIZE,
             hidden_size=16,
@@ -132,9 +173,7 @@ class CacheProgram(Program):
             initializer_range=0.3,
             pad_token_id=0,
         )
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            return OVQForCausalLM(config).to(getattr(torch, self.dtype)).eval()
+        return OVQForCausalLM(config)
 
 
 class _Machine:
@@ -144,10 +183,10 @@ class _Machine:
         self.program, self.backend, self.model = program, backend, program.model()
         self.next_token = itertools.count(1)
         self.anew = functools.cache(self._anew)
-        self.cache = OVQCache(self.model.config)
+        self.cache = self.model.make_cache()
         self.rows: list[tuple[int, ...]] = []
         self.is_padded = len(set(program.prompts)) > 1
-        self.branches: list[tuple[OVQCache, list[tuple[int, ...]]]] = []
+        self.branches: list[tuple[StateCache, list[tuple[int, ...]]]] = []
         self._use(backend.op)
         with backend.running():
             self._begin()
@@ -165,7 +204,7 @@ class _Machine:
         mask = self.mask(width)
         ids = self.padded(width)
         parts = [
-            self.model(ids[:, part], mask[:, : part.stop], past_key_values=self.cache).logits
+            self.logits(ids[:, part], mask[:, : part.stop])
             for part in (slice(0, cut), slice(cut, width))
             if part.stop > part.start
         ]
@@ -191,7 +230,14 @@ class _Machine:
         # Once there was padding a mask is asked for, though the rows that had it may be gone.
         mask = self.mask(width) if self.is_padded else None
         ids = self.padded(width)[:, -n:]
-        self.compare(self.model(ids, mask, past_key_values=self.cache).logits)
+        self.compare(self.logits(ids, mask))
+
+    def logits(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Logits of the next columns, of which the mask has the last ones."""
+        places = {}
+        if self.program.is_converted and mask is not None:
+            places = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]}
+        return self.model(ids, mask, **places, **{CACHE_KEY: self.cache}).logits
 
     def compare(self, logits: Tensor) -> None:
         """Logits of the last columns, those of padding left out, against those of each row alone."""
@@ -289,13 +335,13 @@ def _crop(machine: _Machine, a: int, b: int) -> None:
 
 def _join(machine: _Machine, a: int, b: int) -> None:
     """A row joins the batch."""
-    row, cache = machine.tokens(1 + a % 8), OVQCache(machine.model.config)
+    row, cache = machine.tokens(1 + a % 8), machine.model.make_cache()
     machine.is_padded |= len(row) != machine.cache.get_seq_length()
-    machine.model(torch.tensor([row]), past_key_values=cache)
+    machine.model(torch.tensor([row]), **{CACHE_KEY: cache})
     caches, rows = [machine.cache, cache], [*machine.rows, row]
     if b % 2:
         caches, rows = caches[::-1], [row, *machine.rows]
-    machine.cache, machine.rows = OVQCache.concatenate(caches, machine.model.config), rows
+    machine.cache, machine.rows = type(cache).concatenate(caches), rows
     machine.shorten()
 
 

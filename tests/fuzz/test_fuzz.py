@@ -1,12 +1,14 @@
 """Fifty calls of every backend, and proof that the fuzzer finds and shows what is wrong."""
 
+import copy
 import dataclasses
 import functools
 
 import pytest
 from typer.testing import CliRunner
 
-from ovq.hf import OVQCache
+from ovq.convert.cache import MemoryLayer
+from ovq.hf.cache import StateCache
 from ovq.ops import OVQState, ovq_attention
 from ovq.ops.backends.cpu import kernels
 from tests.fuzz import op
@@ -54,20 +56,24 @@ def few_tries(monkeypatch):
     monkeypatch.setattr(run_module, "shrunk", functools.partial(shrunk, tries=30))
 
 
-@pytest.fixture(params=["op", "states", "caches"])
+@pytest.fixture(params=["op", "states", "caches", "converted"])
 def fault(request, monkeypatch):
-    """A kind of programs, and a fault that they have to find."""
+    """A kind of programs, the seed of some of them, and a fault that they have to find."""
     if request.param == "op":
         monkeypatch.setattr(op, "ovq_attention", without_mask)
     elif request.param == "states":
         monkeypatch.setattr(OVQState, "reorder", lambda state, index: state)
+    elif request.param == "caches":
+        monkeypatch.setattr(StateCache, "snapshot", lambda cache: cache)
     else:
-        monkeypatch.setattr(OVQCache, "snapshot", lambda cache: cache)
-    return request.param
+        monkeypatch.setattr(MemoryLayer, "branch", copy.copy)
+        return "caches", 3
+    return request.param, 3 if request.param == "caches" else 0
 
 
 def test_a_fault_is_found_and_the_lines_that_are_printed_show_it(fault, few_tries):
-    outcome = run(fault, "torch", calls=10, seed=0)
+    kind, seed = fault
+    outcome = run(kind, "torch", calls=10, seed=seed)
     assert 0 < outcome.num_failed < outcome.num_run
     found = next(iter(outcome.failures.values()))
     lines = report(found, outcome).splitlines()[1:]

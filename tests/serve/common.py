@@ -13,7 +13,7 @@ from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.streaming import Sampling, stream_tokens
 from ovq.serve.app import Service, create_app
 from ovq.serve.limits import Limits
-from ovq.serve.model import ServedModel, served
+from ovq.serve.model import ServedModel
 from ovq.serve.server import configured
 from ovq.text import byte_tokenizer
 from tests.convert.common import converted
@@ -37,7 +37,7 @@ def converted_model():
 
 def converted_service(limits=None):
     """The same, to be served."""
-    return Service(name="converted", served=served(converted_model()), limits=limits or Limits())
+    return Service(name="converted", served=ServedModel(converted_model()), limits=limits or Limits())
 
 
 def text_service(limits=None):

@@ -12,7 +12,7 @@ from ovq.hf import build_context
 from ovq.hf.streaming import Sampling
 from ovq.serve.jobs import ContextEvent, FailEvent, FinishEvent, Generation, Reading, TokenEvent
 from ovq.serve.limits import Limits
-from ovq.serve.model import ServedModel, served
+from ovq.serve.model import ServedModel
 from ovq.serve.scheduler import Scheduler
 from tests.hf.common import BASELINES, make_model, random_ids
 from tests.serve.common import converted_model, greedy, sampled
@@ -58,7 +58,7 @@ def run(scheduler):
 @given(data=st.data())
 def test_answers_do_not_depend_on_who_else_is_served(name, data):
     limits = Limits(max_rows=data.draw(st.integers(1, 5)), step_tokens=data.draw(st.integers(1, 30)))
-    scheduler = Scheduler(served(MODELS[name]), limits)
+    scheduler = Scheduler(ServedModel(MODELS[name]), limits)
     asked = []
     for _ in range(data.draw(st.integers(1, 6))):
         place, is_after = data.draw(st.integers(0, 3)), data.draw(st.booleans())

@@ -10,11 +10,11 @@ import typer
 
 from ovq.cli import dictionaries
 from ovq.cli.common import check_file, check_model_path, encode, out_console, read_text
-from ovq.cli.loading import check_generating_folder, is_converted, load_generating_model, load_tokenizer
+from ovq.cli.loading import check_generating_folder, load_generating_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
-    from ovq.convert import ConvertedContextInfo
+    from ovq.convert.memory import HeadMemory
     from ovq.hf import ContextInfo
     from ovq.ops import OVQState
 
@@ -58,22 +58,16 @@ def build(
     from transformers import set_seed
 
     from ovq.eval.rows import format_bytes
+    from ovq.hf import build_context, save_context
     from ovq.runtime.progress import Reporter
 
-    contexts: Any
-    if is_converted(model):
-        import ovq.convert as contexts
-    else:
-        import ovq.hf as contexts
     loaded = load_generating_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
     ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, flag="--text")
     set_seed(seed)
     with Reporter() as reporter:
         work = reporter.start(f"read {text}", total=len(ids))
-        context = contexts.build_context(
-            loaded, ids, prefill_chunk_size=prefill_chunk_size, progress=work.update
-        )
-    contexts.save_context(context, out)
+        context = build_context(loaded, ids, prefill_chunk_size=prefill_chunk_size, progress=work.update)
+    save_context(context, out)
     size = format_bytes(out.stat().st_size)
     # A path broken over two lines could not be copied.
     out_console.print(
@@ -90,20 +84,11 @@ def info(
 
     Example: [bold]ovq context info book.ctx[/bold]
     """
-    from ovq.convert.context import FORMAT as CONVERTED
-    from ovq.ops.serialization import format_of
+    # Which also lets contexts of converted models be read.
+    from ovq.convert import context_info
 
-    found: Any
-    if format_of(file) == CONVERTED:
-        from ovq.convert import context_info as converted_info
-
-        found = converted_info(file)
-        layers = _converted_layers(found)
-    else:
-        from ovq.hf import context_info
-
-        found = context_info(file)
-        layers = _layers(found)
+    found = context_info(file)
+    layers = _layers(found)
     if json_:
         fields = {
             "file": str(file),
@@ -152,32 +137,31 @@ def info(
 
 
 def _layers(found: ContextInfo) -> list[dict[str, Any]]:
-    """What each layer of a model of this library keeps."""
+    """What each layer keeps."""
     from ovq.ops import OVQState
 
-    return [
-        {"layer": i, "mixer": name, "memory": layer.memory.kind, "bytes": layer.nbytes}
-        | (_summary(layer.state) if isinstance(layer.state, OVQState) else {})
-        for i, (name, layer) in enumerate(zip(found.config.mixer_types, found.cache.layers, strict=True))
-    ]
+    rows = []
+    mixers = getattr(found.config, "mixer_types", None) or ["converted"] * len(found.cache.layers)
+    for i, (name, layer) in enumerate(zip(mixers, found.cache.layers, strict=True)):
+        row = {"layer": i, "mixer": name, "memory": layer.memory.kind, "bytes": layer.nbytes}
+        if isinstance(layer.state, OVQState):
+            row |= _summary(layer.state)
+        elif name == "converted":
+            row |= _heads(layer.state)
+        rows.append(row)
+    return rows
 
 
-def _converted_layers(found: ConvertedContextInfo) -> list[dict[str, Any]]:
-    """What each layer of a converted model keeps, its heads together, as budgets of heads differ."""
-    rows = zip(found.counts, found.config.num_slots, found.layer_bytes, strict=True)
-    return [
-        {
-            "layer": i,
-            "mixer": "converted",
-            "memory": "slots, windows and sinks",
-            "bytes": nbytes,
-            "num_open": len(counts),
-            "num_slots": sum(slots),
-            "largest_count": int(max(counts, default=0)),
-            "single_share": float((counts == 1).sum()) / max(1, len(counts)),
-        }
-        for i, (counts, slots, nbytes) in enumerate(rows)
-    ]
+def _heads(memories: list[HeadMemory]) -> dict[str, Any]:
+    """The numbers of the heads of a layer together, as their budgets differ."""
+    counts = [count for memory in memories for count in memory.count.flatten().tolist()]
+    used = [count for count in counts if count]
+    return {
+        "num_open": len(used),
+        "num_slots": len(counts),
+        "largest_count": max(used, default=0),
+        "single_share": used.count(1) / max(1, len(used)),
+    }
 
 
 def _summary(state: OVQState) -> dict[str, Any]:

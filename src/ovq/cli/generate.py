@@ -12,7 +12,7 @@ import typer
 
 from ovq.cli import dictionaries
 from ovq.cli.common import as_text, encode, read_text
-from ovq.cli.loading import check_generating_folder, is_converted, load_generating_model, load_tokenizer
+from ovq.cli.loading import check_generating_folder, load_generating_model, load_tokenizer
 from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def generate(
 
     from transformers import set_seed
 
+    from ovq.hf import load_context
     from ovq.hf.streaming import stream_text
 
     sampling = _sampling(
@@ -123,7 +124,7 @@ def generate(
         flag="--prompt",
         is_start=context is None and not chat,
     )
-    document = None if context is None else _document(context, loaded, is_converted=is_converted(model))
+    document = None if context is None else load_context(context, loaded)
     set_seed(seed)
     options = {"eos_token_id": None if ignore_eos else loaded.generation_config.eos_token_id}
     tokens: Iterable[int]
@@ -136,16 +137,6 @@ def generate(
         typer.echo(_as_json(list(tokens), ids, tokenizer, options["eos_token_id"]))
         return
     _print(_words(tokens) if tokenizer is None else stream_text(tokens, tokenizer, prompt=ids))
-
-
-def _document(path: Path, model: Any, *, is_converted: bool) -> Context:
-    """What a model of either kind has read."""
-    load: Any
-    if is_converted:
-        from ovq.convert import load_context as load
-    else:
-        from ovq.hf import load_context as load
-    return load(path, model)
 
 
 def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:

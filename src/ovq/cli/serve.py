@@ -107,12 +107,12 @@ def serve(
         from transformers import set_seed
 
         from ovq.serve.app import Service
-        from ovq.serve.model import served
+        from ovq.serve.model import ServedModel
 
         set_seed(seed)
         service = Service(
             name=name or model.resolve().name,
-            served=served(
+            served=ServedModel(
                 load_generating_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
             ),
             tokenizer=load_tokenizer(model),

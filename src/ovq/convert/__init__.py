@@ -13,22 +13,15 @@ from ovq.convert.attach import ConvertedMixin, attach
 from ovq.convert.cache import MemoryCache
 from ovq.convert.captures import Captures
 from ovq.convert.config import MemoryConfig
-from ovq.convert.context import (
-    ConvertedContextInfo,
-    build_context,
-    context_info,
-    load_context,
-    save_context,
-)
 from ovq.convert.masses import fitted_bias
 from ovq.convert.needles import hidden_numbers
 from ovq.convert.probe import Probe, default_options, probe
 from ovq.convert.saving import load
 from ovq.convert.trials import Option
+from ovq.hf.context import build_context, context_info, load_context, save_context
 
 __all__ = [
     "Captures",
-    "ConvertedContextInfo",
     "ConvertedMixin",
     "MemoryCache",
     "MemoryConfig",

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from ovq.convert.attention import IMPLEMENTATION, LAYER_CONFIG
 from ovq.convert.cache import MemoryCache
 from ovq.convert.config import CONFIG_KEY, MemoryConfig, as_table
+from ovq.convert.context import KIND
 from ovq.convert.rotary import with_reach
-from ovq.hf.cache import CACHE_KEY
+from ovq.hf.cache import CACHE_KEY, add_generation_cache, unread_inputs
 
 # The model is compared before and after on so many tokens. Logits may differ by so much: the root of the mean
 # square of the differences, relative to that of logits. A single logit of bfloat16 may differ by far more.
@@ -33,11 +34,32 @@ class ConvertedMixin:
 
     # A memory cannot be rolled back, which assisted decoding would need.
     _is_stateful = True
+    context_kind = KIND
     memory_config: MemoryConfig
+    device: torch.device
 
     def make_cache(self) -> MemoryCache:
         """An empty cache, to be passed to `forward` or `generate` as `past_key_values`."""
         return MemoryCache(self.memory_config)
+
+    def memory_fields(self) -> dict[str, Any]:
+        """What a memory depends on beside weights: the fields of its config."""
+        return self.memory_config.to_dict()
+
+    def row_inputs(self, cache: MemoryCache, lengths: Sequence[int], num_new: int) -> dict[str, Tensor]:
+        """Arguments of `forward` for `num_new` tokens of rows that have read `lengths` tokens each."""
+        first = torch.tensor(lengths, device=self.device)[:, None]
+        return {"position_ids": first + torch.arange(num_new, device=self.device)}
+
+    # `inputs_embeds` is a named parameter because `generate` looks for it in the signature.
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The arguments of `forward` for the next step of `generate`."""
+        own: Any = super()
+        return own.prepare_inputs_for_generation(
+            unread_inputs(input_ids, kwargs), *args, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     def _prepare_cache_for_generation(
         self,
@@ -48,22 +70,13 @@ class ConvertedMixin:
         *args: Any,
     ) -> bool:
         """What `generate` calls to get a cache; returns whether it made one."""
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                "expected cache_implementation None or 'dynamic', found "
-                f"{generation_config.cache_implementation!r}: a converted model has a cache of its own"
-            )
-        given = model_kwargs.pop("past_key_values", None)
-        given = model_kwargs.pop("cache", given)
-        if given is None and generation_config.use_cache is False:
-            return False
-        model_kwargs[CACHE_KEY] = self.make_cache() if given is None else _checked(given, self.memory_config)
-        if given is not None and given.num_rows == batch_size:
-            # transformers repeats inputs, but not a cache, for beams and for several returned sequences.
-            repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            if repeats > 1:
-                given.batch_repeat_interleave(repeats)
-        return given is None
+        return add_generation_cache(
+            self.make_cache,
+            lambda given: _checked(given, self.memory_config),
+            generation_config,
+            model_kwargs,
+            batch_size,
+        )
 
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         """For pickle and copies: the class is made anew, as no module has it by its name."""

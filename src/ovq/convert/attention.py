@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
@@ -72,7 +73,7 @@ def memory_attention(
         layer = MemoryLayer(getattr(module, LAYER_CONFIG))
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     o = layer.attend(query * scale, key, value, attention_mask)
-    if is_kept:
+    if is_kept and torch.is_grad_enabled():
         layer.detach_()
     return o.transpose(1, 2), None
 

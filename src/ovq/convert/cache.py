@@ -7,53 +7,43 @@ values on, marked as its own; the attention function finds the memory by that ma
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget, LayerConfig, MemoryConfig
 from ovq.convert.memory import HeadMemory
+from ovq.hf.cache import OVQCacheLayer, StateCache
+from ovq.layers.memory import Memory, StateSpec
 
 _MARK = "_ovq_memory_layer"
 
 
-class MemoryLayer(CacheLayerMixin):
-    """The memory of one layer of a converted model.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadMemories(Memory):
+    """States that are lists of `HeadMemory`, one for each group of heads with equal budgets.
 
-    Args:
-        config: what the layer keeps.
+    A layer that owns such a list changes the memories in it, see `MemoryLayer.branch`.
 
     Attributes:
-        memories: the memory of each group of heads with equal budgets; None before the first token.
+        config: what the layer keeps.
     """
 
-    is_croppable = False
-    is_compileable = False
-    supports_early_init = False
-    is_sliding = False
+    kind: str = "sinks, windows and slots"
+    config: LayerConfig = dataclasses.field(compare=False)
 
-    def __init__(self, config: LayerConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.memories: list[HeadMemory] | None = None
-        self.device: torch.device | None = None
-        self._num_columns = 0
-        self._has_staged = False
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the empty memory, of the sizes of these keys `[B, Hkv, T, K]` and values."""
-        self.memories = []
+    def empty(self, k: Tensor, v: Tensor) -> list[HeadMemory]:
+        """The memory of rows that have read nothing, for keys `[B, Hkv, T, K]` and values like these."""
+        made = []
         for budget in self.config.budgets:
-            k, v = (x[:, : len(budget.heads)] for x in (key_states, value_states))
-            self.memories.append(HeadMemory(budget, k, v, self._use(budget, k, v)))
-        self.device = key_states.device
-        self.is_initialized = True
+            own_k, own_v = (x[:, : len(budget.heads)] for x in (k, v))
+            made.append(HeadMemory(budget, own_k, own_v, self._use(budget, own_k, own_v)))
+        return made
 
     def _use(self, budget: Budget, k: Tensor, v: Tensor) -> Tensor | None:
         if (numbers := self.config.token_use) is None:
@@ -64,6 +54,112 @@ class MemoryLayer(CacheLayerMixin):
                 f"token_use: expected {expected} numbers per head, found {sorted({*map(len, found)})}"
             )
         return torch.tensor(found, dtype=torch.float32, device=k.device)
+
+    def tensors(self, state: list[HeadMemory]) -> dict[str, Tensor]:
+        """See `Memory.tensors`."""
+        return {
+            f"{i}.{name}": tensor
+            for i, memory in enumerate(state)
+            for name, tensor in memory.tensors().items()
+        }
+
+    def spec(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> StateSpec:
+        """The tensors of a row, whose keys and values have as many components as those among `tensors`."""
+        found = [tensors.get(f"0.recent_{name}") for name in ("keys", "values")]
+        sizes = [0 if x is None or x.dim() != 4 else x.shape[3] for x in found]
+        heads = self.config.num_kv_heads
+        k, v = (torch.empty(1, heads, 0, size, dtype=dtype, device="meta") for size in sizes)
+        return {name: (tuple(t.shape[1:]), t.dtype) for name, t in self.tensors(self.empty(k, v)).items()}
+
+    def restored(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> list[HeadMemory]:
+        """See `Memory.restored`."""
+        found = []
+        for i, budget in enumerate(self.config.budgets):
+            prefix = f"{i}."
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            k, v = (own[name].to(device) for name in ("recent_keys", "recent_values"))
+            found.append(HeadMemory.restored(budget, own, device, self._use(budget, k, v)))
+        return found
+
+    def select(self, state: list[HeadMemory], rows: Tensor) -> list[HeadMemory]:
+        """See `Memory.select`."""
+        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        return [memory.selected(rows) for memory in state]
+
+    def to(self, state: list[HeadMemory], device: torch.device | str) -> list[HeadMemory]:
+        """See `Memory.to`."""
+        return [memory.to(device) for memory in state]
+
+    def detach(self, state: list[HeadMemory]) -> list[HeadMemory]:
+        """See `Memory.detach`."""
+        return [memory.detached() for memory in state]
+
+    def concatenate(self, states: Sequence[list[HeadMemory]], num_missing: Sequence[int]) -> list[HeadMemory]:
+        """See `Memory.concatenate`. A row remembers what it did, wherever the others are."""
+        return [HeadMemory.joined(memories) for memories in zip(*states, strict=True)]
+
+    def without_columns(self, state: list[HeadMemory], num_dropped: int, num_left: int) -> list[HeadMemory]:
+        """See `Memory.without_columns`."""
+        return state
+
+
+class MemoryLayer(OVQCacheLayer):
+    """The memory of one layer of a converted model.
+
+    Args:
+        config: what the layer keeps.
+    """
+
+    memory: HeadMemories
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__(HeadMemories(config=config))
+        self._has_staged = False
+        # Whether another layer holds the same memories.
+        self._is_shared = False
+
+    @property
+    def config(self) -> LayerConfig:
+        """What the layer keeps."""
+        return self.memory.config
+
+    @property
+    def memories(self) -> list[HeadMemory] | None:
+        """The memory of each group of heads with equal budgets; None before the first token."""
+        return self.state
+
+    @property
+    def num_rows(self) -> int:
+        """Rows B; 0 before the first token."""
+        return 0 if self.state is None else len(self.state[0].filled)
+
+    def branch(self, config: LayerConfig | None = None) -> MemoryLayer:
+        """A layer that has read the same and goes on by itself, with another config if one is given.
+
+        Whichever of the two reads next copies the memories.
+        """
+        other = copy.copy(self)
+        self._is_shared = other._is_shared = True
+        if config is not None:
+            other.memory = HeadMemories(config=config)
+        return other
+
+    def own_(self) -> list[HeadMemory]:
+        """The memories, which no other layer holds afterwards."""
+        if self._is_shared:
+            self.state, self._is_shared = [memory.clone() for memory in self.state], False
+        return self.state
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices`, in their order."""
+        super().batch_select_indices(indices)
+        # They are copies.
+        self._is_shared = False
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._has_staged = self._is_shared = False
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -90,16 +186,13 @@ class MemoryLayer(CacheLayerMixin):
             ValueError: as `attend`.
         """
         self._check_fits(k, v)
-        if self.memories is None:
-            self.lazy_initialization(k, v)
-        assert self.memories is not None
-        self._num_columns += k.shape[2]
+        memories = self._begin(k, v)
         if self.config.key_exponents is not None:
             k = k * key_factors(self.config.key_exponents, k)
         lengths = [k.shape[2]] * len(k)
         for done, now in self._parts(lengths):
             part = slice(done[0], done[0] + now[0])
-            for memory in self.memories:
+            for memory in memories:
                 heads = list(memory.budget.heads)
                 memory.learn(k[:, heads, part], v[:, heads, part])
             self._bring_nearer(now)
@@ -116,10 +209,7 @@ class MemoryLayer(CacheLayerMixin):
         """
         self._has_staged = False
         self._check_fits(k, v, q)
-        if self.memories is None:
-            self.lazy_initialization(k, v)
-        assert self.memories is not None
-        self._num_columns += q.shape[2]
+        self._begin(k, v)
         lengths = [q.shape[2]] * len(q) if mask is None else mask.sum(-1).tolist()
         order = None
         if mask is not None:
@@ -155,6 +245,13 @@ class MemoryLayer(CacheLayerMixin):
                         o[row, :, start : start + num] = found[row, :, :num]
                 self._bring_nearer(now)
         return o if order is None else _take(o, order.argsort(-1))
+
+    def _begin(self, k: Tensor, v: Tensor) -> list[HeadMemory]:
+        """The memories, into which these columns of keys and values are read next."""
+        if self.state is None:
+            self.set_state(self.memory.empty(k, v), 0)
+        self.num_columns += k.shape[2]
+        return self.own_()
 
     def _check_fits(self, k: Tensor, v: Tensor, q: Tensor | None = None) -> None:
         """Raise ValueError unless these tokens are of the model and of the rows whose memory this is.
@@ -242,116 +339,8 @@ class MemoryLayer(CacheLayerMixin):
                 o[:, own] = memory.attend(q[:, own], k[:, heads], v[:, heads], lengths, **part)
         return o
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the columns that a mask has to cover: all columns."""
-        return self._num_columns + query_length, 0
 
-    def get_seq_length(self) -> int:
-        """Columns read, padding included."""
-        return self._num_columns
-
-    def get_max_length(self) -> int:
-        """Always -1, which means no bound."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-    @property
-    def num_rows(self) -> int:
-        """Rows B; 0 before the first token."""
-        return 0 if self.memories is None else len(self.memories[0].filled)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors kept for all rows."""
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that is kept, by name."""
-        return {
-            f"{i}.{name}": tensor
-            for i, memory in enumerate(self.memories or [])
-            for name, tensor in memory.tensors().items()
-        }
-
-    def restore(self, tensors: dict[str, Tensor], num_columns: int) -> None:
-        """Take over what `tensors` has returned; the layer has been initialised for as many rows."""
-        assert self.memories is not None
-        for i, memory in enumerate(self.memories):
-            prefix = f"{i}."
-            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            memory.restore(own)
-        self._num_columns = num_columns
-
-    def clone(self) -> MemoryLayer:
-        """A copy that shares nothing with this layer."""
-        other = MemoryLayer(self.config)
-        other.__dict__.update(self.__dict__)
-        if self.memories is not None:
-            other.memories = [memory.clone() for memory in self.memories]
-        return other
-
-    @staticmethod
-    def joined(parts: Sequence[MemoryLayer]) -> MemoryLayer:
-        """The rows of several layers of one config, each of which has read something."""
-        other = copy.copy(parts[0])
-        other.memories = [
-            HeadMemory.joined(memories)
-            for memories in zip(*(part.memories or [] for part in parts), strict=True)
-        ]
-        other._num_columns = max(part._num_columns for part in parts)
-        return other
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.memories, self._num_columns, self._has_staged = None, 0, False
-        self.is_initialized = False
-
-    def _select(self, rows: Tensor) -> None:
-        for memory in self.memories or []:
-            memory.select_(rows)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows gathered by `beam_idx` `[B]`."""
-        self._select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row repeated."""
-        self._select(torch.arange(self.num_rows).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only the given rows (integer indices, or a mask)."""
-        self._select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-
-    def detach_(self) -> None:
-        """Detach everything from its graph."""
-        for memory in self.memories or []:
-            memory.detach_()
-
-    def offload(self) -> None:
-        """Move everything to the CPU."""
-        for memory in self.memories or []:
-            memory.to_("cpu")
-
-    def prefetch(self) -> None:
-        """Move everything back to the device it came from."""
-        for memory in self.memories or []:
-            memory.to_(self.device or "cpu")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to forget tokens; `crop(0)` does nothing.
-
-        Raises:
-            ValueError: `tokens_to_remove` is not 0.
-        """
-        if tokens_to_remove != 0:
-            raise ValueError(
-                f"expected crop(0), found crop({tokens_to_remove}): merged tokens cannot be taken out again; "
-                "keep a snapshot of the cache from before them (MemoryCache.snapshot)"
-            )
-
-
-class MemoryCache(Cache):
+class MemoryCache(StateCache):
     """The cache of a converted model: its size does not depend on the number of tokens read.
 
     Args:
@@ -363,47 +352,18 @@ class MemoryCache(Cache):
         MemoryCache(layers=2, rows=0, columns=0, 0 bytes)
     """
 
-    layers: list[MemoryLayer]  # type: ignore[assignment]  # transformers' may be of other kinds
+    layers: list[MemoryLayer]  # type: ignore[assignment]  # other models have layers of other kinds
 
     def __init__(self, config: MemoryConfig) -> None:
         self.config = config
         super().__init__(layers=[MemoryLayer(config.layer(i)) for i in range(config.num_layers)])
 
-    def __repr__(self) -> str:
-        return (
-            f"MemoryCache(layers={len(self.layers)}, rows={self.num_rows}, columns={self.get_seq_length()}, "
-            f"{self.nbytes:,} bytes)"
-        )
-
-    @property
-    def num_rows(self) -> int:
-        """Rows B; 0 before the first token."""
-        return self.layers[0].num_rows
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors kept for all layers and rows."""
-        return sum(layer.nbytes for layer in self.layers)
-
-    def snapshot(self) -> MemoryCache:
-        """An independent copy, for branching or for going back over rejected tokens."""
-        other = MemoryCache(self.config)
-        other.layers = [layer.clone() for layer in self.layers]
-        return other
-
-    @staticmethod
-    def concatenate(caches: Sequence[MemoryCache]) -> MemoryCache:
-        """The rows of several caches in one, for rows that join a running batch. The caches do not change.
-
-        A row remembers what it did, wherever the others are. What counts the columns of a row are its
-        positions: give later calls `position_ids`, or an `attention_mask` over as many columns as the longest
-        cache has, with zeros before shorter rows. `ovq.convert.rows` does the former.
-
-        Args:
-            caches: of one model; each has read at least one token.
+    @classmethod
+    def concatenate(cls, caches: Sequence[MemoryCache], config: Any = None) -> MemoryCache:
+        """The rows of several caches in one, see `StateCache.concatenate`.
 
         Raises:
-            ValueError: no caches, an empty one among them, or memories of different sizes or settings.
+            ValueError: as there; also memories of different sizes or settings.
 
         Example:
             >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -420,21 +380,9 @@ class MemoryCache(Cache):
             >>> both.num_rows
             2
         """
-        rows = [cache.num_rows for cache in caches]
-        if not rows or min(rows) == 0:
-            raise ValueError(f"expected caches that have read at least one token, found {rows} rows in them")
         if any(cache.config != caches[0].config for cache in caches):
             raise ValueError("expected caches of one model, found memories of different sizes or settings")
-        joined = MemoryCache(caches[0].config)
-        joined.layers = [
-            MemoryLayer.joined(parts) for parts in zip(*(cache.layers for cache in caches), strict=True)
-        ]
-        return joined
-
-    def detach_(self) -> None:
-        """Detach everything from its graph, so that no gradient flows to the tokens read so far."""
-        for layer in self.layers:
-            layer.detach_()
+        return super().concatenate(caches)
 
 
 def layer_of(keys: Tensor) -> MemoryLayer | None:

@@ -98,8 +98,7 @@ def _changes(captured: Captured, config: LayerConfig) -> tuple[Tensor, Tensor]:
     bias = (0.0,) * q.shape[1] if config.slot_bias is None else config.slot_bias
     before = MemoryLayer(dataclasses.replace(config, slot_bias=bias))
     before.learn(k[:, :, :start], v[:, :, :start])
-    after = before.clone()
-    after.config = dataclasses.replace(config, slot_bias=tuple(b + _STEP for b in bias))
+    after = before.branch(dataclasses.replace(config, slot_bias=tuple(b + _STEP for b in bias)))
     outputs = [layer.attend(q, k[:, :, start:], v[:, :, start:], None) for layer in (before, after)]
 
     def change(difference: Tensor) -> Tensor:

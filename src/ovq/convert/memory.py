@@ -9,7 +9,7 @@ score, so that nothing changes as long as every slot holds one token.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ _TENSORS = (
 
 
 class HeadMemory:
-    """What some key/value heads h of B rows remember. Methods change it in place.
+    """What some key/value heads h of B rows remember. `attend` and `learn` change it in place.
 
     Args:
         budget: the sizes.
@@ -118,18 +118,33 @@ class HeadMemory:
         numbers = {name: torch.tensor(getattr(self, name)) for name in ("filled", "num_merged")}
         return {name: getattr(self, name) for name in self._names} | numbers
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` has returned, on the device of this memory."""
+    @staticmethod
+    def restored(
+        budget: Budget, tensors: Mapping[str, Tensor], device: torch.device | str | None, use: Tensor | None
+    ) -> HeadMemory:
+        """The memory of which `tensors` has returned these, on `device` (None: where they are).
+
+        Args:
+            budget: its sizes. use: its weights, as they were given at first.
+        """
+        k, v = (tensors[name].to(device) for name in ("recent_keys", "recent_values"))
+        memory = HeadMemory(budget, k, v, use)
+        for name in memory._names:
+            setattr(memory, name, tensors[name].to(device).contiguous())
+        memory.filled, memory.num_merged = (tensors[name].tolist() for name in ("filled", "num_merged"))
+        return memory
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> HeadMemory:
+        """A memory with these tensors in the place of its own."""
+        other = copy.copy(self)
         for name in self._names:
-            setattr(self, name, tensors[name].to(self.count.device).contiguous())
-        self.filled, self.num_merged = (tensors[name].tolist() for name in ("filled", "num_merged"))
+            setattr(other, name, function(getattr(self, name)))
+        other.filled, other.num_merged = list(self.filled), list(self.num_merged)
+        return other
 
     def clone(self) -> HeadMemory:
         """A copy that shares nothing with this memory."""
-        other = copy.copy(self)
-        for name in self._names:
-            setattr(other, name, getattr(self, name).clone())
-        other.filled, other.num_merged = list(self.filled), list(self.num_merged)
+        other = self._mapped(Tensor.clone)
         other._has_graph = False
         return other
 
@@ -144,19 +159,22 @@ class HeadMemory:
         other._has_graph = False
         return other
 
-    def select_(self, rows: Tensor) -> None:
-        """Keep the given rows, in the given order; repeats are allowed."""
-        for name in self._names:
-            tensor = getattr(self, name)
-            setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
+    def selected(self, rows: Tensor) -> HeadMemory:
+        """The given rows, in the given order, repeats allowed; it shares nothing with this memory."""
+        other = self._mapped(lambda t: t.index_select(0, rows.to(t.device)))
         index = rows.tolist()
-        self.filled, self.num_merged = ([x[i] for i in index] for x in (self.filled, self.num_merged))
+        other.filled, other.num_merged = ([x[i] for i in index] for x in (self.filled, self.num_merged))
+        return other
 
-    def to_(self, device: torch.device | str) -> None:
-        """Move everything to a device."""
-        for name in self._names:
-            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
-        self._given_use = None if self._given_use is None else self._given_use.to(device)
+    def to(self, device: torch.device | str) -> HeadMemory:
+        """The memory on another device."""
+        other = self._mapped(lambda t: t.to(device, non_blocking=True))
+        other._given_use = None if self._given_use is None else self._given_use.to(device)
+        return other
+
+    def detached(self) -> HeadMemory:
+        """The same values without their autograd graph."""
+        return self._mapped(Tensor.detach)
 
     def own_(self) -> None:
         """Copy what autograd has saved, so that tensors can be written into."""
@@ -164,11 +182,6 @@ class HeadMemory:
             for name in self._names:
                 setattr(self, name, getattr(self, name).detach().clone())
             self._has_graph = False
-
-    def detach_(self) -> None:
-        """Detach all that is kept from its graph."""
-        for name in self._names:
-            setattr(self, name, getattr(self, name).detach())
 
     def num_read(self, row: int) -> int:
         """Tokens that a row has read."""

@@ -59,7 +59,7 @@ def trials(
             for j, (heads, is_shared) in enumerate(parts):
                 layer = heads_of.learned(heads, options[i], learned[j])
                 if is_shared and i != places[-1]:
-                    learned[j] = layer.clone()
+                    learned[j] = layer.branch()
                 total[heads] = heads_of.losses(heads, layer)
             yield i, total
 
@@ -71,10 +71,8 @@ def with_window(longer: MemoryLayer, config: LayerConfig) -> MemoryLayer:
         longer: what the layer has learned, of one row; it does not change.
         config: that of `longer`, but for the windows. Units of keys must be the same.
     """
-    layer = longer.clone()
-    layer.config = config
-    assert layer.memories is not None
-    for memory, budget in zip(layer.memories, config.budgets, strict=True):
+    layer = longer.branch(config)
+    for memory, budget in zip(layer.own_(), config.budgets, strict=True):
         recent = [x[:, :, : memory.filled[0]] for x in (memory.recent_keys, memory.recent_values)]
         # Sinks and last tokens are read once more, now with fewer places.
         memory.budget, memory.filled = budget, [0]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from ovq.convert import ConvertedMixin, MemoryCache
+from ovq.convert import ConvertedMixin
 from ovq.convert.config import CONFIG_KEY
-from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM
-from ovq.hf.cache import CACHE_KEY
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf.cache import CACHE_KEY, StateCache
 
 CONVERTED = "converted"
 """What stands in the place of a mixer for a model that `ovq convert` has written."""
@@ -41,17 +41,14 @@ def long_range_mixer(config: PreTrainedConfig) -> str:
 
 
 def new_cache(model: PreTrainedModel) -> Any:
-    """An empty cache of the kind that the model has: an `OVQCache`, `MemoryCache` or `DynamicCache`."""
-    if isinstance(model, ConvertedMixin):
-        return model.make_cache()
-    if isinstance(model.config, OVQConfig):
-        return OVQCache(model.config)
-    return DynamicCache(config=model.config)
+    """An empty cache of the kind that the model has; a `DynamicCache` for models of transformers."""
+    make_cache = getattr(model, "make_cache", None)
+    return DynamicCache(config=model.config) if make_cache is None else make_cache()
 
 
 def branch(cache: Any) -> Any:
     """An independent cache with the same content."""
-    return cache.snapshot() if isinstance(cache, (OVQCache, MemoryCache)) else copy.deepcopy(cache)
+    return cache.snapshot() if isinstance(cache, StateCache) else copy.deepcopy(cache)
 
 
 @torch.no_grad()
@@ -70,7 +67,7 @@ def state_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     cache = new_cache(model)
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     model.base_model(token, **{CACHE_KEY: cache})
-    if isinstance(cache, MemoryCache):
+    if isinstance(cache, StateCache):
         return cache.nbytes
     total = 0
     for layer in cache.layers:

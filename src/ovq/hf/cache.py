@@ -1,4 +1,4 @@
-"""The cache of an OVQ model in transformers, and all code that depends on the version of transformers.
+"""Caches of models in transformers, and all code that depends on the version of transformers.
 
 Version 5.24 renamed `past_key_values` to `cache` nearly everywhere; `CACHE_KEY` is the name that the
 installed version uses.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.layers import LayerCache, mixer_class
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Name of the cache among the arguments of `forward` that `generate` uses, and in model outputs.
 CACHE_KEY = (
@@ -99,38 +102,19 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
         if tokens_to_remove != 0:
             raise ValueError(
                 f"expected crop(0), found crop({tokens_to_remove}): tokens in a state cannot be taken out "
-                "again; keep a snapshot of the cache from before them (OVQCache.snapshot)"
+                "again; keep a snapshot of the cache from before them (snapshot())"
             )
 
 
-class OVQCache(Cache):
-    """Cache of an OVQ model: what the mixer of each layer keeps.
-
-    Args:
-        config: the config of the model.
-
-    Example:
-        >>> from ovq.hf import OVQConfig
-        >>> cache = OVQCache(OVQConfig(num_hidden_layers=2))
-        >>> [layer.memory.kind for layer in cache.layers], cache.nbytes
-        (['the keys and values of a window of 128', 'an OVQState'], 0)
-    """
+class StateCache(Cache):
+    """What each layer of a model keeps: the base of `OVQCache` and of the cache of converted models."""
 
     layers: list[OVQCacheLayer]  # type: ignore[assignment]  # transformers' may be of other kinds
 
-    def __init__(self, config: OVQConfig):
-        rope_thetas = dict.fromkeys(config.rope_mixers, config.rope_theta)
-        super().__init__(
-            layers=[
-                OVQCacheLayer(mixer_class(name).memory_of(config, rope_theta=rope_thetas.get(name)))
-                for name in config.mixer_types
-            ]
-        )
-
     def __repr__(self) -> str:
         return (
-            f"OVQCache(layers={len(self.layers)}, rows={self.num_rows}, columns={self.get_seq_length()}, "
-            f"{self.nbytes:,} bytes)"
+            f"{type(self).__name__}(layers={len(self.layers)}, rows={self.num_rows}, "
+            f"columns={self.get_seq_length()}, {self.nbytes:,} bytes)"
         )
 
     @property
@@ -158,11 +142,11 @@ class OVQCache(Cache):
             if layer.num_columns != num:
                 raise ValueError(
                     f"expected a cache whose layers have all read {num} columns, found {layer.num_columns}: "
-                    "a call has failed half-way; go on from a snapshot (OVQCache.snapshot) of before"
+                    "a call has failed half-way; go on from a snapshot of before (snapshot())"
                 )
         return num
 
-    def snapshot(self) -> OVQCache:
+    def snapshot(self) -> Self:
         """An independent cache with the same content, for branching or for going back over rejected tokens.
 
         It costs almost nothing: the two caches share tensors, and neither changes what the other reads.
@@ -178,7 +162,7 @@ class OVQCache(Cache):
             (4, 3)
         """
         branch = copy.copy(self)
-        branch.layers = [copy.copy(layer) for layer in self.layers]
+        branch.layers = [layer.branch() for layer in self.layers]
         return branch
 
     def detach_(self) -> None:
@@ -222,16 +206,17 @@ class OVQCache(Cache):
                 layer.drop_columns(num_columns - num_left)
         return num_left
 
-    @staticmethod
-    def concatenate(caches: Sequence[OVQCache], config: OVQConfig) -> OVQCache:
+    @classmethod
+    def concatenate(cls, caches: Sequence[Self], config: Any = None) -> Self:
         """The rows of several caches in one, for rows that join a running batch. The caches do not change.
 
         Rows with fewer columns than the longest are padded on the left: later calls need an `attention_mask`
-        over all columns, with zeros at this padding.
+        over all columns, with zeros at this padding. Converted models count positions by columns: give them
+        `position_ids` as well.
 
         Args:
-            caches: of models with this config; each has read at least one column.
-            config: the config of the model.
+            caches: of one model; each has read at least one column.
+            config: not needed; earlier versions asked for the model's.
 
         Raises:
             ValueError: no caches, an empty one among them, or states of different sizes.
@@ -242,19 +227,43 @@ class OVQCache(Cache):
             >>> model, long, short = OVQModel(config).eval(), OVQCache(config), OVQCache(config)
             >>> _ = model(torch.tensor([[1, 2, 3]]), past_key_values=long)
             >>> _ = model(torch.tensor([[4]]), past_key_values=short)
-            >>> both = OVQCache.concatenate([long, short], config)
+            >>> both = OVQCache.concatenate([long, short])
             >>> mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
             >>> _ = model(torch.tensor([[5], [6]]), mask, past_key_values=both)
         """
         lengths = [cache.get_seq_length() for cache in caches]
         if not lengths or min(lengths) == 0:
             raise ValueError(f"expected caches that have read at least one column, found lengths {lengths}")
-        joined = OVQCache(config)
+        joined = copy.copy(caches[0])
+        joined.layers = [layer.emptied() for layer in joined.layers]
         for layer, parts in zip(
             joined.layers, zip(*(cache.layers for cache in caches), strict=True), strict=True
         ):
             layer.join(parts, max(lengths))
         return joined
+
+
+class OVQCache(StateCache):
+    """Cache of an OVQ model: what the mixer of each layer keeps.
+
+    Args:
+        config: the config of the model.
+
+    Example:
+        >>> from ovq.hf import OVQConfig
+        >>> cache = OVQCache(OVQConfig(num_hidden_layers=2))
+        >>> [layer.memory.kind for layer in cache.layers], cache.nbytes
+        (['the keys and values of a window of 128', 'an OVQState'], 0)
+    """
+
+    def __init__(self, config: OVQConfig):
+        rope_thetas = dict.fromkeys(config.rope_mixers, config.rope_theta)
+        super().__init__(
+            layers=[
+                OVQCacheLayer(mixer_class(name).memory_of(config, rope_theta=rope_thetas.get(name)))
+                for name in config.mixer_types
+            ]
+        )
 
 
 def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:
@@ -263,41 +272,62 @@ def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:
     Raises:
         ValueError: different objects under the two names, or something other than an `OVQCache`.
     """
+    found = one_of(past_key_values, cache)
+    return None if found is None else checked_cache(found)
+
+
+def one_of(past_key_values: Any, cache: Any) -> Any:
+    """What a caller passed under either of two names; ValueError if it passed two things."""
     if past_key_values is not None and cache is not None and past_key_values is not cache:
         raise ValueError(
             "expected one of past_key_values and cache, which are the same argument; found two caches"
         )
-    found = cache if past_key_values is None else past_key_values
-    if found is not None and not isinstance(found, OVQCache):
+    return cache if past_key_values is None else past_key_values
+
+
+def checked_cache(cache: Any) -> OVQCache:
+    """The same; ValueError unless it is an `OVQCache`."""
+    if not isinstance(cache, OVQCache):
         raise ValueError(
-            f"expected an OVQCache (ovq.hf.OVQCache(config)) as cache, found {type(found).__name__}"
+            f"expected an OVQCache (ovq.hf.OVQCache(config)) as cache, found {type(cache).__name__}"
         )
-    return found
+    return cache
 
 
 def add_generation_cache(
-    config: OVQConfig, generation_config: GenerationConfig, model_kwargs: dict, batch_size: int
+    new_cache: Callable[[], StateCache],
+    checked: Callable[[Any], StateCache],
+    generation_config: GenerationConfig,
+    model_kwargs: dict,
+    batch_size: int,
 ) -> bool:
-    """Add a new `OVQCache` to the arguments of a `generate` call that uses a cache but was given none.
+    """Add a new cache to the arguments of a `generate` call that uses a cache but was given none.
 
     A cache that was given with one row per prompt gets one row per beam or returned sequence.
+
+    Args:
+        new_cache: makes an empty cache of the model.
+        checked: returns the cache that was given, or raises ValueError for one that the model cannot use.
+        generation_config: of the call.
+        model_kwargs: arguments of `forward`; changed.
+        batch_size: prompts.
 
     Returns:
         Whether a cache was added. If not, transformers need not make one either.
 
     Raises:
-        ValueError: a `cache_implementation` that cannot hold an OVQ state.
+        ValueError: a `cache_implementation` that cannot hold a state.
     """
     implementation = generation_config.cache_implementation
     if implementation not in (None, "dynamic"):
         raise ValueError(
             f"expected cache_implementation None or 'dynamic', found {implementation!r}: "
-            "an OVQ model has a cache of its own, which is small already"
+            "this model has a cache of its own, which is small already"
         )
-    given = one_cache(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
+    given = one_of(model_kwargs.pop("past_key_values", None), model_kwargs.pop("cache", None))
     if given is None and generation_config.use_cache is False:
         return False
-    model_kwargs[CACHE_KEY] = OVQCache(config) if given is None else given
+    model_kwargs[CACHE_KEY] = new_cache() if given is None else checked(given)
     if given is not None and given.num_rows == batch_size:
         # transformers repeats inputs, but not a cache, for beams and for several returned sequences.
         repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)

@@ -1,8 +1,8 @@
 """Persistent contexts: read a document once, keep the state of all layers, and answer any number of prompts.
 
-For a model of OVQ and sliding-window layers this takes megabytes, whatever the length of the document: prefix
-caching at constant size. On disk a context is one safetensors file, which only the model that read the
-document accepts:
+For a model of OVQ and sliding-window layers, or a converted one (`ovq.convert`), this takes megabytes,
+whatever the length of the document: prefix caching at constant size. On disk a context is one safetensors
+file, which only the model that read the document accepts:
 
     context = build_context(model, document_ids)
     save_context(context, "book.ctx")
@@ -17,29 +17,75 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from ovq.hf.cache import CACHE_KEY, OVQCache
+from ovq.hf.cache import CACHE_KEY, OVQCache, StateCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.modeling_ovq import OVQModel
-from ovq.hf.pretrained import OVQPreTrainedModel
-from ovq.ops.serialization import positive_int, read_file, upgraded, write_file
+from ovq.hf.pretrained import WITHOUT_EFFECT
+from ovq.ops.serialization import format_of, positive_int, read_file, upgraded, write_file
 from ovq.ops.sums import DTYPES
 
 FORMAT = "ovq-context"
 VERSION = "1"
 
-Read = TypeVar("Read")
+Tensors = Mapping[str, Tensor]
 
-# All other fields of the config, future ones included, affect what is remembered, and are compared.
-_FIELDS_WITHOUT_EFFECT = frozenset(
-    {"initializer_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
-)
+
+class ContextModel(Protocol):
+    """What contexts need of a model: an `OVQModel` or `OVQForCausalLM`, or a converted model."""
+
+    config: Any
+    context_kind: str
+
+    @property
+    def base_model(self) -> Any:
+        """The model without its output layer."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+
+    def make_cache(self) -> Any:
+        """An empty cache of the model."""
+
+    def memory_fields(self) -> dict[str, Any]:
+        """What a memory depends on beside weights and dtype, as in JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Contexts of one kind of models: how their files are read without the model.
+
+    Attributes:
+        upgraded: the `memory_fields` that a file has, with the names and defaults of today.
+        config: the config that has these fields.
+        cache: an empty cache of a model of this config.
+        check: raises ValueError, naming the file, unless the tensors of each layer can be the memory that a
+            model of this config and dtype has of so many tokens.
+    """
+
+    upgraded: Callable[[dict[str, Any]], dict[str, Any]]
+    config: Callable[[dict[str, Any]], Any]
+    cache: Callable[[Any], StateCache]
+    check: Callable[[str, Sequence[Tensors], Any, torch.dtype, int], None]
+
+
+#: By the name that `context_kind` gives them; `ovq.convert` adds its own.
+KINDS: dict[str, Kind] = {}
+
+# Formats of earlier versions, each with its version and the kind of its contexts.
+_EARLIER_FORMATS = {"ovq-converted-context": ("2", "converted")}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -65,10 +111,10 @@ class Context:
         torch.Size([2, 8])
     """
 
-    model: OVQPreTrainedModel
+    model: ContextModel
     num_tokens: int
     fingerprint: Mapping[str, str]
-    _cache: OVQCache
+    _cache: StateCache
 
     def __repr__(self) -> str:
         model = type(self.model).__name__
@@ -79,7 +125,7 @@ class Context:
         """Bytes of the memory."""
         return self._cache.nbytes
 
-    def cache(self, num_rows: int = 1) -> OVQCache:
+    def cache(self, num_rows: int = 1) -> StateCache:
         """A cache of `num_rows` rows that have each read the document; it shares nothing with other caches.
 
         Pass it to `forward(input_ids, past_key_values=...)`, or to `generate` with an `attention_mask` over
@@ -90,7 +136,7 @@ class Context:
         cache.batch_repeat_interleave(num_rows)
         return cache
 
-    def inputs(self, prompts: Tensor | Sequence[Tensor | Sequence[int]]) -> dict[str, Tensor | OVQCache]:
+    def inputs(self, prompts: Tensor | Sequence[Tensor | Sequence[int]]) -> dict[str, Any]:
         """The arguments of `generate` for prompts that follow the document.
 
         Args:
@@ -108,7 +154,7 @@ class Context:
         if not rows:
             raise ValueError("prompts: expected at least one, found none")
         width = max(map(len, rows))
-        pad = self.model.config.pad_token_id or 0
+        pad = getattr(self.model.config, "pad_token_id", None) or 0
         ids = torch.stack([torch.cat([row.new_full((width - len(row),), pad), row]) for row in rows])
         mask = torch.ones(len(rows), self.num_tokens + width, dtype=torch.int64, device=ids.device)
         for row, tokens in zip(mask, rows, strict=True):
@@ -118,7 +164,7 @@ class Context:
         return {"input_ids": ids, "attention_mask": mask, CACHE_KEY: cache}
 
     @torch.no_grad()
-    def _read(self, rows: list[Tensor]) -> OVQCache:
+    def _read(self, rows: list[Tensor]) -> StateCache:
         """A cache that has read the document and, in each row, all of a prompt but its last token.
 
         The tokens of a row must be contiguous, without padding between document and prompt. So prompts of
@@ -132,8 +178,8 @@ class Context:
             caches.append(self.cache(len(places)))
             if length > 1:
                 ids = torch.stack([rows[place][:-1] for place in places])
-                self.model.base_model(ids, past_key_values=caches[-1])
-        joined = OVQCache.concatenate(caches, self.model.config)
+                self.model.base_model(ids, **{CACHE_KEY: caches[-1]})
+        joined = type(caches[0]).concatenate(caches)
         order = torch.tensor([place for places in by_length.values() for place in places])
         joined.batch_select_indices(order.argsort())
         return joined
@@ -141,7 +187,7 @@ class Context:
 
 @torch.no_grad()
 def build_context(
-    model: OVQPreTrainedModel,
+    model: ContextModel,
     input_ids: Tensor | Sequence[int],
     *,
     prefill_chunk_size: int = 2048,
@@ -150,7 +196,7 @@ def build_context(
     """Read a document.
 
     Args:
-        model: an `OVQForCausalLM` or `OVQModel`.
+        model: an `OVQForCausalLM`, an `OVQModel` or a converted model.
         input_ids: `[T]` or `[1, T]` token ids of the document.
         prefill_chunk_size: tokens per forward pass, which bounds the memory needed; it changes the result
             only by rounding.
@@ -168,11 +214,17 @@ def build_context(
         3
     """
     reading = read_in_pieces(model, input_ids, prefill_chunk_size=prefill_chunk_size)
-    return read_to_the_end(reading, progress)
+    while True:
+        try:
+            num_read = next(reading)
+        except StopIteration as end:
+            return end.value
+        if progress is not None:
+            progress(num_read)
 
 
 def read_in_pieces(
-    model: OVQPreTrainedModel,
+    model: ContextModel,
     input_ids: Tensor | Sequence[int],
     *,
     prefill_chunk_size: int = 2048,
@@ -198,25 +250,14 @@ def read_in_pieces(
     if prefill_chunk_size < 1:
         raise ValueError(f"prefill_chunk_size: expected at least 1, found {prefill_chunk_size}")
     ids = checked_ids(input_ids, model, what="input_ids")
-    cache = OVQCache(model.config)
+    cache = model.make_cache()
     num_read = 0
     for piece in ids.split(prefill_chunk_size):
-        model.base_model(piece[None], past_key_values=cache)
+        model.base_model(piece[None], **{CACHE_KEY: cache})
         num_read += len(piece)
         yield num_read
     own = fingerprint(model) if known_fingerprint is None else known_fingerprint
     return Context(model=model, num_tokens=num_read, fingerprint=own, _cache=cache)
-
-
-def read_to_the_end(reading: Generator[int, None, Read], progress: Callable[[int], None] | None) -> Read:
-    """What a generator of `read_in_pieces` returns; `progress` is called with all that it yields."""
-    while True:
-        try:
-            num_read = next(reading)
-        except StopIteration as end:
-            return end.value
-        if progress is not None:
-            progress(num_read)
 
 
 def save_context(context: Context, path: str | os.PathLike) -> None:
@@ -241,29 +282,48 @@ def save_context(context: Context, path: str | os.PathLike) -> None:
         for i, layer in enumerate(context._cache.layers)
         for name, tensor in layer.tensors().items()
     }
-    _check_layers("context", tensors, context.model, context.num_tokens)
+    model, kind = context.model, KINDS[context.model.context_kind]
+    config = kind.config(json.loads(context.fingerprint["config"]))
+    _check_layers("context", tensors, kind, config, model.dtype, context.num_tokens)
     metadata = {"format": FORMAT, "version": VERSION, "num_tokens": str(context.num_tokens)}
+    metadata["kind"] = model.context_kind
     metadata |= {**context.fingerprint, "content": digest(tensors)}
     write_file(path, tensors, metadata=metadata)
 
 
-def load_context(path: str | os.PathLike, model: OVQPreTrainedModel) -> Context:
+def load_context(path: str | os.PathLike, model: ContextModel) -> Context:
     """Read a context for the model that made it, onto the model's device.
 
     Raises:
         ValueError: a missing or damaged file, a file of another kind, or a context of another model or
             config.
     """
-    metadata, tensors = read_file(path, what="a saved context", file_format=FORMAT, version=VERSION)
+    metadata, tensors = _read(path)
     num_tokens = positive_int(path, metadata, "num_tokens")
-    own = fingerprint(model)
-    _check_fingerprint(str(path), metadata, own)
+    if (found := metadata["kind"]) != model.context_kind:
+        raise ValueError(
+            f"{path}: expected a context of a model of kind {model.context_kind!r}, found one of {found!r}"
+        )
+    own, kind = fingerprint(model), KINDS[model.context_kind]
+    _check_fingerprint(str(path), metadata, own, kind)
     check_content(path, metadata, tensors)
-    _check_layers(str(path), tensors, model, num_tokens)
-    cache = OVQCache(model.config)
-    for i, layer in enumerate(cache.layers):
-        layer.restore(of_layer(tensors, i), num_tokens, model.device)
+    config = kind.config(json.loads(own["config"]))
+    layers = _check_layers(str(path), tensors, kind, config, model.dtype, num_tokens)
+    cache = model.make_cache()
+    for layer, own_tensors in zip(cache.layers, layers, strict=True):
+        layer.restore(own_tensors, num_tokens, model.device)
     return Context(model=model, num_tokens=num_tokens, fingerprint=own, _cache=cache)
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a context, those of earlier formats with a kind."""
+    what = "a saved context"
+    if (found := format_of(path)) in _EARLIER_FORMATS:
+        version, kind = _EARLIER_FORMATS[found]
+        metadata, tensors = read_file(path, what=what, file_format=found, version=version)
+        return {**metadata, "kind": kind}, tensors
+    metadata, tensors = read_file(path, what=what, file_format=FORMAT, version=VERSION)
+    return {"kind": "ovq", **metadata}, tensors
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -275,7 +335,8 @@ class ContextInfo:
         nbytes: bytes of the memory.
         dtype: that of the model.
         weights: SHA-256 of the model's weights.
-        config: the config of the model, as far as the memory depends on it.
+        config: the config of the model, as far as the memory depends on it: an `OVQConfig`, or the
+            `MemoryConfig` of a converted model.
         cache: the memory, by layer.
     """
 
@@ -283,8 +344,8 @@ class ContextInfo:
     nbytes: int
     dtype: str
     weights: str
-    config: OVQConfig
-    cache: OVQCache
+    config: Any
+    cache: StateCache
 
 
 def context_info(path: str | os.PathLike) -> ContextInfo:
@@ -305,26 +366,20 @@ def context_info(path: str | os.PathLike) -> ContextInfo:
         >>> info.cache.layers[1].state.summary().num_open
         (204,)
     """
-    metadata, tensors = read_file(path, what="a saved context", file_format=FORMAT, version=VERSION)
+    metadata, tensors = _read(path)
     num_tokens = positive_int(path, metadata, "num_tokens")
     check_content(path, metadata, tensors)
-    config = _config_of(path, metadata)
+    if (name := metadata["kind"]) not in KINDS:
+        raise ValueError(f"{path}: expected a context of kind {', '.join(KINDS)}, found {name!r}")
+    kind = KINDS[name]
+    config = _config_of(path, metadata, kind)
     dtypes = {str(dtype): dtype for dtype in DTYPES}
     if (dtype := metadata.get("dtype", "")) not in dtypes:
         raise ValueError(f"{path}: expected a model in one of {', '.join(dtypes)}, found {dtype!r}")
-    # Every layer has a tensor at least; a file may claim any number of layers.
-    if config.num_hidden_layers > len(tensors):
-        raise ValueError(
-            f"{path}: expected tensors of {config.num_hidden_layers} layers, found {len(tensors)} tensors"
-        )
-    # Only shapes matter, so no weights are allocated.
-    with torch.device("meta"):
-        # transformers wraps `to` in a way that leaves mypy without its `self`.
-        model = OVQModel(config).to(dtypes[dtype])  # type: ignore[arg-type]
-    _check_layers(str(path), tensors, model, num_tokens)
-    cache = OVQCache(config)
-    for i, layer in enumerate(cache.layers):
-        layer.restore(of_layer(tensors, i), num_tokens)
+    layers = _check_layers(str(path), tensors, kind, config, dtypes[dtype], num_tokens)
+    cache = kind.cache(config)
+    for layer, own in zip(cache.layers, layers, strict=True):
+        layer.restore(own, num_tokens)
     return ContextInfo(
         num_tokens=num_tokens,
         nbytes=cache.nbytes,
@@ -335,7 +390,7 @@ def context_info(path: str | os.PathLike) -> ContextInfo:
     )
 
 
-def fingerprint(model: OVQPreTrainedModel) -> dict[str, str]:
+def fingerprint(model: ContextModel) -> dict[str, str]:
     """Everything that a memory depends on: config fields, dtype, and the SHA-256 of the backbone's weights.
 
     The output layer is left out, because it does not affect the memory.
@@ -348,10 +403,8 @@ def fingerprint(model: OVQPreTrainedModel) -> dict[str, str]:
         >>> one["config"] == two["config"], one["weights"] == two["weights"]
         (True, False)
     """
-    names = sorted(set(OVQConfig.__annotations__) & {field.name for field in dataclasses.fields(OVQConfig)})
-    fields = {name: getattr(model.config, name) for name in names if name not in _FIELDS_WITHOUT_EFFECT}
     return {
-        "config": json.dumps(fields, sort_keys=True),
+        "config": json.dumps(model.memory_fields(), sort_keys=True),
         "dtype": str(model.dtype),
         "weights": digest(weights_of(model.base_model)),
     }
@@ -367,18 +420,16 @@ def weights_of(model: nn.Module) -> Mapping[str, Tensor]:
     return found
 
 
-def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
+def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[str, str], kind: Kind) -> None:
     """Raise ValueError, naming the first difference, unless the two fingerprints are equal."""
     own = json.loads(expected["config"])
-    # A file that is older than a field was made with what is now the field's default.
-    defaults = {field.name: field.default for field in dataclasses.fields(OVQConfig) if field.name in own}
-    other = defaults | _config_fields(where, found)
+    other = _config_fields(where, found, kind)
     # What differs because `merge` does would puzzle a user who set that alone.
     for name in sorted(own.keys() | other.keys(), key=lambda name: (name == "growth", name)):
         if own.get(name) != other.get(name):
             raise ValueError(
-                f"{where}: expected a context made with {name}={own.get(name)!r}, as the model has, "
-                f"found {name}={other.get(name)!r}"
+                f"{where}: expected a context made with {name}={own.get(name)!r:.100}, as the model has, "
+                f"found {name}={other.get(name)!r:.100}"
             )
     if found.get("dtype") != expected["dtype"]:
         raise ValueError(
@@ -391,20 +442,20 @@ def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[s
         )
 
 
-def _config_fields(where: str | os.PathLike, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _config_fields(where: str | os.PathLike, metadata: Mapping[str, str], kind: Kind) -> dict[str, Any]:
     """The fields of the config in a file, with the names that they have now."""
     try:
-        return OVQConfig.upgraded(json.loads(metadata.get("config", "")))
+        return kind.upgraded(json.loads(metadata.get("config", "")))
     except (AttributeError, StrictDataclassError, TypeError, ValueError) as error:
         found = metadata.get("config")
-        raise ValueError(f"{where}: expected the config of a model, found {found!r} ({error})") from None
+        raise ValueError(f"{where}: expected the config of a model, found {found!r:.500} ({error})") from None
 
 
-def _config_of(path: str | os.PathLike, metadata: Mapping[str, str]) -> OVQConfig:
+def _config_of(path: str | os.PathLike, metadata: Mapping[str, str], kind: Kind) -> Any:
     """The config in a file."""
-    fields = _config_fields(path, metadata)
+    fields = _config_fields(path, metadata, kind)
     try:
-        return OVQConfig(**fields)
+        return kind.config(fields)
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: expected the config of a model, found {fields} ({error})") from error
 
@@ -419,30 +470,56 @@ def check_content(
         )
 
 
-def of_layer(tensors: Mapping[str, Tensor], index: int) -> dict[str, Tensor]:
-    """The tensors of one layer, by their names in it."""
-    prefix = f"layers.{index}."
-    return upgraded({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
-
-
 def _check_layers(
-    where: str, tensors: Mapping[str, Tensor], model: OVQPreTrainedModel, num_tokens: int
+    where: str, tensors: Tensors, kind: Kind, config: Any, dtype: torch.dtype, num_tokens: int
+) -> list[dict[str, Tensor]]:
+    """The tensors of each layer; ValueError unless they can be a model's memory of `num_tokens` tokens."""
+    num_layers = len(kind.cache(config).layers)
+    # Every layer has a tensor at least; a file may claim any number of layers.
+    if num_layers > len(tensors):
+        raise ValueError(f"{where}: expected tensors of {num_layers} layers, found {len(tensors)} tensors")
+    layers: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        if found is None or int(found[1]) >= num_layers:
+            raise ValueError(f"{where}: expected tensors of {num_layers} layers, found {name!r}")
+        layers[int(found[1])][found[2]] = tensor
+    layers = [upgraded(own) for own in layers]
+    kind.check(where, layers, config, dtype, num_tokens)
+    return layers
+
+
+def _upgraded_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of an `OVQConfig` in a file; one that is older than a field was made with its default of now."""
+    own = set(OVQConfig.__annotations__) - WITHOUT_EFFECT
+    defaults = {field.name: field.default for field in dataclasses.fields(OVQConfig) if field.name in own}
+    return defaults | OVQConfig.upgraded(fields)
+
+
+def _check_states(
+    where: str, layers: Sequence[Tensors], config: OVQConfig, dtype: torch.dtype, num_tokens: int
 ) -> None:
-    """Raise ValueError unless the tensors can be this model's memory of `num_tokens` tokens."""
-    mixers = model.mixers()
-    expected = {
-        f"layers.{i}.{name}"
-        for i, mixer in enumerate(mixers)
-        for name in mixer.state_spec(num_tokens, model.dtype)
-    }
-    if set(tensors) != expected:
-        odd = sorted(set(tensors) ^ expected)
-        raise ValueError(
-            f"{where}: expected the {len(expected)} tensors of a cache, found others; they differ in {odd}"
-        )
-    for i, mixer in enumerate(mixers):
-        own = of_layer(tensors, i)
-        mixer.check_state(f"{where}: layer {i}", own, num_tokens=num_tokens, dtype=model.dtype)
+    """`Kind.check` of OVQ models."""
+    # Only shapes matter, so no weights are allocated.
+    with torch.device("meta"):
+        # transformers wraps `to` in a way that leaves mypy without its `self`.
+        model = OVQModel(config).to(dtype)  # type: ignore[arg-type]
+    for i, (mixer, own) in enumerate(zip(model.mixers(), layers, strict=True)):
+        expected = set(mixer.state_spec(num_tokens, dtype))
+        if set(own) != expected:
+            odd = sorted(set(own) ^ expected)
+            raise ValueError(
+                f"{where}: layer {i}: expected {len(expected)} tensors, found others; they differ in {odd}"
+            )
+        mixer.check_state(f"{where}: layer {i}", own, num_tokens=num_tokens, dtype=dtype)
+
+
+KINDS["ovq"] = Kind(
+    upgraded=_upgraded_fields,
+    config=lambda fields: OVQConfig(**fields),
+    cache=OVQCache,
+    check=_check_states,
+)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -455,7 +532,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def checked_ids(ids: Tensor | Sequence[int], model: OVQPreTrainedModel, *, what: str) -> Tensor:
+def checked_ids(ids: Tensor | Sequence[int], model: ContextModel, *, what: str) -> Tensor:
     """Token ids as a tensor `[T]` on the model's device; ValueError unless the model knows them."""
     tensor = torch.as_tensor(ids)
     if tensor.dim() == 2 and tensor.shape[0] == 1:

@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from ovq.hf.block import OVQBlock, with_steps
-from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, one_cache, unread_inputs
+from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, checked_cache, one_cache, unread_inputs
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.loss import can_be_pieced, loss_in_pieces
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
@@ -331,7 +331,9 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        if not add_generation_cache(self.config, generation_config, model_kwargs, batch_size):
+        if not add_generation_cache(
+            self.make_cache, checked_cache, generation_config, model_kwargs, batch_size
+        ):
             # Its type of models that generate is no base of theirs.
             super()._prepare_cache_for_generation(  # type: ignore[misc]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

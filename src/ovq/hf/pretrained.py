@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ovq.hf.block import OVQBlock
 from ovq.hf.cache import OVQCache
@@ -31,9 +35,17 @@ _OWN_WEIGHTS = (
 )
 
 
+# All other fields of the config, future ones included, affect what is remembered.
+WITHOUT_EFFECT = frozenset(
+    {"initializer_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id"}
+)
+
+
 class OVQPreTrainedModel(HubModel):
     """Weight initialisation, and what `OVQModel` and `OVQForCausalLM` share."""
 
+    #: What kind of context (`ovq.hf.context`) the model makes.
+    context_kind = "ovq"
     config: OVQConfig
     config_class = OVQConfig
     base_model_prefix = "model"
@@ -61,6 +73,23 @@ class OVQPreTrainedModel(HubModel):
     def make_cache(self) -> OVQCache:
         """An empty cache of this model."""
         return OVQCache(self.config)
+
+    def memory_fields(self) -> dict[str, Any]:
+        """What a memory depends on beside weights: all fields of the config but those without effect."""
+        names = set(OVQConfig.__annotations__) & {field.name for field in dataclasses.fields(OVQConfig)}
+        return {name: getattr(self.config, name) for name in sorted(names - WITHOUT_EFFECT)}
+
+    def row_inputs(self, cache: OVQCache, lengths: Sequence[int], num_new: int) -> dict[str, Tensor]:
+        """Arguments of `forward` for `num_new` tokens of rows that have read `lengths` tokens each.
+
+        That is the mask `[B, P + T]` over cached and new columns, or nothing if no column is padding.
+        """
+        num_columns = cache.get_seq_length()
+        if not cache.layers[0].has_padding and min(lengths) >= num_columns:
+            return {}
+        num_real = torch.tensor(lengths, device=self.device)[:, None]
+        column = torch.arange(num_columns + num_new, device=self.device)
+        return {"attention_mask": (column >= num_columns - num_real).long()}
 
     def mixers(self) -> list[Mixer]:
         """The mixer of each layer."""

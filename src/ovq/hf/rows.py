@@ -13,14 +13,13 @@ server:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ovq.hf.cache import OVQCache
+from ovq.hf.cache import CACHE_KEY, StateCache
 from ovq.hf.context import Context
-from ovq.hf.modeling_ovq import OVQForCausalLM
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,12 +32,13 @@ _SPARE_COLUMNS = 64
 class Rows:
     """The rows that decode together, each with a text of its own.
 
-    All rows are in one `OVQCache`, aligned at their ends; shorter ones are padded on the left. The padding is
+    All rows are in one cache, aligned at their ends; shorter ones are padded on the left. The padding is
     dropped again as rows leave, so that memory and time depend on the rows that are left, and not on how long
     the batch has been running.
 
     Args:
-        model: used on the device and in the dtype that it has, in evaluation mode.
+        model: an `OVQForCausalLM` or a converted model (`ovq.convert`), used on the device and in the dtype
+            that it has, in evaluation mode.
         cache: what the rows have read.
         lengths: tokens that each row has read, not counting padding.
 
@@ -46,7 +46,7 @@ class Rows:
         lengths: the same, as they are now.
 
     Example:
-        >>> from ovq.hf import OVQConfig
+        >>> from ovq.hf import OVQConfig, OVQForCausalLM
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> model = OVQForCausalLM(config).eval()
         >>> one, two = Rows.start(model), Rows.start(model)
@@ -62,7 +62,7 @@ class Rows:
         Rows(lengths=[2], columns=4)
     """
 
-    def __init__(self, model: OVQForCausalLM, cache: OVQCache, lengths: Sequence[int]) -> None:
+    def __init__(self, model: Any, cache: StateCache, lengths: Sequence[int]) -> None:
         self.model, self.lengths = model, list(lengths)
         self._cache = cache
 
@@ -78,10 +78,10 @@ class Rows:
         return self._cache.nbytes
 
     @classmethod
-    def start(cls, model: OVQForCausalLM, context: Context | None = None) -> Self:
+    def start(cls, model: Any, context: Context | None = None) -> Self:
         """One row that has read nothing yet, or the document of a context, which does not change."""
         if context is None:
-            return cls(model, cls._new_cache(model), [0])
+            return cls(model, model.make_cache(), [0])
         return cls(model, context.cache(), [context.num_tokens])
 
     def read(self, tokens: Tensor | Sequence[Sequence[int]]) -> Tensor:
@@ -94,7 +94,9 @@ class Rows:
             `[B, vocab_size]` logits of the token after them, float32 or better.
         """
         ids = torch.as_tensor(tokens, dtype=torch.int64, device=self.model.device)
-        logits = self._logits(ids)
+        inputs = self.model.row_inputs(self._cache, self.lengths, ids.shape[1])
+        output = self.model(ids, logits_to_keep=1, **inputs, **{CACHE_KEY: self._cache})
+        logits = output.logits[:, -1]
         self.lengths = [length + ids.shape[1] for length in self.lengths]
         self._tidy()
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -103,9 +105,9 @@ class Rows:
     def joined(cls, parts: Sequence[Self]) -> Self:
         """The rows of several in one, in their order; each has read at least one token. The parts do not
         change."""
-        model = parts[0].model
-        cache = cls._joined_cache([part._cache for part in parts], model)
-        rows = cls(model, cache, [length for part in parts for length in part.lengths])
+        caches = [part._cache for part in parts]
+        joined = type(caches[0]).concatenate(caches)
+        rows = cls(parts[0].model, joined, [length for part in parts for length in part.lengths])
         rows._tidy()
         return rows
 
@@ -115,21 +117,6 @@ class Rows:
         self.lengths = [self.lengths[place] for place in places]
         self._tidy()
 
-    @staticmethod
-    def _new_cache(model: OVQForCausalLM) -> OVQCache:
-        """The cache of a row that has read nothing."""
-        return OVQCache(model.config)
-
-    @staticmethod
-    def _joined_cache(caches: Sequence[OVQCache], model: OVQForCausalLM) -> OVQCache:
-        """The rows of several caches in one."""
-        return OVQCache.concatenate(caches, model.config)
-
-    def _logits(self, ids: Tensor) -> Tensor:
-        """Read `ids` `[B, T]`: `[B, vocab_size]` logits after the last one."""
-        hidden = self.model.base_model(ids, self._mask(ids.shape[1]), past_key_values=self._cache)
-        return self.model.get_output_embeddings()(hidden.last_hidden_state[:, -1])
-
     def _tidy(self) -> None:
         """Shorten the cache if much of it is no longer needed."""
         if not self.lengths:
@@ -137,13 +124,3 @@ class Rows:
         by_column = max(layer.num_by_column for layer in self._cache.layers)
         if self._cache.get_seq_length() > 2 * min(by_column, max(self.lengths)) + _SPARE_COLUMNS:
             self._cache.shorten(self.lengths)
-
-    def _mask(self, num_new: int) -> Tensor | None:
-        """The mask `[B, P + T]` over cached and new columns; None if no column is padding."""
-        num_columns = self._cache.get_seq_length()
-        is_padded = self._cache.layers[0].has_padding
-        if not is_padded and min(self.lengths) >= num_columns:
-            return None
-        num_real = torch.tensor(self.lengths, device=self.model.device)[:, None]
-        column = torch.arange(num_columns + num_new, device=self.model.device)
-        return (column >= num_columns - num_real).long()

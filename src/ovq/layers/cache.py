@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ovq.layers.memory import Memory
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class LayerCache:
@@ -45,6 +49,16 @@ class LayerCache:
         self.conv_state: Tensor | None = None
         self.num_columns = 0
         self.has_padding = False
+
+    def emptied(self) -> Self:
+        """A layer like this one that has read nothing."""
+        other = copy.copy(self)
+        other.reset()
+        return other
+
+    def branch(self) -> Self:
+        """A layer that has read the same and goes on by itself. States are values, so nothing is copied."""
+        return copy.copy(self)
 
     def set_state(self, state: Any, num_new: int) -> None:
         """Store the state after `num_new` more columns."""

@@ -9,11 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ovq.convert import ConvertedMixin
-from ovq.convert import context as converted
-from ovq.convert.rows import ConvertedRows
 from ovq.hf.context import Context, fingerprint, load_context, read_in_pieces
-from ovq.hf.modeling_ovq import OVQForCausalLM
 from ovq.hf.rows import Rows
 from ovq.serve.scheduler import BatchModel
 
@@ -38,15 +34,13 @@ class AnyServedModel(BatchModel, Protocol):
 
 
 class ServedModel:
-    """An `OVQForCausalLM`, whatever its mixers, for a server.
+    """An `OVQForCausalLM`, whatever its mixers, or a converted model, for a server.
 
     Args:
         model: On its device and in its dtype, in evaluation mode.
     """
 
-    _rows: type[Rows] = Rows
-
-    def __init__(self, model: OVQForCausalLM) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
 
     @property
@@ -79,46 +73,14 @@ class ServedModel:
 
     def start(self, context: Context | None) -> Rows:
         """See `BatchModel.start`."""
-        return self._rows.start(self.model, context)
+        return Rows.start(self.model, context)
 
     def joined(self, parts: Sequence[Rows]) -> Rows:
         """See `BatchModel.joined`."""
-        return self._rows.joined(parts)
+        return Rows.joined(parts)
 
     def read_document(self, tokens: Sequence[int], piece: int) -> Generator[int, None, Context]:
         """See `BatchModel.read_document`."""
         return read_in_pieces(
             self.model, tokens, prefill_chunk_size=piece, known_fingerprint=self._fingerprint
         )
-
-
-class ServedConverted(ServedModel):
-    """A converted model, such as `ovq.convert.load` gives, for a server.
-
-    Args:
-        model: On its device and in its dtype, in evaluation mode.
-    """
-
-    _rows = ConvertedRows
-
-    def __init__(self, model: Any) -> None:
-        super().__init__(model)
-
-    @cached_property
-    def _fingerprint(self) -> dict[str, str]:
-        return converted.fingerprint(self.model)
-
-    def load_context(self, path: Path) -> Context:
-        """See `AnyServedModel.load_context`."""
-        return converted.load_context(path, self.model)
-
-    def read_document(self, tokens: Sequence[int], piece: int) -> Generator[int, None, Context]:
-        """See `BatchModel.read_document`."""
-        return converted.read_in_pieces(
-            self.model, tokens, prefill_chunk_size=piece, known_fingerprint=self._fingerprint
-        )
-
-
-def served(model: Any) -> ServedModel:
-    """An OVQ model or a converted one, for a server."""
-    return ServedConverted(model) if isinstance(model, ConvertedMixin) else ServedModel(model)
