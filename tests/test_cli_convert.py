@@ -116,6 +116,8 @@ def test_what_a_probe_has_found_serves_others_as_a_preset(capsys, reading, tmp_p
     for others in (["--rows", 40], ["--chunk-size", 4], ["--merge", "existing"], ["--preset", "none"]):
         with pytest.raises(pytest.fail.Exception, match="probed"):
             main(list(map(str, [*command, "--out", tmp_path / "new", *others])))
+        told = "The presets of this model have 26 rows per head (num_sinks 2, chunk_size 8, merge nearest)"
+        assert (told in capsys.readouterr().err) == ("--preset" not in others)
     torch.manual_seed(1)
     other = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257}))
     other.save_pretrained(tmp_path / "other")

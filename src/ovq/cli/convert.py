@@ -7,6 +7,7 @@ import os
 import secrets
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,7 +143,7 @@ def convert(
         say(f"warning: {_WITHOUT}")
     # A window alone has nothing to share out.
     elif num_slots or probe is not None or preset not in ("auto", "none"):
-        taken = _preset(preset, original, wanted, settings) if probe is None else None
+        taken = _preset(preset, original, wanted, settings, say) if probe is None else None
         if taken is not None:
             say(f"Preset {taken.name}: {taken.rows} rows per head, as a probe of that model shared them out")
             how = f"shared out by the preset {taken.name}"
@@ -168,19 +169,25 @@ def convert(
     )
 
 
-def _preset(name: str, model: Any, rows: int, settings: dict[str, Any]) -> Preset | None:
+def _preset(
+    name: str, model: Any, rows: int, settings: dict[str, Any], say: Callable[[str], None]
+) -> Preset | None:
     """The preset that was asked for, if it is of this model; None where there is to be a probe."""
-    from ovq.convert.presets import find_preset, load_preset, packaged_presets
+    from ovq.convert.presets import find_preset, load_preset, packaged_presets, presets_of
 
     if name == "none":
         return None
     if name == "auto":
+        # What a probe finds for values is multiplied by `value_weight`.
+        given = {**settings, "value_weight": None if settings["value_weight"] == 1.0 else "other"}
         found = find_preset(model, rows)
-        # The package's have the defaults.
-        is_same = found is not None and all(
-            getattr(found.config, k) == v for k, v in settings.items() if k != "value_weight"
-        )
-        return found if is_same and settings["value_weight"] == 1.0 else None
+        if found is not None and given == _settings_of(found):
+            return found
+        if others := presets_of(model):
+            sizes = ", ".join(f"{preset.rows}" for preset in others)
+            fixed = ", ".join(f"{k} {v}" for k, v in _settings_of(others[0]).items() if v is not None)
+            say(f"The presets of this model have {sizes} rows per head ({fixed}), none what is asked for")
+        return None
     packaged = {preset.name: preset for preset in packaged_presets()}
     try:
         if name in packaged and not Path(name).exists():
@@ -191,6 +198,11 @@ def _preset(name: str, model: Any, rows: int, settings: dict[str, Any]) -> Prese
     except ValueError as error:
         raise ValueError(f"--preset: {error}") from error
     return preset
+
+
+def _settings_of(preset: Preset) -> dict[str, Any]:
+    names = ("num_sinks", "chunk_size", "merge")
+    return {**{name: getattr(preset.config, name) for name in names}, "value_weight": None}
 
 
 def _folder_of(name: str) -> Path:

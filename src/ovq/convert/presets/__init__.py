@@ -11,6 +11,7 @@ from ovq.convert.presets.preset import (
     find_preset,
     load_preset,
     packaged_presets,
+    presets_of,
     save_preset,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "load_preset",
     "packaged_presets",
     "preset_card",
+    "presets_of",
     "save_preset",
 ]

@@ -173,6 +173,19 @@ def packaged_presets() -> tuple[Preset, ...]:
     return tuple(sorted(map(load_preset, folders), key=lambda preset: (preset.model, preset.rows)))
 
 
+def presets_of(model: PreTrainedModel) -> list[Preset]:
+    """The presets of the package that are of this model, which is not converted yet."""
+
+    def fits(preset: Preset) -> bool:
+        try:
+            preset.check(model)
+        except ValueError:
+            return False
+        return True
+
+    return [preset for preset in packaged_presets() if fits(preset)]
+
+
 def find_preset(model: PreTrainedModel, rows: float) -> Preset | None:
     """The preset of the package that is of this model, with about as many rows per head; None if none is.
 
@@ -180,14 +193,8 @@ def find_preset(model: PreTrainedModel, rows: float) -> Preset | None:
         model: not converted yet.
         rows: rows per head, on average; a preset may have up to 5 % more or fewer.
     """
-    near = (p for p in packaged_presets() if abs(p.rows - rows) <= MAX_MISMATCH * rows)
-    for preset in sorted(near, key=lambda p: abs(p.rows - rows)):
-        try:
-            preset.check(model)
-        except ValueError:
-            continue
-        return preset
-    return None
+    near = [p for p in presets_of(model) if abs(p.rows - rows) <= MAX_MISMATCH * rows]
+    return min(near, key=lambda p: abs(p.rows - rows), default=None)
 
 
 def _as_tensor(value: list[Any]) -> Tensor:
