@@ -2,7 +2,7 @@
 # docker build -t ovq:cuda --build-arg TORCH=cu128 .      for GPUs: run it with --gpus all
 # docker run --rm -v "$PWD:/work" ovq demo --out demo-out
 #
-# TORCH is what uv calls a torch backend: cpu, cu126, cu128 and so on. EXTRAS are those of pyproject.toml.
+# TORCH is what uv calls a torch backend: cpu, cu126, cu128 and so on. EXTRAS are those of lab/pyproject.toml.
 ARG PYTHON=3.12
 
 # The wheel, with kernels for AVX2 and AVX-512 (or arm64), is built where there is a compiler...
@@ -10,7 +10,8 @@ FROM python:${PYTHON}-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir build
 COPY . /ovq
-RUN OVQ_BUILD_KERNELS=1 python -m build --wheel --outdir /dist /ovq
+RUN OVQ_BUILD_KERNELS=1 python -m build --wheel --outdir /dist /ovq \
+    && python -m build --wheel --outdir /dist /ovq/lab
 
 # ... and installed where there is none, unless Triton needs one: it compiles what launches its kernels.
 FROM python:${PYTHON}-slim
@@ -21,8 +22,9 @@ RUN if [ "$TORCH" != cpu ]; then \
     fi
 COPY --from=build /dist /dist
 RUN pip install --no-cache-dir uv \
-    && extras="$EXTRAS" && if [ "$TORCH" != cpu ]; then extras="$extras,triton"; fi \
-    && uv pip install --system --no-cache --torch-backend "$TORCH" "$(echo /dist/*.whl)[$extras]" \
+    && kernels= && if [ "$TORCH" != cpu ]; then kernels="[triton]"; fi \
+    && uv pip install --system --no-cache --torch-backend "$TORCH" \
+        "$(echo /dist/ovq-*.whl)$kernels" "$(echo /dist/ovq_lab-*.whl)[$EXTRAS]" \
     && rm -r /dist
 RUN useradd --create-home ovq
 USER ovq

@@ -21,15 +21,15 @@ unexport PYTHONDONTWRITEBYTECODE
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml lab/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[dev,triton]'
+	$(PIP) -e '.[dev,triton]' -e lab
 	touch $@
 
 # What the demonstration needs and nothing else; all that is there already will do.
-$(VENV)/.installed-demo: pyproject.toml
+$(VENV)/.installed-demo: pyproject.toml lab/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[plots]'
+	$(PIP) -e . -e './lab[plots]'
 	touch $@
 
 demo: $(VENV)/.installed-demo
@@ -40,7 +40,7 @@ test: install
 	$(MAKE) --no-print-directory -j 2 lint pytest
 
 pytest: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peers' tests src/ovq
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not peers' tests src/ovq lab/ovq_lab
 
 # What takes minutes: kills of whole runs, torchrun, everything in Triton's interpreter, a real browser.
 test-slow: install
@@ -63,7 +63,7 @@ fuzz: install
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --progress-bar on -e '.[dev]' -c tests/oldest.txt
-	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not peers' tests src/ovq
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not peers' tests src/ovq lab/ovq_lab
 
 # The tables of the documents from the JSON files of results; a test fails where they differ.
 tables: install
@@ -73,9 +73,9 @@ tables: install
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-$(VENV)/.installed-docs: pyproject.toml
+$(VENV)/.installed-docs: pyproject.toml lab/pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[docs]'
+	$(PIP) -e '.[docs]' -e './lab[plots]'
 	touch $@
 
 lint: install

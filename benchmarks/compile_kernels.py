@@ -114,7 +114,8 @@ def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
                     seed=0,
                     weighs_chunk=weighs_chunk,
                 )
-                call = checked_call(q, k, v, torch.ones(2), None, True, None, None, options, weights)
+                given = {"q": q, "k": k, "v": v, "scale": torch.ones(2), "token_weights": weights}
+                call = checked_call(**given, options=options, wants_state=True)
                 triton_backend.run(call)[0].sum().backward()
     token = [x[:, :1].detach() for x in (q, k, v)]
     places = torch.zeros(0, dtype=torch.int32)

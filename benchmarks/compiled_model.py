@@ -18,8 +18,8 @@ import typer
 from transformers import PreTrainedModel
 
 from ovq.hf.cache import CACHE_KEY
-from ovq.research.bench.models import ModelWorkload
 from ovq.runtime.allocator import keep_freed_memory
+from ovq_lab.bench.models import ModelWorkload
 
 
 def steps(

@@ -44,7 +44,7 @@ from transformers import (
 )
 
 from ovq.runtime.files import write_atomic
-from ovq.text.haystack import NeedleBuilder
+from ovq_lab.text.haystack import NeedleBuilder
 
 PIECE = 512
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)

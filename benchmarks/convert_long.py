@@ -36,9 +36,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from ovq.convert import MemoryCache, load
-from ovq.eval.reading import read_pieces, target_losses
-from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
+from ovq_lab.eval.reading import read_pieces, target_losses
+from ovq_lab.runtime.environment import environment
 
 METHODS = ["converted", "full"]
 NUM_GENERATED = 9

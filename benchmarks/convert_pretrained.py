@@ -38,13 +38,13 @@ from ovq.convert import (
     load,
     probe,
 )
-from ovq.eval.reading import read_pieces, target_losses
-from ovq.plots.canvas import NullLocator
-from ovq.plots.panels import new_panels, save
-from ovq.plots.style import MIXER_STYLES, PALETTE
-from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
-from ovq.text.haystack import NeedleBuilder
+from ovq_lab.eval.reading import read_pieces, target_losses
+from ovq_lab.plots.canvas import NullLocator
+from ovq_lab.plots.panels import new_panels, save
+from ovq_lab.plots.style import MIXER_STYLES, PALETTE
+from ovq_lab.runtime.environment import environment
+from ovq_lab.text.haystack import NeedleBuilder
 
 SINKS = 4
 # Chunks of the window alone are smaller, so that it is nearly a window that slides token by token. Its rows

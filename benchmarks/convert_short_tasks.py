@@ -35,10 +35,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from ovq.convert import load
 from ovq.convert.saving import memory_config_in
-from ovq.eval.models import branch, new_cache
-from ovq.eval.reading import read_pieces
 from ovq.hf.cache import CACHE_KEY
 from ovq.runtime.files import write_atomic
+from ovq_lab.eval.models import branch, new_cache
+from ovq_lab.eval.reading import read_pieces
 
 OWN = Path(lm_eval.__file__).parent / "tasks"
 # What lm-eval calls its tasks, and where they are.

@@ -26,12 +26,12 @@ from unittest import mock
 import torch
 
 from ovq.ops import OVQState, backend_used, ovq_attention
-from ovq.research.bench import gpu, gpu_suite
-from ovq.research.bench.measure import matrix_rate, spread
-from ovq.research.bench.rivals import RIVALS
-from ovq.research.bench.workloads import Workload, contenders
-from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
+from ovq_lab.bench import gpu, gpu_suite
+from ovq_lab.bench.measure import matrix_rate, spread
+from ovq_lab.bench.rivals import RIVALS
+from ovq_lab.bench.workloads import Workload, contenders
+from ovq_lab.runtime.environment import environment
 
 # Of all parts together, so that a call stays below nine minutes.
 SECONDS = 525

@@ -23,7 +23,7 @@ import typer
 
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import build, compiler
-from ovq.research.bench.workloads import Workload
+from ovq_lab.bench.workloads import Workload
 
 # What is measured: part, dtype, tokens.
 CASES = (

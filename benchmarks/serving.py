@@ -32,8 +32,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ovq.convert import attach
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.runtime.environment import environment
 from ovq.runtime.files import write_atomic
+from ovq_lab.runtime.environment import environment
 
 VOCAB_SIZE = 4096
 

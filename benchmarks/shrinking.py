@@ -27,11 +27,11 @@ from torch.nn.functional import normalize
 from ovq.hf import OVQCache, OVQForCausalLM
 from ovq.layers import OVQAttention
 from ovq.ops import OVQState, ovq_attention
-from ovq.research.fidelity.memories import CHUNK_SIZE, softmax_read
-from ovq.research.fidelity.streams import STREAMS
-from ovq.research.reproduce.plan import run_name, with_seed
-from ovq.research.reproduce.presets import get_preset
-from ovq.tasks import IGNORE_INDEX, TaskBatch
+from ovq_lab.figures.fidelity.memories import CHUNK_SIZE, softmax_read
+from ovq_lab.figures.fidelity.streams import STREAMS
+from ovq_lab.figures.plan import run_name, with_seed
+from ovq_lab.figures.presets import get_preset
+from ovq_lab.tasks import IGNORE_INDEX, TaskBatch
 
 TOKENS, QUERIES, DIM = 8192, 256, 64
 LARGE, SMALL = 1024, 256

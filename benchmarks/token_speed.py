@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 from ovq.hf import OVQForCausalLM
 from ovq.hf.block import OVQBlock
 from ovq.ops import cpu_kernels
-from ovq.research.bench.models import ModelWorkload
+from ovq_lab.bench.models import ModelWorkload
 
 # Tokens of a turn.
 TURN = 16

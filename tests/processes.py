@@ -16,7 +16,7 @@ import torch
 from ovq.ops.backends.cpu import build
 
 # One server serves all tests of a worker of pytest, so it has what any of them needs.
-_IMPORTED = ["torch", "transformers", "ovq.hf", "ovq.parallel", "ovq.train.loop", "ovq.cli"]
+_IMPORTED = ["torch", "transformers", "ovq.hf", "ovq.parallel", "ovq_lab.train.loop", "ovq.cli"]
 # As it is before a test has a cache of its own, in which kernels would be compiled anew.
 _USUAL_CACHE = os.environ.get("XDG_CACHE_HOME")
 

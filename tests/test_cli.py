@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ovq.cli import main
-from ovq.eval.accuracy import evaluate
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import Reporter
-from ovq.train.config import RunConfig
+from ovq_lab.eval.accuracy import evaluate
+from ovq_lab.train.config import RunConfig
 from tests.tiny import TINY
 
 
@@ -358,7 +358,7 @@ def test_an_error_of_several_lines_is_joined(monkeypatch, capsys):
     def fail_at_length(_name):
         raise ValueError("expected this,\n  found that")
 
-    monkeypatch.setattr("ovq.train.recipes.get_recipe", fail_at_length)
+    monkeypatch.setattr("ovq_lab.train.recipes.get_recipe", fail_at_length)
     assert fail(capsys, "train", "recall-ovq") == "expected this, found that"
 
 
@@ -372,7 +372,7 @@ def test_an_interruption_has_a_code_of_its_own(monkeypatch, capsys):
     def interrupt(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ovq.train.recipes.get_recipe", interrupt)
+    monkeypatch.setattr("ovq_lab.train.recipes.get_recipe", interrupt)
     with pytest.raises(SystemExit) as exit_info:
         main(["train", "recall-ovq"])
     assert exit_info.value.code == 130

@@ -14,7 +14,7 @@ from ovq.cli import main
 from ovq.convert import load
 from ovq.convert.presets import load_preset
 from ovq.convert.texts import default_texts
-from ovq.text import byte_tokenizer
+from ovq_lab.text import byte_tokenizer
 from tests.convert.common import SIZES, original
 from tests.convert.gguf_files import write_gguf
 from tests.test_cli import fail, run

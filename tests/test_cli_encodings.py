@@ -9,7 +9,7 @@ import torch
 
 from ovq.cli import main
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.text import byte_tokenizer
+from ovq_lab.text import byte_tokenizer
 from tests.test_cli import fail
 
 PROMPT = "Où? 日本"

@@ -9,14 +9,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from ovq.eval.language import evaluate_language
-from ovq.eval.needle import evaluate_needle
-from ovq.eval.reading import token_bytes
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import Reporter
-from ovq.text import byte_tokenizer
-from ovq.text.haystack import NeedleBuilder, essay_texts
-from ovq.train.recipes import get_recipe
+from ovq_lab.eval.language import evaluate_language
+from ovq_lab.eval.needle import evaluate_needle
+from ovq_lab.eval.reading import token_bytes
+from ovq_lab.text import byte_tokenizer
+from ovq_lab.text.haystack import NeedleBuilder, essay_texts
+from ovq_lab.train.recipes import get_recipe
 from tests.test_cli import fail, run
 
 BYTES = byte_tokenizer()
@@ -172,7 +172,7 @@ def test_essays_are_of_what_a_model_was_not_trained_on(folder, capsys, monkeypat
         read.append((source, essay_texts(source, split, length)))
         return read[-1][1]
 
-    monkeypatch.setattr("ovq.text.haystack.essay_texts", spy)
+    monkeypatch.setattr("ovq_lab.text.haystack.essay_texts", spy)
     arguments = ["eval", "needle", "--model", tmp_path / "run", "--haystack", "essay", "--json"]
     arguments += ["--lengths", "330", "--depths", "50", "--examples", 1, "--distractors", 1]
     results = json.loads(run(capsys, *arguments))
@@ -191,7 +191,7 @@ def test_help_shows_examples(capsys):
     for command in ("lm", "needle", "harness"):
         out = " ".join(run(capsys, "eval", command, "--help").split())
         assert f"Example: ovq eval {command} --model runs/ovq" in out
-    assert "ovq[harness]" in run(capsys, "eval", "harness", "--help")
+    assert "./lab[harness]" in run(capsys, "eval", "harness", "--help")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.text import byte_tokenizer
+from ovq_lab.text import byte_tokenizer
 from tests.test_cli import fail
 
 
@@ -58,11 +58,11 @@ def test_text_in_another_encoding_is_refused(capsys, folder, arguments):
     [
         (
             "eval lm --model {f}/model --dataset {f}/text.txt --split all",
-            "ovq.eval.language.evaluate_language",
+            "ovq_lab.eval.language.evaluate_language",
         ),
-        ("eval needle --model {f}/model", "ovq.eval.needle.evaluate_needle"),
-        ("eval harness --model {f}/model --tasks x", "ovq.eval.harness.evaluate_tasks"),
-        ("bench --what forward --lengths 64", "ovq.research.bench.suite.run_suite"),
+        ("eval needle --model {f}/model", "ovq_lab.eval.needle.evaluate_needle"),
+        ("eval harness --model {f}/model --tasks x", "ovq_lab.eval.harness.evaluate_tasks"),
+        ("bench --what forward --lengths 64", "ovq_lab.bench.suite.run_suite"),
     ],
 )
 def test_a_folder_that_cannot_be_made_is_refused_before_the_work(

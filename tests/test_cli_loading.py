@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ovq.hf import OVQForCausalLM
-from ovq.text import byte_tokenizer
-from ovq.train.recipes import get_recipe
+from ovq_lab.text import byte_tokenizer
+from ovq_lab.train.recipes import get_recipe
 from tests.hf.common import make_config
 from tests.test_cli import fail, run
 

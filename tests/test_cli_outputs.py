@@ -86,7 +86,7 @@ def test_a_pipe_that_breaks_elsewhere_is_an_error(monkeypatch, capsys):
     def broken(_name):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("ovq.train.recipes.get_recipe", broken)
+    monkeypatch.setattr("ovq_lab.train.recipes.get_recipe", broken)
     with pytest.raises(SystemExit) as exit_info:
         main(["train", "recall-ovq"])
     assert exit_info.value.code == REFUSED

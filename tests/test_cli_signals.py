@@ -13,7 +13,7 @@ import pytest
 
 from ovq.cli.signals import Ended, raised
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.text import byte_tokenizer
+from ovq_lab.text import byte_tokenizer
 from tests.convert.common import original
 from tests.processes import command
 from tests.tiny import TINY

@@ -3,7 +3,7 @@
 import pytest
 
 from ovq.hf import load_context
-from ovq.train.config import RunConfig
+from ovq_lab.train.config import RunConfig
 from tests.test_cli import fail, run
 from tests.train.text_common import write_texts
 

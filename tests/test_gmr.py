@@ -11,10 +11,10 @@ from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils.estimator_checks import check_estimator
 
-from ovq.gmr import ASSIGNMENTS, GaussianMixtureRegressor
 from ovq.ops import ovq_attention
-from ovq.ops.options import BIASES
+from ovq.ops.ablation import BIASES
 from ovq.ops.schedule import GROWTHS
+from ovq_lab.gmr import ASSIGNMENTS, GaussianMixtureRegressor
 from tests.ops.common import attend, inputs
 
 SLOTS, CHUNK, SCALE = 12, 8, 3.0
@@ -46,7 +46,7 @@ def test_scikit_learn_takes_it_for_an_estimator(assignment):
 def test_predict_equals_the_read(bias):
     """Slots, and the tokens of the chunk up to the query as components of count 1."""
     tensors, (queries, keys, values) = stream(61)
-    o, _ = ovq_attention(*tensors, scale=SCALE, bias=bias, backend="naive", **OPTIONS)
+    o, _ = ovq_attention(*tensors, scale=SCALE, ablation={"bias": bias}, backend="naive", **OPTIONS)
     model = GaussianMixtureRegressor(precision=SCALE, bias=bias, **OPTIONS)
     for t in range(61):
         model.partial_fit(keys[t : t + 1], values[t : t + 1])
@@ -129,7 +129,7 @@ def test_one_token_moves_its_slot_by_a_newton_step_of_size_one_by_count():
 def test_a_constant_rate_is_a_newton_step_on_a_likelihood_that_forgets():
     """Each token weighs `rate`, and all before it (1 - rate) of what they did."""
     tensors, (_, keys, _) = stream(8)
-    _, state = attend(*tensors, num_slots=1, chunk_size=8, rate=0.3)
+    _, state = attend(*tensors, num_slots=1, chunk_size=8, ablation={"rate": 0.3})
     weights = 0.3 * 0.7 ** torch.arange(7, -1, -1, dtype=torch.float64)
     weights[0] = 0.7**7
 
@@ -266,8 +266,8 @@ def test_values_of_another_width_are_refused():
 
 
 def test_without_scikit_learn_the_import_says_what_to_install(monkeypatch):
-    for name in ("ovq.gmr", "ovq.gmr.regressor"):
+    for name in ("ovq_lab.gmr", "ovq_lab.gmr.regressor"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn.base", None)
-    with pytest.raises(ImportError, match=r"ovq.gmr: expected scikit-learn.*pip install 'ovq\[theory\]'"):
-        importlib.import_module("ovq.gmr")
+    with pytest.raises(ImportError, match=r"ovq_lab.gmr: expected scikit-learn.*pip install 'ovq\[theory\]'"):
+        importlib.import_module("ovq_lab.gmr")

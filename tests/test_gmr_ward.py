@@ -5,9 +5,9 @@ import pytest
 from sklearn.cluster import AgglomerativeClustering
 from sklearn.utils.estimator_checks import check_estimator
 
-from ovq.gmr import GaussianMixtureRegressor
-from ovq.gmr.ward import ward_clusters
 from ovq.ops import ovq_attention
+from ovq_lab.gmr import GaussianMixtureRegressor
+from ovq_lab.gmr.ward import ward_clusters
 from tests.ops.common import attend, by_turns
 from tests.test_gmr import CHUNK, OPTIONS, SCALE, blobs, stream
 
@@ -59,7 +59,7 @@ def test_partial_fit_equals_the_update(make, options, cuts, merge):
 def test_predict_equals_the_read():
     """Slots, and the tokens of the chunk up to the query as components of count 1."""
     tensors, (queries, keys, values) = stream(61)
-    o, _ = ovq_attention(*tensors, scale=SCALE, bias="count+norm", backend="naive", **WARD)
+    o, _ = ovq_attention(*tensors, scale=SCALE, ablation={"bias": "count+norm"}, backend="naive", **WARD)
     model = GaussianMixtureRegressor(precision=SCALE, **WARD)
     for t in range(61):
         model.partial_fit(keys[t : t + 1], values[t : t + 1])

@@ -10,41 +10,55 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src"
-# The order, written once: a module imports from its own group or from those before it.
-ORDER = [
-    ["runtime", "fields"],
-    ["plugins"],
-    ["ops"],
-    ["layers", "gmr"],
-    ["hf"],
-    ["parallel", "text"],
-    ["convert"],
-    ["tasks"],
-    ["train", "eval", "inspect"],
-    ["plots"],
-    ["research", "serve"],
-    ["cli"],
-    ["__main__"],
-]
-RANKS = {name: rank for rank, names in enumerate(ORDER) for name in names}
+from ovq import plugins
+
+ROOT = Path(__file__).parents[1]
+# The order in each package, written once: a module imports from its own group or from those before it.
+ORDER = {
+    "ovq": [
+        ["runtime", "fields"],
+        ["plugins"],
+        ["moved"],
+        ["ops"],
+        ["layers"],
+        ["hf"],
+        ["parallel"],
+        ["convert"],
+        ["inspect", "serve"],
+        ["cli"],
+    ],
+    "ovq_lab": [
+        ["runtime", "mixers", "text", "gmr"],
+        ["tasks"],
+        ["train", "eval"],
+        ["plots"],
+        ["bench"],
+        ["figures"],
+        ["cli"],
+    ],
+}
+RANKS = {
+    f"{package}.{name}": rank
+    for package, order in ORDER.items()
+    for rank, names in enumerate(order)
+    for name in names
+} | {"ovq.__main__": len(ORDER["ovq"])}
 MODULES = {
-    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in SOURCE.rglob("*.py")
+    ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__"): path
+    for source in (ROOT / "src", ROOT / "lab")
+    for path in source.rglob("*.py")
 }
 
 
 @pytest.mark.parametrize(
-    "path", [SOURCE / "ovq" / "__init__.py", SOURCE.parent / "CONTRIBUTING.md"], ids=lambda path: path.name
+    ("path", "packages"),
+    [(ROOT / "CONTRIBUTING.md", [*ORDER]), *((MODULES[package], [package]) for package in ORDER)],
+    ids=["CONTRIBUTING.md", *ORDER],
 )
-def test_the_order_is_the_one_that_is_written(path):
-    (written,) = re.findall(
-        r"imports go one way: (.*?)\.\s", path.read_text(), flags=re.DOTALL | re.IGNORECASE
-    )
-    groups = [re.split(r"[,\s]+", group.strip()) for group in written.split("<-")]
-    # Users see neither: one is beside the others, one is the command line itself.
-    expected = [[name for name in names if name not in ("gmr", "__main__")] for names in ORDER]
-    assert groups == [names for names in expected if names]
+def test_the_order_is_the_one_that_is_written(path, packages):
+    written = re.findall(r"imports go one way: (.*?)\.\s", path.read_text(), flags=re.DOTALL | re.IGNORECASE)
+    groups = [[re.split(r"[,\s]+", group.strip()) for group in each.split("<-")] for each in written]
+    assert groups == [ORDER[package] for package in packages]
 
 
 @functools.cache
@@ -56,28 +70,34 @@ def imported(path):
     """Modules of ours that a file imports, those in functions and those for types included."""
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "ovq")
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ovq":
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] in ORDER)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ORDER:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
                 yield name if name in MODULES else node.module
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - {"ovq"}))
+def part_of(name):
+    """`ovq.ops` for all modules in it."""
+    return ".".join(name.split(".")[:2])
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - set(ORDER)))
 def test_imports_go_one_way(name):
-    package = name.split(".")[1]
-    for other in imported(MODULES[name]):
-        if other != "ovq":
-            assert RANKS[other.split(".")[1]] <= RANKS[package], f"{name} imports {other}"
+    part = part_of(name)
+    for other in map(part_of, imported(MODULES[name])):
+        if other in ORDER:
+            continue
+        if other.split(".")[0] == part.split(".")[0]:
+            assert other == part or RANKS[other] < RANKS[part], f"{name} imports {other}"
+        else:
+            assert other.startswith("ovq."), f"{name} imports {other}: the library has no laboratory"
 
 
-def test_packages_of_one_rank_do_not_meet():
-    for name, path in MODULES.items():
-        package = name.split(".")[1] if name != "ovq" else None
-        for other in imported(path):
-            its = other.split(".")[1] if other != "ovq" else None
-            if package and its and package != its:
-                assert RANKS[package] != RANKS[its], f"{name} imports {other}"
+def test_the_table_of_the_laboratory_is_right():
+    for paths in plugins.LABORATORY.values():
+        for path in paths.values():
+            assert plugins.from_laboratory(path, what="a test") is not None
 
 
 def order_of(graph):

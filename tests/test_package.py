@@ -16,12 +16,25 @@ tomllib = pytest.importorskip("tomllib")
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ("pyproject.toml", "CITATION.cff", "mkdocs.yml", "README.md", "SECURITY.md")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LABORATORY = tomllib.loads((ROOT / "lab" / "pyproject.toml").read_text())
 
 
 def test_every_place_names_the_same_version():
     # The changelog has a test of its own, in tests/test_docs.py.
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == ovq.__version__
-    assert "version" in PROJECT["project"]["dynamic"], "pyproject.toml reads it from src/ovq/__init__.py"
+    for project, root in ((PROJECT, ROOT), (LABORATORY, ROOT / "lab")):
+        assert "version" in project["project"]["dynamic"]
+        assert (root / project["tool"]["hatch"]["version"]["path"]).resolve() == Path(ovq.__file__)
+
+
+def test_an_editable_installation_of_the_checkout_has_the_laboratory_and_what_it_needs():
+    assert PROJECT["tool"]["hatch"]["build"]["dev-mode-dirs"] == ["src", "lab"]
+    project = LABORATORY["project"]
+    needed = {*project["dependencies"]} - {"ovq"}
+    for extra in project["optional-dependencies"].values():
+        needed |= {*extra}
+    assert needed <= {*PROJECT["project"]["optional-dependencies"]["dev"]}
+    assert project["requires-python"] == PROJECT["project"]["requires-python"]
 
 
 @pytest.fixture
@@ -78,7 +91,8 @@ def test_addresses_are_those_of_the_repository_that_builds(metadata_of):
 def test_the_guide_to_installation_names_every_extra():
     text = (ROOT / "docs" / "use" / "install.md").read_text()
     named = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \|", text, flags=re.MULTILINE)))
-    assert set(PROJECT["project"]["optional-dependencies"]) <= set(named)
+    extras = (project["project"]["optional-dependencies"] for project in (PROJECT, LABORATORY))
+    assert {name for each in extras for name in each} == set(named)
 
 
 def test_python_versions_that_are_named_are_tested():
@@ -92,5 +106,5 @@ def test_python_versions_that_are_named_are_tested():
 def test_files_that_a_workflow_names_are_there(path):
     text = path.read_text()
     assert yaml.safe_load(text)
-    for name in re.findall(r"\b(?:tests|docs|src)/[\w/]+\.(?:py|txt|md)\b", text):
+    for name in re.findall(r"\b(?:tests|docs|src|lab)/[\w/]+\.(?:py|txt|md)\b", text):
         assert (ROOT / name).is_file(), name

@@ -10,9 +10,10 @@ import pytest
 from ovq import plugins
 from ovq.cli import main
 from ovq.hf import OVQConfig
-from ovq.layers import MIXERS, LinearAttention, mixer_class, register_mixer
-from ovq.tasks import TASKS, RecallTask, TextTask, register_task, task_class
-from ovq.train.config import RunConfig
+from ovq.layers import Mamba2, mixer_class, register_mixer
+from ovq_lab.mixers import MIXERS, LinearAttention
+from ovq_lab.tasks import TASKS, RecallTask, TextTask, register_task, task_class
+from ovq_lab.train.config import RunConfig
 
 # The example of the documentation.
 TRAINING = (Path(__file__).parent.parent / "docs" / "use" / "training.md").read_text()
@@ -96,7 +97,7 @@ def test_what_cannot_be_imported_costs_one_line(arguments, said, capsys):
 def test_what_installed_packages_offer_is_found_by_name(monkeypatch):
     offered = {
         "ovq.mixers": [EntryPoint("theirs", "ovq.layers:Mamba2", "ovq.mixers")],
-        "ovq.tasks": [EntryPoint("theirs", "ovq.tasks:MQARTask", "ovq.tasks")],
+        "ovq.tasks": [EntryPoint("theirs", "ovq_lab.tasks:MQARTask", "ovq.tasks")],
     }
     monkeypatch.setattr(plugins, "entry_points", lambda group: offered[group])
     assert mixer_class("theirs").__name__ == "Mamba2"
@@ -124,3 +125,68 @@ def test_what_is_no_task_or_mixer_is_refused():
         register_task("recall")
     register_task(RecallTask)
     assert TASKS["recall"] is RecallTask
+
+
+@pytest.fixture
+def _no_laboratory(monkeypatch):
+    """As where the laboratory is not installed."""
+    for module in ("ovq.plugins", "ovq.cli"):
+        monkeypatch.setattr(f"{module}.has_laboratory", lambda: False)
+    for name in plugins.LABORATORY["mixer"]:
+        monkeypatch.delitem(MIXERS, name)
+
+
+MISSING = "expected the package ovq-lab, the laboratory, found none; from a checkout: pip install ./lab"
+
+
+@pytest.mark.usefixtures("_no_laboratory")
+def test_without_the_laboratory_its_mixers_say_what_is_missing():
+    with pytest.raises(ValueError, match=rf"mixer_types: mixer 'kvm': {re.escape(MISSING)}"):
+        OVQConfig(num_hidden_layers=2, mixer_types=["ovq", "kvm"])
+    assert OVQConfig(num_hidden_layers=2, mixer_types=["ovq", "mamba2"]).mixer_types == ["ovq", "mamba2"]
+
+    class Mine(Mamba2):
+        pass
+
+    with pytest.raises(ValueError, match="mixer 'kvm': expected a name that is free, found one of the lab"):
+        register_mixer("kvm", Mine)
+
+
+@pytest.mark.usefixtures("_no_laboratory")
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("train recall-ovq --set train.steps=2 --out run", "ovq train"),
+        ("train --help", "ovq train"),
+        ("eval lm --model run", "ovq eval"),
+        ("demo", "ovq demo"),
+        ("memory --config recall-ovq", "--config: recall-ovq is no folder; for a recipe"),
+    ],
+)
+def test_without_the_laboratory_its_commands_end_in_one_line(line, what, capsys):
+    assert run(*line.split()) == 2
+    assert capsys.readouterr().err == f"ovq: error: {what}: {MISSING}\n"
+
+
+@pytest.mark.usefixtures("_no_laboratory")
+def test_without_the_laboratory_help_has_the_other_commands(capsys):
+    assert run("--help") == 0
+    shown = capsys.readouterr().out
+    assert "generate" in shown
+    assert "reproduce" not in shown
+
+
+def test_with_the_laboratory_help_has_its_commands(capsys):
+    assert run("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(f" {name} " in shown for name in plugins.LABORATORY["command"])
+
+
+def test_a_package_that_the_laboratory_needs_and_is_missing_costs_one_line(monkeypatch, capsys):
+    # As where the checkout was installed without the extra `dev`.
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    for name in ("ovq_lab.train.loop", "ovq_lab.train.sharding"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr("ovq_lab.train.loop", raising=False)
+    assert run("train", "recall-ovq", "--out", "run") == 2
+    assert capsys.readouterr().err == "ovq: error: import of accelerate halted; None in sys.modules\n"

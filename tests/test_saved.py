@@ -1,8 +1,9 @@
 """Files of an earlier version load, and go on to what they went on to then.
 
 `tests/saved` was written at commit 2b5a0f7: a model with every mixer there was, what it has read of 30
-tokens (as a context, and as the lane of a training run), its logits, and the configuration of a run. `bias`
-and `rate` were called `slot_bias` and `slot_rate`; every size that may be left open is.
+tokens (as a context, and as the lane of a training run), its logits, and the configuration of a run. What
+are `bias` and `rate` of `ablation` now were fields called `slot_bias` and `slot_rate`; every size that may be
+left open is.
 """
 
 import json
@@ -13,20 +14,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ovq.cli.dictionaries import parse
 from ovq.convert import MemoryConfig
-from ovq.eval.dictionaries import dictionaries_to_test
-from ovq.eval.rows import model_label
 from ovq.hf import OVQConfig, OVQForCausalLM, build_context, context_info, load_context, save_context
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.layers import OVQAttention
-from ovq.ops import options
-from ovq.research.bench.workloads import contenders
-from ovq.research.reproduce.plan import run_name
-from ovq.train.carry import load_lanes
-from ovq.train.config import RunConfig
-from ovq.train.recipes import get_recipe
+from ovq.ops import ablation, options
+from ovq_lab.bench.workloads import contenders
+from ovq_lab.cli.dictionaries import parse
+from ovq_lab.eval.dictionaries import dictionaries_to_test
+from ovq_lab.eval.rows import model_label
+from ovq_lab.figures.plan import run_name
+from ovq_lab.train.carry import load_lanes
+from ovq_lab.train.config import RunConfig
+from ovq_lab.train.recipes import get_recipe
 
 SAVED = Path(__file__).parent / "saved"
 FILES = ("config.json", "run_config.json")
@@ -49,8 +50,9 @@ def test_a_model_has_all_its_weights_and_predicts_what_it_did(model):
 
 
 def test_fields_that_were_renamed_are_read(model):
-    assert (model.config.bias, model.config.rate) == ("count+norm", 0.25)
+    assert model.config.ablation == {"bias": "count+norm", "rate": 0.25}
     assert not hasattr(model.config, "slot_rate")
+    assert not hasattr(model.config, "rate")
     config = RunConfig.load(SAVED)
     assert (config.model.bias, config.model.rate) == ("count+norm", 0.25)
     assert config == get_recipe("recall-mamba2").override(["model.bias=count+norm", "model.rate=0.25"])
@@ -133,6 +135,21 @@ def test_a_lane_of_a_training_run_goes_on(model):
     lanes = load_lanes(SAVED / "carried.safetensors", model.config, "cpu")
     assert list(lanes) == [3]
     torch.testing.assert_close(go_on(model, lanes[3]), LOGITS[:, NUM_READ:])
+
+
+def test_options_of_ablations_are_taken_by_the_names_they_had():
+    ablation._warn_of_earlier_name.cache_clear()
+    with pytest.warns(FutureWarning, match="bias: expected ablation=.*as it was until version 0.2") as caught:
+        layer = OVQAttention(16, 2, bias="count+norm")
+    config = OVQConfig(**SMALL, bias="count+norm", ablation={"rate": 0.5}, merge_gate=False)
+    assert len(caught) == 1
+    ablation._warn_of_earlier_name.cache_clear()
+    assert layer.ablation == ablation.Ablation(bias="count+norm")
+    assert config.ablation == {"bias": "count+norm", "rate": 0.5}
+    # Saved, they are what they were, and nothing is said of it.
+    saved = {name: value for name, value in config.to_dict().items() if name != "ablation"}
+    assert OVQConfig.from_dict(saved | config.ablation).ablation == config.ablation
+    assert OVQConfig.from_dict(saved | {"bias": "count", "rate": "count"}).ablation is None
 
 
 @pytest.fixture

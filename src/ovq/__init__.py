@@ -1,8 +1,12 @@
 """OVQ: online vector-quantized attention for PyTorch and Hugging Face.
 
-The package is layered, and imports go one way: runtime, fields <- plugins <- ops <- layers <- hf <- parallel,
-text <- convert <- tasks <- train, eval, inspect <- plots <- research, serve <- cli. `import ovq` is light;
-`import ovq.hf` registers the models with transformers' Auto classes.
+The package is layered, and imports go one way: runtime, fields <- plugins <- moved <- ops <- layers <- hf <-
+parallel <- convert <- inspect, serve <- cli. `import ovq` is light; `import ovq.hf` registers the models with
+transformers' Auto classes. What makes the figures is another package, `ovq_lab`, which imports this one.
 """
 
+from ovq import moved
+
 __version__ = "0.2.0"
+
+moved.install()

@@ -5,12 +5,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from ovq.eval import accuracy
-from ovq.eval.accuracy import evaluate
-from ovq.eval.models import long_range_mixer
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import Reporter
-from ovq.tasks import IGNORE_INDEX, RecallTask, RegressionTask
+from ovq_lab.eval import accuracy
+from ovq_lab.eval.accuracy import evaluate
+from ovq_lab.eval.models import long_range_mixer
+from ovq_lab.tasks import IGNORE_INDEX, RecallTask, RegressionTask
 
 TASK = RecallTask(vocab_size=20, key_length=2, pair_share=0.5, query_share=0.6)
 

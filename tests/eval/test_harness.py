@@ -13,10 +13,10 @@ from tests.test_cli import fail, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ovq.convert import attach
-from ovq.eval.harness import evaluate_tasks
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.streaming import stream_tokens
-from ovq.text import byte_tokenizer
+from ovq_lab.eval.harness import evaluate_tasks
+from ovq_lab.text import byte_tokenizer
 
 BYTES = byte_tokenizer()
 TASKS = ["local_likelihood", "local_generation", "local_choice"]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from ovq.eval import kept
-from ovq.eval.accuracy import evaluate
-from ovq.eval.kept import COUNT_NAMES, evaluate_kept
 from ovq.hf import OVQConfig, OVQForCausalLM, model_assignments
 from ovq.runtime.progress import Reporter
-from ovq.tasks import RecallTask
+from ovq_lab.eval import kept
+from ovq_lab.eval.accuracy import evaluate
+from ovq_lab.eval.kept import COUNT_NAMES, evaluate_kept
+from ovq_lab.tasks import RecallTask
 
 TASK = RecallTask(length=90, vocab_size=20, key_length=2, pair_share=0.6)
 CHUNK = 4

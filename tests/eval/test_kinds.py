@@ -13,14 +13,14 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaFo
 from transformers import MistralForCausalLM as Mistral
 
 from ovq.convert import attach
-from ovq.eval.language import evaluate_language
-from ovq.eval.models import check_logits, chunk_size_of, new_cache, state_bytes
-from ovq.eval.needle import ask
-from ovq.eval.reading import start_token, token_bytes, token_losses
 from ovq.hf.cache import CACHE_KEY
 from ovq.runtime.progress import Reporter
-from ovq.text import byte_tokenizer
-from ovq.text.haystack import Needle, NeedleBuilder
+from ovq_lab.eval.language import evaluate_language
+from ovq_lab.eval.models import check_logits, chunk_size_of, new_cache, state_bytes
+from ovq_lab.eval.needle import ask
+from ovq_lab.eval.reading import start_token, token_bytes, token_losses
+from ovq_lab.text import byte_tokenizer
+from ovq_lab.text.haystack import Needle, NeedleBuilder
 
 BYTES = byte_tokenizer()
 TEXT = " ".join(f"This is sentence {i} of a text that is made up." for i in range(12))

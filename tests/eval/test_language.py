@@ -12,13 +12,13 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from ovq.eval.dictionaries import Dictionary, each_dictionary
-from ovq.eval.language import LanguageRow, evaluate_language, take_windows
-from ovq.eval.reading import token_bytes, token_losses
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.plots.language import language_table, octave_losses, position_table, save_language_figures
 from ovq.runtime.progress import Reporter
-from ovq.text import Document, byte_tokenizer, train_tokenizer
+from ovq_lab.eval.dictionaries import Dictionary, each_dictionary
+from ovq_lab.eval.language import LanguageRow, evaluate_language, take_windows
+from ovq_lab.eval.reading import token_bytes, token_losses
+from ovq_lab.plots.language import language_table, octave_losses, position_table, save_language_figures
+from ovq_lab.text import Document, byte_tokenizer, train_tokenizer
 
 
 def make_model(*mixers, **changes):
@@ -72,7 +72,7 @@ def test_logits_are_formed_for_a_few_tokens_at_a_time(ovq, monkeypatch):
     most = []
     output = ovq.lm_head.forward
     monkeypatch.setattr(ovq.lm_head, "forward", lambda x: most.append(len(x)) or output(x))
-    monkeypatch.setattr("ovq.eval.reading._MOST_LOGITS", 10 * 30)
+    monkeypatch.setattr("ovq_lab.eval.reading._MOST_LOGITS", 10 * 30)
     np.testing.assert_allclose(token_losses(ovq, ids), expected, rtol=1e-6)
     assert max(most) == 10
 
@@ -101,7 +101,7 @@ def test_a_row_says_what_the_losses_of_its_windows_are(ovq):
 def test_a_sawtooth_is_seen(ovq, monkeypatch):
     # Positions 24 and later count; in each chunk of 8 the loss falls by 1 a token.
     monkeypatch.setattr(
-        "ovq.eval.language.token_losses", lambda _m, ids, **_o: 10.0 - np.arange(len(ids) - 1) % 8
+        "ovq_lab.eval.language.token_losses", lambda _m, ids, **_o: 10.0 - np.arange(len(ids) - 1) % 8
     )
     [row] = measure(ovq, [random_ids(200)], lengths=[200], block_size=20)
     assert row.phase_losses == tuple(10.0 - i for i in range(8))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from ovq.eval.needle import NeedleRow, ask, evaluate_needle
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.plots.needle import SCORES, needle_table, save_needle_figures
 from ovq.runtime.progress import Reporter
-from ovq.text import Document, TextSource, byte_tokenizer, split_of, train_tokenizer
-from ovq.text.haystack import Needle, NeedleBuilder, essay_texts, sentences
+from ovq_lab.eval.needle import NeedleRow, ask, evaluate_needle
+from ovq_lab.plots.needle import SCORES, needle_table, save_needle_figures
+from ovq_lab.text import Document, TextSource, byte_tokenizer, split_of, train_tokenizer
+from ovq_lab.text.haystack import Needle, NeedleBuilder, essay_texts, sentences
 
 BYTES = byte_tokenizer()
 NUMBERED = " ".join(f"This is sentence {i} of the essay." for i in range(200))
@@ -195,7 +195,7 @@ def by_hand(model, needle):
 
 
 def test_scores_are_those_of_forward_passes_over_the_whole_text(model, monkeypatch):
-    monkeypatch.setattr("ovq.eval.needle._EXTRA_TOKENS", 3)
+    monkeypatch.setattr("ovq_lab.eval.needle._EXTRA_TOKENS", 3)
     found = set()
     for index in range(4):
         needle = build(length=330, index=index, num_distractors=1)
@@ -244,7 +244,7 @@ def measure(model, builder, **options):
 
 
 def test_rows_hold_the_means_of_the_scores(model, monkeypatch):
-    monkeypatch.setattr("ovq.eval.needle._EXTRA_TOKENS", 0)
+    monkeypatch.setattr("ovq_lab.eval.needle._EXTRA_TOKENS", 0)
     builder = NeedleBuilder(BYTES, value="word", num_distractors=2)
     options = {"lengths": [340, 400], "depths": [0, 1.0], "num_slots": [2, 32], "num_examples": 2}
     rows = measure(model, builder, seed=5, name="m", **options)

@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ovq.convert import attach
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.cache import CACHE_KEY, StateCache
-from ovq.layers import MIXERS, OVQAttention
+from ovq.layers import OVQAttention
+from ovq_lab.mixers import MIXERS
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.program import Impossible, Program
 
@@ -168,8 +169,7 @@ class CacheProgram(Program):
             kvm_sinks=int(min(self.chunk_size, self.num_slots) > 1),
             conv_size=self.conv_size,
             merge=self.merge,
-            bias=self.bias,
-            rate=self.rate,
+            ablation={"bias": self.bias, "rate": self.rate},
             initializer_range=0.3,
             pad_token_id=0,
         )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ovq.ops import OVQState, ovq_attention
+from ovq.ops.ablation import Ablation
 from ovq.ops.options import LEAST_READ, VALUE_WEIGHT
 from ovq.ops.schedule import GROWTHS
 from ovq.ops.sums import state_dtype
@@ -177,9 +178,10 @@ class OpCall(Program):
     @functools.cached_property
     def options(self) -> dict:
         """Arguments of the op that are no tensors."""
-        names = ("num_slots", "chunk_size", "growth", "init", "merge", "bias", "rate", "value_weight")
+        names = ("num_slots", "chunk_size", "growth", "init", "merge", "value_weight")
+        ablation = Ablation(bias=self.bias, rate=self.rate)
         seed = torch.Generator().manual_seed(self.seed)
-        return {name: getattr(self, name) for name in names} | {"generator": seed}
+        return {name: getattr(self, name) for name in names} | {"ablation": ablation, "generator": seed}
 
     def _refuse_impossible(self) -> None:
         sizes = (self.num_kv_heads, self.group, self.key_dim, self.value_dim, self.num_slots, self.chunk_size)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from ovq.ops.options import BIASES, CURRENT_MERGES, INITS
+from ovq.ops.ablation import BIASES
+from ovq.ops.options import CURRENT_MERGES, INITS
 
 #: `value_weight` of the rules that merge pairs; the default more often than others.
 VALUE_WEIGHTS = (0.0, 0.35, 0.35, 2.0)

@@ -191,8 +191,9 @@ class _Machine:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, state: OVQState | None, **options: Any):
         """The op with the options of the program."""
-        names = ("chunk_size", "growth", "init", "merge", "bias", "rate", "value_weight")
+        names = ("chunk_size", "growth", "init", "merge", "value_weight")
         options |= {name: getattr(self.program, name) for name in names}
+        options["ablation"] = {"bias": self.program.bias, "rate": self.program.rate}
         # Given where it is needed alone: with one, no step is like the one before it.
         if self.program.init == "random":
             options["generator"] = torch.Generator().manual_seed(self.program.seed)

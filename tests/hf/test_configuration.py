@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ovq.hf import OVQConfig, OVQForCausalLM, OVQModel
 from ovq.hf.equal_sizes import EQUAL_SIZES
-from ovq.layers import MIXERS
+from ovq_lab.mixers import MIXERS
 from tests.hf.common import BASELINES, SIZES, make_config, random_ids
 
 
@@ -20,6 +20,9 @@ def test_defaults_alternate_sliding_window_and_ovq_with_rope_on_the_window_only(
     assert config.rope_mixers == ["sliding_attention"]
     assert config.num_key_value_heads == config.num_attention_heads
     assert config.head_dim == config.hidden_size // config.num_attention_heads
+
+
+VQ = {"mixer_types": ["vq"] * 4}
 
 
 @pytest.mark.parametrize("mixer", MIXERS.values())
@@ -33,7 +36,8 @@ def test_defaults_are_those_of_the_layers(mixer):
 
 
 def test_round_trip_through_json(tmp_path):
-    config = make_config(growth="linear", rate=0.25, rope_mixers=["ovq"], pad_token_id=0, eos_token_id=[1, 2])
+    changes = {"growth": "linear", "ablation": {"rate": 0.25}, "rope_mixers": ["ovq"]}
+    config = make_config(**changes, pad_token_id=0, eos_token_id=[1, 2])
     config.save_pretrained(tmp_path)
     loaded = OVQConfig.from_pretrained(tmp_path)
     assert loaded.to_dict() == config.to_dict()
@@ -73,12 +77,12 @@ def test_fields_that_other_models_have_are_not_taken_for_misspelt_ones():
         ({"kda_value_dim": 0}, "kda_value_dim: expected at least 1, found 0"),
         ({"mesa_steps": 0}, "mesa_steps: expected at least 1, found 0"),
         ({"delta_value_dim": 0}, "delta_value_dim: expected at least 1, found 0"),
-        ({"vq_decay": 1.0}, r"vq_decay: expected a number in \[0, 1\), found 1.0"),
-        ({"commitment_weight": -1}, "commitment_weight: expected at least 0, found -1"),
+        ({**VQ, "vq_decay": 1.0}, r"vq_decay: expected a number in \[0, 1\), found 1.0"),
+        ({**VQ, "commitment_weight": -1}, "commitment_weight: expected at least 0, found -1"),
         ({"growth": "fast"}, "growth: expected one of .* found 'fast'"),
         ({"init": "zeros"}, "init: expected one of .* found 'zeros'"),
-        ({"bias": "norm"}, r"bias: expected one of .* found 'norm'"),
-        ({"rate": 2.0}, r"rate: expected 'count' or a number in \(0, 1\], found 2.0"),
+        ({"ablation": {"bias": "norm"}}, r"bias: expected one of .* found 'norm'"),
+        ({"ablation": {"rate": 2.0}}, r"rate: expected 'count' or a number in \(0, 1\], found 2.0"),
         ({"merge": "all"}, "merge: expected one of .* found 'all'"),
         (
             {"mixer_types": ["kvm"] * 4, "kvm_growth": "linear"},
@@ -132,8 +136,8 @@ def test_values_of_another_type_are_refused(changes):
         {"growth": "linear"},
         {"init": "random"},
         {"merge": "updated"},
-        {"bias": "count+norm"},
-        {"rate": 0.2},
+        {"ablation": {"bias": "count+norm"}},
+        {"ablation": {"rate": 0.2}},
         {"num_sinks": 3},
         {"sink_window": 3},
         {"delta_value_dim": 3},
@@ -188,9 +192,9 @@ def test_a_saved_field_of_a_wrong_type_is_a_value_error_that_names_it(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    "name", ["rms_norm_eps", "rope_theta", "initializer_range", "vq_decay", "commitment_weight", "rate"]
+    "name", ["rms_norm_eps", "rope_theta", "initializer_range", "vq_decay", "commitment_weight"]
 )
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0])
 def test_numbers_that_are_none_or_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}: expected"):
-        make_config(**{name: value})
+        make_config(**VQ, **{name: value})

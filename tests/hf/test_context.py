@@ -190,8 +190,8 @@ def test_bfloat16_and_float32_keep_their_dtype(tmp_path):
         ({"num_slots": 10}, "num_slots=10, as the model has, found num_slots=9"),
         ({"mixer_types": ["ovq"] * 4}, "mixer_types="),
         ({"merge": "updated"}, "merge='updated', as the model has, found merge='existing'"),
-        ({"bias": "count+norm"}, "bias='count\\+norm', as the model has, found bias='count'"),
-        ({"rate": 0.5}, "rate=0.5, as the model has, found rate='count'"),
+        ({"ablation": {"bias": "count+norm"}}, "ablation={'bias': 'count\\+norm'}, as the model has"),
+        ({"ablation": {"rate": 0.5}}, "ablation={'rate': 0.5}, as the model has, found ablation=None"),
         ({"rope_theta": 5000.0}, "rope_theta=5000.0"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
     ],
@@ -205,11 +205,11 @@ def test_a_context_from_before_a_field_was_there_has_its_default(saved, model):
     with safe_open(saved, framework="pt") as file:
         metadata = file.metadata()
     fields = json.loads(metadata["config"])
-    del fields["rate"]
+    del fields["ablation"]
     save_file(load_file(saved), saved, metadata=metadata | {"config": json.dumps(fields)})
     assert load_context(saved, model).num_tokens == len(DOCUMENT)
-    with pytest.raises(ValueError, match=r"rate=0\.5, as the model has, found rate='count'"):
-        load_context(saved, make_model(rate=0.5))
+    with pytest.raises(ValueError, match=r"ablation={'rate': 0\.5}, as the model has, found ablation=None"):
+        load_context(saved, make_model(ablation={"rate": 0.5}))
 
 
 @pytest.mark.parametrize("window", [0, 8])

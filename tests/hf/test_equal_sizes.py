@@ -6,10 +6,11 @@ import torch
 from ovq.hf import OVQConfig
 from ovq.hf.block import build_mixer
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes, window_of_equal_bytes
-from ovq.layers import MIXERS, OVQAttention, SinkAttention
+from ovq.layers import OVQAttention, SinkAttention
 from ovq.layers.memory import num_bytes
-from ovq.train.loop import model_config
-from ovq.train.recipes import get_recipe
+from ovq_lab.mixers import MIXERS
+from ovq_lab.train.loop import model_config
+from ovq_lab.train.recipes import get_recipe
 
 
 @pytest.mark.parametrize("name", MIXERS)

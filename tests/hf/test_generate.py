@@ -139,7 +139,7 @@ def test_generation_with_more_slots_than_in_training():
         ),
         {"growth": "linear", "init": "random"},
         {"growth": "immediate", "merge": "updated"},
-        {"bias": "count+norm", "rate": 0.3},
+        {"ablation": {"bias": "count+norm", "rate": 0.3}},
         {"conv_size": 0, "chunk_size": 1},
     ],
     ids=str,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, pi
 from ovq.hf import OVQConfig, OVQForCausalLM, OVQModel
 from ovq.hf.auto_map import AUTO_MAP, MODULE_FILE
 from ovq.hf.card import CARD_FILE, is_untouched, model_card, save_card
-from ovq.text import byte_tokenizer
+from ovq_lab.text import byte_tokenizer
 from tests.hf.common import BASELINES, make_config, make_model, random_ids
 
 FRESH = """
@@ -215,7 +215,7 @@ def test_a_card_says_what_the_model_is(folder, byte_model):
     assert 'model.set_merge("nearest")' in text
 
 
-@pytest.mark.parametrize("options", [{"merge": "nearest"}, {"init": "random"}, {"rate": 0.1}])
+@pytest.mark.parametrize("options", [{"merge": "nearest"}, {"init": "random"}, {"ablation": {"rate": 0.1}}])
 def test_a_card_names_a_better_rule_only_where_there_is_one(options):
     model = make_model(**options)
     assert "set_merge" not in model_card(model, name="x").text

@@ -11,7 +11,8 @@ from torch import nn
 from ovq.hf import OVQForCausalLM, build_context, load_context, save_context
 from ovq.hf.context import fingerprint
 from ovq.hf.streaming import stream_tokens
-from ovq.layers import MIXERS, SequenceLayout
+from ovq.layers import SequenceLayout
+from ovq_lab.mixers import MIXERS
 from tests.hf.common import left_padded, make_model, random_ids
 
 

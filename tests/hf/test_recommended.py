@@ -4,8 +4,8 @@ import pytest
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.recommended import TO_TRAIN
-from ovq.train.loop import model_config
-from ovq.train.recipes import RECIPES
+from ovq_lab.train.loop import model_config
+from ovq_lab.train.recipes import RECIPES
 
 SIZES = {
     "vocab_size": 16,

@@ -12,7 +12,6 @@ from ovq.layers.common import QKNorm
 from ovq.layers.gates import ForgetGate, MergeGate
 from ovq.layers.products import Linear
 from ovq.ops import cpu_kernels
-from ovq.ops.backends.cpu import can_run
 
 SIZES = {
     "vocab_size": 48,
@@ -104,7 +103,7 @@ def assert_same(found, expected, tolerance=2e-5):
         {"forget_gate": True, "num_key_value_heads": 1},
         {"forget_gate": True, "merge_gate": True, "merge": "nearest"},
         {"merge": "nearest", "conv_size": 2, "head_dim": 20, "intermediate_size": 70, "hidden_size": 40},
-        {"merge": "updated", "mixer_types": ["ovq"] * 4, "init": "random", "growth": "linear"},
+        {"mixer_types": ["ovq"] * 4, "growth": "linear"},
         {"mixer_types": ["sliding_attention", "mamba2", "sliding_attention", "ovq"], "rope_mixers": []},
         # So large that threads share the work.
         {"hidden_size": 192, "intermediate_size": 200, "head_dim": 48, "num_hidden_layers": 2},
@@ -115,9 +114,10 @@ def assert_same(found, expected, tolerance=2e-5):
 def test_one_call_gives_what_the_modules_give(monkeypatch, runs, changes, rows):
     model, ids = make_model(**changes), random_ids(rows, 22)
     found = decoded(model, ids)
-    num_layers, is_mixed = model.config.num_hidden_layers, "mamba2" in model.config.mixer_types
-    # All but the first step are one call, also after a chunk is merged.
-    assert runs.count(1 if is_mixed else num_layers) >= 15, runs
+    is_mixed = "mamba2" in model.config.mixer_types
+    # All but the first step are one call, or one before and one after another mixer, also after a merge.
+    for num_layers in (1, 2) if is_mixed else (model.config.num_hidden_layers,):
+        assert runs.count(num_layers) >= 15, runs
     assert_same(found, by_modules(monkeypatch, lambda: decoded(model, ids)))
 
 
@@ -257,7 +257,7 @@ def with_mixer(**attributes):
         with_transposed_weight,
         parametrized,
         with_mixer(backend="torch"),
-        with_mixer(bias="count+norm"),
+        with_mixer(ablation={"bias": "count+norm"}),
         with_mixer(_record=[]),
     ],
 )
@@ -282,7 +282,7 @@ def test_a_hook_of_a_layer_sees_what_comes_out(monkeypatch, runs):
             return model(ids[:, 11:], past_key_values=cache, output_hidden_states=True).hidden_states
 
     found, expected = states(cache.snapshot()), by_modules(monkeypatch, lambda: states(cache.snapshot()))
-    assert runs == [1] * 4
+    assert not runs
     assert len(found) == 5
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
@@ -331,24 +331,3 @@ def test_bad_calls_are_refused_as_they_are_by_the_modules(runs):
     padded = decoded(model, ids, mask=(torch.arange(12) >= torch.tensor([[0], [2]])).long())[1]
     with pytest.raises(ValueError, match="expected an attention_mask over cached and new columns"):
         model(ids[:, :1], past_key_values=padded)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_and_mlp_in_one_call_give_what_the_modules_give(monkeypatch, dtype):
-    """In layers whose mixers no kernel knows."""
-    model, ids = make_model(mixer_types=["mamba2"] * 4).to(dtype), random_ids(2, 14)
-    calls = []
-    step = block.mlp_step
-    monkeypatch.setattr(block, "mlp_step", lambda *args: (calls.append(1), step(*args))[1])
-    fast, _ = decoded(model, ids)
-    num_fast = len(calls)
-    # A hook has to see what goes through its module.
-    seen = []
-    for layer in model.model.layers:
-        layer.mlp.down_proj.register_forward_hook(lambda module, args, out: seen.append(1))
-    torch.testing.assert_close(fast, decoded(model, ids)[0])
-    assert num_fast == len(calls) == (4 * 8 if dtype == torch.float32 and can_run(torch.ones(1)) else 0)
-    assert len(seen) == 4 * 9
-    whole = model(ids).logits[:, 6:].detach()
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    torch.testing.assert_close(fast, whole, atol=tolerance, rtol=tolerance)

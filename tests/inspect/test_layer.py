@@ -18,11 +18,11 @@ from tests.inspect.common import recorded
     "options",
     [
         {},
-        {"bias": "count+norm"},
-        {"rate": 0.3},
+        {"ablation": {"bias": "count+norm"}},
+        {"ablation": {"rate": 0.3}},
         {"merge": "updated", "init": "random"},
         {"merge": "nearest"},
-        {"merge": "nearest", "growth": "plateau", "bias": "count+norm"},
+        {"merge": "nearest", "growth": "plateau", "ablation": {"bias": "count+norm"}},
         {"merge_gate": True, "merge": "nearest"},
         {"forget_gate": True, "merge": "nearest"},
         {"forget_gate": True, "merge_gate": True},
@@ -37,7 +37,7 @@ def test_weights_times_values_are_the_outputs_of_the_op(options):
     state, outputs = None, []
     for q, k, v, gate, logs in zip(*(x.split(5, 1) for x in tensors), strict=True):
         of_tokens = read_with(gate, logs, 5) if "log_forget" in call.options else None
-        scoring = {"scale": call.scale, "bias": call.options["bias"], "log_weights": of_tokens}
+        scoring = {"scale": call.scale, "bias": call.options["ablation"].bias, "log_weights": of_tokens}
         weights = read_weights(q[0], k[0], state, **scoring)
         values = v[0].transpose(0, 1)
         if state is not None:

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ovq.inspect import inspect_text, token_pieces
-from ovq.text import byte_tokenizer
+from ovq_lab.text import byte_tokenizer
 from tests.inspect.common import looked_into
 
 

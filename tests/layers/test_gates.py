@@ -8,7 +8,7 @@ from ovq.hf import OVQConfig, OVQForCausalLM, build_context, load_context, save_
 from ovq.layers import OVQAttention, SequenceLayout
 from ovq.layers.gates import ForgetGate
 from ovq.parallel.segment import Segment
-from ovq.train.recipes import get_recipe
+from ovq_lab.train.recipes import get_recipe
 
 GATES = {
     "merge": {"merge_gate": True},
@@ -175,7 +175,7 @@ def test_gates_decay():
 @pytest.mark.parametrize("name", ["merge_gate", "forget_gate"])
 def test_a_config_refuses_a_gate_at_a_constant_rate(name):
     with pytest.raises(ValueError, match=f"{name}: expected False with a constant rate, found True"):
-        OVQConfig(**{name: True}, rate=0.5)
+        OVQConfig(**{name: True}, ablation={"rate": 0.5})
 
 
 def test_recipes_take_gates():

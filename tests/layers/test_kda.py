@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovq.layers import KimiDeltaAttention, kda
 from ovq.layers.deltanet import gated_delta_rule
-from ovq.layers.kda import decayed_products, kimi_delta_rule
+from ovq_lab.mixers import KimiDeltaAttention, kda
+from ovq_lab.mixers.kda import decayed_products, kimi_delta_rule
 
 HIDDEN, HEAD, VALUE = 12, 5, 3
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from ovq.layers import KVMAttention
-from ovq.layers.kvm_state import KVMSchedule
+from ovq_lab.mixers import KVMAttention
+from ovq_lab.mixers.kvm_state import KVMSchedule
 
 HIDDEN, HEAD = 12, 8
 

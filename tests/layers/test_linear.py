@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ovq.layers import LinearAttention
-from ovq.layers.linear import CHUNK, linear_attention
+from ovq_lab.mixers import LinearAttention
+from ovq_lab.mixers.linear import CHUNK, linear_attention
 
 
 def quadratic(q, k, v):

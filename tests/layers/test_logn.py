@@ -5,16 +5,10 @@ import math
 import pytest
 import torch
 
-from ovq.layers import (
-    FullAttention,
-    LinearAttention,
-    OVQAttention,
-    SinkAttention,
-    SlidingWindowAttention,
-    VQAttention,
-)
+from ovq.layers import FullAttention, OVQAttention, SinkAttention, SlidingWindowAttention
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import logn_factor, logn_factors
+from ovq_lab.mixers import LinearAttention, VQAttention
 
 SIZES = {"hidden_size": 16, "num_heads": 2}
 OVQ = {"num_slots": 8, "chunk_size": 4, "conv_size": 0}

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovq.layers import MesaNet, mesanet
-from ovq.layers.mesanet import conjugate_gradients, ridge_regression
+from ovq_lab.mixers import MesaNet, mesanet
+from ovq_lab.mixers.mesanet import conjugate_gradients, ridge_regression
 
 HIDDEN, HEAD, HEADS, STATES, STEPS = 12, 5, 4, 2, 30
 

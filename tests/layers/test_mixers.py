@@ -6,23 +6,25 @@ import pytest
 import torch
 
 from ovq.layers import (
-    MIXERS,
     ConstantStateMixer,
     FullAttention,
     GatedDeltaNet,
+    Mamba2,
+    MixerCache,
+    OVQAttention,
+    SinkAttention,
+    SlidingWindowAttention,
+)
+from ovq.layers.memory import of_rows
+from ovq_lab.mixers import (
+    MIXERS,
     KimiDeltaAttention,
     KVMAttention,
     LinearAttention,
-    Mamba2,
     MesaNet,
-    MixerCache,
-    OVQAttention,
     RavenAttention,
-    SinkAttention,
-    SlidingWindowAttention,
     VQAttention,
 )
-from ovq.layers.memory import of_rows
 
 HIDDEN, TOKENS, ROWS = 24, 23, 3
 MAKERS = {
@@ -31,7 +33,13 @@ MAKERS = {
         HIDDEN, 4, 4, 6, num_slots=7, chunk_size=4, conv_size=0, use_rope=True, merge="updated", **kw
     ),
     "ovq-norm-rate": lambda **kw: OVQAttention(
-        HIDDEN, 4, 2, 6, num_slots=7, chunk_size=4, conv_size=3, bias="count+norm", rate=0.2, **kw
+        HIDDEN,
+        *(4, 2, 6),
+        num_slots=7,
+        chunk_size=4,
+        conv_size=3,
+        ablation={"bias": "count+norm", "rate": 0.2},
+        **kw,
     ),
     "full": lambda **kw: FullAttention(HIDDEN, 4, 2, 6, conv_size=3, **kw),
     "full-rope": lambda **kw: FullAttention(HIDDEN, 4, 1, 6, conv_size=0, use_rope=True, **kw),

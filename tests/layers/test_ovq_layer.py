@@ -5,10 +5,11 @@ import inspect
 import pytest
 import torch
 
-from ovq.layers import MIXERS, FullAttention, OVQAttention, mixer_class
+from ovq.layers import FullAttention, OVQAttention, mixer_class
 from ovq.layers.ovq import LEARNING_OPTIONS
 from ovq.ops import ovq_attention
 from ovq.ops.schedule import GROWTHS, slots_by_chunk
+from ovq_lab.mixers import MIXERS
 
 
 def twins(**options):
@@ -100,6 +101,7 @@ def test_options_of_learning_are_those_of_the_op():
         *("q", "k", "v", "num_slots", "chunk_size", "scale", "initial_state", "output_final_state"),
         *("attention_mask", "cu_seqlens", "generator", "backend"),
         *("token_weights", "log_forget"),  # A layer has modules for them.
+        "earlier_names",
     }
 
 
@@ -126,7 +128,7 @@ def test_impossible_sizes_are_refused(arguments, message):
         OVQAttention(16, 2, **arguments)
 
 
-@pytest.mark.parametrize("option", ["growth", "init", "merge", "bias", "backend"])
+@pytest.mark.parametrize("option", ["growth", "init", "merge", "backend"])
 def test_unknown_options_are_refused(option):
     layer = OVQAttention(16, 2, **{option: "best"})
     with pytest.raises(ValueError, match=rf"{option}: expected one of .* found 'best'"):

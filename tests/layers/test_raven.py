@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovq.layers import RavenAttention, raven
-from ovq.layers.raven import routed_slots
+from ovq_lab.mixers import RavenAttention, raven
+from ovq_lab.mixers.raven import routed_slots
 
 HIDDEN, HEAD = 12, 5
 

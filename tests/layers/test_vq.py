@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from ovq.hf import OVQForCausalLM
-from ovq.layers import VQAttention
-from ovq.layers.vq import StaticDictionary, vq_read
+from ovq_lab.mixers import VQAttention
+from ovq_lab.mixers.vq import StaticDictionary, vq_read
 from tests.hf.common import enable_checkpointing, make_config, random_ids
 
 N, C = 6, 4

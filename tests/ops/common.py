@@ -7,30 +7,38 @@ import torch
 from torch.nn.functional import normalize
 
 from ovq.ops import OVQState, cpu_kernels, ovq_attention
+from ovq.ops.ablation import Ablation
 from ovq.ops.options import CURRENT_MERGES, INITS
 
 BACKENDS = ("naive", "torch")
 # The compiled kernels, where a compiler is found: no float64, running means and log counts alone.
 CPU = ("cpu",) if cpu_kernels().startswith("compiled") else ()
 # How slots are scored and how they move: the defaults, each other choice alone, and both.
-SCORINGS = [{}, {"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "rate": 0.7}]
+SCORINGS = [
+    {},
+    *(
+        {"ablation": Ablation(**changes)}
+        for changes in ({"bias": "count+norm"}, {"rate": 0.3}, {"bias": "count+norm", "rate": 0.7})
+    ),
+]
 # The same, and the rule that merges pairs in the place of routing.
 VARIANTS = [*SCORINGS, {"merge": "nearest"}]
 # Which keys open slots, and where the others go: what fits together.
 RULES = [
     (init, merge) for init in INITS for merge in CURRENT_MERGES if init != "random" or merge != "nearest"
 ]
-# The rules that the kernels for GPUs know.
-TRITON_MERGES = ("existing", "nearest")
+# The rules that kernels know.
+KERNEL_MERGES = ("existing", "nearest")
 
-either_rule = pytest.mark.parametrize("merge", ["existing", "nearest"])
-each_merge = pytest.mark.parametrize("merge", CURRENT_MERGES)
+either_rule = pytest.mark.parametrize("merge", KERNEL_MERGES)
 
 
-def with_rules(names, *choices, rules=("existing", "nearest")):
+def with_rules(names, *choices, rules=KERNEL_MERGES):
     """Parametrize by `names` of choices and "merge", without what does not go together."""
     cases = itertools.product(*choices, rules)
     cases = [case for case in cases if "random" not in case or case[-1] != "nearest"]
+    # Kernels know no ablations.
+    cases = [case for case in cases if "cpu" not in case or not {"random", "updated"} & set(case)]
     return pytest.mark.parametrize((*names, "merge"), cases)
 
 
@@ -42,8 +50,7 @@ def by_turns(*choices):
 
 def takes(backend, dtype, variant):
     """Whether a backend runs calls of this dtype and these of `VARIANTS`."""
-    is_scored_by_count = variant.get("bias", "count") == variant.get("rate", "count") == "count"
-    return backend != "cpu" or (dtype != torch.float64 and is_scored_by_count)
+    return backend != "cpu" or (dtype != torch.float64 and "ablation" not in variant)
 
 
 def inputs(batch, length, heads=2, kv_heads=1, key_dim=6, value_dim=5, *, dtype=torch.float64, seed=0):

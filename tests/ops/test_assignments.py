@@ -133,8 +133,7 @@ def test_slots_at_an_earlier_time_are_those_of_a_shorter_call(way, merge):
         found.after(-1)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("merge", ["existing", "updated", "nearest"])
+@with_rules(["way"], WAYS, rules=CURRENT_MERGES)
 def test_packed_rows_are_rows_of_their_own(way, merge):
     k, v = clustered(1, 75)
     options = {"num_slots": 8, "chunk_size": 8, "merge": merge, "backend": way}
@@ -165,7 +164,7 @@ def test_other_dtypes(merge, dtype):
 def test_a_constant_rate():
     """Tokens go where they go at the running mean of the same dictionary; the means then move otherwise."""
     k, v = clustered(2, 64)
-    options = {"num_slots": 10, "chunk_size": 8, "rate": 0.3}
+    options = {"num_slots": 10, "chunk_size": 8, "ablation": {"rate": 0.3}}
     found = slot_assignments(k, v, **options)
     assert_same_state(found.state, attend(k, k, v, **options, backend="naive")[1], tolerance=1e-6)
     counts = torch.zeros_like(found.state.count)
@@ -215,7 +214,7 @@ def test_a_state_is_not_changed_and_nothing_has_a_gradient():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "naive"}, r"backend: expected one of \('auto', 'torch', 'cpu'\), found 'naive'"),
+        ({"backend": "naive"}, r"backend: expected one of \('auto', 'cpu', 'torch'\), found 'naive'"),
         ({"k": torch.zeros(1, 4, 2)}, r"k: expected 4 dimensions \[B, T, heads, dim\], found \(1, 4, 2\)"),
         ({"v": torch.zeros(1, 5, 1, 3)}, r"k, v: expected \[B, T, Hkv, K\], .* found \(1, 4, 1, 3\), \(1, 5"),
         (
@@ -224,7 +223,7 @@ def test_a_state_is_not_changed_and_nothing_has_a_gradient():
         ),
         ({"num_slots": 0}, "num_slots: expected an integer of at least 1, found 0"),
         ({"merge": "farthest"}, r"merge: expected one of .*, found 'farthest'"),
-        ({"backend": "cpu", "rate": 0.5}, "backend: 'cpu': expected rate 'count', found 0.5"),
+        ({"backend": "cpu", "ablation": {"rate": 0.5}}, "backend: 'cpu': expected rate 'count', found 0.5"),
         ({"initial_state": 1}, "initial_state: expected an OVQState, found int"),
     ],
 )

@@ -95,7 +95,7 @@ def a_step():
     tensors = inputs(2, 40, 4, 2, 8, 8, dtype=torch.float32)
     state = attend(*(x[:, :38] for x in tensors), **OPTIONS)[1]
     state = steps(state, tensors, 38, 1, **OPTIONS)[1]
-    assert state._next is not None
+    assert state._step is not None
     return state, [x[:, 39:] for x in tensors]
 
 
@@ -105,8 +105,9 @@ def test_a_step_like_the_last_one_is_not_checked_again(monkeypatch):
     expected = attend(*tensors, initial_state=state, **OPTIONS)[0]
     monkeypatch.setattr("ovq.ops.attention.check_qkv", None)
     attend(*tensors, initial_state=copy.copy(state), **OPTIONS)
+    attend(*tensors, initial_state=state, **OPTIONS, scale=1.0)
     with pytest.raises(TypeError):
-        attend(*tensors, initial_state=state, **OPTIONS, scale=1.0)
+        attend(*tensors, initial_state=state, **OPTIONS, growth="linear")
     monkeypatch.undo()
     torch.testing.assert_close(attend(*tensors, initial_state=state, **OPTIONS)[0], expected)
     assert backend_used() == "cpu"
@@ -115,7 +116,7 @@ def test_a_step_like_the_last_one_is_not_checked_again(monkeypatch):
 @torch.no_grad()
 def test_a_step_unlike_the_last_one_is_checked():
     state, (q, k, v) = a_step()
-    for options in ({"num_slots": 25}, {"chunk_size": 8}, {"rate": 2.0}, {"merge": "none"}):
+    for options in ({"num_slots": 25}, {"chunk_size": 8}, {"ablation": {"rate": 2.0}}, {"merge": "none"}):
         with pytest.raises(ValueError, match="expected"):
             attend(q, k, v, initial_state=state, **{**OPTIONS, **options})
     for wrong in (
@@ -135,7 +136,7 @@ def test_a_step_unlike_the_last_one_is_checked():
 def test_a_step_with_other_arguments_gives_what_they_ask_for():
     state, (q, k, v) = a_step()
     plain = dataclasses.replace(state)
-    assert plain._next is None
+    assert plain._step is None
     for options in ({"scale": 1.0}, {"scale": torch.tensor([1.0, 2, 3, 4])}, {"backend": "torch"}, {}):
         options = {**OPTIONS, **options}
         o, expected = (attend(q, k, v, initial_state=before, **options)[0] for before in (state, plain))
@@ -150,7 +151,7 @@ CHANGES = [
     {"scale": 1.0},
     {"scale": torch.tensor([1.0, 2, 3, 4])},
     {},
-    {"rate": 0.5},
+    {"ablation": {"rate": 0.5}},
     {"growth": "immediate"},
     {"backend": "torch"},
     {"value_weight": 0.1, "merge": "nearest"},

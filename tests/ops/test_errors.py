@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ovq.ops import OVQState, backend_used, ovq_attention, scheduled_slots
 from ovq.ops.backends import BACKENDS, chosen, triton
+from ovq.ops.known import Known
 from ovq.ops.options import Options
 from tests.ops.common import attend, inputs
 
@@ -54,14 +55,14 @@ def zeros(*shape, dtype=torch.float64):
         ({"growth": "fast"}, "growth: expected one of .*plateau.* found 'fast'"),
         ({"init": "zeros"}, "init: expected one of .* found 'zeros'"),
         ({"merge": "none"}, "merge: expected one of .* found 'none'"),
-        ({"bias": "norm"}, r"bias: expected one of .*count\+norm.* found 'norm'"),
-        ({"rate": "mean"}, r"rate: expected 'count' or a number in \(0, 1\], found 'mean'"),
-        ({"rate": 0.0}, "rate: .* found 0.0"),
-        ({"rate": 1.5}, "rate: .* found 1.5"),
-        ({"rate": True}, "rate: .* found True"),
+        ({"ablation": {"bias": "norm"}}, r"bias: expected one of .*count\+norm.* found 'norm'"),
+        ({"ablation": {"rate": "mean"}}, r"rate: expected 'count' or a number in \(0, 1\], found 'mean'"),
+        ({"ablation": {"rate": 0.0}}, "rate: .* found 0.0"),
+        ({"ablation": {"rate": 1.5}}, "rate: .* found 1.5"),
+        ({"ablation": {"rate": True}}, "rate: .* found True"),
         ({"merge": "ward", "init": "random"}, "init: expected 'novelty' with merge 'ward', found 'random'"),
-        ({"merge": "ward", "rate": 0.3}, "rate: expected 'count' with merge 'ward', found 0.3"),
-        ({"merge": "ward-sqrt", "rate": 0.3}, "rate: expected 'count' with merge 'ward-sqrt', found 0.3"),
+        ({"merge": "ward", "ablation": {"rate": 0.3}}, "rate: expected 'count' with merge 'ward', found 0.3"),
+        ({"merge": "ward-sqrt", "ablation": {"rate": 0.3}}, "rate: expected 'count' with merge 'ward-sqrt'"),
         ({"merge": "nearest", "init": "random"}, "init: expected 'novelty' with merge 'nearest', found 'ran"),
         ({"value_weight": -0.5}, "value_weight: expected a finite number of at least 0, found -0.5"),
         ({"value_weight": math.inf}, "value_weight: .* found inf"),
@@ -190,8 +191,8 @@ def test_triton_is_refused_rather_than_replaced(monkeypatch):
         (torch.float64, {}, "expected a dtype of .*found torch.float64"),
         (torch.float32, {"init": "random"}, "expected init 'novelty', found 'random'"),
         (torch.float32, {"merge": "updated"}, "expected merge to be one of .*'nearest'.*, found 'updated'"),
-        (torch.float32, {"bias": "count+norm"}, r"expected bias 'count', found 'count\+norm'"),
-        (torch.float32, {"rate": 0.5}, "expected rate 'count', found 0.5"),
+        (torch.float32, {"ablation": {"bias": "count+norm"}}, r"expected bias 'count', found 'count\+norm'"),
+        (torch.float32, {"ablation": {"rate": 0.5}}, "expected rate 'count', found 0.5"),
         (torch.float32, {"chunk_size": 5000}, "expected chunk_size of at most 4096, found 5000"),
     ],
 )
@@ -215,15 +216,14 @@ def test_auto_takes_the_kernels_on_a_gpu_alone(monkeypatch):
         (on_gpu, "random", ["torch"]),
         (q, "novelty", ["cpu", "torch"]),
     ):
-        state = SimpleNamespace(weight=None)
-        call = SimpleNamespace(q=x, v=v, token_weights=None, state=state, is_decoding=False)
-        call.options = Options(init=init, **options)
+        call = SimpleNamespace(q=x, v=v, gates=(), options=Options(init=init, **options))
         assert chosen("auto", call) in expected
 
 
-def test_every_backend_has_the_two_functions_of_its_protocol():
+def test_every_backend_has_what_its_protocol_says():
     for backend in BACKENDS.values():
-        assert list(inspect.signature(backend.refusal).parameters) == ["call"]
+        assert isinstance(backend.KNOWN, Known)
+        assert list(inspect.signature(backend.missing).parameters) == ["q", "v", "options"]
         assert list(inspect.signature(backend.run).parameters) == ["call"]
 
 

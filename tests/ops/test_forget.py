@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovq.ops import OVQState, backend_used, dispatch, ovq_attention, slot_assignments
+from ovq.ops import OVQState, backend_used, ovq_attention, slot_assignments
+from ovq.ops.backends import BACKENDS as BY_NAME
 from ovq.ops.fading import LEAST_LOG, LEAST_WEIGHT
 from ovq.ops.serialization import upgraded
 from ovq.ops.state import state_tensors
@@ -306,7 +307,7 @@ def run_from(state, tensors, options):
             {"log_forget": torch.full((1, 6, 2), math.nan)},
             "log_forget: expected numbers of at most 0, found nan",
         ),
-        ({"rate": 0.5}, "log_forget: expected none with a constant rate, found some"),
+        ({"ablation": {"rate": 0.5}}, "log_forget: expected none with a constant rate, found some"),
     ],
 )
 def test_bad_logs_are_refused(change, message):
@@ -339,7 +340,7 @@ def in_pieces(tensors, options, pieces=None):
     return o.detach(), state.detach()
 
 
-@pytest.mark.parametrize("merge", ["existing", "updated", "nearest"])
+@each_merge
 @pytest.mark.parametrize("rate", [1e-4, 0.02, 0.3, 5.0])
 @pytest.mark.parametrize("backend", CPU)
 def test_all_chunks_in_one_call_give_what_they_give_one_by_one(merge, rate, backend, monkeypatch):
@@ -354,8 +355,8 @@ def test_all_chunks_in_one_call_give_what_they_give_one_by_one(merge, rate, back
     mask = torch.ones(2, 300)
     mask[1, :27] = 0
     options["attention_mask"] = mask
-    num_calls, run_backend = [], dispatch._run
-    monkeypatch.setattr(dispatch, "_run", lambda *args: num_calls.append(1) or run_backend(*args))
+    num_calls, run_backend = [], BY_NAME[backend].run
+    monkeypatch.setattr(BY_NAME[backend], "run", lambda *args: num_calls.append(1) or run_backend(*args))
     expected, after = in_pieces(tensors, options)
     assert len(num_calls) == 19
     o, state = run(tensors, options)

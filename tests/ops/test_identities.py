@@ -218,7 +218,7 @@ def test_lengths_around_a_chunk(backend, length):
 def test_a_constant_rate_forgets_geometrically(backend):
     """One slot and unequal keys: the mean is the first key, then moved by a quarter of the way to each."""
     q, k, v = inputs(1, 32, 1, 1)
-    _, state = attend(q, k, v, num_slots=1, chunk_size=8, rate=0.25, backend=backend)
+    _, state = attend(q, k, v, num_slots=1, chunk_size=8, ablation={"rate": 0.25}, backend=backend)
     weights = 0.25 * 0.75 ** torch.arange(31, -1, -1, dtype=torch.float64)
     weights[0] = 0.75**31
     torch.testing.assert_close(state.keys[0, 0, 0], weights @ k[0, :, 0])
@@ -232,7 +232,9 @@ def test_the_norm_term_counts_only_where_norms_differ(backend):
     options = {"chunk_size": 8, "backend": backend}
     for num_slots, growth, is_same in ((61, "immediate", True), (12, "plateau", False)):
         settings = {**options, "num_slots": num_slots, "growth": growth}
-        plain, normed = (ovq_attention(q, k, v, **settings, bias=b)[0] for b in ("count", "count+norm"))
+        plain, normed = (
+            ovq_attention(q, k, v, **settings, ablation={"bias": bias})[0] for bias in ("count", "count+norm")
+        )
         assert torch.allclose(plain, normed, atol=1e-10) == is_same
 
 

@@ -67,7 +67,7 @@ def results(backend, tensors, before, entry, lay_out):
     if entry == "packed":
         options["cu_seqlens"] = torch.tensor([0, 0, 3, 3, length, 0])[:5:1]
     if entry == "constant rate":
-        options["rate"] = 0.3
+        options["ablation"] = {"rate": 0.3}
     if entry in CURRENT_MERGES:
         options["merge"] = entry
     o, after = attend(*leaves[:3], backend=backend, **options)

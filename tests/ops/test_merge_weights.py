@@ -16,7 +16,7 @@ from tests.ops.common import assert_same_state, attend, inputs
 CHUNK = 4
 OPTIONS = {
     "some zero": {"weights": "some zero"},
-    "positive, with norms": {"weights": "positive", "bias": "count+norm"},
+    "positive, with norms": {"weights": "positive", "ablation": {"bias": "count+norm"}},
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 each_merge = pytest.mark.parametrize("merge", CURRENT_MERGES)
@@ -139,7 +139,8 @@ def test_token_by_token(options):
 )
 def test_gradcheck(merge, bias):
     """Finite differences; weights stay away from 0, where a slot of one token comes into being."""
-    tensors, options = arguments(1, 13, 1, 1, seed=5, num_slots=4, merge=merge, bias=bias, weights="positive")
+    rule = {"merge": merge, "ablation": {"bias": bias}}
+    tensors, options = arguments(1, 13, 1, 1, seed=5, num_slots=4, **rule, weights="positive")
     leaves = [x.clone().requires_grad_() for x in (*tensors.values(), options["scale"])]
 
     def call(*values):
@@ -311,7 +312,7 @@ def test_the_backward_keeps_a_bounded_number_of_rows_per_token():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"token_weights": torch.ones(1, 8, 1), "rate": 0.5}, "expected none with a constant rate"),
+        ({"token_weights": torch.ones(1, 8, 1), "ablation": {"rate": 0.5}}, "none with a constant rate"),
         ({"token_weights": torch.ones(1, 8)}, r"token_weights: expected a tensor \[1, 8, 1\] as k has"),
         (
             {"token_weights": torch.ones(1, 8, 1, dtype=torch.int64)},

@@ -1,7 +1,6 @@
 """merge="nearest": which edges are taken, where items go, the same in every backend that knows the rule."""
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -252,9 +251,11 @@ def test_weights_in_float64_are_summed_as_they_are():
 
 @pytest.mark.parametrize("backend", FAST)
 def test_masses_may_count_by_another_power(backend, monkeypatch):
-    other = functools.partial(Options, mass_power=1.0)
+    def other(**settings):
+        return Options(**settings | {"growth": "immediate"}, mass_power=1.0)
+
     usual = attend(*stream("clustered", torch.float32), **NEAREST, **FEW, backend=backend)[1]
-    monkeypatch.setattr("ovq.ops.attention.Options", other)
+    monkeypatch.setattr("ovq.ops.attention.options_of", other)
     state, expected = (
         attend(*stream("clustered", torch.float32), **NEAREST, **FEW, backend=b)[1]
         for b in (backend, "naive")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ovq.ops.options import CURRENT_MERGES
-from tests.ops.common import CPU, VARIANTS, attend, inputs
+from tests.ops.common import CPU, KERNEL_MERGES, VARIANTS, attend, inputs
 
 WAYS = [
     ("naive", torch.float64),
@@ -135,7 +135,10 @@ def test_tokens_go_where_the_reference_sends_them_after_a_bad_key_has_opened_a_s
 
 @pytest.mark.parametrize(
     ("way", "merge"),
-    [*itertools.product([*WAYS[:3], *((x, torch.float32) for x in CPU)], CURRENT_MERGES)],
+    [
+        *itertools.product(WAYS[:3], CURRENT_MERGES),
+        *itertools.product(((x, torch.float32) for x in CPU), KERNEL_MERGES),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

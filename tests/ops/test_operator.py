@@ -49,8 +49,8 @@ def two_calls(q, k, v, weights, log_forget, options):
     ("gated", "options"),
     [
         ((), {}),
-        ((), {"merge": "nearest", "bias": "count+norm"}),
-        ((), {"rate": 0.3, "growth": "linear"}),
+        ((), {"merge": "nearest", "ablation": {"bias": "count+norm"}}),
+        ((), {"ablation": {"rate": 0.3}, "growth": "linear"}),
         (("token_weights",), {"merge": "updated"}),
         (("log_forget",), {}),
         (("token_weights", "log_forget"), {"merge": "nearest"}),

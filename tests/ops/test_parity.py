@@ -62,7 +62,7 @@ COMBINED = [
     if (i + j) % 2
 ]
 COMBINED += [
-    (shape, "immediate", "novelty", "nearest", {"bias": "count+norm", "value_weight": 2.0})
+    (shape, "immediate", "novelty", "nearest", {"ablation": {"bias": "count+norm"}, "value_weight": 2.0})
     for shape in SHAPES
 ]
 
@@ -233,7 +233,10 @@ def test_signature_is_the_contract():
     parameters = inspect.signature(ovq_attention).parameters
     names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert names == ["q", "k", "v"]
-    assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[3:])
+    # And names that arguments had earlier.
+    *by_keyword, rest = list(parameters.values())[3:]
+    assert all(p.kind is p.KEYWORD_ONLY for p in by_keyword)
+    assert rest.kind is rest.VAR_KEYWORD
 
 
 @pytest.mark.parametrize("backend", ["torch", *CPU])

@@ -13,8 +13,7 @@ import torch
 
 from ovq.ops import cpu_kernels, slot_assignments
 from ovq.ops.backends.cpu import build, compiler
-from ovq.ops.options import CURRENT_MERGES
-from tests.ops.common import attend, inputs
+from tests.ops.common import KERNEL_MERGES, attend, inputs
 from tests.ops.compiling import restart
 
 # Read before any test changes what it is found in.
@@ -77,7 +76,7 @@ def same_bits(a, b):
 @needs_compiler
 @needs_level
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("merge", CURRENT_MERGES)
+@pytest.mark.parametrize("merge", KERNEL_MERGES)
 def test_prebuilt_kernels_compute_the_same_bits(compiled, merge, dtype, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "_PREBUILT", tmp_path)
     seen = {}

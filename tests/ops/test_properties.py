@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from ovq.ops import OVQState, scheduled_slots
-from ovq.ops.options import BIASES
+from ovq.ops.ablation import BIASES, Ablation
 from tests.ops.common import assert_same_state, attend, inputs
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -41,8 +41,10 @@ def calls(draw):
         "growth": draw(st.sampled_from(["plateau", "linear", "immediate"])),
         "init": draw(st.sampled_from(["novelty", "random"])),
         "merge": draw(st.sampled_from(["existing", "updated"])),
-        "bias": draw(st.sampled_from(BIASES)),
-        "rate": draw(st.sampled_from(["count", "count", 0.01, 0.3, 1.0])),
+        "ablation": Ablation(
+            bias=draw(st.sampled_from(BIASES)),
+            rate=draw(st.sampled_from(["count", "count", 0.01, 0.3, 1.0])),
+        ),
         "generator": torch.Generator().manual_seed(draw(st.integers(0, 99))),
     }
     return q, k, v, options
@@ -75,7 +77,8 @@ def test_backends_agree(call):
 @hypothesis.given(calls(), st.sampled_from([0, 0.5, 2]), st.integers(0, 50))
 def test_pairs_are_merged_alike_by_every_backend_and_in_parts(call, value_weight, cut):
     q, k, v, options = call
-    options |= {"merge": "nearest", "init": "novelty", "rate": "count", "value_weight": value_weight}
+    ablation = Ablation(bias=options["ablation"].bias)
+    options |= {"merge": "nearest", "init": "novelty", "ablation": ablation, "value_weight": value_weight}
     _, expected = attend(q, k, v, backend="naive", **options)
     for backend in ("torch", "auto"):
         state = None
@@ -93,7 +96,7 @@ def test_bookkeeping(call):
     batch, length = q.shape[:2]
     merged = length - length % options["chunk_size"]
     assert state.count.sum(-1).flatten().tolist() == [merged] * (batch * k.shape[2])
-    if options["rate"] == "count":
+    if options["ablation"].rate == "count":
         total = k[:, :merged].double().sum(1)
         torch.testing.assert_close(
             state.key_sum.double().sum(2), total, rtol=1e-4, atol=1e-4 * max(1, length)

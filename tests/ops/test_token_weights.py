@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from ovq.ops import backend_used, ovq_attention, slot_assignments
-from ovq.ops.options import CURRENT_MERGES, INITS
-from tests.ops.common import CPU, assert_same_state, attend, each_merge, either_rule, inputs
+from tests.ops.common import CPU, KERNEL_MERGES, assert_same_state, attend, either_rule, inputs
 from tests.ops.test_merge_weights import token_weights
 
 pytestmark = pytest.mark.skipif(not CPU, reason="no compiled kernels")
@@ -67,7 +66,7 @@ def assert_equal_results(found, expected, bound):
 @pytest.mark.parametrize(
     ("shape", "kind"), [*itertools.product(SHAPES, KINDS), (WIDE, "positive"), (WIDE, "some zero")], ids=str
 )
-@each_merge
+@either_rule
 def test_kernels_equal_naive(shape, kind, merge):
     *sizes, num_slots, chunk_size = shape
     options = {"num_slots": num_slots, "chunk_size": chunk_size, "merge": merge}
@@ -80,7 +79,7 @@ def test_kernels_equal_naive(shape, kind, merge):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@each_merge
+@either_rule
 def test_kernels_equal_naive_in_other_dtypes(dtype, merge):
     options = {"num_slots": 24, "chunk_size": 16, "merge": merge}
     tensors = call((2, 70, 2, 1, 32, 32), "some zero", dtype=dtype)
@@ -90,14 +89,12 @@ def test_kernels_equal_naive_in_other_dtypes(dtype, merge):
 
 @pytest.mark.parametrize("seed", range(6))
 @each_kind
-@each_merge
+@either_rule
 def test_keys_that_repeat_and_weights_that_cost_nothing(kind, merge, seed):
     """Of many pairs that cost nothing the order decides, and not all of them are merged."""
     chunk_size, num_slots = [(4, 6), (8, 20), (16, 9), (8, 3)][seed % 4]
-    init = INITS[seed % 2] if merge != "nearest" else "novelty"
-    options = {"num_slots": num_slots, "chunk_size": chunk_size, "merge": merge, "init": init}
+    options = {"num_slots": num_slots, "chunk_size": chunk_size, "merge": merge}
     options |= {"growth": ["plateau", "linear", "immediate"][seed % 3]}
-    options |= {"generator": torch.Generator().manual_seed(seed)}
     tensors = call((1, 60, 1, 1, 6, 4), kind, seed=seed, num_keys=[0, 2, 7][seed % 3])
     states = [attend(**tensors, backend=name, **options)[1] for name in ("naive", "cpu")]
     assert_same_state(*reversed(states), tolerance=0)
@@ -109,7 +106,7 @@ def test_keys_that_repeat_and_weights_that_cost_nothing(kind, merge, seed):
 
 
 @pytest.mark.parametrize("factor", [1e-18, 1e-9, 1e12])
-@each_merge
+@either_rule
 def test_weights_of_any_size(merge, factor):
     """Some so small that the products of two would vanish, beside ordinary ones."""
     options = {"num_slots": 12, "chunk_size": 8, "merge": merge}
@@ -120,7 +117,7 @@ def test_weights_of_any_size(merge, factor):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@each_merge
+@either_rule
 @torch.no_grad()
 def test_token_by_token(dtype, merge):
     """Rows at different places, of which some complete a chunk when others do not."""
@@ -190,7 +187,7 @@ def test_a_step_unlike_the_last_one_is_checked():
     # A state without weights does not tell a step with them what to do.
     plain = dataclasses.replace(state, weight=None, pending_weights=None)
     plain = attend(**step, initial_state=plain, **options)[1]
-    assert plain._next is not None
+    assert plain._step is not None
     _, found = attend(**step, token_weights=weights, initial_state=plain, **options)
     assert found.weight is not None
 
@@ -232,7 +229,7 @@ def test_teams_of_threads(merge):
     assert_equal_results(found, expected, 1e-4)
 
 
-@each_merge
+@either_rule
 def test_weights_of_one_change_nothing(merge):
     options = {"num_slots": 12, "chunk_size": 8, "merge": merge, "backend": "cpu"}
     tensors = call((1, 60, 2, 1, 8, 8), "one")
@@ -244,7 +241,7 @@ def test_weights_of_one_change_nothing(merge):
     assert torch.equal(state.weight, plain_state.count.float())
 
 
-@each_merge
+@either_rule
 def test_a_weight_of_zero_leaves_no_trace(merge):
     """Other keys and values of such tokens change nothing once they are merged, to the last bit."""
     options = {"num_slots": 9, "chunk_size": 4, "merge": merge, "backend": "cpu"}
@@ -267,7 +264,7 @@ def test_rewinding_slots_of_little_weight_loses_nothing():
     q, k, v = inputs(1, 24, 1, 1, 4, 3)
     weights = torch.full((1, 24, 1), 1.0)
     weights[:, :4] = 1e-9
-    for merge in CURRENT_MERGES:
+    for merge in KERNEL_MERGES:
         grads = []
         for dtype, backend in ((torch.float32, "cpu"), (torch.float64, "torch")):
             leaves = [x.to(dtype).requires_grad_() for x in (q, k, v, weights)]

@@ -32,13 +32,12 @@ def test_fast_backends_refuse_them_by_name(name, merge):
 @either_power
 def test_kernels_for_gpus_refuse_them_by_name(merge):
     """Here, because it takes neither Triton nor a GPU."""
-    from ovq.ops.backends.triton import refusal_of
+    from ovq.ops.backends import refusal
 
     x = torch.zeros(1, 4, 1, 8)
     options = Options(num_slots=8, chunk_size=4, growth="plateau", init="novelty", merge=merge, seed=0)
-    assert (
-        refusal_of(x, x, options) == f"expected merge to be one of ('existing', 'nearest'), found '{merge}'"
-    )
+    expected = f"expected merge to be one of ('existing', 'nearest'), found '{merge}'"
+    assert refusal("triton", x, x, options) == expected
 
 
 @either_power

@@ -86,7 +86,7 @@ CASES = {
         num_ranks=2,
         lengths=(37,),
         bounds=(0, 23, 37),
-        changes={"conv_size": 0, "growth": "linear", "merge": "updated", "bias": "count+norm"},
+        changes={"conv_size": 0, "growth": "linear", "merge": "updated", "ablation": {"bias": "count+norm"}},
     ),
     "the shortest edges": Case(
         num_ranks=2,
@@ -98,7 +98,7 @@ CASES = {
         num_ranks=2,
         lengths=(37,),
         bounds=(0, 23, 37),
-        changes={"rope_mixers": ["sliding_attention", "ovq"], "rate": 0.5},
+        changes={"rope_mixers": ["sliding_attention", "ovq"], "ablation": {"rate": 0.5}},
     ),
     # A slot for every token: no decision hangs on the rounding, in which numbers of processes differ.
     "bfloat16": Case(

@@ -12,7 +12,7 @@ from transformers import set_seed
 from transformers.models.auto import modeling_auto
 
 from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM, OVQModel
-from ovq.layers.vq import StaticDictionary
+from ovq_lab.mixers.vq import StaticDictionary
 from tests.generation import test_utils as generation
 from tests.peers import sources
 from tests.peers.models import SETS

@@ -7,7 +7,7 @@ import sys
 COMMAND = """
 import sys
 sys.modules["matplotlib"] = None
-import ovq.hf, ovq.layers, ovq.ops, ovq.train.loop
+import ovq.hf, ovq.layers, ovq.ops, ovq_lab.train.loop
 print("imported", flush=True)
 from ovq.cli import main
 sys.argv = ["ovq", "demo"]
@@ -21,6 +21,6 @@ def test_the_library_does_without_and_commands_that_draw_name_the_extra(tmp_path
     )
     assert result.stdout == "imported\n", result.stderr
     assert result.returncode == 2
-    assert "expected matplotlib, found none; pip install 'ovq[plots]'" in " ".join(result.stderr.split())
+    assert "expected matplotlib, found none; pip install './lab[plots]'" in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ovq.inspect import levels
-from ovq.plots.memory import LEVEL_COLORS, save_memory_figures
+from ovq_lab.plots.memory import LEVEL_COLORS, save_memory_figures
 from tests.inspect.common import looked_into
 
 

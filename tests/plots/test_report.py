@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from ovq.eval.rows import ResultRow
-from ovq.plots.figures import save_figures
-from ovq.plots.tables import result_table, slice_table
 from ovq.runtime.progress import Reporter
+from ovq_lab.eval.rows import ResultRow
+from ovq_lab.plots.figures import save_figures
+from ovq_lab.plots.tables import result_table, slice_table
 
 
 def row(mixer, num_slots, length, accuracy, state_bytes=1024, slices=None, merge=None):

@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from ovq.eval.language import LanguageRow
-from ovq.eval.needle import NeedleRow
-from ovq.eval.rows import ResultRow
-from ovq.layers import MIXERS
-from ovq.plots import panels
-from ovq.plots.fidelity import fidelity_figure
-from ovq.plots.figures import save_figures as save_demo
-from ovq.plots.language import save_language_figures
-from ovq.plots.needle import save_needle_figures
-from ovq.plots.panels import WIDTH
-from ovq.plots.style import CONTROLS, MIXER_STYLES, PAIRS, PALETTE, line_styles
-from ovq.research.bench.show import save_figures as save_bench
-from ovq.research.bench.workloads import MIXERS as BENCH_MIXERS
-from ovq.research.reproduce.draw import save_figure, save_heat_maps
+from ovq_lab.bench.show import save_figures as save_bench
+from ovq_lab.bench.workloads import MIXERS as BENCH_MIXERS
+from ovq_lab.eval.language import LanguageRow
+from ovq_lab.eval.needle import NeedleRow
+from ovq_lab.eval.rows import ResultRow
+from ovq_lab.figures.draw import save_figure, save_heat_maps
+from ovq_lab.mixers import MIXERS
+from ovq_lab.plots import panels
+from ovq_lab.plots.fidelity import fidelity_figure
+from ovq_lab.plots.figures import save_figures as save_demo
+from ovq_lab.plots.language import save_language_figures
+from ovq_lab.plots.needle import save_needle_figures
+from ovq_lab.plots.panels import WIDTH
+from ovq_lab.plots.style import CONTROLS, MIXER_STYLES, PAIRS, PALETTE, line_styles
 
 # What readers without one kind of cone see, in linear RGB (Machado, Oliveira and Fernandes, 2009).
 SIGHTS = {

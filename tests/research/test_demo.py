@@ -8,10 +8,10 @@ from PIL import Image
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from ovq.eval.rows import ResultRow
-from ovq.research import demo
-from ovq.research.demo import conclusion, run_demo
-from ovq.train.config import RunConfig
+from ovq_lab.eval.rows import ResultRow
+from ovq_lab.figures import demo
+from ovq_lab.figures.demo import conclusion, run_demo
+from ovq_lab.train.config import RunConfig
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 
 from ovq.ops import ovq_attention
-from ovq.plots.fidelity import MEMORY_STYLES, fidelity_figure
-from ovq.research.fidelity import fidelity_rows
-from ovq.research.fidelity.memories import (
+from ovq_lab.figures.fidelity import fidelity_rows
+from ovq_lab.figures.fidelity.memories import (
     CHUNK_SIZE,
     MEMORIES,
     DeltaRule,
@@ -24,7 +23,8 @@ from ovq.research.fidelity.memories import (
     WindowAndSinks,
     softmax_read,
 )
-from ovq.research.fidelity.streams import STREAMS, Stream
+from ovq_lab.figures.fidelity.streams import STREAMS, Stream
+from ovq_lab.plots.fidelity import MEMORY_STYLES, fidelity_figure
 
 SCALE = 3.0
 BUDGET = 40 * 4 * (8 + 8 + 2)

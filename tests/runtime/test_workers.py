@@ -12,10 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from ovq.runtime import workers
 from ovq.runtime.allocator import keep_freed_memory
 from ovq.runtime.progress import Reporter
-from ovq.runtime.workers import run_jobs
+from ovq_lab.runtime import workers
+from ovq_lab.runtime.workers import run_jobs
 
 
 def look_around(job, reporter):

@@ -15,7 +15,7 @@ from ovq.serve.app import Service, create_app
 from ovq.serve.limits import Limits
 from ovq.serve.model import ServedModel
 from ovq.serve.server import configured
-from ovq.text import byte_tokenizer
+from ovq_lab.text import byte_tokenizer
 from tests.convert.common import converted
 from tests.hf.common import SIZES, left_padded, make_model
 

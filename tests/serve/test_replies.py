@@ -10,7 +10,7 @@ from ovq.serve.answers import Usage, pieces
 from ovq.serve.jobs import FinishEvent, Generation, TokenEvent, TokenLogprobs
 from ovq.serve.replies import ChatForm, CompletionForm, whole
 from ovq.serve.texts import Texts
-from ovq.text import Document, byte_tokenizer, train_tokenizer
+from ovq_lab.text import Document, byte_tokenizer, train_tokenizer
 
 TEXT = "né €5 \U0001f600 été, né né \ufffd 漢字"
 

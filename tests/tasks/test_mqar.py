@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ovq.tasks import IGNORE_INDEX, MQARTask
+from ovq_lab.tasks import IGNORE_INDEX, MQARTask
 
 
 @pytest.mark.parametrize("use_random_fillers", [True, False])

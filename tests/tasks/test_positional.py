@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ovq.tasks import IGNORE_INDEX, PositionalRecallTask
-from ovq.tasks.recall import FILLER, SEPARATOR
+from ovq_lab.tasks import IGNORE_INDEX, PositionalRecallTask
+from ovq_lab.tasks.recall import FILLER, SEPARATOR
 
 TASK_FIELDS = [
     {},

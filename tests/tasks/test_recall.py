@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from ovq.tasks import IGNORE_INDEX, RecallTask, example_generator
-from ovq.tasks.recall import FILLER, SEPARATOR
+from ovq_lab.tasks import IGNORE_INDEX, RecallTask, example_generator
+from ovq_lab.tasks.recall import FILLER, SEPARATOR
 
 TASK_FIELDS = [
     {},

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ovq.tasks import IGNORE_INDEX, RegressionTask
+from ovq_lab.tasks import IGNORE_INDEX, RegressionTask
 
 TASK_FIELDS = [
     {"vocab_size": 100, "length": 301},

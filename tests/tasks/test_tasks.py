@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ovq.tasks import IGNORE_INDEX, TASKS, MQARTask, PositionalRecallTask, RecallTask, RegressionTask
+from ovq_lab.tasks import IGNORE_INDEX, TASKS, MQARTask, PositionalRecallTask, RecallTask, RegressionTask
 
 SMALL = {
     "recall": RecallTask(length=64, pair_share=0.5),

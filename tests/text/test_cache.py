@@ -7,7 +7,7 @@ import tempfile
 
 import pytest
 
-from ovq.text.cache import cached_folder
+from ovq_lab.text.cache import cached_folder
 
 
 @pytest.fixture

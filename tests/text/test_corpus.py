@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ovq.text import TextSource, byte_tokenizer, corpus, load_corpus, split_of, train_tokenizer
-from ovq.text.documents import Document
+from ovq_lab.text import TextSource, byte_tokenizer, corpus, load_corpus, split_of, train_tokenizer
+from ovq_lab.text.documents import Document
 
 TEXTS = {f"{i:02}.txt": f"{i} " * (i + 1) for i in range(40)}
 

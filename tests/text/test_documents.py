@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from ovq.text import Document, read_documents, split_of
+from ovq_lab.text import Document, read_documents, split_of
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
 
 def test_without_the_extra_rows_cannot_be_read(monkeypatch, library):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'ovq\[text\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\./lab\[text\]'"):
         list(read_documents(str(library / "rows.jsonl")))
     assert len(list(read_documents(str(library / "b")))) == 1
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from ovq.text import (
+from ovq_lab.text import (
     Document,
     TextSource,
     byte_tokenizer,
@@ -18,7 +18,7 @@ from ovq.text import (
     tokenizers,
     train_tokenizer,
 )
-from ovq.text.tokenizers import is_byte_tokenizer
+from ovq_lab.text.tokenizers import is_byte_tokenizer
 
 BYTES = byte_tokenizer()
 # Surrogates have no bytes in UTF-8.

@@ -12,9 +12,9 @@ from tests.train.text_common import write_texts
 
 from ovq.hf import OVQForCausalLM
 from ovq.hf.card import CARD_FILE, is_untouched
-from ovq.train.card import save_run_card
-from ovq.train.loop import build_model
-from ovq.train.recipes import get_recipe
+from ovq_lab.train.card import save_run_card
+from ovq_lab.train.loop import build_model
+from ovq_lab.train.recipes import get_recipe
 
 HISTORY = {
     "log_history": [{"step": 2, "loss": 3.5}, {"step": 4, "loss": 2.25}, {"step": 4, "eval_loss": 2.5}]
@@ -70,7 +70,7 @@ def test_the_command_writes_a_card_with_a_picture(capsys, tmp_path):
 
 
 def test_without_matplotlib_there_is_no_picture(capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ovq.plots.training", None)
+    monkeypatch.setitem(sys.modules, "ovq_lab.plots.training", None)
     run(
         capsys, "train", "recall-ovq", *(w for each in TINY for w in ("--set", each)), "--out", tmp_path / "a"
     )
@@ -121,9 +121,9 @@ def test_data_sets_of_the_hub_are_in_the_metadata(tmp_path):
 
 @pytest.mark.parametrize("name", ["recall-ovq", "recall-mamba2"])
 def test_figures_of_a_run_have_the_colour_of_its_mixer(tmp_path, drawn, name):
-    from ovq.plots.style import MIXER_STYLES
-    from ovq.plots.training import save_loss_curve
-    from ovq.train.history import History
+    from ovq_lab.plots.style import MIXER_STYLES
+    from ovq_lab.plots.training import save_loss_curve
+    from ovq_lab.train.history import History
 
     (tmp_path / "trainer_state.json").write_text(json.dumps(HISTORY))
     config = get_recipe(name)

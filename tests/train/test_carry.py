@@ -10,11 +10,11 @@ from tests.train.text_common import quiet, stopped_at, tiny_config, write_texts
 from transformers import AutoTokenizer
 
 from ovq.hf import OVQCache, OVQForCausalLM
-from ovq.layers import MIXERS
-from ovq.text import TextSource, load_corpus
-from ovq.train import loop
-from ovq.train.carry import CarryTrainer, load_lanes, save_lanes
-from ovq.train.text import CarriedTextDataset, PackedTextDataset, read_positions
+from ovq_lab.mixers import MIXERS
+from ovq_lab.text import TextSource, load_corpus
+from ovq_lab.train import loop
+from ovq_lab.train.carry import CarryTrainer, load_lanes, save_lanes
+from ovq_lab.train.text import CarriedTextDataset, PackedTextDataset, read_positions
 
 CARRY = {"carry_state": True}
 

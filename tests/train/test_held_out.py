@@ -8,13 +8,13 @@ import torch
 from tests.tiny import losses
 from tests.train.text_common import quiet, stopped_at, tiny_config, write_texts
 
-from ovq.research.reproduce.plan import run_name
-from ovq.text import load_corpus
-from ovq.train.config import RunConfig
-from ovq.train.history import History
-from ovq.train.loop import resume, train
-from ovq.train.recipes import get_recipe
-from ovq.train.text import HeldOutWindows, read_positions
+from ovq_lab.figures.plan import run_name
+from ovq_lab.text import load_corpus
+from ovq_lab.train.config import RunConfig
+from ovq_lab.train.history import History
+from ovq_lab.train.loop import resume, train
+from ovq_lab.train.recipes import get_recipe
+from ovq_lab.train.text import HeldOutWindows, read_positions
 
 
 @pytest.fixture

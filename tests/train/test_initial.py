@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.runtime.progress import Reporter
-from ovq.tasks import RecallTask
-from ovq.train.config import ModelArgs, RunConfig, TrainArgs
-from ovq.train.loop import build_model, resume, train
+from ovq_lab.tasks import RecallTask
+from ovq_lab.train.config import ModelArgs, RunConfig, TrainArgs
+from ovq_lab.train.loop import build_model, resume, train
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_slots": 4, "chunk_size": 4, "sliding_window": 4}
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from tests.train.text_common import END, quiet, tiny_config
 
-from ovq.tasks import IGNORE_INDEX, TextTask
-from ovq.tasks.text import SHORTEST_NEEDLE_TEXT
-from ovq.text import TextSource, byte_tokenizer, load_corpus
-from ovq.text.haystack import NeedleBuilder
-from ovq.train import loop
-from ovq.train.needles import NeedleWindows
-from ovq.train.text import PackedTextDataset
+from ovq_lab.tasks import IGNORE_INDEX, TextTask
+from ovq_lab.tasks.text import SHORTEST_NEEDLE_TEXT
+from ovq_lab.text import TextSource, byte_tokenizer, load_corpus
+from ovq_lab.text.haystack import NeedleBuilder
+from ovq_lab.train import loop
+from ovq_lab.train.needles import NeedleWindows
+from ovq_lab.train.text import PackedTextDataset
 
 BYTES = byte_tokenizer()
 NEEDLE = r"One of the special magic (?:number|word)s for (\S+) is: ([^.]+)\."

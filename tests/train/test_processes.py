@@ -12,7 +12,7 @@ from tests.processes import run_ranks
 from tests.tiny import losses
 from tests.train.text_common import quiet, stopped_at, tiny_config, write_texts
 
-from ovq.train import checkpoints, loop
+from ovq_lab.train import checkpoints, loop
 
 
 def resume_in_two_processes(out):

@@ -3,7 +3,7 @@
 import pytest
 from tests.train.text_common import quiet, tiny_config, write_texts
 
-from ovq.train import loop
+from ovq_lab.train import loop
 
 
 @pytest.mark.parametrize(("report_to", "is_there"), [(("auto",), True), (("none",), False)])

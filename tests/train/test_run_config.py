@@ -11,11 +11,11 @@ import torch
 from ovq.fields import field_types
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.equal_sizes import EQUAL_SIZES
-from ovq.layers import MIXERS
-from ovq.tasks import TASKS, RecallTask, TextTask
-from ovq.train.config import CONFIG_FILE, SMALL_MODEL, ModelArgs, RunConfig, TrainArgs
-from ovq.train.loop import model_config
-from ovq.train.recipes import RECIPES, get_recipe, recipe_for
+from ovq_lab.mixers import MIXERS
+from ovq_lab.tasks import TASKS, RecallTask, TextTask
+from ovq_lab.train.config import CONFIG_FILE, SMALL_MODEL, ModelArgs, RunConfig, TrainArgs
+from ovq_lab.train.loop import model_config
+from ovq_lab.train.recipes import RECIPES, get_recipe, recipe_for
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from ovq.cli import main
 from ovq.hf import OVQForCausalLM
 from ovq.hf.block import OVQMLP
 from ovq.runtime.progress import Reporter
-from ovq.train import loop
-from ovq.train.checkpoints import SEAL_FILE, fault
-from ovq.train.recipes import get_recipe
+from ovq_lab.train import loop
+from ovq_lab.train.checkpoints import SEAL_FILE, fault
+from ovq_lab.train.recipes import get_recipe
 
 STEPS = 6
 SETTINGS = [

@@ -21,10 +21,10 @@ from tests.tiny import TINY, losses
 from ovq.hf import OVQForCausalLM
 from ovq.runtime.files import claimed
 from ovq.runtime.progress import Reporter
-from ovq.train import loop
-from ovq.train.checkpoints import SEAL_FILE, fault
-from ovq.train.data import CurriculumDataset
-from ovq.train.recipes import get_recipe
+from ovq_lab.train import loop
+from ovq_lab.train.checkpoints import SEAL_FILE, fault
+from ovq_lab.train.data import CurriculumDataset
+from ovq_lab.train.recipes import get_recipe
 
 STEPS = 30
 SETTINGS = [*TINY, f"train.steps={STEPS}", "train.save_every=3"]
@@ -333,7 +333,7 @@ def test_the_oldest_checkpoint_goes_only_when_the_newest_is_whole(interrupted, m
         assert (folder / "trainer_state.json").is_file()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ovq.train.checkpoints.seal", killed)
+    monkeypatch.setattr("ovq_lab.train.checkpoints.seal", killed)
     with pytest.raises(KeyboardInterrupt):
         resume(interrupted)
     assert fault(interrupted / f"checkpoint-{STEPS - 3}") is None

@@ -8,11 +8,11 @@ import torch
 from tests.train.text_common import END, TEXTS, quiet, tiny_config, write_texts
 from torch.utils.data import DataLoader
 
-from ovq.text import TextSource, load_corpus
-from ovq.train import loop
-from ovq.train.config import RunConfig
-from ovq.train.data import CORPUS_FILE, training_data
-from ovq.train.text import CarriedTextDataset, PackedTextDataset, read_positions
+from ovq_lab.text import TextSource, load_corpus
+from ovq_lab.train import loop
+from ovq_lab.train.config import RunConfig
+from ovq_lab.train.data import CORPUS_FILE, training_data
+from ovq_lab.train.text import CarriedTextDataset, PackedTextDataset, read_positions
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ from tests.train.text_common import quiet
 from torch.utils.data import DataLoader
 
 from ovq.hf import OVQForCausalLM
-from ovq.layers import MIXERS
 from ovq.runtime.progress import Reporter
-from ovq.tasks import IGNORE_INDEX, RecallTask
-from ovq.train import loop
-from ovq.train.checkpoints import newest_checkpoint, seal
-from ovq.train.config import ModelArgs, RunConfig, TrainArgs
-from ovq.train.data import CurriculumDataset
-from ovq.train.recipes import get_recipe
+from ovq_lab.mixers import MIXERS
+from ovq_lab.tasks import IGNORE_INDEX, RecallTask
+from ovq_lab.train import loop
+from ovq_lab.train.checkpoints import newest_checkpoint, seal
+from ovq_lab.train.config import ModelArgs, RunConfig, TrainArgs
+from ovq_lab.train.data import CurriculumDataset
+from ovq_lab.train.recipes import get_recipe
 
 
 def tiny_config(**train):

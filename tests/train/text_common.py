@@ -6,9 +6,9 @@ import string
 from rich.console import Console
 
 from ovq.runtime.progress import Reporter
-from ovq.tasks import TextTask
-from ovq.train.config import ModelArgs, RunConfig, TrainArgs
-from ovq.train.data import CORPUS_FILE
+from ovq_lab.tasks import TextTask
+from ovq_lab.train.config import ModelArgs, RunConfig, TrainArgs
+from ovq_lab.train.data import CORPUS_FILE
 
 END = 256
 TEXTS = {

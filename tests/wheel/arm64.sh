@@ -28,7 +28,7 @@ if [ ! -e "$folder/done" ]; then
     touch "$folder/done"
 fi
 
-export PYTHONPATH="$PWD/src:$folder/site" XDG_CACHE_HOME="$folder/cache" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+export PYTHONPATH="$PWD/src:$PWD/lab:$folder/site" XDG_CACHE_HOME="$folder/cache" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 # The compiler runs on this machine, which it must not compile for.
 export CXX="${CXX:-aarch64-linux-gnu-g++}" OVQ_CPU_KERNELS=arm64
 exec qemu-aarch64 -L "$folder/root" "$folder/root/usr/bin/python3.13" -m pytest -p no:cacheprovider "$@"

@@ -1,5 +1,5 @@
-"""The command line: `ovq demo | train | convert | eval | generate | context | inspect | serve |
-memory | bench | reproduce`.
+"""The command line: `ovq convert | generate | context | inspect | serve | memory`, and the commands of the
+laboratory, `ovq demo | train | eval | bench | reproduce`.
 
 Each command is a small module of its own that reads options and calls the library. Bad input ends in one line
 on standard error and exit code 2. PyTorch and transformers are imported inside the commands, so that help
@@ -16,23 +16,12 @@ from typing import Annotated, Any
 import typer
 
 import ovq
-from ovq.cli import (
-    bench,
-    context,
-    convert,
-    demo,
-    evaluate,
-    generate,
-    inspect,
-    memory,
-    reproduce,
-    serve,
-    train,
-)
+from ovq.cli import context, convert, generate, inspect, memory, serve
 from ovq.cli.outputs import Readers, accept_all_text, drop_unwritten, open_closed_streams
 from ovq.cli.plugins import Import
 from ovq.cli.signals import Ended, raised
 from ovq.cli.verbosity import Quiet, Verbose, add_to_commands, warnings_in_one_line
+from ovq.plugins import LABORATORY, from_laboratory, has_laboratory
 from ovq.runtime.verbosity import is_verbose
 
 app = typer.Typer(
@@ -43,17 +32,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("train")(train.train)
 app.command("convert")(convert.convert)
-app.add_typer(evaluate.app, name="eval")
 app.command("generate")(generate.generate)
 app.add_typer(context.app, name="context")
 app.command("inspect")(inspect.inspect)
 app.command("serve")(serve.serve)
 app.command("memory")(memory.memory)
-app.command("bench")(bench.bench)
-app.command("reproduce")(reproduce.reproduce)
 
 # Newer versions of typer ship their own copy of click; this is the usage error of whichever copy is in use.
 _UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]  # has no name
@@ -85,10 +69,31 @@ def _options(
 
 
 def _program() -> Any:
-    """The app as typer runs it, with the options that all commands share."""
-    program = typer.main.get_command(app)
+    """The app as typer runs it, with the laboratory and the options that all commands share."""
+    program: Any = typer.main.get_command(app)
+    # Not above: the modules of the laboratory import this package.
+    laboratory: Any = typer.main.get_command(_laboratory())
+    program.commands |= laboratory.commands
     add_to_commands(program)
     return program
+
+
+def _laboratory() -> typer.Typer:
+    """The commands of the laboratory. Where it is not installed, each ends in one line that says so."""
+    commands = typer.Typer()
+    for name, path in LABORATORY["command"].items():
+        if not has_laboratory():
+            settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+            commands.command(name, hidden=True, add_help_option=False, context_settings=settings)(_missing)
+        elif isinstance(found := from_laboratory(path, what=f"ovq {name}"), typer.Typer):
+            commands.add_typer(found, name=name)
+        else:
+            commands.command(name)(found)
+    return commands
+
+
+def _missing(context: typer.Context) -> None:
+    from_laboratory("", what=f"ovq {context.info_name}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -122,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not isinstance(error.__context__, BrokenPipeError):
             raise
         code = _code_after(error.__context__, readers)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         code = _code_after(error, readers)
     finally:
         readers.close()

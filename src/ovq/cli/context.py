@@ -57,9 +57,9 @@ def build(
 
     from transformers import set_seed
 
-    from ovq.eval.rows import format_bytes
     from ovq.hf import build_context, save_context
     from ovq.runtime.progress import Reporter
+    from ovq.runtime.units import format_bytes
 
     loaded = load_generating_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length)
     ids = encode(document, load_tokenizer(model), vocab_size=loaded.config.vocab_size, flag="--text")
@@ -103,7 +103,7 @@ def info(
 
     from rich.table import Table
 
-    from ovq.eval.rows import format_bytes
+    from ovq.runtime.units import format_bytes
 
     # A path broken over two lines could not be copied.
     size = format_bytes(found.nbytes)

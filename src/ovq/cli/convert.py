@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import secrets
 import shlex
 import shutil
@@ -222,17 +223,23 @@ def _probed(model: Any, tokenizer: Any, name: str, texts: dict[str, str], **opti
     """What a probe of a model finds on texts, or on those of the package; `options` are those of `probed`."""
     if tokenizer is None:
         raise ValueError(f"--probe: expected a model with a tokenizer, found none in {name}: give --no-probe")
+    import torch
+    import transformers
+
+    import ovq
     from ovq.cli.probing import probed
     from ovq.convert.presets import Preset
     from ovq.convert.texts import default_texts
-    from ovq.runtime.environment import environment
 
     config, read = probed(model, tokenizer, texts or default_texts(), **options)
     measured = {
         "probe": read,
         "needle_weight": options["needle_weight"],
         "dtype": str(model.dtype).removeprefix("torch."),
-        "environment": environment(model.device.type),
+        "environment": {
+            "processor": platform.processor() or platform.machine(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, ovq)},
+        },
     }
     return Preset.of(model, config, name="", model_name=name, measured=measured)
 

@@ -10,6 +10,7 @@ import typer
 from ovq.cli import dictionaries
 from ovq.cli.common import as_text, check_file, check_folder, encode, out_console, read_text
 from ovq.cli.loading import check_model_folder, load_config, load_model, load_tokenizer
+from ovq.plugins import from_laboratory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,11 +68,10 @@ def inspect(
     given = as_text(prompt, flag="--prompt") if prompt is not None else read_text(str(text), flag="--text")
     if figures is not None:
         # Before the reading: an extra that is missing must not cost it.
-        import ovq.plots.memory
-
-    from ovq.eval.rows import format_bytes
+        save_figures = from_laboratory("ovq_lab.plots.memory:save_memory_figures", what="--figures")
     from ovq.inspect import inspect_text, token_pieces, write_page
     from ovq.runtime.progress import Reporter
+    from ovq.runtime.units import format_bytes
 
     _check_view(load_config(model), layer, head)
     loaded, tokenizer = (
@@ -100,7 +100,7 @@ def inspect(
     written = [f"{out} ({format_bytes(out.stat().st_size)})"]
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
-        written += map(str, ovq.plots.memory.save_memory_figures(found, figures, layer=layer, head=head))
+        written += map(str, save_figures(found, figures, layer=layer, head=head))
     out_console.print(_table(found))
     if found.num_given > found.num_tokens:
         out_console.print(

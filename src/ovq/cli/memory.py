@@ -10,6 +10,7 @@ import typer
 
 from ovq.cli.common import out_console, parse_ints
 from ovq.cli.loading import load_config
+from ovq.plugins import from_laboratory
 
 
 def memory(
@@ -35,7 +36,7 @@ def memory(
 
     from rich.table import Table
 
-    from ovq.eval.rows import format_bytes
+    from ovq.runtime.units import format_bytes
 
     table = Table(title=f"State of one sequence: {config}")
     for column in ("tokens", "this model", "with full attention", "ratio"):
@@ -50,16 +51,15 @@ def _load_config(name: str) -> Any:
     """The `OVQConfig` in a folder or of a recipe."""
     if Path(name).is_dir():
         return load_config(Path(name))
-    from ovq.train.recipes import get_recipe
-
+    get_recipe = from_laboratory(
+        "ovq_lab.train.recipes:get_recipe", what=f"--config: {name} is no folder; for a recipe"
+    )
     try:
         recipe = get_recipe(name)
     except ValueError as error:
         what = str(error).removeprefix("recipe: expected ")
         raise ValueError(f"--config: expected a folder or a recipe: {what}") from error
-    from ovq.train.loop import model_config
-
-    return model_config(recipe)
+    return from_laboratory("ovq_lab.train.loop:model_config", what="--config")(recipe)
 
 
 def _state_bytes(config: Any, lengths: list[int], num_slots: int | None) -> list[dict[str, int]]:

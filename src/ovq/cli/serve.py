@@ -57,6 +57,13 @@ def serve(
     read_timeout: Annotated[
         float, typer.Option(help="Seconds in which a request must have come, without uploads.")
     ] = 60.0,
+    prefix_cache: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="MiB of states kept, so that chats are not read from their beginning; 0: none.",
+        ),
+    ] = 512,
     step_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of prompts that are read between two steps of answers.")
     ] = 512,
@@ -101,6 +108,7 @@ def serve(
         read_seconds=read_timeout,
         request_seconds=timeout,
         step_tokens=step_tokens,
+        prefix_bytes=prefix_cache * _MIB,
     )
     # A port in use is found out before the model is loaded, which takes longer.
     with bound(host, port) as listener:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ovq.convert.config import Budget
+from ovq.ops.backends.cpu import KNOWN
 from ovq.ops.backends.cpu.kernels import DTYPES, is_available
 from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
 
@@ -38,6 +39,8 @@ def is_compiled(memories: Sequence[Memory], k: Tensor, v: Tensor, *tensors: Tens
 
     They know no gradients.
     """
+    if memories[0].budget.merge not in KNOWN.merge:
+        return False
     given = [x for x in (k, v, *tensors) if x is not None]
     return (
         all(x.device.type == "cpu" for x in given)

@@ -19,6 +19,7 @@ from ovq.convert.config import Budget
 from ovq.convert.reach import Reach
 from ovq.convert.use import token_weights, use_from
 from ovq.ops.backends.alignment import AlignedRows
+from ovq.ops.backends.cpu import KNOWN
 from ovq.ops.backends.cpu.kernels import is_available
 from ovq.ops.backends.cpu.kernels import learn_and_say as compiled_learn
 from ovq.ops.backends.dictionary import Dictionary
@@ -488,7 +489,8 @@ class HeadMemory:
             group_size=1,
             options=options,
         )
-        is_compiled = keys.device.type == "cpu" and wide == torch.float32 and is_available()
+        is_compiled = keys.device.type == "cpu" and wide == torch.float32
+        is_compiled = is_compiled and options.merge in KNOWN.merge and is_available()
         learned = (compiled_learn if is_compiled else learn)(
             keys.transpose(1, 2), values.transpose(1, 2), sums, plan, *weights
         )

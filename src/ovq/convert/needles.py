@@ -1,15 +1,171 @@
-"""`hidden_numbers`: texts in which single tokens of long ago matter, for a probe."""
+"""Texts in which single tokens of long ago matter: values that are hidden in them and asked for at the end.
+
+`hidden_numbers` makes those of a probe. Needles and values are in the style of RULER (arXiv 2404.06654,
+section 3); the wording is ours.
+"""
 
 from __future__ import annotations
 
+import itertools
+import re
+import textwrap
+import uuid
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from ovq.text.haystack import NeedleBuilder
+VALUES = ("word", "number", "uuid")
+"""Kinds of value that it gives."""
 
+_ADJECTIVES = (
+    *("amber", "brave", "brisk", "calm", "clever", "cosmic", "crimson", "curious", "daring", "dry", "dusty"),
+    *("eager", "fancy", "frosty", "gentle", "golden", "hidden", "humble", "icy", "jolly", "lively", "lucky"),
+    *("mellow", "misty", "noble", "orange", "patient", "quiet", "rapid", "rusty", "silent", "tidy", "vivid"),
+)
+_NOUNS = (
+    *("anchor", "badger", "basket", "beacon", "bridge", "candle", "canyon", "castle", "comet", "falcon"),
+    *("feather", "forest", "garden", "hammer", "harbor", "island", "kettle", "ladder", "lantern", "meadow"),
+    *("mirror", "orchard", "otter", "pebble", "pepper", "pillow", "rabbit", "ribbon", "saddle", "tunnel"),
+    *("violin", "willow"),
+)
+
+NEEDLE = "One of the special magic {kind}s for {key} is:"
+"""The sentence that gives a key its value, which follows."""
+
+# Longer sentences of essays are cut between words, so that a needle can be placed near any depth.
+_LONGEST_SENTENCE = 300
+# A quarter of the number of different keys, and of words as values.
+_MOST_NEEDLES = 256
 # Of a text, for each number that is hidden in it.
 _TOKENS_PER_NUMBER = 192
+
+
+class HiddenValues:
+    """Hides sentences that give keys values between the sentences of a text.
+
+    Args:
+        tokenizer: The model's, one of transformers; an attribute too.
+        texts: The sentences of the text, in order. They start over where they end.
+        value: `"word"`, `"number"` or `"uuid"`; an attribute too.
+        is_shifted: Whether each text begins at another sentence.
+
+    Raises:
+        ValueError: If there is no sentence.
+    """
+
+    def __init__(
+        self, tokenizer: Any, texts: Sequence[str], *, value: str = "number", is_shifted: bool = True
+    ) -> None:
+        if not texts:
+            raise ValueError("texts: expected texts to make essays of, found no sentence")
+        self.tokenizer = tokenizer
+        self.value = value
+        self._sentences = texts
+        self._is_shifted = is_shifted
+
+    def repeat(
+        self, length: int, *, num_needles: int, random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A text to learn from: needles at random depths, all repeated at the end in another order.
+
+        Args:
+            length: Largest number of tokens; sentences are left out to stay within it, all of them if
+                necessary.
+            num_needles: Needles, with different keys and values; fewer if they do not fit, 256 at most.
+            random: What everything is drawn from.
+
+        Returns:
+            `[T]` token ids, and `[T]` bool, which of them belong to values that are repeated.
+
+        Raises:
+            ValueError: If not even one needle fits.
+
+        Example:
+            >>> from ovq.hf.byte_tokens import byte_tokenizer
+            >>> sky = ["The grass is green.", "The sky is blue.", "The sun is yellow."]
+            >>> builder = HiddenValues(byte_tokenizer(), sky, value="word", is_shifted=False)
+            >>> ids, is_answer = builder.repeat(320, num_needles=2, random=np.random.default_rng(0))
+            >>> print(builder.tokenizer.decode(ids).replace(". ", ".\\n "))
+             One of the special magic words for rapid-mirror is: dusty-badger.
+             The grass is green.
+             The sky is blue.
+             One of the special magic words for hidden-comet is: brisk-anchor.
+             The sun is yellow.
+            One of the special magic words for hidden-comet is: brisk-anchor.
+            One of the special magic words for rapid-mirror is: dusty-badger.
+            >>> builder.tokenizer.decode(ids[is_answer])
+            ' brisk-anchor dusty-badger'
+        """
+        pairs = self._pairs(random, min(num_needles, _MOST_NEEDLES))
+        needles = [(NEEDLE.format(kind=self.value, key=key), f" {value}") for key, value in pairs]
+        hidden = [self._encode(f" {words}{value}.") for words, value in needles]
+        # Tokenised in parts, cut before and after the value, as a question and its answer are.
+        again = [[self._encode(part) for part in (f"\n{words}", value, ".")] for words, value in needles]
+        while (room := length - sum(map(len, itertools.chain(hidden, *again)))) < 0:
+            if len(hidden) == 1:
+                raise ValueError(
+                    f"length: expected at least {length - room} tokens for a needle, found {length}"
+                )
+            hidden, again = hidden[:-1], again[:-1]
+        start = int(random.integers(len(self._sentences))) if self._is_shifted else 0
+        parts = list(self._fill(start, room))
+        for needle, place in zip(hidden, random.integers(len(parts) + 1, size=len(hidden)), strict=True):
+            parts.insert(place, needle)
+        size = sum(map(len, parts))
+        is_answer = [np.zeros(size, dtype=bool)]
+        for i in random.permutation(len(again)):
+            parts += again[i]
+            is_answer += [np.full(len(part), part is again[i][1]) for part in again[i]]
+        return np.concatenate(parts), np.concatenate(is_answer)
+
+    def _pairs(self, random: np.random.Generator, count: int) -> list[tuple[str, str]]:
+        """Different keys and different values; no value equals a key."""
+        words: list[str] = []
+        for draw in (_word, self._draw):
+            for _ in range(count):
+                word = draw(random)
+                while word in words:
+                    word = draw(random)
+                words.append(word)
+        return list(zip(words[:count], words[count:], strict=True))
+
+    def _fill(self, start: int, room: int) -> Iterator[np.ndarray]:
+        """Sentences from a place on, as many as there is room for."""
+        for i in itertools.count(start):
+            sentence = self._encode(f" {self._sentences[i % len(self._sentences)]}")
+            room -= len(sentence)
+            if room < 0:
+                return
+            yield sentence
+
+    def _draw(self, random: np.random.Generator) -> str:
+        """A value."""
+        if self.value == "word":
+            return _word(random)
+        if self.value == "number":
+            return str(random.integers(10**6, 10**7))
+        return str(uuid.UUID(bytes=random.bytes(16), version=4))
+
+    def _encode(self, text: str, *, is_start: bool = False) -> np.ndarray:
+        ids = self.tokenizer(text, add_special_tokens=is_start, verbose=False)["input_ids"]
+        return np.array(ids, dtype=np.int64)
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, each on one line; long ones are cut between words.
+
+    Example:
+        >>> sentences("It was late. Very\\n late!  So it was.")
+        ['It was late.', 'Very late!', 'So it was.']
+    """
+    lines = re.split(r"(?<=[.!?])\s+|\n\s*\n", text)
+    return [part for line in lines for part in textwrap.wrap(" ".join(line.split()), _LONGEST_SENTENCE)]
+
+
+def _word(random: np.random.Generator) -> str:
+    """A key, or a value that is a word."""
+    return f"{random.choice(_ADJECTIVES)}-{random.choice(_NOUNS)}"
 
 
 def hidden_numbers(
@@ -30,12 +186,12 @@ def hidden_numbers(
         ValueError: a text without sentences, or a length at which no number fits.
 
     Example:
-        >>> from ovq.text import byte_tokenizer
+        >>> from ovq.hf.byte_tokens import byte_tokenizer
         >>> found = hidden_numbers(byte_tokenizer(), "It is. So?", 200, random=np.random.default_rng(0))
         >>> print(bytes(found[0].astype("uint8")).decode()[-63:])
         One of the special magic numbers for rapid-mirror is: 5600228.
         >>> int(found[1].sum())
         8
     """
-    builder = NeedleBuilder(tokenizer, haystack="essay", value="number", texts=[text])
+    builder = HiddenValues(tokenizer, sentences(text))
     return builder.repeat(length, num_needles=max(1, length // _TOKENS_PER_NUMBER), random=random)

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -14,9 +13,8 @@ from ovq.hf.cache import OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.layers import Mixer, SequenceLayout, mixer_class
 from ovq.layers.common import RMSNorm, swiglu
-from ovq.layers.products import Linear, can_multiply, is_plain
-from ovq.layers.token_step import AroundMixer, TokenStep, is_token, run_steps, token_step
-from ovq.ops.backends.cpu import FEW_TOKENS, mlp_step
+from ovq.layers.products import Linear, is_plain
+from ovq.layers.token_step import AroundMixer, TokenStep, run_steps, token_step
 
 
 def build_mixer(config: OVQConfig, layer_idx: int) -> Mixer:
@@ -66,11 +64,6 @@ class OVQBlock(GradientCheckpointingLayer):
 
         The loss is an output, because nothing else gets through reentrant checkpointing and offloading hooks.
         """
-        if past_key_values is not None and step is None and is_token(hidden_states, attention_mask):
-            token_step = self.token_step(hidden_states, attention_mask, past_key_values)
-            done = None if token_step is None else run_steps(hidden_states, [token_step])
-            if done is not None:
-                return done, None
         options: dict[str, Any] = {}
         own_loss = None
         if step is not None:
@@ -84,11 +77,6 @@ class OVQBlock(GradientCheckpointingLayer):
         if has_loss:
             (own_loss,) = losses
         hidden_states = hidden_states + mixed
-        if self._is_step(hidden_states):
-            norm, mlp = self.mlp_norm, self.mlp
-            weights = mlp.gate_up_proj.weight, mlp.down_proj.weight
-            assert norm.eps is not None, "OVQConfig has a number"
-            return mlp_step(hidden_states, norm.weight, norm.eps, *weights), own_loss
         return hidden_states + self.mlp(self.mlp_norm(hidden_states)), own_loss
 
     def token_step(
@@ -101,24 +89,14 @@ class OVQBlock(GradientCheckpointingLayer):
         around = AroundMixer(self.mixer_norm, self.mlp_norm, mlp.gate_up_proj, mlp.down_proj)
         return token_step(self.mixer, around, hidden_states, layout, past_key_values)
 
-    def _is_step(self, hidden_states: Tensor) -> bool:
-        """Whether one call of a kernel can do norm and MLP: a few tokens, no gradient, nobody looking on."""
-        if torch.is_grad_enabled() or hidden_states.shape[:-1].numel() > FEW_TOKENS:
-            return False
-        norm, mlp = self.mlp_norm, self.mlp
-        parts = ((norm, RMSNorm), (mlp, OVQMLP), (mlp.gate_up_proj, Linear), (mlp.down_proj, Linear))
-        if not all(is_plain(module, kind) for module, kind in parts):
-            return False
-        weights = norm.weight, mlp.gate_up_proj.weight, mlp.down_proj.weight
-        return can_multiply(hidden_states, *weights) and all(weight.is_contiguous() for weight in weights)
-
 
 def with_steps(
     layers: list[OVQBlock], hidden_states: Tensor, layout: SequenceLayout, past_key_values: OVQCache
 ) -> tuple[Tensor, list[OVQBlock]]:
     """The stream after as many of the first layers as one call of a kernel can run, and the other layers.
 
-    For calls that are `ovq.layers.token_step.is_token`.
+    For calls that are `ovq.layers.token_step.is_token`. After a layer that no kernel can run, it is called
+    once more for those that follow.
     """
     steps: list[TokenStep] = []
     for layer in layers:

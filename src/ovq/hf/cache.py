@@ -165,6 +165,14 @@ class StateCache(Cache):
         branch.layers = [layer.branch() for layer in self.layers]
         return branch
 
+    def selected(self, rows: Sequence[int]) -> Self:
+        """A cache of these rows of this one, in their order, repeats allowed; the two share nothing."""
+        other = copy.copy(self)
+        other.layers = [copy.copy(layer) for layer in self.layers]
+        # Which copies.
+        other.batch_select_indices(torch.tensor(rows, dtype=torch.int64))
+        return other
+
     def detach_(self) -> None:
         """Detach all tensors from their graph, so that no gradient flows to the tokens read so far."""
         for layer in self.layers:

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from ovq.hf.configuration_ovq import OVQConfig
+from ovq.ops.ablation import Ablation
 from ovq.ops.options import BEST_MERGE, can_merge_best
 from ovq.runtime.files import atomic_path
 
@@ -164,7 +165,7 @@ def _digest(text: str) -> str:
 def _best_rule(config: OVQConfig) -> str:
     """How to ask the model by the rule that recalls most, if it is not its own."""
     if "ovq" not in config.mixer_types or not can_merge_best(
-        config.merge, init=config.init, rate=config.rate
+        config.merge, init=config.init, rate=Ablation.of(config.ablation).rate
     ):
         return ""
     return _BEST_RULE.format(merge=config.merge, best=BEST_MERGE)

@@ -10,19 +10,16 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ovq.fields import RENAMED, is_finite, with_new_names, without_removed
+from ovq.fields import is_finite, with_new_names
 from ovq.hf.auto_map import AUTO_MAP, without_own_entries, write_module
 from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
 from ovq.hf.recommended import fields_to_train
 from ovq.layers import defaults
 from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
-from ovq.layers.kvm import checked_rope_dim
-from ovq.layers.kvm_state import KVMSchedule
 from ovq.layers.logn import check_logn_length
 from ovq.layers.ovq import LEARNING_OPTIONS
-from ovq.layers.raven import checked_slots
 from ovq.layers.registry import mixer_class
-from ovq.layers.vq import check_vq
+from ovq.ops.ablation import NAMES, Ablation, with_ablation, with_earlier_names
 from ovq.ops.options import Options, current_merge, default_growth
 
 T = TypeVar("T")
@@ -97,8 +94,8 @@ class OVQConfig(PreTrainedConfig):
         init: which keys open slots: `"novelty"` or `"random"`.
         merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"nearest"`, which merges
             pairs of slots and tokens. `"ward"` and `"ward-sqrt"` of earlier versions are run as `"nearest"`.
-        bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
-        rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
+        ablation: what is changed for an ablation, by the names of `ovq.ops.options.Ablation`; None for
+            nothing. Until version 0.2 these were fields.
         value_weight: the weight of distances between values relative to those between keys where pairs are
             merged.
         merge_gate: whether `"ovq"` layers learn how much each token counts in the dictionary.
@@ -162,8 +159,7 @@ class OVQConfig(PreTrainedConfig):
     growth: str | None = defaults.GROWTH
     init: str = defaults.INIT
     merge: str = defaults.MERGE
-    bias: str = defaults.BIAS
-    rate: float | int | str = defaults.RATE
+    ablation: dict[str, Any] | None = None
     value_weight: float | int = defaults.VALUE_WEIGHT
     merge_gate: bool = defaults.MERGE_GATE
     forget_gate: bool = defaults.FORGET_GATE
@@ -173,7 +169,7 @@ class OVQConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Fill in the fields that depend on others, then check all."""
+        """Fill in the fields that depend on others, and check all."""
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.mixer_types is None:
@@ -184,14 +180,12 @@ class OVQConfig(PreTrainedConfig):
         self.merge = current_merge(self.merge)
         if self.growth is None:
             self.growth = default_growth(self.merge)
-        for old, new in RENAMED.items():
-            if old in kwargs:
-                setattr(self, new, kwargs.pop(old))
-        kwargs = without_removed(kwargs)
+        kwargs = with_new_names(kwargs)
+        earlier_names = {name: kwargs.pop(name) for name in NAMES if name in kwargs}
+        ablation = with_earlier_names(self.ablation, earlier_names, OVQConfig)
+        self.ablation = ablation.changes
         _refuse_misspelt(kwargs, own_fields=OVQConfig.__annotations__)
         self._check()
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -274,10 +268,11 @@ class OVQConfig(PreTrainedConfig):
     def upgraded(cls, fields: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
         """The fields of a config that an earlier version saved, as this version would save them.
 
-        Renamed fields get their present names, removed ones are left out, and a rule that the reference alone
-        has is replaced (`current_merge`). Before the sizes of mixers were fields, they followed from other
-        fields, so that a layer had as many parameters, or a state of as many bytes, as an `"ovq"` layer.
-        Sizes that are missing are filled in by that rule (`equal_sizes`).
+        Renamed fields get their present names, removed ones are left out, those of `Ablation` are put
+        together, and a rule that the reference alone has is replaced (`current_merge`). Before the sizes of
+        mixers were fields, they followed from other fields, so that a layer had as many parameters, or a
+        state of as many bytes, as an `"ovq"` layer. Sizes that are missing are filled in by that rule
+        (`equal_sizes`).
 
         Args:
             fields: what was saved.
@@ -287,10 +282,10 @@ class OVQConfig(PreTrainedConfig):
             ValueError: a field under both its names, a removed one that is not off, or impossible values.
 
         Example:
-            >>> OVQConfig.upgraded({"hidden_size": 64, "slot_rate": 0.1, "mamba_state_size": None})["rate"]
-            0.1
+            >>> OVQConfig.upgraded({"hidden_size": 64, "slot_rate": 0.1})["ablation"]
+            {'rate': 0.1}
         """
-        fields = with_new_names(fields)
+        fields = with_ablation(with_new_names(fields))
         if "merge" in fields:
             fields["merge"] = current_merge(fields["merge"])
         if "delta_value_dim" in fields:
@@ -340,24 +335,21 @@ class OVQConfig(PreTrainedConfig):
                     raise ValueError(f"{field}: {error}") from error
         if fixed := sorted(name for name in self.rope_mixers if not mixer_class(name).supports_rope):
             raise ValueError(f"rope_mixers: expected mixers that have rotary embedding, found {fixed}")
-        head_dim = checked_head_dim(
+        self.head_dim = checked_head_dim(
             self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
         )
         check_conv_size(self.conv_size)
         check_logn_length(self.logn_length)
         if any(name in self.rope_mixers for name in self.mixer_types):
-            check_rotary(head_dim)
-        if "kvm" in self.mixer_types:
-            KVMSchedule.of(self)
-            checked_rope_dim(head_dim, self.kvm_rope_dim)
-        if "raven" in self.mixer_types:
-            checked_slots(head_dim, self.raven_slots, self.raven_top_k)
-        check_vq(self.num_slots, self.chunk_size, self.vq_decay, self.commitment_weight)
-        options = {name: getattr(self, name) for name in LEARNING_OPTIONS}
+            check_rotary(self.head_dim)
+        for name in dict.fromkeys(self.mixer_types):
+            mixer_class(name).check_config(self)
+        options: dict[str, Any] = {name: getattr(self, name) for name in LEARNING_OPTIONS}
+        options["ablation"] = ablation = Ablation.of(self.ablation)
         # Refuse what the op would refuse.
         Options(num_slots=self.num_slots, chunk_size=self.chunk_size, seed=0, **options)
         for name in ("merge_gate", "forget_gate"):
-            if getattr(self, name) and self.rate != "count":
+            if getattr(self, name) and ablation.rate != "count":
                 raise ValueError(f"{name}: expected False with a constant rate, found True")
 
 

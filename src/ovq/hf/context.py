@@ -131,10 +131,8 @@ class Context:
         Pass it to `forward(input_ids, past_key_values=...)`, or to `generate` with an `attention_mask` over
         the tokens of the document and of the prompt; `inputs` makes that mask.
         """
-        cache = self._cache.snapshot()
         # Copies, even for one row: two threads must not use caches that share buffers at the same time.
-        cache.batch_repeat_interleave(num_rows)
-        return cache
+        return self._cache.selected([0] * num_rows)
 
     def inputs(self, prompts: Tensor | Sequence[Tensor | Sequence[int]]) -> dict[str, Any]:
         """The arguments of `generate` for prompts that follow the document.

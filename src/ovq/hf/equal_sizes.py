@@ -13,7 +13,6 @@ import torch
 
 from ovq.layers.memory import num_bytes
 from ovq.layers.ovq import slot_spec
-from ovq.layers.raven import checked_slots
 
 #: The fields of `OVQConfig` that `equal_sizes` returns.
 EQUAL_SIZES = (
@@ -41,7 +40,6 @@ class Sizes(Protocol):
     forget_gate: bool
     kvm_sinks: int
     raven_slots: int | None
-    raven_top_k: int | None
 
 
 def equal_sizes(config: Sizes) -> dict[str, int]:
@@ -65,7 +63,7 @@ def equal_sizes(config: Sizes) -> dict[str, int]:
     num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
     # Channels of all projections of the OVQ layer together.
     num_projected = 2 * (num_heads + num_kv_heads) * config.head_dim
-    num_routed, _ = checked_slots(config.head_dim, config.raven_slots, config.raven_top_k)
+    num_routed = config.head_dim if config.raven_slots is None else config.raven_slots
     mamba_head_dim = max(1, round(num_projected / (4 * num_heads)))
     return {
         "delta_value_dim": max(1, round(2 * (config.head_dim - 1) / 3)),

@@ -130,9 +130,13 @@ class OVQModel(OVQPreTrainedModel):
         hidden_states = inputs_embeds
         auxiliary_loss: Tensor | None = None
         layers: list[OVQBlock] = list(self.layers)  # type: ignore[arg-type]  # a ModuleList says Module
-        if past is not None and is_token(hidden_states, layout):
-            hidden_states, layers = with_steps(layers, hidden_states, layout, past)
-        for layer in layers:
+        decoded = past if past is not None and is_token(hidden_states, layout) else None
+        while layers:
+            if decoded is not None:
+                hidden_states, layers = with_steps(layers, hidden_states, layout, decoded)
+                if not layers:
+                    break
+            layer, *layers = layers
             # Outside the layer, because gradient checkpointing runs a layer twice.
             step = layer.mixer.begin_step()
             hidden_states, own_loss = layer(hidden_states, layout, past_key_values=past, step=step)
@@ -223,7 +227,8 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
         for name, given in (("shift_labels", shift_labels), ("labels", labels)):
             _check_shape(name, given, inputs)
         past = one_cache(past_key_values, cache)
-        if inputs is not None:
+        if labels is not None and shift_labels is None and inputs is not None:
+            # Else the backbone alone needs them, and finds them out.
             cu_seqlens = packed_offsets(
                 cu_seqlens,
                 position_ids,
@@ -231,7 +236,7 @@ class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):
                 inputs=inputs,
                 is_continued=attention_mask is not None or (past is not None and past.get_seq_length() > 0),
             )
-        kwargs = {name: value for name, value in kwargs.items() if name not in PACKING_KWARGS}
+            kwargs = {name: value for name, value in kwargs.items() if name not in PACKING_KWARGS}
         targets = shift_labels
         if shift_labels is None and labels is not None:
             if cu_seqlens is not None:

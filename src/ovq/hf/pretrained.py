@@ -14,26 +14,10 @@ from ovq.hf.cache import OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.hub import HubModel
 from ovq.hf.recommended import TO_ASK
-from ovq.layers import KVMAttention, Mamba2, MesaNet, Mixer, OVQAttention, ShortConvolution
+from ovq.layers import Mixer, OVQAttention
 from ovq.layers.base import AttentionMixer
-from ovq.layers.chunked import DecayRates
-from ovq.layers.common import QKNorm
-from ovq.layers.gates import MergeGate
+from ovq.layers.common import OwnWeights
 from ovq.layers.logn import check_logn_length
-from ovq.layers.vq import StaticDictionary
-
-# Modules that draw, or set, their initial weights themselves.
-_OWN_WEIGHTS = (
-    ShortConvolution,
-    QKNorm,
-    DecayRates,
-    Mamba2,
-    KVMAttention,
-    MesaNet,
-    StaticDictionary,
-    MergeGate,
-)
-
 
 # All other fields of the config, future ones included, affect what is remembered.
 WITHOUT_EFFECT = frozenset(
@@ -58,7 +42,7 @@ class OVQPreTrainedModel(HubModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, _OWN_WEIGHTS):
+        if isinstance(module, OwnWeights):
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -151,7 +135,8 @@ class OVQPreTrainedModel(HubModel):
         for layer in self._ovq_layers():
             layer.set_merge(merge, growth=growth, value_weight=value_weight)
             for name, value in layer.learning.items():
-                setattr(self.config, name, value)
+                if name != "ablation":
+                    setattr(self.config, name, value)
 
     def set_logn_length(self, logn_length: int | None) -> None:
         """Scale logits beyond `logn_length` tokens from now on, and record it in the config.

@@ -7,7 +7,7 @@ from typing import Any
 
 from ovq.ops.options import BEST_MERGE
 
-TO_TRAIN: dict[str, Any] = {"merge": "existing", "init": "novelty", "rate": "count"}
+TO_TRAIN: dict[str, Any] = {"merge": "existing", "init": "novelty", "ablation": None}
 """Fields of `OVQConfig` while a model is trained."""
 
 TO_TRAIN_UNLESS_GIVEN: dict[str, Any] = {"merge_gate": True}
@@ -27,7 +27,7 @@ def fields_to_train(given: dict[str, Any]) -> dict[str, Any]:
 
     Example:
         >>> fields_to_train({"num_slots": 512})
-        {'merge_gate': True, 'num_slots': 512, 'merge': 'existing', 'init': 'novelty', 'rate': 'count'}
+        {'merge_gate': True, 'num_slots': 512, 'merge': 'existing', 'init': 'novelty', 'ablation': None}
         >>> fields_to_train({"merge": "nearest"})
         Traceback (most recent call last):
         ValueError: merge: expected 'existing', as is recommended, or OVQConfig(...), found 'nearest'

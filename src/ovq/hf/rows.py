@@ -111,6 +111,16 @@ class Rows:
         rows._tidy()
         return rows
 
+    def copied(self) -> Self:
+        """The same rows, which go on by themselves."""
+        return type(self)(self.model, self._cache.snapshot(), self.lengths)
+
+    def taken(self, place: int) -> Self:
+        """The row at this place alone, which goes on by itself; these rows do not change."""
+        rows = type(self)(self.model, self._cache.selected([place]), [self.lengths[place]])
+        rows._tidy()
+        return rows
+
     def keep(self, places: Sequence[int]) -> None:
         """Keep the rows at these places, in this order; repeats are copies that go on independently."""
         self._cache.batch_select_indices(torch.tensor(places, dtype=torch.int64))

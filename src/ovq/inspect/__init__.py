@@ -1,7 +1,7 @@
 """Look into the memory: what a model's OVQ layers kept of a text, what was merged, and what each token reads.
 
 `inspect_text` lets a model read a text and recounts its memory chunk by chunk; `write_page` makes of it one
-HTML page that needs nothing beside it, and `ovq.plots.memory` figures for papers.
+HTML page that needs nothing beside it, and `ovq_lab.plots.memory` figures for papers.
 """
 
 from ovq.inspect.layer import LayerMemory, layer_memory, read_weights

@@ -121,7 +121,7 @@ def layer_memory(
     """
     _check(call, num_reads)
     options = dict(call.options)
-    bias = options.pop("bias")
+    bias = options["ablation"].bias
     token_weights, log_forget = options.pop("token_weights", None), options.pop("log_forget", None)
     # Without a row of its own, the call has no padding, and so no mask is needed.
     for name in ("attention_mask", "initial_state"):

@@ -45,6 +45,8 @@ class Mixer(nn.Module, ABC):
     config_fields: ClassVar[dict[str, str]] = {"hidden_size": "hidden_size", "conv_size": "conv_size"}
     #: Whether queries and keys can be rotated by position.
     supports_rope: bool = True
+    #: Why a training step must read all its tokens in one call, for an error; None if it need not.
+    trained_on_whole_batches: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -105,6 +107,10 @@ class Mixer(nn.Module, ABC):
         even if other steps came in between.
         """
         return None
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """Raise ValueError where the config of a model has values that such a layer refuses."""
 
     @classmethod
     @abstractmethod

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovq.layers.common import OwnWeights
 from ovq.layers.constant import sum_dtype
 
 
-class DecayRates(nn.Module):
+class DecayRates(OwnWeights):
     """Step sizes and decays per head, as in Mamba2 and Gated DeltaNet, or per channel of a head, as in KDA.
 
     `step = softplus(x + dt_bias)`, `log decay = -exp(A_log) step`.

@@ -41,7 +41,15 @@ def l2_normalize(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-12)
 
 
-class QKNorm(nn.Module):
+class OwnWeights(nn.Module):
+    """A module whose `reset_parameters` draws, or sets, its initial weights; a model leaves them to it."""
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights of this module; other modules in it draw theirs."""
+        raise NotImplementedError
+
+
+class QKNorm(OwnWeights):
     """L2 normalisation of queries and keys, with a learned temperature `beta` per query head.
 
     Logits are `scale * q.k` with `scale = beta * sqrt(head_dim)` and `beta` initially 1
@@ -205,7 +213,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-class ShortConvolution(nn.Module):
+class ShortConvolution(OwnWeights):
     """Causal depthwise convolution over time: each channel mixes its last `conv_size` tokens.
 
     No activation follows it. Queries and keys are normalised next, and a non-linearity such as SiLU would

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovq.layers.common import OwnWeights
+
 #: Tokens in which the fastest and the slowest head forget a factor of e before they have learned anything.
 FORGET_TOKENS = (4, 4096)
 
 
-class MergeGate(nn.Module):
+class MergeGate(OwnWeights):
     """The weight with which each token enters the dictionary, per key/value head: 1 + elu(W x), above 0.
 
     W starts at zero, so that every token counts 1 at first. As in KVM (arXiv 2605.09877, see
@@ -43,7 +45,7 @@ class MergeGate(nn.Module):
             return 1 + F.elu(F.linear(hidden_states.to(wide), self.weight.to(wide)))
 
 
-class ForgetGate(nn.Module):
+class ForgetGate(OwnWeights):
     """By how much each token makes everything before it count less, per key/value head: log sigmoid(W x + b).
 
     W starts at zero, and b such that heads forget a factor of e in 4 to 4,096 tokens, spaced evenly in logs;

@@ -12,6 +12,7 @@ from ovq.layers import defaults
 from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, decay_between, from_chunks, to_chunks
+from ovq.layers.common import OwnWeights
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
@@ -20,7 +21,7 @@ from ovq.layers.memory import StateSpec
 CHUNK = 64
 
 
-class Mamba2(ConstantStateMixer):
+class Mamba2(ConstantStateMixer, OwnWeights):
     """Mamba2's mixer: gated, with SiLU after the convolution, one group of B and C, and a skip connection.
 
     `S_t = a_t S_{t-1} + B_t (dt_t x_t)^T`, `y_t = S_t^T C_t + D x_t`, `o_t = norm(y_t silu(z_t))`, for each

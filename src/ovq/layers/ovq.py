@@ -18,16 +18,16 @@ from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import SlotMemory, StateSpec, check_num_seen, check_tensors, of_rows
 from ovq.layers.products import is_plain
 from ovq.ops import SlotAssignments, ovq_attention, slot_assignments
+from ovq.ops.ablation import NAMES, Ablation, with_earlier_names
 from ovq.ops.backends.cpu import TokenMemory, memory_of_slots
-from ovq.ops.next_step import settings_of
-from ovq.ops.options import Options, current_merge, default_growth
+from ovq.ops.options import Options, current_merge, default_growth, options_of, weighing_chunk
 from ovq.ops.schedule import scheduled_slots
 from ovq.ops.serialization import check_tensors as check_state_tensors
 from ovq.ops.serialization import names_of
 from ovq.ops.sums import state_dtype
 
 #: Options of the op that say how the dictionary is learned. The layer and the config use the same names.
-LEARNING_OPTIONS = ("growth", "init", "merge", "bias", "rate", "value_weight")
+LEARNING_OPTIONS = ("growth", "init", "merge", "ablation", "value_weight")
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,9 +48,7 @@ class RecordedCall:
 
     def assignments(self) -> SlotAssignments:
         """Which slot each token of the call is in."""
-        # Where tokens go does not depend on how slots are scored.
-        routing = {name: value for name, value in self.options.items() if name != "bias"}
-        return slot_assignments(self.k, self.v, **routing)
+        return slot_assignments(self.k, self.v, **self.options)
 
 
 class OVQAttention(AttentionMixer):
@@ -67,14 +65,14 @@ class OVQAttention(AttentionMixer):
         init: which keys open slots: `"novelty"` or `"random"`.
         merge: slots that a key may be merged into: `"existing"` or `"updated"`; or `"nearest"`, which merges
             pairs of slots and tokens. `"ward"` and `"ward-sqrt"` of earlier versions are run as `"nearest"`.
-        bias: what is added to the scores of slots: `"count"` or `"count+norm"`.
-        rate: how far a slot moves to a key merged into it: `"count"` or a number in (0, 1].
+        ablation: what is changed for an ablation, as in `ovq.ops.ovq_attention`.
         value_weight: the weight of distances between values relative to those between keys where pairs are
             merged.
         merge_gate: learn how much each token counts in the dictionary, see `ovq.layers.gates.MergeGate`.
         forget_gate: learn how fast what was read earlier fades, see `ovq.layers.gates.ForgetGate`.
         backend: as in `ovq.ops.ovq_attention`.
-        kwargs: those of `AttentionMixer`, like all other arguments.
+        kwargs: those of `AttentionMixer`, like all other arguments; and `bias` and `rate`, which `ablation`
+            has now.
 
     Raises:
         ValueError: sizes that do not fit each other, or (on the first call) an option that the op does not
@@ -110,14 +108,14 @@ class OVQAttention(AttentionMixer):
         growth: str | None = defaults.GROWTH,
         init: str = defaults.INIT,
         merge: str = defaults.MERGE,
-        bias: str = defaults.BIAS,
-        rate: float | str = defaults.RATE,
+        ablation: Ablation | Mapping[str, Any] | None = None,
         value_weight: float = defaults.VALUE_WEIGHT,
         merge_gate: bool = defaults.MERGE_GATE,
         forget_gate: bool = defaults.FORGET_GATE,
         backend: str = "auto",
         **kwargs: Any,
     ):
+        earlier_names = {name: kwargs.pop(name) for name in NAMES if name in kwargs}
         super().__init__(
             hidden_size,
             num_heads,
@@ -131,7 +129,8 @@ class OVQAttention(AttentionMixer):
             raise ValueError(f"expected an integer chunk_size of at least 1, found {chunk_size!r}")
         self.chunk_size = chunk_size
         self.growth, self.init, self.merge, self.backend = growth, init, current_merge(merge), backend
-        self.bias, self.rate, self.value_weight = bias, rate, value_weight
+        self.ablation = with_earlier_names(ablation, earlier_names, OVQAttention)
+        self.value_weight = value_weight
         self.set_num_slots(num_slots)
         self.merge_gate = MergeGate(hidden_size, self.num_kv_heads) if merge_gate else None
         self.forget_gate = ForgetGate(hidden_size, self.num_kv_heads) if forget_gate else None
@@ -149,8 +148,8 @@ class OVQAttention(AttentionMixer):
 
     def extra_repr(self) -> str:
         """The dictionary, as it is printed with the layer."""
-        learning = ", ".join(f"{option}={value!r}" for option, value in self.learning.items())
-        return f"num_slots={self.num_slots}, chunk_size={self.chunk_size}, {learning}"
+        shown = self._sizes | self.learning | {"ablation": self.ablation.changes}
+        return ", ".join(f"{option}={value!r}" for option, value in shown.items())
 
     def set_merge(self, merge: str, *, growth: str | None = None, value_weight: float | None = None) -> None:
         """Learn the dictionary by another rule from here on; cached states continue with the slots they have.
@@ -205,8 +204,10 @@ class OVQAttention(AttentionMixer):
         state, gate, forget_gate = cache.state, self.merge_gate, self.forget_gate
         if not is_plain(self, OVQAttention) or self._record is not None:
             return None
-        step = None if layout.bounds is not None or state is None else state._next
-        if step is None or step.dtype != torch.float32:
+        step = None if layout.bounds is not None or state is None else state._step
+        if step is None or step.dtype != torch.float32 or self.backend not in ("auto", step.backend):
+            return None
+        if step.shapes[0][2] != self.num_heads:
             return None
         if (forget_gate is None) != (state.pending_forget is None):
             return None
@@ -215,13 +216,14 @@ class OVQAttention(AttentionMixer):
         for each, kind in ((gate, MergeGate), (forget_gate, ForgetGate)):
             if each is not None and not (is_plain(each, kind) and each.weight.is_contiguous()):
                 return None
-        settings = settings_of(**self._sizes, **self.learning, backend=self.backend, scale=Tensor)
-        if not step.continues(state, settings):
+        options = options_of(**self._sizes, **self.learning, seed=0)
+        if forget_gate is not None:
+            options = weighing_chunk(options)
+        if not step.continues(state, options):
             return None
         return memory_of_slots(
             state,
             step,
-            num_heads=self.num_heads,
             gate=None if gate is None else gate.weight,
             forget_gate=None if forget_gate is None else (forget_gate.weight, forget_gate.bias),
         )

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from ovq.layers.base import Mixer
 from ovq.layers.deltanet import GatedDeltaNet
-from ovq.layers.kda import KimiDeltaAttention
-from ovq.layers.kvm import KVMAttention
-from ovq.layers.linear import LinearAttention
 from ovq.layers.mamba import Mamba2
-from ovq.layers.mesanet import MesaNet
 from ovq.layers.ovq import OVQAttention
-from ovq.layers.raven import RavenAttention
 from ovq.layers.sinks import SinkAttention
 from ovq.layers.softmax import FullAttention, SlidingWindowAttention
-from ovq.layers.vq import VQAttention
 from ovq.plugins import find, register
 
 #: `mixer_types` name -> class.
@@ -22,13 +16,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "full_attention": FullAttention,
     "sliding_attention": SlidingWindowAttention,
     "sink_attention": SinkAttention,
-    "vq": VQAttention,
-    "kvm": KVMAttention,
-    "raven": RavenAttention,
-    "linear_attention": LinearAttention,
     "gated_deltanet": GatedDeltaNet,
-    "kda": KimiDeltaAttention,
-    "mesanet": MesaNet,
     "mamba2": Mamba2,
 }
 

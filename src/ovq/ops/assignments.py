@@ -8,12 +8,14 @@ with slots, so a token may move on after its own chunk. What backends report is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ovq.ops.backends import cpu
+from ovq.ops.ablation import Ablation, with_earlier_names
+from ovq.ops.backends import chosen, cpu
 from ovq.ops.backends import torch as torch_backend
 from ovq.ops.backends.chunks import planned, state_after
 from ovq.ops.backends.dictionary import Dictionary
@@ -22,15 +24,14 @@ from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call, RowBounds
 from ovq.ops.checks import check_kv, checked_call, checked_scale
-from ovq.ops.fading import checked_log_forget
-from ovq.ops.forget import forgetful_call
-from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
+from ovq.ops.options import VALUE_WEIGHT, options_of
 from ovq.ops.precision import full_precision
 from ovq.ops.random_init import seed_of
 from ovq.ops.state import OVQState
 from ovq.ops.uncompiled import uncompiled
 
-BACKENDS = ("auto", "torch", "cpu")
+# The backends that say where tokens go, the fastest first.
+_LEARN = {"cpu": cpu.learn_and_say, "torch": torch_backend.learn}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -144,12 +145,13 @@ def slot_assignments(
     growth: str | None = None,
     init: str = "novelty",
     merge: str = "existing",
-    rate: float | str = "count",
     value_weight: float = VALUE_WEIGHT,
     token_weights: Tensor | None = None,
     log_forget: Tensor | None = None,
     generator: torch.Generator | None = None,
+    ablation: Ablation | Mapping[str, Any] | None = None,
     backend: str = "auto",
+    **earlier_names: Any,
 ) -> SlotAssignments:
     """Which slot each token of a call of `ovq_attention` ends in, for every row and key/value head.
 
@@ -158,12 +160,12 @@ def slot_assignments(
 
     Args:
         k: `[B, T, Hkv, K]` keys. v: `[B, T, Hkv, V]` values.
-        num_slots, chunk_size, growth, init, merge, rate, value_weight, generator: as in `ovq_attention`.
-        token_weights, log_forget: as in `ovq_attention`.
+        num_slots, chunk_size, growth, init, merge, value_weight, generator: as in `ovq_attention`.
+        token_weights, log_forget, ablation, earlier_names: as in `ovq_attention`.
         initial_state: the state that the call continues from. It is not changed.
         attention_mask, cu_seqlens: as in `ovq_attention`.
-        backend: `"torch"`, `"cpu"` (compiled for this processor; no float64, rate `"count"`) or
-            `"auto"`, the fastest that can. The assignments of all backends of `ovq_attention` are equal.
+        backend: `"torch"`, `"cpu"` (compiled for this processor) or `"auto"`, the fastest that can. The
+            assignments of all backends of `ovq_attention` are equal.
 
     Raises:
         ValueError: if an argument does not fit; the message says what was expected and what was found.
@@ -175,50 +177,36 @@ def slot_assignments(
         (torch.Size([1, 2, 40]), 10, [[40, 40]])
     """
     check_kv(k, v)
-    options = Options(
+    options = options_of(
         num_slots=num_slots,
         chunk_size=chunk_size,
-        growth=default_growth(merge) if growth is None else growth,
+        growth=growth,
         init=init,
         merge=merge,
-        rate=rate,
+        ablation=with_earlier_names(ablation, earlier_names, slot_assignments),
         value_weight=value_weight,
         seed=seed_of(init, generator),
     )
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, found {backend!r}")
-    tensors = k, v, token_weights, log_forget
-    return _slot_assignments(*tensors, initial_state, attention_mask, cu_seqlens, options, backend)
+    if backend not in ("auto", *_LEARN):
+        raise ValueError(f"backend: expected one of {('auto', *_LEARN)}, found {backend!r}")
+    given: dict[str, Any] = {
+        "initial_state": initial_state,
+        "attention_mask": attention_mask,
+        "cu_seqlens": cu_seqlens,
+        "token_weights": token_weights,
+        "log_forget": log_forget,
+    }
+    # Keys stand in for the queries, which only give the call its shape.
+    return _slot_assignments({"q": k, "k": k, "v": v, "options": options, **given}, backend)
 
 
 @uncompiled
 @torch.no_grad()
-def _slot_assignments(
-    k: Tensor,
-    v: Tensor,
-    token_weights: Tensor | None,
-    log_forget: Tensor | None,
-    initial_state: OVQState | None,
-    attention_mask: Tensor | RowBounds | None,
-    cu_seqlens: Tensor | None,
-    options: Options,
-    backend: str,
-) -> SlotAssignments:
-    """`slot_assignments` after all arguments but those of rows and state have been checked."""
-    # Keys stand in for the queries, which only give the call its shape.
-    scale = checked_scale(None, k)
-    call = checked_call(
-        k, k, v, scale, initial_state, True, attention_mask, cu_seqlens, options, token_weights
-    )
-    if log_forget is not None or call.state.pending_forget is not None:
-        call = forgetful_call(call, checked_log_forget(log_forget, call))
-    reason = cpu.refusal(call)
-    name = "torch" if backend == "torch" or (backend == "auto" and reason) else "cpu"
-    if name == "torch":
-        reason = torch_backend.refusal(call)
-    if reason:
-        raise ValueError(f"backend: {name!r}: {reason}")
-    learn = torch_backend.learn if name == "torch" else cpu.learn_and_say
+def _slot_assignments(given: dict[str, Any], backend: str) -> SlotAssignments:
+    """`slot_assignments` of arguments of `checked_call`."""
+    k, v = given["k"], given["v"]
+    call = checked_call(**given, scale=checked_scale(None, k), wants_state=True)
+    learn = _LEARN[chosen(backend, call, tuple(_LEARN))]
     before, plan = planned(call, group_size=1)
     chunks_k = plan.aligned.align(k, before.pending_keys)
     chunks_v = plan.aligned.align(v, before.pending_values)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ovq.ops import backends, dispatch, operator
-from ovq.ops.backends.triton import refusal_of
-from ovq.ops.call import Request, RowBounds
-from ovq.ops.checks import check_qkv, checked_scale
-from ovq.ops.next_step import settings_of
-from ovq.ops.options import VALUE_WEIGHT, Options, default_growth
+from ovq.ops.ablation import Ablation, with_earlier_names
+from ovq.ops.call import RowBounds
+from ovq.ops.checks import check_qkv, checked_call, checked_scale
+from ovq.ops.options import VALUE_WEIGHT, options_of
 from ovq.ops.random_init import seed_of
 from ovq.ops.state import OVQState
 from ovq.ops.uncompiled import uncompiled
@@ -33,13 +33,13 @@ def ovq_attention(
     growth: str | None = None,
     init: str = "novelty",
     merge: str = "existing",
-    bias: str = "count",
-    rate: float | str = "count",
     value_weight: float = VALUE_WEIGHT,
     token_weights: Tensor | None = None,
     log_forget: Tensor | None = None,
     generator: torch.Generator | None = None,
+    ablation: Ablation | Mapping[str, Any] | None = None,
     backend: str = "auto",
+    **earlier_names: Any,
 ) -> tuple[Tensor, OVQState | None]:
     """Online vector-quantized attention.
 
@@ -71,13 +71,6 @@ def ovq_attention(
             values, and the shortest of these edges are merged, in four parts. `"ward"` merges the cheapest
             pairs of slots and tokens one after the other, and so does `"ward-sqrt"`, with costs in which
             counts matter less: both are theory, and run in `"naive"` alone.
-        bias: what is added to the score scale q.D of a slot with mean D and count c: log c (`"count"`), or
-            log c - scale |D|^2 / 2 (`"count+norm"`, a term that cancels where all norms are equal). A token
-            of the chunk is a slot of count 1.
-        rate: how far a slot's means move towards each token merged into it, in order of position: 1 / count
-            (`"count"`, the running mean), or a constant share in (0, 1]. Counts add up either way. Steps at a
-            constant rate cannot be undone in the backward, so training keeps the probabilities of every
-            chunk: this is meant for ablations.
         value_weight: w of the rules that merge pairs: the weight of distances between values, relative to
             their mean squared length, beside those between keys.
         token_weights: `[B, T, Hkv]` numbers of at least 0 (differentiable), what a token counts for in the
@@ -88,9 +81,12 @@ def ovq_attention(
             read with their weights too. Below -48 / chunk_size they count as that. None: nothing is
             forgotten.
         generator: seeds `init="random"` by its `initial_seed()`; None means PyTorch's default generator.
+        ablation: changes for ablations, an `ovq.ops.options.Ablation` or its values by name.
         backend: `"naive"` (reference loops), `"torch"` (matrix products, any device), `"cpu"` (compiled for
-            this processor; no float64), `"triton"` (kernels for GPUs; no float64, no merge `"updated"`), or
-            `"auto"`: the fastest that can run the call; `backend_used()` tells which ran.
+            this processor) or `"triton"` (kernels for GPUs), both without float64 and what is there for
+            ablations: `ablation`, `init="random"` and `merge="updated"`; or `"auto"`: the fastest that can
+            run the call. `backend_used()` tells which ran.
+        earlier_names: `bias` and `rate`, which `ablation` has now.
 
     Returns:
         Outputs `[B, T, H, V]` in the dtype of `q`, and the final `OVQState` (None unless asked for).
@@ -115,103 +111,62 @@ def ovq_attention(
         >>> torch.equal(o2[:, :16], o[:, :16])
         True
     """
-    # What a decode step is told by the state that it continues need not be found out anew.
-    is_plain = attention_mask is None and cu_seqlens is None and generator is None
-    settings = settings_of(
+    options = options_of(
         num_slots=num_slots,
         chunk_size=chunk_size,
         growth=growth,
         init=init,
         merge=merge,
-        bias=bias,
-        rate=rate,
-        value_weight=value_weight,
-        backend=backend,
-        scale=Tensor if isinstance(scale, Tensor) else scale,
-    )
-    has_forgotten = isinstance(initial_state, OVQState) and initial_state.pending_forget is not None
-    forgets = log_forget is not None or has_forgotten
-    if is_plain and isinstance(initial_state, OVQState) and output_final_state and not forgets:
-        found = _next_step(q, k, v, scale, initial_state, token_weights, settings)
-        if found is not None:
-            return found
-    check_qkv(q, k, v)
-    options = Options(
-        num_slots=num_slots,
-        chunk_size=chunk_size,
-        growth=default_growth(merge) if growth is None else growth,
-        init=init,
-        merge=merge,
-        bias=bias,
-        rate=rate,
+        ablation=with_earlier_names(ablation, earlier_names, ovq_attention),
         value_weight=value_weight,
         seed=seed_of(init, generator),
     )
-    backends.check_name(backend)
-    scale = checked_scale(scale, q)
-    has_weights = token_weights is not None or log_forget is not None
-    is_stateless = initial_state is None and not output_final_state and not has_weights
-    if torch.compiler.is_compiling() and is_stateless and _is_traced(backend, q, v, options):
-        from ovq.ops.backends.triton.traced import attention
-
-        return attention(q, k, v, scale, attention_mask, cu_seqlens, options), None
-    request = Request(
-        q=q,
-        k=k,
-        v=v,
-        scale=scale,
-        options=options,
-        backend=backend,
-        initial_state=initial_state,
-        output_final_state=output_final_state,
-        attention_mask=attention_mask,
-        cu_seqlens=cu_seqlens,
-        token_weights=token_weights,
-        log_forget=log_forget,
-    )
-    o, state = _attention_of(options)(request)
-    step = None if state is None else state._next
-    if is_plain and step is not None and step.settings is None:
-        step.settings = settings
-    return o, state
-
-
-def _next_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float | Tensor | None,
-    state: OVQState,
-    token_weights: Tensor | None,
-    settings: tuple,
-) -> tuple[Tensor, OVQState] | None:
-    """The call as a repetition of the decode step before it, if it is one."""
-    step = state._next
-    if step is None or torch.compiler.is_compiling():
-        return None
-    if not step.fits(q, k, v, state, token_weights, settings):
-        return None
-    dispatch.note_backend("cpu")
-    scale = checked_scale(scale, q) if isinstance(scale, Tensor) else step.scale
-    o, after = step.run(q, k, v, scale, state, token_weights, options=step.options)
-    return o, step.told(after)
+    if backend not in backends.NAMES:
+        raise ValueError(f"backend: expected one of {backends.NAMES}, found {backend!r}")
+    is_dense = attention_mask is None and cu_seqlens is None and log_forget is None
+    if is_dense and output_final_state and isinstance(initial_state, OVQState):
+        step = initial_state._step
+        if step is not None and backend in ("auto", step.backend):
+            done = step.repeated(q, k, v, scale, initial_state, token_weights, options)
+            if done is not None:
+                dispatch.note_backend(step.backend)
+                return done
+    check_qkv(q, k, v)
+    given: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "scale": checked_scale(scale, q),
+        "options": options,
+        "initial_state": initial_state,
+        "wants_state": output_final_state,
+        "attention_mask": attention_mask,
+        "cu_seqlens": cu_seqlens,
+        "token_weights": token_weights,
+        "log_forget": log_forget,
+    }
+    if torch.compiler.is_compiling():
+        return _in_graph(given, backend)
+    return dispatch.run(checked_call(**given), backend)
 
 
-def _is_traced(backend: str, q: Tensor, v: Tensor, options: Options) -> bool:
-    """Whether a call without a state becomes one node of a compiled graph: only if Triton runs it."""
-    wants = backend == "triton" or (backend == "auto" and q.is_cuda)
-    if not wants or refusal_of(q, v, options):
-        return False
+def _in_graph(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
+    """A call as a part of a graph that is being made: one node of it, if possible."""
+    q, v, options = given["q"], given["v"], given["options"]
+    if options.init == "random":
+        # A graph would hold the seed that it was made with.
+        return _uncompiled(given, backend)
+    is_kept = any(given[name] is not None for name in ("initial_state", "token_weights", "log_forget"))
+    wants_triton = backend == "triton" or (backend == "auto" and q.is_cuda)
+    if is_kept or given["wants_state"] or not wants_triton or backends.refusal("triton", q, v, options):
+        return operator.attention(**given, backend=backend)
+    from ovq.ops.backends.triton.traced import attention
+
     dispatch.note_backend("triton")
-    return True
+    rows = given["attention_mask"], given["cu_seqlens"]
+    return attention(q, given["k"], v, given["scale"], *rows, options), None
 
 
-def _attention_of(options: Options) -> Callable[[Request], tuple[Tensor, OVQState | None]]:
-    """What runs a call: the backends, or in a graph an operator that does."""
-    if not torch.compiler.is_compiling():
-        return dispatch.attention
-    # A graph would hold the seed that it was made with.
-    return _uncompiled if options.init == "random" else operator.attention
-
-
-_uncompiled = uncompiled(dispatch.attention)
+@uncompiled
+def _uncompiled(given: dict[str, Any], backend: str) -> tuple[Tensor, OVQState | None]:
+    return dispatch.run(checked_call(**given), backend)

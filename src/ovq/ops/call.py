@@ -43,24 +43,6 @@ class RowBounds:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Request:
-    """The arguments of `ovq_attention`, all but those of rows, weights and state checked."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: Tensor
-    options: Options
-    backend: str
-    initial_state: OVQState | None = None
-    output_final_state: bool = False
-    attention_mask: Tensor | RowBounds | None = None
-    cu_seqlens: Tensor | None = None
-    token_weights: Tensor | None = None
-    log_forget: Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Call:
     """A call of the op.
 
@@ -73,8 +55,8 @@ class Call:
         wants_state: whether the caller asked for the state afterwards.
         token_weights: `[B, T, Hkv]` weights with which tokens are merged, in the dtype of the sums; None for
             1 throughout.
-        log_forget: `[B, T, Hkv]` logs of what tokens leave of everything before them; None for 0 throughout,
-            and for all backends but those that `forget.py` lets forget by themselves.
+        log_forget: `[B, T, Hkv]` logs of what tokens leave of everything before them, bounded below, in
+            float64; None for 0 throughout, and in the calls of pieces that `forget.py` makes.
     """
 
     q: Tensor
@@ -104,15 +86,20 @@ class Call:
         return self.q.shape[2] // self.k.shape[2]
 
     @property
+    def gates(self) -> list[str]:
+        """The arguments with a number for each token that the call has."""
+        return [name for name in ("token_weights", "log_forget") if getattr(self, name) is not None]
+
+    @property
+    def is_one_token(self) -> bool:
+        """Whether this is one token per row."""
+        is_column = self.q.shape[1] == 1 and len(self.rows) == self.q.shape[0]
+        return is_column and min(self.rows.lengths, default=0) == 1
+
+    @property
     def is_decoding(self) -> bool:
         """Whether this is one token per row, without gradients."""
-        if (
-            self.q.shape[1] != 1
-            or len(self.rows) != self.q.shape[0]
-            or min(self.rows.lengths, default=0) != 1
-        ):
-            return False
-        return not self.wants_gradients
+        return self.is_one_token and not self.wants_gradients
 
     @property
     def wants_gradients(self) -> bool:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ovq.fields import is_finite
 from ovq.ops.call import Call, RowBounds, Rows
-from ovq.ops.options import Options
-from ovq.ops.state import OVQState, weighted
+from ovq.ops.fading import checked_log_forget
+from ovq.ops.options import Options, weighing_chunk
+from ovq.ops.state import OVQState, forgetting, weighted
 from ovq.ops.sums import DTYPES, state_dtype
 
 
@@ -74,20 +75,25 @@ def checked_scale(scale: float | Tensor | None, q: Tensor) -> Tensor:
 
 
 def checked_call(
+    *,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: Tensor,
-    initial_state: OVQState | None,
-    wants_state: bool,
-    attention_mask: Tensor | RowBounds | None,
-    cu_seqlens: Tensor | None,
     options: Options,
+    initial_state: OVQState | None = None,
+    wants_state: bool = False,
+    attention_mask: Tensor | RowBounds | None = None,
+    cu_seqlens: Tensor | None = None,
     token_weights: Tensor | None = None,
+    log_forget: Tensor | None = None,
 ) -> Call:
-    """The call of tensors, scale and options that were checked before; checks its rows, weights, state."""
+    """The call of tensors, scale and options that were checked before; checks its rows, gates and state.
+
+    In a graph that is being made this cannot be done (`operator.py`): all else can.
+    """
     rows = checked_rows(q, attention_mask, cu_seqlens)
-    if token_weights is not None and options.rate != "count":
+    if token_weights is not None and options.ablation.rate != "count":
         raise ValueError("token_weights: expected none with a constant rate, found some")
     state = _checked_state(initial_state, len(rows), k, v, options)
     if token_weights is not None:
@@ -95,6 +101,11 @@ def checked_call(
         state = weighted(state)
     elif state.weight is not None:
         token_weights = torch.ones(k.shape[:3], dtype=state.weight.dtype, device=k.device)
+    if log_forget is not None or state.pending_forget is not None:
+        log_forget = checked_log_forget(log_forget, k, rows, options)
+        state, options = forgetting(state), weighing_chunk(options)
+        if token_weights is None:
+            token_weights = torch.ones_like(log_forget, dtype=state.key_sum.dtype)
     return Call(
         q=q,
         k=k,
@@ -105,6 +116,7 @@ def checked_call(
         options=options,
         wants_state=wants_state,
         token_weights=token_weights,
+        log_forget=log_forget,
     )
 
 

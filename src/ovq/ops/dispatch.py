@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 
 from torch import Tensor
 
 from ovq.ops import backends
-from ovq.ops.call import Call, Request
-from ovq.ops.checks import checked_call
-from ovq.ops.fading import checked_log_forget
+from ovq.ops.call import Call
 from ovq.ops.forget import forgetful_attention
 from ovq.ops.precision import full_precision
 from ovq.ops.state import OVQState
@@ -41,36 +37,17 @@ def note_backend(name: str) -> None:
     _used = name
 
 
-def attention(request: Request) -> tuple[Tensor, OVQState | None]:
-    """What `ovq_attention` returns."""
-    call = checked_call(
-        request.q,
-        request.k,
-        request.v,
-        request.scale,
-        request.initial_state,
-        request.output_final_state,
-        request.attention_mask,
-        request.cu_seqlens,
-        request.options,
-        request.token_weights,
-    )
-    run = functools.partial(_run, request.backend)
-    if request.log_forget is None and call.state.pending_forget is None:
-        o, state = run(call)
-    else:
-        logs = checked_log_forget(request.log_forget, call)
-        wants_gradients = dataclasses.replace(call, log_forget=logs).wants_gradients
-        # Only the compiled kernels fade dictionaries themselves, and they have no gradients of it.
-        is_one_call = not wants_gradients and backends.chosen(request.backend, call) == "cpu"
-        o, state = forgetful_attention(call, logs, run, is_one_call=is_one_call)
-    return o, state if request.output_final_state else None
-
-
-def _run(backend: str, call: Call) -> tuple[Tensor, OVQState | None]:
-    """A call by the backend that is asked for, or the fastest that can run it."""
+def run(call: Call, backend: str) -> tuple[Tensor, OVQState | None]:
+    """What `ovq_attention` returns, by the backend that is asked for, or by the fastest that can."""
     name = backends.chosen(backend, call)
     note_backend(name)
+    by_backend = backends.BACKENDS[name].run
     # The compiled kernels use no product of PyTorch.
     with contextlib.nullcontext() if name == "cpu" else full_precision(call.q.device):
-        return backends.BACKENDS[name].run(call)
+        if call.log_forget is None:
+            o, state = by_backend(call)
+        else:
+            # Only the compiled kernels fade dictionaries themselves, and they have no gradients of it.
+            is_one_call = name == "cpu" and not call.wants_gradients
+            o, state = forgetful_attention(call, by_backend, is_one_call=is_one_call)
+    return o, state if call.wants_state else None

@@ -17,7 +17,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ovq.ops.call import Call
+from ovq.ops.call import Rows
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState
 from ovq.ops.sums import divisor
@@ -29,28 +29,28 @@ LEAST_LOG = -48.0
 LEAST_WEIGHT = 1e-12
 
 
-def checked_log_forget(log_forget: Tensor | None, call: Call) -> Tensor:
+def checked_log_forget(log_forget: Tensor | None, k: Tensor, rows: Rows, options: Options) -> Tensor:
     """`log_forget` `[B, T, Hkv]` in float64, bounded below; 0 for None and padding."""
-    shape = tuple(call.k.shape[:3])
+    shape = tuple(k.shape[:3])
     if log_forget is None:
-        return torch.zeros(shape, dtype=torch.float64, device=call.k.device)
+        return torch.zeros(shape, dtype=torch.float64, device=k.device)
     if not isinstance(log_forget, Tensor) or tuple(log_forget.shape) != shape:
         found = tuple(log_forget.shape) if isinstance(log_forget, Tensor) else type(log_forget).__name__
         raise ValueError(f"log_forget: expected a tensor {list(shape)} as k has, found {found}")
     if not log_forget.is_floating_point():
         raise ValueError(f"log_forget: expected a floating dtype, found {log_forget.dtype}")
-    if call.options.rate != "count":
+    if options.ablation.rate != "count":
         raise ValueError("log_forget: expected none with a constant rate, found some")
-    log_forget = log_forget.to(call.k.device, torch.float64)
+    log_forget = log_forget.to(k.device, torch.float64)
     flat = log_forget.detach().reshape(-1, shape[2])
     is_wrong = ~(flat <= 0)
     if bool(is_wrong.any()):
-        for start, length in zip(call.rows.starts, call.rows.lengths, strict=True):
+        for start, length in zip(rows.starts, rows.lengths, strict=True):
             row = slice(start, start + length)
             for wrong in flat[row][is_wrong[row]].tolist():
                 raise ValueError(f"log_forget: expected numbers of at most 0, found {wrong}")
         log_forget = log_forget.masked_fill(is_wrong.view(shape), 0)
-    return log_forget.clamp(min=LEAST_LOG / call.options.chunk_size)
+    return log_forget.clamp(min=LEAST_LOG / options.chunk_size)
 
 
 def begun(
@@ -84,8 +84,8 @@ def ended(state: OVQState, pending_forget: Tensor, is_complete: Tensor, options:
     if bool(is_complete.any()):
         state = bounded(state, is_complete, frees_slots=options.merges_pairs)
     after = dataclasses.replace(state, pending_forget=pending_forget)
-    # Of the same tensors, and so with the same next step of decoding.
-    after._next = state._next
+    # Of the same tensors, and so the same step leads on.
+    after._step = state._step
     return after
 
 

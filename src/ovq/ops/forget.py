@@ -12,30 +12,27 @@ from torch import Tensor
 from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.call import Call, Rows
 from ovq.ops.fading import begun, ended
-from ovq.ops.state import OVQState, forgetting
+from ovq.ops.state import OVQState
 
 #: Runs a call of pieces of chunks, and returns outputs and the state after them.
 Run = Callable[[Call], tuple[Tensor, OVQState | None]]
 
 
-def forgetful_attention(
-    call: Call, log_forget: Tensor, run: Run, *, is_one_call: bool
-) -> tuple[Tensor, OVQState]:
-    """Outputs `[B, T, H, V]` of a call, and the state after it.
+def forgetful_attention(call: Call, run: Run, *, is_one_call: bool) -> tuple[Tensor, OVQState]:
+    """Outputs `[B, T, H, V]` of a call with `log_forget`, and the state after it.
 
     Args:
         call: the call. Its weights are also those with which tokens are read.
-        log_forget: `[B, T, Hkv]`, checked, in float64.
         run: what runs the chunks.
         is_one_call: whether `run` can do all of it at once.
     """
-    call = forgetful_call(call, log_forget)
-    state, weights, options = call.state, call.token_weights, call.options
+    call = dataclasses.replace(call, wants_state=True)
+    state, weights, log_forget, options = call.state, call.token_weights, call.log_forget, call.options
     assert weights is not None
+    assert log_forget is not None
     if not sum(call.rows.lengths):
         return call.q.new_zeros(*call.q.shape[:3], call.v.shape[3]), state
-    num_rows = call.q.shape[0]
-    if call.q.shape[1] == 1 and call.rows == Rows(tuple(range(num_rows)), (1,) * num_rows):
+    if call.is_one_token:
         return _piece(call, run)
     if is_one_call:
         o, after = run(call)
@@ -80,21 +77,6 @@ def forgetful_attention(
     order = torch.tensor(sorted(range(len(places)), key=places.__getitem__), device=call.q.device)
     o = aligned.unalign(torch.cat(outputs).index_select(0, order), *call.q.shape[:2])
     return o, state if aligned.is_sorted else state.select(aligned.inverse())
-
-
-def forgetful_call(call: Call, log_forget: Tensor) -> Call:
-    """The call with `log_forget`, checked, on a state that can forget; tokens are read with their weights."""
-    weights = call.token_weights
-    if weights is None:
-        weights = torch.ones_like(log_forget, dtype=call.state.key_sum.dtype)
-    return dataclasses.replace(
-        call,
-        state=forgetting(call.state),
-        options=dataclasses.replace(call.options, weighs_chunk=True),
-        wants_state=True,
-        token_weights=weights,
-        log_forget=log_forget,
-    )
 
 
 def _rows(aligned: AlignedRows, i: int, num: int) -> Rows:

@@ -13,28 +13,24 @@ import torch
 from torch import Tensor
 
 from ovq.ops.call import Call
+from ovq.ops.known import Known
 from ovq.ops.naive_pairs import cheapest_clusters, lowest, nearest_clusters, points
-from ovq.ops.options import (
-    NO_COSINE,
-    NO_WEIGHT,
-    TIE,
-    TINY,
-    Options,
-    unlisted,
-)
+from ovq.ops.options import NO_COSINE, NO_WEIGHT, TIE, TINY, Options
 from ovq.ops.precision import rounded
 from ovq.ops.random_init import random_priority
 from ovq.ops.schedule import grown_slots
 from ovq.ops.state import OVQState
-from ovq.ops.sums import divisor, log_mass, log_token_weights, state_dtype, without_trace
+from ovq.ops.sums import DTYPES, divisor, log_mass, log_token_weights, state_dtype, without_trace
 
-_LISTED = {
-    "growth": ("plateau", "linear", "immediate"),
-    "init": ("novelty", "random"),
-    "merge": ("existing", "updated", "ward", "ward-sqrt", "nearest"),
-    "bias": ("count", "count+norm"),
-    "rate": ("count", "number"),
-}
+KNOWN = Known(
+    dtypes=DTYPES,
+    growth=("plateau", "linear", "immediate"),
+    init=("novelty", "random"),
+    merge=("existing", "updated", "ward", "ward-sqrt", "nearest"),
+    bias=("count", "count+norm"),
+    rate=("count", "number"),
+    gates=("token_weights", "log_forget"),
+)
 
 
 @dataclasses.dataclass
@@ -94,9 +90,9 @@ class _Chunk:
     num_seen: int
 
 
-def refusal(call: Call) -> str | None:
-    """Why this backend cannot run a call: options that came after it; None if it can."""
-    return unlisted(call.options, _LISTED)
+def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
+    """Nothing: it runs everywhere what it knows."""
+    return None
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
@@ -222,7 +218,7 @@ def _read(
         values = torch.cat([head.means(head.value_sum), chunk_v])
         bias = torch.cat([log_mass(head.mass, q.dtype), bias])
     scores = scale[:, None] * (q @ keys.T) + bias
-    if options.bias == "count+norm":
+    if options.ablation.bias == "count+norm":
         scores = scores - scale[:, None] * keys.square().sum(-1) / 2
     return scores.softmax(-1) @ values
 
@@ -252,7 +248,7 @@ def _learn(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
     if not head.count:  # The first chunk: its first key (of a weight above 0) opens a slot.
         first = next((j for j in rest if weights[j] > 0), 0)
         head.open_slots(1, chunk_k[0], chunk_v[0])
-        head.merge_into(0, chunk_k[first], chunk_v[first], chunk.weights[first], options.rate)
+        head.merge_into(0, chunk_k[first], chunk_v[first], chunk.weights[first], options.ablation.rate)
         rest.remove(first)
     existing = len(head.count)
     means = head.means(head.key_sum).detach()
@@ -268,9 +264,9 @@ def _learn(chunk: _Chunk, head: _Head, h: int, options: Options) -> None:
     opened = {j: existing + i for i, j in enumerate(opening)}
     slots = {j: opened[j] if j in opened else _nearest(scores[j], chunk_k[j], means, is_empty) for j in rest}
     # In order of position. At a constant rate the keys that open slots come first: slots move from them.
-    for j in rest if options.rate == "count" else sorted(rest, key=lambda j: j not in opened):
-        head.merge_into(slots[j], chunk_k[j], chunk_v[j], chunk.weights[j], options.rate)
-    if options.rate != "count":
+    for j in rest if options.ablation.rate == "count" else sorted(rest, key=lambda j: j not in opened):
+        head.merge_into(slots[j], chunk_k[j], chunk_v[j], chunk.weights[j], options.ablation.rate)
+    if options.ablation.rate != "count":
         # These steps are taken in float64; between chunks the result is kept in the dtype of all sums.
         head.key_sum = [rounded(s.double(), chunk_k.dtype) for s in head.key_sum]
         head.value_sum = [rounded(s.double(), chunk_v.dtype) for s in head.value_sum]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ovq.ops import dispatch
-from ovq.ops.call import Request, RowBounds
-from ovq.ops.checks import check_state
+from ovq.ops.ablation import Ablation
+from ovq.ops.call import RowBounds
+from ovq.ops.checks import check_state, checked_call
 from ovq.ops.options import Options
 from ovq.ops.row_bounds import row_bounds
 from ovq.ops.state import OVQState, with_capacity
@@ -51,19 +52,34 @@ _LIBRARY.define(f"call({_INPUTS}) -> ({', '.join(['Tensor'] * (1 + len(_PIECES))
 _LIBRARY.define(f"call_backward({_GRADS}, {_INPUTS}) -> ({', '.join(['Tensor'] * _NUM_DIFFERENTIABLE)})")
 
 
-def attention(request: Request) -> tuple[Tensor, OVQState | None]:
-    """As `ovq.ops.dispatch.attention`, in a graph; the state that it returns has room for N slots."""
-    q, k, v, options = request.q, request.k, request.v, request.options
-    token_weights, log_forget = request.token_weights, request.log_forget
-    bounds = _bounds_of(q, request.attention_mask, request.cu_seqlens)
-    state = request.initial_state
+def attention(
+    *,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    options: Options,
+    initial_state: OVQState | None,
+    wants_state: bool,
+    attention_mask: Tensor | RowBounds | None,
+    cu_seqlens: Tensor | None,
+    token_weights: Tensor | None,
+    log_forget: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, OVQState | None]:
+    """The call of the arguments of `checked_call` by a backend, in a graph.
+
+    The state that it returns has room for N slots.
+    """
+    bounds = _bounds_of(q, attention_mask, cu_seqlens)
+    state = initial_state
     if state is not None:
         check_state(state, q.shape[0] if bounds is None else bounds.shape[1], k, v, options)
     o, *after = torch.ops.ovq.call(
         q,
         k,
         v,
-        request.scale,
+        scale,
         token_weights,
         log_forget,
         *([None] * len(_PIECES) if state is None else _pieces(state)),
@@ -72,13 +88,13 @@ def attention(request: Request) -> tuple[Tensor, OVQState | None]:
         options.chunk_size,
         options.growth,
         options.merge,
-        options.bias,
-        str(options.rate),
+        options.ablation.bias,
+        str(options.ablation.rate),
         options.value_weight,
-        request.output_final_state,
-        request.backend,
+        wants_state,
+        backend,
     )
-    if not request.output_final_state:
+    if not wants_state:
         return o, None
     forgets = log_forget is not None or (state is not None and state.pending_forget is not None)
     has_weights = forgets or token_weights is not None or (state is not None and state.weight is not None)
@@ -128,8 +144,7 @@ class _Inputs:
             init="novelty",
             merge=merge,
             seed=0,
-            bias=bias,
-            rate=rate if rate == "count" else float(rate),
+            ablation=Ablation(bias=bias, rate=rate if rate == "count" else float(rate)),
             value_weight=value_weight,
         )
         tensors = tuple(arguments[:_NUM_DIFFERENTIABLE])
@@ -142,20 +157,19 @@ class _Inputs:
         if self.count is not None:
             pieces: dict[str, Any] = dict(zip(_PIECES, (*memory, self.count, self.num_seen), strict=True))
             state = OVQState(num_slots=self.options.num_slots, chunk_size=self.options.chunk_size, **pieces)
-        request = Request(
+        call = checked_call(
             q=q,  # type: ignore[arg-type]  # the first four are there
             k=k,  # type: ignore[arg-type]
             v=v,  # type: ignore[arg-type]
             scale=scale,  # type: ignore[arg-type]
             options=self.options,
-            backend=self.backend,
             initial_state=state,
-            output_final_state=self.wants_state,
+            wants_state=self.wants_state,
             attention_mask=None if self.bounds is None else RowBounds(self.bounds),
             token_weights=token_weights,
             log_forget=log_forget,
         )
-        o, state = dispatch.attention(request)
+        o, state = dispatch.run(call, self.backend)
         return [o] if state is None else [o, *_pieces(with_capacity(state, self.options.num_slots))]
 
 

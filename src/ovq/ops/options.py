@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+
+import torch
 
 from ovq.fields import is_finite
+from ovq.ops.ablation import UNCHANGED, Ablation
 from ovq.ops.schedule import GROWTHS
 
 # Scores that differ by less than this, relative to the lengths of the vectors, count as equal. Adding a
@@ -50,7 +52,6 @@ MERGES = ("existing", "updated", *PAIR_MERGES)
 CURRENT_MERGES = ("existing", "updated", "nearest")
 # The rule by which trained models recall most, whichever one they were trained by (docs/results/rules.md).
 BEST_MERGE = "nearest"
-BIASES = ("count", "count+norm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,7 @@ class Options:
         merge: where the other keys go, `"existing"` or `"updated"` slots; or a rule of `PAIR_MERGES`, which
             merges pairs of slots and tokens.
         seed: seeds `init="random"`.
-        bias: what is added to the scores of slots, `"count"` (log c) or `"count+norm"`.
-        rate: how far a slot mean moves to a key merged into it: `"count"` (1 / count) or a constant share.
+        ablation: what is changed for an ablation.
         value_weight: w, the weight of distances between values relative to those between keys where pairs
             are merged.
         mass_power: the power of masses in what edges are ranked by, see `MASS_POWER`.
@@ -79,26 +79,21 @@ class Options:
     init: str
     merge: str
     seed: int
-    bias: str = "count"
-    rate: float | str = "count"
+    ablation: Ablation = UNCHANGED
     value_weight: float = VALUE_WEIGHT
     mass_power: float = MASS_POWER
     weighs_chunk: bool = False
 
     def __post_init__(self) -> None:
-        options = (("growth", GROWTHS), ("init", INITS), ("merge", MERGES), ("bias", BIASES))
-        for name, choices in options:
+        for name, choices in (("growth", GROWTHS), ("init", INITS), ("merge", MERGES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, found {getattr(self, name)!r}")
         check_sizes(1, num_slots=self.num_slots, chunk_size=self.chunk_size)
-        check_rate("rate", self.rate)
         check_value_weight("value_weight", self.value_weight)
         # Where pairs are merged, no key is chosen to open a slot, and no mean moves by steps.
-        for name, only in (("init", "novelty"), ("rate", "count")):
-            if self.merges_pairs and getattr(self, name) != only:
-                raise ValueError(
-                    f"{name}: expected {only!r} with merge {self.merge!r}, found {getattr(self, name)!r}"
-                )
+        for name, found, only in (("init", self.init, "novelty"), ("rate", self.ablation.rate, "count")):
+            if self.merges_pairs and found != only:
+                raise ValueError(f"{name}: expected {only!r} with merge {self.merge!r}, found {found!r}")
 
     @property
     def merges_pairs(self) -> bool:
@@ -111,28 +106,62 @@ class Options:
         return COUNT_POWERS[self.merge]
 
 
-def unlisted(options: Options, listed: Mapping[str, Sequence[str]]) -> str | None:
-    """Why a backend that knows only some values of options cannot take these; None if it can.
+def options_of(
+    *,
+    num_slots: int,
+    chunk_size: int,
+    growth: str | None,
+    init: str,
+    merge: str,
+    ablation: Ablation,
+    value_weight: float,
+    seed: int,
+) -> Options:
+    """`Options` with these fields, with the growth that `merge` is meant for if it is None.
 
-    So a value that is new elsewhere is refused, where it would otherwise be taken for another.
-
-    Args:
-        options: the settings of a call.
-        listed: the values that the backend knows, by option; `"number"` stands for all numbers.
-
-    Example:
-        >>> options = Options(
-        ...     num_slots=8, chunk_size=4, growth="plateau", init="novelty", merge="existing", seed=0
-        ... )
-        >>> unlisted(options, {"rate": ("count",), "merge": ("updated", "nearest")})
-        "expected merge to be one of ('updated', 'nearest'), found 'existing'"
+    Of equal fields these are the same object, which is checked once, and recognized in no time.
     """
-    for name, known in listed.items():
-        found = getattr(options, name)
-        if ("number" if isinstance(found, int | float) else found) not in known:
-            expected = repr(known[0]) if len(known) == 1 else f"to be one of {known}"
-            return f"expected {name} {expected}, found {found!r}"
-    return None
+    fields = (num_slots, chunk_size, growth, init, merge, ablation, value_weight, seed)
+    # In a graph that is being made nothing can be looked up.
+    if torch.compiler.is_compiling():
+        return _options_of(*fields)
+    try:
+        return _known_options_of(*fields)
+    except TypeError:
+        # What is no value of any option cannot be looked up either: it is refused.
+        return _options_of(*fields)
+
+
+def _options_of(
+    num_slots: int,
+    chunk_size: int,
+    growth: str | None,
+    init: str,
+    merge: str,
+    ablation: Ablation,
+    value_weight: float,
+    seed: int,
+) -> Options:
+    return Options(
+        num_slots=num_slots,
+        chunk_size=chunk_size,
+        growth=default_growth(merge) if growth is None else growth,
+        init=init,
+        merge=merge,
+        ablation=ablation,
+        value_weight=value_weight,
+        seed=seed,
+    )
+
+
+# By type, because 1 is equal to True, which is no size.
+_known_options_of = functools.lru_cache(maxsize=256, typed=True)(_options_of)
+
+
+@functools.lru_cache(maxsize=256)
+def weighing_chunk(options: Options) -> Options:
+    """The options by which tokens of the own chunk are read with their weights; likewise the same object."""
+    return dataclasses.replace(options, weighs_chunk=True)
 
 
 def can_merge_best(merge: str, *, init: str, rate: float | str) -> bool:
@@ -196,10 +225,3 @@ def check_value_weight(name: str, weight: float) -> None:
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not (is_number and is_finite(weight) and weight >= 0):
         raise ValueError(f"{name}: expected a finite number of at least 0, found {weight!r}")
-
-
-def check_rate(name: str, rate: float | str) -> None:
-    """Raise ValueError, naming the argument `name`, unless `rate` is `"count"` or a number in (0, 1]."""
-    is_share = isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 < rate <= 1
-    if rate != "count" and not is_share:
-        raise ValueError(f"{name}: expected 'count' or a number in (0, 1], found {rate!r}")

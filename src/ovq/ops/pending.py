@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ class PendingBuffers:
         written: places of each row that hold tokens.
         weights: `[B, Hkv, C]` where tokens have weights, else None.
         num_seen: the `num_seen` of the state whose step wrote last; None before the first step.
-        prepared: what a backend has found out about reading them, for the next step.
 
     Example:
         >>> buffers = PendingBuffers.copied(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), [0])
@@ -36,11 +34,6 @@ class PendingBuffers:
     written: list[int]
     weights: Tensor | None = None
     num_seen: Tensor | None = None
-    prepared: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What is prepared says where tensors lie, and those of a copy lie elsewhere.
-        return self.__dict__ | {"prepared": None}
 
     @classmethod
     def copied(

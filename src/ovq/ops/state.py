@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ovq.ops.next_step import NextStep
 from ovq.ops.options import VALUE_WEIGHT, check_sizes
 from ovq.ops.pending import PendingBuffers
 from ovq.ops.resize import shrunk
@@ -75,8 +74,8 @@ class OVQState:
     pending_forget: Tensor | None = None
     # The buffers in which decode steps keep the pending tokens, if there were such steps (`advanced`).
     _buffers: PendingBuffers | None = dataclasses.field(default=None, repr=False)
-    # What the next decode step need not find out again.
-    _next: NextStep[OVQState] | None = dataclasses.field(default=None, init=False, repr=False)
+    # The decode step that led here, if it is one that a backend can repeat (`repeated` of `backends/cpu`).
+    _step: Any = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         # `dataclasses.replace` copies the earlier state's buffers too; a state of other tensors must not keep
@@ -426,7 +425,7 @@ def advanced(state: OVQState) -> OVQState:
         # As below, in a fraction of the time.
         after = object.__new__(OVQState)
         buffers.num_seen = num_seen = state.num_seen + 1
-        after.__dict__.update(state.__dict__, num_seen=num_seen, _next=None)
+        after.__dict__.update(state.__dict__, num_seen=num_seen, _step=None)
         return after
     buffers = PendingBuffers.copied(*own[:2], [p + 1 for p in places], own[2])
     return dataclasses.replace(

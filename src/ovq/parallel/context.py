@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ovq.hf.modeling_ovq import OVQForCausalLM
-from ovq.layers import Mixer, SequenceLayout, VQAttention
+from ovq.layers import Mixer, SequenceLayout
 from ovq.layers.memory import StateSpec, of_rows
 from ovq.parallel.schedule import steps_of_rank
 from ovq.parallel.segment import Segment
@@ -225,9 +225,7 @@ def _reason_against(mixer: Mixer) -> str | None:
     """Why a document cannot be split before a layer, or None."""
     if not mixer.has_bounded_state:
         return "its state grows with every token, and so would every message between ranks"
-    if isinstance(mixer, VQAttention):
-        return "its dictionary is a moving average over all tokens of a training step, wherever they are"
-    return None
+    return mixer.trained_on_whole_batches
 
 
 def even_bounds(num_tokens: int, num_ranks: int, *, multiple: int = 1) -> list[int]:

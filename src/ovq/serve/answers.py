@@ -12,7 +12,16 @@ from typing import Any
 from ovq.hf.context import Context
 from ovq.serve.engine import Engine, EngineStopped, QueueFull
 from ovq.serve.errors import APIError, failed, queue_full, shutting_down, took_too_long
-from ovq.serve.jobs import ContextEvent, Event, FailEvent, FinishEvent, Generation, Job, TokenEvent
+from ovq.serve.jobs import (
+    BeginEvent,
+    ContextEvent,
+    Event,
+    FailEvent,
+    FinishEvent,
+    Generation,
+    Job,
+    TokenEvent,
+)
 from ovq.serve.texts import StopSequences, Texts
 
 _log = logging.getLogger("ovq.serve")
@@ -50,19 +59,22 @@ class Usage:
         prompt_tokens: Of its prompts.
         context_tokens: Of the document that was read before them, once and for all.
         completion_tokens: Of its answers, up to where they end; a token that ends a text counts.
+        known_tokens: Those of `prompt_tokens` that needed no reading, as they began an earlier prompt.
     """
 
     prompt_tokens: int = 0
     context_tokens: int = 0
     completion_tokens: int = 0
+    known_tokens: int = 0
 
     @property
-    def fields(self) -> dict[str, int]:
+    def fields(self) -> dict[str, Any]:
         """The object of the API; `context_tokens` is ours."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.known_tokens},
             "context_tokens": self.context_tokens,
         }
 
@@ -167,7 +179,9 @@ async def pieces(
     filters = {choice: StopSequences(stops) for choice in streams}
     async with contextlib.aclosing(answers.events()) as events:
         async for event in events:
-            if isinstance(event, TokenEvent) and event.choice in streams:
+            if isinstance(event, BeginEvent):
+                usage.known_tokens += event.num_known
+            elif isinstance(event, TokenEvent) and event.choice in streams:
                 usage.completion_tokens += 1
                 text = "" if event.is_end else streams[event.choice].push(event.token)
                 stop = filters[event.choice]

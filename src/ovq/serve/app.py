@@ -193,7 +193,9 @@ class _Routes:
         return JSONResponse(self._service.contexts.about(name))
 
     async def delete_context(self, name: str) -> Response:
+        context = self._service.contexts.get(name)
         self._service.contexts.remove(name)
+        self._service.engine.forget(context)
         return JSONResponse({"id": name, "object": "context", "deleted": True})
 
     async def make_context(self, request: HTTPRequest) -> Response:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Sequence
 
+from ovq.hf.context import Context
 from ovq.serve.jobs import Generation, Job
 from ovq.serve.limits import Limits
 from ovq.serve.scheduler import BatchModel, Scheduler
@@ -45,6 +46,7 @@ class Engine:
         self._scheduler = Scheduler(model, limits)
         self._changed = threading.Condition()
         self._new: list[Job] = []
+        self._forgotten: list[Context] = []
         self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="ovq-engine", daemon=True)
 
@@ -112,13 +114,20 @@ class Engine:
                 job.cancelled_choices.add(choice)
             self._changed.notify()
 
+    def forget(self, context: Context) -> None:
+        """Forget the states that go on from a context, once it is deleted."""
+        with self._changed:
+            self._forgotten.append(context)
+            self._changed.notify()
+
     def _run(self) -> None:
         has_work = False
         while True:
             with self._changed:
-                while not (has_work or self._new or self._is_stopped):
+                while not (has_work or self._new or self._forgotten or self._is_stopped):
                     self._changed.wait()
                 new, self._new = self._new, []
+                forgotten, self._forgotten = self._forgotten, []
                 is_stopped = self._is_stopped
                 for job in new:
                     self._scheduler.add(job)
@@ -126,6 +135,8 @@ class Engine:
                 self._scheduler.fail_all(EngineStopped("the server is shutting down"))
                 return
             try:
+                for context in forgotten:
+                    self._scheduler.forget(context)
                 has_work = self._scheduler.step()
             except Exception as error:
                 # A fault of the scheduler itself. The server must answer nevertheless.

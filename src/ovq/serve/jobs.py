@@ -40,6 +40,13 @@ class TokenEvent:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BeginEvent:
+    """The first `num_known` tokens of a prompt are not read, as a state after them was known."""
+
+    num_known: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FinishEvent:
     """A choice is complete: `"stop"` after a token that ends a text, `"length"` after `max_tokens` tokens."""
 
@@ -61,7 +68,7 @@ class FailEvent:
     error: Exception
 
 
-Event = TokenEvent | FinishEvent | ContextEvent | FailEvent
+Event = BeginEvent | TokenEvent | FinishEvent | ContextEvent | FailEvent
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

@@ -25,9 +25,11 @@ class Limits:
         step_tokens: Tokens of prompts and documents that are read between two steps of the running answers.
             More of them shorten the wait for a first token and lengthen the pauses of running answers.
         max_connections: Open connections.
+        prefix_bytes: Bytes of states that are kept, so that later prompts are not read from their beginning;
+            0 for none.
 
     Raises:
-        ValueError: If one is not a number above 0.
+        ValueError: If one is not a number above 0, `prefix_bytes` excepted.
 
     Example:
         >>> Limits(max_rows=8).max_rows
@@ -48,13 +50,15 @@ class Limits:
     request_seconds: float = 600.0
     step_tokens: int = 512
     max_connections: int = 1024
+    prefix_bytes: int = 2**29
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         check_fields(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{field.name}: expected at least 1, found {value}")
-            if value <= 0:
+            least = 0 if field.name == "prefix_bytes" else 1
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{field.name}: expected at least {least}, found {value}")
+            if value <= 0 < least:
                 raise ValueError(f"{field.name}: expected more than 0, found {value}")

@@ -30,6 +30,8 @@ class _Numbers(Collector):
         counts = scheduler.counts
         for name, text, count in (
             ("prompt_tokens", "Tokens of prompts and documents read.", counts.prompt_tokens),
+            ("known_tokens", "Tokens of prompts not read, as a state was known.", counts.known_tokens),
+            ("prefixes_evicted", "States of prefixes that made room.", scheduler.prefixes.num_evicted),
             ("generated_tokens", "Tokens generated.", counts.generated_tokens),
             ("steps", "Steps in which running answers grew by a token.", counts.steps),
             ("answers_finished", "Answers that were completed.", counts.finished),
@@ -41,6 +43,8 @@ class _Numbers(Collector):
             ("rows_running", "Answers that are being generated or begun.", scheduler.num_rows),
             ("jobs_waiting", "Prompts and documents that wait for their turn.", self._engine.num_waiting),
             ("state_bytes", "Bytes of the memories of running answers.", scheduler.state_bytes),
+            ("prefixes", "States of prefixes kept.", len(scheduler.prefixes)),
+            ("prefix_bytes", "Bytes of these.", scheduler.prefixes.nbytes),
             ("contexts", "Contexts kept.", len(self._contexts)),
             ("context_bytes", "Bytes of the memories of contexts.", self._contexts.nbytes),
         ):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import json
+from collections.abc import Generator, Hashable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,6 +48,13 @@ class ServedModel:
     def device(self) -> torch.device:
         """See `BatchModel.device`."""
         return self.model.device
+
+    @property
+    def settings(self) -> Hashable:
+        """See `BatchModel.settings`."""
+        has_adapters = getattr(self.model, "_hf_peft_config_loaded", False)
+        adapters = self.model.active_adapters() if has_adapters else []
+        return json.dumps([self.model.memory_fields(), adapters])
 
     @property
     def vocab_size(self) -> int:

@@ -21,15 +21,13 @@ class Choice:
         job: The request.
         index: Its name in events.
         generator: Source of its random numbers; None if it takes the likeliest tokens.
-        num_tokens: Tokens generated so far.
-        last_token: The last of them, which the row reads next.
+        tokens: What has been generated so far; the row reads the last of them next.
     """
 
     job: Generation
     index: int
     generator: torch.Generator | None
-    num_tokens: int = 0
-    last_token: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def is_cancelled(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Hashable, Iterable, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -17,8 +17,18 @@ import torch
 from torch import Tensor
 
 from ovq.hf.context import Context
-from ovq.serve.jobs import ContextEvent, Event, FailEvent, FinishEvent, Generation, Job, TokenEvent
+from ovq.serve.jobs import (
+    BeginEvent,
+    ContextEvent,
+    Event,
+    FailEvent,
+    FinishEvent,
+    Generation,
+    Job,
+    TokenEvent,
+)
 from ovq.serve.limits import Limits
+from ovq.serve.prefixes import Prefixes
 from ovq.serve.sampling import Choice, choices_of, next_tokens, token_logprobs
 
 
@@ -37,6 +47,12 @@ class BatchRows(Protocol):
     def keep(self, places: Sequence[int]) -> None:
         """Keep the rows at these places, in this order, repeats allowed."""
 
+    def copied(self) -> BatchRows:
+        """The same rows, which go on by themselves."""
+
+    def taken(self, place: int) -> BatchRows:
+        """The row at this place alone, which goes on by itself."""
+
 
 class BatchModel(Protocol):
     """What the scheduler needs of a model; `ovq.serve.model.ServedModel` has it for those of this library.
@@ -47,6 +63,10 @@ class BatchModel(Protocol):
     @property
     def device(self) -> torch.device:
         """Where random numbers are drawn."""
+
+    @property
+    def settings(self) -> Hashable:
+        """What states depend on beside tokens, as far as it may change while the model is served."""
 
     def start(self, context: Context | None) -> BatchRows:
         """One row that has read nothing, or a context."""
@@ -64,6 +84,7 @@ class Counts:
 
     Attributes:
         prompt_tokens: Tokens of prompts and documents read.
+        known_tokens: Tokens of prompts that needed no reading, as a state after them was known.
         generated_tokens: Tokens generated.
         steps: Steps in which answers grew by a token.
         finished: Answers that were completed.
@@ -72,6 +93,7 @@ class Counts:
     """
 
     prompt_tokens: int = 0
+    known_tokens: int = 0
     generated_tokens: int = 0
     steps: int = 0
     finished: int = 0
@@ -86,13 +108,19 @@ class _Started:
     Attributes:
         rows: The row of a `Generation`.
         document: The reading of a `Reading`.
-        num_read: Tokens of its own read so far.
+        num_read: Tokens of its own read so far, or known.
+        known: Those of them after which a state is kept, or of which it came.
+        fork: Where to keep a state on the way; 0 for nowhere.
+        root: See `Prefixes.find`.
     """
 
     job: Job
     rows: BatchRows | None = None
     document: Generator[int, None, Context] | None = None
     num_read: int = 0
+    known: int = 0
+    fork: int = 0
+    root: Hashable = None
 
 
 class Scheduler:
@@ -100,10 +128,11 @@ class Scheduler:
 
     Args:
         model: What reads.
-        limits: `max_rows` and `step_tokens` matter here.
+        limits: `max_rows`, `step_tokens` and `prefix_bytes` matter here.
 
     Attributes:
         counts: What has been done.
+        prefixes: States after earlier prompts and answers.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
@@ -119,7 +148,7 @@ class Scheduler:
     """
 
     def __init__(self, model: BatchModel, limits: Limits) -> None:
-        self.counts = Counts()
+        self.counts, self.prefixes = Counts(), Prefixes(limits.prefix_bytes)
         self._model, self._limits = model, limits
         self._waiting: deque[Job] = deque()
         self._started: deque[_Started] = deque()
@@ -149,6 +178,12 @@ class Scheduler:
     def add(self, job: Job) -> None:
         """Take on a job; its turn comes after those that wait."""
         self._waiting.append(job)
+
+    def forget(self, context: Context) -> None:
+        """Forget the states that go on from a context. Answers that do are not disturbed."""
+        for root in self.prefixes.roots:
+            if isinstance(root, tuple) and root[1] is context:
+                self.prefixes.forget(root)
 
     @torch.inference_mode()
     def step(self) -> bool:
@@ -210,8 +245,10 @@ class Scheduler:
             if num_left <= 0:
                 break
             started = self._started.popleft()
-            before = started.num_read
             try:
+                if started.num_read == 0:
+                    self._begin(started)
+                before = started.num_read
                 logits = self._read_piece(started, num_left)
             except Exception as error:
                 # Whatever it is, it must not end the answers of others.
@@ -229,15 +266,34 @@ class Scheduler:
                 self._num_started_rows -= started.job.num_rows
         return complete
 
+    def _begin(self, started: _Started) -> None:
+        """Find out where to read a job from."""
+        job = started.job
+        if not isinstance(job, Generation):
+            return
+        started.root = (self._model.settings, job.context)
+        found = self.prefixes.find(started.root, job.tokens)
+        started.rows = self._model.start(job.context) if found.rows is None else found.rows
+        started.num_read = started.known = found.num_tokens
+        started.fork = found.fork
+        self.counts.known_tokens += found.num_tokens
+        if found.num_tokens:
+            self._events.setdefault(job, []).append(BeginEvent(num_known=found.num_tokens))
+
     def _read_piece(self, started: _Started, num_tokens: int) -> Tensor | None:
         """Read the next tokens of a job; returns the logits after them, if it is a generation."""
         job = started.job
         if isinstance(job, Generation):
-            if started.rows is None:
-                started.rows = self._model.start(job.context)
-            piece = job.tokens[started.num_read : started.num_read + num_tokens]
-            logits = started.rows.read([piece])
-            started.num_read += len(piece)
+            assert started.rows is not None
+            end = min(started.num_read + num_tokens, len(job.tokens))
+            if started.num_read < started.fork:
+                end = min(end, started.fork)
+            logits = started.rows.read([job.tokens[started.num_read : end]])
+            started.num_read = end
+            is_last = end == len(job.tokens) and self.prefixes.is_worth(end - started.known)
+            if is_last or end == started.fork:
+                self.prefixes.add(started.root, job.tokens[:end], started.rows.copied())
+                started.known = end
             return logits
         if started.document is None:
             started.document = self._model.read_document(job.tokens, self._limits.step_tokens)
@@ -255,14 +311,26 @@ class Scheduler:
             return
         assert self._rows is not None
         try:
-            logits = self._rows.read([[choice.last_token] for choice in self._choices])
+            logits = self._rows.read([[choice.tokens[-1]] for choice in self._choices])
             going_on = self._choose(logits, self._choices)
+            self._remember(going_on)
         except Exception as error:
             self._fail({choice.job: None for choice in self._choices}, error)
             self._choices, self._rows = [], None
             return
         self.counts.steps += 1
         self._keep(going_on)
+
+    def _remember(self, going_on: Sequence[int]) -> None:
+        """Keep the states of rows whose answers are complete."""
+        assert self._rows is not None
+        for place in sorted(set(range(len(self._choices))) - set(going_on)):
+            choice = self._choices[place]
+            # The last token of an answer is never read.
+            read = choice.tokens[:-1]
+            if self.prefixes.is_worth(len(read)):
+                root = (self._model.settings, choice.job.context)
+                self.prefixes.add(root, [*choice.job.tokens, *read], self._rows.taken(place))
 
     def _join(self, complete: Sequence[tuple[_Started, Tensor]]) -> None:
         """Choose the first tokens of answers whose prompts have been read; their rows join the batch."""
@@ -299,12 +367,12 @@ class Scheduler:
         for place, (choice, token, logprobs) in enumerate(
             zip(choices, tokens, token_logprobs(logits, choices, tokens), strict=True)
         ):
-            job, choice.last_token = choice.job, token
-            choice.num_tokens += 1
+            job = choice.job
+            choice.tokens.append(token)
             is_end = token in job.ends
             events = self._events.setdefault(job, [])
             events.append(TokenEvent(choice=choice.index, token=token, is_end=is_end, logprobs=logprobs))
-            if is_end or choice.num_tokens >= job.max_tokens:
+            if is_end or len(choice.tokens) >= job.max_tokens:
                 events.append(FinishEvent(choice=choice.index, reason="stop" if is_end else "length"))
                 self.counts.finished += 1
             else:

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from ovq.hf.byte_tokens import token_bytes
 from ovq.hf.streaming import TextStream
 from ovq.serve.errors import bad_request
-from ovq.text.tokenizers import token_bytes
 
 
 class AnyTextStream(Protocol):

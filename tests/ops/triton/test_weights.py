@@ -6,14 +6,14 @@ import torch
 from ovq.ops import backend_used, backends, ovq_attention
 from ovq.ops.checks import checked_call
 from ovq.ops.options import Options
-from tests.ops.common import TRITON_MERGES, assert_same_state, attend, inputs
+from tests.ops.common import KERNEL_MERGES, assert_same_state, attend, inputs
 from tests.ops.test_token_weights import BOUNDS, KINDS, assert_equal_results, call, results
 
 pytest.importorskip("triton", reason="the extra ovq[triton] is not installed")
 # numpy, which the interpreter computes with, warns of what is not a number.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-RULES = TRITON_MERGES
+RULES = KERNEL_MERGES
 SMALL = (1, 13, 2, 1, 5, 3)
 
 
@@ -192,8 +192,8 @@ def test_auto_takes_the_kernels_on_a_gpu_with_weights_too(monkeypatch):
     tensors = call((1, 6, 1, 1, 4, 4), "positive")
     q, k, v, weights = tensors.values()
     options = Options(num_slots=4, chunk_size=3, growth="plateau", init="novelty", merge="nearest", seed=0)
-    made = checked_call(q, k, v, torch.ones(1), None, True, None, None, options, weights)
-    assert backends.triton.refusal(made) is None
+    made = checked_call(q=q, k=k, v=v, scale=torch.ones(1), options=options, token_weights=weights)
+    assert backends.refusal("triton", made.q, made.v, made.options, made.gates) is None
     monkeypatch.setattr(backends, "_preferred", lambda call: ["triton", "torch"])
     ovq_attention(q, k, v, token_weights=weights, num_slots=4, chunk_size=3)
     assert backend_used() == "triton"

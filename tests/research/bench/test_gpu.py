@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ovq.research.bench import gpu, gpu_suite
-from ovq.research.bench.rivals import RIVALS
-from ovq.research.bench.show import sentences, tables
-from ovq.research.bench.suite import Suite, run_suite
-from ovq.research.bench.workloads import Workload
+from ovq_lab.bench import gpu, gpu_suite
+from ovq_lab.bench.rivals import RIVALS
+from ovq_lab.bench.show import sentences, tables
+from ovq_lab.bench.suite import Suite, run_suite
+from ovq_lab.bench.workloads import Workload
 
 SMALL = {"length": 48, "dtype": "float32", "chunk_size": 16, "num_heads": 2, "head_dim": 16}
 
@@ -59,8 +59,8 @@ def as_if_on_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu, "kernel_names", lambda function: [str(type(function())), "flash_fwd"])
     monkeypatch.setattr(gpu, "flushed_times", lambda functions, **_: [[2.0, 1.0, 3.0] for _ in functions])
     monkeypatch.setattr(gpu, "copy_rate", lambda device: 1e9)
-    monkeypatch.setattr("ovq.research.bench.suite.matrix_rate", lambda *_, **__: 1e9)
-    monkeypatch.setattr("ovq.research.bench.suite.environment", lambda device: {"device": device})
+    monkeypatch.setattr("ovq_lab.bench.suite.matrix_rate", lambda *_, **__: 1e9)
+    monkeypatch.setattr("ovq_lab.bench.suite.environment", lambda device: {"device": device})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("sdpa_cudnn", "sdpa_efficient", "flex_window"):
         monkeypatch.delitem(RIVALS, name)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from ovq.cli import main
-from ovq.research.bench import model_suite
-from ovq.research.bench.measure import matrix_rate
-from ovq.research.bench.model_suite import ModelSuite, run_models
-from ovq.research.bench.models import MODELS, ModelWorkload
-from ovq.research.bench.show import save_figures, tables
+from ovq_lab.bench import model_suite
+from ovq_lab.bench.measure import matrix_rate
+from ovq_lab.bench.model_suite import ModelSuite, run_models
+from ovq_lab.bench.models import MODELS, ModelWorkload
+from ovq_lab.bench.show import save_figures, tables
 
 
 def workload(model, length=40):
@@ -61,7 +61,7 @@ def test_a_report_is_whole_and_can_be_shown(tmp_path, monkeypatch):
 
 
 def test_the_roof_is_not_below_the_products_of_pytorch(monkeypatch):
-    of_measure = "ovq.research.bench.measure."
+    of_measure = "ovq_lab.bench.measure."
     monkeypatch.setattr(of_measure + "product_loop", lambda: (lambda: None, 1e30))
     monkeypatch.setattr(of_measure + "interleaved", lambda functions, **options: [[1.0]])
     assert matrix_rate("float32") == 1e30

@@ -9,10 +9,10 @@ import torch
 
 from ovq.cli import main
 from ovq.ops import cpu_kernels, ovq_attention
-from ovq.research.bench.measure import interleaved, peak_bytes
-from ovq.research.bench.show import save_figures, sentences, tables
-from ovq.research.bench.suite import Suite, run_suite
-from ovq.research.bench.workloads import Workload
+from ovq_lab.bench.measure import interleaved, peak_bytes
+from ovq_lab.bench.show import save_figures, sentences, tables
+from ovq_lab.bench.suite import Suite, run_suite
+from ovq_lab.bench.workloads import Workload
 
 SMALL = {"chunk_size": 16, "num_heads": 2, "head_dim": 8}
 

@@ -6,9 +6,9 @@ The files are those of `ovq reproduce`, in `reproduce-out/tiny`.
 import sys
 from pathlib import Path
 
-from ovq.research.reproduce.engine import reproduce
-from ovq.research.reproduce.figures import get_figure
 from ovq.runtime.progress import Reporter
+from ovq_lab.figures.engine import reproduce
+from ovq_lab.figures.figures import get_figure
 from tests.research.reproduce.common import TINY, workshop
 
 if __name__ == "__main__":

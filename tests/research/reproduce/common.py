@@ -4,12 +4,12 @@ import dataclasses
 
 from rich.console import Console
 
-from ovq.research.reproduce import engine
-from ovq.research.reproduce.engine import Workshop
-from ovq.research.reproduce.plan import Trial
-from ovq.research.reproduce.presets import Preset, TextEvaluations
 from ovq.runtime.progress import Reporter
-from ovq.train.recipes import recipe_for
+from ovq_lab.figures import engine
+from ovq_lab.figures.engine import Workshop
+from ovq_lab.figures.plan import Trial
+from ovq_lab.figures.presets import Preset, TextEvaluations
+from ovq_lab.train.recipes import recipe_for
 from tests.tiny import TINY
 
 _CHANGES = [*TINY, "train.steps=6"]

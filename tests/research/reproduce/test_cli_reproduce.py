@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from ovq.cli import main
-from ovq.research.reproduce import presets
-from ovq.research.reproduce.figures import FIGURES, TEXT_FIGURES
 from ovq.runtime.files import claimed
+from ovq_lab.figures import presets
+from ovq_lab.figures.figures import FIGURES, TEXT_FIGURES
 from tests.research.reproduce.common import TINY, run_here
 from tests.test_cli import fail, run
 

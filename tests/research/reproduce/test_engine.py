@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ovq.research.fidelity import fidelity_rows
-from ovq.research.fidelity.streams import STREAMS
-from ovq.research.reproduce import engine, evaluations, figures
-from ovq.research.reproduce.draw import points
-from ovq.research.reproduce.engine import reproduce
-from ovq.research.reproduce.figures import get_figure
-from ovq.research.reproduce.jobs import RunJob
-from ovq.research.reproduce.page import write_report
-from ovq.research.reproduce.plan import Figure, Panel, Trial, run_name, with_trial
-from ovq.research.reproduce.results import load_results, save_results
-from ovq.train.checkpoints import fault, newest_checkpoint
-from ovq.train.config import RunConfig
+from ovq_lab.figures import engine, evaluations, figures
+from ovq_lab.figures.draw import points
+from ovq_lab.figures.engine import reproduce
+from ovq_lab.figures.fidelity import fidelity_rows
+from ovq_lab.figures.fidelity.streams import STREAMS
+from ovq_lab.figures.figures import get_figure
+from ovq_lab.figures.jobs import RunJob
+from ovq_lab.figures.page import write_report
+from ovq_lab.figures.plan import Figure, Panel, Trial, run_name, with_trial
+from ovq_lab.figures.results import load_results, save_results
+from ovq_lab.train.checkpoints import fault, newest_checkpoint
+from ovq_lab.train.config import RunConfig
 from tests.research.reproduce.common import CONFIG, TINY, run_here, with_steps, workshop
 
 ROOT = Path(__file__).parents[3]
@@ -418,9 +418,9 @@ def test_fidelity_is_measured_on_every_stream(monkeypatch, tmp_path):
 PROGRAM = """
 import sys
 from pathlib import Path
-from ovq.research.reproduce.draw import points
-from ovq.research.reproduce.engine import reproduce
-from ovq.research.reproduce.figures import get_figure
+from ovq_lab.figures.draw import points
+from ovq_lab.figures.engine import reproduce
+from ovq_lab.figures.figures import get_figure
 from ovq.runtime.files import claimed
 from tests.research.reproduce.common import TINY, with_steps, workshop
 
@@ -436,7 +436,11 @@ def start(out, steps):
     (out.parent / "program.py").write_text(PROGRAM)
     return subprocess.Popen(
         [sys.executable, str(out.parent / "program.py"), str(out), str(steps)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "src", ROOT / "lab"))),
+        },
         cwd=ROOT,
     )
 

@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 from PIL import Image
 
-from ovq.eval.kept import COUNT_NAMES
-from ovq.plots.kept import kept_figure
-from ovq.research.reproduce.draw import points
-from ovq.research.reproduce.engine import count_runs, reproduce
-from ovq.research.reproduce.figures import get_figure
-from ovq.research.reproduce.kept import draw_kept
-from ovq.research.reproduce.page import write_report
-from ovq.research.reproduce.presets import CPU
-from ovq.research.reproduce.results import load_results
+from ovq_lab.eval.kept import COUNT_NAMES
+from ovq_lab.figures.draw import points
+from ovq_lab.figures.engine import count_runs, reproduce
+from ovq_lab.figures.figures import get_figure
+from ovq_lab.figures.kept import draw_kept
+from ovq_lab.figures.page import write_report
+from ovq_lab.figures.presets import CPU
+from ovq_lab.figures.results import load_results
+from ovq_lab.plots.kept import kept_figure
 from tests.research.reproduce.common import TINY, run_here, workshop
 
 

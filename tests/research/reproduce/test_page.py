@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovq.research.reproduce.draw import Point, points, save_figure
-from ovq.research.reproduce.page import write_report
+from ovq_lab.figures.draw import Point, points, save_figure
+from ovq_lab.figures.page import write_report
 
 PANEL = {"title": "accuracy", "x": "length", "y": "accuracy", "group": "", "at_length": None}
 

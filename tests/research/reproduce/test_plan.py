@@ -4,16 +4,16 @@ import dataclasses
 
 import pytest
 
-from ovq.layers import MIXERS
 from ovq.ops.options import CURRENT_MERGES
-from ovq.research.reproduce.engine import count_runs
-from ovq.research.reproduce.evaluations import LossEvaluation, NeedleEvaluation, TaskEvaluation
-from ovq.research.reproduce.figures import FIGURES, get_figure
-from ovq.research.reproduce.plan import Line, Trial, is_same_run, run_name, with_seed, with_trial
-from ovq.research.reproduce.presets import PRESETS
-from ovq.tasks import RecallTask
-from ovq.text import TextSource
-from ovq.train.loop import model_config
+from ovq_lab.figures.engine import count_runs
+from ovq_lab.figures.evaluations import LossEvaluation, NeedleEvaluation, TaskEvaluation
+from ovq_lab.figures.figures import FIGURES, get_figure
+from ovq_lab.figures.plan import Line, Trial, is_same_run, run_name, with_seed, with_trial
+from ovq_lab.figures.presets import PRESETS
+from ovq_lab.mixers import MIXERS
+from ovq_lab.tasks import RecallTask
+from ovq_lab.text import TextSource
+from ovq_lab.train.loop import model_config
 from tests.research.reproduce.common import CONFIG, TINY
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from ovq.plots.figures import save_figures as save_demo
-from ovq.research.bench.show import save_figures as save_bench
-from ovq.research.reproduce import draw
-from ovq.research.reproduce.draw import save_figure
-from ovq.research.reproduce.redraw import redraw
-from ovq.research.reproduce.results import load_results
+from ovq_lab.bench.show import save_figures as save_bench
+from ovq_lab.figures import draw
+from ovq_lab.figures.draw import save_figure
+from ovq_lab.figures.redraw import redraw
+from ovq_lab.figures.results import load_results
+from ovq_lab.plots.figures import save_figures as save_demo
 from tests.plots.test_report import ROWS
 from tests.research.reproduce.test_page import RESULTS
 from tests.test_cli import fail, run

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ovq.research.reproduce.page import write_report
-from ovq.research.reproduce.results import load_results, save_results
+from ovq_lab.figures.page import write_report
+from ovq_lab.figures.results import load_results, save_results
 
 COMMITTED = Path(__file__).parents[3] / "docs" / "results"
 HEADER = {

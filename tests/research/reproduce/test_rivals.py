@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from ovq.hf import OVQForCausalLM
-from ovq.research.reproduce import rivals
-from ovq.research.reproduce.draw import points
-from ovq.research.reproduce.engine import count_runs, reproduce
-from ovq.research.reproduce.evaluations import NeedlesEvaluation
-from ovq.research.reproduce.figures import GROUPS, get_figure
-from ovq.research.reproduce.page import write_report
-from ovq.research.reproduce.plan import Trial, run_name
-from ovq.research.reproduce.presets import CPU
-from ovq.research.reproduce.rivals import RIVALS
-from ovq.train.config import RunConfig
-from ovq.train.loop import model_config
+from ovq_lab.figures import rivals
+from ovq_lab.figures.draw import points
+from ovq_lab.figures.engine import count_runs, reproduce
+from ovq_lab.figures.evaluations import NeedlesEvaluation
+from ovq_lab.figures.figures import GROUPS, get_figure
+from ovq_lab.figures.page import write_report
+from ovq_lab.figures.plan import Trial, run_name
+from ovq_lab.figures.presets import CPU
+from ovq_lab.figures.rivals import RIVALS
+from ovq_lab.train.config import RunConfig
+from ovq_lab.train.loop import model_config
 from tests.research.reproduce.common import TINY, run_here, workshop
 from tests.test_cli import fail, run
 
@@ -110,7 +110,7 @@ def test_a_mixer_is_added_by_its_name(monkeypatch):
 def test_one_name_stands_for_all(capsys, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(
-        "ovq.research.reproduce.engine.reproduce", lambda figure, shop, lines: made.append(figure.name)
+        "ovq_lab.figures.engine.reproduce", lambda figure, shop, lines: made.append(figure.name)
     )
     run(capsys, "reproduce", "rivals", "--out", tmp_path)
     assert tuple(made) == FIGURES

@@ -2,11 +2,11 @@
 
 import pytest
 
-from ovq.research.reproduce.figures import get_figure
-from ovq.research.reproduce.partial import chosen_lines, earlier_results
-from ovq.research.reproduce.plan import run_name, with_seed, with_trial
-from ovq.research.reproduce.results import save_results
-from ovq.research.reproduce.same_runs import found_elsewhere
+from ovq_lab.figures.figures import get_figure
+from ovq_lab.figures.partial import chosen_lines, earlier_results
+from ovq_lab.figures.plan import run_name, with_seed, with_trial
+from ovq_lab.figures.results import save_results
+from ovq_lab.figures.same_runs import found_elsewhere
 from tests.research.reproduce.common import TINY
 
 SEEDS = (0, 1)

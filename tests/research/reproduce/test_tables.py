@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from ovq.research.reproduce.results import save_results
-from ovq.research.reproduce.tables import make_table, update_tables, with_tables
+from ovq_lab.figures.results import save_results
+from ovq_lab.figures.tables import make_table, update_tables, with_tables
 
 ACCURACIES = {
     ("full attention", 256): (1.0, 0.99),

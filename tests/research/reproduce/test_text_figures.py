@@ -6,13 +6,13 @@ import itertools
 import pytest
 from PIL import Image
 
-from ovq.research.reproduce.draw import points
-from ovq.research.reproduce.engine import reproduce
-from ovq.research.reproduce.figures import TEXT_FIGURES, get_figure
-from ovq.research.reproduce.page import write_report
-from ovq.research.reproduce.plan import run_name
-from ovq.research.reproduce.presets import CPU
-from ovq.train.config import RunConfig
+from ovq_lab.figures.draw import points
+from ovq_lab.figures.engine import reproduce
+from ovq_lab.figures.figures import TEXT_FIGURES, get_figure
+from ovq_lab.figures.page import write_report
+from ovq_lab.figures.plan import run_name
+from ovq_lab.figures.presets import CPU
+from ovq_lab.train.config import RunConfig
 from tests.research.reproduce.common import TINY, run_here, workshop
 
 LENGTH = 2048

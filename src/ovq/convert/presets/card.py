@@ -34,8 +34,8 @@ def preset_card(*, name: str, model: str, config: MemoryConfig, measured: dict[s
         name: the preset's. model: the model's.
         config: the memory.
         measured: may have `probe`, a list of texts by `text` and `tokens`; `losses`, a list of them with the
-            losses `full` and `converted` besides; `about`, a sentence on these losses; and `environment`, of
-            `ovq.runtime.environment`.
+            losses `full` and `converted` besides; `about`, a sentence on these losses; and `environment`, the
+            `processor` and the versions, and perhaps the commit, of what was computed with.
 
     Example:
         >>> config = MemoryConfig(num_slots=[[8, 0]], window=[[32, 64]])

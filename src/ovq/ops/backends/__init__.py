@@ -11,6 +11,7 @@ backends, and outputs are equal up to rounding.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -18,14 +19,23 @@ from torch import Tensor
 from ovq.ops import naive
 from ovq.ops.backends import cpu, torch, triton
 from ovq.ops.call import Call
+from ovq.ops.known import Known
+from ovq.ops.options import Options
 from ovq.ops.state import OVQState
 
 
 class Backend(Protocol):
-    """What every backend must have; a module or an object."""
+    """What every backend must have; a module or an object.
 
-    def refusal(self, call: Call) -> str | None:
-        """Why the backend cannot run a call, as "expected ..., found ..."; None if it can."""
+    Attributes:
+        KNOWN: the options that it knows. It is not asked to run others.
+    """
+
+    KNOWN: Known
+
+    def missing(self, q: Tensor, v: Tensor, options: Options) -> str | None:
+        """What is missing to run what it knows, such as a device, as "expected ..., found ..."; None if
+        nothing."""
 
     def run(self, call: Call) -> tuple[Tensor, OVQState | None]:
         """Outputs `[B, T, H, V]` in the dtype of q, and the state afterwards, or None if not wanted."""
@@ -35,30 +45,34 @@ BACKENDS: dict[str, Backend] = {"naive": naive, "torch": torch, "cpu": cpu, "tri
 NAMES = ("auto", *BACKENDS)
 
 
-def check_name(name: str) -> None:
-    """Raise ValueError unless `name` is that of a backend, or `"auto"`."""
-    if name not in NAMES:
-        raise ValueError(f"backend: expected one of {NAMES}, found {name!r}")
+def refusal(name: str, q: Tensor, v: Tensor, options: Options, gates: Iterable[str] = ()) -> str | None:
+    """Why a backend cannot run calls with such tensors, options and gates; None if it can."""
+    backend = BACKENDS[name]
+    return backend.KNOWN.refusal(q.dtype, options, gates) or backend.missing(q, v, options)
 
 
-def chosen(name: str, call: Call) -> str:
+def chosen(name: str, call: Call, preferred: Sequence[str] | None = None) -> str:
     """The name of the backend that runs a call: the one requested, or the fastest that can.
+
+    Args:
+        name: the one requested, or `"auto"`.
+        call: the call.
+        preferred: which `"auto"` tries, in order; None for all that may be the fastest.
 
     Raises:
         ValueError: if the requested backend, or for `"auto"` every backend, cannot run the call; says why.
     """
-    check_name(name)
     if name != "auto":
-        if reason := BACKENDS[name].refusal(call):
+        if reason := refusal(name, call.q, call.v, call.options, call.gates):
             raise ValueError(f"backend: {name!r}: {reason}")
         return name
-    for preferred in _preferred(call):
-        reason = BACKENDS[preferred].refusal(call)
+    for each in preferred or _preferred(call):
+        reason = refusal(each, call.q, call.v, call.options, call.gates)
         if reason is None:
-            return preferred
-    raise ValueError(f"backend: {preferred!r}, the last that 'auto' tries: {reason}")
+            return each
+    raise ValueError(f"backend: {each!r}, the last that 'auto' tries: {reason}")
 
 
-def _preferred(call: Call) -> list[str]:
+def _preferred(call: Call) -> Sequence[str]:
     """The backends that `"auto"` tries, in order."""
-    return ["triton" if call.q.is_cuda else "cpu", "torch", "naive"]
+    return "triton" if call.q.is_cuda else "cpu", "torch", "naive"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from ovq.ops.backends.plan import Plan
 from ovq.ops.call import Call
 from ovq.ops.state import OVQState, with_capacity
 
-# For rows in chunks: q, k, v, scale, key_sum, value_sum, count, plan -> outputs, sums and counts at the end.
-# Weights are passed by name, if there are any; those of slots come last then.
-Recurrence = Callable[..., tuple[Tensor, ...]]
+# Of rows in chunks: the plan, q, k, v, scale, key_sum, value_sum, count; where tokens have weights, their own
+# and those of slots; where they forget too, `Frames.fading`. Returns outputs, sums and counts at the end, and
+# the weights of slots, or None.
+Recurrence = Callable[..., tuple[Any, ...]]
 
 
 def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | None]:
@@ -25,7 +27,8 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
 
     Args:
         call: the call.
-        recurrence: processes the rows in chunks, sorted by length (`torch/chunk.py` defines its arguments).
+        recurrence: processes the rows in chunks, sorted by length (`torch/chunk.py` says what its arguments
+            are); the `apply` of an autograd function.
     """
     q, k, v, state = call.q, call.k, call.v, call.state
     if not sum(call.rows.lengths):
@@ -34,17 +37,19 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
     aligned = plan.aligned
     chunks_k = aligned.align(k, before.pending_keys)
     chunks_v = aligned.align(v, before.pending_values)
-    chunks_w, weights = None, {}
+    chunks_w: Tensor | None = None
+    gates: tuple[Tensor | None, ...] = ()
     if call.log_forget is not None:
         frames = Frames.of(call, before, plan)
         before, chunks_w = frames.before, frames.weights
-        weights = {"token_weights": chunks_w, "weight": before.weight, "fading": frames.fading}
+        gates = chunks_w, before.weight, frames.fading
     elif call.token_weights is not None:
         assert before.weight is not None
         assert before.pending_weights is not None
         chunks_w = aligned.align(call.token_weights[..., None], before.pending_weights[..., None])
-        weights = {"token_weights": chunks_w, "weight": before.weight}
+        gates = chunks_w, before.weight
     o, *sums = recurrence(
+        plan,
         aligned.align(q, None),
         chunks_k,
         chunks_v,
@@ -52,8 +57,7 @@ def in_chunks(call: Call, recurrence: Recurrence) -> tuple[Tensor, OVQState | No
         before.key_sum,
         before.value_sum,
         before.count,
-        plan,
-        **weights,
+        *gates,
     )
     o = aligned.unalign(o, q.shape[0], q.shape[1])
     if not call.wants_state:

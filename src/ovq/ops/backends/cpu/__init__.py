@@ -15,8 +15,7 @@ from ovq.ops.backends.cpu.convolution import CompiledConvolution, can_convolve, 
 from ovq.ops.backends.cpu.decode import decode_step
 from ovq.ops.backends.cpu.kernels import (
     DTYPES,
-    RULES,
-    compiled_attention,
+    CompiledAttention,
     cpu_kernels,
     is_available,
     learn_and_say,
@@ -36,18 +35,19 @@ from ovq.ops.backends.cpu.linear import (
     few_products,
     has_faster_products,
     linear_in_graph,
-    mlp_step,
     product,
 )
 from ovq.ops.backends.cpu.memory import HeadGroup, advance_memory
 from ovq.ops.backends.cpu.tokens import CompiledHeads, CompiledRMSNorm, CompiledSwiGLU, applied, can_run
 from ovq.ops.backends.cpu.window import CompiledWindow
 from ovq.ops.call import Call
-from ovq.ops.options import unlisted
+from ovq.ops.known import Known
+from ovq.ops.options import Options
 from ovq.ops.state import OVQState
 
 __all__ = [
     "FEW_TOKENS",
+    "KNOWN",
     "CompiledConvolution",
     "CompiledHeads",
     "CompiledRMSNorm",
@@ -72,31 +72,26 @@ __all__ = [
     "linear_in_graph",
     "memory_of_slots",
     "memory_of_window",
-    "mlp_step",
+    "missing",
     "product",
-    "refusal",
     "run",
     "run_layers",
 ]
 
-# Other backends run the ablations.
-_LISTED = {
-    "growth": ("plateau", "linear", "immediate"),
-    "init": ("novelty", "random"),
-    "merge": tuple(RULES),
-    "bias": ("count",),
-    "rate": ("count",),
-}
+# `naive` and `torch` run the ablations.
+KNOWN = Known(
+    dtypes=DTYPES,
+    growth=("plateau", "linear", "immediate"),
+    init=("novelty",),
+    merge=("existing", "nearest"),
+    gates=("token_weights", "log_forget"),
+)
 
 
-def refusal(call: Call) -> str | None:
-    """Why the kernels cannot run a call; None if they can."""
-    if call.q.device.type != "cpu":
-        return f"expected tensors on a CPU, found them on {call.q.device}"
-    if call.q.dtype not in DTYPES:
-        return f"expected a dtype of {DTYPES}, found {call.q.dtype}"
-    if reason := unlisted(call.options, _LISTED):
-        return reason
+def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
+    """What the kernels lack to run a call that they know: tensors on a CPU, a compiler; None if nothing."""
+    if q.device.type != "cpu":
+        return f"expected tensors on a CPU, found them on {q.device}"
     return None if is_available() else f"expected compiled kernels, found none: {cpu_kernels()}"
 
 
@@ -105,4 +100,4 @@ def run(call: Call) -> tuple[Tensor, OVQState | None]:
     if call.is_decoding:
         # The other kernel would copy the whole dictionary for a single read.
         return decode_step(call)
-    return in_chunks(call, compiled_attention)
+    return in_chunks(call, CompiledAttention.apply)

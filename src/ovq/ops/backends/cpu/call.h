@@ -22,7 +22,7 @@ struct Tokens {
 
 struct Call {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, width, capacity, num_threads;
-    int64_t dtype, is_merge_updated;
+    int64_t dtype;
     int64_t merges_pairs;     /* Whether pairs are merged, by "nearest". */
     int64_t num_parts;        /* Of "nearest": how many parts edges are taken in. */
     int64_t weighs_chunk;     /* Whether tokens of the own chunk are read with the log of their weights. */
@@ -44,7 +44,6 @@ struct Call {
     const int64_t *schedule_start;    /* [R]: where the row's part of the schedule begins. */
     const int64_t *num_merged;        /* [R]: tokens merged before the call. */
     const int32_t *schedule;          /* Its slots before each complete chunk and after the last. */
-    const double *priority;           /* `schedule` by [Hkv, C]: keys of lowest priority open slots; or NULL. */
     /* What chunks changed (merged_slots.h): [num_chunks, Hkv, num_noted] and, of sums, [..., K] and [..., V], or NULL. */
     int64_t num_noted;
     int32_t *merged_slot, *merged_into;

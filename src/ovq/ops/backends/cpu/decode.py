@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import operator
 
 import torch
 from torch import Tensor
@@ -15,117 +17,171 @@ from ovq.ops.backends.dictionary import Dictionary
 from ovq.ops.backends.plan import Plan
 from ovq.ops.backends.torch.decode import merged_state
 from ovq.ops.call import Call, Rows
-from ovq.ops.next_step import NextStep
+from ovq.ops.checks import checked_scale
 from ovq.ops.options import Options
 from ovq.ops.state import OVQState, advanced
 
 
 def decode_step(call: Call) -> tuple[Tensor, OVQState]:
-    """Outputs `[B, 1, H, V]` for one new token per row, and the state after it.
-
-    The next step of the same kind begins at `_step`.
-    """
-    tensors = (call.q, call.k, call.v, call.scale, call.state, call.token_weights)
-    o, after = _step(*tensors, options=call.options)
-    shapes = call.q.shape, call.k.shape, call.v.shape
-    sums = after.key_sum, after.value_sum, after.count, after.weight
-    after._next = NextStep(_step, call.options, shapes, call.q.dtype, sums, call.scale)
-    return o, after
+    """Outputs `[B, 1, H, V]` for one new token per row, and the state after it, which can repeat the step."""
+    after = advanced(call.state)
+    step = PreparedStep(call.options, (call.q.shape, call.k.shape, call.v.shape), call.q.dtype, after)
+    return step.run(call.q, call.k, call.v, call.scale, call.state, call.token_weights, after)
 
 
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    state: OVQState,
-    token_weights: Tensor | None,
-    *,
-    options: Options,
-) -> tuple[Tensor, OVQState]:
-    """`decode_step` of checked tensors.
+class PreparedStep:
+    """A decode step whose arguments need not be checked, nor laid out for the kernel, when it is repeated.
 
-    The kernel puts the new token into the pending buffers, and reads these and the sums where they lie.
-    """
-    after = advanced(state)
-    shape = q.shape
-    o = torch.empty((*shape[:3], v.shape[3]), dtype=q.dtype)
-    call, _kept = slots_to_read(after, state.num_seen, num_heads=shape[2])
-    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
-        q, k, v = dense(q), dense(k), dense(v)
-        call.q_row, call.k_row, call.v_row = (x.stride(0) for x in (q, k, v))
-        call.q_head, call.k_head, call.v_head = (x.stride(2) for x in (q, k, v))
-    scale = scale.contiguous()
-    call.q, call.k, call.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    call.o, call.scale = o.data_ptr(), scale.data_ptr()
-    if token_weights is not None:
-        token_weights = token_weights.contiguous()
-        call.token_weights = token_weights.data_ptr()
-    call.weighs_chunk = options.weighs_chunk
-    build.load().ovq_decode(ctypes.byref(call))
-    return o, with_merged_chunks(after, completed(after), options)
-
-
-def slots_to_read(after: OVQState, num_seen: Tensor, *, num_heads: int) -> tuple[Decode, list[Tensor]]:
-    """A state as a kernel reads it, without queries and the new token; keep the tensors while it does.
+    One token takes a few microseconds of arithmetic. Checking the arguments, finding out which backend runs
+    the call, and telling the kernel where all tensors are takes several times as long and gives the same
+    answer at every token. So the state that a step leads to remembers it, until its tensors are others: when
+    a chunk is merged, or states branch.
 
     Args:
-        after: the state, with room for the new token (`advanced`).
-        num_seen: `[B]` tokens before the new one.
-        num_heads: query heads.
-    """
-    buffers = after._buffers
-    assert buffers is not None, "`advanced` makes them"
-    prepared = buffers.prepared
-    if prepared is None or not prepared.is_of(after, num_heads):
-        buffers.prepared = prepared = _Prepared(after, num_heads)
-    call = Decode.from_buffer_copy(prepared.call)
-    num_seen = num_seen.contiguous()
-    call.num_seen, call.num_threads = num_seen.data_ptr(), torch.get_num_threads()
-    return call, [*prepared.kept, num_seen]
-
-
-class _Prepared:
-    """What the kernel is told of a dictionary and of pending buffers, which stay where they are for many
-    steps.
-
-    Queries, keys and values are taken for contiguous.
+        options: the settings of the dictionary.
+        shapes: of q, k and v.
+        dtype: theirs.
+        after: a state with room for the new token (`advanced`).
     """
 
-    def __init__(self, after: OVQState, num_heads: int) -> None:
-        self.sums = after.key_sum, after.value_sum, after.count, after.weight
-        self.kept = [x.contiguous() for x in self.sums if x is not None]
-        rows, num_kv_heads, capacity, key_dim = after.key_sum.shape
-        value_dim = after.value_sum.shape[3]
-        self.call = call = Decode(
+    backend = "cpu"
+
+    def __init__(
+        self,
+        options: Options,
+        shapes: tuple[torch.Size, torch.Size, torch.Size],
+        dtype: torch.dtype,
+        after: OVQState,
+    ) -> None:
+        self.options, self.shapes, self.dtype = options, shapes, dtype
+        self._sums = after.key_sum, after.value_sum, after.count, after.weight
+        self._pending = after.pending_keys, after.pending_values, after.pending_weights
+        self._kept = [x.contiguous() for x in self._sums if x is not None]
+        rows, _, num_heads, key_dim = shapes[0]
+        num_kv_heads, value_dim = shapes[2][2:]
+        self._call = call = Decode(
             rows,
             num_kv_heads,
             num_heads // num_kv_heads,
             after.chunk_size,
-            capacity,
+            after.count.shape[2],
             key_dim,
             value_dim,
             1,
-            DTYPES.index(after.pending_keys.dtype),
+            DTYPES.index(dtype),
+            weighs_chunk=options.weighs_chunk,
         )
+        # Those of contiguous tensors.
         call.q_row, call.k_row, call.v_row = (
-            num * dim
-            for num, dim in ((num_heads, key_dim), (num_kv_heads, key_dim), (num_kv_heads, value_dim))
+            num_heads * key_dim,
+            num_kv_heads * key_dim,
+            num_kv_heads * value_dim,
         )
         call.q_head, call.k_head, call.v_head = key_dim, key_dim, value_dim
         call.pending_keys = after.pending_keys.data_ptr()
         call.pending_values = after.pending_values.data_ptr()
-        call.key_sum, call.value_sum, call.count = (x.data_ptr() for x in self.kept[:3])
+        call.key_sum, call.value_sum, call.count = (x.data_ptr() for x in self._kept[:3])
         if after.weight is not None and after.pending_weights is not None:
-            call.weight, call.pending_weights = self.kept[3].data_ptr(), after.pending_weights.data_ptr()
+            call.weight, call.pending_weights = self._kept[3].data_ptr(), after.pending_weights.data_ptr()
 
-    def is_of(self, after: OVQState, num_heads: int) -> bool:
-        """Whether it says what is to be said of a state."""
-        key_sum, value_sum, count, weight = self.sums
-        if after.key_sum is not key_sum or after.value_sum is not value_sum or after.count is not count:
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        # It says where tensors lie, and those of a copy lie elsewhere: a copy of a state has no step.
+        return type(None), ()
+
+    def continues(self, state: OVQState, options: Options) -> bool:
+        """Whether the next token of a state, by these options and without a gradient, is such a step."""
+        if options is not self.options or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        call = self.call
-        return after.weight is weight and call.group_size * call.num_kv_heads == num_heads
+        key_sum, value_sum, count, weight = self._sums
+        is_same = state.key_sum is key_sum and state.value_sum is value_sum and state.count is count
+        return is_same and state.weight is weight
+
+    def repeated(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | Tensor | None,
+        state: OVQState,
+        token_weights: Tensor | None,
+        options: Options,
+    ) -> tuple[Tensor, OVQState] | None:
+        """What `ovq_attention` returns, if these arguments of it are those of such a step; None otherwise."""
+        if not self.continues(state, options):
+            return None
+        for x, shape in zip((q, k, v), self.shapes, strict=True):
+            if not isinstance(x, Tensor) or x.shape != shape or x.dtype != self.dtype or not x.is_cpu:
+                return None
+        if not self._fits_weights(token_weights):
+            return None
+        return self.run(q, k, v, checked_scale(scale, q), state, token_weights, advanced(state))
+
+    def _fits_weights(self, token_weights: Tensor | None) -> bool:
+        """Whether there are weights as there were, and such as may be."""
+        own = self._sums[3]
+        if token_weights is None or own is None:
+            return token_weights is own
+        x = token_weights
+        is_alike = isinstance(x, Tensor) and x.shape == self.shapes[1][:3] and x.dtype == own.dtype
+        # As plain numbers, which takes less time than operations on tensors.
+        return is_alike and x.is_cpu and all(0 <= w < math.inf for w in x.flatten().tolist())
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        state: OVQState,
+        token_weights: Tensor | None,
+        after: OVQState,
+    ) -> tuple[Tensor, OVQState]:
+        """Outputs `[B, 1, H, V]` of checked tensors, and the state after them.
+
+        The kernel puts the new token into the pending buffers of `after`, which is `advanced(state)`, and
+        reads these and the sums where they lie.
+        """
+        o = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype)
+        call, _kept = self.call_of(after, state.num_seen)
+        if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+            q, k, v = dense(q), dense(k), dense(v)
+            call.q_row, call.k_row, call.v_row = (x.stride(0) for x in (q, k, v))
+            call.q_head, call.k_head, call.v_head = (x.stride(2) for x in (q, k, v))
+        scale = scale.contiguous()
+        call.q, call.k, call.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        call.o, call.scale = o.data_ptr(), scale.data_ptr()
+        if token_weights is not None:
+            token_weights = token_weights.contiguous()
+            call.token_weights = token_weights.data_ptr()
+        build.load().ovq_decode(ctypes.byref(call))
+        return o, self.leading_to(with_merged_chunks(after, completed(after), self.options))
+
+    def call_of(self, after: OVQState, num_seen: Tensor) -> tuple[Decode, tuple[PreparedStep, Tensor]]:
+        """The step as a kernel takes it, without queries and the new token, and what to keep meanwhile.
+
+        Args:
+            after: the state, with room for the new token.
+            num_seen: `[B]` tokens before the new one.
+        """
+        step = self._of(after)
+        call = Decode.from_buffer_copy(step._call)
+        num_seen = num_seen.contiguous()
+        call.num_seen, call.num_threads = num_seen.data_ptr(), torch.get_num_threads()
+        return call, (step, num_seen)
+
+    def leading_to(self, after: OVQState) -> OVQState:
+        """The state after such a step, which can repeat it; its tensors may be new."""
+        after._step = self._of(after)
+        return after
+
+    def _of(self, after: OVQState) -> PreparedStep:
+        """The same step on the tensors of a state."""
+        own = (*self._sums, *self._pending)
+        sums = after.key_sum, after.value_sum, after.count, after.weight
+        found = (*sums, after.pending_keys, after.pending_values, after.pending_weights)
+        if all(map(operator.is_, own, found)):
+            return self
+        return PreparedStep(self.options, self.shapes, self.dtype, after)
 
 
 def completed(after: OVQState) -> list[int]:

@@ -107,9 +107,6 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
     for (int64_t i = 0; i < num_chunks(call, row); i++) {
         const Chunk chunk = chunk_of(call, row, i);
         dictionary->num = chunk.before;
-        const double *priority = call->priority;
-        if (priority)
-            priority += ((call->schedule_start[row] + i) * call->num_kv_heads + head) * call->chunk_size;
         const Joining all = {call, dictionary, tokens, &sums, nearest};
         const float *fading = call->fading ? call->fading + chunk.index * call->num_kv_heads + head : nullptr;
         if (team->rank == 0 && fading && chunk.is_complete) {
@@ -136,7 +133,7 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
             else if (nearest)
                 search_tile(all, search, least(QUERIES, searches - search), own->reader.scores);
             else
-                route_tile(call, dictionary, tokens, first, num, chunk.after > chunk.before && !priority, &lengths,
+                route_tile(call, dictionary, tokens, first, num, chunk.after > chunk.before, &lengths,
                            &shared->learner, &own->reader);
         }
         sync(team);
@@ -144,7 +141,7 @@ static void forward_stream(const Call *call, int64_t row, int64_t head, const Te
             join_together(all, dictionary, tokens, &chunk, head, due, num_merged, team, &shared->learner,
                           own->reader.scores);
         else if (team->rank == 0 && chunk.is_complete)
-            learn(call, dictionary, tokens, &sums, &chunk, head, priority, &shared->learner, &own->reader);
+            learn(call, dictionary, tokens, &sums, &chunk, head, &shared->learner, &own->reader);
         if (team->rank == 0 && fading && chunk.is_complete)
             for (int64_t slot = 0; slot < dictionary->num; slot++) bound_slot(dictionary, call, &sums, slot);
     }

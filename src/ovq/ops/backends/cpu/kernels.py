@@ -19,16 +19,9 @@ from ovq.ops.backends.learned import Learned
 from ovq.ops.backends.plan import Plan
 from ovq.ops.fading import LEAST_WEIGHT
 from ovq.ops.options import NUM_PARTS, TIE
-from ovq.ops.random_init import random_priority
 
 # What inputs may be, each by its number in numbers.h.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The rules that they know, by what they are told of each.
-RULES: dict[str, dict[str, bool]] = {
-    "existing": {},
-    "updated": {"is_merge_updated": True},
-    "nearest": {"merges_pairs": True},
-}
 
 
 def cpu_kernels() -> str:
@@ -61,33 +54,16 @@ def is_available() -> bool:
     return True
 
 
-def compiled_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    key_sum: Tensor,
-    value_sum: Tensor,
-    count: Tensor,
-    plan: Plan,
-    *,
-    token_weights: Tensor | None = None,
-    weight: Tensor | None = None,
-    fading: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """`chunk_attention` run by the kernels; arguments, results and the rewinding backward are the same.
+class CompiledAttention(torch.autograd.Function):
+    """`ChunkAttention` run by the kernels; arguments, results and the rewinding backward are the same.
 
     With `fading` `[num_chunks, Hkv]` (`Frames`) there are no gradients.
     """
-    tensors = (q, k, v, scale, key_sum, value_sum, count, token_weights, weight, fading)
-    o, *sums = _CompiledAttention.apply(*tensors, plan)
-    return (o, *(x for x in sums if x is not None))
 
-
-class _CompiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        plan: Plan,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -95,11 +71,11 @@ class _CompiledAttention(torch.autograd.Function):
         key_sum: Tensor,
         value_sum: Tensor,
         count: Tensor,
-        token_weights: Tensor | None,
-        weight: Tensor | None,
-        fading: Tensor | None,
-        plan: Plan,
+        token_weights: Tensor | None = None,
+        weight: Tensor | None = None,
+        fading: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
+        """One call of the kernels."""
         q, k, v = (dense(x) for x in (q, k, v))
         sums = Dictionary(key_sum, value_sum, count, weight).clone()
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype)
@@ -107,8 +83,6 @@ class _CompiledAttention(torch.autograd.Function):
         lse, slots = torch.empty(q.shape[:3]), torch.zeros(k.shape[:3], dtype=torch.int32)
         call = _call(q, k, v, o, lse, scale, sums, slots, plan, token_weights)
         call.fade(fading)
-        if plan.options.init == "random":
-            call.point(priority=_priorities(plan))
         noted: list[Tensor] = []
         assert fading is None or not any(ctx.needs_input_grad)
         if any(ctx.needs_input_grad) and (plan.options.merges_pairs or weight is not None):
@@ -125,7 +99,7 @@ class _CompiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
-        # The gradient of the final sums becomes that of the initial ones.
+        """One call of the kernels: the gradient of the final sums becomes that of the initial ones."""
         # Read once: under activation checkpointing, torch refuses a second time.
         saved = ctx.saved_tensors
         q, k, v, scale, token_weights, o, *of_sums, lse, slots = saved[:12]
@@ -153,7 +127,7 @@ class _CompiledAttention(torch.autograd.Function):
         call.point(weight_deposit=weight_deposit, grad_weights=grad_weights)
         call.run("ovq_backward")
         of_inputs = (*grads, grad_scale.sum(0).to(scale.dtype))
-        return *of_inputs, key_deposit, value_deposit, None, grad_weights, weight_deposit, None, None
+        return None, *of_inputs, key_deposit, value_deposit, None, grad_weights, weight_deposit
 
 
 def learn(
@@ -184,8 +158,6 @@ def learn(
     slots = torch.zeros(k.shape[:3], dtype=torch.int32)
     call = _call(k, k, v, v, nothing, nothing, sums, slots, plan, token_weights)
     call.fade(fading)
-    if plan.options.init == "random":
-        call.point(priority=_priorities(plan))
     if noted:
         call.note(noted)
     call.run("ovq_forward")
@@ -218,16 +190,6 @@ def learn_and_say(
 def dense(x: Tensor) -> Tensor:
     """`x` with each vector contiguous in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _priorities(plan: Plan) -> Tensor:
-    """`[chunks, Hkv, C]` random ranks of each chunk's keys, with an unused chunk after each row's last."""
-    size, rows = plan.options.chunk_size, []
-    for merged, sizes in zip(plan.num_merged, plan.slots, strict=True):
-        for i in range(len(sizes)):
-            seen = merged + (i + 1) * size
-            rows += [random_priority(plan.options.seed, h, seen, size) for h in range(plan.num_kv_heads)]
-    return torch.stack(rows)
 
 
 # Slots that chunks changed, the slots they went into, and what was in them (merged_slots.h): with these, the
@@ -266,14 +228,13 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
         *((name, ctypes.c_int64) for name in ("width", "capacity", "num_threads")),
-        *((name, ctypes.c_int64) for name in ("dtype", "is_merge_updated", "merges_pairs")),
-        *((name, ctypes.c_int64) for name in ("num_parts", "weighs_chunk")),
+        *((name, ctypes.c_int64) for name in ("dtype", "merges_pairs", "num_parts", "weighs_chunk")),
         *((name, ctypes.c_double) for name in ("tie", "value_weight", "mass_power", "least_weight")),
         *((name, _Tokens) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("lse", "scale", "key_sum", "value_sum", "count")),
         *((name, ctypes.c_void_p) for name in ("token_weights", "weight", "fading", "slots")),
         *((name, ctypes.c_void_p) for name in ("first_chunk", "length", "schedule_start", "num_merged")),
-        *((name, ctypes.c_void_p) for name in ("schedule", "priority")),
+        ("schedule", ctypes.c_void_p),
         ("num_noted", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in _NOTED),
         *((name, _Tokens) for name in ("grad_o", "grad_q", "grad_k", "grad_v")),
@@ -335,7 +296,7 @@ def _call(
         capacity=sums.count.shape[2],
         num_threads=torch.get_num_threads(),
         dtype=DTYPES.index(q.dtype),
-        **RULES[options.merge],
+        merges_pairs=options.merges_pairs,
         weighs_chunk=options.weighs_chunk,
         tie=TIE,
         value_weight=options.value_weight,

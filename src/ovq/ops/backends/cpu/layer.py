@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ovq.ops.backends.cpu.decode import Decode, completed, slots_to_read, with_merged_chunks
+from ovq.ops.backends.cpu.decode import Decode, PreparedStep, completed, with_merged_chunks
 from ovq.ops.backends.cpu.kernels import DTYPES
 from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.backends.cpu.tokens import call_kernel
 from ovq.ops.fading import LEAST_LOG, ended, faded
-from ovq.ops.next_step import NextStep
 from ovq.ops.state import OVQState, advanced
 
 
@@ -87,9 +86,8 @@ class TokenMemory(NamedTuple):
 
 def memory_of_slots(
     state: OVQState,
-    step: NextStep,
+    step: PreparedStep,
     *,
-    num_heads: int,
     gate: Tensor | None,
     forget_gate: tuple[Tensor, Tensor] | None = None,
 ) -> TokenMemory:
@@ -98,18 +96,15 @@ def memory_of_slots(
     Args:
         state: the state.
         step: the one before, which this one is like.
-        num_heads: query heads.
         gate: `[Hkv, D]` of the merge gate, or None.
         forget_gate: `[Hkv, D]` and `[Hkv]` of the forget gate, or None.
     """
     after = advanced(state)
-    decode, kept = slots_to_read(after, state.num_seen, num_heads=num_heads)
-    options = step.options
-    decode.weighs_chunk = options.weighs_chunk
-    complete = completed(after)
+    decode, kept = step.call_of(after, state.num_seen)
+    options, complete = step.options, completed(after)
     if forget_gate is None:
         return TokenMemory(
-            decode, lambda: step.told(with_merged_chunks(after, complete, options)), kept, gate
+            decode, lambda: step.leading_to(with_merged_chunks(after, complete, options)), kept, gate
         )
     assert state.pending_forget is not None
     before, now = state.pending_forget.contiguous(), torch.empty_like(state.pending_forget)
@@ -117,12 +112,12 @@ def memory_of_slots(
 
     def finished() -> OVQState:
         if not complete:
-            return step.told(dataclasses.replace(after, pending_forget=now))
+            return step.leading_to(dataclasses.replace(after, pending_forget=now))
         is_complete = torch.zeros(len(now), dtype=torch.bool)
         is_complete[complete] = True
         frame = now * is_complete[:, None]
         merged = with_merged_chunks(faded(after, frame), complete, options)
-        return step.told(ended(merged, now - frame, is_complete, options))
+        return step.leading_to(ended(merged, now - frame, is_complete, options))
 
     return TokenMemory(decode, finished, kept, gate, forgetting)
 

@@ -13,7 +13,7 @@
 
 struct Learner {
     int32_t *slot;     /* [C]: the slot each key goes to. */
-    double *priority;  /* [C]: best cosine of each key, or what the caller ranks keys by; lowest open slots. */
+    double *priority;  /* [C]: best cosine of each key; the lowest open slots. */
     double *ranked;    /* [C]: scratch. */
     uint8_t *opens;    /* [C] */
     uint8_t *is_done;  /* [M]: scratch, zero between uses. */
@@ -265,51 +265,9 @@ static void choose_openers(const Call *call, int64_t num, Learner *learner) {
     }
 }
 
-/* The higher of two scores; NaN if one of them is. */
-INLINE double higher(double a, double b) { return b > a || std::isnan(b) ? b : a; }
-
-/* merge="updated": let the keys that open no slot go to the slots opened by their own chunk as well. */
-static void merge_updated(const Call *call, const Dictionary *dictionary, const Rows *tokens, int64_t existing,
-                          const Lengths *lengths, Learner *learner) {
-    const int64_t ld = key_ld(call), dim = call->k.dim, size = call->chunk_size;
-    double longest = lengths->longest;
-    for (int64_t t = 0; t < size; t++) {
-        const float *key = tokens->keys + t * ld;
-        if (learner->opens[t] && !is_weightless(tokens, t)) longest = fmax(longest, sqrt(exact_dot(key, key, dim)));
-    }
-    for (int64_t t = 0; t < size; t++) {
-        const float *key = tokens->keys + t * ld;
-        if (learner->opens[t]) continue;
-        const float *mean = dictionary->rows.keys + learner->slot[t] * ld;
-        const double own = is_open(dictionary, learner->slot[t]) ? exact_dot(key, mean, dim) : -INFINITY;
-        double best = own;
-        for (int64_t u = 0; u < size; u++)
-            if (learner->opens[u] && !is_weightless(tokens, u))
-                best = higher(best, exact_dot(key, tokens->keys + u * ld, dim));
-        if (lengths->has_extremes)
-            for (int64_t i = 0; i < existing; i++)
-                if (is_open(dictionary, i)) best = higher(best, exact_dot(key, dictionary->rows.keys + i * ld, dim));
-        if (!std::isfinite(best)) {
-            learner->slot[t] = 0;
-            continue;
-        }
-        const double floor = best - call->tie * sqrt(exact_dot(key, key, dim)) * longest;
-        /* On a tie the slot that was there before has the lower index. */
-        if (own >= floor) continue;
-        int64_t slot = existing;
-        for (int64_t u = 0; u < size; u++) {
-            if (!learner->opens[u]) continue;
-            if (!is_weightless(tokens, u) && exact_dot(key, tokens->keys + u * ld, dim) >= floor) break;
-            slot++;
-        }
-        learner->slot[t] = (int32_t)slot;
-    }
-}
-
-/* Once a chunk's keys are routed: open slots, merge the other tokens, say where each went.
-   `priority` [C] is the caller's ranking, or NULL for novelty. */
+/* Once a chunk's keys are routed: open slots, merge the other tokens, say where each went. */
 static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const Sums *sums, const Chunk *chunk,
-                  int64_t head, const double *priority, Learner *learner, Reader *reader) {
+                  int64_t head, Learner *learner, Reader *reader) {
     const int64_t size = call->chunk_size;
     const int is_fresh = !chunk->before;
     /* The key that opens slot 0: the first of a weight above 0, if there is one. */
@@ -334,15 +292,12 @@ static void learn(const Call *call, Dictionary *dictionary, Rows *tokens, const 
     const int64_t existing = dictionary->num, opening = chunk->after - existing;
     memset(learner->opens, 0, (size_t)size);
     if (opening > 0) {
-        if (priority) memcpy(learner->priority, priority, sizeof(double) * size);
         for (int64_t t = 0; t < size; t++)
-            if (is_weightless(tokens, t)) learner->priority[t] = priority ? (double)size : NO_WEIGHT;
+            if (is_weightless(tokens, t)) learner->priority[t] = NO_WEIGHT;
         if (is_fresh) learner->priority[opener] = INFINITY;
         const Lengths lengths = lengths_of(dictionary);
-        if (!priority) settle_novelty(call, dictionary, tokens, opening, lengths.has_extremes, learner, reader);
+        settle_novelty(call, dictionary, tokens, opening, lengths.has_extremes, learner, reader);
         choose_openers(call, opening, learner);
-        if (call->is_merge_updated)
-            merge_updated(call, dictionary, tokens, existing, &lengths, learner);
         int32_t slot = (int32_t)existing;
         for (int64_t t = 0; t < size; t++)
             if (learner->opens[t]) learner->slot[t] = slot++;

@@ -162,17 +162,3 @@ torch.library.register_autograd(
     setup_context=_setup_context,
     lib=_LIBRARY,
 )
-
-
-def mlp_step(x: Tensor, norm: Tensor, eps: float, gate_up: Tensor, down: Tensor) -> Tensor:
-    """`x + down(swiglu(gate_up(norm(x))))` for at most `FEW_TOKENS` vectors x `[..., D]`, without a gradient.
-
-    Norm is the weight `[D]` of an RMS norm; gate_up `[2 I, D]` and down `[D, I]` are dense.
-    """
-    x = x.contiguous()
-    dim, inner = down.shape
-    num = x.numel() // dim
-    y, scratch = torch.empty_like(x), x.new_empty(num * (dim + 3 * inner))
-    threads = torch.get_num_threads()
-    call_kernel("ovq_mlp_step", threads, num, dim, inner, float(eps), x, norm, gate_up, down, scratch, y)
-    return y

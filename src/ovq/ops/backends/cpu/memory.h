@@ -24,7 +24,7 @@ struct Strides {
 /* Heads of equal sizes. Mirrored by `HeadGroup` in memory.py. */
 struct HeadGroup {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, capacity, num_exact, num_sinks, key_dim, value_dim;
-    int64_t dtype, query_dtype, is_merge_updated, merges_pairs, num_parts;
+    int64_t dtype, query_dtype, merges_pairs, num_parts;
     double tie, value_weight, mass_power;
     const int64_t *heads;       /* [h]: which of the key/value heads of k and v. */
     const void *q, *k, *v;      /* q is NULL if nobody reads. */
@@ -93,7 +93,6 @@ static Call learning_call(const HeadGroup *g) {
     call.chunk_size = call.width = g->chunk_size;
     call.capacity = g->capacity;
     call.dtype = FLOAT32;
-    call.is_merge_updated = g->is_merge_updated;
     call.merges_pairs = g->merges_pairs;
     call.num_parts = g->num_parts;
     call.tie = g->tie;
@@ -304,7 +303,7 @@ static void merge_oldest(HeadStream *s) {
         for (int64_t t = 0; chunk.before && t < size; t += QUERIES)
             route_tile(call, dictionary, &own->tokens, t, least(QUERIES, size - t), chunk.after > chunk.before,
                        &lengths, &own->learner, &own->reader);
-        learn(call, dictionary, &own->tokens, &s->sums, &chunk, 0, nullptr, &own->learner, &own->reader);
+        learn(call, dictionary, &own->tokens, &s->sums, &chunk, 0, &own->learner, &own->reader);
     }
     for (int64_t t = 0; t < size; t++) s->sums.position[own->slots[t]] += g->num_sinks + num_merged + t;
     take_counts(s);

@@ -35,10 +35,7 @@ class HeadGroup(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
         *((name, ctypes.c_int64) for name in ("capacity", "num_exact", "num_sinks", "key_dim", "value_dim")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("dtype", "query_dtype", "is_merge_updated", "merges_pairs", "num_parts")
-        ),
+        *((name, ctypes.c_int64) for name in ("dtype", "query_dtype", "merges_pairs", "num_parts")),
         *((name, ctypes.c_double) for name in ("tie", "value_weight", "mass_power")),
         *((name, ctypes.c_void_p) for name in ("heads", "q", "k", "v", "o")),
         *((f"{name}_at", _Strides) for name in ("q", "k", "v", "o")),
@@ -105,7 +102,6 @@ class HeadGroup(ctypes.Structure):
             tie=TIE,
         )
         if options is not None:
-            group.is_merge_updated = options.merge == "updated"
             group.merges_pairs = options.merges_pairs
             group.num_parts = NUM_PARTS
             group.value_weight, group.mass_power = options.value_weight, options.mass_power

@@ -79,12 +79,6 @@ static void add_mlp(Worker worker, int64_t num, int64_t dim, int64_t inner, floa
     multiply(worker, num, inner, dim, gated, down, x, y);
 }
 
-extern "C" void ovq_mlp_step(int64_t num_threads, int64_t num, int64_t dim, int64_t inner, float eps, const float *x,
-                             const float *norm, const float *gate_up, const float *down, float *scratch, float *y) {
-    parallel(threads_for(num_threads, inner * dim),
-             [=](Worker worker) { add_mlp(worker, num, dim, inner, eps, x, norm, gate_up, down, scratch, y); });
-}
-
 /* The short convolution of one token x [num] of `num` channels: y from x and `past` [num, taps - 1], the inputs before
    it, of which `last` are those after it. `weight` is [num, taps]; y may be x. */
 INLINE void convolve_token(int64_t num, int64_t num_taps, const float *x, const float *past, const float *weight,

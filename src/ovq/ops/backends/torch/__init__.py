@@ -9,32 +9,37 @@ from __future__ import annotations
 from torch import Tensor
 
 from ovq.ops.backends.chunks import in_chunks
-from ovq.ops.backends.torch.chunk import chunk_attention
+from ovq.ops.backends.torch.chunk import ChunkAttention
 from ovq.ops.backends.torch.constant_rate import constant_rate_attention
 from ovq.ops.backends.torch.decode import decode_step
 from ovq.ops.backends.torch.learn import learn
 from ovq.ops.call import Call
-from ovq.ops.options import unlisted
+from ovq.ops.known import Known
+from ovq.ops.options import Options
 from ovq.ops.state import OVQState
+from ovq.ops.sums import DTYPES
 
-__all__ = ["learn", "refusal", "run"]
+__all__ = ["KNOWN", "learn", "missing", "run"]
 
-_LISTED = {
-    "growth": ("plateau", "linear", "immediate"),
-    "init": ("novelty", "random"),
-    "merge": ("existing", "updated", "nearest"),
-    "bias": ("count", "count+norm"),
-    "rate": ("count", "number"),
-}
+KNOWN = Known(
+    dtypes=DTYPES,
+    growth=("plateau", "linear", "immediate"),
+    init=("novelty", "random"),
+    merge=("existing", "updated", "nearest"),
+    bias=("count", "count+norm"),
+    rate=("count", "number"),
+    gates=("token_weights", "log_forget"),
+)
 
 
-def refusal(call: Call) -> str | None:
-    """Why it cannot run a call: options that came after it; None if it can."""
-    return unlisted(call.options, _LISTED)
+def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
+    """Nothing: it runs on every device what it knows."""
+    return None
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
     """One token per row without gradients is decoded; everything else goes chunk by chunk."""
     if call.is_decoding:
         return decode_step(call)
-    return in_chunks(call, chunk_attention if call.options.rate == "count" else constant_rate_attention)
+    is_rewound = call.options.ablation.rate == "count"
+    return in_chunks(call, ChunkAttention.apply if is_rewound else constant_rate_attention)

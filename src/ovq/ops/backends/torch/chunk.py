@@ -29,22 +29,11 @@ from ovq.ops.backends.torch.streams import Group, Step, groups_of
 from ovq.ops.options import LEAST_READ
 
 
-def chunk_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    key_sum: Tensor,
-    value_sum: Tensor,
-    count: Tensor,
-    plan: Plan,
-    *,
-    token_weights: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> tuple[Tensor, ...]:
+class ChunkAttention(torch.autograd.Function):
     """OVQ attention over chunk-aligned rows.
 
     Args:
+        plan: the work to do.
         q: `[num_chunks, W, H, K]` queries, chunk-aligned (`AlignedRows.align`).
         k: `[num_chunks, W, Hkv, K]` keys.
         v: `[num_chunks, W, Hkv, V]` values.
@@ -52,23 +41,17 @@ def chunk_attention(
         key_sum: `[R, Hkv, M, K]` sums at the start, M = `plan.capacity`, rows in sorted order.
         value_sum: `[R, Hkv, M, V]`.
         count: `[R, Hkv, M]`.
-        plan: the work to do.
         token_weights: `[num_chunks, W, Hkv, 1]` weights of tokens; None for 1.
         weight: `[R, Hkv, M]` weights of slots at the start, where tokens have weights.
 
     Returns:
-        Outputs `[num_chunks, W, H, V]`, the sums and counts at the end, and, where tokens have weights, those
-        of slots.
+        Outputs `[num_chunks, W, H, V]`, the sums and counts at the end, and the weights of slots, or None.
     """
-    tensors = (q, k, v, scale, key_sum, value_sum, count, token_weights, weight)
-    o, *sums = _ChunkAttention.apply(*tensors, plan)
-    return (o, *(x for x in sums if x is not None))
 
-
-class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        plan: Plan,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -76,10 +59,10 @@ class _ChunkAttention(torch.autograd.Function):
         key_sum: Tensor,
         value_sum: Tensor,
         count: Tensor,
-        token_weights: Tensor | None,
-        weight: Tensor | None,
-        plan: Plan,
+        token_weights: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
+        """Run all groups of streams."""
         sums = Dictionary(key_sum, value_sum, count, weight).clone()
         o = torch.empty(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
         # The slot of every token of a complete chunk; int32 is enough for any dictionary.
@@ -97,6 +80,7 @@ class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_o: Tensor | None, *grad_sums: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Rewind all groups of streams."""
         # Once: under checkpointing each access computes the layer again.
         saved = ctx.saved_tensors
         *inputs, o, slots, key_sum, value_sum, count, weight = saved[:11]
@@ -121,7 +105,7 @@ class _ChunkAttention(torch.autograd.Function):
                 _Backward(group, saved, final, deposits, grads).run(kept)
         of_inputs = (grads.q, grads.k, grads.v, grads.scale)
         of_sums = (deposits.key_sum, deposits.value_sum, None)
-        return *of_inputs, *of_sums, grads.token_weights, deposits.weight, None
+        return None, *of_inputs, *of_sums, grads.token_weights, deposits.weight
 
 
 def _zeros_like(x: Any) -> Any:
@@ -278,7 +262,7 @@ class _Backward:
         grads.scale[step.query_heads] += (by_head * queries.to(wide)).sum((0, 2, 3))
         grad_queries = by_head * saved.scale[step.query_heads, None, None]
         step.put(grads.q, grad_queries.view(step.num_streams, -1, saved.q.shape[-1]), block)
-        if self._group.plan.options.bias == "count+norm":
+        if self._group.plan.options.ablation.bias == "count+norm":
             _backward_norms(step, block, reader, saved.scale, grads.scale, wide_scores, grad_keys)
         for tokens in step.blocks:
             if tokens.start < block.stop:

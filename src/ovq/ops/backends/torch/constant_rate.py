@@ -22,6 +22,7 @@ from ovq.ops.sums import slot_means
 
 
 def constant_rate_attention(
+    plan: Plan,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -29,9 +30,8 @@ def constant_rate_attention(
     key_sum: Tensor,
     value_sum: Tensor,
     count: Tensor,
-    plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`chunk_attention` for a constant rate: the same arguments and results."""
+    """`ChunkAttention` for a constant rate: the same arguments and results."""
     # Nothing can be written in place here, so groups would gain nothing, and all streams go together.
     group = Group(plan, range(len(plan.slots)), range(plan.num_kv_heads))
     sums = group.dictionary(Dictionary(*(x.contiguous() for x in (key_sum, value_sum, count))))
@@ -71,7 +71,7 @@ def _read(
     scales = step.scales(scale)[..., None, None]
     queries = step.take(q).to(keys.dtype).view(*scales.shape[:2], w, -1)
     scores = scales * (queries @ candidates.transpose(1, 2)[:, None]) + bias
-    if step.group.plan.options.bias == "count+norm":
+    if step.group.plan.options.ablation.bias == "count+norm":
         scores = scores - scales * candidates.square().sum(-1)[:, None, None] / 2
     future = torch.ones(w, w, dtype=torch.bool, device=q.device).triu(1)
     scores = scores.masked_fill(torch.nn.functional.pad(future, (n, 0)), -torch.inf)
@@ -84,7 +84,7 @@ def _learned(
     step: Step, sums: Dictionary, means: Tensor, keys: Tensor, values: Tensor, router: Router
 ) -> Dictionary:
     """The dictionaries of all streams once the step's complete chunks are merged."""
-    s, n, rate = step.num_complete, step.num_slots, router.options.rate
+    s, n, rate = step.num_complete, step.num_slots, router.options.ablation.rate
     assert not isinstance(rate, str)
     padded = means.new_zeros(s, padded_to_blocks(max(n, 1)), means.shape[-1])
     padded[:, :n] = means[:s]

@@ -77,7 +77,7 @@ def _read(call: Call, state: OVQState, pending: list[int]) -> Tensor:
     if options.weighs_chunk:
         assert state.pending_weights is not None
         scores += streams(log_token_weights(state.pending_weights[:, :, :used]))[:, None]
-    has_norm = options.bias == "count+norm"
+    has_norm = options.ablation.bias == "count+norm"
     if has_norm:
         half_scales = scale.view(num_kv_heads, -1, 1).repeat(batch, 1, 1) / 2
         scores -= half_scales * recent_keys.square().sum(-1)[:, None]
@@ -160,8 +160,8 @@ def learn_chunk(rows: OVQState, before: list[int], after: list[int], options: Op
     missing = padded_to_blocks(capacity) - capacity
     means = torch.nn.functional.pad(slot_means(sums.key_sum, sums.mass), (0, 0, 0, missing))
     router = Router(num_streams=streams, max_slots=capacity, options=options, like=means)
-    if isinstance(options.rate, str):
+    if isinstance(options.ablation.rate, str):
         merge_chunk(sums, chunk, options, router, means)
         return sums
     slots = router(chunk.keys, means, chunk.before, chunk.after, heads=chunk.heads, num_seen=chunk.num_seen)
-    return moved(sums, slots, router.is_opener, chunk.keys, chunk.values, options.rate)
+    return moved(sums, slots, router.is_opener, chunk.keys, chunk.values, options.ablation.rate)

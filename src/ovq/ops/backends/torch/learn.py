@@ -60,7 +60,7 @@ def _learn_group(
             _multiply(sums, step.take(fading[:, None, :, None])[:s, :, 0])
         missing = padded_to_blocks(capacity) - capacity
         means = torch.nn.functional.pad(slot_means(sums.key_sum[:s], sums.mass[:s]), (0, 0, 0, missing))
-        if isinstance(options.rate, str):
+        if isinstance(options.ablation.rate, str):
             chosen, kept = merge_chunk(sums, chunk, options, router, means)
             if by_chunk is not None:
                 assert kept is not None
@@ -70,7 +70,7 @@ def _learn_group(
                 chunk.keys, means, chunk.before, chunk.after, heads=chunk.heads, num_seen=chunk.num_seen
             )
             part = Dictionary(sums.key_sum[:s], sums.value_sum[:s], sums.count[:s])
-            after = moved(part, chosen, router.is_opener, chunk.keys, chunk.values, options.rate)
+            after = moved(part, chosen, router.is_opener, chunk.keys, chunk.values, options.ablation.rate)
             for name in ("key_sum", "value_sum", "count"):
                 getattr(part, name).copy_(getattr(after, name))
         if fading is not None:

@@ -79,7 +79,7 @@ class Reader:
         self._queries = q.new_empty(queries * q.shape[-1])
         self._scores = q.new_empty(queries * rows)
         self._probs = torch.empty_like(self._scores)
-        self._has_norm = plan.options.bias == "count+norm"
+        self._has_norm = plan.options.ablation.bias == "count+norm"
         kind = wide if has_weights or self._has_norm else q.dtype
         self._wide_scores, self._wide_probs = self._scores, self._probs
         if kind != q.dtype:

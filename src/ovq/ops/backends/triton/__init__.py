@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ovq.ops.backends.chunks import in_chunks
 from ovq.ops.call import Call
-from ovq.ops.options import Options, unlisted
+from ovq.ops.known import Known
+from ovq.ops.options import Options
 from ovq.ops.state import OVQState
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -22,50 +23,36 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 MAX_HEAD_DIM = 256
 # One program ranks all keys of a chunk.
 MAX_CHUNK_SIZE = 4096
-# Other backends run the ablations.
-_LISTED = {
-    "growth": ("plateau", "linear", "immediate"),
-    "init": ("novelty",),
-    "merge": ("existing", "nearest"),
-    "bias": ("count",),
-    "rate": ("count",),
-}
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def refusal(call: Call) -> str | None:
-    """Why the kernels cannot run a call, as "expected ..., found ..."; None if they can."""
-    return refusal_of(call.q, call.v, call.options)
+# `naive` and `torch` run the ablations.
+KNOWN = Known(
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    growth=("plateau", "linear", "immediate"),
+    init=("novelty",),
+    merge=("existing", "nearest"),
+    gates=("token_weights", "log_forget"),
+)
 
 
 def run(call: Call) -> tuple[Tensor, OVQState | None]:
     """Run a decode step (one token per row, no gradients) in one launch, any other call chunk by chunk."""
     # Imported only here, so that nothing else needs Triton or a GPU.
-    from ovq.ops.backends.triton.chunk import chunk_attention
+    from ovq.ops.backends.triton.chunk import ChunkAttention
     from ovq.ops.backends.triton.decode import decode_step
 
-    return decode_step(call) if call.is_decoding else in_chunks(call, chunk_attention)
+    return decode_step(call) if call.is_decoding else in_chunks(call, ChunkAttention.apply)
 
 
-def refusal_of(q: Tensor, v: Tensor, options: Options) -> str | None:
-    """`refusal` for a call whose rows are not known yet.
-
-    Args:
-        q: `[B, T, H, K]` queries.
-        v: `[B, T, Hkv, V]` values.
-        options: the layer's settings.
+def missing(q: Tensor, v: Tensor, options: Options) -> str | None:
+    """What the kernels lack to run a call that they know: a GPU, sizes that fit; None if nothing.
 
     Example:
-        >>> from ovq.ops.options import Options
         >>> x = torch.zeros(1, 4, 1, 512)
         >>> options = Options(
         ...     num_slots=8, chunk_size=4, growth="plateau", init="novelty", merge="existing", seed=0
         ... )
-        >>> refusal_of(x, x, options) is None
+        >>> missing(x, x, options) is None
         False
     """
-    if reason := unlisted(options, _LISTED):
-        return reason
     if not HAS_TRITON:
         return "expected the package triton to be installed (pip install 'ovq[triton]'), found none"
     if not q.is_cuda and not _is_interpreting():
@@ -73,8 +60,6 @@ def refusal_of(q: Tensor, v: Tensor, options: Options) -> str | None:
             "expected tensors on a CUDA device (or TRITON_INTERPRET=1 in the environment of the process, to "
             f"try the kernels without one), found them on {q.device}"
         )
-    if q.dtype not in _DTYPES:
-        return f"expected a dtype of {_DTYPES}, found {q.dtype}"
     for name, dim in (("key", q.shape[-1]), ("value", v.shape[-1])):
         if dim > MAX_HEAD_DIM:
             return f"expected a {name} dimension of at most {MAX_HEAD_DIM}, found {dim}"

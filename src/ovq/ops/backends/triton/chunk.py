@@ -16,27 +16,13 @@ from ovq.ops.backends.triton.weights import Kept, Weights
 from ovq.ops.backends.triton.work import Work
 
 
-def chunk_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    key_sum: Tensor,
-    value_sum: Tensor,
-    count: Tensor,
-    plan: Plan,
-    *,
-    token_weights: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """`chunk_attention` of the `torch` backend, run by the kernels; arguments and results are the same."""
-    return _ChunkAttention.apply(q, k, v, scale, key_sum, value_sum, count, token_weights, weight, plan)
+class ChunkAttention(torch.autograd.Function):
+    """`ChunkAttention` of the `torch` backend, run by the kernels; arguments and results are the same."""
 
-
-class _ChunkAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        plan: Plan,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -44,10 +30,10 @@ class _ChunkAttention(torch.autograd.Function):
         key_sum: Tensor,
         value_sum: Tensor,
         count: Tensor,
-        token_weights: Tensor | None,
-        weight: Tensor | None,
-        plan: Plan,
+        token_weights: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
+        """Run the chunks of all rows."""
         q, k, v, scale = (x.contiguous() for x in (q, k, v, scale))
         sums = Dictionary(key_sum, value_sum, count, weight).clone()
         num_chunks, width, num_heads, _ = q.shape
@@ -83,6 +69,7 @@ class _ChunkAttention(torch.autograd.Function):
         _: None,
         grad_weight: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
+        """Rewind the chunks of all rows."""
         q, k, v, scale, o, lse, slots, *parts = ctx.saved_tensors
         key_sum, value_sum, count, weight, tokens, *parts = parts
         is_read = ctx.work.options.weighs_chunk
@@ -99,4 +86,4 @@ class _ChunkAttention(torch.autograd.Function):
             grads.weight = torch.zeros_like(weight) if grad_weight is None else dense_copy(grad_weight)
         *of_inputs, of_tokens = backward(saved, grad_o, final.clone(), grads, ctx.work)
         of_tokens = None if of_tokens is None else of_tokens[..., None]
-        return *of_inputs, grads.key_sum, grads.value_sum, None, of_tokens, grads.weight, None
+        return None, *of_inputs, grads.key_sum, grads.value_sum, None, of_tokens, grads.weight

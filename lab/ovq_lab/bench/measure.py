@@ -1,0 +1,112 @@
+"""How `ovq bench` measures: interleaved rounds and medians in time, fresh processes in memory.
+
+Machines are noisy, so numbers are compared within one run: the functions that are compared take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ovq.ops.backends.cpu.roof import product_loop
+
+
+def interleaved(
+    functions: Sequence[Callable[[], object]],
+    *,
+    device: str = "cpu",
+    max_rounds: int = 9,
+    seconds: float = 4.0,
+    run: int = 1,
+) -> list[list[float]]:
+    """Seconds of each call of each function; the functions take turns.
+
+    Each function is first called once to warm up. Then rounds follow until the slowest function has taken
+    `seconds` or there were `max_rounds` of them, but at least three (one, for functions that take over ten
+    seconds). A turn is `run` calls: where calls are so short that caches matter, the other functions must not
+    empty the caches between them.
+
+    Example:
+        >>> times = interleaved([lambda: sum(range(10)), lambda: sum(range(1000))], max_rounds=5)
+        >>> [len(t) for t in times]
+        [5, 5]
+    """
+    slowest = max(_seconds(f, device) for f in functions)
+    rounds = 1 if slowest > 10 else min(max_rounds, max(3, int(seconds / max(slowest, 1e-9))))
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(rounds):
+        for times_of_one, function in zip(times, functions, strict=True):
+            times_of_one += [_seconds(function, device) for _ in range(run)]
+    return times
+
+
+def _seconds(function: Callable[[], object], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def matrix_rate(dtype: str, *, device: str = "cpu", num_heads: int = 8) -> float:
+    """FLOP/s of the matrix products that attention consists of: the roofline of the roofline share.
+
+    The highest rate of a score product (`num_heads` times 256 x 64 x 1024), a read product (256 x 1024 x 64)
+    and one large square product, which is larger on a GPU, by PyTorch; and, on a CPU, of the loop that the
+    kernels of this project are made of. They compute in float32 where processors have no faster products.
+    """
+    rates = []
+    if device == "cpu" and (loop := product_loop()) is not None:
+        function, flops = loop
+        rates.append(flops / min(interleaved([function], max_rounds=15, seconds=1.0)[0]))
+    side = 2048 if device == "cpu" else 8192
+    for batch, m, k, n in ((num_heads, 256, 64, 1024), (num_heads, 256, 1024, 64), (1, side, side, side)):
+        a, b = (
+            torch.randn(batch, *size, device=device).to(getattr(torch, dtype)) for size in ((m, k), (k, n))
+        )
+        out = torch.empty(batch, m, n, dtype=a.dtype, device=device)
+        repeats = max(1, int(2e9 / (2 * batch * m * k * n)))
+
+        def call(a: Tensor = a, b: Tensor = b, out: Tensor = out, repeats: int = repeats) -> None:
+            for _ in range(repeats):
+                torch.bmm(a, b, out=out)
+
+        seconds = min(interleaved([call], device=device, max_rounds=15, seconds=1.0)[0])
+        rates.append(2 * batch * m * k * n * repeats / seconds)
+    return max(rates)
+
+
+def peak_bytes(call: dict) -> dict[str, int]:
+    """Bytes by which a fresh process grew to do `call`, the arguments of `ovq_lab.bench.peak`."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ovq_lab.bench.peak", json.dumps(call)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"measuring memory of {call} failed: {done.stderr.strip()}")
+    return json.loads(done.stdout)
+
+
+def spread(times: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest of some seconds.
+
+    Example:
+        >>> spread([3.0, 1.0, 2.0])
+        {'seconds': 2.0, 'seconds_min': 1.0, 'seconds_max': 3.0}
+    """
+    return {
+        "seconds": statistics.median(times),
+        "seconds_min": min(times),
+        "seconds_max": max(times),
+    }

@@ -1,0 +1,92 @@
+"""Peak memory of one workload, alone in its process.
+
+    python -m ovq_lab.bench.peak '{"what": ..., "workload": ...}'
+
+Prints, as JSON, how far the resident memory of the process rose above its value before any input existed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ovq_lab.bench.workloads import Workload
+
+if TYPE_CHECKING:
+    from ovq_lab.bench.models import ModelWorkload
+
+
+def main(arguments: dict) -> dict[str, int]:
+    """Do the work and return the bytes it took."""
+    if arguments["what"] == "model":
+        # Calls of the op, which most are, need no transformers.
+        from ovq_lab.bench.models import ModelWorkload
+
+        return _model(ModelWorkload(**arguments["workload"]))
+    workload = Workload(**arguments["workload"])
+    what = arguments["what"]
+    # A tiny call first, so that thread pools and libraries, which are loaded once, are not counted.
+    small = dataclasses.replace(workload, length=2 * workload.chunk_size)
+    small.forward_backward("cpu")()
+    if what == "stream":
+        return _stream(workload, arguments["piece"])
+    before = _resident()
+    if what == "forward":
+        workload.forward("cpu")()
+    elif what == "forward_backward":
+        # The result is kept while the peak is read: a training step holds its gradients too.
+        result = workload.forward_backward("cpu")()
+        assert len(result) == 3
+    else:
+        raise ValueError(f"what: expected 'forward', 'forward_backward' or 'stream', found {what!r}")
+    return {"peak_bytes": _peak() - before}
+
+
+def _model(workload: ModelWorkload) -> dict[str, int]:
+    """A second training step, in which the optimizer has its state; the model and its gradients count too."""
+    dataclasses.replace(workload, size="2M", length=64).training()()
+    before = _resident()
+    step = workload.training()
+    for _ in range(2):
+        step()
+    return {"peak_bytes": _peak() - before}
+
+
+def _stream(workload: Workload, piece: int) -> dict[str, int]:
+    """Growth of the peak from the first 64k tokens of a stream to its end."""
+    before = _resident()
+    dataclasses.replace(workload, length=65536).stream(piece)
+    early = _peak()
+    state = workload.stream(piece)
+    assert int(state.num_seen) == workload.length
+    return {
+        "peak_bytes": early - before,
+        "growth_bytes": _peak() - early,
+        "resident_bytes": early,
+        "state_bytes": state.nbytes,
+    }
+
+
+def _resident() -> int:
+    """Current resident memory."""
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    """Largest resident memory so far. (`getrusage` would count the parent's, from before the exec.)"""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    """Bytes of a field of Linux's `/proc/self/status`."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status: expected a line {field}, found none")
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

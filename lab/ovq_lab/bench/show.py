@@ -1,0 +1,173 @@
+"""The report of `ovq bench`: tables in the terminal and two figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from ovq.runtime.units import format_bytes
+from ovq_lab.plots.canvas import Axes, FuncFormatter
+from ovq_lab.plots.panels import length_axis, new_panels, save
+from ovq_lab.plots.style import Style, line_styles, style_name
+
+TITLES = {
+    "forward": "Prefill (forward)",
+    "forward_backward": "Training (forward + backward)",
+    "decode": "Decode (one token after T)",
+    "memory": "Peak memory of forward + backward, inputs and gradients included",
+    "model_training": "Training step of a model of T tokens",
+    "model_memory": "Peak memory of it, weights, gradients and optimizer included",
+    "model_generate": "generate(), one token after T",
+}
+# What is measured has the style of the mixer that reads in the same way.
+_MIXERS = {
+    **dict.fromkeys(("sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"), "full_attention"),
+    **dict.fromkeys(("window", "flex_window"), "sliding_attention"),
+    "llama": "full_attention",
+}
+
+
+def tables(report: dict) -> list[Table]:
+    """One table for each part and dtype: one column per length, one row per mixer."""
+    made = []
+    for what, title in TITLES.items():
+        for dtype in report["suite"]["dtypes"]:
+            rows = [r for r in report["rows"] if r["what"] == what and r["dtype"] == dtype]
+            if rows:
+                made.append(_table(f"{title}, {dtype}", rows))
+    return made
+
+
+def _table(title: str, rows: list[dict]) -> Table:
+    lengths = sorted({r["length"] for r in rows})
+    table = Table(title=title)
+    table.add_column("")
+    for length in lengths:
+        table.add_column(format_length(length), justify="right")
+    for label in dict.fromkeys(r["label"] for r in rows):
+        by_length = {r["length"]: r for r in rows if r["label"] == label}
+        table.add_row(label, *(_cell(by_length[t]) if t in by_length else "-" for t in lengths))
+    return table
+
+
+def _cell(row: dict) -> str:
+    if "peak_bytes" in row:
+        return format_bytes(row["peak_bytes"])
+    # A mark if the trace shows other kernels than those that were meant to run.
+    parts = [format_seconds(row["seconds"]) + ("" if row.get("is_intended", True) else "!")]
+    if row["what"].startswith("model_"):
+        parts.append(f"{row['tokens_per_second']:.0f} tokens/s")
+    if row["mixer"] != "sdpa" and "speedup" in row:
+        parts.append(f"{row['speedup']:.2f}x")
+    if "roofline_share" in row:
+        parts.append(f"{row['roofline_share']:.0%}")
+    return "  ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds, for display.
+
+    Example:
+        >>> format_seconds(0.0000321), format_seconds(0.0321), format_seconds(3.21)
+        ('32 us', '32.1 ms', '3.21 s')
+    """
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} us"
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def format_length(length: int) -> str:
+    """A number of tokens, for display.
+
+    Example:
+        >>> format_length(65536), format_length(1000)
+        ('64k', '1000')
+    """
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+def sentences(report: dict) -> list[str]:
+    """What the numbers say: from where OVQ is faster than exact attention, and how little memory and decode
+    grow."""
+    said = []
+    for found in report["crossover"]:
+        part = f"{TITLES[found['what']]}, {found['dtype']}, {found['label']}"
+        if found["length"] is None:
+            said.append(f"{part}: not faster than exact attention at any length measured.")
+        else:
+            said.append(
+                f"{part}: faster than exact attention from {format_length(found['length'])} tokens on."
+            )
+    for row in report["rows"]:
+        if row["what"] == "stream":
+            share, length = row["growth_bytes"] / row["resident_bytes"], format_length(row["length"])
+            said.append(
+                f"Streaming {length} tokens, {row['label']}: memory grew by {share:.1%} "
+                f"after the first 64k; the state is {format_bytes(row['state_bytes'])}."
+            )
+        if not row.get("is_intended", True):
+            said.append(
+                f"! {row['what']} {row['dtype']} {format_length(row['length'])}, {row['label']}: not the "
+                f"intended kernels, but {', '.join(row['kernels'])}."
+            )
+    for found in report.get("left_out", ()):
+        said.append(
+            f"Left out: {found['what']} {found['dtype']} {format_length(found['length'])}, {found['label']} "
+            f"({found['reason']})."
+        )
+    return said
+
+
+def save_figures(report: dict, folder: Path) -> list[Path]:
+    """Draw time and memory by length into `bench.png`, with one panel for each part and dtype."""
+    panels = [
+        (what, dtype)
+        for what in TITLES
+        for dtype in report["suite"]["dtypes"]
+        if any(r["what"] == what and r["dtype"] == dtype for r in report["rows"])
+    ]
+    if not panels:
+        return []
+    styles = line_styles({r["label"]: (_style(r), r["num_slots"]) for r in report["rows"]})
+    figure, axes = new_panels(len(panels), height=2.7)
+    for panel, (what, dtype) in zip(axes, panels, strict=True):
+        rows = [r for r in report["rows"] if r["what"] == what and r["dtype"] == dtype]
+        _draw(panel, rows, f"{TITLES[what].split(' of ')[0]}, {dtype}", styles)
+    path = folder / "bench.png"
+    is_model = panels[0][0].startswith("model_")
+    what = "training and generation" if is_model else "one attention read"
+    save(figure, path, title=f"Time and memory of {what}{_processor(report)}")
+    return [path]
+
+
+def _style(row: dict) -> str:
+    """What `line_styles` calls the mixer of a row; those of whole models have no rule."""
+    return style_name(_MIXERS.get(row["mixer"], row["mixer"]), row.get("merge"))
+
+
+def _processor(report: dict) -> str:
+    """What ran it, in brackets; nothing for rows that say nothing of it."""
+    environment = report.get("environment", {})
+    names = [environment.get("processor"), *environment.get("features", ())]
+    return f" ({', '.join(filter(None, names))})" if any(names) else ""
+
+
+def _draw(axes: Axes, rows: list[dict], title: str, styles: dict[str, Style]) -> None:
+    is_memory = "peak_bytes" in rows[0]
+    for label in dict.fromkeys(r["label"] for r in rows):
+        line = sorted((r for r in rows if r["label"] == label), key=lambda r: r["length"])
+        axes.plot(
+            [r["length"] for r in line],
+            [r["peak_bytes" if is_memory else "seconds"] for r in line],
+            label=label,
+            **styles[label].options(),
+        )
+    lengths = sorted({r["length"] for r in rows})
+    length_axis(axes, lengths, [format_length(t) for t in lengths])
+    axes.set_yscale("log", base=2 if is_memory else 10)
+    formatter = format_bytes if is_memory else format_seconds
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatter(value)))
+    axes.set_xlabel("tokens T")
+    axes.set_ylabel("bytes" if is_memory else "time")
+    axes.set_title(title, fontsize=11)

@@ -1,0 +1,313 @@
+"""What `ovq bench` runs: one attention read by OVQ, by PyTorch's exact attention, and over a window."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, scaled_dot_product_attention
+
+from ovq.layers.softmax import windowed_read
+from ovq.ops import OVQState, ovq_attention, slots_by_chunk
+from ovq.ops.options import current_merge, default_growth
+from ovq_lab.bench.rivals import RIVALS
+from ovq_lab.eval.rows import model_label
+
+MIXERS = ("ovq", "sdpa", "window", *RIVALS)
+
+
+class Shape(TypedDict):
+    """The fields that all workloads of a comparison share."""
+
+    length: int
+    dtype: str
+    chunk_size: int
+    num_heads: int
+    head_dim: int
+
+
+class DictionaryOptions(TypedDict):
+    """The options of `ovq_attention` that decide how large the dictionary grows, and how it is kept."""
+
+    num_slots: int
+    chunk_size: int
+    merge: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """An attention read to be measured.
+
+    Attributes:
+        mixer: `"ovq"`, `"sdpa"` (`scaled_dot_product_attention`, causal), `"window"` (sliding window) or one
+            of `rivals.RIVALS`.
+        length: Tokens T.
+        dtype: Dtype of queries, keys and values: `"float32"` or `"bfloat16"`.
+        num_slots: N, for OVQ.
+        merge: The rule by which OVQ keeps its slots, with the growth that it is meant for.
+        chunk_size: C of OVQ, and the width of the window.
+        num_heads: H, of queries, keys and values alike.
+        head_dim: K = V.
+    """
+
+    mixer: str
+    length: int
+    dtype: str
+    num_slots: int | None = None
+    merge: str = "existing"
+    chunk_size: int = 256
+    num_heads: int = 8
+    head_dim: int = 64
+
+    def __post_init__(self) -> None:
+        if self.mixer not in MIXERS:
+            raise ValueError(f"mixer: expected one of {MIXERS}, found {self.mixer!r}")
+        if (self.num_slots is None) == (self.mixer == "ovq"):
+            raise ValueError(f"num_slots: expected a number for 'ovq' alone, found {self.num_slots}")
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and figures.
+
+        Example:
+            >>> shape = {"length": 4096, "dtype": "float32", "num_slots": 1024}
+            >>> [Workload(mixer="ovq", merge=rule, **shape).label for rule in ("existing", "nearest")]
+            ['OVQ, 1024 slots', 'OVQ, nearest, 1024 slots']
+        """
+        if self.mixer == "ovq":
+            return model_label("ovq", self.num_slots, merge=self.merge)
+        if self.mixer in RIVALS:
+            return RIVALS[self.mixer].label
+        return "exact (SDPA)" if self.mixer == "sdpa" else f"window of {self.chunk_size}"
+
+    @property
+    def options(self) -> DictionaryOptions:
+        """Options of `ovq_attention`, for OVQ alone."""
+        assert self.num_slots is not None
+        return {"num_slots": self.num_slots, "chunk_size": self.chunk_size, "merge": self.merge}
+
+    def inputs(self, *, device: str = "cpu", requires_grad: bool = False) -> list[Tensor]:
+        """q, k, v in the layout that suits the mixer: `[1, T, H, K]` for OVQ and fla, else `[1, H, T, K]`."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, self.length, self.num_heads, self.head_dim)
+        tensors = []
+        for is_value in (False, False, True):
+            x = torch.randn(shape, generator=generator)
+            x = (x if is_value else normalize(x, dim=-1)).to(device, getattr(torch, self.dtype))
+            x = x if self._is_token_first else x.transpose(1, 2).contiguous()
+            tensors.append(x.requires_grad_(requires_grad))
+        return tensors
+
+    @property
+    def _is_token_first(self) -> bool:
+        return self.mixer == "ovq" or (self.mixer in RIVALS and RIVALS[self.mixer].is_token_first)
+
+    def read(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The function of q, k and v that is measured."""
+        scale = self.head_dim**0.5
+        if self.mixer in RIVALS:
+            return RIVALS[self.mixer].read(scale, self.chunk_size)
+        if self.mixer == "ovq":
+            return lambda q, k, v: ovq_attention(q, k, v, scale=scale, **self.options)[0]
+        if self.mixer == "sdpa":
+            return lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        # The windowed read takes queries that are already scaled.
+        return lambda q, k, v: windowed_read(q * scale, k, v, None, window=self.chunk_size)
+
+    def forward(self, device: str) -> Callable[[], object]:
+        """A function that runs the forward once."""
+        inputs, read = self.inputs(device=device), self.read()
+
+        def call() -> object:
+            with torch.no_grad():
+                return read(*inputs)
+
+        return call
+
+    def forward_backward(self, device: str) -> Callable[[], tuple[Tensor, ...]]:
+        """A function that runs the forward and the backward once, and returns the gradients of q, k and v."""
+        inputs, read = self.inputs(device=device, requires_grad=True), self.read()
+        grad = torch.randn_like(inputs[0].detach())
+
+        def call() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(read(*inputs), inputs, grad)
+
+        return call
+
+    def decode(self, device: str) -> Callable[[], object]:
+        """A function that decodes one token after `length` tokens, and continues from there at each call, for
+        a chunk of tokens; then it begins again. A cache holds as many tokens as the others have read by then.
+        """
+        if self.mixer == "ovq":
+            return self._decode_ovq(device)
+        if self.mixer in RIVALS:
+            return self._decode_rival(device)
+        steps = self._window(device) if self.mixer == "window" else self._caches(device)
+
+        def call() -> object:
+            q, k, v = next(steps)
+            with torch.no_grad():
+                return scaled_dot_product_attention(q, k, v, scale=self.head_dim**0.5)
+
+        return call
+
+    def _caches(self, device: str) -> Iterator[list[Tensor]]:
+        """A query with the keys and values up to its own, for each token after the first `length`.
+
+        These are parts of a cache that has room for all, cut beforehand so that this is not measured.
+        """
+        q, *cache = dataclasses.replace(self, length=self.length + self.chunk_size).inputs(device=device)
+        places = range(self.length, self.length + self.chunk_size)
+        return itertools.cycle([[q[:, :, t : t + 1], *(x[:, :, : t + 1] for x in cache)] for t in places])
+
+    def _window(self, device: str) -> Iterator[list[Tensor]]:
+        """The last token with the keys and values of its window, again and again."""
+        kept = min(self.length, self.chunk_size)
+        q, k, v = dataclasses.replace(self, length=kept).inputs(device=device)
+        return itertools.repeat([q[:, :, -1:], k, v])
+
+    @property
+    def has_decode(self) -> bool:
+        """Whether decoding one token after a context can be measured."""
+        return self.mixer not in RIVALS or RIVALS[self.mixer].decode is not None
+
+    def _decode_rival(self, device: str) -> Callable[[], object]:
+        rival = RIVALS[self.mixer]
+        assert rival.decode is not None, "asked for where has_decode is true"
+        # The size of a state does not depend on what was read into it.
+        token = dataclasses.replace(self, length=1).inputs(device=device)
+        steps = self._caches(device) if rival.cost == "exact" else itertools.repeat(token)
+        step = rival.decode(steps, self.head_dim**0.5)
+
+        def call() -> object:
+            with torch.no_grad():
+                return step()
+
+        return call
+
+    def _decode_ovq(self, device: str) -> Callable[[], object]:
+        inputs = self.inputs(device=device)
+        first: OVQState | None
+        with torch.no_grad():
+            _, first = ovq_attention(*inputs, **self.options, output_final_state=True)
+        places = [t % self.length for t in range(self.chunk_size)]
+        tokens = [[x[:, t : t + 1] for x in inputs] for t in places]
+        state, t = first, 0
+
+        def call() -> object:
+            nonlocal state, t
+            if t == self.chunk_size:
+                # Not much more than `length` tokens are read, however often this is called.
+                state, t = first, 0
+            token = tokens[t]
+            t += 1
+            with torch.no_grad():
+                o, state = ovq_attention(*token, **self.options, initial_state=state, output_final_state=True)
+            return o
+
+        return call
+
+    def stream(self, piece: int) -> OVQState:
+        """The state after reading `length` tokens in pieces, for OVQ only; memory must not grow with the
+        length."""
+        state: OVQState | None = None
+        inputs = dataclasses.replace(self, length=piece).inputs()
+        with torch.no_grad():
+            for _ in range(0, self.length, piece):
+                _, state = ovq_attention(
+                    *inputs, **self.options, initial_state=state, output_final_state=True
+                )
+        assert state is not None
+        return state
+
+    def flops(self, *, backward: bool = False) -> float:
+        """Floating-point operations that the algorithm needs, counting matrix products only.
+
+        OVQ: 2 T H (n (2 K + V) + C (K + V) / 2), with n the mean size of the dictionary, for routing, scores
+        and the read. Exact attention: 2 T H (T / 2) (K + V). A backward needs twice the products of the read
+        (it has no routing); products that an implementation computes again are not counted, nor those by
+        which "nearest" finds what is nearest.
+
+        Example:
+            >>> w = Workload(mixer="sdpa", length=1024, dtype="float32", num_heads=1, head_dim=64)
+            >>> w.flops() == 2 * 1024 * 512 * 128
+            True
+        """
+        both = 2 * self.head_dim
+        seen: float
+        per_token: float
+        if self.cost == "state":
+            # Products with a [K, V] state as the recurrence needs them; in chunks there are more.
+            per_token = (2 if backward else 1) * RIVALS[self.mixer].products * self.head_dim**2
+            return 2 * self.num_heads * self.length * per_token
+        if self.cost == "exact":
+            seen = self.length / 2
+        elif self.cost == "window":
+            seen = min(self.chunk_size, self.length / 2)
+        else:
+            sizes = self._sizes(-(-self.length // self.chunk_size) - 1)
+            seen = sum(sizes) / len(sizes)
+        if self.cost == "slots":
+            routing = 0.0 if backward else seen * self.head_dim
+            seen += min(self.chunk_size, self.length) / 2
+        else:
+            routing = 0.0
+        per_token = (2 if backward else 1) * seen * both + routing
+        return 2 * self.num_heads * self.length * per_token
+
+    def _sizes(self, num_chunks: int) -> list[int]:
+        """Slots of OVQ before each of so many chunks, and after the last."""
+        sizes = {"num_slots": self.options["num_slots"], "chunk_size": self.chunk_size}
+        return slots_by_chunk(0, 0, num_chunks, growth=default_growth(self.merge), **sizes)
+
+    @property
+    def cost(self) -> str:
+        """What the mixer reads: `"exact"`, `"window"`, `"slots"` or a `"state"`."""
+        if self.mixer in RIVALS:
+            return RIVALS[self.mixer].cost
+        return {"ovq": "slots", "sdpa": "exact", "window": "window"}[self.mixer]
+
+    def bytes(self, part: str) -> float:
+        """The fewest bytes that must be read and written, whatever the implementation.
+
+        These are the inputs, the output and their gradients, once; for a decoded token, its cache, state or
+        dictionary.
+
+        Example:
+            >>> w = Workload(mixer="sdpa", length=1024, dtype="bfloat16", num_heads=1, head_dim=64)
+            >>> w.bytes("forward") == 4 * 1024 * 64 * 2, w.bytes("decode") == 2 * 1024 * 64 * 2
+            (True, True)
+        """
+        size = getattr(torch, self.dtype).itemsize
+        row = self.num_heads * self.head_dim * size
+        if part == "decode":
+            if self.cost == "state":
+                return 2 * self.num_heads * self.head_dim**2 * 4
+            if self.cost == "slots":
+                slots = self._sizes(self.length // self.chunk_size)[-1]
+                # Sums are float32, counts have 8 bytes; on average the chunk is half full.
+                return slots * self.num_heads * (8 * self.head_dim + 8) + self.chunk_size * row
+            return 2 * row * (self.length if self.cost == "exact" else min(self.length, self.chunk_size))
+        # The backward reads q, k, v, o and the gradient of o, and writes three gradients.
+        return self.length * row * (4 if part == "forward" else 12)
+
+
+def contenders(
+    others: Iterable[str], shape: Shape, num_slots: Iterable[int], merges: Iterable[str] = ("existing",)
+) -> list[Workload]:
+    """Other mixers, and OVQ at every size and by every rule; `shape` holds the fields that they share.
+
+    Example:
+        >>> shape = {"length": 64, "dtype": "float32", "chunk_size": 16, "num_heads": 1, "head_dim": 8}
+        >>> [w.label for w in contenders(["sdpa"], shape, [8], ["existing", "nearest"])]
+        ['exact (SDPA)', 'OVQ, 8 slots', 'OVQ, nearest, 8 slots']
+    """
+    ovq = itertools.product(num_slots, dict.fromkeys(map(current_merge, merges)))
+    return [
+        *(Workload(mixer=name, **shape) for name in others),
+        *(Workload(mixer="ovq", num_slots=n, merge=rule, **shape) for n, rule in ovq),
+    ]

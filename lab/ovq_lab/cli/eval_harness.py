@@ -1,0 +1,91 @@
+"""`ovq eval harness`: tasks of EleutherAI's lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ovq.cli import dictionaries
+from ovq.cli.common import check_folder, out_console, parse_ints
+from ovq.cli.loading import check_any_folder, load_any_model
+from ovq_lab.cli.results import text_tokenizer
+
+
+def harness(
+    model: Annotated[
+        Path, typer.Option(help="Folder of a trained, converted or pretrained model.", show_default=False)
+    ],
+    tasks: Annotated[str, typer.Option(help="Names of tasks with commas between them.", show_default=False)],
+    num_slots: dictionaries.Size = None,
+    merge: dictionaries.Rule = None,
+    logn_length: dictionaries.LognLength = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 1,
+    max_length: Annotated[
+        int, typer.Option(min=2, help="Most tokens shown; longer texts lose their beginning.")
+    ] = 8192,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first examples of each task.", show_default=False)
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with your own tasks.", show_default=False)
+    ] = None,
+    ruler_lengths: Annotated[
+        str | None, typer.Option(help="Lengths of the tasks of RULER, in tokens.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for harness.json, samples included.", show_default=False)
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Run tasks of the lm-evaluation-harness (pip install 'ovq\\[harness]').
+
+    The harness's own tasks read their data from the hub. To use all options of the harness: [bold]python -m
+    ovq_lab.eval.harness run --model hf --model_args pretrained=DIR --tasks ...[/bold]
+
+    Example: [bold]ovq eval harness --model runs/ovq --tasks piqa,hellaswag,arc_easy --batch-size 8[/bold]
+    """
+    dictionaries.check_rule(merge)
+    lengths = None if ruler_lengths is None else parse_ints(ruler_lengths, flag="--ruler-lengths")
+    check_any_folder(model)
+    check_folder("--out", out)
+    names = [name.strip() for name in tasks.split(",")]
+
+    from ovq.runtime.files import write_atomic
+    from ovq_lab.eval.harness import evaluate_tasks
+
+    # Tasks that build their data load the tokenizer themselves.
+    metadata: dict[str, Any] = {"tokenizer": str(model)}
+    if lengths is not None:
+        metadata["max_seq_lengths"] = lengths
+    # Some tasks print their progress; standard output is for results.
+    with redirect_stdout(sys.stderr):
+        results = evaluate_tasks(
+            load_any_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length),
+            text_tokenizer(model),
+            names,
+            batch_size=batch_size,
+            max_length=max_length,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            include_path=include_path,
+            metadata=metadata,
+        )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        # The results of the harness contain functions and NumPy numbers.
+        write_atomic(out / "harness.json", json.dumps(results, indent=2, default=str) + "\n")
+    if json_:
+        typer.echo(json.dumps(results["results"], indent=2, default=float))
+        return
+
+    from lm_eval.utils import make_table
+
+    out_console.print(make_table(results), highlight=False, soft_wrap=True)

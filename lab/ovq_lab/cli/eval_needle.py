@@ -1,0 +1,149 @@
+"""`ovq eval needle`: whether language models find a needle in a haystack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ovq.cli.common import check_folder, parse_ints
+from ovq.cli.dictionaries import LognLength
+from ovq.cli.loading import check_any_folder, load_any_model
+from ovq_lab.cli import corpus, dictionaries
+from ovq_lab.cli.results import model_names, show_results, text_tokenizer
+
+if TYPE_CHECKING:
+    from ovq_lab.eval.needle import NeedleRow
+
+
+def needle(
+    model: Annotated[
+        list[Path],
+        typer.Option(
+            help="Folder of a trained, converted or pretrained model; can be given several times.",
+            show_default=False,
+        ),
+    ],
+    lengths: Annotated[
+        str, typer.Option(help="Most tokens of text, question and answer together.")
+    ] = "1024,4096",
+    depths: Annotated[
+        str, typer.Option(help="Per cent of the text that comes before the needle.")
+    ] = "0,25,50,75,100",
+    haystack: Annotated[str, typer.Option(help="noise (five sentences, over and over) or essay.")] = "noise",
+    value: Annotated[str, typer.Option(help="word, number or uuid.")] = "number",
+    dataset: corpus.Dataset = None,
+    split: corpus.Split = "test",
+    held_out: corpus.HeldOut = None,
+    subset: corpus.Subset = None,
+    hub_split: corpus.HubSplit = None,
+    text_field: corpus.TextField = None,
+    max_documents: corpus.MaxDocuments = None,
+    num_slots: dictionaries.Sizes = None,
+    merge: dictionaries.Rules = None,
+    logn_length: LognLength = None,
+    examples: Annotated[int, typer.Option(min=1, help="Questions per length and depth.")] = 5,
+    distractors: Annotated[int, typer.Option(min=1, help="Other values to tell the right one from.")] = 7,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the questions.")] = 0,
+    piece_size: Annotated[
+        int, typer.Option(min=1, help="Tokens read at a time, which limits the memory needed.")
+    ] = 2048,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for needle.json and heat maps needle_*.png.", show_default=False),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Hide a sentence in a long text and ask for it, by length and depth.
+
+    Each cell shows three shares: of values that greedy generation produces; of tokens of values that the
+    model ranks first; and of values that are more likely than all --distractors others.
+
+    Essays are made of documents that the first model was not trained on, or of another --dataset.
+
+    Example: [bold]ovq eval needle --model runs/ovq --lengths 1024,4096 --depths 0,50,100 --haystack essay
+    --dataset sotu --value uuid --out results[/bold]
+    """
+    at_lengths = parse_ints(lengths, flag="--lengths")
+    at_depths = _parse_depths(depths)
+    tested = dictionaries.parse(num_slots, merge)
+    chosen = {"held_out": held_out, "subset": subset, "hub_split": hub_split}
+    chosen |= {"text_field": text_field, "max_documents": max_documents}
+    if haystack != "essay":
+        for name, option in {"dataset": dataset, **chosen}.items():
+            if option is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag}: expected only with --haystack essay, found {option!r}")
+    for folder in model:
+        check_any_folder(folder)
+    check_folder("--out", out)
+
+    from ovq_lab.plots.needle import needle_table, save_needle_figures
+    from ovq_lab.text.haystack import essay_texts
+
+    source = corpus.corpus_to_read(model[0], dataset, **chosen) if haystack == "essay" else None
+    texts = [] if source is None else essay_texts(source, split, max(at_lengths))
+    rows = _measure(
+        model,
+        {"haystack": haystack, "value": value, "num_distractors": distractors, "texts": texts},
+        lengths=at_lengths,
+        depths=at_depths,
+        logn_length=logn_length,
+        **tested,
+        num_examples=examples,
+        seed=seed,
+        piece_size=piece_size,
+    )
+    title = f"A {value} in {haystack}: said, share of its tokens, chosen of {distractors + 1}"
+    show_results(
+        {
+            "models": list(map(str, model)),
+            "source": None if source is None else corpus.described_corpus(source),
+            "split": split,
+            "seed": seed,
+        },
+        rows,
+        tables=(needle_table(rows, title=title),),
+        draw=save_needle_figures,
+        out=None if out is None else out / "needle.json",
+        is_json=json_,
+    )
+
+
+def _measure(
+    folders: list[Path], questions: dict[str, Any], *, logn_length: int | None, **options: Any
+) -> list[NeedleRow]:
+    """The rows of all models; each reads the questions with its own tokenizer."""
+    from ovq.runtime.progress import Reporter
+    from ovq_lab.eval.needle import evaluate_needle
+    from ovq_lab.text.haystack import NeedleBuilder
+
+    rows = []
+    with Reporter() as reporter:
+        for folder, name in zip(folders, model_names(folders), strict=True):
+            builder = NeedleBuilder(text_tokenizer(folder), **questions)
+            rows += evaluate_needle(
+                load_any_model(folder, logn_length=logn_length),
+                builder,
+                reporter=reporter,
+                name=name,
+                **options,
+            )
+    return rows
+
+
+def _parse_depths(text: str) -> list[float]:
+    """Read per cents as shares.
+
+    Example:
+        >>> _parse_depths("0, 12.5,100")
+        [0.0, 0.125, 1.0]
+    """
+    try:
+        depths = [float(part) / 100 for part in text.split(",")]
+    except ValueError:
+        depths = [-1.0]
+    if not all(0 <= depth <= 1 for depth in depths):
+        raise ValueError(f"--depths: expected numbers from 0 to 100 with commas between them, found {text!r}")
+    return depths

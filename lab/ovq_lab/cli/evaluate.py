@@ -1,0 +1,100 @@
+"""`ovq eval`: accuracy of a trained model by length and size of the dictionary; tests of language models."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ovq.cli.common import out_console, parse_ints
+from ovq.cli.dictionaries import LognLength
+from ovq.cli.loading import check_model_folder, load_model
+from ovq_lab.cli import dictionaries, eval_harness, eval_lm, eval_needle
+
+app = typer.Typer(invoke_without_command=True, subcommand_metavar="[lm|needle|harness]")
+app.command("lm")(eval_lm.language)
+app.command("needle")(eval_needle.needle)
+app.command("harness")(eval_harness.harness)
+
+
+@app.callback()
+def evaluate(
+    context: typer.Context,
+    model: Annotated[Path | None, typer.Option(help="Folder of a trained model.", show_default=False)] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens per example, one test for each length.")
+    ] = "256,1024,4096",
+    num_slots: dictionaries.Sizes = None,
+    merge: dictionaries.Rules = None,
+    logn_length: LognLength = None,
+    examples: Annotated[int, typer.Option(min=1, help="Examples per length.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the test data.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Test a model on the synthetic task it was trained on.
+
+    Example: [bold]ovq eval --model runs/ovq --lengths 256,1024,4096 --num-slots 64,256,1024
+        --merge existing,nearest[/bold]
+
+    Language models have tests of their own, named before their options: [bold]ovq eval lm[/bold], [bold]ovq
+    eval needle[/bold] and [bold]ovq eval harness[/bold].
+    """
+    if context.invoked_subcommand is not None:
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+        if given:
+            name = context.invoked_subcommand
+            raise ValueError(
+                f"eval {name}: expected options after {name}, found {', '.join(given)} before it"
+            )
+        return
+    if model is None:
+        raise ValueError("Missing option '--model'")
+    at_lengths = parse_ints(lengths, flag="--lengths")
+    tested = dictionaries.parse(num_slots, merge)
+    check_model_folder(model)
+    from ovq_lab.tasks import TextTask
+    from ovq_lab.train.config import RunConfig
+
+    task = RunConfig.load(model).task
+    if isinstance(task, TextTask):
+        raise ValueError(f"{model}: expected a run on a synthetic task, found one on text: ovq eval lm")
+    for length in at_lengths:
+        task.at_length(length)
+
+    from ovq.runtime.progress import Reporter
+    from ovq_lab.eval.accuracy import evaluate as evaluate_model
+    from ovq_lab.plots.tables import result_table, slice_table
+
+    with Reporter() as reporter:
+        rows = evaluate_model(
+            load_model(model, logn_length=logn_length),
+            task,
+            lengths=at_lengths,
+            **tested,
+            num_examples=examples,
+            seed=seed,
+            reporter=reporter,
+        )
+    if json_:
+        typer.echo(
+            json.dumps({"model": str(model), "rows": [dataclasses.asdict(row) for row in rows]}, indent=2)
+        )
+        return
+    out_console.print(result_table(rows, title=f"{task.name}: share of right answers by length in tokens"))
+    in_brackets = ""
+    if task.error_name is not None:
+        out_console.print(
+            result_table(
+                rows,
+                title=f"{task.name}: {task.error_name} by length in tokens",
+                value=attrgetter("mean_error"),
+            )
+        )
+        in_brackets = f" ({task.error_name})"
+    title = f"{task.name} at {max(at_lengths)} tokens, by slice: share of right answers{in_brackets}"
+    out_console.print(slice_table(rows, title=title))

@@ -1,0 +1,180 @@
+"""`ovq train`: train a model by a recipe, or continue a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ovq.cli.common import check_model_path, out_console
+
+if TYPE_CHECKING:
+    from ovq_lab.tasks import Task
+    from ovq_lab.train.config import RunConfig
+
+
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A file of your own (.yaml, .json), or TASK-MIXER: recall, positional, regression, mqar, lm "
+            "or lm-70m, lm-120m, lm-150m, lm-350m, lm-480m for GPUs; ovq, full, sliding, sinks, vq, kvm, "
+            "raven, linear, gdn, kda, mesanet or mamba2.",
+            show_default=False,
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="SECTION.FIELD=VALUE",
+            help="Change a field of the recipe; can be given several times.",
+        ),
+    ] = [],  # noqa: B006  (typer reads it and never changes it)
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:CLASS",
+            help="A task of your own in the place of the recipe's: a class that inherits ovq_lab.tasks.Task.",
+            show_default=False,
+        ),
+    ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Begin with the weights of this saved model, with a new optimizer.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run; runs/RECIPE if not given.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Continue the run in --out from its last checkpoint, or from its start if it has none.",
+        ),
+    ] = False,
+) -> None:
+    """Train a model and save it with its configuration.
+
+    Example: [bold]ovq train recall-ovq --set train.steps=300 --set model.num_slots=128 --out runs/ovq[/bold]
+
+    On text (a file, a folder, an installed corpus or a data set of the hub): [bold]ovq train lm-ovq --set
+    task.dataset=books/[/bold]
+
+    From a file of your own, and from the weights of a model: [bold]ovq train mine.yaml --init-from
+    runs/ovq[/bold]
+
+    On a task of your own: [bold]ovq train recall-ovq --task mytasks:Sort[/bold]; later, [bold]ovq eval
+    --import mytasks --model runs/recall-ovq[/bold]
+
+    With [bold]--set train.save_every=100[/bold] the run keeps checkpoints, and [bold]ovq train --resume --out
+    runs/ovq[/bold] continues it after an interruption. With several processes: [bold]torchrun
+    --nproc-per-node 2 -m ovq train ...[/bold]; with [bold]--set train.sharding=fsdp[/bold] each holds a part
+    of the model.
+    """
+    others = (recipe, task, init_from)
+    if resume and (set_ or out is None or any(other is not None for other in others)):
+        raise ValueError("--resume: expected only --out beside it (a run goes on as it was configured)")
+    if not resume and recipe is None:
+        raise ValueError("expected a recipe, or --resume, found neither; see ovq train --help")
+
+    # Configurations import little: a misspelt field is reported before PyTorch is imported.
+    from ovq_lab.train.recipe_file import ENDINGS, load_recipe
+    from ovq_lab.train.recipes import get_recipe
+
+    config = None
+    if recipe is not None:
+        config = load_recipe(Path(recipe)) if recipe.endswith(ENDINGS) else get_recipe(recipe)
+        if task is not None:
+            config = dataclasses.replace(config, task=_own_task(task))
+        config = config.override(set_)
+        if init_from is not None:
+            # A run may be resumed from elsewhere.
+            source = str(Path(init_from).resolve()) if Path(init_from).exists() else init_from
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=source))
+        out = out or Path("runs") / Path(recipe).stem
+    assert out is not None
+    check_model_path("--out", out)
+
+    from ovq.runtime.allocator import keep_freed_memory
+    from ovq.runtime.progress import Reporter
+    from ovq_lab.tasks import TextTask
+    from ovq_lab.train import loop
+    from ovq_lab.train.card import save_run_card
+    from ovq_lab.train.config import RunConfig
+    from ovq_lab.train.sharding import is_first_process
+
+    keep_freed_memory()
+
+    with Reporter() as reporter:
+        if config is None:
+            model = loop.resume(out, reporter=reporter, label=f"train {out}")
+        else:
+            model = loop.train(config, out, reporter=reporter, label=f"train {recipe}")
+    if is_first_process():
+        config = RunConfig.load(out)
+        save_run_card(model, config, out, picture=_draw_losses(config, out))
+        is_text = config.task.name == TextTask.name
+        # Paths and commands broken over two lines could not be copied.
+        test = f"ovq eval {'lm ' if is_text else ''}--model {out}"
+        out_console.print(
+            f"Saved the model and its configuration in {out}. "
+            f"Test it: {test}{_modules_to_import(config)}{_rules_to_test(config)}",
+            soft_wrap=True,
+        )
+
+
+def _own_task(path: str) -> Task:
+    """A task of the user's with its defaults, which is registered by its name."""
+    from ovq.plugins import import_class
+    from ovq_lab.tasks import register_task
+
+    try:
+        cls = import_class(path)
+        register_task(cls)
+        return cls()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--task {path}: {error}") from error
+
+
+def _modules_to_import(config: RunConfig) -> str:
+    """The `--import` of a test of this run: the modules of its task and mixers that are the user's own."""
+    from ovq.layers.registry import mixer_class
+
+    classes = [type(config.task), *map(mixer_class, config.model.mixer_types)]
+    modules = dict.fromkeys(cls.__module__ for cls in classes)
+    return "".join(
+        f" --import {name}" for name in modules if name.partition(".")[0] not in ("ovq", "ovq_lab")
+    )
+
+
+def _rules_to_test(config: RunConfig) -> str:
+    """The `--merge` of a test of this run: its own rule, and the one by which models recall most."""
+    from ovq.ops.options import BEST_MERGE, can_merge_best
+
+    model = config.model
+    if "ovq" not in model.mixer_types or not can_merge_best(model.merge, init=model.init, rate=model.rate):
+        return ""
+    return f" --merge {model.merge},{BEST_MERGE}"
+
+
+def _draw_losses(config: RunConfig, out: Path) -> Path | None:
+    """A figure of the losses in the folder of the run; None without matplotlib, or if none was logged."""
+    try:
+        from ovq_lab.plots.training import save_loss_curve
+    except ImportError:
+        return None
+    from ovq_lab.train.history import History
+
+    history = History.load(out)
+    if not history.training:
+        return None
+    path = out / "loss.png"
+    save_loss_curve(history, path, mixer=config.mixer)
+    return path

@@ -1,0 +1,125 @@
+"""EleutherAI's lm-evaluation-harness on OVQ models and converted ones (`pip install './lab[harness]'`).
+
+The harness runs transformers models without changes; nothing here computes a score. With all of its own
+options:
+
+    python -m ovq_lab.eval.harness run --model hf --model_args pretrained=runs/ovq --tasks piqa
+
+This is the harness's command line, run after OVQ has been registered with the Auto classes. `lm_eval` itself
+works too, with `trust_remote_code=True` among its `--model_args`. Both would load a converted model with full
+attention: `ovq eval harness` and `evaluate_tasks` keep its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+# It registers OVQ with the Auto classes.
+import ovq.hf  # noqa: F401
+
+MAX_LENGTH = 8192
+"""Default for the most tokens that the harness shows a model; longer texts lose their beginning. Models here
+have no limit of their own, and without this the harness would take 2048."""
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    batch_size: int = 1,
+    max_length: int = MAX_LENGTH,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    include_path: str | Path | None = None,
+    include_defaults: bool = True,
+    metadata: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run tasks of the harness.
+
+    Args:
+        model: Of this library, converted, or any causal language model of transformers; tested on the device
+            and in the dtype that it has.
+        tokenizer: The model's, one of transformers.
+        tasks: Names of tasks.
+        batch_size: Requests at a time; scores do not depend on it.
+        max_length: The most tokens that the model is shown.
+        num_fewshot: Examples before each question; None: what the task says.
+        limit: Use only this many examples of each task, for a quick look.
+        include_path: A folder with your own tasks, as YAML.
+        include_defaults: Look among the harness's own tasks for those that are not in this folder.
+        metadata: For tasks that build their data, for example `max_seq_lengths` of RULER.
+
+    Returns:
+        What the harness's `simple_evaluate` returns: `results` by task, `samples`, `configs` and more.
+
+    Raises:
+        ValueError: If lm-eval is not installed, a task does not exist, or there is no tokenizer.
+
+    Example:
+        >>> from ovq.hf import OVQConfig, OVQForCausalLM
+        >>> evaluate_tasks(OVQForCausalLM(OVQConfig(vocab_size=8)), None, ["piqa"])
+        Traceback (most recent call last):
+        ValueError: tokenizer: expected one of transformers, found none
+    """
+    if tokenizer is None:
+        raise ValueError("tokenizer: expected one of transformers, found none")
+    lm_eval = _import_harness()
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    def known(with_defaults: bool) -> TaskManager:
+        path = None if include_path is None else str(include_path)
+        return TaskManager(include_path=path, include_defaults=with_defaults, metadata=metadata)
+
+    def missing(manager: TaskManager) -> list[str]:
+        return sorted(set(tasks) - set(manager.match_tasks(list(tasks))))
+
+    # Listing the thousands of tasks of the harness takes about ten seconds.
+    manager = known(with_defaults=False)
+    if missing(manager) and include_defaults:
+        manager = known(with_defaults=True)
+    if not tasks or missing(manager):
+        found = ", ".join(missing(manager)) or "none"
+        raise ValueError(f"tasks: expected names of tasks that the harness knows, found {found}")
+    return lm_eval.simple_evaluate(
+        model=HFLM(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+        ),
+        tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        metadata=metadata,
+    )
+
+
+def _import_harness() -> Any:
+    """The package lm_eval, which takes seconds to import."""
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ValueError(
+            "expected the package lm-eval to be installed, found it is not: pip install './lab[harness]'"
+        ) from error
+    return lm_eval
+
+
+def main() -> None:
+    """The harness's own command line; importing this module has registered OVQ with the Auto classes."""
+    _import_harness()
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,374 @@
+"""What a trained model keeps of a recall task: which pairs have a slot of their own, and what that is worth.
+
+A pair is several tokens, of which the long-range layer reads one: that whose key, thanks to the short
+convolution, speaks of the pair's key, and whose value of its value. Which one it is, training decides: the
+value token itself in some models, the token after it in others. It is found by what the questions attend to
+where nothing is merged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ovq.hf import OVQForCausalLM
+from ovq.hf.assignments import recording
+from ovq.layers.ovq import RecordedCall
+from ovq.ops import SlotAssignments
+from ovq.ops.options import current_merge
+from ovq.runtime.progress import WorkReporter
+from ovq_lab.eval.accuracy import TOKENS_PER_BATCH, answers_of
+from ovq_lab.eval.dictionaries import Dictionary, each_dictionary
+from ovq_lab.eval.models import long_range_mixer
+from ovq_lab.tasks import IGNORE_INDEX, RecallTask
+
+NUM_PARTS = 16
+"""Parts of equal length that the context is divided into, to tell how old slots are."""
+_MOST = 256
+COUNT_NAMES = ("1", "2", *(f"{2**i + 1}-{2 ** (i + 1)}" for i in range(1, 8)), f"over {_MOST}")
+"""Octaves of the number of tokens in a slot."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeptRow:
+    """What one model keeps at one length, and what it answers.
+
+    A pair *has a slot of its own* if in one of the heads the token that is read of it shares its slot with no
+    such token of another pair, at the moment of the question. A repetition of the pair counts as well, and so
+    does a token of the question's own chunk, which is read exactly.
+
+    Attributes:
+        mixer: The long-range mixer.
+        num_slots: Slots of its dictionary during the test.
+        merge: The rule that kept the dictionary.
+        length: Tokens per example.
+        context_length: Those of them before the questions.
+        num_questions: Questions asked.
+        accuracy: Share of them that were answered right.
+        layer: The layer that reads the pairs.
+        offset: Which token of a pair it reads: how many tokens after the pair's first.
+        weight: Share of the questions' attention on that token, if no token were merged with another.
+        own_share: Share of the questions whose pair has a slot of its own.
+        own_accuracy: Share of those that were answered right; `None` if there are none.
+        shared_accuracy: Likewise of the others.
+        heads_share: By the number of heads in which a pair has a slot of its own, the share of the questions.
+        clean_share: Share of the questions whose pair has a slot with no token of another pair whatever.
+        slot_counts: When the questions begin, the share of slots with so many tokens, by `COUNT_NAMES`.
+        oldest: Likewise the share of slots whose oldest token is in this part of the context, by its number.
+        mean_position: Likewise of slots whose tokens are there on average.
+        effective_slots: Likewise exp(entropy) of the shares of tokens in slots, mean over heads.
+        largest_share: Likewise the share of the tokens that are in the fullest slot, mean over heads.
+    """
+
+    mixer: str
+    num_slots: int
+    merge: str
+    length: int
+    context_length: int
+    num_questions: int
+    accuracy: float
+    layer: int
+    offset: int
+    weight: float
+    own_share: float
+    own_accuracy: float | None
+    shared_accuracy: float | None
+    heads_share: dict[str, float]
+    clean_share: float
+    slot_counts: dict[str, float]
+    oldest: dict[str, float]
+    mean_position: dict[str, float]
+    effective_slots: float
+    largest_share: float
+
+
+@torch.no_grad()
+def evaluate_kept(
+    model: OVQForCausalLM,
+    task: RecallTask,
+    *,
+    num_slots: int,
+    merge: str,
+    num_examples: int,
+    seed: int = 0,
+    reporter: WorkReporter,
+    label: str = "what is kept",
+) -> KeptRow:
+    """Ask a model, and look which pairs have a slot of their own when they are asked for.
+
+    Args:
+        model: Tested on the device and in the dtype that it has; its dictionary is restored afterwards.
+        task: The kind of data, at the length to test.
+        num_slots: Slots of the dictionary.
+        merge: The rule that keeps it, with the growth that it is meant for.
+        num_examples: Examples.
+        seed: Seed of the test data.
+        reporter: Shows the progress.
+        label: The name of this test in the progress.
+
+    Raises:
+        ValueError: If the model has no OVQ layers, or does not know all tokens of the task.
+    """
+    if task.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"expected a task of at most {model.config.vocab_size} token ids, as the model knows, "
+            f"found {task.vocab_size}"
+        )
+    merge = current_merge(merge)
+    work = reporter.start(label, total=num_examples)
+    batch_size = max(1, TOKENS_PER_BATCH // task.length)
+    site: _Site | None = None
+    tally, was_training = _Tally(), model.training
+    model.eval()
+    try:
+        for _ in each_dictionary(model, [Dictionary(num_slots, merge)]):
+            for first in range(0, num_examples, batch_size):
+                indices = range(first, min(first + batch_size, num_examples))
+                site = _ask(model, task, seed, indices, site, tally)
+                work.update(indices[-1] + 1)
+    finally:
+        model.train(was_training)
+    assert site is not None
+    return KeptRow(
+        mixer=long_range_mixer(model.config),
+        num_slots=num_slots,
+        merge=merge,
+        length=task.length,
+        context_length=task.context_length,
+        **site._asdict(),
+        **tally.fields(),
+    )
+
+
+class _Site(NamedTuple):
+    """Where a model reads pairs; see `KeptRow`."""
+
+    layer: int
+    offset: int
+    weight: float
+
+
+def _ask(
+    model: OVQForCausalLM, task: RecallTask, seed: int, indices: range, site: _Site | None, tally: _Tally
+) -> _Site:
+    """Ask a batch of examples, and add what is found to the tally; returns where the model reads pairs."""
+    batch = task.build(seed, indices=indices, split="test")
+    pairs = _Pairs(task, *task.pair_places(seed, indices=indices, split="test"))
+    with recording(model) as calls:
+        answers = answers_of(model, batch)
+    is_right = answers == batch.labels[batch.labels != IGNORE_INDEX]
+    if site is None:
+        sites = [_Site(i, *_most_read(_weights(of_layer[-1], pairs), pairs)) for i, of_layer in calls.items()]
+        site = max(sites, key=lambda found: found.weight)
+    found = calls[site.layer][-1].assignments()
+    tally.add_memory(found.after(task.context_length), task.context_length)
+    # A question with several value tokens is right if all of them are.
+    by_question = is_right.reshape(len(indices), task.num_queries, -1).all(-1)
+    tally.add_questions(by_question, *pairs.owned(found, site.offset, model.config.chunk_size))
+    return site
+
+
+class _Pairs:
+    """Where the pairs of a batch of examples lie.
+
+    Args:
+        task: The task.
+        starts: `[B, P]` first tokens, those of the context first. pairs: `[B, P]` their numbers.
+    """
+
+    def __init__(self, task: RecallTask, starts: np.ndarray, pairs: np.ndarray) -> None:
+        self._task, self.starts, self.pairs = task, starts, pairs
+
+    @property
+    def num_candidates(self) -> int:
+        """How many tokens, from a pair's first on, may be the one that is read: its own and the next."""
+        return self._task.pair_length + 1
+
+    @property
+    def questions(self) -> np.ndarray:
+        """`[Q]` the last key token of each question, at which the value is to be said."""
+        return self.starts[0, self._task.num_stored :] + self._task.key_length - 1
+
+    def tokens(self, offset: int) -> np.ndarray:
+        """`[B, P]` the token so far after each pair's first; the last token if the text ends before."""
+        return np.minimum(self.starts + offset, self._task.length - 1)
+
+    def owned(self, found: SlotAssignments, offset: int, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each question `[B, Q]`, in how many heads its pair has a slot of its own.
+
+        Args:
+            found: The assignments of the layer that reads.
+            offset: The token of a pair that it reads.
+            chunk_size: Tokens per chunk.
+
+        Returns:
+            In how many heads no such token of another pair is in the slot, and in how many no token of
+            another pair at all.
+        """
+        read, own_tokens = self.tokens(offset), [self.tokens(i) for i in range(self._task.pair_length)]
+        # The token that is read comes last: it may also be the first token of the next pair.
+        every = np.stack([*own_tokens, read], 1)
+        num_asked = len(self.questions)
+        own, clean = (np.zeros((len(self.starts), num_asked), dtype=np.int64) for _ in range(2))
+        chunks = self.questions // chunk_size
+        for chunk in np.unique(chunks):
+            slots = found.after(int(chunk) * chunk_size).cpu().numpy()
+            asked = np.nonzero(chunks == chunk)[0]
+            for b, of_row in enumerate(slots):
+                labels = np.full(of_row.shape[1], -1)
+                labels[read[b]] = self.pairs[b]
+                all_labels = np.full(of_row.shape[1], -1)
+                for tokens in every[b]:
+                    all_labels[tokens] = self.pairs[b]
+                for result, pair_of in ((own, labels), (clean, all_labels)):
+                    is_own = _is_alone(of_row, pair_of)[:, read[b]]
+                    for q in asked:
+                        # Of the question's own pair nothing counts but what was there before.
+                        place = self._task.num_stored + q
+                        is_known = self.pairs[b, :place] == self.pairs[b, place]
+                        is_known &= read[b, :place] <= self.questions[q]
+                        result[b, q] = is_own[:, :place][:, is_known].any(-1).sum()
+        return own, clean
+
+
+def _is_alone(slots: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Whether there is no token of another pair in the slot of each token, `[H, T]`.
+
+    Args:
+        slots: `[H, T]` slots, -1 for tokens that are in none, and so on their own.
+        pairs: `[T]` pairs, -1 for tokens of none.
+
+    Example:
+        >>> _is_alone(np.array([[0, 0, 0, 1, 1, -1]]), np.array([3, -1, 3, 4, 5, 4]))
+        array([[ True,  True,  True, False, False,  True]])
+    """
+    is_alone = np.ones(slots.shape, dtype=bool)
+    for head, of_head in enumerate(slots):
+        is_counted = (of_head >= 0) & (pairs >= 0)
+        lowest = np.full(of_head.max(initial=0) + 1, np.iinfo(np.int64).max)
+        highest = np.full_like(lowest, -1)
+        np.minimum.at(lowest, of_head[is_counted], pairs[is_counted])
+        np.maximum.at(highest, of_head[is_counted], pairs[is_counted])
+        is_alone[head] = (of_head < 0) | (lowest >= highest)[of_head]
+    return is_alone
+
+
+def _weights(call: RecordedCall, pairs: _Pairs) -> Tensor:
+    """What questions of the first example attend to if nothing is merged, `[1, Q, T]`, mean over heads.
+
+    The first example is enough: its questions are many, and it is the same one whatever the size of a batch.
+    """
+    asked = torch.from_numpy(pairs.questions).to(call.q.device)
+    group = call.q.shape[2] // call.k.shape[2]
+    queries = call.q[:1, asked].float() * call.scale.float()[:, None]
+    keys = call.k[:1].float().repeat_interleave(group, 2)
+    scores = torch.einsum("bqhk,bthk->bhqt", queries, keys)
+    is_later = torch.arange(keys.shape[1], device=asked.device) > asked[:, None]
+    return scores.masked_fill_(is_later, -torch.inf).softmax(-1).mean(1).cpu()
+
+
+def _most_read(weights: Tensor, pairs: _Pairs) -> tuple[int, float]:
+    """The offset with the highest mean weight, and that weight.
+
+    Args:
+        weights: `[B, Q, T]` of each question on each token, of the first B examples.
+        pairs: The pairs.
+    """
+    num_examples, num_asked, num_places = len(weights), len(pairs.questions), pairs.pairs.shape[1]
+    numbers = pairs.pairs[:num_examples]
+    # All earlier places of the pair count: the context's and those of earlier questions.
+    place = np.arange(num_places)
+    is_known = numbers[:, -num_asked:, None] == numbers[:, None]
+    is_known &= place < place[-num_asked:, None]
+    found = []
+    for offset in range(pairs.num_candidates):
+        tokens = torch.from_numpy(pairs.tokens(offset)[:num_examples])
+        on_pairs = weights.gather(2, tokens[:, None].expand(-1, num_asked, -1)).numpy()
+        found.append(float((on_pairs * is_known).sum(-1).mean()))
+    best = int(np.argmax(found))
+    return best, found[best]
+
+
+class _Tally:
+    """Questions and slots, summed over batches."""
+
+    def __init__(self) -> None:
+        self._right: list[np.ndarray] = []
+        self._own: list[np.ndarray] = []
+        self._clean: list[np.ndarray] = []
+        self._num_heads = 0
+        self._counts: list[np.ndarray] = []
+        self._ages: list[tuple[np.ndarray, np.ndarray]] = []
+        self._effective: list[float] = []
+        self._largest: list[float] = []
+
+    def add_questions(self, is_right: np.ndarray, own: np.ndarray, clean: np.ndarray) -> None:
+        """Add the questions of a batch, `[B, Q]` each."""
+        for found, each in ((self._right, is_right), (self._own, own), (self._clean, clean)):
+            found.append(each.ravel())
+
+    def add_memory(self, slots: Tensor, num_tokens: int) -> None:
+        """Add the slots `[B, H, T]` of a batch, as they are after so many tokens."""
+        rows = slots.flatten(0, 1).cpu().numpy()
+        self._num_heads = slots.shape[1]
+        for of_head in rows:
+            position = np.nonzero(of_head >= 0)[0]
+            if not len(position):
+                continue
+            count = np.bincount(of_head[position])
+            total = np.bincount(of_head[position], weights=position)
+            oldest = np.full(len(count), num_tokens)
+            np.minimum.at(oldest, of_head[position], position)
+            is_used = count > 0
+            self._counts.append(count[is_used])
+            self._ages.append((oldest[is_used] / num_tokens, total[is_used] / count[is_used] / num_tokens))
+            shares = count[is_used] / count.sum()
+            self._effective.append(float(np.exp(-(shares * np.log(shares)).sum())))
+            self._largest.append(float(shares.max()))
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a `KeptRow` that are counted."""
+        right, own, clean = (np.concatenate(x) for x in (self._right, self._own, self._clean))
+        counts = np.concatenate(self._counts)
+        octave = np.minimum(np.ceil(np.log2(counts)), len(COUNT_NAMES) - 1).astype(int)
+        oldest, mean_position = (np.concatenate(x) for x in zip(*self._ages, strict=True))
+        return {
+            "num_questions": len(right),
+            "accuracy": float(right.mean()),
+            "own_share": float((own > 0).mean()),
+            "own_accuracy": _mean(right[own > 0]),
+            "shared_accuracy": _mean(right[own == 0]),
+            "heads_share": {str(n): float((own == n).mean()) for n in range(self._num_heads + 1)},
+            "clean_share": float((clean > 0).mean()),
+            "slot_counts": _shares(octave, COUNT_NAMES),
+            "oldest": _by_part(oldest),
+            "mean_position": _by_part(mean_position),
+            "effective_slots": float(np.mean(self._effective)),
+            "largest_share": float(np.mean(self._largest)),
+        }
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _by_part(places: np.ndarray) -> dict[str, float]:
+    """Shares of places from 0 to 1 by part of the context."""
+    names = [str(i + 1) for i in range(NUM_PARTS)]
+    return _shares(np.minimum((places * NUM_PARTS).astype(int), NUM_PARTS - 1), names)
+
+
+def _shares(kinds: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """The share of each kind, by its name.
+
+    Example:
+        >>> _shares(np.array([0, 0, 2, 0]), ["few", "some", "many"])
+        {'few': 0.75, 'some': 0.0, 'many': 0.25}
+    """
+    shares = np.bincount(kinds, minlength=len(names)) / len(kinds)
+    return dict(zip(names, shares.tolist(), strict=True))

@@ -1,0 +1,159 @@
+"""Reading documents of any length in pieces, with the model's cache carried between them, and their losses.
+
+Only the cache goes from piece to piece, and logits are computed for a few tokens at a time, so that a model
+with a state of constant size reads any length in the memory of one piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ovq.hf.cache import CACHE_KEY
+from ovq_lab.eval.models import new_cache
+
+PIECE_SIZE = 2048
+"""Default number of tokens read at a time."""
+
+_MOST_LOGITS = 2**24
+"""Most logits computed at once, 64 MiB of float32: with a large vocabulary, those of a whole piece would be
+by far the largest tensor."""
+
+
+@torch.no_grad()
+def read_pieces(
+    model: PreTrainedModel, ids: Tensor, cache: Any, *, piece_size: int = PIECE_SIZE
+) -> Iterator[Tensor]:
+    """The last hidden states of a document, piece by piece.
+
+    Args:
+        model: Used on the device and in the dtype that it has.
+        ids: `[T]` token ids on its device.
+        cache: Of the tokens before them, such as `new_cache` makes; updated in place.
+        piece_size: Tokens read at a time.
+
+    Yields:
+        `[t, hidden_size]` for each piece of t tokens.
+
+    Raises:
+        ValueError: If `piece_size` is below 1.
+    """
+    if piece_size < 1:
+        raise ValueError(f"piece_size: expected at least 1, found {piece_size}")
+    for piece in ids.split(piece_size):
+        yield model.base_model(piece[None], **{CACHE_KEY: cache}).last_hidden_state[0]
+
+
+@torch.no_grad()
+def target_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses on the tokens that follow hidden states.
+
+    Args:
+        model: The model whose output layer to use.
+        hidden: `[t, hidden_size]`.
+        targets: `[t]` the tokens that follow.
+
+    Returns:
+        `[t]` float32 losses in nats, and `[t]` bool whether the token was the most likely one.
+    """
+    output = model.get_output_embeddings()
+    at_once = max(1, _MOST_LOGITS // model.config.vocab_size)
+    losses, is_first = [], []
+    for states, labels in zip(hidden.split(at_once), targets.split(at_once), strict=True):
+        logits = output(states).float()
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        is_first.append(logits.argmax(-1) == labels)
+    return torch.cat(losses), torch.cat(is_first)
+
+
+def token_losses(model: PreTrainedModel, ids: np.ndarray, *, piece_size: int = PIECE_SIZE) -> np.ndarray:
+    """The loss on every token of a document except the first, given all tokens before it.
+
+    Args:
+        model: Used on the device and in the dtype that it has; call `eval()` on it first.
+        ids: `[T]` token ids.
+        piece_size: Tokens read at a time; changes the result by rounding only.
+
+    Returns:
+        `[T - 1]` float32 losses in nats: entry p is the loss on token p + 1 after reading tokens 0 to p.
+
+    Raises:
+        ValueError: If there are fewer than two tokens, or ids that the model does not know.
+
+    Example:
+        >>> from ovq.hf import OVQConfig, OVQForCausalLM
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> model, ids = OVQForCausalLM(config).eval(), np.arange(50) % 8
+        >>> whole = model(torch.from_numpy(ids)[None], labels=torch.from_numpy(ids)[None]).loss
+        >>> bool(np.isclose(token_losses(model, ids, piece_size=7).mean(), whole.item(), atol=1e-5))
+        True
+    """
+    if len(ids) < 2 or ids.min() < 0 or ids.max() >= model.config.vocab_size:
+        raise ValueError(
+            f"ids: expected at least 2 token ids below {model.config.vocab_size}, as the model knows, "
+            f"found {len(ids)} in {ids.min(initial=0)}..{ids.max(initial=0)}"
+        )
+    tokens = torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(model.device)
+    cache = new_cache(model)
+    pieces: list[np.ndarray] = []
+    for hidden in read_pieces(model, tokens[:-1], cache, piece_size=piece_size):
+        done = sum(map(len, pieces))
+        losses, _ = target_losses(model, hidden, tokens[done + 1 : done + 1 + len(hidden)])
+        # Moving the losses to the CPU waits for the device, so a clock around this function measures the
+        # reading.
+        pieces.append(losses.cpu().numpy())
+    return np.concatenate(pieces)
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before a text; None if it puts none there.
+
+    Args:
+        tokenizer: One of transformers.
+
+    Example:
+        >>> from ovq_lab.text import byte_tokenizer
+        >>> start_token(byte_tokenizer())
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    marked = tokenizer("a")["input_ids"]
+    return marked[0] if marked[1 : 1 + len(plain)] == plain and marked[: len(plain)] != plain else None
+
+
+def token_bytes(tokenizer: Any) -> np.ndarray:
+    """The number of bytes of text that each token stands for.
+
+    Exact for tokenizers of bytes and of byte pairs. For others, it is the text that a token adds when it
+    follows a word.
+
+    Args:
+        tokenizer: One of transformers.
+
+    Returns:
+        `[V]` int64; 0 for special tokens.
+
+    Example:
+        >>> from ovq_lab.text import byte_tokenizer
+        >>> token_bytes(byte_tokenizer())[[65, 195, 256]]
+        array([1, 1, 0])
+    """
+    from tokenizers.decoders import ByteLevel
+
+    names = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = set(tokenizer.all_special_ids)
+    plain = [i for i in range(len(names)) if i not in special]
+    lengths = np.zeros(len(names), dtype=np.int64)
+    if tokenizer.is_fast and isinstance(tokenizer.backend_tokenizer.decoder, ByteLevel):
+        # These tokenizers write each byte as one character.
+        lengths[plain] = [len(names[i]) for i in plain]
+        return lengths
+    word = tokenizer("a", add_special_tokens=False)["input_ids"]
+    before = len(tokenizer.decode(word).encode())
+    lengths[plain] = [len(tokenizer.decode([*word, i]).encode()) - before for i in plain]
+    return lengths

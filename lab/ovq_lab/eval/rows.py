@@ -1,0 +1,106 @@
+"""One measured result, and what it is called in tables, figures and sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+
+MIXER_NAMES = {
+    "ovq": "OVQ",
+    "full_attention": "full attention",
+    "sliding_attention": "window alone",
+    "sink_attention": "window and sinks",
+    "vq": "VQ",
+    "kvm": "KVM",
+    "raven": "Raven",
+    "linear_attention": "linear attention",
+    "gated_deltanet": "Gated DeltaNet",
+    "kda": "KDA",
+    "mesanet": "MesaNet",
+    "mamba2": "Mamba2",
+}
+"""Display names of mixers; the others are shown by their name in `mixer_types`."""
+
+MERGE_NAMES = {"updated": "updated", "ward": "Ward", "ward-sqrt": "Ward-sqrt", "nearest": "nearest"}
+"""Display names of the rules that keep a dictionary; the paper's, `"existing"`, goes without saying. Files of
+rows that earlier versions wrote have Ward's."""
+
+LOGN = "log-n"
+"""What labels say of models whose logits are scaled beyond the training length."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResultRow:
+    """The accuracy of one model at one length.
+
+    Attributes:
+        mixer: The long-range mixer, as `mixer_types` names it.
+        num_slots: Slots of its dictionary during the test; `None` if it has none.
+        length: Tokens per example.
+        accuracy: Share of the asked tokens that were answered right.
+        state_bytes: Bytes that the model carries from token to token for one sequence of this length.
+        num_questions: Asked tokens.
+        slices: Accuracy on the slices of the task, by name.
+        mean_error: Mean error, for tasks that have one (`Task.error_name`); `None` for others.
+        slice_errors: Mean error on each slice, by name; empty for others.
+        merge: The rule that kept the dictionary during the test, as `OVQConfig.merge` names it; `None` if
+            there is none, and in files written before rows had this field.
+        logn_length: Tokens beyond which logits were scaled, as `OVQConfig.logn_length`; `None` for nowhere.
+    """
+
+    mixer: str
+    num_slots: int | None
+    length: int
+    accuracy: float
+    state_bytes: int
+    num_questions: int
+    slices: dict[str, float]
+    mean_error: float | None = None
+    slice_errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    merge: str | None = None
+    logn_length: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The model's display name.
+
+        Example:
+            >>> fields = dict(length=256, accuracy=1.0, state_bytes=0, num_questions=1, slices={})
+            >>> ResultRow(mixer="ovq", num_slots=64, **fields).label
+            'OVQ, 64 slots'
+            >>> ResultRow(mixer="ovq", num_slots=64, merge="nearest", **fields).label
+            'OVQ, nearest, 64 slots'
+            >>> ResultRow(mixer="sliding_attention", num_slots=None, **fields).label
+            'window alone'
+        """
+        return model_label(self.mixer, self.num_slots, merge=self.merge, logn_length=self.logn_length)
+
+
+def model_label(
+    mixer: str,
+    num_slots: int | None,
+    name: str = "",
+    *,
+    merge: str | None = None,
+    logn_length: int | None = None,
+) -> str:
+    """What a model is called in tables, figures and sentences.
+
+    Args:
+        mixer: The long-range mixer, as `mixer_types` names it.
+        num_slots: Slots of its dictionary; `None` if it has none.
+        name: Used instead of the name of its mixer.
+        merge: The rule that keeps its dictionary; `None` if it has none.
+        logn_length: Tokens beyond which its logits are scaled; `None` for nowhere.
+
+    Example:
+        >>> model_label("gated_deltanet", None), model_label("ovq", 64, "big", logn_length=256)
+        ('Gated DeltaNet', 'big, 64 slots, log-n')
+    """
+    parts = [name or MIXER_NAMES.get(mixer, mixer)]
+    if merge in MERGE_NAMES:
+        parts.append(MERGE_NAMES[merge])
+    if num_slots is not None:
+        parts.append(f"{num_slots} slots")
+    if logn_length is not None:
+        parts.append(LOGN)
+    return ", ".join(parts)

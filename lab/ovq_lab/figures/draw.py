@@ -1,0 +1,261 @@
+"""Drawing a figure from its rows: means over seeds, with bars from the lowest to the highest seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ovq.runtime.units import format_bytes
+from ovq_lab.eval.rows import LOGN
+from ovq_lab.plots.canvas import Axes, FuncFormatter, LogLocator, NullLocator
+from ovq_lab.plots.heat import draw_heat_maps
+from ovq_lab.plots.panels import length_axis, mark_training, new_panels, save
+from ovq_lab.plots.style import Style, line_styles, style_name
+
+# Labels such as "256 KiB" would touch each other.
+_MOST_TICKS = 6
+_MOST_NAMES = 5
+
+
+class Point(NamedTuple):
+    """What the seeds say at one place of a line."""
+
+    x: float | str
+    mean: float
+    low: float
+    high: float
+    num_seeds: int
+
+
+AXIS_NAMES = {
+    "length": "length (tokens)",
+    "num_slots": "slots of the dictionary at test time",
+    "state_bytes": "bytes of state, one sequence",
+    "accuracy": "right answers (share)",
+    "error": "error relative to exact attention",
+    "mean_error": "mean absolute error",
+    "slice_errors": "mean absolute error",
+    "task.num_functions": "functions",
+    "microseconds_per_token": "test time (µs per token)",
+    "learning_rate": "learning rate",
+    "slices": "questions",
+    "positions": "position (tokens)",
+    "position_losses": "loss (nats per token)",
+    "generated": "values said in full (share)",
+    "choice": "values told from others (share)",
+    "depth": "depth of the needle",
+    "own_share": "share of the questions",
+    "own_accuracy": "right answers (share)",
+    "shared_accuracy": "right answers (share)",
+    "slot_counts": "share of the slots",
+    "oldest": "share of the slots",
+    "mean_position": "share of the slots",
+}
+"""Fields of the rows for people; others keep their names."""
+
+# What stands for a point within a row, and how to read its name there.
+_IN_PARTS: dict[str, Callable[[str], float | str]] = {"slices": str, "positions": int}
+
+_IS_LOGARITHMIC = frozenset({"state_bytes", "microseconds_per_token"})
+
+
+def points(results: dict[str, Any], panel: dict[str, Any]) -> dict[str, list[Point]]:
+    """What a panel shows: the points of each line by its label, from left to right.
+
+    Args:
+        results: What the JSON file of a figure holds.
+        panel: One of its panels.
+    """
+    values: dict[str, dict[float | str, dict[int, float]]] = {}
+    for row in results["rows"]:
+        if row["group"] != panel["group"] or panel["at_length"] not in (None, row["length"]):
+            continue
+        by_x = values.setdefault(row["line"], {})
+        if panel["x"] in _IN_PARTS:
+            found = {_IN_PARTS[panel["x"]](place): value for place, value in row[panel["y"]].items()}
+        else:
+            found = {_field(row, panel["x"]): _field(row, panel["y"])}
+        for x, value in found.items():
+            # What was not seen at all, such as answers to questions that nobody was asked.
+            if value is None:
+                continue
+            by_x.setdefault(x, {})[row["seed"]] = value
+    if (base := panel.get("relative_to")) is not None:
+        values = {
+            label: {
+                x: {seed: 100 * (value / values[base][x][seed] - 1) for seed, value in by_seed.items()}
+                for x, by_seed in by_x.items()
+            }
+            for label, by_x in values.items()
+        }
+    lines = {}
+    for label, by_x in values.items():
+        places = list(by_x) if panel["x"] == "slices" else sorted(by_x)
+        seeds = [list(by_x[x].values()) for x in places]
+        lines[label] = [
+            Point(x, sum(each) / len(each), min(each), max(each), len(each))
+            for x, each in zip(places, seeds, strict=True)
+        ]
+    return lines
+
+
+def save_figure(results: dict[str, Any], path: Path) -> None:
+    """Draw the panels of a figure into a PNG file, one below the other.
+
+    Args:
+        results: What the JSON file of a figure holds.
+        path: Where to put it; its folder must exist.
+    """
+    models = models_of(results)
+    styles = _styles(models)
+    canvas, places = new_panels(len(results["panels"]))
+    for axes, panel in zip(places, results["panels"], strict=True):
+        _draw_panel(axes, results, panel, styles)
+    save(canvas, path, title=results["title"], first=list(models))
+
+
+def _styles(models: dict[str, tuple[str, int | None]]) -> dict[str, Style]:
+    """The style of each line. With scaled logits it is that of the same model without, which is dashed."""
+    endings = {label: label.removesuffix(f", {LOGN}") for label in models if label.endswith(f", {LOGN}")}
+    scaled = {label: plain for label, plain in endings.items() if plain in models}
+    styles = line_styles({label: model for label, model in models.items() if label not in scaled})
+    for label, plain in scaled.items():
+        styles[label] = dataclasses.replace(styles[plain], line="-")
+    return {
+        label: dataclasses.replace(styles[label], line="--") if label in scaled.values() else styles[label]
+        for label in models
+    }
+
+
+def models_of(results: dict[str, Any]) -> dict[str, tuple[str, int | None]]:
+    """By the label of each line its mixer, and the most slots it was evaluated with."""
+    models: dict[str, tuple[str, int | None]] = {}
+    for row in results["rows"]:
+        # Files of earlier versions do not say which rule kept the dictionary.
+        mixer = style_name(row["mixer"], row.get("merge"))
+        _, known = models.get(row["line"], (mixer, None))
+        slots = [number for number in (known, row.get("num_slots")) if number is not None]
+        models[row["line"]] = (mixer, max(slots, default=None))
+    return models
+
+
+def _draw_panel(axes: Axes, results: dict[str, Any], panel: dict[str, Any], styles: dict[str, Style]) -> None:
+    lines = points(results, panel)
+    places = list(dict.fromkeys(point.x for line in lines.values() for point in line))
+    for label, line in lines.items():
+        axes.errorbar(
+            [places.index(point.x) if panel["x"] == "slices" else point.x for point in line],
+            [point.mean for point in line],
+            # Rounding may put a mean of equal values a hair outside of them.
+            yerr=[
+                [max(0.0, point.mean - point.low) for point in line],
+                [max(0.0, point.high - point.mean) for point in line],
+            ],
+            label=label,
+            capsize=3,
+            elinewidth=1.2,
+            **styles[label].options(),
+        )
+    axes.set_title(panel["title"], fontsize=11)
+    axes.set_xlabel(AXIS_NAMES.get(panel["x"], panel["x"].removeprefix("task.").replace("_", " ")))
+    axes.set_ylabel(y_name(panel))
+    if panel["y"] in ("accuracy", "slices", "choice"):
+        axes.set_ylim(-0.03, 1.05)
+    elif panel["y"] in ("mean_error", "slice_errors"):
+        axes.set_ylim(bottom=0)
+    if panel["x"] == "slices":
+        # More names than these would touch each other.
+        slanted: dict[str, Any] = {"rotation": 35, "ha": "right"} if len(places) > _MOST_NAMES else {}
+        axes.set_xticks(range(len(places)), [str(place) for place in places], fontsize=9, **slanted)
+        axes.margins(x=0.1)
+    else:
+        _scale(axes, "x", panel["x"], sorted(_numbers(places)))
+    if panel["y"] in _IS_LOGARITHMIC:
+        _scale(axes, "y", panel["y"])
+    if panel["x"] in ("length", "positions"):
+        train_lengths = {row["train_length"] for row in results["rows"] if row["group"] == panel["group"]}
+        for length in train_lengths:
+            mark_training(axes, length, "longest in training")
+
+
+def y_name(panel: dict[str, Any]) -> str:
+    """What the values of a panel are."""
+    if (base := panel.get("relative_to")) is not None:
+        return f"% above {base}"
+    return AXIS_NAMES.get(panel["y"], panel["y"])
+
+
+def save_heat_maps(results: dict[str, Any], path: Path) -> None:
+    """Draw a map for each line into a PNG file: panels from top to bottom, places from left to right.
+
+    Args:
+        results: What the JSON file of a figure holds; its panels share their places.
+        path: Where to put it; its folder must exist.
+    """
+    panels = results["panels"]
+    found = [points(results, panel) for panel in panels]
+    means = {
+        label: [[point.mean for point in lines[label]] for lines in found]
+        for label in dict.fromkeys(row["line"] for row in results["rows"])
+    }
+    places = _numbers(point.x for point in next(iter(found[0].values())))
+    canvas = draw_heat_maps(
+        means,
+        models=models_of(results),
+        columns=[short_number(place) for place in places],
+        rows=[panel["title"] for panel in panels],
+        column_name=AXIS_NAMES[panels[0]["x"]],
+        value_name=y_name(panels[0]),
+        title=results["title"],
+    )
+    save(canvas, path)
+
+
+def _numbers(places: Iterable[float | str]) -> list[float]:
+    """Places as numbers, which all are but the names of slices."""
+    return [place for place in places if not isinstance(place, str)]
+
+
+def _scale(axes: Axes, which: str, field: str, places: Sequence[float] = ()) -> None:
+    """A scale of powers of two, with ticks at the places that were measured if they are few."""
+    if which == "x" and (not places or places[0] <= 0):
+        return
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    # Bytes of several models lie anywhere, other fields where they were asked for.
+    if which == "x" and field != "state_bytes":
+        length_axis(axes, places, [short_number(place) for place in places])
+        return
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log", base=2)
+    axis.set_major_locator(LogLocator(base=2, numticks=_MOST_TICKS))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _tick(field)(value)))
+
+
+def _tick(field: str) -> Callable[[float], str]:
+    """How a value of a field is written at an axis."""
+    if field == "state_bytes":
+        return lambda value: format_bytes(value).replace(".0 ", " ")
+    return short_number
+
+
+def short_number(value: float) -> str:
+    """A number as short as it can be written.
+
+    Example:
+        >>> [short_number(value) for value in (0.25, 512, 1024, 65536, 3000)]
+        ['0.25', '512', '1k', '64k', '3000']
+    """
+    if value >= 1024 and value % 1024 == 0:
+        return f"{value / 1024:g}k"
+    return f"{value:g}" if value < 1000 or not math.isclose(value, round(value)) else f"{value:.0f}"
+
+
+def _field(row: dict[str, Any], path: str) -> Any:
+    """A field of a row, or of a part of it as `"part.field"`."""
+    value: Any = row
+    for name in path.split("."):
+        value = value[name]
+    return value

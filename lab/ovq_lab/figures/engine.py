@@ -1,0 +1,327 @@
+"""Bringing a figure about: choose settings, train and evaluate what is missing, gather the rows, draw."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ovq.runtime.progress import Reporter
+from ovq_lab.figures.evaluations import Evaluation
+from ovq_lab.figures.jobs import Job, MeasureJob, RunJob, do_job
+from ovq_lab.figures.partial import chosen_lines, earlier_results, joined_results
+from ovq_lab.figures.plan import Figure, Line, Trial, run_name, with_seed, with_trial
+from ovq_lab.figures.results import load_results, save_results
+from ovq_lab.runtime.workers import run_jobs
+from ovq_lab.train.config import RunConfig
+
+# What chooses the settings of an optimizer and what is reported are of different data seeds.
+_VALIDATION_SEEDS = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workshop:
+    """Where and how figures are made.
+
+    Attributes:
+        out: The folder of all results; created if need be.
+        preset: The name of the sizes in use, for the record.
+        num_seeds: Repetitions of each run; their seeds are 0, 1 and so on.
+        num_workers: Runs side by side; `None` for as many as there are cores to use.
+        reporter: Where to show progress.
+    """
+
+    out: Path
+    preset: str
+    num_seeds: int
+    num_workers: int | None = None
+    reporter: Reporter
+
+    @property
+    def seeds(self) -> range:
+        """The seeds of the repetitions."""
+        return range(self.num_seeds)
+
+    def job(self, config: RunConfig, evaluations: tuple[Evaluation, ...], label: str) -> RunJob:
+        """A run in this workshop; the seeds of its evaluations follow its own."""
+        seed = config.train.seed
+        return RunJob(
+            config=config,
+            evaluations=tuple(
+                dataclasses.replace(evaluation, seed=evaluation.seed + seed) for evaluation in evaluations
+            ),
+            root=self.out / "runs",
+            label=f"{label}, seed {seed}, rate {Trial.of(config).label}",
+        )
+
+    def do(self, jobs: Sequence[Job], label: str) -> None:
+        """Do what is not done of these jobs."""
+        open_jobs = [job for job in jobs if not job.is_done()]
+        if len(open_jobs) < len(jobs):
+            self.reporter.say(f"{label}: {len(jobs) - len(open_jobs)} of {len(jobs)} were finished before")
+        if open_jobs:
+            run_jobs(do_job, open_jobs, reporter=self.reporter, num_workers=self.num_workers, label=label)
+
+
+def reproduce(figure: Figure, shop: Workshop, *, lines: Sequence[str] = ()) -> dict[str, Any]:
+    """Make a figure: `rows/NAME.json` and `figures/NAME.png`.
+
+    Args:
+        figure: What to make.
+        shop: Where to make it.
+        lines: What the labels of its lines match that are made anew, with `*` for any text; the rows of all
+            others, and the settings that were chosen for a model before, are those of `rows/NAME.json`. None
+            to make all lines.
+
+    Returns:
+        What `load_results` reads from the JSON file.
+
+    Raises:
+        ValueError: If a run cannot be trained as it is configured, the folder has results of another preset,
+            or `lines` match none of the figure or leave some out that `rows/NAME.json` lacks.
+        OSError: If the folder cannot be written.
+    """
+    _check_preset(shop)
+    path = shop.out / "rows" / f"{figure.name}.json"
+    part = chosen_lines(figure, lines)
+    earlier = earlier_results(path, figure, part, shop.seeds) if lines else None
+    sweep, chosen = _sweep(figure, part, shop, known=earlier["sweep"] if earlier else ())
+    trained, measured = _trained(part, chosen, shop), _measured(part, shop)
+    only = "".join(f" --lines {shlex.quote(pattern)}" for pattern in lines)
+    results = {
+        "figure": figure.name,
+        "title": figure.title,
+        "note": figure.note,
+        "preset": shop.preset,
+        "command": f"ovq reproduce {figure.arguments or figure.name} --preset {shop.preset} "
+        f"--seeds {shop.num_seeds}{only}",
+        "seeds": list(shop.seeds),
+        "panels": [dataclasses.asdict(panel) for panel in figure.panels],
+        "sweep": sweep,
+        "rows": trained.rows + measured.rows,
+        "environments": _distinct(trained.environments + measured.environments),
+    }
+    if earlier:
+        results = joined_results(figure, part, earlier, results)
+    for name in ("rows", "figures"):
+        (shop.out / name).mkdir(parents=True, exist_ok=True)
+    save_results(path, results)
+    figure.draw(results, shop.out / "figures" / f"{figure.name}.png")
+    return results
+
+
+class _Found(NamedTuple):
+    """Rows, and the hardware and versions that they come from."""
+
+    rows: list[dict[str, Any]]
+    environments: list[dict[str, Any]]
+
+
+def _measured(figure: Figure, shop: Workshop) -> _Found:
+    """The rows that a figure measures without training; missing seeds are measured now."""
+    if figure.measure is None:
+        return _Found([], [])
+    jobs = [
+        MeasureJob(
+            figure=figure.name,
+            measure=figure.measure,
+            seed=seed,
+            # The name of the folder in earlier versions, whose files are still used.
+            root=shop.out / "studies",
+            label=f"{figure.name}: seed {seed}",
+        )
+        for seed in shop.seeds
+    ]
+    shop.do(jobs, f"{figure.name}: seeds")
+    records = [_written(job.record()) for job in jobs]
+    return _Found(
+        [row for record in records for row in record["rows"]], [record["environment"] for record in records]
+    )
+
+
+def _trained(figure: Figure, chosen: dict[str, Trial], shop: Workshop) -> _Found:
+    """The rows of the lines of a figure; missing runs and evaluations are done now."""
+    # One job a run, with the evaluations of all lines that share it.
+    jobs: dict[str, RunJob] = {}
+    by_line: list[tuple[Line, RunJob]] = []
+    for line in figure.lines:
+        for seed in shop.seeds:
+            config = with_seed(with_trial(line.config, chosen[run_name(line.swept)]), seed)
+            job = shop.job(config, line.evaluations, f"{figure.name}: {line.label}")
+            by_line.append((line, job))
+            known = jobs.get(run_name(config))
+            evaluations = dict.fromkeys((*(known.evaluations if known else ()), *job.evaluations))
+            jobs[run_name(config)] = dataclasses.replace(known or job, evaluations=tuple(evaluations))
+    _check_data(jobs.values())
+    shop.do(list(jobs.values()), f"{figure.name}: runs")
+    return _Found(
+        [row for line, job in by_line for row in _rows(line, job)],
+        [
+            _written(record)["environment"]
+            for job in jobs.values()
+            for record in (job.training_record(), *job.outcomes())
+        ],
+    )
+
+
+def _written(record: dict[str, Any] | None) -> dict[str, Any]:
+    """What a job has written that was done."""
+    assert record is not None
+    return record
+
+
+def _check_data(jobs: Iterable[RunJob]) -> None:
+    """Check before hours of training that there is enough text to evaluate on."""
+    missing = {
+        dataclasses.replace(evaluation, seed=0, num_slots=None)
+        for job in jobs
+        for evaluation, outcome in zip(job.evaluations, job.outcomes(), strict=True)
+        if outcome is None
+    }
+    for evaluation in missing:
+        evaluation.check()
+
+
+def _check_preset(shop: Workshop) -> None:
+    """One folder, one preset: the page of all results would mix them."""
+    for path in (shop.out / "rows").glob("*.json"):
+        if (found := load_results(path).get("preset")) != shop.preset:
+            raise ValueError(
+                f"--out: expected a folder of results of preset {shop.preset}, found {path} of {found}"
+            )
+
+
+def _sweep(
+    figure: Figure, part: Figure, shop: Workshop, *, known: Sequence[dict[str, Any]] = ()
+) -> tuple[list[dict[str, Any]], dict[str, Trial]]:
+    """Try each model of some lines of a figure with each trial on the first seed.
+
+    Args:
+        figure: The whole figure.
+        part: The lines to make.
+        shop: Where to.
+        known: What came out before; models in it are not tried again.
+
+    Returns:
+        What came out, for the record, and the trial to go on with by the name of the run as configured.
+    """
+    # Where several lines share a run, the first one names it.
+    swept = {run_name(line.swept): line for line in reversed(figure.lines)}
+    needed = {run_name(line.swept) for line in part.lines}
+    swept = {name: line for name, line in reversed(swept.items()) if name in needed}
+    if not figure.trials:
+        return [], {name: Trial.of(line.swept) for name, line in swept.items()}
+    known_labels = {entry["line"]: entry["chosen"] for entry in known}
+    decided = {
+        name: trial
+        for name, line in swept.items()
+        for trial in figure.trials_of(line)
+        if trial.label == known_labels.get(line.label)
+    }
+    swept = {name: line for name, line in swept.items() if name not in decided}
+    first_seed = shop.seeds[0]
+    evaluations: dict[str, Evaluation] = {}
+    for name, line in swept.items():
+        assert line.validation is not None, "a figure with trials has validations"
+        evaluations[name] = dataclasses.replace(line.validation, seed=_VALIDATION_SEEDS)
+    jobs = {
+        name: [
+            shop.job(
+                with_seed(with_trial(line.swept, trial), first_seed),
+                (evaluations[name],),
+                f"{figure.name}: {line.label}",
+            )
+            for trial in figure.trials_of(line)
+        ]
+        for name, line in swept.items()
+    }
+    shop.do([job for tried in jobs.values() for job in tried], f"{figure.name}: trials")
+    sweep, chosen = [], decided
+    for name, line in swept.items():
+        judged_by = evaluations[name].judged_by
+        is_loss = judged_by == "loss"
+        found = {
+            trial: _written(outcome)[judged_by]
+            for trial, job in zip(figure.trials_of(line), jobs[name], strict=True)
+            for outcome in job.outcomes()
+        }
+        chosen[name] = choose_trial(
+            {trial: -value if is_loss else value for trial, value in found.items()}, Trial.of(line.swept)
+        )
+        sweep.append(
+            {
+                "line": line.label,
+                "mixer": line.config.mixer,
+                "seed": first_seed,
+                "length": evaluations[name].num_tokens,
+                "num_slots": evaluations[name].num_slots,
+                "losses" if is_loss else "accuracies": {trial.label: value for trial, value in found.items()},
+                "chosen": chosen[name].label,
+            }
+        )
+    return sweep, chosen
+
+
+def choose_trial(accuracies: dict[Trial, float], usual: Trial) -> Trial:
+    """The trial of the highest accuracy; of equals, the one whose learning rate is nearest to the usual.
+
+    Example:
+        >>> trials = [Trial(learning_rate=rate) for rate in (0.002, 0.004, 0.016)]
+        >>> choose_trial(dict(zip(trials, (0.9, 1.0, 1.0))), usual=trials[0]).learning_rate
+        0.004
+    """
+
+    def rank(trial: Trial) -> tuple[float, float]:
+        return accuracies[trial], -abs(math.log(trial.learning_rate / usual.learning_rate))
+
+    return max(accuracies, key=rank)
+
+
+def _rows(line: Line, job: RunJob) -> list[dict[str, Any]]:
+    """One row per evaluation of a run that a line has."""
+    record = job.training_record()
+    rows = []
+    for evaluation, outcome in zip(job.evaluations, job.outcomes(), strict=True):
+        assert outcome is not None
+        rows.append(
+            {
+                "line": line.label,
+                "group": line.group,
+                # Outcomes of earlier versions do not say which rule kept the dictionary: that of training.
+                "merge": job.config.model.merge if job.config.mixer == "ovq" else None,
+                "logn_length": None,
+                **{key: value for key, value in outcome.items() if key not in ("evaluation", "environment")},
+                **evaluation.row_fields(),
+                "microseconds_per_token": 1e6
+                * outcome["seconds"]
+                / (evaluation.num_examples * evaluation.num_tokens),
+                "seed": job.config.train.seed,
+                "learning_rate": job.config.train.learning_rate,
+                "weight_decay": job.config.train.weight_decay,
+                "train_length": max(job.config.train.lengths),
+                "train_seconds": record["seconds"],
+                "num_parameters": record["num_parameters"],
+                "run": job.folder.name,
+            }
+        )
+    return rows
+
+
+def _distinct(environments: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each hardware and version that a part of the results comes from, once."""
+    found = []
+    for environment in environments:
+        if environment not in found:
+            found.append(environment)
+    return found
+
+
+def count_runs(figure: Figure, num_seeds: int) -> int:
+    """How many models a figure trains when none is there yet, at most."""
+    num_models = len({run_name(line.config) for line in figure.lines})
+    num_trials = {run_name(line.swept): len(figure.trials_of(line)) for line in figure.lines}
+    # The first seed of the trial that was chosen is one of those that are trained anyway.
+    return num_models * num_seeds + sum(max(0, num - 1) for num in num_trials.values())

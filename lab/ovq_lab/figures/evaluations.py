@@ -1,0 +1,422 @@
+"""What trained models are evaluated on: synthetic tasks, the loss on held-out text, needles hidden in it.
+
+Each kind is a class, with the fields that identify it and the measure of `ovq_lab.eval` that it uses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any, ClassVar
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ovq.hf import OVQForCausalLM
+from ovq.runtime.progress import WorkReporter
+from ovq_lab.eval.accuracy import evaluate
+from ovq_lab.eval.language import evaluate_language
+from ovq_lab.eval.needle import evaluate_needle
+from ovq_lab.eval.reading import token_bytes
+from ovq_lab.figures.digests import described, digest
+from ovq_lab.plots.language import octave_losses
+from ovq_lab.tasks import Task
+from ovq_lab.text import Corpus, TextSource, load_corpus
+from ovq_lab.text.haystack import NeedleBuilder, essay_texts
+
+_LOSS_FIELDS = (
+    *("mixer", "num_slots", "merge", "logn_length", "length", "loss", "bits_per_byte", "state_bytes"),
+    *("sawtooth", "sawtooth_error"),
+)
+
+_NEEDLE_SCORES = ("generated", "token_accuracy", "choice")
+
+_PURPOSES = {"test": "tests", "validation": "validation"}
+
+_LATER: dict[str, Any] = {
+    "merge": None,
+    "logn_length": None,
+    "split": "test",
+    "needle_values": ["number"],
+    "bare_needle_share": 0.0,
+}
+"""Fields that earlier versions lacked, with what they mean if they are missing from an outcome."""
+
+
+def _without_later(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_later(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if name not in _LATER or value != _LATER[name]
+    }
+
+
+# A model keeps its texts while it is evaluated at one length and depth after the other.
+_essay_texts = functools.lru_cache(maxsize=4)(essay_texts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation(ABC):
+    """What a trained model is evaluated on: several examples of one length.
+
+    Attributes:
+        num_examples: How many examples.
+        num_slots: Slots of the dictionary while they are read; `None` for as many as in training.
+        merge: The rule that keeps it meanwhile, as `OVQConfig.merge` names it; `None` for that of training.
+        logn_length: Tokens beyond which logits are scaled meanwhile, as `OVQConfig.logn_length`; `None` for
+            what the model has.
+        seed: Seed of the examples. In a figure it stands for an offset to the seed of the run.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    known_as: ClassVar[str]
+    """The kind as file names spell it: that of earlier versions, so that their outcomes are found."""
+
+    judged_by: ClassVar[str] = "accuracy"
+    """The field of the outcome that decides between trials; the lowest is best of a `"loss"`, the highest of
+    all others."""
+
+    num_examples: int
+    num_slots: int | None = None
+    merge: str | None = None
+    logn_length: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.num_examples < 1 or (self.num_slots is not None and self.num_slots < 1) or self.seed < 0:
+            raise ValueError(
+                "expected at least one example and one slot, and a seed of at least 0, found "
+                f"{self.num_examples}, {self.num_slots} and {self.seed}"
+            )
+
+    @property
+    @abstractmethod
+    def topic(self) -> str:
+        """What it is about, in a word, for file names."""
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """Tokens per example, at most."""
+
+    @property
+    @abstractmethod
+    def num_steps(self) -> int:
+        """The number of steps that it reports progress in."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Check that there is enough data, as far as that can be known without a model.
+
+        Raises:
+            ValueError: If its corpus cannot be read, or too little of it is held out for tests.
+        """
+
+    @abstractmethod
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
+        """Evaluate a model.
+
+        Args:
+            model: Run where it is, in its dtype.
+            folder: Where it was loaded from, with its tokenizer if it reads text.
+            reporter: Where to show progress, in `num_steps` steps.
+
+        Returns:
+            The outcome, as JSON can hold it.
+
+        Raises:
+            ValueError: If the model cannot be evaluated.
+        """
+
+    @contextmanager
+    def scaling(self, model: OVQForCausalLM) -> Iterator[None]:
+        """Within this context, the logits of the model are scaled as the evaluation asks for.
+
+        Raises:
+            ValueError: If no layer of the model has logits to scale.
+        """
+        own = model.config.logn_length
+        if self.logn_length is not None:
+            model.set_logn_length(self.logn_length)
+        try:
+            yield
+        finally:
+            if self.logn_length is not None:
+                model.set_logn_length(own)
+
+    @property
+    def name(self) -> str:
+        """The file name of outcomes: readable, and different for different evaluations.
+
+        Example:
+            >>> from ovq_lab.tasks import RecallTask
+            >>> TaskEvaluation(task=RecallTask(length=512), num_examples=4).name
+            'recall-512-...'
+        """
+        return f"{self.topic}-{self.num_tokens}-{digest(described(self) | {'class': self.known_as})}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Every field, as JSON gives it back."""
+        return _without_later(json.loads(json.dumps(dataclasses.asdict(self))))
+
+    def row_fields(self) -> dict[str, Any]:
+        """The fields of it that the rows of a figure have, beside those of the outcome."""
+        of_outcome = ("seed", "num_slots", "merge")
+        return {name: value for name, value in self.as_json().items() if name not in of_outcome}
+
+    @property
+    def _dictionary(self) -> dict[str, Any]:
+        """The dictionary as the measures take it."""
+        return {
+            "num_slots": [] if self.num_slots is None else [self.num_slots],
+            "merges": [] if self.merge is None else [self.merge],
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskEvaluation(Evaluation):
+    """Examples of a synthetic task: how many answers are right?
+
+    Attributes:
+        task: The kind of examples, at the length to evaluate at.
+    """
+
+    known_as: ClassVar[str] = "Evaluation"
+
+    task: Task
+
+    @property
+    def topic(self) -> str:
+        """The name of the task."""
+        return self.task.name
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per example."""
+        return self.task.length
+
+    @property
+    def num_steps(self) -> int:
+        """One step per example."""
+        return self.num_examples
+
+    def check(self) -> None:
+        """Nothing can be missing: examples are generated."""
+
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
+        """The fields of a `ResultRow`."""
+        [row] = evaluate(
+            model,
+            self.task,
+            lengths=[self.num_tokens],
+            **self._dictionary,
+            num_examples=self.num_examples,
+            seed=self.seed,
+            reporter=reporter,
+        )
+        return dataclasses.asdict(row)
+
+    def as_json(self) -> dict[str, Any]:
+        """Every field, and the name of the task."""
+        fields = super().as_json()
+        return fields | {"task": {"name": self.task.name} | fields["task"]}
+
+    def row_fields(self) -> dict[str, Any]:
+        """Those of all evaluations, and the counts of the task at its length: pairs, queries, functions."""
+        fields = super().row_fields()
+        names = (name for name in dir(type(self.task)) if name.startswith("num_"))
+        counts = {name: getattr(self.task, name) for name in names}
+        return fields | {"task": fields["task"] | {k: v for k, v in counts.items() if isinstance(v, int)}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TextEvaluation(Evaluation):
+    """An evaluation on held-out documents.
+
+    Attributes:
+        source: The corpus.
+        length: Tokens per example, at most.
+        split: Which of its documents are read: `"test"`, or `"validation"` to choose between trials.
+    """
+
+    source: TextSource
+    length: int
+    split: str = "test"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per example, at most."""
+        return self.length
+
+    @property
+    def num_steps(self) -> int:
+        """One step per token."""
+        return self.num_examples * self.num_tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossEvaluation(_TextEvaluation):
+    """Windows of held-out documents: how well is each next token predicted?
+
+    Attributes:
+        block_size: Positions of the first part that the loss is given for; each later one is as long as all
+            before it.
+    """
+
+    known_as: ClassVar[str] = "LanguageEvaluation"
+    judged_by: ClassVar[str] = "loss"
+
+    block_size: int = 1024
+
+    @property
+    def topic(self) -> str:
+        """The loss."""
+        return "loss"
+
+    def check(self) -> None:
+        """There must be enough windows."""
+        self._windows()
+
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
+        """The fields of a `LanguageRow` but the losses of single windows, which are many."""
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        corpus = self._windows(tokenizer)
+        [row] = evaluate_language(
+            model,
+            corpus,
+            lengths=[self.length],
+            **self._dictionary,
+            num_windows=self.num_examples,
+            block_size=self.block_size,
+            bytes_of_tokens=token_bytes(tokenizer),
+            first_token=corpus.end_of_text,
+            reporter=reporter,
+        )
+        return {
+            **{name: getattr(row, name) for name in _LOSS_FIELDS},
+            "position_losses": {str(last): loss for _, last, loss in octave_losses(row)},
+        }
+
+    def _windows(self, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
+        """The documents that windows are cut from.
+
+        Raises:
+            ValueError: If they have fewer.
+        """
+        corpus = load_corpus(self.source, self.split, tokenizer=tokenizer)
+        # The end of a text stands before each document, and windows do not overlap.
+        found = int(((corpus.num_tokens + 1) // self.length).sum())
+        if found < self.num_examples:
+            raise ValueError(
+                f"{self.source.dataset}: expected {self.num_examples} windows of {self.length} tokens in the "
+                f"documents held out for {_PURPOSES[self.split]}, found {found}; hold out more than "
+                f"{self.source.held_out:g} of the corpus (held_out)"
+            )
+        return corpus
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedleEvaluation(_TextEvaluation):
+    """Values hidden in held-out documents at one depth: are they found?
+
+    Attributes:
+        depth: Where the value is, from 0 (the beginning) to 1 (right before the question).
+        value: Kind of value: `"word"`, `"number"` or `"uuid"`.
+    """
+
+    known_as: ClassVar[str] = "NeedleEvaluation"
+
+    depth: float
+    value: str = "number"
+
+    @property
+    def topic(self) -> str:
+        """Needles."""
+        return "needle"
+
+    def check(self) -> None:
+        """There must be texts to hide values in."""
+        self._texts()
+
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
+        """The fields of a `NeedleRow` but the name."""
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        [row] = evaluate_needle(
+            model,
+            NeedleBuilder(tokenizer, haystack="essay", value=self.value, texts=self._texts()),
+            lengths=[self.length],
+            depths=[self.depth],
+            **self._dictionary,
+            num_examples=self.num_examples,
+            seed=self.seed,
+            reporter=reporter,
+        )
+        return {name: value for name, value in dataclasses.asdict(row).items() if name != "name"}
+
+    def _texts(self) -> list[str]:
+        return _essay_texts(self.source, self.split, self.length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedlesEvaluation(_TextEvaluation):
+    """Values hidden at several depths, in noise or in held-out documents: how many are found?
+
+    Attributes:
+        value: Kind of value: `"word"`, `"number"` or `"uuid"`.
+        haystack: Kind of text around it: `"noise"` or `"essay"`.
+        depths: Where the values are, from 0 to 1; there are `num_examples` at each.
+    """
+
+    known_as: ClassVar[str] = "NeedlesEvaluation"
+    judged_by: ClassVar[str] = "token_accuracy"
+
+    value: str
+    haystack: str
+    depths: tuple[float, ...]
+
+    @property
+    def topic(self) -> str:
+        """The value and the text around it."""
+        return f"{self.value}-in-{self.haystack}"
+
+    @property
+    def num_steps(self) -> int:
+        """One step per token."""
+        return self.num_examples * self.num_tokens * len(self.depths)
+
+    def check(self) -> None:
+        """There must be texts to hide values in."""
+        self._texts()
+
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
+        """The mean over the depths of each score of a `NeedleRow`, and what was found at each depth."""
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        rows = evaluate_needle(
+            model,
+            NeedleBuilder(tokenizer, haystack=self.haystack, value=self.value, texts=self._texts()),
+            lengths=[self.length],
+            depths=self.depths,
+            **self._dictionary,
+            num_examples=self.num_examples,
+            seed=self.seed,
+            reporter=reporter,
+        )
+        return {
+            **{
+                name: getattr(rows[0], name)
+                for name in ("mixer", "num_slots", "merge", "logn_length", "state_bytes")
+            },
+            **{name: fmean(getattr(row, name) for row in rows) for name in _NEEDLE_SCORES},
+            "by_depth": {f"{row.depth:g}": row.generated for row in rows},
+        }
+
+    def _texts(self) -> list[str]:
+        return _essay_texts(self.source, self.split, self.length) if self.haystack == "essay" else []

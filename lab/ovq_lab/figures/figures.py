@@ -1,0 +1,372 @@
+"""The figures there are, each built for the sizes of a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ovq.fields import did_you_mean
+from ovq.ops.options import BEST_MERGE
+from ovq_lab.eval.rows import MIXER_NAMES
+from ovq_lab.figures import ablations
+from ovq_lab.figures.evaluations import Evaluation, TaskEvaluation
+from ovq_lab.figures.fidelity import fidelity_rows
+from ovq_lab.figures.fidelity.streams import STREAMS
+from ovq_lab.figures.kept import kept
+from ovq_lab.figures.plan import Figure, Line, Panel
+from ovq_lab.figures.presets import TOKENS_PER_SLOT, Preset
+from ovq_lab.figures.rivals import (
+    rivals_lm,
+    rivals_lm_mamba2,
+    rivals_mqar,
+    rivals_needles,
+    rivals_positional,
+    rivals_recall,
+    rivals_regression,
+)
+from ovq_lab.figures.scaled import (
+    logn_mqar,
+    logn_needles,
+    logn_positional,
+    logn_recall,
+    logn_regression,
+)
+from ovq_lab.figures.text_figures import hybrids, language, longer, needle, of_corpus
+from ovq_lab.plots.fidelity import fidelity_figure
+from ovq_lab.tasks import PositionalRecallTask, RegressionTask, Task
+from ovq_lab.train.config import RunConfig
+
+# The order of legends and tables.
+_COMPARED = (
+    "full_attention",
+    "ovq",
+    "vq",
+    "linear_attention",
+    "gated_deltanet",
+    "mamba2",
+    "sink_attention",
+    "sliding_attention",
+)
+
+_VALIDATION_FACTOR = 4
+"""Trials are judged at so many times the training length: at that length itself several are perfect."""
+
+
+def _validation(preset: Preset, task: str, mixer: str) -> Evaluation:
+    """What decides between trials of a mixer; OVQ is tried with the enlarged dictionary."""
+    length = _VALIDATION_FACTOR * preset.train_length(task)
+    num_slots = preset.enlarged(task, length) if mixer == "ovq" else None
+    return preset.evaluation(preset.task(task).at_length(length), num_slots=num_slots)
+
+
+def _mixers_by_length(
+    preset: Preset, task: str, *, title: str, note: str, quality: tuple[Panel, ...]
+) -> Figure:
+    """Every mixer on one task, against length: how good, how many bytes, how long it took."""
+    tasks = [preset.task(task).at_length(length) for length in preset.lengths(task)]
+    lines = []
+    for mixer in _COMPARED:
+        evaluations = {_name(mixer): [preset.evaluation(each) for each in tasks]}
+        if mixer == "ovq":
+            evaluations = _by_both_rules(preset, task, tasks)
+        lines += [
+            Line(
+                label=label,
+                config=preset.config(task, mixer),
+                evaluations=tuple(each),
+                validation=_validation(preset, task, mixer),
+            )
+            for label, each in evaluations.items()
+        ]
+    return Figure(
+        name=task,
+        title=title,
+        note=note,
+        lines=tuple(lines),
+        panels=(
+            *quality,
+            Panel(title="memory", y="state_bytes"),
+            Panel(title="time", y="microseconds_per_token"),
+        ),
+        trials=preset.trials,
+    )
+
+
+def _by_both_rules(preset: Preset, name: str, tasks: Sequence[Task]) -> dict[str, list[TaskEvaluation]]:
+    """OVQ as it was trained and by the best rule of ours, with the slots of training and with more."""
+    trained = preset.configs[name].model.num_slots
+    evaluations = {}
+    for rule, merge in (("OVQ", None), ("OVQ, nearest", BEST_MERGE)):
+        evaluations[f"{rule}, {trained} slots"] = [preset.evaluation(each, merge=merge) for each in tasks]
+    for rule, merge in (("OVQ", None), ("OVQ, nearest", BEST_MERGE)):
+        tokens = TOKENS_PER_SLOT[merge or "existing"]
+        evaluations[f"{rule}, a slot for {tokens} tokens"] = [
+            preset.evaluation(
+                each,
+                num_slots=preset.enlarged(name, each.length, merge or "existing"),
+                merge=merge,
+            )
+            for each in tasks
+        ]
+    return evaluations
+
+
+def fidelity(preset: Preset) -> Figure:
+    """The error of memories of equal bytes against exact attention, without training."""
+    return Figure(
+        name="fidelity",
+        title="Memories of equal bytes against exact attention, without training",
+        measure=measure_fidelity,
+        draw=draw_fidelity,
+        panels=tuple(Panel(title=name, y="error", group=name) for name in STREAMS),
+        note="The same at every preset. Bars of the picture are standard deviations over the seeds.",
+    )
+
+
+def measure_fidelity(seed: int) -> list[dict[str, Any]]:
+    """The rows of `fidelity` for a seed, see `ovq_lab.figures.fidelity.fidelity_rows`."""
+    return [{"line": row["memory"], "group": row["stream"], **row} for row in fidelity_rows([seed])]
+
+
+def draw_fidelity(results: dict[str, Any], path: Path) -> None:
+    """The picture of `fidelity`, see `ovq_lab.plots.fidelity.fidelity_figure`."""
+    fidelity_figure(results["rows"], path)
+
+
+def recall(preset: Preset) -> Figure:
+    """Accuracy of all mixers on basic in-context recall, trained short and evaluated long."""
+    return _mixers_by_length(
+        preset,
+        "recall",
+        title="Basic in-context recall beyond the training length",
+        note="The number of pairs grows with the length: a fifth of the context's tokens belong to them.",
+        quality=(Panel(title="accuracy"),),
+    )
+
+
+def positional(preset: Preset) -> Figure:
+    """Accuracy of all mixers on positional in-context recall."""
+    task = preset.task("positional")
+    assert isinstance(task, PositionalRecallTask)
+    return _mixers_by_length(
+        preset,
+        "positional",
+        title="Positional in-context recall beyond the training length",
+        note=f"Each key is stored {task.num_occurrences} times with different values, which are asked for in "
+        "order. The number of keys grows with the length.",
+        quality=(Panel(title="accuracy"),),
+    )
+
+
+def regression(preset: Preset) -> Figure:
+    """Error of all mixers on linear regression in context, by number of functions and of points seen."""
+    usual = preset.task("regression")
+    assert isinstance(usual, RegressionTask)
+    # The shortest length with as many functions as there can be.
+    length = next(
+        each
+        for each in preset.lengths("regression")
+        if usual.at_length(each).num_functions == usual.max_functions
+    )
+    return _mixers_by_length(
+        preset,
+        "regression",
+        title="Linear regression in context: the mean absolute error of y",
+        note="Points of many functions y = a x + b in random order. With the length grows the number of "
+        f"functions, up to {usual.max_functions}. The second panel divides the questions at {length} tokens "
+        "by how many points of the same function came before.",
+        quality=(
+            Panel(title="error by functions", x="task.num_functions", y="mean_error"),
+            Panel(
+                title=f"error by points seen, {usual.max_functions} functions",
+                x="slices",
+                y="slice_errors",
+                at_length=length,
+            ),
+        ),
+    )
+
+
+def mqar(preset: Preset) -> Figure:
+    """Accuracy of all mixers on Zoology's multi-query associative recall."""
+    return _mixers_by_length(
+        preset,
+        "mqar",
+        title="Multi-query associative recall (Zoology)",
+        note="A quarter as many pairs as tokens, up to 256, from a vocabulary of 8,192.",
+        quality=(Panel(title="accuracy"),),
+    )
+
+
+def state_size(preset: Preset) -> Figure:
+    """Accuracy against bytes of state, at lengths beyond training."""
+    train_length = preset.train_length("recall")
+    lengths = [train_length * factor for factor in (4, 16)]
+    tasks = [preset.task("recall").at_length(length) for length in lengths]
+    trained = preset.configs["recall"].model.num_slots
+    lines = []
+    for group, task in zip(("near", "far"), tasks, strict=True):
+        for mixer in _COMPARED:
+            usual = preset.config("recall", mixer)
+            sizes = [usual, *(preset.config("recall", mixer, **size) for size in preset.sizes.get(mixer, ()))]
+            lines += [
+                Line(
+                    label=_name(mixer),
+                    config=config,
+                    evaluations=(preset.evaluation(task),),
+                    group=group,
+                    trial_of=usual,
+                    validation=_validation(preset, "recall", mixer),
+                )
+                for config in sizes
+            ]
+        lines += [
+            Line(
+                label=f"{rule}, trained with {trained} slots, more at test time",
+                config=preset.config("recall"),
+                evaluations=tuple(
+                    preset.evaluation(task, num_slots=trained * factor, merge=merge)
+                    for factor in preset.slot_factors
+                ),
+                group=group,
+                validation=_validation(preset, "recall", "ovq"),
+            )
+            for rule, merge in (("OVQ", None), ("OVQ, nearest", BEST_MERGE))
+        ]
+    return Figure(
+        name="bytes",
+        title="Basic recall against bytes of state",
+        note="Each point of a line is a model trained with a state of that size, but where the legend says "
+        "otherwise. Settings of the optimizer are those that the usual size of each mixer does best with. "
+        "By nearest the same weights are asked, which were trained by the paper's rule.",
+        lines=tuple(lines),
+        panels=tuple(
+            Panel(
+                title=f"{length} tokens, {length // train_length} times the training length",
+                x="state_bytes",
+                group=group,
+            )
+            for group, length in zip(("near", "far"), lengths, strict=True)
+        ),
+        trials=preset.trials,
+    )
+
+
+def dictionary(preset: Preset) -> Figure:
+    """The size of the dictionary varied at test time, on the same weights."""
+    config = preset.config("recall")
+    sizes = [config.model.num_slots * factor for factor in preset.slot_factors]
+    lines = []
+    for length in sorted({*preset.near_lengths("recall")[::2], *preset.far_lengths.get("recall", ())}):
+        task = preset.task("recall").at_length(length)
+        for rule, merge in (("", None), (", nearest", BEST_MERGE)):
+            evaluations = [preset.evaluation(task, num_slots=num_slots, merge=merge) for num_slots in sizes]
+            lines += [
+                _line(f"{length} tokens", config, evaluations, f"{group}{rule}")
+                for group in ("slots", "bytes")
+            ]
+    return Figure(
+        name="dictionary",
+        title=f"OVQ trained with {config.model.num_slots} slots: the dictionary at test time",
+        note="All points of a seed come from the same weights.",
+        lines=tuple(lines),
+        panels=(
+            Panel(title="slots, kept by the paper's rule", x="num_slots", group="slots"),
+            Panel(title="slots, kept by nearest", x="num_slots", group="slots, nearest"),
+            Panel(title="bytes of state, paper's rule", x="state_bytes", group="bytes"),
+            Panel(title="bytes of state, nearest", x="state_bytes", group="bytes, nearest"),
+        ),
+    )
+
+
+FIGURES: dict[str, Callable[[Preset], Figure]] = {
+    "fidelity": fidelity,
+    "recall": recall,
+    "positional": positional,
+    "regression": regression,
+    "mqar": mqar,
+    "bytes": state_size,
+    "dictionary": dictionary,
+    "kept": kept,
+    "init": ablations.init,
+    "growth": ablations.growth,
+    "rate": ablations.rate,
+    "merge": ablations.merge,
+    "bias": ablations.bias,
+    "chunk": ablations.chunk,
+    "conv": ablations.conv,
+    "logn-recall": logn_recall,
+    "logn-positional": logn_positional,
+    "logn-mqar": logn_mqar,
+    "logn-regression": logn_regression,
+    "logn-needles": logn_needles,
+    "lm": language,
+    "hybrids": hybrids,
+    "needle": needle,
+    "long": longer,
+    "rivals-recall": rivals_recall,
+    "rivals-positional": rivals_positional,
+    "rivals-regression": rivals_regression,
+    "rivals-mqar": rivals_mqar,
+    "rivals-needles": rivals_needles,
+    "rivals-lm": rivals_lm,
+    "rivals-lm-mamba2": rivals_lm_mamba2,
+}
+"""Every figure by its name on the command line, in the order of `--all`."""
+
+
+TEXT_FIGURES = (
+    *("lm", "hybrids", "needle", "long", "logn-needles"),
+    *("rivals-needles", "rivals-lm", "rivals-lm-mamba2"),
+)
+"""Those that can be made of any corpus."""
+
+
+GROUPS = {
+    group: tuple(name for name in FIGURES if name.startswith(f"{group}-")) for group in ("rivals", "logn")
+}
+"""Figures that the command line knows by one name together."""
+
+
+def get_figure(
+    name: str, preset: Preset, *, dataset: str | None = None, held_out: float | None = None
+) -> Figure:
+    """The figure of this name.
+
+    Args:
+        name: One of `FIGURES`.
+        preset: Its sizes.
+        dataset: For figures of language models, the corpus; `None` for that of the preset. A figure of a
+            chosen corpus has the corpus in its name.
+        held_out: Likewise, the share of the documents that are not trained on.
+
+    Raises:
+        ValueError: If there is none, lists those there are; if it has no corpus to choose; or if the share is
+            not in [0, 1).
+
+    Example:
+        >>> from ovq_lab.figures.presets import CPU
+        >>> [panel.title for panel in get_figure("recall", CPU).panels]
+        ['accuracy', 'memory', 'time']
+    """
+    if name not in FIGURES:
+        raise ValueError(
+            f"expected figures among {', '.join([*FIGURES, *GROUPS])}, found {name!r}"
+            f"{did_you_mean(name, [*FIGURES, *GROUPS])}"
+        )
+    if dataset is None and held_out is None:
+        return FIGURES[name](preset)
+    if name not in TEXT_FIGURES:
+        raise ValueError(
+            f"--dataset, --held-out: expected figures among {', '.join(TEXT_FIGURES)}, found {name!r}"
+        )
+    return of_corpus(FIGURES[name], preset, dataset=dataset, held_out=held_out)
+
+
+def _line(label: str, config: RunConfig, evaluations: Sequence[Evaluation], group: str = "") -> Line:
+    return Line(label=label, config=config, evaluations=tuple(evaluations), group=group)
+
+
+def _name(mixer: str) -> str:
+    return MIXER_NAMES.get(mixer, mixer)

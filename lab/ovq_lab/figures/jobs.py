@@ -1,0 +1,258 @@
+"""What worker processes do for a figure: train and evaluate a run, or measure without training.
+
+Whatever interrupts a job, at any moment, it can continue from there. The folder of a run is sealed once its
+model is trained (`ovq_lab.train.checkpoints`); until then it holds checkpoints to resume from. The outcome of
+an evaluation is a file of its own, `evaluations/NAME.json`, and so are the rows that are measured for a seed;
+a file is written completely or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from ovq.hf import OVQForCausalLM
+from ovq.runtime.files import read_json, write_atomic
+from ovq_lab.figures.evaluations import Evaluation
+from ovq_lab.figures.plan import is_same_run, run_name
+from ovq_lab.runtime.environment import environment
+from ovq_lab.runtime.workers import RemoteReporter, RemoteWork
+from ovq_lab.train import loop
+from ovq_lab.train.checkpoints import fault, newest_checkpoint, seal
+from ovq_lab.train.config import CONFIG_FILE, RunConfig
+
+TRAINING_FILE = "training.json"
+"""How the training of a run went: seconds, parameters, where."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job(ABC):
+    """A piece of work that is independent of all others.
+
+    Attributes:
+        root: The folder that files of its kind are in.
+        label: What to call it in progress reports.
+    """
+
+    root: Path
+    label: str
+
+    @abstractmethod
+    def is_done(self) -> bool:
+        """Whether all of its files are complete."""
+
+    @abstractmethod
+    def do(self, reporter: RemoteReporter) -> None:
+        """Do what is not done yet.
+
+        Raises:
+            ValueError: If it cannot be done as it is configured.
+            OSError: If its files cannot be written.
+        """
+
+
+def do_job(job: Job, reporter: RemoteReporter) -> None:
+    """Do a job; the function that worker processes call."""
+    job.do(reporter)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunJob(Job):
+    """A run to train, and evaluations of the trained model.
+
+    Attributes:
+        config: The run.
+        evaluations: What to evaluate the model on.
+    """
+
+    config: RunConfig
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is kept."""
+        return self.root / run_name(self.config)
+
+    def is_done(self) -> bool:
+        """Whether the model is trained, and all evaluations are finished."""
+        return self.is_trained() and None not in self.outcomes()
+
+    def is_trained(self) -> bool:
+        """Whether the folder holds the trained model, whole.
+
+        Raises:
+            ValueError: If it holds that of another configuration, which is left as it is.
+        """
+        if fault(self.folder) is not None:
+            return False
+        found = RunConfig.load(self.folder)
+        if not is_same_run(found, self.config):
+            raise ValueError(
+                f"{self.folder}: expected the run of this configuration, found one that an earlier version "
+                "has trained by another; move it away, or choose another --out"
+            )
+        return True
+
+    def outcomes(self) -> list[dict[str, Any] | None]:
+        """The outcome of each evaluation, None for those that are not finished."""
+        return [self._outcome(evaluation) for evaluation in self.evaluations]
+
+    def training_record(self) -> dict[str, Any]:
+        """What `TRAINING_FILE` of the trained run holds."""
+        return read_json(self.folder / TRAINING_FILE)
+
+    def do(self, reporter: RemoteReporter) -> None:
+        """Train the model if it is not trained, and do the missing evaluations."""
+        # The bar of loading a model this small is over before it is seen.
+        disable_progress_bar()
+        if not self.is_trained():
+            self._train(reporter)
+        missing = [
+            evaluation
+            for evaluation, outcome in zip(self.evaluations, self.outcomes(), strict=True)
+            if outcome is None
+        ]
+        if missing:
+            self._evaluate(missing, reporter)
+
+    def _train(self, reporter: RemoteReporter) -> None:
+        """Train the model, from the newest whole checkpoint if there is one, and seal the folder."""
+        begun = time.monotonic()
+        can_resume = (
+            (self.folder / CONFIG_FILE).is_file()
+            and is_same_run(RunConfig.load(self.folder), self.config)
+            and newest_checkpoint(self.folder, reporter.say) is not None
+        )
+        label = f"train {self.label}"
+        if can_resume:
+            model = loop.resume(self.folder, reporter=reporter, label=label)
+        else:
+            # What is there was never finished, or is damaged.
+            shutil.rmtree(self.folder, ignore_errors=True)
+            model = loop.train(self.config, self.folder, reporter=reporter, label=label)
+        record = {
+            # Of a run that was interrupted only the last part is known.
+            "seconds": None if can_resume else round(time.monotonic() - begun, 2),
+            "num_parameters": model.num_parameters(),
+            "environment": environment(model.device.type),
+        }
+        write_atomic(self.folder / TRAINING_FILE, json.dumps(record, indent=2) + "\n")
+        seal(self.folder)
+        for checkpoint in self.folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    def _evaluate(self, evaluations: list[Evaluation], reporter: RemoteReporter) -> None:
+        """Evaluate the trained model, and write each outcome once it is known."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = OVQForCausalLM.from_pretrained(self.folder, local_files_only=True)
+        # transformers wraps `to` in a way that leaves mypy without its `self`.
+        model = model.to(device).eval()  # type: ignore[arg-type]
+        (self.folder / "evaluations").mkdir(exist_ok=True)
+        total = sum(evaluation.num_steps for evaluation in evaluations)
+        work = reporter.start(f"evaluate {self.label}", total=total)
+        done = 0
+        for evaluation in evaluations:
+            # For models that open slots at random.
+            set_seed(evaluation.seed)
+            begun = time.monotonic()
+            use_bfloat16 = self.config.train.precision == "bfloat16"
+            mixed = torch.autocast(device, torch.bfloat16, enabled=use_bfloat16)
+            with mixed, evaluation.scaling(model):
+                found = evaluation.evaluate(model, self.folder, _PartReporter(work, done))
+            done += evaluation.num_steps
+            outcome = {
+                "evaluation": evaluation.as_json(),
+                **found,
+                "seconds": round(time.monotonic() - begun, 3),
+                "environment": environment(device),
+            }
+            write_atomic(self._path(evaluation), json.dumps(outcome, indent=2) + "\n")
+
+    def _path(self, evaluation: Evaluation) -> Path:
+        return self.folder / "evaluations" / f"{evaluation.name}.json"
+
+    def _outcome(self, evaluation: Evaluation) -> dict[str, Any] | None:
+        """The outcome in the file of an evaluation, None if the file is missing or of another evaluation."""
+        path = self._path(evaluation)
+        if not path.is_file():
+            return None
+        try:
+            outcome = read_json(path)
+            return outcome if outcome["evaluation"] == evaluation.as_json() else None
+        except (KeyError, TypeError, ValueError):
+            # What is damaged is done again.
+            return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasureJob(Job):
+    """What a figure measures without training, for one seed.
+
+    Attributes:
+        figure: The name of the figure.
+        measure: See `Figure`.
+        seed: The seed.
+    """
+
+    figure: str
+    measure: Callable[[int], list[dict[str, Any]]]
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        """Where the rows are kept."""
+        return self.root / f"{self.figure}-seed{self.seed}.json"
+
+    def is_done(self) -> bool:
+        """Whether the seed is measured, and the rows can be read."""
+        try:
+            return {"rows", "environment"} <= self.record().keys()
+        except (AttributeError, FileNotFoundError, ValueError):
+            return False
+
+    def do(self, reporter: RemoteReporter) -> None:
+        """Measure, and write the rows.
+
+        Raises:
+            ValueError: If a package is missing that only this figure needs.
+            OSError: If the folder cannot be written.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        work = reporter.start(self.label, total=1)
+        try:
+            rows = self.measure(self.seed)
+        except ImportError as error:
+            raise ValueError(f"{self.figure}: {error}") from error
+        record = {"rows": rows, "environment": environment("cpu")}
+        write_atomic(self.path, json.dumps(record, indent=1) + "\n")
+        work.update(1)
+
+    def record(self) -> dict[str, Any]:
+        """The rows, and the environment in which they were measured."""
+        return read_json(self.path)
+
+
+class _PartReporter:
+    """A reporter for one evaluation of several that are shown as one piece of work."""
+
+    def __init__(self, work: RemoteWork, done_before: int) -> None:
+        self._work = work
+        self._done_before = done_before
+
+    def start(self, label: str, *, total: int) -> _PartReporter:
+        """Begin this part; its label and total are known."""
+        return self
+
+    def update(self, done: int, *, note: str = "") -> None:
+        """Say how far this part has come."""
+        self._work.update(self._done_before + done, note=note)

@@ -1,0 +1,92 @@
+"""The figure `kept`: what the paper's rule and "nearest" keep of a recall task, on the same weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ovq.hf import OVQForCausalLM
+from ovq.ops.options import BEST_MERGE
+from ovq.runtime.progress import WorkReporter
+from ovq_lab.eval.kept import NUM_PARTS, evaluate_kept
+from ovq_lab.eval.rows import model_label
+from ovq_lab.figures.evaluations import TaskEvaluation
+from ovq_lab.figures.plan import Figure, Line, Panel
+from ovq_lab.figures.presets import Preset
+from ovq_lab.plots.kept import kept_figure
+from ovq_lab.tasks import RecallTask
+
+_RULES = ("existing", BEST_MERGE)
+_LENGTH_FACTORS = (4, 16)
+_SLOT_FACTORS = (1, 4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeptEvaluation(TaskEvaluation):
+    """Which pairs of a recall task have a slot of their own, and what is answered."""
+
+    known_as: ClassVar[str] = "KeptEvaluation"
+
+    def evaluate(self, model: OVQForCausalLM, folder: Path, reporter: WorkReporter) -> dict[str, Any]:
+        """The fields of a `KeptRow`."""
+        assert isinstance(self.task, RecallTask), "other tasks have no pairs"
+        assert self.num_slots is not None, "the figure says how many"
+        assert self.merge is not None, "the figure says which"
+        row = evaluate_kept(
+            model,
+            self.task,
+            num_slots=self.num_slots,
+            merge=self.merge,
+            num_examples=self.num_examples,
+            seed=self.seed,
+            reporter=reporter,
+        )
+        return dataclasses.asdict(row)
+
+
+def kept(preset: Preset) -> Figure:
+    """Which pairs have a slot of their own, how full slots are, and how old."""
+    config = preset.config("recall")
+    trained = config.model.num_slots
+    lengths = [preset.train_length("recall") * factor for factor in _LENGTH_FACTORS]
+    lines = []
+    for merge in _RULES:
+        for num_slots in (trained * factor for factor in _SLOT_FACTORS):
+            usual = [
+                preset.evaluation(preset.task("recall").at_length(n), num_slots=num_slots, merge=merge)
+                for n in lengths
+            ]
+            fields = [{f.name: getattr(each, f.name) for f in dataclasses.fields(each)} for each in usual]
+            lines.append(
+                Line(
+                    label=model_label("ovq", num_slots, merge=merge),
+                    config=config,
+                    evaluations=tuple(KeptEvaluation(**each) for each in fields),
+                )
+            )
+    longest = max(lengths)
+    part = f"{longest} tokens: by sixteenth of the context"
+    assert NUM_PARTS == 16, "the titles of panels say so"
+    return Figure(
+        name="kept",
+        title=f"What is kept of basic recall, trained with {trained} slots by the paper's rule",
+        note="A pair has a slot of its own if the token that is read of it shares its slot with no such "
+        "token of another pair, in one of the heads, when it is asked for. Tokens per slot and ages are "
+        "those when the questions begin.",
+        lines=tuple(lines),
+        panels=(
+            Panel(title="questions whose pair has a slot of its own", y="own_share"),
+            Panel(title="where the pair has a slot of its own", y="own_accuracy"),
+            Panel(title="where it has none", y="shared_accuracy"),
+            Panel(title=f"{longest} tokens: tokens per slot", x="slices", y="slot_counts", at_length=longest),
+            Panel(title=f"{part}, the oldest token of a slot", x="slices", y="oldest", at_length=longest),
+            Panel(title=f"{part}, its mean token", x="slices", y="mean_position", at_length=longest),
+        ),
+        draw=draw_kept,
+    )
+
+
+def draw_kept(results: dict[str, Any], path: Path) -> None:
+    """The picture of `kept`, see `ovq_lab.plots.kept.kept_figure`."""
+    kept_figure(results["rows"], path, title=results["title"])

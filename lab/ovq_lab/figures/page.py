@@ -1,0 +1,241 @@
+"""All that has been run on one page: a single HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ovq.runtime.files import write_atomic
+from ovq.runtime.units import format_bytes
+from ovq_lab.figures.draw import AXIS_NAMES, Point, points, short_number, y_name
+from ovq_lab.figures.figures import FIGURES
+from ovq_lab.figures.plan import Trial
+from ovq_lab.figures.results import load_results
+
+_TEMPLATE = "page.html.jinja"
+
+# Of all other fields more is better.
+_LESS_IS_BETTER = frozenset(
+    {"error", "mean_error", "slice_errors", "position_losses", "state_bytes", "microseconds_per_token"}
+)
+
+
+class Cell(NamedTuple):
+    """A cell of a table, with small print below it, marked where it is the best of its row."""
+
+    text: str
+    small: str = ""
+    is_best: bool = False
+
+
+class Table(NamedTuple):
+    """A table of the page."""
+
+    header: Sequence[str]
+    body: Sequence[Sequence[Cell]]
+    caption: str = ""
+
+
+class Summary(NamedTuple):
+    """A figure in a line: what is compared, how OVQ did, and what did best."""
+
+    what: str
+    ovq: str
+    best: str
+
+
+def write_report(out: Path) -> Path:
+    """Write `report.html` from all rows and figures in a folder of results.
+
+    Args:
+        out: The folder; holds `rows/` and `figures/`.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: If there are no rows, or a file of them cannot be read.
+        OSError: If the page cannot be written.
+    """
+    order = list(FIGURES)
+
+    def place(path: Path) -> tuple[int, str]:
+        # Those of a chosen corpus follow the usual one, whose name theirs begins with.
+        names = [name for name in order if f"{path.stem}-".startswith(f"{name}-")]
+        return (order.index(max(names, key=len)) if names else len(order), path.stem)
+
+    paths = sorted((out / "rows").glob("*.json"), key=place)
+    if not paths:
+        raise ValueError(
+            f"--report: expected figures that have been made in {out}, found none; see ovq reproduce --list"
+        )
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+    )
+    page = templates.get_template(_TEMPLATE).render(
+        now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        figures=[_figure(load_results(path), out / "figures") for path in paths],
+    )
+    path = out / "report.html"
+    write_atomic(path, page.strip() + "\n")
+    return path
+
+
+def _figure(results: dict[str, Any], pictures: Path) -> dict[str, Any]:
+    """What the page says of a figure: its tables, and how it came about."""
+    picture = pictures / f"{results['figure']}.png"
+    tables = [_panel_table(results, panel) for panel in results["panels"]]
+    if results.get("sweep"):
+        tables.append(_sweep_table(results["sweep"]))
+    return {
+        "name": results["figure"],
+        "title": results["title"],
+        "command": results["command"],
+        "updates": results.get("updates", []),
+        "seeds": results["seeds"],
+        "note": results.get("note", ""),
+        "picture": base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else "",
+        "summary": _summary(results, results["panels"][0]),
+        "tables": tables,
+        "models": _model_table(results["rows"]),
+        "environments": _environments(
+            results["environments"]
+            + [each for update in results.get("updates", []) for each in update["environments"]]
+        ),
+    }
+
+
+def _summary(results: dict[str, Any], panel: dict[str, Any]) -> Summary:
+    """A panel at its last place, where mixers are furthest apart."""
+    lines = points(results, panel)
+    if panel["x"] == "state_bytes":
+        # Each model has places of its own.
+        last, where = {label: line[-1] for label, line in lines.items()}, "most bytes"
+    else:
+        place = _places(panel, lines)[-1]
+        last = {label: point for label, line in lines.items() for point in line if point.x == place}
+        where = f"{_axis(panel['x'])}: {_value(place, panel['x'])}"
+    ovq = {label: point for label, point in last.items() if "OVQ" in label}
+    return Summary(f"{panel['title']}: {y_name(panel)}; {where}", _winner(ovq, panel), _winner(last, panel))
+
+
+def _winner(found: dict[str, Point], panel: dict[str, Any]) -> str:
+    """The best line and its value; nothing where there is no line."""
+    if not found:
+        return ""
+    best = _best([point.mean for point in found.values()], panel["y"])
+    label = next(label for label, point in found.items() if point.mean == best)
+    return f"{label}: {_value(best, panel['y'])}"
+
+
+def _best(values: Sequence[float], field: str) -> float:
+    """The best of some values of a field.
+
+    Example:
+        >>> _best([0.5, 0.7], "accuracy"), _best([0.5, 0.7], "error")
+        (0.7, 0.5)
+    """
+    return min(values) if field in _LESS_IS_BETTER else max(values)
+
+
+def _places(panel: dict[str, Any], lines: dict[str, list[Point]]) -> list[float | str]:
+    """Where a panel has points, from left to right."""
+    places = list(dict.fromkeys(point.x for line in lines.values() for point in line))
+    return places if panel["x"] == "slices" else sorted(places)
+
+
+def _panel_table(results: dict[str, Any], panel: dict[str, Any]) -> Table:
+    """The numbers of a panel: a row for each place, a column for each line, the best of a row marked."""
+    lines = points(results, panel)
+    caption = f"{panel['title']}: {y_name(panel)} by {_axis(panel['x'])}"
+    if panel["x"] == "state_bytes":
+        # Each model has places of its own: two rows a line would be mostly empty columns.
+        body = [
+            [Cell(label), Cell(_value(point.x, "state_bytes")), _cell(point, panel["y"])]
+            for label, line in lines.items()
+            for point in line
+        ]
+        return Table(["", "bytes of state", _axis(panel["y"])], body, caption)
+    body = []
+    for place in _places(panel, lines):
+        at_place = {label: point for label, line in lines.items() for point in line if point.x == place}
+        best = _value(_best([point.mean for point in at_place.values()], panel["y"]), panel["y"])
+        cells = [
+            _cell(at_place[label], panel["y"], best) if label in at_place else Cell("") for label in lines
+        ]
+        body.append([Cell(_value(place, panel["x"])), *cells])
+    return Table([_axis(panel["x"]), *lines], body, caption)
+
+
+def _sweep_table(sweep: Sequence[dict[str, Any]]) -> Table:
+    field, best_of = ("losses", min) if "losses" in sweep[0] else ("accuracies", max)
+    trials = list(dict.fromkeys(trial for entry in sweep for trial in entry[field]))
+    body = []
+    for entry in sweep:
+        name = entry["line"] + (f", tried with {slots}" if (slots := entry.get("num_slots")) else "")
+        best = f"{best_of(entry[field].values()):.4f}"
+        shown = {trial: f"{value:.4f}" for trial, value in entry[field].items()}
+        cells = [Cell(text := shown.get(trial, ""), is_best=text == best) for trial in trials]
+        body.append([Cell(name), *cells, Cell(entry["chosen"])])
+    caption = (
+        f"Learning rates (and weight decay): {field} at {sweep[0]['length']} tokens, on examples that no "
+        f"row comes from, seed {sweep[0]['seed']}"
+    )
+    return Table(["", *trials, "chosen"], body, caption)
+
+
+def _model_table(rows: Sequence[dict[str, Any]]) -> Table | None:
+    """What was trained: parameters, seconds, folders; None where nothing was."""
+    runs = {row["run"]: row for row in rows if "run" in row}
+    if not runs:
+        return None
+    body = []
+    for run, row in sorted(runs.items()):
+        seconds = row["train_seconds"]
+        cells = (
+            run,
+            row["line"],
+            Trial(learning_rate=row["learning_rate"], weight_decay=row["weight_decay"]).label,
+            f"{row['num_parameters']}",
+            "interrupted" if seconds is None else f"{seconds:.0f}",
+        )
+        body.append([Cell(text) for text in cells])
+    return Table(["run", "first line with it", "learning rate", "parameters", "seconds of training"], body)
+
+
+def _environments(environments: Iterable[dict[str, Any]]) -> list[str]:
+    return [", ".join(f"{name} {value}" for name, value in each.items()) for each in environments]
+
+
+def _cell(point: Point, field: str, best: str | None = None) -> Cell:
+    """A mean, its lowest and highest seed, and whether it reads as the best of its row does."""
+    text = _value(point.mean, field)
+    small = "" if point.low == point.high else f"{_value(point.low, field)} to {_value(point.high, field)}"
+    return Cell(text, small, is_best=text == best)
+
+
+def _value(value: float | str, field: str) -> str:
+    """A value of a field for people."""
+    if isinstance(value, str):
+        return value
+    if field == "state_bytes":
+        return format_bytes(value)
+    if field in ("length", "num_slots", "task.num_functions", "positions"):
+        return short_number(value)
+    if field == "position_losses":
+        return f"{value:.4f}"
+    if field in ("accuracy", "slices", "mean_error", "slice_errors", "error", "choice", "generated"):
+        return f"{value:.3f}"
+    return f"{value:.3g}"
+
+
+def _axis(field: str) -> str:
+    return AXIS_NAMES.get(field, field.removeprefix("task.").replace("_", " "))

@@ -1,0 +1,113 @@
+"""Some lines of a figure made anew, with the rows of all others kept as they are in its file of results."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from ovq_lab.figures.plan import Figure, Line
+from ovq_lab.figures.results import load_results
+from ovq_lab.figures.same_runs import found_elsewhere
+
+
+def chosen_lines(figure: Figure, patterns: Sequence[str]) -> Figure:
+    """A figure with some of its lines.
+
+    Args:
+        figure: The whole figure.
+        patterns: What their labels match, with `*` for any text; none for all lines.
+
+    Raises:
+        ValueError: If a pattern matches no line; lists the labels.
+    """
+    if not patterns:
+        return figure
+    labels = list(dict.fromkeys(line.label for line in figure.lines))
+    for pattern in patterns:
+        if not any(fnmatchcase(label, pattern) for label in labels):
+            raise ValueError(
+                f"--lines: expected labels of {figure.name}, such as {', '.join(map(repr, labels))}, "
+                f"found {pattern!r}"
+            )
+    chosen = tuple(line for line in figure.lines if any(fnmatchcase(line.label, each) for each in patterns))
+    groups = {line.group for line in chosen}
+    panels = tuple(panel for panel in figure.panels if panel.group in groups)
+    return dataclasses.replace(figure, lines=chosen, panels=panels)
+
+
+def earlier_results(path: Path, figure: Figure, part: Figure, seeds: Sequence[int]) -> dict[str, Any]:
+    """What there is of the lines of a figure which are not made anew: its file of results, or where there is
+    none, what files of other figures beside it have of the same runs.
+
+    Args:
+        path: The file.
+        figure: The whole figure.
+        part: What is made anew.
+        seeds: The seeds of that.
+
+    Raises:
+        ValueError: If there is no such file, or it is of other seeds.
+    """
+    made = set(map(_place, part.lines))
+    if path.is_file():
+        results = load_results(path)
+    else:
+        others = [line for line in figure.lines if _place(line) not in made]
+        results = found_elsewhere(path.parent, figure, others, seeds)
+        if not results["rows"]:
+            raise ValueError(
+                f"--lines: expected the results of an earlier {figure.name} in {path}, found no file"
+            )
+    if results["seeds"] != list(seeds):
+        raise ValueError(f"--lines: expected {path} to be of seeds {list(seeds)}, found {results['seeds']}")
+    return results
+
+
+def joined_results(
+    figure: Figure, part: Figure, earlier: dict[str, Any], made: dict[str, Any]
+) -> dict[str, Any]:
+    """The results of a figure, some lines of which have been made anew.
+
+    Args:
+        figure: The whole figure.
+        part: What was made anew.
+        earlier: The results it was part of before.
+        made: The results of `part`.
+
+    Returns:
+        As `load_results` gives them, where `updates` records what was made anew, by which command and where,
+        and `note` names the lines that neither of them has.
+    """
+    anew = set(map(_place, part.lines))
+    rows = []
+    # Lines may have their label and group in common, and share their rows then.
+    for place, line in {_place(line): line for line in figure.lines}.items():
+        source = made if place in anew else earlier
+        rule = line.config.model.merge if line.config.mixer == "ovq" else None
+        # Rows of earlier versions do not say which rule kept the dictionary: that of training.
+        rows += [{"merge": rule, **row} for row in source["rows"] if (row["line"], row["group"]) == place]
+    update = {
+        "lines": list(dict.fromkeys(line.label for line in part.lines)),
+        "command": made["command"],
+        "environments": made["environments"],
+    }
+    swept = {entry["line"] for entry in made["sweep"]}
+    found = {row["line"] for row in rows}
+    missing = [label for label in dict.fromkeys(line.label for line in figure.lines) if label not in found]
+    return {
+        **made,
+        "note": made["note"] + (f" Not made yet: {', '.join(missing)}." if missing else ""),
+        "panels": [dataclasses.asdict(panel) for panel in figure.panels],
+        "command": earlier["command"],
+        "sweep": [entry for entry in earlier["sweep"] if entry["line"] not in swept] + made["sweep"],
+        "environments": earlier["environments"],
+        "updates": [*earlier.get("updates", []), update],
+        "rows": rows,
+    }
+
+
+def _place(line: Line) -> tuple[str, str]:
+    return line.label, line.group

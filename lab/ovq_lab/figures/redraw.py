@@ -1,0 +1,79 @@
+"""Drawing pictures anew from JSON files that the commands wrote, by the functions that drew them first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ovq.runtime.files import read_json
+from ovq_lab.bench.show import save_figures as save_bench
+from ovq_lab.eval.rows import ResultRow
+from ovq_lab.figures.figures import FIGURES, TEXT_FIGURES
+from ovq_lab.figures.plan import Figure
+from ovq_lab.figures.presets import get_preset
+from ovq_lab.figures.results import load_results
+from ovq_lab.plots.figures import save_figures as save_demo
+
+
+def redraw(folder: Path) -> list[Path]:
+    """Draw the picture of each JSON file in a folder anew.
+
+    Files of `ovq reproduce` become `NAME.png`, those of `ovq demo` `NAME_accuracy.png` and `NAME_state.png`,
+    all of `ovq bench` together one `bench.png`. Files of anything else are left alone. Pictures lie beside
+    the files, but in `figures/` where those lie in `rows/`, as `ovq reproduce` has it.
+
+    Args:
+        folder: Where the files are.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        ValueError: If there is no file to draw, or one cannot be read.
+        OSError: If a picture cannot be written.
+    """
+    rows = folder / "rows"
+    source, target = (rows, folder / "figures") if rows.is_dir() else (folder, folder)
+    drawn, reports = [], []
+    for path in sorted(source.glob("*.json")):
+        found = read_json(path)
+        fields = found if isinstance(found, dict) else {}
+        if "figure" in fields:
+            target.mkdir(exist_ok=True)
+            drawn.append(target / f"{path.stem}.png")
+            results = load_results(path)
+            _figure(results, path).draw(results, drawn[-1])
+        elif "matrix_rate" in fields:
+            reports.append(fields)
+        elif "train_length" in fields:
+            measured = [ResultRow(**row) for row in fields["rows"]]
+            drawn += save_demo(measured, target, train_length=fields["train_length"], prefix=f"{path.stem}_")
+    if reports:
+        drawn += save_bench(_joined(reports), target)
+    if not drawn:
+        raise ValueError(f"--draw: expected JSON files of results in {folder}, found none")
+    return drawn
+
+
+def _figure(results: dict[str, Any], path: Path) -> Figure:
+    """The figure that a file is of; one of a chosen corpus has the corpus in its name."""
+    found = results["figure"]
+    of_corpus = (name for name in TEXT_FIGURES if found.startswith(f"{name}-"))
+    # The longest name that fits: rivals-lm-mamba2 is a figure, and no rivals-lm of a corpus.
+    name = found if found in FIGURES else max(of_corpus, key=len, default=None)
+    if name is None:
+        raise ValueError(f"{path}: expected a figure among {', '.join(FIGURES)}, found {found!r}")
+    return FIGURES[name](get_preset(results["preset"]))
+
+
+def _joined(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What several calls of `ovq bench` measured, as if it had been one."""
+    dtypes = dict.fromkeys(dtype for report in reports for dtype in report["suite"]["dtypes"])
+    environments = [report.get("environment", {}) for report in reports]
+    is_one = len({environment.get("processor") for environment in environments}) == 1
+    return {
+        "suite": {"dtypes": list(dtypes)},
+        "rows": [row for report in reports for row in report["rows"]],
+        "environment": environments[0] if is_one else {},
+    }

@@ -1,0 +1,249 @@
+"""The figures `rivals-*`: OVQ beside the mixers that readers ask for first, at equal bytes and parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from ovq.ops.options import BEST_MERGE
+from ovq_lab.eval.rows import MIXER_NAMES
+from ovq_lab.figures.evaluations import Evaluation, LossEvaluation, NeedlesEvaluation
+from ovq_lab.figures.plan import Figure, Line, Panel, Variant
+from ovq_lab.figures.presets import Preset
+from ovq_lab.train.config import RunConfig
+from ovq_lab.train.recipes import beside
+
+RIVALS = (
+    "full_attention",
+    "ovq",
+    "kvm",
+    "raven",
+    "gated_deltanet",
+    "kda",
+    "mesanet",
+    "mamba2",
+    "sink_attention",
+)
+"""The mixers compared, in the order of legends. Another is added by its name here."""
+
+_RULE = BEST_MERGE
+"""The rule that OVQ is asked by, besides that of its training."""
+
+_FULL = MIXER_NAMES["full_attention"]
+
+_NEEDLES = {
+    "S1, a number in noise": ("number", "noise"),
+    "S2, a number in an essay": ("number", "essay"),
+    "S3, a uuid in an essay": ("uuid", "essay"),
+}
+"""Values and texts around them, by what RULER's needles of these kinds are called."""
+
+NEEDLE_FACTORS = (1, 2, 4, 8)
+"""Where needles are looked for, in training lengths."""
+
+# Questions are the same at every depth and those of a seed few, so rather more of them than more depths.
+_NEEDLE_DEPTHS = (0.0, 0.5, 1.0)
+_QUESTIONS_FACTOR = 2
+
+_VALIDATION_FACTOR = 4
+"""Trials are judged at so many times the training length, as in the figures of all mixers."""
+
+_NOTE = (
+    "States have equal bytes: those of full dictionaries of OVQ, of KVM's slots and window, and of a window "
+    "with sinks; the others have what they can at equal parameters. OVQ is trained by the paper's rule, and "
+    "by nearest the same weights are asked. With a merge gate or a forget gate it is "
+    "another model, trained with the settings that are best without."
+)
+
+
+class _Contender(NamedTuple):
+    """What a line is called, its run, the rule it is evaluated with, the run whose settings it takes, and the
+    ways to set its mixer up that are tried."""
+
+    label: str
+    config: RunConfig
+    merge: str | None = None
+    trial_of: RunConfig | None = None
+    variants: tuple[Variant, ...] = ((),)
+
+
+def _contenders(preset: Preset, task: str, partner: str | None = None) -> Iterator[_Contender]:
+    """All models of a task, with a mixer in the place of their windows if it is given."""
+
+    def config(mixer: str, **fields: Any) -> RunConfig:
+        found = preset.config(task, mixer, **fields)
+        return found if partner is None else beside(partner, found)
+
+    slots = f"{preset.configs[task].model.num_slots} slots"
+    for mixer in RIVALS:
+        if mixer == "ovq":
+            usual = config(mixer)
+            yield _Contender(f"OVQ, {slots}", usual)
+            yield _Contender(f"OVQ, nearest, {slots}", usual, _RULE)
+            for gate in ("merge gate", "forget gate"):
+                gated = config(mixer, **{gate.replace(" ", "_"): True})
+                yield _Contender(f"OVQ, {gate}, nearest, {slots}", gated, _RULE, usual)
+            continue
+        yield _Contender(
+            MIXER_NAMES.get(mixer, mixer), config(mixer), variants=_variants(preset, task).get(mixer, ((),))
+        )
+
+
+def _variants(preset: Preset, task: str) -> dict[str, tuple[Variant, ...]]:
+    """What mixers are tried with beside settings of the optimizer, as their authors leave it open.
+
+    KVM: slots that grow as in `kvm_swa_saturate1024_wd.yaml`, the one of its published configurations that
+    is nearest to ours, or as soon as there are tokens for them. Raven: as many slots as components per head,
+    or twice as many, with which it has most bytes at equal parameters, as its router then takes half of them.
+    """
+    model = preset.configs[task].model
+    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+    return {
+        "kvm": tuple((("kvm_growth", growth),) for growth in ("plateau", "immediate")),
+        "raven": tuple((("raven_slots", num_slots),) for num_slots in (head_dim, 2 * head_dim)),
+    }
+
+
+def _lines(
+    contenders: Iterator[_Contender],
+    evaluations: Sequence[Evaluation],
+    validation: Evaluation,
+    group: str = "",
+) -> list[Line]:
+    """A line for each model; all that is evaluated, and what decides between trials, is the same for all."""
+    return [
+        Line(
+            label=each.label,
+            config=each.config,
+            evaluations=tuple(
+                dataclasses.replace(evaluation, merge=each.merge) for evaluation in evaluations
+            ),
+            group=group,
+            trial_of=each.trial_of,
+            validation=validation,
+            variants=each.variants,
+        )
+        for each in contenders
+    ]
+
+
+def rivals_recall(preset: Preset) -> Figure:
+    """Basic in-context recall."""
+    return _by_length(preset, "recall", "Basic in-context recall", Panel(title="accuracy"))
+
+
+def rivals_positional(preset: Preset) -> Figure:
+    """Positional in-context recall."""
+    return _by_length(preset, "positional", "Positional in-context recall", Panel(title="accuracy"))
+
+
+def rivals_regression(preset: Preset) -> Figure:
+    """Linear regression in context."""
+    title = "Linear regression in context: the mean absolute error of y"
+    figure = _by_length(preset, "regression", title, Panel(title="error", y="mean_error"))
+    return dataclasses.replace(
+        figure, note=f"{figure.note} Here that rule may merge keys into slots of their own chunk, too."
+    )
+
+
+def rivals_mqar(preset: Preset) -> Figure:
+    """Zoology's multi-query associative recall."""
+    title = "Multi-query associative recall (Zoology)"
+    return _by_length(preset, "mqar", title, Panel(title="accuracy"))
+
+
+def _by_length(preset: Preset, name: str, title: str, quality: Panel) -> Figure:
+    """A synthetic task at the lengths that are evaluated as a matter of course."""
+    task, longest = preset.task(name), _VALIDATION_FACTOR * preset.train_length(name)
+    return Figure(
+        name=f"rivals-{name}",
+        title=f"{title}, at equal bytes",
+        note=_NOTE,
+        lines=tuple(
+            _lines(
+                _contenders(preset, name),
+                [preset.evaluation(task.at_length(length)) for length in preset.near_lengths(name)],
+                preset.evaluation(task.at_length(longest)),
+            )
+        ),
+        panels=(quality, Panel(title="memory", y="state_bytes")),
+        trials=preset.trials,
+    )
+
+
+def rivals_needles(preset: Preset) -> Figure:
+    """Needles of three kinds, each by length, as means over the depths."""
+    lines, trained = [], preset.train_length("needles")
+    for group, (value, haystack) in _NEEDLES.items():
+        evaluation = needle_evaluation(preset, value, haystack)
+        # What all kinds are judged by: numbers and uuids have been learned on essays.
+        validation = dataclasses.replace(evaluation, split="validation", haystack="essay", value="number")
+        lines += _lines(
+            _contenders(preset, "needles"),
+            [dataclasses.replace(evaluation, length=trained * factor) for factor in NEEDLE_FACTORS],
+            validation,
+            group,
+        )
+    return Figure(
+        name="rivals-needles",
+        title="Needles of three kinds, hidden in noise or held-out text "
+        f"({preset.text_task('needles').dataset}), at equal bytes",
+        note="Share of questions that a model answers with the value, over all depths. Models were trained "
+        f"on texts of up to {trained} tokens with numbers or uuids in them. {_NOTE}",
+        lines=tuple(lines),
+        panels=(
+            *(Panel(title=group, y="generated", group=group) for group in _NEEDLES),
+            Panel(title="memory", y="state_bytes", group=next(iter(_NEEDLES))),
+        ),
+        trials=preset.text_trials["needles"],
+    )
+
+
+def needle_evaluation(preset: Preset, value: str, haystack: str) -> NeedlesEvaluation:
+    """Needles of one kind at the training length."""
+    return NeedlesEvaluation(
+        source=preset.text_task("needles"),
+        length=preset.train_length("needles"),
+        num_examples=_QUESTIONS_FACTOR * preset.text.num_needles,
+        value=value,
+        haystack=haystack,
+        depths=_NEEDLE_DEPTHS,
+    )
+
+
+def rivals_lm(preset: Preset) -> Figure:
+    """The loss of language models by position, beside windows."""
+    return _by_position(preset, "rivals-lm", None, "windows")
+
+
+def rivals_lm_mamba2(preset: Preset) -> Figure:
+    """The same beside Mamba2, which is good at what is near."""
+    return _by_position(preset, "rivals-lm-mamba2", "mamba2", MIXER_NAMES["mamba2"])
+
+
+def _by_position(preset: Preset, name: str, partner: str | None, partner_name: str) -> Figure:
+    """Language models with one kind of other layers."""
+    text, source = preset.text, preset.text_task("lm")
+    evaluation = LossEvaluation(
+        source=dataclasses.replace(source, join_to=text.length),
+        length=text.length,
+        num_examples=text.num_windows,
+    )
+    # As long as in training: few documents make longer windows, and they are not joined here.
+    validation = LossEvaluation(
+        source=source, length=preset.train_length("lm"), num_examples=text.num_windows, split="validation"
+    )
+    by_position: dict[str, Any] = {"x": "positions", "y": "position_losses"}
+    return Figure(
+        name=name,
+        title=f"Loss on held-out text ({source.dataset}) beside {partner_name}, at equal bytes, by position",
+        note="Each point is the mean over the octave of positions that ends there, in windows of "
+        f"{text.length} tokens that all models of a seed read alike. {_NOTE}",
+        lines=tuple(_lines(_contenders(preset, "lm", partner), [evaluation], validation)),
+        panels=(
+            Panel(title="loss", **by_position),
+            Panel(title=f"per cent above {_FULL}", relative_to=_FULL, **by_position),
+        ),
+        trials=preset.text_trials["lm"],
+    )

@@ -1,0 +1,105 @@
+"""The figures `logn-*`: what log-n scaling changes beyond the training length."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ovq.ops.options import BEST_MERGE
+from ovq_lab.eval.rows import LOGN, MIXER_NAMES
+from ovq_lab.figures.evaluations import Evaluation
+from ovq_lab.figures.plan import Figure, Line, Panel
+from ovq_lab.figures.presets import TOKENS_PER_SLOT, Preset
+from ovq_lab.figures.rivals import NEEDLE_FACTORS, needle_evaluation
+from ovq_lab.train.config import RunConfig
+
+_FULL = MIXER_NAMES["full_attention"]
+
+_RULE = BEST_MERGE
+"""The rule that OVQ is asked by."""
+
+
+def logn_recall(preset: Preset) -> Figure:
+    """Basic in-context recall."""
+    return _by_length(preset, "recall", "basic recall", Panel(title="accuracy"))
+
+
+def logn_positional(preset: Preset) -> Figure:
+    """Positional in-context recall."""
+    return _by_length(preset, "positional", "positional recall", Panel(title="accuracy"))
+
+
+def logn_mqar(preset: Preset) -> Figure:
+    """Zoology's multi-query associative recall."""
+    return _by_length(preset, "mqar", "multi-query associative recall", Panel(title="accuracy"))
+
+
+def logn_regression(preset: Preset) -> Figure:
+    """Linear regression in context."""
+    panel = Panel(title="mean absolute error of y", y="mean_error")
+    return _by_length(preset, "regression", "linear regression in context", panel)
+
+
+def _by_length(preset: Preset, task: str, title: str, quality: Panel) -> Figure:
+    """A synthetic task far beyond the training length."""
+    trained, usual = preset.train_length(task), preset.config(task)
+    slots = f"{usual.model.num_slots} slots"
+    tasks = {length: preset.task(task).at_length(length) for length in preset.lengths(task)}
+    asked = [preset.evaluation(each) for each in tasks.values()]
+    grown = [
+        preset.evaluation(each, num_slots=preset.enlarged(task, length, _RULE), merge=_RULE)
+        for length, each in tasks.items()
+    ]
+    few = [preset.evaluation(tasks[length], merge=_RULE) for length in preset.near_lengths(task)]
+    return _figure(
+        f"logn-{task}",
+        title,
+        trained,
+        (
+            *_twice(_FULL, preset.config(task, "full_attention"), asked, trained),
+            *_twice(f"OVQ, a slot for {TOKENS_PER_SLOT[_RULE]} tokens", usual, grown, trained),
+            # The gate learns what to leave out, which matters where slots are few.
+            *_twice(f"OVQ, {slots}", usual, few, trained),
+            *_twice(f"OVQ, merge gate, {slots}", preset.config(task, merge_gate=True), few, trained),
+        ),
+        quality,
+    )
+
+
+def logn_needles(preset: Preset) -> Figure:
+    """Uuids hidden in essays: values of 36 characters, which are found one by one."""
+    trained, usual = preset.train_length("needles"), preset.config("needles")
+    slots = f"{usual.model.num_slots} slots"
+    lines: list[Line] = []
+    for label, config, merge in (
+        (_FULL, preset.config("needles", "full_attention"), None),
+        (f"OVQ, {slots}", usual, _RULE),
+        (f"OVQ, merge gate, {slots}", preset.config("needles", merge_gate=True), _RULE),
+    ):
+        asked = dataclasses.replace(needle_evaluation(preset, "uuid", "essay"), merge=merge)
+        evaluations = [dataclasses.replace(asked, length=trained * factor) for factor in NEEDLE_FACTORS]
+        lines += _twice(label, config, evaluations, trained)
+    panel = Panel(title="share of questions answered with the value", y="generated")
+    title = f"uuids in essays ({preset.text_task('needles').dataset})"
+    return _figure("logn-needles", title, trained, lines, panel)
+
+
+def _figure(name: str, title: str, trained: int, lines: Sequence[Line], quality: Panel) -> Figure:
+    return Figure(
+        name=name,
+        title=f"Logits that grow with the logarithm of the length: {title}",
+        note="The same weights twice: as they were trained, and with logits times log t / log T for the t-th "
+        f"token of a text, where that is above 1; T is the training length, {trained} tokens. OVQ is asked "
+        "by nearest.",
+        lines=tuple(lines),
+        panels=(quality,),
+    )
+
+
+def _twice(label: str, config: RunConfig, evaluations: Sequence[Evaluation], trained: int) -> list[Line]:
+    """A model as it was trained and with scaled logits."""
+    scaled = [dataclasses.replace(each, logn_length=trained) for each in evaluations]
+    return [
+        Line(label=label, config=config, evaluations=tuple(evaluations)),
+        Line(label=f"{label}, {LOGN}", config=config, evaluations=tuple(scaled)),
+    ]

@@ -1,0 +1,331 @@
+"""Tables of Markdown files, made from the JSON files of results that they show.
+
+The Markdown file marks where a table goes, and which of the tables described in a JSON file it is:
+
+    <!-- table: tables.json recall -->
+    ...
+    <!-- end -->
+
+`ovq reproduce --tables FILE` fills in what is between the marks. A description says which rows of a file of
+results each line of the table uses (`rows`: a label, and values that a row must have), and what the table
+shows of them (`columns`, see `Column`). A cell is the mean over seeds of what both select. Paths are relative
+to the file that contains them.
+
+    "recall": {
+     "file": "results/recall.json",
+     "head": "mixer",
+     "rows": [
+      "full attention",
+      {"label": "**OVQ**", "line": "OVQ, 64 slots"}
+     ],
+     "columns": [
+      {"over": "length", "values": [256, 1024], "value": "accuracy", "spread": 0.02},
+      {"head": "bytes at 1k", "value": "state_bytes", "length": 1024, "form": "commas"}
+     ]
+    }
+
+A row that is a string stands for the line of that name. An entry with `over` a field gives one column for
+each of the `values`, with the `heads` above them if the values themselves should not stand there. Keys that
+are not options of a column are values that a row must have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ovq.runtime.files import read_json, write_atomic
+from ovq_lab.figures.results import Row, load_results
+
+_START = re.compile(r"^<!-- table: (\S+) (\S+) -->\n", re.MULTILINE)
+_MARKED = re.compile(_START.pattern + r"(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
+_FORMS = ("number", "commas", "MiB", "seeds", "text", "learned")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Column:
+    """What a column shows of the rows that a line of the table uses.
+
+    Attributes:
+        head: The head of the column.
+        value: A field, or a field of a part as `"part.field"`; several are shown side by side.
+        where: What a row must have in addition to what the line requires: a value, or a list of allowed
+            values.
+        by: Which of the line's fields count; `None` for all.
+        file: Another file than that of the table.
+        each: A field, and those of its values that are shown one after the other in a cell.
+        positions: With `value="position_losses"`, the first and the last position of the mean.
+        relative_to: Show the value as a share in per cent, seed by seed, of that of the row in which these
+            fields replace those of the line; `file` names another file to find it in.
+        above: Show by how many per cent the value is above that row's, instead of the share; empty for the
+            row itself.
+        form: `"number"`, `"commas"` (1,234), `"MiB"`, `"seeds"` for the number of each seed instead of the
+            mean, `"text"` for settings, unchanged, or `"learned"` for how many seeds have learned the task.
+        digits: Digits after the decimal point.
+        spread: Show the lowest and the highest seed too if they differ by this much.
+        unit: Written after a mean.
+        learned: What a seed must have reached to count as having learned its task, as `{"length": 256,
+            "at_least": 0.9}` for the column's own value, or `"at_most"` for errors. Other seeds are left out
+            of the mean, if any has. With the form `"learned"` the cell says how many have.
+        says_learned: Say in each cell how many seeds have learned the task, if not all have.
+    """
+
+    head: str
+    value: str | tuple[str, ...]
+    where: dict[str, Any]
+    by: tuple[str, ...] | None = None
+    file: str | None = None
+    each: tuple[str, tuple[Any, ...]] | None = None
+    positions: tuple[int, int] | None = None
+    relative_to: dict[str, Any] | None = None
+    above: bool = False
+    form: str = "number"
+    digits: int = 3
+    spread: float | None = None
+    unit: str = ""
+    learned: dict[str, Any] | None = None
+    says_learned: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a form that does not exist: it is a mistake in the description."""
+        if self.form not in _FORMS:
+            raise ValueError(f"form: expected one of {', '.join(_FORMS)}, found {self.form!r}")
+
+
+_OPTIONS = {field.name for field in dataclasses.fields(Column)} - {"where"}
+
+
+def update_tables(paths: Sequence[Path]) -> list[Path]:
+    """Fill in the tables of Markdown files; files are written whole, and only after all tables could be made.
+
+    Args:
+        paths: The files.
+
+    Returns:
+        Those that were not up to date.
+
+    Raises:
+        ValueError: If a file has no tables, or one cannot be made; names the file and the table.
+        OSError: If a file cannot be read or written.
+    """
+    texts = {path: with_tables(path) for path in paths}
+    changed = [path for path, text in texts.items() if path.read_text(encoding="utf-8") != text]
+    for path in changed:
+        write_atomic(path, texts[path])
+    return changed
+
+
+def with_tables(path: Path) -> str:
+    """The text of a Markdown file, with its tables filled in from the results.
+
+    Raises:
+        ValueError: If it has no tables, or one cannot be made; names the file and the table.
+        OSError: If a file cannot be read.
+    """
+    text = path.read_text(encoding="utf-8")
+    num_marked = len(_MARKED.findall(text))
+    if not num_marked or not num_marked == len(_START.findall(text)) == text.count("<!-- end -->"):
+        raise ValueError(
+            f"{path}: expected tables, each between <!-- table: FILE.json NAME --> and <!-- end -->, found "
+            f"{len(_START.findall(text))} beginnings and {text.count('<!-- end -->')} ends"
+        )
+
+    def made(match: re.Match[str]) -> str:
+        description, name = path.parent / match[1], match[2]
+        try:
+            return f"<!-- table: {match[1]} {name} -->\n{make_table(description, name)}<!-- end -->"
+        except KeyError as error:
+            raise ValueError(
+                f"{path}: table {name} of {description}: expected {error}, found none"
+            ) from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: table {name} of {description}: {error}") from error
+
+    return _MARKED.sub(made, text)
+
+
+def make_table(description: Path, name: str) -> str:
+    """A table in Markdown.
+
+    Args:
+        description: The JSON file that describes it.
+        name: Its name in that file.
+
+    Raises:
+        ValueError: If it is not described, or the results lack what it shows.
+        OSError: If a file cannot be read.
+    """
+    tables = read_json(description)
+    if name not in tables:
+        raise ValueError(f"expected one of {', '.join(tables)}, found {name!r}")
+    table = tables[name]
+    rows_of = functools.cache(lambda file: _read(description.parent / (file or table["file"])))
+    columns = [column for entry in table["columns"] for column in _columns(entry)]
+    lines = [_cells((table["head"], *(column.head for column in columns)))]
+    lines.append(
+        _cells(
+            ["---", *("---" if column.form in ("text", "seeds", "learned") else "---:" for column in columns)]
+        )
+    )
+    for entry in table["rows"]:
+        line = {"label": entry, "line": entry} if isinstance(entry, str) else dict(entry)
+        label = line.pop("label")
+        lines.append(_cells((label, *(_cell(column, line, rows_of) for column in columns))))
+    return "\n".join(lines) + "\n"
+
+
+def _columns(entry: dict[str, Any]) -> Iterable[Column]:
+    """The columns that an entry describes: one, or one for each value of the field in `over`."""
+    options = {name: value for name, value in entry.items() if name in _OPTIONS}
+    where = {name: value for name, value in entry.items() if name not in _OPTIONS}
+    if "over" not in entry:
+        yield Column(**{**options, "where": where})
+        return
+    field, values = where.pop("over"), where.pop("values")
+    heads = where.pop("heads", [_short(value) for value in values])
+    for head, value in zip(heads, values, strict=True):
+        yield Column(**{**options, "head": head, "where": {**where, field: value}})
+
+
+def _short(value: Any) -> str:
+    """A value for the head of a column; lengths are written as short as possible."""
+    return (
+        f"{value // 1024}k" if isinstance(value, int) and value >= 1024 and value % 1024 == 0 else f"{value}"
+    )
+
+
+_RowsOf = Callable[[str | None], list[Row]]
+"""The rows of the file with a name; for None, of the table's own file."""
+
+
+def _read(path: Path) -> list[Row]:
+    content = read_json(path)
+    if isinstance(content, list):
+        return content
+    return load_results(path)["rows"] if "figure" in content else content["rows"]
+
+
+def _cell(column: Column, line: dict[str, Any], rows_of: _RowsOf) -> str:
+    """What a column shows of the rows of a line."""
+    file = column.file or line.get("file")
+    asked = {name: value for name, value in line.items() if name != "file"}
+    if column.by is not None:
+        asked = {name: asked[name] for name in column.by}
+    asked |= column.where
+    if column.each is None:
+        return _told(column, asked, file, rows_of)
+    field, values = column.each
+    return ", ".join(_told(column, {**asked, field: value}, file, rows_of) for value in values)
+
+
+def _told(column: Column, asked: dict[str, Any], file: str | None, rows_of: _RowsOf) -> str:
+    if not isinstance(column.value, str):
+        return ", ".join(
+            _told(dataclasses.replace(column, value=value), asked, file, rows_of) for value in column.value
+        )
+    values = _by_seed(column, asked, rows_of(file))
+    if column.relative_to is not None:
+        other = dict(column.relative_to)
+        base_file = other.pop("file", file)
+        base = {**{name: asked[name] for name in other.pop("by", asked) if name in asked}, **other}
+        if column.above and base == asked and base_file == file:
+            return ""
+        bases = _by_seed(column, base, rows_of(base_file))
+        if missing := set(values) - set(bases):
+            raise ValueError(f"relative_to: expected rows of {base} for each seed, found none of {missing}")
+        values = {seed: 100 * (value / bases[seed] - column.above) for seed, value in values.items()}
+    if column.learned is None:
+        return _written(column, list(values.values()))
+    learned = _learned(column, asked, rows_of(file))
+    share = f"{len(learned)} of {len(values)}"
+    if column.form == "learned":
+        return share
+    told = _written(column, [value for seed, value in values.items() if seed in (learned or values)])
+    if not column.says_learned or learned >= set(values):
+        return told
+    return f"{told}, {share} seeds" if learned else f"{told}, not learned"
+
+
+def _learned(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> set[Any]:
+    """The seeds that have learned their task."""
+    assert column.learned is not None
+    where = dict(column.learned)
+    lowest, highest = where.pop("at_least", -math.inf), where.pop("at_most", math.inf)
+    values = _by_seed(dataclasses.replace(column, positions=None), asked | where, rows)
+    return {seed for seed, value in values.items() if lowest <= value <= highest}
+
+
+def _by_seed(column: Column, asked: dict[str, Any], rows: Iterable[Row]) -> dict[Any, Any]:
+    """The value of each seed.
+
+    Raises:
+        ValueError: If there is none, or there are two that differ.
+    """
+    found: dict[Any, Any] = {}
+    for row in rows:
+        if not all(_fits(_field(row, name), value) for name, value in asked.items()):
+            continue
+        value = _field(row, column.value)
+        if column.positions is not None:
+            value = _mean_over(value, *column.positions)
+        if found.setdefault(row.get("seed"), value) != value:
+            raise ValueError(f"expected one {column.value} a seed of {asked}, found two that differ")
+    if not found:
+        raise ValueError(f"expected rows of {asked}, found none")
+    return found
+
+
+def _fits(found: Any, asked: Any) -> bool:
+    return found in asked if isinstance(asked, list) else found == asked
+
+
+def _field(row: Row, path: Any) -> Any:
+    return functools.reduce(operator.getitem, path.split("."), row)
+
+
+def _mean_over(losses: dict[str, float], first: int, last: int) -> float:
+    """The mean over positions, from means over octaves that are named by their ends.
+
+    Example:
+        >>> _mean_over({"1024": 9.0, "2048": 3.0, "4096": 6.0}, 1024, 4096)
+        5.0
+    """
+    ends = sorted(map(int, losses))
+    starts = dict(zip(ends, [0, *ends], strict=False))
+    inside = [end for end in ends if first < end <= last]
+    if not inside or (starts[inside[0]], inside[-1]) != (first, last):
+        raise ValueError(f"positions: expected two of 0, {', '.join(map(str, ends))}, found {first}, {last}")
+    return sum(losses[str(end)] * (end - starts[end]) for end in inside) / (last - first)
+
+
+def _written(column: Column, values: Sequence[Any]) -> str:
+    """The values of the seeds, as written into a cell."""
+    if column.form == "text":
+        return " or ".join(dict.fromkeys(f"{value:g}" for value in values))
+    if column.form == "seeds":
+        return ", ".join(_number(column, value) for value in values)
+    mean, low, high = sum(values) / len(values), min(values), max(values)
+    if column.form == "MiB":
+        return f"{mean / 2**20:.1f} MiB"
+    if column.form == "commas":
+        return f"{mean:,.0f}"
+    told = _number(column, mean) + column.unit
+    bounds = [_number(column, low), _number(column, high)]
+    if column.spread is None or high - low < column.spread or bounds[0] == bounds[1]:
+        return told
+    return f"{told} ({' to '.join(bounds)})"
+
+
+def _number(column: Column, value: float) -> str:
+    # A value that rounds to zero is shown without its sign.
+    return f"{round(value, column.digits) + 0.0:.{column.digits}f}"
+
+
+def _cells(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

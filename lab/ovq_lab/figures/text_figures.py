@@ -1,0 +1,228 @@
+"""The figures of language models: the loss by position, and needles in text."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ovq.ops.options import BEST_MERGE
+from ovq_lab.eval.rows import MIXER_NAMES
+from ovq_lab.figures.draw import save_heat_maps
+from ovq_lab.figures.evaluations import LossEvaluation, NeedleEvaluation
+from ovq_lab.figures.plan import Figure, Line, Panel
+from ovq_lab.figures.presets import Preset
+from ovq_lab.train.config import RunConfig
+from ovq_lab.train.recipes import beside
+
+# Those that the paper compares on text.
+_COMPARED = ("full_attention", "ovq", "gated_deltanet", "mamba2", "sliding_attention")
+
+_RULE = BEST_MERGE
+"""The rule that OVQ is asked by."""
+
+_LOCAL = "mamba2"
+"""What `hybrids` has in the place of the windows: it is good at what is near."""
+
+_MOST_BYTES_PER_TOKEN = 5
+"""So many bytes of text per token of a window are joined where tokens are subwords: never fewer tokens."""
+
+
+class _Model(NamedTuple):
+    """What a compared model is called, its run, and the dictionary that it is evaluated with."""
+
+    label: str
+    config: RunConfig
+    num_slots: int | None = None
+    merge: str | None = None
+
+
+def _forgetful(preset: Preset) -> _Model:
+    """OVQ with a forget gate beside windows."""
+    slots = preset.configs["lm"].model.num_slots
+    label = f"OVQ, forget gate, nearest, {slots} slots"
+    return _Model(label, preset.config("lm", forget_gate=True), slots, _RULE)
+
+
+def of_corpus(
+    make: Callable[[Preset], Figure], preset: Preset, *, dataset: str | None, held_out: float | None
+) -> Figure:
+    """A figure of another corpus, or of other held-out documents; its name tells it from the usual one."""
+    figure = make(preset.on_corpus(dataset, held_out))
+    arguments = figure.name
+    if dataset is not None:
+        arguments += f" --dataset {shlex.quote(dataset)}"
+    if held_out is not None:
+        arguments += f" --held-out {held_out:g}"
+    corpus = dataset or preset.text_task("lm").dataset
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", corpus).strip("-.") or "corpus"
+    return dataclasses.replace(figure, name=f"{figure.name}-{slug}", arguments=arguments)
+
+
+def language(preset: Preset) -> Figure:
+    """The loss of language models by position, far beyond the training length."""
+    return _by_position(
+        preset,
+        "lm",
+        f"Loss of language models on held-out text ({preset.text_task('lm').dataset}), by position",
+        [*_models(preset, "lm"), _forgetful(preset)],
+        relative_to=MIXER_NAMES["full_attention"],
+    )
+
+
+def hybrids(preset: Preset) -> Figure:
+    """The loss by position where a mixer that is good at what is near stands in the place of the windows."""
+    trained = preset.configs["lm"].model.num_slots
+    local, windows = MIXER_NAMES[_LOCAL], "windows and"
+    full, ovq = preset.config("lm", "full_attention"), preset.config("lm")
+    exact = f"{local} and full attention"
+    models = [
+        _Model(exact, beside(_LOCAL, full)),
+        _Model(f"{local} and OVQ, {trained} slots", beside(_LOCAL, ovq), trained),
+        _Model(f"{windows} full attention", full),
+        _Model(f"{windows} OVQ, {trained} slots", ovq, trained),
+        _Model(f"{windows} {MIXER_NAMES['gated_deltanet']}", preset.config("lm", "gated_deltanet")),
+        _Model(f"{windows} {local}", preset.config("lm", _LOCAL)),
+        _Model("windows alone", preset.config("lm", "sliding_attention")),
+    ]
+    return _by_position(
+        preset,
+        "hybrids",
+        f"What OVQ stands beside: loss on held-out text ({preset.text_task('lm').dataset}), by position",
+        models,
+        relative_to=exact,
+    )
+
+
+def longer(preset: Preset) -> Figure:
+    """The loss by position of larger models of subword tokens that are trained ten times as long."""
+    usual = preset.configs["long"].model
+    local = MIXER_NAMES[usual.mixer_types[0]]
+    exact = f"{local} and full attention"
+    gated = f"{local} and OVQ, ", f", nearest, {usual.num_slots} slots"
+    models = [
+        _Model(exact, preset.config("long", "full_attention")),
+        # Trained by the paper's rule, like the layers with a gate that are compared with rivals.
+        _Model(f"{gated[0]}merge gate{gated[1]}", preset.config("long", merge_gate=True), merge=_RULE),
+        _Model(f"{gated[0]}forget gate{gated[1]}", preset.config("long", forget_gate=True), merge=_RULE),
+        _Model(f"{local} and {MIXER_NAMES['kvm']}", preset.config("long", "kvm")),
+        _Model(f"{local} and {MIXER_NAMES['gated_deltanet']}", preset.config("long", "gated_deltanet")),
+        _Model(f"{local} and windows", preset.config("long", "sliding_attention")),
+    ]
+    return _by_position(
+        preset,
+        "long",
+        f"Loss on held-out text ({preset.text_task('long').dataset}) by position, trained ten times as long",
+        models,
+        relative_to=exact,
+        task="long",
+        num_windows=preset.text.num_long_windows,
+    )
+
+
+def _by_position(
+    preset: Preset,
+    name: str,
+    title: str,
+    models: Sequence[_Model],
+    *,
+    relative_to: str,
+    task: str = "lm",
+    num_windows: int | None = None,
+) -> Figure:
+    """The loss of models by position, and by how much it is above that of one of them."""
+    length, source = preset.text.length, preset.text_task(task)
+    num_bytes = length if source.tokenizer == "bytes" else _MOST_BYTES_PER_TOKEN * length
+    evaluation = LossEvaluation(
+        source=dataclasses.replace(source, join_to=num_bytes),
+        length=length,
+        num_examples=num_windows or preset.text.num_windows,
+    )
+    lines = [
+        Line(
+            label=model.label,
+            config=model.config,
+            evaluations=(dataclasses.replace(evaluation, num_slots=model.num_slots, merge=model.merge),),
+            group=group,
+        )
+        for group in ("loss", "gap")
+        for model in models
+    ]
+    return Figure(
+        name=name,
+        title=title,
+        note=f"Each point is the mean over the octave of positions that ends there, in windows of "
+        f"{length} tokens that all models of a seed read alike.",
+        lines=tuple(lines),
+        panels=(
+            Panel(title="loss", x="positions", y="position_losses", group="loss"),
+            Panel(
+                title=f"per cent above {relative_to}",
+                x="positions",
+                y="position_losses",
+                group="gap",
+                relative_to=relative_to,
+            ),
+        ),
+    )
+
+
+def needle(preset: Preset) -> Figure:
+    """Whether language models that have learned to look back say a value that is hidden in a text."""
+    text, source = preset.text, preset.text_task("needle")
+    lines = []
+    for depth in text.needle_depths:
+        evaluations = [
+            NeedleEvaluation(
+                source=source,
+                length=length,
+                depth=depth,
+                value=text.needle_value,
+                num_examples=text.num_needles,
+            )
+            for length in text.needle_lengths
+        ]
+        lines += [
+            Line(
+                label=model.label,
+                config=model.config,
+                evaluations=tuple(
+                    dataclasses.replace(each, num_slots=model.num_slots, merge=model.merge)
+                    for each in evaluations
+                ),
+                group=f"{depth:.0%}",
+            )
+            for model in _models(preset, "needle")
+        ]
+    longest = preset.train_length("needle")
+    return Figure(
+        name="needle",
+        title=f"A {text.needle_value} hidden in held-out text ({source.dataset})",
+        note=f"Share of questions that a model answers with the value. Models were trained on texts of up to "
+        f"{longest} tokens that have needles in them.",
+        lines=tuple(lines),
+        panels=tuple(
+            Panel(title=f"depth {depth:.0%}", y="generated", group=f"{depth:.0%}")
+            for depth in text.needle_depths
+        ),
+        draw=save_heat_maps,
+    )
+
+
+def _models(preset: Preset, name: str) -> list[_Model]:
+    """The mixers compared, each beside windows; OVQ by the paper's rule and by ours on the same weights."""
+    trained = preset.configs[name].model.num_slots
+    models = []
+    for mixer in _COMPARED:
+        config = preset.config(name, mixer)
+        if mixer != "ovq":
+            models.append(_Model(MIXER_NAMES[mixer], config))
+            continue
+        models += [
+            _Model(f"{rule}, {trained * factor} slots", config, trained * factor, merge)
+            for rule, merge in (("OVQ", None), ("OVQ, nearest", _RULE))
+            for factor in preset.text.slot_factors
+        ]
+    return models

@@ -1,0 +1,24 @@
+"""Mixers that OVQ is compared with, beside those of `ovq.layers`. Imports no transformers and no Triton."""
+
+from ovq.layers.registry import MIXERS, mixer_class
+from ovq.plugins import LABORATORY
+from ovq_lab.mixers.kda import KimiDeltaAttention
+from ovq_lab.mixers.kvm import KVMAttention
+from ovq_lab.mixers.linear import LinearAttention
+from ovq_lab.mixers.mesanet import MesaNet
+from ovq_lab.mixers.raven import RavenAttention
+from ovq_lab.mixers.vq import VQAttention
+
+# From here on `MIXERS` has them beside those of the library.
+for _name in LABORATORY["mixer"]:
+    mixer_class(_name)
+
+__all__ = [
+    "MIXERS",
+    "KVMAttention",
+    "KimiDeltaAttention",
+    "LinearAttention",
+    "MesaNet",
+    "RavenAttention",
+    "VQAttention",
+]

@@ -1,0 +1,401 @@
+"""VQ-attention (Transformer-VQ, Lingle 2023, arXiv 2309.16354): keys are replaced by learned slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableSequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ovq.fields import is_finite
+from ovq.layers import defaults
+from ovq.layers.base import AttentionMixer
+from ovq.layers.cache import LayerCache
+from ovq.layers.common import OwnWeights
+from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
+from ovq.layers.layout import SequenceLayout
+from ovq.layers.memory import StateSpec
+from ovq.ops.serialization import check_counts
+from ovq.ops.uncompiled import uncompiled
+
+# A slot whose count is below the first share of the average count is dead; it restarts with the second share.
+DEAD_SHARE, RESTART_SHARE = 0.03, 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class DictionaryStep:
+    """The slots that one training step reads.
+
+    Attributes:
+        key_sum: `[Hkv, N, K]`.
+        count: `[Hkv, N]`.
+    """
+
+    key_sum: Tensor
+    count: Tensor
+
+    @property
+    def means(self) -> Tensor:
+        """The slots `[Hkv, N, K]` in float32 (float64 if they are kept in float64)."""
+        wide = sum_dtype(self.key_sum.dtype)
+        return self.key_sum.to(wide) / self.count.to(wide)[..., None]
+
+
+class StaticDictionary(OwnWeights):
+    """N slots per head, each the moving average of the keys nearest to it; they change only in training.
+
+    The slots are buffers: no optimizer sees them, and they do not count as parameters. A training step reads
+    the slots that the step before computed, and computes those that the next step will read. So the layer may
+    run again in the backward pass of its step, as gradient checkpointing requires.
+
+    `requires_grad_(False)` freezes the slots; `requires_grad_(True)` has them learned even if the layer
+    around them is frozen.
+
+    A slot to which hardly any key goes is dead [ours]: it restarts at a key of the batch, drawn by PyTorch's
+    global generator with probability proportional to the key's squared distance from its own slot.
+
+    Args:
+        num_heads: key/value heads Hkv.
+        num_slots: N.
+        head_dim: K.
+        decay: decay of the moving averages per step.
+
+    Example:
+        >>> dictionary = StaticDictionary(2, num_slots=8, head_dim=4, decay=0.99)
+        >>> means, slots = dictionary(torch.randn(3, 2, 5, 4))
+        >>> means.shape, slots.shape
+        (torch.Size([2, 8, 4]), torch.Size([3, 2, 5]))
+    """
+
+    #: Whether slots are learned in training; None: if the weights that make the keys are.
+    is_learned: bool | None = None
+    key_sum: Tensor
+    count: Tensor
+    next_key_sum: Tensor
+    next_count: Tensor
+
+    def __init__(self, num_heads: int, *, num_slots: int, head_dim: int, decay: float):
+        super().__init__()
+        self.decay = decay
+        for prefix in ("", "next_"):
+            self.register_buffer(f"{prefix}key_sum", torch.empty(num_heads, num_slots, head_dim))
+            self.register_buffer(f"{prefix}count", torch.empty(num_heads, num_slots))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw slots of length about 1, with counts so small that the first step outweighs them."""
+        weight = 1e-3
+        nn.init.normal_(self.key_sum, std=weight * self.key_sum.shape[-1] ** -0.5)
+        nn.init.constant_(self.count, weight)
+        nn.init.zeros_(self.next_key_sum)
+        nn.init.zeros_(self.next_count)
+
+    def requires_grad_(self, requires_grad: bool = True) -> StaticDictionary:
+        """Set whether the slots are learned; they have no gradient in either case."""
+        self.is_learned = requires_grad
+        return super().requires_grad_(requires_grad)
+
+    @property
+    def means(self) -> Tensor:
+        """The slots `[Hkv, N, K]` in float32 (float64 if they are kept in float64)."""
+        return DictionaryStep(self.key_sum, self.count).means
+
+    def forward(
+        self, k: Tensor, mask: Tensor | None = None, step: DictionaryStep | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The slots, and the index of the slot nearest to each key.
+
+        Args:
+            k: `[R, Hkv, T, K]`.
+            mask: `[R, T]`, True for keys of real tokens; None if all are.
+            step: the training step that learns from these keys; None to learn nothing.
+
+        Returns:
+            `[Hkv, N, K]` in the dtype of `k`, and `[R, Hkv, T]` int64.
+        """
+        means = (self.means if step is None else step.means).to(k.dtype)
+        slots = self.nearest(k, means)
+        if step is not None:
+            self.learn(k, slots, mask, step)
+        return means, slots
+
+    @staticmethod
+    @torch.no_grad()
+    def nearest(k: Tensor, means: Tensor) -> Tensor:
+        """The slot nearest to each key, `[R, Hkv, T]` int64; `k` `[R, Hkv, T, K]`, `means` `[Hkv, N, K]`."""
+        return (k @ means.transpose(-1, -2) - means.square().sum(-1)[:, None] / 2).argmax(-1)
+
+    @torch.no_grad()
+    @uncompiled
+    def begin_step(self) -> DictionaryStep:
+        """Begin a training step: adopt what the last step has learned.
+
+        Raises:
+            ValueError: the slots are offloaded, so that what is learned would be lost.
+        """
+        if self.key_sum.is_meta:
+            raise ValueError("expected the slots of a 'vq' layer in memory in training, found them offloaded")
+        # New tensors, because graphs may still hold the old ones.
+        if not _is_in_backward() and bool((self.next_count > 0).any()):
+            self.key_sum, self.count = self.next_key_sum, self.next_count
+        return DictionaryStep(self.key_sum, self.count)
+
+    @torch.no_grad()
+    @uncompiled
+    def learn(self, k: Tensor, slots: Tensor, mask: Tensor | None, step: DictionaryStep) -> None:
+        """Compute what the next step will read; does nothing in a backward pass, as the forward has done it.
+
+        Args:
+            k: `[R, Hkv, T, K]` keys of this step.
+            slots: `[R, Hkv, T]` the slots they went to.
+            mask: `[R, T]`, True for keys of real tokens; None if all are.
+            step: the slots that the keys were compared with.
+        """
+        if _is_in_backward():
+            return
+        means = step.means
+        num_heads, num_slots, _ = means.shape
+        k, slots = k.transpose(0, 1).flatten(1, 2), slots.transpose(0, 1).flatten(1)
+        if mask is not None:
+            k, slots = k[:, mask.flatten()], slots[:, mask.flatten()]
+        place = slots.unsqueeze(-1).expand_as(k)
+        seen_sum = torch.zeros_like(means).scatter_add_(1, place, k)
+        seen_count = torch.zeros_like(means[..., 0]).scatter_add_(1, slots, torch.ones_like(k[..., 0]))
+        key_sum = torch.lerp(seen_sum, step.key_sum.to(k.dtype), self.decay)
+        count = torch.lerp(seen_count, step.count.to(k.dtype), self.decay)
+
+        average = count.mean(-1, keepdim=True)
+        is_dead = count < DEAD_SHARE * average
+        if bool(is_dead.any()) and k.shape[1]:
+            distance = (k - means.gather(1, place)).square().sum(-1) + 1e-9
+            drawn = torch.multinomial(distance, num_slots, replacement=True)
+            keys = k[torch.arange(num_heads, device=k.device)[:, None], drawn]
+            restart = (RESTART_SHARE * average).expand_as(count)
+            count = torch.where(is_dead, restart, count)
+            key_sum = torch.where(is_dead[..., None], keys * restart[..., None], key_sum)
+        self.next_key_sum = key_sum.to(step.key_sum.dtype)
+        self.next_count = count.to(step.count.dtype)
+
+
+def _is_in_backward() -> bool:
+    """Whether autograd is in its backward pass: a layer that runs then is recomputed by checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class VQAttention(ConstantStateMixer, AttentionMixer):
+    """Softmax attention with every key replaced by the nearest of N slots, which do not depend on the text.
+
+    `o_t = sum_{j<=t} softmax_j(scale q_t.D[z_j]) v_j`, where `z_j` is the slot nearest to key j. This is
+    computed exactly, in O(T (N + C)) time: tokens of one slot share one weight, so their count and the mean
+    of their values suffice. Tokens of the current and the previous chunk are read one by one. This gives the
+    same output, and lets the gradient pass straight through to their keys; keys of older chunks get no
+    gradient, as in the paper. The paper's relative positions (which act only within these two chunks), its
+    gate and its activation of the values are left out: no mixer of this backbone has them, and only the
+    memory is to differ.
+
+    Args:
+        num_slots: N, slots per key/value head.
+        chunk_size: C, tokens per chunk; it affects which keys get a gradient, but not the output.
+        vq_decay: decay per training step of the moving averages that make the slots.
+        commitment_weight: factor on the loss that draws keys to their slots,
+            `mean over tokens and heads of |k - D[z]|^2`.
+        args: those of `AttentionMixer`.
+        kwargs: those of `AttentionMixer`.
+
+    Raises:
+        ValueError: a value outside its range.
+
+    Example:
+        >>> layer, losses = VQAttention(32, num_heads=2, num_slots=16, chunk_size=8), []
+        >>> o, _, cache = layer(torch.randn(1, 20, 32), use_cache=True, auxiliary_losses=losses)
+        >>> cache.layers[0].state["count"].sum(-1).tolist(), len(losses)
+        ([[20, 20]], 1)
+    """
+
+    forward_options = frozenset({"auxiliary_losses", "step"})
+    config_fields = AttentionMixer.config_fields | {
+        name: name for name in ("num_slots", "chunk_size", "vq_decay", "commitment_weight")
+    }
+    state_kind = "counts and sums of values of static slots"
+    supports_logn = False
+    trained_on_whole_batches = (
+        "its dictionary is a moving average over all tokens of a training step, wherever they are"
+    )
+
+    def __init__(
+        self,
+        *args: Any,
+        num_slots: int = defaults.NUM_SLOTS,
+        chunk_size: int = defaults.CHUNK_SIZE,
+        vq_decay: float = defaults.VQ_DECAY,
+        commitment_weight: float = defaults.COMMITMENT_WEIGHT,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        check_vq(num_slots, chunk_size, vq_decay, commitment_weight)
+        self.num_slots, self.chunk_size, self.commitment_weight = num_slots, chunk_size, commitment_weight
+        self.dictionary = StaticDictionary(
+            self.num_kv_heads, num_slots=num_slots, head_dim=self.head_dim, decay=vq_decay
+        )
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        """See `Mixer.check_config`."""
+        check_vq(config.num_slots, config.chunk_size, config.vq_decay, config.commitment_weight)
+
+    def begin_step(self) -> DictionaryStep | None:
+        """The slots that a training step reads and updates; None if nothing is learned.
+
+        Slots are learned if the weights that make the keys are. In a frozen layer they stay fixed, so that an
+        adapter (LoRA) and its base model are all that has to be saved. `dictionary.requires_grad_()` or
+        peft's `modules_to_save=["dictionary"]` overrides this.
+        """
+        is_learned = self.dictionary.is_learned
+        if is_learned is None:
+            # peft wraps the dictionary and trains a copy.
+            is_wrapped = not isinstance(self.dictionary, StaticDictionary)
+            is_learned = is_wrapped or self.qkv_proj.weight.requires_grad
+        return self.dictionary.begin_step() if self.training and is_learned else None
+
+    def constant_spec(self, dtype: torch.dtype) -> StateSpec:
+        """The number of tokens of each slot, and the sum of their values."""
+        shape = (self.num_kv_heads, self.num_slots)
+        return {
+            "count": (shape, torch.int64),
+            "value_sum": ((*shape, self.head_dim), sum_dtype(dtype)),
+        }
+
+    def check_state(
+        self, where: str, tensors: Mapping[str, Tensor], *, num_tokens: int, dtype: torch.dtype
+    ) -> None:
+        """See `Mixer.check_state`; counts must add up, as every token is in one slot."""
+        super().check_state(where, tensors, num_tokens=num_tokens, dtype=dtype)
+        check_counts(where, tensors["count"], total=num_tokens)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        layout: SequenceLayout,
+        cache: LayerCache | None,
+        auxiliary_losses: MutableSequence[Tensor] | None = None,
+        step: DictionaryStep | None = None,
+    ) -> Tensor:
+        """See `AttentionMixer.attend`.
+
+        Args:
+            q: see there.
+            k: see there.
+            v: see there.
+            scale: see there.
+            layout: see there.
+            cache: see there.
+            auxiliary_losses: a list (or deque) that the commitment loss is added to.
+            step: the result of `begin_step`; None: `begin_step` is called here.
+        """
+        rows = layout.rows()
+        step = self.begin_step() if step is None else step
+        q = q * scale[:, None]
+        q, k, wide_v = (rows.take(x).transpose(1, 2) for x in (q, k, v.to(q.dtype)))
+        before = self.state_before(cache, len(q), v)
+        with without_autocast(q):
+            means, slots = self.dictionary(k, rows.mask, step)
+            nearest = means[torch.arange(self.num_kv_heads, device=k.device)[:, None], slots]
+            if auxiliary_losses is not None:
+                auxiliary_losses.append(self.commitment_weight * _mean_distance(k, nearest, rows.mask))
+            straight = k + (nearest - k).detach()
+            is_token = None if rows.mask is None else rows.mask[:, None, :, None]
+            o, count, value_sum = vq_read(
+                q, straight, wide_v, slots, means, **before, is_token=is_token, chunk_size=self.chunk_size
+            )
+        if cache is not None:
+            cache.set_state({"count": count, "value_sum": value_sum}, layout.num_new)
+        return rows.put(o.transpose(1, 2)).to(v.dtype)
+
+
+def vq_read(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    means: Tensor,
+    *,
+    count: Tensor,
+    value_sum: Tensor,
+    is_token: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention over slots for older chunks, and over single tokens for the current and the previous chunk.
+
+    Args:
+        q: `[R, H, T, K]`, scaled.
+        k: `[R, Hkv, T, K]`, equal to the slots of the tokens, but with a gradient to the keys.
+        v: `[R, Hkv, T, V]`.
+        slots: `[R, Hkv, T]` int64.
+        means: `[Hkv, N, K]`.
+        count: `[R, Hkv, N]` number of earlier tokens in each slot.
+        value_sum: `[R, Hkv, N, V]` sum of their values.
+        is_token: `[R, 1, T, 1]` bool, False for places that are not to be counted. None: all are tokens.
+        chunk_size: C.
+
+    Returns:
+        `[R, H, T, V]`, and `count` and `value_sum` including these tokens.
+    """
+    num_tokens, num_kv_heads = q.shape[2], k.shape[1]
+    q = q.unflatten(1, (num_kv_heads, -1))
+    belongs = F.one_hot(slots, means.shape[1])
+    belongs = belongs if is_token is None else belongs * is_token
+    outputs, begin = [], 0
+    for start in range(0, num_tokens, chunk_size):
+        own = slice(start, min(start + chunk_size, num_tokens))
+        recent = slice(begin, own.stop)
+        queries = q[:, :, :, own]
+        to_slots = queries.flatten(2, 3) @ means.transpose(-1, -2) + count.to(q.dtype).log()[:, :, None]
+        place = torch.arange(begin, own.stop, device=q.device)
+        is_later = (place > place[start - begin :, None]).repeat(queries.shape[2], 1)
+        to_tokens = queries.flatten(2, 3) @ k[:, :, recent].transpose(-1, -2)
+        weights = torch.cat([to_slots, to_tokens.masked_fill(is_later, -torch.inf)], dim=-1).softmax(-1)
+        from_slots, from_tokens = weights.split([means.shape[1], to_tokens.shape[-1]], dim=-1)
+        value_means = value_sum / count.clamp(min=1).to(value_sum.dtype)[..., None]
+        o = from_slots @ value_means + from_tokens @ v[:, :, recent]
+        outputs.append(o.unflatten(2, (queries.shape[2], -1)))
+        if start:
+            count, value_sum = _merged(count, value_sum, belongs, v, slice(begin, start))
+        begin = start
+    count, value_sum = _merged(count, value_sum, belongs, v, slice(begin, num_tokens))
+    return torch.cat(outputs, dim=3).flatten(1, 2), count, value_sum
+
+
+def _merged(
+    count: Tensor, value_sum: Tensor, belongs: Tensor, v: Tensor, chunk: slice
+) -> tuple[Tensor, Tensor]:
+    """Counts and sums including the tokens of a chunk."""
+    belongs = belongs[:, :, chunk]
+    added = belongs.transpose(-1, -2).to(v.dtype) @ v[:, :, chunk]
+    return count + belongs.sum(2), value_sum + added
+
+
+def _mean_distance(k: Tensor, nearest: Tensor, mask: Tensor | None) -> Tensor:
+    """The squared distance of keys from their slots, averaged over tokens and heads."""
+    distance = (k - nearest.detach()).square().sum(-1)
+    if mask is None:
+        return distance.mean()
+    return (distance * mask[:, None]).sum() / (mask.sum() * k.shape[1]).clamp(min=1)
+
+
+def check_vq(num_slots: int, chunk_size: int, vq_decay: float, commitment_weight: float) -> None:
+    """Raise ValueError if a setting of VQ-attention is out of range."""
+    for name, value in (("num_slots", num_slots), ("chunk_size", chunk_size)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, found {value}")
+    if not 0 <= vq_decay < 1:
+        raise ValueError(f"vq_decay: expected a number in [0, 1), found {vq_decay}")
+    if not is_finite(commitment_weight):
+        raise ValueError(f"commitment_weight: expected a finite number, found {commitment_weight}")
+    if commitment_weight < 0:
+        raise ValueError(f"commitment_weight: expected at least 0, found {commitment_weight}")

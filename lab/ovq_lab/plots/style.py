@@ -1,0 +1,186 @@
+"""How lines look: one colour and one marker per mixer, the same in every figure of the project.
+
+The hues are Okabe and Ito's, which colour-blind readers can tell apart too, with a grey and a brown for the
+two windows, a magenta for KVM, an olive for Raven, a plum for KDA and a moss green for MesaNet. Lines of one
+mixer keep its hue and differ in shade, marker and dashes. OVQ has a second blue, with filled markers, for
+dictionaries whose cheapest pairs are merged. Where all lines have the same mixer, as in an ablation, they
+have colours that belong to no mixer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ovq.ops.options import PAIR_MERGES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Style:
+    """How a line looks.
+
+    Attributes:
+        color: Of the line and its markers, as `#RRGGBB`.
+        marker: As matplotlib names it.
+        line: Solid or dashed, as matplotlib writes it.
+        is_filled: Whether markers are filled. Where lines lie on each other, hollow ones stay visible as
+            rings.
+    """
+
+    color: str
+    marker: str
+    line: str = "-"
+    is_filled: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `Axes.plot` and `Axes.errorbar`.
+
+        Example:
+            >>> MIXER_STYLES["ovq"].options()["color"]
+            '#0072B2'
+        """
+        return {
+            "color": self.color,
+            "marker": self.marker,
+            "linestyle": self.line,
+            "linewidth": 1.8,
+            # A solid line below shows through the dashes, a filled marker through the rings.
+            "zorder": (2 if self.line == "-" else 2.2) - (0.5 if self.is_filled else 0),
+            "markersize": 6,
+            "markerfacecolor": self.color if self.is_filled else "white",
+            "markeredgewidth": 1.5,
+        }
+
+
+PAIRS = "ovq, pairs"
+"""The name of OVQ with a dictionary in which pairs are merged, where this module asks for a mixer."""
+
+# Light, normal and dark shade; black has no darker one.
+_SHADES = {
+    "ovq": ("#6DB6E3", "#0072B2", "#08306B"),
+    PAIRS: ("#9FA0FF", "#4B3CF0", "#35108F"),
+    "full_attention": ("#F3C35C", "#E69F00", "#8F6300"),
+    "sliding_attention": ("#A8A8A8", "#5F5F5F", "#3A3A3A"),
+    "sink_attention": ("#B57A52", "#6E2C00", "#3B1800"),
+    "vq": ("#6CCBAF", "#009E73", "#005C43"),
+    "kvm": ("#FFAEFF", "#FF60FF", "#A312A3"),
+    "raven": ("#CFCF95", "#B0B060", "#70702C"),
+    "linear_attention": ("#F0996B", "#D55E00", "#853B00"),
+    "gated_deltanet": ("#E3B5D0", "#CC79A7", "#8C4A70"),
+    "kda": ("#A86AA8", "#691E69", "#3A0C3A"),
+    "mesanet": ("#8DB37F", "#4B783C", "#2A4720"),
+    "mamba2": ("#8C8C8C", "#000000", "#444444"),
+}
+_MARKERS = {
+    "ovq": "o",
+    PAIRS: "*",
+    "full_attention": "s",
+    "sliding_attention": "^",
+    "sink_attention": "<",
+    "vq": "v",
+    "kvm": "p",
+    "raven": "H",
+    "linear_attention": ">",
+    "gated_deltanet": "P",
+    "kda": "D",
+    "mesanet": "8",
+    "mamba2": "X",
+}
+_DASHES = ("--", "-", "-.")
+_OTHER_MARKERS = ("D", "h", "p", "d", "*", "8", "H")
+
+MIXER_STYLES = {
+    mixer: Style(color=shades[1], marker=_MARKERS[mixer], is_filled=mixer == PAIRS)
+    for mixer, shades in _SHADES.items()
+}
+"""The style of each mixer of `ovq_lab.mixers.MIXERS`, and of `PAIRS`, in figures with one line per mixer."""
+
+PALETTE = tuple(
+    Style(color=color, marker=marker)
+    for color, marker in zip(
+        # Tol's muted colours, without those that are too light for a line.
+        ("#332288", "#CC6677", "#44AA99", "#999933", "#882255", "#88CCEE", "#117733", "#AA4499"),
+        ("o", "D", "v", "s", "^", "P", "X", "h"),
+        strict=True,
+    )
+)
+"""Styles that belong to no mixer, for lines of one mixer and for what is not a mixer."""
+
+CONTROLS = {
+    "random merging": Style(color="#882255", marker="D", line="--"),
+    "offline k-means": Style(color="#332288", marker="*", line="--"),
+}
+"""Styles of references that are not mixers: dashed."""
+
+
+def style_name(mixer: str, merge: str | None) -> str:
+    """What `line_styles` and `MIXER_STYLES` call a mixer.
+
+    Args:
+        mixer: As `mixer_types` names it.
+        merge: The rule that keeps its dictionary; `None` if it has none, or where that is not known.
+
+    Example:
+        >>> style_name("ovq", "existing"), style_name("ovq", "nearest"), style_name("mamba2", None)
+        ('ovq', 'ovq, pairs', 'mamba2')
+    """
+    return PAIRS if mixer == "ovq" and merge in PAIR_MERGES else mixer
+
+
+def line_styles(models: Mapping[str, tuple[str, int | None]]) -> dict[str, Style]:
+    """The style of each line of a figure.
+
+    Args:
+        models: For the label of each line, its mixer as `style_name` names it, and the slots of its
+            dictionary, or `None` if it has none. More slots are darker.
+
+    Returns:
+        For each label, a style that no other line of the figure has.
+
+    Example:
+        >>> styles = line_styles({"few": ("ovq", 64), "many": ("ovq", 4096), "all": ("full_attention", None)})
+        >>> [(style.color, style.line) for style in styles.values()]
+        [('#6DB6E3', '--'), ('#0072B2', '-'), ('#E69F00', '-')]
+        >>> [style.color for style in line_styles({"a": ("ovq", 64), "b": ("ovq", 64)}).values()]
+        ['#332288', '#CC6677']
+    """
+    mixers = {"ovq" if mixer == PAIRS else mixer for mixer, _ in models.values()}
+    if len(mixers) == 1 and len(set(models.values())) < len(models):
+        return _in_turn(list(models))
+    styles = _in_turn([label for label, (mixer, _) in models.items() if mixer not in _SHADES])
+    for mixer in _SHADES:
+        labels = [label for label, model in models.items() if model[0] == mixer]
+        labels.sort(key=lambda label: models[label][1] or 0)
+        styles |= zip(labels, _variants(mixer, len(labels)), strict=True)
+    return {label: styles[label] for label in models}
+
+
+def _in_turn(labels: list[str]) -> dict[str, Style]:
+    """The styles of the palette in order; when they are used up, they are repeated with other dashes."""
+    return {
+        label: dataclasses.replace(
+            PALETTE[place % len(PALETTE)], line=("-", "--", "-.", ":")[place // len(PALETTE) % 4]
+        )
+        for place, label in enumerate(labels)
+    }
+
+
+def _variants(mixer: str, count: int) -> list[Style]:
+    """Styles of one hue, from light to dark."""
+    # One line gets the normal shade, two get the light and the normal one.
+    last = {1: 1, 2: 1}.get(count, 2)
+    first = 1 if count == 1 else 0
+    places = [first + round(i * (last - first) / max(1, count - 1)) for i in range(count)]
+    return [
+        Style(
+            color=_SHADES[mixer][shade],
+            # The first line in the normal shade has the mixer's own marker.
+            marker=_MARKERS[mixer]
+            if shade == 1 and shade not in places[:i]
+            else _OTHER_MARKERS[i % len(_OTHER_MARKERS)],
+            line=_DASHES[shade],
+            is_filled=MIXER_STYLES[mixer].is_filled,
+        )
+        for i, shade in enumerate(places)
+    ]

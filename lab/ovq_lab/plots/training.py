@@ -1,0 +1,28 @@
+"""The figure of a training run: its losses by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ovq_lab.plots.panels import new_panels, save
+from ovq_lab.plots.style import MIXER_STYLES
+from ovq_lab.train.history import History
+
+
+def save_loss_curve(history: History, path: Path, *, mixer: str) -> None:
+    """Draw the losses of a run.
+
+    Args:
+        history: The losses.
+        path: The PNG file.
+        mixer: The long-range mixer of the model, whose colour the lines have.
+    """
+    figure, [axes] = new_panels(1)
+    style = MIXER_STYLES[mixer].options()
+    plain = style | {"marker": "", "linewidth": 1.0, "alpha": 0.6}
+    axes.plot(list(history.training), list(history.training.values()), label="training", **plain)
+    if history.held_out:
+        axes.plot(list(history.held_out), list(history.held_out.values()), label="held out", **style)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    save(figure, path, title="Loss during training")

@@ -1,0 +1,1 @@
+"""Processes that work beside each other, and what stands beside a measured number."""

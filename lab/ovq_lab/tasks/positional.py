@@ -1,0 +1,236 @@
+"""Positional in-context recall: a key occurs several times, and its values are asked for in order.
+
+Recall by content alone finds the values of a key, but not which came first. One long-range layer can mark
+each pair with how often its key came before; a second layer can then look for the key together with that
+number. A model therefore needs two such layers, and a memory that keeps the occurrences of a key apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from ovq_lab.tasks.base import IGNORE_INDEX, Task, TaskBatch, example_generator
+from ovq_lab.tasks.recall import (
+    FILLER,
+    NUM_SPECIAL,
+    SEPARATOR,
+    check_possible_keys,
+    distance_masks,
+    spell_keys,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PositionalRecallTask(Task):
+    """In-context recall of all values of a key, in the order in which they were stored.
+
+    An example is `context, separator, queries`. The context holds `num_keys` keys, each `num_occurrences`
+    times, each time with another value of one token. The pairs lie at random places in a random order, and
+    the remaining tokens are fillers. A query is a key, once, followed by its values in order of appearance,
+    which the model has to say. No key is asked a second time before every key was asked once. Ids: 0 is the
+    filler, 1 the separator, then come the key tokens, and the upper half are value tokens. The paper's own
+    layout and sizes are not public; these are [ours].
+
+    Attributes:
+        length: Tokens per example, T.
+        vocab_size: Number of token ids; about one half each are keys and values.
+        key_length: Tokens per key.
+        num_occurrences: Pairs in which each key occurs.
+        query_share: Share of an example's tokens that the queries take, between 0 and 1.
+        pair_share: Share of the context's tokens that belong to pairs, above 0 and at most 1; the rest are
+            fillers. Longer examples therefore have more to remember.
+
+    Raises:
+        ValueError: If a field is out of range, or pairs, queries and keys do not fit; says what was expected
+            and found.
+
+    Example:
+        Two keys of one token, each stored twice, three fillers, and one query. Key tokens are 2 to 8, value
+        tokens 9 to 15. Key 2 is stored with 15 first and then with 11, key 5 with 15 and then with 9:
+
+        >>> task = PositionalRecallTask(length=15, vocab_size=16, query_share=0.3, pair_share=0.8)
+        >>> inputs, labels, slices = task.build(0)
+        >>> for position, (token, label) in enumerate(zip(inputs[0], labels[0])):
+        ...     print(position, token, "" if label == -100 else "asked")
+        0 0
+        1 0
+        2 0
+        3 2
+        4 15
+        5 5
+        6 15
+        7 5
+        8 9
+        9 2
+        10 11
+        11 1
+        12 2
+        13 15 asked
+        14 11 asked
+
+        The slices group the asked tokens by which occurrence of the key they ask for, and by how many tokens
+        lie between the query and the pair it asks for:
+
+        >>> {name: int(mask.sum()) for name, mask in slices.items()}
+        {'occurrence 1': 1, 'occurrence 2': 1, 'distance 2-3': 1, 'distance 4-7': 0, 'distance 8-15': 1}
+    """
+
+    name: ClassVar[str] = "positional"
+    key_length: int = 1
+    num_occurrences: int = 2
+    query_share: float = 0.5
+    pair_share: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check every field, in the order in which one depends on another."""
+        super().__post_init__()
+        if self.key_length < 1 or self.num_occurrences < 1:
+            raise ValueError(
+                "key_length and num_occurrences: expected at least 1 each, "
+                f"found {self.key_length} and {self.num_occurrences}"
+            )
+        for name, highest in (("query_share", "below 1"), ("pair_share", "at most 1")):
+            share = getattr(self, name)
+            if not 0 < share <= 1 or (share == 1 and name == "query_share"):
+                raise ValueError(f"{name}: expected a number above 0 and {highest}, found {share}")
+        if self.vocab_size - self.first_value_token < self.num_occurrences:
+            raise ValueError(
+                f"vocab_size: expected at least {NUM_SPECIAL + 2 * self.num_occurrences} "
+                f"({self.num_occurrences} different values a key), found {self.vocab_size}"
+            )
+        shortest = self.stored_length + 1 + self.query_length
+        if self.length < shortest:
+            raise ValueError(
+                f"length: expected at least {shortest} tokens (all pairs of a key, a separator and a query), "
+                f"found {self.length}"
+            )
+        check_possible_keys(self.num_key_tokens, self.key_length, at_least=self.num_keys)
+
+    @property
+    def pair_length(self) -> int:
+        """Tokens of a key and one value."""
+        return self.key_length + 1
+
+    @property
+    def stored_length(self) -> int:
+        """Tokens of all pairs that a key occurs in."""
+        return self.num_occurrences * self.pair_length
+
+    @property
+    def query_length(self) -> int:
+        """Tokens of a query: a key and all its values."""
+        return self.key_length + self.num_occurrences
+
+    @property
+    def num_queries(self) -> int:
+        """Queries per example."""
+        wanted = max(1, int(self.query_share * self.length) // self.query_length)
+        return min(wanted, (self.length - 1 - self.stored_length) // self.query_length)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens before the separator."""
+        return self.length - 1 - self.num_queries * self.query_length
+
+    @property
+    def num_keys(self) -> int:
+        """Keys per example: as many as `pair_share` allows, but at least one."""
+        return max(1, int(self.context_length * self.pair_share) // self.stored_length)
+
+    @property
+    def num_key_tokens(self) -> int:
+        """Number of ids that key tokens are drawn from; the first of them is `NUM_SPECIAL`."""
+        return (self.vocab_size - NUM_SPECIAL) // 2
+
+    @property
+    def first_value_token(self) -> int:
+        """The lowest id of a value token; all ids from here on are value tokens."""
+        return NUM_SPECIAL + self.num_key_tokens
+
+    def build(self, seed: int, *, indices: Sequence[int] = (0,), split: str = "train") -> TaskBatch:
+        """Build the examples with these indices; see `Task.build` and the example of the class.
+
+        Raises:
+            ValueError: If `split` is unknown, or `seed` or an index is negative.
+        """
+        keys, values, starts, asked = self._draw(seed, indices, split)
+        rows = np.arange(len(indices))[:, None]
+        # `[B, number of keys, occurrences, pair_length]`
+        pairs = np.concatenate(
+            [np.repeat(keys[:, :, None], self.num_occurrences, axis=2), values[..., None]], axis=3
+        )
+
+        inputs = np.full((len(indices), self.length), FILLER, dtype=np.int64)
+        inputs[rows[..., None, None], starts[..., None] + np.arange(self.pair_length)] = pairs
+        inputs[:, self.context_length] = SEPARATOR
+        query_start = self.context_length + 1
+        queries = np.concatenate([keys[rows, asked], values[rows, asked]], axis=2)
+        inputs[:, query_start:] = queries.reshape(len(indices), -1)
+
+        place_in_query = np.arange(self.length - query_start) % self.query_length - self.key_length
+        is_value = place_in_query >= 0
+        labels = np.full_like(inputs, IGNORE_INDEX)
+        labels[:, query_start:][:, is_value] = inputs[:, query_start:][:, is_value]
+
+        slices = {}
+        for occurrence in range(self.num_occurrences):
+            mask = np.zeros(inputs.shape, dtype=bool)
+            mask[:, query_start:] = place_in_query == occurrence
+            slices[f"occurrence {occurrence + 1}"] = mask
+        query_positions = query_start + np.arange(self.num_queries) * self.query_length
+        distances = query_positions[:, None] - starts[rows, asked]
+        slices |= distance_masks(
+            distances.reshape(len(indices), -1), labels != IGNORE_INDEX, smallest=self.pair_length + 1
+        )
+        return TaskBatch(inputs, labels, slices)
+
+    def _draw(
+        self, seed: int, indices: Sequence[int], split: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Draw all that is random: the keys `[B, P, key_length]`, the values and the starts of their pairs
+        `[B, P, num_occurrences]` (starts in rising order), and the keys to ask for `[B, Q]`."""
+        num_keys, num_queries, num_values = (
+            self.num_keys,
+            self.num_queries,
+            self.vocab_size - self.first_value_token,
+        )
+        num_pairs = num_keys * self.num_occurrences
+        num_free = self.context_length - num_pairs * self.pair_length
+        key_ids = np.empty((len(indices), num_keys), dtype=np.int64)
+        values = np.empty((len(indices), num_keys, self.num_occurrences), dtype=np.int64)
+        places = np.empty((len(indices), num_pairs), dtype=np.int64)
+        owners = np.empty_like(places)
+        asked = np.empty((len(indices), num_queries), dtype=np.int64)
+        for row, index in enumerate(indices):
+            rng = example_generator(seed, index, split=split)
+            key_ids[row] = rng.choice(self.num_key_tokens**self.key_length, num_keys, replace=False)
+            values[row] = _distinct(rng, num_keys, self.num_occurrences, num_values)
+            places[row] = rng.choice(num_pairs + num_free, num_pairs, replace=False, shuffle=False)
+            owners[row] = rng.permutation(num_pairs) % num_keys
+            rounds = [rng.permutation(num_keys) for _ in range(-(-num_queries // num_keys))]
+            asked[row] = np.concatenate(rounds)[:num_queries]
+
+        # `places` counts a pair as one place; each earlier pair moves it on by that pair's further tokens.
+        starts = np.sort(places, axis=1) + np.arange(num_pairs) * (self.pair_length - 1)
+        # Bring the pairs of each key together; the sort is stable, so they stay in the order of their places.
+        order = np.argsort(owners, axis=1, kind="stable")
+        starts = np.take_along_axis(starts, order, axis=1).reshape(values.shape)
+        keys = spell_keys(key_ids, self.num_key_tokens, self.key_length)
+        return keys, values + self.first_value_token, starts, asked
+
+
+def _distinct(rng: np.random.Generator, num_rows: int, size: int, bound: int) -> np.ndarray:
+    """`[num_rows, size]`: in each row different integers below the bound, every choice equally likely."""
+    drawn = np.empty((num_rows, size), dtype=np.int64)
+    for column in range(size):
+        # Draw the rank among those left; stepping over the smaller ones taken, in rising order, makes it an
+        # id.
+        new = rng.integers(bound - column, size=num_rows)
+        for taken in np.sort(drawn[:, :column], axis=1).T:
+            new += new >= taken
+        drawn[:, column] = new
+    return drawn

@@ -1,0 +1,271 @@
+"""Documents as arrays of tokens: encoded once, kept in the user's cache, and read from there as needed.
+
+A corpus is kept whole, whatever its splits and volumes are, in a folder that appears only when complete:
+
+    ~/.cache/ovq/text/DIGEST/tokens.bin    the tokens of all documents, one after the other
+    ~/.cache/ovq/text/DIGEST/index.json    names, numbers of tokens and of bytes of the documents, type and
+                                           SHA-256 of the tokens
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ovq.runtime.files import read_json
+from ovq_lab.text.cache import cached_folder
+from ovq_lab.text.documents import Document, split_of
+from ovq_lab.text.source import ALL, TextSource, check_split, source_content, source_readers
+from ovq_lab.text.tokenizers import encode_bytes, is_byte_tokenizer, source_tokenizer, tokenizer_content
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENS_FILE, _INDEX_FILE = "tokens.bin", "index.json"
+_SEPARATOR = "\n\n"
+"""Separates the documents of a volume."""
+_DOCUMENTS_PER_CALL = 32
+"""Documents passed to a tokenizer at once; it shares them between threads."""
+
+
+class Corpus:
+    """The documents of a split, or volumes of them: a sequence of token arrays.
+
+    Attributes:
+        names: Of each document; a volume has the names of its first and its last document.
+        num_tokens: `[D]` int64, tokens of each, without the end of the text.
+        num_bytes: `[D]` int64, bytes of each in UTF-8.
+        end_of_text: The token that ends a text; the arrays do not contain it.
+        digest: Of the names and tokens of all of them; different corpora have different digests.
+
+    Example:
+        >>> source = TextSource(dataset="stdlib", subset="json", held_out=0)
+        >>> corpus = load_corpus(source, "train")
+        >>> corpus.names[1], bytes(corpus[1][:16]), corpus.end_of_text
+        ('stdlib/json/decoder.py', b'\"\"\"Implementatio', 256)
+        >>> len(corpus[1]) == int(corpus.num_tokens[1]) == int(corpus.num_bytes[1])
+        True
+    """
+
+    def __init__(
+        self, stored: _Stored, groups: list[list[int]], *, separator: np.ndarray, end_of_text: int
+    ) -> None:
+        self._stored = stored
+        self._groups = groups
+        self._separator = separator.astype(stored.tokens.dtype)
+        self.end_of_text = end_of_text
+        self.names = [_volume_name([stored.names[i] for i in group]) for group in groups]
+        between = np.array([len(group) - 1 for group in groups], dtype=np.int64)
+        self.num_tokens = _sums(stored.num_tokens, groups) + between * len(separator)
+        self.num_bytes = _sums(stored.num_bytes, groups) + between * len(_SEPARATOR)
+        content = json.dumps([stored.sha256, stored.names, groups, separator.tolist(), end_of_text])
+        self.digest = hashlib.sha256(content.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Number of documents, or of volumes."""
+        return len(self._groups)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The tokens of one, `[T]` of an unsigned type: read-only, and read from the disk only where used."""
+        group = self._groups[index]
+        if len(group) == 1:
+            return self._stored.document(group[0])
+        parts = [self._stored.document(group[0])]
+        for i in group[1:]:
+            parts += [self._separator, self._stored.document(i)]
+        return np.concatenate(parts)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """All of them, in order."""
+        return (self[i] for i in range(len(self)))
+
+
+def load_corpus(
+    source: TextSource,
+    split: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Corpus:
+    """The documents of a split as tokens, from the cache if they have been read before.
+
+    Volumes are joined from consecutive documents of one split, so no part of a test document is ever trained
+    on, whatever `join_to` is.
+
+    Args:
+        source: The corpus.
+        split: `"train"`, `"validation"`, `"test"` or `"all"`.
+        tokenizer: Used instead of the source's, for example the one saved beside a model.
+        progress: Called with the number of documents read so far, if they have to be read.
+
+    Raises:
+        ValueError: If the corpus cannot be read, two documents share a name, or the split is empty.
+    """
+    check_split(split)
+    tokenizer = source_tokenizer(source) if tokenizer is None else tokenizer
+    if tokenizer.eos_token_id is None:
+        raise ValueError("tokenizer: expected one with a token for the end of a text, found none")
+    encode = _encoder(tokenizer)
+    stored = _stored(source, tokenizer, encode, progress)
+    chosen = [
+        i
+        for i, name in enumerate(stored.names)
+        if split == ALL or split_of(name, held_out=source.held_out) == split
+    ]
+    if not chosen:
+        raise ValueError(
+            f"dataset: expected documents for {split} in {source.dataset!r}, found none among its "
+            f"{len(stored.names)} (held_out={source.held_out})"
+        )
+    groups = _volumes(chosen, stored.num_bytes, source.join_to)
+    (separator,) = encode([_SEPARATOR])
+    return Corpus(stored, groups, separator=separator, end_of_text=tokenizer.eos_token_id)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _Stored:
+    """A corpus in the cache: all documents, in order."""
+
+    tokens: np.ndarray
+    names: list[str]
+    num_tokens: np.ndarray
+    num_bytes: np.ndarray
+    ends: np.ndarray
+    sha256: str
+
+    @classmethod
+    def load(cls, folder: Path) -> _Stored:
+        """Map the tokens of a folder into memory and read the rest.
+
+        Raises:
+            ValueError: If a file is damaged, as far as its size tells; names the folder.
+        """
+        try:
+            index = read_json(folder / _INDEX_FILE)
+            num_tokens = np.array(index["num_tokens"], dtype=np.int64)
+            stored = cls(
+                tokens=np.memmap(folder / _TOKENS_FILE, dtype=index["dtype"], mode="r"),
+                names=index["names"],
+                num_tokens=num_tokens,
+                num_bytes=np.array(index["num_bytes"], dtype=np.int64),
+                ends=num_tokens.cumsum(),
+                sha256=index["sha256"],
+            )
+            if len(stored.tokens) != num_tokens.sum():
+                raise ValueError(f"expected {num_tokens.sum()} tokens, found {len(stored.tokens)}")
+            return stored
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder}: expected a corpus that was kept there, found it damaged ({error}); "
+                "without this folder it is made anew"
+            ) from error
+
+    def document(self, i: int) -> np.ndarray:
+        """The tokens of a document."""
+        return self.tokens[self.ends[i] - self.num_tokens[i] : self.ends[i]]
+
+
+def _stored(
+    source: TextSource,
+    tokenizer: PreTrainedTokenizerBase,
+    encode: Callable[[list[str]], list[np.ndarray]],
+    progress: Callable[[int], None] | None,
+) -> _Stored:
+    """The corpus from the cache; it is put there first if necessary."""
+    readers = source_readers(source)
+    depends_on = [*source_content(source, readers), tokenizer_content(tokenizer)]
+
+    def fill(folder: Path) -> None:
+        documents = (d for reader in readers for d in reader.documents() if d.text)
+        _store(folder, itertools.islice(documents, source.max_documents), encode, tokenizer, progress)
+
+    folder = cached_folder(depends_on, fill)
+    return _Stored.load(folder)
+
+
+def _store(
+    folder: Path,
+    documents: Iterable[Document],
+    encode: Callable[[list[str]], list[np.ndarray]],
+    tokenizer: PreTrainedTokenizerBase,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Encode documents into an empty folder."""
+    # The end of a text is never among the tokens, so that bytes can be stored as bytes.
+    num_ids = len(tokenizer) - (tokenizer.eos_token_id == len(tokenizer) - 1)
+    dtype = np.min_scalar_type(num_ids - 1)
+    names, num_tokens, num_bytes, content = [], [], [], hashlib.sha256()
+    with open(folder / _TOKENS_FILE, "wb") as file:
+        remaining = iter(documents)
+        while batch := list(itertools.islice(remaining, _DOCUMENTS_PER_CALL)):
+            for document, tokens in zip(batch, encode([d.text for d in batch]), strict=True):
+                raw = tokens.astype(dtype).tobytes()
+                file.write(raw)
+                content.update(raw)
+                names.append(document.name)
+                num_tokens.append(len(tokens))
+                num_bytes.append(len(document.text.encode("utf-8", errors="replace")))
+            if progress is not None:
+                progress(len(names))
+    _check_names(names)
+    index = {"names": names, "num_tokens": num_tokens, "num_bytes": num_bytes}
+    index |= {"dtype": dtype.name, "sha256": content.hexdigest()}
+    (folder / _INDEX_FILE).write_text(json.dumps(index), encoding="utf-8")
+
+
+def _check_names(names: list[str]) -> None:
+    """Refuse a corpus in which two documents share a name: they could not be split reliably."""
+    if not names:
+        raise ValueError("dataset: expected at least one document that is not empty, found none")
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"dataset: expected documents with names of their own, found {twice!r} twice")
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[str]], list[np.ndarray]]:
+    """A function that turns texts into tokens."""
+    if is_byte_tokenizer(tokenizer):
+        return lambda texts: [encode_bytes(text) for text in texts]
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        # Not verbose: documents may be longer than the tokenizer thinks a model can read.
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [np.array(ids, dtype=np.uint32) for ids in encoded]
+
+    return encode
+
+
+def _volumes(chosen: list[int], num_bytes: np.ndarray, join_to: int) -> list[list[int]]:
+    """Groups of consecutive documents with at least `join_to` bytes each; a short rest joins the last group.
+
+    Example:
+        >>> _volumes([0, 1, 2, 4], np.array([3, 3, 9, 9, 1]), 5)
+        [[0, 1], [2, 4]]
+    """
+    groups: list[list[int]] = []
+    size = 0
+    for i in chosen:
+        if size >= join_to or not groups:
+            groups.append([])
+            size = 0
+        groups[-1].append(i)
+        size += int(num_bytes[i])
+    if len(groups) > 1 and size < join_to:
+        short = groups.pop()
+        groups[-1] += short
+    return groups
+
+
+def _volume_name(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
+
+
+def _sums(values: np.ndarray, groups: list[list[int]]) -> np.ndarray:
+    return np.array([values[group].sum() for group in groups], dtype=np.int64)

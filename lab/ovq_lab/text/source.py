@@ -1,0 +1,101 @@
+"""Which corpus is read, and how it becomes tokens: the fields that a run's configuration holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ovq.fields import check_fields
+from ovq_lab.text.documents import SPLITS
+from ovq_lab.text.readers import Reader, find_readers
+
+ALL = "all"
+"""Stands for all documents where a split is expected."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSource:
+    """A corpus, its held-out part and its tokenizer.
+
+    Attributes:
+        dataset: A file, a folder, an installed corpus or a data set of the hub, see `read_documents`.
+        text_field: The field of a row that holds the text.
+        subset: Of a hub data set, its configuration; of `stdlib`, one module or package.
+        hub_split: Of a hub data set, its split.
+        max_documents: Read only this many documents, the first ones; all if None.
+        held_out: Share of the documents that are not trained on, half of them for validation, half for test.
+        join_to: Join consecutive documents of a split into volumes of at least this many bytes; 0: do not
+            join.
+        tokenizer: `"bytes"`; `"bpe:4096"` for one with that many tokens, trained on the training documents;
+            the folder of a saved one; or the name of one on the hub.
+
+    Raises:
+        ValueError: If a field is out of range.
+
+    Example:
+        >>> TextSource(dataset="sotu", join_to=65536).tokenizer
+        'bytes'
+    """
+
+    dataset: str
+    text_field: str = "text"
+    subset: str | None = None
+    hub_split: str = "train"
+    max_documents: int | None = None
+    held_out: float = 0.1
+    join_to: int = 0
+    tokenizer: str = "bytes"
+
+    def __post_init__(self) -> None:
+        """Check the fields that can be checked without reading anything."""
+        check_fields(self)
+        for name in ("dataset", "text_field", "hub_split", "tokenizer"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected a name, found none")
+        if self.max_documents is not None and self.max_documents < 1:
+            raise ValueError(f"max_documents: expected at least 1, found {self.max_documents}")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out: expected a share in [0, 1), found {self.held_out}")
+        if self.join_to < 0:
+            raise ValueError(f"join_to: expected at least 0, found {self.join_to}")
+        _num_trained_tokens(self.tokenizer)
+
+    @property
+    def num_trained_tokens(self) -> int | None:
+        """Number of tokens of a tokenizer that is to be trained (`"bpe:4096"`), else None."""
+        return _num_trained_tokens(self.tokenizer)
+
+
+def _num_trained_tokens(tokenizer: str) -> int | None:
+    """`TextSource.num_trained_tokens`; ValueError if `bpe:` is not followed by a number."""
+    if not tokenizer.startswith("bpe:"):
+        return None
+    number = tokenizer.removeprefix("bpe:")
+    if not number.isdecimal() or int(number) < 257:
+        raise ValueError(
+            "tokenizer: expected bpe:N with N of at least 257, the bytes and the end of a text, "
+            f"found {tokenizer!r}"
+        )
+    return int(number)
+
+
+def check_split(split: str) -> None:
+    """Raise ValueError unless it is the name of a split, or of all of them."""
+    if split not in (*SPLITS, ALL):
+        raise ValueError(f"split: expected one of {', '.join((*SPLITS, ALL))}, found {split!r}")
+
+
+def source_readers(source: TextSource) -> list[Reader]:
+    """The readers of a corpus.
+
+    Raises:
+        ValueError: If there is no such corpus.
+    """
+    return find_readers(
+        source.dataset, text_field=source.text_field, subset=source.subset, hub_split=source.hub_split
+    )
+
+
+def source_content(source: TextSource, readers: Sequence[Reader]) -> list[str]:
+    """All that determines which documents a corpus has, as texts."""
+    return [source.dataset, source.text_field, str(source.max_documents), *(r.version() for r in readers)]

@@ -1,0 +1,154 @@
+"""Tokenizers. All are Hugging Face's, so they can be saved beside a model, and every command can use them.
+
+In the tokenizers made here, tokens 0..255 are the bytes and the last token is the end of a text, which pads
+batches as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ovq.hf.byte_tokens import byte_tokenizer, byte_vocabulary, wrapped
+from ovq_lab.text.cache import cached_folder
+from ovq_lab.text.documents import Document, split_of
+from ovq_lab.text.source import TextSource, source_content, source_readers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+_TRAINING_BYTES = 2**28
+
+
+def encode_bytes(text: str) -> np.ndarray:
+    """The tokens that `byte_tokenizer` gives a text, `[T]` uint8, but much faster.
+
+    Example:
+        >>> encode_bytes("né").tolist()
+        [110, 195, 169]
+    """
+    # Half of a surrogate pair, which JSON can hold, has no bytes.
+    return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8)
+
+
+def train_tokenizer(documents: Iterable[Document], vocab_size: int = 4096) -> PreTrainedTokenizerFast:
+    """A tokenizer of byte pairs, trained on these documents.
+
+    Args:
+        documents: The texts in which pairs are counted.
+        vocab_size: Number of tokens, including the bytes and the end of a text. Few documents may give fewer.
+
+    Raises:
+        ValueError: If the bytes and the end of a text do not fit.
+
+    Example:
+        >>> text = Document(name="a", text="again and again and again")
+        >>> tokenizer = train_tokenizer([text], vocab_size=260)
+        >>> len(tokenizer("again and again")["input_ids"]), tokenizer.eos_token_id
+        (9, 259)
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size: expected at least 257, found {vocab_size}")
+    vocabulary = byte_vocabulary()
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=list(vocabulary), show_progress=False
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    trained = json.loads(tokenizer.to_str())["model"]
+    # The trainer numbers the bytes in the sorted order of their characters; its pairs follow.
+    merges = [tuple(pair) for pair in trained["merges"]]
+    return wrapped(Tokenizer(models.BPE(vocab=trained["vocab"] | vocabulary, merges=merges)), is_by_word=True)
+
+
+def get_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer by name.
+
+    Args:
+        name: `"bytes"`, the folder of a saved tokenizer, or the name of one on the hub.
+
+    Raises:
+        ValueError: If there is none, or it has no token for the end of a text.
+
+    Example:
+        >>> len(get_tokenizer("bytes"))
+        257
+    """
+    if name == "bytes":
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            "tokenizer: expected bytes, bpe:N, the folder of a saved tokenizer, or one that the hub has and "
+            f"this machine can reach, found {name!r} ({str(error).splitlines()[0]})"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer: expected one with a token for the end of a text, found {name!r}")
+    return tokenizer
+
+
+def source_tokenizer(source: TextSource) -> PreTrainedTokenizerBase:
+    """The tokenizer that a corpus is read with; for `"bpe:N"` it is trained here and kept in the cache.
+
+    It is trained on the first 256 MiB of the training documents; more text hardly changes which pairs are
+    frequent.
+
+    Raises:
+        ValueError: If it is not available.
+    """
+    num_tokens = source.num_trained_tokens
+    if num_tokens is None:
+        return get_tokenizer(source.tokenizer)
+    readers = source_readers(source)
+    depends_on = [*source_content(source, readers), source.tokenizer, repr(source.held_out)]
+
+    def fill(folder: Path) -> None:
+        documents = itertools.islice((d for r in readers for d in r.documents()), source.max_documents)
+        training = (d for d in documents if split_of(d.name, held_out=source.held_out) == "train")
+        train_tokenizer(_first_bytes(training), num_tokens).save_pretrained(folder)
+
+    return get_tokenizer(str(cached_folder(depends_on, fill)))
+
+
+def _first_bytes(documents: Iterable[Document]) -> Iterator[Document]:
+    """Documents until there are enough to train a tokenizer on."""
+    size = 0
+    for document in documents:
+        yield document
+        size += len(document.text.encode("utf-8", errors="replace"))
+        if size >= _TRAINING_BYTES:
+            return
+
+
+def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it does the same as `encode_bytes`.
+
+    Example:
+        >>> is_byte_tokenizer(byte_tokenizer())
+        True
+    """
+    return len(tokenizer) == 257 and tokenizer_content(tokenizer) == _byte_content()
+
+
+def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that determines what a tokenizer does, as text."""
+    if tokenizer.is_fast:
+        return tokenizer.backend_tokenizer.to_str()
+    return f"{type(tokenizer).__name__} {sorted(tokenizer.get_vocab().items())}"
+
+
+@functools.cache
+def _byte_content() -> str:
+    return tokenizer_content(byte_tokenizer())

@@ -1,0 +1,115 @@
+"""The model card of a run: that of its model, and what it was trained on, how, and to which losses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ovq.hf import OVQForCausalLM
+from ovq.hf.card import model_card, save_card
+from ovq_lab.runtime.environment import environment
+from ovq_lab.tasks import TextTask
+from ovq_lab.text.readers import INSTALLED
+from ovq_lab.train.config import CONFIG_FILE, RunConfig
+from ovq_lab.train.history import History
+
+
+def save_run_card(model: OVQForCausalLM, config: RunConfig, out: Path, *, picture: Path | None) -> bool:
+    """Write the card of a run that has ended into its folder, unless a user has written or edited one.
+
+    Args:
+        model: The trained model.
+        config: The run.
+        out: Its folder.
+        picture: A figure of its losses, in the folder; None for none.
+
+    Returns:
+        Whether it was written.
+    """
+    history = History.load(out)
+    sections = {"Training": _training(config, history)}
+    if any(getattr(mixer, "supports_logn", False) for mixer in model.mixers()):
+        sections["Longer texts"] = _LONGER.format(length=max(config.train.lengths))
+    if picture is not None:
+        sections["Losses"] = f"![loss by step]({picture.name})"
+    card = model_card(
+        model,
+        name=out.resolve().name,
+        sections=sections,
+        datasets=_hub_datasets(config),
+        has_tokenizer=isinstance(config.task, TextTask),
+    )
+    return save_card(card, out, replaces=["Training", "Longer texts", "Losses"])
+
+
+_LONGER = """\
+It was trained on texts of up to {length} tokens. In far longer ones full attention, and dictionaries with
+slots enough, answer more if their logits grow with the logarithm of the length:
+
+```python
+model.set_logn_length({length})
+```"""
+
+
+def _training(config: RunConfig, history: History) -> str:
+    args = config.train
+    num_tokens = sum(args.length_at(step) for step in range(args.steps)) * args.batch_size
+    found = environment("cuda" if torch.cuda.is_available() else "cpu")
+    rows = {
+        "data": _data(config),
+        "steps": f"{args.steps:,}, {args.batch_size:,} examples each; {num_tokens:,} tokens in all",
+        "lengths": ", ".join(f"{length:,}" for length in args.lengths),
+        "optimizer": f"AdamW, learning rate {args.learning_rate:g}, weight decay {args.weight_decay:g}",
+        "precision": args.precision,
+        "seed": str(args.seed),
+    }
+    if args.init_from is not None:
+        # A folder of this machine means nothing to others.
+        rows["begun with the weights of"] = _public_name(args.init_from)
+    for name, losses in (("training loss", history.training), ("loss on held-out text", history.held_out)):
+        if losses:
+            step, loss = list(losses.items())[-1]
+            rows[name] = f"{loss:.4f} nats per token at step {step:,}"
+    rows["software"] = f"ovq {found['ovq']}, torch {found['torch']}, transformers {found['transformers']}"
+    rows["hardware"] = found["processor"] if found["device"] == "cpu" else found["device"]
+    return (
+        _table(rows)
+        + f"\n\n`{CONFIG_FILE}` holds every setting; `ovq train {CONFIG_FILE}` trains the model again."
+    )
+
+
+def _data(config: RunConfig) -> str:
+    """The corpus or the task in words."""
+    task = config.task
+    if not isinstance(task, TextTask):
+        return f"the synthetic task `{task.name}`"
+    parts = ", ".join(f"`{_public_name(part)}`" for part in _parts(task.dataset))
+    held_out = f"; {task.held_out:.0%} of the documents are held out" if task.held_out else ""
+    return f"{parts}, tokenizer `{_public_name(task.tokenizer)}`{held_out}"
+
+
+def _hub_datasets(config: RunConfig) -> list[str]:
+    """The data sets of the hub that a run reads."""
+    if not isinstance(config.task, TextTask):
+        return []
+    return [
+        part
+        for part in _parts(config.task.dataset)
+        if part not in INSTALLED and not Path(part).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", part)
+    ]
+
+
+def _parts(dataset: str) -> list[str]:
+    return [dataset] if Path(dataset).exists() else dataset.split("+")
+
+
+def _public_name(source: str) -> str:
+    """A name without the folders that lead to it on this machine."""
+    return Path(source).resolve().name if Path(source).exists() else source
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(["|  |  |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in rows.items())])

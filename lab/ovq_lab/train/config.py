@@ -1,0 +1,443 @@
+"""The configuration of a training run: frozen dataclasses, checked when they are built, stored as JSON.
+
+A field is named by its path, on the command line (`--set train.steps=300`) as in errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ovq.fields import LARGEST_SEED, check_fields, did_you_mean, with_new_names
+from ovq.layers import defaults
+from ovq.ops.ablation import UNCHANGED
+from ovq.ops.options import current_merge, default_growth
+from ovq.runtime.files import write_atomic
+from ovq_lab.tasks import Task, TextTask, task_class
+from ovq_lab.train.values import parse_value, type_of_field
+
+CONFIG_FILE = "run_config.json"
+"""The name of the file that holds the configuration, in the folder of the run."""
+
+SECTIONS = ("task", "model", "train")
+"""The sections of a configuration."""
+
+SMALL_MODEL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "conv_size": 3,
+    "sliding_window": 32,
+    "num_slots": 64,
+    "chunk_size": 64,
+    "initializer_range": 0.1,
+}
+"""The small model of the experiments, which learns a task in minutes on two cores. These are the defaults of
+a run that differ from those of `OVQConfig`. Its weights start larger because it is narrow, so that products
+are as large as in a wide model."""
+
+
+def _check_at_least(config: Any, section: str, minimum: int, *names: str) -> None:
+    """Raise ValueError for the first of these fields that is set and below the minimum."""
+    for name in names:
+        if getattr(config, name) is not None and getattr(config, name) < minimum:
+            raise ValueError(f"{section}.{name}: expected at least {minimum}, found {getattr(config, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """The model to train; the fields are those of `OVQConfig` that a run may want to change.
+
+    Attributes:
+        mixer_types: The mixer of each layer, first layer first; there are as many layers as names.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the SwiGLU.
+        num_attention_heads: Query heads per layer.
+        num_key_value_heads: Key/value heads per layer; `None` for as many as query heads.
+        head_dim: Components per head; `None` for `hidden_size / num_attention_heads`.
+        conv_size: Tokens that the short convolution on queries, keys and values sees; 0 for none.
+        sliding_window: Tokens that a sliding-window layer sees.
+        num_sinks: First tokens that stay visible to a layer with attention sinks.
+        sink_window: Tokens that such a layer sees besides; `None` for the bytes of an OVQ layer.
+        mamba_state_size: Numbers of state per channel of Mamba2; `None` for as many parameters as OVQ has.
+        num_slots: Slots of the dictionary of an OVQ layer, N.
+        chunk_size: Tokens per chunk of an OVQ layer, C.
+        kvm_chunk_size: Tokens per chunk of KVM; `None` for half of `chunk_size`, so that its window of two
+            chunks has as many tokens as a chunk of OVQ.
+        kvm_growth: How the slots of KVM grow, see `ovq_lab.mixers.KVMAttention`.
+        kvm_norm_leak: Whether slots of KVM are as in its published code, see `ovq_lab.mixers.KVMAttention`.
+        raven_slots: Slots per head of Raven; `None` for as many as components per head.
+        raven_top_k: Slots that Raven writes a token to; `None` for one in eight.
+        raven_noise: Whether the router of Raven adds Gumbel noise in training.
+        mesa_steps: Steps of conjugate gradients by which MesaNet solves its systems.
+        vq_decay: Decay of the moving averages that are the slots of VQ-attention.
+        commitment_weight: Factor on the loss that draws the keys of VQ-attention to their slots.
+        growth: How the dictionary grows, see `ovq.ops.ovq_attention`.
+        init: Which keys open new slots, see `ovq.ops.ovq_attention`.
+        merge: Which slots a key may be merged into, see `ovq.ops.ovq_attention`.
+        bias: What is added to the scores of slots, see `ovq.ops.ovq_attention`.
+        rate: How far a slot moves towards a key merged into it, see `ovq.ops.ovq_attention`.
+        value_weight: What values weigh beside keys where pairs are merged, see `ovq.ops.ovq_attention`.
+        merge_gate: Whether an OVQ layer learns how much each token counts in the dictionary.
+        forget_gate: Whether an OVQ layer learns how fast what was read earlier fades.
+        initializer_range: Standard deviation of the initial weights of the linear layers.
+        embedding_std: Standard deviation of the initial embedding. At 1, a step of AdamW hardly turns an
+            embedding. Tokens then stay as different as they were drawn, and the projections learn once, for
+            all tokens, how to match them.
+        tie_word_embeddings: Use the embedding as the output layer too, so that a model that has to repeat a
+            token need not learn this separately for each of many tokens.
+
+    Raises:
+        ValueError: If a field is not of its type, or a number is not finite or out of range. `OVQConfig`
+            checks the names of mixers and options, and what mixers require of each other's sizes.
+    """
+
+    mixer_types: tuple[str, ...] = ("sliding_attention", "ovq")
+    hidden_size: int = SMALL_MODEL["hidden_size"]
+    intermediate_size: int = SMALL_MODEL["intermediate_size"]
+    num_attention_heads: int = SMALL_MODEL["num_attention_heads"]
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    conv_size: int = SMALL_MODEL["conv_size"]
+    sliding_window: int = SMALL_MODEL["sliding_window"]
+    num_sinks: int = defaults.NUM_SINKS
+    sink_window: int | None = None
+    mamba_state_size: int | None = None
+    kvm_chunk_size: int | None = None
+    kvm_growth: str = defaults.KVM_GROWTH
+    kvm_norm_leak: bool = defaults.KVM_NORM_LEAK
+    raven_slots: int | None = None
+    raven_top_k: int | None = None
+    raven_noise: bool = defaults.RAVEN_NOISE
+    mesa_steps: int = defaults.MESA_STEPS
+    vq_decay: float = defaults.VQ_DECAY
+    commitment_weight: float = defaults.COMMITMENT_WEIGHT
+    num_slots: int = SMALL_MODEL["num_slots"]
+    chunk_size: int = SMALL_MODEL["chunk_size"]
+    growth: str | None = defaults.GROWTH
+    init: str = defaults.INIT
+    merge: str = defaults.MERGE
+    bias: str = UNCHANGED.bias
+    rate: float | str = UNCHANGED.rate
+    value_weight: float = defaults.VALUE_WEIGHT
+    merge_gate: bool = defaults.MERGE_GATE
+    forget_gate: bool = defaults.FORGET_GATE
+    initializer_range: float = SMALL_MODEL["initializer_range"]
+    embedding_std: float = 1.0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        check_fields(self, prefix="model.")
+        object.__setattr__(self, "merge", current_merge(self.merge))
+        if self.growth == default_growth(self.merge):
+            # Said or not, it is the same run; and should the rule be changed, growth follows.
+            object.__setattr__(self, "growth", None)
+        if not self.mixer_types:
+            raise ValueError("model.mixer_types: expected at least one mixer, found none")
+        _check_at_least(self, "model", 1, "hidden_size", "intermediate_size", "num_attention_heads")
+        _check_at_least(self, "model", 1, "num_key_value_heads", "head_dim", "sliding_window", "num_sinks")
+        _check_at_least(self, "model", 1, "sink_window", "mamba_state_size", "num_slots", "chunk_size")
+        _check_at_least(self, "model", 1, "kvm_chunk_size", "raven_slots", "raven_top_k", "mesa_steps")
+        _check_at_least(self, "model", 0, "conv_size", "commitment_weight")
+        _check_at_least(self, "model", 0, "initializer_range", "embedding_std", "value_weight")
+        if not 0 <= self.vq_decay < 1:
+            raise ValueError(f"model.vq_decay: expected a number in [0, 1), found {self.vq_decay}")
+        if isinstance(self.rate, float) and not 0 < self.rate <= 1:
+            raise ValueError(f"model.rate: expected 'count' or a number in (0, 1], found {self.rate}")
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.hidden_size: expected a multiple of model.num_attention_heads "
+                f"({self.num_attention_heads}), or model.head_dim, found {self.hidden_size}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainArgs:
+    """The training.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Examples per optimizer step, over all processes and micro-batches.
+        micro_batches: Parts into which a step is cut to save memory (gradient accumulation).
+        lengths: The length curriculum: example lengths in the order in which they are trained on.
+        length_shares: The share of the steps for each length; positive, and they sum to 1.
+        learning_rate: Peak learning rate of AdamW.
+        learning_rate_decay: How it falls from the peak: `"cosine"`, or `"linear"`, to 0.
+        min_learning_rate_share: Where the cosine decay ends, as a share of the peak.
+        warmup_steps: Steps of linear warm-up.
+        weight_decay: Decoupled weight decay, on matrices only.
+        adam_beta2: Decay of AdamW's second moment.
+        max_grad_norm: Norm to which gradients are clipped.
+        precision: `"float32"`, or `"bfloat16"` for mixed precision.
+        sharding: What several processes divide among them: `"none"`, only the work, while each has the whole
+            model; or `"fsdp"`, also weights, gradients and the state of the optimizer.
+        use_gradient_checkpointing: Keep only what goes from layer to layer, and compute the rest again in the
+            backward pass.
+        init_from: Folder, or name on the hub, of a model whose weights the run begins with; `None` for new
+            weights.
+        seed: Seed of the weights and of the data.
+        log_every: Steps between two logged losses; a loss is logged with each checkpoint as well.
+        eval_every: Steps between two measurements of the loss on held-out text, the split `validation`; 0 for
+            none. The last step is measured, too.
+        save_every: Steps between two checkpoints; 0 for none but the final model.
+        report_to: Where losses go besides `trainer_state.json`: `"auto"` for TensorBoard if it is installed,
+            `"none"`, or what transformers reports to and is installed (`"wandb"`, `"trackio"`, ...), several
+            with commas.
+
+    Raises:
+        ValueError: If a field is not of its type, not finite or out of range; the message names the field and
+            says what was expected and found.
+    """
+
+    steps: int = 800
+    batch_size: int = 16
+    micro_batches: int = 1
+    lengths: tuple[int, ...] = (32, 64, 256)
+    length_shares: tuple[float, ...] = (0.15, 0.15, 0.7)
+    learning_rate: float = 4e-3
+    learning_rate_decay: str = "cosine"
+    min_learning_rate_share: float = 0.0
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.99
+    max_grad_norm: float = 1.0
+    precision: str = "float32"
+    sharding: str = "none"
+    use_gradient_checkpointing: bool = False
+    init_from: str | None = None
+    seed: int = 0
+    log_every: int = 20
+    eval_every: int = 0
+    save_every: int = 0
+    report_to: tuple[str, ...] = ("auto",)
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        check_fields(self, prefix="train.")
+        _check_at_least(self, "train", 1, "steps", "batch_size", "micro_batches", "log_every")
+        _check_at_least(self, "train", 0, "seed", "eval_every", "save_every", "warmup_steps", "weight_decay")
+        if self.seed > LARGEST_SEED:
+            raise ValueError(f"train.seed: expected at most {LARGEST_SEED}, found {self.seed}")
+        if not self.lengths:
+            raise ValueError("train.lengths: expected at least one length, found none")
+        if len(self.length_shares) != len(self.lengths):
+            raise ValueError(
+                f"train.length_shares: expected a share for each of the {len(self.lengths)} train.lengths, "
+                f"found {len(self.length_shares)}"
+            )
+        if min(self.length_shares) <= 0 or abs(sum(self.length_shares) - 1) > 1e-6:
+            raise ValueError(
+                f"train.length_shares: expected positive numbers that sum to 1, found {self.length_shares}"
+            )
+        if self.batch_size % self.micro_batches:
+            raise ValueError(
+                f"train.batch_size: expected a multiple of train.micro_batches ({self.micro_batches}), "
+                f"found {self.batch_size}"
+            )
+        for name in ("learning_rate", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"train.{name}: expected a positive number, found {getattr(self, name)}")
+        for name, highest in (("min_learning_rate_share", 1.0), ("adam_beta2", 1.0)):
+            if not 0 <= getattr(self, name) < highest:
+                raise ValueError(f"train.{name}: expected a number in [0, 1), found {getattr(self, name)}")
+        if self.learning_rate_decay not in ("cosine", "linear"):
+            raise ValueError(
+                f"train.learning_rate_decay: expected cosine or linear, found {self.learning_rate_decay!r}"
+            )
+        if self.learning_rate_decay == "linear" and self.min_learning_rate_share:
+            raise ValueError(
+                "train.min_learning_rate_share: expected 0 with train.learning_rate_decay=linear, which ends "
+                f"there, found {self.min_learning_rate_share}"
+            )
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"train.precision: expected float32 or bfloat16, found {self.precision!r}")
+        if not self.report_to or (len(self.report_to) > 1 and {"auto", "none"} & {*self.report_to}):
+            raise ValueError(
+                f"train.report_to: expected auto, none, or names of trackers, found {self.report_to}"
+            )
+        if self.sharding not in ("none", "fsdp"):
+            raise ValueError(f"train.sharding: expected none or fsdp, found {self.sharding!r}")
+
+    def length_at(self, step: int) -> int:
+        """The example length that step (counted from 0) trains on.
+
+        Example:
+            >>> args = TrainArgs(steps=10, lengths=(64, 128), length_shares=(0.3, 0.7))
+            >>> [args.length_at(step) for step in (0, 2, 3, 9)]
+            [64, 64, 128, 128]
+        """
+        done = 0.0
+        for length, share in zip(self.lengths, self.length_shares, strict=True):
+            done += share
+            # Rounded, so that rounding errors in the sum of the shares cannot shift a boundary.
+            if step < round(done * self.steps):
+                return length
+        return self.lengths[-1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that a training run depends on, except the code.
+
+    Attributes:
+        task: The data.
+        model: The model.
+        train: The training.
+
+    Raises:
+        ValueError: If the task cannot be built at one of the training lengths, or the sections contradict
+        each other.
+
+    Example:
+        >>> from ovq_lab.tasks import RecallTask
+        >>> config = RunConfig(task=RecallTask(), model=ModelArgs(), train=TrainArgs())
+        >>> config.override(["train.lengths=32,64", "train.length_shares=0.5,0.5"]).train.lengths
+        (32, 64)
+        >>> RunConfig.from_json(config.to_json()) == config
+        True
+    """
+
+    task: Task | TextTask
+    model: ModelArgs
+    train: TrainArgs
+
+    def __post_init__(self) -> None:
+        """Check that the task can be built at every length, and what the sections require of each other."""
+        if self.train.sharding != "none" and "vq" in self.model.mixer_types:
+            raise ValueError(
+                "train.sharding: expected none with the mixer 'vq', whose dictionary each process learns for "
+                f"itself, found {self.train.sharding!r}"
+            )
+        for length in self.train.lengths:
+            try:
+                self.task.at_length(length)
+            except ValueError as error:
+                raise ValueError(
+                    f"train.lengths: the task cannot be built at length {length}: {error}"
+                ) from error
+        if self.train.eval_every:
+            self._check_held_out()
+        if isinstance(self.task, TextTask) and self.task.carry_state:
+            self._check_carry()
+
+    def _check_held_out(self) -> None:
+        """There is text to measure a loss on, besides that of the training."""
+        if not isinstance(self.task, TextTask):
+            raise ValueError(
+                f"train.eval_every: expected 0 with the task {self.task.name}, whose examples never repeat "
+                f"(the training loss is one on new examples), found {self.train.eval_every}"
+            )
+        if not self.task.held_out:
+            raise ValueError(
+                "train.eval_every: expected task.held_out above 0 beside it, found 0, which holds out no text"
+            )
+
+    def _check_carry(self) -> None:
+        """Windows that follow each other all have one length, and are read one at a time."""
+        if len(self.train.lengths) > 1:
+            raise ValueError(
+                "task.carry_state: expected one of train.lengths, as documents are cut once, "
+                f"found {self.train.lengths}"
+            )
+        if self.train.micro_batches > 1:
+            raise ValueError(
+                "task.carry_state: expected train.micro_batches=1, as each window is read by itself, "
+                f"found {self.train.micro_batches}"
+            )
+        if self.train.use_gradient_checkpointing:
+            raise ValueError(
+                "task.carry_state: expected train.use_gradient_checkpointing=false, as a layer that "
+                "runs again would bring its state up to date again, found true"
+            )
+
+    @property
+    def mixer(self) -> str:
+        """The long-range mixer, which is that of the last layer."""
+        return self.model.mixer_types[-1]
+
+    def override(self, assignments: list[str]) -> RunConfig:
+        """A copy with some fields set from strings such as `"train.steps=300"`.
+
+        Lists are written with commas (`train.lengths=64,128`), and a missing value as `none`.
+
+        Raises:
+            ValueError: If a string is not an assignment, names no field, or its value is not of the field's
+                type.
+        """
+        changes: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+        for assignment in assignments:
+            path, equals, text = assignment.partition("=")
+            section, _, name = path.strip().partition(".")
+            if not equals or not name:
+                raise ValueError(f"--set: expected SECTION.FIELD=VALUE, found {assignment!r}")
+            if section not in changes:
+                raise ValueError(
+                    f"--set {path}: expected a section of {', '.join(changes)}, found {section!r}"
+                    f"{did_you_mean(section, changes)}"
+                )
+            kind = type_of_field(type(getattr(self, section)), name, f"--set {path}")
+            changes[section][name] = parse_value(text.strip(), kind, f"--set {path}")
+        return dataclasses.replace(
+            self,
+            **{
+                section: dataclasses.replace(getattr(self, section), **fields)
+                for section, fields in changes.items()
+            },
+        )
+
+    def to_json(self) -> str:
+        """The configuration as JSON, every field written out."""
+        sections = {"task": {"name": self.task.name} | dataclasses.asdict(self.task)}
+        sections |= {"model": dataclasses.asdict(self.model), "train": dataclasses.asdict(self.train)}
+        # Must be readable by `from_json`, which refuses NaN and Inf.
+        return json.dumps(sections, indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> RunConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: If the text is not JSON, or a section, a field or a value is missing or unknown.
+        """
+        try:
+            sections = json.loads(text)
+            task_fields = dict(sections["task"])
+            task = task_class(task_fields.pop("name"))
+            return cls(
+                task=_from_dict(task, task_fields),
+                model=_from_dict(ModelArgs, with_new_names(sections["model"])),
+                train=_from_dict(TrainArgs, sections["train"]),
+            )
+        except (AttributeError, KeyError, RecursionError, TypeError) as error:
+            raise ValueError(f"expected the configuration of a run, found something else: {error}") from error
+
+    def save(self, folder: Path) -> None:
+        """Write the configuration into the folder of the run, which is created if necessary."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / CONFIG_FILE, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> RunConfig:
+        """Read the configuration that `save` wrote, from the folder of a run or of a checkpoint in it.
+
+        Raises:
+            ValueError: If there is none, or it cannot be read.
+        """
+        for place in (folder, folder.parent):
+            path = place / CONFIG_FILE
+            if path.is_file():
+                try:
+                    return cls.from_json(path.read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{folder}: expected the folder of a training run, found no {CONFIG_FILE} in it")
+
+
+def _from_dict(section: type, fields: dict[str, Any]) -> Any:
+    """Build a section from JSON, in which tuples have become lists."""
+    return section(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    )

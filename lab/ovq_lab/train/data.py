@@ -1,0 +1,161 @@
+"""The examples of a training run as a PyTorch data set: text or synthetic, whichever the task needs. The
+synthetic one includes the length curriculum."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from ovq.runtime.files import read_json, write_atomic
+from ovq.runtime.progress import AnyReporter
+from ovq_lab.tasks import Task, TextTask
+from ovq_lab.text import Corpus, get_tokenizer, load_corpus, source_tokenizer
+from ovq_lab.train.config import RunConfig
+from ovq_lab.train.needles import NeedleWindows
+from ovq_lab.train.sharding import is_first_process
+from ovq_lab.train.text import CarriedTextDataset, HeldOutWindows, PackedTextDataset
+
+CORPUS_FILE = "corpus.json"
+"""The name of the file, in the folder of a run, that records what it was trained on."""
+
+_SECONDS_BETWEEN_LINES = 10.0
+# Windows of held-out text that are read for one measurement of the loss.
+_NUM_HELD_OUT = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """The data that a run trains on.
+
+    Attributes:
+        examples: Builds whole batches by index.
+        tokenizer: The tokenizer of real text, to be saved beside the model; None for synthetic tasks.
+        is_carrying: Whether the state is carried from one example to the next.
+        held_out: Windows of text on which the loss is measured during training; None for no measurements.
+    """
+
+    examples: Dataset
+    tokenizer: Any | None = None
+    is_carrying: bool = False
+    held_out: Dataset | None = None
+
+
+def training_data(
+    config: RunConfig,
+    out: Path,
+    checkpoint: Path | None,
+    reporter: AnyReporter,
+    *,
+    is_resumed: bool = False,
+) -> TrainingData:
+    """The data that a run trains on, read or built.
+
+    Args:
+        config: The run.
+        out: Its folder, in which a new run records what its corpus is.
+        checkpoint: The checkpoint that the run continues from, whose tokenizer is used; None at its
+            beginning.
+        reporter: Shows how much of a corpus has been read, if it is not in the cache.
+        is_resumed: Whether the run was started before, even if it begins at step 0 again.
+
+    Raises:
+        ValueError: If there is no text, too little of it, or other text than the run began with.
+    """
+    task = config.task
+    if not isinstance(task, TextTask):
+        return TrainingData(examples=CurriculumDataset(config))
+    tokenizer = source_tokenizer(task) if checkpoint is None else get_tokenizer(str(checkpoint))
+    corpus = load_corpus(task, "train", tokenizer=tokenizer, progress=_now_and_then(task.dataset, reporter))
+    examples = _text_examples(config, corpus, tokenizer)
+    is_new = checkpoint is None and not (is_resumed and (out / CORPUS_FILE).exists())
+    if not is_new:
+        _check_corpus(out / CORPUS_FILE, corpus)
+    elif is_first_process():
+        # The others may be here before the first has made the folder.
+        write_atomic(out / CORPUS_FILE, json.dumps({"dataset": task.dataset, "digest": corpus.digest}) + "\n")
+    held_out = None
+    if config.train.eval_every:
+        held_out = HeldOutWindows(
+            load_corpus(task, "validation", tokenizer=tokenizer),
+            length=max(config.train.lengths),
+            num_windows=_NUM_HELD_OUT,
+        )
+    return TrainingData(
+        examples=examples, tokenizer=tokenizer, is_carrying=task.carry_state, held_out=held_out
+    )
+
+
+def _text_examples(config: RunConfig, corpus: Corpus, tokenizer: Any) -> Dataset:
+    """Windows of a corpus, in the order that the configuration determines."""
+    assert isinstance(config.task, TextTask)
+    if config.task.carry_state:
+        return CarriedTextDataset(config, corpus)
+    needles = NeedleWindows(config, corpus, tokenizer) if config.task.needle_share else None
+    return PackedTextDataset(config, corpus, needles)
+
+
+def _check_corpus(path: Path, corpus: Corpus) -> None:
+    """Raise ValueError unless the corpus is the one the run began with: windows are identified by number."""
+    try:
+        found = dict(read_json(path))["digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected what the run was trained on, found none ({error})") from error
+    if corpus.digest != found:
+        raise ValueError(
+            f"{path}: expected the corpus this run began with (digest {found}), "
+            f"found one that has changed since ({corpus.digest})"
+        )
+
+
+def _now_and_then(name: str, reporter: AnyReporter) -> Callable[[int], None]:
+    """Reports every few seconds how many documents have been read; their total number is not known yet."""
+    last_line = time.monotonic()
+
+    def progress(num_documents: int) -> None:
+        nonlocal last_line
+        if time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
+            last_line = time.monotonic()
+            reporter.say(f"read {name}: {num_documents} documents")
+
+    return progress
+
+
+class CurriculumDataset(Dataset):
+    """Every example of a run, in the order of training: example i belongs to step `i // batch_size`.
+
+    An example and its length depend only on its index. Reading in sequence can therefore resume at any step,
+    and several processes that take batches in turn train on what a single process would.
+
+    Args:
+        config: The run.
+
+    Example:
+        >>> from ovq_lab.train.recipes import get_recipe
+        >>> data = CurriculumDataset(get_recipe("recall-ovq"))
+        >>> {name: tuple(tensor.shape) for name, tensor in data.__getitems__([0, 1, 2]).items()}
+        {'input_ids': (3, 32), 'labels': (3, 32)}
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        assert isinstance(config.task, Task)
+        self._config = config
+        self._tasks = {length: config.task.at_length(length) for length in config.train.lengths}
+
+    def __len__(self) -> int:
+        """Examples of the whole run."""
+        return self._config.train.steps * self._config.train.batch_size
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Build these examples together, as `input_ids` and `labels` of `[B, T]`; no collation is needed."""
+        train = self._config.train
+        lengths = {train.length_at(index // train.batch_size) for index in indices}
+        assert len(lengths) == 1, f"a batch holds examples of one length, not of {sorted(lengths)}"
+        batch = self._tasks[lengths.pop()].build(train.seed, indices=indices, split="train")
+        return {"input_ids": torch.from_numpy(batch.inputs), "labels": torch.from_numpy(batch.labels)}

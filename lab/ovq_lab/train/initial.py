@@ -1,0 +1,127 @@
+"""Runs that begin with the weights of a saved model: what must agree, and how the weights are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf.hub import check_loaded
+from ovq.layers.registry import mixer_class
+from ovq_lab.mixers import MIXERS
+from ovq_lab.text import get_tokenizer
+from ovq_lab.train.config import ModelArgs
+
+# A model may be trained further with other values of these: its weights have the same shapes and meaning.
+_FREE = {
+    "num_slots",
+    "chunk_size",
+    "growth",
+    "init",
+    "merge",
+    "ablation",
+    "value_weight",
+    "sliding_window",
+    "num_sinks",
+    "sink_window",
+    "vq_decay",
+    "commitment_weight",
+    "kvm_chunk_size",
+    "kvm_window_chunks",
+    "kvm_growth",
+    "kvm_sinks",
+    "kvm_norm_leak",
+    "raven_top_k",
+    "raven_noise",
+    "mesa_steps",
+}
+# These are about new weights and about generation, or follow from others (the layers from `mixer_types`).
+_WITHOUT_EFFECT = {
+    "initializer_range",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "num_hidden_layers",
+}
+
+
+def check_initial(source: str, config: OVQConfig) -> list[str]:
+    """Check that a run can begin with the weights of a model, before anything else is read.
+
+    Args:
+        source: Folder, or name on the hub, of the model.
+        config: The model of the run.
+
+    Returns:
+        In words, what the run sets otherwise than the model has it.
+
+    Raises:
+        OSError: If there is no such model.
+        ValueError: If it is no OVQ model, or one of another architecture; names the first field that differs,
+            and the option that would make both equal.
+    """
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        # Of an empty folder, transformers makes a config of defaults.
+        raise ValueError(
+            f"train.init_from: expected the folder of a saved model, found no config.json in {source}"
+        )
+    found = OVQConfig.from_pretrained(source)
+    settable = {field.name for field in dataclasses.fields(ModelArgs)}
+    free = _FREE - {"num_slots"} if "vq" in config.mixer_types else _FREE
+    notes = []
+    own = {field.name for field in dataclasses.fields(OVQConfig)}
+    # Sizes of mixers that the model does not have follow from those that it has.
+    of_all, of_these = (
+        {field for cls in classes for field in cls.config_fields.values()}
+        for classes in (MIXERS.values(), map(mixer_class, config.mixer_types))
+    )
+    without_effect = _WITHOUT_EFFECT | (of_all - of_these)
+    for name in (name for name in OVQConfig.__annotations__ if name in own):
+        ours, theirs = getattr(config, name), getattr(found, name)
+        if name in without_effect or ours == theirs:
+            continue
+        if name in free:
+            notes.append(f"{name} is {ours} in this run, and was {theirs} in {source}")
+            continue
+        text = ",".join(theirs) if isinstance(theirs, list) else theirs
+        hint = f" (--set model.{name}={text})" if name in settable else ""
+        if name == "vocab_size":
+            hint = f" (for text: --set task.tokenizer={source})"
+        raise ValueError(
+            f"train.init_from: expected a model with {name} {ours}, which this run has, "
+            f"found {theirs} in {source}{hint}"
+        )
+    return notes
+
+
+def load_initial(source: str, model: OVQForCausalLM, tokenizer: Any | None) -> None:
+    """Give the model of a run the weights of a saved one.
+
+    Args:
+        source: Folder, or name on the hub, of the saved model.
+        model: The model of the run, changed in place.
+        tokenizer: That of the run, if it reads text.
+
+    Raises:
+        OSError: If there are no weights.
+        ValueError: If weights are missing or left over, or the tokenizer gives tokens other numbers.
+    """
+    if tokenizer is not None and get_tokenizer(source).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"train.init_from: expected a model with the tokenizer of this run, found another in {source} "
+            f"(--set task.tokenizer={source})"
+        )
+    # With `output_loading_info` it returns a pair, which its annotation leaves out.
+    loaded: Any = OVQForCausalLM.from_pretrained(
+        source,
+        config=model.config,
+        output_loading_info=True,
+        # Refused below, where the weights are named.
+        ignore_mismatched_sizes=True,
+    )
+    saved, report = loaded
+    check_loaded(source, report)
+    # What an optimizer changes stays in float32, whatever was saved.
+    model.load_state_dict(saved.state_dict())

@@ -1,0 +1,312 @@
+"""The training loop: transformers' `Trainer`, which provides checkpoints, resuming, bfloat16 and several
+processes.
+
+Run it as `ovq train recall-ovq --out runs/ovq`, or as `torchrun --nproc-per-node 2 -m ovq train ...`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils.logging import disable_progress_bar
+
+from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf.equal_sizes import equal_sizes
+from ovq.ops.ablation import with_ablation
+from ovq.runtime.files import claimed
+from ovq.runtime.progress import AnyReporter, AnyWork
+from ovq_lab.train.carry import CarryTrainer
+from ovq_lab.train.checkpoints import SealingTrainer, finished_checkpoints, newest_checkpoint, writing
+from ovq_lab.train.config import CONFIG_FILE, RunConfig, TrainArgs
+from ovq_lab.train.data import training_data
+from ovq_lab.train.initial import check_initial, load_initial
+from ovq_lab.train.sharding import (
+    gather_weights,
+    is_first_process,
+    prepare_sharding,
+    sharding_arguments,
+)
+
+
+def model_config(config: RunConfig) -> OVQConfig:
+    """The configuration of a run's model, in transformers' form.
+
+    Sizes of mixers that a run leaves open are those of `equal_sizes`, at which they are compared.
+
+    Raises:
+        ValueError: If `OVQConfig` refuses a setting.
+
+    Example:
+        >>> from ovq_lab.train.recipes import get_recipe
+        >>> model_config(get_recipe("recall-ovq")).mixer_types
+        ['sliding_attention', 'ovq']
+    """
+    fields = dataclasses.asdict(config.model)
+    del fields["embedding_std"]
+    fields["mixer_types"] = list(config.model.mixer_types)
+    fields |= {"vocab_size": config.task.vocab_size, "num_hidden_layers": len(config.model.mixer_types)}
+    given = {name: value for name, value in with_ablation(fields).items() if value is not None}
+    return OVQConfig(**equal_sizes(OVQConfig(**given)) | given)
+
+
+def build_model(config: RunConfig) -> OVQForCausalLM:
+    """The untrained model of a run, with weights determined by the run's seed.
+
+    Raises:
+        ValueError: If `OVQConfig` refuses a setting.
+    """
+    set_seed(config.train.seed)
+    model = OVQForCausalLM(model_config(config))
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    torch.nn.init.normal_(embedding.weight, std=config.model.embedding_std)
+    return model
+
+
+def train(config: RunConfig, out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForCausalLM:
+    """Train a model, from scratch or from the weights of `train.init_from`; save it, its configuration and
+    its checkpoints in a folder.
+
+    Args:
+        config: The run; saved as `run_config.json` before training starts.
+        out: The folder of the run; created if necessary.
+        reporter: Shows the progress.
+        label: The name of this run in the progress.
+
+    Returns:
+        The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
+
+    Raises:
+        ValueError: If the model's settings are invalid or not those of `train.init_from`, the folder already
+            holds a run or has another process at work in it, or the batch cannot be divided among the
+            processes.
+        OSError: If the folder cannot be written.
+    """
+    # What `OVQConfig` refuses is refused here, before minutes are spent on reading a corpus.
+    described = model_config(config)
+    _trackers(config.train.report_to)
+    if config.train.init_from is not None:
+        for note in check_initial(config.train.init_from, described):
+            if is_first_process():
+                reporter.say(f"train.init_from: {note}")
+    with _alone(out):
+        # The first of several processes decides for all; another would already find the file that it has
+        # written.
+        if is_first_process():
+            if (out / CONFIG_FILE).exists():
+                raise ValueError(
+                    f"--out: expected a folder without a run (or --resume), found {out / CONFIG_FILE}"
+                )
+            # This also checks that the folder can be written, before any work is done.
+            config.save(out)
+        try:
+            return _run(config, out, reporter=reporter, label=label)
+        except ValueError:
+            # A run that was refused, for example because its corpus is missing, can be tried again in the
+            # same folder.
+            if is_first_process() and not any(out.glob("checkpoint-*")):
+                (out / CONFIG_FILE).unlink(missing_ok=True)
+            raise
+
+
+def _alone(out: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep the folder of a run to the processes of this one."""
+    return claimed(out, command="ovq train") if is_first_process() else contextlib.nullcontext()
+
+
+def resume(out: Path, *, reporter: AnyReporter, label: str = "train") -> OVQForCausalLM:
+    """Continue the run in a folder from its newest undamaged checkpoint, with the losses that an
+    uninterrupted run would have; reports which newer checkpoints are left out.
+
+    A run that was interrupted before its first checkpoint was complete starts again from its configuration,
+    and says so.
+
+    Args:
+        out: The folder of the run.
+        reporter: Shows the progress.
+        label: The name of this run in the progress.
+
+    Returns:
+        The trained model, in evaluation mode; with `train.sharding`, this process's part of it.
+
+    Raises:
+        ValueError: If the folder holds no run, a run that has ended and kept no checkpoint, or only damaged
+            checkpoints that were complete once, or another process is at work in it.
+        OSError: If the folder cannot be written.
+    """
+    config = RunConfig.load(out)
+    say = reporter.say if is_first_process() else lambda _: None
+    with _alone(out):
+        checkpoint = newest_checkpoint(out, say)
+        if checkpoint is None:
+            _check_can_start_again(out)
+            say(f"{out}: stopped before its first checkpoint, the run starts again from its {CONFIG_FILE}")
+        return _run(config, out, reporter=reporter, label=label, checkpoint=checkpoint, is_resumed=True)
+
+
+def _check_can_start_again(out: Path) -> None:
+    """Raise ValueError if a run without an undamaged checkpoint has produced more than its configuration."""
+    if damaged := finished_checkpoints(out):
+        names = ", ".join(folder.name for folder in damaged)
+        raise ValueError(
+            f"--resume: expected a whole checkpoint in {out}, found damaged ones alone ({names}); "
+            "without them the run starts again from its configuration"
+        )
+    # Written last, when the model has been saved.
+    if (out / TRAINER_STATE_NAME).is_file():
+        raise ValueError(f"--resume: expected a run that has not ended, found its model in {out}")
+
+
+def _run(
+    config: RunConfig,
+    out: Path,
+    *,
+    reporter: AnyReporter,
+    label: str,
+    checkpoint: Path | None = None,
+    is_resumed: bool = False,
+) -> OVQForCausalLM:
+    """Train, from a checkpoint if there is one, and save the result."""
+    # Saving a small model takes too short a time for a progress bar.
+    disable_progress_bar()
+    data = training_data(config, out, checkpoint, reporter, is_resumed=is_resumed)
+    model = build_model(config)
+    if config.train.init_from is not None and checkpoint is None:
+        load_initial(config.train.init_from, model, data.tokenizer)
+    if data.tokenizer is not None:
+        # Generation ends where a text does. The Trainer would set these too, with a warning.
+        for name in ("eos_token_id", "pad_token_id"):
+            for config_of in (model.config, model.generation_config):
+                setattr(config_of, name, getattr(data.tokenizer, name))
+    trainer = (CarryTrainer if data.is_carrying else SealingTrainer)(
+        model=model,
+        args=_training_arguments(config, out, is_carrying=data.is_carrying),
+        train_dataset=data.examples,
+        eval_dataset=data.held_out,
+        data_collator=_as_it_is,
+        processing_class=data.tokenizer,
+    )
+    # The Trainer's callback prints dictionaries; the reporter shows the same numbers.
+    trainer.remove_callback(PrinterCallback)
+    if trainer.is_world_process_zero():
+        trainer.add_callback(_ReportCallback(config, reporter.start(label, total=config.train.steps)))
+    if isinstance(trainer, CarryTrainer) and checkpoint is not None:
+        trainer.load_carried(checkpoint)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    gather_weights(trainer)
+    with writing(out):
+        trainer.save_model()
+        trainer.save_state()
+    return model.eval()
+
+
+def _as_it_is(batch: Any) -> dict[str, Any]:
+    """The collator for a data set that builds whole batches, where others get lists of examples."""
+    return batch
+
+
+def _training_arguments(config: RunConfig, out: Path, *, is_carrying: bool) -> TrainingArguments:
+    """What `Trainer` needs to know, from our configuration."""
+    args = config.train
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if is_carrying and args.batch_size % num_processes == 0:
+        # Each window is a micro-batch, so a step needs the memory of one window only.
+        args = dataclasses.replace(args, micro_batches=args.batch_size // num_processes)
+    num_parts = args.micro_batches * num_processes
+    if args.batch_size % num_parts:
+        raise ValueError(
+            f"train.batch_size: expected a multiple of {num_parts} (train.micro_batches times the number of "
+            f"processes), found {args.batch_size}"
+        )
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size // num_parts,
+        gradient_accumulation_steps=args.micro_batches,
+        learning_rate=args.learning_rate,
+        **_learning_rate_decay(args),
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        adam_beta2=args.adam_beta2,
+        max_grad_norm=args.max_grad_norm,
+        bf16=args.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        seed=args.seed,
+        logging_steps=args.log_every,
+        eval_strategy="steps" if args.eval_every else "no",
+        eval_steps=args.eval_every or None,
+        # One window at a time, which needs no more memory than a micro-batch.
+        per_device_eval_batch_size=1,
+        save_strategy="steps" if args.save_every else "no",
+        save_steps=args.save_every or args.steps,
+        # Keeps the order of the curriculum, and lets a resumed run skip by index.
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        # There are no unused parameters; looking for them would walk the graph at every step.
+        ddp_find_unused_parameters=False,
+        report_to=_trackers(args.report_to),
+        **sharding_arguments(args),
+    )
+    # One process drives one device: otherwise every visible GPU would get a batch of its own by DataParallel.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    prepare_sharding(arguments)
+    return arguments
+
+
+def _learning_rate_decay(args: TrainArgs) -> dict[str, Any]:
+    """How transformers names what `learning_rate_decay` says, after the warm-up."""
+    if args.learning_rate_decay == "linear":
+        return {"lr_scheduler_type": "linear"}
+    return {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": args.min_learning_rate_share},
+    }
+
+
+def _trackers(names: tuple[str, ...]) -> list[str]:
+    """Where losses go, by the names that transformers has for it."""
+    if names == ("none",):
+        return []
+    available = get_available_reporting_integrations()
+    if names == ("auto",):
+        return [name for name in available if name == "tensorboard"]
+    for name in names:
+        if name not in available:
+            raise ValueError(
+                "train.report_to: expected auto, none or what is installed "
+                f"({', '.join(available) or 'nothing is'}), found {name!r}"
+            )
+    return list(names)
+
+
+class _ReportCallback(TrainerCallback):
+    """Shows the steps, the losses and the current length."""
+
+    def __init__(self, config: RunConfig, work: AnyWork) -> None:
+        self._config = config
+        self._work = work
+        self._loss = self._held_out = ""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        """Remember the newest losses."""
+        if logs and "loss" in logs:
+            self._loss = f"loss {float(logs['loss']):.3f}, "
+        if logs and "eval_loss" in logs:
+            self._held_out = f"held out {float(logs['eval_loss']):.3f}, "
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Show where the run is."""
+        length = self._config.train.length_at(state.global_step - 1)
+        self._work.update(state.global_step, note=f"{self._loss}{self._held_out}length {length}")

@@ -1,0 +1,120 @@
+"""Windows of texts in which sentences are hidden and repeated at the end: from these, a small language model
+learns to look back. `task.needle_share` of the windows of a run are of this kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ovq_lab.tasks.text import SHORTEST_NEEDLE_TEXT, TextTask
+from ovq_lab.text import Corpus
+from ovq_lab.text.haystack import NeedleBuilder
+from ovq_lab.train.config import RunConfig
+
+# A needle and its repetition fill most of these where tokens are bytes.
+_TOKENS_PER_NEEDLE = {"word": 144, "number": 144, "uuid": 216}
+
+# Looking back is learned on short texts first, where there is little to look through; it then works in longer
+# ones.
+_SHARE_OF_SHORT_ONES = 0.6
+
+_MOST_CHARACTERS = 2**22
+"""Characters of the documents that needles are hidden in, at most."""
+
+
+class NeedleWindows:
+    """The windows of a run that have needles.
+
+    In the steps of `task.bare_needle_share`, texts are one needle without its first words, and its
+    repetition, as many as fit. Then, up to six tenths of the steps, all texts have the shortest possible
+    length. After that each window has texts of a length between that and its own, drawn uniformly on a
+    logarithmic scale. A text has one
+    needle per 144 tokens, or per 216 if its values are uuids. Only the repeated values are predicted; when
+    all tokens were predicted, a small model took twice as long to learn to look back.
+
+    Args:
+        config: The run.
+        corpus: Its training documents, in which needles are hidden.
+        tokenizer: The tokenizer of the corpus.
+
+    Example:
+        >>> from ovq_lab.text import TextSource, byte_tokenizer, load_corpus
+        >>> from ovq_lab.train.recipes import get_recipe
+        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
+        >>> config, tokenizer = get_recipe("lm-ovq").override(["task.needle_share=0.5"]), byte_tokenizer()
+        >>> windows = NeedleWindows(config, corpus, tokenizer)
+        >>> [len(windows.texts(index)) for index in range(8)]
+        [0, 0, 0, 7, 0, 7, 7, 7]
+        >>> ids, is_answer = windows.texts(3)[0]
+        >>> print(tokenizer.decode(ids).replace(". ", ".\\n "))
+         One of the special magic numbers for clever-harbor is: 3090241.
+         One of the special magic numbers for dusty-kettle is: 6736258.
+        One of the special magic numbers for clever-harbor is: 3090241.
+        One of the special magic numbers for dusty-kettle is: 6736258.
+        >>> tokenizer.decode(ids[is_answer])
+        ' 3090241 6736258'
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus, tokenizer: Any) -> None:
+        assert isinstance(config.task, TextTask)
+        self._share = config.task.needle_share
+        self._num_bare_steps = round(config.task.bare_needle_share * config.train.steps)
+        self._train = config.train
+        texts = _texts(corpus, tokenizer)
+        self._builders = [
+            NeedleBuilder(tokenizer, haystack="essay", value=value, texts=texts)
+            for value in config.task.needle_values
+        ]
+
+    def texts(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The texts of the window with this number; none if it is a window of the corpus.
+
+        Returns:
+            For each text, `[T]` token ids, and `[T]` bool, which of them are to be predicted.
+        """
+        random = np.random.default_rng(np.random.SeedSequence(self._train.seed, spawn_key=(index,)))
+        if random.random() >= self._share:
+            return []
+        step = index // self._train.batch_size
+        window, length = self._train.length_at(step), SHORTEST_NEEDLE_TEXT
+        if step < self._num_bare_steps:
+            return list(self._bare_texts(window, random))
+        if step >= _SHARE_OF_SHORT_ONES * self._train.steps:
+            length = int(SHORTEST_NEEDLE_TEXT * (window / SHORTEST_NEEDLE_TEXT) ** random.random())
+        return [self._text(length, random) for _ in range(window // length)]
+
+    def _bare_texts(
+        self, window: int, random: np.random.Generator
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        while True:
+            ids, is_answer = self._builder(random).repeat_bare(random)
+            window -= len(ids) + 1
+            if window < 0:
+                return
+            yield ids, is_answer
+
+    def _builder(self, random: np.random.Generator) -> NeedleBuilder:
+        # Nothing is drawn where there is no choice: runs with numbers alone are what they always were.
+        if len(self._builders) == 1:
+            return self._builders[0]
+        return self._builders[int(random.integers(len(self._builders)))]
+
+    def _text(self, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        builder = self._builder(random)
+        num_needles = length // _TOKENS_PER_NEEDLE[builder.value]
+        # The token that ends a text takes one position of it.
+        return builder.repeat(length - 1, num_needles=num_needles, random=random)
+
+
+def _texts(corpus: Corpus, tokenizer: Any) -> list[str]:
+    """The first documents of a corpus, decoded to text."""
+    texts: list[str] = []
+    missing = _MOST_CHARACTERS
+    for tokens in corpus:
+        texts.append(tokenizer.decode(tokens.tolist()))
+        missing -= len(texts[-1])
+        if missing <= 0:
+            break
+    return texts

@@ -1,0 +1,127 @@
+"""Recipes in files of the user: the configuration of a run as YAML or JSON, whole or as changes to a recipe.
+
+    recipe: lm-ovq            # what to begin with; left out, fields that are not named have their defaults
+    task: {dataset: books/}
+    model: {num_slots: 1024}
+    train:
+      steps: 3000
+      lengths: [4096]
+      length_shares: [1.0]
+
+The `run_config.json` in the folder of a run is such a file, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ovq.fields import did_you_mean, with_new_names
+from ovq_lab.tasks import task_class
+from ovq_lab.train.config import SECTIONS, ModelArgs, RunConfig, TrainArgs
+from ovq_lab.train.recipes import get_recipe
+from ovq_lab.train.values import parse_value, type_of_field
+
+ENDINGS = (".yaml", ".yml", ".json")
+"""How the name of such a file ends."""
+
+
+def load_recipe(path: Path) -> RunConfig:
+    """The run that a file describes.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is neither YAML nor JSON, names what does not exist, or has a value that does not
+            fit.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "mine.yaml"
+        >>> _ = path.write_text("recipe: recall-ovq\\ntrain: {steps: 300, learning_rate: 1e-3}")
+        >>> load_recipe(path).train.steps
+        300
+    """
+    content = _content(path)
+    try:
+        return _config(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The mapping in a file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            found = json.loads(text)
+        else:
+            import yaml
+
+            try:
+                found = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(str(error)) from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path}: expected YAML or JSON, found what is none ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected sections {', '.join(SECTIONS)}, found {type(found).__name__}")
+    return found
+
+
+def _config(content: Mapping[str, Any]) -> RunConfig:
+    known = ("recipe", *SECTIONS)
+    for name in content:
+        if name not in known:
+            raise ValueError(
+                f"expected sections among {', '.join(known)}, found {name!r}{did_you_mean(str(name), known)}"
+            )
+        if name in SECTIONS and not isinstance(content[name], dict):
+            raise ValueError(f"{name}: expected fields and their values, found {content[name]!r}")
+    task_fields = dict(content.get("task", {}))
+    name = task_fields.pop("name", None)
+    sections: dict[str, Any] = {"model": ModelArgs, "train": TrainArgs}
+    base: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    if "recipe" in content:
+        recipe = get_recipe(str(content["recipe"]))
+        if name not in (None, recipe.task.name):
+            raise ValueError(f"task.name: expected that of the recipe, {recipe.task.name}, found {name!r}")
+        sections["task"] = type(recipe.task)
+        # Not by asdict, which would turn what is in a section into dictionaries.
+        base = {section: _fields(getattr(recipe, section)) for section in SECTIONS}
+    else:
+        if name is None:
+            raise ValueError("expected a recipe or a task.name, found neither")
+        try:
+            sections["task"] = task_class(str(name))
+        except ValueError as error:
+            raise ValueError(f"task.name: {error}") from error
+    changes = {"task": task_fields, "model": with_new_names(content.get("model", {}))}
+    changes["train"] = content.get("train", {})
+    return RunConfig(
+        **{
+            section: kind(**base[section] | _values(kind, section, changes[section]))
+            for section, kind in sections.items()
+        }
+    )
+
+
+def _fields(section: Any) -> dict[str, Any]:
+    return {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+
+
+def _values(kind: type, section: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a section, in which lists are tuples."""
+    values = {}
+    for name, value in fields.items():
+        where = f"{section}.{name}"
+        expected = type_of_field(kind, str(name), where)
+        if isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, str):
+            # YAML takes 1e-3 for a text, and a text may be written as on the command line.
+            value = parse_value(value, expected, where)
+        values[str(name)] = value
+    return values

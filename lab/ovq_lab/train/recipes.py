@@ -1,0 +1,343 @@
+"""Named training runs; `--set` on the command line changes any of their fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from ovq.fields import did_you_mean
+from ovq_lab.tasks import MQARTask, PositionalRecallTask, RecallTask, RegressionTask, TextTask
+from ovq_lab.train.config import ModelArgs, RunConfig, TrainArgs
+
+
+def _recall(long_range_mixer: str) -> RunConfig:
+    """In-context recall: one layer finds the value, at any distance."""
+    return RunConfig(
+        task=RecallTask(vocab_size=66, key_length=2, value_length=1, pair_share=0.2),
+        # A window far shorter than the examples leaves nearly all questions to the other layer. Heads as wide
+        # as the model keep the keys of many pairs apart, which matters at lengths beyond those of training.
+        model=ModelArgs(mixer_types=("sliding_attention", long_range_mixer), head_dim=64, sliding_window=16),
+        train=TrainArgs(),
+    )
+
+
+def _positional(long_range_mixer: str) -> RunConfig:
+    """Positional recall: one long-range layer numbers the occurrences of a key, a second finds the value."""
+    return RunConfig(
+        # Enough keys for examples of 64k tokens, which hold 1,092 keys.
+        task=PositionalRecallTask(vocab_size=130, key_length=2, pair_share=0.2),
+        model=ModelArgs(
+            mixer_types=("sliding_attention", long_range_mixer) * 2, head_dim=64, sliding_window=16
+        ),
+        # Examples end with 4 keys; with half that length, the numbering learned fails sooner beyond it.
+        train=TrainArgs(steps=1200, lengths=(64, 128, 256), length_shares=(0.3, 0.2, 0.5)),
+    )
+
+
+def _regression(long_range_mixer: str) -> RunConfig:
+    """Linear regression: the long-range layer gathers the points of a function and infers the function."""
+    return RunConfig(
+        task=RegressionTask(vocab_size=1 + 7 + 21 + 128),
+        model=ModelArgs(
+            mixer_types=("sliding_attention", long_range_mixer),
+            intermediate_size=256,
+            head_dim=64,
+            sliding_window=16,
+        ),
+        train=TrainArgs(steps=2000, lengths=(48, 96, 192), length_shares=(0.4, 0.2, 0.4)),
+    )
+
+
+def _mqar(long_range_mixer: str) -> RunConfig:
+    """Zoology's multi-query associative recall, with chunks so short that OVQ cannot read all of it
+    exactly."""
+    return RunConfig(
+        task=MQARTask(),
+        model=ModelArgs(
+            mixer_types=("sliding_attention", long_range_mixer),
+            head_dim=64,
+            # A window of 16 answers the shortest examples by itself, and the other layer learns nothing from
+            # them.
+            sliding_window=4,
+            chunk_size=16,
+            # As in Zoology. Otherwise each of the 4,096 values has to be learned separately.
+            tie_word_embeddings=True,
+        ),
+        train=TrainArgs(
+            steps=800,
+            batch_size=32,
+            lengths=(16, 32, 64, 128),
+            length_shares=(0.3, 0.15, 0.25, 0.3),
+            learning_rate=8e-3,
+            weight_decay=0.5,
+        ),
+    )
+
+
+def _lm(long_range_mixer: str) -> RunConfig:
+    """Language modelling on a plain CPU: 2 million parameters that read bytes."""
+    return RunConfig(
+        task=TextTask(),
+        model=ModelArgs(
+            mixer_types=("sliding_attention", long_range_mixer) * 2,
+            hidden_size=192,
+            intermediate_size=512,
+            num_attention_heads=3,
+            conv_size=4,
+            # Short, so that the other layers have to remember what is more than a sentence back.
+            sliding_window=128,
+            num_slots=512,
+            chunk_size=128,
+            initializer_range=0.05,
+            embedding_std=0.05,
+        ),
+        train=TrainArgs(
+            steps=1000,
+            batch_size=4,
+            lengths=(2048,),
+            length_shares=(1.0,),
+            learning_rate=3e-3,
+            min_learning_rate_share=0.1,
+            warmup_steps=50,
+            weight_decay=0.1,
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Size:
+    """A language model for GPUs.
+
+    Attributes:
+        width: Width of the residual stream.
+        inner: Width of the SwiGLU.
+        num_pairs: Number of pairs of a sliding-window layer and a long-range layer.
+        batch_size: Windows per step.
+        micro_batches: Parts into which a step is cut.
+        steps: Optimizer steps.
+        learning_rate: Peak learning rate.
+        vocab_size: Byte pairs of the tokenizer.
+        length: Tokens per window of text.
+        head_dim: Components per head.
+        num_slots: Slots of OVQ.
+        chunk_size: Tokens per chunk.
+        learning_rate_decay: How the rate falls.
+        min_learning_rate_share: Where it ends, as a share of the peak.
+        warmup_steps: Steps of warm-up.
+        weight_decay: Decoupled weight decay.
+    """
+
+    width: int
+    inner: int
+    num_pairs: int
+    batch_size: int
+    micro_batches: int
+    steps: int
+    learning_rate: float
+    vocab_size: int = 32768
+    length: int = 4096
+    head_dim: int = 64
+    num_slots: int = 2048
+    chunk_size: int = 128
+    learning_rate_decay: str = "cosine"
+    min_learning_rate_share: float = 0.1
+    warmup_steps: int = 500
+    weight_decay: float = 0.1
+    kvm_chunk_size: int | None = None
+
+
+def _kvm_size(**fields: Any) -> _Size:
+    """A size of KVM's comparison with OVQ (arXiv 2605.09877), trained as its authors do: 0.5 million tokens
+    per step, 3.1 and 7.9 billion in all.
+
+    From their published configs `ovq_swa_ts_c256_s1024_wd.yaml` and `kvm_swa_saturate1024_wd.yaml`: sizes,
+    rates, decay, warm-up, windows and chunks of 256, up to 1,024 slots, sliding windows between the layers of
+    OVQ and of KVM. Ours: books and a tokenizer learned from them in place of
+    ProLong-64k and GPT-2's, a SwiGLU of as many weights as their MLP of four times the width, and the
+    backbone, which has a short convolution where theirs shifts tokens.
+    """
+    return _Size(
+        batch_size=64,
+        vocab_size=50304,
+        length=8192,
+        head_dim=128,
+        num_slots=1024,
+        chunk_size=256,
+        kvm_chunk_size=256,
+        learning_rate_decay="linear",
+        min_learning_rate_share=0.0,
+        warmup_steps=200,
+        **fields,
+    )
+
+
+_SIZES = {
+    "70m": _Size(
+        width=512, inner=1408, num_pairs=8, batch_size=64, micro_batches=4, steps=10_000, learning_rate=1e-3
+    ),
+    "150m": _Size(
+        width=768, inner=2048, num_pairs=9, batch_size=64, micro_batches=8, steps=15_000, learning_rate=8e-4
+    ),
+    "480m": _Size(
+        width=1280,
+        inner=3456,
+        num_pairs=11,
+        batch_size=128,
+        micro_batches=16,
+        steps=20_000,
+        learning_rate=5e-4,
+    ),
+    "120m": _kvm_size(
+        width=768,
+        inner=2048,
+        num_pairs=6,
+        micro_batches=8,
+        steps=6_000,
+        learning_rate=2e-3,
+        weight_decay=0.2,
+    ),
+    "350m": _kvm_size(
+        width=1024,
+        inner=2736,
+        num_pairs=12,
+        micro_batches=16,
+        steps=15_000,
+        learning_rate=1.26e-3,
+        weight_decay=0.126,
+    ),
+}
+"""Language models by the millions of their parameters: three sizes of the paper, two of KVM's authors."""
+
+
+def _lm_for_gpus(size: _Size) -> Callable[[str], RunConfig]:
+    """Language modelling on books, for GPUs: windows of subword tokens."""
+
+    def build(long_range_mixer: str) -> RunConfig:
+        return RunConfig(
+            task=TextTask(dataset="deepmind/pg19", tokenizer=f"bpe:{size.vocab_size}"),
+            model=ModelArgs(
+                mixer_types=("sliding_attention", long_range_mixer) * size.num_pairs,
+                hidden_size=size.width,
+                intermediate_size=size.inner,
+                num_attention_heads=size.width // size.head_dim,
+                conv_size=4,
+                sliding_window=256,
+                num_slots=size.num_slots,
+                chunk_size=size.chunk_size,
+                kvm_chunk_size=size.kvm_chunk_size,
+                initializer_range=0.02,
+                embedding_std=0.02,
+                tie_word_embeddings=True,
+            ),
+            train=TrainArgs(
+                steps=size.steps,
+                batch_size=size.batch_size,
+                micro_batches=size.micro_batches,
+                lengths=(size.length,),
+                length_shares=(1.0,),
+                learning_rate=size.learning_rate,
+                learning_rate_decay=size.learning_rate_decay,
+                min_learning_rate_share=size.min_learning_rate_share,
+                warmup_steps=size.warmup_steps,
+                weight_decay=size.weight_decay,
+                adam_beta2=0.95,
+                precision="bfloat16",
+                save_every=500,
+            ),
+        )
+
+    return build
+
+
+_BUILDERS: dict[str, Callable[[str], RunConfig]] = {
+    RecallTask.name: _recall,
+    PositionalRecallTask.name: _positional,
+    RegressionTask.name: _regression,
+    MQARTask.name: _mqar,
+    TextTask.name: _lm,
+    **{f"{TextTask.name}-{name}": _lm_for_gpus(size) for name, size in _SIZES.items()},
+}
+
+_MIXERS = {
+    "ovq": "ovq",
+    "full": "full_attention",
+    "sliding": "sliding_attention",
+    "sinks": "sink_attention",
+    "vq": "vq",
+    "kvm": "kvm",
+    "raven": "raven",
+    "linear": "linear_attention",
+    "gdn": "gated_deltanet",
+    "kda": "kda",
+    "mesanet": "mesanet",
+    "mamba2": "mamba2",
+}
+"""How the names of recipes abbreviate the long-range mixers."""
+
+
+def recipe_for(task: str, long_range_mixer: str) -> RunConfig:
+    """The recipe of a task with any mixer in its long-range layers; nothing else differs between mixers.
+
+    Args:
+        task: A name in `ovq_lab.tasks.TASKS`; `"lm"`, or for GPUs `"lm-70m"`, `"lm-150m"` and `"lm-480m"`,
+            and `"lm-120m"` and `"lm-350m"` with the training of KVM's comparison.
+        long_range_mixer: A name in `ovq_lab.mixers.MIXERS`.
+
+    Raises:
+        ValueError: If there is no recipe for the task. The mixer is checked when the model is built.
+
+    Example:
+        >>> recipe_for("recall", "sliding_attention").model.mixer_types
+        ('sliding_attention', 'sliding_attention')
+    """
+    if task not in _BUILDERS:
+        raise ValueError(
+            f"task: expected one of {', '.join(_BUILDERS)}, found {task!r}{did_you_mean(task, _BUILDERS)}"
+        )
+    return _BUILDERS[task](long_range_mixer)
+
+
+def beside(mixer: str, config: RunConfig) -> RunConfig:
+    """The same run with a mixer in place of its windows.
+
+    Args:
+        mixer: A name in `ovq_lab.mixers.MIXERS`, of a mixer that is good at what is near.
+        config: A run whose layers are windows and long-range mixers.
+
+    Example:
+        >>> beside("mamba2", recipe_for("lm", "ovq")).model.mixer_types
+        ('mamba2', 'ovq', 'mamba2', 'ovq')
+    """
+    mixers = tuple(mixer if name == "sliding_attention" else name for name in config.model.mixer_types)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, mixer_types=mixers))
+
+
+RECIPES: dict[str, RunConfig] = {
+    f"{task}-{short}": recipe_for(task, mixer) for task in _BUILDERS for short, mixer in _MIXERS.items()
+} | {
+    f"{task}-ovq-mamba2": beside("mamba2", recipe_for(task, "ovq"))
+    for task in _BUILDERS
+    if task.startswith(TextTask.name)
+}
+"""Every recipe by its name on the command line."""
+
+
+def get_recipe(name: str) -> RunConfig:
+    """The recipe of this name.
+
+    Raises:
+        ValueError: If there is none; lists what names are made of.
+
+    Example:
+        >>> get_recipe("recall-ovq").model.mixer_types
+        ('sliding_attention', 'ovq')
+    """
+    if name not in RECIPES:
+        # Their products are too many to be read.
+        meant = f"{name}-ovq" if name in _BUILDERS else name
+        raise ValueError(
+            f"recipe: expected a task ({', '.join(_BUILDERS)}) and a mixer ({', '.join(_MIXERS)}) with - "
+            f"between them, found {name!r}{did_you_mean(meant, RECIPES)}"
+        )
+    return RECIPES[name]

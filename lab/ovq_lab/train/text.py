@@ -1,0 +1,287 @@
+"""Windows of text as PyTorch data sets: packed in random order, or in the order of their documents.
+
+A document of n tokens has n + 1 positions: the first reads the token that ends a text and predicts the first
+token, the last reads the last token and predicts the end. Windows are cut from positions, so every position
+of a window has a target, wherever it is cut.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ovq_lab.tasks import IGNORE_INDEX
+from ovq_lab.text import Corpus
+from ovq_lab.train.config import RunConfig
+from ovq_lab.train.needles import NeedleWindows
+
+
+class PackedTextDataset(Dataset):
+    """Every window of a run, in the order of training: window i belongs to step `i // batch_size`.
+
+    Each epoch concatenates the documents in a new order, cuts the result into windows of the step's length,
+    and shows the windows in random order. A window holds one document, or the end of one, some short ones and
+    the beginning of another; each of these is then a row of its own in `cu_seqlens`, and none sees another. A
+    window depends only on the seed and its index, as in `CurriculumDataset`. With needles, texts that contain
+    them replace some of the windows.
+
+    Args:
+        config: The run.
+        corpus: Its training documents.
+        needles: The windows of the run that have needles; `None` for none.
+
+    Raises:
+        ValueError: If all documents together are shorter than a window.
+
+    Example:
+        >>> from ovq_lab.text import TextSource, load_corpus
+        >>> from ovq_lab.train.recipes import get_recipe
+        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
+        >>> data = PackedTextDataset(get_recipe("lm-ovq"), corpus)
+        >>> {name: tuple(tensor.shape) for name, tensor in data.__getitems__([0, 1, 2]).items()}
+        {'input_ids': (1, 6144), 'labels': (1, 6144), 'shift_labels': (1, 6144), 'cu_seqlens': (...,)}
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus, needles: NeedleWindows | None = None) -> None:
+        self._train = config.train
+        self._corpus = corpus
+        self._needles = needles
+        self._num_positions = corpus.num_tokens + 1
+        num_positions = int(self._num_positions.sum())
+        if num_positions < max(config.train.lengths):
+            raise ValueError(
+                f"train.lengths: expected at most {num_positions}, all tokens of the training documents, "
+                f"found {max(config.train.lengths)}"
+            )
+        self._epochs: dict[int, _Epoch] = {}
+
+    def __len__(self) -> int:
+        """Windows of the whole run."""
+        return self._train.steps * self._train.batch_size
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Build these windows as one packed row: `input_ids`, targets and `cu_seqlens`; no collation is
+        needed."""
+        inputs, targets = zip(*(row for index in indices for row in self._rows(index)), strict=True)
+        ends = np.cumsum([0, *map(len, inputs)], dtype=np.int32)
+        return _batch(inputs, targets) | {"cu_seqlens": torch.from_numpy(ends)}
+
+    def _rows(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What the rows of a window read and predict."""
+        texts = [] if self._needles is None else self._needles.texts(index)
+        if texts:
+            return [_answers(*text, self._corpus.end_of_text) for text in texts]
+        return [read_positions(self._corpus, *piece) for piece in self._window(index)]
+
+    def _window(self, index: int) -> list[tuple[int, int, int]]:
+        """The pieces of a window: for each, its document and its range of positions."""
+        length = self._train.length_at(index // self._train.batch_size)
+        number, place = divmod(index, int(self._num_positions.sum()) // length)
+        epoch = self._epochs.get(length)
+        if epoch is None or epoch.number != number:
+            # Keeping one epoch per length is enough: a run goes through them in order.
+            epoch = self._epochs[length] = _Epoch(self._num_positions, length, self._train.seed, number)
+        return epoch.window(place)
+
+
+class _Epoch:
+    """Where each window of an epoch lies.
+
+    Args:
+        num_positions: `[D]` of each document.
+        length: Length of a window.
+        seed: Seed of the run.
+        number: Number of the epoch.
+    """
+
+    def __init__(self, num_positions: np.ndarray, length: int, seed: int, number: int) -> None:
+        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(length, number)))
+        self.number = number
+        self._length = length
+        self._documents = random.permutation(len(num_positions))
+        self._ends = num_positions[self._documents].cumsum()
+        num_windows, num_left = divmod(int(self._ends[-1]), length)
+        # The positions left over are not always those at the end of the last document.
+        self._first = int(random.integers(num_left + 1))
+        self._order = random.permutation(num_windows)
+
+    def window(self, place: int) -> list[tuple[int, int, int]]:
+        """The pieces of the window that is shown at this place."""
+        start = self._first + int(self._order[place]) * self._length
+        pieces = _pieces(self._ends, start, start + self._length)
+        return [(int(self._documents[i]), begin, end) for i, begin, end in pieces]
+
+
+class HeldOutWindows(Dataset):
+    """Windows of documents that are not trained on, each built as in `PackedTextDataset`.
+
+    The documents are concatenated in their order and cut into windows, of which some are taken, evenly
+    spread.
+
+    Args:
+        corpus: The documents.
+        length: Length of a window; fewer if all documents together are shorter.
+        num_windows: How many windows to take, if there are as many.
+
+    Example:
+        >>> from ovq_lab.text import TextSource, load_corpus
+        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
+        >>> data = HeldOutWindows(corpus, length=512, num_windows=4)
+        >>> len(data), data.__getitems__([3])["input_ids"].shape
+        (4, torch.Size([1, 512]))
+    """
+
+    def __init__(self, corpus: Corpus, *, length: int, num_windows: int) -> None:
+        self._corpus = corpus
+        self._ends = (corpus.num_tokens + 1).cumsum()
+        self._length = min(length, int(self._ends[-1]))
+        available = int(self._ends[-1]) // self._length
+        number = min(num_windows, available)
+        self._starts = [i * available // number * self._length for i in range(number)]
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self._starts)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Build these windows as one packed row: `input_ids`, targets and `cu_seqlens`."""
+        pieces = [
+            piece
+            for index in indices
+            for piece in _pieces(self._ends, self._starts[index], self._starts[index] + self._length)
+        ]
+        inputs, targets = zip(*(read_positions(self._corpus, *piece) for piece in pieces), strict=True)
+        ends = np.cumsum([0, *map(len, inputs)], dtype=np.int32)
+        return _batch(inputs, targets) | {"cu_seqlens": torch.from_numpy(ends)}
+
+
+class CarriedTextDataset(Dataset):
+    """The windows of whole documents in order, for training that carries the state between them.
+
+    An optimizer step has `batch_size` windows. Each of these places is a lane, which reads one document after
+    the other, each from its first window to its last; the last window is only as long as what is left. Window
+    i belongs to lane `i % batch_size`. The next document of the epoch goes to the lane that has the least
+    left to read. Lanes depend only on the seed, not on the processes that share them.
+
+    Args:
+        config: The run, with windows of one length.
+        corpus: Its training documents.
+
+    Example:
+        >>> from ovq_lab.text import TextSource, load_corpus
+        >>> from ovq_lab.train.recipes import get_recipe
+        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
+        >>> data = CarriedTextDataset(get_recipe("lm-ovq").override(["train.batch_size=2"]), corpus)
+        >>> batch = data.__getitems__([2])
+        >>> tuple(batch["input_ids"].shape), batch["lane"], batch["num_read"], batch["is_last"]
+        ((1, 2048), 0, 2048, False)
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+        self._train = config.train
+        (self._length,) = config.train.lengths
+        self._corpus = corpus
+        self._num_positions = corpus.num_tokens + 1
+        self._lanes = self._schedule(-(-self._num_positions // self._length))
+
+    def _schedule(self, num_windows: np.ndarray) -> list[tuple[list[int], list[int]]]:
+        """For each lane its documents, and the step at which each begins."""
+        lanes: list[tuple[list[int], list[int]]] = [([], []) for _ in range(self._train.batch_size)]
+        free_at = [(0, lane) for lane in range(self._train.batch_size)]
+        number = 0
+        while free_at[0][0] < self._train.steps:
+            key = np.random.SeedSequence(self._train.seed, spawn_key=(number,))
+            for document in np.random.default_rng(key).permutation(len(num_windows)).tolist():
+                step, lane = free_at[0]
+                lanes[lane][0].append(document)
+                lanes[lane][1].append(step)
+                heapq.heapreplace(free_at, (step + int(num_windows[document]), lane))
+            number += 1
+        return lanes
+
+    def __len__(self) -> int:
+        """Windows of the whole run."""
+        return self._train.steps * self._train.batch_size
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Build a window.
+
+        Returns:
+            `input_ids` and targets `[1, T]`; the `lane`; `num_read`, how many positions of the document were
+            read before; `is_last`, whether the document ends in the window.
+        """
+        (index,) = indices
+        step, lane = divmod(index, self._train.batch_size)
+        documents, first_steps = self._lanes[lane]
+        i = bisect.bisect_right(first_steps, step) - 1
+        start = (step - first_steps[i]) * self._length
+        end = int(self._num_positions[documents[i]])
+        stop = min(start + self._length, end)
+        inputs, targets = read_positions(self._corpus, documents[i], start, stop)
+        place = {"lane": lane, "num_read": start, "is_last": stop == end}
+        return _batch([inputs], [targets]) | place
+
+
+def _pieces(ends: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
+    """The pieces of a range of concatenated documents: for each, its place and its range of positions.
+
+    Example:
+        >>> _pieces(np.array([3, 10, 12]), 1, 11)
+        [(0, 1, 3), (1, 0, 7), (2, 0, 1)]
+    """
+    pieces = []
+    i = int(np.searchsorted(ends, start, side="right"))
+    while start < stop:
+        end = int(ends[i])
+        begin = 0 if i == 0 else int(ends[i - 1])
+        pieces.append((i, start - begin, min(stop, end) - begin))
+        start, i = end, i + 1
+    return pieces
+
+
+def _answers(tokens: np.ndarray, is_answer: np.ndarray, end_of_text: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a text reads, and what it predicts at positions that belong to an answer."""
+    inputs, targets = positions(tokens, end_of_text)
+    return inputs, np.where(np.append(is_answer, False), targets, IGNORE_INDEX)
+
+
+def read_positions(corpus: Corpus, document: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a range of positions of a document reads and predicts, `[stop - start]` int64 each.
+
+    Example:
+        >>> from ovq_lab.text import TextSource, load_corpus
+        >>> corpus = load_corpus(TextSource(dataset="stdlib", subset="json", held_out=0), "train")
+        >>> inputs, targets = read_positions(corpus, 1, 0, 4)
+        >>> inputs.tolist(), targets.tolist()
+        ([256, 34, 34, 34], [34, 34, 34, 73])
+    """
+    return positions(corpus[document], corpus.end_of_text, start, stop)
+
+
+def positions(
+    tokens: np.ndarray, end_of_text: int, start: int = 0, stop: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a range of positions of a text reads and predicts; by default all of them.
+
+    Example:
+        >>> inputs, targets = positions(np.array([7, 8]), 256)
+        >>> inputs.tolist(), targets.tolist()
+        ([256, 7, 8], [7, 8, 256])
+    """
+    stop = len(tokens) + 1 if stop is None else stop
+    end = [end_of_text]
+    parts = [end if start == 0 else [], tokens[max(start - 1, 0) : stop], end if stop > len(tokens) else []]
+    read = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+    return read[:-1], read[1:]
+
+
+def _batch(inputs: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+    """Pieces as one row. The targets have two names: the Trainer needs `labels`, the model the other."""
+    input_ids, shift_labels = (torch.from_numpy(np.concatenate(parts))[None] for parts in (inputs, targets))
+    return {"input_ids": input_ids, "labels": shift_labels, "shift_labels": shift_labels}

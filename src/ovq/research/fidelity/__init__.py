@@ -1,5 +1,0 @@
-"""Memories of equal bytes compared with exact attention, without training: streams, memories, and errors."""
-
-from ovq.research.fidelity.measure import LENGTHS, fidelity_rows
-
-__all__ = ["LENGTHS", "fidelity_rows"]
