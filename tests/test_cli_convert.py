@@ -4,18 +4,24 @@ import json
 import os
 import shutil
 
+import gguf
 import pytest
+import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ovq.cli import main
 from ovq.convert import load
+from ovq.convert.presets import load_preset
+from ovq.convert.texts import default_texts
 from ovq_lab.text import byte_tokenizer
 from tests.convert.common import SIZES, original
+from tests.convert.gguf_files import write_gguf
 from tests.test_cli import fail, run
 
 DOCUMENT = " ".join(str(i * 17 % 64) for i in range(1, 90))
-SMALL = ["--num-slots", 8, "--window", 16, "--num-sinks", 2, "--chunk-size", 8]
+SIZED = ["--num-slots", 8, "--window", 16, "--num-sinks", 2, "--chunk-size", 8]
+SMALL = [*SIZED, "--no-probe"]
 
 
 @pytest.fixture(scope="module")
@@ -65,32 +71,83 @@ def test_quiet_hides_what_transformers_loads(capsys, converted, tmp_path, monkey
     assert os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
 
 
-def test_a_probe_shares_out_the_rows(capsys, tmp_path):
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory):
+    """A folder with a Llama that reads text."""
+    folder = tmp_path_factory.mktemp("reading")
+    torch.manual_seed(0)
     # As many tokens as the tokenizer of bytes has.
-    LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257})).save_pretrained(tmp_path / "llama")
-    byte_tokenizer().save_pretrained(tmp_path / "llama")
+    LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257})).save_pretrained(folder / "llama")
+    byte_tokenizer().save_pretrained(folder / "llama")
     for name in ("a", "b"):
-        (tmp_path / f"{name}.txt").write_text("the quick brown fox jumps over the lazy dog " * 3)
-    probed = ["--probe", f"{tmp_path / 'a.txt'},{tmp_path / 'b.txt'}", "--probe-tokens", 130]
-    assert "--needle-weight: expected 0 with so few tokens" in fail(
-        capsys,
-        "convert",
-        "--model",
-        tmp_path / "llama",
-        "--out",
-        tmp_path / "c",
-        *probed,
-        "--probe-tokens",
-        90,
+        (folder / f"{name}.txt").write_text("the quick brown fox jumps over the lazy dog " * 3)
+    return folder
+
+
+def probing(folder, *options):
+    texts = ["--probe", f"{folder / 'a.txt'},{folder / 'b.txt'}", "--probe-tokens", 130]
+    return ["convert", "--model", folder / "llama", *SIZED, *texts, *options]
+
+
+def test_a_probe_shares_out_the_rows(capsys, reading, tmp_path):
+    out = tmp_path / "converted"
+    said = fail(capsys, *probing(reading, "--out", out, "--probe-tokens", 90))
+    assert "--needle-weight: expected 0 with so few tokens" in said
+    assert "--probe: expected none with --no-probe" in fail(
+        capsys, *probing(reading, "--out", out, "--no-probe")
     )
-    convert(capsys, tmp_path, *probed)
-    config = load(tmp_path / "converted").memory_config
+    run(capsys, *probing(reading, "--out", out))
+    config = load(out).memory_config
     assert 20 < config.rows_per_head <= 26
     assert len({*map(tuple, config.window), *map(tuple, config.num_slots)}) > 1
     # Text in, text out.
-    assert run(
-        capsys, "generate", "--model", tmp_path / "converted", "--prompt", "the", "--max-new-tokens", 2
-    )
+    assert run(capsys, "generate", "--model", out, "--prompt", "the", "--max-new-tokens", 2)
+
+
+def test_what_a_probe_has_found_serves_others_as_a_preset(capsys, reading, tmp_path, monkeypatch):
+    run(capsys, *probing(reading, "--out", tmp_path / "probed", "--save-preset", tmp_path / "mine"))
+    found = load(tmp_path / "probed").memory_config
+    assert "- a.txt, 130 tokens" in (tmp_path / "mine" / "README.md").read_text()
+    command = ["convert", "--model", reading / "llama", *SIZED]
+    run(capsys, *command, "--out", tmp_path / "given", "--preset", tmp_path / "mine")
+    assert load(tmp_path / "given").memory_config == found
+    # As if it came with the package: for this model and about so many rows, no probe is needed.
+    mine = load_preset(tmp_path / "mine")
+    monkeypatch.setattr("ovq.convert.presets.preset.packaged_presets", lambda: (mine,))
+    monkeypatch.setattr("ovq.cli.convert._probed", lambda *_, **__: pytest.fail("probed"))
+    run(capsys, *command, "--out", tmp_path / "auto", "--rows", 25)
+    assert load(tmp_path / "auto").memory_config == found
+    for others in (["--rows", 40], ["--chunk-size", 4], ["--merge", "existing"], ["--preset", "none"]):
+        with pytest.raises(pytest.fail.Exception, match="probed"):
+            main(list(map(str, [*command, "--out", tmp_path / "new", *others])))
+        told = "The presets of this model have 26 rows per head (num_sinks 2, chunk_size 8, merge nearest)"
+        assert (told in capsys.readouterr().err) == ("--preset" not in others)
+    torch.manual_seed(1)
+    other = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 257}))
+    other.save_pretrained(tmp_path / "other")
+    options = ["--preset", tmp_path / "mine", "--out", tmp_path / "new"]
+    said = fail(capsys, "convert", "--model", tmp_path / "other", *SIZED, *options)
+    assert "other weights" in said
+    LlamaForCausalLM(LlamaConfig(**SIZES | {"hidden_size": 64})).save_pretrained(tmp_path / "larger")
+    said = fail(capsys, "convert", "--model", tmp_path / "larger", *SIZED, *options)
+    assert "expected a copy of" in said
+    assert "hidden_size 32 (found 64)" in said
+
+
+def test_without_texts_the_probe_reads_those_of_the_package(capsys, reading, tmp_path, monkeypatch):
+    short = {name: text[:150] for name, text in default_texts().items()}
+    monkeypatch.setattr("ovq.convert.texts.default_texts", lambda: short)
+    command = ["convert", "--model", str(reading / "llama"), *map(str, SIZED), "--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(command)
+    said = capsys.readouterr().err.splitlines()
+    # What it costs comes before the first step.
+    [cost, *steps] = [line for line in said if "robe" in line]
+    assert cost.startswith("The probe reads 3 texts, 4")
+    assert "about 1 min of one core" in cost
+    assert steps[0].startswith("probe, reading: 0/18")
+    assert any(line.startswith("probe, reading: 18/18") for line in steps)
+    assert "Eisenhower" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_cannot_be_converted_ends_in_one_line(capsys, converted, tmp_path):
@@ -99,7 +156,8 @@ def test_what_cannot_be_converted_ends_in_one_line(capsys, converted, tmp_path):
     assert "--dtype: expected auto, float32," in fail(capsys, *command, "--dtype", "x")
     assert "merge: expected one of" in fail(capsys, *command, "--merge", "best")
     (tmp_path / "a.txt").write_text("one")
-    assert "expected a model with a tokenizer" in fail(capsys, *command, "--probe", tmp_path / "a.txt")
+    for options in ([], ["--probe", tmp_path / "a.txt"]):
+        assert "expected a model with a tokenizer" in fail(capsys, *command, *options)
     assert "No such file" in fail(capsys, *command, "--probe", tmp_path / "b.txt")
     assert not list(tmp_path.glob("*out*"))
 
@@ -112,3 +170,71 @@ def test_a_config_with_a_value_of_a_wrong_type_costs_one_line(capsys, converted,
     said = fail(capsys, "convert", "--model", tmp_path / "llama", "--out", tmp_path / "out", *SMALL)
     assert said.startswith("--model: expected a causal language model, found")
     assert field in said
+
+
+def test_a_gguf_file_is_read_as_it_is(capsys, tmp_path):
+    file = write_gguf(tmp_path / "tiny.Q4_1.gguf")
+    out = tmp_path / "converted"
+    said = run(capsys, "convert", "--model", file, "--out", out, *SMALL)
+    assert said.splitlines()[1] == f'ovq generate --model {out} --prompt "Once upon a time"'
+    model, tokenizer = load(out), AutoTokenizer.from_pretrained(out)
+    # The weights are those of the file, in 16 bits.
+    assert model.dtype == torch.bfloat16
+    reader = gguf.GGUFReader(file)
+    [tensor] = [t for t in reader.tensors if t.name == "blk.1.ffn_down.weight"]
+    weights = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, weights.bfloat16())
+    assert tokenizer.decode(tokenizer("the hat in an inn")["input_ids"]) == "the hat in an inn"
+    assert run(capsys, "generate", "--model", out, "--prompt", "the", "--max-new-tokens", 2)
+    # Told apart from the folder that it lies in, with the dtype that was asked for.
+    named = ["--model", tmp_path, "--gguf-file", file.name, "--dtype", "float32"]
+    run(capsys, "convert", *named, "--out", tmp_path / "wide", *SMALL)
+    assert torch.equal(load(tmp_path / "wide").model.layers[1].mlp.down_proj.weight, weights)
+    missing = fail(capsys, "convert", "--model", tmp_path / "x.gguf", "--out", tmp_path / "o", *SMALL)
+    assert "expected a GGUF file, found none in" in missing
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("F32", torch.float32), ("F16", torch.float16)])
+def test_weights_that_16_bits_would_change_stay_as_they_are(capsys, tmp_path, kind, dtype):
+    file = write_gguf(tmp_path / "tiny.gguf", kind=kind, has_tokenizer=False)
+    said = run(capsys, "convert", "--model", file, "--out", tmp_path / "converted", *SMALL)
+    assert '--prompt "12 7 33"' in said
+    assert load(tmp_path / "converted").dtype == dtype
+    assert not list((tmp_path / "converted").glob("tokenizer*"))
+
+
+def test_weights_of_16_bits_that_lie_in_float32_are_saved_as_what_they_are(capsys, converted, tmp_path):
+    original().to(torch.bfloat16).float().save_pretrained(tmp_path / "llama")
+    convert(capsys, tmp_path)
+    assert load(tmp_path / "converted").dtype == torch.bfloat16
+    assert load(converted / "converted").dtype == torch.float32
+
+
+def test_a_damaged_tokenizer_is_an_error_and_not_a_model_without_one(capsys, reading, tmp_path):
+    shutil.copytree(reading / "llama", tmp_path / "llama")
+    (tmp_path / "llama" / "tokenizer.json").write_text('{"version": "1.0"')
+    said = fail(capsys, "convert", "--model", tmp_path / "llama", "--out", tmp_path / "out", *SMALL)
+    assert said.startswith("--model: expected a tokenizer that can be read")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_are_as_readable_as_others(capsys, converted, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        convert(capsys, converted, out=f"with_mask_{mask}")
+    finally:
+        os.umask(before)
+    files = list((converted / f"with_mask_{mask}").iterdir())
+    assert {"README.md", "config.json", "model.safetensors"} <= {path.name for path in files}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+
+
+def test_without_a_probe_it_is_said_what_that_costs(capsys, converted, tmp_path):
+    with pytest.raises(SystemExit):
+        main(
+            ["convert", "--model", str(converted / "llama"), "--out", str(tmp_path / "out"), *map(str, SMALL)]
+        )
+    assert "warning: --no-probe: all heads are treated alike" in capsys.readouterr().err
+    config = load(tmp_path / "out").memory_config
+    assert config.num_slots == [[8, 8], [8, 8]]

@@ -9,6 +9,7 @@ from statistics import fmean
 import pytest
 
 import ovq
+from ovq.convert.presets import packaged_presets
 from ovq_lab.figures.tables import with_tables
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +93,15 @@ def test_the_results_of_conversion_say_what_was_measured():
     shown = {(kept, loss) for kept, cells in table for loss in re.findall(r"\d\.\d{3}", cells)}
     assert shown <= measured
     assert len(shown) >= 24
+
+
+def test_the_table_of_presets_is_what_was_measured_and_what_their_cards_say():
+    rows = json.loads((ROOT / "docs" / "results" / "convert_presets.json").read_text())["rows"]
+    page = (ROOT / "docs" / "results" / "convert.md").read_text()
+    for preset in packaged_presets():
+        losses = [f"{row['loss']:.3f}" for row in rows if row["rows"] == preset.rows]
+        assert f"| the preset | {preset.rows} | {' | '.join(losses)} |" in page
+        assert losses == [f"{row['converted']:.3f}" for row in preset.measured["losses"]]
 
 
 def rows_and_section(result, title):

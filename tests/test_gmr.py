@@ -269,5 +269,5 @@ def test_without_scikit_learn_the_import_says_what_to_install(monkeypatch):
     for name in ("ovq_lab.gmr", "ovq_lab.gmr.regressor"):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "sklearn.base", None)
-    with pytest.raises(ImportError, match=r"ovq_lab.gmr: expected scikit-learn.*pip install 'ovq\[theory\]'"):
+    with pytest.raises(ImportError, match=r"ovq_lab.gmr: expected scikit-learn.*'\./lab\[theory\]'"):
         importlib.import_module("ovq_lab.gmr")

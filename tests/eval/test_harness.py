@@ -203,7 +203,7 @@ def test_limit_and_what_is_not_there(model, folder):
 
 def test_without_the_package(model, folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
-    with pytest.raises(ValueError, match=r"pip install 'ovq\[harness\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\./lab\[harness\]'"):
         measure(model, folder)
 
 

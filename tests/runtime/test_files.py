@@ -3,14 +3,19 @@
 import concurrent.futures
 import contextlib
 import errno
+import multiprocessing
 import os
 import stat
+import tempfile
 import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from ovq.runtime.files import atomic_path, cache_folder, claimed, write_atomic
+from ovq.runtime.files import TemporaryFolder, atomic_path, cache_folder, claimed, write_atomic
 from tests.disks import full_disk
 
 
@@ -55,6 +60,8 @@ def permissions(path):
 def test_the_file_is_as_readable_as_any_other(tmp_path, mask):
     with umask(mask):
         write_atomic(tmp_path / "ours", "text")
+        with atomic_path(tmp_path / "weights") as temporary:
+            save_file({"one": np.ones(1)}, temporary)
         (tmp_path / "any").write_text("text")
     assert permissions(tmp_path / "ours") == permissions(tmp_path / "any") == 0o666 & ~mask
 
@@ -66,6 +73,8 @@ def test_other_threads_keep_their_umask(tmp_path):
     def write():
         while not is_done.is_set():
             write_atomic(tmp_path / "ours", "text")
+        with atomic_path(tmp_path / "weights") as temporary:
+            save_file({"one": np.ones(1)}, temporary)
 
     with umask(0o077):
         thread = threading.Thread(target=write)
@@ -162,3 +171,33 @@ def test_a_folder_is_claimed_by_one_at_a_time(tmp_path, monkeypatch):
                 pass
         with claimed(tmp_path / "new", command="ovq train"):
             pass
+
+
+def _folder_of_a_process_that_is_killed(pipe):
+    folder = TemporaryFolder("killed")
+    pipe.send(folder.name)
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no locks on this system")
+def test_a_temporary_folder_of_a_process_that_was_killed_goes_with_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=_folder_of_a_process_that_is_killed, args=(theirs,)
+    )
+    process.start()
+    left = Path(ours.recv())
+    (left / "captures").write_bytes(b"much")
+    old = time.time() - 3600
+    os.utime(left, (old, old))
+    with TemporaryFolder("killed"):
+        # It is at work.
+        assert left.exists()
+    process.kill()
+    process.join()
+    with TemporaryFolder("other"):
+        assert left.exists()
+    with TemporaryFolder("killed") as folder:
+        assert list(tmp_path.iterdir()) == [Path(folder)]
+    assert not list(tmp_path.iterdir())

@@ -45,7 +45,7 @@ def harness(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Run tasks of the lm-evaluation-harness (pip install 'ovq\\[harness]').
+    """Run tasks of the lm-evaluation-harness (pip install './lab\\[harness]').
 
     The harness's own tasks read their data from the hub. To use all options of the harness: [bold]python -m
     ovq_lab.eval.harness run --model hf --model_args pretrained=DIR --tasks ...[/bold]

@@ -76,6 +76,7 @@ class NeedleBuilder(HiddenValues):
         ValueError: If a kind is unknown, an essay has no text, or a number is negative.
 
     Example:
+        >>> import re
         >>> from ovq_lab.text import byte_tokenizer
         >>> tokenizer = byte_tokenizer()
         >>> needle = NeedleBuilder(tokenizer, value="number").build(320, depth=0.5, seed=0, index=0)

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import os
+import platform
 import secrets
+import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli.common import check_new_folder, out_console, read_text
-from ovq.cli.loading import FOREIGN_ERRORS
+from ovq.cli.common import check_folder, check_new_folder, out_console, read_text
+from ovq.cli.pretrained import DTYPES, load_pretrained
 
 if TYPE_CHECKING:
-    from ovq.convert import MemoryConfig
+    from ovq.convert.presets import Preset
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Of the numbers that are hidden in a text of the probe.
-_NEEDLE_SEED = 7
+# docs/results/convert.md, "By rows".
+_WITHOUT = (
+    "--no-probe: all heads are treated alike. Of 3,072 tokens of code, 256 rows per head then have a loss of "
+    "1.96 nats per token, a window of 292 rows 1.85, 256 rows with a probe 1.64, and full attention 1.63 "
+    "(SmolLM2-135M)"
+)
 
 
 def convert(
     model: Annotated[
         str,
-        typer.Option(help="Folder of a model of transformers, or its name on the hub.", show_default=False),
+        typer.Option(
+            help="Folder of a model of transformers, its name on the hub, or a GGUF file.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.", show_default=False)],
-    num_slots: Annotated[int, typer.Option(min=0, help="Slots per head.")] = 256,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Rows of a key and a value per head, on average, in place of --num-slots.",
+            show_default=False,
+        ),
+    ] = None,
+    num_slots: Annotated[
+        int, typer.Option(min=0, help="Slots per head, on average; 0 for a window alone.")
+    ] = 256,
     window: Annotated[
         int,
         typer.Option(min=1, help="Last tokens per head that are kept exactly, a multiple of --chunk-size."),
@@ -39,14 +57,23 @@ def convert(
     value_weight: Annotated[
         float, typer.Option(min=0, help="Weight of distances between values, relative to keys.")
     ] = 1.0,
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="What a probe has found before: a folder, or a name on the hub; auto for one that comes "
+            "with the package, if there is one of this model and about as many rows; none for a new probe."
+        ),
+    ] = "auto",
     probe: Annotated[
         str | None,
         typer.Option(
-            help="Text file, or several with commas between them: try many budgets on every head, and share "
-            "out the sum of rows that the options above give, by what heads lose.",
+            help="Text file, or several with commas between them, for a probe, which tries many budgets on "
+            "every head and shares out the sum of rows by what heads lose. Where there is no preset either, "
+            "it reads an address and code that come with the package.",
             show_default=False,
         ),
     ] = None,
+    no_probe: Annotated[bool, typer.Option("--no-probe", help="Treat all heads alike.")] = False,
     probe_tokens: Annotated[
         int,
         typer.Option(
@@ -63,13 +90,22 @@ def convert(
     ] = 0.1,
     fit_bias: Annotated[
         bool,
-        typer.Option(help="With --probe, fit to its texts how much of the attention slots get."),
+        typer.Option(help="Fit to the probe's texts how much of the attention slots get."),
     ] = True,
+    save_preset: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write what the probe has found to, for --preset.", show_default=False),
+    ] = None,
     gguf_file: Annotated[
-        str | None, typer.Option(help="Name of a GGUF file in --model to load.", show_default=False)
+        str | None,
+        typer.Option(help="Name of a GGUF file in the folder or repository --model.", show_default=False),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, or auto for what the model has.")
+        str,
+        typer.Option(
+            help="Of the weights: float32, bfloat16, float16, or auto for what the model has, in 16 bits if "
+            "nothing is lost."
+        ),
     ] = "auto",
 ) -> None:
     """Give a pretrained Llama, Qwen, Mistral or similar model a memory of constant size. Nothing is trained.
@@ -77,143 +113,163 @@ def convert(
     The folder is that of the original with one more field in its config. Use it with [bold]ovq
     generate[/bold], [bold]ovq context[/bold] or [bold]ovq.convert.load[/bold].
 
-    Example: [bold]ovq convert --model HuggingFaceTB/SmolLM2-135M-Instruct --out smol --num-slots 512
-    --window 256 --probe book.txt,code.txt[/bold]
+    Example: [bold]ovq convert --model HuggingFaceTB/SmolLM2-135M-Instruct --out smol --rows 768[/bold]
     """
-    texts = [read_text(name, flag="--probe") for name in probe.split(",")] if probe is not None else []
-    if dtype not in _DTYPES:
-        raise ValueError(f"--dtype: expected {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}, found {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, found {dtype!r}")
+    for flag, is_given in (("--probe", probe is not None), ("--preset", preset not in ("auto", "none"))):
+        if no_probe and is_given:
+            raise ValueError(f"{flag}: expected none with --no-probe, found one")
+    texts = {Path(name).name: read_text(name, flag="--probe") for name in (probe or "").split(",") if name}
     check_new_folder("--out", out)
+    check_folder("--save-preset", save_preset)
+    if rows is not None:
+        # What a window and slots have where all heads are alike; a probe shares out their sum.
+        window = max(1, min(window, rows // 3) // chunk_size) * chunk_size
+        num_slots = max(0, rows - num_sinks - window)
+    wanted = num_sinks + num_slots + window
 
-    from ovq.convert import attach
+    from ovq.convert import MemoryConfig, attach
+    from ovq.convert.card import converted_card
+    from ovq.runtime.progress import Reporter
 
-    settings: dict[str, Any] = {
-        "num_sinks": num_sinks,
-        "chunk_size": chunk_size,
-        "merge": merge,
-        "value_weight": value_weight,
-    }
-    original, tokenizer = _load(model, gguf_file, dtype)
-    config = None
-    if texts:
-        if tokenizer is None:
-            raise ValueError(f"--probe: expected a model with a tokenizer, found none in {model}")
-        rows = num_sinks + num_slots + window
-        config = _probed(
-            original,
-            tokenizer,
-            texts,
-            rows=rows,
-            num_tokens=probe_tokens,
-            needle_weight=needle_weight,
-            has_fit=fit_bias,
-            settings=settings,
-        )
+    say = Reporter().say
+    settings: dict[str, Any] = {"num_sinks": num_sinks, "chunk_size": chunk_size, "merge": merge}
+    settings["value_weight"] = value_weight
+    # Refuses what is out of range before the model is read.
+    MemoryConfig.uniform(num_layers=1, num_kv_heads=1, num_slots=num_slots, window=window, **settings)
+    original, tokenizer = load_pretrained(model, gguf_file=gguf_file, dtype=dtype, say=say)
+    taken, how = None, "all heads alike"
+    if no_probe:
+        say(f"warning: {_WITHOUT}")
+    # A window alone has nothing to share out.
+    elif num_slots or probe is not None or preset not in ("auto", "none"):
+        taken = _preset(preset, original, wanted, settings, say) if probe is None else None
+        if taken is not None:
+            say(f"Preset {taken.name}: {taken.rows} rows per head, as a probe of that model shared them out")
+            how = f"shared out by the preset {taken.name}"
+        else:
+            given = {"rows": wanted, "num_tokens": probe_tokens, "needle_weight": needle_weight}
+            taken = _probed(original, tokenizer, model, texts, **given, has_fit=fit_bias, settings=settings)
+            how = f"shared out by a probe of {', '.join(x['text'] for x in taken.measured['probe'])}"
+            if save_preset is not None:
+                _save_preset(taken, save_preset)
+                say(f"Saved what the probe has found in {save_preset} (--preset {save_preset})")
+    if tokenizer is None:
+        say(f"{model} has no tokenizer: the converted model reads token ids")
+    config = None if taken is None else taken.config
     converted = attach(original, num_slots=num_slots, window=window, **settings, config=config)
-    # Beside its place, so that moving it there is one step.
-    temporary = out.with_name(f".{out.name}-{secrets.token_hex(8)}")
-    try:
-        converted.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    card = converted_card(converted, original=model, name=out.name, how=how)
+    _save(converted, tokenizer, card, out)
     average = converted.memory_config.rows_per_head
     out_console.print(
-        f"Saved a model that keeps {average:.0f} rows per head on average in {out}.", soft_wrap=True
+        f"Saved a model that keeps {average:.0f} rows per head on average in {out}. Next:\n"
+        f"ovq generate --model {shlex.quote(str(out))} {_prompt(tokenizer)}",
+        soft_wrap=True,
+        highlight=False,
     )
 
 
-def _load(name: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
-    """The model, and its tokenizer or None."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _preset(
+    name: str, model: Any, rows: int, settings: dict[str, Any], say: Callable[[str], None]
+) -> Preset | None:
+    """The preset that was asked for, if it is of this model; None where there is to be a probe."""
+    from ovq.convert.presets import find_preset, load_preset, packaged_presets, presets_of
 
-    options: dict[str, Any] = {}
-    if gguf_file is not None:
-        try:
-            importlib.import_module("gguf")
-        except ImportError:
-            raise ValueError(
-                "--gguf-file: expected the package gguf, found none: pip install 'ovq[convert]'"
-            ) from None
-        options["gguf_file"] = gguf_file
+    if name == "none":
+        return None
+    if name == "auto":
+        # What a probe finds for values is multiplied by `value_weight`.
+        given = {**settings, "value_weight": None if settings["value_weight"] == 1.0 else "other"}
+        found = find_preset(model, rows)
+        if found is not None and given == _settings_of(found):
+            return found
+        if others := presets_of(model):
+            sizes = ", ".join(f"{preset.rows}" for preset in others)
+            fixed = ", ".join(f"{k} {v}" for k, v in _settings_of(others[0]).items() if v is not None)
+            say(f"The presets of this model have {sizes} rows per head ({fixed}), none what is asked for")
+        return None
+    packaged = {preset.name: preset for preset in packaged_presets()}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options).eval()
-    except (*FOREIGN_ERRORS, SafetensorError, StrictDataclassError) as error:
-        raise ValueError(f"--model: expected a causal language model, found {name!r} ({error})") from error
-    if gguf_file is not None:
-        model = _unquantized(model)
+        if name in packaged and not Path(name).exists():
+            preset = packaged[name]
+        else:
+            preset = load_preset(_folder_of(name))
+        preset.check(model)
+    except ValueError as error:
+        raise ValueError(f"--preset: {error}") from error
+    return preset
+
+
+def _settings_of(preset: Preset) -> dict[str, Any]:
+    names = ("num_sinks", "chunk_size", "merge")
+    return {**{name: getattr(preset.config, name) for name in names}, "value_weight": None}
+
+
+def _folder_of(name: str) -> Path:
+    """The folder of a preset, which is fetched from the hub where there is none of this name."""
+    if Path(name).exists():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    # The tokenizers library raises plain exceptions; token ids can be read without a tokenizer.
-    except Exception:
-        tokenizer = None
-    return model, tokenizer
+        return Path(snapshot_download(name, allow_patterns=["preset.*", "README.md"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"expected a folder or a name on the hub, found {name} ({error})") from error
 
 
-def _unquantized(model: Any) -> Any:
-    """The same weights, which loading has dequantised, in a model that transformers agrees to save."""
-    fields = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-    plain = type(model)(type(model.config)(**fields)).to(model.dtype)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = model.generation_config
-    return plain.eval()
-
-
-def _probed(
-    model: Any,
-    tokenizer: Any,
-    texts: list[str],
-    *,
-    rows: int,
-    num_tokens: int,
-    needle_weight: float,
-    has_fit: bool,
-    settings: dict[str, Any],
-) -> MemoryConfig:
-    """The budgets that a probe finds, with `rows` rows per head on average, and biases if `has_fit`."""
-    import numpy as np
+def _probed(model: Any, tokenizer: Any, name: str, texts: dict[str, str], **options: Any) -> Preset:
+    """What a probe of a model finds on texts, or on those of the package; `options` are those of `probed`."""
+    if tokenizer is None:
+        raise ValueError(f"--probe: expected a model with a tokenizer, found none in {name}: give --no-probe")
     import torch
+    import transformers
 
-    from ovq.convert import Captures, default_options, fitted_bias, hidden_numbers, probe
-    from ovq.runtime.progress import Reporter
+    import ovq
+    from ovq.cli.probing import probed
+    from ovq.convert.presets import Preset
+    from ovq.convert.texts import default_texts
 
-    ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:num_tokens]) for text in texts]
-    targets: list[torch.Tensor | None] = [None] * len(ids)
-    weights = [1.0] * len(ids)
-    if needle_weight:
-        random = np.random.default_rng(_NEEDLE_SEED)
-        try:
-            found = hidden_numbers(tokenizer, texts[0], len(ids[0]), random=random)
-        except ValueError as error:
-            raise ValueError(
-                f"--needle-weight: expected 0 with so few tokens, found {needle_weight} ({error})"
-            ) from error
-        ids.append(torch.from_numpy(found[0]))
-        targets.append(torch.from_numpy(found[1]))
-        weights.append(needle_weight)
-    num_sinks, chunk_size = settings["num_sinks"], settings["chunk_size"]
-    length = max(map(len, ids))
-    options = default_options(rows, num_sinks=num_sinks, chunk_size=chunk_size, length=length)
-    # Each text is read once for both.
-    with Reporter() as reporter, Captures(model) as captures:
-        work = reporter.start("probe", total=len(ids) * len(options))
-        probed = probe(
-            model,
-            ids,
-            options=options,
-            targets=targets,
-            weights=weights,
-            **settings,
-            captures=captures,
-            progress=work.update,
-        )
-        config = probed.config(rows)
-        if has_fit:
-            work = reporter.start("bias", total=len(texts))
-            given: dict[str, Any] = {"captures": captures, "progress": work.update}
-            config = fitted_bias(model, ids[: len(texts)], config, **given)
-    return config
+    config, read = probed(model, tokenizer, texts or default_texts(), **options)
+    measured = {
+        "probe": read,
+        "needle_weight": options["needle_weight"],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "environment": {
+            "processor": platform.processor() or platform.machine(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, ovq)},
+        },
+    }
+    return Preset.of(model, config, name="", model_name=name, measured=measured)
+
+
+def _save_preset(preset: Preset, folder: Path) -> None:
+    from ovq.convert.presets import save_preset
+
+    save_preset(dataclasses.replace(preset, name=folder.resolve().name), folder)
+
+
+def _save(model: Any, tokenizer: Any, card: str, out: Path) -> None:
+    """Write the folder of a converted model, in one step."""
+    from ovq.runtime.files import open_to_others
+
+    # Beside its place, so that moving it there is one step.
+    temporary = out.with_name(f".{out.name}-{secrets.token_hex(8)}")
+    try:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        open_to_others(temporary)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _prompt(tokenizer: Any) -> str:
+    """Options of `ovq generate` that make sense for a model."""
+    if tokenizer is None:
+        return '--prompt "12 7 33"'
+    is_chat = getattr(tokenizer, "chat_template", None) is not None
+    return '--chat --prompt "What is the capital of France?"' if is_chat else '--prompt "Once upon a time"'

@@ -32,6 +32,8 @@ WeightDtype = Annotated[
 ]
 
 _MODEL_TYPE = "ovq"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""A model has a tokenizer if one of them lies beside it."""
 # What transformers raises on values it does not expect. Its OSError and ValueError explain themselves.
 FOREIGN_ERRORS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
 
@@ -268,8 +270,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     Raises:
         ValueError: If its files are damaged.
     """
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    if not any((folder / name).is_file() for name in names):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from ovq.hf.cache import CACHE_KEY
 from ovq.ops.serialization import write_file
 from ovq.ops.sums import state_dtype
+from ovq.runtime.files import TemporaryFolder
 
 _IMPLEMENTATION = "ovq_probe"
 # Logits are computed for so many tokens at a time.
@@ -55,10 +56,13 @@ class Captures:
     """What the heads of a model do with texts; each is read when it is first asked for.
 
     It is kept in a temporary folder (see `tempfile.gettempdir`), which goes with this object or at the end of
-    the block. For SmolLM2-135M and texts of which the last third counts these are 81 KB per token.
+    the block, or, if the process is killed, when another one makes its own. For SmolLM2-135M and texts of
+    which the last third counts these are 81 KB per token.
 
     Args:
         model: as for `probe`; it is as before afterwards.
+        progress: called after each layer, with how many there have been so far; a text passes each three
+            times (before the tokens that count, there, and back).
 
     Attributes:
         model: the same.
@@ -73,9 +77,10 @@ class Captures:
         (torch.Size([1, 2, 20, 8]), torch.Size([1, 2, 60, 8]))
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, progress: Callable[[int], None] | None = None) -> None:
         self.model = model
-        self._folder = tempfile.TemporaryDirectory(prefix="ovq-", ignore_cleanup_errors=True)
+        self._progress, self._num_layers_done = progress, 0
+        self._folder = TemporaryFolder("captures")
         self._numbers: dict[str, tuple[int, int]] = {}
 
     def __enter__(self) -> Captures:
@@ -96,21 +101,36 @@ class Captures:
         Raises:
             OSError: no room in the temporary folder.
         """
-        given = (text.tolist(), None if mask is None else mask.tolist(), seed)
-        name = hashlib.sha256(repr(given).encode()).hexdigest()
-        path = Path(self._folder.name) / name
-        if name not in self._numbers:
-            layers = capture(self.model, text, mask, seed)
-            tensors = {f"{n}{i}": getattr(c, n).contiguous() for i, c in enumerate(layers) for n in _TENSORS}
-            write_file(path, tensors, metadata={})
-            self._numbers[name] = len(layers), layers[0].num_targets
-        num_layers, num_targets = self._numbers[name]
+        path = self.read(text, mask, seed)
+        num_layers, num_targets = self._numbers[path.name]
         # Read anew also the first time, so that memory is freed, and nothing depends on how often it is read.
         tensors = load_file(path, device=str(self.model.device))
         return [
             Captured(**{n: tensors[f"{n}{i}"] for n in _TENSORS}, num_targets=num_targets)
             for i in range(num_layers)
         ]
+
+    def read(self, text: Tensor, mask: Tensor | None = None, seed: int = 0) -> Path:
+        """Read a text, unless it has been read; the file that has what was found. The arguments are those of
+        `of`.
+
+        Raises:
+            OSError: no room in the temporary folder.
+        """
+        given = (text.tolist(), None if mask is None else mask.tolist(), seed)
+        name = hashlib.sha256(repr(given).encode()).hexdigest()
+        path = Path(self._folder.name) / name
+        if name not in self._numbers:
+            layers = capture(self.model, text, mask, seed, self._after_layer)
+            tensors = {f"{n}{i}": getattr(c, n).contiguous() for i, c in enumerate(layers) for n in _TENSORS}
+            write_file(path, tensors, metadata={})
+            self._numbers[name] = len(layers), layers[0].num_targets
+        return path
+
+    def _after_layer(self) -> None:
+        self._num_layers_done += 1
+        if self._progress is not None:
+            self._progress(self._num_layers_done)
 
 
 def captures_of(
@@ -128,7 +148,13 @@ def captures_of(
     return contextlib.nullcontext(captures)
 
 
-def capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: int) -> list[Captured]:
+def capture(
+    model: PreTrainedModel,
+    text: Tensor,
+    mask: Tensor | None,
+    seed: int,
+    after_layer: Callable[[], None] = lambda: None,
+) -> list[Captured]:
     """Queries, keys, values, outputs and gradients of all layers on a text.
 
     What comes before the first token on whose prediction counts is read first, without gradients: no later
@@ -165,7 +191,9 @@ def capture(model: PreTrainedModel, text: Tensor, mask: Tensor | None, seed: int
         o = exact.to(q.dtype)
         if o.requires_grad:
             o.retain_grad()
+            o.register_hook(lambda _: after_layer())
             calls.append(((wide_q * scale).detach(), k.detach(), v.detach(), exact.detach(), o))
+        after_layer()
         return o.transpose(1, 2), None
 
     AttentionInterface.register(_IMPLEMENTATION, attention)

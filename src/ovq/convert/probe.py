@@ -147,6 +147,7 @@ def probe(
     seed: int = 0,
     captures: Captures | None = None,
     progress: Callable[[int], None] | None = None,
+    learning: Callable[[int], None] | None = None,
 ) -> Probe:
     """Try every option on every head of a model that is not converted yet.
 
@@ -170,6 +171,8 @@ def probe(
         seed: seed of those.
         captures: of the model, where others ask for the same texts as well; None for own ones.
         progress: called with the number of texts and options done so far.
+        learning: likewise, before these, with the number of layers of texts from which distances and uses
+            were learned.
 
     Raises:
         ValueError: a model that cannot be converted, no options, texts of fewer than 2 tokens, or captures of
@@ -208,7 +211,8 @@ def probe(
         if has_distances or has_use:
             is_of_distances = [has_distances and (m is None or None not in masks) for m in masks]
             uses = shares.tolist() if has_use and merge in PAIR_MERGES else [0.0] * len(texts)
-            found = _learned(kept, list(zip(texts, masks, is_of_distances, uses, strict=True)), seed, sizes)
+            read = list(zip(texts, masks, is_of_distances, uses, strict=True))
+            found = _learned(kept, read, seed, sizes, learning)
             if has_distances:
                 settings["value_weight"] = [[value_weight * w for w in d.value_weights()] for d, _ in found]
                 settings["key_exponents"] = [d.key_exponents() for d, _ in found]
@@ -231,6 +235,7 @@ def _learned(
     texts: Sequence[tuple[Tensor, Tensor | None, bool, float]],
     seed: int,
     sizes: dict[str, int],
+    progress: Callable[[int], None] | None,
 ) -> list[tuple[Distances, ExpectedUse]]:
     """What matters to the heads of each layer, and which tokens are of use.
 
@@ -239,7 +244,9 @@ def _learned(
         texts: token ids, a mask, whether distances are learned from the text, and its weight for uses.
         seed: of `Captures.of`.
         sizes: `num_sinks` and `num_recent`.
+        progress: called after each layer.
     """
+    num_done = 0
     layers: list[tuple[Distances, ExpectedUse]] = []
     for text, mask, has_distances, weight in texts:
         if not has_distances and not weight:
@@ -256,6 +263,9 @@ def _learned(
                     distances.see(*part)
                 if weight:
                     use.see(*part)
+            num_done += 1
+            if progress is not None:
+                progress(num_done)
     return layers
 
 

@@ -7,8 +7,11 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import stat
 import tempfile
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem[:32]}-{secrets.token_hex(8)}{path.suffix}")
     try:
         _create(temporary)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        # Some writers, such as safetensors, put a private file in its place.
+        temporary.chmod(mode)
         # The bytes must be on the disk before the name points at them; otherwise a power cut could leave an
         # empty file.
         with open(temporary, "rb+") as file:
@@ -116,6 +122,71 @@ def claimed(folder: Path, *, command: str) -> Iterator[None]:
                 f"--out: expected a folder that no other `{command}` is at work in, found {folder}"
             ) from None
         yield
+
+
+class TemporaryFolder(tempfile.TemporaryDirectory):
+    """A temporary folder, beside which those are removed that processes left when they were killed.
+
+    Args:
+        kind: Part of its name; folders of the same kind are removed.
+
+    Example:
+        >>> with TemporaryFolder("example") as folder:
+        ...     Path(folder).name.startswith("ovq-example-")
+        True
+    """
+
+    def __init__(self, kind: str) -> None:
+        _remove_left(f"ovq-{kind}-")
+        super().__init__(prefix=f"ovq-{kind}-", ignore_cleanup_errors=True)
+        descriptor = _locked(self.name)
+        if descriptor is not None:
+            weakref.finalize(self, os.close, descriptor)
+
+
+# A folder that was made a moment ago may not be locked yet.
+_SECONDS_TO_LOCK = 60.0
+
+
+def _remove_left(prefix: str) -> None:
+    """Remove the folders of that name that no process has locked."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        # Those of other users cannot be opened.
+        with contextlib.suppress(OSError):
+            is_new = time.time() - folder.lstat().st_mtime < _SECONDS_TO_LOCK
+            if is_new or folder.is_symlink() or (descriptor := _locked(folder)) is None:
+                continue
+            try:
+                shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
+
+
+def _locked(folder: str | os.PathLike) -> int | None:
+    """The descriptor of a folder, which is locked until it is closed; None if it cannot be locked."""
+    try:
+        # Locks of the system, which go with the process however that ends. There are none on Windows.
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def open_to_others(folder: Path) -> None:
+    """Give the files in a folder the permissions that the umask gives; safetensors writes private ones."""
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        example = Path(own) / "example"
+        _create(example)
+        mode = stat.S_IMODE(example.stat().st_mode)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def read_json(path: Path) -> Any:

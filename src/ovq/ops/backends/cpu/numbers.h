@@ -18,8 +18,8 @@ struct Float16 {
 
 typedef uint32_t Words __attribute__((vector_size(VL * 4)));
 typedef uint16_t Halves __attribute__((vector_size(VL * 2)));
-typedef int16_t Shorts __attribute__((vector_size(VL * 2)));
-typedef int8_t Bytes __attribute__((vector_size(VL)));
+typedef int16_t ShortVector __attribute__((vector_size(VL * 2)));
+typedef int8_t ByteVector __attribute__((vector_size(VL)));
 
 INLINE float float_of(uint32_t bits) {
     float y;
@@ -60,10 +60,10 @@ INLINE Vector load_numbers(const int8_t *x) {
 #elif defined(__AVX2__)
     return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
 #else
-    Bytes bits;
+    ByteVector bits;
     memcpy(&bits, x, sizeof(bits));
     /* In steps, each of which GCC knows an instruction for. */
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bits, Shorts), IntVector), Vector);
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bits, ShortVector), IntVector), Vector);
 #endif
 }
 

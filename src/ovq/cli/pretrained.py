@@ -1,0 +1,157 @@
+"""The model that `ovq convert` takes: a folder or a name on the hub of transformers, or a GGUF file."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ovq.cli.loading import FOREIGN_ERRORS, TOKENIZER_FILES
+
+# Types of tensors in GGUF files that are not quantised.
+_EXACT = ("F64", "F32", "F16", "BF16")
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_pretrained(
+    name: str, *, gguf_file: str | None, dtype: str, say: Callable[[str], None]
+) -> tuple[Any, Any]:
+    """The model, and its tokenizer; None if it has none.
+
+    Args:
+        name: A folder, a name on the hub, or a GGUF file.
+        gguf_file: A GGUF file in that folder or repository.
+        dtype: One of `DTYPES`. `"auto"` is what the model has, or a narrower one in which nothing is lost:
+            float32 that holds numbers of bfloat16 or float16, and what was quantised, in bfloat16.
+        say: Called with a line before what takes long.
+
+    Raises:
+        OSError: If there is no such model.
+        ValueError: If it is none, or its tokenizer is damaged.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    source, options = _place(name, gguf_file)
+    is_gguf = bool(options)
+    if is_gguf:
+        say("Reading a GGUF file: weights, and tokens one by one, in some ten seconds")
+    with _parsing_once() if is_gguf else contextlib.nullcontext():
+        try:
+            wanted = "float32" if is_gguf and dtype == "auto" else dtype
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options).eval()
+        except (*FOREIGN_ERRORS, SafetensorError, StrictDataclassError) as error:
+            raise ValueError(
+                f"--model: expected a causal language model, found {name!r} ({error})"
+            ) from error
+        if is_gguf:
+            model = _dequantized(model)
+        if dtype == "auto":
+            tensors = _header(source, options["gguf_file"]).tensors if is_gguf else []
+            is_rounded = any(tensor.tensor_type.name not in _EXACT for tensor in tensors)
+            model = _narrowed(model, is_rounded=is_rounded)
+        return model, _tokenizer(name, source, options)
+
+
+def _place(name: str, gguf_file: str | None) -> tuple[str, dict[str, str]]:
+    """What transformers calls a model, and its options for a GGUF file."""
+    if gguf_file is None and name.endswith(".gguf"):
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"--model: expected a GGUF file, found none in {name}")
+        name, gguf_file = str(path.parent), path.name
+    if gguf_file is None:
+        return name, {}
+    try:
+        importlib.import_module("gguf")
+    except ImportError:
+        raise ValueError(
+            "--model: expected the package gguf for a GGUF file, found none: pip install 'ovq[convert]'"
+        ) from None
+    return name, {"gguf_file": gguf_file}
+
+
+@contextlib.contextmanager
+def _parsing_once() -> Iterator[None]:
+    """transformers parses a GGUF file, with all its tokens, for the config, the weights and the tokenizer
+    each, and names its tensors anew for each module: of 27 seconds for SmolLM2-135M this saves 10.
+    """
+    import gguf
+
+    names = ("GGUFReader", "get_tensor_name_map")
+    before = {name: getattr(gguf, name) for name in names}
+    for name, function in before.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(gguf, name, function)
+
+
+def _dequantized(model: Any) -> Any:
+    """The same weights, which loading has dequantised, in a model that transformers agrees to save."""
+    from transformers.initialization import no_init_weights
+
+    fields = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    with no_init_weights():
+        plain = type(model)(type(model.config)(**fields))
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain.eval()
+
+
+def _header(source: str, name: str) -> Any:
+    """What a GGUF file says of itself, which has just been read."""
+    import gguf
+    from transformers.utils import cached_file
+
+    path = cached_file(source, name)
+    assert path is not None
+    return gguf.GGUFReader(path)
+
+
+def _narrowed(model: Any, *, is_rounded: bool) -> Any:
+    """A model of float32 in 16 bits, if these hold all its weights, or the weights were rounded further."""
+    import torch
+
+    if model.dtype != torch.float32:
+        return model
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(p, p.to(dtype).float()) for p in model.parameters()):
+            return model.to(dtype)
+    return model.to(torch.bfloat16) if is_rounded else model
+
+
+def _tokenizer(name: str, source: str, options: dict[str, str]) -> Any:
+    """The tokenizer of a model; None if there is none."""
+    from transformers import AutoTokenizer
+
+    if not _has_tokenizer(source, options):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    # The tokenizers library raises plain exceptions.
+    except Exception as error:
+        raise ValueError(
+            f"--model: expected a tokenizer that can be read beside {name}, found one that cannot be "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _has_tokenizer(source: str, options: dict[str, str]) -> bool:
+    from transformers.utils import cached_file
+
+    if options:
+        return "tokenizer.ggml.model" in _header(source, options["gguf_file"]).fields
+    is_lenient = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    return any(cached_file(source, name, **is_lenient) is not None for name in TOKENIZER_FILES)

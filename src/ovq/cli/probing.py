@@ -1,0 +1,119 @@
+"""The probe of `ovq convert`: what it reads, what it costs, and how far it is."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ovq.runtime.progress import Reporter
+
+if TYPE_CHECKING:
+    from ovq.convert import MemoryConfig
+
+# Of the numbers that are hidden in a text of the probe.
+_NEEDLE_SEED = 7
+# SmolLM2-135M and three texts of 3,072 tokens, on one core: docs/results/convert.md, "How long a conversion
+# takes".
+_SECONDS = {"passes": 67.0, "trials": 101.0}
+_WEIGHTS, _NUMBERS, _TOKENS, _OPTIONS = 134.5e6, 90 * 64, 3 * 3072, 46
+
+
+def probed(
+    model: Any,
+    tokenizer: Any,
+    texts: Mapping[str, str],
+    *,
+    rows: int,
+    num_tokens: int,
+    needle_weight: float,
+    has_fit: bool,
+    settings: dict[str, Any],
+) -> tuple[MemoryConfig, list[dict[str, Any]]]:
+    """The memory that a probe finds, with `rows` rows per head on average, and biases if `has_fit`; and what
+    it has read.
+
+    Args:
+        model: Not converted yet.
+        tokenizer: Its own.
+        texts: By name. Numbers are hidden in the first one.
+        rows: See above.
+        num_tokens: Of each text.
+        needle_weight: How much the hidden numbers count; a text counts 1.
+        has_fit: See above.
+        settings: `num_sinks`, `chunk_size`, `merge` and `value_weight` of the memory.
+    """
+    import numpy as np
+    import torch
+
+    from ovq.convert import Captures, default_options, fitted_bias, hidden_numbers, probe
+
+    ids = [torch.tensor(tokenizer(text, verbose=False)["input_ids"][:num_tokens]) for text in texts.values()]
+    read = [{"text": name, "tokens": len(x)} for name, x in zip(texts, ids, strict=True)]
+    targets: list[torch.Tensor | None] = [None] * len(ids)
+    weights = [1.0] * len(ids)
+    if needle_weight:
+        random = np.random.default_rng(_NEEDLE_SEED)
+        try:
+            found = hidden_numbers(tokenizer, next(iter(texts.values())), len(ids[0]), random=random)
+        except ValueError as error:
+            raise ValueError(
+                f"--needle-weight: expected 0 with so few tokens, found {needle_weight} ({error})"
+            ) from error
+        ids.append(torch.from_numpy(found[0]))
+        targets.append(torch.from_numpy(found[1]))
+        weights.append(needle_weight)
+        read.append({"text": f"numbers hidden in {read[0]['text']}", "tokens": len(ids[-1])})
+    length = max(map(len, ids))
+    sizes = {"num_sinks": settings["num_sinks"], "chunk_size": settings["chunk_size"]}
+    options = default_options(rows, **sizes, length=length)
+    num_layers = model.config.num_hidden_layers
+    with Reporter() as reporter:
+        reporter.say(_cost(model, [len(x) for x in ids], len(options)))
+        reading = reporter.start("probe, reading", total=3 * num_layers * len(ids))
+        with Captures(model, progress=reading.update) as captures:
+            for text, mask in zip(ids, targets, strict=True):
+                captures.read(text, mask)
+            learning = reporter.start("probe, learning", total=num_layers * len(ids))
+            work = reporter.start("probe, trying", total=len(ids) * len(options))
+            found_by = probe(
+                model,
+                ids,
+                options=options,
+                targets=targets,
+                weights=weights,
+                **settings,
+                captures=captures,
+                progress=work.update,
+                learning=learning.update,
+            )
+            config = found_by.config(rows)
+            if has_fit:
+                work = reporter.start("probe, biases", total=len(texts))
+                given: dict[str, Any] = {"captures": captures, "progress": work.update}
+                config = fitted_bias(model, ids[: len(texts)], config, **given)
+    return config, read
+
+
+def _cost(model: Any, lengths: list[int], num_options: int) -> str:
+    """What a probe takes, in a line that is said before it begins."""
+    from ovq.convert.attach import kv_heads
+
+    heads = kv_heads(model)
+    dim = getattr(model.config, "head_dim", None) or (
+        model.config.hidden_size // model.config.num_attention_heads
+    )
+    tokens, numbers = sum(lengths), sum(heads) * dim
+    weights = sum(p.numel() for p in model.parameters())
+    seconds = _SECONDS["passes"] * weights / _WEIGHTS
+    seconds += _SECONDS["trials"] * numbers / _NUMBERS * num_options / _OPTIONS
+    seconds *= tokens / _TOKENS
+    # Of all tokens keys and values; of a third of them queries and outputs in float32, and gradients.
+    size = model.dtype.itemsize
+    per_token = 2 * numbers * size
+    per_token += len(heads) * model.config.num_attention_heads * dim * (2 * 4 + size) / 3
+    minutes = max(1, round(seconds / 60))
+    return (
+        f"The probe reads {len(lengths)} texts, {tokens:,} tokens in all: about {minutes} min of one core "
+        f"(by size, from SmolLM2-135M), and {tokens * per_token / 1e9:.1f} GB in {tempfile.gettempdir()}"
+    )

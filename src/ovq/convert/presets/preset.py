@@ -1,0 +1,206 @@
+"""`Preset`: a memory with the model that it was probed for, on disk and found again for a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ovq.convert.config import MemoryConfig
+from ovq.convert.presets.card import preset_card
+from ovq.convert.presets.identity import identity, likeness, weight_sample
+from ovq.ops.serialization import write_file
+from ovq.runtime.files import read_json, write_atomic
+
+#: A preset is for as many rows as are asked for, within this share of them.
+MAX_MISMATCH = 0.05
+
+_FORMAT = 1
+_JSON, _TENSORS, _CARD = "preset.json", "preset.safetensors", "README.md"
+_SAMPLE = "weight_sample"
+# Copies that were quantised to 4 bits have 0.99 and more, other models about 0.
+_LEAST_LIKENESS = 0.9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Preset:
+    """A memory as a probe has found it, and the model it is for.
+
+    Attributes:
+        name: that of its folder.
+        model: the model's name.
+        config: the memory.
+        identity: sizes of the model, see `identity`.
+        sample: a few of its weights, see `weight_sample`.
+        measured: what was measured, and how, as JSON has it, see `preset_card`.
+    """
+
+    name: str
+    model: str
+    config: MemoryConfig
+    identity: dict[str, Any]
+    sample: Tensor
+    measured: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        config: MemoryConfig,
+        *,
+        name: str,
+        model_name: str,
+        measured: dict[str, Any] | None = None,
+    ) -> Preset:
+        """The preset of a model, converted or not, that a memory was probed for."""
+        # `attach` finds these out.
+        plain = dataclasses.replace(config, trained_length=None, rotary_frequencies=None)
+        return cls(
+            name=name,
+            model=model_name,
+            config=plain,
+            identity=identity(model),
+            sample=weight_sample(model),
+            measured=measured or {},
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows per head, on average."""
+        return round(self.config.rows_per_head)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError unless this is a preset of the model, or of one that it is a copy of."""
+        found = identity(model)
+        differing = {k: (v, found.get(k)) for k, v in self.identity.items() if found.get(k) != v}
+        if differing:
+            named = ", ".join(f"{k} {v[0]} (found {v[1]})" for k, v in differing.items())
+            raise ValueError(f"preset {self.name}: expected a copy of {self.model}, with {named}")
+        if (alike := likeness(self.sample, weight_sample(model))) < _LEAST_LIKENESS:
+            raise ValueError(
+                f"preset {self.name}: expected a copy of {self.model}, found a model of the same sizes with "
+                f"other weights (likeness {alike:.2f}, at least {_LEAST_LIKENESS} expected)"
+            )
+
+
+def save_preset(preset: Preset, folder: str | os.PathLike) -> None:
+    """Write a preset and its card into a folder, which is made if necessary.
+
+    Raises:
+        OSError: if it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))
+        >>> config = MemoryConfig(num_slots=[[8, 0]], window=[[32, 64]], slot_bias=[[0.1, -0.3]])
+        >>> folder = tempfile.mkdtemp()
+        >>> save_preset(Preset.of(model, config, name="small", model_name="mine"), folder)
+        >>> found = load_preset(folder)
+        >>> found.check(model)
+        >>> found.config == config
+        True
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = preset.config.to_dict()
+    tensors = {name: _as_tensor(value) for name, value in fields.items() if isinstance(value, list)}
+    content = {
+        "format": _FORMAT,
+        "model": preset.model,
+        "rows_per_head": preset.config.rows_per_head,
+        "identity": preset.identity,
+        "memory": {k: v for k, v in fields.items() if k not in tensors and v is not None},
+        "measured": preset.measured,
+    }
+    write_file(
+        folder / _TENSORS, {**tensors, _SAMPLE: preset.sample.float()}, metadata={"format": "ovq-preset"}
+    )
+    write_atomic(folder / _JSON, json.dumps(content, indent=2) + "\n")
+    write_atomic(
+        folder / _CARD,
+        preset_card(name=preset.name, model=preset.model, config=preset.config, measured=preset.measured),
+    )
+
+
+def load_preset(folder: str | os.PathLike) -> Preset:
+    """The preset in a folder.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if its files are damaged, or of a later version.
+    """
+    folder = Path(folder)
+    if not (folder / _JSON).is_file():
+        raise FileNotFoundError(f"{folder}: expected a preset, found no {_JSON} in it")
+    content = read_json(folder / _JSON)
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{folder / _JSON}: expected a preset of format {_FORMAT}, found another file")
+    try:
+        tensors = load_file(folder / _TENSORS)
+        lists = {name: tensor.tolist() for name, tensor in tensors.items() if name != _SAMPLE}
+        return Preset(
+            name=folder.resolve().name,
+            model=content["model"],
+            config=MemoryConfig.from_dict({**content["memory"], **lists}),
+            identity=content["identity"],
+            sample=tensors[_SAMPLE],
+            measured=content["measured"],
+        )
+    except (KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: expected a preset, found damaged files ({error})") from error
+
+
+@functools.cache
+def packaged_presets() -> tuple[Preset, ...]:
+    """The presets that come with the package.
+
+    Example:
+        >>> [preset.rows for preset in packaged_presets()]
+        [256, 512, 768]
+    """
+    folders = (path.parent for path in Path(__file__).parent.glob(f"*/{_JSON}"))
+    return tuple(sorted(map(load_preset, folders), key=lambda preset: (preset.model, preset.rows)))
+
+
+def presets_of(model: PreTrainedModel) -> list[Preset]:
+    """The presets of the package that are of this model, which is not converted yet."""
+
+    def fits(preset: Preset) -> bool:
+        try:
+            preset.check(model)
+        except ValueError:
+            return False
+        return True
+
+    return [preset for preset in packaged_presets() if fits(preset)]
+
+
+def find_preset(model: PreTrainedModel, rows: float) -> Preset | None:
+    """The preset of the package that is of this model, with about as many rows per head; None if none is.
+
+    Args:
+        model: not converted yet.
+        rows: rows per head, on average; a preset may have up to 5 % more or fewer.
+    """
+    near = [p for p in presets_of(model) if abs(p.rows - rows) <= MAX_MISMATCH * rows]
+    return min(near, key=lambda p: abs(p.rows - rows), default=None)
+
+
+def _as_tensor(value: list[Any]) -> Tensor:
+    """Lists of numbers, so that `tolist` gives the same ones again."""
+    tensor = torch.tensor(value)
+    if tensor.is_floating_point():
+        return torch.tensor(value, dtype=torch.float64)
+    is_small = bool((tensor.abs() < 128).all())
+    return tensor.to(torch.int8 if is_small else torch.int32)
