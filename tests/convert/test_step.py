@@ -250,6 +250,23 @@ def test_changed_weights_are_read(by_modules):
     assert not read(model, IDS[:1, :30])[0].any()
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "int8"])
+def test_a_narrow_copy_is_made_anew_when_weights_change_in_place(name):
+    model = converted(weight_dtype=name)
+    for _ in range(2):
+        cache = model.make_cache()
+        with torch.no_grad():
+            model(IDS[:1, :20], past_key_values=cache)
+            found = model(IDS[:1, 20:21], past_key_values=cache).logits
+            # The same weights in a model that has written nothing.
+            other = converted(weight_dtype=name)
+            other.load_state_dict(model.state_dict())
+            cache = other.make_cache()
+            other(IDS[:1, :20], past_key_values=cache)
+            assert torch.equal(found, other(IDS[:1, 20:21], past_key_values=cache).logits)
+            model.model.layers[1].mlp.down_proj.weight.mul_(0.5)
+
+
 def test_models_that_have_written_are_copied_and_pickled(steps):
     model = converted(weight_dtype="int8")
     expected, _ = read(model, IDS[:1, :30])
