@@ -17,7 +17,7 @@ PIP = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install --n
 # transformers anew, for a quarter of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test pytest test-slow test-peers test-oldest fuzz lint format tables docs clean
+.PHONY: install demo test pytest test-slow test-peers test-oldest fuzz lint format tables docs tag clean
 
 install: $(VENV)/.installed
 
@@ -82,6 +82,13 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A tag of the version in src/ovq/__init__.py, once CHANGELOG.md has its date, for whoever owns the repository to push.
+tag: install
+	@version=$$($(BIN)/python -c 'import ovq; print(ovq.__version__)'); \
+		grep -qE "^## $$version \([0-9]{4}-[0-9]{2}-[0-9]{2}\)" CHANGELOG.md \
+			|| { echo "CHANGELOG.md: expected '## $$version (YYYY-MM-DD)', found no date" >&2; exit 2; }; \
+		git tag -a "v$$version" -m "ovq $$version" && echo "git push origin v$$version"
 
 format: install
 	$(BIN)/ruff check --fix .
