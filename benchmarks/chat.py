@@ -18,10 +18,10 @@ from pathlib import Path
 
 import httpx
 import openai
-from ovq.runtime.environment import environment
 from transformers import AutoTokenizer
 
 from ovq.runtime.files import write_atomic
+from ovq_lab.runtime.environment import environment
 
 QUESTIONS = (
     "Who speaks first?",

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-MIN_TOKENS = 32
+MIN_TOKENS = 16
 """What reading fewer tokens costs is not worth a state."""
 
 
