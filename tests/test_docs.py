@@ -99,7 +99,9 @@ def test_the_table_of_presets_is_what_was_measured_and_what_their_cards_say():
     rows = json.loads((ROOT / "docs" / "results" / "convert_presets.json").read_text())["rows"]
     page = (ROOT / "docs" / "results" / "convert.md").read_text()
     for preset in packaged_presets():
-        losses = [f"{row['loss']:.3f}" for row in rows if row["rows"] == preset.rows]
+        losses = [
+            f"{row['loss']:.3f}" for row in rows if row["rows"] == preset.rows and row["method"] == "preset"
+        ]
         assert f"| the preset | {preset.rows} | {' | '.join(losses)} |" in page
         assert losses == [f"{row['converted']:.3f}" for row in preset.measured["losses"]]
 

@@ -14,8 +14,8 @@ SIZES = {
 }
 
 
-def write_gguf(path, *, kind="Q4_1", has_tokenizer=True, scale=0.3):
-    """Write it, with all matrices in one kind of numbers, of that size."""
+def write_gguf(path, *, kind="Q4_1", has_tokenizer=True):
+    """Write it, with all matrices in one kind of numbers."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_block_count(SIZES["num_hidden_layers"])
@@ -40,7 +40,7 @@ def write_gguf(path, *, kind="Q4_1", has_tokenizer=True, scale=0.3):
     random = np.random.default_rng(0)
     number = gguf.GGMLQuantizationType[kind]
     for name, shape in shapes.items():
-        weights = (random.standard_normal(shape) * scale).astype(np.float32)
+        weights = (random.standard_normal(shape) * 0.3).astype(np.float32)
         writer.add_tensor(f"{name}.weight", gguf.quants.quantize(weights, number), raw_dtype=number)
     norms = [
         f"blk.{i}.{name}" for i in range(SIZES["num_hidden_layers"]) for name in ("attn_norm", "ffn_norm")

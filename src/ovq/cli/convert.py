@@ -272,4 +272,4 @@ def _prompt(tokenizer: Any) -> str:
     if tokenizer is None:
         return '--prompt "12 7 33"'
     is_chat = getattr(tokenizer, "chat_template", None) is not None
-    return '--chat --prompt "What is the capital of France?"' if is_chat else '--prompt "Once upon a time"'
+    return '--chat --prompt "Name three fruits."' if is_chat else '--prompt "Once upon a time"'
