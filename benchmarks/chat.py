@@ -100,7 +100,7 @@ def main() -> None:
         for size, turns in ((512, arguments.turns), (0, arguments.turns_before))
         for row in measure(arguments.model, document, turns, prefix_cache=size)
     ]
-    content = {"environment": environment(), "command": sys.argv, "rows": rows}
+    content = {"environment": environment("cpu"), "command": sys.argv, "rows": rows}
     write_atomic(arguments.out, json.dumps(content, indent=1) + "\n")
 
 
