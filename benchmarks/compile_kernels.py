@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 
 from ovq.ops import OVQState
 from ovq.ops.backends import triton as triton_backend
-from ovq.ops.backends.triton import decode, graph, library, merging
+from ovq.ops.backends.triton import decode, library, merging
 from ovq.ops.checks import checked_call
 from ovq.ops.options import Options
 
@@ -61,8 +61,7 @@ def compile_all(arch: int, dtype: str, head_dim: int, chunk_size: int = 256) -> 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = original(self, *args, grid=grid, warmup=True, **options)
         if id(kernel) not in found:
-            in_graph = " (graph)" if graph.steps_of is graph.Replayed else ""
-            found[id(kernel)] = {"kernel": self.fn.__name__ + in_graph, **_resources(kernel)}
+            found[id(kernel)] = {"kernel": self.fn.__name__, **_resources(kernel)}
         return kernel
 
     JITFunction.run = compile_only
@@ -76,11 +75,7 @@ def compile_all(arch: int, dtype: str, head_dim: int, chunk_size: int = 256) -> 
 
 
 def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
-    """A forward, a backward and a decoded token, without weights, with weights, and with forgetting.
-
-    Only the launches count. The forward launches its steps one by one, then as they are recorded for a graph.
-    """
-    graph.FEWEST, graph.Graph = 1, mock.Mock()
+    """A forward, a backward and a decoded token, without weights, with weights, and with forgetting."""
     length, slots = 4 * chunk_size, 2 * chunk_size
     q, k, v = (torch.zeros(1, length, heads, dim, dtype=dtype) for heads in (2, 1, 1))
     state = OVQState.empty(
@@ -96,27 +91,24 @@ def _call(dtype: torch.dtype, dim: int, chunk_size: int) -> None:
     bounds = torch.tensor([[0], [length]])
     q.requires_grad_()
     weights = torch.ones(1, length, 1)
-    # By "nearest" the host waits for what was decided, so that no step is recorded.
-    ways = [*((graph.steps_of, merge) for merge in MERGES), (graph.Replayed, MERGES[0])]
-    for steps_of, merge in ways:
-        with mock.patch.object(graph, "steps_of", steps_of):
-            o, *rest = library.attention(
-                q, k, v, torch.ones(2), bounds, slots, chunk_size, "plateau", merge, 0.5, True
+    for merge in MERGES:
+        o, *rest = library.attention(
+            q, k, v, torch.ones(2), bounds, slots, chunk_size, "plateau", merge, 0.5, True
+        )
+        o.sum().backward()
+        for weighs_chunk in (False, True):
+            options = Options(
+                num_slots=slots,
+                chunk_size=chunk_size,
+                growth="plateau",
+                init="novelty",
+                merge=merge,
+                seed=0,
+                weighs_chunk=weighs_chunk,
             )
-            o.sum().backward()
-            for weighs_chunk in (False, True):
-                options = Options(
-                    num_slots=slots,
-                    chunk_size=chunk_size,
-                    growth="plateau",
-                    init="novelty",
-                    merge=merge,
-                    seed=0,
-                    weighs_chunk=weighs_chunk,
-                )
-                given = {"q": q, "k": k, "v": v, "scale": torch.ones(2), "token_weights": weights}
-                call = checked_call(**given, options=options, wants_state=True)
-                triton_backend.run(call)[0].sum().backward()
+            given = {"q": q, "k": k, "v": v, "scale": torch.ones(2), "token_weights": weights}
+            call = checked_call(**given, options=options, wants_state=True)
+            triton_backend.run(call)[0].sum().backward()
     token = [x[:, :1].detach() for x in (q, k, v)]
     places = torch.zeros(0, dtype=torch.int32)
     key_sum, value_sum, count = (x.detach() for x in rest[:3])

@@ -13,12 +13,10 @@ import dataclasses
 import functools
 import itertools
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -125,16 +123,10 @@ def parity_row(
 
 def parity() -> Iterator[Row]:
     """Short rows first, as what is wrong shows there too. Each dtype and head size compiles all kernels."""
-    # Imported only where there is Triton.
-    from ovq.ops.backends.triton import beside, work
-
     calls = [("float32", 150, 24, 16, 64), ("bfloat16", 150, 24, 16, 64), ("bfloat16", 3000, 512, 256, 128)]
     calls += [("float32", 1500, 256, 64, 64), ("bfloat16", 1500, 256, 64, 64)]
     for (dtype, *size), merge in itertools.product(calls, RULES):
         yield parity_row(merge, dtype, *size)
-    with mock.patch.object(beside, "IS_ON", True), mock.patch.object(work, "SEGMENT_BYTES", 1 << 20):
-        row = parity_row("existing", "bfloat16", 3000, 512, 256, 128)
-        yield row | {"what": "reads beside the recurrence"}
     # Of weights only short rows, as their kernels are compiled anew.
     for (dtype, *size), merge in itertools.product(calls[:2], RULES):
         yield parity_row(merge, dtype, *size, has_weights=True)
@@ -172,9 +164,9 @@ def _calls(merge: str, length: int, *, has_weights: bool = False) -> dict[str, C
 
 
 def rules() -> Iterator[Row]:
-    """Each rule of merging by itself, and the paper's by the ways that wait for a GPU to choose them."""
+    """Each rule of merging by itself, and the paper's by the way that waits for a GPU to choose it."""
     # Imported only where there is Triton.
-    from ovq.ops.backends.triton import beside, launch
+    from ovq.ops.backends.triton import launch
 
     for length, merge in itertools.product((4096, 16384), RULES):
         for what, call in _calls(merge, length).items():
@@ -184,71 +176,9 @@ def rules() -> Iterator[Row]:
         for what, call in _calls(merge, 4096, has_weights=True).items():
             times = gpu.flushed_times([call], max_rounds=5, seconds=1.0)[0]
             yield {"merge": merge, "length": 4096, "what": f"{what}, weights", **spread(times)}
-    for what, module, name, value in (
-        ("two products", launch, "SPLIT_PARTS", 2),
-        ("reads beside the recurrence", beside, "IS_ON", True),
-    ):
-        with mock.patch.object(module, name, value):
-            times = gpu.flushed_times([_calls("existing", 16384)["forward"]], max_rounds=10, seconds=2.0)[0]
-        yield {"merge": "existing", "length": 16384, "what": f"forward, {what}", **spread(times)}
-
-
-def _graphs_on(function: Callable[[], object], num_replays: list[int]) -> Callable[[], object]:
-    """A function with its steps in CUDA graphs, which counts what is replayed and fails if that cannot be."""
-    from ovq.ops.backends.triton import graph
-
-    replay = graph.Graph.replay
-
-    def counted(self) -> None:
-        num_replays[0] += 1
-        replay(self)
-
-    @functools.wraps(function)
-    def run(*args, **options) -> object:
-        with (
-            mock.patch.object(graph, "IS_ON", True),
-            mock.patch.object(graph, "FEWEST", 2),
-            mock.patch.object(graph.Graph, "replay", counted),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("error", RuntimeWarning)
-            return function(*args, **options)
-
-    return run
-
-
-def _host_seconds(function: Callable[[], object]) -> float:
-    """How long the host is busy with a call, which the GPU may finish later."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    seconds = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return seconds
-
-
-def graphs() -> Iterator[Row]:
-    """Steps in CUDA graphs: parity, then times beside single launches.
-
-    By the paper's rule alone: by "nearest" the host looks at what was decided.
-    """
-    # Imported only where there is Triton.
-    from ovq.ops.backends.triton import beside
-
-    num_replays = [0]
-    sizes = [("float32", 150, 24, 16, 64), ("bfloat16", 3000, 512, 256, 128)]
-    for dtype, *size in sizes:
-        num_replays[0] = 0
-        row = _graphs_on(parity_row, num_replays)("existing", dtype, *size)
-        row |= {"what": "parity", "replays": num_replays[0]}
-        yield row | {"is_passed": row["is_passed"] and num_replays[0] > 0}
-    launched = _calls("existing", 16384)["forward"]
-    ways = {"launched": launched, "replayed": _graphs_on(launched, num_replays)}
-    ways["replayed, reads beside"] = mock.patch.object(beside, "IS_ON", True)(ways["replayed"])
-    times = gpu.flushed_times(list(ways.values()), max_rounds=10, seconds=2.0)
-    for (what, call), own in zip(ways.items(), times, strict=True):
-        host = statistics.median(_host_seconds(call) for _ in range(5))
-        yield {"merge": "existing", "length": 16384, "what": what, **spread(own), "host_seconds": host}
+    with mock.patch.object(launch, "SPLIT_PARTS", 2):
+        times = gpu.flushed_times([_calls("existing", 16384)["forward"]], max_rounds=10, seconds=2.0)[0]
+    yield {"merge": "existing", "length": 16384, "what": "forward, two products", **spread(times)}
 
 
 def profile() -> Iterator[Row]:
@@ -285,7 +215,6 @@ PARTS = (
     ),
     Part("decode", 40, "a decoded token after as many", functools.partial(compared, "decode")),
     Part("rules", 85, "the rules of merging beside each other at 4k and 16k", rules),
-    Part("graphs", 50, "the steps of the recurrence in CUDA graphs: parity, and times at 16k", graphs),
     Part("profile", 65, "the time of each kernel in a forward and a backward at 16k", profile),
 )
 

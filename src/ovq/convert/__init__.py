@@ -18,7 +18,8 @@ from ovq.convert.needles import hidden_numbers
 from ovq.convert.probe import Probe, default_options, probe
 from ovq.convert.saving import load
 from ovq.convert.trials import Option
-from ovq.hf.context import build_context, context_info, load_context, save_context
+from ovq.hf.context import build_context, load_context, save_context
+from ovq.hf.context_file import context_info
 
 __all__ = [
     "Captures",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ovq.convert.cache import HeadMemories, MemoryCache
 from ovq.convert.config import MemoryConfig
-from ovq.hf.context import KINDS, Kind
+from ovq.hf.context_kinds import KINDS, Kind
 from ovq.layers.memory import check_tensors, of_rows
 
 #: The name of these contexts.

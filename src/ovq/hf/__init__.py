@@ -5,14 +5,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from ovq.hf.assignments import model_assignments
 from ovq.hf.cache import OVQCache
 from ovq.hf.configuration_ovq import OVQConfig
-from ovq.hf.context import (
-    Context,
-    ContextInfo,
-    build_context,
-    context_info,
-    load_context,
-    save_context,
-)
+from ovq.hf.context import Context, build_context, load_context, save_context
+from ovq.hf.context_file import ContextInfo, context_info
 from ovq.hf.modeling_ovq import OVQForCausalLM, OVQModel
 
 AutoConfig.register(OVQConfig.model_type, OVQConfig)

@@ -14,78 +14,26 @@ file, which only the model that read the document accepts:
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import Tensor
 
-from ovq.hf.cache import CACHE_KEY, OVQCache, StateCache
-from ovq.hf.configuration_ovq import OVQConfig
-from ovq.hf.modeling_ovq import OVQModel
-from ovq.hf.pretrained import WITHOUT_EFFECT
-from ovq.ops.serialization import format_of, positive_int, read_file, upgraded, write_file
-from ovq.ops.sums import DTYPES
-
-FORMAT = "ovq-context"
-VERSION = "1"
-
-Tensors = Mapping[str, Tensor]
-
-
-class ContextModel(Protocol):
-    """What contexts need of a model: an `OVQModel` or `OVQForCausalLM`, or a converted model."""
-
-    config: Any
-    context_kind: str
-
-    @property
-    def base_model(self) -> Any:
-        """The model without its output layer."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-
-    def make_cache(self) -> Any:
-        """An empty cache of the model."""
-
-    def memory_fields(self) -> dict[str, Any]:
-        """What a memory depends on beside weights and dtype, as in JSON."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Kind:
-    """Contexts of one kind of models: how their files are read without the model.
-
-    Attributes:
-        upgraded: the `memory_fields` that a file has, with the names and defaults of today.
-        config: the config that has these fields.
-        cache: an empty cache of a model of this config.
-        check: raises ValueError, naming the file, unless the tensors of each layer can be the memory that a
-            model of this config and dtype has of so many tokens.
-    """
-
-    upgraded: Callable[[dict[str, Any]], dict[str, Any]]
-    config: Callable[[dict[str, Any]], Any]
-    cache: Callable[[Any], StateCache]
-    check: Callable[[str, Sequence[Tensors], Any, torch.dtype, int], None]
-
-
-#: By the name that `context_kind` gives them; `ovq.convert` adds its own.
-KINDS: dict[str, Kind] = {}
-
-# Formats of earlier versions, each with its version and the kind of its contexts.
-_EARLIER_FORMATS = {"ovq-converted-context": ("2", "converted")}
+from ovq.hf.cache import CACHE_KEY, StateCache
+from ovq.hf.context_file import (
+    FORMAT,
+    VERSION,
+    check_content,
+    check_fingerprint,
+    checked_layers,
+    read_context,
+)
+from ovq.hf.context_kinds import KINDS, ContextModel
+from ovq.hf.fingerprint import digest, fingerprint
+from ovq.ops.serialization import positive_int, write_file
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -282,7 +230,7 @@ def save_context(context: Context, path: str | os.PathLike) -> None:
     }
     model, kind = context.model, KINDS[context.model.context_kind]
     config = kind.config(json.loads(context.fingerprint["config"]))
-    _check_layers("context", tensors, kind, config, model.dtype, context.num_tokens)
+    checked_layers("context", tensors, kind, config, model.dtype, context.num_tokens)
     metadata = {"format": FORMAT, "version": VERSION, "num_tokens": str(context.num_tokens)}
     metadata["kind"] = model.context_kind
     metadata |= {**context.fingerprint, "content": digest(tensors)}
@@ -296,238 +244,21 @@ def load_context(path: str | os.PathLike, model: ContextModel) -> Context:
         ValueError: a missing or damaged file, a file of another kind, or a context of another model or
             config.
     """
-    metadata, tensors = _read(path)
+    metadata, tensors = read_context(path)
     num_tokens = positive_int(path, metadata, "num_tokens")
     if (found := metadata["kind"]) != model.context_kind:
         raise ValueError(
             f"{path}: expected a context of a model of kind {model.context_kind!r}, found one of {found!r}"
         )
     own, kind = fingerprint(model), KINDS[model.context_kind]
-    _check_fingerprint(str(path), metadata, own, kind)
+    check_fingerprint(str(path), metadata, own, kind)
     check_content(path, metadata, tensors)
     config = kind.config(json.loads(own["config"]))
-    layers = _check_layers(str(path), tensors, kind, config, model.dtype, num_tokens)
+    layers = checked_layers(str(path), tensors, kind, config, model.dtype, num_tokens)
     cache = model.make_cache()
     for layer, own_tensors in zip(cache.layers, layers, strict=True):
         layer.restore(own_tensors, num_tokens, model.device)
     return Context(model=model, num_tokens=num_tokens, fingerprint=own, _cache=cache)
-
-
-def _read(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a context, those of earlier formats with a kind."""
-    what = "a saved context"
-    if (found := format_of(path)) in _EARLIER_FORMATS:
-        version, kind = _EARLIER_FORMATS[found]
-        metadata, tensors = read_file(path, what=what, file_format=found, version=version)
-        return {**metadata, "kind": kind}, tensors
-    metadata, tensors = read_file(path, what=what, file_format=FORMAT, version=VERSION)
-    return {"kind": "ovq", **metadata}, tensors
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class ContextInfo:
-    """What a context file says of itself, without the model.
-
-    Attributes:
-        num_tokens: tokens of the document.
-        nbytes: bytes of the memory.
-        dtype: that of the model.
-        weights: SHA-256 of the model's weights.
-        config: the config of the model, as far as the memory depends on it: an `OVQConfig`, or the
-            `MemoryConfig` of a converted model.
-        cache: the memory, by layer.
-    """
-
-    num_tokens: int
-    nbytes: int
-    dtype: str
-    weights: str
-    config: Any
-    cache: StateCache
-
-
-def context_info(path: str | os.PathLike) -> ContextInfo:
-    """Read a context without its model, to see what it is and what it holds.
-
-    Raises:
-        ValueError: a missing or damaged file, or a file of another kind.
-
-    Example:
-        >>> import tempfile
-        >>> from ovq.hf import OVQModel
-        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> path = os.path.join(tempfile.mkdtemp(), "book.ctx")
-        >>> save_context(build_context(OVQModel(config), torch.arange(300) % 8), path)
-        >>> info = context_info(path)
-        >>> info.num_tokens, info.config.mixer_types
-        (300, ['sliding_attention', 'ovq'])
-        >>> info.cache.layers[1].state.summary().num_open
-        (204,)
-    """
-    metadata, tensors = _read(path)
-    num_tokens = positive_int(path, metadata, "num_tokens")
-    check_content(path, metadata, tensors)
-    if (name := metadata["kind"]) not in KINDS:
-        raise ValueError(f"{path}: expected a context of kind {', '.join(KINDS)}, found {name!r}")
-    kind = KINDS[name]
-    config = _config_of(path, metadata, kind)
-    dtypes = {str(dtype): dtype for dtype in DTYPES}
-    if (dtype := metadata.get("dtype", "")) not in dtypes:
-        raise ValueError(f"{path}: expected a model in one of {', '.join(dtypes)}, found {dtype!r}")
-    layers = _check_layers(str(path), tensors, kind, config, dtypes[dtype], num_tokens)
-    cache = kind.cache(config)
-    for layer, own in zip(cache.layers, layers, strict=True):
-        layer.restore(own, num_tokens)
-    return ContextInfo(
-        num_tokens=num_tokens,
-        nbytes=cache.nbytes,
-        dtype=dtype,
-        weights=metadata.get("weights", ""),
-        config=config,
-        cache=cache,
-    )
-
-
-def fingerprint(model: ContextModel) -> dict[str, str]:
-    """Everything that a memory depends on: config fields, dtype, and the SHA-256 of the backbone's weights.
-
-    The output layer is left out, because it does not affect the memory.
-
-    Example:
-        >>> from ovq.hf import OVQConfig, OVQModel
-        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-        >>> model, other = OVQModel(config), OVQModel(config)
-        >>> one, two = fingerprint(model), fingerprint(other)
-        >>> one["config"] == two["config"], one["weights"] == two["weights"]
-        (True, False)
-    """
-    return {
-        "config": json.dumps(model.memory_fields(), sort_keys=True),
-        "dtype": str(model.dtype),
-        "weights": digest(weights_of(model.base_model)),
-    }
-
-
-def weights_of(model: nn.Module) -> Mapping[str, Tensor]:
-    """All weights by name, including those that accelerate has offloaded."""
-    found = model.state_dict()
-    if any(tensor.is_meta for tensor in found.values()):
-        from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-        return get_state_dict_offloaded_model(model)
-    return found
-
-
-def _check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[str, str], kind: Kind) -> None:
-    """Raise ValueError, naming the first difference, unless the two fingerprints are equal."""
-    own = json.loads(expected["config"])
-    other = _config_fields(where, found, kind)
-    # What differs because `merge` does would puzzle a user who set that alone.
-    for name in sorted(own.keys() | other.keys(), key=lambda name: (name == "growth", name)):
-        if own.get(name) != other.get(name):
-            raise ValueError(
-                f"{where}: expected a context made with {name}={own.get(name)!r:.100}, as the model has, "
-                f"found {name}={other.get(name)!r:.100}"
-            )
-    if found.get("dtype") != expected["dtype"]:
-        raise ValueError(
-            f"{where}: expected a context of a model in {expected['dtype']}, found {found.get('dtype')}"
-        )
-    if found.get("weights") != expected["weights"]:
-        raise ValueError(
-            f"{where}: expected a context of this very model (SHA-256 of its weights {expected['weights']}), "
-            f"found one of other weights ({found.get('weights')})"
-        )
-
-
-def _config_fields(where: str | os.PathLike, metadata: Mapping[str, str], kind: Kind) -> dict[str, Any]:
-    """The fields of the config in a file, with the names that they have now."""
-    try:
-        return kind.upgraded(json.loads(metadata.get("config", "")))
-    except (AttributeError, StrictDataclassError, TypeError, ValueError) as error:
-        found = metadata.get("config")
-        raise ValueError(f"{where}: expected the config of a model, found {found!r:.500} ({error})") from None
-
-
-def _config_of(path: str | os.PathLike, metadata: Mapping[str, str], kind: Kind) -> Any:
-    """The config in a file."""
-    fields = _config_fields(path, metadata, kind)
-    try:
-        return kind.config(fields)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected the config of a model, found {fields} ({error})") from error
-
-
-def check_content(
-    path: str | os.PathLike, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> None:
-    """Raise ValueError unless the tensors are those that were written."""
-    if (found := digest(tensors)) != metadata.get("content"):
-        raise ValueError(
-            f"{path}: expected tensors of SHA-256 {metadata.get('content')}, found {found}: it is damaged"
-        )
-
-
-def _check_layers(
-    where: str, tensors: Tensors, kind: Kind, config: Any, dtype: torch.dtype, num_tokens: int
-) -> list[dict[str, Tensor]]:
-    """The tensors of each layer; ValueError unless they can be a model's memory of `num_tokens` tokens."""
-    num_layers = len(kind.cache(config).layers)
-    # Every layer has a tensor at least; a file may claim any number of layers.
-    if num_layers > len(tensors):
-        raise ValueError(f"{where}: expected tensors of {num_layers} layers, found {len(tensors)} tensors")
-    layers: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
-    for name, tensor in tensors.items():
-        found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-        if found is None or int(found[1]) >= num_layers:
-            raise ValueError(f"{where}: expected tensors of {num_layers} layers, found {name!r}")
-        layers[int(found[1])][found[2]] = tensor
-    layers = [upgraded(own) for own in layers]
-    kind.check(where, layers, config, dtype, num_tokens)
-    return layers
-
-
-def _upgraded_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of an `OVQConfig` in a file; one that is older than a field was made with its default of now."""
-    own = set(OVQConfig.__annotations__) - WITHOUT_EFFECT
-    defaults = {field.name: field.default for field in dataclasses.fields(OVQConfig) if field.name in own}
-    return defaults | OVQConfig.upgraded(fields)
-
-
-def _check_states(
-    where: str, layers: Sequence[Tensors], config: OVQConfig, dtype: torch.dtype, num_tokens: int
-) -> None:
-    """`Kind.check` of OVQ models."""
-    # Only shapes matter, so no weights are allocated.
-    with torch.device("meta"):
-        # transformers wraps `to` in a way that leaves mypy without its `self`.
-        model = OVQModel(config).to(dtype)  # type: ignore[arg-type]
-    for i, (mixer, own) in enumerate(zip(model.mixers(), layers, strict=True)):
-        expected = set(mixer.state_spec(num_tokens, dtype))
-        if set(own) != expected:
-            odd = sorted(set(own) ^ expected)
-            raise ValueError(
-                f"{where}: layer {i}: expected {len(expected)} tensors, found others; they differ in {odd}"
-            )
-        mixer.check_state(f"{where}: layer {i}", own, num_tokens=num_tokens, dtype=dtype)
-
-
-KINDS["ovq"] = Kind(
-    upgraded=_upgraded_fields,
-    config=lambda fields: OVQConfig(**fields),
-    cache=OVQCache,
-    check=_check_states,
-)
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        total.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def checked_ids(ids: Tensor | Sequence[int], model: ContextModel, *, what: str) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ovq.hf.context import Context, fingerprint, load_context, read_in_pieces
+from ovq.hf.context import Context, load_context, read_in_pieces
+from ovq.hf.fingerprint import fingerprint
 from ovq.hf.rows import Rows
 from ovq.serve.scheduler import BatchModel
 

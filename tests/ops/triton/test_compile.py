@@ -28,9 +28,6 @@ def test_the_kernels_compile_for_an_h100():
     assert done.returncode == 0, done.stderr
     rows = done.stdout.splitlines()[2:]
     kernels = {line.split()[0] for line in rows}
-    in_graphs = {line.split()[0] for line in rows if "(graph)" in line}
-    assert in_graphs == {"begin_step", "advance", "nearest", "open_slots"}
-    kernels.remove("begin_step")
     assert kernels == {
         "advance",
         "nearest",

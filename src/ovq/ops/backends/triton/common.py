@@ -55,15 +55,6 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def number(x):
-    """A number that the host gives, or the one that `x` points to (`graph.py`)."""
-    if x.dtype.is_ptr():
-        return tl.load(x)
-    else:
-        return x
-
-
-@triton.jit
 def rounded(x):
     """float32 rounded to the bits of a bfloat16, which the interpreter's conversion would cut off."""
     return ((x.to(tl.int32, bitcast=True) + 32768) & -65536).to(tl.float32, bitcast=True)

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from ovq.ops.backends.dictionary import Dictionary
-from ovq.ops.backends.triton import beside, common, graph
+from ovq.ops.backends.triton import common
 from ovq.ops.backends.triton.backward import grad_queries, grad_slots, grad_tokens
 from ovq.ops.backends.triton.merging import Gone, PairRecurrence
 from ovq.ops.backends.triton.read import read
@@ -207,31 +207,23 @@ def forward(
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     recurrence = recurrence_of(k, v, slots, into, work, gone, weights)
     own_bias = None if weights is None else weights.own_bias
-    reads = beside.reads(q)
-    # As many bytes for all sets of dictionaries as there would be for one.
-    segments = work.segments(reads.num_sets * snapshot_bytes(k, v))
-    most = max(work.entries(s) for s in segments)
-    sets = [Snapshots.empty(most, work, k, v) for _ in range(reads.num_sets)]
+    segments = work.segments(snapshot_bytes(k, v))
+    shown = Snapshots.empty(max(work.entries(s) for s in segments), work, k, v)
     blocks = common.read_blocks(q, v)
     query_blocks = triton.cdiv(width, blocks["BM"])
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device_of(q):
-        steps = graph.steps_of(recurrence, segments)
-        for n, segment in enumerate(segments):
-            own = n % reads.num_sets
-            shown, first = sets[own], work.first[segment.start]
-            reads.begin_writing(own)
+        for segment in segments:
+            first = work.first[segment.start]
             for i in segment:
-                steps.step(i, (shown.keys, shown.values, shown.bias), first)
-            with reads.reading(own):
-                read[(work.entries(segment) * query_blocks, num_heads)](
-                    q, k, v, scale, work.table, shown.keys, shown.values, shown.bias, own_bias, o, lse, first,
-                    width, num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity,
-                    query_blocks, BK=common.padded(dim), BV=common.padded(v.shape[-1]), **blocks,
-                    **common.FUSED,
-                )  # fmt: skip
+                recurrence.step(i, (shown.keys, shown.values, shown.bias), work.at(i, first))
+            read[(work.entries(segment) * query_blocks, num_heads)](
+                q, k, v, scale, work.table, shown.keys, shown.values, shown.bias, own_bias, o, lse, first,
+                width, num_heads, num_heads // work.num_kv_heads, dim, v.shape[-1], work.capacity,
+                query_blocks, BK=common.padded(dim), BV=common.padded(v.shape[-1]), **blocks,
+                **common.FUSED,
+            )  # fmt: skip
         recurrence.step(work.num_steps)
-        reads.join()
     return o
 
 

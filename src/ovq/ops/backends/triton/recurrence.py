@@ -22,7 +22,6 @@ from ovq.ops.backends.triton.common import (
     dot,
     log2_mass,
     means,
-    number,
     opener,
     place_of,
     put_rows,
@@ -153,14 +152,13 @@ def advance(
             the mean.
         longest: `[streams, NB]` length of the longest mean; inf where one is too long or short for float32.
         previous: entry of the first row's chunk that is merged. current: of the chunk that is scored.
-            base: first entry of the segment. All three may be pointers to it, as everywhere.
+            base: first entry of the segment.
         num_next: rows that have a chunk to score.
     """
     stream = tl.program_id(0)
     block = tl.program_id(1)
     row = stream // H
     head = stream % H
-    previous, current, base = number(previous), number(current), number(base)
     slot = block * BN + tl.arange(0, BN)
     place = stream.to(tl.int64) * M + slot
     num_open = 0

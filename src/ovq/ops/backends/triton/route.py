@@ -23,7 +23,6 @@ from ovq.ops.backends.triton.common import (
     TINY,
     are_extreme,
     means,
-    number,
     opener,
     rows,
 )
@@ -74,7 +73,7 @@ def nearest(
     stream = tl.program_id(0)
     row = stream // H
     head = stream % H
-    entry = table + (number(current) + row) * COLUMNS
+    entry = table + (current + row) * COLUMNS
     if tl.load(entry + IS_COMPLETE) != 0:
         chunk = tl.load(entry + CHUNK).to(tl.int64)
         before = tl.load(entry + BEFORE)
@@ -180,7 +179,7 @@ def open_slots(
     stream = tl.program_id(0)
     row = stream // H
     head = stream % H
-    entry = table + (number(current) + row) * COLUMNS
+    entry = table + (current + row) * COLUMNS
     before = tl.load(entry + BEFORE)
     existing = tl.maximum(before, 1)
     num = tl.load(entry + AFTER) - existing

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ovq.ops.backends.plan import Plan
 
@@ -14,7 +13,7 @@ SEGMENT_BYTES = 256 << 20
 
 
 class At(NamedTuple):
-    """Where a step finds its chunks: entries of the table, as numbers or as tensors `[1]` that kernels read.
+    """Where a step finds its chunks, as entries of the table.
 
     Attributes:
         previous: the first row's chunk that is merged.
@@ -22,9 +21,9 @@ class At(NamedTuple):
         base: the first entry of the dictionaries that are kept.
     """
 
-    previous: int | Tensor
-    current: int | Tensor
-    base: int | Tensor
+    previous: int
+    current: int
+    base: int
 
 
 class Work:
@@ -109,19 +108,6 @@ class Work:
         """Tokens merged before step i in each row whose i-th chunk is complete."""
         size = self.options.chunk_size
         return [num + i * size for num in self._num_merged[: self.num_complete[i]]]
-
-    def kind(self, i: int) -> tuple[int, bool] | None:
-        """What the launches of step i depend on beside its entries; None where no other step is like it.
-
-        That is, how many rows there are, and whether slots open. In the first and the last step, and where
-        rows end, the kernels have other grids or parts.
-        """
-        if not (self.capacity and 0 < i < self.num_steps):
-            return None
-        rows = self.num_active[i]
-        if (self.num_complete[i - 1], self.num_complete[i]) != (rows, rows):
-            return None
-        return rows, self.num_opening[i] > 0
 
     def segments(self, bytes_a_slot: int) -> list[range]:
         """Runs of steps whose dictionaries together fit in `SEGMENT_BYTES`, with at least one step each.

@@ -1,0 +1,170 @@
+"""Files of contexts: what they say of themselves, and what is checked before they are used."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+
+from ovq.hf.cache import StateCache
+from ovq.hf.context_kinds import KINDS, Kind, Tensors
+from ovq.hf.fingerprint import digest
+from ovq.ops.serialization import format_of, positive_int, read_file, upgraded
+from ovq.ops.sums import DTYPES
+
+FORMAT = "ovq-context"
+VERSION = "1"
+
+# Formats of earlier versions, each with its version and the kind of its contexts.
+_EARLIER_FORMATS = {"ovq-converted-context": ("2", "converted")}
+
+
+def read_context(path: str | os.PathLike) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a context, those of earlier formats with a kind."""
+    what = "a saved context"
+    if (found := format_of(path)) in _EARLIER_FORMATS:
+        version, kind = _EARLIER_FORMATS[found]
+        metadata, tensors = read_file(path, what=what, file_format=found, version=version)
+        return {**metadata, "kind": kind}, tensors
+    metadata, tensors = read_file(path, what=what, file_format=FORMAT, version=VERSION)
+    return {"kind": "ovq", **metadata}, tensors
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class ContextInfo:
+    """What a context file says of itself, without the model.
+
+    Attributes:
+        num_tokens: tokens of the document.
+        nbytes: bytes of the memory.
+        dtype: that of the model.
+        weights: SHA-256 of the model's weights.
+        config: the config of the model, as far as the memory depends on it: an `OVQConfig`, or the
+            `MemoryConfig` of a converted model.
+        cache: the memory, by layer.
+    """
+
+    num_tokens: int
+    nbytes: int
+    dtype: str
+    weights: str
+    config: Any
+    cache: StateCache
+
+
+def context_info(path: str | os.PathLike) -> ContextInfo:
+    """Read a context without its model, to see what it is and what it holds.
+
+    Raises:
+        ValueError: a missing or damaged file, or a file of another kind.
+
+    Example:
+        >>> import tempfile
+        >>> from ovq.hf import OVQConfig, OVQModel, build_context, save_context
+        >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> path = os.path.join(tempfile.mkdtemp(), "book.ctx")
+        >>> save_context(build_context(OVQModel(config), torch.arange(300) % 8), path)
+        >>> info = context_info(path)
+        >>> info.num_tokens, info.config.mixer_types
+        (300, ['sliding_attention', 'ovq'])
+        >>> info.cache.layers[1].state.summary().num_open
+        (204,)
+    """
+    metadata, tensors = read_context(path)
+    num_tokens = positive_int(path, metadata, "num_tokens")
+    check_content(path, metadata, tensors)
+    if (name := metadata["kind"]) not in KINDS:
+        raise ValueError(f"{path}: expected a context of kind {', '.join(KINDS)}, found {name!r}")
+    kind = KINDS[name]
+    config = _config_of(path, metadata, kind)
+    dtypes = {str(dtype): dtype for dtype in DTYPES}
+    if (dtype := metadata.get("dtype", "")) not in dtypes:
+        raise ValueError(f"{path}: expected a model in one of {', '.join(dtypes)}, found {dtype!r}")
+    layers = checked_layers(str(path), tensors, kind, config, dtypes[dtype], num_tokens)
+    cache = kind.cache(config)
+    for layer, own in zip(cache.layers, layers, strict=True):
+        layer.restore(own, num_tokens)
+    return ContextInfo(
+        num_tokens=num_tokens,
+        nbytes=cache.nbytes,
+        dtype=dtype,
+        weights=metadata.get("weights", ""),
+        config=config,
+        cache=cache,
+    )
+
+
+def check_fingerprint(where: str, found: Mapping[str, str], expected: Mapping[str, str], kind: Kind) -> None:
+    """Raise ValueError, naming the first difference, unless the two fingerprints are equal."""
+    own = json.loads(expected["config"])
+    other = _config_fields(where, found, kind)
+    # What differs because `merge` does would puzzle a user who set that alone.
+    for name in sorted(own.keys() | other.keys(), key=lambda name: (name == "growth", name)):
+        if own.get(name) != other.get(name):
+            raise ValueError(
+                f"{where}: expected a context made with {name}={own.get(name)!r:.100}, as the model has, "
+                f"found {name}={other.get(name)!r:.100}"
+            )
+    if found.get("dtype") != expected["dtype"]:
+        raise ValueError(
+            f"{where}: expected a context of a model in {expected['dtype']}, found {found.get('dtype')}"
+        )
+    if found.get("weights") != expected["weights"]:
+        raise ValueError(
+            f"{where}: expected a context of this very model (SHA-256 of its weights {expected['weights']}), "
+            f"found one of other weights ({found.get('weights')})"
+        )
+
+
+def _config_fields(where: str | os.PathLike, metadata: Mapping[str, str], kind: Kind) -> dict[str, Any]:
+    """The fields of the config in a file, with the names that they have now."""
+    try:
+        return kind.upgraded(json.loads(metadata.get("config", "")))
+    except (AttributeError, StrictDataclassError, TypeError, ValueError) as error:
+        found = metadata.get("config")
+        raise ValueError(f"{where}: expected the config of a model, found {found!r:.500} ({error})") from None
+
+
+def _config_of(path: str | os.PathLike, metadata: Mapping[str, str], kind: Kind) -> Any:
+    """The config in a file."""
+    fields = _config_fields(path, metadata, kind)
+    try:
+        return kind.config(fields)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected the config of a model, found {fields} ({error})") from error
+
+
+def check_content(
+    path: str | os.PathLike, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Raise ValueError unless the tensors are those that were written."""
+    if (found := digest(tensors)) != metadata.get("content"):
+        raise ValueError(
+            f"{path}: expected tensors of SHA-256 {metadata.get('content')}, found {found}: it is damaged"
+        )
+
+
+def checked_layers(
+    where: str, tensors: Tensors, kind: Kind, config: Any, dtype: torch.dtype, num_tokens: int
+) -> list[dict[str, Tensor]]:
+    """The tensors of each layer; ValueError unless they can be a model's memory of `num_tokens` tokens."""
+    num_layers = len(kind.cache(config).layers)
+    # Every layer has a tensor at least; a file may claim any number of layers.
+    if num_layers > len(tensors):
+        raise ValueError(f"{where}: expected tensors of {num_layers} layers, found {len(tensors)} tensors")
+    layers: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        if found is None or int(found[1]) >= num_layers:
+            raise ValueError(f"{where}: expected tensors of {num_layers} layers, found {name!r}")
+        layers[int(found[1])][found[2]] = tensor
+    layers = [upgraded(own) for own in layers]
+    kind.check(where, layers, config, dtype, num_tokens)
+    return layers
