@@ -63,3 +63,16 @@ def converted(kind="llama", **memory):
 
 def tokens(*shape, seed=0):
     return torch.randint(1, 64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+IDS = tokens(5, 100)
+
+
+def read(model, ids, *, start=20):
+    """Logits of all tokens from `start` on, one by one, and the cache."""
+    cache = model.make_cache()
+    with torch.no_grad():
+        logits = [model(ids[:, :start], past_key_values=cache).logits[:, :0]]
+        for i in range(start, ids.shape[1]):
+            logits.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
+    return torch.cat(logits, 1), cache

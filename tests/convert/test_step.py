@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import math
 import pickle
-import sys
 
 import pytest
 import torch
@@ -12,20 +11,16 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 from ovq.convert import attach, load
-from ovq.convert.step import MOST_ROWS
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.rows import Rows
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import output_step, packed
-from tests.convert.common import KINDS, MEMORY, SIZES, converted, original, tokens
+from tests.convert.common import IDS, KINDS, MEMORY, SIZES, converted, original, read
 
 pytestmark = pytest.mark.skipif(
     not cpu_kernels().startswith("compiled"), reason="there are no kernels on this machine"
 )
 
-# `ovq.convert.attach` is also the name of the function in it.
-ATTACH = sys.modules[attach.__module__]
-IDS = tokens(5, 100)
 LEARNED = {
     "slot_temperature": [[0.5, 1.0, 2.0, 1.5], [1.5, 0.7, 1.0, 1.0]],
     "slot_bias": [[0.3, -1.0, 0.0, 0.2], [1.0, 0.2, 0.0, 0.5]],
@@ -33,42 +28,6 @@ LEARNED = {
     "token_use": [[[0.2 * math.sin(5 * h + i) for i in range(16)] + [1.0] for h in range(2)]] * 2,
     "value_weight": [[0.5, 1.0], [2.0, 1.0]],
 }
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """How many calls the kernel has done and the modules, as `[kernel, modules]`."""
-    counts, real = [0, 0], ATTACH.token_output
-
-    def counted(*args):
-        done = real(*args)
-        counts[done is None] += 1
-        return done
-
-    monkeypatch.setattr(ATTACH, "token_output", counted)
-    return counts
-
-
-@pytest.fixture
-def by_modules(monkeypatch):
-    """Runs a function by modules alone."""
-
-    def run(function, *args):
-        with monkeypatch.context() as patch:
-            patch.setattr(ATTACH, "token_output", lambda *args: None)
-            return function(*args)
-
-    return run
-
-
-def read(model, ids, *, start=20):
-    """Logits of all tokens from `start` on, one by one, and the cache."""
-    cache = model.make_cache()
-    with torch.no_grad():
-        logits = [model(ids[:, :start], past_key_values=cache).logits[:, :0]]
-        for i in range(start, ids.shape[1]):
-            logits.append(model(ids[:, i : i + 1], past_key_values=cache).logits)
-    return torch.cat(logits, 1), cache
 
 
 def check_equal_caches(found, expected):
@@ -274,206 +233,6 @@ def test_models_that_have_written_are_copied_and_pickled(steps):
         steps[:] = 0, 0
         assert torch.equal(read(other, IDS[:1, :30])[0], expected)
         assert steps == [10, 1]
-
-
-def is_step(model, steps, *, num_rows=1, **options):
-    """Whether the kernel does a token of the model."""
-    _, cache = read(model, IDS[:num_rows, :20])
-    steps[:] = 0, 0
-    with torch.no_grad():
-        model(IDS[:num_rows, 20:21], past_key_values=cache, **options)
-    return steps[0] == 1
-
-
-HARMLESS = [
-    {},
-    {"use_cache": True, "logits_to_keep": 1, "return_dict": True, "labels": None},
-    {"attention_mask": torch.tensor([[0] * 5 + [1] * 16])},
-    {"position_ids": torch.tensor([[20]]), "output_attentions": False},
-]
-LOOKING = [
-    {"output_hidden_states": True},
-    {"use_cache": False},
-    {"return_dict": False},
-    {"labels": torch.tensor([[3]])},
-    {"logits_to_keep": torch.tensor([0])},
-    {"attention_mask": torch.tensor([[1] * 20 + [0]])},
-]
-
-
-def test_arguments_that_ask_for_nothing_else(steps):
-    assert all(is_step(converted(), steps, **options) for options in HARMLESS)
-
-
-@pytest.mark.parametrize("options", LOOKING, ids=lambda x: next(iter(x)))
-def test_arguments_that_ask_for_more(options, steps):
-    assert not is_step(converted(), steps, **options)
-
-
-def test_embeddings_and_several_tokens_and_no_cache(steps):
-    model = converted()
-    _, cache = read(model, IDS[:1, :20])
-    steps[:] = 0, 0
-    with torch.no_grad():
-        model(inputs_embeds=model.model.embed_tokens(IDS[:1, :1]), past_key_values=cache)
-        model(IDS[:1, 20:22], past_key_values=cache)
-        model(IDS[:1, :1])
-        # A first token makes the memory.
-        model(IDS[:1, :1], past_key_values=model.make_cache())
-    assert steps == [0, 4]
-
-
-def test_gradients_and_training(steps):
-    model = converted()
-    _, cache = read(model, IDS[:1, :20])
-    steps[:] = 0, 0
-    assert model(IDS[:1, :1], past_key_values=cache).logits.requires_grad
-    with torch.no_grad():
-        model.train()(IDS[:1, :1], past_key_values=cache)
-        model.eval()
-        model.model.layers[0].self_attn.training = True
-        model(IDS[:1, :1], past_key_values=cache)
-    assert steps == [0, 3]
-
-
-def test_many_rows(steps):
-    model, cache = converted(), converted().make_cache()
-    ids = IDS[:1].expand(MOST_ROWS + 1, -1)
-    with torch.no_grad():
-        model(ids[:, :20], past_key_values=cache)
-        steps[:] = 0, 0
-        model(ids[:, 20:21], past_key_values=cache)
-        cache.batch_select_indices(torch.arange(MOST_ROWS))
-        model(ids[1:, 20:21], past_key_values=cache)
-    assert steps == [1, 1]
-
-
-def hooked(model):
-    model.model.layers[1].mlp.register_forward_hook(lambda *args: None)
-
-
-def pre_hooked(model):
-    model.model.register_forward_pre_hook(lambda *args: None)
-
-
-def replaced(model):
-    layer = model.model.layers[0]
-    layer.mlp.up_proj = nn.Sequential(layer.mlp.up_proj)
-
-
-def overridden(model):
-    norm = model.model.norm
-    norm.forward = norm.forward
-
-
-def activated(model):
-    model.model.layers[0].mlp.act_fn = nn.GELU()
-
-
-def shortened(model):
-    model.config.num_hidden_layers = 1
-
-
-def half_wide(model):
-    model.lm_head.bfloat16()
-
-
-def strided(model):
-    weight = model.lm_head.weight
-    weight.data = weight.data.t().contiguous().t()
-
-
-def attending(model):
-    model.config._attn_implementation = "eager"
-
-
-def windowed(model):
-    model.model.layers[0].self_attn.sliding_window = 4
-
-
-CHANGES = [hooked, pre_hooked, replaced, overridden, activated, strided]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda x: x.__name__)
-@pytest.mark.parametrize("has_written", [False, True])
-def test_changed_models_take_their_modules(change, has_written, steps):
-    model = converted()
-    if has_written:
-        assert is_step(model, steps)
-    change(model)
-    assert not is_step(model, steps)
-
-
-@pytest.mark.parametrize("change", [shortened, half_wide, attending, windowed], ids=lambda x: x.__name__)
-def test_models_that_modules_refuse_are_not_read_by_kernels(change, steps):
-    model = converted("qwen2")
-    _, cache = read(model, IDS[:1, :20])
-    steps[:] = 0, 0
-    change(model)
-
-    def go_on():
-        model(IDS[:1, 20:21], past_key_values=cache)
-        # Fewer layers than the memory has do not fail, but are out of step.
-        return cache.num_columns
-
-    with torch.no_grad(), pytest.raises((RuntimeError, ValueError, IndexError)):
-        go_on()
-    assert steps == [0, 1]
-
-
-def test_autocast_and_hooks_on_all_modules(steps):
-    model = converted()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not is_step(model, steps)
-    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
-    try:
-        assert not is_step(model, steps)
-    finally:
-        handle.remove()
-    assert is_step(model, steps)
-
-
-def test_models_of_other_kinds_and_numbers(steps):
-    class Own(LlamaForCausalLM):
-        """A class that may compute something else."""
-
-    torch.manual_seed(0)
-    assert not is_step(attach(Own(LlamaConfig(**SIZES)).eval(), **MEMORY), steps)
-    assert not is_step(attach(original().double(), **MEMORY), steps)
-
-
-def test_without_kernels(steps, monkeypatch):
-    monkeypatch.setattr("ovq.convert.step.is_available", lambda: False)
-    assert not is_step(converted(), steps)
-
-
-def test_caches_of_others(steps):
-    model = converted()
-    with torch.no_grad():
-        # Other budgets of the same heads can be read.
-        _, cache = read(converted(num_slots=8), IDS[:1, :20])
-        steps[:] = 0, 0
-        model(IDS[:1, 20:21], past_key_values=cache)
-        assert steps == [1, 0]
-        _, cache = read(model, IDS[:2, :20])
-        steps[:] = 0, 0
-        with pytest.raises(ValueError, match="another batch"):
-            model(IDS[:1, 20:21], past_key_values=cache)
-    assert steps == [0, 1]
-
-
-def test_a_call_that_has_failed_half_way_is_not_gone_on_from(steps):
-    model = converted()
-    _, cache = read(model, IDS[:1, :20])
-    cache.layers[1].num_columns += 1
-    with torch.no_grad(), pytest.raises(ValueError, match="layers"):
-        model(IDS[:1, 20:21], past_key_values=cache)
-    cache.layers[1].num_columns -= 1
-    cache.layers[1].has_staged = True
-    steps[:] = 0, 0
-    with torch.no_grad(), pytest.raises(ValueError, match="attention function"):
-        model(IDS[:1, 20:21], past_key_values=cache)
-    assert steps == [0, 1]
 
 
 def test_the_output_is_that_of_modules(by_modules):

@@ -17,6 +17,7 @@ from torch import Tensor
 from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget
 from ovq.convert.reach import Reach
+from ovq.convert.reading import Exact, Slots, read
 from ovq.convert.use import token_weights, use_from
 from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.backends.cpu import KNOWN
@@ -28,9 +29,6 @@ from ovq.ops.backends.torch.learn import learn
 from ovq.ops.call import Rows
 from ovq.ops.schedule import grown_slots
 from ovq.ops.sums import divisor, state_dtype
-
-# Queries read at a time, which bounds the memory for their scores.
-_QUERIES = 256
 
 # Each time that a slot is brought nearer, it counts for one token in so many less; small ones for as many.
 _FORGOTTEN = 8
@@ -339,54 +337,11 @@ class HeadMemory:
     def _read(self, q: Tensor, temperature: Tensor | None, bias: Tensor | None) -> Tensor:
         """Outputs `[B, h * G, n, V]` for queries whose first is the token after `filled` exact ones."""
         num_open = max(map(self.num_open, self.num_merged))
-        slots = (self.slot_keys[:, :, :num_open], self.slot_values[:, :, :num_open]) if num_open else None
-        return torch.cat(
-            [
-                self._read_block(x, i * _QUERIES, slots, temperature, bias)
-                for i, x in enumerate(q.split(_QUERIES, dim=2))
-            ],
-            dim=2,
-        )
-
-    def _read_block(
-        self,
-        q: Tensor,
-        start: int,
-        slots: tuple[Tensor, Tensor] | None,
-        temperature: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        batch, num_queries = len(q), q.shape[2]
-        heads, wide = self.count.shape[1], self.key_sum.dtype
-        used = min(max(self.filled) + start + num_queries, self.budget.num_exact)
-        queries = q.to(wide).reshape(batch, heads, -1, q.shape[3])
-        # [B, h, G, n, places]
-        scores = (queries @ self.recent_keys[:, :, :used].to(wide).transpose(2, 3)).unflatten(
-            2, (-1, num_queries)
-        )
-        last = torch.tensor(self.filled, device=q.device)[:, None] + torch.arange(
-            start, start + num_queries, device=q.device
-        )
-        is_future = torch.arange(used, device=q.device) > last[..., None]
-        scores = scores.masked_fill(is_future[:, None, None], -torch.inf)
-        values = self.recent_values[:, :, :used].to(wide)
-        if slots is not None:
-            slot_keys, slot_values = slots
-            slot_scores = (queries @ slot_keys.transpose(2, 3)).view(*scores.shape[:4], -1)
-            count = self.count[:, :, None, None, : slot_keys.shape[2]]
-            # A slot of one token is that token, and is read as such.
-            is_shared = count > 1
-            if temperature is not None:
-                slot_scores = slot_scores * temperature.to(wide).view(heads, -1, 1, 1).where(is_shared, 1)
-            slot_scores = slot_scores + count.to(wide).log()
-            if bias is not None:
-                slot_scores = slot_scores + bias.to(wide).view(heads, -1, 1, 1).where(is_shared, 0)
-            scores = torch.cat([scores, slot_scores], -1)
-        probs = scores.softmax(-1).flatten(2, 3)
-        o = probs[..., :used] @ values
-        if slots is not None:
-            o = o + probs[..., used:] @ slot_values
-        return o.view(batch, q.shape[1], num_queries, -1).to(q.dtype)
+        slots = None
+        if num_open:
+            slots = Slots(*(x[:, :, :num_open] for x in (self.slot_keys, self.slot_values, self.count)))
+        exact = Exact(self.recent_keys, self.recent_values, self.filled)
+        return read(q, exact, slots, dtype=self.key_sum.dtype, temperature=temperature, bias=bias)
 
     def num_open(self, num_merged: int) -> int:
         """Slots in use once so many tokens are merged."""

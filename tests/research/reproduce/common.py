@@ -9,6 +9,7 @@ from ovq_lab.figures import engine
 from ovq_lab.figures.engine import Workshop
 from ovq_lab.figures.plan import Trial
 from ovq_lab.figures.presets import Preset, TextEvaluations
+from ovq_lab.figures.results import load_results
 from ovq_lab.train.recipes import recipe_for
 from tests.tiny import TINY
 
@@ -103,3 +104,12 @@ def run_here(monkeypatch):
 
     monkeypatch.setattr(engine, "run_jobs", run_jobs)
     return begun
+
+
+def rows_of(out, name):
+    """The rows of a figure, without what differs from one time to the next."""
+    rows = load_results(out / "rows" / f"{name}.json")["rows"]
+    for row in rows:
+        for field in ("seconds", "microseconds_per_token", "train_seconds"):
+            del row[field]
+    return rows

@@ -3,12 +3,7 @@
 import dataclasses
 import functools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +21,7 @@ from ovq_lab.figures.plan import Figure, Panel, Trial, run_name, with_trial
 from ovq_lab.figures.results import load_results, save_results
 from ovq_lab.train.checkpoints import fault, newest_checkpoint
 from ovq_lab.train.config import RunConfig
-from tests.research.reproduce.common import CONFIG, TINY, run_here, with_steps, workshop
+from tests.research.reproduce.common import CONFIG, TINY, rows_of, run_here, workshop
 
 ROOT = Path(__file__).parents[3]
 
@@ -39,15 +34,6 @@ def two_mixers(preset):
 
 
 FIGURE = two_mixers(TINY)
-
-
-def rows_of(out, name):
-    """The rows of a figure, without what differs from one time to the next."""
-    rows = load_results(out / "rows" / f"{name}.json")["rows"]
-    for row in rows:
-        for field in ("seconds", "microseconds_per_token", "train_seconds"):
-            del row[field]
-    return rows
 
 
 @pytest.fixture(scope="module")
@@ -413,78 +399,6 @@ def test_fidelity_is_measured_on_every_stream(monkeypatch, tmp_path):
     assert [panel["group"] for panel in results["panels"]] == list(STREAMS)
     with Image.open(tmp_path / "figures" / "fidelity.png") as picture:
         picture.verify()
-
-
-PROGRAM = """
-import sys
-from pathlib import Path
-from ovq_lab.figures.draw import points
-from ovq_lab.figures.engine import reproduce
-from ovq_lab.figures.figures import get_figure
-from ovq.runtime.files import claimed
-from tests.research.reproduce.common import TINY, with_steps, workshop
-
-if __name__ == "__main__":
-    out, steps = Path(sys.argv[1]), int(sys.argv[2])
-    with claimed(out, command="ovq reproduce"):
-        reproduce(get_figure("dictionary", with_steps(TINY, steps)), workshop(out, num_seeds=1))
-"""
-
-
-def start(out, steps):
-    """A process that makes a figure, with workers of its own."""
-    (out.parent / "program.py").write_text(PROGRAM)
-    return subprocess.Popen(
-        [sys.executable, str(out.parent / "program.py"), str(out), str(steps)],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "src", ROOT / "lab"))),
-        },
-        cwd=ROOT,
-    )
-
-
-def children(pid):
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-def test_killed_by_kill_9_and_started_again_it_ends_as_if_never_stopped(tmp_path, monkeypatch):
-    steps = 60
-    out = tmp_path / "out"
-    process = start(out, steps)
-    begun = time.monotonic()
-    while not list(out.glob("runs/*/checkpoint-*/seal.json")):
-        assert process.poll() is None
-        assert time.monotonic() - begun < 600
-        time.sleep(0.02)
-    workers = children(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not list(out.glob("runs/*/model.safetensors"))
-    # The workers end by themselves: going on unseen, they would write into the folders of the next ones.
-    begun = time.monotonic()
-    while any(Path(f"/proc/{worker}").exists() and "Z" not in stat(worker) for worker in workers):
-        assert time.monotonic() - begun < 120
-        time.sleep(0.05)
-    assert workers
-    assert start(out, steps).wait(timeout=900) == 0
-
-    undisturbed = tmp_path / "undisturbed"
-    run_here(monkeypatch)
-    reproduce(get_figure("dictionary", with_steps(TINY, steps)), workshop(undisturbed, num_seeds=1))
-    assert rows_of(out, "dictionary") == rows_of(undisturbed, "dictionary")
-
-
-def stat(pid):
-    """The state of a process, a letter."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
 
 
 def test_regression_is_drawn_by_functions_and_by_points_seen(monkeypatch, tmp_path):

@@ -1,0 +1,140 @@
+"""What a written token of a converted model costs by the format of its weights, and what int8 costs in loss.
+
+    python benchmarks/written_tokens.py --model FOLDER --texts hamlet.txt,lear.txt --out tokens.json
+
+The folder is that of a model of transformers. Times are medians, the ways in turns in one process: by the
+modules of PyTorch, and in one compiled call with weights of each format. Losses are of texts read with
+weights rounded as the kernel has them, less those with the weights as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ovq.convert import attach
+from ovq.hf.cache import CACHE_KEY
+from ovq.ops.backends.cpu import packed
+from ovq.runtime.files import write_atomic
+from ovq_lab.runtime.environment import environment
+
+MEMORY = {"num_slots": 188, "window": 64}
+WAYS = ("modules", "float32", "bfloat16", "int8")
+# Tokens of a text that was read before, and rows.
+SIZES = ((1000, 1), (4000, 1), (300, 4), (300, 8), (300, 32))
+NUM_TURNS, NUM_TOKENS = 10, 6
+NUM_TARGETS = 2048
+# `ovq.convert.attach` is also the name of the function in it.
+ATTACH = sys.modules[attach.__module__]
+
+
+@torch.inference_mode()
+def times(model: nn.Module, ids: Tensor) -> list[dict]:
+    """Milliseconds per token of every row, by way."""
+    models = {way: copy.copy(model) for way in WAYS}
+    for way, own in models.items():
+        own.weight_dtype = None if way == "modules" else way
+    rows = []
+    for num_read, num_rows in SIZES:
+        cache = model.make_cache()
+        model(ids[:, :num_read], logits_to_keep=1, **{CACHE_KEY: cache})
+        caches = {way: cache.selected([0] * num_rows) for way in WAYS}
+        token = ids[:, num_read : num_read + 1].expand(num_rows, 1)
+        found: dict[str, list[float]] = {way: [] for way in WAYS}
+        for _ in range(NUM_TURNS):
+            for way, own in models.items():
+                step = ATTACH.token_output if way != "modules" else lambda *_: None
+                with mock.patch.object(ATTACH, "token_output", step):
+                    for i in range(NUM_TOKENS + 1):
+                        begin = time.perf_counter()
+                        own(token, **{CACHE_KEY: caches[way]})
+                        # The first one finds the caches of the processor full of another's weights.
+                        if i:
+                            found[way].append(time.perf_counter() - begin)
+        medians = {way: round(1e3 * statistics.median(seconds), 2) for way, seconds in found.items()}
+        rows.append({"tokens_read": num_read, "rows": num_rows, "milliseconds": medians})
+        print(rows[-1], file=sys.stderr)
+    return rows
+
+
+@torch.inference_mode()
+def losses(model: nn.Module, texts: dict[str, Tensor]) -> list[dict]:
+    """Loss of each text by weights, and the mean difference to float32 with its standard error."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    weights = [module.weight.clone() for module in linear]
+    rows: list[dict] = []
+    for name, ids in texts.items():
+        before: Tensor | None = None
+        for kind, rounded in _ROUNDED.items():
+            for module, weight in zip(linear, weights, strict=True):
+                module.weight.copy_(rounded(weight))
+            found = _loss(model, ids)
+            before = found if before is None else before
+            change = found - before
+            rows.append(
+                {
+                    "text": name,
+                    "weights": kind,
+                    "loss": round(float(found.mean()), 4),
+                    "change": round(float(change.mean()), 4),
+                    "standard_error": round(float(change.std()) / len(change) ** 0.5, 4),
+                }
+            )
+            print(rows[-1], file=sys.stderr)
+    return rows
+
+
+_ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
+    "float32": lambda weight: weight,
+    "bfloat16": lambda weight: weight.bfloat16().float(),
+    "int8": lambda weight: packed(weight, None, torch.int8).dequantised(),
+}
+
+
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+    cache, found = model.make_cache(), []
+    for part in range(0, NUM_TARGETS, 512):
+        logits = model(ids[:, part : part + 512], **{CACHE_KEY: cache}).logits[0]
+        found.append(nn.functional.cross_entropy(logits, ids[0, part + 1 : part + 513], reduction="none"))
+    return torch.cat(found)
+
+
+def main() -> None:
+    """Read the options, measure, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--texts", required=True, help="files, with commas between them")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    files = [Path(name) for name in arguments.texts.split(",")]
+    texts = {
+        file.name: tokenizer(file.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids
+        for file in files
+    }
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    # Rounding the output layer must leave the embeddings.
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model = attach(model, **MEMORY)
+    content = {
+        "environment": environment("cpu") | {"torch_threads": torch.get_num_threads()},
+        "memory": MEMORY,
+        "times": times(model, next(iter(texts.values()))),
+        "losses": losses(model, {name: ids[:, : NUM_TARGETS + 1] for name, ids in texts.items()}),
+    }
+    write_atomic(arguments.out, json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
