@@ -237,6 +237,7 @@ BAD = [
         {"response_format": json_schema({"type": "string", "pattern": "("})},
         "(regex parse error: ( ^ error: unclosed group)",
     ),
+    ({"response_format": json_schema({"$ref": "http://127.0.0.1/a"})}, "does not fetch resources"),
     ({"response_format": json_schema({"not": {}})}, 'Unimplemented keys: ["not"]'),
     (
         {"response_format": json_schema({"enum": ["x" * 70_000]})},
@@ -311,7 +312,9 @@ def test_a_client_that_goes_leaves_nothing(server):
     schema = json_schema({"type": "array", "items": {"type": "string", "minLength": 9}, "minItems": 999})
     body = {"model": "text", "messages": [{"role": "user", "content": "a"}], "response_format": schema}
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body | {"stream": True}) as answer:
-        next(answer.iter_lines())
+        # By a name: without one, the connection is closed with it.
+        lines = answer.iter_lines()
+        next(lines)
         until(lambda: counts.generated_tokens > num_tokens)
     until(lambda: counts.cancelled == cancelled + 1)
     until(lambda: is_idle(server))

@@ -97,9 +97,10 @@ def _allowed(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     if not rows:
         return logits
     masks = [choice.constraint.allowed() for choice in choices if choice.constraint is not None]
-    is_allowed = torch.from_numpy(np.stack(masks)).to(logits.device)
+    is_forbidden = torch.from_numpy(~np.stack(masks)).to(logits.device)
     logits = logits.clone(memory_format=torch.contiguous_format)
-    logits[rows] = logits[rows].masked_fill(~is_allowed, float("-inf"))
+    for row, mask in zip(rows, is_forbidden, strict=True):
+        logits[row].masked_fill_(mask, float("-inf"))
     return logits
 
 
