@@ -54,9 +54,16 @@ class Saved:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """Makes a model of fields that differ from `SIZES`, and its folder."""
+    """A model of fields that differ from `SIZES`, and its folder; made once."""
+    made = {}
 
-    def make(dtype=torch.float32, **fields):
+    def find(dtype=torch.float32, **fields):
+        name = f"{dtype} {fields}"
+        if name not in made:
+            made[name] = make(dtype, fields)
+        return made[name]
+
+    def make(dtype, fields):
         torch.manual_seed(7)
         model = OVQForCausalLM(OVQConfig(**SIZES | fields)).eval()
         with torch.no_grad():
@@ -70,7 +77,7 @@ def saved(tmp_path_factory):
         model.to(dtype).save_pretrained(folder)
         return Saved(model, folder)
 
-    return make
+    return find
 
 
 @pytest.fixture
