@@ -46,10 +46,32 @@ class Saved:
         return self.model.generate(ids, max_new_tokens=num_new, do_sample=False)[0, len(prompt) :].tolist()
 
     @torch.no_grad()
+    def log_softmax(self, tokens):
+        """The logs of the probabilities of all tokens after each one, `[len(tokens), vocab_size]`."""
+        return self.model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+
     def logprobs(self, tokens):
         """The log of the probability of each token but the first, `[len(tokens) - 1]`."""
-        logits = self.model(torch.tensor([tokens])).logits[0].float()
-        return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(tokens)[1:, None])[:, 0]
+        return self.log_softmax(tokens)[:-1].gather(1, torch.tensor(tokens)[1:, None])[:, 0]
+
+    def assert_greedy(self, prompts, found):
+        """All continuations are those of `generate()`, but after two tokens that are equally likely.
+
+        Products of other sizes are rounded otherwise, so `generate()` itself decides such ties by how the
+        prompt is cut into calls. Few prompts may have one.
+        """
+        expected = [self.greedy(prompt, len(tokens)) for prompt, tokens in zip(prompts, found, strict=True)]
+        num_different = len({token for tokens in expected for token in tokens})
+        assert num_different > 100, "a model that repeats itself would hide errors"
+        num_ties = 0
+        for prompt, ours, theirs in zip(prompts, found, expected, strict=True):
+            if ours == theirs:
+                continue
+            first = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+            logs = self.log_softmax(prompt + theirs[:first])[-1]
+            assert (logs[theirs[first]] - logs[ours[first]]).abs() < 2e-3, (len(prompt), first, ours, theirs)
+            num_ties += 1
+        assert num_ties <= 2
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +113,9 @@ def engine():
         return started[-1]
 
     yield start
-    started.clear()
+    # The report of a test that failed would keep the engine alive.
+    for llm in started:
+        vars(llm).clear()
     gc.collect()
     cleanup_dist_env_and_memory()
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from .conftest import prompts_of, run, tokens_of
+from ovq.hf import OVQForCausalLM
+
+from .conftest import Saved, prompts_of, run, tokens_of
 
 #: Around the ends of chunks of 32 and windows of 48 tokens, and far beyond 64 slots.
 LENGTHS = [1, 2, 3, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 97, 127, 128, 129, 200, 255, 256, 257, 300, 400]
@@ -38,47 +40,37 @@ MODELS = {
 }
 
 
-def assert_equal(found, expected):
-    assert len({token for tokens in expected for token in tokens}) > 100, "the model must not repeat itself"
-    assert found == expected
-
-
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 def test_a_batch_of_unequal_prompts(fields, saved, engine):
     made = saved(**fields)
     prompts = prompts_of(LENGTHS)
-    expected = [made.greedy(prompt, 40) for prompt in prompts]
-    assert_equal(tokens_of(run(engine(made.folder), prompts, 40)), expected)
+    made.assert_greedy(prompts, tokens_of(run(engine(made.folder), prompts, 40)))
 
 
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 def test_prompts_read_in_pieces_beside_requests_that_decode(fields, saved, engine):
     made = saved(**fields)
     prompts = prompts_of([n for n in LENGTHS[1::2] if n > 30], seed=1)
-    expected = [made.greedy(prompt, 40) for prompt in prompts]
     # Pieces of no multiple of a chunk, and blocks that are used again for later requests.
     llm = engine(made.folder, max_num_batched_tokens=75, max_num_seqs=5)
-    assert_equal(tokens_of(run(llm, prompts, 40)), expected)
+    made.assert_greedy(prompts, tokens_of(run(llm, prompts, 40)))
 
 
 def test_prompts_alone_and_an_engine_that_was_used_before(saved, engine):
     made = saved()
     prompts = prompts_of(LENGTHS[::4], seed=2)
-    expected = [made.greedy(prompt, 70) for prompt in prompts]
     llm = engine(made.folder)
-    found = [tokens_of(run(llm, [prompt], 70))[0] for prompt in prompts]
-    assert_equal(found, expected)
+    made.assert_greedy(prompts, [tokens_of(run(llm, [prompt], 70))[0] for prompt in prompts])
     # Blocks now hold the states of others.
-    assert tokens_of(run(llm, prompts[::-1], 70)) == expected[::-1]
+    made.assert_greedy(prompts[::-1], tokens_of(run(llm, prompts[::-1], 70)))
 
 
 def test_requests_that_are_preempted(saved, engine):
     made = saved(mixer_types=["full_attention", "ovq"], num_hidden_layers=2)
     prompts = prompts_of([120] * 6, seed=3)
-    expected = [made.greedy(prompt, 200) for prompt in prompts]
     # A block of states and two of the three pages that each request needs, and one that vLLM keeps.
     llm = engine(made.folder, num_gpu_blocks_override=19, max_model_len=512, disable_log_stats=False)
-    assert_equal(tokens_of(run(llm, prompts, 200)), expected)
+    made.assert_greedy(prompts, tokens_of(run(llm, prompts, 200)))
     counted = {metric.name: metric for metric in llm.get_metrics()}
     assert counted["vllm:num_preemptions"].value > 0
 
@@ -118,3 +110,16 @@ def test_bfloat16(saved, engine):
         expected = made.logprobs(prompt)
         # Sums in another order, rounded to 8 bits: compared with how much tokens differ.
         assert (found - expected).abs().mean() < 0.05 * expected.std()
+
+
+def test_more_slots_and_another_rule_by_overrides_of_the_config(saved, engine):
+    made = saved()
+    model = OVQForCausalLM.from_pretrained(made.folder).eval()
+    model.set_num_slots(200)
+    model.set_merge("nearest")
+    prompts = prompts_of([500, 700, 900], seed=8)
+    llm = engine(made.folder, hf_overrides={"num_slots": 200, "merge": "nearest", "growth": "immediate"})
+    found = tokens_of(run(llm, prompts, 60))
+    Saved(model, made.folder).assert_greedy(prompts, found)
+    with pytest.raises(AssertionError):
+        made.assert_greedy(prompts, found)

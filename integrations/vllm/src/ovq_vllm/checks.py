@@ -21,8 +21,8 @@ class StartChecks(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Raise ValueError for what cannot run; switch off prefix caching."""
         check_model(vllm_config.model_config.hf_config)
-        for refusal in refusals(vllm_config):
-            raise ValueError(refusal)
+        if wrong := refusals(vllm_config):
+            raise ValueError("; ".join(wrong))
         cache = vllm_config.cache_config
         if cache.enable_prefix_caching:
             cache.enable_prefix_caching = False

@@ -68,7 +68,7 @@ class StateBlocks:
         self._tensors = tensors
         self._names = [name for name in (*_SUMS, *_PENDING, "pending_forget") if name in tensors]
         # What the last decode step led to. As long as the same requests go on, nothing is read from blocks,
-        # and the library repeats its step without looking at the arguments anew.
+        # and the library repeats its step without looking at the arguments anew. Blocks are kept up to date.
         self._last: tuple[tuple[int, ...], tuple[int, ...], OVQState] | None = None
 
     def read(self, group: Group) -> OVQState:
