@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import torch
 
 import ovq
@@ -68,8 +69,8 @@ def make_model(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 @contextlib.contextmanager
-def serving(command: list[str], folder: Path) -> Iterator[str]:
-    """The address of a server, once it answers; it ends with the context."""
+def serving(command: list[str], folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """The address of a server and its process, once it answers; it ends with the context."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -88,7 +89,7 @@ def serving(command: list[str], folder: Path) -> Iterator[str]:
                     log.seek(0)
                     raise SystemExit(log.read().decode(errors="replace")[-5000:])
                 time.sleep(0.5)
-            yield address
+            yield address, psutil.Process(process.pid)
         finally:
             process.send_signal(signal.SIGINT)
             try:
@@ -105,7 +106,15 @@ def answers(address: str) -> bool:
         return False
 
 
-async def load(address: str, num_clients: int, arguments: argparse.Namespace) -> dict[str, float]:
+def cpu_seconds(server: psutil.Process) -> float:
+    """What a server and its processes have computed so far: it depends less on who else computes."""
+    times = [process.cpu_times() for process in (server, *server.children(recursive=True))]
+    return sum(time.user + time.system for time in times)
+
+
+async def load(
+    address: str, server: psutil.Process, num_clients: int, arguments: argparse.Namespace
+) -> dict[str, float]:
     """Requests and tokens per second, and seconds per request, with this many clients."""
     draw = random.Random(num_clients)
     seconds: list[float] = []
@@ -124,14 +133,15 @@ async def load(address: str, num_clients: int, arguments: argparse.Namespace) ->
         # What is compiled or reserved on first use.
         await client(http, 2)
         seconds.clear()
-        start = time.perf_counter()
+        start, before = time.perf_counter(), cpu_seconds(server)
         await asyncio.gather(*(client(http, arguments.requests) for _ in range(num_clients)))
-        elapsed = time.perf_counter() - start
+        elapsed, computed = time.perf_counter() - start, cpu_seconds(server) - before
     total = len(seconds)
     return {
         "clients": num_clients,
         "requests_per_second": total / elapsed,
         "written_tokens_per_second": total * arguments.new_tokens / elapsed,
+        "written_tokens_per_cpu_second": total * arguments.new_tokens / computed,
         "seconds_per_request": statistics.median(seconds),
     }
 
@@ -142,10 +152,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory) / "lm"
         make_model(folder, arguments)
-        for name, command in SERVERS.items():
-            with serving(command, folder) as address:
+        # In turn, so that both meet the same neighbours.
+        for name, command in list(SERVERS.items()) * arguments.rounds:
+            with serving(command, folder) as (address, server):
                 for num_clients in arguments.clients:
-                    row = {"server": name} | asyncio.run(load(address, num_clients, arguments))
+                    row = {"server": name} | asyncio.run(load(address, server, num_clients, arguments))
                     print(row, file=sys.stderr)
                     rows.append(row)
     return {
@@ -170,6 +181,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=4, help="by each client, one after the other")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--hidden-size", type=int, default=256)
