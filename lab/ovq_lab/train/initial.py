@@ -71,14 +71,14 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
     settable = {field.name for field in dataclasses.fields(ModelArgs)}
     free = _FREE - {"num_slots"} if "vq" in config.mixer_types else _FREE
     notes = []
-    own = {field.name for field in dataclasses.fields(OVQConfig)}
-    # Sizes of mixers that the model does not have follow from those that it has.
+    # What no layer of the model takes.
     of_all, of_these = (
-        {field for cls in classes for field in cls.config_fields.values()}
+        {field for cls in classes for field in cls.config_fields.values() if isinstance(field, str)}
         for classes in (MIXERS.values(), map(mixer_class, config.mixer_types))
     )
     without_effect = _WITHOUT_EFFECT | (of_all - of_these)
-    for name in (name for name in OVQConfig.__annotations__ if name in own):
+    # Other mixers are refused before their fields are compared.
+    for name in OVQConfig.field_defaults(config.mixer_types):
         ours, theirs = getattr(config, name), getattr(found, name)
         if name in without_effect or ours == theirs:
             continue
