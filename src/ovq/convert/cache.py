@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget, LayerConfig, MemoryConfig
 from ovq.convert.memory import HeadMemory
+from ovq.convert.reading import Observer
 from ovq.hf.cache import OVQCacheLayer, StateCache
 from ovq.layers.memory import Memory, StateSpec
 
@@ -32,10 +33,12 @@ class HeadMemories(Memory):
 
     Attributes:
         config: what the layer keeps.
+        observer: who is told of what an empty memory reads and merges from then on, see `HeadMemory`.
     """
 
     kind: str = "sinks, windows and slots"
     config: LayerConfig = dataclasses.field(compare=False)
+    observer: Callable[[Budget], Observer] | None = dataclasses.field(default=None, compare=False)
 
     def empty(self, k: Tensor, v: Tensor) -> list[HeadMemory]:
         """The memory of rows that have read nothing, for keys `[B, Hkv, T, K]` and values like these."""
@@ -43,6 +46,7 @@ class HeadMemories(Memory):
         for budget in self.config.budgets:
             own_k, own_v = (x[:, : len(budget.heads)] for x in (k, v))
             made.append(HeadMemory(budget, own_k, own_v, self._use(budget, own_k, own_v)))
+            made[-1].observer = None if self.observer is None else self.observer(budget)
         return made
 
     def _use(self, budget: Budget, k: Tensor, v: Tensor) -> Tensor | None:
