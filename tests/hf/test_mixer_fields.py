@@ -221,6 +221,8 @@ def test_names_that_are_taken_are_refused():
     registry.register_mixer("greedy", declaring(num_slots=ConfigField(int, 3, "mine")))
     with pytest.raises(ValueError, match=r"mixer_types: .* names that are free, found 'num_slots'"):
         OVQConfig(**SMALL, mixer_types=["greedy", "ovq"])
+    # Who does not use it is not concerned.
+    assert OVQConfig(**SMALL, field_of_the_future=3).num_slots == 1024
     registry.register_mixer("other", declaring(kvm_sinks=ConfigField(int, 3, "mine")))
     assert OVQConfig(**SMALL, mixer_types=["other", "ovq"]).kvm_sinks == 3
     with pytest.raises(ValueError, match=r"mixer_types: kvm_sinks: expected one mixer .*another, 'kvm'"):

@@ -120,6 +120,8 @@ def test_fields_of_the_mixers_that_there_are_must_agree_or_are_named(tmp_path):
         ValueError, match=r"mamba_state_size 5, .* found 7 in .*--set model.mamba_state_size=7"
     ):
         checked(mamba_state_size=5)
+    with pytest.raises(ValueError, match=r"mamba_head_dim 5, .* model.mamba_head_dim="):
+        checked(mixer_fields=("mamba_head_dim=5",))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.hub import check_loaded
-from ovq.layers.registry import mixer_class
+from ovq.layers.registry import fields_of_mixers, mixer_class
 from ovq_lab.mixers import MIXERS
 from ovq_lab.text import get_tokenizer
 from ovq_lab.train.config import ModelArgs
@@ -69,6 +69,7 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
         )
     found = OVQConfig.from_pretrained(source)
     settable = {field.name for field in dataclasses.fields(ModelArgs)}
+    settable |= fields_of_mixers(config.mixer_types).keys()
     free = _FREE - {"num_slots"} if "vq" in config.mixer_types else _FREE
     notes = []
     # What no layer of the model takes.

@@ -153,7 +153,7 @@ class OVQConfig(PreTrainedConfig):
         for name in _fields_of(self.mixer_types):
             if name in kwargs:
                 setattr(self, name, kwargs.pop(name))
-        kwargs = _without_unused(kwargs, self.mixer_types)
+        _take_unused(kwargs, self.mixer_types)
         self._check()
         super().__post_init__(**kwargs)
 
@@ -372,10 +372,10 @@ def _fields_of(mixer_types: Iterable[str] | None) -> dict[str, ConfigField]:
     return fields
 
 
-def _without_unused(kwargs: dict[str, Any], mixer_types: list[str]) -> dict[str, Any]:
-    """Keyword arguments that are no fields of a config, without those that a mixer has which it lacks.
+def _take_unused(kwargs: dict[str, Any], mixer_types: list[str]) -> None:
+    """Take fields of mixers that a config lacks out of keyword arguments that are none of its fields.
 
-    Other unknown arguments are kept, because a config saved by another version of transformers may have
+    Other unknown arguments are left, because a config saved by another version of transformers may have
     fields that the installed version does not know.
 
     Raises:
@@ -385,17 +385,14 @@ def _without_unused(kwargs: dict[str, Any], mixer_types: list[str]) -> dict[str,
     unknown = [name for name in kwargs if not hasattr(OVQConfig, name)]
     # To know all fields takes importing the laboratory.
     mixers = usable_names(MIXERS, what="mixer") if unknown else []
-    others = {name: (field, mixer) for mixer in mixers for name, field in _fields_of([mixer]).items()}
+    fields = {name: (f, mixer) for mixer in mixers for name, f in mixer_class(mixer).own_fields().items()}
     for name in unknown:
-        if name in others:
-            field, mixer = others[name]
-            if kwargs[name] != field.default:
+        if name in fields:
+            field, mixer = fields[name]
+            if kwargs.pop(name) != field.default:
                 raise ValueError(
                     f"{name}: expected {mixer!r} among mixer_types beside this field ({field.doc}), "
                     f"found {sorted(set(mixer_types))}"
                 )
-        elif close := difflib.get_close_matches(
-            name, {*OVQConfig.__annotations__, *others}, n=1, cutoff=0.85
-        ):
+        elif close := difflib.get_close_matches(name, {*OVQConfig.__annotations__, *fields}, 1, 0.85):
             raise ValueError(f"expected a field of OVQConfig such as {close[0]!r}, found {name!r}")
-    return {name: value for name, value in kwargs.items() if name not in others}
