@@ -149,7 +149,7 @@ async def load(
 def processor() -> str:
     """The name of the processor, as Linux has it."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
 
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--num-slots", type=int, default=256)
     arguments = parser.parse_args()
-    arguments.out.write_text(json.dumps(measure(arguments), indent=2) + "\n")
+    arguments.out.write_text(json.dumps(measure(arguments), indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
