@@ -182,6 +182,21 @@ class HeadMemory:
                 setattr(self, name, getattr(self, name).detach().clone())
             self._has_graph = False
 
+    def copy_(self, other: HeadMemory) -> None:
+        """Remember what another memory of the same rows does, in the same tensors."""
+        self.own_()
+        for name in self._names:
+            getattr(self, name).copy_(getattr(other, name))
+        self.filled, self.num_merged = list(other.filled), list(other.num_merged)
+
+    def drop_(self, num_tokens: int) -> None:
+        """Forget the last tokens of each row, which have come after its last merge."""
+        self.own_()
+        for row, filled in enumerate(self.filled):
+            for recent in (self.recent_keys, self.recent_values):
+                recent[row, :, filled - num_tokens : filled] = 0
+            self.filled[row] = filled - num_tokens
+
     def num_read(self, row: int) -> int:
         """Tokens that a row has read."""
         return self.filled[row] + self.num_merged[row]
