@@ -17,7 +17,7 @@ PIP = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install --n
 # transformers anew, for a quarter of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test pytest test-slow test-peers test-oldest fuzz lint format tables docs tag clean
+.PHONY: install demo test pytest test-slow test-peers test-oldest fuzz lint format tables docs tag release clean
 
 install: $(VENV)/.installed
 
@@ -89,6 +89,20 @@ tag: install
 		grep -qE "^## $$version \([0-9]{4}-[0-9]{2}-[0-9]{2}\)" CHANGELOG.md \
 			|| { echo "CHANGELOG.md: expected '## $$version (YYYY-MM-DD)', found no date" >&2; exit 2; }; \
 		git tag -a "v$$version" -m "ovq $$version" && echo "git push origin v$$version"
+
+# All of a release but the uploads: both packages built and checked, the notes out of CHANGELOG.md, the tag. DRY_RUN=1
+# leaves the tag out, which asks for a date.
+release: install
+	$(PIP) build twine
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist lab
+	$(BIN)/python -m twine check --strict dist/*
+	@version=$$($(BIN)/python -c 'import ovq; print(ovq.__version__)'); \
+		awk -v begin="## $$version" 'index($$0, "## ") == 1 { found = index($$0, begin) == 1 } found' CHANGELOG.md > dist/notes.md; \
+		test -s dist/notes.md || { echo "CHANGELOG.md: expected a section '## $$version', found none" >&2; exit 2; }
+	$(if $(DRY_RUN),@echo "dry run: no tag",$(MAKE) --no-print-directory tag)
+	@echo "notes: dist/notes.md; the workflow release.yml uploads what the tag names"
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -44,8 +44,13 @@ class Examples(griffe.Extension):
 
 
 def on_config(config: Any) -> Any:
-    """The address of the site, which its map and the page for missing pages need: that of who builds it."""
+    """The addresses of the site, which its map and the page for missing pages need, and of the repository.
+
+    They are those of who builds it.
+    """
     config.site_url = os.environ.get("SITE_URL") or None
+    if owner_and_name := os.environ.get("OVQ_REPOSITORY"):
+        config.repo_url, config.repo_name = f"https://github.com/{owner_and_name}", owner_and_name
     return config
 
 

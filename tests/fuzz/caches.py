@@ -21,6 +21,7 @@ from ovq.layers import OVQAttention
 from ovq_lab.mixers import MIXERS
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.program import Impossible, Program
+from tests.hf.common import of_mixers
 
 MOST = 4
 VOCAB_SIZE = 40
@@ -158,15 +159,17 @@ class CacheProgram(Program):
             num_attention_heads=2,
             num_key_value_heads=self.num_kv_heads,
             head_dim=8,
-            mixer_types=list(self.mixers),
+            **of_mixers(
+                list(self.mixers),
+                num_sinks=2,
+                sink_window=self.sliding_window,
+                kvm_chunk_size=min(self.chunk_size, self.num_slots),
+                kvm_sinks=int(min(self.chunk_size, self.num_slots) > 1),
+            ),
             rope_mixers=[n for n, mixer in MIXERS.items() if mixer.supports_rope] if self.has_rope else None,
             sliding_window=self.sliding_window,
-            num_sinks=2,
-            sink_window=self.sliding_window,
             num_slots=self.num_slots,
             chunk_size=self.chunk_size,
-            kvm_chunk_size=min(self.chunk_size, self.num_slots),
-            kvm_sinks=int(min(self.chunk_size, self.num_slots) > 1),
             conv_size=self.conv_size,
             merge=self.merge,
             ablation={"bias": self.bias, "rate": self.rate},

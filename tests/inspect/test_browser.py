@@ -24,7 +24,7 @@ def found():
 @pytest.fixture(scope="module")
 def path(found, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
-    write_page(found, path)
+    write_page(found, path, head=0)
     return path
 
 
@@ -52,7 +52,7 @@ def test_the_text_is_shown_and_nothing_of_it_is_run(opened, found):
     assert shown[11] == "<U+D800>"
     assert shown[12] == "\u21b5\n\u21e5 "
     assert shown[14] == "\u00b7"
-    assert "130 tokens, read by tiny: 1 OVQ layer of 2 layers" in opened.text("#about")
+    assert "130 tokens, read by tiny: slots in 1 of 2 layers" in opened.text("#about")
 
 
 def test_pointing_at_a_token_shows_who_shares_its_slot(opened, found):
@@ -75,16 +75,16 @@ def test_choosing_a_token_shows_what_it_reads(opened, found):
     opened.point("#t77", click=True)
     said = opened.text("#token")
     assert said.startswith("Token 77")
-    assert "The memory of the 72 tokens before its chunk" in said
+    assert "Slots hold the 72 tokens merged before" in said
     named = re.findall(r"^(slot (\d+)|exact|itself)$", said.split("reads here")[1], re.MULTILINE)
     expected = [
-        f"slot {entry}" if entry >= 0 else "itself" if entry == -1 - 77 % 8 else "exact"
+        f"slot {entry}" if entry >= 0 else "itself" if entry == -1 - 77 else "exact"
         for entry, weight in zip(memory.entries[0, 77], memory.weights[0, 77], strict=True)
         if weight >= 1 / 65535
     ]
     assert [name for name, _ in named] == expected
     exact = memory.shares[0, 77, 0]
-    assert f"{round(100 * exact)} % exact tokens of its own chunk" in said
+    assert f"{round(100 * exact)} % exact tokens" in said
     slots = memory.final_slots[0]
     marked = opened.run("[...document.querySelectorAll('.t.member')].map((t) => Number(t.id.slice(1)))")
     assert marked == [i for i in range(len(slots)) if slots[i] == slots[77]]
@@ -120,8 +120,10 @@ def test_levels_of_all_tokens_are_counted(opened, found):
 
 
 def test_all_can_be_done_by_keys(opened):
+    first = opened.run("document.querySelector('.t.chosen').id")
+    assert f"Token {first[1:]}" in opened.text("#token")
     opened.run("document.getElementById('text').focus()")
-    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+    for key in ("Home", "ArrowRight", "ArrowDown"):
         opened.press(key)
     assert opened.run("document.querySelector('.t.chosen').id") == "t9"
     assert opened.run("document.getElementById('text').getAttribute('aria-activedescendant')") == "t9"

@@ -72,7 +72,7 @@ def test_what_is_read_of_the_tokens_behind_slots_is_the_output_of_the_op(merge):
             slots = found.after(start)[0, memory.kv_head(head)].numpy()
             o = np.zeros(6)
             for entry, weight in zip(memory.entries[head, token], memory.weights[head, token], strict=True):
-                behind = values[slots == entry] if entry >= 0 else values[[start - 1 - entry]]
+                behind = values[slots == entry] if entry >= 0 else values[[-1 - entry]]
                 o += weight * behind.mean(0) if weight else 0
             assert np.allclose(o, expected[0, token, head], atol=1e-5)
 
@@ -89,12 +89,13 @@ def test_slots_and_moves_tell_where_tokens_are_at_any_time(num_tokens, chunk_siz
     call = recorded(num_tokens, seed=seed, chunk_size=chunk_size, num_slots=num_slots, merge=merge)
     memory, found = layer_memory(call, layer=0, num_reads=2), call.assignments()
     places = np.full_like(memory.slots, -1)
-    for chunk in range(memory.num_chunks):
+    for chunk in range(memory.num_chunks(0)):
         before = places.copy()
         for _, head, slot, to in memory.moves[memory.moves[:, 0] == chunk]:
             assert merge == "nearest"
             places[head, before[head] == slot] = to
-        now = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
+        now = memory.tokens(chunk)
+        assert memory.merged_after(chunk, 0) == now.stop == (chunk + 1) * chunk_size
         places[:, now] = memory.slots[:, now]
         assert np.array_equal(places, found.after(now.stop)[0])
     assert np.array_equal(memory.final_slots, places)
@@ -168,4 +169,5 @@ def test_what_cannot_be_recounted_is_refused():
 
 
 def test_levels_go_from_sharp_to_blurred():
-    assert levels(np.array([0, 1, 2, 4, 5, 16, 17, 64, 65, 9999])).tolist() == [0, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    counts = np.array([0, 1, 2, 4, 5, 16, 17, 64, 65, 9999, -1])
+    assert levels(counts).tolist() == [0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]

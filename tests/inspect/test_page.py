@@ -70,12 +70,16 @@ def unpacked(text, dtype, *shape):
 def test_the_data_are_what_was_found():
     found = looked_into([str(i) for i in range(61)], num_heads=4, num_kv_heads=2, merge="nearest")
     data, memory = data_of(page_html(found, head=3)), found.layer(None)
-    assert data["first"] == {"layer": 1, "head": 3}
+    on_slots = np.where(memory.entries[3] >= 0, memory.weights[3], 0)
+    first = np.nonzero(on_slots.max(-1) == on_slots.max())[0][-1]
+    assert data["first"] == {"layer": 1, "head": 3, "token": first}
+    assert data_of(page_html(found))["first"]["head"] == memory.shares[..., 1:].sum((1, 2)).argmax()
     assert data["pieces"] == list(found.pieces)
-    assert (data["numGiven"], data["merge"], data["mixers"]) == (61, "nearest", ["sliding_attention", "ovq"])
+    assert (data["numGiven"], data["merge"], data["numLayers"]) == (61, "nearest", 2)
     [layer] = data["layers"]
-    sizes = [layer[name] for name in ("layer", "numSlots", "chunkSize", "numHeads", "numKvHeads", "numReads")]
-    assert sizes == [1, 8, 4, 4, 2, 8]
+    sizes = [layer[name] for name in ("layer", "chunkSize", "numHeads", "numKvHeads", "numReads", "numSinks")]
+    assert sizes == [1, 4, 4, 2, 8, 0]
+    assert (layer["numSlots"], layer["numExact"]) == ([8, 8], [4, 4])
     assert np.array_equal(unpacked(layer["slots"], "<i2", 2, 61), memory.slots)
     assert np.array_equal(unpacked(layer["entries"], "<i2", 4, 61, 8), memory.entries)
     assert np.allclose(unpacked(layer["weights"], "<u2", 4, 61, 8) / 65535, memory.weights, atol=1e-5)
@@ -175,7 +179,7 @@ def contrast(one, other):
 def test_text_can_be_read_on_every_colour(theme):
     colours = themes()[theme]
     grounds = [name for name in colours if re.fullmatch(r"[flkw]\d", name)]
-    assert len(grounds) == 8 + 6 + 5 + 4
+    assert len(grounds) == 8 + 7 + 5 + 4
     for ground in (*grounds, "page", "card"):
         text = colours["on" if ground[0] == "f" else "ink"]
         assert contrast(text, colours[ground]) >= 4.5, ground

@@ -14,6 +14,7 @@ from transformers.models.auto import modeling_auto
 from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM, OVQModel
 from ovq_lab.mixers.vq import StaticDictionary
 from tests.generation import test_utils as generation
+from tests.hf.common import of_mixers
 from tests.peers import sources
 from tests.peers.models import SETS
 from tests.test_configuration_common import ConfigTester
@@ -65,11 +66,9 @@ class OVQModelTester:
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=2,
-            mixer_types=list(self.mixer_types),
             # Shorter than the inputs, all of these: windows pass, chunks end, slots are read.
+            **of_mixers(list(self.mixer_types), sink_window=5, num_sinks=2),
             sliding_window=6,
-            sink_window=5,
-            num_sinks=2,
             num_slots=8,
             chunk_size=4,
             pad_token_id=self.pad_token_id,

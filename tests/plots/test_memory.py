@@ -34,7 +34,7 @@ def test_places_levels_counts_and_reads_are_drawn(found, tmp_path, drawn):
     assert opened[:8] == list(range(8))
     assert len(opened) == 9 + _num_opened_again(memory)
     assert [step.get_facecolor() for step in shares.patches] == [
-        (*(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0) for color in LEVEL_COLORS
+        (*(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)), 1.0) for color in LEVEL_COLORS[:6]
     ]
     level = levels(memory.counts()[1, int(np.linspace(0, 203, 33)[-2]) :])
     assert heights(shares)[:, -1] == pytest.approx([(level == i).mean() for i in range(6)])

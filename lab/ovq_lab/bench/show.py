@@ -19,12 +19,15 @@ TITLES = {
     "model_training": "Training step of a model of T tokens",
     "model_memory": "Peak memory of it, weights, gradients and optimizer included",
     "model_generate": "generate(), one token after T",
+    "converted_read": "Reading T tokens, time per token",
+    "converted_write": "Writing one token after T",
+    "converted_memory": "Peak memory of the process after T, libraries not included",
 }
 # What is measured has the style of the mixer that reads in the same way.
 _MIXERS = {
     **dict.fromkeys(("sdpa", "sdpa_flash", "sdpa_cudnn", "sdpa_efficient"), "full_attention"),
     **dict.fromkeys(("window", "flex_window"), "sliding_attention"),
-    "llama": "full_attention",
+    **dict.fromkeys(("llama", "llama_cpp", "transformers"), "full_attention"),
 }
 
 
@@ -135,8 +138,10 @@ def save_figures(report: dict, folder: Path) -> list[Path]:
         rows = [r for r in report["rows"] if r["what"] == what and r["dtype"] == dtype]
         _draw(panel, rows, f"{TITLES[what].split(' of ')[0]}, {dtype}", styles)
     path = folder / "bench.png"
-    is_model = panels[0][0].startswith("model_")
-    what = "training and generation" if is_model else "one attention read"
+    kind = panels[0][0].partition("_")[0]
+    what = {"model": "training and generation", "converted": "a pretrained model"}.get(
+        kind, "one attention read"
+    )
     save(figure, path, title=f"Time and memory of {what}{_processor(report)}")
     return [path]
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ovq.cli.common import check_folder, out_console, parse_ints
+from ovq.cli.common import check_folder, encode, out_console, parse_ints, read_text
+from ovq.cli.loading import is_converted as has_memory
+from ovq.cli.loading import load_tokenizer
 from ovq_lab.cli import dictionaries
+
+if TYPE_CHECKING:
+    from ovq_lab.bench.pretrained_suite import PretrainedSuite
 
 _LENGTHS = "1024,2048,4096,8192,16384,32768,65536"
 _TRAINED = "2048,8192,32768"
+_READ = "1024,4096,8192,16384"
 
 
 def bench(
@@ -21,13 +29,15 @@ def bench(
         str | None,
         typer.Option(
             help="Parts to measure: forward, forward_backward, decode, memory, stream (CPU only). "
-            "Default: all of them. Or model, alone: whole models, on a CPU."
+            "Default: all of them. Or, alone, on a CPU: model (whole models), or converted (a converted "
+            "model beside what else runs it)."
         ),
     ] = None,
     lengths: Annotated[
         str | None,
         typer.Option(
-            help=f"Numbers of tokens. Default: {_LENGTHS}; of training steps, with --what model, {_TRAINED}."
+            help=f"Numbers of tokens. Default: {_LENGTHS}; with --what model, {_TRAINED} (training steps); "
+            f"with --what converted, {_READ}."
         ),
     ] = None,
     long: Annotated[bool, typer.Option("--long", help="Measure 131072 tokens too.")] = False,
@@ -51,6 +61,24 @@ def bench(
     prompts: Annotated[
         str, typer.Option(help="With --what model: tokens that are read before generation.")
     ] = "1024,8192,65536",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="With --what converted: folder of the converted model.", show_default=False),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="With --what converted: a text to read.", show_default=False)
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="With --what converted: the same model for llama.cpp.", show_default=False),
+    ] = None,
+    llama_cpp: Annotated[
+        str | None,
+        typer.Option(
+            help="Python of an environment that has llama-cpp-python; this one if not given.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON instead of tables.")
     ] = False,
@@ -72,17 +100,35 @@ def bench(
     random weights are measured, beside transformers' Llama of equal size with SDPA and its dynamic cache.
     The share is then that of the products with weights alone.
 
+    With --what converted, a model of ovq convert reads a text and writes tokens after each length, beside
+    transformers with its full cache and, where --gguf is given, llama.cpp. Each runs in a process of its own.
+
     Example: [bold]ovq bench --what forward --lengths 4096,16384 --num-slots 1024[/bold]
     """
     # Everything that can be wrong is checked before anything is measured.
-    is_model = what is not None and [name.strip() for name in what.split(",")] == ["model"]
+    kinds = [] if what is None else [name.strip() for name in what.split(",")]
+    is_model, is_converted = kinds == ["model"], kinds == ["converted"]
     if lengths is None:
-        lengths = _TRAINED if is_model else _LENGTHS
+        lengths = _TRAINED if is_model else _READ if is_converted else _LENGTHS
     at_lengths = sorted({*parse_ints(lengths, flag="--lengths"), *([131072] if long else [])})
     tested = dictionaries.parse(num_slots, [merge])
     check_folder("--out", out)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected cpu or cuda, found {device!r}")
+    if is_converted:
+        suite_of_peers = _pretrained_suite(model, text, gguf, llama_cpp, at_lengths)
+        from ovq_lab.bench.pretrained_suite import run_pretrained
+
+        _measure(
+            suite_of_peers.total,
+            lambda progress: run_pretrained(suite_of_peers, progress),
+            out,
+            as_json=as_json,
+        )
+        return
+    for flag, found in (("--model", model), ("--text", text), ("--gguf", gguf), ("--llama-cpp", llama_cpp)):
+        if found is not None:
+            raise ValueError(f"{flag}: expected none without --what converted, found {found}")
     from ovq_lab.bench.model_suite import ModelSuite, run_models
     from ovq_lab.bench.suite import PARTS, Suite, run_suite
 
@@ -101,7 +147,7 @@ def bench(
         return
     parts = [name for name in PARTS if device == "cpu" or name != "stream"]
     suite = Suite(
-        parts=parts if what is None else [name.strip() for name in what.split(",")],
+        parts=kinds or parts,
         lengths=at_lengths,
         dtypes=[name.strip() for name in dtypes.split(",")],
         **tested,
@@ -111,6 +157,35 @@ def bench(
         device=device,
     )
     _measure(suite.total, lambda progress: run_suite(suite, progress), out, as_json=as_json)
+
+
+def _pretrained_suite(
+    model: Path | None, text: Path | None, gguf: Path | None, llama_cpp: str | None, lengths: list[int]
+) -> PretrainedSuite:
+    """What `--what converted` measures.
+
+    Raises:
+        ValueError: A model or a text that is missing, or is none; too short a text.
+    """
+    if model is None or text is None:
+        raise ValueError("--what converted: expected --model and --text, found one of them or none")
+    if not has_memory(model):
+        raise ValueError(f"--model: expected a folder that ovq convert has written, found {model}")
+    if gguf is not None and not gguf.is_file():
+        raise ValueError(f"--gguf: expected a file, found none at {gguf}")
+    if llama_cpp is not None and shutil.which(llama_cpp) is None:
+        raise ValueError(f"--llama-cpp: expected an interpreter of Python, found none at {llama_cpp}")
+    if llama_cpp is not None and gguf is None:
+        raise ValueError("--llama-cpp: expected --gguf beside it, found none")
+    tokenizer = load_tokenizer(model)
+    if tokenizer is None:
+        raise ValueError(f"--model: expected a tokenizer in {model}, found none")
+    from ovq_lab.bench.pretrained_suite import PretrainedSuite
+
+    ids = encode(read_text(str(text), flag="--text"), tokenizer, vocab_size=len(tokenizer), flag="--text")
+    return PretrainedSuite(
+        model=model, tokens=ids, lengths=lengths, gguf=gguf, llama_cpp=llama_cpp or sys.executable
+    )
 
 
 def _measure(
@@ -138,8 +213,9 @@ def _measure(
         where = f"{processor}, {env['threads']} threads, CPU kernels {env['cpu_kernels']}"
     backends = "".join(f", backend {backend} ({part})" for part, backend in env["backends"].items())
     copies = f", copies {report['copy_rate'] / 1e9:.0f} GB/s" if "copy_rate" in report else ""
+    products = f", matrix products {rates}" if rates else ""
     out_console.print(
-        f"{where}, torch {env['torch']}{backends}, matrix products {rates}{copies}",
+        f"{where}, torch {env['torch']}{backends}{products}{copies}",
         highlight=False,
     )
     for table in tables(report):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ovq.cli.common import check_model_path
+from ovq.cli.common import check_model_path, out_console
 from ovq.fields import LARGEST_SEED
 
 
@@ -38,3 +40,11 @@ def demo(
     from ovq_lab.figures.demo import run_demo
 
     run_demo(out, seed=seed, is_quick=quick)
+    # `make demo` runs it in an environment that need not be active.
+    program = "ovq" if shutil.which("ovq") else sys.argv[0]
+    out_console.print(
+        f"Next, twice as long: {program} eval --model {out / 'ovq'} --merge nearest --num-slots 1024 "
+        "--lengths 8192",
+        soft_wrap=True,
+        highlight=False,
+    )

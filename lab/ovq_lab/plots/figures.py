@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from ovq.runtime.units import format_bytes
 from ovq_lab.eval.rows import ResultRow
 from ovq_lab.plots.canvas import Axes, FuncFormatter
 from ovq_lab.plots.panels import length_axis, mark_training, new_panels, save
 from ovq_lab.plots.style import line_styles, style_name
+
+_RULES = ("existing", "nearest")
+# Between the names at the ends of lines, as a share of all answers.
+_LEAST_GAP = 0.06
 
 
 def save_figures(
@@ -40,10 +46,31 @@ def save_figures(
 
 
 def _draw_accuracy(axes: Axes, rows: Sequence[ResultRow]) -> None:
-    """The share of right answers by length."""
+    """The share of right answers by length, each line with its name at its end."""
+    sizes = {merge: sorted({x.num_slots or 0 for x in rows if x.merge == merge}) for merge in _RULES}
+    # The largest dictionary lies on full attention, and with larger ones rules come to lie on each other.
+    shown = {"existing": sizes["existing"][:1], "nearest": sizes["nearest"][:-1] or sizes["nearest"]}
+    rows = [row for row in rows if row.merge not in shown or row.num_slots in shown[row.merge]]
     _draw_lines(axes, rows, lambda row: row.accuracy)
     axes.set_ylim(-0.03, 1.05)
     axes.set_ylabel("right answers (share)")
+    lines = sorted(axes.get_lines(), key=lambda line: np.asarray(line.get_ydata())[-1])
+    below = -np.inf
+    for line in lines:
+        x, y = (float(np.asarray(data)[-1]) for data in line.get_data())
+        below = max(y, below + _LEAST_GAP)
+        name = str(line.get_label())
+        axes.annotate(
+            name,
+            (x, below),
+            xytext=(8, 0),
+            textcoords="offset points",
+            color=line.get_color(),
+            va="center",
+            fontsize=10,
+        )
+        # Its name is at the line, not in the legend.
+        line.set_label(f"_{name}")
 
 
 def _draw_state(axes: Axes, rows: Sequence[ResultRow]) -> None:

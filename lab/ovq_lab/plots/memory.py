@@ -7,20 +7,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ovq.inspect import LEVEL_NAMES, InspectedText, LayerMemory, levels
+from ovq.inspect import InspectedText, LayerMemory, levels
 from ovq_lab.plots.canvas import Axes, FuncFormatter
 from ovq_lab.plots.panels import new_panels, save
 from ovq_lab.plots.style import MIXER_STYLES, PALETTE
 
 _NUM_PARTS = 32
 # From sharp to blurred, as on the page: blue for what is exact, yellow to red for what is shared.
-LEVEL_COLORS = ("#D9E8F5", "#0072B2", "#FFE9A0", "#FDBB5C", "#E5763F", "#B2432F")
+LEVEL_COLORS = ("#D9E8F5", "#0072B2", "#FFE9A0", "#FDBB5C", "#E5763F", "#B2432F", "#AEB4BB")
 _THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 _COUNT_NAMES = ("1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128", "over 128")
 
 
 def save_memory_figures(
-    found: InspectedText, folder: Path, *, layer: int | None = None, head: int = 0
+    found: InspectedText, folder: Path, *, layer: int | None = None, head: int | None = None
 ) -> list[Path]:
     """Draw the memory of a text.
 
@@ -29,8 +29,8 @@ def save_memory_figures(
         folder: Where to write `slots.png` (slots over positions, and what is kept by position, of one head),
             `heads.png` (what is kept in all heads) and `counts.png` (counts and ages of slots in the heads of
             one layer), and `reads.png` (what the queries of one head read).
-        layer: The layer, by its number in the model; None for the highest OVQ layer.
-        head: The query head.
+        layer: The layer, by its number in the model; None for the highest one.
+        head: The query head; None for the one that reads the most from slots.
 
     Returns:
         The paths of the pictures.
@@ -39,27 +39,29 @@ def save_memory_figures(
         ValueError: If there is no such layer or head.
     """
     memory = found.layer(layer)
+    head = found.reading_head(layer) if head is None else head
     if not 0 <= head < memory.num_heads:
         raise ValueError(f"head: expected 0 to {memory.num_heads - 1}, found {head}")
-    name = f"{found.num_tokens:,} tokens, at most {memory.num_slots:,} slots"
+    kv_head, name = memory.kv_head(head), f"{found.num_tokens:,} tokens"
     where = f"layer {memory.layer}, head {head}"
     paths = [folder / file for file in ("slots.png", "heads.png", "counts.png", "reads.png")]
-    _slots_figure(memory, memory.kv_head(head), paths[0], title=f"What {where} keeps of {name}")
+    title = f"What {where} keeps of {name}, at most {memory.num_slots[kv_head]:,} slots"
+    _slots_figure(memory, kv_head, found.level_names, paths[0], title=title)
     _heads_figure(found, paths[1], title=f"What is kept of {name}, at the end of the text")
     _counts_figure(memory, paths[2], title=f"The slots of layer {memory.layer} after {name}")
     _reads_figure(memory, head, paths[3], title=f"What {where} reads of {name}")
     return paths
 
 
-def _slots_figure(memory: LayerMemory, kv_head: int, path: Path, *, title: str) -> None:
+def _slots_figure(memory: LayerMemory, kv_head: int, names: Sequence[str], path: Path, *, title: str) -> None:
     """Slots over positions, and what became of the tokens by position."""
     figure, (places, shares) = new_panels(2, height=3.4)
     _draw_places(places, memory, kv_head)
     counts, kept = memory.counts()[kv_head], memory.kept[kv_head]
     edges = _edges(memory.num_tokens)
     level = levels(counts)
-    of_part = [np.bincount(level[a:b], minlength=len(LEVEL_NAMES)) / (b - a) for a, b in _pairs(edges)]
-    _stack(shares, edges, np.array(of_part), LEVEL_COLORS, LEVEL_NAMES)
+    of_part = [np.bincount(level[a:b], minlength=len(names)) / (b - a) for a, b in _pairs(edges)]
+    _stack(shares, edges, np.array(of_part), LEVEL_COLORS[: len(names)], names)
     middle = (edges[:-1] + edges[1:]) / 2
     means = [float(kept[a:b].mean()) for a, b in _pairs(edges)]
     shares.plot(middle, means, color="black", linewidth=1.6, label="share of the values kept")
@@ -73,7 +75,7 @@ def _reads_figure(memory: LayerMemory, head: int, path: Path, *, title: str) -> 
     figure, [axes] = new_panels(1)
     edges = _edges(memory.num_tokens)
     of_part = [memory.shares[head, a:b].mean(0) for a, b in _pairs(edges)]
-    names = ("exact tokens of its own chunk", "slots of one token", "slots of several tokens")
+    names = ("exact tokens", "slots of one token", "slots of several tokens")
     _stack(axes, edges, np.array(of_part), (LEVEL_COLORS[0], LEVEL_COLORS[1], LEVEL_COLORS[4]), names)
     axes.set_ylabel("share of the weight")
     axes.set_xlabel("position of the query")
@@ -106,11 +108,10 @@ def _draw_places(axes: Axes, memory: LayerMemory, kv_head: int) -> None:
     opens = np.array(_openers(memory, kv_head), dtype=np.int64)
     joins = np.setdiff1d(np.nonzero(is_merged)[0], opens)
     of_head = memory.moves[memory.moves[:, 1] == kv_head]
-    size = memory.chunk_size
     if len(of_head):
         color = PALETTE[7].color
         axes.vlines(
-            (of_head[:, 0] + 1) * size,
+            memory.merged_after(of_head[:, 0], kv_head),
             of_head[:, 2],
             of_head[:, 3],
             color=color,
@@ -141,13 +142,13 @@ def _openers(memory: LayerMemory, kv_head: int) -> list[int]:
     """The tokens that are the first in a slot, also in one that had been merged away."""
     used: set[int] = set()
     found = []
-    size = memory.chunk_size
-    for chunk in range(memory.num_chunks):
+    for chunk in range(memory.num_chunks(kv_head)):
         moves = memory.moves[(memory.moves[:, 1] == kv_head) & (memory.moves[:, 0] == chunk)]
         used -= set(moves[:, 2].tolist())
-        for token in range(chunk * size, (chunk + 1) * size):
+        tokens = memory.tokens(chunk)
+        for token in range(tokens.start, tokens.stop):
             slot = int(memory.slots[kv_head, token])
-            if slot not in used:
+            if slot >= 0 and slot not in used:
                 used.add(slot)
                 found.append(token)
     return found
@@ -158,10 +159,11 @@ def _heads_figure(found: InspectedText, path: Path, *, title: str) -> None:
     heads = [(memory, kv) for memory in found.layers for kv in range(memory.num_kv_heads)]
     figure, [axes] = new_panels(1, height=0.9 + 0.28 * len(heads))
     level = [levels(memory.counts()[kv]) for memory, kv in heads]
-    shares = np.array([np.bincount(x, minlength=len(LEVEL_NAMES)) / len(x) for x in level])
+    names = found.level_names
+    shares = np.array([np.bincount(x, minlength=len(names)) / len(x) for x in level])
     left, rows = np.zeros(len(heads)), np.arange(len(heads))
     for i, share in enumerate(shares.T):
-        axes.barh(rows, share, 0.8, left=left, color=LEVEL_COLORS[i], edgecolor="white", label=LEVEL_NAMES[i])
+        axes.barh(rows, share, 0.8, left=left, color=LEVEL_COLORS[i], edgecolor="white", label=names[i])
         left += share
     for row, (memory, kv) in enumerate(heads):
         axes.text(1.01, row, f"{memory.kept[kv].mean():.0%}", va="center", fontsize=9)
@@ -186,7 +188,7 @@ def _head_name(memory: LayerMemory, kv_head: int) -> str:
 def _counts_figure(memory: LayerMemory, path: Path, *, title: str) -> None:
     """For the heads of a layer, how many tokens slots hold, and how old they are."""
     figure, (counts, ages) = new_panels(2, height=2.8)
-    merged = memory.num_chunks * memory.chunk_size
+    merged = memory.tokens(max(map(memory.num_chunks, range(memory.num_kv_heads)))).start
     num_parts = 16
     for kv in range(memory.num_kv_heads):
         style, slots = PALETTE[kv % len(PALETTE)], memory.final_slots[kv]

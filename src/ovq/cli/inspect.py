@@ -9,18 +9,24 @@ import typer
 
 from ovq.cli import dictionaries
 from ovq.cli.common import as_text, check_file, check_folder, encode, out_console, read_text
-from ovq.cli.loading import check_model_folder, load_config, load_model, load_tokenizer
+from ovq.cli.loading import (
+    check_generating_folder,
+    is_converted,
+    load_any_config,
+    load_generating_model,
+    load_tokenizer,
+)
 from ovq.plugins import from_laboratory
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from transformers import PreTrainedConfig
 
-    from ovq.hf import OVQConfig
     from ovq.inspect import InspectedText
 
 
 def inspect(
-    model: Annotated[Path, typer.Option(help="Folder of a trained model.", show_default=False)],
+    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.", show_default=False)],
     text: Annotated[
         str | None,
         typer.Option(
@@ -40,9 +46,16 @@ def inspect(
     logn_length: dictionaries.LognLength = None,
     layer: Annotated[
         int | None,
-        typer.Option(min=0, help="Layer to show first, and in figures; the highest OVQ layer if not given."),
+        typer.Option(
+            min=0, help="Layer to show first, and in figures; the highest one with slots if not given."
+        ),
     ] = None,
-    head: Annotated[int, typer.Option(min=0, help="Head to show first, and in figures.")] = 0,
+    head: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Head to show first, and in figures; the one that reads most from slots if not given."
+        ),
+    ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, max=16_384, help="Tokens to read; the rest of the text is left out.")
     ] = 4096,
@@ -61,7 +74,7 @@ def inspect(
     """
     if (text is None) == (prompt is None):
         raise ValueError("expected one of --text and --prompt, found both or neither")
-    check_model_folder(model)
+    check_generating_folder(model)
     check_file("--out", out)
     check_folder("--figures", figures)
     dictionaries.check_rule(merge)
@@ -73,17 +86,17 @@ def inspect(
     from ovq.runtime.progress import Reporter
     from ovq.runtime.units import format_bytes
 
-    _check_view(load_config(model), layer, head)
+    layers = _check_view(model, load_any_config(model), layer, head)
     loaded, tokenizer = (
-        load_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length),
+        load_generating_model(model, num_slots=num_slots, merge=merge, logn_length=logn_length),
         load_tokenizer(model),
     )
     flag = "--prompt" if prompt is not None else "--text"
     ids = encode(given, tokenizer, vocab_size=loaded.config.vocab_size, flag=flag)
     name = "prompt" if text is None else "standard input" if text == "-" else Path(text).name
     with Reporter() as reporter:
-        # Each OVQ layer is recounted by itself.
-        total = loaded.config.mixer_types.count("ovq") * min(len(ids), max_tokens)
+        # Each layer by itself.
+        total = len(layers) * min(len(ids), max_tokens)
         work = reporter.start(f"read {name}", total=total)
         found = inspect_text(
             loaded,
@@ -111,24 +124,32 @@ def inspect(
     out_console.print(f"Wrote {', '.join(written)}", soft_wrap=True, highlight=False)
 
 
-def _check_view(config: OVQConfig, layer: int | None, head: int) -> None:
-    """Raise ValueError unless a model has OVQ layers, the layer among them, and the head."""
-    layers = [i for i, mixer in enumerate(config.mixer_types) if mixer == "ovq"]
+def _check_view(model: Path, config: PreTrainedConfig, layer: int | None, head: int | None) -> list[int]:
+    """The layers that have slots.
+
+    Raises:
+        ValueError: If there are none, or the layer is none of them, or there is no such head.
+    """
+    layers = list(range(config.num_hidden_layers))
+    if not is_converted(model):
+        layers = [i for i in layers if config.mixer_types[i] == "ovq"]
     if not layers:
         raise ValueError(f"--model: expected one with 'ovq' layers, found mixer_types {config.mixer_types}")
     if layer is not None and layer not in layers:
         raise ValueError(f"--layer: expected an OVQ layer, one of {layers}, found {layer}")
-    if head >= config.num_attention_heads:
+    if head is not None and head >= config.num_attention_heads:
         raise ValueError(f"--head: expected 0 to {config.num_attention_heads - 1}, found {head}")
+    return layers
 
 
 def _table(found: InspectedText) -> Table:
     """What became of the tokens in each head, as a table for the terminal."""
     from rich.table import Table
 
-    from ovq.inspect import sharing
+    from ovq.inspect import LEVEL_NAMES, sharing
 
     table = Table(title=f"What is kept of {found.num_tokens:,} tokens")
+    has_dropped = found.level_names == LEVEL_NAMES
     # Broken by hand: broken by rich, heads would lose letters at 80 columns.
     for column in (
         "layer",
@@ -137,6 +158,7 @@ def _table(found: InspectedText) -> Table:
         "exact or\nalone",
         "shared\nby 2-16",
         "by more",
+        *(["dropped"] if has_dropped else []),
         "values\nkept",
     ):
         table.add_column(column, justify="right")
@@ -148,8 +170,9 @@ def _table(found: InspectedText) -> Table:
             table.add_row(
                 str(memory.layer),
                 str(first) if group == 1 else f"{first}-{first + group - 1}",
-                f"{shown.num_open:,} of {memory.num_slots:,}",
-                *(f"{share:.0%}" for share in (shown.exact_share, sum(shares[2:4]), sum(shares[4:]))),
+                f"{shown.num_open:,}/{memory.num_slots[kv_head]:,}",
+                *(f"{share:.0%}" for share in (shown.exact_share, sum(shares[2:4]), sum(shares[4:6]))),
+                *([f"{shares[6]:.0%}"] if has_dropped else []),
                 f"{shown.kept_share:.0%}",
             )
     return table

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget, LayerConfig, MemoryConfig
 from ovq.convert.memory import HeadMemory
+from ovq.convert.reading import Observer
+from ovq.convert.recorded import Recorded, drop_, put_back_
 from ovq.hf.cache import MOST_CROPPED, OVQCacheLayer, StateCache, not_croppable
 from ovq.layers.memory import Memory, StateSpec
 
@@ -32,10 +34,12 @@ class HeadMemories(Memory):
 
     Attributes:
         config: what the layer keeps.
+        observer: who is told of what an empty memory reads and merges from then on, see `HeadMemory`.
     """
 
     kind: str = "sinks, windows and slots"
     config: LayerConfig = dataclasses.field(compare=False)
+    observer: Callable[[Budget], Observer] | None = dataclasses.field(default=None, compare=False)
 
     def empty(self, k: Tensor, v: Tensor) -> list[HeadMemory]:
         """The memory of rows that have read nothing, for keys `[B, Hkv, T, K]` and values like these."""
@@ -43,6 +47,7 @@ class HeadMemories(Memory):
         for budget in self.config.budgets:
             own_k, own_v = (x[:, : len(budget.heads)] for x in (k, v))
             made.append(HeadMemory(budget, own_k, own_v, self._use(budget, own_k, own_v)))
+            made[-1].observer = None if self.observer is None else self.observer(budget)
         return made
 
     def _use(self, budget: Budget, k: Tensor, v: Tensor) -> Tensor | None:
@@ -103,22 +108,6 @@ class HeadMemories(Memory):
         return state
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Recorded:
-    """What `MemoryLayer.crop` needs to go back.
-
-    Attributes:
-        num_columns: those that were read before.
-        before: copies of the memories before the first call that merged, or brought rows nearer.
-        keys: `[1, Hkv, T, K]` of the real tokens from that call on; None if there was none. values: likewise.
-    """
-
-    num_columns: int
-    before: Sequence[HeadMemory] = ()
-    keys: Tensor | None = None
-    values: Tensor | None = None
-
-
 class MemoryLayer(OVQCacheLayer):
     """The memory of one layer of a converted model.
 
@@ -134,7 +123,7 @@ class MemoryLayer(OVQCacheLayer):
         self.has_staged = False
         # Whether another layer holds the same memories.
         self._is_shared = False
-        self._recorded = _Recorded(0)
+        self._recorded = Recorded(0)
 
     @property
     def config(self) -> LayerConfig:
@@ -172,17 +161,17 @@ class MemoryLayer(OVQCacheLayer):
         """Keep the rows `indices`, in their order."""
         super().batch_select_indices(indices)
         # They are copies.
-        self._is_shared, self._recorded = False, _Recorded(self.num_columns)
+        self._is_shared, self._recorded = False, Recorded(self.num_columns)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.has_staged = self._is_shared = False
-        self._recorded = _Recorded(0)
+        self._recorded = Recorded(0)
 
     def activate_past_recording(self) -> None:
         """See `OVQCacheLayer.activate_past_recording`."""
-        self.record_past, self._recorded = True, _Recorded(self.num_columns)
+        self.record_past, self._recorded = True, Recorded(self.num_columns)
 
     @property
     def needs_record(self) -> bool:
@@ -204,10 +193,10 @@ class MemoryLayer(OVQCacheLayer):
                 k, v = torch.cat([recorded.keys, k], 2), torch.cat([recorded.values, v], 2)
                 self._recorded = dataclasses.replace(recorded, keys=k, values=v)
                 return
-            recorded = self._recorded = _Recorded(self.num_columns - num_new)
+            recorded = self._recorded = Recorded(self.num_columns - num_new)
         if self._changes_after(k.shape[2]):
             before = [memory.clone() for memory in self.state]
-            self._recorded = _Recorded(recorded.num_columns, before, k, v)
+            self._recorded = Recorded(recorded.num_columns, before, k, v)
 
     @torch.no_grad()
     def crop(self, tokens_to_remove: int) -> None:
@@ -224,14 +213,14 @@ class MemoryLayer(OVQCacheLayer):
         if tokens_to_remove and recorded.keys is not None:
             assert recorded.values is not None
             for memory, before in zip(memories, recorded.before, strict=True):
-                memory.copy_(before)
+                put_back_(memory, before)
             num_kept = max(0, recorded.keys.shape[2] - num_removed)
             num_removed = max(0, num_removed - recorded.keys.shape[2])
             if num_kept:
                 self.learn(recorded.keys[:, :, :num_kept], recorded.values[:, :, :num_kept])
         for memory in memories:
-            memory.drop_(num_removed)
-        self.num_columns, self._recorded = num_left, _Recorded(num_left)
+            drop_(memory, num_removed)
+        self.num_columns, self._recorded = num_left, Recorded(num_left)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

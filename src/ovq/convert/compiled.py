@@ -27,6 +27,10 @@ class Memory(Protocol):
     filled: list[int]
     num_merged: list[int]
 
+    @property
+    def observer(self) -> object:
+        """Who is told of what is read; None for nobody."""
+
     def own_(self) -> None:
         """Copy what autograd has saved, so that tensors can be written into."""
 
@@ -43,9 +47,9 @@ def tensors_of(memory: Memory) -> dict[str, Tensor]:
 def is_compiled(memories: Sequence[Memory], k: Tensor, v: Tensor, *tensors: Tensor | None) -> bool:
     """Whether compiled kernels can let memories read `tensors` (queries, and what is learned) with k and v.
 
-    They know no gradients.
+    They know no gradients, and tell no observer.
     """
-    if memories[0].budget.merge not in KNOWN.merge:
+    if memories[0].budget.merge not in KNOWN.merge or memories[0].observer is not None:
         return False
     given = [x for x in (k, v, *tensors) if x is not None]
     return (

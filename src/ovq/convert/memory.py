@@ -17,7 +17,7 @@ from torch import Tensor
 from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget
 from ovq.convert.reach import Reach
-from ovq.convert.reading import Exact, Slots, read
+from ovq.convert.reading import Exact, Observer, Slots, read
 from ovq.convert.use import token_weights, use_from
 from ovq.ops.backends.alignment import AlignedRows
 from ovq.ops.backends.cpu import KNOWN
@@ -65,7 +65,11 @@ class HeadMemory:
             distances; 0 until the first merge.
         filled: places of exact tokens in use, of each row.
         num_merged: tokens merged into the slots, or dropped if there are none, of each row.
+        observer: is told what is read and where tokens go; None for nobody. Compiled kernels tell nothing, so
+            they do not run then.
     """
+
+    observer: Observer | None = None
 
     def __init__(self, budget: Budget, k: Tensor, v: Tensor, use: Tensor | None = None) -> None:
         self.budget = budget
@@ -181,21 +185,6 @@ class HeadMemory:
             for name in self._names:
                 setattr(self, name, getattr(self, name).detach().clone())
             self._has_graph = False
-
-    def copy_(self, other: HeadMemory) -> None:
-        """Remember what another memory of the same rows does, in the same tensors."""
-        self.own_()
-        for name in self._names:
-            getattr(self, name).copy_(getattr(other, name))
-        self.filled, self.num_merged = list(other.filled), list(other.num_merged)
-
-    def drop_(self, num_tokens: int) -> None:
-        """Forget the last tokens of each row, which have come after its last merge."""
-        self.own_()
-        for row, filled in enumerate(self.filled):
-            for recent in (self.recent_keys, self.recent_values):
-                recent[row, :, filled - num_tokens : filled] = 0
-            self.filled[row] = filled - num_tokens
 
     def num_read(self, row: int) -> int:
         """Tokens that a row has read."""
@@ -356,7 +345,8 @@ class HeadMemory:
         if num_open:
             slots = Slots(*(x[:, :, :num_open] for x in (self.slot_keys, self.slot_values, self.count)))
         exact = Exact(self.recent_keys, self.recent_values, self.filled)
-        return read(q, exact, slots, dtype=self.key_sum.dtype, temperature=temperature, bias=bias)
+        wide, observer = self.key_sum.dtype, self.observer
+        return read(q, exact, slots, dtype=wide, temperature=temperature, bias=bias, observer=observer)
 
     def num_open(self, num_merged: int) -> int:
         """Slots in use once so many tokens are merged."""
@@ -383,6 +373,8 @@ class HeadMemory:
         keys, values = self.recent_keys[index], self.recent_values[index]
         if budget.num_slots:
             self._merge_into_slots(rows, index, keys[:, :, first:], values[:, :, first : first + size])
+        elif self.observer is not None:
+            self.observer.has_merged(None)
         kept = slice(first, budget.num_exact - size)
         moved = []
         for recent, x in ((self.recent_keys, keys), (self.recent_values, values)):
@@ -413,6 +405,8 @@ class HeadMemory:
         )
         with torch.no_grad():
             homes = self._homes(rows, index, keys, values, of_tokens)
+            if self.observer is not None:
+                self.observer.has_merged(homes)
             streams = torch.arange(homes[..., 0].numel(), device=homes.device).view(*homes.shape[:2], 1)
             flat = (homes + streams * old_count.shape[2]).flatten()
             weights = torch.cat([old_count, torch.ones_like(homes[:, :, old_count.shape[2] :])], 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +38,26 @@ class Slots(NamedTuple):
     counts: Tensor
 
 
+class Observer(Protocol):
+    """Who wants to know what a memory reads, and where its tokens go."""
+
+    def has_read(self, exact: Exact, slots: Slots | None, probs: Tensor) -> None:
+        """The next queries, not more than are read at a time, have read `exact` and `slots`.
+
+        Args:
+            exact: see there. slots: likewise.
+            probs: `[B, h, G, n, P + N]` weights of n queries on the first P exact tokens and on the slots.
+        """
+
+    def has_merged(self, homes: Tensor | None) -> None:
+        """The oldest tokens after the sinks have been merged.
+
+        Args:
+            homes: `[R, h, N + C]` slots that the contents of the slots and these tokens went to; None if the
+                tokens were dropped.
+        """
+
+
 def read(
     q: Tensor,
     exact: Exact,
@@ -46,6 +66,7 @@ def read(
     dtype: torch.dtype,
     temperature: Tensor | None,
     bias: Tensor | None,
+    observer: Observer | None = None,
 ) -> Tensor:
     """Outputs `[B, h * G, n, V]` in the dtype of the queries.
 
@@ -54,9 +75,10 @@ def read(
         exact: what they read of single tokens. slots: of means; None if there are none.
         dtype: in which to compute.
         temperature: `[h * G]` factor of the scores of slots of several tokens. bias: likewise, what is added.
+        observer: is told of what the queries read.
     """
     blocks = [
-        _read_block(x, i * _QUERIES, exact, slots, dtype, temperature, bias)
+        _read_block(x, i * _QUERIES, exact, slots, dtype, temperature, bias, observer)
         for i, x in enumerate(q.split(_QUERIES, dim=2))
     ]
     return torch.cat(blocks, dim=2)
@@ -70,6 +92,7 @@ def _read_block(
     dtype: torch.dtype,
     temperature: Tensor | None,
     bias: Tensor | None,
+    observer: Observer | None,
 ) -> Tensor:
     batch, num_queries, heads = len(q), q.shape[2], exact.keys.shape[1]
     used = min(max(exact.filled) + start + num_queries, exact.keys.shape[2])
@@ -91,7 +114,10 @@ def _read_block(
         if bias is not None:
             slot_scores = slot_scores + bias.to(dtype).view(heads, -1, 1, 1).where(is_shared, 0)
         scores = torch.cat([scores, slot_scores], -1)
-    probs = scores.softmax(-1).flatten(2, 3)
+    probs = scores.softmax(-1)
+    if observer is not None:
+        observer.has_read(exact, slots, probs)
+    probs = probs.flatten(2, 3)
     o = probs[..., :used] @ exact.values[:, :, :used].to(dtype)
     if slots is not None:
         o = o + probs[..., used:] @ slots.values

@@ -40,7 +40,7 @@ only imports `ovq.hf`; after `import ovq.hf` it is not needed.
 ```python
 from transformers import {auto}
 
-model = {auto}.from_pretrained("{name}", trust_remote_code=True)
+model = {auto}.from_pretrained("{place}", trust_remote_code=True)
 ```"""
 
 _BEST_RULE = """
@@ -102,6 +102,8 @@ def model_card(
     """
     is_generative = model.can_generate()
     auto = "AutoModelForCausalLM" if is_generative else "AutoModel"
+    # A folder is at a place that its name does not tell.
+    place = name if "/" in name else f"path/to/{name}"
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation" if is_generative else "feature-extraction",
@@ -112,7 +114,7 @@ def model_card(
     reads = "" if has_tokenizer else "\n\nIt has no tokenizer: it reads and writes token ids."
     parts = {
         f"# {name}": (_ABOUT if "ovq" in model.config.mixer_types else _ABOUT_OTHERS) + reads,
-        "## Load it": _LOAD.format(name=name, auto=auto) + _best_rule(model.config),
+        "## Load it": _LOAD.format(place=place, auto=auto) + _best_rule(model.config),
         "## Model": _table(("", ""), _described(model)),
         "## Memory": _memory(model),
         **{f"## {title}": text for title, text in (sections or {}).items()},

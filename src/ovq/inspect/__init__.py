@@ -1,16 +1,20 @@
-"""Look into the memory: what a model's OVQ layers kept of a text, what was merged, and what each token reads.
+"""Look into the memory: what the layers of a model kept of a text, what they merged, what each token reads.
 
 `inspect_text` lets a model read a text and recounts its memory chunk by chunk; `write_page` makes of it one
 HTML page that needs nothing beside it, and `ovq_lab.plots.memory` figures for papers.
 """
 
-from ovq.inspect.layer import LayerMemory, layer_memory, read_weights
+from ovq.inspect.converted import converted_memories
+from ovq.inspect.layer import layer_memory, read_weights
+from ovq.inspect.memory import DROPPED, EXACT, LayerMemory
 from ovq.inspect.page import page_bytes, page_html, write_page
 from ovq.inspect.pieces import token_pieces
 from ovq.inspect.sharing import LEVEL_NAMES, Sharing, levels, sharing
 from ovq.inspect.text import MAX_TOKENS, MOST_TOKENS, NUM_READS, InspectedText, inspect_text
 
 __all__ = [
+    "DROPPED",
+    "EXACT",
     "LEVEL_NAMES",
     "MAX_TOKENS",
     "MOST_TOKENS",
@@ -18,6 +22,7 @@ __all__ = [
     "InspectedText",
     "LayerMemory",
     "Sharing",
+    "converted_memories",
     "inspect_text",
     "layer_memory",
     "levels",

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 
 import ovq
-from ovq.inspect.layer import LayerMemory
-from ovq.inspect.sharing import LEVEL_NAMES
+from ovq.inspect.memory import LayerMemory
 from ovq.inspect.text import InspectedText
 from ovq.runtime.files import write_atomic
 
@@ -35,18 +34,19 @@ def page_bytes(found: InspectedText) -> int:
     return int(sum(_layer_bytes(memory) for memory in found.layers) * 4 / 3) + 20 * found.num_tokens
 
 
-def page_html(found: InspectedText, *, layer: int | None = None, head: int = 0) -> str:
+def page_html(found: InspectedText, *, layer: int | None = None, head: int | None = None) -> str:
     """The page as HTML, in ASCII.
 
     Args:
         found: The text and the memory.
-        layer: The layer to show first, by its number in the model; None for the highest OVQ layer.
-        head: The query head to show first.
+        layer: The layer to show first, by its number in the model; None for the highest one.
+        head: The query head to show first; None for the one that reads the most from slots.
 
     Raises:
         ValueError: If there is no such layer or head, or the page would be larger than `MOST_BYTES`.
     """
     memory = found.layer(layer)
+    head = found.reading_head(layer) if head is None else head
     if not 0 <= head < memory.num_heads:
         raise ValueError(f"head: expected 0 to {memory.num_heads - 1}, found {head}")
     if (size := page_bytes(found)) > MOST_BYTES:
@@ -72,7 +72,7 @@ def page_html(found: InspectedText, *, layer: int | None = None, head: int = 0) 
 
 
 def write_page(
-    found: InspectedText, path: str | os.PathLike, *, layer: int | None = None, head: int = 0
+    found: InspectedText, path: str | os.PathLike, *, layer: int | None = None, head: int | None = None
 ) -> None:
     """Write the page to a file completely or not at all; arguments and errors as in `page_html`."""
     write_atomic(path, page_html(found, layer=layer, head=head))
@@ -80,7 +80,6 @@ def write_page(
 
 def page_data(found: InspectedText, *, layer: int, head: int) -> dict[str, Any]:
     """What the page shows, as `data.js` reads it."""
-    config = found.config
     return {
         "version": ovq.__version__,
         "model": found.model,
@@ -88,13 +87,20 @@ def page_data(found: InspectedText, *, layer: int, head: int) -> dict[str, Any]:
         "hasIds": found.has_ids,
         "numGiven": found.num_given,
         "pieces": list(found.pieces),
-        "merge": config.merge,
-        "convSize": config.conv_size,
-        "mixers": list(config.mixer_types),
-        "levels": list(LEVEL_NAMES),
-        "first": {"layer": layer, "head": head},
+        "merge": found.merge,
+        "convSize": found.conv_size,
+        "numLayers": found.num_layers,
+        "levels": list(found.level_names),
+        "first": {"layer": layer, "head": head, "token": _first_token(found.layer(layer), head)},
         "layers": [_layer_data(memory) for memory in found.layers],
     }
+
+
+def _first_token(memory: LayerMemory, head: int) -> int:
+    """The token to begin with: the query that reads most of a single slot; the last one if none has any."""
+    on_slots = np.where(memory.entries[head] >= 0, memory.weights[head], 0).max(-1)
+    # The last of equals: more has been merged by then.
+    return int(len(on_slots) - 1 - on_slots[::-1].argmax())
 
 
 def _layer_data(memory: LayerMemory) -> dict[str, Any]:
@@ -102,7 +108,9 @@ def _layer_data(memory: LayerMemory) -> dict[str, Any]:
     moves = [memory.moves[memory.moves[:, 1] == head][:, [0, 2, 3]] for head in range(memory.num_kv_heads)]
     return {
         "layer": memory.layer,
-        "numSlots": memory.num_slots,
+        "numSlots": list(memory.num_slots),
+        "numExact": list(memory.num_exact),
+        "numSinks": memory.num_sinks,
         "chunkSize": memory.chunk_size,
         "numHeads": memory.num_heads,
         "numKvHeads": memory.num_kv_heads,

@@ -6,28 +6,29 @@ import dataclasses
 
 import numpy as np
 
-from ovq.inspect.layer import LayerMemory
+from ovq.inspect.memory import LayerMemory
 
 _HIGHEST = (0, 1, 4, 16, 64)
 LEVEL_NAMES = (
-    "exact: not merged yet",
+    "exact: in no slot",
     "a slot of its own",
     "shared by 2-4",
     "shared by 5-16",
     "shared by 17-64",
     "shared by 65 or more",
+    "dropped: a head without slots",
 )
 """What became of a token, by level: from sharp to blurred, in the order of the page and the figures."""
 
 
 def levels(counts: np.ndarray) -> np.ndarray:
-    """The level of each token, as in `LEVEL_NAMES`, from how many tokens its slot holds; 0 if it is pending.
+    """The level of each token, as in `LEVEL_NAMES`, from what `LayerMemory.counts` says of it.
 
     Example:
-        >>> levels(np.array([0, 1, 2, 4, 5, 17, 64, 65]))
-        array([0, 1, 2, 2, 3, 4, 4, 5])
+        >>> levels(np.array([0, 1, 2, 4, 5, 17, 64, 65, -1]))
+        array([0, 1, 2, 2, 3, 4, 4, 5, 6])
     """
-    return np.searchsorted(np.array(_HIGHEST), counts)
+    return np.where(counts < 0, len(_HIGHEST) + 1, np.searchsorted(np.array(_HIGHEST), counts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class Sharing:
 
     @property
     def exact_share(self) -> float:
-        """Share of the tokens that are pending or have a slot of their own."""
+        """Share of the tokens that are in no slot or in one of their own."""
         return sum(self.num_tokens[:2]) / max(1, sum(self.num_tokens))
 
     @property

@@ -1,16 +1,19 @@
-"""`inspect_text`: let a model read a text, and look into the memory of all its OVQ layers."""
+"""`inspect_text`: let a model read a text, and look into the memory of all its layers that have slots."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf import OVQForCausalLM
 from ovq.hf.assignments import recording
-from ovq.inspect.layer import LayerMemory, layer_memory
+from ovq.inspect.converted import converted_memories
+from ovq.inspect.layer import layer_memory
+from ovq.inspect.memory import DROPPED, LayerMemory
+from ovq.inspect.sharing import LEVEL_NAMES
 from ovq.runtime.progress import AnyWork
 
 MAX_TOKENS = 4096
@@ -26,7 +29,7 @@ _LARGEST = 2**15 - 1
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class InspectedText:
-    """A text, and what the OVQ layers of a model kept of it.
+    """A text, and what the layers of a model kept of it.
 
     Attributes:
         model: Name of the model.
@@ -34,8 +37,10 @@ class InspectedText:
         pieces: The text of each token.
         has_ids: Whether the pieces are token ids, as in models without a tokenizer.
         num_given: Tokens that the text had before it was cut.
-        config: The model's config.
-        layers: The memory of each OVQ layer, the lowest first.
+        merge: The rule that keeps its dictionaries.
+        conv_size: Taps of the convolution before them; 0 for none.
+        num_layers: Layers of the model.
+        layers: The memory of each OVQ layer, or of each layer of a converted model, the lowest first.
     """
 
     model: str
@@ -43,7 +48,9 @@ class InspectedText:
     pieces: Sequence[str]
     has_ids: bool
     num_given: int
-    config: OVQConfig
+    merge: str
+    conv_size: int
+    num_layers: int
     layers: Sequence[LayerMemory]
 
     @property
@@ -51,11 +58,17 @@ class InspectedText:
         """Tokens that the model has read."""
         return len(self.pieces)
 
+    @property
+    def level_names(self) -> tuple[str, ...]:
+        """`LEVEL_NAMES`, without that of dropped tokens if no head drops any."""
+        has_dropped = any((memory.final_slots == DROPPED).any() for memory in self.layers)
+        return LEVEL_NAMES if has_dropped else LEVEL_NAMES[:-1]
+
     def layer(self, number: int | None) -> LayerMemory:
-        """The memory of a layer by its number; of the highest OVQ layer for None.
+        """The memory of a layer by its number; for None, of the highest one.
 
         Raises:
-            ValueError: If there is no OVQ layer of that number.
+            ValueError: If no layer of that number has a memory.
         """
         for memory in reversed(self.layers):
             if number is None or memory.layer == number:
@@ -63,10 +76,14 @@ class InspectedText:
         numbers = ", ".join(str(memory.layer) for memory in self.layers)
         raise ValueError(f"expected an OVQ layer, one of {numbers}, found {number}")
 
+    def reading_head(self, number: int | None) -> int:
+        """The query head of a layer (see `layer`) whose queries read the most from slots."""
+        return int(self.layer(number).shares[..., 1:].sum((1, 2)).argmax())
+
 
 @torch.no_grad()
 def inspect_text(
-    model: OVQForCausalLM,
+    model: Any,
     ids: Sequence[int],
     pieces: Sequence[str],
     *,
@@ -77,23 +94,25 @@ def inspect_text(
     num_reads: int = NUM_READS,
     work: AnyWork | None = None,
 ) -> InspectedText:
-    """Let a model read the beginning of a text in one pass, and recount the memory of its OVQ layers.
+    """Let a model read the beginning of a text in one pass, and tell what its layers kept and read of it.
 
     Args:
-        model: Used on the device and in the dtype that it has; call `eval()` on it first.
+        model: An `OVQForCausalLM`, or a model converted by `ovq.convert.attach`. Used on the device and in
+            the dtype that it has; call `eval()` on it first.
         ids: Token ids.
         pieces: The text of each of them, see `token_pieces`.
         model_name: What to call the model. name: what to call the text.
         has_ids: Whether the pieces are token ids.
         max_tokens: Tokens to read; the rest of the text is left out, and `num_given` tells so.
         num_reads: How many of the weights of each query to keep.
-        work: Is told how many tokens are done, summed over the OVQ layers.
+        work: Is told how many tokens are done, summed over the layers.
 
     Raises:
-        ValueError: If the model has no OVQ layers, or slots or chunks too many or large for a page, or
-            there are no tokens, not as many pieces, or sizes out of bounds.
+        ValueError: If the model is of neither kind or has no OVQ layers, or slots or chunks too many or large
+            for a page, or there are no tokens, not as many pieces, or sizes out of bounds.
 
     Example:
+        >>> from ovq.hf import OVQConfig
         >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
         >>> found = inspect_text(OVQForCausalLM(config), [1, 2, 3] * 60, ["a", "b", "c"] * 60, max_tokens=150)
         >>> found.num_tokens, found.num_given, [memory.layer for memory in found.layers]
@@ -105,28 +124,49 @@ def inspect_text(
         )
     if not 1 <= max_tokens <= MOST_TOKENS:
         raise ValueError(f"max_tokens: expected 1 to {MOST_TOKENS:,}, found {max_tokens}")
-    config: Any = model.config
-    for field in ("num_slots", "chunk_size"):
-        if getattr(config, field) > _LARGEST:
-            raise ValueError(f"{field}: expected at most {_LARGEST:,}, found {getattr(config, field):,}")
+    is_own = isinstance(model, OVQForCausalLM)
+    config: Any = model.config if is_own else getattr(model, "memory_config", None)
+    if config is None:
+        raise ValueError(
+            "expected an OVQForCausalLM or a model converted by ovq.convert.attach, found "
+            f"{type(model).__name__}"
+        )
+    most_slots = config.num_slots if is_own else max(map(max, config.num_slots))
+    for field, found in (("num_slots", most_slots), ("chunk_size", config.chunk_size)):
+        if found > _LARGEST:
+            raise ValueError(f"{field}: expected at most {_LARGEST:,}, found {found:,}")
     shown = torch.tensor([list(ids[:max_tokens])], device=model.device)
-    with recording(model) as calls:
-        model.base_model(shown, use_cache=False)
-    layers: list[LayerMemory] = []
-    for number, of_layer in calls.items():
-        done = len(layers) * shown.shape[1]
-
-        def progress(num_tokens: int, done: int = done) -> None:
-            if work is not None:
-                work.update(done + num_tokens)
-
-        layers.append(layer_memory(of_layer[-1], layer=number, num_reads=num_reads, progress=progress))
+    told = None if work is None else work.update
+    if is_own:
+        layers = _own_memories(model, shown, num_reads, told)
+    else:
+        layers = converted_memories(model, shown, num_reads=num_reads, progress=told)
     return InspectedText(
         model=model_name,
         name=name,
         pieces=list(pieces[:max_tokens]),
         has_ids=has_ids,
         num_given=len(ids),
-        config=config,
+        merge=config.merge,
+        conv_size=config.conv_size if is_own else 0,
+        num_layers=model.config.num_hidden_layers,
         layers=layers,
     )
+
+
+def _own_memories(
+    model: OVQForCausalLM, ids: torch.Tensor, num_reads: int, told: Callable[[int], None] | None
+) -> list[LayerMemory]:
+    """The memory of each OVQ layer of a model that reads `ids` `[1, T]`."""
+    with recording(model) as calls:
+        model.base_model(ids, use_cache=False)
+    layers: list[LayerMemory] = []
+    for number, of_layer in calls.items():
+        done = len(layers) * ids.shape[1]
+
+        def progress(num_tokens: int, done: int = done) -> None:
+            if told is not None:
+                told(done + num_tokens)
+
+        layers.append(layer_memory(of_layer[-1], layer=number, num_reads=num_reads, progress=progress))
+    return layers

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ovq.fields import did_you_mean, is_finite
+from ovq.fields import ConfigField, did_you_mean, is_finite
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache, MixerCache
 from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables
@@ -41,8 +41,11 @@ class Mixer(nn.Module, ABC):
 
     #: Keyword arguments that `forward` accepts besides `cu_seqlens`.
     forward_options: frozenset[str] = frozenset()
-    #: Constructor arguments that a model takes from its config, with their names there.
-    config_fields: ClassVar[dict[str, str]] = {"hidden_size": "hidden_size", "conv_size": "conv_size"}
+    #: Constructor arguments that a model takes from its config: the names of fields that every config has, or
+    #: fields that a config has for this mixer.
+    config_fields: ClassVar[dict[str, str | ConfigField]] = {
+        name: name for name in ("hidden_size", "conv_size")
+    }
     #: Whether queries and keys can be rotated by position.
     supports_rope: bool = True
     #: Why a training step must read all its tokens in one call, for an error; None if it need not.
@@ -109,8 +112,28 @@ class Mixer(nn.Module, ABC):
         return None
 
     @classmethod
+    def own_fields(cls) -> dict[str, ConfigField]:
+        """The fields that a config has for this mixer, by name."""
+        fields = cls.config_fields.items()
+        return {field.name or name: field for name, field in fields if isinstance(field, ConfigField)}
+
+    @classmethod
+    def arguments_of(cls, config: Any) -> dict[str, Any]:
+        """The constructor arguments that a model takes from its config."""
+        return {
+            name: getattr(config, field if isinstance(field, str) else field.name or name)
+            for name, field in cls.config_fields.items()
+        }
+
+    @classmethod
     def check_config(cls, config: Any) -> None:
         """Raise ValueError where the config of a model has values that such a layer refuses."""
+
+    @classmethod
+    def equal_sizes(cls, config: Any) -> dict[str, int]:
+        """Values of own fields at which such a layer is as large as an `"ovq"` layer of this config, in
+        parameters or in bytes of state; none where it is so anyway."""
+        return {}
 
     @classmethod
     @abstractmethod

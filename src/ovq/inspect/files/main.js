@@ -1,13 +1,13 @@
 // What is shown, and what changes it.
 
-const now = { layer: LAYERS.find((each) => each.layer === DATA.first.layer), head: DATA.first.head, chunks: 0, token: -1, slot: -1 };
-now.chunks = now.layer.numChunks;
+const now = { layer: LAYERS.find((each) => each.layer === DATA.first.layer), head: DATA.first.head, chunks: 0, token: DATA.first.token, slot: -1 };
+now.chunks = chunksOf(now.layer, kvHead(now.layer, now.head));
 
 // All that the parts of the page draw from.
 function view() {
   const kv = kvHead(now.layer, now.head), mode = $("mode").value;
   // The share of a value that is kept is known for the end of the text alone.
-  const memory = memoryAt(now.layer, kv, mode === "kept" ? now.layer.numChunks : now.chunks);
+  const memory = memoryAt(now.layer, kv, mode === "kept" ? chunksOf(now.layer, kv) : now.chunks);
   const slot = now.slot >= 0 ? now.slot : now.token >= 0 ? memory.slotOf[now.token] : -1;
   const marked = new Set(slot >= 0 ? memory.members.get(slot) ?? [] : []);
   return { ...now, kv, mode, memory, marked };
@@ -33,8 +33,9 @@ function setTime(chunks) {
 }
 
 function setHead(layer, head) {
-  const isEnd = now.chunks === now.layer.numChunks, share = now.chunks / Math.max(1, now.layer.numChunks);
-  Object.assign(now, { layer, head, slot: -1, chunks: isEnd ? layer.numChunks : Math.round(share * layer.numChunks) });
+  const before = chunksOf(now.layer, kvHead(now.layer, now.head)), most = chunksOf(layer, kvHead(layer, head));
+  const chunks = now.chunks === before ? most : Math.round((now.chunks / before) * most);
+  Object.assign(now, { layer, head, slot: -1, chunks });
   refresh();
 }
 
@@ -47,15 +48,15 @@ function say() {
 }
 
 function drawControls() {
-  const { layer, head, mode, memory } = view();
+  const { layer, head, kv, mode, memory } = view();
   const heads = Array.from({ length: layer.numHeads }, (_, i) => {
     const shared = layer.numHeads > layer.numKvHeads ? ` (dictionary ${kvHead(layer, i)})` : "";
     return make("option", { value: i, selected: i === head }, `${i}${shared}`);
   });
   $("head").replaceChildren(...heads);
   $("layer").value = layer.layer;
-  $("time").max = layer.numChunks;
-  $("time").value = mode === "kept" ? layer.numChunks : now.chunks;
+  $("time").max = chunksOf(layer, kv);
+  $("time").value = memory.numChunks;
   $("time-text").textContent = `${format(memory.numRead)} of ${plural(NUM_TOKENS, "token")}`;
 }
 
@@ -73,7 +74,7 @@ function refresh() {
 
 function start() {
   const { layer } = now, rule = { existing: "the paper's rule", updated: "keys may join slots of their own chunk" }[DATA.merge] ?? `the rule "${DATA.merge}"`;
-  $("about").textContent = `${flat(DATA.name) || "A text"}, ${plural(NUM_TOKENS, "token")}, read by ${flat(DATA.model) || "a model"}: ${plural(LAYERS.length, "OVQ layer")} of ${DATA.mixers.length} layers, at most ${plural(layer.numSlots, "slot")} per head, chunks of ${plural(layer.chunkSize, "token")}, dictionary kept by ${rule}. Made by ovq ${DATA.version}.`;
+  $("about").textContent = `${flat(DATA.name) || "A text"}, ${plural(NUM_TOKENS, "token")}, read by ${flat(DATA.model) || "a model"}: slots in ${LAYERS.length} of ${plural(DATA.numLayers, "layer")}, in layer ${layer.layer} at most ${plural(Math.max(...layer.numSlots), "slot")} per head, chunks of ${plural(layer.chunkSize, "token")}, dictionary kept by ${rule}. Made by ovq ${DATA.version}.`;
   if (DATA.numGiven > NUM_TOKENS) {
     $("cut").hidden = false;
     $("cut").textContent = `Only the first ${format(NUM_TOKENS)} of ${format(DATA.numGiven)} tokens were read. --max-tokens sets how many.`;
@@ -91,6 +92,7 @@ function start() {
   listen();
   listenToRaster();
   refresh();
+  if (now.token >= 0) scrollTo(now.token);
 }
 
 start();

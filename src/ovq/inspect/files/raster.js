@@ -22,14 +22,14 @@ function drawRaster() {
   pen.beginPath();
   pen.rect(MARGIN.left, 0, width - MARGIN.left - MARGIN.right, height - MARGIN.bottom);
   pen.clip();
-  const rowHeight = (height - MARGIN.top - MARGIN.bottom) / most, size = layer.chunkSize;
+  const rowHeight = (height - MARGIN.top - MARGIN.bottom) / most, at = (chunk) => x(mergedAfter(layer, kv, chunk));
   // Lines as thin as the rows are close, so that gaps stay visible.
   pen.lineWidth = Math.max(0.4, Math.min(2, rowHeight / 3));
   pen.strokeStyle = colour("line");
   pen.beginPath();
   for (const life of lives) {
-    pen.moveTo(x((life.chunk + 1) * size), y(life.slot));
-    pen.lineTo(x(life.to < 0 ? NUM_TOKENS : (life.end + 1) * size), y(life.slot));
+    pen.moveTo(at(life.chunk), y(life.slot));
+    pen.lineTo(life.to < 0 ? x(NUM_TOKENS) : at(life.end), y(life.slot));
   }
   pen.stroke();
   pen.strokeStyle = colour("moved");
@@ -37,16 +37,16 @@ function drawRaster() {
   pen.globalAlpha = moved.length > 500 ? 0.45 : 0.9;
   pen.beginPath();
   for (const move of moved) {
-    pen.moveTo(x((move.chunk + 1) * size), y(move.slot));
-    pen.lineTo(x((move.chunk + 1) * size), y(move.to));
+    pen.moveTo(at(move.chunk), y(move.slot));
+    pen.lineTo(at(move.chunk), y(move.to));
   }
   pen.stroke();
   pen.globalAlpha = 1;
   const dot = Math.max(1.4, Math.min(5, rowHeight * 0.9, ((width - 60) / (last - first)) * 1.2 + 1));
   for (const kind of [0, 1]) {
     pen.fillStyle = colour(kind ? "open" : "join");
-    for (let i = Math.max(0, first); i < Math.min(last, layer.numChunks * size); i++) {
-      if (isFirst[i] === kind) pen.fillRect(x(i + 0.5) - dot / 2, y(layer.slots[kv * NUM_TOKENS + i]) - dot / 2, dot, dot);
+    for (let i = Math.max(0, first); i < last; i++) {
+      if (layer.slots[kv * NUM_TOKENS + i] >= 0 && isFirst[i] === kind) pen.fillRect(x(i + 0.5) - dot / 2, y(layer.slots[kv * NUM_TOKENS + i]) - dot / 2, dot, dot);
     }
   }
   drawChoice(pen, { token, slot, memory, layer, kv }, plotted, colour);
@@ -122,7 +122,8 @@ function nearest(event) {
   const { layer, kv } = view(), box = $("raster").getBoundingClientRect();
   const px = event.clientX - box.left, py = event.clientY - box.top, { x, y, first, last } = plotted;
   let best = -1, least = 20 ** 2;
-  for (let i = first; i < Math.min(last, layer.numChunks * layer.chunkSize); i++) {
+  for (let i = first; i < last; i++) {
+    if (layer.slots[kv * NUM_TOKENS + i] < 0) continue;
     const distance = (x(i + 0.5) - px) ** 2 + (y(layer.slots[kv * NUM_TOKENS + i]) - py) ** 2;
     if (distance < least) [best, least] = [i, distance];
   }

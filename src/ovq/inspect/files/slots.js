@@ -4,14 +4,14 @@
 function levelsOf(layer, kv, memory) {
   const number = DATA.levels.map(() => 0), kept = DATA.levels.map(() => 0);
   for (let token = 0; token < memory.numRead; token++) {
-    const slot = memory.slotOf[token], level = levelOf(slot < 0 ? 0 : memory.members.get(slot).length);
+    const level = levelOf(memory.countOf(token));
     number[level] += 1;
     kept[level] += keptOf(layer, kv, token);
   }
   return { number, kept: kept.map((sum, i) => sum / number[i]), total: Math.max(1, memory.numRead) };
 }
 
-const CLASSES = ["l0", "l1", "l2", "l3", "l4", "l5"];
+const CLASSES = ["l0", "l1", "l2", "l3", "l4", "l5", "l6"];
 
 function drawGlance() {
   const { layer, kv, memory } = view(), { number, kept, total } = levelsOf(layer, kv, memory);
@@ -47,7 +47,7 @@ function drawHeads() {
 
 // At the end of the text, by key/value head; counted once.
 function memoryOfHeads(layer) {
-  layer.ends ??= Array.from({ length: layer.numKvHeads }, (_, kv) => levelsOf(layer, kv, memoryAt(layer, kv, layer.numChunks)));
+  layer.ends ??= Array.from({ length: layer.numKvHeads }, (_, kv) => levelsOf(layer, kv, memoryAt(layer, kv, chunksOf(layer, kv))));
   return layer.ends;
 }
 
@@ -55,7 +55,7 @@ function drawSlots() {
   const { memory } = view(), found = [...memory.members].map(([slot, tokens]) => slotRow(slot, tokens));
   const counts = ["1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128", "129+"].map((name) => [name, 0]);
   for (const each of found) counts[Math.min(8, Math.ceil(Math.log2(each.count)))][1] += 1;
-  const parts = 12, merged = memory.numChunks * view().layer.chunkSize, byPart = (field) => {
+  const parts = 12, merged = startOf(view().layer, memory.numChunks), byPart = (field) => {
     const bars = Array.from({ length: parts }, (_, i) => [i % 3 ? "" : format(Math.round((merged * i) / parts)), 0]);
     for (const each of found) bars[Math.min(parts - 1, Math.floor((each[field] / merged) * parts))][1] += 1;
     return bars;

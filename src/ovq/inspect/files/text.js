@@ -17,11 +17,11 @@ function colourText() {
   for (let i = 0; i < NUM_TOKENS; i++) {
     const slot = memory.slotOf[i];
     let name = baseClass[i];
-    if (i % layer.chunkSize === 0) name += " start";
+    if (i >= layer.numSinks && (i - layer.numSinks) % layer.chunkSize === 0) name += " start";
     if (mode === "reads") name += read ? readClass(read[i]) : "";
-    else if (slot === -2) name += " later";
+    else if (slot === UNREAD) name += " later";
     else if (mode === "slot") name += ` ${look(slot)}`;
-    else if (mode === "level") name += ` l${levelOf(slot < 0 ? 0 : memory.members.get(slot).length)}`;
+    else if (mode === "level") name += ` l${levelOf(memory.countOf(i))}`;
     else name += ` ${keptClass(layer, kv, i)}`;
     if (marked.has(i)) name += " member";
     if (i === token) name += " chosen";
@@ -46,11 +46,12 @@ function readWeights() {
 
 // What the colours mean.
 function drawKey() {
-  const { mode, layer } = view(), entry = (name, text) => make("li", {}, make("i", { className: `swatch ${name}` }), text);
+  const { mode, layer, kv } = view(), entry = (name, text) => make("li", {}, make("i", { className: `swatch ${name}` }), text);
   const items = {
     slot: () => [
       make("li", {}, ...[0, 1, 2, 3, 4, 5, 6, 7].map((i) => make("i", { className: `swatch f${i}` })), "with the line below: one look per slot, repeated after 64"),
       entry("pending", "exact"),
+      ...(hasDropped(layer, kv) ? [entry("dropped", "dropped")] : []),
     ],
     level: () => DATA.levels.map((name, i) => entry(`l${i}`, name)),
     kept: () => ["0-20 %", "20-40 %", "40-60 %", "60-80 %", "80-100 %"].map((name, i) => entry(`k${i}`, `${name}${i === 0 ? " of the value kept, at the end of the text" : ""}`)),
@@ -59,7 +60,7 @@ function drawKey() {
   $("key").replaceChildren(make("ul", { className: "key" }, ...items[mode]()));
   if (mode === "reads" && view().token < 0) $("key").append(make("p", { className: "small" }, "Choose a token to see what it reads."));
   if (mode === "kept") $("time").disabled = true;
-  else $("time").disabled = layer.numChunks === 0;
+  else $("time").disabled = chunksOf(layer, kv) === 0;
 }
 
 function listen() {

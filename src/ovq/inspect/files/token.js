@@ -29,17 +29,18 @@ const slotButton = (slot) => make("button", { type: "button", className: `slot $
 
 function keptPart(layer, kv, memory, token) {
   const slot = memory.slotOf[token], title = make("h3", {}, "Where it is kept");
-  if (slot === -2) return [title, make("p", {}, `After ${format(memory.numRead)} tokens it was not merged yet.`)];
-  if (slot === -1) return [title, make("p", {}, "Exactly: its chunk is not complete, so it is in no slot yet.")];
+  if (slot === UNREAD) return [title, make("p", {}, `After ${format(memory.numRead)} tokens it was not merged yet.`)];
+  if (slot === EXACT) return [title, make("p", {}, token < layer.numSinks ? "Exactly: it is one of the first tokens, which are never merged." : "Exactly: its chunk is not merged yet.")];
+  if (slot === DROPPED) return [title, make("p", {}, "Not at all: this head has no slots. It keeps its first and its last tokens.")];
   const tokens = memory.members.get(slot), isEnd = memory.numRead === NUM_TOKENS;
   const kept = isEnd ? `; ${percent(keptOf(layer, kv, token))} of its value is kept` : "";
   const what = tokens.length === 1 ? " alone: exactly" : ` with ${plural(tokens.length - 1, "other token")}${kept}`;
   return [title, make("p", {}, slotButton(slot), what, "."), memberList(tokens.filter((other) => other !== token), { near: token, most: 4 })];
 }
 
-function readPart({ reads, shares, chunk, memory }, token) {
+function readPart({ reads, shares, chunk }, token) {
   const { layer, head } = view();
-  const names = ["exact tokens of its own chunk", "slots of one token", "slots of several tokens"];
+  const names = ["exact tokens", "slots of one token", "slots of several tokens"];
   const list = make("ul", { className: "reads" });
   for (const { slot, weight, tokens } of reads) {
     const track = make("span", { className: "track" }, make("i"));
@@ -57,7 +58,7 @@ function readPart({ reads, shares, chunk, memory }, token) {
   const then = make("button", { type: "button", className: "link", onclick: () => setTime(chunk) }, "Show the memory as it was then");
   return [
     make("h3", {}, `What head ${head} of layer ${layer.layer} reads here`),
-    make("p", { className: "small" }, `The memory of the ${plural(memory.numChunks * layer.chunkSize, "token")} before its chunk, and its chunk up to itself. `, then),
+    make("p", { className: "small" }, `Slots hold the ${plural(chunk * layer.chunkSize, "token")} merged before; all others, up to itself, are exact. `, then),
     sum, key, list,
   ];
 }

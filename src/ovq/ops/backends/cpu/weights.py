@@ -17,6 +17,8 @@ from ovq.ops.backends.cpu.tokens import call_kernel
 FORMATS = (*DTYPES, torch.int8)
 # Neighbours in a row that have one factor, `GROUP` of step.h.
 _GROUP = 64
+# Rows that are rounded at a time: all of an output matrix at once would take several times its bytes.
+_ROWS = 1024
 # The largest int8 number that has a negative.
 _MOST = 127
 
@@ -82,11 +84,15 @@ def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Ma
     if dtype is not torch.int8:
         return Matrix(weight.to(weight.dtype if dtype is None else dtype), None, own_bias)
     num, dim = weight.shape
-    wide = F.pad(weight.float(), (0, -dim % _GROUP)).view(num, -1, _GROUP)
-    # Zeros have any factor.
-    factors = (wide.abs().amax(2) / _MOST).clamp(min=torch.finfo(torch.float32).tiny)
-    rounded = (wide / factors[..., None]).round().to(torch.int8).view(num, -1)[:, :dim]
-    return Matrix(rounded.contiguous(), factors, own_bias)
+    rounded, factors = weight.new_empty(num, dim, dtype=dtype), []
+    for first in range(0, num, _ROWS):
+        rows = weight[first : first + _ROWS]
+        wide = F.pad(rows.float(), (0, -dim % _GROUP)).view(len(rows), -1, _GROUP)
+        # Zeros have any factor.
+        factors.append((wide.abs().amax(2) / _MOST).clamp(min=torch.finfo(torch.float32).tiny))
+        steps = (wide / factors[-1][..., None]).round().to(dtype)
+        rounded[first : first + _ROWS] = steps.view(len(rows), -1)[:, :dim]
+    return Matrix(rounded, torch.cat(factors), own_bias)
 
 
 def output_step(x: Tensor, norm: Tensor, eps: float, weight: Matrix) -> Tensor:

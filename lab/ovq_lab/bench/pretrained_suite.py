@@ -1,0 +1,132 @@
+"""Which ways to run a pretrained model are measured beside each other (`ovq bench --what converted`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ovq.ops import cpu_kernels
+from ovq_lab.bench import pretrained_peer
+from ovq_lab.runtime.environment import environment
+
+# Written after each length; the first is not counted.
+NUM_WRITTEN = 17
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainedSuite:
+    """What to measure.
+
+    Attributes:
+        model: folder that `ovq convert` has written.
+        tokens: of a text, at least as many as the largest length.
+        lengths: after how many tokens to measure.
+        dtypes: pairs of formats of the weights, of those that read, and of the copy that writes tokens (see
+            `ovq.convert.attach`).
+        gguf: the same model for llama.cpp; None to leave that out.
+        llama_cpp: interpreter of an environment that has llama-cpp-python.
+        caches: formats of llama.cpp's cache, out of f16 and q8_0.
+        with_transformers: whether to measure the full cache of transformers too.
+    """
+
+    model: Path
+    tokens: Sequence[int]
+    lengths: Sequence[int]
+    dtypes: Sequence[tuple[str, str]] = (("float32", "float32"), ("float32", "int8"), ("bfloat16", "int8"))
+    gguf: Path | None = None
+    llama_cpp: str = sys.executable
+    caches: Sequence[str] = ("f16",)
+    with_transformers: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"--lengths: expected at least 1 token, found {list(self.lengths)}")
+        if max(self.lengths) > len(self.tokens):
+            raise ValueError(
+                f"--text: expected at least {max(self.lengths):,} tokens, found {len(self.tokens):,}"
+            )
+
+    def peers(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Name, interpreter and arguments of each way."""
+        ours = {"kind": "ovq", "model": str(self.model)}
+        for dtype, weight_dtype in self.dtypes:
+            label = f"ovq, {dtype}" if weight_dtype == dtype else f"ovq, {dtype}, writes with {weight_dtype}"
+            yield label, sys.executable, {"dtype": dtype, "weight_dtype": weight_dtype, **ours}
+        if self.gguf is not None:
+            for cache in self.caches:
+                arguments = {"kind": "llama_cpp", "model": str(self.gguf), "cache": cache}
+                yield f"llama.cpp, {self.gguf.stem}, {cache} cache", self.llama_cpp, arguments
+        if self.with_transformers:
+            full = {"kind": "transformers", "model": str(self.model), "dtype": "float32"}
+            yield "transformers, float32, full cache", sys.executable, full
+
+    @property
+    def total(self) -> int:
+        """Number of pieces of work, for a progress bar."""
+        return len(self.lengths) * sum(1 for _ in self.peers())
+
+
+def run_pretrained(suite: PretrainedSuite, progress: Callable[[int, str], None]) -> dict[str, Any]:
+    """Measure each way in a process of its own, one after the other.
+
+    Args:
+        suite: what to measure.
+        progress: called with the pieces of work that are done, and what is next.
+
+    Raises:
+        ValueError: a way that fails; says what it wrote last.
+    """
+    lengths, rows, num_done = sorted(suite.lengths), list[dict[str, Any]](), 0
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder) / "tokens.json"
+        tokens.write_text(json.dumps(list(suite.tokens[: max(lengths)])))
+        common = {"tokens": str(tokens), "lengths": lengths, "num_written": NUM_WRITTEN}
+        common["threads"] = torch.get_num_threads()
+        for label, python, arguments in suite.peers():
+            progress(num_done, label)
+            for found in _run(python, arguments | common):
+                rows += _rows(label, arguments["kind"], found)
+                num_done += 1
+                progress(num_done, f"{label}, {found['length']:,} tokens")
+    return {
+        "environment": environment("cpu") | {"cpu_kernels": cpu_kernels(), "backends": {}},
+        "suite": {"dtypes": ["float32"], "lengths": lengths, "num_written": NUM_WRITTEN - 1},
+        "matrix_rate": {},
+        "crossover": [],
+        "rows": rows,
+    }
+
+
+def _rows(label: str, kind: str, found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a peer has printed for one length, in the form of `ovq_lab.bench.show`."""
+    same = {"label": label, "mixer": kind, "num_slots": None, "dtype": "float32", "length": found["length"]}
+    same["version"] = found["version"]
+    return [
+        {"what": "converted_read", "seconds": found["read_seconds"], **same},
+        {"what": "converted_write", "seconds": found["write_seconds"], **same},
+        {"what": "converted_memory", "peak_bytes": found["peak_bytes"], "bytes": found["bytes"], **same},
+    ]
+
+
+def _run(python: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    command = [python, pretrained_peer.__file__, json.dumps(arguments)]
+    with tempfile.TemporaryFile("w+") as errors:
+        # The rows come one by one, minutes apart.
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout is not None
+            yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+        if process.returncode:
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or ["nothing"])[-1]
+            raise ValueError(
+                f"{arguments['kind']}: expected {python} to run it, found exit code {process.returncode}, "
+                f"{last}"
+            )

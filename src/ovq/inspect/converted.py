@@ -1,0 +1,155 @@
+"""`converted_memories`: what the layers of a converted model kept of a text, as the memories tell it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ovq.convert.cache import MemoryLayer
+from ovq.convert.config import Budget
+from ovq.convert.reading import Exact, Slots
+from ovq.hf.cache import CACHE_KEY
+from ovq.inspect.memory import DROPPED, EXACT, LayerMemory, Reads, kept_share, moves_of, reads_of
+
+
+@torch.no_grad()
+def converted_memories(
+    model: Any, ids: Tensor, *, num_reads: int, progress: Callable[[int], None] | None = None
+) -> list[LayerMemory]:
+    """Let a converted model read a text in one pass, and tell what each of its layers kept and read.
+
+    Args:
+        model: As `ovq.convert.attach` returns it.
+        ids: `[1, T]` token ids.
+        num_reads: k, how many of the weights of each query to keep.
+        progress: Called with the number of tokens done, summed over the layers.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from ovq.convert import attach
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes)).eval()
+        >>> model = attach(model, num_slots=8, window=16, chunk_size=8)
+        >>> [memory] = converted_memories(model, torch.arange(60)[None] % 32, num_reads=4)
+        >>> memory.num_exact, memory.num_chunks(0), int(memory.final_slots.max())
+        ((20, 20), 6, 7)
+    """
+    cache, observers = model.make_cache(), []
+    for number, layer in enumerate(cache.layers):
+        of_layer: list[_HeadObserver] = []
+
+        def observe(
+            budget: Budget, of_layer: list[_HeadObserver] = of_layer, before: int = number * ids.shape[1]
+        ) -> _HeadObserver:
+            is_first = not of_layer
+            told = None if progress is None or not is_first else lambda n: progress(before + n)
+            of_layer.append(_HeadObserver(budget, ids.shape[1], num_reads, told))
+            return of_layer[-1]
+
+        layer.memory = dataclasses.replace(layer.memory, observer=observe)
+        observers.append(of_layer)
+    model.base_model(ids, **{CACHE_KEY: cache})
+    return [
+        _joined(number, layer, of_layer)
+        for number, (layer, of_layer) in enumerate(zip(cache.layers, observers, strict=True))
+    ]
+
+
+class _HeadObserver:
+    """What the heads h of one budget kept and read of a text, while it is read.
+
+    Args:
+        budget: theirs.
+        num_tokens: T.
+        num_reads: see `converted_memories`.
+        progress: Called with the number of tokens that are read.
+    """
+
+    def __init__(
+        self, budget: Budget, num_tokens: int, num_reads: int, progress: Callable[[int], None] | None
+    ) -> None:
+        self.budget = budget
+        self.places = np.full((len(budget.heads), num_tokens), EXACT, dtype=np.int32)
+        self.first_places = self.places.copy()
+        self.moves = [np.zeros((0, 4), dtype=np.int32)]
+        self.reads: list[Reads] = []
+        self.values: list[Tensor] = []
+        self._num_reads, self._progress = num_reads, progress
+        self._num_read = self._num_chunks = 0
+
+    def has_read(self, exact: Exact, slots: Slots | None, probs: Tensor) -> None:
+        """See `Observer`."""
+        num_slots = 0 if slots is None else slots.counts.shape[2]
+        num_exact, num_new = probs.shape[4] - num_slots, probs.shape[3]
+        num_merged = self._num_chunks * self.budget.chunk_size
+        positions = torch.arange(num_exact, device=probs.device)
+        positions[self.budget.num_sinks :] += num_merged
+        weights = torch.cat([probs[0, ..., num_exact:], probs[0, ..., :num_exact]], -1).flatten(0, 1)
+        is_single = None if slots is None else slots.counts[0] == 1
+        self.reads.append(reads_of(weights, positions, self._num_reads, is_single=is_single))
+        own = self._num_read - num_merged
+        self.values.append(exact.values[0, :, own : own + num_new].clone())
+        self._num_read += num_new
+        if self._progress is not None:
+            self._progress(self._num_read)
+
+    def has_merged(self, homes: Tensor | None) -> None:
+        """See `Observer`."""
+        size = self.budget.chunk_size
+        start = self.budget.num_sinks + self._num_chunks * size
+        chunk = slice(start, start + size)
+        if homes is None:
+            self.places[:, chunk] = self.first_places[:, chunk] = DROPPED
+        else:
+            to, new = (
+                x.cpu().numpy().astype(np.int32) for x in homes[0].split([homes.shape[2] - size, size], 1)
+            )
+            is_used = np.zeros(to.shape, dtype=bool)
+            head, token = np.nonzero(self.places >= 0)
+            is_used[head, self.places[head, token]] = True
+            self.moves.append(moves_of(to, self._num_chunks, is_used))
+            self.places[head, token] = to[head, self.places[head, token]]
+            self.places[:, chunk] = self.first_places[:, chunk] = new
+        self._num_chunks += 1
+
+
+def _joined(number: int, layer: MemoryLayer, observers: list[_HeadObserver]) -> LayerMemory:
+    """The memory of a layer, from those of its heads by budget."""
+    assert layer.memories is not None
+    config = layer.config
+    num_heads = config.num_kv_heads
+    num_slots, num_exact = [0] * num_heads, [0] * num_heads
+    heads: list[int] = []
+    moves, kept, reads = [], [], []
+    for memory, observer in zip(layer.memories, observers, strict=True):
+        budget = observer.budget
+        for head in budget.heads:
+            num_slots[head], num_exact[head] = budget.num_slots, budget.num_exact
+        heads += budget.heads
+        own = np.concatenate(observer.moves)
+        own[:, 1] = np.array(budget.heads)[own[:, 1]]
+        moves.append(own)
+        values = torch.cat(observer.values, 1)
+        kept.append(kept_share(values, memory.slot_values[0], memory.count[0] == 1, observer.places))
+        reads.append(Reads.joined(observer.reads))
+    order = np.argsort(heads)
+    per_head = len(reads[0].entries) // len(observers[0].budget.heads)
+    of_queries = (order[:, None] * per_head + np.arange(per_head)).flatten()
+    by_chunk = np.concatenate(moves)
+    return LayerMemory(
+        layer=number,
+        num_slots=tuple(num_slots),
+        num_exact=tuple(num_exact),
+        num_sinks=observers[0].budget.num_sinks,
+        chunk_size=observers[0].budget.chunk_size,
+        slots=np.concatenate([x.first_places for x in observers])[order],
+        moves=by_chunk[np.argsort(by_chunk[:, 0], kind="stable")],
+        final_slots=np.concatenate([x.places for x in observers])[order],
+        kept=np.concatenate(kept)[order],
+        **{name: np.concatenate([getattr(x, name) for x in reads])[of_queries] for name in Reads._fields},
+    )

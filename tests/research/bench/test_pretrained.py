@@ -1,0 +1,104 @@
+"""`ovq bench --what converted`: every way runs in a process of its own, and the report can be shown."""
+
+import json
+
+import pytest
+import torch
+
+from ovq_lab.bench.pretrained_suite import PretrainedSuite, run_pretrained
+from ovq_lab.bench.show import save_figures, tables
+from tests.convert.common import converted
+from tests.test_cli import fail
+
+# Stands in for an interpreter: it prints what a peer prints.
+FAKE = """#!/bin/sh
+echo loading
+echo '{"length": 8, "read_seconds": 1.0, "write_seconds": 2.0, "bytes": 3, "peak_bytes": 4, "version": "5"}'
+echo '{"length": 16, "read_seconds": 6.0, "write_seconds": 7.0, "bytes": 8, "peak_bytes": 9, "version": "5"}'
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    converted().save_pretrained(folder)
+    return folder
+
+
+def script(path, text):
+    path.write_text(text)
+    path.chmod(0o700)
+    return str(path)
+
+
+def test_every_way_is_measured_at_every_length(folder, tmp_path):
+    (tmp_path / "model.gguf").write_text("")
+    peer = script(tmp_path / "python", FAKE)
+    dtypes = [("float32", "int8")]
+    suite = PretrainedSuite(
+        model=folder,
+        tokens=[i * 17 % 64 for i in range(40)],
+        lengths=[16, 8],
+        dtypes=dtypes,
+        gguf=tmp_path / "model.gguf",
+        llama_cpp=peer,
+    )
+    seen = []
+    report = json.loads(json.dumps(run_pretrained(suite, lambda done, note: seen.append(done))))
+    labels = [
+        "ovq, float32, writes with int8",
+        "llama.cpp, model, f16 cache",
+        "transformers, float32, full cache",
+    ]
+    rows = report["rows"]
+    assert list(dict.fromkeys(row["label"] for row in rows)) == labels
+    assert seen[-1] == suite.total == 6
+    assert len(rows) == 3 * 6
+    assert [row["length"] for row in rows if row["what"] == "converted_write"] == [8, 16] * 3
+    told = [row for row in rows if row["mixer"] == "llama_cpp" and row["length"] == 16]
+    assert [row.get("seconds", row.get("peak_bytes")) for row in told] == [6.0, 7.0, 9]
+    assert {row["version"] for row in rows if row["mixer"] == "transformers"} != {"5"}
+    measured = [row for row in rows if row["mixer"] != "llama_cpp"]
+    assert all(row.get("seconds", 1) > 0 for row in measured)
+    assert all(row["peak_bytes"] >= row["bytes"] for row in measured if "bytes" in row)
+    assert [len(table.rows) for table in tables(report)] == [3, 3, 3]
+    assert save_figures(report, tmp_path)[0].is_file()
+    assert report["environment"]["threads"] == torch.get_num_threads()
+
+
+def test_a_way_that_fails_says_why(folder, tmp_path):
+    (tmp_path / "model.gguf").write_text("")
+    peer = script(tmp_path / "python", "#!/bin/sh\necho no such module >&2\nexit 3\n")
+    suite = PretrainedSuite(
+        model=folder,
+        tokens=[1] * 8,
+        lengths=[8],
+        dtypes=[],
+        gguf=tmp_path / "model.gguf",
+        llama_cpp=peer,
+        with_transformers=False,
+    )
+    with pytest.raises(ValueError, match=r"llama_cpp: expected .* found exit code 3, no such module"):
+        run_pretrained(suite, lambda done, note: None)
+    with pytest.raises(ValueError, match="--text: expected at least 9 tokens, found 8"):
+        PretrainedSuite(model=folder, tokens=[1] * 8, lengths=[9])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--what converted", "--what converted: expected --model and --text, found"),
+        ("--what converted --model {tmp} --text {tmp}/t", "--model: expected a folder that ovq convert"),
+        ("--what converted --model {model} --text {tmp}/t --gguf {tmp}/no", "--gguf: expected a file"),
+        ("--what converted --model {model} --text {tmp}/t --llama-cpp sh", "--llama-cpp: expected --gguf"),
+        ("--what converted --model {model} --text {tmp}/t --llama-cpp no-such", "--llama-cpp: expected an"),
+        ("--what converted --model {model} --text {tmp}/t", "--model: expected a tokenizer"),
+        ("--what forward --model {model}", "--model: expected none without --what converted"),
+    ],
+)
+def test_bad_input_costs_one_line(options, message, folder, capsys, tmp_path):
+    (tmp_path / "t").write_text("1 2 3")
+    out = ["--out", tmp_path / "out"]
+    found = fail(capsys, "bench", *options.format(tmp=tmp_path, model=folder).split(), *out)
+    assert found.startswith(message)
+    assert not (tmp_path / "out").exists()
