@@ -305,6 +305,12 @@ class Terminal:
         found, _, self._seen = self._seen.partition(text)
         return found
 
+    def interrupt(self):
+        """Press Ctrl-C at a prompt."""
+        # Python's input does not see a signal that comes between its prompt and its waiting for keys.
+        time.sleep(0.5)
+        self.type("\x03")
+
     def type(self, keys):
         os.write(self._own, keys.encode())
 
@@ -326,14 +332,14 @@ def test_a_terminal_shows_prompts_and_notes(folders, say, tmp_path):
     # Of a line that is begun, it is the end.
     terminal.type("/qu")
     terminal.until("/qu")
-    terminal.type("\x03")
+    terminal.interrupt()
     terminal.until("> ")
     terminal.type("/memory\n")
     terminal.until("slots in use")
     terminal.until("> ")
-    terminal.type("\x03")
+    terminal.interrupt()
     terminal.until("Ctrl-C once more leaves.")
-    terminal.type("\x03")
+    terminal.interrupt()
     terminal.until("ovq: interrupted")
     terminal.process.join(60)
     assert terminal.process.exitcode == 130
