@@ -329,11 +329,18 @@ def _turn(machine: _Machine, a: int, b: int) -> None:
 
 
 def _crop(machine: _Machine, a: int, b: int) -> None:
-    try:
-        machine.cache.crop(1 + a)
-    except ValueError:
-        return
-    raise AssertionError("crop: expected a refusal")
+    """Rows read more tokens, of which the last are taken out again."""
+    num_new, num = 1 + a % 6, b % (2 + a % 6)
+    machine.cache.activate_past_recording()
+    machine.read(num_new)
+    if num and machine.program.is_converted and len(machine.rows) > 1:
+        try:
+            machine.cache.crop(-num)
+        except ValueError:
+            return
+        raise AssertionError("crop: expected a refusal")
+    machine.cache.crop(-num)
+    machine.rows = [row[: len(row) - num] for row in machine.rows]
 
 
 def _join(machine: _Machine, a: int, b: int) -> None:

@@ -114,7 +114,7 @@ class Suite(ModelTesterMixin, generation.GenerationTesterMixin, TrainingTesterMi
 
     def attention_mask_padding_matches_padding_free_with_position_ids(self, *args, **kwargs):
         """Left out for models with a state, which transformers expects not to pack rows: ours do."""
-        with mock.patch.multiple(OVQForCausalLM, _supports_attention_backend=True, _is_stateful=False):
+        with mock.patch.object(OVQForCausalLM, "_supports_attention_backend", True):
             super().attention_mask_padding_matches_padding_free_with_position_ids(*args, **kwargs)
 
     def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):

@@ -35,8 +35,6 @@ class OVQPreTrainedModel(HubModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["OVQBlock"]  # noqa: RUF012  (transformers declares it so)
     _supports_sdpa = True
-    # Refuses assisted decoding: tokens that the large model rejects cannot be removed from a state.
-    _is_stateful = True
     _can_record_outputs = {"hidden_states": OVQBlock}  # noqa: RUF012  (likewise)
 
     @torch.no_grad()
