@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ovq.fields import ConfigField, did_you_mean, is_finite
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache, MixerCache
-from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables
+from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables_at
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import check_logn_length, logn_factors
 from ovq.layers.memory import Memory, StateSpec, check_tensors, num_bytes, of_rows
@@ -420,16 +420,17 @@ class AttentionMixer(Mixer):
     def rotary_tables(self, layout: SequenceLayout, channels: Tensor) -> tuple[Tensor, Tensor] | None:
         """The tables of a call, made once for all its layers; None without rotary embedding.
 
-        Positions are column numbers: only differences matter, so padding and packing change nothing.
+        See `SequenceLayout.positions`.
         """
         if not self.use_rope:
             return None
         dtype = torch.promote_types(channels.dtype, torch.float32)
         like = torch.empty(0, dtype=dtype, device=channels.device)
-        place = layout.num_past, layout.num_new, self.head_dim
         return layout.once(
             ("rotary", self.head_dim, self.rope_theta, dtype, like.device),
-            lambda: rotary_tables(*place, theta=self.rope_theta, like=like),
+            lambda: rotary_tables_at(
+                layout.positions(like.device), self.head_dim, theta=self.rope_theta, like=like
+            ),
         )
 
 
