@@ -365,7 +365,11 @@ def test_fields_that_change_nothing_are_taken(ids):
     ("messages", "expected"),
     [
         ([], "messages: expected at least 1 item"),
-        ([{"role": "tool", "content": "x"}], "messages.0.role: expected 'system', 'developer', 'user' or"),
+        (
+            [{"role": "robot", "content": "x"}],
+            "messages.0.role: expected 'system', 'developer', 'user', 'ass",
+        ),
+        ([{"role": "user", "content": None}], "messages.0.content: expected text, found none"),
         ([{"role": "user", "content": 3}], "messages.0.content: expected text or a list of parts"),
         (
             [
@@ -377,7 +381,7 @@ def test_fields_that_change_nothing_are_taken(ids):
             "messages.0.content: expected text or a list of parts of the type 'text', found something else",
         ),
     ],
-    ids=["none", "tool", "number", "image"],
+    ids=["none", "role", "nothing", "number", "image"],
 )
 def test_messages_that_cannot_be_read(text, messages, expected):
     answer = httpx.post(f"{text.url}/v1/chat/completions", json={"model": "text", "messages": messages})

@@ -11,7 +11,8 @@ from typing import Any
 
 from ovq.hf.context import Context
 from ovq.serve.engine import Engine, EngineStopped, QueueFull
-from ovq.serve.errors import APIError, failed, queue_full, shutting_down, took_too_long
+from ovq.serve.errors import APIError, bad_request, failed, queue_full, shutting_down, took_too_long
+from ovq.serve.grammars import GrammarFault
 from ovq.serve.jobs import (
     BeginEvent,
     ContextEvent,
@@ -22,7 +23,8 @@ from ovq.serve.jobs import (
     Job,
     TokenEvent,
 )
-from ovq.serve.texts import StopSequences, Texts
+from ovq.serve.texts import AnyTextStream, StopSequences, Texts
+from ovq.serve.tools import ToolCall, ToolCalls
 
 _log = logging.getLogger("ovq.serve")
 
@@ -42,13 +44,15 @@ class Piece:
         choice: Which of the answers.
         text: May be empty: a character may need more tokens, and a stop sequence may have begun.
         event: The token, if the piece comes from one.
-        finish_reason: With the last piece of an answer, `"stop"` or `"length"`.
+        finish_reason: With the last piece of an answer, `"stop"`, `"tool_calls"` or `"length"`.
+        calls: Calls of tools that are complete with it.
     """
 
     choice: int
     text: str
     event: TokenEvent | None = None
     finish_reason: str | None = None
+    calls: Sequence[ToolCall] = ()
 
 
 @dataclasses.dataclass
@@ -160,8 +164,42 @@ class Answers:
         self._queue.put_nowait([])
 
 
+class _Answer:
+    """One answer as it is written: its text, up to a stop sequence, and the calls of tools in it."""
+
+    def __init__(self, choice: int, stream: AnyTextStream, stops: Sequence[str], calls: ToolCalls) -> None:
+        self._choice, self._stream, self._stop, self._calls = choice, stream, StopSequences(stops), calls
+
+    def push(self, event: TokenEvent) -> Piece:
+        """The piece that a token gives."""
+        text = self._stop.push("" if event.is_end else self._stream.push(event.token))
+        return self._piece(text, event, None)
+
+    def finish(self, reason: str) -> Piece:
+        """The last piece."""
+        text = self._stop.push(self._stream.finish()) + self._stop.finish()
+        return self._piece(text, None, reason)
+
+    def _piece(self, text: str, event: TokenEvent | None, reason: str | None) -> Piece:
+        reason = "stop" if self._stop.is_stopped else reason
+        text, calls = self._calls.push(text)
+        if reason is not None:
+            more, last = self._calls.finish()
+            text, calls = text + more, calls + last
+        elif self._calls.is_complete:
+            reason = "stop"
+        if reason == "stop" and self._calls.num_calls:
+            reason = "tool_calls"
+        return Piece(choice=self._choice, text=text, event=event, finish_reason=reason, calls=calls)
+
+
 async def pieces(
-    answers: Answers, jobs: Sequence[Generation], texts: Texts, stops: Sequence[str], usage: Usage
+    answers: Answers,
+    jobs: Sequence[Generation],
+    texts: Texts,
+    stops: Sequence[str],
+    usage: Usage,
+    make_calls: Callable[[], ToolCalls] = ToolCalls,
 ) -> AsyncGenerator[Piece, None]:
     """The text of the answers to jobs that have been submitted, piece by piece.
 
@@ -171,32 +209,30 @@ async def pieces(
         texts: Makes text of tokens.
         stops: Sequences that end an answer; they are not part of it.
         usage: Is counted on.
+        make_calls: Finds calls of tools in an answer; no tools if not given.
 
     Raises:
         APIError: As `Answers.events`, like `ClientGone`.
     """
-    streams = {choice: texts.stream(job.tokens) for job in jobs for choice in job.choices}
-    filters = {choice: StopSequences(stops) for choice in streams}
+    written = {
+        choice: _Answer(choice, texts.stream(job.tokens), stops, make_calls())
+        for job in jobs
+        for choice in job.choices
+    }
     async with contextlib.aclosing(answers.events()) as events:
         async for event in events:
             if isinstance(event, BeginEvent):
                 usage.known_tokens += event.num_known
-            elif isinstance(event, TokenEvent) and event.choice in streams:
+            elif isinstance(event, TokenEvent) and event.choice in written:
                 usage.completion_tokens += 1
-                text = "" if event.is_end else streams[event.choice].push(event.token)
-                stop = filters[event.choice]
-                text = stop.push(text)
-                reason = "stop" if stop.is_stopped else None
-                yield Piece(choice=event.choice, text=text, event=event, finish_reason=reason)
-                if reason is not None:
+                piece = written[event.choice].push(event)
+                yield piece
+                if piece.finish_reason is not None:
                     answers.cancel(choice=event.choice)
-                    del streams[event.choice]
-            elif isinstance(event, FinishEvent) and event.choice in streams:
-                stop = filters[event.choice]
-                text = stop.push(streams.pop(event.choice).finish()) + stop.finish()
-                reason = "stop" if stop.is_stopped else event.reason
-                yield Piece(choice=event.choice, text=text, finish_reason=reason)
-            if not streams:
+                    del written[event.choice]
+            elif isinstance(event, FinishEvent) and event.choice in written:
+                yield written.pop(event.choice).finish(event.reason)
+            if not written:
                 return
 
 
@@ -216,5 +252,10 @@ async def context_read(answers: Answers) -> Context:
 def _as_api_error(error: Exception) -> APIError:
     if isinstance(error, EngineStopped):
         return shutting_down()
+    if isinstance(error, GrammarFault):
+        return bad_request(
+            f"expected a schema that answers can be kept to, found one that is too much for it ({error})",
+            code="invalid_json_schema",
+        )
     _log.error("a request failed", exc_info=error)
     return failed()

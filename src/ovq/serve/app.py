@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,22 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from ovq.serve.answers import Answers, ClientGone, Usage, context_read, pieces
+from ovq.serve.bodies import parsed
+from ovq.serve.chat import ChatRequest
 from ovq.serve.contexts import Contexts, uploaded
 from ovq.serve.engine import Engine
 from ovq.serve.errors import APIError, bad_request, failed
 from ovq.serve.event_stream import EventStream
+from ovq.serve.grammars import Constraint, Grammars
 from ovq.serve.guard import UPLOAD, Guard, body_too_large, next_message
 from ovq.serve.jobs import Generation, Reading
 from ovq.serve.limits import Limits
 from ovq.serve.metrics import Metered, Metrics
 from ovq.serve.model import AnyServedModel
 from ovq.serve.replies import ChatForm, CompletionForm, Form, stream, whole
-from ovq.serve.schemas import ChatRequest, CompletionRequest, ContextRequest, GenerationRequest, parsed
+from ovq.serve.schemas import CompletionRequest, ContextRequest, GenerationRequest
 from ovq.serve.texts import Texts
+from ovq.serve.tools import ToolCalls
 
 _GONE = 499
 """What servers note of a request whose client went away; nobody sees it."""
@@ -48,6 +53,7 @@ class Service:
         engine: Runs the model.
         contexts: The documents that it has read.
         texts: Text to tokens and back.
+        grammars: What answers may be kept to.
         created: When it was made, in seconds since 1970.
     """
 
@@ -58,6 +64,7 @@ class Service:
     engine: Engine = dataclasses.field(init=False)
     contexts: Contexts = dataclasses.field(init=False)
     texts: Texts = dataclasses.field(init=False)
+    grammars: Grammars = dataclasses.field(init=False)
     created: int = dataclasses.field(init=False)
 
     def __post_init__(self, tokenizer: Any | None) -> None:
@@ -65,6 +72,7 @@ class Service:
         self.engine = Engine(self.served, self.limits)
         self.contexts = Contexts(max_contexts=self.limits.max_contexts)
         self.texts = Texts(tokenizer, vocab_size=self.served.vocab_size)
+        self.grammars = Grammars(self.texts, vocab_size=self.served.vocab_size, ends=self.served.ends)
         self.created = int(time.time())
         self.metrics = Metrics(self.engine, self.contexts)
 
@@ -178,12 +186,27 @@ class _Routes:
 
     async def chat(self, request: HTTPRequest) -> Response:
         asked = parsed(ChatRequest, await request.body())
-        messages = [message.for_template for message in asked.messages]
-        ids = await asyncio.to_thread(self._service.texts.chat, messages)
+        messages = [message.for_template(place) for place, message in enumerate(asked.messages)]
+        tools = [tool.for_template for tool in asked.offered.values()]
+        ids = await asyncio.to_thread(self._service.texts.chat, messages, tools)
+        constraint = None
+        if (grammar := asked.grammar) is not None:
+            param = "tools" if tools else "response_format"
+            constraint = await asyncio.to_thread(self._service.grammars.compiled, grammar, param=param)
+        is_single = asked.parallel_tool_calls is False or constraint is not None
         given = [n for n in (asked.max_tokens, asked.max_completion_tokens) if n is not None]
         max_tokens = min(given, default=self._limits.max_tokens)
         form = ChatForm(self._service.texts)
-        return await self._generate(request, asked, [ids], max_tokens, form, param="messages")
+        return await self._generate(
+            request,
+            asked,
+            [ids],
+            max_tokens,
+            form,
+            param="messages",
+            constraint=constraint,
+            make_calls=functools.partial(ToolCalls, asked.offered.keys(), is_single=is_single),
+        )
 
     async def contexts(self) -> Response:
         contexts = self._service.contexts
@@ -253,12 +276,17 @@ class _Routes:
         form: Form,
         *,
         param: str,
+        constraint: Constraint | None = None,
+        make_calls: Callable[[], ToolCalls] = ToolCalls,
     ) -> Response:
         service = self._service
         self._check_model(asked.model)
         self._check_sizes(asked, prompts, max_tokens, param=param)
         context = None if asked.context is None else service.contexts.get(asked.context)
         answers = Answers(service.engine, request.receive, self._deadline())
+        ends = frozenset() if asked.ignore_eos else service.served.ends
+        if constraint is not None:
+            ends = constraint.ends
         jobs = [
             Generation(
                 tokens=prompt,
@@ -268,8 +296,9 @@ class _Routes:
                 sampling=asked.sampling,
                 seed=asked.seed,
                 choices=range(place * asked.n, (place + 1) * asked.n),
-                ends=frozenset() if asked.ignore_eos else service.served.ends,
+                ends=ends,
                 num_logprobs=asked.num_logprobs,
+                constraint=constraint,
             )
             for place, prompt in enumerate(prompts)
         ]
@@ -279,7 +308,7 @@ class _Routes:
         stops = asked.stops
         choices = range(len(prompts) * asked.n)
         answers.submit(jobs)
-        found = service.metrics.timed(pieces(answers, jobs, service.texts, stops, usage))
+        found = service.metrics.timed(pieces(answers, jobs, service.texts, stops, usage, make_calls))
         if asked.stream:
             events = stream(
                 found, form, choices, usage, model=service.name, includes_usage=asked.includes_usage

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ovq.hf.context import Context
 from ovq.hf.streaming import Sampling
+from ovq.serve.grammars import Constraint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,8 @@ class BeginEvent:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FinishEvent:
-    """A choice is complete: `"stop"` after a token that ends a text, `"length"` after `max_tokens` tokens."""
+    """A choice is complete: `"length"` after `max_tokens` tokens, `"stop"` after a token that ends a text and
+    where a constraint lets nothing follow."""
 
     choice: int
     reason: str
@@ -109,6 +111,7 @@ class Generation(Job):
         choices: Names of the answers in their events, such as 0, 1, 2 for three of them.
         ends: Tokens that end a text.
         num_logprobs: How many likeliest tokens to report with each token, or None for no logprobs at all.
+        constraint: What the answers must keep to; each has its own copy.
         cancelled_choices: Answers that nobody needs more of.
     """
 
@@ -119,6 +122,7 @@ class Generation(Job):
     choices: Sequence[int] = (0,)
     ends: frozenset[int] = frozenset()
     num_logprobs: int | None = None
+    constraint: Constraint | None = None
     cancelled_choices: set[int] = dataclasses.field(default_factory=set)
 
     @property

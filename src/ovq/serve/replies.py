@@ -14,6 +14,7 @@ from ovq.serve.answers import ClientGone, Piece, Usage
 from ovq.serve.errors import APIError
 from ovq.serve.jobs import TokenEvent
 from ovq.serve.texts import Offsets, Texts
+from ovq.serve.tools import ToolCall
 
 
 class Form(Protocol):
@@ -29,7 +30,9 @@ class Form(Protocol):
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """A choice in a chunk."""
 
-    def whole(self, choice: int, text: str, events: Sequence[TokenEvent], reason: str) -> dict[str, Any]:
+    def whole(
+        self, choice: int, text: str, events: Sequence[TokenEvent], reason: str, calls: Sequence[ToolCall]
+    ) -> dict[str, Any]:
         """A choice in a complete answer."""
 
 
@@ -60,7 +63,9 @@ class CompletionForm:
             "finish_reason": piece.finish_reason,
         }
 
-    def whole(self, choice: int, text: str, events: Sequence[TokenEvent], reason: str) -> dict[str, Any]:
+    def whole(
+        self, choice: int, text: str, events: Sequence[TokenEvent], reason: str, calls: Sequence[ToolCall]
+    ) -> dict[str, Any]:
         """See `Form.whole`."""
         return {
             "index": choice,
@@ -104,18 +109,26 @@ class ChatForm:
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         """See `Form.chunk`."""
+        delta: dict[str, Any] = {"content": piece.text} if piece.text else {}
+        if piece.calls:
+            delta["tool_calls"] = [{"index": call.index, **_call(call)} for call in piece.calls]
         return {
             "index": piece.choice,
-            "delta": {"content": piece.text} if piece.text else {},
+            "delta": delta,
             "logprobs": self._logprobs([] if piece.event is None else [piece.event]),
             "finish_reason": piece.finish_reason,
         }
 
-    def whole(self, choice: int, text: str, events: Sequence[TokenEvent], reason: str) -> dict[str, Any]:
+    def whole(
+        self, choice: int, text: str, events: Sequence[TokenEvent], reason: str, calls: Sequence[ToolCall]
+    ) -> dict[str, Any]:
         """See `Form.whole`."""
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [_call(call) for call in calls]}
         return {
             "index": choice,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(events),
             "finish_reason": reason,
         }
@@ -135,6 +148,14 @@ class ChatForm:
         return {"content": content, "refusal": None} if content else None
 
 
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
 async def whole(
     found: AsyncGenerator[Piece, None], form: Form, choices: Sequence[int], usage: Usage, *, model: str
 ) -> dict[str, Any]:
@@ -149,16 +170,18 @@ async def whole(
     """
     texts: dict[int, list[str]] = defaultdict(list)
     events: dict[int, list[TokenEvent]] = defaultdict(list)
+    calls: dict[int, list[ToolCall]] = defaultdict(list)
     reasons: dict[int, str] = {}
     async with contextlib.aclosing(found):
         async for piece in found:
             texts[piece.choice].append(piece.text)
+            calls[piece.choice] += piece.calls
             if piece.event is not None:
                 events[piece.choice].append(piece.event)
             if piece.finish_reason is not None:
                 reasons[piece.choice] = piece.finish_reason
     return _head(form.prefix, form.whole_object, model) | {
-        "choices": [form.whole(c, "".join(texts[c]), events[c], reasons[c]) for c in choices],
+        "choices": [form.whole(c, "".join(texts[c]), events[c], reasons[c], calls[c]) for c in choices],
         "usage": usage.fields,
     }
 
@@ -186,7 +209,7 @@ async def stream(
         async with contextlib.aclosing(found):
             async for piece in found:
                 chunk = form.chunk(piece)
-                if piece.text or piece.finish_reason or chunk["logprobs"]:
+                if piece.text or piece.calls or piece.finish_reason or chunk["logprobs"]:
                     yield _event(head | {"choices": [chunk]} | tail)
     except APIError as error:
         yield _event(error.body)

@@ -6,10 +6,12 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ovq.hf.streaming import Sampling
+from ovq.serve.grammars import Constraint
 from ovq.serve.jobs import Generation, TokenLogprobs
 
 
@@ -22,12 +24,18 @@ class Choice:
         index: Its name in events.
         generator: Source of its random numbers; None if it takes the likeliest tokens.
         tokens: What has been generated so far; the row reads the last of them next.
+        constraint: What may come next; None for anything.
     """
 
     job: Generation
     index: int
     generator: torch.Generator | None
     tokens: list[int] = dataclasses.field(default_factory=list)
+    constraint: Constraint | None = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        """Take a copy of the constraint."""
+        self.constraint = None if self.job.constraint is None else self.job.constraint.copied()
 
     @property
     def is_cancelled(self) -> bool:
@@ -67,7 +75,7 @@ def next_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
         >>> next_tokens(torch.tensor([[0.0, 2.0, 1.0]]), choices_of(job, torch.device("cpu")))
         [1]
     """
-    logits = logits.float()
+    logits = _allowed(logits.float(), choices)
     tokens = logits.argmax(-1)
     by_sampling: dict[Sampling, list[int]] = {}
     for row, choice in enumerate(choices):
@@ -81,6 +89,19 @@ def next_tokens(logits: Tensor, choices: Sequence[Choice]) -> list[int]:
         for row, probabilities in zip(rows, scores.softmax(-1), strict=True):
             tokens[row] = torch.multinomial(probabilities, 1, generator=choices[row].generator)[0]
     return tokens.tolist()
+
+
+def _allowed(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """The logits without tokens that constraints forbid; rows without one are as they were."""
+    rows = [row for row, choice in enumerate(choices) if choice.constraint is not None]
+    if not rows:
+        return logits
+    masks = [choice.constraint.allowed() for choice in choices if choice.constraint is not None]
+    is_forbidden = torch.from_numpy(~np.stack(masks)).to(logits.device)
+    logits = logits.clone(memory_format=torch.contiguous_format)
+    for row, mask in zip(rows, is_forbidden, strict=True):
+        logits[row].masked_fill_(mask, float("-inf"))
+    return logits
 
 
 def token_logprobs(

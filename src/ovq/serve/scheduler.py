@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ovq.hf.context import Context
+from ovq.serve.grammars import GrammarFault
 from ovq.serve.jobs import (
     BeginEvent,
     ContextEvent,
@@ -369,11 +370,19 @@ class Scheduler:
         ):
             job = choice.job
             choice.tokens.append(token)
-            is_end = token in job.ends
+            is_end = is_last = token in job.ends
+            if choice.constraint is not None:
+                try:
+                    choice.constraint.push(token)
+                except GrammarFault as error:
+                    # This answer alone has come to where it cannot go on.
+                    self._fail([job], error)
+                    continue
+                is_last = choice.constraint.is_complete
             events = self._events.setdefault(job, [])
             events.append(TokenEvent(choice=choice.index, token=token, is_end=is_end, logprobs=logprobs))
-            if is_end or len(choice.tokens) >= job.max_tokens:
-                events.append(FinishEvent(choice=choice.index, reason="stop" if is_end else "length"))
+            if is_last or len(choice.tokens) >= job.max_tokens:
+                events.append(FinishEvent(choice=choice.index, reason="stop" if is_last else "length"))
                 self.counts.finished += 1
             else:
                 going_on.append(place)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from ovq.hf.byte_tokens import token_bytes
 from ovq.hf.streaming import TextStream
 from ovq.serve.errors import bad_request
+from ovq.serve.tools import told_in_text
 
 
 class AnyTextStream(Protocol):
@@ -94,6 +97,23 @@ class Texts:
         """Whether messages can be turned into a prompt."""
         return self._tokenizer is not None and bool(self._tokenizer.chat_template)
 
+    @cached_property
+    def _has_tools_in_template(self) -> bool:
+        """Whether the chat template tells a model of tools by itself."""
+        message = {"role": "user", "content": "a"}
+        tool = {"type": "function", "function": {"name": "b", "description": "c", "parameters": {}}}
+        try:
+            return self._rendered([message], []) != self._rendered([message], [tool])
+        except Exception:
+            # Templates are programs, which refuse by any exception.
+            return False
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[Any]:
+        """The tokenizer, for one thread at a time."""
+        with self._lock:
+            yield self._tokenizer
+
     def encode(self, text: str, *, param: str, is_start: bool) -> list[int]:
         """The tokens of a text.
 
@@ -135,8 +155,13 @@ class Texts:
             )
         return list(ids)
 
-    def chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def chat(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """The prompt that the model's chat template makes of messages, up to where the answer begins.
+
+        Args:
+            messages: As templates take them.
+            tools: What the model may call. A template that knows no tools gets them as text, with all calls
+                and results in the messages (`ovq.serve.tools.told_in_text`).
 
         Raises:
             APIError: If there is no template, or it refuses these messages.
@@ -150,9 +175,10 @@ class Texts:
                 code="no_chat_template",
             )
         try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
+            has_tools = tools or any(m["role"] == "tool" or "tool_calls" in m for m in messages)
+            if has_tools and not self._has_tools_in_template:
+                messages, tools = told_in_text(messages, tools), ()
+            text = self._rendered(messages, tools)
         except Exception as error:
             # Templates are programs, which refuse by any exception.
             raise bad_request(
@@ -161,6 +187,12 @@ class Texts:
             ) from error
         # A template marks the beginning by itself.
         return self.encode(text, param="messages", is_start=False)
+
+    def _rendered(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
+        assert self._tokenizer is not None
+        return self._tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=True
+        )
 
     def stream(self, prompt: Sequence[int]) -> AnyTextStream:
         """The text of the tokens that follow a prompt."""

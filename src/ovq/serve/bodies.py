@@ -1,0 +1,106 @@
+"""What all requests share: types as JSON has them, and errors in the form "expected ..., found ...".
+
+A field that would change the answer in a way that is not supported is refused, unless it has the value that
+changes nothing. A field that nobody knows is refused too: it may be misspelt.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ovq.serve.errors import APIError, bad_request
+
+AnyRequest = TypeVar("AnyRequest", bound="Request")
+
+
+class Request(BaseModel):
+    """What all requests share: types as JSON has them, and no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    #: Fields of OpenAI's that are not supported, and the values with which they change nothing.
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    #: Fields that are lists of objects which have such fields in turn.
+    parts: ClassVar[dict[str, type[Request]]] = {}
+
+
+def parsed(kind: type[AnyRequest], body: bytes) -> AnyRequest:
+    """The request in a body.
+
+    Raises:
+        APIError: If the body is not JSON, or a field is missing, unknown, not supported or out of range.
+
+    Example:
+        >>> from ovq.serve.schemas import CompletionRequest
+        >>> parsed(CompletionRequest, b'{"model": "m", "prompt": "a", "echo": false}').max_tokens
+        16
+        >>> parsed(CompletionRequest, b'{"model": "m", "prompt": "a", "echo": true}')
+        Traceback (most recent call last):
+        ovq.serve.errors.APIError: echo: expected False, as nothing else is supported, found True
+    """
+    from pydantic_core import from_json
+
+    try:
+        fields = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise bad_request(f"expected a body of JSON, found otherwise ({error})") from error
+    if not isinstance(fields, dict):
+        raise bad_request(f"expected a JSON object, found {type(fields).__name__}")
+    _drop_neutral(kind, fields, "")
+    for name, part in kind.parts.items():
+        if isinstance(values := fields.get(name), list):
+            for place, value in enumerate(values):
+                if isinstance(value, dict):
+                    _drop_neutral(part, value, f"{name}.{place}.")
+    try:
+        # Anew from JSON, because only there do strict types accept an object for a model.
+        return kind.model_validate_json(_as_json(fields))
+    except ValidationError as error:
+        raise _refusal(error, kind) from error
+
+
+def _as_json(fields: dict[str, Any]) -> bytes:
+    from pydantic_core import to_json
+
+    return to_json(fields)
+
+
+def _drop_neutral(kind: type[Request], fields: dict[str, Any], prefix: str) -> None:
+    """Take fields out that are not supported and change nothing; refuse those that would."""
+    for name in kind.unsupported.keys() & fields.keys():
+        value, neutral = fields.pop(name), kind.unsupported[name]
+        # In Python, False and 0 are equal, and so are 0 and 0.0, which JSON's writers may mix up.
+        if value not in neutral:
+            raise bad_request(
+                f"{prefix}{name}: expected {neutral[-1]!r}, as nothing else is supported, found {value!r}",
+                param=f"{prefix}{name}",
+                code="unsupported_parameter",
+            )
+
+
+def _refusal(error: ValidationError, kind: type[Request]) -> APIError:
+    """The first of the errors, in the form "expected ..., found ..."."""
+    first = error.errors(include_url=False)[0]
+    param = str(first["loc"][0]) if first["loc"] else None
+    # Of a union, pydantic names each alternative with what speaks against it; a description says it better.
+    fields, depth = kind.model_fields, 1
+    if param in kind.parts and len(first["loc"]) > 2:
+        fields, depth = kind.parts[param].model_fields, 3
+    name = str(first["loc"][depth - 1]) if first["loc"] else ""
+    description = fields[name].description if name in fields else None
+    is_union = description is not None and len(first["loc"]) > depth
+    place = ".".join(map(str, first["loc"][:depth] if is_union else first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"{place}: expected fields of this request, found an unknown one", param=param)
+    if first["type"] == "missing":
+        return bad_request(f"{place}: expected this field, found none", param=param)
+    message = first["msg"].removeprefix("Input should be ").removeprefix("List should have ")
+    message = message.partition(" after validation")[0]
+    if is_union:
+        return bad_request(f"{place}: expected {description}, found something else", param=param)
+    found = repr(first["input"])
+    found = found if len(found) <= 80 else f"{found[:80]}..."
+    return bad_request(f"{place}: expected {message}, found {found}", param=param)

@@ -1,0 +1,261 @@
+"""The fields of chats: messages, tools that the model may call, and whether the answer is JSON."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from ovq.serve.bodies import Request
+from ovq.serve.errors import bad_request
+from ovq.serve.grammars import grammar_of
+from ovq.serve.schemas import MOST_TOP_LOGPROBS, GenerationRequest
+
+_MOST_TOOLS = 128
+
+ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+"""Names of tools and of schemas, as OpenAI has them."""
+
+
+class TextPart(Request):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Request):
+    """What an earlier answer called."""
+
+    name: str
+    arguments: str
+
+
+class Call(Request):
+    """A call of a tool in an earlier answer."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class Message(Request):
+    """A message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = Field(
+        None, description="text or a list of parts of the type 'text'"
+    )
+    name: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        name: (None, []) for name in ("annotations", "audio", "function_call", "refusal")
+    }
+
+    def for_template(self, place: int) -> dict[str, Any]:
+        """The message as chat templates take it: arguments of calls are objects.
+
+        Args:
+            place: Which of the messages, for errors.
+
+        Raises:
+            APIError: Without text, or arguments that are no object; calls and results of other roles.
+        """
+        for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, field) and self.role != role:
+                raise bad_request(
+                    f"messages.{place}.{field}: expected it in messages of the role {role!r}, "
+                    f"found it in one of the role {self.role!r}",
+                    param="messages",
+                )
+        content = self.content
+        if content is None and not self.tool_calls:
+            raise bad_request(f"messages.{place}.content: expected text, found none", param="messages")
+        text = content if isinstance(content, str) else "".join(part.text for part in content or [])
+        message: dict[str, Any] = {"role": self.role, "content": text}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                call.model_dump() | {"function": _called(call.function, f"messages.{place}.tool_calls.{i}")}
+                for i, call in enumerate(self.tool_calls)
+            ]
+        given = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {name: value for name, value in given.items() if value is not None}
+
+
+def _called(function: CalledFunction, place: str) -> dict[str, Any]:
+    """A called function with its arguments as an object."""
+    from pydantic_core import from_json
+
+    try:
+        arguments = from_json(function.arguments, allow_inf_nan=False)
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise bad_request(
+            f"{place}.function.arguments: expected a JSON object, found {function.arguments[:80]!r}",
+            param="messages",
+        )
+    return {"name": function.name, "arguments": arguments}
+
+
+class Function(Request):
+    """What a tool does, and the JSON schema of its arguments."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Request):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+    @property
+    def for_template(self) -> dict[str, Any]:
+        """The tool as chat templates take it."""
+        about = {"name": self.function.name, "description": self.function.description or ""}
+        return {"type": self.type, "function": about | {"parameters": self.schema_of_arguments}}
+
+    @property
+    def schema_of_arguments(self) -> dict[str, Any]:
+        """The JSON schema of the arguments; there are none if it is not given."""
+        nothing = {"properties": {}, "additionalProperties": False}
+        return {"type": "object", **(self.function.parameters or nothing)}
+
+
+class NamedFunction(Request):
+    """The function that is to be called."""
+
+    name: ToolName
+
+
+class NamedTool(Request):
+    """The tool that is to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JSONSchema(Request):
+    """What the JSON of an answer looks like."""
+
+    name: ToolName
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Request):
+    """Whether an answer is JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema of the answer; None for any text.
+
+        Raises:
+            APIError: A schema without its type, or the type without a schema.
+        """
+        if (self.json_schema is None) == (self.type == "json_schema"):
+            found = "none" if self.json_schema is None else f"one beside the type {self.type!r}"
+            raise bad_request(
+                "response_format.json_schema: expected a schema for the type 'json_schema' alone, "
+                f"found {found}",
+                param="response_format",
+            )
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+class ChatRequest(GenerationRequest):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    tools: list[Tool] | None = Field(None, max_length=_MOST_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(
+        None, description="'none', 'auto', 'required' or {'type': 'function', 'function': {'name': NAME}}"
+    )
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **GenerationRequest.unsupported,
+        "audio": (None,),
+        "function_call": (None, "none"),
+        "functions": (None, []),
+        "modalities": (None, ["text"]),
+        "reasoning_effort": (None, "none"),
+    }
+    parts: ClassVar[dict[str, type[Request]]] = {"messages": Message}
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `GenerationRequest.num_logprobs`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def offered(self) -> dict[str, Tool]:
+        """What the model may call, by names.
+
+        Raises:
+            APIError: Two tools of one name.
+        """
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        found = {tool.function.name: tool for tool in tools}
+        if len(found) < len(tools):
+            names = [tool.function.name for tool in tools]
+            raise bad_request(f"tools: expected a name of its own for each, found {names}", param="tools")
+        return found
+
+    @property
+    def grammar(self) -> str | None:
+        """What answers are kept to; None for any text.
+
+        Raises:
+            APIError: Fields that do not fit each other, or arguments that are no object.
+        """
+        offered = self.offered
+        schema = None if self.response_format is None else self.response_format.schema_of_answer
+        is_forced = self.tool_choice not in (None, "none", "auto")
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            if name not in offered:
+                raise bad_request(
+                    f"tool_choice: expected one of the tools {[*offered]}, found {name!r}",
+                    param="tool_choice",
+                )
+            offered = {name: offered[name]}
+        if is_forced and not offered:
+            raise bad_request("tools: expected at least one for this tool_choice, found none", param="tools")
+        if is_forced and schema is not None:
+            raise bad_request(
+                "response_format: expected the type 'text' where a tool must be called, found another one",
+                param="response_format",
+            )
+        if schema is None and not is_forced:
+            return None
+        if self.ignore_eos:
+            raise bad_request(
+                "ignore_eos: expected false for JSON and where a tool must be called, found true",
+                param="ignore_eos",
+            )
+        schemas = {name: tool.schema_of_arguments for name, tool in offered.items()}
+        for name, one in schemas.items():
+            if one["type"] != "object":
+                raise bad_request(
+                    f"tools: expected parameters of the type 'object', found {one['type']!r} for {name!r}",
+                    param="tools",
+                )
+        return grammar_of(schema, schemas)

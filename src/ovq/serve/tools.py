@@ -1,0 +1,212 @@
+"""Calls of tools in text: how a model is told of tools, and how calls are found in what it writes.
+
+The form is that of Hermes and Qwen, in which most models with tools are trained:
+
+    <tool_call>
+    {"name": "weather", "arguments": {"city": "Oslo"}}
+    </tool_call>
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+from collections.abc import Collection, Sequence
+from typing import Any
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+_TELLING = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within \
+<tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+"""What Qwen's template tells a model, word by word."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A call of a tool in an answer.
+
+    Attributes:
+        index: Which of the calls of the answer.
+        name: The tool.
+        arguments: A JSON object, as text.
+        id: By which a message of the role `tool` answers it.
+    """
+
+    index: int
+    name: str
+    arguments: str
+    id: str = dataclasses.field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
+
+
+class ToolCalls:
+    """Takes the calls out of an answer as it comes; what is no call of these tools stays text.
+
+    Args:
+        names: The tools; without any, nothing is looked for.
+        is_single: Whether the answer ends with its first call.
+
+    Attributes:
+        num_calls: Calls found so far.
+
+    Example:
+        >>> calls = ToolCalls(["add"])
+        >>> calls.push("Let me see. <tool_"), calls.push('call>{"name": "add", "argum')
+        (('Let me see.', []), ('', []))
+        >>> _, (call,) = calls.push('ents": {"a": 1}}</tool_call>')
+        >>> call.name, call.arguments, calls.finish()
+        ('add', '{"a": 1}', ('', []))
+    """
+
+    def __init__(self, names: Collection[str] = (), *, is_single: bool = False) -> None:
+        self._names, self._is_single = names, is_single
+        self._held = ""
+        self.num_calls = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing may follow."""
+        return self._is_single and self.num_calls > 0
+
+    def push(self, text: str) -> tuple[str, list[ToolCall]]:
+        """The text that may be shown after more has come, and the calls in it."""
+        if not self._names or self.is_complete:
+            return ("" if self.is_complete else text), []
+        self._held += text
+        shown, found = "", []
+        while (begin := self._held.find(OPEN)) >= 0 and not self.is_complete:
+            after, calls = self._first_call(begin + len(OPEN))
+            if after is None:
+                break
+            before = self._held[:begin].rstrip() if calls else self._held[:after]
+            shown, self._held = shown + before, self._held[after:]
+            found += calls
+        if self.is_complete:
+            self._held = ""
+        end = len(self._held[:begin].rstrip()) if begin >= 0 else _opening(self._held)
+        shown, self._held = shown + self._held[:end], self._held[end:]
+        return shown, found
+
+    def finish(self) -> tuple[str, list[ToolCall]]:
+        """What was held back, at the end of the text. The last call needs no closing tag."""
+        held, self._held = self._held, ""
+        calls = self._named(_json(held.strip().removeprefix(OPEN))) if OPEN in held else []
+        return ("" if calls else held), calls
+
+    def _first_call(self, begin: int) -> tuple[int | None, list[ToolCall]]:
+        """Where the call ends whose JSON begins here, None if it has not come; none if it is not one."""
+        end = self._held.find(CLOSE, begin)
+        while end >= 0:
+            value = _json(self._held[begin:end])
+            # Within a string of the arguments, a closing tag closes nothing.
+            if value is not _UNFINISHED:
+                return end + len(CLOSE), self._named(value)
+            end = self._held.find(CLOSE, end + 1)
+        return None, []
+
+    def _named(self, value: Any) -> list[ToolCall]:
+        """The calls that a JSON value is, one or a list of them; none if it is anything else."""
+        found: list[ToolCall] = []
+        for one in value if isinstance(value, list) else [value]:
+            if not isinstance(one, dict) or one.get("name") not in self._names:
+                return []
+            arguments = one.get("arguments", {})
+            text = json.dumps(arguments, ensure_ascii=False)
+            if not isinstance(arguments, dict) or not _is_unicode(text):
+                return []
+            found.append(ToolCall(index=self.num_calls + len(found), name=one["name"], arguments=text))
+            if self._is_single:
+                break
+        self.num_calls += len(found)
+        return found
+
+
+_UNFINISHED = object()
+
+
+def _json(text: str) -> Any:
+    """The JSON value in a text; None if there is none, and `_UNFINISHED` if it ends within a string."""
+    try:
+        return json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)
+    except json.JSONDecodeError as error:
+        return _UNFINISHED if error.msg.startswith("Unterminated string") else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse(text: str) -> None:
+    raise ValueError(f"expected a number of JSON, found {text}")
+
+
+def _finite(text: str) -> float:
+    if (number := float(text)) in (float("inf"), float("-inf")):
+        _refuse(text)
+    return number
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be sent: halves of surrogate pairs cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _opening(text: str) -> int:
+    """Where the end of a text may be the beginning of a call, with the space before it."""
+    for n in range(len(OPEN), 0, -1):
+        if text.endswith(OPEN[:n]):
+            return len(text[:-n].rstrip())
+    return len(text.rstrip())
+
+
+def told_in_text(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages for a chat template that knows no tools, with tools, calls and results as text.
+
+    Tools come at the end of the first message if it is the system's, or else in one before it; calls are in
+    what the assistant said, and results in messages of the user, as Qwen's template has them.
+
+    Example:
+        >>> result = {"role": "tool", "content": "3", "tool_call_id": "call_1"}
+        >>> told_in_text([result], [])
+        [{'role': 'user', 'content': '<tool_response>\\n3\\n</tool_response>'}]
+    """
+    found: list[dict[str, Any]] = []
+    was_result = False
+    for message in messages:
+        message, is_result = dict(message), message["role"] == "tool"
+        if is_result:
+            content = f"<tool_response>\n{message['content']}\n</tool_response>"
+            message = {"role": "user", "content": content}
+        if calls := message.pop("tool_calls", None):
+            texts = [f"{OPEN}\n{json.dumps(_called(call), ensure_ascii=False)}\n{CLOSE}" for call in calls]
+            message["content"] = "\n".join(filter(None, [message["content"], *texts]))
+        if is_result and was_result:
+            found[-1]["content"] += f"\n{message['content']}"
+        else:
+            found.append(message)
+        was_result = is_result
+    if tools:
+        telling = _TELLING.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        if found and found[0]["role"] in ("system", "developer"):
+            found[0]["content"] += f"\n\n{telling}"
+        else:
+            found.insert(0, {"role": "system", "content": telling})
+    return found
+
+
+def _called(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: call["function"][name] for name in ("name", "arguments")}
