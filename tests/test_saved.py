@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from ovq.convert import MemoryConfig
 from ovq.hf import OVQConfig, OVQForCausalLM, build_context, context_info, load_context, save_context
 from ovq.hf.cache import CACHE_KEY
-from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
+from ovq.hf.equal_sizes import equal_sizes
 from ovq.layers import OVQAttention
 from ovq.ops import ablation, options
 from ovq_lab.bench.workloads import contenders
@@ -59,8 +59,9 @@ def test_fields_that_were_renamed_are_read(model):
 
 
 def test_sizes_that_were_open_are_what_they_meant(model):
-    sizes = {name: getattr(model.config, name) for name in EQUAL_SIZES}
-    assert sizes == equal_sizes(model.config)
+    sizes = equal_sizes(model.config)
+    assert set(sizes) == {"sink_window", "delta_value_dim", "mamba_head_dim", "mamba_state_size"}
+    assert {name: getattr(model.config, name) for name in sizes} == sizes
     # What is set as a model is loaded decides what is open.
     config = OVQConfig.from_pretrained(SAVED, num_slots=60)
     assert (config.num_slots, config.sink_window) == (60, equal_sizes(config)["sink_window"])
@@ -69,7 +70,8 @@ def test_sizes_that_were_open_are_what_they_meant(model):
 
 @pytest.mark.parametrize("size", [None, 3])
 def test_sizes_that_are_saved_now_stay(tmp_path, size):
-    OVQConfig(delta_value_dim=size, mamba_state_size=5).save_pretrained(tmp_path)
+    mixers = {"num_hidden_layers": 2, "mixer_types": ["gated_deltanet", "mamba2"]}
+    OVQConfig(**mixers, delta_value_dim=size, mamba_state_size=5).save_pretrained(tmp_path)
     loaded = OVQConfig.from_pretrained(tmp_path)
     assert (loaded.delta_value_dim, loaded.mamba_head_dim, loaded.mamba_state_size) == (size, None, 5)
 

@@ -1,5 +1,5 @@
-"""Checks that hold for every field of a configuration: its type, and that numbers are finite. What to say to
-a misspelt name."""
+"""Fields of configurations: their types, also of those that mixers declare, and what earlier versions saved.
+What to say to a misspelt name."""
 
 from __future__ import annotations
 
@@ -24,8 +24,60 @@ RENAMED = {"slot_bias": "bias", "slot_rate": "rate"}
 REMOVED = {"window": 0, "ovq_sinks": 0, "exact_rope_dim": 0, "slot_temperature": False}
 """Fields that configs have been saved with and no longer have, and the values that changed nothing."""
 
+SAVED_WITH_ALL = {
+    *("num_sinks", "sink_window", "delta_value_dim", "kda_value_dim", "mamba_head_dim", "mamba_state_size"),
+    *("vq_decay", "commitment_weight", "mesa_steps"),
+    *("kvm_chunk_size", "kvm_window_chunks", "kvm_growth", "kvm_sinks", "kvm_rope_dim", "kvm_norm_leak"),
+    *("raven_slots", "raven_top_k", "raven_head_dim", "raven_noise"),
+}
+"""Fields of mixers that every config was saved with until version 0.2, whether it had such a mixer or not."""
+
 _LARGEST = 2**63 - 1
 """Largest of PyTorch's integers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigField:
+    """A field that the config of a model has if it has a mixer that declares it in `Mixer.config_fields`.
+
+    Attributes:
+        kind: Its type: `int`, `float`, `bool`, `str`, a list or a union of such, or one with None.
+        default: Its value where a config says nothing.
+        doc: What it is, in a line.
+        name: What the config calls it; `None` for the name of the mixer's argument.
+        at_least: The smallest value; `None` for no bound.
+
+    Raises:
+        ValueError: A default that the field would refuse.
+
+    Example:
+        >>> size = ConfigField(int, 4, "how many there are", at_least=1)
+        >>> size.check("my_size", 0)
+        Traceback (most recent call last):
+        ValueError: my_size: expected at least 1, found 0
+    """
+
+    kind: Any
+    default: Any
+    doc: str
+    _: dataclasses.KW_ONLY
+    name: str | None = None
+    at_least: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the default."""
+        self.check(self.name or "default", self.default)
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value has its type."""
+        return _fits(value, self.kind)
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ValueError, naming the field, for a value that it cannot have."""
+        if not self.accepts(value):
+            raise ValueError(f"{name}: expected {_described(self.kind)}, found {value!r}")
+        if self.at_least is not None and value is not None and value < self.at_least:
+            raise ValueError(f"{name}: expected at least {self.at_least}, found {value}")
 
 
 @functools.cache
@@ -131,8 +183,8 @@ def _fits(value: Any, kind: Any) -> bool:
     """Whether a value has a type as a dataclass declares it."""
     if typing.get_origin(kind) is types.UnionType:
         return any(_fits(value, part) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(part, typing.get_args(kind)[0]) for part in value)
+    if (origin := typing.get_origin(kind)) in (tuple, list):
+        return isinstance(value, origin) and all(_fits(part, typing.get_args(kind)[0]) for part in value)
     if isinstance(value, bool):
         return kind is bool
     if kind is int:
@@ -146,7 +198,7 @@ def _described(kind: Any) -> str:
     """A type in words."""
     if typing.get_origin(kind) is types.UnionType:
         return " or ".join(map(_described, typing.get_args(kind)))
-    if typing.get_origin(kind) is tuple:
-        return f"a tuple, each part {_described(typing.get_args(kind)[0])}"
+    if (origin := typing.get_origin(kind)) in (tuple, list):
+        return f"a {origin.__name__}, each part {_described(typing.get_args(kind)[0])}"
     words = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text"}
     return words.get(kind, "none")

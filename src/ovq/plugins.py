@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -101,6 +101,16 @@ def register(known: dict[str, type[T]], name: str, cls: Any, *, base: type, what
     if name in LABORATORY.get(what, {}) and not cls.__module__.startswith("ovq_lab."):
         raise ValueError(f"{what} {name!r}: expected a name that is free, found one of the laboratory")
     known[name] = cls
+
+
+def usable_names(known: Iterable[str], *, what: str) -> list[str]:
+    """The names of registered classes, and of those of the laboratory if it is installed.
+
+    Args:
+        known: Those that have been registered.
+        what: What they are called in errors, such as `"mixer"`.
+    """
+    return list(dict.fromkeys([*known, *(LABORATORY.get(what, ()) if has_laboratory() else ())]))
 
 
 def find(known: dict[str, type[T]], name: str, *, base: type, what: str) -> type[T]:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import pickle
+from itertools import islice
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 from ovq.convert import attach, load
 from ovq.hf.cache import CACHE_KEY
 from ovq.hf.rows import Rows
+from ovq.hf.streaming import stream_tokens
 from ovq.ops import cpu_kernels
 from ovq.ops.backends.cpu import output_step, packed
 from tests.convert.common import IDS, KINDS, MEMORY, SIZES, converted, original, read
@@ -56,6 +58,14 @@ def test_logits_and_memories_are_those_of_modules(kind, has_learned, steps, by_m
         expected, other = by_modules(read, model, IDS[:num_rows])
         check_equal(found, expected)
         check_equal_caches(cache, other)
+
+
+def test_streams_of_tokens_are_written_by_the_kernel(steps):
+    model = converted()
+    steps[:] = 0, 0
+    assert len(list(islice(stream_tokens(model, IDS[0, :20].tolist()), 5))) == 5
+    # The last token is not read.
+    assert steps == [4, 1]
 
 
 def test_biases_of_all_products_and_scaled_rotations(by_modules, steps):

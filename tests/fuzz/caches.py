@@ -21,6 +21,7 @@ from ovq.layers import OVQAttention
 from ovq_lab.mixers import MIXERS
 from tests.fuzz.backends import BACKENDS, Backend
 from tests.fuzz.program import Impossible, Program
+from tests.hf.common import of_mixers
 
 MOST = 4
 VOCAB_SIZE = 40
@@ -158,15 +159,17 @@ class CacheProgram(Program):
             num_attention_heads=2,
             num_key_value_heads=self.num_kv_heads,
             head_dim=8,
-            mixer_types=list(self.mixers),
+            **of_mixers(
+                list(self.mixers),
+                num_sinks=2,
+                sink_window=self.sliding_window,
+                kvm_chunk_size=min(self.chunk_size, self.num_slots),
+                kvm_sinks=int(min(self.chunk_size, self.num_slots) > 1),
+            ),
             rope_mixers=[n for n, mixer in MIXERS.items() if mixer.supports_rope] if self.has_rope else None,
             sliding_window=self.sliding_window,
-            num_sinks=2,
-            sink_window=self.sliding_window,
             num_slots=self.num_slots,
             chunk_size=self.chunk_size,
-            kvm_chunk_size=min(self.chunk_size, self.num_slots),
-            kvm_sinks=int(min(self.chunk_size, self.num_slots) > 1),
             conv_size=self.conv_size,
             merge=self.merge,
             ablation={"bias": self.bias, "rate": self.rate},
@@ -326,11 +329,18 @@ def _turn(machine: _Machine, a: int, b: int) -> None:
 
 
 def _crop(machine: _Machine, a: int, b: int) -> None:
-    try:
-        machine.cache.crop(1 + a)
-    except ValueError:
-        return
-    raise AssertionError("crop: expected a refusal")
+    """Rows read more tokens, of which the last are taken out again."""
+    num_new, num = 1 + a % 6, b % (2 + a % 6)
+    machine.cache.activate_past_recording()
+    machine.read(num_new)
+    if num and machine.program.is_converted and len(machine.rows) > 1:
+        try:
+            machine.cache.crop(-num)
+        except ValueError:
+            return
+        raise AssertionError("crop: expected a refusal")
+    machine.cache.crop(-num)
+    machine.rows = [row[: len(row) - num] for row in machine.rows]
 
 
 def _join(machine: _Machine, a: int, b: int) -> None:

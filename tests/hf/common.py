@@ -38,6 +38,12 @@ def make_config(**changes):
     return OVQConfig(**{**SIZES, **changes})
 
 
+def of_mixers(mixer_types, **fields):
+    """`mixer_types`, and those of the fields that a config with these mixers has."""
+    known = OVQConfig.field_defaults(mixer_types)
+    return {"mixer_types": mixer_types} | {name: value for name, value in fields.items() if name in known}
+
+
 def make_model(seed=0, **changes):
     """A float64 model in evaluation mode: rounding cannot flip a greedy choice."""
     torch.manual_seed(seed)

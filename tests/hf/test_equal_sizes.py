@@ -5,9 +5,10 @@ import torch
 
 from ovq.hf import OVQConfig
 from ovq.hf.block import build_mixer
-from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes, window_of_equal_bytes
+from ovq.hf.equal_sizes import equal_sizes
 from ovq.layers import OVQAttention, SinkAttention
 from ovq.layers.memory import num_bytes
+from ovq.layers.sinks import window_of_equal_bytes
 from ovq_lab.mixers import MIXERS
 from ovq_lab.train.loop import model_config
 from ovq_lab.train.recipes import get_recipe
@@ -50,10 +51,10 @@ def test_the_window_has_just_the_bytes_of_the_dictionary(num_slots, chunk_size, 
 
 
 def test_a_run_has_equal_sizes_but_for_those_it_names():
-    run = get_recipe("recall-mamba2")
+    run = get_recipe("recall-mamba2").override(["model.mixer_types=sink_attention,mamba2"])
     config = model_config(run)
     sizes = equal_sizes(config)
-    assert set(sizes) == set(EQUAL_SIZES)
+    assert set(sizes) == {"sink_window", "mamba_head_dim", "mamba_state_size"}
     assert {name: getattr(config, name) for name in sizes} == sizes
     changed = model_config(run.override(["model.mamba_state_size=7", "model.num_slots=256"]))
     assert changed.mamba_state_size == 7

@@ -150,14 +150,6 @@ def test_other_models_generate_too(batch, changes):
     assert torch.equal(*outs)
 
 
-def test_decoding_that_would_have_to_take_tokens_back_is_refused(model, batch):
-    one = {name: tensor[:1] for name, tensor in batch.items()}
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        model.generate(**one, **GREEDY, assistant_model=make_model(seed=1))
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
-        model.generate(**one, **GREEDY, prompt_lookup_num_tokens=2)
-
-
 # transformers takes "hybrid" for None, as models of earlier versions have it in their configs.
 @pytest.mark.parametrize("implementation", sorted({*ALL_CACHE_IMPLEMENTATIONS, "paged"} - {"hybrid"}))
 def test_other_cache_implementations_are_refused(model, batch, implementation):

@@ -85,17 +85,6 @@ def test_lengths_are_those_of_the_tokens_seen(model):
         assert not cache.layers[i].is_croppable
 
 
-def test_crop_is_refused_but_for_nothing(model):
-    cache = cached(model)
-    cache.crop(0)
-    expected = model(IDS).logits[:, CUT:]
-    for tokens in (-1, 5):
-        with pytest.raises(ValueError, match=rf"expected crop\(0\), found crop\({tokens}\)"):
-            cache.crop(tokens)
-    # Refused as a whole: no layer has lost anything.
-    torch.testing.assert_close(continued(model, cache, [0, 1, 2]), expected)
-
-
 def test_offload_and_prefetch_move_every_tensor(model):
     cache = cached(model)
     expected = model(IDS).logits[:, CUT:]

@@ -13,12 +13,12 @@ from ovq.hf.fingerprint import fingerprint
 from ovq.hf.streaming import stream_tokens
 from ovq.layers import SequenceLayout
 from ovq_lab.mixers import MIXERS
-from tests.hf.common import left_padded, make_model, random_ids
+from tests.hf.common import left_padded, make_model, of_mixers, random_ids
 
 
 def make_one(mixer, **changes):
     """A model of one kind of mixer, between two layers that are not looked at."""
-    return make_model(mixer_types=[mixer] * 2, num_hidden_layers=2, num_sinks=2, sink_window=4, **changes)
+    return make_model(num_hidden_layers=2, **of_mixers([mixer] * 2, num_sinks=2, sink_window=4), **changes)
 
 
 def outputs_of(model):

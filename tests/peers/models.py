@@ -1,7 +1,7 @@
 """The seven sets of mixers that the neighbours' suites run on."""
 
 from ovq.hf import OVQForCausalLM
-from tests.hf.common import make_model
+from tests.hf.common import make_model, of_mixers
 
 #: Name -> the mixer of each layer. All mixers occur; two layers, as transformers' tests want them.
 SETS = {
@@ -17,6 +17,5 @@ SETS = {
 
 def make(name: str) -> OVQForCausalLM:
     """A model of one set, in float64."""
-    return make_model(
-        mixer_types=SETS[name], num_hidden_layers=2, num_sinks=2, sink_window=4, kvm_chunk_size=4
-    )
+    sizes = of_mixers(SETS[name], num_sinks=2, sink_window=4, kvm_chunk_size=4)
+    return make_model(num_hidden_layers=2, **sizes)

@@ -14,6 +14,7 @@ from transformers.models.auto import modeling_auto
 from ovq.hf import OVQCache, OVQConfig, OVQForCausalLM, OVQModel
 from ovq_lab.mixers.vq import StaticDictionary
 from tests.generation import test_utils as generation
+from tests.hf.common import of_mixers
 from tests.peers import sources
 from tests.peers.models import SETS
 from tests.test_configuration_common import ConfigTester
@@ -65,11 +66,9 @@ class OVQModelTester:
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=2,
-            mixer_types=list(self.mixer_types),
             # Shorter than the inputs, all of these: windows pass, chunks end, slots are read.
+            **of_mixers(list(self.mixer_types), sink_window=5, num_sinks=2),
             sliding_window=6,
-            sink_window=5,
-            num_sinks=2,
             num_slots=8,
             chunk_size=4,
             pad_token_id=self.pad_token_id,
@@ -115,7 +114,7 @@ class Suite(ModelTesterMixin, generation.GenerationTesterMixin, TrainingTesterMi
 
     def attention_mask_padding_matches_padding_free_with_position_ids(self, *args, **kwargs):
         """Left out for models with a state, which transformers expects not to pack rows: ours do."""
-        with mock.patch.multiple(OVQForCausalLM, _supports_attention_backend=True, _is_stateful=False):
+        with mock.patch.object(OVQForCausalLM, "_supports_attention_backend", True):
             super().attention_mask_padding_matches_padding_free_with_position_ids(*args, **kwargs)
 
     def _check_past_key_values_for_generate(self, batch_size, past_key_values, seq_length, config):

@@ -111,13 +111,15 @@ def test_a_mixer_nobody_knows_is_drawn_as_well():
 
 
 def colors_in(figure: Figure) -> dict[str, str]:
-    """The colour of each label, of lines in the legend and of maps by their frame."""
+    """The colour of each label: of lines in the legend or with their names, of maps by their frame."""
     colors = {
         text.get_text(): line.get_color()
         for legend in figure.legends
         for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)
     }
     for axes in figure.axes:
+        # Names at the ends of lines.
+        colors |= {text.get_text(): text.get_color() for text in axes.texts}
         if axes.get_images() and axes.get_title():
             colors[axes.get_title()] = axes.spines["left"].get_edgecolor()
     return colors

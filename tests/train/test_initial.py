@@ -12,11 +12,12 @@ from tests.tiny import losses
 from tests.train.text_common import quiet, tiny_config, write_texts
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ovq.hf import OVQConfig, OVQForCausalLM
+from ovq.hf import OVQForCausalLM
 from ovq.runtime.progress import Reporter
 from ovq_lab.tasks import RecallTask
 from ovq_lab.train.config import ModelArgs, RunConfig, TrainArgs
-from ovq_lab.train.loop import build_model, resume, train
+from ovq_lab.train.initial import check_initial
+from ovq_lab.train.loop import build_model, model_config, resume, train
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_slots": 4, "chunk_size": 4, "sliding_window": 4}
 
@@ -102,10 +103,25 @@ def test_what_may_differ_is_said(first, tmp_path):
     assert f"train.init_from: num_slots is 8 in this run, and was 4 in {first}" in said
     assert f"train.init_from: merge is nearest in this run, and was existing in {first}" in said
     assert (model.config.num_slots, model.config.merge) == (8, "nearest")
-    # Sizes of other mixers, which follow from these, do not matter to this model.
-    assert model.config.kvm_chunk_size != OVQConfig.from_pretrained(first).kvm_chunk_size
-    assert "kvm" not in said
-    assert "sink_window" not in said
+
+
+def test_fields_of_the_mixers_that_there_are_must_agree_or_are_named(tmp_path):
+    mixers = {"mixer_types": ("sink_attention", "mamba2")}
+    build_model(make_config(model=mixers)).save_pretrained(tmp_path)
+
+    def checked(**changes):
+        return check_initial(str(tmp_path), model_config(make_config(model=mixers | changes)))
+
+    # Other mixers' fields, which differ too, are not the model's.
+    assert checked(sink_window=9, kvm_chunk_size=2) == [
+        f"sink_window is 9 in this run, and was 6 in {tmp_path}"
+    ]
+    with pytest.raises(
+        ValueError, match=r"mamba_state_size 5, .* found 7 in .*--set model.mamba_state_size=7"
+    ):
+        checked(mamba_state_size=5)
+    with pytest.raises(ValueError, match=r"mamba_head_dim 5, .* model.mamba_head_dim="):
+        checked(mixer_fields=("mamba_head_dim=5",))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import torch
 
 from ovq.fields import field_types
 from ovq.hf import OVQConfig, OVQForCausalLM
-from ovq.hf.equal_sizes import EQUAL_SIZES
+from ovq.hf.equal_sizes import equal_sizes
+from ovq_lab.figures.plan import run_name
 from ovq_lab.mixers import MIXERS
 from ovq_lab.tasks import TASKS, RecallTask, TextTask
 from ovq_lab.train.config import CONFIG_FILE, SMALL_MODEL, ModelArgs, RunConfig, TrainArgs
@@ -47,16 +48,33 @@ def test_a_field_is_set_by_its_path_and_nothing_else_changes(config, assignment,
 
 
 def test_defaults_are_those_of_the_model_or_of_the_small_model():
-    of_model, of_run = (
-        {field.name: field.default for field in dataclasses.fields(cls)} for cls in (OVQConfig, ModelArgs)
-    )
+    of_model = OVQConfig.field_defaults(MIXERS)
+    of_run = {field.name: field.default for field in dataclasses.fields(ModelArgs)}
     # The layers of a run are chosen by its recipe.
     differing = {name for name in of_run.keys() & of_model.keys() if of_run[name] != of_model[name]}
     # Left open, for `equal_sizes`.
-    is_open = {name for name in EQUAL_SIZES if name in of_run}
+    every = list(MIXERS)
+    is_open = equal_sizes(OVQConfig(num_hidden_layers=len(every), mixer_types=every)).keys() & of_run
     assert {of_run[name] for name in is_open} == {None}
     assert differing | is_open == {"mixer_types", *SMALL_MODEL, *is_open}
     assert {name: of_run[name] for name in SMALL_MODEL} == SMALL_MODEL
+
+
+def test_any_field_that_a_mixer_declares_can_be_set(config, tmp_path):
+    changed = config.override(
+        ["model.mixer_types=kvm,raven", "model.kvm_sinks=2", "model.raven_head_dim=none"]
+    )
+    changed = changed.override(["model.kvm_sinks=0"])
+    assert changed.model.mixer_fields == ("kvm_sinks=0", "raven_head_dim=none")
+    changed.save(tmp_path)
+    assert RunConfig.load(tmp_path) == changed
+    assert run_name(changed) != run_name(config.override(["model.mixer_types=kvm,raven"]))
+    of_model = model_config(changed)
+    # Set, it is not that of `equal_sizes`.
+    assert (of_model.kvm_sinks, of_model.raven_head_dim) == (0, None)
+    assert not hasattr(of_model, "vq_decay")
+    with pytest.raises(ValueError, match="kvm_sinks: expected 'kvm' among mixer_types"):
+        model_config(config.override(["model.kvm_sinks=2"]))
 
 
 def test_fields_that_depend_on_each_other_are_set_together(config):
@@ -99,6 +117,10 @@ def test_fields_that_depend_on_each_other_are_set_together(config):
         ("model.rate=0", r"model.rate: expected 'count' or a number in \(0, 1\], found 0.0"),
         ("model.head_dim=0", r"model.head_dim: expected at least 1, found 0"),
         ("model.sink_window=0", r"model.sink_window: expected at least 1, found 0"),
+        ("model.kvm_sink=0", r"expected one of the fields .*, found 'kvm_sink'; did you mean 'kvm_sinks'"),
+        ("model.kvm_sinks=few", r"--set model.kvm_sinks: expected int, found 'few'"),
+        ("model.kda_value_dim=0", r"--set model.kda_value_dim: expected at least 1, found 0"),
+        ("model.mixer_fields=5", r"model.mixer_fields: expected NAME=VALUE, found '5'"),
     ],
 )
 def test_bad_overrides_name_the_field_and_what_was_found(config, assignment, message):

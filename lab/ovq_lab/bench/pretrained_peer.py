@@ -96,13 +96,15 @@ def _reader(model: Any, cache: Any) -> Callable[[list[int]], int]:
 
 def resident(field: str = "VmRSS") -> int:
     """Bytes of this process in memory; of `VmHWM`, the most that there were."""
-    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field)]
+    [line] = [
+        x for x in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if x.startswith(field)
+    ]
     return int(line.split()[1]) * 1024
 
 
 def main(kind: str, model: str, tokens: str, lengths: list[int], num_written: int, **options: Any) -> None:
     """Read a text up to each length, and write some tokens there."""
-    text = json.loads(Path(tokens).read_text())
+    text = json.loads(Path(tokens).read_text(encoding="utf-8"))
     peer = KINDS[kind](model, most_tokens=max(lengths) + num_written * (len(lengths) + 1), **options)
     num_read, seconds = 0, 0.0
     for length in lengths:

@@ -87,7 +87,7 @@ def run_pretrained(suite: PretrainedSuite, progress: Callable[[int, str], None])
     lengths, rows, num_done = sorted(suite.lengths), list[dict[str, Any]](), 0
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens.json"
-        tokens.write_text(json.dumps(list(suite.tokens[: max(lengths)])))
+        tokens.write_text(json.dumps(list(suite.tokens[: max(lengths)])), encoding="utf-8")
         common = {"tokens": str(tokens), "lengths": lengths, "num_written": NUM_WRITTEN}
         common["threads"] = torch.get_num_threads()
         for label, python, arguments in suite.peers():

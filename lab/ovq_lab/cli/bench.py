@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -182,8 +183,9 @@ def _pretrained_suite(
     from ovq_lab.bench.pretrained_suite import PretrainedSuite
 
     ids = encode(read_text(str(text), flag="--text"), tokenizer, vocab_size=len(tokenizer), flag="--text")
-    peer = {} if llama_cpp is None else {"llama_cpp": llama_cpp}
-    return PretrainedSuite(model=model, tokens=ids, lengths=lengths, gguf=gguf, **peer)
+    return PretrainedSuite(
+        model=model, tokens=ids, lengths=lengths, gguf=gguf, llama_cpp=llama_cpp or sys.executable
+    )
 
 
 def _measure(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ovq.fields import ConfigField
 from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.chunked import DecayRates, can_use_fla, delta_rule_in_chunks, from_chunks, to_chunks
 from ovq.layers.common import WideRMSNorm
@@ -46,7 +48,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
         "head_dim": "head_dim",
-        "kda_value_dim": "kda_value_dim",
+        "kda_value_dim": ConfigField(int | None, None, "components of a value; None: `head_dim`", at_least=1),
     }
 
     def __init__(
@@ -71,6 +73,18 @@ class KimiDeltaAttention(DeltaRuleMixer):
         self.gate_up_proj = nn.Linear(value_dim, num_heads * value_dim)
         self.rates = DecayRates(num_heads, head_dim)
         self.out_norm = WideRMSNorm(value_dim, eps=1e-5)
+
+    @classmethod
+    def equal_sizes(cls, config: Any) -> dict[str, int]:
+        """As many parameters: the root of a quadratic equation in V.
+
+        H V^2 weights and as many biases per component make the gate of rank V, `H K V` the decays.
+        """
+        width, num_heads, head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
+        linear = width * (2 * num_heads + 2) + num_heads * (head_dim + 1)
+        weights = width * num_heads * (2 * head_dim - 1)
+        root = (math.sqrt(linear**2 + 4 * num_heads * weights) - linear) / (2 * num_heads)
+        return {"kda_value_dim": max(1, round(root))}
 
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `DeltaRuleMixer.gates`."""

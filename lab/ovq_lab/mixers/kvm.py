@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovq.fields import ConfigField
 from ovq.layers import defaults
 from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
@@ -18,9 +19,19 @@ from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec, check_num_seen, of_rows
 from ovq.ops.uncompiled import uncompiled
 from ovq_lab.mixers.kvm_slots import Slots
-from ovq_lab.mixers.kvm_state import SLOT_TENSORS, WINDOW_TENSORS, KVMMemory, KVMSchedule
+from ovq_lab.mixers.kvm_state import (
+    KVM_CHUNK_SIZE,
+    KVM_GROWTH,
+    KVM_GROWTHS,
+    SLOT_TENSORS,
+    WINDOW_TENSORS,
+    KVMMemory,
+    KVMSchedule,
+)
 
-_OPTIONS = ("kvm_chunk_size", "kvm_window_chunks", "kvm_growth", "kvm_sinks", "kvm_rope_dim", "kvm_norm_leak")
+WINDOW_CHUNKS = 2
+SINKS = 1
+NORM_LEAK = True
 
 
 class KVMAttention(Mixer, OwnWeights):
@@ -66,7 +77,23 @@ class KVMAttention(Mixer, OwnWeights):
     config_fields = Mixer.config_fields | {
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
-        **{name: name for name in ("head_dim", "rope_theta", "num_slots", *_OPTIONS)},
+        **{name: name for name in ("head_dim", "rope_theta", "num_slots")},
+        "kvm_chunk_size": ConfigField(
+            int | None,
+            None,
+            f"tokens that leave the window together; None: {KVM_CHUNK_SIZE}, or `num_slots` if that is less",
+        ),
+        "kvm_window_chunks": ConfigField(
+            int, WINDOW_CHUNKS, "chunks in the window, the current one included", at_least=1
+        ),
+        "kvm_growth": ConfigField(str, KVM_GROWTH, f"schedule of the slots: {', '.join(KVM_GROWTHS)}"),
+        "kvm_sinks": ConfigField(int, SINKS, "first slots that no token is ever added to"),
+        "kvm_rope_dim": ConfigField(
+            int | None, None, "components of a head that are rotated by position; None: half of them"
+        ),
+        "kvm_norm_leak": ConfigField(
+            bool, NORM_LEAK, "whether the norm of keys in slots may fill the components that were zeroed"
+        ),
     }
 
     def __init__(
@@ -78,11 +105,11 @@ class KVMAttention(Mixer, OwnWeights):
         *,
         num_slots: int = defaults.NUM_SLOTS,
         kvm_chunk_size: int | None = None,
-        kvm_window_chunks: int = defaults.KVM_WINDOW_CHUNKS,
-        kvm_growth: str = defaults.KVM_GROWTH,
-        kvm_sinks: int = defaults.KVM_SINKS,
+        kvm_window_chunks: int = WINDOW_CHUNKS,
+        kvm_growth: str = KVM_GROWTH,
+        kvm_sinks: int = SINKS,
         kvm_rope_dim: int | None = None,
-        kvm_norm_leak: bool = defaults.KVM_NORM_LEAK,
+        kvm_norm_leak: bool = NORM_LEAK,
         rope_theta: float = defaults.ROPE_THETA,
         **kwargs: Any,
     ):
@@ -118,6 +145,11 @@ class KVMAttention(Mixer, OwnWeights):
         """See `Mixer.check_config`."""
         KVMSchedule.of(config)
         checked_rope_dim(config.head_dim, config.kvm_rope_dim)
+
+    @classmethod
+    def equal_sizes(cls, config: Any) -> dict[str, int]:
+        """Chunks half as long as those of the OVQ layer, so that a window has as many tokens."""
+        return {"kvm_chunk_size": min(max(1 + config.kvm_sinks, config.chunk_size // 2), config.num_slots)}
 
     @classmethod
     def memory_of(cls, settings: Any, *, rope_theta: float | None = None) -> KVMMemory:

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovq.layers import defaults
 from ovq.layers.memory import TensorMemory
 from ovq.ops.schedule import scheduled_slots
 
 #: Schedules of the number of slots.
 KVM_GROWTHS = ("immediate", "plateau", "sqrt")
+#: As in the published configuration that is nearest to ours (`kvm_swa_saturate1024_wd.yaml`).
+KVM_GROWTH = "plateau"
+KVM_CHUNK_SIZE = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class KVMSchedule:
         schedule = cls(
             num_slots=settings.num_slots,
             # The first chunk to leave opens a slot per token, so that more than N would not fit.
-            chunk_size=min(defaults.KVM_CHUNK_SIZE, settings.num_slots) if size is None else size,
+            chunk_size=min(KVM_CHUNK_SIZE, settings.num_slots) if size is None else size,
             window_chunks=settings.kvm_window_chunks,
             growth=settings.kvm_growth,
         )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ovq.layers import defaults
+from ovq.fields import ConfigField
 from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import can_use_fla, decay_between, from_chunks, to_chunks
@@ -19,6 +19,8 @@ from ovq.layers.common import OwnWeights, WideRMSNorm, l2_normalize
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
+
+STEPS = 30
 
 # Tokens per chunk, within which all pairs are multiplied. A tiling choice.
 CHUNK = 32
@@ -59,7 +61,9 @@ class MesaNet(ConstantStateMixer, OwnWeights):
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
         "head_dim": "head_dim",
-        "mesa_steps": "mesa_steps",
+        "mesa_steps": ConfigField(
+            int, STEPS, "steps of conjugate gradients that solve its systems", at_least=1
+        ),
     }
 
     def __init__(
@@ -69,7 +73,7 @@ class MesaNet(ConstantStateMixer, OwnWeights):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         *,
-        mesa_steps: int = defaults.MESA_STEPS,
+        mesa_steps: int = STEPS,
         **kwargs: Any,
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.layers import defaults
+from ovq.fields import ConfigField
 from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, from_chunks, to_chunks
@@ -16,6 +16,8 @@ from ovq.layers.common import WideRMSNorm
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
+
+NOISE = True
 
 # Tokens per chunk, within which the decay between all pairs is formed for the slots of the earlier token. A
 # tiling choice: it changes the result by rounding only.
@@ -55,9 +57,11 @@ class RavenAttention(ConstantStateMixer):
     config_fields = Mixer.config_fields | {
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
-        **{
-            name: name for name in ("head_dim", "raven_head_dim", "raven_slots", "raven_top_k", "raven_noise")
-        },
+        "head_dim": "head_dim",
+        "raven_head_dim": ConfigField(int | None, None, "size of a head; None: `head_dim`", at_least=1),
+        "raven_slots": ConfigField(int | None, None, "slots per head; None: as many as `head_dim`"),
+        "raven_top_k": ConfigField(int | None, None, "slots that a token is written to; None: one in eight"),
+        "raven_noise": ConfigField(bool, NOISE, "whether the router adds Gumbel noise in training"),
     }
 
     def __init__(
@@ -70,7 +74,7 @@ class RavenAttention(ConstantStateMixer):
         raven_head_dim: int | None = None,
         raven_slots: int | None = None,
         raven_top_k: int | None = None,
-        raven_noise: bool = defaults.RAVEN_NOISE,
+        raven_noise: bool = NOISE,
         **kwargs: Any,
     ):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -98,6 +102,15 @@ class RavenAttention(ConstantStateMixer):
     def check_config(cls, config: Any) -> None:
         """See `Mixer.check_config`."""
         checked_slots(config.head_dim, config.raven_slots, config.raven_top_k)
+
+    @classmethod
+    def equal_sizes(cls, config: Any) -> dict[str, int]:
+        """As many parameters; what its router takes is left to the other projections."""
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        num_projected = 2 * (num_heads + num_kv_heads) * config.head_dim
+        num_slots, _ = checked_slots(config.head_dim, config.raven_slots, config.raven_top_k)
+        num_left = num_projected - num_heads * (num_slots + 1)
+        return {"raven_head_dim": max(1, num_left // (2 * (num_heads + num_kv_heads)))}
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:
         """Keys and values of the slots of each head."""

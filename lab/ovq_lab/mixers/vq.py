@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.fields import is_finite
+from ovq.fields import ConfigField, is_finite
 from ovq.layers import defaults
 from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
@@ -20,6 +20,9 @@ from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
 from ovq.ops.serialization import check_counts
 from ovq.ops.uncompiled import uncompiled
+
+VQ_DECAY = 0.99
+COMMITMENT_WEIGHT = 0.1
 
 # A slot whose count is below the first share of the average count is dead; it restarts with the second share.
 DEAD_SHARE, RESTART_SHARE = 0.03, 0.1
@@ -217,7 +220,14 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
 
     forward_options = frozenset({"auxiliary_losses", "step"})
     config_fields = AttentionMixer.config_fields | {
-        name: name for name in ("num_slots", "chunk_size", "vq_decay", "commitment_weight")
+        "num_slots": "num_slots",
+        "chunk_size": "chunk_size",
+        "vq_decay": ConfigField(
+            float, VQ_DECAY, "decay per training step of the moving averages that make the slots"
+        ),
+        "commitment_weight": ConfigField(
+            float, COMMITMENT_WEIGHT, "factor on the loss that draws keys to their slots", at_least=0
+        ),
     }
     state_kind = "counts and sums of values of static slots"
     supports_logn = False
@@ -230,8 +240,8 @@ class VQAttention(ConstantStateMixer, AttentionMixer):
         *args: Any,
         num_slots: int = defaults.NUM_SLOTS,
         chunk_size: int = defaults.CHUNK_SIZE,
-        vq_decay: float = defaults.VQ_DECAY,
-        commitment_weight: float = defaults.COMMITMENT_WEIGHT,
+        vq_decay: float = VQ_DECAY,
+        commitment_weight: float = COMMITMENT_WEIGHT,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)

@@ -54,10 +54,10 @@ def _draw_accuracy(axes: Axes, rows: Sequence[ResultRow]) -> None:
     _draw_lines(axes, rows, lambda row: row.accuracy)
     axes.set_ylim(-0.03, 1.05)
     axes.set_ylabel("right answers (share)")
-    lines = sorted(axes.get_lines(), key=lambda line: float(line.get_ydata()[-1]))
+    lines = sorted(axes.get_lines(), key=lambda line: np.asarray(line.get_ydata())[-1])
     below = -np.inf
     for line in lines:
-        x, y = (float(data[-1]) for data in line.get_data())
+        x, y = (float(np.asarray(data)[-1]) for data in line.get_data())
         below = max(y, below + _LEAST_GAP)
         name = str(line.get_label())
         axes.annotate(

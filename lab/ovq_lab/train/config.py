@@ -5,16 +5,22 @@ A field is named by its path, on the command line (`--set train.steps=300`) as i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ovq.fields import LARGEST_SEED, check_fields, did_you_mean, with_new_names
+from ovq.fields import LARGEST_SEED, ConfigField, check_fields, did_you_mean, with_new_names
 from ovq.layers import defaults
+from ovq.layers.registry import mixer_class
+from ovq.layers.sinks import NUM_SINKS
 from ovq.ops.ablation import UNCHANGED
 from ovq.ops.options import current_merge, default_growth
 from ovq.runtime.files import write_atomic
+from ovq_lab.mixers import MIXERS, kvm, mesanet, raven, vq
+from ovq_lab.mixers.kvm_state import KVM_GROWTH
 from ovq_lab.tasks import Task, TextTask, task_class
 from ovq_lab.train.values import parse_value, type_of_field
 
@@ -37,6 +43,15 @@ SMALL_MODEL: dict[str, Any] = {
 """The small model of the experiments, which learns a task in minutes on two cores. These are the defaults of
 a run that differ from those of `OVQConfig`. Its weights start larger because it is narrow, so that products
 are as large as in a wide model."""
+
+
+def _declared(mixer_types: Iterable[str]) -> dict[str, ConfigField]:
+    """Fields that mixers declare: these, and all that have been used or registered."""
+    for name in mixer_types:
+        # A name that is wrong is refused when the model is built.
+        with contextlib.suppress(ValueError):
+            mixer_class(name)
+    return {name: field for mixer in MIXERS.values() for name, field in mixer.own_fields().items()}
 
 
 def _check_at_least(config: Any, section: str, minimum: int, *names: str) -> None:
@@ -62,6 +77,7 @@ class ModelArgs:
         num_sinks: First tokens that stay visible to a layer with attention sinks.
         sink_window: Tokens that such a layer sees besides; `None` for the bytes of an OVQ layer.
         mamba_state_size: Numbers of state per channel of Mamba2; `None` for as many parameters as OVQ has.
+        mixer_fields: Other fields that mixers declare, as `NAME=VALUE`; `--set model.NAME=VALUE` adds one.
         num_slots: Slots of the dictionary of an OVQ layer, N.
         chunk_size: Tokens per chunk of an OVQ layer, C.
         kvm_chunk_size: Tokens per chunk of KVM; `None` for half of `chunk_size`, so that its window of two
@@ -102,18 +118,19 @@ class ModelArgs:
     head_dim: int | None = None
     conv_size: int = SMALL_MODEL["conv_size"]
     sliding_window: int = SMALL_MODEL["sliding_window"]
-    num_sinks: int = defaults.NUM_SINKS
+    num_sinks: int = NUM_SINKS
     sink_window: int | None = None
     mamba_state_size: int | None = None
     kvm_chunk_size: int | None = None
-    kvm_growth: str = defaults.KVM_GROWTH
-    kvm_norm_leak: bool = defaults.KVM_NORM_LEAK
+    kvm_growth: str = KVM_GROWTH
+    kvm_norm_leak: bool = kvm.NORM_LEAK
     raven_slots: int | None = None
     raven_top_k: int | None = None
-    raven_noise: bool = defaults.RAVEN_NOISE
-    mesa_steps: int = defaults.MESA_STEPS
-    vq_decay: float = defaults.VQ_DECAY
-    commitment_weight: float = defaults.COMMITMENT_WEIGHT
+    raven_noise: bool = raven.NOISE
+    mesa_steps: int = mesanet.STEPS
+    vq_decay: float = vq.VQ_DECAY
+    commitment_weight: float = vq.COMMITMENT_WEIGHT
+    mixer_fields: tuple[str, ...] = ()
     num_slots: int = SMALL_MODEL["num_slots"]
     chunk_size: int = SMALL_MODEL["chunk_size"]
     growth: str | None = defaults.GROWTH
@@ -152,6 +169,13 @@ class ModelArgs:
                 f"model.hidden_size: expected a multiple of model.num_attention_heads "
                 f"({self.num_attention_heads}), or model.head_dim, found {self.hidden_size}"
             )
+        if wrong := [each for each in self.mixer_fields if not each.partition("=")[0].isidentifier()]:
+            raise ValueError(f"model.mixer_fields: expected NAME=VALUE, found {wrong[0]!r}")
+
+    @property
+    def own_fields(self) -> dict[str, str]:
+        """The values of `mixer_fields`, by name."""
+        return {name: value for name, _, value in (each.partition("=") for each in self.mixer_fields)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -368,6 +392,7 @@ class RunConfig:
                 type.
         """
         changes: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+        own_texts = self.model.own_fields
         for assignment in assignments:
             path, equals, text = assignment.partition("=")
             section, _, name = path.strip().partition(".")
@@ -378,8 +403,17 @@ class RunConfig:
                     f"--set {path}: expected a section of {', '.join(changes)}, found {section!r}"
                     f"{did_you_mean(section, changes)}"
                 )
-            kind = type_of_field(type(getattr(self, section)), name, f"--set {path}")
-            changes[section][name] = parse_value(text.strip(), kind, f"--set {path}")
+            now = getattr(self, section)
+            mixer_types = changes["model"].get("mixer_types", self.model.mixer_types)
+            own = _declared(mixer_types) if section == "model" else {}
+            kind = type_of_field(type(now), name, f"--set {path}", own)
+            value = parse_value(text.strip(), kind, f"--set {path}")
+            if hasattr(now, name):
+                changes[section][name] = value
+            else:
+                own[name].check(f"--set {path}", value)
+                own_texts[name] = text.strip()
+                changes[section]["mixer_fields"] = tuple(map("=".join, own_texts.items()))
         return dataclasses.replace(
             self,
             **{

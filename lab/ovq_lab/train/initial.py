@@ -8,7 +8,7 @@ from typing import Any
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.hub import check_loaded
-from ovq.layers.registry import mixer_class
+from ovq.layers.registry import fields_of_mixers, mixer_class
 from ovq_lab.mixers import MIXERS
 from ovq_lab.text import get_tokenizer
 from ovq_lab.train.config import ModelArgs
@@ -69,16 +69,17 @@ def check_initial(source: str, config: OVQConfig) -> list[str]:
         )
     found = OVQConfig.from_pretrained(source)
     settable = {field.name for field in dataclasses.fields(ModelArgs)}
+    settable |= fields_of_mixers(config.mixer_types).keys()
     free = _FREE - {"num_slots"} if "vq" in config.mixer_types else _FREE
     notes = []
-    own = {field.name for field in dataclasses.fields(OVQConfig)}
-    # Sizes of mixers that the model does not have follow from those that it has.
+    # What no layer of the model takes.
     of_all, of_these = (
-        {field for cls in classes for field in cls.config_fields.values()}
+        {field for cls in classes for field in cls.config_fields.values() if isinstance(field, str)}
         for classes in (MIXERS.values(), map(mixer_class, config.mixer_types))
     )
     without_effect = _WITHOUT_EFFECT | (of_all - of_these)
-    for name in (name for name in OVQConfig.__annotations__ if name in own):
+    # Other mixers are refused before their fields are compared.
+    for name in OVQConfig.field_defaults(config.mixer_types):
         ours, theirs = getattr(config, name), getattr(found, name)
         if name in without_effect or ours == theirs:
             continue

@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ovq.hf import OVQConfig, OVQForCausalLM
 from ovq.hf.equal_sizes import equal_sizes
+from ovq.layers.registry import fields_of_mixers
 from ovq.ops.ablation import with_ablation
 from ovq.runtime.files import claimed
 from ovq.runtime.progress import AnyReporter, AnyWork
@@ -34,6 +35,7 @@ from ovq_lab.train.sharding import (
     prepare_sharding,
     sharding_arguments,
 )
+from ovq_lab.train.values import parse_value
 
 
 def model_config(config: RunConfig) -> OVQConfig:
@@ -50,10 +52,15 @@ def model_config(config: RunConfig) -> OVQConfig:
         ['sliding_attention', 'ovq']
     """
     fields = dataclasses.asdict(config.model)
-    del fields["embedding_std"]
-    fields["mixer_types"] = list(config.model.mixer_types)
-    fields |= {"vocab_size": config.task.vocab_size, "num_hidden_layers": len(config.model.mixer_types)}
-    given = {name: value for name, value in with_ablation(fields).items() if value is not None}
+    mixer_types = list(config.model.mixer_types)
+    fields |= {"mixer_types": mixer_types, "num_hidden_layers": len(mixer_types)}
+    fields |= {"vocab_size": config.task.vocab_size}
+    # A recipe has fields of all mixers, as it is the same for all.
+    own = OVQConfig.field_defaults(mixer_types)
+    given = {n: value for n, value in with_ablation(fields).items() if n in own and value is not None}
+    declared = fields_of_mixers(mixer_types)
+    for name, text in config.model.own_fields.items():
+        given[name] = parse_value(text, declared[name].kind, f"model.{name}") if name in declared else text
     return OVQConfig(**equal_sizes(OVQConfig(**given)) | given)
 
 

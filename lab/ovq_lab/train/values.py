@@ -5,23 +5,28 @@ from __future__ import annotations
 import contextlib
 import types
 import typing
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ovq.fields import did_you_mean, field_types
+from ovq.fields import ConfigField, did_you_mean, field_types
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
-def type_of_field(section: type[DataclassInstance], name: str, where: str) -> Any:
+def type_of_field(
+    section: type[DataclassInstance], name: str, where: str, others: Mapping[str, ConfigField] | None = None
+) -> Any:
     """The type of a field of a section.
 
     Args:
         section: The class of the section.
         name: Of the field.
         where: What the error begins with if there is no such field.
+        others: Fields beside those of the class.
     """
-    types_of_fields = field_types(section)
+    of_others = {name: field.kind for name, field in (others or {}).items()}
+    types_of_fields = of_others | field_types(section)
     if name not in types_of_fields:
         raise ValueError(
             f"{where}: expected one of the fields {', '.join(sorted(types_of_fields))}, "
@@ -40,8 +45,8 @@ def parse_value(text: str, kind: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
         return _parse_union(text, arguments, where)
-    if origin is tuple:
-        return tuple(
+    if origin in (tuple, list):
+        return origin(
             parse_value(part.strip(), arguments[0], where) for part in text.split(",") if part.strip()
         )
     if kind is bool:

@@ -1,5 +1,5 @@
-"""The command line: `ovq convert | generate | context | inspect | serve | memory`, and the commands of the
-laboratory, `ovq demo | train | eval | bench | reproduce`.
+"""The command line: `ovq convert | generate | chat | context | inspect | serve | memory`, and the commands of
+the laboratory, `ovq demo | train | eval | bench | reproduce`.
 
 Each command is a small module of its own that reads options and calls the library. Bad input ends in one line
 on standard error and exit code 2. PyTorch and transformers are imported inside the commands, so that help
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import ovq
-from ovq.cli import context, convert, generate, inspect, memory, serve
+from ovq.cli import chat, context, convert, generate, inspect, memory, serve
 from ovq.cli.outputs import Readers, accept_all_text, drop_unwritten, open_closed_streams
 from ovq.cli.plugins import Import
 from ovq.cli.signals import Ended, raised
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 app.command("convert")(convert.convert)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.add_typer(context.app, name="context")
 app.command("inspect")(inspect.inspect)
 app.command("serve")(serve.serve)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from ovq.hf.streaming import Sampling
 
 out_console = Console()
 """Results go to standard output; progress and errors go to standard error."""
@@ -193,3 +197,45 @@ def encode(
     if max(ids) >= vocab_size:
         raise ValueError(f"{flag}: expected token ids below {vocab_size}, found {max(ids)}")
     return ids
+
+
+def check_chat_template(tokenizer: Any | None, *, flag: str) -> None:
+    """Check that a model can be asked by messages.
+
+    Raises:
+        ValueError: If there is no chat template; names the flag.
+
+    Example:
+        >>> check_chat_template(None, flag="--chat")
+        Traceback (most recent call last):
+        ValueError: --chat: expected a model whose tokenizer has a chat template, found no tokenizer
+    """
+    if tokenizer is None or not tokenizer.chat_template:
+        found = "no tokenizer" if tokenizer is None else "a tokenizer without one"
+        raise ValueError(f"{flag}: expected a model whose tokenizer has a chat template, found {found}")
+
+
+def chat_text(messages: Sequence[dict[str, str]], tokenizer: Any, *, flag: str) -> str:
+    """What a model's chat template makes of messages, up to where the answer begins.
+
+    Raises:
+        ValueError: If the template refuses them; names the flag.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        # Templates are programs, which refuse by any exception.
+        raise ValueError(
+            f"{flag}: expected what the model's chat template takes, found otherwise ({error})"
+        ) from error
+
+
+def sampling_of(**fields: Any) -> Sampling:
+    """How tokens are chosen; errors name the flags."""
+    from ovq.hf.streaming import Sampling
+
+    try:
+        return Sampling(**fields)
+    except ValueError as error:
+        field, _, what = str(error).partition(":")
+        raise ValueError(f"--{field.replace('_', '-')}:{what}") from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ovq.cli import dictionaries
-from ovq.cli.common import as_text, encode, read_text
+from ovq.cli.common import as_text, chat_text, check_chat_template, encode, read_text, sampling_of
 from ovq.cli.loading import (
     WeightDtype,
     check_generating_folder,
@@ -112,7 +112,7 @@ def generate(
     from ovq.hf import load_context
     from ovq.hf.streaming import stream_text
 
-    sampling = _sampling(
+    sampling = sampling_of(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -124,7 +124,8 @@ def generate(
     )
     tokenizer = load_tokenizer(model)
     if chat:
-        text = _as_message(text, tokenizer)
+        check_chat_template(tokenizer, flag="--chat")
+        text = chat_text([{"role": "user", "content": text}], tokenizer, flag="--prompt")
     # What follows a document does not begin a text, so no token marks a beginning. A chat template marks it
     # by itself.
     ids = encode(
@@ -158,15 +159,6 @@ def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
     raise ValueError("expected one of --prompt and --prompt-file, found both or neither")
 
 
-def _as_message(text: str, tokenizer: Any | None) -> str:
-    """What the model's chat template makes of a user's message, up to where the answer begins."""
-    if tokenizer is None or not tokenizer.chat_template:
-        found = "no tokenizer" if tokenizer is None else "a tokenizer without one"
-        raise ValueError(f"--chat: expected a model whose tokenizer has a chat template, found {found}")
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
 def _as_json(tokens: list[int], ids: list[int], tokenizer: Any | None, ends: int | list[int] | None) -> str:
     """The answer as JSON; names are those of the fields in the answers of servers."""
     from ovq.hf.streaming import stream_text
@@ -181,17 +173,6 @@ def _as_json(tokens: list[int], ids: list[int], tokenizer: Any | None, ends: int
         "completion_tokens": len(tokens),
     }
     return json.dumps(answer, indent=2)
-
-
-def _sampling(**fields: Any) -> Sampling:
-    """How tokens are chosen; errors name the flags."""
-    from ovq.hf.streaming import Sampling
-
-    try:
-        return Sampling(**fields)
-    except ValueError as error:
-        field, _, what = str(error).partition(":")
-        raise ValueError(f"--{field.replace('_', '-')}:{what}") from None
 
 
 def _stream(

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -73,6 +73,29 @@ def raised() -> Iterator[None]:
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[Callable[[], bool]]:
+    """Note Ctrl-C in the block, in place of raising it; yields a function that says whether it has come.
+
+    Example:
+        >>> with noted() as has_come:
+        ...     signal.raise_signal(signal.SIGINT)
+        ...     has_come()
+        True
+    """
+    came = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+    # As in `raised`.
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+        yield came.is_set
+        return
+    signal.signal(signal.SIGINT, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Handler:

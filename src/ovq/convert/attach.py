@@ -34,8 +34,6 @@ class ConvertedMixin:
         weight_dtype: the format of the weights that decode, see `attach`.
     """
 
-    # A memory cannot be rolled back, which assisted decoding would need.
-    _is_stateful = True
     context_kind = KIND
     memory_config: MemoryConfig
     weight_dtype: str | None = None

@@ -19,7 +19,8 @@ from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget, LayerConfig, MemoryConfig
 from ovq.convert.memory import HeadMemory
 from ovq.convert.reading import Observer
-from ovq.hf.cache import OVQCacheLayer, StateCache
+from ovq.convert.recorded import Recorded, drop_, put_back_
+from ovq.hf.cache import MOST_CROPPED, OVQCacheLayer, StateCache, not_croppable
 from ovq.layers.memory import Memory, StateSpec
 
 _MARK = "_ovq_memory_layer"
@@ -122,6 +123,7 @@ class MemoryLayer(OVQCacheLayer):
         self.has_staged = False
         # Whether another layer holds the same memories.
         self._is_shared = False
+        self._recorded = Recorded(0)
 
     @property
     def config(self) -> LayerConfig:
@@ -159,12 +161,66 @@ class MemoryLayer(OVQCacheLayer):
         """Keep the rows `indices`, in their order."""
         super().batch_select_indices(indices)
         # They are copies.
-        self._is_shared = False
+        self._is_shared, self._recorded = False, Recorded(self.num_columns)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.has_staged = self._is_shared = False
+        self._recorded = Recorded(0)
+
+    def activate_past_recording(self) -> None:
+        """See `OVQCacheLayer.activate_past_recording`."""
+        self.record_past, self._recorded = True, Recorded(self.num_columns)
+
+    @property
+    def needs_record(self) -> bool:
+        """Whether the next token must be read by `attend`, so that it can be taken out again."""
+        return self.record_past and (self._recorded.keys is not None or self._changes_after(1))
+
+    def _changes_after(self, num_new: int) -> bool:
+        """Whether so many tokens change anything but the places after those in use."""
+        return num_new >= self.until_turn() or any(
+            max(memory.filled) + num_new >= memory.budget.num_exact for memory in self.state
+        )
+
+    def _record(self, k: Tensor, v: Tensor, num_new: int) -> None:
+        """Keep what is needed to take the tokens `[1, Hkv, T, K]` of `num_new` new columns out again."""
+        recorded = self._recorded
+        if recorded.keys is not None:
+            assert recorded.values is not None
+            if recorded.keys.shape[2] + k.shape[2] <= MOST_CROPPED:
+                k, v = torch.cat([recorded.keys, k], 2), torch.cat([recorded.values, v], 2)
+                self._recorded = dataclasses.replace(recorded, keys=k, values=v)
+                return
+            recorded = self._recorded = Recorded(self.num_columns - num_new)
+        if self._changes_after(k.shape[2]):
+            before = [memory.clone() for memory in self.state]
+            self._recorded = Recorded(recorded.num_columns, before, k, v)
+
+    @torch.no_grad()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last `-tokens_to_remove` tokens out again, of those read since the last crop.
+
+        Raises:
+            ValueError: more tokens than were recorded, a number above 0, or more than one row.
+        """
+        recorded, num_left = self._recorded, self.num_columns + tokens_to_remove
+        num_recorded = self.num_columns - recorded.num_columns if self.record_past else 0
+        if not -num_recorded <= tokens_to_remove <= 0 or (tokens_to_remove and self.num_rows != 1):
+            raise not_croppable(tokens_to_remove, num_recorded)
+        memories, num_removed = self.own_() if tokens_to_remove else [], -tokens_to_remove
+        if tokens_to_remove and recorded.keys is not None:
+            assert recorded.values is not None
+            for memory, before in zip(memories, recorded.before, strict=True):
+                put_back_(memory, before)
+            num_kept = max(0, recorded.keys.shape[2] - num_removed)
+            num_removed = max(0, num_removed - recorded.keys.shape[2])
+            if num_kept:
+                self.learn(recorded.keys[:, :, :num_kept], recorded.values[:, :, :num_kept])
+        for memory in memories:
+            drop_(memory, num_removed)
+        self.num_columns, self._recorded = num_left, Recorded(num_left)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -213,6 +269,14 @@ class MemoryLayer(OVQCacheLayer):
             ValueError: heads, rows, sizes or dtypes other than those of the memory.
         """
         self.has_staged = False
+        if self.record_past and (cut := q.shape[2] - MOST_CROPPED) > 0:
+            # Of a long prompt, only the last tokens.
+            masks = [None, None] if mask is None else [mask[:, :cut], mask[:, cut:]]
+            self.record_past = False
+            first = self.attend(q[:, :, :cut], k[:, :, :cut], v[:, :, :cut], masks[0])
+            self.activate_past_recording()
+            last = self.attend(q[:, :, cut:], k[:, :, cut:], v[:, :, cut:], masks[1])
+            return torch.cat([first, last], 2)
         self._check_fits(k, v, q)
         self._begin(k, v)
         lengths = [q.shape[2]] * len(q) if mask is None else mask.sum(-1).tolist()
@@ -221,6 +285,8 @@ class MemoryLayer(OVQCacheLayer):
             # Real tokens first; where none is missing, this changes nothing.
             order = (~mask).byte().argsort(dim=-1, stable=True)
             q, k, v = (_take(x, order) for x in (q, k, v))
+        if self.record_past and len(k) == 1:
+            self._record(k[:, :, : lengths[0]], v[:, :, : lengths[0]], q.shape[2])
         if self.config.key_exponents is not None:
             per_head = q.shape[1] // self.config.num_kv_heads
             factor = key_factors(self.config.key_exponents, k)

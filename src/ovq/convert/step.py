@@ -296,7 +296,7 @@ class _Step:
         if len(cache.layers) != len(self._layers) or not all(_is_ready(layer) for layer in cache.layers):
             return None
         # All layers turn at the same places.
-        if cache.layers[0].until_turn() <= 1:
+        if cache.layers[0].until_turn() <= 1 or any(layer.needs_record for layer in cache.layers):
             return None
         for layer in cache.layers:
             layer.own_()

@@ -26,7 +26,7 @@ def build_mixer(config: OVQConfig, layer_idx: int) -> Mixer:
     return make(
         layer_idx=layer_idx,
         use_rope=name in config.rope_mixers,
-        **{argument: getattr(config, field) for argument, field in cls.config_fields.items()},
+        **cls.arguments_of(config),
     )
 
 

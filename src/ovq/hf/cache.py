@@ -7,7 +7,9 @@ installed version uses.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,27 @@ CACHE_KEY = (
 )
 
 
+#: Last tokens that can be taken out of a cache again, at least, if it records what it reads.
+MOST_CROPPED = 256
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Recorded:
+    """What `OVQCache.crop` needs to go back.
+
+    Attributes:
+        layers: those of the cache before the tokens.
+        inputs: `[B, T, D]` embeddings of the tokens.
+        mask: `[B, P + T]` that was given with them, if any.
+        model: a weak reference to the `OVQModel` that has read them, as caches are copied with all they hold.
+    """
+
+    layers: list[OVQCacheLayer]
+    inputs: Tensor
+    mask: Tensor | None
+    model: Callable[[], Any]
+
+
 class OVQCacheLayer(LayerCache, CacheLayerMixin):
     """The cache of one layer of an OVQ model, for any mixer.
 
@@ -37,14 +60,23 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
         memory: the mixer's `Memory`, which handles the state.
     """
 
-    # Neither a convolution's state nor a dictionary can forget the tokens that it has read.
-    is_croppable = False
+    #: Whether the last tokens can be taken out again; transformers' name.
+    record_past = False
     # Shapes depend on the number of tokens read.
     is_compileable = False
     supports_early_init = False
     is_sliding = False
     #: The device on which the state is used.
     device: torch.device | None = None
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]  # an attribute in most layers of transformers
+        """Whether the last tokens can be taken out again."""
+        return self.record_past
+
+    def activate_past_recording(self) -> None:
+        """Keep what is needed to take the next tokens out again: transformers' name."""
+        self.record_past = True
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]  # an attribute in transformers
@@ -94,16 +126,22 @@ class OVQCacheLayer(LayerCache, CacheLayerMixin):
             self.move_to(self.device)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to forget tokens; `crop(0)` does nothing.
+        """Refuse to forget tokens, as a layer cannot; `crop(0)` does nothing.
 
         Raises:
             ValueError: `tokens_to_remove` is not 0.
         """
         if tokens_to_remove != 0:
-            raise ValueError(
-                f"expected crop(0), found crop({tokens_to_remove}): tokens in a state cannot be taken out "
-                "again; keep a snapshot of the cache from before them (snapshot())"
-            )
+            raise not_croppable(tokens_to_remove, 0)
+
+
+def not_croppable(tokens_to_remove: int, num_recorded: int) -> ValueError:
+    """The error of a `crop` of more tokens than were recorded, or of a number that is not negative."""
+    return ValueError(
+        f"expected crop(n) with n from {-num_recorded} to 0, found crop({tokens_to_remove}): tokens can be "
+        "taken out again that were read since activate_past_recording() and the last crop; or keep a "
+        "snapshot of the cache from before them (snapshot())"
+    )
 
 
 class StateCache(Cache):
@@ -272,6 +310,53 @@ class OVQCache(StateCache):
                 for name in config.mixer_types
             ]
         )
+        self._recorded: _Recorded | None = None
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether `record` must be called before tokens are read."""
+        return self.layers[0].record_past
+
+    def record(self, model: Any, inputs: Tensor, mask: Tensor | None) -> None:
+        """Keep what is needed to take the next tokens out again.
+
+        Args:
+            model: the `OVQModel` that is going to read them.
+            inputs: `[B, T, D]` embeddings of the tokens, at most `MOST_CROPPED`. Earlier ones that were not
+                cropped since are kept as well, as long as there is room.
+            mask: `[B, P + T]` over cached and new columns, if there is one.
+        """
+        layers, recorded = None, self._recorded
+        if recorded is not None and recorded.inputs.shape[1] + inputs.shape[1] <= MOST_CROPPED:
+            layers, inputs = recorded.layers, torch.cat([recorded.inputs, inputs], 1)
+        layers = [layer.branch() for layer in self.layers] if layers is None else layers
+        self._recorded = _Recorded(layers, inputs, mask, weakref.ref(model))
+
+    @torch.no_grad()
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last `-tokens_to_remove` tokens out again, of those recorded since the last crop.
+
+        As a state cannot forget, it goes back to the one before these tokens, and the model reads those again
+        that stay.
+
+        Raises:
+            ValueError: more tokens than were recorded, or a number above 0.
+        """
+        recorded, self._recorded = self._recorded, None
+        if tokens_to_remove == 0:
+            return
+        num_recorded = 0
+        # Rows that were selected since, or columns that were dropped, are others.
+        if recorded is not None and len(recorded.inputs) == self.num_rows:
+            num_recorded = min(recorded.inputs.shape[1], self.num_columns - recorded.layers[0].num_columns)
+        if recorded is None or not -num_recorded <= tokens_to_remove < 0:
+            self._recorded = recorded
+            raise not_croppable(tokens_to_remove, num_recorded)
+        self.layers = [layer.branch() for layer in recorded.layers]
+        if (kept := recorded.inputs[:, :tokens_to_remove]).shape[1]:
+            mask = recorded.mask if recorded.mask is None else recorded.mask[:, :tokens_to_remove]
+            recorded.model()(inputs_embeds=kept, attention_mask=mask, **{CACHE_KEY: self})
+            self._recorded = None
 
 
 def one_cache(past_key_values: Any, cache: Any) -> OVQCache | None:
@@ -336,6 +421,13 @@ def add_generation_cache(
     if given is None and generation_config.use_cache is False:
         return False
     model_kwargs[CACHE_KEY] = new_cache() if given is None else checked(given)
+    if not generation_config.is_assistant:
+        # Assisted decoding begins to record what it reads, and other decoding need not pay for it.
+        for layer in model_kwargs[CACHE_KEY].layers:
+            layer.record_past = False
+    elif given is None:
+        # What the large model rejects must be taken out again.
+        model_kwargs[CACHE_KEY].activate_past_recording()
     if given is not None and given.num_rows == batch_size:
         # transformers repeats inputs, but not a cache, for beams and for several returned sequences.
         repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)

@@ -1,5 +1,7 @@
 """Configuration of the OVQ language model: one backbone; `mixer_types` names the mixer of each layer."""
 
+import copy
+import dataclasses
 import difflib
 import os
 from collections.abc import Iterable, Mapping
@@ -10,17 +12,18 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ovq.fields import is_finite, with_new_names
+from ovq.fields import SAVED_WITH_ALL, ConfigField, is_finite, with_new_names
 from ovq.hf.auto_map import AUTO_MAP, without_own_entries, write_module
-from ovq.hf.equal_sizes import EQUAL_SIZES, equal_sizes
+from ovq.hf.equal_sizes import equal_sizes
 from ovq.hf.recommended import fields_to_train
 from ovq.layers import defaults
 from ovq.layers.base import check_conv_size, check_rotary, checked_head_dim
 from ovq.layers.logn import check_logn_length
 from ovq.layers.ovq import LEARNING_OPTIONS
-from ovq.layers.registry import mixer_class
+from ovq.layers.registry import MIXERS, fields_of_mixers, mixer_class
 from ovq.ops.ablation import NAMES, Ablation, with_ablation, with_earlier_names
 from ovq.ops.options import Options, current_merge, default_growth
+from ovq.plugins import usable_names
 
 T = TypeVar("T")
 
@@ -63,31 +66,10 @@ class OVQConfig(PreTrainedConfig):
         mixer_types: one mixer per layer, from `ovq.layers.MIXERS`. None: `"sliding_attention"` and `"ovq"`
             alternate.
         sliding_window: tokens that a `"sliding_attention"` layer sees, the current one included.
-        num_sinks: S, the number of first tokens of a row that a `"sink_attention"` layer keeps visible.
-        sink_window: last tokens that a `"sink_attention"` layer sees besides them, the current one included.
-        delta_value_dim: components of a value in a `"gated_deltanet"` layer. None: `2 head_dim`.
-        kda_value_dim: components of a value in a `"kda"` layer. None: `head_dim`.
-        mamba_head_dim: channels per head of a `"mamba2"` layer. None: `2 hidden_size / num_attention_heads`.
-        mamba_state_size: size of the state per channel of a `"mamba2"` layer.
         num_slots: N, the largest number of slots per head of an `"ovq"` or a `"kvm"` layer; the slots per
             head of a `"vq"` layer.
         chunk_size: C, tokens per chunk of `"ovq"` layers, which read a chunk exactly before they merge it,
             and of `"vq"` layers.
-        vq_decay: decay per training step of the moving averages that make the slots of a `"vq"` layer.
-        commitment_weight: factor on the loss that draws the keys of a `"vq"` layer to their slots.
-        kvm_chunk_size: tokens that leave the window of a `"kvm"` layer together. None: 256, or `num_slots` if
-            that is less.
-        kvm_window_chunks: chunks in that window, the current one included.
-        kvm_growth: schedule of the slots of a `"kvm"` layer: `"immediate"`, `"plateau"` or `"sqrt"`.
-        kvm_sinks: first slots of a `"kvm"` layer that no token is ever added to.
-        kvm_rope_dim: components of a head that a `"kvm"` layer rotates by position. None: half of them.
-        kvm_norm_leak: whether the layer norm of keys in slots of a `"kvm"` layer may fill the components that
-            were set to zero, as in its published code.
-        raven_slots: M, slots per head of a `"raven"` layer. None: as many as `head_dim`.
-        raven_top_k: slots that a `"raven"` layer writes a token to. None: one in eight.
-        raven_head_dim: size of a head of a `"raven"` layer. None: `head_dim`.
-        raven_noise: whether the router of a `"raven"` layer adds Gumbel noise in training.
-        mesa_steps: steps of conjugate gradients by which a `"mesanet"` layer solves its systems.
         conv_size: taps of the causal depthwise convolution in every mixer; 0 for none.
         growth: schedule of the dictionary: `"plateau"`, `"linear"` or `"immediate"`; None for the one that
             `merge` is meant for.
@@ -104,9 +86,12 @@ class OVQConfig(PreTrainedConfig):
         pad_token_id: for `generate`.
         bos_token_id: for `generate`.
         eos_token_id: for `generate`.
+        kwargs: fields that mixers in `mixer_types` declare (`Mixer.config_fields`, docs/method/mixers.md). A
+            config has and saves those of its own mixers alone. Others are kept as transformers does.
 
     Raises:
-        ValueError: a value outside its range, an unknown mixer, or a misspelt field.
+        ValueError: a value outside its range, an unknown mixer, a misspelt field, or one of a mixer that the
+            model does not have.
 
     Example:
         >>> config = OVQConfig(num_hidden_layers=4, hidden_size=64, num_attention_heads=2)
@@ -134,25 +119,6 @@ class OVQConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     mixer_types: Filled[list[str]] = None  # type: ignore[assignment]  # see Filled
     sliding_window: int = defaults.SLIDING_WINDOW
-    num_sinks: int = defaults.NUM_SINKS
-    sink_window: int = defaults.SINK_WINDOW
-    delta_value_dim: int | None = None
-    kda_value_dim: int | None = None
-    mamba_head_dim: int | None = None
-    mamba_state_size: int = defaults.MAMBA_STATE_SIZE
-    vq_decay: float | int = defaults.VQ_DECAY
-    commitment_weight: float | int = defaults.COMMITMENT_WEIGHT
-    kvm_chunk_size: int | None = None
-    kvm_window_chunks: int = defaults.KVM_WINDOW_CHUNKS
-    kvm_growth: str = defaults.KVM_GROWTH
-    kvm_sinks: int = defaults.KVM_SINKS
-    kvm_rope_dim: int | None = None
-    kvm_norm_leak: bool = defaults.KVM_NORM_LEAK
-    raven_slots: int | None = None
-    raven_top_k: int | None = None
-    raven_head_dim: int | None = None
-    raven_noise: bool = defaults.RAVEN_NOISE
-    mesa_steps: int = defaults.MESA_STEPS
     num_slots: int = defaults.NUM_SLOTS
     chunk_size: int = defaults.CHUNK_SIZE
     conv_size: int = defaults.CONV_SIZE
@@ -184,9 +150,28 @@ class OVQConfig(PreTrainedConfig):
         earlier_names = {name: kwargs.pop(name) for name in NAMES if name in kwargs}
         ablation = with_earlier_names(self.ablation, earlier_names, OVQConfig)
         self.ablation = ablation.changes
-        _refuse_misspelt(kwargs, own_fields=OVQConfig.__annotations__)
+        for name in _fields_of(self.mixer_types):
+            if name in kwargs:
+                setattr(self, name, kwargs.pop(name))
+        _take_unused(kwargs, self.mixer_types)
         self._check()
         super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field; with `mixer_types`, the fields of these mixers come, and those of others go.
+
+        Raises:
+            ValueError: an unknown mixer, or a value that a field of a mixer cannot have.
+        """
+        fields = _fields_of(self.__dict__.get("mixer_types"))
+        if name in fields:
+            fields[name].check(name, value)
+        new = _fields_of(value) if name == "mixer_types" else fields
+        super().__setattr__(name, value)
+        for gone in fields.keys() - new.keys():
+            self.__dict__.pop(gone, None)
+        for added in new.keys() - fields.keys():
+            self.__dict__[added] = copy.copy(new[added].default)
 
     @classmethod
     def recommended(cls, **fields: Any) -> "OVQConfig":
@@ -229,6 +214,8 @@ class OVQConfig(PreTrainedConfig):
             config_dict = config_dict | {"auto_map": without_own_entries(config_dict["auto_map"])}
             if not config_dict["auto_map"]:
                 del config_dict["auto_map"]
+        # The mixers first, as fields come with them.
+        kwargs = dict(sorted(kwargs.items(), key=lambda item: item[0] != "mixer_types"))
         try:
             return super().from_dict(cls.upgraded(config_dict, **kwargs), **kwargs)
         except StrictDataclassError as error:
@@ -265,14 +252,27 @@ class OVQConfig(PreTrainedConfig):
             super().register_for_auto_class(auto_class)
 
     @classmethod
+    def field_defaults(cls, mixer_types: Iterable[str] | None = None) -> dict[str, Any]:
+        """The fields that a config with these mixers has beside those of transformers, with their defaults.
+
+        Example:
+            >>> OVQConfig.field_defaults(["mamba2"]).keys() - OVQConfig.field_defaults().keys()
+            {'mamba_head_dim', 'mamba_state_size'}
+        """
+        fields = {field.name: field.default for field in dataclasses.fields(OVQConfig)}
+        of_mixers = {name: field.default for name, field in _fields_of(mixer_types).items()}
+        return {name: fields[name] for name in fields if name in OVQConfig.__annotations__} | of_mixers
+
+    @classmethod
     def upgraded(cls, fields: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
         """The fields of a config that an earlier version saved, as this version would save them.
 
         Renamed fields get their present names, removed ones are left out, those of `Ablation` are put
-        together, and a rule that the reference alone has is replaced (`current_merge`). Before the sizes of
-        mixers were fields, they followed from other fields, so that a layer had as many parameters, or a
-        state of as many bytes, as an `"ovq"` layer. Sizes that are missing are filled in by that rule
-        (`equal_sizes`).
+        together, and a rule that the reference alone has is replaced (`current_merge`). Until version 0.2
+        configs had the fields of all mixers; those of mixers that the model does not have are left out, as no
+        layer reads them. Before the sizes of mixers were fields, they followed from other fields, so that a
+        layer had as many parameters, or a state of as many bytes, as an `"ovq"` layer. Sizes that are missing
+        are filled in by that rule (`equal_sizes`).
 
         Args:
             fields: what was saved.
@@ -288,11 +288,25 @@ class OVQConfig(PreTrainedConfig):
         fields = with_ablation(with_new_names(fields))
         if "merge" in fields:
             fields["merge"] = current_merge(fields["merge"])
-        if "delta_value_dim" in fields:
+        mixer_types = fields.get("mixer_types")
+        if not (isinstance(mixer_types, list) and all(isinstance(name, str) for name in mixer_types)):
+            # What is of another type is refused by its name when the config is made.
+            mixer_types = []
+        own = _fields_of(mixer_types)
+        fields = {name: value for name, value in fields.items() if name in own or name not in SAVED_WITH_ALL}
+        # A size that was open was saved as None, or not at all.
+        is_open = {
+            name
+            for name, field in own.items()
+            if name not in fields or (fields[name] is None and not field.accepts(None))
+        }
+        if not is_open:
             return fields
-        given = {name: size for name, size in fields.items() if name not in EQUAL_SIZES or size is not None}
-        changes = {name: value for name, value in changes.items() if name in cls.__annotations__}
-        return equal_sizes(cls(**given | changes)) | given
+        given = {name: value for name, value in fields.items() if name not in is_open}
+        known = cls.field_defaults(mixer_types)
+        changes = {name: value for name, value in changes.items() if name in known}
+        sizes = equal_sizes(cls(**given | changes))
+        return fields | {name: size for name, size in sizes.items() if name in is_open}
 
     def _check(self) -> None:
         smallest = {
@@ -301,14 +315,6 @@ class OVQConfig(PreTrainedConfig):
             "intermediate_size": 1,
             "num_hidden_layers": 1,
             "sliding_window": 2,
-            "num_sinks": 1,
-            "sink_window": 2,
-            "delta_value_dim": 1,
-            "kda_value_dim": 1,
-            "mamba_head_dim": 1,
-            "mamba_state_size": 1,
-            "raven_head_dim": 1,
-            "mesa_steps": 1,
             "num_slots": 1,
             "chunk_size": 1,
         }
@@ -327,12 +333,11 @@ class OVQConfig(PreTrainedConfig):
                 f"mixer_types: expected one name per layer, num_hidden_layers={self.num_hidden_layers}, "
                 f"found {len(self.mixer_types)}"
             )
-        for field in ("mixer_types", "rope_mixers"):
-            for name in getattr(self, field):
-                try:
-                    mixer_class(name)
-                except ValueError as error:
-                    raise ValueError(f"{field}: {error}") from error
+        for name in self.rope_mixers:
+            try:
+                mixer_class(name)
+            except ValueError as error:
+                raise ValueError(f"rope_mixers: {error}") from error
         if fixed := sorted(name for name in self.rope_mixers if not mixer_class(name).supports_rope):
             raise ValueError(f"rope_mixers: expected mixers that have rotary embedding, found {fixed}")
         self.head_dim = checked_head_dim(
@@ -353,12 +358,41 @@ class OVQConfig(PreTrainedConfig):
                 raise ValueError(f"{name}: expected False with a constant rate, found True")
 
 
-def _refuse_misspelt(kwargs: dict, *, own_fields: Iterable[str]) -> None:
-    """Raise on a keyword argument that resembles a field: transformers silently stores unknown ones.
+def _fields_of(mixer_types: Iterable[str] | None) -> dict[str, ConfigField]:
+    """The fields that a config has for these mixers, by name. Raises ValueError where that cannot be."""
+    try:
+        fields = fields_of_mixers(mixer_types or ())
+    except ValueError as error:
+        raise ValueError(f"mixer_types: {error}") from error
+    if taken := sorted(name for name in fields if hasattr(OVQConfig, name)):
+        raise ValueError(
+            f"mixer_types: expected fields of mixers with names that are free, found {taken[0]!r}, "
+            "which every config has"
+        )
+    return fields
 
-    Other unknown arguments are accepted, because a config saved by another version of transformers may have
+
+def _take_unused(kwargs: dict[str, Any], mixer_types: list[str]) -> None:
+    """Take fields of mixers that a config lacks out of keyword arguments that are none of its fields.
+
+    Other unknown arguments are left, because a config saved by another version of transformers may have
     fields that the installed version does not know.
+
+    Raises:
+        ValueError: a field of such a mixer that is not at its default, or a name that resembles a field:
+            transformers silently stores unknown ones.
     """
-    for name in kwargs:
-        if close := difflib.get_close_matches(name, own_fields, n=1, cutoff=0.85):
+    unknown = [name for name in kwargs if not hasattr(OVQConfig, name)]
+    # To know all fields takes importing the laboratory.
+    mixers = usable_names(MIXERS, what="mixer") if unknown else []
+    fields = {name: (f, mixer) for mixer in mixers for name, f in mixer_class(mixer).own_fields().items()}
+    for name in unknown:
+        if name in fields:
+            field, mixer = fields[name]
+            if kwargs.pop(name) != field.default:
+                raise ValueError(
+                    f"{name}: expected {mixer!r} among mixer_types beside this field ({field.doc}), "
+                    f"found {sorted(set(mixer_types))}"
+                )
+        elif close := difflib.get_close_matches(name, {*OVQConfig.__annotations__, *fields}, 1, 0.85):
             raise ValueError(f"expected a field of OVQConfig such as {close[0]!r}, found {name!r}")

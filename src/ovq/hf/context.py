@@ -40,12 +40,14 @@ from ovq.ops.serialization import positive_int, write_file
 class Context:
     """The memory of a document, from which a model can continue any number of times.
 
-    Made by `build_context` or `load_context`. Using it does not change it: every use gets its own cache.
+    Made by `build_context`, `load_context` or, from a cache, `Context.of`. Using it does not change it: every
+    use gets its own cache.
 
     Attributes:
         model: the model that read the document.
         num_tokens: tokens of the document.
         fingerprint: the fingerprint of the model as it was then; see the function `fingerprint`.
+        note: what its maker wants to find again in its file, such as the messages of a chat.
 
     Example:
         >>> from ovq.hf import OVQConfig, OVQForCausalLM
@@ -62,7 +64,32 @@ class Context:
     model: ContextModel
     num_tokens: int
     fingerprint: Mapping[str, str]
+    note: str = ""
     _cache: StateCache
+
+    @classmethod
+    def of(cls, model: ContextModel, cache: StateCache, *, note: str = "") -> Context:
+        """What a model has read in `cache`: one row, without padding. The cache must not read on.
+
+        Raises:
+            ValueError: a cache of another number of rows, with padding, or one that has read nothing.
+
+        Example:
+            >>> from ovq.hf import OVQConfig, OVQModel
+            >>> config = OVQConfig(vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+            >>> model = OVQModel(config).eval()
+            >>> cache = model.make_cache()
+            >>> _ = model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+            >>> Context.of(model, cache.snapshot()).num_tokens
+            3
+        """
+        if cache.num_rows != 1 or any(layer.has_padding for layer in cache.layers):
+            raise ValueError(
+                "expected a cache of one row that has read at least one token, and no padding, "
+                f"found {cache!r}"
+            )
+        num_tokens, own = cache.num_columns, fingerprint(model)
+        return cls(model=model, num_tokens=num_tokens, fingerprint=own, note=note, _cache=cache)
 
     def __repr__(self) -> str:
         model = type(self.model).__name__
@@ -233,7 +260,7 @@ def save_context(context: Context, path: str | os.PathLike) -> None:
     checked_layers("context", tensors, kind, config, model.dtype, context.num_tokens)
     metadata = {"format": FORMAT, "version": VERSION, "num_tokens": str(context.num_tokens)}
     metadata["kind"] = model.context_kind
-    metadata |= {**context.fingerprint, "content": digest(tensors)}
+    metadata |= {**context.fingerprint, "content": digest(tensors), "note": context.note}
     write_file(path, tensors, metadata=metadata)
 
 
@@ -258,7 +285,8 @@ def load_context(path: str | os.PathLike, model: ContextModel) -> Context:
     cache = model.make_cache()
     for layer, own_tensors in zip(cache.layers, layers, strict=True):
         layer.restore(own_tensors, num_tokens, model.device)
-    return Context(model=model, num_tokens=num_tokens, fingerprint=own, _cache=cache)
+    note = metadata.get("note", "")
+    return Context(model=model, num_tokens=num_tokens, fingerprint=own, note=note, _cache=cache)
 
 
 def checked_ids(ids: Tensor | Sequence[int], model: ContextModel, *, what: str) -> Tensor:

@@ -69,9 +69,9 @@ KINDS: dict[str, Kind] = {}
 
 def _upgraded_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of an `OVQConfig` in a file; one that is older than a field was made with its default of now."""
-    own = set(OVQConfig.__annotations__) - WITHOUT_EFFECT
-    defaults = {field.name: field.default for field in dataclasses.fields(OVQConfig) if field.name in own}
-    return defaults | OVQConfig.upgraded(fields)
+    fields = OVQConfig.upgraded(fields)
+    defaults = OVQConfig.field_defaults(fields.get("mixer_types"))
+    return {name: value for name, value in defaults.items() if name not in WITHOUT_EFFECT} | fields
 
 
 def _check_states(

@@ -16,7 +16,15 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from ovq.hf.block import OVQBlock, with_steps
-from ovq.hf.cache import CACHE_KEY, OVQCache, add_generation_cache, checked_cache, one_cache, unread_inputs
+from ovq.hf.cache import (
+    CACHE_KEY,
+    MOST_CROPPED,
+    OVQCache,
+    add_generation_cache,
+    checked_cache,
+    one_cache,
+    unread_inputs,
+)
 from ovq.hf.configuration_ovq import OVQConfig
 from ovq.hf.loss import can_be_pieced, loss_in_pieces
 from ovq.hf.packing import PACKING_KWARGS, packed_offsets
@@ -117,6 +125,10 @@ class OVQModel(OVQPreTrainedModel):
             # In the backward pass, the layers would run again with a cache that has moved on.
             raise ValueError("expected no cache while training with gradient checkpointing, found one")
         batch_size, num_new, _ = inputs_embeds.shape
+        if past is not None and past.is_recording:
+            if num_new > MOST_CROPPED:
+                return self._read_recording(inputs_embeds, attention_mask, past)
+            past.record(self, inputs_embeds, attention_mask)
         layout = SequenceLayout.of(
             attention_mask,
             batch_size=batch_size,
@@ -148,6 +160,19 @@ class OVQModel(OVQPreTrainedModel):
             auxiliary_loss=auxiliary_loss,
             **kept,
         )
+
+    def _read_recording(self, inputs: Tensor, mask: Tensor | None, past: OVQCache) -> OVQModelOutput:
+        """Outputs of many tokens, of which only the last can be taken out of the cache again."""
+        kept: dict[str, Any] = {CACHE_KEY: past}
+        num_first = inputs.shape[1] - MOST_CROPPED
+        parts = [(inputs[:, :num_first], None if mask is None else mask[:, :-MOST_CROPPED])]
+        parts.append((inputs[:, num_first:], mask))
+        hidden = []
+        for (own, own_mask), is_last in zip(parts, (False, True), strict=True):
+            for layer in past.layers:
+                layer.record_past = is_last
+            hidden.append(self(None, own_mask, inputs_embeds=own, **kept).last_hidden_state)
+        return OVQModelOutput(last_hidden_state=torch.cat(hidden, 1), **kept)
 
 
 class OVQForCausalLM(OVQPreTrainedModel, GenerationMixin):

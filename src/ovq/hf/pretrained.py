@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,8 +35,6 @@ class OVQPreTrainedModel(HubModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["OVQBlock"]  # noqa: RUF012  (transformers declares it so)
     _supports_sdpa = True
-    # Refuses assisted decoding: tokens that the large model rejects cannot be removed from a state.
-    _is_stateful = True
     _can_record_outputs = {"hidden_states": OVQBlock}  # noqa: RUF012  (likewise)
 
     @torch.no_grad()
@@ -60,7 +57,7 @@ class OVQPreTrainedModel(HubModel):
 
     def memory_fields(self) -> dict[str, Any]:
         """What a memory depends on beside weights: all fields of the config but those without effect."""
-        names = set(OVQConfig.__annotations__) & {field.name for field in dataclasses.fields(OVQConfig)}
+        names = OVQConfig.field_defaults(self.config.mixer_types).keys()
         return {name: getattr(self.config, name) for name in sorted(names - WITHOUT_EFFECT)}
 
     def row_inputs(self, cache: OVQCache, lengths: Sequence[int], num_new: int) -> dict[str, Tensor]:

@@ -114,15 +114,11 @@ class StreamableModel(Protocol):
     def device(self) -> Any:
         """Where its inputs go."""
 
-    @property
-    def base_model(self) -> Any:
-        """The model without its output layer."""
-
     def make_cache(self) -> Cache:
         """An empty cache."""
 
-    def get_output_embeddings(self) -> Any:
-        """The output layer."""
+    def __call__(self, input_ids: torch.Tensor, /, **kwargs: Any) -> Any:
+        """Logits, as causal language models of transformers return them."""
 
 
 @torch.no_grad()
@@ -184,9 +180,9 @@ def stream_tokens(
     is_seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=model.device)
     is_seen[ids] = True
     for piece in ids.split(prefill_chunk_size):
-        hidden = model.base_model(piece[None], **{CACHE_KEY: cache}).last_hidden_state
+        output = model(piece[None], logits_to_keep=1, **{CACHE_KEY: cache})
     while True:
-        logits = model.get_output_embeddings()(hidden[:, -1]).float()
+        logits = output.logits[:, -1].float()
         # The penalty depends only on which tokens have occurred, not where or how often. transformers asks
         # for a LongTensor, which to mypy no result of an operation is.
         scores = processors(is_seen.nonzero().T, logits) if processors else logits  # type: ignore[arg-type]
@@ -199,7 +195,7 @@ def stream_tokens(
         yield number
         if number in ends:
             return
-        hidden = model.base_model(token, **{CACHE_KEY: cache}).last_hidden_state
+        output = model(token, logits_to_keep=1, **{CACHE_KEY: cache})
 
 
 def stream_text(tokens: Iterable[int], tokenizer: Any, *, prompt: Sequence[int] = ()) -> Iterator[str]:

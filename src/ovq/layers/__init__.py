@@ -1,5 +1,6 @@
 """Sequence mixers as PyTorch layers. Imports neither transformers nor Triton."""
 
+from ovq.fields import ConfigField
 from ovq.layers.base import AttentionMixer, Mixer
 from ovq.layers.cache import LayerCache, MixerCache
 from ovq.layers.common import ShortConvolution
@@ -16,6 +17,7 @@ from ovq.moved import moved_mixer as __getattr__  # noqa: F401  (Python calls it
 __all__ = [
     "MIXERS",
     "AttentionMixer",
+    "ConfigField",
     "ConstantStateMixer",
     "FullAttention",
     "GatedDeltaNet",

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ovq.fields import did_you_mean, is_finite
+from ovq.fields import ConfigField, did_you_mean, is_finite
 from ovq.layers import defaults
 from ovq.layers.cache import LayerCache, MixerCache
-from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables
+from ovq.layers.common import QKNorm, ShortConvolution, rotary_tables_at
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.logn import check_logn_length, logn_factors
 from ovq.layers.memory import Memory, StateSpec, check_tensors, num_bytes, of_rows
@@ -41,8 +41,11 @@ class Mixer(nn.Module, ABC):
 
     #: Keyword arguments that `forward` accepts besides `cu_seqlens`.
     forward_options: frozenset[str] = frozenset()
-    #: Constructor arguments that a model takes from its config, with their names there.
-    config_fields: ClassVar[dict[str, str]] = {"hidden_size": "hidden_size", "conv_size": "conv_size"}
+    #: Constructor arguments that a model takes from its config: the names of fields that every config has, or
+    #: fields that a config has for this mixer.
+    config_fields: ClassVar[dict[str, str | ConfigField]] = {
+        name: name for name in ("hidden_size", "conv_size")
+    }
     #: Whether queries and keys can be rotated by position.
     supports_rope: bool = True
     #: Why a training step must read all its tokens in one call, for an error; None if it need not.
@@ -109,8 +112,28 @@ class Mixer(nn.Module, ABC):
         return None
 
     @classmethod
+    def own_fields(cls) -> dict[str, ConfigField]:
+        """The fields that a config has for this mixer, by name."""
+        fields = cls.config_fields.items()
+        return {field.name or name: field for name, field in fields if isinstance(field, ConfigField)}
+
+    @classmethod
+    def arguments_of(cls, config: Any) -> dict[str, Any]:
+        """The constructor arguments that a model takes from its config."""
+        return {
+            name: getattr(config, field if isinstance(field, str) else field.name or name)
+            for name, field in cls.config_fields.items()
+        }
+
+    @classmethod
     def check_config(cls, config: Any) -> None:
         """Raise ValueError where the config of a model has values that such a layer refuses."""
+
+    @classmethod
+    def equal_sizes(cls, config: Any) -> dict[str, int]:
+        """Values of own fields at which such a layer is as large as an `"ovq"` layer of this config, in
+        parameters or in bytes of state; none where it is so anyway."""
+        return {}
 
     @classmethod
     @abstractmethod
@@ -397,16 +420,17 @@ class AttentionMixer(Mixer):
     def rotary_tables(self, layout: SequenceLayout, channels: Tensor) -> tuple[Tensor, Tensor] | None:
         """The tables of a call, made once for all its layers; None without rotary embedding.
 
-        Positions are column numbers: only differences matter, so padding and packing change nothing.
+        See `SequenceLayout.positions`.
         """
         if not self.use_rope:
             return None
         dtype = torch.promote_types(channels.dtype, torch.float32)
         like = torch.empty(0, dtype=dtype, device=channels.device)
-        place = layout.num_past, layout.num_new, self.head_dim
         return layout.once(
             ("rotary", self.head_dim, self.rope_theta, dtype, like.device),
-            lambda: rotary_tables(*place, theta=self.rope_theta, like=like),
+            lambda: rotary_tables_at(
+                layout.positions(like.device), self.head_dim, theta=self.rope_theta, like=like
+            ),
         )
 
 

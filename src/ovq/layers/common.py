@@ -170,9 +170,6 @@ class WideRMSNorm(nn.RMSNorm):
 def rotary_tables(start: int, length: int, dim: int, *, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding for positions `start .. start + length - 1`.
 
-    Angles are computed and reduced modulo a turn in float64: at position 10^6 a float32 angle is off by 0.06
-    rad.
-
     Args:
         start: first position.
         length: number of positions T.
@@ -188,7 +185,21 @@ def rotary_tables(start: int, length: int, dim: int, *, theta: float, like: Tens
         >>> cos[:, 0], sin[:, 0]
         (tensor([1.0000, 0.5403]), tensor([0.0000, 0.8415]))
     """
-    position = torch.arange(start, start + length, dtype=torch.float64, device=like.device)
+    positions = torch.arange(start, start + length, device=like.device)
+    return rotary_tables_at(positions, dim, theta=theta, like=like)
+
+
+def rotary_tables_at(positions: Tensor, dim: int, *, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """As `rotary_tables`, for any positions `[T]`.
+
+    Angles are computed and reduced modulo a turn in float64: at position 10^6 a float32 angle is off by 0.06
+    rad.
+
+    Example:
+        >>> rotary_tables_at(torch.tensor([1, 0]), 2, theta=10000.0, like=torch.empty(0))[0][:, 0]
+        tensor([0.5403, 1.0000])
+    """
+    position = positions.to(like.device, torch.float64)
     frequency = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=like.device) / dim)
     angle = (position[:, None] * frequency).remainder(2 * torch.pi).to(like.dtype)
     return angle.cos(), angle.sin()

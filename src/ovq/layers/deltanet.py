@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovq.fields import ConfigField
 from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.chunked import (
     DecayRates,
@@ -54,7 +55,9 @@ class GatedDeltaNet(DeltaRuleMixer):
         "num_heads": "num_attention_heads",
         "num_kv_heads": "num_key_value_heads",
         "head_dim": "head_dim",
-        "value_dim": "delta_value_dim",
+        "value_dim": ConfigField(
+            int | None, None, "components of a value; None: `2 head_dim`", name="delta_value_dim", at_least=1
+        ),
     }
 
     def __init__(
@@ -78,6 +81,11 @@ class GatedDeltaNet(DeltaRuleMixer):
         self.gate_proj = nn.Linear(hidden_size, num_heads * (value_dim + 2), bias=False)
         self.rates = DecayRates(num_heads)
         self.out_norm = nn.RMSNorm(value_dim, eps=1e-6)
+
+    @classmethod
+    def equal_sizes(cls, config: Any) -> dict[str, int]:
+        """As many parameters."""
+        return {"delta_value_dim": max(1, round(2 * (config.head_dim - 1) / 3))}
 
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `DeltaRuleMixer.gates`."""

@@ -129,6 +129,18 @@ class SequenceLayout:
             return None
         return self.mask[:, -num_keys:].long() - 1
 
+    def positions(self, device: torch.device) -> Tensor:
+        """The positions by which new queries and keys are rotated, `[T]` int64.
+
+        They are column numbers: only differences matter, so padding and packing change nothing. Where rows
+        of different lengths are continued in one call, a layout that knows their positions gives those.
+
+        Example:
+            >>> SequenceLayout.of(None, batch_size=1, num_past=5, num_new=2).positions(torch.device("cpu"))
+            tensor([5, 6])
+        """
+        return torch.arange(self.num_past, self.num_past + self.num_new, device=device)
+
     def places(self) -> Tensor:
         """The place of each new token in its row, from 1: `[B, T]` int64, or `[1, T]` if all rows are alike.
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ovq.layers import defaults
+from ovq.fields import ConfigField
 from ovq.layers.base import Mixer, checked_head_dim
 from ovq.layers.cache import LayerCache
 from ovq.layers.chunked import DecayRates, decay_between, from_chunks, to_chunks
@@ -16,6 +16,8 @@ from ovq.layers.common import OwnWeights
 from ovq.layers.constant import ConstantStateMixer, sum_dtype, without_autocast
 from ovq.layers.layout import SequenceLayout
 from ovq.layers.memory import StateSpec
+
+STATE_SIZE = 128
 
 # Tokens per chunk, within which all pairs are multiplied. A tiling choice.
 CHUNK = 64
@@ -48,8 +50,16 @@ class Mamba2(ConstantStateMixer, OwnWeights):
     state_kind = "the state of Mamba2"
     config_fields = Mixer.config_fields | {
         "num_heads": "num_attention_heads",
-        "head_dim": "mamba_head_dim",
-        "state_size": "mamba_state_size",
+        "head_dim": ConfigField(
+            int | None,
+            None,
+            "channels per head; None: `2 hidden_size / num_attention_heads`",
+            name="mamba_head_dim",
+            at_least=1,
+        ),
+        "state_size": ConfigField(
+            int, STATE_SIZE, "size of the state per channel", name="mamba_state_size", at_least=1
+        ),
     }
 
     def __init__(
@@ -58,7 +68,7 @@ class Mamba2(ConstantStateMixer, OwnWeights):
         num_heads: int,
         *,
         head_dim: int | None = None,
-        state_size: int = defaults.MAMBA_STATE_SIZE,
+        state_size: int = STATE_SIZE,
         **kwargs: Any,
     ):
         share = checked_head_dim(hidden_size, num_heads, num_heads, head_dim)
@@ -75,6 +85,15 @@ class Mamba2(ConstantStateMixer, OwnWeights):
         self.rates = DecayRates(num_heads)
         self.skip = nn.Parameter(torch.ones(num_heads))
         self.out_norm = nn.RMSNorm(num_inner, eps=1e-5)
+
+    @classmethod
+    def equal_sizes(cls, config: Any) -> dict[str, int]:
+        """As many parameters: three quarters of them make x, z and the output, one quarter makes B and C."""
+        num_heads = config.num_attention_heads
+        num_projected = 2 * (num_heads + config.num_key_value_heads) * config.head_dim
+        head_dim = max(1, round(num_projected / (4 * num_heads)))
+        state_size = max(1, (num_projected - num_heads * (3 * head_dim + 1)) // 2)
+        return {"mamba_head_dim": head_dim, "mamba_state_size": state_size}
 
     def reset_parameters(self) -> None:
         """Set the weights of the skip connection to 1."""

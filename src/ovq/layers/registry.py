@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from ovq.fields import ConfigField
 from ovq.layers.base import Mixer
 from ovq.layers.deltanet import GatedDeltaNet
 from ovq.layers.mamba import Mamba2
@@ -32,6 +35,24 @@ def mixer_class(name: str) -> type[Mixer]:
         'OVQAttention'
     """
     return find(MIXERS, name, base=Mixer, what="mixer")
+
+
+def fields_of_mixers(names: Iterable[str]) -> dict[str, ConfigField]:
+    """The fields that a config has for these mixers, by name.
+
+    Raises:
+        ValueError: for an unknown mixer, or if two declare fields of one name that are not the same.
+
+    Example:
+        >>> list(fields_of_mixers(["ovq", "sink_attention"]))
+        ['num_sinks', 'sink_window']
+    """
+    fields: dict[str, ConfigField] = {}
+    for mixer in dict.fromkeys(names):
+        for name, field in mixer_class(mixer).own_fields().items():
+            if fields.setdefault(name, field) != field:
+                raise ValueError(f"{name}: expected one mixer that declares it, found another, {mixer!r}")
+    return fields
 
 
 def register_mixer(name: str, cls: type[Mixer]) -> None:

@@ -9,13 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ovq.layers import defaults
+from ovq.fields import ConfigField
 from ovq.layers.base import AttentionMixer
 from ovq.layers.cache import LayerCache
 from ovq.layers.constant import ConstantStateMixer
 from ovq.layers.layout import SequenceLayout
-from ovq.layers.memory import StateSpec, check_num_seen
+from ovq.layers.memory import StateSpec, check_num_seen, num_bytes
+from ovq.layers.ovq import slot_spec
 from ovq.layers.softmax import softmax_attention
+
+NUM_SINKS = 4
+# With the sinks 1,024 tokens, as in the paper's experiments.
+SINK_WINDOW = 1020
 
 
 class SinkAttention(ConstantStateMixer, AttentionMixer):
@@ -41,14 +46,19 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
     """
 
     state_kind = "the keys and values of sinks and a window"
-    config_fields = AttentionMixer.config_fields | {"num_sinks": "num_sinks", "sink_window": "sink_window"}
+    config_fields = AttentionMixer.config_fields | {
+        "num_sinks": ConfigField(int, NUM_SINKS, "first tokens of a row that stay visible", at_least=1),
+        "sink_window": ConfigField(
+            int, SINK_WINDOW, "last tokens that are seen besides, the current one included", at_least=2
+        ),
+    }
     supports_logn = False
 
     def __init__(
         self,
         *args: Any,
-        num_sinks: int = defaults.NUM_SINKS,
-        sink_window: int = defaults.SINK_WINDOW,
+        num_sinks: int = NUM_SINKS,
+        sink_window: int = SINK_WINDOW,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
@@ -57,6 +67,20 @@ class SinkAttention(ConstantStateMixer, AttentionMixer):
         if sink_window < 2:
             raise ValueError(f"expected a sink_window of at least 2 tokens, found {sink_window}")
         self.num_sinks, self.sink_window = num_sinks, sink_window
+
+    @classmethod
+    def equal_sizes(cls, config: Any) -> dict[str, int]:
+        """A state of as many bytes, in float32."""
+        window = window_of_equal_bytes(
+            config.num_slots,
+            config.chunk_size,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            num_sinks=config.num_sinks,
+            has_weights=config.merge_gate or config.forget_gate,
+            forgets=config.forget_gate,
+        )
+        return {"sink_window": window}
 
     def constant_spec(self, dtype: torch.dtype) -> StateSpec:
         """Keys and values of the sinks and of the last W - 1 tokens, and the number of tokens seen."""
@@ -173,3 +197,45 @@ def _last(x: Tensor, end: Tensor, num_kept: int) -> Tensor:
     x = F.pad(x, (0, 0, num_kept, 0))
     index = end[:, None] + torch.arange(num_kept, device=x.device)
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def window_of_equal_bytes(
+    num_slots: int,
+    chunk_size: int,
+    *,
+    num_kv_heads: int,
+    head_dim: int,
+    num_sinks: int,
+    has_weights: bool = False,
+    forgets: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """The smallest `sink_window` whose state has at least as many bytes as that of a full dictionary.
+
+    Args:
+        num_slots: N of the OVQ layer.
+        chunk_size: C of the OVQ layer.
+        num_kv_heads: Hkv of both.
+        head_dim: K and V of both.
+        num_sinks: S of the layer with sinks.
+        has_weights: whether the OVQ layer has a gate.
+        forgets: whether it has a forget gate.
+        dtype: dtype of the activations; the sums of OVQ are float32 in any case.
+
+    Example:
+        >>> window_of_equal_bytes(64, 64, num_kv_heads=2, head_dim=64, num_sinks=4)
+        126
+    """
+    slots = slot_spec(
+        num_slots,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        chunk_size=chunk_size,
+        dtype=dtype,
+        has_weights=has_weights,
+        forgets=forgets,
+    )
+    # Both states include the number of tokens seen.
+    del slots["num_seen"]
+    num_tokens = -(-num_bytes(slots) // (2 * num_kv_heads * head_dim * dtype.itemsize))
+    return max(2, num_tokens - num_sinks + 1)

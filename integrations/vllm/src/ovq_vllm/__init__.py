@@ -1,0 +1,17 @@
+"""Runs OVQ language models on vLLM's engine: vLLM finds `register` by the entry point of this package."""
+
+
+def register() -> None:
+    """Tell vLLM of the model, of the metadata of its states, and of what to check before it starts."""
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum, register_backend
+
+    # With the Auto classes, so that vLLM can read the config.
+    import ovq.hf
+    from ovq_vllm.checks import StartChecks
+
+    architecture = ovq.hf.OVQForCausalLM.__name__
+    ModelRegistry.register_model(architecture, "ovq_vllm.model:OVQForCausalLM")
+    register_backend(MambaAttentionBackendEnum.CUSTOM, "ovq_vllm.step.StateBackend", is_mamba=True)
+    MODELS_CONFIG_MAP[architecture] = StartChecks

@@ -1,0 +1,81 @@
+"""What is refused before anything is loaded, each by name and with the reason."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from ovq.hf import OVQConfig
+
+logger = init_logger("vllm.ovq")
+
+#: The mixers that run. Others keep states for which there is no code here.
+MIXERS = ("ovq", "sliding_attention", "full_attention")
+
+
+class StartChecks(VerifyAndUpdateConfig):
+    """vLLM's hook for a model: it runs in the process that starts the engine, before any worker."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Raise ValueError for what cannot run; switch off prefix caching."""
+        check_model(vllm_config.model_config.hf_config)
+        if wrong := refusals(vllm_config):
+            raise ValueError("; ".join(wrong))
+        cache = vllm_config.cache_config
+        if cache.enable_prefix_caching:
+            cache.enable_prefix_caching = False
+            logger.info(
+                "Prefix caching is off for OVQ models: vLLM would copy whole states, MiB per layer, at ends "
+                "of its blocks of tokens."
+            )
+
+
+def check_model(config: OVQConfig) -> None:
+    """Raise ValueError unless all layers of a model can run.
+
+    Args:
+        config: that of the model.
+    """
+    others = sorted(set(config.mixer_types) - set(MIXERS))
+    if others:
+        raise ValueError(
+            f"expected mixer_types among {MIXERS}, found {others}: the plugin has no state blocks for them; "
+            "`ovq serve` runs all mixers"
+        )
+    if "ovq" not in config.mixer_types:
+        raise ValueError(
+            f"expected at least one layer 'ovq', found mixer_types {config.mixer_types}: the inputs of other "
+            "layers' convolutions are kept with the states of OVQ layers"
+        )
+
+
+def refusals(vllm_config: VllmConfig) -> list[str]:
+    """What is wrong with the settings of the engine, in words."""
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    wrong = []
+    if parallel.tensor_parallel_size > 1:
+        wrong.append(
+            f"tensor_parallel_size: expected 1, found {parallel.tensor_parallel_size}: the heads of the "
+            "library's layers are not split over processes"
+        )
+    if parallel.pipeline_parallel_size > 1:
+        wrong.append(
+            f"pipeline_parallel_size: expected 1, found {parallel.pipeline_parallel_size}: each process has "
+            "all layers"
+        )
+    if vllm_config.speculative_config is not None:
+        wrong.append(
+            "speculative_config: expected none, found one: rejected tokens cannot be taken out of a state"
+        )
+    if vllm_config.quant_config is not None or vllm_config.model_config.quantization:
+        wrong.append("quantization: expected none, found some: the layers are those of the library")
+    if vllm_config.lora_config is not None:
+        wrong.append("lora_config: expected none, found one: the layers are those of the library")
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
+        wrong.append(
+            f"kv_cache_dtype: expected 'auto', found {cache.cache_dtype!r}: narrower keys are untested, and "
+            "states are float32 anyway"
+        )
+    return wrong

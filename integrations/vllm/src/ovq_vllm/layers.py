@@ -1,0 +1,164 @@
+"""The library's mixers, driven with states and keys that are in blocks of vLLM. Nothing is computed twice:
+projections, convolution, normalisation, gates and the op are those of the library."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+from ovq.hf import OVQConfig
+from ovq.layers import LayerCache, OVQAttention, SequenceLayout
+from ovq.layers.common import ShortConvolution
+from ovq.layers.softmax import FullAttention, SlidingWindowAttention
+from ovq_vllm.state import StateBlocks, block_spec
+from ovq_vllm.step import Group, RequestLayout, Step
+
+
+class OVQLayer(MambaBase):
+    """An OVQ mixer whose states are in blocks of vLLM.
+
+    Args:
+        mixer: the mixer, with its weights.
+        config: that of the model.
+        vllm_config: that of the engine.
+        prefix: the layer's name for vLLM.
+    """
+
+    def __init__(self, mixer: OVQAttention, config: OVQConfig, vllm_config: VllmConfig, prefix: str) -> None:
+        self._mixer, self._prefix = mixer, prefix
+        self._spec = block_spec(config, vllm_config.model_config.dtype)
+        self._blocks: StateBlocks | None = None
+        self._tensors: dict[str, Tensor] = {}
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        """The kind of its metadata: `ovq_vllm.step.StateBackend`."""
+        return MambaAttentionBackendEnum.CUSTOM
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of what a block holds."""
+        return tuple(shape for shape, _ in self._spec.values())
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        """The dtypes of what a block holds."""
+        return tuple(dtype for _, dtype in self._spec.values())
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take the memory that vLLM has reserved."""
+        super().bind_kv_cache(kv_cache)
+        self._tensors = dict(zip(self._spec, self.kv_cache, strict=True))
+        self._blocks = StateBlocks(self._mixer, self._tensors)
+
+    @property
+    def step(self) -> Step | None:
+        """The requests of the step that runs; None where vLLM only measures memory."""
+        metadata = get_forward_context().attn_metadata
+        return None if metadata is None else metadata[self._prefix]
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Mix the new tokens `[T, hidden_size]` of all requests, each with what it has read."""
+        mixer, step = self._mixer, self.step
+        if step is None or self._blocks is None:
+            return torch.zeros_like(hidden_states)
+        channels = self.convolved(mixer.qkv_conv, mixer.qkv_proj(hidden_states[None])[0], index=0)
+        mixed = channels.new_zeros(len(channels), mixer.num_heads * mixer.head_dim)
+        for group in step.groups:
+            cache = LayerCache(mixer.memory)
+            cache.state = self._blocks.read(group)
+            inputs, own = group.take(channels), group.take(hidden_states)
+            as_rows = not group.is_packed
+            if as_rows and mixer.use_rope:
+                # Each row has positions of its own, and the tables have one for each column.
+                inputs, own, as_rows = inputs.transpose(0, 1), own.transpose(0, 1), False
+            o = mixer.mix(inputs, own, group.layout(as_rows), cache)
+            self._blocks.write(group, cache.state)
+            group.put(o, mixed)
+        return mixer.o_proj(mixed[None])[0]
+
+    def convolved(self, convolution: ShortConvolution | None, channels: Tensor, *, index: int) -> Tensor:
+        """Convolve the channels `[T, D]` of all new tokens, and keep the last inputs of each request.
+
+        Args:
+            convolution: that of this layer or of a guest; None for none.
+            channels: the projected tokens.
+            index: which `conv_state` of the blocks has the inputs.
+        """
+        step = self.step
+        if convolution is None or step is None:
+            return channels
+        kept = self._tensors[f"conv_state.{index}"]
+        out = torch.zeros_like(channels)
+        for group in step.groups:
+            past = kept.index_select(0, group.blocks)
+            past[group.fresh] = 0
+            y, last = _convolve(convolution, group, group.take(channels), past)
+            kept[group.blocks] = last
+            group.put(y, out)
+        return out
+
+
+def _convolve(convolution: ShortConvolution, group: Group, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+    """Convolve the rows of a group after their last inputs `past`; also returns the inputs to keep."""
+    if not group.is_packed:
+        return convolution(x, past)
+    # One stream, with the last inputs of each request before its tokens: what these become is dropped.
+    num_back = past.shape[2]
+    pieces = [
+        torch.cat([before.T, new])
+        for before, new in zip(past.unbind(), x[0].split(list(group.lengths)), strict=True)
+    ]
+    y, _ = convolution(torch.cat(pieces)[None])
+    outputs = [piece[num_back:] for piece in y[0].split([len(piece) for piece in pieces])]
+    return torch.cat(outputs)[None], torch.stack([piece[-num_back:].T for piece in pieces])
+
+
+class ExactLayer:
+    """A mixer with full or sliding-window attention, whose keys and values are in pages of vLLM.
+
+    Args:
+        mixer: the mixer, with its weights; from here on it attends by vLLM's attention.
+        prefix: the layer's name for vLLM.
+        host: the OVQ layer in whose blocks the last inputs of the convolution are.
+        index: which of the `conv_state` there.
+    """
+
+    def __init__(self, mixer: FullAttention, prefix: str, host: OVQLayer, index: int) -> None:
+        self._mixer, self._host, self._index = mixer, host, index
+        window = mixer.sliding_window if isinstance(mixer, SlidingWindowAttention) else None
+        # Queries come scaled, as each head has a factor of its own. No `cache_config`, which has a window
+        # for layers of all kinds.
+        self.attention = Attention(
+            mixer.num_heads,
+            mixer.head_dim,
+            1.0,
+            mixer.num_kv_heads,
+            per_layer_sliding_window=window,
+            prefix=prefix,
+        )
+        mixer.attend = self._attend
+
+    def __call__(self, hidden_states: Tensor, layout: RequestLayout) -> Tensor:
+        """Mix the new tokens `[T, hidden_size]` of all requests, each with what it has read."""
+        mixer = self._mixer
+        channels = mixer.qkv_proj(hidden_states[None])[0]
+        channels = self._host.convolved(mixer.qkv_conv, channels, index=self._index)
+        return mixer.o_proj(mixer.mix(channels[None], hidden_states[None], layout, None))[0]
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: Tensor,
+        layout: SequenceLayout,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """`AttentionMixer.attend` over the pages of all requests."""
+        q, k = (q * scale[:, None]).to(v.dtype), k.to(v.dtype)
+        return self.attention(q.flatten(2)[0], k.flatten(2)[0], v.flatten(2)[0]).view(q.shape)

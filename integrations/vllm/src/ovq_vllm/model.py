@@ -1,0 +1,117 @@
+"""`OVQForCausalLM` for vLLM: the library's model, run on the tokens of many requests at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.sequence import IntermediateTensors
+
+from ovq.hf import OVQConfig, OVQModel
+from ovq.layers.products import Linear
+from ovq_vllm.checks import check_model
+from ovq_vllm.layers import ExactLayer, OVQLayer
+from ovq_vllm.state import block_spec
+from ovq_vllm.step import RequestLayout
+
+
+class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid):
+    """The language model.
+
+    Args:
+        vllm_config: that of the engine.
+        prefix: of the names of its layers.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config: OVQConfig = vllm_config.model_config.hf_config
+        check_model(self.config)
+        self.model = OVQModel(self.config)
+        self.lm_head = Linear(self.config.hidden_size, self.config.vocab_size)
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        names = [f"{prefix}.layers.{i}.mixer".lstrip(".") for i in range(len(self.config.mixer_types))]
+        mixers = [block.mixer for block in self.model.layers]
+        hosts = {
+            i: OVQLayer(mixers[i], self.config, vllm_config, names[i])
+            for i, kind in enumerate(self.config.mixer_types)
+            if kind == "ovq"
+        }
+        # Each host in turn takes a guest.
+        guests = [i for i in range(len(mixers)) if i not in hosts]
+        others = {
+            i: ExactLayer(mixers[i], names[i], list(hosts.values())[n % len(hosts)], 1 + n // len(hosts))
+            for n, i in enumerate(guests)
+        }
+        self._layers: list[OVQLayer | ExactLayer] = [(hosts | others)[i] for i in range(len(mixers))]
+        # Where vLLM looks for them.
+        self.attention = nn.ModuleList(layer.attention for layer in others.values())
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        """The shapes of what a block of an OVQ layer holds."""
+        return tuple(shape for shape, _ in _spec_of(vllm_config).values())
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        """The dtypes of what a block of an OVQ layer holds."""
+        return tuple(dtype for _, dtype in _spec_of(vllm_config).values())
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Embeddings `[T, hidden_size]` of tokens `[T]`."""
+        return self.model.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The normalised stream `[T, hidden_size]` of the new tokens of all requests.
+
+        Args:
+            input_ids: `[T]`.
+            positions: `[T]`, the position of each token in its request.
+            intermediate_tensors: None, as there are no stages of a pipeline.
+            inputs_embeds: `[T, hidden_size]`, instead of `input_ids`.
+        """
+        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        place = positions[None] + 1
+        # `num_past` need not be more than a bound.
+        layout = RequestLayout(num_past=int(place.max()), num_new=place.shape[1], place=place)
+        for block, layer in zip(self.model.layers, self._layers, strict=True):
+            inputs = block.mixer_norm(x)
+            x = x + (layer(inputs) if isinstance(layer, OVQLayer) else layer(inputs, layout))
+            x = x + block.mlp(block.mlp_norm(x))
+        return self.model.norm(x)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Logits `[R, vocab_size]`."""
+        return self.lm_head(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load weights as `save_pretrained` names them.
+
+        Raises:
+            ValueError: a weight that the model does not have. vLLM checks that none is missing.
+        """
+        parameters = dict(self.named_parameters(remove_duplicate=False))
+        loaded = set()
+        for name, weight in weights:
+            if name not in parameters:
+                raise ValueError(f"expected weights of OVQForCausalLM, found {name!r}")
+            default_weight_loader(parameters[name], weight)
+            loaded.add(name)
+        if self.config.tie_word_embeddings:
+            loaded |= {"lm_head.weight", "model.embed_tokens.weight"}
+        return loaded
+
+
+def _spec_of(vllm_config: VllmConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return block_spec(vllm_config.model_config.hf_config, vllm_config.model_config.dtype)

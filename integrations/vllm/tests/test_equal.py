@@ -1,0 +1,125 @@
+"""The engine gives the tokens that transformers' `generate()` gives, however requests are batched."""
+
+import pytest
+import torch
+
+from ovq.hf import OVQForCausalLM
+
+from .conftest import Saved, prompts_of, run, tokens_of
+
+#: Around the ends of chunks of 32 and windows of 48 tokens, and far beyond 64 slots.
+LENGTHS = [1, 2, 3, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 97, 127, 128, 129, 200, 255, 256, 257, 300, 400]
+LENGTHS += [511, 512, 513, 700, 1023, 1024, 1500, 2000]
+
+#: Fields of the config, such that each mixer and each part of an OVQ layer occurs.
+MODELS = {
+    "windows": {},
+    "full attention": {"mixer_types": ["full_attention", "ovq", "ovq", "full_attention"]}
+    # A state is larger than a page of 128 tokens, so that pages become larger.
+    | {"num_slots": 1024, "growth": "immediate"},
+    "OVQ alone, without groups of heads": {"mixer_types": ["ovq"] * 3, "num_hidden_layers": 3}
+    | {"num_key_value_heads": 4, "tie_word_embeddings": True},
+    "nearest, merge gate, log-n": {
+        "merge": "nearest",
+        "merge_gate": True,
+        "logn_length": 100,
+        "mixer_types": ["sliding_attention", "ovq", "full_attention", "ovq"],
+    },
+    "forget gate, all rotated, no convolution": {
+        "forget_gate": True,
+        "merge_gate": True,
+        "conv_size": 0,
+        "rope_mixers": ["ovq", "sliding_attention", "full_attention"],
+        "mixer_types": ["full_attention", "sliding_attention", "sliding_attention", "ovq"],
+    },
+    "one OVQ layer and three guests": {
+        "mixer_types": ["sliding_attention", "sliding_attention", "full_attention", "ovq"],
+        "chunk_size": 17,
+        "num_slots": 50,
+    },
+}
+
+
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+def test_a_batch_of_unequal_prompts(fields, saved, engine):
+    made = saved(**fields)
+    prompts = prompts_of(LENGTHS)
+    made.assert_greedy(prompts, tokens_of(run(engine(made.folder), prompts, 40)))
+
+
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+def test_prompts_read_in_pieces_beside_requests_that_decode(fields, saved, engine):
+    made = saved(**fields)
+    prompts = prompts_of([n for n in LENGTHS[1::2] if n > 30], seed=1)
+    # Pieces of no multiple of a chunk, and blocks that are used again for later requests.
+    llm = engine(made.folder, max_num_batched_tokens=75, max_num_seqs=5)
+    made.assert_greedy(prompts, tokens_of(run(llm, prompts, 40)))
+
+
+def test_prompts_alone_and_an_engine_that_was_used_before(saved, engine):
+    made = saved()
+    prompts = prompts_of(LENGTHS[::4], seed=2)
+    llm = engine(made.folder)
+    made.assert_greedy(prompts, [tokens_of(run(llm, [prompt], 70))[0] for prompt in prompts])
+    # Blocks now hold the states of others.
+    made.assert_greedy(prompts[::-1], tokens_of(run(llm, prompts[::-1], 70)))
+
+
+def test_requests_that_are_preempted(saved, engine):
+    made = saved(mixer_types=["full_attention", "ovq"], num_hidden_layers=2)
+    prompts = prompts_of([120] * 6, seed=3)
+    # A block of states and two of the three pages that each request needs, and one that vLLM keeps.
+    llm = engine(made.folder, num_gpu_blocks_override=19, max_model_len=512, disable_log_stats=False)
+    made.assert_greedy(prompts, tokens_of(run(llm, prompts, 200)))
+    counted = {metric.name: metric for metric in llm.get_metrics()}
+    assert counted["vllm:num_preemptions"].value > 0
+
+
+@pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
+def test_log_probabilities_of_prompts_and_of_what_follows(fields, saved, engine):
+    made = saved(**fields)
+    prompts = prompts_of([3, 70, 333, 1200], seed=4)
+    outputs = run(engine(made.folder, max_num_batched_tokens=200), prompts, 50, logprobs=0, prompt_logprobs=0)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        (written,) = output.outputs
+        tokens = prompt + list(written.token_ids)
+        found = [*output.prompt_logprobs[1:], *written.logprobs]
+        found = torch.tensor([entry[token].logprob for token, entry in zip(tokens[1:], found, strict=True)])
+        torch.testing.assert_close(found, made.logprobs(tokens), atol=1e-3, rtol=0)
+
+
+def test_several_samples_of_one_prompt(saved, engine):
+    made = saved()
+    (prompt,) = prompts_of([100], seed=5)
+    (output,) = run(engine(made.folder), [prompt], 30, n=4, temperature=1.0, seed=1, logprobs=0)
+    samples = [list(sample.token_ids) for sample in output.outputs]
+    assert len({tuple(sample) for sample in samples}) == 4
+    for sample, written in zip(samples, output.outputs, strict=True):
+        found = torch.tensor([entry[t].logprob for t, entry in zip(sample, written.logprobs, strict=True)])
+        torch.testing.assert_close(found, made.logprobs(prompt + sample)[-30:], atol=1e-3, rtol=0)
+
+
+def test_bfloat16(saved, engine):
+    made = saved(dtype=torch.bfloat16, merge_gate=True)
+    prompts = prompts_of([5, 60, 250], seed=6)
+    outputs = run(engine(made.folder, dtype="bfloat16"), prompts, 1, prompt_logprobs=0)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        found = torch.tensor(
+            [entry[t].logprob for t, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+        )
+        expected = made.logprobs(prompt)
+        # Sums in another order, rounded to 8 bits: compared with how much tokens differ.
+        assert (found - expected).abs().mean() < 0.05 * expected.std()
+
+
+def test_more_slots_and_another_rule_by_overrides_of_the_config(saved, engine):
+    made = saved()
+    model = OVQForCausalLM.from_pretrained(made.folder).eval()
+    model.set_num_slots(200)
+    model.set_merge("nearest")
+    prompts = prompts_of([500, 700, 900], seed=8)
+    llm = engine(made.folder, hf_overrides={"num_slots": 200, "merge": "nearest", "growth": "immediate"})
+    found = tokens_of(run(llm, prompts, 60))
+    Saved(model, made.folder).assert_greedy(prompts, found)
+    with pytest.raises(AssertionError):
+        made.assert_greedy(prompts, found)

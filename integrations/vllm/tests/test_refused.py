@@ -1,0 +1,60 @@
+"""What cannot run is refused before anything is loaded, by name and with a reason."""
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from ovq.hf import OVQConfig
+from ovq_vllm.checks import check_model
+
+from .conftest import SIZES
+
+
+def engine_config(folder, **options):
+    settings = {"dtype": "float32", "skip_tokenizer_init": True, "enforce_eager": True}
+    return EngineArgs(model=folder, **settings | options).create_engine_config()
+
+
+def test_prefixes_are_not_kept(saved):
+    config = engine_config(saved().folder, enable_prefix_caching=True)
+    assert config.cache_config.enable_prefix_caching is False
+    assert config.cache_config.mamba_cache_mode == "none"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size: expected 1, found 2"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size: expected 1, found 2"),
+        ({"enable_lora": True}, "lora_config: expected none"),
+        ({"quantization": "fp8"}, "quantization: expected none"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: expected 'auto', found 'fp8'"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
+            "speculative_config: expected none",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_of_the_engine(options, message, saved):
+    with pytest.raises(ValueError, match=message):
+        engine_config(saved().folder, **options)
+
+
+@pytest.mark.parametrize("mixer", ["sink_attention", "mamba2", "gated_deltanet"])
+def test_other_mixers_by_name(mixer, saved):
+    made = saved(mixer_types=["ovq", mixer, "ovq", "sliding_attention"])
+    with pytest.raises(ValueError, match=f"found \\['{mixer}'\\]"):
+        engine_config(made.folder)
+
+
+def test_a_model_without_ovq_layers():
+    config = OVQConfig(**SIZES | {"mixer_types": ["full_attention"] * 4})
+    with pytest.raises(ValueError, match="at least one layer 'ovq'"):
+        check_model(config)
+
+
+def test_a_weight_that_the_model_does_not_have(saved, engine):
+    made = saved()
+    # A convolution fewer than were saved.
+    with pytest.raises(ValueError, match="expected weights of OVQForCausalLM, found 'model"):
+        engine(made.folder, hf_overrides={"conv_size": 0})

@@ -1,0 +1,317 @@
+"""`ovq chat`: talk to a model in a terminal, or line by line through a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ovq.cli import dictionaries
+from ovq.cli.common import (
+    as_text,
+    check_chat_template,
+    check_file,
+    check_model_path,
+    encode,
+    out_console,
+    read_text,
+    sampling_of,
+)
+from ovq.cli.conversation import Conversation, read_chat
+from ovq.cli.loading import (
+    WeightDtype,
+    check_generating_folder,
+    check_weight_dtype,
+    load_generating_model,
+    load_tokenizer,
+)
+from ovq.cli.signals import noted
+from ovq.fields import LARGEST_SEED
+
+if TYPE_CHECKING:
+    from ovq.hf import Context
+    from ovq.hf.cache import StateCache
+
+# Progress should be seen to move; a converted model reads some hundred tokens a second.
+_PIECE = 512
+
+_HELP = """\
+/save FILE   save what was said and read; ovq chat --context FILE goes on from there
+/load FILE   go on from a saved chat, or after a file of ovq context build
+/memory      what the model keeps
+/help        this list
+/quit        leave, as Ctrl-D does
+Ctrl-C stops an answer. A message that begins with a slash needs a space before it."""
+
+
+def chat(
+    model: Annotated[Path, typer.Option(help="Folder of a trained or converted model.", show_default=False)],
+    document: Annotated[
+        str | None, typer.Option(help="File that the model reads first.", show_default=False)
+    ] = None,
+    context: Annotated[
+        Path | None,
+        typer.Option(help="Go on from a file of /save, or of ovq context build.", show_default=False),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="What the model is told before the first message.", show_default=False)
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=0, help="Most tokens of an answer; 0 to go on until it ends.")
+    ] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Sample from this many of the likeliest tokens; 0: all.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens with this total probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Sample from tokens at least this share as likely as the likeliest.")
+    ] = 0.0,
+    num_slots: dictionaries.Size = None,
+    merge: dictionaries.Rule = None,
+    logn_length: dictionaries.LognLength = None,
+    weight_dtype: WeightDtype = None,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
+) -> None:
+    """Talk to a model whose tokenizer has a chat template, after a document if one is given.
+
+    Nothing is read twice, and memory does not grow: only the model's state is carried on. /help lists
+    commands such as [bold]/save FILE[/bold]. If input is no terminal, each of its lines is a message or a
+    command.
+
+    Example: [bold]ovq chat --model converted --document book.txt[/bold]
+    """
+    dictionaries.check_rule(merge)
+    check_weight_dtype(weight_dtype)
+    if document is not None and context is not None:
+        raise ValueError("--document: expected no --context beside it, found both")
+    if document == "-":
+        raise ValueError("--document: expected a file, found -: messages come from standard input")
+    text = None if document is None else read_text(document, flag="--document")
+    system = None if system is None else as_text(system, flag="--system")
+    check_generating_folder(model)
+    if context is not None and not context.is_file():
+        raise ValueError(f"--context: expected a file of /save or ovq context build, found no file {context}")
+    tokenizer = load_tokenizer(model)
+    check_chat_template(tokenizer, flag="--model")
+
+    from transformers import set_seed
+
+    sampling = sampling_of(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    loaded = load_generating_model(
+        model, num_slots=num_slots, merge=merge, logn_length=logn_length, weight_dtype=weight_dtype
+    )
+    set_seed(seed)
+    talk = Conversation(loaded, tokenizer, sampling=sampling, max_tokens=max_tokens, seed=seed, system=system)
+    if text is not None:
+        ids = encode(text, tokenizer, vocab_size=loaded.config.vocab_size, flag="--document")
+        talk.go_on_from(_read(loaded, ids, f"read {document}"))
+    if context is not None:
+        found = read_chat(context, loaded)
+        if system is not None and found.note:
+            raise ValueError("--system: expected none with a saved chat, which has its own, found one")
+        talk.go_on_from(found)
+    _Terminal(loaded, talk).run()
+
+
+def _read(model: Any, ids: list[int], label: str) -> Context:
+    """What the model remembers of a document, with progress while it reads."""
+    from ovq.hf import build_context
+    from ovq.runtime.progress import Reporter
+
+    begun = time.monotonic()
+    with Reporter() as reporter:
+        work = reporter.start(label, total=len(ids))
+
+        def show(num_read: int) -> None:
+            work.update(num_read, note=f"{num_read / (time.monotonic() - begun):,.0f} tokens/s")
+
+        return build_context(model, ids, prefill_chunk_size=_PIECE, progress=show)
+
+
+class _Terminal:
+    """Lines from standard input, and answers to them.
+
+    Args:
+        model: the model.
+        talk: what was said.
+    """
+
+    def __init__(self, model: Any, talk: Conversation) -> None:
+        self._model, self._talk = model, talk
+        self._is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        # What is neither answer nor result, for people alone.
+        self._notes = Console(stderr=True, quiet=not self._is_interactive, highlight=False, style="dim")
+        self._was_interrupted = False
+
+    def run(self) -> None:
+        """Answer until the input ends."""
+        num_before = self._talk.num_before
+        self._notes.print(f"{num_before:,} tokens read. /help lists commands, Ctrl-D leaves.", soft_wrap=True)
+        # A chat is not lost by Ctrl-C at the wrong moment.
+        with noted() if self._is_interactive else contextlib.nullcontext():
+            for line in self._lines():
+                if line.rstrip() == "/quit":
+                    return
+                try:
+                    self._take(line)
+                except BrokenPipeError:
+                    raise
+                except (ValueError, OSError) as error:
+                    # Nor by a mistake. A script is to notice it.
+                    if not self._is_interactive:
+                        raise
+                    self._notes.print(f"error: {error}", markup=False, soft_wrap=True)
+
+    def _take(self, line: str) -> None:
+        if line.startswith("/"):
+            command, _, rest = line.partition(" ")
+            self._obey(command, rest.strip())
+        elif line.strip():
+            self._answer(line.strip())
+
+    def _lines(self) -> Iterator[str]:
+        """The lines of standard input."""
+        if not self._is_interactive:
+            try:
+                for line in sys.stdin:
+                    yield line.rstrip("\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"standard input: expected text in UTF-8, found other bytes ({error})"
+                ) from None
+            return
+        prompt = "> " if self._notes.no_color else "\x01\x1b[1;36m\x02> \x01\x1b[0m\x02"
+        while True:
+            try:
+                line = _typed_line(prompt)
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt as error:
+                print()
+                is_begun = isinstance(error, _LineInterrupted)
+                if self._was_interrupted and not is_begun:
+                    raise
+                self._was_interrupted = not is_begun
+                if self._was_interrupted:
+                    self._notes.print("Ctrl-C once more leaves.")
+                continue
+            self._was_interrupted = False
+            yield line
+
+    def _answer(self, text: str) -> None:
+        """Print the answer to a message as it is written; Ctrl-C stops it."""
+        talk, begun = self._talk, time.monotonic()
+        with noted() as is_stopped:
+            for piece in talk.answer(text, is_stopped):
+                print(piece, end="", flush=True)
+            print(flush=True)
+            self._was_interrupted = is_stopped()
+        rate = talk.num_written / (time.monotonic() - begun)
+        said = [f"{talk.num_written} tokens, {rate:.1f} tokens/s"]
+        said += ["stopped: Ctrl-C once more leaves"] if self._was_interrupted else []
+        said += ["ended by --max-tokens"] if talk.is_cut else []
+        if talk.num_reread:
+            said.append(
+                f"{talk.num_reread} tokens of before read again, as the chat template wrote them otherwise"
+            )
+        self._notes.print("; ".join(said))
+
+    def _obey(self, command: str, file: str) -> None:
+        if command == "/help":
+            out_console.print(_HELP, highlight=False)
+        elif command == "/memory":
+            out_console.print(_about(self._talk), highlight=False)
+        elif command in ("/save", "/load") and file:
+            path = Path(file).expanduser()
+            if command == "/save":
+                self._save(path)
+            else:
+                self._talk.go_on_from(read_chat(path, self._model))
+                self._notes.print(f"{self._talk.cache.num_columns:,} tokens read")
+        else:
+            found = f"{command} {file}".strip()
+            raise ValueError(
+                f"expected one of /save FILE, /load FILE, /memory, /help and /quit, found {found!r}"
+            )
+
+    def _save(self, path: Path) -> None:
+        from ovq.hf import save_context
+
+        check_file("/save", path)
+        check_model_path("/save", path)
+        save_context(self._talk.saved(), path)
+        self._notes.print(f"saved in {path}", markup=False, soft_wrap=True)
+
+
+class _LineInterrupted(KeyboardInterrupt):
+    """Ctrl-C came after a line was begun."""
+
+
+def _typed_line(prompt: str) -> str:
+    """A line that somebody types and may edit.
+
+    Raises:
+        EOFError: Ctrl-D.
+        KeyboardInterrupt: Ctrl-C; `_LineInterrupted` if the line was not empty.
+    """
+    try:
+        # With it, `input` edits lines. There is none on Windows, whose terminal does it.
+        from readline import get_line_buffer
+    except ImportError:
+        get_line_buffer = str
+
+    def interrupt(*_: object) -> None:
+        # The line is lost once this has been raised.
+        raise _LineInterrupted if get_line_buffer() else KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        return input(prompt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _about(talk: Conversation) -> str:
+    """What the model keeps, in words."""
+    from ovq.runtime.units import format_bytes
+
+    cache = talk.cache
+    num_exact, num_open, num_slots = _rows(cache)
+    size = format_bytes(cache.nbytes)
+    return (
+        f"{cache.num_columns:,} tokens read, {talk.num_before:,} of them before the chat; {size}\n"
+        f"rows of all heads: {num_exact:,} exact, {num_open:,} of {num_slots:,} slots in use"
+    )
+
+
+def _rows(cache: StateCache) -> tuple[int, int, int]:
+    """Tokens that heads keep exactly, slots in use, and slots, of all layers and heads together."""
+    from ovq.convert import MemoryCache
+    from ovq.ops import OVQState
+
+    exact = used = slots = 0
+    for layer in cache.layers:
+        if layer.state is None:
+            continue
+        if isinstance(cache, MemoryCache):
+            for memory in layer.state:
+                exact += memory.filled[0] * len(memory.budget.heads)
+                used, slots = used + int((memory.count > 0).sum()), slots + memory.count.numel()
+        elif isinstance(layer.state, OVQState):
+            summary, num_heads = layer.state.summary(), layer.state.count.shape[1]
+            exact += summary.num_pending[0] * num_heads
+            used, slots = used + summary.num_open[0] * num_heads, slots + summary.num_slots * num_heads
+        elif layer.keys is not None:
+            exact += layer.keys.shape[1] * layer.keys.shape[2]
+    return exact, used, slots

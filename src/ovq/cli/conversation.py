@@ -1,0 +1,213 @@
+"""`Conversation`: what a user and a model have said, and the states from which the next answer goes on.
+
+Each prompt is all that was said, as the chat template writes it. What a state has read of it is not read
+again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ovq.cli.common import chat_text, encode
+
+if TYPE_CHECKING:
+    from ovq.hf import Context
+    from ovq.hf.cache import StateCache
+    from ovq.hf.streaming import Sampling
+
+# After a prompt and after its answer, of the last two turns: templates may leave reasoning out of answers
+# once they are not the last, so that the state before an answer is the one to go on from.
+_MOST_STATES = 4
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _State:
+    """A cache that has read the first `num_tokens` tokens of the conversation."""
+
+    num_tokens: int
+    cache: StateCache
+
+
+class Conversation:
+    """Messages and answers of a model that has a chat template.
+
+    Args:
+        model: an OVQ model or a converted one.
+        tokenizer: its tokenizer, which has a chat template.
+        sampling: how tokens are chosen.
+        max_tokens: tokens of an answer, at most; 0 for no limit.
+        seed: of the random numbers. Each turn has its own, so that a saved chat goes on as it would have.
+        system: what to begin with, if anything.
+
+    Attributes:
+        messages: what was said, as chat templates take it.
+        num_before: tokens read before the first message.
+        num_reread: tokens of earlier turns that the last turn had to read again.
+        num_written: tokens of the last answer.
+        is_cut: whether `max_tokens` has ended it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        sampling: Sampling,
+        max_tokens: int,
+        seed: int = 0,
+        system: str | None = None,
+    ) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._sampling, self._max_tokens, self._seed = sampling, max_tokens, seed
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self.num_before = self.num_reread = self.num_written = 0
+        self.is_cut = False
+        # Read since `num_before`.
+        self._tokens: list[int] = []
+        self._states = [_State(num_tokens=0, cache=model.make_cache())]
+
+    @property
+    def cache(self) -> StateCache:
+        """What the model has read, which must not read on."""
+        return self._states[-1].cache
+
+    def go_on_from(self, context: Context) -> None:
+        """Go on after a document, or from a saved chat, in place of what was said.
+
+        Raises:
+            ValueError: a note that is not that of a chat.
+        """
+        messages, tokens = _noted(context)
+        # What a document was followed by may begin with what was said by the system.
+        self.messages = messages if context.note else [m for m in self.messages if m["role"] == "system"]
+        self.num_before, self._tokens = context.num_tokens - len(tokens), tokens
+        self._states = [_State(num_tokens=len(tokens), cache=context.cache())]
+
+    def saved(self) -> Context:
+        """The conversation, to be saved.
+
+        Raises:
+            ValueError: nothing has been read.
+        """
+        from ovq.hf import Context
+
+        # Whatever comes next must go on from this state.
+        ids = self._ids([*self.messages, {"role": "user", "content": "?"}])
+        state = self._state_for(ids)
+        note = json.dumps({"messages": self.messages, "tokens": ids[: state.num_tokens]})
+        return Context.of(self._model, state.cache, note=note)
+
+    def answer(self, text: str, is_stopped: Callable[[], bool] = lambda: False) -> Iterator[str]:
+        """The answer to a message, in pieces as it is written; what has been written then counts as said.
+
+        Args:
+            text: the message.
+            is_stopped: called after every token; what it returns ends the answer.
+
+        Raises:
+            ValueError: a message that the chat template refuses.
+        """
+        import torch
+
+        from ovq.hf.streaming import TextStream, stream_tokens
+
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self._ids(messages)
+        state = self._state_for(ids)
+        cache = state.cache.snapshot()
+        self.num_reread, self.is_cut = len(self._tokens) - state.num_tokens, False
+        # Later states have read what is said otherwise now.
+        del self._states[self._states.index(state) + 1 :]
+        self._tokens = ids[: state.num_tokens]
+        tokens = stream_tokens(
+            self._model,
+            ids[state.num_tokens :],
+            cache=cache,
+            sampling=self._sampling,
+            eos_token_id=self._model.generation_config.eos_token_id,
+            generator=torch.Generator(self._model.device).manual_seed((self._seed + len(messages)) % 2**63),
+        )
+        stream = TextStream(self._tokenizer, prompt=ids)
+        written: list[int] = []
+        pieces: list[str] = []
+        for token in islice(tokens, self._max_tokens or None):
+            if not written:
+                self._keep(ids, cache.snapshot())
+            written.append(token)
+            if piece := stream.push(token):
+                pieces.append(piece)
+                yield piece
+            if is_stopped():
+                break
+        else:
+            self.is_cut = len(written) == self._max_tokens
+        if piece := stream.finish():
+            pieces.append(piece)
+            yield piece
+        self.num_written = len(written)
+        # The last token has not been read.
+        self._keep([*ids, *written[:-1]], cache)
+        self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+    def _ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """The prompt that the chat template makes of messages. It marks the beginning by itself."""
+        text = chat_text(messages, self._tokenizer, flag="message")
+        vocab_size = self._model.config.vocab_size
+        return encode(text, self._tokenizer, vocab_size=vocab_size, flag="message", is_start=False)
+
+    def _keep(self, tokens: list[int], cache: StateCache) -> None:
+        """Keep the state after these tokens, besides the first one and the last ones."""
+        self._tokens = tokens
+        self._states.append(_State(num_tokens=len(tokens), cache=cache))
+        del self._states[1:-_MOST_STATES]
+
+    def _state_for(self, ids: Sequence[int]) -> _State:
+        """The state that has read most of a prompt, but not its last token, and nothing else."""
+        common = 0
+        for one, other in zip(self._tokens, ids[:-1], strict=False):
+            if one != other:
+                break
+            common += 1
+        found = [state for state in self._states if state.num_tokens <= common]
+        if not found:
+            raise ValueError(
+                "message: expected a chat template that goes on from what the saved chat has read, found "
+                "one that writes it otherwise"
+            )
+        return found[-1]
+
+
+def read_chat(path: Path, model: Any) -> Context:
+    """The context in a file: a document, or a chat that was saved.
+
+    Raises:
+        ValueError: another file, or one of another model.
+    """
+    from ovq.hf import load_context
+
+    context = load_context(path, model)
+    try:
+        _noted(context)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return context
+
+
+def _noted(context: Context) -> tuple[list[dict[str, str]], list[int]]:
+    """The messages of a saved chat, and the tokens that were read of them; none of a document."""
+    if not context.note:
+        return [], []
+    try:
+        found = json.loads(context.note)
+        messages = [{name: str(m[name]) for name in ("role", "content")} for m in found["messages"]]
+        tokens = [int(token) for token in found["tokens"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"expected a chat that was saved, found another note ({error!r})") from None
+    if len(tokens) > context.num_tokens:
+        raise ValueError(f"expected a chat of {context.num_tokens} tokens at most, found {len(tokens)}")
+    return messages, tokens

@@ -1,0 +1,114 @@
+"""Drafts with converted models: what `crop` takes out was never merged, and answers are the greedy ones."""
+
+import pytest
+import torch
+
+import ovq.convert.cache
+from ovq.hf.cache import CACHE_KEY
+from tests.convert.common import IDS, converted, original, tokens
+
+GREEDY = {"do_sample": False, "max_new_tokens": 60}
+PROMPT = tokens(1, 25, seed=3).repeat(1, 2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """In float64, so that rounding flips no choice; heads merge and drop, and rows are brought nearer."""
+    model = converted().double()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def answer(model, **options):
+    return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **GREEDY, **options)
+
+
+@pytest.mark.parametrize("most", [256, 10])
+def test_prompt_lookup_gives_the_greedy_answer(model, most, monkeypatch):
+    monkeypatch.setattr(ovq.convert.cache, "MOST_CROPPED", most)
+    assert torch.equal(answer(model, prompt_lookup_num_tokens=6), answer(model))
+
+
+def test_assistants_give_the_greedy_answer(model):
+    expected = answer(model)
+    assert torch.equal(answer(model, assistant_model=original().double()), expected)
+    # A converted model may be the assistant, too.
+    full = original().double()
+    full.generation_config.eos_token_id = None
+    assert torch.equal(answer(full, assistant_model=model), answer(full))
+
+
+def states(cache):
+    for layer in cache.layers:
+        yield from layer.parts().values()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "nums"),
+    [
+        ([1], 256, [1]),
+        ([12], 256, [1, 6, 12]),
+        ([2, 9, 1], 256, [1, 5, 11]),
+        # More than is recorded.
+        ([12], 10, [2, 10]),
+        ([7, 3], 8, [1, 3]),
+    ],
+)
+def test_what_is_cropped_was_never_read(model, sizes, most, nums, monkeypatch):
+    monkeypatch.setattr(ovq.convert.cache, "MOST_CROPPED", most)
+    whole = model.make_cache()
+    with torch.no_grad():
+        for start in range(80):
+            before = whole.snapshot()
+            if start % 5 == 0:
+                for num in nums:
+                    cache, place = before.snapshot(), start
+                    cache.activate_past_recording()
+                    for size in sizes:
+                        place += size
+                        model(IDS[:1, place - size : place], **{CACHE_KEY: cache})
+                    cache.crop(-num)
+                    expected = before.snapshot()
+                    if left := sum(sizes) - num:
+                        model(IDS[:1, start : start + left], **{CACHE_KEY: expected})
+                    assert cache.get_seq_length() == start + left
+                    for one, other in zip(states(cache), states(expected), strict=start + left > 0):
+                        torch.testing.assert_close(one, other)
+            model(IDS[:1, start : start + 1], **{CACHE_KEY: whole})
+
+
+def test_the_kernel_writes_what_changes_nothing_but_free_places(steps):
+    """In float32. Merges come every eight tokens here."""
+    model = converted(max_distance=48)
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(IDS[:1, :20], **{CACHE_KEY: cache})
+        cache.activate_past_recording()
+        steps[:] = 0, 0
+        for i in range(20, 36):
+            expected = model(IDS[:1, i : i + 1], **{CACHE_KEY: cache}).logits
+            cache.crop(-1)
+            found = model(IDS[:1, i : i + 1], **{CACHE_KEY: cache}).logits
+            cache.crop(0)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert steps == [2 * (16 - 2), 2 * 2]
+
+
+def test_only_what_was_recorded_can_be_cropped(model):
+    cache = model.make_cache()
+    with torch.no_grad():
+        model(IDS[:1, :20], **{CACHE_KEY: cache})
+        with pytest.raises(ValueError, match=r"n from 0 to 0, found crop\(-1\)"):
+            cache.crop(-1)
+        cache.activate_past_recording()
+        model(IDS[:1, 20:23], **{CACHE_KEY: cache})
+        for num in (-4, 1):
+            with pytest.raises(ValueError, match=rf"n from -3 to 0, found crop\({num}\)"):
+                cache.crop(num)
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(ValueError, match=r"n from 0 to 0, found crop\(-1\)"):
+            cache.crop(-1)
+        # Rows of a batch cannot be cropped.
+        model(IDS[:2, 20:23], **{CACHE_KEY: cache})
+        with pytest.raises(ValueError, match=r"found crop\(-1\)"):
+            cache.crop(-1)

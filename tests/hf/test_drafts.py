@@ -1,0 +1,108 @@
+"""Drafts: prompt lookup and assisted decoding give the greedy answer, and `crop` takes tokens out again."""
+
+import pytest
+import torch
+
+from ovq.hf import OVQCache, modeling_ovq
+from ovq.hf.cache import CACHE_KEY
+from tests.hf.common import BASELINES, left_padded, make_model, random_ids
+
+GREEDY = {"do_sample": False, "max_new_tokens": 50}
+# What is repeated is found by prompt lookup.
+PROMPT = random_ids(1, 9).repeat(1, 3)
+
+
+@pytest.fixture(scope="module", params=[{}, BASELINES], ids=["ovq", "baselines"])
+def model(request):
+    return make_model(**request.param)
+
+
+@pytest.fixture
+def num_tokens(model):
+    """Tokens of each call of the model."""
+    found = []
+    hook = model.register_forward_hook(
+        lambda module, args, kwargs, out: found.append(out.logits.shape[1]), with_kwargs=True
+    )
+    yield found
+    hook.remove()
+
+
+def answer(model, **options):
+    return model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), **GREEDY, **options)
+
+
+def test_prompt_lookup_gives_the_greedy_answer(model, num_tokens):
+    expected = answer(model)
+    num_tokens.clear()
+    assert torch.equal(answer(model, prompt_lookup_num_tokens=6), expected)
+    assert max(num_tokens) == 7
+
+
+def test_assistants_give_the_greedy_answer(model, num_tokens):
+    expected = answer(model)
+    num_tokens.clear()
+    assert torch.equal(answer(model, assistant_model=make_model(seed=1)), expected)
+    assert max(num_tokens) > 1
+    # All that an equal assistant says is accepted.
+    num_tokens.clear()
+    twin = make_model(**BASELINES) if len(model.model.layers) > 4 else make_model()
+    twin.generation_config.assistant_confidence_threshold = 0
+    assert torch.equal(answer(model, assistant_model=twin), expected)
+    assert len(num_tokens) <= 5
+
+
+def test_a_cache_that_was_given_goes_on_after_drafts(model):
+    expected, cache = answer(model), OVQCache(model.config)
+    options = {"prompt_lookup_num_tokens": 6, CACHE_KEY: cache}
+    assert torch.equal(answer(model, **options), expected)
+    assert cache.get_seq_length() == expected.shape[1] - 1
+    further = {"do_sample": False, "max_new_tokens": 9}
+    mask = torch.ones_like(expected)
+    out = model.generate(expected, attention_mask=mask, **{CACHE_KEY: cache}, **further)
+    assert torch.equal(out, model.generate(expected, attention_mask=mask, **further))
+    # Which need not be recorded.
+    assert not cache.is_recording
+
+
+@pytest.mark.parametrize("most", [256, 7])
+@pytest.mark.parametrize("sizes", [[11], [1] * 7, [4, 1, 2]], ids=str)
+def test_what_is_cropped_was_never_read(model, sizes, most, monkeypatch):
+    monkeypatch.setattr(modeling_ovq, "MOST_CROPPED", most)
+    monkeypatch.setattr("ovq.hf.cache.MOST_CROPPED", most)
+    ids, mask = left_padded([random_ids(1, n, seed=n)[0] for n in (30, 27, 18)])
+    for start in (0, 12, 13):
+        for num in (0, 1, 5, 7):
+            cache, place = model.make_cache(), start
+            with torch.no_grad():
+                if start:
+                    model(ids[:, :start], mask[:, :start], **{CACHE_KEY: cache})
+                cache.activate_past_recording()
+                for size in sizes:
+                    place += size
+                    model(ids[:, place - size : place], mask[:, :place], **{CACHE_KEY: cache})
+                cache.crop(-num)
+                left = place - num
+                assert cache.get_seq_length() == left
+                found = model(ids[:, left : left + 4], mask[:, : left + 4], **{CACHE_KEY: cache}).logits
+                expected = model(ids[:, : left + 4], mask[:, : left + 4]).logits[:, left:]
+            torch.testing.assert_close(found, expected)
+
+
+def test_only_what_was_recorded_can_be_cropped(model):
+    cache = model.make_cache()
+    model(PROMPT, **{CACHE_KEY: cache})
+    with pytest.raises(ValueError, match=r"n from 0 to 0, found crop\(-1\)"):
+        cache.crop(-1)
+    cache.activate_past_recording()
+    model(PROMPT[:, :3], **{CACHE_KEY: cache})
+    for num in (-4, 1):
+        with pytest.raises(ValueError, match=rf"n from -3 to 0, found crop\({num}\)"):
+            cache.crop(num)
+    cache.crop(-3)
+    with pytest.raises(ValueError, match=r"n from 0 to 0, found crop\(-1\)"):
+        cache.crop(-1)
+    model(PROMPT[:, :3], **{CACHE_KEY: cache})
+    cache.batch_repeat_interleave(2)
+    with pytest.raises(ValueError, match=r"n from 0 to 0, found crop\(-1\)"):
+        cache.crop(-1)
