@@ -69,9 +69,8 @@ class Constraint:
         """Raise a `GrammarFault` if the answer cannot be completed."""
         if self._matcher.is_stopped() and not self._matcher.is_accepting():
             message = _PLACE.split(self._matcher.get_error(), maxsplit=1)[0]
-            message = " ".join(message.rpartition("failed to compile JSON schema: ")[2].split())[
-                :_LONGEST_FAULT
-            ]
+            words = message.rpartition("failed to compile JSON schema: ")[2].split()
+            message = " ".join(words)[:_LONGEST_FAULT]
             raise GrammarFault("nothing fits it" if message.startswith("NoExtension") else message)
 
 
@@ -117,7 +116,7 @@ class Grammars:
             found = Constraint(matcher, vocab_size=self._vocab_size, ends=self._ends)
             try:
                 found.check()
-                # Much of what the first token needs is kept, and copied with the matcher.
+                # Here rather than in the first step of an answer, for which all others would wait.
                 found.allowed()
                 found.check()
             except GrammarFault as fault:
