@@ -272,6 +272,7 @@ def test_bad_input_costs_one_line(arguments, lines, message, capsys, folders, sa
     text = "".join(f"{line.format(**names)}\n" for line in lines)
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     words = [word.format(**names) for word in arguments.split()]
+    capsys.readouterr()  # Saving shows a bar, unless a test before has turned bars off.
     found = fail(capsys, "chat", "--model", folders / "converted", *words)
     assert message.format(**names) in found
 
