@@ -100,7 +100,9 @@ def main() -> None:
         for size, turns in ((512, arguments.turns), (0, arguments.turns_before))
         for row in measure(arguments.model, document, turns, prefix_cache=size)
     ]
-    content = {"environment": environment("cpu"), "command": sys.argv, "rows": rows}
+    # Where files lie here is of no use elsewhere.
+    command = [Path(word).name for word in sys.argv]
+    content = {"environment": environment("cpu"), "command": command, "rows": rows}
     write_atomic(arguments.out, json.dumps(content, indent=1) + "\n")
 
 
