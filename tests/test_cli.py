@@ -407,3 +407,14 @@ def test_the_module_runs_as_a_program():
     )
     assert process.returncode == 2
     assert process.stderr.startswith("ovq: error: expected a recipe")
+
+
+def test_the_demonstration_ends_with_the_next_command(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("ovq_lab.figures.demo.run_demo", lambda *_, **__: None)
+    for found, program in (("/bin/ovq", "ovq"), (None, ".venv/bin/ovq")):
+        monkeypatch.setattr("shutil.which", lambda _, found=found: found)
+        monkeypatch.setattr("sys.argv", [".venv/bin/ovq"])
+        said = run(capsys, "demo", "--out", tmp_path)
+        # It is one that there is: its options are read, and only the model is missing.
+        command = said.split(f"{program} eval ")[1]
+        assert "found no config.json in it" in fail(capsys, "eval", *command.split())

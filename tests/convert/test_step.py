@@ -150,6 +150,11 @@ def test_int8_rounds_to_steps_of_the_largest_of_64():
     torch.testing.assert_close(matrix.factors[::2, 0], torch.tensor([1.0, 0.02]))
     assert packed(torch.ones(2, 65), None, torch.int8).factors.shape == (2, 2)
     assert packed(weight, None, None).weight.data_ptr() == weight.data_ptr()
+    # Rows are rounded some at a time, each as if it were alone.
+    many = torch.arange(2500.0)[:, None].sin() * torch.arange(70.0).cos()
+    matrix, last = packed(many, None, torch.int8), packed(many[2400:], None, torch.int8)
+    assert torch.equal(matrix.weight[2400:], last.weight)
+    assert torch.equal(matrix.factors[2400:], last.factors)
 
 
 def test_rows_of_different_lengths_that_join_and_leave(steps, by_modules):

@@ -35,20 +35,17 @@ class Peer(NamedTuple):
     imported_bytes: int
 
 
-def llama_cpp(model: str, *, most_tokens: int, threads: int, cache: str) -> Peer:
-    """A GGUF file, by llama-cpp-python, with flash attention; `cache` is f16 or q8_0."""
+def llama_cpp(model: str, *, most_tokens: int, threads: int) -> Peer:
+    """A GGUF file, by llama-cpp-python, with flash attention and its default cache, float16."""
     import llama_cpp
 
     imported = resident()
-    kinds = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}
     engine = llama_cpp.Llama(
         model,
         n_ctx=most_tokens,
         n_threads=threads,
         n_threads_batch=threads,
         flash_attn=True,
-        type_k=kinds[cache],
-        type_v=kinds[cache],
         verbose=False,
     )
 

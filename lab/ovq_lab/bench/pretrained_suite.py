@@ -33,8 +33,6 @@ class PretrainedSuite:
             `ovq.convert.attach`).
         gguf: the same model for llama.cpp; None to leave that out.
         llama_cpp: interpreter of an environment that has llama-cpp-python.
-        caches: formats of llama.cpp's cache, out of f16 and q8_0.
-        with_transformers: whether to measure the full cache of transformers too.
     """
 
     model: Path
@@ -43,8 +41,6 @@ class PretrainedSuite:
     dtypes: Sequence[tuple[str, str]] = (("float32", "float32"), ("float32", "int8"), ("bfloat16", "int8"))
     gguf: Path | None = None
     llama_cpp: str = sys.executable
-    caches: Sequence[str] = ("f16",)
-    with_transformers: bool = True
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
@@ -61,12 +57,10 @@ class PretrainedSuite:
             label = f"ovq, {dtype}" if weight_dtype == dtype else f"ovq, {dtype}, writes with {weight_dtype}"
             yield label, sys.executable, {"dtype": dtype, "weight_dtype": weight_dtype, **ours}
         if self.gguf is not None:
-            for cache in self.caches:
-                arguments = {"kind": "llama_cpp", "model": str(self.gguf), "cache": cache}
-                yield f"llama.cpp, {self.gguf.stem}, {cache} cache", self.llama_cpp, arguments
-        if self.with_transformers:
-            full = {"kind": "transformers", "model": str(self.model), "dtype": "float32"}
-            yield "transformers, float32, full cache", sys.executable, full
+            arguments = {"kind": "llama_cpp", "model": str(self.gguf)}
+            yield f"llama.cpp, {self.gguf.stem}, f16 cache", self.llama_cpp, arguments
+        full = {"kind": "transformers", "model": str(self.model), "dtype": "float32"}
+        yield "transformers, float32, full cache", sys.executable, full
 
     @property
     def total(self) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ovq.cli import dictionaries
+from ovq.cli import choices, dictionaries
 from ovq.cli.common import (
     as_text,
     check_chat_template,
@@ -22,7 +22,6 @@ from ovq.cli.common import (
     encode,
     out_console,
     read_text,
-    sampling_of,
 )
 from ovq.cli.conversation import Conversation, read_chat
 from ovq.cli.loading import (
@@ -33,7 +32,6 @@ from ovq.cli.loading import (
     load_tokenizer,
 )
 from ovq.cli.signals import noted
-from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
     from ovq.hf import Context
@@ -66,21 +64,15 @@ def chat(
     max_tokens: Annotated[
         int, typer.Option(min=0, help="Most tokens of an answer; 0 to go on until it ends.")
     ] = 1024,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[
-        int, typer.Option(min=0, help="Sample from this many of the likeliest tokens; 0: all.")
-    ] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens with this total probability.")
-    ] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Sample from tokens at least this share as likely as the likeliest.")
-    ] = 0.0,
+    temperature: choices.Temperature = 0.0,
+    top_k: choices.TopK = 0,
+    top_p: choices.TopP = 1.0,
+    min_p: choices.MinP = 0.0,
     num_slots: dictionaries.Size = None,
     merge: dictionaries.Rule = None,
     logn_length: dictionaries.LognLength = None,
     weight_dtype: WeightDtype = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
+    seed: choices.Seed = 0,
 ) -> None:
     """Talk to a model whose tokenizer has a chat template, after a document if one is given.
 
@@ -106,7 +98,7 @@ def chat(
 
     from transformers import set_seed
 
-    sampling = sampling_of(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    sampling = choices.sampling_of(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     loaded = load_generating_model(
         model, num_slots=num_slots, merge=merge, logn_length=logn_length, weight_dtype=weight_dtype
     )

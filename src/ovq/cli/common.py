@@ -7,12 +7,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-
-if TYPE_CHECKING:
-    from ovq.hf.streaming import Sampling
 
 out_console = Console()
 """Results go to standard output; progress and errors go to standard error."""
@@ -228,14 +225,3 @@ def chat_text(messages: Sequence[dict[str, str]], tokenizer: Any, *, flag: str) 
         raise ValueError(
             f"{flag}: expected what the model's chat template takes, found otherwise ({error})"
         ) from error
-
-
-def sampling_of(**fields: Any) -> Sampling:
-    """How tokens are chosen; errors name the flags."""
-    from ovq.hf.streaming import Sampling
-
-    try:
-        return Sampling(**fields)
-    except ValueError as error:
-        field, _, what = str(error).partition(":")
-        raise ValueError(f"--{field.replace('_', '-')}:{what}") from None

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ovq.cli import dictionaries
-from ovq.cli.common import as_text, chat_text, check_chat_template, encode, read_text, sampling_of
+from ovq.cli import choices, dictionaries
+from ovq.cli.common import as_text, chat_text, check_chat_template, encode, read_text
 from ovq.cli.loading import (
     WeightDtype,
     check_generating_folder,
@@ -19,7 +19,6 @@ from ovq.cli.loading import (
     load_generating_model,
     load_tokenizer,
 )
-from ovq.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,16 +53,10 @@ def generate(
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Continue where a text ends, with another one.")
     ] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
-    top_k: Annotated[
-        int, typer.Option(min=0, help="Sample from this many of the likeliest tokens; 0: all.")
-    ] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens with this total probability.")
-    ] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Sample from tokens at least this share as likely as the likeliest.")
-    ] = 0.0,
+    temperature: choices.Temperature = 0.0,
+    top_k: choices.TopK = 0,
+    top_p: choices.TopP = 1.0,
+    min_p: choices.MinP = 0.0,
     repetition_penalty: Annotated[
         float, typer.Option(help="Above 1 makes tokens that have occurred less likely.")
     ] = 1.0,
@@ -74,7 +67,7 @@ def generate(
     merge: dictionaries.Rule = None,
     logn_length: dictionaries.LognLength = None,
     weight_dtype: WeightDtype = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of the sampling.")] = 0,
+    seed: choices.Seed = 0,
     json_: Annotated[
         bool, typer.Option("--json", help="Print one JSON object at the end: text, token ids, why it ended.")
     ] = False,
@@ -112,7 +105,7 @@ def generate(
     from ovq.hf import load_context
     from ovq.hf.streaming import stream_text
 
-    sampling = sampling_of(
+    sampling = choices.sampling_of(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

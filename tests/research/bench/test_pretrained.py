@@ -76,7 +76,6 @@ def test_a_way_that_fails_says_why(folder, tmp_path):
         dtypes=[],
         gguf=tmp_path / "model.gguf",
         llama_cpp=peer,
-        with_transformers=False,
     )
     with pytest.raises(ValueError, match=r"llama_cpp: expected .* found exit code 3, no such module"):
         run_pretrained(suite, lambda done, note: None)

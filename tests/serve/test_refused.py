@@ -1,0 +1,96 @@
+"""What the server refuses, in the form of OpenAI's errors."""
+
+import json
+
+import httpx
+import pytest
+
+from tests.serve.common import reading_service, running, text_service
+
+
+@pytest.fixture(scope="module")
+def ids():
+    """A server of a model that reads token ids."""
+    with running(reading_service()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def text():
+    """A server of a model that reads text."""
+    with running(text_service()) as server:
+        yield server
+
+
+BAD = [
+    ({"model": "other"}, 404, "model: expected 'ids'"),
+    ({"prompt": None}, 400, "prompt: expected text, a list of token ids, or a list of either, found"),
+    ({"prompt": [1, "2"]}, 400, "prompt: expected text, a list of token ids"),
+    ({"prompt": []}, 400, "prompt: expected at least one token, found none"),
+    ({"prompt": ""}, 400, "prompt: expected at least one token, found none"),
+    ({"prompt": "12 x"}, 400, "prompt: expected token ids such as '12 7 33' (the model has no tokenizer)"),
+    ({"prompt": [1, 48]}, 400, "prompt: expected token ids from 0 to 47, found 1 to 48"),
+    ({"prompt": [-1]}, 400, "prompt: expected token ids from 0 to 47, found -1 to -1"),
+    ({"prompt": [[1]] * 300}, 400, "prompt: expected at most 256 prompts, found 300"),
+    ({"max_tokens": 0}, 400, "max_tokens: expected greater than or equal to 1, found 0"),
+    ({"max_tokens": 5000}, 400, "max_tokens: expected at most 4096, found 5000"),
+    ({"max_tokens": "5"}, 400, "max_tokens: expected a valid integer, found '5'"),
+    ({"n": 33}, 400, "n: expected at most 32, found 33"),
+    ({"temperature": -1}, 400, "temperature: expected greater than or equal to 0, found -1"),
+    ({"temperature": 1e999}, 400, "expected a body of JSON, found otherwise"),
+    ({"top_p": 0}, 400, "top_p: expected greater than 0, found 0"),
+    ({"echo": True}, 400, "echo: expected False, as nothing else is supported, found True"),
+    ({"best_of": 3}, 400, "best_of: expected 1, as nothing else is supported, found 3"),
+    ({"frequency_penalty": 0.5}, 400, "frequency_penalty: expected 0, as nothing else is supported"),
+    ({"temprature": 1}, 400, "temprature: expected fields of this request, found an unknown one"),
+    ({"logprobs": 21}, 400, "logprobs: expected less than or equal to 20, found 21"),
+    ({"stop": [""]}, 400, "stop: expected at most 16 sequences, none of them empty"),
+    ({"context": "no"}, 404, "context: expected one of [], found 'no'"),
+    ({"context": "../x"}, 400, "context: expected "),
+]
+
+
+@pytest.mark.parametrize(("changes", "status", "expected"), BAD, ids=[str(row[0])[:30] for row in BAD])
+def test_what_cannot_be_answered_is_refused_in_openai_s_form(ids, changes, status, expected):
+    body = json.dumps({"model": "ids", "prompt": [1], "max_tokens": 2, **changes})
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{ids.url}/v1/completions", content=body, headers=headers)
+    assert answer.status_code == status
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert answer.json()["error"]["message"].startswith(expected)
+    assert answer.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ([], "messages: expected at least 1 item"),
+        (
+            [{"role": "robot", "content": "x"}],
+            "messages.0.role: expected 'system', 'developer', 'user', 'ass",
+        ),
+        ([{"role": "user", "content": None}], "messages.0.content: expected text, found none"),
+        ([{"role": "user", "content": 3}], "messages.0.content: expected text or a list of parts"),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
+                }
+            ],
+            "messages.0.content: expected text or a list of parts of the type 'text', found something else",
+        ),
+    ],
+    ids=["none", "role", "nothing", "number", "image"],
+)
+def test_messages_that_cannot_be_read(text, messages, expected):
+    answer = httpx.post(f"{text.url}/v1/chat/completions", json={"model": "text", "messages": messages})
+    assert answer.status_code == 400
+    assert expected in answer.json()["error"]["message"]
+
+
+def test_routes_and_methods_there_are_not(ids):
+    for method, path, status in (("GET", "/v1/nothing", 404), ("DELETE", "/v1/completions", 405)):
+        answer = httpx.request(method, ids.url + path)
+        assert answer.status_code == status
+        assert answer.json()["error"]["type"] == "invalid_request_error"
