@@ -9,6 +9,7 @@ seconds; bytes are those of the process beyond what it had once its libraries we
 
 from __future__ import annotations
 
+import inspect
 import json
 import statistics
 import sys
@@ -64,7 +65,9 @@ def transformers(model: str, *, most_tokens: int, threads: int, dtype: str) -> P
     torch.set_num_threads(threads)
     imported = resident()
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
-    return Peer(transformers.__version__, _reader(loaded, transformers.DynamicCache()), imported)
+    # Its name for the cache has changed.
+    named = "cache" if "cache" in inspect.signature(loaded.forward).parameters else "past_key_values"
+    return Peer(transformers.__version__, _reader(loaded, named, transformers.DynamicCache()), imported)
 
 
 def ovq(model: str, *, most_tokens: int, threads: int, dtype: str, weight_dtype: str) -> Peer:
@@ -73,20 +76,21 @@ def ovq(model: str, *, most_tokens: int, threads: int, dtype: str, weight_dtype:
 
     import ovq
     from ovq.convert import load
+    from ovq.hf.cache import CACHE_KEY
 
     torch.set_num_threads(threads)
     imported = resident()
     loaded: Any = load(model, weight_dtype=weight_dtype, dtype=getattr(torch, dtype)).eval()
-    return Peer(ovq.__version__, _reader(loaded, loaded.make_cache()), imported)
+    return Peer(ovq.__version__, _reader(loaded, CACHE_KEY, loaded.make_cache()), imported)
 
 
-def _reader(model: Any, cache: Any) -> Callable[[list[int]], int]:
+def _reader(model: Any, named: str, cache: Any) -> Callable[[list[int]], int]:
     import torch
 
     @torch.inference_mode()
     def read(tokens: list[int]) -> int:
         ids = torch.tensor([tokens])
-        return int(model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax())
+        return int(model(ids, **{named: cache}, logits_to_keep=1).logits[0, -1].argmax())
 
     return read
 

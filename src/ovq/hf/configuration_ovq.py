@@ -256,8 +256,8 @@ class OVQConfig(PreTrainedConfig):
         """The fields that a config with these mixers has beside those of transformers, with their defaults.
 
         Example:
-            >>> OVQConfig.field_defaults(["mamba2"]).keys() - OVQConfig.field_defaults().keys()
-            {'mamba_head_dim', 'mamba_state_size'}
+            >>> sorted(OVQConfig.field_defaults(["mamba2"]).keys() - OVQConfig.field_defaults().keys())
+            ['mamba_head_dim', 'mamba_state_size']
         """
         fields = {field.name: field.default for field in dataclasses.fields(OVQConfig)}
         of_mixers = {name: field.default for name, field in _fields_of(mixer_types).items()}

@@ -4,7 +4,10 @@ import json
 
 import pytest
 import torch
+import transformers
 
+import ovq
+from ovq_lab.bench import pretrained_peer
 from ovq_lab.bench.pretrained_suite import PretrainedSuite, run_pretrained
 from ovq_lab.bench.show import save_figures, tables
 from tests.convert.common import converted
@@ -31,37 +34,58 @@ def script(path, text):
     return str(path)
 
 
-def test_every_way_is_measured_at_every_length(folder, tmp_path):
+@pytest.mark.parametrize("kind", ["ovq", "transformers"])
+def test_a_way_reads_up_to_each_length_and_writes_there(kind, folder, tmp_path, capsys, monkeypatch):
+    # Pieces that no length is a multiple of.
+    monkeypatch.setattr(pretrained_peer, "PIECE", 5)
+    (tmp_path / "tokens.json").write_text(json.dumps([i * 17 % 64 for i in range(40)]))
+    options = {"dtype": "float32"} | ({"weight_dtype": "int8"} if kind == "ovq" else {})
+    pretrained_peer.main(
+        kind,
+        str(folder),
+        str(tmp_path / "tokens.json"),
+        [8, 16],
+        3,
+        threads=torch.get_num_threads(),
+        **options,
+    )
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["length"] for row in rows] == [8, 16]
+    assert {row["version"] for row in rows} == {
+        ovq.__version__ if kind == "ovq" else transformers.__version__
+    }
+    for row in rows:
+        assert min(row["read_seconds"], row["write_seconds"]) > 0
+        assert row["peak_bytes"] >= row["bytes"]
+
+
+def test_every_way_is_measured_at_every_length(folder, tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_text("")
     peer = script(tmp_path / "python", FAKE)
-    dtypes = [("float32", "int8")]
+    monkeypatch.setattr("sys.executable", peer)
     suite = PretrainedSuite(
         model=folder,
         tokens=[i * 17 % 64 for i in range(40)],
         lengths=[16, 8],
-        dtypes=dtypes,
         gguf=tmp_path / "model.gguf",
         llama_cpp=peer,
     )
     seen = []
     report = json.loads(json.dumps(run_pretrained(suite, lambda done, note: seen.append(done))))
-    labels = [
-        "ovq, float32, writes with int8",
-        "llama.cpp, model, f16 cache",
-        "transformers, float32, full cache",
-    ]
     rows = report["rows"]
-    assert list(dict.fromkeys(row["label"] for row in rows)) == labels
-    assert seen[-1] == suite.total == 6
-    assert len(rows) == 3 * 6
-    assert [row["length"] for row in rows if row["what"] == "converted_write"] == [8, 16] * 3
-    told = [row for row in rows if row["mixer"] == "llama_cpp" and row["length"] == 16]
-    assert [row.get("seconds", row.get("peak_bytes")) for row in told] == [6.0, 7.0, 9]
-    assert {row["version"] for row in rows if row["mixer"] == "transformers"} != {"5"}
-    measured = [row for row in rows if row["mixer"] != "llama_cpp"]
-    assert all(row.get("seconds", 1) > 0 for row in measured)
-    assert all(row["peak_bytes"] >= row["bytes"] for row in measured if "bytes" in row)
-    assert [len(table.rows) for table in tables(report)] == [3, 3, 3]
+    assert list(dict.fromkeys((row["label"], row["mixer"]) for row in rows)) == [
+        ("ovq, float32", "ovq"),
+        ("ovq, float32, writes with int8", "ovq"),
+        ("ovq, bfloat16, writes with int8", "ovq"),
+        ("llama.cpp, model, f16 cache", "llama_cpp"),
+        ("transformers, float32, full cache", "transformers"),
+    ]
+    assert seen[-1] == suite.total == 10
+    for what, found in (("read", [1.0, 6.0]), ("write", [2.0, 7.0]), ("memory", [4, 9])):
+        of = [row for row in rows if row["what"] == f"converted_{what}"]
+        assert [row.get("seconds", row.get("peak_bytes")) for row in of] == found * 5
+        assert [row["length"] for row in of] == [8, 16] * 5
+    assert [len(table.rows) for table in tables(report)] == [5, 5, 5]
     assert save_figures(report, tmp_path)[0].is_file()
     assert report["environment"]["threads"] == torch.get_num_threads()
 
