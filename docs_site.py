@@ -1,4 +1,4 @@
-"""What the site has beyond docs/: pages of the repository's root, the reference of the command line.
+"""What the site has beyond docs/: pages of the root, the reference of the command line, formulas.
 
 A hook of mkdocs and an extension of griffe, which reads the docstrings; both are named in mkdocs.yml. Links
 inside docs/ are relative and work in the repository as they do on the site; those of the pages of the root
@@ -7,13 +7,18 @@ are made so here.
 
 from __future__ import annotations
 
+import html
 import os
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import griffe
+from fontTools import subset
+from math_core import LatexToMathML
 from mkdocs.structure.files import File, Files
+from pymdownx.arithmatex import arithmatex_fenced_format
 
 # What tqdm says in notebooks without ipywidgets would stand in red among the outputs of the tutorials.
 os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
@@ -21,6 +26,14 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
 _ROOT = Path(__file__).parent
 # What each page is made of. The README is not among them: index.md is the site's own first page.
 _PAGES = {"contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md", "changelog.md": "CHANGELOG.md"}
+# Formulas become MathML, which browsers show without a program. Their font comes with ziamath.
+_MATHML = LatexToMathML()
+_FONT = files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf"
+# In a line, with what follows without a space.
+_FORMULA = re.compile(
+    r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>([,.;:)]*)', flags=re.DOTALL
+)
+_CHARACTERS: set[str] = set()
 
 
 class Examples(griffe.Extension):
@@ -51,6 +64,13 @@ def on_config(config: Any) -> Any:
     config.site_url = os.environ.get("SITE_URL") or None
     if owner_and_name := os.environ.get("OVQ_REPOSITORY"):
         config.repo_url, config.repo_name = f"https://github.com/{owner_and_name}", owner_and_name
+    # Displayed formulas are blocks of `math`, which code hosts show too.
+    display = {
+        "name": "math",
+        "class": "arithmatex",
+        "format": arithmatex_fenced_format(mode="generic", tag="div"),
+    }
+    config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [display]}
     return config
 
 
@@ -63,9 +83,33 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Move the numbers of equations next to them; at the right margin they would be out of sight."""
-    return re.sub(r"^( {4}\S.*?) {2,}(\(\d+'?\))$", r"\1    \2", markdown, flags=re.MULTILINE)
+def on_page_content(content: str, **_: Any) -> str:
+    """Turn formulas into MathML; one that cannot be read ends the build."""
+    return _FORMULA.sub(_mathml, content)
+
+
+def _mathml(found: re.Match[str]) -> str:
+    is_displayed = found[1] == "div"
+    latex, *number = re.split(r"\\tag\{(.*)\}", html.unescape(found[2]).strip())
+    formula = _MATHML.convert_with_local_state(latex, displaystyle=is_displayed)
+    _CHARACTERS.update(formula)
+    if not is_displayed:
+        return f'<span class="formula">{formula}{found[3]}</span>'
+    # The number stands outside, where it stays in sight while a wide formula is scrolled.
+    shown = f"<span>({number[0]})</span>" if number else ""
+    return f'<div class="formula" data-search-exclude><div>{formula}</div>{shown}</div>'
+
+
+def on_post_build(config: Any) -> None:
+    """Write the part of the font that formulas use: their characters, and what browsers make of these."""
+    options = subset.Options(flavor="woff")
+    font = subset.load_font(str(_FONT), options)
+    part = subset.Subsetter(options)
+    # A letter is shown as one of the italics, Latin or Greek; roots and primes have elements of their own.
+    italics = (*range(0x1D434, 0x1D468), 0x210E, *range(0x1D6E2, 0x1D71C))
+    part.populate(text="\u221a\u2032" + "".join(_CHARACTERS), unicodes=italics)
+    part.subset(font)
+    subset.save_font(font, str(Path(config.site_dir) / "assets" / "math.woff"), options)
 
 
 def command_line() -> str:

@@ -39,6 +39,14 @@ def test_every_promise_names_a_test_there_is(name, fewest):
     assert not missing
 
 
+def test_equations_have_numbers_of_their_own_and_those_with_tests_are_there():
+    text = (ROOT / "docs" / "method" / "math.md").read_text()
+    numbers = re.findall(r"^.*\\tag\{(.+)\}$", text, flags=re.MULTILINE)
+    assert len(numbers) == len(set(numbers)) > 25
+    named = text.split("\n## 6.")[1].split("\n## 7.")[0]
+    assert set(re.findall(r"\((\d+'?)\)", named)) <= set(numbers)
+
+
 @pytest.mark.parametrize(
     "path",
     [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "method").glob("add_a_*.md"))],
