@@ -124,9 +124,9 @@ def attach(
             limit if it is not known how the model turns keys by their positions.
         config: all of these in one object instead, such as `ovq.convert.load` and `probe` use.
         weight_dtype: the format of the weights that write tokens one by one on a CPU: `"float32"`,
-            `"bfloat16"` or `"int8"`, of which a copy is made; None or `"auto"` for the model's own, without a
-            copy. It is not saved. Prompts are read with the model's own weights, and other devices decode
-            with them.
+            `"bfloat16"`, `"int8"` or `"int4"` (the output layer then in int8), of which a copy is made; None
+            or `"auto"` for the model's own, without a copy. It is not saved. Prompts are read with the
+            model's own weights, and other devices decode with them.
 
     Returns:
         The model, whose class is now a subclass of its own with `make_cache` and `memory_config`.

@@ -29,8 +29,8 @@ from ovq.layers.products import is_plain
 from ovq.ops.backends.cpu import HeadGroup, HeadsLayer, HeadsStep, Matrix, is_available, output_step, packed
 from ovq.ops.backends.cpu.kernels import DTYPES
 
-#: Formats of the weights that decode, by the names that `attach` takes.
-WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+#: Formats of the weights that decode, as `attach` takes them.
+WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 #: More rows than this take the modules. At so many, the kernel takes 0.8 times as long as they do.
 MOST_ROWS = 32
@@ -47,7 +47,7 @@ _NOTHING = {
 }
 
 
-def checked_weight_dtype(weight_dtype: str | None) -> torch.dtype | None:
+def checked_weight_dtype(weight_dtype: str | None) -> str | None:
     """The format of the weights that decode; None for that of the model.
 
     Raises:
@@ -55,7 +55,7 @@ def checked_weight_dtype(weight_dtype: str | None) -> torch.dtype | None:
 
     Example:
         >>> checked_weight_dtype("int8"), checked_weight_dtype("auto")
-        (torch.int8, None)
+        ('int8', None)
     """
     if weight_dtype is None or weight_dtype == "auto":
         return None
@@ -63,7 +63,7 @@ def checked_weight_dtype(weight_dtype: str | None) -> torch.dtype | None:
         raise ValueError(
             f"weight_dtype: expected None, 'auto' or one of {list(WEIGHT_DTYPES)}, found {weight_dtype!r}"
         )
-    return WEIGHT_DTYPES[weight_dtype]
+    return weight_dtype
 
 
 def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -258,10 +258,10 @@ class _Step:
 
     def pack_(self) -> None:
         """Make the copies of the weights that the step reads, where it does not read those of the model."""
-        model, dtype = self._model(), checked_weight_dtype(self._weight_dtype)
+        model, format = self._model(), checked_weight_dtype(self._weight_dtype)
 
         def matrix(linear: nn.Linear) -> Matrix:
-            return packed(linear.weight, linear.bias, dtype)
+            return packed(linear.weight, linear.bias, format)
 
         def norm(module: Any) -> Tensor:
             return module.weight.detach().float()
@@ -286,7 +286,10 @@ class _Step:
             )
             self._layers.append(layer)
         final = model.model.norm
-        self._norm, self._eps, self._output = norm(final), final.variance_epsilon, matrix(model.lm_head)
+        self._norm, self._eps = norm(final), final.variance_epsilon
+        # GGUF files, too, keep more bits of the output layer than of the others.
+        output = model.lm_head
+        self._output = packed(output.weight, output.bias, "int8" if format == "int4" else format)
 
     def logits(self, call: _Call) -> Tensor | None:
         """`[B, 1, V]`, after which the cache has read the tokens; None if the step cannot read that cache."""

@@ -191,12 +191,14 @@ def layer_to_run(
     """
     width, inner = weights.down.shape
     call = _Layer(width=width, inner=inner, mixer_eps=eps[0], mlp_eps=eps[1], memory=memory.decode)
-    qkv, gate_up = Matrix(weights.qkv), Matrix(weights.gate_up)
+    qkv, gate_up, o, down = (
+        Matrix(x, "float32", x.shape[1]) for x in (weights.qkv, weights.gate_up, weights.o, weights.down)
+    )
     num_queries = weights.o.shape[1]
     places = 0, num_queries, (num_queries + len(weights.qkv)) // 2
     call.q, call.k, call.v = map(qkv.call, places)
     call.gate, call.up = (gate_up.call(first) for first in (0, inner))
-    call.o, call.down = Matrix(weights.o).call(), Matrix(weights.down).call()
+    call.o, call.down = o.call(), down.call()
     for name in ("mixer_norm", "beta", "mlp_norm"):
         setattr(call, name, getattr(weights, name).data_ptr())
     conv_state = None
@@ -279,7 +281,7 @@ class HeadsStep:
         for call, layer, own, factors in zip(self._calls, layers, groups, key_factors, strict=True):
             array = (HeadGroup * len(own))(*own)
             self._kept += [own, array]
-            call.width, call.inner = layer.down.weight.shape
+            call.width, call.inner = len(layer.down.weight), layer.down.dim
             call.mixer_eps, call.mlp_eps, call.head_eps = layer.eps
             for name in ("q", "k", "v", "o", "gate", "up", "down"):
                 setattr(call, name, getattr(layer, name).call())

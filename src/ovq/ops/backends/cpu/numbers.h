@@ -19,7 +19,6 @@ struct Float16 {
 typedef uint32_t Words __attribute__((vector_size(VL * 4)));
 typedef uint16_t Halves __attribute__((vector_size(VL * 2)));
 typedef int16_t ShortVector __attribute__((vector_size(VL * 2)));
-typedef int8_t ByteVector __attribute__((vector_size(VL)));
 
 INLINE float float_of(uint32_t bits) {
     float y;
@@ -34,7 +33,6 @@ INLINE uint32_t bits_of(float x) {
 }
 
 INLINE float as_float(float x) { return x; }
-INLINE float as_float(int8_t x) { return x; }
 INLINE float as_float(Bfloat16 x) { return float_of((uint32_t)x.bits << 16); }
 
 /* 2^112 takes the exponent of float16, and its numbers that are not normal, to that of float32. */
@@ -54,23 +52,16 @@ INLINE Words words_of(const void *x) {
 INLINE Vector load_numbers(const float *x) { return load(x); }
 INLINE Vector load_numbers(const Bfloat16 *x) { return (Vector)(words_of(x) << 16); }
 
-INLINE Vector load_numbers(const int8_t *x) {
-#if defined(__AVX512F__)
-    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
-#elif defined(__AVX2__)
-    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
-#else
-    ByteVector bits;
-    memcpy(&bits, x, sizeof(bits));
-    /* In steps, each of which GCC knows an instruction for. */
-    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bits, ShortVector), IntVector), Vector);
-#endif
-}
-
 INLINE Vector load_numbers(const Float16 *x) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#elif defined(__F16C__)
+    return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#else
     const Words bits = words_of(x), size = bits & 0x7fff, sign = (bits & 0x8000) << 16;
     const Words finite = (Words)((Vector)(size << 13) * 0x1p112f);
     return (Vector)((size < 0x7c00 ? finite : size << 13 | 0x7f800000) | sign);
+#endif
 }
 
 /* To the nearest, ties to even; a NaN stays one. */

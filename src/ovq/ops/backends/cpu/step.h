@@ -3,98 +3,9 @@
 
 #include "call.h"
 #include "decode.h"
+#include "matrix.h"
 #include "memory.h"
 #include "tokens.h"
-
-/* Vectors that a row of weights is multiplied with while it lies in registers. */
-#define TOKENS (VL == 16 ? 4 : 2)
-
-/* The format of weights that those of numbers.h lack. Mirrored by `FORMATS` in weights.py. */
-enum { INT8 = 3 };
-/* Integers of a row that have one factor. Mirrored by `_GROUP` in weights.py. */
-#define GROUP 64
-
-/* Mirrored by `_Matrix` in weights.py: dense rows of weights; where these are integers, with a factor for each GROUP. */
-struct Matrix {
-    const void *weight;
-    const float *factors, *bias; /* [rows, groups], [rows]; or NULL. */
-    int64_t format;
-};
-
-static Matrix plain_matrix(const float *weight) { return {weight, nullptr, nullptr, FLOAT32}; }
-
-/* Weights from place i of a row on, as many as `weight` has. */
-template <typename T, typename Number> INLINE Number scaled(Number weight, const float *factors, int64_t i) {
-    if constexpr (std::is_same_v<T, int8_t>) return weight * factors[i / GROUP];
-    return weight;
-}
-
-/* The products of `num` vectors, `dim` floats apart, with a row, by sums that do not wait for each other. */
-template <int num, typename T>
-INLINE void dots(const float *x, const T *row, const float *factors, int64_t dim, float *y) {
-    Vector sums[num][4] = {};
-    int64_t i = 0;
-    if constexpr (std::is_same_v<T, int8_t>) {
-        /* Factors are for sums, not for each weight; they are the same for 4 vectors. */
-        for (; i + 4 * VL <= dim; i += 4 * VL) {
-            Vector own[num] = {};
-            for (int j = 0; j < 4; j++) {
-                const Vector weight = load_numbers(row + i + j * VL);
-                for (int t = 0; t < num; t++) own[t] += load(x + t * dim + i + j * VL) * weight;
-            }
-            for (int t = 0; t < num; t++) sums[t][0] += own[t] * factors[i / GROUP];
-        }
-    } else {
-        for (; i + 4 * VL <= dim; i += 4 * VL)
-            for (int j = 0; j < 4; j++) {
-                const Vector weight = load_numbers(row + i + j * VL);
-                for (int t = 0; t < num; t++) sums[t][j] += load(x + t * dim + i + j * VL) * weight;
-            }
-    }
-    for (; i + VL <= dim; i += VL)
-        for (int t = 0; t < num; t++)
-            sums[t][0] += load(x + t * dim + i) * scaled<T>(load_numbers(row + i), factors, i);
-    for (int t = 0; t < num; t++) {
-        y[t] = total((sums[t][0] + sums[t][1]) + (sums[t][2] + sums[t][3]));
-        for (int64_t rest = i; rest < dim; rest++) y[t] += x[t * dim + rest] * scaled<T>(as_float(row[rest]), factors, rest);
-    }
-}
-
-INLINE float long_dot(const float *a, const float *b, int64_t dim) {
-    float y;
-    dots<1>(a, b, nullptr, dim, &y);
-    return y;
-}
-
-/* Products of x [num, dim] with the rows first..end-1 of a matrix, plus `added` if there is any, into y [num, ldy]. Rows
-   are read one by one and from front to back, which memory does fastest: four at a time took twice as long. */
-template <typename T>
-static void multiply_rows(const Matrix *matrix, const T *weight, int64_t first, int64_t end, int64_t num, int64_t dim,
-                          const float *x, const float *added, float *y, int64_t ldy) {
-    for (int64_t r = first; r < end; r++) {
-        const T *row = weight + r * dim;
-        const float *factors = matrix->factors ? matrix->factors + r * ((dim + GROUP - 1) / GROUP) : nullptr;
-        const float bias = matrix->bias ? matrix->bias[r] : 0;
-        float sums[TOKENS];
-        for (int64_t t = 0; t < num;) {
-            const int64_t n = num - t >= TOKENS ? TOKENS : 1;
-            if (n == TOKENS) dots<TOKENS>(x + t * dim, row, factors, dim, sums);
-            else dots<1>(x + t * dim, row, factors, dim, sums);
-            for (int64_t i = 0; i < n; i++, t++) {
-                const float sum = sums[i] + bias;
-                y[t * ldy + r] = added ? added[t * ldy + r] + sum : sum;
-            }
-        }
-    }
-}
-
-static void multiply_part(const Matrix *matrix, int64_t first, int64_t end, int64_t num, int64_t dim, const float *x,
-                          const float *added, float *y, int64_t ldy) {
-    if (matrix->format == INT8)
-        return multiply_rows(matrix, (const int8_t *)matrix->weight, first, end, num, dim, x, added, y, ldy);
-    with_type(matrix->format, matrix->weight, 0,
-              [=](auto *weight) { multiply_rows(matrix, weight, first, end, num, dim, x, added, y, ldy); });
-}
 
 /* y [num, ldy] = x [num, dim] times the transpose of a matrix [num_out, dim], plus `added` if there is any. The workers
    share the rows of the matrix, and do not wait for each other. */
