@@ -61,6 +61,17 @@ def test_logits_and_memories_are_those_of_modules(kind, has_learned, steps, by_m
         check_equal_caches(cache, other)
 
 
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_slots_in_fewer_bytes(state_dtype, steps, by_modules):
+    model = converted(state_dtype=state_dtype)
+    found, cache = read(model, IDS[:2])
+    assert steps[0] == 80 - 12
+    check_equal(found, by_modules(read, model, IDS[:2])[0], tolerance=1e-3)
+    wide, kept = read(converted(), IDS[:2])
+    assert (found - wide).abs().max() > 1e-3
+    assert cache.nbytes < kept.nbytes
+
+
 def test_streams_of_tokens_are_written_by_the_kernel(steps):
     model = converted()
     steps[:] = 0, 0

@@ -382,9 +382,7 @@ class MemoryLayer(OVQCacheLayer):
         if self.config.key_exponents is not None:
             num = len(reach.frequencies)
             exponents = torch.tensor(self.config.key_exponents, device=memories[0].count.device)
-            ratio = torch.exp2(
-                (exponents[:, :num] - exponents[:, num : 2 * num]).to(memories[0].key_sum.dtype)
-            )
+            ratio = torch.exp2((exponents[:, :num] - exponents[:, num : 2 * num]).to(memories[0].wide))
         for memory in memories:
             own = None if ratio is None else ratio[list(memory.budget.heads)]
             memory.bring_nearer_(rows, reach, own)

@@ -7,8 +7,8 @@
 /* Vectors that a row of weights is multiplied with while it lies in registers. */
 #define TOKENS (VL == 16 ? 4 : 2)
 
-/* The formats of weights that those of numbers.h lack. Mirrored by `FORMATS` in weights.py. */
-enum { INT8 = 3, UINT4 = 4 };
+/* The format of weights that those of numbers.h lack. Mirrored by `FORMATS` in weights.py. */
+enum { UINT4 = INT8 + 1 };
 /* Whole numbers of a row meet inputs that are whole numbers as well, of 16 bits, so many of which have one scale. Rows
    are filled up to a multiple of them. Mirrored by `_GROUP` in weights.py. */
 #define GROUP 64

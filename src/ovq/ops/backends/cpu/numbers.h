@@ -5,8 +5,8 @@
 
 #include "vector.h"
 
-/* Mirrored by `DTYPES` in kernels.py. */
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+/* Mirrored by `DTYPES` in kernels.py. Whole numbers come with the length of their steps. */
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 
 struct Bfloat16 {
     uint16_t bits;
@@ -19,6 +19,7 @@ struct Float16 {
 typedef uint32_t Words __attribute__((vector_size(VL * 4)));
 typedef uint16_t Halves __attribute__((vector_size(VL * 2)));
 typedef int16_t ShortVector __attribute__((vector_size(VL * 2)));
+typedef int8_t ByteVector __attribute__((vector_size(VL)));
 
 INLINE float float_of(uint32_t bits) {
     float y;
@@ -33,6 +34,7 @@ INLINE uint32_t bits_of(float x) {
 }
 
 INLINE float as_float(float x) { return x; }
+INLINE float as_float(int8_t x) { return x; }
 INLINE float as_float(Bfloat16 x) { return float_of((uint32_t)x.bits << 16); }
 
 /* 2^112 takes the exponent of float16, and its numbers that are not normal, to that of float32. */
@@ -51,6 +53,19 @@ INLINE Words words_of(const void *x) {
 /* The next VL numbers. */
 INLINE Vector load_numbers(const float *x) { return load(x); }
 INLINE Vector load_numbers(const Bfloat16 *x) { return (Vector)(words_of(x) << 16); }
+
+INLINE Vector load_numbers(const int8_t *x) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+#elif defined(__AVX2__)
+    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
+#else
+    ByteVector bits;
+    memcpy(&bits, x, sizeof(bits));
+    /* In steps, each of which GCC knows an instruction for. */
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bits, ShortVector), IntVector), Vector);
+#endif
+}
 
 INLINE Vector load_numbers(const Float16 *x) {
 #if defined(__AVX512F__)
