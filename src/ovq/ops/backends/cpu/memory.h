@@ -9,7 +9,7 @@
 #include "decode.h"
 #include "nearest.h"
 
-/* No more new tokens than this are read one by one. */
+/* No more new tokens than this are read one by one, where nothing else is said. */
 #define FEW_TOKENS 4
 /* Weights of tokens are from 2 to the power of - this to 2 to the power of this (`MOST_USE` of use.py). */
 #define MOST_USE 8
@@ -495,9 +495,10 @@ static int read_tokens_of(const HeadGroup *g, int64_t row, int64_t head, int64_t
     return 0;
 }
 
-static int read_stream(const HeadGroup *g, int64_t row, int64_t head) {
+/* No more than `few` new tokens are read one by one. */
+static int read_stream(const HeadGroup *g, int64_t row, int64_t head, int64_t few) {
     int64_t num_exact = g->filled[row], num_merges = 0, is_out_of_memory = 0;
-    const int64_t length = g->length[row], step = g->q && length <= FEW_TOKENS ? 1 : length;
+    const int64_t length = g->length[row], step = g->q && length <= few ? 1 : length;
     for (int64_t done = 0; done < length && !is_out_of_memory; done += step)
         is_out_of_memory = read_tokens_of(g, row, head, done, step, &num_exact, &num_merges);
     return (int)is_out_of_memory;
@@ -516,7 +517,7 @@ extern "C" int ovq_memory(const HeadGroup *groups, int64_t num, int64_t num_thre
                 own -= g->num_rows * g->num_kv_heads;
                 g++;
             }
-            if (read_stream(g, own / g->num_kv_heads, own % g->num_kv_heads))
+            if (read_stream(g, own / g->num_kv_heads, own % g->num_kv_heads, FEW_TOKENS))
                 __atomic_store_n(&is_out_of_memory, 1, __ATOMIC_RELAXED);
         });
     });
