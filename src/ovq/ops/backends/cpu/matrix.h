@@ -175,6 +175,12 @@ template <typename T> struct WholeRow {
     }
 };
 
+/* The products of a row with `num` tokens from t on, at most `most`. */
+template <int most, class Row> INLINE void some_dots(const Row &row, int64_t num, int64_t t, float *y) {
+    if (num == most) row.template dots<most>(t, y);
+    else if constexpr (most > 1) some_dots<most - 1>(row, num, t, y);
+}
+
 /* Products of x [num, dim] with the rows first..end-1 of a matrix, plus `added` if there is any, into y [num, ldy].
    `row_of` gives a row; they are read one by one and from front to back, which memory does fastest: four at a time took
    twice as long. */
@@ -184,13 +190,12 @@ static void multiply_rows(const Matrix *matrix, int64_t first, int64_t end, int6
     for (int64_t r = first; r < end; r++) {
         const auto row = row_of(r);
         const float bias = matrix->bias ? matrix->bias[r] : 0;
-        float sums[TOKENS];
-        for (int64_t t = 0; t < num;) {
-            const int64_t n = num - t >= TOKENS ? TOKENS : 1;
-            if (n == TOKENS) row.template dots<TOKENS>(t, sums);
-            else row.template dots<1>(t, sums);
-            for (int64_t i = 0; i < n; i++, t++) {
-                const float sum = sums[i] + bias;
+        for (int64_t start = 0; start < num; start += TOKENS) {
+            const int64_t last = least(num, start + TOKENS);
+            float sums[TOKENS];
+            some_dots<TOKENS>(row, last - start, start, sums);
+            for (int64_t t = start; t < last; t++) {
+                const float sum = sums[t - start] + bias;
                 y[t * ldy + r] = added ? added[t * ldy + r] + sum : sum;
             }
         }
