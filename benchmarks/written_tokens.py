@@ -1,10 +1,12 @@
-"""What a written token of a converted model costs by the format of its weights, and what int8 costs in loss.
+"""What a written token of a converted model costs by the format of its weights, in time and in loss.
 
     python benchmarks/written_tokens.py --model FOLDER --texts hamlet.txt,lear.txt --out tokens.json
 
 The folder is that of a model of transformers. Times are medians, the ways in turns in one process: by the
 modules of PyTorch, and in one compiled call with weights of each format. Losses are of texts read with
-weights rounded as the kernel has them, less those with the weights as they are.
+weights rounded as the kernel has them, less those with the weights as they are. Weights that were once
+dequantised lie on the grid that they are rounded to, so losses are also those of an equal model whose weights
+do not.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -30,7 +32,7 @@ from ovq.runtime.files import write_atomic
 from ovq_lab.runtime.environment import environment
 
 MEMORY = {"num_slots": 188, "window": 64}
-WAYS = ("modules", "float32", "bfloat16", "int8")
+WAYS = ("modules", "float32", "bfloat16", "int8", "int4")
 # Tokens of a text that was read before, and rows.
 SIZES = ((1000, 1), (4000, 1), (300, 4), (300, 8), (300, 32))
 NUM_TURNS, NUM_TOKENS = 10, 6
@@ -69,37 +71,74 @@ def times(model: nn.Module, ids: Tensor) -> list[dict]:
 
 
 @torch.inference_mode()
-def losses(model: nn.Module, texts: dict[str, Tensor]) -> list[dict]:
-    """Loss of each text by weights, and the mean difference to float32 with its standard error."""
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    weights = [module.weight.clone() for module in linear]
+def losses(model: nn.Module, texts: dict[str, Tensor], *, is_moved: bool) -> list[dict]:
+    """Loss of each text by weights, and the mean difference to float32 with its standard error.
+
+    Args:
+        model: the model; its weights change.
+        texts: token ids of each.
+        is_moved: whether to move the weights off the grid of formats first.
+    """
+    if is_moved:
+        move_off_grid_(model)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    weights = {name: module.weight.clone() for name, module in linear.items()}
     rows: list[dict] = []
-    for name, ids in texts.items():
+    for text, ids in texts.items():
         before: Tensor | None = None
-        for kind, rounded in _ROUNDED.items():
-            for module, weight in zip(linear, weights, strict=True):
-                module.weight.copy_(rounded(weight))
+        for kind in WAYS[1:]:
+            for name, module in linear.items():
+                module.weight.copy_(_rounded(weights[name], kind, is_output=name == "lm_head"))
             found = _loss(model, ids)
             before = found if before is None else before
             change = found - before
             rows.append(
                 {
-                    "text": name,
+                    "text": text,
                     "weights": kind,
+                    "off_grid": is_moved,
                     "loss": round(float(found.mean()), 4),
                     "change": round(float(change.mean()), 4),
                     "standard_error": round(float(change.std()) / len(change) ** 0.5, 4),
                 }
             )
             print(rows[-1], file=sys.stderr)
+        for name, module in linear.items():
+            module.weight.copy_(weights[name])
     return rows
 
 
-_ROUNDED: dict[str, Callable[[Tensor], Tensor]] = {
-    "float32": lambda weight: weight,
-    "bfloat16": lambda weight: weight.bfloat16().float(),
-    "int8": lambda weight: packed(weight, None, torch.int8).dequantised(),
-}
+def _rounded(weight: Tensor, kind: str, *, is_output: bool) -> Tensor:
+    return packed(weight, None, "int8" if is_output and kind == "int4" else kind).dequantised()
+
+
+def move_off_grid_(model: Any) -> None:
+    """Weights of a model of Llama's kind that compute the same, and are no multiples of a step any more.
+
+    Norms become part of what reads them; channels of values and of the MLP are scaled by a random number
+    where they are made, and by its inverse where they are read.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def fold(norm: Any, *readers: nn.Linear) -> None:
+        for reader in readers:
+            reader.weight.mul_(norm.weight)
+        norm.weight.fill_(1)
+
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        fold(layer.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
+        fold(layer.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
+        per_head = torch.rand(len(attention.v_proj.weight), generator=generator) + 0.5
+        heads = per_head.view(-1, 1, attention.head_dim).expand(-1, attention.num_key_value_groups, -1)
+        up = torch.rand(len(mlp.up_proj.weight), generator=generator) + 0.5
+        for maker, reader, made, read in (
+            (attention.v_proj, attention.o_proj, per_head, heads.reshape(-1)),
+            (mlp.up_proj, mlp.down_proj, up, up),
+        ):
+            maker.weight.mul_(made[:, None])
+            reader.weight.div_(read)
+    fold(model.model.norm, model.lm_head)
 
 
 def _loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -131,7 +170,13 @@ def main() -> None:
         "environment": environment("cpu") | {"torch_threads": torch.get_num_threads()},
         "memory": MEMORY,
         "times": times(model, next(iter(texts.values()))),
-        "losses": losses(model, {name: ids[:, : NUM_TARGETS + 1] for name, ids in texts.items()}),
+        "losses": [
+            row
+            for is_moved in (False, True)
+            for row in losses(
+                model, {name: ids[:, : NUM_TARGETS + 1] for name, ids in texts.items()}, is_moved=is_moved
+            )
+        ],
     }
     write_atomic(arguments.out, json.dumps(content, indent=1) + "\n")
 

@@ -56,8 +56,8 @@ def test_a_converted_model_generates_alone_and_after_a_context(capsys, converted
         assert after == run(capsys, *command, "--prompt", f"{DOCUMENT} 5 40 1")
     command = ["generate", "--model", model, "--prompt", "1", "--max-new-tokens", 5]
     assert run(capsys, *command, "--weight-dtype", "float32") == run(capsys, *command)
-    said = fail(capsys, *command, "--weight-dtype", "int4")
-    assert "--weight-dtype: expected one of auto, float32, bfloat16, int8, found 'int4'" in said
+    said = fail(capsys, *command, "--weight-dtype", "int2")
+    assert "--weight-dtype: expected one of auto, float32, bfloat16, int8, int4, found 'int2'" in said
     said = fail(capsys, "generate", "--model", model, "--prompt", "1", "--num-slots", 3)
     assert "--num-slots: expected none with a converted model" in said
     assert "expected a folder that does not exist yet" in fail(

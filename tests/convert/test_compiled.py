@@ -36,9 +36,10 @@ REACH = {
 USE = [[[0.2 * math.sin(5 * h + i) for i in range(40)] + [1.0] for h in range(4)]]
 
 
-def layer_of(merge="nearest", *, has_learned=True):
+def layer_of(merge="nearest", *, has_learned=True, **fields):
     learned = {"slot_temperature": TEMPERATURE, "slot_bias": BIAS, "token_use": USE} if has_learned else {}
-    return MemoryLayer(MemoryConfig(merge=merge, value_weight=0.7, **SIZES, **REACH, **learned).layer(0))
+    config = MemoryConfig(merge=merge, value_weight=0.7, **SIZES, **REACH, **learned, **fields)
+    return MemoryLayer(config.layer(0))
 
 
 def inputs(num_tokens, dtype=torch.float32, *, rows=2, seed=0):
@@ -91,6 +92,27 @@ def test_kernels_and_torch_agree(merge, dtype, sizes, seed):
     check(layer, other, dtype)
 
 
+@pytest.mark.parametrize("merge", ["nearest", "existing"])
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+@torch.no_grad()
+def test_kernels_and_torch_round_sums_alike(state_dtype, merge):
+    sizes = [70, 1, 5, 40, *[1] * 60, 30]
+    q, k, v = inputs(sum(sizes))
+    layer, other = layer_of(merge, state_dtype=state_dtype), layer_of(merge, state_dtype=state_dtype)
+    found, expected = read(layer, q, k, v, sizes), read_by_torch(other, q, k, v, sizes)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    for own, memory in zip(layer.memories, other.memories, strict=True):
+        for name in {"count", "position_sum", "weight"} & set(memory.tensors()):
+            assert torch.equal(getattr(own, name), getattr(memory, name)), name
+        for name in ("key_sum", "value_sum"):
+            assert getattr(own, name).dtype == getattr(torch, state_dtype)
+            # The order of terms may tell which way a sum is rounded.
+            sums = memory.sums(name)
+            step = sums.abs().amax(-1, keepdim=True) / (127 if state_dtype == "int8" else 128)
+            assert ((own.sums(name) - sums).abs() <= 1.01 * step).all(), name
+            assert (own.sums(name) == sums).float().mean() > 0.98 or not sums.numel(), name
+
+
 @torch.no_grad()
 def test_a_few_tokens_may_merge_more_than_one_chunk():
     # They are read one by one, in one call.
@@ -116,10 +138,11 @@ def test_rows_of_different_lengths_are_read():
     check(layer, other, torch.float32)
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
 @torch.no_grad()
-def test_a_call_longer_than_what_is_laid_out_at_once():
+def test_a_call_longer_than_what_is_laid_out_at_once(state_dtype):
     q, k, v = inputs(1400, rows=1)
-    layer, other = layer_of(has_learned=False), layer_of(has_learned=False)
+    layer, other = (layer_of(has_learned=False, state_dtype=state_dtype) for _ in range(2))
     whole, parts = read(layer, q, k, v, [1400]), read(other, q, k, v, [500, 3, 897])
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)
     # Sums are kept, and not means, so that splits do not even change what is rounded.

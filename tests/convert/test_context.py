@@ -29,6 +29,19 @@ def test_prompts_after_a_context_get_the_answers_of_the_whole_text(tmp_path):
     assert beams.shape == (1, 11)
 
 
+def test_slots_in_fewer_bytes_are_saved_in_as_few(tmp_path):
+    model, document = converted(state_dtype="int8"), tokens(70)
+    save_context(build_context(model, document), tmp_path / "book.ctx")
+    save_context(build_context(converted(), document), tmp_path / "wide.ctx")
+    assert (tmp_path / "book.ctx").stat().st_size < (tmp_path / "wide.ctx").stat().st_size
+    context = load_context(tmp_path / "book.ctx", model)
+    found = model.generate(**context.inputs([[3, 9, 1]]), **GREEDY)
+    whole = torch.cat([document, torch.tensor([3, 9, 1])])[None]
+    assert found[0, 4:].tolist() == model.generate(whole, **GREEDY)[0, whole.shape[1] + 1 :].tolist()
+    with pytest.raises(ValueError, match=r"state_dtype='float32'"):
+        load_context(tmp_path / "book.ctx", converted())
+
+
 def test_contexts_are_only_for_the_model_and_memory_that_made_them(tmp_path):
     model, path = converted(), tmp_path / "book.ctx"
     save_context(build_context(model, tokens(70)), path)

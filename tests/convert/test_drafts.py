@@ -78,7 +78,7 @@ def test_what_is_cropped_was_never_read(model, sizes, most, nums, monkeypatch):
             model(IDS[:1, start : start + 1], **{CACHE_KEY: whole})
 
 
-def test_the_kernel_writes_what_changes_nothing_but_free_places(steps):
+def test_the_kernel_writes_what_is_taken_out_again(steps):
     """In float32. Merges come every eight tokens here."""
     model = converted(max_distance=48)
     cache = model.make_cache()
@@ -92,7 +92,42 @@ def test_the_kernel_writes_what_changes_nothing_but_free_places(steps):
             found = model(IDS[:1, i : i + 1], **{CACHE_KEY: cache}).logits
             cache.crop(0)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert steps == [2 * (16 - 2), 2 * 2]
+    assert steps == [2 * 16, 0]
+
+
+@pytest.mark.parametrize("fields", [{}, {"weight_dtype": "int8", "state_dtype": "int8"}], ids=str)
+def test_drafts_are_the_tokens_one_by_one_bit_by_bit(fields, steps):
+    model = converted(max_distance=48, **fields)
+    drafted, plain = model.make_cache(), model.make_cache()
+    with torch.no_grad():
+        for cache in (drafted, plain):
+            model(IDS[:1, :20], **{CACHE_KEY: cache})
+        drafted.activate_past_recording()
+        steps[:] = 0, 0
+        start, sizes = 20, [(6, 2), (3, 0), (8, 5), (8, 8), (8, 0), (1, 1), (7, 3)]
+        for num, num_wrong in sizes:
+            drafts = IDS[:1, start : start + num].clone()
+            drafts[:, num - num_wrong :] += 1
+            found = model(drafts, **{CACHE_KEY: drafted}).logits
+            drafted.crop(-num_wrong)
+            for i in range(num - num_wrong):
+                expected = model(IDS[:1, start + i : start + i + 1], **{CACHE_KEY: plain}).logits
+                assert torch.equal(found[:, i : i + 1], expected)
+            start += num - num_wrong
+    assert start == 42
+    assert steps == [len(sizes) + 22, 0]
+    for x, y in zip(states(drafted), states(plain), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_pieces_of_a_prompt_are_no_drafts(steps):
+    """Prompts are read with the model's own weights, whatever writes."""
+    model = converted(weight_dtype="int8")
+    cache = model.make_cache()
+    with torch.no_grad():
+        for part in IDS[:1, :20].split(4, 1):
+            model(part, **{CACHE_KEY: cache})
+    assert steps[0] == 0
 
 
 def test_only_what_was_recorded_can_be_cropped(model):

@@ -7,16 +7,17 @@ import torch
 
 from ovq.convert.config import Budget
 from ovq.convert.memory import HeadMemory
+from ovq.convert.narrow import narrowed, widened
 from ovq.ops import options, ovq_attention
 from ovq.ops.options import default_growth
 
 SIZES = {"num_slots": 12, "window": 16, "num_sinks": 3, "chunk_size": 8, "value_weight": 0.7}
 
 
-def memory_and_tokens(*, merge="nearest", dtype=torch.float64, num_tokens=90):
+def memory_and_tokens(*, merge="nearest", dtype=torch.float64, num_tokens=90, **fields):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, num_tokens, 5, generator=generator, dtype=dtype) for h in (4, 2, 2))
-    return HeadMemory(Budget(heads=(0, 1), merge=merge, **SIZES), k, v), q, 3 * k, v
+    return HeadMemory(Budget(heads=(0, 1), merge=merge, **SIZES, **fields), k, v), q, 3 * k, v
 
 
 @pytest.mark.parametrize("merge", ["nearest", "updated", "existing"])
@@ -117,3 +118,39 @@ def test_gradients_reach_what_was_merged(merge):
         with torch.no_grad():
             up, down = (total(k + sign * step[0] * way, v + sign * step[1] * way)[0] for sign in (1, -1))
         assert (up - down) / 2e-6 == pytest.approx(float((gradient * way).sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_rounding_again_changes_nothing(state_dtype):
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.randn(2000, 7, generator=generator) * torch.randn(2000, 1, generator=generator).exp()
+    sums[:3] = torch.tensor([[0.0] * 7, [1e-30] * 7, [-3e30] * 7])
+    numbers, steps = narrowed(sums, state_dtype)
+    wide = widened(numbers, steps, torch.float32)
+    again, same = narrowed(wide, state_dtype)
+    assert torch.equal(again, numbers)
+    assert steps is None or torch.equal(same, steps)
+    bound = 2.0**-8 if state_dtype == "bfloat16" else 0.505 / 127
+    assert ((wide - sums).abs() <= bound * sums.abs().amax(1, keepdim=True)).all()
+    for odd in (torch.nan, torch.inf):
+        sums[5, 3] = odd
+        wide = widened(*narrowed(sums, state_dtype), torch.float32)
+        assert not wide[5, 3].isfinite()
+        assert wide[6].isfinite().all()
+
+
+def test_a_token_alone_in_a_slot_is_that_token_in_bfloat16():
+    memory, _, k, v = memory_and_tokens(dtype=torch.float32, num_tokens=19, state_dtype="bfloat16")
+    k, v = k.bfloat16().float(), v.bfloat16().float()
+    memory.learn(k, v)
+    assert memory.num_merged == [8, 8]
+    assert (memory.count[:, :, :8] == 1).all()
+    assert memory.key_sum.dtype == torch.bfloat16
+    for found, given in ((memory.slot_keys, k), (memory.slot_values, v)):
+        assert torch.equal(found[:, :, :8], given[:, :, 3:11])
+
+
+def test_gradients_need_slots_in_float32():
+    memory, q, k, v = memory_and_tokens(dtype=torch.float32, state_dtype="int8")
+    with pytest.raises(ValueError, match=r"gradients: expected slots in float32 \(state_dtype\), found int8"):
+        memory.attend(q.requires_grad_(), k, v, [90, 90])

@@ -38,7 +38,10 @@ class PretrainedSuite:
     model: Path
     tokens: Sequence[int]
     lengths: Sequence[int]
-    dtypes: Sequence[tuple[str, str]] = (("float32", "float32"), ("float32", "int8"), ("bfloat16", "int8"))
+    dtypes: Sequence[tuple[str, str]] = (
+        *(("float32", "float32"), ("float32", "int8")),
+        *(("bfloat16", "int8"), ("bfloat16", "int4")),
+    )
     gguf: Path | None = None
     llama_cpp: str = sys.executable
 

@@ -57,6 +57,9 @@ def convert(
     value_weight: Annotated[
         float, typer.Option(min=0, help="Weight of distances between values, relative to keys.")
     ] = 1.0,
+    state_dtype: Annotated[
+        str, typer.Option(help="Format of the slots: float32, bfloat16 or int8, with a step per slot.")
+    ] = "float32",
     preset: Annotated[
         str,
         typer.Option(
@@ -137,7 +140,8 @@ def convert(
     settings: dict[str, Any] = {"num_sinks": num_sinks, "chunk_size": chunk_size, "merge": merge}
     settings["value_weight"] = value_weight
     # Refuses what is out of range before the model is read.
-    MemoryConfig.uniform(num_layers=1, num_kv_heads=1, num_slots=num_slots, window=window, **settings)
+    one = MemoryConfig.uniform(num_layers=1, num_kv_heads=1, num_slots=num_slots, window=window, **settings)
+    dataclasses.replace(one, state_dtype=state_dtype)
     original, tokenizer = load_pretrained(model, gguf_file=gguf_file, dtype=dtype, say=say)
     taken, how = None, "all heads alike"
     if no_probe:
@@ -158,6 +162,7 @@ def convert(
     if tokenizer is None:
         say(f"{model} has no tokenizer: the converted model reads token ids")
     config = None if taken is None else taken.config
+    settings["state_dtype"] = state_dtype
     converted = attach(original, num_slots=num_slots, window=window, **settings, config=config)
     card = converted_card(converted, original=model, name=out.name, how=how)
     _save(converted, tokenizer, card, out)

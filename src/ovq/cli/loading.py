@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 WeightDtype = Annotated[
     str | None,
     typer.Option(
-        help="Format of the weights that a converted model writes tokens with: float32, bfloat16 or int8; "
-        "that of the model if not given.",
+        help="Format of the weights that a converted model writes tokens with: float32, bfloat16, int8 or "
+        "int4; that of the model if not given.",
         show_default=False,
     ),
 ]
@@ -208,7 +208,7 @@ def check_weight_dtype(weight_dtype: str | None) -> None:
     Example:
         >>> check_weight_dtype("int8")
     """
-    known = ("auto", "float32", "bfloat16", "int8")
+    known = ("auto", "float32", "bfloat16", "int8", "int4")
     if weight_dtype is not None and weight_dtype not in known:
         raise ValueError(
             f"--weight-dtype: expected one of {', '.join(known)}, found {weight_dtype!r}"

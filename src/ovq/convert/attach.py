@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Sequence
@@ -99,6 +100,7 @@ def attach(
     merge: str = "nearest",
     value_weight: float = 1.0,
     max_distance: int | None = None,
+    state_dtype: str | None = None,
     config: MemoryConfig | None = None,
     weight_dtype: str | None = None,
 ) -> Any:
@@ -122,11 +124,13 @@ def attach(
         max_distance: how many tokens away queries see sinks and slots, at most, once a text is longer than
             the model was trained for (its `max_position_embeddings`). None for a quarter of that, or for no
             limit if it is not known how the model turns keys by their positions.
+        state_dtype: the format of the slots: `"float32"` (the default, needed for gradients), `"bfloat16"`
+            or `"int8"`, a half and 28 % of its bytes. A slot is rounded each time tokens are merged into it.
         config: all of these in one object instead, such as `ovq.convert.load` and `probe` use.
         weight_dtype: the format of the weights that write tokens one by one on a CPU: `"float32"`,
-            `"bfloat16"` or `"int8"`, of which a copy is made; None or `"auto"` for the model's own, without a
-            copy. It is not saved. Prompts are read with the model's own weights, and other devices decode
-            with them.
+            `"bfloat16"`, `"int8"` or `"int4"` (the output layer then in int8), of which a copy is made; None
+            or `"auto"` for the model's own, without a copy. It is not saved. Prompts are read with the
+            model's own weights, and other devices decode with them.
 
     Returns:
         The model, whose class is now a subclass of its own with `make_cache` and `memory_config`.
@@ -166,6 +170,8 @@ def attach(
             f"config: expected {heads} key/value heads per layer, as the model has, "
             f"found {list(map(len, config.num_slots))}"
         )
+    if state_dtype is not None:
+        config = dataclasses.replace(config, state_dtype=state_dtype)
     config = with_reach(config, model)
     before = _logits(model)
     implementation = model.config._attn_implementation

@@ -173,10 +173,33 @@ class MemoryLayer(OVQCacheLayer):
         """See `OVQCacheLayer.activate_past_recording`."""
         self.record_past, self._recorded = True, Recorded(self.num_columns)
 
-    @property
-    def needs_record(self) -> bool:
-        """Whether the next token must be read by `attend`, so that it can be taken out again."""
-        return self.record_past and (self._recorded.keys is not None or self._changes_after(1))
+    def can_record(self, num_new: int) -> bool:
+        """Whether so many tokens that a kernel reads can be taken out again, if they are to be."""
+        if not self.record_past or not self._changes_after(num_new):
+            return not self.record_past or self._recorded.keys is None
+        # What was read is found among the last tokens.
+        kept = min(memory.budget.window - memory.budget.chunk_size for memory in self.state)
+        return self._recorded.keys is None and self.num_rows == 1 and num_new <= kept
+
+    def copies_before(self, num_new: int) -> list[HeadMemory]:
+        """Copies of the memories, where they are needed to take the next tokens out again."""
+        is_needed = self.record_past and self._changes_after(num_new)
+        return [memory.clone() for memory in self.state] if is_needed else []
+
+    def record_read(self, before: list[HeadMemory], num_new: int) -> None:
+        """Keep these copies with the last tokens, which a kernel has read since."""
+        if not before:
+            return
+        order = torch.tensor([head for memory in self.state for head in memory.budget.heads]).argsort()
+        k, v = (
+            torch.cat(
+                [getattr(x, name)[:, :, x.filled[0] - num_new : x.filled[0]] for x in self.state], 1
+            )[:, order]
+            for name in ("recent_keys", "recent_values")
+        )
+        if self.config.key_exponents is not None:
+            k = k / key_factors(self.config.key_exponents, k)
+        self._recorded = Recorded(self._recorded.num_columns, before, k, v)
 
     def _changes_after(self, num_new: int) -> bool:
         """Whether so many tokens change anything but the places after those in use."""
@@ -382,9 +405,7 @@ class MemoryLayer(OVQCacheLayer):
         if self.config.key_exponents is not None:
             num = len(reach.frequencies)
             exponents = torch.tensor(self.config.key_exponents, device=memories[0].count.device)
-            ratio = torch.exp2(
-                (exponents[:, :num] - exponents[:, num : 2 * num]).to(memories[0].key_sum.dtype)
-            )
+            ratio = torch.exp2((exponents[:, :num] - exponents[:, num : 2 * num]).to(memories[0].wide))
         for memory in memories:
             own = None if ratio is None else ratio[list(memory.budget.heads)]
             memory.bring_nearer_(rows, reach, own)

@@ -41,6 +41,7 @@ class Memory(Protocol):
 def tensors_of(memory: Memory) -> dict[str, Tensor]:
     """The tensors that kernels read and write of a memory."""
     names = _TENSORS if memory.use is None else (*_TENSORS, "weight", "use")
+    names = names if memory.budget.state_dtype != "int8" else (*names, "key_step", "value_step")
     return {name: getattr(memory, name) for name in names}
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ovq.convert.narrow import STATE_DTYPES
 from ovq.convert.reach import Reach
 from ovq.ops.options import CURRENT_MERGES, Options, check_value_weight, current_merge, default_growth
 
@@ -40,6 +41,7 @@ class MemoryConfig:
         merge: the rule by which the slots are learned, as in `ovq_attention`.
         value_weight: the weight of distances between values relative to those between keys, where both have
             a mean squared length of about 1; a number for all heads, or `value_weight[layer][head]`.
+        state_dtype: the format of the slots: `"float32"`, `"bfloat16"`, or `"int8"` with a step per slot.
         key_exponents: `key_exponents[layer][head][i]`, where number i of a head's keys counts
             `2 ** exponent` times as much as it is when distances are compared; None for 0. What a model
             computes from keys does not depend on it: queries are divided by what keys are multiplied by.
@@ -74,6 +76,7 @@ class MemoryConfig:
     chunk_size: int = 32
     merge: str = "nearest"
     value_weight: float | list[list[float]] = 1.0
+    state_dtype: str = "float32"
     key_exponents: list[list[list[int]]] | None = None
     token_use: list[list[list[float]]] | None = None
     slot_temperature: list[list[float]] | None = None
@@ -88,6 +91,8 @@ class MemoryConfig:
         object.__setattr__(self, "merge", current_merge(self.merge))
         if self.merge not in CURRENT_MERGES:
             raise ValueError(f"merge: expected one of {CURRENT_MERGES}, found {self.merge!r}")
+        if self.state_dtype not in STATE_DTYPES:
+            raise ValueError(f"state_dtype: expected one of {list(STATE_DTYPES)}, found {self.state_dtype!r}")
         if not self.num_slots or list(map(len, self.num_slots)) != list(map(len, self.window)):
             raise ValueError(
                 "expected num_slots and window for the same layers and heads, found "
@@ -208,6 +213,7 @@ class MemoryConfig:
                     chunk_size=self.chunk_size,
                     merge=self.merge,
                     value_weight=weight,
+                    state_dtype=self.state_dtype,
                 )
                 for (num, window, weight), heads in groups.items()
             ),
@@ -230,6 +236,7 @@ class Budget:
         heads: the key/value heads.
         num_slots: slots. window: last tokens. num_sinks: first tokens.
         chunk_size: tokens merged at a time. merge: by which rule. value_weight: see `MemoryConfig`.
+        state_dtype: likewise.
     """
 
     heads: tuple[int, ...]
@@ -239,6 +246,7 @@ class Budget:
     chunk_size: int
     merge: str
     value_weight: float
+    state_dtype: str = "float32"
 
     @property
     def num_exact(self) -> int:

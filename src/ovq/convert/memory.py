@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ovq.convert.compiled import advance_compiled, is_compiled
 from ovq.convert.config import Budget
+from ovq.convert.narrow import narrowed, widened
 from ovq.convert.reach import Reach
 from ovq.convert.reading import Exact, Observer, Slots, read
 from ovq.convert.use import token_weights, use_from
@@ -51,8 +52,11 @@ class HeadMemory:
     Attributes:
         recent_keys: `[B, h, S + W, K]` the first S tokens, then the last, in the dtype of the model; row b
             uses the first `filled[b]` places. recent_values: `[B, h, S + W, V]`.
-        key_sum: `[B, h, N, K]` sum of the keys in each slot, in units of `key_unit`, float32 (float64 for
-            float64 models). value_sum: `[B, h, N, V]` sum of their values.
+        key_sum: `[B, h, N, K]` sum of the keys in each slot, in units of `key_unit`, in the format of the
+            budget (float64 in place of float32 for float64 models). value_sum: `[B, h, N, V]` sum of their
+            values. `sums` has them in a wide format.
+        key_step: `[B, h, N]` bfloat16, the length of a step of `key_sum`; only where that is int8.
+            value_step: likewise.
         count: `[B, h, N]` tokens in each slot; those that were brought nearer count for fewer.
         position_sum: `[B, h, N]` sum of their positions, int64; of slots that were brought nearer, of the
             positions that they were brought to.
@@ -76,19 +80,20 @@ class HeadMemory:
         # Without slots nothing is merged.
         self._given_use = use if budget.num_slots else None
         self._names = _TENSORS if self._given_use is None else (*_TENSORS, "weight", "use")
+        if budget.state_dtype == "int8":
+            self._names = (*self._names, "key_step", "value_step")
         batch, heads = k.shape[:2]
-        wide = state_dtype(k.dtype)
+        self.wide = wide = state_dtype(k.dtype)
         for name, x in (("keys", k), ("values", v)):
             setattr(self, f"recent_{name}", x.new_zeros(batch, heads, budget.num_exact, x.shape[3]))
         for name, x in (("key", k), ("value", v)):
-            sums = x.new_zeros(batch, heads, budget.num_slots, x.shape[3], dtype=wide)
-            setattr(self, f"{name}_sum", sums)
+            self._put_sums(f"{name}_sum", x.new_zeros(batch, heads, budget.num_slots, x.shape[3], dtype=wide))
         self.count = k.new_zeros(batch, heads, budget.num_slots, dtype=torch.int64)
         self.position_sum = torch.zeros_like(self.count)
         self.key_unit = k.new_zeros(batch, heads, dtype=wide)
         self.use: Tensor | None = None
         if self._given_use is not None:
-            self.weight = torch.zeros_like(self.key_sum[..., 0])
+            self.weight = torch.zeros_like(self.count, dtype=wide)
             self.use = self._given_use.repeat(batch, 1, 1)
         self.sink_keys = torch.zeros_like(self.recent_keys[:, :, : budget.num_sinks])
         self.filled = [0] * batch
@@ -101,20 +106,37 @@ class HeadMemory:
     value_sum: Tensor
     weight: Tensor
 
+    def sums(self, name: str) -> Tensor:
+        """`"key_sum"` or `"value_sum"`, in a wide format."""
+        steps = getattr(self, name.replace("sum", "step")) if self.budget.state_dtype == "int8" else None
+        return widened(getattr(self, name), steps, self.wide)
+
+    def _put_sums(self, name: str, sums: Tensor, index: Tensor | None = None) -> None:
+        """Replace sums, of rows `index` alone if it is given, by others in a wide format."""
+        if self.budget.state_dtype == "float32":
+            numbers, steps = sums, None
+        else:
+            numbers, steps = narrowed(sums, self.budget.state_dtype)
+        for own, rows in ((name, numbers), (name.replace("sum", "step"), steps)):
+            if rows is not None and index is None:
+                setattr(self, own, rows)
+            elif rows is not None and index is not None:
+                _put_rows(self, own, index, rows)
+
     @property
     def _divisor(self) -> Tensor:
         """`[B, h, N, 1]` what sums are divided by."""
-        return divisor(self.count if self.use is None else self.weight, self.key_sum.dtype)[..., None]
+        return divisor(self.count if self.use is None else self.weight, self.wide)[..., None]
 
     @property
     def slot_keys(self) -> Tensor:
         """`[B, h, N, K]` mean key of each slot; 0 where there is none."""
-        return self.key_sum / self._divisor * self.key_unit[..., None, None]
+        return self.sums("key_sum") / self._divisor * self.key_unit[..., None, None]
 
     @property
     def slot_values(self) -> Tensor:
         """`[B, h, N, V]` mean values, likewise."""
-        return self.value_sum / self._divisor
+        return self.sums("value_sum") / self._divisor
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, and the numbers of tokens `[B]` as tensors."""
@@ -190,12 +212,12 @@ class HeadMemory:
         """Tokens that a row has read."""
         return self.filled[row] + self.num_merged[row]
 
-    def count_token(self) -> None:
-        """Count a token of each row that a kernel has read, and what it has merged after it."""
+    def count_tokens(self, num: int) -> None:
+        """Count at most a chunk of tokens of each row that a kernel has read, and what it has merged."""
         budget = self.budget
         for row, filled in enumerate(self.filled):
-            is_full = filled + 1 == budget.num_exact
-            self.filled[row] = filled + 1 - budget.chunk_size * is_full
+            is_full = filled + num >= budget.num_exact
+            self.filled[row] = filled + num - budget.chunk_size * is_full
             self.num_merged[row] += budget.chunk_size * is_full
 
     def bring_nearer_(self, rows: list[int], reach: Reach, ratio: Tensor | None = None) -> None:
@@ -221,13 +243,14 @@ class HeadMemory:
             # What is far away counts less each time, or all that was ever read would outweigh what is near.
             left = torch.where(is_far, count - count // _FORGOTTEN, count)
             if self.use is None:
-                share = left.to(self.key_sum.dtype) / count.clamp(min=1)
+                share = left.to(self.wide) / count.clamp(min=1)
             else:
                 # In slots of few tokens too: what is of much use stays alone, and would leave no room.
-                share = torch.where(is_far, 0.5, 1.0).to(self.key_sum.dtype)
+                share = torch.where(is_far, 0.5, 1.0).to(self.wide)
                 _put_rows(self, "weight", index, self.weight[index] * share)
-            _put_rows(self, "key_sum", index, reach.turned(self.key_sum[index], by, ratio) * share[..., None])
-            _put_rows(self, "value_sum", index, self.value_sum[index] * share[..., None])
+            keys, values = self.sums("key_sum")[index], self.sums("value_sum")[index]
+            self._put_sums("key_sum", reach.turned(keys, by, ratio) * share[..., None], index)
+            self._put_sums("value_sum", values * share[..., None], index)
             _put_rows(self, "position_sum", index, torch.where(is_far, left * nearest, positions))
             _put_rows(self, "count", index, left)
         if self._given_use is not None:
@@ -238,7 +261,7 @@ class HeadMemory:
         recent = self.recent_keys[index]
         sinks = torch.where(first[:, None, None, None], recent[:, :, :num_sinks], self.sink_keys[index])
         by = (nearest - torch.arange(num_sinks, device=index.device)).clamp(min=0)
-        turned = reach.turned(sinks.to(self.key_sum.dtype), by.expand(sinks.shape[:3]), ratio)
+        turned = reach.turned(sinks.to(self.wide), by.expand(sinks.shape[:3]), ratio)
         _put_rows(self, "sink_keys", index, sinks)
         _put_rows(
             self, "recent_keys", index, torch.cat([turned.to(recent.dtype), recent[:, :, num_sinks:]], 2)
@@ -284,6 +307,10 @@ class HeadMemory:
         has_graph = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (q, k, v, temperature, bias)
         )
+        if has_graph and self.budget.state_dtype != "float32":
+            raise ValueError(
+                f"gradients: expected slots in float32 (state_dtype), found {self.budget.state_dtype}"
+            )
         while any(d < n for d, n in zip(done, lengths, strict=True)):
             # Up to the next merge of each row.
             now = [
@@ -345,7 +372,7 @@ class HeadMemory:
         if num_open:
             slots = Slots(*(x[:, :, :num_open] for x in (self.slot_keys, self.slot_values, self.count)))
         exact = Exact(self.recent_keys, self.recent_values, self.filled)
-        wide, observer = self.key_sum.dtype, self.observer
+        wide, observer = self.wide, self.observer
         return read(q, exact, slots, dtype=wide, temperature=temperature, bias=bias, observer=observer)
 
     def num_open(self, num_merged: int) -> int:
@@ -394,14 +421,14 @@ class HeadMemory:
         Gradients of the sums reach the tokens and what was in the slots. They do not reach the decision which
         pairs are merged.
         """
-        wide = self.key_sum.dtype
+        wide = self.wide
         self._find_units(index, keys)
         keys = keys[:, :, : self.budget.chunk_size]
         of_tokens = None if self.use is None else token_weights(keys, values, self.use[index]).to(wide)
         keys, values = keys.to(wide) / self.key_unit[index][..., None, None], values.to(wide)
         old_keys, old_values, old_count = (
             x if len(rows) == len(self.filled) else x[index]
-            for x in (self.key_sum, self.value_sum, self.count)
+            for x in (self.sums("key_sum"), self.sums("value_sum"), self.count)
         )
         with torch.no_grad():
             homes = self._homes(rows, index, keys, values, of_tokens)
@@ -426,14 +453,14 @@ class HeadMemory:
         for name, old, new in (("key_sum", old_keys, keys), ("value_sum", old_values, values)):
             items = torch.cat([old, new], 2)
             sums = items.new_zeros(count.numel(), items.shape[3]).index_add(0, flat, items.flatten(0, 2))
-            _put_rows(self, name, index, sums.view_as(old))
+            self._put_sums(name, sums.view_as(old), index)
         _put_rows(self, "count", index, count)
         _put_rows(self, "position_sum", index, positions)
 
     @torch.no_grad()
     def _find_units(self, index: Tensor, keys: Tensor) -> None:
         """Measure the length of keys `[R, h, W, K]` where none has been merged yet."""
-        wide = self.key_sum.dtype
+        wide = self.wide
         length = keys.to(wide).square().sum(-1).mean(-1).sqrt()
         # Multiplying by a power of 2 does not round.
         found = torch.exp2(length.clamp(min=torch.finfo(wide).tiny).log2().round())
@@ -444,10 +471,11 @@ class HeadMemory:
         self, rows: list[int], index: Tensor, keys: Tensor, values: Tensor, of_tokens: Tensor | None
     ) -> Tensor:
         """The slot `[R, h, N + C]` that each slot's content and each token `[R, h, C, D]` go to."""
-        wide, options, size = self.key_sum.dtype, self.budget.options, self.budget.chunk_size
+        wide, options, size = self.wide, self.budget.options, self.budget.chunk_size
         # Copies, because learning happens in place.
         weight = None if of_tokens is None else self.weight[index]
-        sums = Dictionary(self.key_sum[index], self.value_sum[index], self.count[index], weight)
+        key_sum, value_sum = self.sums("key_sum")[index], self.sums("value_sum")[index]
+        sums = Dictionary(key_sum, value_sum, self.count[index], weight)
         weights = [] if of_tokens is None else [of_tokens.transpose(1, 2)[..., None]]
         merged = [self.num_merged[b] for b in rows]
         one_chunk_each = Rows(tuple(range(0, len(rows) * size, size)), (size,) * len(rows))

@@ -1,9 +1,9 @@
-"""One token of each row through a converted model in one call of a kernel, where a kernel can do it.
+"""One token of each row, or a few drafts, through a converted model in one call of a kernel, where it can.
 
 Modules of PyTorch take longer to be called than the processor takes to read the weights. A kernel reads them
-once per token, in a narrower format if that is asked for (`weight_dtype`). Everything that is not plainly
-one token of a plain model takes the modules: prompts, gradients, hooks, adapters, padding and what looks
-inside.
+once per call, in a narrower format if that is asked for (`weight_dtype`). Everything that is not plainly
+tokens that a plain model writes takes the modules: prompts, gradients, hooks, adapters, padding and what looks
+inside. Several tokens of a row are drafts where the cache records what it reads, to take it out again.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from ovq.layers.products import is_plain
 from ovq.ops.backends.cpu import HeadGroup, HeadsLayer, HeadsStep, Matrix, is_available, output_step, packed
 from ovq.ops.backends.cpu.kernels import DTYPES
 
-#: Formats of the weights that decode, by the names that `attach` takes.
-WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+#: Formats of the weights that decode, as `attach` takes them.
+WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
-#: More rows than this take the modules. At so many, the kernel takes 0.8 times as long as they do.
+#: More tokens of all rows than this take the modules. At so many, the kernel takes 0.8 times as long as they do.
 MOST_ROWS = 32
 
 _KINDS = ("llama", "qwen2", "qwen3", "mistral")
@@ -47,7 +47,7 @@ _NOTHING = {
 }
 
 
-def checked_weight_dtype(weight_dtype: str | None) -> torch.dtype | None:
+def checked_weight_dtype(weight_dtype: str | None) -> str | None:
     """The format of the weights that decode; None for that of the model.
 
     Raises:
@@ -55,7 +55,7 @@ def checked_weight_dtype(weight_dtype: str | None) -> torch.dtype | None:
 
     Example:
         >>> checked_weight_dtype("int8"), checked_weight_dtype("auto")
-        (torch.int8, None)
+        ('int8', None)
     """
     if weight_dtype is None or weight_dtype == "auto":
         return None
@@ -63,11 +63,11 @@ def checked_weight_dtype(weight_dtype: str | None) -> torch.dtype | None:
         raise ValueError(
             f"weight_dtype: expected None, 'auto' or one of {list(WEIGHT_DTYPES)}, found {weight_dtype!r}"
         )
-    return WEIGHT_DTYPES[weight_dtype]
+    return weight_dtype
 
 
 def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """What `forward` of a converted model returns for one token of each row; None where modules must do it.
+    """What `forward` of a converted model returns for written tokens; None where modules must do it.
 
     Args:
         model: the converted model.
@@ -81,17 +81,18 @@ def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any
     if logits is None:
         return None
     kept: dict[str, Any] = {CACHE_KEY: call.cache}
-    return CausalLMOutputWithPast(logits=logits, **kept)  # type: ignore[arg-type]  # a float tensor
+    return CausalLMOutputWithPast(logits=logits[:, -call.num_logits :], **kept)  # type: ignore[arg-type]  # a float tensor
 
 
 class _Call(NamedTuple):
     tokens: Tensor
     positions: Tensor | None
     cache: MemoryCache
+    num_logits: int
 
 
 def _call_of(model: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
-    """The call, if it is for one token of each of a few rows, and asks for nothing but logits."""
+    """The call, if it is for one token of each of a few rows, or drafts, and asks for nothing but logits."""
     if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling() or len(args) > 1:
         return None
     others = dict(kwargs)
@@ -99,26 +100,33 @@ def _call_of(model: Any, args: tuple, kwargs: dict[str, Any]) -> _Call | None:
     cache, positions, mask = (
         others.pop(name, None) for name in (CACHE_KEY, "position_ids", "attention_mask")
     )
-    if not isinstance(others.pop("logits_to_keep", 0), int) or not isinstance(cache, MemoryCache):
+    num_logits = others.pop("logits_to_keep", 0)
+    if not isinstance(num_logits, int) or not isinstance(cache, MemoryCache):
         return None
     for name, value in others.items():
         if not any(value is nothing for nothing in _NOTHING.get(name, ())):
             return None
-    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or tokens.shape[1] != 1 or not tokens.is_cpu:
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or not tokens.is_cpu:
         return None
-    if not 0 < len(tokens) <= MOST_ROWS or len(tokens) != cache.num_rows:
+    rows, num = tokens.shape
+    if not 0 < rows * num <= MOST_ROWS or rows != cache.num_rows or not (num == 1 or _are_drafts(cache, num)):
         return None
-    if positions is not None and getattr(positions, "shape", None) not in ((1, 1), (len(tokens), 1)):
+    if positions is not None and getattr(positions, "shape", None) not in ((1, num), (rows, num)):
         return None
-    if mask is not None and not _is_all_real(mask, len(tokens)):
+    if mask is not None and not _is_all_real(mask, rows, num):
         return None
-    return _Call(tokens, positions, cache)
+    return _Call(tokens, positions, cache, num_logits)
 
 
-def _is_all_real(mask: Any, num_rows: int) -> bool:
+def _are_drafts(cache: MemoryCache, num: int) -> bool:
+    """Whether so many tokens may be taken out again, and are merged at most once."""
+    return all(layer.record_past and num <= layer.config.budgets[0].chunk_size for layer in cache.layers)
+
+
+def _is_all_real(mask: Any, num_rows: int, num: int) -> bool:
     """Whether a mask says of the new tokens that they are none of padding."""
-    is_mask = isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == num_rows and mask.shape[1] > 0
-    return is_mask and bool(mask[:, -1].all())
+    is_mask = isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == num_rows and mask.shape[1] >= num
+    return is_mask and bool(mask[:, -num:].all())
 
 
 # Not attributes of models, which are copied and pickled.
@@ -258,10 +266,10 @@ class _Step:
 
     def pack_(self) -> None:
         """Make the copies of the weights that the step reads, where it does not read those of the model."""
-        model, dtype = self._model(), checked_weight_dtype(self._weight_dtype)
+        model, format = self._model(), checked_weight_dtype(self._weight_dtype)
 
         def matrix(linear: nn.Linear) -> Matrix:
-            return packed(linear.weight, linear.bias, dtype)
+            return packed(linear.weight, linear.bias, format)
 
         def norm(module: Any) -> Tensor:
             return module.weight.detach().float()
@@ -286,17 +294,20 @@ class _Step:
             )
             self._layers.append(layer)
         final = model.model.norm
-        self._norm, self._eps, self._output = norm(final), final.variance_epsilon, matrix(model.lm_head)
+        self._norm, self._eps = norm(final), final.variance_epsilon
+        # GGUF files, too, keep more bits of the output layer than of the others.
+        output = model.lm_head
+        self._output = packed(output.weight, output.bias, "int8" if format == "int4" else format)
 
     def logits(self, call: _Call) -> Tensor | None:
-        """`[B, 1, V]`, after which the cache has read the tokens; None if the step cannot read that cache."""
-        model, cache = self._model(), call.cache
+        """`[B, T, V]`, after which the cache has read the tokens; None if the step cannot read that cache."""
+        model, cache, num = self._model(), call.cache, call.tokens.shape[1]
         # Raises if layers have read different numbers.
         num_columns = cache.num_columns
         if len(cache.layers) != len(self._layers) or not all(_is_ready(layer) for layer in cache.layers):
             return None
         # All layers turn at the same places.
-        if cache.layers[0].until_turn() <= 1 or any(layer.needs_record for layer in cache.layers):
+        if cache.layers[0].until_turn() <= num or not all(layer.can_record(num) for layer in cache.layers):
             return None
         for layer in cache.layers:
             layer.own_()
@@ -307,12 +318,12 @@ class _Step:
             self._caches[cache] = own = _CacheStep(cache, self._layers)
         positions = call.positions
         if positions is None:
-            positions = torch.tensor([[num_columns]])
+            positions = torch.arange(num_columns, num_columns + num)[None]
         x = model.model.embed_tokens(call.tokens)
         cos, sin = model.model.rotary_emb(x, position_ids=positions)
         if cos.shape[-1] != self._layers[0].head_dim:
             return None
-        y = own.run(x.float(), cos[:, 0], sin[:, 0])
+        y = own.run(x.float(), cos, sin)
         return output_step(y, self._norm, self._eps, self._output).to(x.dtype)
 
     def _can_read(self, layer: MemoryLayer, num_rows: int) -> bool:
@@ -354,7 +365,8 @@ class _CacheStep:
             None if x.key_exponents is None else key_factors(x.key_exponents, torch.empty(1, 1, 1, dim))[:, 0]
             for x, dim in ((config, layers[0].head_dim) for config in self._configs)
         ]
-        self._step = HeadsStep(layers, groups, factors, cache.num_rows)
+        self._step = HeadsStep(layers, groups, factors, cache.num_rows, MOST_ROWS)
+        self._num_tokens = 1
 
     def is_current(self, cache: MemoryCache) -> bool:
         """Whether the cache still has these memories, and they their tensors."""
@@ -375,20 +387,27 @@ class _CacheStep:
         return True
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`[B, 1, D]` through the layers, with angles `[B or 1, K]`; the memories have read the tokens."""
+        """`[B, T, D]` through the layers, with angles `[B or 1, T, K]`; the memories have read the tokens."""
+        rows, num, _ = x.shape
+        before = [layer.copies_before(num) for layer in self._layers]
+        if num != self._num_tokens:
+            self._num_tokens = num
+            for group in self._groups:
+                group.put("length", [num] * rows)
         for i, (memory, group) in enumerate(zip(self._memories, self._groups, strict=True)):
             group.put("filled", memory.filled)
             if memory.num_merged != self._merged[i]:
                 self._merged[i] = list(memory.num_merged)
                 group.put("num_merged", memory.num_merged)
                 group.put("schedule", _schedule(memory))
-        self._step.cos.copy_(cos)
-        self._step.sin.copy_(sin)
+        for own, angles in ((self._step.cos, cos), (self._step.sin, sin)):
+            own[: rows * num].view(rows, num, -1).copy_(angles)
         y = self._step.run(x)
-        for layer in self._layers:
-            layer.num_columns += 1
         for memory in self._memories:
-            memory.count_token()
+            memory.count_tokens(num)
+        for layer, copies in zip(self._layers, before, strict=True):
+            layer.num_columns += num
+            layer.record_read(copies, num)
         return y
 
 

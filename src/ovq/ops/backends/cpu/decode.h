@@ -71,14 +71,25 @@ struct Softmax {
 };
 
 /* What rows weigh: their `count`, or their `weight`, or 1 where both are NULL. Means are sums divided by that, or by the
-   `divisor` where there is one. */
+   `divisor` where there is one; sums that are whole numbers are in steps. */
 struct Mass {
     const int64_t *count;
     const float *weight, *divisor;
+    const Bfloat16 *key_step, *value_step;
+
+    /* Whether a row's share of the outputs is another than what it counts for. */
+    INLINE_MEMBER int has_shares() const { return weight || divisor || value_step; }
 };
 
+/* The steps j..j+num-1, and 0 beyond. */
+INLINE Vector some_steps(const Bfloat16 *step, int64_t j, int64_t num) {
+    float y[VL] = {};
+    for (int64_t i = 0; i < num; i++) y[i] = as_float(step[j + i]);
+    return load(y);
+}
+
 /* Scores of the rows first..end-1, -inf for empty slots and beyond. exp(score) times `masses` is what a row counts for,
-   and that times `shares`, if rows have weights or divisors, what its sums are multiplied by. The power of 2 in a weight
+   and that times `shares`, where they differ, what its sums are multiplied by. The power of 2 in a weight
    is part of the score, as its log is by the definition: a row of next to no weight may have a score that is so much
    higher than the others' that these would vanish beside it, and the largest weights may count for more than scores. */
 template <typename T>
@@ -97,9 +108,15 @@ INLINE void score_rows(const float *query, int64_t dim, const T *keys, const Mas
         else
             for (int64_t i = 0; i < num; i++) c[i] = weight ? weight[j + i] : count ? (float)count[j + i] : 1;
         const Vector number = load(c);
+        Vector of_value = splat(1);
+        if (mass->key_step) {
+            x *= num == VL ? load_numbers(mass->key_step + j) : some_steps(mass->key_step, j, num);
+            of_value = num == VL ? load_numbers(mass->value_step + j) : some_steps(mass->value_step, j, num);
+        }
         if (!weight && !mass->divisor) {
             store(scores, number > 0.0f ? x / number : splat(-INFINITY));
             store(masses, number);
+            store(shares, of_value);
             continue;
         }
         for (int64_t i = 0; mass->divisor && i < num; i++) d[i] = mass->divisor[j + i];
@@ -108,7 +125,7 @@ INLINE void score_rows(const float *query, int64_t dim, const T *keys, const Mas
         if (weight) own = significand(number, &power);
         store(scores, number > 0.0f ? x / divisor + power * LN_2 : splat(-INFINITY));
         store(masses, number > 0.0f ? own : Vector{});
-        store(shares, number > 0.0f ? own / divisor : Vector{});
+        store(shares, number > 0.0f ? own / divisor * of_value : Vector{});
     }
 }
 
@@ -172,7 +189,7 @@ static void absorb(const Decode *call, const float *queries, const T *keys, cons
             const Vector shift = splat(best > -INFINITY ? best : 0);
             for (int64_t j = 0; j < n; j += VL) {
                 const Vector x = exponential(load(scores + j) - shift);
-                store(scores + j, mass.weight || mass.divisor ? x * load(shares + j) : x);
+                store(scores + j, mass.has_shares() ? x * load(shares + j) : x);
                 total += x * load(masses + j);
             }
             own->total += ::total(total);

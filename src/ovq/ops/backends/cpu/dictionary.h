@@ -170,6 +170,7 @@ struct Sums {
     int64_t *count;
     float *weight;     /* NULL where it is the count. */
     int64_t *position; /* Sums of positions, where these are kept; else NULL. */
+    int64_t format;    /* That in which sums are kept: numbers of this format, as float32. */
 };
 
 INLINE float mass_of(const Sums *sums, int64_t i) { return sums->weight ? sums->weight[i] : (float)sums->count[i]; }
@@ -177,7 +178,7 @@ INLINE float mass_of(const Sums *sums, int64_t i) { return sums->weight ? sums->
 INLINE Sums sums_of(const Call *call, int64_t row, int64_t head) {
     const int64_t first = (row * call->num_kv_heads + head) * call->capacity;
     return {call->key_sum + first * call->k.dim, call->value_sum + first * call->v.dim, call->count + first,
-            from_row(call->weight, first), nullptr};
+            from_row(call->weight, first), nullptr, FLOAT32};
 }
 
 static void update_slot(Dictionary *dictionary, const Call *call, int64_t i, const Sums *sums) {
@@ -264,6 +265,35 @@ static void add_token(const Sums *sums, const Call *call, int64_t i, const Rows 
     sums->count[i] += sign;
 }
 
+/* The length of a step of `dim` sums in INT8, as `steps_of` of narrow.py has it; NaN if one is not finite. */
+static float step_of(const float *sums, int64_t dim) {
+    float most = 0;
+    int is_finite = 1;
+    for (int64_t i = 0; i < dim; i++) {
+        most = fmaxf(most, fabsf(sums[i]));
+        is_finite &= std::isfinite(sums[i]) != 0;
+    }
+    Bfloat16 step;
+    put(&step, most / 127);
+    return is_finite ? as_float(step) : NAN;
+}
+
+/* How many steps a sum has. */
+INLINE float steps_in(float sum, float step) { return step > 0 ? nearbyintf(sum / step) : 0; }
+
+/* Round sums to what their format can hold. */
+static void round_sums(float *sums, int64_t dim, int64_t format) {
+    if (format == BFLOAT16)
+        for (int64_t i = 0; i < dim; i++) {
+            Bfloat16 rounded;
+            put(&rounded, sums[i]);
+            sums[i] = as_float(rounded);
+        }
+    if (format != INT8) return;
+    const float step = step_of(sums, dim);
+    for (int64_t i = 0; i < dim; i++) sums[i] = steps_in(sums[i], step) * step;
+}
+
 /* Bring the slots of a chunk's tokens up to date with their sums, each once. */
 static void update_slots(Dictionary *dictionary, const Call *call, const Sums *sums, const int32_t *slots, int64_t num,
                          uint8_t *is_done) {
@@ -274,7 +304,11 @@ static void update_slots(Dictionary *dictionary, const Call *call, const Sums *s
     }
     /* Neighbours, which share lines of a panel, one after the other. */
     for (int64_t i = 0; i < end; i++) {
-        if (is_done[i]) update_slot(dictionary, call, i, sums);
+        if (is_done[i]) {
+            round_sums(sums->key + i * call->k.dim, call->k.dim, sums->format);
+            round_sums(sums->value + i * call->v.dim, call->v.dim, sums->format);
+            update_slot(dictionary, call, i, sums);
+        }
         is_done[i] = 0;
     }
 }

@@ -190,13 +190,16 @@ def layer_to_run(
         tables: `[1, K / 2]` cosines and sines to rotate queries and keys by; None to leave them.
     """
     width, inner = weights.down.shape
-    call = _Layer(width=width, inner=inner, mixer_eps=eps[0], mlp_eps=eps[1], memory=memory.decode)
-    qkv, gate_up = Matrix(weights.qkv), Matrix(weights.gate_up)
+    sizes = {"width": width, "inner": inner, "num_tokens": 1}
+    call = _Layer(**sizes, mixer_eps=eps[0], mlp_eps=eps[1], memory=memory.decode)
+    qkv, gate_up, o, down = (
+        Matrix(x, "float32", x.shape[1]) for x in (weights.qkv, weights.gate_up, weights.o, weights.down)
+    )
     num_queries = weights.o.shape[1]
     places = 0, num_queries, (num_queries + len(weights.qkv)) // 2
     call.q, call.k, call.v = map(qkv.call, places)
     call.gate, call.up = (gate_up.call(first) for first in (0, inner))
-    call.o, call.down = Matrix(weights.o).call(), Matrix(weights.down).call()
+    call.o, call.down = o.call(), down.call()
     for name in ("mixer_norm", "beta", "mlp_norm"):
         setattr(call, name, getattr(weights, name).data_ptr())
     conv_state = None
@@ -252,17 +255,18 @@ class HeadsLayer(NamedTuple):
 
 
 class HeadsStep:
-    """Layers whose heads keep what they read in `HeadGroup`s, for one token of each row after the other.
+    """Layers whose heads keep what they read in `HeadGroup`s, for a few tokens of each row after the other.
 
     Args:
         layers: the layers.
         groups: those of each layer, which change in place, and between the calls.
         key_factors: `[Hkv, K]` of each layer, by which keys are multiplied and queries divided, or None.
         num_rows: rows B.
+        most: the most tokens of all rows in a call.
 
     Attributes:
-        cos: `[B, K]` cosines of the next token's angles, of which the kernel reads the first half; to be
-            filled in. sin: sines.
+        cos: `[most, K]` cosines of the next tokens' angles, of which the kernel reads the first half; to be
+            filled in, row by row. sin: sines.
     """
 
     def __init__(
@@ -271,15 +275,17 @@ class HeadsStep:
         groups: Sequence[Sequence[HeadGroup]],
         key_factors: Sequence[Tensor | None],
         num_rows: int,
+        most: int,
     ) -> None:
         dim = layers[0].head_dim
-        self.cos, self.sin = torch.empty(2, num_rows, dim)
+        self.cos, self.sin = torch.empty(2, most, dim)
+        self._num_tokens = 0
         self._calls = (_Layer * len(layers))()
         self._kept: list[Any] = [layers, key_factors]
         for call, layer, own, factors in zip(self._calls, layers, groups, key_factors, strict=True):
             array = (HeadGroup * len(own))(*own)
             self._kept += [own, array]
-            call.width, call.inner = layer.down.weight.shape
+            call.width, call.inner = len(layer.down.weight), layer.down.dim
             call.mixer_eps, call.mlp_eps, call.head_eps = layer.eps
             for name in ("q", "k", "v", "o", "gate", "up", "down"):
                 setattr(call, name, getattr(layer, name).call())
@@ -302,11 +308,15 @@ class HeadsStep:
                 call.key_factors = factors.data_ptr()
 
     def run(self, x: Tensor) -> Tensor:
-        """`[B, 1, D]` float32 through the layers; the heads have read the tokens afterwards.
+        """`[B, T, D]` float32 through the layers; the heads have read the tokens afterwards.
 
         Raises:
             MemoryError: no memory for the kernel's scratch.
         """
+        if x.shape[1] != self._num_tokens:
+            self._num_tokens = x.shape[1]
+            for call in self._calls:
+                call.num_tokens = x.shape[1]
         done = _run(x, self._calls)
         assert done is not None, "no gates"
         return done
@@ -344,7 +354,7 @@ class _Layer(ctypes.Structure):
     """`Layer` of step.h, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("width", "inner", "num_taps", "angle_row")),
+        *((name, ctypes.c_int64) for name in ("width", "inner", "num_taps", "angle_row", "num_tokens")),
         *((name, ctypes.c_double) for name in ("mixer_eps", "mlp_eps", "head_eps")),
         *((name, _Matrix) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         *((name, ctypes.c_void_p) for name in ("mixer_norm", "mlp_norm", "beta", "q_norm", "k_norm")),

@@ -9,7 +9,7 @@
 #include "decode.h"
 #include "nearest.h"
 
-/* No more new tokens than this are read one by one. */
+/* No more new tokens than this are read one by one, where nothing else is said. */
 #define FEW_TOKENS 4
 /* Weights of tokens are from 2 to the power of - this to 2 to the power of this (`MOST_USE` of use.py). */
 #define MOST_USE 8
@@ -24,14 +24,15 @@ struct Strides {
 /* Heads of equal sizes. Mirrored by `HeadGroup` in memory.py. */
 struct HeadGroup {
     int64_t num_rows, num_kv_heads, group_size, chunk_size, capacity, num_exact, num_sinks, key_dim, value_dim;
-    int64_t dtype, query_dtype, merges_pairs, num_parts;
+    int64_t dtype, query_dtype, state_dtype, merges_pairs, num_parts;
     double tie, value_weight, mass_power;
     const int64_t *heads;       /* [h]: which of the key/value heads of k and v. */
     const void *q, *k, *v;      /* q is NULL if nobody reads. */
     void *o;
     Strides q_at, k_at, v_at, o_at;
     void *recent_keys, *recent_values; /* [R, h, num_exact, ...] */
-    float *key_sum, *value_sum; /* [R, h, M, ...], keys in units of `key_unit`. */
+    void *key_sum, *value_sum;  /* [R, h, M, ...], keys in units of `key_unit`. */
+    Bfloat16 *key_step, *value_step; /* [R, h, M]: the length of their steps, if they are INT8. */
     int64_t *count, *position_sum; /* [R, h, M] */
     float *key_unit;            /* [R, h], 0 before the first merge. */
     const int64_t *filled, *num_merged; /* [R]: exact tokens before the call, and merged or dropped ones. */
@@ -51,6 +52,7 @@ struct HeadScratch {
     Nearest nearest;
     Reader reader;
     float *queries, *keys, *values; /* [QUERIES, key_ld]; [C, ...], those that leave. */
+    float *key_sum, *value_sum;     /* [M, ...]: those of narrow formats, as float32. */
     float *weights;                 /* [C]: theirs, if tokens have weights. */
     float *log_count;               /* [M]: by how much the scores of slots are raised, if tokens have weights. */
     int32_t *slots;
@@ -137,6 +139,10 @@ static HeadScratch take_head(Arena *arena, const HeadGroup *g, const Call *call,
     own.keys = TAKE(arena, float, g->chunk_size * g->key_dim);
     own.values = TAKE(arena, float, g->chunk_size * g->value_dim);
     own.slots = TAKE(arena, int32_t, g->chunk_size);
+    if (g->state_dtype != FLOAT32) {
+        own.key_sum = TAKE(arena, float, g->capacity * g->key_dim);
+        own.value_sum = TAKE(arena, float, g->capacity * g->value_dim);
+    }
     return own;
 }
 
@@ -341,6 +347,52 @@ static void put_recent(const HeadStream *s, int64_t first, int64_t end) {
     }
 }
 
+/* Calls `function` with the sums of keys and values from slot `first` on, of their type. */
+template <typename Function> INLINE void with_sums(const HeadGroup *g, int64_t first, Function function) {
+    const int64_t key = first * g->key_dim, value = first * g->value_dim;
+    if (g->state_dtype == INT8) function((int8_t *)g->key_sum + key, (int8_t *)g->value_sum + value);
+    else if (g->state_dtype == BFLOAT16) function((Bfloat16 *)g->key_sum + key, (Bfloat16 *)g->value_sum + value);
+    else function((float *)g->key_sum + key, (float *)g->value_sum + value);
+}
+
+template <typename T> INLINE void widen(const T *x, const Bfloat16 *step, int64_t num, int64_t dim, float *out) {
+    for (int64_t i = 0; i < num; i++)
+        for (int64_t j = 0; j < dim; j++)
+            out[i * dim + j] = step ? as_float(x[i * dim + j]) * as_float(step[i]) : as_float(x[i * dim + j]);
+}
+
+template <typename T> INLINE void narrow(const float *x, int64_t num, int64_t dim, Bfloat16 *step, T *out) {
+    for (int64_t i = 0; i < num; i++) {
+        if constexpr (std::is_same_v<T, int8_t>) {
+            const float own = step_of(x + i * dim, dim);
+            put(step + i, own);
+            for (int64_t j = 0; j < dim; j++) out[i * dim + j] = (int8_t)steps_in(x[i * dim + j], own);
+        } else
+            for (int64_t j = 0; j < dim; j++) put(out + i * dim + j, x[i * dim + j]);
+    }
+}
+
+/* Narrow sums of a stream as float32, and back. */
+static void load_sums(HeadStream *s) {
+    const HeadGroup *g = s->group;
+    const int64_t first = (s->row * g->num_kv_heads + s->head) * g->capacity;
+    with_sums(g, first, [=](auto *keys, auto *values) {
+        widen(keys, from_row(g->key_step, first), g->capacity, g->key_dim, s->own.key_sum);
+        widen(values, from_row(g->value_step, first), g->capacity, g->value_dim, s->own.value_sum);
+    });
+    s->sums.key = s->own.key_sum;
+    s->sums.value = s->own.value_sum;
+}
+
+static void store_sums(const HeadStream *s) {
+    const HeadGroup *g = s->group;
+    const int64_t first = (s->row * g->num_kv_heads + s->head) * g->capacity;
+    with_sums(g, first, [=](auto *keys, auto *values) {
+        narrow(s->own.key_sum, g->capacity, g->key_dim, from_row(g->key_step, first), keys);
+        narrow(s->own.value_sum, g->capacity, g->value_dim, from_row(g->value_step, first), values);
+    });
+}
+
 /* The outputs of the last exact token, read where rows lie. */
 static void read_one(const HeadStream *s) {
     const HeadGroup *g = s->group;
@@ -364,11 +416,15 @@ static void read_one(const HeadStream *s) {
                   absorb(call, x, keys, (decltype(keys))g->recent_values + stream * g->num_exact * v, Mass{},
                          s->filled + 1, y);
               });
-    const int64_t num = g->capacity ? s->schedule[0] : 0;
+    const int64_t num = g->capacity ? s->schedule[0] : 0, slots = stream * g->capacity;
     if (num) {
         for (int64_t i = 0; i < size * k; i++) queries[i] *= g->key_unit[stream];
-        absorb(&shape, queries, s->sums.key, s->sums.value, Mass{s->sums.count, nullptr, s->sums.weight}, num, softmax,
-               g->temperature ? g->temperature + first : nullptr, g->bias ? g->bias + first : nullptr);
+        const Mass mass = {s->sums.count, nullptr, s->sums.weight, from_row(g->key_step, slots),
+                           from_row(g->value_step, slots)};
+        with_sums(g, slots, [=, call = &shape, x = (const float *)queries, y = &softmax[0]](auto *keys, auto *values) {
+            absorb(call, x, keys, values, mass, num, y, g->temperature ? g->temperature + first : nullptr,
+                   g->bias ? g->bias + first : nullptr);
+        });
     }
     for (int64_t i = 0; i < size; i++)
         write_numbers(g->query_dtype, g->o,
@@ -401,9 +457,9 @@ static int read_tokens_of(const HeadGroup *g, int64_t row, int64_t head, int64_t
     const int64_t stream = row * g->num_kv_heads + head;
     s.group = g;
     s.call = learning_call(g);
-    s.sums = {g->key_sum + stream * g->capacity * g->key_dim, g->value_sum + stream * g->capacity * g->value_dim,
-              g->count + stream * g->capacity, from_row(g->weight, stream * g->capacity),
-              g->position_sum + stream * g->capacity};
+    const int64_t slots = stream * g->capacity;
+    s.sums = {(float *)g->key_sum + slots * g->key_dim, (float *)g->value_sum + slots * g->value_dim,
+              g->count + slots, from_row(g->weight, slots), g->position_sum + slots, g->state_dtype};
     s.row = row;
     s.head = head;
     s.start = s.done = done;
@@ -414,6 +470,8 @@ static int read_tokens_of(const HeadGroup *g, int64_t row, int64_t head, int64_t
     const int is_one = length == 1, is_full = g->capacity && s.filled + length >= g->num_exact;
     /* One token is read where rows lie. */
     if ((is_full || (g->q && !is_one)) && take_memory(&s)) return 1;
+    const int is_narrow = s.memory && g->capacity && g->state_dtype != FLOAT32;
+    if (is_narrow) load_sums(&s);
     if (g->q && is_one) {
         put_recent(&s, s.filled, s.filled + 1);
         s.before++;
@@ -430,15 +488,17 @@ static int read_tokens_of(const HeadGroup *g, int64_t row, int64_t head, int64_t
         advance(&s, num);
     }
     put_recent(&s, s.num_merges ? least(s.before, g->num_sinks) : s.before, s.filled);
+    if (is_narrow && s.num_merges) store_sums(&s);
     free(s.memory);
     *num_exact = s.filled;
     *num_merges += s.num_merges;
     return 0;
 }
 
-static int read_stream(const HeadGroup *g, int64_t row, int64_t head) {
+/* No more than `few` new tokens are read one by one. */
+static int read_stream(const HeadGroup *g, int64_t row, int64_t head, int64_t few) {
     int64_t num_exact = g->filled[row], num_merges = 0, is_out_of_memory = 0;
-    const int64_t length = g->length[row], step = g->q && length <= FEW_TOKENS ? 1 : length;
+    const int64_t length = g->length[row], step = g->q && length <= few ? 1 : length;
     for (int64_t done = 0; done < length && !is_out_of_memory; done += step)
         is_out_of_memory = read_tokens_of(g, row, head, done, step, &num_exact, &num_merges);
     return (int)is_out_of_memory;
@@ -457,7 +517,7 @@ extern "C" int ovq_memory(const HeadGroup *groups, int64_t num, int64_t num_thre
                 own -= g->num_rows * g->num_kv_heads;
                 g++;
             }
-            if (read_stream(g, own / g->num_kv_heads, own % g->num_kv_heads))
+            if (read_stream(g, own / g->num_kv_heads, own % g->num_kv_heads, FEW_TOKENS))
                 __atomic_store_n(&is_out_of_memory, 1, __ATOMIC_RELAXED);
         });
     });

@@ -15,6 +15,9 @@ from ovq.ops.backends.cpu.kernels import DTYPES
 from ovq.ops.backends.cpu.mirrors import mirror_of
 from ovq.ops.options import NUM_PARTS, TIE, Options
 
+# Formats of sums: those of `DTYPES`, and `INT8` of numbers.h.
+_STATE_DTYPES = (*DTYPES, torch.int8)
+
 
 def advance_memory(groups: Sequence[HeadGroup]) -> None:
     """Let groups of heads read their new tokens; `HeadGroup` says what changes in place."""
@@ -35,11 +38,13 @@ class HeadGroup(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("num_rows", "num_kv_heads", "group_size", "chunk_size")),
         *((name, ctypes.c_int64) for name in ("capacity", "num_exact", "num_sinks", "key_dim", "value_dim")),
-        *((name, ctypes.c_int64) for name in ("dtype", "query_dtype", "merges_pairs", "num_parts")),
+        *((name, ctypes.c_int64) for name in ("dtype", "query_dtype", "state_dtype", "merges_pairs")),
+        ("num_parts", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("tie", "value_weight", "mass_power")),
         *((name, ctypes.c_void_p) for name in ("heads", "q", "k", "v", "o")),
         *((f"{name}_at", _Strides) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("recent_keys", "recent_values", "key_sum", "value_sum")),
+        *((name, ctypes.c_void_p) for name in ("key_step", "value_step")),
         *((name, ctypes.c_void_p) for name in ("count", "position_sum", "key_unit", "filled", "num_merged")),
         *(
             (name, ctypes.c_void_p)
@@ -71,8 +76,9 @@ class HeadGroup(ctypes.Structure):
 
         Args:
             tensors: `recent_keys` `[B, h, P, K]` and `recent_values`, the exact tokens, in the dtype of k;
-                `key_sum` `[B, h, N, K]` and `value_sum`, float32; `count` `[B, h, N]` and `position_sum`,
-                int64; `key_unit` `[B, h]`, float32. They are contiguous and change in place. Where tokens
+                `key_sum` `[B, h, N, K]` and `value_sum`, float32, bfloat16, or int8 with `key_step`
+                `[B, h, N]` and `value_step`, bfloat16; `count` `[B, h, N]` and `position_sum`, int64;
+                `key_unit` `[B, h]`, float32. They are contiguous and change in place. Where tokens
                 have weights, `use` `[B, h, K + V + 1]` says which, and `weight` `[B, h, N]`, float32, are
                 those of slots.
             heads: which of the key/value heads of k and v they are.
@@ -99,6 +105,7 @@ class HeadGroup(ctypes.Structure):
             value_dim=v.shape[3],
             dtype=DTYPES.index(k.dtype),
             query_dtype=DTYPES.index(k.dtype if q is None else q.dtype),
+            state_dtype=_STATE_DTYPES.index(tensors["key_sum"].dtype),
             tie=TIE,
         )
         if options is not None:

@@ -5,8 +5,8 @@
 
 #include "vector.h"
 
-/* Mirrored by `DTYPES` in kernels.py. */
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+/* Mirrored by `DTYPES` in kernels.py. Whole numbers come with the length of their steps. */
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8 };
 
 struct Bfloat16 {
     uint16_t bits;
@@ -68,9 +68,15 @@ INLINE Vector load_numbers(const int8_t *x) {
 }
 
 INLINE Vector load_numbers(const Float16 *x) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#elif defined(__F16C__)
+    return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#else
     const Words bits = words_of(x), size = bits & 0x7fff, sign = (bits & 0x8000) << 16;
     const Words finite = (Words)((Vector)(size << 13) * 0x1p112f);
     return (Vector)((size < 0x7c00 ? finite : size << 13 | 0x7f800000) | sign);
+#endif
 }
 
 /* To the nearest, ties to even; a NaN stays one. */

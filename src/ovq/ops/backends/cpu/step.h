@@ -3,98 +3,9 @@
 
 #include "call.h"
 #include "decode.h"
+#include "matrix.h"
 #include "memory.h"
 #include "tokens.h"
-
-/* Vectors that a row of weights is multiplied with while it lies in registers. */
-#define TOKENS (VL == 16 ? 4 : 2)
-
-/* The format of weights that those of numbers.h lack. Mirrored by `FORMATS` in weights.py. */
-enum { INT8 = 3 };
-/* Integers of a row that have one factor. Mirrored by `_GROUP` in weights.py. */
-#define GROUP 64
-
-/* Mirrored by `_Matrix` in weights.py: dense rows of weights; where these are integers, with a factor for each GROUP. */
-struct Matrix {
-    const void *weight;
-    const float *factors, *bias; /* [rows, groups], [rows]; or NULL. */
-    int64_t format;
-};
-
-static Matrix plain_matrix(const float *weight) { return {weight, nullptr, nullptr, FLOAT32}; }
-
-/* Weights from place i of a row on, as many as `weight` has. */
-template <typename T, typename Number> INLINE Number scaled(Number weight, const float *factors, int64_t i) {
-    if constexpr (std::is_same_v<T, int8_t>) return weight * factors[i / GROUP];
-    return weight;
-}
-
-/* The products of `num` vectors, `dim` floats apart, with a row, by sums that do not wait for each other. */
-template <int num, typename T>
-INLINE void dots(const float *x, const T *row, const float *factors, int64_t dim, float *y) {
-    Vector sums[num][4] = {};
-    int64_t i = 0;
-    if constexpr (std::is_same_v<T, int8_t>) {
-        /* Factors are for sums, not for each weight; they are the same for 4 vectors. */
-        for (; i + 4 * VL <= dim; i += 4 * VL) {
-            Vector own[num] = {};
-            for (int j = 0; j < 4; j++) {
-                const Vector weight = load_numbers(row + i + j * VL);
-                for (int t = 0; t < num; t++) own[t] += load(x + t * dim + i + j * VL) * weight;
-            }
-            for (int t = 0; t < num; t++) sums[t][0] += own[t] * factors[i / GROUP];
-        }
-    } else {
-        for (; i + 4 * VL <= dim; i += 4 * VL)
-            for (int j = 0; j < 4; j++) {
-                const Vector weight = load_numbers(row + i + j * VL);
-                for (int t = 0; t < num; t++) sums[t][j] += load(x + t * dim + i + j * VL) * weight;
-            }
-    }
-    for (; i + VL <= dim; i += VL)
-        for (int t = 0; t < num; t++)
-            sums[t][0] += load(x + t * dim + i) * scaled<T>(load_numbers(row + i), factors, i);
-    for (int t = 0; t < num; t++) {
-        y[t] = total((sums[t][0] + sums[t][1]) + (sums[t][2] + sums[t][3]));
-        for (int64_t rest = i; rest < dim; rest++) y[t] += x[t * dim + rest] * scaled<T>(as_float(row[rest]), factors, rest);
-    }
-}
-
-INLINE float long_dot(const float *a, const float *b, int64_t dim) {
-    float y;
-    dots<1>(a, b, nullptr, dim, &y);
-    return y;
-}
-
-/* Products of x [num, dim] with the rows first..end-1 of a matrix, plus `added` if there is any, into y [num, ldy]. Rows
-   are read one by one and from front to back, which memory does fastest: four at a time took twice as long. */
-template <typename T>
-static void multiply_rows(const Matrix *matrix, const T *weight, int64_t first, int64_t end, int64_t num, int64_t dim,
-                          const float *x, const float *added, float *y, int64_t ldy) {
-    for (int64_t r = first; r < end; r++) {
-        const T *row = weight + r * dim;
-        const float *factors = matrix->factors ? matrix->factors + r * ((dim + GROUP - 1) / GROUP) : nullptr;
-        const float bias = matrix->bias ? matrix->bias[r] : 0;
-        float sums[TOKENS];
-        for (int64_t t = 0; t < num;) {
-            const int64_t n = num - t >= TOKENS ? TOKENS : 1;
-            if (n == TOKENS) dots<TOKENS>(x + t * dim, row, factors, dim, sums);
-            else dots<1>(x + t * dim, row, factors, dim, sums);
-            for (int64_t i = 0; i < n; i++, t++) {
-                const float sum = sums[i] + bias;
-                y[t * ldy + r] = added ? added[t * ldy + r] + sum : sum;
-            }
-        }
-    }
-}
-
-static void multiply_part(const Matrix *matrix, int64_t first, int64_t end, int64_t num, int64_t dim, const float *x,
-                          const float *added, float *y, int64_t ldy) {
-    if (matrix->format == INT8)
-        return multiply_rows(matrix, (const int8_t *)matrix->weight, first, end, num, dim, x, added, y, ldy);
-    with_type(matrix->format, matrix->weight, 0,
-              [=](auto *weight) { multiply_rows(matrix, weight, first, end, num, dim, x, added, y, ldy); });
-}
 
 /* y [num, ldy] = x [num, dim] times the transpose of a matrix [num_out, dim], plus `added` if there is any. The workers
    share the rows of the matrix, and do not wait for each other. */
@@ -167,10 +78,10 @@ extern "C" void ovq_convolution_step(int64_t num_rows, int64_t num_channels, int
     }
 }
 
-/* Mirrored by `_Layer` in layer.py: a layer of attention and MLP, for one token of each row. Tensors are dense but for
-   the strides given. Of `memory`, the kernel makes q, k, v, o, their strides, the scale and the weights of tokens. */
+/* Mirrored by `_Layer` in layer.py: a layer of attention and MLP, for one token of each row; in a converted model, for
+   `num_tokens` of each. Tensors are dense but for the strides given. Of `memory`, the kernel makes q, k, v, o, their strides, the scale and the weights of tokens. */
 struct Layer {
-    int64_t width, inner, num_taps, angle_row;
+    int64_t width, inner, num_taps, angle_row, num_tokens;
     double mixer_eps, mlp_eps, head_eps;
     Matrix q, k, v, o, gate, up, down;
     const float *mixer_norm, *mlp_norm;
@@ -183,7 +94,7 @@ struct Layer {
     const double *forgotten;
     double *forgotten_now;
     double least_log;
-    const float *cos, *sin;     /* [K / 2] angles of a row's token, `angle_row` apart, or NULL. */
+    const float *cos, *sin;     /* [K / 2] angles of a token, `angle_row` apart, or NULL. */
     const float *taps, *past;   /* Of the convolution: [channels, taps], [R, channels, taps - 1]; NULL without one. */
     float *last;
     /* Exact tokens that are to be copied in front of the new one: [R, Hkv, num_before, ...], vectors dense; or NULL. */
@@ -201,7 +112,7 @@ struct Layer {
 /* What `ovq_layers_step` returns. Mirrored in layer.py. */
 enum { DONE, SPOILT, OUT_OF_MEMORY };
 
-/* What a layer makes, all [R, ...] but the scale [H]. */
+/* What a layer makes, all [R tokens, ...] but the scale [H]. */
 struct Made {
     float *normed, *channels, *read, *mixed, *of_mlp, *weights, *scale;
     uint16_t *narrow; /* Keys and values where memories keep them in 2 bytes. */
@@ -209,7 +120,7 @@ struct Made {
 
 static Made take_made(Arena *arena, const Layer *layer) {
     const Decode *memory = &layer->memory;
-    const int64_t rows = memory->num_rows, num_heads = memory->num_kv_heads * memory->group_size;
+    const int64_t rows = memory->num_rows * layer->num_tokens, num_heads = memory->num_kv_heads * memory->group_size;
     Made made;
     made.normed = TAKE(arena, float, rows * layer->width);
     made.channels = TAKE(arena, float, rows * (num_heads + 2 * memory->num_kv_heads) * memory->key_dim);
@@ -307,30 +218,35 @@ static void read_stream(const Layer *layer, const Decode *memory, int64_t row, i
 static int read_group(const Layer *layer, const HeadGroup *group, int64_t row, int64_t place, Made made) {
     const int64_t dim = layer->memory.key_dim, num_kv = layer->memory.num_kv_heads, size = layer->memory.group_size;
     const int64_t num_heads = num_kv * size, num_channels = (num_heads + 2 * num_kv) * dim, head = group->heads[place];
-    float *queries = made.channels + row * num_channels + head * size * dim;
-    float *key = made.channels + row * num_channels + (num_heads + head) * dim, *value = key + num_kv * dim;
-    make_stream(layer, row, head, made.channels);
+    const int64_t num_tokens = layer->num_tokens, num_narrow = 2 * num_kv * dim;
     const float *factors = layer->key_factors ? layer->key_factors + head * dim : nullptr;
-    for (int64_t i = 0; i < size * dim; i++) {
-        queries[i] *= (float)layer->score_scale;
-        if (factors) queries[i] /= factors[i % dim];
+    const int is_narrow = group->dtype != FLOAT32;
+    for (int64_t t = row * num_tokens; t < (row + 1) * num_tokens; t++) {
+        float *queries = made.channels + t * num_channels + head * size * dim;
+        float *key = made.channels + t * num_channels + (num_heads + head) * dim, *value = key + num_kv * dim;
+        make_stream(layer, t, head, made.channels);
+        for (int64_t i = 0; i < size * dim; i++) {
+            queries[i] *= (float)layer->score_scale;
+            if (factors) queries[i] /= factors[i % dim];
+        }
+        for (int64_t i = 0; factors && i < dim; i++) key[i] *= factors[i];
+        if (!is_narrow) continue;
+        write_numbers(group->dtype, made.narrow + t * num_narrow, head * dim, dim, 1, key);
+        write_numbers(group->dtype, made.narrow + t * num_narrow, (num_kv + head) * dim, dim, 1, value);
     }
-    for (int64_t i = 0; factors && i < dim; i++) key[i] *= factors[i];
     HeadGroup own = *group;
     own.query_dtype = FLOAT32;
     own.q = made.channels, own.o = made.read;
-    own.q_at = {num_channels, dim, 0};
-    own.o_at = {num_heads * dim, dim, 0};
+    own.q_at = {num_tokens * num_channels, dim, num_channels};
+    own.o_at = {num_tokens * num_heads * dim, dim, num_heads * dim};
     own.k = made.channels + num_heads * dim, own.v = made.channels + (num_heads + num_kv) * dim;
     own.k_at = own.v_at = own.q_at;
-    if (own.dtype != FLOAT32) {
-        uint16_t *narrow = made.narrow + row * 2 * num_kv * dim;
-        write_numbers(own.dtype, narrow, head * dim, dim, 1, key);
-        write_numbers(own.dtype, narrow, (num_kv + head) * dim, dim, 1, value);
+    if (is_narrow) {
         own.k = made.narrow, own.v = made.narrow + num_kv * dim;
-        own.k_at = own.v_at = {2 * num_kv * dim, dim, 0};
+        own.k_at = own.v_at = {num_tokens * num_narrow, dim, num_narrow};
     }
-    return read_stream(&own, row, place);
+    /* One by one, so that a token reads the same, bit by bit, however many come with it. */
+    return read_stream(&own, row, place, num_tokens);
 }
 
 /* y = x + down(silu(gate z) up z), z = norm(x), for a few tokens x [num, width]: the second half of a layer. `scratch` has
@@ -344,12 +260,12 @@ static void add_mlp(Worker worker, const Layer *layer, int64_t num, const float 
     worker.wait();
 }
 
-/* A worker's share of a layer, x [R, width] in place. `next` is zero, and common to all. */
+/* A worker's share of a layer, x [R tokens, width] in place. `next` is zero, and common to all. */
 static void step_layer(Worker worker, const Layer *layer, char *scratch, float *x, int64_t *next, int *outcome) {
     Arena arena = {scratch, 0};
     const Made made = take_made(&arena, layer);
     Decode memory = layer->memory;
-    const int64_t rows = memory.num_rows, width = layer->width, dim = memory.key_dim;
+    const int64_t rows = memory.num_rows * layer->num_tokens, width = layer->width, dim = memory.key_dim;
     const int64_t num_kv = memory.num_kv_heads, num_heads = num_kv * memory.group_size;
     const int64_t num_channels = (num_heads + 2 * num_kv) * dim;
     float *q = made.channels, *k = q + num_heads * dim, *v = k + num_kv * dim;
@@ -368,7 +284,7 @@ static void step_layer(Worker worker, const Layer *layer, char *scratch, float *
     worker.wait();
     if (layer->num_groups) {
         /* Heads differ in what they cost. */
-        worker.take(rows * num_kv, next, [&](int64_t stream) {
+        worker.take(memory.num_rows * num_kv, next, [&](int64_t stream) {
             int64_t place = stream % num_kv;
             const HeadGroup *group = layer->groups;
             for (; place >= group->num_kv_heads; group++) place -= group->num_kv_heads;
@@ -386,7 +302,7 @@ static void step_layer(Worker worker, const Layer *layer, char *scratch, float *
     add_mlp(worker, layer, rows, made.mixed, made.of_mlp, x);
 }
 
-/* One token of each row through layers of one width, x [R, width] in place. Returns DONE; or SPOILT if the weight of a
+/* The tokens of each row through layers of one width, x [R tokens, width] in place. Returns DONE; or SPOILT if the weight of a
    token is none that a memory can hold, in which case nothing of the result is of use; or OUT_OF_MEMORY. */
 extern "C" int ovq_layers_step(int64_t num_threads, int64_t num_layers, const Layer *layers, char *scratch, float *x) {
     int outcome = DONE;

@@ -1,0 +1,127 @@
+"""Loss by the bytes of what a pretrained model remembers: full caches and slots, in several formats.
+
+    python benchmarks/cache_bytes.py --model FOLDER --texts hamlet.txt,argparse.py --out convert_bytes.json
+
+The folder is that of a model of transformers which presets come with. Losses are those of the last 1,024 of
+3,072 tokens and of the last 2,048 of 8,192. A full cache in q8_0 or q4_0 keeps keys, after they are turned,
+and values in blocks of 32 numbers with a float16 factor, rounded as GGUF's are; all else is float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from ovq.convert import attach
+from ovq.convert.presets import find_preset
+from ovq.hf.cache import CACHE_KEY
+from ovq.runtime.files import write_atomic
+from ovq_lab.runtime.environment import environment
+
+# Tokens read, and how many of the last have a loss.
+SIZES = ((3072, 1024), (8192, 2048))
+BLOCK = 32
+# The largest number of a block, and bits of each.
+BLOCKS = {"q8_0": (127, 8), "q4_0": (8, 4)}
+ROWS = (256, 512, 768)
+STATE_DTYPES = ("float32", "bfloat16", "int8")
+
+
+def as_blocks(x: Tensor, kind: str) -> Tensor:
+    """Numbers `[..., D]` as blocks of GGUF hold them."""
+    most, bits = BLOCKS[kind]
+    blocks = x.unflatten(-1, (-1, BLOCK))
+    # In 4 bits the number that is furthest from 0, whose sign the factor has, becomes -8.
+    largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    factor = largest.abs() / most if bits == 8 else largest / -most
+    numbers = (blocks / factor.masked_fill(factor == 0, 1)).round().clamp(-most, most - (bits == 4))
+    return (numbers * factor.half().float()).flatten(-2)
+
+
+class BlockCache(DynamicCache):
+    """A full cache whose keys and values are rounded to blocks; None for float32."""
+
+    def __init__(self, kind: str | None) -> None:
+        super().__init__()
+        self._kind = kind
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Round what is kept."""
+        if self._kind is not None:
+            key_states, value_states = (as_blocks(x, self._kind) for x in (key_states, value_states))
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the blocks would take."""
+        num = sum(x.numel() for layer in self.layers for x in (layer.keys, layer.values))
+        return num * 4 if self._kind is None else num * BLOCKS[self._kind][1] // 8 + num // BLOCK * 2
+
+
+@torch.inference_mode()
+def read(model: Any, ids: Tensor, num_targets: int, cache: Any) -> tuple[float, int]:
+    """The mean loss of the last tokens, and the bytes of the cache after them."""
+    length = ids.shape[1] - 1
+    model(ids[:, : length - num_targets], logits_to_keep=1, **{CACHE_KEY: cache})
+    logits = model(ids[:, length - num_targets : length], **{CACHE_KEY: cache}).logits[0]
+    loss = nn.functional.cross_entropy(logits.float(), ids[0, length - num_targets + 1 :])
+    return round(float(loss), 4), cache.nbytes
+
+
+def ways(folder: str) -> Iterator[tuple[str, Any, Any]]:
+    """Name, model and what makes a cache, one after the other."""
+
+    def load(dtype: torch.dtype = torch.float32) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+    model = load()
+    for kind in (None, *BLOCKS):
+        yield f"full cache, {kind or 'float32'}", model, lambda kind=kind: BlockCache(kind)
+    for rows in ROWS:
+        for state_dtype in STATE_DTYPES:
+            model = load()
+            preset = find_preset(model, rows)
+            if preset is None:
+                raise ValueError(
+                    f"--model: expected one that presets of {rows} rows come with, found {folder}"
+                )
+            model = attach(model, config=preset.config, state_dtype=state_dtype)
+            yield f"{rows} rows, slots in {state_dtype}", model, model.make_cache
+
+
+def main() -> None:
+    """Read the options, measure, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--texts", required=True, help="files, with commas between them")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    texts = {
+        Path(name).name: tokenizer(
+            Path(name).read_text(encoding="utf-8"), return_tensors="pt", verbose=False
+        ).input_ids
+        for name in arguments.texts.split(",")
+    }
+    rows = []
+    for way, model, make_cache in ways(arguments.model):
+        for text, ids in texts.items():
+            for length, num_targets in SIZES:
+                loss, num_bytes = read(model, ids[:, : length + 1], num_targets, make_cache())
+                rows.append({"way": way, "text": text, "tokens": length, "loss": loss, "bytes": num_bytes})
+                print(rows[-1], file=sys.stderr, flush=True)
+    write_atomic(
+        arguments.out, json.dumps({"environment": environment("cpu"), "rows": rows}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Sums of slots in fewer bytes: in bfloat16, or in int8 with the length of a step per slot.
+
+Sums are rounded each time that tokens are merged into a slot, and only then: rounding what was rounded
+changes nothing, in either format. So a slot that holds one token of a bfloat16 model is that token exactly in
+bfloat16, and what is kept does not depend on how a text is split.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Formats of sums, as `MemoryConfig.state_dtype` names them; float32 is float64 in float64 models.
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+
+# The largest int8 number that has a negative.
+_MOST = 127
+
+
+def steps_of(sums: Tensor) -> Tensor:
+    """`[...]` bfloat16, the length of a step of each row of sums `[..., D]` in int8.
+
+    The largest of a row has 127 steps whichever way they are rounded, so that its steps are found again.
+    Their 8 bits times the 8 of a number are a float32 number.
+    """
+    return (sums.abs().amax(-1) / _MOST).bfloat16()
+
+
+def narrowed(sums: Tensor, state_dtype: str) -> tuple[Tensor, Tensor | None]:
+    """Sums `[..., D]` in a format, and their steps `[...]`, if it is int8.
+
+    Example:
+        >>> narrowed(torch.tensor([[127.0, 0.6], [0.0, 0.0]]), "int8")[0]
+        tensor([[127,   1],
+                [  0,   0]], dtype=torch.int8)
+    """
+    if state_dtype != "int8":
+        return sums.to(STATE_DTYPES[state_dtype]), None
+    steps = steps_of(sums)
+    each = steps.to(sums.dtype)[..., None]
+    # What is not finite makes its row NaN, by the step.
+    numbers = (sums / each.masked_fill(each == 0, 1)).round().nan_to_num(0)
+    return numbers.to(torch.int8), steps.masked_fill(~sums.isfinite().all(-1), torch.nan)
+
+
+def widened(sums: Tensor, steps: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Sums as `narrowed` has returned them, in a wide format."""
+    return sums.to(dtype) if steps is None else sums.to(dtype) * steps.to(dtype)[..., None]
