@@ -31,7 +31,7 @@ SIZES = ((3072, 1024), (8192, 2048))
 BLOCK = 32
 # The largest number of a block, and bits of each.
 BLOCKS = {"q8_0": (127, 8), "q4_0": (8, 4)}
-ROWS = (256, 512, 768)
+ROWS = (256, 768)
 STATE_DTYPES = ("float32", "bfloat16", "int8")
 
 

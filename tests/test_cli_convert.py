@@ -161,6 +161,7 @@ def test_what_cannot_be_converted_ends_in_one_line(capsys, converted, tmp_path):
     assert "window: expected a multiple of chunk_size" in fail(capsys, *command, "--window", 100)
     assert "--dtype: expected auto, float32," in fail(capsys, *command, "--dtype", "x")
     assert "merge: expected one of" in fail(capsys, *command, "--merge", "best")
+    assert "state_dtype: expected one of" in fail(capsys, *command, "--state-dtype", "int3")
     (tmp_path / "a.txt").write_text("one")
     for options in ([], ["--probe", tmp_path / "a.txt"]):
         assert "expected a model with a tokenizer" in fail(capsys, *command, *options)
@@ -235,6 +236,12 @@ def test_files_are_as_readable_as_others(capsys, converted, tmp_path, mask):
     files = list((converted / f"with_mask_{mask}").iterdir())
     assert {"README.md", "config.json", "model.safetensors"} <= {path.name for path in files}
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+
+
+def test_slots_are_saved_in_the_format_that_was_asked_for(capsys, converted):
+    for options, expected in (([], "float32"), (["--state-dtype", "int8"], "int8")):
+        convert(capsys, converted, *options, out=expected)
+        assert load(converted / expected).memory_config.state_dtype == expected
 
 
 def test_without_a_probe_it_is_said_what_that_costs(capsys, converted, tmp_path):
