@@ -14,12 +14,18 @@ def engine_config(folder, **options):
     return EngineArgs(model=folder, **settings | options).create_engine_config()
 
 
-def test_prefixes_are_not_kept(saved):
-    config = engine_config(saved().folder, enable_prefix_caching=True)
+#: A model of this library and a converted one.
+KINDS = [{}, {"family": "llama"}]
+
+
+@pytest.mark.parametrize("fields", KINDS, ids=str)
+def test_prefixes_are_not_kept(fields, saved):
+    config = engine_config(saved(**fields).folder, enable_prefix_caching=True)
     assert config.cache_config.enable_prefix_caching is False
     assert config.cache_config.mamba_cache_mode == "none"
 
 
+@pytest.mark.parametrize("fields", KINDS, ids=str)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -35,9 +41,9 @@ def test_prefixes_are_not_kept(saved):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_settings_of_the_engine(options, message, saved):
+def test_settings_of_the_engine(options, message, fields, saved):
     with pytest.raises(ValueError, match=message):
-        engine_config(saved().folder, **options)
+        engine_config(saved(**fields).folder, **options)
 
 
 @pytest.mark.parametrize("mixer", ["sink_attention", "mamba2", "gated_deltanet"])

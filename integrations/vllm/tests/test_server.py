@@ -7,13 +7,15 @@ import sys
 import time
 
 import httpx
+import pytest
 
 from ovq.hf.byte_tokens import byte_tokenizer
 
 
-def test_a_server_of_several_processes(saved, tmp_path):
+@pytest.mark.parametrize("fields", [{}, {"family": "llama"}], ids=str)
+def test_a_server_of_several_processes(fields, saved, tmp_path):
     tokenizer = byte_tokenizer()
-    made = saved(vocab_size=len(tokenizer))
+    made = saved(vocab_size=len(tokenizer), **fields)
     tokenizer.save_pretrained(made.folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -77,11 +77,32 @@ def token_output(model: Any, own_class: type, args: tuple, kwargs: dict[str, Any
     call = _call_of(model, args, kwargs)
     if call is None or (step := _step_of(model, own_class)) is None:
         return None
-    logits = step.logits(call)
-    if logits is None:
+    stream = step.stream(call)
+    if stream is None:
         return None
     kept: dict[str, Any] = {CACHE_KEY: call.cache}
-    return CausalLMOutputWithPast(logits=logits[:, -call.num_logits :], **kept)  # type: ignore[arg-type]  # a float tensor
+    logits = step.logits(stream)[:, -call.num_logits :]
+    return CausalLMOutputWithPast(logits=logits, **kept)  # type: ignore[arg-type]  # a float tensor
+
+
+def token_stream(model: Any, own_class: type, **inputs: Any) -> Tensor | None:
+    """What the last norm of a converted model gets, `[B, T, D]`, for a few tokens of each row.
+
+    For engines that compute logits themselves.
+
+    Args:
+        model: the converted model.
+        own_class: its class before it was converted.
+        inputs: of `forward`.
+
+    Returns:
+        The stream, after which the cache among the inputs has read the tokens; None, with nothing read, where
+        modules must do it.
+    """
+    call = _call_of(model, (), inputs)
+    if call is None or (step := _step_of(model, own_class)) is None:
+        return None
+    return step.stream(call)
 
 
 class _Call(NamedTuple):
@@ -299,8 +320,8 @@ class _Step:
         output = model.lm_head
         self._output = packed(output.weight, output.bias, "int8" if format == "int4" else format)
 
-    def logits(self, call: _Call) -> Tensor | None:
-        """`[B, T, V]`, after which the cache has read the tokens; None if the step cannot read that cache."""
+    def stream(self, call: _Call) -> Tensor | None:
+        """`[B, T, D]`, after which the cache has read the tokens; None if the step cannot read that cache."""
         model, cache, num = self._model(), call.cache, call.tokens.shape[1]
         # Raises if layers have read different numbers.
         num_columns = cache.num_columns
@@ -323,8 +344,11 @@ class _Step:
         cos, sin = model.model.rotary_emb(x, position_ids=positions)
         if cos.shape[-1] != self._layers[0].head_dim:
             return None
-        y = own.run(x.float(), cos, sin)
-        return output_step(y, self._norm, self._eps, self._output).to(x.dtype)
+        return own.run(x.float(), cos, sin)
+
+    def logits(self, stream: Tensor) -> Tensor:
+        """`[B, T, V]`."""
+        return output_step(stream, self._norm, self._eps, self._output).to(self._model().lm_head.weight.dtype)
 
     def _can_read(self, layer: MemoryLayer, num_rows: int) -> bool:
         """Whether a layer's memory is one of this model, and kernels can change it."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
-from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.model_executor.models.config import MambaModelConfig, VerifyAndUpdateConfig
 
+from ovq.convert import MemoryConfig
+from ovq.convert.config import CONFIG_KEY
 from ovq.hf import OVQConfig
 
 logger = init_logger("vllm.ovq")
@@ -21,15 +24,40 @@ class StartChecks(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Raise ValueError for what cannot run; switch off prefix caching."""
         check_model(vllm_config.model_config.hf_config)
-        if wrong := refusals(vllm_config):
-            raise ValueError("; ".join(wrong))
-        cache = vllm_config.cache_config
-        if cache.enable_prefix_caching:
-            cache.enable_prefix_caching = False
-            logger.info(
-                "Prefix caching is off for OVQ models: vLLM would copy whole states, MiB per layer, at ends "
-                "of its blocks of tokens."
-            )
+        check_engine(vllm_config)
+
+
+class ConvertedStartChecks(VerifyAndUpdateConfig):
+    """The same for converted models."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Raise ValueError for what cannot run; switch off prefix caching."""
+        memory_config_of(vllm_config.model_config.hf_config)
+        check_engine(vllm_config)
+        MambaModelConfig.verify_and_update_config(vllm_config)
+
+
+def memory_config_of(config: PreTrainedConfig) -> MemoryConfig:
+    """The memory of a converted model, by the config of the model.
+
+    Raises:
+        ValueError: a damaged one.
+    """
+    return MemoryConfig.from_dict(getattr(config, CONFIG_KEY))
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Raise ValueError for settings with which no model of this library runs; switch off prefix caching."""
+    if wrong := refusals(vllm_config):
+        raise ValueError("; ".join(wrong))
+    cache = vllm_config.cache_config
+    if cache.enable_prefix_caching:
+        cache.enable_prefix_caching = False
+        logger.info(
+            "Prefix caching is off for OVQ models: vLLM would copy whole states, MiB per layer, at ends "
+            "of its blocks of tokens."
+        )
 
 
 def check_model(config: OVQConfig) -> None:

@@ -101,16 +101,24 @@ class OVQForCausalLM(nn.Module, HasInnerState, IsHybrid):
         Raises:
             ValueError: a weight that the model does not have. vLLM checks that none is missing.
         """
-        parameters = dict(self.named_parameters(remove_duplicate=False))
-        loaded = set()
-        for name, weight in weights:
-            if name not in parameters:
-                raise ValueError(f"expected weights of OVQForCausalLM, found {name!r}")
-            default_weight_loader(parameters[name], weight)
-            loaded.add(name)
-        if self.config.tie_word_embeddings:
-            loaded |= {"lm_head.weight", "model.embed_tokens.weight"}
-        return loaded
+        return loaded_weights(self, weights)
+
+
+def loaded_weights(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+    """Load weights into a model; returns the names of the parameters that have got theirs.
+
+    Raises:
+        ValueError: a weight that the model does not have.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    loaded = set()
+    for name, weight in weights:
+        if name not in parameters:
+            raise ValueError(f"expected weights of {type(model).__name__}, found {name!r}")
+        default_weight_loader(parameters[name], weight)
+        loaded.add(parameters[name])
+    # By all names of those that are tied.
+    return {name for name, parameter in parameters.items() if parameter in loaded}
 
 
 def _spec_of(vllm_config: VllmConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

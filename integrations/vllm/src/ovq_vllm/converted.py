@@ -1,0 +1,149 @@
+"""Converted models (`ovq.convert`) for vLLM: the library's model and its caches, a row for each request."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.models.interfaces import HasInnerState, IsAttentionFree
+from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+
+from ovq.convert import MemoryCache, attach
+from ovq.convert.step import token_stream
+from ovq.hf.cache import CACHE_KEY
+from ovq_vllm.checks import memory_config_of
+from ovq_vllm.memories import Block, Memories
+from ovq_vllm.model import loaded_weights
+from ovq_vllm.step import Step
+
+
+class MemoryBlocks(MambaBase):
+    """What vLLM takes for the model's only layer: a block holds what a request has read, in all layers.
+
+    Heads and layers have budgets of their own, and vLLM's blocks are of one size: with one for each layer,
+    all would be as large as that of the largest. So the memories of all layers lie one after the other.
+
+    Args:
+        block: where what is in a block.
+        vllm_config: that of the engine.
+        prefix: the layer's name for vLLM.
+    """
+
+    def __init__(self, block: Block, vllm_config: VllmConfig, prefix: str) -> None:
+        self._num_bytes, self._prefix = block.num_bytes, prefix
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        """The kind of its metadata: `ovq_vllm.step.StateBackend`."""
+        return MambaAttentionBackendEnum.CUSTOM
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        """Bytes."""
+        return ((self._num_bytes,),)
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        """One by one."""
+        return (torch.uint8,)
+
+    @property
+    def step(self) -> Step | None:
+        """The requests of the step that runs; None where vLLM only measures memory."""
+        metadata = get_forward_context().attn_metadata
+        return None if metadata is None else metadata[self._prefix]
+
+
+class OVQConvertedForCausalLM(nn.Module, HasInnerState, IsAttentionFree):
+    """A pretrained model with the memory that the config in its folder says.
+
+    Args:
+        vllm_config: that of the engine.
+        prefix: of the names of its layers.
+
+    Raises:
+        ValueError: a model that cannot be converted, or whose logits are more than a product.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        # A copy, as it is changed.
+        config = copy.deepcopy(vllm_config.model_config.hf_config)
+        memory = memory_config_of(config)
+        lm = AutoModelForCausalLM.from_config(config, dtype=vllm_config.model_config.dtype).eval()
+        self._own_class = type(lm)
+        self.lm = attach(lm, config=memory)
+        cache = self._checked_cache()
+        self._memories = Memories(self.lm.make_cache, Block(cache))
+        # vLLM reads the number of a layer from its name.
+        self._blocks = MemoryBlocks(self._memories.block, vllm_config, f"{prefix}.memories.0".lstrip("."))
+
+    @torch.no_grad()
+    def _checked_cache(self) -> MemoryCache:
+        """A cache that has read something; ValueError if `compute_logits` is not what the model does."""
+        caches = self.lm.make_cache(), self.lm.make_cache()
+        tokens = torch.tensor([[1, 2]])
+        expected = self.lm(tokens, **{CACHE_KEY: caches[0]}).logits
+        found = self.compute_logits(self._read(tokens, torch.arange(2)[None], caches[1]))
+        if not torch.equal(found, expected):
+            raise ValueError(
+                f"{type(self.lm).__name__}: expected logits that are a product of its last layer's outputs, "
+                "found others: `ovq serve` runs the model"
+            )
+        return caches[0]
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Embeddings `[T, hidden_size]` of tokens `[T]`."""
+        return self.lm.get_input_embeddings()(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The normalised stream `[T, hidden_size]` of the new tokens of all requests.
+
+        Args:
+            input_ids: `[T]`.
+            positions: `[T]`, the position of each token in its request.
+            intermediate_tensors: None, as there are no stages of a pipeline.
+            inputs_embeds: `[T, hidden_size]`, instead of `input_ids`.
+        """
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        assert inputs is not None
+        step = self._blocks.step
+        if step is None:
+            return self._read(inputs[None], positions[None], self.lm.make_cache())[0]
+        out = inputs.new_zeros(len(positions), self.lm.config.hidden_size, dtype=self.lm.dtype)
+        for rows, cache in self._memories.calls(step.groups, self._blocks.kv_cache[0]):
+            out[rows] = self._read(inputs[rows], positions[rows], cache)
+        return out
+
+    def _read(self, inputs: Tensor, positions: Tensor, cache: MemoryCache) -> Tensor:
+        """The normalised stream of new tokens `[R, T]`, or embeddings, which the cache then has read."""
+        name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+        given: dict[str, Any] = {name: inputs, "position_ids": positions, CACHE_KEY: cache}
+        if (stream := token_stream(self.lm, self._own_class, **given)) is not None:
+            return self.lm.base_model.norm(stream.to(self.lm.dtype))
+        return self.lm.base_model(**given).last_hidden_state
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Logits `[R, vocab_size]`."""
+        return self.lm.get_output_embeddings()(hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load weights as `save_pretrained` names them.
+
+        Raises:
+            ValueError: a weight that the model does not have. vLLM checks that none is missing.
+        """
+        return {f"lm.{name}" for name in loaded_weights(self.lm, weights)}

@@ -1,0 +1,141 @@
+"""What requests to a converted model have read: rows of the library's caches while they run, blocks of vLLM
+while they wait for their next turn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ovq.convert import MemoryCache
+from ovq_vllm.step import Group
+
+# Where a tensor of any dtype may begin.
+_ALIGNMENT = 8
+
+
+class Block:
+    """A row of a cache as bytes.
+
+    Args:
+        like: a cache that has read something.
+
+    Attributes:
+        num_bytes: of a row.
+    """
+
+    def __init__(self, like: MemoryCache) -> None:
+        self._parts: list[dict[str, tuple[int, torch.Size, torch.dtype]]] = []
+        self.num_bytes = 0
+        for layer in like.layers:
+            places = {}
+            for name, tensor in layer.parts().items():
+                shape, dtype = tensor.shape[1:], tensor.dtype
+                places[name] = self.num_bytes, shape, dtype
+                size = math.prod(shape) * dtype.itemsize
+                self.num_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+            self._parts.append(places)
+
+    def views(self, block: Tensor) -> list[dict[str, Tensor]]:
+        """The tensors of each layer in a block `[num_bytes]` uint8."""
+        return [
+            {
+                name: block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+                for name, (start, shape, dtype) in places.items()
+            }
+            for places in self._parts
+        ]
+
+    def write(self, cache: MemoryCache, row: int, block: Tensor) -> None:
+        """Keep a row of a cache."""
+        for layer, views in zip(cache.layers, self.views(block), strict=True):
+            for name, tensor in layer.parts().items():
+                views[name].copy_(tensor[row])
+
+    def read(self, block: Tensor, num_read: int, cache: MemoryCache) -> MemoryCache:
+        """Fill an empty cache with the row that was kept after `num_read` tokens."""
+        for layer, views in zip(cache.layers, self.views(block), strict=True):
+            layer.restore({name: view[None].clone() for name, view in views.items()}, num_read)
+        return cache
+
+
+class Place(NamedTuple):
+    """A request: the block that it has, and how many tokens it has read."""
+
+    block: int
+    num_read: int
+
+
+class Running(NamedTuple):
+    """Requests whose next tokens were read together, one row each."""
+
+    places: list[Place]
+    cache: MemoryCache
+
+
+class Memories:
+    """Finds the caches of the requests of each step.
+
+    What a request has read stays in a cache from step to step, and goes into its block when a step comes
+    without it. A request that has ended, or was preempted, leaves a block that the next one does not read.
+
+    Args:
+        make_cache: makes an empty one.
+        block: what a block holds.
+    """
+
+    def __init__(self, make_cache: Callable[[], MemoryCache], block: Block) -> None:
+        self.block = block
+        self._make_cache = make_cache
+        self._running: list[Running] = []
+
+    def calls(self, groups: Sequence[Group], blocks: Tensor) -> Iterator[tuple[Tensor, MemoryCache]]:
+        """The calls of the model for a step: `[R, T]` which of its tokens, and the cache to read them with.
+
+        Args:
+            groups: the requests.
+            blocks: `[blocks, num_bytes]` uint8.
+        """
+        asked = [request for group in groups for request in _requests(group)]
+        going_on = {place for place, _ in asked}
+        for places, cache in self._running:
+            for row, place in enumerate(places):
+                if place not in going_on:
+                    self.block.write(cache, row, blocks[place.block])
+        before, self._running = self._running, []
+        together = {place: tokens for place, tokens in asked if len(tokens) == 1 and place.num_read}
+        batches = [together] if together else []
+        batches += [{place: tokens} for place, tokens in asked if place not in together]
+        for batch in batches:
+            found = self._found(set(batch), before, blocks)
+            rows = torch.stack([batch[place] for place in found.places])
+            yield rows, found.cache
+            places = [Place(place.block, place.num_read + rows.shape[1]) for place in found.places]
+            self._running.append(Running(places, found.cache))
+
+    def _found(self, wanted: set[Place], before: Sequence[Running], blocks: Tensor) -> Running:
+        """One cache for these requests. Their order is that in which they were, so that few rows move."""
+        parts: list[Running] = []
+        for places, cache in before:
+            kept = [row for row, place in enumerate(places) if place in wanted]
+            if kept:
+                own = cache if len(kept) == len(places) else cache.selected(kept)
+                parts.append(Running([places[row] for row in kept], own))
+        for place in wanted - {place for part in parts for place in part.places}:
+            cache = self._make_cache()
+            if place.num_read:
+                self.block.read(blocks[place.block], place.num_read, cache)
+            parts.append(Running([place], cache))
+        if len(parts) == 1:
+            return parts[0]
+        joined = MemoryCache.concatenate([part.cache for part in parts])
+        return Running([place for part in parts for place in part.places], joined)
+
+
+def _requests(group: Group) -> Iterator[tuple[Place, Tensor]]:
+    """Each request of a group, and where its tokens are among those of the step."""
+    tokens = group.tokens.split(list(group.lengths))
+    return zip(map(Place, group.block_ids, group.num_seen), tokens, strict=True)

@@ -1,0 +1,80 @@
+"""Requests that come, go and are cancelled at random: whoever is answered gets the tokens of `generate()`.
+
+`ARRIVALS` in the environment is how many come to each model, `SEED` which.
+
+    ARRIVALS=2000 SEED=1 .venv-vllm/bin/python -m pytest integrations/vllm/tests/test_fuzz.py
+"""
+
+import os
+import random
+
+import pytest
+from vllm import SamplingParams
+
+from .conftest import prompts_of
+
+ARRIVALS = int(os.environ.get("ARRIVALS", "60"))
+SEED = int(os.environ.get("SEED", "0"))
+#: Tokens of an answer, at most.
+MOST = 60
+
+MODELS = {
+    # With pages that run out, so that vLLM preempts requests by itself.
+    "own": (
+        {"mixer_types": ["full_attention", "ovq"], "num_hidden_layers": 2},
+        {"num_gpu_blocks_override": 40},
+    ),
+    "own, gates and windows": ({"merge_gate": True, "forget_gate": True}, {}),
+    "llama": ({"family": "llama"}, {"num_gpu_blocks_override": 7}),
+    "qwen3": ({"family": "qwen3"}, {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_arrivals_and_cancellations(name, saved, engine):
+    fields, options = MODELS[name]
+    made, draw = saved(**fields), random.Random(f"{name} {SEED}")
+    lengths = [
+        draw.choice([1, 2, 16, 32, 33, 48, draw.randrange(3, 200), draw.randrange(200, 1100)])
+        for _ in range(min(40, ARRIVALS))
+    ]
+    prompts = prompts_of(lengths, seed=draw.randrange(1000))
+    llm = engine(
+        made.folder,
+        max_num_batched_tokens=100,
+        max_num_seqs=8,
+        max_model_len=1200,
+        disable_log_stats=False,
+        **options,
+    )
+    core, open_, answers, num_cancelled = llm.llm_engine, {}, [], 0
+    for number in range(ARRIVALS):
+        # Sometimes a crowd, sometimes nobody for a while.
+        for _ in range(draw.choice([0, 0, 1, 3, draw.randrange(40)])):
+            num_cancelled += advance(core, open_, answers, draw)
+        prompt, num_new = draw.choice(prompts), draw.randint(1, MOST)
+        params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True, detokenize=False)
+        core.add_request(str(number), {"prompt_token_ids": prompt}, params)
+        open_[str(number)] = prompt
+    while open_:
+        num_cancelled += advance(core, open_, answers, draw)
+    assert len(answers) + num_cancelled == ARRIVALS
+    assert not core.has_unfinished_requests()
+    made.assert_greedy(*zip(*answers, strict=True))
+
+
+def advance(core, open_, answers, draw):
+    """A step of the engine, before which a request may be cancelled; returns how many were."""
+    num_cancelled = 0
+    if open_ and draw.random() < 0.02:
+        gone = draw.choice(list(open_))
+        core.abort_request([gone])
+        del open_[gone]
+        num_cancelled = 1
+    if draw.random() < 0.01:
+        # All that run are preempted.
+        assert core.reset_prefix_cache(reset_running_requests=True)
+    for output in core.step():
+        if output.finished:
+            answers.append((open_.pop(output.request_id), list(output.outputs[0].token_ids)))
+    return num_cancelled
