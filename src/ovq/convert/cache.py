@@ -192,11 +192,10 @@ class MemoryLayer(OVQCacheLayer):
             return
         order = torch.tensor([head for memory in self.state for head in memory.budget.heads]).argsort()
         k, v = (
-            torch.cat(
-                [getattr(x, name)[:, :, x.filled[0] - num_new : x.filled[0]] for x in self.state], 1
-            )[:, order]
+            torch.cat([getattr(x, name)[:, :, x.filled[0] - num_new : x.filled[0]] for x in self.state], 1)
             for name in ("recent_keys", "recent_values")
         )
+        k, v = k[:, order], v[:, order]
         if self.config.key_exponents is not None:
             k = k / key_factors(self.config.key_exponents, k)
         self._recorded = Recorded(self._recorded.num_columns, before, k, v)

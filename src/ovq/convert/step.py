@@ -2,8 +2,8 @@
 
 Modules of PyTorch take longer to be called than the processor takes to read the weights. A kernel reads them
 once per call, in a narrower format if that is asked for (`weight_dtype`). Everything that is not plainly
-tokens that a plain model writes takes the modules: prompts, gradients, hooks, adapters, padding and what looks
-inside. Several tokens of a row are drafts where the cache records what it reads, to take it out again.
+tokens that a plain model writes takes the modules: prompts, gradients, hooks, adapters, padding and what
+looks inside. Several tokens of a row are drafts where the cache records what it reads, to take it out again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ovq.ops.backends.cpu.kernels import DTYPES
 #: Formats of the weights that decode, as `attach` takes them.
 WEIGHT_DTYPES = ("float32", "bfloat16", "int8", "int4")
 
-#: More tokens of all rows than this take the modules. At so many, the kernel takes 0.8 times as long as they do.
+#: More tokens of all rows than this take the modules. At so many, the kernel takes 0.8 times as long.
 MOST_ROWS = 32
 
 _KINDS = ("llama", "qwen2", "qwen3", "mistral")
