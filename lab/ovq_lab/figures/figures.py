@@ -32,7 +32,7 @@ from ovq_lab.figures.scaled import (
     logn_recall,
     logn_regression,
 )
-from ovq_lab.figures.text_figures import hybrids, language, longer, needle, of_corpus
+from ovq_lab.figures.text_figures import hybrids, language, longer, needle, of_corpus, partners
 from ovq_lab.plots.fidelity import fidelity_figure
 from ovq_lab.tasks import PositionalRecallTask, RegressionTask, Task
 from ovq_lab.train.config import RunConfig
@@ -303,6 +303,7 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
     "logn-needles": logn_needles,
     "lm": language,
     "hybrids": hybrids,
+    "partners": partners,
     "needle": needle,
     "long": longer,
     "rivals-recall": rivals_recall,
@@ -317,7 +318,7 @@ FIGURES: dict[str, Callable[[Preset], Figure]] = {
 
 
 TEXT_FIGURES = (
-    *("lm", "hybrids", "needle", "long", "logn-needles"),
+    *("lm", "hybrids", "partners", "needle", "long", "logn-needles"),
     *("rivals-needles", "rivals-lm", "rivals-lm-mamba2"),
 )
 """Those that can be made of any corpus."""

@@ -26,6 +26,9 @@ _RULE = BEST_MERGE
 _LOCAL = "mamba2"
 """What `hybrids` has in the place of the windows: it is good at what is near."""
 
+_PARTNER = "gated_deltanet"
+"""What `partners` has in the place of the windows."""
+
 _MOST_BYTES_PER_TOKEN = 5
 """So many bytes of text per token of a window are joined where tokens are subwords: never fewer tokens."""
 
@@ -93,6 +96,29 @@ def hybrids(preset: Preset) -> Figure:
         f"What OVQ stands beside: loss on held-out text ({preset.text_task('lm').dataset}), by position",
         models,
         relative_to=exact,
+    )
+
+
+def partners(preset: Preset) -> Figure:
+    """The loss by position beside the mixer that has the lowest loss by itself."""
+    slots, near = preset.configs["lm"].model.num_slots, MIXER_NAMES[_PARTNER]
+    alone = f"{near} alone"
+    models = [
+        _Model(f"{near} and full attention", beside(_PARTNER, preset.config("lm", "full_attention"))),
+        _Model(
+            f"{near} and OVQ, forget gate, nearest, {slots} slots",
+            beside(_PARTNER, preset.config("lm", forget_gate=True)),
+            slots,
+            _RULE,
+        ),
+        _Model(alone, beside(_PARTNER, preset.config("lm", _PARTNER))),
+    ]
+    return _by_position(
+        preset,
+        "partners",
+        f"Beside {near}: loss on held-out text ({preset.text_task('lm').dataset}), by position",
+        models,
+        relative_to=alone,
     )
 
 
