@@ -26,11 +26,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--quote", type=Path, required=True)
     parser.add_argument("--code", type=Path, required=True)
+    parser.add_argument("--weight-dtype", help="see ovq.convert.attach")
     parser.add_argument("--num-drafts", type=int, default=10)
     parser.add_argument("--num-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    model: Any = load_generating_model(options.model)
+    model: Any = load_generating_model(options.model, weight_dtype=options.weight_dtype)
     tokenizer: Any = load_tokenizer(options.model)
     passage = tokenizer.decode(tokenizer(options.quote.read_text())["input_ids"][500 : 500 + _PASSAGE])
     messages = [{"role": "user", "content": f"Repeat this text word for word:\n\n{passage}"}]
