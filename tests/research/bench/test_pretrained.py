@@ -77,15 +77,16 @@ def test_every_way_is_measured_at_every_length(folder, tmp_path, monkeypatch):
         ("ovq, float32", "ovq"),
         ("ovq, float32, writes with int8", "ovq"),
         ("ovq, bfloat16, writes with int8", "ovq"),
+        ("ovq, bfloat16, writes with int4", "ovq"),
         ("llama.cpp, model, f16 cache", "llama_cpp"),
         ("transformers, float32, full cache", "transformers"),
     ]
-    assert seen[-1] == suite.total == 10
+    assert seen[-1] == suite.total == 12
     for what, found in (("read", [1.0, 6.0]), ("write", [2.0, 7.0]), ("memory", [4, 9])):
         of = [row for row in rows if row["what"] == f"converted_{what}"]
-        assert [row.get("seconds", row.get("peak_bytes")) for row in of] == found * 5
-        assert [row["length"] for row in of] == [8, 16] * 5
-    assert [len(table.rows) for table in tables(report)] == [5, 5, 5]
+        assert [row.get("seconds", row.get("peak_bytes")) for row in of] == found * 6
+        assert [row["length"] for row in of] == [8, 16] * 6
+    assert [len(table.rows) for table in tables(report)] == [6, 6, 6]
     assert save_figures(report, tmp_path)[0].is_file()
     assert report["environment"]["threads"] == torch.get_num_threads()
 
